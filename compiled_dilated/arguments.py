@@ -1,0 +1,42 @@
+"""Checks of what users pass in: one clear error, naming the argument, what came, what was expected and what to do."""
+
+from __future__ import annotations
+
+import operator
+
+
+def integer(name: str, value: object, least: int | None = None) -> int:
+    """`value` as an int of at least `least`; bool, float and str are refused, numpy and torch integers are not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}; got {number}")
+    return number
+
+
+def integers(name: str, values: object, least: int | None = None) -> tuple[int, ...]:
+    """A non-empty sequence of integers as a tuple."""
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of integers; got {type(values).__name__} {values!r}. Write a tuple, as in ({values!r},)")
+    out = tuple(integer(f"{name}[{i}]", value, least) for i, value in enumerate(values))
+    if not out:
+        raise ValueError(f"{name} is empty; pass at least one integer")
+    return out
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> str:
+    """One of `options`."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """A bool; 0, 1 and "yes" are refused."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
+    return value

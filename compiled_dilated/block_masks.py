@@ -1,0 +1,254 @@
+"""FlexAttention's BlockMask from a mask expression, and back: analytic, narrow, in disjoint parts where one would be too wide.
+
+A BlockMask holds rectangular lists, so its widest row sets the width of all. Ours are as wide as that row and no wider: Triton
+kernels take them as they are, the CPU's want `widen`. Eager FlexAttention looks at mask_mod alone, which tells the whole truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from . import arguments
+from .masks import Mask
+from .orders import Order, identity
+from .regions import IntArray
+from .tiles import Flags, TileLists, TileMap, split
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMaskPart:
+    """A BlockMask of the slices q[:, :, queries] and k[:, :, keys] (both in the order's order); merge parts by their lse."""
+
+    block_mask: BlockMask
+    queries: range
+    keys: range
+
+
+def block_masks(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    device: torch.device | str = "cpu",
+    heads: int | None = None,
+    tile: int = 128,
+    order: Order = identity(),
+    q_offset: int = 0,
+    data: Mapping[str, Tensor] | None = None,
+) -> tuple[BlockMaskPart, ...]:
+    """The mask as disjoint BlockMasks, built from tile lists: never the q_len x kv_len pairs, nor their tiles squared.
+
+    One part for most masks; a few where some rows (global tokens) or columns (sinks) are far heavier than the others. Rows that
+    are in no part see nothing. Lists are (1, 1, ...), or (1, heads, ...) where `heads` is given and heads see different pairs.
+
+    tile: queries and keys per block. q_offset: the position of the first query. data: the named tensors that the mask reads,
+    captured by its mask_mod. With an order, q and k (and v) must be permuted by it first.
+
+    Raises ValueError for a length of 0, positions that the mask does not know, or data that is missing or not read.
+
+    >>> [(part.queries, part.keys) for part in block_masks(window(256) | sinks(4), 2**20, 2**20)]
+    [(range(0, 1048576), range(0, 128)), (range(0, 1048576), range(128, 1048576))]
+    """
+    arguments.integer("q_len", q_len, 1)
+    arguments.integer("kv_len", kv_len, 1)
+    arguments.integer("tile", tile, 1)
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks")
+    per_head = [mask] if heads is None else [mask.at_head(head, heads) for head in range(arguments.integer("heads", heads, 1))]
+    maps = {
+        each: TileMap.build(each, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset)
+        for each in dict.fromkeys(per_head)
+    }
+    if len(maps) == 1:
+        mask, per_head = per_head[0], per_head[:1]
+    elif heads is not None:
+        mask = mask.for_heads(heads)
+    _check_data(mask, data, device)
+    position, parts = _positions(order, q_len, device), split(_union(list(maps.values())))
+    return tuple(_part(mask, [maps[each] for each in per_head], part, position, device, data) for part in parts)
+
+
+def block_mask(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    device: torch.device | str = "cpu",
+    heads: int | None = None,
+    tile: int = 128,
+    order: Order = identity(),
+    q_offset: int = 0,
+    data: Mapping[str, Tensor] | None = None,
+) -> BlockMask:
+    """The mask as one BlockMask; see `block_masks`. Raises ValueError where it takes more than one part."""
+    parts = block_masks(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
+    if len(parts) > 1:
+        raise ValueError(
+            f"{mask!r} at {q_len} x {kv_len} tokens takes {len(parts)} block masks: a few of its rows or columns of tiles "
+            "are far heavier than the others and would widen every list. Call block_masks(...) and merge the parts by their lse"
+        )
+    return parts[0].block_mask
+
+
+def _check_data(mask: Mask, data: Mapping[str, Tensor] | None, device: torch.device | str) -> None:
+    given = {} if data is None else data
+    missing, unknown = sorted(set(mask.names) - set(given)), sorted(set(given) - set(mask.names))
+    if missing or unknown:
+        raise ValueError(
+            f"{mask!r} reads the data tensors {list(mask.names)}; got {sorted(given)}. "
+            f"Pass data={{{', '.join(f'{name!r}: tensor' for name in mask.names)}}}"
+        )
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"data[{name!r}] must be a tensor; got {type(tensor).__name__}")
+        if tensor.device.type != torch.device(device).type:
+            raise ValueError(f"data[{name!r}] is on {tensor.device}, the block mask on {device}. Move one to the other")
+    if all(tensor.numel() for tensor in given.values()):
+        # One pair is asked for, so that a mask that cannot answer (a rule over an unknown number of heads) says so here already.
+        first = torch.zeros((), dtype=torch.int64, device=device)
+        mask.allows(first, first, first, first, given)
+
+
+def _positions(order: Order, n: int, device: torch.device | str) -> Tensor | None:
+    permutation = order.permutation(n)
+    return None if permutation is None else torch.from_numpy(permutation.astype(np.int32)).to(device)
+
+
+def _union(maps: list[TileMap]) -> TileMap:
+    """The tiles that any of the maps lists."""
+    if len(maps) == 1:
+        return maps[0]
+    first = maps[0]
+    keys = np.unique(np.concatenate([each.row_of.astype(np.int64) * each.columns + each.indices for each in maps]))
+    row, column = keys // first.columns, keys % first.columns
+    return replace(first, **vars(TileLists.of(first.rows, first.columns, row, column, np.zeros(len(keys), dtype=np.bool_))))
+
+
+def _part(
+    mask: Mask,
+    maps: list[TileMap],
+    part: TileMap,
+    position: Tensor | None,
+    device: torch.device | str,
+    data: Mapping[str, Tensor] | None,
+) -> BlockMaskPart:
+    """The part's rectangle of each head's map as one BlockMask."""
+    rows = range(part.q_start // part.q_tile, part.q_start // part.q_tile + part.rows)
+    columns = range(part.kv_start // part.kv_tile, part.kv_start // part.kv_tile + part.columns)
+    heads = [_cautious(each.restrict(rows, columns)) for each in maps]
+    kv_num, kv, full_kv_num, full_kv = _rectangular(heads, device)
+    q_num, q, full_q_num, full_q = _rectangular([each.transpose() for each in heads], device)
+    block_mask = BlockMask(
+        seq_lengths=(part.q_len, part.kv_len),
+        kv_num_blocks=kv_num,
+        kv_indices=kv,
+        full_kv_num_blocks=full_kv_num,
+        full_kv_indices=full_kv,
+        q_num_blocks=q_num,
+        q_indices=q,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q,
+        BLOCK_SIZE=(part.q_tile, part.kv_tile),
+        mask_mod=_mask_mod(mask, part.q_offset + part.q_start, part.kv_start, position, data),
+    )
+    return BlockMaskPart(block_mask, part.queries, part.keys)
+
+
+def _cautious(tile_map: TileMap) -> TileMap:
+    """The map with short tiles PARTIAL, as torch has them: kernels work on whole tiles and then check no mask in FULL ones."""
+    short = (tile_map.row_of == tile_map.q_len // tile_map.q_tile) | (tile_map.indices == tile_map.kv_len // tile_map.kv_tile)
+    return replace(tile_map, full=tile_map.full & ~short)
+
+
+def _rectangular(heads: Sequence[TileLists], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(count, indices) of the partial and of the full tiles: (1, H, rows) and (1, H, rows, width), int32, one width for both.
+
+    Equal widths because torch's decoding kernel reads both lists by the strides of the first.
+    """
+    kinds = [(~each.full, each.full) for each in heads]
+    counts = np.stack([[_row_counts(lists, kind) for kind in pair] for lists, pair in zip(heads, kinds, strict=True)])
+    width = max(1, int(counts.max()))
+    out: list[Tensor] = []
+    for which in (0, 1):
+        indices = np.zeros((1, len(heads), heads[0].rows, width), dtype=np.int32)
+        for head, (lists, pair) in enumerate(zip(heads, kinds, strict=True)):
+            count = counts[head, which]
+            place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+            indices[0, head, lists.row_of[pair[which]], place] = lists.indices[pair[which]]
+        out += [torch.from_numpy(counts[None, :, which].astype(np.int32)).to(device), torch.from_numpy(indices).to(device)]
+    return out[0], out[1], out[2], out[3]
+
+
+def _row_counts(lists: TileLists, kind: Flags) -> IntArray:
+    return np.bincount(lists.row_of[kind], minlength=lists.rows).astype(np.int64)
+
+
+def _mask_mod(mask: Mask, q_first: int, kv_first: int, position: Tensor | None, data: Mapping[str, Tensor] | None) -> MaskMod:
+    """The mask over the indices of a slice that starts at place q_first, kv_first."""
+
+    def in_place(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        seen: Tensor = mask.allows(b, h, q + q_first, kv + kv_first, data)
+        return seen
+
+    if position is None:
+        return in_place
+    table = position
+
+    def in_order(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        seen: Tensor = mask.allows(b, h, table[q + q_first], table[kv + kv_first], data)
+        return seen
+
+    return in_order
+
+
+def widen(block_mask: BlockMask) -> BlockMask:
+    """The same mask with lists as wide as there are tiles, as the CPU's compiled kernel wants: views of the narrow ones.
+
+    A row's view runs on into the rows after it; what lies beyond a row's count is never read.
+    """
+    rows, columns = (-(-length // size) for length, size in zip(block_mask.seq_lengths, block_mask.BLOCK_SIZE, strict=True))
+    return BlockMask(
+        seq_lengths=block_mask.seq_lengths,
+        kv_num_blocks=block_mask.kv_num_blocks,
+        kv_indices=_widened(block_mask.kv_indices, columns),
+        full_kv_num_blocks=block_mask.full_kv_num_blocks,
+        full_kv_indices=_widened(block_mask.full_kv_indices, columns),
+        q_num_blocks=block_mask.q_num_blocks,
+        q_indices=_widened(block_mask.q_indices, rows),
+        full_q_num_blocks=block_mask.full_q_num_blocks,
+        full_q_indices=_widened(block_mask.full_q_indices, rows),
+        BLOCK_SIZE=block_mask.BLOCK_SIZE,
+        mask_mod=block_mask.mask_mod,
+    )
+
+
+def _widened(indices: Tensor | None, width: int) -> Any:
+    if indices is None or indices.shape[-1] >= width:
+        return indices
+    flat = torch.cat([indices.reshape(-1), indices.new_zeros(width)])
+    return flat.as_strided((*indices.shape[:-1], width), indices.contiguous().stride())
+
+
+def tile_map(block_mask: BlockMask, batch: int = 0, head: int = 0) -> TileMap:
+    """The tiles of a BlockMask, narrow or wide, torch's or ours, for one of its batch entries and heads."""
+    (q_len, kv_len), (q_tile, kv_tile) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+    rows, columns = -(-q_len // q_tile), -(-kv_len // kv_tile)
+    found: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []
+    kinds = (block_mask.kv_num_blocks, block_mask.kv_indices), (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    for kind, (num, index) in enumerate(kinds):
+        if num is None or index is None:
+            continue
+        counts, table = num[batch, head].cpu().numpy(), index[batch, head].cpu().numpy()
+        listed = np.arange(table.shape[-1]) < counts[:, None]
+        row = np.repeat(np.arange(rows, dtype=np.int32), counts)
+        found.append((row, table[listed], np.full(len(row), bool(kind))))
+    lists = TileLists.of(rows, columns, *(np.concatenate(each) for each in zip(*found, strict=True)))
+    return TileMap(**vars(lists), q_len=q_len, kv_len=kv_len, q_tile=q_tile, kv_tile=kv_tile, order=identity(), q_offset=0)

@@ -1,0 +1,265 @@
+"""A batch: many dense problems of one shape, and how to run it. Dense, strided and tiled lowerings differ in the batches they make.
+
+           keys                  queries.tile(i) sees keys.tile(i), less what `masks` hides;
+      . . # # # . . . .          one kernel call computes all tiles of the batch for all its heads,
+      . . . . # # # . .          and its result is merged into the whole program's (out, lse).
+      . . . . . . # # #
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks import Mask, Padding, conjuncts
+from ..partials import merge_
+from . import kernels
+from .lattice import Lattice, Rows, Table, pieces
+
+ScoreMod = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class HeadRange:
+    """Heads start, start + step, ...: `count` of them."""
+
+    start: int
+    step: int
+    count: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """These heads of x (B, H, ...), as a view."""
+        return x[:, self.start : self.start + (self.count - 1) * self.step + 1 : self.step]
+
+    def indices(self) -> range:
+        return range(self.start, self.start + self.count * self.step, self.step)
+
+
+def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, HeadRange]]:
+    """Query heads, and the key heads that they read (`group` query heads share one), as ranges that a grouped kernel accepts.
+
+    A kernel maps its i-th query head to its i // (count_q / count_k)-th key head.
+    """
+    for length in range(len(heads), 0, -1):
+        taken = heads[:length]
+        step = taken[1] - taken[0] if length > 1 else 1
+        if any(b - a != step for a, b in zip(taken, taken[1:], strict=False)):
+            continue
+        keys = [head // group for head in taken]
+        distinct = sorted(set(keys))
+        shared, uneven = divmod(length, len(distinct))
+        key_step = distinct[1] - distinct[0] if len(distinct) > 1 else 1
+        even = not uneven and all(key == distinct[0] + i // shared * key_step for i, key in enumerate(keys))
+        if even:
+            rest = head_ranges(heads[length:], group)
+            return [(HeadRange(taken[0], step, length), HeadRange(distinct[0], key_step, len(distinct))), *rest]
+    return []
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """`queries.count` tiles of `queries.size` query positions by `keys.size` key positions, for some heads.
+
+    masks: whose sum says how often a pair counts; () when every pair of every tile counts once. open: this many leading columns
+    are seen by every row, whatever the masks say. causal: row t sees columns 0 .. t.
+    shared: the masks say the same of every tile, so the first one speaks for all. first: no earlier batch wrote these rows.
+    keep: hold on to the bias from call to call.
+    """
+
+    heads: HeadRange
+    kv_heads: HeadRange
+    queries: Rows
+    keys: Rows
+    masks: tuple[Mask, ...] = ()
+    causal: bool = False
+    open: int = 0
+    shared: bool = False
+    first: bool = False
+    keep: bool = False
+    cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that the kernel computes, over all heads (of a causal tile: those it has to)."""
+        rows, columns = self.queries.size, self.keys.size
+        per_tile = rows * columns if not self.causal else sum(min(t + 1, columns) for t in range(rows))
+        return self.queries.count * per_tile * self.heads.count
+
+    @property
+    def key_only(self) -> bool:
+        """Whether the masks look at keys alone: then one row of bias serves a whole tile."""
+        return bool(self.masks) and len(self.masks) == 1 and all(isinstance(part, Padding) for part in conjuncts(self.masks[0]))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether tiles share keys, so that the gradients of one key are a sum inside the batch."""
+        return isinstance(self.keys, Table) or math.prod(self.keys.repeats) > 1
+
+    @property
+    def lasting_bias_entries(self) -> int:
+        """Entries of a bias that is the same in every call and for every tile; 0 where there is none."""
+        lasting = bool(self.masks) and self.shared and not any(mask.per_call for mask in self.masks)
+        return self.queries.size * self.keys.size if lasting else 0
+
+    def by_kv_head(self) -> Iterator[Batch]:
+        """The same work, one key head at a time."""
+        shared = self.heads.count // self.kv_heads.count
+        for i, kv_head in enumerate(self.kv_heads.indices()):
+            start = self.heads.start + i * shared * self.heads.step
+            yield replace(self, heads=HeadRange(start, self.heads.step, shared), kv_heads=HeadRange(kv_head, 1, 1))
+
+    def split(self, most: int) -> Iterator[Batch]:
+        """The same work as batches of at most `most` tiles each."""
+        counts = (self.queries.count,) if isinstance(self.queries, Table) else tuple(count for count, _ in self.queries.tiles)
+        if math.prod(counts) <= most:
+            yield self
+            return
+        for box in pieces(counts, most):
+            queries, keys = self.queries, self.keys
+            for axis, (start, stop) in enumerate(box):
+                queries, keys = queries.select(axis, start, stop), keys.select(axis, start, stop)
+            yield replace(self, queries=queries, keys=keys)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call brings beside q, k and v: shared by all batches."""
+
+    scale: float
+    q_offset: int = 0
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    score_mod: ScoreMod | None = None
+
+
+def _units(batch: Batch, size: int) -> list[slice]:
+    """The batch index in slices that one kernel call can take: whole where a tile is a whole problem, else one by one."""
+    whole = size == 1 or (batch.queries.count == 1 and not batch.queries.copies and not batch.keys.copies)
+    return [slice(0, size)] if whole else [slice(b, b + 1) for b in range(size)]
+
+
+def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: torch.dtype) -> kernels.Tiles:
+    b = torch.arange(unit.start, unit.stop, device=device)[:, None, None, None]
+    return kernels.Tiles(call.scale, _bias(batch, call, b, dtype), batch.causal, _bound(batch, call, b))
+
+
+def _indices(rows: Rows, device: torch.device, shared: bool) -> Tensor:
+    positions = rows.positions()
+    return torch.from_numpy(positions[:1] if shared else positions).to(device, torch.int64)
+
+
+def _bias(batch: Batch, call: Call, b: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(tiles or 1, 1, T or 1, S) additive bias: log of how often the pair counts, -inf for never."""
+    if not batch.masks:
+        return None
+    device, key = b.device, (b.device, dtype)
+    if key in batch.cache:
+        return batch.cache[key]
+    q = _indices(batch.queries, device, batch.shared)[:, None, :, None]
+    kv = _indices(batch.keys, device, batch.shared)[:, None, None, batch.open :]
+    if batch.key_only:
+        q = q[:, :, :1]
+    h = torch.full((), batch.heads.start, dtype=torch.int64, device=device)
+    if len(batch.masks) == 1:
+        seen = batch.masks[0].allows(b, h, q, kv, call.data)
+        bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
+    else:
+        # log c does not survive bfloat16; the kernels take a float32 bias beside lower precisions.
+        counts = sum(mask.allows(b, h, q, kv, call.data).to(torch.float64 if dtype == torch.float64 else torch.float32) for mask in batch.masks)
+        bias = counts.log()
+    if batch.open:
+        bias = torch.nn.functional.pad(bias, (batch.open, 0))
+    if batch.keep:
+        batch.cache[key] = bias
+    return bias
+
+
+def _bound(batch: Batch, call: Call, b: Tensor) -> kernels.TileScoreMod | None:
+    if call.score_mod is None:
+        return None
+    score_mod = call.score_mod
+    q = _indices(batch.queries, b.device, False)[:, None, :, None]
+    kv = _indices(batch.keys, b.device, False)[:, None, None, :]
+    h = torch.tensor(list(batch.heads.indices()), device=b.device)[None, :, None, None]
+    return lambda scores: score_mod(scores, b, h, q, kv)
+
+
+def forward(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge the batch into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+    queries, keys, at = batch.queries, batch.keys, call.q_offset
+    q, out, lse = (batch.heads.of(x) for x in (q, out, lse))
+    k, v = (batch.kv_heads.of(x) for x in (k, v))
+    for unit in _units(batch, q.shape[0]):
+        part_out, part_lse = kernels.attention(
+            queries.read(q[unit], at), keys.read(k[unit]), keys.read(v[unit]), _tiles(batch, call, unit, q.device, q.dtype)
+        )
+        _merge(batch, at, out[unit], lse[unit], part_out, part_lse)
+
+
+def whole(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch that is the whole problem: (out, lse) as the kernel returns them."""
+    return kernels.attention(q, k, v, _tiles(batch, call, slice(0, q.shape[0]), q.device, q.dtype))
+
+
+def whole_backward(
+    batch: Batch, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a batch that is the whole problem."""
+    return kernels.attention_backward(grad_out, grad_lse, q, k, v, out, lse, _tiles(batch, call, slice(0, q.shape[0]), q.device, q.dtype))
+
+
+def _merge(batch: Batch, shift: int, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    rows = batch.queries
+    if isinstance(rows, Lattice):
+        out, lse = rows.view(out, shift), rows.view(lse, shift)
+        part_out, part_lse = rows.shaped(part_out), rows.shaped(part_lse)
+        if batch.first:
+            out.copy_(part_out)
+            lse.copy_(part_lse)
+        else:
+            merge_(out, lse, part_out, part_lse)
+        return
+    if not batch.first:
+        old_out, old_lse = rows.read(out, shift), rows.read(lse, shift)
+        merge_(old_out, old_lse, part_out, part_lse)
+        part_out, part_lse = old_out, old_lse
+    rows.write(out, part_out, shift)
+    rows.write(lse, part_lse, shift)
+
+
+@dataclass(frozen=True)
+class Grads:
+    """Sums of gradients for the heads of one batch: grad_q (B, Hq', N, D), and grad_k, grad_v from token `k_shift` on."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_shift: int = 0
+
+
+def backward(
+    batch: Batch, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, into: Grads
+) -> None:
+    """Add the batch's share of the gradients, from the merged out and lse (+inf in rows that see nothing)."""
+    queries, keys, at = batch.queries, batch.keys, call.q_offset
+    q, out, lse, grad_out = (batch.heads.of(x) for x in (q, out, lse, grad_out))
+    k, v = (batch.kv_heads.of(x) for x in (k, v))
+    grad_lse = None if grad_lse is None else batch.heads.of(grad_lse)
+    for unit in _units(batch, q.shape[0]):
+        part_q, part_k, part_v = kernels.attention_backward(
+            queries.read(grad_out[unit], at),
+            None if grad_lse is None else queries.read(grad_lse[unit], at),
+            queries.read(q[unit], at),
+            keys.read(k[unit]),
+            keys.read(v[unit]),
+            queries.read(out[unit], at),
+            queries.read(lse[unit], at),
+            _tiles(batch, call, unit, q.device, q.dtype),
+        )
+        queries.add(into.q[unit], part_q, at)
+        keys.add(into.k[unit], part_k, into.k_shift)
+        keys.add(into.v[unit], part_v, into.k_shift)

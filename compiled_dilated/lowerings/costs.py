@@ -1,0 +1,107 @@
+"""How well the kernels run on tiles of a shape: measured shares of a dense kernel's rate, and what moving bytes costs beside it.
+
+Figures for ATen's flash attention on a CPU (its query blocks are 32, 64 and 256 rows from 1, 192 and 768 queries on); reproduce with
+`python benchmarks/kernels.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..plans import Cost, Problem
+from .batches import Batch
+
+# A dense kernel does this many flops while one byte is copied, or while a kernel call is set up.
+_FLOPS_PER_BYTE = 12.0
+_FLOPS_PER_CALL = 4e6
+
+# The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth having.
+FORWARD_SHARE, BACKWARD_SHARE = 0.03, 0.09
+_LEAST_BYTES = 4 * 2**20
+_KEPT_SHARE = 0.01
+
+
+def efficiency(problem: Problem, rows: int, columns: int) -> float:
+    """Rate on tiles of `rows` queries by `columns` keys, as a share of the rate on dense 4096 x 4096."""
+    if problem.itemsize == 2:
+        by_rows = 0.65 if rows < 64 else 0.75 if rows < 256 else 0.9 if rows < 768 else 1.0
+    else:
+        by_rows = 0.45 if rows < 64 else 0.6 if rows < 192 else 0.9 if rows < 768 else 1.0
+    return by_rows * (0.8 if columns < 256 else 1.0)
+
+
+def seconds(flops: float, moved_bytes: float, calls: float) -> float:
+    """Time in units of dense flops: what the kernels compute, what is moved beside them, what calls take to set up."""
+    return flops + moved_bytes * _FLOPS_PER_BYTE + calls * _FLOPS_PER_CALL
+
+
+def budget(problem: Problem, share: float) -> int:
+    """Bytes that the work at hand may take beyond q, k, v and out."""
+    return max(int(share * problem.tensor_bytes), _LEAST_BYTES)
+
+
+def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
+    """Bytes held per tile of a batch while it is computed: results, copies of tiles, biases of their own, scores under a score_mod."""
+    heads, kv_heads, rows, columns = batch.heads.count, batch.kv_heads.count, batch.queries.size, batch.keys.size
+    q_bytes, k_bytes = heads * rows * problem.itemsize, kv_heads * columns * problem.itemsize
+    width = max(problem.head_dim, problem.value_dim)
+    held = q_bytes * width + heads * rows * 20
+    padded = problem.head_dim != problem.value_dim
+    if backward:
+        held += 2 * k_bytes * width
+        if problem.itemsize < 4 and batch.overlaps:
+            held += 2 * kv_heads * rows * width * 4  # float32 sums; neighbouring tiles share most keys
+    if batch.queries.copies or padded:
+        held += q_bytes * width * (3 if backward else 1)
+    if batch.keys.copies or padded:
+        held += 2 * k_bytes * width
+    if batch.masks and not batch.shared:
+        held += rows * columns * (12 if not batch.key_only else 0)
+    if problem.score_mod:
+        held += heads * rows * columns * (6 if backward else 4) * max(4, problem.itemsize)
+    return held
+
+
+def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
+    """How many tiles of a batch fit the budget together; at least one."""
+    allowed = budget(problem, BACKWARD_SHARE if backward else FORWARD_SHARE)
+    return max(1, allowed // tile_bytes(batch, problem, backward))
+
+
+def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
+    """Mark the biases worth keeping from call to call: those of most tiles first, up to a small share of the tensors."""
+    left = max(int(_KEPT_SHARE * problem.tensor_bytes), _LEAST_BYTES)
+    kept = set()
+    for i, batch in sorted(enumerate(batches), key=lambda each: -each[1].queries.count):
+        size = batch.lasting_bias_entries * problem.itemsize
+        if 0 < size <= left:
+            kept.add(i)
+            left -= size
+    return [replace(batch, keep=i in kept) for i, batch in enumerate(batches)]
+
+
+def of(batches: list[Batch], problem: Problem) -> Cost:
+    """The cost of running these batches forward."""
+    width = 2 * (problem.head_dim + problem.value_dim)
+    pairs, copied, calls, peak, dense = 0, 0, 0, 0, 0.0
+    for batch in batches:
+        together = min(tiles_at_once(batch, problem, False), batch.queries.count)
+        pieces = -(-batch.queries.count // together) * problem.batch
+        moved = _moved(batch, problem) * problem.batch
+        batch_pairs = batch.pairs * problem.batch
+        pairs, copied, calls = pairs + batch_pairs, copied + moved, calls + pieces
+        peak = max(peak, together * tile_bytes(batch, problem, False))
+        rate = efficiency(problem, batch.queries.size, batch.keys.size) * (0.95 if batch.masks else 1.0)
+        dense += seconds(batch_pairs * width / rate, moved, pieces)
+    return Cost(pairs, pairs * width, copied, calls, peak, dense)
+
+
+def _moved(batch: Batch, problem: Problem) -> int:
+    """Bytes read and written around the kernel: copies of tiles in, the result out."""
+    rows, columns = batch.queries.count * batch.queries.size, batch.keys.count * batch.keys.size
+    out = batch.heads.count * rows * problem.value_dim * (2 if batch.first else 3)
+    q = batch.heads.count * rows * problem.head_dim * 2 if batch.queries.copies else 0
+    kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
+    bias = rows * batch.keys.size * 4 if batch.masks and not batch.shared and not batch.key_only else 0
+    return (out + q + kv) * problem.itemsize + bias * 4
+

@@ -1,0 +1,106 @@
+"""Run the batches of a plan: forward into (out, lse), backward from them. The working set stays within the plan's budget."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..partials import lse_dtype
+from ..plans import Problem
+from . import batches as running
+from . import costs
+from .batches import Batch, Call, Grads
+
+
+def forward(work: tuple[Batch, ...], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
+    shape = (*q.shape[:3], v.shape[-1])
+    if _is_whole(work, problem):
+        return running.whole(work[0], call, q, k, v)
+    out = q.new_zeros(shape)
+    lse = q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+    for batch in work:
+        for piece in batch.split(costs.tiles_at_once(batch, problem, backward=False)):
+            running.forward(piece, call, q, k, v, out, lse)
+    return out, lse
+
+
+def backward(
+    work: tuple[Batch, ...],
+    problem: Problem,
+    call: Call,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their dtype."""
+    # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
+    lse = torch.where(lse == -math.inf, math.inf, lse)
+    if _is_whole(work, problem):
+        return running.whole_backward(work[0], call, grad_out, grad_lse, q, k, v, out, lse)
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for batch in work:
+        parts = [batch]
+        sums_apart = q.element_size() < 4 and batch.overlaps
+        if sums_apart and not _sums_fit(batch, problem):
+            parts = list(batch.by_kv_head())
+        for part in parts:
+            into = Grads(part.heads.of(grad_q), part.kv_heads.of(grad_k), part.kv_heads.of(grad_v))
+            pieces = part.split(costs.tiles_at_once(part, problem, backward=True))
+            if not sums_apart:
+                for piece in pieces:
+                    running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, into)
+            elif part is batch:
+                for piece in pieces:
+                    with _Sums(piece, into) as sums:
+                        running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
+            else:
+                with _Sums(part, into) as sums:
+                    for piece in pieces:
+                        running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
+    return grad_q, grad_k, grad_v
+
+
+def _is_whole(work: tuple[Batch, ...], problem: Problem) -> bool:
+    """One batch of one tile that is the whole problem: the kernel's results are the results."""
+    if len(work) != 1:
+        return False
+    batch = work[0]
+    return (
+        batch.queries.count == 1
+        and batch.queries.size == problem.q_len
+        and batch.keys.size == problem.kv_len
+        and (batch.heads.count, batch.kv_heads.count) == (problem.heads, problem.kv_heads)
+    )
+
+
+def _sums_fit(batch: Batch, problem: Problem) -> bool:
+    """Whether float32 sums over the keys of one piece fit the budget for all heads at once."""
+    tiles = costs.tiles_at_once(batch, problem, backward=True)
+    keys = max((piece.keys.last - piece.keys.start + 1 for piece in batch.split(tiles)), default=0)
+    width = problem.head_dim + problem.value_dim
+    return keys * batch.kv_heads.count * problem.batch * width * 4 <= costs.budget(problem, costs.BACKWARD_SHARE)
+
+
+class _Sums:
+    """float32 sums of grad_k and grad_v over the keys of a batch, rounded once into the low-precision gradients."""
+
+    def __init__(self, batch: Batch, into: Grads) -> None:
+        self.into, self.start, self.stop = into, batch.keys.start, batch.keys.last + 1
+
+    def __enter__(self) -> Grads:
+        self.sums = Grads(self.into.q, *(self._span(x).float().zero_() for x in (self.into.k, self.into.v)), k_shift=self.start)
+        return self.sums
+
+    def _span(self, x: Tensor) -> Tensor:
+        return x[:, :, self.start : self.stop]
+
+    def __exit__(self, *error: object) -> None:
+        self._span(self.into.k).add_(self.sums.k)
+        self._span(self.into.v).add_(self.sums.v)

@@ -1,0 +1,216 @@
+"""Dense attention of many small problems at once: (out, lse) forward, and backward with a *given* out and lse.
+
+Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias broadcastable to (G, Hq, T, S) and added to the scores, -inf where a
+key is hidden. Called with the out and lse of a whole program, the backward is one part's exact share of the joint gradient
+(FlashAttention, arXiv 2205.14135): p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+# score (G, Hq, T, S) -> score; positions are already bound.
+TileScoreMod = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What the kernels need beside q, k and v."""
+
+    scale: float
+    bias: Tensor | None = None
+    causal: bool = False
+    score_mod: TileScoreMod | None = None
+
+    def dead(self, rows: int) -> Tensor | None:
+        """Rows that see no key, broadcastable to (G, Hq, T): the kernels give them lse 0, and -inf is right."""
+        if self.bias is None:
+            return None
+        seen = self.bias != -math.inf
+        if not self.causal:
+            return ~seen.any(dim=-1)
+        if seen.shape[-2] == 1:
+            seen = seen.expand(*seen.shape[:-2], rows, seen.shape[-1])
+        return ~seen.tril().any(dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """out (G, Hq, T, Dv) in the dtype of q; lse (G, Hq, T) in float32, or float64 for float64."""
+    width = v.shape[-1]
+    kernel = _kernel_of(q, tiles)
+    q, k, v = _padded(kernel, q, k, v)
+    out, lse = kernel.forward(q, k, v, tiles)
+    dead = tiles.dead(lse.shape[-1])
+    if dead is not None:
+        lse = lse.masked_fill(dead, -math.inf)
+    return out[..., :width], lse
+
+
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v. Rows that see nothing come in with lse = +inf and out = 0, which makes their weights exactly 0."""
+    head_dim, width = q.shape[-1], v.shape[-1]
+    kernel = _kernel_of(q, tiles)
+    if grad_lse is not None:
+        # One more value column holds the lse's gradient: grad_out . v is unchanged and sum(grad_out * out) loses grad_lse.
+        v = torch.nn.functional.pad(v, (0, 1))
+        out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
+        grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
+    q, k, v = _padded(kernel, q, k, v)
+    out, grad_out = (_widen(x, v.shape[-1]) for x in (out, grad_out))
+    grad_q, grad_k, grad_v = kernel.backward(grad_out, q, k, v, out, lse, tiles)
+    return grad_q[..., :head_dim], grad_k[..., :head_dim], grad_v[..., :width]
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused kernels want one width for keys and values; zeros add nothing to a product."""
+    if not kernel.one_width:
+        return q, k, v
+    width = max(q.shape[-1], v.shape[-1])
+    width = -(-width // kernel.width_multiple) * kernel.width_multiple
+    return _widen(q, width), _widen(k, width), _widen(v, width)
+
+
+class FlashCPU:
+    """ATen's flash attention on the CPU: any strides with a contiguous last dimension, grouped heads, float16 to float64."""
+
+    one_width, width_multiple = True, 1
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
+        )
+        return out, lse
+
+    @staticmethod
+    def backward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
+        )
+        return grads
+
+
+class EfficientCUDA:
+    """ATen's memory-efficient attention on CUDA: takes a bias, gives the lse, and knows no grouped heads."""
+
+    one_width, width_multiple = True, 8
+
+    @staticmethod
+    def _expanded(tiles: Tiles, q: Tensor, k: Tensor) -> Tensor | None:
+        if tiles.bias is None:
+            return None
+        # The kernel wants rows aligned to 16 bytes: pad the storage, not the view.
+        keys = k.shape[2]
+        padded = torch.nn.functional.pad(tiles.bias.to(q.dtype), (0, -keys % 8))[..., :keys]
+        return padded.expand(q.shape[0], q.shape[1], q.shape[2], keys)
+
+    @classmethod
+    def forward(cls, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = _repeated(k, groups), _repeated(v, groups)
+        out, lse, _, _ = aten._scaled_dot_product_efficient_attention(
+            q, k, v, cls._expanded(tiles, q, k), True, 0.0, tiles.causal, scale=tiles.scale
+        )
+        return out, lse[..., : q.shape[2]]
+
+    @classmethod
+    def backward(
+        cls, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = q.shape[1] // k.shape[1]
+        wide_k, wide_v = _repeated(k, groups), _repeated(v, groups)
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
+        seed = torch.zeros((), dtype=torch.int64)
+        grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad_out, q, wide_k, wide_v, cls._expanded(tiles, q, k), out, lse, seed, seed, 0.0,
+            [True, True, True, False], tiles.causal, scale=tiles.scale,
+        )  # fmt: skip
+        return grad_q, _summed(grad_k, groups), _summed(grad_v, groups)
+
+
+class Math:
+    """Plain products and sums: any device and dtype, score_mod; holds the scores of the tiles at hand."""
+
+    one_width, width_multiple = False, 1
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, tiles: Tiles) -> Tensor:
+        return q @ k.transpose(-1, -2) * tiles.scale
+
+    @staticmethod
+    def _hide(scores: Tensor, tiles: Tiles) -> Tensor:
+        if tiles.bias is not None:
+            scores = scores + tiles.bias
+        if tiles.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        return scores
+
+    @classmethod
+    def forward(cls, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        dtype, groups = q.dtype, q.shape[1] // k.shape[1]
+        q, k, v = _exact(q), _repeated(_exact(k), groups), _repeated(_exact(v), groups)
+        scores = cls._scores(q, k, tiles)
+        scores = cls._hide(scores if tiles.score_mod is None else tiles.score_mod(scores), tiles)
+        lse = scores.logsumexp(dim=-1)
+        alive = torch.where(lse == -math.inf, 0.0, lse)
+        return ((scores - alive.unsqueeze(-1)).exp() @ v).to(dtype), lse
+
+    @classmethod
+    def backward(
+        cls, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype, groups = q.dtype, q.shape[1] // k.shape[1]
+        grad_out, out, q = _exact(grad_out), _exact(out), _exact(q)
+        wide_k, wide_v = _repeated(_exact(k), groups), _repeated(_exact(v), groups)
+        scores = cls._scores(q, wide_k, tiles)
+        pull = None
+        if tiles.score_mod is not None:
+            scores, pull = torch.func.vjp(tiles.score_mod, scores)
+        weights = (cls._hide(scores, tiles) - lse.unsqueeze(-1)).exp()
+        grad_v = weights.transpose(-1, -2) @ grad_out
+        delta = (grad_out * out).sum(dim=-1, keepdim=True)
+        grad_scores = weights * (grad_out @ wide_v.transpose(-1, -2) - delta)
+        if pull is not None:
+            (grad_scores,) = pull(grad_scores)
+        grad_q = grad_scores @ wide_k * tiles.scale
+        grad_k = grad_scores.transpose(-1, -2) @ q * tiles.scale
+        return grad_q.to(dtype), _summed(grad_k, groups).to(dtype), _summed(grad_v, groups).to(dtype)
+
+
+Kernel = type[FlashCPU] | type[EfficientCUDA] | type[Math]
+
+
+def _kernel_of(q: Tensor, tiles: Tiles) -> Kernel:
+    if tiles.score_mod is not None:
+        return Math
+    if q.device.type == "cpu":
+        return FlashCPU
+    return EfficientCUDA if q.device.type == "cuda" and q.dtype != torch.float64 else Math
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _summed(grad: Tensor, groups: int) -> Tensor:
+    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(dim=2)

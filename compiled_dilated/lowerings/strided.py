@@ -1,0 +1,373 @@
+"""Masks that fall apart into regular dense blocks: segments, residue classes, windows, neighbourhoods. Views, no index tensors.
+
+A mask is first cut into *lanes*, on which it is simple: the tokens of one segment and one residue class, for which a dilated mask is
+dense and a dilated window a plain one. Along a lane (or along each axis of a grid) a *band* says which keys a query sees; it is cut into
+tiles, and tiles of equal shape at regular places become one batch.
+
+    window, tile of 4 queries           runs: one clipped at the start, one in the middle, one at the end
+    # # # . . . . . . . . .             queries [0, 4)    keys [0, 6)
+    # # # # . . . . . . . .             queries [4, 8)    keys [2, 10), and all further tiles like it
+    # # # # # . . . . . . .
+    . # # # # # . . . . . .
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..masks import Mask, conjunction, conjuncts
+from ..masks.data import DocumentLengths
+from ..masks.grids import Axis, Neighborhood, strides_of
+from ..masks.positions import Causal, Congruent, Segments, Window
+from ..plans import Problem, Refusal
+from . import costs
+from .batches import Batch, HeadRange
+from .lattice import Lattice
+
+# A tile holds at most this many queries, so that its result stays small beside the tensors of a long sequence.
+_MOST_ROWS = 8192
+_WINDOW_TILES = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
+_BOX_TILES = (4, 6, 8, 10, 12, 13, 14, 16, 18, 20, 24, 28, 32, 48, 64)
+_MOST_DOCUMENTS = 256
+
+
+@dataclass(frozen=True)
+class Band:
+    """Query t of q_len stands at key coordinate shift + t and sees keys from `left` before it to `right` after it (None: all).
+
+    clamped: windows that stick out are moved inwards instead of cut.
+    """
+
+    q_len: int
+    k_len: int
+    shift: int
+    left: int | None
+    right: int | None
+    clamped: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` tiles, `stride` coordinates apart: queries [q_start, + q_rows) see keys [k_start, + k_rows); `full`: all of them."""
+
+    count: int
+    stride: int
+    q_start: int
+    q_rows: int
+    k_start: int
+    k_rows: int
+    full: bool
+    causal: bool = False
+    first: bool = True
+
+
+def cut(band: Band, tile: int) -> list[Run]:
+    """Tiles of `tile` queries along a band, those of one geometry together."""
+    start = np.arange(0, band.q_len, tile)
+    stop = np.minimum(start + tile, band.q_len)
+    first, last = start + band.shift, stop - 1 + band.shift
+    low, high, whole, alone = _reach(band, first, last)
+    low, high = np.maximum(low, 0), np.minimum(high, band.k_len)
+    shape = np.stack([stop - start, low - first, high - low, whole, np.where(alone, start, -1)], axis=1)
+    borders = np.flatnonzero(np.any(shape[1:] != shape[:-1], axis=1)) + 1
+    runs = []
+    for group in np.split(np.arange(len(start)), borders):
+        i = group[0]
+        if high[i] > low[i]:
+            runs.append(
+                Run(len(group), tile, int(start[i]), int(stop[i] - start[i]), int(low[i]), int(high[i] - low[i]), bool(whole[i]))
+            )
+    return runs
+
+
+def _reach(band: Band, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For tiles whose queries stand at first .. last: keys [low, high), whether all queries see all of them, and whether the geometry
+    is the tile's alone."""
+    if band.clamped:
+        assert band.left is not None and band.left == band.right
+        width = 2 * band.left + 1
+        most = max(band.k_len - width, 0)
+        low, low_last = (np.clip(at - band.left, 0, most) for at in (first, last))
+        alone = (low != first - band.left) | (low_last != last - band.left)
+        return low, low_last + width, low == low_last, alone
+    low = np.zeros_like(first) if band.left is None else np.maximum(first - band.left, 0)
+    high = np.full_like(first, band.k_len) if band.right is None else np.minimum(last + band.right + 1, band.k_len)
+    whole = np.ones(len(first), dtype=bool)
+    if band.left is not None:
+        whole &= low >= last - band.left
+    if band.right is not None:
+        whole &= high <= first + band.right + 1
+    return low, high, whole, np.zeros(len(first), dtype=bool)
+
+
+def cut_causal(band: Band) -> list[Run]:
+    """A band that sees everything up to the query: per tile a dense block before it and a triangle, which the kernel knows."""
+    runs = []
+    for start in range(0, band.q_len, _MOST_ROWS):
+        rows = min(_MOST_ROWS, band.q_len - start)
+        diagonal = band.shift + start
+        triangle = min(rows, band.k_len - diagonal)
+        if triangle > 0:
+            # Rows past the last key see the whole triangle's columns: the kernel's top-left causal rule says the same.
+            runs.append(Run(1, rows, start, rows, diagonal, triangle, full=True, causal=True))
+        before = min(diagonal, band.k_len)
+        if before > 0:
+            runs.append(Run(1, rows, start, rows, 0, before, full=True, first=triangle <= 0))
+    return runs
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Tokens on which the mask is a band: queries q_first, + step, ...; keys k_first, + step, ...; repeated `count` times, `stride` apart."""
+
+    count: int
+    stride: int
+    q_first: int
+    k_first: int
+    step: int
+    band: Band
+
+
+def propose(mask: Mask, heads: HeadRange, kv_heads: HeadRange, problem: Problem) -> list[Batch] | Refusal:
+    """The batches of one head range of a branch, or why the mask is not made of regular blocks."""
+    pieces = _sort(conjuncts(mask))
+    if isinstance(pieces, str):
+        return _refusal(pieces)
+    if pieces.grid is not None:
+        if problem.q_offset or not problem.q_len == problem.kv_len == math.prod(pieces.grid.grid):
+            return _refusal("a part of a grid is not made of regular boxes")
+        lattices = list(_boxes(pieces, problem))
+    else:
+        lanes = _lanes(pieces, problem)
+        if isinstance(lanes, str):
+            return _refusal(lanes)
+        lattices = list(_lines(lanes, problem))
+    return [_batch(queries, keys, run_full, causal, first, pieces, heads, kv_heads) for queries, keys, run_full, causal, first in lattices]
+
+
+def _refusal(reason: str) -> Refusal:
+    return Refusal("strided", None, reason, "Use lowering='tiled' or 'auto'")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A conjunction, sorted by what each mask does to the cutting; `rest` is evaluated on the tiles."""
+
+    segments: int | None
+    documents: DocumentLengths | None
+    congruent: Congruent | None
+    window: Window | None
+    causal: bool
+    grid: Neighborhood | None
+    rest: tuple[Mask, ...]
+
+
+def _sort(masks: tuple[Mask, ...]) -> Pieces | str:
+    segments = [mask.length for mask in masks if isinstance(mask, Segments)]
+    documents = [mask for mask in masks if isinstance(mask, DocumentLengths)]
+    congruent = [mask for mask in masks if isinstance(mask, Congruent)]
+    windows = [mask for mask in masks if isinstance(mask, Window)]
+    grids = [mask for mask in masks if isinstance(mask, Neighborhood)]
+    causal = any(isinstance(mask, Causal) for mask in masks)
+    known = (Segments, DocumentLengths, Congruent, Window, Neighborhood, Causal)
+    rest = tuple(mask for mask in masks if not isinstance(mask, known))
+    for mask in rest:
+        if mask.period is None and not mask.names:
+            return f"{mask!r} is not made of regular blocks"
+    if segments and any(length % min(segments) for length in segments):
+        return "segments of lengths that do not divide each other do not form regular blocks"
+    if len(congruent) > 1 or len(documents) > 1 or len(grids) > 1 or (documents and segments):
+        return "more than one congruent, documents, neighborhood or kind of segments in one mask"
+    if grids and (segments or documents or congruent or windows):
+        # Still exact: the line masks are evaluated on the boxes.
+        line = (Segments, DocumentLengths, Congruent, Window)
+        rest += tuple(mask for mask in masks if isinstance(mask, line))
+    if documents and len(documents[0].lengths) > _MOST_DOCUMENTS:
+        return f"{len(documents[0].lengths)} documents are more blocks than {_MOST_DOCUMENTS}"
+    window = None
+    if windows:
+        dilation = math.lcm(*(mask.dilation for mask in windows))
+        window = Window(min(mask.left for mask in windows), min(mask.right for mask in windows), dilation)
+    if causal and grids:
+        rest += (Causal(),)
+    return Pieces(
+        min(segments) if segments else None,
+        documents[0] if documents else None,
+        congruent[0] if congruent else None,
+        window,
+        causal,
+        grids[0] if grids else None,
+        rest,
+    )
+
+
+def _batch(
+    queries: Lattice, keys: Lattice, full: bool, causal: bool, first: bool, pieces: Pieces, heads: HeadRange, kv_heads: HeadRange
+) -> Batch:
+    masks = pieces.rest
+    if not full:
+        masks += tuple(mask for mask in (pieces.window, pieces.grid) if mask is not None)
+        masks += (Causal(),) if pieces.causal and pieces.grid is None else ()
+    strides = [stride for count, stride in queries.tiles if count > 1]
+    shared = all(not mask.per_call and _repeats(mask, strides) for mask in pieces.rest)
+    return Batch(heads, kv_heads, queries, keys, (conjunction(masks),) if masks else (), causal=causal, shared=shared, first=first)
+
+
+def _repeats(mask: Mask, strides: list[int]) -> bool:
+    return not strides or (mask.period is not None and all(stride % mask.period == 0 for stride in strides))
+
+
+# Lines ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _lanes(pieces: Pieces, problem: Problem) -> list[Lane] | str:
+    congruent, length = pieces.congruent, pieces.segments
+    rate, offset, relative = 1, 0, False
+    if congruent is not None:
+        assert isinstance(congruent.offset, int)
+        rate, offset = congruent.modulus, congruent.offset
+        relative = congruent.within is not None and congruent.within % rate != 0
+        if relative and congruent.within != length:
+            return f"{congruent!r} starts anew where no segment does"
+        if not relative and length is not None and length % rate:
+            return f"{congruent!r} meets every segment of {length} at another residue"
+    dilation = 1 if pieces.window is None else pieces.window.dilation // math.gcd(pieces.window.dilation, rate)
+    lanes = []
+    for count, stride, start, q_span, k_span in _stretches(pieces, problem):
+        first = start + (offset if relative else (offset - start) % rate)
+        for residue in range(first, first + dilation * rate, rate):
+            lane = _lane(count, stride, q_span, k_span, residue, rate * dilation, pieces)
+            if lane is not None:
+                lanes.append(lane)
+    return lanes
+
+
+def _lane(count: int, stride: int, q_span: range, k_span: range, residue: int, step: int, pieces: Pieces) -> Lane | None:
+    q_first = q_span.start + (residue - q_span.start) % step
+    k_first = k_span.start + (residue - k_span.start) % step
+    q_len, k_len = len(range(q_first, q_span.stop, step)), len(range(k_first, k_span.stop, step))
+    if not q_len or not k_len:
+        return None
+    window = pieces.window
+    left = None if window is None else window.left // step
+    right = None if window is None else window.right // step
+    if pieces.causal:
+        right = 0
+    return Lane(count, stride, q_first, k_first, step, Band(q_len, k_len, (q_first - k_first) // step, left, right))
+
+
+def _stretches(pieces: Pieces, problem: Problem) -> Iterator[tuple[int, int, int, range, range]]:
+    """Stretches of tokens that see themselves alone: (how many alike, how far apart, the first one's start, its queries, its keys)."""
+    q_range, k_range = range(problem.q_offset, problem.q_offset + problem.q_len), range(problem.kv_len)
+    if pieces.documents is not None:
+        stops = list(itertools.accumulate(pieces.documents.lengths))
+        for start, stop in zip([0, *stops], stops, strict=False):
+            yield 1, 0, start, _meet(q_range, start, stop), _meet(k_range, start, stop)
+        return
+    length = pieces.segments
+    if length is None:
+        yield 1, 0, 0, q_range, k_range
+        return
+    clipped = {q_range.start // length, (q_range.stop - 1) // length, problem.kv_len // length}
+    segment, end = q_range.start // length, -(-q_range.stop // length)
+    while segment < end:
+        alike = 1 if segment in clipped else min([each for each in clipped if each > segment] + [end]) - segment
+        start = segment * length
+        whole = _meet(q_range, start, start + length), _meet(k_range, start, start + length)
+        yield alike, length, start, *whole
+        segment += alike
+
+
+def _meet(span: range, start: int, stop: int) -> range:
+    return range(max(span.start, start), min(span.stop, stop))
+
+
+Tiling = tuple[Lattice, Lattice, bool, bool, bool]
+
+
+def _lines(lanes: list[Lane], problem: Problem) -> Iterator[Tiling]:
+    for lane in lanes:
+        band = lane.band
+        for run in _runs(band, problem):
+            outer = ((lane.count, lane.stride),) if lane.count > 1 else ()
+            tiles = (*outer, (run.count, run.stride * lane.step)) if run.count > 1 or not outer else outer
+            queries = Lattice(lane.q_first + run.q_start * lane.step, tiles, ((run.q_rows, lane.step),))
+            keys = Lattice(lane.k_first + run.k_start * lane.step, tiles, ((run.k_rows, lane.step),))
+            yield queries, keys, run.full, run.causal, run.first
+
+
+def _runs(band: Band, problem: Problem) -> list[Run]:
+    last = band.shift + band.q_len - 1
+    from_start = band.left is None or band.left >= last
+    to_end = band.right is None or band.right >= band.k_len - 1 - band.shift
+    if from_start and to_end:
+        return cut(replace(band, left=None, right=None), min(band.q_len, _MOST_ROWS))
+    if from_start and band.right == 0:
+        return cut_causal(band)
+    options = [cut(band, tile) for tile in sorted({*_WINDOW_TILES, min(band.q_len, _MOST_ROWS)}) if tile <= band.q_len]
+    return min(options, key=lambda runs: sum(_time(run, problem) for run in runs))
+
+
+def _time(run: Run, problem: Problem) -> float:
+    flops = run.count * run.q_rows * run.k_rows * 2 * (problem.head_dim + problem.value_dim)
+    return costs.seconds(flops / costs.efficiency(problem, run.q_rows, run.k_rows), 0, 1)
+
+
+# Grids ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _boxes(pieces: Pieces, problem: Problem) -> Iterator[Tiling]:
+    grid = pieces.grid
+    assert grid is not None
+    lanes = [_axis_lanes(axis) for axis in grid.axes]
+    chosen = _best_boxes([[[cut(band, tile) for _, _, band in axis] for tile in _box_tiles(axis[0][2].q_len)] for axis in lanes], problem)
+    strides = strides_of(grid.grid)
+    for corner in itertools.product(*(range(len(axis)) for axis in lanes)):
+        places = [lanes[axis][lane] for axis, lane in enumerate(corner)]
+        units = [step * stride for (_, step, _), stride in zip(places, strides, strict=True)]
+        origin = sum(first * stride for (first, _, _), stride in zip(places, strides, strict=True))
+        for runs in itertools.product(*(chosen[axis][lane] for axis, lane in enumerate(corner))):
+            along = list(zip(runs, units, strict=True))
+            tiles = tuple((run.count, run.stride * unit) for run, unit in along)
+            queries = Lattice(origin + sum(run.q_start * unit for run, unit in along), tiles, tuple((run.q_rows, unit) for run, unit in along))
+            keys = Lattice(origin + sum(run.k_start * unit for run, unit in along), tiles, tuple((run.k_rows, unit) for run, unit in along))
+            yield queries, keys, all(run.full for run in runs), False, True
+
+
+def _axis_lanes(axis: Axis) -> list[tuple[int, int, Band]]:
+    """(first coordinate, step, band) of each residue class of a dilated axis."""
+    lanes = []
+    for first in range(min(axis.dilation, axis.size)):
+        size = len(range(first, axis.size, axis.dilation))
+        clamped = axis.shift and not axis.causal
+        lanes.append((first, axis.dilation, Band(size, size, 0, axis.radius, 0 if axis.causal else axis.radius, clamped)))
+    return lanes
+
+
+def _box_tiles(size: int) -> list[int]:
+    """Tile sizes that cut an axis evenly."""
+    return sorted({-(-size // -(-size // tile)) for tile in _BOX_TILES if tile < size} | ({size} if size <= 256 else set()))
+
+
+def _best_boxes(options: list[list[list[list[Run]]]], problem: Problem) -> list[list[list[Run]]]:
+    """Per axis the runs of its lanes, for the box shape that computes and copies least. options[axis][tile][lane] are runs."""
+    best, least = None, math.inf
+    for pick in itertools.product(*options):
+        runs = [lanes[0] for lanes in pick]
+        rows, columns = (math.prod(max(getattr(run, name) for run in axis) for axis in runs) for name in ("q_rows", "k_rows"))
+        if rows > _MOST_ROWS:
+            continue
+        pairs = math.prod(sum(run.count * run.q_rows * run.k_rows for run in axis) for axis in runs)
+        held = math.prod(sum(run.count * (run.q_rows + run.k_rows) for run in axis) for axis in runs)
+        calls = math.prod(len(axis) for axis in runs)
+        width = problem.head_dim + problem.value_dim
+        time = costs.seconds(pairs * 2 * width / costs.efficiency(problem, rows, columns), held * 2 * width * problem.itemsize, calls)
+        if time < least:
+            best, least = list(pick), time
+    assert best is not None
+    return best

@@ -1,0 +1,34 @@
+"""What may attend to what: small expressions over token positions, joined by `&`, `|` and `~`."""
+
+from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, full
+from .data import Padding, documents, padding
+from .explicit import Tiles, from_mod, tiles
+from .grids import neighborhood
+from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, global_tokens, prefix, segments, sinks, window
+
+__all__ = [
+    "And",
+    "Full",
+    "Mask",
+    "Not",
+    "Or",
+    "Padding",
+    "Tiles",
+    "OFFSET_RULES",
+    "causal",
+    "conjunction",
+    "conjuncts",
+    "congruent",
+    "dilated_blocks",
+    "documents",
+    "from_mod",
+    "full",
+    "global_tokens",
+    "neighborhood",
+    "padding",
+    "prefix",
+    "segments",
+    "sinks",
+    "tiles",
+    "window",
+]

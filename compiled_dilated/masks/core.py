@@ -1,0 +1,238 @@
+"""What a mask is, and how masks join: `&`, `|`, `~`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..regions import FULL, Regions, Verdicts, both, either, negate
+
+# Positions are torch tensors in kernels and in the reference, numpy arrays while planning: `allows` uses operators alone.
+Positions = Any
+Data = Mapping[str, Any]
+
+
+class Mask(ABC):
+    """Which keys a query may attend to, as an expression over token positions.
+
+    Two views of one truth: `allows` answers for single pairs, `classify` for whole tiles. A mask is hashable, equal by value and
+    prints as the code that makes it. Positions are original token positions, whatever the order of execution.
+    """
+
+    @abstractmethod
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        """Elementwise over broadcast batch index, head index, query position and key position: True where q may see kv.
+
+        This is FlexAttention's `mask_mod` with the named data tensors as an extra argument.
+        """
+
+    @abstractmethod
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        """For each pair of regions (same length): EMPTY, PARTIAL or FULL. EMPTY and FULL are promises; PARTIAL promises nothing."""
+
+    @property
+    @abstractmethod
+    def period(self) -> int | None:
+        """The mask is unchanged when query and key both move by a multiple of this; 1: by anything; None: by nothing known."""
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        """The masks that this one is made of."""
+        return ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the data tensors that the mask reads, sorted."""
+        return tuple(sorted({name for part in self.parts for name in part.names}))
+
+    @property
+    def per_call(self) -> bool:
+        """Whether the mask may differ from call to call, or inside a batch: it reads data, or the batch index."""
+        return bool(self.names) or any(part.per_call for part in self.parts)
+
+    def at_head(self, head: int, heads: int) -> Mask:
+        """The mask of one query head out of `heads`: equal for heads that see the same pairs."""
+        return self._map(lambda part: part.at_head(head, heads))
+
+    def for_heads(self, heads: int) -> Mask:
+        """The same mask with every rule over heads written out for `heads` of them, so that `allows` needs no more to answer."""
+        return self._map(lambda part: part.for_heads(heads))
+
+    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
+        """The same expression over its changed parts."""
+        return self
+
+    def check(self, queries: int, keys: int) -> None:
+        """Raise ValueError if the mask says nothing about positions below `queries` (for queries) or `keys` (for keys)."""
+        for part in self.parts:
+            part.check(queries, keys)
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(_flat(And, self, _mask(other, "&")))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(_flat(Or, self, _mask(other, "|")))
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            f"the mask {self!r} has no truth value: `and`, `or`, `not` and `if` cannot combine masks. Write `a & b`, `a | b` or `~a`"
+        )
+
+
+def _mask(value: object, operator: str) -> Mask:
+    if not isinstance(value, Mask):
+        raise TypeError(f"`{operator}` joins two masks; got {type(value).__name__} {value!r}. Use one of compiled_dilated.masks")
+    return value
+
+
+def _flat(kind: type[And] | type[Or], *masks: Mask) -> tuple[Mask, ...]:
+    return tuple(part for mask in masks for part in (mask.parts if isinstance(mask, kind) else (mask,)))
+
+
+def _common_period(masks: tuple[Mask, ...]) -> int | None:
+    periods = [mask.period for mask in masks]
+    known = [period for period in periods if period is not None]
+    return math.lcm(*known) if len(known) == len(periods) else None
+
+
+def _operand(mask: Mask) -> str:
+    return f"({mask!r})" if isinstance(mask, (And, Or)) else repr(mask)
+
+
+@dataclass(frozen=True, repr=False)
+class And(Mask):
+    """Pairs that every part allows. Made by `a & b`."""
+
+    masks: tuple[Mask, ...]
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        out = self.masks[0].allows(b, h, q, kv, data)
+        for mask in self.masks[1:]:
+            out = out & mask.allows(b, h, q, kv, data)
+        return out
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        out = self.masks[0].classify(q, kv)
+        for mask in self.masks[1:]:
+            out = both(out, mask.classify(q, kv))
+        return out
+
+    @property
+    def period(self) -> int | None:
+        return _common_period(self.masks)
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return self.masks
+
+    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
+        return And(tuple(change(mask) for mask in self.masks))
+
+    def __repr__(self) -> str:
+        return " & ".join(map(_operand, self.masks))
+
+
+@dataclass(frozen=True, repr=False)
+class Or(Mask):
+    """Pairs that any part allows. Made by `a | b`."""
+
+    masks: tuple[Mask, ...]
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        out = self.masks[0].allows(b, h, q, kv, data)
+        for mask in self.masks[1:]:
+            out = out | mask.allows(b, h, q, kv, data)
+        return out
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        out = self.masks[0].classify(q, kv)
+        for mask in self.masks[1:]:
+            out = either(out, mask.classify(q, kv))
+        return out
+
+    @property
+    def period(self) -> int | None:
+        return _common_period(self.masks)
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return self.masks
+
+    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
+        return Or(tuple(change(mask) for mask in self.masks))
+
+    def __repr__(self) -> str:
+        return " | ".join(map(_operand, self.masks))
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Mask):
+    """Pairs that the mask forbids. Made by `~a`."""
+
+    mask: Mask
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return ~self.mask.allows(b, h, q, kv, data)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return negate(self.mask.classify(q, kv))
+
+    @property
+    def period(self) -> int | None:
+        return self.mask.period
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return (self.mask,)
+
+    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
+        return Not(change(self.mask))
+
+    def __invert__(self) -> Mask:
+        return self.mask
+
+    def __repr__(self) -> str:
+        return f"~{_operand(self.mask)}"
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Mask):
+    """Every pair."""
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return q - q == kv - kv
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return np.full(len(q), FULL)
+
+    @property
+    def period(self) -> int | None:
+        return 1
+
+    def __repr__(self) -> str:
+        return "full()"
+
+
+def full() -> Mask:
+    """Every query sees every key."""
+    return Full()
+
+
+def conjuncts(mask: Mask) -> tuple[Mask, ...]:
+    """The masks whose `&` is this mask; `full()` is the empty conjunction."""
+    if isinstance(mask, And):
+        return tuple(part for each in mask.masks for part in conjuncts(each))
+    return () if isinstance(mask, Full) else (mask,)
+
+
+def conjunction(masks: tuple[Mask, ...]) -> Mask:
+    """The mask whose `conjuncts` these are."""
+    return Full() if not masks else masks[0] if len(masks) == 1 else And(masks)

@@ -1,0 +1,123 @@
+"""Masks that read data: documents and padding. The data is given at the call and never part of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import arguments
+from ..regions import PARTIAL, Regions, Verdicts
+from .core import Data, Mask, Positions
+from .lookup import rank
+from .positions import _same_group
+
+
+def _tensor(data: Data | None, name: str, mask: Mask) -> Any:
+    if data is None or name not in data:
+        given = ", ".join(sorted(data)) if data else "nothing"
+        raise ValueError(f"{mask!r} reads the data tensor {name!r}; got {given}. Pass data={{{name!r}: tensor}} at the call")
+    return data[name]
+
+
+@dataclass(frozen=True, repr=False)
+class DocumentIds(Mask):
+    """ids[b, q] == ids[b, kv], ids being the data tensor `name` (B, positions)."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        ids = _tensor(data, self.name, self)
+        return ids[b, q] == ids[b, kv]
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return np.full(len(q), PARTIAL)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def __repr__(self) -> str:
+        return f"documents(ids={self.name!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class DocumentLengths(Mask):
+    """q and kv in the same of consecutive documents; positions past the last document belong to none."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def _stops(self) -> tuple[int, ...]:
+        return tuple(np.cumsum(self.lengths).tolist())
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        document = rank(self._stops, q)
+        return (document == rank(self._stops, kv)) & (document < len(self.lengths))
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        stops = np.asarray(self._stops)
+        first, last, kv_first, kv_last = (np.searchsorted(stops, x, side="right") for x in (q.first, q.last, kv.first, kv.last))
+        outside = np.maximum(first, kv_first) >= len(self.lengths)
+        return np.where(outside, np.uint8(0), _same_group(first, last, kv_first, kv_last))
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def __repr__(self) -> str:
+        return f"documents(lengths={self.lengths!r})"
+
+
+def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) -> Mask:
+    """Tokens see their own document alone: packed training without leaks between texts.
+
+    ids: the name of an integer data tensor (B, positions) given at the call, so that new ids never replan or recompile.
+    lengths: the lengths of consecutive documents, part of the structure; tokens past their sum see nothing.
+    """
+    if (ids is None) == (lengths is None):
+        raise ValueError(f"documents needs either ids (the name of a data tensor) or lengths; got ids={ids!r}, lengths={lengths!r}")
+    if lengths is not None:
+        return DocumentLengths(arguments.integers("lengths", lengths, 0))
+    if not isinstance(ids, str):
+        raise TypeError(
+            f"ids must be the name of a data tensor; got {type(ids).__name__}. "
+            "Write documents(ids='documents') and pass data={'documents': ids} at the call"
+        )
+    return DocumentIds(ids)
+
+
+@dataclass(frozen=True, repr=False)
+class Padding(Mask):
+    """Keys whose entry in the data tensor `name` (B, keys) is False, that is, keys that are no padding."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return ~_tensor(data, self.name, self)[b, kv] & (q == q)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return np.full(len(q), PARTIAL)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def __repr__(self) -> str:
+        return "padding()" if self.name == "padding" else f"padding({self.name!r})"
+
+
+def padding(name: str = "padding") -> Mask:
+    """Keys that are no padding: data[name] is a bool tensor (B, keys), True where the key is padding (torch's `key_padding_mask`)."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be the name of a data tensor; got {type(name).__name__}. Pass the tensor itself as data={{...}} at the call")
+    return Padding(name)

@@ -1,0 +1,205 @@
+"""Neighbourhoods on 2-D and 3-D grids of tokens in row-major order (NATTEN, arXiv 2204.07143)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import arguments
+from ..regions import IntArray, Regions, Verdicts, both, verdicts
+from .core import Data, Mask, Positions
+from .positions import classify_difference
+
+EDGES = ("cut", "shift")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a neighbourhood: which key coordinates a query coordinate sees."""
+
+    size: int
+    radius: int
+    dilation: int
+    causal: bool
+    shift: bool
+
+    def reach(self, c: Positions) -> tuple[Positions, Positions]:
+        """The least and the greatest key coordinate seen from query coordinate c; keys between them lie `dilation` apart."""
+        back, ahead = self.radius * self.dilation, 0 if self.causal else self.radius * self.dilation
+        if not self.shift or self.causal:
+            return c - back, c + ahead
+        # Work in steps of the dilation: `lane` is the residue class, `rank` the place within its `size // dilation`-odd members.
+        lane, rank = c % self.dilation, c // self.dilation
+        members = (self.size - lane + self.dilation - 1) // self.dilation
+        start = _least(_most(rank - self.radius, 0), _most(members - (2 * self.radius + 1), 0))
+        return start * self.dilation + lane, (start + 2 * self.radius) * self.dilation + lane
+
+    def allows(self, q: Positions, kv: Positions) -> Any:
+        low, high = self.reach(q)
+        near = (kv >= low) & (kv <= high)
+        return near if self.dilation == 1 else near & ((kv - q) % self.dilation == 0)
+
+    def classify(self, q: Span, kv: Span) -> Verdicts:
+        step = np.gcd(q.step, kv.step)
+        if not self.shift or self.causal:
+            back, ahead = self.radius * self.dilation, 0 if self.causal else self.radius * self.dilation
+            return classify_difference(kv.low - q.high, kv.high - q.low, step, self.dilation, back, ahead)
+        residues = classify_difference(kv.low - q.high, kv.high - q.low, step, self.dilation, None, self.size)
+        lows, highs = self._reach_over(q.low, q.high)
+        inside = (lows[1] <= kv.low) & (kv.high <= highs[0])
+        outside = (kv.high < lows[0]) | (kv.low > highs[1])
+        return both(residues, verdicts(inside, outside))
+
+    def _reach_over(self, low: IntArray, high: IntArray) -> tuple[tuple[IntArray, IntArray], tuple[IntArray, IntArray]]:
+        """(least, greatest) of reach's first and of its second value over low <= c <= high.
+
+        Both grow with c inside a residue class, so the first and the last member of each class bound them.
+        """
+        lows, highs = [], []
+        for lane in range(min(self.dilation, self.size)):
+            first = low + (lane - low) % self.dilation
+            last = high - (high - lane) % self.dilation
+            present = first <= high
+            first, last = np.where(present, first, low), np.where(present, last, high)
+            (a, b), (c, d) = self.reach(first), self.reach(last)
+            lows += [a, c]
+            highs += [b, d]
+        return (np.minimum.reduce(lows), np.maximum.reduce(lows)), (np.minimum.reduce(highs), np.maximum.reduce(highs))
+
+
+def _least(a: Positions, b: Positions) -> Positions:
+    return a - (a - b) * (a > b)
+
+
+def _most(a: Positions, b: Positions | int) -> Positions:
+    return a - (a - b) * (a < b)
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Coordinates along one axis: low .. high, all congruent to low modulo step (0: one coordinate)."""
+
+    low: IntArray
+    high: IntArray
+    step: IntArray
+
+
+def strides_of(grid: tuple[int, ...]) -> tuple[int, ...]:
+    """How far apart neighbours along each axis stand in row-major order."""
+    return tuple(math.prod(grid[axis + 1 :]) for axis in range(len(grid)))
+
+
+def coordinates(grid: tuple[int, ...], positions: Positions) -> list[Positions]:
+    """The coordinate of row-major positions along each axis."""
+    return [positions // stride if axis == 0 else positions // stride % size for axis, (size, stride) in enumerate(zip(grid, strides_of(grid), strict=True))]
+
+
+def spans(grid: tuple[int, ...], regions: Regions) -> list[Span]:
+    """A box of the grid that holds each region: the region itself where it is a box, its hull otherwise."""
+    first, last = coordinates(grid, regions.first), coordinates(grid, regions.last)
+    reaches = [np.zeros(len(regions), dtype=np.int64) for _ in grid]
+    steps = [np.zeros(len(regions), dtype=np.int64) for _ in grid]
+    taken = np.zeros(len(regions), dtype=bool)
+    for extent, stride in zip(regions.extent.T, regions.stride.T, strict=True):
+        free = extent > 1
+        for axis, unit in enumerate(strides_of(grid)):
+            mine = free & (stride % unit == 0) & (stride >= unit)
+            reaches[axis] += np.where(mine, (extent - 1) * (stride // unit), 0)
+            steps[axis] = np.where(mine, np.gcd(steps[axis], stride // unit), steps[axis])
+            free &= ~mine
+        taken |= free
+    box = ~taken
+    for axis, size in enumerate(grid):
+        box &= (first[axis] + reaches[axis] < size) | (axis == 0)
+    out, same = [], np.ones(len(regions), dtype=bool)
+    for axis, size in enumerate(grid):
+        # Not a box: the row-major range from first to last; an axis is whole as soon as a slower one moves.
+        low = np.where(box | same, first[axis], 0)
+        high = np.where(box, first[axis] + reaches[axis], np.where(same, last[axis], size - 1))
+        step = np.where(box, steps[axis], np.where(low == high, 0, 1))
+        out.append(Span(low, high, step))
+        same &= first[axis] == last[axis]
+    return out
+
+
+@dataclass(frozen=True, repr=False)
+class Neighborhood(Mask):
+    """Keys near the query along every axis of a grid."""
+
+    grid: tuple[int, ...]
+    radius: tuple[int, ...]
+    dilation: tuple[int, ...]
+    causal: tuple[bool, ...]
+    edges: str
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        shift = self.edges == "shift"
+        return tuple(Axis(*each, shift) for each in zip(self.grid, self.radius, self.dilation, self.causal, strict=True))
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        q_at, kv_at = coordinates(self.grid, q), coordinates(self.grid, kv)
+        out = self.axes[0].allows(q_at[0], kv_at[0])
+        for axis, q_c, kv_c in zip(self.axes[1:], q_at[1:], kv_at[1:], strict=True):
+            out = out & axis.allows(q_c, kv_c)
+        return out
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        answers = [axis.classify(a, b) for axis, a, b in zip(self.axes, spans(self.grid, q), spans(self.grid, kv), strict=True)]
+        return np.asarray(np.minimum.reduce(answers), dtype=np.uint8)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def check(self, queries: int, keys: int) -> None:
+        tokens = math.prod(self.grid)
+        if max(queries, keys) > tokens:
+            raise ValueError(
+                f"{self!r} speaks of a grid of {tokens} tokens; got positions up to {max(queries, keys)}. "
+                "Make the grid as large as the sequence, or cut the sequence to the grid"
+            )
+
+    def __repr__(self) -> str:
+        def short(values: tuple[Any, ...]) -> str:
+            return repr(values[0] if len(set(values)) == 1 else values)
+
+        dilation = "" if set(self.dilation) == {1} else f", dilation={short(self.dilation)}"
+        causal = "" if not any(self.causal) else f", causal={self.causal!r}"
+        edges = "" if self.edges == "cut" else f", edges={self.edges!r}"
+        return f"neighborhood({self.grid!r}, {short(self.radius)}{dilation}{causal}{edges})"
+
+
+def neighborhood(
+    grid: tuple[int, ...],
+    radius: int | tuple[int, ...],
+    dilation: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
+    edges: str = "cut",
+) -> Mask:
+    """Keys within `radius` steps of `dilation` along every axis of a grid of 1 to 3 axes, tokens in row-major order.
+
+    causal: per axis, keys at or before the query's coordinate alone. edges: "cut" (fewer keys at the border) or "shift" (the window
+    moves inwards, so every query keeps 2 * radius + 1 keys per axis, as in NATTEN, arXiv 2204.07143; a causal axis is always cut).
+
+    >>> neighborhood((4, 4), 1)
+    neighborhood((4, 4), 1)
+    """
+    grid = arguments.integers("grid", grid, 1)
+    if len(grid) > 3:
+        raise ValueError(f"grid must have 1 to 3 axes; got {grid!r}")
+
+    def per_axis(name: str, value: Any, least: int) -> tuple[int, ...]:
+        values = arguments.integers(name, value if hasattr(value, "__iter__") else (value,) * len(grid), least)
+        if len(values) != len(grid):
+            raise ValueError(f"{name} must be one number or one per axis of the grid {grid!r}; got {value!r}")
+        return values
+
+    along = (causal,) * len(grid) if isinstance(causal, bool) else tuple(causal)
+    if len(along) != len(grid) or not all(isinstance(each, bool) for each in along):
+        raise ValueError(f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}")
+    arguments.choice("edges", edges, EDGES)
+    return Neighborhood(grid, per_axis("radius", radius, 0), per_axis("dilation", dilation, 1), along, edges)

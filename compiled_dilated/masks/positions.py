@@ -1,0 +1,318 @@
+"""Masks over a line of tokens: what depends on the positions of query and key alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .. import arguments
+from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts, verdicts
+from .core import Data, Mask, Positions
+
+
+def classify_difference(
+    lo: IntArray, hi: IntArray, step: IntArray, dilation: int, left: int | None, right: int
+) -> Verdicts:
+    """Tiles of `-left <= kv - q <= right and (kv - q) % dilation == 0`, from what kv - q can be: lo .. hi in steps of `step`.
+
+    `step` may be too small for the real differences (sound), 0 where lo == hi. `left` None: no bound.
+    """
+    least = lo if left is None else np.maximum(lo, -left)
+    most = np.minimum(hi, right)
+    inside = (hi <= right) & (True if left is None else lo >= -left)
+    shared = np.gcd(step, dilation)
+    constant = step % dilation == 0  # one residue only
+    # The first value >= least that the residues admit: exact where one of step and dilation divides the other.
+    stride = np.where(constant, np.maximum(step, 1), dilation)
+    origin = np.where(constant, lo, 0)
+    nearest = least + (origin - least) % stride
+    exact = constant | (shared == step)
+    empty = (least > most) | (lo % shared.clip(1) != 0) | (constant & (lo % dilation != 0)) | (exact & (nearest > most))
+    return verdicts(inside & constant & (lo % dilation == 0), empty)
+
+
+def _differences(q: Regions, kv: Regions) -> tuple[IntArray, IntArray, IntArray]:
+    return kv.first - q.last, kv.last - q.first, np.gcd(q.step, kv.step)
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Mask):
+    """kv <= q."""
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return kv <= q
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return classify_difference(*_differences(q, kv), dilation=1, left=None, right=0)
+
+    @property
+    def period(self) -> int | None:
+        return 1
+
+    def __repr__(self) -> str:
+        return "causal()"
+
+
+def causal() -> Mask:
+    """A query sees keys at its own position and before."""
+    return Causal()
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Mask):
+    """-left <= kv - q <= right, and kv - q a multiple of `dilation`."""
+
+    left: int
+    right: int
+    dilation: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        near = (kv - q >= -self.left) & (kv - q <= self.right)
+        return near if self.dilation == 1 else near & ((kv - q) % self.dilation == 0)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return classify_difference(*_differences(q, kv), dilation=self.dilation, left=self.left, right=self.right)
+
+    @property
+    def period(self) -> int | None:
+        return 1
+
+    def __repr__(self) -> str:
+        right = "" if self.right == self.left else f", {self.right}"
+        dilation = "" if self.dilation == 1 else f", dilation={self.dilation}"
+        return f"window({self.left}{right}{dilation})"
+
+
+def window(left: int, right: int | None = None, dilation: int = 1) -> Mask:
+    """Keys from `left` tokens before the query to `right` after it (default: as many), every `dilation`-th (Longformer, arXiv 2004.05150)."""
+    left = arguments.integer("left", left, 0)
+    right = left if right is None else arguments.integer("right", right, 0)
+    return Window(left, right, arguments.integer("dilation", dilation, 1))
+
+
+@dataclass(frozen=True, repr=False)
+class Segments(Mask):
+    """q and kv in the same run of `length` tokens."""
+
+    length: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return q // self.length == kv // self.length
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return _same_group(q.first // self.length, q.last // self.length, kv.first // self.length, kv.last // self.length)
+
+    @property
+    def period(self) -> int | None:
+        return self.length
+
+    def __repr__(self) -> str:
+        return f"segments({self.length})"
+
+
+def _same_group(q_first: IntArray, q_last: IntArray, kv_first: IntArray, kv_last: IntArray) -> Verdicts:
+    empty = (q_last < kv_first) | (kv_last < q_first)
+    return verdicts((q_first == q_last) & (kv_first == kv_last) & (q_first == kv_first), empty)
+
+
+def segments(length: int) -> Mask:
+    """Blocks of `length` tokens that see themselves alone; the last may be short."""
+    return Segments(arguments.integer("length", length, 1))
+
+
+OFFSET_RULES = ("cyclic", "grouped")
+
+
+@dataclass(frozen=True, repr=False)
+class Congruent(Mask):
+    """(i % period) % modulus == offset, for the query and for the key; `offset` is one number, one per head, or a rule."""
+
+    modulus: int
+    offset: int | tuple[int, ...] | str
+    within: int | None
+
+    def residue(self, i: Positions) -> Positions:
+        return (i if self.within is None else i % self.within) % self.modulus
+
+    def offset_of(self, head: int, heads: int) -> int:
+        if isinstance(self.offset, int):
+            return self.offset
+        if isinstance(self.offset, tuple):
+            if len(self.offset) != heads:
+                raise ValueError(f"{self!r} names {len(self.offset)} offsets for {heads} heads; give one per head or a single number")
+            return self.offset[head]
+        return head % self.modulus if self.offset == "cyclic" else head // math.ceil(heads / self.modulus)
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        if isinstance(self.offset, int):
+            offset: Any = self.offset
+        elif self.offset == "cyclic":
+            offset = h % self.modulus
+        elif isinstance(self.offset, tuple):
+            offset = sum((h == head) * value for head, value in enumerate(self.offset))
+        else:
+            raise ValueError(f"{self!r} depends on the number of heads; say it by heads=..., or ask mask.for_heads(heads)")
+        return (self.residue(q) == offset) & (self.residue(kv) == offset)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        if isinstance(self.offset, int):
+            return np.minimum(self._classify_side(q, self.offset), self._classify_side(kv, self.offset))
+        offsets = range(self.modulus) if isinstance(self.offset, str) else sorted(set(self.offset))
+        answers = [np.minimum(self._classify_side(q, offset), self._classify_side(kv, offset)) for offset in offsets]
+        return np.where(np.ptp(answers, axis=0) == 0, answers[0], PARTIAL)
+
+    def _classify_side(self, side: Regions, offset: int) -> Verdicts:
+        first, step = side.first, side.step
+        one_period = np.ones(len(side), dtype=bool)
+        if self.within is not None and self.within % self.modulus:
+            one_period = (first // self.within == side.last // self.within) | (step % self.within == 0)
+            first = first % self.within
+        constant = (step % self.modulus == 0) & one_period
+        shared = np.gcd(step, self.modulus)
+        reachable = (first - offset) % shared.clip(1) == 0
+        steps_away = (offset - first) % self.modulus  # how far the next match is, where the region is contiguous
+        contiguous = (step == 1) & side.dense
+        empty = one_period & (~reachable | (constant & (first % self.modulus != offset)))
+        empty |= one_period & contiguous & (steps_away > side.last - side.first)
+        return verdicts(constant & (first % self.modulus == offset), empty)
+
+    @property
+    def period(self) -> int | None:
+        return self.modulus if self.within is None or self.within % self.modulus == 0 else self.within
+
+    def at_head(self, head: int, heads: int) -> Mask:
+        return replace(self, offset=self.offset_of(head, heads))
+
+    def for_heads(self, heads: int) -> Mask:
+        if isinstance(self.offset, int):
+            return self
+        return replace(self, offset=tuple(self.offset_of(head, heads) for head in range(heads)))
+
+    def __repr__(self) -> str:
+        within = "" if self.within is None else f", period={self.within}"
+        return f"congruent({self.modulus}, {self.offset!r}{within})"
+
+
+def congruent(modulus: int, offset: int | tuple[int, ...] | str = 0, period: int | None = None) -> Mask:
+    """Queries and keys whose (position % period) % modulus is `offset`; all other queries see nothing.
+
+    offset: a number; one number per head; "cyclic": head % modulus (LongNet, arXiv 2307.02486);
+    "grouped": head // ceil(heads / modulus) (its authors' code). period: positions start anew every `period` tokens.
+    """
+    modulus = arguments.integer("modulus", modulus, 1)
+    if isinstance(offset, str):
+        arguments.choice("offset", offset, OFFSET_RULES)
+    else:
+        values = arguments.integers("offset", offset if hasattr(offset, "__iter__") else (offset,), 0)
+        if max(values) >= modulus:
+            raise ValueError(f"offset must be below the modulus {modulus}; got {offset!r}")
+        offset = values if hasattr(offset, "__iter__") else values[0]
+    return Congruent(modulus, offset, None if period is None else arguments.integer("period", period, 1))
+
+
+@dataclass(frozen=True, repr=False)
+class Sinks(Mask):
+    """kv < count."""
+
+    count: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return (kv < self.count) & (q == q)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return verdicts(kv.last < self.count, kv.first >= self.count)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def __repr__(self) -> str:
+        return f"sinks({self.count})"
+
+
+def sinks(count: int) -> Mask:
+    """The first `count` keys, seen by every query (arXiv 2309.17453); join `causal()` where the future must stay hidden."""
+    return Sinks(arguments.integer("count", count, 0))
+
+
+@dataclass(frozen=True, repr=False)
+class Prefix(Mask):
+    """q < count and kv < count."""
+
+    count: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return (q < self.count) & (kv < self.count)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return verdicts((q.last < self.count) & (kv.last < self.count), (q.first >= self.count) | (kv.first >= self.count))
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def __repr__(self) -> str:
+        return f"prefix({self.count})"
+
+
+def prefix(count: int) -> Mask:
+    """The first `count` tokens see each other both ways; `causal() | prefix(n)` is a prefix language model."""
+    return Prefix(arguments.integer("count", count, 0))
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalTokens(Mask):
+    """q < count or kv < count."""
+
+    count: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return (q < self.count) | (kv < self.count)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        full = (q.last < self.count) | (kv.last < self.count)
+        return np.where(full, FULL, np.where((q.first >= self.count) & (kv.first >= self.count), EMPTY, PARTIAL))
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def __repr__(self) -> str:
+        return f"global_tokens({self.count})"
+
+
+def global_tokens(count: int) -> Mask:
+    """The first `count` tokens see everything and are seen by everything (BigBird, arXiv 2007.14062)."""
+    return GlobalTokens(arguments.integer("count", count, 0))
+
+
+@dataclass(frozen=True, repr=False)
+class DilatedBlocks(Mask):
+    """(kv // block - q // block) % stride == 0."""
+
+    block: int
+    stride: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return (kv // self.block - q // self.block) % self.stride == 0
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        lo = kv.first // self.block - q.last // self.block
+        hi = kv.last // self.block - q.first // self.block
+        step = np.where(lo == hi, 0, 1)
+        return classify_difference(lo, hi, step, self.stride, None, np.iinfo(np.int64).max)
+
+    @property
+    def period(self) -> int | None:
+        return self.block
+
+    def __repr__(self) -> str:
+        return f"dilated_blocks({self.block}, {self.stride})"
+
+
+def dilated_blocks(block: int, stride: int) -> Mask:
+    """Every `stride`-th block of `block` tokens, counted from the query's own: a share 1 / stride of all pairs."""
+    return DilatedBlocks(arguments.integer("block", block, 1), arguments.integer("stride", stride, 1))

@@ -1,0 +1,38 @@
+"""Partial results of one softmax, and the one merge that joins them.
+
+A partial is (out, lse) over some of a row's keys; its identity is (0, -inf). Merging is associative and commutative to rounding:
+
+    lse = log(exp(lse_a) + exp(lse_b)),    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Merge a part into (out, lse) in place: out (..., Dv), lse (...). Rows that neither side has seen stay (0, -inf)."""
+    joint = torch.logaddexp(lse, part_lse)
+    anchor = torch.where(joint == -math.inf, 0.0, joint)  # -inf - -inf would be NaN
+    old, new = (lse - anchor).exp_().unsqueeze(-1), (part_lse - anchor).exp_().unsqueeze(-1)
+    if out.dtype == new.dtype:
+        out.mul_(old).addcmul_(part_out, new)
+    else:  # low precision: round once, at the end
+        out.copy_(torch.addcmul(out * old, part_out, new))
+    lse.copy_(joint)
+
+
+def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as a new value, differentiable: learned sink logits join this way, as a part of value 0."""
+    joint = torch.logaddexp(lse, part_lse)
+    anchor = torch.where(joint == -math.inf, 0.0, joint)
+    old, new = (lse - anchor).exp().unsqueeze(-1), (part_lse - anchor).exp().unsqueeze(-1)
+    return (out * old + part_out * new).to(out.dtype), joint
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Log-sum-exps are kept in float32, in float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,193 @@
+"""What a plan is made of: the problem, what each lowering proposes or why it refuses, what it costs. Values only, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from .programs import Program
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A program and everything a plan may depend on; lengths in tokens."""
+
+    program: Program
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    device: str
+    q_offset: int = 0
+    training: bool = False
+    score_mod: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of q, k, v and out."""
+        return BYTES[self.dtype]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of q, k, v and out together."""
+        queries = self.heads * self.q_len * (self.head_dim + self.value_dim)
+        keys = self.kv_heads * self.kv_len * (self.head_dim + self.value_dim)
+        return self.batch * (queries + keys) * self.itemsize
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a proposal takes, for the whole problem, forward alone.
+
+    pairs: query-key pairs computed, over batch and heads. kernel_flops: 4 * D per pair (2 D + 2 Dv). copied_bytes: gathered tiles and
+    merged results. calls: kernel calls. peak_bytes: most held at once beyond q, k, v and out. dense_flops: the flops that a dense
+    kernel would do in the same time, the measure that proposals are compared by.
+    """
+
+    pairs: int
+    kernel_flops: int
+    copied_bytes: int
+    calls: int
+    peak_bytes: int
+    dense_flops: float
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A lowering's way to compute a branch (or, `branch` None, the whole program). What `work` is only the lowering knows."""
+
+    lowering: str
+    branch: int | None
+    cost: Cost
+    work: Any = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a lowering does not compute something, and what to do instead."""
+
+    lowering: str
+    branch: int | None
+    reason: str
+    way_out: str
+
+    def __str__(self) -> str:
+        where = "" if self.branch is None else f" for branch {self.branch}"
+        return f"lowering {self.lowering!r} refuses{where}: {self.reason}. {self.way_out}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The chosen proposals, in branch order, and everything that was weighed against them."""
+
+    problem: Problem
+    chosen: tuple[Proposal, ...]
+    weighed: tuple[Proposal | Refusal, ...]
+    reason: str
+    useful_pairs: int | None = None
+    tiles: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def lowering(self) -> str:
+        """The lowering, or lowerings joined by +, that will run."""
+        return "+".join(dict.fromkeys(proposal.lowering for proposal in self.chosen))
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of what was chosen; branches run one after the other, so peaks do not add up."""
+        costs = [proposal.cost for proposal in self.chosen]
+        return Cost(
+            pairs=sum(cost.pairs for cost in costs),
+            kernel_flops=sum(cost.kernel_flops for cost in costs),
+            copied_bytes=sum(cost.copied_bytes for cost in costs),
+            calls=sum(cost.calls for cost in costs),
+            peak_bytes=max((cost.peak_bytes for cost in costs), default=0),
+            dense_flops=sum(cost.dense_flops for cost in costs),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that `explain` prints, as plain values."""
+        problem = self.problem
+        return {
+            "program": repr(problem.program),
+            "q_shape": [problem.batch, problem.heads, problem.q_len, problem.head_dim],
+            "kv_shape": [problem.batch, problem.kv_heads, problem.kv_len, problem.value_dim],
+            "dtype": problem.dtype,
+            "device": problem.device,
+            "q_offset": problem.q_offset,
+            "lowering": self.lowering,
+            "reason": self.reason,
+            "useful_pairs": self.useful_pairs,
+            "computed_pairs": self.cost.pairs,
+            "kernel_gflop": self.cost.kernel_flops / 1e9,
+            "copied_bytes": self.cost.copied_bytes,
+            "kernel_calls": self.cost.calls,
+            "peak_bytes": self.cost.peak_bytes,
+            "tensor_bytes": problem.tensor_bytes,
+            "tiles": list(self.tiles),
+            "candidates": [_as_row(each, self.chosen) for each in self.weighed],
+        }
+
+    def explain(self) -> str:
+        """What was weighed, what was chosen and why, as text for a person."""
+        problem, cost = self.problem, self.cost
+        lines = [
+            f"program   {problem.program!r}",
+            f"problem   q ({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim}), {problem.kv_heads} key heads of "
+            f"{problem.kv_len} tokens, {problem.dtype} on {problem.device}",
+            f"chosen    {self.lowering}: {self.reason}",
+        ]
+        if self.useful_pairs is not None:
+            share = self.useful_pairs / cost.pairs if cost.pairs else 1.0
+            lines.append(f"pairs     {self.useful_pairs:,} allowed, {cost.pairs:,} computed ({share:.0%} useful)")
+        for row in self.tiles:
+            lines.append(
+                f"tiles     branch {row['branch']}, head {row['head']}: {row['full']:,} full and {row['partial']:,} partial of "
+                f"{row['tile']} x {row['tile']} tokens, {row['bytes'] / 2**20:.2f} MiB"
+            )
+        lines.append(
+            f"work      {cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel calls, {cost.copied_bytes / 2**20:,.1f} MiB moved beside them"
+        )
+        lines.append(
+            f"memory    at most {cost.peak_bytes / 2**20:,.1f} MiB beyond q, k, v and out ({problem.tensor_bytes / 2**20:,.1f} MiB)"
+        )
+        rows = [_as_row(each, self.chosen) for each in self.weighed]
+        table = [
+            [
+                "*" if row["chosen"] else "",
+                row["lowering"],
+                "all" if row["branch"] is None else row["branch"],
+                f"{row['kernel_gflop']:,.1f}" if "kernel_gflop" in row else "",
+                f"{row['dense_gflop']:,.1f}" if "dense_gflop" in row else "",
+                row.get("calls", ""),
+                f"{row['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in row else "",
+                row.get("refused", ""),
+            ]
+            for row in rows
+        ]
+        headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "calls", "peak MiB", "refused because"]
+        return "\n".join(lines) + "\n\n" + tabulate(table, headers=headers, disable_numparse=True, colalign=("left", "left", *["right"] * 5, "left"))
+
+    def __str__(self) -> str:
+        return self.explain()
+
+
+def _as_row(each: Proposal | Refusal, chosen: tuple[Proposal, ...]) -> dict[str, Any]:
+    row: dict[str, Any] = {"lowering": each.lowering, "branch": each.branch, "chosen": any(each is one for one in chosen)}
+    if isinstance(each, Refusal):
+        return row | {"refused": each.reason, "way_out": each.way_out}
+    cost = each.cost
+    return row | {
+        "kernel_gflop": cost.kernel_flops / 1e9,
+        "dense_gflop": cost.dense_flops / 1e9,
+        "calls": cost.calls,
+        "peak_bytes": cost.peak_bytes,
+    }

@@ -1,0 +1,220 @@
+"""Programs: a few branches of (heads, mask, order) that are merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from . import arguments, masks
+from .masks import Mask
+from .orders import Order, hilbert, identity
+
+HEADS = ("all", "split")
+KINDS = ("local", "global_local", "dilated")
+
+
+@dataclass(frozen=True, repr=False)
+class Branch:
+    """Some heads, what they may attend to, and the order in which tokens are computed (which never changes a result).
+
+    heads: None for all, (start, stop), or "i/k": the i-th of k shares, heads // k each, the first heads % k shares one more.
+    """
+
+    mask: Mask
+    heads: tuple[int, int] | str | None = None
+    order: Order = identity()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, Mask):
+            raise TypeError(f"a branch needs a mask; got {type(self.mask).__name__} {self.mask!r}. Use compiled_dilated.masks")
+        if not isinstance(self.order, Order):
+            raise TypeError(f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders")
+        share = isinstance(self.heads, str) and re.fullmatch(r"(\d+)/(\d+)", self.heads)
+        span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(isinstance(head, int) for head in self.heads)
+        if not (self.heads is None or span or (share and int(share[1]) < int(share[2]))):
+            raise ValueError(f"heads must be None, (start, stop) or a share 'i/k' with i < k; got {self.heads!r}")
+
+    def head_range(self, heads: int) -> range:
+        """The query heads of this branch out of `heads`."""
+        if self.heads is None:
+            return range(heads)
+        if isinstance(self.heads, tuple):
+            start, stop = self.heads
+            if not 0 <= start <= stop <= heads:
+                raise ValueError(f"the branch {self!r} names heads {start} to {stop}; the query has {heads}")
+            return range(start, stop)
+        share, shares = map(int, self.heads.split("/"))
+        size, extra = divmod(heads, shares)
+        start = share * size + min(share, extra)
+        return range(start, start + size + (share < extra))
+
+    def mask_at(self, head: int, heads: int) -> Mask:
+        """What one head out of `heads` may attend to in this branch."""
+        return self.mask.at_head(head, heads)
+
+    def __repr__(self) -> str:
+        heads = "" if self.heads is None else f", heads={self.heads!r}"
+        order = "" if self.order == identity() else f", order={self.order!r}"
+        return f"Branch({self.mask!r}{heads}{order})"
+
+
+@dataclass(frozen=True, repr=False)
+class Program:
+    """Branches joined by one softmax: a key that two branches link counts twice. Hashable; prints as the code that makes it."""
+
+    branches: tuple[Branch, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.branches, tuple) or not self.branches or not all(isinstance(each, Branch) for each in self.branches):
+            raise TypeError(f"a program needs a non-empty tuple of Branch; got {self.branches!r}. Write Program((Branch(mask),))")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The data tensors that the program reads."""
+        return tuple(sorted({name for branch in self.branches for name in branch.mask.names}))
+
+    def check(self, q_len: int, kv_len: int, q_offset: int = 0) -> None:
+        """Raise ValueError where a mask or an order cannot speak of these lengths."""
+        for branch in self.branches:
+            branch.mask.check(q_offset + q_len, kv_len)
+            if branch.order != identity():
+                if q_len != kv_len or q_offset:
+                    raise ValueError(
+                        f"{branch.order!r} orders one sequence; got {q_len} queries at offset {q_offset} and {kv_len} keys. "
+                        "Cross attention and decoding need order=identity()"
+                    )
+                branch.order.check(kv_len)
+
+    def __repr__(self) -> str:
+        return f"Program(({', '.join(map(repr, self.branches))},))"
+
+
+def as_program(value: Program | Mask) -> Program:
+    """A bare mask is a program of one branch."""
+    if isinstance(value, Program):
+        return value
+    if isinstance(value, Mask):
+        return Program((Branch(value),))
+    raise TypeError(
+        f"expected a Program or a mask; got {type(value).__name__} {value!r}. "
+        "Build one with compiled_dilated.masks, longnet(...), local_window(...) or Program((Branch(mask),))"
+    )
+
+
+def longnet(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    causal: bool = False,
+    offsets: str = "cyclic",
+    heads: str = "all",
+) -> Program:
+    """LongNet's dilated attention (arXiv 2307.02486): branch i links tokens of one segment of w_i whose places in it, modulo r_i, are
+    the head's offset.
+
+    offsets: "cyclic", head % r_i (the paper), or "grouped", head // ceil(heads / r_i) (its authors' code).
+    heads: "all" heads in every branch, or "split": heads dealt out over branches, the offset of branch i being i % r_i.
+    """
+    lengths = arguments.integers("segment_lengths", segment_lengths, 1)
+    rates = arguments.integers("dilation_rates", dilation_rates, 1)
+    if len(lengths) != len(rates):
+        raise ValueError(
+            f"segment_lengths and dilation_rates must be of one length; got {len(lengths)} and {len(rates)}: {lengths} and {rates}"
+        )
+    arguments.choice("offsets", offsets, masks.OFFSET_RULES)
+    arguments.choice("heads", heads, HEADS)
+    branches = []
+    for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
+        parts: tuple[Mask, ...] = (masks.segments(length),)
+        if rate > 1:
+            parts += (masks.congruent(rate, i % rate if heads == "split" else offsets, period=length),)
+        if arguments.flag("causal", causal):
+            parts += (masks.causal(),)
+        branches.append(Branch(masks.conjunction(parts), f"{i}/{len(lengths)}" if heads == "split" else None))
+    return Program(tuple(branches))
+
+
+def local_window(left: int, right: int | None = None, causal: bool = False, dilation: int = 1) -> Program:
+    """A sliding window of `left` tokens back and `right` ahead (default: as many, 0 if causal), every `dilation`-th (arXiv 2004.05150)."""
+    if arguments.flag("causal", causal):
+        if right not in (None, 0):
+            raise ValueError(f"a causal window has nothing to its right; got right={right!r}. Leave right out, or causal=False")
+        right = 0
+    return as_program(masks.window(left, right, dilation))
+
+
+def hilbert_window(grid: Sequence[int], radius: int | Sequence[int], edges: str = "cut") -> Program:
+    """Keys within `radius` on every axis of a 2-D or 3-D grid, tokens in row-major order, computed in Hilbert order."""
+    shape = arguments.integers("grid", grid, 1)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"grid must have 2 or 3 axes; got {shape!r}")
+    return Program((Branch(masks.neighborhood(shape, radius, edges=edges), order=hilbert(*shape)),))
+
+
+def block_sparse(
+    density: float,
+    kind: str = "local",
+    block: int = 64,
+    tokens: int | None = None,
+    tiles: Sequence[tuple[int, int]] | None = None,
+    causal: bool = False,
+) -> Program:
+    """Keep a share `density` of all pairs (before `causal`): "0.9 sparse" is density 0.1.
+
+    kind: "local", a window; "global_local", the first `block` tokens see and are seen by all, a window holds the rest;
+    "dilated", every (1 / density)-th block of `block` tokens; "tiles", the given (query tile, key tile) pairs of `block` tokens.
+    tokens: the length that the share is of; needed by all kinds but "dilated". The share is met to within one token of window.
+
+    Raises ValueError where the share cannot be met: a density outside (0, 1], or tiles of another density.
+    """
+    if isinstance(density, bool) or not isinstance(density, (int, float)):
+        raise TypeError(f"density must be a number in (0, 1]; got {type(density).__name__} {density!r}")
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], the share of pairs kept; got {density!r}. A sparsity of 0.9 is density 0.1")
+    arguments.choice("kind", kind, (*KINDS, "tiles"))
+    block = arguments.integer("block", block, 1)
+    if (tiles is not None) != (kind == "tiles"):
+        raise ValueError(f"tiles are for kind='tiles', which needs them; got kind={kind!r}, tiles={tiles!r}")
+    if kind == "dilated":
+        stride = round(1 / density)
+        if abs(1 / stride - density) > 0.01 * density:
+            near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})
+            raise ValueError(f"kind='dilated' keeps one block in a whole number: density {near[0]:.4g} or {near[-1]:.4g}; got {density!r}")
+        mask = masks.dilated_blocks(block, stride)
+    else:
+        if tokens is None:
+            raise ValueError(f"kind={kind!r} keeps a share of N x N pairs; say how many: block_sparse({density}, {kind!r}, tokens=N)")
+        tokens = arguments.integer("tokens", tokens, 1)
+        if kind == "tiles":
+            mask = masks.tiles(tiles or (), block)
+            _check_tile_density(mask, density, tokens)
+        elif kind == "local":
+            mask = masks.window(_window_for(density * tokens**2, tokens))
+        else:
+            count = min(block, tokens)
+            rest = density * tokens**2 - (2 * count * tokens - count**2)
+            if rest < tokens - count:
+                raise ValueError(
+                    f"{count} global tokens and the diagonal alone keep more than density {density!r} of {tokens} tokens; "
+                    "take a smaller block or kind='local'"
+                )
+            mask = masks.global_tokens(count) | masks.window(_window_for(rest, tokens - count))
+    return as_program(masks.conjunction((mask, masks.causal())) if arguments.flag("causal", causal) else mask)
+
+
+def _window_for(pairs: float, tokens: int) -> int:
+    """The window w whose tokens + 2 w tokens - w (w + 1) pairs come nearest to `pairs`."""
+    half = tokens - 0.5
+    root = half - math.sqrt(max(half**2 - max(pairs - tokens, 0), 0))
+    return min(max(round(root), 0), tokens - 1)
+
+
+def _check_tile_density(mask: Mask, density: float, tokens: int) -> None:
+    assert isinstance(mask, masks.Tiles)
+    kept = sum(
+        max(0, min(mask.block, tokens - key // mask.columns * mask.block)) * max(0, min(mask.block, tokens - key % mask.columns * mask.block))
+        for key in mask.keys
+    )
+    if abs(kept / tokens**2 - density) > 0.01 * density:
+        raise ValueError(f"the tiles keep {kept / tokens**2:.4g} of the pairs of {tokens} tokens; density says {density!r}. Pass that share")

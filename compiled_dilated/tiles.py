@@ -1,0 +1,267 @@
+"""Which key tiles each query tile sees, found by refinement: time and memory grow with the tiles that are seen alone.
+
+    window(2), 8 tokens, tiles of 2       offsets  0   2     5     8  10
+       0 1 2 3   key tiles                indices  0 1  0 1 2 1 2 3 2 3
+     0 # +                                full     1 0  0 1 0 0 1 0 0 1
+     1 + # +     # FULL
+     2   + # +   + PARTIAL
+     3     + #
+
+Numpy alone; `block_masks` turns a map into FlexAttention's BlockMask.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import arguments
+from .masks import Mask
+from .orders import Identity, Order, identity
+from .regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
+
+TileIndices = npt.NDArray[np.int32]
+AnyInts = npt.NDArray[np.signedinteger[Any]]
+Flags = npt.NDArray[np.bool_]
+
+# A super tile is split into 4 x 4 smaller ones. Where at most this many super tiles cover everything, all of them are classified.
+_SPLIT = 4
+_FIRST_SUPER_TILES = 4096
+# Rectangular lists may hold this many times the tiles that are seen, and always this many entries (256 KiB); else a map is split.
+_MOST_PADDING = 4
+_ALWAYS_FITS = 2**16
+_MOST_CUTS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """For each row the columns it sees: indices[offsets[row] : offsets[row + 1]], ascending; `full` says which of them wholly."""
+
+    offsets: IntArray
+    indices: TileIndices
+    full: Flags
+    columns: int
+
+    @staticmethod
+    def of(rows: int, columns: int, row: AnyInts, column: AnyInts, full: Flags) -> TileLists:
+        """Lists of tiles given in any order, each once."""
+        # One number per tile that sorts by row, then column, and carries the flag along: a plain sort, which numpy vectorises.
+        dtype = np.int32 if 2 * rows * columns < 2**31 else np.int64
+        tile = np.multiply(row, columns, dtype=dtype) + column
+        keys = np.sort(tile * 2 + full)
+        offsets = np.searchsorted(keys, np.arange(rows + 1, dtype=np.int64) * (2 * columns)).astype(np.int64)
+        indices = ((keys >> 1) % max(columns, 1)).astype(np.int32)
+        return TileLists(offsets, indices, (keys & 1).astype(np.bool_), columns)
+
+    @property
+    def rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> IntArray:
+        """How many columns each row sees, (rows,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def row_of(self) -> TileIndices:
+        """The row of each entry of `indices`."""
+        return np.repeat(np.arange(self.rows, dtype=np.int32), self.counts)
+
+    @property
+    def nbytes(self) -> int:
+        return self.offsets.nbytes + self.indices.nbytes + self.full.nbytes
+
+    def verdicts(self) -> Verdicts:
+        """EMPTY, PARTIAL or FULL of every tile, (rows, columns). For pictures and tests of small maps."""
+        out = np.full((self.rows, self.columns), EMPTY)
+        out[self.row_of, self.indices] = np.where(self.full, FULL, PARTIAL)
+        return out
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TileMap(TileLists):
+    """The tiles of a mask: rows are tiles of `q_tile` queries, columns tiles of `kv_tile` keys, the last ones maybe short.
+
+    The map speaks of the queries at places [q_start, q_start + q_len) of the order, at positions q_offset + place (identity), and
+    of the keys at places [kv_start, kv_start + kv_len). Tiles that are not listed hold no allowed pair; `full` ones only such.
+    """
+
+    q_len: int
+    kv_len: int
+    q_tile: int
+    kv_tile: int
+    order: Order
+    q_offset: int
+    q_start: int = 0
+    kv_start: int = 0
+
+    @property
+    def queries(self) -> range:
+        """The places of the map's queries."""
+        return range(self.q_start, self.q_start + self.q_len)
+
+    @property
+    def keys(self) -> range:
+        """The places of the map's keys."""
+        return range(self.kv_start, self.kv_start + self.kv_len)
+
+    @staticmethod
+    def build(
+        mask: Mask,
+        q_len: int,
+        kv_len: int,
+        *,
+        q_tile: int = 128,
+        kv_tile: int = 128,
+        order: Order = identity(),
+        q_offset: int = 0,
+    ) -> TileMap:
+        """The tiles of `mask` for q_len queries, the first at position q_offset, and kv_len keys.
+
+        An order other than the identity permutes queries and keys alike: it needs q_len == kv_len and q_offset 0.
+        """
+        _check(mask, q_len, kv_len, q_tile, kv_tile, order, q_offset)
+        rows, columns = -(-q_len // q_tile), -(-kv_len // kv_tile)
+
+        def regions_of(side: int) -> tuple[Regions, Regions]:
+            q, kv = _regions(order, q_len, q_tile * side), _regions(order, kv_len, kv_tile * side)
+            return replace(q, base=q.base + q_offset), kv
+
+        lists = _covering(mask, rows, columns, regions_of)
+        return TileMap(**vars(lists), q_len=q_len, kv_len=kv_len, q_tile=q_tile, kv_tile=kv_tile, order=order, q_offset=q_offset)
+
+    def transpose(self) -> TileLists:
+        """The query tiles that see each key tile."""
+        return TileLists.of(self.columns, self.rows, self.indices, self.row_of, self.full)
+
+    def restrict(self, queries: range, keys: range) -> TileMap:
+        """The map of some query tiles and some key tiles (consecutive ones, counted from this map's first)."""
+        first, last = self.offsets[queries.start], self.offsets[queries.stop]
+        indices, full = self.indices[first:last], self.full[first:last]
+        kept = (indices >= keys.start) & (indices < keys.stop)
+        offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets[queries.start : queries.stop + 1] - first]
+        return TileMap(
+            offsets=offsets,
+            indices=indices[kept] - np.int32(keys.start),
+            full=full[kept],
+            columns=len(keys),
+            q_len=max(0, min(queries.stop * self.q_tile, self.q_len) - queries.start * self.q_tile),
+            kv_len=max(0, min(keys.stop * self.kv_tile, self.kv_len) - keys.start * self.kv_tile),
+            q_tile=self.q_tile,
+            kv_tile=self.kv_tile,
+            order=self.order,
+            q_offset=self.q_offset,
+            q_start=self.q_start + queries.start * self.q_tile,
+            kv_start=self.kv_start + keys.start * self.kv_tile,
+        )
+
+    def coarsen(self, factor: int | tuple[int, int]) -> TileMap:
+        """The map with tiles `factor` (queries, keys) times as large: FULL where all the tiles within are."""
+        q_factor, kv_factor = (factor, factor) if isinstance(factor, int) else factor
+        rows, columns = -(-self.rows // q_factor), -(-self.columns // kv_factor)
+        keys = self.row_of.astype(np.int64) // q_factor * columns + self.indices // kv_factor
+        coarse, which = np.unique(keys, return_inverse=True)
+        full = np.bincount(which, weights=self.full, minlength=len(coarse))
+        row, column = coarse // max(columns, 1), coarse % max(columns, 1)
+        inside = np.minimum(q_factor, self.rows - row * q_factor) * np.minimum(kv_factor, self.columns - column * kv_factor)
+        lists = TileLists.of(rows, columns, row, column, full == inside)
+        return replace(self, **vars(lists), q_tile=self.q_tile * q_factor, kv_tile=self.kv_tile * kv_factor)
+
+    def __repr__(self) -> str:
+        return (
+            f"TileMap({self.rows} x {self.columns} tiles of {self.q_tile} x {self.kv_tile}, {len(self.indices):,} seen, "
+            f"{int(self.full.sum()):,} full, queries {self.queries}, keys {self.keys}, {self.order!r})"
+        )
+
+
+def _regions(order: Order, n: int, tile: int) -> Regions:
+    """The positions in each tile of n places."""
+    starts = np.arange(0, n, tile)
+    return order.regions(starts, np.minimum(starts + tile, n), n)
+
+
+def _covering(mask: Mask, rows: int, columns: int, regions_of: Callable[[int], tuple[Regions, Regions]]) -> TileLists:
+    """The tiles of rows x columns that the mask does not leave empty, by refinement from super tiles down."""
+    side = 1
+    while -(-rows // side) * -(-columns // side) > _FIRST_SUPER_TILES:
+        side *= _SPLIT
+    row, column = (axis.reshape(-1) for axis in np.indices((-(-rows // side), -(-columns // side)), dtype=np.int32))
+    found: list[tuple[TileIndices, TileIndices, Flags]] = []
+    while True:
+        q, kv = regions_of(side)
+        verdict = mask.classify(q[row], kv[column])
+        leaves = _split(row[verdict == FULL], column[verdict == FULL], side, rows, columns)
+        found.append((*leaves, np.ones(len(leaves[0]), dtype=np.bool_)))
+        row, column = row[verdict == PARTIAL], column[verdict == PARTIAL]
+        if side == 1:
+            found.append((row, column, np.zeros(len(row), dtype=np.bool_)))
+            return TileLists.of(rows, columns, *(np.concatenate(each) for each in zip(*found, strict=True)))
+        side //= _SPLIT
+        row, column = _split(row, column, _SPLIT, -(-rows // side), -(-columns // side))
+
+
+def _split(row: TileIndices, column: TileIndices, side: int, rows: int, columns: int) -> tuple[TileIndices, TileIndices]:
+    """The side x side tiles within each super tile, less those past the last row or column."""
+    within = np.arange(side, dtype=np.int32)
+    small_row = np.repeat((row[:, None] * np.int32(side) + within).reshape(-1), side)
+    small_column = np.tile(column[:, None] * np.int32(side) + within, side).reshape(-1)
+    inside = (small_row < rows) & (small_column < columns)
+    return (small_row, small_column) if inside.all() else (small_row[inside], small_column[inside])
+
+
+def _check(mask: Mask, q_len: int, kv_len: int, q_tile: int, kv_tile: int, order: Order, q_offset: int) -> None:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks")
+    if not isinstance(order, Order):
+        raise TypeError(f"order must be an order; got {type(order).__name__} {order!r}. Use one of compiled_dilated.orders")
+    for name, value, least in (("q_len", q_len, 0), ("kv_len", kv_len, 0), ("q_tile", q_tile, 1), ("kv_tile", kv_tile, 1)):
+        arguments.integer(name, value, least)
+    arguments.integer("q_offset", q_offset, 0)
+    if not isinstance(order, Identity):
+        if q_len != kv_len or q_offset:
+            raise ValueError(
+                f"{order!r} permutes queries and keys alike, so it needs q_len == kv_len and q_offset 0; "
+                f"got q_len {q_len}, kv_len {kv_len}, q_offset {q_offset}. Use orders.identity()"
+            )
+        order.check(q_len)
+    mask.check(q_offset + q_len, kv_len)
+
+
+def split(tile_map: TileMap) -> tuple[TileMap, ...]:
+    """Disjoint rectangles of the map that hold all its tiles, each fit for rectangular lists, forward and transposed.
+
+    A few heavy rows (global tokens) or columns (sinks) would widen the list of every row; they become parts of their own. Parts
+    without tiles are left out. A map that fits is its own only part; so is one whose heavy rows lie scattered in too many places.
+
+        window | global tokens      # # # # #       A A A A A
+                                    # # .           B C C
+                                    # # # .    ->   B C C C
+                                    #   # # #       B   C C C
+    """
+    by_row, by_column = tile_map.counts, np.bincount(tile_map.indices, minlength=tile_map.columns)
+    padded = [len(counts) * int(counts.max(initial=0)) for counts in (by_row, by_column)]
+    if max(padded) <= max(_MOST_PADDING * len(tile_map.indices), _ALWAYS_FITS):
+        return (tile_map,)
+    rows, columns = range(tile_map.rows), range(tile_map.columns)
+    if padded[0] >= padded[1]:
+        parts = [tile_map.restrict(run, columns) for run in _runs(by_row)]
+    else:
+        parts = [tile_map.restrict(rows, run) for run in _runs(by_column)]
+    if len(parts) == 1:
+        return (tile_map,)
+    return tuple(small for part in parts if len(part.indices) for small in split(part))
+
+
+def _runs(counts: IntArray) -> list[range]:
+    """Runs of heavy and of light rows, the border between the two where the padded lists of both are smallest together."""
+    ascending = np.sort(counts)
+    light = np.arange(1, len(counts) + 1)
+    entries = light * ascending + (len(counts) - light) * ascending[-1]
+    heavy = counts > ascending[np.argmin(entries)]
+    cuts = [0, *(np.flatnonzero(np.diff(heavy)) + 1).tolist(), len(counts)]
+    return [range(*ends) for ends in itertools.pairwise(cuts)] if len(cuts) <= _MOST_CUTS else [range(len(counts))]

@@ -1,0 +1,62 @@
+"""What every test file shares: two threads, repeatable numbers, GPU tests only where there is a GPU, fresh interpreters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Read when torch's compiler is first used: the few kernels of a test compile faster here than in a pool that has to start.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples in every run, so that a red test is red for everybody; `--hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("search", deadline=None, derandomize=False, max_examples=2000)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, 2 // processes))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random inputs whichever tests run before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`fresh_python("-c", code)` or `fresh_python("file.py", ...)` runs in a new interpreter that can import the project.
+
+    Keyword arguments are environment variables. Returns what came of it: `.stdout`, `.stderr`, `.returncode`.
+    """
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run

@@ -1,0 +1,82 @@
+"""`import compiled_dilated` offers what it promises and brings little with it beyond torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import compiled_dilated
+
+PROMISED = {
+    "Branch",
+    "DilatedAttention",
+    "MultiheadDilatedAttention",
+    "Program",
+    "block_mask",
+    "block_masks",
+    "block_sparse",
+    "compile",
+    "hilbert_window",
+    "local_window",
+    "longnet",
+    "masks",
+    "orders",
+    "plan",
+    "reference",
+    "variant",
+}
+
+# Each is a cost that only some uses have, so that it comes with its first use. torch imports some of them in some versions.
+ON_FIRST_USE = {
+    "matplotlib",
+    "psutil",
+    "rich",
+    "sympy",
+    "tabulate",
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+    "triton",
+    "typer",
+}
+
+PROBE = """
+import json, sys, torch
+threads, before = torch.get_num_threads(), set(sys.modules)
+import compiled_dilated
+print(json.dumps({
+    "new": sorted(set(sys.modules) - before),
+    "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+    "gpu in use": torch.cuda.is_initialized(),
+    "threads kept": torch.get_num_threads() == threads,
+}))
+"""
+
+
+@pytest.fixture
+def imported(fresh_python: Any) -> dict[str, Any]:
+    """What an interpreter that had torch holds after `import compiled_dilated`."""
+    run = fresh_python("-c", PROBE)
+    assert run.returncode == 0, run.stderr
+    return dict(json.loads(run.stdout))
+
+
+def test_exports_what_it_promises() -> None:
+    assert set(compiled_dilated.__all__) == PROMISED
+    for name in PROMISED:
+        assert getattr(compiled_dilated, name) is not None
+
+
+def test_import_is_light(imported: dict[str, Any]) -> None:
+    new = set(imported["new"])
+    assert not new & ON_FIRST_USE
+    foreign = {name for name in new if name.partition(".")[0] != "compiled_dilated"}
+    assert len(foreign) <= 20, sorted(foreign)
+
+
+def test_import_starts_nothing(imported: dict[str, Any]) -> None:
+    assert not imported["process group"]
+    assert not imported["gpu in use"]
+    assert imported["threads kept"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, planner
-from .lowerings import execute, flex
+from .lowerings import execute
 from .lowerings.batches import Call
 from .masks import Mask
 from .partials import lse_dtype, merge
@@ -138,8 +138,10 @@ class _Gradients(torch.autograd.Function):
     """The backward as a function of its own, so that differentiating it once more raises instead of giving zeros."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        grad_out, grad_lse, q, k, v, out, lse, handle, scale, q_offset, *data = inputs
+    def forward(
+        grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        handle: str, scale: float, q_offset: int, *data: Tensor,
+    ) -> Any:  # fmt: skip
         return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, handle, scale, q_offset)
 
     @staticmethod
@@ -167,8 +169,7 @@ class _Attention(torch.autograd.Function):
     """attend with its gradient: merged out and lse are saved, nothing else of size."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        q, k, v, handle, scale, q_offset, training, *data = inputs
+    def forward(q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, training: bool, *data: Tensor) -> Any:
         return _attend(q, k, v, data, handle, scale, q_offset, training)
 
     @staticmethod
@@ -183,7 +184,10 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *data = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = _Gradients.apply(grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
+        if torch.compiler.is_compiling():  # torch.compile itself refuses to differentiate a compiled backward
+            grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, ctx.handle, ctx.scale, ctx.q_offset)
+        else:
+            grads = _Gradients.apply(grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
         return *grads, None, None, None, None, *[None] * ctx.extra
 
     @staticmethod
@@ -390,4 +394,15 @@ def _check_sinks(sink_logits: Tensor, q: Tensor) -> None:
 def _check_score_mod(score_mod: ScoreMod) -> ScoreMod:
     if not callable(score_mod):
         raise TypeError(f"score_mod must be a function of (score, b, h, q_idx, kv_idx); got {type(score_mod).__name__}")
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        zero = torch.zeros((), dtype=torch.int64)
+        if _needs_grad(score_mod(torch.zeros(()), zero, zero, zero, zero)):
+            raise ValueError(
+                "score_mod reads a tensor that requires grad, and would get none: only q, k, v and sink_logits are differentiated. "
+                "Detach it, or use compiled_dilated.reference"
+            )
     return score_mod
+
+
+def _needs_grad(score: object) -> bool:
+    return isinstance(score, Tensor) and score.requires_grad

@@ -74,6 +74,7 @@ def block_masks(
         mask = mask.for_heads(heads)
     _check_data(mask, data, device)
     position, parts = _positions(order, q_len, device), split(_union(list(maps.values())))
+    mask = mask.on(device)
     return tuple(_part(mask, [maps[each] for each in per_head], part, position, device, data) for part in parts)
 
 

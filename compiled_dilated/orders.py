@@ -10,7 +10,6 @@ A *place* counts along the order, a *position* along the original sequence; `per
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -243,44 +242,66 @@ def hilbert(*grid: int) -> Order:
     return Hilbert(sizes)
 
 
-def _hilbert_index(axes: list[SmallIntArray], bits: int) -> npt.NDArray[np.integer[Any]]:
-    """How far along the curve of the cube of side 2**bits each cell lies (J. Skilling, Programming the Hilbert curve, 2004)."""
+def _hilbert_index(grid: tuple[int, ...], positions: Any) -> Any:
+    """How far along the curve of the enclosing cube each row-major position lies, for a numpy array or a torch tensor.
+
+    J. Skilling, Programming the Hilbert curve, 2004.
+    """
+    bits = _bits(grid)
+    axes = [c for c, size in zip(coordinates(grid, positions), grid, strict=True) if size > 1]
     for bit in reversed(range(1, bits)):
-        below = np.int32((1 << bit) - 1)
-        for axis in axes:
+        below = (1 << bit) - 1
+        for axis in range(len(axes)):
             # Cells of the upper half are mirrored along axis 0, those of the lower half swapped between axis 0 and this one.
-            upper = -(axis >> bit & 1)
-            swap = (axes[0] ^ axis) & below & ~upper
-            axes[0] ^= swap | (upper & below)
-            if axis is not axes[0]:
-                axis ^= swap
-    for before, axis in itertools.pairwise(axes):
-        axis ^= before
-    flip = axes[-1].copy()
+            upper = -(axes[axis] >> bit & 1)
+            swap = (axes[0] ^ axes[axis]) & below & ~upper
+            axes[0] = axes[0] ^ (swap | (upper & below))
+            if axis:
+                axes[axis] = axes[axis] ^ swap
+    for axis in range(1, len(axes)):
+        axes[axis] = axes[axis] ^ axes[axis - 1]
+    parity = axes[-1] >> 1
     for shift in (1, 2, 4, 8, 16):
-        flip ^= flip >> shift
-    flip ^= axes[-1]
-    index = np.zeros(axes[0].shape, dtype=np.int32 if bits * len(axes) < 32 else np.int64)
+        parity = parity ^ parity >> shift
+    index = positions - positions
     for bit in reversed(range(bits)):
         for axis in axes:
-            index = index << 1 | ((axis ^ flip) >> bit & 1)
+            index = index << 1 | ((axis ^ parity) >> bit & 1)
     return index
+
+
+def _bits(grid: tuple[int, ...]) -> int:
+    """Bits of a coordinate of the enclosing cube."""
+    return (max(grid) - 1).bit_length()
+
+
+def _is_line(grid: tuple[int, ...]) -> bool:
+    return sum(size > 1 for size in grid) < 2
+
+
+def _fills_cube(grid: tuple[int, ...]) -> bool:
+    return all(size in (1, 1 << _bits(grid)) for size in grid)
+
+
+def _wide(grid: tuple[int, ...]) -> bool:
+    """Whether the curve of the enclosing cube is too long for int32."""
+    return _bits(grid) * sum(size > 1 for size in grid) > 31
 
 
 @lru_cache(maxsize=16)
 def _curve(grid: tuple[int, ...]) -> SmallIntArray:
     """The row-major position of each cell along the curve."""
-    n, sizes = math.prod(grid), [size for size in grid if size > 1]
-    if len(sizes) < 2:
-        return np.arange(n, dtype=np.int32)
-    bits = (max(sizes) - 1).bit_length()
-    axes = [axis.reshape(-1).astype(np.int32) for axis in np.indices(sizes, dtype=np.int32)]
-    index = _hilbert_index(axes, bits)
-    if n < 1 << bits * len(sizes):
-        return np.argsort(index).astype(np.int32)
-    curve = np.empty(n, dtype=np.int32)
-    curve[index] = np.arange(n, dtype=np.int32)
-    return curve
+    positions = np.arange(math.prod(grid), dtype=np.int64 if _wide(grid) else np.int32)
+    if _is_line(grid):
+        return positions.astype(np.int32)
+    index = _hilbert_index(grid, positions)
+    return _inverse(index) if _fills_cube(grid) else np.argsort(index).astype(np.int32)
+
+
+def _inverse(permutation: npt.NDArray[Any]) -> SmallIntArray:
+    out = np.empty(len(permutation), dtype=np.int32)
+    out[permutation] = np.arange(len(permutation), dtype=np.int32)
+    return out
 
 
 @lru_cache(maxsize=16)
@@ -289,26 +310,25 @@ def _curve_coordinates(grid: tuple[int, ...]) -> tuple[SmallIntArray, ...]:
     return tuple(np.append(c, c[-1:]).astype(np.int32) for c in coordinates(grid, _curve(grid)))
 
 
-@lru_cache(maxsize=16)
-def _places(grid: tuple[int, ...]) -> SmallIntArray:
-    """The place along the curve of each row-major position: the inverse of `_curve`."""
-    places = np.empty(math.prod(grid), dtype=np.int32)
-    places[_curve(grid)] = np.arange(len(places), dtype=np.int32)
-    return places
-
-
 def _gather(x: torch.Tensor, dim: int, grid: tuple[int, ...], inverse: bool) -> torch.Tensor:
     index = _traced_index if torch.compiler.is_compiling() else _index
-    return x.index_select(dim, index(grid, inverse, str(x.device)))
+    return x.index_select(dim, index(grid, inverse, x.device))
 
 
 @lru_cache(maxsize=16)
-def _index(grid: tuple[int, ...], inverse: bool, device: str) -> torch.Tensor:
-    return torch.from_numpy(_places(grid) if inverse else _curve(grid)).to(device)
+def _index(grid: tuple[int, ...], inverse: bool, device: torch.device) -> torch.Tensor:
+    # Cached for good, so that it must not be the inference tensor that the first caller's mode would make it.
+    with torch.inference_mode(False):
+        return torch.from_numpy(_inverse(_curve(grid)) if inverse else _curve(grid)).to(device)
 
 
-@torch.compiler.allow_in_graph
-def _traced_index(grid: tuple[int, ...], inverse: bool, device: str) -> torch.Tensor:
-    """The index as a constant of the graph: tracing neither enters the numpy code nor caches a fake tensor."""
-    index: torch.Tensor = torch.ops.aten.lift_fresh_copy(torch.from_numpy(_places(grid) if inverse else _curve(grid)))
-    return index.to(device)
+def _traced_index(grid: tuple[int, ...], inverse: bool, device: torch.device) -> torch.Tensor:
+    """The index computed within a traced graph: a cached tensor would be foreign to it, a constant would make it large."""
+    positions = torch.arange(math.prod(grid), dtype=torch.int64 if _wide(grid) else torch.int32, device=device)
+    if _is_line(grid):
+        return positions
+    index = _hilbert_index(grid, positions)
+    if _fills_cube(grid) and inverse:
+        return torch.as_tensor(index)
+    curve = torch.argsort(index)
+    return torch.argsort(curve) if inverse else curve

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from ..partials import lse_dtype
-from ..plans import Problem
+from ..plans import Plan, Problem
 from . import batches as running
 from . import costs
 from .batches import Batch, Call, Grads
 
 
-def forward(work: tuple[Batch, ...], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
+    work, problem = _work(plan), plan.problem
     shape = (*q.shape[:3], v.shape[-1])
     if _is_whole(work, problem):
         return running.whole(work[0], call, q, k, v)
@@ -28,8 +29,7 @@ def forward(work: tuple[Batch, ...], problem: Problem, call: Call, q: Tensor, k:
 
 
 def backward(
-    work: tuple[Batch, ...],
-    problem: Problem,
+    plan: Plan,
     call: Call,
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -40,6 +40,7 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype."""
+    work, problem = _work(plan), plan.problem
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
     lse = torch.where(lse == -math.inf, math.inf, lse)
     if _is_whole(work, problem):
@@ -67,7 +68,11 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def _is_whole(work: tuple[Batch, ...], problem: Problem) -> bool:
+def _work(plan: Plan) -> list[Batch]:
+    return [batch for proposal in plan.chosen for batch in proposal.work]
+
+
+def _is_whole(work: list[Batch], problem: Problem) -> bool:
     """One batch of one tile that is the whole problem: the kernel's results are the results."""
     if len(work) != 1:
         return False

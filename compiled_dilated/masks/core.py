@@ -63,6 +63,10 @@ class Mask(ABC):
         """The same mask with every rule over heads written out for `heads` of them, so that `allows` needs no more to answer."""
         return self._map(lambda part: part.for_heads(heads))
 
+    def on(self, device: Any) -> Mask:
+        """The same mask with its lookup tables as tensors on a device: compiled kernels can read such, not make them."""
+        return self._map(lambda part: part.on(device))
+
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         """The same expression over its changed parts."""
         return self

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from .. import arguments
 from ..regions import PARTIAL, Regions, Verdicts
 from .core import Data, Mask, Positions
-from .lookup import rank
+from .lookup import as_tensor, rank
 from .positions import _same_group
 
 
@@ -51,14 +52,18 @@ class DocumentLengths(Mask):
     """q and kv in the same of consecutive documents; positions past the last document belong to none."""
 
     lengths: tuple[int, ...]
+    table: Any = field(default=None, compare=False)
 
     @property
     def _stops(self) -> tuple[int, ...]:
-        return tuple(np.cumsum(self.lengths).tolist())
+        return tuple(itertools.accumulate(self.lengths))
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        document = rank(self._stops, q)
-        return (document == rank(self._stops, kv)) & (document < len(self.lengths))
+        document = rank(self._stops, q, self.table)
+        return (document == rank(self._stops, kv, self.table)) & (document < len(self.lengths))
+
+    def on(self, device: Any) -> Mask:
+        return replace(self, table=as_tensor(self._stops, device))
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         stops = np.asarray(self._stops)

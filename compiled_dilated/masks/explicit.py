@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, Regions, Verdicts, both, verdicts
 from .core import Data, Full, Mask, Positions
-from .lookup import rank
+from .lookup import as_tensor, rank
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 
@@ -29,11 +29,15 @@ class Tiles(Mask):
     block: int
     columns: int
     keys: tuple[int, ...]
+    table: Any = field(default=None, compare=False)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         column = kv // self.block
         key = q // self.block * self.columns + column
-        return (rank(self.keys, key) > rank(self.keys, key - 1)) & (column < self.columns)
+        return (rank(self.keys, key, self.table) > rank(self.keys, key - 1, self.table)) & (column < self.columns)
+
+    def on(self, device: Any) -> Mask:
+        return replace(self, table=as_tensor(self.keys, device))
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         table = np.asarray(self.keys, dtype=np.int64)

@@ -8,19 +8,31 @@ from typing import Any
 import numpy as np
 
 
-def rank(table: tuple[int, ...], x: Any) -> Any:
-    """How many entries of the ascending `table` are <= x, for each element of a numpy array or torch tensor."""
-    if isinstance(x, np.ndarray):
-        return np.searchsorted(_array(table), x, side="right")
+def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
+    """How many entries of the ascending `table` are <= x, for each element of a numpy array or torch tensor.
+
+    entries: `as_tensor(table, device)` where it is at hand; kernels need it made outside of them.
+    """
     import torch
 
-    entries = _tensor(table, x.device) if isinstance(x, torch.Tensor) else _tensor(table, torch.device("cpu"))
+    if not isinstance(x, torch.Tensor):
+        return np.searchsorted(_array(table), x, side="right")
+    if entries is None:
+        # A tensor made while tracing belongs to the trace and must not be cached.
+        entries = as_tensor(table, x.device) if torch.compiler.is_compiling() else _tensor(table, x.device)
     low = x - x
     for width in _widths(len(table)):
         # Invariant: the answer lies in [low, low + 2 * width - 1].
         probe = (low + width - 1).clamp(max=len(table) - 1)
         low = low + width * ((low + width <= len(table)) & (entries[probe] <= x))
     return low
+
+
+def as_tensor(table: tuple[int, ...], device: Any) -> Any:
+    """The table for `rank`."""
+    import torch
+
+    return torch.tensor(table, dtype=torch.int64, device=device)
 
 
 def _widths(size: int) -> list[int]:
@@ -34,6 +46,4 @@ def _array(table: tuple[int, ...]) -> Any:
 
 @lru_cache(maxsize=64)
 def _tensor(table: tuple[int, ...], device: Any) -> Any:
-    import torch
-
-    return torch.tensor(table, dtype=torch.int64, device=device)
+    return as_tensor(table, device)

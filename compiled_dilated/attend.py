@@ -258,6 +258,10 @@ class Attend:
         offset = q_offset if isinstance(q_offset, torch.SymInt) else arguments.integer("q_offset", q_offset, 0)
         handle = self._bare if score_mod is None else _handle(self.program, self.lowering, _check_score_mod(score_mod))
         training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if self.lowering == "flex" and q.device.type == "cpu" and (return_lse or sink_logits is not None):
+            raise ValueError(
+                "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. Use lowering='auto', 'strided' or 'tiled'"
+            )
         function = _Attention if torch.compiler.is_compiling() else _EagerAttention
         out, lse = function.apply(q, k, v, handle, scale, offset, training, *tensors)
         if sink_logits is not None:

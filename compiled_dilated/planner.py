@@ -55,8 +55,10 @@ def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Re
         mixed = [_mixed(i, branch, problem) for i, branch in enumerate(problem.program.branches)]
         if any(proposal.lowering == "mixed" for proposal in mixed) or len({proposal.lowering for proposal in mixed}) > 1:
             out["mixed"] = list(mixed)
-    if lowering in ("auto", "flex"):
+    if lowering == "flex" or problem.device != "cpu":
         out["flex"] = [flex.propose(problem)]
+    elif lowering == "auto":
+        out["flex"] = [Refusal("flex", None, "on a CPU it has no backward and no lse", "Ask for it by name: lowering='flex'")]
     return out
 
 

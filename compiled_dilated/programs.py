@@ -46,7 +46,7 @@ class Branch:
                 raise ValueError(f"the branch {self!r} names heads {start} to {stop}; the query has {heads}")
             return range(start, stop)
         share, shares = map(int, self.heads.split("/"))
-        size, extra = divmod(heads, shares)
+        size, extra = heads // shares, heads % shares
         start = share * size + min(share, extra)
         return range(start, start + size + (share < extra))
 
@@ -207,7 +207,7 @@ def _window_for(pairs: float, tokens: int) -> int:
     """The window w whose tokens + 2 w tokens - w (w + 1) pairs come nearest to `pairs`."""
     half = tokens - 0.5
     root = half - math.sqrt(max(half**2 - max(pairs - tokens, 0), 0))
-    return min(max(round(root), 0), tokens - 1)
+    return max(min(round(root), tokens - 1), 0)
 
 
 def _check_tile_density(mask: Mask, density: float, tokens: int) -> None:

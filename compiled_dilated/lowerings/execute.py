@@ -10,12 +10,14 @@ from torch import Tensor
 from ..partials import lse_dtype
 from ..plans import Plan, Problem
 from . import batches as running
-from . import costs
+from . import costs, flex
 from .batches import Batch, Call, Grads
 
 
 def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
+    if plan.lowering == "flex":
+        return flex.forward(plan.chosen[0].work[0], plan.problem, call, q, k, v)
     work, problem = _work(plan), plan.problem
     shape = (*q.shape[:3], v.shape[-1])
     if _is_whole(work, problem):
@@ -40,6 +42,8 @@ def backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype."""
+    if plan.lowering == "flex":
+        return flex.backward(plan.chosen[0].work[0], plan.problem, call, grad_out, grad_lse, q, k, v)
     work, problem = _work(plan), plan.problem
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
     lse = torch.where(lse == -math.inf, math.inf, lse)

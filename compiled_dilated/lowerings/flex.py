@@ -1,2 +1,215 @@
-from ..plans import Problem, Proposal, Refusal
-def propose(problem): return Refusal("flex", None, "not yet", "")
+"""FlexAttention under torch.compile, over narrow analytic block masks: one fused kernel for any program.
+
+All branches at once: a pair is visible where any branch links it, and where c > 1 of them do its score gains log c. On a CPU torch has
+neither a backward nor a log-sum-exp for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from ..block_masks import BlockMaskPart, block_masks, widen
+from ..masks import Mask, Or, full
+from ..masks.core import Data, Positions
+from ..orders import Order, identity
+from ..partials import lse_dtype, merge
+from ..plans import Cost, Problem, Proposal, Refusal
+from ..programs import Branch, Program
+from ..regions import Regions, Verdicts
+from ..tiles import TileMap
+from .batches import Call
+
+_TILE = 128
+# Share of a dense kernel's rate that flex reaches on the tiles it visits (2 CPU cores, window 256 of 16K tokens).
+_EFFICIENCY = 0.7
+
+
+@dataclass(frozen=True, repr=False)
+class Linked(Mask):
+    """Pairs that any branch of a program links, for `heads` query heads."""
+
+    program: Program
+    heads: int
+
+    def at_head(self, head: int, heads: int) -> Mask:
+        assert heads == self.heads
+        seen = [branch.mask_at(head, heads) for branch in self.program.branches if head in branch.head_range(heads)]
+        return ~full() if not seen else seen[0] if len(seen) == 1 else Or(tuple(dict.fromkeys(seen)))
+
+    def for_heads(self, heads: int) -> Mask:
+        assert heads == self.heads
+        return self._map(lambda mask: mask.for_heads(heads))
+
+    def on(self, device: Any) -> Mask:
+        return self._map(lambda mask: mask.on(device))
+
+    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
+        return replace(self, program=Program(tuple(replace(branch, mask=change(branch.mask)) for branch in self.program.branches)))
+
+    def count(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        """How many branches link the pair."""
+        return sum(self._branch(branch, b, h, q, kv, data).to(torch.int32) for branch in self.program.branches)
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        out = self._branch(self.program.branches[0], b, h, q, kv, data)
+        for branch in self.program.branches[1:]:
+            out = out | self._branch(branch, b, h, q, kv, data)
+        return out
+
+    def _branch(self, branch: Branch, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None) -> Any:
+        heads = branch.head_range(self.heads)
+        seen = branch.mask.allows(b, h, q, kv, data)
+        return seen if len(heads) == self.heads else seen & (h >= heads.start) & (h < heads.stop)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        raise AssertionError("tiles are made head by head")
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return tuple(branch.mask for branch in self.program.branches)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The mask of all branches and the order to compute in; block masks are made when first needed on a device."""
+
+    linked: Linked
+    order: Order
+    lasting: dict[torch.device, tuple[BlockMaskPart, ...]] = field(default_factory=dict, repr=False)
+
+    def parts(self, problem: Problem, device: torch.device, data: Mapping[str, Tensor]) -> tuple[BlockMaskPart, ...]:
+        """Block masks for the call's data; kept where there is none."""
+        if device in self.lasting:
+            return self.lasting[device]
+        parts = block_masks(
+            self.linked, problem.q_len, problem.kv_len, device, problem.heads, _TILE, self.order, problem.q_offset, data
+        )  # fmt: skip
+        if device.type == "cpu":
+            parts = tuple(replace(part, block_mask=widen(part.block_mask)) for part in parts)
+        if not self.linked.per_call:
+            self.lasting[device] = parts
+        return parts
+
+
+def propose(problem: Problem) -> Proposal | Refusal:
+    """The whole program as one kernel."""
+    if problem.device == "cpu" and problem.training:
+        return Refusal("flex", None, "torch has no backward of FlexAttention on a CPU", "Use lowering='auto', 'strided' or 'tiled' to train")
+    if problem.dtype == "float64":
+        return Refusal("flex", None, "FlexAttention does not compute in float64", "Use another dtype or lowering")
+    branches = problem.program.branches
+    order = branches[0].order if len(branches) == 1 else identity()
+    linked = Linked(problem.program, problem.heads)
+    maps: dict[Mask, TileMap] = {}
+    pairs = 0
+    for head in range(problem.heads):
+        mask = linked.at_head(head, problem.heads)
+        if mask not in maps:
+            maps[mask] = TileMap.build(
+                mask, problem.q_len, problem.kv_len, q_tile=_TILE, kv_tile=_TILE, order=order, q_offset=problem.q_offset
+            )
+        pairs += len(maps[mask].indices) * _TILE**2 * problem.batch
+    if problem.device == "cpu" and len(maps) == 1 and len(_split(maps)) > 1:
+        return Refusal("flex", None, "the mask takes several block masks, and torch gives no lse on a CPU to merge them by", "Use lowering='auto'")
+    flops = pairs * 2 * (problem.head_dim + problem.value_dim)
+    copied = problem.tensor_bytes if order != identity() else 0
+    cost = Cost(pairs, flops, copied, 1, copied, flops / _EFFICIENCY)
+    return Proposal("flex", None, cost, (Work(linked, order),))
+
+
+def _split(maps: dict[Mask, TileMap]) -> tuple[TileMap, ...]:
+    from ..tiles import split
+
+    return split(next(iter(maps.values())))
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse; on a CPU the lse is NaN throughout, and whoever asks for it is refused before."""
+    q, k, v = (work.order.permute(x) for x in (q, k, v))
+    parts = work.parts(problem, q.device, call.data)
+    score_mod = _score_mod(work, call)
+    if q.device.type == "cpu":
+        assert len(parts) <= 1
+        out = _part(parts[0], q, k, v, score_mod, call.scale, None) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
+        return work.order.invert(out), q.new_full(q.shape[:3], math.nan, dtype=lse_dtype(q.dtype))
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+    for part in parts:
+        part_out, aux = _part(part, q, k, v, score_mod, call.scale, AuxRequest(lse=True))
+        rest = [slice(None), slice(None), slice(part.queries.start, part.queries.stop)]
+        joint_out, joint_lse = merge(out[*rest], lse[*rest], part_out, aux.lse)
+        if len(part.queries) == q.shape[2]:
+            out, lse = joint_out, joint_lse
+        else:
+            out = torch.slice_scatter(out, joint_out, 2, part.queries.start, part.queries.stop)
+            lse = torch.slice_scatter(lse, joint_lse, 2, part.queries.start, part.queries.stop)
+    return work.order.invert(out), work.order.invert(lse, dim=-1)
+
+
+def backward(
+    work: Work, problem: Problem, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by FlexAttention's own backward, after one more forward: an operator cannot keep the graph of the first."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = forward(work, problem, call, *inputs)
+        outputs, grads = [out], [grad_out]
+        if grad_lse is not None:
+            outputs.append(lse)
+            grads.append(torch.where(lse == -math.inf, 0.0, grad_lse))
+        grad_q, grad_k, grad_v = torch.autograd.grad(outputs, inputs, grads)
+    return grad_q, grad_k, grad_v
+
+
+def _part(part: BlockMaskPart, q: Tensor, k: Tensor, v: Tensor, score_mod: Any, scale: float, aux: AuxRequest | None) -> Any:
+    rows, columns = (slice(span.start, span.stop) for span in (part.queries, part.keys))
+    # A mask's numbers are its structure: a kernel with them as variables is slower, and the CPU's does not compile.
+    with torch._dynamo.config.patch(specialize_int=True):
+        return _compiled()(
+            q[:, :, rows], k[:, :, columns], v[:, :, columns],
+            score_mod=None if score_mod is None else score_mod(part),
+            block_mask=part.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_aux=aux,
+        )  # fmt: skip
+
+
+def _score_mod(work: Work, call: Call) -> Callable[[BlockMaskPart], Any] | None:
+    """The caller's score_mod, and log c where branches overlap, over the indices of a part."""
+    mine = call.score_mod
+    counted = len(work.linked.program.branches) > 1
+    if mine is None and not counted:
+        return None
+    linked = work.linked.for_heads(work.linked.heads)
+    assert isinstance(linked, Linked)
+    data, q_offset = call.data, call.q_offset
+
+    def of(part: BlockMaskPart) -> Any:
+        q_first, kv_first = part.queries.start + q_offset, part.keys.start
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            q, kv = q + q_first, kv + kv_first
+            if mine is not None:
+                score = mine(score, b, h, q, kv)
+            if counted:
+                score = score + linked.count(b, h, q, kv, data).to(score.dtype).log()
+            return score
+
+        return score_mod
+
+    return of

@@ -1,13 +1,17 @@
-"""Sparse attention for sequences that are too long for dense attention: write what may attend to what, let the library plan and compile it."""
+"""Sparse attention over long sequences: write what may attend to what, and let the library plan and compile it."""
 
 from . import masks, orders
 from .attend import compile, plan
 from .block_masks import block_mask, block_masks
+from .modules import DilatedAttention, MultiheadDilatedAttention
 from .oracle import reference
 from .programs import Branch, Program, block_sparse, hilbert_window, local_window, longnet
+from .variants import variant
 
 __all__ = [
     "Branch",
+    "DilatedAttention",
+    "MultiheadDilatedAttention",
     "Program",
     "block_mask",
     "block_masks",
@@ -20,4 +24,5 @@ __all__ = [
     "orders",
     "plan",
     "reference",
+    "variant",
 ]

@@ -41,7 +41,11 @@ def _handle(program: Program, lowering: str, score_mod: ScoreMod | None = None) 
 
 
 def _plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
-    key = (handle, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training)
+    kv_len = k.shape[2]
+    if q.shape[2] == 1 and not training:
+        # One query is planned once for all positions and all lengths of a cache.
+        q_offset = kv_len = 0
+    key = (handle, q.shape, k.shape[1], kv_len, v.shape[3], q.dtype, q.device.type, q_offset, training)
     if key in _plans:
         _plans.move_to_end(key)
         return _plans[key]
@@ -276,6 +280,10 @@ class Attend:
         training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         return _plan_of(self._bare, q, k, v, arguments.integer("q_offset", q_offset, 0), training)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew, because the process that unpickles it has not registered the program under its handle.
+        return Attend, (self.program, self.lowering)
+
     def __repr__(self) -> str:
         return f"compile({self.program!r}{'' if self.lowering == 'auto' else f', lowering={self.lowering!r}'})"
 
@@ -319,7 +327,7 @@ def plan(
     k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
     problem = _problem(as_program(program), shape, k_shape, v_shape, dtype, torch.device(device).type, q_offset, training, False)
-    return planner.choose(problem, lowering)
+    return planner.counted(planner.choose(problem, lowering))
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import arguments
 from .masks.grids import coordinates, strides_of
 from .regions import IntArray, Regions
 
-SmallIntArray = npt.NDArray[np.int32]
+AnyInts = npt.NDArray[Any]
+SmallInts = npt.NDArray[np.int32]
 
 
 class Order(ABC):
@@ -203,11 +205,11 @@ class Hilbert(Order):
 
     def permute(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         self.check(x.shape[dim])
-        return _gather(x, dim, self.grid, inverse=False)
+        return x.index_select(dim, _index(self.grid, False, x.device))
 
     def invert(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         self.check(x.shape[dim])
-        return _gather(x, dim, self.grid, inverse=True)
+        return x.index_select(dim, _index(self.grid, True, x.device))
 
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
         """The bounding box of each run: the run itself where it is a whole square or cube of the curve."""
@@ -242,13 +244,8 @@ def hilbert(*grid: int) -> Order:
     return Hilbert(sizes)
 
 
-def _hilbert_index(grid: tuple[int, ...], positions: Any) -> Any:
-    """How far along the curve of the enclosing cube each row-major position lies, for a numpy array or a torch tensor.
-
-    J. Skilling, Programming the Hilbert curve, 2004.
-    """
-    bits = _bits(grid)
-    axes = [c for c, size in zip(coordinates(grid, positions), grid, strict=True) if size > 1]
+def _hilbert_index(axes: list[AnyInts], bits: int) -> AnyInts:
+    """How far along the curve of a cube of side 2**bits each cell lies (J. Skilling, Programming the Hilbert curve, 2004)."""
     for bit in reversed(range(1, bits)):
         below = (1 << bit) - 1
         for axis in range(len(axes)):
@@ -263,72 +260,64 @@ def _hilbert_index(grid: tuple[int, ...], positions: Any) -> Any:
     parity = axes[-1] >> 1
     for shift in (1, 2, 4, 8, 16):
         parity = parity ^ parity >> shift
-    index = positions - positions
+    index = np.zeros_like(axes[0])
     for bit in reversed(range(bits)):
-        for axis in axes:
-            index = index << 1 | ((axis ^ parity) >> bit & 1)
+        for coordinate in axes:
+            index = index << 1 | ((coordinate ^ parity) >> bit & 1)
     return index
 
 
-def _bits(grid: tuple[int, ...]) -> int:
-    """Bits of a coordinate of the enclosing cube."""
-    return (max(grid) - 1).bit_length()
-
-
-def _is_line(grid: tuple[int, ...]) -> bool:
-    return sum(size > 1 for size in grid) < 2
-
-
-def _fills_cube(grid: tuple[int, ...]) -> bool:
-    return all(size in (1, 1 << _bits(grid)) for size in grid)
-
-
-def _wide(grid: tuple[int, ...]) -> bool:
-    """Whether the curve of the enclosing cube is too long for int32."""
-    return _bits(grid) * sum(size > 1 for size in grid) > 31
-
-
 @lru_cache(maxsize=16)
-def _curve(grid: tuple[int, ...]) -> SmallIntArray:
+def _curve(grid: tuple[int, ...]) -> SmallInts:
     """The row-major position of each cell along the curve."""
-    positions = np.arange(math.prod(grid), dtype=np.int64 if _wide(grid) else np.int32)
-    if _is_line(grid):
-        return positions.astype(np.int32)
-    index = _hilbert_index(grid, positions)
-    return _inverse(index) if _fills_cube(grid) else np.argsort(index).astype(np.int32)
+    n, sizes = math.prod(grid), [size for size in grid if size > 1]
+    if len(sizes) < 2:
+        return np.arange(n, dtype=np.int32)
+    bits = (max(sizes) - 1).bit_length()
+    dtype = np.int32 if bits * len(sizes) < 32 else np.int64
+    index = _hilbert_index([axis.reshape(-1) for axis in np.indices(sizes, dtype=dtype)], bits)
+    return _inverse(index) if n == 1 << bits * len(sizes) else np.argsort(index).astype(np.int32)
 
 
-def _inverse(permutation: npt.NDArray[Any]) -> SmallIntArray:
+def _inverse(permutation: AnyInts) -> SmallInts:
     out = np.empty(len(permutation), dtype=np.int32)
     out[permutation] = np.arange(len(permutation), dtype=np.int32)
     return out
 
 
 @lru_cache(maxsize=16)
-def _curve_coordinates(grid: tuple[int, ...]) -> tuple[SmallIntArray, ...]:
+def _curve_coordinates(grid: tuple[int, ...]) -> tuple[SmallInts, ...]:
     """The coordinates of each cell along the curve, axis by axis, and one entry more so that a run may end at the last cell."""
     return tuple(np.append(c, c[-1:]).astype(np.int32) for c in coordinates(grid, _curve(grid)))
 
 
-def _gather(x: torch.Tensor, dim: int, grid: tuple[int, ...], inverse: bool) -> torch.Tensor:
-    index = _traced_index if torch.compiler.is_compiling() else _index
-    return x.index_select(dim, index(grid, inverse, x.device))
+class _Indices:
+    """Index tensors by name. Attributes, because a tracer looks an attribute up anew where it would remember a dictionary."""
 
 
-@lru_cache(maxsize=16)
+_INDICES = _Indices()
+_MOST_INDICES = 16
+
+
 def _index(grid: tuple[int, ...], inverse: bool, device: torch.device) -> torch.Tensor:
-    # Cached for good, so that it must not be the inference tensor that the first caller's mode would make it.
-    with torch.inference_mode(False):
-        return torch.from_numpy(_inverse(_curve(grid)) if inverse else _curve(grid)).to(device)
+    """The curve, or the place of each position on it, for index_select; under torch.compile an input of the graph."""
+    name = f"{'inverse of ' if inverse else ''}{grid} on {device}"
+    _provide(name, grid, inverse, str(device))
+    index: torch.Tensor = getattr(_INDICES, name)
+    return index
 
 
-def _traced_index(grid: tuple[int, ...], inverse: bool, device: torch.device) -> torch.Tensor:
-    """The index computed within a traced graph: a cached tensor would be foreign to it, a constant would make it large."""
-    positions = torch.arange(math.prod(grid), dtype=torch.int64 if _wide(grid) else torch.int32, device=device)
-    if _is_line(grid):
-        return positions
-    index = _hilbert_index(grid, positions)
-    if _fills_cube(grid) and inverse:
-        return torch.as_tensor(index)
-    curve = torch.argsort(index)
-    return torch.argsort(curve) if inverse else curve
+def _provide(name: str, grid: tuple[int, ...], inverse: bool, device: str) -> None:
+    if hasattr(_INDICES, name):
+        return
+    kept = vars(_INDICES)
+    while len(kept) >= _MOST_INDICES:
+        del kept[next(iter(kept))]
+    # Kept for later callers, so that it must be neither an inference tensor nor a fake one, whatever mode this caller is in.
+    with torch.inference_mode(False), _disable_current_modes():
+        setattr(_INDICES, name, torch.from_numpy(_inverse(_curve(grid)) if inverse else _curve(grid)).to(device))
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: tracing calls this function, it does
+# not enter it.
+_provide._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -6,14 +6,16 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import arguments
-from .lowerings import costs, dense, flex, strided, tiled
-from .lowerings.batches import Batch, head_ranges
+from .lowerings import costs, dense, flex, single, strided, tiled
+from .lowerings.batches import Batch, HeadRange, head_groups
 from .masks import Mask, Or, conjunction, conjuncts
-from .orders import Order
 from .plans import Plan, Problem, Proposal, Refusal
 from .programs import Branch
+from .tiles import TileMap
 
 LOWERINGS = ("auto", "dense", "strided", "tiled", "flex")
+# Past this many queries tiles are weighed only where there are no regular blocks.
+_LONGEST_WEIGHED = 32768
 
 
 @lru_cache(maxsize=512)
@@ -21,6 +23,9 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     """The plan of a problem. An explicit lowering is used or refused with a ValueError, never replaced."""
     arguments.choice("lowering", lowering, LOWERINGS)
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
+    if takes_any_offset(problem, lowering):
+        only = single.propose(problem)
+        return Plan(problem, (only,), (only,), "one query: slices of the keys that it sees, found from its position at every call")
     candidates = _candidates(problem, lowering)
     best: dict[str, list[Proposal]] = {}
     for name, weighed in candidates.items():
@@ -33,6 +38,39 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     name = min(best, key=lambda each: sum(proposal.cost.dense_flops for proposal in best[each]))
     reason = "as asked" if lowering != "auto" else _reason(name, best)
     return Plan(problem, tuple(best[name]), everything, reason)
+
+
+def counted(plan: Plan) -> Plan:
+    """The plan with the pairs that its program allows, and the tiles in which the first heads of each branch see them; for people.
+
+    Counts are exact. Masks that read data, and masks of too many different tiles, are not counted: None.
+    """
+    problem, tiles = plan.problem, []
+    pairs: int | None = 0
+    for number, branch in enumerate(problem.program.branches):
+        for group, (mask, heads, kv_heads) in enumerate(head_groups(branch, problem)):
+            blocks = strided.propose(mask, heads, kv_heads, problem)
+            allowed: int | None = None
+            if not isinstance(blocks, Refusal) and not any(batch.masks for batch in blocks):
+                allowed = sum(batch.pairs for batch in blocks)
+            if group == 0 or allowed is None:
+                tile_map = TileMap.build(mask, problem.q_len, problem.kv_len, order=branch.order, q_offset=problem.q_offset)
+                if allowed is None and not mask.per_call:
+                    each = tile_map.pairs(mask)
+                    allowed = None if each is None else each * heads.count
+            if group == 0:
+                full = int(tile_map.full.sum())
+                tiles.append(
+                    {"branch": number, "heads": list(heads.indices()), "tile": tile_map.q_tile, "full": full,
+                     "partial": len(tile_map.indices) - full, "bytes": tile_map.nbytes}
+                )  # fmt: skip
+            pairs = None if pairs is None or allowed is None else pairs + allowed * problem.batch
+    return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
+
+
+def takes_any_offset(problem: Problem, lowering: str) -> bool:
+    """Whether one plan serves queries at every position: a single query, as in decoding."""
+    return problem.q_len == 1 and not problem.training and lowering in ("auto", "strided")
 
 
 def _reason(name: str, best: dict[str, list[Proposal]]) -> str:
@@ -48,12 +86,14 @@ def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Re
     out: dict[str, list[Proposal | Refusal]] = {}
     if lowering in ("auto", "dense"):
         out["dense"] = [dense.propose(problem)]
-    for name in ("strided", "tiled"):
-        if lowering in ("auto", name):
-            out[name] = [_per_branch(name, i, branch, problem) for i, branch in enumerate(problem.program.branches)]
-    if lowering == "auto":
-        mixed = [_mixed(i, branch, problem) for i, branch in enumerate(problem.program.branches)]
-        if any(proposal.lowering == "mixed" for proposal in mixed) or len({proposal.lowering for proposal in mixed}) > 1:
+    branches = list(enumerate(problem.program.branches))
+    if lowering in ("auto", "strided"):
+        out["strided"] = [_per_branch("strided", i, branch, problem) for i, branch in branches]
+    if lowering == "tiled" or (lowering == "auto" and _worth_tiling(problem, out["strided"])):
+        out["tiled"] = [_per_branch("tiled", i, branch, problem) for i, branch in branches]
+    if lowering == "auto" and any(isinstance(each, Refusal) for each in out["strided"]):
+        mixed = [_mixed(i, branch, problem) for i, branch in branches]
+        if any("strided" in proposal.lowering for proposal in mixed):
             out["mixed"] = list(mixed)
     if lowering == "flex" or problem.device != "cpu":
         out["flex"] = [flex.propose(problem)]
@@ -62,38 +102,37 @@ def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Re
     return out
 
 
-def _head_groups(branch: Branch, problem: Problem) -> dict[Mask, tuple[int, ...]]:
-    """The heads of a branch by what they may see."""
-    groups: dict[Mask, tuple[int, ...]] = {}
-    for head in branch.head_range(problem.heads):
-        mask = branch.mask_at(head, problem.heads)
-        groups[mask] = (*groups.get(mask, ()), head)
-    return groups
-
-
 def _per_branch(name: str, index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
     """One lowering for all head groups of a branch."""
     batches: list[Batch] = []
-    for mask, heads in _head_groups(branch, problem).items():
-        found = _batches(name, mask, branch.order, heads, problem)
+    for mask, heads, kv_heads in head_groups(branch, problem):
+        found = _batches(name, mask, branch, heads, kv_heads, problem)
         if isinstance(found, Refusal):
             return replace(found, branch=index)
         batches += found
     return _proposal(name, index, batches, problem)
 
 
+def _worth_tiling(problem: Problem, blocks: list[Proposal | Refusal]) -> bool:
+    """Whether tiles could beat regular blocks: not where these compute no hidden pair, nor where finding the tiles alone takes long."""
+    if any(isinstance(each, Refusal) for each in blocks):
+        return True
+    exact = not any(batch.masks for each in blocks if isinstance(each, Proposal) for batch in each.work)
+    return not exact and problem.q_len <= _LONGEST_WEIGHED
+
+
 def _mixed(index: int, branch: Branch, problem: Problem) -> Proposal:
-    """A branch cut into disjoint masks, each by the cheaper of strided and tiled."""
+    """A branch cut into disjoint masks: regular blocks where they are such, tiles elsewhere."""
     batches: list[Batch] = []
-    used: list[str] = []
-    for mask, heads in _head_groups(branch, problem).items():
+    used: dict[str, None] = {}
+    for mask, heads, kv_heads in head_groups(branch, problem):
         for number, part in enumerate(disjoint(mask)):
-            options = {name: _batches(name, part, branch.order, heads, problem) for name in ("strided", "tiled")}
-            possible = {name: found for name, found in options.items() if not isinstance(found, Refusal)}
-            name = min(possible, key=lambda each: costs.of(possible[each], problem).dense_flops)
-            used.append(name)
-            batches += [replace(batch, first=batch.first and number == 0) for batch in possible[name]]
-    return _proposal(used[0] if len(set(used)) == 1 else "mixed", index, batches, problem)
+            name, found = "strided", strided.propose(part, heads, kv_heads, problem)
+            if isinstance(found, Refusal):
+                name, found = "tiled", tiled.propose(part, branch.order, heads, kv_heads, problem)
+            used[name] = None
+            batches += [replace(batch, first=batch.first and number == 0) for batch in found]
+    return _proposal("+".join(used), index, batches, problem)
 
 
 def disjoint(mask: Mask) -> list[Mask]:
@@ -109,17 +148,12 @@ def disjoint(mask: Mask) -> list[Mask]:
     return [mask]
 
 
-def _batches(name: str, mask: Mask, order: Order, heads: tuple[int, ...], problem: Problem) -> list[Batch] | Refusal:
-    out: list[Batch] = []
-    for head_range, kv_range in head_ranges(heads, problem.heads // problem.kv_heads):
-        if name == "strided":
-            found = strided.propose(mask, head_range, kv_range, problem)
-            if isinstance(found, Refusal):
-                return found
-        else:
-            found = tiled.propose(mask, order, head_range, kv_range, problem)
-        out += found
-    return out
+def _batches(
+    name: str, mask: Mask, branch: Branch, heads: HeadRange, kv_heads: HeadRange, problem: Problem
+) -> list[Batch] | Refusal:
+    if name == "strided":
+        return strided.propose(mask, heads, kv_heads, problem)
+    return tiled.propose(mask, branch.order, heads, kv_heads, problem)
 
 
 def _proposal(name: str, index: int, batches: list[Batch], problem: Problem) -> Proposal:

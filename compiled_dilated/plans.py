@@ -150,7 +150,7 @@ class Plan:
             lines.append(f"pairs     {self.useful_pairs:,} allowed, {cost.pairs:,} computed ({share:.0%} useful)")
         for row in self.tiles:
             lines.append(
-                f"tiles     branch {row['branch']}, head {row['head']}: {row['full']:,} full and {row['partial']:,} partial of "
+                f"tiles     branch {row['branch']}, heads {row['heads']}: {row['full']:,} full and {row['partial']:,} partial of "
                 f"{row['tile']} x {row['tile']} tokens, {row['bytes'] / 2**20:.2f} MiB"
             )
         lines.append(

@@ -29,11 +29,12 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Result:
-    """What attention gives, and what its gradients are; `grads` of q, k and v."""
+    """What attention gives, and what its gradients are: of q, k and v. `frozen`: (out, lse) where nothing is to be trained."""
 
     out: Tensor
     lse: Tensor
     grads: tuple[Tensor, ...]
+    frozen: tuple[Tensor, Tensor]
 
 
 def run(attention: Any, inputs: Inputs, with_lse: bool = True, **options: Any) -> Result:
@@ -41,7 +42,10 @@ def run(attention: Any, inputs: Inputs, with_lse: bool = True, **options: Any) -
     out, lse = attention(inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True, **options)
     results, into = ((out, lse), (inputs.grad_out, inputs.grad_lse)) if with_lse else ((out,), (inputs.grad_out,))
     into = tuple(each.to(result.dtype) for each, result in zip(into, results, strict=True))
-    return Result(out.detach(), lse.detach(), torch.autograd.grad(results, (inputs.q, inputs.k, inputs.v), into))
+    grads = torch.autograd.grad(results, (inputs.q, inputs.k, inputs.v), into)
+    with torch.no_grad():
+        frozen = attention(inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True, **options)
+    return Result(out.detach(), lse.detach(), grads, frozen)
 
 
 def compiled(program: Any, lowering: str) -> Any:
@@ -75,6 +79,8 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float = TOLERA
 def assert_same(got: Result, want: Result, tolerance: float = TOLERANCE) -> None:
     assert_close("out", got.out, want.out, tolerance)
     assert_close("lse", got.lse, want.lse, tolerance)
+    assert_close("out without grad", got.frozen[0], want.out, tolerance)
+    assert_close("lse without grad", got.frozen[1], want.lse, tolerance)
     for name, mine, theirs in zip(("grad_q", "grad_k", "grad_v"), got.grads, want.grads, strict=True):
         assert_close(name, mine, theirs, tolerance)
 
@@ -87,18 +93,19 @@ def dead_rows_are_zero(got: Result, want: Result) -> None:
     assert all(x.isfinite().all() for x in (got.out, *got.grads))
 
 
-def everywhere(cases: tuple[Case, ...], lowerings: tuple[str, ...] = LOWERINGS) -> list[Any]:
-    """(case, length, lowering); what strided refuses has a test of its own."""
+def everywhere() -> list[Any]:
+    """(case, length, lowering). What strided refuses has a test of its own; dense and auto do not change with every length."""
+    seldom = {"dense": (1, 129), "auto": (2, 331)}
     return [
         pytest.param(case, n, lowering, id=f"{case}-{n}-{lowering}")
-        for case in cases
+        for case in CASES
         for n in case.lengths
-        for lowering in lowerings
-        if not (lowering == "strided" and case.refused)
+        for lowering in LOWERINGS
+        if not (lowering == "strided" and case.refused) and (n > 331 or n in seldom.get(lowering, case.lengths))
     ]
 
 
-@pytest.mark.parametrize(("case", "n", "lowering"), everywhere(CASES))
+@pytest.mark.parametrize(("case", "n", "lowering"), everywhere())
 def test_float64(case: Case, n: int, lowering: str) -> None:
     inputs, want = truth(case, n, torch.float64)
     got = run(compiled(case.program(n), lowering), inputs)
@@ -109,9 +116,9 @@ def test_float64(case: Case, n: int, lowering: str) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.refused], ids=str)
 def test_strided_refuses_with_a_reason(case: Case) -> None:
     for n in case.lengths:
-        q, k, v = (x.detach() for x in (lambda i: (i.q, i.k, i.v))(case.inputs(n, torch.float32)))
+        inputs = case.inputs(n, torch.float32)
         with pytest.raises(ValueError, match=r"lowering 'strided' refuses for branch \d") as error:
-            compiled(case.program(n), "strided")(q, k, v, data=case.inputs(n, torch.float32).data)
+            compiled(case.program(n), "strided")(inputs.q, inputs.k, inputs.v, data=inputs.data)
         assert case.refused in str(error.value)
         assert "Use lowering='tiled' or 'auto'" in str(error.value)
 
@@ -215,6 +222,8 @@ def test_lower_precision(name: str, n: int, dtype: torch.dtype) -> None:
         dead_rows_are_zero(got, want)
         pairs = {"out": (got.out, theirs.out, want.out), "lse": (got.lse, theirs.lse, want.lse)}
         pairs |= {f"grad {i}": each for i, each in enumerate(zip(got.grads, theirs.grads, want.grads, strict=True))}
+        if n == 1:  # a softmax over one key has no gradient: what comes out is what cancellation leaves
+            pairs = {what: pairs[what] for what in ("out", "lse", "grad 2")}
         for what, (mine, dense_one, exact) in pairs.items():
             no_worse_than_dense(f"{what} of {lowering}", mine, dense_one, exact)
 
@@ -238,7 +247,7 @@ def dense(program: cd.Program, inputs: Inputs, want: Result) -> Result:
         out = torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=bias, enable_gqa=True)
     grads = torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), grad_out)
     _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(inputs.q, inputs.k, inputs.v, attn_mask=bias)
-    return Result(out.detach().masked_fill(dead[..., None], 0.0), lse.detach().masked_fill(dead, -math.inf), grads)
+    return Result(out.detach().masked_fill(dead[..., None], 0.0), lse.detach().masked_fill(dead, -math.inf), grads, (out, lse))
 
 
 # The same schedule, the same bits ------------------------------------------------------------------------------------------------

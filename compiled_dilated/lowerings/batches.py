@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..masks import Mask, Padding, conjuncts
 from ..partials import merge_
+from ..plans import Problem
+from ..programs import Branch
 from . import kernels
 from .lattice import Lattice, Rows, Table, pieces
 
@@ -59,6 +61,16 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
             rest = head_ranges(heads[length:], group)
             return [(HeadRange(taken[0], step, length), HeadRange(distinct[0], key_step, len(distinct))), *rest]
     return []
+
+
+def head_groups(branch: Branch, problem: Problem) -> list[tuple[Mask, HeadRange, HeadRange]]:
+    """The heads of a branch that see the same, as ranges of query heads and of key heads."""
+    groups: dict[Mask, tuple[int, ...]] = {}
+    for head in branch.head_range(problem.heads):
+        mask = branch.mask_at(head, problem.heads)
+        groups[mask] = (*groups.get(mask, ()), head)
+    shared = problem.heads // problem.kv_heads
+    return [(mask, *ranges) for mask, heads in groups.items() for ranges in head_ranges(heads, shared)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..partials import lse_dtype
 from ..plans import Plan, Problem
 from . import batches as running
-from . import costs, flex
+from . import costs, flex, single
 from .batches import Batch, Call, Grads
 
 
@@ -18,6 +18,8 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
     if plan.lowering == "flex":
         return flex.forward(plan.chosen[0].work[0], plan.problem, call, q, k, v)
+    if plan.chosen and plan.chosen[0].work and isinstance(plan.chosen[0].work[0], single.Group):
+        return single.forward(plan.chosen[0].work, call, q, k, v)
     work, problem = _work(plan), plan.problem
     shape = (*q.shape[:3], v.shape[-1])
     if _is_whole(work, problem):

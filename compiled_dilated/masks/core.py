@@ -71,6 +71,10 @@ class Mask(ABC):
         """The same expression over its changed parts."""
         return self
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        """The keys below kv_len that the query at position q sees, as disjoint ranges; None where they are no few ranges."""
+        return None
+
     def check(self, queries: int, keys: int) -> None:
         """Raise ValueError if the mask says nothing about positions below `queries` (for queries) or `keys` (for keys)."""
         for part in self.parts:
@@ -140,6 +144,15 @@ class And(Mask):
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         return And(tuple(change(mask) for mask in self.masks))
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        out: tuple[range, ...] = (range(kv_len),)
+        for mask in self.masks:
+            seen = mask.keys_of(q, kv_len)
+            if seen is None:
+                return None
+            out = tuple(common for a in out for b in seen if (common := intersection(a, b)))
+        return out
+
     def __repr__(self) -> str:
         return " & ".join(map(_operand, self.masks))
 
@@ -173,6 +186,19 @@ class Or(Mask):
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         return Or(tuple(change(mask) for mask in self.masks))
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        found = [mask.keys_of(q, kv_len) for mask in self.masks]
+        spans = [span for seen in found if seen is not None for span in seen if span]
+        if None in found or any(span.step != 1 for span in spans):
+            return None
+        out: list[range] = []
+        for span in sorted(spans, key=lambda span: span.start):
+            if out and span.start <= out[-1].stop:
+                out[-1] = range(out[-1].start, max(out[-1].stop, span.stop))
+            else:
+                out.append(span)
+        return tuple(out)
+
     def __repr__(self) -> str:
         return " | ".join(map(_operand, self.masks))
 
@@ -203,6 +229,13 @@ class Not(Mask):
     def __invert__(self) -> Mask:
         return self.mask
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        seen = self.mask.keys_of(q, kv_len)
+        if seen is None or any(span.step != 1 for span in seen):
+            return None
+        borders = [0, *(at for span in sorted(seen, key=lambda span: span.start) if span for at in (span.start, span.stop)), kv_len]
+        return tuple(range(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b)
+
     def __repr__(self) -> str:
         return f"~{_operand(self.mask)}"
 
@@ -221,6 +254,9 @@ class Full(Mask):
     def period(self) -> int | None:
         return 1
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        return (range(kv_len),)
+
     def __repr__(self) -> str:
         return "full()"
 
@@ -228,6 +264,18 @@ class Full(Mask):
 def full() -> Mask:
     """Every query sees every key."""
     return Full()
+
+
+def intersection(a: range, b: range) -> range:
+    """The numbers in both ranges (steps positive), by the Chinese remainder theorem."""
+    shared = math.gcd(a.step, b.step)
+    if (b.start - a.start) % shared:
+        return range(0)
+    step = a.step // shared * b.step
+    ahead = (b.start - a.start) // shared * pow(a.step // shared, -1, b.step // shared) % (b.step // shared)
+    first = a.start + ahead * a.step
+    start = max(a.start, b.start)
+    return range(first + -(-(start - first) // step) * step, min(a.stop, b.stop), step)
 
 
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,6 +75,13 @@ class DocumentLengths(Mask):
     @property
     def period(self) -> int | None:
         return None
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        stops = self._stops
+        document = bisect.bisect_right(stops, q)
+        if document == len(stops):
+            return ()
+        return (range(min(stops[document] - self.lengths[document], kv_len), min(stops[document], kv_len)),)
 
     def __repr__(self) -> str:
         return f"documents(lengths={self.lengths!r})"

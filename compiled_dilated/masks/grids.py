@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import arguments
 from ..regions import IntArray, Regions, Verdicts, both, verdicts
-from .core import Data, Mask, Positions
+from .core import Data, Mask, Positions, intersection
 from .positions import classify_difference
 
 EDGES = ("cut", "shift")
@@ -36,6 +36,12 @@ class Axis:
         members = (self.size - lane + self.dilation - 1) // self.dilation
         start = _least(_most(rank - self.radius, 0), _most(members - (2 * self.radius + 1), 0))
         return start * self.dilation + lane, (start + 2 * self.radius) * self.dilation + lane
+
+    def keys_of(self, c: int) -> range:
+        """The key coordinates seen from query coordinate c."""
+        low, high = self.reach(c)
+        low += max(0, -(low // self.dilation)) * self.dilation
+        return range(low, min(high, self.size - 1) + 1, self.dilation)
 
     def allows(self, q: Positions, kv: Positions) -> Any:
         low, high = self.reach(q)
@@ -163,6 +169,15 @@ class Neighborhood(Mask):
                 "Make the grid as large as the sequence, or cut the sequence to the grid"
             )
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        at = coordinates(self.grid, q)
+        spans = [axis.keys_of(c) for axis, c in zip(self.axes, at, strict=True)]
+        lines = [0]
+        for span, stride in zip(spans[:-1], strides_of(self.grid)[:-1], strict=True):
+            lines = [line + c * stride for line in lines for c in span]
+        last = spans[-1]
+        return tuple(clipped for line in lines if (clipped := intersection(range(kv_len), range(line + last.start, line + last.stop, last.step))))
+
     def __repr__(self) -> str:
         def short(values: tuple[Any, ...]) -> str:
             return repr(values[0] if len(set(values)) == 1 else values)
@@ -198,7 +213,7 @@ def neighborhood(
             raise ValueError(f"{name} must be one number or one per axis of the grid {grid!r}; got {value!r}")
         return values
 
-    along = (causal,) * len(grid) if isinstance(causal, bool) else tuple(causal)
+    along = tuple(causal) if hasattr(causal, "__iter__") else (causal,) * len(grid)
     if len(along) != len(grid) or not all(isinstance(each, bool) for each in along):
         raise ValueError(f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}")
     arguments.choice("edges", edges, EDGES)

@@ -13,6 +13,10 @@ from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts, verdict
 from .core import Data, Mask, Positions
 
 
+# A query that sees more separate ranges of keys than this is served by evaluating its mask.
+_MOST_RANGES = 64
+
+
 def classify_difference(
     lo: IntArray, hi: IntArray, step: IntArray, dilation: int, left: int | None, right: int
 ) -> Verdicts:
@@ -52,6 +56,9 @@ class Causal(Mask):
     def period(self) -> int | None:
         return 1
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        return (range(min(q + 1, kv_len)),)
+
     def __repr__(self) -> str:
         return "causal()"
 
@@ -79,6 +86,11 @@ class Window(Mask):
     @property
     def period(self) -> int | None:
         return 1
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        first = q - self.left // self.dilation * self.dilation
+        first += max(0, -(first // self.dilation)) * self.dilation
+        return (range(first, min(q + self.right + 1, kv_len), self.dilation),)
 
     def __repr__(self) -> str:
         right = "" if self.right == self.left else f", {self.right}"
@@ -108,6 +120,10 @@ class Segments(Mask):
     @property
     def period(self) -> int | None:
         return self.length
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        start = q // self.length * self.length
+        return (range(start, min(start + self.length, kv_len)),)
 
     def __repr__(self) -> str:
         return f"segments({self.length})"
@@ -191,6 +207,18 @@ class Congruent(Mask):
             return self
         return replace(self, offset=tuple(self.offset_of(head, heads) for head in range(heads)))
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        if not isinstance(self.offset, int):
+            return None
+        if self.residue(q) != self.offset:
+            return ()
+        if self.within is None or self.within % self.modulus == 0:
+            return (range(self.offset, kv_len, self.modulus),)
+        starts = range(0, kv_len, self.within)
+        if len(starts) > _MOST_RANGES:
+            return None
+        return tuple(range(at + self.offset, min(at + self.within, kv_len), self.modulus) for at in starts)
+
     def __repr__(self) -> str:
         within = "" if self.within is None else f", period={self.within}"
         return f"congruent({self.modulus}, {self.offset!r}{within})"
@@ -229,6 +257,9 @@ class Sinks(Mask):
     def period(self) -> int | None:
         return None
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        return (range(min(self.count, kv_len)),)
+
     def __repr__(self) -> str:
         return f"sinks({self.count})"
 
@@ -253,6 +284,9 @@ class Prefix(Mask):
     @property
     def period(self) -> int | None:
         return None
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        return (range(min(self.count, kv_len)),) if q < self.count else ()
 
     def __repr__(self) -> str:
         return f"prefix({self.count})"
@@ -279,6 +313,9 @@ class GlobalTokens(Mask):
     @property
     def period(self) -> int | None:
         return None
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        return (range(kv_len if q < self.count else min(self.count, kv_len)),)
 
     def __repr__(self) -> str:
         return f"global_tokens({self.count})"
@@ -308,6 +345,11 @@ class DilatedBlocks(Mask):
     @property
     def period(self) -> int | None:
         return self.block
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        first = q // self.block % self.stride * self.block
+        starts = range(first, kv_len, self.stride * self.block)
+        return None if len(starts) > _MOST_RANGES else tuple(range(at, min(at + self.block, kv_len)) for at in starts)
 
     def __repr__(self) -> str:
         return f"dilated_blocks({self.block}, {self.stride})"

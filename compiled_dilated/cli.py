@@ -1,0 +1,26 @@
+"""The command line: `compiled-dilated demo | plan | show | bench | doctor`.
+
+Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .commands import doctor, plan, show
+
+app = typer.Typer(
+    name="compiled-dilated",
+    help="Sparse attention for long sequences: write what may attend to what; see it planned, drawn, measured and run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text, which scripts and narrow terminals read as it is
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (plan.plan, show.show, doctor.doctor):
+    app.command()(_command)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""What `compiled-dilated` can do, one file per command."""

@@ -1,0 +1,48 @@
+"""`compiled-dilated plan`: how attention would be computed, and why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from .. import attend
+from . import expressions
+from .arguments import Device, Dtype, Json, Lowering, ProgramText, bad_usage, numbers, print_json
+
+
+def plan(
+    program: ProgramText,
+    shape: Annotated[str, typer.Option(metavar="B,H,N,D", help="Batch, query heads, tokens, width of a head.")] = "1,8,65536,64",
+    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads, a divisor of H; H if not given.")] = None,
+    kv_len: Annotated[int | None, typer.Option(help="Keys; N if not given.")] = None,
+    value_dim: Annotated[int | None, typer.Option(help="Width of a value head; D if not given.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = Dtype.float32,
+    device: Annotated[Device, typer.Option(help="Need not be there: nothing is computed.")] = Device.cpu,
+    training: Annotated[bool, typer.Option("--training", help="A backward will follow.")] = False,
+    lowering: Annotated[Lowering, typer.Option(help="Used or refused, never replaced; auto takes the cheapest.")] = Lowering.auto,
+    q_offset: Annotated[int, typer.Option(help="Position of the first query, for decoding against a cache.")] = 0,
+    json: Json = False,
+) -> None:
+    """Print how attention by PROGRAM would be computed, and why: candidates, pairs, FLOPs, bytes, peak memory.
+
+    Exit code 2 if PROGRAM is none, or cannot be computed as asked.
+    """
+    with bad_usage():
+        found = attend.plan(
+            expressions.program(program),
+            numbers("--shape", shape),
+            kv_heads=kv_heads,
+            kv_len=kv_len,
+            value_dim=value_dim,
+            dtype=getattr(torch, dtype.value),
+            device=device.value,
+            training=training,
+            lowering=lowering.value,
+            q_offset=q_offset,
+        )
+    if json:
+        print_json(found.to_json())
+    else:
+        typer.echo(found.explain())

@@ -1,0 +1,196 @@
+"""Time and memory of functions, what they were measured on, and the file that the numbers go to."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_RESET_PEAK = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_SAMPLE_SECONDS = 0.001
+
+
+def hardware() -> dict[str, Any]:
+    """What a figure depends on: processor, cores, memory in bytes, threads in use, versions, the GPU or None, the date (UTC)."""
+    import psutil
+
+    gpu = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiled_dilated": _own_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _own_version() -> str | None:
+    try:
+        return importlib.metadata.version("compiled-dilated")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each call of each function: one call of every function in turn, so that a drift of the machine hits all alike.
+
+    repeats: turns that count, after `warmup` turns that do not. seconds: no further turn starts once so many have passed; one always counts.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    started = time.perf_counter()
+    for turn in range(-warmup, repeats):
+        if turn > 0 and time.perf_counter() - started > seconds:
+            break
+        for name, function in functions.items():
+            elapsed = timed(function)
+            if turn >= 0:
+                times[name].append(elapsed)
+    return times
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call, work queued on a GPU included."""
+    _synchronize()
+    started = time.perf_counter()
+    result = function()
+    _synchronize()
+    elapsed = time.perf_counter() - started
+    del result  # freeing it is not the function's work
+    return elapsed
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value."""
+    return statistics.median(values)
+
+
+def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
+    """Most bytes held at once during one call, its result included, beyond what was held before it.
+
+    On a CPU the resident set of this process (the kernel's own high-water mark on Linux, samples every millisecond elsewhere), on a
+    GPU torch's allocator. Memory that is reserved and never touched does not count.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(function)
+        return torch.cuda.max_memory_allocated() - before
+    _give_back_freed_memory()
+    before = resident_bytes()
+    with resident_peak() as peak:
+        timed(function)
+    return max(0, peak() - before)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextlib.contextmanager
+def resident_peak() -> Iterator[Callable[[], int]]:
+    """The most bytes of this process in memory at once, within the block: `with resident_peak() as peak: ...; peak()`."""
+    try:
+        _RESET_PEAK.write_text("5")
+    except OSError:
+        with _sampled_peak() as peak:
+            yield peak
+        return
+    ends: list[int] = []
+    yield lambda: ends[0] if ends else _high_water_mark()
+    ends.append(_high_water_mark())
+
+
+def _high_water_mark() -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@contextlib.contextmanager
+def _sampled_peak() -> Iterator[Callable[[], int]]:
+    most, done = [resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLE_SECONDS):
+            most[0] = max(most[0], resident_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: most[0]
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _give_back_freed_memory() -> None:
+    """The allocator's free lists hide what the next call takes; glibc can return them, others keep theirs."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """The file, whole or not at all: an interrupted run leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.close()
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, path)
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+
+
+def _umask() -> int:
+    """The mask of new files' permissions, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """A record as an indented JSON file, written whole or not at all."""
+    write(path, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,301 @@
+"""Attention as torch modules, with the signatures and state dicts of the first public LongNet port.
+
+    DilatedAttention            (B, N, H, D) -> (B, N, H, D)     no parameters
+    MultiheadDilatedAttention   (B, N, E) -> ((B, N, E), None)   q_proj, k_proj, v_proj -> attention -> norm -> out_proj
+
+The core wants (B, H, N, D): inputs are transposed as views, and so is the output.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments, masks
+from .attend import Attend, compile
+from .planner import LOWERINGS
+from .programs import Program, longnet
+
+
+class Attention(nn.Module, ABC):
+    """Attention over (batch, tokens, heads, head_dim) without parameters; a subclass says by which program."""
+
+    def __init__(self, softmax_scale: float | None, attention_dropout: float, lowering: str) -> None:
+        super().__init__()
+        if softmax_scale is not None and not _is_finite_number(softmax_scale):
+            raise ValueError(f"softmax_scale must be a finite number; got {softmax_scale!r}. Leave it out for 1 / sqrt(head_dim)")
+        _refuse_dropout("attention_dropout", attention_dropout)
+        self.softmax_scale = softmax_scale
+        self.lowering = arguments.choice("lowering", lowering, LOWERINGS)
+
+    @abstractmethod
+    def program(self, tokens: int, is_causal: bool = False) -> Program:
+        """What a call with so many tokens computes."""
+
+    @abstractmethod
+    def attend(self, tokens: int, kv_tokens: int, is_causal: bool, padded: bool) -> Attend:
+        """The program as a callable; with `padded` it reads the data tensor "padding"."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, H, Dv) from query (B, N, H, D), key (B, M, Hkv, D) and value (B, M, Hkv, Dv), H a multiple of Hkv, any N and M.
+
+        key_padding_mask: bool (B, M), True where the key is padding, as in torch. No query sees such keys. A padded *query* gets
+        what it sees, like any other: mask such rows in the loss. A row that sees nothing is 0, and sends no gradient.
+        """
+        _check_inputs(query, key, value)
+        padded = key_padding_mask is not None
+        attend = self.attend(query.shape[1], key.shape[1], arguments.flag("is_causal", is_causal), padded)
+        data = {"padding": _check_padding(key_padding_mask, key)} if key_padding_mask is not None else None
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out: Tensor = attend(q, k, v, scale=self.softmax_scale, data=data)
+        return out.transpose(1, 2)
+
+
+class DilatedAttention(Attention):
+    """LongNet's dilated attention (arXiv 2307.02486), a drop-in for the first port's module of this name.
+
+    segment_lengths, dilation_rates: in tokens, one of each per branch; nothing has to be divisible by them.
+    softmax_scale: default 1 / sqrt(D). attention_dropout: 0.0; more is refused, as the fused kernels have none.
+    offsets, heads: as in `longnet`. The first port deals its heads out over the branches, which is heads="split"; the paper, and
+    the default here, has all heads in every branch.
+    lowering: as in `compile`.
+
+    >>> attention = DilatedAttention(segment_lengths=(2048, 4096), dilation_rates=(1, 2))
+    >>> attention(query, key, value, is_causal=True).shape == query.shape
+    True
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        softmax_scale: float | None = None,
+        attention_dropout: float = 0.0,
+        *,
+        offsets: str = "cyclic",
+        heads: str = "all",
+        lowering: str = "auto",
+    ) -> None:
+        super().__init__(softmax_scale, attention_dropout, lowering)
+        self.segment_lengths = arguments.integers("segment_lengths", segment_lengths, 1)
+        self.dilation_rates = arguments.integers("dilation_rates", dilation_rates, 1)
+        self.offsets, self.heads = offsets, heads
+        self._attends: dict[tuple[bool, bool], Attend] = {}
+        for is_causal in (False, True):
+            program = self.program(1, is_causal)
+            self._attends[is_causal, False] = compile(program, lowering=lowering)
+            self._attends[is_causal, True] = compile(visible(program), lowering=lowering)
+
+    def program(self, tokens: int, is_causal: bool = False) -> Program:
+        """What a call computes, the same program for any number of tokens."""
+        return longnet(self.segment_lengths, self.dilation_rates, is_causal, self.offsets, self.heads)
+
+    def attend(self, tokens: int, kv_tokens: int, is_causal: bool, padded: bool) -> Attend:
+        """The program as a callable, made when the module was."""
+        return self._attends[is_causal, padded]
+
+    def extra_repr(self) -> str:
+        """The arguments, those that were left out not shown."""
+        parts = [f"segment_lengths={self.segment_lengths}", f"dilation_rates={self.dilation_rates}"]
+        given = {"softmax_scale": self.softmax_scale, "offsets": self.offsets, "heads": self.heads, "lowering": self.lowering}
+        left_out = {"softmax_scale": None, "offsets": "cyclic", "heads": "all", "lowering": "auto"}
+        return ", ".join(parts + [f"{name}={value!r}" for name, value in given.items() if value != left_out[name]])
+
+
+class Multihead(nn.Module):
+    """Projections into heads, any attention on (B, N, H, D), a layer norm and the projection out (MAGNETO, arXiv 2210.06423).
+
+    gamma_init: the gain that v_proj and out_proj start with; see MAGNETO for its value at a depth.
+    Parameters: q_proj, k_proj, v_proj, out_proj (weights embed_dim x embed_dim, biases if `bias`), norm if `layer_norm`.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = arguments.integer("embed_dim", embed_dim, 1)
+        self.num_heads = arguments.integer("num_heads", num_heads, 1)
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}")
+        _refuse_dropout("dropout", dropout)
+        if not _is_finite_number(gamma_init):
+            raise ValueError(f"gamma_init must be a finite number, the gain of v_proj and out_proj; got {gamma_init!r}")
+        arguments.flag("bias", bias)
+        self.gamma_init = gamma_init
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.k_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.attention = attention
+        self.norm = (
+            nn.LayerNorm(embed_dim, layer_norm_eps, device=device, dtype=dtype)
+            if arguments.flag("layer_norm", layer_norm)
+            else None
+        )
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-normal weights, gain 1 for q and k and `gamma_init` for v and out; biases 0."""
+        gains = ((self.q_proj, 1.0), (self.k_proj, 1.0), (self.v_proj, self.gamma_init), (self.out_proj, self.gamma_init))
+        for projection, gain in gains:
+            nn.init.xavier_normal_(projection.weight, gain)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, None]:
+        """((B, N, E), None) from query (B, N, E), key and value (B, M, E).
+
+        key_padding_mask: bool (B, M), True where the key is padding; see `DilatedAttention` for padded queries.
+        The None stands where torch.nn.MultiheadAttention returns the attention weights; `need_weights=True` is refused.
+        """
+        if need_weights:
+            raise ValueError(
+                "need_weights=True asks for the attention weights, queries x keys of them, which are never held. Leave it out; "
+                "for short sequences compiled_dilated.reference is dense and written to be read"
+            )
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor")
+            if x.dim() != 3 or x.shape[2] != self.embed_dim:
+                raise ValueError(f"{name} must be (batch, tokens, embed_dim={self.embed_dim}); got shape {tuple(x.shape)}")
+        x = self.attention(
+            self._heads(self.q_proj(query)),
+            self._heads(self.k_proj(key)),
+            self._heads(self.v_proj(value)),
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+        ).flatten(2)
+        return self.out_proj(x if self.norm is None else self.norm(x)), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        heads: Tensor = x.unflatten(2, (self.num_heads, self.embed_dim // self.num_heads))
+        return heads
+
+    def extra_repr(self) -> str:
+        """What the parts do not say themselves."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, gamma_init={self.gamma_init}"
+
+
+class MultiheadDilatedAttention(Multihead):
+    """Dilated attention between projections, a drop-in for the first port's module of this name, its state dicts included.
+
+    Mind the order: dilation_rates comes before segment_lengths, as there. The other arguments are those of `Multihead` and
+    `DilatedAttention`.
+
+    >>> attention = MultiheadDilatedAttention(512, 8, dilation_rates=(1, 2), segment_lengths=(2048, 4096))
+    >>> out, none = attention(x, x, x, is_causal=True)
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dilation_rates: Sequence[int],
+        segment_lengths: Sequence[int],
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        softmax_scale: float | None = None,
+        offsets: str = "cyclic",
+        heads: str = "all",
+        lowering: str = "auto",
+    ) -> None:
+        attention = DilatedAttention(
+            segment_lengths, dilation_rates, softmax_scale, offsets=offsets, heads=heads, lowering=lowering
+        )
+        super().__init__(attention, embed_dim, num_heads, dropout, bias, layer_norm, layer_norm_eps, gamma_init, device, dtype)
+
+
+def visible(program: Program) -> Program:
+    """The program without the keys that are padding; it reads the data tensor "padding"."""
+    return Program(
+        tuple(
+            replace(branch, mask=masks.conjunction((*masks.conjuncts(branch.mask), masks.padding())))
+            for branch in program.branches
+        )
+    )
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_dropout(name: str, value: float) -> None:
+    if not _is_finite_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], and 0.0 at that; got {value!r}")
+    if value:
+        raise ValueError(
+            f"{name}={value} cannot be honoured: the fused attention kernels have no dropout. Pass 0.0, which for inference "
+            f"is the same; for training put torch.nn.Dropout({value}) behind the module"
+        )
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Shapes alone, in this layout; the core checks the rest."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor")
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be (batch, tokens, heads, head_dim); got shape {tuple(x.shape)}. "
+                "Modules take tokens before heads; split the last dimension with unflatten"
+            )
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key and value must agree in batch, tokens and heads; got key {tuple(key.shape)} and value {tuple(value.shape)}"
+        )
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(f"query and key must have one batch size; got query {tuple(query.shape)} and key {tuple(key.shape)}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have one head_dim; got query {tuple(query.shape)} and key {tuple(key.shape)}")
+
+
+def _check_padding(key_padding_mask: Tensor, key: Tensor) -> Tensor:
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+        came = key_padding_mask.dtype if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
+        raise TypeError(
+            f"key_padding_mask must be a bool tensor, True where the key is padding; got {came}. "
+            "An additive float mask is `mask == -inf`, a mask of ones for tokens is `mask == 0`"
+        )
+    if key_padding_mask.shape != key.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask must be (batch, tokens) of the key, {tuple(key.shape[:2])}; got {tuple(key_padding_mask.shape)}"
+        )
+    return key_padding_mask

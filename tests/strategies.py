@@ -1,0 +1,127 @@
+"""Random masks, orders and regions for hypothesis, and the dense truth to hold them against."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+from compiled_dilated import masks, orders
+from compiled_dilated.masks import Mask
+from compiled_dilated.orders import Order
+from compiled_dilated.regions import Regions
+
+Dense = npt.NDArray[np.bool_]
+
+
+def dense(mask: Mask, q_len: int, kv_len: int, q_offset: int = 0, head: int = 0, data: Any = None) -> Dense:
+    """Every pair: (q_len, kv_len), for batch entry 0."""
+    q, kv = np.arange(q_len)[:, None] + q_offset, np.arange(kv_len)[None, :]
+    return np.broadcast_to(mask.allows(np.int64(0), np.int64(head), q, kv, data), (q_len, kv_len))
+
+
+def every_third(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (q + kv) % 3 == 0
+
+
+def by_head(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (q + kv) % 3 == h % 3
+
+
+@st.composite
+def grids(draw: st.DrawFn, most: int = 64) -> tuple[int, ...]:
+    """The sizes of a grid of 2 or 3 axes, with at most that many cells."""
+    rows = draw(st.integers(1, 8))
+    columns = draw(st.integers(1, max(1, most // rows // 2)))
+    depth = draw(st.integers(1, max(1, min(5, most // rows // columns))))
+    return (rows, columns) if draw(st.booleans()) else (depth, rows, columns)
+
+
+@st.composite
+def line_masks(draw: st.DrawFn, most: int = 64) -> Mask:
+    """A mask without parts, for any length."""
+    number = st.integers(0, most)
+    kind = draw(st.sampled_from(("causal", "window", "segments", "congruent", "documents", "sinks", "prefix", "global", "tiles", "full")))
+    if kind == "window":
+        return masks.window(draw(number), draw(number), draw(st.integers(1, 7)))
+    if kind == "segments":
+        return masks.segments(draw(st.integers(1, most)))
+    if kind == "congruent":
+        modulus = draw(st.integers(1, 7))
+        return masks.congruent(modulus, draw(st.integers(0, modulus - 1)), draw(st.none() | st.integers(1, most)))
+    if kind == "documents":
+        return masks.documents(lengths=tuple(draw(st.lists(st.integers(0, most // 2), min_size=1, max_size=5))))
+    if kind == "tiles":
+        pairs = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
+        return masks.tiles(pairs, block=draw(st.integers(1, 16)), columns=draw(st.none() | st.integers(6, 8)))
+    counted = {"sinks": masks.sinks, "prefix": masks.prefix, "global": masks.global_tokens}
+    if kind in counted:
+        return counted[kind](draw(number))
+    return masks.causal() if kind == "causal" else masks.full()
+
+
+@st.composite
+def grid_masks(draw: st.DrawFn, grid: tuple[int, ...]) -> Mask:
+    """A neighbourhood on that grid."""
+    per_axis = [
+        draw(st.tuples(*[st.integers(0, 4)] * len(grid))),
+        draw(st.tuples(*[st.integers(1, 3)] * len(grid))),
+        draw(st.tuples(*[st.booleans()] * len(grid))),
+    ]
+    return masks.neighborhood(grid, *per_axis, edges=draw(st.sampled_from(("cut", "shift"))))
+
+
+def expressions(leaves: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
+    """Masks joined by &, | and ~."""
+    return st.recursive(
+        leaves,
+        lambda parts: st.one_of(
+            st.builds(lambda a, b: a & b, parts, parts), st.builds(lambda a, b: a | b, parts, parts), st.builds(lambda a: ~a, parts)
+        ),
+        max_leaves=4,
+    )
+
+
+def mods() -> st.SearchStrategy[Mask]:
+    """Masks of functions."""
+    within = st.none() | st.builds(masks.window, st.integers(0, 20))
+    return st.builds(masks.from_mod, st.sampled_from((every_third, by_head)), within)
+
+
+@st.composite
+def masks_and_orders(draw: st.DrawFn, most: int = 64) -> tuple[Mask, Order, int]:
+    """A mask, an order and a length that both know."""
+    grid = draw(grids(most))
+    on_grid = draw(st.booleans())
+    n = math.prod(grid) if on_grid else draw(st.integers(1, most))
+    leaves = [line_masks(most), mods(), *([grid_masks(grid)] if on_grid else [])]
+    order = draw(
+        st.one_of(
+            st.just(orders.identity()),
+            st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, most)),
+            *([st.just(orders.hilbert(*grid))] if on_grid else []),
+        )
+    )
+    return draw(expressions(st.one_of(*leaves))), order, n
+
+
+@st.composite
+def regions(draw: st.DrawFn, n: int, count: int, grid: tuple[int, ...] | None = None) -> Regions:
+    """`count` regions of one number of axes within n positions: runs, strided runs, or boxes of a grid with gaps."""
+    if grid is not None and draw(st.booleans()):
+        strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+        base, extent, stride = [], [], []
+        for _ in range(count):
+            low = [draw(st.integers(0, size - 1)) for size in grid]
+            gaps = [draw(st.sampled_from((1, 1, 2, 3))) for _ in grid]
+            base.append(sum(at * unit for at, unit in zip(low, strides, strict=True)))
+            extent.append([draw(st.integers(1, (size - 1 - at) // gap + 1)) for size, at, gap in zip(grid, low, gaps, strict=True)])
+            stride.append([gap * unit for gap, unit in zip(gaps, strides, strict=True)])
+        return Regions(np.array(base), np.array(extent), np.array(stride))
+    starts = [draw(st.integers(0, n - 1)) for _ in range(count)]
+    steps = [draw(st.sampled_from((1, 1, 2, 3, 5, 6))) for _ in range(count)]
+    counts = [draw(st.integers(1, (n - 1 - start) // step + 1)) for start, step in zip(starts, steps, strict=True)]
+    return Regions.strided(starts, counts, steps)

@@ -12,7 +12,9 @@ def integer(name: str, value: object, least: int | None = None) -> int:
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens") from None
+        raise TypeError(
+            f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens"
+        ) from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}; got {number}")
     return number
@@ -21,7 +23,9 @@ def integer(name: str, value: object, least: int | None = None) -> int:
 def integers(name: str, values: object, least: int | None = None) -> tuple[int, ...]:
     """A non-empty sequence of integers as a tuple."""
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of integers; got {type(values).__name__} {values!r}. Write a tuple, as in ({values!r},)")
+        raise TypeError(
+            f"{name} must be a sequence of integers; got {type(values).__name__} {values!r}. Write a tuple, as in ({values!r},)"
+        )
     out = tuple(integer(f"{name}[{i}]", value, least) for i, value in enumerate(values))
     if not out:
         raise ValueError(f"{name} is empty; pass at least one integer")

@@ -9,37 +9,45 @@ The core wants (B, H, N, D): inputs are transposed as views, and so is the outpu
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from . import arguments, masks
-from .attend import Attend, compile
-from .planner import LOWERINGS
-from .programs import Program, longnet
+from .attend import Attend
+from .programs import PerLength, Program, longnet
 
 
-class Attention(nn.Module, ABC):
-    """Attention over (batch, tokens, heads, head_dim) without parameters; a subclass says by which program."""
+class Attention(nn.Module):
+    """Attention over (batch, tokens, heads, head_dim) by a program, without parameters.
 
-    def __init__(self, softmax_scale: float | None, attention_dropout: float, lowering: str) -> None:
+    programs: by `is_causal`.
+    """
+
+    def __init__(
+        self,
+        programs: Mapping[bool, Program | PerLength],
+        softmax_scale: float | None,
+        attention_dropout: float,
+        lowering: str,
+    ) -> None:
         super().__init__()
         if softmax_scale is not None and not _is_finite_number(softmax_scale):
             raise ValueError(f"softmax_scale must be a finite number; got {softmax_scale!r}. Leave it out for 1 / sqrt(head_dim)")
         _refuse_dropout("attention_dropout", attention_dropout)
         self.softmax_scale = softmax_scale
-        self.lowering = arguments.choice("lowering", lowering, LOWERINGS)
+        self.lowering = lowering
+        self._attends: dict[tuple[bool, bool], Attend] = {}
+        for is_causal, program in programs.items():
+            self._attends[is_causal, False] = Attend(program, lowering)
+            self._attends[is_causal, True] = Attend(visible(program), lowering)
 
-    @abstractmethod
     def program(self, tokens: int, is_causal: bool = False) -> Program:
-        """What a call with so many tokens computes."""
-
-    @abstractmethod
-    def attend(self, tokens: int, kv_tokens: int, is_causal: bool, padded: bool) -> Attend:
-        """The program as a callable; with `padded` it reads the data tensor "padding"."""
+        """What a call with so many tokens, none of them padding, computes."""
+        program = self._attends[arguments.flag("is_causal", is_causal), False].program
+        return program.at(arguments.integer("tokens", tokens, 1)) if isinstance(program, PerLength) else program
 
     def forward(
         self,
@@ -55,12 +63,21 @@ class Attention(nn.Module, ABC):
         what it sees, like any other: mask such rows in the loss. A row that sees nothing is 0, and sends no gradient.
         """
         _check_inputs(query, key, value)
-        padded = key_padding_mask is not None
-        attend = self.attend(query.shape[1], key.shape[1], arguments.flag("is_causal", is_causal), padded)
-        data = {"padding": _check_padding(key_padding_mask, key)} if key_padding_mask is not None else None
+        attend = self._attends[arguments.flag("is_causal", is_causal), key_padding_mask is not None]
+        if isinstance(attend.program, PerLength) and query.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"this attention is over one sequence; got {query.shape[1]} query and {key.shape[1]} key tokens. "
+                "Use DilatedAttention, or compiled_dilated.compile with a program of your own"
+            )
+        data = None if key_padding_mask is None else {"padding": _check_padding(key_padding_mask, key)}
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out: Tensor = attend(q, k, v, scale=self.softmax_scale, data=data)
         return out.transpose(1, 2)
+
+    def _options(self) -> list[str]:
+        """The options of every attention as code, without those left at their defaults."""
+        scale = [] if self.softmax_scale is None else [f"softmax_scale={self.softmax_scale}"]
+        return scale + ([] if self.lowering == "auto" else [f"lowering={self.lowering!r}"])
 
 
 class DilatedAttention(Attention):
@@ -88,30 +105,25 @@ class DilatedAttention(Attention):
         heads: str = "all",
         lowering: str = "auto",
     ) -> None:
-        super().__init__(softmax_scale, attention_dropout, lowering)
+        programs = {
+            is_causal: self._ordered(longnet(segment_lengths, dilation_rates, is_causal, offsets, heads))
+            for is_causal in (False, True)
+        }
+        super().__init__(programs, softmax_scale, attention_dropout, lowering)
         self.segment_lengths = arguments.integers("segment_lengths", segment_lengths, 1)
         self.dilation_rates = arguments.integers("dilation_rates", dilation_rates, 1)
         self.offsets, self.heads = offsets, heads
-        self._attends: dict[tuple[bool, bool], Attend] = {}
-        for is_causal in (False, True):
-            program = self.program(1, is_causal)
-            self._attends[is_causal, False] = compile(program, lowering=lowering)
-            self._attends[is_causal, True] = compile(visible(program), lowering=lowering)
 
-    def program(self, tokens: int, is_causal: bool = False) -> Program:
-        """What a call computes, the same program for any number of tokens."""
-        return longnet(self.segment_lengths, self.dilation_rates, is_causal, self.offsets, self.heads)
-
-    def attend(self, tokens: int, kv_tokens: int, is_causal: bool, padded: bool) -> Attend:
-        """The program as a callable, made when the module was."""
-        return self._attends[is_causal, padded]
+    @staticmethod
+    def _ordered(program: Program) -> Program | PerLength:
+        """The program in the order that it is computed in."""
+        return program
 
     def extra_repr(self) -> str:
-        """The arguments, those that were left out not shown."""
-        parts = [f"segment_lengths={self.segment_lengths}", f"dilation_rates={self.dilation_rates}"]
-        given = {"softmax_scale": self.softmax_scale, "offsets": self.offsets, "heads": self.heads, "lowering": self.lowering}
-        left_out = {"softmax_scale": None, "offsets": "cyclic", "heads": "all", "lowering": "auto"}
-        return ", ".join(parts + [f"{name}={value!r}" for name, value in given.items() if value != left_out[name]])
+        """The arguments, without those left at their defaults."""
+        parts = [f"segment_lengths={self.segment_lengths}", f"dilation_rates={self.dilation_rates}", *self._options()]
+        parts += [f"offsets={self.offsets!r}"] * (self.offsets != "cyclic") + [f"heads={self.heads!r}"] * (self.heads != "all")
+        return ", ".join(parts)
 
 
 class Multihead(nn.Module):
@@ -243,14 +255,22 @@ class MultiheadDilatedAttention(Multihead):
         super().__init__(attention, embed_dim, num_heads, dropout, bias, layer_norm, layer_norm_eps, gamma_init, device, dtype)
 
 
-def visible(program: Program) -> Program:
+def visible(program: Program | PerLength) -> Program | PerLength:
     """The program without the keys that are padding; it reads the data tensor "padding"."""
+    if isinstance(program, PerLength):
+        return PerLength(_visible_at, (program,), (*program.names, "padding"))
+    return _visible(program)
+
+
+def _visible(program: Program) -> Program:
+    hidden = masks.padding()
     return Program(
-        tuple(
-            replace(branch, mask=masks.conjunction((*masks.conjuncts(branch.mask), masks.padding())))
-            for branch in program.branches
-        )
+        tuple(replace(branch, mask=masks.conjunction((*masks.conjuncts(branch.mask), hidden))) for branch in program.branches)
     )
+
+
+def _visible_at(program: PerLength, tokens: int) -> Program:
+    return _visible(program.at(tokens))
 
 
 def _is_finite_number(value: object) -> bool:

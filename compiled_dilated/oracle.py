@@ -60,7 +60,9 @@ def reference(
     return (out, lse) if return_lse else out
 
 
-def multiplicity(program: Program, q: Tensor, k: Tensor, *, q_offset: int = 0, data: Mapping[str, Tensor] | None = None) -> Tensor:
+def multiplicity(
+    program: Program, q: Tensor, k: Tensor, *, q_offset: int = 0, data: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """c (B, Hq, N, M): how many branches link each query and key."""
     batch, heads, q_len, _ = q.shape
     b, _, i, j = _indices(batch, heads, q_len, k.shape[2], q_offset, q.device)
@@ -72,7 +74,9 @@ def multiplicity(program: Program, q: Tensor, k: Tensor, *, q_offset: int = 0, d
     return counts
 
 
-def _indices(batch: int, heads: int, q_len: int, kv_len: int, q_offset: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _indices(
+    batch: int, heads: int, q_len: int, kv_len: int, q_offset: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def arange(size: int, axis: int) -> Tensor:
         return torch.arange(size, device=device).reshape([-1 if each == axis else 1 for each in range(4)])
 

@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import arguments
-from .masks.grids import coordinates, strides_of
+from .masks.grids import coordinates, least, strides_of
 from .regions import IntArray, Regions
 
 AnyInts = npt.NDArray[Any]
@@ -89,10 +89,22 @@ class Residue(Order):
         return self._position(np.arange(n), n)
 
     def permute(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
+        if self._ragged(x.shape[dim]) and torch.compiler.is_compiling():
+            places = torch.arange(x.shape[dim], device=x.device)
+            return x.index_select(dim, self._position(places, x.shape[dim]))
         return self._by_period(x, dim, _classes)
 
     def invert(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
+        if self._ragged(x.shape[dim]) and torch.compiler.is_compiling():
+            positions = torch.arange(x.shape[dim], device=x.device)
+            return x.index_select(dim, self._place(positions, x.shape[dim]))
         return self._by_period(x, dim, _unclasses)
+
+    def _ragged(self, n: int) -> bool:
+        """Whether views alone do not do. Folding such lengths takes slices whose sizes a compiler would specialise on, one graph
+        for each remainder; so there the order is computed in the graph, where it fuses into the gather."""
+        period = self.period or max(n, 1)
+        return n % period != 0 or period % self.rate != 0
 
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
         start, last = np.atleast_1d(np.asarray(starts, dtype=np.int64)), np.atleast_1d(np.asarray(stops, dtype=np.int64)) - 1
@@ -107,21 +119,34 @@ class Residue(Order):
         count = np.where(one_class, last - start + 1, high - low + 1)
         return Regions.strided(np.where(one_class, first_position, low), count, np.where(one_class, self.rate, 1))
 
-    def _locate(self, place: IntArray, n: int) -> tuple[IntArray, IntArray, IntArray]:
+    # Places and positions are numpy arrays or torch tensors: operators alone.
+
+    def _sizes(self, block: Any, n: int) -> tuple[Any, Any]:
+        """Of a period: each of its classes has `rows` members, the first `longer` classes one more."""
+        period = self.period or max(n, 1)
+        length = least(period + block * 0, n - block * period)
+        return length // self.rate, length % self.rate
+
+    def _locate(self, place: Any, n: int) -> tuple[Any, Any, Any]:
         """Of each place: its period, its class within the period, its index within the class."""
         period = self.period or max(n, 1)
-        block, within = np.divmod(place, period)
-        rows, longer = np.divmod(np.minimum(period, n - block * period), self.rate)
-        # The first `longer` classes have rows + 1 members, the others rows.
-        boundary = longer * (rows + 1)
-        late, short = within - boundary, np.maximum(rows, 1)
-        class_ = np.where(within < boundary, within // (rows + 1), longer + late // short)
-        index = np.where(within < boundary, within % (rows + 1), late % short)
-        return block, class_, index
+        block, within = place // period, place % period
+        rows, longer = self._sizes(block, n)
+        late = within >= longer * (rows + 1)
+        among = within - late * (longer * (rows + 1))
+        size = rows + 1 - late * 1
+        return block, late * longer + among // size, among % size
 
-    def _position(self, place: IntArray, n: int) -> IntArray:
+    def _position(self, place: Any, n: int) -> Any:
         block, class_, index = self._locate(place, n)
-        return np.asarray(block * (self.period or n) + class_ + index * self.rate, dtype=np.int64)
+        return block * (self.period or max(n, 1)) + class_ + index * self.rate
+
+    def _place(self, position: Any, n: int) -> Any:
+        period = self.period or max(n, 1)
+        block, within = position // period, position % period
+        rows, longer = self._sizes(block, n)
+        class_ = within % self.rate
+        return block * period + class_ * rows + least(class_, longer) + within // self.rate
 
     def _by_period(self, x: torch.Tensor, dim: int, each: Callable[[torch.Tensor, int, int], torch.Tensor]) -> torch.Tensor:
         dim, n = dim % x.ndim, x.shape[dim]

@@ -25,7 +25,9 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
     if takes_any_offset(problem, lowering):
         only = single.propose(problem)
-        return Plan(problem, (only,), (only,), "one query: slices of the keys that it sees, found from its position at every call")
+        return Plan(
+            problem, (only,), (only,), "one query: slices of the keys that it sees, found from its position at every call"
+        )
     candidates = _candidates(problem, lowering)
     best: dict[str, list[Proposal]] = {}
     for name, weighed in candidates.items():
@@ -78,7 +80,9 @@ def _reason(name: str, best: dict[str, list[Proposal]]) -> str:
         return sum(proposal.cost.dense_flops for proposal in best[each]) / 1e9
 
     others = ", ".join(f"{each} {gflop(each):,.1f}" for each in best if each != name)
-    return f"takes as long as {gflop(name):,.1f} GFLOP of dense attention" + (f"; {others}" if others else "; nothing else is possible")
+    return f"takes as long as {gflop(name):,.1f} GFLOP of dense attention" + (
+        f"; {others}" if others else "; nothing else is possible"
+    )
 
 
 def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Refusal]]:

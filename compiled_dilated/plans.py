@@ -174,7 +174,11 @@ class Plan:
             for row in rows
         ]
         headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "calls", "peak MiB", "refused because"]
-        return "\n".join(lines) + "\n\n" + tabulate(table, headers=headers, disable_numparse=True, colalign=("left", "left", *["right"] * 5, "left"))
+        return (
+            "\n".join(lines)
+            + "\n\n"
+            + tabulate(table, headers=headers, disable_numparse=True, colalign=("left", "left", *["right"] * 5, "left"))
+        )
 
     def __str__(self) -> str:
         return self.explain()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import arguments, masks
 from .masks import Mask
@@ -30,7 +31,9 @@ class Branch:
         if not isinstance(self.mask, Mask):
             raise TypeError(f"a branch needs a mask; got {type(self.mask).__name__} {self.mask!r}. Use compiled_dilated.masks")
         if not isinstance(self.order, Order):
-            raise TypeError(f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders")
+            raise TypeError(
+                f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders"
+            )
         share = isinstance(self.heads, str) and re.fullmatch(r"(\d+)/(\d+)", self.heads)
         span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(isinstance(head, int) for head in self.heads)
         if not (self.heads is None or span or (share and int(share[1]) < int(share[2]))):
@@ -67,7 +70,11 @@ class Program:
     branches: tuple[Branch, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.branches, tuple) or not self.branches or not all(isinstance(each, Branch) for each in self.branches):
+        if (
+            not isinstance(self.branches, tuple)
+            or not self.branches
+            or not all(isinstance(each, Branch) for each in self.branches)
+        ):
             raise TypeError(f"a program needs a non-empty tuple of Branch; got {self.branches!r}. Write Program((Branch(mask),))")
 
     @property
@@ -89,6 +96,25 @@ class Program:
 
     def __repr__(self) -> str:
         return f"Program(({', '.join(map(repr, self.branches))},))"
+
+
+@dataclass(frozen=True, repr=False)
+class PerLength:
+    """A program that depends on how many tokens a call has: `build(*settings, tokens)`, made when tensors of that length first come.
+
+    names: the data tensors that it reads, at every length. build: a module's function, so that it can be pickled.
+    """
+
+    build: Callable[..., Program]
+    settings: tuple[Any, ...]
+    names: tuple[str, ...] = ()
+
+    def at(self, tokens: int) -> Program:
+        """The program for so many tokens."""
+        return self.build(*self.settings, tokens)
+
+    def __repr__(self) -> str:
+        return f"PerLength({self.build.__module__}.{self.build.__qualname__}, {self.settings!r}, {self.names!r})"
 
 
 def as_program(value: Program | Mask) -> Program:
@@ -180,11 +206,15 @@ def block_sparse(
         stride = round(1 / density)
         if abs(1 / stride - density) > 0.01 * density:
             near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})
-            raise ValueError(f"kind='dilated' keeps one block in a whole number: density {near[0]:.4g} or {near[-1]:.4g}; got {density!r}")
+            raise ValueError(
+                f"kind='dilated' keeps one block in a whole number: density {near[0]:.4g} or {near[-1]:.4g}; got {density!r}"
+            )
         mask = masks.dilated_blocks(block, stride)
     else:
         if tokens is None:
-            raise ValueError(f"kind={kind!r} keeps a share of N x N pairs; say how many: block_sparse({density}, {kind!r}, tokens=N)")
+            raise ValueError(
+                f"kind={kind!r} keeps a share of N x N pairs; say how many: block_sparse({density}, {kind!r}, tokens=N)"
+            )
         tokens = arguments.integer("tokens", tokens, 1)
         if kind == "tiles":
             mask = masks.tiles(tiles or (), block)
@@ -213,8 +243,11 @@ def _window_for(pairs: float, tokens: int) -> int:
 def _check_tile_density(mask: Mask, density: float, tokens: int) -> None:
     assert isinstance(mask, masks.Tiles)
     kept = sum(
-        max(0, min(mask.block, tokens - key // mask.columns * mask.block)) * max(0, min(mask.block, tokens - key % mask.columns * mask.block))
+        max(0, min(mask.block, tokens - key // mask.columns * mask.block))
+        * max(0, min(mask.block, tokens - key % mask.columns * mask.block))
         for key in mask.keys
     )
     if abs(kept / tokens**2 - density) > 0.01 * density:
-        raise ValueError(f"the tiles keep {kept / tokens**2:.4g} of the pairs of {tokens} tokens; density says {density!r}. Pass that share")
+        raise ValueError(
+            f"the tiles keep {kept / tokens**2:.4g} of the pairs of {tokens} tokens; density says {density!r}. Pass that share"
+        )

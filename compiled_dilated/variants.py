@@ -13,110 +13,34 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import operator
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .attend import Attend, compile
-from .modules import Attention, DilatedAttention, Multihead, visible
+from .modules import Attention, DilatedAttention, Multihead
 from .orders import hilbert
-from .programs import KINDS, Program, block_sparse, longnet
+from .programs import KINDS, PerLength, Program, block_sparse
 
-# Programs kept per process, each of one length, causal or not, padded or not.
-_MOST_LENGTHS = 256
+# A grid this many times as wide as high is no grid for a Hilbert curve.
 _MOST_OBLONG = 4
 
 
-class PerLengthAttention(Attention):
-    """Attention whose program depends on the number of tokens: made at the first call of a length, and kept.
-
-    build(*settings, tokens, is_causal) is the program. torch.compile makes one graph per length of such a module.
-    """
-
-    def __init__(
-        self,
-        build: Callable[..., Program],
-        settings: tuple[Any, ...],
-        softmax_scale: float | None,
-        attention_dropout: float,
-        lowering: str,
-    ) -> None:
-        super().__init__(softmax_scale, attention_dropout, lowering)
-        self.build, self.settings = build, settings
-        # Here and not as a decorator, because it imports the compiler, which the first call does anyway.
-        torch.compiler.assume_constant_result(_attend_at)
-
-    def program(self, tokens: int, is_causal: bool = False) -> Program:
-        """What a call with so many tokens computes."""
-        return self.build(*self.settings, arguments.integer("tokens", tokens, 1), arguments.flag("is_causal", is_causal))
-
-    def attend(self, tokens: int, kv_tokens: int, is_causal: bool, padded: bool) -> Attend:
-        """The program of this many tokens as a callable."""
-        if tokens != kv_tokens:
-            raise ValueError(
-                f"this attention is over one sequence; got {tokens} query and {kv_tokens} key tokens. Use DilatedAttention"
-            )
-        # index, so that torch.compile knows the length as a number
-        return _attend_at(self.build, self.settings, self.lowering, max(operator.index(tokens), 1), is_causal, padded)
-
-
-def _attend_at(
-    build: Callable[..., Program], settings: tuple[Any, ...], lowering: str, tokens: int, is_causal: bool, padded: bool
-) -> Attend:
-    """`_cached_attend` as a function that torch.compile calls while it traces, to take its result as a constant."""
-    return _cached_attend(build, settings, lowering, tokens, is_causal, padded)
-
-
-@lru_cache(maxsize=_MOST_LENGTHS)
-def _cached_attend(
-    build: Callable[..., Program], settings: tuple[Any, ...], lowering: str, tokens: int, is_causal: bool, padded: bool
-) -> Attend:
-    program = build(*settings, tokens, is_causal)
-    return compile(visible(program) if padded else program, lowering=lowering)
-
-
-class HilbertDilatedAttention(PerLengthAttention):
+class HilbertDilatedAttention(DilatedAttention):
     """`DilatedAttention` computed in Hilbert order: the same numbers, other tiles. The arguments are its own.
 
     The N tokens are taken as the cells of the most nearly square grid of N cells, row by row. Where that grid is more than 4
     times as wide as high (N prime, say), a Hilbert curve brings no cells together, and tokens are computed as they come.
     """
 
-    def __init__(
-        self,
-        segment_lengths: Sequence[int],
-        dilation_rates: Sequence[int],
-        softmax_scale: float | None = None,
-        attention_dropout: float = 0.0,
-        *,
-        offsets: str = "cyclic",
-        heads: str = "all",
-        lowering: str = "auto",
-    ) -> None:
-        lengths = arguments.integers("segment_lengths", segment_lengths, 1)
-        rates = arguments.integers("dilation_rates", dilation_rates, 1)
-        longnet(lengths, rates, offsets=offsets, heads=heads)  # bad arguments raise here, not at the first call
-        super().__init__(_hilbert_longnet, (lengths, rates, offsets, heads), softmax_scale, attention_dropout, lowering)
-
-    def extra_repr(self) -> str:
-        """The program's arguments."""
-        return ", ".join(f"{name}={value!r}" for name, value in zip(_LONGNET_SETTINGS, self.settings, strict=True))
+    @staticmethod
+    def _ordered(program: Program) -> PerLength:
+        return PerLength(_in_hilbert_order, (program,))
 
 
-_LONGNET_SETTINGS = ("segment_lengths", "dilation_rates", "offsets", "heads")
-
-
-def _hilbert_longnet(
-    segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], offsets: str, heads: str, tokens: int, is_causal: bool
-) -> Program:
-    program = longnet(segment_lengths, dilation_rates, is_causal, offsets, heads)
+def _in_hilbert_order(program: Program, tokens: int) -> Program:
     grid = hilbert_grid(tokens)
     if grid is None:
         return program
@@ -134,7 +58,7 @@ def hilbert_grid(tokens: int) -> tuple[int, int] | None:
     return (rows, columns) if rows > 1 and columns <= _MOST_OBLONG * rows else None
 
 
-class BlockSparseAttention(PerLengthAttention):
+class BlockSparseAttention(Attention):
     """Attention that leaves out a share `sparsity` of all pairs: `block_sparse` with density 1 - sparsity.
 
     sparsity: in [0, 1). kind, block: as in `block_sparse`, which also says what lengths are too short for a kind.
@@ -155,21 +79,21 @@ class BlockSparseAttention(PerLengthAttention):
                 f"sparsity must be a number in [0, 1), the share of pairs left out; got {sparsity!r}. Density 0.1 is sparsity 0.9"
             )
         arguments.choice("kind", kind, KINDS)
-        self.sparsity = float(sparsity)
         # 1 - 0.9 is 0.0999...: twelve digits are what the user wrote.
-        density = round(1 - self.sparsity, 12)
+        density = round(1 - sparsity, 12)
         if kind == "dilated":
             block_sparse(density, kind, block)  # the only kind that asks for certain densities at every length
-        super().__init__(
-            _block_sparse, (density, kind, arguments.integer("block", block, 1)), softmax_scale, attention_dropout, lowering
-        )
+        settings = (density, kind, arguments.integer("block", block, 1))
+        programs = {causal: PerLength(_block_sparse, (*settings, causal)) for causal in (False, True)}
+        super().__init__(programs, softmax_scale, attention_dropout, lowering)
+        self.sparsity, self.kind, self.block = float(sparsity), kind, block
 
     def extra_repr(self) -> str:
         """The program's arguments."""
-        return f"sparsity={self.sparsity}, kind={self.settings[1]!r}, block={self.settings[2]}"
+        return ", ".join([f"sparsity={self.sparsity}, kind={self.kind!r}, block={self.block}", *self._options()])
 
 
-def _block_sparse(density: float, kind: str, block: int, tokens: int, is_causal: bool) -> Program:
+def _block_sparse(density: float, kind: str, block: int, is_causal: bool, tokens: int) -> Program:
     return block_sparse(density, kind, block, tokens, causal=is_causal)
 
 

@@ -7,8 +7,7 @@ A case says how to build its program for n positions, so that grids can fit n an
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +119,9 @@ def batch_distance(b: Any, h: Any, q: Any, kv: Any) -> Any:
 def checkered(n: int, block: int) -> Mask:
     """Some tiles: a diagonal, a row that sees little, a column that many see; the last row of tiles sees nothing."""
     size = max(1, n // block)
-    return masks.tiles([(i, j) for i in range(size) for j in range(size) if j in (i, (i * 5) % size) or (j == 0 and i % 2)], block)
+    return masks.tiles(
+        [(i, j) for i in range(size) for j in range(size) if j in (i, (i * 5) % size) or (j == 0 and i % 2)], block
+    )
 
 
 def in_order(mask: Mask, order: orders.Order) -> Program:
@@ -194,9 +195,15 @@ _GRIDS = (
     Case("neighborhood dilated", lambda n: masks.neighborhood(grid_of(n), (1, 3), dilation=(1, 3))),
     Case("neighborhood dilated, shifted", lambda n: masks.neighborhood(grid_of(n), 1, dilation=(1, 3), edges="shift")),
     Case("neighborhood causal", lambda n: masks.neighborhood(grid_of(n), 3, causal=True)),
-    Case("neighborhood causal along one axis, shifted", lambda n: masks.neighborhood(grid_of(n), 2, causal=(True, False), edges="shift")),
+    Case(
+        "neighborhood causal along one axis, shifted",
+        lambda n: masks.neighborhood(grid_of(n), 2, causal=(True, False), edges="shift"),
+    ),
     Case("neighborhood of a volume", lambda n: masks.neighborhood(grid_of(n, 3), (1, 2, 3))),
-    Case("neighborhood of a volume, shifted", lambda n: masks.neighborhood(grid_of(n, 3), (1, 1, 4), dilation=(1, 1, 2), edges="shift")),
+    Case(
+        "neighborhood of a volume, shifted",
+        lambda n: masks.neighborhood(grid_of(n, 3), (1, 1, 4), dilation=(1, 1, 2), edges="shift"),
+    ),
     Case("neighborhood and causal tokens", lambda n: masks.neighborhood(grid_of(n), 3) & masks.causal()),
     Case("neighborhood and segments", lambda n: masks.neighborhood(grid_of(n), 3) & masks.segments(50)),
     Case("neighborhood of a part of its grid", lambda n: masks.neighborhood((16, n // 16 + 2), 3), "a part of a grid"),

@@ -21,8 +21,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks, orders
 from compiled_dilated.oracle import multiplicity
 from compiled_dilated.programs import as_program
-
-from tests.cases import CASES, HEAD_DIM, LOWERINGS, Case, Inputs, by_name, grid_of, in_order
+from tests.cases import CASES, LOWERINGS, Case, Inputs, by_name, in_order
 
 TOLERANCE = 1e-10
 
@@ -53,7 +52,9 @@ def compiled(program: Any, lowering: str) -> Any:
 
 
 @lru_cache(maxsize=8)
-def truth(case: Case, n: int, dtype: torch.dtype, with_lse: bool = True, shape: tuple[int, int, int] | None = None) -> tuple[Inputs, Result]:
+def truth(
+    case: Case, n: int, dtype: torch.dtype, with_lse: bool = True, shape: tuple[int, int, int] | None = None
+) -> tuple[Inputs, Result]:
     """The inputs and what the reference makes of them; shape: (q_len, kv_len, q_offset)."""
     q_len, kv_len, q_offset = (n, n, 0) if shape is None else shape
     inputs = case.inputs(n, dtype, q_len, kv_len)
@@ -233,7 +234,9 @@ def no_worse_than_dense(name: str, mine: Tensor, theirs: Tensor, exact: Tensor) 
     if not alive.any():
         return
     error = (mine.double() - exact)[alive].abs().max().item()
-    allowed = 2 * (theirs.double() - exact)[alive].abs().max().item() + torch.finfo(mine.dtype).eps * exact[alive].abs().max().item()
+    allowed = (
+        2 * (theirs.double() - exact)[alive].abs().max().item() + torch.finfo(mine.dtype).eps * exact[alive].abs().max().item()
+    )
     assert error <= allowed, f"{name}: error {error:.2e}, twice that of dense attention and a rounding are {allowed:.2e}"
 
 
@@ -254,7 +257,9 @@ def dense(program: cd.Program, inputs: Inputs, want: Result) -> Result:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["longnet causal", "window or sinks", "hilbert window", "padding and documents", "congruent grouped"])
+@pytest.mark.parametrize(
+    "name", ["longnet causal", "window or sinks", "hilbert window", "padding and documents", "congruent grouped"]
+)
 def test_two_runs_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
     case, n = by_name(name), 331
     for lowering in LOWERINGS:

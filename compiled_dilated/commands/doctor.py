@@ -83,14 +83,24 @@ def _attention() -> Finding:
     (grad,), (true_grad,) = torch.autograd.grad(out.sum(), q), torch.autograd.grad(truth.sum(), q)
     error = float(torch.stack([(out - truth).detach().abs().max(), (grad - true_grad).abs().max()]).max())
     fix = "the installation is broken or this is a bug: set up again, then run the tests"
-    return Finding("attention", "ok" if error < 1e-10 else "failed", f"largest error {error:.0e} against the reference", "" if error < 1e-10 else fix)
+    return Finding(
+        "attention",
+        "ok" if error < 1e-10 else "failed",
+        f"largest error {error:.0e} against the reference",
+        "" if error < 1e-10 else fix,
+    )
 
 
 def _compiler() -> Finding:
     command = shlex.split(os.environ.get("CXX", "g++"))
     path = shutil.which(command[0]) if command else None
     if path is None:
-        return Finding("compiler", "failed", f"no {command[0] if command else 'CXX'} on PATH: torch.compile will not run on the CPU", _INSTALL_COMPILER)
+        return Finding(
+            "compiler",
+            "failed",
+            f"no {command[0] if command else 'CXX'} on PATH: torch.compile will not run on the CPU",
+            _INSTALL_COMPILER,
+        )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <cmath>\nint probe(double x) { return static_cast<int>(std::sqrt(x)); }\n")
@@ -120,7 +130,9 @@ def _inductor() -> Finding:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         fix = f"repair the compiler above; Python's headers: apt install python3.{sys.version_info.minor}-dev"
         return Finding("torch.compile", "failed", f"{type(error).__name__}: {lines[0]}", fix)
-    return Finding("torch.compile", "ok" if right else "failed", "inductor generates and runs C++ for this CPU" if right else "wrong result")
+    return Finding(
+        "torch.compile", "ok" if right else "failed", "inductor generates and runs C++ for this CPU" if right else "wrong result"
+    )
 
 
 def _device() -> Finding:
@@ -130,19 +142,25 @@ def _device() -> Finding:
     triton = importlib.util.find_spec("triton") is not None
     memory = torch.cuda.get_device_properties(0).total_memory
     found = f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    return Finding("gpu", "ok" if triton else "failed", found, "" if triton else "pip install triton: torch.compile needs it on a GPU")
+    return Finding(
+        "gpu", "ok" if triton else "failed", found, "" if triton else "pip install triton: torch.compile needs it on a GPU"
+    )
 
 
 def _flex() -> Finding:
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
         return Finding("flex attention", "missing", "not in this torch: lowering 'flex' is refused", "pip install 'torch>=2.11'")
-    where = "forward and backward on the GPU" if torch.cuda.is_available() else "forward alone: torch has no backward of it on a CPU"
+    where = (
+        "forward and backward on the GPU" if torch.cuda.is_available() else "forward alone: torch has no backward of it on a CPU"
+    )
     return Finding("flex attention", "ok", where)
 
 
 def _distributed() -> Finding:
     if not torch.distributed.is_available():
-        return Finding("distributed", "missing", "not in this torch: nothing over several processes", "install a torch built with it")
+        return Finding(
+            "distributed", "missing", "not in this torch: nothing over several processes", "install a torch built with it"
+        )
     tests: dict[str, Callable[[], bool]] = {
         "gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available, "mpi": torch.distributed.is_mpi_available
     }  # fmt: skip

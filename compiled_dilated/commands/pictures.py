@@ -20,6 +20,7 @@ from . import pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
 
 Counts = npt.NDArray[np.int64]
 
@@ -96,7 +97,14 @@ def panels(program: Program, tokens: int, heads: int, head: int, tile: int, orde
             title = f"branch {i}: {mask!r}{ordered}" if len(branches) > 1 else f"{mask!r}{ordered}"
             tiles = TileMap.build(mask, tokens, tokens, q_tile=tile, kv_tile=tile, order=branch.order)
             counted = tokens <= _MOST_TOKENS_COUNTED and not mask.names
-            out.append(Panel(title, tiles, _seen(mask, tokens, branch.order), pairs.of_mask(mask, tokens, branch.order) if counted else None))
+            out.append(
+                Panel(
+                    title,
+                    tiles,
+                    _seen(mask, tokens, branch.order),
+                    pairs.of_mask(mask, tokens, branch.order) if counted else None,
+                )
+            )
     return out
 
 
@@ -128,7 +136,10 @@ def text(panel: Panel, columns: int, unicode: bool = True) -> str:
     """The panel in at most so many columns of a terminal: every pair where they fit, two lines of them to a row; else tiles."""
     heading = "\n".join(textwrap.wrap(panel.title, max(columns, 20)) + textwrap.wrap(panel.caption, max(columns, 20)))
     if unicode and panel.seen is not None and panel.tokens <= min(columns, _TEXT_PAIRS):
-        above, below = (np.vstack([panel.seen, np.zeros((1, panel.tokens), dtype=np.bool_)])[first : first + panel.tokens : 2] for first in (0, 1))
+        above, below = (
+            np.vstack([panel.seen, np.zeros((1, panel.tokens), dtype=np.bool_)])[first : first + panel.tokens : 2]
+            for first in (0, 1)
+        )
         picture = "\n".join("".join(row) for row in np.array(list(" ▀▄█"))[above + 2 * below])
         return f"{heading}\n{picture}"
     glyphs = _BLOCKS if unicode else _ASCII
@@ -151,7 +162,7 @@ def png(title: str, drawn: list[Panel]) -> bytes:
     for panel, ax in zip(drawn, axes, strict=False):
         _draw(panel, ax)
     if counts is not None:
-        _draw_counts(counts, axes[len(drawn)])
+        _draw_counts(counts, drawn[0].tiles.order, axes[len(drawn)])
     for ax in axes[number:]:
         ax.set_axis_off()
     figure.suptitle(textwrap.fill(title, 42 * columns + 20), fontsize=10)
@@ -164,7 +175,10 @@ def _draw(panel: Panel, ax: Axes) -> None:
     from matplotlib.patches import Patch
 
     colors = {verdict: _rgb(color) for verdict, color in _COLORS.items()}
-    handles = [Patch(facecolor=_COLORS[each], edgecolor="#888888", label=f"{_NAMES[each]} {panel.counts[_NAMES[each]]:,}") for each in (FULL, PARTIAL, EMPTY)]
+    handles = [
+        Patch(facecolor=_COLORS[each], edgecolor="#888888", label=f"{_NAMES[each]} {panel.counts[_NAMES[each]]:,}")
+        for each in (FULL, PARTIAL, EMPTY)
+    ]
     tiles = _drawn(panel.tiles, _DRAWN_TILES, _DRAWN_TILES)
     verdict = tiles.verdicts()
     image = np.stack([colors[EMPTY], colors[PARTIAL], colors[FULL]])[verdict]
@@ -175,14 +189,16 @@ def _draw(panel: Panel, ax: Axes) -> None:
         handles[1] = Patch(facecolor=_FORBIDDEN, edgecolor="#888888", label=handles[1].get_label())
         handles.append(Patch(facecolor=_ALLOWED, label="pair in a partial tile"))
     # A last tile may be short: the image reaches past it, the axes do not.
-    height, width = (panel.tokens, panel.tokens) if panel.seen is not None else (tiles.rows * tiles.q_tile, tiles.columns * tiles.kv_tile)
+    height, width = (
+        (panel.tokens, panel.tokens) if panel.seen is not None else (tiles.rows * tiles.q_tile, tiles.columns * tiles.kv_tile)
+    )
     ax.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
     _label(ax, panel.tokens, panel.tiles.order)
     ax.set_title(textwrap.fill(panel.title, 58) + "\n" + textwrap.fill(panel.caption, 62), fontsize=8)
-    ax.legend(handles=handles, loc="upper right", fontsize=7, framealpha=0.9)
+    _legend(ax, handles)
 
 
-def _draw_counts(counts: Counts, ax: Axes) -> None:
+def _draw_counts(counts: Counts, order: Order, ax: Axes) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
@@ -190,15 +206,20 @@ def _draw_counts(counts: Counts, ax: Axes) -> None:
     shades = colormaps["viridis_r"](np.linspace(0.0, 1.0, int(counts.max()) + 1))[:, :3]
     shades[0] = _rgb(_COLORS[EMPTY])
     ax.imshow(shades[counts], extent=(0, len(counts), len(counts), 0), interpolation="nearest")
-    _label(ax, len(counts), identity())
+    _label(ax, len(counts), order)
     ax.set_title("branches that link a pair: as often it counts in the softmax", fontsize=8)
-    ax.legend(handles=[Patch(facecolor=shades[value], edgecolor="#888888", label=str(value)) for value in values], loc="upper right", fontsize=7)
+    _legend(ax, [Patch(facecolor=shades[value], edgecolor="#888888", label=str(value)) for value in values])
 
 
 def _label(ax: Axes, tokens: int, order: Order) -> None:
     unit = "tokens" if order == identity() else f"place in {order!r}"
     ax.set(xlim=(0, tokens), ylim=(tokens, 0), xlabel=f"key ({unit})", ylabel=f"query ({unit})")
     ax.tick_params(labelsize=7)
+
+
+def _legend(ax: Axes, handles: list[Patch]) -> None:
+    """Below the axes, where it hides nothing."""
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4, fontsize=7, frameon=False)
 
 
 def _rgb(color: str) -> npt.NDArray[np.float64]:

@@ -38,8 +38,12 @@ def flex(program: Program, tokens: int, heads: int, device: str, order: Order = 
             q, kv = table[q], table[kv]
         return reduce(lambda seen, mask: seen | mask.allows(b, h, q, kv), masks[1:], masks[0].allows(b, h, q, kv))
 
-    per_head = len({mask for branch in program.branches for mask in (branch.mask_at(head, heads) for head in range(heads))}) > len(masks)
-    block_mask = torch.compile(create_block_mask)(mask_mod, None, heads if per_head else None, tokens, tokens, device=device, BLOCK_SIZE=tile)
+    per_head = len(
+        {mask for branch in program.branches for mask in (branch.mask_at(head, heads) for head in range(heads))}
+    ) > len(masks)
+    block_mask = torch.compile(create_block_mask)(
+        mask_mod, None, heads if per_head else None, tokens, tokens, device=device, BLOCK_SIZE=tile
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

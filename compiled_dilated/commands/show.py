@@ -20,7 +20,9 @@ def show(
     heads: Annotated[int, typer.Option(min=1, help="Heads, which masks that differ by head are dealt out to.")] = 8,
     head: Annotated[int, typer.Option(min=0, help="The head to show.")] = 0,
     tile: Annotated[int | None, typer.Option(min=1, help="Tokens a tile; chosen to be seen if not given.")] = None,
-    order: Annotated[str | None, typer.Option(metavar="ORDER", help="'hilbert(64, 64)' or another, in place of the program's own.")] = None,
+    order: Annotated[
+        str | None, typer.Option(metavar="ORDER", help="'hilbert(64, 64)' or another, in place of the program's own.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="The PNG to write.")] = Path("mask.png"),
     json: Json = False,
 ) -> None:
@@ -40,7 +42,16 @@ def show(
     title = f"{program.strip()}, {tokens:,} tokens, head {head} of {heads}"
     measure.write(out, pictures.png(title, drawn))
     if json:
-        print_json({"program": repr(found), "tokens": tokens, "head": head, "heads": heads, "png": str(out), "branches": [each.to_json() for each in drawn]})
+        print_json(
+            {
+                "program": repr(found),
+                "tokens": tokens,
+                "head": head,
+                "heads": heads,
+                "png": str(out),
+                "branches": [each.to_json() for each in drawn],
+            }
+        )
         return
     width = shutil.get_terminal_size().columns
     for panel in drawn:

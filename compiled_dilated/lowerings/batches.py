@@ -1,13 +1,14 @@
 """A batch: many dense problems of one shape, and how to run it. Dense, strided and tiled lowerings differ in the batches they make.
 
-           keys                  queries.tile(i) sees keys.tile(i), less what `masks` hides;
-      . . # # # . . . .          one kernel call computes all tiles of the batch for all its heads,
-      . . . . # # # . .          and its result is merged into the whole program's (out, lse).
-      . . . . . . # # #
+     keys                  queries.tile(i) sees keys.tile(i), less what `masks` hides;
+. . # # # . . . .          one kernel call computes all tiles of the batch for all its heads,
+. . . . # # # . .          and its result is merged into the whole program's (out, lse).
+. . . . . . # # #
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,7 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
     for length in range(len(heads), 0, -1):
         taken = heads[:length]
         step = taken[1] - taken[0] if length > 1 else 1
-        if any(b - a != step for a, b in zip(taken, taken[1:], strict=False)):
+        if any(b - a != step for a, b in itertools.pairwise(taken)):
             continue
         keys = [head // group for head in taken]
         distinct = sorted(set(keys))
@@ -181,7 +182,10 @@ def _bias(batch: Batch, call: Call, b: Tensor, dtype: torch.dtype) -> Tensor | N
         bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
     else:
         # log c does not survive bfloat16; the kernels take a float32 bias beside lower precisions.
-        counts = sum(mask.allows(b, h, q, kv, call.data).to(torch.float64 if dtype == torch.float64 else torch.float32) for mask in batch.masks)
+        counts = sum(
+            mask.allows(b, h, q, kv, call.data).to(torch.float64 if dtype == torch.float64 else torch.float32)
+            for mask in batch.masks
+        )
         bias = counts.log()
     if batch.open:
         bias = torch.nn.functional.pad(bias, (batch.open, 0))
@@ -221,7 +225,9 @@ def whole_backward(
     batch: Batch, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a batch that is the whole problem."""
-    return kernels.attention_backward(grad_out, grad_lse, q, k, v, out, lse, _tiles(batch, call, slice(0, q.shape[0]), q.device, q.dtype))
+    return kernels.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, _tiles(batch, call, slice(0, q.shape[0]), q.device, q.dtype)
+    )
 
 
 def _merge(batch: Batch, shift: int, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
@@ -254,7 +260,16 @@ class Grads:
 
 
 def backward(
-    batch: Batch, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, into: Grads
+    batch: Batch,
+    call: Call,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    into: Grads,
 ) -> None:
     """Add the batch's share of the gradients, from the merged out and lse (+inf in rows that see nothing)."""
     queries, keys, at = batch.queries, batch.keys, call.q_offset

@@ -104,4 +104,3 @@ def _moved(batch: Batch, problem: Problem) -> int:
     kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
     bias = rows * batch.keys.size * 4 if batch.masks and not batch.shared and not batch.key_only else 0
     return (out + q + kv) * problem.itemsize + bias * 4
-

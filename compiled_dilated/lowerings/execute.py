@@ -106,7 +106,8 @@ class _Sums:
         self.into, self.start, self.stop = into, batch.keys.start, batch.keys.last + 1
 
     def __enter__(self) -> Grads:
-        self.sums = Grads(self.into.q, *(self._span(x).float().zero_() for x in (self.into.k, self.into.v)), k_shift=self.start)
+        sum_k, sum_v = (torch.zeros_like(self._span(x), dtype=torch.float32) for x in (self.into.k, self.into.v))
+        self.sums = Grads(self.into.q, sum_k, sum_v, self.start)
         return self.sums
 
     def _span(self, x: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class Linked(Mask):
         return self._map(lambda mask: mask.on(device))
 
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
-        return replace(self, program=Program(tuple(replace(branch, mask=change(branch.mask)) for branch in self.program.branches)))
+        return replace(
+            self, program=Program(tuple(replace(branch, mask=change(branch.mask)) for branch in self.program.branches))
+        )
 
     def count(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         """How many branches link the pair."""
@@ -106,7 +108,9 @@ class Work:
 def propose(problem: Problem) -> Proposal | Refusal:
     """The whole program as one kernel."""
     if problem.device == "cpu" and problem.training:
-        return Refusal("flex", None, "torch has no backward of FlexAttention on a CPU", "Use lowering='auto', 'strided' or 'tiled' to train")
+        return Refusal(
+            "flex", None, "torch has no backward of FlexAttention on a CPU", "Use lowering='auto', 'strided' or 'tiled' to train"
+        )
     if problem.dtype == "float64":
         return Refusal("flex", None, "FlexAttention does not compute in float64", "Use another dtype or lowering")
     branches = problem.program.branches
@@ -122,7 +126,12 @@ def propose(problem: Problem) -> Proposal | Refusal:
             )
         pairs += len(maps[mask].indices) * _TILE**2 * problem.batch
     if problem.device == "cpu" and len(maps) == 1 and len(_split(maps)) > 1:
-        return Refusal("flex", None, "the mask takes several block masks, and torch gives no lse on a CPU to merge them by", "Use lowering='auto'")
+        return Refusal(
+            "flex",
+            None,
+            "the mask takes several block masks, and torch gives no lse on a CPU to merge them by",
+            "Use lowering='auto'",
+        )
     flops = pairs * 2 * (problem.head_dim + problem.value_dim)
     copied = problem.tensor_bytes if order != identity() else 0
     cost = Cost(pairs, flops, copied, 1, copied, flops / _EFFICIENCY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +182,8 @@ class Math:
         scores = cls._scores(q, wide_k, tiles)
         pull = None
         if tiles.score_mod is not None:
-            scores, pull = torch.func.vjp(tiles.score_mod, scores)
+            found: Any = torch.func.vjp(tiles.score_mod, scores)
+            scores, pull = found
         weights = (cls._hide(scores, tiles) - lse.unsqueeze(-1)).exp()
         grad_v = weights.transpose(-1, -2) @ grad_out
         delta = (grad_out * out).sum(dim=-1, keepdim=True)

@@ -1,11 +1,12 @@
 """Which tokens the tiles of a batch hold: a lattice, read and written through views, or a table of positions.
 
-    start 3, tiles ((2, 8),), rows ((4, 1),)            start 0, tiles ((2, 2), (2, 2)) of a grid of 4 columns, rows ((2, 4), (2, 1))
-    tile 0: 3 4 5 6    tile 1: 11 12 13 14              tile 0: 0 1 4 5    tile 1: 2 3 6 7 ...
+start 3, tiles ((2, 8),), rows ((4, 1),)            start 0, tiles ((2, 2), (2, 2)) of a grid of 4 columns, rows ((2, 4), (2, 1))
+tile 0: 3 4 5 6    tile 1: 11 12 13 14              tile 0: 0 1 4 5    tile 1: 2 3 6 7 ...
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ class Lattice:
 def _stride_of(axes: Axes) -> int | None:
     """The one stride that walks all axes, slowest first, without a jump; None where there is none."""
     moving = [(count, stride) for count, stride in axes if count > 1]
-    for (_, outer), (count, inner) in zip(moving, moving[1:], strict=False):
+    for (_, outer), (count, inner) in itertools.pairwise(moving):
         if outer != count * inner:
             return None
     return moving[-1][1] if moving else 1
@@ -151,7 +152,7 @@ class Table:
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
         """x (1, H, N, ...) as the kernel's (tiles, H, rows, ...)."""
         rows = x[0].index_select(1, self._index(x, shift))
-        return rows.unflatten(1, (self.count, self.size)).transpose(0, 1)
+        return rows.view(x.shape[1], self.count, self.size, *x.shape[3:]).transpose(0, 1)
 
     def write(self, x: Tensor, part: Tensor, shift: int = 0) -> None:
         """Put a kernel's part back into x (1, H, N, ...); no position may appear twice."""

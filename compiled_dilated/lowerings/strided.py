@@ -3,12 +3,6 @@
 A mask is first cut into *lanes*, on which it is simple: the tokens of one segment and one residue class, for which a dilated mask is
 dense and a dilated window a plain one. Along a lane (or along each axis of a grid) a *band* says which keys a query sees; it is cut into
 tiles, and tiles of equal shape at regular places become one batch.
-
-    window, tile of 4 queries           runs: one clipped at the start, one in the middle, one at the end
-    # # # . . . . . . . . .             queries [0, 4)    keys [0, 6)
-    # # # # . . . . . . . .             queries [4, 8)    keys [2, 10), and all further tiles like it
-    # # # # # . . . . . . .
-    . # # # # # . . . . . .
 """
 
 from __future__ import annotations
@@ -18,107 +12,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ..masks import Mask, conjunction, conjuncts
 from ..masks.data import DocumentLengths
 from ..masks.grids import Axis, Neighborhood, strides_of
 from ..masks.positions import Causal, Congruent, Segments, Window
 from ..plans import Problem, Refusal
 from . import costs
+from .bands import MOST_ROWS, Band, Run, cut, cut_causal
 from .batches import Batch, HeadRange
 from .lattice import Lattice
 
-# A tile holds at most this many queries, so that its result stays small beside the tensors of a long sequence.
-_MOST_ROWS = 8192
 _WINDOW_TILES = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
 _BOX_TILES = (4, 6, 8, 10, 12, 13, 14, 16, 18, 20, 24, 28, 32, 48, 64)
 _MOST_DOCUMENTS = 256
-
-
-@dataclass(frozen=True)
-class Band:
-    """Query t of q_len stands at key coordinate shift + t and sees keys from `left` before it to `right` after it (None: all).
-
-    clamped: windows that stick out are moved inwards instead of cut.
-    """
-
-    q_len: int
-    k_len: int
-    shift: int
-    left: int | None
-    right: int | None
-    clamped: bool = False
-
-
-@dataclass(frozen=True)
-class Run:
-    """`count` tiles, `stride` coordinates apart: queries [q_start, + q_rows) see keys [k_start, + k_rows); `full`: all of them."""
-
-    count: int
-    stride: int
-    q_start: int
-    q_rows: int
-    k_start: int
-    k_rows: int
-    full: bool
-    causal: bool = False
-    first: bool = True
-
-
-def cut(band: Band, tile: int) -> list[Run]:
-    """Tiles of `tile` queries along a band, those of one geometry together."""
-    start = np.arange(0, band.q_len, tile)
-    stop = np.minimum(start + tile, band.q_len)
-    first, last = start + band.shift, stop - 1 + band.shift
-    low, high, whole, alone = _reach(band, first, last)
-    low, high = np.maximum(low, 0), np.minimum(high, band.k_len)
-    shape = np.stack([stop - start, low - first, high - low, whole, np.where(alone, start, -1)], axis=1)
-    borders = np.flatnonzero(np.any(shape[1:] != shape[:-1], axis=1)) + 1
-    runs = []
-    for group in np.split(np.arange(len(start)), borders):
-        i = group[0]
-        if high[i] > low[i]:
-            runs.append(
-                Run(len(group), tile, int(start[i]), int(stop[i] - start[i]), int(low[i]), int(high[i] - low[i]), bool(whole[i]))
-            )
-    return runs
-
-
-def _reach(band: Band, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For tiles whose queries stand at first .. last: keys [low, high), whether all queries see all of them, and whether the geometry
-    is the tile's alone."""
-    if band.clamped:
-        assert band.left is not None and band.left == band.right
-        width = 2 * band.left + 1
-        most = max(band.k_len - width, 0)
-        low, low_last = (np.clip(at - band.left, 0, most) for at in (first, last))
-        alone = (low != first - band.left) | (low_last != last - band.left)
-        return low, low_last + width, low == low_last, alone
-    low = np.zeros_like(first) if band.left is None else np.maximum(first - band.left, 0)
-    high = np.full_like(first, band.k_len) if band.right is None else np.minimum(last + band.right + 1, band.k_len)
-    whole = np.ones(len(first), dtype=bool)
-    if band.left is not None:
-        whole &= low >= last - band.left
-    if band.right is not None:
-        whole &= high <= first + band.right + 1
-    return low, high, whole, np.zeros(len(first), dtype=bool)
-
-
-def cut_causal(band: Band) -> list[Run]:
-    """A band that sees everything up to the query: per tile a dense block before it and a triangle, which the kernel knows."""
-    runs = []
-    for start in range(0, band.q_len, _MOST_ROWS):
-        rows = min(_MOST_ROWS, band.q_len - start)
-        diagonal = band.shift + start
-        triangle = min(rows, band.k_len - diagonal)
-        if triangle > 0:
-            # Rows past the last key see the whole triangle's columns: the kernel's top-left causal rule says the same.
-            runs.append(Run(1, rows, start, rows, diagonal, triangle, full=True, causal=True))
-        before = min(diagonal, band.k_len)
-        if before > 0:
-            runs.append(Run(1, rows, start, rows, 0, before, full=True, first=triangle <= 0))
-    return runs
 
 
 @dataclass(frozen=True)
@@ -147,7 +53,10 @@ def propose(mask: Mask, heads: HeadRange, kv_heads: HeadRange, problem: Problem)
         if isinstance(lanes, str):
             return _refusal(lanes)
         lattices = list(_lines(lanes, problem))
-    return [_batch(queries, keys, run_full, causal, first, pieces, heads, kv_heads) for queries, keys, run_full, causal, first in lattices]
+    return [
+        _batch(queries, keys, run_full, causal, first, pieces, heads, kv_heads)
+        for queries, keys, run_full, causal, first in lattices
+    ]
 
 
 def _refusal(reason: str) -> Refusal:
@@ -215,7 +124,9 @@ def _batch(
         masks += (Causal(),) if pieces.causal and pieces.grid is None else ()
     strides = [stride for count, stride in queries.tiles if count > 1]
     shared = all(not mask.per_call and _repeats(mask, strides) for mask in pieces.rest)
-    return Batch(heads, kv_heads, queries, keys, (conjunction(masks),) if masks else (), causal=causal, shared=shared, first=first)
+    return Batch(
+        heads, kv_heads, queries, keys, (conjunction(masks),) if masks else (), causal=causal, shared=shared, first=first
+    )
 
 
 def _repeats(mask: Mask, strides: list[int]) -> bool:
@@ -306,10 +217,10 @@ def _runs(band: Band, problem: Problem) -> list[Run]:
     from_start = band.left is None or band.left >= last
     to_end = band.right is None or band.right >= band.k_len - 1 - band.shift
     if from_start and to_end:
-        return cut(replace(band, left=None, right=None), min(band.q_len, _MOST_ROWS))
+        return cut(replace(band, left=None, right=None), min(band.q_len, MOST_ROWS))
     if from_start and band.right == 0:
         return cut_causal(band)
-    options = [cut(band, tile) for tile in sorted({*_WINDOW_TILES, min(band.q_len, _MOST_ROWS)}) if tile <= band.q_len]
+    options = [cut(band, tile) for tile in sorted({*_WINDOW_TILES, min(band.q_len, MOST_ROWS)}) if tile <= band.q_len]
     return min(options, key=lambda runs: sum(_time(run, problem) for run in runs))
 
 
@@ -325,7 +236,9 @@ def _boxes(pieces: Pieces, problem: Problem) -> Iterator[Tiling]:
     grid = pieces.grid
     assert grid is not None
     lanes = [_axis_lanes(axis) for axis in grid.axes]
-    chosen = _best_boxes([[[cut(band, tile) for _, _, band in axis] for tile in _box_tiles(axis[0][2].q_len)] for axis in lanes], problem)
+    chosen = _best_boxes(
+        [[[cut(band, tile) for _, _, band in axis] for tile in _box_tiles(axis[0][2].q_len)] for axis in lanes], problem
+    )
     strides = strides_of(grid.grid)
     for corner in itertools.product(*(range(len(axis)) for axis in lanes)):
         places = [lanes[axis][lane] for axis, lane in enumerate(corner)]
@@ -334,8 +247,12 @@ def _boxes(pieces: Pieces, problem: Problem) -> Iterator[Tiling]:
         for runs in itertools.product(*(chosen[axis][lane] for axis, lane in enumerate(corner))):
             along = list(zip(runs, units, strict=True))
             tiles = tuple((run.count, run.stride * unit) for run, unit in along)
-            queries = Lattice(origin + sum(run.q_start * unit for run, unit in along), tiles, tuple((run.q_rows, unit) for run, unit in along))
-            keys = Lattice(origin + sum(run.k_start * unit for run, unit in along), tiles, tuple((run.k_rows, unit) for run, unit in along))
+            queries = Lattice(
+                origin + sum(run.q_start * unit for run, unit in along), tiles, tuple((run.q_rows, unit) for run, unit in along)
+            )
+            keys = Lattice(
+                origin + sum(run.k_start * unit for run, unit in along), tiles, tuple((run.k_rows, unit) for run, unit in along)
+            )
             yield queries, keys, all(run.full for run in runs), False, True
 
 
@@ -360,13 +277,15 @@ def _best_boxes(options: list[list[list[list[Run]]]], problem: Problem) -> list[
     for pick in itertools.product(*options):
         runs = [lanes[0] for lanes in pick]
         rows, columns = (math.prod(max(getattr(run, name) for run in axis) for axis in runs) for name in ("q_rows", "k_rows"))
-        if rows > _MOST_ROWS:
+        if rows > MOST_ROWS:
             continue
         pairs = math.prod(sum(run.count * run.q_rows * run.k_rows for run in axis) for axis in runs)
         held = math.prod(sum(run.count * (run.q_rows + run.k_rows) for run in axis) for axis in runs)
         calls = math.prod(len(axis) for axis in runs)
         width = problem.head_dim + problem.value_dim
-        time = costs.seconds(pairs * 2 * width / costs.efficiency(problem, rows, columns), held * 2 * width * problem.itemsize, calls)
+        time = costs.seconds(
+            pairs * 2 * width / costs.efficiency(problem, rows, columns), held * 2 * width * problem.itemsize, calls
+        )
         if time < least:
             best, least = list(pick), time
     assert best is not None

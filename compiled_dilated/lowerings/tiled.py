@@ -18,7 +18,13 @@ _Q_TILE, _KV_TILE = 256, 64
 def propose(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, problem: Problem) -> list[Batch]:
     """The batches of one head range of a branch."""
     tile_map = TileMap.build(
-        mask, problem.q_len, problem.kv_len, q_tile=min(_Q_TILE, problem.q_len), kv_tile=_KV_TILE, order=order, q_offset=problem.q_offset
+        mask,
+        problem.q_len,
+        problem.kv_len,
+        q_tile=min(_Q_TILE, problem.q_len),
+        kv_tile=_KV_TILE,
+        order=order,
+        q_offset=problem.q_offset,
     )
     permutation = order.permutation(problem.kv_len)
     batches = []
@@ -29,7 +35,15 @@ def propose(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, pro
         size = small.shape[1] * _KV_TILE - (_KV_TILE - problem.kv_len % _KV_TILE if ragged else 0)
         masks = (mask,) if full < small.shape[1] else ()
         batches.append(
-            Batch(heads, kv_heads, queries, Table(small, _KV_TILE, size, permutation), masks, open=full * _KV_TILE if masks else 0, first=True)
+            Batch(
+                heads,
+                kv_heads,
+                queries,
+                Table(small, _KV_TILE, size, permutation),
+                masks,
+                open=full * _KV_TILE if masks else 0,
+                first=True,
+            )
         )
     return batches
 
@@ -50,7 +64,9 @@ def _alike(tile_map: TileMap, problem: Problem) -> list[tuple[int, int, np.ndarr
     distinct, which = np.unique(shapes, axis=0, return_inverse=True)
     which = which.reshape(-1)
     return [
-        (int(shape[0]), int(shape[2]), np.flatnonzero(which == i).astype(np.int32)) for i, shape in enumerate(distinct) if shape[1] > 0
+        (int(shape[0]), int(shape[2]), np.flatnonzero(which == i).astype(np.int32))
+        for i, shape in enumerate(distinct)
+        if shape[1] > 0
     ]
 
 

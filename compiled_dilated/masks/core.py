@@ -233,7 +233,11 @@ class Not(Mask):
         seen = self.mask.keys_of(q, kv_len)
         if seen is None or any(span.step != 1 for span in seen):
             return None
-        borders = [0, *(at for span in sorted(seen, key=lambda span: span.start) if span for at in (span.start, span.stop)), kv_len]
+        borders = [
+            0,
+            *(at for span in sorted(seen, key=lambda span: span.start) if span for at in (span.start, span.stop)),
+            kv_len,
+        ]
         return tuple(range(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b)
 
     def __repr__(self) -> str:

@@ -94,7 +94,9 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
     lengths: the lengths of consecutive documents, part of the structure; tokens past their sum see nothing.
     """
     if (ids is None) == (lengths is None):
-        raise ValueError(f"documents needs either ids (the name of a data tensor) or lengths; got ids={ids!r}, lengths={lengths!r}")
+        raise ValueError(
+            f"documents needs either ids (the name of a data tensor) or lengths; got ids={ids!r}, lengths={lengths!r}"
+        )
     if lengths is not None:
         return DocumentLengths(arguments.integers("lengths", lengths, 0))
     if not isinstance(ids, str):
@@ -132,5 +134,7 @@ class Padding(Mask):
 def padding(name: str = "padding") -> Mask:
     """Keys that are no padding: data[name] is a bool tensor (B, keys), True where the key is padding (torch's `key_padding_mask`)."""
     if not isinstance(name, str):
-        raise TypeError(f"name must be the name of a data tensor; got {type(name).__name__}. Pass the tensor itself as data={{...}} at the call")
+        raise TypeError(
+            f"name must be the name of a data tensor; got {type(name).__name__}. Pass the tensor itself as data={{...}} at the call"
+        )
     return Padding(name)

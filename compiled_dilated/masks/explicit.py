@@ -72,7 +72,9 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
     """Exactly the listed tiles: (query tile, key tile) pairs of `block` x `block` tokens, each wholly visible."""
     block = arguments.integer("block", block, 1)
     if isinstance(pairs, (str, bytes)) or not hasattr(pairs, "__iter__"):
-        raise TypeError(f"pairs must be (query tile, key tile) pairs; got {type(pairs).__name__}. Write tiles([(0, 0), (1, 0)], block={block})")
+        raise TypeError(
+            f"pairs must be (query tile, key tile) pairs; got {type(pairs).__name__}. Write tiles([(0, 0), (1, 0)], block={block})"
+        )
     listed = [arguments.integers("a tile pair", pair, 0) for pair in pairs]
     if any(len(pair) != 2 for pair in listed):
         raise ValueError("every tile must be a (query tile, key tile) pair; got one with another number of entries")

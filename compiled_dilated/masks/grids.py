@@ -34,7 +34,7 @@ class Axis:
         # Work in steps of the dilation: `lane` is the residue class, `rank` the place within its `size // dilation`-odd members.
         lane, rank = c % self.dilation, c // self.dilation
         members = (self.size - lane + self.dilation - 1) // self.dilation
-        start = _least(_most(rank - self.radius, 0), _most(members - (2 * self.radius + 1), 0))
+        start = least(_most(rank - self.radius, 0), _most(members - (2 * self.radius + 1), 0))
         return start * self.dilation + lane, (start + 2 * self.radius) * self.dilation + lane
 
     def keys_of(self, c: int) -> range:
@@ -76,7 +76,8 @@ class Axis:
         return (np.minimum.reduce(lows), np.maximum.reduce(lows)), (np.minimum.reduce(highs), np.maximum.reduce(highs))
 
 
-def _least(a: Positions, b: Positions) -> Positions:
+def least(a: Positions, b: Positions) -> Positions:
+    """The smaller of each two, by operators alone."""
     return a - (a - b) * (a > b)
 
 
@@ -100,7 +101,10 @@ def strides_of(grid: tuple[int, ...]) -> tuple[int, ...]:
 
 def coordinates(grid: tuple[int, ...], positions: Positions) -> list[Positions]:
     """The coordinate of row-major positions along each axis."""
-    return [positions // stride if axis == 0 else positions // stride % size for axis, (size, stride) in enumerate(zip(grid, strides_of(grid), strict=True))]
+    return [
+        positions // stride if axis == 0 else positions // stride % size
+        for axis, (size, stride) in enumerate(zip(grid, strides_of(grid), strict=True))
+    ]
 
 
 def spans(grid: tuple[int, ...], regions: Regions) -> list[Span]:
@@ -176,7 +180,11 @@ class Neighborhood(Mask):
         for span, stride in zip(spans[:-1], strides_of(self.grid)[:-1], strict=True):
             lines = [line + c * stride for line in lines for c in span]
         last = spans[-1]
-        return tuple(clipped for line in lines if (clipped := intersection(range(kv_len), range(line + last.start, line + last.stop, last.step))))
+        return tuple(
+            clipped
+            for line in lines
+            if (clipped := intersection(range(kv_len), range(line + last.start, line + last.stop, last.step)))
+        )
 
     def __repr__(self) -> str:
         def short(values: tuple[Any, ...]) -> str:

@@ -17,9 +17,7 @@ from .core import Data, Mask, Positions
 _MOST_RANGES = 64
 
 
-def classify_difference(
-    lo: IntArray, hi: IntArray, step: IntArray, dilation: int, left: int | None, right: int
-) -> Verdicts:
+def classify_difference(lo: IntArray, hi: IntArray, step: IntArray, dilation: int, left: int | None, right: int) -> Verdicts:
     """Tiles of `-left <= kv - q <= right and (kv - q) % dilation == 0`, from what kv - q can be: lo .. hi in steps of `step`.
 
     `step` may be too small for the real differences (sound), 0 where lo == hi. `left` None: no bound.
@@ -158,7 +156,9 @@ class Congruent(Mask):
             return self.offset
         if isinstance(self.offset, tuple):
             if len(self.offset) != heads:
-                raise ValueError(f"{self!r} names {len(self.offset)} offsets for {heads} heads; give one per head or a single number")
+                raise ValueError(
+                    f"{self!r} names {len(self.offset)} offsets for {heads} heads; give one per head or a single number"
+                )
             return self.offset[head]
         return head % self.modulus if self.offset == "cyclic" else head // math.ceil(heads / self.modulus)
 

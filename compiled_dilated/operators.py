@@ -1,0 +1,260 @@
+"""Attention by a program as one differentiable operator: opaque to torch.compile and torch.export, one node for any length.
+
+    _Attention (autograd) -> compiled_dilated::attend (custom operator) -> planner -> lowerings.execute
+
+A program is named in the operator by the code that makes it; plans are kept for the shapes that came last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import planner
+from .lowerings import execute
+from .lowerings.batches import Call
+from .partials import lse_dtype
+from .plans import Plan, Problem
+from .programs import PerLength, Program
+
+ScoreMod = Callable[..., Any]
+_MOST_PLANS = 64
+
+# What an operator's string argument stands for: operators take tensors, numbers and strings alone.
+_programs: dict[str, tuple[Program | PerLength, str, ScoreMod | None]] = {}
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+
+
+def handle_of(program: Program | PerLength, lowering: str, score_mod: ScoreMod | None = None) -> str:
+    """The string that stands for a program in an operator's arguments."""
+    handle = f"{program!r} lowering={lowering}" + ("" if score_mod is None else f" score_mod={id(score_mod)}")
+    known = _programs.setdefault(handle, (program, lowering, score_mod))
+    if known[0] != program:  # two functions of one name inside from_mod
+        handle = f"{handle} #{hash(program)}"
+        _programs.setdefault(handle, (program, lowering, score_mod))
+    return handle
+
+
+def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
+    """The plan for tensors of these shapes, made when they first come."""
+    kv_len = k.shape[2]
+    if q.shape[2] == 1 and not training:
+        # One query is planned once for all positions and all lengths of a cache.
+        q_offset = kv_len = 0
+    key = (handle, q.shape, k.shape[1], kv_len, v.shape[3], q.dtype, q.device.type, q_offset, training)
+    if key in _plans:
+        _plans.move_to_end(key)
+        return _plans[key]
+    if handle not in _programs:
+        raise RuntimeError(
+            f"the program {handle!r} is not known to this process. Build it with compiled_dilated.compile before running the graph"
+        )
+    program, lowering, score_mod = _programs[handle]
+    if isinstance(program, PerLength):
+        program = program.at(q.shape[2])
+    plan = planner.choose(
+        problem_of(program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, score_mod is not None),
+        lowering,
+    )
+    _plans[key] = plan
+    if len(_plans) > _MOST_PLANS:
+        _plans.popitem(last=False)
+    return plan
+
+
+def problem_of(
+    program: Program,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    q_offset: int,
+    training: bool,
+    score_mod: bool,
+) -> Problem:
+    """The problem that these shapes pose."""
+    batch, heads, q_len, head_dim = q_shape
+    return Problem(
+        program, batch, heads, k_shape[1], q_len, k_shape[2], head_dim, v_shape[3], str(dtype).removeprefix("torch."), device,
+        q_offset, training, score_mod,
+    )  # fmt: skip
+
+
+def _call(handle: str, data: Sequence[Tensor], scale: float, q_offset: int) -> Call:
+    program, _, score_mod = _programs[handle]
+    return Call(scale, q_offset, dict(zip(program.names, data, strict=True)), score_mod)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, as kernels read it; other strides may be any."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@torch.library.custom_op("compiled_dilated::attend", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (*q.shape[:3], v.shape[3])
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        return q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+    plan = plan_of(handle, q, k, v, q_offset, training)
+    return execute.forward(plan, _call(handle, data, scale, q_offset), *map(_rows, (q, k, v)))
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (*q.shape[:3], v.shape[3])
+    return q.new_empty(shape), q.new_empty(shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("compiled_dilated::attend_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    data: Sequence[Tensor],
+    handle: str,
+    scale: float,
+    q_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    plan = plan_of(handle, q, k, v, q_offset, True)
+    grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
+    return execute.backward(plan, _call(handle, data, scale, q_offset), grad_out, grad_lse, q, k, v, out, lse)
+
+
+@_attend_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    data: Sequence[Tensor],
+    handle: str,
+    scale: float,
+    q_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward as a function of its own, so that differentiating it once more raises instead of giving zeros."""
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        handle: str, scale: float, q_offset: int, *data: Tensor,
+    ) -> Any:  # fmt: skip
+        return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, handle, scale, q_offset)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "attention is not twice differentiable here: its gradient came from a fused backward kernel. "
+            "Use compiled_dilated.reference, which is dense, where second derivatives are needed"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        grad_out, grad_lse, q, k, v, out, lse, handle, scale, q_offset, *data = inputs
+        dims = in_dims[:7]
+        tensors = [
+            None if x is None else _fold(x, dim, info.batch_size)
+            for x, dim in zip((grad_out, grad_lse, q, k, v, out, lse), dims, strict=True)
+        ]
+        folded = _fold_data(data, in_dims[10:], info.batch_size, q.shape[0 if dims[2] is None or dims[2] != 0 else 1])
+        grads = _Gradients.apply(*tensors, handle, scale, q_offset, *folded)
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0)
+
+
+class _Attention(torch.autograd.Function):
+    """attend with its gradient: merged out and lse are saved, nothing else of size."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, training: bool, *data: Tensor) -> Any:
+        return _attend(q, k, v, data, handle, scale, q_offset, training)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        q, k, v, handle, scale, q_offset, _, *data = inputs
+        ctx.handle, ctx.scale, ctx.q_offset, ctx.extra = handle, scale, q_offset, len(data)
+        ctx.save_for_backward(q, k, v, *output, *data)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        q, k, v, out, lse, *data = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if torch.compiler.is_compiling():  # torch.compile itself refuses to differentiate a compiled backward
+            grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, ctx.handle, ctx.scale, ctx.q_offset)
+        else:
+            grads = _Gradients.apply(grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
+        return *grads, None, None, None, None, *[None] * ctx.extra
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        q, k, v, handle, scale, q_offset, training, *data = inputs
+        size = q.shape[0 if in_dims[0] is None or in_dims[0] != 0 else 1]
+        tensors = [_fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims[:3], strict=True)]
+        folded = _fold_data(data, in_dims[7:], info.batch_size, size)
+        out, lse = _Attention.apply(*tensors, handle, scale, q_offset, training, *folded)
+        return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+class _EagerAttention(_Attention):
+    """The same outside of torch.compile, which refuses functions that define a jvp, even one that only explains."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "attention has no forward-mode derivative here; use reverse mode (torch.func.grad, vjp), or compiled_dilated.reference"
+        )
+
+
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """A vmapped dimension becomes part of the batch."""
+    moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return moved.flatten(0, 1)
+
+
+def _fold_data(data: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int) -> list[Tensor]:
+    out = []
+    for x, dim in zip(data, dims, strict=True):
+        moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        out.append(moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1))
+    return out
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, data: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable."""
+    function = _Attention if torch.compiler.is_compiling() else _EagerAttention
+    found: tuple[Tensor, Tensor] = function.apply(q, k, v, handle, scale, q_offset, trains(q, k, v), *data)
+    return found
+
+
+def trains(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a backward may follow."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

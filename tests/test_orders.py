@@ -1,0 +1,206 @@
+"""Orders: exact round trips, regions that hold what they should, and the same under tracing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compiled_dilated import orders
+from compiled_dilated.orders import Order
+from tests import strategies
+
+
+def residue_positions(n: int, rate: int, period: int | None) -> list[int]:
+    """The definition, token by token."""
+    length = period or max(n, 1)
+    starts = range(0, n, length)
+    return [i for start in starts for c in range(rate) for i in range(start, min(start + length, n)) if (i - start) % rate == c]
+
+
+def check_round_trip(order: Order, n: int) -> None:
+    permutation = order.permutation(n)
+    positions = np.arange(n) if permutation is None else permutation
+    assert sorted(positions.tolist()) == list(range(n))
+    x = torch.randn(2, n, 3, dtype=torch.float64)
+    for dim in (-2, 1):
+        assert torch.equal(order.permute(x, dim), x[:, torch.from_numpy(positions)])
+        assert torch.equal(order.invert(order.permute(x, dim), dim), x)
+        assert torch.equal(order.permute(order.invert(x, dim), dim), x)
+    assert torch.equal(order.permute(x.transpose(1, 2), -1), order.permute(x).transpose(1, 2))
+
+
+@given(st.integers(0, 80), st.integers(1, 9), st.none() | st.integers(1, 40))
+def test_residue(n: int, rate: int, period: int | None) -> None:
+    order = orders.residue(rate, period)
+    permutation = order.permutation(n)
+    assert permutation is not None
+    assert permutation.tolist() == residue_positions(n, rate, period)
+    check_round_trip(order, n)
+
+
+@given(strategies.grids(200))
+def test_hilbert_round_trip(grid: tuple[int, ...]) -> None:
+    check_round_trip(orders.hilbert(*grid), math.prod(grid))
+
+
+def test_identity() -> None:
+    x = torch.randn(2, 5, 3)
+    assert orders.identity().permutation(5) is None
+    assert orders.identity().permute(x) is x
+    assert orders.identity().invert(x) is x
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (16, 16), (64, 64), (2, 2, 2), (8, 8, 8), (1, 8, 8), (16, 1, 16)])
+def test_hilbert_steps_to_a_neighbour(grid: tuple[int, ...]) -> None:
+    cells = np.stack(np.unravel_index(orders.hilbert(*grid).permutation(math.prod(grid)), grid))
+    assert (np.abs(np.diff(cells, axis=1)).sum(axis=0) == 1).all()
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (48, 48), (12, 100), (100, 100), (5, 20, 30), (64, 8, 8)])
+def test_hilbert_of_other_sizes_rarely_jumps(grid: tuple[int, ...]) -> None:
+    n = math.prod(grid)
+    cells = np.stack(np.unravel_index(orders.hilbert(*grid).permutation(n), grid))
+    steps = np.abs(np.diff(cells, axis=1)).sum(axis=0)
+    assert np.mean(steps) < 1.2
+    starts = np.arange(0, n - 63, 64)
+    boxes = orders.hilbert(*grid).regions(starts, starts + 64, n)
+    # A run of 64 cells in row-major order spans whole rows; here its bounding box stays within a few times the run.
+    assert np.mean(np.prod(boxes.extent, axis=1)) < 2.5 * 64
+
+
+@pytest.mark.parametrize(("grid", "run"), [((16, 16), 64), ((48, 80), 256), ((1024, 1024), 4096), ((8, 8, 8), 64), ((4, 16, 16), 64)])
+def test_aligned_hilbert_runs_are_boxes(grid: tuple[int, ...], run: int) -> None:
+    n = math.prod(grid)
+    starts = np.arange(0, n, run)
+    boxes = orders.hilbert(*grid).regions(starts, starts + run, n)
+    side = round(run ** (1 / len(grid)))
+    assert (boxes.extent == side).all()
+
+
+@given(st.data())
+def test_regions_hold_their_runs(data: st.DataObject) -> None:
+    _, order, n = data.draw(strategies.masks_and_orders())
+    runs = data.draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(lambda r: (r[0], min(n, r[0] + r[1]))), min_size=1))
+    starts, stops = np.array(runs).T
+    permutation = order.permutation(n)
+    positions = np.arange(n) if permutation is None else permutation
+    regions = order.regions(starts, stops, n)
+    for row, (start, stop) in enumerate(runs):
+        held, run = set(regions.positions(row).tolist()), set(positions[start:stop].tolist())
+        assert run <= held
+        assert max(held) < n
+        assert min(held) >= 0
+        if isinstance(order, orders.Residue):
+            period = order.period or n
+            if len({(p // period, p % period % order.rate) for p in run}) == 1:
+                assert held == run
+
+
+def test_large_hilbert_is_held_in_int32() -> None:
+    order = orders.hilbert(1024, 1024)
+    x = torch.arange(2**20, dtype=torch.int32)[None, :, None]
+    assert torch.equal(order.invert(order.permute(x)), x)
+    assert orders._curve((1024, 1024)).dtype == np.int32
+    assert all(index.dtype == torch.int32 for index in vars(orders._INDICES).values())
+
+
+def test_curves_beyond_int32() -> None:
+    """A thin slab in a cube of 2**36 cells."""
+    order = orders.hilbert(2, 2, 3000)
+    assert sorted(order.permutation(12000)) == list(range(12000))
+    check_round_trip(order, 12000)
+
+
+CASES = [orders.identity(), orders.residue(3), orders.residue(4, period=16), orders.residue(3, period=10), orders.hilbert(8, 8)]
+
+
+@pytest.mark.parametrize("order", CASES, ids=repr)
+def test_gradients_are_permuted_back(order: Order) -> None:
+    x = torch.randn(2, 64, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(order.permute, (x,))
+    assert torch.autograd.gradcheck(order.invert, (x,))
+
+
+class Round(torch.nn.Module):
+    """There for q and k, and back."""
+
+    def __init__(self, order: Order) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return self.order.invert(self.order.permute(q) * self.order.permute(k).sin())
+
+
+@pytest.mark.parametrize("order", CASES, ids=repr)
+def test_under_compile(order: Order) -> None:
+    q, k = torch.randn(2, 64, 3), torch.randn(2, 64, 3)
+    compiled = torch.compile(Round(order), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k), q * k.sin())
+
+
+@pytest.mark.parametrize("order", CASES, ids=repr)
+def test_under_export(order: Order) -> None:
+    q, k = torch.randn(2, 64, 3), torch.randn(2, 64, 3)
+    exported = torch.export.export(Round(order), (q, k))
+    torch.testing.assert_close(exported.module()(q, k), q * k.sin())
+    # Nothing made while tracing may stay behind.
+    torch.testing.assert_close(order.permute(order.invert(q)), q)
+
+
+def test_residue_of_dynamic_length() -> None:
+    compiled = torch.compile(Round(orders.residue(3, period=10)), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (20, 21, 7, 1, 133):
+        q, k = torch.randn(2, n, 3), torch.randn(2, n, 3)
+        torch.testing.assert_close(compiled(q, k), q * k.sin())
+
+
+def test_hilbert_first_used_in_inference_mode() -> None:
+    vars(orders._INDICES).clear()
+    order = orders.hilbert(4, 8)
+    with torch.inference_mode():
+        order.permute(torch.randn(1, 32, 2))
+    x = torch.randn(1, 32, 2, requires_grad=True)
+    order.permute(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_kept_indices_are_few() -> None:
+    for rows in range(2, 40):
+        orders.hilbert(rows, 2).permute(torch.randn(rows * 2, 1))
+    assert len(vars(orders._INDICES)) <= orders._MOST_INDICES
+
+
+@pytest.mark.parametrize("order", [*CASES, orders.hilbert(2, 3, 4)], ids=repr)
+def test_values(order: Order) -> None:
+    again = eval(repr(order), vars(orders))
+    assert again == order
+    assert hash(again) == hash(order)
+    assert len({*CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: orders.residue(0), ValueError, "rate must be at least 1; got 0"),
+        (lambda: orders.residue(2, 0), ValueError, "period must be at least 1; got 0"),
+        (lambda: orders.residue(1.5), TypeError, "rate must be an integer; got float 1.5"),
+        (lambda: orders.hilbert(4), ValueError, r"hilbert orders grids of 2 or 3 axes; got 1 sizes \(4,\)"),
+        (lambda: orders.hilbert(4, 4, 4, 4), ValueError, "grids of 2 or 3 axes; got 4 sizes"),
+        (lambda: orders.hilbert(4, 0), ValueError, "must be at least 1; got 0"),
+        (lambda: orders.hilbert((4, 4)), TypeError, "must be an integer; got tuple"),
+        (lambda: orders.hilbert(4, 4).permutation(15), ValueError, r"hilbert\(4, 4\) orders the 16 cells of its grid; got 15 tokens"),
+        (lambda: orders.hilbert(4, 4).permute(torch.zeros(15, 2)), ValueError, "got 15 tokens"),
+        (lambda: orders.hilbert(4, 4).check(17), ValueError, "got 17 tokens"),
+    ],
+)
+def test_bad_input(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,129 @@
+"""One query against a cache: the ranges of keys that a mask names, the results, and that nothing is planned per token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import compiled_dilated as cd
+from compiled_dilated import masks, operators
+from compiled_dilated.masks.core import intersection
+
+CAUSAL, WINDOW = masks.causal, masks.window
+GRID = (5, 9)
+MASKS = [
+    masks.full(),
+    CAUSAL(),
+    WINDOW(5),
+    WINDOW(3, 7),
+    WINDOW(9, 9, 3),
+    masks.segments(7),
+    masks.congruent(3, 1),
+    masks.congruent(3, 2, period=10),
+    masks.documents(lengths=(4, 0, 9, 20)),
+    masks.sinks(3),
+    masks.prefix(5),
+    masks.global_tokens(4),
+    masks.neighborhood(GRID, (1, 2)),
+    masks.neighborhood(GRID, 2, edges="shift"),
+    masks.neighborhood(GRID, (1, 2), dilation=2, edges="shift", causal=(True, False)),
+    masks.neighborhood((3, 3, 5), 1, dilation=2),
+    masks.dilated_blocks(4, 3),
+    CAUSAL() & (WINDOW(5) | masks.sinks(3)),
+    ~(CAUSAL() & WINDOW(5)),
+    masks.segments(12) & masks.congruent(3, 1, period=12) & CAUSAL(),
+    WINDOW(20, 20, 4) & masks.congruent(6, 2),
+    ~masks.neighborhood(GRID, 1),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
+def test_ranges_are_the_allowed_keys(mask: masks.Mask) -> None:
+    first = np.zeros(1, dtype=np.int64)
+    for kv_len in (1, 13, 45):
+        keys = np.arange(kv_len)
+        for q in range(45):
+            spans = mask.keys_of(q, kv_len)
+            assert spans is not None
+            allowed = np.broadcast_to(mask.allows(first, first, np.array([q]), keys), kv_len)
+            assert sorted(key for span in spans for key in span) == keys[allowed].tolist()
+
+
+def test_masks_without_few_ranges_say_so() -> None:
+    assert (WINDOW(9, 9, 3) | masks.sinks(2)).keys_of(20, 45) is None
+    assert masks.documents(ids="ids").keys_of(20, 45) is None
+    assert masks.dilated_blocks(1, 2).keys_of(0, 10_000) is None
+
+
+def test_intersection_of_progressions() -> None:
+    for a in (range(0, 50), range(3, 40, 4), range(2, 60, 6)):
+        for b in (range(10, 30), range(1, 55, 3), range(5, 50, 10)):
+            assert list(intersection(a, b)) == sorted(set(a) & set(b))
+
+
+def _cache(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.randn(2, 4, tokens, 16, dtype=torch.float64),
+        torch.randn(2, 2, tokens, 16, dtype=torch.float64),
+        torch.randn(2, 2, tokens, 12, dtype=torch.float64),
+    )
+
+
+PADDING = torch.zeros(2, 300, dtype=torch.bool)
+PADDING[0, 30:90] = True
+
+
+@pytest.mark.parametrize(
+    ("program", "data"),
+    [
+        (CAUSAL(), {}),
+        (CAUSAL() & (WINDOW(20) | masks.sinks(4)), {}),
+        (cd.longnet((64, 100), (1, 3), causal=True), {}),
+        (cd.longnet((64, 100), (1, 3), heads="split", offsets="grouped"), {}),
+        (CAUSAL() & masks.padding(), {"padding": PADDING}),
+        (masks.from_mod(lambda b, h, q, kv: (q - kv) % (h + 2) == 0) & CAUSAL(), {}),
+    ],
+    ids=["causal", "sinks", "longnet", "split", "padding", "from_mod"],
+)
+def test_a_query_alone_gets_its_row_of_the_whole(program: cd.Program | masks.Mask, data: dict[str, torch.Tensor]) -> None:
+    q, k, v = _cache(300)
+    attend = cd.compile(program)
+    out, lse = attend(q, k, v, data=data, return_lse=True)
+    for position in (0, 1, 63, 64, 150, 299):
+        row, row_lse = attend(q[:, :, position : position + 1], k, v, q_offset=position, data=data, return_lse=True)
+        torch.testing.assert_close(row, out[:, :, position : position + 1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(row_lse, lse[:, :, position : position + 1], rtol=1e-10, atol=1e-10)
+
+
+def test_a_score_mod_is_honoured() -> None:
+    q, k, v = _cache(200)
+
+    def score_mod(score, b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+        return score + 0.1 * (q_idx - kv_idx) * (h + 1)
+
+    program = CAUSAL() & WINDOW(30)
+    row = cd.compile(program)(q[:, :, 70:71], k, v, q_offset=70, score_mod=score_mod)
+    truth = cd.reference(program, q[:, :, 70:71], k, v, q_offset=70, score_mod=score_mod)
+    torch.testing.assert_close(row, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_tokens_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a new position nor a longer cache plans anew."""
+    q, k, v = _cache(120)
+    attend = cd.compile(CAUSAL() & WINDOW(17))
+    attend(q[:, :, :1], k[:, :, :100], v[:, :, :100], q_offset=99)
+
+    def planning(*arguments: object) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(operators.planner, "choose", planning)
+    for position in range(100, 120):
+        attend(q[:, :, :1], k[:, :, : position + 1], v[:, :, : position + 1], q_offset=position)
+
+
+def test_a_query_that_sees_nothing() -> None:
+    q, k, v = _cache(20)
+    out, lse = cd.compile(masks.documents(lengths=(4, 5)))(q[:, :, :1], k, v, q_offset=15, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()

@@ -101,12 +101,9 @@ def block_mask(
 
 def _check_data(mask: Mask, data: Mapping[str, Tensor] | None, device: torch.device | str) -> None:
     given = {} if data is None else data
-    missing, unknown = sorted(set(mask.names) - set(given)), sorted(set(given) - set(mask.names))
-    if missing or unknown:
-        raise ValueError(
-            f"{mask!r} reads the data tensors {list(mask.names)}; got {sorted(given)}. "
-            f"Pass data={{{', '.join(f'{name!r}: tensor' for name in mask.names)}}}"
-        )
+    if set(given) != set(mask.names):
+        wanted = f"data={{{', '.join(f'{name!r}: tensor' for name in mask.names)}}}" if mask.names else "no data"
+        raise ValueError(f"{mask!r} reads the data tensors {list(mask.names)}; got {sorted(given)}. Pass {wanted}")
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"data[{name!r}] must be a tensor; got {type(tensor).__name__}")
@@ -240,6 +237,9 @@ def _widened(indices: Tensor | None, width: int) -> Any:
 
 def tile_map(block_mask: BlockMask, batch: int = 0, head: int = 0) -> TileMap:
     """The tiles of a BlockMask, narrow or wide, torch's or ours, for one of its batch entries and heads."""
+    entries = block_mask.kv_num_blocks.shape
+    if not (0 <= batch < entries[0] and 0 <= head < entries[1]):
+        raise ValueError(f"asked for batch entry {batch} and head {head} of a block mask of {entries[0]} and {entries[1]}")
     (q_len, kv_len), (q_tile, kv_tile) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
     rows, columns = -(-q_len // q_tile), -(-kv_len // kv_tile)
     found: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []

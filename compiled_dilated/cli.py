@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from .commands import bench, doctor, plan, show
+from .commands import bench, demo, doctor, plan, show
 
 app = typer.Typer(
     name="compiled-dilated",
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text, which scripts and narrow terminals read as it is
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (plan.plan, show.show, bench.bench, doctor.doctor):
+for _command in (demo.demo, plan.plan, show.show, bench.bench, doctor.doctor):
     app.command()(_command)
 
 

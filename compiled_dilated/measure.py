@@ -66,7 +66,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call of each function: one call of every function in turn, so that a drift of the machine hits all alike.
 
-    repeats: turns that count, after `warmup` turns that do not. seconds: no further turn starts once so many have passed; one always counts.
+    repeats: turns that count, after `warmup` turns that do not. seconds: no turn but the first that counts starts later than that.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
@@ -104,8 +104,8 @@ def median(values: Sequence[float]) -> float:
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     """Most bytes held at once during one call, its result included, beyond what was held before it.
 
-    On a CPU the resident set of this process (the kernel's own high-water mark on Linux, samples every millisecond elsewhere), on a
-    GPU torch's allocator. Memory that is reserved and never touched does not count.
+    On a CPU the resident set of this process (the kernel's own high-water mark on Linux, samples every millisecond elsewhere),
+    on a GPU torch's allocator. Memory that is reserved and never touched does not count.
     """
     gc.collect()
     if torch.device(device).type == "cuda":

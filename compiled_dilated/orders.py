@@ -86,7 +86,7 @@ class Residue(Order):
     period: int | None
 
     def permutation(self, n: int) -> IntArray | None:
-        return self._position(np.arange(n), n)
+        return np.asarray(self._position(np.arange(n), n), dtype=np.int64)
 
     def permute(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
         if self._ragged(x.shape[dim]) and torch.compiler.is_compiling():

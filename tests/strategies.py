@@ -44,7 +44,9 @@ def grids(draw: st.DrawFn, most: int = 64) -> tuple[int, ...]:
 def line_masks(draw: st.DrawFn, most: int = 64) -> Mask:
     """A mask without parts, for any length."""
     number = st.integers(0, most)
-    kind = draw(st.sampled_from(("causal", "window", "segments", "congruent", "documents", "sinks", "prefix", "global", "tiles", "full")))
+    kind = draw(
+        st.sampled_from(("causal", "window", "segments", "congruent", "documents", "sinks", "prefix", "global", "tiles", "full"))
+    )
     if kind == "window":
         return masks.window(draw(number), draw(number), draw(st.integers(1, 7)))
     if kind == "segments":
@@ -79,7 +81,9 @@ def expressions(leaves: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
     return st.recursive(
         leaves,
         lambda parts: st.one_of(
-            st.builds(lambda a, b: a & b, parts, parts), st.builds(lambda a, b: a | b, parts, parts), st.builds(lambda a: ~a, parts)
+            st.builds(lambda a, b: a & b, parts, parts),
+            st.builds(lambda a, b: a | b, parts, parts),
+            st.builds(lambda a: ~a, parts),
         ),
         max_leaves=4,
     )
@@ -118,7 +122,9 @@ def regions(draw: st.DrawFn, n: int, count: int, grid: tuple[int, ...] | None = 
             low = [draw(st.integers(0, size - 1)) for size in grid]
             gaps = [draw(st.sampled_from((1, 1, 2, 3))) for _ in grid]
             base.append(sum(at * unit for at, unit in zip(low, strides, strict=True)))
-            extent.append([draw(st.integers(1, (size - 1 - at) // gap + 1)) for size, at, gap in zip(grid, low, gaps, strict=True)])
+            extent.append(
+                [draw(st.integers(1, (size - 1 - at) // gap + 1)) for size, at, gap in zip(grid, low, gaps, strict=True)]
+            )
             stride.append([gap * unit for gap, unit in zip(gaps, strides, strict=True)])
         return Regions(np.array(base), np.array(extent), np.array(stride))
     starts = [draw(st.integers(0, n - 1)) for _ in range(count)]

@@ -93,7 +93,9 @@ def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal:
     for offset in range(rate):
         mask = masks.segments(width) & masks.congruent(rate, offset, period=width)
         mask = mask & masks.causal() if causal else mask
-        check_classify(mask, dense(mask, n, n), order.regions(place, place + 1, n), order.regions(place, place + 1, n), exact=True)
+        check_classify(
+            mask, dense(mask, n, n), order.regions(place, place + 1, n), order.regions(place, place + 1, n), exact=True
+        )
         # Whole classes: the first longer ones of a segment hold one token more.
         starts = np.cumsum([0] + [len(range(c, width, rate)) for c in range(rate)])
         starts = starts[:-1][np.diff(starts) > 0]
@@ -358,7 +360,12 @@ def test_names() -> None:
 
 @pytest.mark.parametrize(
     ("offset", "expected"),
-    [("cyclic", [0, 1, 2, 0, 1, 2, 0]), ("grouped", [0, 0, 0, 1, 1, 1, 2]), ((2, 2, 0, 1, 0, 1, 2), [2, 2, 0, 1, 0, 1, 2]), (1, [1] * 7)],
+    [
+        ("cyclic", [0, 1, 2, 0, 1, 2, 0]),
+        ("grouped", [0, 0, 0, 1, 1, 1, 2]),
+        ((2, 2, 0, 1, 0, 1, 2), [2, 2, 0, 1, 0, 1, 2]),
+        (1, [1] * 7),
+    ],
 )
 def test_offsets_of_heads(offset: Any, expected: list[int]) -> None:
     mask = masks.segments(6) & masks.congruent(3, offset, period=6)

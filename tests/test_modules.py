@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import DilatedAttention, MultiheadDilatedAttention, Program
+from compiled_dilated.attend import Attend
 from compiled_dilated.modules import visible
 
 LENGTHS, RATES = (16, 40), (1, 3)
@@ -110,14 +111,14 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert x.grad is not None
 
 
-def test_nothing_is_copied_on_the_way_in() -> None:
-    attention = DilatedAttention(LENGTHS, RATES)
+def test_nothing_is_copied_on_the_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    attend = attention._attends[False, False]
-    attention._attends[False, False] = lambda *tensors, **kwargs: seen.extend(tensors) or attend(*tensors, **kwargs)  # type: ignore[assignment]
+    compute = Attend.__call__
+    monkeypatch.setattr(Attend, "__call__", lambda self, *given, **named: seen.extend(given) or compute(self, *given, **named))
     given = inputs(20)
-    attention(*given)
+    DilatedAttention(LENGTHS, RATES)(*given)
     assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in given]
+    assert [x.shape for x in seen] == [(2, 4, 20, 8)] * 3
 
 
 # Padding

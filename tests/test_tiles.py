@@ -88,7 +88,8 @@ def test_transpose(case: tuple[TileMap, Any]) -> None:
 def test_restrict(case: tuple[TileMap, Any], data: st.DataObject) -> None:
     tile_map, whole = case
     rows, columns = (
-        range(*sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size))))) for size in (tile_map.rows, tile_map.columns)
+        range(*sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size)))))
+        for size in (tile_map.rows, tile_map.columns)
     )
     part = tile_map.restrict(rows, columns)
     assert (part.verdicts() == tile_map.verdicts()[np.ix_(rows, columns)]).all()
@@ -169,7 +170,9 @@ def test_scattered_heavy_rows_stay_whole() -> None:
     assert sum(part.rows == 600 for part in tiles.split(tile_map)) >= 1
 
 
-LONGNET = [(masks.segments(w) & masks.congruent(r, r - 1, period=w), orders.residue(r, period=w)) for w, r in ((2048, 1), (8192, 4))]
+LONGNET = [
+    (masks.segments(w) & masks.congruent(r, r - 1, period=w), orders.residue(r, period=w)) for w, r in ((2048, 1), (8192, 4))
+]
 LARGE = [
     (masks.window(256), orders.identity()),
     (masks.window(256) & masks.causal(), orders.identity()),
@@ -233,9 +236,17 @@ def test_empty(q_len: int, kv_len: int) -> None:
         (lambda: TileMap.build(masks.causal(), 4, 4.0), TypeError, "kv_len must be an integer; got float"),
         (lambda: TileMap.build(masks.causal(), 4, 4, q_tile=0), ValueError, "q_tile must be at least 1"),
         (lambda: TileMap.build(masks.causal(), 4, 4, q_offset=-1), ValueError, "q_offset must be at least 0"),
-        (lambda: TileMap.build(masks.causal(), 4, 8, order=orders.residue(2)), ValueError, "needs q_len == kv_len and q_offset 0"),
+        (
+            lambda: TileMap.build(masks.causal(), 4, 8, order=orders.residue(2)),
+            ValueError,
+            "needs q_len == kv_len and q_offset 0",
+        ),
         (lambda: TileMap.build(masks.causal(), 4, 4, order=orders.residue(2), q_offset=1), ValueError, "Use orders.identity()"),
-        (lambda: TileMap.build(masks.causal(), 4, 4, order=orders.hilbert(2, 3)), ValueError, "orders the 6 cells of its grid; got 4"),
+        (
+            lambda: TileMap.build(masks.causal(), 4, 4, order=orders.hilbert(2, 3)),
+            ValueError,
+            "orders the 6 cells of its grid; got 4",
+        ),
         (lambda: TileMap.build(masks.neighborhood((2, 2), 1), 4, 5), ValueError, "a grid of 4 tokens; got positions up to 5"),
         (lambda: TileMap.build(masks.neighborhood((2, 2), 1), 2, 4, q_offset=3), ValueError, "got positions up to 5"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +20,7 @@ ProgramText = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Of q, k, v and out."""
 
     float32 = "float32"
@@ -29,7 +29,7 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
-class Lowering(str, Enum):
+class Lowering(StrEnum):
     """How attention is computed."""
 
     auto = "auto"
@@ -39,7 +39,7 @@ class Lowering(str, Enum):
     flex = "flex"
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     """What attention runs on."""
 
     cpu = "cpu"

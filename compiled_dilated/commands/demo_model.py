@@ -1,6 +1,6 @@
 """The demo's language model: bytes in, bytes out, attention by a LongNet program.
 
-    bytes -> embedding -> [ + attention(conv(norm)) -> + swiglu(norm) ] x layers -> norm -> logits over the next byte
+bytes -> embedding -> [ + attention(conv(norm)) -> + swiglu(norm) ] x layers -> norm -> logits over the next byte
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _CONV_WIDTH = 4
 class Block(nn.Module):
     """Attention and a gated MLP, each on a normalised input and added to the stream (B, N, width).
 
-    Queries, keys and values come from a short causal convolution: it says where a byte stands among its neighbours, which attention
-    over a set does not know, and lets a single layer look up what followed the last occurrence of a few bytes.
+    Queries, keys and values come from a short causal convolution: it says where a byte stands among its neighbours, which
+    attention over a set does not know, and lets a single layer look up what followed the last occurrence of a few bytes.
     """
 
     def __init__(self, program: Program, width: int, heads: int) -> None:
@@ -39,15 +39,17 @@ class Block(nn.Module):
             for layer in (self.merge, self.down):  # at first, each block adds nothing
                 nn.init.zeros_(layer.weight)
 
-    def forward(self, x_BNE: Tensor) -> Tensor:
-        batch, tokens, width = x_BNE.shape
-        near = F.pad(F.rms_norm(x_BNE, (width,)).transpose(1, 2), (_CONV_WIDTH - 1, 0))
-        qkv = self.qkv(self.conv(near).transpose(1, 2)).view(batch, tokens, 3, self.heads, width // self.heads)
+    def project(self, x_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each (B, H, N, D)."""
+        near_BEN = F.pad(F.rms_norm(x_BNE, x_BNE.shape[-1:]).transpose(1, 2), (_CONV_WIDTH - 1, 0))
+        qkv = self.qkv(self.conv(near_BEN).transpose(1, 2)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (F.rms_norm(each, each.shape[-1:]) for each in (q, k))
-        out = self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x_BNE = x_BNE + self.merge(out)
-        gate, value = self.up(F.rms_norm(x_BNE, (width,))).chunk(2, dim=-1)
+        return F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:]), v
+
+    def forward(self, x_BNE: Tensor) -> Tensor:
+        out_BHND = self.attend(*self.project(x_BNE))
+        x_BNE = x_BNE + self.merge(out_BHND.transpose(1, 2).flatten(2))
+        gate, value = self.up(F.rms_norm(x_BNE, x_BNE.shape[-1:])).chunk(2, dim=-1)
         return x_BNE + self.down(F.silu(gate) * value)
 
 
@@ -67,6 +69,13 @@ class LanguageModel(nn.Module):
             x_BNE = block(x_BNE)
         logits: Tensor = self.logits(F.rms_norm(x_BNE, x_BNE.shape[-1:]))
         return logits
+
+    @torch.no_grad()
+    def first_projection(self, text_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the first layer, each (B, H, N, D): attention's input on real text."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        out: tuple[Tensor, Tensor, Tensor] = block.project(self.embedding(text_BN))
 
 
 def loss(model: nn.Module, text_BN: Tensor) -> Tensor:

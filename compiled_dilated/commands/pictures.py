@@ -16,7 +16,6 @@ from ..orders import Order, identity
 from ..programs import Program
 from ..regions import EMPTY, FULL, PARTIAL
 from ..tiles import TileMap
-from . import pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +41,7 @@ _ASCII = {EMPTY: "..", PARTIAL: "++", FULL: "##"}
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One branch as one head sees it. `seen` (tokens, tokens): which pairs are allowed, of few tokens; places, if there is an order."""
+    """One branch as one head sees it. `seen` (tokens, tokens): which pairs are allowed, at places of the order; None for many tokens."""
 
     title: str
     tiles: TileMap
@@ -102,7 +101,7 @@ def panels(program: Program, tokens: int, heads: int, head: int, tile: int, orde
                     title,
                     tiles,
                     _seen(mask, tokens, branch.order),
-                    pairs.of_mask(mask, tokens, branch.order) if counted else None,
+                    TileMap.build(mask, tokens, tokens).pairs(mask) if counted else None,
                 )
             )
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import reduce
 
@@ -36,11 +37,12 @@ def flex(program: Program, tokens: int, heads: int, device: str, order: Order = 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         if table is not None:
             q, kv = table[q], table[kv]
-        return reduce(lambda seen, mask: seen | mask.allows(b, h, q, kv), masks[1:], masks[0].allows(b, h, q, kv))
+        seen: Tensor = reduce(operator.or_, (mask.allows(b, h, q, kv) for mask in masks))
+        return seen
 
-    per_head = len(
-        {mask for branch in program.branches for mask in (branch.mask_at(head, heads) for head in range(heads))}
-    ) > len(masks)
+    per_head = any(
+        branch.mask_at(head, heads) != branch.mask_at(0, heads) for branch in program.branches for head in range(heads)
+    )
     block_mask = torch.compile(create_block_mask)(
         mask_mod, None, heads if per_head else None, tokens, tokens, device=device, BLOCK_SIZE=tile
     )
@@ -50,6 +52,7 @@ def flex(program: Program, tokens: int, heads: int, device: str, order: Order = 
         q, k, v = (order.permute(x) for x in (q, k, v))
         out = compiled(q, k, v, block_mask=block_mask)
         assert isinstance(out, Tensor)
-        return order.invert(out)
+        restored: Tensor = order.invert(out)
+        return restored
 
     return attention

@@ -94,7 +94,7 @@ class Batch:
     shared: bool = False
     first: bool = False
     keep: bool = False
-    cache: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    cache: dict[Any, kernels.Tiles] = field(default_factory=dict, repr=False)
 
     @property
     def pairs(self) -> int:
@@ -157,7 +157,14 @@ def _units(batch: Batch, size: int) -> list[slice]:
 
 def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: torch.dtype) -> kernels.Tiles:
     b = torch.arange(unit.start, unit.stop, device=device)[:, None, None, None]
-    return kernels.Tiles(call.scale, _bias(batch, call, b, dtype), batch.causal, _bound(batch, call, b))
+    key = (device, dtype)
+    if key not in batch.cache:
+        tiles = kernels.Tiles(call.scale, _bias(batch, call, b, dtype), batch.causal)
+        tiles = replace(tiles, dead=kernels.dead_rows(tiles, batch.queries.size))
+        if not batch.keep:
+            return replace(tiles, score_mod=_bound(batch, call, b))
+        batch.cache[key] = tiles
+    return replace(batch.cache[key], scale=call.scale, score_mod=_bound(batch, call, b))
 
 
 def _indices(rows: Rows, device: torch.device, shared: bool) -> Tensor:
@@ -169,9 +176,7 @@ def _bias(batch: Batch, call: Call, b: Tensor, dtype: torch.dtype) -> Tensor | N
     """(tiles or 1, 1, T or 1, S) additive bias: log of how often the pair counts, -inf for never."""
     if not batch.masks:
         return None
-    device, key = b.device, (b.device, dtype)
-    if key in batch.cache:
-        return batch.cache[key]
+    device = b.device
     q = _indices(batch.queries, device, batch.shared)[:, None, :, None]
     kv = _indices(batch.keys, device, batch.shared)[:, None, None, batch.open :]
     if batch.key_only:
@@ -189,8 +194,6 @@ def _bias(batch: Batch, call: Call, b: Tensor, dtype: torch.dtype) -> Tensor | N
         bias = counts.log()
     if batch.open:
         bias = torch.nn.functional.pad(bias, (batch.open, 0))
-    if batch.keep:
-        batch.cache[key] = bias
     return bias
 
 
@@ -211,9 +214,22 @@ def forward(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tens
     k, v = (batch.kv_heads.of(x) for x in (k, v))
     for unit in _units(batch, q.shape[0]):
         part_out, part_lse = kernels.attention(
-            queries.read(q[unit], at), keys.read(k[unit]), keys.read(v[unit]), _tiles(batch, call, unit, q.device, q.dtype)
+            *(_read(batch, rows, x[unit], shift, call) for rows, x, shift in ((queries, q, at), (keys, k, 0), (keys, v, 0))),
+            _tiles(batch, call, unit, q.device, q.dtype),
         )
         _merge(batch, at, out[unit], lse[unit], part_out, part_lse)
+
+
+def _read(batch: Batch, rows: Rows, x: Tensor, shift: int, call: Call) -> Tensor:
+    """x (B, H, N, D) as a kernel takes it; in strips where nothing but shared biases has to know which tile is which."""
+    strips = isinstance(rows, Lattice) and batch.keys.copies and isinstance(batch.keys, Lattice) and batch.keys.strips
+    if isinstance(rows, Lattice) and strips and x.shape[0] == 1 and call.score_mod is None and (batch.shared or not batch.masks):
+        return rows.read_strips(x, shift)
+    return rows.read(x, shift)
+
+
+def _read_lse(batch: Batch, x: Tensor, shift: int, call: Call) -> Tensor:
+    return _read(batch, batch.queries, x.unsqueeze(-1), shift, call).squeeze(-1)
 
 
 def whole(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +250,8 @@ def _merge(batch: Batch, shift: int, out: Tensor, lse: Tensor, part_out: Tensor,
     rows = batch.queries
     if isinstance(rows, Lattice):
         out, lse = rows.view(out, shift), rows.view(lse, shift)
-        part_out, part_lse = rows.shaped(part_out), rows.shaped(part_lse)
+        heads = batch.heads.count
+        part_out, part_lse = rows.shaped(part_out, heads), rows.shaped(part_lse, heads)
         if batch.first:
             out.copy_(part_out)
             lse.copy_(part_lse)
@@ -278,13 +295,13 @@ def backward(
     grad_lse = None if grad_lse is None else batch.heads.of(grad_lse)
     for unit in _units(batch, q.shape[0]):
         part_q, part_k, part_v = kernels.attention_backward(
-            queries.read(grad_out[unit], at),
-            None if grad_lse is None else queries.read(grad_lse[unit], at),
-            queries.read(q[unit], at),
-            keys.read(k[unit]),
-            keys.read(v[unit]),
-            queries.read(out[unit], at),
-            queries.read(lse[unit], at),
+            _read(batch, queries, grad_out[unit], at, call),
+            None if grad_lse is None else _read_lse(batch, grad_lse[unit], at, call),
+            _read(batch, queries, q[unit], at, call),
+            _read(batch, keys, k[unit], 0, call),
+            _read(batch, keys, v[unit], 0, call),
+            _read(batch, queries, out[unit], at, call),
+            _read_lse(batch, lse[unit], at, call),
             _tiles(batch, call, unit, q.device, q.dtype),
         )
         queries.add(into.q[unit], part_q, at)

@@ -16,9 +16,9 @@ _FLOPS_PER_BYTE = 12.0
 _FLOPS_PER_CALL = 4e6
 
 # The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth having.
-FORWARD_SHARE, BACKWARD_SHARE = 0.03, 0.09
+FORWARD_SHARE, BACKWARD_SHARE = 0.025, 0.09
 _LEAST_BYTES = 4 * 2**20
-_KEPT_SHARE = 0.01
+_KEPT_SHARE = 0.015
 
 
 def efficiency(problem: Problem, rows: int, columns: int) -> float:
@@ -70,7 +70,7 @@ def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
 
 def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
     """Mark the biases worth keeping from call to call: those of most tiles first, up to a small share of the tensors."""
-    left = max(int(_KEPT_SHARE * problem.tensor_bytes), _LEAST_BYTES)
+    left = max(int(_KEPT_SHARE * problem.tensor_bytes), 2 * _LEAST_BYTES)
     kept = set()
     for i, batch in sorted(enumerate(batches), key=lambda each: -each[1].queries.count):
         size = batch.lasting_bias_entries * problem.itemsize

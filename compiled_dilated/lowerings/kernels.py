@@ -23,23 +23,27 @@ TileScoreMod = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tiles:
-    """What the kernels need beside q, k and v."""
+    """What the kernels need beside q, k and v; `dead` as `dead_rows` finds them."""
 
     scale: float
     bias: Tensor | None = None
     causal: bool = False
     score_mod: TileScoreMod | None = None
+    dead: Tensor | None = None
 
-    def dead(self, rows: int) -> Tensor | None:
-        """Rows that see no key, broadcastable to (G, Hq, T): the kernels give them lse 0, and -inf is right."""
-        if self.bias is None:
-            return None
-        seen = self.bias != -math.inf
-        if not self.causal:
-            return ~seen.any(dim=-1)
-        if seen.shape[-2] == 1:
-            seen = seen.expand(*seen.shape[:-2], rows, seen.shape[-1])
-        return ~seen.tril().any(dim=-1)
+
+def dead_rows(tiles: Tiles, rows: int) -> Tensor | None:
+    """Of `rows` queries those that see no key, broadcastable to (G, Hq, rows); None where all see one.
+
+    ATen's kernels give such rows out 0 and lse 0, and -inf is right.
+    """
+    if tiles.bias is None:
+        return None
+    seen = tiles.bias != -math.inf
+    if tiles.causal:
+        seen = seen.expand(*seen.shape[:-2], rows, seen.shape[-1]).tril()
+    dead = ~seen.any(dim=-1)
+    return dead if dead.any() else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -48,9 +52,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
     kernel = _kernel_of(q, tiles)
     q, k, v = _padded(kernel, q, k, v)
     out, lse = kernel.forward(q, k, v, tiles)
-    dead = tiles.dead(lse.shape[-1])
-    if dead is not None:
-        lse = lse.masked_fill(dead, -math.inf)
+    if tiles.dead is not None:
+        lse = lse.masked_fill(tiles.dead, -math.inf)
     return out[..., :width], lse
 
 

@@ -50,6 +50,11 @@ class Lattice:
         return _stride_of(self.rows) is None or _stride_of(self.tiles) is None
 
     @property
+    def strips(self) -> bool:
+        """Whether tiles that need a copy can share it along their first axis."""
+        return self.copies and len(self.tiles) == len(self.rows) > 1 and self.tiles[0][1] % self.rows[0][1] == 0
+
+    @property
     def repeats(self) -> tuple[int, ...]:
         """Per tile axis: tiles this many apart share no token (1: no two tiles do), so that they can be added to in place."""
         return tuple(min(count, self._overlap(axis)) for axis, (count, _) in enumerate(self.tiles))
@@ -78,18 +83,34 @@ class Lattice:
         steps = [batch, *(stride * tokens for _, stride in self.tiles), heads, *(stride * tokens for _, stride in self.rows)]
         return x.as_strided(shape, [*steps, *x.stride()[3:]], x.storage_offset() + (self.start - shift) * tokens)
 
-    def shaped(self, part: Tensor) -> Tensor:
-        """A kernel's (B * tiles, H, rows, ...) in the shape of `view`."""
+    def shaped(self, part: Tensor, heads: int) -> Tensor:
+        """A kernel's part, as `read` lays it out, in the shape of `view`."""
         tiles, rows = [count for count, _ in self.tiles], [count for count, _ in self.rows]
-        return part.reshape([-1, *tiles, part.shape[1], *rows, *part.shape[3:]])
+        return part.reshape([-1, *tiles, heads, *rows, *part.shape[3:]])
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
         """x (B, H, N, ...) as the kernel's (B * tiles, H, rows, ...): a view where `copies` is False and B or the tiles are 1."""
         return self.view(x, shift).reshape(-1, x.shape[1], self.size, *x.shape[3:])
 
+    def read_strips(self, x: Tensor, shift: int = 0) -> Tensor:
+        """x (1, H, N, D) as the kernel's (tiles along the first axis, other tiles * H, rows, D).
+
+        Tiles that follow each other along the first axis share most of their rows: they are copied once, as one strip, and the
+        tiles are views of it.
+
+            rows of a grid    strip 0   strip 1         tile 0 of a strip is its rows 0 .. 3, tile 1 its rows 2 .. 5
+              0 1 2 3 4 5     0 1 2 3   2 3 4 5
+        """
+        (count, stride), (size, step) = self.tiles[0], self.rows[0]
+        long = (count - 1) * (stride // step) + size
+        strips = replace(self, tiles=self.tiles[1:], rows=((long, step), *self.rows[1:])).view(x, shift).contiguous()
+        inner, width = self.size // size, x.shape[3]
+        shape = (count, strips.numel() // (long * inner * width), self.size, width)
+        return strips.as_strided(shape, (stride // step * inner * width, long * inner * width, width, 1))
+
     def add(self, total: Tensor, part: Tensor, shift: int = 0) -> None:
         """Add a kernel's part to total (B, H, N, D), tiles that overlap one after the other."""
-        part = self.shaped(part)
+        part = self.shaped(part, total.shape[1])
         view = self.view(total, shift)
         for phase in np.ndindex(*self.repeats):
             index = (slice(None), *(slice(at, None, step) for at, step in zip(phase, self.repeats, strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ def _part(group: Group, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
                 changed: Tensor = mod(scores, b, h, at, keys)
                 return changed
 
-    return kernels.attention(q, seen_k, seen_v, kernels.Tiles(call.scale, bias, False, score_mod))
+    tiles = kernels.Tiles(call.scale, bias, False, score_mod)
+    return kernels.attention(q, seen_k, seen_v, replace(tiles, dead=kernels.dead_rows(tiles, 1)))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

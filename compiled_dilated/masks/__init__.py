@@ -7,6 +7,7 @@ from .grids import neighborhood
 from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, global_tokens, prefix, segments, sinks, window
 
 __all__ = [
+    "OFFSET_RULES",
     "And",
     "Full",
     "Mask",
@@ -14,11 +15,10 @@ __all__ = [
     "Or",
     "Padding",
     "Tiles",
-    "OFFSET_RULES",
     "causal",
+    "congruent",
     "conjunction",
     "conjuncts",
-    "congruent",
     "dilated_blocks",
     "documents",
     "from_mod",

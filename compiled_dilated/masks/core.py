@@ -33,7 +33,7 @@ class Mask(ABC):
 
     @abstractmethod
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        """For each pair of regions (same length): EMPTY, PARTIAL or FULL. EMPTY and FULL are promises; PARTIAL promises nothing."""
+        """EMPTY, PARTIAL or FULL for each pair of regions (same length). EMPTY and FULL are promises, PARTIAL promises nothing."""
 
     @property
     @abstractmethod
@@ -91,7 +91,8 @@ class Mask(ABC):
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            f"the mask {self!r} has no truth value: `and`, `or`, `not` and `if` cannot combine masks. Write `a & b`, `a | b` or `~a`"
+            f"the mask {self!r} has no truth value: `and`, `or`, `not` and `if` cannot combine masks. "
+            "Write `a & b`, `a | b` or `~a`"
         )
 
 

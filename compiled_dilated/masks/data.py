@@ -132,9 +132,10 @@ class Padding(Mask):
 
 
 def padding(name: str = "padding") -> Mask:
-    """Keys that are no padding: data[name] is a bool tensor (B, keys), True where the key is padding (torch's `key_padding_mask`)."""
+    """Keys that are no padding: data[name] is a bool tensor (B, keys), True where a key is padding (`key_padding_mask`)."""
     if not isinstance(name, str):
         raise TypeError(
-            f"name must be the name of a data tensor; got {type(name).__name__}. Pass the tensor itself as data={{...}} at the call"
+            f"name must be the name of a data tensor; got {type(name).__name__}. "
+            "Pass the tensor itself as data={...} at the call"
         )
     return Padding(name)

@@ -15,7 +15,7 @@ from .lookup import as_tensor, rank
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 
-# A bare function has to be asked about every pair. 2**28 pairs (16K x 16K) take seconds; past that the user has to say where to look.
+# A bare function has to be asked about every pair. 2**28 pairs (16K x 16K) take seconds; past that the user says where to look.
 MOST_PAIRS_WITHOUT_WITHIN = 2**28
 # Tiles of up to this many pairs are evaluated; larger regions are left PARTIAL, to be split further.
 _MOST_PAIRS_PER_TILE = 2**16
@@ -73,7 +73,8 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
     block = arguments.integer("block", block, 1)
     if isinstance(pairs, (str, bytes)) or not hasattr(pairs, "__iter__"):
         raise TypeError(
-            f"pairs must be (query tile, key tile) pairs; got {type(pairs).__name__}. Write tiles([(0, 0), (1, 0)], block={block})"
+            f"pairs must be (query tile, key tile) pairs; got {type(pairs).__name__}. "
+            f"Write tiles([(0, 0), (1, 0)], block={block})"
         )
     listed = [arguments.integers("a tile pair", pair, 0) for pair in pairs]
     if any(len(pair) != 2 for pair in listed):
@@ -148,7 +149,8 @@ class FromMod(Mask):
         super().check(queries, keys)
         if (self.within is None or isinstance(self.within, Full)) and queries * keys > MOST_PAIRS_WITHOUT_WITHIN:
             raise ValueError(
-                f"{self!r} would be asked about {queries} x {keys} = {queries * keys:,} pairs, more than {MOST_PAIRS_WITHOUT_WITHIN:,}. "
+                f"{self!r} would be asked about {queries} x {keys} = {queries * keys:,} pairs, "
+                f"more than {MOST_PAIRS_WITHOUT_WITHIN:,}. "
                 "Say where to look: from_mod(fn, within=mask), for example within=window(4096)"
             )
 

@@ -205,8 +205,9 @@ def neighborhood(
 ) -> Mask:
     """Keys within `radius` steps of `dilation` along every axis of a grid of 1 to 3 axes, tokens in row-major order.
 
-    causal: per axis, keys at or before the query's coordinate alone. edges: "cut" (fewer keys at the border) or "shift" (the window
-    moves inwards, so every query keeps 2 * radius + 1 keys per axis, as in NATTEN, arXiv 2204.07143; a causal axis is always cut).
+    causal: per axis, keys at or before the query's coordinate alone. edges: "cut" (fewer keys at the border) or "shift" (the
+    window moves inwards, so every query keeps 2 * radius + 1 keys per axis, as in NATTEN, arXiv 2204.07143; a causal axis is
+    always cut).
 
     >>> neighborhood((4, 4), 1)
     neighborhood((4, 4), 1)

@@ -12,7 +12,6 @@ from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts, verdicts
 from .core import Data, Mask, Positions
 
-
 # A query that sees more separate ranges of keys than this is served by evaluating its mask.
 _MOST_RANGES = 64
 
@@ -97,7 +96,10 @@ class Window(Mask):
 
 
 def window(left: int, right: int | None = None, dilation: int = 1) -> Mask:
-    """Keys from `left` tokens before the query to `right` after it (default: as many), every `dilation`-th (Longformer, arXiv 2004.05150)."""
+    """Keys from `left` tokens before the query to `right` after it (default: as many), every `dilation`-th.
+
+    Longformer, arXiv 2004.05150.
+    """
     left = arguments.integer("left", left, 0)
     right = left if right is None else arguments.integer("right", right, 0)
     return Window(left, right, arguments.integer("dilation", dilation, 1))

@@ -1,0 +1,128 @@
+"""The demo's evidence: attention against the float64 reference, and one call against dense SDPA and FlexAttention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .. import measure
+from ..attend import compile, plan
+from ..oracle import multiplicity, reference
+from ..programs import Program
+from . import rivals
+from .rivals import Attention
+
+
+@dataclass(frozen=True)
+class Check:
+    """Largest errors against the reference, and the most that they may be."""
+
+    tokens: int
+    error: float
+    most_error: float
+    gradient_error: float
+    most_gradient_error: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.most_error and self.gradient_error <= self.most_gradient_error
+
+
+def check(program: Program, q: Tensor, k: Tensor, v: Tensor) -> Check:
+    """Output and gradients against the float64 reference.
+
+    Each error may be twice that of dense SDPA in the same precision over the same pairs, plus one rounding of the result.
+    """
+    tensors = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    bias = multiplicity(program, q, k).to(q.dtype).log()
+
+    def true(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = reference(program, q, k, v)
+        assert isinstance(out, Tensor)
+        return out
+
+    def run(attention: Attention) -> list[Tensor]:
+        out = attention(*tensors)
+        return [out.detach(), *torch.autograd.grad(out, tensors, grad_out.to(out.dtype))]
+
+    truth = run(true)
+    ours = _errors(run(compile(program)), truth)
+    dense = _errors(run(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias)), truth)
+    rounding = torch.finfo(q.dtype).eps
+    most = [2 * error + rounding * float(value.abs().max()) for error, value in zip(dense, truth, strict=True)]
+    # The gradients of q, k and v differ in size: the one that comes nearest to its bound speaks for all.
+    worst = max((1, 2, 3), key=lambda each: ours[each] / most[each])
+    return Check(q.shape[2], ours[0], most[0], ours[worst], most[worst])
+
+
+def _errors(values: list[Tensor], truth: list[Tensor]) -> list[float]:
+    return [float((value.double() - true).abs().max()) for value, true in zip(values, truth, strict=True)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One system at one length: what a call takes, memory beyond q, k and v, seconds to get ready; or why it was left out."""
+
+    tokens: int
+    system: str
+    seconds: float | None = None
+    useful_gflops: float | None = None
+    memory_bytes: int | None = None
+    ready_seconds: float = 0.0
+    note: str = ""
+
+
+def compare(
+    program: Program, tokens: Iterable[int], heads: int, head_dim: int, seconds: float, with_flex: bool
+) -> Iterator[Cell]:
+    """One forward call, float32: ours, causal dense SDPA, compiled FlexAttention over the union of the branches.
+
+    A system is left out at a length where, judged by its time at the length before, it would take the time that is left.
+    """
+    ends, last = time.perf_counter() + seconds, dict[str, Cell]()
+    for count in tokens:
+        q, k, v = torch.randn(3, 1, heads, count, head_dim, generator=torch.Generator().manual_seed(0))
+        useful_pairs = plan(program, q.shape).useful_pairs
+        assert useful_pairs is not None  # no mask of the demo reads data
+        flops = 4 * head_dim * useful_pairs
+        makers: dict[str, Callable[[], Attention]] = {
+            "compiled_dilated": partial(compile, program),
+            "dense SDPA": partial(rivals.dense, causal=True),
+            "FlexAttention": partial(rivals.flex, program, count, heads, "cpu"),
+        }
+        for system, make in makers.items():
+            left, expected = ends - time.perf_counter(), _expected(last.get(system), count)
+            if system == "FlexAttention" and not with_flex:
+                yield Cell(count, system, note="left out: it takes a while to compile")
+            elif expected > left and system != "compiled_dilated":
+                yield Cell(count, system, note=f"left out: would take about {expected:.0f} s, judged by the length before")
+            else:
+                last[system] = _measured(system, make, q, k, v, flops)
+                yield last[system]
+
+
+def _expected(before: Cell | None, tokens: int) -> float:
+    """Seconds until a system is measured at this length: two calls, which grow with its square, and what it takes to be ready."""
+    if before is None or before.seconds is None:
+        return 0.0
+    return 2 * before.seconds * (tokens / before.tokens) ** 2 + before.ready_seconds
+
+
+def _measured(system: str, make: Callable[[], Attention], q: Tensor, k: Tensor, v: Tensor, flops: float) -> Cell:
+    """The first call plans and compiles, the second is watched for memory, up to three more are timed."""
+    with torch.no_grad():
+        started = time.perf_counter()
+        attention = make()
+        attention(q, k, v)
+        ready = time.perf_counter() - started
+        call = partial(attention, q, k, v)
+        peak = measure.peak_bytes(call)
+        elapsed = measure.median(measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)[system])
+    return Cell(q.shape[2], system, elapsed, flops / elapsed / 1e9, peak, max(0.0, ready - elapsed))

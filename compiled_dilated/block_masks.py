@@ -55,7 +55,8 @@ def block_masks(
 
     Raises ValueError for a length of 0, positions that the mask does not know, or data that is missing or not read.
 
-    >>> [(part.queries, part.keys) for part in block_masks(window(256) | sinks(4), 2**20, 2**20)]
+    >>> from compiled_dilated import masks
+    >>> [(part.queries, part.keys) for part in block_masks(masks.window(256) | masks.sinks(4), 2**20, 2**20)]
     [(range(0, 1048576), range(0, 128)), (range(0, 1048576), range(128, 1048576))]
     """
     arguments.integer("q_len", q_len, 1)

@@ -64,9 +64,9 @@ def _own_version() -> str | None:
 def interleaved(
     functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each function: one call of every function in turn, so that a drift of the machine hits all alike.
+    """Seconds of each call of each function, one call of each in turn, so that a drift of the machine hits all alike.
 
-    repeats: turns that count, after `warmup` turns that do not. seconds: no turn but the first that counts starts later than that.
+    repeats: turns that count, after `warmup` that do not. seconds: no turn but the first that counts starts later than that.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()

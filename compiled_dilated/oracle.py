@@ -37,7 +37,7 @@ def reference(
     counts = multiplicity(as_program(program), q, k, q_offset=q_offset, data=data)
     q, k, v = q.double(), k.double(), v.double()
     batch, heads, q_len, head_dim = q.shape
-    groups = heads // k.shape[1]
+    groups = heads // max(1, k.shape[1])
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(head_dim) if scale is None else scale)
     if score_mod is not None:

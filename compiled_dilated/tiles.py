@@ -218,27 +218,50 @@ def _covering(mask: Mask, rows: int, columns: int, regions_of: Callable[[int], t
     while -(-rows // side) * -(-columns // side) > _FIRST_SUPER_TILES:
         side *= _SPLIT
     row, column = (axis.reshape(-1) for axis in np.indices((-(-rows // side), -(-columns // side)), dtype=np.int32))
-    found: list[tuple[TileIndices, TileIndices, Flags]] = []
+    runs: list[tuple[TileIndices, TileIndices, TileIndices, Flags]] = []
     while True:
         q, kv = regions_of(side)
         verdict = mask.classify(q[row], kv[column])
-        leaves = _split(row[verdict == FULL], column[verdict == FULL], side, rows, columns)
-        found.append((*leaves, np.ones(len(leaves[0]), dtype=np.bool_)))
-        row, column = row[verdict == PARTIAL], column[verdict == PARTIAL]
+        full, partial = verdict == FULL, verdict == PARTIAL
+        runs.append(_runs(row[full], column[full], side, rows, columns, full=True))
+        row, column = row[partial], column[partial]
         if side == 1:
-            found.append((row, column, np.zeros(len(row), dtype=np.bool_)))
-            return TileLists.of(rows, columns, *(np.concatenate(each) for each in zip(*found, strict=True)))
+            runs.append(_runs(row, column, side, rows, columns, full=False))
+            return _joined(rows, columns, *(np.concatenate(each) for each in zip(*runs, strict=True)))
         side //= _SPLIT
-        row, column = _split(row, column, _SPLIT, -(-rows // side), -(-columns // side))
+        row, column = _split(row, column, -(-rows // side), -(-columns // side))
 
 
-def _split(row: TileIndices, column: TileIndices, side: int, rows: int, columns: int) -> tuple[TileIndices, TileIndices]:
-    """The side x side tiles within each super tile, less those past the last row or column."""
-    within = np.arange(side, dtype=np.int32)
-    small_row = np.repeat((row[:, None] * np.int32(side) + within).reshape(-1), side)
-    small_column = np.tile(column[:, None] * np.int32(side) + within, side).reshape(-1)
+def _split(row: TileIndices, column: TileIndices, rows: int, columns: int) -> tuple[TileIndices, TileIndices]:
+    """The tiles within each super tile, less those past the last row or column."""
+    within = np.arange(_SPLIT, dtype=np.int32)
+    small_row = np.repeat((row[:, None] * np.int32(_SPLIT) + within).reshape(-1), _SPLIT)
+    small_column = np.tile(column[:, None] * np.int32(_SPLIT) + within, _SPLIT).reshape(-1)
     inside = (small_row < rows) & (small_column < columns)
-    return (small_row, small_column) if inside.all() else (small_row[inside], small_column[inside])
+    return small_row[inside], small_column[inside]
+
+
+def _runs(
+    row: TileIndices, column: TileIndices, side: int, rows: int, columns: int, full: bool
+) -> tuple[TileIndices, TileIndices, TileIndices, Flags]:
+    """Super tiles of side x side tiles, cut to the rows and columns there are, as runs: row, first column, length, full."""
+    small_row = (row[:, None] * np.int32(side) + np.arange(side, dtype=np.int32)).reshape(-1)
+    first = np.repeat(column * np.int32(side), side)
+    inside = small_row < rows
+    small_row, first = small_row[inside], first[inside]
+    length = np.minimum(side, columns - first).astype(np.int32)
+    return small_row, first, length, np.full(len(first), full)
+
+
+def _joined(rows: int, columns: int, row: TileIndices, first: TileIndices, length: TileIndices, full: Flags) -> TileLists:
+    """Lists from disjoint runs of columns in any order."""
+    by_place = np.argsort(row.astype(np.int64) * columns + first)
+    row, first, length, full = row[by_place], first[by_place], length[by_place], full[by_place]
+    stops = np.cumsum(length, dtype=np.int64)
+    offsets = np.concatenate([[0], stops])[np.searchsorted(row, np.arange(rows + 1))]
+    indices = np.arange(offsets[-1], dtype=np.int32)
+    indices += np.repeat((first - (stops - length)).astype(np.int32), length)
+    return TileLists(offsets, indices, np.repeat(full, length), columns)
 
 
 def _check(mask: Mask, q_len: int, kv_len: int, q_tile: int, kv_tile: int, order: Order, q_offset: int) -> None:
@@ -276,15 +299,15 @@ def split(tile_map: TileMap) -> tuple[TileMap, ...]:
         return (tile_map,)
     rows, columns = range(tile_map.rows), range(tile_map.columns)
     if padded[0] >= padded[1]:
-        parts = [tile_map.restrict(run, columns) for run in _runs(by_row)]
+        parts = [tile_map.restrict(run, columns) for run in _heavy_and_light(by_row)]
     else:
-        parts = [tile_map.restrict(rows, run) for run in _runs(by_column)]
+        parts = [tile_map.restrict(rows, run) for run in _heavy_and_light(by_column)]
     if len(parts) == 1:
         return (tile_map,)
     return tuple(small for part in parts if len(part.indices) for small in split(part))
 
 
-def _runs(counts: IntArray) -> list[range]:
+def _heavy_and_light(counts: IntArray) -> list[range]:
     """Runs of heavy and of light rows, the border between the two where the padded lists of both are smallest together."""
     ascending = np.sort(counts)
     light = np.arange(1, len(counts) + 1)

@@ -19,14 +19,21 @@ from compiled_dilated import Branch, Program, masks, orders
 from compiled_dilated.masks import Mask, conjunction
 from compiled_dilated.oracle import multiplicity
 from compiled_dilated.planner import disjoint
+from compiled_dilated.programs import as_program
 from tests import strategies
-from tests.cases import CASES, by_name
+from tests.cases import CASES, Case, by_name
 
 TRAINS = ("dense", "strided", "tiled", "auto")
 
 
 def tensors(
-    heads: int = 4, kv_heads: int = 2, n: int = 40, dim: int = 6, value_dim: int = 6, batch: int = 2, dtype: torch.dtype = torch.float64
+    heads: int = 4,
+    kv_heads: int = 2,
+    n: int = 40,
+    dim: int = 6,
+    value_dim: int = 6,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (batch, heads, n, dim), (batch, kv_heads, n, dim), (batch, kv_heads, n, value_dim)
     q, k, v = (torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
@@ -37,13 +44,13 @@ def same(got: Any, want: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-# Derivatives ---------------------------------------------------------------------------------------------------------------------
+# Derivatives
 
 GRADCHECKED = {
-    "longnet": lambda: cd.longnet((3, 6), (1, 2), causal=True),
+    "longnet": lambda: cd.longnet((3, 8), (1, 2), causal=True),
     "window dilated": lambda: masks.window(4, 2, dilation=2),
-    "neighborhood": lambda: masks.neighborhood((3, 4), 1, edges="shift"),
-    "dead rows": lambda: ~masks.causal() & masks.segments(5),
+    "neighborhood": lambda: masks.neighborhood((2, 4), 1, edges="shift"),
+    "dead rows": lambda: ~masks.causal() & masks.segments(3),
     "documents": lambda: masks.documents(ids="ids") & masks.causal(),
 }
 
@@ -53,14 +60,14 @@ GRADCHECKED = {
 def test_gradcheck(name: str, lowering: str) -> None:
     program = GRADCHECKED[name]()
     attend = cd.compile(program, lowering=lowering)
-    data = {"ids": torch.tensor([[0, 0, 1, 1, 1, 0, 2, 2, 2, 2, 2, 2]])} if name == "documents" else None
+    data = {"ids": torch.tensor([[0, 0, 1, 1, 1, 0, 2, 2]])} if name == "documents" else None
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
 
     def loss(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
         out, lse = attend(q, k, v, data=data, scale=0.7, sink_logits=sinks, return_lse=True)
         return out, lse
 
-    assert torch.autograd.gradcheck(loss, (*tensors(2, 1, 12, 2, 3, batch=1), sinks), fast_mode=False)
+    assert torch.autograd.gradcheck(loss, (*tensors(2, 1, 8, 2, 3, batch=1), sinks))
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
@@ -68,7 +75,9 @@ def test_lse_alone_is_differentiable(lowering: str) -> None:
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tensors()
     _, lse = cd.compile(program, lowering=lowering)(q, k, v, return_lse=True)
     _, want = cd.reference(program, q, k, v, return_lse=True)
-    for mine, theirs in zip(torch.autograd.grad(lse.sin().sum(), (q, k)), torch.autograd.grad(want.sin().sum(), (q, k)), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(lse.sin().sum(), (q, k)), torch.autograd.grad(want.sin().sum(), (q, k)), strict=True
+    ):
         same(mine, theirs)
     (grad_v,) = torch.autograd.grad(cd.compile(program, lowering=lowering)(q, k, v, return_lse=True)[1].sum(), (v,))
     assert (grad_v == 0).all()
@@ -147,7 +156,9 @@ def test_vmap_of_grad() -> None:
     """Gradients per example."""
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tuple(x.detach() for x in tensors(batch=3))
     attend = cd.compile(program)
-    each = torch.vmap(torch.func.grad(lambda q, k, v: attend(q[None], k[None], v[None]).square().sum(), argnums=(0, 1, 2)))(q, k, v)
+    each = torch.vmap(torch.func.grad(lambda q, k, v: attend(q[None], k[None], v[None]).square().sum(), argnums=(0, 1, 2)))(
+        q, k, v
+    )
     want = torch.func.grad(lambda q, k, v: cd.reference(program, q, k, v).square().sum(), argnums=(0, 1, 2))(q, k, v)
     for mine, theirs in zip(each, want, strict=True):
         same(mine, theirs)
@@ -162,7 +173,7 @@ def test_vmap_over_data() -> None:
         same(got[i], cd.reference(mask, q, k, v, data={"ids": ids[i], "padding": padding.expand(2, 40)}))
 
 
-# Export, autocast, modes ---------------------------------------------------------------------------------------------------------
+# Export, autocast, modes
 
 
 class Model(nn.Module):
@@ -183,7 +194,9 @@ class Model(nn.Module):
 def test_export() -> None:
     model, x = Model(cd.longnet((8, 24), (1, 3), causal=True)), torch.randn(2, 40, 8)
     exported = torch.export.export(model, (x,), dynamic_shapes={"x": {1: torch.export.Dim("tokens", min=2, max=4096)}})
-    assert [node.target for node in exported.graph.nodes if "attend" in str(node.target)] == [torch.ops.compiled_dilated.attend.default]
+    assert [node.target for node in exported.graph.nodes if "attend" in str(node.target)] == [
+        torch.ops.compiled_dilated.attend.default
+    ]
     for n in (40, 2, 131):
         x = torch.randn(2, n, 8)
         same(exported.module()(x), model(x), 1e-6)
@@ -228,7 +241,7 @@ def test_a_model_goes_to_other_precisions_and_is_copied() -> None:
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-# Options -------------------------------------------------------------------------------------------------------------------------
+# Options
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
@@ -250,7 +263,9 @@ def test_sink_logits(name: str, lowering: str) -> None:
     got = cd.compile(program, lowering=lowering)(*leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True)
     want = cd.reference(program, *leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True)
     back = (inputs.grad_out, inputs.grad_lse)
-    for mine, theirs in zip((*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True):
+    for mine, theirs in zip(
+        (*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True
+    ):
         same(mine, theirs)
 
 
@@ -267,7 +282,14 @@ def test_sink_logits_in_lower_precision(dtype: torch.dtype) -> None:
     same(lse.double(), want_lse, 1e-3)
 
 
-MODIFIED = ("longnet causal", "hilbert window", "window or sinks", "rows dead in one branch", "one key head", "values wider than keys")
+MODIFIED = (
+    "longnet causal",
+    "hilbert window",
+    "window or sinks",
+    "rows dead in one branch",
+    "one key head",
+    "values wider than keys",
+)
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
@@ -285,7 +307,9 @@ def test_score_mod(name: str, lowering: str) -> None:
     leaves, back = (inputs.q, inputs.k, inputs.v), (inputs.grad_out, inputs.grad_lse)
     got = cd.compile(program, lowering=lowering)(*leaves, score_mod=score_mod, return_lse=True)
     want = cd.reference(program, *leaves, score_mod=score_mod, return_lse=True)
-    for mine, theirs in zip((*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True):
+    for mine, theirs in zip(
+        (*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True
+    ):
         same(mine, theirs)
 
 
@@ -309,7 +333,16 @@ def test_programs_of_equal_print_do_not_stand_in_for_each_other() -> None:
 
 @pytest.mark.parametrize("lowering", TRAINS)
 @pytest.mark.parametrize(
-    "name", ["longnet causal", "window causal", "congruent cyclic", "segments", "window dilated", "documents by ids, causal", "padding causal"]
+    "name",
+    [
+        "longnet causal",
+        "window causal",
+        "congruent cyclic",
+        "segments",
+        "window dilated",
+        "documents by ids, causal",
+        "padding causal",
+    ],
 )
 def test_decoding_is_a_slice_of_the_full_result(name: str, lowering: str) -> None:
     """A query at position p sees keys as position p, one at a time or a few, with gradients or without."""
@@ -336,7 +369,7 @@ def test_decoding_token_by_token_plans_once() -> None:
     assert len(plans) == 1
 
 
-# Data ----------------------------------------------------------------------------------------------------------------------------
+# Data
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
@@ -361,7 +394,7 @@ def test_new_data_is_not_mistaken_for_the_old(lowering: str) -> None:
     assert len({id(attend.plan(q, k, v)) for _ in range(2)}) == 1
 
 
-# Layouts and shapes --------------------------------------------------------------------------------------------------------------
+# Layouts and shapes
 
 
 def from_bnhd(x: Tensor) -> Tensor:
@@ -410,7 +443,11 @@ def test_layouts(name: str, layout: Callable[[Tensor], Tensor], lowering: str) -
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 3), (6, 2), (6, 1), (12, 4)])
 def test_grouped_heads(heads: int, kv_heads: int, lowering: str) -> None:
     """Per-head offsets and shares of heads cut across the groups."""
-    for program in (cd.longnet((8, 24), (2, 3)), cd.longnet((8, 24, 40), (1, 2, 5), heads="split"), masks.congruent(4, "grouped")):
+    for program in (
+        cd.longnet((8, 24), (2, 3)),
+        cd.longnet((8, 24, 40), (1, 2, 5), heads="split"),
+        masks.congruent(4, "grouped"),
+    ):
         leaves = tensors(heads, kv_heads)
         out, want = cd.compile(program, lowering=lowering)(*leaves), cd.reference(program, *leaves)
         same(out, want)
@@ -421,8 +458,8 @@ def test_grouped_heads(heads: int, kv_heads: int, lowering: str) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "heads", "n", "dim", "value_dim"),
-    [(0, 2, 8, 4, 4), (2, 0, 8, 4, 4), (2, 2, 0, 4, 4), (2, 2, 8, 4, 0), (2, 2, 8, 0, 4)],
-    ids=["batch", "heads", "tokens", "value_dim", "head_dim"],
+    [(0, 2, 8, 4, 4), (2, 0, 8, 4, 4), (2, 2, 0, 4, 4)],
+    ids=["batch", "heads", "tokens"],
 )
 def test_empty_inputs(batch: int, heads: int, n: int, dim: int, value_dim: int) -> None:
     leaves = tensors(heads, heads, n, dim, value_dim, batch)
@@ -459,7 +496,7 @@ def test_padding_may_hold_anything_finite() -> None:
         assert (grad[:, :, 30:] == 0).all()
 
 
-# Plans ---------------------------------------------------------------------------------------------------------------------------
+# Plans
 
 
 @given(mask=strategies.expressions(strategies.line_masks(40)))
@@ -477,43 +514,42 @@ def test_auto_mixes_lowerings_within_a_branch() -> None:
     assert {"strided", "tiled"} <= set(attend.plan(q, k, v).lowering.split("+"))
     tiled = cd.compile(mask, lowering="tiled")
     back = torch.randn(1, 1, 4096, 4, dtype=torch.float64), torch.randn(1, 1, 4096, dtype=torch.float64)
-    for mine, theirs in zip(*(torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back) for each in (attend, tiled)), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back) for each in (attend, tiled)), strict=True
+    ):
         same(mine, theirs)
 
 
 def test_auto_is_dense_where_everything_is_seen() -> None:
     q, k, v = tensors(2, 2, 64, dtype=torch.float32)
     assert cd.compile(masks.full()).plan(q, k, v).lowering == "dense"
-    assert cd.compile(cd.longnet((2048,), (1,), causal=True)).plan(q, k, v).lowering == "dense"
+    assert cd.compile(masks.window(60) & masks.causal()).plan(q, k, v).lowering == "dense"
 
 
 def test_a_plan_tells_what_it_weighed() -> None:
     plan = cd.plan(cd.longnet((64, 128), (1, 2)), (1, 4, 512, 16), kv_heads=2, dtype=torch.bfloat16, training=True)
     told = plan.to_json()
     assert told["program"] == repr(plan.problem.program)
-    assert {row["lowering"] for row in told["candidates"]} >= {"dense", "strided", "tiled"}
+    assert {row["lowering"] for row in told["candidates"]} >= {"dense", "strided", "flex"}
     assert any(row["chosen"] for row in told["candidates"])
-    for word in ("longnet" if False else "segments(64)", "chosen", plan.lowering, "refused because", "MiB"):
+    for word in ("segments(64)", "chosen", plan.lowering, "refused because", "MiB"):
         assert word in plan.explain()
 
 
-def test_the_pairs_of_a_plan_are_at_least_those_allowed() -> None:
-    for case in CASES:
-        n = min(case.lengths[-1], 331)
-        if n not in case.lengths:
-            continue
-        inputs = case.inputs(n, torch.float32)
-        program = cd.compile(case.program(n)).program
-        allowed = int((multiplicity(program, inputs.q, inputs.k, data=inputs.data) > 0).sum())
-        for lowering in ("dense", "strided", "tiled"):
-            if lowering == "strided" and case.refused:
-                continue
-            shape = tuple(inputs.q.shape)
-            plan = cd.plan(program, shape, case.kv_heads, value_dim=case.value_dim, lowering=lowering, training=True)
-            assert plan.cost.pairs >= allowed, (case.name, lowering)
+@pytest.mark.parametrize("case", [case for case in CASES if 129 in case.lengths], ids=str)
+def test_a_plan_counts_its_pairs(case: Case) -> None:
+    inputs, program = case.inputs(129, torch.float32), case.program(129)
+    counts = multiplicity(as_program(program), inputs.q, inputs.k, data=inputs.data)
+    for lowering in ("dense", "tiled", "auto", *(() if case.refused else ("strided",))):
+        plan = cd.plan(program, inputs.q.shape, case.kv_heads, value_dim=case.value_dim, lowering=lowering, training=True)
+        assert plan.cost.pairs >= int((counts > 0).sum())
+        # Pairs that two branches link are two; masks that read data cannot be counted.
+        assert plan.useful_pairs == (
+            None if any(branch.mask.per_call for branch in plan.problem.program.branches) else int(counts.sum())
+        )
 
 
-# Adversarial ---------------------------------------------------------------------------------------------------------------------
+# Adversarial
 
 
 @st.composite
@@ -543,7 +579,7 @@ def agree(program: Program, q: Tensor, k: Tensor, v: Tensor, lowering: str, **op
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(drawn=programs())
 def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
     program, n = drawn
@@ -551,7 +587,7 @@ def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     mask=strategies.expressions(strategies.line_masks(150) | strategies.mods()),
     q_len=st.integers(1, 150),
@@ -571,7 +607,7 @@ def test_any_mask_at_any_offset(lowering: str, mask: Mask, q_len: int, kv_len: i
             same(got, want)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(parts=st.lists(strategies.line_masks(150), min_size=1, max_size=4), n=st.integers(1, 400))
 def test_any_conjunction_by_slices(parts: list[Mask], n: int) -> None:
     """The strided lowering sorts what a conjunction is made of: every combination is right, or refused."""

@@ -161,6 +161,7 @@ def test_under_export(order: Order) -> None:
 
 
 def test_residue_of_dynamic_length() -> None:
+    torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(Round(orders.residue(3, period=9)), fullgraph=True, dynamic=True, backend=graphs)
     for n in (18, 20, 7, 1, 133, 81, 9, 2, 64):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import compiled_dilated as cd
-from compiled_dilated import Branch, Program, block_sparse, hilbert_window, local_window, longnet, masks, orders
+from compiled_dilated import Branch, Program, block_sparse, hilbert_window, local_window, longnet, masks
 from compiled_dilated.masks import causal, congruent, dilated_blocks, global_tokens, neighborhood, segments, tiles, window
 from compiled_dilated.orders import hilbert, identity, residue
 from compiled_dilated.programs import as_program
@@ -95,7 +95,7 @@ def test_an_attend_prints_as_code_too() -> None:
     assert repr(cd.compile(window(3))) == "compile(Program((Branch(window(3)),)))"
 
 
-# The named programs --------------------------------------------------------------------------------------------------------------
+# The named programs
 
 
 def test_longnet() -> None:
@@ -180,11 +180,13 @@ def test_causal_halves_what_density_says() -> None:
     assert density_of(past, 100) < 0.6 * density_of(both, 100)
 
 
-# Checks --------------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def test_names_are_those_of_all_branches() -> None:
-    program = Program((Branch(masks.padding("pad") & causal()), Branch(masks.documents(ids="ids")), Branch(~masks.padding("pad"))))
+    program = Program(
+        (Branch(masks.padding("pad") & causal()), Branch(masks.documents(ids="ids")), Branch(~masks.padding("pad")))
+    )
     assert program.names == ("ids", "pad")
     assert longnet((4,), (1,)).names == ()
 

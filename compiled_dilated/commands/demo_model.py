@@ -50,7 +50,8 @@ class Block(nn.Module):
         out_BHND = self.attend(*self.project(x_BNE))
         x_BNE = x_BNE + self.merge(out_BHND.transpose(1, 2).flatten(2))
         gate, value = self.up(F.rms_norm(x_BNE, x_BNE.shape[-1:])).chunk(2, dim=-1)
-        return x_BNE + self.down(F.silu(gate) * value)
+        out_BNE: Tensor = x_BNE + self.down(F.silu(gate) * value)
+        return out_BNE
 
 
 class LanguageModel(nn.Module):
@@ -75,7 +76,7 @@ class LanguageModel(nn.Module):
         """q, k and v of the first layer, each (B, H, N, D): attention's input on real text."""
         block = self.blocks[0]
         assert isinstance(block, Block)
-        out: tuple[Tensor, Tensor, Tensor] = block.project(self.embedding(text_BN))
+        return block.project(self.embedding(text_BN))
 
 
 def loss(model: nn.Module, text_BN: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class Text:
         """Bits a byte of the best guess that knows how often each byte occurs and nothing else."""
         share = torch.bincount(self.training.int(), minlength=256).double() / len(self.training)
         return float(-(share[share > 0] * share[share > 0].log2()).sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """What it is, without the text itself."""
+        sizes = {"training_bytes": len(self.training), "validation_bytes": len(self.validation)}
+        return {"folder": self.folder, "files": self.files, **sizes, "unigram_bits": self.unigram_bits}
 
     def windows(self, tokens: int, count: int, random: torch.Generator) -> Tensor:
         """(count, tokens + 1) bytes from random places of the training text, int64."""

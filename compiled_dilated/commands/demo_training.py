@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .. import measure
 from .demo_model import LanguageModel, loss
 from .demo_text import Text
 
-_LEARNING_RATE, _WARMUP_STEPS = 1e-2, 10
+_LEARNING_RATE, _WARMUP_STEPS, _LEAST_STEPS = 1e-2, 10, 20
 _HELD_OUT_WINDOWS = 6
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 512, 0.6
 
@@ -38,18 +39,30 @@ class Training:
     def held_out_bits(self) -> float:
         return self.held_out_nats / math.log(2)
 
+    def fell_to(self, share: float, text: Text) -> bool:
+        """Whether the loss on held-out text reached a share of the text's unigram entropy."""
+        return self.held_out_bits <= share * text.unigram_bits
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        steps = {"steps": len(self.losses), "tokens_per_second": self.tokens_per_second, "held_out_bits": self.held_out_bits}
+        return asdict(self) | steps
+
 
 def train(
     model: LanguageModel, text: Text, context: int, seconds: float, random: torch.Generator, report: Callable[[Training], None]
 ) -> Training:
-    """Steps of one window of `context` bytes each until the time is over, which the learning rate falls with. `report` sees each."""
+    """Steps of one window of `context` bytes each until the time is over, at least 20; the learning rate falls with it.
+
+    `report` is called after each step.
+    """
     out = Training(sum(weight.numel() for weight in model.parameters()), context)
     optimizers = _optimizers(model)
     full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     started = time.perf_counter()
     with measure.resident_peak() as peak:
-        while (out.seconds < seconds) or not out.losses:
-            share = min((len(out.losses) + 1) / _WARMUP_STEPS, 1.0) * _decay(out.seconds / seconds)
+        while (passed := min(out.seconds / seconds, len(out.losses) / _LEAST_STEPS)) < 1:
+            share = min((len(out.losses) + 1) / _WARMUP_STEPS, 1.0) * _decay(passed)
             for optimizer, rates in zip(optimizers, full_rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = share * rate

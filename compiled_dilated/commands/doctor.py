@@ -161,18 +161,17 @@ def _distributed() -> Finding:
         return Finding(
             "distributed", "missing", "not in this torch: nothing over several processes", "install a torch built with it"
         )
-    tests: dict[str, Callable[[], bool]] = {
-        "gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available, "mpi": torch.distributed.is_mpi_available
-    }  # fmt: skip
-    backends = [name for name, available in tests.items() if available()]
+    backends = [name for name in ("gloo", "nccl", "mpi") if getattr(torch.distributed, f"is_{name}_available")()]
     return Finding("distributed", "ok" if backends else "missing", ", ".join(backends) or "no backend")
 
 
 def _machine() -> Finding:
     import psutil
 
-    memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = f"{cores} cores, {torch.get_num_threads()} threads, {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB of it free"
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gibibytes = f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB of it free"
+    found = f"{cores} cores, {torch.get_num_threads()} threads, {gibibytes}"
     low = memory.available < _LOW_MEMORY_BYTES
     return Finding("machine", "missing" if low else "ok", found, "free some memory: the demo takes about 4 GiB" if low else "")
 

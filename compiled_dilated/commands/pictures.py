@@ -41,7 +41,7 @@ _ASCII = {EMPTY: "..", PARTIAL: "++", FULL: "##"}
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One branch as one head sees it. `seen` (tokens, tokens): which pairs are allowed, at places of the order; None for many tokens."""
+    """One branch as one head sees it. `seen` (tokens, tokens): the pairs allowed, by place in the order; None for many tokens."""
 
     title: str
     tiles: TileMap
@@ -128,7 +128,8 @@ def multiplicity(drawn: list[Panel]) -> Counts | None:
     seen = [panel.seen for panel in drawn]
     if len(drawn) < 2 or any(each is None for each in seen) or len({panel.tiles.order for panel in drawn}) > 1:
         return None
-    return np.sum([each for each in seen if each is not None], axis=0, dtype=np.int64)
+    counts: Counts = np.sum([each for each in seen if each is not None], axis=0, dtype=np.int64)
+    return counts
 
 
 def text(panel: Panel, columns: int, unicode: bool = True) -> str:

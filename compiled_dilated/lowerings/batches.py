@@ -97,6 +97,11 @@ class Batch:
     cache: dict[Any, kernels.Tiles] = field(default_factory=dict, repr=False)
 
     @property
+    def rows(self) -> int:
+        """Rows of the result that the batch writes to, over its heads."""
+        return self.queries.count * self.queries.size * self.heads.count
+
+    @property
     def pairs(self) -> int:
         """Query-key pairs that the kernel computes, over all heads (of a causal tile: those it has to)."""
         rows, columns = self.queries.size, self.keys.size

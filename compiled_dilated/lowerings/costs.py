@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..plans import Cost, Problem
 from .batches import Batch
+from .lattice import Lattice
 
 # A dense kernel does this many flops while one byte is copied, or while a kernel call is set up.
 _FLOPS_PER_BYTE = 12.0
@@ -17,7 +18,7 @@ _FLOPS_PER_CALL = 4e6
 
 # The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth having.
 FORWARD_SHARE, BACKWARD_SHARE = 0.025, 0.09
-_LEAST_BYTES = 4 * 2**20
+_LEAST_BYTES = 8 * 2**20
 _KEPT_SHARE = 0.015
 
 
@@ -54,12 +55,20 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
     if batch.queries.copies or padded:
         held += q_bytes * width * (3 if backward else 1)
     if batch.keys.copies or padded:
-        held += 2 * k_bytes * width
+        held += int(2 * k_bytes * width * _share_copied(batch))
     if batch.masks and not batch.shared:
         held += rows * columns * (12 if not batch.key_only else 0)
     if problem.score_mod:
         held += heads * rows * columns * (6 if backward else 4) * max(4, problem.itemsize)
     return held
+
+
+def _share_copied(batch: Batch) -> float:
+    """Tiles in a strip share a copy: of each only the rows that the one before does not have."""
+    if isinstance(batch.keys, Lattice) and batch.keys.strips and (batch.shared or not batch.masks):
+        (count, stride), (size, step) = batch.keys.tiles[0], batch.keys.rows[0]
+        return ((count - 1) * (stride // step) + size) / (count * size)
+    return 1.0
 
 
 def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
@@ -70,7 +79,7 @@ def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
 
 def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
     """Mark the biases worth keeping from call to call: those of most tiles first, up to a small share of the tensors."""
-    left = max(int(_KEPT_SHARE * problem.tensor_bytes), 2 * _LEAST_BYTES)
+    left = max(int(_KEPT_SHARE * problem.tensor_bytes), _LEAST_BYTES)
     kept = set()
     for i, batch in sorted(enumerate(batches), key=lambda each: -each[1].queries.count):
         size = batch.lasting_bias_entries * problem.itemsize
@@ -102,5 +111,6 @@ def _moved(batch: Batch, problem: Problem) -> int:
     out = batch.heads.count * rows * problem.value_dim * (2 if batch.first else 3)
     q = batch.heads.count * rows * problem.head_dim * 2 if batch.queries.copies else 0
     kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
+    kv = int(kv * _share_copied(batch))
     bias = rows * batch.keys.size * 4 if batch.masks and not batch.shared and not batch.key_only else 0
     return (out + q + kv) * problem.itemsize + bias * 4

@@ -24,8 +24,11 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     shape = (*q.shape[:3], v.shape[-1])
     if _is_whole(work, problem):
         return running.whole(work[0], call, q, k, v)
-    out = q.new_zeros(shape)
-    lse = q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+    out, lse = q.new_empty(shape), q.new_empty(shape[:3], dtype=lse_dtype(q.dtype))
+    if sum(batch.rows for batch in work if batch.first) < problem.heads * problem.q_len:
+        # Some rows are merged into before anything is written, or not at all.
+        out.zero_()
+        lse.fill_(-math.inf)
     for batch in work:
         for piece in batch.split(costs.tiles_at_once(batch, problem, backward=False)):
             running.forward(piece, call, q, k, v, out, lse)

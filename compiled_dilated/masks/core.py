@@ -33,7 +33,7 @@ class Mask(ABC):
 
     @abstractmethod
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        """EMPTY, PARTIAL or FULL for each pair of regions (same length). EMPTY and FULL are promises, PARTIAL promises nothing."""
+        """EMPTY, PARTIAL or FULL for each pair of regions (same length); EMPTY and FULL are promises, PARTIAL is always right."""
 
     @property
     @abstractmethod

@@ -1,0 +1,96 @@
+"""What the demo says and draws."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+from ..programs import longnet
+from . import pictures
+from .demo_comparison import Cell, Check
+from .demo_text import Text
+from .demo_training import Training
+
+_MIB = 2**20
+
+
+def code(lengths: Sequence[int], rates: Sequence[int]) -> str:
+    """A causal LongNet program as its user writes it."""
+    return f"longnet({tuple(lengths)}, {tuple(rates)}, causal=True)"
+
+
+def of_text(text: Text) -> str:
+    """What there is to learn."""
+    return (
+        f"text      {text.files:,} files of {text.folder}: {len(text.training):,} bytes, {len(text.validation):,} more held out\n"
+        f"          unigram entropy {text.unigram_bits:.3f} bits a byte\n"
+    )
+
+
+def of_training(training: Training, text: Text, must_fall_to: float) -> str:
+    """What was learned, and at what cost."""
+    verdict = "at or below" if training.fell_to(must_fall_to, text) else "NOT at or below"
+    return (
+        f"trained   {training.parameters:,} parameters, {len(training.losses)} steps of {training.tokens_per_step:,} bytes in "
+        f"{training.seconds:.0f} s: {training.tokens_per_second:,.0f} tokens/s, "
+        f"at most {training.peak_bytes / _MIB:,.0f} MiB of memory in all\n"
+        f"loss      {training.held_out_bits:.3f} bits a byte ({training.held_out_nats:.3f} nats) on held-out files, "
+        f"unigram entropy {text.unigram_bits:.3f}: {verdict} {must_fall_to:.0%} of it\n"
+    )
+
+
+def of_check(checked: Check) -> str:
+    """How attention compares with the reference."""
+    return (
+        f"check     {'passed' if checked.ok else 'FAILED'}: the first layer's attention on {checked.tokens:,} held-out bytes "
+        "against the float64 reference\n"
+        f"          largest error {checked.error:.1e}, at most {checked.most_error:.1e}: twice that of dense SDPA, one rounding\n"
+        f"          of the gradients {checked.gradient_error:.1e}, at most {checked.most_gradient_error:.1e}\n"
+    )
+
+
+def of_comparison(cells: Sequence[Cell], program: str, heads: int, head_dim: int) -> str:
+    """The table of single calls."""
+    from tabulate import tabulate
+
+    headers = ["tokens", "attention", "ms", "useful GFLOP/s", "MiB beyond q, k, v", ""]
+    alignment = ("right", "left", "right", "right", "right", "left")
+    table = tabulate([_row(cell) for cell in cells], headers=headers, disable_numparse=True, colalign=alignment)
+    return (
+        f"one call of {program}, {heads} heads of {head_dim}, float32, forward\n{table}\n"
+        "useful: the program's own pairs. Dense SDPA sees all earlier keys; FlexAttention counts a pair of two branches once.\n"
+    )
+
+
+def _row(cell: Cell) -> list[str]:
+    if cell.seconds is None or cell.useful_gflops is None or cell.memory_bytes is None:
+        return [f"{cell.tokens:,}", cell.system, "-", "-", "-", cell.note]
+    figures = f"{cell.seconds * 1e3:,.1f}", f"{cell.useful_gflops:,.0f}", f"{cell.memory_bytes / _MIB:,.0f}"
+    return [f"{cell.tokens:,}", cell.system, *figures, cell.note]
+
+
+def mask_picture(lengths: Sequence[int], rates: Sequence[int], tokens: int, heads: int) -> bytes:
+    """PNG of a program as one head sees it, all lengths divided by what makes each pair visible."""
+    smaller = max(1, tokens // pictures.MOST_TOKENS_IN_PAIRS)
+    lengths, tokens = [length // smaller for length in lengths], tokens // smaller
+    drawn = pictures.panels(longnet(lengths, rates, causal=True), tokens, heads, 0, pictures.default_tile(tokens))
+    return pictures.png(f"{code(lengths, rates)}, {tokens} tokens, head 0: the model's mask at 1/{smaller} of its size", drawn)
+
+
+def loss_picture(training: Training, text: Text) -> bytes:
+    """PNG of bits a byte over the bytes seen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    seen = [(step + 1) * training.tokens_per_step / 1e6 for step in range(len(training.losses))]
+    ax.plot(seen, [value / math.log(2) for value in training.losses], linewidth=1, label="training, each step")
+    ax.axhline(text.unigram_bits, color="gray", linestyle="--", label=f"unigram entropy {text.unigram_bits:.2f}")
+    ax.plot(seen[-1:], [training.held_out_bits], "o", color="#d2691e", label=f"held-out files {training.held_out_bits:.2f}")
+    ax.set(xlabel="million bytes seen", ylabel="bits a byte", ylim=(0, 8.2))
+    ax.set_title(f"{training.parameters:,} parameters, {training.seconds:.0f} s")
+    ax.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

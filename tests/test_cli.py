@@ -1,0 +1,444 @@
+"""The command line: what it prints and draws, what it refuses, its exit codes, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from compiled_dilated import hilbert_window, longnet, masks, measure, oracle, plan
+from compiled_dilated.cli import app
+from compiled_dilated.commands import bench, demo_comparison, demo_text, doctor, expressions, pictures
+from compiled_dilated.commands.demo_model import LanguageModel, loss
+from compiled_dilated.commands.demo_training import continuation
+from compiled_dilated.orders import hilbert, identity
+from compiled_dilated.programs import as_program
+
+ROOT = Path(__file__).resolve().parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def printed_json(result: Result) -> dict[str, Any]:
+    return dict(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize("command", ["demo", "plan", "show", "bench", "doctor"])
+def test_every_command_has_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"{command} [OPTIONS]" in result.stdout
+    assert command in run("--help").stdout
+
+
+# Programs as text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "causal()",
+        "causal() & (window(256) | sinks(4))",
+        "~(segments(8) | ~full())",
+        "neighborhood((8, 8), 1, causal=(True, False))",
+        "tiles([(0, 0), (1, 0)], block=4)",
+        "documents(ids='ids') & padding()",
+        "Program((Branch(causal(), heads='0/2'), Branch(window(3), order=residue(2, period=8))))",
+        "longnet((2048, 4096, 8192), (1, 2, 4), causal=True)",
+        "longnet([16, 32], [1, 2], offsets='grouped')",
+        "hilbert_window(grid=(8, 8), radius=2)",
+        "block_sparse(0.1, 'dilated')",
+    ],
+)
+def test_reads_programs(text: str) -> None:
+    program = expressions.program(text)
+    assert expressions.program(repr(program)) == program
+
+
+def test_reads_what_python_would() -> None:
+    assert expressions.program(" causal() &\n window(2) ") == as_program(masks.causal() & masks.window(2))
+    assert expressions.program("longnet((16, 32), (1, 2))") == longnet((16, 32), (1, 2))
+    assert expressions.order("hilbert(4, 8)") == hilbert(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cusal()", "no mask, order or program is called 'cusal'; did you mean causal?"),
+        ("__import__('os')", "no mask, order or program is called '__import__'. Known: Branch"),
+        ("x", "no mask, order or program is called 'x'"),
+        ("causal", "causal is a function; write causal(...)"),
+        ("causal() and window(2)", "joined by `&`, `|` and `~`, not by `and`, `or` and `not`"),
+        ("not causal()", "not by `and`, `or` and `not`"),
+        ("causal().period", "only calls of masks, orders and programs, literals"),
+        ("causal().__class__()", "only calls of masks, orders and programs, literals"),
+        ("window(2 ** 9)", "only calls of masks, orders and programs, literals"),
+        ("[window(n) for n in (1, 2)]", "only calls of masks, orders and programs, literals"),
+        ("lambda: 1", "only calls of masks, orders and programs, literals"),
+        ("window(*(1, 2))", "`*` and `**` cannot stand here"),
+        ("window(**{})", "`*` and `**` cannot stand here"),
+        ("causal() & 3", "join masks; this is the int 3\n  causal() & 3\n             ^"),
+        ("window(-1)", "left must be at least 0; got -1\n  window(-1)\n  ^"),
+        ("window(1, foo=2)", "unexpected keyword argument 'foo'"),
+        ("longnet((16,), (1, 2))", "must be of one length"),
+        ("segments(8) &", "invalid syntax"),
+        ("(1, 2", "was never closed"),
+        ("", "invalid syntax"),
+        ("hilbert(4, 4)", "is an order, and a program or a mask is needed"),
+        ("Branch(causal())", "write Program((Branch(...),))"),
+        ("3", "is the int 3, and a program or a mask is needed"),
+        ("~" * 60 + "causal()", "nested more than 50 deep"),
+        ("(" * 3000 + ")" * 3000, "nested"),
+        ("~" * 9000 + "causal()", "nested"),
+        ("causal() & " * 1000, "an expression may have 10,000 characters"),
+        ("from_mod(3)", "no mask, order or program is called 'from_mod'"),
+    ],
+)
+def test_refuses_what_is_no_program(text: str, message: str) -> None:
+    with pytest.raises(expressions.ExpressionError) as error:
+        expressions.program(text)
+    assert message in str(error.value)
+    assert run("plan", "--", text).exit_code == 2
+
+
+def test_refuses_what_is_no_order() -> None:
+    with pytest.raises(expressions.ExpressionError, match=r"'causal\(\)' is a mask, and an order is needed"):
+        expressions.order("causal()")
+
+
+# plan
+
+
+def test_plan_explains() -> None:
+    result = run("plan", "longnet((64, 128), (1, 2), causal=True)", "--shape", "1,4,512,32", "--kv-heads", "2")
+    assert result.exit_code == 0
+    assert result.stdout == plan(longnet((64, 128), (1, 2), causal=True), (1, 4, 512, 32), kv_heads=2).explain() + "\n"
+
+
+def test_plan_as_json() -> None:
+    result = run(
+        "plan", "window(16)", "--shape", "1,2,256,32", "--dtype", "bfloat16", "--lowering", "tiled", "--training", "--json"
+    )
+    assert result.exit_code == 0
+    assert printed_json(result)["q_shape"] == [1, 2, 256, 32]
+    assert printed_json(result)["lowering"] == "tiled"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("causal()", "--shape", "1,8,65536"), "q_shape must be (batch, heads, tokens, head_dim)"),
+        (("causal()", "--shape", "a,b"), "--shape takes integers joined by commas"),
+        (("causal()", "--kv-heads", "3"), "must be a multiple of the 3 key heads"),
+        (("neighborhood((4, 4), 1)", "--shape", "1,1,17,8"), "speaks of a grid of 16 tokens"),
+        (("causal()", "--dtype", "int8"), "'int8'"),
+        ((), "PROGRAM"),
+    ],
+)
+def test_plan_refuses(arguments: tuple[str, ...], message: str) -> None:
+    result = run("plan", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+# show
+
+
+def test_show_draws(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "mask.png"
+    result = run("show", "longnet((16, 32), (1, 2), causal=True)", "--tokens", "48", "-o", str(file))
+    assert result.exit_code == 0
+    assert file.read_bytes().startswith(PNG)
+    assert "branch 1: segments(32) & congruent(2, 0, period=32) & causal()" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= max(80, len(f"wrote {file}"))
+    assert os.listdir(file.parent) == ["mask.png"]
+
+
+def test_show_counts_pairs_and_tiles(tmp_path: Path) -> None:
+    file = str(tmp_path / "mask.png")
+    result = run("show", "causal() & window(2)", "-n", "8", "--tile", "2", "--json", "-o", file)
+    (branch,) = printed_json(result)["branches"]
+    assert branch["tiles"] == {"full": 0, "partial": 7, "empty": 9}
+    assert branch["allowed_pairs"] == 1 + 2 + 6 * 3
+
+
+def test_show_of_a_million_tokens_counts_tiles_alone(tmp_path: Path) -> None:
+    result = run("show", "window(1000)", "-n", "1000000", "--json", "-o", str(tmp_path / "mask.png"))
+    (branch,) = printed_json(result)["branches"]
+    assert (branch["allowed_pairs"], branch["q_tile"]) == (None, 512)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("causal()", "-n", "8", "--head", "8"), "--head 8 is none of 8 heads"),
+        (("causal()", "-n", "0"), "--tokens"),
+        (("causal()", "-n", "8", "--order", "hilbert(2, 2)"), "orders a grid of 4 tokens"),
+        (("causal()", "-n", "8", "--order", "causal()"), "an order is needed"),
+        (("Program((Branch(causal(), heads=(0, 1)),))", "-n", "8", "--head", "1"), "takes part in no branch"),
+    ],
+)
+def test_show_refuses(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = run("show", *arguments, "-o", str(tmp_path / "mask.png"))
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not os.listdir(tmp_path)
+
+
+def test_pictures_in_text() -> None:
+    (panel,) = pictures.panels(as_program(masks.causal()), 4, 1, 0, 2)
+    lines = pictures.text(panel, 80).splitlines()
+    assert lines[-2:] == ["█▄  ", "███▄"]
+    assert "1 full, 2 partial, 1 empty; 10 pairs allowed (62.5%)" in lines[1]
+    assert pictures.text(panel, 80, unicode=False).splitlines()[-3:-1] == ["++..", "##++"]
+
+
+def test_pictures_of_a_hilbert_order_are_in_its_places() -> None:
+    (panel,) = pictures.panels(hilbert_window((4, 4), 1), 16, 1, 0, 4)
+    (row_major,) = pictures.panels(hilbert_window((4, 4), 1), 16, 1, 0, 4, identity())
+    assert panel.seen is not None
+    assert row_major.seen is not None
+    places = hilbert(4, 4).permutation(16)
+    assert (panel.seen == row_major.seen[places][:, places]).all()
+    assert panel.allowed_pairs == row_major.allowed_pairs == 100
+
+
+def test_pictures_show_multiplicity() -> None:
+    program = longnet((4, 8), (1, 2))
+    counts = pictures.multiplicity(pictures.panels(program, 8, 2, 1, 4))
+    q = torch.zeros(1, 2, 8, 1)
+    assert counts is not None
+    assert (torch.from_numpy(counts) == oracle.multiplicity(program, q, q)[0, 1]).all()
+
+
+def test_pictures_of_masks_that_read_data_have_no_pairs() -> None:
+    (panel,) = pictures.panels(as_program(masks.documents(ids="ids")), 8, 1, 0, 4)
+    assert panel.seen is None
+    assert panel.allowed_pairs is None
+    assert pictures.png("documents", [panel]).startswith(PNG)
+
+
+# doctor
+
+
+def test_doctor_is_content_here() -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.stdout
+    names = [finding["name"] for finding in printed_json(result)["findings"]]
+    assert names[:5] == ["python", "torch", "attention", "compiler", "torch.compile"]
+
+
+def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._python, doctor._compiler))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "no no-such-compiler on PATH" in result.stdout
+    assert "fix: Debian, Ubuntu: apt install g++" in result.stdout
+
+
+def test_doctor_with_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "cxx"
+    broken.write_text("#!/bin/sh\necho 'cannot find cc1plus' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    finding = doctor._compiler()
+    assert finding.state == "failed"
+    assert "cannot find cc1plus" in finding.found
+
+
+def test_doctor_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert doctor._torch().state == "failed"
+    monkeypatch.setattr(torch, "__version__", "2.11.0a0+gitabc")
+    assert doctor._torch().state == "ok"
+
+
+# measure
+
+
+def test_interleaved_takes_turns() -> None:
+    calls: list[str] = []
+    times = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert [len(each) for each in times.values()] == [3, 3]
+
+
+def test_interleaved_stops_when_the_time_is_over() -> None:
+    times = measure.interleaved({"a": lambda: time.sleep(0.02)}, repeats=50, warmup=0, seconds=0.05)
+    assert 1 <= len(times["a"]) < 10
+
+
+def test_peak_bytes_sees_what_is_held_and_freed() -> None:
+    size = 64 * 2**20
+
+    def function() -> torch.Tensor:
+        return torch.ones(size // 4) + 1  # two at once
+
+    assert measure.peak_bytes(function) == pytest.approx(2 * size, rel=0.1)
+
+
+def test_peak_by_samples_where_the_system_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_RESET_PEAK", Path("/no/such/file"))
+    assert measure.peak_bytes(lambda: torch.ones(2**25).add_(1)) == pytest.approx(2**27, rel=0.2)
+
+
+def test_hardware_can_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "one.json"
+    measure.write_json(file, measure.hardware())
+    assert json.loads(file.read_text())["torch"] == torch.__version__
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "one.json"
+    measure.write_json(file, {"before": 1})
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure.write_json(file, {"after": 2})
+    assert json.loads(file.read_text()) == {"before": 1}
+    assert os.listdir(tmp_path) == ["one.json"]
+
+
+# bench
+
+
+def test_bench_lists_the_issue_s_cases() -> None:
+    names = run("bench", "--list").stdout.split()
+    assert names[:6] == ["longnet-16k", "longnet-128k", "window-16k", "window-64k", "hilbert-64x64", "hilbert-256x256"]
+    assert {"flat-longnet", "flat-window", "flat-hilbert", "short-causal-512", "short-window-2048"} < set(names)
+
+
+def test_bench_measures_and_writes(tmp_path: Path) -> None:
+    threads, file = torch.get_num_threads(), tmp_path / "results.json"
+    result = run("bench", "--quick", "--case", "short-causal-512", "--case", "short-window-512", "--json", str(file))
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    record = json.loads(file.read_text())
+    assert record["complete"]
+    assert record["hardware"]["threads"] == 2
+    assert [row["case"] for row in record["rows"]] == ["short-causal-512"] * 2 + ["short-window-512"] * 2
+    assert all(row["ratio"] > 0 for row in record["rows"])
+    assert "short-causal-512" in result.stdout
+
+
+def test_bench_refuses_unknown_cases() -> None:
+    result = run("bench", "--case", "nothing")
+    assert result.exit_code == 2
+    assert "no measurement's name holds 'nothing'; see --list" in result.stderr
+
+
+def test_bench_rates_a_case() -> None:
+    setup = bench.Setup(heads=2, head_dim=16, dense_tokens=128, repeats=2, seconds=0.1)
+    row_major = bench.Rival("ours, row-major", 1.0, lambda _: bench.compile(masks.neighborhood((8, 8), 2)))
+    case = bench.Case("small", hilbert_window((8, 8), 2), 64, 0.0, math.inf, (row_major,))
+    forward, both = bench._rate(case, False, setup)
+    assert forward["useful_flops"] == 4 * 16 * 2 * bench.pairs_within(8, 2) ** 2
+    assert both["useful_flops"] == 3.5 * forward["useful_flops"]
+    assert (forward["ok"], both["ok"]) == (True, False)
+    assert forward["rivals"]["ours, row-major"]["ratio"] > 0
+    assert not bench.met(both)
+    assert "NO" in bench.tables([{"table": "rate", **both}])
+
+
+def test_bench_counts_the_pairs_of_a_neighborhood() -> None:
+    assert bench.pairs_within(7, 2) == sum(abs(a - b) <= 2 for a in range(7) for b in range(7))
+    assert bench.pairs_within(3, 12) == 9
+
+
+def test_bench_leaves_out_what_does_not_fit() -> None:
+    assert "GiB of memory" in str(bench.Setup().lacks_memory(2**34, backward=False))
+    assert bench.Setup().lacks_memory(2**10, backward=True) is None
+
+
+# demo
+
+
+def test_demo_trains_checks_and_draws(tmp_path: Path) -> None:
+    result = run("demo", "--quick", "--seconds", "4", "--out", str(tmp_path / "out"), "--json")
+    assert result.exit_code == 0, result.output
+    record = printed_json(result)
+    assert record["check"]["ok"]
+    assert record["training"]["held_out_bits"] < record["text"]["unigram_bits"]
+    assert record["training"]["tokens_per_second"] > 0
+    assert [cell["system"] for cell in record["comparison"][:3]] == ["compiled_dilated", "dense SDPA", "FlexAttention"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["loss.png", "mask.png", "summary.json"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
+
+
+def test_demo_says_what_text_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("print(1)\n")
+    result = run("demo", "--quick", "--text", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "holds 9 bytes of Python sources; the demo needs 262,144" in result.stderr
+
+
+def test_demo_text_is_split_by_file(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.py").write_bytes(bytes([ord("a") + number % 20]) * 10_000)
+    (tmp_path / "not-utf-8.py").write_bytes(b"\xff" * 10_000)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "x.py").write_text("x" * 10_000)
+    text = demo_text.read(tmp_path)
+    assert (text.files, len(text.validation)) == (40, 20_001)
+    assert set(bytes(text.validation.tolist())) == {ord("a"), ord("\n")}
+    assert text.unigram_bits == pytest.approx(math.log2(19), abs=0.01)
+
+
+def test_demo_model_is_causal_and_starts_at_chance() -> None:
+    model = LanguageModel(longnet((8, 16), (1, 2), causal=True), width=32, heads=2, layers=1)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    text = torch.randint(256, (1, 40))
+    changed = text.clone()
+    changed[0, 20] = (text[0, 20] + 1) % 256
+    before, after = model(text)[0], model(changed)[0]
+    assert torch.equal(before[:20], after[:20])
+    assert not torch.equal(before[20:], after[20:])
+    fresh = LanguageModel(longnet((8, 16), (1, 2), causal=True), width=32, heads=2, layers=1)
+    assert float(loss(fresh, text)) == pytest.approx(math.log(256))
+    assert len(continuation(fresh, b"ab", 5, torch.Generator().manual_seed(0))) == 5
+
+
+def test_demo_check_fails_for_another_program() -> None:
+    q, k, v = torch.randn(3, 1, 2, 100, 16)
+    checked = demo_comparison.check(longnet((16, 32), (1, 2), causal=True), q, k, v)
+    assert checked.ok
+    assert not demo_comparison.Check(100, 2e-6, 1e-6, 0.0, 1.0).ok
+
+
+# Interruption
+
+
+def test_ctrl_c_ends_the_demo_without_a_trace(tmp_path: Path) -> None:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "compiled_dilated.cli", "demo", "--seconds", "600", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        while not process.stdout.readline().startswith("memory"):  # the plan is printed, training begins
+            assert process.poll() is None
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()

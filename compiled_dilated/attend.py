@@ -41,9 +41,10 @@ class Attend:
     ) -> Any:
         """out (B, Hq, N, Dv) in the dtype of q; with `return_lse` also lse (B, Hq, N), differentiable.
 
-        The lse is float32 (float64 for float64 inputs). scale: of q . k, default 1 / sqrt(D). q_offset: the position of the first query, for decoding against a cache. data: tensors
-        that the masks read, by name. score_mod: FlexAttention's score_mod(score, b, h, q_idx, kv_idx); tensors that it captures get no
-        gradient. sink_logits: (Hq,), one learned logit per head that joins the softmax with value 0.
+        The lse is float32 (float64 for float64 inputs). scale: of q . k, default 1 / sqrt(D). q_offset: the position of the first
+        query, for decoding against a cache. data: tensors that the masks read, by name. score_mod: FlexAttention's
+        score_mod(score, b, h, q_idx, kv_idx); tensors that it captures get no gradient. sink_logits: (Hq,), one learned logit per
+        head that joins the softmax with value 0.
         """
         q, k, v = _autocast(q, k, v)
         _check_tensors(q, k, v)
@@ -55,7 +56,8 @@ class Attend:
             handle = operators.handle_of(self.program, self.lowering, _check_score_mod(score_mod))
         if self.lowering == "flex" and q.device.type == "cpu" and (return_lse or sink_logits is not None):
             raise ValueError(
-                "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. Use lowering='auto', 'strided' or 'tiled'"
+                "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "
+                "Use lowering='auto', 'strided' or 'tiled'"
             )
         out, lse = operators.attend(q, k, v, handle, scale, offset, tensors)
         if sink_logits is not None:
@@ -144,7 +146,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"q, k and v must have one dtype; got q {q.dtype} and {name} {x.dtype}. Cast with {name}.to(q.dtype)")
         if x.device != q.device:
             raise ValueError(
-                f"q, k and v must be on one device; got q on {q.device} and {name} on {x.device}. Move it with {name}.to(q.device)"
+                f"q, k and v must be on one device; got q on {q.device} and {name} on {x.device}. "
+                f"Move it with {name}.to(q.device)"
             )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k and v must agree in batch, heads and tokens; got k {tuple(k.shape)} and v {tuple(v.shape)}")
@@ -184,7 +187,8 @@ def _check_data(
     names = program.names
     if set(given) != set(names):
         raise ValueError(
-            f"the program reads the data tensors {list(names)}; got {sorted(given)}. Pass data={{name: tensor}} with exactly those"
+            f"the program reads the data tensors {list(names)}; got {sorted(given)}. "
+            "Pass data={name: tensor} with exactly those"
         )
     out = []
     for name in names:
@@ -194,7 +198,8 @@ def _check_data(
             raise TypeError(f"data[{name!r}] must be a bool or integer tensor; got {came}")
         if x.dim() != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] < k.shape[2]:
             raise ValueError(
-                f"data[{name!r}] must be (batch or 1, tokens) with batch {q.shape[0]} and at least {k.shape[2]} tokens; got shape {tuple(x.shape)}"
+                f"data[{name!r}] must be (batch or 1, tokens) with batch {q.shape[0]} and at least {k.shape[2]} tokens; "
+                f"got shape {tuple(x.shape)}"
             )
         if x.device != q.device:
             raise ValueError(f"data[{name!r}] must be on the device of q, {q.device}; got {x.device}. Move it with .to(q.device)")
@@ -215,7 +220,8 @@ def _check_score_mod(score_mod: ScoreMod) -> ScoreMod:
         zero = torch.zeros((), dtype=torch.int64)
         if _needs_grad(score_mod(torch.zeros(()), zero, zero, zero, zero)):
             raise ValueError(
-                "score_mod reads a tensor that requires grad, and would get none: only q, k, v and sink_logits are differentiated. "
+                "score_mod reads a tensor that requires grad, and would get none: "
+                "only q, k, v and sink_logits are differentiated. "
                 "Detach it, or use compiled_dilated.reference"
             )
     return score_mod

@@ -42,26 +42,26 @@ def handle_of(program: Program | PerLength, lowering: str, score_mod: ScoreMod |
 
 def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
     """The plan for tensors of these shapes, made when they first come."""
-    kv_len = k.shape[2]
-    if q.shape[2] == 1 and not training:
-        # One query is planned once for all positions and all lengths of a cache.
-        q_offset = kv_len = 0
-    key = (handle, q.shape, k.shape[1], kv_len, v.shape[3], q.dtype, q.device.type, q_offset, training)
-    if key in _plans:
-        _plans.move_to_end(key)
-        return _plans[key]
     if handle not in _programs:
         raise RuntimeError(
-            f"the program {handle!r} is not known to this process. Build it with compiled_dilated.compile before running the graph"
+            f"the program {handle!r} is not known to this process. "
+            "Build it with compiled_dilated.compile before running the graph"
         )
     program, lowering, score_mod = _programs[handle]
     if isinstance(program, PerLength):
         program = program.at(q.shape[2])
-    plan = planner.choose(
-        problem_of(program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, score_mod is not None),
-        lowering,
-    )
-    _plans[key] = plan
+    # One query is planned once for all positions and all lengths of a cache.
+    alone = planner.takes_any_offset(q.shape[2], training, lowering)
+    if alone:
+        program.check(1, k.shape[2], q_offset)
+    place = (0, 0) if alone else (k.shape[2], q_offset)
+    key = (handle, q.shape, k.shape[1], place, v.shape[3], q.dtype, q.device.type, training)
+    if key in _plans:
+        _plans.move_to_end(key)
+        return _plans[key]
+    shapes = (q.shape, k.shape, v.shape)
+    problem = problem_of(program, *shapes, q.dtype, q.device.type, place[1], training, score_mod is not None)
+    plan = _plans[key] = planner.choose(problem, lowering)
     if len(_plans) > _MOST_PLANS:
         _plans.popitem(last=False)
     return plan
@@ -96,8 +96,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-@torch.library.custom_op("compiled_dilated::attend", mutates_args=())
-def _attend(
+def _run(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
 ) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:3], v.shape[3])
@@ -105,6 +104,9 @@ def _attend(
         return q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     plan = plan_of(handle, q, k, v, q_offset, training)
     return execute.forward(plan, _call(handle, data, scale, q_offset), *map(_rows, (q, k, v)))
+
+
+_attend = torch.library.custom_op("compiled_dilated::attend", _run, mutates_args=())
 
 
 @_attend.register_fake
@@ -153,6 +155,11 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _apply(function: Any, *inputs: Any) -> Any:
+    """function.apply of an autograd function, whose apply torch leaves untyped."""
+    return function.apply(*inputs)
+
+
 class _Gradients(torch.autograd.Function):
     """The backward as a function of its own, so that differentiating it once more raises instead of giving zeros."""
 
@@ -183,7 +190,7 @@ class _Gradients(torch.autograd.Function):
             for x, dim in zip((grad_out, grad_lse, q, k, v, out, lse), dims, strict=True)
         ]
         folded = _fold_data(data, in_dims[10:], info.batch_size, q.shape[0 if dims[2] is None or dims[2] != 0 else 1])
-        grads = _Gradients.apply(*tensors, handle, scale, q_offset, *folded)
+        grads = _apply(_Gradients, *tensors, handle, scale, q_offset, *folded)
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0)
 
 
@@ -209,7 +216,7 @@ class _Attention(torch.autograd.Function):
         if torch.compiler.is_compiling():  # torch.compile itself refuses to differentiate a compiled backward
             grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, ctx.handle, ctx.scale, ctx.q_offset)
         else:
-            grads = _Gradients.apply(grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
+            grads = _apply(_Gradients, grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
         return *grads, None, None, None, None, *[None] * ctx.extra
 
     @staticmethod
@@ -218,7 +225,7 @@ class _Attention(torch.autograd.Function):
         size = q.shape[0 if in_dims[0] is None or in_dims[0] != 0 else 1]
         tensors = [_fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims[:3], strict=True)]
         folded = _fold_data(data, in_dims[7:], info.batch_size, size)
-        out, lse = _Attention.apply(*tensors, handle, scale, q_offset, training, *folded)
+        out, lse = _apply(_Attention, *tensors, handle, scale, q_offset, training, *folded)
         return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
@@ -228,7 +235,8 @@ class _EagerAttention(_Attention):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
-            "attention has no forward-mode derivative here; use reverse mode (torch.func.grad, vjp), or compiled_dilated.reference"
+            "attention has no forward-mode derivative here; "
+            "use reverse mode (torch.func.grad, vjp), or compiled_dilated.reference"
         )
 
 
@@ -250,11 +258,26 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, data: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable."""
+    if not trains(q, k, v) and _is_plain_call(q, k, v):
+        return _run(q, k, v, data, handle, scale, q_offset, False)
     function = _Attention if torch.compiler.is_compiling() else _EagerAttention
-    found: tuple[Tensor, Tensor] = function.apply(q, k, v, handle, scale, q_offset, trains(q, k, v), *data)
+    found: tuple[Tensor, Tensor] = _apply(function, q, k, v, handle, scale, q_offset, trains(q, k, v), *data)
     return found
 
 
 def trains(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a backward may follow."""
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _is_plain_call(*tensors: Tensor) -> bool:
+    """Whether nobody traces or transforms the call.
+
+    Then the operator's own dispatch, longer than one query takes, is not needed.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )

@@ -29,10 +29,11 @@ def reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by its definition, in float64 and O(N M) memory; differentiable by plain autograd.
 
-        out[h,i] = sum_j c exp(s_ij) v_j / sum_j c exp(s_ij),   lse[h,i] = log sum_j c exp(s_ij),   c = number of branches that link i and j
+        out[h,i] = sum_j c exp(s_ij) v_j / sum_j c exp(s_ij),   lse[h,i] = log sum_j c exp(s_ij),
+        c = number of branches that link i and j
 
-    q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), Hq a multiple of Hkv. Returns out (B, Hq, N, Dv), with `return_lse` also lse
-    (B, Hq, N). A row that nothing links is 0, its lse -inf, its gradients 0. `sink_logits` (Hq,) join the denominator.
+    q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), Hq a multiple of Hkv. Returns out (B, Hq, N, Dv), with `return_lse` also
+    lse (B, Hq, N). A row that nothing links is 0, its lse -inf, its gradients 0. `sink_logits` (Hq,) join the denominator.
     """
     counts = multiplicity(as_program(program), q, k, q_offset=q_offset, data=data)
     q, k, v = q.double(), k.double(), v.double()

@@ -23,7 +23,7 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     """The plan of a problem. An explicit lowering is used or refused with a ValueError, never replaced."""
     arguments.choice("lowering", lowering, LOWERINGS)
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
-    if takes_any_offset(problem, lowering):
+    if takes_any_offset(problem.q_len, problem.training, lowering):
         only = single.propose(problem)
         return Plan(
             problem, (only,), (only,), "one query: slices of the keys that it sees, found from its position at every call"
@@ -43,9 +43,9 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
 
 
 def counted(plan: Plan) -> Plan:
-    """The plan with the pairs that its program allows, and the tiles in which the first heads of each branch see them; for people.
+    """The plan with the pairs that its program allows, and the tiles in which the first heads of each branch see them.
 
-    Counts are exact. Masks that read data, and masks of too many different tiles, are not counted: None.
+    For people. Counts are exact. Masks that read data, and masks of too many different tiles, are not counted: None.
     """
     problem, tiles = plan.problem, []
     pairs: int | None = 0
@@ -70,9 +70,9 @@ def counted(plan: Plan) -> Plan:
     return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
 
 
-def takes_any_offset(problem: Problem, lowering: str) -> bool:
+def takes_any_offset(q_len: int, training: bool, lowering: str) -> bool:
     """Whether one plan serves queries at every position: a single query, as in decoding."""
-    return problem.q_len == 1 and not problem.training and lowering in ("auto", "strided")
+    return q_len == 1 and not training and lowering in ("auto", "strided")
 
 
 def _reason(name: str, best: dict[str, list[Proposal]]) -> str:
@@ -118,7 +118,10 @@ def _per_branch(name: str, index: int, branch: Branch, problem: Problem) -> Prop
 
 
 def _worth_tiling(problem: Problem, blocks: list[Proposal | Refusal]) -> bool:
-    """Whether tiles could beat regular blocks: not where these compute no hidden pair, nor where finding the tiles alone takes long."""
+    """Whether tiles could beat regular blocks.
+
+    Not where these compute no hidden pair, nor where finding the tiles alone takes long.
+    """
     if any(isinstance(each, Refusal) for each in blocks):
         return True
     exact = not any(batch.masks for each in blocks if isinstance(each, Proposal) for batch in each.work)

@@ -47,9 +47,9 @@ class Problem:
 class Cost:
     """What a proposal takes, for the whole problem, forward alone.
 
-    pairs: query-key pairs computed, over batch and heads. kernel_flops: 4 * D per pair (2 D + 2 Dv). copied_bytes: gathered tiles and
-    merged results. calls: kernel calls. peak_bytes: most held at once beyond q, k, v and out. dense_flops: the flops that a dense
-    kernel would do in the same time, the measure that proposals are compared by.
+    pairs: query-key pairs computed, over batch and heads. kernel_flops: 4 * D per pair (2 D + 2 Dv). copied_bytes: gathered tiles
+    and merged results. calls: kernel calls. peak_bytes: most held at once beyond q, k, v and out. dense_flops: the flops that a
+    dense kernel would do in the same time, the measure that proposals are compared by.
     """
 
     pairs: int
@@ -141,8 +141,8 @@ class Plan:
         problem, cost = self.problem, self.cost
         lines = [
             f"program   {problem.program!r}",
-            f"problem   q ({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim}), {problem.kv_heads} key heads of "
-            f"{problem.kv_len} tokens, {problem.dtype} on {problem.device}",
+            f"problem   q ({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim}), "
+            f"{problem.kv_heads} key heads of {problem.kv_len} tokens, {problem.dtype} on {problem.device}",
             f"chosen    {self.lowering}: {self.reason}",
         ]
         if self.useful_pairs is not None:
@@ -154,13 +154,15 @@ class Plan:
                 f"{row['tile']} x {row['tile']} tokens, {row['bytes'] / 2**20:.2f} MiB"
             )
         lines.append(
-            f"work      {cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel calls, {cost.copied_bytes / 2**20:,.1f} MiB moved beside them"
+            f"work      {cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel calls, "
+            f"{cost.copied_bytes / 2**20:,.1f} MiB moved beside them"
         )
         lines.append(
-            f"memory    at most {cost.peak_bytes / 2**20:,.1f} MiB beyond q, k, v and out ({problem.tensor_bytes / 2**20:,.1f} MiB)"
+            f"memory    at most {cost.peak_bytes / 2**20:,.1f} MiB beyond q, k, v and out "
+            f"({problem.tensor_bytes / 2**20:,.1f} MiB)"
         )
         rows = [_as_row(each, self.chosen) for each in self.weighed]
-        table = [
+        cells = [
             [
                 "*" if row["chosen"] else "",
                 row["lowering"],
@@ -174,11 +176,9 @@ class Plan:
             for row in rows
         ]
         headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "calls", "peak MiB", "refused because"]
-        return (
-            "\n".join(lines)
-            + "\n\n"
-            + tabulate(table, headers=headers, disable_numparse=True, colalign=("left", "left", *["right"] * 5, "left"))
-        )
+        alignment = ("left", "left", *["right"] * 5, "left")
+        table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
+        return "\n".join(lines) + "\n\n" + table
 
     def __str__(self) -> str:
         return self.explain()

@@ -85,7 +85,7 @@ class Program:
     def check(self, q_len: int, kv_len: int, q_offset: int = 0) -> None:
         """Raise ValueError where a mask or an order cannot speak of these lengths."""
         for branch in self.branches:
-            branch.mask.check(q_offset + q_len, kv_len)
+            branch.mask.check(range(q_offset, q_offset + q_len), kv_len)
             if branch.order != identity():
                 if q_len != kv_len or q_offset:
                     raise ValueError(
@@ -100,8 +100,9 @@ class Program:
 
 @dataclass(frozen=True, repr=False)
 class PerLength:
-    """A program that depends on how many tokens a call has: `build(*settings, tokens)`, made when tensors of that length first come.
+    """A program that depends on how many tokens a call has.
 
+    It is `build(*settings, tokens)`, made when tensors of that length first come.
     names: the data tensors that it reads, at every length. build: a module's function, so that it can be pickled.
     """
 
@@ -136,8 +137,8 @@ def longnet(
     offsets: str = "cyclic",
     heads: str = "all",
 ) -> Program:
-    """LongNet's dilated attention (arXiv 2307.02486): branch i links tokens of one segment of w_i whose places in it, modulo r_i, are
-    the head's offset.
+    """LongNet's dilated attention (arXiv 2307.02486): branch i links tokens of one segment of w_i whose places in it, modulo r_i,
+    are the head's offset.
 
     offsets: "cyclic", head % r_i (the paper), or "grouped", head // ceil(heads / r_i) (its authors' code).
     heads: "all" heads in every branch, or "split": heads dealt out over branches, the offset of branch i being i % r_i.
@@ -146,7 +147,8 @@ def longnet(
     rates = arguments.integers("dilation_rates", dilation_rates, 1)
     if len(lengths) != len(rates):
         raise ValueError(
-            f"segment_lengths and dilation_rates must be of one length; got {len(lengths)} and {len(rates)}: {lengths} and {rates}"
+            "segment_lengths and dilation_rates must be of one length; "
+            f"got {len(lengths)} and {len(rates)}: {lengths} and {rates}"
         )
     arguments.choice("offsets", offsets, masks.OFFSET_RULES)
     arguments.choice("heads", heads, HEADS)
@@ -162,7 +164,10 @@ def longnet(
 
 
 def local_window(left: int, right: int | None = None, causal: bool = False, dilation: int = 1) -> Program:
-    """A sliding window of `left` tokens back and `right` ahead (default: as many, 0 if causal), every `dilation`-th (arXiv 2004.05150)."""
+    """A sliding window of `left` tokens back and `right` ahead, every `dilation`-th (arXiv 2004.05150).
+
+    right: by default as many, 0 if causal.
+    """
     if arguments.flag("causal", causal):
         if right not in (None, 0):
             raise ValueError(f"a causal window has nothing to its right; got right={right!r}. Leave right out, or causal=False")

@@ -245,7 +245,7 @@ def _runs(
     row: TileIndices, column: TileIndices, side: int, rows: int, columns: int, full: bool
 ) -> tuple[TileIndices, TileIndices, TileIndices, Flags]:
     """Super tiles of side x side tiles, cut to the rows and columns there are, as runs: row, first column, length, full."""
-    small_row = (row[:, None] * np.int32(side) + np.arange(side, dtype=np.int32)).reshape(-1)
+    small_row = np.add.outer(row * np.int32(side), np.arange(side, dtype=np.int32)).reshape(-1)
     first = np.repeat(column * np.int32(side), side)
     inside = small_row < rows
     small_row, first = small_row[inside], first[inside]
@@ -279,7 +279,7 @@ def _check(mask: Mask, q_len: int, kv_len: int, q_tile: int, kv_tile: int, order
                 f"got q_len {q_len}, kv_len {kv_len}, q_offset {q_offset}. Use orders.identity()"
             )
         order.check(q_len)
-    mask.check(q_offset + q_len, kv_len)
+    mask.check(range(q_offset, q_offset + q_len), kv_len)
 
 
 def split(tile_map: TileMap) -> tuple[TileMap, ...]:

@@ -1,4 +1,6 @@
-"""The one table of cases: programs over every kind of mask, order and branch, at ragged lengths. Tests and benchmarks draw from it.
+"""The one table of cases: programs over every kind of mask, order and branch, at ragged lengths.
+
+Tests and benchmarks draw from it.
 
     case = by_name("window"); program, inputs = case.program(129), case.inputs(129, torch.float64)
 
@@ -18,7 +20,8 @@ import compiled_dilated as cd
 from compiled_dilated import Branch, Program, masks, orders
 from compiled_dilated.masks import Mask
 
-# One token, two, around a power of two, and a prime that is more than one tile of every lowering and divisible by no segment or rate.
+# One token, two, around a power of two, and a prime that is more than one tile of every lowering
+# and divisible by no segment or rate.
 LENGTHS = (1, 2, 127, 128, 129, 331)
 BATCH, HEAD_DIM = 2, 8
 LOWERINGS = ("dense", "strided", "tiled", "auto")
@@ -42,8 +45,8 @@ class Inputs:
 class Case:
     """A program and the shapes that it is tried at.
 
-    program: of the number of positions. refused: None, or what the strided lowering says when it refuses the case, at every length.
-    crossed: whether it also makes sense where queries and keys are not the same tokens (an order does not).
+    program: of the number of positions. refused: None, or what the strided lowering says when it refuses the case, at every
+    length. crossed: whether it also makes sense where queries and keys are not the same tokens (an order does not).
     """
 
     name: str
@@ -233,10 +236,14 @@ _PROGRAMS = (
     Case("longnet causal", lambda n: cd.longnet((16, 48, 144), (1, 3, 9), causal=True)),
     Case("longnet grouped", lambda n: cd.longnet((32, 64, 128), (1, 2, 4), offsets="grouped", causal=True)),
     Case("longnet split", lambda n: cd.longnet((16, 48, 144), (1, 3, 9), heads="split"), heads=8, kv_heads=4),
-    Case("longnet split causal, uneven", lambda n: cd.longnet((32, 64, 128), (2, 3, 4), heads="split", causal=True), heads=5, kv_heads=5),
+    Case("longnet split causal, uneven",
+        lambda n: cd.longnet((32, 64, 128), (2, 3, 4), heads="split", causal=True), heads=5, kv_heads=5,
+    ),
     Case("longnet, more branches than heads", lambda n: cd.longnet((8, 16, 32), (1, 2, 3), heads="split"), heads=2, kv_heads=1),
     Case("longnet, rates that divide nothing", lambda n: cd.longnet((30, 50, 100), (4, 7, 3), causal=True), heads=6, kv_heads=2),
-    Case("longnet, rates that divide nothing, grouped", lambda n: cd.longnet((30, 50, 100), (4, 7, 3), offsets="grouped"), heads=6, kv_heads=3),
+    Case("longnet, rates that divide nothing, grouped",
+        lambda n: cd.longnet((30, 50, 100), (4, 7, 3), offsets="grouped"), heads=6, kv_heads=3,
+    ),
     Case("longnet, a rate above its segment", lambda n: cd.longnet((4, 60), (7, 1)), heads=8, kv_heads=8),
     Case("longnet of one branch", lambda n: cd.longnet((64,), (2,))),
     Case("local window", lambda n: cd.local_window(21)),
@@ -247,15 +254,25 @@ _PROGRAMS = (
     Case("block sparse global", lambda n: cd.block_sparse(1.0 if n < 40 else 0.3, "global_local", block=4, tokens=n), _IRREGULAR),
     Case("block sparse dilated", lambda n: cd.block_sparse(0.25, "dilated", block=16)),
     Case("block sparse dilated causal", lambda n: cd.block_sparse(0.25, "dilated", block=16, causal=True)),
-    Case("block sparse tiles", lambda n: cd.block_sparse(1 / n, "tiles", block=1, tokens=n, tiles=[(i, i) for i in range(n)]), _IRREGULAR),
+    Case("block sparse tiles",
+        lambda n: cd.block_sparse(1 / n, "tiles", block=1, tokens=n, tiles=[(i, i) for i in range(n)]), _IRREGULAR,
+    ),
     Case("branches of different heads", lambda n: Program((Branch(masks.window(9), (0, 3)), Branch(masks.segments(40), (2, 4))))),
     Case("a head without a branch", lambda n: Program((Branch(masks.window(9), (1, 4)),))),
-    Case("rows dead in one branch", lambda n: Program((Branch(masks.congruent(4, 1)), Branch(masks.window(3) & ~masks.prefix(10)))), _IRREGULAR),
+    Case("rows dead in one branch",
+        lambda n: Program((Branch(masks.congruent(4, 1)), Branch(masks.window(3) & ~masks.prefix(10)))), _IRREGULAR,
+    ),
     Case("rows dead in the second branch", lambda n: Program((Branch(masks.window(3)), Branch(masks.congruent(4, 1))))),
-    Case("rows dead in every branch", lambda n: Program((Branch(masks.congruent(4, 1)), Branch(masks.congruent(4, 2) & masks.causal())))),
+    Case("rows dead in every branch",
+        lambda n: Program((Branch(masks.congruent(4, 1)), Branch(masks.congruent(4, 2) & masks.causal()))),
+    ),
     Case("one mask three times", lambda n: Program((Branch(masks.window(9)),) * 3)),
-    Case("masks of unlike lowerings", lambda n: Program((Branch(masks.window(9)), Branch(masks.sinks(3)), Branch(checkered(n, 16)))), _IRREGULAR),
-    Case("longnet with padding", lambda n: Program((*cd.longnet((16, 48), (1, 3)).branches, Branch(masks.padding()))), data=some_padding),
+    Case("masks of unlike lowerings",
+        lambda n: Program((Branch(masks.window(9)), Branch(masks.sinks(3)), Branch(checkered(n, 16)))), _IRREGULAR,
+    ),
+    Case("longnet with padding",
+        lambda n: Program((*cd.longnet((16, 48), (1, 3)).branches, Branch(masks.padding()))), data=some_padding,
+    ),
     Case("values wider than keys", lambda n: cd.longnet((16, 48), (1, 3), causal=True), value_dim=12),
     Case("values narrower than keys", lambda n: masks.window(20) | masks.sinks(2), _IRREGULAR, value_dim=5),
     Case("no shared key heads", lambda n: masks.congruent(3, "cyclic"), heads=3, kv_heads=3),
@@ -267,23 +284,40 @@ _ORDERED = (
     Case("hilbert window shifted", lambda n: cd.hilbert_window(grid_of(n), (1, 4), edges="shift"), crossed=False),
     Case("hilbert window of a volume", lambda n: cd.hilbert_window(grid_of(n, 3), 2), crossed=False),
     Case("hilbert causal", lambda n: in_order(masks.causal(), orders.hilbert(*grid_of(n))), crossed=False),
-    Case("hilbert window and sinks", lambda n: in_order(masks.neighborhood(grid_of(n), 2) | masks.sinks(2), orders.hilbert(*grid_of(n))), _IRREGULAR, crossed=False),
+    Case("hilbert window and sinks",
+        lambda n: in_order(masks.neighborhood(grid_of(n), 2) | masks.sinks(2), orders.hilbert(*grid_of(n))),
+        _IRREGULAR, crossed=False,
+    ),
     Case("residue dilated window", lambda n: in_order(masks.window(24, dilation=3), orders.residue(3)), crossed=False),
-    Case("residue longnet branch", lambda n: in_order(masks.congruent(4, "cyclic", period=50) & masks.segments(50), orders.residue(4, period=50)), crossed=False),
+    Case("residue longnet branch",
+        lambda n: in_order(masks.congruent(4, "cyclic", period=50) & masks.segments(50), orders.residue(4, period=50)),
+        crossed=False,
+    ),
     Case("branches of different orders", lambda n: Program((
-        Branch(masks.window(9), order=orders.residue(5)), Branch(masks.causal()), Branch(masks.neighborhood(grid_of(n), 2), (1, 3), orders.hilbert(*grid_of(n))),
+        Branch(masks.window(9), order=orders.residue(5)), Branch(masks.causal()),
+        Branch(masks.neighborhood(grid_of(n), 2), (1, 3), orders.hilbert(*grid_of(n))),
     )), crossed=False),
-    Case("documents by ids in hilbert order", lambda n: in_order(masks.documents(ids="documents"), orders.hilbert(*grid_of(n))), data=document_ids, crossed=False),
+    Case("documents by ids in hilbert order",
+        lambda n: in_order(masks.documents(ids="documents"), orders.hilbert(*grid_of(n))), data=document_ids, crossed=False,
+    ),
 )  # fmt: skip
 
 # Long enough for several tiles of every lowering, and for runs of tiles that are clipped, alike, and clipped again.
 _LONG = (
     Case("window, many tiles", lambda n: masks.window(70, 40), lengths=(1103,), heads=2, kv_heads=1),
     Case("window causal, many tiles", lambda n: cd.local_window(70, causal=True), lengths=(1103,), heads=2, kv_heads=1),
-    Case("window or sinks, many tiles", lambda n: masks.causal() & (masks.window(70) | masks.sinks(4)), _IRREGULAR, lengths=(1103,), heads=2, kv_heads=1),
-    Case("longnet, many segments", lambda n: cd.longnet((64, 128, 256), (1, 2, 4), causal=True), lengths=(1103,), heads=4, kv_heads=1),
-    Case("hilbert window, many boxes", lambda n: cd.hilbert_window((30, 40), 4), lengths=(1200,), heads=2, kv_heads=1, crossed=False),
-    Case("neighborhood shifted, many boxes", lambda n: masks.neighborhood((30, 40), (2, 5), dilation=(2, 1), edges="shift"), lengths=(1200,), heads=2, kv_heads=1),
+    Case("window or sinks, many tiles",
+        lambda n: masks.causal() & (masks.window(70) | masks.sinks(4)), _IRREGULAR, lengths=(1103,), heads=2, kv_heads=1,
+    ),
+    Case("longnet, many segments",
+        lambda n: cd.longnet((64, 128, 256), (1, 2, 4), causal=True), lengths=(1103,), heads=4, kv_heads=1,
+    ),
+    Case("hilbert window, many boxes",
+        lambda n: cd.hilbert_window((30, 40), 4), lengths=(1200,), heads=2, kv_heads=1, crossed=False,
+    ),
+    Case("neighborhood shifted, many boxes",
+        lambda n: masks.neighborhood((30, 40), (2, 5), dilation=(2, 1), edges="shift"), lengths=(1200,), heads=2, kv_heads=1,
+    ),
 )  # fmt: skip
 
 CASES = (*_MASKS, *_GRIDS, *_COMPOSED, *_PROGRAMS, *_ORDERED, *_LONG)

@@ -1,4 +1,7 @@
-"""What a compiled program is as a function: its derivatives, torch.func, export, autocast, layouts, options; and what it refuses."""
+"""What a compiled program is as a function: its derivatives, torch.func, export, autocast, layouts, options.
+
+And what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,7 @@ def test_second_use_of_a_graph() -> None:
     assert torch.equal(first, torch.autograd.grad(out.sum(), q)[0])
 
 
-# torch.func ----------------------------------------------------------------------------------------------------------------------
+# torch.func ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lowering", TRAINS)

@@ -187,7 +187,7 @@ def test_show_of_a_million_tokens_counts_tiles_alone(tmp_path: Path) -> None:
     [
         (("causal()", "-n", "8", "--head", "8"), "--head 8 is none of 8 heads"),
         (("causal()", "-n", "0"), "--tokens"),
-        (("causal()", "-n", "8", "--order", "hilbert(2, 2)"), "orders a grid of 4 tokens"),
+        (("causal()", "-n", "8", "--order", "hilbert(2, 2)"), "orders the 4 cells of its grid"),
         (("causal()", "-n", "8", "--order", "causal()"), "an order is needed"),
         (("Program((Branch(causal(), heads=(0, 1)),))", "-n", "8", "--head", "1"), "takes part in no branch"),
     ],
@@ -413,7 +413,7 @@ def test_demo_model_is_causal_and_starts_at_chance() -> None:
     assert torch.equal(before[:20], after[:20])
     assert not torch.equal(before[20:], after[20:])
     fresh = LanguageModel(longnet((8, 16), (1, 2), causal=True), width=32, heads=2, layers=1)
-    assert float(loss(fresh, text)) == pytest.approx(math.log(256))
+    assert loss(fresh, text).item() == pytest.approx(math.log(256))
     assert len(continuation(fresh, b"ab", 5, torch.Generator().manual_seed(0))) == 5
 
 

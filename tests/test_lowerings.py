@@ -77,7 +77,10 @@ def test_runs_hold_every_allowed_pair(q_len: int, k_len: int, shift: int, left: 
     for run in cut(Band(q_len, k_len, shift, left, right), tile):
         for i in range(run.count):
             at = i * run.stride
-            span = (slice(run.q_start + at, run.q_start + at + run.q_rows), slice(run.k_start + at, run.k_start + at + run.k_rows))
+            span = (
+                slice(run.q_start + at, run.q_start + at + run.q_rows),
+                slice(run.k_start + at, run.k_start + at + run.k_rows),
+            )
             covered[span] += 1
             assert not run.full or allowed[span].all()
     assert (covered[allowed] == 1).all()
@@ -90,7 +93,9 @@ def test_causal_runs_are_exact(q_len: int, k_len: int, shift: int) -> None:
     covered = np.zeros((q_len, k_len), dtype=int)
     for run in cut_causal(Band(q_len, k_len, shift, None, 0)):
         block = np.ones((run.q_rows, run.k_rows), dtype=int)
-        covered[run.q_start : run.q_start + run.q_rows, run.k_start : run.k_start + run.k_rows] += np.tril(block) if run.causal else block
+        covered[run.q_start : run.q_start + run.q_rows, run.k_start : run.k_start + run.k_rows] += (
+            np.tril(block) if run.causal else block
+        )
     assert (covered == allowed).all()
 
 
@@ -136,7 +141,9 @@ def test_short_sequences_are_dense_and_say_so() -> None:
 def test_an_explicit_lowering_is_used_or_refused() -> None:
     for lowering in ("dense", "strided", "tiled"):
         assert cd.plan(masks.window(9), (1, 2, 300, 8), lowering=lowering).lowering == lowering
-    with pytest.raises(ValueError, match=r"'strided' refuses for branch 0: .* is not made of regular blocks\. Use lowering='tiled'"):
+    with pytest.raises(
+        ValueError, match=r"'strided' refuses for branch 0: .* is not made of regular blocks\. Use lowering='tiled'"
+    ):
         cd.plan(masks.sinks(3) | masks.window(9), (1, 2, 300, 8), lowering="strided")
     with pytest.raises(ValueError, match="no backward of FlexAttention on a CPU"):
         cd.plan(masks.window(9), (1, 2, 300, 8), lowering="flex", training=True)

@@ -58,7 +58,10 @@ def loops(
 
 
 def longnet_count(lengths: tuple[int, ...], rates: tuple[int, ...], causal: bool, rule: str) -> Count:
-    """LongNet's table as semantics give it, written with ranges: for each branch, the positions of a segment that a head takes."""
+    """LongNet's table as semantics give it, written with ranges.
+
+    For each branch, the positions of a segment that a head takes.
+    """
 
     def count(b: int, h: int, heads: int, i: int, j: int) -> int:
         times = 0
@@ -137,7 +140,10 @@ CASES: dict[str, tuple[Any, Count]] = {
         cd.longnet((5, 7), (3, 4), offsets="grouped"),
         longnet_count((5, 7), (3, 4), False, "grouped"),
     ),
-    "longnet split": (cd.longnet((4, 7, 9), (2, 1, 3), heads="split", causal=True), longnet_count((4, 7, 9), (2, 1, 3), True, "split")),
+    "longnet split": (
+        cd.longnet((4, 7, 9), (2, 1, 3), heads="split", causal=True),
+        longnet_count((4, 7, 9), (2, 1, 3), True, "split"),
+    ),
     "a key that branches link twice": (
         Program((Branch(masks.window(2)), Branch(masks.causal()), Branch(masks.window(2), heads=(1, 3)))),
         lambda b, h, H, i, j: (abs(i - j) <= 2) * (1 + (h in (1, 2))) + (j <= i),

@@ -55,7 +55,7 @@ def test_the_mask_of_a_head_is_the_same_value_for_heads_that_see_the_same() -> N
     assert [branch.mask_at(head, 7) for head in range(7)] == [seen[i] for i in (0, 0, 0, 1, 1, 1, 2)]
 
 
-# Values: equal, hashable, printed as code ----------------------------------------------------------------------------------------
+# Values: equal, hashable, printed as code ---------------------------------------------------------------------------------------
 
 # What the tables' checkered masks and functions need beside the library's names.
 NAMES = {
@@ -110,7 +110,10 @@ def test_longnet() -> None:
 @pytest.mark.parametrize("offsets", ["cyclic", "grouped"])
 @pytest.mark.parametrize("rates", [(1, 2, 4), (3, 5, 7)])
 def test_every_token_keeps_itself_in_some_head(rates: tuple[int, ...], offsets: str) -> None:
-    """With at least as many heads as the rate, cyclic offsets reach every residue, and no query of the whole model is without a key."""
+    """With at least as many heads as the rate, cyclic offsets reach every residue.
+
+    And no query of the whole model is without a key.
+    """
     program = longnet((16, 32, 64), rates, causal=True, offsets=offsets)
     q = torch.zeros(1, 7, 100, 1)
     counts = cd.oracle.multiplicity(program, q, q)

@@ -1,8 +1,8 @@
 """Every lowering against the reference: forward, lse and gradients, over the one table of cases.
 
-In float64 they agree to 1e-10 of the largest entry. In lower precision, where rounding decides, the error against the reference of the
-same (rounded) inputs is at most twice that of torch's dense attention over the same pairs in the same precision, plus one rounding of
-the result: no number here was turned until the tests passed.
+In float64 they agree to 1e-10 of the largest entry. In lower precision, where rounding decides, the error against the reference
+of the same (rounded) inputs is at most twice that of torch's dense attention over the same pairs in the same precision, plus one
+rounding of the result: no number here was turned until the tests passed.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ Shape = tuple[int, int, int]
 
 
 @lru_cache(maxsize=8)
-def truth(
-    case: Case, n: int, dtype: torch.dtype, with_lse: bool = True, shape: Shape | None = None
-) -> tuple[Inputs, Result]:
+def truth(case: Case, n: int, dtype: torch.dtype, with_lse: bool = True, shape: Shape | None = None) -> tuple[Inputs, Result]:
     """The inputs and what the reference makes of them; shape: (q_len, kv_len, q_offset)."""
     q_len, kv_len, q_offset = (n, n, 0) if shape is None else shape
     inputs = case.inputs(n, dtype, q_len, kv_len)
@@ -278,9 +276,7 @@ def dense_attention(program: cd.Program, inputs: Inputs, want: Result) -> Result
     dead = want.lse == -math.inf
     bias = torch.where(dead[..., None], 0.0, counts.float().log())
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            inputs.q, inputs.k, inputs.v, attn_mask=bias, enable_gqa=True
-        )
+        out = torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=bias, enable_gqa=True)
     grads = torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out.masked_fill(dead[..., None], 0.0))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     lse = kernel(inputs.q, inputs.k, inputs.v, attn_mask=bias)[1].detach().masked_fill(dead, -math.inf)

@@ -39,7 +39,10 @@ class Band:
 
 @dataclass(frozen=True)
 class Run:
-    """`count` tiles, `stride` coordinates apart: queries [q_start, + q_rows) see keys [k_start, + k_rows); `full`: all of them."""
+    """`count` tiles, `stride` coordinates apart: queries [q_start, + q_rows) see keys [k_start, + k_rows).
+
+    full: they see all of them.
+    """
 
     count: int
     stride: int
@@ -72,10 +75,11 @@ def cut(band: Band, tile: int) -> list[Run]:
 
 
 def _reach(band: Band, first: IntArray, last: IntArray) -> tuple[IntArray, IntArray, Flags, Flags]:
-    """For tiles whose queries stand at first .. last: keys [low, high), whether all queries see all of them, and whether the geometry
-    is the tile's alone."""
+    """For tiles whose queries stand at first .. last: keys [low, high), whether all queries see all of them, and whether the
+    geometry is the tile's alone."""
     if band.clamped:
-        assert band.left is not None and band.left == band.right
+        assert band.left is not None
+        assert band.left == band.right
         width = 2 * band.left + 1
         most = max(band.k_len - width, 0)
         low, low_last = (np.clip(at - band.left, 0, most) for at in (first, last))

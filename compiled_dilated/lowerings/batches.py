@@ -1,4 +1,6 @@
-"""A batch: many dense problems of one shape, and how to run it. Dense, strided and tiled lowerings differ in the batches they make.
+"""A batch: many dense problems of one shape, and how to run it.
+
+Dense, strided and tiled lowerings differ in the batches they make.
 
      keys                  queries.tile(i) sees keys.tile(i), less what `masks` hides;
 . . # # # . . . .          one kernel call computes all tiles of the batch for all its heads,
@@ -219,7 +221,9 @@ def forward(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tens
     k, v = (batch.kv_heads.of(x) for x in (k, v))
     for unit in _units(batch, q.shape[0]):
         part_out, part_lse = kernels.attention(
-            *(_read(batch, rows, x[unit], shift, call) for rows, x, shift in ((queries, q, at), (keys, k, 0), (keys, v, 0))),
+            _read(batch, queries, q[unit], at, call),
+            _read(batch, keys, k[unit], 0, call),
+            _read(batch, keys, v[unit], 0, call),
             _tiles(batch, call, unit, q.device, q.dtype),
         )
         _merge(batch, at, out[unit], lse[unit], part_out, part_lse)

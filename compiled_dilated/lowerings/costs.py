@@ -1,7 +1,7 @@
 """How well the kernels run on tiles of a shape: measured shares of a dense kernel's rate, and what moving bytes costs beside it.
 
-Figures for ATen's flash attention on a CPU (its query blocks are 32, 64 and 256 rows from 1, 192 and 768 queries on); reproduce with
-`python benchmarks/kernels.py`.
+Figures for ATen's flash attention on a CPU (its query blocks are 32, 64 and 256 rows from 1, 192 and 768 queries on);
+reproduce with `python benchmarks/kernels.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from .lattice import Lattice
 _FLOPS_PER_BYTE = 12.0
 _FLOPS_PER_CALL = 4e6
 
-# The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth having.
+# The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out;
+# and the least that is worth having.
 FORWARD_SHARE, BACKWARD_SHARE = 0.025, 0.09
 _LEAST_BYTES = 8 * 2**20
 _KEPT_SHARE = 0.015
@@ -42,7 +43,10 @@ def budget(problem: Problem, share: float) -> int:
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    """Bytes held per tile of a batch while it is computed: results, copies of tiles, biases of their own, scores under a score_mod."""
+    """Bytes held per tile of a batch while it is computed.
+
+    Results, copies of tiles, biases of their own, scores under a score_mod.
+    """
     heads, kv_heads, rows, columns = batch.heads.count, batch.kv_heads.count, batch.queries.size, batch.keys.size
     q_bytes, k_bytes = heads * rows * problem.itemsize, kv_heads * columns * problem.itemsize
     width = max(problem.head_dim, problem.value_dim)

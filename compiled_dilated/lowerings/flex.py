@@ -1,7 +1,7 @@
 """FlexAttention under torch.compile, over narrow analytic block masks: one fused kernel for any program.
 
-All branches at once: a pair is visible where any branch links it, and where c > 1 of them do its score gains log c. On a CPU torch has
-neither a backward nor a log-sum-exp for it.
+All branches at once: a pair is visible where any branch links it, and where c > 1 of them do its score gains log c. On a CPU
+torch has neither a backward nor a log-sum-exp for it.
 """
 
 from __future__ import annotations

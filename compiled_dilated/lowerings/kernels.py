@@ -1,8 +1,8 @@
 """Dense attention of many small problems at once: (out, lse) forward, and backward with a *given* out and lse.
 
-Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias broadcastable to (G, Hq, T, S) and added to the scores, -inf where a
-key is hidden. Called with the out and lse of a whole program, the backward is one part's exact share of the joint gradient
-(FlashAttention, arXiv 2205.14135): p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
+Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias broadcastable to (G, Hq, T, S) and added to the scores, -inf
+where a key is hidden. Called with the out and lse of a whole program, the backward is one part's exact share of the joint
+gradient (FlashAttention, arXiv 2205.14135): p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
 """
 
 from __future__ import annotations

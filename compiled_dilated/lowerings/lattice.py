@@ -136,8 +136,8 @@ def _stride_of(axes: Axes) -> int | None:
 class Table:
     """Tiles of equal size at any places: each is made of small tiles of `width` places of an order, their numbers in `small`.
 
-    small: (tiles, small tiles per tile). size: tokens per tile; below small tiles * width where the last is the order's short last.
-    permutation: the position at each place, None for places = positions; `offset` is added to positions.
+    small: (tiles, small tiles per tile). size: tokens per tile; below small tiles * width where the last is the order's short
+    last. permutation: the position at each place, None for places = positions; `offset` is added to positions.
     """
 
     small: npt.NDArray[np.int32]

@@ -1,8 +1,8 @@
 """Masks that fall apart into regular dense blocks: segments, residue classes, windows, neighbourhoods. Views, no index tensors.
 
-A mask is first cut into *lanes*, on which it is simple: the tokens of one segment and one residue class, for which a dilated mask is
-dense and a dilated window a plain one. Along a lane (or along each axis of a grid) a *band* says which keys a query sees; it is cut into
-tiles, and tiles of equal shape at regular places become one batch.
+A mask is first cut into *lanes*, on which it is simple: the tokens of one segment and one residue class, for which a dilated mask
+is dense and a dilated window a plain one. Along a lane (or along each axis of a grid) a *band* says which keys a query sees; it
+is cut into tiles, and tiles of equal shape at regular places become one batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _MOST_DOCUMENTS = 256
 
 @dataclass(frozen=True)
 class Lane:
-    """Tokens on which the mask is a band: queries q_first, + step, ...; keys k_first, + step, ...; repeated `count` times, `stride` apart."""
+    """Tokens on which the mask is a band: queries q_first, + step, ...; keys k_first, + step, ...
+
+    All of it is repeated `count` times, `stride` apart.
+    """
 
     count: int
     stride: int
@@ -133,7 +136,7 @@ def _repeats(mask: Mask, strides: list[int]) -> bool:
     return not strides or (mask.period is not None and all(stride % mask.period == 0 for stride in strides))
 
 
-# Lines ---------------------------------------------------------------------------------------------------------------------------
+# Lines --------------------------------------------------------------------------------------------------------------------------
 
 
 def _lanes(pieces: Pieces, problem: Problem) -> list[Lane] | str:
@@ -173,7 +176,10 @@ def _lane(count: int, stride: int, q_span: range, k_span: range, residue: int, s
 
 
 def _stretches(pieces: Pieces, problem: Problem) -> Iterator[tuple[int, int, int, range, range]]:
-    """Stretches of tokens that see themselves alone: (how many alike, how far apart, the first one's start, its queries, its keys)."""
+    """Stretches of tokens that see themselves alone.
+
+    Of each: (how many alike, how far apart, the first one's start, its queries, its keys).
+    """
     q_range, k_range = range(problem.q_offset, problem.q_offset + problem.q_len), range(problem.kv_len)
     if pieces.documents is not None:
         stops = list(itertools.accumulate(pieces.documents.lengths))
@@ -229,7 +235,7 @@ def _time(run: Run, problem: Problem) -> float:
     return costs.seconds(flops / costs.efficiency(problem, run.q_rows, run.k_rows), 0, 1)
 
 
-# Grids ---------------------------------------------------------------------------------------------------------------------------
+# Grids --------------------------------------------------------------------------------------------------------------------------
 
 
 def _boxes(pieces: Pieces, problem: Problem) -> Iterator[Tiling]:

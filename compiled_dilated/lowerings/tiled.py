@@ -1,4 +1,7 @@
-"""Any mask: query tiles that see equally many key tiles together, their keys gathered, the mask evaluated on PARTIAL tiles alone."""
+"""Any mask: query tiles that see equally many key tiles together.
+
+Their keys are gathered, the mask is evaluated on PARTIAL tiles alone.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def propose(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, pro
 
 
 def _alike(tile_map: TileMap, problem: Problem) -> list[tuple[int, int, np.ndarray]]:
-    """(queries per tile, FULL key tiles, the tiles) of query tiles that one batch can take; tiles that see nothing are left out."""
+    """(queries per tile, FULL key tiles, the tiles) of query tiles that one batch can take.
+
+    Tiles that see nothing are left out.
+    """
     counts = tile_map.counts
     full = np.bincount(tile_map.row_of, weights=tile_map.full, minlength=tile_map.rows).astype(np.int64)
     short = np.zeros(tile_map.rows, dtype=np.int64)

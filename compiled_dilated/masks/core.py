@@ -75,8 +75,8 @@ class Mask(ABC):
         """The keys below kv_len that the query at position q sees, as disjoint ranges; None where they are no few ranges."""
         return None
 
-    def check(self, queries: int, keys: int) -> None:
-        """Raise ValueError if the mask says nothing about positions below `queries` (for queries) or `keys` (for keys)."""
+    def check(self, queries: range, keys: int) -> None:
+        """Raise ValueError if the mask says nothing about the positions `queries` or about keys below `keys`."""
         for part in self.parts:
             part.check(queries, keys)
 

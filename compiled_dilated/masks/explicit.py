@@ -145,11 +145,11 @@ class FromMod(Mask):
     def _map(self, change: Callable[[Mask], Mask]) -> FromMod:
         return self if self.within is None else replace(self, within=change(self.within))
 
-    def check(self, queries: int, keys: int) -> None:
+    def check(self, queries: range, keys: int) -> None:
         super().check(queries, keys)
-        if (self.within is None or isinstance(self.within, Full)) and queries * keys > MOST_PAIRS_WITHOUT_WITHIN:
+        if (self.within is None or isinstance(self.within, Full)) and len(queries) * keys > MOST_PAIRS_WITHOUT_WITHIN:
             raise ValueError(
-                f"{self!r} would be asked about {queries} x {keys} = {queries * keys:,} pairs, "
+                f"{self!r} would be asked about {len(queries)} x {keys} = {len(queries) * keys:,} pairs, "
                 f"more than {MOST_PAIRS_WITHOUT_WITHIN:,}. "
                 "Say where to look: from_mod(fn, within=mask), for example within=window(4096)"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,11 +166,11 @@ class Neighborhood(Mask):
     def period(self) -> int | None:
         return None
 
-    def check(self, queries: int, keys: int) -> None:
+    def check(self, queries: range, keys: int) -> None:
         tokens = math.prod(self.grid)
-        if max(queries, keys) > tokens:
+        if max(queries.stop, keys) > tokens:
             raise ValueError(
-                f"{self!r} speaks of a grid of {tokens} tokens; got positions up to {max(queries, keys)}. "
+                f"{self!r} speaks of a grid of {tokens} tokens; got positions up to {max(queries.stop, keys)}. "
                 "Make the grid as large as the sequence, or cut the sequence to the grid"
             )
 
@@ -198,7 +199,7 @@ class Neighborhood(Mask):
 
 def neighborhood(
     grid: tuple[int, ...],
-    radius: int | tuple[int, ...],
+    radius: int | Sequence[int],
     dilation: int | tuple[int, ...] = 1,
     causal: bool | tuple[bool, ...] = False,
     edges: str = "cut",

@@ -1,0 +1,208 @@
+"""Inside a user's torch.compile: no graph breaks, few graphs for many lengths, the right numbers, nothing new for new data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import compiled_dilated as cd
+from compiled_dilated import Program, masks
+from compiled_dilated.masks import Mask
+from tests.cases import by_name
+
+# Twenty lengths as they come, ragged ones, both sides of a power of two, and 1.
+LENGTHS = (100, 64, 128, 127, 129, 1, 2, 37, 200, 331, 256, 255, 257, 96, 3, 500, 61, 144, 31, 250)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Dynamo without what earlier tests compiled; reaching its limit of graphs, where it silently goes eager, is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+class Model(nn.Module):
+    """A user's block: projections, attention with grouped heads and learned sinks, a residual."""
+
+    def __init__(self, program: Program | Mask, heads: int = 4, kv_heads: int = 2, dim: int = 32, **options: Any) -> None:
+        super().__init__()
+        self.widths, self.head_dim = (dim, dim * kv_heads // heads, dim * kv_heads // heads), dim // heads
+        self.attend, self.options = cd.compile(program), options
+        self.qkv, self.out = nn.Linear(dim, sum(self.widths)), nn.Linear(dim, dim)
+        self.sinks = nn.Parameter(torch.randn(heads))
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x).split(self.widths, dim=-1))
+        out = self.attend(q, k, v, sink_logits=self.sinks, **self.options, **options)
+        return x + self.out(out.transpose(1, 2).flatten(2))
+
+
+def compiled(function: Any, backend: str = "aot_eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+PROGRAMS = {
+    "longnet": cd.longnet((16, 48, 144), (1, 3, 9), causal=True),
+    "window or sinks": masks.causal() & (masks.window(20) | masks.sinks(3)),
+    "documents by lengths": masks.documents(lengths=(3, 60, 1, 0, 40, 25, 200)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_few_graphs_for_many_lengths(name: str, dynamic: bool | None) -> None:
+    """At most 4 graphs for 20 lengths, trained: forward and gradients as in eager."""
+    model = Model(PROGRAMS[name])
+    fast, counter = compiled(model, dynamic=dynamic)
+    for n in LENGTHS:
+        x = torch.randn(2, n, 32)
+        got, want = fast(x), model(x)
+        same(got, want)
+        for mine, theirs in zip(gradients(model, got.square().mean()), gradients(model, want.square().mean()), strict=True):
+            same(mine, theirs)
+    assert counter.frame_count <= 4
+
+
+def test_few_graphs_without_gradients() -> None:
+    model = Model(PROGRAMS["longnet"])
+    fast, counter = compiled(model)
+    with torch.no_grad():
+        for n in LENGTHS:
+            x = torch.randn(1, n, 32)
+            same(fast(x), model(x))
+    assert counter.frame_count <= 4
+
+
+def test_inductor() -> None:
+    """torch's own backend, forward and backward, three lengths; 2 graphs of Dynamo's."""
+    model = Model(PROGRAMS["longnet"])
+    fast, counter = compiled(model, "inductor")
+    for n in (40, 131, 64):
+        x = torch.randn(2, n, 32)
+        got, want = fast(x), model(x)
+        same(got, want)
+        for mine, theirs in zip(gradients(model, got.square().mean()), gradients(model, want.square().mean()), strict=True):
+            same(mine, theirs)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hilbert window", "branches of different orders", "congruent grouped", "neighborhood shifted", "tiles", "from_mod per head"],
+)
+def test_every_kind_of_program_compiles_whole(name: str) -> None:
+    case = by_name(name)
+    inputs, attend = case.inputs(129, torch.float32), cd.compile(case.program(129))
+    fast, counter = compiled(lambda q, k, v: attend(q, k, v, return_lse=True))
+    for mine, theirs in zip(
+        fast(inputs.q, inputs.k, inputs.v), attend(inputs.q, inputs.k, inputs.v, return_lse=True), strict=True
+    ):
+        same(mine, theirs)
+    assert counter.frame_count == 1
+
+
+def test_one_operator_in_the_graph() -> None:
+    attend, (q, k, v) = cd.compile(PROGRAMS["longnet"]), (torch.randn(1, 2, 40, 8) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    explained = torch._dynamo.explain(lambda: attend(q, k, v))()
+    assert explained.graph_break_count == 0
+    assert explained.graph_count == 1
+
+
+@pytest.mark.parametrize("name", ["documents by ids, causal", "padding and documents"])
+def test_new_data_compiles_nothing(name: str) -> None:
+    case = by_name(name)
+    attend = cd.compile(case.program(128))
+    inputs = case.inputs(128, torch.float32)
+    fast, counter = compiled(lambda q, k, v, data: attend(q, k, v, data=data))
+    for step in range(6):
+        data = {key: value.roll(step, dims=1) for key, value in inputs.data.items()}
+        same(fast(inputs.q, inputs.k, inputs.v, data), attend(inputs.q, inputs.k, inputs.v, data=data))
+    assert counter.frame_count == 1
+
+
+def test_decoding_compiles_a_few_times_at_most() -> None:
+    """A cache that grows, a position that moves: both become variables of the graph."""
+    attend = cd.compile(cd.longnet((16, 48), (1, 3), causal=True))
+    q, k, v = (torch.randn(1, 2, 120, 8) for _ in range(3))
+    whole = attend(q, k, v)
+    fast, counter = compiled(lambda q, k, v, at: attend(q, k, v, q_offset=at))
+    with torch.no_grad():
+        for at in range(0, 120, 3):
+            got = fast(q[:, :, at : at + 1], k[:, :, : at + 1], v[:, :, : at + 1], at)
+            same(got, whole[:, :, at : at + 1])
+        for at in range(0, 110, 7):  # the whole cache, several tokens at a time
+            same(fast(q[:, :, at : at + 5], k, v, at), whole[:, :, at : at + 5])
+    assert counter.frame_count <= 5
+
+
+def slopes(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return score - abs(q - kv) * (h + 1) / 64
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "score_mod": {"score_mod": slopes},
+    "scale": {"scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_inside_a_compiled_model(name: str) -> None:
+    model = Model(PROGRAMS["longnet"], **OPTIONS[name])
+    fast, counter = compiled(model)
+    for n in (40, 64, 131):
+        x = torch.randn(2, n, 32)
+        got, want = fast(x), model(x)
+        same(got, want)
+        for mine, theirs in zip(gradients(model, got.square().mean()), gradients(model, want.square().mean()), strict=True):
+            same(mine, theirs)
+    assert counter.frame_count <= 2
+
+
+def test_gradient_through_the_lse() -> None:
+    attend = cd.compile(PROGRAMS["longnet"])
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = attend(q, k, v, return_lse=True)
+        return out.sin().sum() + lse.cos().sum()
+
+    inputs = tuple(torch.randn(1, 2, 50, 8, requires_grad=True) for _ in range(3))
+    fast, _ = compiled(loss)
+    for mine, theirs in zip(torch.autograd.grad(fast(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        same(mine, theirs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_modes(mode: Callable[[], Any]) -> None:
+    model = Model(PROGRAMS["window or sinks"])
+    fast, _ = compiled(model)
+    x = torch.randn(2, 40, 32)
+    with mode():
+        same(fast(x), model(x))
+    same(fast(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+def test_bad_input_is_refused_in_a_compiled_model_too() -> None:
+    attend = cd.compile(masks.causal())
+    fast, _ = compiled(lambda q, k, v: attend(q, k, v))
+    q = torch.randn(1, 2, 8, 4)
+    with pytest.raises(Exception, match="q and k must have one head_dim"):
+        fast(q, torch.randn(1, 2, 8, 6), q)

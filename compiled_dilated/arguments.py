@@ -10,7 +10,8 @@ def integer(name: str, value: object, least: int | None = None) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        # operator.index would make a constant of a number that varies while torch.compile traces.
+        number = value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
             f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens"

@@ -106,7 +106,12 @@ def _run(
     return execute.forward(plan, _call(handle, data, scale, q_offset), *map(_rows, (q, k, v)))
 
 
-_attend = torch.library.custom_op("compiled_dilated::attend", _run, mutates_args=())
+@torch.library.custom_op("compiled_dilated::attend", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
+) -> tuple[Tensor, Tensor]:
+    out, lse = _run(q, k, v, data, handle, scale, q_offset, training)
+    return out.contiguous(), lse.contiguous()  # as the compiler was told
 
 
 @_attend.register_fake
@@ -135,7 +140,8 @@ def _attend_backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     plan = plan_of(handle, q, k, v, q_offset, True)
     grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
-    return execute.backward(plan, _call(handle, data, scale, q_offset), grad_out, grad_lse, q, k, v, out, lse)
+    grads = execute.backward(plan, _call(handle, data, scale, q_offset), grad_out, grad_lse, q, k, v, out, lse)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @_attend_backward.register_fake
@@ -258,8 +264,11 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, data: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable."""
-    if not trains(q, k, v) and _is_plain_call(q, k, v):
-        return _run(q, k, v, data, handle, scale, q_offset, False)
+    if not trains(q, k, v):
+        if torch.compiler.is_compiling():
+            return _attend(q, k, v, data, handle, scale, q_offset, False)
+        if _is_plain_call(q, k, v):
+            return _run(q, k, v, data, handle, scale, q_offset, False)
     function = _Attention if torch.compiler.is_compiling() else _EagerAttention
     found: tuple[Tensor, Tensor] = _apply(function, q, k, v, handle, scale, q_offset, trains(q, k, v), *data)
     return found
@@ -280,4 +289,5 @@ def _is_plain_call(*tensors: Tensor) -> bool:
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     )

@@ -125,7 +125,7 @@ def as_program(value: Program | Mask) -> Program:
     if isinstance(value, Mask):
         return Program((Branch(value),))
     raise TypeError(
-        f"expected a Program or a mask; got {type(value).__name__} {value!r}. "
+        f"expected a Program or a mask; got {type(value).__name__}. "
         "Build one with compiled_dilated.masks, longnet(...), local_window(...) or Program((Branch(mask),))"
     )
 

@@ -397,6 +397,17 @@ def test_new_data_is_not_mistaken_for_the_old(lowering: str) -> None:
     assert len({id(attend.plan(q, k, v)) for _ in range(2)}) == 1
 
 
+@pytest.mark.parametrize("lowering", TRAINS)
+def test_padding_is_as_long_as_the_keys(lowering: str) -> None:
+    """More queries than keys: what is padding is said of keys alone."""
+    mask, (q, k, v) = masks.padding() & masks.causal(), tensors()
+    k, v, padding = k[:, :, :7], v[:, :, :7], torch.rand(2, 7) > 0.5
+    same(
+        cd.compile(mask, lowering=lowering)(q, k, v, data={"padding": padding}),
+        cd.reference(mask, q, k, v, data={"padding": padding}),
+    )
+
+
 # Layouts and shapes
 
 

@@ -436,7 +436,11 @@ def test_a_rule_over_unknown_heads_asks_for_them() -> None:
         (lambda: masks.from_mod(3), TypeError, "fn must be a function of"),
         (lambda: masks.from_mod(every_third, within=3), TypeError, "within must be a mask; got int"),
         (lambda: masks.from_mod(every_third).check(range(10**6), 10**6), ValueError, "from_mod.fn, within=mask."),
-        (lambda: masks.neighborhood((4, 4), 1).check(range(17), 4), ValueError, "speaks of a grid of 16 tokens; got positions up to 17"),
+        (
+            lambda: masks.neighborhood((4, 4), 1).check(range(17), 4),
+            ValueError,
+            "speaks of a grid of 16 tokens; got positions up to 17",
+        ),
         (lambda: (masks.causal() & masks.neighborhood((4, 4), 1)).check(range(17), 4), ValueError, "grid of 16 tokens"),
     ],
 )

@@ -341,3 +341,19 @@ def test_two_runs_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
         for one, other in zip((first.out, first.lse, *first.grads), (second.out, second.lse, *second.grads), strict=True):
             assert torch.equal(one, other)
         assert torch.equal(first.frozen[0], first.out)
+
+
+# FlexAttention: forward alone on a CPU, without an lse
+
+
+@pytest.mark.parametrize("name", ["rows dead in one branch", "documents by ids in hilbert order"])
+def test_flex_forward(name: str) -> None:
+    """Compiled, as it always is, so few: multiplicities and dead rows; an order, grouped heads and data."""
+    case, n = by_name(name), 300
+    inputs, want = truth(case, n, torch.float32, with_lse=False)
+    program = as_program(case.program(n))
+    theirs = dense_attention(program, inputs, want)
+    with torch.no_grad():
+        out = cd.compile(program, lowering="flex")(inputs.q, inputs.k, inputs.v, data=inputs.data)
+    assert (out[want.lse == -math.inf] == 0).all()
+    no_worse_than_dense("out of flex", out, theirs.out, want.out)

@@ -1,6 +1,6 @@
 """The demo's language model: bytes in, bytes out, attention by a LongNet program.
 
-bytes -> embedding -> [ + attention(conv(norm)) -> + swiglu(norm) ] x layers -> norm -> logits over the next byte
+Bytes -> embedding of the last 1 to 4 -> [ + attention(norm) -> + swiglu(norm) ] x layers -> norm -> logits of the next byte
 """
 
 from __future__ import annotations
@@ -13,36 +13,53 @@ from ..attend import compile
 from ..programs import Program
 
 BYTES = 256
-_CONV_WIDTH = 4
+_LONGEST_GRAM, _GRAM_SLOTS = 4, 32749  # a prime, so that the remainder depends on every byte
+
+
+class Embedding(nn.Module):
+    """(B, N) bytes to (B, N, width): each byte, and with it its last 2, 3 and 4 bytes as one, hashed (arXiv 2412.09871).
+
+    A model that sees a few million bytes learns more from tables of what it saw than from depth.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.byte = nn.Embedding(BYTES, width)
+        self.grams = nn.ModuleList(nn.Embedding(_GRAM_SLOTS, width) for _ in range(_LONGEST_GRAM - 1))
+        for table in self.grams:
+            nn.init.zeros_(table.weight)  # type: ignore[arg-type]
+
+    def forward(self, text_BN: Tensor) -> Tensor:
+        out_BNE: Tensor = self.byte(text_BN)
+        gram_BN = text_BN
+        for before, table in enumerate(self.grams, start=1):
+            gram_BN = gram_BN * BYTES + F.pad(text_BN, (before, 0))[:, : text_BN.shape[1]]
+            out_BNE = out_BNE + table(gram_BN % _GRAM_SLOTS)
+        return out_BNE
 
 
 class Block(nn.Module):
     """Attention and a gated MLP, each on a normalised input and added to the stream (B, N, width).
 
-    Queries, keys and values come from a short causal convolution: it says where a byte stands among its neighbours, which
-    attention over a set does not know, and lets a single layer look up what followed the last occurrence of a few bytes.
+    Attention is told no positions: what stands just before a byte is in its embedding.
     """
 
     def __init__(self, program: Program, width: int, heads: int) -> None:
         super().__init__()
         self.attend, self.heads = compile(program), heads
-        self.conv = nn.Conv1d(width, width, _CONV_WIDTH, groups=width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
         hidden = 64 * round(8 * width / 3 / 64)
         self.up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
-        with torch.no_grad():
-            self.conv.weight.zero_()[:, :, -1] = 1.0  # at first, each byte as it is
-            for layer in (self.qkv, self.up):
-                nn.init.normal_(layer.weight, std=width**-0.5)
-            for layer in (self.merge, self.down):  # at first, each block adds nothing
-                nn.init.zeros_(layer.weight)
+        for layer in (self.qkv, self.up):
+            nn.init.normal_(layer.weight, std=width**-0.5)
+        for layer in (self.merge, self.down):  # at first, each block adds nothing
+            nn.init.zeros_(layer.weight)
 
     def project(self, x_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, each (B, H, N, D)."""
-        near_BEN = F.pad(F.rms_norm(x_BNE, x_BNE.shape[-1:]).transpose(1, 2), (_CONV_WIDTH - 1, 0))
-        qkv = self.qkv(self.conv(near_BEN).transpose(1, 2)).unflatten(-1, (3, self.heads, -1))
+        qkv = self.qkv(F.rms_norm(x_BNE, x_BNE.shape[-1:])).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:]), v
 
@@ -59,7 +76,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, program: Program, width: int = 128, heads: int = 4, layers: int = 3) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(BYTES, width)
+        self.embedding = Embedding(width)
         self.blocks = nn.ModuleList(Block(program, width, heads) for _ in range(layers))
         self.logits = nn.Linear(width, BYTES, bias=False)
         nn.init.zeros_(self.logits.weight)  # at first, every byte is as likely as any other

@@ -13,6 +13,7 @@ from .demo_text import Text
 from .demo_training import Training
 
 _MIB = 2**20
+_DRAWN_TOKENS = 128
 
 
 def code(lengths: Sequence[int], rates: Sequence[int]) -> str:
@@ -72,7 +73,7 @@ def _row(cell: Cell) -> list[str]:
 
 def mask_picture(lengths: Sequence[int], rates: Sequence[int], tokens: int, heads: int) -> bytes:
     """PNG of a program as one head sees it, all lengths divided by what makes each pair visible."""
-    smaller = max(1, tokens // pictures.MOST_TOKENS_IN_PAIRS)
+    smaller = max(1, tokens // _DRAWN_TOKENS)
     lengths, tokens = [length // smaller for length in lengths], tokens // smaller
     drawn = pictures.panels(longnet(lengths, rates, causal=True), tokens, heads, 0, pictures.default_tile(tokens))
     return pictures.png(f"{code(lengths, rates)}, {tokens} tokens, head 0: the model's mask at 1/{smaller} of its size", drawn)

@@ -31,7 +31,7 @@ _INSTALL_COMPILER = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. state: "ok"; "missing", which is fine but limits what runs; "failed", which is not fine."""
+    """One line. state: "ok"; "absent", which is fine but limits what runs; "failed", which is not fine."""
 
     name: str
     state: str
@@ -138,7 +138,7 @@ def _inductor() -> Finding:
 def _device() -> Finding:
     if not torch.cuda.is_available():
         built = "this torch is a CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda} finds no GPU"
-        return Finding("gpu", "missing", f"none; {built}. Everything runs on the CPU", "")
+        return Finding("gpu", "absent", f"none; {built}. Everything runs on the CPU", "")
     triton = importlib.util.find_spec("triton") is not None
     memory = torch.cuda.get_device_properties(0).total_memory
     found = f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
@@ -149,7 +149,7 @@ def _device() -> Finding:
 
 def _flex() -> Finding:
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
-        return Finding("flex attention", "missing", "not in this torch: lowering 'flex' is refused", "pip install 'torch>=2.11'")
+        return Finding("flex attention", "absent", "not in this torch: lowering 'flex' is refused", "pip install 'torch>=2.11'")
     where = (
         "forward and backward on the GPU" if torch.cuda.is_available() else "forward alone: torch has no backward of it on a CPU"
     )
@@ -159,10 +159,10 @@ def _flex() -> Finding:
 def _distributed() -> Finding:
     if not torch.distributed.is_available():
         return Finding(
-            "distributed", "missing", "not in this torch: nothing over several processes", "install a torch built with it"
+            "distributed", "absent", "not in this torch: nothing over several processes", "install a torch built with it"
         )
     backends = [name for name in ("gloo", "nccl", "mpi") if getattr(torch.distributed, f"is_{name}_available")()]
-    return Finding("distributed", "ok" if backends else "missing", ", ".join(backends) or "no backend")
+    return Finding("distributed", "ok" if backends else "absent", ", ".join(backends) or "no backend")
 
 
 def _machine() -> Finding:
@@ -173,7 +173,7 @@ def _machine() -> Finding:
     gibibytes = f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB of it free"
     found = f"{cores} cores, {torch.get_num_threads()} threads, {gibibytes}"
     low = memory.available < _LOW_MEMORY_BYTES
-    return Finding("machine", "missing" if low else "ok", found, "free some memory: the demo takes about 4 GiB" if low else "")
+    return Finding("machine", "absent" if low else "ok", found, "free some memory: the demo takes about 4 GiB" if low else "")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 Counts = npt.NDArray[np.int64]
 
 # Up to so many tokens a picture shows every pair; past so many, pairs are not counted either.
-MOST_TOKENS_IN_PAIRS = 512
+MOST_TOKENS_IN_PAIRS = 256
 _MOST_TOKENS_COUNTED = 2**16
 # Tiles a side, in the picture and in what is planned for it.
 _DRAWN_TILES = 256
 _PLANNED_TILES = 2048
 _TEXT_ROWS = 32
 _TEXT_PAIRS = 80
+_DPI, _DPI_OF_PAIRS = 110, 200
 
 _COLORS = {EMPTY: "#f2f2f2", PARTIAL: "#efb16d", FULL: "#1f4e79"}
 _FORBIDDEN, _ALLOWED = "#fbe6cf", "#d2691e"  # pairs within a partial tile
@@ -155,7 +157,7 @@ def png(title: str, drawn: list[Panel]) -> bytes:
 
     counts = multiplicity(drawn)
     number = len(drawn) + (counts is not None)
-    columns = min(number, 3)
+    columns = number if number <= 3 else math.ceil(math.sqrt(number))
     rows = -(-number // columns)
     figure = Figure(figsize=(max(5.2 * columns, 7), 5.9 * rows + 0.8), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
@@ -167,7 +169,7 @@ def png(title: str, drawn: list[Panel]) -> bytes:
         ax.set_axis_off()
     figure.suptitle(textwrap.fill(title, 42 * columns + 20), fontsize=10)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=_DPI_OF_PAIRS if any(panel.seen is not None for panel in drawn) else _DPI)
     return buffer.getvalue()
 
 

@@ -28,7 +28,7 @@ def show(
 ) -> None:
     """Draw what PROGRAM lets one head see, branch by branch: as text here, and as PNG.
 
-    Up to 512 tokens every pair is drawn, past that tiles: full, partial or empty. A million tokens take a second or two.
+    Up to 256 tokens every pair is drawn, past that tiles: full, partial or empty. A million tokens take a second or two.
     """
     if head >= heads:
         raise typer.BadParameter(f"--head {head} is none of {heads} heads, 0 to {heads - 1}")

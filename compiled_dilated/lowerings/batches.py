@@ -176,7 +176,9 @@ def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: t
 
 def _indices(rows: Rows, device: torch.device, shared: bool) -> Tensor:
     positions = rows.positions()
-    return torch.from_numpy(positions[:1] if shared else positions).to(device, torch.int64)
+    # Half the bytes where no product of positions, as masks form them, can overflow.
+    dtype = torch.int32 if rows.last < 2**15 else torch.int64
+    return torch.from_numpy(positions[:1] if shared else positions).to(device, dtype)
 
 
 def _bias(batch: Batch, call: Call, b: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -13,7 +13,7 @@ from .batches import Batch, head_ranges
 from .lattice import Lattice
 
 # The bias of one group of heads is q_len x kv_len: past this many pairs it is no longer small beside anything.
-_MOST_MASKED_PAIRS = 2**24
+_MOST_MASKED_PAIRS = 2**22
 
 
 def propose(problem: Problem) -> Proposal | Refusal:

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..masks import Mask, conjunction, conjuncts
+from ..masks import Mask, Padding, conjunction, conjuncts
 from ..masks.data import DocumentLengths
 from ..masks.grids import Axis, Neighborhood, strides_of
-from ..masks.positions import Causal, Congruent, Segments, Window
+from ..masks.positions import Causal, Congruent, DilatedBlocks, Segments, Window
 from ..plans import Problem, Refusal
 from . import costs
 from .bands import MOST_ROWS, Band, Run, cut, cut_causal
@@ -25,6 +25,7 @@ from .lattice import Lattice
 _WINDOW_TILES = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
 _BOX_TILES = (4, 6, 8, 10, 12, 13, 14, 16, 18, 20, 24, 28, 32, 48, 64)
 _MOST_DOCUMENTS = 256
+_ASKED_ROWS, _ASKED_COLUMNS = 512, 2048
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,15 @@ def propose(mask: Mask, heads: HeadRange, kv_heads: HeadRange, problem: Problem)
         if problem.q_offset or not problem.q_len == problem.kv_len == math.prod(pieces.grid.grid):
             return _refusal("a part of a grid is not made of regular boxes")
         lattices = list(_boxes(pieces, problem))
+    elif pieces.blocks is not None:
+        if problem.q_offset or problem.q_len != problem.kv_len:
+            return _refusal("a part of the blocks' queries or keys is not made of regular blocks")
+        lattices = list(_block_classes(pieces.blocks, problem.q_len))
     else:
         lanes = _lanes(pieces, problem)
         if isinstance(lanes, str):
             return _refusal(lanes)
-        lattices = list(_lines(lanes, problem))
+        lattices = list(_lines(lanes, pieces, problem))
     return [
         _batch(queries, keys, run_full, causal, first, pieces, heads, kv_heads)
         for queries, keys, run_full, causal, first in lattices
@@ -76,7 +81,13 @@ class Pieces:
     window: Window | None
     causal: bool
     grid: Neighborhood | None
+    blocks: DilatedBlocks | None
     rest: tuple[Mask, ...]
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether some mask has to be asked about every pair, anew for every tile."""
+        return any(not isinstance(mask, Padding) for mask in self.rest)
 
 
 def _sort(masks: tuple[Mask, ...]) -> Pieces | str:
@@ -86,10 +97,13 @@ def _sort(masks: tuple[Mask, ...]) -> Pieces | str:
     windows = [mask for mask in masks if isinstance(mask, Window)]
     grids = [mask for mask in masks if isinstance(mask, Neighborhood)]
     causal = any(isinstance(mask, Causal) for mask in masks)
-    known = (Segments, DocumentLengths, Congruent, Window, Neighborhood, Causal)
+    known = (Segments, DocumentLengths, Congruent, Window, Neighborhood, Causal, DilatedBlocks)
     rest = tuple(mask for mask in masks if not isinstance(mask, known))
+    blocks = [mask for mask in masks if isinstance(mask, DilatedBlocks)]
+    if blocks and (len(blocks) > 1 or len(masks) > 1):
+        return f"{blocks[0]!r} forms regular blocks on its own alone"
     for mask in rest:
-        if mask.period is None and not mask.names:
+        if not mask.names:
             return f"{mask!r} is not made of regular blocks"
     if segments and any(length % min(segments) for length in segments):
         return "segments of lengths that do not divide each other do not form regular blocks"
@@ -114,6 +128,7 @@ def _sort(masks: tuple[Mask, ...]) -> Pieces | str:
         window,
         causal,
         grids[0] if grids else None,
+        blocks[0] if blocks else None,
         rest,
     )
 
@@ -207,10 +222,10 @@ def _meet(span: range, start: int, stop: int) -> range:
 Tiling = tuple[Lattice, Lattice, bool, bool, bool]
 
 
-def _lines(lanes: list[Lane], problem: Problem) -> Iterator[Tiling]:
+def _lines(lanes: list[Lane], pieces: Pieces, problem: Problem) -> Iterator[Tiling]:
     for lane in lanes:
         band = lane.band
-        for run in _runs(band, problem):
+        for run in _asked_runs(band) if pieces.pairwise else _runs(band, problem):
             outer = ((lane.count, lane.stride),) if lane.count > 1 else ()
             tiles = (*outer, (run.count, run.stride * lane.step)) if run.count > 1 or not outer else outer
             queries = Lattice(lane.q_first + run.q_start * lane.step, tiles, ((run.q_rows, lane.step),))
@@ -230,9 +245,44 @@ def _runs(band: Band, problem: Problem) -> list[Run]:
     return min(options, key=lambda runs: sum(_time(run, problem) for run in runs))
 
 
+def _asked_runs(band: Band) -> list[Run]:
+    """Tiles small enough that a bias of their own stays small beside the tensors."""
+    runs = []
+    for run in cut(band, min(_ASKED_ROWS, band.q_len)):
+        for start in range(0, run.k_rows, _ASKED_COLUMNS):
+            columns = min(_ASKED_COLUMNS, run.k_rows - start)
+            runs.append(replace(run, k_start=run.k_start + start, k_rows=columns, first=start == 0))
+    return runs
+
+
 def _time(run: Run, problem: Problem) -> float:
     flops = run.count * run.q_rows * run.k_rows * 2 * (problem.head_dim + problem.value_dim)
     return costs.seconds(flops / costs.efficiency(problem, run.q_rows, run.k_rows), 0, 1)
+
+
+def _block_classes(mask: DilatedBlocks, tokens: int) -> Iterator[Tiling]:
+    """Blocks a multiple of `stride` blocks apart see each other.
+
+    Per class of blocks one dense problem, classes alike together.
+    """
+    block, stride = mask.block, mask.stride
+    whole, short = divmod(tokens, block)
+    fewest, longer = divmod(whole, stride)  # the first `longer` classes have one block more than the others
+    for classes, blocks in ((range(longer), fewest + 1), (range(longer, stride), fewest)):
+        if classes and blocks:
+            tiles = ((len(classes), block),)
+            keys = Lattice(classes.start * block, tiles, ((blocks, stride * block), (block, 1)))
+            at_once = max(1, MOST_ROWS // block)
+            for at in range(0, blocks, at_once):
+                rows = ((min(at_once, blocks - at), stride * block), (block, 1))
+                yield Lattice((classes.start + at * stride) * block, tiles, rows), keys, True, False, True
+    if short:
+        tail = Lattice(whole * block, ((1, 0),), ((short, 1),))
+        if fewest:
+            before = Lattice(longer * block, ((1, 0),), ((fewest, stride * block), (block, 1)))
+            yield before, tail, True, False, False
+            yield tail, before, True, False, True
+        yield tail, tail, True, False, not fewest
 
 
 # Grids --------------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,13 @@ class Padding(Mask):
         return (self.name,)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        return ~_tensor(data, self.name, self)[b, kv] & (q == q)
+        padding = _tensor(data, self.name, self)
+        if str(padding.dtype).removeprefix("torch.") != "bool":
+            raise TypeError(
+                f"data[{self.name!r}] must be a bool tensor, True where a key is padding; got {padding.dtype}. "
+                "Of a mask that is 1 where a key counts, pass mask == 0"
+            )
+        return ~padding[b, kv] & (q == q)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         return np.full(len(q), PARTIAL)

@@ -53,7 +53,7 @@ class Attend:
         offset = q_offset if isinstance(q_offset, torch.SymInt) else arguments.integer("q_offset", q_offset, 0)
         handle = self._bare
         if score_mod is not None:
-            handle = operators.handle_of(self.program, self.lowering, _check_score_mod(score_mod))
+            handle = operators.with_score_mod(self._bare, _check_score_mod(score_mod))
         if self.lowering == "flex" and q.device.type == "cpu" and (return_lse or sink_logits is not None):
             raise ValueError(
                 "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "

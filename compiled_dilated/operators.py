@@ -30,14 +30,27 @@ _programs: dict[str, tuple[Program | PerLength, str, ScoreMod | None]] = {}
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
 
-def handle_of(program: Program | PerLength, lowering: str, score_mod: ScoreMod | None = None) -> str:
+def handle_of(program: Program | PerLength, lowering: str) -> str:
     """The string that stands for a program in an operator's arguments."""
-    handle = f"{program!r} lowering={lowering}" + ("" if score_mod is None else f" score_mod={id(score_mod)}")
-    known = _programs.setdefault(handle, (program, lowering, score_mod))
+    handle = f"{program!r} lowering={lowering}"
+    known = _programs.setdefault(handle, (program, lowering, None))
     if known[0] != program:  # two functions of one name inside from_mod
         handle = f"{handle} #{hash(program)}"
-        _programs.setdefault(handle, (program, lowering, score_mod))
+        _programs.setdefault(handle, (program, lowering, None))
     return handle
+
+
+def with_score_mod(handle: str, score_mod: ScoreMod) -> str:
+    """The string that stands for a program and a score_mod."""
+    program, lowering, _ = _programs[handle]
+    joint = f"{handle} score_mod={id(score_mod)}"
+    _programs[joint] = (program, lowering, score_mod)
+    return joint
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: the score_mod has to be known before the
+# traced graph runs, and what tracing itself writes to a dictionary is written after.
+with_score_mod._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:

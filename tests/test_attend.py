@@ -13,18 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import compiled_dilated as cd
-from compiled_dilated import Branch, Program, masks, orders
-from compiled_dilated.masks import Mask, conjunction
-from compiled_dilated.oracle import multiplicity
-from compiled_dilated.planner import disjoint
-from compiled_dilated.programs import as_program
-from tests import strategies
-from tests.cases import CASES, Case, by_name
+from compiled_dilated import Program, masks
+from compiled_dilated.masks import Mask
+from tests.cases import by_name
 
 TRAINS = ("dense", "strided", "tiled", "auto")
 
@@ -508,121 +502,3 @@ def test_padding_may_hold_anything_finite() -> None:
     assert torch.equal(got, want)
     for grad in torch.autograd.grad(got.sum(), filled):
         assert (grad[:, :, 30:] == 0).all()
-
-
-# Plans
-
-
-@given(mask=strategies.expressions(strategies.line_masks(40)))
-def test_disjoint_parts_are_the_mask(mask: Mask) -> None:
-    parts = disjoint(mask)
-    total = sum(strategies.dense(part, 40, 40).astype(int) for part in parts)
-    assert (total == strategies.dense(mask, 40, 40)).all()
-
-
-def test_auto_mixes_lowerings_within_a_branch() -> None:
-    """A window by slices, its sinks by gathered tiles: the same numbers as tiles alone."""
-    mask = masks.causal() & (masks.window(64) | masks.sinks(4))
-    q, k, v = tensors(1, 1, 4096, 4, 4, batch=1)
-    attend = cd.compile(mask)
-    assert {"strided", "tiled"} <= set(attend.plan(q, k, v).lowering.split("+"))
-    tiled = cd.compile(mask, lowering="tiled")
-    back = torch.randn(1, 1, 4096, 4, dtype=torch.float64), torch.randn(1, 1, 4096, dtype=torch.float64)
-    for mine, theirs in zip(
-        *(torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back) for each in (attend, tiled)), strict=True
-    ):
-        same(mine, theirs)
-
-
-def test_auto_is_dense_where_everything_is_seen() -> None:
-    q, k, v = tensors(2, 2, 64, dtype=torch.float32)
-    assert cd.compile(masks.full()).plan(q, k, v).lowering == "dense"
-    assert cd.compile(masks.window(60) & masks.causal()).plan(q, k, v).lowering == "dense"
-
-
-def test_a_plan_tells_what_it_weighed() -> None:
-    plan = cd.plan(cd.longnet((64, 128), (1, 2)), (1, 4, 512, 16), kv_heads=2, dtype=torch.bfloat16, training=True)
-    told = plan.to_json()
-    assert told["program"] == repr(plan.problem.program)
-    assert {row["lowering"] for row in told["candidates"]} >= {"dense", "strided", "flex"}
-    assert any(row["chosen"] for row in told["candidates"])
-    for word in ("segments(64)", "chosen", plan.lowering, "refused because", "MiB"):
-        assert word in plan.explain()
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if 129 in case.lengths], ids=str)
-def test_a_plan_counts_its_pairs(case: Case) -> None:
-    inputs, program = case.inputs(129, torch.float32), case.program(129)
-    counts = multiplicity(as_program(program), inputs.q, inputs.k, data=inputs.data)
-    for lowering in ("dense", "tiled", "auto", *(() if case.refused else ("strided",))):
-        plan = cd.plan(program, inputs.q.shape, case.kv_heads, value_dim=case.value_dim, lowering=lowering, training=True)
-        assert plan.cost.pairs >= int((counts > 0).sum())
-        # Pairs that two branches link are two; masks that read data cannot be counted.
-        assert plan.useful_pairs == (
-            None if any(branch.mask.per_call for branch in plan.problem.program.branches) else int(counts.sum())
-        )
-
-
-# Adversarial
-
-
-@st.composite
-def programs(draw: st.DrawFn) -> tuple[Program, int]:
-    """One to three branches with masks, heads and orders of their own, of 3 heads; and a length."""
-    mask, order, n = draw(strategies.masks_and_orders(150))
-    heads = st.sampled_from([None, (0, 2), (1, 3), (2, 3), (1, 1), "0/2", "1/2"])
-    branches = [Branch(mask, draw(heads), order)]
-    for _ in range(draw(st.integers(0, 2))):
-        own = draw(st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, 60)) | st.just(orders.identity()))
-        branches.append(Branch(draw(strategies.expressions(strategies.line_masks(150) | strategies.mods())), draw(heads), own))
-    return Program(tuple(branches)), n
-
-
-def agree(program: Program, q: Tensor, k: Tensor, v: Tensor, lowering: str, **options: Any) -> None:
-    try:
-        got = cd.compile(program, lowering=lowering)(q, k, v, return_lse=True, **options)
-    except ValueError as error:
-        if "lowering 'strided' refuses" in str(error):
-            return
-        raise
-    want = cd.reference(program, q, k, v, return_lse=True, **options)
-    same(got, want)
-    back = torch.ones_like(got[0]), torch.ones_like(got[1])
-    for mine, theirs in zip(torch.autograd.grad(got, (q, k, v), back), torch.autograd.grad(want, (q, k, v), back), strict=True):
-        same(mine, theirs)
-
-
-@pytest.mark.parametrize("lowering", TRAINS)
-@settings(max_examples=25)
-@given(drawn=programs())
-def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
-    program, n = drawn
-    agree(program, *tensors(3, 1, n, 3, 3, batch=2), lowering)
-
-
-@pytest.mark.parametrize("lowering", TRAINS)
-@settings(max_examples=25)
-@given(
-    mask=strategies.expressions(strategies.line_masks(150) | strategies.mods()),
-    q_len=st.integers(1, 150),
-    kv_len=st.integers(1, 150),
-    q_offset=st.integers(0, 150),
-)
-def test_any_mask_at_any_offset(lowering: str, mask: Mask, q_len: int, kv_len: int, q_offset: int) -> None:
-    q, k, v = tensors(2, 1, 150, 3, 3, batch=1)
-    q, k, v = (x[:, :, :size].detach().requires_grad_() for x, size in ((q, q_len), (k, kv_len), (v, kv_len)))
-    program = Program((Branch(mask),))
-    agree(program, q, k, v, lowering, q_offset=q_offset)
-    with torch.no_grad():
-        for got, want in zip(*(
-            attention(q, k, v, q_offset=q_offset, return_lse=True)
-            for attention in (cd.compile(program), lambda *x, **o: cd.reference(program, *x, **o))
-        ), strict=True):  # fmt: skip
-            same(got, want)
-
-
-@settings(max_examples=60)
-@given(parts=st.lists(strategies.line_masks(150), min_size=1, max_size=4), n=st.integers(1, 400))
-def test_any_conjunction_by_slices(parts: list[Mask], n: int) -> None:
-    """The strided lowering sorts what a conjunction is made of: every combination is right, or refused."""
-    agree(Program((Branch(conjunction(tuple(parts))),)), *tensors(1, 1, n, 2, 2, batch=1), "strided")

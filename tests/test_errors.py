@@ -1,4 +1,4 @@
-"""Bad input, one table: the error names the argument, says what came and what was expected, and, where it is not plain, what to do."""
+"""Bad input, one table: the error names the argument, what came and what was expected, and, where it is not plain, what to do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ MASKS: list[Row] = [
     (lambda: masks.documents(ids="a", lengths=(1,)), ValueError, "got ids='a', lengths=(1,)"),
     (lambda: masks.documents(ids=torch.zeros(4)), TypeError, "ids must be the name of a data tensor; got Tensor"),
     (lambda: masks.documents(lengths=(3, -1)), ValueError, "lengths[1] must be at least 0; got -1"),
-    (lambda: masks.documents(lengths=7), TypeError, "lengths must be a sequence of integers; got int 7. Write a tuple, as in (7,)"),
+    (
+        lambda: masks.documents(lengths=7),
+        TypeError,
+        "lengths must be a sequence of integers; got int 7. Write a tuple, as in (7,)",
+    ),
     (lambda: masks.padding(torch.zeros(4)), TypeError, "Pass the tensor itself as data={...} at the call"),
     (lambda: masks.sinks(-4), ValueError, "count must be at least 0; got -4"),
     (lambda: masks.prefix(None), TypeError, "count must be an integer; got NoneType None"),
@@ -77,7 +81,7 @@ MASKS: list[Row] = [
     (lambda: not CAUSAL, TypeError, "`and`, `or`, `not` and `if` cannot combine masks"),
     (lambda: CAUSAL & 3, TypeError, "`&` joins two masks; got int 3"),
     (lambda: CAUSAL | (lambda b, h, q, kv: q > kv), TypeError, "`|` joins two masks; got function"),
-]  # fmt: skip
+]
 
 ORDERS: list[Row] = [
     (lambda: orders.residue(0), ValueError, "rate must be at least 1; got 0"),
@@ -85,11 +89,15 @@ ORDERS: list[Row] = [
     (lambda: orders.hilbert(4), ValueError, "hilbert orders grids of 2 or 3 axes; got 1 sizes (4,)"),
     (lambda: orders.hilbert(4, 0), ValueError, "grid[1] must be at least 1; got 0"),
     (lambda: orders.hilbert(4, 4).permute(x(2, 15, 3)), ValueError, "orders the 16 cells of its grid; got 15 tokens"),
-]  # fmt: skip
+]
 
 PROGRAMS: list[Row] = [
     (lambda: Branch(lambda b, h, q, kv: q >= kv), TypeError, "a branch needs a mask; got function"),
-    (lambda: Branch(CAUSAL, order="hilbert"), TypeError, "order must be an order; got str 'hilbert'. Use compiled_dilated.orders"),
+    (
+        lambda: Branch(CAUSAL, order="hilbert"),
+        TypeError,
+        "order must be an order; got str 'hilbert'. Use compiled_dilated.orders",
+    ),
     (lambda: Branch(CAUSAL, heads="2/2"), ValueError, "heads must be None, (start, stop) or a share 'i/k' with i < k; got '2/2'"),
     (lambda: Branch(CAUSAL, heads=3), ValueError, "heads must be None, (start, stop) or a share 'i/k' with i < k; got 3"),
     (lambda: Branch(CAUSAL, heads=(0, 9)).head_range(8), ValueError, "names heads 0 to 9; the query has 8"),
@@ -112,24 +120,40 @@ PROGRAMS: list[Row] = [
     (lambda: cd.block_sparse(1.1, tokens=64), ValueError, "A sparsity of 0.9 is density 0.1"),
     (lambda: cd.block_sparse("0.1", tokens=64), TypeError, "density must be a number in (0, 1]; got str '0.1'"),
     (lambda: cd.block_sparse(0.1), ValueError, "say how many: block_sparse(0.1, 'local', tokens=N)"),
-    (lambda: cd.block_sparse(0.1, "bigbird", tokens=64), ValueError, "kind must be one of 'local', 'global_local', 'dilated', 'tiles'"),
+    (
+        lambda: cd.block_sparse(0.1, "bigbird", tokens=64),
+        ValueError,
+        "kind must be one of 'local', 'global_local', 'dilated', 'tiles'",
+    ),
     (lambda: cd.block_sparse(0.3, "dilated"), ValueError, "keeps one block in a whole number: density 0.25 or 0.3333; got 0.3"),
     (lambda: cd.block_sparse(0.1, "global_local", tokens=64), ValueError, "take a smaller block or kind='local'"),
     (lambda: cd.block_sparse(0.5, "tiles", tokens=64), ValueError, "tiles are for kind='tiles', which needs them"),
     (lambda: cd.block_sparse(0.5, "local", tokens=64, tiles=[(0, 0)]), ValueError, "tiles are for kind='tiles'"),
-    (lambda: cd.block_sparse(0.5, "tiles", tokens=128, tiles=[(0, 0)]), ValueError, "the tiles keep 0.25 of the pairs of 128 tokens"),
-]  # fmt: skip
+    (
+        lambda: cd.block_sparse(0.5, "tiles", tokens=128, tiles=[(0, 0)]),
+        ValueError,
+        "the tiles keep 0.25 of the pairs of 128 tokens",
+    ),
+]
 
 COMPILE: list[Row] = [
     (lambda: cd.compile(lambda b, h, q, kv: q >= kv), TypeError, "expected a Program or a mask; got function"),
     (lambda: cd.compile([CAUSAL]), TypeError, "expected a Program or a mask; got list"),
-    (lambda: cd.compile(CAUSAL, lowering="fast"), ValueError, "lowering must be one of 'auto', 'dense', 'strided', 'tiled', 'flex'; got 'fast'"),
+    (
+        lambda: cd.compile(CAUSAL, lowering="fast"),
+        ValueError,
+        "lowering must be one of 'auto', 'dense', 'strided', 'tiled', 'flex'; got 'fast'",
+    ),
     (lambda: attend(q=[[1.0]]), TypeError, "q must be a torch.Tensor; got list. Convert it with torch.as_tensor"),
     (lambda: attend(q=x(4, 8, 4)), ValueError, "q must be (batch, heads, tokens, head_dim); got shape (4, 8, 4)"),
     (lambda: attend(k=x(2, 4, 8, 4, 1)), ValueError, "k must be (batch, heads, tokens, head_dim); got shape (2, 4, 8, 4, 1)"),
     (lambda: attend(q=x(dtype=torch.int64)), TypeError, "q must be float16, bfloat16, float32 or float64; got torch.int64"),
     (lambda: attend(q=x(dtype=torch.complex64)), TypeError, "got torch.complex64. Cast it first"),
-    (lambda: attend(k=x(dtype=torch.float16)), TypeError, "q, k and v must have one dtype; got q torch.float32 and k torch.float16"),
+    (
+        lambda: attend(k=x(dtype=torch.float16)),
+        TypeError,
+        "q, k and v must have one dtype; got q torch.float32 and k torch.float16",
+    ),
     (lambda: attend(k=x(device="meta")), ValueError, "q, k and v must be on one device; got q on cpu and k on meta"),
     (lambda: attend(v=x(2, 4, 9, 4)), ValueError, "k and v must agree in batch, heads and tokens"),
     (lambda: attend(k=x(3, 4, 8, 4)), ValueError, "q and k must have one batch size"),
@@ -146,29 +170,65 @@ COMPILE: list[Row] = [
     (lambda: attend(IDS, data={"ids": [0] * 8}), TypeError, "data['ids'] must be a bool or integer tensor; got list"),
     (lambda: attend(IDS, data={"ids": x(2, 8)}), TypeError, "data['ids'] must be a bool or integer tensor; got torch.float32"),
     (lambda: attend(PADDING, data={"pad": x(8, dtype=torch.bool)}), ValueError, "data['pad'] must be (batch or 1, tokens)"),
-    (lambda: attend(PADDING, data={"pad": x(3, 8, dtype=torch.bool)}), ValueError, "with batch 2 and at least 8 tokens; got shape (3, 8)"),
+    (
+        lambda: attend(PADDING, data={"pad": x(3, 8, dtype=torch.bool)}),
+        ValueError,
+        "with batch 2 and at least 8 tokens; got shape (3, 8)",
+    ),
     (lambda: attend(PADDING, data={"pad": x(2, 7, dtype=torch.bool)}), ValueError, "at least 8 tokens; got shape (2, 7)"),
     (lambda: attend(PADDING, data={"pad": x(2, 8, dtype=torch.int64)}), TypeError, "data['pad'] must be a bool tensor"),
-    (lambda: attend(IDS, q=x(2, 4, 20, 4), data={"ids": x(2, 8, dtype=torch.int64)}), ValueError, "at least 20 tokens; got shape (2, 8)"),
-    (lambda: attend(IDS, q=x(2, 4, 1, 4), q_offset=9, data={"ids": x(2, 8, dtype=torch.int64)}), ValueError, "at least 10 tokens"),
-    (lambda: attend(IDS, data={"ids": x(2, 8, dtype=torch.int64, device="meta")}), ValueError, "data['ids'] must be on the device of q, cpu"),
-    (lambda: attend(sink_logits=0.5), ValueError, "sink_logits must be a tensor of one logit per query head, shape (4,); got float"),
+    (
+        lambda: attend(IDS, q=x(2, 4, 20, 4), data={"ids": x(2, 8, dtype=torch.int64)}),
+        ValueError,
+        "at least 20 tokens; got shape (2, 8)",
+    ),
+    (
+        lambda: attend(IDS, q=x(2, 4, 1, 4), q_offset=9, data={"ids": x(2, 8, dtype=torch.int64)}),
+        ValueError,
+        "at least 10 tokens",
+    ),
+    (
+        lambda: attend(IDS, data={"ids": x(2, 8, dtype=torch.int64, device="meta")}),
+        ValueError,
+        "data['ids'] must be on the device of q, cpu",
+    ),
+    (
+        lambda: attend(sink_logits=0.5),
+        ValueError,
+        "sink_logits must be a tensor of one logit per query head, shape (4,); got float",
+    ),
     (lambda: attend(sink_logits=x(3)), ValueError, "shape (4,); got (3,)"),
     (lambda: attend(score_mod=3), TypeError, "score_mod must be a function of (score, b, h, q_idx, kv_idx); got int"),
     (lambda: attend(score_mod=learned(x(1, requires_grad=True))), ValueError, "score_mod reads a tensor that requires grad"),
     (lambda: attend(Program((Branch(CAUSAL, heads=(0, 5)),))), ValueError, "names heads 0 to 5; the query has 4"),
     (lambda: attend(masks.congruent(2, (0, 1))), ValueError, "names 2 offsets for 4 heads; give one per head or a single number"),
     (lambda: attend(masks.neighborhood((2, 3), 1)), ValueError, "a grid of 6 tokens; got positions up to 8"),
-    (lambda: attend(masks.neighborhood((2, 4), 1), q=x(2, 4, 1, 4), q_offset=8), ValueError, "a grid of 8 tokens; got positions up to 9"),
+    (
+        lambda: attend(masks.neighborhood((2, 4), 1), q=x(2, 4, 1, 4), q_offset=8),
+        ValueError,
+        "a grid of 8 tokens; got positions up to 9",
+    ),
     (lambda: attend(cd.hilbert_window((3, 3), 1)), ValueError, "orders the 9 cells of its grid; got 8 tokens"),
-    (lambda: attend(cd.hilbert_window((2, 4), 1), q=x(2, 4, 2, 4)), ValueError, "Cross attention and decoding need order=identity()"),
-    (lambda: attend(WINDOW | masks.sinks(1), lowering="strided"), ValueError, "Use lowering='tiled' or 'auto' (asked to compute Program"),
-    (lambda: attend(q=x(dtype=torch.float64), k=x(dtype=torch.float64), lowering="flex"), ValueError, "FlexAttention does not compute in float64"),
+    (
+        lambda: attend(cd.hilbert_window((2, 4), 1), q=x(2, 4, 2, 4)),
+        ValueError,
+        "Cross attention and decoding need order=identity()",
+    ),
+    (
+        lambda: attend(WINDOW | masks.sinks(1), lowering="strided"),
+        ValueError,
+        "Use lowering='tiled' or 'auto' (asked to compute Program",
+    ),
+    (
+        lambda: attend(q=x(dtype=torch.float64), k=x(dtype=torch.float64), lowering="flex"),
+        ValueError,
+        "FlexAttention does not compute in float64",
+    ),
     (lambda: attend(q=x(requires_grad=True), lowering="flex"), ValueError, "torch has no backward of FlexAttention on a CPU"),
     (lambda: attend(lowering="flex", return_lse=True), ValueError, "lowering 'flex' gives no lse on a CPU"),
     (lambda: cd.compile(CAUSAL)(x(), x(), x(), None), TypeError, "positional argument"),
     (lambda: attend(dropout_p=0.1), TypeError, "unexpected keyword argument 'dropout_p'"),
-]  # fmt: skip
+]
 
 PLAN: list[Row] = [
     (lambda: cd.plan(CAUSAL, (1, 8, 64)), ValueError, "q_shape must be (batch, heads, tokens, head_dim); got (1, 8, 64)"),
@@ -176,19 +236,27 @@ PLAN: list[Row] = [
     (lambda: cd.plan(CAUSAL, (1, 8, 0, 64)), ValueError, "q_shape[2] must be at least 1; got 0"),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), kv_heads=3), ValueError, "the 8 query heads must be a multiple of the 3 key heads"),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), kv_len=-5), ValueError, "kv_len must be at least 1; got -5"),
-    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), dtype=torch.int8), TypeError, "dtype must be float16, bfloat16, float32 or float64; got torch.int8"),
+    (
+        lambda: cd.plan(CAUSAL, (1, 8, 64, 64), dtype=torch.int8),
+        TypeError,
+        "dtype must be float16, bfloat16, float32 or float64; got torch.int8",
+    ),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), q_offset=-1), ValueError, "q_offset must be at least 0; got -1"),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), lowering="cuda"), ValueError, "lowering must be one of 'auto', 'dense'"),
     (lambda: cd.plan(torch.ones(4, 4), (1, 8, 64, 64)), TypeError, "expected a Program or a mask; got Tensor"),
-    (lambda: cd.plan(masks.from_mod(lambda b, h, q, kv: q == kv), (1, 1, 65536, 64)), ValueError, "Say where to look: from_mod(fn, within=mask)"),
+    (
+        lambda: cd.plan(masks.from_mod(lambda b, h, q, kv: q == kv), (1, 1, 65536, 64)),
+        ValueError,
+        "Say where to look: from_mod(fn, within=mask)",
+    ),
     (lambda: cd.plan(WINDOW, (1, 1, 8192, 64), lowering="dense"), ValueError, "a bias over 8192 x 8192 pairs is larger than"),
-]  # fmt: skip
+]
 
 REFERENCE: list[Row] = [
     (lambda: cd.reference(lambda b, h, q, kv: q >= kv, x(), x(), x()), TypeError, "expected a Program or a mask; got function"),
     (lambda: cd.reference(IDS, x(), x(), x()), ValueError, "reads the data tensor 'ids'; got nothing. Pass data={'ids': tensor}"),
     (lambda: cd.reference(Program((Branch(CAUSAL, (0, 9)),)), x(), x(), x()), ValueError, "names heads 0 to 9; the query has 4"),
-]  # fmt: skip
+]
 
 BLOCK_MASKS: list[Row] = [
     (lambda: cd.block_masks("causal", 64, 64), TypeError, "mask must be a mask; got str 'causal'"),
@@ -199,9 +267,17 @@ BLOCK_MASKS: list[Row] = [
     (lambda: cd.block_masks(IDS, 64, 64, data={"ids": [0]}), TypeError, "data['ids'] must be a tensor; got list"),
     (lambda: cd.block_masks(CAUSAL, 64, 32, order=orders.residue(2)), ValueError, "needs q_len == kv_len and q_offset 0"),
     (lambda: cd.block_masks(masks.neighborhood((4, 4), 1), 17, 17), ValueError, "a grid of 16 tokens; got positions up to 17"),
-    (lambda: cd.block_masks(masks.congruent(2, "grouped"), 64, 64), ValueError, "depends on the number of heads; say it by heads=..."),
-    (lambda: cd.block_mask(masks.window(64) | masks.sinks(4), 2**16, 2**16), ValueError, "Call block_masks(...) and merge the parts by their lse"),
-]  # fmt: skip
+    (
+        lambda: cd.block_masks(masks.congruent(2, "grouped"), 64, 64),
+        ValueError,
+        "depends on the number of heads; say it by heads=...",
+    ),
+    (
+        lambda: cd.block_mask(masks.window(64) | masks.sinks(4), 2**16, 2**16),
+        ValueError,
+        "Call block_masks(...) and merge the parts by their lse",
+    ),
+]
 
 TABLE = {
     "masks": MASKS,

@@ -4,8 +4,8 @@ Each measurement is a process of its own, and the judge is its ru_maxrss, the mo
 
 1. A program of the same kind runs on 2048 tokens first, so that code, thread stacks and the library's own tables are there.
 2. What counts as given is allocated and every page of it touched: q, k, v, and for the backward the output and its gradient.
-3. What the process holds but does not use goes back to the system: malloc_trim, and a fixed MALLOC_MMAP_THRESHOLD_, by which every
-   larger block goes as soon as it is freed. Ballast makes up for peaks of the past, so that none of the peak to come hides below them.
+3. What the process holds but does not use goes back to the system: malloc_trim, and a fixed MALLOC_MMAP_THRESHOLD_, by which
+   every larger block goes as soon as it is freed. Ballast makes up for peaks of the past: none of the peak to come hides below.
 4. The call runs once, planning included. Its peak less what was resident before, less the bytes that it returns, is what it held.
 
 Shares are of q, k, v and out together: 512 MiB in float32 at 64K tokens, 8 heads of 64.

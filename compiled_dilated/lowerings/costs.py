@@ -17,9 +17,10 @@ _FLOPS_PER_BYTE = 12.0
 _FLOPS_PER_CALL = 4e6
 
 # The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out;
-# and the least that is worth having.
+# and the least that is
+# worth having beside short sequences.
 FORWARD_SHARE, BACKWARD_SHARE = 0.025, 0.09
-_LEAST_BYTES = 8 * 2**20
+_LEAST_BYTES, _LONG_BYTES = 8 * 2**20, 128 * 2**20
 _KEPT_SHARE = 0.015
 
 
@@ -39,7 +40,8 @@ def seconds(flops: float, moved_bytes: float, calls: float) -> float:
 
 def budget(problem: Problem, share: float) -> int:
     """Bytes that the work at hand may take beyond q, k, v and out."""
-    return max(int(share * problem.tensor_bytes), _LEAST_BYTES)
+    least = min(_LEAST_BYTES, problem.tensor_bytes // 4) if problem.tensor_bytes < _LONG_BYTES else 0
+    return max(int(share * problem.tensor_bytes), least)
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
@@ -64,6 +66,9 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
         held += rows * columns * (12 if not batch.key_only else 0)
     if problem.score_mod:
         held += heads * rows * columns * (6 if backward else 4) * max(4, problem.itemsize)
+    if problem.itemsize == 2:
+        # On a CPU the kernels repack keys and values, and add up gradients and merged results in float32.
+        held *= 4 if backward else 2
     return held
 
 
@@ -83,7 +88,7 @@ def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
 
 def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
     """Mark the biases worth keeping from call to call: those of most tiles first, up to a small share of the tensors."""
-    left = max(int(_KEPT_SHARE * problem.tensor_bytes), _LEAST_BYTES)
+    left = budget(problem, _KEPT_SHARE)
     kept = set()
     for i, batch in sorted(enumerate(batches), key=lambda each: -each[1].queries.count):
         size = batch.lasting_bias_entries * problem.itemsize

@@ -48,8 +48,8 @@ def with_score_mod(handle: str, score_mod: ScoreMod) -> str:
     return joint
 
 
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: the score_mod has to be known before the
-# traced graph runs, and what tracing itself writes to a dictionary is written after.
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: the score_mod has to be known before
+# the traced graph runs, and what tracing itself writes to a dictionary is written after.
 with_score_mod._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -279,7 +279,8 @@ def attend(
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable."""
     if not trains(q, k, v):
         if torch.compiler.is_compiling():
-            return _attend(q, k, v, data, handle, scale, q_offset, False)
+            out, lse = _attend(q, k, v, data, handle, scale, q_offset, False)
+            return out, lse
         if _is_plain_call(q, k, v):
             return _run(q, k, v, data, handle, scale, q_offset, False)
     function = _Attention if torch.compiler.is_compiling() else _EagerAttention

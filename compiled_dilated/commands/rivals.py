@@ -43,7 +43,7 @@ def flex(program: Program, tokens: int, heads: int, device: str, order: Order = 
     per_head = any(
         branch.mask_at(head, heads) != branch.mask_at(0, heads) for branch in program.branches for head in range(heads)
     )
-    block_mask = torch.compile(create_block_mask)(
+    block_mask = torch.compile(create_block_mask, dynamic=False)(
         mask_mod, None, heads if per_head else None, tokens, tokens, device=device, BLOCK_SIZE=tile
     )
     compiled = torch.compile(flex_attention, dynamic=False)

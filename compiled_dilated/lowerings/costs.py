@@ -16,9 +16,8 @@ from .lattice import Lattice
 _FLOPS_PER_BYTE = 12.0
 _FLOPS_PER_CALL = 4e6
 
-# The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out;
-# and the least that is
-# worth having beside short sequences.
+# The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth
+# having beside short sequences.
 FORWARD_SHARE, BACKWARD_SHARE = 0.025, 0.09
 _LEAST_BYTES, _LONG_BYTES = 8 * 2**20, 128 * 2**20
 _KEPT_SHARE = 0.015

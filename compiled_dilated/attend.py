@@ -190,15 +190,20 @@ def _check_data(
             f"the program reads the data tensors {list(names)}; got {sorted(given)}. "
             "Pass data={name: tensor} with exactly those"
         )
+    branches = () if isinstance(program, PerLength) else program.branches
+    query_names = {name for branch in branches for name in branch.mask.query_names}
     out = []
     for name in names:
         x = given[name]
         if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype.is_complex:
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"data[{name!r}] must be a bool or integer tensor; got {came}")
-        if x.dim() != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] < k.shape[2]:
+        tokens = k.shape[2]
+        if name in query_names and q_offset + q.shape[2] > tokens:
+            tokens = q_offset + q.shape[2]
+        if x.dim() != 2 or x.shape[0] not in (1, q.shape[0]) or x.shape[1] < tokens:
             raise ValueError(
-                f"data[{name!r}] must be (batch or 1, tokens) with batch {q.shape[0]} and at least {k.shape[2]} tokens; "
+                f"data[{name!r}] must be (batch or 1, tokens) with batch {q.shape[0]} and at least {tokens} tokens; "
                 f"got shape {tuple(x.shape)}"
             )
         if x.device != q.device:

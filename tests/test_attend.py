@@ -47,7 +47,7 @@ GRADCHECKED = {
     "longnet": lambda: cd.longnet((3, 8), (1, 2), causal=True),
     "window dilated": lambda: masks.window(4, 2, dilation=2),
     "neighborhood": lambda: masks.neighborhood((2, 4), 1, edges="shift"),
-    "dead rows": lambda: ~masks.causal() & masks.segments(3),
+    "dead rows": lambda: masks.documents(lengths=(4, 3)) & masks.causal(),
     "documents": lambda: masks.documents(ids="ids") & masks.causal(),
 }
 

@@ -55,19 +55,25 @@ def of_comparison(cells: Sequence[Cell], program: str, heads: int, head_dim: int
     """The table of single calls."""
     from tabulate import tabulate
 
-    headers = ["tokens", "attention", "ms", "useful GFLOP/s", "MiB beyond q, k, v", ""]
-    alignment = ("right", "left", "right", "right", "right", "left")
+    headers = ["tokens", "attention", "ms", "useful GFLOP/s", "MiB beyond q, k, v", "s to prepare", ""]
+    alignment = ("right", "left", "right", "right", "right", "right", "left")
     table = tabulate([_row(cell) for cell in cells], headers=headers, disable_numparse=True, colalign=alignment)
     return (
         f"one call of {program}, {heads} heads of {head_dim}, float32, forward\n{table}\n"
         "useful: the program's own pairs. Dense SDPA sees all earlier keys; FlexAttention counts a pair of two branches once.\n"
+        "to prepare: planning, or create_block_mask and torch.compile.\n"
     )
 
 
 def _row(cell: Cell) -> list[str]:
     if cell.seconds is None or cell.useful_gflops is None or cell.memory_bytes is None:
-        return [f"{cell.tokens:,}", cell.system, "-", "-", "-", cell.note]
-    figures = f"{cell.seconds * 1e3:,.1f}", f"{cell.useful_gflops:,.0f}", f"{cell.memory_bytes / _MIB:,.0f}"
+        return [f"{cell.tokens:,}", cell.system, "-", "-", "-", "-", cell.note]
+    figures = (
+        f"{cell.seconds * 1e3:,.1f}",
+        f"{cell.useful_gflops:,.0f}",
+        f"{cell.memory_bytes / _MIB:,.0f}",
+        f"{cell.ready_seconds:.1f}",
+    )
     return [f"{cell.tokens:,}", cell.system, *figures, cell.note]
 
 

@@ -51,6 +51,11 @@ class Mask(ABC):
         return tuple(sorted({name for part in self.parts for name in part.names}))
 
     @property
+    def query_names(self) -> tuple[str, ...]:
+        """Those of `names` that are read at the query's position too, not at the key's alone."""
+        return tuple(sorted({name for part in self.parts for name in part.query_names}))
+
+    @property
     def per_call(self) -> bool:
         """Whether the mask may differ from call to call, or inside a batch: it reads data, or the batch index."""
         return bool(self.names) or any(part.per_call for part in self.parts)

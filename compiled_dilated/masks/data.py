@@ -33,6 +33,10 @@ class DocumentIds(Mask):
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
+    @property
+    def query_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         ids = _tensor(data, self.name, self)
         return ids[b, q] == ids[b, kv]

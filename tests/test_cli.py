@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ from compiled_dilated.programs import as_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """One thread, which other processes slow down least, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(*arguments: str) -> Result:
@@ -326,10 +336,10 @@ def test_bench_lists_the_issue_s_cases() -> None:
     assert {"flat-longnet", "flat-window", "flat-hilbert", "short-causal-512", "short-window-2048"} < set(names)
 
 
+@pytest.mark.usefixtures("threads")
 def test_bench_measures_and_writes(tmp_path: Path) -> None:
-    threads, file = torch.get_num_threads(), tmp_path / "results.json"
+    file = tmp_path / "results.json"
     result = run("bench", "--quick", "--case", "short-causal-512", "--case", "short-window-512", "--json", str(file))
-    torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     record = json.loads(file.read_text())
     assert record["complete"]
@@ -371,6 +381,7 @@ def test_bench_leaves_out_what_does_not_fit() -> None:
 # demo
 
 
+@pytest.mark.usefixtures("threads")
 def test_demo_trains_checks_and_draws(tmp_path: Path) -> None:
     result = run("demo", "--quick", "--seconds", "4", "--out", str(tmp_path / "out"), "--json")
     assert result.exit_code == 0, result.output

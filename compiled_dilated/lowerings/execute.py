@@ -12,6 +12,7 @@ from ..plans import Plan, Problem
 from . import batches as running
 from . import costs, flex, single
 from .batches import Batch, Call, Grads
+from .lattice import Lattice
 
 
 def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +83,14 @@ def _work(plan: Plan) -> list[Batch]:
 
 
 def _is_whole(work: list[Batch], problem: Problem) -> bool:
-    """One batch of one tile that is the whole problem: the kernel's results are the results."""
+    """One batch of one tile that is the whole problem, in the order of q and k: the kernel's results are the results."""
     if len(work) != 1:
         return False
     batch = work[0]
     return (
-        batch.queries.count == 1
+        isinstance(batch.queries, Lattice)
+        and isinstance(batch.keys, Lattice)
+        and batch.queries.count == 1
         and batch.queries.size == problem.q_len
         and batch.keys.size == problem.kv_len
         and (batch.heads.count, batch.kv_heads.count) == (problem.heads, problem.kv_heads)

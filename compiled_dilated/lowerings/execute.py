@@ -12,7 +12,6 @@ from ..plans import Plan, Problem
 from . import batches as running
 from . import costs, flex, single
 from .batches import Batch, Call, Grads
-from .lattice import Lattice
 
 
 def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +87,7 @@ def _is_whole(work: list[Batch], problem: Problem) -> bool:
         return False
     batch = work[0]
     return (
-        isinstance(batch.queries, Lattice)
-        and isinstance(batch.keys, Lattice)
+        not (batch.queries.copies or batch.keys.copies)
         and batch.queries.count == 1
         and batch.queries.size == problem.q_len
         and batch.keys.size == problem.kv_len

@@ -156,6 +156,8 @@ def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: T
     score_mod = _score_mod(work, call)
     if q.device.type == "cpu":
         assert len(parts) <= 1
+        # FlexAttention refuses tensors that require a gradient on a CPU, even where none is recorded.
+        q, k, v = (x.detach() for x in (q, k, v))
         out = _part(parts[0], q, k, v, score_mod, call.scale, None) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
         return work.order.invert(out), q.new_full(q.shape[:3], math.nan, dtype=lse_dtype(q.dtype))
     out = q.new_zeros(*q.shape[:3], v.shape[3])

@@ -19,6 +19,10 @@ from . import rivals
 from .rivals import Attention
 
 
+# A call this long is timed while its memory is watched, which a shorter one would feel.
+_LONG_SECONDS = 2.0
+
+
 @dataclass(frozen=True)
 class Check:
     """Largest errors against the reference, and the most that they may be."""
@@ -105,25 +109,39 @@ def compare(
                 why = f"would take about {expected:.0f} s, judged by the length before" if expected >= 1 else "its time is over"
                 yield Cell(count, system, note=f"left out: {why}")
             else:
-                last[system] = _measured(system, make, q, k, v, flops)
+                last[system] = _measured(system, make, q, k, v, flops, last.get(system))
                 yield last[system]
 
 
 def _expected(before: Cell | None, tokens: int) -> float:
-    """Seconds until a system is measured at this length: two calls, which grow with its square, and what it takes to be ready."""
+    """Seconds until a system is measured at this length: calls that grow with its square, and what it takes to be ready."""
     if before is None or before.seconds is None:
         return 0.0
-    return 2 * before.seconds * (tokens / before.tokens) ** 2 + before.ready_seconds
+    call = before.seconds * (tokens / before.tokens) ** 2
+    calls = (0 if _ready(before) else 1) + (1 if call > _LONG_SECONDS else 2)
+    return calls * call + before.ready_seconds
 
 
-def _measured(system: str, make: Callable[[], Attention], q: Tensor, k: Tensor, v: Tensor, flops: float) -> Cell:
-    """The first call plans and compiles, the second is watched for memory, up to three more are timed."""
+def _ready(before: Cell | None) -> bool:
+    """Whether a system, by what it took at the length before, has nothing to prepare."""
+    return before is not None and before.ready_seconds < 0.001
+
+
+def _measured(
+    system: str, make: Callable[[], Attention], q: Tensor, k: Tensor, v: Tensor, flops: float, before: Cell | None
+) -> Cell:
+    """The first call plans and compiles, the next is watched for memory, up to three more are timed; of a long call, none."""
     with torch.no_grad():
         started = time.perf_counter()
         attention = make()
-        attention(q, k, v)
-        ready = time.perf_counter() - started
         call = partial(attention, q, k, v)
+        if not _ready(before):
+            call()
+        ready = time.perf_counter() - started
+        watched = time.perf_counter()
         peak = measure.peak_bytes(call)
-        elapsed = measure.median(measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)[system])
-    return Cell(q.shape[2], system, elapsed, flops / elapsed / 1e9, peak, max(0.0, ready - elapsed))
+        elapsed = time.perf_counter() - watched
+        if elapsed <= _LONG_SECONDS:
+            elapsed = measure.median(measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)[system])
+    ready = 0.0 if _ready(before) else max(0.0, ready - elapsed)
+    return Cell(q.shape[2], system, elapsed, flops / elapsed / 1e9, peak, ready)

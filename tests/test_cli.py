@@ -450,7 +450,7 @@ def test_ctrl_c_ends_the_demo_without_a_trace(tmp_path: Path) -> None:
         time.sleep(1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    # Python ends by the signal itself, which a shell reports as 130 too, when it was inside exec() of a string as the signal came.
+    # Where the signal found Python inside exec() of a string, Python ends by the signal; a shell reports that as 130 too.
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()

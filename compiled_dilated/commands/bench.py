@@ -1,7 +1,9 @@
 """`compiled-dilated bench`: how fast attention is, against dense SDPA and compiled FlexAttention in the same run.
 
 Useful FLOPs are 4 * D per allowed pair and head, a pair that two branches allow counted twice; a backward counts 2.5 times its
-forward. The dense rate is that of SDPA over all pairs of `dense_tokens` tokens, called in turn with what it is compared to.
+forward. The dense rate is that of SDPA over all pairs of `dense_tokens` tokens. Dense calls stand before and after each call that
+is compared to them, and what is reported is the median of the turns' ratios: a machine that others use as well changes its speed
+from second to second.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from .rivals import Attention
 _BACKWARD = 2.5
 # Above so many seconds (at the rate below) a call is its own warm-up.
 _LONG_SECONDS, _SLOW_RATE = 4.0, 60e9
-_LEAST_RIVAL_TURNS = 3
+_RIVAL_TURNS = 3
+# A call stands between dense calls that take together about one part in so many of its time.
+_DENSE_SHARE = 4
 
 Row = dict[str, Any]
 
@@ -209,23 +213,40 @@ def _rate(case: Case, quick: bool, setup: Setup) -> list[Row]:
         ours = _call(compile(case.program), *setup.tensors(case.tokens, backward))
         flops = setup.flops(allowed, backward)
         warmup = 0 if setup.device == "cpu" and flops / _SLOW_RATE > _LONG_SECONDS else 1
-        dense = _call(rivals.dense(causal=False), *setup.tensors(setup.dense_tokens, backward))
-        dense()
-        times = measure.interleaved({"ours": ours, "dense": dense}, setup.repeats, warmup, setup.seconds)
-        rate = flops / measure.median(times["ours"])
-        dense_rate = setup.flops(dense_pairs, backward) / measure.median(times["dense"])
+        turns = _beside_dense(setup, ours, flops, backward, warmup, setup.seconds)
+        dense_flops = setup.flops(dense_pairs, backward)
+        share = measure.median([flops / mine / (dense_flops / dense) for mine, dense in turns])
         row |= {
-            "seconds": times["ours"],
-            "dense_seconds": times["dense"],
+            "seconds": [mine for mine, _ in turns],
+            "dense_seconds": [dense for _, dense in turns],
             "useful_flops": flops,
-            "useful_gflops": rate / 1e9,
-            "dense_gflops": dense_rate / 1e9,
-            "share": rate / dense_rate,
+            "useful_gflops": flops / measure.median([mine for mine, _ in turns]) / 1e9,
+            "dense_gflops": dense_flops / measure.median([dense for _, dense in turns]) / 1e9,
+            "share": share,
             "required_share": required if setup.judged else None,
         }
-        row["ok"] = rate / dense_rate >= required if setup.judged else None
+        row["ok"] = share >= required if setup.judged else None
         _compare(setup, row, ours, _rivals_of(case, quick, backward and setup.device == "cpu"), backward)
     return rows
+
+
+def _beside_dense(
+    setup: Setup, ours: Callable[[], object], flops: float, backward: bool, warmup: int, seconds: float
+) -> list[tuple[float, float]]:
+    """Seconds of one call of ours, and of one dense call: the mean of those around it."""
+    dense_once = _call(rivals.dense(causal=False), *setup.tensors(setup.dense_tokens, backward))
+    dense_flops = setup.flops(setup.heads * setup.dense_tokens**2, backward)
+    count = max(1, round(flops / dense_flops / _DENSE_SHARE))
+
+    def dense() -> None:
+        for _ in range(count):
+            dense_once()
+
+    dense_once()
+    before = measure.timed(dense)
+    times = measure.interleaved({"ours": ours, "dense": dense}, setup.repeats, warmup, seconds)
+    around = [(one + other) / 2 / count for one, other in itertools.pairwise([before, *times["dense"]])]
+    return list(zip(times["ours"], around, strict=True))
 
 
 def _rivals_of(case: Case, quick: bool, without_flex: bool) -> tuple[Rival, ...]:
@@ -242,8 +263,8 @@ def _compare(setup: Setup, row: Row, ours: Callable[[], object], chosen: Sequenc
         q, k, v = setup.tensors(row["tokens"], backward)
         torch.compiler.reset()  # too many compiled masks of one function, and torch falls back to dense without a word
         theirs = _call(rival.make(setup), q, k, v)
-        times = measure.interleaved({"ours": ours, "theirs": theirs}, min(setup.repeats, _LEAST_RIVAL_TURNS), 1, setup.seconds)
-        ratio = measure.median(times["theirs"]) / measure.median(times["ours"])
+        times = measure.interleaved({"ours": ours, "theirs": theirs}, min(setup.repeats, _RIVAL_TURNS), 1, setup.seconds)
+        ratio = measure.median([theirs / mine for theirs, mine in zip(times["theirs"], times["ours"], strict=True)])
         ok = ratio >= rival.least if setup.judged else None
         row["rivals"][rival.name] = {
             "seconds": times["theirs"],
@@ -255,19 +276,23 @@ def _compare(setup: Setup, row: Row, ours: Callable[[], object], chosen: Sequenc
 
 
 def _flat(name: str, program_of: Callable[[int], Program], sizes: tuple[int, ...], setup: Setup) -> list[Row]:
-    """Forward time per token at each length."""
-    row: Row = {"case": name, "microseconds_per_token": {}, "seconds": {}, "skipped": {}}
+    """Forward time per token at each length, and the same in dense calls of the same minute, whose spread is judged."""
+    row: Row = {"case": name, "microseconds_per_token": {}, "dense_calls_per_million_tokens": {}, "seconds": {}, "skipped": {}}
+    dense_flops = setup.flops(setup.heads * setup.dense_tokens**2, False)
     for tokens in sizes:
         if lacking := setup.lacks_memory(tokens, False):
             row["skipped"][str(tokens)] = lacking
             continue
         ours = _call(compile(program_of(tokens)), *setup.tensors(tokens, False))
-        times = measure.interleaved(
-            {"ours": ours}, setup.repeats, int(tokens <= 2**16 or setup.device == "cuda"), setup.seconds / 2
-        )["ours"]
-        row["seconds"][str(tokens)] = times
-        row["microseconds_per_token"][str(tokens)] = measure.median(times) / tokens * 1e6
-    each = row["microseconds_per_token"].values()
+        warmup = int(tokens <= 2**16 or setup.device == "cuda")
+        # How many dense calls a call is worth matters little; that of LongNet at this length serves for all.
+        turns = _beside_dense(setup, ours, dense_flops * tokens / 2**12, False, warmup, setup.seconds)
+        row["seconds"][str(tokens)] = [mine for mine, _ in turns]
+        row["microseconds_per_token"][str(tokens)] = measure.median([mine for mine, _ in turns]) / tokens * 1e6
+        row["dense_calls_per_million_tokens"][str(tokens)] = (
+            measure.median([mine / dense for mine, dense in turns]) / tokens * 1e6
+        )
+    each = row["dense_calls_per_million_tokens"].values()
     row["spread"] = max(each) / min(each) if each else None
     row["most_spread"] = FLAT_WITHIN if setup.judged else None
     row["ok"] = row["spread"] <= FLAT_WITHIN if setup.judged and each else None
@@ -283,7 +308,7 @@ def _short(name: str, tokens: int, setup: Setup) -> list[Row]:
         attend = compile(program)
         functions = {"ours": _call(attend, q, k, v), "dense": _call(rivals.dense(causal), q, k, v)}
         times = measure.interleaved(functions, 5 * setup.repeats, 3, setup.seconds / 2)
-        ratio = measure.median(times["ours"]) / measure.median(times["dense"])
+        ratio = measure.median([mine / dense for mine, dense in zip(times["ours"], times["dense"], strict=True)])
         rows.append(
             {
                 "case": f"short-{name}-{tokens}",
@@ -331,7 +356,7 @@ def bench(
         device=device.value,
         dense_tokens=2**14 if gpu else 2**12,
         repeats=3 if quick else 21 if gpu else 7,
-        seconds=1.0 if quick else 10.0,
+        seconds=1.0 if quick else 15.0,
     )
     record: dict[str, Any] = {
         "hardware": measure.hardware(),

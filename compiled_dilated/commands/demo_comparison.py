@@ -18,7 +18,6 @@ from ..programs import Program
 from . import rivals
 from .rivals import Attention
 
-
 # A call this long is timed while its memory is watched, which a shorter one would feel.
 _LONG_SECONDS = 2.0
 

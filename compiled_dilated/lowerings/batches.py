@@ -25,6 +25,7 @@ from ..plans import Problem
 from ..programs import Branch
 from . import kernels
 from .lattice import Lattice, Rows, Table, pieces
+from .workspace import Workspace
 
 ScoreMod = Callable[..., Any]
 
@@ -120,6 +121,11 @@ class Batch:
         """Whether tiles share keys, so that the gradients of one key are a sum inside the batch."""
         return isinstance(self.keys, Table) or math.prod(self.keys.repeats) > 1
 
+    def strips(self, converts: bool) -> bool:
+        """Whether tiles are copied, in strips: they can be, and one bias serves all."""
+        keys = self.keys
+        return isinstance(keys, Lattice) and (keys.copies or converts) and keys.strips and (self.shared or not self.masks)
+
     @property
     def lasting_bias_entries(self) -> int:
         """Entries of a bias that is the same in every call and for every tile; 0 where there is none."""
@@ -154,6 +160,7 @@ class Call:
     q_offset: int = 0
     data: Mapping[str, Tensor] = field(default_factory=dict)
     score_mod: ScoreMod | None = None
+    workspace: Workspace = field(default_factory=Workspace)
 
 
 def _units(batch: Batch, size: int) -> list[slice]:
@@ -218,29 +225,36 @@ def _bound(batch: Batch, call: Call, b: Tensor) -> kernels.TileScoreMod | None:
 
 def forward(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merge the batch into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
-    queries, keys, at = batch.queries, batch.keys, call.q_offset
     q, out, lse = (batch.heads.of(x) for x in (q, out, lse))
     k, v = (batch.kv_heads.of(x) for x in (k, v))
+    read = _reader(batch, call, q.dtype, q.dtype)
     for unit in _units(batch, q.shape[0]):
         part_out, part_lse = kernels.attention(
-            _read(batch, queries, q[unit], at, call),
-            _read(batch, keys, k[unit], 0, call),
-            _read(batch, keys, v[unit], 0, call),
+            read("query", q[unit]),
+            read("key", k[unit]),
+            read("value", v[unit]),
             _tiles(batch, call, unit, q.device, q.dtype),
         )
-        _merge(batch, at, out[unit], lse[unit], part_out, part_lse)
+        _merge(batch, call, out[unit], lse[unit], part_out, part_lse)
 
 
-def _read(batch: Batch, rows: Rows, x: Tensor, shift: int, call: Call) -> Tensor:
-    """x (B, H, N, D) as a kernel takes it; in strips where nothing but shared biases has to know which tile is which."""
-    strips = isinstance(rows, Lattice) and batch.keys.copies and isinstance(batch.keys, Lattice) and batch.keys.strips
-    if isinstance(rows, Lattice) and strips and x.shape[0] == 1 and call.score_mod is None and (batch.shared or not batch.masks):
-        return rows.read_strips(x, shift)
-    return rows.read(x, shift)
+def _reader(batch: Batch, call: Call, given: torch.dtype, wanted: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+    """Reads tensors (B, H, N, D) of one kernel call as the kernel takes them: those of dtype `given` in dtype `wanted`.
 
+    All of them in strips, or none: in strips where nothing but shared biases has to know which tile is which.
+    """
+    converts = given != wanted
+    in_strips = call.score_mod is None and batch.strips(converts)
 
-def _read_lse(batch: Batch, x: Tensor, shift: int, call: Call) -> Tensor:
-    return _read(batch, batch.queries, x.unsqueeze(-1), shift, call).squeeze(-1)
+    def read(name: str, x: Tensor) -> Tensor:
+        rows, shift = (batch.keys, 0) if name in ("key", "value") else (batch.queries, call.q_offset)
+        converted = converts and x.dtype == given
+        copy = call.workspace.copy(name, wanted if converted else x.dtype)
+        if isinstance(rows, Lattice) and in_strips and x.shape[0] == 1:
+            return rows.read_strips(x, shift, copy)
+        return rows.read(x, shift, copy, converted)
+
+    return read
 
 
 def whole(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,13 +266,15 @@ def whole_backward(
     batch: Batch, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a batch that is the whole problem."""
-    return kernels.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, _tiles(batch, call, slice(0, q.shape[0]), q.device, q.dtype)
-    )
+    given, dtype = q.dtype, kernels.backward_dtype(q)
+    tiles = _tiles(batch, call, slice(0, q.shape[0]), q.device, dtype)
+    grad_out, q, k, v, out = (x.to(dtype) for x in (grad_out, q, k, v, out))
+    grad_q, grad_k, grad_v = kernels.attention_backward(grad_out, grad_lse, q, k, v, out, lse, tiles)
+    return grad_q.to(given), grad_k.to(given), grad_v.to(given)
 
 
-def _merge(batch: Batch, shift: int, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    rows = batch.queries
+def _merge(batch: Batch, call: Call, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    rows, shift = batch.queries, call.q_offset
     if isinstance(rows, Lattice):
         out, lse = rows.view(out, shift), rows.view(lse, shift)
         heads = batch.heads.count
@@ -304,16 +320,18 @@ def backward(
     q, out, lse, grad_out = (batch.heads.of(x) for x in (q, out, lse, grad_out))
     k, v = (batch.kv_heads.of(x) for x in (k, v))
     grad_lse = None if grad_lse is None else batch.heads.of(grad_lse)
+    dtype = kernels.backward_dtype(q)
+    read = _reader(batch, call, q.dtype, dtype)
     for unit in _units(batch, q.shape[0]):
         part_q, part_k, part_v = kernels.attention_backward(
-            _read(batch, queries, grad_out[unit], at, call),
-            None if grad_lse is None else _read_lse(batch, grad_lse[unit], at, call),
-            _read(batch, queries, q[unit], at, call),
-            _read(batch, keys, k[unit], 0, call),
-            _read(batch, keys, v[unit], 0, call),
-            _read(batch, queries, out[unit], at, call),
-            _read_lse(batch, lse[unit], at, call),
-            _tiles(batch, call, unit, q.device, q.dtype),
+            read("grad_out", grad_out[unit]),
+            None if grad_lse is None else read("grad_lse", grad_lse[unit].unsqueeze(-1)).squeeze(-1),
+            read("query", q[unit]),
+            read("key", k[unit]),
+            read("value", v[unit]),
+            read("out", out[unit]),
+            read("lse", lse[unit].unsqueeze(-1)).squeeze(-1),
+            _tiles(batch, call, unit, q.device, dtype),
         )
         queries.add(into.q[unit], part_q, at)
         keys.add(into.k[unit], part_k, into.k_shift)

@@ -13,14 +13,14 @@ from .batches import Batch
 from .lattice import Lattice
 
 # A dense kernel does this many flops while one byte is copied, or while a kernel call is set up.
-_FLOPS_PER_BYTE = 12.0
+_FLOPS_PER_BYTE = 10.0
 _FLOPS_PER_CALL = 4e6
 
 # The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth
 # having beside short sequences.
-FORWARD_SHARE, BACKWARD_SHARE = 0.025, 0.09
-_LEAST_BYTES, _LONG_BYTES = 8 * 2**20, 128 * 2**20
-_KEPT_SHARE = 0.015
+FORWARD_SHARE, BACKWARD_SHARE = 0.01, 0.05
+_LEAST_BYTES, _LONG_BYTES = 8 * 2**20, 256 * 2**20
+_KEPT_SHARE = 0.005
 
 
 def efficiency(problem: Problem, rows: int, columns: int) -> float:
@@ -28,7 +28,7 @@ def efficiency(problem: Problem, rows: int, columns: int) -> float:
     if problem.itemsize == 2:
         by_rows = 0.65 if rows < 64 else 0.75 if rows < 256 else 0.9 if rows < 768 else 1.0
     else:
-        by_rows = 0.45 if rows < 64 else 0.6 if rows < 192 else 0.9 if rows < 768 else 1.0
+        by_rows = 0.45 if rows < 64 else 0.6 if rows < 128 else 0.65 if rows < 192 else 0.85 if rows < 768 else 1.0
     return by_rows * (0.8 if columns < 256 else 1.0)
 
 
@@ -51,29 +51,28 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
     heads, kv_heads, rows, columns = batch.heads.count, batch.kv_heads.count, batch.queries.size, batch.keys.size
     q_bytes, k_bytes = heads * rows * problem.itemsize, kv_heads * columns * problem.itemsize
     width = max(problem.head_dim, problem.value_dim)
-    held = q_bytes * width + heads * rows * 20
     padded = problem.head_dim != problem.value_dim
+    # In low precision a CPU's forward repacks keys and values, and its backward works on copies in float32.
+    converts = problem.itemsize == 2
+    held = q_bytes * width + heads * rows * 20
     if backward:
-        held += 2 * k_bytes * width
-        if problem.itemsize < 4 and batch.overlaps:
-            held += 2 * kv_heads * rows * width * 4  # float32 sums; neighbouring tiles share most keys
-    if batch.queries.copies or padded:
-        held += q_bytes * width * (3 if backward else 1)
-    if batch.keys.copies or padded:
-        held += int(2 * k_bytes * width * _share_copied(batch))
+        held += 2 * k_bytes * width * (2 if converts else 1)
+        if converts and batch.overlaps:
+            held += 2 * kv_heads * rows * width * 4  # sums; neighbouring tiles share most keys
+    if batch.queries.copies or padded or (backward and converts):
+        held += q_bytes * width * (3 if backward else 1) * (2 if converts else 1)
+    if batch.keys.copies or padded or converts:
+        held += int(2 * k_bytes * width * _share_copied(batch, backward and converts)) * (2 if converts else 1)
     if batch.masks and not batch.shared:
         held += rows * columns * (12 if not batch.key_only else 0)
     if problem.score_mod:
         held += heads * rows * columns * (6 if backward else 4) * max(4, problem.itemsize)
-    if problem.itemsize == 2:
-        # On a CPU the kernels repack keys and values, and add up gradients and merged results in float32.
-        held *= 4 if backward else 2
     return held
 
 
-def _share_copied(batch: Batch) -> float:
+def _share_copied(batch: Batch, converts: bool = False) -> float:
     """Tiles in a strip share a copy: of each only the rows that the one before does not have."""
-    if isinstance(batch.keys, Lattice) and batch.keys.strips and (batch.shared or not batch.masks):
+    if isinstance(batch.keys, Lattice) and batch.strips(converts):
         (count, stride), (size, step) = batch.keys.tiles[0], batch.keys.rows[0]
         return ((count - 1) * (stride // step) + size) / (count * size)
     return 1.0
@@ -83,6 +82,11 @@ def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
     """How many tiles of a batch fit the budget together; at least one."""
     allowed = budget(problem, BACKWARD_SHARE if backward else FORWARD_SHARE)
     return max(1, allowed // tile_bytes(batch, problem, backward))
+
+
+def exceeds(batch: Batch, problem: Problem, backward: bool) -> bool:
+    """Whether one tile, for all heads of the batch, is more than the budget allows."""
+    return tile_bytes(batch, problem, backward) > budget(problem, BACKWARD_SHARE if backward else FORWARD_SHARE)
 
 
 def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:

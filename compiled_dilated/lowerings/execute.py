@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -30,8 +31,9 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
         out.zero_()
         lse.fill_(-math.inf)
     for batch in work:
-        for piece in batch.split(costs.tiles_at_once(batch, problem, backward=False)):
-            running.forward(piece, call, q, k, v, out, lse)
+        for part in batch.by_kv_head() if costs.exceeds(batch, problem, backward=False) else (batch,):
+            for piece in part.split(costs.tiles_at_once(part, problem, backward=False)):
+                running.forward(piece, call, q, k, v, out, lse)
     return out, lse
 
 
@@ -56,24 +58,14 @@ def backward(
         return running.whole_backward(work[0], call, grad_out, grad_lse, q, k, v, out, lse)
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for batch in work:
-        parts = [batch]
+        # Tiles that share keys add to the same gradients: in low precision, in float32 first.
         sums_apart = q.element_size() < 4 and batch.overlaps
-        if sums_apart and not _sums_fit(batch, problem):
-            parts = list(batch.by_kv_head())
-        for part in parts:
+        by_head = costs.exceeds(batch, problem, backward=True) or (sums_apart and not _sums_fit(batch, problem))
+        for part in batch.by_kv_head() if by_head else (batch,):
             into = Grads(part.heads.of(grad_q), part.kv_heads.of(grad_k), part.kv_heads.of(grad_v))
-            pieces = part.split(costs.tiles_at_once(part, problem, backward=True))
-            if not sums_apart:
-                for piece in pieces:
-                    running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, into)
-            elif part is batch:
-                for piece in pieces:
-                    with _Sums(piece, into) as sums:
-                        running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
-            else:
-                with _Sums(part, into) as sums:
-                    for piece in pieces:
-                        running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
+            for piece in part.split(costs.tiles_at_once(part, problem, backward=True)):
+                with _Sums(piece, into) if sums_apart else contextlib.nullcontext(into) as sums:
+                    running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
     return grad_q, grad_k, grad_v
 
 
@@ -104,7 +96,7 @@ def _sums_fit(batch: Batch, problem: Problem) -> bool:
 
 
 class _Sums:
-    """float32 sums of grad_k and grad_v over the keys of a batch, rounded once into the low-precision gradients."""
+    """float32 sums of grad_k and grad_v over the keys of one piece, rounded once into the low-precision gradients."""
 
     def __init__(self, batch: Batch, into: Grads) -> None:
         self.into, self.start, self.stop = into, batch.keys.start, batch.keys.last + 1

@@ -74,6 +74,11 @@ def attention_backward(
     return grad_q[..., :head_dim], grad_k[..., :head_dim], grad_v[..., :width]
 
 
+def backward_dtype(q: Tensor) -> torch.dtype:
+    """What to hand the backward tensors in: ATen's on a CPU runs in low precision at a sixth of its float32 rate."""
+    return torch.float32 if q.device.type == "cpu" and q.element_size() < 4 else q.dtype
+
+
 def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 

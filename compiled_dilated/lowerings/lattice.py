@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..regions import IntArray
+from .workspace import Copy, fresh
 
 Axes = tuple[tuple[int, int], ...]  # (count, stride) in tokens, slowest first
 
@@ -51,8 +52,8 @@ class Lattice:
 
     @property
     def strips(self) -> bool:
-        """Whether tiles that need a copy can share it along their first axis."""
-        return self.copies and len(self.tiles) == len(self.rows) > 1 and self.tiles[0][1] % self.rows[0][1] == 0
+        """Whether tiles that are copied can share the copy along their first axis."""
+        return len(self.tiles) == len(self.rows) and self.tiles[0][1] % self.rows[0][1] == 0
 
     @property
     def repeats(self) -> tuple[int, ...]:
@@ -88,11 +89,17 @@ class Lattice:
         tiles, rows = [count for count, _ in self.tiles], [count for count, _ in self.rows]
         return part.reshape([-1, *tiles, heads, *rows, *part.shape[3:]])
 
-    def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """x (B, H, N, ...) as the kernel's (B * tiles, H, rows, ...): a view where `copies` is False and B or the tiles are 1."""
-        return self.view(x, shift).reshape(-1, x.shape[1], self.size, *x.shape[3:])
+    def read(self, x: Tensor, shift: int = 0, copy: Copy = fresh, converts: bool = False) -> Tensor:
+        """x (B, H, N, ...) as the kernel's (B * tiles, H, rows, ...).
 
-    def read_strips(self, x: Tensor, shift: int = 0) -> Tensor:
+        A view where `copies` is False and B or the tiles are 1, unless the copy `converts` to another dtype.
+        """
+        view, shape = self.view(x, shift), (x.shape[0] * self.count, x.shape[1], self.size, *x.shape[3:])
+        if self.copies or converts or (x.shape[0] > 1 and self.count > 1):
+            view = copy(view)
+        return view.reshape(shape)
+
+    def read_strips(self, x: Tensor, shift: int = 0, copy: Copy = fresh) -> Tensor:
         """x (1, H, N, D) as the kernel's (tiles along the first axis, other tiles * H, rows, D).
 
         Tiles that follow each other along the first axis share most of their rows: they are copied once, as one strip, and the
@@ -103,10 +110,12 @@ class Lattice:
         """
         (count, stride), (size, step) = self.tiles[0], self.rows[0]
         long = (count - 1) * (stride // step) + size
-        strips = replace(self, tiles=self.tiles[1:], rows=((long, step), *self.rows[1:])).view(x, shift).contiguous()
+        view = replace(self, tiles=self.tiles[1:], rows=((long, step), *self.rows[1:])).view(x, shift)
+        strips = copy(view)
         inner, width = self.size // size, x.shape[3]
         shape = (count, strips.numel() // (long * inner * width), self.size, width)
-        return strips.as_strided(shape, (stride // step * inner * width, long * inner * width, width, 1))
+        strides = (stride // step * inner * width, long * inner * width, width, 1)
+        return strips.as_strided(shape, strides, strips.storage_offset())
 
     def add(self, total: Tensor, part: Tensor, shift: int = 0) -> None:
         """Add a kernel's part to total (B, H, N, D), tiles that overlap one after the other."""
@@ -170,9 +179,10 @@ class Table:
     def _index(self, x: Tensor, shift: int) -> Tensor:
         return torch.from_numpy(self.positions().reshape(-1) - shift).to(x.device, torch.int64)
 
-    def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """x (1, H, N, ...) as the kernel's (tiles, H, rows, ...)."""
+    def read(self, x: Tensor, shift: int = 0, copy: Copy | None = None, converts: bool = False) -> Tensor:
+        """x (1, H, N, ...) as the kernel's (tiles, H, rows, ...); gathered, and copied once more where that `converts`."""
         rows = x[0].index_select(1, self._index(x, shift))
+        rows = copy(rows) if copy is not None and converts else rows
         return rows.view(x.shape[1], self.count, self.size, *x.shape[3:]).transpose(0, 1)
 
     def write(self, x: Tensor, part: Tensor, shift: int = 0) -> None:

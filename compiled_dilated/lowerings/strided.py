@@ -23,7 +23,7 @@ from .batches import Batch, HeadRange
 from .lattice import Lattice
 
 _WINDOW_TILES = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
-_BOX_TILES = (4, 6, 8, 10, 12, 13, 14, 16, 18, 20, 24, 28, 32, 48, 64)
+_BOX_TILES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 _MOST_DOCUMENTS = 256
 _ASKED_ROWS, _ASKED_COLUMNS = 512, 2048
 
@@ -323,8 +323,9 @@ def _axis_lanes(axis: Axis) -> list[tuple[int, int, Band]]:
 
 
 def _box_tiles(size: int) -> list[int]:
-    """Tile sizes that cut an axis evenly."""
-    return sorted({-(-size // -(-size // tile)) for tile in _BOX_TILES if tile < size} | ({size} if size <= 256 else set()))
+    """Tile sizes, and those near to them that cut an axis evenly."""
+    tiles = {tile for tile in _BOX_TILES if tile < size}
+    return sorted(tiles | {-(-size // -(-size // tile)) for tile in tiles} | ({size} if size <= 256 else set()))
 
 
 def _best_boxes(options: list[list[list[list[Run]]]], problem: Problem) -> list[list[list[Run]]]:
@@ -336,13 +337,18 @@ def _best_boxes(options: list[list[list[list[Run]]]], problem: Problem) -> list[
         if rows > MOST_ROWS:
             continue
         pairs = math.prod(sum(run.count * run.q_rows * run.k_rows for run in axis) for axis in runs)
-        held = math.prod(sum(run.count * (run.q_rows + run.k_rows) for run in axis) for axis in runs)
         calls = math.prod(len(axis) for axis in runs)
         width = problem.head_dim + problem.value_dim
-        time = costs.seconds(
-            pairs * 2 * width / costs.efficiency(problem, rows, columns), held * 2 * width * problem.itemsize, calls
-        )
+        moved = _moved_tokens(runs) * 2 * width * problem.itemsize
+        time = costs.seconds(pairs * 2 * width / costs.efficiency(problem, rows, columns), moved, calls)
         if time < least:
             best, least = list(pick), time
     assert best is not None
     return best
+
+
+def _moved_tokens(runs: list[list[Run]]) -> int:
+    """Tokens copied for the boxes of these runs: their queries, and their keys, in strips along the first axis."""
+    queries = math.prod(sum(run.count * run.q_rows for run in axis) for axis in runs)
+    strips = sum((run.count - 1) * run.stride + run.k_rows for run in runs[0])
+    return queries + strips * math.prod(sum(run.count * run.k_rows for run in axis) for axis in runs[1:])

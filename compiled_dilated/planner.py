@@ -166,4 +166,5 @@ def _batches(
 def _proposal(name: str, index: int, batches: list[Batch], problem: Problem) -> Proposal:
     if index > 0:
         batches = [replace(batch, first=False) for batch in batches]
-    return Proposal(name, index, costs.of(batches, problem), tuple(costs.keep_biases(batches, problem)))
+    batches = costs.keep_biases(batches, problem)
+    return Proposal(name, index, costs.of(batches, problem), tuple(batches))

@@ -16,6 +16,9 @@ from .lattice import Lattice
 _FLOPS_PER_BYTE = 10.0
 _FLOPS_PER_CALL = 4e6
 
+# Asking a mask about a pair, and writing the answer into a bias, moves about so many bytes.
+_BIAS_BYTES = 16
+
 # The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth
 # having beside short sequences.
 FORWARD_SHARE, BACKWARD_SHARE = 0.01, 0.05
@@ -26,7 +29,7 @@ _KEPT_SHARE = 0.005
 def efficiency(problem: Problem, rows: int, columns: int) -> float:
     """Rate on tiles of `rows` queries by `columns` keys, as a share of the rate on dense 4096 x 4096."""
     if problem.itemsize == 2:
-        by_rows = 0.65 if rows < 64 else 0.75 if rows < 256 else 0.9 if rows < 768 else 1.0
+        by_rows = 0.3 if rows < 32 else 0.5 if rows < 64 else 0.7 if rows < 192 else 0.85 if rows < 768 else 1.0
     else:
         by_rows = 0.45 if rows < 64 else 0.6 if rows < 128 else 0.65 if rows < 192 else 0.85 if rows < 768 else 1.0
     return by_rows * (0.8 if columns < 256 else 1.0)
@@ -124,5 +127,6 @@ def _moved(batch: Batch, problem: Problem) -> int:
     q = batch.heads.count * rows * problem.head_dim * 2 if batch.queries.copies else 0
     kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
     kv = int(kv * _share_copied(batch))
-    bias = rows * batch.keys.size * 4 if batch.masks and not batch.shared and not batch.key_only else 0
-    return (out + q + kv) * problem.itemsize + bias * 4
+    biases = batch.queries.count if not batch.shared else 0 if batch.keep else 1
+    bias = biases * batch.queries.size * batch.keys.size * len(batch.masks) if not batch.key_only else 0
+    return (out + q + kv) * problem.itemsize + bias * _BIAS_BYTES

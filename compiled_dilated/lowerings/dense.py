@@ -40,4 +40,5 @@ def propose(problem: Problem) -> Proposal | Refusal:
         for head_range, kv_range in head_ranges(tuple(heads), problem.heads // problem.kv_heads):
             hidden = () if everything or triangle else masks
             batches.append(Batch(head_range, kv_range, queries, keys, hidden, causal=triangle, shared=True, first=True))
-    return Proposal("dense", None, costs.of(batches, problem), tuple(costs.keep_biases(batches, problem)))
+    batches = costs.keep_biases(batches, problem)
+    return Proposal("dense", None, costs.of(batches, problem), tuple(batches))

@@ -15,6 +15,9 @@ from . import kernels
 from .batches import Call, HeadRange, head_groups
 
 
+_MOST_ALONE = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Heads that see the same: `where` says which keys, as ranges; `rest` hides some of them by data."""
@@ -42,25 +45,30 @@ def propose(problem: Problem) -> Proposal:
 def forward(groups: tuple[Group, ...], call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, Hq, 1, Dv) and lse (B, Hq, 1)."""
     shape = (*q.shape[:3], v.shape[3])
-    if len(groups) == 1 and groups[0].heads.count == q.shape[1]:
-        found = _part(groups[0], call, q, k, v)
-        if found is not None:
-            return found
+    parts = [(group, spans, rest) for group in groups for spans, rest in _parts(group, call, k.shape[2])]
+    if len(parts) == 1 and parts[0][0].heads.count == q.shape[1]:
+        return _attention(*parts[0], call, q, k, v)
     out, lse = q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
-    for group in groups:
-        found = _part(group, call, group.heads.of(q), group.kv_heads.of(k), group.kv_heads.of(v))
-        if found is not None:
-            merge_(group.heads.of(out), group.heads.of(lse), *found)
+    for group, spans, rest in parts:
+        found = _attention(group, spans, rest, call, group.heads.of(q), group.kv_heads.of(k), group.kv_heads.of(v))
+        merge_(group.heads.of(out), group.heads.of(lse), *found)
     return out, lse
 
 
-def _part(group: Group, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    spans, rest = group.where.keys_of(call.q_offset, k.shape[2]), group.rest
+def _parts(group: Group, call: Call, kv_len: int) -> list[tuple[tuple[range, ...], Mask | None]]:
+    """The keys that a group sees, in the parts to compute alone, and what is left to ask about them."""
+    spans, rest = group.where.keys_of(call.q_offset, kv_len), group.rest
     if spans is None:
-        spans, rest = (range(k.shape[2]),), group.where if rest is None else group.where & rest
+        spans, rest = (range(kv_len),), group.where if rest is None else group.where & rest
     spans = tuple(span for span in spans if span)
-    if not spans:
-        return None
+    # Merging a few results is cheaper than joining their keys.
+    parts = [(span,) for span in spans] if len(spans) <= _MOST_ALONE else [spans]
+    return [(part, rest) for part in parts]
+
+
+def _attention(
+    group: Group, spans: tuple[range, ...], rest: Mask | None, call: Call, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     seen_k, seen_v = (_joined([x[:, :, span.start : span.stop : span.step] for span in spans]) for x in (k, v))
     bias = score_mod = None
     if rest is not None or call.score_mod is not None:

@@ -14,7 +14,6 @@ from ..plans import Cost, Problem, Proposal
 from . import kernels
 from .batches import Call, HeadRange, head_groups
 
-
 _MOST_ALONE = 4
 
 

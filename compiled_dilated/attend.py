@@ -48,9 +48,9 @@ class Attend:
         """
         q, k, v = _autocast(q, k, v)
         _check_tensors(q, k, v)
-        tensors = _check_data(self.program, data, q, k, q_offset)
-        scale = _check_scale(scale, q)
         offset = q_offset if isinstance(q_offset, torch.SymInt) else arguments.integer("q_offset", q_offset, 0)
+        tensors = _check_data(self.program, data, q, k, offset)
+        scale = _check_scale(scale, q)
         handle = self._bare
         if score_mod is not None:
             handle = operators.with_score_mod(self._bare, _check_score_mod(score_mod))

@@ -164,6 +164,11 @@ COMPILE: list[Row] = [
     (lambda: attend(scale=x(1)), ValueError, "scale must be a finite number; got Tensor"),
     (lambda: attend(q_offset=-1), ValueError, "q_offset must be at least 0; got -1"),
     (lambda: attend(q_offset=1.0), TypeError, "q_offset must be an integer; got float 1.0"),
+    (
+        lambda: attend(IDS, q_offset="3", data={"ids": x(2, 8, dtype=torch.int64)}),
+        TypeError,
+        "q_offset must be an integer; got str '3'",
+    ),
     (lambda: attend(IDS), ValueError, "the program reads the data tensors ['ids']; got []. Pass data={name: tensor}"),
     (lambda: attend(IDS, data={"id": x(2, 8)}), ValueError, "the program reads the data tensors ['ids']; got ['id']"),
     (lambda: attend(data={"ids": x(2, 8)}), ValueError, "the program reads the data tensors []; got ['ids']"),

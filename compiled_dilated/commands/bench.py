@@ -76,6 +76,10 @@ class Setup:
         """Useful FLOPs of that many pairs, over all heads."""
         return 4 * self.head_dim * allowed_pairs * (1 + _BACKWARD if backward else 1)
 
+    def dense_flops(self, backward: bool) -> float:
+        """Those of the dense call that everything is compared to."""
+        return self.flops(self.heads * self.dense_tokens**2, backward)
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -203,7 +207,7 @@ def _call(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Callable[[],
 def _rate(case: Case, quick: bool, setup: Setup) -> list[Row]:
     """The useful rate of a case as a share of the dense rate, and its time against its rivals'."""
     rows = []
-    allowed, dense_pairs = case.pairs(setup), setup.heads * setup.dense_tokens**2
+    allowed = case.pairs(setup)
     for backward, required in ((False, case.forward), (True, case.both)):
         row: Row = {"case": case.name, "pass": "forward + backward" if backward else "forward", "tokens": case.tokens}
         rows.append(row)
@@ -214,7 +218,7 @@ def _rate(case: Case, quick: bool, setup: Setup) -> list[Row]:
         flops = setup.flops(allowed, backward)
         warmup = 0 if setup.device == "cpu" and flops / _SLOW_RATE > _LONG_SECONDS else 1
         turns = _beside_dense(setup, ours, flops, backward, warmup, setup.seconds)
-        dense_flops = setup.flops(dense_pairs, backward)
+        dense_flops = setup.dense_flops(backward)
         share = measure.median([flops / mine / (dense_flops / dense) for mine, dense in turns])
         row |= {
             "seconds": [mine for mine, _ in turns],
@@ -235,7 +239,7 @@ def _beside_dense(
 ) -> list[tuple[float, float]]:
     """Seconds of one call of ours, and of one dense call: the mean of those around it."""
     dense_once = _call(rivals.dense(causal=False), *setup.tensors(setup.dense_tokens, backward))
-    dense_flops = setup.flops(setup.heads * setup.dense_tokens**2, backward)
+    dense_flops = setup.dense_flops(backward)
     count = max(1, round(flops / dense_flops / _DENSE_SHARE))
 
     def dense() -> None:
@@ -278,7 +282,6 @@ def _compare(setup: Setup, row: Row, ours: Callable[[], object], chosen: Sequenc
 def _flat(name: str, program_of: Callable[[int], Program], sizes: tuple[int, ...], setup: Setup) -> list[Row]:
     """Forward time per token at each length, and the same in dense calls of the same minute, whose spread is judged."""
     row: Row = {"case": name, "microseconds_per_token": {}, "dense_calls_per_million_tokens": {}, "seconds": {}, "skipped": {}}
-    dense_flops = setup.flops(setup.heads * setup.dense_tokens**2, False)
     for tokens in sizes:
         if lacking := setup.lacks_memory(tokens, False):
             row["skipped"][str(tokens)] = lacking
@@ -286,7 +289,7 @@ def _flat(name: str, program_of: Callable[[int], Program], sizes: tuple[int, ...
         ours = _call(compile(program_of(tokens)), *setup.tensors(tokens, False))
         warmup = int(tokens <= 2**16 or setup.device == "cuda")
         # How many dense calls a call is worth matters little; that of LongNet at this length serves for all.
-        turns = _beside_dense(setup, ours, dense_flops * tokens / 2**12, False, warmup, setup.seconds)
+        turns = _beside_dense(setup, ours, setup.dense_flops(False) * tokens / 2**12, False, warmup, setup.seconds)
         row["seconds"][str(tokens)] = [mine for mine, _ in turns]
         row["microseconds_per_token"][str(tokens)] = measure.median([mine for mine, _ in turns]) / tokens * 1e6
         row["dense_calls_per_million_tokens"][str(tokens)] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,9 +32,8 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
         out.zero_()
         lse.fill_(-math.inf)
     for batch in work:
-        for part in batch.by_kv_head() if costs.exceeds(batch, problem, backward=False) else (batch,):
-            for piece in part.split(costs.tiles_at_once(part, problem, backward=False)):
-                running.forward(piece, call, q, k, v, out, lse)
+        for piece in _pieces(batch, problem, backward=False):
+            running.forward(piece, call, q, k, v, out, lse)
     return out, lse
 
 
@@ -60,17 +60,24 @@ def backward(
     for batch in work:
         # Tiles that share keys add to the same gradients: in low precision, in float32 first.
         sums_apart = q.element_size() < 4 and batch.overlaps
-        by_head = costs.exceeds(batch, problem, backward=True) or (sums_apart and not _sums_fit(batch, problem))
-        for part in batch.by_kv_head() if by_head else (batch,):
-            into = Grads(part.heads.of(grad_q), part.kv_heads.of(grad_k), part.kv_heads.of(grad_v))
-            for piece in part.split(costs.tiles_at_once(part, problem, backward=True)):
-                with _Sums(piece, into) if sums_apart else contextlib.nullcontext(into) as sums:
-                    running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
+        by_head = sums_apart and not _sums_fit(batch, problem)
+        for piece in _pieces(batch, problem, backward=True, by_head=by_head):
+            into = Grads(piece.heads.of(grad_q), piece.kv_heads.of(grad_k), piece.kv_heads.of(grad_v))
+            with _Sums(piece, into) if sums_apart else contextlib.nullcontext(into) as sums:
+                running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
+            del sums  # before the next piece's are made
     return grad_q, grad_k, grad_v
 
 
 def _work(plan: Plan) -> list[Batch]:
     return [batch for proposal in plan.chosen for batch in proposal.work]
+
+
+def _pieces(batch: Batch, problem: Problem, backward: bool, by_head: bool = False) -> Iterator[Batch]:
+    """The batch in pieces that fit the budget; one key head at a time `by_head`, or where a tile for all heads does not fit."""
+    by_head = by_head or costs.exceeds(batch, problem, backward)
+    for part in batch.by_kv_head() if by_head else (batch,):
+        yield from part.split(costs.tiles_at_once(part, problem, backward))
 
 
 def _is_whole(work: list[Batch], problem: Problem) -> bool:

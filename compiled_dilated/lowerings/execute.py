@@ -59,11 +59,10 @@ def backward(
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for batch in work:
         # Tiles that share keys add to the same gradients: in low precision, in float32 first.
-        sums_apart = q.element_size() < 4 and batch.overlaps
-        by_head = sums_apart and not _sums_fit(batch, problem)
-        for piece in _pieces(batch, problem, backward=True, by_head=by_head):
+        summed = q.element_size() < 4 and batch.overlaps
+        for piece in _summed_pieces(batch, problem) if summed else _pieces(batch, problem, backward=True):
             into = Grads(piece.heads.of(grad_q), piece.kv_heads.of(grad_k), piece.kv_heads.of(grad_v))
-            with _Sums(piece, into) if sums_apart else contextlib.nullcontext(into) as sums:
+            with _Sums(piece, into) if summed else contextlib.nullcontext(into) as sums:
                 running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
             del sums  # before the next piece's are made
     return grad_q, grad_k, grad_v
@@ -73,11 +72,28 @@ def _work(plan: Plan) -> list[Batch]:
     return [batch for proposal in plan.chosen for batch in proposal.work]
 
 
-def _pieces(batch: Batch, problem: Problem, backward: bool, by_head: bool = False) -> Iterator[Batch]:
-    """The batch in pieces that fit the budget; one key head at a time `by_head`, or where a tile for all heads does not fit."""
-    by_head = by_head or costs.exceeds(batch, problem, backward)
-    for part in batch.by_kv_head() if by_head else (batch,):
+def _pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[Batch]:
+    """The batch in pieces that fit the budget; one key head at a time where a tile for all heads does not fit."""
+    for part in batch.by_kv_head() if costs.exceeds(batch, problem, backward) else (batch,):
         yield from part.split(costs.tiles_at_once(part, problem, backward))
+
+
+def _summed_pieces(batch: Batch, problem: Problem) -> Iterator[Batch]:
+    """Pieces of a backward whose float32 sums fit the budget too: one key head at a time, then fewer tiles."""
+    if not all(_sums_fit(piece, problem) for piece in _pieces(batch, problem, backward=True)):
+        for part in batch.by_kv_head():
+            for piece in _pieces(part, problem, backward=True):
+                yield from _halves(piece, problem)
+        return
+    yield from _pieces(batch, problem, backward=True)
+
+
+def _halves(piece: Batch, problem: Problem) -> Iterator[Batch]:
+    if piece.queries.count == 1 or _sums_fit(piece, problem):
+        yield piece
+        return
+    for half in piece.split(piece.queries.count // 2):
+        yield from _halves(half, problem)
 
 
 def _is_whole(work: list[Batch], problem: Problem) -> bool:
@@ -94,12 +110,11 @@ def _is_whole(work: list[Batch], problem: Problem) -> bool:
     )
 
 
-def _sums_fit(batch: Batch, problem: Problem) -> bool:
-    """Whether float32 sums over the keys of one piece fit the budget for all heads at once."""
-    tiles = costs.tiles_at_once(batch, problem, backward=True)
-    keys = max((piece.keys.last - piece.keys.start + 1 for piece in batch.split(tiles)), default=0)
-    width = problem.head_dim + problem.value_dim
-    return keys * batch.kv_heads.count * problem.batch * width * 4 <= costs.budget(problem, costs.BACKWARD_SHARE)
+def _sums_fit(piece: Batch, problem: Problem) -> bool:
+    """Whether float32 sums over the keys of a piece fit the budget, twice: adding them to what is there converts that."""
+    keys = piece.keys.last - piece.keys.start + 1
+    sums = keys * piece.kv_heads.count * problem.batch * (problem.head_dim + problem.value_dim) * 4
+    return 2 * sums <= costs.budget(problem, costs.BACKWARD_SHARE)
 
 
 class _Sums:

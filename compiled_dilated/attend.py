@@ -17,6 +17,8 @@ from .programs import PerLength, Program, as_program
 
 ScoreMod = Callable[..., Any]
 
+_DTYPES = frozenset(getattr(torch, name) for name in BYTES)
+
 
 class Attend:
     """Attention by a program. Called with q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv); Hq a multiple of Hkv."""
@@ -161,7 +163,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if str(dtype).removeprefix("torch.") not in BYTES:
+    if dtype not in _DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {dtype}. Cast it first")
 
 

@@ -112,8 +112,8 @@ def _rows(x: Tensor) -> Tensor:
 def _run(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
 ) -> tuple[Tensor, Tensor]:
-    shape = (*q.shape[:3], v.shape[3])
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+    if not (q.numel() and k.numel() and v.numel()):
+        shape = (*q.shape[:3], v.shape[3])
         return q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     plan = plan_of(handle, q, k, v, q_offset, training)
     return execute.forward(plan, _call(handle, data, scale, q_offset), *map(_rows, (q, k, v)))
@@ -149,7 +149,7 @@ def _attend_backward(
     scale: float,
     q_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+    if not (q.numel() and k.numel() and v.numel()):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     plan = plan_of(handle, q, k, v, q_offset, True)
     grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))

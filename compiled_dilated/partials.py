@@ -15,14 +15,13 @@ from torch import Tensor
 
 def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge a part into (out, lse) in place: out (..., Dv), lse (...). Rows that neither side has seen stay (0, -inf)."""
-    joint = torch.logaddexp(lse, part_lse)
-    anchor = torch.where(joint == -math.inf, 0.0, joint)  # -inf - -inf would be NaN
-    old, new = (lse - anchor).exp_().unsqueeze(-1), (part_lse - anchor).exp_().unsqueeze(-1)
-    if out.dtype == new.dtype:
-        out.mul_(old).addcmul_(part_out, new)
+    # The part's share of the joint weights; a part that saw nothing has none, where -inf - -inf would make NaN.
+    share = (part_lse - lse).sigmoid_().masked_fill_(part_lse == -math.inf, 0.0).unsqueeze_(-1)
+    if out.dtype == share.dtype:
+        out.lerp_(part_out, share)
     else:  # low precision: round once, at the end
-        out.copy_(torch.addcmul(out * old, part_out, new))
-    lse.copy_(joint)
+        out.copy_(out.to(share.dtype).lerp_(part_out.to(share.dtype), share))
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:

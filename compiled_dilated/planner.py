@@ -52,21 +52,20 @@ def counted(plan: Plan) -> Plan:
     for number, branch in enumerate(problem.program.branches):
         for group, (mask, heads, kv_heads) in enumerate(head_groups(branch, problem)):
             blocks = strided.propose(mask, heads, kv_heads, problem)
-            allowed: int | None = None
-            if not isinstance(blocks, Refusal) and not any(batch.masks for batch in blocks):
-                allowed = sum(batch.pairs for batch in blocks)
-            if group == 0 or allowed is None:
+            each = None if problem.q_offset else mask.pairs(problem.q_len, problem.kv_len)
+            if each is None and not isinstance(blocks, Refusal) and not any(batch.masks for batch in blocks):
+                each = sum(batch.pairs for batch in blocks) // heads.count
+            if group == 0 or each is None:
                 tile_map = TileMap.build(mask, problem.q_len, problem.kv_len, order=branch.order, q_offset=problem.q_offset)
-                if allowed is None and not mask.per_call:
+                if each is None and not mask.per_call:
                     each = tile_map.pairs(mask)
-                    allowed = None if each is None else each * heads.count
             if group == 0:
                 full = int(tile_map.full.sum())
                 tiles.append(
                     {"branch": number, "heads": list(heads.indices()), "tile": tile_map.q_tile, "full": full,
                      "partial": len(tile_map.indices) - full, "bytes": tile_map.nbytes}
                 )  # fmt: skip
-            pairs = None if pairs is None or allowed is None else pairs + allowed * problem.batch
+            pairs = None if pairs is None or each is None else pairs + each * heads.count * problem.batch
     return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tabulate import tabulate
@@ -95,7 +96,7 @@ class Plan:
     useful_pairs: int | None = None
     tiles: tuple[dict[str, Any], ...] = ()
 
-    @property
+    @cached_property
     def lowering(self) -> str:
         """The lowering, or lowerings joined by +, that will run."""
         return "+".join(dict.fromkeys(proposal.lowering for proposal in self.chosen))

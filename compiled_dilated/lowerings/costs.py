@@ -56,7 +56,7 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
     width = max(problem.head_dim, problem.value_dim)
     padded = problem.head_dim != problem.value_dim
     # In low precision a CPU's forward repacks keys and values, and its backward works on copies in float32.
-    converts = problem.itemsize == 2
+    converts = problem.itemsize == 2 and problem.device == "cpu"
     held = q_bytes * width + heads * rows * 20
     if backward:
         held += 2 * k_bytes * width * (2 if converts else 1)

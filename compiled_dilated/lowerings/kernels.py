@@ -54,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
     out, lse = kernel.forward(q, k, v, tiles)
     if tiles.dead is not None:
         lse = lse.masked_fill(tiles.dead, -math.inf)
-    return out[..., :width], lse
+    return (out if out.shape[-1] == width else out[..., :width]), lse
 
 
 def attention_backward(
@@ -85,10 +85,10 @@ def _widen(x: Tensor, width: int) -> Tensor:
 
 def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Fused kernels want one width for keys and values; zeros add nothing to a product."""
-    if not kernel.one_width:
-        return q, k, v
     width = max(q.shape[-1], v.shape[-1])
     width = -(-width // kernel.width_multiple) * kernel.width_multiple
+    if not kernel.one_width or q.shape[-1] == v.shape[-1] == width:
+        return q, k, v
     return _widen(q, width), _widen(k, width), _widen(v, width)
 
 
@@ -99,7 +99,7 @@ class FlashCPU:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
             q, k, v, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
         )
         return out, lse

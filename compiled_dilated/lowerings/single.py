@@ -43,51 +43,56 @@ def propose(problem: Problem) -> Proposal:
 
 def forward(groups: tuple[Group, ...], call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, Hq, 1, Dv) and lse (B, Hq, 1)."""
-    shape = (*q.shape[:3], v.shape[3])
-    parts = [(group, spans, rest) for group in groups for spans, rest in _parts(group, call, k.shape[2])]
-    if len(parts) == 1 and parts[0][0].heads.count == q.shape[1]:
-        return _attention(*parts[0], call, q, k, v)
-    out, lse = q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
-    for group, spans, rest in parts:
-        found = _attention(group, spans, rest, call, group.heads.of(q), group.kv_heads.of(k), group.kv_heads.of(v))
-        merge_(group.heads.of(out), group.heads.of(lse), *found)
+    if len(groups) == 1 and groups[0].heads.count == q.shape[1]:
+        return _seen(groups[0], call, q, k, v)
+    out, lse = _nothing(q, v)
+    for group in groups:
+        part = _seen(group, call, group.heads.of(q), group.kv_heads.of(k), group.kv_heads.of(v))
+        merge_(group.heads.of(out), group.heads.of(lse), *part)
     return out, lse
 
 
-def _parts(group: Group, call: Call, kv_len: int) -> list[tuple[tuple[range, ...], Mask | None]]:
-    """The keys that a group sees, in the parts to compute alone, and what is left to ask about them."""
-    spans, rest = group.where.keys_of(call.q_offset, kv_len), group.rest
+def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+
+
+def _seen(group: Group, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a group's heads over the keys that they see."""
+    spans, rest = group.where.keys_of(call.q_offset, k.shape[2]), group.rest
     if spans is None:
-        spans, rest = (range(kv_len),), group.where if rest is None else group.where & rest
+        spans, rest = (range(k.shape[2]),), group.where if rest is None else group.where & rest
     spans = tuple(span for span in spans if span)
+    if not spans:
+        return _nothing(q, v)
     # Merging a few results is cheaper than joining their keys.
     parts = [(span,) for span in spans] if len(spans) <= _MOST_ALONE else [spans]
-    return [(part, rest) for part in parts]
+    out, lse = _attention(group, parts[0], rest, call, q, k, v)
+    for part in parts[1:]:
+        merge_(out, lse, *_attention(group, part, rest, call, q, k, v))
+    return out, lse
 
 
 def _attention(
     group: Group, spans: tuple[range, ...], rest: Mask | None, call: Call, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    seen_k, seen_v = (_joined([x[:, :, span.start : span.stop : span.step] for span in spans]) for x in (k, v))
-    bias = score_mod = None
-    if rest is not None or call.score_mod is not None:
-        b = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
-        h = torch.tensor(list(group.heads.indices()), device=q.device)[None, :, None, None]
-        at = torch.full((1, 1, 1, 1), call.q_offset, device=q.device)
-        keys = torch.cat([torch.arange(span.start, span.stop, span.step, device=q.device) for span in spans])[None, None, None, :]
-        if rest is not None:
-            hidden = ~rest.allows(b, h[:, :1], at, keys, call.data)
-            bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf)
-        if call.score_mod is not None:
-            mod = call.score_mod
-
-            def score_mod(scores: Tensor) -> Tensor:
-                changed: Tensor = mod(scores, b, h, at, keys)
-                return changed
-
-    tiles = kernels.Tiles(call.scale, bias, False, score_mod)
-    return kernels.attention(q, seen_k, seen_v, replace(tiles, dead=kernels.dead_rows(tiles, 1)))
+    seen_k, seen_v = _joined(k, spans), _joined(v, spans)
+    if rest is None and call.score_mod is None:
+        return kernels.attention(q, seen_k, seen_v, kernels.Tiles(call.scale))
+    b = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+    h = torch.tensor(list(group.heads.indices()), device=q.device)[None, :, None, None]
+    at = torch.full((1, 1, 1, 1), call.q_offset, device=q.device)
+    keys = torch.cat([torch.arange(span.start, span.stop, span.step, device=q.device) for span in spans])[None, None, None, :]
+    tiles = kernels.Tiles(call.scale)
+    if rest is not None:
+        hidden = ~rest.allows(b, h[:, :1], at, keys, call.data)
+        tiles = replace(tiles, bias=torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf))
+        tiles = replace(tiles, dead=kernels.dead_rows(tiles, 1))
+    if call.score_mod is not None:
+        mod = call.score_mod
+        tiles = replace(tiles, score_mod=lambda scores: mod(scores, b, h, at, keys))
+    return kernels.attention(q, seen_k, seen_v, tiles)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(x: Tensor, spans: tuple[range, ...]) -> Tensor:
+    parts = [x[:, :, span.start : span.stop : span.step] for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

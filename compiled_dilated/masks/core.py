@@ -80,6 +80,10 @@ class Mask(ABC):
         """The keys below kv_len that the query at position q sees, as disjoint ranges; None where they are no few ranges."""
         return None
 
+    def pairs(self, q_len: int, kv_len: int) -> int | None:
+        """How many pairs of the first q_len queries and kv_len keys are allowed, where a formula says; None elsewhere."""
+        return None
+
     def check(self, queries: range, keys: int) -> None:
         """Raise ValueError if the mask says nothing about the positions `queries` or about keys below `keys`."""
         for part in self.parts:
@@ -278,6 +282,8 @@ def full() -> Mask:
 
 def intersection(a: range, b: range) -> range:
     """The numbers in both ranges (steps positive), by the Chinese remainder theorem."""
+    if a.step == b.step == 1:
+        return range(max(a.start, b.start), min(a.stop, b.stop))
     shared = math.gcd(a.step, b.step)
     if (b.start - a.start) % shared:
         return range(0)

@@ -174,6 +174,11 @@ class Neighborhood(Mask):
                 "Make the grid as large as the sequence, or cut the sequence to the grid"
             )
 
+    def pairs(self, q_len: int, kv_len: int) -> int | None:
+        if {q_len, kv_len} != {math.prod(self.grid)}:
+            return None
+        return math.prod(sum(len(axis.keys_of(c)) for c in range(axis.size)) for axis in self.axes)
+
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         at = coordinates(self.grid, q)
         spans = [axis.keys_of(c) for axis, c in zip(self.axes, at, strict=True)]

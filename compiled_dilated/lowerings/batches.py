@@ -170,15 +170,21 @@ def _units(batch: Batch, size: int) -> list[slice]:
 
 
 def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: torch.dtype) -> kernels.Tiles:
-    b = torch.arange(unit.start, unit.stop, device=device)[:, None, None, None]
+    score_mod = None if call.score_mod is None else _bound(batch, call.score_mod, unit, device)
+    if not batch.masks:
+        return kernels.Tiles(call.scale, None, batch.causal, score_mod)
     key = (device, dtype)
     if key not in batch.cache:
-        tiles = kernels.Tiles(call.scale, _bias(batch, call, b, dtype), batch.causal)
+        tiles = kernels.Tiles(call.scale, _bias(batch, call, unit, device, dtype), batch.causal, score_mod)
         tiles = replace(tiles, dead=kernels.dead_rows(tiles, batch.queries.size))
         if not batch.keep:
-            return replace(tiles, score_mod=_bound(batch, call, b))
-        batch.cache[key] = tiles
-    return replace(batch.cache[key], scale=call.scale, score_mod=_bound(batch, call, b))
+            return tiles
+        batch.cache[key] = replace(tiles, score_mod=None)
+    return replace(batch.cache[key], scale=call.scale, score_mod=score_mod)
+
+
+def _batch_indices(unit: slice, device: torch.device) -> Tensor:
+    return torch.arange(unit.start, unit.stop, device=device)[:, None, None, None]
 
 
 def _indices(rows: Rows, device: torch.device, shared: bool) -> Tensor:
@@ -188,11 +194,9 @@ def _indices(rows: Rows, device: torch.device, shared: bool) -> Tensor:
     return torch.from_numpy(positions[:1] if shared else positions).to(device, dtype)
 
 
-def _bias(batch: Batch, call: Call, b: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _bias(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(tiles or 1, 1, T or 1, S) additive bias: log of how often the pair counts, -inf for never."""
-    if not batch.masks:
-        return None
-    device = b.device
+    b = _batch_indices(unit, device)
     q = _indices(batch.queries, device, batch.shared)[:, None, :, None]
     kv = _indices(batch.keys, device, batch.shared)[:, None, None, batch.open :]
     if batch.key_only:
@@ -213,13 +217,11 @@ def _bias(batch: Batch, call: Call, b: Tensor, dtype: torch.dtype) -> Tensor | N
     return bias
 
 
-def _bound(batch: Batch, call: Call, b: Tensor) -> kernels.TileScoreMod | None:
-    if call.score_mod is None:
-        return None
-    score_mod = call.score_mod
-    q = _indices(batch.queries, b.device, False)[:, None, :, None]
-    kv = _indices(batch.keys, b.device, False)[:, None, None, :]
-    h = torch.tensor(list(batch.heads.indices()), device=b.device)[None, :, None, None]
+def _bound(batch: Batch, score_mod: ScoreMod, unit: slice, device: torch.device) -> kernels.TileScoreMod:
+    b = _batch_indices(unit, device)
+    q = _indices(batch.queries, device, False)[:, None, :, None]
+    kv = _indices(batch.keys, device, False)[:, None, None, :]
+    h = torch.tensor(list(batch.heads.indices()), device=device)[None, :, None, None]
     return lambda scores: score_mod(scores, b, h, q, kv)
 
 

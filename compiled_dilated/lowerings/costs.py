@@ -42,7 +42,7 @@ def seconds(flops: float, moved_bytes: float, calls: float) -> float:
 
 def budget(problem: Problem, share: float) -> int:
     """Bytes that the work at hand may take beyond q, k, v and out."""
-    least = min(_LEAST_BYTES, problem.tensor_bytes // 4) if problem.tensor_bytes < _LONG_BYTES else 0
+    least = min(_LEAST_BYTES, problem.tensor_bytes // 2) if problem.tensor_bytes < _LONG_BYTES else 0
     return max(int(share * problem.tensor_bytes), least)
 
 

@@ -23,14 +23,14 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     if plan.chosen and plan.chosen[0].work and isinstance(plan.chosen[0].work[0], single.Group):
         return single.forward(plan.chosen[0].work, call, q, k, v)
     work, problem = _work(plan), plan.problem
-    shape = (*q.shape[:3], v.shape[-1])
-    if _is_whole(work, problem):
-        return running.whole(work[0], call, q, k, v)
-    out, lse = q.new_empty(shape), q.new_empty(shape[:3], dtype=lse_dtype(q.dtype))
-    if sum(batch.rows for batch in work if batch.first) < problem.heads * problem.q_len:
-        # Some rows are merged into before anything is written, or not at all.
-        out.zero_()
-        lse.fill_(-math.inf)
+    if work and _is_whole(work[0], problem):
+        out, lse = running.whole(work.pop(0), call, q, k, v)
+    else:
+        out, lse = q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+        if sum(batch.rows for batch in work if batch.first) < problem.heads * problem.q_len:
+            # Some rows are merged into before anything is written, or not at all.
+            out.zero_()
+            lse.fill_(-math.inf)
     for batch in work:
         for piece in _pieces(batch, problem, backward=False):
             running.forward(piece, call, q, k, v, out, lse)
@@ -54,7 +54,7 @@ def backward(
     work, problem = _work(plan), plan.problem
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
     lse = torch.where(lse == -math.inf, math.inf, lse)
-    if _is_whole(work, problem):
+    if len(work) == 1 and _is_whole(work[0], problem):
         return running.whole_backward(work[0], call, grad_out, grad_lse, q, k, v, out, lse)
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for batch in work:
@@ -96,11 +96,8 @@ def _halves(piece: Batch, problem: Problem) -> Iterator[Batch]:
         yield from _halves(half, problem)
 
 
-def _is_whole(work: list[Batch], problem: Problem) -> bool:
-    """One batch of one tile that is the whole problem, in the order of q and k: the kernel's results are the results."""
-    if len(work) != 1:
-        return False
-    batch = work[0]
+def _is_whole(batch: Batch, problem: Problem) -> bool:
+    """One tile that is the whole problem, in the order of q and k: what the kernel returns needs no place of its own."""
     return (
         not (batch.queries.copies or batch.keys.copies)
         and batch.queries.count == 1

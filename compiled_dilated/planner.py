@@ -50,7 +50,7 @@ def counted(plan: Plan) -> Plan:
     problem, tiles = plan.problem, []
     pairs: int | None = 0
     for number, branch in enumerate(problem.program.branches):
-        for group, (mask, heads, kv_heads) in enumerate(head_groups(branch, problem)):
+        for group, (mask, heads, kv_heads) in enumerate(head_groups(branch, problem.heads, problem.kv_heads)):
             blocks = strided.propose(mask, heads, kv_heads, problem)
             each = None if problem.q_offset else mask.pairs(problem.q_len, problem.kv_len)
             if each is None and not isinstance(blocks, Refusal) and not any(batch.masks for batch in blocks):
@@ -108,7 +108,7 @@ def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Re
 def _per_branch(name: str, index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
     """One lowering for all head groups of a branch."""
     batches: list[Batch] = []
-    for mask, heads, kv_heads in head_groups(branch, problem):
+    for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
         found = _batches(name, mask, branch, heads, kv_heads, problem)
         if isinstance(found, Refusal):
             return replace(found, branch=index)
@@ -131,7 +131,7 @@ def _mixed(index: int, branch: Branch, problem: Problem) -> Proposal:
     """A branch cut into disjoint masks: regular blocks where they are such, tiles elsewhere."""
     batches: list[Batch] = []
     used: dict[str, None] = {}
-    for mask, heads, kv_heads in head_groups(branch, problem):
+    for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
         for number, part in enumerate(disjoint(mask)):
             name, found = "strided", strided.propose(part, heads, kv_heads, problem)
             if isinstance(found, Refusal):

@@ -15,7 +15,10 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Problem:
-    """A program and everything a plan may depend on; lengths in tokens."""
+    """A program and everything a plan may depend on; lengths in tokens.
+
+    partial: a part of a larger softmax, merged into what there is; its backward is given the merged out and lse.
+    """
 
     program: Program
     batch: int
@@ -30,6 +33,7 @@ class Problem:
     q_offset: int = 0
     training: bool = False
     score_mod: bool = False
+    partial: bool = False
 
     @property
     def itemsize(self) -> int:

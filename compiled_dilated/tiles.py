@@ -271,7 +271,7 @@ def _check(mask: Mask, q_len: int, kv_len: int, q_tile: int, kv_tile: int, order
         raise TypeError(f"order must be an order; got {type(order).__name__} {order!r}. Use one of compiled_dilated.orders")
     for name, value, least in (("q_len", q_len, 0), ("kv_len", kv_len, 0), ("q_tile", q_tile, 1), ("kv_tile", kv_tile, 1)):
         arguments.integer(name, value, least)
-    arguments.integer("q_offset", q_offset, 0)
+    arguments.integer("q_offset", q_offset)
     if not isinstance(order, Identity):
         if q_len != kv_len or q_offset:
             raise ValueError(

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..masks import Mask, Padding, conjuncts
 from ..partials import merge_
-from ..plans import Problem
 from ..programs import Branch
 from . import kernels
 from .lattice import Lattice, Rows, Table, pieces
@@ -67,14 +66,13 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
     return []
 
 
-def head_groups(branch: Branch, problem: Problem) -> list[tuple[Mask, HeadRange, HeadRange]]:
+def head_groups(branch: Branch, heads: int, kv_heads: int) -> list[tuple[Mask, HeadRange, HeadRange]]:
     """The heads of a branch that see the same, as ranges of query heads and of key heads."""
     groups: dict[Mask, tuple[int, ...]] = {}
-    for head in branch.head_range(problem.heads):
-        mask = branch.mask_at(head, problem.heads)
+    for head in branch.head_range(heads):
+        mask = branch.mask_at(head, heads)
         groups[mask] = (*groups.get(mask, ()), head)
-    shared = problem.heads // problem.kv_heads
-    return [(mask, *ranges) for mask, heads in groups.items() for ranges in head_ranges(heads, shared)]
+    return [(mask, *ranges) for mask, alike in groups.items() for ranges in head_ranges(alike, heads // kv_heads)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from ..plans import Plan, Problem
 from . import batches as running
 from . import costs, flex, single
 from .batches import Batch, Call, Grads
+
+
+def merge_into(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), which are (0, -inf) where nothing was seen."""
+    for batch in _work(plan):
+        for piece in _pieces(replace(batch, first=False), plan.problem, backward=False):
+            running.forward(piece, call, q, k, v, out, lse)
 
 
 def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

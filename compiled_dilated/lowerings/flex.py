@@ -111,6 +111,8 @@ def propose(problem: Problem) -> Proposal | Refusal:
         return Refusal(
             "flex", None, "torch has no backward of FlexAttention on a CPU", "Use lowering='auto', 'strided' or 'tiled' to train"
         )
+    if problem.partial:
+        return Refusal("flex", None, "its backward knows no lse but its own", "Use lowering='auto', 'strided' or 'tiled'")
     if problem.dtype == "float64":
         return Refusal("flex", None, "FlexAttention does not compute in float64", "Use another dtype or lowering")
     branches = problem.program.branches

@@ -31,7 +31,7 @@ def propose(problem: Problem) -> Proposal:
     """All branches, for a query at any position."""
     groups = []
     for branch in problem.program.branches:
-        for mask, heads, kv_heads in head_groups(branch, problem):
+        for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
             data = tuple(part for part in conjuncts(mask) if part.per_call)
             plain = tuple(part for part in conjuncts(mask) if not part.per_call)
             groups.append(Group(heads, kv_heads, conjunction(plain), conjunction(data) if data else None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -79,6 +79,10 @@ class Mask(ABC):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         """The keys below kv_len that the query at position q sees, as disjoint ranges; None where they are no few ranges."""
         return None
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        """Parts of q and of kv that hold every allowed pair of theirs: what has to be moved and computed. May be too large."""
+        return q, kv
 
     def pairs(self, q_len: int, kv_len: int) -> int | None:
         """How many pairs of the first q_len queries and kv_len keys are allowed, where a formula says; None elsewhere."""
@@ -163,6 +167,14 @@ class And(Mask):
             out = tuple(common for a in out for b in seen if (common := intersection(a, b)))
         return out
 
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        # Twice: what one mask leaves of the queries may leave fewer keys to another.
+        for mask in self.masks * 2:
+            q, kv = mask.shrink(q, kv)
+            if not q or not kv:
+                return NOTHING
+        return q, kv
+
     def __repr__(self) -> str:
         return " & ".join(map(_operand, self.masks))
 
@@ -208,6 +220,10 @@ class Or(Mask):
             else:
                 out.append(span)
         return tuple(out)
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        found = [part for mask in self.masks if all(part := mask.shrink(q, kv))]
+        return (hull([part[0] for part in found]), hull([part[1] for part in found])) if found else NOTHING
 
     def __repr__(self) -> str:
         return " | ".join(map(_operand, self.masks))
@@ -278,6 +294,22 @@ class Full(Mask):
 def full() -> Mask:
     """Every query sees every key."""
     return Full()
+
+
+NOTHING = (range(0), range(0))
+
+
+def clip(span: range, low: int, high: int) -> range:
+    """What of a range (step positive) lies in low <= x < high."""
+    start = span.start + max(0, -((span.start - low) // span.step)) * span.step
+    return range(start, min(span.stop, high), span.step)
+
+
+def hull(spans: Sequence[range]) -> range:
+    """The smallest range that holds some non-empty ranges."""
+    first = min(span[0] for span in spans)
+    step = math.gcd(*(span.step for span in spans if len(span) > 1), *(span[0] - first for span in spans))
+    return range(first, max(span[-1] for span in spans) + 1, step or 1)
 
 
 def intersection(a: range, b: range) -> range:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import arguments
 from ..regions import PARTIAL, Regions, Verdicts
-from .core import Data, Mask, Positions
+from .core import NOTHING, Data, Mask, Positions, clip
 from .lookup import as_tensor, rank
 from .positions import _same_group
 
@@ -86,6 +86,17 @@ class DocumentLengths(Mask):
         if document == len(stops):
             return ()
         return (range(min(stops[document] - self.lengths[document], kv_len), min(stops[document], kv_len)),)
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        kv = clip(kv, *self._reach(q))
+        return (clip(q, *self._reach(kv)), kv) if kv else NOTHING
+
+    def _reach(self, span: range) -> tuple[int, int]:
+        """Where the documents of some tokens start and stop."""
+        starts = (0, *self._stops)
+        first = bisect.bisect_right(self._stops, span[0])
+        last = min(bisect.bisect_right(self._stops, span[-1]), len(self.lengths) - 1)
+        return starts[first], starts[last + 1]
 
     def __repr__(self) -> str:
         return f"documents(lengths={self.lengths!r})"

@@ -127,6 +127,9 @@ class FromMod(Mask):
                 out[chunk] = verdicts(seen.all(dim=(1, 2)).numpy(), ~seen.any(dim=(1, 2)).numpy())
         return out
 
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        return (q, kv) if self.within is None else self.within.shrink(q, kv)
+
     @property
     def parts(self) -> tuple[Mask, ...]:
         return () if self.within is None else (self.within,)
@@ -140,7 +143,9 @@ class FromMod(Mask):
         return _reads(self.fn, 0) or super().per_call
 
     def at_head(self, head: int, heads: int) -> Mask:
-        return replace(self._map(lambda part: part.at_head(head, heads)), head=head if _reads(self.fn, 1) else None)
+        # Asked once: the head of a part of the heads, as a rank or a group computes it, is not the head that the function knows.
+        known = self.head if self.head is not None else head if _reads(self.fn, 1) else None
+        return replace(self._map(lambda part: part.at_head(head, heads)), head=known)
 
     def _map(self, change: Callable[[Mask], Mask]) -> FromMod:
         return self if self.within is None else replace(self, within=change(self.within))

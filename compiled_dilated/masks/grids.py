@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import arguments
 from ..regions import IntArray, Regions, Verdicts, both, verdicts
-from .core import Data, Mask, Positions, intersection
+from .core import NOTHING, Data, Mask, Positions, clip, intersection
 from .positions import classify_difference
 
 EDGES = ("cut", "shift")
@@ -173,6 +173,14 @@ class Neighborhood(Mask):
                 f"{self!r} speaks of a grid of {tokens} tokens; got positions up to {max(queries.stop, keys)}. "
                 "Make the grid as large as the sequence, or cut the sequence to the grid"
             )
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        line, axis = strides_of(self.grid)[0], self.axes[0]
+        # A window that is moved inwards at an edge reaches twice as far.
+        back = axis.radius * axis.dilation * (2 if axis.shift else 1)
+        ahead = 0 if axis.causal else back
+        kv = clip(kv, (q[0] // line - back) * line, (q[-1] // line + ahead + 1) * line)
+        return (clip(q, (kv[0] // line - ahead) * line, (kv[-1] // line + back + 1) * line), kv) if kv else NOTHING
 
     def pairs(self, q_len: int, kv_len: int) -> int | None:
         if {q_len, kv_len} != {math.prod(self.grid)}:

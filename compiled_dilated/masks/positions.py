@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts, verdicts
-from .core import Data, Mask, Positions
+from .core import NOTHING, Data, Mask, Positions, clip, intersection
 
 # A query that sees more separate ranges of keys than this is served by evaluating its mask.
 _MOST_RANGES = 64
@@ -56,6 +56,9 @@ class Causal(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         return (range(min(q + 1, kv_len)),)
 
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        return clip(q, kv[0], q.stop), clip(kv, kv.start, q[-1] + 1)
+
     def __repr__(self) -> str:
         return "causal()"
 
@@ -88,6 +91,17 @@ class Window(Mask):
         first = q - self.left // self.dilation * self.dilation
         first += max(0, -(first // self.dilation)) * self.dilation
         return (range(first, min(q + self.right + 1, kv_len), self.dilation),)
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        kv = clip(kv, q[0] - self.left, q[-1] + self.right + 1)
+        if not kv:
+            return NOTHING
+        q = clip(q, kv[0] - self.right, kv[-1] + self.left + 1)
+        if q.step % self.dilation == 0:
+            kv = intersection(kv, range(q.start % self.dilation, kv.stop, self.dilation))
+        elif kv.step % self.dilation == 0:
+            q = intersection(q, range(kv.start % self.dilation, q.stop, self.dilation))
+        return q, kv
 
     def __repr__(self) -> str:
         right = "" if self.right == self.left else f", {self.right}"
@@ -124,6 +138,10 @@ class Segments(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         start = q // self.length * self.length
         return (range(start, min(start + self.length, kv_len)),)
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        kv = clip(kv, q[0] // self.length * self.length, (q[-1] // self.length + 1) * self.length)
+        return (clip(q, kv[0] // self.length * self.length, (kv[-1] // self.length + 1) * self.length), kv) if kv else NOTHING
 
     def __repr__(self) -> str:
         return f"segments({self.length})"
@@ -221,6 +239,19 @@ class Congruent(Mask):
             return None
         return tuple(range(at + self.offset, min(at + self.within, kv_len), self.modulus) for at in starts)
 
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        return self._matching(q), self._matching(kv)
+
+    def _matching(self, span: range) -> range:
+        if not isinstance(self.offset, int):
+            return span
+        if self.within is None or self.within % self.modulus == 0:
+            return intersection(span, range(self.offset, span.stop, self.modulus))
+        start = span[0] // self.within * self.within
+        if span[-1] >= start + self.within:
+            return span
+        return intersection(span, range(start + self.offset, start + self.within, self.modulus))
+
     def __repr__(self) -> str:
         within = "" if self.within is None else f", period={self.within}"
         return f"congruent({self.modulus}, {self.offset!r}{within})"
@@ -262,6 +293,9 @@ class Sinks(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         return (range(min(self.count, kv_len)),)
 
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        return q, clip(kv, kv.start, self.count)
+
     def __repr__(self) -> str:
         return f"sinks({self.count})"
 
@@ -289,6 +323,9 @@ class Prefix(Mask):
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         return (range(min(self.count, kv_len)),) if q < self.count else ()
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        return clip(q, q.start, self.count), clip(kv, kv.start, self.count)
 
     def __repr__(self) -> str:
         return f"prefix({self.count})"

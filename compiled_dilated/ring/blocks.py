@@ -1,0 +1,192 @@
+"""A block as a problem of its own, which the planner plans and the lowerings compute on views of what a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import planner
+from ..lowerings import execute
+from ..lowerings.batches import Call, HeadRange, ScoreMod
+from ..lowerings.workspace import Workspace
+from ..masks import Mask, causal, conjunction, conjuncts, full
+from ..masks.positions import Causal, Window
+from ..orders import identity
+from ..plans import Plan, Problem
+from ..programs import Branch, Program
+from ..regions import FULL
+from .layouts import Layout
+from .moved import Moved
+from .schedules import Block, regions
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a call brings beside q, k and v, as the user says it: positions, heads and batch indices of the whole."""
+
+    scale: float
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    score_mod: ScoreMod | None = None
+
+
+@lru_cache(maxsize=4096)
+def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
+    """The mask of a block whose queries and keys are counted from 0, and the position of its first query among them.
+
+    As plain a mask as can be: what holds for all pairs is left out, and what repeats is moved to its start, so that the blocks
+    of many ranks are one problem, planned once.
+    """
+    q, kv = regions([queries]), regions([keys])
+    parts = tuple(part for part in conjuncts(mask) if part.classify(q, kv)[0] != FULL)
+    if not parts:
+        return full(), 0
+    rest = conjunction(parts)
+    ahead = queries.start - keys.start
+    steps = {run.step for run in (queries, keys) if len(run) > 1}
+    step = steps.pop() if len(steps) == 1 else 1 if not steps else None
+    period = rest.period
+    if not rest.names and step == 1 and period is not None and keys.start % period == 0:
+        return rest, ahead
+    if step is not None and all(isinstance(part, Causal) for part in parts):
+        return causal(), ahead // step
+    if step is not None and ahead % step == 0 and all(_dense_along(part, step) for part in parts):
+        along = tuple(Window(p.left // step, p.right // step, 1) if isinstance(p, Window) else p for p in parts)
+        return conjunction(along), ahead // step
+    return _moved(rest, queries, keys), 0
+
+
+def _dense_along(mask: Mask, step: int) -> bool:
+    return isinstance(mask, Causal) or (isinstance(mask, Window) and step % mask.dilation == 0)
+
+
+def _moved(mask: Mask, queries: range, keys: range) -> Mask:
+    if isinstance(mask, Moved):  # it stands at 0, 1, 0, 1: one way to count places is enough
+        return Moved(mask.mask, queries.start, queries.step, keys.start, keys.step, mask.order, mask.tokens)
+    return Moved(mask, queries.start, queries.step, keys.start, keys.step, identity(), 0)
+
+
+@lru_cache(maxsize=4096)
+def plan_of(block: Block, batch: int, head_dim: int, value_dim: int, dtype: str, device: str, score_mod: bool) -> Plan:
+    """The plan of a block."""
+    mask, q_offset = in_place(block.mask, block.queries, block.keys)
+    problem = Problem(
+        Program((Branch(mask),)), batch, block.heads.count, block.kv_heads.count, len(block.queries), len(block.keys),
+        head_dim, value_dim, dtype, device, q_offset, True, score_mod, partial=True,
+    )  # fmt: skip
+    return planner.choose(problem)
+
+
+def rows(runs: tuple[range, ...], places: range) -> slice:
+    """Where the rows at some places of one run lie in a rank's memory."""
+    before = 0
+    for run in runs:
+        if places[0] in run:
+            first, step = (places[0] - run.start) // run.step, max(1, places.step // run.step)
+            return slice(before + first, before + first + (len(places) - 1) * step + 1, step)
+        before += len(run)
+    raise AssertionError(f"{places} is in none of {runs}")
+
+
+def held(x: Tensor, heads: HeadRange, at: slice) -> Tensor:
+    """Rows of some heads of x (B, H, rows, ...), as a view."""
+    return heads.of(x)[:, :, at]
+
+
+def _call(block: Block, layout: Layout, given: Given, plan: Plan, workspace: Workspace) -> Call:
+    mod = None if given.score_mod is None else _score_mod(block, layout, given.score_mod)
+    return Call(given.scale, plan.problem.q_offset, given.data, mod, workspace)
+
+
+def _score_mod(block: Block, layout: Layout, score_mod: ScoreMod) -> ScoreMod:
+    """The user's score_mod, told the positions and the heads of the whole."""
+    offset = in_place(block.mask, block.queries, block.keys)[1]
+    permutation = layout.order.permutation(layout.tokens)
+
+    def positions(at: Tensor, run: range) -> Tensor:
+        places = at.long() * run.step + run.start
+        return places if permutation is None else torch.from_numpy(permutation).to(places.device)[places]
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Any:
+        heads = h * block.heads.step + block.heads.start
+        return score_mod(score, b, heads, positions(q - offset, block.queries), positions(kv, block.keys))
+
+    return mod
+
+
+class Keys:
+    """K and V that a block reads, and where its gradients of them go: a rank's own rows, or those of a message."""
+
+    def __init__(self, runs: tuple[range, ...], kv_heads: HeadRange, k: Tensor, v: Tensor) -> None:
+        self.runs, self.kv_heads, self.k, self.v = runs, kv_heads, k, v
+
+    def of(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The keys and values of a block."""
+        return self.view(block, self.k), self.view(block, self.v)
+
+    def view(self, block: Block, x: Tensor) -> Tensor:
+        """Of x, which is shaped as k or v, the part that a block reads."""
+        wanted, there = block.kv_heads, self.kv_heads
+        step = max(1, wanted.step // there.step)
+        among = HeadRange((wanted.start - there.start) // there.step, step, wanted.count)
+        return held(x, among, rows(self.runs, block.keys))
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A rank's rows and what belongs to them, (B, Hq, rows, ...); the last three are there in a backward."""
+
+    runs: tuple[range, ...]
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor | None = None
+    grad_lse: Tensor | None = None
+    grad_q: Tensor | None = None
+
+    def of(self, block: Block) -> Queries:
+        """Those of a block, as views."""
+        at = rows(self.runs, block.queries)
+        tensors = (self.q, self.out, self.lse, self.grad_out, self.grad_lse, self.grad_q)
+        q, out, lse, *grads = (x if x is None else held(x, block.heads, at) for x in tensors)
+        assert q is not None
+        assert out is not None
+        assert lse is not None
+        return Queries((block.queries,), q, out, lse, *grads)
+
+
+def forward(block: Block, layout: Layout, given: Given, queries: Queries, keys: Keys, workspace: Workspace) -> None:
+    """Merge a block into a rank's out and lse."""
+    mine, (k, v) = queries.of(block), keys.of(block)
+    plan = _plan(block, given, mine.q, v)
+    execute.merge_into(plan, _call(block, layout, given, plan, workspace), mine.q, k, v, mine.out, mine.lse)
+
+
+def backward(
+    block: Block,
+    layout: Layout,
+    given: Given,
+    queries: Queries,
+    keys: Keys,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    workspace: Workspace,
+) -> None:
+    """Add a block's share of the gradients to a rank's grad_q, and to grad_k and grad_v, which are shaped as the keys."""
+    mine, (k, v) = queries.of(block), keys.of(block)
+    assert mine.grad_out is not None
+    plan = _plan(block, given, mine.q, v)
+    call = _call(block, layout, given, plan, workspace)
+    found = execute.backward(plan, call, mine.grad_out, mine.grad_lse, mine.q, k, v, mine.out, mine.lse)
+    for total, part in zip((mine.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)), found, strict=True):
+        assert total is not None
+        total.add_(part)
+
+
+def _plan(block: Block, given: Given, q: Tensor, v: Tensor) -> Plan:
+    dtype = str(q.dtype).removeprefix("torch.")
+    return plan_of(block, q.shape[0], q.shape[3], v.shape[3], dtype, q.device.type, given.score_mod is not None)

@@ -1,0 +1,117 @@
+"""All ranks in one process: every step of every rank is executed, from copies of what it would receive.
+
+A rank reads its own shards and its messages, nothing else. Gradients of received keys go back to their owner in the order in
+which they would arrive, so that other transports give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..partials import lse_dtype
+from .blocks import Given
+from .schedules import Schedule, Step
+from .workers import Backward, Forward, KeysAndValues
+
+
+@dataclass
+class Ledger:
+    """What was really done, by all ranks together, and the most that one rank held in shards and messages."""
+
+    steps: int = 0
+    messages: int = 0
+    received_bytes: int = 0
+    most_held_bytes: int = 0
+
+    def note(self, received: Sequence[KeysAndValues], shards: Sequence[Tensor | None]) -> None:
+        """A step of a rank that holds `shards`."""
+        held = sum(x.nbytes for pair in received for x in pair)
+        self.steps += 1
+        self.messages += len(received)
+        self.received_bytes += held
+        self.most_held_bytes = max(self.most_held_bytes, held + sum(x.nbytes for x in shards if x is not None))
+
+
+def taken(x: Tensor, runs: Sequence[range]) -> Tensor:
+    """A rank's shard of x (B, H, N, ...), whose tokens stand in the order of the layout: a copy."""
+    return torch.cat([x[:, :, run.start : run.stop : run.step] for run in runs], dim=2) if runs else x[:, :, :0]
+
+
+def put(x: Tensor, runs: Sequence[range], shard: Tensor) -> None:
+    """Write a rank's shard back to x."""
+    at = 0
+    for run in runs:
+        x[:, :, run.start : run.stop : run.step] = shard[:, :, at : at + len(run)]
+        at += len(run)
+
+
+class Simulated:
+    """The transport: global tensors (B, H, N, D) in, global tensors out."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+
+    def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, N, Dv) and lse (B, Hq, N), rank after rank."""
+        layout, self.ledger = schedule.layout, Ledger()
+        q, k, v = (layout.order.permute(x, 2) for x in (q, k, v))
+        out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+        for rank in range(layout.ranks):
+            worker = Forward(schedule, rank, given, *(taken(x, layout.runs(rank)) for x in (q, k, v)))
+            for step in schedule.steps(rank):
+                received = _received(schedule, step, rank, k, v)
+                self.ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
+                worker.compute(step, received)
+            put(out, worker.runs, worker.out)
+            put(lse, worker.runs, worker.lse)
+        return layout.order.invert(out, 2), layout.order.invert(lse, 2)
+
+    def backward(
+        self,
+        schedule: Schedule,
+        given: Given,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v: all ranks together go around the ring, as gradients of a rank's keys come from others."""
+        layout, order, self.ledger = schedule.layout, schedule.layout.order, Ledger()
+        grad_out, q, k, v, out, lse = (order.permute(x, 2) for x in (grad_out, q, k, v, out, lse))
+        grad_lse = None if grad_lse is None else order.permute(grad_lse, 2)
+        workers = []
+        for rank in range(layout.ranks):
+            runs = layout.runs(rank)
+            shards = [None if x is None else taken(x, runs) for x in (grad_out, grad_lse, q, k, v, out, lse)]
+            workers.append(Backward(schedule, rank, given, *shards))  # type: ignore[arg-type]
+        for distance in range(layout.ranks):
+            for worker in workers:
+                source = (worker.rank - distance) % layout.ranks
+                step = schedule.step(worker.rank, source)
+                if step is None:
+                    continue
+                received = _received(schedule, step, worker.rank, k, v)
+                self.ledger.note(received, worker.shards)
+                for message, grads in zip(step.messages, worker.compute(step, received), strict=True):
+                    workers[source].add(message, grads)
+        results = [torch.empty_like(x) for x in (q, k, v)]
+        for worker in workers:
+            for x, shard in zip(results, worker.results, strict=True):
+                put(x, worker.runs, shard)
+        return order.invert(results[0], 2), order.invert(results[1], 2), order.invert(results[2], 2)
+
+
+def _received(schedule: Schedule, step: Step, rank: int, k: Tensor, v: Tensor) -> list[KeysAndValues]:
+    """The messages of a step, copied out of the rows of its source."""
+    out = []
+    for message in step.messages:
+        rows = slice(message.rows.start, message.rows.stop, message.rows.step)
+        out.append((message.kv_heads.of(k)[:, :, rows].contiguous(), message.kv_heads.of(v)[:, :, rows].contiguous()))
+    return out

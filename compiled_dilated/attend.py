@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import arguments, operators, planner
 from .masks import Mask
 from .partials import merge
 from .plans import BYTES, Plan
 from .programs import PerLength, Program, as_program
+from .ring.distributed import Distributed
+from .ring.plans import RingPlan
+from .ring.rings import Ring
 
 ScoreMod = Callable[..., Any]
 
@@ -23,10 +28,13 @@ _DTYPES = frozenset(getattr(torch, name) for name in BYTES)
 class Attend:
     """Attention by a program. Called with q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv); Hq a multiple of Hkv."""
 
-    def __init__(self, program: Program | Mask | PerLength, lowering: str = "auto") -> None:
+    def __init__(self, program: Program | Mask | PerLength, lowering: str = "auto", ring: Ring | None = None) -> None:
         self.program = program if isinstance(program, PerLength) else as_program(program)
         self.lowering = arguments.choice("lowering", lowering, planner.LOWERINGS)
-        self._bare = operators.handle_of(self.program, lowering)
+        if ring is not None and lowering != "auto":
+            raise ValueError(f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'")
+        self.ring = ring
+        self._bare = operators.handle_of(self.program, lowering, ring)
 
     def __call__(
         self,
@@ -52,6 +60,11 @@ class Attend:
         _check_tensors(q, k, v)
         offset = q_offset if isinstance(q_offset, torch.SymInt) else arguments.integer("q_offset", q_offset, 0)
         tensors = _check_data(self.program, data, q, k, offset)
+        if self.ring is not None and (offset or q.shape[2] != k.shape[2]):
+            raise ValueError(
+                f"a ring deals out one sequence; got {q.shape[2]} queries at offset {offset} and {k.shape[2]} keys. "
+                "Compile without ranks for cross attention and decoding"
+            )
         scale = _check_scale(scale, q)
         handle = self._bare
         if score_mod is not None:
@@ -68,30 +81,93 @@ class Attend:
             out, lse = merge(out, lse, torch.zeros_like(out), logits)
         return (out, lse) if return_lse else out
 
-    def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Plan:
-        """The plan that a call with these tensors follows."""
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Any:
+        """The `Plan` that a call with these tensors follows, the `RingPlan` where there are ranks."""
         _check_tensors(q, k, v)
+        if self.ring is not None:
+            return self.ring.plan(operators.ring_problem(self._bare, q, k, v))
         return operators.plan_of(self._bare, q, k, v, arguments.integer("q_offset", q_offset, 0), operators.trains(q, k, v))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Made anew, because the process that unpickles it has not registered the program under its handle.
-        return Attend, (self.program, self.lowering)
+        return Attend, (self.program, self.lowering, self.ring)
 
     def __repr__(self) -> str:
-        return f"compile({self.program!r}{'' if self.lowering == 'auto' else f', lowering={self.lowering!r}'})"
+        lowering = "" if self.lowering == "auto" else f", lowering={self.lowering!r}"
+        ring = "" if self.ring is None else f", {self.ring!r}"
+        return f"compile({self.program!r}{lowering}{ring})"
 
 
-def compile(program: Program | Mask, *, lowering: str = "auto") -> Attend:
+def compile(
+    program: Program | Mask,
+    *,
+    lowering: str = "auto",
+    ranks: int | None = None,
+    mesh: DeviceMesh | ProcessGroup | None = None,
+    layout: str | None = None,
+) -> Attend:
     """A callable that computes attention by `program` (or a bare mask, a program of one branch).
 
     lowering: "auto" takes the cheapest by `plan`; "dense", "strided", "tiled" and "flex" are used or refused, never replaced.
+    ranks: compute as a ring of so many ranks (arXiv 2310.01889), all of them in this process, one after the other: every rank's
+    every step is executed, holding what the rank may hold.
+    mesh: a one-dimensional DeviceMesh or a process group of torch.distributed: each process passes its own shards, whose tokens
+    are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
+    layout: which tokens each rank holds; "auto" (the default), "contiguous", "zigzag", "striped", "residue" or "hilbert".
 
     >>> attend = compile(masks.causal() & masks.window(256))
     >>> out = attend(q, k, v)
     """
-    return Attend(program, lowering)
+    return Attend(program, lowering, _ring(ranks, layout, mesh))
 
 
+def _ring(ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None) -> Ring | None:
+    if mesh is not None:
+        group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(f"mesh must be a DeviceMesh of one dimension or a process group; got {type(mesh).__name__}")
+        if ranks not in (None, group.size()):
+            raise ValueError(f"the mesh has {group.size()} ranks; got ranks={ranks!r}. Leave ranks out")
+        return Ring(group.size(), "auto" if layout is None else layout, Distributed(group))
+    if ranks is None:
+        if layout is not None:
+            raise ValueError(f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or mesh=...")
+        return None
+    return Ring(ranks, "auto" if layout is None else layout)
+
+
+@overload
+def plan(
+    program: Program | Mask,
+    q_shape: Sequence[int],
+    kv_heads: int | None = ...,
+    kv_len: int | None = ...,
+    value_dim: int | None = ...,
+    dtype: torch.dtype = ...,
+    device: str | torch.device = ...,
+    training: bool = ...,
+    lowering: str = ...,
+    q_offset: int = ...,
+    *,
+    ranks: None = ...,
+    layout: None = ...,
+) -> Plan: ...
+@overload
+def plan(
+    program: Program | Mask,
+    q_shape: Sequence[int],
+    kv_heads: int | None = ...,
+    kv_len: int | None = ...,
+    value_dim: int | None = ...,
+    dtype: torch.dtype = ...,
+    device: str | torch.device = ...,
+    training: bool = ...,
+    lowering: str = ...,
+    q_offset: int = ...,
+    *,
+    ranks: int,
+    layout: str | None = ...,
+) -> RingPlan: ...
 def plan(
     program: Program | Mask,
     q_shape: Sequence[int],
@@ -103,10 +179,14 @@ def plan(
     training: bool = False,
     lowering: str = "auto",
     q_offset: int = 0,
-) -> Plan:
+    *,
+    ranks: int | None = None,
+    layout: str | None = None,
+) -> Plan | RingPlan:
     """How attention of this shape would be computed, and why; nothing is computed. `print(plan(...).explain())`.
 
     q_shape: (B, Hq, N, D). kv_heads, kv_len, value_dim: of k and v, those of q by default.
+    ranks, layout: as in `compile`; then the plan says what each rank receives, computes and holds, under every layout.
     """
     shape = arguments.integers("q_shape", q_shape, 1)
     if len(shape) != 4:
@@ -121,6 +201,14 @@ def plan(
     q_offset = arguments.integer("q_offset", q_offset, 0)
     kind = torch.device(device).type
     problem = operators.problem_of(as_program(program), shape, k_shape, v_shape, dtype, kind, q_offset, training, False)
+    ring = _ring(ranks, layout)
+    if ring is not None:
+        if q_len != kv_len or q_offset or lowering != "auto":
+            raise ValueError(
+                f"a ring deals out one sequence and lowers each block as it is best; got {q_len} queries at offset {q_offset}, "
+                f"{kv_len} keys and lowering={lowering!r}. Leave out ranks, or these"
+            )
+        return ring.plan(problem)
     return planner.counted(planner.choose(problem, lowering))
 
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from . import arguments, masks
 from .attend import Attend
 from .programs import PerLength, Program, longnet
+from .ring.rings import Ring
 
 
 class Attention(nn.Module):
     """Attention over (batch, tokens, heads, head_dim) by a program, without parameters.
 
-    programs: by `is_causal`.
+    programs: by `is_causal`. ring: who computes it, if not this process alone.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Attention(nn.Module):
         softmax_scale: float | None,
         attention_dropout: float,
         lowering: str,
+        ring: Ring | None = None,
     ) -> None:
         super().__init__()
         if softmax_scale is not None and not _is_finite_number(softmax_scale):
@@ -41,8 +43,8 @@ class Attention(nn.Module):
         self.lowering = lowering
         self._attends: dict[tuple[bool, bool], Attend] = {}
         for is_causal, program in programs.items():
-            self._attends[is_causal, False] = Attend(program, lowering)
-            self._attends[is_causal, True] = Attend(visible(program), lowering)
+            self._attends[is_causal, False] = Attend(program, lowering, ring)
+            self._attends[is_causal, True] = Attend(visible(program), lowering, ring)
 
     def program(self, tokens: int, is_causal: bool = False) -> Program:
         """What a call with so many tokens, none of them padding, computes."""
@@ -87,7 +89,7 @@ class DilatedAttention(Attention):
     softmax_scale: default 1 / sqrt(D). attention_dropout: 0.0; more is refused, as the fused kernels have none.
     offsets, heads: as in `longnet`. The first port deals its heads out over the branches, which is heads="split"; the paper, and
     the default here, has all heads in every branch.
-    lowering: as in `compile`.
+    lowering: as in `compile`. ring: a `Ring`, as `variant` makes one.
 
     >>> attention = DilatedAttention(segment_lengths=(2048, 4096), dilation_rates=(1, 2))
     >>> attention(query, key, value, is_causal=True).shape == query.shape
@@ -104,12 +106,13 @@ class DilatedAttention(Attention):
         offsets: str = "cyclic",
         heads: str = "all",
         lowering: str = "auto",
+        ring: Ring | None = None,
     ) -> None:
         programs = {
             is_causal: self._ordered(longnet(segment_lengths, dilation_rates, is_causal, offsets, heads))
             for is_causal in (False, True)
         }
-        super().__init__(programs, softmax_scale, attention_dropout, lowering)
+        super().__init__(programs, softmax_scale, attention_dropout, lowering, ring)
         self.segment_lengths = arguments.integers("segment_lengths", segment_lengths, 1)
         self.dilation_rates = arguments.integers("dilation_rates", dilation_rates, 1)
         self.offsets, self.heads = offsets, heads

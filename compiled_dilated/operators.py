@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,30 +22,41 @@ from .lowerings.batches import Call
 from .partials import lse_dtype
 from .plans import Plan, Problem
 from .programs import PerLength, Program
+from .ring.blocks import Given
+from .ring.rings import Ring
 
 ScoreMod = Callable[..., Any]
 _MOST_PLANS = 64
 
-# What an operator's string argument stands for: operators take tensors, numbers and strings alone.
-_programs: dict[str, tuple[Program | PerLength, str, ScoreMod | None]] = {}
+
+@dataclass(frozen=True)
+class Named:
+    """What an operator's string argument stands for: operators take tensors, numbers and strings alone."""
+
+    program: Program | PerLength
+    lowering: str
+    ring: Ring | None = None
+    score_mod: ScoreMod | None = None
+
+
+_programs: dict[str, Named] = {}
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
 
-def handle_of(program: Program | PerLength, lowering: str) -> str:
-    """The string that stands for a program in an operator's arguments."""
-    handle = f"{program!r} lowering={lowering}"
-    known = _programs.setdefault(handle, (program, lowering, None))
-    if known[0] != program:  # two functions of one name inside from_mod
+def handle_of(program: Program | PerLength, lowering: str, ring: Ring | None = None) -> str:
+    """The string that stands for a program, and for how it is executed, in an operator's arguments."""
+    handle = f"{program!r} lowering={lowering}" + ("" if ring is None else f" {ring!r} #{id(ring)}")
+    named = Named(program, lowering, ring)
+    if _programs.setdefault(handle, named).program != program:  # two functions of one name inside from_mod
         handle = f"{handle} #{hash(program)}"
-        _programs.setdefault(handle, (program, lowering, None))
+        _programs.setdefault(handle, named)
     return handle
 
 
 def with_score_mod(handle: str, score_mod: ScoreMod) -> str:
     """The string that stands for a program and a score_mod."""
-    program, lowering, _ = _programs[handle]
     joint = f"{handle} score_mod={id(score_mod)}"
-    _programs[joint] = (program, lowering, score_mod)
+    _programs[joint] = replace(_programs[handle], score_mod=score_mod)
     return joint
 
 
@@ -55,12 +67,8 @@ with_score_mod._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
     """The plan for tensors of these shapes, made when they first come."""
-    if handle not in _programs:
-        raise RuntimeError(
-            f"the program {handle!r} is not known to this process. "
-            "Build it with compiled_dilated.compile before running the graph"
-        )
-    program, lowering, score_mod = _programs[handle]
+    named = _named(handle)
+    program, lowering = named.program, named.lowering
     if isinstance(program, PerLength):
         program = program.at(q.shape[2])
     # One query is planned once for all positions and all lengths of a cache.
@@ -73,11 +81,30 @@ def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, trainin
         _plans.move_to_end(key)
         return _plans[key]
     shapes = (q.shape, k.shape, v.shape)
-    problem = problem_of(program, *shapes, q.dtype, q.device.type, place[1], training, score_mod is not None)
+    problem = problem_of(program, *shapes, q.dtype, q.device.type, place[1], training, named.score_mod is not None)
     plan = _plans[key] = planner.choose(problem, lowering)
     if len(_plans) > _MOST_PLANS:
         _plans.popitem(last=False)
     return plan
+
+
+def _named(handle: str) -> Named:
+    if handle not in _programs:
+        raise RuntimeError(
+            f"the program {handle!r} is not known to this process. "
+            "Build it with compiled_dilated.compile before running the graph"
+        )
+    return _programs[handle]
+
+
+def ring_problem(handle: str, q: Tensor, k: Tensor, v: Tensor) -> Problem:
+    """What all ranks together compute, given the tensors of this process; the same forward and backward."""
+    named = _named(handle)
+    assert named.ring is not None
+    tokens = named.ring.transport.tokens(q, k, v, f"{named.program!r} over {named.ring!r}")
+    program = named.program.at(tokens) if isinstance(named.program, PerLength) else named.program
+    whole = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
+    return problem_of(program, whole[0], whole[1], whole[2], q.dtype, q.device.type, 0, False, named.score_mod is not None)
 
 
 def problem_of(
@@ -100,8 +127,13 @@ def problem_of(
 
 
 def _call(handle: str, data: Sequence[Tensor], scale: float, q_offset: int) -> Call:
-    program, _, score_mod = _programs[handle]
-    return Call(scale, q_offset, dict(zip(program.names, data, strict=True)), score_mod)
+    named = _programs[handle]
+    return Call(scale, q_offset, dict(zip(named.program.names, data, strict=True)), named.score_mod)
+
+
+def _given(handle: str, data: Sequence[Tensor], scale: float) -> Given:
+    named = _programs[handle]
+    return Given(scale, dict(zip(named.program.names, data, strict=True)), named.score_mod)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -115,6 +147,9 @@ def _run(
     if not (q.numel() and k.numel() and v.numel()):
         shape = (*q.shape[:3], v.shape[3])
         return q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+    ring = _named(handle).ring
+    if ring is not None:
+        return ring.forward(ring_problem(handle, q, k, v), _given(handle, data, scale), *map(_rows, (q, k, v)))
     plan = plan_of(handle, q, k, v, q_offset, training)
     return execute.forward(plan, _call(handle, data, scale, q_offset), *map(_rows, (q, k, v)))
 
@@ -151,8 +186,13 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not (q.numel() and k.numel() and v.numel()):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    plan = plan_of(handle, q, k, v, q_offset, True)
     grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
+    ring = _named(handle).ring
+    if ring is not None:
+        problem, given = ring_problem(handle, q, k, v), _given(handle, data, scale)
+        grads = ring.backward(problem, given, grad_out, grad_lse, q, k, v, out, lse)
+        return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    plan = plan_of(handle, q, k, v, q_offset, True)
     grads = execute.backward(plan, _call(handle, data, scale, q_offset), grad_out, grad_lse, q, k, v, out, lse)
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
@@ -283,6 +323,9 @@ def attend(
             return out, lse
         if _is_plain_call(q, k, v):
             return _run(q, k, v, data, handle, scale, q_offset, False)
+    if torch.compiler.is_compiling():  # which takes no tensor twice
+        k = k.view_as(k) if k is q else k
+        v = v.view_as(v) if v is q or v is k else v
     function = _Attention if torch.compiler.is_compiling() else _EagerAttention
     found: tuple[Tensor, Tensor] = _apply(function, q, k, v, handle, scale, q_offset, trains(q, k, v), *data)
     return found

@@ -23,6 +23,8 @@ from . import arguments
 from .modules import Attention, DilatedAttention, Multihead
 from .orders import hilbert
 from .programs import KINDS, PerLength, Program, block_sparse
+from .ring.distributed import Distributed
+from .ring.rings import Ring
 
 # A grid this many times as wide as high is no grid for a Hilbert curve.
 _MOST_OBLONG = 4
@@ -73,6 +75,7 @@ class BlockSparseAttention(Attention):
         attention_dropout: float = 0.0,
         *,
         lowering: str = "auto",
+        ring: Ring | None = None,
     ) -> None:
         if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
             raise ValueError(
@@ -85,7 +88,7 @@ class BlockSparseAttention(Attention):
             block_sparse(density, kind, block)  # the only kind that asks for certain densities at every length
         settings = (density, kind, arguments.integer("block", block, 1))
         programs = {causal: PerLength(_block_sparse, (*settings, causal)) for causal in (False, True)}
-        super().__init__(programs, softmax_scale, attention_dropout, lowering)
+        super().__init__(programs, softmax_scale, attention_dropout, lowering, ring)
         self.sparsity, self.kind, self.block = float(sparsity), kind, block
 
     def extra_repr(self) -> str:
@@ -97,16 +100,17 @@ def _block_sparse(density: float, kind: str, block: int, is_causal: bool, tokens
     return block_sparse(density, kind, block, tokens, causal=is_causal)
 
 
-class Ring(nn.Module):
-    """An attention as a ring of `ring_size` devices would compute it. A ring of one is the attention itself, on its device.
+class RingAttention(nn.Module):
+    """An attention computed by a ring of `ring_size` devices. A ring of one is the attention itself, on its device.
 
+    execution: "ring", all devices in this process, one after the other, each holding what it may hold and taking every step;
+    "distributed ring", one device a process of torch.distributed: each passes its own contiguous share of the tokens.
     program(tokens, is_causal) is the same for every ring size: a ring changes who computes what, never what is computed.
     """
 
     def __init__(self, name: str, execution: str, ring_size: int, attention: Attention) -> None:
         super().__init__()
-        self.name, self.execution, self.ring_size = name, execution, arguments.integer("ring_size", ring_size, 1)
-        self.attention = attention
+        self.name, self.execution, self.ring_size, self.attention = name, execution, ring_size, attention
 
     def program(self, tokens: int, is_causal: bool = False) -> Program:
         """What a call with so many tokens, all devices together, computes."""
@@ -120,18 +124,21 @@ class Ring(nn.Module):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """As the attention inside. Raises NotImplementedError for more than one device."""
-        if self.ring_size > 1:
-            raise NotImplementedError(
-                f"{self.name} with ring_size={self.ring_size} cannot run yet: the transport of a ring is not built. "
-                f"variant({self.name!r}, ..., ring_size=1) computes the same numbers on one device"
-            )
+        """As the attention inside."""
         out: Tensor = self.attention(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask)
         return out
 
     def extra_repr(self) -> str:
         """What the attention inside does not say."""
         return f"{self.name!r}, execution={self.execution!r}, ring_size={self.ring_size}"
+
+
+def _ring(execution: str, ring_size: object) -> Ring | None:
+    """Who computes; None for one device."""
+    size = arguments.integer("ring_size", ring_size, 1)
+    if size == 1:
+        return None
+    return Ring(size, "contiguous", Distributed()) if execution == DISTRIBUTED else Ring(size)
 
 
 SINGLE, RING, DISTRIBUTED = "single", "ring", "distributed ring"
@@ -179,7 +186,7 @@ class Variant:
     @property
     def takes(self) -> dict[str, bool]:
         """The keyword arguments that `variant` takes for it: name -> whether it must be given."""
-        parameters = dict(inspect.signature(self.attention).parameters)
+        parameters = {name: each for name, each in inspect.signature(self.attention).parameters.items() if name != "ring"}
         if self.multihead:
             del parameters["attention_dropout"]
             parameters = {
@@ -347,7 +354,7 @@ def variant(name: str, **kwargs: Any) -> nn.Module:
 
     kwargs: those of the program (segment_lengths and dilation_rates, or sparsity, kind and block), softmax_scale, lowering;
     ring_size where the name means a ring; embed_dim, num_heads and the rest of `Multihead` for a multihead name.
-    A ring of more than one device can be made and asked for its program, and raises NotImplementedError when called.
+    A distributed ring runs in processes of torch.distributed, as torchrun starts them; other rings in this process.
 
     Raises ValueError for an unknown name, naming close ones, and TypeError for arguments that the variant does not take or lacks.
 
@@ -369,10 +376,9 @@ def variant(name: str, **kwargs: Any) -> nn.Module:
     if row.sparsities:
         kwargs.setdefault("sparsity", row.sparsities[0])
     ring_size = kwargs.pop("ring_size", 1)
-    attention = row.attention(
-        **{each: kwargs.pop(each) for each in inspect.signature(row.attention).parameters if each in kwargs}
-    )
-    module = attention if row.execution == SINGLE else Ring(row.name, row.execution, ring_size, attention)
+    settings = {each: kwargs.pop(each) for each in inspect.signature(row.attention).parameters if each in kwargs}
+    attention = row.attention(**settings, ring=_ring(row.execution, ring_size))
+    module = attention if row.execution == SINGLE else RingAttention(row.name, row.execution, ring_size, attention)
     return Multihead(module, **kwargs) if row.multihead else module
 
 

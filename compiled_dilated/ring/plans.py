@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
 from tabulate import tabulate
 
 from .. import arguments
@@ -82,6 +84,16 @@ class RingPlan:
     def loads(self) -> tuple[Load, ...]:
         """Those under the chosen layout."""
         return next(loads for layout, loads in self.weighed if layout == self.schedule.layout)
+
+    def positions(self, rank: int) -> torch.Tensor:
+        """The positions of the tokens that a rank holds, in the order of its memory: `q[:, :, plan.positions(rank)]`."""
+        layout = self.schedule.layout
+        if not 0 <= arguments.integer("rank", rank) < layout.ranks:
+            raise ValueError(f"rank must be at least 0 and less than {layout.ranks}; got {rank}")
+        runs = [np.arange(run.start, run.stop, run.step) for run in layout.runs(rank)]
+        places = np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
+        permutation = layout.order.permutation(layout.tokens)
+        return torch.from_numpy(places if permutation is None else permutation[places])
 
     def to_json(self) -> dict[str, Any]:
         """Everything that `explain` prints, as plain values."""

@@ -100,7 +100,11 @@ class Schedule:
                 q, kv = mask.shrink(run, everything)
                 if q and kv:
                     found.update(self._owners(mask, kv, lambda keys, q=q: (q, keys)))
-        return sorted(found, key=lambda source: (rank - source) % self.layout.ranks)
+        return sorted(found, key=lambda source: self.distance(rank, source))
+
+    def distance(self, rank: int, source: int) -> int:
+        """How far around the ring a source stands before a rank."""
+        return (rank - source) % self.layout.ranks
 
     def targets(self, rank: int) -> list[int]:
         """The other ranks that may need a rank's keys, in the order of their distance around the ring."""
@@ -111,7 +115,7 @@ class Schedule:
                 q, kv = mask.shrink(everything, run)
                 if q and kv:
                     found.update(self._owners(mask, q, lambda queries, kv=kv: (queries, kv)))
-        return sorted(found - {rank}, key=lambda target: (target - rank) % self.layout.ranks)
+        return sorted(found - {rank}, key=lambda target: self.distance(target, rank))
 
     def _owners(self, mask: Mask, places: range, pair: object) -> Iterator[int]:
         """The owners of places, less those that a mask leaves nothing of: halves of the ring are asked about first."""

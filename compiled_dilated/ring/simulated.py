@@ -55,6 +55,13 @@ class Simulated:
     def __init__(self) -> None:
         self.ledger = Ledger()
 
+    def tokens(self, q: Tensor, k: Tensor, v: Tensor, what: str) -> int:
+        """The tensors are the whole sequence's."""
+        return q.shape[2]
+
+    def __repr__(self) -> str:
+        return "simulated"
+
     def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) and lse (B, Hq, N), rank after rank."""
         layout, self.ledger = schedule.layout, Ledger()
@@ -63,7 +70,7 @@ class Simulated:
         for rank in range(layout.ranks):
             worker = Forward(schedule, rank, given, *(taken(x, layout.runs(rank)) for x in (q, k, v)))
             for step in schedule.steps(rank):
-                received = _received(schedule, step, rank, k, v)
+                received = _received(step, k, v)
                 self.ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
                 worker.compute(step, received)
             put(out, worker.runs, worker.out)
@@ -91,16 +98,12 @@ class Simulated:
             runs = layout.runs(rank)
             shards = [None if x is None else taken(x, runs) for x in (grad_out, grad_lse, q, k, v, out, lse)]
             workers.append(Backward(schedule, rank, given, *shards))  # type: ignore[arg-type]
-        for distance in range(layout.ranks):
-            for worker in workers:
-                source = (worker.rank - distance) % layout.ranks
-                step = schedule.step(worker.rank, source)
-                if step is None:
-                    continue
-                received = _received(schedule, step, worker.rank, k, v)
-                self.ledger.note(received, worker.shards)
-                for message, grads in zip(step.messages, worker.compute(step, received), strict=True):
-                    workers[source].add(message, grads)
+        steps = [(worker, step) for worker in workers for step in schedule.steps(worker.rank)]
+        for worker, step in sorted(steps, key=lambda each: schedule.distance(each[0].rank, each[1].source)):
+            received = _received(step, k, v)
+            self.ledger.note(received, worker.shards)
+            for message, grads in zip(step.messages, worker.compute(step, received), strict=True):
+                workers[step.source].add(message, grads)
         results = [torch.empty_like(x) for x in (q, k, v)]
         for worker in workers:
             for x, shard in zip(results, worker.results, strict=True):
@@ -108,7 +111,7 @@ class Simulated:
         return order.invert(results[0], 2), order.invert(results[1], 2), order.invert(results[2], 2)
 
 
-def _received(schedule: Schedule, step: Step, rank: int, k: Tensor, v: Tensor) -> list[KeysAndValues]:
+def _received(step: Step, k: Tensor, v: Tensor) -> list[KeysAndValues]:
     """The messages of a step, copied out of the rows of its source."""
     out = []
     for message in step.messages:

@@ -21,7 +21,9 @@ from .schedules import Message, Schedule, Step
 KeysAndValues = tuple[Tensor, Tensor]
 
 
-class _Worker:
+class Worker:
+    """What forward and backward have in common."""
+
     def __init__(self, schedule: Schedule, rank: int, given: Given, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.schedule, self.rank, self.given, self.q, self.k, self.v = schedule, rank, given, q, k, v
         self.runs = schedule.layout.runs(rank)
@@ -43,7 +45,7 @@ class _Worker:
         return there
 
 
-class Forward(_Worker):
+class Forward(Worker):
     """Partial results (out, lse) of a rank's queries, complete after its last step."""
 
     def __init__(self, schedule: Schedule, rank: int, given: Given, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -59,7 +61,7 @@ class Forward(_Worker):
             blocks.forward(block, self.schedule.layout, self.given, there, keys[block.message], self.workspace)
 
 
-class Backward(_Worker):
+class Backward(Worker):
     """Sums of gradients of a rank's shards, in float32 for low precision; complete once all others have sent theirs."""
 
     def __init__(

@@ -1,0 +1,223 @@
+"""Ranks as processes of torch.distributed: shards in, shards out; gloo on a CPU, NCCL on a GPU.
+
+Around the ring, distance by distance: a rank receives from the one `distance` before it and sends to the one as far after it,
+where its schedule says so. Messages of the next step travel while this one is computed. In a backward the gradients of received
+keys go back the same way, and are added in the order of distance, as the simulated transport adds them: the same bits.
+
+    distance 1      rank 0 -> rank 1 -> rank 2 -> rank 3 -> rank 0
+    distance 2      rank 0 -> rank 2 -> rank 0,   rank 1 -> rank 3 -> rank 1
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .blocks import Given
+from .schedules import Message, Schedule, Step
+from .simulated import Ledger
+from .workers import Backward, Forward, KeysAndValues, Worker
+
+_NUMBERS_IN_A_GREETING = 9
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What one rank does at one distance: the step that it computes, if any, and what it sends to whom, if anything."""
+
+    distance: int
+    step: Step | None
+    target: int
+    outgoing: tuple[Message, ...]
+
+
+class _Exchange:
+    """Messages under way in both directions; `wait` returns those received."""
+
+    def __init__(self, group: dist.ProcessGroup, out: Sequence[Tensor], target: int, into: Sequence[Tensor], source: int) -> None:
+        self.into, self._sent = list(into), list(out)  # what is sent must live until it has arrived
+        self._peers = (source, target)
+        sends = [dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in out]
+        receives = [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for x in into]
+        with _told(f"could not reach rank {source} or rank {target}"):
+            self._works = dist.batch_isend_irecv(sends + receives) if sends or receives else []
+
+    def wait(self) -> list[Tensor]:
+        with _told(f"waited in vain for rank {self._peers[0]}, or for rank {self._peers[1]} to receive"):
+            for work in self._works:
+                work.wait()
+        self._sent = []
+        return self.into
+
+
+class _told:
+    """Failures of the transport as one clear error."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise RuntimeError(
+                f"the ring broke: this rank {self.what} ({str(error).splitlines()[0]}). "
+                "A rank has died or stands still; start all ranks again (torchrun --max-restarts does), or set a longer timeout"
+            ) from error
+
+
+class Distributed:
+    """The transport: each rank passes its own shards (B, H, rows, D), in the order of the layout's runs, and gets its own."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.ledger = Ledger()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group; the default one where none was given."""
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "a distributed ring needs torch.distributed: call torch.distributed.init_process_group() first, "
+                "in processes started by torchrun"
+            )
+        group = self._group if self._group is not None else dist.group.WORLD
+        assert group is not None
+        return group
+
+    @property
+    def rank(self) -> int:
+        """This process in the group."""
+        return dist.get_rank(self.group)
+
+    def tokens(self, q: Tensor, k: Tensor, v: Tensor, what: str) -> int:
+        """The sum of all shards' tokens. Before any data moves, all ranks make sure that they are about to compute the same."""
+        about = f"{what}, {q.dtype}"
+        digest = int.from_bytes(hashlib.sha256(about.encode()).digest()[:7], "big")
+        numbers = [digest, q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.element_size(), q.shape[2], k.shape[2]]
+        assert len(numbers) == _NUMBERS_IN_A_GREETING
+        mine = torch.tensor(numbers, device=q.device)
+        size = dist.get_world_size(self.group)
+        everyone = torch.empty(size * len(numbers), dtype=torch.int64, device=q.device)
+        with _told("could not greet the others"):
+            dist.all_gather_into_tensor(everyone, mine, group=self.group)
+        table = everyone.view(size, -1).tolist()
+        names = ("the program, the layout or the dtype", "batch", "query heads", "key heads", "head_dim", "value_dim", "dtype")
+        for column, name in enumerate(names):
+            odd = [rank for rank in range(size) if table[rank][column] != numbers[column]]
+            if odd:
+                theirs = "" if column == 0 else f": {numbers[column]} here, {table[odd[0]][column]} there"
+                raise ValueError(
+                    f"the ranks of a ring must compute the same; ranks {odd} differ from rank {self.rank} in {name}{theirs}. "
+                    f"This rank has {about}"
+                )
+        return sum(row[7] for row in table)
+
+    def _check(self, schedule: Schedule, q: Tensor) -> None:
+        layout, rank = schedule.layout, self.rank
+        if layout.ranks != dist.get_world_size(self.group):
+            raise ValueError(
+                f"the ring has {layout.ranks} ranks, the process group {dist.get_world_size(self.group)}; make them the same"
+            )
+        if q.shape[2] != layout.count(rank):
+            raise ValueError(
+                f"rank {rank} of {layout.ranks} must hold {layout.count(rank)} of the {layout.tokens} tokens under the layout "
+                f"{layout.name}; got {q.shape[2]}. Take the rows that plan(...).positions({rank}) names"
+            )
+
+    def _rounds(self, schedule: Schedule) -> list[_Round]:
+        """All distances at which this rank receives or sends, its own keys (distance 0) first."""
+        rank, size = self.rank, schedule.layout.ranks
+        steps = {schedule.distance(rank, step.source): step for step in schedule.steps(rank)}
+        outgoing: dict[int, tuple[Message, ...]] = {}
+        for target in schedule.targets(rank):
+            step = schedule.step(target, rank)
+            if step is not None:
+                outgoing[schedule.distance(target, rank)] = step.messages
+        return [
+            _Round(distance, steps.get(distance), (rank + distance) % size, outgoing.get(distance, ()))
+            for distance in sorted({0, *steps, *outgoing})
+        ]
+
+    def _start(self, one: _Round, worker: Worker) -> _Exchange:
+        """Send and receive the keys and values of a round; those of one message side by side, as one."""
+        out = [_packed(*worker.outgoing(message)) for message in one.outgoing]
+        messages = () if one.step is None else one.step.messages
+        into = [_room(message, worker) for message in messages]
+        source = (self.rank - one.distance) % dist.get_world_size(self.group)
+        return _Exchange(self.group, out, one.target, into, source)
+
+    def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of this rank's queries."""
+        self._check(schedule, q)
+        self.ledger = Ledger()
+        worker = Forward(schedule, self.rank, given, q, k, v)
+        rounds = self._rounds(schedule)
+        coming = self._start(rounds[0], worker)
+        for i, one in enumerate(rounds):
+            received = coming.wait()
+            if i + 1 < len(rounds):
+                coming = self._start(rounds[i + 1], worker)
+            if one.step is not None:
+                pairs = [_unpacked(x, k.shape[3]) for x in received]
+                self.ledger.note(pairs, (q, k, v, worker.out, worker.lse))
+                worker.compute(one.step, pairs)
+        return worker.out, worker.lse
+
+    def backward(
+        self,
+        schedule: Schedule,
+        given: Given,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's shards."""
+        self._check(schedule, q)
+        self.ledger = Ledger()
+        worker = Backward(schedule, self.rank, given, grad_out, grad_lse, q, k, v, out, lse)
+        rounds, size = self._rounds(schedule), schedule.layout.ranks
+        coming = self._start(rounds[0], worker)
+        for i, one in enumerate(rounds):
+            received = coming.wait()
+            if i + 1 < len(rounds):
+                coming = self._start(rounds[i + 1], worker)
+            grads: list[KeysAndValues] = []
+            if one.step is not None:
+                pairs = [_unpacked(x, k.shape[3]) for x in received]
+                self.ledger.note(pairs, worker.shards)
+                grads = worker.compute(one.step, pairs)
+            back = [_room(message, worker, worker.grad_k.dtype) for message in one.outgoing]
+            source = (self.rank - one.distance) % size
+            arrived = _Exchange(self.group, [_packed(*pair) for pair in grads], source, back, one.target).wait()
+            for message, x in zip(one.outgoing, arrived, strict=True):
+                worker.add(message, _unpacked(x, k.shape[3]))
+        return worker.results
+
+    def __repr__(self) -> str:
+        return "distributed"
+
+
+def _packed(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values side by side: one message."""
+    return torch.cat([k, v], dim=3)
+
+
+def _unpacked(x: Tensor, head_dim: int) -> KeysAndValues:
+    return x[..., :head_dim], x[..., head_dim:]
+
+
+def _room(message: Message, worker: Worker, dtype: torch.dtype | None = None) -> Tensor:
+    """Where a message will arrive."""
+    shape = (worker.k.shape[0], message.kv_heads.count, len(message.rows), worker.k.shape[3] + worker.v.shape[3])
+    return worker.k.new_empty(shape, dtype=dtype)

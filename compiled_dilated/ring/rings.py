@@ -1,0 +1,83 @@
+"""A ring as an execution: how many ranks, under which layout, carried by which transport."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .. import arguments
+from ..plans import Problem
+from . import plans
+from .blocks import Given
+from .schedules import Schedule
+from .simulated import Ledger, Simulated
+
+
+class Transport(Protocol):
+    """Carries out a schedule. What its tensors hold, the whole sequence or a rank's shard, is the transport's own."""
+
+    ledger: Ledger
+
+    def tokens(self, q: Tensor, k: Tensor, v: Tensor, what: str) -> int:
+        """The length of the whole sequence, of which these are the tensors at hand; ranks make sure that they mean the same."""
+        ...
+
+    def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        ...
+
+    def backward(
+        self,
+        schedule: Schedule,
+        given: Given,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        ...
+
+
+class Ring:
+    """`ranks` ranks that compute a program together. `ledger` says what the last call really did."""
+
+    def __init__(self, ranks: int, layout: str = "auto", transport: Transport | None = None) -> None:
+        self.ranks = arguments.integer("ranks", ranks, 1)
+        self.layout = arguments.choice("layout", layout, plans.LAYOUTS)
+        self.transport = Simulated() if transport is None else transport
+
+    @property
+    def ledger(self) -> Ledger:
+        """Steps, messages and bytes of the last forward or backward, as they were executed."""
+        return self.transport.ledger
+
+    def plan(self, problem: Problem) -> plans.RingPlan:
+        """The layout and the schedule for a whole problem."""
+        return plans.choose(problem, self.ranks, self.layout)
+
+    def forward(self, problem: Problem, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out and lse of tensors as the transport takes them; `problem` is the whole one."""
+        return self.transport.forward(self.plan(problem).schedule, given, q, k, v)
+
+    def backward(
+        self,
+        problem: Problem,
+        given: Given,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        return self.transport.backward(self.plan(problem).schedule, given, grad_out, grad_lse, q, k, v, out, lse)
+
+    def __repr__(self) -> str:
+        return f"Ring({self.ranks}, layout={self.layout!r}, transport={self.transport!r})"

@@ -23,8 +23,6 @@ from .schedules import Message, Schedule, Step
 from .simulated import Ledger
 from .workers import Backward, Forward, KeysAndValues, Worker
 
-_NUMBERS_IN_A_GREETING = 9
-
 
 @dataclass(frozen=True)
 class _Round:
@@ -101,13 +99,12 @@ class Distributed:
         about = f"{what}, {q.dtype}"
         digest = int.from_bytes(hashlib.sha256(about.encode()).digest()[:7], "big")
         numbers = [digest, q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.element_size(), q.shape[2], k.shape[2]]
-        assert len(numbers) == _NUMBERS_IN_A_GREETING
         mine = torch.tensor(numbers, device=q.device)
         size = dist.get_world_size(self.group)
-        everyone = torch.empty(size * len(numbers), dtype=torch.int64, device=q.device)
+        everyone = [torch.empty_like(mine) for _ in range(size)]
         with _told("could not greet the others"):
-            dist.all_gather_into_tensor(everyone, mine, group=self.group)
-        table = everyone.view(size, -1).tolist()
+            dist.all_gather(everyone, mine, group=self.group)
+        table = torch.stack(everyone).tolist()
         names = ("the program, the layout or the dtype", "batch", "query heads", "key heads", "head_dim", "value_dim", "dtype")
         for column, name in enumerate(names):
             odd = [rank for rank in range(size) if table[rank][column] != numbers[column]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ from .programs import PerLength, Program, as_program
 from .ring.distributed import Distributed
 from .ring.plans import RingPlan
 from .ring.rings import Ring
+from .ring.streamed import Streamed
 
 ScoreMod = Callable[..., Any]
 
+TRANSPORTS = ("simulated", "streamed", "distributed")
 _DTYPES = frozenset(getattr(torch, name) for name in BYTES)
 
 
@@ -98,6 +100,18 @@ class Attend:
         return f"compile({self.program!r}{lowering}{ring})"
 
 
+@overload
+def compile(program: Program | Mask, *, ranks: int, transport: Literal["streamed"], layout: str | None = ...) -> Streamed: ...
+@overload
+def compile(
+    program: Program | Mask,
+    *,
+    lowering: str = ...,
+    ranks: int | None = ...,
+    mesh: DeviceMesh | ProcessGroup | None = ...,
+    layout: str | None = ...,
+    transport: str | None = ...,
+) -> Attend: ...
 def compile(
     program: Program | Mask,
     *,
@@ -105,19 +119,34 @@ def compile(
     ranks: int | None = None,
     mesh: DeviceMesh | ProcessGroup | None = None,
     layout: str | None = None,
-) -> Attend:
+    transport: str | None = None,
+) -> Attend | Streamed:
     """A callable that computes attention by `program` (or a bare mask, a program of one branch).
 
     lowering: "auto" takes the cheapest by `plan`; "dense", "strided", "tiled" and "flex" are used or refused, never replaced.
-    ranks: compute as a ring of so many ranks (arXiv 2310.01889), all of them in this process, one after the other: every rank's
-    every step is executed, holding what the rank may hold.
-    mesh: a one-dimensional DeviceMesh or a process group of torch.distributed: each process passes its own shards, whose tokens
-    are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
+    ranks: compute as a ring of so many ranks (arXiv 2310.01889). transport: "simulated" (the default), all ranks in this process
+    one after the other, every step of each executed on what that rank may hold; or "streamed", out of core: a `Streamed`, which
+    reads and writes files.
+    mesh: a DeviceMesh of one dimension, or a process group, of torch.distributed (transport "distributed"): each process passes
+    its own shards, whose tokens are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
     layout: which tokens each rank holds; "auto" (the default), "contiguous", "zigzag", "striped", "residue" or "hilbert".
 
     >>> attend = compile(masks.causal() & masks.window(256))
     >>> out = attend(q, k, v)
     """
+    if transport is not None:
+        arguments.choice("transport", transport, TRANSPORTS)
+        if transport == "distributed" and mesh is None:
+            raise ValueError("transport='distributed' needs a mesh, mesh=DeviceMesh(...) or a process group")
+        if transport != "distributed" and (ranks is None or mesh is not None):
+            raise ValueError(f"transport={transport!r} needs ranks, and no mesh; got ranks={ranks!r} and mesh={mesh!r}")
+    if transport == "streamed" and ranks is not None:
+        if layout not in (None, "contiguous") or lowering != "auto":
+            raise ValueError(
+                f"a streamed ring is contiguous and lowers each block as it is best; got layout={layout!r} and "
+                f"lowering={lowering!r}. Leave them out"
+            )
+        return Streamed(as_program(program), ranks)
     return Attend(program, lowering, _ring(ranks, layout, mesh))
 
 

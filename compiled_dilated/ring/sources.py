@@ -1,0 +1,236 @@
+"""Where the rows of q, k and v come from, and where those of the output go, when the whole does not fit in memory.
+
+Everything is (B, H, N, D), and read and written by runs of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..lowerings.batches import HeadRange
+
+Numbers = npt.NDArray[Any]
+
+
+class Source(Protocol):
+    """Rows that can be read, any of them, any number of times, from several threads."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+
+    def read(self, heads: HeadRange, rows: range) -> Tensor:
+        """(B, heads, len(rows), D) in memory of its own."""
+        ...
+
+
+class Sink(Protocol):
+    """Takes the rows of an output."""
+
+    def write(self, rows: range, part: Tensor) -> bytes:
+        """Take (B, H, len(rows), D); returns what `held` will say of them."""
+        ...
+
+    def held(self, rows: range) -> bytes:
+        """The bytes that are kept of some rows, for a checksum."""
+        ...
+
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        ...
+
+
+class _Npy:
+    """A .npy file (B, H, N, D), read and written by plain calls: a mapped file would end the process where the disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            array = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is no whole .npy file ({error}). It was cut off, or never one; write it again with numpy.save"
+            ) from error
+        if not isinstance(array, np.memmap) or array.ndim != 4 or array.dtype not in (np.float16, np.float32, np.float64):
+            raise ValueError(
+                f"{path} must hold (B, H, N, D) of float16, float32 or float64; got {array.shape} of {array.dtype}. "
+                "Save it with numpy.save"
+            )
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{path} is in Fortran order; save it with numpy.save(path, numpy.ascontiguousarray(x))")
+        self.shape: tuple[int, int, int, int] = array.shape
+        self.dtype, self.offset = array.dtype, int(array.offset)
+
+    def _at(self, b: int, head: int, row: int) -> int:
+        _, heads, tokens, width = self.shape
+        return self.offset + int(((b * heads + head) * tokens + row) * width * self.dtype.itemsize)
+
+    def read(self, b: int, head: int, rows: range) -> Numbers:
+        """(len(rows), D); rows between those asked for are read too, and forgotten."""
+        span, width = rows[-1] + 1 - rows.start, self.shape[3]
+        with self.path.open("rb") as file:
+            found = np.fromfile(file, self.dtype, span * width, offset=self._at(b, head, rows.start))
+        if len(found) < span * width:
+            raise OSError(f"{self.path} ends within rows {rows.start} to {rows[-1]} of head {head}: it was cut off meanwhile")
+        return found.reshape(span, width)[:: rows.step]
+
+    def write(self, b: int, head: int, rows: range, part: Numbers) -> None:
+        """Rows one after the other."""
+        assert rows.step == 1
+        with self.path.open("r+b") as file:
+            file.seek(self._at(b, head, rows.start))
+            file.write(np.ascontiguousarray(part).tobytes())
+
+
+class FileSource:
+    """A .npy file of shape (B, H, N, D), float16, float32 or float64; only what is read is in memory."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._npy = _Npy(Path(path))
+        self.shape = self._npy.shape
+        self.dtype = torch.from_numpy(np.empty(0, self._npy.dtype)).dtype
+
+    def read(self, heads: HeadRange, rows: range) -> Tensor:
+        """Copies out of the file."""
+        out = torch.empty((self.shape[0], heads.count, len(rows), self.shape[3]), dtype=self.dtype)
+        for b in range(self.shape[0]):
+            for i, head in enumerate(heads.indices()):
+                out[b, i] = torch.from_numpy(self._npy.read(b, head, rows))
+        return out
+
+    def __repr__(self) -> str:
+        return f"FileSource({str(self._npy.path)!r})"
+
+
+@dataclass(frozen=True)
+class GeneratedSource:
+    """Numbers of mean 0 and variance 1 from a counter-based generator (Philox): any row can be made again, nothing is kept.
+
+    seed, stream: two sources of one seed and different streams are independent.
+    """
+
+    shape: tuple[int, int, int, int]
+    seed: int
+    stream: int
+    dtype: torch.dtype = torch.float32
+    block: int = field(default=1024, repr=False)
+
+    def read(self, heads: HeadRange, rows: range) -> Tensor:
+        """Made anew, block by block of rows."""
+        batch, _, _, width = self.shape
+        out = np.empty((batch, heads.count, len(rows), width), dtype=np.float32)
+        for b in range(batch):
+            for i, head in enumerate(heads.indices()):
+                done = 0
+                for number in range(rows.start // self.block, rows[-1] // self.block + 1):
+                    first = number * self.block
+                    mine = range(rows[done], min(rows.stop, first + self.block), rows.step)
+                    made = self._block(b, head, number)
+                    out[b, i, done : done + len(mine)] = made[mine.start - first : mine.stop - first : mine.step]
+                    done += len(mine)
+        return torch.from_numpy(out).to(self.dtype)
+
+    def _block(self, b: int, head: int, number: int) -> Numbers:
+        key = np.array([self.seed, self.stream], dtype=np.uint64)
+        counter = np.array([0, number, head, b], dtype=np.uint64)
+        numbers = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
+            (self.block, self.shape[3]), dtype=np.float32
+        )
+        numbers -= 0.5
+        numbers *= math.sqrt(12)
+        return numbers
+
+
+def _kind(dtype: torch.dtype) -> np.dtype[np.generic]:
+    if dtype not in (torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"a .npy file holds float16, float32 or float64; got {dtype}. Convert the sources")
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+class FileSink:
+    """A .npy file of shape (B, H, N, D), made (all of its room at once) where it is not there; added to where it is."""
+
+    def __init__(self, path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.path, kind = Path(path), _kind(dtype)
+        if not self.path.exists():
+            _make(self.path, tuple(shape), kind)
+        self._npy = _Npy(self.path)
+        if self._npy.shape != tuple(shape) or self._npy.dtype != kind:
+            raise ValueError(
+                f"{self.path} holds {self._npy.shape} of {self._npy.dtype}, the output is {tuple(shape)} of {kind}. "
+                "Choose another file, or remove this one"
+            )
+
+    def write(self, rows: range, part: Tensor) -> bytes:
+        """Into the file; on the disk after `sync`."""
+        for b in range(part.shape[0]):
+            for head in range(part.shape[1]):
+                self._npy.write(b, head, rows, part[b, head].numpy())
+        return part.numpy().tobytes()
+
+    def held(self, rows: range) -> bytes:
+        """Those rows, read back."""
+        batch, heads, _, _ = self._npy.shape
+        return b"".join(self._npy.read(b, head, rows).tobytes() for b in range(batch) for head in range(heads))
+
+    def sync(self) -> None:
+        """fsync."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _make(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic]) -> None:
+    """A .npy file of zeros. What does not fit on the disk fails here, not after hours."""
+    size = math.prod(shape) * kind.itemsize
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            np.lib.format.write_array_header_2_0(
+                file, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+            )
+            if size:
+                os.posix_fallocate(file.fileno(), file.tell(), size)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, f"no room for {path}, {size / 2**30:.2f} GiB: {error.strerror}. Make room") from error
+    unfinished.replace(path)
+
+
+class SampleSink:
+    """Keeps some rows of an output that is too large to keep, in a .npy file (B, H, samples, D), and forgets the others."""
+
+    def __init__(self, path: str | os.PathLike[str], shape: Sequence[int], samples: Sequence[int], dtype: torch.dtype) -> None:
+        self.samples = np.array(sorted(set(samples)), dtype=np.int64)
+        self._file = FileSink(path, (shape[0], shape[1], len(self.samples), shape[3]), dtype)
+
+    def _kept(self, rows: range) -> tuple[range, list[int]]:
+        """Which samples are among some rows, and where among them each stands."""
+        first, last = np.searchsorted(self.samples, [rows.start, rows[-1] + 1])
+        return range(int(first), int(last)), [rows.index(int(sample)) for sample in self.samples[first:last]]
+
+    def write(self, rows: range, part: Tensor) -> bytes:
+        """Of the rows, the samples."""
+        kept, at = self._kept(rows)
+        return self._file.write(kept, part[:, :, at]) if kept else b""
+
+    def held(self, rows: range) -> bytes:
+        """The samples among the rows."""
+        kept, _ = self._kept(rows)
+        return self._file.held(kept) if kept else b""
+
+    def sync(self) -> None:
+        """fsync."""
+        self._file.sync()
+
+    def read(self) -> Tensor:
+        """All samples, (B, H, samples, D), in the order of `samples`."""
+        return torch.from_numpy(np.load(self._file.path))

@@ -1,0 +1,234 @@
+"""Out of core: ranks one after the other, their rows from files or a generator, their results to a file; and any stop resumed.
+
+    read ahead            rank 2: its rows and its messages
+    compute               rank 1
+    write behind          rank 0: its rows, then (once they are on the disk) a line of the journal
+
+A rank's rows are written once and never changed, so that a run that was stopped anywhere gives the same bits when it goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import arguments
+from ..lowerings.batches import HeadRange
+from ..plans import Problem
+from ..programs import PerLength, Program
+from . import plans
+from .blocks import Given
+from .journals import Journal, checksum
+from .schedules import Message, Schedule, Step
+from .simulated import Ledger
+from .sources import FileSink, FileSource, Sink, Source
+from .workers import Forward, KeysAndValues
+
+PathLike = str | os.PathLike[str]
+# So often the output and the journal are brought to the disk; what was finished since is computed again after a crash.
+_SYNC_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: ranks and tokens finished, those found finished when it began among them; seconds since it began."""
+
+    ranks: int
+    tokens: int
+    resumed_ranks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. ledger: of the ranks that it computed itself; torn: ranks found finished whose output was not what was
+    written, computed again; complete: whether all ranks are finished, or the time was up before."""
+
+    tokens: int
+    ranks: int
+    resumed_ranks: int
+    torn: tuple[int, ...]
+    seconds: float
+    complete: bool
+    ledger: Ledger
+
+
+class Streamed:
+    """Attention by a program over sequences that do not fit in memory; `compile(program, ranks=..., transport="streamed")`.
+
+    ranks: into so many contiguous parts the sequence is cut; at most one of them, what it needs of others, and the one after it
+    are in memory. `plan(program, q_shape, ..., ranks=..., layout="contiguous")` says how much that is.
+    """
+
+    def __init__(self, program: Program | PerLength, ranks: int) -> None:
+        self.program, self.ranks = program, arguments.integer("ranks", ranks, 1)
+        if program.names:
+            raise ValueError(
+                f"a streamed program takes no data tensors; this one reads {list(program.names)}. "
+                "Write them into the structure, as documents(lengths=...)"
+            )
+
+    def __call__(
+        self,
+        q: PathLike | Source,
+        k: PathLike | Source,
+        v: PathLike | Source,
+        out: PathLike | Sink,
+        *,
+        scale: float | None = None,
+        journal: PathLike | None = None,
+        limit_seconds: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Report:
+        """Compute attention of q (B, Hq, N, D), k (B, Hkv, N, D) and v (B, Hkv, N, Dv) into out (B, Hq, N, Dv).
+
+        q, k, v: .npy files, or sources. out: a .npy file, or a sink. journal: a file that remembers what is finished: the same
+        call goes on where the last one stopped, whatever stopped it, with the same bits. limit_seconds: stop after the rank that
+        is under way then. on_progress: called after each rank. Raises OSError when the disk is full; nothing finished is lost.
+        """
+        sources = tuple(FileSource(x) if isinstance(x, (str, os.PathLike)) else x for x in (q, k, v))
+        schedule, problem = self.schedule(*sources)
+        shape = (*sources[0].shape[:3], sources[2].shape[3])
+        sink = FileSink(out, shape, sources[0].dtype) if isinstance(out, (str, os.PathLike)) else out
+        width = problem.head_dim
+        given = Given(width**-0.5 if scale is None else float(scale))
+        about = {"program": repr(problem.program), "ranks": self.ranks, "shape": list(shape), "scale": given.scale,
+                 "dtype": problem.dtype, "sources": [repr(source) for source in sources]}  # fmt: skip
+        run = _Run(schedule, given, sources, sink, Journal(journal, about), limit_seconds, on_progress)
+        return run.go()
+
+    def schedule(self, q: Source, k: Source, v: Source) -> tuple[Schedule, Problem]:
+        """The schedule, and the problem, that sources of these shapes pose."""
+        batch, heads, tokens, head_dim = q.shape
+        if k.shape[:3] != v.shape[:3] or (batch, tokens, head_dim) != (k.shape[0], k.shape[2], k.shape[3]):
+            raise ValueError(f"q, k and v must be of one batch, length and head_dim; got {q.shape}, {k.shape} and {v.shape}")
+        if len({source.dtype for source in (q, k, v)}) > 1:
+            raise TypeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+        if k.shape[1] == 0 or heads % k.shape[1]:
+            raise ValueError(f"the {heads} query heads must be a multiple of the {k.shape[1]} key heads")
+        program = self.program.at(tokens) if isinstance(self.program, PerLength) else self.program
+        dtype = str(q.dtype).removeprefix("torch.")
+        problem = Problem(program, batch, heads, k.shape[1], tokens, tokens, head_dim, v.shape[3], dtype, "cpu")
+        program.check(tokens, tokens)
+        layout = plans.layouts_of(program, tokens, self.ranks, "contiguous")[0]
+        return Schedule(program, layout, heads, k.shape[1]), problem
+
+    def __repr__(self) -> str:
+        return f"compile({self.program!r}, ranks={self.ranks}, transport='streamed')"
+
+
+@dataclass
+class _Read:
+    """What a rank needs, in memory."""
+
+    rank: int
+    shards: tuple[Tensor, Tensor, Tensor]
+    steps: list[tuple[Step, list[KeysAndValues]]]
+
+
+class _Run:
+    def __init__(
+        self,
+        schedule: Schedule,
+        given: Given,
+        sources: Sequence[Source],
+        sink: Sink,
+        journal: Journal,
+        limit_seconds: float | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.schedule, self.layout, self.given, self.sink, self.journal = schedule, schedule.layout, given, sink, journal
+        self.q, self.k, self.v = sources
+        self.limit, self.tell = limit_seconds, on_progress
+        self.ledger, self.tokens = Ledger(), 0
+        self.began = self.synced = time.monotonic()
+
+    def go(self) -> Report:
+        torn = self.journal.keep(lambda rank, digest: checksum(self.sink.held(self._rows(rank))) == digest)
+        resumed = len(self.journal.done)
+        self.tokens = sum(self.layout.count(rank) for rank in self.journal.done)
+        todo = (rank for rank in range(self.layout.ranks) if rank not in self.journal.done and self.layout.count(rank))
+        complete = True
+        with ThreadPoolExecutor(1, "read ahead") as reader, ThreadPoolExecutor(1, "write behind") as writer:
+            writing: Future[None] | None = None
+            try:
+                for read in _ahead(reader, self._read, todo):
+                    if self.limit is not None and time.monotonic() - self.began > self.limit:
+                        complete = False
+                        break
+                    out = self._compute(read)
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(self._write, read.rank, out)
+                    self.tokens += self.layout.count(read.rank)
+                    if self.tell is not None:
+                        done = len(self.journal.done) + 1
+                        self.tell(Progress(done, self.tokens, resumed, time.monotonic() - self.began))
+            finally:
+                # After Ctrl-C and errors too: what is finished is kept.
+                try:
+                    if writing is not None:
+                        writing.result()
+                finally:
+                    self._sync()
+        return Report(self.tokens, self.layout.ranks, resumed, tuple(torn), time.monotonic() - self.began, complete, self.ledger)
+
+    def _rows(self, rank: int) -> range:
+        return self.layout.runs(rank)[0]
+
+    def _read(self, rank: int) -> _Read:
+        rows = self._rows(rank)
+        shards = tuple(source.read(HeadRange(0, 1, source.shape[1]), rows) for source in (self.q, self.k, self.v))
+        steps = [(step, [self._message(message) for message in step.messages]) for step in self.schedule.steps(rank)]
+        return _Read(rank, (shards[0], shards[1], shards[2]), steps)
+
+    def _message(self, message: Message) -> KeysAndValues:
+        return self.k.read(message.kv_heads, message.rows), self.v.read(message.kv_heads, message.rows)
+
+    def _compute(self, read: _Read) -> Tensor:
+        worker = Forward(self.schedule, read.rank, self.given, *read.shards)
+        everything = [pair for _, received in read.steps for pair in received]
+        held = (*read.shards, worker.out, worker.lse)
+        for step, received in read.steps:
+            self.ledger.note(received, held)
+            worker.compute(step, received)
+        whole = sum(x.nbytes for x in (*held, *(x for pair in everything for x in pair)))
+        self.ledger.most_held_bytes = max(self.ledger.most_held_bytes, whole)
+        return worker.out
+
+    def _write(self, rank: int, out: Tensor) -> None:
+        try:
+            self.journal.add(rank, checksum(self.sink.write(self._rows(rank), out)))
+            if time.monotonic() - self.synced > _SYNC_SECONDS:
+                self._sync()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full after {len(self.journal.done)} of {self.layout.ranks} ranks. "
+                "Make room and call again with the same journal: what is finished is kept",
+            ) from error
+
+    def _sync(self) -> None:
+        self.sink.sync()
+        self.journal.sync()
+        self.synced = time.monotonic()
+
+
+def _ahead(reader: ThreadPoolExecutor, read: Callable[[int], _Read], ranks: Iterator[int]) -> Iterator[_Read]:
+    """Each rank's reading, done while the one before it is computed."""
+    coming: Future[_Read] | None = None
+    for rank in ranks:
+        following = reader.submit(read, rank)
+        if coming is not None:
+            yield coming.result()
+        coming = following
+    if coming is not None:
+        yield coming.result()

@@ -101,8 +101,6 @@ class Attend:
 
 
 @overload
-def compile(program: Program | Mask, *, ranks: int, transport: Literal["streamed"], layout: str | None = ...) -> Streamed: ...
-@overload
 def compile(
     program: Program | Mask,
     *,
@@ -110,8 +108,10 @@ def compile(
     ranks: int | None = ...,
     mesh: DeviceMesh | ProcessGroup | None = ...,
     layout: str | None = ...,
-    transport: str | None = ...,
+    transport: Literal["simulated", "distributed"] | None = ...,
 ) -> Attend: ...
+@overload
+def compile(program: Program | Mask, *, ranks: int, transport: Literal["streamed"], layout: str | None = ...) -> Streamed: ...
 def compile(
     program: Program | Mask,
     *,

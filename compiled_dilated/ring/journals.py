@@ -33,10 +33,14 @@ class Journal:
         lines = path.read_bytes().split(b"\n")
         header = _parsed(lines[0])
         if header != self.about:
-            theirs = "nothing that can be read" if header is None else json.dumps(header, sort_keys=True)
+            other = header or {}
+            odd = [
+                f"{key} is {other.get(key)!r} there and {value!r} here"
+                for key, value in self.about.items()
+                if other.get(key) != value
+            ]
             raise ValueError(
-                f"the journal {path} is of another run: {theirs} there, {json.dumps(self.about, sort_keys=True)} here. "
-                "Name another journal, or remove this one to start again"
+                f"the journal {path} is of another run: {'; '.join(odd)}. Name another journal, or remove this one to start again"
             )
         good = len(lines[0]) + 1
         for line in lines[1:-1]:  # what follows the last end of a line was being written when the process died

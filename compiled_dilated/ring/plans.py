@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,7 +62,7 @@ def load(schedule: Schedule, problem: Problem, rank: int) -> Load:
     tokens = layout.count(rank)
     shards = problem.batch * tokens * (problem.heads + problem.kv_heads) * width * problem.itemsize
     # Two steps' messages: one is computed while the next arrives.
-    in_flight = max((a + b for a, b in zip(received, [*received[1:], 0], strict=True)), default=0)
+    in_flight = max((a + b for a, b in itertools.pairwise([*received, 0])), default=0)
     messages = sum(len(step.messages) for step in steps)
     return Load(rank, len(steps), messages, sum(received), pairs, flops, shards + in_flight + working)
 

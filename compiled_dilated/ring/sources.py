@@ -25,8 +25,15 @@ Numbers = npt.NDArray[Any]
 class Source(Protocol):
     """Rows that can be read, any of them, any number of times, from several threads."""
 
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N, D)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        ...
 
     def read(self, heads: HeadRange, rows: range) -> Tensor:
         """(B, heads, len(rows), D) in memory of its own."""

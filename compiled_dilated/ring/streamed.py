@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -47,11 +47,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. ledger: of the ranks that it computed itself; torn: ranks found finished whose output was not what was
-    written, computed again; complete: whether all ranks are finished, or the time was up before."""
+    """What a run did.
+
+    tokens, finished: those done, and their ranks; resumed_tokens, resumed_ranks: those done before. torn: ranks found finished
+    whose output was not what had been written, computed again. complete: whether all are finished, or the time was up before.
+    ledger: of the ranks that the run computed itself.
+    """
 
     tokens: int
     ranks: int
+    finished: frozenset[int] = field(repr=False)
+    resumed_tokens: int
     resumed_ranks: int
     torn: tuple[int, ...]
     seconds: float
@@ -152,7 +158,7 @@ class _Run:
     def go(self) -> Report:
         torn = self.journal.keep(lambda rank, digest: checksum(self.sink.held(self._rows(rank))) == digest)
         resumed = len(self.journal.done)
-        self.tokens = sum(self.layout.count(rank) for rank in self.journal.done)
+        self.tokens = resumed_tokens = sum(self.layout.count(rank) for rank in self.journal.done)
         todo = (rank for rank in range(self.layout.ranks) if rank not in self.journal.done and self.layout.count(rank))
         complete = True
         with ThreadPoolExecutor(1, "read ahead") as reader, ThreadPoolExecutor(1, "write behind") as writer:
@@ -177,7 +183,10 @@ class _Run:
                         writing.result()
                 finally:
                     self._sync()
-        return Report(self.tokens, self.layout.ranks, resumed, tuple(torn), time.monotonic() - self.began, complete, self.ledger)
+        finished, seconds = frozenset(self.journal.done), time.monotonic() - self.began
+        return Report(
+            self.tokens, self.layout.ranks, finished, resumed_tokens, resumed, tuple(torn), seconds, complete, self.ledger
+        )
 
     def _rows(self, rank: int) -> range:
         return self.layout.runs(rank)[0]

@@ -1,0 +1,174 @@
+"""`compiled-dilated ring`: a program over many ranks, planned, simulated, streamed from files, or launched as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from .. import attend, measure
+from ..ring.plans import LAYOUTS
+from ..ring.sources import FileSource
+from ..ring.streamed import Report
+from . import expressions
+from .arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
+from .ring_billion import billion
+from .ring_progress import stoppable, token_bar
+
+app = typer.Typer(help="Attention over many ranks: plan it, simulate it, stream it from files, launch it.", no_args_is_help=True)
+app.command()(billion)
+
+Shape = Annotated[str, typer.Option(metavar="B,H,N,D", help="Batch, query heads, tokens of all ranks, width of a head.")]
+KvHeads = Annotated[int | None, typer.Option(help="Key and value heads, a divisor of H; H if not given.")]
+Ranks = Annotated[int, typer.Option(min=1, help="How many ranks share the sequence.")]
+LayoutName = Annotated[str, typer.Option(help=f"Which tokens each rank holds: {', '.join(LAYOUTS)}.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of q, k and v.")]
+
+
+@app.command()
+def plan(
+    program: ProgramText,
+    shape: Shape = "1,8,65536,64",
+    kv_heads: KvHeads = None,
+    ranks: Ranks = 8,
+    layout: LayoutName = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    json: Json = False,
+) -> None:
+    """Print what each rank would receive, compute and hold, under every layout."""
+    with bad_usage():
+        found = attend.plan(
+            expressions.program(program),
+            numbers("--shape", shape),
+            kv_heads,
+            dtype=getattr(torch, dtype),
+            ranks=ranks,
+            layout=layout,
+        )
+    if json:
+        print_json(found.to_json())
+    else:
+        typer.echo(found.explain())
+
+
+@app.command()
+def simulate(
+    program: ProgramText,
+    shape: Shape = "1,8,16384,64",
+    kv_heads: KvHeads = None,
+    ranks: Ranks = 8,
+    layout: LayoutName = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    json: Json = False,
+) -> None:
+    """Execute every step of every rank in this process, on random numbers, and compare with one device.
+
+    Exit code 1 if the results differ by more than rounding.
+    """
+    with bad_usage():
+        code, sizes = expressions.program(program), numbers("--shape", shape)
+        found = attend.plan(code, sizes, kv_heads, dtype=getattr(torch, dtype), ranks=ranks, layout=layout)
+        ring, alone = attend.compile(code, ranks=ranks, layout=layout), attend.compile(code)
+    random = torch.Generator().manual_seed(0)
+    kv_shape = (sizes[0], sizes[1] if kv_heads is None else kv_heads, *sizes[2:])
+    q, k, v = (torch.randn(each, generator=random).to(getattr(torch, dtype)) for each in (sizes, kv_shape, kv_shape))
+    with torch.no_grad():
+        results: list[torch.Tensor] = []
+        seconds = measure.timed(lambda: results.append(ring(q, k, v)))
+        error = (results[0].double() - alone(q, k, v).double()).abs().max().item()
+    assert ring.ring is not None
+    ledger, allowed = ring.ring.ledger, 4 * torch.finfo(getattr(torch, dtype)).eps * 8
+    record: dict[str, Any] = {
+        "layout": found.schedule.layout.name, "ranks": ranks, "steps": ledger.steps, "messages": ledger.messages,
+        "received_bytes": ledger.received_bytes, "most_held_bytes": ledger.most_held_bytes, "seconds": seconds,
+        "most_difference": error, "ok": error <= allowed,
+    }  # fmt: skip
+    if json:
+        print_json(record)
+    else:
+        typer.echo(
+            f"{ranks} ranks, {record['layout']}: {ledger.steps} steps executed (a plain ring takes {ranks * ranks}), "
+            f"{ledger.received_bytes / 2**20:,.2f} MiB received in {ledger.messages} messages, "
+            f"at most {ledger.most_held_bytes / 2**20:,.2f} MiB held by a rank; {seconds:.2f} s\n"
+            f"{'the same as' if record['ok'] else 'NOT THE SAME AS'} one device: they differ by {error:.1e} at most"
+        )
+    raise typer.Exit(0 if record["ok"] else 1)
+
+
+@app.command()
+def stream(
+    program: ProgramText,
+    q: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Queries, a .npy file (B, H, N, D).")],
+    k: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Keys, a .npy file (B, Hkv, N, D).")],
+    v: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Values, a .npy file (B, Hkv, N, Dv).")],
+    out: Annotated[Path, typer.Argument(dir_okay=False, help="The output, a .npy file; made, or gone on with.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Parts that the sequence is cut into; one or two are in memory.")] = 16,
+    journal: Annotated[Path | None, typer.Option(help="What is done, so that a stopped run goes on; OUT.journal.")] = None,
+    limit_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the part under way then.")] = None,
+    json: Json = False,
+) -> None:
+    """Compute attention from files to a file, part by part; the same command goes on after any stop.
+
+    Exit code 1 if the time was up before the end, 130 after Ctrl-C.
+    """
+    journal = out.with_name(out.name + ".journal") if journal is None else journal
+    with bad_usage():
+        run, queries = attend.compile(expressions.program(program), ranks=ranks, transport="streamed"), FileSource(q)
+    with stoppable(), token_bar(q.name, queries.shape[2]) as tell:
+        report = run(queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell)
+    if json:
+        print_json(as_record(report))
+    else:
+        typer.echo(said(report, out, journal))
+    raise typer.Exit(0 if report.complete else 1)
+
+
+def as_record(report: Report) -> dict[str, Any]:
+    """A report as plain values."""
+    return {
+        "tokens": report.tokens, "ranks": report.ranks, "resumed_ranks": report.resumed_ranks, "torn": list(report.torn),
+        "seconds": report.seconds, "complete": report.complete, "steps": report.ledger.steps,
+        "received_bytes": report.ledger.received_bytes, "most_held_bytes": report.ledger.most_held_bytes,
+    }  # fmt: skip
+
+
+def said(report: Report, out: Path, journal: Path) -> str:
+    """A report in a few lines."""
+    lines = [f"{out}: {report.tokens:,} tokens, {report.seconds:.1f} s"]
+    if report.resumed_ranks:
+        lines.append(f"{report.resumed_ranks} of {report.ranks} parts were done before")
+    if report.torn:
+        lines.append(f"parts {list(report.torn)} were not on the disk as they had been written, and were computed again")
+    lines.append(f"a part held {report.ledger.most_held_bytes / 2**20:,.2f} MiB at most")
+    if not report.complete:
+        lines.append(f"the time was up; the same command goes on ({journal})")
+    return "\n".join(lines)
+
+
+@app.command()
+def launch(
+    program: ProgramText,
+    shape: Shape = "1,8,16384,64",
+    kv_heads: KvHeads = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 2,
+    layout: LayoutName = "auto",
+    dtype: DtypeOption = Dtype.float32,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    json: Json = False,
+) -> None:
+    """Start one process a rank with torchrun, compute forward and backward over gloo, compare with the simulated ring.
+
+    Exit code 1 if a bit differs, or a process fails.
+    """
+    with bad_usage():
+        attend.plan(expressions.program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout)
+    settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python",
+               sys.executable, "-m", f"{__package__}.ring_rank", *settings]  # fmt: skip
+    run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
+    raise typer.Exit(0 if run.returncode == 0 else 1)

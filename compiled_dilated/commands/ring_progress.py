@@ -1,0 +1,47 @@
+"""Long runs on the command line: a bar of tokens done, tokens per second and time left; and how they are stopped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from ..ring.streamed import Progress
+
+
+@contextlib.contextmanager
+def token_bar(name: str, tokens: int | None = None) -> Iterator[Callable[[Progress], None]]:
+    """What `Streamed` tells its progress to."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=tokens, rate="")
+        resumed = 0
+
+        def tell(progress: Progress) -> None:
+            nonlocal resumed
+            if progress.resumed_ranks and not resumed:
+                resumed = progress.tokens
+            rate = (progress.tokens - resumed) / max(progress.seconds, 1e-9)
+            bar.update(task, completed=progress.tokens, rate=f"{progress.tokens:,} tokens, {rate:,.0f}/s")
+
+        yield tell
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C (exit code 130) and a full disk (1) end a command that the same command goes on with; what is refused is 2."""
+    import typer
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    except OSError as error:
+        typer.echo(f"stopped: {error}", err=True)
+        raise typer.Exit(1) from None

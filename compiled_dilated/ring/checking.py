@@ -1,0 +1,47 @@
+"""Single rows of a result made anew in float64 from their sources: the reference of sequences too long for a reference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..lowerings.batches import HeadRange
+from ..programs import Program
+from .sources import Source
+
+# A row that may see more keys than this is checked in parts of so many.
+_KEYS_AT_ONCE = 2**20
+
+
+def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale: float) -> Tensor:
+    """out[:, :, row] in float64, (B, Hq, Dv): its definition, over the keys that the masks say it may see."""
+    batch, heads, tokens, _ = q.shape
+    group = heads // k.shape[1]
+    out = torch.zeros((batch, heads, v.shape[3]), dtype=torch.float64)
+    for head in range(heads):
+        query = q.read(HeadRange(head, 1, 1), range(row, row + 1))[:, 0, 0].double()
+        top = torch.full((batch, 1), -math.inf, dtype=torch.float64)
+        total, value = torch.zeros_like(top), torch.zeros_like(out[:, head])
+        for branch in program.branches:
+            if head not in branch.head_range(heads):
+                continue
+            mask = branch.mask_at(head, heads)
+            _, seen = mask.shrink(range(row, row + 1), range(tokens))
+            for start in range(0, len(seen), _KEYS_AT_ONCE):
+                part = seen[start : start + _KEYS_AT_ONCE]
+                at = torch.arange(part.start, part.stop, part.step)
+                allowed = mask.allows(torch.zeros((), dtype=torch.int64), torch.tensor(head), torch.tensor(row), at).expand(
+                    len(at)
+                )
+                keys, values = (x.read(HeadRange(head // group, 1, 1), part)[:, 0].double() for x in (k, v))
+                scores = torch.einsum("bd,bnd->bn", query, keys) * scale
+                scores = scores.masked_fill(~allowed, -math.inf)
+                higher = torch.maximum(top, scores.amax(dim=1, keepdim=True))
+                anchor = torch.where(higher == -math.inf, 0.0, higher)
+                weights, before = (scores - anchor).exp(), (top - anchor).exp()
+                value = value * before + torch.einsum("bn,bnd->bd", weights, values)
+                total, top = total * before + weights.sum(dim=1, keepdim=True), higher
+        out[:, head] = torch.where(total == 0, 0.0, value / torch.where(total == 0, 1.0, total))
+    return out

@@ -13,6 +13,7 @@ Each pair that the program allows is in exactly one block of each branch that al
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ from ..masks.core import NOTHING, hull
 from ..orders import identity
 from ..planner import disjoint
 from ..programs import Program
-from ..regions import EMPTY, FULL, PARTIAL, Regions
+from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions
 from .layouts import Contiguous, Layout
 from .moved import Moved
 
 # Where a mask cannot name the keys that queries see, so many parts of a run are looked at, and empty ones at its ends cut.
 _PARTS = 16
 _FEW_RANKS = 8
+# Ranks are told apart by so many phases; by more, each is looked at.
+_MOST_PHASES = 4096
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,15 @@ class Step:
     source: int
     messages: tuple[Message, ...]
     blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """By rank: how many steps it takes, messages it receives, and rows of a key head (of K and of V) in them."""
+
+    steps: IntArray
+    messages: IntArray
+    rows: IntArray
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,47 @@ class Schedule:
     def step(self, rank: int, source: int) -> Step | None:
         """What `rank` computes from the keys of `source`; None where that is nothing."""
         return _step(self, rank, source)
+
+    def summary(self) -> Summary:
+        """Steps, messages and rows of every rank, for any number of ranks.
+
+        Ranks that stand alike to the masks' periods, and from whom the ends of the sequence are out of sight, have the same
+        steps but for where they start: of those one is looked at.
+        """
+        ranks = self.layout.ranks
+        found = np.zeros((3, ranks), dtype=np.int64)
+        left = np.ones(ranks, dtype=bool)
+        for rank, alike in self._alike():
+            found[:, alike] = self._counts(rank)[:, None]
+            left[alike] = False
+        for each in np.flatnonzero(left):
+            found[:, each] = self._counts(int(each))
+        return Summary(*found)
+
+    def _counts(self, rank: int) -> IntArray:
+        steps = list(self.steps(rank))
+        messages = [message for step in steps for message in step.messages]
+        rows = sum(message.kv_heads.count * len(message.rows) for message in messages)
+        return np.array([len(steps), len(messages), rows])
+
+    def _alike(self) -> Iterator[tuple[int, IntArray]]:
+        """A rank, and all the ranks whose steps are its own, moved."""
+        layout, periods = self.layout, [mask.period for mask, _, _ in self.groups]
+        known = [period for period in periods if period is not None]
+        if not isinstance(layout, Contiguous) or layout.tokens % layout.ranks or len(known) < len(periods):
+            return
+        size = layout.tokens // layout.ranks
+        period = math.lcm(*known)
+        phases = period // math.gcd(size, period)
+        for phase in range(min(phases, layout.ranks) if phases <= _MOST_PHASES else 0):
+            middle = (layout.ranks // 2) // phases * phases + phase
+            sources = self.sources(middle) if middle < layout.ranks else []
+            if not sources:
+                continue
+            first, last = min(sources) - middle, max(sources) - middle
+            if middle + first > 0 and middle + last < layout.ranks - 1:  # else the ends of the sequence are in sight
+                alike = np.arange(phase, layout.ranks, phases)
+                yield middle, alike[(alike + first >= 0) & (alike + last < layout.ranks)]
 
     def _blocks(self, rank: int, source: int) -> Iterator[Block]:
         for mask, heads, kv_heads in self.groups:

@@ -115,7 +115,9 @@ class FileSource:
         return out
 
     def __repr__(self) -> str:
-        return f"FileSource({str(self._npy.path)!r})"
+        # Names the content, as well as a journal can: a run does not go on with another file of the same name.
+        state = self._npy.path.stat()
+        return f"FileSource({str(self._npy.path)!r}) of {state.st_size} bytes, modified {state.st_mtime_ns}"
 
 
 @dataclass(frozen=True)

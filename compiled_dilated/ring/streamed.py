@@ -9,7 +9,6 @@ A rank's rows are written once and never changed, so that a run that was stopped
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +95,7 @@ class Streamed:
 
         q, k, v: .npy files, or sources. out: a .npy file, or a sink. journal: a file that remembers what is finished: the same
         call goes on where the last one stopped, whatever stopped it, with the same bits. limit_seconds: stop after the rank that
-        is under way then. on_progress: called after each rank. Raises OSError when the disk is full; nothing finished is lost.
+        is under way then. on_progress: called after each rank. Raises OSError where the disk is full; nothing finished is lost.
         """
         sources = tuple(FileSource(x) if isinstance(x, (str, os.PathLike)) else x for x in (q, k, v))
         schedule, problem = self.schedule(*sources)
@@ -217,12 +216,11 @@ class _Run:
             if time.monotonic() - self.synced > _SYNC_SECONDS:
                 self._sync()
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
             raise OSError(
-                errno.ENOSPC,
-                f"the disk is full after {len(self.journal.done)} of {self.layout.ranks} ranks. "
-                "Make room and call again with the same journal: what is finished is kept",
+                error.errno,
+                f"cannot write the output of rank {rank}: {error.strerror}. "
+                f"{len(self.journal.done)} of {self.layout.ranks} ranks are finished and kept: "
+                "make room, and call again with the same journal",
             ) from error
 
     def _sync(self) -> None:

@@ -1,0 +1,164 @@
+"""What a ring moves, holds and costs, against a plain ring, all-gather and one device; out of core against in memory.
+
+python benchmarks/ring.py [--json FILE] [--only exchange|processes|peak|streamed]
+
+exchange    bytes and steps of 8 simulated ranks, every step executed; a plain ring and an all-gather move all rows to all ranks
+processes   1 and 2 gloo processes of one thread, forward + backward, against one process with one thread
+peak        most held by one rank at 4096 tokens a rank, from 8 to 262,144 ranks; some ranks of each executed
+streamed    a million tokens from files to a file against the same in memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+import compiled_dilated as cd
+from compiled_dilated import masks, measure
+from compiled_dilated.lowerings.batches import HeadRange
+from compiled_dilated.ring.blocks import Given
+from compiled_dilated.ring.plans import layouts_of
+from compiled_dilated.ring.schedules import Schedule
+from compiled_dilated.ring.simulated import Ledger
+from compiled_dilated.ring.sources import GeneratedSource
+from compiled_dilated.ring.workers import Forward
+
+LONGNET = "longnet((2048, 4096, 8192), (1, 2, 4), causal=True)"
+PROGRAMS = {
+    "causal": masks.causal(),
+    "window 256": masks.causal() & masks.window(256),
+    "window 1024 | sinks 4": masks.causal() & (masks.window(1024) | masks.sinks(4)),
+    "LongNet": cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True),
+    "Hilbert window 12": cd.hilbert_window((128, 128), 12),
+}
+RANKS, HEADS, HEAD_DIM, TOKENS = 8, 8, 64, 16384
+
+Row = dict[str, Any]
+
+
+def exchange() -> list[Row]:
+    """Simulated ranks against one device."""
+    rows = []
+    q, k, v = (torch.randn(1, HEADS, TOKENS, HEAD_DIM) for _ in range(3))
+    everything = (RANKS - 1) * (k.nbytes + v.nbytes)
+    for name, program in PROGRAMS.items():
+        ring, alone = cd.compile(program, ranks=RANKS), cd.compile(program)
+        with torch.no_grad():
+            times = measure.interleaved({"ring": lambda: ring(q, k, v), "alone": lambda: alone(q, k, v)}, repeats=3)  # noqa: B023
+        ledger, plan = ring.ring.ledger, ring.plan(q, k, v)
+        rows.append(
+            {
+                "program": name,
+                "layout": plan.schedule.layout.name,
+                "steps": ledger.steps,
+                "of a plain ring": RANKS * RANKS,
+                "MiB moved": ledger.received_bytes / 2**20,
+                "of plain ring or all-gather": ledger.received_bytes / everything,
+                "rank holds MiB": ledger.most_held_bytes / 2**20,
+                "all-gather holds MiB": (q.nbytes * 2 // RANKS + k.nbytes + v.nbytes) / 2**20,
+                "time / one device": measure.median(times["ring"]) / measure.median(times["alone"]),
+            }
+        )
+    return rows
+
+
+def processes() -> list[Row]:
+    """gloo processes of one thread each."""
+    rows = []
+    for ranks in (1, 2):
+        command = ["ring", "launch", LONGNET, "--shape", f"1,{HEADS},{TOKENS},{HEAD_DIM}", "--ranks", str(ranks), "--json"]
+        run = subprocess.run(
+            [sys.executable, "-m", "compiled_dilated.cli", *command], stdout=subprocess.PIPE, text=True, check=True
+        )
+        found = json.loads(run.stdout)
+        rows.append(
+            {
+                "processes": ranks,
+                "layout": found["layout"],
+                "seconds": max(row["seconds"] for row in found["ranks"]),
+                "MiB received, most": max(row["received_bytes"] for row in found["ranks"]) / 2**20,
+                "bits as simulated": found["ok"],
+            }
+        )
+    return rows
+
+
+def peak() -> list[Row]:
+    """Sampled ranks of rings that grow with their sequence."""
+    rows = []
+    program, size = cd.longnet((2048, 4096, 8192), (1, 2, 4)), 4096
+    for ranks in (8, 512, 32768, 262144):
+        tokens = ranks * size
+        schedule = Schedule(program, layouts_of(program, tokens, ranks, "contiguous")[0], 1, 1)
+        q, k, v = (GeneratedSource((1, 1, tokens, 16), 0, stream) for stream in range(3))
+        ledger, heads = Ledger(), HeadRange(0, 1, 1)
+        with measure.resident_peak() as resident:
+            for rank in (0, 1, ranks // 2, ranks - 1):
+                own = schedule.layout.runs(rank)[0]
+                worker = Forward(schedule, rank, Given(0.25), *(source.read(heads, own) for source in (q, k, v)))
+                for step in schedule.steps(rank):
+                    received = [(k.read(m.kv_heads, m.rows), v.read(m.kv_heads, m.rows)) for m in step.messages]
+                    ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
+                    worker.compute(step, received)
+            process = resident()
+        summary = schedule.summary()
+        rows.append(
+            {
+                "ranks": ranks,
+                "tokens": tokens,
+                "rank holds KiB": ledger.most_held_bytes / 2**10,
+                "process MiB": process / 2**20,
+                "rows received by a rank, most": int(summary.rows.max()),
+            }
+        )
+    return rows
+
+
+def streamed() -> list[Row]:
+    """Files to a file against memory to memory."""
+    tokens, heads = 2**20, 2
+    program = cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)
+    with tempfile.TemporaryDirectory() as home:
+        paths = [Path(home) / f"{name}.npy" for name in ("q", "k", "v", "out")]
+        random = np.random.default_rng(0)
+        for path in paths[:3]:
+            np.save(path, random.standard_normal((1, heads, tokens, HEAD_DIM), dtype=np.float32))
+        run, alone = cd.compile(program, ranks=64, transport="streamed"), cd.compile(program)
+        q, k, v = (torch.from_numpy(np.load(path)) for path in paths[:3])
+        with torch.no_grad():
+            found: list[torch.Tensor] = []
+            inside = measure.timed(lambda: found.append(alone(q, k, v)))
+        del q, k, v
+        outside = measure.timed(lambda: run(*paths, journal=Path(home) / "journal"))
+        error = (torch.from_numpy(np.load(paths[3])) - found[0]).abs().max().item()
+    return [{"tokens": tokens, "in memory s": inside, "streamed s": outside, "ratio": outside / inside, "differ by": error}]
+
+
+TABLES = {"exchange": exchange, "processes": processes, "peak": peak, "streamed": streamed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--only", choices=TABLES, action="append", help="tables to measure; all if not given")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    tables = {}
+    for name in arguments.only or TABLES:
+        tables[name] = TABLES[name]()
+        print(f"\n{name}\n{tabulate(tables[name], headers='keys', floatfmt='.3g')}", flush=True)
+    if arguments.json:
+        measure.write_json(arguments.json, {"hardware": measure.hardware(), "tables": tables})
+
+
+if __name__ == "__main__":
+    main()

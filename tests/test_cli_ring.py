@@ -1,0 +1,131 @@
+"""`compiled-dilated ring`: what it prints, what it refuses, its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import compiled_dilated as cd
+from compiled_dilated.cli import app
+
+LONGNET = "longnet((64, 128), (1, 2), causal=True)"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["ring", *map(str, arguments)])
+
+
+def printed_json(result: Result) -> dict[str, Any]:
+    return dict(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate", "stream", "launch", "billion"])
+def test_every_command_has_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"ring {command} [OPTIONS]" in result.stdout
+
+
+def test_plan() -> None:
+    result = run("plan", LONGNET, "--shape", "1,4,4096,32", "--ranks", 8)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["program", "problem", "chosen", "ranks"]
+    record = printed_json(run("plan", LONGNET, "--shape", "1,4,4096,32", "--ranks", 8, "--json"))
+    chosen = [row["layout"] for row in record["layouts"] if row["chosen"]]
+    assert chosen == [record["layout"]]
+    assert {"contiguous", "striped", "residue 2"} < {row["layout"] for row in record["layouts"]}
+    # 512 tokens a rank hold four segments of 128: nothing has to be received.
+    contiguous = next(row for row in record["layouts"] if row["layout"] == "contiguous")
+    assert (contiguous["received_mib_max"], contiguous["steps_max"]) == (0, 1)
+
+
+def test_simulate() -> None:
+    result = run("simulate", "causal() & window(100)", "--shape", "1,2,1000,16", "--ranks", 4, "--layout", "contiguous", "--json")
+    assert result.exit_code == 0
+    record = printed_json(result)
+    assert (record["steps"], record["messages"]) == (7, 3)
+    assert record["received_bytes"] == 3 * 100 * 2 * 2 * 16 * 4
+    assert record["ok"]
+    text = run("simulate", "causal() & window(100)", "--shape", "1,2,1000,16", "--ranks", 4)
+    assert "7 steps executed (a plain ring takes 16)" in text.stdout
+    assert "the same as one device" in text.stdout
+
+
+def test_stream(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    paths = [tmp_path / f"{name}.npy" for name in ("q", "k", "v", "out")]
+    for path in paths[:3]:
+        np.save(path, random.standard_normal((1, 2, 700, 8)))
+    stopped = run("stream", LONGNET, *paths, "--ranks", 6, "--limit-seconds", 0, "--json")
+    assert stopped.exit_code == 1
+    assert not printed_json(stopped)["complete"]
+    result = run("stream", LONGNET, *paths, "--ranks", 6)
+    assert result.exit_code == 0
+    assert "700 tokens" in result.stdout
+    wanted = cd.reference(cd.longnet((64, 128), (1, 2), causal=True), *(torch.from_numpy(np.load(path)) for path in paths[:3]))
+    np.testing.assert_allclose(np.load(paths[3]), wanted.numpy(), rtol=1e-10, atol=1e-10)
+    other = run("stream", LONGNET, *paths, "--ranks", 5)
+    assert other.exit_code == 2
+    assert "is of another run" in other.stderr
+
+
+def test_billion_computes_what_it_counts(tmp_path: Path) -> None:
+    settings = ("--tokens", 20_000, "--ranks", 10, "--dim", 8, "--rows", 50, "--directory", tmp_path / "billion")
+    result = run("billion", *settings, "--json")
+    assert result.exit_code == 0
+    record = printed_json(result)
+    assert (record["tokens_done"], record["tokens_computed_now"], record["rows_checked"]) == (20_000, 20_000, 50)
+    assert record["steps"] > 10
+    assert record["most_error"] < 1e-6
+    again = run("billion", *settings)
+    assert again.exit_code == 0
+    assert "20,000 of 20,000 tokens done, 0 of them now: 0 steps of 10 ranks executed" in again.stdout
+    assert "50 random rows differ from float64 by" in again.stdout
+
+
+def test_billion_stops_in_time(tmp_path: Path) -> None:
+    result = run("billion", "--tokens", 50_000, "--ranks", 50, "--directory", tmp_path, "--limit-seconds", 0)
+    assert result.exit_code == 1
+    assert "the time was up; the same command goes on" in result.stdout
+
+
+def test_billion_finds_a_wrong_row(tmp_path: Path) -> None:
+    settings = ("--tokens", 5_000, "--ranks", 3, "--rows", 20, "--directory", tmp_path)
+    assert run("billion", *settings).exit_code == 0
+    rows = np.load(tmp_path / "rows.npy")
+    rows[0, 0, 3] += 1
+    np.save(tmp_path / "rows.npy", rows)
+    result = run("billion", *settings, "--json")
+    # The rank that holds the row is not believed, and computed again.
+    assert result.exit_code == 0
+    assert printed_json(result)["tokens_computed_now"] > 0
+
+
+def test_launch() -> None:
+    result = run("launch", LONGNET, "--shape", "1,4,301,16", "--kv-heads", 2, "--ranks", 2)
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "longnet(", "--ranks", 2), "was never closed"),
+        (("plan", "causal()", "--layout", "residue"), "layout 'residue' needs a dilated program"),
+        (("simulate", "causal()", "--layout", "round"), "layout must be one of 'auto', 'contiguous'"),
+        (("simulate", "causal()", "--shape", "1,2,3"), "q_shape must be (batch, heads, tokens, head_dim)"),
+        (("launch", "causal()", "--shape", "1,3,64,8", "--kv-heads", 2), "must be a multiple of the 2 key heads"),
+        (("billion", "--program", "documents(ids='x')"), "takes no data tensors"),
+        (("plan", "causal()", "--ranks", 0), "Invalid value for '--ranks'"),
+    ],
+)
+def test_bad_usage(arguments: tuple[object, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

@@ -137,7 +137,6 @@ def streamed() -> list[Row]:
         with torch.no_grad():
             found: list[torch.Tensor] = []
             inside = measure.timed(lambda: found.append(alone(q, k, v)))
-        del q, k, v
         outside = measure.timed(lambda: run(*paths, journal=Path(home) / "journal"))
         error = (torch.from_numpy(np.load(paths[3])) - found[0]).abs().max().item()
     return [{"tokens": tokens, "in memory s": inside, "streamed s": outside, "ratio": outside / inside, "differ by": error}]

@@ -27,6 +27,8 @@ LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "residue", "hilbert")
 # So many dense flops take as long as one byte on the wire; and of so many ranks, evenly chosen, the work is looked at.
 _FLOPS_PER_BYTE = 20.0
 _SAMPLED = 16
+# Within this factor two layouts are as soon done, and the one that moves less is better.
+_AS_SOON = 1.03
 
 
 @dataclass(frozen=True)
@@ -213,11 +215,19 @@ def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
     for each in layouts_of(problem.program, problem.q_len, ranks, layout):
         schedule = Schedule(problem.program, each, problem.heads, problem.kv_heads)
         weighed.append((each, tuple(load(schedule, problem, rank) for rank in _sample(ranks))))
-    best, loads = min(weighed, key=lambda pair: max(each.time for each in pair[1]))
+    soonest = min(_slowest(loads) for _, loads in weighed)
+    close = [pair for pair in weighed if _slowest(pair[1]) <= _AS_SOON * soonest]
+    best, loads = min(close, key=lambda pair: sum(each.received_bytes for each in pair[1]))
     slowest = max(loads, key=lambda each: each.time)
     bound = "what it receives" if slowest.received_bytes * _FLOPS_PER_BYTE > slowest.dense_flops else "what it computes"
-    reason = "as asked" if layout != "auto" else f"the slowest rank, bound by {bound}, is done first"
+    reason = "as asked" if layout != "auto" else f"the slowest rank, bound by {bound}, is done soonest"
+    if layout == "auto" and len(close) > 1:
+        reason += "; of those as soon, it moves least"
     return RingPlan(problem, Schedule(problem.program, best, problem.heads, problem.kv_heads), tuple(weighed), reason)
+
+
+def _slowest(loads: tuple[Load, ...]) -> float:
+    return max(each.time for each in loads)
 
 
 def _sample(ranks: int) -> list[int]:

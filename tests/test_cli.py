@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from compiled_dilated import hilbert_window, longnet, masks, measure, oracle, plan
 from compiled_dilated.cli import app
-from compiled_dilated.commands import bench, demo_comparison, demo_text, doctor, expressions, pictures
+from compiled_dilated.commands import demo_comparison, demo_text, doctor, expressions, pictures
 from compiled_dilated.commands.demo_model import LanguageModel, loss
 from compiled_dilated.commands.demo_training import continuation
 from compiled_dilated.orders import hilbert, identity
@@ -325,57 +325,6 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch:
         measure.write_json(file, {"after": 2})
     assert json.loads(file.read_text()) == {"before": 1}
     assert os.listdir(tmp_path) == ["one.json"]
-
-
-# bench
-
-
-def test_bench_lists_the_issue_s_cases() -> None:
-    names = run("bench", "--list").stdout.split()
-    assert names[:6] == ["longnet-16k", "longnet-128k", "window-16k", "window-64k", "hilbert-64x64", "hilbert-256x256"]
-    assert {"flat-longnet", "flat-window", "flat-hilbert", "short-causal-512", "short-window-2048"} < set(names)
-
-
-@pytest.mark.usefixtures("threads")
-def test_bench_measures_and_writes(tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    result = run("bench", "--quick", "--case", "short-causal-512", "--case", "short-window-512", "--json", str(file))
-    assert result.exit_code == 0, result.output
-    record = json.loads(file.read_text())
-    assert record["complete"]
-    assert record["hardware"]["threads"] == 2
-    assert [row["case"] for row in record["rows"]] == ["short-causal-512"] * 2 + ["short-window-512"] * 2
-    assert all(row["ratio"] > 0 for row in record["rows"])
-    assert "short-causal-512" in result.stdout
-
-
-def test_bench_refuses_unknown_cases() -> None:
-    result = run("bench", "--case", "nothing")
-    assert result.exit_code == 2
-    assert "no measurement's name holds 'nothing'; see --list" in result.stderr
-
-
-def test_bench_rates_a_case() -> None:
-    setup = bench.Setup(heads=2, head_dim=16, dense_tokens=128, repeats=2, seconds=0.1)
-    row_major = bench.Rival("ours, row-major", 1.0, lambda _: bench.compile(masks.neighborhood((8, 8), 2)))
-    case = bench.Case("small", hilbert_window((8, 8), 2), 64, 0.0, math.inf, (row_major,))
-    forward, both = bench._rate(case, False, setup)
-    assert forward["useful_flops"] == 4 * 16 * 2 * bench.pairs_within(8, 2) ** 2
-    assert both["useful_flops"] == 3.5 * forward["useful_flops"]
-    assert (forward["ok"], both["ok"]) == (True, False)
-    assert forward["rivals"]["ours, row-major"]["ratio"] > 0
-    assert not bench.met(both)
-    assert "NO" in bench.tables([{"table": "rate", **both}])
-
-
-def test_bench_counts_the_pairs_of_a_neighborhood() -> None:
-    assert bench.pairs_within(7, 2) == sum(abs(a - b) <= 2 for a in range(7) for b in range(7))
-    assert bench.pairs_within(3, 12) == 9
-
-
-def test_bench_leaves_out_what_does_not_fit() -> None:
-    assert "GiB of memory" in str(bench.Setup().lacks_memory(2**34, backward=False))
-    assert bench.Setup().lacks_memory(2**10, backward=True) is None
 
 
 # demo

@@ -187,8 +187,11 @@ class Distributed:
         coming = self._start(rounds[0], worker)
         for i, one in enumerate(rounds):
             received = coming.wait()
-            if i + 1 < len(rounds):
-                coming = self._start(rounds[i + 1], worker)
+            following = rounds[i + 1] if i + 1 < len(rounds) else None
+            # Once half around, the next keys take the way of these gradients: in one order at both ends, whatever else they do.
+            crossing = following is not None and one.distance + following.distance == size
+            if following is not None and not crossing:
+                coming = self._start(following, worker)
             grads: list[KeysAndValues] = []
             if one.step is not None:
                 pairs = [_unpacked(x, k.shape[3]) for x in received]
@@ -196,8 +199,10 @@ class Distributed:
                 grads = worker.compute(one.step, pairs)
             back = [_room(message, worker, worker.grad_k.dtype) for message in one.outgoing]
             source = (self.rank - one.distance) % size
-            arrived = _Exchange(self.group, [_packed(*pair) for pair in grads], source, back, one.target).wait()
-            for message, x in zip(one.outgoing, arrived, strict=True):
+            returning = _Exchange(self.group, [_packed(*pair) for pair in grads], source, back, one.target)
+            if following is not None and crossing:
+                coming = self._start(following, worker)
+            for message, x in zip(one.outgoing, returning.wait(), strict=True):
                 worker.add(message, _unpacked(x, k.shape[3]))
         return worker.results
 

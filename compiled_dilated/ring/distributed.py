@@ -75,6 +75,7 @@ class Distributed:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
+        self._rows: list[int] = []  # that each rank said to hold
         self.ledger = Ledger()
 
     @property
@@ -114,19 +115,20 @@ class Distributed:
                     f"the ranks of a ring must compute the same; ranks {odd} differ from rank {self.rank} in {name}{theirs}. "
                     f"This rank has {about}"
                 )
-        return sum(row[7] for row in table)
+        self._rows = [row[7] for row in table]
+        return sum(self._rows)
 
-    def _check(self, schedule: Schedule, q: Tensor) -> None:
-        layout, rank = schedule.layout, self.rank
-        if layout.ranks != dist.get_world_size(self.group):
-            raise ValueError(
-                f"the ring has {layout.ranks} ranks, the process group {dist.get_world_size(self.group)}; make them the same"
-            )
-        if q.shape[2] != layout.count(rank):
-            raise ValueError(
-                f"rank {rank} of {layout.ranks} must hold {layout.count(rank)} of the {layout.tokens} tokens under the layout "
-                f"{layout.name}; got {q.shape[2]}. Take the rows that plan(...).positions({rank}) names"
-            )
+    def _check(self, schedule: Schedule) -> None:
+        """All ranks know what all hold, so that all refuse what one does wrong, and none waits for it."""
+        layout = schedule.layout
+        if layout.ranks != len(self._rows):
+            raise ValueError(f"the ring has {layout.ranks} ranks, the process group {len(self._rows)}; make them the same")
+        for rank, rows in enumerate(self._rows):
+            if rows != layout.count(rank):
+                raise ValueError(
+                    f"rank {rank} of {layout.ranks} must hold {layout.count(rank)} of the {layout.tokens} tokens under the "
+                    f"layout {layout.name}; got {rows}. Take the rows that plan(...).positions({rank}) names"
+                )
 
     def _rounds(self, schedule: Schedule) -> list[_Round]:
         """All distances at which this rank receives or sends, its own keys (distance 0) first."""
@@ -152,7 +154,7 @@ class Distributed:
 
     def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of this rank's queries."""
-        self._check(schedule, q)
+        self._check(schedule)
         self.ledger = Ledger()
         worker = Forward(schedule, self.rank, given, q, k, v)
         rounds = self._rounds(schedule)
@@ -180,7 +182,7 @@ class Distributed:
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's shards."""
-        self._check(schedule, q)
+        self._check(schedule)
         self.ledger = Ledger()
         worker = Backward(schedule, self.rank, given, grad_out, grad_lse, q, k, v, out, lse)
         rounds, size = self._rounds(schedule), schedule.layout.ranks

@@ -1,0 +1,271 @@
+"""One rank of a ring of real processes: `python -m tests.distributed_worker RANK SIZE FILE SCENARIO...`.
+
+FILE is where the processes meet. A scenario checks and raises; what it prints is for the test that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import compiled_dilated as cd
+from compiled_dilated import Program, masks
+from compiled_dilated.masks import Mask
+from compiled_dilated.ring.workers import Forward
+from tests.cases import both_data
+
+PATIENCE_S = 4.0
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def inputs(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> Tensors:
+    """The whole q, k and v, the same in every process."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(some_heads: int, dim: int) -> Tensor:
+        return torch.randn(batch, some_heads, tokens, dim, generator=generator, dtype=torch.float64).to(dtype)
+
+    return normal(heads, 16), normal(kv_heads, 16), normal(kv_heads, 8)
+
+
+def leaves(tensors: Tensors, at: Tensor | None = None) -> list[Tensor]:
+    return [(x if at is None else x[:, :, at]).clone().requires_grad_() for x in tensors]
+
+
+def check(
+    program: Program | Mask, whole: Tensors, mesh: Any, layout: str | None, data: dict[str, Tensor] | None = None, **options: Any
+) -> None:
+    """Out, lse, gradients and the ledger of this rank are those of the simulated ring, to the last bit."""
+    group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    q, k, v = whole
+    plan = cd.plan(
+        program, q.shape, kv_heads=k.shape[1], value_dim=v.shape[3], dtype=q.dtype, ranks=ranks, layout=layout
+    )  # fmt: skip
+    mine = plan.positions(rank)
+    attend, simulated = cd.compile(program, mesh=mesh, layout=layout), cd.compile(program, ranks=ranks, layout=layout)
+    shards, everything = leaves(whole, mine), leaves(whole)
+    got = attend(*shards, data=data, return_lse=True, **options)
+    want = simulated(*everything, data=data, return_lse=True, **options)
+    about = f"{program} layout {layout} {q.dtype} {tuple(q.shape)}"
+    assert attend.ring.ledger.received_bytes == plan.loads[rank].received_bytes, about
+    assert attend.ring.ledger.messages == plan.loads[rank].messages, about
+    assert attend.ring.ledger.steps == plan.loads[rank].steps, about
+    assert all(torch.equal(x, y[:, :, mine]) for x, y in zip(got, want, strict=True)), about
+    generator = torch.Generator().manual_seed(1)
+    back = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in want]
+    grads = torch.autograd.grad(got, shards, [x[:, :, mine] for x in back])
+    assert attend.ring.ledger.received_bytes == plan.loads[rank].received_bytes, about
+    for x, y in zip(grads, torch.autograd.grad(want, everything, back), strict=True):
+        assert torch.equal(x, y[:, :, mine]), f"a gradient of {about}"
+
+
+def distances(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return score - 0.1 * abs(q - kv) * (h + 1)
+
+
+LONGNET = cd.longnet((32, 64), (1, 2), causal=True)
+
+
+def same_bits(group: dist.ProcessGroup) -> None:
+    """Programs, layouts and lengths that the ranks do not divide; grouped heads, data, score_mod and low precision."""
+    mesh = init_device_mesh("cpu", (group.size(),))
+    for program in (LONGNET, masks.causal(), masks.window(20) | masks.sinks(3)):
+        for layout in ("auto", "contiguous", "zigzag", "striped"):
+            check(program, inputs(131), mesh, layout)
+    check(LONGNET, inputs(131), group, "residue")
+    check(cd.hilbert_window((9, 13), 2), inputs(117), group, "hilbert")
+    check(cd.longnet((16, 48), (1, 3), heads="split"), inputs(101, heads=6, kv_heads=6, batch=1), group, "auto")
+    check(LONGNET, inputs(131, torch.bfloat16), group, "zigzag")
+    check(masks.full(), inputs(64, torch.float32, kv_heads=1), group, None)
+    check(masks.congruent(2, 1), inputs(50), group, "contiguous")
+    packed = masks.documents(ids="documents") & masks.padding() & masks.causal()
+    check(packed, inputs(90), group, "striped", both_data(2, 90))
+    check(masks.causal(), inputs(75), group, "zigzag", score_mod=distances)
+    nothing = masks.full() & ~masks.full()
+    check(nothing, inputs(20), group, "contiguous")
+
+
+def compiled(group: dist.ProcessGroup) -> None:
+    """Inside torch.compile without a break, forward and backward; two calls give the same bits."""
+    whole, layout = inputs(131), "zigzag"
+    mine = cd.plan(LONGNET, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout=layout).positions(group.rank())
+    attend = cd.compile(LONGNET, mesh=group, layout=layout)
+    fast = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (lambda *x: attend(*x) * 2, fast, fast):
+        shards = leaves(whole, mine)
+        out = call(*shards)
+        results.append((out, *torch.autograd.grad(out.square().sum(), shards)))
+    for each in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(each, results[0], strict=True))
+
+
+def variant(group: dist.ProcessGroup) -> None:
+    """DistributedRingAttention: contiguous shards of (B, N, H, D)."""
+    settings = {"segment_lengths": (16, 40), "dilation_rates": (1, 3)}
+    module = cd.variant("DistributedRingAttention", ring_size=group.size(), **settings)
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randn(2, 84, 4, 8, generator=generator, dtype=torch.float64)
+    mine = whole.tensor_split(group.size(), dim=1)[group.rank()].clone().requires_grad_()
+    everything = whole.clone().requires_grad_()
+    got = module(mine, mine, mine, is_causal=True)
+    want = cd.variant("DistributedRingAttention", **settings)(everything, everything, everything, is_causal=True)
+    (grad,) = torch.autograd.grad(got.square().sum(), mine)
+    (whole_grad,) = torch.autograd.grad(want.square().sum(), everything)
+    for x, y in ((got, want), (grad, whole_grad)):
+        torch.testing.assert_close(x, y.tensor_split(group.size(), dim=1)[group.rank()], rtol=1e-10, atol=1e-10)
+
+
+def two_rings(group: dist.ProcessGroup) -> None:
+    """Rows of a mesh are rings of their own, whose ranks are counted within the row."""
+    mesh = init_device_mesh("cpu", (2, group.size() // 2), mesh_dim_names=("data", "sequence"))
+    check(LONGNET, inputs(70 + 10 * mesh.get_local_rank("data")), mesh["sequence"], "zigzag")
+
+
+class Model(nn.Module):
+    """One block of attention between two projections, as a language model of a few parameters."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed, self.qkv, self.head = nn.Embedding(17, 32), nn.Linear(32, 96), nn.Linear(32, 17)
+        self.attend = attend
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embed(ids)
+        q, k, v = (each.unflatten(2, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=2))
+        return self.head(x + self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def losses(model: Model, ids: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> list[float]:
+    """Of 50 steps; the loss is a mean over all tokens, those of other ranks too."""
+    model = model.double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    total = targets.numel() * (1 if group is None else group.size())
+    out = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum") / total
+        loss.backward()
+        loss = loss.detach()
+        if group is not None:
+            for x in (loss, *(parameter.grad for parameter in model.parameters())):
+                dist.all_reduce(x, group=group)
+        optimizer.step()
+        out.append(loss.item())
+    return out
+
+
+def training(group: dist.ProcessGroup) -> None:
+    """A sequence over all ranks trains as it does in one process."""
+    program, tokens = cd.longnet((16, 32), (1, 2), causal=True), 64
+    text = torch.randint(17, (2, tokens + 1), generator=torch.Generator().manual_seed(7))
+    ids, targets = text[:, :-1], text[:, 1:]
+    mine = cd.plan(program, (2, 4, tokens, 8), ranks=group.size()).positions(group.rank())
+    got = losses(Model(cd.compile(program, mesh=group)), ids[:, mine], targets[:, mine], group)
+    want = losses(Model(cd.compile(program)), ids, targets, None)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-6, atol=0)
+    assert want[-1] < 0.5 * want[0]
+
+
+def refuses(message: str, call: Callable[[], object]) -> None:
+    start = time.monotonic()
+    try:
+        call()
+    except ValueError as error:
+        assert message in str(error), str(error)
+        assert "\n" not in str(error)
+        assert time.monotonic() - start < 30
+        return
+    raise AssertionError(f"nothing was refused; {message!r} was expected")
+
+
+def refusals(group: dist.ProcessGroup) -> None:
+    """Ranks that do not mean the same part before data moves, all of them; then the group still works."""
+    last = group.rank() == group.size() - 1
+
+    def shards(rows: int = 20, dtype: torch.dtype = torch.float64, **options: int) -> Tensors:
+        return tuple(x[:, :, :rows] for x in inputs(40, dtype, **options))  # type: ignore[return-value]
+
+    causal = cd.compile(masks.causal(), mesh=group, layout="contiguous")
+    differ = "the ranks of a ring must compute the same; ranks "
+    kind = "in the program, the layout or the dtype"
+    other = cd.compile(masks.window(3) if last else masks.causal(), mesh=group)
+    refuses(f"differ from rank {group.rank()} {kind}", lambda: other(*shards()))
+    laid_out = cd.compile(masks.causal(), mesh=group, layout="zigzag" if last else "striped")
+    refuses(kind, lambda: laid_out(*shards()))
+    refuses(kind, lambda: causal(*shards(dtype=torch.float32 if last else torch.float64)))
+    refuses(differ, lambda: causal(*shards(heads=8 if last else 4)))
+    refuses("in key heads: ", lambda: causal(*shards(kv_heads=4 if last else 2)))
+    refuses("in batch: ", lambda: causal(*shards(batch=1 if last else 2)))
+    # One rank too many rows, and all refuse: ceil(64 / 3) is 22, which the first rank alone was to hold.
+    wrong = "rank 0 of 3 must hold 22 of the 64 tokens under the layout contiguous; got 20. Take the rows that "
+    refuses(wrong, lambda: causal(*shards(24 if last else 20)))
+    check(LONGNET, inputs(131), group, "auto")
+
+
+def doomed(group: dist.ProcessGroup, what: Callable[[], object]) -> None:
+    """The last rank does `what` after its own keys; all others get one clear error, soon."""
+    if group.rank() == group.size() - 1:
+        compute = Forward.compute
+
+        def computed(self: Forward, step: Any, *received: Any) -> None:
+            if step.source != self.rank:
+                what()
+            compute(self, step, *received)
+
+        Forward.compute = computed  # type: ignore[method-assign]
+    dist.barrier()
+    patient = dist.new_group(timeout=timedelta(seconds=PATIENCE_S))
+    attend = cd.compile(masks.full(), mesh=patient, layout="contiguous")
+    whole = inputs(20 * group.size())
+    mine = [x.tensor_split(group.size(), dim=2)[group.rank()] for x in whole]
+    start = time.monotonic()
+    try:
+        for _ in range(3):
+            attend(*mine)
+    except RuntimeError as error:
+        assert str(error).startswith("the ring broke: this rank "), str(error)
+        assert "start all ranks again" in str(error)
+        assert "\n" not in str(error)
+        elapsed = time.monotonic() - start
+        print(f"broke after {elapsed:.1f} s")
+        assert elapsed < 30
+        os._exit(0)  # a peer that stands still would keep the group from closing
+    raise AssertionError("nobody noticed")
+
+
+def killed(group: dist.ProcessGroup) -> None:
+    doomed(group, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stalled(group: dist.ProcessGroup) -> None:
+    doomed(group, lambda: time.sleep(600))
+
+
+def main(rank: str, size: str, file: str, *scenarios: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
+    )  # fmt: skip
+    assert dist.group.WORLD is not None
+    for scenario in scenarios:
+        globals()[scenario](dist.group.WORLD)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

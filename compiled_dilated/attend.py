@@ -111,7 +111,14 @@ def compile(
     transport: Literal["simulated", "distributed"] | None = ...,
 ) -> Attend: ...
 @overload
-def compile(program: Program | Mask, *, ranks: int, transport: Literal["streamed"], layout: str | None = ...) -> Streamed: ...
+def compile(
+    program: Program | Mask,
+    *,
+    ranks: int,
+    transport: Literal["streamed"],
+    layout: str | None = ...,
+    device: str | torch.device | None = ...,
+) -> Streamed: ...
 def compile(
     program: Program | Mask,
     *,
@@ -120,13 +127,14 @@ def compile(
     mesh: DeviceMesh | ProcessGroup | None = None,
     layout: str | None = None,
     transport: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Attend | Streamed:
     """A callable that computes attention by `program` (or a bare mask, a program of one branch).
 
     lowering: "auto" takes the cheapest by `plan`; "dense", "strided", "tiled" and "flex" are used or refused, never replaced.
     ranks: compute as a ring of so many ranks (arXiv 2310.01889). transport: "simulated" (the default), all ranks in this process
     one after the other, every step of each executed on what that rank may hold; or "streamed", out of core: a `Streamed`, which
-    reads and writes files.
+    reads and writes files and computes on `device`.
     mesh: a DeviceMesh of one dimension, or a process group, of torch.distributed (transport "distributed"): each process passes
     its own shards, whose tokens are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
     layout: which tokens each rank holds; "auto" (the default), "contiguous", "zigzag", "striped", "residue" or "hilbert".
@@ -146,7 +154,9 @@ def compile(
                 f"a streamed ring is contiguous and lowers each block as it is best; got layout={layout!r} and "
                 f"lowering={lowering!r}. Leave them out"
             )
-        return Streamed(as_program(program), ranks)
+        return Streamed(as_program(program), ranks, "cpu" if device is None else device)
+    if device is not None:
+        raise ValueError(f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device computes")
     return Attend(program, lowering, _ring(ranks, layout, mesh))
 
 

@@ -242,6 +242,12 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         cd.compile(LONGNET, transport="streamed", **settings)
 
 
+def test_a_device_is_for_streams_alone() -> None:
+    with pytest.raises(ValueError, match=r"device='cpu' is for transport='streamed'"):
+        cd.compile(LONGNET, device="cpu")
+    assert repr(cd.compile(masks.causal(), ranks=2, transport="streamed", device="meta")).endswith("device='meta')")
+
+
 def test_data_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"takes no data tensors; this one reads \['ids'\]"):
         cd.compile(masks.documents(ids="ids"), ranks=2, transport="streamed")

@@ -13,7 +13,7 @@ from .. import attend, measure
 from ..ring.checking import exact_row
 from ..ring.sources import GeneratedSource, SampleSink
 from . import expressions
-from .arguments import Json, bad_usage, print_json
+from .arguments import Device, Json, bad_usage, print_json
 from .ring_progress import stoppable, token_bar
 
 _TOKENS_PER_RANK = 4096
@@ -33,6 +33,7 @@ def billion(
     rows: Annotated[int, typer.Option(min=1, help="Random rows to check against float64.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of q, k, v and of the rows to check.")] = 0,
     limit_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the rank under way then.")] = None,
+    device: Annotated[Device, typer.Option(help="Where blocks are computed.")] = Device.cpu,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
     json: Json = False,
 ) -> None:
@@ -46,7 +47,7 @@ def billion(
     ranks = max(1, tokens // _TOKENS_PER_RANK) if ranks is None else ranks
     with bad_usage():
         code = expressions.program(program)
-        run = attend.compile(code, ranks=ranks, transport="streamed")
+        run = attend.compile(code, ranks=ranks, transport="streamed", device=device.value)
         shape = (1, heads, tokens, dim)
         q, k, v = (GeneratedSource(shape, seed, stream) for stream in range(3))
         code.check(tokens, tokens)

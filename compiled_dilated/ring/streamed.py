@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .. import arguments
@@ -69,10 +70,11 @@ class Streamed:
 
     ranks: into so many contiguous parts the sequence is cut; at most one of them, what it needs of others, and the one after it
     are in memory. `plan(program, q_shape, ..., ranks=..., layout="contiguous")` says how much that is.
+    device: where blocks are computed.
     """
 
-    def __init__(self, program: Program | PerLength, ranks: int) -> None:
-        self.program, self.ranks = program, arguments.integer("ranks", ranks, 1)
+    def __init__(self, program: Program | PerLength, ranks: int, device: str | torch.device = "cpu") -> None:
+        self.program, self.ranks, self.device = program, arguments.integer("ranks", ranks, 1), torch.device(device)
         if program.names:
             raise ValueError(
                 f"a streamed program takes no data tensors; this one reads {list(program.names)}. "
@@ -104,8 +106,8 @@ class Streamed:
         width = problem.head_dim
         given = Given(width**-0.5 if scale is None else float(scale))
         about = {"program": repr(problem.program), "ranks": self.ranks, "shape": list(shape), "scale": given.scale,
-                 "dtype": problem.dtype, "sources": [repr(source) for source in sources]}  # fmt: skip
-        run = _Run(schedule, given, sources, sink, Journal(journal, about), limit_seconds, on_progress)
+                 "dtype": problem.dtype, "device": problem.device, "sources": [repr(source) for source in sources]}  # fmt: skip
+        run = _Run(schedule, given, sources, sink, self.device, Journal(journal, about), limit_seconds, on_progress)
         return run.go()
 
     def schedule(self, q: Source, k: Source, v: Source) -> tuple[Schedule, Problem]:
@@ -119,13 +121,14 @@ class Streamed:
             raise ValueError(f"the {heads} query heads must be a multiple of the {k.shape[1]} key heads")
         program = self.program.at(tokens) if isinstance(self.program, PerLength) else self.program
         dtype = str(q.dtype).removeprefix("torch.")
-        problem = Problem(program, batch, heads, k.shape[1], tokens, tokens, head_dim, v.shape[3], dtype, "cpu")
+        problem = Problem(program, batch, heads, k.shape[1], tokens, tokens, head_dim, v.shape[3], dtype, self.device.type)
         program.check(tokens, tokens)
         layout = plans.layouts_of(program, tokens, self.ranks, "contiguous")[0]
         return Schedule(program, layout, heads, k.shape[1]), problem
 
     def __repr__(self) -> str:
-        return f"compile({self.program!r}, ranks={self.ranks}, transport='streamed')"
+        device = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
+        return f"compile({self.program!r}, ranks={self.ranks}, transport='streamed'{device})"
 
 
 @dataclass
@@ -144,12 +147,14 @@ class _Run:
         given: Given,
         sources: Sequence[Source],
         sink: Sink,
+        device: torch.device,
         journal: Journal,
         limit_seconds: float | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.schedule, self.layout, self.given, self.sink, self.journal = schedule, schedule.layout, given, sink, journal
         self.q, self.k, self.v = sources
+        self.device = device
         self.limit, self.tell = limit_seconds, on_progress
         self.ledger, self.tokens = Ledger(), 0
         self.began = self.synced = time.monotonic()
@@ -192,12 +197,15 @@ class _Run:
 
     def _read(self, rank: int) -> _Read:
         rows = self._rows(rank)
-        shards = tuple(source.read(HeadRange(0, 1, source.shape[1]), rows) for source in (self.q, self.k, self.v))
+        shards = tuple(self._rows_of(source, HeadRange(0, 1, source.shape[1]), rows) for source in (self.q, self.k, self.v))
         steps = [(step, [self._message(message) for message in step.messages]) for step in self.schedule.steps(rank)]
         return _Read(rank, (shards[0], shards[1], shards[2]), steps)
 
     def _message(self, message: Message) -> KeysAndValues:
-        return self.k.read(message.kv_heads, message.rows), self.v.read(message.kv_heads, message.rows)
+        return self._rows_of(self.k, message.kv_heads, message.rows), self._rows_of(self.v, message.kv_heads, message.rows)
+
+    def _rows_of(self, source: Source, heads: HeadRange, rows: range) -> Tensor:
+        return source.read(heads, rows).to(self.device)
 
     def _compute(self, read: _Read) -> Tensor:
         worker = Forward(self.schedule, read.rank, self.given, *read.shards)
@@ -208,7 +216,7 @@ class _Run:
             worker.compute(step, received)
         whole = sum(x.nbytes for x in (*held, *(x for pair in everything for x in pair)))
         self.ledger.most_held_bytes = max(self.ledger.most_held_bytes, whole)
-        return worker.out
+        return worker.out.cpu()
 
     def _write(self, rank: int, out: Tensor) -> None:
         try:

@@ -284,6 +284,50 @@ BLOCK_MASKS: list[Row] = [
     ),
 ]
 
+RING: list[Row] = [
+    (lambda: cd.compile(CAUSAL, ranks=0), ValueError, "ranks must be at least 1; got 0"),
+    (lambda: cd.compile(CAUSAL, ranks="4"), TypeError, "ranks must be an integer; got str '4'"),
+    (lambda: cd.compile(CAUSAL, ranks=2.0), TypeError, "ranks must be an integer; got float 2.0"),
+    (
+        lambda: cd.compile(CAUSAL, ranks=2, layout="ring"),
+        ValueError,
+        "layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; got 'ring'",
+    ),
+    (
+        lambda: cd.compile(CAUSAL, layout="zigzag"),
+        ValueError,
+        "layout='zigzag' says how ranks share a sequence; say which",
+    ),
+    (lambda: cd.compile(CAUSAL, ranks=2, lowering="tiled"), ValueError, "got lowering='tiled'. Leave it at 'auto'"),
+    (lambda: cd.compile(CAUSAL, mesh=4), TypeError, "mesh must be a DeviceMesh of one dimension or a process group; got int"),
+    (
+        lambda: cd.compile(CAUSAL, ranks=2)(x(), x(), x(), q_offset=3),
+        ValueError,
+        "a ring deals out one sequence; got 8 queries",
+    ),
+    (
+        lambda: cd.compile(CAUSAL, ranks=2)(x(), x(2, 4, 9, 4), x(2, 4, 9, 4)),
+        ValueError,
+        "at offset 0 and 9 keys. Compile without ranks for cross attention and decoding",
+    ),
+    (lambda: cd.compile(CAUSAL, ranks=2, layout="residue")(x(), x(), x()), ValueError, "'residue' needs a dilated program"),
+    (lambda: cd.compile(CAUSAL, ranks=2, layout="hilbert")(x(), x(), x()), ValueError, "'hilbert' needs a program over a grid"),
+    (lambda: cd.compile(masks.neighborhood((2, 3), 1), ranks=2)(x(), x(), x()), ValueError, "a grid of 6 tokens; got positions"),
+    (lambda: cd.plan(CAUSAL, (1, 4, 8, 4), layout="zigzag"), ValueError, "layout='zigzag' says how ranks share a sequence"),
+    (
+        lambda: cd.plan(CAUSAL, (1, 4, 8, 4), ranks=2, lowering="dense"),
+        ValueError,
+        "lowering='dense'. Leave out ranks, or these",
+    ),
+    (
+        lambda: cd.plan(CAUSAL, (1, 4, 8, 4), ranks=2, kv_len=9),
+        ValueError,
+        "got 8 queries at offset 0, 9 keys and",
+    ),
+    (lambda: cd.plan(CAUSAL, (1, 4, 8, 4), ranks=2).positions(2), ValueError, "rank must be at least 0 and less than 2; got 2"),
+    (lambda: cd.plan(CAUSAL, (1, 4, 8, 4), ranks=2).positions("0"), TypeError, "rank must be an integer; got str '0'"),
+]
+
 TABLE = {
     "masks": MASKS,
     "orders": ORDERS,
@@ -292,6 +336,7 @@ TABLE = {
     "plan": PLAN,
     "reference": REFERENCE,
     "block_masks": BLOCK_MASKS,
+    "ring": RING,
 }
 
 

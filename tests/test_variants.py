@@ -117,7 +117,7 @@ def test_every_name_can_be_made(name: str) -> None:
     row, stated = variants.find(name)
     module = variant(name, **needed(row))
     inner = module.attention if isinstance(module, Multihead) else module
-    if isinstance(inner, variants.Ring):
+    if isinstance(inner, variants.RingAttention):
         assert inner.ring_size == stated.get("ring_size", 1)
         assert (inner.name, inner.execution) == (row.name, row.execution)
         inner = inner.attention
@@ -150,29 +150,36 @@ def test_lowerings(name: str, lowering: str) -> None:
 # Rings
 
 
-@ROWS
-def test_a_ring_of_many_has_the_same_program_and_says_that_it_cannot_run(row: variants.Variant) -> None:
-    if row.execution == "single":
-        return
-    module = variant(row.name, ring_size=4, **needed(row))
+@pytest.mark.parametrize("ring_size", [2, 4, 8, 16])
+@pytest.mark.parametrize("row", [row for row in variants.TABLE if row.execution == "ring"], ids=lambda row: row.name)
+def test_a_ring_of_many_is_the_reference(row: variants.Variant, ring_size: int) -> None:
+    module = variant(row.name, ring_size=ring_size, **needed(row))
     ring = module.attention if isinstance(module, Multihead) else module
-    assert isinstance(ring, variants.Ring)
+    assert isinstance(ring, variants.RingAttention)
     orderless = Program(tuple(replace(branch, order=orders.identity()) for branch in ring.program(37, is_causal=True).branches))
     assert orderless == meant(row, 37, is_causal=True)
-    x = torch.randn((1, 37, 32) if row.multihead else (1, 37, 4, 8))
-    with pytest.raises(NotImplementedError) as raised:
+    assert_is_the_reference(row, module, 37, is_causal=True)
+
+
+def test_a_ring_of_four_with_padding() -> None:
+    padding = torch.arange(84) >= torch.tensor([[84], [50]])
+    row, _ = variants.find("RingDilatedAttentionV2")
+    assert_is_the_reference(row, variant("RingDilatedAttentionV2_r4", **needed(row)), 84, padding=padding)
+
+
+def test_a_distributed_ring_needs_a_process_group() -> None:
+    module = variant("DistributedRingAttention", ring_size=2, **LONGNET)
+    x = torch.randn(1, 37, 4, 8)
+    with pytest.raises(RuntimeError, match=r"call torch.distributed.init_process_group\(\) first"):
         module(x, x, x)
-    message = str(raised.value)
-    assert f"{row.name} with ring_size=4 cannot run yet: the transport of a ring is not built" in message
-    assert f"variant('{row.name}', ..., ring_size=1) computes the same numbers on one device" in message
 
 
 @pytest.mark.parametrize(
     ("name", "ring_size"), [("RingDilatedAttentionV2_r16", 16), ("Production_r4", 4), ("RingDilatedAttention_r262144", 262144)]
 )
 def test_suffix_is_the_ring_size(name: str, ring_size: int) -> None:
-    module = variant(name, segment_lengths=LENGTHS, dilation_rates=RATES, ring_size=ring_size)
-    assert repr(module).startswith(f"Ring(\n  '{variants.find(name)[0].name}', execution='ring', ring_size={ring_size}\n")
+    module, row = variant(name, segment_lengths=LENGTHS, dilation_rates=RATES, ring_size=ring_size), variants.find(name)[0]
+    assert repr(module).startswith(f"RingAttention(\n  '{row.name}', execution='ring', ring_size={ring_size}\n")
 
 
 # Hilbert order

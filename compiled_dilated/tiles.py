@@ -123,7 +123,7 @@ class TileMap(TileLists):
         order: Order = identity(),
         q_offset: int = 0,
     ) -> TileMap:
-        """The tiles of `mask` for q_len queries, the first at position q_offset, and kv_len keys.
+        """The tiles of `mask` for q_len queries, the first at position q_offset (before key 0 if negative), and kv_len keys.
 
         An order other than the identity permutes queries and keys alike: it needs q_len == kv_len and q_offset 0.
         """

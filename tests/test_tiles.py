@@ -235,7 +235,6 @@ def test_empty(q_len: int, kv_len: int) -> None:
         (lambda: TileMap.build(masks.causal(), -1, 4), ValueError, "q_len must be at least 0; got -1"),
         (lambda: TileMap.build(masks.causal(), 4, 4.0), TypeError, "kv_len must be an integer; got float"),
         (lambda: TileMap.build(masks.causal(), 4, 4, q_tile=0), ValueError, "q_tile must be at least 1"),
-        (lambda: TileMap.build(masks.causal(), 4, 4, q_offset=-1), ValueError, "q_offset must be at least 0"),
         (
             lambda: TileMap.build(masks.causal(), 4, 8, order=orders.residue(2)),
             ValueError,

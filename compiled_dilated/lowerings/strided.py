@@ -49,7 +49,7 @@ def propose(mask: Mask, heads: HeadRange, kv_heads: HeadRange, problem: Problem)
     if isinstance(pieces, str):
         return _refusal(pieces)
     if pieces.grid is not None:
-        if problem.q_offset or not problem.q_len == problem.kv_len == math.prod(pieces.grid.grid):
+        if not _is_whole(pieces.grid, problem) and not _has_whole_lines(pieces.grid, problem):
             return _refusal("a part of a grid is not made of regular boxes")
         lattices = list(_boxes(pieces, problem))
     elif pieces.blocks is not None:
@@ -292,6 +292,10 @@ def _boxes(pieces: Pieces, problem: Problem) -> Iterator[Tiling]:
     grid = pieces.grid
     assert grid is not None
     lanes = [_axis_lanes(axis) for axis in grid.axes]
+    if not _is_whole(grid, problem):
+        line, ((_, _, band),) = strides_of(grid.grid)[0], lanes[0]
+        part = replace(band, q_len=problem.q_len // line, k_len=problem.kv_len // line, shift=problem.q_offset // line)
+        lanes[0] = [(0, 1, part)]
     chosen = _best_boxes(
         [[[cut(band, tile) for _, _, band in axis] for tile in _box_tiles(axis[0][2].q_len)] for axis in lanes], problem
     )
@@ -303,13 +307,25 @@ def _boxes(pieces: Pieces, problem: Problem) -> Iterator[Tiling]:
         for runs in itertools.product(*(chosen[axis][lane] for axis, lane in enumerate(corner))):
             along = list(zip(runs, units, strict=True))
             tiles = tuple((run.count, run.stride * unit) for run, unit in along)
+            q_origin = problem.q_offset + origin
             queries = Lattice(
-                origin + sum(run.q_start * unit for run, unit in along), tiles, tuple((run.q_rows, unit) for run, unit in along)
+                q_origin + sum(run.q_start * unit for run, unit in along), tiles, tuple((run.q_rows, unit) for run, unit in along)
             )
             keys = Lattice(
                 origin + sum(run.k_start * unit for run, unit in along), tiles, tuple((run.k_rows, unit) for run, unit in along)
             )
             yield queries, keys, all(run.full for run in runs), False, True
+
+
+def _is_whole(grid: Neighborhood, problem: Problem) -> bool:
+    return problem.q_offset == 0 and problem.q_len == problem.kv_len == math.prod(grid.grid)
+
+
+def _has_whole_lines(grid: Neighborhood, problem: Problem) -> bool:
+    """Whether queries and keys are whole lines of the grid, along which the neighbourhood is a plain band."""
+    line, axis = strides_of(grid.grid)[0], grid.axes[0]
+    whole = not any(each % line for each in (problem.q_offset, problem.q_len, problem.kv_len))
+    return whole and axis.dilation == 1 and (axis.causal or not axis.shift)
 
 
 def _axis_lanes(axis: Axis) -> list[tuple[int, int, Band]]:

@@ -164,7 +164,8 @@ class Neighborhood(Mask):
 
     @property
     def period(self) -> int | None:
-        return None
+        # Whole lines further on everything is as before, where no window is moved inwards at the first or the last line.
+        return None if self.axes[0].shift and not self.axes[0].causal else strides_of(self.grid)[0]
 
     def check(self, queries: range, keys: int) -> None:
         tokens = math.prod(self.grid)

@@ -6,6 +6,7 @@ FILE is where the processes meet. A scenario checks and raises; what it prints i
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,7 +26,9 @@ from compiled_dilated.masks import Mask
 from compiled_dilated.ring.workers import Forward
 from tests.cases import both_data
 
+# How long a rank waits for one that stands still, and how soon, on a busy machine, all else is noticed.
 PATIENCE_S = 4.0
+PROMPT_S = 30.0
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 
@@ -59,6 +63,7 @@ def check(
     got = attend(*shards, data=data, return_lse=True, **options)
     want = simulated(*everything, data=data, return_lse=True, **options)
     about = f"{program} layout {layout} {q.dtype} {tuple(q.shape)}"
+    assert attend.ring is not None
     assert attend.ring.ledger.received_bytes == plan.loads[rank].received_bytes, about
     assert attend.ring.ledger.messages == plan.loads[rank].messages, about
     assert attend.ring.ledger.steps == plan.loads[rank].steps, about
@@ -81,9 +86,11 @@ LONGNET = cd.longnet((32, 64), (1, 2), causal=True)
 def same_bits(group: dist.ProcessGroup) -> None:
     """Programs, layouts and lengths that the ranks do not divide; grouped heads, data, score_mod and low precision."""
     mesh = init_device_mesh("cpu", (group.size(),))
-    for program in (LONGNET, masks.causal(), masks.window(20) | masks.sinks(3)):
-        for layout in ("auto", "contiguous", "zigzag", "striped"):
-            check(program, inputs(131), mesh, layout)
+    for layout in ("auto", "contiguous", "zigzag", "striped"):
+        check(LONGNET, inputs(131), mesh, layout)
+    check(masks.causal(), inputs(131), mesh, "zigzag")
+    for layout in ("contiguous", "striped"):  # distances that differ from rank to rank
+        check(masks.window(20) | masks.sinks(3), inputs(131), mesh, layout)
     check(LONGNET, inputs(131), group, "residue")
     check(cd.hilbert_window((9, 13), 2), inputs(117), group, "hilbert")
     check(cd.longnet((16, 48), (1, 3), heads="split"), inputs(101, heads=6, kv_heads=6, batch=1), group, "auto")
@@ -104,7 +111,8 @@ def compiled(group: dist.ProcessGroup) -> None:
     attend = cd.compile(LONGNET, mesh=group, layout=layout)
     fast = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True, backend="aot_eager")
     results = []
-    for call in (lambda *x: attend(*x) * 2, fast, fast):
+    calls: tuple[Callable[..., Tensor], ...] = (lambda *x: attend(*x) * 2, fast, fast)
+    for call in calls:
         shards = leaves(whole, mine)
         out = call(*shards)
         results.append((out, *torch.autograd.grad(out.square().sum(), shards)))
@@ -146,7 +154,8 @@ class Model(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x: Tensor = self.embed(ids)
         q, k, v = (each.unflatten(2, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=2))
-        return self.head(x + self.attend(q, k, v).transpose(1, 2).flatten(2))
+        logits: Tensor = self.head(x + self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return logits
 
 
 def losses(model: Model, ids: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> list[float]:
@@ -182,14 +191,10 @@ def training(group: dist.ProcessGroup) -> None:
 
 def refuses(message: str, call: Callable[[], object]) -> None:
     start = time.monotonic()
-    try:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
         call()
-    except ValueError as error:
-        assert message in str(error), str(error)
-        assert "\n" not in str(error)
-        assert time.monotonic() - start < 30
-        return
-    raise AssertionError(f"nothing was refused; {message!r} was expected")
+    assert "\n" not in str(raised.value)
+    assert time.monotonic() - start < PROMPT_S
 
 
 def refusals(group: dist.ProcessGroup) -> None:
@@ -226,25 +231,20 @@ def doomed(group: dist.ProcessGroup, what: Callable[[], object]) -> None:
                 what()
             compute(self, step, *received)
 
-        Forward.compute = computed  # type: ignore[method-assign]
+        Forward.compute = computed  # type: ignore[assignment, method-assign]
     dist.barrier()
     patient = dist.new_group(timeout=timedelta(seconds=PATIENCE_S))
     attend = cd.compile(masks.full(), mesh=patient, layout="contiguous")
     whole = inputs(20 * group.size())
     mine = [x.tensor_split(group.size(), dim=2)[group.rank()] for x in whole]
     start = time.monotonic()
-    try:
-        for _ in range(3):
-            attend(*mine)
-    except RuntimeError as error:
-        assert str(error).startswith("the ring broke: this rank "), str(error)
-        assert "start all ranks again" in str(error)
-        assert "\n" not in str(error)
-        elapsed = time.monotonic() - start
-        print(f"broke after {elapsed:.1f} s")
-        assert elapsed < 30
-        os._exit(0)  # a peer that stands still would keep the group from closing
-    raise AssertionError("nobody noticed")
+    with pytest.raises(RuntimeError, match=r"^the ring broke: this rank .*; start all ranks again") as raised:
+        _ = [attend(*mine) for _ in range(3)]  # who has sent its keys may be missed in the next call alone
+    elapsed = time.monotonic() - start
+    assert "\n" not in str(raised.value)
+    assert elapsed < PROMPT_S
+    print(f"broke after {elapsed:.1f} s", flush=True)
+    os._exit(0)  # a peer that stands still would keep the group from closing
 
 
 def killed(group: dist.ProcessGroup) -> None:

@@ -95,4 +95,4 @@ def test_a_ring_without_a_process_group_says_so() -> None:
 
 def test_a_mesh_must_be_one() -> None:
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh of one dimension or a process group; got int"):
-        cd.compile(masks.causal(), mesh=4)  # type: ignore[arg-type]
+        cd.compile(masks.causal(), mesh=4)  # type: ignore[call-overload]

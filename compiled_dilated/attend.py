@@ -35,7 +35,7 @@ class Attend:
         self.lowering = arguments.choice("lowering", lowering, planner.LOWERINGS)
         if ring is not None and lowering != "auto":
             raise ValueError(f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'")
-        self.ring = ring
+        self.ring, self._names = ring, self.program.names
         self._bare = operators.handle_of(self.program, lowering, ring)
 
     def __call__(
@@ -61,7 +61,7 @@ class Attend:
         q, k, v = _autocast(q, k, v)
         _check_tensors(q, k, v)
         offset = q_offset if isinstance(q_offset, torch.SymInt) else arguments.integer("q_offset", q_offset, 0)
-        tensors = _check_data(self.program, data, q, k, offset)
+        tensors = _check_data(self.program, self._names, data, q, k, offset)
         if self.ring is not None and (offset or q.shape[2] != k.shape[2]):
             raise ValueError(
                 f"a ring deals out one sequence; got {q.shape[2]} queries at offset {offset} and {k.shape[2]} keys. "
@@ -310,10 +310,14 @@ def _check_scale(scale: float | None, q: Tensor) -> float:
 
 
 def _check_data(
-    program: Program | PerLength, data: Mapping[str, Tensor] | None, q: Tensor, k: Tensor, q_offset: int
+    program: Program | PerLength,
+    names: tuple[str, ...],
+    data: Mapping[str, Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    q_offset: int,
 ) -> list[Tensor]:
     given = data or {}
-    names = program.names
     if set(given) != set(names):
         raise ValueError(
             f"the program reads the data tensors {list(names)}; got {sorted(given)}. "

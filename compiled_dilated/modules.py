@@ -71,6 +71,11 @@ class Attention(nn.Module):
                 f"this attention is over one sequence; got {query.shape[1]} query and {key.shape[1]} key tokens. "
                 "Use DilatedAttention, or compiled_dilated.compile with a program of your own"
             )
+        if key_padding_mask is not None and attend.ring is not None and attend.ring.sharded:
+            raise ValueError(
+                "a distributed ring reads a mask of the whole sequence, and this rank has that of its shard. "
+                "Use compiled_dilated.compile(program & masks.padding('padding'), mesh=...) with data={'padding': the whole mask}"
+            )
         data = None if key_padding_mask is None else {"padding": _check_padding(key_padding_mask, key)}
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out: Tensor = attend(q, k, v, scale=self.softmax_scale, data=data)

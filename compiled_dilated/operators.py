@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class Named:
     lowering: str
     ring: Ring | None = None
     score_mod: ScoreMod | None = None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The data tensors that the program reads."""
+        return self.program.names
 
 
 _programs: dict[str, Named] = {}
@@ -128,12 +134,12 @@ def problem_of(
 
 def _call(handle: str, data: Sequence[Tensor], scale: float, q_offset: int) -> Call:
     named = _programs[handle]
-    return Call(scale, q_offset, dict(zip(named.program.names, data, strict=True)), named.score_mod)
+    return Call(scale, q_offset, dict(zip(named.names, data, strict=True)), named.score_mod)
 
 
 def _given(handle: str, data: Sequence[Tensor], scale: float) -> Given:
     named = _programs[handle]
-    return Given(scale, dict(zip(named.program.names, data, strict=True)), named.score_mod)
+    return Given(scale, dict(zip(named.names, data, strict=True)), named.score_mod)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -144,12 +150,14 @@ def _rows(x: Tensor) -> Tensor:
 def _run(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
 ) -> tuple[Tensor, Tensor]:
-    if not (q.numel() and k.numel() and v.numel()):
+    # A rank without tokens takes part in a ring: its problem is that of all ranks.
+    ring = _named(handle).ring
+    whole = None if ring is None else ring_problem(handle, q, k, v)
+    if not (q.numel() and k.numel() and v.numel()) if whole is None else whole.empty:
         shape = (*q.shape[:3], v.shape[3])
         return q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
-    ring = _named(handle).ring
-    if ring is not None:
-        return ring.forward(ring_problem(handle, q, k, v), _given(handle, data, scale), *map(_rows, (q, k, v)))
+    if ring is not None and whole is not None:
+        return ring.forward(whole, _given(handle, data, scale), *map(_rows, (q, k, v)))
     plan = plan_of(handle, q, k, v, q_offset, training)
     return execute.forward(plan, _call(handle, data, scale, q_offset), *map(_rows, (q, k, v)))
 
@@ -184,13 +192,13 @@ def _attend_backward(
     scale: float,
     q_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not (q.numel() and k.numel() and v.numel()):
+    ring = _named(handle).ring
+    whole = None if ring is None else ring_problem(handle, q, k, v)
+    if not (q.numel() and k.numel() and v.numel()) if whole is None else whole.empty:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
-    ring = _named(handle).ring
-    if ring is not None:
-        problem, given = ring_problem(handle, q, k, v), _given(handle, data, scale)
-        grads = ring.backward(problem, given, grad_out, grad_lse, q, k, v, out, lse)
+    if ring is not None and whole is not None:
+        grads = ring.backward(whole, _given(handle, data, scale), grad_out, grad_lse, q, k, v, out, lse)
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
     plan = plan_of(handle, q, k, v, q_offset, True)
     grads = execute.backward(plan, _call(handle, data, scale, q_offset), grad_out, grad_lse, q, k, v, out, lse)

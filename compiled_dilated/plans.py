@@ -41,6 +41,11 @@ class Problem:
         return BYTES[self.dtype]
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return 0 in (self.batch, self.heads, self.kv_heads, self.q_len, self.kv_len, self.head_dim, self.value_dim)
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of q, k, v and out together."""
         queries = self.heads * self.q_len * (self.head_dim + self.value_dim)

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from . import arguments, masks
@@ -78,7 +77,7 @@ class Program:
         ):
             raise TypeError(f"a program needs a non-empty tuple of Branch; got {self.branches!r}. Write Program((Branch(mask),))")
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """The data tensors that the program reads."""
         return tuple(sorted({name for branch in self.branches for name in branch.mask.names}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 import compiled_dilated as cd
 from compiled_dilated import Branch, Program, masks, orders
-from compiled_dilated.masks import Mask, explicit
+from compiled_dilated.masks import Mask
 from compiled_dilated.programs import as_program
 from compiled_dilated.regions import EMPTY, FULL, Regions
 from compiled_dilated.ring.blocks import in_place
@@ -28,12 +27,6 @@ from tests.cases import grid_of
 from tests.test_decoding import MASKS
 
 HEADS, KV_HEADS = 4, 2
-
-
-@pytest.fixture(autouse=True)
-def functions_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a from_mod reads is asked of torch.fx for every block, which takes longer than all the rest."""
-    monkeypatch.setattr(explicit, "_reads", lru_cache(explicit._reads))
 
 
 def inside(inner: range, outer: range) -> bool:

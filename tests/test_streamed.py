@@ -203,9 +203,7 @@ def test_no_room_on_the_way_keeps_what_is_finished(files: Any, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(FileSink, "write", full)
-        with pytest.raises(
-            OSError, match=r"cannot write the output of rank 3: No space left.* 3 of 8 ranks are finished"
-        ):
+        with pytest.raises(OSError, match=r"cannot write the output of rank 3: No space left.* 3 of 8 ranks are finished"):
             stream(paths)
     report = stream(paths)
     assert (report.complete, report.resumed_ranks) == (True, 3)

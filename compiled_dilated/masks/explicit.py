@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,7 @@ class FromMod(Mask):
         return f"from_mod({name}{'' if self.within is None else f', within={self.within!r}'})"
 
 
+@lru_cache(maxsize=256)
 def _reads(fn: MaskMod, argument: int) -> bool:
     """Whether fn looks at its argument of that number; True where that cannot be found out."""
     import torch.fx

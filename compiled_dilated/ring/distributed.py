@@ -73,6 +73,8 @@ class _told:
 class Distributed:
     """The transport: each rank passes its own shards (B, H, rows, D), in the order of the layout's runs, and gets its own."""
 
+    sharded = True
+
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
         self._rows: list[int] = []  # that each rank said to hold

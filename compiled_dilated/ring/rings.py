@@ -18,6 +18,7 @@ class Transport(Protocol):
     """Carries out a schedule. What its tensors hold, the whole sequence or a rank's shard, is the transport's own."""
 
     ledger: Ledger
+    sharded: bool
 
     def tokens(self, q: Tensor, k: Tensor, v: Tensor, what: str) -> int:
         """The length of the whole sequence, of which these are the tensors at hand; ranks make sure that they mean the same."""
@@ -55,6 +56,11 @@ class Ring:
     def ledger(self) -> Ledger:
         """Steps, messages and bytes of the last forward or backward, as they were executed."""
         return self.transport.ledger
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a call brings one rank's shards, not the whole sequence."""
+        return self.transport.sharded
 
     def plan(self, problem: Problem) -> plans.RingPlan:
         """The layout and the schedule for a whole problem."""

@@ -52,6 +52,8 @@ def put(x: Tensor, runs: Sequence[range], shard: Tensor) -> None:
 class Simulated:
     """The transport: global tensors (B, H, N, D) in, global tensors out."""
 
+    sharded = False
+
     def __init__(self) -> None:
         self.ledger = Ledger()
 

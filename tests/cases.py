@@ -9,6 +9,7 @@ A case says how to build its program for n positions, so that grids can fit n an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,7 +210,8 @@ _GRIDS = (
     ),
     Case("neighborhood and causal tokens", lambda n: masks.neighborhood(grid_of(n), 3) & masks.causal()),
     Case("neighborhood and segments", lambda n: masks.neighborhood(grid_of(n), 3) & masks.segments(50)),
-    Case("neighborhood of a part of its grid", lambda n: masks.neighborhood((16, n // 16 + 2), 3), "a part of a grid"),
+    Case("neighborhood of a part of its grid", lambda n: masks.neighborhood((16, n // 16 + 3), 3), "a part of a grid"),
+    Case("neighborhood of some lines of its grid", lambda n: masks.neighborhood((n + 4, math.gcd(n, 12)), 3)),
 )
 
 _COMPOSED = (

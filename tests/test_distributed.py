@@ -61,7 +61,11 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 # One start for several scenarios: importing torch takes longer than any of them.
 @pytest.mark.parametrize(
     ("size", "scenarios"),
-    [(2, ("same_bits", "variant", "compiled", "training", "fully_sharded")), (4, ("same_bits", "two_rings")), (3, ("refusals",))],
+    [
+        (2, ("same_bits", "variant", "compiled", "training", "fully_sharded")),
+        (4, ("same_bits", "two_rings", "training")),
+        (3, ("refusals",)),
+    ],
     ids=str,
 )
 def test_real_processes(start: Start, size: int, scenarios: tuple[str, ...]) -> None:

@@ -137,10 +137,12 @@ def test_a_journal_of_another_run_is_refused(files: Any) -> None:
 KILLED = """
 import sys
 from pathlib import Path
+import torch
 import compiled_dilated as cd
 from compiled_dilated.ring import streamed
 streamed._SYNC_SECONDS = 0.0
 home = Path(sys.argv[1])
+torch.set_num_threads(int(sys.argv[2]))  # by which kernels cut their sums
 run = cd.compile(cd.longnet((64, 128, 256), (1, 2, 4), causal=True), ranks=40, transport="streamed")
 run(*(home / f"{name}.npy" for name in ("q", "k", "v", "out")), journal=home / "journal",
     on_progress=lambda progress: print(progress.ranks, flush=True))
@@ -152,7 +154,7 @@ def test_killed_anywhere_it_goes_on_with_the_same_bits(files: Any, how: signal.S
     paths = files(2000)
     home = paths["q"].parent
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    command = [sys.executable, "-c", KILLED, str(home)]
+    command = [sys.executable, "-c", KILLED, str(home), str(torch.get_num_threads())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         while int(process.stdout.readline()) < 11:

@@ -4,7 +4,8 @@
     compute               rank 1
     write behind          rank 0: its rows, then (once they are on the disk) a line of the journal
 
-A rank's rows are written once and never changed, so that a run that was stopped anywhere gives the same bits when it goes on.
+A rank's rows are written once and never changed, so that a run that was stopped anywhere gives the same bits when it goes on
+(with as many threads, by which kernels cut their sums).
 """
 
 from __future__ import annotations

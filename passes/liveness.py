@@ -38,6 +38,8 @@ _REPLACE_STORAGE = {"aten::set_", "aten::resize_", "aten::resize_as_", "inductor
 _UNDECLARED_VIEWS = {"aten::_unsafe_view"}
 # Operators that run their subgraph many times hold the results of one time while they make the next.
 _LOOPS = {"associative_scan", "map_impl", "scan", "while_loop"}
+# Their subgraphs speak of one score at a time; what their kernels hold meanwhile is workspace.
+_OF_SCALARS = {"flex_attention", "flex_attention_backward"}
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n +(.*)')
 
 
@@ -270,19 +272,22 @@ class _Walk:
             hint = symbolic.shape_env.backed_var_to_val.get(symbol)
             if hint is None:
                 raise ValueError(
-                    f"{node.name} takes {symbolic.expr} bytes, and nothing says what {symbol} is. Pass sizes={{{str(symbol)!r}: ...}}"
+                    f"{node.name} takes {symbolic.expr} bytes, and nothing says what {symbol} is. "
+                    f"Pass sizes={{{str(symbol)!r}: ...}}"
                 )
             values[symbol] = int(hint)
         return int(symbolic.expr.xreplace(values).doit())
 
     def _nested(self, node: Node, made: int) -> int:
         """What the node's subgraphs hold beyond its operands and the `made` bytes of its results."""
+        name = getattr(node.target, "_name", "") if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+        if name in _OF_SCALARS:
+            return 0
         most = 0
         for each in node.all_input_nodes:
             if each.op == "get_attr" and isinstance(module := attribute(each), GraphModule):
                 inner = lifetimes(module, sizes=self.sizes)
                 most = max(most, int(inner.bytes_at.max(initial=0)) - inner.input_bytes)
-        name = getattr(node.target, "_name", "") if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
         return max(0, most + (made if name in _LOOPS else 0) - made)
 
 
@@ -300,7 +305,8 @@ def _identity(tensor: Tensor, node: Node) -> int:
     """Which storage a fake tensor has."""
     if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
         raise ValueError(
-            f"{node.name} is a {type(tensor).__name__} of layout {tensor.layout}, not one strided storage. Convert it to dense first"
+            f"{node.name} is a {type(tensor).__name__} of layout {tensor.layout}, not one strided storage. "
+            "Convert it to a dense tensor first"
         )
     return int(tensor.untyped_storage()._cdata)
 

@@ -107,7 +107,7 @@ def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) ->
 
 
 def draw(lifetimes: Lifetimes, path: str | PathLike[str]) -> None:
-    """The same as a picture, in the format that the ending of `path` names: bytes by step, stacked, the largest storages apart."""
+    """The same as a picture, in the format that the ending of `path` names: bytes by step, stacked, largest storages apart."""
     # A picture is rare and its library slow to import. The figure is its own: no window, no state of pyplot's.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Offsets in one arena for buffers with known lifetimes, a checker of its own for them, and a graph that runs in such an arena."""
+"""Offsets in one arena for buffers with known lifetimes, an independent checker, and a graph that runs in such an arena."""
 
 from .executor import Executor
 from .placements import Buffer, Placement

@@ -25,7 +25,7 @@ def search(part: Part, start: Offsets, enough: int, roof: int | None, deadline: 
     searches = [_Search(part, start, enough, roof, deadline, crowds) for crowds in (False, True)]
     with ThreadPoolExecutor(len(searches)) as pool:
         running = {pool.submit(each.run): each for each in searches}
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        wait(running, return_when=FIRST_COMPLETED)
         # One that merely ran out of time says nothing; the other is then at its end too.
         for each in searches:
             each.stop()

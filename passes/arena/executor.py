@@ -41,8 +41,8 @@ class Executor:
     comes on top.
 
     graph_module: operators alone (torch.export or make_fx; decomposed to core operators more of them have out-variants), forward
-    only, on one device. example_inputs: what the graph takes; later calls must bring the same shapes, strides, dtypes and devices.
-    seconds: for the placement. Raises ValueError where lifetimes are not known (see liveness.lifetimes).
+    only, on one device. example_inputs: what the graph takes; later calls must bring the same shapes, strides, dtypes and
+    devices. seconds: for the placement. Raises ValueError where lifetimes are not known (see liveness.lifetimes).
     """
 
     def __init__(self, graph_module: GraphModule, example_inputs: Sequence[Any], *, seconds: float = 10) -> None:
@@ -145,10 +145,13 @@ def _out_variant(op: Any, device: torch.device) -> tuple[Action, tuple[str, ...]
         arguments = variant._schema.arguments
         outs = tuple(argument.name for argument in arguments if argument.is_out)
         same = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out] == wanted
-        kernel = torch._C._dispatch_has_kernel_for_dispatch_key(variant.name(), device.type.upper())
-        if outs and same and kernel and len(outs) == len(op._schema.returns):
+        if outs and same and len(outs) == len(op._schema.returns) and _has_kernel(variant, device):
             return variant, outs
     return None
+
+
+def _has_kernel(op: torch._ops.OpOverload, device: torch.device) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), device.type.upper())
 
 
 def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
@@ -175,8 +178,8 @@ def _check(placeholders: Sequence[Node], given: Sequence[Any], examples: Sequenc
     for node, value, example in zip(placeholders, given, examples, strict=True):
         if _told(value) != _told(example):
             raise ValueError(
-                f"input {node.name} must be as in the example, {_told(example)}; got {_told(value)}. The arena is laid out for the "
-                "example: make another Executor"
+                f"input {node.name} must be as in the example, {_told(example)}; got {_told(value)}. "
+                "The arena is laid out for the example: make another Executor"
             )
 
 

@@ -14,8 +14,8 @@ from .placements import Buffer, Placement
 def solve(buffers: Sequence[Buffer], capacity: int | None = None, seconds: float = 60, alignment: int = 1) -> Placement:
     """Offsets, multiples of `alignment`, at which buffers that live together do not overlap.
 
-    capacity: bytes of the arena, within which any placement will do; without it, the lowest arena that is found. seconds: the most
-    that the exact search may take; reaching the lower bound, or the capacity, ends it. Two threads search.
+    capacity: bytes of the arena, within which any placement will do; without it, the lowest arena that is found. seconds: the
+    most that the exact search may take; reaching the lower bound, or the capacity, ends it. Two threads search.
 
     Raises ValueError with the least height that was found where nothing fits into the capacity.
 
@@ -37,8 +37,8 @@ def solve(buffers: Sequence[Buffer], capacity: int | None = None, seconds: float
     top = greedy.height(boxes, offsets)
     if roof is not None and top > roof:
         raise ValueError(
-            f"capacity {capacity:,} was not reached in {seconds} seconds; the least height found is {top * alignment:,}, the lower "
-            f"bound {bound * alignment:,}. Give a larger capacity or more seconds"
+            f"capacity {capacity:,} was not reached in {seconds} seconds; the least height found is {top * alignment:,}, "
+            f"the lower bound {bound * alignment:,}. Give a larger capacity or more seconds"
         )
     return Placement(
         tuple(offsets.get(number, 0) * alignment for number in range(len(buffers))), top * alignment, bound * alignment, alignment

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 IntArray = npt.NDArray[np.int64]
 
@@ -254,7 +254,9 @@ class _Walk:
         if shared is None or not (shared.is_write or not _is_composite(op)):
             return None
         for position, argument in enumerate(arguments):
-            if argument.alias_info is not None and argument.alias_info.before_set & shared.before_set:
+            alias = argument.alias_info
+            # The schema of an operator that returns a list of views says so at its argument alone: Tensor(a -> *).
+            if alias is not None and (alias.before_set & shared.before_set or (not shared.before_set and "*" in alias.after_set)):
                 given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
                 if isinstance(given, Node):
                     return _only(self.places[given])
@@ -303,10 +305,11 @@ def source_of(node: Node) -> str:
 
 def _identity(tensor: Tensor, node: Node) -> int:
     """Which storage a fake tensor has."""
-    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) or isinstance(tensor, FakeTensor)
+    if not plain or tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise ValueError(
-            f"{node.name} is a {type(tensor).__name__} of layout {tensor.layout}, not one strided storage. "
-            "Convert it to a dense tensor first"
+            f"{node.name} is a {type(tensor).__name__} of layout {tensor.layout}, not one strided storage of its own. "
+            "Trace down to core operators on dense tensors: run_decompositions() of an exported program does"
         )
     return int(tensor.untyped_storage()._cdata)
 

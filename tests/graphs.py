@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,6 +109,11 @@ class Traced:
 
     def __str__(self) -> str:
         return self.name
+
+    @cached_property
+    def made(self) -> tuple[GraphModule, Sequence[Any]]:
+        """The graph and its inputs, for tests that change neither."""
+        return self.make()
 
 
 def exported(model: Callable[[], nn.Module], *shape: int, decomposed: bool = True) -> tuple[GraphModule, Sequence[Any]]:

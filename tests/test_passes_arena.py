@@ -122,7 +122,7 @@ def test_faults_are_named(placement: Placement, message: str) -> None:
 
 
 def a_graph() -> Any:
-    return CASES[0].make()
+    return CASES[0].made
 
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -159,7 +159,7 @@ def outputs(value: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_executor_computes_what_the_graph_does(case: Traced) -> None:
-    module, inputs = case.make()
+    module, inputs = case.made
     executor = arena.Executor(module, inputs)
     arena.validate(executor.buffers, executor.placement)
     assert executor.height == executor.placement.lower_bound
@@ -173,7 +173,7 @@ def test_an_executor_computes_what_the_graph_does(case: Traced) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_graphs_of_models_are_placed_at_the_bound_in_a_second(case: Traced) -> None:
-    storages = liveness.lifetimes(case.make()[0]).storages
+    storages = liveness.lifetimes(case.made[0]).storages
     buffers = [Buffer(each.lower, each.upper, each.size) for each in storages if not each.is_input]
     started = time.monotonic()
     placement = arena.solve(buffers, alignment=64)
@@ -184,7 +184,7 @@ def test_graphs_of_models_are_placed_at_the_bound_in_a_second(case: Traced) -> N
 def test_nothing_but_copied_results_is_allocated_beside_the_arena() -> None:
     """Arena and temporaries are all: none where every node writes in place, one result at a time where nodes are copied."""
     for case in CASES:
-        module, inputs = case.make()
+        module, inputs = case.made
         executor = arena.Executor(module, inputs)
         beside = measured_peak(lambda run=executor, given=inputs: run(*given))
         made = [each for each in liveness.lifetimes(module).storages if each.name.partition("[")[0] in executor.copied]

@@ -34,7 +34,7 @@ def named(found: Lifetimes, name: str) -> Storage:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_peak_is_what_running_it_takes(case: Traced) -> None:
-    module, inputs = case.make()
+    module, inputs = case.made
     predicted = peak.find(lifetimes(module)).added_bytes
     assert predicted == pytest.approx(measured_peak(interpreted(module, inputs)), rel=0.02 if case.exact else 0.05)
 
@@ -158,7 +158,7 @@ def test_tied_inputs_are_one() -> None:
 
 def test_constants_count_as_inputs() -> None:
     weight = torch.ones(8, 8)
-    found = of(lambda x: x @ weight)
+    found = lifetimes(make_fx(lambda x: x @ weight)(X))
     assert found.input_bytes == BYTES + weight.nbytes
 
 
@@ -190,8 +190,12 @@ def test_flex_attention_is_counted() -> None:
         def forward(self, q: Tensor) -> Tensor:
             return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score + (i - j))
 
-    found = lifetimes(torch.export.export(Attention(), (torch.randn(1, 2, 128, 16),), strict=False).graph_module)
-    assert peak.find(found).added_bytes >= 2 * 128 * 16 * 4
+    program = torch.export.export(Attention(), (torch.randn(1, 2, 128, 16),))
+    found = lifetimes(program.run_decompositions().graph_module)
+    out, statistics = 2 * 128 * 16 * 4, 2 * 128 * 4
+    assert out + statistics <= peak.find(found).added_bytes <= out + 3 * statistics
+    with pytest.raises(ValueError, match=r"not one strided storage.*run_decompositions"):
+        lifetimes(program.graph_module)  # block masks are made by vmap, which stands in this graph as it is
 
 
 def test_the_report_names_lines_and_bytes() -> None:
@@ -267,7 +271,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: of(torch.sin, donated=["y"]), ValueError, "donated must name placeholders of the graph; got 'y'. It has"),
     (replacing, ValueError, "sin (aten.set_.source_Tensor) replaces a tensor's storage"),
     (unbacked, ValueError, "and nothing says what u0 is. Pass sizes={'u0': ...}"),
-    (sparse, ValueError, "x is a Tensor of layout torch.sparse_coo, not one strided storage. Convert it"),
+    (sparse, ValueError, "x is a Tensor of layout torch.sparse_coo, not one strided storage"),
     (lambda: peak.find(Lifetimes((), (), ())), ValueError, "at least one step; got those of an empty graph"),
     (lambda: peak.timeline(of(torch.sin), rows=0), ValueError, "rows must be at least 1; got 0"),
     (lambda: peak.timeline(of(torch.sin), width=-3), ValueError, "width must be at least 1; got -3"),

@@ -57,10 +57,10 @@ def _offsets(boxes: Sequence[Box], bound: int, roof: int | None, deadline: float
     for turn, (part, each) in enumerate(hard):
         now = time.monotonic()
         until = now + (deadline - now) / (len(hard) - turn)
-        # A placement at the bound is found sooner where nothing else is looked for, if there is one.
-        found = exact.search(part, each, enough, enough, until if roof is not None else (now + until) / 2)
+        # A placement at the bound, if there is one, is found sooner by a search that looks for nothing else.
+        found = exact.fit(part, enough, until if roof is not None else (now + until) / 2)
         if found is None and roof is None:
-            found = exact.search(part, each, enough, None, until)
+            found = exact.lower(part, each, enough, until)
         offsets.update(found or {})
     return offsets
 

@@ -94,8 +94,8 @@ def lifetimes(graph: Graph | GraphModule, *, sizes: Mapping[str, int] | None = N
 
     sizes: values of symbols, as in {"s77": 4096}; other symbols count as the sizes that the graph was traced with. donated:
     placeholders that the graph alone holds, which die at their last use (the saved activations of a backward); the caller holds
-    all others to the end. A value that nobody uses dies where it is made. A subgraph (cond, flex_attention, ...) counts once, at
-    the largest of a node's subgraphs; in a loop, together with the results of the time before.
+    all others to the end. A value that nobody uses dies where it is made. Of a node's subgraphs (cond, ...) the one that needs
+    most counts, once; in a loop, together with the results of the time before.
 
     Raises ValueError with the node's name where it cannot tell: no meta["val"], a size without a value, tensors without one plain
     storage, operations that replace storages, module and method calls.

@@ -2,9 +2,9 @@
 
 print(peak.find(liveness.lifetimes(graph)))
 
-peak 12.0 MiB at step 7 of 10, gelu: 8.0 MiB beyond 4.0 MiB of inputs
-   4.0 MiB  linear           [6, 8)    mlp.py:12 in forward: return self.down(gelu(self.up(x)))
-   4.0 MiB  gelu             [7, 9)    mlp.py:12 in forward: return self.down(gelu(self.up(x)))
+peak 18.1 MiB at step 8 of 15, gelu: 16.0 MiB beyond 2.1 MiB of inputs
+       8.0 MiB  addmm  [7, 10)       model.py:12 in forward: return self.down(F.gelu(self.up(x)))
+       8.0 MiB  gelu   [9, 12)       model.py:12 in forward: return self.down(F.gelu(self.up(x)))
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) ->
 
     rows: storages that are shown, the largest that are not inputs. width: columns of the bars; each stands for one step or more.
 
-        8.0 MiB  ..:#:.         beyond the inputs: " .:-=+*#%@" in tenths of the peak
-        4.0 MiB  ###            linear
-        4.0 MiB    ####         gelu
+              10 B   %@:  beyond the inputs, darkest at the peak
+               8 B   ##   a
+               2 B    ##  b
     """
     for name, value in (("rows", rows), ("width", width)):
         if value < 1:

@@ -53,14 +53,20 @@ class _Race:
     def run(self) -> Offsets | None:
         with ThreadPoolExecutor(_WORKERS) as pool:
             searches: list[Future[None]] = [pool.submit(search) for search in (self.from_below, self.freely)]
-            # Again and again, for a solver that has not begun yet hears nothing.
-            while wait(searches, timeout=_POLL_SECONDS).not_done:
-                if self.over.is_set():
-                    for solver in self.solvers:
-                        solver.stop_search()
+            try:
+                while wait(searches, timeout=_POLL_SECONDS).not_done:
+                    if self.over.is_set():
+                        self.stop()  # again and again: a solver that has not begun yet hears nothing
+            finally:  # Ctrl-C too
+                self.over.set()
+                self.stop()
         for search in searches:
             search.result()  # raises what it raised
         return self.found
+
+    def stop(self) -> None:
+        for solver in self.solvers:
+            solver.stop_search()
 
     def from_below(self) -> None:
         models = [_Model(self.part, self.roof, line) for line in _lines(self.part)]
@@ -166,9 +172,13 @@ def _lines(part: Part) -> list[Line]:
 
     Long is what lives over many comings and goings. Ties matter more than one would think; the earlier goes first.
     """
-    ends = sorted({end for box in part.boxes for end in (box.lower, box.upper)})
+    change: dict[int, int] = {}
+    for box in part.boxes:
+        change[box.lower] = change.get(box.lower, 0) + box.size
+        change[box.upper] = change.get(box.upper, 0) - box.size
+    ends = sorted(change)
     step = {end: number for number, end in enumerate(ends)}
-    held = [sum(box.size for box in part.boxes if box.lower <= end < box.upper) for end in ends]
+    held = list(itertools.accumulate(change[end] for end in ends))
 
     def fullness(box: Box) -> int:
         return max(held[step[box.lower] : step[box.upper]])

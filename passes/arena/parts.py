@@ -3,9 +3,8 @@
 Buffers that never meet in time part it. A buffer that meets all others of its part lies below them, which costs nothing: wherever
 a placement has it, what is below it may change places with it. Above it the rest may part again.
 
-    c c c   e e e         c c c | e e e      two parts, on the floor that a has raised
-    d   d d   e      ->   d   d |
-    a a a a a a a       -----------------
+    [ c ]      [ d ]           [ c ]  |  [ d ]      c and d never meet: two parts,
+    [       a      ]    ->     ------ | ------      each on the floor that a has raised
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Buffers with lifetimes, and where each begins in the arena.
 
-offset                                lower  upper  size    offset
-  6 +-------+                      a    0      4      2        0
-    |   c   |       +-------+      b    4      8      5        0
-    |       |       |       |      c    0      2      4        2
-    |       +-------|   b   |      d    2      4      2        2
-  2 +-------+---d---|       |
-    |       a       |       |      height 6: a and c live together, so no arena can be lower
+offset                                   lower  upper  size   offset
+  6 +-------+                         a    0      4     2       0
+    |       |       +-------+         b    4      8     5       0
+  4 |   c   +-------+       |         c    0      2     4       2
+    |       |   d   |   b   |         d    2      4     2       2
+  2 +-------+-------+       |
+    |       a       |       |         height 6: a and c live together, so no arena can be lower
   0 +---------------+-------+
     0       2       4       8  step
 """

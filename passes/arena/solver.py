@@ -56,12 +56,17 @@ def _offsets(boxes: Sequence[Box], bound: int, roof: int | None, deadline: float
     hard = [(part, each) for part, each in zip(open_parts, placed, strict=True) if greedy.height(part.boxes, each) > enough]
     for turn, (part, each) in enumerate(hard):
         now = time.monotonic()
+        if now >= deadline:
+            break
         until = now + (deadline - now) / (len(hard) - turn)
         # A placement at the bound, if there is one, is found sooner by a search that looks for nothing else.
         found = exact.fit(part, enough, until if roof is not None else (now + until) / 2)
         if found is None and roof is None:
             found = exact.lower(part, each, enough, until)
-        offsets.update(found or {})
+            enough = max(enough, greedy.height(part.boxes, found))
+        if found is None:
+            break
+        offsets.update(found)
     return offsets
 
 

@@ -2,9 +2,9 @@
 
 print(peak.find(liveness.lifetimes(graph)))
 
-peak 18.1 MiB at step 8 of 15, gelu: 16.0 MiB beyond 2.1 MiB of inputs
+peak 18.1 MiB at step 9 of 15, gelu: 16.0 MiB beyond 2.1 MiB of inputs
        8.0 MiB  addmm  [7, 10)       model.py:12 in forward: return self.down(F.gelu(self.up(x)))
-       8.0 MiB  gelu   [9, 12)       model.py:12 in forward: return self.down(F.gelu(self.up(x)))
+       8.0 MiB  gelu   [9, 13)       model.py:12 in forward: return self.down(F.gelu(self.up(x)))
 """
 
 from __future__ import annotations

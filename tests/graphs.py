@@ -99,6 +99,17 @@ def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.exp(), (right.t() @ right).sum(0)
 
 
+def weights() -> tuple[Tensor, Tensor]:
+    return torch.randn(WIDTH, 4 * WIDTH) / 8, torch.randn(4 * WIDTH, WIDTH) / 16
+
+
+def gradients(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    """A training step without its update: the gradients of a residual MLP by all that it takes."""
+    given = [each.detach().requires_grad_() for each in (x, up, down)]
+    out = given[0] + F.gelu(given[0] @ given[1]) @ given[2]
+    return torch.autograd.grad(out.square().mean(), given)
+
+
 @dataclass(frozen=True)
 class Traced:
     """A graph of operators and what it takes. exact: no kernel in it allocates for itself, so the count is the peak."""
@@ -195,6 +206,8 @@ CASES = [
     Traced("vit", lambda: exported(Vit, 2, 3, 128, 128), exact=False),
     Traced("unet", lambda: exported(Unet, 2, 3, 64, 64), exact=False),
     Traced("gelu mlp as exported", lambda: exported(Gelu, 2, 256, WIDTH, decomposed=False)),
+    Traced("gelu block as exported", lambda: exported(lambda: Block(Gelu()), 2, 1024, WIDTH, decomposed=False), exact=False),
+    Traced("gelu mlp, forward and backward", lambda: functional(gradients, torch.randn(512, WIDTH), *weights()), exact=False),
     Traced("branches", lambda: exported(Branches, 256, WIDTH), exact=False),
     Traced("in place", lambda: functional(in_place, torch.randn(256, WIDTH)), exact=False),
     *(Traced(f"random {seed}", lambda seed=seed: random_dag(seed)) for seed in range(6)),

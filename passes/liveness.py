@@ -36,8 +36,8 @@ IntArray = npt.NDArray[np.int64]
 _REPLACE_STORAGE = {"aten::set_", "aten::resize_", "aten::resize_as_", "inductor::resize_storage_bytes_"}
 # A view by construction, though its schema denies it.
 _UNDECLARED_VIEWS = {"aten::_unsafe_view"}
-# Operators that run their subgraph many times hold the results of one time while they make the next.
-_LOOPS = {"associative_scan", "map_impl", "scan", "while_loop"}
+# Loops whose pieces are kept and joined in ways that their subgraphs do not tell.
+_UNCOUNTED_LOOPS = {"associative_scan", "scan"}
 # Their subgraphs speak of one score at a time; what their kernels hold meanwhile is workspace.
 _OF_SCALARS = {"flex_attention", "flex_attention_backward"}
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n +(.*)')
@@ -95,10 +95,10 @@ def lifetimes(graph: Graph | GraphModule, *, sizes: Mapping[str, int] | None = N
     sizes: values of symbols, as in {"s77": 4096}; other symbols count as the sizes that the graph was traced with. donated:
     placeholders that the graph alone holds, which die at their last use (the saved activations of a backward); the caller holds
     all others to the end. A value that nobody uses dies where it is made. Of a node's subgraphs (cond, ...) the one that needs
-    most counts, once; in a loop, together with the results of the time before.
+    most counts, once; of a loop, together with what it keeps from turn to turn.
 
     Raises ValueError with the node's name where it cannot tell: no meta["val"], a size without a value, tensors without one plain
-    storage, operations that replace storages, module and method calls.
+    storage, operations that replace storages, module and method calls, scans.
     """
     graph = graph.graph if isinstance(graph, GraphModule) else graph
     if not isinstance(graph, Graph):
@@ -285,12 +285,20 @@ class _Walk:
         name = getattr(node.target, "_name", "") if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
         if name in _OF_SCALARS:
             return 0
+        if name in _UNCOUNTED_LOOPS:
+            raise ValueError(
+                f"{node.name} is a {name}, and what it holds from turn to turn is not known. Unroll it, or use while_loop"
+            )
         most = 0
         for each in node.all_input_nodes:
             if each.op == "get_attr" and isinstance(module := attribute(each), GraphModule):
                 inner = lifetimes(module, sizes=self.sizes)
                 most = max(most, int(inner.bytes_at.max(initial=0)) - inner.input_bytes)
-        return max(0, most + (made if name in _LOOPS else 0) - made)
+        if name == "while_loop":
+            return most  # what the turn before has made is still there, as large as the results
+        if name == "map_impl":
+            return max(most, made)  # the pieces are there until they are stacked
+        return max(0, most - made)
 
 
 def source_of(node: Node) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import map as map_rows
+from torch._higher_order_ops import while_loop
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -86,6 +88,19 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         big = torch.cond(x.sum() > -1e9, lambda t: torch.cat([t, t, t, t]).sin().cos()[: t.shape[0]] + 1, lambda t: t.cos(), (x,))
         return big * 2
+
+
+class Loop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        def body(i: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            return i + 1, (x.sin() + x.cos()).exp()
+
+        return while_loop(lambda i, x: i < 4, body, (torch.zeros((), dtype=torch.int64), x))[1] * 2
+
+
+class Mapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return map_rows(lambda row: row.sin().cos() + 1, x)
 
 
 def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +224,8 @@ CASES = [
     Traced("gelu block as exported", lambda: exported(lambda: Block(Gelu()), 2, 1024, WIDTH, decomposed=False), exact=False),
     Traced("gelu mlp, forward and backward", lambda: functional(gradients, torch.randn(512, WIDTH), *weights()), exact=False),
     Traced("branches", lambda: exported(Branches, 256, WIDTH), exact=False),
+    Traced("while loop", lambda: exported(Loop, 8, 64, WIDTH), exact=False),
+    Traced("map", lambda: exported(Mapped, 8, 64, WIDTH), exact=False),
     Traced("in place", lambda: functional(in_place, torch.randn(256, WIDTH)), exact=False),
     *(Traced(f"random {seed}", lambda seed=seed: random_dag(seed)) for seed in range(6)),
 ]

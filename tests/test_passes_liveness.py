@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._higher_order_ops import scan
 from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -256,6 +257,14 @@ def unbacked() -> Lifetimes:
     return lifetimes(torch.export.export(Nonzero(), (X,)).graph_module)
 
 
+def scanning() -> Lifetimes:
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return scan(lambda total, row: (total + row, total * row), torch.zeros_like(x[0]), x)
+
+    return lifetimes(exported(Sums, 4, 8)[0])
+
+
 def sparse() -> Lifetimes:
     graph = Graph()
     x = graph.placeholder("x")
@@ -271,6 +280,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: of(torch.sin, donated=["y"]), ValueError, "donated must name placeholders of the graph; got 'y'. It has"),
     (replacing, ValueError, "sin (aten.set_.source_Tensor) replaces a tensor's storage"),
     (unbacked, ValueError, "and nothing says what u0 is. Pass sizes={'u0': ...}"),
+    (scanning, ValueError, "is a scan, and what it holds from turn to turn is not known. Unroll it"),
     (sparse, ValueError, "x is a Tensor of layout torch.sparse_coo, not one strided storage"),
     (lambda: peak.find(Lifetimes((), (), ())), ValueError, "at least one step; got those of an empty graph"),
     (lambda: peak.timeline(of(torch.sin), rows=0), ValueError, "rows must be at least 1; got 0"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
@@ -168,7 +169,9 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
     expected = sum(node.op == "placeholder" for node in graph.nodes)
     if len(inputs) != expected:
         raise ValueError(f"example_inputs must be the graph's {expected} inputs; got {len(inputs)}")
-    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+    # Loops need an environment for symbols even where every shape is fixed.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    FakeTensorProp(module, mode).propagate(*inputs)
     return module
 
 

@@ -169,6 +169,12 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
     expected = sum(node.op == "placeholder" for node in graph.nodes)
     if len(inputs) != expected:
         raise ValueError(f"example_inputs must be the graph's {expected} inputs; got {len(inputs)}")
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags:
+            raise ValueError(
+                f"{node.name} ({node.target}) makes as much as its data say, so no arena can be laid out for it. "
+                "Leave it out of the graph"
+            )
     # Loops need an environment for symbols even where every shape is fixed.
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     FakeTensorProp(module, mode).propagate(*inputs)

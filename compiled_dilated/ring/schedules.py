@@ -27,7 +27,7 @@ from ..masks.core import NOTHING, hull
 from ..orders import identity
 from ..planner import disjoint
 from ..programs import Program
-from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions
+from ..regions import EMPTY, PARTIAL, IntArray, Regions
 from .layouts import Contiguous, Layout
 from .moved import Moved
 
@@ -301,8 +301,3 @@ def _by_message(block: Block, messages: Sequence[Message], group: int) -> Iterat
             for some, kv_heads in head_ranges(heads, group):
                 yield Block(some, kv_heads, block.mask, block.queries, block.keys, message)
     assert not left, f"no message holds {block.keys} of key heads {sorted(left)}"
-
-
-def full(mask: Mask, queries: range, keys: range) -> bool:
-    """Whether the mask allows all of these pairs."""
-    return _verdict(mask, queries, keys) == FULL

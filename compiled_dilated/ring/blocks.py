@@ -15,7 +15,7 @@ from ..lowerings import execute
 from ..lowerings.batches import Call, HeadRange, ScoreMod
 from ..lowerings.workspace import Workspace
 from ..masks import Mask, causal, conjunction, conjuncts, full
-from ..masks.positions import Causal, Window
+from ..masks.positions import Causal, Segments, Window
 from ..orders import identity
 from ..plans import Plan, Problem
 from ..programs import Branch, Program
@@ -54,14 +54,21 @@ def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
         return rest, ahead
     if step is not None and all(isinstance(part, Causal) for part in parts):
         return causal(), ahead // step
-    if step is not None and ahead % step == 0 and all(_dense_along(part, step) for part in parts):
-        along = tuple(Window(p.left // step, p.right // step, 1) if isinstance(p, Window) else p for p in parts)
-        return conjunction(along), ahead // step
+    along = None if step is None or ahead % step else [_along(part, step, keys.start) for part in parts]
+    if step is not None and along is not None and None not in along:
+        return conjunction(tuple(part for part in along if part is not None)), ahead // step
     return _moved(rest, queries, keys), 0
 
 
-def _dense_along(mask: Mask, step: int) -> bool:
-    return isinstance(mask, Causal) or (isinstance(mask, Window) and step % mask.dilation == 0)
+def _along(mask: Mask, step: int, start: int) -> Mask | None:
+    """A mask over places start, start + step, ... counted from 0, where it is one of its kind; None elsewhere."""
+    if isinstance(mask, Causal):
+        return mask
+    if isinstance(mask, Window) and step % mask.dilation == 0:
+        return Window(mask.left // step, mask.right // step, 1)
+    if isinstance(mask, Segments) and mask.length % step == 0 and start % mask.length < step:
+        return Segments(mask.length // step)
+    return None
 
 
 def _moved(mask: Mask, queries: range, keys: range) -> Mask:

@@ -108,11 +108,11 @@ class FileSource:
 
     def read(self, heads: HeadRange, rows: range) -> Tensor:
         """Copies out of the file."""
-        out = torch.empty((self.shape[0], heads.count, len(rows), self.shape[3]), dtype=self.dtype)
+        out = np.empty((self.shape[0], heads.count, len(rows), self.shape[3]), self._npy.dtype)
         for b in range(self.shape[0]):
             for i, head in enumerate(heads.indices()):
-                out[b, i] = torch.from_numpy(self._npy.read(b, head, rows))
-        return out
+                out[b, i] = self._npy.read(b, head, rows)
+        return torch.from_numpy(out)
 
     def __repr__(self) -> str:
         # Names the content, as well as a journal can: a run does not go on with another file of the same name.

@@ -147,13 +147,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _is_empty(whole: Problem | None, *tensors: Tensor) -> bool:
+    """Whether there is nothing to compute: for all ranks together, or for these tensors."""
+    return whole.empty if whole is not None else not all(x.numel() for x in tensors)
+
+
 def _run(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
 ) -> tuple[Tensor, Tensor]:
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
     ring = _named(handle).ring
     whole = None if ring is None else ring_problem(handle, q, k, v)
-    if not (q.numel() and k.numel() and v.numel()) if whole is None else whole.empty:
+    if _is_empty(whole, q, k, v):
         shape = (*q.shape[:3], v.shape[3])
         return q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     if ring is not None and whole is not None:
@@ -194,7 +199,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     ring = _named(handle).ring
     whole = None if ring is None else ring_problem(handle, q, k, v)
-    if not (q.numel() and k.numel() and v.numel()) if whole is None else whole.empty:
+    if _is_empty(whole, q, k, v):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
     if ring is not None and whole is not None:

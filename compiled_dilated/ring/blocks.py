@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import planner
@@ -21,7 +20,7 @@ from ..plans import Plan, Problem
 from ..programs import Branch, Program
 from ..regions import FULL
 from .layouts import Layout
-from .moved import Moved
+from .moved import Moved, positions
 from .schedules import Block, regions
 
 
@@ -54,9 +53,10 @@ def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
         return rest, ahead
     if step is not None and all(isinstance(part, Causal) for part in parts):
         return causal(), ahead // step
-    along = None if step is None or ahead % step else [_along(part, step, keys.start) for part in parts]
-    if step is not None and along is not None and None not in along:
-        return conjunction(tuple(part for part in along if part is not None)), ahead // step
+    if step is not None and ahead % step == 0:
+        along = tuple(there for part in parts if (there := _along(part, step, keys.start)) is not None)
+        if len(along) == len(parts):
+            return conjunction(along), ahead // step
     return _moved(rest, queries, keys), 0
 
 
@@ -112,15 +112,13 @@ def _call(block: Block, layout: Layout, given: Given, plan: Plan, workspace: Wor
 def _score_mod(block: Block, layout: Layout, score_mod: ScoreMod) -> ScoreMod:
     """The user's score_mod, told the positions and the heads of the whole."""
     offset = in_place(block.mask, block.queries, block.keys)[1]
-    permutation = layout.order.permutation(layout.tokens)
 
-    def positions(at: Tensor, run: range) -> Tensor:
-        places = at.long() * run.step + run.start
-        return places if permutation is None else torch.from_numpy(permutation).to(places.device)[places]
+    def there(at: Tensor, run: range) -> Any:
+        return positions(at.long() * run.step + run.start, layout.order, layout.tokens)
 
     def mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Any:
         heads = h * block.heads.step + block.heads.start
-        return score_mod(score, b, heads, positions(q - offset, block.queries), positions(kv, block.keys))
+        return score_mod(score, b, heads, there(q - offset, block.queries), there(kv, block.keys))
 
     return mod
 

@@ -13,6 +13,18 @@ from ..orders import Order, identity
 from ..regions import PARTIAL, Regions, Verdicts
 
 
+def positions(places: Positions, order: Order, tokens: int) -> Positions:
+    """The positions of the tokens at some places of an order, numpy or torch as the places are."""
+    permutation = order.permutation(tokens)
+    if permutation is None:
+        return places
+    if isinstance(places, np.ndarray):
+        return permutation[places]
+    import torch
+
+    return torch.from_numpy(permutation).to(places.device)[places]
+
+
 @dataclass(frozen=True, repr=False)
 class Moved(Mask):
     """Query i stands at place q_start + q_step * i of `order`, key j likewise; `mask` speaks of the positions there."""
@@ -30,15 +42,8 @@ class Moved(Mask):
         return self.mask.allows(b, h, q, kv, data)
 
     def _positions(self, at: Positions, start: int, step: int) -> Positions:
-        places = (at.long() if hasattr(at, "long") else np.asarray(at, dtype=np.int64)) * step + start
-        permutation = self.order.permutation(self.tokens)
-        if permutation is None:
-            return places
-        if isinstance(places, np.ndarray):
-            return permutation[places]
-        import torch
-
-        return torch.from_numpy(permutation).to(places.device)[places]
+        wide = at.long() if hasattr(at, "long") else np.asarray(at, dtype=np.int64)
+        return positions(wide * step + start, self.order, self.tokens)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         queries, keys = self._regions(q, self.q_start, self.q_step), self._regions(kv, self.kv_start, self.kv_step)

@@ -21,6 +21,7 @@ from ..plans import Problem
 from ..programs import Program
 from . import blocks
 from .layouts import ByResidue, Contiguous, Layout, Striped, Zigzag
+from .moved import positions
 from .schedules import Schedule, Step
 
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "residue", "hilbert")
@@ -95,8 +96,7 @@ class RingPlan:
             raise ValueError(f"rank must be at least 0 and less than {layout.ranks}; got {rank}")
         runs = [np.arange(run.start, run.stop, run.step) for run in layout.runs(rank)]
         places = np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
-        permutation = layout.order.permutation(layout.tokens)
-        return torch.from_numpy(places if permutation is None else permutation[places])
+        return torch.from_numpy(positions(places, layout.order, layout.tokens))
 
     def to_json(self) -> dict[str, Any]:
         """Everything that `explain` prints, as plain values."""

@@ -105,33 +105,31 @@ class Schedule:
 
     def sources(self, rank: int) -> list[int]:
         """The ranks whose keys a rank may need, in the order of its steps."""
-        everything = range(self.layout.tokens)
-        found: set[int] = set()
-        for mask, _, _ in self.groups:
-            for run in self.layout.runs(rank):
-                q, kv = mask.shrink(run, everything)
-                if q and kv:
-                    found.update(self._owners(mask, kv, lambda keys, q=q: (q, keys)))
-        return sorted(found, key=lambda source: self.distance(rank, source))
+        return sorted(self._met(rank, by_keys=False), key=lambda source: self.distance(rank, source))
+
+    def targets(self, rank: int) -> list[int]:
+        """The other ranks that may need a rank's keys, in the order of their distance around the ring."""
+        return sorted(self._met(rank, by_keys=True) - {rank}, key=lambda target: self.distance(target, rank))
 
     def distance(self, rank: int, source: int) -> int:
         """How far around the ring a source stands before a rank."""
         return (rank - source) % self.layout.ranks
 
-    def targets(self, rank: int) -> list[int]:
-        """The other ranks that may need a rank's keys, in the order of their distance around the ring."""
+    def _met(self, rank: int, by_keys: bool) -> set[int]:
+        """The ranks whose queries the keys of a rank may meet; or, not `by_keys`, whose keys its queries may."""
         everything = range(self.layout.tokens)
         found: set[int] = set()
         for mask, _, _ in self.groups:
             for run in self.layout.runs(rank):
-                q, kv = mask.shrink(everything, run)
+                q, kv = mask.shrink(*_pair(run, everything, by_keys))
                 if q and kv:
-                    found.update(self._owners(mask, q, lambda queries, kv=kv: (queries, kv)))
-        return sorted(found - {rank}, key=lambda target: self.distance(target, rank))
+                    mine, theirs = (kv, q) if by_keys else (q, kv)
+                    found.update(self._owners(mask, mine, theirs, by_keys))
+        return found
 
-    def _owners(self, mask: Mask, places: range, pair: object) -> Iterator[int]:
-        """The owners of places, less those that a mask leaves nothing of: halves of the ring are asked about first."""
-        owners = self.layout.owners(places)
+    def _owners(self, mask: Mask, mine: range, theirs: range, by_keys: bool) -> Iterator[int]:
+        """The owners of `theirs`, less those that a mask leaves nothing of: halves of the ring are asked about first."""
+        owners = self.layout.owners(theirs)
         if not isinstance(self.layout, Contiguous):
             yield from owners
             return
@@ -143,7 +141,7 @@ class Schedule:
                 yield from range(first, last)
                 continue
             span = range(self.layout.runs(first)[0].start, self.layout.runs(last - 1)[0].stop)
-            if _verdict(mask, *pair(span)) != EMPTY:  # type: ignore[operator]
+            if _verdict(mask, *_pair(mine, span, by_keys)) != EMPTY:
                 middle = (first + last) // 2
                 todo += [(first, middle), (middle, last)]
 
@@ -231,6 +229,11 @@ def _needed(mask: Mask, queries: range, keys: range) -> tuple[range, range]:
         kv = _trimmed(mask, q, kv, of_queries=False)
         q = _trimmed(mask, q, kv, of_queries=True) if kv else kv
     return NOTHING if verdict == EMPTY or not q or not kv else (q, kv)
+
+
+def _pair(mine: range, theirs: range, by_keys: bool) -> tuple[range, range]:
+    """Queries and keys, of which the keys are `mine` if `by_keys`, else the queries."""
+    return (theirs, mine) if by_keys else (mine, theirs)
 
 
 def _verdict(mask: Mask, q: range, kv: range) -> int:

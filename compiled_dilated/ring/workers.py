@@ -52,13 +52,13 @@ class Forward(Worker):
         super().__init__(schedule, rank, given, q, k, v)
         self.out = q.new_zeros((*q.shape[:3], v.shape[3]))
         self.lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+        self.queries = Queries(self.runs, q, self.out, self.lse)
 
     def compute(self, step: Step, received: Sequence[KeysAndValues] = ()) -> None:
         """One step, given its messages."""
         keys = self._keys(step, received)
         for block in step.blocks:
-            there = Queries(self.runs, self.q, self.out, self.lse)
-            blocks.forward(block, self.schedule.layout, self.given, there, keys[block.message], self.workspace)
+            blocks.forward(block, self.schedule.layout, self.given, self.queries, keys[block.message], self.workspace)
 
 
 class Backward(Worker):

@@ -26,9 +26,9 @@ import compiled_dilated as cd
 from compiled_dilated import masks, measure
 from compiled_dilated.lowerings.batches import HeadRange
 from compiled_dilated.ring.blocks import Given
+from compiled_dilated.ring.ledgers import Ledger
 from compiled_dilated.ring.plans import layouts_of
 from compiled_dilated.ring.schedules import Schedule
-from compiled_dilated.ring.simulated import Ledger
 from compiled_dilated.ring.sources import GeneratedSource
 from compiled_dilated.ring.workers import Forward
 

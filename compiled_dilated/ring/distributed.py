@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .blocks import Given
+from .ledgers import Ledger
 from .schedules import Message, Schedule, Step
-from .simulated import Ledger
 from .workers import Backward, Forward, KeysAndValues, Worker
 
 

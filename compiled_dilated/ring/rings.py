@@ -10,8 +10,9 @@ from .. import arguments
 from ..plans import Problem
 from . import plans
 from .blocks import Given
+from .ledgers import Ledger
 from .schedules import Schedule
-from .simulated import Ledger, Simulated
+from .simulated import Simulated
 
 
 class Transport(Protocol):

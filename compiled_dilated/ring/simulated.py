@@ -7,33 +7,15 @@ which they would arrive, so that other transports give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..partials import lse_dtype
 from .blocks import Given
+from .ledgers import Ledger
 from .schedules import Schedule, Step
 from .workers import Backward, Forward, KeysAndValues
-
-
-@dataclass
-class Ledger:
-    """What was really done, by all ranks together, and the most that one rank held in shards and messages."""
-
-    steps: int = 0
-    messages: int = 0
-    received_bytes: int = 0
-    most_held_bytes: int = 0
-
-    def note(self, received: Sequence[KeysAndValues], shards: Sequence[Tensor | None]) -> None:
-        """A step of a rank that holds `shards`."""
-        held = sum(x.nbytes for pair in received for x in pair)
-        self.steps += 1
-        self.messages += len(received)
-        self.received_bytes += held
-        self.most_held_bytes = max(self.most_held_bytes, held + sum(x.nbytes for x in shards if x is not None))
 
 
 def taken(x: Tensor, runs: Sequence[range]) -> Tensor:

@@ -26,8 +26,8 @@ from ..programs import PerLength, Program
 from . import plans
 from .blocks import Given
 from .journals import Journal, checksum
+from .ledgers import Ledger
 from .schedules import Message, Schedule, Step
-from .simulated import Ledger
 from .sources import FileSink, FileSource, Sink, Source
 from .workers import Forward, KeysAndValues
 

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import arguments, operators, planner
+from .decoding import Decoder
 from .masks import Mask
 from .partials import merge
 from .plans import BYTES, Plan
@@ -37,6 +38,7 @@ class Attend:
             raise ValueError(f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'")
         self.ring, self._names = ring, self.program.names
         self._bare = operators.handle_of(self.program, lowering, ring)
+        self._decoder = Decoder(self._bare) if ring is None and planner.takes_any_offset(1, False, lowering) else None
 
     def __call__(
         self,
@@ -58,6 +60,11 @@ class Attend:
         score_mod(score, b, h, q_idx, kv_idx); tensors that it captures get no gradient. sink_logits: (Hq,), one learned logit per
         head that joins the softmax with value 0.
         """
+        _check_scale(scale)
+        bare = data is None and score_mod is None and sink_logits is None and not return_lse
+        decoder = self._decoder if bare else None
+        if decoder is not None and (row := decoder(q, k, v, scale, q_offset)) is not None:
+            return row
         q, k, v = _autocast(q, k, v)
         _check_tensors(q, k, v)
         offset = q_offset if isinstance(q_offset, torch.SymInt) else arguments.integer("q_offset", q_offset, 0)
@@ -67,7 +74,6 @@ class Attend:
                 f"a ring deals out one sequence; got {q.shape[2]} queries at offset {offset} and {k.shape[2]} keys. "
                 "Compile without ranks for cross attention and decoding"
             )
-        scale = _check_scale(scale, q)
         handle = self._bare
         if score_mod is not None:
             handle = operators.with_score_mod(self._bare, _check_score_mod(score_mod))
@@ -76,7 +82,11 @@ class Attend:
                 "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "
                 "Use lowering='auto', 'strided' or 'tiled'"
             )
-        out, lse = operators.attend(q, k, v, handle, scale, offset, tensors)
+        if scale is None:
+            scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
+        out, lse = operators.attend(q, k, v, handle, float(scale), offset, tensors)
+        if decoder is not None:
+            decoder.learn(q, k, v, offset)
         if sink_logits is not None:
             _check_sinks(sink_logits, q)
             logits = sink_logits.to(lse.dtype)[None, :, None].expand(lse.shape)
@@ -299,14 +309,13 @@ def _check_groups(heads: int, kv_heads: int) -> None:
         raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly")
 
 
-def _check_scale(scale: float | None, q: Tensor) -> float:
+def _check_scale(scale: float | None) -> None:
     if scale is None:
-        return 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
+        return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(
             f"scale must be a finite number; got {type(scale).__name__} {scale!r}. Leave it out for 1 / sqrt(head_dim)"
         )
-    return float(scale)
 
 
 def _check_data(

@@ -28,6 +28,7 @@ from .ring.rings import Ring
 
 ScoreMod = Callable[..., Any]
 _MOST_PLANS = 64
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ def attend(
         if torch.compiler.is_compiling():
             out, lse = _attend(q, k, v, data, handle, scale, q_offset, False)
             return out, lse
-        if _is_plain_call(q, k, v):
+        if is_plain_call(q, k, v):
             return _run(q, k, v, data, handle, scale, q_offset, False)
     if torch.compiler.is_compiling():  # which takes no tensor twice
         k = k.view_as(k) if k is q else k
@@ -349,14 +350,16 @@ def trains(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-def _is_plain_call(*tensors: Tensor) -> bool:
+def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether nobody traces or transforms the call.
 
     Then the operator's own dispatch, longer than one query takes, is not needed.
     """
     return (
-        not torch.compiler.is_compiling()
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0

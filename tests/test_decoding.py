@@ -127,3 +127,64 @@ def test_a_query_that_sees_nothing() -> None:
     out, lse = cd.compile(masks.documents(lengths=(4, 5)))(q[:, :, :1], k, v, q_offset=15, return_lse=True)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [CAUSAL(), CAUSAL() & WINDOW(20), CAUSAL() & masks.segments(64), WINDOW(30, 30, 3)], ids=repr)
+def test_the_next_token_asks_the_kernel_alone(mask: masks.Mask, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first token, for every position and cache: the same bits as by the whole way, without going it."""
+    q, k, _ = (x.to(dtype) for x in _cache(300))
+    v = torch.randn_like(k)
+    attend, whole = cd.compile(mask), {}
+    for position in (0, 1, 63, 64, 150, 299):
+        row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
+        whole[position] = attend(row, k[:, :, seen], v[:, :, seen], q_offset=position, return_lse=True)[0]
+    attend(q[:, :, :1], k, v)
+
+    def another_way(*arguments: object) -> None:
+        raise AssertionError("checked and planned again")
+
+    monkeypatch.setattr(operators, "attend", another_way)
+    for position, truth in whole.items():
+        row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
+        assert torch.equal(attend(row, k[:, :, seen], v[:, :, seen], q_offset=position), truth)
+
+
+def test_what_was_not_checked_before_is_checked() -> None:
+    q, k, v = _cache(40)
+    v, row = torch.randn_like(k), q[:, :, :1]
+    attend = cd.compile(masks.neighborhood((40,), 5))
+    for _ in range(2):  # the second time as the next token
+        attend(row, k, v, q_offset=20)
+    with pytest.raises(TypeError, match="one dtype"):
+        attend(row, k.float(), v.float(), q_offset=20)
+    with pytest.raises(TypeError, match="one dtype"):
+        attend(row, k, v.float(), q_offset=20)
+    with pytest.raises(ValueError, match="agree in batch, heads and tokens"):
+        attend(row, k, v[:, :, :30], q_offset=20)
+    with pytest.raises(ValueError, match="multiple"):
+        attend(row[:, :3], k, v, q_offset=20)
+    for offset in (-1, True, 2.0):
+        with pytest.raises((TypeError, ValueError), match="q_offset"):
+            attend(row, k, v, q_offset=offset)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scale"):
+        attend(row, k, v, q_offset=20, scale=float("nan"))
+    with pytest.raises(ValueError, match="grid"):
+        attend(row, k, v, q_offset=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(row.float(), k.float(), v.float(), q_offset=20).dtype == torch.bfloat16
+    trained = row.clone().requires_grad_()
+    attend(trained, k, v, q_offset=20).sum().backward()
+    assert trained.grad is not None
+    assert torch.isfinite(trained.grad).all()
+
+
+def test_heads_that_see_other_keys_are_told_apart() -> None:
+    """A mask whose ranges depend on the head is no one range, however often it is asked."""
+    q, k, _ = _cache(60)
+    v = torch.randn_like(k)
+    mask = CAUSAL() & masks.congruent(3, (0, 1, 2, 0))
+    attend = cd.compile(mask)
+    truth = cd.reference(mask, q[:, :, 50:51], k, v, q_offset=50)
+    for _ in range(3):
+        torch.testing.assert_close(attend(q[:, :, 50:51], k, v, q_offset=50), truth, rtol=1e-10, atol=1e-10)

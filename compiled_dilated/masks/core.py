@@ -159,12 +159,15 @@ class And(Mask):
         return And(tuple(change(mask) for mask in self.masks))
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
-        out: tuple[range, ...] = (range(kv_len),)
-        for mask in self.masks:
+        out = self.masks[0].keys_of(q, kv_len)
+        for mask in self.masks[1:]:
             seen = mask.keys_of(q, kv_len)
-            if seen is None:
+            if out is None or seen is None:
                 return None
-            out = tuple(common for a in out for b in seen if (common := intersection(a, b)))
+            if len(out) == len(seen) == 1:  # once for every token that is decoded, so without a loop
+                out = (intersection(out[0], seen[0]),)
+            else:
+                out = tuple(common for a in out for b in seen if (common := intersection(a, b)))
         return out
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:

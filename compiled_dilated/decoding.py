@@ -1,0 +1,64 @@
+"""Decoding token after token: one query against a cache, where nothing but the cache's length and the position is new.
+
+token   q (B, Hq, 1, D), k and v (B, Hkv, M, D)      M grows, the rest stays
+first   every check, a plan, the lowerings           then `learn` keeps what stays
+next    one range of keys, two slices, SDPA          as soon as the tensors are seen to be alike
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from . import operators
+from .lowerings.single import Group
+from .masks import Mask
+
+
+class Decoder:
+    """What one program says of single queries, by the kind of their tensors.
+
+    A mask, where all heads see the same and no data decides; None where each call goes through the lowerings.
+    """
+
+    def __init__(self, handle: str) -> None:
+        self._handle = handle
+        self._known: dict[tuple[Any, ...], Mask | None] = {}
+
+    def learn(self, q: Tensor, k: Tensor, v: Tensor, q_offset: int) -> None:
+        """Remember tensors that passed every check: others of their kind pass them too, whatever the cache's length."""
+        if q.shape[2] != 1 or not _are_plain(q, k, v) or k.shape != v.shape or _kind(q, k, v) in self._known:
+            return
+        plan = operators.plan_of(self._handle, q, k, v, q_offset, training=False)
+        groups: tuple[Group, ...] = plan.chosen[0].work
+        alike = len(groups) == 1 and groups[0].heads.count == q.shape[1] and groups[0].rest is None
+        self._known[_kind(q, k, v)] = groups[0].where if alike else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_offset: int) -> Tensor | None:
+        """out (B, Hq, 1, D); None where a check is due or the keys are no one range."""
+        if type(q_offset) is not int or q_offset < 0 or not _are_plain(q, k, v) or k.shape != v.shape:
+            return None
+        mask = self._known.get(_kind(q, k, v))
+        if mask is None:
+            return None
+        kv_len = k.shape[2]
+        mask.check(range(q_offset, q_offset + 1), kv_len)
+        spans = mask.keys_of(q_offset, kv_len)
+        if spans is None or len(spans) != 1 or not spans[0]:
+            return None
+        seen = slice(spans[0].start, spans[0].stop, spans[0].step)
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=grouped)
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """All that a check looks at and that stays from token to token."""
+    return q.shape, k.shape[:2], k.shape[3:], q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+
+
+def _are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are tensors that nobody traces, transforms, casts or differentiates."""
+    return operators.is_plain_call(q, k, v) and not torch._C._is_any_autocast_enabled() and not operators.trains(q, k, v)

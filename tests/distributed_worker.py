@@ -1,6 +1,7 @@
-"""One rank of a ring of real processes: `python -m tests.distributed_worker RANK SIZE FILE SCENARIO...`.
+"""One rank of a ring of real processes: `python -m tests.distributed_worker WHERE SCENARIO...`, or the same under torchrun.
 
-FILE is where the processes meet. A scenario checks and raises; what it prints is for the test that started it.
+WHERE the processes meet is a URL for init_process_group; RANK and WORLD_SIZE stand in the environment. A scenario checks and
+raises; what it prints is for the test that started it.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,13 +164,26 @@ class Model(nn.Module):
         return logits
 
 
-def losses(model: Model, ids: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> list[float]:
-    """Of 50 steps; the loss is a mean over all tokens, those of other ranks too."""
+STEPS = 50
+
+
+def losses(
+    model: Model, ids: Tensor, targets: Tensor, group: dist.ProcessGroup | None, checkpoint: Path | None = None
+) -> list[float]:
+    """Of `STEPS` steps; the loss is a mean over all tokens, those of other ranks too.
+
+    checkpoint: a file that is written after every step, and where it is there already, gone on from.
+    """
     model = model.double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     total = targets.numel() * (1 if group is None else group.size())
-    out = []
-    for _ in range(50):
+    out: list[float] = []
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        out = saved["losses"]
+    for _ in range(len(out), STEPS):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum") / total
         loss.backward()
@@ -177,19 +193,37 @@ def losses(model: Model, ids: Tensor, targets: Tensor, group: dist.ProcessGroup 
                 dist.all_reduce(x, group=group)
         optimizer.step()
         out.append(loss.item())
+        if checkpoint is not None and (group is None or group.rank() == 0):
+            written = checkpoint.with_suffix(".new")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": out}, written)
+            written.replace(checkpoint)
     return out
 
 
-def training(group: dist.ProcessGroup) -> None:
+def training(group: dist.ProcessGroup, checkpoint: Path | None = None) -> None:
     """A sequence over all ranks trains as it does in one process."""
-    program, tokens = cd.longnet((16, 32), (1, 2), causal=True), 64
+    program, tokens, layout = cd.longnet((16, 64), (1, 2), causal=True), 64, "contiguous"
     text = torch.randint(17, (2, tokens + 1), generator=torch.Generator().manual_seed(7))
     ids, targets = text[:, :-1], text[:, 1:]
-    mine = cd.plan(program, (2, 4, tokens, 8), ranks=group.size()).positions(group.rank())
-    got = losses(Model(cd.compile(program, mesh=group)), ids[:, mine], targets[:, mine], group)
+    mine = cd.plan(program, (2, 4, tokens, 8), ranks=group.size(), layout=layout).positions(group.rank())
+    ring = cd.compile(program, mesh=group, layout=layout)
+    got = losses(Model(ring), ids[:, mine], targets[:, mine], group, checkpoint)
+    assert ring.ring is not None
+    assert group.rank() == 0 or ring.ring.ledger.received_bytes > 0  # nobody stands before the first rank
     want = losses(Model(cd.compile(program)), ids, targets, None)
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-6, atol=0)
     assert want[-1] < 0.5 * want[0]
+
+
+def restarted(group: dist.ProcessGroup) -> None:
+    """The last rank is killed inside a forward; torchrun starts all again, and the training goes on as if it had not been."""
+    lives = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    checkpoint = Path(os.environ["CHECKPOINT"])
+    if lives == 0:
+        at_steps_of_others(group, lambda: os.kill(os.getpid(), signal.SIGKILL), after=STEPS // 2)
+    else:
+        print(f"goes on after {len(torch.load(checkpoint)['losses'])} steps", flush=True)
+    training(group, checkpoint)
 
 
 def refuses(message: str, call: Callable[[], object]) -> None:
@@ -257,17 +291,25 @@ def refusals(group: dist.ProcessGroup) -> None:
     check(LONGNET, inputs(131), group, "auto")
 
 
+def at_steps_of_others(group: dist.ProcessGroup, what: Callable[[], object], after: int = 0) -> None:
+    """Let the last rank do `what` whenever it is about to compute with another's keys, but for the first `after` times."""
+    if group.rank() != group.size() - 1:
+        return
+    compute, times = Forward.compute, 0
+
+    def computed(self: Forward, step: Any, *received: Any) -> None:
+        nonlocal times
+        times += step.source != self.rank
+        if step.source != self.rank and times > after:
+            what()
+        compute(self, step, *received)
+
+    Forward.compute = computed  # type: ignore[assignment, method-assign]
+
+
 def doomed(group: dist.ProcessGroup, what: Callable[[], object]) -> None:
-    """The last rank does `what` after its own keys; all others get one clear error, soon."""
-    if group.rank() == group.size() - 1:
-        compute = Forward.compute
-
-        def computed(self: Forward, step: Any, *received: Any) -> None:
-            if step.source != self.rank:
-                what()
-            compute(self, step, *received)
-
-        Forward.compute = computed  # type: ignore[assignment, method-assign]
+    """The last rank does `what` after its own keys; all others get one clear error, soon, and it too if it still can."""
+    at_steps_of_others(group, what)
     dist.barrier()
     patient = dist.new_group(timeout=timedelta(seconds=PATIENCE_S))
     attend = cd.compile(masks.full(), mesh=patient, layout="contiguous")
@@ -291,11 +333,16 @@ def stalled(group: dist.ProcessGroup) -> None:
     doomed(group, lambda: time.sleep(600))
 
 
-def main(rank: str, size: str, file: str, *scenarios: str) -> None:
+def unplugged(group: dist.ProcessGroup) -> None:
+    """The network of the last rank goes down: no socket tells, so each rank waits as long as its group is patient."""
+    cut = ["ip", "link", "set", "dev", os.environ["GLOO_SOCKET_IFNAME"], "down"]
+    doomed(group, lambda: subprocess.run(cut, check=True))
+
+
+def main(where: str, *scenarios: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(size), timeout=timedelta(seconds=60)
-    )  # fmt: skip
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     assert dist.group.WORLD is not None
     for scenario in scenarios:
         globals()[scenario](dist.group.WORLD)

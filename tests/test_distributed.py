@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,22 +32,78 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """`start(size, *scenarios)` starts the ranks; whatever is left of them at the end of the test is killed."""
     running: list[subprocess.Popen[str]] = []
 
-    def begin(size: int, *scenarios: str) -> list[subprocess.Popen[str]]:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    def begin(size: int, *scenarios: str, hosts: Hosts | None = None) -> list[subprocess.Popen[str]]:
+        where = f"file://{tmp_path / 'meet'}" if hosts is None else hosts.where
         for rank in range(size):
-            command = [sys.executable, "-m", "tests.distributed_worker", str(rank), str(size), str(tmp_path / "meet"), *scenarios]
-            running.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                )
-            )  # fmt: skip
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(size)}
+            command = [sys.executable, "-m", "tests.distributed_worker", where, *scenarios]
+            if hosts is not None:
+                command, environment = hosts.on(rank, command), {**environment, "GLOO_SOCKET_IFNAME": hosts.interface(rank)}
+            running.append(popen(command, **environment))
         return running
 
     yield begin
     for process in running:
         process.kill()
         process.communicate()
+
+
+def popen(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Two hosts of one rank each, joined by a cable: network namespaces and a pair of virtual interfaces."""
+
+    name: str
+    port: int
+
+    def on(self, rank: int, command: list[str]) -> list[str]:
+        return ["ip", "netns", "exec", f"{self.name}-{rank}", *command]
+
+    def interface(self, rank: int) -> str:
+        return f"{self.name}e{rank}"
+
+    @property
+    def where(self) -> str:
+        return f"tcp://10.77.0.1:{self.port}"
+
+    def up(self) -> None:
+        _ip("link", "add", "name", self.interface(0), "type", "veth", "peer", "name", self.interface(1))
+        for rank in range(2):
+            space, interface = f"{self.name}-{rank}", self.interface(rank)
+            _ip("netns", "add", space)
+            _ip("link", "set", "dev", interface, "netns", space)
+            _ip("-n", space, "address", "add", f"10.77.0.{rank + 1}/24", "dev", interface)
+            _ip("-n", space, "link", "set", "dev", interface, "up")
+            _ip("-n", space, "link", "set", "dev", "lo", "up")
+
+    def down(self) -> None:
+        # The interfaces go with their namespaces, or were never moved there.
+        for command in (
+            ("link", "delete", self.interface(0)),
+            *(("netns", "delete", f"{self.name}-{rank}") for rank in range(2)),
+        ):
+            subprocess.run(["ip", *command], capture_output=True, check=False)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    made = Hosts(f"cd{os.getpid()}", 29411)
+    try:
+        made.up()
+    except (OSError, subprocess.CalledProcessError) as refused:
+        made.down()
+        pytest.skip(f"this machine makes no network namespaces: {getattr(refused, 'stderr', None) or refused}")
+    yield made
+    made.down()
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
@@ -82,6 +139,22 @@ def test_a_rank_that_stands_still_is_noticed_at_the_timeout(start: Start) -> Non
     *others, still = start(3, "stalled")
     assert all("broke after" in told for told in finish(others))
     assert still.poll() is None
+
+
+@pytest.mark.parametrize("scenario", ["same_bits", "unplugged"])
+def test_two_hosts(start: Start, hosts: Hosts, scenario: str) -> None:
+    """Over a network of their own, and when its cable is pulled: then both ranks say so at the timeout."""
+    told = finish(start(2, scenario, hosts=hosts))
+    assert scenario == "same_bits" or all("broke after" in each for each in told)
+
+
+def test_torchrun_starts_a_killed_rank_again(tmp_path: Path) -> None:
+    """The training ends with the losses of one process, though a rank was killed in the middle of it."""
+    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.2"
+    command = [sys.executable, "-m", *torchrun.split(), "-m", "tests.distributed_worker", "env://", "restarted"]
+    # Else the restarted ranks may read where the dead ones were: https://github.com/pytorch/pytorch/issues/135712
+    (told,) = finish([popen(command, CHECKPOINT=str(tmp_path / "checkpoint"), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")])
+    assert told.count("goes on after 25 steps") == 2
 
 
 # In this process alone

@@ -43,7 +43,7 @@ class Source(Protocol):
 class Sink(Protocol):
     """Takes the rows of an output."""
 
-    def write(self, rows: range, part: Tensor) -> bytes:
+    def write(self, rows: range, part: Tensor) -> bytes | memoryview:
         """Take (B, H, len(rows), D); returns what `held` will say of them."""
         ...
 
@@ -95,7 +95,12 @@ class _Npy:
         assert rows.step == 1
         with self.path.open("r+b") as file:
             file.seek(self._at(b, head, rows.start))
-            file.write(np.ascontiguousarray(part).tobytes())
+            file.write(_bytes(part))
+
+
+def _bytes(numbers: Numbers) -> memoryview:
+    """In C order, without a copy where they lie so."""
+    return np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
 
 
 class FileSource:
@@ -179,12 +184,12 @@ class FileSink:
                 "Choose another file, or remove this one"
             )
 
-    def write(self, rows: range, part: Tensor) -> bytes:
+    def write(self, rows: range, part: Tensor) -> memoryview:
         """Into the file; on the disk after `sync`."""
         for b in range(part.shape[0]):
             for head in range(part.shape[1]):
                 self._npy.write(b, head, rows, part[b, head].numpy())
-        return part.numpy().tobytes()
+        return _bytes(part.numpy())
 
     def held(self, rows: range) -> bytes:
         """Those rows, read back."""
@@ -226,7 +231,7 @@ class SampleSink:
         first, last = np.searchsorted(self.samples, [rows.start, rows[-1] + 1])
         return range(int(first), int(last)), [rows.index(int(sample)) for sample in self.samples[first:last]]
 
-    def write(self, rows: range, part: Tensor) -> bytes:
+    def write(self, rows: range, part: Tensor) -> bytes | memoryview:
         """Of the rows, the samples."""
         kept, at = self._kept(rows)
         return self._file.write(kept, part[:, :, at]) if kept else b""

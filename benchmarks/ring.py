@@ -1,11 +1,13 @@
 """What a ring moves, holds and costs, against a plain ring, all-gather and one device; out of core against in memory.
 
-python benchmarks/ring.py [--json FILE] [--only exchange|processes|peak|streamed]
+python benchmarks/ring.py [--json FILE] [--only exchange|processes|peak|streamed|longest]
 
 exchange    bytes and steps of 8 simulated ranks, every step executed; a plain ring and an all-gather move all rows to all ranks
 processes   1 and 2 gloo processes of one thread, forward + backward, against one process with one thread
 peak        most held by one rank at 4096 tokens a rank, from 8 to 262,144 ranks; some ranks of each executed
 streamed    a million tokens from files to a file against the same in memory
+longest     float16, 8 heads of 64, LongNet forward, a process of at most 8 GiB: in memory the most tokens that fit, out of core
+            twice as many from a generator to a file; minutes, so only when asked for
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ PROGRAMS = {
     "Hilbert window 12": cd.hilbert_window((128, 128), 12),
 }
 RANKS, HEADS, HEAD_DIM, TOKENS = 8, 8, 64, 16384
+ROOT = Path(__file__).parent.parent
+_LIMIT_BYTES = 8 * 2**30
 
 Row = dict[str, Any]
 
@@ -132,7 +136,7 @@ def streamed() -> list[Row]:
         random = np.random.default_rng(0)
         for path in paths[:3]:
             np.save(path, random.standard_normal((1, heads, tokens, HEAD_DIM), dtype=np.float32))
-        run, alone = cd.compile(program, ranks=64, transport="streamed"), cd.compile(program)
+        run, alone = cd.compile(program, ranks=16, transport="streamed"), cd.compile(program)
         q, k, v = (torch.from_numpy(np.load(path)) for path in paths[:3])
         with torch.no_grad():
             found: list[torch.Tensor] = []
@@ -142,7 +146,44 @@ def streamed() -> list[Row]:
     return [{"tokens": tokens, "in memory s": inside, "streamed s": outside, "ratio": outside / inside, "differ by": error}]
 
 
-TABLES = {"exchange": exchange, "processes": processes, "peak": peak, "streamed": streamed}
+def longest() -> list[Row]:
+    """Each run a process of its own, its peak the kernel's own high-water mark of all that it had in memory."""
+    of_a_token = 4 * HEADS * HEAD_DIM * 2  # q, k, v and out
+    tokens, row = _LIMIT_BYTES // of_a_token, Row()
+    while not row or row["process GiB"] > _LIMIT_BYTES / 2**30:
+        tokens = (tokens - tokens // 64) // 8192 * 8192
+        row = _apart("memory", tokens)
+    return [row, _apart("streamed", 2 * tokens)]
+
+
+def _apart(way: str, tokens: int) -> Row:
+    code = f"from benchmarks.ring import alone; alone({way!r}, {tokens})"
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    found: Row = json.loads(run.stdout)
+    return found
+
+
+def alone(way: str, tokens: int) -> None:
+    """The whole life of one process of `longest`; prints its row."""
+    torch.set_num_threads(2)
+    shape, program = (1, HEADS, tokens, HEAD_DIM), cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)
+    with measure.resident_peak() as resident, torch.no_grad():
+        if way == "memory":
+            q, k, v = (torch.randn(shape, dtype=torch.float16) for _ in range(3))
+            attend = cd.compile(program)
+            seconds = measure.timed(lambda: attend(q, k, v))
+        else:
+            sources = [GeneratedSource(shape, 0, stream, torch.float16) for stream in range(3)]
+            ring = cd.compile(program, ranks=tokens // 65536, transport="streamed")
+            with tempfile.TemporaryDirectory() as home:
+                seconds = measure.timed(lambda: ring(*sources, Path(home) / "out.npy"))
+        held = resident()
+    row = {"way": way, "tokens": tokens, "seconds": seconds, "tokens/s": tokens / seconds, "process GiB": held / 2**30}
+    print(json.dumps(row))
+
+
+TABLES = {"exchange": exchange, "processes": processes, "peak": peak, "streamed": streamed, "longest": longest}
+_ASKED_FOR = {"longest"}
 
 
 def main() -> None:
@@ -152,7 +193,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     tables = {}
-    for name in arguments.only or TABLES:
+    for name in arguments.only or [each for each in TABLES if each not in _ASKED_FOR]:
         tables[name] = TABLES[name]()
         print(f"\n{name}\n{tabulate(tables[name], headers='keys', floatfmt='.3g')}", flush=True)
     if arguments.json:

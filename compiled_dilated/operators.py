@@ -20,7 +20,7 @@ from torch import Tensor
 from . import planner
 from .lowerings import execute
 from .lowerings.batches import Call
-from .partials import lse_dtype
+from .partials import Saved, lse_dtype
 from .plans import Plan, Problem
 from .programs import PerLength, Program
 from .ring.blocks import Given
@@ -202,12 +202,13 @@ def _attend_backward(
     whole = None if ring is None else ring_problem(handle, q, k, v)
     if _is_empty(whole, q, k, v):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad_out, q, k, v, out = map(_rows, (grad_out, q, k, v, out))
+    q, k, v, out, grad_out = map(_rows, (q, k, v, out, grad_out))
+    saved = Saved(q, k, v, out, lse, grad_out, grad_lse)
     if ring is not None and whole is not None:
-        grads = ring.backward(whole, _given(handle, data, scale), grad_out, grad_lse, q, k, v, out, lse)
-        return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
-    plan = plan_of(handle, q, k, v, q_offset, True)
-    grads = execute.backward(plan, _call(handle, data, scale, q_offset), grad_out, grad_lse, q, k, v, out, lse)
+        grads = ring.backward(whole, _given(handle, data, scale), saved)
+    else:
+        plan = plan_of(handle, q, k, v, q_offset, True)
+        grads = execute.backward(plan, _call(handle, data, scale, q_offset), saved)
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 

@@ -8,6 +8,8 @@ A partial is (out, lse) over some of a row's keys; its identity is (0, -inf). Me
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +32,24 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple
     anchor = torch.where(joint == -math.inf, 0.0, joint)
     old, new = (lse - anchor).exp().unsqueeze(-1), (part_lse - anchor).exp().unsqueeze(-1)
     return (out * old + part_out * new).to(out.dtype), joint
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a backward starts from: q, k, v and their merged out and lse, and the gradients of these two (of lse, if any)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Saved:
+        """All of them changed alike."""
+        q, k, v, out, lse, grad_out = map(change, (self.q, self.k, self.v, self.out, self.lse, self.grad_out))
+        return Saved(q, k, v, out, lse, grad_out, None if self.grad_lse is None else change(self.grad_lse))
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Mask, Padding, conjuncts
-from ..partials import merge_
+from ..partials import Saved, merge_
 from ..programs import Branch
 from . import kernels
 from .lattice import Lattice, Rows, Table, pieces
@@ -262,14 +262,12 @@ def whole(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     return kernels.attention(q, k, v, _tiles(batch, call, slice(0, q.shape[0]), q.device, q.dtype))
 
 
-def whole_backward(
-    batch: Batch, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def whole_backward(batch: Batch, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a batch that is the whole problem."""
-    given, dtype = q.dtype, kernels.backward_dtype(q)
-    tiles = _tiles(batch, call, slice(0, q.shape[0]), q.device, dtype)
-    grad_out, q, k, v, out = (x.to(dtype) for x in (grad_out, q, k, v, out))
-    grad_q, grad_k, grad_v = kernels.attention_backward(grad_out, grad_lse, q, k, v, out, lse, tiles)
+    given, dtype = saved.q.dtype, kernels.backward_dtype(saved.q)
+    tiles = _tiles(batch, call, slice(0, saved.q.shape[0]), saved.q.device, dtype)
+    q, k, v, out, grad_out = (x.to(dtype) for x in (saved.q, saved.k, saved.v, saved.out, saved.grad_out))
+    grad_q, grad_k, grad_v = kernels.attention_backward(grad_out, saved.grad_lse, q, k, v, out, saved.lse, tiles)
     return grad_q.to(given), grad_k.to(given), grad_v.to(given)
 
 
@@ -303,23 +301,12 @@ class Grads:
     k_shift: int = 0
 
 
-def backward(
-    batch: Batch,
-    call: Call,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    into: Grads,
-) -> None:
+def backward(batch: Batch, call: Call, saved: Saved, into: Grads) -> None:
     """Add the batch's share of the gradients, from the merged out and lse (+inf in rows that see nothing)."""
     queries, keys, at = batch.queries, batch.keys, call.q_offset
-    q, out, lse, grad_out = (batch.heads.of(x) for x in (q, out, lse, grad_out))
-    k, v = (batch.kv_heads.of(x) for x in (k, v))
-    grad_lse = None if grad_lse is None else batch.heads.of(grad_lse)
+    q, out, lse, grad_out = (batch.heads.of(x) for x in (saved.q, saved.out, saved.lse, saved.grad_out))
+    k, v = (batch.kv_heads.of(x) for x in (saved.k, saved.v))
+    grad_lse = None if saved.grad_lse is None else batch.heads.of(saved.grad_lse)
     dtype = kernels.backward_dtype(q)
     read = _reader(batch, call, q.dtype, dtype)
     for unit in _units(batch, q.shape[0]):

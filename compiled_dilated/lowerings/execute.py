@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..partials import lse_dtype
+from ..partials import Saved, lse_dtype
 from ..plans import Plan, Problem
 from . import batches as running
 from . import costs, flex, single
@@ -45,33 +45,24 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     return out, lse
 
 
-def backward(
-    plan: Plan,
-    call: Call,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype."""
     if plan.lowering == "flex":
-        return flex.backward(plan.chosen[0].work[0], plan.problem, call, grad_out, grad_lse, q, k, v)
+        return flex.backward(plan.chosen[0].work[0], plan.problem, call, saved)
     work, problem = _work(plan), plan.problem
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
-    lse = torch.where(lse == -math.inf, math.inf, lse)
+    saved = replace(saved, lse=torch.where(saved.lse == -math.inf, math.inf, saved.lse))
     if len(work) == 1 and _is_whole(work[0], problem):
-        return running.whole_backward(work[0], call, grad_out, grad_lse, q, k, v, out, lse)
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        return running.whole_backward(work[0], call, saved)
+    inputs = (saved.q, saved.k, saved.v)
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     for batch in work:
         # Tiles that share keys add to the same gradients: in low precision, in float32 first.
-        summed = q.element_size() < 4 and batch.overlaps
+        summed = saved.q.element_size() < 4 and batch.overlaps
         for piece in _summed_pieces(batch, problem) if summed else _pieces(batch, problem, backward=True):
             into = Grads(piece.heads.of(grad_q), piece.kv_heads.of(grad_k), piece.kv_heads.of(grad_v))
             with _Sums(piece, into) if summed else contextlib.nullcontext(into) as sums:
-                running.backward(piece, call, grad_out, grad_lse, q, k, v, out, lse, sums)
+                running.backward(piece, call, saved, sums)
             del sums  # before the next piece's are made
     return grad_q, grad_k, grad_v
 

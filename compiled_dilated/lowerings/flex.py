@@ -20,7 +20,7 @@ from ..block_masks import BlockMaskPart, block_masks, widen
 from ..masks import Mask, Or, full
 from ..masks.core import Data, Positions
 from ..orders import Order, identity
-from ..partials import lse_dtype, merge
+from ..partials import Saved, lse_dtype, merge
 from ..plans import Cost, Problem, Proposal, Refusal
 from ..programs import Branch, Program
 from ..regions import Regions, Verdicts
@@ -176,17 +176,15 @@ def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: T
     return work.order.invert(out), work.order.invert(lse, dim=-1)
 
 
-def backward(
-    work: Work, problem: Problem, call: Call, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by FlexAttention's own backward, after one more forward: an operator cannot keep the graph of the first."""
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        inputs = [x.detach().requires_grad_() for x in (saved.q, saved.k, saved.v)]
         out, lse = forward(work, problem, call, *inputs)
-        outputs, grads = [out], [grad_out]
-        if grad_lse is not None:
+        outputs, grads = [out], [saved.grad_out]
+        if saved.grad_lse is not None:
             outputs.append(lse)
-            grads.append(torch.where(lse == -math.inf, 0.0, grad_lse))
+            grads.append(torch.where(lse == -math.inf, 0.0, saved.grad_lse))
         grad_q, grad_k, grad_v = torch.autograd.grad(outputs, inputs, grads)
     return grad_q, grad_k, grad_v
 

@@ -130,10 +130,26 @@ def _operand(mask: Mask) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class And(Mask):
-    """Pairs that every part allows. Made by `a & b`."""
+class _Joined(Mask):
+    """Several masks as one."""
 
     masks: tuple[Mask, ...]
+
+    @property
+    def period(self) -> int | None:
+        return _common_period(self.masks)
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return self.masks
+
+    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
+        return type(self)(tuple(change(mask) for mask in self.masks))
+
+
+@dataclass(frozen=True, repr=False)
+class And(_Joined):
+    """Pairs that every part allows. Made by `a & b`."""
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         out = self.masks[0].allows(b, h, q, kv, data)
@@ -146,17 +162,6 @@ class And(Mask):
         for mask in self.masks[1:]:
             out = both(out, mask.classify(q, kv))
         return out
-
-    @property
-    def period(self) -> int | None:
-        return _common_period(self.masks)
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return self.masks
-
-    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
-        return And(tuple(change(mask) for mask in self.masks))
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         out = self.masks[0].keys_of(q, kv_len)
@@ -183,10 +188,8 @@ class And(Mask):
 
 
 @dataclass(frozen=True, repr=False)
-class Or(Mask):
+class Or(_Joined):
     """Pairs that any part allows. Made by `a | b`."""
-
-    masks: tuple[Mask, ...]
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         out = self.masks[0].allows(b, h, q, kv, data)
@@ -199,17 +202,6 @@ class Or(Mask):
         for mask in self.masks[1:]:
             out = either(out, mask.classify(q, kv))
         return out
-
-    @property
-    def period(self) -> int | None:
-        return _common_period(self.masks)
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return self.masks
-
-    def _map(self, change: Callable[[Mask], Mask]) -> Mask:
-        return Or(tuple(change(mask) for mask in self.masks))
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         found = [mask.keys_of(q, kv_len) for mask in self.masks]

@@ -16,6 +16,7 @@ from ..lowerings.workspace import Workspace
 from ..masks import Mask, causal, conjunction, conjuncts, full
 from ..masks.positions import Causal, Segments, Window
 from ..orders import identity
+from ..partials import Saved
 from ..plans import Plan, Problem
 from ..programs import Branch, Program
 from ..regions import FULL
@@ -186,7 +187,7 @@ def backward(
     assert mine.grad_out is not None
     plan = _plan(block, given, mine.q, v)
     call = _call(block, layout, given, plan, workspace)
-    found = execute.backward(plan, call, mine.grad_out, mine.grad_lse, mine.q, k, v, mine.out, mine.lse)
+    found = execute.backward(plan, call, Saved(mine.q, k, v, mine.out, mine.lse, mine.grad_out, mine.grad_lse))
     for total, part in zip((mine.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)), found, strict=True):
         assert total is not None
         total.add_(part)

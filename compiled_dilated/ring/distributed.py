@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..partials import Saved
 from .blocks import Given
 from .ledgers import Ledger
 from .schedules import Message, Schedule, Step
@@ -171,23 +172,12 @@ class Distributed:
                 worker.compute(one.step, pairs)
         return worker.out, worker.lse
 
-    def backward(
-        self,
-        schedule: Schedule,
-        given: Given,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, schedule: Schedule, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's shards."""
         self._check(schedule)
         self.ledger = Ledger()
-        worker = Backward(schedule, self.rank, given, grad_out, grad_lse, q, k, v, out, lse)
-        rounds, size = self._rounds(schedule), schedule.layout.ranks
+        worker = Backward(schedule, self.rank, given, saved)
+        rounds, size, head_dim = self._rounds(schedule), schedule.layout.ranks, saved.k.shape[3]
         coming = self._start(rounds[0], worker)
         for i, one in enumerate(rounds):
             received = coming.wait()
@@ -198,7 +188,7 @@ class Distributed:
                 coming = self._start(following, worker)
             grads: list[KeysAndValues] = []
             if one.step is not None:
-                pairs = [_unpacked(x, k.shape[3]) for x in received]
+                pairs = [_unpacked(x, head_dim) for x in received]
                 self.ledger.note(pairs, worker.shards)
                 grads = worker.compute(one.step, pairs)
             back = [_room(message, worker, worker.grad_k.dtype) for message in one.outgoing]
@@ -207,7 +197,7 @@ class Distributed:
             if following is not None and crossing:
                 coming = self._start(following, worker)
             for message, x in zip(one.outgoing, returning.wait(), strict=True):
-                worker.add(message, _unpacked(x, k.shape[3]))
+                worker.add(message, _unpacked(x, head_dim))
         return worker.results
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .. import arguments
+from ..partials import Saved
 from ..plans import Problem
 from . import plans
 from .blocks import Given
@@ -29,18 +30,7 @@ class Transport(Protocol):
         """out and lse."""
         ...
 
-    def backward(
-        self,
-        schedule: Schedule,
-        given: Given,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, schedule: Schedule, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         ...
 
@@ -71,20 +61,9 @@ class Ring:
         """out and lse of tensors as the transport takes them; `problem` is the whole one."""
         return self.transport.forward(self.plan(problem).schedule, given, q, k, v)
 
-    def backward(
-        self,
-        problem: Problem,
-        given: Given,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
-        return self.transport.backward(self.plan(problem).schedule, given, grad_out, grad_lse, q, k, v, out, lse)
+        return self.transport.backward(self.plan(problem).schedule, given, saved)
 
     def __repr__(self) -> str:
         return f"Ring({self.ranks}, layout={self.layout!r}, transport={self.transport!r})"

@@ -7,11 +7,12 @@ which they would arrive, so that other transports give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..partials import lse_dtype
+from ..partials import Saved, lse_dtype
 from .blocks import Given
 from .ledgers import Ledger
 from .schedules import Schedule, Step
@@ -61,34 +62,21 @@ class Simulated:
             put(lse, worker.runs, worker.lse)
         return layout.order.invert(out, 2), layout.order.invert(lse, 2)
 
-    def backward(
-        self,
-        schedule: Schedule,
-        given: Given,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, schedule: Schedule, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v: all ranks together go around the ring, as gradients of a rank's keys come from others."""
         layout, order, self.ledger = schedule.layout, schedule.layout.order, Ledger()
-        grad_out, q, k, v, out, lse = (order.permute(x, 2) for x in (grad_out, q, k, v, out, lse))
-        grad_lse = None if grad_lse is None else order.permute(grad_lse, 2)
+        saved = saved.map(lambda x: order.permute(x, 2))
         workers = []
         for rank in range(layout.ranks):
-            runs = layout.runs(rank)
-            shards = [None if x is None else taken(x, runs) for x in (grad_out, grad_lse, q, k, v, out, lse)]
-            workers.append(Backward(schedule, rank, given, *shards))  # type: ignore[arg-type]
+            shards = saved.map(partial(taken, runs=layout.runs(rank)))
+            workers.append(Backward(schedule, rank, given, shards))
         steps = [(worker, step) for worker in workers for step in schedule.steps(worker.rank)]
         for worker, step in sorted(steps, key=lambda each: schedule.distance(each[0].rank, each[1].source)):
-            received = _received(step, k, v)
+            received = _received(step, saved.k, saved.v)
             self.ledger.note(received, worker.shards)
             for message, grads in zip(step.messages, worker.compute(step, received), strict=True):
                 workers[step.source].add(message, grads)
-        results = [torch.empty_like(x) for x in (q, k, v)]
+        results = [torch.empty_like(x) for x in (saved.q, saved.k, saved.v)]
         for worker in workers:
             for x, shard in zip(results, worker.results, strict=True):
                 put(x, worker.runs, shard)

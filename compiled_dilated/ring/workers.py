@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..lowerings.batches import HeadRange
 from ..lowerings.workspace import Workspace
-from ..partials import lse_dtype
+from ..partials import Saved, lse_dtype
 from . import blocks
 from .blocks import Given, Keys, Queries
 from .schedules import Message, Schedule, Step
@@ -64,22 +64,11 @@ class Forward(Worker):
 class Backward(Worker):
     """Sums of gradients of a rank's shards, in float32 for low precision; complete once all others have sent theirs."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        rank: int,
-        given: Given,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
+    def __init__(self, schedule: Schedule, rank: int, given: Given, saved: Saved) -> None:
+        q, k, v = saved.q, saved.k, saved.v
         super().__init__(schedule, rank, given, q, k, v)
         self.grad_q, self.grad_k, self.grad_v = (torch.zeros_like(x, dtype=lse_dtype(x.dtype)) for x in (q, k, v))
-        self.queries = Queries(self.runs, q, out, lse, grad_out, grad_lse, self.grad_q)
+        self.queries = Queries(self.runs, q, saved.out, saved.lse, saved.grad_out, saved.grad_lse, self.grad_q)
 
     def compute(self, step: Step, received: Sequence[KeysAndValues] = ()) -> list[KeysAndValues]:
         """One step; returns the gradients of its messages, for their sender."""

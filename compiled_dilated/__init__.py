@@ -1,8 +1,8 @@
 """Sparse attention over long sequences: write what may attend to what, and let the library plan and compile it."""
 
 from . import masks, orders
-from .attend import compile, plan
 from .block_masks import block_mask, block_masks
+from .compiler import compile, plan
 from .modules import DilatedAttention, MultiheadDilatedAttention
 from .oracle import reference
 from .programs import Branch, Program, block_sparse, hilbert_window, local_window, longnet

@@ -1,30 +1,24 @@
-"""A program or mask as a callable: checks what it is given, then runs as one operator. And its plan, without running anything."""
+"""A program or mask as a callable: checks what it is given, then runs as one operator."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from . import arguments, operators, planner
 from .decoding import Decoder
 from .masks import Mask
 from .partials import merge
-from .plans import BYTES, Plan
+from .plans import BYTES
 from .programs import PerLength, Program, as_program
-from .ring.distributed import Distributed
-from .ring.plans import RingPlan
 from .ring.rings import Ring
-from .ring.streamed import Streamed
 
 ScoreMod = Callable[..., Any]
 
-TRANSPORTS = ("simulated", "streamed", "distributed")
 _DTYPES = frozenset(getattr(torch, name) for name in BYTES)
 
 
@@ -110,157 +104,6 @@ class Attend:
         return f"compile({self.program!r}{lowering}{ring})"
 
 
-@overload
-def compile(
-    program: Program | Mask,
-    *,
-    lowering: str = ...,
-    ranks: int | None = ...,
-    mesh: DeviceMesh | ProcessGroup | None = ...,
-    layout: str | None = ...,
-    transport: Literal["simulated", "distributed"] | None = ...,
-) -> Attend: ...
-@overload
-def compile(
-    program: Program | Mask,
-    *,
-    ranks: int,
-    transport: Literal["streamed"],
-    layout: str | None = ...,
-    device: str | torch.device | None = ...,
-) -> Streamed: ...
-def compile(
-    program: Program | Mask,
-    *,
-    lowering: str = "auto",
-    ranks: int | None = None,
-    mesh: DeviceMesh | ProcessGroup | None = None,
-    layout: str | None = None,
-    transport: str | None = None,
-    device: str | torch.device | None = None,
-) -> Attend | Streamed:
-    """A callable that computes attention by `program` (or a bare mask, a program of one branch).
-
-    lowering: "auto" takes the cheapest by `plan`; "dense", "strided", "tiled" and "flex" are used or refused, never replaced.
-    ranks: compute as a ring of so many ranks (arXiv 2310.01889). transport: "simulated" (the default), all ranks in this process
-    one after the other, every step of each executed on what that rank may hold; or "streamed", out of core: a `Streamed`, which
-    reads and writes files and computes on `device`.
-    mesh: a DeviceMesh of one dimension, or a process group, of torch.distributed (transport "distributed"): each process passes
-    its own shards, whose tokens are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
-    layout: which tokens each rank holds; "auto" (the default), "contiguous", "zigzag", "striped", "residue" or "hilbert".
-
-    >>> attend = compile(masks.causal() & masks.window(256))
-    >>> out = attend(q, k, v)
-    """
-    if transport is not None:
-        arguments.choice("transport", transport, TRANSPORTS)
-        if transport == "distributed" and mesh is None:
-            raise ValueError("transport='distributed' needs a mesh, mesh=DeviceMesh(...) or a process group")
-        if transport != "distributed" and (ranks is None or mesh is not None):
-            raise ValueError(f"transport={transport!r} needs ranks, and no mesh; got ranks={ranks!r} and mesh={mesh!r}")
-    if transport == "streamed" and ranks is not None:
-        if layout not in (None, "contiguous") or lowering != "auto":
-            raise ValueError(
-                f"a streamed ring is contiguous and lowers each block as it is best; got layout={layout!r} and "
-                f"lowering={lowering!r}. Leave them out"
-            )
-        return Streamed(as_program(program), ranks, "cpu" if device is None else device)
-    if device is not None:
-        raise ValueError(f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device computes")
-    return Attend(program, lowering, _ring(ranks, layout, mesh))
-
-
-def _ring(ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None) -> Ring | None:
-    if mesh is not None:
-        group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
-        if not isinstance(group, ProcessGroup):
-            raise TypeError(f"mesh must be a DeviceMesh of one dimension or a process group; got {type(mesh).__name__}")
-        if ranks not in (None, group.size()):
-            raise ValueError(f"the mesh has {group.size()} ranks; got ranks={ranks!r}. Leave ranks out")
-        return Ring(group.size(), "auto" if layout is None else layout, Distributed(group))
-    if ranks is None:
-        if layout is not None:
-            raise ValueError(f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or mesh=...")
-        return None
-    return Ring(ranks, "auto" if layout is None else layout)
-
-
-@overload
-def plan(
-    program: Program | Mask,
-    q_shape: Sequence[int],
-    kv_heads: int | None = ...,
-    kv_len: int | None = ...,
-    value_dim: int | None = ...,
-    dtype: torch.dtype = ...,
-    device: str | torch.device = ...,
-    training: bool = ...,
-    lowering: str = ...,
-    q_offset: int = ...,
-    *,
-    ranks: None = ...,
-    layout: None = ...,
-) -> Plan: ...
-@overload
-def plan(
-    program: Program | Mask,
-    q_shape: Sequence[int],
-    kv_heads: int | None = ...,
-    kv_len: int | None = ...,
-    value_dim: int | None = ...,
-    dtype: torch.dtype = ...,
-    device: str | torch.device = ...,
-    training: bool = ...,
-    lowering: str = ...,
-    q_offset: int = ...,
-    *,
-    ranks: int,
-    layout: str | None = ...,
-) -> RingPlan: ...
-def plan(
-    program: Program | Mask,
-    q_shape: Sequence[int],
-    kv_heads: int | None = None,
-    kv_len: int | None = None,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    training: bool = False,
-    lowering: str = "auto",
-    q_offset: int = 0,
-    *,
-    ranks: int | None = None,
-    layout: str | None = None,
-) -> Plan | RingPlan:
-    """How attention of this shape would be computed, and why; nothing is computed. `print(plan(...).explain())`.
-
-    q_shape: (B, Hq, N, D). kv_heads, kv_len, value_dim: of k and v, those of q by default.
-    ranks, layout: as in `compile`; then the plan says what each rank receives, computes and holds, under every layout.
-    """
-    shape = arguments.integers("q_shape", q_shape, 1)
-    if len(shape) != 4:
-        raise ValueError(f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}")
-    batch, heads, q_len, head_dim = shape
-    kv_heads = heads if kv_heads is None else arguments.integer("kv_heads", kv_heads, 1)
-    _check_groups(heads, kv_heads)
-    kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
-    value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
-    _check_dtype("dtype", dtype)
-    k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
-    q_offset = arguments.integer("q_offset", q_offset, 0)
-    kind = torch.device(device).type
-    problem = operators.problem_of(as_program(program), shape, k_shape, v_shape, dtype, kind, q_offset, training, False)
-    ring = _ring(ranks, layout)
-    if ring is not None:
-        if q_len != kv_len or q_offset or lowering != "auto":
-            raise ValueError(
-                f"a ring deals out one sequence and lowers each block as it is best; got {q_len} queries at offset {q_offset}, "
-                f"{kv_len} keys and lowering={lowering!r}. Leave out ranks, or these"
-            )
-        return ring.plan(problem)
-    return planner.counted(planner.choose(problem, lowering))
-
-
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast attention runs in the lower precision, as torch's own does."""
     if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
@@ -280,7 +123,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} must be (batch, heads, tokens, head_dim); got shape {tuple(x.shape)}. Add the missing dimensions"
             )
-        _check_dtype(name, x.dtype)
+        check_dtype(name, x.dtype)
         if x.dtype != q.dtype:
             raise TypeError(f"q, k and v must have one dtype; got q {q.dtype} and {name} {x.dtype}. Cast with {name}.to(q.dtype)")
         if x.device != q.device:
@@ -296,15 +139,17 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must have one head_dim; got q {tuple(q.shape)} and k {tuple(k.shape)}")
-    _check_groups(q.shape[1], k.shape[1])
+    check_groups(q.shape[1], k.shape[1])
 
 
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise unless attention is computed in this dtype."""
     if dtype not in _DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {dtype}. Cast it first")
 
 
-def _check_groups(heads: int, kv_heads: int) -> None:
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Raise unless the key heads serve equally many query heads each."""
     if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads):
         raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from ..attend import compile, plan
+from ..compiler import compile, plan
 from ..masks import Mask
 from ..orders import Order, identity
 from ..programs import Program, as_program, hilbert_window, local_window, longnet

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import measure
-from ..attend import compile
+from ..compiler import compile
 from ..programs import Program
 from . import rivals
 from .bench_cases import CASES, FLAT, FLAT_WITHIN, QUICK_CASES, SHORT, SHORT_TOKENS, Case, Rival, Setup

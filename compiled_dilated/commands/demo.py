@@ -14,7 +14,7 @@ import torch
 import typer
 
 from .. import measure
-from ..attend import plan
+from ..compiler import plan
 from ..programs import longnet
 from . import demo_report as report
 from .arguments import Json, bad_usage, print_json

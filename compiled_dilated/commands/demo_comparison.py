@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import measure
-from ..attend import compile, plan
+from ..compiler import compile, plan
 from ..oracle import multiplicity, reference
 from ..programs import Program
 from . import rivals

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attend import compile
+from ..compiler import compile
 from ..programs import Program
 
 BYTES = 256

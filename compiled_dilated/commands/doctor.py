@@ -74,7 +74,7 @@ def _torch() -> Finding:
 def _attention() -> Finding:
     """A small program, forward and backward, against the reference."""
     from .. import oracle, programs
-    from ..attend import compile
+    from ..compiler import compile
 
     program = programs.longnet((16, 32), (1, 2), causal=True)
     q = torch.randn(1, 2, 50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()

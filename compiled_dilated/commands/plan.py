@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .. import attend
+from .. import compiler
 from . import expressions
 from .arguments import Device, Dtype, Json, Lowering, ProgramText, bad_usage, numbers, print_json
 
@@ -30,7 +30,7 @@ def plan(
     Exit code 2 if PROGRAM is none, or cannot be computed as asked.
     """
     with bad_usage():
-        found = attend.plan(
+        found = compiler.plan(
             expressions.program(program),
             numbers("--shape", shape),
             kv_heads=kv_heads,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import attend, measure
+from .. import compiler, measure
 from ..ring.plans import LAYOUTS
 from ..ring.sources import FileSource
 from ..ring.streamed import Report
@@ -42,7 +42,7 @@ def plan(
 ) -> None:
     """Print what each rank would receive, compute and hold, under every layout."""
     with bad_usage():
-        found = attend.plan(
+        found = compiler.plan(
             expressions.program(program),
             numbers("--shape", shape),
             kv_heads,
@@ -72,8 +72,8 @@ def simulate(
     """
     with bad_usage():
         code, sizes = expressions.program(program), numbers("--shape", shape)
-        found = attend.plan(code, sizes, kv_heads, dtype=getattr(torch, dtype), ranks=ranks, layout=layout)
-        ring, alone = attend.compile(code, ranks=ranks, layout=layout), attend.compile(code)
+        found = compiler.plan(code, sizes, kv_heads, dtype=getattr(torch, dtype), ranks=ranks, layout=layout)
+        ring, alone = compiler.compile(code, ranks=ranks, layout=layout), compiler.compile(code)
     random = torch.Generator().manual_seed(0)
     kv_shape = (sizes[0], sizes[1] if kv_heads is None else kv_heads, *sizes[2:])
     q, k, v = (torch.randn(each, generator=random).to(getattr(torch, dtype)) for each in (sizes, kv_shape, kv_shape))
@@ -118,7 +118,7 @@ def stream(
     """
     journal = out.with_name(out.name + ".journal") if journal is None else journal
     with bad_usage():
-        run, queries = attend.compile(expressions.program(program), ranks=ranks, transport="streamed"), FileSource(q)
+        run, queries = compiler.compile(expressions.program(program), ranks=ranks, transport="streamed"), FileSource(q)
     with stoppable(), token_bar(q.name, queries.shape[2]) as tell:
         report = run(queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell)
     if json:
@@ -166,7 +166,7 @@ def launch(
     Exit code 1 if a bit differs, or a process fails.
     """
     with bad_usage():
-        attend.plan(expressions.program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout)
+        compiler.plan(expressions.program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout)
     settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python",
                sys.executable, "-m", f"{__package__}.ring_rank", *settings]  # fmt: skip

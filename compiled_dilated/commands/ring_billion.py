@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import typer
 
-from .. import attend, measure
+from .. import compiler, measure
 from ..ring.checking import exact_row
 from ..ring.sources import GeneratedSource, SampleSink
 from . import expressions
@@ -47,7 +47,7 @@ def billion(
     ranks = max(1, tokens // _TOKENS_PER_RANK) if ranks is None else ranks
     with bad_usage():
         code = expressions.program(program)
-        run = attend.compile(code, ranks=ranks, transport="streamed", device=device.value)
+        run = compiler.compile(code, ranks=ranks, transport="streamed", device=device.value)
         shape = (1, heads, tokens, dim)
         q, k, v = (GeneratedSource(shape, seed, stream) for stream in range(3))
         code.check(tokens, tokens)

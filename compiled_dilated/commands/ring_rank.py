@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from .. import attend, measure
+from .. import compiler, measure
 from . import expressions
 from .arguments import numbers, print_json
 
@@ -19,12 +19,12 @@ def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style
     code, sizes = expressions.program(program), numbers("--shape", shape)
     kind = getattr(torch, dtype)
     kv_shape = (sizes[0], int(kv_heads) or sizes[1], *sizes[2:])
-    plan = attend.plan(code, sizes, kv_shape[1], dtype=kind, ranks=ranks, layout=layout)
+    plan = compiler.plan(code, sizes, kv_shape[1], dtype=kind, ranks=ranks, layout=layout)
     mine = plan.positions(rank)
     random = torch.Generator().manual_seed(0)
     whole = [torch.randn(each, generator=random).to(kind) for each in (sizes, kv_shape, kv_shape, sizes)]
     shards = [x[:, :, mine].requires_grad_() for x in whole[:3]]
-    ring = attend.compile(code, mesh=dist.group.WORLD, layout=layout)
+    ring = compiler.compile(code, mesh=dist.group.WORLD, layout=layout)
     assert ring.ring is not None
 
     def step() -> tuple[torch.Tensor, ...]:
@@ -38,7 +38,7 @@ def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style
     with torch.no_grad():
         ring(*shards)
     received = ring.ring.ledger.received_bytes
-    simulated = attend.compile(code, ranks=ranks, layout=layout)
+    simulated = compiler.compile(code, ranks=ranks, layout=layout)
     inputs = [x.requires_grad_() for x in whole[:3]]
     out = simulated(*inputs)
     wanted = (out, *torch.autograd.grad(out, inputs, whole[3]))

@@ -1,6 +1,6 @@
 """Dense attention of many small problems at once: (out, lse) forward, and backward with a *given* out and lse.
 
-Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias broadcastable to (G, Hq, T, S) and added to the scores, -inf
+Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias (G or 1, Hq or 1, T, S) and added to the scores, -inf
 where a key is hidden. Called with the out and lse of a whole program, the backward is one part's exact share of the joint
 gradient (FlashAttention, arXiv 2205.14135): p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
 """
@@ -93,25 +93,46 @@ def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 class FlashCPU:
-    """ATen's flash attention on the CPU: any strides with a contiguous last dimension, grouped heads, float16 to float64."""
+    """ATen's flash attention on the CPU: any strides with a contiguous last dimension, grouped heads, float16 to float64.
+
+    A thread goes through the heads of a tile, then on to the next tile. Where tiles share keys, their dimension changes places
+    with that of the heads: a tile then finds most of its keys in the cache, where its neighbour has left them.
+    """
 
     one_width, width_multiple = True, 1
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        swaps, bias = _share_keys(q, k), tiles.bias
+        if swaps:
+            q, k, v = map(_swapped, (q, k, v))
+            bias = None if bias is None else _swapped(bias)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-            q, k, v, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
+            q, k, v, 0.0, tiles.causal, attn_mask=bias, scale=tiles.scale
         )
-        return out, lse
+        return (_swapped(out), _swapped(lse)) if swaps else (out, lse)
 
     @staticmethod
     def backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
     ) -> tuple[Tensor, Tensor, Tensor]:
+        swaps, bias = _share_keys(q, k), tiles.bias
+        if swaps:
+            grad_out, q, k, v, out, lse = map(_swapped, (grad_out, q, k, v, out, lse))
+            bias = None if bias is None else _swapped(bias)
         grads: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
+            grad_out, q, k, v, out, lse, 0.0, tiles.causal, attn_mask=bias, scale=tiles.scale
         )
-        return grads
+        return (_swapped(grads[0]), _swapped(grads[1]), _swapped(grads[2])) if swaps else grads
+
+
+def _share_keys(q: Tensor, k: Tensor) -> bool:
+    """Whether the keys of neighbouring tiles overlap in memory. Grouped heads stay where the kernel looks for them."""
+    return q.shape[0] > 1 and q.shape[1] == k.shape[1] > 1 and k.stride(0) < k.shape[2] * k.stride(2)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
 
 
 class EfficientCUDA:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from . import arguments
 from .lowerings import costs, dense, flex, single, strided, tiled
-from .lowerings.batches import Batch, HeadRange, head_groups
+from .lowerings.batches import Batch, HeadRange, head_groups, joined
 from .masks import Mask, Or, conjunction, conjuncts
 from .plans import Plan, Problem, Proposal, Refusal
 from .programs import Branch
@@ -165,5 +165,7 @@ def _batches(
 def _proposal(name: str, index: int, batches: list[Batch], problem: Problem) -> Proposal:
     if index > 0:
         batches = [replace(batch, first=False) for batch in batches]
+    if problem.batch == 1 and not problem.score_mod:
+        batches = joined(batches)
     batches = costs.keep_biases(batches, problem)
     return Proposal(name, index, costs.of(batches, problem), tuple(batches))

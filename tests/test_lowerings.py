@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from compiled_dilated.lowerings import costs
 from compiled_dilated.lowerings.bands import Band, cut, cut_causal
 from compiled_dilated.lowerings.batches import head_ranges
 from compiled_dilated.lowerings.lattice import Lattice, Table, pieces
@@ -149,3 +150,46 @@ def test_an_explicit_lowering_is_used_or_refused() -> None:
         cd.plan(masks.window(9), (1, 2, 300, 8), lowering="flex", training=True)
     with pytest.raises(ValueError, match="bias over 65536 x 65536 pairs"):
         cd.plan(masks.window(9), (1, 2, 65536, 8), lowering="dense")
+
+
+LONGNET = cd.longnet((64, 128, 256), (1, 2, 4), causal=True)
+
+
+@pytest.mark.parametrize(
+    ("program", "heads", "kv_heads", "tokens", "calls"),
+    [
+        (LONGNET, 8, 8, 64, 3),  # one call a branch
+        (LONGNET, 8, 8, 63, 5),  # the last class of a branch has a token less
+        (LONGNET, 8, 2, 64, 3),
+        (LONGNET, 4, 1, 61, 5),
+        (cd.longnet((64, 128), (1, 2), offsets="grouped"), 8, 8, 64, 2),  # heads of a class stand together
+        (masks.window(99, 99, 3), 4, 2, 62, 2),  # all heads see all classes, of 21, 21 and 20 tokens
+        (masks.window(30, 30, 3), 4, 2, 62, 3),  # a class sees less than itself
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_residue_classes_of_a_short_sequence_are_one_batch(
+    program: cd.Program | masks.Mask,
+    heads: int,
+    kv_heads: int,
+    tokens: int,
+    calls: int,
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """apart: with a budget that is too small for them together."""
+    q, k, v = (
+        torch.randn(1, count, tokens, width, dtype=torch.float64, requires_grad=True)
+        for count, width in ((heads, 16), (kv_heads, 16), (kv_heads, 12))
+    )
+    attend = cd.compile(program, lowering="strided")
+    assert sum(len(proposal.work) for proposal in attend.plan(q, k, v).chosen) == calls
+    if apart:
+        monkeypatch.setattr(costs, "exceeds", lambda *arguments: True)
+    got, want = attend(q, k, v, return_lse=True), cd.reference(program, q, k, v, return_lse=True)
+    back = tuple(torch.randn_like(x) for x in want)
+    for x, y in zip(
+        (*got, *torch.autograd.grad(got, (q, k, v), back)), (*want, *torch.autograd.grad(want, (q, k, v), back)), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)

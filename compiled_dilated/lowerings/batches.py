@@ -82,7 +82,8 @@ class Batch:
     masks: whose sum says how often a pair counts; () when every pair of every tile counts once. open: this many leading columns
     are seen by every row, whatever the masks say. causal: row t sees columns 0 .. t.
     shared: the masks say the same of every tile, so the first one speaks for all. first: no earlier batch wrote these rows.
-    keep: hold on to the bias from call to call.
+    keep: hold on to the bias from call to call. alike: so many batches, computed as one: each stands `apart` from the one before,
+    by so many query heads, key heads and tokens (the residue classes of a short sequence, which other heads see).
     """
 
     heads: HeadRange
@@ -95,19 +96,21 @@ class Batch:
     shared: bool = False
     first: bool = False
     keep: bool = False
+    alike: int = 1
+    apart: tuple[int, int, int] = (0, 0, 0)
     cache: dict[Any, kernels.Tiles] = field(default_factory=dict, repr=False)
 
     @property
     def rows(self) -> int:
         """Rows of the result that the batch writes to, over its heads."""
-        return self.queries.count * self.queries.size * self.heads.count
+        return self.queries.count * self.queries.size * self.heads.count * self.alike
 
     @property
     def pairs(self) -> int:
         """Query-key pairs that the kernel computes, over all heads (of a causal tile: those it has to)."""
         rows, columns = self.queries.size, self.keys.size
         per_tile = rows * columns if not self.causal else sum(min(t + 1, columns) for t in range(rows))
-        return self.queries.count * per_tile * self.heads.count
+        return self.queries.count * per_tile * self.heads.count * self.alike
 
     @property
     def key_only(self) -> bool:
@@ -130,12 +133,41 @@ class Batch:
         lasting = bool(self.masks) and self.shared and not any(mask.per_call for mask in self.masks)
         return self.queries.size * self.keys.size if lasting else 0
 
+    def of_queries(self, x: Tensor) -> Tensor:
+        """Of x (B, Hq, N, ...) the heads of this batch, as a view; where it is many, (alike, Hq', N', ...)."""
+        return self._side_by_side(self.heads.of(x), self.apart[0] * x.stride(1))
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """The same of x (B, Hkv, N, ...)."""
+        return self._side_by_side(self.kv_heads.of(x), self.apart[1] * x.stride(1))
+
+    def _side_by_side(self, x: Tensor, to_next: int) -> Tensor:
+        if self.alike == 1:
+            return x
+        tokens = self.apart[2]
+        x = x[0, :, : x.shape[2] - (self.alike - 1) * tokens]
+        return x.as_strided((self.alike, *x.shape), (to_next + tokens * x.stride(1), *x.stride()))
+
     def by_kv_head(self) -> Iterator[Batch]:
         """The same work, one key head at a time."""
         shared = self.heads.count // self.kv_heads.count
-        for i, kv_head in enumerate(self.kv_heads.indices()):
-            start = self.heads.start + i * shared * self.heads.step
-            yield replace(self, heads=HeadRange(start, self.heads.step, shared), kv_heads=HeadRange(kv_head, 1, 1))
+        for each in self._separate():
+            for i, kv_head in enumerate(each.kv_heads.indices()):
+                start = each.heads.start + i * shared * each.heads.step
+                yield replace(each, heads=HeadRange(start, each.heads.step, shared), kv_heads=HeadRange(kv_head, 1, 1))
+
+    def _separate(self) -> Iterator[Batch]:
+        for i in range(self.alike):
+            first_head, first_kv_head, first_token = (i * each for each in self.apart)
+            queries, keys = self.queries, self.keys
+            if i:
+                assert isinstance(queries, Lattice)
+                assert isinstance(keys, Lattice)
+                queries = replace(queries, start=queries.start + first_token)
+                keys = replace(keys, start=keys.start + first_token)
+            heads = replace(self.heads, start=self.heads.start + first_head)
+            kv_heads = replace(self.kv_heads, start=self.kv_heads.start + first_kv_head)
+            yield replace(self, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys, alike=1)
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same work as batches of at most `most` tiles each."""
@@ -159,6 +191,44 @@ class Call:
     data: Mapping[str, Tensor] = field(default_factory=dict)
     score_mod: ScoreMod | None = None
     workspace: Workspace = field(default_factory=Workspace)
+
+
+def joined(batches: list[Batch]) -> list[Batch]:
+    """The same work on one sequence in fewer batches: residue classes of one tile each, evenly apart, become one batch."""
+    groups: dict[Any, list[Batch]] = {}
+    for number, batch in enumerate(batches):
+        groups.setdefault(_shape_of(batch) or number, []).append(batch)
+    return [each for group in groups.values() for each in _as_one(group)]
+
+
+def _shape_of(batch: Batch) -> Any:
+    """What batches that can be one have in common; None for those that are no residue class in one tile without a mask."""
+    q, k = batch.queries, batch.keys
+    if (
+        not isinstance(q, Lattice)
+        or not isinstance(k, Lattice)
+        or batch.masks
+        or q.count > 1
+        or len(q.rows) > 1
+        or len(k.rows) > 1
+    ):
+        return None
+    heads = (batch.heads.step, batch.heads.count, batch.kv_heads.step, batch.kv_heads.count)
+    return heads, q.rows, k.rows, k.start - q.start, batch.causal, batch.first, batch.open
+
+
+def _as_one(group: list[Batch]) -> list[Batch]:
+    places = [(each.heads.start, each.kv_heads.start, each.queries.start) for each in group]
+    apart = {(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in itertools.pairwise(places)}
+    if len(apart) != 1:
+        return group
+    (each,), queries, keys = apart, group[0].queries, group[0].keys
+    assert isinstance(queries, Lattice)
+    assert isinstance(keys, Lattice)
+    # Of different classes, so that no token is in two of them: gradients are added to all of them at once.
+    if min(each) < 0 or not 0 < each[2] * (len(group) - 1) < min(queries.rows[0][1], keys.rows[0][1]):
+        return group
+    return [replace(group[0], alike=len(group), apart=each)]
 
 
 def _units(batch: Batch, size: int) -> list[slice]:
@@ -225,8 +295,8 @@ def _bound(batch: Batch, score_mod: ScoreMod, unit: slice, device: torch.device)
 
 def forward(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merge the batch into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
-    q, out, lse = (batch.heads.of(x) for x in (q, out, lse))
-    k, v = (batch.kv_heads.of(x) for x in (k, v))
+    q, out, lse = (batch.of_queries(x) for x in (q, out, lse))
+    k, v = (batch.of_keys(x) for x in (k, v))
     read = _reader(batch, call, q.dtype, q.dtype)
     for unit in _units(batch, q.shape[0]):
         part_out, part_lse = kernels.attention(
@@ -304,9 +374,9 @@ class Grads:
 def backward(batch: Batch, call: Call, saved: Saved, into: Grads) -> None:
     """Add the batch's share of the gradients, from the merged out and lse (+inf in rows that see nothing)."""
     queries, keys, at = batch.queries, batch.keys, call.q_offset
-    q, out, lse, grad_out = (batch.heads.of(x) for x in (saved.q, saved.out, saved.lse, saved.grad_out))
-    k, v = (batch.kv_heads.of(x) for x in (saved.k, saved.v))
-    grad_lse = None if saved.grad_lse is None else batch.heads.of(saved.grad_lse)
+    q, out, lse, grad_out = (batch.of_queries(x) for x in (saved.q, saved.out, saved.lse, saved.grad_out))
+    k, v = (batch.of_keys(x) for x in (saved.k, saved.v))
+    grad_lse = None if saved.grad_lse is None else batch.of_queries(saved.grad_lse)
     dtype = kernels.backward_dtype(q)
     read = _reader(batch, call, q.dtype, dtype)
     for unit in _units(batch, q.shape[0]):

@@ -51,7 +51,8 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
 
     Results, copies of tiles, biases of their own, scores under a score_mod.
     """
-    heads, kv_heads, rows, columns = batch.heads.count, batch.kv_heads.count, batch.queries.size, batch.keys.size
+    heads, kv_heads = (batch.alike * each.count for each in (batch.heads, batch.kv_heads))
+    rows, columns = batch.queries.size, batch.keys.size
     q_bytes, k_bytes = heads * rows * problem.itemsize, kv_heads * columns * problem.itemsize
     width = max(problem.head_dim, problem.value_dim)
     padded = problem.head_dim != problem.value_dim
@@ -123,7 +124,7 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
 def _moved(batch: Batch, problem: Problem) -> int:
     """Bytes read and written around the kernel: copies of tiles in, the result out."""
     rows, columns = batch.queries.count * batch.queries.size, batch.keys.count * batch.keys.size
-    out = batch.heads.count * rows * problem.value_dim * (2 if batch.first else 3)
+    out = batch.alike * batch.heads.count * rows * problem.value_dim * (2 if batch.first else 3)
     q = batch.heads.count * rows * problem.head_dim * 2 if batch.queries.copies else 0
     kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
     kv = int(kv * _share_copied(batch))

@@ -60,7 +60,7 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
         # Tiles that share keys add to the same gradients: in low precision, in float32 first.
         summed = saved.q.element_size() < 4 and batch.overlaps
         for piece in _summed_pieces(batch, problem) if summed else _pieces(batch, problem, backward=True):
-            into = Grads(piece.heads.of(grad_q), piece.kv_heads.of(grad_k), piece.kv_heads.of(grad_v))
+            into = Grads(piece.of_queries(grad_q), piece.of_keys(grad_k), piece.of_keys(grad_v))
             with _Sums(piece, into) if summed else contextlib.nullcontext(into) as sums:
                 running.backward(piece, call, saved, sums)
             del sums  # before the next piece's are made

@@ -1,4 +1,4 @@
-"""What a pass is: a rewriting of one graph, with its settings bound when it is built, and the place in the compiler where it runs."""
+"""What a pass is: a rewriting of one graph, its settings bound when it is built, and the place in the compiler where it runs."""
 
 from __future__ import annotations
 

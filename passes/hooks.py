@@ -54,7 +54,20 @@ def inductor_configs(passes: Sequence[Pass], *, told: Told | None = None) -> dic
     """
     check(passes)
     stages = {stage: [each for each in passes if each.stage is stage] for stage in Stage}
-    return {_HOOKS[stage]: StagePasses(found, told) for stage, found in stages.items() if found}
+    return options(passes) | {_HOOKS[stage]: StagePasses(found, told) for stage, found in stages.items() if found}
+
+
+def options(passes: Sequence[Pass]) -> dict[str, Any]:
+    """What passes want inductor to be set to: of each its mapping `options`, if it has one.
+
+    Raises ValueError where two of them want different things.
+    """
+    wanted: dict[str, Any] = {}
+    for each in passes:
+        for name, value in getattr(each, "options", {}).items():
+            if wanted.setdefault(name, value) != value:
+                raise ValueError(f"{each!r} wants {name}={value!r}, another pass wants {wanted[name]!r}. Leave one of them out")
+    return wanted
 
 
 def identity(passes: Sequence[Pass]) -> str | None:

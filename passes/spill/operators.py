@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import costs
+from ..costs import Work
 from .stores import FileStore, HostStore, Store
 
 HOST = ":host:"
@@ -103,6 +105,10 @@ def _(
 
 
 WRITE, WRITTEN, FETCH = torch.ops.passes.write.default, torch.ops.passes.written.default, torch.ops.passes.fetch.default
+
+costs.register(WRITE, lambda x, directory, out: Work(file_bytes=x.nbytes))
+costs.register(WRITTEN, lambda handle, x, out: Work())
+costs.register(FETCH, lambda *args, out: Work(file_bytes=out.nbytes))
 
 
 def _handle(number: int, place: _Place) -> Tensor:

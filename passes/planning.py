@@ -1,0 +1,126 @@
+"""Which passes a step gets: of all candidates that fit the budget by estimate, the one that takes least time by estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch._dynamo.exc import ShortenTraceback
+
+from . import budgets, costs, hooks
+from .chunk import Chunk
+from .costs import MACHINE, Machine
+from .footprint import Footprint
+from .peak import mebibytes
+from .spill import Spill
+from .stages import Pass
+from .traced import Captured, Traced, trace
+
+Passes = tuple[Pass, ...]
+
+
+class BudgetError(ShortenTraceback, ValueError):
+    """No candidate fits. least_bytes: the least budget that would do. Dynamo passes it on as it is."""
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message, first_useful_frame=None)
+        self.least_bytes = least_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step under some passes. peak_bytes: all that it holds at once, its inputs and parameters included; seconds by the model.
+
+    changed: whether any pass changed anything.
+    """
+
+    passes: Passes
+    peak_bytes: int
+    input_bytes: int
+    seconds: float
+    changed: bool
+
+    @property
+    def added_bytes(self) -> int:
+        """What the step needs beyond its inputs."""
+        return self.peak_bytes - self.input_bytes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one graph. estimates: of all candidates that had to be looked at, the plain one first."""
+
+    chosen: Estimate
+    estimates: tuple[Estimate, ...]
+    traced: Traced
+    plain: Traced
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Chooses passes for graphs. budget_bytes: for the peak of a step with its inputs and parameters; None: no limit.
+
+    candidates: tuples of passes to choose from, () among them or not; None: those of candidates(). extra: a user's own passes,
+    which run in every candidate after its own of the same stage.
+    """
+
+    budget_bytes: int | None
+    candidates: tuple[Passes, ...] | None = None
+    extra: Passes = ()
+    machine: Machine = MACHINE
+
+    def choose(self, graph: Captured) -> Choice:
+        """The least time of those that fit. Raises BudgetError with the least budget that would do."""
+        plain = trace(graph, ())
+        offered = candidates(graph.training) if self.candidates is None else self.candidates
+        traced = [plain if not passes else trace(graph, passes) for passes in ((*each, *self.extra) for each in offered)]
+        traced.sort(key=lambda each: seconds(each, self.machine))
+        estimates = [baseline := estimate(plain, self.machine)]
+        for each in traced:
+            found = baseline if each is plain else estimate(each, self.machine)
+            estimates += [] if each is plain else [found]
+            if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
+                return Choice(found, tuple(estimates), each, plain)
+        least = min((each for each in estimates if each is not baseline or plain in traced), key=lambda each: each.peak_bytes)
+        raise BudgetError(
+            f"memory_budget must be at least {least.peak_bytes:,} bytes ({mebibytes(least.peak_bytes)}) for these inputs, which "
+            f"{told(least.passes)} would take; got {self.budget_bytes:,} ({mebibytes(self.budget_bytes or 0)}). "
+            "Raise it, or shorten the inputs",
+            least.peak_bytes,
+        )
+
+
+def pipeline(
+    memory_budget: int | str | None = None,
+    passes: Sequence[Sequence[Pass]] | None = None,
+    *,
+    extra: Sequence[Pass] = (),
+    machine: Machine = MACHINE,
+) -> Pipeline:
+    """What chooses passes under a budget in bytes, or as "6GiB". passes: candidates instead of those of candidates()."""
+    for each in (*(passes or ()), extra):
+        hooks.check(each)
+    budget = None if memory_budget is None else budgets.parse("memory_budget", memory_budget)
+    return Pipeline(budget, None if passes is None else tuple(map(tuple, passes)), tuple(extra), machine)
+
+
+def candidates(training: bool) -> tuple[Passes, ...]:
+    """What is tried where nobody says: plain, and combinations of the passes that this kind of step can use."""
+    alone: tuple[Passes, ...] = ((), (Chunk(),))
+    return (*alone, *((*each, Spill()) for each in alone)) if training else alone
+
+
+def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:
+    found: Footprint = traced.footprint()
+    changed = any(each.lines for each in traced.changes)
+    return Estimate(traced.passes, found.peak_bytes, found.input_bytes, seconds(traced, machine), changed)
+
+
+def seconds(traced: Traced, machine: Machine) -> float:
+    graphs = [traced.forward] if traced.backward is None else [traced.forward, traced.backward]
+    return sum(machine.seconds(costs.of_graph(each.graph)) for each in graphs)
+
+
+def told(passes: Sequence[Pass]) -> str:
+    """Passes as code, "no pass" of none."""
+    return ", ".join(map(repr, passes)) or "no pass"

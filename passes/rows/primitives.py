@@ -119,9 +119,7 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
             lambda x, exponent: x.pow(exponent), lambda g, _, x, exponent: g * x.pow(exponent - 1) * exponent, _OF_OPERANDS
         ),
         "neg": _unary(torch.neg, lambda g, *_: -g),
-        "mean": _unary(
-            lambda x: x.mean(-1, keepdim=True), lambda g, _, x: (g / x.shape[-1]).expand(*g.shape[:-1], x.shape[-1])
-        ),
+        "mean": _unary(lambda x: x.mean(-1, keepdim=True), lambda g, _, x: (g / x.shape[-1]).expand(*g.shape[:-1], x.shape[-1])),
         "to": _unary(lambda x, dtype: x.to(_dtype(dtype)), lambda g, *_, dtype: g),
         "add": Primitive(torch.add, lambda g, *_: (g, g)),
         "sub": Primitive(torch.sub, lambda g, *_: (g, -g)),

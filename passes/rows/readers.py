@@ -97,11 +97,15 @@ def _unary(name: str) -> Reader:
     return lambda input: Read(name, (input,))
 
 
-for _name in ("relu", "sigmoid", "tanh", "rsqrt", "neg"):
-    _reads(getattr(torch, _name), getattr(aten, _name).default, _name)(_unary(_name))
 _reads(aten.silu.default)(_unary("silu"))
-_reads(F.sigmoid, F.tanh, operator.neg)
-_READERS.update({F.sigmoid: _unary("sigmoid"), F.tanh: _unary("tanh"), operator.neg: _unary("neg")})
+for _name, _function in {
+    "relu": aten.relu,
+    "sigmoid": F.sigmoid,
+    "tanh": F.tanh,
+    "rsqrt": aten.rsqrt,
+    "neg": operator.neg,
+}.items():
+    _reads(_function, getattr(torch, _name), getattr(aten, _name).default, _name)(_unary(_name))
 
 
 @_reads(F.layer_norm, aten.layer_norm.default)

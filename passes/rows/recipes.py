@@ -1,10 +1,10 @@
 """Work on rows as a value that prints: what a custom op is told to do, as text that an fx graph and the compile cache can hold.
 
-    v0 = layer_norm(x0, w0, w1, eps=1e-05)      x0, x1, ...   operands whose rows are worked on
-    v1 = linear(v0, w2, w3)                     w0, w1, ...   operands that all rows share
-    v2 = gelu(v1, approximate='none')           v0, v1, ...   results; the last is the recipe's
-    v3 = linear(v2, w4, w5)
-    v4 = add(x0, v3)
+v0 = layer_norm(x0, w0, w1, eps=1e-05)      x0, x1, ...   operands whose rows are worked on
+v1 = linear(v0, w2, w3)                     w0, w1, ...   operands that all rows share
+v2 = gelu(v1, approximate='none')           v0, v1, ...   results; the last is the recipe's
+v3 = linear(v2, w4, w5)
+v4 = add(x0, v3)
 """
 
 from __future__ import annotations

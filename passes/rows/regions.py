@@ -225,9 +225,8 @@ def _writes(node: Node) -> bool:
         return bool(target._schema.is_mutable)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return (
-        node.op in ("call_function", "call_method")
-        and (in_place or name == "setitem" or _is_augmented(target) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs)
+    return node.op in ("call_function", "call_method") and (
+        in_place or name == "setitem" or _is_augmented(target) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     )
 
 

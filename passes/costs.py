@@ -6,7 +6,7 @@ Good for ordering candidates on one machine; not a forecast of seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,23 @@ def _of_node(node: Node, sizes: Mapping[str, int]) -> Work:
         return _KNOWN[op](*args, **kwargs, out=out)
     if op.overloadpacket in flop_registry:
         return Work(flops=float(flop_registry[op.overloadpacket](*args, **kwargs, out_val=out)))
-    return Work() if op.is_view else Work(memory_bytes=_bytes(out))
+    return Work() if op.is_view or _is_fused(node) else Work(memory_bytes=_bytes(out))
+
+
+def _is_fused(node: Node) -> bool:
+    """Whether an elementwise result goes into elementwise operators alone, so that it never reaches memory."""
+    return _is_pointwise(node) and all(map(_is_pointwise, _readers(node)))
+
+
+def _is_pointwise(node: Node) -> bool:
+    return isinstance(node.target, Operator) and torch.Tag.pointwise in node.target.tags
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """Who uses a value, also as a view."""
+    for user in node.users:
+        is_view = isinstance(user.target, Operator) and user.target.is_view
+        yield from _readers(user) if is_view else [user]
 
 
 def _bytes(value: Any) -> int:

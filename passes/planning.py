@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch._dynamo.exc import ShortenTraceback
 
-from . import budgets, costs, hooks
+from . import budgets, costs, hooks, rehearsals  # noqa: F401 rehearsals speaks to the estimates where it is imported
 from .chunk import Chunk
 from .costs import MACHINE, Machine
 from .footprint import Footprint

@@ -9,7 +9,9 @@ from . import arena, costs, footprint, liveness, peak
 from .chunk import Chunk
 from .compiled import compile, estimate
 from .hooks import inductor_configs
+from .materialize import Materialize
 from .planning import BudgetError, pipeline
+from .reorder import Reorder
 from .reports import report
 from .spill import Spill
 from .stages import Pass, Stage
@@ -17,7 +19,9 @@ from .stages import Pass, Stage
 __all__ = [
     "BudgetError",
     "Chunk",
+    "Materialize",
     "Pass",
+    "Reorder",
     "Spill",
     "Stage",
     "arena",

@@ -25,15 +25,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .liveness import number_of, value_of
+from .workspaces import workspace, workspace_bytes
 
-Operator = torch._ops.OpOverload
+__all__ = ["Footprint", "copied", "donated", "in_compilation", "of_graph", "of_step", "workspace"]
 
-_WORKSPACE: dict[Operator, Callable[..., int]] = {}
 # Estimating must neither run kernels to time them nor start the passes that ask for the estimate.
 _QUIET = {
     "max_autotune": False,
@@ -58,16 +58,6 @@ class Footprint:
     def added_bytes(self) -> int:
         """What the program needs beyond its inputs; less than 0 where it frees donated inputs and makes little."""
         return self.peak_bytes - self.input_bytes
-
-
-def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
-    """Says that `op` holds bytes_of(*args, **kwargs) beside its operands and results while it runs.
-
-    The arguments are those of the call, tensors without data. A second call for an operator replaces the first.
-    """
-    if not isinstance(op, Operator):
-        raise TypeError(f"op must be an operator's overload, as torch.ops.aten.mm.default; got {op!r}")
-    _WORKSPACE[op] = bytes_of
 
 
 def of_graph(
@@ -113,6 +103,25 @@ def of_step(forward: GraphModule, backward: GraphModule, *, sizes: Mapping[str, 
         del inputs
         own.append(second.run(given))
     return Footprint(meter.peak, before)
+
+
+def donated(graph: Graph) -> list[str]:
+    """The placeholders of a backward that torch.compile, which is at it now, lets the program free; none of another graph."""
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    context = torch._guards.TracingContext.try_get()
+    # Only a backward takes tangents: AOTAutograd names them so, and its partitioners know them by that name too.
+    if context is None or context.fw_metadata is None or not any("tangents" in name for name in placeholders):
+        return []
+    return [placeholders[place] for place in context.fw_metadata.bw_donated_idxs or ()]
+
+
+def in_compilation(module: GraphModule) -> int:
+    """The peak of a graph that torch.compile is lowering now, for passes at that stage. Raises ValueError as of_graph does."""
+    from torch._inductor import config
+
+    freed = donated(module.graph)
+    with config.patch(reorder_for_locality=False):  # it has been before this stage, and would undo an order that is tried
+        return of_graph(module, donated=freed, inference=not freed).peak_bytes
 
 
 class _Program:
@@ -191,8 +200,7 @@ class _Meter(TorchDispatchMode):
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, FakeTensor):
                 self._see(leaf)
-        if func in _WORKSPACE:
-            self.peak = max(self.peak, self.held + _WORKSPACE[func](*args, **(kwargs or {})))
+        self.peak = max(self.peak, self.held + workspace_bytes(func, args, kwargs or {}))
         return result
 
     def _see(self, tensor: Tensor) -> None:

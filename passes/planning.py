@@ -11,7 +11,9 @@ from . import budgets, costs, hooks, rehearsals  # noqa: F401 rehearsals speaks 
 from .chunk import Chunk
 from .costs import MACHINE, Machine
 from .footprint import Footprint
+from .materialize import Materialize
 from .peak import mebibytes
+from .reorder import Reorder
 from .spill import Spill
 from .stages import Pass
 from .traced import Captured, Traced, trace
@@ -106,8 +108,10 @@ def pipeline(
 
 def candidates(training: bool) -> tuple[Passes, ...]:
     """What is tried where nobody says: plain, and combinations of the passes that this kind of step can use."""
-    alone: tuple[Passes, ...] = ((), (Chunk(),))
-    return (*alone, *((*each, Spill()) for each in alone)) if training else alone
+    ordered = (Materialize(), Reorder())
+    if not training:
+        return (), ordered, (Chunk(),), (Chunk(), *ordered)
+    return (), (Chunk(),), (Spill(),), (Chunk(), Spill()), (Chunk(), *ordered), (Chunk(), Spill(), *ordered)
 
 
 def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:

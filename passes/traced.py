@@ -50,7 +50,8 @@ class Traced:
 
     def footprint(self, *, sizes: Mapping[str, int] | None = None) -> Footprint:
         """What the compiled step holds at its peak. sizes: values of symbols, else those of the trace."""
-        with config.patch(options(self.passes)):
+        # Inductor has ordered the nodes before the passes of Stage.LOWERED did.
+        with config.patch(options(self.passes) | {"reorder_for_locality": False}):
             if self.backward is None:
                 return footprint.of_graph(self.forward, sizes=sizes)
             return footprint.of_step(self.forward, self.backward, sizes=sizes)

@@ -28,8 +28,8 @@ _CHUNK_BYTES = 16 * 2**20
 class Chunk:
     """Rewrites the parts of a graph that work on rows through something wide (rows/regions.py) to run in chunks of rows.
 
-    rows: how many at a time. chunk_bytes: instead, as many as all values of a chunk fit in together (at least one); backward takes
-    at most twice that. Left alone: what mixes rows or is used elsewhere too, dropout in training, what autocast converts.
+    rows: how many at a time. chunk_bytes: instead, as many as all values of a chunk fit in together (at least one); backward
+    takes at most twice that. Left alone: what mixes rows or is used elsewhere too, dropout in training, what autocast converts.
     Raises ValueError where one of them is less than 1, or both are given.
     """
 
@@ -79,7 +79,7 @@ def chunked(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, chunk
     out = _result(plan, flat, shared)
     for part in _parts(flat[0], chunk_rows):
         out[part] = plan.run([each[part] for each in flat], shared)
-    return out.unflatten(0, rows[0].shape[:-1])
+    return out.view(*rows[0].shape[:-1], *out.shape[1:])
 
 
 @torch.library.custom_op("passes::chunked_backward", mutates_args=())
@@ -87,19 +87,16 @@ def chunked_backward(
     grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, chunk_rows: int, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients of those of (*rows, *shared) that are wanted. The sums of 16-bit weights' gradients are held in float32."""
-    plan, flat = Recipe.parse(recipe), _flat(rows)
-    flat_grad = grad.flatten(0, len(rows[0].shape) - 2)
-    by_rows, by_shared = wanted[: len(rows)], wanted[len(rows) :]
-    found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each, is_wanted in zip(flat, by_rows) if is_wanted]
-    sums = {f"w{i}": _zeros(each) for i, (each, is_wanted) in enumerate(zip(shared, by_shared)) if is_wanted}
-    names = frozenset([*sums, *(f"x{i}" for i, is_wanted in enumerate(by_rows) if is_wanted)])
+    plan, flat, lead = Recipe.parse(recipe), _flat(rows), rows[0].shape[:-1]
+    by_rows, by_shared = _wanted("x", flat, wanted[: len(rows)]), _wanted("w", shared, wanted[len(rows) :])
+    found = [each.new_empty(each.shape) for each in by_rows.values()]
+    sums = {name: _zeros(each) for name, each in by_shared.items()}
+    flat_grad, names = grad.flatten(0, len(lead) - 1), frozenset([*by_rows, *by_shared])
     for part in _parts(flat[0], chunk_rows):
         pieces = plan.backward(flat_grad[part], [each[part] for each in flat], shared, sums, names)
         for whole, piece in zip(found, pieces, strict=True):
             whole[part] = piece
-    lead = rows[0].shape[:-1]
-    dtypes = [each.dtype for each, is_wanted in zip(shared, by_shared) if is_wanted]
-    return [each.unflatten(0, lead) for each in found] + [each.to(dtype) for each, dtype in zip(sums.values(), dtypes)]
+    return [each.unflatten(0, lead) for each in found] + [sums[name].to(each.dtype) for name, each in by_shared.items()]
 
 
 @chunked.register_fake
@@ -134,6 +131,11 @@ chunked.register_autograd(_differentiate, setup_context=_keep)
 
 def _flat(rows: Sequence[Tensor]) -> list[Tensor]:
     return [each.flatten(0, -2) for each in rows]
+
+
+def _wanted(kind: str, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> dict[str, Tensor]:
+    """Those that are wanted, by the names that a recipe gives them."""
+    return {f"{kind}{i}": each for i, (each, is_wanted) in enumerate(zip(tensors, wanted, strict=True)) if is_wanted}
 
 
 def _result(plan: Recipe, flat: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:

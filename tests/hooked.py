@@ -1,4 +1,4 @@
-"""Passes at work, for their tests: in the graph that Dynamo captures, run as it is or compiled by inductor, and in an exported one."""
+"""Passes at work, for their tests: in the graph that Dynamo captures, run as it is or by inductor, and in an exported one."""
 
 from __future__ import annotations
 

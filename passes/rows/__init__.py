@@ -1,1 +1,1 @@
-"""Work that no row of a tensor shares with another: found in graphs, written as text, run and differentiated some rows at a time."""
+"""Work on rows one by one: found in graphs, written down as text, run and differentiated some rows at a time."""

@@ -3,8 +3,8 @@
 By hand, because a chunk inside a custom op runs below autograd, and because it says what need not be recomputed: a linear's
 backward reads its operands and never its result, so the last linear of an MLP is not run again.
 
-A value is (..., features): no operation here mixes its leading dims, the rows. Operands are such values, tensors of at most one dim
-that all rows share (a linear's weight has two), or numbers.
+A value is (..., features): no operation here mixes its leading dims, the rows. Operands are such values, tensors of at most one
+dim that all rows share (a linear's weight has two), or numbers.
 """
 
 from __future__ import annotations

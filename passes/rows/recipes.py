@@ -217,9 +217,11 @@ def _kinds(recipe: Recipe, rows: Signature, shared: Signature) -> Mapping[str, T
 
 
 def _step(line: ast.stmt) -> Step:
-    assert isinstance(line, ast.Assign) and isinstance(line.value, ast.Call)
+    assert isinstance(line, ast.Assign)
+    assert isinstance(line.value, ast.Call)
     (target,), call = line.targets, line.value
-    assert isinstance(target, ast.Name) and isinstance(call.func, ast.Name)
+    assert isinstance(target, ast.Name)
+    assert isinstance(call.func, ast.Name)
     operands = tuple(each.id if isinstance(each, ast.Name) else ast.literal_eval(each) for each in call.args)
     options = tuple((str(each.arg), ast.literal_eval(each.value)) for each in call.keywords)
     return Step(target.id, call.func.id, operands, options)

@@ -3,8 +3,8 @@
     x ──┬── norm ── linear ── gelu ── linear ── add ── out        one node for all of it, x in, out back:
         └────────────────────────────────────────┘                 nothing wider than x is ever whole
 
-A region is what a narrow result is made of, back to where least has to be kept: every value in it is used in it alone, its last is
-its result, and some linear's result in it is wider than all that goes in together, and than what comes out.
+A region is what a narrow result is made of, back to where least has to be kept: every value in it is used in it alone, its
+last is its result, and some linear's result in it is wider than all that goes in together, and than what comes out.
 """
 
 from __future__ import annotations

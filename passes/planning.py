@@ -20,6 +20,9 @@ from .traced import Captured, Traced, trace
 
 Passes = tuple[Pass, ...]
 
+# Bytes of a chunk: below, its products are too small to be fast; above, its values leave a last-level cache.
+_LEAST_CHUNK, _MOST_CHUNK = 2**20, 16 * 2**20
+
 
 class BudgetError(ShortenTraceback, ValueError):
     """No candidate fits. least_bytes: the least budget that would do. Dynamo passes it on as it is."""
@@ -74,7 +77,7 @@ class Pipeline:
     def choose(self, graph: Captured) -> Choice:
         """The least time of those that fit. Raises BudgetError with the least budget that would do."""
         plain = trace(graph, ())
-        offered = candidates(graph.training) if self.candidates is None else self.candidates
+        offered = candidates(graph.training, self.budget_bytes) if self.candidates is None else self.candidates
         traced = [plain if not passes else trace(graph, passes) for passes in ((*each, *self.extra) for each in offered)]
         traced.sort(key=lambda each: seconds(each, self.machine))
         estimates = [baseline := estimate(plain, self.machine)]
@@ -106,12 +109,13 @@ def pipeline(
     return Pipeline(budget, None if passes is None else tuple(map(tuple, passes)), tuple(extra), machine)
 
 
-def candidates(training: bool) -> tuple[Passes, ...]:
+def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes, ...]:
     """What is tried where nobody says: plain, and combinations of the passes that this kind of step can use."""
     ordered = (Materialize(), Reorder())
+    chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
     if not training:
-        return (), ordered, (Chunk(),), (Chunk(), *ordered)
-    return (), (Chunk(),), (Spill(),), (Chunk(), Spill()), (Chunk(), *ordered), (Chunk(), Spill(), *ordered)
+        return (), ordered, (chunk,), (chunk, *ordered)
+    return (), (chunk,), (Spill(),), (chunk, Spill()), (chunk, *ordered), (chunk, Spill(), *ordered)
 
 
 def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:

@@ -115,7 +115,7 @@ def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes,
     chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
     if not training:
         return (), ordered, (chunk,), (chunk, *ordered)
-    return (), (chunk,), (Spill(),), (chunk, Spill()), (chunk, *ordered), (chunk, Spill(), *ordered)
+    return (), (chunk,), (Spill(),), (chunk, Spill()), (chunk, Spill(), *ordered)
 
 
 def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:

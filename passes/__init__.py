@@ -9,6 +9,7 @@ from . import arena, costs, footprint, liveness, peak
 from .chunk import Chunk
 from .compiled import compile, estimate
 from .hooks import inductor_configs
+from .linear_cross_entropy import LinearCrossEntropy
 from .materialize import Materialize
 from .planning import BudgetError, pipeline
 from .reorder import Reorder
@@ -19,6 +20,7 @@ from .stages import Pass, Stage
 __all__ = [
     "BudgetError",
     "Chunk",
+    "LinearCrossEntropy",
     "Materialize",
     "Pass",
     "Reorder",

@@ -16,10 +16,9 @@ from torch.fx import Graph
 
 from .liveness import source_of
 from .rows import regions
-from .rows.recipes import Recipe
+from .rows.recipes import Recipe, zero_sum
 from .stages import Stage
 
-_LOW = {torch.bfloat16, torch.float16}
 # What all values of a chunk take together where nobody says: they stay in a last-level cache, and products stay large.
 _CHUNK_BYTES = 16 * 2**20
 
@@ -90,7 +89,7 @@ def chunked_backward(
     plan, flat, lead = Recipe.parse(recipe), _flat(rows), rows[0].shape[:-1]
     by_rows, by_shared = _wanted("x", flat, wanted[: len(rows)]), _wanted("w", shared, wanted[len(rows) :])
     found = [each.new_empty(each.shape) for each in by_rows.values()]
-    sums = {name: _zeros(each) for name, each in by_shared.items()}
+    sums = {name: zero_sum(each) for name, each in by_shared.items()}
     flat_grad, names = grad.flatten(0, len(lead) - 1), frozenset([*by_rows, *by_shared])
     for part in _parts(flat[0], chunk_rows):
         pieces = plan.backward(flat_grad[part], [each[part] for each in flat], shared, sums, names)
@@ -145,7 +144,3 @@ def _result(plan: Recipe, flat: Sequence[Tensor], shared: Sequence[Tensor]) -> T
 
 def _parts(flat: Tensor, chunk_rows: int) -> Iterator[slice]:
     return (slice(start, start + chunk_rows) for start in range(0, len(flat), chunk_rows))
-
-
-def _zeros(weight: Tensor) -> Tensor:
-    return torch.zeros(weight.shape, dtype=torch.float32 if weight.dtype in _LOW else weight.dtype, device=weight.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch._dynamo.exc import ShortenTraceback
 
@@ -11,6 +11,7 @@ from . import budgets, costs, hooks, rehearsals  # noqa: F401 rehearsals speaks 
 from .chunk import Chunk
 from .costs import MACHINE, Machine
 from .footprint import Footprint
+from .linear_cross_entropy import LinearCrossEntropy
 from .materialize import Materialize
 from .peak import mebibytes
 from .reorder import Reorder
@@ -77,22 +78,36 @@ class Pipeline:
     def choose(self, graph: Captured) -> Choice:
         """The least time of those that fit. Raises BudgetError with the least budget that would do."""
         plain = trace(graph, ())
-        offered = candidates(graph.training, self.budget_bytes) if self.candidates is None else self.candidates
-        traced = [plain if not passes else trace(graph, passes) for passes in ((*each, *self.extra) for each in offered)]
-        traced.sort(key=lambda each: seconds(each, self.machine))
+        traced = sorted(self._traced(graph, plain), key=lambda each: seconds(each, self.machine))
         estimates = [baseline := estimate(plain, self.machine)]
         for each in traced:
-            found = baseline if each is plain else estimate(each, self.machine)
-            estimates += [] if each is plain else [found]
+            found = estimate(each, self.machine) if each.passes else baseline
+            estimates += [found] if each.passes else []
             if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
                 return Choice(found, tuple(estimates), each, plain)
-        least = min((each for each in estimates if each is not baseline or plain in traced), key=lambda each: each.peak_bytes)
+        tried = [each.passes for each in traced]
+        least = min((each for each in estimates if each.passes in tried), key=lambda each: each.peak_bytes)
         raise BudgetError(
             f"memory_budget must be at least {least.peak_bytes:,} bytes ({mebibytes(least.peak_bytes)}) for these inputs, which "
             f"{told(least.passes)} would take; got {self.budget_bytes:,} ({mebibytes(self.budget_bytes or 0)}). "
             "Raise it, or shorten the inputs",
             least.peak_bytes,
         )
+
+    def _traced(self, graph: Captured, plain: Traced) -> list[Traced]:
+        """The graph under every candidate; of candidates of ours that differ in passes that found nothing to do, the first."""
+        own = self.candidates is None
+        offered = candidates(graph.training, self.budget_bytes) if self.candidates is None else self.candidates
+        found: dict[Passes, Traced] = {}
+        for passes in ((*each, *self.extra) for each in offered):
+            traced = trace(graph, passes) if passes else plain
+            found.setdefault(tuple(each for each in passes if not own or _counts(each, traced, self.extra)), traced)
+        return [replace(traced, passes=passes) for passes, traced in found.items()]
+
+
+def _counts(by: Pass, traced: Traced, extra: Passes) -> bool:
+    """Whether a step would be another without a pass."""
+    return by in extra or bool(hooks.options([by])) or any(each.lines for each in traced.changes if each.by == by)
 
 
 def pipeline(
@@ -115,7 +130,8 @@ def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes,
     chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
     if not training:
         return (), ordered, (chunk,), (chunk, *ordered)
-    return (), (chunk,), (Spill(),), (chunk, Spill()), (chunk, Spill(), *ordered)
+    loss = LinearCrossEntropy()
+    return (), (loss,), (loss, chunk), (loss, Spill()), (loss, chunk, Spill()), (loss, chunk, Spill(), *ordered)
 
 
 def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:

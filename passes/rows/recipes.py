@@ -173,14 +173,23 @@ def _linear_pieces(
 ) -> list[tuple[str, Tensor]]:
     x, weight, *bias = step.names
     if weight in sums:
-        total = sums[weight]
-        if total.dtype == grad.dtype:
-            total.addmm_(grad.t(), known[x])
-        else:
-            total.add_(grad.t() @ known[x])
+        add_product(sums[weight], grad.t(), known[x])
     if bias and bias[0] in sums:
         sums[bias[0]].add_(grad.sum(0, dtype=sums[bias[0]].dtype))
     return [(x, grad @ known[weight])] if x in wanted else []
+
+
+def zero_sum(weight: Tensor) -> Tensor:
+    """Where the gradients of a weight are added up, chunk by chunk: in float32 at least."""
+    return torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a second tensor like it where dtypes allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 def _over_rows(piece: Tensor, total: Tensor) -> Tensor:

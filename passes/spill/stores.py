@@ -94,13 +94,14 @@ class FileStore:
         self._file = file.fileno()
         _count(1, self._size)
         self._release = weakref.finalize(self, _release, file, self._size)
-        array = x.detach().cpu().view(INTEGERS[x.element_size()]).numpy()
-        self._written: Future[None] | None = _thread(os.getpid()).submit(self._write, array)
+        # Held here and not by the thread's queue, so that finish() frees it at once.
+        self._array: Array | None = x.detach().cpu().view(INTEGERS[x.element_size()]).numpy()
+        self._written: Future[None] | None = _thread(os.getpid()).submit(self._write)
 
     def finish(self) -> None:
         # What is raised from here must not refer back to this store, or the file would wait for a garbage collection.
         error = None if self._written is None else self._written.exception()
-        self._written = None
+        self._written = self._array = None
         if error is not None:
             raise self._explained(error) if isinstance(error, OSError) else error
 
@@ -121,9 +122,10 @@ class FileStore:
             into.copy_(host)
         self._release()
 
-    def _write(self, array: Array) -> None:
+    def _write(self) -> None:
+        assert self._array is not None
         offset = 0
-        for piece in _pieces(array):
+        for piece in _pieces(self._array):
             rest = _bytes(piece)
             while rest:
                 put = os.pwrite(self._file, rest, offset)

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import costs, footprint
 from .chunk import chunked, chunked_backward
 from .costs import Work
+from .rows import losses
 from .rows.recipes import Recipe
+from .versions import HAS_LINEAR_CROSS_ENTROPY
 
 
 def rehearse(body: Callable[..., Any], *args: Any) -> int:
@@ -54,20 +57,10 @@ class _Counter(TorchDispatchMode):
         self.held -= size
 
 
-def _forward_bytes(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, chunk_rows: int) -> int:
-    return rehearse(chunked._init_fn, _some(rows, chunk_rows), list(shared), recipe, chunk_rows)
-
-
-def _backward_bytes(
-    grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, chunk_rows: int, wanted: Sequence[bool]
-) -> int:
-    (some,) = _some([grad], chunk_rows)
-    return rehearse(chunked_backward._init_fn, some, _some(rows, chunk_rows), list(shared), recipe, chunk_rows, wanted)
-
-
-def _some(rows: Sequence[Tensor], chunk_rows: int) -> list[Tensor]:
-    """Two chunks: later ones hold no more than the second."""
-    return [each.flatten(0, -2)[: 2 * chunk_rows] for each in rows]
+def told(op: CustomOpDef, work: Callable[..., Work]) -> None:
+    """Has the estimates know a custom operator written in Python: its workspace by a rehearsal of its body, its work."""
+    footprint.workspace(op._opoverload, lambda *args, **kwargs: rehearse(op._init_fn, *args, *kwargs.values()))
+    costs.register(op._opoverload, work)
 
 
 def _work(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str) -> Work:
@@ -83,7 +76,22 @@ def _backward_work(grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor
     return work + work + work
 
 
-footprint.workspace(torch.ops.passes.chunked.default, _forward_bytes)
-footprint.workspace(torch.ops.passes.chunked_backward.default, _backward_bytes)
-costs.register(torch.ops.passes.chunked.default, lambda rows, shared, recipe, *_, out: _work(rows, shared, recipe))
-costs.register(torch.ops.passes.chunked_backward.default, _backward_work)
+def _loss_work(products: int) -> Callable[..., Work]:
+    """Of so many products of tokens, features and classes."""
+
+    def work(*args: Any, out: Any, **kwargs: Any) -> Work:
+        x, weight = [each for each in args if isinstance(each, Tensor) and each.dim() == 2][:2]
+        return Work(2.0 * products * x.numel() * len(weight), 4.0 * len(x) * len(weight))
+
+    return work
+
+
+told(chunked, lambda rows, shared, recipe, *_, out: _work(rows, shared, recipe))
+told(chunked_backward, _backward_work)
+told(losses.linear_cross_entropy, _loss_work(1))
+told(losses.linear_cross_entropy_backward, _loss_work(3))
+if HAS_LINEAR_CROSS_ENTROPY:
+    from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
+
+    # It computes its gradients in forward.
+    told(_linear_cross_entropy_batch_chunked, _loss_work(3))

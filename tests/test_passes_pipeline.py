@@ -17,7 +17,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx import Graph
 
 import passes
-from passes import BudgetError, Spill, Stage, budgets, costs, hooks
+from passes import BudgetError, Chunk, LinearCrossEntropy, Spill, Stage, budgets, costs, hooks
 from passes.planning import Choice, Estimate
 from passes.traced import capture
 from tests.graphs import Gelu, Swiglu, measured_peak
@@ -136,6 +136,30 @@ def test_estimates_are_what_a_step_takes(estimates: tuple[Estimate, ...]) -> Non
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-7)
     model.float()
     assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(estimates[1].added_bytes, rel=0.03)
+
+
+class Head(nn.Module):
+    """An MLP and a wide head with its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.head = Gelu(), nn.Linear(64, 4096, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        target = torch.zeros(len(x), dtype=torch.int64)
+        return nn.functional.cross_entropy(self.head(x + self.mlp(x)), target)
+
+
+def test_operators_in_chunks_are_rehearsed() -> None:
+    """What they hold inside stands in no graph."""
+    torch.manual_seed(0)
+    model, x = Head(), torch.randn(2048, 64)
+    parameters, chunked = list(model.parameters()), [Chunk(rows=256), LinearCrossEntropy(chunk_bytes=2**20)]
+    plain, found = sorted(passes.estimate(model, [x], train=True, passes=[[], chunked]), key=lambda each: -each.peak_bytes)
+    step = passes.compile(model, passes=chunked, dynamic=False)
+    train(step, parameters, x)
+    assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(found.added_bytes, rel=0.01)
+    assert found.added_bytes < plain.added_bytes / 4
 
 
 def test_estimating_takes_no_memory_for_the_inputs() -> None:

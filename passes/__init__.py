@@ -16,6 +16,7 @@ from .reorder import Reorder
 from .reports import report
 from .spill import Spill
 from .stages import Pass, Stage
+from .stream_qkv import StreamQKV
 
 __all__ = [
     "BudgetError",
@@ -26,6 +27,7 @@ __all__ = [
     "Reorder",
     "Spill",
     "Stage",
+    "StreamQKV",
     "arena",
     "compile",
     "costs",

@@ -17,6 +17,7 @@ from .peak import mebibytes
 from .reorder import Reorder
 from .spill import Spill
 from .stages import Pass
+from .stream_qkv import StreamQKV
 from .traced import Captured, Traced, trace
 
 Passes = tuple[Pass, ...]
@@ -129,7 +130,8 @@ def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes,
     ordered = (Materialize(), Reorder())
     chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
     if not training:
-        return (), ordered, (chunk,), (chunk, *ordered)
+        stream = StreamQKV(chunk_bytes=chunk.chunk_bytes)
+        return (), ordered, (chunk,), (chunk, *ordered), (stream, chunk)
     loss = LinearCrossEntropy()
     return (), (loss,), (loss, chunk), (loss, Spill()), (loss, chunk, Spill()), (loss, chunk, Spill(), *ordered)
 

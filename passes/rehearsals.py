@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -17,12 +19,14 @@ from .chunk import chunked, chunked_backward
 from .costs import Work
 from .rows import losses
 from .rows.recipes import Recipe
+from .stream_qkv import streamed
 from .versions import HAS_LINEAR_CROSS_ENTROPY
+from .workspaces import workspace_bytes
 
 
 def rehearse(body: Callable[..., Any], *args: Any) -> int:
     """Most bytes that body(*args) holds at once beyond its operands and results, on tensors of those sizes without data."""
-    with _disable_current_modes():
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
         given = pytree.tree_map_only(Tensor, _without_data, args)
         with _Counter() as counter:
             results = body(*given)
@@ -31,7 +35,7 @@ def rehearse(body: Callable[..., Any], *args: Any) -> int:
 
 
 def _without_data(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 class _Counter(TorchDispatchMode):
@@ -49,7 +53,7 @@ class _Counter(TorchDispatchMode):
                 self.seen.add(storage._cdata)
                 self.held += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.held)
+        self.most = max(self.most, self.held + workspace_bytes(func, args, kwargs or {}))
         return result
 
     def _freed(self, key: int, size: int) -> None:
@@ -76,6 +80,13 @@ def _backward_work(grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor
     return work + work + work
 
 
+def _streamed_work(rows: Sequence[Tensor], shared: Sequence[Tensor], *recipes_and_rest: Any, out: Any) -> Work:
+    """All tokens by all weights, and by each other."""
+    *batch, tokens, features = rows[0].shape
+    weights = sum(each.numel() for each in shared if each.dim() == 2)
+    return Work(flops=2.0 * math.prod(batch) * tokens * (weights + 2 * tokens * features), memory_bytes=4.0 * out.nbytes)
+
+
 def _loss_work(products: int) -> Callable[..., Work]:
     """Of so many products of tokens, features and classes."""
 
@@ -88,6 +99,7 @@ def _loss_work(products: int) -> Callable[..., Work]:
 
 told(chunked, lambda rows, shared, recipe, *_, out: _work(rows, shared, recipe))
 told(chunked_backward, _backward_work)
+told(streamed, _streamed_work)
 told(losses.linear_cross_entropy, _loss_work(1))
 told(losses.linear_cross_entropy_backward, _loss_work(3))
 if HAS_LINEAR_CROSS_ENTROPY:

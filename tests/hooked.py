@@ -33,7 +33,11 @@ class Hook(CustomGraphPass):
 
 
 def captured(model: Callable[..., Any], rewriting: Pass, *, dynamic: bool = True) -> tuple[Callable[..., Any], list[str]]:
-    """`model` with its graph rewritten and run node by node, and the lines of the pass, which come when it first runs."""
+    """`model` with its graph rewritten and run node by node, and the lines of the pass, which come when it first runs.
+
+    A module's floats are numbers in it. dynamic=True makes tensors of them at first; inductor then asks again for those that it
+    cannot take so.
+    """
     hook = Hook(rewriting)
 
     def backend(module: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -42,7 +46,8 @@ def captured(model: Callable[..., Any], rewriting: Pass, *, dynamic: bool = True
         return module
 
     torch._dynamo.reset()
-    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True), hook.lines
+    step = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+    return torch._dynamo.config.patch(specialize_float=True)(step), hook.lines
 
 
 def compiled(model: Callable[..., Any], rewriting: Pass | None, *, dynamic: bool = True) -> tuple[Callable[..., Any], list[str]]:

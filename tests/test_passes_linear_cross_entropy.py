@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,6 @@ from tests.hooked import captured, compiled, exported
 
 WIDTH, CLASSES = 8, 11
 OPERATORS = [pytest.param(True, id="own"), pytest.param(False, id="torch's")]
-
-
-@pytest.fixture(autouse=True)
-def numbers_as_they_are() -> Iterator[None]:
-    """dynamic=True would pass a module's floats as tensors; inductor asks again for those that it needs as numbers."""
-    with torch._dynamo.config.patch(specialize_float=True):
-        yield
 
 
 class Model(nn.Module):
@@ -214,12 +207,11 @@ def test_peak_of_a_training_step(own: bool) -> None:
 def test_compiled_by_inductor() -> None:
     """With a module's float that torch.compile passes as a tensor first."""
     model = Model(label_smoothing=0.1, bias=True).double()
-    with torch._dynamo.config.patch(specialize_float=False):
-        step, lines = compiled(model, LinearCrossEntropy(rows=3, own=True))
-        for length in (7, 4, 2):
-            x, target = batch(length)
-            found, expected = step(x, target), model(x, target)
-            torch.testing.assert_close(gradients(found, x, model), gradients(expected, x, model))
+    step, lines = compiled(model, LinearCrossEntropy(rows=3, own=True))
+    for length in (7, 4, 2):
+        x, target = batch(length)
+        found, expected = step(x, target), model(x, target)
+        torch.testing.assert_close(gradients(found, x, model), gradients(expected, x, model))
     assert len(lines) >= 1
 
 

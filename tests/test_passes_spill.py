@@ -272,8 +272,8 @@ def test_bad_options_are_named(act: Callable[[], Any], message: str) -> None:
 @pytest.mark.slow
 def test_four_layers_hold_less_than_one_and_a_half_activations() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(Block(Gelu(256), 256) for _ in range(4)))
-    x, held = torch.randn(1, 8192, 256), []
+    model = nn.Sequential(*(Block(Gelu(128), 128) for _ in range(4)))
+    x, held = torch.randn(1, 8192, 128), []
     for passes in ((), (Spill(),)):
         torch._dynamo.reset()
         function = compiled(model, *passes, dynamic=False)

@@ -73,6 +73,10 @@ def _rms_norm_backward(grad: Tensor, _: Tensor, x: Tensor, weight: Tensor | None
     return by_normed.sub(normed * (by_normed * normed).mean(-1, keepdim=True)).mul_(scale), by_weight
 
 
+def _linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, *, start: int, length: int) -> Tensor:
+    return F.linear(x, weight.narrow(0, start, length), None if bias is None else bias.narrow(0, start, length))
+
+
 def _narrow_backward(grad: Tensor, _: Tensor, x: Tensor, *, start: int, length: int) -> Gradients:
     whole = grad.new_zeros(*grad.shape[:-1], x.shape[-1])
     whole.narrow(-1, start, length).copy_(grad)
@@ -126,11 +130,17 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
         "mul": Primitive(torch.mul, _mul_backward, _OF_OPERANDS),
         "div": Primitive(torch.div, _div_backward, _OF_OPERANDS),
         "narrow": Primitive(lambda x, start, length: x.narrow(-1, start, length), _narrow_backward),
+        "cat": Primitive(
+            lambda *parts: torch.cat(parts, -1), lambda g, _, *parts: g.split([each.shape[-1] for each in parts], -1)
+        ),
         "logsumexp": Primitive(
             lambda x, keepdim: x.logsumexp(-1, keepdim),
             lambda g, y, x, keepdim: ((g if keepdim else g[..., None]) * x.softmax(-1),),
             _OF_OPERANDS,
         ),
         "argmax": Primitive(lambda x, keepdim: x.argmax(-1, keepdim), None),
+        # Of attention, in inference: rows of some of a linear's features, and heads, (..., heads, rows, features of one).
+        "linear_part": Primitive(_linear_part, None),
+        "split_heads": Primitive(lambda x, heads: x.unflatten(-1, (heads, -1)).transpose(-2, -3), None),
     }
 )

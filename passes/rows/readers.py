@@ -155,6 +155,11 @@ def _mean(input: Node, dim: Any, keepdim: bool = False) -> Read | None:
     return Read("mean", (input,)) if _is_last(input, dim) and keepdim else None
 
 
+@_reads("contiguous", aten.contiguous.default)
+def _contiguous(input: Node) -> Read:
+    return Read("", (input,))
+
+
 @_reads(aten.to.dtype, "to")
 def _to(input: Node, dtype: Any) -> Read | None:
     return Read("to", (input,), {"dtype": str(dtype).removeprefix("torch.")}) if isinstance(dtype, torch.dtype) else None
@@ -177,7 +182,9 @@ def _parts(input: Node, size: Any, dim: int = 0) -> Read | None:
 
 @_reads(operator.getitem)
 def _part(parts: Node, number: Any) -> Read | None:
-    whole = read(parts) if isinstance(parts, Node) and isinstance(number, int) else None
+    if isinstance(number, tuple):
+        return _slice(parts, number)
+    whole = read(parts) if isinstance(number, int) else None
     if whole is None or whole.primitive or not isinstance(pieces := value_of(parts), (list, tuple)):
         return None
     lengths = [each.shape[-1] for each in pieces]
@@ -185,6 +192,23 @@ def _part(parts: Node, number: Any) -> Read | None:
     if not all(isinstance(each, int) for each in lengths):
         return None
     return Read("narrow", whole.operands, {"start": sum(lengths[:number]), "length": lengths[number]})
+
+
+def _slice(input: Node, index: tuple[Any, ...]) -> Read | None:
+    """x[..., start:stop]."""
+    value = value_of(input)
+    if len(index) != 2 or index[0] is not ... or not isinstance(index[1], slice) or not isinstance(value, Tensor):
+        return None
+    width, bounds = value.shape[-1], (index[1].start, index[1].stop)
+    if not isinstance(width, int) or index[1].step not in (None, 1) or not all(isinstance(each, int | None) for each in bounds):
+        return None
+    start, stop, _ = index[1].indices(width)
+    return Read("narrow", (input,), {"start": start, "length": stop - start}) if stop > start else None
+
+
+@_reads(torch.cat, aten.cat.default)
+def _cat(tensors: Sequence[Node], dim: int = 0) -> Read | None:
+    return Read("cat", tuple(tensors)) if _is_last(tensors[0], dim) else None
 
 
 @_reads(torch.logsumexp, aten.logsumexp.default, "logsumexp")

@@ -89,6 +89,11 @@ class Recipe:
         """The result's."""
         return self.kinds(rows, shared)[self.result]
 
+    def row_bytes(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> int:
+        """What all results of one row take."""
+        kinds = self.kinds(rows, shared)
+        return sum(kinds[step.result].numel() * kinds[step.result].element_size() for step in self.steps)
+
     def backward(
         self, grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor], sums: Mapping[str, Tensor], wanted: frozenset[str]
     ) -> list[Tensor]:

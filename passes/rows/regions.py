@@ -42,7 +42,7 @@ class Region:
     @property
     def row_bytes(self) -> int:
         """What all values that are made of one row take."""
-        return sum(_width(node) for node in self.nodes if _primitive(node))
+        return self.recipe.row_bytes([value_of(node) for node in self.rows], [value_of(node) for node in self.shared])
 
 
 def find(graph: Graph) -> Iterator[Region]:
@@ -61,7 +61,7 @@ def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region
         return None
     lead = _lead(found.operands[0])
     members = _grown_forward(_cut(_grown_back(nodes[: number + 1], lead, claimed), lead), lead)
-    if not members or _mixed_up(nodes, members):
+    if not members or mixed_up(nodes, members):
         return None
     return _region(members, lead)
 
@@ -82,9 +82,9 @@ def _cut(members: list[Node], lead: Any) -> list[Node]:
     for start in range(len(members)):
         part = members[start:]
         linears = [node for node in part if _primitive(node) == "linear"]
-        needed = sum(_width(node) for node in _rows_given(part, lead))
-        widest = max(map(_width, linears), default=0)
-        if max(needed, _width(members[-1])) < widest and (best is None or (len(linears), needed) < best):
+        needed = sum(width(node) for node in _rows_given(part, lead))
+        widest = max(map(width, linears), default=0)
+        if max(needed, width(members[-1])) < widest and (best is None or (len(linears), needed) < best):
             best, kept = (len(linears), needed), part
     return kept
 
@@ -96,13 +96,13 @@ def _grown_forward(members: list[Node], lead: Any) -> list[Node]:
         known = {*members, *_rows_given(members, lead)}
         if _primitive(user) in (None, "linear") or not _works_on_rows(user, lead) or not _is_rows(user, lead):
             break
-        if not set(_rows_given([user], lead)) <= known or _width(user) > _width(members[-1]):
+        if not set(_rows_given([user], lead)) <= known or width(user) > width(members[-1]):
             break
         members = [*members, user]
     return members
 
 
-def _mixed_up(nodes: Sequence[Node], members: list[Node]) -> bool:
+def mixed_up(nodes: Sequence[Node], members: list[Node]) -> bool:
     """Whether something between the first and the last member changes values in place, or how values are computed."""
     first, last = nodes.index(members[0]), nodes.index(members[-1])
     inside = set(members)
@@ -137,7 +137,7 @@ def _agrees(region: Region, names: dict[Node, str]) -> bool:
 
 
 def _fits(kind: Tensor, value: Tensor) -> bool:
-    return kind.ndim == 1 or kind.shape[-1] == _sizes(value)[-1]
+    return kind.ndim == 1 or kind.shape[-1] == sizes(value.shape)[-1]
 
 
 def _works_on_rows(node: Node, lead: Any) -> bool:
@@ -147,20 +147,20 @@ def _works_on_rows(node: Node, lead: Any) -> bool:
         return False
     if found.primitive == "linear" or found.primitive.endswith("_norm"):
         x, *shared = found.operands
-        return _is_rows(x, lead) and all(each is None or _is_fixed(each) for each in shared)
+        return _is_rows(x, lead) and all(each is None or is_fixed(each) for each in shared)
     operands = [each for each in _read(node).operands if isinstance(each, Node)]
-    return any(_is_rows(each, lead) for each in operands) and all(_is_rows(each, lead) or _is_shared(each) for each in operands)
+    return any(_is_rows(each, lead) for each in operands) and all(_is_rows(each, lead) or is_shared(each) for each in operands)
 
 
 def _read(node: Node) -> Read:
     """The same, the tensor in place of a number that is read from it (dynamic=True passes a module's floats so)."""
     found = read(node)
     assert found is not None
-    operands = tuple(_tensor_of(each) if isinstance(each, Node) else each for each in found.operands)
+    operands = tuple(tensor_of(each) if isinstance(each, Node) else each for each in found.operands)
     return Read(found.primitive, operands, found.options)
 
 
-def _tensor_of(node: Node) -> Node:
+def tensor_of(node: Node) -> Node:
     source = node.args[0] if node.op == "call_method" and node.target == "item" else node
     assert isinstance(source, Node)
     return source
@@ -185,37 +185,37 @@ def _is_rows(node: Any, lead: Any) -> bool:
     value = value_of(node) if isinstance(node, Node) else None
     if isinstance(value, (list, tuple)):
         return bool(value) and _is_rows(node.args[0], lead)
-    if not isinstance(value, Tensor) or value.ndim < 2 or not isinstance(_sizes(value)[-1], int):
+    if not isinstance(value, Tensor) or value.ndim < 2 or not isinstance(sizes(value.shape)[-1], int):
         return False
     return lead is None or _lead(node) == lead
 
 
-def _is_shared(node: Node) -> bool:
+def is_shared(node: Node) -> bool:
     value = value_of(node)
-    return isinstance(value, Tensor) and value.ndim <= 1 and _is_fixed(node)
+    return isinstance(value, Tensor) and value.ndim <= 1 and is_fixed(node)
 
 
-def _is_fixed(node: Any) -> bool:
+def is_fixed(node: Any) -> bool:
     value = value_of(node) if isinstance(node, Node) else None
-    return isinstance(value, Tensor) and all(isinstance(size, int) for size in _sizes(value))
+    return isinstance(value, Tensor) and all(isinstance(size, int) for size in sizes(value.shape))
 
 
 def _lead(node: Node) -> tuple[Any, ...]:
-    return _sizes(value_of(node))[:-1]
+    return sizes(value_of(node).shape)[:-1]
 
 
-def _sizes(value: Tensor) -> tuple[Any, ...]:
+def sizes(given: Sequence[Any]) -> tuple[Any, ...]:
     """Symbols as expressions, for to compare them would guard on them; those that are known to be a number as that."""
-    sizes = (size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape)
-    return tuple(int(size) if isinstance(size, int) or size.is_number else size for size in sizes)
+    plain = (size.node.expr if isinstance(size, torch.SymInt) else size for size in given)
+    return tuple(int(size) if isinstance(size, int) or size.is_number else size for size in plain)
 
 
-def _width(node: Node) -> int:
+def width(node: Node) -> int:
     """Bytes of one row."""
     value = value_of(node)
     if not isinstance(value, Tensor):
         return 0
-    features = _sizes(value)[-1] if value.ndim else 1
+    features = sizes(value.shape)[-1] if value.ndim else 1
     return (features if isinstance(features, int) else 1) * value.element_size()
 
 

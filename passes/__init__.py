@@ -1,5 +1,5 @@
 """Memory planning for any fx graph: what lives when, when most lives, and one arena in which it all fits. Knows no attention."""
 
-from . import arena, footprint, liveness, materialize, peak, reorder
+from . import arena, footprint, liveness, materialize, peak, remat, reorder
 
-__all__ = ["arena", "footprint", "liveness", "materialize", "peak", "reorder"]
+__all__ = ["arena", "footprint", "liveness", "materialize", "peak", "remat", "reorder"]

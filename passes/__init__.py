@@ -12,6 +12,7 @@ from .hooks import inductor_configs
 from .linear_cross_entropy import LinearCrossEntropy
 from .materialize import Materialize
 from .planning import BudgetError, pipeline
+from .remat import Remat
 from .reorder import Reorder
 from .reports import report
 from .spill import Spill
@@ -24,6 +25,7 @@ __all__ = [
     "LinearCrossEntropy",
     "Materialize",
     "Pass",
+    "Remat",
     "Reorder",
     "Spill",
     "Stage",

@@ -13,7 +13,8 @@ _PLAIN_PYTHON = {"_operator", "math", "torch"}
 def has_effects(node: Node) -> bool:
     """Whether a call may do more than return its results, or draws random numbers: it must keep its turn among such calls."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.namespace not in _TOLD or node.is_impure()
+        draws = torch.Tag.nondeterministic_seeded in node.target.tags
+        return draws or node.target.namespace not in _TOLD or node.is_impure()
     return getattr(node.target, "__module__", "") not in _PLAIN_PYTHON
 
 

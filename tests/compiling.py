@@ -50,6 +50,25 @@ def lowered(run: Callable[[], object], *, stop: bool = False) -> list[GraphModul
     return found
 
 
+def joint(model: nn.Module, *inputs: Tensor, **options: Any) -> GraphModule:
+    """The forward and backward of a model in one graph, as inductor is given it; nothing is compiled."""
+    found: list[GraphModule] = []
+
+    def keep(graph: Graph) -> None:
+        assert graph.owning_module is not None
+        found.append(footprint.copied(graph.owning_module))
+        raise _Enough
+
+    torch._dynamo.reset()
+    with config.patch(joint_custom_post_pass=keep, force_disable_caches=True), torch.enable_grad():
+        try:
+            torch.compile(model, **options)(*inputs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, _Enough):
+                raise
+    return found[0]
+
+
 def inference(model: nn.Module, *inputs: Tensor, **options: Any) -> GraphModule:
     """The graph of a model that inductor is given; nothing is compiled."""
     with torch.no_grad():

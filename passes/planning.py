@@ -126,7 +126,10 @@ def pipeline(
 
 
 def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes, ...]:
-    """What is tried where nobody says: plain, and combinations of the passes that this kind of step can use."""
+    """What is tried where nobody says: plain, and combinations of the passes that this kind of step can use.
+
+    Not Remat, which has inductor write dozens of programs to plan by: name it in passes=.
+    """
     ordered = (Materialize(), Reorder())
     chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
     if not training:

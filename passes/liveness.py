@@ -126,6 +126,22 @@ def value_of(node: Node) -> Any:
     )
 
 
+def number_of(size: int | torch.SymInt, node: Node, sizes: Mapping[str, int]) -> int:
+    """A size with the values of its symbols: those given, else the hints of the trace. node: whose size it is, for the error."""
+    if isinstance(size, int):
+        return size
+    symbolic = size.node
+    values = {symbol: sizes.get(str(symbol)) for symbol in symbolic.expr.free_symbols}
+    for symbol in [symbol for symbol, value in values.items() if value is None]:
+        hint = symbolic.shape_env.backed_var_to_val.get(symbol)
+        if hint is None:
+            raise ValueError(
+                f"{node.name} takes {symbolic.expr} bytes, and nothing says what {symbol} is. Pass sizes={{{str(symbol)!r}: ...}}"
+            )
+        values[symbol] = int(hint)
+    return int(symbolic.expr.subs(values).doit())
+
+
 def attribute(node: Node) -> Any:
     """What a get_attr node reads from the module that owns its graph."""
     found: Any = node.graph.owning_module
@@ -263,22 +279,7 @@ class _Walk:
         return None
 
     def _bytes(self, tensor: Tensor, node: Node) -> int:
-        size = tensor.untyped_storage().nbytes()
-        return size if isinstance(size, int) else self._number(size, node)
-
-    def _number(self, size: torch.SymInt, node: Node) -> int:
-        """A size with the values of its symbols: those given, else the hints of the trace."""
-        symbolic = size.node
-        values = {symbol: self.sizes.get(str(symbol)) for symbol in symbolic.expr.free_symbols}
-        for symbol in [symbol for symbol, value in values.items() if value is None]:
-            hint = symbolic.shape_env.backed_var_to_val.get(symbol)
-            if hint is None:
-                raise ValueError(
-                    f"{node.name} takes {symbolic.expr} bytes, and nothing says what {symbol} is. "
-                    f"Pass sizes={{{str(symbol)!r}: ...}}"
-                )
-            values[symbol] = int(hint)
-        return int(symbolic.expr.xreplace(values).doit())
+        return number_of(tensor.untyped_storage().nbytes(), node, self.sizes)
 
     def _nested(self, node: Node, made: int) -> int:
         """What the node's subgraphs hold beyond its operands and the `made` bytes of its results."""

@@ -34,7 +34,8 @@ class Gelu(nn.Module):
 class Swiglu(nn.Module):
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.gate, self.up, self.down = (nn.Linear(*sizes, bias=False) for sizes in ((width, 256), (width, 256), (256, width)))
+        sizes = (width, 4 * width), (width, 4 * width), (4 * width, width)
+        self.gate, self.up, self.down = (nn.Linear(*each, bias=False) for each in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))

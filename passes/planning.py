@@ -1,0 +1,155 @@
+"""Which passes a step gets: of all candidates that fit the budget by estimate, the one that takes least time by estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch._dynamo.exc import ShortenTraceback
+
+from . import budgets, costs, hooks, rehearsals  # noqa: F401 rehearsals speaks to the estimates where it is imported
+from .chunk import Chunk
+from .costs import MACHINE, Machine
+from .footprint import Footprint
+from .linear_cross_entropy import LinearCrossEntropy
+from .materialize import Materialize
+from .peak import mebibytes
+from .reorder import Reorder
+from .spill import Spill
+from .stages import Pass
+from .stream_qkv import StreamQKV
+from .traced import Captured, Traced, trace
+
+Passes = tuple[Pass, ...]
+
+# Bytes of a chunk: below, its products are too small to be fast; above, its values leave a last-level cache.
+_LEAST_CHUNK, _MOST_CHUNK = 2**20, 16 * 2**20
+
+
+class BudgetError(ShortenTraceback, ValueError):
+    """No candidate fits. least_bytes: the least budget that would do. Dynamo passes it on as it is."""
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message, first_useful_frame=None)
+        self.least_bytes = least_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step under some passes. peak_bytes: all that it holds at once, its inputs and parameters included; seconds by the model.
+
+    changed: whether any pass changed anything.
+    """
+
+    passes: Passes
+    peak_bytes: int
+    input_bytes: int
+    seconds: float
+    changed: bool
+
+    @property
+    def added_bytes(self) -> int:
+        """What the step needs beyond its inputs."""
+        return self.peak_bytes - self.input_bytes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one graph. estimates: of all candidates that had to be looked at, the plain one first."""
+
+    chosen: Estimate
+    estimates: tuple[Estimate, ...]
+    traced: Traced
+    plain: Traced
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Chooses passes for graphs. budget_bytes: for the peak of a step with its inputs and parameters; None: no limit.
+
+    candidates: tuples of passes to choose from, () among them or not; None: those of candidates(). extra: a user's own passes,
+    which run in every candidate after its own of the same stage.
+    """
+
+    budget_bytes: int | None
+    candidates: tuple[Passes, ...] | None = None
+    extra: Passes = ()
+    machine: Machine = MACHINE
+
+    def choose(self, graph: Captured) -> Choice:
+        """The least time of those that fit. Raises BudgetError with the least budget that would do."""
+        plain = trace(graph, ())
+        traced = sorted(self._traced(graph, plain), key=lambda each: seconds(each, self.machine))
+        estimates = [baseline := estimate(plain, self.machine)]
+        for each in traced:
+            found = estimate(each, self.machine) if each.passes else baseline
+            estimates += [found] if each.passes else []
+            if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
+                return Choice(found, tuple(estimates), each, plain)
+        tried = [each.passes for each in traced]
+        least = min((each for each in estimates if each.passes in tried), key=lambda each: each.peak_bytes)
+        raise BudgetError(
+            f"memory_budget must be at least {least.peak_bytes:,} bytes ({mebibytes(least.peak_bytes)}) for these inputs, which "
+            f"{told(least.passes)} would take; got {self.budget_bytes:,} ({mebibytes(self.budget_bytes or 0)}). "
+            "Raise it, or shorten the inputs",
+            least.peak_bytes,
+        )
+
+    def _traced(self, graph: Captured, plain: Traced) -> list[Traced]:
+        """The graph under every candidate; of candidates of ours that differ in passes that found nothing to do, the first."""
+        own = self.candidates is None
+        offered = candidates(graph.training, self.budget_bytes) if self.candidates is None else self.candidates
+        found: dict[Passes, Traced] = {}
+        for passes in ((*each, *self.extra) for each in offered):
+            traced = trace(graph, passes) if passes else plain
+            found.setdefault(tuple(each for each in passes if not own or _counts(each, traced, self.extra)), traced)
+        return [replace(traced, passes=passes) for passes, traced in found.items()]
+
+
+def _counts(by: Pass, traced: Traced, extra: Passes) -> bool:
+    """Whether a step would be another without a pass."""
+    return by in extra or bool(hooks.options([by])) or any(each.lines for each in traced.changes if each.by == by)
+
+
+def pipeline(
+    memory_budget: int | str | None = None,
+    passes: Sequence[Sequence[Pass]] | None = None,
+    *,
+    extra: Sequence[Pass] = (),
+    machine: Machine = MACHINE,
+) -> Pipeline:
+    """What chooses passes under a budget in bytes, or as "6GiB". passes: candidates instead of those of candidates()."""
+    for each in (*(passes or ()), extra):
+        hooks.check(each)
+    budget = None if memory_budget is None else budgets.parse("memory_budget", memory_budget)
+    return Pipeline(budget, None if passes is None else tuple(map(tuple, passes)), tuple(extra), machine)
+
+
+def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes, ...]:
+    """What is tried where nobody says: plain, and combinations of the passes that this kind of step can use.
+
+    Not Remat, which has inductor write dozens of programs to plan by: name it in passes=.
+    """
+    ordered = (Materialize(), Reorder())
+    chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
+    if not training:
+        stream = StreamQKV(chunk_bytes=chunk.chunk_bytes)
+        return (), ordered, (chunk,), (chunk, *ordered), (stream, chunk)
+    loss = LinearCrossEntropy()
+    return (), (loss,), (loss, chunk), (loss, Spill()), (loss, chunk, Spill()), (loss, chunk, Spill(), *ordered)
+
+
+def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:
+    found: Footprint = traced.footprint()
+    changed = any(each.lines for each in traced.changes)
+    return Estimate(traced.passes, found.peak_bytes, found.input_bytes, seconds(traced, machine), changed)
+
+
+def seconds(traced: Traced, machine: Machine) -> float:
+    graphs = [traced.forward] if traced.backward is None else [traced.forward, traced.backward]
+    return sum(machine.seconds(costs.of_graph(each.graph)) for each in graphs)
+
+
+def told(passes: Sequence[Pass]) -> str:
+    """Passes as code, "no pass" of none."""
+    return ", ".join(map(repr, passes)) or "no pass"

@@ -1,0 +1,119 @@
+"""Which attentions can be asked for some queries at a time, and what they then read of the keys."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An operator of (query, key, value, ...), each (batch, heads, tokens, features), that works on queries in parts.
+
+    read(query, key, value, ...) -> its other arguments by name, literals; None for a call that is not to be taken apart.
+    reach(start, stop, tokens, **options) -> the half-open range of keys that the queries [start, stop) of `tokens` may see.
+    part(query, key, value, start, first, **options) -> their result; the first query stands at `start`, the first key at `first`.
+    """
+
+    name: str
+    read: Callable[..., dict[str, Any] | None]
+    reach: Callable[..., tuple[int, int]]
+    part: Callable[..., Tensor]
+
+
+_ATTENTIONS: dict[Any, Attention] = {}
+
+
+def attention(
+    *targets: Any, read: Callable[..., dict[str, Any] | None], reach: Callable[..., tuple[int, int]], part: Callable[..., Tensor]
+) -> Attention:
+    """Lets stream_qkv take an attention apart. targets: what graphs call: an operator (torch.ops....), its other spellings.
+
+    Do it where the operator is defined: a compiled graph asks for it by the first target's name. See Attention for the others.
+    """
+    made = Attention(str(targets[0]), read, reach, part)
+    packets = [each.overloadpacket for each in targets if isinstance(each, torch._ops.OpOverload)]
+    _ATTENTIONS.update(dict.fromkeys((*targets, *packets, made.name), made))
+    return made
+
+
+def call(node: Node) -> tuple[str, tuple[Node, Node, Node]] | None:
+    """A node as text for `parse`, and its query, key and value; None where it is no attention that is known."""
+    found = _ATTENTIONS.get(node.target) if node.op == "call_function" else None
+    if found is None:
+        return None
+    try:
+        bound = inspect.signature(found.read).bind(*node.args, **node.kwargs)
+    except TypeError:
+        return None
+    options = found.read(*bound.args, **bound.kwargs)
+    literal = options is not None and all(isinstance(each, int | float | str | None) for each in options.values())
+    query, key, value, *_ = bound.args
+    return (repr((found.name, options)), (query, key, value)) if literal else None
+
+
+def parse(text: str) -> tuple[Attention, dict[str, Any]]:
+    """What `call` wrote. Raises KeyError for an attention that nobody has registered in this process."""
+    name, options = ast.literal_eval(text)
+    if name not in _ATTENTIONS:
+        raise KeyError(f"{name} is no attention that stream_qkv knows. Import the module that registers it")
+    return _ATTENTIONS[name], options
+
+
+def _read(
+    query: Node,
+    key: Node,
+    value: Node,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    *,
+    scale: Any = None,
+    enable_gqa: Any = False,
+) -> dict[str, Any] | None:
+    options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    return options if attn_mask is None and isinstance(dropout_p, int | float) and dropout_p == 0 else None
+
+
+def _reach(start: int, stop: int, tokens: int, *, is_causal: bool, **_: Any) -> tuple[int, int]:
+    return 0, stop if is_causal else tokens
+
+
+def _part(
+    query: Tensor, key: Tensor, value: Tensor, start: int, first: int, *, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """is_causal means that query and key 0 stand together; here the last of both do."""
+    if not is_causal or start == first:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    split = start - first
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        before = _with_lse(query, key[..., :split, :], value[..., :split, :], False, scale)
+        return _merged(before, _with_lse(query, key[..., split:, :], value[..., split:, :], True, scale))
+    seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril_(split)
+    return F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=enable_gqa)
+
+
+def _with_lse(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
+    return out, lse
+
+
+def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+    """Two parts of one softmax: each weighed by its share of the sum of exponentials."""
+    share = torch.sigmoid(left[1] - right[1])[..., None]
+    return torch.lerp(right[0].to(share.dtype), left[0].to(share.dtype), share).to(left[0].dtype)
+
+
+attention(
+    aten.scaled_dot_product_attention.default, F.scaled_dot_product_attention, read=_read, reach=_reach, part=_part
+)  # fmt: skip

@@ -1,0 +1,329 @@
+"""Where a graph is a transformer block: one attention, and around it work on rows from one value to another.
+
+    x ──┬─ norm ─ linear ─ heads ─── query ─┐
+        ├─ norm ─ linear ─ heads ─── key ───┼─ attention ─ joined ─ linear ─┬─ norm ─ MLP ─┬─ result
+        ├─ norm ─ linear ─ heads ─── value ─┘                               │              │
+        └────────────────────────────────────────────────────────────── add ┴───────── add ┘
+
+Everything but the attention is a recipe: query, key and value of x, and of what lies along the tokens (a rotary embedding's
+angles); the result of those and the joined heads. Heads are read off a view's strides, however they were packed and split.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from . import attentions
+from .readers import read, value_of
+from .recipes import Recipe, Step
+from .regions import is_fixed, is_shared, mixed_up, sizes, tensor_of, width
+
+aten = torch.ops.aten
+_TRANSPOSES = {"transpose", "swapaxes", torch.transpose, aten.transpose.int}
+_PERMUTES = {"permute", torch.permute, aten.permute.default}
+_RESHAPES = {
+    *("view", "reshape", "flatten", "contiguous", torch.reshape, torch.flatten),
+    *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default),
+}
+_SPLITS = {
+    *("chunk", "split", "unbind", "unflatten", "unsqueeze", torch.chunk, torch.split, torch.functional.split, torch.unbind),
+    *(torch.unflatten, aten.chunk.default, aten.split.Tensor, aten.unbind.int, aten.unflatten.int, aten.select.int),
+    *(operator.getitem, aten.slice.Tensor),
+}
+_VIEWS = _TRANSPOSES | _PERMUTES | _RESHAPES | _SPLITS
+
+
+@dataclass(frozen=True)
+class Block:
+    """nodes: in the order of the graph; the last one's value is the result.
+
+    rows: its operands that lie along the tokens, those of (batch, tokens, features) first. query, key, value: of rows and
+    shared; result: of rows, the joined heads after them, and shared. attention: for attentions.parse. row_bytes: what all values
+    that are made of one row take.
+    """
+
+    nodes: tuple[Node, ...]
+    rows: tuple[Node, ...]
+    shared: tuple[Node, ...]
+    query: Recipe
+    key: Recipe
+    value: Recipe
+    result: Recipe
+    attention: str
+    row_bytes: int
+
+
+def find(graph: Graph) -> Iterator[Block]:
+    """The blocks of a graph, in its order; no node is in two. The graph may be changed at a block once it has been yielded."""
+    nodes, claimed = list(graph.nodes), set[Node]()
+    for node in nodes:
+        if (call := attentions.call(node)) is None or not _is_called_with_heads(node, call[1]):
+            continue
+        batch, _, tokens, _ = sizes(value_of(node).shape)
+        if (block := _Search(nodes, node, *call, batch, tokens, claimed).block()) is not None:
+            claimed.update(block.nodes)
+            yield block
+
+
+def _is_called_with_heads(node: Node, heads: Sequence[Node]) -> bool:
+    """Self-attention: all of (batch, some heads, tokens, features)."""
+    values = [value_of(each) for each in (node, *heads)]
+    if not all(isinstance(value, Tensor) and value.ndim == 4 for value in values):
+        return False
+    return len({sizes(value.shape)[::2] for value in values}) == 1
+
+
+@dataclass
+class _Search:
+    """Around one attention, with its sizes as numbers or the expressions of symbols."""
+
+    nodes: list[Node]
+    attention: Node
+    call: str
+    heads: tuple[Node, Node, Node]
+    batch: Any
+    tokens: Any
+    claimed: set[Node]
+    order: dict[Node, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = {node: number for number, node in enumerate(self.nodes)}
+
+    def block(self) -> Block | None:
+        joined = self._joined()
+        bases = [self._base(node) for each in self.heads for node in self._made_from(each)]
+        linears = [self.order[base[0]] for base in bases if base is not None]
+        if joined is None or not linears:
+            return None
+        members = self._members(joined, min(linears))
+        if not members or mixed_up(self.nodes, members):
+            return None
+        return self._written(members, joined)
+
+    def _joined(self) -> list[Node] | None:
+        """The nodes from the attention to (batch, tokens, heads * features)."""
+        _, heads, _, features = sizes(value_of(self.attention).shape)
+        chain = [self.attention]
+        while len(chain[-1].users) == 1 and sizes(value_of(chain[-1]).shape) != (self.batch, self.tokens, heads * features):
+            (user,) = chain[-1].users
+            if not (_swaps_tokens_and_heads(user) if len(chain) == 1 else user.target in _RESHAPES):
+                return None
+            chain.append(user)
+        return chain if len(chain) > 2 and self._is_rows(chain[-1]) else None
+
+    def _made_from(self, node: Node) -> list[Node]:
+        """Of a query or its like the heads that are views of rows: itself, or what a rotary embedding makes it of."""
+        if self._base(node) is not None:
+            return [node]
+        found = read(node)
+        operands = [] if found is None else [each for each in found.operands if self._is_heads(each)]
+        return list(dict.fromkeys(base for each in operands for base in self._made_from(each)))
+
+    def _base(self, node: Node) -> tuple[Node, int] | None:
+        """The rows that a node views as heads, and the first of its features among theirs."""
+        base: Any = node
+        while isinstance(base, Node) and base.target in _VIEWS:
+            base = base.args[0]
+        if not self._is_rows(base) or not self._is_heads(node):
+            return None
+        view, whole = value_of(node), value_of(base)
+        if view.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+            return None
+        features, (_, heads, _, each) = sizes(whole.shape)[-1], sizes(view.shape)
+        (start,) = sizes([view.storage_offset()])
+        fits = sizes(view.stride()) == (self.tokens * features, each, features, 1) and isinstance(start, int)
+        return (base, start) if fits and start + heads * each <= features else None
+
+    def _members(self, joined: Sequence[Node], first: int) -> list[Node]:
+        """The block up to the last of its values that all of it leads to; `first`: where its first linear stands."""
+        best: list[Node] = []
+        for end in self.nodes[self.order[joined[-1]] + 1 :]:
+            if attentions.call(end) is not None:
+                break
+            if not self._is_rows(end) or not self._works(end):
+                continue
+            members = self._grown_back(end, first, set(joined))
+            given = self._given(members)
+            if self.attention in members and width(end) <= max(map(width, given)) and not any(map(self._is_heads, given)):
+                best = members
+        outside = [node for node in best if self.order[node] < first]
+        cuts = [best[start:] for start in range(len(outside) + 1)]
+        return min(cuts, key=lambda part: sum(map(width, self._given(part))))
+
+    def _grown_back(self, end: Node, first: int, joined: set[Node]) -> list[Node]:
+        """What is made for `end` alone; before the first linear, of cheap work alone."""
+        members = {end: None}
+        for number in range(self.order[end] - 1, -1, -1):
+            node = self.nodes[number]
+            if not node.users or node in self.claimed or not all(user in members for user in node.users):
+                continue
+            cheap = self._works(node) and _primitive(node) != "linear"
+            if cheap or (number >= first and (node in joined or node.target in _VIEWS or self._works(node))):
+                members[node] = None
+        return list(reversed(members))
+
+    def _works(self, node: Node) -> bool:
+        """Whether a node is a primitive of rows or heads, of what lies along the tokens, and of what all share."""
+        found = read(node)
+        if found is None or not (self._is_rows(node) or self._is_heads(node)):
+            return False
+        rows, others = _by_role(node)
+        same = self._is_rows if self._is_rows(node) else self._is_heads
+        fits = [same(each) or self._is_along(each) or is_shared(each) for each in rows]
+        return all(fits) and any(map(same, rows)) and all(map(is_fixed, others))
+
+    def _given(self, members: Sequence[Node]) -> list[Node]:
+        """What lies along the tokens and is made elsewhere, rows first."""
+        inside = set(members)
+        used = [each for node in members for each in self._rows_of(node)]
+        found = list(dict.fromkeys(each for each in used if each not in inside and not is_shared(each)))
+        return sorted(found, key=lambda node: not self._is_rows(node))
+
+    def _rows_of(self, node: Node) -> list[Node]:
+        if node is self.attention:
+            return list(self.heads)
+        if node.target in _VIEWS:
+            return [node.args[0]] if isinstance(node.args[0], Node) else []
+        return _by_role(node)[0]
+
+    def _written(self, members: list[Node], joined: Sequence[Node]) -> Block | None:
+        rows = self._given(members)
+        if not rows or not self._is_rows(rows[0]) or not all(self._is_rows(each) or self._is_along(each) for each in rows):
+            return None
+        shared: list[Node] = []
+        writers = [_Writer(self, members, rows, shared, joined[-1]) for _ in range(4)]
+        targets = (*self.heads, members[-1])
+        if not all(writer.write(target) for writer, target in zip(writers, targets, strict=True)):
+            return None
+        recipes = [Recipe(tuple(writer.steps)) for writer in writers]
+        values = [value_of(each) for each in (*rows, joined[-1])]
+        for writer, recipe in zip(writers, recipes, strict=True):
+            if not recipe.steps or not writer.agrees(recipe, values):
+                return None
+        row_bytes = sum(recipe.row_bytes(values, [value_of(each) for each in shared]) for recipe in recipes)
+        query, key, value, result = recipes
+        return Block(tuple(members), tuple(rows), tuple(shared), query, key, value, result, self.call, row_bytes)
+
+    def _is_rows(self, node: Any) -> bool:
+        """(batch, tokens, features)"""
+        found = _sizes(node)
+        return len(found) == 3 and found[:2] == (self.batch, self.tokens) and isinstance(found[2], int)
+
+    def _is_heads(self, node: Any) -> bool:
+        """(batch, heads, tokens, features)"""
+        found = _sizes(node)
+        fits = len(found) == 4 and found[::2] == (self.batch, self.tokens)
+        return fits and isinstance(found[1], int) and isinstance(found[3], int)
+
+    def _is_along(self, node: Any) -> bool:
+        """(1, ..., tokens, features), the same for every batch and head; batch and one head too."""
+        found = _sizes(node)
+        if len(found) < 2 or found[-2] != self.tokens or not isinstance(found[-1], int):
+            return False
+        return all(size == 1 for size in found[:-2]) or (len(found) == 4 and found[:2] == (self.batch, 1))
+
+
+@dataclass
+class _Writer:
+    """Writes the steps that lead to one value. made: the nodes whose values the steps are, in their order."""
+
+    search: _Search
+    members: list[Node]
+    rows: list[Node]
+    shared: list[Node]
+    joined: Node
+    steps: list[Step] = field(default_factory=list)
+    made: dict[Node, str] = field(default_factory=dict)
+
+    def write(self, node: Node) -> str | None:
+        """The name of a node's value, its steps written before; None where it has none."""
+        if node in self.made:
+            return self.made[node]
+        if node in self.rows or node is self.joined:
+            return f"x{[*self.rows, self.joined].index(node)}"
+        if node not in self.members:
+            return self._shared(node)
+        if (base := self.search._base(node)) is not None:
+            return self._heads(node, *base)
+        found = read(node)
+        if found is None:
+            return None
+        operands = [self.write(tensor_of(each)) if isinstance(each, Node) else each for each in found.operands]
+        if any(name is None and isinstance(each, Node) for name, each in zip(operands, found.operands, strict=True)):
+            return None
+        if not found.primitive:
+            return str(operands[0])
+        self.made[node] = self._step(found.primitive, operands, found.options)
+        return self.made[node]
+
+    def _shared(self, node: Node) -> str:
+        if node not in self.shared:
+            self.shared.append(node)
+        return f"w{self.shared.index(node)}"
+
+    def _heads(self, node: Node, base: Node, start: int) -> str | None:
+        """Of a linear that makes more than these heads, these alone are computed."""
+        _, heads, _, features = sizes(value_of(node).shape)
+        options = {"start": start, "length": heads * features}
+        found = read(base) if base in self.members else None
+        is_linear = found is not None and found.primitive == "linear"
+        sources = found.operands if found is not None and is_linear else (base,)
+        names = [self.write(each) if isinstance(each, Node) else each for each in sources]
+        if names[0] is None:
+            return None
+        part = self._step("linear_part" if is_linear else "narrow", names, options)
+        self.made[node] = self._step("split_heads", [part], {"heads": heads})
+        return self.made[node]
+
+    def _step(self, primitive: str, operands: list[Any], options: dict[str, Any]) -> str:
+        self.steps.append(Step(f"v{len(self.steps)}", primitive, tuple(operands), tuple(options.items())))
+        return self.steps[-1].result
+
+    def agrees(self, recipe: Recipe, rows: Sequence[Tensor]) -> bool:
+        """Whether each value has the features and the dtype of its trace: under autocast, say, it has not."""
+        try:
+            kinds = recipe.kinds(rows, [value_of(node) for node in self.shared])
+        except (RuntimeError, ValueError, TypeError):  # what the primitives do not take as it stands
+            return False
+        pairs = [(kinds[name], value_of(node)) for node, name in self.made.items()]
+        return all(kind.dtype == value.dtype and kind.shape[-1] == sizes(value.shape)[-1] for kind, value in pairs)
+
+
+def _swaps_tokens_and_heads(node: Node) -> bool:
+    given: Any = node.args[1:]
+    dims = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+    if not all(isinstance(dim, int) for dim in dims):
+        return False
+    dims = [dim % 4 for dim in dims]
+    return (node.target in _TRANSPOSES and sorted(dims) == [1, 2]) or (node.target in _PERMUTES and dims == [0, 2, 1, 3])
+
+
+def _by_role(node: Node) -> tuple[list[Node], list[Node]]:
+    """A primitive's operands that may be rows, and those that never are."""
+    found = read(node)
+    if found is None:
+        return [], []
+    operands = [tensor_of(each) if isinstance(each, Node) else None for each in found.operands]
+    count = 1 if found.primitive == "linear" or found.primitive.endswith("_norm") else len(operands)
+    return _present(operands[:count]), _present(operands[count:])
+
+
+def _present(operands: Sequence[Node | None]) -> list[Node]:
+    return [each for each in operands if each is not None]
+
+
+def _primitive(node: Node) -> str | None:
+    found = read(node)
+    return None if found is None else found.primitive
+
+
+def _sizes(node: Any) -> tuple[Any, ...]:
+    value = value_of(node) if isinstance(node, Node) else None
+    return sizes(value.shape) if isinstance(value, Tensor) else ()

@@ -1,0 +1,237 @@
+"""Where a graph works on rows through something wide: the part of it that a recipe can stand for.
+
+    x ──┬── norm ── linear ── gelu ── linear ── add ── out        one node for all of it, x in, out back:
+        └────────────────────────────────────────┘                 nothing wider than x is ever whole
+
+A region is what a narrow result is made of, back to where least has to be kept: every value in it is used in it alone, its
+last is its result, and some linear's result in it is wider than all that goes in together, and than what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from .readers import Read, read, value_of
+from .recipes import Recipe, Step
+
+# Results that are narrower than what they are made of: regions end there, or a little later.
+_ENDS = {"linear", "logsumexp", "argmax"}
+# They change what the nodes after them mean.
+_MODES = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast, torch._C._set_grad_enabled}
+
+
+@dataclass(frozen=True)
+class Region:
+    """nodes: in the order of the graph; the last one's value is the result. rows, shared: what they are given."""
+
+    nodes: tuple[Node, ...]
+    rows: tuple[Node, ...]
+    shared: tuple[Node, ...]
+    recipe: Recipe
+
+    @property
+    def result(self) -> Node:
+        return self.nodes[-1]
+
+    @property
+    def row_bytes(self) -> int:
+        """What all values that are made of one row take."""
+        return self.recipe.row_bytes([value_of(node) for node in self.rows], [value_of(node) for node in self.shared])
+
+
+def find(graph: Graph) -> Iterator[Region]:
+    """The regions of a graph, in its order; no node is in two. The graph may be changed at a region once it has been yielded."""
+    nodes, claimed = list(graph.nodes), set[Node]()
+    for number, node in enumerate(nodes):
+        if node not in claimed and (region := _ending_at(nodes, number, claimed)) is not None:
+            claimed.update(region.nodes)
+            yield region
+
+
+def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region | None:
+    end = nodes[number]
+    found = read(end)
+    if found is None or found.primitive not in _ENDS or not _is_rows(found.operands[0], None):
+        return None
+    lead = _lead(found.operands[0])
+    members = _grown_forward(_cut(_grown_back(nodes[: number + 1], lead, claimed), lead), lead)
+    if not members or mixed_up(nodes, members):
+        return None
+    return _region(members, lead)
+
+
+def _grown_back(nodes: Sequence[Node], lead: Any, claimed: set[Node]) -> list[Node]:
+    """The last node and all that is made for it alone."""
+    members = {nodes[-1]: None}
+    for node in reversed(nodes[:-1]):
+        if node.users and node not in claimed and all(user in members for user in node.users) and _works_on_rows(node, lead):
+            members[node] = None
+    return list(reversed(members)) if _works_on_rows(nodes[-1], lead) else []
+
+
+def _cut(members: list[Node], lead: Any) -> list[Node]:
+    """The fewest linears that make nothing wide from outside, and of those cuts the one that needs least, the earliest."""
+    best: tuple[int, int] | None = None
+    kept: list[Node] = []
+    for start in range(len(members)):
+        part = members[start:]
+        linears = [node for node in part if _primitive(node) == "linear"]
+        needed = sum(width(node) for node in _rows_given(part, lead))
+        widest = max(map(width, linears), default=0)
+        if max(needed, width(members[-1])) < widest and (best is None or (len(linears), needed) < best):
+            best, kept = (len(linears), needed), part
+    return kept
+
+
+def _grown_forward(members: list[Node], lead: Any) -> list[Node]:
+    """With what is done to the result alone, together with what is already given."""
+    while members and len(members[-1].users) == 1:
+        (user,) = members[-1].users
+        known = {*members, *_rows_given(members, lead)}
+        if _primitive(user) in (None, "linear") or not _works_on_rows(user, lead) or not _is_rows(user, lead):
+            break
+        if not set(_rows_given([user], lead)) <= known or width(user) > width(members[-1]):
+            break
+        members = [*members, user]
+    return members
+
+
+def mixed_up(nodes: Sequence[Node], members: list[Node]) -> bool:
+    """Whether something between the first and the last member changes values in place, or how values are computed."""
+    first, last = nodes.index(members[0]), nodes.index(members[-1])
+    inside = set(members)
+    return any(node not in inside and (_writes(node) or node.target in _MODES) for node in nodes[first:last])
+
+
+def _region(members: list[Node], lead: Any) -> Region | None:
+    rows = _rows_given(members, lead)
+    shared = list(dict.fromkeys(each for node in members for each in _operands(node) if each not in members and each not in rows))
+    names: dict[Node, str] = {node: f"x{i}" for i, node in enumerate(rows)} | {node: f"w{i}" for i, node in enumerate(shared)}
+    steps: list[Step] = []
+    for node in members:
+        found = _read(node)
+        if not found.primitive:
+            names[node] = names[found.operands[0]]
+            continue
+        names[node] = f"v{len(steps)}"
+        operands = tuple(names[each] if isinstance(each, Node) else each for each in found.operands)
+        steps.append(Step(names[node], found.primitive, operands, tuple(found.options.items())))
+    region = Region(tuple(members), tuple(rows), tuple(shared), Recipe(tuple(steps)))
+    return region if _agrees(region, names) else None
+
+
+def _agrees(region: Region, names: dict[Node, str]) -> bool:
+    """Whether each value has the features and the dtype of its trace: under autocast, say, it has not."""
+    try:
+        kinds = region.recipe.kinds([value_of(node) for node in region.rows], [value_of(node) for node in region.shared])
+    except (RuntimeError, ValueError, TypeError):  # what the primitives do not take as it stands
+        return False
+    values = {node: value for node in region.nodes if isinstance(value := value_of(node), Tensor)}
+    return all(kinds[names[node]].dtype == value.dtype and _fits(kinds[names[node]], value) for node, value in values.items())
+
+
+def _fits(kind: Tensor, value: Tensor) -> bool:
+    return kind.ndim == 1 or kind.shape[-1] == sizes(value.shape)[-1]
+
+
+def _works_on_rows(node: Node, lead: Any) -> bool:
+    """Whether a node is a primitive whose first operand is rows, and whose others are such rows, or shared by all of them."""
+    found = read(node)
+    if found is None:
+        return False
+    if found.primitive == "linear" or found.primitive.endswith("_norm"):
+        x, *shared = found.operands
+        return _is_rows(x, lead) and all(each is None or is_fixed(each) for each in shared)
+    operands = [each for each in _read(node).operands if isinstance(each, Node)]
+    return any(_is_rows(each, lead) for each in operands) and all(_is_rows(each, lead) or is_shared(each) for each in operands)
+
+
+def _read(node: Node) -> Read:
+    """The same, the tensor in place of a number that is read from it (dynamic=True passes a module's floats so)."""
+    found = read(node)
+    assert found is not None
+    operands = tuple(tensor_of(each) if isinstance(each, Node) else each for each in found.operands)
+    return Read(found.primitive, operands, found.options)
+
+
+def tensor_of(node: Node) -> Node:
+    source = node.args[0] if node.op == "call_method" and node.target == "item" else node
+    assert isinstance(source, Node)
+    return source
+
+
+def _operands(node: Node) -> list[Node]:
+    return [each for each in _read(node).operands if isinstance(each, Node)]
+
+
+def _rows_given(members: Sequence[Node], lead: Any) -> list[Node]:
+    inside = set(members)
+    return list(dict.fromkeys(x for node in members for x in _operands(node) if x not in inside and _is_rows(x, lead)))
+
+
+def _primitive(node: Node) -> str | None:
+    found = read(node)
+    return None if found is None else found.primitive
+
+
+def _is_rows(node: Any, lead: Any) -> bool:
+    """Whether a node's value is (*lead, features), or a list of such parts; None: whatever lead it has."""
+    value = value_of(node) if isinstance(node, Node) else None
+    if isinstance(value, (list, tuple)):
+        return bool(value) and _is_rows(node.args[0], lead)
+    if not isinstance(value, Tensor) or value.ndim < 2 or not isinstance(sizes(value.shape)[-1], int):
+        return False
+    return lead is None or _lead(node) == lead
+
+
+def is_shared(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.ndim <= 1 and is_fixed(node)
+
+
+def is_fixed(node: Any) -> bool:
+    value = value_of(node) if isinstance(node, Node) else None
+    return isinstance(value, Tensor) and all(isinstance(size, int) for size in sizes(value.shape))
+
+
+def _lead(node: Node) -> tuple[Any, ...]:
+    return sizes(value_of(node).shape)[:-1]
+
+
+def sizes(given: Sequence[Any]) -> tuple[Any, ...]:
+    """Symbols as expressions, for to compare them would guard on them; those that are known to be a number as that."""
+    plain = (size.node.expr if isinstance(size, torch.SymInt) else size for size in given)
+    return tuple(int(size) if isinstance(size, int) or size.is_number else size for size in plain)
+
+
+def width(node: Node) -> int:
+    """Bytes of one row."""
+    value = value_of(node)
+    if not isinstance(value, Tensor):
+        return 0
+    features = sizes(value.shape)[-1] if value.ndim else 1
+    return (features if isinstance(features, int) else 1) * value.element_size()
+
+
+def _writes(node: Node) -> bool:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_function", "call_method") and (
+        in_place or name == "setitem" or _is_augmented(target) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    )
+
+
+def _is_augmented(target: Any) -> bool:
+    """operator.iadd and its like."""
+    return getattr(target, "__module__", "") == "_operator" and target.__name__ in {
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift",
+    }  # fmt: skip

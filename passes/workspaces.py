@@ -1,0 +1,53 @@
+"""What kernels hold for themselves while they run, beside operands and results, as far as it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Operator = torch._ops.OpOverload
+_KNOWN: dict[Operator, Callable[..., int]] = {}
+
+
+def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
+    """Says that `op` holds bytes_of(*args, **kwargs) beside its operands and results while it runs.
+
+    The arguments are those of the call, tensors without data. A second call for an operator replaces the first.
+    """
+    if not isinstance(op, Operator):
+        raise TypeError(f"op must be an operator's overload, as torch.ops.aten.mm.default; got {op!r}")
+    _KNOWN[op] = bytes_of
+
+
+def workspace_bytes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """What a call holds for itself; 0 of operators of which nothing was said."""
+    return _KNOWN[op](*args, **kwargs) if op in _KNOWN else 0
+
+
+def _flash(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: per thread a tile of scores, two statistics and a tile of the result."""
+    rows, columns, statistic = _tile(query, key)
+    rounded = rows * columns * query.element_size() if query.element_size() == 2 else 0
+    return torch.get_num_threads() * ((rows * columns + 2 * rows + rows * query.shape[-1]) * statistic + rounded)
+
+
+def _flash_backward(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """The same file: per thread two tiles of scores; one row of sums; the gradient, where it does not lie token by token."""
+    rows, columns, statistic = _tile(query, key)
+    rounded = 2 * rows * columns * query.element_size() if query.element_size() == 2 else 0
+    copied = 0 if grad_out.transpose(1, 2).is_contiguous() else grad_out.numel() * grad_out.element_size()
+    return torch.get_num_threads() * (2 * rows * columns * statistic + rounded) + rows * statistic + copied
+
+
+def _tile(query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Rows and columns of a tile of scores, and the bytes of a statistic."""
+    tokens = query.shape[2]
+    rows = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
+    return min(rows, tokens), min(512, key.shape[2]), max(4, query.element_size())
+
+
+workspace(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, _flash)
+workspace(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default, _flash_backward)

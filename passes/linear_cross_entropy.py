@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .liveness import source_of
 from .rows import losses
 from .rows.readers import read, value_of
+from .rows.regions import mixed_up
 from .stages import Stage
 from .versions import HAS_LINEAR_CROSS_ENTROPY
 
@@ -68,7 +69,8 @@ class LinearCrossEntropy:
 
     def __call__(self, graph: Graph) -> list[str]:
         own = not HAS_LINEAR_CROSS_ENTROPY if self.own is None else self.own
-        found = [loss for node in list(graph.nodes) if (loss := _loss(node)) is not None]
+        nodes = list(graph.nodes)
+        found = [loss for node in nodes if (loss := _loss(node)) is not None and not mixed_up(nodes, loss.made[::-1])]
         return [self._replace(graph, loss, own) for loss in found if own or loss.torch_can]
 
     def _replace(self, graph: Graph, loss: _Loss, own: bool) -> str:

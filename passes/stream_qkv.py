@@ -32,9 +32,9 @@ _CHUNK_BYTES = 16 * 2**20
 class StreamQKV:
     """Rewrites the transformer blocks of a graph that needs no gradient (rows/blocks.py) to run in chunks of tokens.
 
-    rows: how many tokens at a time. chunk_bytes: instead, as many as all values of a chunk fit in together, with all batches (at
-    least one). Left alone: graphs with a gradient, cross-attention, masks given as tensors, dropout in training, what autocast
-    converts. Raises ValueError where one of them is less than 1, or both are given.
+    rows: how many tokens of each sequence at a time. chunk_bytes: instead, as many as all values of a chunk of one sequence fit
+    in together (at least one). Left alone: graphs with a gradient, cross-attention, masks given as tensors, dropout in training,
+    what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
     """
 
     rows: int | None = None

@@ -27,7 +27,8 @@ RECIPES = [
     "v0 = rms_norm(x0, w3, eps=None)\nv1 = linear(v0, w0, w1)\nv2 = relu(v1)\nv3 = pow(v2, exponent=2)\nv4 = linear(v3, w2, w4)",
     "v0 = layer_norm(x0, None, None, eps=0.01)\nv1 = rms_norm(v0, None, eps=0.01)\nv2 = div(v1, 3.0)\nv3 = mul(v2, w5)",
     "v0 = pow(x0, exponent=2)\nv1 = mean(v0)\nv2 = add(v1, 1e-06)\nv3 = rsqrt(v2)\nv4 = mul(x0, v3)\nv5 = mul(w3, v4)",
-    "v0 = narrow(x0, start=0, length=4)\nv1 = narrow(x0, start=4, length=4)\nv2 = sigmoid(v0)\nv3 = tanh(v1)\nv4 = div(v2, v3)\nv5 = cat(v1, v4, x0)",
+    "v0 = narrow(x0, start=0, length=4)\nv1 = narrow(x0, start=4, length=4)\nv2 = sigmoid(v0)\nv3 = tanh(v1)\n"
+    "v4 = div(v2, v3)\nv5 = cat(v1, v4, x0)",
     "v0 = linear(x0, w0, w1)\nv1 = sub(x1, v0)\nv2 = neg(v1)\nv3 = to(v2, dtype='float64')\nv4 = logsumexp(v3, keepdim=False)",
     "v0 = linear(x0, w0, w1)\nv1 = logsumexp(v0, keepdim=True)\nv2 = sub(x0, v1)\nv3 = add(v2, w3)\nv4 = mul(v3, v1)",
 ]

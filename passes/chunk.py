@@ -28,8 +28,8 @@ class Chunk:
     """Rewrites the parts of a graph that work on rows through something wide (rows/regions.py) to run in chunks of rows.
 
     rows: how many at a time. chunk_bytes: instead, as many as all values of a chunk fit in together (at least one); backward
-    takes at most twice that. Left alone: what mixes rows or is used elsewhere too, dropout in training, what autocast converts.
-    Raises ValueError where one of them is less than 1, or both are given.
+    takes at most twice that; what kernels hold for themselves comes on top. Left alone: what mixes rows or is used elsewhere too,
+    dropout in training, what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
     """
 
     rows: int | None = None

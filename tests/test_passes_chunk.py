@@ -246,6 +246,20 @@ def test_rows_come_from_the_bytes_of_a_chunk() -> None:
         assert f"in chunks of {rows} rows: linear, gelu, linear" in lines[0]
 
 
+@pytest.mark.parametrize("text", RECIPES[:-1])  # the kernel of the last one's logsumexp holds exponentials of its own
+def test_a_chunk_takes_what_was_said(text: str) -> None:
+    """Forward the bytes of its values, backward twice that, beyond the result and the gradients."""
+    rows, shared = used(text, *operands(torch.float32, (8192,)))
+    chunk_bytes = 2048 * Recipe.parse(text).row_bytes(rows, shared)
+    out = chunked(rows, shared, text, 2048)
+    forward = measured_peak(lambda: chunked(rows, shared, text, 2048))
+    leaves, grad = [*rows, *shared], torch.ones_like(out)
+    backward = measured_peak(lambda: chunked_backward(grad, rows, shared, text, 2048, [True] * len(leaves)))
+    slack = 4096 * len(leaves)
+    assert forward <= out.nbytes + chunk_bytes + slack
+    assert backward <= sum(each.nbytes for each in leaves) + 2 * chunk_bytes + slack
+
+
 def test_frozen_parameters() -> None:
     model = made("layer norm").requires_grad_(False)
     model.mlp.up.bias.requires_grad_()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from .liveness import source_of
-from .rows import regions
+from .rows import regions, settings
 from .rows.recipes import Recipe, zero_sum
 from .stages import Stage
 
@@ -28,19 +28,15 @@ class Chunk:
     """Rewrites the parts of a graph that work on rows through something wide (rows/regions.py) to run in chunks of rows.
 
     rows: how many at a time. chunk_bytes: instead, as many as all values of a chunk fit in together (at least one); backward
-    takes at most twice that. Left alone: what mixes rows or is used elsewhere too, dropout in training, what autocast converts.
-    Raises ValueError where one of them is less than 1, or both are given.
+    takes at most twice that; what kernels hold for themselves comes on top. Left alone: what mixes rows or is used elsewhere too,
+    dropout in training, what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
     """
 
     rows: int | None = None
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rows is not None and self.chunk_bytes is not None:
-            raise ValueError(f"rows or chunk_bytes, not both; got {self}")
-        for name, value in (("rows", self.rows), ("chunk_bytes", self.chunk_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        settings.check(self)
 
     @property
     def stage(self) -> Stage:
@@ -55,7 +51,7 @@ class Chunk:
         return [self._replace(graph, region) for region in regions.find(graph)]
 
     def _replace(self, graph: Graph, region: regions.Region) -> str:
-        rows = self.rows or max(1, (self.chunk_bytes or _CHUNK_BYTES) // region.row_bytes)
+        rows = settings.rows_of(self, region.row_bytes, _CHUNK_BYTES)
         with graph.inserting_before(region.result):
             node = graph.call_function(
                 torch.ops.passes.chunked.default, ([*region.rows], [*region.shared], str(region.recipe), rows)

@@ -18,8 +18,9 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from .liveness import source_of
-from .rows import losses
+from .rows import losses, settings
 from .rows.readers import read, value_of
+from .rows.regions import mixed_up
 from .stages import Stage
 from .versions import HAS_LINEAR_CROSS_ENTROPY
 
@@ -49,11 +50,7 @@ class LinearCrossEntropy:
     own: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.rows is not None and self.chunk_bytes is not None:
-            raise ValueError(f"rows or chunk_bytes, not both; got {self}")
-        for name, value in (("rows", self.rows), ("chunk_bytes", self.chunk_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        settings.check(self)
         if self.own is False and not HAS_LINEAR_CROSS_ENTROPY:
             raise ValueError(f"own=False asks for torch's operator, which torch {torch.__version__} has not. Leave it out")
 
@@ -68,13 +65,14 @@ class LinearCrossEntropy:
 
     def __call__(self, graph: Graph) -> list[str]:
         own = not HAS_LINEAR_CROSS_ENTROPY if self.own is None else self.own
-        found = [loss for node in list(graph.nodes) if (loss := _loss(node)) is not None]
+        nodes = list(graph.nodes)
+        found = [loss for node in nodes if (loss := _loss(node)) is not None and not mixed_up(nodes, loss.made[::-1])]
         return [self._replace(graph, loss, own) for loss in found if own or loss.torch_can]
 
     def _replace(self, graph: Graph, loss: _Loss, own: bool) -> str:
         classes, features = (int(size) for size in value_of(loss.weight).shape)
         size = max(4, value_of(loss.x).element_size())  # softmax is taken in 32 bits at least
-        rows = self.rows or max(1, (self.chunk_bytes or _CHUNK_BYTES) // (classes * size))
+        rows = settings.rows_of(self, classes * size, _CHUNK_BYTES)
         with graph.inserting_before(loss.node):
             x = loss.x
             for index in loss.slices:

@@ -22,6 +22,9 @@ class Pass(Protocol):
     """A rewriting of a graph. Make it a frozen dataclass: its repr and its source are its name in the compile cache.
 
     keeps_bits: the results are the same bits as without it. Else they may differ by rounding, and the report says so.
+
+    A pass may also have `options`, a mapping of names in torch._inductor.config to values, which its plan counts on and who
+    compiles sets. It is no part of the protocol, for most passes want none.
     """
 
     @property

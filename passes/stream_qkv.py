@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .liveness import source_of
-from .rows import attentions, blocks
+from .rows import attentions, blocks, settings
 from .rows.attentions import attention
 from .rows.readers import value_of
 from .rows.recipes import Recipe
@@ -32,20 +32,16 @@ _CHUNK_BYTES = 16 * 2**20
 class StreamQKV:
     """Rewrites the transformer blocks of a graph that needs no gradient (rows/blocks.py) to run in chunks of tokens.
 
-    rows: how many tokens at a time. chunk_bytes: instead, as many as all values of a chunk fit in together, with all batches (at
-    least one). Left alone: graphs with a gradient, cross-attention, masks given as tensors, dropout in training, what autocast
-    converts. Raises ValueError where one of them is less than 1, or both are given.
+    rows: how many tokens of each sequence at a time. chunk_bytes: instead, as many as all values of a chunk of one sequence fit
+    in together (at least one). Left alone: graphs with a gradient, cross-attention, masks given as tensors, dropout in training,
+    what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
     """
 
     rows: int | None = None
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rows is not None and self.chunk_bytes is not None:
-            raise ValueError(f"rows or chunk_bytes, not both; got {self}")
-        for name, value in (("rows", self.rows), ("chunk_bytes", self.chunk_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+        settings.check(self)
 
     @property
     def stage(self) -> Stage:
@@ -63,7 +59,7 @@ class StreamQKV:
 
     def _replace(self, graph: Graph, block: blocks.Block) -> str:
         end = block.nodes[-1]
-        rows = self.rows or max(1, (self.chunk_bytes or _CHUNK_BYTES) // block.row_bytes)
+        rows = settings.rows_of(self, block.row_bytes, _CHUNK_BYTES)
         recipes = map(str, (block.query, block.key, block.value, block.result))
         with graph.inserting_before(end):
             node = graph.call_function(

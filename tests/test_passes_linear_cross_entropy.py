@@ -160,6 +160,13 @@ def legacy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight), target, size_average=False)
 
 
+def written_between(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    x = x.clone()
+    logits = F.linear(x, weight)
+    x.zero_()
+    return F.cross_entropy(logits, target)
+
+
 def autocast(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return F.cross_entropy(F.linear(x.float(), weight.float()), target)
@@ -168,7 +175,7 @@ def autocast(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("own", OPERATORS)
 @pytest.mark.parametrize(
     "function",
-    [logits_too, capped, probabilities, of_images, some_classes, legacy, autocast],
+    [logits_too, capped, probabilities, of_images, some_classes, legacy, written_between, autocast],
     ids=lambda function: function.__name__,
 )
 @pytest.mark.filterwarnings("ignore:size_average")

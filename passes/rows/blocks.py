@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from . import attentions
 from .readers import read, value_of
 from .recipes import Recipe, Step
-from .regions import is_fixed, is_shared, mixed_up, sizes, tensor_of, width
+from .regions import is_contiguous, is_fixed, is_shared, mixed_up, sizes, tensor_of, width
 
 aten = torch.ops.aten
 _TRANSPOSES = {"transpose", "swapaxes", torch.transpose, aten.transpose.int}
@@ -103,7 +103,7 @@ class _Search:
         if joined is None or not linears:
             return None
         members = self._members(joined, min(linears))
-        if not members or mixed_up(self.nodes, members):
+        if not members or not is_contiguous(members[-1]) or mixed_up(self.nodes, members):
             return None
         return self._written(members, joined)
 

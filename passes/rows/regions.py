@@ -61,7 +61,7 @@ def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region
         return None
     lead = _lead(found.operands[0])
     members = _grown_forward(_cut(_grown_back(nodes[: number + 1], lead, claimed), lead), lead)
-    if not members or mixed_up(nodes, members):
+    if not members or not is_contiguous(members[-1]) or mixed_up(nodes, members):
         return None
     return _region(members, lead)
 
@@ -102,7 +102,7 @@ def _grown_forward(members: list[Node], lead: Any) -> list[Node]:
     return members
 
 
-def mixed_up(nodes: Sequence[Node], members: list[Node]) -> bool:
+def mixed_up(nodes: Sequence[Node], members: Sequence[Node]) -> bool:
     """Whether something between the first and the last member changes values in place, or how values are computed."""
     first, last = nodes.index(members[0]), nodes.index(members[-1])
     inside = set(members)
@@ -208,6 +208,16 @@ def sizes(given: Sequence[Any]) -> tuple[Any, ...]:
     """Symbols as expressions, for to compare them would guard on them; those that are known to be a number as that."""
     plain = (size.node.expr if isinstance(size, torch.SymInt) else size for size in given)
     return tuple(int(size) if isinstance(size, int) or size.is_number else size for size in plain)
+
+
+def is_contiguous(node: Node) -> bool:
+    """Whether a value lies as an operator of ours would lay it, so that later views of it are views of ours."""
+    value, expected = value_of(node), 1
+    for size, stride in reversed(list(zip(sizes(value.shape), sizes(value.stride()), strict=True))):
+        if size != 1 and stride != expected:
+            return False
+        expected = expected * size
+    return True
 
 
 def width(node: Node) -> int:

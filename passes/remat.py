@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
@@ -114,6 +113,8 @@ class Choice:
     @cached_property
     def halves(self) -> tuple[GraphModule, GraphModule]:
         """The forward and the backward."""
+        from torch._functorch.partitioners import min_cut_rematerialization_partition  # it brings the compiler
+
         trial = footprint.copied(self.module)
         self.apply(trial.graph)
         context = torch._guards.TracingContext.try_get()

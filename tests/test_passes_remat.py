@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch.fx import Graph, Interpreter
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -218,6 +219,35 @@ def step(model: nn.Module, x: Tensor, *, budget: int | None = None, lengths: tup
             run(x[:, :length])
             gradients += [each.grad for each in model.parameters() if each.grad is not None]
     return Step(peak_bytes, gradients, lines)
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.dropout(self.up(x).sin(), 0.3))
+
+
+def test_random_numbers_are_drawn_once() -> None:
+    module = joint(Loss(Dropping(), Dropping()), torch.randn(1, 64, WIDTH), dynamic=True)
+    drawn = [node.name for node in module.graph.nodes if "seeds" in node.name]
+    assert drawn
+    for choice in choices(module):
+        assert not {node.name for node in choice.again} & set(drawn)
+
+
+@pytest.mark.slow
+def test_what_dropped_out_is_dropped_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passes.remat._SHARES", (0.5,))
+    monkeypatch.setattr(Remat, "_best", lambda self, options: options[-1])
+    torch.manual_seed(0)
+    model, x = Loss(Dropping(), Dropping()), torch.randn(1, 301, WIDTH)
+    plain, ours = (step(model, x, budget=budget) for budget in (None, 0))
+    assert len(ours.lines) == 1
+    assert ours.peak_bytes < plain.peak_bytes
+    assert all(torch.equal(got, due) for got, due in zip(ours.gradients, plain.gradients, strict=True))
 
 
 class PerBlock(nn.Module):

@@ -142,7 +142,7 @@ def test_a_layout_by_name(name: str, kind: type[Layout]) -> None:
     ("name", "message"),
     [
         ("residue", r"layout 'residue' needs a dilated program; .* names no residue. Use layout='auto'"),
-        ("hilbert", r"layout 'hilbert' needs a program over a grid; .* names none. Use layout='auto'"),
+        ("hilbert", r"layout 'hilbert' needs a program over a grid of \d+ cells; .* names none. Use layout='auto'"),
         ("snake", r"layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; got 'snake'"),
     ],
 )

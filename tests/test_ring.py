@@ -77,6 +77,7 @@ FEW = (
     "branches of different orders",
     "values wider than keys",
     "hilbert window shifted",
+    "neighborhood of a part of its grid",
 )
 
 

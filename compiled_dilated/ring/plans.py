@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -185,10 +186,12 @@ def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") ->
         if not rates:
             raise ValueError(f"layout 'residue' needs a dilated program; {program!r} names no residue. Use layout='auto'")
         out.append(ByResidue(tokens, ranks, max(rates)))
-    order = _grid_order(program, leaves)
+    order = _grid_order(program, leaves, tokens)
     if name == "hilbert" or (name == "auto" and order is not None):
         if order is None:
-            raise ValueError(f"layout 'hilbert' needs a program over a grid; {program!r} names none. Use layout='auto'")
+            raise ValueError(
+                f"layout 'hilbert' needs a program over a grid of {tokens} cells; {program!r} names none. Use layout='auto'"
+            )
         out.append(Contiguous(tokens, ranks, order))
     return out
 
@@ -199,11 +202,11 @@ def _group(segment: int, tokens: int, ranks: int) -> int:
     return group if not rest and group and ranks % group == 0 else ranks
 
 
-def _grid_order(program: Program, leaves: list[Mask]) -> Order | None:
+def _grid_order(program: Program, leaves: list[Mask], tokens: int) -> Order | None:
     orders = {branch.order for branch in program.branches} - {Identity()}
     if len(orders) == 1:
         return orders.pop()
-    grids = {leaf.grid for leaf in leaves if isinstance(leaf, Neighborhood)}
+    grids = {leaf.grid for leaf in leaves if isinstance(leaf, Neighborhood) and math.prod(leaf.grid) == tokens}
     return hilbert(*grids.pop()) if len(grids) == 1 and all(len(grid) in (2, 3) for grid in grids) else None
 
 

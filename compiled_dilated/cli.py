@@ -1,4 +1,4 @@
-"""The command line: `compiled-dilated demo | plan | show | bench | doctor | ring ...`.
+"""The command line: `compiled-dilated demo | plan | show | bench | doctor | memory | ring ...`.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from .commands import bench, demo, doctor, plan, ring, show
+from .commands import bench, demo, doctor, memory, plan, ring, show
 
 app = typer.Typer(
     name="compiled-dilated",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 for _command in (demo.demo, plan.plan, show.show, bench.bench, doctor.doctor):
     app.command()(_command)
+app.command(context_settings=memory.PASSED_ON)(memory.memory)
 app.add_typer(ring.app, name="ring")
 
 

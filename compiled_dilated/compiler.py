@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -41,8 +42,10 @@ def compile(
     layout: str | None = ...,
     device: str | torch.device | None = ...,
 ) -> Streamed: ...
+@overload
+def compile(program: nn.Module, *, memory_budget: int | str, dynamic: bool | None = ...) -> Any: ...
 def compile(
-    program: Program | Mask,
+    program: Program | Mask | nn.Module,
     *,
     lowering: str = "auto",
     ranks: int | None = None,
@@ -50,7 +53,9 @@ def compile(
     layout: str | None = None,
     transport: str | None = None,
     device: str | torch.device | None = None,
-) -> Attend | Streamed:
+    memory_budget: int | str | None = None,
+    dynamic: bool | None = None,
+) -> Attend | Streamed | Any:
     """A callable that computes attention by `program` (or a bare mask, a program of one branch).
 
     lowering: "auto" takes the cheapest by `plan`; "dense", "strided", "tiled" and "flex" are used or refused, never replaced.
@@ -61,9 +66,23 @@ def compile(
     its own shards, whose tokens are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
     layout: which tokens each rank holds; "auto" (the default), "contiguous", "zigzag", "striped", "residue" or "hilbert".
 
+    A model instead of a program: torch.compile of it under a memory_budget ("6GiB", or bytes) for the peak of a step, by the
+    passes of `passes.compile`, which says more; dynamic as in torch.compile.
+
     >>> attend = compile(masks.causal() & masks.window(256))
     >>> out = attend(q, k, v)
     """
+    if isinstance(program, nn.Module):
+        others = {"ranks": ranks, "mesh": mesh, "layout": layout, "transport": transport, "device": device}
+        given = [name for name, value in others.items() if value is not None] + ["lowering"] * (lowering != "auto")
+        if given or memory_budget is None:
+            raise ValueError(
+                f"a model is compiled under a memory_budget, and the rest is said to its attention; got "
+                f"{', '.join(given) or 'no memory_budget'}. Without a budget use torch.compile"
+            )
+        return _under_budget(program, memory_budget, dynamic)
+    if memory_budget is not None or dynamic is not None:
+        raise ValueError("memory_budget and dynamic are for models; a program is planned for every call. Leave them out")
     if transport is not None:
         arguments.choice("transport", transport, TRANSPORTS)
         if transport == "distributed" and mesh is None:
@@ -80,6 +99,13 @@ def compile(
     if device is not None:
         raise ValueError(f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device computes")
     return Attend(program, lowering, _ring(ranks, layout, mesh))
+
+
+def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | None) -> Any:
+    # It imports the compiler, which takes longer than all of this package.
+    import passes
+
+    return passes.compile(model, memory_budget=memory_budget, dynamic=dynamic)
 
 
 def _ring(ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None) -> Ring | None:

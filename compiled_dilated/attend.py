@@ -54,7 +54,8 @@ class Attend:
         score_mod(score, b, h, q_idx, kv_idx); tensors that it captures get no gradient. sink_logits: (Hq,), one learned logit per
         head that joins the softmax with value 0.
         """
-        _check_scale(scale)
+        if scale is not None:
+            _check_scale(scale)
         bare = data is None and score_mod is None and sink_logits is None and not return_lse
         decoder = self._decoder if bare else None
         if decoder is not None and (row := decoder(q, k, v, scale, q_offset)) is not None:
@@ -154,9 +155,7 @@ def check_groups(heads: int, kv_heads: int) -> None:
         raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly")
 
 
-def _check_scale(scale: float | None) -> None:
-    if scale is None:
-        return
+def _check_scale(scale: float) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(
             f"scale must be a finite number; got {type(scale).__name__} {scale!r}. Leave it out for 1 / sqrt(head_dim)"

@@ -39,9 +39,9 @@ class Decoder:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_offset: int) -> Tensor | None:
         """out (B, Hq, 1, D); None where a check is due or the keys are no one range."""
-        if type(q_offset) is not int or q_offset < 0 or not _are_plain(q, k, v) or k.shape != v.shape:
+        if type(q_offset) is not int or q_offset < 0 or not _are_plain(q, k, v):
             return None
-        mask = self._known.get(_kind(q, k, v))
+        mask = self._known.get(_kind(q, k, v)) if k.shape == v.shape else None
         if mask is None:
             return None
         kv_len = k.shape[2]
@@ -49,7 +49,8 @@ class Decoder:
         spans = mask.keys_of(q_offset, kv_len)
         if spans is None or len(spans) != 1 or not spans[0]:
             return None
-        seen = slice(spans[0].start, spans[0].stop, spans[0].step)
+        (span,) = spans
+        seen = slice(span.start, span.stop, span.step)
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=grouped)
 
@@ -61,4 +62,6 @@ def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
 
 def _are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these are tensors that nobody traces, transforms, casts or differentiates."""
-    return operators.is_plain_call(q, k, v) and not torch._C._is_any_autocast_enabled() and not operators.trains(q, k, v)
+    if torch.is_grad_enabled() and operators.trains(q, k, v):
+        return False
+    return operators.is_plain_call(q, k, v) and not torch._C._is_any_autocast_enabled()

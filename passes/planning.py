@@ -77,16 +77,22 @@ class Pipeline:
     machine: Machine = MACHINE
 
     def choose(self, graph: Captured) -> Choice:
-        """The least time of those that fit. Raises BudgetError with the least budget that would do."""
+        """The least time of those that fit. Raises BudgetError with the least budget that would do.
+
+        Candidates of ours that reorder, which takes long to plan, are looked at where none of the others fits.
+        """
         plain = trace(graph, ())
-        traced = sorted(self._traced(graph, plain), key=lambda each: seconds(each, self.machine))
-        estimates = [baseline := estimate(plain, self.machine)]
-        for each in traced:
-            found = estimate(each, self.machine) if each.passes else baseline
-            estimates += [found] if each.passes else []
-            if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
-                return Choice(found, tuple(estimates), each, plain)
-        tried = [each.passes for each in traced]
+        estimates, tried = [baseline := estimate(plain, self.machine)], list[Passes]()
+        for offered in self._offered(graph.training):
+            traced = sorted(self._traced(graph, plain, offered), key=lambda each: seconds(each, self.machine))
+            for each in traced:
+                if each.passes in tried:
+                    continue
+                tried.append(each.passes)
+                found = estimate(each, self.machine) if each.passes else baseline
+                estimates += [found] if each.passes else []
+                if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
+                    return Choice(found, tuple(estimates), each, plain)
         least = min((each for each in estimates if each.passes in tried), key=lambda each: each.peak_bytes)
         raise BudgetError(
             f"memory_budget must be at least {least.peak_bytes:,} bytes ({mebibytes(least.peak_bytes)}) for these inputs, which "
@@ -95,10 +101,16 @@ class Pipeline:
             least.peak_bytes,
         )
 
-    def _traced(self, graph: Captured, plain: Traced) -> list[Traced]:
+    def _offered(self, training: bool) -> list[Sequence[Passes]]:
+        """The candidates, in the groups in which they are looked at."""
+        if self.candidates is not None:
+            return [self.candidates]
+        ours = candidates(training, self.budget_bytes)
+        return [[each for each in ours if (Reorder() in each) == reorders] for reorders in (False, True)]
+
+    def _traced(self, graph: Captured, plain: Traced, offered: Sequence[Passes]) -> list[Traced]:
         """The graph under every candidate; of candidates of ours that differ in passes that found nothing to do, the first."""
         own = self.candidates is None
-        offered = candidates(graph.training, self.budget_bytes) if self.candidates is None else self.candidates
         found: dict[Passes, Traced] = {}
         for passes in ((*each, *self.extra) for each in offered):
             traced = trace(graph, passes) if passes else plain

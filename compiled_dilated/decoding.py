@@ -62,6 +62,4 @@ def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
 
 def _are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these are tensors that nobody traces, transforms, casts or differentiates."""
-    if torch.is_grad_enabled() and operators.trains(q, k, v):
-        return False
-    return operators.is_plain_call(q, k, v) and not torch._C._is_any_autocast_enabled()
+    return operators.is_plain_call(q, k, v) and not torch._C._is_any_autocast_enabled() and not operators.trains(q, k, v)

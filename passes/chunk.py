@@ -6,7 +6,7 @@ Each becomes one operator with an autograd of its own. Forward keeps its operand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def chunked(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, chunk
     """
     plan, flat = Recipe.parse(recipe), _flat(rows)
     out = _result(plan, flat, shared)
-    for part in _parts(flat[0], chunk_rows):
+    for part in settings.parts(len(flat[0]), chunk_rows):
         out[part] = plan.run([each[part] for each in flat], shared)
     return out.view(*rows[0].shape[:-1], *out.shape[1:])
 
@@ -87,7 +87,7 @@ def chunked_backward(
     found = [each.new_empty(each.shape) for each in by_rows.values()]
     sums = {name: zero_sum(each) for name, each in by_shared.items()}
     flat_grad, names = grad.flatten(0, len(lead) - 1), frozenset([*by_rows, *by_shared])
-    for part in _parts(flat[0], chunk_rows):
+    for part in settings.parts(len(flat[0]), chunk_rows):
         pieces = plan.backward(flat_grad[part], [each[part] for each in flat], shared, sums, names)
         for whole, piece in zip(found, pieces, strict=True):
             whole[part] = piece
@@ -136,7 +136,3 @@ def _wanted(kind: str, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> dic
 def _result(plan: Recipe, flat: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
     kind = plan.kind(flat, shared)
     return flat[0].new_empty((len(flat[0]), *kind.shape[1:]), dtype=kind.dtype)
-
-
-def _parts(flat: Tensor, chunk_rows: int) -> Iterator[slice]:
-    return (slice(start, start + chunk_rows) for start in range(0, len(flat), chunk_rows))

@@ -8,7 +8,7 @@ The attention is F.scaled_dot_product_attention, or one that says how it works o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +94,7 @@ def streamed(
     tokens = rows[0].shape[1]
     keys, values = (_whole(Recipe.parse(each), rows, shared, chunk_rows) for each in (key, value))
     out = _like_result(rows, shared, query, value, by_result)
-    for part in _parts(tokens, chunk_rows):
+    for part in settings.parts(tokens, chunk_rows):
         given = [each[..., part, :] for each in rows]
         first, last = attend.reach(part.start, part.stop, tokens, **options)
         within = [each[..., first:last, :] for each in (keys, values)]
@@ -121,7 +121,7 @@ def _whole(recipe: Recipe, rows: Sequence[Tensor], shared: Sequence[Tensor], chu
     """Heads of all tokens: (batch, heads, tokens, features)."""
     kind, (batch, tokens, _) = recipe.kind(rows, shared), rows[0].shape
     made = rows[0].new_empty((batch, kind.shape[0], tokens, kind.shape[2]), dtype=kind.dtype)
-    for part in _parts(tokens, chunk_rows):
+    for part in settings.parts(tokens, chunk_rows):
         made[..., part, :] = recipe.run([each[..., part, :] for each in rows], shared)
     return made
 
@@ -131,7 +131,3 @@ def _like_result(rows: Sequence[Tensor], shared: Sequence[Tensor], query: str, v
     joined = torch.empty((1, of_query.shape[0] * of_value.shape[2]), dtype=of_value.dtype, device="meta")
     kind = result.kind([*rows, joined], shared)
     return rows[0].new_empty((*rows[0].shape[:2], kind.shape[-1]), dtype=kind.dtype)
-
-
-def _parts(tokens: int, chunk_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_rows, tokens)) for start in range(0, tokens, chunk_rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -22,6 +23,11 @@ def check(given: Chunked) -> None:
     for name, value in (("rows", given.rows), ("chunk_bytes", given.chunk_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def parts(rows: int, chunk_rows: int) -> Iterator[slice]:
+    """The chunks of so many rows; the last may be shorter."""
+    return (slice(start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
 
 
 def rows_of(given: Chunked, row_bytes: int, otherwise_bytes: int) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import operators
@@ -21,31 +21,33 @@ from .masks import Mask
 class Decoder:
     """What one program says of single queries, by the kind of their tensors.
 
-    A mask, where all heads see the same and no data decides; None where each call goes through the lowerings.
+    A mask and whether it is bounded, where all heads see the same and no data decides; None where each call goes through the
+    lowerings. It runs between two kernels of tens of microseconds, so that each attribute that it reads counts.
     """
 
     def __init__(self, handle: str) -> None:
         self._handle = handle
-        self._known: dict[tuple[Any, ...], Mask | None] = {}
+        self._known: dict[tuple[Any, ...] | None, tuple[Mask, bool] | None] = {}
 
     def learn(self, q: Tensor, k: Tensor, v: Tensor, q_offset: int) -> None:
         """Remember tensors that passed every check: others of their kind pass them too, whatever the cache's length."""
-        if q.shape[2] != 1 or not _are_plain(q, k, v) or k.shape != v.shape or _kind(q, k, v) in self._known:
+        if q.shape[2] != 1 or not _are_plain(q, k, v) or (kind := _kind(q, k, v)) is None or kind in self._known:
             return
         plan = operators.plan_of(self._handle, q, k, v, q_offset, training=False)
         groups: tuple[Group, ...] = plan.chosen[0].work
         alike = len(groups) == 1 and groups[0].heads.count == q.shape[1] and groups[0].rest is None
-        self._known[_kind(q, k, v)] = groups[0].where if alike else None
+        self._known[kind] = (groups[0].where, groups[0].where.is_bounded) if alike else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_offset: int) -> Tensor | None:
         """out (B, Hq, 1, D); None where a check is due or the keys are no one range."""
         if type(q_offset) is not int or q_offset < 0 or not _are_plain(q, k, v):
             return None
-        mask = self._known.get(_kind(q, k, v)) if k.shape == v.shape else None
-        if mask is None:
+        known = self._known.get(_kind(q, k, v))
+        if known is None:
             return None
-        kv_len = k.shape[2]
-        mask.check(range(q_offset, q_offset + 1), kv_len)
+        (mask, is_bounded), kv_len = known, k.shape[2]
+        if is_bounded:
+            mask.check(range(q_offset, q_offset + 1), kv_len)
         spans = mask.keys_of(q_offset, kv_len)
         if spans is None or len(spans) != 1 or not spans[0]:
             return None
@@ -55,11 +57,22 @@ class Decoder:
         return scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=grouped)
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """All that a check looks at and that stays from token to token."""
-    return q.shape, k.shape[:2], k.shape[3:], q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
+    """All that a check looks at and that stays from token to token; None of a cache of two kinds."""
+    shape, dtype, device = k.shape, q.dtype, q.device
+    if (
+        len(shape) != 4
+        or v.shape != shape
+        or k.dtype is not dtype
+        or v.dtype is not dtype
+        or k.device != device
+        or v.device != device
+    ):
+        return None
+    batch, heads, _, head_dim = shape
+    return q.shape, batch, heads, head_dim, dtype, device
 
 
 def _are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these are tensors that nobody traces, transforms, casts or differentiates."""
-    return operators.is_plain_call(q, k, v) and not torch._C._is_any_autocast_enabled() and not operators.trains(q, k, v)
+    return operators.is_plain_call(q, k, v) and not _is_any_autocast_enabled() and not operators.trains(q, k, v)

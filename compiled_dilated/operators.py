@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import planner
 from .lowerings import execute
@@ -287,7 +291,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *data = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if torch.compiler.is_compiling():  # torch.compile itself refuses to differentiate a compiled backward
+        if is_compiling():  # torch.compile itself refuses to differentiate a compiled backward
             grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, ctx.handle, ctx.scale, ctx.q_offset)
         else:
             grads = _apply(_Gradients, grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
@@ -333,15 +337,15 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable."""
     if not trains(q, k, v):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             out, lse = _attend(q, k, v, data, handle, scale, q_offset, False)
             return out, lse
         if is_plain_call(q, k, v):
             return _run(q, k, v, data, handle, scale, q_offset, False)
-    if torch.compiler.is_compiling():  # which takes no tensor twice
+    if is_compiling():  # which takes no tensor twice
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v
-    function = _Attention if torch.compiler.is_compiling() else _EagerAttention
+    function = _Attention if is_compiling() else _EagerAttention
     found: tuple[Tensor, Tensor] = _apply(function, q, k, v, handle, scale, q_offset, trains(q, k, v), *data)
     return found
 
@@ -360,8 +364,8 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
         type(q) in _PLAIN
         and type(k) in _PLAIN
         and type(v) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not is_compiling()
+        and not _len_torch_dispatch_stack()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )

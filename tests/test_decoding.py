@@ -56,6 +56,12 @@ def test_masks_without_few_ranges_say_so() -> None:
     assert masks.dilated_blocks(1, 2).keys_of(0, 10_000) is None
 
 
+def test_windows_of_a_causal_mask_are_narrowed() -> None:
+    assert masks.narrowed((CAUSAL(), WINDOW(3, 7))) == (WINDOW(3, 0),)
+    assert masks.narrowed((WINDOW(9, 9, 3), masks.segments(7), CAUSAL())) == (WINDOW(9, 0, 3), masks.segments(7))
+    assert masks.narrowed((CAUSAL(), masks.segments(7))) == (CAUSAL(), masks.segments(7))
+
+
 def test_intersection_of_progressions() -> None:
     for a in (range(50), range(3, 40, 4), range(2, 60, 6)):
         for b in (range(10, 30), range(1, 55, 3), range(5, 50, 10)):

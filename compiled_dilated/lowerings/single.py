@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..masks import Mask, conjunction, conjuncts
+from ..masks import Mask, conjunction, conjuncts, narrowed
 from ..partials import lse_dtype, merge_
 from ..plans import Cost, Problem, Proposal
 from . import kernels
@@ -34,7 +34,7 @@ def propose(problem: Problem) -> Proposal:
         for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
             data = tuple(part for part in conjuncts(mask) if part.per_call)
             plain = tuple(part for part in conjuncts(mask) if not part.per_call)
-            groups.append(Group(heads, kv_heads, conjunction(plain), conjunction(data) if data else None))
+            groups.append(Group(heads, kv_heads, conjunction(narrowed(plain)), conjunction(data) if data else None))
     # What a query sees depends on where it stands; at most it is every key.
     pairs = sum(group.heads.count for group in groups) * problem.kv_len * problem.batch
     flops = pairs * 2 * (problem.head_dim + problem.value_dim)

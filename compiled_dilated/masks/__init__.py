@@ -4,7 +4,7 @@ from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, full
 from .data import Padding, documents, padding
 from .explicit import Tiles, from_mod, tiles
 from .grids import neighborhood
-from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, global_tokens, prefix, segments, sinks, window
+from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, global_tokens, narrowed, prefix, segments, sinks, window
 
 __all__ = [
     "OFFSET_RULES",
@@ -24,6 +24,7 @@ __all__ = [
     "from_mod",
     "full",
     "global_tokens",
+    "narrowed",
     "neighborhood",
     "padding",
     "prefix",

@@ -88,6 +88,11 @@ class Mask(ABC):
         """How many pairs of the first q_len queries and kv_len keys are allowed, where a formula says; None elsewhere."""
         return None
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there are positions of which the mask says nothing, so that `check` may fail."""
+        return type(self).check is not Mask.check or any(part.is_bounded for part in self.parts)
+
     def check(self, queries: range, keys: int) -> None:
         """Raise ValueError if the mask says nothing about the positions `queries` or about keys below `keys`."""
         for part in self.parts:

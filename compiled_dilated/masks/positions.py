@@ -119,6 +119,15 @@ def window(left: int, right: int | None = None, dilation: int = 1) -> Mask:
     return Window(left, right, arguments.integer("dilation", dilation, 1))
 
 
+def narrowed(masks: tuple[Mask, ...]) -> tuple[Mask, ...]:
+    """Masks that allow together what these do: windows are cut where `causal()` cuts them, which is then not needed."""
+    if Causal() not in masks or not any(isinstance(mask, Window) for mask in masks):
+        return masks
+    return tuple(
+        replace(mask, right=min(mask.right, 0)) if isinstance(mask, Window) else mask for mask in masks if mask != Causal()
+    )
+
+
 @dataclass(frozen=True, repr=False)
 class Segments(Mask):
     """q and kv in the same run of `length` tokens."""

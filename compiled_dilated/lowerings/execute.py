@@ -52,10 +52,11 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
     work, problem = _work(plan), plan.problem
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
     saved = replace(saved, lse=torch.where(saved.lse == -math.inf, math.inf, saved.lse))
-    if len(work) == 1 and _is_whole(work[0], problem):
-        return running.whole_backward(work[0], call, saved)
-    inputs = (saved.q, saved.k, saved.v)
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+    if work and _is_whole(work[0], problem):
+        grad_q, grad_k, grad_v = running.whole_backward(work.pop(0), call, saved)
+    else:
+        inputs = (saved.q, saved.k, saved.v)
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
     for batch in work:
         # Tiles that share keys add to the same gradients: in low precision, in float32 first.
         summed = saved.q.element_size() < 4 and batch.overlaps

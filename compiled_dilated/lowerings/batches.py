@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Mask, Padding, conjuncts
+from ..masks import Mask
 from ..partials import Saved, merge_
 from ..programs import Branch
-from . import kernels
+from . import biases, kernels
+from .biases import Bias
 from .lattice import Lattice, Rows, Table, pieces
 from .workspace import Workspace
 
@@ -82,8 +83,9 @@ class Batch:
     masks: whose sum says how often a pair counts; () when every pair of every tile counts once. open: this many leading columns
     are seen by every row, whatever the masks say. causal: row t sees columns 0 .. t.
     shared: the masks say the same of every tile, so the first one speaks for all. first: no earlier batch wrote these rows.
-    keep: hold on to the bias from call to call. alike: so many batches, computed as one: each stands `apart` from the one before,
-    by so many query heads, key heads and tokens (the residue classes of a short sequence, which other heads see).
+    kept: under what the bias is held from call to call; None where it is not. alike: so many batches, computed as one: each
+    stands `apart` from the one before, by so many query heads, key heads and tokens (the residue classes of a short sequence,
+    which other heads see; the heads that see other keys of all).
     """
 
     heads: HeadRange
@@ -95,10 +97,9 @@ class Batch:
     open: int = 0
     shared: bool = False
     first: bool = False
-    keep: bool = False
+    kept: Bias | None = None
     alike: int = 1
     apart: tuple[int, int, int] = (0, 0, 0)
-    cache: dict[Any, kernels.Tiles] = field(default_factory=dict, repr=False)
 
     @property
     def rows(self) -> int:
@@ -113,9 +114,10 @@ class Batch:
         return self.queries.count * per_tile * self.heads.count * self.alike
 
     @property
-    def key_only(self) -> bool:
-        """Whether the masks look at keys alone: then one row of bias serves a whole tile."""
-        return bool(self.masks) and len(self.masks) == 1 and all(isinstance(part, Padding) for part in conjuncts(self.masks[0]))
+    def bias(self) -> Bias:
+        """What the masks say of the tiles; of those without masks, nothing."""
+        heads = tuple(self.heads.start + i * self.apart[0] for i in range(self.alike))
+        return Bias(self.masks, heads, self.queries, self.keys, self.open, self.shared)
 
     @property
     def overlaps(self) -> bool:
@@ -126,12 +128,6 @@ class Batch:
         """Whether tiles are copied, in strips: they can be, and one bias serves all."""
         keys = self.keys
         return isinstance(keys, Lattice) and (keys.copies or converts) and keys.strips and (self.shared or not self.masks)
-
-    @property
-    def lasting_bias_entries(self) -> int:
-        """Entries of a bias that is the same in every call and for every tile; 0 where there is none."""
-        lasting = bool(self.masks) and self.shared and not any(mask.per_call for mask in self.masks)
-        return self.queries.size * self.keys.size if lasting else 0
 
     def of_queries(self, x: Tensor) -> Tensor:
         """Of x (B, Hq, N, ...) the heads of this batch, as a view; where it is many, (alike, Hq', N', ...)."""
@@ -167,7 +163,8 @@ class Batch:
                 keys = replace(keys, start=keys.start + first_token)
             heads = replace(self.heads, start=self.heads.start + first_head)
             kv_heads = replace(self.kv_heads, start=self.kv_heads.start + first_kv_head)
-            yield replace(self, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys, alike=1)
+            each = replace(self, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys, alike=1)
+            yield each if each.kept is None else replace(each, kept=each.bias.beginning())
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same work as batches of at most `most` tiles each."""
@@ -198,7 +195,7 @@ def joined(batches: list[Batch]) -> list[Batch]:
     groups: dict[Any, list[Batch]] = {}
     for number, batch in enumerate(batches):
         groups.setdefault(_shape_of(batch) or number, []).append(batch)
-    return [each for group in groups.values() for each in _as_one(group)]
+    return [each for group in groups.values() for each in as_one(group)]
 
 
 def _shape_of(batch: Batch) -> Any:
@@ -217,7 +214,8 @@ def _shape_of(batch: Batch) -> Any:
     return heads, q.rows, k.rows, k.start - q.start, batch.causal, batch.first, batch.open
 
 
-def _as_one(group: list[Batch]) -> list[Batch]:
+def as_one(group: list[Batch]) -> list[Batch]:
+    """The same work as one batch, with the masks of the first, if they differ in places alone and stand evenly apart."""
     places = [(each.heads.start, each.kv_heads.start, each.queries.start) for each in group]
     apart = {(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in itertools.pairwise(places)}
     if len(apart) != 1:
@@ -225,8 +223,10 @@ def _as_one(group: list[Batch]) -> list[Batch]:
     (each,), queries, keys = apart, group[0].queries, group[0].keys
     assert isinstance(queries, Lattice)
     assert isinstance(keys, Lattice)
-    # Of different classes, so that no token is in two of them: gradients are added to all of them at once.
-    if min(each) < 0 or not 0 < each[2] * (len(group) - 1) < min(queries.rows[0][1], keys.rows[0][1]):
+    # No token of a head may be in two of them, for gradients are added to all at once: other heads, or other residue classes.
+    other_heads = each[2] == 0 and min(each[:2]) > 0
+    other_classes = min(each) >= 0 and 0 < each[2] * (len(group) - 1) < min(queries.rows[0][1], keys.rows[0][1])
+    if not (other_heads or other_classes):
         return group
     return [replace(group[0], alike=len(group), apart=each)]
 
@@ -241,54 +241,18 @@ def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: t
     score_mod = None if call.score_mod is None else _bound(batch, call.score_mod, unit, device)
     if not batch.masks:
         return kernels.Tiles(call.scale, None, batch.causal, score_mod)
-    key = (device, dtype)
-    if key not in batch.cache:
-        tiles = kernels.Tiles(call.scale, _bias(batch, call, unit, device, dtype), batch.causal, score_mod)
-        tiles = replace(tiles, dead=kernels.dead_rows(tiles, batch.queries.size))
-        if not batch.keep:
-            return tiles
-        batch.cache[key] = replace(tiles, score_mod=None)
-    return replace(batch.cache[key], scale=call.scale, score_mod=score_mod)
-
-
-def _batch_indices(unit: slice, device: torch.device) -> Tensor:
-    return torch.arange(unit.start, unit.stop, device=device)[:, None, None, None]
-
-
-def _indices(rows: Rows, device: torch.device, shared: bool) -> Tensor:
-    positions = rows.positions()
-    # Half the bytes where no product of positions, as masks form them, can overflow.
-    dtype = torch.int32 if rows.last < 2**15 else torch.int64
-    return torch.from_numpy(positions[:1] if shared else positions).to(device, dtype)
-
-
-def _bias(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(tiles or 1, 1, T or 1, S) additive bias: log of how often the pair counts, -inf for never."""
-    b = _batch_indices(unit, device)
-    q = _indices(batch.queries, device, batch.shared)[:, None, :, None]
-    kv = _indices(batch.keys, device, batch.shared)[:, None, None, batch.open :]
-    if batch.key_only:
-        q = q[:, :, :1]
-    h = torch.full((), batch.heads.start, dtype=torch.int64, device=device)
-    if len(batch.masks) == 1:
-        seen = batch.masks[0].allows(b, h, q, kv, call.data)
-        bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
-    else:
-        # log c does not survive bfloat16; the kernels take a float32 bias beside lower precisions.
-        counts = sum(
-            mask.allows(b, h, q, kv, call.data).to(torch.float64 if dtype == torch.float64 else torch.float32)
-            for mask in batch.masks
-        )
-        bias = counts.log()
-    if batch.open:
-        bias = torch.nn.functional.pad(bias, (batch.open, 0))
-    return bias
+    if batch.kept is not None:
+        tiles = biases.KEPT.tiles(batch.kept, batch.queries.size, batch.keys.size, batch.causal, device, dtype)
+        return replace(tiles, scale=call.scale, score_mod=score_mod)
+    bias = batch.bias.made(biases.batch_indices(unit, device), call.data, dtype)
+    tiles = kernels.Tiles(call.scale, bias, batch.causal, score_mod)
+    return replace(tiles, dead=kernels.dead_rows(tiles, batch.queries.size))
 
 
 def _bound(batch: Batch, score_mod: ScoreMod, unit: slice, device: torch.device) -> kernels.TileScoreMod:
-    b = _batch_indices(unit, device)
-    q = _indices(batch.queries, device, False)[:, None, :, None]
-    kv = _indices(batch.keys, device, False)[:, None, None, :]
+    b = biases.batch_indices(unit, device)
+    q = biases.indices(batch.queries, device, False)[:, None, :, None]
+    kv = biases.indices(batch.keys, device, False)[:, None, None, :]
     h = torch.tensor(list(batch.heads.indices()), device=device)[None, :, None, None]
     return lambda scores: score_mod(scores, b, h, q, kv)
 

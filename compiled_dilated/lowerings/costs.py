@@ -23,7 +23,8 @@ _BIAS_BYTES = 16
 # having beside short sequences.
 FORWARD_SHARE, BACKWARD_SHARE = 0.01, 0.05
 _LEAST_BYTES, _LONG_BYTES = 8 * 2**20, 256 * 2**20
-_KEPT_SHARE = 0.005
+# Biases that stay from call to call: of long sequences a share, of short ones up to so many bytes.
+_KEPT_SHARE, _MOST_KEPT_BYTES = 0.005, 16 * 2**20
 
 
 def efficiency(problem: Problem, rows: int, columns: int) -> float:
@@ -42,7 +43,7 @@ def seconds(flops: float, moved_bytes: float, calls: float) -> float:
 
 def budget(problem: Problem, share: float) -> int:
     """Bytes that the work at hand may take beyond q, k, v and out."""
-    least = min(_LEAST_BYTES, problem.tensor_bytes // 2) if problem.tensor_bytes < _LONG_BYTES else 0
+    least = min(_LEAST_BYTES, problem.tensor_bytes) if problem.tensor_bytes < _LONG_BYTES else 0
     return max(int(share * problem.tensor_bytes), least)
 
 
@@ -68,7 +69,7 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
     if batch.keys.copies or padded or converts:
         held += int(2 * k_bytes * width * _share_copied(batch, backward and converts)) * (2 if converts else 1)
     if batch.masks and not batch.shared:
-        held += rows * columns * (12 if not batch.key_only else 0)
+        held += rows * columns * (12 if not batch.bias.key_only else 0)
     if problem.score_mod:
         held += heads * rows * columns * (6 if backward else 4) * max(4, problem.itemsize)
     return held
@@ -95,14 +96,15 @@ def exceeds(batch: Batch, problem: Problem, backward: bool) -> bool:
 
 def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
     """Mark the biases worth keeping from call to call: those of most tiles first, up to a small share of the tensors."""
-    left = budget(problem, _KEPT_SHARE)
+    short = problem.tensor_bytes < _LONG_BYTES
+    left = min(_MOST_KEPT_BYTES, 2 * problem.tensor_bytes) if short else int(_KEPT_SHARE * problem.tensor_bytes)
     kept = set()
     for i, batch in sorted(enumerate(batches), key=lambda each: -each[1].queries.count):
-        size = batch.lasting_bias_entries * problem.itemsize
+        size = batch.bias.lasting_entries * max(problem.itemsize, 4) if batch.masks else 0
         if 0 < size <= left:
             kept.add(i)
             left -= size
-    return [replace(batch, keep=i in kept) for i, batch in enumerate(batches)]
+    return [replace(batch, kept=batch.bias.beginning()) if i in kept else batch for i, batch in enumerate(batches)]
 
 
 def of(batches: list[Batch], problem: Problem) -> Cost:
@@ -128,6 +130,6 @@ def _moved(batch: Batch, problem: Problem) -> int:
     q = batch.heads.count * rows * problem.head_dim * 2 if batch.queries.copies else 0
     kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
     kv = int(kv * _share_copied(batch))
-    biases = batch.queries.count if not batch.shared else 0 if batch.keep else 1
-    bias = biases * batch.queries.size * batch.keys.size * len(batch.masks) if not batch.key_only else 0
+    biases = batch.queries.count if not batch.shared else 0 if batch.kept is not None else 1
+    bias = biases * batch.queries.size * batch.keys.size * len(batch.masks) if not batch.bias.key_only else 0
     return (out + q + kv) * problem.itemsize + bias * _BIAS_BYTES

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from ..plans import Cost, Problem
 from .batches import Batch
 from .lattice import Lattice
@@ -84,9 +86,16 @@ def _share_copied(batch: Batch, converts: bool = False) -> float:
 
 
 def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
-    """How many tiles of a batch fit the budget together; at least one."""
+    """How many tiles of a batch fit the budget together; at least one.
+
+    In a backward on a CPU, where a thread takes whole heads of whole tiles, as many as leave no thread idle at the end.
+    """
     allowed = budget(problem, BACKWARD_SHARE if backward else FORWARD_SHARE)
-    return max(1, allowed // tile_bytes(batch, problem, backward))
+    most = max(1, allowed // tile_bytes(batch, problem, backward))
+    if not backward or problem.device != "cpu" or most >= batch.queries.count:
+        return most
+    each, threads = batch.heads.count * batch.alike, torch.get_num_threads()
+    return next((tiles for tiles in range(most, most // 2, -1) if tiles * each % threads == 0), most)
 
 
 def exceeds(batch: Batch, problem: Problem, backward: bool) -> bool:

@@ -25,6 +25,8 @@ _BIAS_BYTES = 16
 # having beside short sequences.
 FORWARD_SHARE, BACKWARD_SHARE = 0.01, 0.05
 _LEAST_BYTES, _LONG_BYTES = 8 * 2**20, 256 * 2**20
+# What a forward's kernel returns is merged while it is still in the cache.
+_MOST_FORWARD_BYTES = 8 * 2**20
 # Biases that stay from call to call: of long sequences a share, of short ones up to so many bytes.
 _KEPT_SHARE, _MOST_KEPT_BYTES = 0.005, 16 * 2**20
 
@@ -46,7 +48,8 @@ def seconds(flops: float, moved_bytes: float, calls: float) -> float:
 def budget(problem: Problem, share: float) -> int:
     """Bytes that the work at hand may take beyond q, k, v and out."""
     least = min(_LEAST_BYTES, problem.tensor_bytes) if problem.tensor_bytes < _LONG_BYTES else 0
-    return max(int(share * problem.tensor_bytes), least)
+    most = _MOST_FORWARD_BYTES if share == FORWARD_SHARE else problem.tensor_bytes
+    return min(max(int(share * problem.tensor_bytes), least), most)
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from .liveness import source_of
-from .rows import regions, settings
+from .rows import regions
+from .rows.chunks import InChunks, parts, put
 from .rows.recipes import Recipe, zero_sum
-from .stages import Stage
 
 # What all values of a chunk take together where nobody says: they stay in a last-level cache, and products stay large.
 _CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(InChunks):
     """Rewrites the parts of a graph that work on rows through something wide (rows/regions.py) to run in chunks of rows.
 
     rows: how many at a time. chunk_bytes: instead, as many as all values of a chunk fit in together (at least one); backward
@@ -32,36 +31,18 @@ class Chunk:
     dropout in training, what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
     """
 
-    rows: int | None = None
-    chunk_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        settings.check(self)
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.DYNAMO
-
-    @property
-    def keeps_bits(self) -> bool:
-        """A product of fewer rows may add up in another order."""
-        return False
-
     def __call__(self, graph: Graph) -> list[str]:
         return [self._replace(graph, region) for region in regions.find(graph)]
 
     def _replace(self, graph: Graph, region: regions.Region) -> str:
-        rows = settings.rows_of(self, region.row_bytes, _CHUNK_BYTES)
+        rows = self.rows_of(region.row_bytes, _CHUNK_BYTES)
         with graph.inserting_before(region.result):
             node = graph.call_function(
                 torch.ops.passes.chunked.default, ([*region.rows], [*region.shared], str(region.recipe), rows)
             )
-        node.meta.update(region.result.meta)
-        region.result.replace_all_uses_with(node)
-        for each in reversed(region.nodes):
-            graph.erase_node(each)
+        source = put(graph, node, region.nodes, region.result)
         does = ", ".join(step.primitive for step in region.recipe.steps)
-        return f"{region.result.name} in chunks of {rows} rows: {does}  {source_of(node)}".rstrip()
+        return f"{region.result.name} in chunks of {rows} rows: {does}  {source}".rstrip()
 
 
 @torch.library.custom_op("passes::chunked", mutates_args=())
@@ -72,7 +53,7 @@ def chunked(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, chunk
     """
     plan, flat = Recipe.parse(recipe), _flat(rows)
     out = _result(plan, flat, shared)
-    for part in settings.parts(len(flat[0]), chunk_rows):
+    for part in parts(len(flat[0]), chunk_rows):
         out[part] = plan.run([each[part] for each in flat], shared)
     return out.view(*rows[0].shape[:-1], *out.shape[1:])
 
@@ -87,7 +68,7 @@ def chunked_backward(
     found = [each.new_empty(each.shape) for each in by_rows.values()]
     sums = {name: zero_sum(each) for name, each in by_shared.items()}
     flat_grad, names = grad.flatten(0, len(lead) - 1), frozenset([*by_rows, *by_shared])
-    for part in settings.parts(len(flat[0]), chunk_rows):
+    for part in parts(len(flat[0]), chunk_rows):
         pieces = plan.backward(flat_grad[part], [each[part] for each in flat], shared, sums, names)
         for whole, piece in zip(found, pieces, strict=True):
             whole[part] = piece

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
-from .liveness import source_of
-from .rows import losses, settings
+from .rows import losses
+from .rows.chunks import InChunks, put
 from .rows.readers import read, value_of
 from .rows.regions import mixed_up
-from .stages import Stage
 from .versions import HAS_LINEAR_CROSS_ENTROPY
 
 aten = torch.ops.aten
@@ -35,7 +34,7 @@ _SAME = {"contiguous", aten.contiguous.default}
 
 
 @dataclass(frozen=True)
-class LinearCrossEntropy:
+class LinearCrossEntropy(InChunks):
     """Rewrites a linear whose result a cross entropy alone uses, by way of casts, slices of rows and flattening.
 
     rows: tokens at a time. chunk_bytes: instead, as many as their logits fit in (at least one). own: True for the operator of
@@ -45,23 +44,12 @@ class LinearCrossEntropy:
     Raises ValueError where a number is less than 1, where both are given, and where torch's is asked for and there is none.
     """
 
-    rows: int | None = None
-    chunk_bytes: int | None = None
     own: bool | None = None
 
     def __post_init__(self) -> None:
-        settings.check(self)
+        super().__post_init__()
         if self.own is False and not HAS_LINEAR_CROSS_ENTROPY:
             raise ValueError(f"own=False asks for torch's operator, which torch {torch.__version__} has not. Leave it out")
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.DYNAMO
-
-    @property
-    def keeps_bits(self) -> bool:
-        """Sums over classes and tokens are added up chunk by chunk."""
-        return False
 
     def __call__(self, graph: Graph) -> list[str]:
         own = not HAS_LINEAR_CROSS_ENTROPY if self.own is None else self.own
@@ -72,7 +60,7 @@ class LinearCrossEntropy:
     def _replace(self, graph: Graph, loss: _Loss, own: bool) -> str:
         classes, features = (int(size) for size in value_of(loss.weight).shape)
         size = max(4, value_of(loss.x).element_size())  # softmax is taken in 32 bits at least
-        rows = settings.rows_of(self, classes * size, _CHUNK_BYTES)
+        rows = self.rows_of(classes * size, _CHUNK_BYTES)
         with graph.inserting_before(loss.node):
             x = loss.x
             for index in loss.slices:
@@ -81,11 +69,8 @@ class LinearCrossEntropy:
             options = (loss.reduction, loss.ignore_index, *((loss.label_smoothing, loss.converted) if own else ()), rows)
             target = losses.OPERATOR if own else by_torch
             node = graph.call_function(target, (x, loss.weight, loss.target, loss.bias, loss.class_weight, *options))
-        node.meta.update(loss.node.meta)
-        loss.node.replace_all_uses_with(node)
-        for each in loss.made:
-            graph.erase_node(each)
-        return f"{loss.node.name} without its logits, {rows} tokens at a time of {classes} classes  {source_of(node)}".rstrip()
+        source = put(graph, node, loss.made[::-1], loss.node)
+        return f"{loss.node.name} without its logits, {rows} tokens at a time of {classes} classes  {source}".rstrip()
 
 
 @dataclass(frozen=True)

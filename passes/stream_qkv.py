@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .liveness import source_of
-from .rows import attentions, blocks, settings
+from .rows import attentions, blocks
 from .rows.attentions import attention
+from .rows.chunks import InChunks, parts, put
 from .rows.readers import value_of
 from .rows.recipes import Recipe
-from .stages import Stage
 
 __all__ = ["StreamQKV", "attention", "streamed"]
 
@@ -29,28 +28,13 @@ _CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class StreamQKV:
+class StreamQKV(InChunks):
     """Rewrites the transformer blocks of a graph that needs no gradient (rows/blocks.py) to run in chunks of tokens.
 
     rows: how many tokens of each sequence at a time. chunk_bytes: instead, as many as all values of a chunk of one sequence fit
     in together (at least one). Left alone: graphs with a gradient, cross-attention, masks given as tensors, dropout in training,
     what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
     """
-
-    rows: int | None = None
-    chunk_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        settings.check(self)
-
-    @property
-    def stage(self) -> Stage:
-        return Stage.DYNAMO
-
-    @property
-    def keeps_bits(self) -> bool:
-        """A product of fewer rows, and a softmax in parts, may add up in another order."""
-        return False
 
     def __call__(self, graph: Graph) -> list[str]:
         if torch.is_grad_enabled() and any(_needs_gradient(node) for node in graph.nodes):
@@ -59,17 +43,14 @@ class StreamQKV:
 
     def _replace(self, graph: Graph, block: blocks.Block) -> str:
         end = block.nodes[-1]
-        rows = settings.rows_of(self, block.row_bytes, _CHUNK_BYTES)
+        rows = self.rows_of(block.row_bytes, _CHUNK_BYTES)
         recipes = map(str, (block.query, block.key, block.value, block.result))
         with graph.inserting_before(end):
             node = graph.call_function(
                 torch.ops.passes.streamed.default, ([*block.rows], [*block.shared], *recipes, block.attention, rows)
             )
-        node.meta.update(end.meta)
-        end.replace_all_uses_with(node)
-        for each in reversed(block.nodes):
-            graph.erase_node(each)
-        return f"{end.name} in chunks of {rows} tokens, with keys and values whole: {block.attention}  {source_of(node)}".rstrip()
+        source = put(graph, node, block.nodes, end)
+        return f"{end.name} in chunks of {rows} tokens, with keys and values whole: {block.attention}  {source}".rstrip()
 
 
 def _needs_gradient(node: Node) -> bool:
@@ -94,7 +75,7 @@ def streamed(
     tokens = rows[0].shape[1]
     keys, values = (_whole(Recipe.parse(each), rows, shared, chunk_rows) for each in (key, value))
     out = _like_result(rows, shared, query, value, by_result)
-    for part in settings.parts(tokens, chunk_rows):
+    for part in parts(tokens, chunk_rows):
         given = [each[..., part, :] for each in rows]
         first, last = attend.reach(part.start, part.stop, tokens, **options)
         within = [each[..., first:last, :] for each in (keys, values)]
@@ -121,7 +102,7 @@ def _whole(recipe: Recipe, rows: Sequence[Tensor], shared: Sequence[Tensor], chu
     """Heads of all tokens: (batch, heads, tokens, features)."""
     kind, (batch, tokens, _) = recipe.kind(rows, shared), rows[0].shape
     made = rows[0].new_empty((batch, kind.shape[0], tokens, kind.shape[2]), dtype=kind.dtype)
-    for part in settings.parts(tokens, chunk_rows):
+    for part in parts(tokens, chunk_rows):
         made[..., part, :] = recipe.run([each[..., part, :] for each in rows], shared)
     return made
 

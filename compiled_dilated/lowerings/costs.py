@@ -122,17 +122,19 @@ def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
 def of(batches: list[Batch], problem: Problem) -> Cost:
     """The cost of running these batches forward."""
     width = 2 * (problem.head_dim + problem.value_dim)
-    pairs, copied, calls, peak, dense = 0, 0, 0, 0, 0.0
+    pairs, copied, calls, peak, kept, dense = 0, 0, 0, 0, 0, 0.0
     for batch in batches:
         together = min(tiles_at_once(batch, problem, False), batch.queries.count)
         pieces = -(-batch.queries.count // together) * problem.batch
         moved = _moved(batch, problem) * problem.batch
         batch_pairs = batch.pairs * problem.batch
         pairs, copied, calls = pairs + batch_pairs, copied + moved, calls + pieces
-        peak = max(peak, together * tile_bytes(batch, problem, False))
+        shared = batch.bias.lasting_entries * max(problem.itemsize, 4) if batch.masks else 0
+        kept += shared if batch.kept is not None else 0
+        peak = max(peak, together * tile_bytes(batch, problem, False) + (shared if batch.kept is None else 0))
         rate = efficiency(problem, batch.queries.size, batch.keys.size) * (0.95 if batch.masks else 1.0)
         dense += seconds(batch_pairs * width / rate, moved, pieces)
-    return Cost(pairs, pairs * width, copied, calls, peak, dense)
+    return Cost(pairs, pairs * width, copied, calls, peak + kept, dense)
 
 
 def _moved(batch: Batch, problem: Problem) -> int:
@@ -143,5 +145,5 @@ def _moved(batch: Batch, problem: Problem) -> int:
     kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
     kv = int(kv * _share_copied(batch))
     biases = batch.queries.count if not batch.shared else 0 if batch.kept is not None else 1
-    bias = biases * batch.queries.size * batch.keys.size * len(batch.masks) if not batch.bias.key_only else 0
+    bias = biases * batch.alike * batch.queries.size * batch.keys.size * len(batch.masks) if not batch.bias.key_only else 0
     return (out + q + kv) * problem.itemsize + bias * _BIAS_BYTES

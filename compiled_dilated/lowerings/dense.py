@@ -14,7 +14,7 @@ from . import costs
 from .batches import Batch, HeadRange, as_one, head_ranges
 from .lattice import Lattice
 
-# The bias of one group of heads is q_len x kv_len: past this many pairs it is no longer small beside anything.
+# The bias of one kernel call is q_len x kv_len for each group of heads: past so many pairs it is not small beside anything.
 _MOST_MASKED_PAIRS = 2**22
 
 
@@ -65,6 +65,6 @@ def _as_one(batches: list[Batch], problem: Problem) -> list[Batch]:
     if problem.batch > 1 or problem.score_mod or partial or len(batches) < 2 or len(alike) > 1:
         return batches
     one, *others = as_one(batches)
-    if others:
+    if others or one.bias.lasting_entries > _MOST_MASKED_PAIRS:
         return batches
     return [replace(one, masks=_hidden(tuple(branch.mask.for_heads(problem.heads) for branch in branches), one.causal))]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .chunks import parts
 from .recipes import add_product, zero_sum
-from .settings import parts
 
 
 @torch.library.custom_op("passes::linear_cross_entropy", mutates_args=())

@@ -50,7 +50,7 @@ def main() -> None:
                 torch.nn.functional.scaled_dot_product_attention(q, taken(k, spans[at]), taken(v, spans[at]))
 
         with torch.no_grad():
-            times = measure.interleaved({"ours": ours, "sdpa": theirs}, repeats=61)
+            times = measure.interleaved({"ours": ours, "sdpa": theirs}, repeats=61, seconds=15.0)
         each = {key: measure.median(seconds) / CALLS * 1e6 for key, seconds in times.items()}
         ratio = each["ours"] / each["sdpa"]
         seen = sum(map(len, spans[TOKENS - 1]))

@@ -23,7 +23,7 @@ from ..masks import Mask
 from ..partials import Saved, merge_
 from ..programs import Branch
 from . import biases, kernels
-from .biases import Bias
+from .biases import Bias, Kept
 from .lattice import Lattice, Rows, Table, pieces
 from .workspace import Workspace
 
@@ -83,7 +83,8 @@ class Batch:
     masks: whose sum says how often a pair counts; () when every pair of every tile counts once. open: this many leading columns
     are seen by every row, whatever the masks say. causal: row t sees columns 0 .. t.
     shared: the masks say the same of every tile, so the first one speaks for all. first: no earlier batch wrote these rows.
-    kept: under what the bias is held from call to call; None where it is not. alike: so many batches, computed as one: each
+    lasting: under what the bias is found again, by other pieces and calls; None where there is none that lasts. kept: it is held
+    from call to call. alike: so many batches, computed as one: each
     stands `apart` from the one before, by so many query heads, key heads and tokens (the residue classes of a short sequence,
     which other heads see; the heads that see other keys of all).
     """
@@ -97,7 +98,8 @@ class Batch:
     open: int = 0
     shared: bool = False
     first: bool = False
-    kept: Bias | None = None
+    lasting: Bias | None = None
+    kept: bool = False
     alike: int = 1
     apart: tuple[int, int, int] = (0, 0, 0)
 
@@ -164,7 +166,7 @@ class Batch:
             heads = replace(self.heads, start=self.heads.start + first_head)
             kv_heads = replace(self.kv_heads, start=self.kv_heads.start + first_kv_head)
             each = replace(self, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys, alike=1)
-            yield each if each.kept is None else replace(each, kept=each.bias.beginning())
+            yield each if each.lasting is None else replace(each, lasting=each.bias.beginning())
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same work as batches of at most `most` tiles each."""
@@ -188,6 +190,7 @@ class Call:
     data: Mapping[str, Tensor] = field(default_factory=dict)
     score_mod: ScoreMod | None = None
     workspace: Workspace = field(default_factory=Workspace)
+    biases: Kept = field(default_factory=lambda: Kept(most_bytes=0))  # one at a time, for the pieces of a batch
 
 
 def joined(batches: list[Batch]) -> list[Batch]:
@@ -241,8 +244,9 @@ def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: t
     score_mod = None if call.score_mod is None else _bound(batch, call.score_mod, unit, device)
     if not batch.masks:
         return kernels.Tiles(call.scale, None, batch.causal, score_mod)
-    if batch.kept is not None:
-        tiles = biases.KEPT.tiles(batch.kept, batch.queries.size, batch.keys.size, batch.causal, device, dtype)
+    if batch.lasting is not None:
+        table = biases.KEPT if batch.kept else call.biases
+        tiles = table.tiles(batch.lasting, batch.queries.size, batch.keys.size, batch.causal, device, dtype)
         return replace(tiles, scale=call.scale, score_mod=score_mod)
     bias = batch.bias.made(biases.batch_indices(unit, device), call.data, dtype)
     tiles = kernels.Tiles(call.scale, bias, batch.causal, score_mod)

@@ -116,7 +116,10 @@ def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
         if 0 < size <= left:
             kept.add(i)
             left -= size
-    return [replace(batch, kept=batch.bias.beginning()) if i in kept else batch for i, batch in enumerate(batches)]
+    return [
+        replace(batch, lasting=batch.bias.beginning(), kept=i in kept) if batch.masks and batch.bias.lasting_entries else batch
+        for i, batch in enumerate(batches)
+    ]
 
 
 def of(batches: list[Batch], problem: Problem) -> Cost:
@@ -130,8 +133,8 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
         batch_pairs = batch.pairs * problem.batch
         pairs, copied, calls = pairs + batch_pairs, copied + moved, calls + pieces
         shared = batch.bias.lasting_entries * max(problem.itemsize, 4) if batch.masks else 0
-        kept += shared if batch.kept is not None else 0
-        peak = max(peak, together * tile_bytes(batch, problem, False) + (shared if batch.kept is None else 0))
+        kept += shared if batch.kept else 0
+        peak = max(peak, together * tile_bytes(batch, problem, False) + (0 if batch.kept else shared))
         rate = efficiency(problem, batch.queries.size, batch.keys.size) * (0.95 if batch.masks else 1.0)
         dense += seconds(batch_pairs * width / rate, moved, pieces)
     return Cost(pairs, pairs * width, copied, calls, peak + kept, dense)
@@ -144,6 +147,6 @@ def _moved(batch: Batch, problem: Problem) -> int:
     q = batch.heads.count * rows * problem.head_dim * 2 if batch.queries.copies else 0
     kv = batch.kv_heads.count * columns * (problem.head_dim + problem.value_dim) * 2 if batch.keys.copies else 0
     kv = int(kv * _share_copied(batch))
-    biases = batch.queries.count if not batch.shared else 0 if batch.kept is not None else 1
+    biases = batch.queries.count if not batch.shared else 0 if batch.kept else 1
     bias = biases * batch.alike * batch.queries.size * batch.keys.size * len(batch.masks) if not batch.bias.key_only else 0
     return (out + q + kv) * problem.itemsize + bias * _BIAS_BYTES

@@ -81,14 +81,29 @@ class _Npy:
         _, heads, tokens, width = self.shape
         return self.offset + int(((b * heads + head) * tokens + row) * width * self.dtype.itemsize)
 
-    def read(self, b: int, head: int, rows: range) -> Numbers:
-        """(len(rows), D); rows between those asked for are read too, and forgotten."""
-        span, width = rows[-1] + 1 - rows.start, self.shape[3]
-        with self.path.open("rb") as file:
-            found = np.fromfile(file, self.dtype, span * width, offset=self._at(b, head, rows.start))
-        if len(found) < span * width:
-            raise OSError(f"{self.path} ends within rows {rows.start} to {rows[-1]} of head {head}: it was cut off meanwhile")
-        return found.reshape(span, width)[:: rows.step]
+    def read(self, heads: range, rows: range) -> Numbers:
+        """(B, heads, len(rows), D)."""
+        out = np.empty((self.shape[0], len(heads), len(rows), self.shape[3]), self.dtype)
+        for b in range(self.shape[0]):
+            for i, head in enumerate(heads):
+                self._read(b, head, rows, out[b, i])
+        return out
+
+    def _read(self, b: int, head: int, rows: range, into: Numbers) -> None:
+        """Rows between those asked for are read too, and forgotten."""
+        span = into if rows.step == 1 else np.empty((rows[-1] + 1 - rows.start, self.shape[3]), self.dtype)
+        room = _bytes(span)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._at(b, head, rows.start))
+            while room:
+                got = file.readinto(room)
+                if not got:
+                    raise OSError(
+                        f"{self.path} ends within rows {rows.start} to {rows[-1]} of head {head}: it was cut off meanwhile"
+                    )
+                room = room[got:]
+        if span is not into:
+            into[:] = span[:: rows.step]
 
     def write(self, b: int, head: int, rows: range, part: Numbers) -> None:
         """Rows one after the other."""
@@ -113,11 +128,7 @@ class FileSource:
 
     def read(self, heads: HeadRange, rows: range) -> Tensor:
         """Copies out of the file."""
-        out = np.empty((self.shape[0], heads.count, len(rows), self.shape[3]), self._npy.dtype)
-        for b in range(self.shape[0]):
-            for i, head in enumerate(heads.indices()):
-                out[b, i] = self._npy.read(b, head, rows)
-        return torch.from_numpy(out)
+        return torch.from_numpy(self._npy.read(heads.indices(), rows))
 
     def __repr__(self) -> str:
         # Names the content, as well as a journal can: a run does not go on with another file of the same name.
@@ -193,8 +204,7 @@ class FileSink:
 
     def held(self, rows: range) -> bytes:
         """Those rows, read back."""
-        batch, heads, _, _ = self._npy.shape
-        return b"".join(self._npy.read(b, head, rows).tobytes() for b in range(batch) for head in range(heads))
+        return self._npy.read(range(self._npy.shape[1]), rows).tobytes()
 
     def sync(self) -> None:
         """fsync."""

@@ -20,6 +20,7 @@ _QUIET = {
     "coordinate_descent_tuning": False,
     "benchmark_harness": False,
     "cpp_wrapper": False,
+    "cpp.simdlen": 1,  # no vectors: nobody reads the kernels, and to write them takes as long as all else
     "post_grad_custom_pre_pass": None,
     "post_grad_custom_post_pass": None,
 }

@@ -53,6 +53,14 @@ def test_masks_with_an_end_are_not_asked_beyond_it() -> None:
     assert tiles.bias.shape == (1, 1, 45, 45)
 
 
+def test_a_mask_mod_is_asked_about_tokens_alone() -> None:
+    """Not about those up to which a bias would be rounded: what it captures may be as long as the sequence."""
+    ids = torch.arange(45) // 7
+    mask = masks.from_mod(lambda b, h, q, kv: (ids[q] == ids[kv]) & (kv <= q))
+    q, k, v = (torch.randn(1, 2, 45, 8, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(cd.compile(mask, lowering="dense")(q, k, v), cd.reference(mask, q, k, v), rtol=1e-10, atol=1e-10)
+
+
 def test_no_more_is_kept_than_its_bytes() -> None:
     kept = Kept(most_bytes=3 * 256 * 256 * 4)
     wanted = [_whole(40, masks.window(width)).beginning() for width in range(1, 6)]

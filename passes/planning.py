@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch._dynamo.exc import ShortenTraceback
 
-from . import budgets, costs, hooks, rehearsals  # noqa: F401 rehearsals speaks to the estimates where it is imported
+from . import budgets, costs, hooks, rehearsals, remembered  # noqa: F401 rehearsals speaks to the estimates where it is imported
 from .chunk import Chunk
 from .costs import MACHINE, Machine
 from .footprint import Footprint
@@ -60,7 +62,6 @@ class Choice:
     chosen: Estimate
     estimates: tuple[Estimate, ...]
     traced: Traced
-    plain: Traced
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,24 @@ class Pipeline:
     def choose(self, graph: Captured) -> Choice:
         """The least time of those that fit. Raises BudgetError with the least budget that would do.
 
-        Candidates of ours that reorder, which takes long to plan, are looked at where none of the others fits.
+        Candidates of ours that reorder, which takes long to plan, are looked at where none of the others fits. What was chosen
+        for such a graph before, in another process too, is chosen again without a look at the others.
         """
+        offered = {repr(each): each for group in self._offered(graph.training) for passes in group for each in passes}
+        offered |= {repr(each): each for each in self.extra}
+        name = remembered.name_of(graph, repr(self), tuple(offered.values()))
+        if name is not None and (known := remembered.load(name)) is not None:
+            estimates = [_recalled(each, offered) for each in known["estimates"]]
+            chosen = estimates[known["chosen"]]
+            return Choice(chosen, tuple(estimates), trace(graph, chosen.passes))
+        choice = self._chosen(graph)
+        if name is not None:
+            estimates = list(choice.estimates)
+            said = [dataclasses.asdict(each) | {"passes": [*map(repr, each.passes)]} for each in estimates]
+            remembered.store(name, {"estimates": said, "chosen": estimates.index(choice.chosen)})
+        return choice
+
+    def _chosen(self, graph: Captured) -> Choice:
         plain = trace(graph, ())
         estimates, tried = [baseline := estimate(plain, self.machine)], list[Passes]()
         for offered in self._offered(graph.training):
@@ -92,7 +109,7 @@ class Pipeline:
                 found = estimate(each, self.machine) if each.passes else baseline
                 estimates += [found] if each.passes else []
                 if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
-                    return Choice(found, tuple(estimates), each, plain)
+                    return Choice(found, tuple(estimates), each)
         least = min((each for each in estimates if each.passes in tried), key=lambda each: each.peak_bytes)
         raise BudgetError(
             f"memory_budget must be at least {least.peak_bytes:,} bytes ({mebibytes(least.peak_bytes)}) for these inputs, which "
@@ -116,6 +133,10 @@ class Pipeline:
             traced = trace(graph, passes) if passes else plain
             found.setdefault(tuple(each for each in passes if not own or _counts(each, traced, self.extra)), traced)
         return [replace(traced, passes=passes) for passes, traced in found.items()]
+
+
+def _recalled(said: dict[str, Any], offered: dict[str, Pass]) -> Estimate:
+    return Estimate(**said | {"passes": tuple(offered[each] for each in said["passes"])})
 
 
 def _counts(by: Pass, traced: Traced, extra: Passes) -> bool:

@@ -22,6 +22,11 @@ def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
     _KNOWN[op] = bytes_of
 
 
+def tellers() -> list[Callable[..., int]]:
+    """All functions that say what an operator holds."""
+    return list(_KNOWN.values())
+
+
 def workspace_bytes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """What a call holds for itself; 0 of operators of which nothing was said."""
     return _KNOWN[op](*args, **kwargs) if op in _KNOWN else 0

@@ -1,0 +1,82 @@
+"""Choices remembered from process to process, beside what inductor keeps on the disk: planning takes long and comes out the same.
+
+A choice bears the name of all that it depends on: the graph and its inputs, the pipeline, the source of its passes and of the
+packages whose operators say what they hold, torch and its settings. torch._inductor.config.force_disable_caches turns it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import config
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.fx import GraphModule
+
+from . import hooks
+from .stages import Pass
+from .traced import Captured
+from .workspaces import tellers
+
+
+def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | None:
+    """The name of what `pipeline` chooses for a graph among `passes`; None where nothing is to be remembered."""
+    source = hooks.identity(passes)
+    if config.force_disable_caches or source is None:
+        return None
+    inputs = [_kind(each) for each in graph.inputs]
+    held = [(name, _kind(each)) for name, each in (*graph.module.named_parameters(), *graph.module.named_buffers())]
+    about = (
+        *(source, pipeline, _readable(graph.module), repr(inputs), repr(held), repr(graph.training)),
+        *(torch.__version__, repr(torch.get_num_threads()), config.get_hash().hex()),
+    )
+    found = hashlib.sha256("\0".join(about).encode())
+    for file in sorted(_sources({teller.__module__.partition(".")[0] for teller in tellers()})):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def load(name: str) -> Any:
+    """What was stored under a name; None where nothing was, or where it cannot be read."""
+    try:
+        return json.loads(_path(name).read_text())
+    except (OSError, ValueError):  # not there, or torn: it is made anew
+        return None
+
+
+def store(name: str, found: Any) -> None:
+    """Keeps what json can say, whole or not at all."""
+    path = _path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(found, file)
+    os.replace(file.name, path)
+
+
+def _path(name: str) -> Path:
+    return Path(cache_dir()) / "passes" / f"{name}.json"
+
+
+def _readable(module: GraphModule) -> str:
+    return module.print_readable(print_output=False, include_stride=True, include_device=True)
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    parts = (type(value), tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad, value.is_leaf)
+    return repr(parts)
+
+
+def _sources(packages: Iterable[str]) -> set[Path]:
+    modules = [sys.modules[package] for package in packages]
+    roots = [Path(str(module.__file__)).parent for module in modules if getattr(module, "__file__", None)]
+    return {file for root in roots for file in root.rglob("*.py")}

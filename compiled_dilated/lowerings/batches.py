@@ -81,12 +81,11 @@ class Batch:
     """`queries.count` tiles of `queries.size` query positions by `keys.size` key positions, for some heads.
 
     masks: whose sum says how often a pair counts; () when every pair of every tile counts once. open: this many leading columns
-    are seen by every row, whatever the masks say. causal: row t sees columns 0 .. t.
-    shared: the masks say the same of every tile, so the first one speaks for all. first: no earlier batch wrote these rows.
-    lasting: under what the bias is found again, by other pieces and calls; None where there is none that lasts. kept: it is held
-    from call to call. alike: so many batches, computed as one: each
-    stands `apart` from the one before, by so many query heads, key heads and tokens (the residue classes of a short sequence,
-    which other heads see; the heads that see other keys of all).
+    are seen by every row, whatever the masks say. causal: row t sees columns 0 .. t. shared: the masks say the same of every
+    tile, so the first one speaks for all. first: no earlier batch wrote these rows. lasting: under what the bias is found again
+    by other pieces; None where there is none that lasts. kept: other calls find it too. alike: so many batches, computed as one:
+    each stands `apart` from the one before, by so many query heads, key heads and tokens (the residue classes of a short
+    sequence, which other heads see; heads that see other keys of all).
     """
 
     heads: HeadRange

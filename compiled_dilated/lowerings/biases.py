@@ -46,7 +46,7 @@ class Bias:
     @property
     def lasting_entries(self) -> int:
         """Entries of a bias that is the same in every call and for every tile; 0 where there is none."""
-        lasting = self.shared and not any(mask.per_call for mask in self.masks)
+        lasting = self.masks and self.shared and not any(mask.per_call for mask in self.masks)
         return len(self.heads) * self.queries.size * self.keys.size if lasting else 0
 
     def made(self, b: Tensor, data: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ _BIAS_BYTES = 16
 
 # The most a forward, or a backward, may hold beyond its tensors, as a share of q, k, v and out; and the least that is worth
 # having beside short sequences.
-FORWARD_SHARE, BACKWARD_SHARE = 0.01, 0.05
+_FORWARD_SHARE, _BACKWARD_SHARE = 0.01, 0.05
 _LEAST_BYTES, _LONG_BYTES = 8 * 2**20, 256 * 2**20
 # What a forward's kernel returns is merged while it is still in the cache.
 _MOST_FORWARD_BYTES = 8 * 2**20
@@ -45,10 +45,10 @@ def seconds(flops: float, moved_bytes: float, calls: float) -> float:
     return flops + moved_bytes * _FLOPS_PER_BYTE + calls * _FLOPS_PER_CALL
 
 
-def budget(problem: Problem, share: float) -> int:
+def budget(problem: Problem, backward: bool) -> int:
     """Bytes that the work at hand may take beyond q, k, v and out."""
+    share, most = (_BACKWARD_SHARE, problem.tensor_bytes) if backward else (_FORWARD_SHARE, _MOST_FORWARD_BYTES)
     least = min(_LEAST_BYTES, problem.tensor_bytes) if problem.tensor_bytes < _LONG_BYTES else 0
-    most = _MOST_FORWARD_BYTES if share == FORWARD_SHARE else problem.tensor_bytes
     return min(max(int(share * problem.tensor_bytes), least), most)
 
 
@@ -93,8 +93,7 @@ def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
 
     In a backward on a CPU, where a thread takes whole heads of whole tiles, as many as leave no thread idle at the end.
     """
-    allowed = budget(problem, BACKWARD_SHARE if backward else FORWARD_SHARE)
-    most = max(1, allowed // tile_bytes(batch, problem, backward))
+    most = max(1, budget(problem, backward) // tile_bytes(batch, problem, backward))
     if not backward or problem.device != "cpu" or most >= batch.queries.count:
         return most
     each, threads = batch.heads.count * batch.alike, torch.get_num_threads()
@@ -103,7 +102,7 @@ def tiles_at_once(batch: Batch, problem: Problem, backward: bool) -> int:
 
 def exceeds(batch: Batch, problem: Problem, backward: bool) -> bool:
     """Whether one tile, for all heads of the batch, is more than the budget allows."""
-    return tile_bytes(batch, problem, backward) > budget(problem, BACKWARD_SHARE if backward else FORWARD_SHARE)
+    return tile_bytes(batch, problem, backward) > budget(problem, backward)
 
 
 def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
@@ -112,14 +111,18 @@ def keep_biases(batches: list[Batch], problem: Problem) -> list[Batch]:
     left = min(_MOST_KEPT_BYTES, 2 * problem.tensor_bytes) if short else int(_KEPT_SHARE * problem.tensor_bytes)
     kept = set()
     for i, batch in sorted(enumerate(batches), key=lambda each: -each[1].queries.count):
-        size = batch.bias.lasting_entries * max(problem.itemsize, 4) if batch.masks else 0
+        size = _lasting_bytes(batch, problem)
         if 0 < size <= left:
             kept.add(i)
             left -= size
     return [
-        replace(batch, lasting=batch.bias.beginning(), kept=i in kept) if batch.masks and batch.bias.lasting_entries else batch
+        replace(batch, lasting=batch.bias.beginning(), kept=i in kept) if batch.bias.lasting_entries else batch
         for i, batch in enumerate(batches)
     ]
+
+
+def _lasting_bytes(batch: Batch, problem: Problem) -> int:
+    return batch.bias.lasting_entries * max(problem.itemsize, 4)
 
 
 def of(batches: list[Batch], problem: Problem) -> Cost:
@@ -132,7 +135,7 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
         moved = _moved(batch, problem) * problem.batch
         batch_pairs = batch.pairs * problem.batch
         pairs, copied, calls = pairs + batch_pairs, copied + moved, calls + pieces
-        shared = batch.bias.lasting_entries * max(problem.itemsize, 4) if batch.masks else 0
+        shared = _lasting_bytes(batch, problem)
         kept += shared if batch.kept else 0
         peak = max(peak, together * tile_bytes(batch, problem, False) + (0 if batch.kept else shared))
         rate = efficiency(problem, batch.queries.size, batch.keys.size) * (0.95 if batch.masks else 1.0)

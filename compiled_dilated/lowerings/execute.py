@@ -111,7 +111,7 @@ def _sums_fit(piece: Batch, problem: Problem) -> bool:
     """Whether float32 sums over the keys of a piece fit the budget, twice: adding them to what is there converts that."""
     keys = piece.keys.last - piece.keys.start + 1
     sums = keys * piece.kv_heads.count * problem.batch * (problem.head_dim + problem.value_dim) * 4
-    return 2 * sums <= costs.budget(problem, costs.BACKWARD_SHARE)
+    return 2 * sums <= costs.budget(problem, backward=True)
 
 
 class _Sums:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch._dynamo.exc import ShortenTraceback
 
-from . import budgets, costs, hooks, rehearsals, remembered  # noqa: F401 rehearsals speaks to the estimates where it is imported
+from . import budgets, costs, hooks, rehearsals, remembered
 from .chunk import Chunk
 from .costs import MACHINE, Machine
 from .footprint import Footprint
@@ -23,6 +23,8 @@ from .stream_qkv import StreamQKV
 from .traced import Captured, Traced, trace
 
 Passes = tuple[Pass, ...]
+
+rehearsals.tell_all()
 
 # Bytes of a chunk: below, its products are too small to be fast; above, its values leave a last-level cache.
 _LEAST_CHUNK, _MOST_CHUNK = 2**20, 16 * 2**20

@@ -97,13 +97,15 @@ def _loss_work(products: int) -> Callable[..., Work]:
     return work
 
 
-told(chunked, lambda rows, shared, recipe, *_, out: _work(rows, shared, recipe))
-told(chunked_backward, _backward_work)
-told(streamed, _streamed_work)
-told(losses.linear_cross_entropy, _loss_work(1))
-told(losses.linear_cross_entropy_backward, _loss_work(3))
-if HAS_LINEAR_CROSS_ENTROPY:
-    from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
+def tell_all() -> None:
+    """Has the estimates know every operator of this package."""
+    told(chunked, lambda rows, shared, recipe, *_, out: _work(rows, shared, recipe))
+    told(chunked_backward, _backward_work)
+    told(streamed, _streamed_work)
+    told(losses.linear_cross_entropy, _loss_work(1))
+    told(losses.linear_cross_entropy_backward, _loss_work(3))
+    if HAS_LINEAR_CROSS_ENTROPY:
+        from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
 
-    # It computes its gradients in forward.
-    told(_linear_cross_entropy_batch_chunked, _loss_work(3))
+        # It computes its gradients in forward.
+        told(_linear_cross_entropy_batch_chunked, _loss_work(3))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor import config
+from torch._inductor.codecache import write_atomic
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.fx import GraphModule
 
 from . import hooks
 from .stages import Pass
@@ -34,12 +32,11 @@ def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | Non
         return None
     inputs = [_kind(each) for each in graph.inputs]
     held = [(name, _kind(each)) for name, each in (*graph.module.named_parameters(), *graph.module.named_buffers())]
-    about = (
-        *(source, pipeline, _readable(graph.module), repr(inputs), repr(held), repr(graph.training)),
-        *(torch.__version__, repr(torch.get_num_threads()), config.get_hash().hex()),
-    )
-    found = hashlib.sha256("\0".join(about).encode())
-    for file in sorted(_sources({teller.__module__.partition(".")[0] for teller in tellers()})):
+    code = graph.module.print_readable(print_output=False, include_stride=True, include_device=True)
+    about = (source, pipeline, code, inputs, held, graph.training, torch.__version__, torch.get_num_threads(), config.get_hash())
+    found = hashlib.sha256(repr(about).encode())
+    # The source of this package is part of `source`.
+    for file in sorted(_sources({teller.__module__.partition(".")[0] for teller in tellers()} - {__package__})):
         found.update(file.read_bytes())
     return found.hexdigest()
 
@@ -54,19 +51,11 @@ def load(name: str) -> Any:
 
 def store(name: str, found: Any) -> None:
     """Keeps what json can say, whole or not at all."""
-    path = _path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(found, file)
-    os.replace(file.name, path)
+    write_atomic(str(_path(name)), json.dumps(found), make_dirs=True)
 
 
 def _path(name: str) -> Path:
     return Path(cache_dir()) / "passes" / f"{name}.json"
-
-
-def _readable(module: GraphModule) -> str:
-    return module.print_readable(print_output=False, include_stride=True, include_device=True)
 
 
 def _kind(value: Any) -> str:

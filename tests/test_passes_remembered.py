@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,8 @@ def test_operators_that_say_otherwise_what_they_hold_are_asked_again(tmp_path: P
     source = tmp_path / "telling" / "__init__.py"
     source.write_text("def held(*args, **kwargs):\n    return 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import telling  # type: ignore[import-not-found]
-
-    monkeypatch.setitem(workspaces._KNOWN, torch.ops.aten.erf.default, telling.held)
+    held = importlib.import_module("telling").held
+    monkeypatch.setitem(workspaces._KNOWN, torch.ops.aten.erf.default, held)
     _choose(Pipeline(2**30, CANDIDATES))
     source.write_text("def held(*args, **kwargs):\n    return 4096\n")
     _refuse(monkeypatch)

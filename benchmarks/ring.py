@@ -27,6 +27,7 @@ from tabulate import tabulate
 import compiled_dilated as cd
 from compiled_dilated import masks, measure
 from compiled_dilated.lowerings.batches import HeadRange
+from compiled_dilated.ring import sources
 from compiled_dilated.ring.blocks import Given
 from compiled_dilated.ring.ledgers import Ledger
 from compiled_dilated.ring.plans import layouts_of
@@ -108,9 +109,9 @@ def peak() -> list[Row]:
         with measure.resident_peak() as resident:
             for rank in (0, 1, ranks // 2, ranks - 1):
                 own = schedule.layout.runs(rank)[0]
-                worker = Forward(schedule, rank, Given(0.25), *(source.read(heads, own) for source in (q, k, v)))
+                worker = Forward(schedule, rank, Given(0.25), *(sources.read(source, heads, own) for source in (q, k, v)))
                 for step in schedule.steps(rank):
-                    received = [(k.read(m.kv_heads, m.rows), v.read(m.kv_heads, m.rows)) for m in step.messages]
+                    received = [(sources.read(k, m.kv_heads, m.rows), sources.read(v, m.kv_heads, m.rows)) for m in step.messages]
                     ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
                     worker.compute(step, received)
             process = resident()

@@ -20,6 +20,7 @@ from torch import Tensor
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.lowerings.batches import HeadRange
+from compiled_dilated.ring import sources
 from compiled_dilated.ring.checking import exact_row
 from compiled_dilated.ring.journals import Journal
 from compiled_dilated.ring.sources import FileSink, FileSource, GeneratedSource, SampleSink
@@ -225,7 +226,7 @@ def test_a_source_cut_off_meanwhile_is_an_error(files: Any) -> None:
     with paths["k"].open("r+b") as file:
         file.truncate(10_000)
     with pytest.raises(OSError, match=r"k\.npy ends within rows 0 to 499 of head 1: it was cut off meanwhile"):
-        source.read(HeadRange(1, 1, 1), range(500))
+        sources.read(source, HeadRange(1, 1, 1), range(500))
 
 
 @pytest.mark.parametrize(
@@ -256,12 +257,12 @@ def test_data_tensors_are_refused() -> None:
 def test_generated_rows_can_be_made_again() -> None:
     source = GeneratedSource((2, 3, 5000, 4), seed=1, stream=0, block=64)
     heads = HeadRange(0, 2, 2)
-    whole = source.read(heads, range(5000))
-    assert torch.equal(source.read(heads, range(3, 4999, 7)), whole[:, :, 3:4999:7])
-    assert torch.equal(source.read(HeadRange(2, 1, 1), range(130, 131)), whole[:, 1:, 130:131])
+    whole = sources.read(source, heads, range(5000))
+    assert torch.equal(sources.read(source, heads, range(3, 4999, 7)), whole[:, :, 3:4999:7])
+    assert torch.equal(sources.read(source, HeadRange(2, 1, 1), range(130, 131)), whole[:, 1:, 130:131])
     assert abs(whole.mean()) < 0.02
     assert abs(whole.std() - 1) < 0.02
-    other = GeneratedSource((2, 3, 5000, 4), seed=1, stream=1, block=64).read(heads, range(5000))
+    other = sources.read(GeneratedSource((2, 3, 5000, 4), seed=1, stream=1, block=64), heads, range(5000))
     assert abs((whole * other).mean()) < 0.02
 
 
@@ -271,7 +272,7 @@ def test_sampled_rows_are_those_of_the_reference(tmp_path: Path) -> None:
     sink = SampleSink(tmp_path / "rows.npy", shape, [0, 17, 1024, 2999], torch.float64)
     report = cd.compile(LONGNET, ranks=7, transport="streamed")(q, k, v, sink, journal=tmp_path / "journal")
     assert report.complete
-    everything = [x.read(HeadRange(0, 1, 2), range(3000)) for x in (q, k, v)]
+    everything = [sources.read(x, HeadRange(0, 1, 2), range(3000)) for x in (q, k, v)]
     wanted = cd.reference(LONGNET, *everything)
     torch.testing.assert_close(sink.read(), wanted[:, :, [0, 17, 1024, 2999]], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(exact_row(LONGNET, q, k, v, 1024, 8**-0.5), wanted[:, :, 1024], rtol=1e-10, atol=1e-10)
@@ -293,6 +294,26 @@ def test_a_rank_holds_as_little_however_long_the_sequence(tmp_path: Path) -> Non
         held.append(cd.compile(cd.longnet((256, 1024), (1, 2)), ranks=ranks, transport="streamed")(q, k, v, sink))
     assert held[0].ledger.most_held_bytes == held[1].ledger.most_held_bytes
     assert held[1].ledger.steps == 8 * held[0].ledger.steps
+
+
+def test_the_memory_of_a_rank_is_used_again(tmp_path: Path) -> None:
+    """The rank that computes, the one that is read and the one that is written share no memory, and need no more."""
+    shape, places, whole = (1, 2, 256 * 16, 8), set[int](), [torch.randn(1, 2, 256 * 16, 8) for _ in range(3)]
+
+    class Held:
+        dtype = torch.float32
+
+        def __init__(self, x: Tensor) -> None:
+            self.x, self.shape = x, shape
+
+        def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
+            places.add(out.data_ptr())
+            out.copy_(heads.of(self.x)[:, :, rows.start : rows.stop : rows.step])
+
+    cd.compile(LONGNET, ranks=16, transport="streamed")(*map(Held, whole), tmp_path / "out.npy")
+    assert len(places) <= 12  # q, k, v and out, three times; 48 were read
+    out = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    torch.testing.assert_close(out, cd.compile(LONGNET)(*whole), rtol=1e-5, atol=1e-5)
 
 
 def test_the_journal_says_what_it_is_of(files: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..lowerings.batches import HeadRange
 from ..programs import Program
+from . import sources
 from .sources import Source
 
 # A row that may see more keys than this is checked in parts of so many.
@@ -21,7 +22,7 @@ def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale
     group = heads // k.shape[1]
     out = torch.zeros((batch, heads, v.shape[3]), dtype=torch.float64)
     for head in range(heads):
-        query = q.read(HeadRange(head, 1, 1), range(row, row + 1))[:, 0, 0].double()
+        query = sources.read(q, HeadRange(head, 1, 1), range(row, row + 1))[:, 0, 0].double()
         top = torch.full((batch, 1), -math.inf, dtype=torch.float64)
         total, value = torch.zeros_like(top), torch.zeros_like(out[:, head])
         for branch in program.branches:
@@ -35,7 +36,7 @@ def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale
                 allowed = mask.allows(torch.zeros((), dtype=torch.int64), torch.tensor(head), torch.tensor(row), at).expand(
                     len(at)
                 )
-                keys, values = (x.read(HeadRange(head // group, 1, 1), part)[:, 0].double() for x in (k, v))
+                keys, values = (sources.read(x, HeadRange(head // group, 1, 1), part)[:, 0].double() for x in (k, v))
                 scores = torch.einsum("bd,bnd->bn", query, keys) * scale
                 scores = scores.masked_fill(~allowed, -math.inf)
                 higher = torch.maximum(top, scores.amax(dim=1, keepdim=True))

@@ -35,9 +35,16 @@ class Source(Protocol):
         """Of the rows."""
         ...
 
-    def read(self, heads: HeadRange, rows: range) -> Tensor:
-        """(B, heads, len(rows), D) in memory of its own."""
+    def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
+        """Fill `out`, (B, heads, len(rows), D) and contiguous."""
         ...
+
+
+def read(source: Source, heads: HeadRange, rows: range) -> Tensor:
+    """(B, heads, len(rows), D) in memory of its own."""
+    out = torch.empty((source.shape[0], heads.count, len(rows), source.shape[3]), dtype=source.dtype)
+    source.read_into(out, heads, rows)
+    return out
 
 
 class Sink(Protocol):
@@ -81,13 +88,11 @@ class _Npy:
         _, heads, tokens, width = self.shape
         return self.offset + int(((b * heads + head) * tokens + row) * width * self.dtype.itemsize)
 
-    def read(self, heads: range, rows: range) -> Numbers:
-        """(B, heads, len(rows), D)."""
-        out = np.empty((self.shape[0], len(heads), len(rows), self.shape[3]), self.dtype)
+    def read_into(self, out: Numbers, heads: range, rows: range) -> None:
+        """`out` is (B, heads, len(rows), D)."""
         for b in range(self.shape[0]):
             for i, head in enumerate(heads):
                 self._read(b, head, rows, out[b, i])
-        return out
 
     def _read(self, b: int, head: int, rows: range, into: Numbers) -> None:
         """Rows between those asked for are read too, and forgotten."""
@@ -126,9 +131,9 @@ class FileSource:
         self.shape = self._npy.shape
         self.dtype = torch.from_numpy(np.empty(0, self._npy.dtype)).dtype
 
-    def read(self, heads: HeadRange, rows: range) -> Tensor:
+    def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
         """Copies out of the file."""
-        return torch.from_numpy(self._npy.read(heads.indices(), rows))
+        self._npy.read_into(out.numpy(), heads.indices(), rows)
 
     def __repr__(self) -> str:
         # Names the content, as well as a journal can: a run does not go on with another file of the same name.
@@ -149,20 +154,17 @@ class GeneratedSource:
     dtype: torch.dtype = torch.float32
     block: int = field(default=1024, repr=False)
 
-    def read(self, heads: HeadRange, rows: range) -> Tensor:
+    def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
         """Made anew, block by block of rows."""
-        batch, _, _, width = self.shape
-        out = np.empty((batch, heads.count, len(rows), width), dtype=np.float32)
-        for b in range(batch):
+        for b in range(self.shape[0]):
             for i, head in enumerate(heads.indices()):
                 done = 0
                 for number in range(rows.start // self.block, rows[-1] // self.block + 1):
                     first = number * self.block
                     mine = range(rows[done], min(rows.stop, first + self.block), rows.step)
-                    made = self._block(b, head, number)
+                    made = torch.from_numpy(self._block(b, head, number))
                     out[b, i, done : done + len(mine)] = made[mine.start - first : mine.stop - first : mine.step]
                     done += len(mine)
-        return torch.from_numpy(out).to(self.dtype)
 
     def _block(self, b: int, head: int, number: int) -> Numbers:
         key = np.array([self.seed, self.stream], dtype=np.uint64)
@@ -204,12 +206,16 @@ class FileSink:
 
     def held(self, rows: range) -> bytes:
         """Those rows, read back."""
-        return self._npy.read(range(self._npy.shape[1]), rows).tobytes()
+        batch, heads, _, width = self._npy.shape
+        out = np.empty((batch, heads, len(rows), width), self._npy.dtype)
+        self._npy.read_into(out, range(heads), rows)
+        return out.tobytes()
 
     def sync(self) -> None:
-        """fsync."""
+        """fsync; what is on the disk then leaves the page cache, which an output larger than memory would fill."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _make(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic]) -> None:

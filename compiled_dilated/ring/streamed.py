@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -140,6 +141,29 @@ class _Read:
     shards: tuple[Tensor, Tensor, Tensor]
     steps: list[tuple[Step, list[KeysAndValues]]]
 
+    @property
+    def received(self) -> list[Tensor]:
+        """All that messages brought."""
+        return [x for _, pairs in self.steps for pair in pairs for x in pair]
+
+
+class _Memory:
+    """Memory of ranks that are done, for those to come: fresh pages cost more time than what is read into them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self._free, self._lock = dtype, list[Tensor](), Lock()
+
+    def take(self, *shape: int) -> Tensor:
+        """Memory that nobody else has, of any contents."""
+        with self._lock:
+            found = next((number for number, each in enumerate(self._free) if each.shape == shape), None)
+            return torch.empty(shape, dtype=self.dtype) if found is None else self._free.pop(found)
+
+    def give(self, tensors: Sequence[Tensor]) -> None:
+        """What is done with. Of what was given before, the part that nobody took is freed."""
+        with self._lock:
+            self._free = list(tensors)
+
 
 class _Run:
     def __init__(
@@ -157,7 +181,7 @@ class _Run:
         self.q, self.k, self.v = sources
         self.device = device
         self.limit, self.tell = limit_seconds, on_progress
-        self.ledger, self.tokens = Ledger(), 0
+        self.ledger, self.tokens, self.memory = Ledger(), 0, _Memory(self.q.dtype)
         self.began = self.synced = time.monotonic()
 
     def go(self) -> Report:
@@ -167,20 +191,19 @@ class _Run:
         todo = (rank for rank in range(self.layout.ranks) if rank not in self.journal.done and self.layout.count(rank))
         complete = True
         with ThreadPoolExecutor(1, "read ahead") as reader, ThreadPoolExecutor(1, "write behind") as writer:
-            writing: Future[None] | None = None
+            writing: Future[Tensor] | None = None
             try:
                 for read in _ahead(reader, self._read, todo):
                     if self.limit is not None and time.monotonic() - self.began > self.limit:
                         complete = False
                         break
                     out = self._compute(read)
-                    if writing is not None:
-                        writing.result()
+                    done = [] if writing is None else [writing.result()]
+                    self.memory.give(done if self._elsewhere else [*done, *read.shards, *read.received])
                     writing = writer.submit(self._write, read.rank, out)
                     self.tokens += self.layout.count(read.rank)
                     if self.tell is not None:
-                        done = len(self.journal.done) + 1
-                        self.tell(Progress(done, self.tokens, resumed, time.monotonic() - self.began))
+                        self.tell(Progress(len(self.journal.done) + 1, self.tokens, resumed, time.monotonic() - self.began))
             finally:
                 # After Ctrl-C and errors too: what is finished is kept.
                 try:
@@ -192,6 +215,11 @@ class _Run:
         return Report(
             self.tokens, self.layout.ranks, finished, resumed_tokens, resumed, tuple(torn), seconds, complete, self.ledger
         )
+
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether blocks are computed where no file is read to."""
+        return self.device.type != "cpu"
 
     def _rows(self, rank: int) -> range:
         return self.layout.runs(rank)[0]
@@ -206,20 +234,27 @@ class _Run:
         return self._rows_of(self.k, message.kv_heads, message.rows), self._rows_of(self.v, message.kv_heads, message.rows)
 
     def _rows_of(self, source: Source, heads: HeadRange, rows: range) -> Tensor:
-        return source.read(heads, rows).to(self.device)
+        memory = self.memory.take(source.shape[0], heads.count, len(rows), source.shape[3])
+        source.read_into(memory, heads, rows)
+        if not self._elsewhere:
+            return memory
+        there = memory.to(self.device)
+        self.memory.give([memory])
+        return there
 
     def _compute(self, read: _Read) -> Tensor:
-        worker = Forward(self.schedule, read.rank, self.given, *read.shards)
-        everything = [pair for _, received in read.steps for pair in received]
+        q, _, v = read.shards
+        memory = self.memory.take(*q.shape[:3], v.shape[3])
+        worker = Forward(self.schedule, read.rank, self.given, *read.shards, out=None if self._elsewhere else memory)
         held = (*read.shards, worker.out, worker.lse)
         for step, received in read.steps:
             self.ledger.note(received, held)
             worker.compute(step, received)
-        whole = sum(x.nbytes for x in (*held, *(x for pair in everything for x in pair)))
+        whole = sum(x.nbytes for x in (*held, *read.received))
         self.ledger.most_held_bytes = max(self.ledger.most_held_bytes, whole)
-        return worker.out.cpu()
+        return memory.copy_(worker.out) if self._elsewhere else memory
 
-    def _write(self, rank: int, out: Tensor) -> None:
+    def _write(self, rank: int, out: Tensor) -> Tensor:
         try:
             self.journal.add(rank, checksum(self.sink.write(self._rows(rank), out)))
             if time.monotonic() - self.synced > _SYNC_SECONDS:
@@ -231,6 +266,7 @@ class _Run:
                 f"{len(self.journal.done)} of {self.layout.ranks} ranks are finished and kept: "
                 "make room, and call again with the same journal",
             ) from error
+        return out
 
     def _sync(self) -> None:
         self.sink.sync()

@@ -48,9 +48,12 @@ class Worker:
 class Forward(Worker):
     """Partial results (out, lse) of a rank's queries, complete after its last step."""
 
-    def __init__(self, schedule: Schedule, rank: int, given: Given, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(
+        self, schedule: Schedule, rank: int, given: Given, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
+    ) -> None:
+        """out: memory for it, its contents lost."""
         super().__init__(schedule, rank, given, q, k, v)
-        self.out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        self.out = q.new_zeros((*q.shape[:3], v.shape[3])) if out is None else out.zero_()
         self.lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
         self.queries = Queries(self.runs, q, self.out, self.lse)
 

@@ -6,6 +6,7 @@ passes.estimate(model, example_inputs, train=True)      peak and time of every c
 """
 
 from . import arena, costs, footprint, liveness, peak
+from .causal import Causal
 from .chunk import Chunk
 from .compiled import compile, estimate
 from .hooks import inductor_configs
@@ -21,6 +22,7 @@ from .stream_qkv import StreamQKV
 
 __all__ = [
     "BudgetError",
+    "Causal",
     "Chunk",
     "LinearCrossEntropy",
     "Materialize",

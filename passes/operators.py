@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -29,3 +31,22 @@ def is_elementwise(node: Node) -> bool:
     """Whether each element of a call's result depends on the elements at its place alone, and on nothing else."""
     known = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return known and not has_effects(node)
+
+
+def writes(node: Node) -> bool:
+    """Whether a call, by any of the names that Dynamo records, changes an operand in place."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_function", "call_method") and (
+        in_place or name == "setitem" or _is_augmented(target) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    )
+
+
+def _is_augmented(target: Any) -> bool:
+    """operator.iadd and its like."""
+    return getattr(target, "__module__", "") == "_operator" and target.__name__ in {
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift",
+    }  # fmt: skip

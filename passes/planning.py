@@ -10,6 +10,7 @@ from typing import Any
 from torch._dynamo.exc import ShortenTraceback
 
 from . import budgets, costs, hooks, rehearsals, remembered
+from .causal import Causal
 from .chunk import Chunk
 from .costs import MACHINE, Machine
 from .footprint import Footprint
@@ -165,13 +166,15 @@ def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes,
 
     Not Remat, which has inductor write dozens of programs to plan by: name it in passes=.
     """
-    ordered = (Materialize(), Reorder())
+    causal, ordered = Causal(), (Materialize(), Reorder())
     chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
     if not training:
         stream = StreamQKV(chunk_bytes=chunk.chunk_bytes)
-        return (), ordered, (chunk,), (chunk, *ordered), (stream, chunk)
-    loss = LinearCrossEntropy()
-    return (), (loss,), (loss, chunk), (loss, Spill()), (loss, chunk, Spill()), (loss, chunk, Spill(), *ordered)
+        ours: tuple[Passes, ...] = (ordered, (chunk,), (chunk, *ordered), (stream, chunk))
+    else:
+        loss = LinearCrossEntropy()
+        ours = (loss,), (loss, chunk), (loss, Spill()), (loss, chunk, Spill()), (loss, chunk, Spill(), *ordered)
+    return (), *((causal, *each) for each in ours)
 
 
 def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from ..operators import writes
 from .readers import Read, read, value_of
 from .recipes import Recipe, Step
 
@@ -106,7 +107,7 @@ def mixed_up(nodes: Sequence[Node], members: Sequence[Node]) -> bool:
     """Whether something between the first and the last member changes values in place, or how values are computed."""
     first, last = nodes.index(members[0]), nodes.index(members[-1])
     inside = set(members)
-    return any(node not in inside and (_writes(node) or node.target in _MODES) for node in nodes[first:last])
+    return any(node not in inside and (writes(node) or node.target in _MODES) for node in nodes[first:last])
 
 
 def _region(members: list[Node], lead: Any) -> Region | None:
@@ -227,21 +228,3 @@ def width(node: Node) -> int:
         return 0
     features = sizes(value.shape)[-1] if value.ndim else 1
     return (features if isinstance(features, int) else 1) * value.element_size()
-
-
-def _writes(node: Node) -> bool:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return node.op in ("call_function", "call_method") and (
-        in_place or name == "setitem" or _is_augmented(target) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-    )
-
-
-def _is_augmented(target: Any) -> bool:
-    """operator.iadd and its like."""
-    return getattr(target, "__module__", "") == "_operator" and target.__name__ in {
-        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift",
-    }  # fmt: skip

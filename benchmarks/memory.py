@@ -1,4 +1,4 @@
-"""What a whole model takes under plain torch.compile and under passes.compile: peak, time, the longest sequence, a million tokens.
+"""What a model takes under plain torch.compile and under passes.compile: peak, time, the longest sequence, a million tokens.
 
 python benchmarks/memory.py [--json FILE] [--only headline|longest|million] [--tokens 65536] [--budget 0.25]
 
@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ ATTEND = cd.compile(cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True))
 WANTED = {"training": (0.25, 1.15), "inference": (0.4, 1.05)}
 _LIMIT_BYTES = 8 * 2**30
 _PROBES = (4096, 8192)
-_REPEATS = 4
+_REPEATS = 3
 # Of torch's own budgets the one whose peak is least on four layers: 0.1 of what would be saved.
 _BUILT_IN_BUDGET = 0.1
 
@@ -79,73 +79,87 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Job:
-    """Steps in a process of its own. kind: training or inference; way: plain, checkpoints, built-in or passes.
+    """Steps in a process of its own. kind: training or inference; ways: of plain, checkpoints, built-in and passes.
 
     share: the budget of passes, as a share of plain's estimate beyond its inputs; where nothing fits, the least that does.
-    repeats: steps after the first, of which one is measured for its peak and the others for their time.
+    peaks: whether to measure what each step holds. repeats: steps of each in turn, for their time, after the first.
     """
 
     kind: str
-    way: str
+    ways: tuple[str, ...]
     tokens: int
     width: int = 512
     dtype: str = "float32"
     share: float = 0
+    peaks: bool = False
     repeats: int = 0
 
-    def apart(self) -> Row:
-        """Its figures. Raises CalledProcessError where the process dies, as it does when memory runs out."""
+    def apart(self) -> dict[str, Row]:
+        """Figures by way. Raises CalledProcessError where the process dies, as it does when memory runs out."""
         command = [sys.executable, __file__, "--job", json.dumps(asdict(self))]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found: Row = json.loads(run.stdout.splitlines()[-1])
+        found: dict[str, Row] = json.loads(run.stdout.splitlines()[-1])
         return found
 
-    def here(self) -> Row:
-        """Its figures, of this process."""
+    def here(self) -> dict[str, Row]:
+        """The same, of this process."""
+        steps = {way: Step(self, way) for way in self.ways}
+        rows = {way: step.first() for way, step in steps.items()}
+        for way, step in steps.items():
+            if self.peaks:
+                rows[way]["peak_bytes"] = measure.peak_bytes(step.run)
+        for way, seconds in measure.interleaved({way: step.run for way, step in steps.items()}, self.repeats, warmup=0).items():
+            if seconds:
+                rows[way]["seconds"] = measure.median(seconds)
+        return rows
+
+
+class Step:
+    """One way of a job, ready to run."""
+
+    def __init__(self, job: Job, way: str) -> None:
         torch.manual_seed(0)
-        training = self.kind == "training"
-        model = Model(self.width, checkpointed=self.way == "checkpoints").to(getattr(torch, self.dtype))
-        tokens = torch.randint(VOCABULARY, (1, self.tokens))
-        inputs = (tokens, tokens) if training else (tokens,)
+        self.way, self.training = way, job.kind == "training"
+        self.model = Model(job.width, checkpointed=way == "checkpoints").to(getattr(torch, job.dtype))
+        tokens = torch.randint(VOCABULARY, (1, job.tokens))
+        self.inputs = (tokens, tokens) if self.training else (tokens,)
+        self.compiled: Callable[..., Any] = self.model
+        if way == "passes":
+            plain = passes.estimate(self.model, self.inputs, train=self.training, passes=[()])[0]
+            budget = plain.input_bytes + int(plain.added_bytes * job.share)
+            self.compiled = passes.compile(self.model, memory_budget=budget, dynamic=False)
+        elif way != "checkpoints":
+            functorch_config.activation_memory_budget = _BUILT_IN_BUDGET if way == "built-in" else 1.0
+            self.compiled = torch.compile(self.model, dynamic=False)
 
-        def run() -> None:
-            with torch.set_grad_enabled(training):
-                out = step(*inputs)
-                if training:
-                    torch.autograd.grad(out, list(model.parameters()))
+    def run(self) -> None:
+        with torch.set_grad_enabled(self.training):
+            out = self.compiled(*self.inputs)
+            if self.training:
+                torch.autograd.grad(out, list(self.model.parameters()))
 
-        step, row = self._step(model, inputs), Row()
+    def first(self) -> Row:
+        """Compiles and runs; the most that the whole process held meanwhile."""
         with measure.resident_peak() as resident:
             try:
-                first = measure.timed(run)
+                seconds = measure.timed(self.run)
             except passes.BudgetError as error:
-                step = passes.compile(model, memory_budget=error.least_bytes, dynamic=False)
-                first = measure.timed(run)
-            row |= {"process_bytes": resident(), "first_seconds": first}
-        if self.repeats:
-            row["peak_bytes"] = measure.peak_bytes(run)
-            row["seconds"] = measure.median([measure.timed(run) for _ in range(self.repeats - 1)])
+                self.compiled = passes.compile(self.model, memory_budget=error.least_bytes, dynamic=False)
+                seconds = measure.timed(self.run)
+            row: Row = {"process_bytes": resident(), "first_seconds": seconds, "passes": ""}
         if self.way == "passes":
-            chosen = passes.report(step).choices[0].chosen
+            chosen = passes.report(self.compiled).choices[0].chosen
             row |= {"predicted_bytes": chosen.added_bytes, "passes": ", ".join(map(repr, chosen.passes))}
         return row
 
-    def _step(self, model: Model, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        if self.way == "passes":
-            plain = passes.estimate(model, inputs, train=self.kind == "training", passes=[()])[0]
-            budget = plain.input_bytes + int(plain.added_bytes * self.share)
-            return passes.compile(model, memory_budget=budget, dynamic=False)
-        if self.way == "built-in":
-            functorch_config.activation_memory_budget = _BUILT_IN_BUDGET
-        return model if self.way == "checkpoints" else torch.compile(model, dynamic=False)
-
 
 def headline(tokens: int, share: float) -> list[Row]:
+    """Peaks each in a process of its own, times in turn in one process."""
     rows = []
     for kind, (memory_wanted, time_wanted) in WANTED.items():
-        plain = Job(kind, "plain", tokens, repeats=_REPEATS).apart()
-        ours = Job(kind, "passes", tokens, share=share if kind == "training" else memory_wanted, repeats=_REPEATS).apart()
-        memory, seconds = ours["peak_bytes"] / plain["peak_bytes"], ours["seconds"] / plain["seconds"]
+        job = Job(kind, ("plain", "passes"), tokens, share=share if kind == "training" else memory_wanted)
+        plain, ours = (replace(job, ways=(way,), peaks=True).apart()[way] for way in job.ways)
+        times = replace(job, repeats=_REPEATS).apart()
         rows.append(
             {
                 "step": kind,
@@ -153,10 +167,10 @@ def headline(tokens: int, share: float) -> list[Row]:
                 "plain MiB": plain["peak_bytes"] / 2**20,
                 "ours MiB": ours["peak_bytes"] / 2**20,
                 "predicted MiB": ours["predicted_bytes"] / 2**20,
-                "of plain": memory,
+                "of plain": ours["peak_bytes"] / plain["peak_bytes"],
                 "wanted": memory_wanted,
-                "plain s": plain["seconds"],
-                "time of plain": seconds,
+                "plain s": times["plain"]["seconds"],
+                "time of plain": times["passes"]["seconds"] / times["plain"]["seconds"],
                 "time wanted": time_wanted,
                 "passes": ours["passes"],
             }
@@ -168,22 +182,22 @@ def longest(*_: Any) -> list[Row]:
     """By a line through two short lengths, then shorter until it fits."""
     rows = []
     for way in ("plain", "checkpoints", "built-in", "passes"):
-        (low, less), (high, more) = ((n, Job("training", way, n).apart()["process_bytes"]) for n in _PROBES)
+        (low, less), (high, more) = ((n, Job("training", (way,), n).apart()[way]["process_bytes"]) for n in _PROBES)
         tokens, found = low + int((_LIMIT_BYTES - less) / ((more - less) / (high - low))), Row()
         while not found or found["process_bytes"] > _LIMIT_BYTES:
             tokens = (tokens - tokens // 64) // 256 * 256
-            found = Job("training", way, tokens).apart()
-        row = {"way": way, "tokens": tokens, "process GiB": found["process_bytes"] / 2**30, "passes": found.get("passes", "")}
-        rows.append(row | {"compile and step s": found["first_seconds"]})
+            found = Job("training", (way,), tokens).apart()[way]
+        row = {"way": way, "tokens": tokens, "process GiB": found["process_bytes"] / 2**30}
+        rows.append(row | {"compile and step s": found["first_seconds"], "passes": found["passes"]})
     return rows
 
 
 def million(*_: Any) -> list[Row]:
     rows = []
     for way in ("plain", "passes"):
-        found = Job("inference", way, 2**20, width=256, dtype="bfloat16", repeats=2).apart()
+        found = Job("inference", (way,), 2**20, width=256, dtype="bfloat16", peaks=True, repeats=1).apart()[way]
         row = {"way": way, "tokens": 2**20, "MiB": found["peak_bytes"] / 2**20, "s": found["seconds"]}
-        rows.append(row | {"tokens/s": 2**20 / found["seconds"], "passes": found.get("passes", "")})
+        rows.append(row | {"tokens/s": 2**20 / found["seconds"], "passes": found["passes"]})
     return rows
 
 

@@ -44,14 +44,15 @@ class Causal:
 
     def __call__(self, graph: Graph) -> list[str]:
         lines = []
-        for node in list(graph.nodes):
+        for node in graph.nodes:
             call = _call(node)
-            mask = None if call is None else call.arguments["attn_mask"]
-            if isinstance(mask, Node) and not call.arguments["is_causal"] and _is_causal(mask):
-                call.arguments.update(attn_mask=None, is_causal=True)
-                node.args, node.kwargs = call.args, call.kwargs
-                shape = " x ".join(map(str, value_of(mask).shape))
-                lines.append(f"{node.name} is causal, and {mask.name} of {shape} not made  {source_of(node)}".rstrip())
+            mask = None if call is None or call.arguments["is_causal"] else call.arguments["attn_mask"]
+            if call is None or not _is_causal(mask):
+                continue
+            call.arguments.update(attn_mask=None, is_causal=True)
+            node.args, node.kwargs = call.args, call.kwargs
+            shape = " x ".join(map(str, value_of(mask).shape))
+            lines.append(f"{node.name} is causal, its mask of {shape} is not made  {source_of(node)}".rstrip())
         return lines
 
 
@@ -77,9 +78,9 @@ def _arguments(
     """How graphs call attention."""
 
 
-def _is_causal(mask: Node) -> bool:
-    said, value = conditions(mask), value_of(mask)
-    if said is None or not isinstance(value, Tensor):
+def _is_causal(mask: Any) -> bool:
+    said = conditions(mask) if isinstance(mask, Node) else None
+    if said is None or not isinstance(value := value_of(mask), Tensor):
         return False
     tells: Conditions = tuple(each for each in said if not each.is_never_negative(value.shape))
     return bool(tells) and all(each == _NOTHING_AHEAD for each in tells)

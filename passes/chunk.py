@@ -16,6 +16,7 @@ from torch.fx import Graph
 
 from .rows import regions
 from .rows.chunks import InChunks, parts, put
+from .rows.readers import needs_gradient
 from .rows.recipes import Recipe, zero_sum
 
 # What all values of a chunk take together where nobody says: they stay in a last-level cache, and products stay large.
@@ -26,16 +27,17 @@ _CHUNK_BYTES = 16 * 2**20
 class Chunk(InChunks):
     """Rewrites the parts of a graph that work on rows through something wide (rows/regions.py) to run in chunks of rows.
 
-    rows: how many at a time. chunk_bytes: instead, as many as all values of a chunk fit in together (at least one); backward
-    takes at most twice that; what kernels hold for themselves comes on top. Left alone: what mixes rows or is used elsewhere too,
-    dropout in training, what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
+    rows: how many at a time. chunk_bytes: instead, as many as fit in (at least one): where no gradient is wanted, with what of a
+    chunk is held at once, else with all its values; backward takes at most twice that. What kernels hold comes on top. Left
+    alone: what mixes rows or is used elsewhere too, dropout in training, what autocast converts. Raises ValueError where one of
+    them is less than 1, or both are given.
     """
 
     def __call__(self, graph: Graph) -> list[str]:
         return [self._replace(graph, region) for region in regions.find(graph)]
 
     def _replace(self, graph: Graph, region: regions.Region) -> str:
-        rows = self.rows_of(region.row_bytes, _CHUNK_BYTES)
+        rows = self.rows_of(region.row_bytes(at_once=not any(map(needs_gradient, region.nodes))), _CHUNK_BYTES)
         with graph.inserting_before(region.result):
             node = graph.call_function(
                 torch.ops.passes.chunked.default, ([*region.rows], [*region.shared], str(region.recipe), rows)

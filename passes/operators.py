@@ -39,7 +39,8 @@ def writes(node: Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
+    # operator.and_, or_ and not_ have to be called something.
+    in_place = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
     return node.op in ("call_function", "call_method") and (
         in_place or name == "setitem" or _is_augmented(target) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     )

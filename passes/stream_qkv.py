@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from .rows import attentions, blocks
 from .rows.attentions import attention
 from .rows.chunks import InChunks, parts, put
-from .rows.readers import value_of
+from .rows.readers import needs_gradient
 from .rows.recipes import Recipe
 
 __all__ = ["StreamQKV", "attention", "streamed"]
@@ -31,13 +31,13 @@ _CHUNK_BYTES = 16 * 2**20
 class StreamQKV(InChunks):
     """Rewrites the transformer blocks of a graph that needs no gradient (rows/blocks.py) to run in chunks of tokens.
 
-    rows: how many tokens of each sequence at a time. chunk_bytes: instead, as many as all values of a chunk of one sequence fit
-    in together (at least one). Left alone: graphs with a gradient, cross-attention, masks given as tensors, dropout in training,
-    what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
+    rows: how many tokens of each sequence at a time. chunk_bytes: instead, as many as fit in with what of a chunk of one sequence
+    is held at once (at least one). Left alone: graphs with a gradient, cross-attention, masks given as tensors, dropout in
+    training, what autocast converts. Raises ValueError where one of them is less than 1, or both are given.
     """
 
     def __call__(self, graph: Graph) -> list[str]:
-        if torch.is_grad_enabled() and any(_needs_gradient(node) for node in graph.nodes):
+        if any(map(needs_gradient, graph.nodes)):
             return []
         return [self._replace(graph, block) for block in blocks.find(graph)]
 
@@ -51,11 +51,6 @@ class StreamQKV(InChunks):
             )
         source = put(graph, node, block.nodes, end)
         return f"{end.name} in chunks of {rows} tokens, with keys and values whole: {block.attention}  {source}".rstrip()
-
-
-def _needs_gradient(node: Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 @torch.library.custom_op("passes::streamed", mutates_args=())

@@ -75,7 +75,7 @@ OTHER: dict[str, Callable[[], Tensor]] = {
 
 def changed_in_place() -> Tensor:
     mask = torch.ones(Q, K, dtype=torch.bool).tril()
-    mask[0] = True
+    mask[0].fill_(True)
     return mask
 
 
@@ -123,7 +123,7 @@ def mask_of(module: GraphModule) -> Any:
 def test_masks_are_read(name: str, traced: Callable[[nn.Module], GraphModule]) -> None:
     make = {**CAUSAL, **OTHER, **WRITTEN}[name]
     module = traced(Attend(make))
-    node, mask = mask_of(module)
+    _, mask = mask_of(module)
     said = conditions(mask)
     if said is not None:
         truth = make().expand(*value_of(mask).shape)
@@ -163,7 +163,7 @@ def test_a_compiled_step_makes_no_mask(dynamic: bool) -> None:
         x = torch.randn(1, tokens, 32)
         with torch.no_grad():
             torch.testing.assert_close(step(x), model(x))
-            assert measured_peak(lambda: step(x)) < 6 * x.nbytes  # noqa: B023
-        grads = [torch.autograd.grad(run(x).square().sum(), list(model.parameters())) for run in (step, model)]  # noqa: B023
+            assert measured_peak(lambda: step(x)) < 8 * x.nbytes  # a mask of floats takes 16  # noqa: B023
+        grads = [torch.autograd.grad(run(x).square().sum(), list(model.parameters())) for run in (step, model)]
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

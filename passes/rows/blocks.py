@@ -45,8 +45,8 @@ class Block:
     """nodes: in the order of the graph; the last one's value is the result.
 
     rows: its operands that lie along the tokens, those of (batch, tokens, features) first. query, key, value: of rows and
-    shared; result: of rows, the joined heads after them, and shared. attention: for attentions.parse. row_bytes: what all values
-    that are made of one row take.
+    shared; result: of rows, the joined heads after them, and shared. attention: for attentions.parse. row_bytes: what values
+    that are made of one row take, the most that is held at once.
     """
 
     nodes: tuple[Node, ...]
@@ -207,8 +207,9 @@ class _Search:
         for writer, recipe in zip(writers, recipes, strict=True):
             if not recipe.steps or not writer.agrees(recipe, values):
                 return None
-        row_bytes = sum(recipe.row_bytes(values, [value_of(each) for each in shared]) for recipe in recipes)
         query, key, value, result = recipes
+        held = {each: each.held_bytes(values, [value_of(node) for node in shared]) for each in recipes}
+        row_bytes = max(held[key], held[value], held[query] + held[result])
         return Block(tuple(members), tuple(rows), tuple(shared), query, key, value, result, self.call, row_bytes)
 
     def _is_rows(self, node: Any) -> bool:

@@ -1,6 +1,6 @@
 """Masks that a graph works out from positions, read as conditions on the indices of their elements, in whole numbers.
 
-    arange(n)[:, None] <= arange(m) + 3        (i, j) where 3 - i + j >= 0
+arange(n)[:, None] <= arange(m) + 3        (i, j) where 3 - i + j >= 0
 """
 
 from __future__ import annotations

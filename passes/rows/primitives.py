@@ -38,11 +38,16 @@ class Primitive:
     backward(grad, result, *operands, **options) -> a gradient for each operand that is a tensor, as wide as the result where the
     operand was broadcast. What it does not read may be a meta tensor: shape[-1] and dtype are right, data there is none. None
     where no gradient flows (indices).
+
+    over(operand, *others, **options) -> the result, the same bits, in the memory of that operand, whichever it is; None where
+    there is no such way. is_view: whether a result may be memory of its operand.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., Gradients] | None
     reads: Reads = Reads.NOTHING
+    over: Callable[..., Tensor] | None = None
+    is_view: bool = False
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
@@ -97,9 +102,15 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def _unary(forward: Callable[..., Tensor], backward: Callable[..., Tensor], reads: Reads = Reads.NOTHING) -> Primitive:
+def _unary(
+    forward: Callable[..., Tensor],
+    backward: Callable[..., Tensor],
+    reads: Reads = Reads.NOTHING,
+    over: Callable[..., Tensor] | None = None,
+    is_view: bool = False,
+) -> Primitive:
     """Of one operand. backward(grad, result, operand, **options) -> its gradient."""
-    return Primitive(forward, lambda *given, **options: (backward(*given, **options),), reads)
+    return Primitive(forward, lambda *given, **options: (backward(*given, **options),), reads, over, is_view)
 
 
 def _linear_backward(*_: Any) -> Gradients:
@@ -113,23 +124,25 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
         "linear": Primitive(F.linear, _linear_backward, _OF_OPERANDS),
         "layer_norm": Primitive(_layer_norm, _layer_norm_backward, _OF_OPERANDS),
         "rms_norm": Primitive(_rms_norm, _rms_norm_backward, _OF_OPERANDS),
-        "gelu": _unary(F.gelu, lambda g, _, x, approximate: aten.gelu_backward(g, x, approximate=approximate), _OF_OPERANDS),
-        "silu": _unary(F.silu, lambda g, _, x: aten.silu_backward(g, x), _OF_OPERANDS),
-        "relu": _unary(torch.relu, lambda g, y, _: aten.threshold_backward(g, y, 0), _OF_RESULT),
-        "sigmoid": _unary(torch.sigmoid, lambda g, y, _: aten.sigmoid_backward(g, y), _OF_RESULT),
-        "tanh": _unary(torch.tanh, lambda g, y, _: aten.tanh_backward(g, y), _OF_RESULT),
+        "gelu": _unary(
+            F.gelu, lambda g, _, x, approximate: aten.gelu_backward(g, x, approximate=approximate), _OF_OPERANDS, aten.gelu_
+        ),
+        "silu": _unary(F.silu, lambda g, _, x: aten.silu_backward(g, x), _OF_OPERANDS, aten.silu_),
+        "relu": _unary(torch.relu, lambda g, y, _: aten.threshold_backward(g, y, 0), _OF_RESULT, torch.relu_),
+        "sigmoid": _unary(torch.sigmoid, lambda g, y, _: aten.sigmoid_backward(g, y), _OF_RESULT, torch.sigmoid_),
+        "tanh": _unary(torch.tanh, lambda g, y, _: aten.tanh_backward(g, y), _OF_RESULT, torch.tanh_),
         "rsqrt": _unary(torch.rsqrt, lambda g, y, _: g * y.pow(3) * -0.5, _OF_RESULT),
         "pow": _unary(
             lambda x, exponent: x.pow(exponent), lambda g, _, x, exponent: g * x.pow(exponent - 1) * exponent, _OF_OPERANDS
         ),
         "neg": _unary(torch.neg, lambda g, *_: -g),
         "mean": _unary(lambda x: x.mean(-1, keepdim=True), lambda g, _, x: (g / x.shape[-1]).expand(*g.shape[:-1], x.shape[-1])),
-        "to": _unary(lambda x, dtype: x.to(_dtype(dtype)), lambda g, *_, dtype: g),
-        "add": Primitive(torch.add, lambda g, *_: (g, g)),
+        "to": _unary(lambda x, dtype: x.to(_dtype(dtype)), lambda g, *_, dtype: g, is_view=True),
+        "add": Primitive(torch.add, lambda g, *_: (g, g), over=Tensor.add_),
         "sub": Primitive(torch.sub, lambda g, *_: (g, -g)),
-        "mul": Primitive(torch.mul, _mul_backward, _OF_OPERANDS),
+        "mul": Primitive(torch.mul, _mul_backward, _OF_OPERANDS, over=Tensor.mul_),
         "div": Primitive(torch.div, _div_backward, _OF_OPERANDS),
-        "narrow": Primitive(lambda x, start, length: x.narrow(-1, start, length), _narrow_backward),
+        "narrow": Primitive(lambda x, start, length: x.narrow(-1, start, length), _narrow_backward, is_view=True),
         "cat": Primitive(
             lambda *parts: torch.cat(parts, -1), lambda g, _, *parts: g.split([each.shape[-1] for each in parts], -1)
         ),
@@ -141,6 +154,6 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
         "argmax": Primitive(lambda x, keepdim: x.argmax(-1, keepdim), None),
         # Of attention, in inference: rows of some of a linear's features, and heads, (..., heads, rows, features of one).
         "linear_part": Primitive(_linear_part, None),
-        "split_heads": Primitive(lambda x, heads: x.unflatten(-1, (heads, -1)).transpose(-2, -3), None),
+        "split_heads": Primitive(lambda x, heads: x.unflatten(-1, (heads, -1)).transpose(-2, -3), None, is_view=True),
     }
 )

@@ -49,6 +49,12 @@ def value_of(node: Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def needs_gradient(node: Node) -> bool:
+    """Whether a backward will come by."""
+    value = value_of(node)
+    return torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad
+
+
 def _reads(*targets: Any) -> Callable[[Reader], Reader]:
     """targets: functions and operators, methods of tensors by name."""
 

@@ -53,6 +53,12 @@ class Step:
     def run(self, values: Values) -> None:
         values[self.result] = self.does.forward(*self.given(values), **dict(self.options))
 
+    def run_over(self, name: str, values: Values) -> None:
+        """The same into the memory of an operand, one that can be: see `over`."""
+        assert self.does.over is not None
+        others = [each for each in self.given(values) if each is not values[name]] if len(self.operands) > 1 else []
+        values[self.result] = self.does.over(values[name], *others, **dict(self.options))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -73,12 +79,15 @@ class Recipe:
         return self.steps[-1].result
 
     def run(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
-        """The result for some rows, each (..., features). Holds no value longer than it is used."""
-        values = _named(rows, shared)
-        for step, dying in zip(self.steps, self._dying, strict=True):
-            step.run(values)
-            for name in dying:
-                del values[name]
+        """The result for some rows, each (..., features). Holds no value longer than it is used, and writes over what it can."""
+        values, over = _named(rows, shared), self._over(rows, shared)
+        for step, name, dying in zip(self.steps, over, self._dying, strict=True):
+            if name is None:
+                step.run(values)
+            else:
+                step.run_over(name, values)
+            for each in dying:
+                del values[each]
         return values[self.result]
 
     def kinds(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Mapping[str, Tensor]:
@@ -92,7 +101,22 @@ class Recipe:
     def row_bytes(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> int:
         """What all results of one row take."""
         kinds = self.kinds(rows, shared)
-        return sum(kinds[step.result].numel() * kinds[step.result].element_size() for step in self.steps)
+        return sum(kinds[step.result].nbytes for step in self.steps)
+
+    def held_bytes(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> int:
+        """What `run` holds at most of one row, its result included."""
+        kinds, over, homes = self.kinds(rows, shared), self._over(rows, shared), dict[str, str]()
+        for step, name in zip(self.steps, over, strict=True):
+            if name is None and step.does.is_view and kinds[step.names[0]].dtype == kinds[step.result].dtype:
+                name = step.names[0]
+            homes[step.result] = step.result if name is None else homes.get(name, name)
+        last = {homes[name]: number for number, step in enumerate(self.steps) for name in step.names if name in homes}
+        held = most = 0
+        for number, step in enumerate(self.steps):
+            held += kinds[step.result].nbytes if homes[step.result] == step.result else 0
+            most = max(most, held)
+            held -= sum(kinds[home].nbytes for home, at in last.items() if at == number and home in homes)
+        return most
 
     def backward(
         self, grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor], sums: Mapping[str, Tensor], wanted: frozenset[str]
@@ -117,6 +141,10 @@ class Recipe:
                     grads[name] = grads[name] + piece if name in grads else piece
             values.pop(step.result, None)
         return [grads[name] for name in _named(rows, ()) if name in wanted]
+
+    def _over(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[str | None]:
+        """Of each step the operand that its result is written over, if any."""
+        return _overwritten(self, _signature(rows, one_row=True), _signature(shared))
 
     @cached_property
     def _dying(self) -> list[list[str]]:
@@ -228,6 +256,20 @@ def _kinds(recipe: Recipe, rows: Signature, shared: Signature) -> Mapping[str, T
         for step in recipe.steps:
             step.run(values)
     return values
+
+
+@lru_cache
+def _overwritten(recipe: Recipe, rows: Signature, shared: Signature) -> Sequence[str | None]:
+    """A result used for the last time, as large as the step's own and of its dtype, that shares its memory with no other."""
+    kinds, found = _kinds(recipe, rows, shared), list[str | None]()
+    alone = {step.result for step in recipe.steps if not step.does.is_view}
+    alone -= {name for step in recipe.steps if step.does.is_view for name in step.names}
+    for step, dying in zip(recipe.steps, recipe._dying, strict=True):
+        kind, able = kinds[step.result], step.does.over is not None
+        once = [name for name in step.names if name in dying and name in alone and step.names.count(name) == 1]
+        fits = (name for name in once if (kinds[name].shape, kinds[name].dtype) == (kind.shape, kind.dtype))
+        found.append(next(fits, None) if able else None)
+    return found
 
 
 def _step(line: ast.stmt) -> Step:

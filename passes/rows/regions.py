@@ -40,10 +40,10 @@ class Region:
     def result(self) -> Node:
         return self.nodes[-1]
 
-    @property
-    def row_bytes(self) -> int:
-        """What all values that are made of one row take."""
-        return self.recipe.row_bytes([value_of(node) for node in self.rows], [value_of(node) for node in self.shared])
+    def row_bytes(self, *, at_once: bool) -> int:
+        """What values that are made of one row take: those that are held at once, or all of them."""
+        counted = self.recipe.held_bytes if at_once else self.recipe.row_bytes
+        return counted([value_of(node) for node in self.rows], [value_of(node) for node in self.shared])
 
 
 def find(graph: Graph) -> Iterator[Region]:

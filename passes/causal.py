@@ -46,9 +46,9 @@ class Causal:
         lines = []
         for node in graph.nodes:
             call = _call(node)
-            mask = None if call is None or call.arguments["is_causal"] else call.arguments["attn_mask"]
-            if call is None or not _is_causal(mask):
+            if call is None or call.arguments["is_causal"] or not _is_causal(call.arguments["attn_mask"]):
                 continue
+            mask = call.arguments["attn_mask"]
             call.arguments.update(attn_mask=None, is_causal=True)
             node.args, node.kwargs = call.args, call.kwargs
             shape = " x ".join(map(str, value_of(mask).shape))

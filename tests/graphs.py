@@ -66,6 +66,29 @@ class Vit(nn.Module):
         return self.head(self.blocks(self.patches(image).flatten(2).transpose(1, 2)).mean(dim=1))
 
 
+class Llama(nn.Module):
+    """That of transformers, from a config, from embeddings to logits."""
+
+    def __init__(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM  # seconds
+
+        super().__init__()
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=WIDTH,
+                intermediate_size=4 * WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=8 * WIDTH,
+                use_cache=False,
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(inputs_embeds=x).logits
+
+
 class Unet(nn.Module):
     """Two levels down and up again, joined by concatenation."""
 
@@ -220,6 +243,7 @@ CASES = [
         "four blocks", lambda: exported(lambda: nn.Sequential(*(Block(Gelu()) for _ in range(4))), 1, 512, WIDTH), exact=False
     ),
     Traced("vit", lambda: exported(Vit, 2, 3, 128, 128), exact=False),
+    Traced("llama", lambda: exported(Llama, 1, 256, WIDTH), exact=False),
     Traced("unet", lambda: exported(Unet, 2, 3, 64, 64), exact=False),
     Traced("gelu mlp as exported", lambda: exported(Gelu, 2, 256, WIDTH, decomposed=False)),
     Traced("gelu block as exported", lambda: exported(lambda: Block(Gelu()), 2, 1024, WIDTH, decomposed=False), exact=False),

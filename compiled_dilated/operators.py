@@ -21,9 +21,12 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from passes.rows.attentions import attention as streamable
+
 from . import planner
 from .lowerings import execute
 from .lowerings.batches import Call
+from .orders import identity
 from .partials import Saved, lse_dtype
 from .plans import Plan, Problem
 from .programs import PerLength, Program
@@ -369,3 +372,28 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
+
+
+def _in_parts(
+    q: Any, k: Any, v: Any, data: Sequence[Any], handle: str, scale: float, q_offset: Any, training: bool
+) -> dict[str, Any] | None:
+    """What passes.StreamQKV has to know to ask for some queries at a time; None of what needs to see all of them."""
+    named = _programs.get(handle)
+    if named is None or named.ring is not None or named.score_mod is not None or isinstance(named.program, PerLength):
+        return None
+    ordered = any(branch.order != identity() for branch in named.program.branches)
+    whole = ordered or named.lowering != "auto" or bool(data) or not isinstance(q_offset, int) or q_offset != 0
+    return None if whole else {"handle": handle, "scale": scale}
+
+
+def _part(q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, handle: str, scale: float) -> Tensor:
+    assert first == 0  # keys are counted from the first, as masks count them
+    return _run(q, k, v, (), handle, scale, start, False)[0]
+
+
+streamable(
+    torch.ops.compiled_dilated.attend.default,
+    read=_in_parts,
+    reach=lambda start, stop, tokens, **_: (0, tokens),
+    part=_part,
+)

@@ -5,20 +5,47 @@ print(passes.report(step))                              predicted peaks, what ea
 passes.estimate(model, example_inputs, train=True)      peak and time of every candidate, before anything runs
 """
 
-from . import arena, costs, footprint, liveness, peak
-from .causal import Causal
-from .chunk import Chunk
-from .compiled import compile, estimate
-from .hooks import inductor_configs
-from .linear_cross_entropy import LinearCrossEntropy
-from .materialize import Materialize
-from .planning import BudgetError, pipeline
-from .remat import Remat
-from .reorder import Reorder
-from .reports import report
-from .spill import Spill
-from .stages import Pass, Stage
-from .stream_qkv import StreamQKV
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import arena, costs, footprint, liveness, peak
+    from .causal import Causal
+    from .chunk import Chunk
+    from .compiled import compile, estimate
+    from .hooks import inductor_configs
+    from .linear_cross_entropy import LinearCrossEntropy
+    from .materialize import Materialize
+    from .planning import BudgetError, pipeline
+    from .remat import Remat
+    from .reorder import Reorder
+    from .reports import report
+    from .spill import Spill
+    from .stages import Pass, Stage
+    from .stream_qkv import StreamQKV
+
+# Where each name lives. Most bring torch's compiler, which takes seconds, and come when they are asked for.
+_HOMES = {
+    "BudgetError": "planning",
+    "Causal": "causal",
+    "Chunk": "chunk",
+    "LinearCrossEntropy": "linear_cross_entropy",
+    "Materialize": "materialize",
+    "Pass": "stages",
+    "Remat": "remat",
+    "Reorder": "reorder",
+    "Spill": "spill",
+    "Stage": "stages",
+    "StreamQKV": "stream_qkv",
+    "compile": "compiled",
+    "estimate": "compiled",
+    "inductor_configs": "hooks",
+    "pipeline": "planning",
+    "report": "reports",
+}
+_MODULES = ("arena", "costs", "footprint", "liveness", "peak")
 
 __all__ = [
     "BudgetError",
@@ -43,3 +70,16 @@ __all__ = [
     "pipeline",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,16 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
+from .readers import value_of
+
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Attention:
     """An operator of (query, key, value, ...), each (batch, heads, tokens, features), that works on queries in parts.
+
+    Its result is their values, or a tuple that begins with them.
 
     read(query, key, value, ...) -> its other arguments by name, literals; None for a call that is not to be taken apart.
     reach(start, stop, tokens, **options) -> the half-open range of keys that the queries [start, stop) of `tokens` may see.
@@ -47,19 +52,33 @@ def attention(
     return made
 
 
-def call(node: Node) -> tuple[str, tuple[Node, Node, Node]] | None:
-    """A node as text for `parse`, and its query, key and value; None where it is no attention that is known."""
+@dataclass(frozen=True)
+class Call:
+    """An attention in a graph. result: the node whose value is (batch, heads, tokens, features); text: for `parse`."""
+
+    result: Node
+    operator: Node
+    text: str
+    heads: tuple[Node, Node, Node]
+
+
+def call(result: Node) -> Call | None:
+    """What makes a node's value, if it is an attention that is known: itself, or one whose first result it is, used alone."""
+    node = result
+    if node.target is operator.getitem and isinstance(of := node.args[0], Node) and node.args[1] == 0 and len(of.users) == 1:
+        node = of
     found = _ATTENTIONS.get(node.target) if node.op == "call_function" else None
-    if found is None:
+    if found is None or isinstance(value_of(node), Tensor) != (node is result):
         return None
     try:
         bound = inspect.signature(found.read).bind(*node.args, **node.kwargs)
     except TypeError:
         return None
     options = found.read(*bound.args, **bound.kwargs)
-    literal = options is not None and all(isinstance(each, int | float | str | None) for each in options.values())
+    if options is None or not all(isinstance(each, int | float | str | None) for each in options.values()):
+        return None
     query, key, value, *_ = bound.args
-    return (repr((found.name, options)), (query, key, value)) if literal else None
+    return Call(result, node, repr((found.name, options)), (query, key, value))
 
 
 def parse(text: str) -> tuple[Attention, dict[str, Any]]:

@@ -64,17 +64,17 @@ def find(graph: Graph) -> Iterator[Block]:
     """The blocks of a graph, in its order; no node is in two. The graph may be changed at a block once it has been yielded."""
     nodes, claimed = list(graph.nodes), set[Node]()
     for node in nodes:
-        if (call := attentions.call(node)) is None or not _is_called_with_heads(node, call[1]):
+        if (call := attentions.call(node)) is None or not _is_called_with_heads(call):
             continue
         batch, _, tokens, _ = sizes(value_of(node).shape)
-        if (block := _Search(nodes, node, *call, batch, tokens, claimed).block()) is not None:
+        if (block := _Search(nodes, call, batch, tokens, claimed).block()) is not None:
             claimed.update(block.nodes)
             yield block
 
 
-def _is_called_with_heads(node: Node, heads: Sequence[Node]) -> bool:
+def _is_called_with_heads(call: attentions.Call) -> bool:
     """Self-attention: all of (batch, some heads, tokens, features)."""
-    values = [value_of(each) for each in (node, *heads)]
+    values = [value_of(each) for each in (call.result, *call.heads)]
     if not all(isinstance(value, Tensor) and value.ndim == 4 for value in values):
         return False
     return len({sizes(value.shape)[::2] for value in values}) == 1
@@ -85,9 +85,7 @@ class _Search:
     """Around one attention, with its sizes as numbers or the expressions of symbols."""
 
     nodes: list[Node]
-    attention: Node
-    call: str
-    heads: tuple[Node, Node, Node]
+    call: attentions.Call
     batch: Any
     tokens: Any
     claimed: set[Node]
@@ -98,7 +96,7 @@ class _Search:
 
     def block(self) -> Block | None:
         joined = self._joined()
-        bases = [self._base(node) for each in self.heads for node in self._made_from(each)]
+        bases = [self._base(node) for each in self.call.heads for node in self._made_from(each)]
         linears = [self.order[base[0]] for base in bases if base is not None]
         if joined is None or not linears:
             return None
@@ -109,8 +107,8 @@ class _Search:
 
     def _joined(self) -> list[Node] | None:
         """The nodes from the attention to (batch, tokens, heads * features)."""
-        _, heads, _, features = sizes(value_of(self.attention).shape)
-        chain = [self.attention]
+        _, heads, _, features = sizes(value_of(self.call.result).shape)
+        chain = [self.call.result]
         while len(chain[-1].users) == 1 and sizes(value_of(chain[-1]).shape) != (self.batch, self.tokens, heads * features):
             (user,) = chain[-1].users
             if not (_swaps_tokens_and_heads(user) if len(chain) == 1 else user.target in _RESHAPES):
@@ -149,9 +147,9 @@ class _Search:
                 break
             if not self._is_rows(end) or not self._works(end):
                 continue
-            members = self._grown_back(end, first, set(joined))
+            members = self._grown_back(end, first, {*joined, self.call.operator})
             given = self._given(members)
-            if self.attention in members and width(end) <= max(map(width, given)) and not any(map(self._is_heads, given)):
+            if self.call.operator in members and width(end) <= max(map(width, given)) and not any(map(self._is_heads, given)):
                 best = members
         outside = [node for node in best if self.order[node] < first]
         cuts = [best[start:] for start in range(len(outside) + 1)]
@@ -187,8 +185,10 @@ class _Search:
         return sorted(found, key=lambda node: not self._is_rows(node))
 
     def _rows_of(self, node: Node) -> list[Node]:
-        if node is self.attention:
-            return list(self.heads)
+        if node is self.call.operator:
+            return list(self.call.heads)
+        if node is self.call.result:
+            return []
         if node.target in _VIEWS:
             return [node.args[0]] if isinstance(node.args[0], Node) else []
         return _by_role(node)[0]
@@ -199,7 +199,7 @@ class _Search:
             return None
         shared: list[Node] = []
         writers = [_Writer(self, members, rows, shared, joined[-1]) for _ in range(4)]
-        targets = (*self.heads, members[-1])
+        targets = (*self.call.heads, members[-1])
         if not all(writer.write(target) for writer, target in zip(writers, targets, strict=True)):
             return None
         recipes = [Recipe(tuple(writer.steps)) for writer in writers]
@@ -210,7 +210,7 @@ class _Search:
         query, key, value, result = recipes
         held = {each: each.held_bytes(values, [value_of(node) for node in shared]) for each in recipes}
         row_bytes = max(held[key], held[value], held[query] + held[result])
-        return Block(tuple(members), tuple(rows), tuple(shared), query, key, value, result, self.call, row_bytes)
+        return Block(tuple(members), tuple(rows), tuple(shared), query, key, value, result, self.call.text, row_bytes)
 
     def _is_rows(self, node: Any) -> bool:
         """(batch, tokens, features)"""

@@ -1,0 +1,92 @@
+"""Blocks with the attention of compiled_dilated under passes.StreamQKV: the same results, queries some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+from passes import StreamQKV
+from tests.graphs import Gelu, measured_peak
+from tests.hooked import captured, compiled
+
+WIDTH, HEADS = 32, 4
+PROGRAMS: dict[str, Any] = {
+    "longnet": cd.longnet((8, 16, 32), (1, 2, 4), causal=True),
+    "longnet of split heads": cd.longnet((8, 32), (1, 2), heads="split"),
+    "window": masks.window(5) & masks.causal(),
+    "window or sinks": masks.causal() & (masks.window(4) | masks.sinks(2)),
+    "documents": masks.documents(lengths=(20, 3, 70)) & masks.causal(),
+    "everything": masks.full(),
+}
+LEFT_ALONE: dict[str, Callable[[], Callable[..., Any]]] = {
+    "along a curve": lambda: cd.compile(cd.hilbert_window((8, 8), 2)),
+    "in ranks": lambda: cd.compile(PROGRAMS["longnet"], ranks=2),
+    "with a score_mod": lambda: partial(cd.compile(masks.causal()), score_mod=lambda score, b, h, q, kv: score + q - kv),
+    "by another lowering": lambda: cd.compile(masks.causal(), lowering="tiled"),
+    "with an offset": lambda: partial(cd.compile(masks.causal()), q_offset=3),
+    "with its lse": lambda: WithLse(),
+}
+
+
+class WithLse:
+    def __init__(self) -> None:
+        self.attend = cd.compile(masks.causal())
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = self.attend(q, k, v, return_lse=True)
+        return out + lse[..., None]
+
+
+class Layer(nn.Module):
+    def __init__(self, attend: Callable[..., Any], width: int = WIDTH, kv_heads: int = HEADS) -> None:
+        super().__init__()
+        self.attend, self.heads = attend, (HEADS, kv_heads, kv_heads)
+        self.each = width // HEADS
+        self.before, self.between, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width), Gelu(width)
+        self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.k, self.v = (nn.Linear(width, kv_heads * self.each) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        q, k, v = (make(h).unflatten(-1, (-1, self.each)).transpose(1, 2) for make in (self.q, self.k, self.v))
+        x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.between(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_queries_some_at_a_time(name: str, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    model = Layer(cd.compile(PROGRAMS[name]), kv_heads=kv_heads).double().eval()
+    step, lines = captured(model, StreamQKV(rows=7), dynamic=False)
+    x = torch.randn(2, 93, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(step(x), model(x), rtol=1e-10, atol=1e-10)
+    assert len(lines) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_needs_all_queries_is_left_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Layer(LEFT_ALONE[name]()).eval(), torch.randn(1, 64, WIDTH)
+    step, lines = captured(model, StreamQKV(rows=7), dynamic=False)
+    torch.testing.assert_close(step(x), model(x))
+    assert lines == []
+
+
+@torch.no_grad()
+def test_peak_of_a_block() -> None:
+    """Keys, values and the result are three activations."""
+    model, x = Layer(cd.compile(cd.longnet((512, 1024), (1, 2), causal=True)), 128).eval(), torch.randn(1, 8192, 128)
+    step, lines = compiled(model, StreamQKV(rows=128), dynamic=False)
+    step(x)
+    assert len(lines) == 1
+    assert measured_peak(partial(step, x)) <= 3.3 * x.nbytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
+
+from .programs import copied_graph
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def split(graph: Graph) -> Halves | None:
         return None
     # A gradient that is not asked for has no description.
     results = next(i for i, each in enumerate(descriptions) if each is None or isinstance(each, GradAOTOutput))
-    module = GraphModule(graph.owning_module or {}, copy.deepcopy(graph))
+    module = GraphModule(graph.owning_module or {}, copied_graph(graph))
     partition = config.custom_partitioner_fn or min_cut_rematerialization_partition
     forward, backward = partition(module, (), num_fwd_outputs=results)
     return Halves(forward.graph, backward.graph, results)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 # Estimating must neither run kernels to time them nor start the passes that ask for the estimate.
 _QUIET = {
@@ -28,11 +28,19 @@ _QUIET = {
 
 def copied(module: GraphModule) -> GraphModule:
     """A module whose graphs may be changed. Tensors are shared."""
-    made = GraphModule(module, copy.deepcopy(module.graph))
+    made = GraphModule(module, copied_graph(module.graph))
     made.meta = dict(module.meta)
     for node in made.graph.find_nodes(op="get_attr"):
         if isinstance(inner := getattr(made, str(node.target), None), GraphModule):
             setattr(made, str(node.target), copied(inner))
+    return made
+
+
+def copied_graph(graph: Graph) -> Graph:
+    """A graph that may be changed. How its code takes arguments is shared; torch's own deepcopy copies that too, and warns."""
+    made = Graph(tracer_cls=graph._tracer_cls)
+    made.output(made.graph_copy(graph, {})).meta = copy.copy(graph.output_node().meta)
+    made.set_codegen(graph._codegen)
     return made
 
 

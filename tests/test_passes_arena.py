@@ -121,12 +121,12 @@ def test_faults_are_named(placement: Placement, message: str) -> None:
         arena.validate([Buffer(0, 4, 2), Buffer(4, 8, 4), Buffer(0, 2, 4)], placement)
 
 
-def data_dependent() -> Any:
-    class Nonzero(nn.Module):
+def data_dependent(select: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    class Selected(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.nonzero() * 2
+            return select(x) * 2
 
-    return torch.export.export(Nonzero(), (torch.ones(3, 3),)).graph_module
+    return torch.export.export(Selected(), (torch.ones(3, 3),)).graph_module
 
 
 def a_graph() -> Any:
@@ -145,7 +145,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: arena.solve([], seconds=-1), ValueError, "seconds must be a finite number, at least 0; got -1"),
     (lambda: arena.solve(problem("A"), CAPACITY, seconds=0), ValueError, "1,048,576 was not reached in 0 seconds; the least"),
     (lambda: arena.Executor(nn.Linear(2, 2), []), TypeError, "graph_module must be an fx GraphModule; got Linear"),  # type: ignore[arg-type]
-    (lambda: arena.Executor(data_dependent(), [torch.ones(3, 3)]), ValueError, "nonzero (aten.nonzero.default) makes as much as"),
+    (lambda: arena.Executor(data_dependent(torch.nonzero), [torch.ones(3, 3)]), ValueError, "nonzero.default) makes as much"),
+    (lambda: arena.Executor(data_dependent(lambda x: x[x > 0]), [torch.ones(3, 3)]), ValueError, "index.Tensor) makes as much"),
     (lambda: arena.Executor(a_graph()[0], []), ValueError, "example_inputs must be the graph's 5 inputs; got 0"),
     (lambda: arena.Executor(*a_graph())(), ValueError, "the graph takes 5 inputs; got 0"),
     (

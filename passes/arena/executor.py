@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from ..liveness import attribute, lifetimes, value_of
+from ..programs import copied_graph
 from .placements import Buffer, Placement
 from .solver import solve
 
@@ -161,16 +162,14 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
         raise TypeError(
             f"graph_module must be an fx GraphModule; got {type(graph_module).__name__}. Trace the model: torch.export or make_fx"
         )
-    graph = Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    graph.set_codegen(graph_module.graph._codegen)
+    graph = copied_graph(graph_module.graph)
     module = GraphModule(graph_module, graph)
     inputs = graph.process_inputs(*example_inputs)
     expected = sum(node.op == "placeholder" for node in graph.nodes)
     if len(inputs) != expected:
         raise ValueError(f"example_inputs must be the graph's {expected} inputs; got {len(inputs)}")
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags:
+        if _is_sized_by_data(node):
             raise ValueError(
                 f"{node.name} ({node.target}) makes as much as its data say, so no arena can be laid out for it. "
                 "Leave it out of the graph"
@@ -179,6 +178,16 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     FakeTensorProp(module, mode).propagate(*inputs)
     return module
+
+
+def _is_sized_by_data(node: Node) -> bool:
+    """Whether a result has as many elements as the values of its operands say; of indices, those that are masks do that."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape not in node.target.tags:
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    values = [each.meta.get("val") for each in pytree.tree_leaves(node.args[1]) if isinstance(each, Node)]
+    return any(value is None or value.dtype in (torch.bool, torch.uint8) for value in values)
 
 
 def _check(placeholders: Sequence[Node], given: Sequence[Any], examples: Sequence[Any]) -> None:

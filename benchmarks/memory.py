@@ -96,6 +96,7 @@ class Job:
 
     def apart(self) -> dict[str, Row]:
         """Figures by way. Raises CalledProcessError where the process dies, as it does when memory runs out."""
+        print(f"{self.kind} of {self.tokens:,} tokens: {' and '.join(self.ways)} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--job", json.dumps(asdict(self))]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found: dict[str, Row] = json.loads(run.stdout.splitlines()[-1])

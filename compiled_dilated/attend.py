@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, operators, planner
+from . import arguments, operators, planner, streaming
 from .decoding import Decoder
 from .masks import Mask
 from .partials import merge
@@ -20,6 +20,8 @@ from .ring.rings import Ring
 ScoreMod = Callable[..., Any]
 
 _DTYPES = frozenset(getattr(torch, name) for name in BYTES)
+
+streaming.tell()
 
 
 class Attend:

@@ -21,12 +21,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from passes.rows.attentions import attention as streamable
-
 from . import planner
 from .lowerings import execute
 from .lowerings.batches import Call
-from .orders import identity
 from .partials import Saved, lse_dtype
 from .plans import Plan, Problem
 from .programs import PerLength, Program
@@ -81,7 +78,7 @@ with_score_mod._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
     """The plan for tensors of these shapes, made when they first come."""
-    named = _named(handle)
+    named = named(handle)
     program, lowering = named.program, named.lowering
     if isinstance(program, PerLength):
         program = program.at(q.shape[2])
@@ -102,7 +99,8 @@ def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, trainin
     return plan
 
 
-def _named(handle: str) -> Named:
+def named(handle: str) -> Named:
+    """What a string stands for in this process."""
     if handle not in _programs:
         raise RuntimeError(
             f"the program {handle!r} is not known to this process. "
@@ -113,7 +111,7 @@ def _named(handle: str) -> Named:
 
 def ring_problem(handle: str, q: Tensor, k: Tensor, v: Tensor) -> Problem:
     """What all ranks together compute, given the tensors of this process; the same forward and backward."""
-    named = _named(handle)
+    named = named(handle)
     assert named.ring is not None
     tokens = named.ring.transport.tokens(q, k, v, f"{named.program!r} over {named.ring!r}")
     program = named.program.at(tokens) if isinstance(named.program, PerLength) else named.program
@@ -164,7 +162,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
 ) -> tuple[Tensor, Tensor]:
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
-    ring = _named(handle).ring
+    ring = named(handle).ring
     whole = None if ring is None else ring_problem(handle, q, k, v)
     if _is_empty(whole, q, k, v):
         shape = (*q.shape[:3], v.shape[3])
@@ -205,7 +203,7 @@ def _attend_backward(
     scale: float,
     q_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ring = _named(handle).ring
+    ring = named(handle).ring
     whole = None if ring is None else ring_problem(handle, q, k, v)
     if _is_empty(whole, q, k, v):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -374,26 +372,6 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _in_parts(
-    q: Any, k: Any, v: Any, data: Sequence[Any], handle: str, scale: float, q_offset: Any, training: bool
-) -> dict[str, Any] | None:
-    """What passes.StreamQKV has to know to ask for some queries at a time; None of what needs to see all of them."""
-    named = _programs.get(handle)
-    if named is None or named.ring is not None or named.score_mod is not None or isinstance(named.program, PerLength):
-        return None
-    ordered = any(branch.order != identity() for branch in named.program.branches)
-    whole = ordered or named.lowering != "auto" or bool(data) or not isinstance(q_offset, int) or q_offset != 0
-    return None if whole else {"handle": handle, "scale": scale}
-
-
-def _part(q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, handle: str, scale: float) -> Tensor:
-    assert first == 0  # keys are counted from the first, as masks count them
-    return _run(q, k, v, (), handle, scale, start, False)[0]
-
-
-streamable(
-    torch.ops.compiled_dilated.attend.default,
-    read=_in_parts,
-    reach=lambda start, stop, tokens, **_: (0, tokens),
-    part=_part,
-)
+def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, handle: str, scale: float) -> Tensor:
+    """out of some queries of a sequence, the first at q_offset, without a gradient."""
+    return _run(q, k, v, (), handle, scale, q_offset, False)[0]

@@ -78,7 +78,7 @@ with_score_mod._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
     """The plan for tensors of these shapes, made when they first come."""
-    named = named(handle)
+    named = meaning_of(handle)
     program, lowering = named.program, named.lowering
     if isinstance(program, PerLength):
         program = program.at(q.shape[2])
@@ -99,7 +99,7 @@ def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, trainin
     return plan
 
 
-def named(handle: str) -> Named:
+def meaning_of(handle: str) -> Named:
     """What a string stands for in this process."""
     if handle not in _programs:
         raise RuntimeError(
@@ -111,7 +111,7 @@ def named(handle: str) -> Named:
 
 def ring_problem(handle: str, q: Tensor, k: Tensor, v: Tensor) -> Problem:
     """What all ranks together compute, given the tensors of this process; the same forward and backward."""
-    named = named(handle)
+    named = meaning_of(handle)
     assert named.ring is not None
     tokens = named.ring.transport.tokens(q, k, v, f"{named.program!r} over {named.ring!r}")
     program = named.program.at(tokens) if isinstance(named.program, PerLength) else named.program
@@ -162,7 +162,7 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
 ) -> tuple[Tensor, Tensor]:
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
-    ring = named(handle).ring
+    ring = meaning_of(handle).ring
     whole = None if ring is None else ring_problem(handle, q, k, v)
     if _is_empty(whole, q, k, v):
         shape = (*q.shape[:3], v.shape[3])
@@ -203,7 +203,7 @@ def _attend_backward(
     scale: float,
     q_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ring = named(handle).ring
+    ring = meaning_of(handle).ring
     whole = None if ring is None else ring_problem(handle, q, k, v)
     if _is_empty(whole, q, k, v):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -26,8 +26,8 @@ def _read(
     q: Any, k: Any, v: Any, data: Sequence[Any], handle: str, scale: float, q_offset: Any, training: bool
 ) -> dict[str, Any] | None:
     """The call's options; None of what needs all queries: orders, rings, a score_mod, data, a lowering or an offset by hand."""
-    found = operators.named(handle)
-    if found is None or found.ring is not None or found.score_mod is not None or isinstance(found.program, PerLength):
+    found = operators.meaning_of(handle)
+    if found.ring is not None or found.score_mod is not None or isinstance(found.program, PerLength):
         return None
     ordered = any(branch.order != identity() for branch in found.program.branches)
     by_hand = found.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0

@@ -108,9 +108,7 @@ class Job:
         rows = {way: step.first() for way, step in steps.items()}
         for way, step in steps.items():
             if self.peaks:
-                times: list[float] = []
-                rows[way]["peak_bytes"] = measure.peak_bytes(lambda: times.append(measure.timed(step.run)))  # noqa: B023
-                rows[way]["seconds"] = times[0]
+                rows[way] |= step.peak()
         for way, seconds in measure.interleaved({way: step.run for way, step in steps.items()}, self.repeats, warmup=0).items():
             if seconds:
                 rows[way]["seconds"] = measure.median(seconds)
@@ -154,6 +152,12 @@ class Step:
             chosen = passes.report(self.compiled).choices[0].chosen
             row |= {"predicted_bytes": chosen.added_bytes, "passes": ", ".join(map(repr, chosen.passes))}
         return row
+
+    def peak(self) -> Row:
+        """What one step holds, and its time."""
+        times: list[float] = []
+        held = measure.peak_bytes(lambda: times.append(measure.timed(self.run)))
+        return {"peak_bytes": held, "seconds": times[0]}
 
 
 def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:

@@ -12,21 +12,17 @@ What holds for all pairs of the mask's shape, as the last one does where w is at
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.nn import functional as F
 
 from .liveness import source_of
+from .rows.attentions import scaled_dot_product
 from .rows.positions import Conditions, Sum, conditions
 from .rows.readers import value_of
 from .stages import Stage
-
-aten = torch.ops.aten
 
 # Query i stands along the last axis but one, key j along the last.
 _NOTHING_AHEAD = Sum({2: 1, 1: -1})
@@ -45,7 +41,7 @@ class Causal:
     def __call__(self, graph: Graph) -> list[str]:
         lines = []
         for node in graph.nodes:
-            call = _call(node)
+            call = scaled_dot_product(node)
             if call is None or call.arguments["is_causal"] or not _is_causal(call.arguments["attn_mask"]):
                 continue
             mask = call.arguments["attn_mask"]
@@ -54,28 +50,6 @@ class Causal:
             shape = " x ".join(map(str, value_of(mask).shape))
             lines.append(f"{node.name} is causal, its mask of {shape} is not made  {source_of(node)}".rstrip())
         return lines
-
-
-def _call(node: Node) -> inspect.BoundArguments | None:
-    if node.target not in (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default):
-        return None
-    bound = inspect.signature(_arguments).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    return bound
-
-
-def _arguments(
-    query: Node,
-    key: Node,
-    value: Node,
-    attn_mask: Any = None,
-    dropout_p: Any = 0.0,
-    is_causal: Any = False,
-    *,
-    scale: Any = None,
-    enable_gqa: Any = False,
-) -> None:
-    """How graphs call attention."""
 
 
 def _is_causal(mask: Any) -> bool:

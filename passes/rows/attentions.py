@@ -18,6 +18,8 @@ from .readers import value_of
 
 aten = torch.ops.aten
 
+_SCALED_DOT_PRODUCT = (aten.scaled_dot_product_attention.default, F.scaled_dot_product_attention)
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -89,6 +91,15 @@ def parse(text: str) -> tuple[Attention, dict[str, Any]]:
     return _ATTENTIONS[name], options
 
 
+def scaled_dot_product(node: Node) -> inspect.BoundArguments | None:
+    """The arguments of torch's own attention, defaults among them; None of another node."""
+    if node.target not in _SCALED_DOT_PRODUCT:
+        return None
+    bound = inspect.signature(_read).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound
+
+
 def _read(
     query: Node,
     key: Node,
@@ -133,6 +144,4 @@ def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor
     return torch.lerp(right[0].to(share.dtype), left[0].to(share.dtype), share).to(left[0].dtype)
 
 
-attention(
-    aten.scaled_dot_product_attention.default, F.scaled_dot_product_attention, read=_read, reach=_reach, part=_part
-)  # fmt: skip
+attention(*_SCALED_DOT_PRODUCT, read=_read, reach=_reach, part=_part)

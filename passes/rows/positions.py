@@ -32,9 +32,6 @@ class Sum:
         steps = {axis: self.steps.get(axis, 0) + other.steps.get(axis, 0) for axis in {*self.steps, *other.steps}}
         return Sum({axis: step for axis, step in steps.items() if step}, self.constant + other.constant)
 
-    def __neg__(self) -> Sum:
-        return self.times(-1)
-
     def times(self, factor: int) -> Sum:
         """Each of its numbers times a factor."""
         return Sum({axis: step * factor for axis, step in self.steps.items() if factor}, self.constant * factor)
@@ -45,7 +42,7 @@ class Sum:
 
     def within(self, shape: torch.Size) -> Sum:
         """Along an axis of one element there is no index but 0."""
-        return Sum({axis: step for axis, step in self.steps.items() if not _is(shape[-axis], 1)}, self.constant)
+        return Sum({axis: step for axis, step in self.steps.items() if not _is_one(shape[-axis])}, self.constant)
 
     def is_never_negative(self, shape: torch.Size) -> bool:
         """Whether that is known of a tensor of this shape."""
@@ -102,8 +99,8 @@ def _read(node: Any) -> _Read:
     return found if found is None or value.dtype != torch.bool else tuple(each.within(value.shape) for each in found)
 
 
-def _is(size: Any, number: int) -> bool:
-    return isinstance(size, int) and size == number
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _rule(*targets: Any) -> Callable[[Callable[..., _Read]], Callable[..., _Read]]:
@@ -161,7 +158,7 @@ def _getitem(made: Tensor, x: Any, index: Any) -> _Read:
 @_rule("view", "reshape", torch.reshape, aten.view.default, aten.reshape.default)
 def _reshape(made: Tensor, x: Any, *shape: Any) -> _Read:
     """Of one axis, and of a result with one axis of more than one element."""
-    value, axes = value_of(x), [axis for axis in range(1, made.ndim + 1) if not _is(made.shape[-axis], 1)]
+    value, axes = value_of(x), [axis for axis in range(1, made.ndim + 1) if not _is_one(made.shape[-axis])]
     return _moved(x, {1: axes[0]}) if isinstance(value, Tensor) and value.ndim == len(axes) == 1 else None
 
 
@@ -216,7 +213,7 @@ def _and(made: Tensor, x: Any, y: Any) -> _Read:
 )  # fmt: skip
 def _not(made: Tensor, x: Any) -> _Read:
     found = _read(x)
-    return (-found[0] + Sum({}, -1),) if isinstance(found, tuple) and len(found) == 1 else None
+    return (found[0].times(-1) + Sum({}, -1),) if isinstance(found, tuple) and len(found) == 1 else None
 
 
 @_rule(torch.tril, "tril", aten.tril.default)

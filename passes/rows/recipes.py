@@ -56,7 +56,7 @@ class Step:
     def run_over(self, name: str, values: Values) -> None:
         """The same into the memory of an operand, one that can be: see `over`."""
         assert self.does.over is not None
-        others = [each for each in self.given(values) if each is not values[name]] if len(self.operands) > 1 else []
+        others = [each for each in self.given(values) if each is not values[name]]
         values[self.result] = self.does.over(values[name], *others, **dict(self.options))
 
 

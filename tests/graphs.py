@@ -84,6 +84,7 @@ class Llama(nn.Module):
                 use_cache=False,
             )
         )
+        self.model.model.embed_tokens = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(inputs_embeds=x).logits

@@ -41,6 +41,19 @@ class Dropping(nn.Module):
         return x + self.out(nn.functional.dropout(left.sigmoid() * right, 0.5))
 
 
+class Rectified(nn.Module):
+    """Two saved masks that the trace has in backward, where they are used first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.linears:
+            x = linear(x).relu().cumsum(1)
+        return x
+
+
 def compiled(model: nn.Module, *passes: Any, dynamic: bool = True) -> Callable[..., Any]:
     return torch.compile(model, backend=partial(compile_fx, config_patches=inductor_configs(passes)), dynamic=dynamic)
 
@@ -187,9 +200,10 @@ for i in range(10**6):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_masks_and_parts_of_others_travel_too() -> None:
+@pytest.mark.parametrize("make", [Dropping, Rectified])
+def test_masks_and_parts_of_others_travel_too(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    model, x = Dropping(), torch.randn(4, 256, WIDTH)
+    model, x = make(), torch.randn(4, 256, WIDTH)
     grads = []
     for passes in ((), (Spill(least_bytes=2**10),)):
         torch._dynamo.reset()

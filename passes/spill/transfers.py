@@ -89,18 +89,27 @@ class _Moves:
         self.written: dict[str, tuple[Node, Node, list[int | Node]]] = {}
         self.brought: dict[Node, Node] = {}
         self.last_fetch: Node | None = None
+        self.first = next(node for node in graph.nodes if node.name in halves.dependent and node.op != "placeholder")
         # Of backward, what was computed last: a fetch waits for it, else all fetches could run first.
         self.after = self.named[halves.tangents[0].name]
 
     def write(self, saved: Node, place: str) -> None:
         """Begins where the value is made; waits where forward last reads its memory, so that it lives no longer for it."""
-        value, last = self.named[saved.name], self.named[self.halves.last_uses[base(saved)].name]
+        value, last = (self._early(self.named[node.name]) for node in (saved, self.halves.last_uses[base(saved)]))
         with self.graph.inserting_before(value.next):
             rows = self._permuted(value, _order(value))
             shape = [self._length(rows, dim) for dim in range(value.meta["val"].dim())]
             begun = self._call(WRITE, rows, place)
         with self.graph.inserting_before(max(begun, last).next):
             self.written[value.name] = self._call(WRITTEN, begun, value), rows, shape
+
+    def _early(self, node: Node) -> Node:
+        """The node itself, moved in front of backward where the trace has it later: what is saved is then written before that."""
+        if node > self.first:
+            for each in node.all_input_nodes:
+                self._early(each)
+            self.first.prepend(node)
+        return node
 
     def rewire(self) -> None:
         """Backward as its half has it: what it recomputes and fetches stands just before it is needed."""

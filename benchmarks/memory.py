@@ -1,11 +1,13 @@
 """What a model takes under plain torch.compile and under passes.compile: peak, time, the longest sequence, a million tokens.
 
-python benchmarks/memory.py [--json FILE] [--only headline|longest|million] [--tokens 65536] [--step training|inference]
+python benchmarks/memory.py [--json FILE] [--only headline|longest|million|order] [--tokens 65536] [--step training|inference]
 
 headline  a training step and an inference of four layers, a vocabulary of 32K, as shares of plain torch.compile
 longest   the most tokens that one training step takes in a process of 8 GiB: plain, eager with a checkpoint for each block,
           torch's own activation_memory_budget, ours
 million   bfloat16 inference of 2^20 tokens, width 256, four layers, plain and ours
+order     of each two candidates of passes.compile whose times differ by more than a twentieth, whether the estimate has the
+          faster one right
 
 The model: an embedding, blocks of LongNet attention and a SwiGLU MLP behind norms, a projection to the vocabulary and its loss.
 Every figure comes from a process of its own: freed memory that an allocator keeps would hide what the next one takes. Peaks are
@@ -15,6 +17,8 @@ resident bytes, the kernel's high-water mark: beyond what was there before the s
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -39,8 +43,11 @@ ATTEND = cd.compile(cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True))
 # As shares of plain torch.compile: (peak, time).
 WANTED = {"training": (0.25, 1.15), "inference": (0.4, 1.05)}
 _LIMIT_BYTES = 8 * 2**30
-_PROBES = (4096, 8192)
+_PROBES = (8192, 16384)
 _REPEATS = 3
+# Width and tokens of the models whose candidates are put in order, and by how much two times differ that are not the same.
+_ORDERED = ((256, 2048), (256, 8192), (512, 4096))
+_SAME = 1.05
 # Of torch's own budgets the one whose peak is least on four layers: 0.1 of what would be saved.
 _BUILT_IN_BUDGET = 0.1
 
@@ -133,6 +140,12 @@ class Step:
             functorch_config.activation_memory_budget = _BUILT_IN_BUDGET if way == "built-in" else 1.0
             self.compiled = torch.compile(self.model, dynamic=False)
 
+    def under(self, candidate: tuple[Any, ...]) -> Step:
+        """The same step with these passes."""
+        step = copy.copy(self)
+        step.compiled = passes.compile(self.model, passes=candidate, dynamic=False)
+        return step
+
     def run(self) -> None:
         with torch.set_grad_enabled(self.training):
             out = self.compiled(*self.inputs)
@@ -187,14 +200,17 @@ def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
 
 
 def longest(*_: Any) -> list[Row]:
-    """By a line through two short lengths, then shorter until it fits."""
+    """By a line through two short lengths; where that takes more than the limit, by a line through the last two."""
     rows = []
     for way in ("plain", "checkpoints", "built-in", "passes"):
-        (low, less), (high, more) = ((n, Job("training", (way,), n).apart()[way]["process_bytes"]) for n in _PROBES)
-        tokens, found = low + int((_LIMIT_BYTES - less) / ((more - less) / (high - low))), Row()
-        while not found or found["process_bytes"] > _LIMIT_BYTES:
-            tokens = (tokens - tokens // 64) // 256 * 256
+        points, found = list[tuple[int, int]](), Row()
+        for tokens in _PROBES:
+            points.append((tokens, Job("training", (way,), tokens).apart()[way]["process_bytes"]))
+        while points[-1][1] > _LIMIT_BYTES or not found:
+            (low, less), (high, more) = points[-2:]
+            tokens = high + int((0.99 * _LIMIT_BYTES - more) * (high - low) / (more - less)) // 256 * 256
             found = Job("training", (way,), tokens).apart()[way]
+            points.append((tokens, found["process_bytes"]))
         row = {"way": way, "tokens": tokens, "process GiB": found["process_bytes"] / 2**30}
         rows.append(row | {"compile and step s": found["first_seconds"], "passes": found["passes"]})
     return rows
@@ -209,7 +225,34 @@ def million(*_: Any) -> list[Row]:
     return rows
 
 
-TABLES = {"headline": headline, "longest": longest, "million": million}
+def order(*_: Any) -> list[Row]:
+    """Plain first, then the candidates in the order of the estimate."""
+    rows = []
+    for kind, (width, tokens) in itertools.product(WANTED, _ORDERED):
+        print(f"{kind} of {tokens:,} tokens, width {width}: every candidate ...", file=sys.stderr, flush=True)
+        torch._dynamo.reset()
+        step = Step(Job(kind, ("plain",), tokens, width), "plain")
+        estimates = passes.estimate(step.model, step.inputs, train=step.training)
+        steps = {repr(each.passes): step.under(each.passes).run for each in estimates}
+        times = [measure.median(seconds) for seconds in measure.interleaved(steps, _REPEATS).values()]
+        predicted = [each.seconds for each in estimates]
+        pairs = [(i, j) for i, j in itertools.combinations(range(len(times)), 2) if not 1 / _SAME < times[i] / times[j] < _SAME]
+        rows.append(
+            {
+                "step": kind,
+                "width": width,
+                "tokens": tokens,
+                "candidates": [*steps],
+                "predicted s": predicted,
+                "measured s": times,
+                "pairs": len(pairs),
+                "right": sum((predicted[i] < predicted[j]) == (times[i] < times[j]) for i, j in pairs),
+            }
+        )
+    return rows
+
+
+TABLES = {"order": order, "headline": headline, "longest": longest, "million": million}
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from passes.allocators import give_back_freed_memory
 
 _RESET_PEAK = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -113,7 +114,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         timed(function)
         return torch.cuda.max_memory_allocated() - before
-    _give_back_freed_memory()
+    give_back_freed_memory()  # it would hide what the call takes
     before = resident_bytes()
     with resident_peak() as peak:
         timed(function)
@@ -161,12 +162,6 @@ def _sampled_peak() -> Iterator[Callable[[], int]]:
     finally:
         done.set()
         watcher.join()
-
-
-def _give_back_freed_memory() -> None:
-    """The allocator's free lists hide what the next call takes; glibc can return them, others keep theirs."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def write(path: Path, content: bytes | str) -> None:

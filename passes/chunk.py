@@ -55,7 +55,7 @@ def chunked(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, chunk
     """
     plan, flat = Recipe.parse(recipe), _flat(rows)
     out = _result(plan, flat, shared)
-    for part in parts(len(flat[0]), chunk_rows):
+    for part in parts(len(flat[0]), chunk_rows, flat[0].device):
         out[part] = plan.run([each[part] for each in flat], shared)
     return out.view(*rows[0].shape[:-1], *out.shape[1:])
 
@@ -70,7 +70,7 @@ def chunked_backward(
     found = [each.new_empty(each.shape) for each in by_rows.values()]
     sums = {name: zero_sum(each) for name, each in by_shared.items()}
     flat_grad, names = grad.flatten(0, len(lead) - 1), frozenset([*by_rows, *by_shared])
-    for part in parts(len(flat[0]), chunk_rows):
+    for part in parts(len(flat[0]), chunk_rows, flat[0].device):
         pieces = plan.backward(flat_grad[part], [each[part] for each in flat], shared, sums, names)
         for whole, piece in zip(found, pieces, strict=True):
             whole[part] = piece

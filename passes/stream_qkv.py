@@ -70,7 +70,7 @@ def streamed(
     tokens = rows[0].shape[1]
     keys, values = (_whole(Recipe.parse(each), rows, shared, chunk_rows) for each in (key, value))
     out = _like_result(rows, shared, query, value, by_result)
-    for part in parts(tokens, chunk_rows):
+    for part in parts(tokens, chunk_rows, out.device):
         given = [each[..., part, :] for each in rows]
         first, last = attend.reach(part.start, part.stop, tokens, **options)
         within = [each[..., first:last, :] for each in (keys, values)]
@@ -97,7 +97,7 @@ def _whole(recipe: Recipe, rows: Sequence[Tensor], shared: Sequence[Tensor], chu
     """Heads of all tokens: (batch, heads, tokens, features)."""
     kind, (batch, tokens, _) = recipe.kind(rows, shared), rows[0].shape
     made = rows[0].new_empty((batch, kind.shape[0], tokens, kind.shape[2]), dtype=kind.dtype)
-    for part in parts(tokens, chunk_rows):
+    for part in parts(tokens, chunk_rows, made.device):
         made[..., part, :] = recipe.run([each[..., part, :] for each in rows], shared)
     return made
 

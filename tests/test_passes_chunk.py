@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from psutil import Process
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from passes.allocators import give_back_freed_memory
 from passes.chunk import Chunk, chunked, chunked_backward
 from passes.rows.primitives import PRIMITIVES
 from passes.rows.recipes import Recipe
@@ -64,6 +67,16 @@ def test_the_operator_is_its_recipe_and_its_backward_the_derivative(text: str) -
 def test_every_primitive_with_a_gradient_is_in_a_recipe() -> None:
     tested = {step.primitive for text in RECIPES for step in Recipe.parse(text).steps}
     assert tested == {name for name, primitive in PRIMITIVES.items() if primitive.backward is not None}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep what is freed")
+def test_what_chunks_took_leaves_the_process() -> None:
+    rows, shared = [torch.randn(2**15, 64)], [torch.randn(1024, 64), torch.randn(1024), torch.randn(64, 1024)]
+    chunked(rows, shared, RECIPES[0], 2048)  # loads libraries, and sets the size below which glibc keeps what is freed
+    give_back_freed_memory()
+    before = Process().memory_info().rss
+    out = chunked(rows, shared, RECIPES[0], 2048)
+    assert Process().memory_info().rss - before == pytest.approx(out.nbytes, abs=2**20)
 
 
 @pytest.mark.parametrize("lead", [(1,), (0,), (2, 3), (2, 0, 3)], ids=str)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
+from ..allocators import give_back_freed_memory
 from ..liveness import source_of
 from ..stages import Stage
 
@@ -42,9 +44,16 @@ class InChunks:
         return self.rows or max(1, (self.chunk_bytes or otherwise_bytes) // row_bytes)
 
 
-def parts(rows: int, chunk_rows: int) -> Iterator[slice]:
-    """The chunks of so many rows; the last may be shorter."""
-    return (slice(start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows))
+def parts(rows: int, chunk_rows: int, device: torch.device) -> Iterator[slice]:
+    """The chunks of so many rows; the last may be shorter.
+
+    After them, on a CPU, what was freed leaves the process: values of a chunk are small enough for glibc to keep what they took,
+    and whole activations too large to use it.
+    """
+    for start in range(0, rows, chunk_rows):
+        yield slice(start, min(start + chunk_rows, rows))
+    if rows > chunk_rows and device.type == "cpu":
+        give_back_freed_memory()
 
 
 def put(graph: Graph, node: Node, nodes: Sequence[Node], result: Node) -> str:

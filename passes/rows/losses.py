@@ -39,7 +39,7 @@ def linear_cross_entropy(
     wide = torch.promote_types(x.dtype, torch.float32)
     losses = torch.empty(len(x), dtype=wide, device=x.device)
     given = None if class_weight is None else class_weight.to(wide)
-    for part in parts(len(x), chunk_rows):
+    for part in parts(len(x), chunk_rows, x.device):
         logits = F.linear(x[part], weight, bias).to(wide)
         losses[part] = F.cross_entropy(
             logits, target[part], given, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
@@ -76,7 +76,7 @@ def linear_cross_entropy_backward(
     of_x = x.new_empty(x.shape) if wanted[0] else None
     of_weight = zero_sum(weight) if wanted[1] else None
     of_bias = zero_sum(weight[:, 0]) if wanted[2] else None
-    for part in parts(len(x), chunk_rows):
+    for part in parts(len(x), chunk_rows, x.device):
         by_logits = _by_logits(
             F.linear(x[part], weight, bias).to(wide), target[part], ignore_index, hard[part], soft[part], classes
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .peak import mebibytes
 from .planning import BudgetError, Choice, Estimate, Passes, Pipeline, candidates, pipeline, told
 from .planning import estimate as estimated
 from .stages import Pass
-from .traced import capture, captured, trace
+from .traced import Captured, capture, captured, trace, without_idle
 
 
 class Backend:
@@ -119,7 +120,10 @@ def estimate(
     offered: Sequence[Passes] = candidates(train) if passes is None else [tuple(each) for each in passes]
     for each in offered:
         hooks.check(each)
-    found = capture(
-        model, example_inputs, lambda graph: [estimated(trace(graph, each)) for each in offered], train=train, dynamic=dynamic
-    )
-    return tuple(sorted(found, key=lambda each: each.seconds))
+
+    def study(graph: Captured) -> list[Estimate]:
+        acting = [without_idle(graph, each) for each in offered]
+        known = {each: estimated(trace(graph, each)) for each in dict.fromkeys(acting)}
+        return [replace(known[each], passes=passes) for passes, each in zip(offered, acting, strict=True)]
+
+    return tuple(sorted(capture(model, example_inputs, study, train=train, dynamic=dynamic), key=lambda each: each.seconds))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from .reorder import Reorder
 from .spill import Spill
 from .stages import Pass
 from .stream_qkv import StreamQKV
-from .traced import Captured, Traced, trace
+from .traced import Captured, Traced, busy, trace, without_idle
 
 Passes = tuple[Pass, ...]
 
@@ -83,8 +83,7 @@ class Pipeline:
     def choose(self, graph: Captured) -> Choice:
         """The least time of those that fit. Raises BudgetError with the least budget that would do.
 
-        Candidates of ours that reorder, which takes long to plan, are looked at where none of the others fits. What was chosen
-        for such a graph before, in another process too, is chosen again without a look at the others.
+        What was chosen for such a graph before, in another process too, is chosen again without a look at the others.
         """
         offered = {repr(each): each for group in self._offered(graph.training) for passes in group for each in passes}
         offered |= {repr(each): each for each in self.extra}
@@ -103,16 +102,26 @@ class Pipeline:
     def _chosen(self, graph: Captured) -> Choice:
         plain = trace(graph, ())
         estimates, tried = [baseline := estimate(plain, self.machine)], list[Passes]()
-        for offered in self._offered(graph.training):
-            traced = sorted(self._traced(graph, plain, offered), key=lambda each: seconds(each, self.machine))
-            for each in traced:
+        best: Choice | None = None
+        least_seconds: dict[Passes, float] = {}
+        for group in self._offered(graph.training):
+            offered = [each for each in group if best is None or _may_win(each, best.chosen, least_seconds)]
+            traced = self._traced(graph, plain, offered)
+            took = {each.passes: seconds(each, self.machine) for each in traced.values()}
+            least_seconds |= {passes: took[each.passes] for passes, each in traced.items()}
+            for each in sorted(traced.values(), key=lambda each: took[each.passes]):
                 if each.passes in tried:
                     continue
+                if best is not None and took[each.passes] >= best.chosen.seconds:
+                    break
                 tried.append(each.passes)
                 found = estimate(each, self.machine) if each.passes else baseline
                 estimates += [found] if each.passes else []
                 if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
-                    return Choice(found, tuple(estimates), each)
+                    best = Choice(found, (), each)
+                    break
+        if best is not None:
+            return replace(best, estimates=tuple(estimates))
         least = min((each for each in estimates if each.passes in tried), key=lambda each: each.peak_bytes)
         raise BudgetError(
             f"memory_budget must be at least {least.peak_bytes:,} bytes ({mebibytes(least.peak_bytes)}) for these inputs, which "
@@ -122,29 +131,43 @@ class Pipeline:
         )
 
     def _offered(self, training: bool) -> list[Sequence[Passes]]:
-        """The candidates, in the groups in which they are looked at."""
+        """The candidates, in the groups in which they are looked at: those of a later one cost more, or take longer to plan."""
         if self.candidates is not None:
             return [self.candidates]
         ours = candidates(training, self.budget_bytes)
-        return [[each for each in ours if (Reorder() in each) == reorders] for reorders in (False, True)]
+        return [[each for each in ours if _group(each) == group] for group in range(3)]
 
-    def _traced(self, graph: Captured, plain: Traced, offered: Sequence[Passes]) -> list[Traced]:
-        """The graph under every candidate; of candidates of ours that differ in passes that found nothing to do, the first."""
-        own = self.candidates is None
-        found: dict[Passes, Traced] = {}
-        for passes in ((*each, *self.extra) for each in offered):
-            traced = trace(graph, passes) if passes else plain
-            found.setdefault(tuple(each for each in passes if not own or _counts(each, traced, self.extra)), traced)
-        return [replace(traced, passes=passes) for passes, traced in found.items()]
+    def _traced(self, graph: Captured, plain: Traced, offered: Sequence[Passes]) -> dict[Passes, Traced]:
+        """By candidate the graph under it; candidates of ours that differ in passes that find nothing to do have one."""
+        own, found = self.candidates is None, dict[Passes, Traced]()
+        distinct: dict[Passes, Traced] = {(): plain}
+        for each in offered:
+            passes = (*each, *self.extra)
+            if own:
+                passes = without_idle(graph, passes, kept=self.extra)
+            if passes not in distinct:
+                traced = trace(graph, passes)
+                counting = busy(passes, traced.changes, kept=self.extra) if own else passes
+                distinct[passes] = distinct.setdefault(counting, replace(traced, passes=counting))
+            found[each] = distinct[passes]
+        return found
+
+
+def _group(passes: Passes) -> int:
+    return 2 if Reorder() in passes else int(any(isinstance(each, Spill) for each in passes))
+
+
+def _may_win(passes: Passes, best: Estimate, least_seconds: Mapping[Passes, float]) -> bool:
+    """Whether a candidate might take less time than the best that fits: by the one without its spills, which only add to it.
+
+    Orders, which take long to plan, are for budgets that nothing else fits.
+    """
+    without = tuple(each for each in passes if not isinstance(each, Spill))
+    return _group(passes) < 2 and least_seconds[without] < best.seconds
 
 
 def _recalled(said: dict[str, Any], offered: dict[str, Pass]) -> Estimate:
     return Estimate(**said | {"passes": tuple(offered[each] for each in said["passes"])})
-
-
-def _counts(by: Pass, traced: Traced, extra: Passes) -> bool:
-    """Whether a step would be another without a pass."""
-    return by in extra or bool(hooks.options([by])) or any(each.lines for each in traced.changes if each.by == by)
 
 
 def pipeline(
@@ -170,7 +193,7 @@ def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes,
     chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
     if not training:
         stream = StreamQKV(chunk_bytes=chunk.chunk_bytes)
-        ours: tuple[Passes, ...] = (ordered, (chunk,), (chunk, *ordered), (stream, chunk))
+        ours: tuple[Passes, ...] = ((), ordered, (chunk,), (chunk, *ordered), (stream, chunk))
     else:
         loss = LinearCrossEntropy()
         ours = (loss,), (loss, chunk), (loss, Spill()), (loss, chunk, Spill()), (loss, chunk, Spill(), *ordered)

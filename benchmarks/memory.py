@@ -46,7 +46,7 @@ _LIMIT_BYTES = 8 * 2**30
 _PROBES = (8192, 16384)
 _REPEATS = 3
 # Width and tokens of the models whose candidates are put in order, and by how much two times differ that are not the same.
-_ORDERED = ((256, 2048), (256, 8192), (512, 4096))
+_ORDERED = ((256, 8192), (512, 4096))
 _SAME = 1.05
 # Of torch's own budgets the one whose peak is least on four layers: 0.1 of what would be saved.
 _BUILT_IN_BUDGET = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import sys
@@ -17,9 +18,9 @@ from torch._inductor.utils import fresh_cache
 from torch.fx import Graph
 
 import passes
-from passes import BudgetError, Chunk, LinearCrossEntropy, Spill, Stage, budgets, costs, hooks
+from passes import BudgetError, Chunk, LinearCrossEntropy, Spill, Stage, budgets, costs, hooks, planning
 from passes.planning import Choice, Estimate
-from passes.traced import capture
+from passes.traced import Captured, capture, trace
 from tests import compiling
 from tests.graphs import WIDTH, Block, Gelu, Llama, Swiglu, Unet, Vit, measured_peak
 
@@ -137,6 +138,31 @@ def test_estimates_are_what_a_step_takes(estimates: tuple[Estimate, ...]) -> Non
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-7)
     model.float()
     assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(estimates[1].added_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "expected"),
+    [
+        (Loss(), "1GiB", [""]),
+        (mlp(), "1GiB", ["", "Chunk"]),
+        (mlp(), "1MiB", ["", "Chunk", "Spill", "Chunk Spill", "Chunk Spill Materialize Reorder"]),
+    ],
+)
+def test_only_candidates_that_may_win_are_traced(
+    model: nn.Module, budget: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None whose passes are idle, no spills where memory is plenty, no orders where anything else fits."""
+    seen = []
+
+    def counted(graph: Captured, passes: planning.Passes) -> planning.Traced:
+        seen.append(" ".join(type(each).__name__ for each in passes))
+        return trace(graph, passes)
+
+    monkeypatch.setattr(planning, "trace", counted)
+    step = passes.compile(model, memory_budget=budget, dynamic=False)
+    with fresh_cache(), contextlib.suppress(BudgetError):
+        step(torch.randn(4096, WIDTH, requires_grad=True))
+    assert seen == expected
 
 
 class Head(nn.Module):

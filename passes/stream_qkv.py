@@ -44,13 +44,14 @@ class StreamQKV(InChunks):
     def _replace(self, graph: Graph, block: blocks.Block) -> str:
         end = block.nodes[-1]
         rows = self.rows_of(block.row_bytes, _CHUNK_BYTES)
+        attention, _ = attentions.parse(block.attention)
         recipes = map(str, (block.query, block.key, block.value, block.result))
         with graph.inserting_before(end):
             node = graph.call_function(
                 torch.ops.passes.streamed.default, ([*block.rows], [*block.shared], *recipes, block.attention, rows)
             )
         source = put(graph, node, block.nodes, end)
-        return f"{end.name} in chunks of {rows} tokens, with keys and values whole: {block.attention}  {source}".rstrip()
+        return f"{end.name} in chunks of {rows} tokens, with keys and values whole: {attention.name}  {source}".rstrip()
 
 
 @torch.library.custom_op("passes::streamed", mutates_args=())

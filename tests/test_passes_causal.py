@@ -164,7 +164,7 @@ def test_a_compiled_step_makes_no_mask(dynamic: bool) -> None:
         x = torch.randn(1, tokens, 32)
         with torch.no_grad():
             torch.testing.assert_close(step(x), model(x))
-            assert measured_peak(partial(step, x)) < 8 * x.nbytes  # a mask of floats takes 16
+            assert measured_peak(partial(step, x)) < 9 * x.nbytes  # a mask of floats takes 16
         grads = [torch.autograd.grad(run(x).square().sum(), list(model.parameters())) for run in (step, model)]
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -79,7 +79,11 @@ def test_a_training_step_takes_what_was_foretold_at_any_length() -> None:
         assert foretold == pytest.approx(measure(torch.randn(1, length, WIDTH)), rel=0.03)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+# On torch 2.11 a trace has the wrong dtype for the logsumexp of float64.
+FLOAT64 = pytest.param(torch.float64, marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="traces have another lse"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT64], ids=str)
 @pytest.mark.parametrize("tokens", [1, 100, 767, 1000])
 def test_the_workspace_of_attention_is_known(tokens: int, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 2, tokens, 32, dtype=dtype) for _ in range(3))

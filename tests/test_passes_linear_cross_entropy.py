@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from passes.linear_cross_entropy import LinearCrossEntropy, by_torch
 from passes.rows.losses import linear_cross_entropy
+from passes.versions import HAS_LINEAR_CROSS_ENTROPY
 from tests.graphs import measured_peak
 from tests.hooked import captured, compiled, exported
 
 WIDTH, CLASSES = 8, 11
-OPERATORS = [pytest.param(True, id="own"), pytest.param(False, id="torch's")]
+HAS_TORCHS = pytest.mark.skipif(not HAS_LINEAR_CROSS_ENTROPY, reason="torch 2.11 has no such operator")
+OPERATORS = [pytest.param(True, id="own"), pytest.param(False, id="torch's", marks=HAS_TORCHS)]
 
 
 class Model(nn.Module):
@@ -189,6 +191,7 @@ def test_left_alone(function: Callable[..., Any], own: bool) -> None:
 TOKENS, FEATURES, VOCABULARY = 4096, 128, 4096
 
 
+@HAS_TORCHS
 @pytest.mark.parametrize("own", OPERATORS)
 def test_peak_of_a_training_step(own: bool) -> None:
     """Against torch's operator called by hand, and compiled by inductor with a length that may change."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from . import footprint
@@ -96,6 +96,8 @@ def capture(
 
 def trace(graph: Captured, passes: Sequence[Pass]) -> Traced:
     """Runs the passes of every stage where torch.compile would; nothing is compiled."""
+    from torch._inductor.compile_fx import compile_fx
+
     lowered: list[GraphModule] = []
     changes: list[Change] = []
 
@@ -103,18 +105,24 @@ def trace(graph: Captured, passes: Sequence[Pass]) -> Traced:
         lowered.append(_lowered(module, inputs, inference=bool(settings.get("is_inference"))))
         return _stop
 
-    _go_through(graph, passes, changes, keep)
+    patches = inductor_configs(passes, told=lambda by, lines: changes.append(Change(by, tuple(lines))))
+    with ExitStack() as stack:
+        stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False))
+        stack.enter_context(config.patch(force_disable_caches=True))
+        stack.enter_context(torch.set_grad_enabled(graph.training))
+        compile_fx(footprint.copied(graph.module), list(graph.inputs), inner_compile=keep, config_patches=patches)
     forward, *rest = lowered
     return Traced(tuple(passes), forward, rest[0] if rest else None, tuple(changes))
 
 
 def without_idle(graph: Captured, passes: Sequence[Pass], *, kept: Collection[Pass] = ()) -> tuple[Pass, ...]:
     """All but those of Stage.DYNAMO that find nothing to do, which is known before the graph is differentiated and lowered."""
+    from torch._inductor.compile_fx import _recursive_pre_grad_passes
+
     changes: list[Change] = []
     early = [each for each in passes if each.stage is Stage.DYNAMO]
-    if early:
-        with suppress(_Stopped):
-            _go_through(graph, [*early, _Last()], changes, _stop)
+    with config.patch(inductor_configs(early, told=lambda by, lines: changes.append(Change(by, tuple(lines))))):
+        _recursive_pre_grad_passes(footprint.copied(graph.module), list(graph.inputs))
     counting = busy(early, changes, kept=kept)
     return tuple(each for each in passes if each not in early or each in counting)
 
@@ -123,18 +131,6 @@ def busy(passes: Sequence[Pass], changes: Sequence[Change], *, kept: Collection[
     """Those without which a step would be another: they changed something, or want an option; and `kept`."""
     acting = [each.by for each in changes if each.lines]
     return tuple(each for each in passes if each in acting or each in kept or options([each]))
-
-
-def _go_through(graph: Captured, passes: Sequence[Pass], changes: list[Change], compiler: Callable[..., Any]) -> None:
-    """All that inductor does to a graph up to the compiler of lowered ones. changes: where those of passes are put."""
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = inductor_configs(passes, told=lambda by, lines: changes.append(Change(by, tuple(lines))))
-    with ExitStack() as stack:
-        stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False))
-        stack.enter_context(config.patch(force_disable_caches=True))
-        stack.enter_context(torch.set_grad_enabled(graph.training))
-        compile_fx(footprint.copied(graph.module), list(graph.inputs), inner_compile=compiler, config_patches=patches)
 
 
 def _lowered(module: GraphModule, inputs: Sequence[Any], *, inference: bool) -> GraphModule:
@@ -151,18 +147,7 @@ def _lowered(module: GraphModule, inputs: Sequence[Any], *, inference: bool) -> 
 
 
 class _Stopped(BaseException):
-    """What was wanted is known: nothing else is to run."""
-
-
-@dataclass(frozen=True)
-class _Last:
-    """A pass behind which no other comes."""
-
-    stage: ClassVar[Stage] = Stage.DYNAMO
-    keeps_bits: ClassVar[bool] = True
-
-    def __call__(self, graph: Graph) -> Sequence[str]:
-        raise _Stopped
+    """The model was captured, and is not to run."""
 
 
 def _stop(*arguments: Any) -> Any:

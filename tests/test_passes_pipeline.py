@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.fx import Graph
+from torch.utils.checkpoint import checkpoint
 
 import passes
 from passes import BudgetError, Chunk, LinearCrossEntropy, Spill, Stage, budgets, costs, hooks, planning
@@ -140,11 +141,19 @@ def test_estimates_are_what_a_step_takes(estimates: tuple[Estimate, ...]) -> Non
     assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(estimates[1].added_bytes, rel=0.03)
 
 
+class Kept(nn.Module):
+    """A graph within the graph, which passes see first, and where they find nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(Twice(), x, use_reentrant=False)
+
+
 @pytest.mark.parametrize(
     ("model", "budget", "expected"),
     [
         (Loss(), "1GiB", [""]),
         (mlp(), "1GiB", ["", "Chunk"]),
+        (nn.Sequential(Kept(), mlp()), "1GiB", ["", "Chunk"]),
         (mlp(), "1MiB", ["", "Chunk", "Spill", "Chunk Spill", "Chunk Spill Materialize Reorder"]),
     ],
 )

@@ -280,7 +280,7 @@ def test_another_attention_says_what_it_reaches() -> None:
     SEEN.clear()
     torch.testing.assert_close(step(x), model(x))
     assert SEEN == [3, 6, 7, 6]
-    assert "('tests.before.default', {'window': 4})" in lines[0]
+    assert "whole: tests.before.default" in lines[0]
 
 
 def test_an_attention_that_is_not_there_is_named() -> None:

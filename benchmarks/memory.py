@@ -232,8 +232,10 @@ def order(*_: Any) -> list[Row]:
         print(f"{kind} of {tokens:,} tokens, width {width}: every candidate ...", file=sys.stderr, flush=True)
         torch._dynamo.reset()
         step = Step(Job(kind, ("plain",), tokens, width), "plain")
-        found = passes.estimate(step.model, step.inputs, train=step.training)
-        estimates = list({(each.seconds, each.peak_bytes): each for each in reversed(found)}.values())[::-1]
+        distinct: dict[tuple[float, int], Any] = {}
+        for each in passes.estimate(step.model, step.inputs, train=step.training):
+            distinct.setdefault((each.seconds, each.peak_bytes), each)
+        estimates = list(distinct.values())
         steps = {repr(each.passes): step.under(each.passes).run for each in estimates}
         times = [measure.median(seconds) for seconds in measure.interleaved(steps, _REPEATS).values()]
         predicted = [each.seconds for each in estimates]

@@ -99,13 +99,12 @@ def trace(graph: Captured, passes: Sequence[Pass]) -> Traced:
     from torch._inductor.compile_fx import compile_fx
 
     lowered: list[GraphModule] = []
-    changes: list[Change] = []
+    patches, changes = _recording(passes)
 
     def keep(module: GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         lowered.append(_lowered(module, inputs, inference=bool(settings.get("is_inference"))))
         return _stop
 
-    patches = inductor_configs(passes, told=lambda by, lines: changes.append(Change(by, tuple(lines))))
     with ExitStack() as stack:
         stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False))
         stack.enter_context(config.patch(force_disable_caches=True))
@@ -119,12 +118,20 @@ def without_idle(graph: Captured, passes: Sequence[Pass], *, kept: Collection[Pa
     """All but those of Stage.DYNAMO that find nothing to do, which is known before the graph is differentiated and lowered."""
     from torch._inductor.compile_fx import _recursive_pre_grad_passes
 
-    changes: list[Change] = []
     early = [each for each in passes if each.stage is Stage.DYNAMO]
-    with config.patch(inductor_configs(early, told=lambda by, lines: changes.append(Change(by, tuple(lines))))):
+    if not early:
+        return tuple(passes)
+    patches, changes = _recording(early)
+    with config.patch(patches):
         _recursive_pre_grad_passes(footprint.copied(graph.module), list(graph.inputs))
     counting = busy(early, changes, kept=kept)
     return tuple(each for each in passes if each not in early or each in counting)
+
+
+def _recording(passes: Sequence[Pass]) -> tuple[dict[str, Any], list[Change]]:
+    """Options of inductor with which `passes` run, and where what they do will stand."""
+    changes: list[Change] = []
+    return inductor_configs(passes, told=lambda by, lines: changes.append(Change(by, tuple(lines)))), changes
 
 
 def busy(passes: Sequence[Pass], changes: Sequence[Change], *, kept: Collection[Pass] = ()) -> tuple[Pass, ...]:

@@ -11,7 +11,8 @@ order     of each two candidates of passes.compile whose times differ by more th
 
 The model: an embedding, blocks of LongNet attention and a SwiGLU MLP behind norms, a projection to the vocabulary and its loss.
 Every figure comes from a process of its own: freed memory that an allocator keeps would hide what the next one takes. Peaks are
-resident bytes, the kernel's high-water mark: beyond what was there before the step, in `longest` those of the whole process.
+resident bytes, the kernel's high-water mark: beyond what was there before the step, in `longest` and `million` those of the
+whole process, with what compiling took.
 """
 
 from __future__ import annotations
@@ -107,6 +108,9 @@ class Job:
         command = [sys.executable, __file__, "--job", json.dumps(asdict(self))]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found: dict[str, Row] = json.loads(run.stdout.splitlines()[-1])
+        for way, row in found.items():
+            held, seconds = row["process_bytes"] / 2**30, row["first_seconds"]
+            print(f"    {way}: {held:.2f} GiB in the process, {seconds:.0f} s to compile and step", file=sys.stderr, flush=True)
         return found
 
     def here(self) -> dict[str, Row]:
@@ -199,6 +203,12 @@ def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
     return rows
 
 
+def _whole(way: str, tokens: int, found: Row) -> Row:
+    """A row of what the whole process held, and of its only step."""
+    row = {"way": way, "tokens": tokens, "process GiB": found["process_bytes"] / 2**30}
+    return row | {"compile and step s": found["first_seconds"], "passes": found["passes"]}
+
+
 def longest(*_: Any) -> list[Row]:
     """By a line through two short lengths; where that takes more than the limit, by a line through the last two."""
     rows = []
@@ -211,18 +221,13 @@ def longest(*_: Any) -> list[Row]:
             tokens = high + int((0.99 * _LIMIT_BYTES - more) * (high - low) / (more - less)) // 256 * 256
             found = Job("training", (way,), tokens).apart()[way]
             points.append((tokens, found["process_bytes"]))
-        row = {"way": way, "tokens": tokens, "process GiB": found["process_bytes"] / 2**30}
-        rows.append(row | {"compile and step s": found["first_seconds"], "passes": found["passes"]})
+        rows.append(_whole(way, tokens, found))
     return rows
 
 
 def million(*_: Any) -> list[Row]:
-    rows = []
-    for way in ("plain", "passes"):
-        found = Job("inference", (way,), 2**20, width=256, dtype="bfloat16", peaks=True).apart()[way]
-        row = {"way": way, "tokens": 2**20, "MiB": found["peak_bytes"] / 2**20, "s": found["seconds"]}
-        rows.append(row | {"tokens/s": 2**20 / found["seconds"], "passes": found["passes"]})
-    return rows
+    job, ways = Job("inference", (), 2**20, width=256, dtype="bfloat16"), ("plain", "passes")
+    return [_whole(way, job.tokens, replace(job, ways=(way,)).apart()[way]) for way in ways]
 
 
 def order(*_: Any) -> list[Row]:

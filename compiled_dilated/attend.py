@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, operators, planner, streaming
+from . import arguments, for_passes, operators, planner
 from .decoding import Decoder
 from .masks import Mask
 from .partials import merge
@@ -21,7 +21,7 @@ ScoreMod = Callable[..., Any]
 
 _DTYPES = frozenset(getattr(torch, name) for name in BYTES)
 
-streaming.tell()
+for_passes.tell()
 
 
 class Attend:
@@ -81,7 +81,8 @@ class Attend:
             )
         if scale is None:
             scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
-        out, lse = operators.attend(q, k, v, handle, float(scale), offset, tensors)
+        wants_lse = return_lse or sink_logits is not None
+        out, lse = operators.attend(q, k, v, handle, float(scale), offset, tensors, wants_lse)
         if decoder is not None:
             decoder.learn(q, k, v, offset)
         if sink_logits is not None:

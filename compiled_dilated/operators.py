@@ -274,16 +274,21 @@ class _Gradients(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """attend with its gradient: merged out and lse are saved, nothing else of size."""
+    """attend with its gradient: merged out and lse are saved, nothing else of size.
+
+    wants_lse: whether a gradient of lse may come; the compiler sends zeros where nothing uses it, which are work.
+    """
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, training: bool, *data: Tensor) -> Any:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, training: bool, wants_lse: bool, *data: Tensor
+    ) -> Any:
         return _attend(q, k, v, data, handle, scale, q_offset, training)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        q, k, v, handle, scale, q_offset, _, *data = inputs
-        ctx.handle, ctx.scale, ctx.q_offset, ctx.extra = handle, scale, q_offset, len(data)
+        q, k, v, handle, scale, q_offset, _, wants_lse, *data = inputs
+        ctx.handle, ctx.scale, ctx.q_offset, ctx.wants_lse, ctx.extra = handle, scale, q_offset, wants_lse, len(data)
         ctx.save_for_backward(q, k, v, *output, *data)
         ctx.set_materialize_grads(False)
 
@@ -292,19 +297,21 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *data = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        if not ctx.wants_lse:
+            grad_lse = None
         if is_compiling():  # torch.compile itself refuses to differentiate a compiled backward
             grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, ctx.handle, ctx.scale, ctx.q_offset)
         else:
             grads = _apply(_Gradients, grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
-        return *grads, None, None, None, None, *[None] * ctx.extra
+        return *grads, None, None, None, None, None, *[None] * ctx.extra
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        q, k, v, handle, scale, q_offset, training, *data = inputs
+        q, k, v, handle, scale, q_offset, training, wants_lse, *data = inputs
         size = q.shape[0 if in_dims[0] is None or in_dims[0] != 0 else 1]
         tensors = [_fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims[:3], strict=True)]
-        folded = _fold_data(data, in_dims[7:], info.batch_size, size)
-        out, lse = _apply(_Attention, *tensors, handle, scale, q_offset, training, *folded)
+        folded = _fold_data(data, in_dims[8:], info.batch_size, size)
+        out, lse = _apply(_Attention, *tensors, handle, scale, q_offset, training, wants_lse, *folded)
         return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
@@ -334,9 +341,9 @@ def _fold_data(data: Sequence[Tensor], dims: Sequence[int | None], size: int, ba
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, data: Sequence[Tensor]
+    q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, data: Sequence[Tensor], wants_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable."""
+    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable; lse if the caller wants it."""
     if not trains(q, k, v):
         if is_compiling():
             out, lse = _attend(q, k, v, data, handle, scale, q_offset, False)
@@ -347,7 +354,7 @@ def attend(
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v
     function = _Attention if is_compiling() else _EagerAttention
-    found: tuple[Tensor, Tensor] = _apply(function, q, k, v, handle, scale, q_offset, trains(q, k, v), *data)
+    found: tuple[Tensor, Tensor] = _apply(function, q, k, v, handle, scale, q_offset, trains(q, k, v), wants_lse, *data)
     return found
 
 
@@ -374,4 +381,6 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, handle: str, scale: float) -> Tensor:
     """out of some queries of a sequence, the first at q_offset, without a gradient."""
-    return _run(q, k, v, (), handle, scale, q_offset, False)[0]
+    attended = _run if is_plain_call(q, k, v) else _attend  # whose own fake speaks for it where tensors have no data
+    out: Tensor = attended(q, k, v, (), handle, scale, q_offset, False)[0]
+    return out

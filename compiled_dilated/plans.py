@@ -55,11 +55,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a proposal takes, for the whole problem, forward alone.
+    """What a proposal takes, for the whole problem, forward alone but for the last.
 
     pairs: query-key pairs computed, over batch and heads. kernel_flops: 4 * D per pair (2 D + 2 Dv). copied_bytes: gathered tiles
     and merged results. calls: kernel calls. peak_bytes: most held at once beyond q, k, v and out. dense_flops: the flops that a
-    dense kernel would do in the same time, the measure that proposals are compared by.
+    dense kernel would do in the same time, the measure that proposals are compared by. backward_bytes: most that a backward holds
+    at once beyond them and the gradients.
     """
 
     pairs: int
@@ -68,6 +69,7 @@ class Cost:
     calls: int
     peak_bytes: int
     dense_flops: float
+    backward_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,7 @@ class Plan:
             calls=sum(cost.calls for cost in costs),
             peak_bytes=max((cost.peak_bytes for cost in costs), default=0),
             dense_flops=sum(cost.dense_flops for cost in costs),
+            backward_bytes=max((cost.backward_bytes for cost in costs), default=0),
         )
 
     def to_json(self) -> dict[str, Any]:

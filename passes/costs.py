@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -52,7 +53,7 @@ _KNOWN: dict[Operator, Callable[..., Work]] = {}
 
 
 def register(op: Operator, work: Callable[..., Work]) -> None:
-    """Says that op(*args, **kwargs) does work(*args, **kwargs), where args are meta tensors and out= is the result.
+    """Says that op(*args, **kwargs) does work(*args, **kwargs), where args are tensors without data and out= is the result.
 
     A second call for an operator replaces the first. Of operators that nobody speaks of, the bytes of operands and results count.
     """
@@ -63,7 +64,8 @@ def register(op: Operator, work: Callable[..., Work]) -> None:
 
 def of_graph(graph: Graph, *, sizes: Mapping[str, int] | None = None) -> Work:
     """The work of a graph of operators whose nodes carry meta["val"]. sizes: values of symbols, else those of the trace."""
-    return sum((_of_node(node, sizes or {}) for node in graph.nodes if isinstance(node.target, Operator)), start=Work())
+    with FakeTensorMode():
+        return sum((_of_node(node, sizes or {}) for node in graph.nodes if isinstance(node.target, Operator)), start=Work())
 
 
 def _of_node(node: Node, sizes: Mapping[str, int]) -> Work:
@@ -74,7 +76,7 @@ def _of_node(node: Node, sizes: Mapping[str, int]) -> Work:
         if isinstance(value, torch.SymInt):
             return number_of(value, node, sizes)
         if isinstance(value, Tensor):
-            return torch.empty([number_of(size, node, sizes) for size in value.shape], dtype=value.dtype, device="meta")
+            return torch.empty([number_of(size, node, sizes) for size in value.shape], dtype=value.dtype, device=value.device)
         return value
 
     args, kwargs = pytree.tree_map(plain, map_arg((node.args, node.kwargs), lambda each: each.meta.get("val")))

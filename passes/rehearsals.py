@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from . import costs, footprint
 from .chunk import chunked, chunked_backward
 from .costs import Work
-from .rows import losses
+from .rows import attentions, losses
 from .rows.recipes import Recipe
 from .stream_qkv import streamed
 from .versions import HAS_LINEAR_CROSS_ENTROPY
@@ -26,16 +27,32 @@ from .workspaces import workspace_bytes
 
 def rehearse(body: Callable[..., Any], *args: Any) -> int:
     """Most bytes that body(*args) holds at once beyond its operands and results, on tensors of those sizes without data."""
+    leaves, spec = pytree.tree_flatten(args)
+    kinds = (_Kind(each.shape, each.stride(), each.dtype, each.device) if isinstance(each, Tensor) else each for each in leaves)
+    return _rehearsed(body, tuple(kinds), spec)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """All of a tensor but its data."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def made(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+@lru_cache(maxsize=256)  # the layers of a model are alike, and planned several times
+def _rehearsed(body: Callable[..., Any], leaves: tuple[Any, ...], spec: pytree.TreeSpec) -> int:
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
-        given = pytree.tree_map_only(Tensor, _without_data, args)
+        given = pytree.tree_unflatten([each.made() if isinstance(each, _Kind) else each for each in leaves], spec)
         with _Counter() as counter:
             results = body(*given)
         made = [each for each in pytree.tree_leaves(results) if isinstance(each, Tensor)]
         return int(counter.most - sum(each.untyped_storage().nbytes() for each in made))
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 class _Counter(TorchDispatchMode):
@@ -80,11 +97,24 @@ def _backward_work(grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor
     return work + work + work
 
 
-def _streamed_work(rows: Sequence[Tensor], shared: Sequence[Tensor], *recipes_and_rest: Any, out: Any) -> Work:
-    """All tokens by all weights, and by each other."""
-    *batch, tokens, features = rows[0].shape
-    weights = sum(each.numel() for each in shared if each.dim() == 2)
-    return Work(flops=2.0 * math.prod(batch) * tokens * (weights + 2 * tokens * features), memory_bytes=4.0 * out.nbytes)
+def _streamed_work(
+    rows: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    query: str,
+    key: str,
+    value: str,
+    result: str,
+    attention: str,
+    chunk_rows: int,
+    *,
+    out: Tensor,
+) -> Work:
+    """All tokens by all weights, and the attention."""
+    (batch, tokens, _), weights = rows[0].shape, sum(each.numel() for each in shared if each.dim() == 2)
+    attend, options = attentions.parse(attention)
+    kinds = [Recipe.parse(each).kind(rows, shared) for each in (query, key, value)]
+    heads = [rows[0].new_empty((batch, kind.shape[0], tokens, kind.shape[2]), dtype=kind.dtype) for kind in kinds]
+    return Work(2.0 * batch * tokens * weights + attend.flops(*heads, **options), memory_bytes=4.0 * out.nbytes)
 
 
 def _loss_work(products: int) -> Callable[..., Work]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..masks import Mask
 from ..partials import Saved, merge_
+from ..plans import Problem
 from ..programs import Branch
 from . import biases, kernels
 from .biases import Bias, Kept
@@ -119,6 +120,15 @@ class Batch:
         """What the masks say of the tiles; of those without masks, nothing."""
         heads = tuple(self.heads.start + i * self.apart[0] for i in range(self.alike))
         return Bias(self.masks, heads, self.queries, self.keys, self.open, self.shared)
+
+    def is_whole(self, problem: Problem) -> bool:
+        """One tile that is the whole problem, in the order of q and k: what the kernel returns needs no place of its own."""
+        return (
+            not (self.queries.copies or self.keys.copies)
+            and self.queries.count == 1
+            and (self.queries.size, self.keys.size) == (problem.q_len, problem.kv_len)
+            and (self.heads.count, self.kv_heads.count) == (problem.heads, problem.kv_heads)
+        )
 
     @property
     def overlaps(self) -> bool:

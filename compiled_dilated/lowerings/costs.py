@@ -126,21 +126,40 @@ def _lasting_bytes(batch: Batch, problem: Problem) -> int:
 
 
 def of(batches: list[Batch], problem: Problem) -> Cost:
-    """The cost of running these batches forward."""
+    """The cost of running these batches."""
     width = 2 * (problem.head_dim + problem.value_dim)
-    pairs, copied, calls, peak, kept, dense = 0, 0, 0, 0, 0, 0.0
+    pairs, copied, calls, dense = 0, 0, 0, 0.0
     for batch in batches:
         together = min(tiles_at_once(batch, problem, False), batch.queries.count)
         pieces = -(-batch.queries.count // together) * problem.batch
         moved = _moved(batch, problem) * problem.batch
         batch_pairs = batch.pairs * problem.batch
         pairs, copied, calls = pairs + batch_pairs, copied + moved, calls + pieces
-        shared = _lasting_bytes(batch, problem)
-        kept += shared if batch.kept else 0
-        peak = max(peak, together * tile_bytes(batch, problem, False) + (0 if batch.kept else shared))
         rate = efficiency(problem, batch.queries.size, batch.keys.size) * (0.95 if batch.masks else 1.0)
         dense += seconds(batch_pairs * width / rate, moved, pieces)
-    return Cost(pairs, pairs * width, copied, calls, peak + kept, dense)
+    forward, backward = (_peak(batches, problem, each) for each in (False, True))
+    return Cost(pairs, pairs * width, copied, calls, forward, dense, backward)
+
+
+def _peak(batches: list[Batch], problem: Problem, backward: bool) -> int:
+    """Most bytes held at once: the biases that are kept, the tiles at work, and what the kernel holds for each thread."""
+    peak, kept = 0, 0
+    for batch in batches:
+        together = min(tiles_at_once(batch, problem, backward), batch.queries.count)
+        held = 0 if batch.is_whole(problem) and not backward else together * tile_bytes(batch, problem, backward)
+        lasting = _lasting_bytes(batch, problem)
+        kept += lasting if batch.kept else 0
+        peak = max(peak, held + _kernel_bytes(batch, problem, backward) + (0 if batch.kept else lasting))
+    return peak + kept
+
+
+def _kernel_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
+    """ATen's flash kernel on a CPU: of each thread a block of scores, in a backward two."""
+    if problem.device != "cpu":
+        return 0
+    rows = min(batch.queries.size, 256 if batch.queries.size >= 768 else 64 if batch.queries.size >= 192 else 32)
+    scores = rows * min(batch.keys.size, 512) * max(4, problem.itemsize)
+    return torch.get_num_threads() * scores * (2 if backward else 1)
 
 
 def _moved(batch: Batch, problem: Problem) -> int:

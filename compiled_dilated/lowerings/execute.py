@@ -31,7 +31,7 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     if plan.chosen and plan.chosen[0].work and isinstance(plan.chosen[0].work[0], single.Group):
         return single.forward(plan.chosen[0].work, call, q, k, v)
     work, problem = _work(plan), plan.problem
-    if work and _is_whole(work[0], problem):
+    if work and work[0].is_whole(problem):
         out, lse = running.whole(work.pop(0), call, q, k, v)
     else:
         out, lse = q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
@@ -52,7 +52,7 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
     work, problem = _work(plan), plan.problem
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
     saved = replace(saved, lse=torch.where(saved.lse == -math.inf, math.inf, saved.lse))
-    if work and _is_whole(work[0], problem):
+    if work and work[0].is_whole(problem):
         grad_q, grad_k, grad_v = running.whole_backward(work.pop(0), call, saved)
     else:
         inputs = (saved.q, saved.k, saved.v)
@@ -94,17 +94,6 @@ def _halves(piece: Batch, problem: Problem) -> Iterator[Batch]:
         return
     for half in piece.split(piece.queries.count // 2):
         yield from _halves(half, problem)
-
-
-def _is_whole(batch: Batch, problem: Problem) -> bool:
-    """One tile that is the whole problem, in the order of q and k: what the kernel returns needs no place of its own."""
-    return (
-        not (batch.queries.copies or batch.keys.copies)
-        and batch.queries.count == 1
-        and batch.queries.size == problem.q_len
-        and batch.keys.size == problem.kv_len
-        and (batch.heads.count, batch.kv_heads.count) == (problem.heads, problem.kv_heads)
-    )
 
 
 def _sums_fit(piece: Batch, problem: Problem) -> bool:

@@ -30,25 +30,36 @@ class Attention:
     read(query, key, value, ...) -> its other arguments by name, literals; None for a call that is not to be taken apart.
     reach(start, stop, tokens, **options) -> the half-open range of keys that the queries [start, stop) of `tokens` may see.
     part(query, key, value, start, first, **options) -> their result; the first query stands at `start`, the first key at `first`.
+    flops(query, key, value, **options) -> floating-point operations of a dense kernel that would take as long, for an estimate.
     """
 
     name: str
     read: Callable[..., dict[str, Any] | None]
     reach: Callable[..., tuple[int, int]]
     part: Callable[..., Tensor]
+    flops: Callable[..., float]
 
 
 _ATTENTIONS: dict[Any, Attention] = {}
 
 
+def all_pairs(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> float:
+    """The flops of every query with every key."""
+    return 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
 def attention(
-    *targets: Any, read: Callable[..., dict[str, Any] | None], reach: Callable[..., tuple[int, int]], part: Callable[..., Tensor]
+    *targets: Any,
+    read: Callable[..., dict[str, Any] | None],
+    reach: Callable[..., tuple[int, int]],
+    part: Callable[..., Tensor],
+    flops: Callable[..., float] = all_pairs,
 ) -> Attention:
     """Lets stream_qkv take an attention apart. targets: what graphs call: an operator (torch.ops....), its other spellings.
 
     Do it where the operator is defined: a compiled graph asks for it by the first target's name. See Attention for the others.
     """
-    made = Attention(str(targets[0]), read, reach, part)
+    made = Attention(str(targets[0]), read, reach, part, flops)
     packets = [each.overloadpacket for each in targets if isinstance(each, torch._ops.OpOverload)]
     _ATTENTIONS.update(dict.fromkeys((*targets, *packets, made.name), made))
     return made

@@ -1,0 +1,82 @@
+"""What passes/ is told of attention by a program: what it holds, how long it takes, and how to ask for some of its queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes import costs
+from passes.costs import Work
+from passes.rows.attentions import attention
+from passes.workspaces import workspace
+
+from . import operators
+from .orders import identity
+from .plans import Cost
+from .programs import PerLength
+
+# A backward's products, as a share of the forward's: five against two.
+_BACKWARD_WORK = 2.5
+
+
+def tell() -> None:
+    """Once in a process; a compiled graph asks for it by the operator's name."""
+    forward, backward = torch.ops.compiled_dilated.attend.default, torch.ops.compiled_dilated.attend_backward.default
+    attention(forward, read=_read, reach=lambda start, stop, tokens, **_: (0, tokens), part=_part, flops=_flops)
+    workspace(forward, lambda *call, **named: _forward(*call, **named).peak_bytes)
+    costs.register(forward, lambda *call, out, **named: Work(_forward(*call, **named).dense_flops))
+    workspace(backward, lambda *call, **named: _backward(*call, **named).backward_bytes)
+    costs.register(backward, lambda *call, out, **named: Work(_BACKWARD_WORK * _backward(*call, **named).dense_flops))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
+) -> Cost:
+    return _cost(q, k, v, handle, q_offset, training)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    data: Sequence[Tensor],
+    handle: str,
+    scale: float,
+    q_offset: int,
+) -> Cost:
+    return _cost(q, k, v, handle, q_offset, training=True)
+
+
+def _cost(q: Tensor, k: Tensor, v: Tensor, handle: str, q_offset: int, training: bool) -> Cost:
+    """Of the plan; nothing of a ring, whose ranks plan each step for themselves."""
+    if operators.meaning_of(handle).ring is not None or not (q.numel() and k.numel() and v.numel()):
+        return Cost(0, 0, 0, 0, 0, 0.0)
+    return operators.plan_of(handle, q, k, v, q_offset, training).cost
+
+
+def _read(
+    q: Any, k: Any, v: Any, data: Sequence[Any], handle: str, scale: float, q_offset: Any, training: bool
+) -> dict[str, Any] | None:
+    """The call's options; None of what needs all queries: orders, rings, a score_mod, data, a lowering or an offset by hand."""
+    found = operators.meaning_of(handle)
+    if found.ring is not None or found.score_mod is not None or isinstance(found.program, PerLength):
+        return None
+    ordered = any(branch.order != identity() for branch in found.program.branches)
+    by_hand = found.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0
+    return None if ordered or by_hand or data else {"handle": handle, "scale": scale}
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, *, handle: str, scale: float) -> float:
+    return _cost(q, k, v, handle, 0, training=False).dense_flops
+
+
+def _part(q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, handle: str, scale: float) -> Tensor:
+    assert first == 0  # masks count keys from the first
+    return operators.part(q, k, v, start, handle, scale)

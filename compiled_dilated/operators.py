@@ -214,7 +214,9 @@ def _attend_backward(
     else:
         plan = plan_of(handle, q, k, v, q_offset, True)
         grads = execute.backward(plan, _call(handle, data, scale, q_offset), saved)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    left = [*grads]
+    del grads  # of what has been copied the original is not held
+    return left.pop(0).contiguous(), left.pop(0).contiguous(), left.pop(0).contiguous()
 
 
 @_attend_backward.register_fake

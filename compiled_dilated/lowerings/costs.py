@@ -142,24 +142,27 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
 
 
 def _peak(batches: list[Batch], problem: Problem, backward: bool) -> int:
-    """Most bytes held at once: the biases that are kept, the tiles at work, and what the kernel holds for each thread."""
+    """Most bytes held at once: the biases that are kept, the tiles at work, and what the kernel holds for itself."""
     peak, kept = 0, 0
     for batch in batches:
         together = min(tiles_at_once(batch, problem, backward), batch.queries.count)
-        held = 0 if batch.is_whole(problem) and not backward else together * tile_bytes(batch, problem, backward)
+        # Of one that is the whole problem, what the kernel returns is the result.
+        whole = batch.is_whole(problem) and not (backward and problem.itemsize == 2)
+        held = 0 if whole else together * tile_bytes(batch, problem, backward)
         lasting = _lasting_bytes(batch, problem)
         kept += lasting if batch.kept else 0
-        peak = max(peak, held + _kernel_bytes(batch, problem, backward) + (0 if batch.kept else lasting))
+        peak = max(peak, held + _kernel_bytes(batch, together, problem, backward) + (0 if batch.kept else lasting))
     return peak + kept
 
 
-def _kernel_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    """ATen's flash kernel on a CPU: of each thread a block of scores, in a backward two."""
+def _kernel_bytes(batch: Batch, tiles: int, problem: Problem, backward: bool) -> int:
+    """ATen's flash kernel on a CPU: a block of scores for each thread; in a backward two, and grad_out token by token."""
     if problem.device != "cpu":
         return 0
-    rows = min(batch.queries.size, 256 if batch.queries.size >= 768 else 64 if batch.queries.size >= 192 else 32)
-    scores = rows * min(batch.keys.size, 512) * max(4, problem.itemsize)
-    return torch.get_num_threads() * scores * (2 if backward else 1)
+    size, itemsize = batch.queries.size, max(4, problem.itemsize)
+    rows = min(size, 256 if size >= 768 else 64 if size >= 192 else 32)
+    scores = torch.get_num_threads() * rows * min(batch.keys.size, 512) * itemsize
+    return 2 * scores + tiles * batch.alike * batch.heads.count * size * problem.value_dim * itemsize if backward else scores
 
 
 def _moved(batch: Batch, problem: Problem) -> int:

@@ -6,8 +6,8 @@ headline  a training step and an inference of four layers, a vocabulary of 32K, 
 longest   the most tokens that one training step takes in a process of 8 GiB: plain, eager with a checkpoint for each block,
           torch's own activation_memory_budget, ours
 million   bfloat16 inference of 2^20 tokens, width 256, four layers, plain and ours
-order     of each two candidates of passes.compile whose times differ by more than a twentieth, whether the estimate has the
-          faster one right
+order     of each two candidates of passes.compile whose times differ (in every turn, and by more than a twentieth), whether the
+          estimate has the faster one right
 
 The model: an embedding, blocks of LongNet attention and a SwiGLU MLP behind norms, a projection to the vocabulary and its loss.
 Every figure comes from a process of its own: freed memory that an allocator keeps would hide what the next one takes. Peaks are
@@ -242,9 +242,10 @@ def order(*_: Any) -> list[Row]:
             distinct.setdefault((each.seconds, each.peak_bytes), each)
         estimates = list(distinct.values())
         steps = {repr(each.passes): step.under(each.passes).run for each in estimates}
-        times = [measure.median(seconds) for seconds in measure.interleaved(steps, _REPEATS).values()]
+        turns = [*measure.interleaved(steps, _REPEATS).values()]
+        times = [measure.median(seconds) for seconds in turns]
         predicted = [each.seconds for each in estimates]
-        pairs = [(i, j) for i, j in itertools.combinations(range(len(times)), 2) if not 1 / _SAME < times[i] / times[j] < _SAME]
+        pairs = [(i, j) for i, j in itertools.combinations(range(len(times)), 2) if _differ(turns[i], turns[j])]
         rows.append(
             {
                 "step": kind,
@@ -258,6 +259,12 @@ def order(*_: Any) -> list[Row]:
             }
         )
     return rows
+
+
+def _differ(these: Sequence[float], those: Sequence[float]) -> bool:
+    """Whether one is slower than the other beyond the machine's noise."""
+    less, more = sorted((these, those), key=measure.median)
+    return max(less) < min(more) and measure.median(more) > _SAME * measure.median(less)
 
 
 TABLES = {"order": order, "headline": headline, "longest": longest, "million": million}

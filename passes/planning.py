@@ -101,28 +101,25 @@ class Pipeline:
 
     def _chosen(self, graph: Captured) -> Choice:
         plain = trace(graph, ())
-        estimates, tried = [baseline := estimate(plain, self.machine)], list[Passes]()
+        baseline = estimate(plain, self.machine)
+        tried, took = dict[Passes, Estimate](), dict[Passes, float]()
         best: Choice | None = None
-        least_seconds: dict[Passes, float] = {}
         for group in self._offered(graph.training):
-            offered = [each for each in group if best is None or _may_win(each, best.chosen, least_seconds)]
+            offered = [each for each in group if best is None or _may_win(each, best.chosen, took)]
             traced = self._traced(graph, plain, offered)
-            took = {each.passes: seconds(each, self.machine) for each in traced.values()}
-            least_seconds |= {passes: took[each.passes] for passes, each in traced.items()}
-            for each in sorted(traced.values(), key=lambda each: took[each.passes]):
+            took |= {passes: seconds(each, self.machine) for passes, each in traced.items()}
+            for passes, each in sorted(traced.items(), key=lambda item: took[item[0]]):
+                if best is not None and took[passes] >= best.chosen.seconds:
+                    break
                 if each.passes in tried:
                     continue
-                if best is not None and took[each.passes] >= best.chosen.seconds:
-                    break
-                tried.append(each.passes)
-                found = estimate(each, self.machine) if each.passes else baseline
-                estimates += [found] if each.passes else []
+                found = tried[each.passes] = estimate(each, self.machine) if each.passes else baseline
                 if self.budget_bytes is None or found.peak_bytes <= self.budget_bytes:
                     best = Choice(found, (), each)
                     break
         if best is not None:
-            return replace(best, estimates=tuple(estimates))
-        least = min((each for each in estimates if each.passes in tried), key=lambda each: each.peak_bytes)
+            return replace(best, estimates=(*({(): baseline} | tried).values(),))
+        least = min(tried.values(), key=lambda each: each.peak_bytes)
         raise BudgetError(
             f"memory_budget must be at least {least.peak_bytes:,} bytes ({mebibytes(least.peak_bytes)}) for these inputs, which "
             f"{told(least.passes)} would take; got {self.budget_bytes:,} ({mebibytes(self.budget_bytes or 0)}). "

@@ -109,12 +109,17 @@ def _streamed_work(
     *,
     out: Tensor,
 ) -> Work:
-    """All tokens by all weights, and the attention."""
+    """All tokens by all weights, the attention, and every value, which lies in a cache."""
     (batch, tokens, _), weights = rows[0].shape, sum(each.numel() for each in shared if each.dim() == 2)
     attend, options = attentions.parse(attention)
-    kinds = [Recipe.parse(each).kind(rows, shared) for each in (query, key, value)]
+    recipes = [Recipe.parse(each) for each in (query, key, value)]
+    kinds = [recipe.kind(rows, shared) for recipe in recipes]
     heads = [rows[0].new_empty((batch, kind.shape[0], tokens, kind.shape[2]), dtype=kind.dtype) for kind in kinds]
-    return Work(2.0 * batch * tokens * weights + attend.flops(*heads, **options), memory_bytes=4.0 * out.nbytes)
+    attended = rows[0].new_empty((batch, tokens, kinds[0].shape[0] * kinds[2].shape[2]), dtype=kinds[2].dtype)
+    made = sum(recipe.row_bytes(rows, shared) for recipe in recipes)
+    made += Recipe.parse(result).row_bytes([*rows, attended], shared) + attended[0, 0].nbytes
+    flops = 2.0 * batch * tokens * weights + attend.flops(*heads, **options)
+    return Work(flops, 0.5 * batch * tokens * made)
 
 
 def _loss_work(products: int) -> Callable[..., Work]:

@@ -26,32 +26,16 @@ def tell() -> None:
     """Once in a process; a compiled graph asks for it by the operator's name."""
     forward, backward = torch.ops.compiled_dilated.attend.default, torch.ops.compiled_dilated.attend_backward.default
     attention(forward, read=_read, reach=lambda start, stop, tokens, **_: (0, tokens), part=_part, flops=_flops)
-    workspace(forward, lambda *call, **named: _forward(*call, **named).peak_bytes)
-    costs.register(forward, lambda *call, out, **named: Work(_forward(*call, **named).dense_flops))
-    workspace(backward, lambda *call, **named: _backward(*call, **named).backward_bytes)
-    costs.register(backward, lambda *call, out, **named: Work(_BACKWARD_WORK * _backward(*call, **named).dense_flops))
+    workspace(forward, lambda *call, **named: _called(forward, call, named).peak_bytes)
+    costs.register(forward, lambda *call, out, **named: Work(_called(forward, call, named).dense_flops))
+    workspace(backward, lambda *call, **named: _called(backward, call, named).backward_bytes)
+    costs.register(backward, lambda *call, out, **named: Work(_BACKWARD_WORK * _called(backward, call, named).dense_flops))
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
-) -> Cost:
-    return _cost(q, k, v, handle, q_offset, training)
-
-
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    data: Sequence[Tensor],
-    handle: str,
-    scale: float,
-    q_offset: int,
-) -> Cost:
-    return _cost(q, k, v, handle, q_offset, training=True)
+def _called(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[str, Any]) -> Cost:
+    """Of a call of the operator or of its gradient, whose plan is one for training."""
+    given = dict(zip((each.name for each in op._schema.arguments), call, strict=False)) | named
+    return _cost(given["q"], given["k"], given["v"], given["handle"], given["q_offset"], given.get("training", True))
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, handle: str, q_offset: int, training: bool) -> Cost:

@@ -46,7 +46,7 @@ def _cost(q: Tensor, k: Tensor, v: Tensor, handle: str, q_offset: int, training:
 
 
 def _read(
-    q: Any, k: Any, v: Any, data: Sequence[Any], handle: str, scale: float, q_offset: Any, training: bool
+    q: Any, k: Any, v: Any, data: Sequence[Any], handle: str, scale: float, q_offset: Any, training: bool, by_token: bool
 ) -> dict[str, Any] | None:
     """The call's options; None of what needs all queries: orders, rings, a score_mod, data, a lowering or an offset by hand."""
     found = operators.meaning_of(handle)

@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from . import planner
 from .lowerings import execute
 from .lowerings.batches import Call
-from .partials import Saved, lse_dtype
+from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
 from .plans import Plan, Problem
 from .programs import PerLength, Program
 from .ring.blocks import Given
@@ -165,8 +165,7 @@ def _run(
     ring = meaning_of(handle).ring
     whole = None if ring is None else ring_problem(handle, q, k, v)
     if _is_empty(whole, q, k, v):
-        shape = (*q.shape[:3], v.shape[3])
-        return q.new_zeros(shape), q.new_full(shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+        return empty_out(q, v, is_by_token(q)).zero_(), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     if ring is not None and whole is not None:
         return ring.forward(whole, _given(handle, data, scale), *map(_rows, (q, k, v)))
     plan = plan_of(handle, q, k, v, q_offset, training)
@@ -175,18 +174,19 @@ def _run(
 
 @torch.library.custom_op("compiled_dilated::attend", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor],
+    handle: str, scale: float, q_offset: int, training: bool, by_token: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _run(q, k, v, data, handle, scale, q_offset, training)
-    return out.contiguous(), lse.contiguous()  # as the compiler was told
+    return laid_out(out, by_token), lse.contiguous()  # as the compiler was told
 
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
-) -> tuple[Tensor, Tensor]:
-    shape = (*q.shape[:3], v.shape[3])
-    return q.new_empty(shape), q.new_empty(shape[:3], dtype=lse_dtype(q.dtype))
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor],
+    handle: str, scale: float, q_offset: int, training: bool, by_token: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return empty_out(q, v, by_token), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 @torch.library.custom_op("compiled_dilated::attend_backward", mutates_args=())
@@ -285,7 +285,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, training: bool, wants_lse: bool, *data: Tensor
     ) -> Any:
-        return _attend(q, k, v, data, handle, scale, q_offset, training)
+        return _attend(q, k, v, data, handle, scale, q_offset, training, is_by_token(q))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -348,7 +348,7 @@ def attend(
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable; lse if the caller wants it."""
     if not trains(q, k, v):
         if is_compiling():
-            out, lse = _attend(q, k, v, data, handle, scale, q_offset, False)
+            out, lse = _attend(q, k, v, data, handle, scale, q_offset, False, is_by_token(q))
             return out, lse
         if is_plain_call(q, k, v):
             return _run(q, k, v, data, handle, scale, q_offset, False)
@@ -383,6 +383,7 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, handle: str, scale: float) -> Tensor:
     """out of some queries of a sequence, the first at q_offset, without a gradient."""
-    attended = _run if is_plain_call(q, k, v) else _attend  # whose own fake speaks for it where tensors have no data
-    out: Tensor = attended(q, k, v, (), handle, scale, q_offset, False)[0]
+    if is_plain_call(q, k, v):
+        return _run(q, k, v, (), handle, scale, q_offset, False)[0]
+    out: Tensor = _attend(q, k, v, (), handle, scale, q_offset, False, is_by_token(q))[0]  # its fake speaks for it without data
     return out

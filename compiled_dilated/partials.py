@@ -52,6 +52,24 @@ class Saved:
         return Saved(q, k, v, out, lse, grad_out, None if self.grad_lse is None else change(self.grad_lse))
 
 
+def is_by_token(q: Tensor) -> bool:
+    """Whether q (B, H, N, D) lies token by token, as a view of (B, N, H, D), and not head by head."""
+    return bool(q.stride(1) < q.stride(2))
+
+
+def empty_out(q: Tensor, v: Tensor, by_token: bool) -> Tensor:
+    """out (B, Hq, N, Dv), not written yet. By token, as a model's q lies, its heads are joined without a copy."""
+    batch, heads, tokens, width = *q.shape[:3], v.shape[3]
+    if by_token:
+        return q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+    return q.new_empty((batch, heads, tokens, width))
+
+
+def laid_out(out: Tensor, by_token: bool) -> Tensor:
+    """out as empty_out lays it: itself, or a copy."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2) if by_token else out.contiguous()
+
+
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """Log-sum-exps are kept in float32, in float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -447,6 +447,23 @@ def test_layouts(name: str, layout: Callable[[Tensor], Tensor], lowering: str) -
         same(mine, theirs)
 
 
+@pytest.mark.parametrize("call", [lambda attend: attend, lambda attend: torch.compile(attend, backend="aot_eager")])
+@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("name", ["longnet causal", "hilbert window", "full"])
+def test_heads_of_a_models_tokens_are_joined_without_a_copy(
+    name: str, ranks: int | None, call: Callable[[cd.Attend], Callable[..., Tensor]]
+) -> None:
+    """out lies token by token where q does, head by head where q does."""
+    case = by_name(name)
+    inputs, attend = case.inputs(331, torch.float32), call(cd.compile(case.program(331), ranks=ranks))
+    q, k, v = (from_bnhd(x) for x in (inputs.q, inputs.k, inputs.v))
+    joined = attend(q, k, v).transpose(1, 2)
+    assert joined.flatten(2).data_ptr() == joined.data_ptr()
+    out = attend(inputs.q, inputs.k, inputs.v)
+    assert out.is_contiguous()
+    same(joined.transpose(1, 2), out, 1e-6)
+
+
 @pytest.mark.parametrize("lowering", TRAINS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 3), (6, 2), (6, 1), (12, 4)])
 def test_grouped_heads(heads: int, kv_heads: int, lowering: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..partials import Saved, lse_dtype
+from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from ..plans import Plan, Problem
 from . import batches as running
 from . import costs, flex, single
@@ -34,7 +34,7 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     if work and work[0].is_whole(problem):
         out, lse = running.whole(work.pop(0), call, q, k, v)
     else:
-        out, lse = q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+        out, lse = empty_out(q, v, is_by_token(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
         if sum(batch.rows for batch in work if batch.first) < problem.heads * problem.q_len:
             # Some rows are merged into before anything is written, or not at all.
             out.zero_()

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..partials import Saved, lse_dtype
+from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from .blocks import Given
 from .ledgers import Ledger
 from .schedules import Schedule, Step
@@ -51,7 +51,7 @@ class Simulated:
         """out (B, Hq, N, Dv) and lse (B, Hq, N), rank after rank."""
         layout, self.ledger = schedule.layout, Ledger()
         q, k, v = (layout.order.permute(x, 2) for x in (q, k, v))
-        out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+        out, lse = empty_out(q, v, is_by_token(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
         for rank in range(layout.ranks):
             worker = Forward(schedule, rank, given, *(taken(x, layout.runs(rank)) for x in (q, k, v)))
             for step in schedule.steps(rank):

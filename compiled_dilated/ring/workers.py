@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..lowerings.batches import HeadRange
 from ..lowerings.workspace import Workspace
-from ..partials import Saved, lse_dtype
+from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from . import blocks
 from .blocks import Given, Keys, Queries
 from .schedules import Message, Schedule, Step
@@ -53,7 +53,7 @@ class Forward(Worker):
     ) -> None:
         """out: memory for it, its contents lost."""
         super().__init__(schedule, rank, given, q, k, v)
-        self.out = q.new_zeros((*q.shape[:3], v.shape[3])) if out is None else out.zero_()
+        self.out = (empty_out(q, v, is_by_token(q)) if out is None else out).zero_()
         self.lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
         self.queries = Queries(self.runs, q, self.out, self.lse)
 

@@ -17,9 +17,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
+from passes.reports import allocated_bytes
+
 aten = torch.ops.aten
 
 WIDTH = 64
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Gelu(nn.Module):
@@ -44,15 +48,17 @@ class Swiglu(nn.Module):
 class Block(nn.Module):
     """Attention and an MLP, both residual, both behind a norm."""
 
-    def __init__(self, mlp: nn.Module, width: int = WIDTH, heads: int = 4) -> None:
+    def __init__(
+        self, mlp: nn.Module, width: int = WIDTH, heads: int = 4, attend: Attend = F.scaled_dot_product_attention
+    ) -> None:
         super().__init__()
-        self.heads, self.mlp = heads, mlp
+        self.heads, self.mlp, self.attend = heads, mlp, attend
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.qkv(self.before(x)).chunk(3, dim=-1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
 
 
@@ -259,18 +265,8 @@ CASES = [
 
 def measured_peak(run: Callable[[], object]) -> int:
     """The most bytes that torch's allocator held at once during a run beyond those before it, by the profiler's memory events."""
-    with (
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
-        torch.no_grad(),
-    ):
-        kept = run()
-    results = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    held = most = 0
-    for event in sorted((event for event in results if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    del kept
-    return most
+    with torch.no_grad():
+        return allocated_bytes(run)
 
 
 def interpreted(module: GraphModule, inputs: Sequence[Any]) -> Callable[[], object]:

@@ -29,7 +29,7 @@ def rehearse(body: Callable[..., Any], *args: Any) -> int:
     """Most bytes that body(*args) holds at once beyond its operands and results, on tensors of those sizes without data."""
     leaves, spec = pytree.tree_flatten(args)
     kinds = (_Kind(each.shape, each.stride(), each.dtype, each.device) if isinstance(each, Tensor) else each for each in leaves)
-    return _rehearsed(body, tuple(kinds), spec)
+    return _rehearsed(body, tuple(kinds), spec, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class _Kind:
 
 
 @lru_cache(maxsize=256)  # the layers of a model are alike, and planned several times
-def _rehearsed(body: Callable[..., Any], leaves: tuple[Any, ...], spec: pytree.TreeSpec) -> int:
+def _rehearsed(body: Callable[..., Any], leaves: tuple[Any, ...], spec: pytree.TreeSpec, threads: int) -> int:
+    assert threads == torch.get_num_threads()  # kernels hold something for each
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
         given = pytree.tree_unflatten([each.made() if isinstance(each, _Kind) else each for each in leaves], spec)
         with _Counter() as counter:

@@ -1,4 +1,4 @@
-"""The scripts in tools/ say what is missing, and fail."""
+"""The scripts in tools/ say what is missing, and fail; those in benchmarks/ start."""
 
 from __future__ import annotations
 
@@ -89,3 +89,10 @@ def test_gpu_check_without_a_gpu(fresh_python: Any, tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "finds no GPU (torch.cuda.is_available() is False). Run this on a machine with a GPU" in run.stderr
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_benchmarks_say_what_they_measure(fresh_python: Any, script: str) -> None:
+    run = fresh_python(f"benchmarks/{script}", "--help")
+    assert run.returncode == 0, run.stderr
+    assert "--json" in run.stdout

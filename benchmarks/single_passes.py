@@ -1,6 +1,6 @@
 """What each pass makes of the model that it is for: peak in units of one activation of the residual stream, time turn by turn.
 
-python benchmarks/passes.py [--json FILE] [--repeats 5] [--only NAME]
+python benchmarks/single_passes.py [--json FILE] [--repeats 3] [--only NAME]
 
 Attention is SDPA, numbers are float32. Peaks are torch's own allocations beyond the inputs, gradients of parameters included.
 `before` is plain torch.compile; for Remat it is a checkpoint for each block, compiled.
@@ -179,7 +179,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count (%(default)s)")
     parser.add_argument("--only", choices=CASES, action="append", help="cases to measure; all if not given")
     arguments = parser.parse_args()
     rows = []

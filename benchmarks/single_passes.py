@@ -185,7 +185,8 @@ def main() -> None:
     rows = []
     for name in arguments.only or CASES:
         print(f"{name} ...", flush=True)
-        rows.append(CASES[name].row(name, arguments.repeats))
+        rows.append(row := CASES[name].row(name, arguments.repeats))
+        print(f"    {row['before U']:.1f} U -> {row['U']:.1f} U in {row['time of before']:.2f} of the time", flush=True)
     print(f"\n{tabulate(rows, headers='keys', floatfmt='.3g')}")
     if arguments.json:
         measure.write_json(arguments.json, {"hardware": measure.hardware(), "passes": rows})

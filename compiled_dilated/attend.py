@@ -51,6 +51,7 @@ class Attend:
     ) -> Any:
         """out (B, Hq, N, Dv) in the dtype of q; with `return_lse` also lse (B, Hq, N), differentiable.
 
+        Where q lies token by token in memory, as a view of (B, N, Hq, D), out does too, and its heads are joined without a copy.
         The lse is float32 (float64 for float64 inputs). scale: of q . k, default 1 / sqrt(D). q_offset: the position of the first
         query, for decoding against a cache. data: tensors that the masks read, by name. score_mod: FlexAttention's
         score_mod(score, b, h, q_idx, kv_idx); tensors that it captures get no gradient. sink_logits: (Hq,), one learned logit per

@@ -32,15 +32,27 @@ def workspace_bytes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
     return _KNOWN[op](*args, **kwargs) if op in _KNOWN else 0
 
 
+# aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What oneDNN takes for its own products of 16-bit tiles in a backward, at
+# most 1 MiB a thread, depends on the CPU and is not counted.
+
+
 def _flash(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: per thread a tile of scores, two statistics and a tile of the result."""
+    """Per thread a tile of scores, two statistics and a tile of the result; for AMX also keys and values, packed."""
     rows, columns, statistic = _tile(query, key)
-    rounded = rows * columns * query.element_size() if query.element_size() == 2 else 0
-    return torch.get_num_threads() * ((rows * columns + 2 * rows + rows * query.shape[-1]) * statistic + rounded)
+    held = torch.get_num_threads() * (rows * columns + 2 * rows + rows * query.shape[-1]) * statistic
+    if query.element_size() != 2:
+        return held
+    if not _packs(query, key, rows):
+        return held + torch.get_num_threads() * rows * columns * 2
+    batch, heads, keys, width = key.shape
+    even, last = columns + columns % 2, (keys - 1) % columns + 1
+    padded = (keys - 1) // columns * even + last + last % 2
+    packed = batch * heads * ((width + width % 2) * keys + padded * width)
+    return held + 2 * (packed + torch.get_num_threads() * (rows * even + columns * width + rows * (width + 1) * (width % 2)))
 
 
 def _flash_backward(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """The same file: per thread two tiles of scores; one row of sums; the gradient, where it does not lie token by token."""
+    """Per thread two tiles of scores; one row of sums; the gradient, where it does not lie token by token."""
     rows, columns, statistic = _tile(query, key)
     rounded = 2 * rows * columns * query.element_size() if query.element_size() == 2 else 0
     copied = 0 if grad_out.transpose(1, 2).is_contiguous() else grad_out.numel() * grad_out.element_size()
@@ -52,6 +64,17 @@ def _tile(query: Tensor, key: Tensor) -> tuple[int, int, int]:
     tokens = query.shape[2]
     rows = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
     return min(rows, tokens), min(512, key.shape[2]), max(4, query.element_size())
+
+
+def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
+    """Whether a forward rearranges all keys and values for AMX: where each is read often enough."""
+    bfloat16 = query.dtype == torch.bfloat16
+    has_unit = torch.cpu._is_amx_tile_supported() if bfloat16 else torch.cpu._is_amx_fp16_supported()
+    if not (has_unit and torch._C._get_mkldnn_enabled()) or min(query.shape[2], key.shape[2]) < (64 if bfloat16 else 16):
+        return False
+    tiles = query.shape[0] * query.shape[1] * -(-query.shape[2] // rows)
+    reads = -(-tiles // torch.get_num_threads()) * rows / (key.shape[0] * key.shape[1])
+    return reads >= (4 if bfloat16 else 1)
 
 
 workspace(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, _flash)

@@ -165,8 +165,12 @@ CASES = {
     ),
     "a GELU block": Case(partial(block, Gelu), lambda _: [Chunk()], 8192, 512, most_units=4.1),
     "a SwiGLU block": Case(partial(block, Swiglu), lambda _: [Chunk()], 8192, 512, most_units=4.1),
-    "a GELU block, streamed": Case(partial(block, Gelu), lambda _: [StreamQKV(), Chunk()], 8192, 512, most_units=3.2),
-    "a SwiGLU block, streamed": Case(partial(block, Swiglu), lambda _: [StreamQKV(), Chunk()], 8192, 512, most_units=3.2),
+    "a GELU block, streamed": Case(
+        partial(block, Gelu), lambda unit: [StreamQKV(chunk_bytes=unit // 16)], 16384, 512, most_units=3.2
+    ),
+    "a SwiGLU block, streamed": Case(
+        partial(block, Swiglu), lambda unit: [StreamQKV(chunk_bytes=unit // 16)], 16384, 512, most_units=3.2
+    ),
     "four GELU layers": Case(partial(layers, Gelu), lambda _: [Materialize(), Reorder()], 8192, 256, most_units=9.0),
     "four GELU layers train, against checkpoints": Case(
         training(partial(layers, Gelu)), lambda unit: [Remat(28 * unit)], 8192, 256, True, 28.0, 1.0, checkpointed=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch.fx import GraphModule
 
 from . import hooks
 from .peak import mebibytes
-from .planning import BudgetError, Choice, Estimate, Passes, Pipeline, candidates, pipeline, told
+from .planning import BudgetError, Choice, Estimate, Pipeline, candidates, pipeline, told
 from .planning import estimate as estimated
 from .stages import Pass
 from .traced import Captured, capture, captured, trace, without_idle
@@ -117,7 +118,7 @@ def estimate(
     example_inputs: tensors of the sizes in question; fake and meta tensors do, and no memory is taken for them. train: a forward
     and the backward of a gradient of its results. passes: candidates instead of those of planning.candidates.
     """
-    offered: Sequence[Passes] = candidates(train) if passes is None else [tuple(each) for each in passes]
+    offered = [tuple(each) for each in (itertools.chain(*candidates(train)) if passes is None else passes)]
     for each in offered:
         hooks.check(each)
 

@@ -85,7 +85,7 @@ class Pipeline:
 
         What was chosen for such a graph before, in another process too, is chosen again without a look at the others.
         """
-        offered = {repr(each): each for group in self._offered(graph.training) for passes in group for each in passes}
+        offered = {repr(each): each for group in self._groups(graph.training) for passes in group for each in passes}
         offered |= {repr(each): each for each in self.extra}
         name = remembered.name_of(graph, repr(self), tuple(offered.values()))
         if name is not None and (known := remembered.load(name)) is not None:
@@ -104,7 +104,10 @@ class Pipeline:
         baseline = estimate(plain, self.machine)
         tried, took = dict[Passes, Estimate](), dict[Passes, float]()
         best: Choice | None = None
-        for group in self._offered(graph.training):
+        groups = self._groups(graph.training)
+        for group in groups:
+            if best is not None and group is groups[-1]:
+                break
             offered = [each for each in group if best is None or _may_win(each, best.chosen, took)]
             traced = self._traced(graph, plain, offered)
             took |= {passes: seconds(each, self.machine) for passes, each in traced.items()}
@@ -127,12 +130,8 @@ class Pipeline:
             least.peak_bytes,
         )
 
-    def _offered(self, training: bool) -> list[Sequence[Passes]]:
-        """The candidates, in the groups in which they are looked at: those of a later one cost more, or take longer to plan."""
-        if self.candidates is not None:
-            return [self.candidates]
-        ours = candidates(training, self.budget_bytes)
-        return [[each for each in ours if _group(each) == group] for group in range(3)]
+    def _groups(self, training: bool) -> Sequence[Sequence[Passes]]:
+        return candidates(training, self.budget_bytes) if self.candidates is None else [self.candidates]
 
     def _traced(self, graph: Captured, plain: Traced, offered: Sequence[Passes]) -> dict[Passes, Traced]:
         """By candidate the graph under it; candidates of ours that differ in passes that find nothing to do have one."""
@@ -150,17 +149,10 @@ class Pipeline:
         return found
 
 
-def _group(passes: Passes) -> int:
-    return 2 if Reorder() in passes else int(any(isinstance(each, Spill) for each in passes))
-
-
 def _may_win(passes: Passes, best: Estimate, least_seconds: Mapping[Passes, float]) -> bool:
-    """Whether a candidate might take less time than the best that fits: by the one without its spills, which only add to it.
-
-    Orders, which take long to plan, are for budgets that nothing else fits.
-    """
+    """Whether a candidate might take less time than the best that fits: by the one without its spills, which only add to it."""
     without = tuple(each for each in passes if not isinstance(each, Spill))
-    return _group(passes) < 2 and least_seconds[without] < best.seconds
+    return least_seconds[without] < best.seconds
 
 
 def _recalled(said: dict[str, Any], offered: dict[str, Pass]) -> Estimate:
@@ -181,20 +173,30 @@ def pipeline(
     return Pipeline(budget, None if passes is None else tuple(map(tuple, passes)), tuple(extra), machine)
 
 
-def candidates(training: bool, budget_bytes: int | None = None) -> tuple[Passes, ...]:
+def candidates(training: bool, budget_bytes: int | None = None) -> list[list[Passes]]:
     """What is tried where nobody says: plain, and combinations of the passes that this kind of step can use.
 
-    Not Remat, which has inductor write dozens of programs to plan by: name it in passes=.
+    In groups: those of a later one cost more, and the last one's, whose orders take long to plan and whose chunks are least, are
+    for budgets that nothing else fits. Not Remat, which has inductor write dozens of programs to plan by: name it in passes=.
     """
-    causal, ordered = Causal(), (Materialize(), Reorder())
-    chunk = Chunk() if budget_bytes is None else Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
-    if not training:
-        stream = StreamQKV(chunk_bytes=chunk.chunk_bytes)
-        ours: tuple[Passes, ...] = ((), ordered, (chunk,), (chunk, *ordered), (stream, chunk))
-    else:
+    ordered = (Materialize(), Reorder())
+    chunk = least = Chunk()
+    if budget_bytes is not None:
+        chunk = Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
+        least = Chunk(chunk_bytes=_LEAST_CHUNK)
+    groups: list[list[Passes]]
+    if training:
         loss = LinearCrossEntropy()
-        ours = (loss,), (loss, chunk), (loss, Spill()), (loss, chunk, Spill()), (loss, chunk, Spill(), *ordered)
-    return (), *((causal, *each) for each in ours)
+        groups = [
+            [(loss,), (loss, chunk)],
+            [(loss, Spill()), (loss, chunk, Spill())],
+            [(loss, each, Spill(), *ordered) for each in dict.fromkeys((chunk, least))],
+        ]
+    else:
+        stream, least_stream = (StreamQKV(chunk_bytes=each.chunk_bytes) for each in (chunk, least))
+        groups = [[(), (chunk,), (stream, chunk)], [ordered, (least, *ordered), (least_stream, least)]]
+    first, *later = ([(Causal(), *each) for each in group] for group in groups)
+    return [[(), *first], *later]
 
 
 def estimate(traced: Traced, machine: Machine = MACHINE) -> Estimate:

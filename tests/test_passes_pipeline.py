@@ -131,6 +131,22 @@ def test_the_cheapest_that_fits_is_chosen_and_the_least_budget_is_told(estimates
     assert info.value.least_bytes == spilled.peak_bytes
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_the_least_budget_that_is_told_does(train: bool) -> None:
+    """Chunks are longer under a larger budget, and must not make of the told one a budget that is too small."""
+    x = torch.empty(1, 2**18, WIDTH, device="meta")
+
+    def choose(budget: int) -> Choice:
+        return capture(Block(Gelu()), [x], passes.pipeline(budget).choose, train=train)
+
+    with pytest.raises(BudgetError) as info:
+        choose(1)
+    least = info.value.least_bytes
+    assert choose(least).chosen.peak_bytes <= least
+    with pytest.raises(BudgetError, match=f"at least {least:,} bytes"):
+        choose(least - 1)
+
+
 def test_estimates_are_what_a_step_takes(estimates: tuple[Estimate, ...]) -> None:
     model, x = mlp(), torch.randn(1024, 64)
     parameters = list(model.parameters())

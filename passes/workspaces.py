@@ -32,27 +32,23 @@ def workspace_bytes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
     return _KNOWN[op](*args, **kwargs) if op in _KNOWN else 0
 
 
-# aten/src/ATen/native/cpu/FlashAttentionKernel.cpp. What oneDNN takes for its own products of 16-bit tiles in a backward, at
-# most 1 MiB a thread, depends on the CPU and is not counted.
-
-
 def _flash(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """Per thread a tile of scores, two statistics and a tile of the result; for AMX also keys and values, packed."""
-    rows, columns, statistic = _tile(query, key)
-    held = torch.get_num_threads() * (rows * columns + 2 * rows + rows * query.shape[-1]) * statistic
-    if query.element_size() != 2:
-        return held
-    if not _packs(query, key, rows):
-        return held + torch.get_num_threads() * rows * columns * 2
-    batch, heads, keys, width = key.shape
-    even, last = columns + columns % 2, (keys - 1) % columns + 1
-    padded = (keys - 1) // columns * even + last + last % 2
-    packed = batch * heads * ((width + width % 2) * keys + padded * width)
-    return held + 2 * (packed + torch.get_num_threads() * (rows * even + columns * width + rows * (width + 1) * (width % 2)))
+    """aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: per thread a tile of scores, two statistics and a tile of the result.
+
+    In 16 bits also the scores rounded and, for AMX, keys and values packed.
+    """
+    threads, (rows, columns, statistic) = torch.get_num_threads(), _tile(query, key)
+    held = threads * (rows * columns + 2 * rows + rows * query.shape[-1]) * statistic
+    if query.element_size() == 2:
+        held += 2 * (_packed(key, rows, columns) if _packs(query, key, rows) else threads * rows * columns)
+    return held
 
 
 def _flash_backward(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """Per thread two tiles of scores; one row of sums; the gradient, where it does not lie token by token."""
+    """The same file: per thread two tiles of scores; one row of sums; the gradient, where it does not lie token by token.
+
+    Not what oneDNN takes for its products of 16-bit tiles, at most 1 MiB a thread: it depends on the CPU.
+    """
     rows, columns, statistic = _tile(query, key)
     rounded = 2 * rows * columns * query.element_size() if query.element_size() == 2 else 0
     copied = 0 if grad_out.transpose(1, 2).is_contiguous() else grad_out.numel() * grad_out.element_size()
@@ -75,6 +71,19 @@ def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
     tiles = query.shape[0] * query.shape[1] * -(-query.shape[2] // rows)
     reads = -(-tiles // torch.get_num_threads()) * rows / (key.shape[0] * key.shape[1])
     return reads >= (4 if bfloat16 else 1)
+
+
+def _packed(key: Tensor, rows: int, columns: int) -> int:
+    """Numbers held by a forward that packs: odd widths and odd blocks of keys are padded by one, rounded scores with them."""
+    batch, heads, keys, width = key.shape
+    blocks, last = (keys - 1) // columns, (keys - 1) % columns + 1
+    padded = blocks * _even(columns) + _even(last)
+    per_thread = rows * _even(columns) + columns * width + (rows * _even(width) if width % 2 else 0)
+    return batch * heads * (_even(width) * keys + padded * width) + torch.get_num_threads() * per_thread
+
+
+def _even(count: int) -> int:
+    return count + count % 2
 
 
 workspace(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, _flash)

@@ -81,13 +81,12 @@ def test_a_training_step_takes_what_was_foretold_at_any_length() -> None:
 
 # On torch 2.11 a trace has the wrong dtype for the logsumexp of float64.
 FLOAT64 = pytest.param(torch.float64, marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="traces have another lse"))
-
-
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, FLOAT64]
 ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, FLOAT64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 32), (100, 32), (767, 31), (1000, 32), (1025, 33)])
 def test_the_workspace_of_attention_is_known(tokens: int, width: int, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 2, tokens, width, dtype=dtype) for _ in range(3))
@@ -95,7 +94,7 @@ def test_the_workspace_of_attention_is_known(tokens: int, width: int, dtype: tor
     assert footprint.of_graph(module).added_bytes == measured_peak(lambda: ATTEND(q, k, v))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, FLOAT64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 100, 767, 1000])
 def test_the_workspace_of_attentions_gradient_is_known(tokens: int, dtype: torch.dtype) -> None:
     """But for what oneDNN takes: that depends on the CPU, and not on the length."""

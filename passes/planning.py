@@ -180,21 +180,21 @@ def candidates(training: bool, budget_bytes: int | None = None) -> list[list[Pas
     for budgets that nothing else fits. Not Remat, which has inductor write dozens of programs to plan by: name it in passes=.
     """
     ordered = (Materialize(), Reorder())
-    chunk = least = Chunk()
+    chunk, tighter = Chunk(), list[Chunk]()
     if budget_bytes is not None:
         chunk = Chunk(chunk_bytes=min(max(budget_bytes // 32, _LEAST_CHUNK), _MOST_CHUNK))
-        least = Chunk(chunk_bytes=_LEAST_CHUNK)
+        tighter = [each for each in (Chunk(chunk_bytes=_LEAST_CHUNK),) if each != chunk]
     groups: list[list[Passes]]
     if training:
         loss = LinearCrossEntropy()
         groups = [
             [(loss,), (loss, chunk)],
             [(loss, Spill()), (loss, chunk, Spill())],
-            [(loss, each, Spill(), *ordered) for each in dict.fromkeys((chunk, least))],
+            [(loss, each, Spill(), *ordered) for each in (chunk, *tighter)],
         ]
     else:
-        stream, least_stream = (StreamQKV(chunk_bytes=each.chunk_bytes) for each in (chunk, least))
-        groups = [[(), (chunk,), (stream, chunk)], [ordered, (least, *ordered), (least_stream, least)]]
+        streamed, *streamed_tighter = ((StreamQKV(chunk_bytes=each.chunk_bytes), each) for each in (chunk, *tighter))
+        groups = [[(), (chunk,), streamed], [ordered, *((each, *ordered) for each in (chunk, *tighter)), *streamed_tighter]]
     first, *later = ([(Causal(), *each) for each in group] for group in groups)
     return [[(), *first], *later]
 

@@ -132,6 +132,13 @@ def test_the_cheapest_that_fits_is_chosen_and_the_least_budget_is_told(estimates
 
 
 @pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("budget", [None, 1, 2**28, 2**40])
+def test_no_candidate_is_offered_twice(train: bool, budget: int | None) -> None:
+    offered = [each for group in planning.candidates(train, budget) for each in group]
+    assert len(offered) == len(set(offered))
+
+
+@pytest.mark.parametrize("train", [True, False])
 def test_the_least_budget_that_is_told_does(train: bool) -> None:
     """Chunks are longer under a larger budget, and must not make of the told one a budget that is too small."""
     x = torch.empty(1, 2**18, WIDTH, device="meta")

@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 import compiled_dilated as cd
 from compiled_dilated import masks, measure
-from compiled_dilated.lowerings.batches import HeadRange
+from compiled_dilated.heads import HeadRange
 from compiled_dilated.ring import sources
 from compiled_dilated.ring.blocks import Given
 from compiled_dilated.ring.ledgers import Ledger

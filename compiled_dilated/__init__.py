@@ -4,8 +4,8 @@ from . import masks, orders
 from .block_masks import block_mask, block_masks
 from .compiler import compile, plan
 from .modules import DilatedAttention, MultiheadDilatedAttention
-from .oracle import reference
 from .programs import Branch, Program, block_sparse, hilbert_window, local_window, longnet
+from .reference import reference
 from .variants import variant
 
 __all__ = [

@@ -6,9 +6,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import arguments
+from .heads import HeadRange, head_groups
 from .lowerings import costs, dense, flex, single, strided, tiled
-from .lowerings.batches import Batch, HeadRange, head_groups, joined
-from .masks import Mask, Or, conjunction, conjuncts
+from .lowerings.batches import Batch, joined
+from .masks import Mask, disjoint
 from .plans import Plan, Problem, Proposal, Refusal
 from .programs import Branch
 from .tiles import TileMap
@@ -139,19 +140,6 @@ def _mixed(index: int, branch: Branch, problem: Problem) -> Proposal:
             used[name] = None
             batches += [replace(batch, first=batch.first and number == 0) for batch in found]
     return _proposal("+".join(used), index, batches, problem)
-
-
-def disjoint(mask: Mask) -> list[Mask]:
-    """Masks without common pairs whose union is the mask: `a & (b | c)` is `a & b` and `a & c & ~b`."""
-    parts = conjuncts(mask)
-    for i, part in enumerate(parts):
-        if isinstance(part, Or):
-            rest = parts[:i] + parts[i + 1 :]
-            return [
-                conjunction((*rest, *conjuncts(each), *(~before for before in part.masks[:number])))
-                for number, each in enumerate(part.masks)
-            ]
-    return [mask]
 
 
 def _batches(

@@ -17,13 +17,15 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from compiled_dilated import hilbert_window, longnet, masks, measure, oracle, plan
+from compiled_dilated import hilbert_window, longnet, masks, measure, plan
 from compiled_dilated.cli import app
-from compiled_dilated.commands import demo_comparison, demo_text, doctor, expressions, pictures
+from compiled_dilated.commands import demo_comparison, demo_text, doctor, pictures
 from compiled_dilated.commands.demo_model import LanguageModel, loss
 from compiled_dilated.commands.demo_training import continuation
 from compiled_dilated.orders import hilbert, identity
 from compiled_dilated.programs import as_program
+from compiled_dilated.reference import multiplicity
+from compiled_dilated.text import ExpressionError, read_order, read_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -74,14 +76,14 @@ def test_every_command_has_help(command: str) -> None:
     ],
 )
 def test_reads_programs(text: str) -> None:
-    program = expressions.program(text)
-    assert expressions.program(repr(program)) == program
+    program = read_program(text)
+    assert read_program(repr(program)) == program
 
 
 def test_reads_what_python_would() -> None:
-    assert expressions.program(" causal() &\n window(2) ") == as_program(masks.causal() & masks.window(2))
-    assert expressions.program("longnet((16, 32), (1, 2))") == longnet((16, 32), (1, 2))
-    assert expressions.order("hilbert(4, 8)") == hilbert(4, 8)
+    assert read_program(" causal() &\n window(2) ") == as_program(masks.causal() & masks.window(2))
+    assert read_program("longnet((16, 32), (1, 2))") == longnet((16, 32), (1, 2))
+    assert read_order("hilbert(4, 8)") == hilbert(4, 8)
 
 
 @pytest.mark.parametrize(
@@ -118,15 +120,15 @@ def test_reads_what_python_would() -> None:
     ],
 )
 def test_refuses_what_is_no_program(text: str, message: str) -> None:
-    with pytest.raises(expressions.ExpressionError) as error:
-        expressions.program(text)
+    with pytest.raises(ExpressionError) as error:
+        read_program(text)
     assert message in str(error.value)
     assert run("plan", "--", text).exit_code == 2
 
 
 def test_refuses_what_is_no_order() -> None:
-    with pytest.raises(expressions.ExpressionError, match=r"'causal\(\)' is a mask, and an order is needed"):
-        expressions.order("causal()")
+    with pytest.raises(ExpressionError, match=r"'causal\(\)' is a mask, and an order is needed"):
+        read_order("causal()")
 
 
 # plan
@@ -232,7 +234,7 @@ def test_pictures_show_multiplicity() -> None:
     counts = pictures.multiplicity(pictures.panels(program, 8, 2, 1, 4))
     q = torch.zeros(1, 2, 8, 1)
     assert counts is not None
-    assert (torch.from_numpy(counts) == oracle.multiplicity(program, q, q)[0, 1]).all()
+    assert (torch.from_numpy(counts) == multiplicity(program, q, q)[0, 1]).all()
 
 
 def test_pictures_of_masks_that_read_data_have_no_pairs() -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from compiled_dilated.heads import head_ranges
 from compiled_dilated.lowerings import costs
 from compiled_dilated.lowerings.bands import Band, cut, cut_causal
-from compiled_dilated.lowerings.batches import head_ranges
 from compiled_dilated.lowerings.lattice import Lattice, Table, pieces
 
 LATTICES = [

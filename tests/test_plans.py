@@ -9,9 +9,9 @@ from hypothesis import given
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.masks import Mask
-from compiled_dilated.oracle import multiplicity
 from compiled_dilated.planner import disjoint
 from compiled_dilated.programs import as_program
+from compiled_dilated.reference import multiplicity
 from tests import strategies
 from tests.cases import CASES, Case
 from tests.test_attend import same, tensors

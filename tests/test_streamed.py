@@ -19,7 +19,7 @@ from torch import Tensor
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.lowerings.batches import HeadRange
+from compiled_dilated.heads import HeadRange
 from compiled_dilated.ring import sources
 from compiled_dilated.ring.checking import exact_row
 from compiled_dilated.ring.journals import Journal

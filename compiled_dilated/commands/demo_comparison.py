@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import measure
 from ..compiler import compile, plan
-from ..oracle import multiplicity, reference
 from ..programs import Program
+from ..reference import multiplicity, reference
 from . import rivals
 from .rivals import Attention
 

@@ -73,12 +73,13 @@ def _torch() -> Finding:
 
 def _attention() -> Finding:
     """A small program, forward and backward, against the reference."""
-    from .. import oracle, programs
+    from .. import programs
     from ..compiler import compile
+    from ..reference import reference
 
     program = programs.longnet((16, 32), (1, 2), causal=True)
     q = torch.randn(1, 2, 50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    out, truth = compile(program)(q, q, q), oracle.reference(program, q, q, q)
+    out, truth = compile(program)(q, q, q), reference(program, q, q, q)
     assert isinstance(truth, torch.Tensor)
     (grad,), (true_grad,) = torch.autograd.grad(out.sum(), q), torch.autograd.grad(truth.sum(), q)
     error = float(torch.stack([(out - truth).detach().abs().max(), (grad - true_grad).abs().max()]).max())

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from .. import compiler
-from . import expressions
+from ..text import read_program
 from .arguments import Device, Dtype, Json, Lowering, ProgramText, bad_usage, numbers, print_json
 
 
@@ -31,7 +31,7 @@ def plan(
     """
     with bad_usage():
         found = compiler.plan(
-            expressions.program(program),
+            read_program(program),
             numbers("--shape", shape),
             kv_heads=kv_heads,
             kv_len=kv_len,

@@ -15,7 +15,7 @@ from .. import compiler, measure
 from ..ring.plans import LAYOUTS
 from ..ring.sources import FileSource
 from ..ring.streamed import Report
-from . import expressions
+from ..text import read_program
 from .arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
 from .ring_billion import billion
 from .ring_progress import stoppable, token_bar
@@ -43,7 +43,7 @@ def plan(
     """Print what each rank would receive, compute and hold, under every layout."""
     with bad_usage():
         found = compiler.plan(
-            expressions.program(program),
+            read_program(program),
             numbers("--shape", shape),
             kv_heads,
             dtype=getattr(torch, dtype),
@@ -71,7 +71,7 @@ def simulate(
     Exit code 1 if the results differ by more than rounding.
     """
     with bad_usage():
-        code, sizes = expressions.program(program), numbers("--shape", shape)
+        code, sizes = read_program(program), numbers("--shape", shape)
         found = compiler.plan(code, sizes, kv_heads, dtype=getattr(torch, dtype), ranks=ranks, layout=layout)
         ring, alone = compiler.compile(code, ranks=ranks, layout=layout), compiler.compile(code)
     random = torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def stream(
     """
     journal = out.with_name(out.name + ".journal") if journal is None else journal
     with bad_usage():
-        run, queries = compiler.compile(expressions.program(program), ranks=ranks, transport="streamed"), FileSource(q)
+        run, queries = compiler.compile(read_program(program), ranks=ranks, transport="streamed"), FileSource(q)
     with stoppable(), token_bar(q.name, queries.shape[2]) as tell:
         report = run(queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell)
     if json:
@@ -166,7 +166,7 @@ def launch(
     Exit code 1 if a bit differs, or a process fails.
     """
     with bad_usage():
-        compiler.plan(expressions.program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout)
+        compiler.plan(read_program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout)
     settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python",
                sys.executable, "-m", f"{__package__}.ring_rank", *settings]  # fmt: skip

@@ -12,7 +12,7 @@ import typer
 from .. import compiler, measure
 from ..ring.checking import exact_row
 from ..ring.sources import GeneratedSource, SampleSink
-from . import expressions
+from ..text import read_program
 from .arguments import Device, Json, bad_usage, print_json
 from .ring_progress import stoppable, token_bar
 
@@ -46,7 +46,7 @@ def billion(
         torch.set_num_threads(threads)
     ranks = max(1, tokens // _TOKENS_PER_RANK) if ranks is None else ranks
     with bad_usage():
-        code = expressions.program(program)
+        code = read_program(program)
         run = compiler.compile(code, ranks=ranks, transport="streamed", device=device.value)
         shape = (1, heads, tokens, dim)
         q, k, v = (GeneratedSource(shape, seed, stream) for stream in range(3))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from .. import compiler, measure
-from . import expressions
+from ..text import read_program
 from .arguments import numbers, print_json
 
 
@@ -16,7 +16,7 @@ def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style
     """Compute this rank's share, and compare it with the simulated ring; 0 if all ranks agree to the bit."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    code, sizes = expressions.program(program), numbers("--shape", shape)
+    code, sizes = read_program(program), numbers("--shape", shape)
     kind = getattr(torch, dtype)
     kv_shape = (sizes[0], int(kv_heads) or sizes[1], *sizes[2:])
     plan = compiler.plan(code, sizes, kv_shape[1], dtype=kind, ranks=ranks, layout=layout)

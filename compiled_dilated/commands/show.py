@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from .. import measure
-from . import expressions, pictures
+from ..text import read_order, read_program
+from . import pictures
 from .arguments import Json, ProgramText, bad_usage, print_json
 
 
@@ -33,8 +34,8 @@ def show(
     if head >= heads:
         raise typer.BadParameter(f"--head {head} is none of {heads} heads, 0 to {heads - 1}")
     with bad_usage():
-        found = expressions.program(program)
-        chosen = None if order is None else expressions.order(order)
+        found = read_program(program)
+        chosen = None if order is None else read_order(order)
         drawn = pictures.panels(found, tokens, heads, head, tile or pictures.default_tile(tokens), chosen)
         if not drawn:
             raise ValueError(f"head {head} of {heads} takes part in no branch of {found!r}")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..heads import HeadRange, head_ranges
 from ..masks import Mask, conjunction, conjuncts
 from ..masks.positions import Causal
 from ..plans import Problem, Proposal, Refusal
 from . import costs
-from .batches import Batch, HeadRange, as_one, head_ranges
+from .batches import Batch, as_one
 from .lattice import Lattice
 
 # The bias of one kernel call is q_len x kv_len for each group of heads: past so many pairs it is not small beside anything.

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..heads import HeadRange, head_groups
 from ..masks import Mask, conjunction, conjuncts, narrowed
 from ..partials import lse_dtype, merge_
 from ..plans import Cost, Problem, Proposal
 from . import kernels
-from .batches import Call, HeadRange, head_groups
+from .batches import Call
 
 _MOST_ALONE = 4
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..heads import HeadRange
 from ..masks import Mask, Padding, conjunction, conjuncts
 from ..masks.data import DocumentLengths
 from ..masks.grids import Axis, Neighborhood, strides_of
@@ -19,7 +20,7 @@ from ..masks.positions import Causal, Congruent, DilatedBlocks, Segments, Window
 from ..plans import Problem, Refusal
 from . import costs
 from .bands import MOST_ROWS, Band, Run, cut, cut_causal
-from .batches import Batch, HeadRange
+from .batches import Batch
 from .lattice import Lattice
 
 _WINDOW_TILES = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..heads import HeadRange
 from ..masks import Mask
 from ..orders import Order
 from ..plans import Problem
 from ..tiles import TileIndices, TileMap
-from .batches import Batch, HeadRange
+from .batches import Batch
 from .lattice import Table
 
 # Kernels are fast from 256 queries on; keys are gathered at a finer grain, so that less of what is computed is hidden. What a

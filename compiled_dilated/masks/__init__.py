@@ -1,6 +1,6 @@
 """What may attend to what: small expressions over token positions, joined by `&`, `|` and `~`."""
 
-from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, full
+from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, disjoint, full
 from .data import Padding, documents, padding
 from .explicit import Tiles, from_mod, tiles
 from .grids import neighborhood
@@ -20,6 +20,7 @@ __all__ = [
     "conjunction",
     "conjuncts",
     "dilated_blocks",
+    "disjoint",
     "documents",
     "from_mod",
     "full",

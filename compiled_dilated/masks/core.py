@@ -336,3 +336,16 @@ def conjuncts(mask: Mask) -> tuple[Mask, ...]:
 def conjunction(masks: tuple[Mask, ...]) -> Mask:
     """The mask whose `conjuncts` these are."""
     return Full() if not masks else masks[0] if len(masks) == 1 else And(masks)
+
+
+def disjoint(mask: Mask) -> list[Mask]:
+    """Masks without common pairs whose union is the mask: `a & (b | c)` is `a & b` and `a & c & ~b`."""
+    parts = conjuncts(mask)
+    for i, part in enumerate(parts):
+        if isinstance(part, Or):
+            rest = parts[:i] + parts[i + 1 :]
+            return [
+                conjunction((*rest, *conjuncts(each), *(~before for before in part.masks[:number])))
+                for number, each in enumerate(part.masks)
+            ]
+    return [mask]

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import planner
+from ..heads import HeadRange
 from ..lowerings import execute
-from ..lowerings.batches import Call, HeadRange, ScoreMod
+from ..lowerings.batches import Call, ScoreMod
 from ..lowerings.workspace import Workspace
 from ..masks import Mask, causal, conjunction, conjuncts, full
 from ..masks.positions import Causal, Segments, Window

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..lowerings.batches import HeadRange
+from ..heads import HeadRange
 from ..programs import Program
 from . import sources
 from .sources import Source

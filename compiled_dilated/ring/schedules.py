@@ -21,11 +21,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from ..lowerings.batches import HeadRange, head_groups, head_ranges
-from ..masks import Mask
+from ..heads import HeadRange, head_groups, head_ranges
+from ..masks import Mask, disjoint
 from ..masks.core import NOTHING, hull
 from ..orders import identity
-from ..planner import disjoint
 from ..programs import Program
 from ..regions import EMPTY, PARTIAL, IntArray, Regions
 from .layouts import Contiguous, Layout

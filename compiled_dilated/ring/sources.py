@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..lowerings.batches import HeadRange
+from ..heads import HeadRange
 
 Numbers = npt.NDArray[Any]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..lowerings.batches import HeadRange
+from ..heads import HeadRange
 from ..plans import Problem
 from ..programs import PerLength, Program
 from . import plans

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..lowerings.batches import HeadRange
+from ..heads import HeadRange
 from ..lowerings.workspace import Workspace
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from . import blocks

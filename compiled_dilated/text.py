@@ -7,10 +7,10 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .. import masks, orders, programs
-from ..masks import Mask
-from ..orders import Order
-from ..programs import Program
+from . import masks, orders, programs
+from .masks import Mask
+from .orders import Order
+from .programs import Program
 
 # `from_mod` takes a Python function, which text cannot name.
 _NOT_CALLED = {"And", "Full", "Mask", "Not", "OFFSET_RULES", "Or", "Padding", "Tiles", "conjunction", "conjuncts", "from_mod"}
@@ -29,10 +29,10 @@ class ExpressionError(ValueError):
     """Text that is no program, mask or order; the message shows where and why."""
 
 
-def program(text: str) -> Program:
+def read_program(text: str) -> Program:
     """The program that the text writes; a mask is a program of one branch. ExpressionError if it is neither.
 
-    >>> program("causal() & window(256)")
+    >>> read_program("causal() & window(256)")
     Program((Branch(causal() & window(256)),))
     """
     value = _value(text)
@@ -41,10 +41,10 @@ def program(text: str) -> Program:
     return programs.as_program(value)
 
 
-def order(text: str) -> Order:
+def read_order(text: str) -> Order:
     """The order that the text writes. ExpressionError if it is none.
 
-    >>> order("hilbert(64, 64)")
+    >>> read_order("hilbert(64, 64)")
     hilbert(64, 64)
     """
     value = _value(text)

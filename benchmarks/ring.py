@@ -28,7 +28,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks, measure
 from compiled_dilated.heads import HeadRange
 from compiled_dilated.ring import sources
-from compiled_dilated.ring.blocks import Given
+from compiled_dilated.calls import Call
 from compiled_dilated.ring.ledgers import Ledger
 from compiled_dilated.ring.plans import layouts_of
 from compiled_dilated.ring.schedules import Schedule
@@ -109,7 +109,7 @@ def peak() -> list[Row]:
         with measure.resident_peak() as resident:
             for rank in (0, 1, ranks // 2, ranks - 1):
                 own = schedule.layout.runs(rank)[0]
-                worker = Forward(schedule, rank, Given(0.25), *(sources.read(source, heads, own) for source in (q, k, v)))
+                worker = Forward(schedule, rank, Call(0.25), *(sources.read(source, heads, own) for source in (q, k, v)))
                 for step in schedule.steps(rank):
                     received = [(sources.read(k, m.kv_heads, m.rows), sources.read(v, m.kv_heads, m.rows)) for m in step.messages]
                     ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))

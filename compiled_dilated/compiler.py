@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, operators, planner
-from .attend import Attend, check_dtype, check_groups
+from . import arguments, checks, operators, planner
+from .attend import Attend
 from .masks import Mask
 from .plans import Plan
 from .programs import Program, as_program
@@ -180,10 +180,10 @@ def plan(
         raise ValueError(f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}")
     batch, heads, q_len, head_dim = shape
     kv_heads = heads if kv_heads is None else arguments.integer("kv_heads", kv_heads, 1)
-    check_groups(heads, kv_heads)
+    checks.groups(heads, kv_heads)
     kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
     value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
-    check_dtype("dtype", dtype)
+    checks.dtype("dtype", dtype)
     k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
     kind = torch.device(device).type
@@ -196,4 +196,4 @@ def plan(
                 f"{kv_len} keys and lowering={lowering!r}. Leave out ranks, or these"
             )
         return ring.plan(problem)
-    return planner.counted(planner.choose(problem, lowering))
+    return planner.counted(planner.plan_for(problem, lowering))

@@ -7,6 +7,7 @@ next    one range of keys, two slices, SDPA          as soon as the tensors are 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from . import operators
 from .lowerings.single import Group
 from .masks import Mask
+from .rules import Rule
+
+_MOST_KINDS = 64
 
 
 class Decoder:
@@ -25,22 +29,24 @@ class Decoder:
     lowerings. It runs between two kernels of tens of microseconds, so that each attribute that it reads counts.
     """
 
-    def __init__(self, handle: str) -> None:
-        self._handle = handle
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
         self._known: dict[tuple[Any, ...] | None, tuple[Mask, bool] | None] = {}
 
     def learn(self, q: Tensor, k: Tensor, v: Tensor, q_offset: int) -> None:
         """Remember tensors that passed every check: others of their kind pass them too, whatever the cache's length."""
         if q.shape[2] != 1 or not _are_plain(q, k, v) or (kind := _kind(q, k, v)) is None or kind in self._known:
             return
-        plan = operators.plan_of(self._handle, q, k, v, q_offset, training=False)
+        if len(self._known) >= _MOST_KINDS:
+            self._known.clear()
+        plan = operators.plan_of(self._rule, q, k, v, q_offset, training=False)
         groups: tuple[Group, ...] = plan.chosen[0].work
         alike = len(groups) == 1 and groups[0].heads.count == q.shape[1] and groups[0].rest is None
         self._known[kind] = (groups[0].where, groups[0].where.is_bounded) if alike else None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_offset: int) -> Tensor | None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
         """out (B, Hq, 1, D); None where a check is due or the keys are no one range."""
-        if type(q_offset) is not int or q_offset < 0 or not _are_plain(q, k, v):
+        if type(q_offset) is not int or q_offset < 0 or not _is_plain_scale(scale) or not _are_plain(q, k, v):
             return None
         known = self._known.get(_kind(q, k, v))
         if known is None:
@@ -55,6 +61,11 @@ class Decoder:
         seen = slice(span.start, span.stop, span.step)
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=grouped)
+
+
+def _is_plain_scale(scale: Any) -> bool:
+    """Whether SDPA takes the scale as it is: none, or a finite positive number."""
+    return scale is None or (type(scale) is float and 0.0 < scale < math.inf)
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:

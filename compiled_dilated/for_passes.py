@@ -17,6 +17,7 @@ from . import operators
 from .orders import identity
 from .plans import Cost
 from .programs import PerLength
+from .rules import Rule, read_rule
 
 # A backward's products, as a share of the forward's: five against two.
 _BACKWARD_WORK = 2.5
@@ -35,32 +36,47 @@ def tell() -> None:
 def _called(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[str, Any]) -> Cost:
     """Of a call of the operator or of its gradient, whose plan is one for training."""
     given = dict(zip((each.name for each in op._schema.arguments), call, strict=False)) | named
-    return _cost(given["q"], given["k"], given["v"], given["handle"], given["q_offset"], given.get("training", True))
+    rule = read_rule(given["rule"], given["operands"])
+    return _cost(given["q"], given["k"], given["v"], rule, given["q_offset"], given.get("training", True))
 
 
-def _cost(q: Tensor, k: Tensor, v: Tensor, handle: str, q_offset: int, training: bool) -> Cost:
+def _cost(q: Tensor, k: Tensor, v: Tensor, rule: Rule, q_offset: int, training: bool) -> Cost:
     """Of the plan; nothing of a ring, whose ranks plan each step for themselves."""
-    if operators.meaning_of(handle).ring is not None or not (q.numel() and k.numel() and v.numel()):
+    if rule.ring is not None or not (q.numel() and k.numel() and v.numel()):
         return Cost(0, 0, 0, 0, 0, 0.0)
-    return operators.plan_of(handle, q, k, v, q_offset, training).cost
+    return operators.plan_of(rule, q, k, v, q_offset, training).cost
 
 
 def _read(
-    q: Any, k: Any, v: Any, data: Sequence[Any], handle: str, scale: float, q_offset: Any, training: bool, by_token: bool
+    q: Any,
+    k: Any,
+    v: Any,
+    data: Sequence[Any] | None,
+    operands: Sequence[Any] | None,
+    rule: str,
+    scale: float,
+    q_offset: Any,
+    training: bool,
+    by_token: bool,
 ) -> dict[str, Any] | None:
-    """The call's options; None of what needs all queries: orders, rings, a score_mod, data, a lowering or an offset by hand."""
-    found = operators.meaning_of(handle)
-    if found.ring is not None or found.score_mod is not None or isinstance(found.program, PerLength):
+    """The call's options; None of what needs all queries.
+
+    That are orders, rings, functions, data, long lists, a lowering or an offset by hand.
+    """
+    if data or operands:
         return None
-    ordered = any(branch.order != identity() for branch in found.program.branches)
-    by_hand = found.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0
-    return None if ordered or by_hand or data else {"handle": handle, "scale": scale}
+    meaning = read_rule(rule, None)
+    if meaning.ring is not None or meaning.score_mod is not None or isinstance(meaning.program, PerLength):
+        return None
+    ordered = any(branch.order != identity() for branch in meaning.program.branches)
+    by_hand = meaning.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0
+    return None if ordered or by_hand else {"rule": rule, "scale": scale}
 
 
-def _flops(q: Tensor, k: Tensor, v: Tensor, *, handle: str, scale: float) -> float:
-    return _cost(q, k, v, handle, 0, training=False).dense_flops
+def _flops(q: Tensor, k: Tensor, v: Tensor, *, rule: str, scale: float) -> float:
+    return _cost(q, k, v, read_rule(rule, None), 0, training=False).dense_flops
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, handle: str, scale: float) -> Tensor:
+def _part(q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, rule: str, scale: float) -> Tensor:
     assert first == 0  # masks count keys from the first
-    return operators.part(q, k, v, start, handle, scale)
+    return operators.part(q, k, v, start, rule, scale)

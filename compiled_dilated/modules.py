@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import arguments, masks
 from .attend import Attend
-from .programs import PerLength, Program, longnet
+from .programs import PerLength, Program, builder, longnet
 from .ring.rings import Ring
 
 
@@ -266,7 +266,7 @@ class MultiheadDilatedAttention(Multihead):
 def visible(program: Program | PerLength) -> Program | PerLength:
     """The program without the keys that are padding; it reads the data tensor "padding"."""
     if isinstance(program, PerLength):
-        return PerLength(_visible_at, (program,), (*program.names, "padding"))
+        return PerLength(visible_at, (program,), (*program.names, "padding"))
     return _visible(program)
 
 
@@ -277,7 +277,9 @@ def _visible(program: Program) -> Program:
     )
 
 
-def _visible_at(program: PerLength, tokens: int) -> Program:
+@builder
+def visible_at(program: PerLength, tokens: int) -> Program:
+    """The program for so many tokens, without the keys that are padding."""
     return _visible(program.at(tokens))
 
 

@@ -1,122 +1,95 @@
-"""Attention by a program as one differentiable operator: opaque to torch.compile and torch.export, one node for any length.
+"""Attention by a rule as one differentiable operator: opaque to torch.compile and torch.export, one node for any length.
 
-    _Attention (autograd) -> compiled_dilated::attend (custom operator) -> planner -> lowerings.execute
+    attend -> _Attention (autograd) -> compiled_dilated::attend (custom operator) -> planner -> lowerings.execute
 
-A program is named in the operator by the code that makes it; plans are kept for the shapes that came last.
+The operator's arguments say all that it computes: the rule is a text (see rules.py), and what functions capture are operands.
+Nothing inside depends on modes of the caller.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import planner
+from .calls import Call
 from .lowerings import execute
-from .lowerings.batches import Call
+from .masks.functions import digest
+from .mods import flat, unflat
 from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
 from .plans import Plan, Problem
 from .programs import PerLength, Program
-from .ring.blocks import Given
 from .ring.rings import Ring
+from .rules import Rule, read_rule
 
-ScoreMod = Callable[..., Any]
-_MOST_PLANS = 64
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 @dataclass(frozen=True)
-class Named:
-    """What an operator's string argument stands for: operators take tensors, numbers and strings alone."""
+class Options:
+    """A call's arguments that are no tensors.
 
-    program: Program | PerLength
-    lowering: str
+    rule: as text. training: whether a backward may follow. wants_lse: whether a gradient of the lse may come; the compiler sends
+    zeros where nothing uses it, which are work. learned: the operands that get gradients. data: how many of the tensors behind q,
+    k and v are data; the others are operands. ring: the caller's own, whose ledger it reads; the text makes another one.
+    """
+
+    rule: str
+    scale: float
+    q_offset: Any
+    training: bool
+    wants_lse: bool
+    learned: tuple[int, ...]
+    data: int
     ring: Ring | None = None
-    score_mod: ScoreMod | None = None
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The data tensors that the program reads."""
-        return self.program.names
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
+        """Data and operands; None where there are none, as AOTInductor has it."""
+        return tensors[: self.data] or None, tensors[self.data :] or None
 
 
-_programs: dict[str, Named] = {}
-_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+# Plans ----------------------------------------------------------------------------------------------------------------------
 
 
-def handle_of(program: Program | PerLength, lowering: str, ring: Ring | None = None) -> str:
-    """The string that stands for a program, and for how it is executed, in an operator's arguments."""
-    handle = f"{program!r} lowering={lowering}" + ("" if ring is None else f" {ring!r} #{id(ring)}")
-    named = Named(program, lowering, ring)
-    if _programs.setdefault(handle, named).program != program:  # two functions of one name inside from_mod
-        handle = f"{handle} #{hash(program)}"
-        _programs.setdefault(handle, named)
-    return handle
-
-
-def with_score_mod(handle: str, score_mod: ScoreMod) -> str:
-    """The string that stands for a program and a score_mod."""
-    joint = f"{handle} score_mod={id(score_mod)}"
-    _programs[joint] = replace(_programs[handle], score_mod=score_mod)
-    return joint
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: the score_mod has to be known before
-# the traced graph runs, and what tracing itself writes to a dictionary is written after.
-with_score_mod._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def plan_of(handle: str, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
+def plan_of(rule: Rule, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
     """The plan for tensors of these shapes, made when they first come."""
-    named = meaning_of(handle)
-    program, lowering = named.program, named.lowering
-    if isinstance(program, PerLength):
-        program = program.at(q.shape[2])
+    program = rule.program.at(q.shape[2]) if isinstance(rule.program, PerLength) else rule.program
+    kv_len = k.shape[2]
     # One query is planned once for all positions and all lengths of a cache.
-    alone = planner.takes_any_offset(q.shape[2], training, lowering)
-    if alone:
-        program.check(1, k.shape[2], q_offset)
-    place = (0, 0) if alone else (k.shape[2], q_offset)
-    key = (handle, q.shape, k.shape[1], place, v.shape[3], q.dtype, q.device.type, training)
-    if key in _plans:
-        _plans.move_to_end(key)
-        return _plans[key]
-    shapes = (q.shape, k.shape, v.shape)
-    problem = problem_of(program, *shapes, q.dtype, q.device.type, place[1], training, named.score_mod is not None)
-    plan = _plans[key] = planner.choose(problem, lowering)
-    if len(_plans) > _MOST_PLANS:
-        _plans.popitem(last=False)
-    return plan
+    if planner.takes_any_offset(q.shape[2], training, rule.lowering):
+        program.check(1, kv_len, q_offset)
+        kv_len, q_offset = 1, 0
+    k_shape, v_shape = (*k.shape[:2], kv_len, k.shape[3]), (*v.shape[:2], kv_len, v.shape[3])
+    problem = problem_of(
+        program, q.shape, k_shape, v_shape, q.dtype, q.device.type, q_offset, training, rule.score_mod is not None
+    )
+    return planner.plan_for(problem, rule.lowering)
 
 
-def meaning_of(handle: str) -> Named:
-    """What a string stands for in this process."""
-    if handle not in _programs:
-        raise RuntimeError(
-            f"the program {handle!r} is not known to this process. "
-            "Build it with compiled_dilated.compile before running the graph"
-        )
-    return _programs[handle]
+def ring_problem(rule: Rule, written: str, ring: Ring, q: Tensor, k: Tensor, v: Tensor, call: Call | None = None) -> Problem:
+    """What all ranks together compute, given the tensors of this process; the same forward and backward.
 
-
-def ring_problem(handle: str, q: Tensor, k: Tensor, v: Tensor) -> Problem:
-    """What all ranks together compute, given the tensors of this process; the same forward and backward."""
-    named = meaning_of(handle)
-    assert named.ring is not None
-    tokens = named.ring.transport.tokens(q, k, v, f"{named.program!r} over {named.ring!r}")
-    program = named.program.at(tokens) if isinstance(named.program, PerLength) else named.program
-    whole = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
-    return problem_of(program, whole[0], whole[1], whole[2], q.dtype, q.device.type, 0, False, named.score_mod is not None)
+    written: the rule as text. call: what the ranks must agree in too.
+    """
+    about = {"the program, the layout or a function": f"{rule.program!r} over {ring!r}: {written}"}
+    if ring.sharded and call is not None:
+        about["the scale"] = str(call.scale)
+        about |= {name: digest(x) for name, x in call.data.items()}
+        about |= {} if call.score_mod is None else {"score_mod": str([digest(x) for x in call.score_mod.operands])}
+    tokens = ring.transport.tokens(q, k, v, about)
+    program = rule.program.at(tokens) if isinstance(rule.program, PerLength) else rule.program
+    q_shape, k_shape, v_shape = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
+    return problem_of(program, q_shape, k_shape, v_shape, q.dtype, q.device.type, 0, False, rule.score_mod is not None)
 
 
 def problem_of(
@@ -138,14 +111,13 @@ def problem_of(
     )  # fmt: skip
 
 
-def _call(handle: str, data: Sequence[Tensor], scale: float, q_offset: int) -> Call:
-    named = _programs[handle]
-    return Call(scale, q_offset, dict(zip(named.names, data, strict=True)), named.score_mod)
+# Written out: torch's own reading of annotations knows no optional lists of tensors, which AOTInductor makes of empty ones.
+_OTHERS = "Tensor[]? data, Tensor[]? operands, str rule, float scale, SymInt q_offset"
+_INPUTS = f"Tensor q, Tensor k, Tensor v, {_OTHERS}"
+_SAVED = f"Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OTHERS}"
 
 
-def _given(handle: str, data: Sequence[Tensor], scale: float) -> Given:
-    named = _programs[handle]
-    return Given(scale, dict(zip(named.names, data, strict=True)), named.score_mod)
+# The operator ---------------------------------------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -158,82 +130,133 @@ def _is_empty(whole: Problem | None, *tensors: Tensor) -> bool:
     return whole.empty if whole is not None else not all(x.numel() for x in tensors)
 
 
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], handle: str, scale: float, q_offset: int, training: bool
+@contextmanager
+def _own_modes() -> Iterator[None]:
+    """Without the caller's autocast and default dtype, which would change what is computed."""
+    default = torch.get_default_dtype()
+    if not _is_any_autocast_enabled() and default is torch.float32:
+        yield
+        return
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _positive(call: Call, q: Tensor) -> tuple[Call, Tensor, float]:
+    """The same scores by a positive scale, which kernels want; the last factor makes grad_q that of the given q."""
+    if call.scale > 0:
+        return call, q, 1.0
+    if call.scale == 0:
+        return replace(call, scale=1.0), torch.zeros_like(q), 0.0
+    return replace(call, scale=-call.scale), -q, -1.0
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor]:
+    rule = read_rule(options.rule, operands)
+    ring = rule.ring if options.ring is None else options.ring
+    call, q, _ = _positive(rule.call(data, operands, options.scale, options.q_offset), q)
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
-    ring = meaning_of(handle).ring
-    whole = None if ring is None else ring_problem(handle, q, k, v)
+    whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
     if _is_empty(whole, q, k, v):
         return empty_out(q, v, is_by_token(q)).zero_(), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     if ring is not None and whole is not None:
-        return ring.forward(whole, _given(handle, data, scale), *map(_rows, (q, k, v)))
-    plan = plan_of(handle, q, k, v, q_offset, training)
-    return execute.forward(plan, _call(handle, data, scale, q_offset), *map(_rows, (q, k, v)))
+        return ring.forward(whole, call, *map(_rows, (q, k, v)))
+    plan = plan_of(rule, q, k, v, options.q_offset, options.training)
+    return execute.forward(plan, call, *map(_rows, (q, k, v)))
 
 
-@torch.library.custom_op("compiled_dilated::attend", mutates_args=())
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    with _own_modes():
+        return _forward(q, k, v, data, operands, options)
+
+
+def _run_backward(
+    saved: Saved, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous, and those of the learned operands in one vector."""
+    with _own_modes():
+        rule = read_rule(options.rule, operands)
+        ring = rule.ring if options.ring is None else options.ring
+        call, q, sign = _positive(rule.call(data, operands, options.scale, options.q_offset, options.learned), saved.q)
+        saved = replace(saved, q=q).map(_rows)
+        whole = None if ring is None else ring_problem(rule, options.rule, ring, saved.q, saved.k, saved.v, call)
+        if _is_empty(whole, saved.q, saved.k, saved.v):
+            gradients = [torch.zeros_like(x) for x in (saved.q, saved.k, saved.v)]
+        elif ring is not None and whole is not None:
+            gradients = [*ring.backward(whole, call, saved)]
+        else:
+            plan = plan_of(rule, saved.q, saved.k, saved.v, options.q_offset, True)
+            gradients = [*execute.backward(plan, call, saved)]
+        if sign != 1.0:
+            gradients[0] = gradients[0] * sign
+        sums = () if call.score_mod is None else call.score_mod.sums
+        learned = flat(sums, saved.q, _sums_dtype(operands, options.learned))
+        # One by one: of what has been copied the original is freed.
+        grad_q, grad_k, grad_v = (gradients.pop(0).contiguous() for _ in range(3))
+        return grad_q, grad_k, grad_v, learned
+
+
+def _sums_dtype(operands: Sequence[Tensor] | None, learned: Sequence[int]) -> torch.dtype:
+    wide = any((operands or ())[number].dtype == torch.float64 for number in learned)
+    return torch.float64 if wide else torch.float32
+
+
+@torch.library.custom_op(
+    "compiled_dilated::attend", mutates_args=(), schema=f"({_INPUTS}, bool training, bool by_token) -> (Tensor, Tensor)"
+)
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor],
-    handle: str, scale: float, q_offset: int, training: bool, by_token: bool,
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    rule: str, scale: float, q_offset: int, training: bool, by_token: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _run(q, k, v, data, handle, scale, q_offset, training)
+    options = Options(rule, scale, q_offset, training, True, (), len(data or ()))
+    out, lse = _run(q, k, v, data, operands, options)
     return laid_out(out, by_token), lse.contiguous()  # as the compiler was told
 
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor],
-    handle: str, scale: float, q_offset: int, training: bool, by_token: bool,
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    rule: str, scale: float, q_offset: int, training: bool, by_token: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_out(q, v, by_token), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
-@torch.library.custom_op("compiled_dilated::attend_backward", mutates_args=())
+@torch.library.custom_op(
+    "compiled_dilated::attend_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, {_SAVED}, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _attend_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    data: Sequence[Tensor],
-    handle: str,
-    scale: float,
-    q_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    ring = meaning_of(handle).ring
-    whole = None if ring is None else ring_problem(handle, q, k, v)
-    if _is_empty(whole, q, k, v):
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    q, k, v, out, grad_out = map(_rows, (q, k, v, out, grad_out))
-    saved = Saved(q, k, v, out, lse, grad_out, grad_lse)
-    if ring is not None and whole is not None:
-        grads = ring.backward(whole, _given(handle, data, scale), saved)
-    else:
-        plan = plan_of(handle, q, k, v, q_offset, True)
-        grads = execute.backward(plan, _call(handle, data, scale, q_offset), saved)
-    left = [*grads]
-    del grads  # of what has been copied the original is not held
-    return left.pop(0).contiguous(), left.pop(0).contiguous(), left.pop(0).contiguous()
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    rule: str, scale: float, q_offset: int, learned: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = Options(rule, scale, q_offset, True, True, tuple(learned), len(data or ()))
+    return _run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), data, operands, options)
 
 
 @_attend_backward.register_fake
 def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    data: Sequence[Tensor],
-    handle: str,
-    scale: float,
-    q_offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    rule: str, scale: float, q_offset: int, learned: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    numbers = sum((operands or ())[number].numel() for number in learned)
+    gradients = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    return *gradients, q.new_empty((numbers,), dtype=_sums_dtype(operands, learned))
+
+
+# Autograd -------------------------------------------------------------------------------------------------------------------
 
 
 def _apply(function: Any, *inputs: Any) -> Any:
@@ -246,10 +269,10 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        handle: str, scale: float, q_offset: int, *data: Tensor,
+        options: Options, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        *tensors: Tensor,
     ) -> Any:  # fmt: skip
-        return _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, handle, scale, q_offset)
+        return _gradients(options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -264,56 +287,72 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        grad_out, grad_lse, q, k, v, out, lse, handle, scale, q_offset, *data = inputs
-        dims = in_dims[:7]
-        tensors = [
-            None if x is None else _fold(x, dim, info.batch_size)
-            for x, dim in zip((grad_out, grad_lse, q, k, v, out, lse), dims, strict=True)
-        ]
-        folded = _fold_data(data, in_dims[10:], info.batch_size, q.shape[0 if dims[2] is None or dims[2] != 0 else 1])
-        grads = _apply(_Gradients, *tensors, handle, scale, q_offset, *folded)
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0)
+        options, *tensors = inputs
+        # Of learned operands every entry has a gradient of its own.
+        if _operands_vary(options, in_dims[8:]) or options.learned:
+            return _one_by_one(_Gradients, info.batch_size, in_dims, inputs)
+        batch = _batch_of(tensors[2], in_dims[3])
+        folded = [None if x is None else _fold(x, dim, info.batch_size) for x, dim in zip(tensors[:7], in_dims[1:8], strict=True)]
+        others = _fold_others(options, tensors[7:], in_dims[8:], info.batch_size, batch)
+        *grads, learned = _apply(_Gradients, options, *folded, *others)
+        return (*(x.unflatten(0, (info.batch_size, -1)) for x in grads), learned), (0, 0, 0, None)
+
+
+def _gradients(
+    options: Options, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *tensors: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    data, operands = options.split(tensors)
+    if are_plain(grad_out, q, k, v, *tensors):
+        return _run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), data, operands, options)
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _attend_backward(
+        grad_out, grad_lse, q, k, v, out, lse, data, operands,
+        options.rule, options.scale, options.q_offset, list(options.learned),
+    )  # fmt: skip
+    return gradients
 
 
 class _Attention(torch.autograd.Function):
-    """attend with its gradient: merged out and lse are saved, nothing else of size.
-
-    wants_lse: whether a gradient of lse may come; the compiler sends zeros where nothing uses it, which are work.
-    """
+    """attend with its gradient: merged out and lse are saved, nothing else of size."""
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, training: bool, wants_lse: bool, *data: Tensor
-    ) -> Any:
-        return _attend(q, k, v, data, handle, scale, q_offset, training, is_by_token(q))
+    def forward(options: Options, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Any:
+        data, operands = options.split(tensors)
+        if are_plain(q, k, v, *tensors):
+            return _run(q, k, v, data, operands, options)
+        return _attend(q, k, v, data, operands, options.rule, options.scale, options.q_offset, options.training, is_by_token(q))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        q, k, v, handle, scale, q_offset, _, wants_lse, *data = inputs
-        ctx.handle, ctx.scale, ctx.q_offset, ctx.wants_lse, ctx.extra = handle, scale, q_offset, wants_lse, len(data)
-        ctx.save_for_backward(q, k, v, *output, *data)
+        ctx.options, q, k, v, *tensors = inputs
+        ctx.save_for_backward(q, k, v, *output, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, out, lse, *data = ctx.saved_tensors
+        options, (q, k, v, out, lse, *tensors) = ctx.options, ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if not ctx.wants_lse:
+        if not options.wants_lse:
             grad_lse = None
-        if is_compiling():  # torch.compile itself refuses to differentiate a compiled backward
-            grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, data, ctx.handle, ctx.scale, ctx.q_offset)
-        else:
-            grads = _apply(_Gradients, grad_out, grad_lse, q, k, v, out, lse, ctx.handle, ctx.scale, ctx.q_offset, *data)
-        return *grads, None, None, None, None, None, *[None] * ctx.extra
+        inputs = (options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
+        # torch.compile itself refuses to differentiate a compiled backward.
+        *grads, vector = _gradients(*inputs) if is_compiling() else _apply(_Gradients, *inputs)
+        operands = tensors[options.data :]
+        others: list[Tensor | None] = [None] * len(tensors)
+        for number, grad in zip(options.learned, unflat(vector, operands, options.learned), strict=True):
+            others[options.data + number] = grad
+        return None, *grads, *others
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        q, k, v, handle, scale, q_offset, training, wants_lse, *data = inputs
-        size = q.shape[0 if in_dims[0] is None or in_dims[0] != 0 else 1]
-        tensors = [_fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims[:3], strict=True)]
-        folded = _fold_data(data, in_dims[8:], info.batch_size, size)
-        out, lse = _apply(_Attention, *tensors, handle, scale, q_offset, training, wants_lse, *folded)
+        options, q, k, v, *tensors = inputs
+        if _operands_vary(options, in_dims[4:]) or options.learned:
+            return _one_by_one(_Attention, info.batch_size, in_dims, inputs)
+        batch = _batch_of(q, in_dims[1])
+        folded = [_fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims[1:4], strict=True)]
+        others = _fold_others(options, tensors, in_dims[4:], info.batch_size, batch)
+        out, lse = _apply(_Attention, options, *folded, *others)
         return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
@@ -328,41 +367,64 @@ class _EagerAttention(_Attention):
         )
 
 
+def _operands_vary(options: Options, dims: Sequence[int | None]) -> bool:
+    """Whether torch.vmap maps over operands: then each entry has a rule of its own."""
+    return any(dim is not None for dim in dims[options.data :])
+
+
+def _one_by_one(function: Any, size: int, dims: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    """The entries of a vmap one after the other."""
+    results = []
+    for entry in range(size):
+        chosen = [x if dim is None else x.select(dim, entry) for x, dim in zip(inputs, dims, strict=True)]
+        results.append(_apply(function, *chosen))
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _batch_of(x: Tensor, dim: int | None) -> int:
+    """The batch of x without its vmapped dimension."""
+    return x.shape[1 if dim == 0 else 0]
+
+
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """A vmapped dimension becomes part of the batch."""
     moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return moved.flatten(0, 1)
 
 
-def _fold_data(data: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int) -> list[Tensor]:
-    out = []
-    for x, dim in zip(data, dims, strict=True):
+def _fold_others(options: Options, tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int) -> list[Tensor]:
+    """Data folded like q, k and v; operands as they are."""
+    folded = []
+    for x, dim in zip(tensors[: options.data], dims, strict=False):
         moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-        out.append(moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1))
-    return out
+        folded.append(moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1))
+    return [*folded, *tensors[options.data :]]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, handle: str, scale: float, q_offset: int, data: Sequence[Tensor], wants_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable; lse if the caller wants it."""
-    if not trains(q, k, v):
+# Callers --------------------------------------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable. tensors: data, then operands."""
+    if not options.training:
+        data, operands = options.split(tensors)
         if is_compiling():
-            out, lse = _attend(q, k, v, data, handle, scale, q_offset, False, is_by_token(q))
+            out, lse = _attend(q, k, v, data, operands, options.rule, options.scale, options.q_offset, False, is_by_token(q))
             return out, lse
-        if is_plain_call(q, k, v):
-            return _run(q, k, v, data, handle, scale, q_offset, False)
+        if are_plain(q, k, v, *tensors):
+            return _run(q, k, v, data, operands, options)
     if is_compiling():  # which takes no tensor twice
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v
     function = _Attention if is_compiling() else _EagerAttention
-    found: tuple[Tensor, Tensor] = _apply(function, q, k, v, handle, scale, q_offset, trains(q, k, v), wants_lse, *data)
-    return found
+    results: tuple[Tensor, Tensor] = _apply(function, options, q, k, v, *tensors)
+    return results
 
 
-def trains(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def trains(*tensors: Tensor) -> bool:
     """Whether a backward may follow."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -381,9 +443,15 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, handle: str, scale: float) -> Tensor:
+def are_plain(*tensors: Tensor) -> bool:
+    """The same of any tensors, which have data."""
+    q, k, v, *others = tensors
+    return is_plain_call(q, k, v) and q.device.type != "meta" and all(type(x) in _PLAIN for x in others)
+
+
+def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, rule: str, scale: float) -> Tensor:
     """out of some queries of a sequence, the first at q_offset, without a gradient."""
-    if is_plain_call(q, k, v):
-        return _run(q, k, v, (), handle, scale, q_offset, False)[0]
-    out: Tensor = _attend(q, k, v, (), handle, scale, q_offset, False, is_by_token(q))[0]  # its fake speaks for it without data
+    if are_plain(q, k, v):
+        return _run(q, k, v, None, None, Options(rule, scale, q_offset, False, False, (), 0))[0]
+    out: Tensor = _attend(q, k, v, None, None, rule, scale, q_offset, False, is_by_token(q))[0]
     return out

@@ -27,11 +27,19 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as a new value, differentiable: learned sink logits join this way, as a part of value 0."""
-    joint = torch.logaddexp(lse, part_lse)
-    anchor = torch.where(joint == -math.inf, 0.0, joint)
-    old, new = (lse - anchor).exp().unsqueeze(-1), (part_lse - anchor).exp().unsqueeze(-1)
-    return (out * old + part_out * new).to(out.dtype), joint
+    """The same as a new value, differentiable: learned sink logits join this way, as a part of value 0.
+
+    Where both sides saw nothing the result is (0, -inf), and the gradients are 0.
+    """
+    peak = torch.maximum(lse, part_lse).detach()
+    peak = torch.where(peak == -math.inf, 0.0, peak)
+    old, new = (lse - peak).exp(), (part_lse - peak).exp()
+    total = old + new
+    alive = total > 0
+    total = torch.where(alive, total, 1.0)
+    joint = torch.where(alive, total.log() + peak, -math.inf)
+    weighed = out * (old / total).unsqueeze(-1) + part_out * (new / total).unsqueeze(-1)
+    return weighed.to(out.dtype), joint
 
 
 @dataclass(frozen=True)

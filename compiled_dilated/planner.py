@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 from . import arguments
 from .heads import HeadRange, head_groups
 from .lowerings import costs, dense, flex, single, strided, tiled
 from .lowerings.batches import Batch, joined
 from .masks import Mask, disjoint
-from .plans import Plan, Problem, Proposal, Refusal
+from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
 from .tiles import TileMap
 
@@ -19,7 +18,15 @@ LOWERINGS = ("auto", "dense", "strided", "tiled", "flex")
 _LONGEST_WEIGHED = 32768
 
 
-@lru_cache(maxsize=512)
+# The one table of plans: of whole calls, of a ring's blocks, and of rings.
+PLANS = PlanCache(most=512)
+
+
+def plan_for(problem: Problem, lowering: str = "auto") -> Plan:
+    """The plan of a problem, made when it first comes; see `choose`."""
+    return PLANS.get((problem, lowering), lambda: choose(problem, lowering))
+
+
 def choose(problem: Problem, lowering: str = "auto") -> Plan:
     """The plan of a problem. An explicit lowering is used or refused with a ValueError, never replaced."""
     arguments.choice("lowering", lowering, LOWERINGS)
@@ -155,5 +162,7 @@ def _proposal(name: str, index: int, batches: list[Batch], problem: Problem) -> 
         batches = [replace(batch, first=False) for batch in batches]
     if problem.batch == 1 and not problem.score_mod:
         batches = joined(batches)
+    # Those that write rows before those that merge into them, whatever was joined.
+    batches = sorted(batches, key=lambda batch: not batch.first)
     batches = costs.keep_biases(batches, problem)
     return Proposal(name, index, costs.of(batches, problem), tuple(batches))

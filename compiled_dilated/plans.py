@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from tabulate import tabulate
 
 from .programs import Program
+
+Made = TypeVar("Made")
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -195,6 +200,37 @@ class Plan:
 
     def __str__(self) -> str:
         return self.explain()
+
+
+class PlanCache:
+    """Plans of all kinds by value, the one used longest ago given up first. Safe to lose at any moment."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What was made for this key, or `make()`."""
+        with self._lock:
+            if key in self._plans:
+                self._plans.move_to_end(key)
+                kept: Made = self._plans[key]
+                return kept
+        plan = make()
+        with self._lock:
+            self._plans[key] = plan
+            while len(self._plans) > self.most:
+                self._plans.popitem(last=False)
+        return plan
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        with self._lock:
+            self._plans.clear()
 
 
 def _as_row(each: Proposal | Refusal, chosen: tuple[Proposal, ...]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 from . import arguments, masks
 from .masks import Mask
@@ -94,8 +95,32 @@ class Program:
                     )
                 branch.order.check(kv_len)
 
+    def map(self, change: Callable[[Mask], Mask]) -> Program:
+        """The same program over changed masks."""
+        return Program(tuple(replace(branch, mask=change(branch.mask)) for branch in self.branches))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.branches)
+
+    def __hash__(self) -> int:
+        return self._hash  # once: a mask may list thousands of numbers, and every call looks up its plan
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Program, (self.branches,)  # without the hash, which is another one in another process
+
     def __repr__(self) -> str:
         return f"Program(({', '.join(map(repr, self.branches))},))"
+
+
+Builder = TypeVar("Builder", bound=Callable[..., Program])
+BUILDERS: dict[str, Callable[..., Program]] = {}
+
+
+def builder(build: Builder) -> Builder:
+    """Make a module's function known by name, so that a `PerLength` of it can travel as text."""
+    BUILDERS[build.__name__] = build
+    return build
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,7 +128,7 @@ class PerLength:
     """A program that depends on how many tokens a call has.
 
     It is `build(*settings, tokens)`, made when tensors of that length first come.
-    names: the data tensors that it reads, at every length. build: a module's function, so that it can be pickled.
+    names: the data tensors that it reads, at every length. build: a function marked by `builder`.
     """
 
     build: Callable[..., Program]
@@ -114,8 +139,29 @@ class PerLength:
         """The program for so many tokens."""
         return self.build(*self.settings, tokens)
 
+    def map(self, change: Callable[[Mask], Mask]) -> PerLength:
+        """The same over changed masks: those of the programs among its settings."""
+        return replace(self, settings=tuple(_mapped(setting, change) for setting in self.settings))
+
     def __repr__(self) -> str:
-        return f"PerLength({self.build.__module__}.{self.build.__qualname__}, {self.settings!r}, {self.names!r})"
+        return f"per_length({self.build.__name__!r}, {self.settings!r}, {self.names!r})"
+
+
+def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) -> PerLength:
+    """The `PerLength` of a builder known by name."""
+    return PerLength(BUILDERS[arguments.choice("build", build, tuple(BUILDERS))], settings, names)
+
+
+def _mapped(setting: Any, change: Callable[[Mask], Mask]) -> Any:
+    return setting.map(change) if isinstance(setting, (Program, PerLength)) else setting
+
+
+def masks_of(program: Program | PerLength) -> tuple[Mask, ...]:
+    """The masks of the branches, in order; of a `PerLength`, those of the programs among its settings."""
+    if isinstance(program, Program):
+        return tuple(branch.mask for branch in program.branches)
+    inner = (setting for setting in program.settings if isinstance(setting, (Program, PerLength)))
+    return tuple(mask for setting in inner for mask in masks_of(setting))
 
 
 def as_program(value: Program | Mask) -> Program:

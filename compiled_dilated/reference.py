@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from . import arguments, checks
 from .masks import Mask
+from .mods import ScoreMod, check_callable, over_pairs
 from .programs import Program, as_program
-
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def reference(
@@ -20,12 +20,13 @@ def reference(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     q_offset: int = 0,
     data: Mapping[str, Tensor] | None = None,
     score_mod: ScoreMod | None = None,
     sink_logits: Tensor | None = None,
     return_lse: bool = False,
+    **options: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention by its definition, in float64 and O(N M) memory; differentiable by plain autograd.
 
@@ -34,31 +35,77 @@ def reference(
 
     q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), Hq a multiple of Hkv. Returns out (B, Hq, N, Dv), with `return_lse` also
     lse (B, Hq, N). A row that nothing links is 0, its lse -inf, its gradients 0. `sink_logits` (Hq,) join the denominator.
+
+    A score_mod is called as FlexAttention calls it: with scalars, under vmap. A row that sees a key or a value that is not finite
+    is NaN (of a value, in its column), and other rows do not notice it.
+
+    Raises what a compiled program raises for the same arguments.
     """
-    counts = multiplicity(as_program(program), q, k, q_offset=q_offset, data=data)
-    q, k, v = q.double(), k.double(), v.double()
-    batch, heads, q_len, head_dim = q.shape
-    groups = heads // max(1, k.shape[1])
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    program = as_program(program)
+    _check(program, q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse, options)
+    counts = multiplicity(program, q, k, q_offset=q_offset, data=data)
+    groups = q.shape[1] // max(1, k.shape[1])
+    q, k, v = q.double(), k.double().repeat_interleave(groups, dim=1), v.double().repeat_interleave(groups, dim=1)
+    bad_k, bad_v = ~k.isfinite(), ~v.isfinite()
+    k, v = k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0)
+    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
     if score_mod is not None:
-        scores = score_mod(scores, *_indices(batch, heads, q_len, k.shape[2], q_offset, q.device))
+        scores = over_pairs(score_mod, scores, *_indices(*scores.shape, q_offset, q.device)).expand(scores.shape)
     scores = torch.where(counts > 0, scores + counts.clamp(min=1).double().log(), -math.inf)
+    out, lse = _softmax(scores, v, sink_logits)
+    seen = (counts > 0).double()
+    spoiled = seen @ bad_k.any(dim=-1, keepdim=True).double() > 0
+    out = torch.where(spoiled | (seen @ bad_v.double() > 0), math.nan, out)
+    lse = torch.where(spoiled.squeeze(-1), math.nan, lse)
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: object,
+    q_offset: object,
+    data: Mapping[str, Tensor] | None,
+    score_mod: object,
+    sink_logits: object,
+    return_lse: object,
+    options: Mapping[str, object],
+) -> None:
+    """Raise what a compiled program raises; q, k and v may be of several dtypes."""
+    checks.no_options_of_sdpa(options)
+    if scale is not None:
+        checks.scale("scale", scale)
+    arguments.flag("return_lse", return_lse)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, x)
+    checks.shapes(q.shape, k.shape, v.shape)
+    offset = checks.q_offset(q_offset)
+    program.check(q.shape[2], k.shape[2], offset)
+    query_names = tuple({name for branch in program.branches for name in branch.mask.query_names})
+    checks.data(program.names, query_names, data, checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device))
+    if score_mod is not None:
+        check_callable("score_mod", score_mod, scores=True)
     if sink_logits is not None:
-        sink = sink_logits.double()[None, :, None, None].expand(batch, heads, q_len, 1)
+        checks.sinks(sink_logits, q.shape[1], q.device)
+
+
+def _softmax(scores: Tensor, v: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out and lse of scores (B, H, N, M); rows without a finite score are (0, -inf)."""
+    if sink_logits is not None:
+        sink = sink_logits.double()[None, :, None, None].expand(*scores.shape[:3], 1)
         scores, v = torch.cat([scores, sink], dim=-1), torch.nn.functional.pad(v, (0, 0, 0, 1))
     if scores.shape[-1] == 0:
-        out, lse = q.new_zeros(batch, heads, q_len, v.shape[-1]), q.new_full((batch, heads, q_len), -math.inf)
-        return (out, lse) if return_lse else out
+        return scores.new_zeros(*scores.shape[:3], v.shape[-1]), scores.new_full(scores.shape[:3], -math.inf)
     peak = scores.detach().amax(dim=-1, keepdim=True)
-    peak = torch.where(peak.isfinite(), peak, 0.0)
+    peak = torch.where(peak == -math.inf, 0.0, peak)
     weights = (scores - peak).exp()
     total = weights.sum(dim=-1, keepdim=True)
     dead = total == 0
     alive_total = torch.where(dead, 1.0, total)
-    out = weights @ v / alive_total
     lse = torch.where(dead, -math.inf, alive_total.log() + peak).squeeze(-1)
-    return (out, lse) if return_lse else out
+    return weights @ v / alive_total, lse
 
 
 def multiplicity(
@@ -79,6 +126,6 @@ def _indices(
     batch: int, heads: int, q_len: int, kv_len: int, q_offset: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def arange(size: int, axis: int) -> Tensor:
-        return torch.arange(size, device=device).reshape([-1 if each == axis else 1 for each in range(4)])
+        return torch.arange(size, device=device).reshape([-1 if place == axis else 1 for place in range(4)])
 
     return arange(batch, 0), arange(heads, 1), arange(q_len, 2) + q_offset, arange(kv_len, 3)

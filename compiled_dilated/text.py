@@ -1,16 +1,31 @@
-"""Masks, orders and programs written as code on a command line: parsed by a whitelist, never evaluated as Python."""
+"""Masks, orders and programs as text, and back: parsed by a whitelist, never evaluated as Python.
+
+read_program, read_order     what a person writes on a command line
+write, read                  what an operator's argument holds: long literals beside the text, as tensors
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Mapping
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import masks, orders, programs
 from .masks import Mask
+from .masks.data import DocumentLengths
+from .masks.explicit import Tiles
+from .masks.functions import FromMod, traced
+from .mods import Graph
 from .orders import Order
-from .programs import Program
+from .programs import PerLength, Program
 
 # `from_mod` takes a Python function, which text cannot name.
 _NOT_CALLED = {"And", "Full", "Mask", "Not", "OFFSET_RULES", "Or", "Padding", "Tiles", "conjunction", "conjuncts", "from_mod"}
@@ -20,8 +35,11 @@ NAMES: Mapping[str, Callable[..., Any]] = {
     **{each.__name__: each for each in (programs.Branch, programs.Program)},
     **{each.__name__: each for each in (programs.longnet, programs.local_window, programs.hilbert_window, programs.block_sparse)},
 }
-_MOST_CHARACTERS = 10_000
-_MOST_DEPTH = 50
+_MOST_CHARACTERS, _MOST_DEPTH = 10_000, 50
+# What travels was written by `write`: of graphs and of long conjunctions too.
+_MOST_TRAVELLING_CHARACTERS, _MOST_TRAVELLING_DEPTH = 2**22, 200
+# Longer lists of numbers travel as tensors.
+_MOST_NUMBERS = 32
 _SHOWN_CHARACTERS = 100
 
 
@@ -35,7 +53,7 @@ def read_program(text: str) -> Program:
     >>> read_program("causal() & window(256)")
     Program((Branch(causal() & window(256)),))
     """
-    value = _value(text)
+    value = _value(text, NAMES)
     if not isinstance(value, (Program, Mask)):
         raise ExpressionError(f"{text!r} is {_kind(value)}, and a program or a mask is needed, such as causal() & window(256)")
     return programs.as_program(value)
@@ -47,9 +65,117 @@ def read_order(text: str) -> Order:
     >>> read_order("hilbert(64, 64)")
     hilbert(64, 64)
     """
-    value = _value(text)
+    value = _value(text, NAMES)
     if not isinstance(value, Order):
         raise ExpressionError(f"{text!r} is {_kind(value)}, and an order is needed: identity(), residue(4) or hilbert(64, 64)")
+    return value
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Stands for numbers that travel as the operand of a number, a tensor."""
+
+    slot: int
+
+    def __repr__(self) -> str:
+        return f"stored({self.slot})"
+
+
+@dataclass(frozen=True, repr=False)
+class _StoredTiles(Tiles):
+    """Tiles whose keys travel as a tensor."""
+
+    def __repr__(self) -> str:
+        return f"tiles_of({self.block}, {self.columns}, {self.keys!r})"
+
+
+def write(program: Program | PerLength, operands: list[Tensor]) -> str:
+    """The program as text; long lists of numbers are appended to `operands`, where the text names them.
+
+    Functions (`from_mod`) are written as function(0), function(1), ...; `fill` puts their graphs there.
+    """
+    numbers = itertools.count()
+    return repr(program.map(lambda mask: _shortened(mask, operands, numbers)))
+
+
+def fill(text: str, functions: Sequence[tuple[Graph, tuple[int, ...], str]]) -> str:
+    """The text with each function's graph, the numbers of the operands that it reads, and its name, in its place."""
+
+    def graph_of(match: re.Match[str]) -> str:
+        graph, slots, name = functions[int(match[1])]
+        return f"traced({graph.text!r}, {slots!r}, {name!r}"
+
+    return re.sub(r"\bfunction\((\d+)", graph_of, text) if functions else text
+
+
+@dataclass(frozen=True, repr=False)
+class _Numbered(FromMod):
+    """A function that text names by its number."""
+
+    number: int = 0
+
+    def __repr__(self) -> str:
+        return f"function({self.number}{'' if self.within is None else f', within={self.within!r}'})"
+
+
+def _shortened(mask: Mask, operands: list[Tensor], numbers: Iterator[int]) -> Mask:
+    """The mask with the numbers of its long lists stored as operands, and its functions numbered."""
+    whole = mask._map(lambda part: _shortened(part, operands, numbers))
+    if isinstance(whole, FromMod):
+        return _Numbered(whole.fn, whole.within, next(numbers))
+    if isinstance(whole, DocumentLengths) and len(whole.lengths) > _MOST_NUMBERS:
+        return replace(whole, lengths=_store(whole.lengths, operands))
+    if isinstance(whole, Tiles) and len(whole.keys) > _MOST_NUMBERS:
+        return _StoredTiles(whole.block, whole.columns, _store(whole.keys, operands))
+    return whole
+
+
+def _store(numbers: Sequence[int], operands: list[Tensor]) -> Any:
+    operands.append(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
+    return Stored(len(operands) - 1)
+
+
+def read(text: str, operands: Sequence[Tensor]) -> Program | PerLength:
+    """The program that `write` wrote. ExpressionError if the text is none.
+
+    Masks of functions come without the contents of their operands (`masks.functions.with_contents`).
+    """
+    slots = _slots(text)
+    return _read(text, tuple((slot, _numbers(operands[slot])) for slot in slots))
+
+
+def reads_operands(text: str) -> bool:
+    """Whether a program in text cannot be read, or not asked, without operands."""
+    return "stored(" in text or "traced(" in text
+
+
+@lru_cache(maxsize=256)
+def _slots(text: str) -> tuple[int, ...]:
+    """The operands that hold stored numbers."""
+    return tuple(sorted({int(number) for number in re.findall(r"\bstored\((\d+)\)", text)}))
+
+
+def _numbers(operand: Tensor) -> bytes:
+    return operand.detach().to(device="cpu", dtype=torch.int64).contiguous().numpy().tobytes()
+
+
+@lru_cache(maxsize=256)
+def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLength:
+    lists = {slot: tuple(torch.frombuffer(bytearray(numbers), dtype=torch.int64).tolist()) for slot, numbers in stored if numbers}
+
+    def tiles_of(block: int, columns: int, keys: tuple[int, ...]) -> Mask:
+        return Tiles(block, columns, keys)
+
+    names = {
+        **NAMES,
+        "traced": traced,
+        "per_length": programs.per_length,
+        "stored": lambda slot: lists.get(slot, ()),
+        "tiles_of": tiles_of,
+    }
+    value = _value(text, names, _MOST_TRAVELLING_CHARACTERS, _MOST_TRAVELLING_DEPTH)
+    if not isinstance(value, (Program, PerLength)):
+        raise ExpressionError(f"the text is {_kind(value)}, and a program is needed")
     return value
 
 
@@ -58,9 +184,14 @@ def _kind(value: object) -> str:
     return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"the {type(value).__name__} {value!r}")
 
 
-def _value(text: str) -> Any:
-    if len(text) > _MOST_CHARACTERS:
-        raise ExpressionError(f"an expression may have {_MOST_CHARACTERS:,} characters; got {len(text):,}")
+def _value(
+    text: str,
+    names: Mapping[str, Callable[..., Any]],
+    most_characters: int = _MOST_CHARACTERS,
+    most_depth: int = _MOST_DEPTH,
+) -> Any:
+    if len(text) > most_characters:
+        raise ExpressionError(f"an expression may have {most_characters:,} characters; got {len(text):,}")
     line = text.replace("\n", " ").strip()
     try:
         tree = ast.parse(line, mode="eval").body
@@ -68,7 +199,7 @@ def _value(text: str) -> Any:
         raise ExpressionError(f"{error.msg}{_pointer(line, (error.offset or 1) - 1)}") from None
     except (ValueError, MemoryError, RecursionError) as error:
         raise ExpressionError(f"the expression cannot be parsed: {str(error) or 'it is nested too deep'}") from None
-    return _Reader(line).read(tree)
+    return _Reader(line, names, most_depth).read(tree)
 
 
 def _pointer(text: str, column: int) -> str:
@@ -80,12 +211,12 @@ def _pointer(text: str, column: int) -> str:
 class _Reader:
     """Builds values from a syntax tree: calls of known names, literals, `&`, `|`, `~`, and nothing else."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, names: Mapping[str, Callable[..., Any]], most_depth: int) -> None:
+        self.text, self.names, self.most_depth = text, names, most_depth
 
     def read(self, node: ast.expr, depth: int = 0) -> Any:
-        if depth > _MOST_DEPTH:
-            raise self.error(node, f"the expression is nested more than {_MOST_DEPTH} deep")
+        if depth > self.most_depth:
+            raise self.error(node, f"the expression is nested more than {self.most_depth} deep")
         match node:
             case ast.Constant(value=bool() | int() | float() | str() | None):
                 return node.value
@@ -103,7 +234,7 @@ class _Reader:
                 return self.joined(node, lambda a, b: a | b, left, right, depth=depth)
             case ast.Call(func=ast.Name(id=name)):
                 return self.call(node, name, depth)
-            case ast.Name(id=name) if name in NAMES:
+            case ast.Name(id=name) if name in self.names:
                 raise self.error(node, f"{name} is a function; write {name}(...)")
             case ast.Name(id=name):
                 raise self.error(node, _unknown(name))
@@ -119,14 +250,14 @@ class _Reader:
         return operator(*values)
 
     def call(self, node: ast.Call, name: str, depth: int) -> Any:
-        if name not in NAMES:
+        if name not in self.names:
             raise self.error(node, _unknown(name))
         if any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords):
             raise self.error(node, "`*` and `**` cannot stand here; write the arguments out")
         positional = [self.read(each, depth + 1) for each in node.args]
         named = {each.arg: self.read(each.value, depth + 1) for each in node.keywords if each.arg}
         try:
-            return NAMES[name](*positional, **named)
+            return self.names[name](*positional, **named)
         except (TypeError, ValueError) as error:
             raise self.error(node, str(error)) from None
 

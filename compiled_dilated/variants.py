@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import arguments
 from .modules import Attention, DilatedAttention, Multihead
 from .orders import hilbert
-from .programs import KINDS, PerLength, Program, block_sparse
+from .programs import KINDS, PerLength, Program, block_sparse, builder
 from .ring.distributed import Distributed
 from .ring.rings import Ring
 
@@ -39,10 +39,12 @@ class HilbertDilatedAttention(DilatedAttention):
 
     @staticmethod
     def _ordered(program: Program) -> PerLength:
-        return PerLength(_in_hilbert_order, (program,))
+        return PerLength(in_hilbert_order, (program,))
 
 
-def _in_hilbert_order(program: Program, tokens: int) -> Program:
+@builder
+def in_hilbert_order(program: Program, tokens: int) -> Program:
+    """The program with its branches in Hilbert order, where so many tokens form a grid."""
     grid = hilbert_grid(tokens)
     if grid is None:
         return program
@@ -87,7 +89,7 @@ class BlockSparseAttention(Attention):
         if kind == "dilated":
             block_sparse(density, kind, block)  # the only kind that asks for certain densities at every length
         settings = (density, kind, arguments.integer("block", block, 1))
-        programs = {causal: PerLength(_block_sparse, (*settings, causal)) for causal in (False, True)}
+        programs = {causal: PerLength(block_sparse_at, (*settings, causal)) for causal in (False, True)}
         super().__init__(programs, softmax_scale, attention_dropout, lowering, ring)
         self.sparsity, self.kind, self.block = float(sparsity), kind, block
 
@@ -96,7 +98,9 @@ class BlockSparseAttention(Attention):
         return ", ".join([f"sparsity={self.sparsity}, kind={self.kind!r}, block={self.block}", *self._options()])
 
 
-def _block_sparse(density: float, kind: str, block: int, is_causal: bool, tokens: int) -> Program:
+@builder
+def block_sparse_at(density: float, kind: str, block: int, is_causal: bool, tokens: int) -> Program:
+    """The block-sparse program that keeps `density` of the pairs of so many tokens."""
     return block_sparse(density, kind, block, tokens, causal=is_causal)
 
 

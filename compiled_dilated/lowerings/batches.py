@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..calls import Call
 from ..heads import HeadRange
 from ..masks import Mask
+from ..mods import Mod, TileMod
 from ..partials import Saved, merge_
 from ..plans import Problem
 from . import biases, kernels
 from .biases import Bias, Kept
 from .lattice import Lattice, Rows, Table, pieces
 from .workspace import Workspace
-
-ScoreMod = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,15 +145,11 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a call brings beside q, k and v: shared by all batches."""
+class Scratch:
+    """Memory that the batches of one run share: copies of tiles, and the biases of a batch's pieces, one at a time."""
 
-    scale: float
-    q_offset: int = 0
-    data: Mapping[str, Tensor] = field(default_factory=dict)
-    score_mod: ScoreMod | None = None
     workspace: Workspace = field(default_factory=Workspace)
-    biases: Kept = field(default_factory=lambda: Kept(most_bytes=0))  # one at a time, for the pieces of a batch
+    biases: Kept = field(default_factory=lambda: Kept(most_bytes=0))
 
 
 def joined(batches: list[Batch]) -> list[Batch]:
@@ -203,12 +199,12 @@ def _units(batch: Batch, size: int) -> list[slice]:
     return [slice(0, size)] if whole else [slice(b, b + 1) for b in range(size)]
 
 
-def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: torch.dtype) -> kernels.Tiles:
+def _tiles(batch: Batch, call: Call, scratch: Scratch, unit: slice, device: torch.device, dtype: torch.dtype) -> kernels.Tiles:
     score_mod = None if call.score_mod is None else _bound(batch, call.score_mod, unit, device)
     if not batch.masks:
         return kernels.Tiles(call.scale, None, batch.causal, score_mod)
     if batch.lasting is not None:
-        table = biases.KEPT if batch.kept else call.biases
+        table = biases.KEPT if batch.kept else scratch.biases
         tiles = table.tiles(batch.lasting, batch.queries.size, batch.keys.size, batch.causal, device, dtype)
         return replace(tiles, scale=call.scale, score_mod=score_mod)
     bias = batch.bias.made(biases.batch_indices(unit, device), call.data, dtype)
@@ -216,30 +212,33 @@ def _tiles(batch: Batch, call: Call, unit: slice, device: torch.device, dtype: t
     return replace(tiles, dead=kernels.dead_rows(tiles, batch.queries.size))
 
 
-def _bound(batch: Batch, score_mod: ScoreMod, unit: slice, device: torch.device) -> kernels.TileScoreMod:
+def _bound(batch: Batch, score_mod: Mod, unit: slice, device: torch.device) -> TileMod:
     b = biases.batch_indices(unit, device)
     q = biases.indices(batch.queries, device, False)[:, None, :, None]
     kv = biases.indices(batch.keys, device, False)[:, None, None, :]
     h = torch.tensor(list(batch.heads.indices()), device=device)[None, :, None, None]
-    return lambda scores: score_mod(scores, b, h, q, kv)
+    # 64 bits, as a function may multiply positions.
+    return score_mod.on(b, h, q.long(), kv.long())
 
 
-def forward(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+def forward(batch: Batch, call: Call, scratch: Scratch, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merge the batch into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
     q, out, lse = (batch.of_queries(x) for x in (q, out, lse))
     k, v = (batch.of_keys(x) for x in (k, v))
-    read = _reader(batch, call, q.dtype, q.dtype)
+    read = _reader(batch, call, scratch, q.dtype, q.dtype)
     for unit in _units(batch, q.shape[0]):
         part_out, part_lse = kernels.attention(
             read("query", q[unit]),
             read("key", k[unit]),
             read("value", v[unit]),
-            _tiles(batch, call, unit, q.device, q.dtype),
+            _tiles(batch, call, scratch, unit, q.device, q.dtype),
         )
         _merge(batch, call, out[unit], lse[unit], part_out, part_lse)
 
 
-def _reader(batch: Batch, call: Call, given: torch.dtype, wanted: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+def _reader(
+    batch: Batch, call: Call, scratch: Scratch, given: torch.dtype, wanted: torch.dtype
+) -> Callable[[str, Tensor], Tensor]:
     """Reads tensors (B, H, N, D) of one kernel call as the kernel takes them: those of dtype `given` in dtype `wanted`.
 
     All of them in strips, or none: in strips where nothing but shared biases has to know which tile is which.
@@ -250,7 +249,7 @@ def _reader(batch: Batch, call: Call, given: torch.dtype, wanted: torch.dtype) -
     def read(name: str, x: Tensor) -> Tensor:
         rows, shift = (batch.keys, 0) if name in ("key", "value") else (batch.queries, call.q_offset)
         converted = converts and x.dtype == given
-        copy = call.workspace.copy(name, wanted if converted else x.dtype)
+        copy = scratch.workspace.copy(name, wanted if converted else x.dtype)
         if isinstance(rows, Lattice) and in_strips and x.shape[0] == 1:
             return rows.read_strips(x, shift, copy)
         return rows.read(x, shift, copy, converted)
@@ -258,15 +257,15 @@ def _reader(batch: Batch, call: Call, given: torch.dtype, wanted: torch.dtype) -
     return read
 
 
-def whole(batch: Batch, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def whole(batch: Batch, call: Call, scratch: Scratch, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """A batch that is the whole problem: (out, lse) as the kernel returns them."""
-    return kernels.attention(q, k, v, _tiles(batch, call, slice(0, q.shape[0]), q.device, q.dtype))
+    return kernels.attention(q, k, v, _tiles(batch, call, scratch, slice(0, q.shape[0]), q.device, q.dtype))
 
 
-def whole_backward(batch: Batch, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def whole_backward(batch: Batch, call: Call, scratch: Scratch, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a batch that is the whole problem."""
     given, dtype = saved.q.dtype, kernels.backward_dtype(saved.q)
-    tiles = _tiles(batch, call, slice(0, saved.q.shape[0]), saved.q.device, dtype)
+    tiles = _tiles(batch, call, scratch, slice(0, saved.q.shape[0]), saved.q.device, dtype)
     q, k, v, out, grad_out = (x.to(dtype) for x in (saved.q, saved.k, saved.v, saved.out, saved.grad_out))
     grad_q, grad_k, grad_v = kernels.attention_backward(grad_out, saved.grad_lse, q, k, v, out, saved.lse, tiles)
     return grad_q.to(given), grad_k.to(given), grad_v.to(given)
@@ -302,14 +301,14 @@ class Grads:
     k_shift: int = 0
 
 
-def backward(batch: Batch, call: Call, saved: Saved, into: Grads) -> None:
+def backward(batch: Batch, call: Call, scratch: Scratch, saved: Saved, into: Grads) -> None:
     """Add the batch's share of the gradients, from the merged out and lse (+inf in rows that see nothing)."""
     queries, keys, at = batch.queries, batch.keys, call.q_offset
     q, out, lse, grad_out = (batch.of_queries(x) for x in (saved.q, saved.out, saved.lse, saved.grad_out))
     k, v = (batch.of_keys(x) for x in (saved.k, saved.v))
     grad_lse = None if saved.grad_lse is None else batch.of_queries(saved.grad_lse)
     dtype = kernels.backward_dtype(q)
-    read = _reader(batch, call, q.dtype, dtype)
+    read = _reader(batch, call, scratch, q.dtype, dtype)
     for unit in _units(batch, q.shape[0]):
         part_q, part_k, part_v = kernels.attention_backward(
             read("grad_out", grad_out[unit]),
@@ -319,7 +318,7 @@ def backward(batch: Batch, call: Call, saved: Saved, into: Grads) -> None:
             read("value", v[unit]),
             read("out", out[unit]),
             read("lse", lse[unit].unsqueeze(-1)).squeeze(-1),
-            _tiles(batch, call, unit, q.device, dtype),
+            _tiles(batch, call, scratch, unit, q.device, dtype),
         )
         queries.add(into.q[unit], part_q, at)
         keys.add(into.k[unit], part_k, into.k_shift)

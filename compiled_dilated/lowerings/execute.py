@@ -6,33 +6,56 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..calls import Call
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from ..plans import Plan, Problem
 from . import batches as running
-from . import costs, flex, single
-from .batches import Batch, Call, Grads
+from . import costs, flex, hidden, single
+from .batches import Batch, Grads, Scratch
+from .workspace import Workspace
 
 
-def merge_into(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+def merge_into(plan: Plan, call: Call, workspace: Workspace, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), which are (0, -inf) where nothing was seen."""
+    scratch = Scratch(workspace)
     for batch in _work(plan):
         for piece in _pieces(replace(batch, first=False), plan.problem, backward=False):
-            running.forward(piece, call, q, k, v, out, lse)
+            running.forward(piece, call, scratch, q, k, v, out, lse)
 
 
 def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
+    if not computes_hidden_pairs(plan):
+        return _forward(plan, call, q, k, v)
+    return hidden.forward(partial(_forward, plan), call, q, k, v)
+
+
+def computes_hidden_pairs(plan: Plan) -> bool:
+    """Whether a kernel call computes pairs that the program does not allow, with weight 0."""
+    if plan.lowering == "flex":
+        return True
+    if _is_single(plan):
+        return any(group.rest is not None for group in plan.chosen[0].work)
+    return any(batch.masks or batch.causal for batch in _work(plan))
+
+
+def _is_single(plan: Plan) -> bool:
+    return bool(plan.chosen and plan.chosen[0].work and isinstance(plan.chosen[0].work[0], single.Group))
+
+
+def _forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if plan.lowering == "flex":
         return flex.forward(plan.chosen[0].work[0], plan.problem, call, q, k, v)
-    if plan.chosen and plan.chosen[0].work and isinstance(plan.chosen[0].work[0], single.Group):
+    if _is_single(plan):
         return single.forward(plan.chosen[0].work, call, q, k, v)
-    work, problem = _work(plan), plan.problem
+    work, problem, scratch = _work(plan), plan.problem, Scratch()
     if work and work[0].is_whole(problem):
-        out, lse = running.whole(work.pop(0), call, q, k, v)
+        out, lse = running.whole(work.pop(0), call, scratch, q, k, v)
     else:
         out, lse = empty_out(q, v, is_by_token(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
         if sum(batch.rows for batch in work if batch.first) < problem.heads * problem.q_len:
@@ -41,19 +64,26 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
             lse.fill_(-math.inf)
     for batch in work:
         for piece in _pieces(batch, problem, backward=False):
-            running.forward(piece, call, q, k, v, out, lse)
+            running.forward(piece, call, scratch, q, k, v, out, lse)
     return out, lse
 
 
-def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their dtype."""
+def backward(plan: Plan, call: Call, saved: Saved, workspace: Workspace | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their dtype; those of a score_mod's operands are added to its sums."""
+    scratch = Scratch() if workspace is None else Scratch(workspace)
+    # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
+    saved = replace(saved, lse=torch.where(saved.lse == -math.inf, math.inf, saved.lse))
+    if not computes_hidden_pairs(plan):
+        return _backward(plan, scratch, call, saved)
+    return hidden.backward(partial(_backward, plan, scratch), call, saved)
+
+
+def _backward(plan: Plan, scratch: Scratch, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     if plan.lowering == "flex":
         return flex.backward(plan.chosen[0].work[0], plan.problem, call, saved)
     work, problem = _work(plan), plan.problem
-    # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
-    saved = replace(saved, lse=torch.where(saved.lse == -math.inf, math.inf, saved.lse))
     if work and work[0].is_whole(problem):
-        grad_q, grad_k, grad_v = running.whole_backward(work.pop(0), call, saved)
+        grad_q, grad_k, grad_v = running.whole_backward(work.pop(0), call, scratch, saved)
     else:
         inputs = (saved.q, saved.k, saved.v)
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
@@ -63,7 +93,7 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
         for piece in _summed_pieces(batch, problem) if summed else _pieces(batch, problem, backward=True):
             into = Grads(piece.of_queries(grad_q), piece.of_keys(grad_k), piece.of_keys(grad_v))
             with _Sums(piece, into) if summed else contextlib.nullcontext(into) as sums:
-                running.backward(piece, call, saved, sums)
+                running.backward(piece, call, scratch, saved, sums)
             del sums  # before the next piece's are made
     return grad_q, grad_k, grad_v
 

@@ -12,20 +12,21 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from ..block_masks import BlockMaskPart, block_masks, widen
+from ..calls import Call
 from ..masks import Mask, Or, full
 from ..masks.core import Data, Positions
 from ..orders import Order, identity
 from ..partials import Saved, lse_dtype, merge
 from ..plans import Cost, Problem, Proposal, Refusal
 from ..programs import Branch, Program
-from ..regions import Regions, Verdicts
+from ..regions import PARTIAL, Regions, Verdicts
 from ..tiles import TileMap
-from .batches import Call
 
 _TILE = 128
 # Share of a dense kernel's rate that flex reaches on the tiles it visits (2 CPU cores, window 256 of 16K tokens).
@@ -72,7 +73,7 @@ class Linked(Mask):
         return seen if len(heads) == self.heads else seen & (h >= heads.start) & (h < heads.stop)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        raise AssertionError("tiles are made head by head")
+        return np.full(len(q), PARTIAL)  # always right; tiles are made head by head
 
     @property
     def parts(self) -> tuple[Mask, ...]:
@@ -180,13 +181,28 @@ def backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Te
     """Gradients by FlexAttention's own backward, after one more forward: an operator cannot keep the graph of the first."""
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (saved.q, saved.k, saved.v)]
+        call, learned = _learning(call)
         out, lse = forward(work, problem, call, *inputs)
         outputs, grads = [out], [saved.grad_out]
         if saved.grad_lse is not None:
             outputs.append(lse)
             grads.append(torch.where(lse == -math.inf, 0.0, saved.grad_lse))
-        grad_q, grad_k, grad_v = torch.autograd.grad(outputs, inputs, grads)
+        grad_q, grad_k, grad_v, *rest = torch.autograd.grad(outputs, [*inputs, *learned], grads)
+    if call.score_mod is not None:
+        for total, part in zip(call.score_mod.sums, rest, strict=True):
+            total.add_(part)
     return grad_q, grad_k, grad_v
+
+
+def _learning(call: Call) -> tuple[Call, list[Tensor]]:
+    """The call with those operands of its score_mod as leaves that get gradients."""
+    mod = call.score_mod
+    if mod is None or not mod.learned:
+        return call, []
+    operands = list(mod.operands)
+    for number in mod.learned:
+        operands[number] = operands[number].detach().requires_grad_()
+    return replace(call, score_mod=replace(mod, operands=tuple(operands))), [operands[number] for number in mod.learned]
 
 
 def _part(part: BlockMaskPart, q: Tensor, k: Tensor, v: Tensor, score_mod: Any, scale: float, aux: AuxRequest | None) -> Any:
@@ -216,7 +232,7 @@ def _score_mod(work: Work, call: Call) -> Callable[[BlockMaskPart], Any] | None:
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             q, kv = q + q_first, kv + kv_first
             if mine is not None:
-                score = mine(score, b, h, q, kv)
+                score = mine.graph.scalar(mine.operands, score, b, h, q, kv)
             if counted:
                 score = score + linked.count(b, h, q, kv, data).to(score.dtype).log()
             return score

@@ -8,17 +8,14 @@ gradient (FlashAttention, arXiv 2205.14135): p = exp(s - lse), ds = p * (grad_ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
+from ..mods import TileMod
 
-# score (G, Hq, T, S) -> score; positions are already bound.
-TileScoreMod = Callable[[Tensor], Tensor]
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Tiles:
     scale: float
     bias: Tensor | None = None
     causal: bool = False
-    score_mod: TileScoreMod | None = None
+    score_mod: TileMod | None = None
     dead: Tensor | None = None
 
 
@@ -165,7 +162,7 @@ class EfficientCUDA:
         groups = q.shape[1] // k.shape[1]
         wide_k, wide_v = _repeated(k, groups), _repeated(v, groups)
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
-        seed = torch.zeros((), dtype=torch.int64)
+        seed = torch.zeros((), dtype=torch.int64, device="cpu")
         grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad_out, q, wide_k, wide_v, cls._expanded(tiles, q, k), out, lse, seed, seed, 0.0,
             [True, True, True, False], tiles.causal, scale=tiles.scale,
@@ -211,14 +208,13 @@ class Math:
         scores = cls._scores(q, wide_k, tiles)
         pull = None
         if tiles.score_mod is not None:
-            found: Any = torch.func.vjp(tiles.score_mod, scores)
-            scores, pull = found
+            scores, pull = tiles.score_mod.pull(scores)
         weights = (cls._hide(scores, tiles) - lse.unsqueeze(-1)).exp()
         grad_v = weights.transpose(-1, -2) @ grad_out
         delta = (grad_out * out).sum(dim=-1, keepdim=True)
         grad_scores = weights * (grad_out @ wide_v.transpose(-1, -2) - delta)
         if pull is not None:
-            (grad_scores,) = pull(grad_scores)
+            grad_scores = pull(grad_scores)
         grad_q = grad_scores @ wide_k * tiles.scale
         grad_k = grad_scores.transpose(-1, -2) @ q * tiles.scale
         return grad_q.to(dtype), _summed(grad_k, groups).to(dtype), _summed(grad_v, groups).to(dtype)

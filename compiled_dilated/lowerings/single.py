@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..calls import Call
 from ..heads import HeadRange, head_groups
 from ..masks import Mask, conjunction, conjuncts, narrowed
 from ..partials import lse_dtype, merge_
 from ..plans import Cost, Problem, Proposal
 from . import kernels
-from .batches import Call
 
 _MOST_ALONE = 4
 
@@ -89,8 +89,7 @@ def _attention(
         tiles = replace(tiles, bias=torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf))
         tiles = replace(tiles, dead=kernels.dead_rows(tiles, 1))
     if call.score_mod is not None:
-        mod = call.score_mod
-        tiles = replace(tiles, score_mod=lambda scores: mod(scores, b, h, at, keys))
+        tiles = replace(tiles, score_mod=call.score_mod.on(b, h, at, keys))
     return kernels.attention(q, seen_k, seen_v, tiles)
 
 

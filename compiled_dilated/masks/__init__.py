@@ -2,7 +2,8 @@
 
 from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, disjoint, full
 from .data import Padding, documents, padding
-from .explicit import Tiles, from_mod, tiles
+from .explicit import Tiles, tiles
+from .functions import from_mod
 from .grids import neighborhood
 from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, global_tokens, narrowed, prefix, segments, sinks, window
 

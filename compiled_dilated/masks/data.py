@@ -23,6 +23,11 @@ def _tensor(data: Data | None, name: str, mask: Mask) -> Any:
     return data[name]
 
 
+def _row(x: Any, b: Positions) -> Any:
+    """Where data says something of the batch index b: data of batch 1 speaks for all."""
+    return b if x.shape[0] != 1 else b * 0
+
+
 @dataclass(frozen=True, repr=False)
 class DocumentIds(Mask):
     """ids[b, q] == ids[b, kv], ids being the data tensor `name` (B, positions)."""
@@ -39,7 +44,8 @@ class DocumentIds(Mask):
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         ids = _tensor(data, self.name, self)
-        return ids[b, q] == ids[b, kv]
+        row = _row(ids, b)
+        return ids[row, q] == ids[row, kv]
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         return np.full(len(q), PARTIAL)
@@ -139,7 +145,7 @@ class Padding(Mask):
                 f"data[{self.name!r}] must be a bool tensor, True where a key is padding; got {padding.dtype}. "
                 "Of a mask that is 1 where a key counts, pass mask == 0"
             )
-        return ~padding[b, kv] & (q == q)
+        return ~padding[_row(padding, b), kv] & (q == q)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         return np.full(len(q), PARTIAL)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from torch import Tensor
 
 from .. import planner
+from ..calls import Call
 from ..heads import HeadRange
-from ..lowerings import execute
-from ..lowerings.batches import Call, ScoreMod
+from ..lowerings import execute, hidden
 from ..lowerings.workspace import Workspace
 from ..masks import Mask, causal, conjunction, conjuncts, full
 from ..masks.positions import Causal, Segments, Window
@@ -24,15 +24,6 @@ from ..regions import FULL
 from .layouts import Layout
 from .moved import Moved, positions
 from .schedules import Block, regions
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a call brings beside q, k and v, as the user says it: positions, heads and batch indices of the whole."""
-
-    scale: float
-    data: Mapping[str, Tensor] = field(default_factory=dict)
-    score_mod: ScoreMod | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -79,15 +70,15 @@ def _moved(mask: Mask, queries: range, keys: range) -> Mask:
     return Moved(mask, queries.start, queries.step, keys.start, keys.step, identity(), 0)
 
 
-@lru_cache(maxsize=4096)
 def plan_of(block: Block, batch: int, head_dim: int, value_dim: int, dtype: str, device: str, score_mod: bool) -> Plan:
     """The plan of a block."""
     mask, q_offset = in_place(block.mask, block.queries, block.keys)
+    # As if a backward followed, whichever way the block is computed: a plan for one query alone merges into nothing.
     problem = Problem(
         Program((Branch(mask),)), batch, block.heads.count, block.kv_heads.count, len(block.queries), len(block.keys),
-        head_dim, value_dim, dtype, device, q_offset, True, score_mod, partial=True,
+        head_dim, value_dim, dtype, device, q_offset, training=True, score_mod=score_mod, partial=True,
     )  # fmt: skip
-    return planner.choose(problem)
+    return planner.plan_for(problem)
 
 
 def rows(runs: tuple[range, ...], places: range) -> slice:
@@ -106,23 +97,24 @@ def held(x: Tensor, heads: HeadRange, at: slice) -> Tensor:
     return heads.of(x)[:, :, at]
 
 
-def _call(block: Block, layout: Layout, given: Given, plan: Plan, workspace: Workspace) -> Call:
-    mod = None if given.score_mod is None else _score_mod(block, layout, given.score_mod)
-    return Call(given.scale, plan.problem.q_offset, given.data, mod, workspace)
+def _call(block: Block, layout: Layout, call: Call, plan: Plan) -> Call:
+    """The call as a block's kernels take it, which count its queries, keys and heads from 0."""
+    mod = call.score_mod
+    if mod is not None:
+        mod = replace(mod, places=partial(_places, block, layout, plan.problem.q_offset))
+    return replace(call, q_offset=plan.problem.q_offset, score_mod=mod)
 
 
-def _score_mod(block: Block, layout: Layout, score_mod: ScoreMod) -> ScoreMod:
-    """The user's score_mod, told the positions and the heads of the whole."""
-    offset = in_place(block.mask, block.queries, block.keys)[1]
+def _places(
+    block: Block, layout: Layout, q_offset: int, b: Tensor, h: Tensor, q: Tensor, kv: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The indices of the whole sequence for those of a block, whose queries are counted from q_offset."""
 
     def there(at: Tensor, run: range) -> Any:
-        return positions(at.long() * run.step + run.start, layout.order, layout.tokens)
+        return positions(at * run.step + run.start, layout.order, layout.tokens)
 
-    def mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Any:
-        heads = h * block.heads.step + block.heads.start
-        return score_mod(score, b, heads, there(q - offset, block.queries), there(kv, block.keys))
-
-    return mod
+    heads = h * block.heads.step + block.heads.start
+    return b, heads, there(q - q_offset, block.queries), there(kv, block.keys)
 
 
 class Keys:
@@ -134,6 +126,15 @@ class Keys:
     def of(self, block: Block) -> tuple[Tensor, Tensor]:
         """The keys and values of a block."""
         return self.view(block, self.k), self.view(block, self.v)
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite: looked at once, for all blocks that read them."""
+        return hidden.is_finite(self.k) and hidden.is_finite(self.v)
+
+    def bad_of(self, block: Block) -> hidden.Bad | None:
+        """Those of a block that are not finite."""
+        return None if self.is_finite else hidden.Bad.of(*self.of(block))
 
     def view(self, block: Block, x: Tensor) -> Tensor:
         """Of x, which is shaped as k or v, the part that a block reads."""
@@ -166,17 +167,31 @@ class Queries:
         return Queries((block.queries,), q, out, lse, *grads)
 
 
-def forward(block: Block, layout: Layout, given: Given, queries: Queries, keys: Keys, workspace: Workspace) -> None:
+def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Keys, workspace: Workspace) -> None:
     """Merge a block into a rank's out and lse."""
-    mine, (k, v) = queries.of(block), keys.of(block)
-    plan = _plan(block, given, mine.q, v)
-    execute.merge_into(plan, _call(block, layout, given, plan, workspace), mine.q, k, v, mine.out, mine.lse)
+    own, (k, v) = queries.of(block), keys.of(block)
+    plan = _plan(block, call, own.q, v)
+    local = _call(block, layout, call, plan)
+    bad = keys.bad_of(block) if execute.computes_hidden_pairs(plan) else None
+    if bad is None:
+        execute.merge_into(plan, local, workspace, own.q, k, v, own.out, own.lse)
+        return
+    execute.merge_into(plan, local, workspace, own.q, bad.k, bad.v, own.out, own.lse)
+    hidden.spoil(partial(_alone, plan, workspace), local, own.q, bad, own.out, own.lse)
+
+
+def _alone(plan: Plan, workspace: Workspace, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's result by itself."""
+    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    lse = q.new_full(q.shape[:3], -math.inf)
+    execute.merge_into(plan, call, workspace, q, k, v, out, lse)
+    return out, lse
 
 
 def backward(
     block: Block,
     layout: Layout,
-    given: Given,
+    call: Call,
     queries: Queries,
     keys: Keys,
     grad_k: Tensor,
@@ -184,16 +199,16 @@ def backward(
     workspace: Workspace,
 ) -> None:
     """Add a block's share of the gradients to a rank's grad_q, and to grad_k and grad_v, which are shaped as the keys."""
-    mine, (k, v) = queries.of(block), keys.of(block)
-    assert mine.grad_out is not None
-    plan = _plan(block, given, mine.q, v)
-    call = _call(block, layout, given, plan, workspace)
-    found = execute.backward(plan, call, Saved(mine.q, k, v, mine.out, mine.lse, mine.grad_out, mine.grad_lse))
-    for total, part in zip((mine.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)), found, strict=True):
+    own, (k, v) = queries.of(block), keys.of(block)
+    assert own.grad_out is not None
+    plan = _plan(block, call, own.q, v)
+    saved = Saved(own.q, k, v, own.out, own.lse, own.grad_out, own.grad_lse)
+    grads = execute.backward(plan, _call(block, layout, call, plan), saved, workspace)
+    for total, part in zip((own.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)), grads, strict=True):
         assert total is not None
         total.add_(part)
 
 
-def _plan(block: Block, given: Given, q: Tensor, v: Tensor) -> Plan:
+def _plan(block: Block, call: Call, q: Tensor, v: Tensor) -> Plan:
     dtype = str(q.dtype).removeprefix("torch.")
-    return plan_of(block, q.shape[0], q.shape[3], v.shape[3], dtype, q.device.type, given.score_mod is not None)
+    return plan_of(block, q.shape[0], q.shape[3], v.shape[3], dtype, q.device.type, call.score_mod is not None)

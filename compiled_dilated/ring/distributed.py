@@ -10,16 +10,17 @@ keys go back the same way, and are added in the order of distance, as the simula
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..calls import Call
 from ..partials import Saved
-from .blocks import Given
 from .ledgers import Ledger
 from .schedules import Message, Schedule, Step
 from .workers import Backward, Forward, KeysAndValues, Worker
@@ -76,8 +77,9 @@ class Distributed:
 
     sharded = True
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup | str | None = None) -> None:
+        """group: a process group or its name; None or "" for the default one."""
+        self.group_name = group.group_name if isinstance(group, dist.ProcessGroup) else group or ""
         self._rows: list[int] = []  # that each rank said to hold
         self.ledger = Ledger()
 
@@ -89,37 +91,49 @@ class Distributed:
                 "a distributed ring needs torch.distributed: call torch.distributed.init_process_group() first, "
                 "in processes started by torchrun"
             )
-        group = self._group if self._group is not None else dist.group.WORLD
-        assert group is not None
-        return group
+        return _resolve_process_group(self.group_name) if self.group_name else dist.group.WORLD
 
     @property
     def rank(self) -> int:
         """This process in the group."""
         return dist.get_rank(self.group)
 
-    def tokens(self, q: Tensor, k: Tensor, v: Tensor, what: str) -> int:
-        """The sum of all shards' tokens. Before any data moves, all ranks make sure that they are about to compute the same."""
-        about = f"{what}, {q.dtype}"
-        digest = int.from_bytes(hashlib.sha256(about.encode()).digest()[:7], "big")
-        numbers = [digest, q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.element_size(), q.shape[2], k.shape[2]]
-        mine = torch.tensor(numbers, device=q.device)
-        size = dist.get_world_size(self.group)
-        everyone = [torch.empty_like(mine) for _ in range(size)]
-        with _told("could not greet the others"):
-            dist.all_gather(everyone, mine, group=self.group)
-        table = torch.stack(everyone).tolist()
-        names = ("the program, the layout or the dtype", "batch", "query heads", "key heads", "head_dim", "value_dim", "dtype")
-        for column, name in enumerate(names):
-            odd = [rank for rank in range(size) if table[rank][column] != numbers[column]]
+    def tokens(self, q: Tensor, k: Tensor, v: Tensor, about: Mapping[str, str]) -> int:
+        """The sum of all shards' tokens. Before any data moves, all ranks make sure that they are about to compute the same.
+
+        about: what they must agree in, by name: the rule, the data, the tensors that functions capture.
+        """
+        own = {"dtype": str(q.dtype), "batch": q.shape[0], "query heads": q.shape[1], "key heads": k.shape[1],
+               "head_dim": q.shape[3], "value_dim": v.shape[3], **about}  # fmt: skip
+        table = self._exchanged({"about": own, "rows": q.shape[2]})
+        for name, value in own.items():
+            odd = [rank for rank, entry in enumerate(table) if entry["about"].get(name) != value]
             if odd:
-                theirs = "" if column == 0 else f": {numbers[column]} here, {table[odd[0]][column]} there"
+                other = table[odd[0]]["about"].get(name)
                 raise ValueError(
-                    f"the ranks of a ring must compute the same; ranks {odd} differ from rank {self.rank} in {name}{theirs}. "
-                    f"This rank has {about}"
+                    f"the ranks of a ring must compute the same; ranks {odd} differ from rank {self.rank} in {name}: "
+                    f"{_short(value)} here, {_short(other)} there. Pass the same on every rank"
                 )
-        self._rows = [row[7] for row in table]
+        self._rows = [entry["rows"] for entry in table]
         return sum(self._rows)
+
+    def refuse(self, error: Exception) -> None:
+        """Say to the other ranks that this one's call is wrong, where they wait for it; raises `error` in any case."""
+        self._exchanged({"error": f"{error}", "kind": "TypeError" if isinstance(error, TypeError) else "ValueError"})
+
+    def _exchanged(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each rank says of its call. Where one's is wrong, all raise."""
+        table: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(self.group))]
+        with _told("could not greet the others"):
+            dist.all_gather_object(table, entry, group=self.group)
+        wrong = {rank: said for rank, said in enumerate(table) if "error" in said}
+        if self.rank in wrong:
+            return table  # it raises its own error
+        if wrong:
+            rank, said = next(iter(wrong.items()))
+            kind = TypeError if said["kind"] == "TypeError" else ValueError
+            raise kind(f"rank {rank} of the ring cannot compute: {said['error']}")
+        return table
 
     def _check(self, schedule: Schedule) -> None:
         """All ranks know what all hold, so that all refuse what one does wrong, and none waits for it."""
@@ -155,11 +169,11 @@ class Distributed:
         source = (self.rank - one.distance) % dist.get_world_size(self.group)
         return _Exchange(self.group, out, one.target, into, source)
 
-    def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of this rank's queries."""
         self._check(schedule)
         self.ledger = Ledger()
-        worker = Forward(schedule, self.rank, given, q, k, v)
+        worker = Forward(schedule, self.rank, call, q, k, v)
         rounds = self._rounds(schedule)
         coming = self._start(rounds[0], worker)
         for i, one in enumerate(rounds):
@@ -172,11 +186,11 @@ class Distributed:
                 worker.compute(one.step, pairs)
         return worker.out, worker.lse
 
-    def backward(self, schedule: Schedule, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, schedule: Schedule, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's shards."""
         self._check(schedule)
         self.ledger = Ledger()
-        worker = Backward(schedule, self.rank, given, saved)
+        worker = Backward(schedule, self.rank, call, saved)
         rounds, size, head_dim = self._rounds(schedule), schedule.layout.ranks, saved.k.shape[3]
         coming = self._start(rounds[0], worker)
         for i, one in enumerate(rounds):
@@ -202,6 +216,11 @@ class Distributed:
 
     def __repr__(self) -> str:
         return "distributed"
+
+
+def _short(value: object) -> str:
+    shown = str(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _packed(k: Tensor, v: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from tabulate import tabulate
 
-from .. import arguments
+from .. import arguments, planner
 from ..masks import Mask
+from ..masks.functions import reads_operands
 from ..masks.grids import Neighborhood
 from ..masks.positions import Congruent, Segments
 from ..orders import Identity, Order, hilbert
@@ -210,7 +210,14 @@ def _grid_order(program: Program, leaves: list[Mask], tokens: int) -> Order | No
     return hilbert(*grids.pop()) if len(grids) == 1 and all(len(grid) in (2, 3) for grid in grids) else None
 
 
-@lru_cache(maxsize=64)
+def plan_for(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
+    """The plan of a ring, made when it first comes; see `choose`."""
+    if any(reads_operands(branch.mask) for branch in problem.program.branches):
+        # Its schedule asks the masks again while it runs: of the tensors of this call, not of the one that it was made for.
+        return choose(problem, ranks, layout)
+    return planner.PLANS.get((problem, ranks, layout), lambda: choose(problem, ranks, layout))
+
+
 def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
     """The layout under which the slowest rank is done first, by what the schedules say."""
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from .. import arguments
+from ..calls import Call
 from ..partials import Saved
 from ..plans import Problem
 from . import plans
-from .blocks import Given
 from .ledgers import Ledger
 from .schedules import Schedule
 from .simulated import Simulated
@@ -22,15 +23,27 @@ class Transport(Protocol):
     ledger: Ledger
     sharded: bool
 
-    def tokens(self, q: Tensor, k: Tensor, v: Tensor, what: str) -> int:
-        """The length of the whole sequence, of which these are the tensors at hand; ranks make sure that they mean the same."""
+    def tokens(self, q: Tensor, k: Tensor, v: Tensor, about: Mapping[str, str]) -> int:
+        """The length of the whole sequence, of which these are the tensors at hand.
+
+        about: what all ranks must agree in, by name. Raises ValueError on every rank where they do not.
+        """
         ...
 
-    def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def refuse(self, error: Exception) -> None:
+        """Say to other ranks, which wait for this one, that its call is wrong."""
+        ...
+
+    @property
+    def group_name(self) -> str | None:
+        """The process group; None where this process is all ranks."""
+        ...
+
+    def forward(self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse."""
         ...
 
-    def backward(self, schedule: Schedule, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, schedule: Schedule, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         ...
 
@@ -53,17 +66,22 @@ class Ring:
         """Whether a call brings one rank's shards, not the whole sequence."""
         return self.transport.sharded
 
+    @property
+    def written(self) -> list[Any]:
+        """What makes such a ring in another process: ranks, layout and the name of the process group."""
+        return [self.ranks, self.layout, self.transport.group_name]
+
     def plan(self, problem: Problem) -> plans.RingPlan:
         """The layout and the schedule for a whole problem."""
-        return plans.choose(problem, self.ranks, self.layout)
+        return plans.plan_for(problem, self.ranks, self.layout)
 
-    def forward(self, problem: Problem, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse of tensors as the transport takes them; `problem` is the whole one."""
-        return self.transport.forward(self.plan(problem).schedule, given, q, k, v)
+        return self.transport.forward(self.plan(problem).schedule, call, q, k, v)
 
-    def backward(self, problem: Problem, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
-        return self.transport.backward(self.plan(problem).schedule, given, saved)
+        return self.transport.backward(self.plan(problem).schedule, call, saved)
 
     def __repr__(self) -> str:
         return f"Ring({self.ranks}, layout={self.layout!r}, transport={self.transport!r})"

@@ -6,14 +6,14 @@ which they would arrive, so that other transports give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..calls import Call
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
-from .blocks import Given
 from .ledgers import Ledger
 from .schedules import Schedule, Step
 from .workers import Backward, Forward, KeysAndValues
@@ -40,20 +40,28 @@ class Simulated:
     def __init__(self) -> None:
         self.ledger = Ledger()
 
-    def tokens(self, q: Tensor, k: Tensor, v: Tensor, what: str) -> int:
+    def tokens(self, q: Tensor, k: Tensor, v: Tensor, about: Mapping[str, str]) -> int:
         """The tensors are the whole sequence's."""
         return q.shape[2]
+
+    def refuse(self, error: Exception) -> None:
+        """Nobody else waits."""
+
+    @property
+    def group_name(self) -> str | None:
+        """No process group."""
+        return None
 
     def __repr__(self) -> str:
         return "simulated"
 
-    def forward(self, schedule: Schedule, given: Given, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) and lse (B, Hq, N), rank after rank."""
         layout, self.ledger = schedule.layout, Ledger()
         q, k, v = (layout.order.permute(x, 2) for x in (q, k, v))
         out, lse = empty_out(q, v, is_by_token(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
         for rank in range(layout.ranks):
-            worker = Forward(schedule, rank, given, *(taken(x, layout.runs(rank)) for x in (q, k, v)))
+            worker = Forward(schedule, rank, call, *(taken(x, layout.runs(rank)) for x in (q, k, v)))
             for step in schedule.steps(rank):
                 received = _received(step, k, v)
                 self.ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
@@ -62,14 +70,14 @@ class Simulated:
             put(lse, worker.runs, worker.lse)
         return layout.order.invert(out, 2), layout.order.invert(lse, 2)
 
-    def backward(self, schedule: Schedule, given: Given, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, schedule: Schedule, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v: all ranks together go around the ring, as gradients of a rank's keys come from others."""
         layout, order, self.ledger = schedule.layout, schedule.layout.order, Ledger()
         saved = saved.map(lambda x: order.permute(x, 2))
         workers = []
         for rank in range(layout.ranks):
             shards = saved.map(partial(taken, runs=layout.runs(rank)))
-            workers.append(Backward(schedule, rank, given, shards))
+            workers.append(Backward(schedule, rank, call, shards))
         steps = [(worker, step) for worker in workers for step in schedule.steps(worker.rank)]
         for worker, step in sorted(steps, key=lambda each: schedule.distance(each[0].rank, each[1].source)):
             received = _received(step, saved.k, saved.v)

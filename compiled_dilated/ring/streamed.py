@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from .. import arguments
+from ..calls import Call
 from ..heads import HeadRange
 from ..plans import Problem
 from ..programs import PerLength, Program
 from . import plans
-from .blocks import Given
 from .journals import Journal, checksum
 from .ledgers import Ledger
 from .schedules import Message, Schedule, Step
@@ -106,10 +106,10 @@ class Streamed:
         shape = (*sources[0].shape[:3], sources[2].shape[3])
         sink = FileSink(out, shape, sources[0].dtype) if isinstance(out, (str, os.PathLike)) else out
         width = problem.head_dim
-        given = Given(width**-0.5 if scale is None else float(scale))
-        about = {"program": repr(problem.program), "ranks": self.ranks, "shape": list(shape), "scale": given.scale,
+        call = Call(width**-0.5 if scale is None else float(scale))
+        about = {"program": repr(problem.program), "ranks": self.ranks, "shape": list(shape), "scale": call.scale,
                  "dtype": problem.dtype, "device": problem.device, "sources": [repr(source) for source in sources]}  # fmt: skip
-        run = _Run(schedule, given, sources, sink, self.device, Journal(journal, about), limit_seconds, on_progress)
+        run = _Run(schedule, call, sources, sink, self.device, Journal(journal, about), limit_seconds, on_progress)
         return run.go()
 
     def schedule(self, q: Source, k: Source, v: Source) -> tuple[Schedule, Problem]:
@@ -169,7 +169,7 @@ class _Run:
     def __init__(
         self,
         schedule: Schedule,
-        given: Given,
+        call: Call,
         sources: Sequence[Source],
         sink: Sink,
         device: torch.device,
@@ -177,7 +177,7 @@ class _Run:
         limit_seconds: float | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.schedule, self.layout, self.given, self.sink, self.journal = schedule, schedule.layout, given, sink, journal
+        self.schedule, self.layout, self.call, self.sink, self.journal = schedule, schedule.layout, call, sink, journal
         self.q, self.k, self.v = sources
         self.device = device
         self.limit, self.tell = limit_seconds, on_progress
@@ -245,7 +245,7 @@ class _Run:
     def _compute(self, read: _Read) -> Tensor:
         q, _, v = read.shards
         memory = self.memory.take(*q.shape[:3], v.shape[3])
-        worker = Forward(self.schedule, read.rank, self.given, *read.shards, out=None if self._elsewhere else memory)
+        worker = Forward(self.schedule, read.rank, self.call, *read.shards, out=None if self._elsewhere else memory)
         held = (*read.shards, worker.out, worker.lse)
         for step, received in read.steps:
             self.ledger.note(received, held)

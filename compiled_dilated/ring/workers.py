@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..calls import Call
 from ..heads import HeadRange
 from ..lowerings.workspace import Workspace
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from . import blocks
-from .blocks import Given, Keys, Queries
+from .blocks import Keys, Queries
 from .schedules import Message, Schedule, Step
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -24,8 +25,8 @@ KeysAndValues = tuple[Tensor, Tensor]
 class Worker:
     """What forward and backward have in common."""
 
-    def __init__(self, schedule: Schedule, rank: int, given: Given, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.schedule, self.rank, self.given, self.q, self.k, self.v = schedule, rank, given, q, k, v
+    def __init__(self, schedule: Schedule, rank: int, call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.schedule, self.rank, self.call, self.q, self.k, self.v = schedule, rank, call, q, k, v
         self.runs = schedule.layout.runs(rank)
         self.workspace = Workspace()
 
@@ -49,10 +50,10 @@ class Forward(Worker):
     """Partial results (out, lse) of a rank's queries, complete after its last step."""
 
     def __init__(
-        self, schedule: Schedule, rank: int, given: Given, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
+        self, schedule: Schedule, rank: int, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
     ) -> None:
         """out: memory for it, its contents lost."""
-        super().__init__(schedule, rank, given, q, k, v)
+        super().__init__(schedule, rank, call, q, k, v)
         self.out = (empty_out(q, v, is_by_token(q)) if out is None else out).zero_()
         self.lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
         self.queries = Queries(self.runs, q, self.out, self.lse)
@@ -61,15 +62,15 @@ class Forward(Worker):
         """One step, given its messages."""
         keys = self._keys(step, received)
         for block in step.blocks:
-            blocks.forward(block, self.schedule.layout, self.given, self.queries, keys[block.message], self.workspace)
+            blocks.forward(block, self.schedule.layout, self.call, self.queries, keys[block.message], self.workspace)
 
 
 class Backward(Worker):
     """Sums of gradients of a rank's shards, in float32 for low precision; complete once all others have sent theirs."""
 
-    def __init__(self, schedule: Schedule, rank: int, given: Given, saved: Saved) -> None:
+    def __init__(self, schedule: Schedule, rank: int, call: Call, saved: Saved) -> None:
         q, k, v = saved.q, saved.k, saved.v
-        super().__init__(schedule, rank, given, q, k, v)
+        super().__init__(schedule, rank, call, q, k, v)
         self.grad_q, self.grad_k, self.grad_v = (torch.zeros_like(x, dtype=lse_dtype(x.dtype)) for x in (q, k, v))
         self.queries = Queries(self.runs, q, saved.out, saved.lse, saved.grad_out, saved.grad_lse, self.grad_q)
 
@@ -85,7 +86,7 @@ class Backward(Worker):
         for block in step.blocks:
             there, (grad_k, grad_v) = keys[block.message], sums[block.message]
             layout = self.schedule.layout
-            blocks.backward(block, layout, self.given, self.queries, there, grad_k, grad_v, self.workspace)
+            blocks.backward(block, layout, self.call, self.queries, there, grad_k, grad_v, self.workspace)
         return [(sums[message][0], sums[message][1]) for message in step.messages]
 
     def add(self, message: Message, grads: KeysAndValues) -> None:

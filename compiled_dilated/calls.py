@@ -1,0 +1,24 @@
+"""What a call brings beside q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .mods import Mod
+
+
+@dataclass(frozen=True)
+class Call:
+    """The options of one call, the same for all its tiles, blocks and ranks.
+
+    scale: of q . k, positive. q_offset: the position of the first query. data: the tensors that masks read, by name: those that
+    the user names, and the operands of traced functions. score_mod: bound to its operands.
+    """
+
+    scale: float
+    q_offset: int = 0
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    score_mod: Mod | None = None

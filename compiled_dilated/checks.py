@@ -1,0 +1,210 @@
+"""What every door asks of tensors, data, functions and scales: one check and one message for a mistake, wherever it is made."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .plans import BYTES
+
+_DTYPES = frozenset(getattr(torch, name) for name in BYTES)
+# SDPA's own options, and how the same is said here.
+_OF_SDPA = {
+    "is_causal": "write it into the program: masks.causal() & mask",
+    "attn_mask": "write it as a mask, as masks.from_mod(...) or masks.padding(); a bias to the scores is a score_mod",
+    "attn_bias": "write it as score_mod=lambda score, b, h, q_idx, kv_idx: score + bias[q_idx, kv_idx]",
+    "dropout_p": "there is no dropout of attention weights; put torch.nn.Dropout behind the attention",
+    "enable_gqa": "leave it out: key heads are shared whenever k has fewer heads than q",
+    "block_mask": "write it as a mask: masks.from_mod(mask_mod)",
+    "key_padding_mask": "join the program with masks.padding() and pass data={'padding': mask}",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a door takes its tensors. axes: of batch, heads, tokens and head_dim."""
+
+    names: tuple[str, str, str] = ("q", "k", "v")
+    shape: str = "(batch, heads, tokens, head_dim)"
+    axes: tuple[int, int, int, int] = (0, 1, 2, 3)
+    hint: str = "Add the missing dimensions"
+
+
+HEADS_FIRST = Layout()
+TOKENS_FIRST = Layout(
+    ("query", "key", "value"),
+    "(batch, tokens, heads, head_dim)",
+    (0, 2, 1, 3),
+    "Modules take tokens before heads; split the last dimension with unflatten",
+)
+
+
+def no_options_of_sdpa(options: Iterable[str]) -> None:
+    """Raise TypeError for keywords that the call does not take, naming the way where they are SDPA's."""
+    for name in options:
+        way = _OF_SDPA.get(name, "leave it out")
+        raise TypeError(f"a compiled program takes no {name}=; {way}")
+
+
+def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
+    """Raise unless q, k and v can be attended with: types, shapes, dtypes and devices."""
+    for name, x in zip(layout.names, (q, k, v), strict=True):
+        tensor(name, x, layout)
+    of_q, of_k, of_v = layout.names
+    for name, x in ((of_k, k), (of_v, v)):
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"{of_q}, {of_k} and {of_v} must have one dtype; got {of_q} {q.dtype} and {name} {x.dtype}. "
+                f"Cast with {name}.to({of_q}.dtype)"
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"{of_q}, {of_k} and {of_v} must be on one device; got {of_q} on {q.device} and {name} on {x.device}. "
+                f"Move it with {name}.to({of_q}.device)"
+            )
+    shapes(q.shape, k.shape, v.shape, layout)
+    _warn_of_swapped_axes(q, layout)
+
+
+def tensor(name: str, x: Any, layout: Layout = HEADS_FIRST) -> None:
+    """Raise unless x is a strided tensor of four dimensions in a dtype that attention is computed in."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor")
+    if x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} must be a dense tensor; got a {kind} one. Pad it, or concatenate it with masks.documents(...)")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be {layout.shape}; got shape {tuple(x.shape)}. {layout.hint}")
+    dtype(name, x.dtype)
+
+
+def shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int], layout: Layout = HEADS_FIRST) -> None:
+    """Raise unless these shapes fit: one batch, one head_dim, as many keys as values, heads that share evenly."""
+    of_q, of_k, of_v = layout.names
+    batch, heads, tokens, width = layout.axes
+    if any(k[axis] != v[axis] for axis in (batch, heads, tokens)):
+        raise ValueError(f"{of_k} and {of_v} must agree in batch, heads and tokens; got {of_k} {tuple(k)} and {of_v} {tuple(v)}")
+    if q[batch] != k[batch]:
+        raise ValueError(
+            f"{of_q} and {of_k} must have one batch size; got {of_q} {tuple(q)} and {of_k} {tuple(k)}. Expand the smaller one"
+        )
+    if q[width] != k[width]:
+        raise ValueError(f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}")
+    groups(q[heads], k[heads])
+
+
+def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
+    """Where heads outnumber tokens by far, the layout is likely another door's."""
+    heads, tokens = q.shape[layout.axes[1]], q.shape[layout.axes[2]]
+    if torch.compiler.is_compiling() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):
+        return
+    other = "compiled_dilated.DilatedAttention takes (batch, tokens, heads, head_dim)"
+    if layout is TOKENS_FIRST:
+        other = "compiled_dilated.compile(program) takes (batch, heads, tokens, head_dim)"
+    warnings.warn(
+        f"{layout.names[0]} is {layout.shape}, so {tuple(q.shape)} has {heads} heads of {tokens} tokens. "
+        f"If these are {heads} tokens, transpose with .transpose(1, 2); {other}",
+        stacklevel=4,
+    )
+
+
+def dtype(name: str, value: object) -> None:
+    """Raise unless attention is computed in this dtype."""
+    if value not in _DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first")
+
+
+def groups(heads: int, kv_heads: int) -> None:
+    """Raise unless the key heads serve equally many query heads each."""
+    if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads):
+        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly")
+
+
+def scale(name: str, value: object) -> None:
+    """Raise unless a scale is a finite number, of any sign, or a tensor of one number."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{name} must be a finite number or a tensor of one; got shape {tuple(value.shape)} of {value.dtype}. "
+                "A scale for each head is a score_mod"
+            )
+        return
+    if isinstance(value, torch.SymFloat | torch.SymInt):
+        return
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
+    if not number or not (-math.inf < value < math.inf):  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be a finite number; got {type(value).__name__} {value!r}. Leave it out for 1 / sqrt(head_dim)"
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What data is checked against: batch, the tokens that queries and keys reach to, the device."""
+
+    batch: int
+    query_tokens: int
+    key_tokens: int
+    device: torch.device
+
+
+def data(names: Sequence[str], query_names: Sequence[str], values: Mapping[str, Tensor] | None, shape: Shape) -> list[Tensor]:
+    """The data tensors in the order of their names, (batch or 1, tokens); raises where one is missing, not read, or unfit.
+
+    query_names: those that are read at the positions of queries too.
+    """
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(f"data must be a dict of tensors by name; got {type(values).__name__}. Pass data={{name: tensor}}")
+    passed = values or {}
+    if set(passed) != set(names):
+        raise ValueError(
+            f"the program reads the data tensors {list(names)}; got {sorted(map(str, passed))}. "
+            "Pass data={name: tensor} with exactly those"
+        )
+    for name in names:
+        tokens = shape.key_tokens
+        if name in query_names and shape.query_tokens > tokens:
+            tokens = shape.query_tokens
+        _data_tensor(name, passed[name], tokens, shape)
+    return [passed[name] for name in names]
+
+
+def _data_tensor(name: str, x: object, tokens: int, shape: Shape) -> None:
+    if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype.is_complex:
+        came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"data[{name!r}] must be a bool or integer tensor; got {came}")
+    if x.layout != torch.strided:
+        raise TypeError(f"data[{name!r}] must be a dense tensor; got a {x.layout} one. Convert it with .to_dense()")
+    if x.dim() != 2 or x.shape[0] not in (1, shape.batch) or x.shape[1] < tokens:
+        raise ValueError(
+            f"data[{name!r}] must be (batch or 1, tokens) with batch {shape.batch} and at least {tokens} tokens; "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.device != shape.device:
+        raise ValueError(
+            f"data[{name!r}] must be on the device of q, {shape.device}; got {x.device}. Move it with .to({str(shape.device)!r})"
+        )
+
+
+def sinks(sink_logits: object, heads: int, device: torch.device) -> None:
+    """Raise unless there is one real logit for each query head."""
+    if not isinstance(sink_logits, Tensor) or tuple(sink_logits.shape) != (heads,):
+        came = tuple(sink_logits.shape) if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
+        raise ValueError(f"sink_logits must be a tensor of one logit per query head, shape ({heads},); got {came}")
+    if not sink_logits.dtype.is_floating_point:
+        raise TypeError(f"sink_logits must be real numbers; got {sink_logits.dtype}. Cast with .float()")
+    if sink_logits.device != device:
+        raise ValueError(f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it")
+
+
+def q_offset(value: object) -> Any:
+    """The offset of the first query, symbolic or an integer."""
+    return value if isinstance(value, torch.SymInt) else arguments.integer("q_offset", value, 0)

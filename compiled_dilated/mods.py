@@ -1,0 +1,676 @@
+"""score_mods and mask_mods as graphs: traced, written as text, read back, evaluated on tiles.
+
+    fn(score, b, h, q, kv)  -- trace -->  Graph (a text), operands (the tensors that fn captures)
+    Graph                   -- score, mask -->  values of all pairs of a tile
+
+FlexAttention calls a mod with scalars, under vmap over all pairs (arXiv 2412.05496); so does this file. A graph whose operators
+act on single numbers alone is evaluated on whole tiles at once, which is the same and faster.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
+
+INDICES = ("b", "h", "q_idx", "kv_idx")
+_MOST_CHARACTERS = 2**20
+# Operators that are neither core nor pointwise, but functions of their inputs alone.
+_ALSO_ALLOWED = frozenset(
+    f"aten.{name}"
+    for name in (
+        "_to_copy", "dot", "mv", "stack", "unbind", "linalg_vector_norm", "lift_fresh", "lift_fresh_copy", "detach", "t",
+        "transpose", "squeeze", "_unsafe_view", "new_full", "new_ones", "new_zeros", "ones", "zeros", "full", "scalar_tensor",
+        "ones_like", "zeros_like", "new_empty", "count_nonzero", "all", "any", "logsumexp", "special_erf", "vdot", "index",
+    )
+)  # fmt: skip
+# Constants of the shape of a tensor, and what makes them without it.
+_CONSTANTS = {"aten.new_ones": "ones", "aten.new_zeros": "zeros", "aten.new_full": "full"}
+_LIKE = {"aten.ones_like": "ones", "aten.zeros_like": "zeros", "aten.full_like": "full"}
+_SAME_NUMBER = frozenset(f"aten.{name}" for name in ("_to_copy", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy"))
+_READS_A_VALUE = frozenset(("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"))
+_NUMBERS_OF_TENSORS = frozenset(
+    getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy")
+)
+
+
+_SIZES_OF_TENSORS = frozenset((Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__))  # type: ignore[attr-defined]
+_CLAMPS = frozenset((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip))
+
+
+class ModError(ValueError):
+    """A function that cannot be traced as a mod, or a text that is no graph."""
+
+
+# Evaluating -----------------------------------------------------------------------------------------------------------------
+
+
+def over_pairs(fn: Callable[..., Any], *arguments: Tensor) -> Any:
+    """Call fn with scalars, under vmap over all dimensions of its arguments.
+
+    arguments: tensors of one number of dimensions that broadcast. Returns a tensor that broadcasts with them.
+    """
+    with _IndexByTensor():
+        return _mapped(fn, *arguments)
+
+
+def _mapped(fn: Callable[..., Any], *arguments: Tensor) -> Any:
+    if arguments[0].dim() == 0:
+        return fn(*arguments)
+    varies = [x.shape[0] != 1 for x in arguments]
+    rest = [x if along else x.squeeze(0) for x, along in zip(arguments, varies, strict=True)]
+    if not any(varies):
+        return _mapped(fn, *rest).unsqueeze(0)
+    in_dims = tuple(0 if along else None for along in varies)
+    return torch.vmap(lambda *inner: _mapped(fn, *inner), in_dims=in_dims)(*rest)
+
+
+class _IndexByTensor(TorchFunctionMode):
+    """Makes table[i] of a scalar tensor i a gather, where torch would read the number i."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and _has_scalar_tensor(args[1]):
+            return _indexed(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _has_scalar_tensor(index: Any) -> bool:
+    entries = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype != torch.bool for entry in entries)
+
+
+def _indexed(x: Tensor, index: Any) -> Tensor:
+    """x[index], scalar tensors in the index as gathers; numbers, slices, None and ... as everywhere."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if any(entry is Ellipsis for entry in entries):
+        at = next(place for place, entry in enumerate(entries) if entry is Ellipsis)
+        taken = sum(entry is not None and entry is not Ellipsis for entry in entries)
+        entries[at : at + 1] = [slice(None)] * (x.dim() - taken)
+    # Numbers, slices and new dimensions first; a tensor's place stays whole until the gather.
+    plain = tuple(slice(None) if isinstance(entry, Tensor) else entry for entry in entries)
+    tensors = [entry if isinstance(entry, Tensor) else None for entry in entries if isinstance(entry, Tensor | slice | None)]
+    whole = x[plain] if any(entry != slice(None) for entry in plain) else x
+    gathered: Tensor = torch.ops.aten.index(whole, tensors)
+    return gathered
+
+
+def _clamped(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    """torch.clamp of a tensor and a number as bounds, which torch takes of one kind alone."""
+    if min is not None:
+        x = torch.maximum(x, torch.as_tensor(min, dtype=x.dtype, device=x.device))
+    return x if max is None else torch.minimum(x, torch.as_tensor(max, dtype=x.dtype, device=x.device))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced mod as text: its operators one after the other, each with references to earlier results and literals.
+
+    Equal by text, so that everything made from it can be cached by value. The text is read by a strict parser: pure ATen
+    operators and literals alone.
+    """
+
+    text: str
+
+    @cached_property
+    def _code(self) -> _Code:
+        return _read(self.text)
+
+    def check(self) -> Graph:
+        """Itself; raises ModError if the text is no graph."""
+        _ = self._code
+        return self
+
+    @property
+    def operands(self) -> int:
+        """How many captured tensors it reads."""
+        return self._code.operands
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether evaluating whole tiles at once is the same as evaluating pair by pair."""
+        return self._code.is_elementwise
+
+    def reads(self, name: str) -> bool:
+        """Whether the result depends on the argument "score", "b", "h", "q_idx" or "kv_idx"."""
+        return self._code.inputs.index(name) in self._code.read
+
+    def score(self, operands: Sequence[Tensor], score: Tensor, *indices: Tensor) -> Tensor:
+        """Scores of all pairs, in the shape and dtype of `score`.
+
+        indices: b, h, q and kv, of as many dimensions, broadcasting with it.
+        """
+        out = self._over_tile(operands, score, *indices)
+        return out.to(score.dtype).expand(score.shape)
+
+    def mask(self, operands: Sequence[Tensor], *indices: Tensor) -> Tensor:
+        """Whether each pair is allowed: bool, of a shape that broadcasts with the indices b, h, q and kv."""
+        return self._over_tile(operands, *indices)
+
+    def scalar(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
+        """The mod itself, of scalars: what FlexAttention calls."""
+        return self._code.run((*arguments, *operands), 0)
+
+    def _over_tile(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
+        if self.is_elementwise:
+            return self._code.run((*arguments, *operands), arguments[0].dim())
+        # torch.vmap does not work below a dispatch mode, as torch.compile has one around the first run of a graph.
+        with _disable_current_modes() if _len_torch_dispatch_stack() else nullcontext():
+            out: Tensor = over_pairs(lambda *scalars: self.scalar(operands, *scalars), *arguments)
+        return out
+
+
+# A reference to the number-th value: inputs first, operands after them, then results.
+_REF, _DTYPE, _DEVICE, _FORMAT = "%", "%dtype", "%device", "%format"
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    op: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    varies: bool
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A graph that was read."""
+
+    inputs: tuple[str, ...]
+    operands: int
+    instructions: tuple[_Instruction, ...]
+    result: int
+    read: frozenset[int]
+    is_elementwise: bool
+
+    def run(self, values: Sequence[Tensor], dims: int) -> Tensor:
+        """The result for these inputs and operands.
+
+        dims: dimensions of a tile; constants of a single number get as many, so that dtypes promote as among scalars.
+        """
+        device, env = values[0].device, list(values)
+        for instruction in self.instructions:
+            spread = dims if instruction.varies else 0
+            args = _resolved(instruction.args, env, device, spread)
+            kwargs = _resolved(instruction.kwargs, env, device, spread)
+            env.append(instruction.op(*args, **kwargs))
+        out = env[self.result]
+        return out.reshape((1,) * dims) if out.dim() < dims else out
+
+
+def _resolved(value: Any, env: list[Any], device: torch.device, dims: int) -> Any:
+    if isinstance(value, list):
+        return [_resolved(item, env, device, dims) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _REF in value:
+        x = env[value[_REF]]
+        return x.reshape((1,) * dims) if dims and isinstance(x, Tensor) and x.dim() == 0 else x
+    if _DTYPE in value:
+        return getattr(torch, value[_DTYPE])
+    if _FORMAT in value:
+        return getattr(torch, value[_FORMAT])
+    if _DEVICE in value:
+        return device
+    return {key: _resolved(item, env, device, dims) for key, item in value.items()}
+
+
+# Reading --------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> _Code:
+    if len(text) > _MOST_CHARACTERS:
+        raise ModError(f"a mod's graph may have {_MOST_CHARACTERS:,} characters; got {len(text):,}")
+    try:
+        inputs, operands, body, result = json.loads(text)
+        arguments = len(inputs) + operands
+        instructions = tuple(_instruction(entry, arguments + place) for place, entry in enumerate(body))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModError(f"the text is no graph of a mod: {error}") from None
+    if not isinstance(result, int) or not 0 <= result < arguments + len(instructions):
+        raise ModError(f"the graph's result must be one of its {arguments + len(instructions)} values; got {result!r}")
+    read = _needed(instructions, result, arguments)
+    elementwise = all(entry[3] for entry in body)
+    return _Code(tuple(inputs), operands, instructions, result, read, elementwise)
+
+
+def _instruction(entry: Any, place: int) -> _Instruction:
+    name, args, kwargs, _, varies = entry
+    _, packet, overload = name.split(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload)
+    if not _is_allowed(op):
+        raise ModError(f"{name} is no pure operator that a mod may call")
+    late = [reference for reference in _references([args, kwargs]) if not 0 <= reference < place]
+    if late:
+        raise ModError(f"{name} reads the values {late}, which come after it")
+    return _Instruction(op, args, kwargs, bool(varies))
+
+
+def _is_allowed(op: Any) -> bool:
+    """Whether an operator is a function of its inputs alone: pointwise, of ATen's core in any overload, or listed above."""
+    name = str(op._schema.name).replace("::", ".")
+    if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags or name in _READS_A_VALUE:
+        return False
+    return torch.Tag.pointwise in op.tags or name in _ALSO_ALLOWED or _is_core(op.overloadpacket)
+
+
+@lru_cache(maxsize=512)
+def _is_core(packet: Any) -> bool:
+    return any(torch.Tag.core in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def _references(value: Any) -> Iterator[int]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _references(item)
+    elif isinstance(value, dict):
+        if _REF in value:
+            yield value[_REF]
+        else:
+            yield from _references(list(value.values()))
+
+
+def _needed(instructions: Sequence[_Instruction], result: int, arguments: int) -> frozenset[int]:
+    """The values that the result depends on."""
+    needed = {result}
+    for place in reversed(range(len(instructions))):
+        if arguments + place in needed:
+            needed.update(_references([instructions[place].args, instructions[place].kwargs]))
+    return frozenset(needed)
+
+
+# Tracing --------------------------------------------------------------------------------------------------------------------
+
+
+def trace_score_mod(fn: ScoreMod, dtype: torch.dtype) -> tuple[Graph, tuple[Tensor, ...]]:
+    """The graph of a score_mod on scores of this dtype, and the tensors that it captures.
+
+    Numbers that vary in a graph that is being made (SymInt, SymFloat) come as tensors too.
+
+    Raises ModError for a function that branches on values, draws random numbers or changes what it captures, and TypeError or
+    ValueError where it takes other arguments or returns anything but a number for each pair.
+    """
+    return _trace("score_mod", fn, (("score", dtype), *((name, torch.int64) for name in INDICES)))
+
+
+def trace_mask_mod(fn: MaskMod) -> tuple[Graph, tuple[Tensor, ...]]:
+    """The same of a mask_mod, which returns a bool for each pair."""
+    return _trace("mask_mod", fn, tuple((name, torch.int64) for name in INDICES))
+
+
+def check_callable(kind: str, fn: object, scores: bool) -> None:
+    """Raise TypeError unless fn, the argument of that name, can be called as a score_mod (`scores`) or a mask_mod."""
+    names = ("score", *INDICES) if scores else INDICES
+    if not callable(fn):
+        raise TypeError(f"{kind} must be a function of ({', '.join(names)}); got {type(fn).__name__} {fn!r}")
+    if torch.compiler.is_compiling():  # which checks the call itself when it traces fn
+        return
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin without a signature: calling it will tell
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        raise TypeError(
+            f"{kind} must be a function of ({', '.join(names)}), {len(names)} arguments; got {_name(fn)}{signature}: {error}"
+        ) from None
+
+
+def _trace(kind: str, fn: Callable[..., Any], inputs: tuple[tuple[str, torch.dtype], ...]) -> tuple[Graph, tuple[Tensor, ...]]:
+    check_callable(kind, fn, scores=kind == "score_mod")
+    recorder = _Recorder(kind, fn, inputs)
+    # Nothing around the call shows in the graph: no mode, no transform, no autocast.
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.no_grad(), _without_autocast():
+        arguments = [recorder.argument(number, dtype) for number, (_, dtype) in enumerate(inputs)]
+        with recorder, _Captures(recorder):
+            result = fn(*arguments)
+        text = recorder.text(result)
+    return Graph(text), tuple(x if isinstance(x, Tensor) else as_tensor(x) for x in recorder.captured)
+
+
+def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
+    """A number, which may vary, as the tensor that stands for it in a graph."""
+    whole = isinstance(number, int | torch.SymInt)
+    return torch.scalar_tensor(number, dtype=torch.int64 if whole else torch.float64, device="cpu")
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _name(fn: object) -> str:
+    return str(getattr(fn, "__qualname__", type(fn).__name__))
+
+
+@dataclass
+class _Value:
+    """What is known of a tensor of the trace: its number, and whether it differs from pair to pair."""
+
+    number: int
+    varies: bool
+    tensor: Tensor
+
+
+class _Captures(TorchFunctionMode):
+    """Replaces tensors from outside of a mod by stand-ins without data, which become operands of the graph."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NUMBERS_OF_TENSORS and not self.recorder.knows(args[0]):
+            # A captured number is read as it is now; while a graph is made it has no value yet, and stays an operand.
+            if type(args[0]) in (Tensor, torch.nn.Parameter) and args[0].device.type != "meta":
+                return func(*args, **(kwargs or {}))
+            if func is Tensor.item:
+                return self.recorder.stand_ins(args[0]).detach()
+        if func in _SIZES_OF_TENSORS and any(isinstance(size, torch.SymInt) for size in args[0].shape):
+            return func(*args, **(kwargs or {}))  # a length that varies, not the one of this trace
+        args, kwargs = self.recorder.stand_ins(args), self.recorder.stand_ins(kwargs or {})
+        if func in _CLAMPS and any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())):
+            return _clamped(*args, **kwargs)
+        if func is Tensor.__getitem__ and _has_scalar_tensor(args[1]):
+            return _indexed(args[0], args[1])
+        return func(*args, **kwargs)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the operators that a mod calls on tensors without data."""
+
+    def __init__(self, kind: str, fn: Callable[..., Any], inputs: Sequence[tuple[str, torch.dtype]]) -> None:
+        super().__init__()
+        self.kind, self.fn, self.inputs = kind, fn, inputs
+        self.captured: list[Any] = []
+        self.body: list[tuple[str, Any, Any, bool, bool]] = []
+        # By id, within one trace, which keeps the tensors alive. Operands are numbered -1, -2, ... until all are known.
+        self._values: dict[int, _Value] = {}
+        self._stand_ins: dict[int, Tensor] = {}
+
+    def argument(self, number: int, dtype: torch.dtype) -> Tensor:
+        """A scalar without a value."""
+        x = torch.empty((), dtype=dtype, device="meta")
+        self._values[id(x)] = _Value(number, True, x)
+        return x
+
+    def knows(self, x: object) -> bool:
+        """Whether a tensor was computed in the trace, so that it has no value."""
+        return id(x) in self._values
+
+    def stand_ins(self, value: Any) -> Any:
+        """The same nest of arguments, tensors from outside replaced."""
+        if isinstance(value, Tensor):
+            return value if self.knows(value) else self._stand_in(value)
+        if isinstance(value, dict):
+            return {key: self.stand_ins(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self.stand_ins(item) for item in value)
+        return value
+
+    def _stand_in(self, x: Tensor) -> Tensor:
+        if id(x) not in self._stand_ins:
+            self.captured.append(x)
+            with _no_dispatch():
+                sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
+                empty = torch.empty(sizes, dtype=x.dtype, device="meta")
+            self._stand_ins[id(x)] = empty
+            self._values[id(empty)] = _Value(-len(self.captured), False, empty)
+        return self._stand_ins[id(x)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = list(args), dict(kwargs or {})
+        name = str(func._schema.name).replace("::", ".")
+        if name in _READS_A_VALUE:
+            raise ModError(
+                f"{self.kind} {_name(self.fn)} reads the value of a score or an index (if, while, int(), item()), which differs "
+                "from pair to pair. Write torch.where(condition, a, b)"
+            )
+        if func._schema.is_mutable:
+            return self._in_place(func, name, args, kwargs)
+        out = func(*args, **kwargs)
+        outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
+        inputs = [x for x in _tensors([args, kwargs]) if self.knows(x)]
+        if not inputs and not any(x.device.type == "meta" for x in outputs):
+            return out  # made from numbers alone, on a device: a constant, captured where it is used
+        if isinstance(out, (tuple, list)) or not outputs:
+            raise ModError(f"{self.kind} {_name(self.fn)} calls {func}, which has more than one result; use others")
+        self._write(func, name, args, kwargs, out)
+        return out
+
+    def _in_place(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """x.add_(y) becomes x = x.add(y): what is computed in the trace may change, what is captured may not."""
+        target = args[0]
+        pure = getattr(torch.ops.aten, name.removeprefix("aten.").removesuffix("_"), None)
+        if not name.endswith("_") or pure is None or not self.knows(target) or self._values[id(target)].number < 0:
+            raise ModError(f"{self.kind} {_name(self.fn)} changes a tensor by {func}; return a new value instead")
+        out = getattr(pure, func._overloadname)(*args, **kwargs)
+        self._write(getattr(pure, func._overloadname), name.removesuffix("_"), args, kwargs, out)
+        value = self._values[id(out)]
+        self._values[id(target)] = _Value(value.number, value.varies, target)
+        return target
+
+    def _write(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+        if not _is_allowed(func):
+            raise ModError(
+                f"{self.kind} {_name(self.fn)} calls {func}, which a graph cannot carry (random numbers, effects and operators "
+                "outside of ATen's core). Compute it outside and capture the tensor"
+            )
+        func, args = _without_like(func, name, args, out)
+        inputs = [x for x in _tensors([args, kwargs]) if self.knows(x)]
+        varies = any(self._values[id(x)].varies for x in inputs)
+        # torch promotes whole numbers to the default dtype of the process; the graph says which it was.
+        if inputs and out.is_floating_point() and not any(x.is_floating_point() for x in inputs):
+            args = [self._converted(x, out.dtype) for x in args]
+        names = [argument.name for argument in func._schema.arguments]
+        if "dtype" in names[len(args) :] and kwargs.get("dtype") is None:
+            kwargs["dtype"] = out.dtype
+        if "device" in names[len(args) :] and not inputs:
+            kwargs["device"] = out.device
+        kwargs.pop("memory_format", None)
+        single = not varies or self._acts_on_numbers(name, func, args, inputs, out)
+        self._append(func, args, kwargs, single, varies, out)
+
+    def _converted(self, x: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(x, Tensor) or x.is_floating_point():
+            return x
+        with _no_dispatch():
+            out = torch.empty(x.shape, dtype=dtype, device="meta")
+        varies = self._values[id(x)].varies if self.knows(x) else False
+        single = not varies or x.dim() == 0
+        self._append(torch.ops.aten._to_copy.default, [x], {"dtype": dtype}, single, varies, out)
+        return out
+
+    def _acts_on_numbers(self, name: str, func: Any, args: list[Any], inputs: Sequence[Tensor], out: Tensor) -> bool:
+        """Whether the operator makes a number of numbers, or looks one up."""
+        if out.dim() > 0:
+            return False
+        if name == "aten.index":
+            table, indices = args[0], args[1]
+            constant = not self.knows(table) or not self._values[id(table)].varies
+            whole = len(indices) == table.dim() and all(isinstance(x, Tensor) and x.dim() == 0 for x in indices)
+            return constant and whole and all(x.dtype != torch.bool for x in indices)
+        pointwise = torch.Tag.pointwise in func.tags or name in _SAME_NUMBER
+        return pointwise and all(x.dim() == 0 for x in inputs)
+
+    def _append(self, func: Any, args: Any, kwargs: Any, single: bool, varies: bool, out: Tensor) -> None:
+        # A number that varies from call to call can stand where the operator takes a tensor.
+        takes_tensor = {argument.name: isinstance(argument.type, torch.TensorType) for argument in func._schema.arguments}
+        written = [self._literal(x, takes) for x, takes in zip(args, takes_tensor.values(), strict=False)]
+        named = {key: self._literal(x, takes_tensor[key]) for key, x in kwargs.items()}
+        self.body.append((str(func), written, named, single, varies))
+        self._values[id(out)] = _Value(len(self.inputs) + len(self.body) - 1, varies, out)
+
+    def _literal(self, value: Any, takes_tensor: bool = False) -> Any:
+        if takes_tensor and isinstance(value, torch.SymInt | torch.SymFloat):
+            self.captured.append(value)
+            return {_REF: -len(self.captured)}
+        if isinstance(value, Tensor):
+            if not self.knows(value):  # made inside of an operator, out of reach of _Captures
+                value = self._stand_in(value)
+            return {_REF: self._values[id(value)].number}
+        if isinstance(value, (tuple, list)):
+            return [self._literal(x) for x in value]
+        if isinstance(value, torch.dtype):
+            return {_DTYPE: str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {_DEVICE: None}
+        if isinstance(value, (torch.memory_format, torch.layout)):
+            return {_FORMAT: str(value).removeprefix("torch.")}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise ModError(f"{self.kind} {_name(self.fn)} uses the {type(value).__name__} {value!r}, which a graph cannot carry")
+
+    def text(self, result: object) -> str:
+        """The graph as text, once the mod has returned."""
+        with _no_dispatch():
+            number = self._result(result)
+        inputs, operands = len(self.inputs), len(self.captured)
+
+        def shifted(value: Any) -> Any:
+            # Operands, numbered backwards so far, stand between the inputs and the results.
+            if isinstance(value, list):
+                return [shifted(item) for item in value]
+            if isinstance(value, dict) and _REF in value:
+                at = value[_REF]
+                return {_REF: inputs - 1 - at if at < 0 else at if at < inputs else at + operands}
+            return {key: shifted(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        body = [[name, shifted(args), shifted(kwargs), single, varies] for name, args, kwargs, single, varies in self.body]
+        final = shifted({_REF: number})[_REF]
+        return json.dumps([[name for name, _ in self.inputs], operands, body, final], separators=(",", ":"))
+
+    def _result(self, result: object) -> int:
+        expected = "a bool tensor" if self.kind == "mask_mod" else "a number as a tensor"
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"{self.kind} {_name(self.fn)} must return {expected} for each pair; got {type(result).__name__} {result!r}"
+            )
+        if result.dim() != 0:
+            raise ValueError(
+                f"{self.kind} {_name(self.fn)} must return one number for each pair, called with scalars; "
+                f"got shape {tuple(result.shape)}. Reduce it, as with .sum() or .all()"
+            )
+        if self.kind == "mask_mod" and result.dtype != torch.bool:
+            raise TypeError(f"mask_mod {_name(self.fn)} must return a bool tensor; got {result.dtype}. Compare: x != 0")
+        if self.kind == "score_mod" and (result.dtype == torch.bool or result.dtype.is_complex):
+            raise TypeError(f"score_mod {_name(self.fn)} must return the new score; got {result.dtype}")
+        stand_in = result if self.knows(result) else self._stand_in(result)
+        return self._values[id(stand_in)].number
+
+
+def _without_like(func: Any, name: str, args: list[Any], out: Tensor) -> tuple[Any, list[Any]]:
+    """x.new_ones(sizes) as ones(sizes): a constant depends on no index."""
+    if name in _CONSTANTS:
+        return getattr(torch.ops.aten, _CONSTANTS[name]).default, args[1:]
+    if name in _LIKE and out.dim() == 0:
+        return getattr(torch.ops.aten, _LIKE[name]).default, [[], *args[1:]]
+    return func, args
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _no_dispatch() -> Any:
+    return _disable_current_modes()
+
+
+# Bound to a call ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mod:
+    """A score_mod of one call: its graph and operands, and where the gradients of those that learn are summed.
+
+    learned: numbers of the operands that get gradients. sums: one for each of them, in its shape, float32 or float64.
+    places: from the indices of a part (b, h, q, kv) to those of the whole, where a part is computed.
+    """
+
+    graph: Graph
+    operands: tuple[Tensor, ...]
+    learned: tuple[int, ...] = ()
+    sums: tuple[Tensor, ...] = ()
+    places: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+
+    def on(self, *indices: Tensor) -> TileMod:
+        """The mod of a tile's scores."""
+        if self.places is not None:
+            indices = self.places(*indices)
+        return TileMod(self, indices)
+
+
+@dataclass(frozen=True)
+class TileMod:
+    """A score_mod of one tile: score (G, Hq, T, S) -> score."""
+
+    mod: Mod
+    indices: tuple[Tensor, ...]
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return self.mod.graph.score(self.mod.operands, scores, *self.indices)
+
+    def pull(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The new scores, and the function from their gradient to that of `scores`, which also adds to the mod's sums."""
+        mod = self.mod
+        learned = tuple(mod.operands[number] for number in mod.learned)
+
+        def of(scores: Tensor, *learned: Tensor) -> Tensor:
+            operands = list(mod.operands)
+            for number, operand in zip(mod.learned, learned, strict=True):
+                operands[number] = operand
+            return mod.graph.score(operands, scores, *self.indices)
+
+        result: Any = torch.func.vjp(of, scores, *learned)
+        modified, vjp = result
+
+        def back(grad: Tensor) -> Tensor:
+            grad_scores, *grads = vjp(grad)
+            for total, part in zip(mod.sums, grads, strict=True):
+                total.add_(part)
+            return grad_scores  # type: ignore[no-any-return]
+
+        return modified, back
+
+
+def zero_sums(operands: Sequence[Tensor], learned: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Sums of gradients that have not begun."""
+    return tuple(torch.zeros(operands[number].shape, dtype=dtype, device=operands[number].device) for number in learned)
+
+
+def flat(sums: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums as one vector, the form in which an operator returns any number of them."""
+    return torch.cat([total.reshape(-1) for total in sums]) if sums else like.new_empty(0, dtype=dtype)
+
+
+def unflat(vector: Tensor, operands: Sequence[Tensor], learned: Sequence[int]) -> list[Tensor]:
+    """The gradients in that vector, in the shapes and dtypes of their operands."""
+    sizes = [math.prod(operands[number].shape) for number in learned]
+    parts = vector.split(sizes) if sizes else ()
+    return [part.reshape(operands[n].shape).to(operands[n].dtype) for part, n in zip(parts, learned, strict=True)]

@@ -1,0 +1,157 @@
+"""What an operator computes, as text in its arguments: a program, how it is lowered, over which ring, with which functions.
+
+    Rule  -- text -->  '["Program((...),))","auto",null,null,[]]'  -- read_rule, operands -->  Rule
+
+A graph that holds such a text means the same in every process that imports this package. Tables here are caches by value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import text
+from .calls import Call
+from .masks.functions import Traced, functions_of, name_of, slot_name, with_contents
+from .mods import Graph, MaskMod, Mod, ScoreMod, trace_mask_mod, trace_score_mod, zero_sums
+from .partials import lse_dtype
+from .programs import PerLength, Program, masks_of
+from .ring.distributed import Distributed
+from .ring.rings import Ring
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All that an operator's text says. slots: the operands that the score_mod reads."""
+
+    program: Program | PerLength
+    lowering: str
+    ring: Ring | None = None
+    score_mod: Graph | None = None
+    slots: tuple[int, ...] = ()
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The data tensors that the program reads."""
+        return self.program.names
+
+    @cached_property
+    def mask_slots(self) -> tuple[int, ...]:
+        """The operands that masks read when they are asked."""
+        return tuple(sorted({slot for mask in masks_of(self.program) for slot in _slots_of(mask)}))
+
+    def call(
+        self,
+        data: Sequence[Tensor] | None,
+        operands: Sequence[Tensor] | None,
+        scale: float,
+        q_offset: int,
+        learned: Sequence[int] = (),
+    ) -> Call:
+        """A call's options, with sums for the gradients of the learned operands."""
+        named = dict(zip(self.names, data or (), strict=True))
+        if operands:
+            named |= {slot_name(slot): operands[slot] for slot in self.mask_slots}
+        if self.score_mod is None:
+            return Call(scale, q_offset, named)
+        own = tuple((operands or ())[slot] for slot in self.slots)
+        places = tuple(self.slots.index(slot) for slot in learned)
+        sums = zero_sums(own, places, _sum_dtype(own, places)) if places else ()
+        return Call(scale, q_offset, named, Mod(self.score_mod, own, places, sums))
+
+
+def _sum_dtype(operands: Sequence[Tensor], learned: Sequence[int]) -> torch.dtype:
+    wide = any(operands[number].dtype == torch.float64 for number in learned)
+    return lse_dtype(torch.float64 if wide else torch.float32)
+
+
+def _slots_of(mask: Any) -> set[int]:
+    own = set(mask.slots) if isinstance(mask, Traced) else set()
+    return own.union(*(_slots_of(part) for part in mask.parts))
+
+
+class Skeleton:
+    """A program as its user holds it: a text with places for its functions, which are traced anew at every call.
+
+    frame: the program, the lowering and the ring as text. literals: the operands that its long lists are stored in.
+    mask_mods: its functions, in the order of their places.
+    """
+
+    def __init__(self, program: Program | PerLength, lowering: str, ring: Ring | None) -> None:
+        literals: list[Tensor] = []
+        written = text.write(program, literals)
+        self.literals = tuple(literals)
+        self.mask_mods: tuple[MaskMod, ...] = tuple(fn for mask in masks_of(program) for fn in functions_of(mask))
+        self.frame = json.dumps([written, lowering, None if ring is None else ring.written])
+        self.plain = "" if self.mask_mods else bind(self.frame, (), (), None, torch.float32)[0]
+
+
+def bind(
+    frame: str, literals: Sequence[Tensor], mask_mods: Sequence[MaskMod], score_mod: ScoreMod | None, dtype: torch.dtype
+) -> tuple[str, tuple[Tensor, ...]]:
+    """A rule's text and all its operands, with the functions as they are now. dtype: of the scores."""
+    program, lowering, ring = json.loads(frame)
+    operands = list(literals)
+    graphs = []
+    for mask_mod in mask_mods:
+        graph, captured = trace_mask_mod(mask_mod)
+        graphs.append((graph, _append(captured, operands), name_of(mask_mod)))
+    score_graph, slots = None, ()
+    if score_mod is not None:
+        graph, captured = trace_score_mod(score_mod, dtype)
+        score_graph, slots = graph.text, _append(captured, operands)
+    return json.dumps([text.fill(program, graphs), lowering, ring, score_graph, slots]), tuple(operands)
+
+
+def _append(captured: Sequence[Tensor], operands: list[Tensor]) -> tuple[int, ...]:
+    first = len(operands)
+    operands.extend(captured)
+    return tuple(range(first, len(operands)))
+
+
+def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
+    """What a text means, for a call with these operands."""
+    frame = _frame(rule)
+    if frame.complete is not None:
+        return frame.complete
+    tensors = operands or ()
+    program = text.read(frame.program, tensors).map(lambda mask: with_contents(mask, tensors))
+    return Rule(program, frame.lowering, frame.ring, frame.score_mod, frame.slots)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A text taken apart. complete: the rule, where its program reads no operands."""
+
+    program: str
+    lowering: str
+    ring: Ring | None
+    score_mod: Graph | None
+    slots: tuple[int, ...]
+    complete: Rule | None
+
+
+@lru_cache(maxsize=256)
+def _frame(rule: str) -> _Frame:
+    try:
+        program, lowering, ring, score_mod, slots = json.loads(rule)
+        graph = None if score_mod is None else Graph(score_mod).check()
+        parts = lowering, _ring(ring), graph, tuple(slots)
+    except (ValueError, TypeError) as error:
+        raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
+    if text.reads_operands(program):
+        return _Frame(program, *parts, None)
+    return _Frame(program, *parts, Rule(text.read(program, ()), *parts))
+
+
+def _ring(written: Any) -> Ring | None:
+    if written is None:
+        return None
+    ranks, layout, group = written
+    return Ring(ranks, layout, None if group is None else Distributed(group))

@@ -71,7 +71,7 @@ class Attend:
         if options:
             checks.no_options_of_sdpa(options)
         bare = data is None and score_mod is None and sink_logits is None and return_lse is False
-        decoder = self._decoder if bare else None
+        decoder = self._decoder if bare and not is_compiling() else None
         if decoder is not None and (row := decoder(q, k, v, scale, q_offset)) is not None:
             return row
         q, k, v = _autocast(q, k, v)
@@ -218,7 +218,8 @@ def _varies(number: float) -> bool:
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return not (statically_known_true(number > 0) or statically_known_true(number <= 0))
+    # Of a constant one of the two holds. At an odd number, for what comparisons elsewhere have settled is known too.
+    return not (statically_known_true(number > 0.0123) or statically_known_true(number <= 0.0123))
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._dynamo.variables import higher_order_ops as dynamo
 from torch._ops import HigherOrderOperator

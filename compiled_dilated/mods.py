@@ -13,14 +13,13 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -112,8 +111,12 @@ def _indexed(x: Tensor, index: Any) -> Tensor:
 def _clamped(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     """torch.clamp of a tensor and a number as bounds, which torch takes of one kind alone."""
     if min is not None:
-        x = torch.maximum(x, torch.as_tensor(min, dtype=x.dtype, device=x.device))
-    return x if max is None else torch.minimum(x, torch.as_tensor(max, dtype=x.dtype, device=x.device))
+        x = torch.maximum(x, _bound(min, x))
+    return x if max is None else torch.minimum(x, _bound(max, x))
+
+
+def _bound(number: Any, x: Tensor) -> Tensor:
+    return number.to(x.dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,7 @@ class Graph:
     def _over_tile(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
         if self.is_elementwise:
             return self._code.run((*arguments, *operands), arguments[0].dim())
-        # torch.vmap does not work below a dispatch mode, as torch.compile has one around the first run of a graph.
-        with _disable_current_modes() if _len_torch_dispatch_stack() else nullcontext():
-            out: Tensor = over_pairs(lambda *scalars: self.scalar(operands, *scalars), *arguments)
+        out: Tensor = over_pairs(lambda *scalars: self.scalar(operands, *scalars), *arguments)
         return out
 
 
@@ -346,6 +347,8 @@ def _trace(kind: str, fn: Callable[..., Any], inputs: tuple[tuple[str, torch.dty
 
 def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
     """A number, which may vary, as the tensor that stands for it in a graph."""
+    if isinstance(number, torch.SymFloat):  # as a product, which the compiler keeps for all values; a new scalar it does not
+        return torch.ones((), dtype=torch.float64, device="cpu") * number
     whole = isinstance(number, int | torch.SymInt)
     return torch.scalar_tensor(number, dtype=torch.int64 if whole else torch.float64, device="cpu")
 

@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_excluded,
+    _dispatch_tls_local_exclude_set,
+    _dispatch_tls_local_include_set,
+    _ForceDispatchKeyGuard,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -130,14 +138,28 @@ def _is_empty(whole: Problem | None, *tensors: Tensor) -> bool:
     return whole.empty if whole is not None else not all(x.numel() for x in tensors)
 
 
+# What a dispatch mode of the caller, such as the one around the first run of a compiled graph, takes from torch.vmap.
+_OF_VMAP = tuple(
+    key
+    for name, key in DispatchKey.__members__.items()
+    if name.startswith("FuncTorch") or name in ("ADInplaceOrView", "PythonTLSSnapshot")
+)
+
+
 @contextmanager
 def _own_modes() -> Iterator[None]:
-    """Without the caller's autocast and default dtype, which would change what is computed."""
+    """Without the caller's autocast, default dtype and dispatch modes, which would change what is computed."""
     default = torch.get_default_dtype()
-    if not _is_any_autocast_enabled() and default is torch.float32:
+    below_a_mode = _dispatch_tls_is_dispatch_key_excluded(DispatchKey.FuncTorchBatched)
+    if not _is_any_autocast_enabled() and default is torch.float32 and not below_a_mode:
         yield
         return
     with ExitStack() as stack:
+        if below_a_mode:
+            excluded = _dispatch_tls_local_exclude_set()
+            for key in _OF_VMAP:
+                excluded = excluded.remove(key)
+            stack.enter_context(_ForceDispatchKeyGuard(_dispatch_tls_local_include_set(), excluded))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -254,6 +276,32 @@ def _(
     numbers = sum((operands or ())[number].numel() for number in learned)
     gradients = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     return *gradients, q.new_empty((numbers,), dtype=_sums_dtype(operands, learned))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, data, operands, ctx.rule, ctx.scale, ctx.q_offset, _, _ = inputs
+    ctx.data, ctx.operands = len(data or ()), len(operands or ())
+    ctx.save_for_backward(q, k, v, *output, *(data or ()), *(operands or ()))
+
+
+def _differentiated(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    data, operands = tensors[: ctx.data], tensors[ctx.data :]
+    wanted = ctx.needs_input_grad[4] if operands else ()
+    slots = read_rule(ctx.rule, operands).slots
+    learned = [slot for slot in slots if wanted[slot]]
+    grad_q, grad_k, grad_v, vector = _attend_backward(
+        grad_out, grad_lse, q, k, v, out, lse, data or None, operands or None, ctx.rule, ctx.scale, ctx.q_offset, learned
+    )
+    grads: list[Tensor | None] = [None] * ctx.operands
+    for slot, grad in zip(learned, unflat(vector, operands, learned), strict=True):
+        grads[slot] = grad
+    of_data = [None] * ctx.data if ctx.data else None
+    return grad_q, grad_k, grad_v, of_data, grads or None, None, None, None, None, None
+
+
+# Of the operator by itself, as an exported graph holds it; calls from Python come through the functions below.
+torch.library.register_autograd("compiled_dilated::attend", _differentiated, setup_context=_save)
 
 
 # Autograd -------------------------------------------------------------------------------------------------------------------

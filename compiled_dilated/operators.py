@@ -72,14 +72,10 @@ class Options:
 def plan_of(rule: Rule, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
     """The plan for tensors of these shapes, made when they first come."""
     program = rule.program.at(q.shape[2]) if isinstance(rule.program, PerLength) else rule.program
-    kv_len = k.shape[2]
-    # One query is planned once for all positions and all lengths of a cache.
     if planner.takes_any_offset(q.shape[2], training, rule.lowering):
-        program.check(1, kv_len, q_offset)
-        kv_len, q_offset = 1, 0
-    k_shape, v_shape = (*k.shape[:2], kv_len, k.shape[3]), (*v.shape[:2], kv_len, v.shape[3])
+        program.check(1, k.shape[2], q_offset)  # its plan may have been made for another position
     problem = problem_of(
-        program, q.shape, k_shape, v_shape, q.dtype, q.device.type, q_offset, training, rule.score_mod is not None
+        program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, rule.score_mod is not None
     )
     return planner.plan_for(problem, rule.lowering)
 

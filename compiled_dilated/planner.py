@@ -24,7 +24,10 @@ PLANS = PlanCache(most=512)
 
 def plan_for(problem: Problem, lowering: str = "auto") -> Plan:
     """The plan of a problem, made when it first comes; see `choose`."""
-    return PLANS.get((problem, lowering), lambda: choose(problem, lowering))
+    # One query is planned once for all positions and all lengths of a cache.
+    alone = takes_any_offset(problem.q_len, problem.training, lowering)
+    key = replace(problem, kv_len=0, q_offset=0) if alone else problem
+    return PLANS.get((key, lowering), lambda: choose(problem, lowering))
 
 
 def choose(problem: Problem, lowering: str = "auto") -> Plan:

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import compiled_dilated as cd
-from compiled_dilated import masks, operators, orders, planner
+from compiled_dilated import masks, orders
 from compiled_dilated.lowerings import bands, costs, dense, strided, tiled
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
+from tests import caches
 from tests.cases import CASES, LOWERINGS, Case, Inputs, by_name, in_order
 
 TOLERANCE = 1e-10
@@ -301,14 +302,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (costs, "_LEAST_BYTES", 1),
     ):
         monkeypatch.setattr(room, name, value)
-    forget_plans()
+    caches.forget()
     yield
-    forget_plans()
-
-
-def forget_plans() -> None:
-    planner.choose.cache_clear()
-    operators._plans.clear()
+    caches.forget()
 
 
 @pytest.mark.usefixtures("tiny")

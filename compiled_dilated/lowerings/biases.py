@@ -133,6 +133,12 @@ class Kept:
                 tiles = entry.tiles[rows, columns, causal] = replace(tiles, dead=dead_rows(tiles, rows))
         return tiles
 
+    def clear(self) -> None:
+        """Forget all biases."""
+        with self._lock:
+            self._entries.clear()
+            self.held_bytes = 0
+
     def _make(self, key: tuple[Bias, torch.device, torch.dtype], rows: int, columns: int, smaller: _Entry | None) -> _Entry:
         beginning, device, dtype = key
         if smaller is not None:

@@ -26,9 +26,9 @@ from tabulate import tabulate
 
 import compiled_dilated as cd
 from compiled_dilated import masks, measure
+from compiled_dilated.calls import Call
 from compiled_dilated.heads import HeadRange
 from compiled_dilated.ring import sources
-from compiled_dilated.calls import Call
 from compiled_dilated.ring.ledgers import Ledger
 from compiled_dilated.ring.plans import layouts_of
 from compiled_dilated.ring.schedules import Schedule

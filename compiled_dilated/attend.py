@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from . import arguments, checks, for_passes, operators, planner
 from .decoding import Decoder
 from .masks import Mask
-from .mods import MaskMod, ScoreMod, check_callable
+from .mods import ScoreMod, check_callable
 from .operators import Options
 from .partials import lse_dtype, merge
 from .programs import PerLength, Program, as_program, masks_of
@@ -68,31 +68,33 @@ class Attend:
 
         Raises TypeError or ValueError where arguments do not fit, before anything is computed, and on every rank of a ring.
         """
-        if options:
-            checks.no_options_of_sdpa(options)
-        bare = data is None and score_mod is None and sink_logits is None and return_lse is False
+        bare = data is None and score_mod is None and sink_logits is None and return_lse is False and not options
         decoder = self._decoder if bare and not is_compiling() else None
         if decoder is not None and (row := decoder(q, k, v, scale, q_offset)) is not None:
             return row
         q, k, v = _autocast(q, k, v)
+        skeleton = self._skeleton
+        has_functions = score_mod is not None or bool(skeleton.mask_mods)
+        bound = (skeleton.plain, skeleton.literals)
         try:
+            checks.no_options_of_sdpa(options)
             tensors = self._checked(q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse)
+            if has_functions and not is_compiling():
+                bound = bind(skeleton.frame, skeleton.literals, skeleton.mask_mods, score_mod, lse_dtype(q.dtype))
         except (TypeError, ValueError) as error:
             if self.ring is not None and not is_compiling():
                 self.ring.transport.refuse(error)
             raise
         q, number = _scaled(q, scale)
         wants_lse = return_lse or sink_logits is not None
-        if score_mod is None and not self._skeleton.mask_mods:
-            out, lse = _plain(self._skeleton, q, k, v, tensors, number, q_offset, wants_lse, self.ring)
+        if has_functions and is_compiling():
+            out, lse = _attend_with_functions()(
+                skeleton.frame, q, k, v, tensors, skeleton.literals, number, q_offset, wants_lse, skeleton.mask_mods, score_mod
+            )
         else:
-            skeleton = self._skeleton
-            arguments_ = (skeleton.frame, q, k, v, tensors, skeleton.literals, number, q_offset, wants_lse)
-            functions = (skeleton.mask_mods, score_mod)
-            if is_compiling():
-                out, lse = _traced_call()(*arguments_, *functions)
-            else:
-                out, lse = with_functions(*arguments_, *functions, ring=self.ring)
+            # The text makes a ring of its own in a compiled graph; in eager mode the ledger of this one is written.
+            ring = None if is_compiling() else self.ring
+            out, lse = attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
         if decoder is not None:
             decoder.learn(q, k, v, q_offset)
         if sink_logits is not None:
@@ -155,8 +157,8 @@ class Attend:
         return f"compile({self.program!r}{lowering}{ring})"
 
 
-def _plain(
-    skeleton: Skeleton,
+def attend_bound(
+    bound: tuple[str, tuple[Tensor, ...]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -164,39 +166,18 @@ def _plain(
     scale: float,
     q_offset: Any,
     wants_lse: bool,
-    ring: Ring | None,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of a rule without functions, whose text is ready."""
-    own = None if is_compiling() else ring
-    training = operators.trains(q, k, v)
-    options = Options(skeleton.plain, scale, q_offset, training, wants_lse, (), len(data), own)
-    return operators.attend(q, k, v, options, *data, *skeleton.literals)
-
-
-def with_functions(
-    frame: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    data: Sequence[Tensor],
-    literals: Sequence[Tensor],
-    scale: float,
-    q_offset: Any,
-    wants_lse: bool,
-    mask_mods: Sequence[MaskMod],
-    score_mod: ScoreMod | None,
     ring: Ring | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of a rule with functions, which are traced as they are now."""
-    rule, operands = bind(frame, literals, mask_mods, score_mod, lse_dtype(q.dtype))
-    own = read_rule(rule, operands).slots
-    learned = tuple(slot for slot in own if operands[slot].is_floating_point() and operators.trains(operands[slot]))
+    """out and lse of a rule as text and its operands."""
+    rule, operands = bound
+    slots = read_rule(rule, operands).slots if operands else ()
+    learned = tuple(slot for slot in slots if operands[slot].is_floating_point() and operators.trains(operands[slot]))
     training = operators.trains(q, k, v) or bool(learned)
     options = Options(rule, scale, q_offset, training, wants_lse, learned, len(data), ring)
     return operators.attend(q, k, v, options, *data, *operands)
 
 
-def _traced_call() -> Callable[..., tuple[Tensor, Tensor]]:
+def _attend_with_functions() -> Callable[..., tuple[Tensor, Tensor]]:
     # It imports the compiler, which takes longer than all of this package.
     from .dynamo import attend_with_functions
 

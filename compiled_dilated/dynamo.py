@@ -16,8 +16,10 @@ from torch import Tensor
 from torch._dynamo.variables import higher_order_ops as dynamo
 from torch._ops import HigherOrderOperator
 
-from .attend import with_functions
+from .attend import attend_bound
 from .mods import as_tensor
+from .partials import lse_dtype
+from .rules import bind
 
 
 class _AttendWithFunctions(HigherOrderOperator):
@@ -45,7 +47,8 @@ class _AttendWithFunctions(HigherOrderOperator):
         if captured:
             functions = [_bound(fn, values) for fn, values in zip((*mask_mods, score_mod), captured, strict=True)]
             *mask_mods, score_mod = functions
-        return with_functions(frame, q, k, v, data, literals, scale, q_offset, wants_lse, mask_mods, score_mod)
+        bound = bind(frame, literals, mask_mods, score_mod, lse_dtype(q.dtype))
+        return attend_bound(bound, q, k, v, data, scale, q_offset, wants_lse)
 
 
 def _bound(fn: Any, captured: Sequence[Any]) -> Any:

@@ -88,9 +88,16 @@ def ring_problem(rule: Rule, written: str, ring: Ring, q: Tensor, k: Tensor, v: 
     about = {"the program, the layout or a function": f"{rule.program!r} over {ring!r}: {written}"}
     if ring.sharded and call is not None:
         about["the scale"] = str(call.scale)
-        about |= {name: digest(x) for name, x in call.data.items()}
-        about |= {} if call.score_mod is None else {"score_mod": str([digest(x) for x in call.score_mod.operands])}
+        about |= {f"data[{name!r}] (of the whole sequence)": digest(x) for name, x in call.data.items()}
+        captured = () if call.score_mod is None else call.score_mod.operands
+        about["what the score_mod captures"] = str([digest(x) for x in captured])
     tokens = ring.transport.tokens(q, k, v, about)
+    for name, x in ({} if call is None else call.data).items():
+        if name in rule.names and x.shape[1] < tokens:
+            raise ValueError(
+                f"data[{name!r}] must hold all {tokens} tokens of the ring's sequence on every rank; got shape {tuple(x.shape)}. "
+                "Pass the data of the whole sequence, not that of a shard"
+            )
     program = rule.program.at(tokens) if isinstance(rule.program, PerLength) else rule.program
     q_shape, k_shape, v_shape = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
     return problem_of(program, q_shape, k_shape, v_shape, q.dtype, q.device.type, 0, False, rule.score_mod is not None)
@@ -207,7 +214,7 @@ def _run_backward(
         ring = rule.ring if options.ring is None else options.ring
         call, q, sign = _positive(rule.call(data, operands, options.scale, options.q_offset, options.learned), saved.q)
         saved = replace(saved, q=q).map(_rows)
-        whole = None if ring is None else ring_problem(rule, options.rule, ring, saved.q, saved.k, saved.v, call)
+        whole = None if ring is None else ring_problem(rule, options.rule, ring, saved.q, saved.k, saved.v)
         if _is_empty(whole, saved.q, saved.k, saved.v):
             gradients = [torch.zeros_like(x) for x in (saved.q, saved.k, saved.v)]
         elif ring is not None and whole is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from functools import _lru_cache_wrapper
 
@@ -12,9 +11,8 @@ from compiled_dilated.planner import PLANS
 
 def lru_caches() -> list[_lru_cache_wrapper]:
     """The functions of the package that remember results."""
-    modules = {id(module) for name, module in sys.modules.items() if name.split(".")[0] == "compiled_dilated"}
-    names = {vars(module).get("__name__") for module in sys.modules.values() if id(module) in modules}
-    return [x for x in gc.get_objects() if isinstance(x, _lru_cache_wrapper) and getattr(x, "__module__", None) in names]
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "compiled_dilated"]
+    return [x for module in modules for x in vars(module).values() if isinstance(x, _lru_cache_wrapper)]
 
 
 def forget() -> None:

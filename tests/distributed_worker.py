@@ -6,6 +6,7 @@ raises; what it prints is for the test that started it.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -276,12 +277,17 @@ def refusals(group: dist.ProcessGroup) -> None:
 
     causal = cd.compile(masks.causal(), mesh=group, layout="contiguous")
     differ = "the ranks of a ring must compute the same; ranks "
-    kind = "in the program, the layout or the dtype"
+    kind = "in the program, the layout or a function"
     other = cd.compile(masks.window(3) if last else masks.causal(), mesh=group)
     refuses(f"differ from rank {group.rank()} {kind}", lambda: other(*shards()))
     laid_out = cd.compile(masks.causal(), mesh=group, layout="zigzag" if last else "striped")
     refuses(kind, lambda: laid_out(*shards()))
-    refuses(kind, lambda: causal(*shards(dtype=torch.float32 if last else torch.float64)))
+    refuses("in dtype: ", lambda: causal(*shards(dtype=torch.float32 if last else torch.float64)))
+    refuses("in the scale: ", lambda: causal(*shards(), scale=0.5 if last else 0.25))
+    bias = torch.full((40, 40), float(last))
+    refuses("in what the score_mod captures: ", lambda: causal(*shards(), score_mod=lambda s, b, h, i, j: s + bias[i, j]))
+    factor = 1.0 + last
+    refuses(kind, lambda: causal(*shards(), score_mod=lambda s, b, h, i, j: s * factor))
     refuses(differ, lambda: causal(*shards(heads=8 if last else 4)))
     refuses("in key heads: ", lambda: causal(*shards(kv_heads=4 if last else 2)))
     refuses("in batch: ", lambda: causal(*shards(batch=1 if last else 2)))
@@ -289,6 +295,78 @@ def refusals(group: dist.ProcessGroup) -> None:
     wrong = "rank 0 of 3 must hold 22 of the 64 tokens under the layout contiguous; got 20. Take the rows that "
     refuses(wrong, lambda: causal(*shards(24 if last else 20)))
     check(LONGNET, inputs(131), group, "auto")
+
+
+def learned_operands(group: dist.ProcessGroup) -> None:
+    """Of a table that a score_mod captures each rank has the gradient of its own queries; together they are the whole."""
+    tokens, layout = 75, "zigzag"
+    whole = inputs(tokens)
+    table = torch.randn(tokens, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    program = masks.causal() & masks.window(30)
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return score + table[q, kv]
+
+    own = cd.plan(program, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout=layout).positions(group.rank())
+    out = cd.compile(program, mesh=group, layout=layout)(*leaves(whole, own), score_mod=biased)
+    (share,) = torch.autograd.grad(out.square().sum(), [table])
+    dist.all_reduce(share, group=group)
+    truth = cd.reference(program, *whole, score_mod=biased)
+    (grad,) = torch.autograd.grad(truth.square().sum(), [table])
+    torch.testing.assert_close(share, grad, rtol=1e-10, atol=1e-10)
+
+
+def mistakes(group: dist.ProcessGroup) -> None:
+    """Random calls with a mistake on one rank or on all: all raise the same words before data moves, and none waits."""
+    tokens = 10 * group.size()
+    whole = inputs(tokens)
+    program = masks.causal() & masks.documents(ids="ids") & masks.padding()
+    data = both_data(2, tokens)
+    data = {"ids": data["documents"], "padding": data["padding"]}
+    attend = cd.compile(program, mesh=group, layout="contiguous")
+    own = cd.plan(program, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout="contiguous").positions(
+        group.rank()
+    )
+    right: dict[str, Any] = dict(zip("qkv", leaves(whole, own), strict=True)) | {"data": data}
+    q, k = right["q"], right["k"]
+    wrong: list[dict[str, Any]] = [
+        {"q": q[0]},
+        {"q": 3},
+        {"q": q[..., :7]},
+        {"q": q.float()},
+        {"k": k[:, :1]},
+        {"k": k[:, :, :-1]},
+        {"k": k[:1]},
+        {"data": None},
+        {"data": {"ids": data["ids"]}},
+        {"data": data | {"ids": data["ids"].float()}},
+        {"data": data | {"ids": data["ids"][:, own]}},
+        {"data": data | {"ids": data["ids"] + 1}},
+        {"data": data | {"padding": data["padding"].logical_not()}},
+        {"scale": math.nan},
+        {"scale": 0.77},
+        {"q_offset": 2},
+        {"q_offset": -1},
+        {"return_lse": "no"},
+        {"sink_logits": torch.zeros(3)},
+        {"score_mod": 3},
+        {"score_mod": lambda s, b, h, i, j: s if i > j else -s},
+        {"score_mod": lambda s, b, h, i, j: s * 2},
+        {"is_causal": True},
+    ]
+    generator = torch.Generator().manual_seed(group.size())
+    for number, change in enumerate(wrong):
+        culprit = int(torch.randint(group.size(), (), generator=generator))
+        options = right | (change if group.rank() == culprit else {})
+        tensors = [options.pop(name) for name in "qkv"]
+        with pytest.raises((TypeError, ValueError)) as raised:
+            attend(*tensors, **options)
+        said: list[str] = [""] * group.size()
+        dist.all_gather_object(said, str(raised.value), group=group)
+        alike = {text.split("cannot compute: ")[-1] for text in said if "differ from rank" not in text}
+        assert len(alike) <= 1, (number, said)
+        out = attend(*[right[name] for name in "qkv"], data=data)  # the group still works
+        torch.testing.assert_close(out, cd.reference(program, *whole, data=data)[:, :, own], rtol=1e-10, atol=1e-10)
 
 
 def at_steps_of_others(group: dist.ProcessGroup, what: Callable[[], object], after: int = 0) -> None:

@@ -119,9 +119,9 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 @pytest.mark.parametrize(
     ("size", "scenarios"),
     [
-        (2, ("same_bits", "variant", "compiled", "training", "fully_sharded")),
+        (2, ("same_bits", "variant", "compiled", "training", "fully_sharded", "learned_operands", "mistakes")),
         (4, ("same_bits", "two_rings", "training")),
-        (3, ("refusals",)),
+        (3, ("refusals", "learned_operands", "mistakes")),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import compiled_dilated as cd
 from compiled_dilated import Branch, Program, masks, orders
+from compiled_dilated.mods import ModError
 
 CAUSAL, WINDOW = masks.causal(), masks.window(4)
 IDS, PADDING = masks.documents(ids="ids"), masks.padding("pad")
@@ -25,10 +26,6 @@ def attend(program: Any = CAUSAL, q: Any = None, k: Any = None, v: Any = None, l
     q = x() if q is None else q
     k = x() if k is None else k
     return cd.compile(program, lowering=lowering)(q, k, k if v is None else v, **options)
-
-
-def learned(slope: Tensor) -> Callable[..., Tensor]:
-    return lambda score, b, h, q, kv: score * slope
 
 
 Row = tuple[Callable[[], Any], type[Exception], str]
@@ -161,7 +158,13 @@ COMPILE: list[Row] = [
     (lambda: attend(k=x(2, 3, 8, 4)), ValueError, "the 4 query heads must be a multiple of the 3 key heads"),
     (lambda: attend(scale="1"), ValueError, "scale must be a finite number; got str '1'"),
     (lambda: attend(scale=float("nan")), ValueError, "Leave it out for 1 / sqrt(head_dim)"),
-    (lambda: attend(scale=x(1)), ValueError, "scale must be a finite number; got Tensor"),
+    (lambda: attend(scale=x(1)), ValueError, "scale must be a finite number or a tensor of one; got shape (1,)"),
+    (lambda: attend(return_lse="no"), TypeError, "return_lse must be True or False; got str 'no'"),
+    (lambda: attend(sink_logits=x(4).to(torch.complex64)), TypeError, "sink_logits must be real numbers; got torch.complex64"),
+    (lambda: attend(sink_logits=torch.arange(4)), TypeError, "sink_logits must be real numbers; got torch.int64"),
+    (lambda: attend(k=x().to("meta")), ValueError, "q, k and v must be on one device; got q on cpu and k on meta"),
+    (lambda: attend(q=x().to_sparse()), TypeError, "q must be a dense tensor; got a torch.sparse_coo one"),
+    (lambda: attend(data=[1]), TypeError, "data must be a dict of tensors by name; got list"),
     (lambda: attend(q_offset=-1), ValueError, "q_offset must be at least 0; got -1"),
     (lambda: attend(q_offset=1.0), TypeError, "q_offset must be an integer; got float 1.0"),
     (
@@ -204,7 +207,18 @@ COMPILE: list[Row] = [
     ),
     (lambda: attend(sink_logits=x(3)), ValueError, "shape (4,); got (3,)"),
     (lambda: attend(score_mod=3), TypeError, "score_mod must be a function of (score, b, h, q_idx, kv_idx); got int"),
-    (lambda: attend(score_mod=learned(x(1, requires_grad=True))), ValueError, "score_mod reads a tensor that requires grad"),
+    (lambda: attend(score_mod=lambda s, b: s), TypeError, "(s, b): too many positional arguments"),
+    (
+        lambda: attend(score_mod=lambda s, b, h, i, j: None),
+        TypeError,
+        "must return a number as a tensor for each pair",
+    ),
+    (lambda: attend(score_mod=lambda s, b, h, i, j: i >= j), TypeError, "must return the new score; got torch.bool"),
+    (lambda: attend(score_mod=lambda s, b, h, i, j: s.expand(3)), ValueError, "one number for each pair, called with scalars"),
+    (lambda: attend(score_mod=lambda s, b, h, i, j: s if i > j else -s), ModError, "Write torch.where(condition, a, b)"),
+    (lambda: attend(score_mod=lambda s, b, h, i, j: s + torch.rand((), device=s.device)), ModError, "a graph cannot carry"),
+    (lambda: attend(masks.from_mod(lambda b, h, i, j: None)), TypeError, "must return a bool tensor for each pair; got NoneType"),
+    (lambda: attend(masks.from_mod(lambda b, h, i, j: i * 1.0)), TypeError, "must return a bool tensor; got torch.float32"),
     (lambda: attend(Program((Branch(CAUSAL, heads=(0, 5)),))), ValueError, "names heads 0 to 5; the query has 4"),
     (lambda: attend(masks.congruent(2, (0, 1))), ValueError, "names 2 offsets for 4 heads; give one per head or a single number"),
     (lambda: attend(masks.neighborhood((2, 3), 1)), ValueError, "a grid of 6 tokens; got positions up to 8"),
@@ -232,7 +246,7 @@ COMPILE: list[Row] = [
     (lambda: attend(q=x(requires_grad=True), lowering="flex"), ValueError, "torch has no backward of FlexAttention on a CPU"),
     (lambda: attend(lowering="flex", return_lse=True), ValueError, "lowering 'flex' gives no lse on a CPU"),
     (lambda: cd.compile(CAUSAL)(x(), x(), x(), None), TypeError, "positional argument"),
-    (lambda: attend(dropout_p=0.1), TypeError, "unexpected keyword argument 'dropout_p'"),
+    (lambda: attend(dropout_p=0.1), TypeError, "takes no dropout_p=; there is no dropout of attention weights"),
 ]
 
 PLAN: list[Row] = [
@@ -259,7 +273,7 @@ PLAN: list[Row] = [
 
 REFERENCE: list[Row] = [
     (lambda: cd.reference(lambda b, h, q, kv: q >= kv, x(), x(), x()), TypeError, "expected a Program or a mask; got function"),
-    (lambda: cd.reference(IDS, x(), x(), x()), ValueError, "reads the data tensor 'ids'; got nothing. Pass data={'ids': tensor}"),
+    (lambda: cd.reference(IDS, x(), x(), x()), ValueError, "the program reads the data tensors ['ids']; got []"),
     (lambda: cd.reference(Program((Branch(CAUSAL, (0, 9)),)), x(), x(), x()), ValueError, "names heads 0 to 9; the query has 4"),
 ]
 

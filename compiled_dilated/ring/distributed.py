@@ -118,7 +118,9 @@ class Distributed:
         return sum(self._rows)
 
     def refuse(self, error: Exception) -> None:
-        """Say to the other ranks that this one's call is wrong, where they wait for it; raises `error` in any case."""
+        """Say to the other ranks, which wait for this one, that its call is wrong."""
+        if not dist.is_available() or not dist.is_initialized():
+            return
         self._exchanged({"error": f"{error}", "kind": "TypeError" if isinstance(error, TypeError) else "ValueError"})
 
     def _exchanged(self, entry: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import operator
 
+# The dtypes that attention is computed in, and the bytes of a number.
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
 
 def integer(name: str, value: object, least: int | None = None) -> int:
     """`value` as an int of at least `least`; bool, float and str are refused, numpy and torch integers are not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from . import arguments, checks, for_passes, operators, planner
 from .decoding import Decoder
 from .masks import Mask
 from .mods import ScoreMod, check_callable
-from .operators import Options
 from .partials import lse_dtype, merge
 from .programs import PerLength, Program, as_program, masks_of
 from .ring.rings import Ring
@@ -94,7 +93,7 @@ class Attend:
         else:
             # The text makes a ring of its own in a compiled graph; in eager mode the ledger of this one is written.
             ring = None if is_compiling() else self.ring
-            out, lse = attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
+            out, lse = operators.attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
         if decoder is not None:
             decoder.learn(q, k, v, q_offset)
         if sink_logits is not None:
@@ -155,26 +154,6 @@ class Attend:
         lowering = "" if self.lowering == "auto" else f", lowering={self.lowering!r}"
         ring = "" if self.ring is None else f", {self.ring!r}"
         return f"compile({self.program!r}{lowering}{ring})"
-
-
-def attend_bound(
-    bound: tuple[str, tuple[Tensor, ...]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    data: Sequence[Tensor],
-    scale: float,
-    q_offset: Any,
-    wants_lse: bool,
-    ring: Ring | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of a rule as text and its operands."""
-    rule, operands = bound
-    slots = read_rule(rule, operands).slots if operands else ()
-    learned = tuple(slot for slot in slots if operands[slot].is_floating_point() and operators.trains(operands[slot]))
-    training = operators.trains(q, k, v) or bool(learned)
-    options = Options(rule, scale, q_offset, training, wants_lse, learned, len(data), ring)
-    return operators.attend(q, k, v, options, *data, *operands)
 
 
 def _attend_with_functions() -> Callable[..., tuple[Tensor, Tensor]]:

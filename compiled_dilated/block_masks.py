@@ -6,7 +6,7 @@ kernels take them as they are, the CPU's want `widen`. Eager FlexAttention looks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import arguments
+from . import arguments, checks
 from .masks import Mask
+from .masks.functions import functions_of
 from .orders import Order, identity
 from .regions import IntArray
 from .tiles import Flags, TileLists, TileMap, split
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,8 @@ def block_masks(
     """The mask as disjoint BlockMasks, built from tile lists: never the q_len x kv_len pairs, nor their tiles squared.
 
     One part for most masks; a few where some rows (global tokens) or columns (sinks) are far heavier than the others. Rows that
-    are in no part see nothing. Lists are (1, 1, ...), or (1, heads, ...) where `heads` is given and heads see different pairs.
+    are in no part see nothing. Lists are (B, 1, ...), B the batch of the data (1 without any), or (B, heads, ...) where
+    `heads` is given and heads see different pairs.
 
     tile: queries and keys per block. q_offset: the position of the first query. data: the named tensors that the mask reads,
     captured by its mask_mod. With an order, q and k (and v) must be permuted by it first.
@@ -62,21 +62,39 @@ def block_masks(
     arguments.integer("q_len", q_len, 1)
     arguments.integer("kv_len", kv_len, 1)
     arguments.integer("tile", tile, 1)
+    if heads is not None:
+        arguments.integer("heads", heads, 1)
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks")
-    per_head = [mask] if heads is None else [mask.at_head(head, heads) for head in range(arguments.integer("heads", heads, 1))]
+    whole = mask if heads is None else mask.for_heads(heads)
+    _check_data(whole, q_len + arguments.integer("q_offset", q_offset, 0), kv_len, data, device)
+    return build(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
+
+
+def build(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    device: torch.device | str,
+    heads: int | None,
+    tile: int,
+    order: Order,
+    q_offset: int,
+    data: Mapping[str, Tensor] | None,
+) -> tuple[BlockMaskPart, ...]:
+    """The parts of checked arguments; data may hold the operands of traced functions too."""
+    per_head = [mask] if heads is None else [mask.at_head(head, heads) for head in range(heads)]
     maps = {
-        each: TileMap.build(each, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset)
-        for each in dict.fromkeys(per_head)
+        masked: TileMap.build(masked, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset)
+        for masked in dict.fromkeys(per_head)
     }
     if len(maps) == 1:
         mask, per_head = per_head[0], per_head[:1]
     elif heads is not None:
         mask = mask.for_heads(heads)
-    _check_data(mask, data, device)
     position, parts = _positions(order, q_len, device), split(_union(list(maps.values())))
     mask = mask.on(device)
-    return tuple(_part(mask, [maps[each] for each in per_head], part, position, device, data) for part in parts)
+    return tuple(_part(mask, [maps[masked] for masked in per_head], part, position, device, data) for part in parts)
 
 
 def block_mask(
@@ -100,20 +118,21 @@ def block_mask(
     return parts[0].block_mask
 
 
-def _check_data(mask: Mask, data: Mapping[str, Tensor] | None, device: torch.device | str) -> None:
-    given = {} if data is None else data
-    if set(given) != set(mask.names):
-        wanted = f"data={{{', '.join(f'{name!r}: tensor' for name in mask.names)}}}" if mask.names else "no data"
-        raise ValueError(f"{mask!r} reads the data tensors {list(mask.names)}; got {sorted(given)}. Pass {wanted}")
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"data[{name!r}] must be a tensor; got {type(tensor).__name__}")
-        if tensor.device.type != torch.device(device).type:
-            raise ValueError(f"data[{name!r}] is on {tensor.device}, the block mask on {device}. Move one to the other")
-    if all(tensor.numel() for tensor in given.values()):
-        # One pair is asked for, so that a mask that cannot answer (a rule over an unknown number of heads) says so here already.
+def _check_data(
+    mask: Mask, query_tokens: int, key_tokens: int, data: Mapping[str, Tensor] | None, device: torch.device | str
+) -> None:
+    there = torch.empty(0, device=device).device
+    checks.data(mask.names, mask.query_names, data, checks.Shape(_batch(mask, data), query_tokens, key_tokens, there))
+    # One pair is asked for, so that a mask that cannot answer (a rule over an unknown number of heads) says so here already.
+    if not functions_of(mask):
         first = torch.zeros((), dtype=torch.int64, device=device)
-        mask.allows(first, first, first, first, given)
+        mask.allows(first, first, first, first, data)
+
+
+def _batch(mask: Mask, data: Mapping[str, Tensor] | None) -> int:
+    """The batch that data speaks of; 1 where there is none."""
+    tensors = [x for name, x in (data or {}).items() if name in mask.names and isinstance(x, Tensor) and x.dim() == 2]
+    return max((x.shape[0] for x in tensors), default=1)
 
 
 def _positions(order: Order, n: int, device: torch.device | str) -> Tensor | None:
@@ -143,8 +162,9 @@ def _part(
     rows = range(part.q_start // part.q_tile, part.q_start // part.q_tile + part.rows)
     columns = range(part.kv_start // part.kv_tile, part.kv_start // part.kv_tile + part.columns)
     heads = [_cautious(each.restrict(rows, columns)) for each in maps]
-    kv_num, kv, full_kv_num, full_kv = _rectangular(heads, device)
-    q_num, q, full_q_num, full_q = _rectangular([each.transpose() for each in heads], device)
+    batch = _batch(mask, data)
+    kv_num, kv, full_kv_num, full_kv = _rectangular(heads, batch, device)
+    q_num, q, full_q_num, full_q = _rectangular([lists.transpose() for lists in heads], batch, device)
     block_mask = BlockMask(
         seq_lengths=(part.q_len, part.kv_len),
         kv_num_blocks=kv_num,
@@ -156,7 +176,7 @@ def _part(
         full_q_num_blocks=full_q_num,
         full_q_indices=full_q,
         BLOCK_SIZE=(part.q_tile, part.kv_tile),
-        mask_mod=_mask_mod(mask, part.q_offset + part.q_start, part.kv_start, position, data),
+        mask_mod=_MaskMod(mask, part.q_offset + part.q_start, part.kv_start, position, data),
     )
     return BlockMaskPart(block_mask, part.queries, part.keys)
 
@@ -167,10 +187,11 @@ def _cautious(tile_map: TileMap) -> TileMap:
     return replace(tile_map, full=tile_map.full & ~short)
 
 
-def _rectangular(heads: Sequence[TileLists], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(count, indices) of the partial and of the full tiles: (1, H, rows) and (1, H, rows, width), int32, one width for both.
+def _rectangular(heads: Sequence[TileLists], batch: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(count, indices) of the partial and of the full tiles: (B, H, rows) and (B, H, rows, width), int32, one width for both.
 
-    Equal widths because torch's decoding kernel reads both lists by the strides of the first.
+    The same for every batch entry: what data says differs within tiles, and kernels want the batch in their lists. Equal widths
+    because torch's decoding kernel reads both lists by the strides of the first.
     """
     kinds = [(~each.full, each.full) for each in heads]
     counts = np.stack([[_row_counts(lists, kind) for kind in pair] for lists, pair in zip(heads, kinds, strict=True)])
@@ -182,7 +203,8 @@ def _rectangular(heads: Sequence[TileLists], device: torch.device | str) -> tupl
             count = counts[head, which]
             place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
             indices[0, head, lists.row_of[pair[which]], place] = lists.indices[pair[which]]
-        out += [torch.from_numpy(counts[None, :, which].astype(np.int32)).to(device), torch.from_numpy(indices).to(device)]
+        tables = counts[None, :, which].astype(np.int32), indices
+        out += [torch.from_numpy(np.repeat(table, batch, axis=0)).to(device) for table in tables]
     return out[0], out[1], out[2], out[3]
 
 
@@ -190,22 +212,27 @@ def _row_counts(lists: TileLists, kind: Flags) -> IntArray:
     return np.bincount(lists.row_of[kind], minlength=lists.rows).astype(np.int64)
 
 
-def _mask_mod(mask: Mask, q_first: int, kv_first: int, position: Tensor | None, data: Mapping[str, Tensor] | None) -> MaskMod:
-    """The mask over the indices of a slice that starts at place q_first, kv_first."""
+class _MaskMod(torch.nn.Module):
+    """A mask over the indices of a slice that starts at place q_first, kv_first; `position` says which token is where.
 
-    def in_place(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        seen: Tensor = mask.allows(b, h, q + q_first, kv + kv_first, data)
+    A module, since torch.compile takes a module's numbers as constants. With dynamic=True it makes variables of all others, and
+    the CPU's template of FlexAttention does not compile with them.
+    """
+
+    def __init__(
+        self, mask: Mask, q_first: int, kv_first: int, position: Tensor | None, data: Mapping[str, Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.mask, self.q_first, self.kv_first, self.position = mask, q_first, kv_first, position
+        self.data = None if data is None else dict(data)
+
+    def forward(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """FlexAttention's mask_mod."""
+        q, kv = q + self.q_first, kv + self.kv_first
+        if self.position is not None:
+            q, kv = self.position[q], self.position[kv]
+        seen: Tensor = self.mask.allows(b, h, q, kv, self.data)
         return seen
-
-    if position is None:
-        return in_place
-    table = position
-
-    def in_order(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        seen: Tensor = mask.allows(b, h, table[q + q_first], table[kv + kv_first], data)
-        return seen
-
-    return in_order
 
 
 def widen(block_mask: BlockMask) -> BlockMask:

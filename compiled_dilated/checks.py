@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .plans import BYTES
 
-_DTYPES = frozenset(getattr(torch, name) for name in BYTES)
+_DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
 # SDPA's own options, and how the same is said here.
 _OF_SDPA = {
     "is_causal": "write it into the program: masks.causal() & mask",

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._dynamo.utils import proxy_args_kwargs
 from torch._dynamo.variables import higher_order_ops as dynamo
+from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._ops import HigherOrderOperator
 
-from .attend import attend_bound
 from .mods import as_tensor
+from .operators import attend_bound
 from .partials import lse_dtype
 from .rules import bind
 
@@ -26,7 +28,7 @@ class _AttendWithFunctions(HigherOrderOperator):
     """Never dispatched: where it is called, functions are traced to text and the call becomes one of the operator."""
 
     def __init__(self) -> None:
-        super().__init__("compiled_dilated_attend", cacheable=True)
+        super().__init__("compiled_dilated_attend", cacheable=True)  # type: ignore[no-untyped-call]
 
     def __call__(
         self,
@@ -85,12 +87,10 @@ class _Variable(dynamo.FlexAttentionHigherOrderVariable):
             captured.append(lifted)
         else:
             captured.append(())
-        proxies, _ = dynamo.proxy_args_kwargs(plain, {})
+        proxies, _ = proxy_args_kwargs(plain, {})
         proxy = tx.output.create_proxy(
             "call_function", self.value, args=(*proxies, tuple(nodes), score_node, tuple(captured)), kwargs={}
         )
-        from torch._dynamo.variables.builder import wrap_fx_proxy
-
         return wrap_fx_proxy(tx=tx, proxy=proxy, example_value=None)
 
 

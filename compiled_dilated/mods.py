@@ -348,9 +348,9 @@ def _trace(kind: str, fn: Callable[..., Any], inputs: tuple[tuple[str, torch.dty
 def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
     """A number, which may vary, as the tensor that stands for it in a graph."""
     if isinstance(number, torch.SymFloat):  # as a product, which the compiler keeps for all values; a new scalar it does not
-        return torch.ones((), dtype=torch.float64, device="cpu") * number
+        return torch.ones((), dtype=torch.float64, device="cpu") * number  # type: ignore[operator]
     whole = isinstance(number, int | torch.SymInt)
-    return torch.scalar_tensor(number, dtype=torch.int64 if whole else torch.float64, device="cpu")
+    return torch.scalar_tensor(number, dtype=torch.int64 if whole else torch.float64, device="cpu")  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -403,7 +403,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down the operators that a mod calls on tensors without data."""
 
     def __init__(self, kind: str, fn: Callable[..., Any], inputs: Sequence[tuple[str, torch.dtype]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind, self.fn, self.inputs = kind, fn, inputs
         self.captured: list[Any] = []
         self.body: list[tuple[str, Any, Any, bool, bool]] = []

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import arguments, masks
+from . import arguments, checks, masks
 from .attend import Attend
 from .programs import PerLength, Program, builder, longnet
 from .ring.rings import Ring
@@ -36,8 +36,8 @@ class Attention(nn.Module):
         ring: Ring | None = None,
     ) -> None:
         super().__init__()
-        if softmax_scale is not None and not _is_finite_number(softmax_scale):
-            raise ValueError(f"softmax_scale must be a finite number; got {softmax_scale!r}. Leave it out for 1 / sqrt(head_dim)")
+        if softmax_scale is not None:
+            checks.scale("softmax_scale", softmax_scale)
         _refuse_dropout("attention_dropout", attention_dropout)
         self.softmax_scale = softmax_scale
         self.lowering = lowering
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         key_padding_mask: bool (B, M), True where the key is padding, as in torch. No query sees such keys. A padded *query* gets
         what it sees, like any other: mask such rows in the loss. A row that sees nothing is 0, and sends no gradient.
         """
-        _check_inputs(query, key, value)
+        checks.tensors(query, key, value, checks.TOKENS_FIRST)
         attend = self._attends[arguments.flag("is_causal", is_causal), key_padding_mask is not None]
         if isinstance(attend.program, PerLength) and query.shape[1] != key.shape[1]:
             raise ValueError(
@@ -295,26 +295,6 @@ def _refuse_dropout(name: str, value: float) -> None:
             f"{name}={value} cannot be honoured: the fused attention kernels have no dropout. Pass 0.0, which for inference "
             f"is the same; for training put torch.nn.Dropout({value}) behind the module"
         )
-
-
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Shapes alone, in this layout; the core checks the rest."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor")
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must be (batch, tokens, heads, head_dim); got shape {tuple(x.shape)}. "
-                "Modules take tokens before heads; split the last dimension with unflatten"
-            )
-    if key.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"key and value must agree in batch, tokens and heads; got key {tuple(key.shape)} and value {tuple(value.shape)}"
-        )
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"query and key must have one batch size; got query {tuple(query.shape)} and key {tuple(key.shape)}")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key must have one head_dim; got query {tuple(query.shape)} and key {tuple(key.shape)}")
 
 
 def _check_padding(key_padding_mask: Tensor, key: Tensor) -> Tensor:

@@ -473,6 +473,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor) 
     return results
 
 
+def attend_bound(
+    bound: tuple[str, tuple[Tensor, ...]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    data: Sequence[Tensor],
+    scale: float,
+    q_offset: Any,
+    wants_lse: bool,
+    ring: Ring | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a rule as text and its operands."""
+    rule, operands = bound
+    slots = read_rule(rule, operands).slots if operands else ()
+    learned = tuple(slot for slot in slots if operands[slot].is_floating_point() and trains(operands[slot]))
+    training = trains(q, k, v) or bool(learned)
+    options = Options(rule, scale, q_offset, training, wants_lse, learned, len(data), ring)
+    return attend(q, k, v, options, *data, *operands)
+
+
 def trains(*tensors: Tensor) -> bool:
     """Whether a backward may follow."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

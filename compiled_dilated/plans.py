@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 from tabulate import tabulate
 
+from .arguments import BYTES
 from .programs import Program
 
 Made = TypeVar("Made")
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)

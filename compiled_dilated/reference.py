@@ -50,7 +50,9 @@ def reference(
     k, v = k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
     if score_mod is not None:
-        scores = over_pairs(score_mod, scores, *_indices(*scores.shape, q_offset, q.device)).expand(scores.shape)
+        scores = over_pairs(
+            score_mod, scores, *_indices(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q_offset, q.device)
+        ).expand(scores.shape)
     scores = torch.where(counts > 0, scores + counts.clamp(min=1).double().log(), -math.inf)
     out, lse = _softmax(scores, v, sink_logits)
     seen = (counts > 0).double()

@@ -102,7 +102,8 @@ def bind(
     for mask_mod in mask_mods:
         graph, captured = trace_mask_mod(mask_mod)
         graphs.append((graph, _append(captured, operands), name_of(mask_mod)))
-    score_graph, slots = None, ()
+    score_graph: str | None = None
+    slots: tuple[int, ...] = ()
     if score_mod is not None:
         graph, captured = trace_score_mod(score_mod, dtype)
         score_graph, slots = graph.text, _append(captured, operands)

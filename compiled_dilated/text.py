@@ -166,7 +166,7 @@ def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLeng
     def tiles_of(block: int, columns: int, keys: tuple[int, ...]) -> Mask:
         return Tiles(block, columns, keys)
 
-    names = {
+    names: dict[str, Callable[..., Any]] = {
         **NAMES,
         "traced": traced,
         "per_length": programs.per_length,

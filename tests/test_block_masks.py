@@ -308,17 +308,17 @@ def test_narrow_masks_on_a_gpu(mask: Mask, order: Order, data: Any) -> None:
         (
             lambda: block_mask(masks.causal(), 4, 4, data={"x": torch.zeros(1)}),
             ValueError,
-            r"reads the data tensors \[\]; got \['x'\]. Pass no data",
+            r"reads the data tensors \[\]; got \['x'\]. Pass data=",
         ),
         (
             lambda: block_mask(masks.padding(), 4, 4, data={"padding": np.zeros((1, 4), bool)}),
             TypeError,
-            "must be a tensor; got ndarray",
+            "must be a bool or integer tensor; got ndarray",
         ),
         (
             lambda: block_mask(masks.padding(), 4, 4, data={"padding": torch.zeros(1, 4, dtype=torch.bool, device="meta")}),
             ValueError,
-            "is on meta, the block mask on cpu",
+            "must be on the device of q, cpu; got meta",
         ),
         (
             lambda: block_mask(masks.congruent(2, "grouped"), 4, 4),

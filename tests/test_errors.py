@@ -282,8 +282,12 @@ BLOCK_MASKS: list[Row] = [
     (lambda: cd.block_masks(CAUSAL, 0, 64), ValueError, "q_len must be at least 1; got 0"),
     (lambda: cd.block_masks(CAUSAL, 64, 64, tile=0), ValueError, "tile must be at least 1; got 0"),
     (lambda: cd.block_masks(CAUSAL, 64, 64, heads=0), ValueError, "heads must be at least 1; got 0"),
-    (lambda: cd.block_masks(IDS, 64, 64), ValueError, "reads the data tensors ['ids']; got []. Pass data={'ids': tensor}"),
-    (lambda: cd.block_masks(IDS, 64, 64, data={"ids": [0]}), TypeError, "data['ids'] must be a tensor; got list"),
+    (
+        lambda: cd.block_masks(IDS, 64, 64),
+        ValueError,
+        "the program reads the data tensors ['ids']; got []. Pass data={name: tensor}",
+    ),
+    (lambda: cd.block_masks(IDS, 64, 64, data={"ids": [0]}), TypeError, "data['ids'] must be a bool or integer tensor; got list"),
     (lambda: cd.block_masks(CAUSAL, 64, 32, order=orders.residue(2)), ValueError, "needs q_len == kv_len and q_offset 0"),
     (lambda: cd.block_masks(masks.neighborhood((4, 4), 1), 17, 17), ValueError, "a grid of 16 tokens; got positions up to 17"),
     (

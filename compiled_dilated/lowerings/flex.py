@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from ..block_masks import BlockMaskPart, block_masks, widen
+from ..block_masks import BlockMaskPart, build, widen
 from ..calls import Call
 from ..masks import Mask, Or, full
 from ..masks.core import Data, Positions
@@ -96,7 +96,7 @@ class Work:
         """Block masks for the call's data; kept where there is none."""
         if device in self.lasting:
             return self.lasting[device]
-        parts = block_masks(
+        parts = build(
             self.linked, problem.q_len, problem.kv_len, device, problem.heads, _TILE, self.order, problem.q_offset, data
         )  # fmt: skip
         if device.type == "cpu":
@@ -156,7 +156,7 @@ def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: T
     """out and lse; on a CPU the lse is NaN throughout, and whoever asks for it is refused before."""
     q, k, v = (work.order.permute(x) for x in (q, k, v))
     parts = work.parts(problem, q.device, call.data)
-    score_mod = _score_mod(work, call)
+    score_mod = _score_mod(work, call, q.device)
     if q.device.type == "cpu":
         assert len(parts) <= 1
         # FlexAttention refuses tensors that require a gradient on a CPU, even where none is recorded.
@@ -216,13 +216,13 @@ def _part(part: BlockMaskPart, q: Tensor, k: Tensor, v: Tensor, score_mod: Any, 
         )  # fmt: skip
 
 
-def _score_mod(work: Work, call: Call) -> Callable[[BlockMaskPart], Any] | None:
+def _score_mod(work: Work, call: Call, device: torch.device) -> Callable[[BlockMaskPart], Any] | None:
     """The caller's score_mod, and log c where branches overlap, over the indices of a part."""
-    mine = call.score_mod
+    own = call.score_mod
     counted = len(work.linked.program.branches) > 1
-    if mine is None and not counted:
+    if own is None and not counted:
         return None
-    linked = work.linked.for_heads(work.linked.heads)
+    linked = work.linked.for_heads(work.linked.heads).on(device)  # a kernel can read tables, not make them
     assert isinstance(linked, Linked)
     data, q_offset = call.data, call.q_offset
 
@@ -231,8 +231,8 @@ def _score_mod(work: Work, call: Call) -> Callable[[BlockMaskPart], Any] | None:
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             q, kv = q + q_first, kv + kv_first
-            if mine is not None:
-                score = mine.graph.scalar(mine.operands, score, b, h, q, kv)
+            if own is not None:
+                score = own.graph.scalar(own.operands, score, b, h, q, kv)
             if counted:
                 score = score + linked.count(b, h, q, kv, data).to(score.dtype).log()
             return score

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
 
 from ..calls import Call
 from ..partials import Saved
@@ -91,7 +91,11 @@ class Distributed:
                 "a distributed ring needs torch.distributed: call torch.distributed.init_process_group() first, "
                 "in processes started by torchrun"
             )
-        return _resolve_process_group(self.group_name) if self.group_name else dist.group.WORLD
+        if self.group_name:
+            return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+        world = dist.group.WORLD
+        assert world is not None
+        return world
 
     @property
     def rank(self) -> int:

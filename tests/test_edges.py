@@ -1,0 +1,300 @@
+"""Numbers at the edges: scales of any sign, queries past the last key, sinks and scores of -inf, modes of the caller."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+import compiled_dilated as cd
+from compiled_dilated import Branch, Program, masks
+from compiled_dilated.planner import LOWERINGS
+from tests import caches
+from tests.comparing import assert_close, leaves, normal, results_and_gradients
+from tests.test_hidden_keys import WAYS, names
+
+CAUSAL_LONGNET = cd.longnet((8, 16), (1, 2), causal=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
+@pytest.mark.parametrize("program", [masks.causal(), CAUSAL_LONGNET, masks.window(4), masks.full()], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=names)
+def test_scales_of_any_sign(way: dict[str, Any], program: Program | masks.Mask, scale: float) -> None:
+    inputs = leaves(*normal((2, 4, 21, 8), (2, 2, 21, 8), (2, 2, 21, 4)))
+    results = results_and_gradients(cd.compile(program, **way), inputs, scale=scale)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return cd.reference(program, q, k, v, **options)
+
+    assert_close(results, results_and_gradients(reference, inputs, scale=scale))
+
+
+@pytest.mark.parametrize("scale", [0.4, -0.4])
+def test_a_query_alone_has_the_scale_that_it_is_given(scale: float) -> None:
+    """Token by token: the second call goes past the checks of the first."""
+    q, k, v = normal((1, 2, 1, 8), (1, 2, 40, 8), (1, 2, 40, 8))
+    attend = cd.compile(masks.causal() & masks.window(9))
+    for position in (30, 31, 32):
+        out = attend(q, k, v, q_offset=position, scale=scale)
+        expected = cd.reference(masks.causal() & masks.window(9), q, k, v, q_offset=position, scale=scale)
+        assert_close([out], [expected])
+
+
+def test_a_scale_that_is_a_tensor_is_learned() -> None:
+    inputs = leaves(*normal((1, 2, 20, 8), (1, 2, 20, 8), (1, 2, 20, 8)))
+    scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    results = results_and_gradients(cd.compile(masks.causal()), inputs, [scale], scale=scale)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return cd.reference(masks.causal(), q, k, v, **options)
+
+    assert_close(results, results_and_gradients(reference, inputs, [scale], scale=scale))
+
+
+@pytest.mark.parametrize("lowering", ["auto", "strided"])
+@pytest.mark.parametrize(
+    ("program", "q_shape", "k_shape", "q_offset"),
+    [
+        (cd.longnet((45, 49), (7, 7), causal=True, offsets="grouped"), (1, 4, 17, 4), (1, 1, 43, 4), 27),
+        (cd.longnet((2048,), (4,), causal=True), (1, 4, 512, 4), (1, 4, 1530, 4), 1024),
+    ],
+    ids=["grouped", "long"],
+)
+def test_queries_past_the_last_key(lowering: str, program: Program, q_shape: Any, k_shape: Any, q_offset: int) -> None:
+    q, k, v = normal(q_shape, k_shape, k_shape)
+    results = cd.compile(program, lowering=lowering)(q, k, v, q_offset=q_offset, return_lse=True)
+    assert_close(results, cd.reference(program, q, k, v, q_offset=q_offset, return_lse=True))
+
+
+@settings(max_examples=60)
+@given(
+    segments=st.lists(st.tuples(st.integers(3, 60), st.integers(1, 9)), min_size=1, max_size=2),
+    grouped=st.booleans(),
+    heads=st.sampled_from([(4, 4), (4, 1), (6, 3)]),
+    lengths=st.tuples(st.integers(2, 30), st.integers(1, 50), st.integers(0, 50)),
+    lowering=st.sampled_from(["auto", "strided", "tiled", "dense"]),
+)
+def test_queries_at_any_offset_of_joined_residue_classes(
+    segments: list[tuple[int, int]], grouped: bool, heads: tuple[int, int], lengths: tuple[int, int, int], lowering: str
+) -> None:
+    """Batch 1: residue classes that differ by head are computed as one."""
+    q_len, kv_len, q_offset = lengths
+    program = cd.longnet(*zip(*segments, strict=True), causal=True, offsets="grouped" if grouped else "cyclic")
+    q, k, v = normal((1, heads[0], q_len, 4), (1, heads[1], kv_len, 4), (1, heads[1], kv_len, 4))
+    inputs = leaves(q, k, v)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return cd.reference(program, q, k, v, **options)
+
+    results = results_and_gradients(cd.compile(program, lowering=lowering), inputs, q_offset=q_offset)
+    assert_close(results, results_and_gradients(reference, inputs, q_offset=q_offset))
+
+
+def test_sinks_of_minus_infinity_beside_rows_that_see_nothing() -> None:
+    """Left padding: the first rows see nothing, and a sink of -inf adds nothing."""
+    inputs = leaves(*normal((1, 2, 6, 4), (1, 2, 6, 4), (1, 2, 6, 4)))
+    sinks = torch.tensor([-math.inf, 0.5], dtype=torch.float64, requires_grad=True)
+    padding = torch.tensor([[True, True, True, False, False, False]])
+    program = masks.causal() & masks.padding()
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return cd.reference(program, q, k, v, **options)
+
+    options = {"sink_logits": sinks, "data": {"padding": padding}}
+    results = results_and_gradients(cd.compile(program), inputs, [sinks], **options)
+    assert_close(results, results_and_gradients(reference, inputs, [sinks], **options))
+    assert all(grad.isfinite().all() for grad in results[2:])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=names)
+def test_score_mods_of_minus_infinity(way: dict[str, Any]) -> None:
+    """Rows whose scores are all -inf are 0, their lse -inf, their gradients 0."""
+    inputs = leaves(*normal((1, 2, 12, 4), (1, 2, 12, 4), (1, 2, 12, 4)))
+
+    def hides_early_rows(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return torch.where(q_idx > 4, score, -math.inf)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return cd.reference(masks.causal(), q, k, v, **options)
+
+    results = results_and_gradients(cd.compile(masks.causal(), **way), inputs, score_mod=hides_early_rows)
+    assert_close(results, results_and_gradients(reference, inputs, score_mod=hides_early_rows))
+
+
+@pytest.mark.parametrize("lowering", ["strided", "tiled"])
+def test_keys_in_many_batches_are_merged(lowering: str) -> None:
+    """Beyond 2048 keys a query's tiles come in several batches."""
+    q, k, v = normal((1, 1, 300, 4), (1, 1, 5000, 4), (1, 1, 5000, 4))
+    program = ~masks.window(2, 0) if lowering == "tiled" else masks.full()
+    out = cd.compile(program, lowering=lowering)(q, k, v, q_offset=4700)
+    assert_close([out], [cd.reference(program, q, k, v, q_offset=4700)])
+
+
+# Data and block masks
+
+
+def test_data_of_batch_one_speaks_for_all_at_every_door() -> None:
+    q, k, v = normal((3, 2, 20, 4), (3, 2, 20, 4), (3, 2, 20, 4))
+    ids = torch.arange(20)[None] // 5
+    program = masks.documents(ids="ids")
+    expected = cd.reference(program, q, k, v, data={"ids": ids.expand(3, 20)})
+    assert_close([cd.reference(program, q, k, v, data={"ids": ids})], [expected])
+    for way in WAYS:
+        assert_close([cd.compile(program, **way)(q, k, v, data={"ids": ids})], [expected])
+    assert cd.block_mask(program, 20, 20, data={"ids": ids}).kv_indices.shape[0] == 1
+
+
+@pytest.mark.parametrize("mask", [masks.documents(ids="ids") & masks.causal()], ids=str)
+def test_block_masks_of_data_compile_as_those_of_torch_do(mask: masks.Mask) -> None:
+    ids = torch.randint(0, 3, (2, 200), generator=torch.Generator().manual_seed(0))
+    block_mask = cd.block_mask(mask, 200, 200, data={"ids": ids}, tile=64)
+    assert block_mask.kv_num_blocks.shape[0] == 2
+    q = torch.randn(2, 2, 200, 16, generator=torch.Generator().manual_seed(1))
+    out = torch.compile(flex_attention, dynamic=True)(q, q, q, block_mask=block_mask)
+    torch.testing.assert_close(out.double(), cd.reference(mask, q, q, q, data={"ids": ids}), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        Program((Branch(masks.documents(lengths=(7, 20, 13))), Branch(masks.window(5)))),
+        Program((Branch(masks.tiles([(0, 0), (1, 2), (3, 1)], 8)), Branch(masks.causal()))),
+    ],
+    ids=["documents", "tiles"],
+)
+def test_flex_with_lookup_tables_in_several_branches(program: Program) -> None:
+    q, k, v = (x.float() for x in normal((2, 2, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16)))
+    out = cd.compile(program, lowering="flex")(q, k, v)
+    torch.testing.assert_close(out.double(), cd.reference(program, q, k, v), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_with_functions_that_capture_tensors() -> None:
+    q, k, v = (x.float() for x in normal((2, 2, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16)))
+    table, length = torch.randn(40, 40, generator=torch.Generator().manual_seed(2)), torch.tensor(30)
+    program = masks.from_mod(lambda b, h, i, j: (j <= i) & (j < length))
+    options: dict[str, Any] = {"score_mod": lambda s, b, h, i, j: s + table[i, j]}
+    out = cd.compile(program, lowering="flex")(q, k, v, **options)
+    torch.testing.assert_close(out.double(), cd.reference(program, q, k, v, **options), rtol=1e-5, atol=1e-5)
+
+
+# Layouts
+
+
+def test_swapped_heads_and_tokens_are_warned_of() -> None:
+    q = torch.zeros(1, 512, 8, 4)
+    with pytest.warns(UserWarning, match=r"512 heads of 8 tokens.*DilatedAttention takes \(batch, tokens, heads, head_dim\)"):
+        cd.compile(masks.causal())(q, q, q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cd.compile(masks.causal())(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2))
+
+
+# Modes of the caller
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+MODES: dict[str, Any] = {
+    "default dtype float64": lambda: default_dtype(torch.float64),
+    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default device meta": lambda: torch.device("meta"),
+    "deterministic": deterministic,
+}
+EDGE_PROGRAMS: dict[str, Any] = {
+    "window": masks.window(9) | masks.sinks(2),
+    "longnet": cd.longnet((16, 32), (1, 2), causal=True),
+    "documents": masks.documents(lengths=(9, 20, 11)),
+    "from_mod": masks.from_mod(lambda b, h, i, j: (i * 7 + j * 3) % 4 != 1),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("program", EDGE_PROGRAMS)
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_modes_of_the_caller_change_nothing(mode: str, program: str, ranks: int | None) -> None:
+    q, k, v = (x.float() for x in normal((1, 4, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8)))
+    table = torch.randn(40, 40, generator=torch.Generator().manual_seed(5), requires_grad=True)
+
+    def learned(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + table[q_idx, kv_idx] - 0.03 * (q_idx - kv_idx).abs().float()
+
+    def both() -> list[Tensor]:
+        inputs = leaves(q, k, v)
+        out, lse = cd.compile(EDGE_PROGRAMS[program], ranks=ranks)(*inputs, score_mod=learned, return_lse=True)
+        plain = cd.compile(EDGE_PROGRAMS[program], ranks=ranks)(*inputs)
+        return [out, lse, plain, *torch.autograd.grad([out, plain], [*inputs, table], [out.detach(), plain.detach()])]
+
+    expected = both()
+    caches.forget()
+    with MODES[mode]():
+        results = both()
+    for result, value in zip(results, expected, strict=True):
+        assert result.dtype == value.dtype
+        torch.testing.assert_close(result, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "flex"])
+def test_autocast_casts_the_inputs_and_nothing_inside(lowering: str) -> None:
+    """As if q, k and v had been cast by hand; a float32 table and the lse stay float32."""
+    inputs = leaves(*(x.float() * 3 for x in normal((1, 2, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8))))
+    table = torch.randn(40, 40, generator=torch.Generator().manual_seed(5))
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + table[q_idx, kv_idx]
+
+    attend = cd.compile(masks.window(9), lowering=lowering)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = attend(*inputs, score_mod=biased, return_lse=True)
+        grads = torch.autograd.grad(out.float().sum(), inputs)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    cast = [x.to(torch.bfloat16) for x in inputs]
+    out_by_hand, lse_by_hand = attend(*cast, score_mod=biased, return_lse=True)
+    grads_by_hand = torch.autograd.grad(out_by_hand.float().sum(), inputs)
+    for result, value in zip((out, lse, *grads), (out_by_hand, lse_by_hand, *grads_by_hand), strict=True):
+        assert torch.equal(result, value)
+
+
+def test_large_inputs_under_autocast_have_the_gradient_of_their_scores() -> None:
+    inputs = leaves(*(x.float() * 100 for x in normal((1, 1, 1, 4), (1, 1, 1, 4), (1, 1, 1, 4))))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = cd.compile(masks.full())(*inputs, score_mod=lambda s, b, h, i, j: s * 1.0, return_lse=True)
+    assert lse.dtype == torch.float32
+    grads = torch.autograd.grad(out.float().sum(), inputs)
+    assert torch.equal(grads[2], torch.ones_like(grads[2]))
+
+
+def test_plans_made_in_inference_mode_serve_training() -> None:
+    inputs = leaves(*normal((1, 2, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8)))
+    caches.forget()
+    attend = cd.compile(masks.window(9) | masks.sinks(2))
+    with torch.inference_mode():
+        attend(*inputs)
+    out = attend(*inputs)
+    assert_close([out], [cd.reference(masks.window(9) | masks.sinks(2), *inputs)])
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), inputs))

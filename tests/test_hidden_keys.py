@@ -1,0 +1,146 @@
+"""What keys hold that a query does not see reaches neither its result nor a gradient: NaN, infinities, unwritten memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+from compiled_dilated.programs import Program
+from tests.comparing import assert_close, leaves, normal, results_and_gradients
+from tests.test_random_programs import programs
+
+WAYS: tuple[dict[str, Any], ...] = (
+    {"lowering": "dense"},
+    {"lowering": "strided"},
+    {"lowering": "tiled"},
+    {"lowering": "auto"},
+    {"ranks": 2},
+    {"ranks": 3, "layout": "striped"},
+)
+BAD = (math.nan, math.inf, -math.inf)
+
+
+def names(way: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in way.items())
+
+
+@pytest.mark.parametrize("queries", [8, 1])
+@pytest.mark.parametrize("lowering", ["dense", "strided", "tiled", "auto"])
+def test_prefill_of_a_cache_that_is_not_written_yet(lowering: str, queries: int) -> None:
+    q, k, v = normal((1, 2, queries, 16), (1, 2, 64, 16), (1, 2, 64, 16))
+    k[:, :, 8:], v[:, :, 8:] = math.nan, math.inf
+    out = cd.compile(masks.causal(), lowering=lowering)(q, k, v)
+    assert_close([out], [cd.reference(masks.causal(), q, k[:, :, :8], v[:, :, :8])])
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("way", WAYS, ids=names)
+def test_queries_that_see_a_bad_key_and_no_others_are_nan(way: dict[str, Any], bad: float) -> None:
+    q, k, v = normal((2, 4, 50, 8), (2, 2, 50, 8), (2, 2, 50, 8))
+    k[:, 1, 20, 3] = bad
+    program = masks.window(3, 0)
+    out, lse = cd.compile(program, **way)(q, k, v, return_lse=True)
+    assert_close([out, lse], cd.reference(program, q, k, v, return_lse=True))
+    assert lse[0].isnan().nonzero().tolist() == [[head, row] for head in (2, 3) for row in range(20, 24)]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("way", WAYS, ids=names)
+def test_a_bad_value_spoils_its_column_alone(way: dict[str, Any], bad: float) -> None:
+    q, k, v = normal((2, 4, 50, 8), (2, 2, 50, 8), (2, 2, 50, 8))
+    v[:, 0, 20, 3] = bad
+    program = masks.window(3, 0)
+    out, lse = cd.compile(program, **way)(q, k, v, return_lse=True)
+    assert_close([out, lse], cd.reference(program, q, k, v, return_lse=True))
+    assert out[0].isnan().nonzero().tolist() == [[head, row, 3] for head in (0, 1) for row in range(20, 24)]
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=names)
+def test_gradients_of_hidden_keys_are_zero_whatever_they_hold(way: dict[str, Any]) -> None:
+    q, k, v = normal((1, 4, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))
+    padding = torch.zeros(1, 48, dtype=torch.bool)
+    padding[:, 30:] = True
+    program = masks.padding() & masks.window(9)
+    clean = results_and_gradients(cd.compile(program, **way), leaves(q, k, v), data={"padding": padding})
+    k[:, :, 33], v[:, :, 40] = math.nan, math.inf
+    spoiled = results_and_gradients(cd.compile(program, **way), leaves(q, k, v), data={"padding": padding})
+    assert_close(spoiled, clean)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=names)
+def test_gradients_are_nan_where_a_bad_key_is_seen_and_right_elsewhere(way: dict[str, Any]) -> None:
+    """Row i of window(3, 0) sees keys i - 3 to i: rows 20 to 23 see key 20, and reach keys 17 to 23."""
+    q, k, v = normal((1, 2, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))
+    clean = leaves(q, k, v)
+    k[:, :, 20] = math.nan
+    spoiled = leaves(q, k, v)
+    weights = torch.ones(1, 2, 48, 8, dtype=torch.float64)
+    grads = torch.autograd.grad(cd.compile(masks.window(3, 0), **way)(*spoiled), spoiled, weights)
+    weights[:, :, 20:24] = 0
+    expected = torch.autograd.grad(cd.reference(masks.window(3, 0), *clean), clean, weights)
+    rows = (range(20, 24), range(17, 24), range(17, 24))
+    for grad, right, reached in zip(grads, expected, rows, strict=True):
+        assert grad[:, :, list(reached)].isnan().all()
+        others = [row for row in range(48) if row not in reached]
+        assert_close([grad[:, :, others]], [right[:, :, others]])
+
+
+def test_a_learned_table_of_a_row_that_sees_a_bad_key_gets_nan() -> None:
+    q, k, v = normal((1, 1, 12, 4), (1, 1, 12, 4), (1, 1, 12, 4))
+    table = torch.zeros(12, 12, dtype=torch.float64, requires_grad=True)
+    padding = torch.zeros(1, 12, dtype=torch.bool)
+    padding[:, 5] = True
+
+    def grad_of(mask: masks.Mask, **options: Any) -> Tensor:
+        out = cd.compile(mask)(*leaves(q, k, v), score_mod=lambda s, b, h, i, j: s + table[i, j], **options)
+        return torch.autograd.grad(out.sum(), table)[0]
+
+    clean = grad_of(masks.causal() & masks.padding(), data={"padding": padding})
+    k[:, :, 5] = math.nan
+    assert_close([grad_of(masks.causal() & masks.padding(), data={"padding": padding})], [clean])
+    assert grad_of(masks.causal()).isnan().any()
+
+
+@settings(max_examples=30)
+@given(drawn=programs(), seed=st.integers(0, 1000), bad=st.sampled_from(BAD), way=st.sampled_from(WAYS[:5]))
+def test_any_program_with_bad_numbers_anywhere(drawn: tuple[Program, int], seed: int, bad: float, way: dict[str, Any]) -> None:
+    program, n = drawn
+    q, k, v = normal((2, 3, n, 3), (2, 1, n, 3), (2, 1, n, 2), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for x in (k, v):
+        x[torch.rand(x.shape, generator=generator) < 1 / n / 2] = bad
+    try:
+        results = cd.compile(program, **way)(q, k, v, return_lse=True)
+    except ValueError as error:
+        if "lowering 'strided' refuses" in str(error) or "bias over" in str(error):
+            return
+        raise
+    assert_close(results, cd.reference(program, q, k, v, return_lse=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in normal((1, 2, 300, 16), (1, 2, 300, 16), (1, 2, 300, 16)))
+    k[:, :, 200:], v[:, :, 250:] = math.nan, math.inf
+    out = cd.compile(masks.causal() & masks.window(40))(q, k, v)
+    expected = cd.reference(masks.causal() & masks.window(40), q, k, v)
+    assert torch.equal(out.isnan(), expected.isnan())
+    torch.testing.assert_close(out[:, :, :200].double(), expected[:, :, :200], rtol=0.02, atol=0.02)
+
+
+def test_results_too_large_for_their_dtype_are_not_taken_for_bad_keys() -> None:
+    """A gradient that overflows float16 is infinite, as ever, and the others stay."""
+    q, k, v = (x.half() * 10 for x in normal((1, 1, 20, 4), (1, 1, 20, 4), (1, 1, 20, 4)))
+    inputs = leaves(q, k, v)
+    out = cd.compile(masks.window(4))(*inputs)
+    grads = torch.autograd.grad(out, inputs, torch.full_like(out, 6e4))
+    assert not any(grad.isnan().any() for grad in grads)

@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from torch._dynamo.exc import ShortenTraceback
 
-from . import budgets, costs, hooks, rehearsals, remembered
+from . import arguments, budgets, costs, hooks, rehearsals, remembered
 from .causal import Causal
 from .chunk import Chunk
 from .costs import MACHINE, Machine
@@ -209,10 +209,32 @@ def pipeline(
     machine: Machine = MACHINE,
 ) -> Pipeline:
     """What chooses passes under a budget in bytes, or as "6GiB". passes: candidates instead of those of candidates()."""
-    for each in (*(passes or ()), extra):
-        hooks.check(each)
+    if passes is not None:
+        check_candidates(passes)
+    check_members("extra", extra)
+    arguments.kind("machine", machine, Machine, "Write passes.costs.Machine(...)")
     budget = None if memory_budget is None else budgets.parse("memory_budget", memory_budget)
     return Pipeline(budget, None if passes is None else tuple(map(tuple, passes)), tuple(extra), machine)
+
+
+def check_candidates(passes: Sequence[Sequence[Pass]]) -> None:
+    """Raises TypeError or ValueError unless these are one or more candidates, each a tuple or a list of passes."""
+    for place, candidate in enumerate(arguments.sequence("passes", passes, "candidates, each a tuple or a list of passes")):
+        check_members(f"passes[{place}]", candidate)
+    if not passes:
+        raise ValueError("passes must have at least one candidate; got none. Write [()] for a step without a pass")
+
+
+def check_members(name: str, passes: Sequence[Pass]) -> None:
+    """Raises TypeError unless `passes` are a tuple or a list of passes that can be told apart: plans are kept by their passes."""
+    hooks.check(name, passes)
+    for place, each in enumerate(passes):
+        try:
+            hash(each)
+        except TypeError as error:
+            raise TypeError(
+                f"{name}[{place}] must be hashable; got {arguments.shown(each)}: {error}. Keep tuples in it, no lists or dicts"
+            ) from None
 
 
 def candidates(training: bool, budget_bytes: int | None = None) -> list[list[Passes]]:

@@ -28,7 +28,6 @@ import torch
 from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from . import arguments
@@ -125,6 +124,9 @@ def lifetimes(graph: Graph | GraphModule, *, sizes: Mapping[str, int] | None = N
 
 def _symbols(node: Node) -> Collection[Any]:
     """The symbols of the sizes of a node's value."""
+    # It brings sympy, which a graph with symbols has brought already.
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
     leaves = pytree.tree_leaves(node.meta.get("val"))
     return {symbol for leaf in leaves if isinstance(leaf, Tensor | SymInt) for symbol in free_symbols(leaf)}
 

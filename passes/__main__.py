@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import json as json_format
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import budgets, peak, reports
+from . import arguments, budgets, peak, reports
 from .planning import BudgetError, Choice, Pipeline
 from .reports import Report
 from .traced import capture
@@ -28,13 +29,23 @@ def memory(
     png: Annotated[Path | None, typer.Option(help="Where the timeline goes as a picture; a backward's beside it.")] = None,
 ) -> None:
     """Print the peak of a step under each candidate, what the passes of the chosen one do, and the timeline of its memory."""
-    limit, factory = None if budget is None else _usage(lambda: budgets.parse("--budget", budget)), _usage(lambda: _found(target))
-    model, inputs = _usage(lambda: _made(target, factory))
+    with _usage():
+        limit = None if budget is None else budgets.parse("--budget", budget)
+        if png is not None:
+            peak.check_picture("--png", png)
+        module, name = _named(target)
+    factory = _found(module, name)
+    # What the factory raises is the caller's own, and keeps its traceback.
+    made = factory()
+    with _usage():
+        model, inputs = _checked(target, made)
     try:
         choice: Choice = capture(model, inputs, Pipeline(limit).choose, train=train)
     except BudgetError as error:
         typer.echo(str(error).strip(), err=True)
         raise typer.Exit(1) from error
+    except ValueError as error:  # of capture itself: what a pass raises comes as an error of torch's compiler
+        raise _bad_usage(error) from error
     report, graphs = Report((choice,)), reports.timelines(choice.traced)
     if json:
         typer.echo(json_format.dumps(report.to_json(), indent=1))
@@ -45,31 +56,47 @@ def memory(
             peak.draw(each, path)
 
 
-def _found(target: str) -> Callable[[], Any]:
+def _named(target: str) -> tuple[str, str]:
+    """The module and the function that MODULE:FACTORY names. Raises ValueError where it names none."""
     module, _, name = target.partition(":")
-    if not module or not name:
-        raise ValueError(f"MODULE:FACTORY must name a module and a function of it, as models.llama:small; got {target!r}")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        got = arguments.shown(target)
+        raise ValueError(f"MODULE:FACTORY must name a module and a function of it, as models.llama:small; got {got}")
+    return module, name
+
+
+def _found(module: str, name: str) -> Callable[[], Any]:
+    """The factory. A module that is not there is bad usage; what else its import raises keeps its traceback."""
     sys.path.insert(0, "")
-    factory = getattr(importlib.import_module(module), name, None)
+    try:
+        factory = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise _bad_usage(error) from error
     if not callable(factory):
-        raise ValueError(f"MODULE:FACTORY must name a function; {module} has no function {name!r}")
+        raise _bad_usage(ValueError(f"MODULE:FACTORY must name a function; {module} has no function {name!r}"))
     return factory  # type: ignore[no-any-return]
 
 
-def _made(target: str, factory: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
-    made = factory()
-    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], tuple | list)):
+def _checked(target: str, made: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The model and its inputs. Raises TypeError or ValueError where the factory has returned anything else."""
+    if not (isinstance(made, tuple) and len(made) == 2):
         raise ValueError(f"{target} must return (model, example_inputs), the inputs a tuple; got {type(made).__name__}")
-    return made[0], tuple(made[1])
+    arguments.model(made[0])
+    return made[0], arguments.inputs("example_inputs", made[1], made[0])
 
 
-def _usage(act: Callable[[], Any]) -> Any:
-    """What it gives; bad usage becomes one line and exit code 2."""
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Makes of a check that fails one line and exit code 2. Only checks of ours stand under it."""
     try:
-        return act()
-    except (ValueError, ImportError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
+        yield
+    except (TypeError, ValueError) as error:
+        raise _bad_usage(error) from error
+
+
+def _bad_usage(error: Exception) -> typer.Exit:
+    typer.echo(f"Error: {error}", err=True)
+    return typer.Exit(2)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import hooks
+from . import arguments, hooks
 from .peak import mebibytes
-from .planning import BudgetError, Choice, Estimate, Pipeline, candidates, pipeline, told
+from .planning import BudgetError, Choice, Estimate, Pipeline, candidates, check_candidates, check_members, pipeline, told
 from .planning import estimate as estimated
 from .stages import Pass
 from .traced import Captured, capture, captured, trace, without_idle
@@ -90,6 +90,11 @@ def compile(
     """
     if memory_budget is None and passes is None:
         raise ValueError("memory_budget or passes must be given; got neither. Without both this is torch.compile(model)")
+    arguments.model(model)
+    arguments.flag("dynamic", dynamic, or_none=True)
+    arguments.flag("fullgraph", fullgraph)
+    if passes is not None:
+        check_members("passes", passes)
     backend = Backend(pipeline(memory_budget, None if passes is None else [passes], extra=extra))
     step = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     _backends[step] = backend
@@ -117,10 +122,14 @@ def estimate(
 
     example_inputs: tensors of the sizes in question; fake and meta tensors do, and no memory is taken for them. train: a forward
     and the backward of a gradient of its results. passes: candidates instead of those of planning.candidates.
+
+    Raises TypeError or ValueError, with the argument's name, before anything is traced; ValueError also where the model cannot
+    compute with such inputs.
     """
+    arguments.flag("train", train)
+    if passes is not None:
+        check_candidates(passes)
     offered = [tuple(each) for each in (itertools.chain(*candidates(train)) if passes is None else passes)]
-    for each in offered:
-        hooks.check(each)
 
     def study(graph: Captured) -> list[Estimate]:
         acting = [without_idle(graph, each) for each in offered]

@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from . import arguments
 from .liveness import number_of
 
 Operator = torch._ops.OpOverload
@@ -44,6 +45,10 @@ class Machine:
     memory_bytes: float = 1e10
     file_bytes: float = 1.5e9
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            arguments.rate(name, value, zero=False)
+
     def seconds(self, work: Work) -> float:
         return work.flops / self.flops + work.memory_bytes / self.memory_bytes + work.file_bytes / self.file_bytes
 
@@ -59,13 +64,16 @@ def register(op: Operator, work: Callable[..., Work]) -> None:
     """
     if not isinstance(op, Operator):
         raise TypeError(f"op must be an operator's overload, as torch.ops.aten.mm.default; got {op!r}")
+    arguments.function("work", work)
     _KNOWN[op] = work
 
 
 def of_graph(graph: Graph, *, sizes: Mapping[str, int] | None = None) -> Work:
     """The work of a graph of operators whose nodes carry meta["val"]. sizes: values of symbols, else those of the trace."""
+    arguments.kind("graph", graph, Graph, "Take it from a GraphModule: module.graph")
+    sizes = arguments.sizes(sizes)
     with FakeTensorMode():
-        return sum((_of_node(node, sizes or {}) for node in graph.nodes if isinstance(node.target, Operator)), start=Work())
+        return sum((_of_node(node, sizes) for node in graph.nodes if isinstance(node.target, Operator)), start=Work())
 
 
 def _of_node(node: Node, sizes: Mapping[str, int]) -> Work:

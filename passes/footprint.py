@@ -27,6 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import arguments
 from .liveness import number_of, value_of
 from .programs import copied, written
 from .workspaces import workspace, workspace_bytes
@@ -58,9 +59,11 @@ def of_graph(
 
     Raises ValueError where a node has no meta["val"], a size has no value, or sizes or branches depend on the data.
     """
+    arguments.kind("module", module, GraphModule, "Trace the model: torch.export or make_fx")
+    sizes, donated = arguments.sizes(sizes), arguments.names("donated", donated)
     program = _Program(module, inference=inference, donated=donated)
     with _Meter() as meter:
-        inputs = _Inputs(sizes or {})
+        inputs = _Inputs(sizes)
         given = [inputs.make(node) for node in program.placeholders]
         del inputs  # it holds what is donated
         before = meter.held
@@ -75,10 +78,13 @@ def of_step(forward: GraphModule, backward: GraphModule, *, sizes: Mapping[str, 
     The placeholders of the backward bear the names of the forward's outputs and inputs, as AOTAutograd's partitioners leave them;
     others are gradients of the outputs. The caller holds the forward's inputs and those outputs that the backward does not take.
     """
+    for name, module in (("forward", forward), ("backward", backward)):
+        arguments.kind(name, module, GraphModule, "Give the two halves of a step, as a partitioner makes them")
+    sizes = arguments.sizes(sizes)
     first = _Program(forward, inference=False)
     second = _Program(backward, inference=False, donated=_donated(forward, backward))
     with _Meter() as meter:
-        inputs = _Inputs(sizes or {})
+        inputs = _Inputs(sizes)
         known = dict(zip(first.names, (inputs.make(node) for node in first.placeholders), strict=True))
         before, own = meter.held, list(known.values())
         outputs = first.run(list(known.values()))

@@ -17,6 +17,7 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from . import arguments
 from .stages import Pass, Stage
 
 _HOOKS = {
@@ -52,7 +53,9 @@ def inductor_configs(passes: Sequence[Pass], *, told: Told | None = None) -> dic
 
     Passes of one stage run in the order given. Raises TypeError of what is no pass.
     """
-    check(passes)
+    check("passes", passes)
+    if told is not None:
+        arguments.function("told", told)
     stages = {stage: [each for each in passes if each.stage is stage] for stage in Stage}
     return options(passes) | {_HOOKS[stage]: StagePasses(found, told) for stage, found in stages.items() if found}
 
@@ -87,15 +90,19 @@ def identity(passes: Sequence[Pass]) -> str | None:
     return found.hexdigest()
 
 
-def check(passes: Sequence[Pass]) -> None:
-    """Raises TypeError where a member is not a pass whose repr tells all its options."""
-    for each in passes:
+def check(name: str, passes: Sequence[Pass]) -> None:
+    """Raises TypeError where `passes` is no tuple or list, or a member not a pass whose repr tells all its options.
+
+    name: that of the argument, for the message.
+    """
+    for place, each in enumerate(arguments.sequence(name, passes, "passes")):
         if isinstance(each, type) or not isinstance(each, Pass) or not isinstance(each.stage, Stage):
             raise TypeError(
-                f"a pass must have stage (a passes.Stage), keeps_bits and __call__(graph); got {each!r}. See passes.Pass"
+                f"{name}[{place}] must be a pass, with stage (a passes.Stage), keeps_bits and __call__(graph); "
+                f"got {arguments.shown(each)}. See passes.Pass"
             )
         if not (dataclasses.is_dataclass(each) and type(each).__dataclass_params__.frozen):
             raise TypeError(
-                f"a pass must be a frozen dataclass, for its repr is its name in the compile cache; got {each!r}. "
-                "Put @dataclass(frozen=True) before its class"
+                f"{name}[{place}] must be a frozen dataclass, for its repr is its name in the compile cache; "
+                f"got {arguments.shown(each)}. Put @dataclass(frozen=True) before its class"
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
+from . import arguments
 from .rows import losses
 from .rows.chunks import InChunks, put
 from .rows.readers import read, value_of
@@ -48,6 +49,7 @@ class LinearCrossEntropy(InChunks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        arguments.flag("own", self.own, or_none=True)
         if self.own is False and not HAS_LINEAR_CROSS_ENTROPY:
             raise ValueError(f"own=False asks for torch's operator, which torch {torch.__version__} has not. Leave it out")
 

@@ -25,10 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
+
+from . import arguments
 
 IntArray = npt.NDArray[np.int64]
 
@@ -105,11 +107,28 @@ def lifetimes(graph: Graph | GraphModule, *, sizes: Mapping[str, int] | None = N
         raise TypeError(
             f"graph must be an fx Graph or GraphModule; got {type(graph).__name__}. Trace it: torch.export or make_fx"
         )
+    sizes, freed = arguments.sizes(sizes), arguments.names("donated", donated)
     placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
-    for name in donated:
+    for name in sorted(freed):
         if name not in placeholders:
             raise ValueError(f"donated must name placeholders of the graph; got {name!r}. It has {', '.join(placeholders)}")
-    return _Walk(graph, sizes or {}, frozenset(donated)).lifetimes()
+    if sizes:
+        symbols = {str(symbol) for node in graph.nodes for symbol in _symbols(node)}
+        for name in sizes:
+            if name not in symbols:
+                raise ValueError(
+                    f"sizes must name symbols of the graph; got {name!r}. It has {', '.join(sorted(symbols)) or 'none'}"
+                )
+    return _Walk(graph, sizes, freed).lifetimes()
+
+
+def _symbols(node: Node) -> Collection[Any]:
+    """The symbols of the sizes of a node's value."""
+    # It brings sympy, which a graph with symbols has brought already.
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {symbol for leaf in leaves if isinstance(leaf, Tensor | SymInt) for symbol in free_symbols(leaf)}
 
 
 def value_of(node: Node) -> Any:
@@ -293,7 +312,7 @@ class _Walk:
         most = 0
         for each in node.all_input_nodes:
             if each.op == "get_attr" and isinstance(module := attribute(each), GraphModule):
-                inner = lifetimes(module, sizes=self.sizes)
+                inner = _Walk(module.graph, self.sizes, frozenset()).lifetimes()
                 most = max(most, int(inner.bytes_at.max(initial=0)) - inner.input_bytes)
         if name == "while_loop":
             return most  # what the turn before has made is still there, as large as the results

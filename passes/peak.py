@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from . import arguments
 from .liveness import Lifetimes, Storage
 
 _ROWS = 24
@@ -77,8 +79,7 @@ class Peak:
 
 def find(lifetimes: Lifetimes) -> Peak:
     """The peak of a graph with at least one step."""
-    if not lifetimes.steps:
-        raise ValueError("lifetimes must have at least one step; got those of an empty graph")
+    _check(lifetimes)
     return Peak(lifetimes, int(np.argmax(lifetimes.bytes_at)))
 
 
@@ -91,9 +92,9 @@ def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) ->
                8 B   ##   a
                2 B    ##  b
     """
-    for name, value in (("rows", rows), ("width", width)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    _check(lifetimes)
+    arguments.whole("rows", rows, 1)
+    arguments.whole("width", width, 1)
     columns = np.array_split(np.arange(len(lifetimes.steps)), min(width, len(lifetimes.steps)))
     beyond = np.maximum(lifetimes.bytes_at - lifetimes.input_bytes, 0)
     most = int(beyond.max(initial=0))
@@ -107,7 +108,12 @@ def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) ->
 
 
 def draw(lifetimes: Lifetimes, path: str | PathLike[str]) -> None:
-    """The same as a picture, in the format that the ending of `path` names: bytes by step, stacked, largest storages apart."""
+    """The same as a picture, in the format that the ending of `path` names: bytes by step, stacked, largest storages apart.
+
+    Raises ValueError as check_picture does.
+    """
+    _check(lifetimes)
+    check_picture("path", path)
     # A picture is rare and its library slow to import. The figure is its own: no window, no state of pyplot's.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -125,6 +131,27 @@ def draw(lifetimes: Lifetimes, path: str | PathLike[str]) -> None:
     axes.annotate(at.node, (at.step, at.peak_bytes / 2**20))
     axes.set(xlabel="step", ylabel="MiB", title=f"{mebibytes(at.peak_bytes)} at {at.node}")
     figure.savefig(path)
+
+
+def check_picture(name: str, path: str | PathLike[str]) -> None:
+    """Raises TypeError or ValueError unless a picture can be written to `path`: a known ending, in a directory that is there."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"{name} must be a path; got {type(path).__name__} {arguments.shown(path)}")
+    place, endings = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
+    if place.suffix.removeprefix(".").lower() not in endings:
+        raise ValueError(f"{name} must end in one of {', '.join(endings)}; got {str(place)!r}")
+    if not place.parent.is_dir():
+        raise ValueError(f"{name} must lie in a directory that is there; got {str(place)!r}. Make {str(place.parent)!r} first")
+    if place.is_dir():
+        raise ValueError(f"{name} must be a file; got the directory {str(place)!r}. Add a file's name")
+
+
+def _check(lifetimes: Lifetimes) -> None:
+    arguments.kind("lifetimes", lifetimes, Lifetimes, "Count them first: liveness.lifetimes(graph)")
+    if not lifetimes.steps:
+        raise ValueError("lifetimes must have at least one step; got those of an empty graph")
 
 
 def mebibytes(size: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeGuard
 
 from torch._dynamo.exc import ShortenTraceback
 
-from . import budgets, costs, hooks, rehearsals, remembered
+from . import arguments, budgets, costs, hooks, rehearsals, remembered
 from .causal import Causal
 from .chunk import Chunk
 from .costs import MACHINE, Machine
@@ -85,18 +86,18 @@ class Pipeline:
 
         What was chosen for such a graph before, in another process too, is chosen again without a look at the others.
         """
-        offered = {repr(each): each for group in self._groups(graph.training) for passes in group for each in passes}
-        offered |= {repr(each): each for each in self.extra}
-        name = remembered.name_of(graph, repr(self), tuple(offered.values()))
-        if name is not None and (known := remembered.load(name)) is not None:
-            estimates = [_recalled(each, offered) for each in known["estimates"]]
-            chosen = estimates[known["chosen"]]
-            return Choice(chosen, tuple(estimates), trace(graph, chosen.passes))
+        offered = [(*passes, *self.extra) for group in self._groups(graph.training) for passes in group]
+        by_name = {repr(each): each for passes in offered for each in passes}
+        name = remembered.name_of(graph, repr(self), tuple(by_name.values()))
+        if name is None:
+            return self._chosen(graph)
+        recalled = _recalled(remembered.load(name), offered, self.budget_bytes)
+        if recalled is not None:
+            chosen, estimates = recalled
+            return Choice(chosen, estimates, trace(graph, chosen.passes))
         choice = self._chosen(graph)
-        if name is not None:
-            estimates = list(choice.estimates)
-            said = [dataclasses.asdict(each) | {"passes": [*map(repr, each.passes)]} for each in estimates]
-            remembered.store(name, {"estimates": said, "chosen": estimates.index(choice.chosen)})
+        saved = [dataclasses.asdict(each) | {"passes": [*map(repr, each.passes)]} for each in choice.estimates]
+        remembered.store(name, {"estimates": saved, "chosen": choice.estimates.index(choice.chosen)})
         return choice
 
     def _chosen(self, graph: Captured) -> Choice:
@@ -155,8 +156,49 @@ def _may_win(passes: Passes, best: Estimate, least_seconds: Mapping[Passes, floa
     return least_seconds[without] < best.seconds
 
 
-def _recalled(said: dict[str, Any], offered: dict[str, Pass]) -> Estimate:
-    return Estimate(**said | {"passes": tuple(offered[each] for each in said["passes"])})
+def _recalled(saved: object, offered: Sequence[Passes], budget_bytes: int | None) -> tuple[Estimate, tuple[Estimate, ...]] | None:
+    """The chosen estimate and all of them, from what `choose` stored; None of any other value.
+
+    A file that is damaged, or that somebody else wrote, counts as not there, and is written anew.
+    """
+    if not isinstance(saved, dict) or saved.keys() != {"estimates", "chosen"} or not isinstance(saved["estimates"], list):
+        return None
+    estimates = [_estimate(each, offered) for each in saved["estimates"]]
+    known = tuple(each for each in estimates if each is not None)
+    place = saved["chosen"]
+    # The plain step is the first of them: reports show it as what the others are measured by.
+    if len(known) < len(estimates) or not known or known[0].passes or not _is_count(place) or place >= len(known):
+        return None
+    chosen = known[place]
+    return None if budget_bytes is not None and chosen.peak_bytes > budget_bytes else (chosen, known)
+
+
+def _estimate(saved: object, offered: Sequence[Passes]) -> Estimate | None:
+    """An estimate from its stored fields; None where a field is not one, or where its passes were never offered together."""
+    if not isinstance(saved, dict) or saved.keys() != {each.name for each in dataclasses.fields(Estimate)}:
+        return None
+    if not _is_count(saved["peak_bytes"]) or not _is_count(saved["input_bytes"]) or not isinstance(saved["changed"], bool):
+        return None
+    if not isinstance(saved["seconds"], float) or not 0 <= saved["seconds"] < math.inf:
+        return None
+    passes = next((found for each in offered if (found := _named(saved["passes"], each)) is not None), None)
+    return None if passes is None else Estimate(**saved | {"passes": passes})
+
+
+def _named(names: object, passes: Passes) -> Passes | None:
+    """Those of `passes` whose reprs are the names, in their order; None where names are left over."""
+    if not isinstance(names, list):
+        return None
+    rest, found = list(names), []
+    for each in passes:
+        if rest and rest[0] == repr(each):
+            found.append(each)
+            rest.pop(0)
+    return None if rest else tuple(found)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def pipeline(
@@ -167,10 +209,32 @@ def pipeline(
     machine: Machine = MACHINE,
 ) -> Pipeline:
     """What chooses passes under a budget in bytes, or as "6GiB". passes: candidates instead of those of candidates()."""
-    for each in (*(passes or ()), extra):
-        hooks.check(each)
+    if passes is not None:
+        check_candidates(passes)
+    check_members("extra", extra)
+    arguments.kind("machine", machine, Machine, "Write passes.costs.Machine(...)")
     budget = None if memory_budget is None else budgets.parse("memory_budget", memory_budget)
     return Pipeline(budget, None if passes is None else tuple(map(tuple, passes)), tuple(extra), machine)
+
+
+def check_candidates(passes: Sequence[Sequence[Pass]]) -> None:
+    """Raises TypeError or ValueError unless these are one or more candidates, each a tuple or a list of passes."""
+    for place, candidate in enumerate(arguments.sequence("passes", passes, "candidates, each a tuple or a list of passes")):
+        check_members(f"passes[{place}]", candidate)
+    if not passes:
+        raise ValueError("passes must have at least one candidate; got none. Write [()] for a step without a pass")
+
+
+def check_members(name: str, passes: Sequence[Pass]) -> None:
+    """Raises TypeError unless `passes` are a tuple or a list of passes that can be told apart: plans are kept by their passes."""
+    hooks.check(name, passes)
+    for place, each in enumerate(passes):
+        try:
+            hash(each)
+        except TypeError as error:
+            raise TypeError(
+                f"{name}[{place}] must be hashable; got {arguments.shown(each)}: {error}. Keep tuples in it, no lists or dicts"
+            ) from None
 
 
 def candidates(training: bool, budget_bytes: int | None = None) -> list[list[Passes]]:

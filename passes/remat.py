@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
-from . import footprint
+from . import arguments, footprint
 from .checkpoints import Value, kept
 from .liveness import lifetimes, number_of, value_of
 from .operators import has_effects
@@ -57,8 +57,7 @@ class Remat:
     keeps_bits = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget_bytes, int) or self.budget_bytes < 0:
-            raise ValueError(f"budget_bytes must be a number of bytes, at least 0; got {self.budget_bytes!r}")
+        arguments.whole("budget_bytes", self.budget_bytes, 0)
 
     @property
     def options(self) -> Mapping[str, Any]:

@@ -42,10 +42,13 @@ def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | Non
 
 
 def load(name: str) -> Any:
-    """What was stored under a name; None where nothing was, or where it cannot be read."""
+    """The JSON value stored under a name; None where there is no file, or no JSON in it.
+
+    Anybody may have written the file, so that the value may be any at all: the caller checks it.
+    """
     try:
         return json.loads(_path(name).read_text())
-    except (OSError, ValueError):  # not there, or torn: it is made anew
+    except (OSError, ValueError, RecursionError):  # not there, torn, or nested beyond any choice: it is made anew
         return None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from . import footprint
+from . import arguments, footprint
 from .liveness import Lifetimes, lifetimes
 from .operators import changes_operands, has_effects, is_elementwise
 from .orders import Steps, search
@@ -36,6 +36,9 @@ class Reorder:
 
     stage = Stage.LOWERED
     keeps_bits = True
+
+    def __post_init__(self) -> None:
+        arguments.whole("width", self.width, 1)
 
     @property
     def options(self) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import peak
+from . import arguments, peak
 from .compiled import choices
 from .liveness import Lifetimes, lifetimes
 from .peak import mebibytes
@@ -60,6 +60,7 @@ def report(step: Any, inputs: Sequence[Any] | None = None) -> Report:
     made = choices(step)
     if inputs is None:
         return Report(made)
+    inputs = arguments.inputs("inputs", inputs, getattr(step, "_orig_mod", step))
     training = any(each.traced.backward is not None for each in made)
     return Report(made, allocated_bytes(lambda: _run(step, inputs, training)))
 

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError, Unsupported
 from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from . import footprint
+from . import arguments, footprint
 from .footprint import Footprint
 from .hooks import inductor_configs, options
 from .stages import Pass, Stage
@@ -73,8 +74,12 @@ def capture(
 ) -> Result:
     """study(graph) of the whole graph of a model, which is not run. example_inputs: real, fake or meta; their data do not matter.
 
-    Raises torch._dynamo.exc.Unsupported with the line where the model cannot be one graph.
+    Raises torch._dynamo.exc.Unsupported with the line where the model cannot be one graph, and TypeError or ValueError where it
+    cannot be called with such inputs.
     """
+    arguments.model(model)
+    given = arguments.inputs("example_inputs", example_inputs, model)
+    arguments.flag("dynamic", dynamic, or_none=True)
     found: list[Result] = []
 
     def backend(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -82,16 +87,30 @@ def capture(
         return _stop
 
     device = next((each.device for each in model.parameters()), None) if isinstance(model, nn.Module) else None
-    untouched = pytree.tree_map_only(Tensor, lambda each: _untouched(each, device), tuple(example_inputs))
+    untouched = pytree.tree_map_only(Tensor, lambda each: _untouched(each, device), given)
     torch._dynamo.reset()
     try:
         with torch.set_grad_enabled(train):
             torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*untouched)
     except _Stopped:
         return found[-1]
+    except (TorchRuntimeError, Unsupported) as error:
+        # An operator has refused its operands; all else that Dynamo does not support says itself where it stands.
+        if isinstance(error, Unsupported) and not isinstance(error.__cause__, TypeError):
+            raise
+        kinds = ", ".join(map(arguments.shown, given))
+        raise ValueError(
+            f"example_inputs must be inputs that the model can compute with; got {kinds}: {_refusal(error)}"
+        ) from error
     finally:
         torch._dynamo.reset()
     raise ValueError(f"model must compute with tensors; got {model!r}, which has no graph")
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """What an operator said, for which Dynamo has raised errors of its own."""
+    inner = error.__cause__ or error.__context__
+    return _refusal(inner) if isinstance(error, TorchDynamoException) and inner is not None else error
 
 
 def trace(graph: Captured, passes: Sequence[Pass]) -> Traced:

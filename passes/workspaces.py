@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import arguments
+
 Operator = torch._ops.OpOverload
 _KNOWN: dict[Operator, Callable[..., int]] = {}
 
@@ -19,6 +21,7 @@ def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
     """
     if not isinstance(op, Operator):
         raise TypeError(f"op must be an operator's overload, as torch.ops.aten.mm.default; got {op!r}")
+    arguments.function("bytes_of", bytes_of)
     _KNOWN[op] = bytes_of
 
 

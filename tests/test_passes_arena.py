@@ -139,9 +139,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Buffer(0, 4.0, 1), TypeError, "upper must be an integer; got float 4.0"),  # type: ignore[arg-type]
     (lambda: arena.solve([(0, 4, 1)]), TypeError, "buffers[0] must be a Buffer; got tuple (0, 4, 1). Write Buffer("),  # type: ignore[list-item]
     (lambda: arena.solve([Buffer(0, 4, 8)], capacity=7), ValueError, "capacity must be at least 8, the bytes that live at once"),
-    (lambda: arena.solve([], capacity=-1), ValueError, "capacity must be at least 0 bytes; got -1"),
-    (lambda: arena.solve([], capacity="6GiB"), TypeError, "capacity must be a whole number of bytes; got str '6GiB'"),  # type: ignore[arg-type]
-    (lambda: arena.solve([], alignment=0), ValueError, "alignment must be at least 1 bytes; got 0"),
+    (lambda: arena.solve([], capacity=-1), ValueError, "capacity must be at least 0; got -1"),
+    (lambda: arena.solve([], capacity="6GiB"), TypeError, "capacity must be a whole number; got str '6GiB'"),  # type: ignore[arg-type]
+    (lambda: arena.solve([], alignment=0), ValueError, "alignment must be at least 1; got 0"),
     (lambda: arena.solve([], seconds=-1), ValueError, "seconds must be a finite number, at least 0; got -1"),
     (lambda: arena.solve(problem("A"), CAPACITY, seconds=0), ValueError, "1,048,576 was not reached in 0 seconds; the least"),
     (lambda: arena.Executor(nn.Linear(2, 2), []), TypeError, "graph_module must be an fx GraphModule; got Linear"),  # type: ignore[arg-type]

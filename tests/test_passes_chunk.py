@@ -155,6 +155,28 @@ def test_graphs_of_export(name: str) -> None:
         assert_same(module, model, torch.randn(2, length, width(name), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_as_many_rows_as_features(name: str) -> None:
+    """Sizes are numbers in the graph here, and say nothing of what they count."""
+    model, features = made(name), width(name)
+    for lead in ((features,), (4 * features,), (8 * features,), (features, features)):
+        if name == "blocks" and len(lead) == 1:
+            continue
+        step, lines = captured(model, Chunk(rows=3), dynamic=False)
+        assert_same(step, model, torch.randn(*lead, features, dtype=torch.float64, requires_grad=True))
+        assert len(lines) == MODELS[name][1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_as_large_as_a_weight(training: bool) -> None:
+    """A weight and what is multiplied by it have one shape, (256, 256)."""
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)).double()
+    step, lines = captured(model, Chunk(rows=100), dynamic=False)
+    with torch.set_grad_enabled(training):
+        assert_same(step, model, torch.randn(256, 64, dtype=torch.float64))
+    assert len(lines) == 1
+
+
 def test_rows_come_from_the_bytes_of_a_chunk() -> None:
     for training, values in ((True, 9), (False, 5)):  # hidden, activated, result; activated lies where hidden did
         for chunk_bytes, rows in ((1, 1), (values * WIDTH * 8, 1), (values * WIDTH * 8 * 5, 5)):

@@ -23,6 +23,30 @@ def broken() -> int:
     return 3
 
 
+def bare() -> tuple[Any, Any]:
+    return Gelu(), torch.empty(4, 64)
+
+
+def many() -> tuple[Any, Any]:
+    return Gelu(), (torch.empty(4, 64), torch.empty(4, 64))
+
+
+def narrow() -> tuple[Any, Any]:
+    return Gelu(), (torch.empty(4, 63),)
+
+
+def unmade() -> tuple[Any, Any]:
+    return Gelu, (torch.empty(4, 64),)
+
+
+def unused() -> tuple[Any, Any]:
+    raise AssertionError("work before the options are checked")
+
+
+def failing() -> tuple[Any, Any]:
+    raise ValueError("the factory's own")
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, [*arguments])
 
@@ -57,13 +81,33 @@ def test_a_budget_that_nothing_fits_exits_with_1() -> None:
         (["no_such_module:f"], "No module named 'no_such_module'"),
         ([f"{__name__}:missing"], "has no function 'missing'"),
         ([f"{__name__}:broken"], "must return (model, example_inputs), the inputs a tuple; got int"),
+        (["..:small"], "MODULE:FACTORY must name a module and a function of it, as models.llama:small; got '..:small'"),
+        ([f"{__name__}:bare"], "example_inputs must be a tuple or a list of inputs of the model; got a tensor of shape (4, 64)"),
+        ([f"{__name__}:many"], "example_inputs must be what the model takes, (x: 'Tensor') -> 'Tensor'; got 2 inputs: too many"),
+        (
+            [f"{__name__}:narrow"],
+            "example_inputs must be inputs that the model can compute with; got a tensor of shape (4, 63): ",
+        ),
+        ([f"{__name__}:unmade"], "model must be a torch.nn.Module or a function; got the class Gelu"),
         ([f"{__name__}:small", "--budget", "much"], "--budget must be a number and one of B, KiB"),
+        ([f"{__name__}:small", "--budget", "9" * 400 + "B"], "--budget must be less than 8,388,608 TiB; got '999"),
+        ([f"{__name__}:unused", "--png", "memory.doc"], "--png must end in one of "),
+        (
+            [f"{__name__}:unused", "--png", "nowhere/memory.png"],
+            "--png must lie in a directory that is there; got 'nowhere/memory.png'",
+        ),
     ],
 )
 def test_bad_usage_exits_with_2(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_what_a_factory_raises_keeps_its_traceback() -> None:
+    result = run(f"{__name__}:failing")
+    assert isinstance(result.exception, ValueError)
+    assert result.stderr == ""
 
 
 def test_it_runs_as_a_module(fresh_python: Any) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,6 +81,34 @@ def test_the_loss_and_its_gradients(name: str, own: bool) -> None:
         torch.testing.assert_close(gradients(found, x, model), gradients(expected, x, model))
     assert all("without its logits, 3 tokens at a time of 11 classes" in line for line in lines)
     assert bool(lines) == (own or name in BY_BOTH)
+
+
+@pytest.mark.parametrize("own", OPERATORS)
+@pytest.mark.parametrize("shifted", [True, False])
+def test_as_many_tokens_as_classes_and_features(own: bool, shifted: bool) -> None:
+    """Sizes are numbers in the graph here, and say nothing of what they count."""
+
+    def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        logits = F.linear(x, weight)
+        if shifted:
+            logits, target = logits[..., :-1, :].contiguous(), target[..., 1:].contiguous()
+        return F.cross_entropy(logits.view(-1, len(weight)), target.view(-1))
+
+    @settings(max_examples=12)
+    @given(st.tuples(*[st.integers(2, 3)] * 4))
+    @example((3, 3, 3, 3))
+    def check(sizes: tuple[int, ...]) -> None:
+        sequences, tokens, features, classes = sizes
+        x = torch.randn(sequences, tokens, features, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(classes, features, dtype=torch.float64, requires_grad=True)
+        target = torch.randint(classes, (sequences, tokens))
+        step, lines = captured(loss, LinearCrossEntropy(rows=2, own=own), dynamic=False)
+        found, expected = step(x, weight, target), loss(x, weight, target)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(each, [x, weight]) for each in (found, expected)))
+        assert len(lines) == 1
+
+    check()
 
 
 @pytest.mark.parametrize("name", [*BY_BOTH, *BY_OURS])

@@ -31,10 +31,12 @@ RECIPES = [
 ]
 
 
-def operands(dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = (5,)) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of 8 and of 32 features; weights of all shapes that the recipes have."""
-    rows = [torch.randn(*lead, width, dtype=dtype, requires_grad=True) for width in (WIDTH, 4 * WIDTH)]
-    shapes = [(32, 8), (32,), (8, 32), (8,), (8,), ()]
+def operands(
+    dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = (5,), hidden: int = 4 * WIDTH
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows of 8 and of `hidden` features; weights of all shapes that the recipes have."""
+    rows = [torch.randn(*lead, width, dtype=dtype, requires_grad=True) for width in (WIDTH, hidden)]
+    shapes = [(hidden, WIDTH), (hidden,), (WIDTH, hidden), (WIDTH,), (WIDTH,), ()]
     return rows, [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
@@ -44,9 +46,14 @@ def used(text: str, rows: list[Tensor], shared: list[Tensor]) -> tuple[list[Tens
     return rows[: count["x"]], shared[: count["w"]]
 
 
+# As many rows as features, as hidden ones, as both.
+SIZES = [(5, 4 * WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, 4 * WIDTH), (5, WIDTH), (WIDTH, WIDTH)]
+
+
+@pytest.mark.parametrize(("count", "hidden"), SIZES)
 @pytest.mark.parametrize("text", RECIPES)
-def test_the_operator_is_its_recipe_and_its_backward_the_derivative(text: str) -> None:
-    rows, shared = used(text, *operands())
+def test_the_operator_is_its_recipe_and_its_backward_the_derivative(text: str, count: int, hidden: int) -> None:
+    rows, shared = used(text, *operands(lead=(count,), hidden=hidden))
     assert str(Recipe.parse(text)) == text
     whole = Recipe.parse(text).run(rows, shared)
     for chunk_rows in (1, 2, 5, 7):

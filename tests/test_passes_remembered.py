@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config
 from torch._inductor.utils import fresh_cache
 
-from passes import LinearCrossEntropy, Spill, planning, remembered, workspaces
+from passes import LinearCrossEntropy, Spill, planning, remembered, reports, workspaces
 from passes.planning import Choice, Pipeline
-from passes.traced import capture
+from passes.traced import Captured, capture
 from tests.graphs import Gelu
 
 SPILL = Spill(least_bytes=2**12)
@@ -96,6 +99,84 @@ def test_a_torn_file_is_planned_anew() -> None:
     file.write_text(file.read_text()[:20])
     assert _choose(Pipeline(2**30, CANDIDATES)).estimates == first.estimates
     assert remembered.load(file.stem) is not None
+
+
+# What json cannot read, and what it reads that no plan wrote.
+ESTIMATE = '{"passes": ["Elsewhere()"], "peak_bytes": 1, "input_bytes": 1, "seconds": 1.0, "changed": true}'
+FOREIGN = {
+    "an empty object": "{}",
+    "a list": "[1]",
+    "null": "null",
+    "a number": "NaN",
+    "an unknown pass": f'{{"estimates": [{ESTIMATE}], "chosen": 0}}',
+    "no estimate": '{"estimates": [], "chosen": 0}',
+    "nested deeply": "[" * 100_000,
+    "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_file_counts_as_not_there(content: str) -> None:
+    first = _choose(Pipeline(2**30, CANDIDATES))
+    (file,) = _files()
+    own, foreign = file.read_bytes(), FOREIGN[content]
+    file.write_bytes(foreign if isinstance(foreign, bytes) else foreign.encode())
+    assert _choose(Pipeline(2**30, CANDIDATES)).estimates == first.estimates
+    assert file.read_bytes() == own
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([repr(SPILL), 0, -1, 99, 10**400]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["estimates", "chosen", "passes"]), inner),
+    max_leaves=8,
+)
+
+
+@st.composite
+def damaged(draw: Any, whole: Any) -> Any:
+    """A JSON value with one of its parts replaced, left out or doubled; or another value."""
+    if not isinstance(whole, dict | list) or not whole or draw(st.integers(0, 3)) == 0:
+        return draw(JSON)
+    copy = dict(whole) if isinstance(whole, dict) else list(whole)
+    place = draw(st.sampled_from([*whole] if isinstance(whole, dict) else range(len(whole))))
+    way = draw(st.sampled_from(["inside", "inside", "left out", "added"]))
+    if way == "left out":
+        del copy[place]
+    elif way == "added" and isinstance(copy, list):
+        copy.append(copy[place])
+    elif way == "added":
+        copy["another"] = draw(JSON)
+    else:
+        copy[place] = draw(damaged(whole[place]))
+    return copy
+
+
+def test_any_json_is_a_choice_that_may_be_made_or_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage that leaves a plan, as other bytes, is taken for one; it fits the budget, and its passes are among those offered."""
+    pipeline = Pipeline(2**30, CANDIDATES)
+
+    def study(graph: Captured) -> None:
+        first = pipeline.choose(graph)
+        (file,) = _files()
+        own = json.loads(file.read_text())
+        monkeypatch.setattr(remembered, "name_of", lambda *about: file.stem)
+        monkeypatch.setattr(planning, "trace", lambda graph, passes: first.traced)
+        monkeypatch.setattr(Pipeline, "_chosen", lambda self, graph: first)
+
+        @settings(max_examples=1000)
+        @given(damaged(own))
+        def check(found: Any) -> None:
+            file.write_text(json.dumps(found))
+            choice = pipeline.choose(graph)
+            assert choice.chosen in choice.estimates
+            assert choice.chosen.peak_bytes <= 2**30
+            assert all(each.passes in CANDIDATES for each in choice.estimates)
+            planning.told(choice.chosen.passes)
+            reports.table(choice.estimates, choice.chosen)
+
+        check()
+
+    capture(Gelu(), (torch.empty(1, 64, 64),), study, train=True)
 
 
 def test_nothing_is_remembered_where_caches_are_off() -> None:

@@ -272,8 +272,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: Spill(to="tape"), "to must be 'disk' or 'host'; got 'tape'"),  # type: ignore[arg-type]
     (lambda: Spill(to="host", directory="/tmp"), "directory is for to='disk'; got '/tmp' with to='host'"),
     (lambda: Spill(directory="/nowhere"), "directory must be one that can be written to; got '/nowhere'. Make it first"),
-    (lambda: Spill(least_bytes=0), "least_bytes must be an int of at least 1; got 0"),
-    (lambda: Spill(least_bytes=True), "least_bytes must be an int of at least 1; got True"),
+    (lambda: Spill(least_bytes=0), "least_bytes must be at least 1; got 0"),
 ]
 
 

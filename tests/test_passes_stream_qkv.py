@@ -133,6 +133,58 @@ def test_graphs_of_export(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_as_many_tokens_as_heads_and_features(name: str) -> None:
+    """Four heads of four features: with four sequences of four tokens all sizes are equal, and numbers in the graph."""
+    model = made(name)
+    for sequences, tokens in ((HEADS, HEADS), (WIDTH, WIDTH), (HEADS, WIDTH), (WIDTH, HEADS), (1, HEADS)):
+        step, lines = captured(model, StreamQKV(rows=3), dynamic=False)
+        x = torch.randn(sequences, tokens, WIDTH, dtype=torch.float64)
+        turns = angles(tokens) if name in ("apart", "as llama") else ()
+        torch.testing.assert_close(step(x, *turns), model(x, *turns))
+        assert len(lines) == MODELS[name][1]
+
+
+def heads(rows: Tensor) -> Tensor:
+    return rows.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2)
+
+
+def tokens_and_batch_exchanged(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """With as many tokens as sequences the exchange shows in no size."""
+    keys = heads(y.transpose(0, 1))
+    return x + F.linear(F.scaled_dot_product_attention(heads(F.linear(x, weight)), keys, keys).transpose(1, 2).flatten(2), weight)
+
+
+def heads_of_an_input(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    attended = F.scaled_dot_product_attention(heads(F.linear(x, weight)), heads(y), heads(y))
+    return x + F.linear(attended.transpose(1, 2).flatten(2), weight)
+
+
+def named_arguments(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    keys = torch.transpose(input=F.linear(x, weight).unflatten(-1, (HEADS, WIDTH // HEADS)), dim0=1, dim1=2)
+    return x + y * F.linear(F.scaled_dot_product_attention(keys, keys, keys).transpose(1, 2).flatten(2), weight)
+
+
+ROWS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.randn(5, 5, WIDTH, dtype=torch.float64),
+    "tokens outermost": lambda: torch.randn(5, 5, WIDTH, dtype=torch.float64).transpose(0, 1),
+    "from the middle of a storage": lambda: torch.randn(25 * WIDTH + 4, dtype=torch.float64)[4:].view(5, 5, WIDTH),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("function", [tokens_and_batch_exchanged, heads_of_an_input, named_arguments])
+def test_heads_are_those_of_their_strides(function: Callable[..., Tensor], rows: str) -> None:
+    x, y, weight = ROWS["contiguous"](), ROWS[rows](), torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    step, lines = captured(function, StreamQKV(rows=2), dynamic=False)
+    torch.testing.assert_close(step(x, y, weight), function(x, y, weight))
+    # A view of rows that are not contiguous is no run of their features.
+    understood = {heads_of_an_input: rows != "tokens outermost", named_arguments: True, tokens_and_batch_exchanged: False}
+    assert bool(lines) == understood[function]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_a_rotary_embedding_goes_with_its_tokens(shape: tuple[int, ...]) -> None:
     model = made("as llama")

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from .. import arguments
 from ..liveness import attribute, lifetimes, value_of
 from ..programs import copied_graph
 from .placements import Buffer, Placement
@@ -48,6 +49,7 @@ class Executor:
     """
 
     def __init__(self, graph_module: GraphModule, example_inputs: Sequence[Any], *, seconds: float = 10) -> None:
+        arguments.rate("seconds", seconds, zero=True)
         self._module = _static(graph_module, example_inputs)
         self._examples = tuple(self._module.graph.process_inputs(*example_inputs))
         storages = [each for each in lifetimes(self._module).storages if not each.is_input]
@@ -162,12 +164,17 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
         raise TypeError(
             f"graph_module must be an fx GraphModule; got {type(graph_module).__name__}. Trace the model: torch.export or make_fx"
         )
+    arguments.inputs("example_inputs", example_inputs)
     graph = copied_graph(graph_module.graph)
     module = GraphModule(graph_module, graph)
     inputs = graph.process_inputs(*example_inputs)
     expected = sum(node.op == "placeholder" for node in graph.nodes)
     if len(inputs) != expected:
         raise ValueError(f"example_inputs must be the graph's {expected} inputs; got {len(inputs)}")
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(node.meta.get("val"), Tensor) and not isinstance(value, Tensor):
+            raise TypeError(f"input {node.name} must be a tensor; got {type(value).__name__} {arguments.shown(value)}")
     for node in graph.nodes:
         if _is_sized_by_data(node):
             raise ValueError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
+from .. import arguments
 from . import exact, greedy
 from .parts import Box, most_at_once, parts
 from .placements import Buffer, Placement
@@ -71,17 +71,10 @@ def _offsets(boxes: Sequence[Box], bound: int, roof: int | None, deadline: float
 
 
 def _check(buffers: Sequence[Buffer], capacity: int | None, seconds: float, alignment: int) -> None:
-    for number, buffer in enumerate(buffers):
-        if not isinstance(buffer, Buffer):
-            raise TypeError(
-                f"buffers[{number}] must be a Buffer; got {type(buffer).__name__} {buffer!r}. Write Buffer(lower, upper, size)"
-            )
+    for number, buffer in enumerate(arguments.sequence("buffers", buffers, "arena.Buffer")):
+        arguments.kind(f"buffers[{number}]", buffer, Buffer, "Write Buffer(lower, upper, size)")
     for name, value, least in (("capacity", capacity, 0), ("alignment", alignment, 1)):
         if name == "capacity" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number of bytes; got {type(value).__name__} {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least} bytes; got {value}")
-    if not (isinstance(seconds, int | float) and seconds >= 0 and math.isfinite(seconds)):
-        raise ValueError(f"seconds must be a finite number, at least 0; got {seconds!r}")
+        arguments.whole(name, value, least)
+    arguments.rate("seconds", seconds, zero=True)

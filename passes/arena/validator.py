@@ -5,6 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+import numpy as np
+
+from .. import arguments
 from .placements import Buffer, Placement
 
 
@@ -12,6 +15,7 @@ def validate(buffers: Sequence[Buffer], placement: Placement) -> None:
     """Raises ValueError that names the first pair of buffers that live together and overlap, or the buffer that is wrong alone:
     misaligned, below the arena or beyond its height; also for another number of offsets, and for a lower bound that is not one.
     """
+    _check(buffers, placement)
     offsets, alignment = placement.offsets, placement.alignment
     if len(offsets) != len(buffers):
         raise ValueError(f"placement must have one offset for each of {len(buffers)} buffers; got {len(offsets)}")
@@ -26,6 +30,21 @@ def validate(buffers: Sequence[Buffer], placement: Placement) -> None:
                 f"buffer {number}, {buffer!r}, at offset {offset} ends at {end}, beyond the height {placement.height}"
             )
     _sweep(buffers, placement)
+
+
+def _check(buffers: Sequence[Buffer], placement: Placement) -> None:
+    """Raises TypeError or ValueError where these are no buffers and no placement at all."""
+    for number, buffer in enumerate(arguments.sequence("buffers", buffers, "arena.Buffer")):
+        arguments.kind(f"buffers[{number}]", buffer, Buffer, "Write Buffer(lower, upper, size)")
+    arguments.kind("placement", placement, Placement, "Take it from arena.solve")
+    offsets = arguments.sequence("placement.offsets", placement.offsets, "whole numbers")
+    numbers = {f"placement.offsets[{number}]": offset for number, offset in enumerate(offsets)}
+    numbers |= {f"placement.{name}": getattr(placement, name) for name in ("height", "lower_bound", "alignment")}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be a whole number; got {type(value).__name__} {arguments.shown(value)}")
+    if placement.alignment < 1:
+        raise ValueError(f"placement.alignment must be at least 1; got {placement.alignment}")
 
 
 def _sweep(buffers: Sequence[Buffer], placement: Placement) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
+from .. import arguments
 from .readers import value_of
 
 aten = torch.ops.aten
@@ -59,6 +60,12 @@ def attention(
 
     Do it where the operator is defined: a compiled graph asks for it by the first target's name. See Attention for the others.
     """
+    if not targets:
+        raise ValueError(
+            "targets must be what graphs call, at least one; got none. Give an operator, as torch.ops.mine.attend.default"
+        )
+    for name, value in (("read", read), ("reach", reach), ("part", part), ("flops", flops)):
+        arguments.function(name, value)
     made = Attention(str(targets[0]), read, reach, part, flops)
     packets = [each.overloadpacket for each in targets if isinstance(each, torch._ops.OpOverload)]
     _ATTENTIONS.update(dict.fromkeys((*targets, *packets, made.name), made))

@@ -7,12 +7,15 @@
 
 Everything but the attention is a recipe: query, key and value of x, and of what lies along the tokens (a rotary embedding's
 angles); the result of those and the joined heads. Heads are read off a view's strides, however they were packed and split.
+
+Which dims are batch, heads, tokens and features follows from the attention's call. From there a primitive keeps the dims of its
+operands, aligned from the last one on, a linear's weight has none of them (readers.roles), and a view has those of its strides.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +24,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from . import attentions
-from .readers import read, value_of
+from .readers import is_along_rows, primitive_of, read, roles, tensor_of, value_of
 from .recipes import Recipe, Step
-from .regions import is_contiguous, is_fixed, is_shared, mixed_up, sizes, tensor_of, width
+from .regions import is_contiguous, is_fixed, mixed_up, sizes, width
 
 aten = torch.ops.aten
 _TRANSPOSES = {"transpose", "swapaxes", torch.transpose, aten.transpose.int}
@@ -128,16 +131,19 @@ class _Search:
         """The rows that a node views as heads, and the first of its features among theirs."""
         base: Any = node
         while isinstance(base, Node) and base.target in _VIEWS:
-            base = base.args[0]
-        if not self._is_rows(base) or not self._is_heads(node):
+            base = _viewed(base)
+        # Strides tell the dims of a view apart only if those of the rows are the usual ones.
+        if not self._is_rows(base) or not self._is_heads(node) or not is_contiguous(base):
             return None
         view, whole = value_of(node), value_of(base)
         if view.untyped_storage()._cdata != whole.untyped_storage()._cdata:
             return None
-        features, (_, heads, _, each) = sizes(whole.shape)[-1], sizes(view.shape)
-        (start,) = sizes([view.storage_offset()])
-        fits = sizes(view.stride()) == (self.tokens * features, each, features, 1) and isinstance(start, int)
-        return (base, start) if fits and start + heads * each <= features else None
+        features, (_, heads, _, head_features) = sizes(whole.shape)[-1], sizes(view.shape)
+        (start,) = sizes([view.storage_offset() - whole.storage_offset()])
+        strides = (self.tokens * features, head_features, features, 1)
+        if not isinstance(start, int) or sizes(view.stride()) != strides or start + heads * head_features > features:
+            return None
+        return base, start
 
     def _members(self, joined: Sequence[Node], first: int) -> list[Node]:
         """The block up to the last of its values that all of it leads to; `first`: where its first linear stands."""
@@ -149,49 +155,59 @@ class _Search:
                 continue
             members = self._grown_back(end, first, {*joined, self.call.operator})
             given = self._given(members)
-            if self.call.operator in members and width(end) <= max(map(width, given)) and not any(map(self._is_heads, given)):
+            if self.call.operator in members and _width(end) <= max(map(_width, given)) and not any(map(self._is_heads, given)):
                 best = members
         outside = [node for node in best if self.order[node] < first]
         cuts = [best[start:] for start in range(len(outside) + 1)]
-        return min(cuts, key=lambda part: sum(map(width, self._given(part))))
+        return min(cuts, key=lambda part: sum(map(_width, self._given(part))))
 
     def _grown_back(self, end: Node, first: int, joined: set[Node]) -> list[Node]:
         """What is made for `end` alone; before the first linear, of cheap work alone."""
         members = {end: None}
         for number in range(self.order[end] - 1, -1, -1):
             node = self.nodes[number]
-            if not node.users or node in self.claimed or not all(user in members for user in node.users):
+            if not node.users or node in self.claimed or not self._is_used_as_rows(node, members):
                 continue
-            cheap = self._works(node) and _primitive(node) != "linear"
+            cheap = self._works(node) and primitive_of(node) != "linear"
             if cheap or (number >= first and (node in joined or node.target in _VIEWS or self._works(node))):
                 members[node] = None
         return list(reversed(members))
 
+    def _is_used_as_rows(self, node: Node, members: Collection[Node]) -> bool:
+        """Whether all users of a node are members, and none of them takes it as something that all rows share."""
+        return all(user in members and node not in self._shared_of(user) for user in node.users)
+
     def _works(self, node: Node) -> bool:
         """Whether a node is a primitive of rows or heads, of what lies along the tokens, and of what all share."""
-        found = read(node)
-        if found is None or not (self._is_rows(node) or self._is_heads(node)):
+        operands = roles(node)
+        if operands is None or not (self._is_rows(node) or self._is_heads(node)):
             return False
-        rows, others = _by_role(node)
         same = self._is_rows if self._is_rows(node) else self._is_heads
-        fits = [same(each) or self._is_along(each) or is_shared(each) for each in rows]
-        return all(fits) and any(map(same, rows)) and all(map(is_fixed, others))
+        if not any(map(same, operands.rows)) or not all(map(is_fixed, operands.shared)):
+            return False
+        return all(same(operand) or self._is_along(operand) for operand in operands.rows)
 
     def _given(self, members: Sequence[Node]) -> list[Node]:
         """What lies along the tokens and is made elsewhere, rows first."""
         inside = set(members)
-        used = [each for node in members for each in self._rows_of(node)]
-        found = list(dict.fromkeys(each for each in used if each not in inside and not is_shared(each)))
-        return sorted(found, key=lambda node: not self._is_rows(node))
+        used = [operand for node in members for operand in self._rows_of(node)]
+        outside = list(dict.fromkeys(operand for operand in used if operand not in inside))
+        return sorted(outside, key=lambda node: not self._is_rows(node))
 
-    def _rows_of(self, node: Node) -> list[Node]:
+    def _rows_of(self, node: Node) -> Sequence[Node]:
         if node is self.call.operator:
-            return list(self.call.heads)
+            return self.call.heads
         if node is self.call.result:
-            return []
+            return ()
         if node.target in _VIEWS:
-            return [node.args[0]] if isinstance(node.args[0], Node) else []
-        return _by_role(node)[0]
+            viewed = _viewed(node)
+            return (viewed,) if isinstance(viewed, Node) else ()
+        operands = roles(node)
+        return () if operands is None else operands.rows
+
+    def _shared_of(self, node: Node) -> Sequence[Node]:
+        operands = None if node.target in _VIEWS else roles(node)
+        return () if operands is None else operands.shared
 
     def _written(self, members: list[Node], joined: Sequence[Node]) -> Block | None:
         rows = self._given(members)
@@ -244,25 +260,32 @@ class _Writer:
     made: dict[Node, str] = field(default_factory=dict)
 
     def write(self, node: Node) -> str | None:
-        """The name of a node's value, its steps written before; None where it has none."""
+        """The name of the value of rows or heads, its steps written before; None where it has none."""
         if node in self.made:
             return self.made[node]
         if node in self.rows or node is self.joined:
             return f"x{[*self.rows, self.joined].index(node)}"
         if node not in self.members:
-            return self._shared(node)
+            return None
         if (base := self.search._base(node)) is not None:
             return self._heads(node, *base)
-        found = read(node)
-        if found is None:
+        call = read(node)
+        if call is None:
             return None
-        operands = [self.write(tensor_of(each)) if isinstance(each, Node) else each for each in found.operands]
-        if any(name is None and isinstance(each, Node) for name, each in zip(operands, found.operands, strict=True)):
+        operands = [self._operand(call.primitive, place, operand) for place, operand in enumerate(call.operands)]
+        if any(name is None and isinstance(operand, Node) for name, operand in zip(operands, call.operands, strict=True)):
             return None
-        if not found.primitive:
+        if not call.primitive:
             return str(operands[0])
-        self.made[node] = self._step(found.primitive, operands, found.options)
+        self.made[node] = self._step(call.primitive, operands, call.options)
         return self.made[node]
+
+    def _operand(self, primitive: str, place: int, operand: Any) -> Any:
+        """An operand's name by its role in the call; numbers and None as they are."""
+        if not isinstance(operand, Node):
+            return operand
+        source = tensor_of(operand)
+        return self.write(source) if is_along_rows(primitive, place, source) else self._shared(source)
 
     def _shared(self, node: Node) -> str:
         if node not in self.shared:
@@ -273,13 +296,16 @@ class _Writer:
         """Of a linear that makes more than these heads, these alone are computed."""
         _, heads, _, features = sizes(value_of(node).shape)
         options = {"start": start, "length": heads * features}
-        found = read(base) if base in self.members else None
-        is_linear = found is not None and found.primitive == "linear"
-        sources = found.operands if found is not None and is_linear else (base,)
-        names = [self.write(each) if isinstance(each, Node) else each for each in sources]
+        call = read(base) if base in self.members else None
+        if call is not None and call.primitive == "linear":
+            names = [self._operand("linear", place, operand) for place, operand in enumerate(call.operands)]
+            primitive = "linear_part"
+        else:
+            names = [self.write(base)]
+            primitive = "narrow"
         if names[0] is None:
             return None
-        part = self._step("linear_part" if is_linear else "narrow", names, options)
+        part = self._step(primitive, names, options)
         self.made[node] = self._step("split_heads", [part], {"heads": heads})
         return self.made[node]
 
@@ -306,23 +332,14 @@ def _swaps_tokens_and_heads(node: Node) -> bool:
     return (node.target in _TRANSPOSES and sorted(dims) == [1, 2]) or (node.target in _PERMUTES and dims == [0, 2, 1, 3])
 
 
-def _by_role(node: Node) -> tuple[list[Node], list[Node]]:
-    """A primitive's operands that may be rows, and those that never are."""
-    found = read(node)
-    if found is None:
-        return [], []
-    operands = [tensor_of(each) if isinstance(each, Node) else None for each in found.operands]
-    count = 1 if found.primitive == "linear" or found.primitive.endswith("_norm") else len(operands)
-    return _present(operands[:count]), _present(operands[count:])
+def _viewed(view: Node) -> Any:
+    """What a view is of: its first argument, which may be named."""
+    return view.args[0] if view.args else view.kwargs.get("input")
 
 
-def _present(operands: Sequence[Node | None]) -> list[Node]:
-    return [each for each in operands if each is not None]
-
-
-def _primitive(node: Node) -> str | None:
-    found = read(node)
-    return None if found is None else found.primitive
+def _width(node: Node) -> int:
+    """Bytes of a row: the features of rows, of heads, and of what lies along the tokens are their last dim."""
+    return width(node, row_dims=1)
 
 
 def _sizes(node: Any) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from .. import arguments
 from ..allocators import give_back_freed_memory
 from ..liveness import source_of
 from ..stages import Stage
@@ -17,7 +18,7 @@ from ..stages import Stage
 class InChunks:
     """A pass over the graph as captured that is told rows of a chunk, or the bytes that they may take, or neither.
 
-    Raises ValueError where one of them is less than 1, or both are given.
+    Raises TypeError or ValueError where one of them is no int of at least 1, or both are given.
     """
 
     rows: int | None = None
@@ -27,8 +28,8 @@ class InChunks:
         if self.rows is not None and self.chunk_bytes is not None:
             raise ValueError(f"rows or chunk_bytes, not both; got {self}")
         for name, value in (("rows", self.rows), ("chunk_bytes", self.chunk_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+            if value is not None:
+                arguments.whole(name, value, 1)
 
     @property
     def stage(self) -> Stage:

@@ -28,6 +28,17 @@ class Read:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Roles:
+    """The operands of a primitive, None and numbers left out. A node may be in both: F.linear(x, x).
+
+    rows: values whose leading dims are the rows of the result. shared: what all rows are computed with.
+    """
+
+    rows: tuple[Node, ...]
+    shared: tuple[Node, ...]
+
+
 Reader = Callable[..., Read | None]
 _READERS: dict[Any, Reader] = {}
 
@@ -44,9 +55,48 @@ def read(node: Node) -> Read | None:
     return reader(*bound.args, **bound.kwargs)
 
 
+def primitive_of(node: Node) -> str | None:
+    """The name of the primitive that a node is, "" of one that hands its operand on; None where it is none."""
+    call = read(node)
+    return None if call is None else call.primitive
+
+
 def value_of(node: Node) -> Any:
     """What a node was traced with: a fake tensor, a number, a list; None where the graph does not say."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_along_rows(primitive: str, place: int, operand: Any) -> bool:
+    """Whether the operand at `place` of a primitive has the rows of its result.
+
+    The place in the call decides, never a size: a linear's weight is shared by all rows, however many it has itself. Elementwise
+    primitives align dims from the last on, so an operand of one dim lies along the features; one of more has rows.
+    """
+    value = value_of(operand) if isinstance(operand, Node) else None
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return False
+    has_weights = primitive == "linear" or primitive.endswith("_norm")
+    return place == 0 or not has_weights
+
+
+def tensor_of(node: Node) -> Node:
+    """The tensor that a number is read from (dynamic=True passes a module's floats so); other nodes themselves."""
+    source = node.args[0] if node.op == "call_method" and node.target == "item" else node
+    assert isinstance(source, Node)
+    return source
+
+
+def roles(node: Node) -> Roles | None:
+    """The operands of a node by their role; None of a node that is no primitive."""
+    call = read(node)
+    if call is None:
+        return None
+    rows, shared = dict[Node, None](), dict[Node, None]()
+    for place, operand in enumerate(call.operands):
+        if isinstance(operand, Node):
+            source = tensor_of(operand)
+            (rows if is_along_rows(call.primitive, place, source) else shared)[source] = None
+    return Roles(tuple(rows), tuple(shared))
 
 
 def needs_gradient(node: Node) -> bool:

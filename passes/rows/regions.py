@@ -5,11 +5,14 @@
 
 A region is what a narrow result is made of, back to where least has to be kept: every value in it is used in it alone, its
 last is its result, and some linear's result in it is wider than all that goes in together, and than what comes out.
+
+Which dims are rows follows from the result back, operand by operand (readers.roles): the leading dims of a linear's first operand
+are those of its result, its weight has none of them, and a value that is used as a weight is not of the region.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..operators import writes
-from .readers import Read, read, value_of
+from .readers import Roles, is_along_rows, primitive_of, read, roles, tensor_of, value_of
 from .recipes import Recipe, Step
 
 # Results that are narrower than what they are made of: regions end there, or a little later.
@@ -64,14 +67,14 @@ def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region
     members = _grown_forward(_cut(_grown_back(nodes[: number + 1], lead, claimed), lead), lead)
     if not members or not is_contiguous(members[-1]) or mixed_up(nodes, members):
         return None
-    return _region(members, lead)
+    return _region(members)
 
 
 def _grown_back(nodes: Sequence[Node], lead: Any, claimed: set[Node]) -> list[Node]:
     """The last node and all that is made for it alone."""
     members = {nodes[-1]: None}
     for node in reversed(nodes[:-1]):
-        if node.users and node not in claimed and all(user in members for user in node.users) and _works_on_rows(node, lead):
+        if node.users and node not in claimed and _is_used_as_rows(node, members) and _works_on_rows(node, lead):
             members[node] = None
     return list(reversed(members)) if _works_on_rows(nodes[-1], lead) else []
 
@@ -82,10 +85,10 @@ def _cut(members: list[Node], lead: Any) -> list[Node]:
     kept: list[Node] = []
     for start in range(len(members)):
         part = members[start:]
-        linears = [node for node in part if _primitive(node) == "linear"]
-        needed = sum(width(node) for node in _rows_given(part, lead))
-        widest = max(map(width, linears), default=0)
-        if max(needed, width(members[-1])) < widest and (best is None or (len(linears), needed) < best):
+        linears = [node for node in part if primitive_of(node) == "linear"]
+        needed = sum(width(node, len(lead)) for node in _rows_given(part))
+        widest = max((width(node, len(lead)) for node in linears), default=0)
+        if max(needed, width(members[-1], len(lead))) < widest and (best is None or (len(linears), needed) < best):
             best, kept = (len(linears), needed), part
     return kept
 
@@ -94,10 +97,12 @@ def _grown_forward(members: list[Node], lead: Any) -> list[Node]:
     """With what is done to the result alone, together with what is already given."""
     while members and len(members[-1].users) == 1:
         (user,) = members[-1].users
-        known = {*members, *_rows_given(members, lead)}
-        if _primitive(user) in (None, "linear") or not _works_on_rows(user, lead) or not _is_rows(user, lead):
+        known = {*members, *_rows_given(members)}
+        if primitive_of(user) in (None, "linear") or not _works_on_rows(user, lead) or not _is_rows(user, lead):
             break
-        if not set(_rows_given([user], lead)) <= known or width(user) > width(members[-1]):
+        if not _is_used_as_rows(members[-1], {user}):
+            break
+        if not set(_rows_given([user])) <= known or width(user, len(lead)) > width(members[-1], len(lead)):
             break
         members = [*members, user]
     return members
@@ -110,21 +115,28 @@ def mixed_up(nodes: Sequence[Node], members: Sequence[Node]) -> bool:
     return any(node not in inside and (writes(node) or node.target in _MODES) for node in nodes[first:last])
 
 
-def _region(members: list[Node], lead: Any) -> Region | None:
-    rows = _rows_given(members, lead)
-    shared = list(dict.fromkeys(each for node in members for each in _operands(node) if each not in members and each not in rows))
-    names: dict[Node, str] = {node: f"x{i}" for i, node in enumerate(rows)} | {node: f"w{i}" for i, node in enumerate(shared)}
+def _region(members: list[Node]) -> Region | None:
+    rows = _rows_given(members)
+    shared = list(dict.fromkeys(operand for node in members for operand in _roles(node).shared))
+    # A node may be among both, as in F.linear(x, x), so it has a name for each role.
+    row_names: dict[Node, str] = {node: f"x{i}" for i, node in enumerate(rows)}
+    shared_names: dict[Node, str] = {node: f"w{i}" for i, node in enumerate(shared)}
     steps: list[Step] = []
     for node in members:
-        found = _read(node)
-        if not found.primitive:
-            names[node] = names[found.operands[0]]
+        call = read(node)
+        assert call is not None
+        operands: list[Any] = []
+        for place, operand in enumerate(call.operands):
+            source = tensor_of(operand) if isinstance(operand, Node) else operand
+            names = row_names if is_along_rows(call.primitive, place, source) else shared_names
+            operands.append(names[source] if isinstance(source, Node) else source)
+        if not call.primitive:
+            row_names[node] = operands[0]
             continue
-        names[node] = f"v{len(steps)}"
-        operands = tuple(names[each] if isinstance(each, Node) else each for each in found.operands)
-        steps.append(Step(names[node], found.primitive, operands, tuple(found.options.items())))
+        row_names[node] = f"v{len(steps)}"
+        steps.append(Step(row_names[node], call.primitive, tuple(operands), tuple(call.options.items())))
     region = Region(tuple(members), tuple(rows), tuple(shared), Recipe(tuple(steps)))
-    return region if _agrees(region, names) else None
+    return region if _agrees(region, row_names) else None
 
 
 def _agrees(region: Region, names: dict[Node, str]) -> bool:
@@ -142,58 +154,35 @@ def _fits(kind: Tensor, value: Tensor) -> bool:
 
 
 def _works_on_rows(node: Node, lead: Any) -> bool:
-    """Whether a node is a primitive whose first operand is rows, and whose others are such rows, or shared by all of them."""
-    found = read(node)
-    if found is None:
+    """Whether a node is a primitive of such rows and of what they share."""
+    operands = roles(node)
+    if operands is None or not operands.rows:
         return False
-    if found.primitive == "linear" or found.primitive.endswith("_norm"):
-        x, *shared = found.operands
-        return _is_rows(x, lead) and all(each is None or is_fixed(each) for each in shared)
-    operands = [each for each in _read(node).operands if isinstance(each, Node)]
-    return any(_is_rows(each, lead) for each in operands) and all(_is_rows(each, lead) or is_shared(each) for each in operands)
+    return all(_is_rows(each, lead) for each in operands.rows) and all(map(is_fixed, operands.shared))
 
 
-def _read(node: Node) -> Read:
-    """The same, the tensor in place of a number that is read from it (dynamic=True passes a module's floats so)."""
-    found = read(node)
-    assert found is not None
-    operands = tuple(tensor_of(each) if isinstance(each, Node) else each for each in found.operands)
-    return Read(found.primitive, operands, found.options)
+def _is_used_as_rows(node: Node, members: Collection[Node]) -> bool:
+    """Whether all users of a node are members, and none of them takes it as something that all rows share."""
+    return all(user in members and node not in _roles(user).shared for user in node.users)
 
 
-def tensor_of(node: Node) -> Node:
-    source = node.args[0] if node.op == "call_method" and node.target == "item" else node
-    assert isinstance(source, Node)
-    return source
+def _roles(node: Node) -> Roles:
+    operands = roles(node)
+    assert operands is not None
+    return operands
 
 
-def _operands(node: Node) -> list[Node]:
-    return [each for each in _read(node).operands if isinstance(each, Node)]
-
-
-def _rows_given(members: Sequence[Node], lead: Any) -> list[Node]:
+def _rows_given(members: Sequence[Node]) -> list[Node]:
     inside = set(members)
-    return list(dict.fromkeys(x for node in members for x in _operands(node) if x not in inside and _is_rows(x, lead)))
-
-
-def _primitive(node: Node) -> str | None:
-    found = read(node)
-    return None if found is None else found.primitive
+    return list(dict.fromkeys(each for node in members for each in _roles(node).rows if each not in inside))
 
 
 def _is_rows(node: Any, lead: Any) -> bool:
-    """Whether a node's value is (*lead, features), or a list of such parts; None: whatever lead it has."""
+    """Whether a node's value is (*lead, features); None: whatever lead it has."""
     value = value_of(node) if isinstance(node, Node) else None
-    if isinstance(value, (list, tuple)):
-        return bool(value) and _is_rows(node.args[0], lead)
     if not isinstance(value, Tensor) or value.ndim < 2 or not isinstance(sizes(value.shape)[-1], int):
         return False
     return lead is None or _lead(node) == lead
-
-
-def is_shared(node: Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.ndim <= 1 and is_fixed(node)
 
 
 def is_fixed(node: Any) -> bool:
@@ -221,10 +210,10 @@ def is_contiguous(node: Node) -> bool:
     return True
 
 
-def width(node: Node) -> int:
-    """Bytes of one row."""
+def width(node: Node, row_dims: int) -> int:
+    """Bytes of one row. row_dims: how many leading dims are rows; a value with no other has one number a row."""
     value = value_of(node)
     if not isinstance(value, Tensor):
         return 0
-    features = sizes(value.shape)[-1] if value.ndim else 1
+    features = sizes(value.shape)[-1] if value.ndim > row_dims else 1
     return (features if isinstance(features, int) else 1) * value.element_size()

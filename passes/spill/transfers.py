@@ -22,6 +22,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from .. import arguments
 from ..joint import Halves, base, is_view, split
 from ..liveness import source_of
 from ..peak import mebibytes
@@ -50,13 +51,19 @@ class Spill:
 
     def __post_init__(self) -> None:
         if self.to not in ("disk", "host"):
-            raise ValueError(f"to must be 'disk' or 'host'; got {self.to!r}")
-        if self.directory is not None and self.to == "host":
-            raise ValueError(f"directory is for to='disk'; got {self.directory!r} with to='host'. Leave one of them out")
-        if self.directory is not None and not (os.path.isdir(self.directory) and os.access(self.directory, os.W_OK)):
-            raise ValueError(f"directory must be one that can be written to; got {self.directory!r}. Make it first")
-        if isinstance(self.least_bytes, bool) or not isinstance(self.least_bytes, int) or self.least_bytes < 1:
-            raise ValueError(f"least_bytes must be an int of at least 1; got {self.least_bytes!r}")
+            raise ValueError(f"to must be 'disk' or 'host'; got {arguments.shown(self.to)}")
+        if self.directory is not None:
+            self._check_directory(self.directory)
+        arguments.whole("least_bytes", self.least_bytes, 1)
+
+    def _check_directory(self, directory: object) -> None:
+        got = arguments.shown(directory)
+        if not isinstance(directory, str):
+            raise TypeError(f"directory must be a str, which stands in the graph; got {got}. Write str(...) around a path")
+        if self.to == "host":
+            raise ValueError(f"directory is for to='disk'; got {got} with to='host'. Leave one of them out")
+        if not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
+            raise ValueError(f"directory must be one that can be written to; got {got}. Make it first")
 
     def __call__(self, graph: Graph) -> Sequence[str]:
         halves = split(graph)

@@ -1,18 +1,26 @@
 """Sparse attention over long sequences: write what may attend to what, and let the library plan and compile it."""
 
 from . import masks, orders
+from .attend import Attend
 from .block_masks import block_mask, block_masks
 from .compiler import compile, plan
 from .modules import DilatedAttention, MultiheadDilatedAttention
+from .plans import Plan
 from .programs import Branch, Program, block_sparse, hilbert_window, local_window, longnet
 from .reference import reference
+from .ring.plans import RingPlan
+from .ring.streamed import Streamed
 from .variants import variant
 
 __all__ = [
+    "Attend",
     "Branch",
     "DilatedAttention",
     "MultiheadDilatedAttention",
+    "Plan",
     "Program",
+    "RingPlan",
+    "Streamed",
     "block_mask",
     "block_masks",
     "block_sparse",

@@ -10,10 +10,14 @@ import pytest
 import compiled_dilated
 
 PROMISED = {
+    "Attend",
     "Branch",
     "DilatedAttention",
     "MultiheadDilatedAttention",
+    "Plan",
     "Program",
+    "RingPlan",
+    "Streamed",
     "block_mask",
     "block_masks",
     "block_sparse",

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import compiled_dilated as cd
-from compiled_dilated import masks, orders
+from compiled_dilated import masks, operators, orders
 from compiled_dilated.lowerings import bands, costs, dense, strided, tiled
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
@@ -320,6 +320,31 @@ def test_many_tiles(case: Case) -> None:
 @pytest.mark.parametrize("name", LOW)
 def test_many_tiles_in_lower_precision(name: str, dtype: torch.dtype) -> None:
     compare_with_dense(by_name(name), 127, dtype, ("strided", "tiled", "auto"))
+
+
+# Tables of the process are caches: lost at any moment, and nothing changes
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table is emptied before each forward and each backward."""
+    for name in ("_forward", "_run_backward"):
+        run_it = getattr(operators, name)
+
+        def forgetting(*arguments: Any, run_it: Any = run_it) -> Any:
+            caches.forget()
+            return run_it(*arguments)
+
+        monkeypatch.setattr(operators, name, forgetting)
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_with_tables_emptied_between_calls(case: Case) -> None:
+    n = case.lengths[len(case.lengths) // 2]
+    inputs, want = truth(case, n, torch.float64)
+    assert_same(run(cd.compile(case.program(n)), inputs), want)
+    assert_same(run(cd.compile(case.program(n), ranks=2), inputs), want)
 
 
 # The same schedule, the same bits

@@ -1,21 +1,15 @@
-"""score_mods and mask_mods as graphs: traced, written as text, read back, evaluated on tiles.
+"""A mod traced to a graph: it is called once, with scalars without values, and the operators that it calls are written down.
 
-    fn(score, b, h, q, kv)  -- trace -->  Graph (a text), operands (the tensors that fn captures)
-    Graph                   -- score, mask -->  values of all pairs of a tile
-
-FlexAttention calls a mod with scalars, under vmap over all pairs (arXiv 2412.05496); so does this file. A graph whose operators
-act on single numbers alone is evaluated on whole tiles at once, which is the same and faster.
+Tensors from outside become operands, whatever they are: parameters, buffers, values of an outer graph, batches of a vmap.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -24,25 +18,17 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from .graphs import DEVICE, DTYPE, FORMAT, READS_A_VALUE, REF, Graph, ModError, is_allowed
+from .pairs import gathered, has_scalar_tensor
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 
 INDICES = ("b", "h", "q_idx", "kv_idx")
-_MOST_CHARACTERS = 2**20
-# Operators that are neither core nor pointwise, but functions of their inputs alone.
-_ALSO_ALLOWED = frozenset(
-    f"aten.{name}"
-    for name in (
-        "_to_copy", "dot", "mv", "stack", "unbind", "linalg_vector_norm", "lift_fresh", "lift_fresh_copy", "detach", "t",
-        "transpose", "squeeze", "_unsafe_view", "new_full", "new_ones", "new_zeros", "ones", "zeros", "full", "scalar_tensor",
-        "ones_like", "zeros_like", "new_empty", "count_nonzero", "all", "any", "logsumexp", "special_erf", "vdot", "index",
-    )
-)  # fmt: skip
 # Constants of the shape of a tensor, and what makes them without it.
 _CONSTANTS = {"aten.new_ones": "ones", "aten.new_zeros": "zeros", "aten.new_full": "full"}
 _LIKE = {"aten.ones_like": "ones", "aten.zeros_like": "zeros", "aten.full_like": "full"}
 _SAME_NUMBER = frozenset(f"aten.{name}" for name in ("_to_copy", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy"))
-_READS_A_VALUE = frozenset(("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"))
 _NUMBERS_OF_TENSORS = frozenset(
     getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy")
 )
@@ -50,252 +36,6 @@ _NUMBERS_OF_TENSORS = frozenset(
 
 _SIZES_OF_TENSORS = frozenset((Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__))  # type: ignore[attr-defined]
 _CLAMPS = frozenset((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip))
-
-
-class ModError(ValueError):
-    """A function that cannot be traced as a mod, or a text that is no graph."""
-
-
-# Evaluating -----------------------------------------------------------------------------------------------------------------
-
-
-def over_pairs(fn: Callable[..., Any], *arguments: Tensor) -> Any:
-    """Call fn with scalars, under vmap over all dimensions of its arguments.
-
-    arguments: tensors of one number of dimensions that broadcast. Returns a tensor that broadcasts with them.
-    """
-    with _IndexByTensor():
-        return _mapped(fn, *arguments)
-
-
-def _mapped(fn: Callable[..., Any], *arguments: Tensor) -> Any:
-    if arguments[0].dim() == 0:
-        return fn(*arguments)
-    varies = [x.shape[0] != 1 for x in arguments]
-    rest = [x if along else x.squeeze(0) for x, along in zip(arguments, varies, strict=True)]
-    if not any(varies):
-        return _mapped(fn, *rest).unsqueeze(0)
-    in_dims = tuple(0 if along else None for along in varies)
-    return torch.vmap(lambda *inner: _mapped(fn, *inner), in_dims=in_dims)(*rest)
-
-
-class _IndexByTensor(TorchFunctionMode):
-    """Makes table[i] of a scalar tensor i a gather, where torch would read the number i."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__ and _has_scalar_tensor(args[1]):
-            return _indexed(args[0], args[1])
-        return func(*args, **(kwargs or {}))
-
-
-def _has_scalar_tensor(index: Any) -> bool:
-    entries = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype != torch.bool for entry in entries)
-
-
-def _indexed(x: Tensor, index: Any) -> Tensor:
-    """x[index], scalar tensors in the index as gathers; numbers, slices, None and ... as everywhere."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if any(entry is Ellipsis for entry in entries):
-        at = next(place for place, entry in enumerate(entries) if entry is Ellipsis)
-        taken = sum(entry is not None and entry is not Ellipsis for entry in entries)
-        entries[at : at + 1] = [slice(None)] * (x.dim() - taken)
-    # Numbers, slices and new dimensions first; a tensor's place stays whole until the gather.
-    plain = tuple(slice(None) if isinstance(entry, Tensor) else entry for entry in entries)
-    tensors = [entry if isinstance(entry, Tensor) else None for entry in entries if isinstance(entry, Tensor | slice | None)]
-    whole = x[plain] if any(entry != slice(None) for entry in plain) else x
-    gathered: Tensor = torch.ops.aten.index(whole, tensors)
-    return gathered
-
-
-def _clamped(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    """torch.clamp of a tensor and a number as bounds, which torch takes of one kind alone."""
-    if min is not None:
-        x = torch.maximum(x, _bound(min, x))
-    return x if max is None else torch.minimum(x, _bound(max, x))
-
-
-def _bound(number: Any, x: Tensor) -> Tensor:
-    return number.to(x.dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=x.dtype, device=x.device)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A traced mod as text: its operators one after the other, each with references to earlier results and literals.
-
-    Equal by text, so that everything made from it can be cached by value. The text is read by a strict parser: pure ATen
-    operators and literals alone.
-    """
-
-    text: str
-
-    @cached_property
-    def _code(self) -> _Code:
-        return _read(self.text)
-
-    def check(self) -> Graph:
-        """Itself; raises ModError if the text is no graph."""
-        _ = self._code
-        return self
-
-    @property
-    def operands(self) -> int:
-        """How many captured tensors it reads."""
-        return self._code.operands
-
-    @property
-    def is_elementwise(self) -> bool:
-        """Whether evaluating whole tiles at once is the same as evaluating pair by pair."""
-        return self._code.is_elementwise
-
-    def reads(self, name: str) -> bool:
-        """Whether the result depends on the argument "score", "b", "h", "q_idx" or "kv_idx"."""
-        return self._code.inputs.index(name) in self._code.read
-
-    def score(self, operands: Sequence[Tensor], score: Tensor, *indices: Tensor) -> Tensor:
-        """Scores of all pairs, in the shape and dtype of `score`.
-
-        indices: b, h, q and kv, of as many dimensions, broadcasting with it.
-        """
-        out = self._over_tile(operands, score, *indices)
-        return out.to(score.dtype).expand(score.shape)
-
-    def mask(self, operands: Sequence[Tensor], *indices: Tensor) -> Tensor:
-        """Whether each pair is allowed: bool, of a shape that broadcasts with the indices b, h, q and kv."""
-        return self._over_tile(operands, *indices)
-
-    def scalar(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
-        """The mod itself, of scalars: what FlexAttention calls."""
-        return self._code.run((*arguments, *operands), 0)
-
-    def _over_tile(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
-        if self.is_elementwise:
-            return self._code.run((*arguments, *operands), arguments[0].dim())
-        out: Tensor = over_pairs(lambda *scalars: self.scalar(operands, *scalars), *arguments)
-        return out
-
-
-# A reference to the number-th value: inputs first, operands after them, then results.
-_REF, _DTYPE, _DEVICE, _FORMAT = "%", "%dtype", "%device", "%format"
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    op: Any
-    args: list[Any]
-    kwargs: dict[str, Any]
-    varies: bool
-
-
-@dataclass(frozen=True)
-class _Code:
-    """A graph that was read."""
-
-    inputs: tuple[str, ...]
-    operands: int
-    instructions: tuple[_Instruction, ...]
-    result: int
-    read: frozenset[int]
-    is_elementwise: bool
-
-    def run(self, values: Sequence[Tensor], dims: int) -> Tensor:
-        """The result for these inputs and operands.
-
-        dims: dimensions of a tile; constants of a single number get as many, so that dtypes promote as among scalars.
-        """
-        device, env = values[0].device, list(values)
-        for instruction in self.instructions:
-            spread = dims if instruction.varies else 0
-            args = _resolved(instruction.args, env, device, spread)
-            kwargs = _resolved(instruction.kwargs, env, device, spread)
-            env.append(instruction.op(*args, **kwargs))
-        out = env[self.result]
-        return out.reshape((1,) * dims) if out.dim() < dims else out
-
-
-def _resolved(value: Any, env: list[Any], device: torch.device, dims: int) -> Any:
-    if isinstance(value, list):
-        return [_resolved(item, env, device, dims) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _REF in value:
-        x = env[value[_REF]]
-        return x.reshape((1,) * dims) if dims and isinstance(x, Tensor) and x.dim() == 0 else x
-    if _DTYPE in value:
-        return getattr(torch, value[_DTYPE])
-    if _FORMAT in value:
-        return getattr(torch, value[_FORMAT])
-    if _DEVICE in value:
-        return device
-    return {key: _resolved(item, env, device, dims) for key, item in value.items()}
-
-
-# Reading --------------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def _read(text: str) -> _Code:
-    if len(text) > _MOST_CHARACTERS:
-        raise ModError(f"a mod's graph may have {_MOST_CHARACTERS:,} characters; got {len(text):,}")
-    try:
-        inputs, operands, body, result = json.loads(text)
-        arguments = len(inputs) + operands
-        instructions = tuple(_instruction(entry, arguments + place) for place, entry in enumerate(body))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModError(f"the text is no graph of a mod: {error}") from None
-    if not isinstance(result, int) or not 0 <= result < arguments + len(instructions):
-        raise ModError(f"the graph's result must be one of its {arguments + len(instructions)} values; got {result!r}")
-    read = _needed(instructions, result, arguments)
-    elementwise = all(entry[3] for entry in body)
-    return _Code(tuple(inputs), operands, instructions, result, read, elementwise)
-
-
-def _instruction(entry: Any, place: int) -> _Instruction:
-    name, args, kwargs, _, varies = entry
-    _, packet, overload = name.split(".")
-    op = getattr(getattr(torch.ops.aten, packet), overload)
-    if not _is_allowed(op):
-        raise ModError(f"{name} is no pure operator that a mod may call")
-    late = [reference for reference in _references([args, kwargs]) if not 0 <= reference < place]
-    if late:
-        raise ModError(f"{name} reads the values {late}, which come after it")
-    return _Instruction(op, args, kwargs, bool(varies))
-
-
-def _is_allowed(op: Any) -> bool:
-    """Whether an operator is a function of its inputs alone: pointwise, of ATen's core in any overload, or listed above."""
-    name = str(op._schema.name).replace("::", ".")
-    if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags or name in _READS_A_VALUE:
-        return False
-    return torch.Tag.pointwise in op.tags or name in _ALSO_ALLOWED or _is_core(op.overloadpacket)
-
-
-@lru_cache(maxsize=512)
-def _is_core(packet: Any) -> bool:
-    return any(torch.Tag.core in getattr(packet, overload).tags for overload in packet.overloads())
-
-
-def _references(value: Any) -> Iterator[int]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _references(item)
-    elif isinstance(value, dict):
-        if _REF in value:
-            yield value[_REF]
-        else:
-            yield from _references(list(value.values()))
-
-
-def _needed(instructions: Sequence[_Instruction], result: int, arguments: int) -> frozenset[int]:
-    """The values that the result depends on."""
-    needed = {result}
-    for place in reversed(range(len(instructions))):
-        if arguments + place in needed:
-            needed.update(_references([instructions[place].args, instructions[place].kwargs]))
-    return frozenset(needed)
-
-
-# Tracing --------------------------------------------------------------------------------------------------------------------
 
 
 def trace_score_mod(fn: ScoreMod, dtype: torch.dtype) -> tuple[Graph, tuple[Tensor, ...]]:
@@ -394,8 +134,8 @@ class _Captures(TorchFunctionMode):
         args, kwargs = self.recorder.stand_ins(args), self.recorder.stand_ins(kwargs or {})
         if func in _CLAMPS and any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())):
             return _clamped(*args, **kwargs)
-        if func is Tensor.__getitem__ and _has_scalar_tensor(args[1]):
-            return _indexed(args[0], args[1])
+        if func is Tensor.__getitem__ and has_scalar_tensor(args[1]):
+            return gathered(args[0], args[1])
         return func(*args, **kwargs)
 
 
@@ -434,7 +174,7 @@ class _Recorder(TorchDispatchMode):
     def _stand_in(self, x: Tensor) -> Tensor:
         if id(x) not in self._stand_ins:
             self.captured.append(x)
-            with _no_dispatch():
+            with _disable_current_modes():
                 sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
                 empty = torch.empty(sizes, dtype=x.dtype, device="meta")
             self._stand_ins[id(x)] = empty
@@ -444,7 +184,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = list(args), dict(kwargs or {})
         name = str(func._schema.name).replace("::", ".")
-        if name in _READS_A_VALUE:
+        if name in READS_A_VALUE:
             raise ModError(
                 f"{self.kind} {_name(self.fn)} reads the value of a score or an index (if, while, int(), item()), which differs "
                 "from pair to pair. Write torch.where(condition, a, b)"
@@ -474,7 +214,7 @@ class _Recorder(TorchDispatchMode):
         return target
 
     def _write(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], out: Tensor) -> None:
-        if not _is_allowed(func):
+        if not is_allowed(func):
             raise ModError(
                 f"{self.kind} {_name(self.fn)} calls {func}, which a graph cannot carry (random numbers, effects and operators "
                 "outside of ATen's core). Compute it outside and capture the tensor"
@@ -497,7 +237,7 @@ class _Recorder(TorchDispatchMode):
     def _converted(self, x: Any, dtype: torch.dtype) -> Any:
         if not isinstance(x, Tensor) or x.is_floating_point():
             return x
-        with _no_dispatch():
+        with _disable_current_modes():
             out = torch.empty(x.shape, dtype=dtype, device="meta")
         varies = self._values[id(x)].varies if self.knows(x) else False
         single = not varies or x.dim() == 0
@@ -527,26 +267,26 @@ class _Recorder(TorchDispatchMode):
     def _literal(self, value: Any, takes_tensor: bool = False) -> Any:
         if takes_tensor and isinstance(value, torch.SymInt | torch.SymFloat):
             self.captured.append(value)
-            return {_REF: -len(self.captured)}
+            return {REF: -len(self.captured)}
         if isinstance(value, Tensor):
             if not self.knows(value):  # made inside of an operator, out of reach of _Captures
                 value = self._stand_in(value)
-            return {_REF: self._values[id(value)].number}
+            return {REF: self._values[id(value)].number}
         if isinstance(value, (tuple, list)):
             return [self._literal(x) for x in value]
         if isinstance(value, torch.dtype):
-            return {_DTYPE: str(value).removeprefix("torch.")}
+            return {DTYPE: str(value).removeprefix("torch.")}
         if isinstance(value, torch.device):
-            return {_DEVICE: None}
+            return {DEVICE: None}
         if isinstance(value, (torch.memory_format, torch.layout)):
-            return {_FORMAT: str(value).removeprefix("torch.")}
+            return {FORMAT: str(value).removeprefix("torch.")}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         raise ModError(f"{self.kind} {_name(self.fn)} uses the {type(value).__name__} {value!r}, which a graph cannot carry")
 
     def text(self, result: object) -> str:
         """The graph as text, once the mod has returned."""
-        with _no_dispatch():
+        with _disable_current_modes():
             number = self._result(result)
         inputs, operands = len(self.inputs), len(self.captured)
 
@@ -554,13 +294,13 @@ class _Recorder(TorchDispatchMode):
             # Operands, numbered backwards so far, stand between the inputs and the results.
             if isinstance(value, list):
                 return [shifted(item) for item in value]
-            if isinstance(value, dict) and _REF in value:
-                at = value[_REF]
-                return {_REF: inputs - 1 - at if at < 0 else at if at < inputs else at + operands}
+            if isinstance(value, dict) and REF in value:
+                at = value[REF]
+                return {REF: inputs - 1 - at if at < 0 else at if at < inputs else at + operands}
             return {key: shifted(item) for key, item in value.items()} if isinstance(value, dict) else value
 
         body = [[name, shifted(args), shifted(kwargs), single, varies] for name, args, kwargs, single, varies in self.body]
-        final = shifted({_REF: number})[_REF]
+        final = shifted({REF: number})[REF]
         return json.dumps([[name for name, _ in self.inputs], operands, body, final], separators=(",", ":"))
 
     def _result(self, result: object) -> int:
@@ -601,79 +341,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-def _no_dispatch() -> Any:
-    return _disable_current_modes()
+def _clamped(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    """torch.clamp of a tensor and a number as bounds, which torch takes of one kind alone."""
+    if min is not None:
+        x = torch.maximum(x, _bound(min, x))
+    return x if max is None else torch.minimum(x, _bound(max, x))
 
 
-# Bound to a call ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mod:
-    """A score_mod of one call: its graph and operands, and where the gradients of those that learn are summed.
-
-    learned: numbers of the operands that get gradients. sums: one for each of them, in its shape, float32 or float64.
-    places: from the indices of a part (b, h, q, kv) to those of the whole, where a part is computed.
-    """
-
-    graph: Graph
-    operands: tuple[Tensor, ...]
-    learned: tuple[int, ...] = ()
-    sums: tuple[Tensor, ...] = ()
-    places: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
-
-    def on(self, *indices: Tensor) -> TileMod:
-        """The mod of a tile's scores."""
-        if self.places is not None:
-            indices = self.places(*indices)
-        return TileMod(self, indices)
-
-
-@dataclass(frozen=True)
-class TileMod:
-    """A score_mod of one tile: score (G, Hq, T, S) -> score."""
-
-    mod: Mod
-    indices: tuple[Tensor, ...]
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        return self.mod.graph.score(self.mod.operands, scores, *self.indices)
-
-    def pull(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The new scores, and the function from their gradient to that of `scores`, which also adds to the mod's sums."""
-        mod = self.mod
-        learned = tuple(mod.operands[number] for number in mod.learned)
-
-        def of(scores: Tensor, *learned: Tensor) -> Tensor:
-            operands = list(mod.operands)
-            for number, operand in zip(mod.learned, learned, strict=True):
-                operands[number] = operand
-            return mod.graph.score(operands, scores, *self.indices)
-
-        result: Any = torch.func.vjp(of, scores, *learned)
-        modified, vjp = result
-
-        def back(grad: Tensor) -> Tensor:
-            grad_scores, *grads = vjp(grad)
-            for total, part in zip(mod.sums, grads, strict=True):
-                total.add_(part)
-            return grad_scores  # type: ignore[no-any-return]
-
-        return modified, back
-
-
-def zero_sums(operands: Sequence[Tensor], learned: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Sums of gradients that have not begun."""
-    return tuple(torch.zeros(operands[number].shape, dtype=dtype, device=operands[number].device) for number in learned)
-
-
-def flat(sums: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums as one vector, the form in which an operator returns any number of them."""
-    return torch.cat([total.reshape(-1) for total in sums]) if sums else like.new_empty(0, dtype=dtype)
-
-
-def unflat(vector: Tensor, operands: Sequence[Tensor], learned: Sequence[int]) -> list[Tensor]:
-    """The gradients in that vector, in the shapes and dtypes of their operands."""
-    sizes = [math.prod(operands[number].shape) for number in learned]
-    parts = vector.split(sizes) if sizes else ()
-    return [part.reshape(operands[n].shape).to(operands[n].dtype) for part, n in zip(parts, learned, strict=True)]
+def _bound(number: Any, x: Tensor) -> Tensor:
+    return number.to(x.dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=x.dtype, device=x.device)

@@ -1,0 +1,29 @@
+"""score_mods and mask_mods as graphs: traced, written as text, read back, evaluated on tiles.
+
+tracing   fn(score, b, h, q, kv)  ->  Graph, operands (the tensors that fn captures)
+graphs    Graph: a text; score and mask give the values of all pairs of a tile
+pairs     a function of scalars over all pairs, as FlexAttention calls it
+bound     a graph with the operands of one call, and the gradients of those that learn
+"""
+
+from .bound import Mod, TileMod, flat, unflat, zero_sums
+from .graphs import Graph, ModError
+from .pairs import over_pairs
+from .tracing import MaskMod, ScoreMod, as_tensor, check_callable, trace_mask_mod, trace_score_mod
+
+__all__ = [
+    "Graph",
+    "MaskMod",
+    "Mod",
+    "ModError",
+    "ScoreMod",
+    "TileMod",
+    "as_tensor",
+    "check_callable",
+    "flat",
+    "over_pairs",
+    "trace_mask_mod",
+    "trace_score_mod",
+    "unflat",
+    "zero_sums",
+]

@@ -20,6 +20,7 @@ from torch import Tensor
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.lowerings.batches import HeadRange
+from compiled_dilated.programs import as_program
 from compiled_dilated.ring import sources
 from compiled_dilated.ring.checking import exact_row
 from compiled_dilated.ring.journals import Journal
@@ -276,6 +277,16 @@ def test_sampled_rows_are_those_of_the_reference(tmp_path: Path) -> None:
     wanted = cd.reference(LONGNET, *everything)
     torch.testing.assert_close(sink.read(), wanted[:, :, [0, 17, 1024, 2999]], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(exact_row(LONGNET, q, k, v, 1024, 8**-0.5), wanted[:, :, 1024], rtol=1e-10, atol=1e-10)
+
+
+def test_an_exact_row_follows_a_mask_that_reads_the_batch_index() -> None:
+    def by_batch(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (q + kv) % 3 == (b + h) % 3
+
+    program = as_program(masks.from_mod(by_batch))
+    q, k, v = (GeneratedSource((3, 2, 40, 4), 0, stream, torch.float64) for stream in range(3))
+    wanted = cd.reference(program, *(sources.read(x, HeadRange(0, 1, 2), range(40)) for x in (q, k, v)))
+    torch.testing.assert_close(exact_row(program, q, k, v, 7, 0.5), wanted[:, :, 7], rtol=1e-10, atol=1e-10)
 
 
 def test_a_journal_without_a_path_remembers_nothing() -> None:

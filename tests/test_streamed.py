@@ -267,6 +267,12 @@ def test_generated_rows_can_be_made_again() -> None:
     assert abs((whole * other).mean()) < 0.02
 
 
+def test_generated_rows_of_batch_entries_heads_and_blocks_all_differ() -> None:
+    source = GeneratedSource((3, 2, 40, 4), seed=1, stream=0, block=8)
+    whole = sources.read(source, HeadRange(0, 1, 2), range(40))
+    assert len(torch.unique(whole.flatten(0, 2), dim=0)) == 3 * 2 * 40
+
+
 def test_sampled_rows_are_those_of_the_reference(tmp_path: Path) -> None:
     shape = (1, 2, 3000, 8)
     q, k, v = (GeneratedSource(shape, 0, stream, torch.float64) for stream in range(3))

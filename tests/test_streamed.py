@@ -296,7 +296,7 @@ def test_an_exact_row_follows_a_mask_that_reads_the_batch_index() -> None:
 
 
 def test_a_journal_without_a_path_remembers_nothing() -> None:
-    journal = Journal(None, {"a": 1})
+    journal = Journal(None, {"a": 1}, range(4))
     journal.add(3, "x")
     journal.sync()
     assert journal.done == {3: "x"}

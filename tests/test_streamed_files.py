@@ -1,7 +1,9 @@
-"""Files of a streamed run: none is read and written, and no link is followed to one that is created."""
+"""Files of a streamed run: none is read and written, no link is followed to one that is created, a power cut tears none."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from compiled_dilated.ring import files
+from compiled_dilated.ring import files, streamed
+from compiled_dilated.ring.journals import checksum
 from compiled_dilated.ring.sources import FileSink, FileSource, SampleSink
-from tests.streaming import RUN, SHAPE, enter, snapshot, stream
+from tests.streaming import RANKS, RUN, SHAPE, enter, snapshot, stream
 
 
 @pytest.fixture
@@ -159,3 +162,81 @@ def test_the_output_has_the_permissions_of_other_new_files(home: Path) -> None:
     Path("plain").touch()
     modes = {Path(name).stat().st_mode for name in ("plain", "out.npy", "journal")}
     assert len(modes) == 1
+
+
+# Power cuts
+
+
+class Disk:
+    """What outlives a power cut: of a file its bytes at the last fsync, of a directory the paths in it then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files, self.names, self._fsync = dict[str, bytes](), set[str](), os.fsync
+        self.before_a_file: Callable[[], None] = lambda: None
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self._fsync(descriptor)
+        if path.is_dir():
+            self.names.update(str(path / name) for name in os.listdir(path))
+        else:
+            self.before_a_file()
+            self.files[path.name] = path.read_bytes()
+
+    def checksums(self) -> dict[int, str]:
+        """Of the output on the disk, by rank."""
+        if "out.npy" not in self.files:
+            return {}
+        out = np.load(io.BytesIO(self.files["out.npy"]))
+        rows = out.shape[2] // RANKS
+        parts = {rank: out[:, :, rank * rows : (rank + 1) * rows] for rank in range(RANKS)}
+        return {rank: checksum(part.tobytes()) for rank, part in parts.items()}
+
+
+def ranks_and_checksums(journal: bytes) -> dict[int, str]:
+    entries = [json.loads(line) for line in journal.splitlines()[1:]]
+    return {entry["rank"]: entry["checksum"] for entry in entries}
+
+
+def test_a_journal_names_only_ranks_whose_output_was_fsynced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each fsync of a file too: the kernel may write a journal to the disk before it is asked to."""
+    disk, seen = Disk(monkeypatch), set[int]()
+
+    def check() -> None:
+        path = Path("journal")
+        finished = ranks_and_checksums(path.read_bytes()) if path.exists() else {}
+        assert finished.items() <= disk.checksums().items()
+        seen.update(finished)
+
+    disk.before_a_file = check
+    monkeypatch.setattr(streamed, "_SYNC_SECONDS", -1.0)
+    stream(journal="journal", on_progress=lambda progress: check())
+    assert seen == set(range(RANKS))
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 60.0])
+def test_a_finished_run_was_fsynced_whole(home: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    disk = Disk(monkeypatch)
+    monkeypatch.setattr(streamed, "_SYNC_SECONDS", seconds)
+    stream(journal="journal")
+    for name in ("out.npy", "journal"):
+        assert disk.files[name] == Path(name).read_bytes()
+    assert ranks_and_checksums(disk.files["journal"]) == disk.checksums()
+
+
+def test_the_names_of_new_files_were_fsynced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    Path("results").mkdir()
+    stream("results/out.npy", journal="journal")
+    assert {str(home / "results" / "out.npy"), str(home / "journal")} <= disk.names
+
+
+def test_a_disk_that_fails_at_the_end_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sink: FileSink) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(FileSink, "sync", fail)
+    message = r"cannot write the end of the output: Input/output error\. 4 of 4 ranks .* call again with the same journal"
+    with pytest.raises(OSError, match=message):
+        stream(journal="journal")

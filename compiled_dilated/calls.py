@@ -14,8 +14,10 @@ from .mods import Mod
 class Call:
     """The options of one call, the same for all its tiles, blocks and ranks.
 
-    scale: of q . k, positive. q_offset: the position of the first query. data: the tensors that masks read, by name: those that
-    the user names, and the operands of traced functions. score_mod: bound to its operands.
+    scale: of q . k, of any sign.
+    q_offset: the position of the first query.
+    data: the tensors that masks read, by name: those that the user names, and the operands of traced functions.
+    score_mod: bound to its operands.
     """
 
     scale: float

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import arguments
 
 _DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
+LARGEST = sys.float_info.max
 # SDPA's own options, and how the same is said here.
 _OF_SDPA = {
     "is_causal": "write it into the program: masks.causal() & mask",
@@ -57,12 +60,8 @@ def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
     for name, x in zip(layout.names, (q, k, v), strict=True):
         tensor(name, x, layout)
     of_q, of_k, of_v = layout.names
+    dtypes(q.dtype, k.dtype, v.dtype, layout)
     for name, x in ((of_k, k), (of_v, v)):
-        if x.dtype != q.dtype:
-            raise TypeError(
-                f"{of_q}, {of_k} and {of_v} must have one dtype; got {of_q} {q.dtype} and {name} {x.dtype}. "
-                f"Cast with {name}.to({of_q}.dtype)"
-            )
         if x.device != q.device:
             raise ValueError(
                 f"{of_q}, {of_k} and {of_v} must be on one device; got {of_q} on {q.device} and {name} on {x.device}. "
@@ -84,6 +83,17 @@ def tensor(name: str, x: Any, layout: Layout = HEADS_FIRST) -> None:
     dtype(name, x.dtype)
 
 
+def dtypes(q: torch.dtype, k: torch.dtype, v: torch.dtype, layout: Layout = HEADS_FIRST) -> None:
+    """Raise unless all three are one dtype."""
+    of_q, of_k, of_v = layout.names
+    for name, other in ((of_k, k), (of_v, v)):
+        if other != q:
+            raise TypeError(
+                f"{of_q}, {of_k} and {of_v} must have one dtype; got {of_q} {q} and {name} {other}. "
+                f"Cast with {name}.to({of_q}.dtype)"
+            )
+
+
 def shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int], layout: Layout = HEADS_FIRST) -> None:
     """Raise unless these shapes fit: one batch, one head_dim, as many keys as values, heads that share evenly."""
     of_q, of_k, of_v = layout.names
@@ -102,7 +112,7 @@ def shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int], layout: Layout 
 def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
     """Where heads outnumber tokens by far, the layout is likely another door's."""
     heads, tokens = q.shape[layout.axes[1]], q.shape[layout.axes[2]]
-    if torch.compiler.is_compiling() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):
+    if is_compiling() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):
         return
     other = "compiled_dilated.DilatedAttention takes (batch, tokens, heads, head_dim)"
     if layout is TOKENS_FIRST:
@@ -137,12 +147,19 @@ def scale(name: str, value: object) -> None:
         return
     if isinstance(value, torch.SymFloat | torch.SymInt):
         return
-    number = not isinstance(value, bool) and isinstance(value, int | float)
-    # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
-    if not number or not (-math.inf < value < math.inf):  # type: ignore[operator]
-        raise ValueError(
+    number(name, value)
+
+
+def number(name: str, value: object) -> None:
+    """Raise unless a value is a finite number."""
+    if isinstance(value, bool) or not (isinstance(value, int | float) or (not is_compiling() and isinstance(value, Real))):
+        raise TypeError(
             f"{name} must be a finite number; got {type(value).__name__} {value!r}. Leave it out for 1 / sqrt(head_dim)"
         )
+    # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
+    comparable = value if isinstance(value, int | float) else float(value)  # type: ignore[arg-type]
+    if not (-LARGEST <= comparable <= LARGEST):
+        raise ValueError(f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -173,21 +173,12 @@ def _own_modes() -> Iterator[None]:
             torch.set_default_dtype(default)
 
 
-def _positive(call: Call, q: Tensor) -> tuple[Call, Tensor, float]:
-    """The same scores by a positive scale, which kernels want; the last factor makes grad_q that of the given q."""
-    if call.scale > 0:
-        return call, q, 1.0
-    if call.scale == 0:
-        return replace(call, scale=1.0), torch.zeros_like(q), 0.0
-    return replace(call, scale=-call.scale), -q, -1.0
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     rule = read_rule(options.rule, operands)
     ring = rule.ring if options.ring is None else options.ring
-    call, q, _ = _positive(rule.call(data, operands, options.scale, options.q_offset), q)
+    call = rule.call(data, operands, options.scale, options.q_offset)
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
     whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
     if _is_empty(whole, q, k, v):
@@ -212,8 +203,8 @@ def _run_backward(
     with _own_modes():
         rule = read_rule(options.rule, operands)
         ring = rule.ring if options.ring is None else options.ring
-        call, q, sign = _positive(rule.call(data, operands, options.scale, options.q_offset, options.learned), saved.q)
-        saved = replace(saved, q=q).map(_rows)
+        call = rule.call(data, operands, options.scale, options.q_offset, options.learned)
+        saved = saved.map(_rows)
         whole = None if ring is None else ring_problem(rule, options.rule, ring, saved.q, saved.k, saved.v)
         if _is_empty(whole, saved.q, saved.k, saved.v):
             gradients = [torch.zeros_like(x) for x in (saved.q, saved.k, saved.v)]
@@ -222,8 +213,6 @@ def _run_backward(
         else:
             plan = plan_of(rule, saved.q, saved.k, saved.v, options.q_offset, True)
             gradients = [*execute.backward(plan, call, saved)]
-        if sign != 1.0:
-            gradients[0] = gradients[0] * sign
         sums = () if call.score_mod is None else call.score_mod.sums
         learned = flat(sums, saved.q, _sums_dtype(operands, options.learned))
         # One by one: of what has been copied the original is freed.

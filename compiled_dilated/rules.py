@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import text
 from .calls import Call
-from .masks.functions import Traced, functions_of, name_of, slot_name, with_contents
-from .mods import Graph, MaskMod, Mod, ScoreMod, trace_mask_mod, trace_score_mod, zero_sums
+from .masks.functions import Traced, functions_of, slot_name, with_contents
+from .mods import Graph, MaskMod, Mod, ScoreMod, trace_score_mod, zero_sums
 from .partials import lse_dtype
 from .programs import PerLength, Program, masks_of
 from .ring.distributed import Distributed
@@ -98,22 +98,13 @@ def bind(
     """A rule's text and all its operands, with the functions as they are now. dtype: of the scores."""
     program, lowering, ring = json.loads(frame)
     operands = list(literals)
-    graphs = []
-    for mask_mod in mask_mods:
-        graph, captured = trace_mask_mod(mask_mod)
-        graphs.append((graph, _append(captured, operands), name_of(mask_mod)))
+    program = text.fill(program, mask_mods, operands)
     score_graph: str | None = None
     slots: tuple[int, ...] = ()
     if score_mod is not None:
         graph, captured = trace_score_mod(score_mod, dtype)
-        score_graph, slots = graph.text, _append(captured, operands)
-    return json.dumps([text.fill(program, graphs), lowering, ring, score_graph, slots]), tuple(operands)
-
-
-def _append(captured: Sequence[Tensor], operands: list[Tensor]) -> tuple[int, ...]:
-    first = len(operands)
-    operands.extend(captured)
-    return tuple(range(first, len(operands)))
+        score_graph, slots = graph.text, text.append(captured, operands)
+    return json.dumps([program, lowering, ring, score_graph, slots]), tuple(operands)
 
 
 def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:

@@ -22,8 +22,8 @@ from . import masks, orders, programs
 from .masks import Mask
 from .masks.data import DocumentLengths
 from .masks.explicit import Tiles
-from .masks.functions import FromMod, traced
-from .mods import Graph
+from .masks.functions import FromMod, functions_of, name_of, of_graph, with_contents
+from .mods import MaskMod, trace_mask_mod
 from .orders import Order
 from .programs import PerLength, Program
 
@@ -98,14 +98,36 @@ def write(program: Program | PerLength, operands: list[Tensor]) -> str:
     return repr(program.map(lambda mask: _shortened(mask, operands, numbers)))
 
 
-def fill(text: str, functions: Sequence[tuple[Graph, tuple[int, ...], str]]) -> str:
-    """The text with each function's graph, the numbers of the operands that it reads, and its name, in its place."""
+def fill(text: str, functions: Sequence[MaskMod], operands: list[Tensor]) -> str:
+    """The text with the graphs of functions, as they are now, in their places.
 
-    def graph_of(match: re.Match[str]) -> str:
-        graph, slots, name = functions[int(match[1])]
-        return f"traced({graph.text!r}, {slots!r}, {name!r}"
+    What they capture is appended to `operands`; the text says which of them a graph reads, and the function's name for people.
+    """
+    graphs: list[str] = []
+    for function in functions:
+        graph, captured = trace_mask_mod(function)
+        slots = append(captured, operands)
+        graphs.append(f"traced({graph.text!r}, {slots!r}, {name_of(function)!r}")
+    return re.sub(r"\bfunction\((\d+)", lambda match: graphs[int(match[1])], text) if functions else text
 
-    return re.sub(r"\bfunction\((\d+)", graph_of, text) if functions else text
+
+def append(tensors: Sequence[Tensor], operands: list[Tensor]) -> tuple[int, ...]:
+    """Append to the operands; returns their numbers."""
+    first = len(operands)
+    operands.extend(tensors)
+    return tuple(range(first, len(operands)))
+
+
+def traced(program: Program, operands: list[Tensor]) -> tuple[str, Program]:
+    """The program as text, and with its functions as graphs.
+
+    What they capture is appended to `operands`, which has to live as long as the graphs are asked.
+    """
+    functions = [function for mask in programs.masks_of(program) for function in functions_of(mask)]
+    text = fill(write(program, operands), functions, operands)
+    graphs = read(text, operands)
+    assert isinstance(graphs, Program)
+    return text, graphs.map(lambda mask: with_contents(mask, operands))
 
 
 @dataclass(frozen=True, repr=False)
@@ -168,7 +190,7 @@ def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLeng
 
     names: dict[str, Callable[..., Any]] = {
         **NAMES,
-        "traced": traced,
+        "traced": of_graph,
         "per_length": programs.per_length,
         "stored": lambda slot: lists.get(slot, ()),
         "tiles_of": tiles_of,

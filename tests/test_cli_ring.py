@@ -25,6 +25,11 @@ def printed_json(result: Result) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
+def unwrapped(text: str) -> str:
+    """A message without the frame that it is printed in, on one line."""
+    return " ".join(text.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("command", ["plan", "simulate", "stream", "launch", "billion"])
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
@@ -73,7 +78,47 @@ def test_stream(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(paths[3]), wanted.numpy(), rtol=1e-10, atol=1e-10)
     other = run("stream", LONGNET, *paths, "--ranks", 5)
     assert other.exit_code == 2
-    assert "is of another run" in other.stderr
+    said = unwrapped(other.stderr)
+    assert "is of another run: ranks is 6 there and 5 here. Name another --journal, or remove" in said
+    assert "out.npy.journal to start again" in said
+
+
+def test_stream_refuses_an_output_that_is_an_input(tmp_path: Path) -> None:
+    path = tmp_path / "q.npy"
+    np.save(path, np.zeros((1, 2, 16, 4)))
+    before = path.read_bytes()
+    result = run("stream", "causal()", path, path, path, path)
+    assert result.exit_code == 2
+    assert "are one file, which the run would overwrite. Pass another path as out" in unwrapped(result.stderr)
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == ["q.npy"]
+
+
+def test_stream_refuses_bad_input_as_bad_usage(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.npy" for name in ("q", "k", "v", "out")]
+    for path, dtype in zip(paths, ("f8", "f4", "f8"), strict=False):
+        np.save(path, np.zeros((1, 2, 16, 4), dtype))
+    result = run("stream", "causal()", *paths)
+    assert result.exit_code == 2
+    assert "q, k and v must have one dtype" in unwrapped(result.stderr)
+    paths[0].write_bytes(b"")
+    result = run("stream", "causal()", *paths)
+    assert result.exit_code == 2
+    assert "is no .npy file: it is empty" in unwrapped(result.stderr)
+    assert not paths[3].exists()
+
+
+def test_billion_names_its_directory_where_another_run_left_files(tmp_path: Path) -> None:
+    settings = ("billion", "--tokens", 5_000, "--directory", tmp_path)
+    assert run(*settings, "--ranks", 3, "--rows", 20).exit_code == 0
+    result = run(*settings, "--ranks", 4, "--rows", 20)
+    assert result.exit_code == 2
+    said = unwrapped(result.stderr)
+    assert "is of another run: ranks is 3 there and 4 here. Name another --directory, or remove" in said
+    assert "journal to start again" in said
+    result = run(*settings, "--ranks", 3, "--rows", 21)
+    assert result.exit_code == 2
+    assert "Choose another file, or remove this one; or name another --directory" in unwrapped(result.stderr)
 
 
 def test_billion_computes_what_it_counts(tmp_path: Path) -> None:

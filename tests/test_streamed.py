@@ -20,6 +20,7 @@ from torch import Tensor
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.heads import HeadRange
+from compiled_dilated.programs import as_program
 from compiled_dilated.ring import sources
 from compiled_dilated.ring.checking import exact_row
 from compiled_dilated.ring.journals import Journal
@@ -266,6 +267,12 @@ def test_generated_rows_can_be_made_again() -> None:
     assert abs((whole * other).mean()) < 0.02
 
 
+def test_generated_rows_of_batch_entries_heads_and_blocks_all_differ() -> None:
+    source = GeneratedSource((3, 2, 40, 4), seed=1, stream=0, block=8)
+    whole = sources.read(source, HeadRange(0, 1, 2), range(40))
+    assert len(torch.unique(whole.flatten(0, 2), dim=0)) == 3 * 2 * 40
+
+
 def test_sampled_rows_are_those_of_the_reference(tmp_path: Path) -> None:
     shape = (1, 2, 3000, 8)
     q, k, v = (GeneratedSource(shape, 0, stream, torch.float64) for stream in range(3))
@@ -278,8 +285,18 @@ def test_sampled_rows_are_those_of_the_reference(tmp_path: Path) -> None:
     torch.testing.assert_close(exact_row(LONGNET, q, k, v, 1024, 8**-0.5), wanted[:, :, 1024], rtol=1e-10, atol=1e-10)
 
 
+def test_an_exact_row_follows_a_mask_that_reads_the_batch_index() -> None:
+    def by_batch(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (q + kv) % 3 == (b + h) % 3
+
+    program = as_program(masks.from_mod(by_batch))
+    q, k, v = (GeneratedSource((3, 2, 40, 4), 0, stream, torch.float64) for stream in range(3))
+    wanted = cd.reference(program, *(sources.read(x, HeadRange(0, 1, 2), range(40)) for x in (q, k, v)))
+    torch.testing.assert_close(exact_row(program, q, k, v, 7, 0.5), wanted[:, :, 7], rtol=1e-10, atol=1e-10)
+
+
 def test_a_journal_without_a_path_remembers_nothing() -> None:
-    journal = Journal(None, {"a": 1})
+    journal = Journal(None, {"a": 1}, range(4))
     journal.add(3, "x")
     journal.sync()
     assert journal.done == {3: "x"}
@@ -322,6 +339,40 @@ def test_the_journal_says_what_it_is_of(files: Any) -> None:
     stream(paths)
     header, *lines = [json.loads(line) for line in paths["journal"].read_text().splitlines()]
     assert header["ranks"] == 8
-    assert header["program"] == repr(LONGNET)
+    assert header["program"] == [repr(LONGNET)]
     assert sorted(line["rank"] for line in lines) == list(range(8))
     assert paths["journal"].stat().st_mtime >= began - 1
+
+
+# Functions
+
+
+def test_a_run_with_a_function_that_captures_a_tensor(files: Any) -> None:
+    paths = files(100)
+    reach = torch.tensor(7)
+    program = masks.from_mod(lambda b, h, i, j: (i - j).abs() < reach, within=masks.window(9))
+    stream(paths, program=program)
+    q, k, v = (torch.from_numpy(np.load(paths[name])) for name in "qkv")
+    expected = cd.reference(program, q, k, v)
+    torch.testing.assert_close(torch.from_numpy(np.load(paths["out"])).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["function", "number", "tensor"])
+def test_a_journal_of_another_function_of_the_same_name_is_refused(files: Any, changed: str) -> None:
+    paths = files(100)
+    reach, table = 5, torch.ones(100, dtype=torch.bool)
+
+    def program() -> masks.Mask:
+        if changed == "function" and reach != 5:
+            return masks.from_mod(lambda b, h, i, j: (j - i).abs() <= 5, within=masks.window(9))
+        return masks.from_mod(lambda b, h, i, j: ((i - j).abs() < reach) & table[j], within=masks.window(9))
+
+    stream(paths, program=program())
+    again = stream(paths, program=program())
+    assert again.resumed_ranks == again.ranks
+    if changed == "tensor":
+        table[50] = False
+    else:
+        reach = 4
+    with pytest.raises(ValueError, match="is of another run: program is"):
+        stream(paths, program=program())

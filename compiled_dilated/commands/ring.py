@@ -117,10 +117,11 @@ def stream(
     Exit code 1 if the time was up before the end, 130 after Ctrl-C.
     """
     journal = out.with_name(out.name + ".journal") if journal is None else journal
-    with bad_usage():
-        run, queries = compiler.compile(read_program(program), ranks=ranks, transport="streamed"), FileSource(q)
-    with stoppable(), token_bar(q.name, queries.shape[2]) as tell:
-        report = run(queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell)
+    with stoppable("--journal"):
+        run = compiler.compile(read_program(program), ranks=ranks, transport="streamed")
+        queries = FileSource(q, "q")
+        with token_bar(q.name, queries.shape[2]) as tell:
+            report = run(queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell)
     if json:
         print_json(as_record(report))
     else:

@@ -13,7 +13,7 @@ from .. import compiler, measure
 from ..ring.checking import exact_row
 from ..ring.sources import GeneratedSource, SampleSink
 from ..text import read_program
-from .arguments import Device, Json, bad_usage, print_json
+from .arguments import Device, Json, print_json
 from .ring_progress import stoppable, token_bar
 
 _TOKENS_PER_RANK = 4096
@@ -45,7 +45,7 @@ def billion(
     if threads is not None:
         torch.set_num_threads(threads)
     ranks = max(1, tokens // _TOKENS_PER_RANK) if ranks is None else ranks
-    with bad_usage():
+    with stoppable("--directory"):
         code = read_program(program)
         run = compiler.compile(code, ranks=ranks, transport="streamed", device=device.value)
         shape = (1, heads, tokens, dim)
@@ -53,8 +53,8 @@ def billion(
         code.check(tokens, tokens)
         directory.mkdir(parents=True, exist_ok=True)
         chosen = np.random.default_rng(seed).choice(tokens, size=min(rows, tokens), replace=False)
-        sink = SampleSink(directory / "rows.npy", shape, [int(row) for row in chosen], torch.float32)
-    with stoppable(), token_bar(f"{ranks:,} ranks", tokens) as tell, measure.resident_peak() as peak:
+        sink = _sink(directory, shape, [int(row) for row in chosen])
+    with stoppable("--directory"), token_bar(f"{ranks:,} ranks", tokens) as tell, measure.resident_peak() as peak:
         report = run(q, k, v, sink, journal=directory / "journal", limit_seconds=limit_seconds, on_progress=tell)
         peak_bytes = peak()
     found, errors = sink.read(), []
@@ -85,3 +85,10 @@ def billion(
             + ("" if report.complete else "\nthe time was up; the same command goes on")
         )
     raise typer.Exit(0 if record["ok"] else 1)
+
+
+def _sink(directory: Path, shape: tuple[int, int, int, int], rows: list[int]) -> SampleSink:
+    try:
+        return SampleSink(directory / "rows.npy", shape, rows, torch.float32, "rows")
+    except ValueError as error:
+        raise ValueError(f"{error}; or name another --directory") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from ..ring.journals import JournalError
 from ..ring.streamed import Progress
 
 
@@ -31,8 +32,12 @@ def token_bar(name: str, tokens: int | None = None) -> Iterator[Callable[[Progre
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Ctrl-C (exit code 130) and a full disk (1) end a command that the same command goes on with; what is refused is 2."""
+def stoppable(journal_option: str) -> Iterator[None]:
+    """End a command that the same command continues: exit code 130 after Ctrl-C, 1 for the disk.
+
+    What the library refuses is bad usage, exit code 2. journal_option: the option that names the journal, for a journal that is
+    refused.
+    """
     import typer
 
     try:
@@ -40,7 +45,9 @@ def stoppable() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on", err=True)
         raise typer.Exit(130) from None
-    except ValueError as error:
+    except JournalError as error:
+        raise typer.BadParameter(f"{error.fault}. {error.remedy(journal_option)}") from None
+    except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     except OSError as error:
         typer.echo(f"stopped: {error}", err=True)

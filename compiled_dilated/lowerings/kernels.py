@@ -8,7 +8,7 @@ gradient (FlashAttention, arXiv 2205.14135): p = exp(s - lse), ds = p * (grad_ou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
     """out (G, Hq, T, Dv) in the dtype of q; lse (G, Hq, T) in float32, or float64 for float64."""
     width = v.shape[-1]
     kernel = _kernel_of(q, tiles)
+    q, tiles, _ = _positive(q, tiles)
     q, k, v = _padded(kernel, q, k, v)
     out, lse = kernel.forward(q, k, v, tiles)
     if tiles.dead is not None:
@@ -65,10 +66,24 @@ def attention_backward(
         v = torch.nn.functional.pad(v, (0, 1))
         out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
         grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
+    q, tiles, sign = _positive(q, tiles)
     q, k, v = _padded(kernel, q, k, v)
     out, grad_out = (_widen(x, v.shape[-1]) for x in (out, grad_out))
     grad_q, grad_k, grad_v = kernel.backward(grad_out, q, k, v, out, lse, tiles)
+    grad_q = grad_q if sign == 1.0 else grad_q * sign
     return grad_q[..., :head_dim], grad_k[..., :head_dim], grad_v[..., :width]
+
+
+def _positive(q: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles, float]:
+    """The same scores by a positive scale: ATen's kernels multiply hidden scores of -inf by it.
+
+    The last factor makes the gradient of the returned q that of the q that came.
+    """
+    if tiles.scale > 0:
+        return q, tiles, 1.0
+    if tiles.scale == 0:
+        return torch.zeros_like(q), replace(tiles, scale=1.0), 0.0
+    return -q, replace(tiles, scale=-tiles.scale), -1.0
 
 
 def backward_dtype(q: Tensor) -> torch.dtype:

@@ -162,7 +162,7 @@ class Traced(Mask):
         return f"from_mod({self.name}{head}{'' if self.within is None else f', within={self.within!r}'})"
 
 
-def traced(graph: str, slots: Sequence[int], name: str, within: Mask | None = None) -> Mask:
+def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = None) -> Mask:
     """A mask_mod as a graph in text, the numbers of the operands that it reads, and its name for people."""
     from ..mods import Graph
 

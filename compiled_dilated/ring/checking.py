@@ -20,6 +20,7 @@ def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale
     """out[:, :, row] in float64, (B, Hq, Dv): its definition, over the keys that the masks say it may see."""
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
+    entries = torch.arange(batch)[:, None]
     out = torch.zeros((batch, heads, v.shape[3]), dtype=torch.float64)
     for head in range(heads):
         query = sources.read(q, HeadRange(head, 1, 1), range(row, row + 1))[:, 0, 0].double()
@@ -33,9 +34,7 @@ def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale
             for start in range(0, len(seen), _KEYS_AT_ONCE):
                 part = seen[start : start + _KEYS_AT_ONCE]
                 at = torch.arange(part.start, part.stop, part.step)
-                allowed = mask.allows(torch.zeros((), dtype=torch.int64), torch.tensor(head), torch.tensor(row), at).expand(
-                    len(at)
-                )
+                allowed = mask.allows(entries, torch.tensor(head), torch.tensor(row), at).expand(batch, len(at))
                 keys, values = (sources.read(x, HeadRange(head // group, 1, 1), part)[:, 0].double() for x in (k, v))
                 scores = torch.einsum("bd,bnd->bn", query, keys) * scale
                 scores = scores.masked_fill(~allowed, -math.inf)

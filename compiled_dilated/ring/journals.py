@@ -4,52 +4,125 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import files
 
-def checksum(kept: bytes | memoryview) -> str:
-    """Of what a sink keeps of a rank's rows. Told apart are rows written whole and rows that a crash tore, not a forger's."""
-    return f"{zlib.crc32(kept):08x}"
+# Longer first lines are of no journal, and are not read to their end.
+_LONGEST_HEADER_BYTES = 2**24
+# What a foreign first line holds may be long and deeply nested; an error shows so much of it.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 1000
+
+
+def checksum(stored: bytes | memoryview) -> str:
+    """Return the CRC-32 of a rank's stored rows. Detects torn writes, not tampering."""
+    try:
+        return f"{zlib.crc32(stored):08x}"
+    except TypeError:
+        raise TypeError(
+            f"the methods write and held of a sink must return bytes, those it keeps of the rows; got {type(stored).__name__}"
+        ) from None
+
+
+class JournalError(ValueError):
+    """A journal that a run cannot continue. `fault` says why; `remedy` what to do, in the caller's words for the argument."""
+
+    def __init__(self, fault: str, path: Path, *, removable: bool) -> None:
+        self.fault, self.path, self.removable = fault, path, removable
+        super().__init__(f"{fault}. {self.remedy('journal')}")
+
+    def remedy(self, argument: str) -> str:
+        """Return what to do. A file that is no journal is nobody's to remove."""
+        return f"Name another {argument}" + (f", or remove {self.path} to start again" if self.removable else "")
 
 
 class Journal:
-    """Lines of JSON: what is computed, then the ranks that are finished. Without a path, nothing is remembered."""
+    """Lines of JSON: what is computed, then the ranks that are finished. Without a path, nothing is remembered.
 
-    def __init__(self, path: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> None:
-        self.path, self.about = None if path is None else Path(path), dict(about)
+    A journal that is there is read so:
+
+        first line      of this run                                   the ranks below it are finished
+                        cut off, or the file is empty                 written anew: the run was stopped before its first rank
+                        of another run                                JournalError with what differs
+                        anything else                                 JournalError: no journal, and left as it is
+        other lines     {"rank": number, "checksum": 8 hex digits}    the rank is finished; its last line counts
+                        not JSON, not UTF-8, too deep, no line end    torn by a crash: dropped with all lines after it
+                        other JSON, or no rank of this run            JournalError: no crash writes that
+
+    path: a regular file or none yet, only read before `begin`. about: what is computed. ranks: all that can be finished.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any], ranks: Container[int]) -> None:
+        self.path, self.about, self.ranks = path, dict(about), ranks
         self.done: dict[int, str] = {}
         self._new: list[dict[str, Any]] = []
-        if self.path is None:
-            return
-        if self.path.exists():
-            self._read(self.path)
-        else:
-            self._append([self.about])
+        self._header = _as_lines([self.about])
+        self._whole_bytes = 0  # of the file, those that are kept
+        if path is not None and path.exists():
+            with files.opening("journal", path):
+                self._read(path)
 
     def _read(self, path: Path) -> None:
-        lines = path.read_bytes().split(b"\n")
-        header = _parsed(lines[0])
-        if header != self.about:
-            other = header or {}
-            odd = [
-                f"{key} is {other.get(key)!r} there and {value!r} here"
-                for key, value in self.about.items()
-                if other.get(key) != value
-            ]
-            raise ValueError(
-                f"the journal {path} is of another run: {'; '.join(odd)}. Name another journal, or remove this one to start again"
-            )
-        good = len(lines[0]) + 1
-        for line in lines[1:-1]:  # what follows the last end of a line was being written when the process died
-            entry = _parsed(line)
-            if entry is None:
-                break
-            self.done[entry["rank"]] = entry["checksum"]
-            good += len(line) + 1
-        os.truncate(path, good)
+        with path.open("rb") as file:
+            first = file.readline(max(_LONGEST_HEADER_BYTES, len(self._header)))
+            if first != self._header and self._header.startswith(first):
+                return
+            self._check_header(first, path)
+            self._whole_bytes = len(first)
+            for number, line in enumerate(file, 2):
+                try:
+                    entry = _parsed(line)
+                except ValueError:  # torn, as the class says
+                    break
+                if not self._is_ours(entry):
+                    raise JournalError(
+                        f"line {number} of the journal {path} is {line[:80]!r}, which no run like this one wrote: "
+                        "it is not a rank of the run with the checksum of its rows",
+                        path,
+                        removable=True,
+                    )
+                self.done[entry["rank"]] = entry["checksum"]
+                self._whole_bytes += len(line)
+
+    def _check_header(self, line: bytes, path: Path) -> None:
+        try:
+            header = _parsed(line)
+        except ValueError:
+            header = None
+        if not isinstance(header, dict) or not header.keys() & self.about.keys():
+            raise JournalError(f"{path} is no journal of a streamed run: it begins with {line[:40]!r}", path, removable=False)
+        differences = [
+            f"{key} is {_SHORT.repr(header.get(key))} there and {_SHORT.repr(self.about.get(key))} here"
+            for key in (*self.about, *(key for key in header if key not in self.about))
+            if header.get(key) != self.about.get(key)
+        ]
+        if differences:
+            raise JournalError(f"the journal {path} is of another run: {'; '.join(differences)}", path, removable=True)
+
+    def _is_ours(self, entry: Any) -> bool:
+        if not isinstance(entry, dict) or entry.keys() != {"rank", "checksum"}:
+            return False
+        rank, digest = entry["rank"], entry["checksum"]
+        has_types = type(rank) is int and isinstance(digest, str)
+        return has_types and rank in self.ranks and re.fullmatch("[0-9a-f]{8}", digest) is not None
+
+    def begin(self) -> None:
+        """Create the file or cut off what is torn, before the first `add`."""
+        if self.path is None:
+            return
+        with files.opening("journal", self.path):
+            if not self.path.exists():
+                self.path.open("xb").close()  # never through a link that came there meanwhile
+                files.sync_directory(self.path.parent)
+            os.truncate(self.path, self._whole_bytes)
+            if not self._whole_bytes:
+                self._append(self._header)
 
     def keep(self, holds: Callable[[int, str], bool]) -> list[int]:
         """Forget the finished ranks whose output is not what was written; returns them."""
@@ -66,20 +139,41 @@ class Journal:
     def sync(self) -> None:
         """Write what is new. What it speaks of must be on the disk already."""
         if self.path is not None and self._new:
-            self._append(self._new)
+            self._append(_as_lines(self._new))
         self._new = []
 
-    def _append(self, entries: list[dict[str, Any]]) -> None:
+    def _append(self, lines: bytes) -> None:
+        """Write lines and fsync; on failure none of them stays, so that the next try begins a line."""
         assert self.path is not None
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries))
-            file.flush()
+        with open(self.path, "ab", buffering=0, opener=_without_creating) as file:
+            size = file.seek(0, os.SEEK_END)
+            remaining = memoryview(lines)
+            try:
+                while remaining:
+                    remaining = remaining[file.write(remaining) :]
+            except OSError:
+                file.truncate(size)
+                raise
             os.fsync(file.fileno())
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _without_creating(path: str, flags: int) -> int:
+    """Open a file for appending. Created again, a journal that was removed meanwhile would lack its first line."""
     try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
+        return os.open(path, flags & ~os.O_CREAT)
+    except FileNotFoundError as error:
+        raise OSError(error.errno, f"the journal {path} was removed meanwhile") from error
+
+
+def _as_lines(entries: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries).encode()
+
+
+def _parsed(line: bytes) -> Any:
+    """Return the value of a whole line of JSON; ValueError for anything else."""
+    if not line.endswith(b"\n"):
+        raise ValueError("no end of line")
+    try:
+        return json.loads(line.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error

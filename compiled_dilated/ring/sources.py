@@ -5,10 +5,11 @@ Everything is (B, H, N, D), and read and written by runs of tokens.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +18,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..heads import HeadRange
+from . import files
 
 Numbers = npt.NDArray[Any]
+_NPY_MAGIC = b"\x93NUMPY"
+# posix_fallocate takes no more, its header included.
+_LARGEST_FILE_BYTES = 2**63 - 2**16
+# Attention is computed in these; a .npy file holds all but bfloat16.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Source(Protocol):
-    """Rows that can be read, any of them, any number of times, from several threads."""
+    """Rows that can be read, any of them, any number of times, from several threads.
+
+    A journal takes two sources of one `repr` for the same numbers: let it name the content.
+    """
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -63,24 +74,39 @@ class Sink(Protocol):
         ...
 
 
+def _mapped(path: Path, name: str) -> np.memmap[Any, np.dtype[Any]]:
+    """Map a .npy file, for its shape, dtype and where its numbers begin."""
+    with files.opening(name, path), path.open("rb") as file:
+        magic = file.read(len(_NPY_MAGIC))
+    if magic.startswith(b"PK"):
+        raise ValueError(f"{name}={path} is an .npz archive of several arrays; save one array with numpy.save")
+    if magic != _NPY_MAGIC:
+        begins = f"it begins with {magic!r}" if magic else "it is empty"
+        raise ValueError(f"{name}={path} is no .npy file: {begins}. Write it with numpy.save")
+    try:
+        array: np.memmap[Any, np.dtype[Any]] = np.load(path, mmap_mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header makes numpy's parser raise errors of many kinds
+        raise ValueError(
+            f"{name}={path} is no whole .npy file ({error}). It was cut off, or never one; write it again with numpy.save"
+        ) from error
+    return array
+
+
 class _Npy:
     """A .npy file (B, H, N, D), read and written by plain calls: a mapped file would end the process where the disk is full."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         self.path = path
-        try:
-            array = np.load(path, mmap_mode="r")
-        except ValueError as error:
+        array = _mapped(path, name)
+        if array.ndim != 4 or array.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(
-                f"{path} is no whole .npy file ({error}). It was cut off, or never one; write it again with numpy.save"
-            ) from error
-        if not isinstance(array, np.memmap) or array.ndim != 4 or array.dtype not in (np.float16, np.float32, np.float64):
-            raise ValueError(
-                f"{path} must hold (B, H, N, D) of float16, float32 or float64; got {array.shape} of {array.dtype}. "
+                f"{name}={path} must hold (B, H, N, D) of float16, float32 or float64; got {array.shape} of {array.dtype}. "
                 "Save it with numpy.save"
             )
         if not array.flags.c_contiguous:
-            raise ValueError(f"{path} is in Fortran order; save it with numpy.save(path, numpy.ascontiguousarray(x))")
+            raise ValueError(f"{name}={path} is in Fortran order; save it with numpy.save(path, numpy.ascontiguousarray(x))")
         self.shape: tuple[int, int, int, int] = array.shape
         self.dtype, self.offset = array.dtype, int(array.offset)
 
@@ -126,8 +152,10 @@ def _bytes(numbers: Numbers) -> memoryview:
 class FileSource:
     """A .npy file of shape (B, H, N, D), float16, float32 or float64; only what is read is in memory."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._npy = _Npy(Path(path))
+    def __init__(self, path: str | os.PathLike[str], name: str = "path") -> None:
+        """`name` is the argument that errors speak of."""
+        self.path = files.input_file(name, path)
+        self._npy = _Npy(self.path, name)
         self.shape = self._npy.shape
         self.dtype = torch.from_numpy(np.empty(0, self._npy.dtype)).dtype
 
@@ -137,22 +165,32 @@ class FileSource:
 
     def __repr__(self) -> str:
         # Names the content, as well as a journal can: a run does not go on with another file of the same name.
-        state = self._npy.path.stat()
-        return f"FileSource({str(self._npy.path)!r}) of {state.st_size} bytes, modified {state.st_mtime_ns}"
+        state = self.path.stat()
+        return f"FileSource({str(self.path)!r}) of {state.st_size} bytes, modified {state.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
 class GeneratedSource:
     """Numbers of mean 0 and variance 1 from a counter-based generator (Philox): any row can be made again, nothing is kept.
 
-    seed, stream: two sources of one seed and different streams are independent.
+    seed, stream: two sources of one seed and different streams are independent. block: rows that one counter makes at once; other
+    blocks are other numbers.
     """
 
     shape: tuple[int, int, int, int]
     seed: int
     stream: int
     dtype: torch.dtype = torch.float32
-    block: int = field(default=1024, repr=False)
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", sizes("shape", self.shape))
+        for name in ("seed", "stream"):
+            number = arguments.integer(name, getattr(self, name), 0)
+            if number >= 2**64:
+                raise ValueError(f"{name} must be below 2**64, by which Philox counts; got {number}")
+        check_dtype("dtype", self.dtype)
+        arguments.integer("block", self.block, 1)
 
     def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
         """Made anew, block by block of rows."""
@@ -177,8 +215,23 @@ class GeneratedSource:
         return numbers
 
 
+def sizes(name: str, shape: object) -> tuple[int, int, int, int]:
+    """Check that a shape is (batch, heads, tokens, head_dim)."""
+    out = arguments.integers(name, shape, 0)
+    if len(out) != 4:
+        raise ValueError(f"{name} must be (batch, heads, tokens, head_dim); got {out}. Add the missing dimensions")
+    return out[0], out[1], out[2], out[3]
+
+
+def check_dtype(name: str, dtype: object) -> None:
+    """Raise unless attention is computed in this dtype."""
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise TypeError(f"{name} must be torch.float16, bfloat16, float32 or float64; got {type(dtype).__name__} {dtype!r}")
+
+
 def _kind(dtype: torch.dtype) -> np.dtype[np.generic]:
-    if dtype not in (torch.float16, torch.float32, torch.float64):
+    check_dtype("dtype", dtype)
+    if dtype == torch.bfloat16:
         raise TypeError(f"a .npy file holds float16, float32 or float64; got {dtype}. Convert the sources")
     return torch.empty(0, dtype=dtype).numpy().dtype
 
@@ -186,16 +239,20 @@ def _kind(dtype: torch.dtype) -> np.dtype[np.generic]:
 class FileSink:
     """A .npy file of shape (B, H, N, D), made (all of its room at once) where it is not there; added to where it is."""
 
-    def __init__(self, path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.path, kind = Path(path), _kind(dtype)
+    def __init__(self, path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype, name: str = "path") -> None:
+        """`name` is the argument that errors speak of."""
+        self.path, self.shape, self.dtype = files.output_file(name, path), sizes("shape", shape), dtype
+        kind = _kind(dtype)
         if not self.path.exists():
-            _make(self.path, tuple(shape), kind)
-        self._npy = _Npy(self.path)
-        if self._npy.shape != tuple(shape) or self._npy.dtype != kind:
+            _create(self.path, self.shape, kind, name)
+        self._npy = _Npy(self.path, name)
+        if self._npy.shape != self.shape or self._npy.dtype != kind:
             raise ValueError(
-                f"{self.path} holds {self._npy.shape} of {self._npy.dtype}, the output is {tuple(shape)} of {kind}. "
+                f"{name}={self.path} holds {self._npy.shape} of {self._npy.dtype}, the output is {self.shape} of {kind}. "
                 "Choose another file, or remove this one"
             )
+        with files.opening(name, self.path):
+            self.path.open("r+b").close()  # a file that may not be written to fails here, not after the first rank
 
     def write(self, rows: range, part: Tensor) -> memoryview:
         """Into the file; on the disk after `sync`."""
@@ -218,29 +275,43 @@ class FileSink:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _make(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic]) -> None:
-    """A .npy file of zeros. What does not fit on the disk fails here, not after hours."""
+def _create(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic], name: str) -> None:
+    """Create a .npy file of zeros. What does not fit on the disk fails here, not after hours."""
     size = math.prod(shape) * kind.itemsize
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        with unfinished.open("wb") as file:
+        with files.created_whole(path) as file:
             np.lib.format.write_array_header_2_0(
                 file, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
             )
+            if size > _LARGEST_FILE_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             if size:
                 os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, f"no room for {path}, {size / 2**30:.2f} GiB: {error.strerror}. Make room") from error
-    unfinished.replace(path)
+        if error.errno in files.NO_ROOM:
+            raise OSError(error.errno, f"no room for {path}, {size / 2**30:.2f} GiB: {error.strerror}. Make room") from error
+        raise OSError(error.errno, f"cannot create {name}={path}: {error.strerror}. Pass another path") from error
 
 
 class SampleSink:
     """Keeps some rows of an output that is too large to keep, in a .npy file (B, H, samples, D), and forgets the others."""
 
-    def __init__(self, path: str | os.PathLike[str], shape: Sequence[int], samples: Sequence[int], dtype: torch.dtype) -> None:
-        self.samples = np.array(sorted(set(samples)), dtype=np.int64)
-        self._file = FileSink(path, (shape[0], shape[1], len(self.samples), shape[3]), dtype)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        shape: Sequence[int],
+        samples: Sequence[int],
+        dtype: torch.dtype,
+        name: str = "path",
+    ) -> None:
+        """`name` is the argument that errors speak of."""
+        batch, heads, tokens, width = self.shape = sizes("shape", shape)
+        rows = sorted(set(arguments.integers("samples", samples, 0)))
+        if rows[-1] >= tokens:
+            raise ValueError(f"samples must be rows of the {tokens} of the output; got {rows[-1]}")
+        self.samples, self.dtype = np.array(rows, dtype=np.int64), dtype
+        self._file = FileSink(path, (batch, heads, len(rows), width), dtype, name)
+        self.path = self._file.path
 
     def _kept(self, rows: range) -> tuple[range, list[int]]:
         """Which samples are among some rows, and where among them each stands."""
@@ -263,4 +334,4 @@ class SampleSink:
 
     def read(self) -> Tensor:
         """All samples, (B, H, samples, D), in the order of `samples`."""
-        return torch.from_numpy(np.load(self._file.path))
+        return torch.from_numpy(np.load(self.path))

@@ -10,26 +10,29 @@ A rank's rows are written once and never changed, so that a run that was stopped
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import arguments
+from .. import arguments, checks, text
 from ..calls import Call
 from ..heads import HeadRange
+from ..masks.functions import digest, slot_name
 from ..plans import Problem
 from ..programs import PerLength, Program
-from . import plans
+from . import files, inputs, plans
 from .journals import Journal, checksum
 from .ledgers import Ledger
 from .schedules import Message, Schedule, Step
-from .sources import FileSink, FileSource, Sink, Source
+from .sources import Sink, Source, sizes
 from .workers import Forward, KeysAndValues
 
 PathLike = str | os.PathLike[str]
@@ -76,7 +79,7 @@ class Streamed:
     """
 
     def __init__(self, program: Program | PerLength, ranks: int, device: str | torch.device = "cpu") -> None:
-        self.program, self.ranks, self.device = program, arguments.integer("ranks", ranks, 1), torch.device(device)
+        self.program, self.ranks, self.device = program, arguments.integer("ranks", ranks, 1), inputs.device(device)
         if program.names:
             raise ValueError(
                 f"a streamed program takes no data tensors; this one reads {list(program.names)}. "
@@ -94,39 +97,65 @@ class Streamed:
         journal: PathLike | None = None,
         limit_seconds: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        **options: Any,
     ) -> Report:
         """Compute attention of q (B, Hq, N, D), k (B, Hkv, N, D) and v (B, Hkv, N, Dv) into out (B, Hq, N, Dv).
 
         q, k, v: .npy files, or sources. out: a .npy file, or a sink. journal: a file that remembers what is finished: the same
         call goes on where the last one stopped, whatever stopped it, with the same bits. limit_seconds: stop after the rank that
-        is under way then. on_progress: called after each rank. Raises OSError where the disk is full; nothing finished is lost.
+        is under way then. on_progress: called after each rank.
+
+        Raises TypeError, ValueError or OSError with the name of the argument before any file is written; also where out or
+        journal is the same file as another argument. Raises OSError where the disk is full; finished ranks are kept.
         """
-        sources = tuple(FileSource(x) if isinstance(x, (str, os.PathLike)) else x for x in (q, k, v))
-        schedule, problem = self.schedule(*sources)
-        shape = (*sources[0].shape[:3], sources[2].shape[3])
-        sink = FileSink(out, shape, sources[0].dtype) if isinstance(out, (str, os.PathLike)) else out
-        width = problem.head_dim
-        call = Call(width**-0.5 if scale is None else float(scale))
-        about = {"program": repr(problem.program), "ranks": self.ranks, "shape": list(shape), "scale": call.scale,
+        checks.no_options_of_sdpa(options)
+        sources = (inputs.source("q", q), inputs.source("k", k), inputs.source("v", v))
+        sink_path = files.output_file("out", out) if isinstance(out, (str, os.PathLike)) else inputs.sink_path(out)
+        journal_path = None if journal is None else files.output_file("journal", journal)
+        inputs.check_distinct(sources, sink_path, journal_path)
+        inputs.check_callback(on_progress)
+        limit = None if limit_seconds is None else inputs.seconds("limit_seconds", limit_seconds)
+        if scale is not None:
+            checks.number("scale", scale)
+        # The functions of the program as graphs: another rule is another text, whatever its functions are called.
+        operands: list[Tensor] = []
+        rule, problem = self._problem(operands, *sources)
+        schedule = self._schedule(problem)
+        data = {slot_name(slot): operand for slot, operand in enumerate(operands)}
+        call = Call(problem.head_dim**-0.5 if scale is None else float(scale), data=data)
+        inputs.check_usable(self.device)
+        shape = sizes("out.shape", (*sources[0].shape[:3], sources[2].shape[3]))
+        about = {"program": [rule, *map(digest, operands)], "ranks": self.ranks, "shape": list(shape), "scale": call.scale,
                  "dtype": problem.dtype, "device": problem.device, "sources": [repr(source) for source in sources]}  # fmt: skip
-        run = _Run(schedule, call, sources, sink, self.device, Journal(journal, about), limit_seconds, on_progress)
-        return run.go()
+        record = Journal(journal_path, about, range(min(self.ranks, problem.q_len)))
+        # The last of the arguments: it creates the file.
+        sink = inputs.sink(out, shape, sources[0].dtype)
+        return _Run(schedule, call, sources, sink, self.device, record, limit, on_progress).go()
 
     def schedule(self, q: Source, k: Source, v: Source) -> tuple[Schedule, Problem]:
         """The schedule, and the problem, that sources of these shapes pose."""
+        _, problem = self._problem([], q, k, v)
+        return self._schedule(problem), problem
+
+    def _schedule(self, problem: Problem) -> Schedule:
+        layout = plans.layouts_of(problem.program, problem.kv_len, self.ranks, "contiguous")[0]
+        return Schedule(problem.program, layout, problem.heads, problem.kv_heads)
+
+    def _problem(self, operands: list[Tensor], q: Source, k: Source, v: Source) -> tuple[str, Problem]:
+        """The program as text, and the problem; what its functions capture is appended to `operands`."""
         batch, heads, tokens, head_dim = q.shape
-        if k.shape[:3] != v.shape[:3] or (batch, tokens, head_dim) != (k.shape[0], k.shape[2], k.shape[3]):
-            raise ValueError(f"q, k and v must be of one batch, length and head_dim; got {q.shape}, {k.shape} and {v.shape}")
-        if len({source.dtype for source in (q, k, v)}) > 1:
-            raise TypeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
-        if k.shape[1] == 0 or heads % k.shape[1]:
-            raise ValueError(f"the {heads} query heads must be a multiple of the {k.shape[1]} key heads")
+        checks.dtypes(q.dtype, k.dtype, v.dtype)
+        checks.shapes(q.shape, k.shape, v.shape)
+        if tokens != k.shape[2]:
+            raise ValueError(f"a streamed run is over one sequence; got {tokens} queries and {k.shape[2]} keys")
+        if not min(head_dim, v.shape[3]):
+            raise ValueError(f"q, k and v must have a head_dim of at least 1; got {q.shape}, {k.shape} and {v.shape}")
         program = self.program.at(tokens) if isinstance(self.program, PerLength) else self.program
+        program.check(tokens, tokens)
+        rule, program = text.traced(program, operands)
         dtype = str(q.dtype).removeprefix("torch.")
         problem = Problem(program, batch, heads, k.shape[1], tokens, tokens, head_dim, v.shape[3], dtype, self.device.type)
-        program.check(tokens, tokens)
-        layout = plans.layouts_of(program, tokens, self.ranks, "contiguous")[0]
-        return Schedule(program, layout, heads, k.shape[1]), problem
+        return rule, problem
 
     def __repr__(self) -> str:
         device = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
@@ -185,6 +214,7 @@ class _Run:
         self.began = self.synced = time.monotonic()
 
     def go(self) -> Report:
+        self.journal.begin()
         torn = self.journal.keep(lambda rank, digest: checksum(self.sink.held(self._rows(rank))) == digest)
         resumed = len(self.journal.done)
         self.tokens = resumed_tokens = sum(self.layout.count(rank) for rank in self.journal.done)
@@ -210,7 +240,8 @@ class _Run:
                     if writing is not None:
                         writing.result()
                 finally:
-                    self._sync()
+                    with self._named_if_it_fails("the end of the output"):
+                        self._sync()
         finished, seconds = frozenset(self.journal.done), time.monotonic() - self.began
         return Report(
             self.tokens, self.layout.ranks, finished, resumed_tokens, resumed, tuple(torn), seconds, complete, self.ledger
@@ -255,18 +286,23 @@ class _Run:
         return memory.copy_(worker.out) if self._elsewhere else memory
 
     def _write(self, rank: int, out: Tensor) -> Tensor:
-        try:
+        with self._named_if_it_fails(f"the output of rank {rank}"):
             self.journal.add(rank, checksum(self.sink.write(self._rows(rank), out)))
             if time.monotonic() - self.synced > _SYNC_SECONDS:
                 self._sync()
+        return out
+
+    @contextlib.contextmanager
+    def _named_if_it_fails(self, part: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
+            remedy = "make room, and call again" if error.errno in files.NO_ROOM else "mend that, and call again"
             raise OSError(
                 error.errno,
-                f"cannot write the output of rank {rank}: {error.strerror}. "
-                f"{len(self.journal.done)} of {self.layout.ranks} ranks are finished and kept: "
-                "make room, and call again with the same journal",
+                f"cannot write {part}: {error.strerror}. {len(self.journal.done)} of {self.layout.ranks} ranks are finished "
+                f"and kept: {remedy} with the same journal",
             ) from error
-        return out
 
     def _sync(self) -> None:
         self.sink.sync()

@@ -1,0 +1,59 @@
+"""Streamed runs of four ranks over small files in a directory of their own, and what becomes of the directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+
+SHAPE, RANKS = (1, 2, 16, 2), 4
+RUN = cd.compile(masks.causal(), ranks=RANKS, transport="streamed")
+
+
+def write_inputs(directory: Path) -> None:
+    """q.npy, k.npy and v.npy."""
+    random = np.random.default_rng(0)
+    for name in ("q", "k", "v"):
+        np.save(directory / f"{name}.npy", random.standard_normal(SHAPE))
+
+
+def enter(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a directory with inputs the working directory."""
+    write_inputs(directory)
+    monkeypatch.chdir(directory)
+    return directory
+
+
+def stream(out: Any = "out.npy", **options: Any) -> Any:
+    """Run over the inputs of the working directory, or those among the options."""
+    inputs = {name: options.pop(name, f"{name}.npy") for name in ("q", "k", "v")}
+    return RUN(*inputs.values(), out, **options)
+
+
+def reference(**options: Any) -> torch.Tensor:
+    """What `stream` computes."""
+    q, k, v = (torch.from_numpy(np.load(f"{name}.npy")) for name in ("q", "k", "v"))
+    return cd.reference(masks.causal(), q, k, v, **options)
+
+
+def snapshot(directory: Path) -> dict[str, bytes | str]:
+    """The bytes of every file and the target of every link."""
+    paths = [path for path in directory.rglob("*") if path.is_symlink() or path.is_file()]
+    return {path.name: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in paths}
+
+
+def error_of(call: Callable[[], object]) -> Exception | None:
+    """The TypeError, ValueError or OSError that a call raises, if it does; anything else is raised on."""
+    try:
+        call()
+    except (TypeError, ValueError, OSError) as error:
+        return error
+    return None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
-from . import arguments
+from . import arguments, counting
 from .lowerings import costs, dense, flex, single, strided, tiled
 from .lowerings.batches import Batch, HeadRange, head_groups, joined
 from .masks import Mask, Or, conjunction, conjuncts
 from .plans import Plan, Problem, Proposal, Refusal
 from .programs import Branch
-from .tiles import TileMap
 
 LOWERINGS = ("auto", "dense", "strided", "tiled", "flex")
 # Past this many queries tiles are weighed only where there are no regular blocks.
 _LONGEST_WEIGHED = 32768
+# Tokens a side of the tiles that a plan counts.
+_TILE = 128
 
 
 @lru_cache(maxsize=512)
@@ -43,30 +45,28 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
 
 
 def counted(plan: Plan) -> Plan:
-    """The plan with the pairs that its program allows, and the tiles in which the first heads of each branch see them.
+    """The plan with its allowed pairs, and the tiles that the first heads of each branch see.
 
     For people. Counts are exact. Masks that read data, and masks of too many different tiles, are not counted: None.
     """
-    problem, tiles = plan.problem, []
+    problem = plan.problem
+    tiles: list[dict[str, Any]] = []
     pairs: int | None = 0
     for number, branch in enumerate(problem.program.branches):
-        for group, (mask, heads, kv_heads) in enumerate(head_groups(branch, problem.heads, problem.kv_heads)):
-            blocks = strided.propose(mask, heads, kv_heads, problem)
-            each = None if problem.q_offset else mask.pairs(problem.q_len, problem.kv_len)
-            if each is None and not isinstance(blocks, Refusal) and not any(batch.masks for batch in blocks):
-                each = sum(batch.pairs for batch in blocks) // heads.count
-            if group == 0 or each is None:
-                tile_map = TileMap.build(mask, problem.q_len, problem.kv_len, order=branch.order, q_offset=problem.q_offset)
-                if each is None and not mask.per_call:
-                    each = tile_map.pairs(mask)
+        for group, (mask, heads, _) in enumerate(head_groups(branch, problem.heads, problem.kv_heads)):
             if group == 0:
-                full = int(tile_map.full.sum())
-                tiles.append(
-                    {"branch": number, "heads": list(heads.indices()), "tile": tile_map.q_tile, "full": full,
-                     "partial": len(tile_map.indices) - full, "bytes": tile_map.nbytes}
-                )  # fmt: skip
-            pairs = None if pairs is None or each is None else pairs + each * heads.count * problem.batch
+                tiles.append({"branch": number, "heads": list(heads.indices()), "tile": _TILE, **_tiles(mask, branch, problem)})
+            of_head = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
+            pairs = None if pairs is None or of_head is None else pairs + of_head * heads.count * problem.batch
     return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
+
+
+def _tiles(mask: Mask, branch: Branch, problem: Problem) -> dict[str, int | None]:
+    """FULL and PARTIAL tiles, and the bytes of their map; None where they are too many to count."""
+    counts = counting.tiles(mask, problem.q_len, problem.kv_len, _TILE, branch.order, problem.q_offset)
+    if counts is None:
+        return {"full": None, "partial": None, "bytes": None}
+    return {"full": counts.full, "partial": counts.partial, "bytes": counts.nbytes}
 
 
 def takes_any_offset(q_len: int, training: bool, lowering: str) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,3 +68,49 @@ def test_a_plan_counts_its_pairs(case: Case) -> None:
         assert plan.useful_pairs == (
             None if any(branch.mask.per_call for branch in plan.problem.program.branches) else int(counts.sum())
         )
+
+
+LONG = 2**31 + 1
+
+
+@pytest.mark.parametrize(
+    ("program", "tokens"),
+    [
+        (masks.full(), LONG),
+        (masks.causal(), LONG),
+        (masks.window(256), LONG),
+        (masks.window(256) & masks.causal(), LONG),
+        (masks.window(2**20), LONG),
+        (masks.segments(4096), LONG),
+        (masks.congruent(4, 1), LONG),
+        (masks.dilated_blocks(64, 4), LONG),
+        (masks.dilated_blocks(3, 1_000_003), LONG),
+        (cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True), LONG),
+        (masks.neighborhood((1024, 2048, 1024), 6), 2**31),
+        (cd.hilbert_window((2**15, 2**16), 12), 2**31),
+    ],
+    ids=str,
+)
+def test_a_plan_of_two_thousand_million_tokens(program: cd.Program | Mask, tokens: int) -> None:
+    """Neither the plan nor what it counts has an entry for each of 2**24 rows of tiles."""
+    tracemalloc.start()
+    plan = cd.plan(program, (1, 4, tokens, 16))
+    text, values = plan.explain(), plan.to_json()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 8 * 2**20
+    assert sum(len(proposal.work) for proposal in plan.chosen) <= 2000
+    assert json.loads(json.dumps(values)) == values
+    assert plan.useful_pairs is not None
+    assert plan.useful_pairs <= plan.cost.pairs <= 4 * plan.useful_pairs
+    assert f"{plan.useful_pairs:,} allowed" in text
+    assert values["useful_pairs"] == plan.useful_pairs
+    assert plan.cost.peak_bytes <= 0.15 * plan.problem.tensor_bytes
+
+
+def test_what_is_not_counted_is_said() -> None:
+    plan = cd.plan(masks.causal() & masks.padding(), (1, 1, 512, 16))
+    assert "how many are allowed depends on data" in plan.explain()
+    plan = cd.plan(cd.hilbert_window((2**12, 2**12), 3), (1, 1, 2**24, 16))
+    assert "too many different ones to count" in plan.explain()
+    assert plan.to_json()["tiles"] == [{"branch": 0, "heads": [0], "tile": 128, "full": None, "partial": None, "bytes": None}]

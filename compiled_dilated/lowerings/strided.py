@@ -18,13 +18,14 @@ from ..masks.grids import Axis, Neighborhood, strides_of
 from ..masks.positions import Causal, Congruent, DilatedBlocks, Segments, Window
 from ..plans import Problem, Refusal
 from . import costs
-from .bands import MOST_ROWS, Band, Run, cut, cut_causal
+from .bands import MOST_ROWS, Band, Run, alone, cut, cut_causal, rows_at_once
 from .batches import Batch, HeadRange
 from .lattice import Lattice
 
 _WINDOW_TILES = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
 _BOX_TILES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 _MOST_DOCUMENTS = 256
+_MOST_ALONE = 512
 _ASKED_ROWS, _ASKED_COLUMNS = 512, 2048
 
 
@@ -238,11 +239,19 @@ def _runs(band: Band, problem: Problem) -> list[Run]:
     from_start = band.left is None or band.left >= last
     to_end = band.right is None or band.right >= band.k_len - 1 - band.shift
     if from_start and to_end:
-        return cut(replace(band, left=None, right=None), min(band.q_len, MOST_ROWS))
+        return cut(replace(band, left=None, right=None), min(band.q_len, rows_at_once(band.q_len)))
     if from_start and band.right == 0:
         return cut_causal(band)
-    options = [cut(band, tile) for tile in sorted({*_WINDOW_TILES, min(band.q_len, MOST_ROWS)}) if tile <= band.q_len]
+    options = [cut(band, tile) for tile in _window_tiles(band)]
     return min(options, key=lambda runs: sum(_time(run, problem) for run in runs))
+
+
+def _window_tiles(band: Band) -> list[int]:
+    """Queries of a tile that are worth weighing: those that leave few tiles at the ends of the keys alone."""
+    largest = min(band.q_len, rows_at_once(band.q_len))
+    doubled = itertools.takewhile(lambda tile: tile < largest, (MOST_ROWS << power for power in itertools.count()))
+    fitting = {tile for tile in (*_WINDOW_TILES, *doubled) if tile <= band.q_len and alone(band, tile) <= _MOST_ALONE}
+    return sorted(fitting | {largest})
 
 
 def _asked_runs(band: Band) -> list[Run]:
@@ -272,7 +281,7 @@ def _block_classes(mask: DilatedBlocks, tokens: int) -> Iterator[Tiling]:
         if classes and blocks:
             tiles = ((len(classes), block),)
             keys = Lattice(classes.start * block, tiles, ((blocks, stride * block), (block, 1)))
-            at_once = max(1, MOST_ROWS // block)
+            at_once = max(1, rows_at_once(blocks * block) // block)
             for at in range(0, blocks, at_once):
                 rows = ((min(at_once, blocks - at), stride * block), (block, 1))
                 yield Lattice((classes.start + at * stride) * block, tiles, rows), keys, True, False, True

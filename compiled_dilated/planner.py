@@ -79,9 +79,7 @@ def _reason(name: str, best: dict[str, list[Proposal]]) -> str:
         return sum(proposal.cost.dense_flops for proposal in best[each]) / 1e9
 
     others = ", ".join(f"{each} {gflop(each):,.1f}" for each in best if each != name)
-    return f"takes as long as {gflop(name):,.1f} GFLOP of dense attention" + (
-        f"; {others}" if others else "; nothing else is possible"
-    )
+    return f"takes as long as {gflop(name):,.1f} GFLOP of dense attention; {others or 'no other one weighed is possible'}"
 
 
 def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Refusal]]:

@@ -189,7 +189,8 @@ class Plan:
         headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "calls", "peak MiB", "refused because"]
         alignment = ("left", "left", *["right"] * 5, "left")
         table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
-        return "\n".join(lines) + "\n\n" + table
+        legend = "as dense GFLOP: what dense attention would compute in the same time; the least sum is chosen"
+        return "\n".join(lines) + "\n\n" + table + "\n" + legend
 
     def __str__(self) -> str:
         return self.explain()

@@ -14,6 +14,7 @@ from .orders import Order, hilbert, identity
 
 HEADS = ("all", "split")
 KINDS = ("local", "global_local", "dilated")
+_LEAST_DENSITY = 2.0**-60
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,8 +35,8 @@ class Branch:
             raise TypeError(
                 f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders"
             )
-        share = isinstance(self.heads, str) and re.fullmatch(r"(\d+)/(\d+)", self.heads)
-        span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(isinstance(head, int) for head in self.heads)
+        share = isinstance(self.heads, str) and re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.heads)
+        span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(type(head) is int for head in self.heads)
         if not (self.heads is None or span or (share and int(share[1]) < int(share[2]))):
             raise ValueError(f"heads must be None, (start, stop) or a share 'i/k' with i < k; got {self.heads!r}")
 
@@ -201,7 +202,7 @@ def block_sparse(
     """
     if isinstance(density, bool) or not isinstance(density, (int, float)):
         raise TypeError(f"density must be a number in (0, 1]; got {type(density).__name__} {density!r}")
-    if not 0 < density <= 1:
+    if not _LEAST_DENSITY <= density <= 1:
         raise ValueError(f"density must be in (0, 1], the share of pairs kept; got {density!r}. A sparsity of 0.9 is density 0.1")
     arguments.choice("kind", kind, (*KINDS, "tiles"))
     block = arguments.integer("block", block, 1)

@@ -36,6 +36,8 @@ _FIRST_SUPER_TILES = 4096
 _MOST_PADDING = 4
 _ALWAYS_FITS = 2**16
 _MOST_CUTS = 16
+# Rows, columns and listed tiles are numbered in 32 bits, and a list of more tiles than this takes GiB.
+_MOST_LISTED = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,10 +194,17 @@ def _covering(mask: Mask, rows: int, columns: int, regions_of: Callable[[int], t
         side *= _SPLIT
     row, column = (axis.reshape(-1) for axis in np.indices((-(-rows // side), -(-columns // side)), dtype=np.int32))
     runs: list[tuple[TileIndices, TileIndices, TileIndices, Flags]] = []
+    listed = 0
     while True:
         q, kv = regions_of(side)
         verdict = mask.classify(q[row], kv[column])
         full, partial = verdict == FULL, verdict == PARTIAL
+        listed += int(full.sum()) * side**2
+        if max(rows, columns, listed + int(partial.sum())) > _MOST_LISTED:
+            raise ValueError(
+                f"{mask!r} of {rows} x {columns} tiles takes a list of more than {_MOST_LISTED:,} tiles. "
+                "Use fewer tokens, or a mask of segments, windows, causal() and congruent(), which needs no list"
+            )
         runs.append(_runs(row[full], column[full], side, rows, columns, full=True))
         row, column = row[partial], column[partial]
         if side == 1:

@@ -165,7 +165,12 @@ class Neighborhood(Mask):
     @property
     def axes(self) -> tuple[Axis, ...]:
         shift = self.edges == "shift"
-        return tuple(Axis(*each, shift) for each in zip(self.grid, self.radius, self.dilation, self.causal, strict=True))
+        out = []
+        for size, radius, dilation, causal in zip(self.grid, self.radius, self.dilation, self.causal, strict=True):
+            # Past the size of the axis a step leaves it, however long; shorter ones keep products within 64 bits.
+            step = min(dilation, size)
+            out.append(Axis(size, min(radius, -(-size // step)), step, causal, shift))
+        return tuple(out)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         q_at, kv_at = coordinates(self.grid, q), coordinates(self.grid, kv)
@@ -275,14 +280,15 @@ def neighborhood(
     grid = arguments.integers("grid", grid, 1)
     if len(grid) > 3:
         raise ValueError(f"grid must have 1 to 3 axes; got {grid!r}")
+    arguments.integer("the number of cells of the grid", math.prod(grid))
 
     def per_axis(name: str, value: Any, least: int) -> tuple[int, ...]:
-        values = arguments.integers(name, value if hasattr(value, "__iter__") else (value,) * len(grid), least)
+        values = arguments.integers(name, value if arguments.is_iterable(value) else (value,) * len(grid), least)
         if len(values) != len(grid):
             raise ValueError(f"{name} must be one number or one per axis of the grid {grid!r}; got {value!r}")
         return values
 
-    along = tuple(causal) if hasattr(causal, "__iter__") else (causal,) * len(grid)
+    along = tuple(causal) if isinstance(causal, Sequence) else (causal,) * len(grid)
     if len(along) != len(grid) or not all(isinstance(each, bool) for each in along):
         raise ValueError(f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}")
     arguments.choice("edges", edges, EDGES)

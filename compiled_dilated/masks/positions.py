@@ -334,10 +334,11 @@ def congruent(modulus: int, offset: int | tuple[int, ...] | str = 0, period: int
     if isinstance(offset, str):
         arguments.choice("offset", offset, OFFSET_RULES)
     else:
-        values = arguments.integers("offset", offset if hasattr(offset, "__iter__") else (offset,), 0)
+        by_head = arguments.is_iterable(offset)
+        values = arguments.integers("offset", offset, 0) if by_head else (arguments.integer("offset", offset, 0),)
         if max(values) >= modulus:
             raise ValueError(f"offset must be below the modulus {modulus}; got {offset!r}")
-        offset = values if hasattr(offset, "__iter__") else values[0]
+        offset = values if by_head else values[0]
     return Congruent(modulus, offset, None if period is None else arguments.integer("period", period, 1))
 
 

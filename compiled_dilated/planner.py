@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -90,12 +91,13 @@ def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Re
     branches = list(enumerate(problem.program.branches))
     if lowering in ("auto", "strided"):
         out["strided"] = [_per_branch("strided", i, branch, problem) for i, branch in branches]
-    if lowering == "tiled" or (lowering == "auto" and _worth_tiling(problem, out["strided"])):
-        out["tiled"] = [_per_branch("tiled", i, branch, problem) for i, branch in branches]
+    mixed: list[Proposal] = []
     if lowering == "auto" and any(isinstance(each, Refusal) for each in out["strided"]):
         mixed = [_mixed(i, branch, problem) for i, branch in branches]
         if any("strided" in proposal.lowering for proposal in mixed):
             out["mixed"] = list(mixed)
+    if lowering == "tiled" or (lowering == "auto" and _worth_tiling(problem, out["strided"], mixed)):
+        out["tiled"] = [_per_branch("tiled", i, branch, problem) for i, branch in branches]
     if lowering == "flex" or problem.device != "cpu":
         out["flex"] = [flex.propose(problem)]
     elif lowering == "auto":
@@ -114,14 +116,15 @@ def _per_branch(name: str, index: int, branch: Branch, problem: Problem) -> Prop
     return _proposal(name, index, batches, problem)
 
 
-def _worth_tiling(problem: Problem, blocks: list[Proposal | Refusal]) -> bool:
+def _worth_tiling(problem: Problem, strided: Sequence[Proposal | Refusal], mixed: Sequence[Proposal]) -> bool:
     """Whether tiles could beat regular blocks.
 
     Not where these compute no hidden pair, nor where finding the tiles alone takes long.
     """
-    if any(isinstance(each, Refusal) for each in blocks):
+    blocks = mixed or [proposal for proposal in strided if isinstance(proposal, Proposal)]
+    if any(proposal.lowering != "strided" for proposal in blocks):
         return True
-    exact = not any(batch.masks for each in blocks if isinstance(each, Proposal) for batch in each.work)
+    exact = not any(batch.masks for proposal in blocks for batch in proposal.work)
     return not exact and problem.q_len <= _LONGEST_WEIGHED
 
 
@@ -130,7 +133,7 @@ def _mixed(index: int, branch: Branch, problem: Problem) -> Proposal:
     batches: list[Batch] = []
     used: dict[str, None] = {}
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
-        for number, part in enumerate(disjoint(mask)):
+        for number, part in enumerate(strided.cases(mask)):
             name, found = "strided", strided.propose(part, heads, kv_heads, problem)
             if isinstance(found, Refusal):
                 name, found = "tiled", tiled.propose(part, branch.order, heads, kv_heads, problem)

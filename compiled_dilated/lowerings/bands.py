@@ -9,7 +9,7 @@ window(2), tiles of 4 queries       runs: one clipped at the start, one in the m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A tile holds at most this many queries, so that its result stays small beside the tensors of a long sequence.
 MOST_ROWS = 8192
@@ -57,6 +57,21 @@ def cut(band: Band, tile: int) -> list[Run]:
     groups += [inner] if inner else []
     groups += [range(number, number + 1) for number in range(inner.stop, seeing.stop)]
     return [_run(band, tile, group) for group in groups]
+
+
+def whole_parts(band: Band, run: Run) -> list[Run]:
+    """The run by its keys: those that all its queries see apart from those that some of them do not see."""
+    if run.full or band.clamped:
+        return [run]
+    first, last = run.q_start + band.shift, run.q_start + run.q_rows - 1 + band.shift
+    stop = run.k_start + run.k_rows
+    whole_start = run.k_start if band.left is None else min(max(last - band.left, run.k_start), stop)
+    whole_stop = stop if band.right is None else min(max(first + band.right + 1, run.k_start), stop)
+    if whole_start >= whole_stop:
+        return [run]
+    borders = [(run.k_start, whole_start, False), (whole_start, whole_stop, True), (whole_stop, stop, False)]
+    parts = [replace(run, k_start=low, k_rows=high - low, full=full) for low, high, full in borders if high > low]
+    return [parts[0], *(replace(part, first=False) for part in parts[1:])]
 
 
 def alone(band: Band, tile: int) -> int:

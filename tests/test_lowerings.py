@@ -66,7 +66,7 @@ def test_pieces_cover_every_tile_once(axes: list[int], most: int) -> None:
 
 
 @given(
-    st.integers(1, 60), st.integers(1, 60), st.integers(0, 40), st.none() | st.integers(0, 50), st.none() | st.integers(0, 50),
+    st.integers(1, 60), st.integers(1, 60), st.integers(-40, 40), st.none() | st.integers(0, 50), st.none() | st.integers(0, 50),
     st.integers(1, 20),
 )  # fmt: skip
 def test_runs_hold_every_allowed_pair(q_len: int, k_len: int, shift: int, left: int | None, right: int | None, tile: int) -> None:

@@ -56,7 +56,8 @@ def cut(band: Band, tile: int) -> list[Run]:
     groups = [range(number, number + 1) for number in range(seeing.start, inner.start)]
     groups += [inner] if inner else []
     groups += [range(number, number + 1) for number in range(inner.stop, seeing.stop)]
-    return [_run(band, tile, group) for group in groups]
+    runs = [_run(band, tile, group) for group in groups]
+    return [run for run in runs if run.k_rows > 0]  # a short last tile may see nothing
 
 
 def whole_parts(band: Band, run: Run) -> list[Run]:

@@ -36,6 +36,10 @@ _MOST_CASES = 16
 _NEGATED = (Causal, Window, Sinks, LeadingQueries, Prefix, GlobalTokens)
 
 
+Span = tuple[int | None, int | None]
+Tiling = tuple[Lattice, Lattice, bool, bool, bool]  # queries, keys, full, causal, first
+
+
 @dataclass(frozen=True)
 class Lane:
     """Tokens on which the mask is a band: queries q_first, + step, ...; keys k_first, + step, ...
@@ -133,7 +137,8 @@ def _refusal(reason: str) -> Refusal:
 class Pieces:
     """A conjunction, sorted by what each mask does to the cutting; `rest` is evaluated on the tiles.
 
-    queries, keys: positions that the mask leaves; None where there is no last one. hidden: masks whose pairs it leaves out.
+    queries, keys: positions [start, stop) that the mask leaves, None where it says nothing.
+    hidden: masks whose pairs it leaves out.
     in_parts: keys that all queries of a tile see are computed apart from keys that some of them see.
     """
 
@@ -145,8 +150,8 @@ class Pieces:
     grid: Neighborhood | None
     blocks: DilatedBlocks | None
     rest: tuple[Mask, ...]
-    queries: tuple[int, int | None] = (0, None)
-    keys: tuple[int, int | None] = (0, None)
+    queries: Span = (None, None)
+    keys: Span = (None, None)
     hidden: tuple[Causal | Window, ...] = ()
     in_parts: bool = False
 
@@ -172,7 +177,7 @@ class Pieces:
         return any(not isinstance(mask, Padding) for mask in self.rest)
 
 
-def _anchors(masks: tuple[Mask, ...]) -> tuple[tuple[int, int | None], tuple[int, int | None]]:
+def _anchors(masks: tuple[Mask, ...]) -> tuple[Span, Span]:
     """The positions of queries and of keys that masks of leading tokens leave."""
     hidden = [mask.mask for mask in masks if isinstance(mask, Not)]
     queries = [mask.count for mask in masks if isinstance(mask, (LeadingQueries, Prefix))]
@@ -180,8 +185,8 @@ def _anchors(masks: tuple[Mask, ...]) -> tuple[tuple[int, int | None], tuple[int
     hidden_queries = [mask.count for mask in hidden if isinstance(mask, LeadingQueries)]
     hidden_keys = [mask.count for mask in hidden if isinstance(mask, Sinks)]
     return (
-        (max(hidden_queries, default=0), min(queries, default=None)),
-        (max(hidden_keys, default=0), min(keys, default=None)),
+        (max(hidden_queries, default=None), min(queries, default=None)),
+        (max(hidden_keys, default=None), min(keys, default=None)),
     )
 
 
@@ -335,15 +340,13 @@ def _stretches(pieces: Pieces, problem: Problem) -> Iterator[tuple[int, int, int
         segment += alike
 
 
-def _within(span: range, limits: tuple[int, int | None]) -> range:
-    return _meet(span, limits[0], span.stop if limits[1] is None else limits[1])
+def _within(span: range, limits: Span) -> range:
+    start, stop = limits
+    return _meet(span, span.start if start is None else start, span.stop if stop is None else stop)
 
 
 def _meet(span: range, start: int, stop: int) -> range:
     return range(max(span.start, start), min(span.stop, stop))
-
-
-Tiling = tuple[Lattice, Lattice, bool, bool, bool]
 
 
 def _lines(lanes: list[Lane], pieces: Pieces, problem: Problem) -> Iterator[Tiling]:

@@ -14,7 +14,6 @@ from .orders import Order, hilbert, identity
 
 HEADS = ("all", "split")
 KINDS = ("local", "global_local", "dilated")
-_LEAST_DENSITY = 2.0**-60
 
 
 @dataclass(frozen=True, repr=False)
@@ -202,13 +201,15 @@ def block_sparse(
     """
     if isinstance(density, bool) or not isinstance(density, (int, float)):
         raise TypeError(f"density must be a number in (0, 1]; got {type(density).__name__} {density!r}")
-    if not _LEAST_DENSITY <= density <= 1:
+    if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], the share of pairs kept; got {density!r}. A sparsity of 0.9 is density 0.1")
     arguments.choice("kind", kind, (*KINDS, "tiles"))
     block = arguments.integer("block", block, 1)
     if (tiles is not None) != (kind == "tiles"):
         raise ValueError(f"tiles are for kind='tiles', which needs them; got kind={kind!r}, tiles={tiles!r}")
     if kind == "dilated":
+        if density < 1 / arguments.MOST:
+            raise ValueError(f"density must be at least 2**-60 for kind='dilated'; got {density!r}")
         stride = round(1 / density)
         if abs(1 / stride - density) > 0.01 * density:
             near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})

@@ -133,7 +133,7 @@ PROGRAMS: list[Row] = [
     (lambda: Branch(CAUSAL, heads=(True, 2)), ValueError, "heads must be None, (start, stop) or a share 'i/k' with i < k"),
     (lambda: Branch(CAUSAL, heads="\u0660/\u0662"), ValueError, "heads must be None, (start, stop) or a share 'i/k'"),
     (lambda: Branch(CAUSAL, heads="0/" + "9" * 5000), ValueError, "heads must be None, (start, stop) or a share 'i/k'"),
-    (lambda: cd.block_sparse(5e-324, "dilated"), ValueError, "density must be in (0, 1], the share of pairs kept; got 5e-324"),
+    (lambda: cd.block_sparse(5e-324, "dilated"), ValueError, "density must be at least 2**-60 for kind='dilated'; got 5e-324"),
     (lambda: Branch(CAUSAL, heads=(0, 9)).head_range(8), ValueError, "names heads 0 to 9; the query has 8"),
     (lambda: Program(()), TypeError, "a program needs a non-empty tuple of Branch; got ()"),
     (lambda: Program((CAUSAL,)), TypeError, "Write Program((Branch(mask),))"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
+
+# Positions, lengths and counts go up to this: sums of a few of them fit an int64.
+MOST = 2**60
 
 # The dtypes that attention is computed in, and the bytes of a number.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def integer(name: str, value: object, least: int | None = None) -> int:
-    """`value` as an int of at least `least`; bool, float and str are refused, numpy and torch integers are not."""
+    """`value` as an int from `least` to MOST; bool, float and str are refused, numpy and torch integers are not."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or str(getattr(value, "dtype", None)) == "torch.bool":
             raise TypeError
         # operator.index would make a constant of a number that varies while torch.compile traces.
         number = value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
@@ -20,13 +24,25 @@ def integer(name: str, value: object, least: int | None = None) -> int:
             f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens"
         ) from None
     if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}; got {number}")
+        raise ValueError(f"{name} must be at least {least}; got {_shown(number)}")
+    if not -MOST <= number <= MOST:
+        raise ValueError(f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}")
     return number
 
 
-def integers(name: str, values: object, least: int | None = None) -> tuple[int, ...]:
+def _shown(number: int) -> str:
+    # Python refuses to print numbers of thousands of digits.
+    return str(number) if number.bit_length() <= 256 else f"an integer of {number.bit_length()} bits"
+
+
+def is_iterable(value: object) -> bool:
+    """Whether a value holds others: tensors and arrays without a dimension do not, though they have __iter__."""
+    return hasattr(value, "__iter__") and getattr(value, "ndim", 1) != 0
+
+
+def integers(name: str, values: Any, least: int | None = None) -> tuple[int, ...]:
     """A non-empty sequence of integers as a tuple."""
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    if isinstance(values, (str, bytes)) or not is_iterable(values):
         raise TypeError(
             f"{name} must be a sequence of integers; got {type(values).__name__} {values!r}. Write a tuple, as in ({values!r},)"
         )

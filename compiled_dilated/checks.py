@@ -157,7 +157,7 @@ def number(name: str, value: object) -> None:
             f"{name} must be a finite number; got {type(value).__name__} {value!r}. Leave it out for 1 / sqrt(head_dim)"
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
-    comparable = value if isinstance(value, int | float) else float(value)  # type: ignore[arg-type]
+    comparable = value if isinstance(value, int | float) else float(value)
     if not (-LARGEST <= comparable <= LARGEST):
         raise ValueError(f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)")
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, checks, operators, planner
+from . import arguments, checks, operators, planner, text
 from .attend import Attend
 from .masks import Mask
 from .plans import Plan
@@ -123,6 +124,16 @@ def _ring(ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup
     return Ring(ranks, "auto" if layout is None else layout)
 
 
+def _device_type(device: object) -> str:
+    """The type of a device, as "cpu"; the device need not be there."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or its name, as 'cpu'; got {type(device).__name__} {device!r}")
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be a device that torch knows, as 'cpu' or 'cuda'; got {device!r}") from error
+
+
 @overload
 def plan(
     program: Program | Mask,
@@ -183,11 +194,16 @@ def plan(
     checks.groups(heads, kv_heads)
     kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
     value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. Write torch.float32, say")
     checks.dtype("dtype", dtype)
+    arguments.flag("training", training)
+    arguments.choice("lowering", lowering, planner.LOWERINGS)
     k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
-    kind = torch.device(device).type
-    problem = operators.problem_of(as_program(program), shape, k_shape, v_shape, dtype, kind, q_offset, training, False)
+    operands: list[Tensor] = []  # what functions capture: it lives while they are asked
+    _, traced = text.traced(as_program(program), operands)
+    problem = operators.problem_of(traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training, False)
     ring = _ring(ranks, layout)
     if ring is not None:
         if q_len != kv_len or q_offset or lowering != "auto":
@@ -195,5 +211,5 @@ def plan(
                 f"a ring deals out one sequence and lowers each block as it is best; got {q_len} queries at offset {q_offset}, "
                 f"{kv_len} keys and lowering={lowering!r}. Leave out ranks, or these"
             )
-        return ring.plan(problem)
+        return replace(ring.plan(problem), operands=tuple(operands))
     return planner.counted(planner.plan_for(problem, lowering))

@@ -15,6 +15,7 @@ from torch._C import _is_any_autocast_enabled
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import operators
+from .arguments import MOST
 from .lowerings.single import Group
 from .masks import Mask
 from .rules import Rule
@@ -46,7 +47,7 @@ class Decoder:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
         """out (B, Hq, 1, D); None where a check is due or the keys are no one range."""
-        if type(q_offset) is not int or q_offset < 0 or not _is_plain_scale(scale) or not _are_plain(q, k, v):
+        if type(q_offset) is not int or not 0 <= q_offset <= MOST or not _is_plain_scale(scale) or not _are_plain(q, k, v):
             return None
         known = self._known.get(_kind(q, k, v))
         if known is None:

@@ -29,6 +29,8 @@ from .regions import IntArray, Regions
 AnyInts = npt.NDArray[Any]
 SmallInts = npt.NDArray[np.int32]
 
+_MOST_CELLS = 2**31
+
 
 class Order(ABC):
     """A permutation of tokens, for any length that `check` accepts. Hashable, equal by value, prints as code."""
@@ -266,6 +268,8 @@ def hilbert(*grid: int) -> Order:
             f"hilbert orders grids of 2 or 3 axes; got {len(sizes)} sizes {sizes!r}. "
             "Write hilbert(rows, cols) or hilbert(depth, rows, cols)"
         )
+    if math.prod(sizes) > _MOST_CELLS:
+        raise ValueError(f"grid must have at most {_MOST_CELLS} cells, whose positions fit 32 bits; got {math.prod(sizes)}")
     return Hilbert(sizes)
 
 

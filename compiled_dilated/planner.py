@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from . import arguments
+from . import arguments, counting
 from .heads import HeadRange, head_groups
 from .lowerings import costs, dense, flex, single, strided, tiled
 from .lowerings.batches import Batch, joined
-from .masks import Mask, disjoint
+from .masks import Mask
 from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
-from .tiles import TileMap
 
 LOWERINGS = ("auto", "dense", "strided", "tiled", "flex")
 # Past this many queries tiles are weighed only where there are no regular blocks.
 _LONGEST_WEIGHED = 32768
+# Tokens a side of the tiles that a plan counts.
+_TILE = 128
 
 
 # The one table of plans: of whole calls, of a ring's blocks, and of rings.
@@ -54,30 +57,28 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
 
 
 def counted(plan: Plan) -> Plan:
-    """The plan with the pairs that its program allows, and the tiles in which the first heads of each branch see them.
+    """The plan with its allowed pairs, and the tiles that the first heads of each branch see.
 
     For people. Counts are exact. Masks that read data, and masks of too many different tiles, are not counted: None.
     """
-    problem, tiles = plan.problem, []
+    problem = plan.problem
+    tiles: list[dict[str, Any]] = []
     pairs: int | None = 0
     for number, branch in enumerate(problem.program.branches):
-        for group, (mask, heads, kv_heads) in enumerate(head_groups(branch, problem.heads, problem.kv_heads)):
-            blocks = strided.propose(mask, heads, kv_heads, problem)
-            each = None if problem.q_offset else mask.pairs(problem.q_len, problem.kv_len)
-            if each is None and not isinstance(blocks, Refusal) and not any(batch.masks for batch in blocks):
-                each = sum(batch.pairs for batch in blocks) // heads.count
-            if group == 0 or each is None:
-                tile_map = TileMap.build(mask, problem.q_len, problem.kv_len, order=branch.order, q_offset=problem.q_offset)
-                if each is None and not mask.per_call:
-                    each = tile_map.pairs(mask)
+        for group, (mask, heads, _) in enumerate(head_groups(branch, problem.heads, problem.kv_heads)):
             if group == 0:
-                full = int(tile_map.full.sum())
-                tiles.append(
-                    {"branch": number, "heads": list(heads.indices()), "tile": tile_map.q_tile, "full": full,
-                     "partial": len(tile_map.indices) - full, "bytes": tile_map.nbytes}
-                )  # fmt: skip
-            pairs = None if pairs is None or each is None else pairs + each * heads.count * problem.batch
+                tiles.append({"branch": number, "heads": list(heads.indices()), "tile": _TILE, **_tiles(mask, branch, problem)})
+            of_head = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
+            pairs = None if pairs is None or of_head is None else pairs + of_head * heads.count * problem.batch
     return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
+
+
+def _tiles(mask: Mask, branch: Branch, problem: Problem) -> dict[str, int | None]:
+    """FULL and PARTIAL tiles, and the bytes of their map; None where they are too many to count."""
+    counts = counting.tiles(mask, problem.q_len, problem.kv_len, _TILE, branch.order, problem.q_offset)
+    if counts is None:
+        return {"full": None, "partial": None, "bytes": None}
+    return {"full": counts.full, "partial": counts.partial, "bytes": counts.nbytes}
 
 
 def takes_any_offset(q_len: int, training: bool, lowering: str) -> bool:
@@ -90,9 +91,7 @@ def _reason(name: str, best: dict[str, list[Proposal]]) -> str:
         return sum(proposal.cost.dense_flops for proposal in best[each]) / 1e9
 
     others = ", ".join(f"{each} {gflop(each):,.1f}" for each in best if each != name)
-    return f"takes as long as {gflop(name):,.1f} GFLOP of dense attention" + (
-        f"; {others}" if others else "; nothing else is possible"
-    )
+    return f"takes as long as {gflop(name):,.1f} GFLOP of dense attention; {others or 'no other one weighed is possible'}"
 
 
 def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Refusal]]:
@@ -103,12 +102,13 @@ def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Re
     branches = list(enumerate(problem.program.branches))
     if lowering in ("auto", "strided"):
         out["strided"] = [_per_branch("strided", i, branch, problem) for i, branch in branches]
-    if lowering == "tiled" or (lowering == "auto" and _worth_tiling(problem, out["strided"])):
-        out["tiled"] = [_per_branch("tiled", i, branch, problem) for i, branch in branches]
+    mixed: list[Proposal] = []
     if lowering == "auto" and any(isinstance(each, Refusal) for each in out["strided"]):
         mixed = [_mixed(i, branch, problem) for i, branch in branches]
         if any("strided" in proposal.lowering for proposal in mixed):
             out["mixed"] = list(mixed)
+    if lowering == "tiled" or (lowering == "auto" and _worth_tiling(problem, out["strided"], mixed)):
+        out["tiled"] = [_per_branch("tiled", i, branch, problem) for i, branch in branches]
     if lowering == "flex" or problem.device != "cpu":
         out["flex"] = [flex.propose(problem)]
     elif lowering == "auto":
@@ -127,14 +127,15 @@ def _per_branch(name: str, index: int, branch: Branch, problem: Problem) -> Prop
     return _proposal(name, index, batches, problem)
 
 
-def _worth_tiling(problem: Problem, blocks: list[Proposal | Refusal]) -> bool:
+def _worth_tiling(problem: Problem, strided: Sequence[Proposal | Refusal], mixed: Sequence[Proposal]) -> bool:
     """Whether tiles could beat regular blocks.
 
     Not where these compute no hidden pair, nor where finding the tiles alone takes long.
     """
-    if any(isinstance(each, Refusal) for each in blocks):
+    blocks = mixed or [proposal for proposal in strided if isinstance(proposal, Proposal)]
+    if any(proposal.lowering != "strided" for proposal in blocks):
         return True
-    exact = not any(batch.masks for each in blocks if isinstance(each, Proposal) for batch in each.work)
+    exact = not any(batch.masks for proposal in blocks for batch in proposal.work)
     return not exact and problem.q_len <= _LONGEST_WEIGHED
 
 
@@ -143,7 +144,7 @@ def _mixed(index: int, branch: Branch, problem: Problem) -> Proposal:
     batches: list[Batch] = []
     used: dict[str, None] = {}
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
-        for number, part in enumerate(disjoint(mask)):
+        for number, part in enumerate(strided.cases(mask)):
             name, found = "strided", strided.propose(part, heads, kv_heads, problem)
             if isinstance(found, Refusal):
                 name, found = "tiled", tiled.propose(part, branch.order, heads, kv_heads, problem)

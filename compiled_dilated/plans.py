@@ -165,11 +165,9 @@ class Plan:
         if self.useful_pairs is not None:
             share = self.useful_pairs / cost.pairs if cost.pairs else 1.0
             lines.append(f"pairs     {self.useful_pairs:,} allowed, {cost.pairs:,} computed ({share:.0%} useful)")
-        for row in self.tiles:
-            lines.append(
-                f"tiles     branch {row['branch']}, heads {row['heads']}: {row['full']:,} full and {row['partial']:,} partial of "
-                f"{row['tile']} x {row['tile']} tokens, {row['bytes'] / 2**20:.2f} MiB"
-            )
+        else:
+            lines.append(f"pairs     {cost.pairs:,} computed; how many are allowed depends on data, or takes too long to count")
+        lines += [f"tiles     branch {row['branch']}, heads {row['heads']}: {_counts(row)}" for row in self.tiles]
         lines.append(
             f"work      {cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel calls, "
             f"{cost.copied_bytes / 2**20:,.1f} MiB moved beside them"
@@ -195,7 +193,8 @@ class Plan:
         headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "calls", "peak MiB", "refused because"]
         alignment = ("left", "left", *["right"] * 5, "left")
         table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
-        return "\n".join(lines) + "\n\n" + table
+        legend = "as dense GFLOP: what dense attention would compute in the same time; the least sum is chosen"
+        return "\n".join(lines) + "\n\n" + table + "\n" + legend
 
     def __str__(self) -> str:
         return self.explain()
@@ -230,6 +229,14 @@ class PlanCache:
         """Forget all plans."""
         with self._lock:
             self._plans.clear()
+
+
+def _counts(row: dict[str, Any]) -> str:
+    """The tiles of a branch in words."""
+    size = f"{row['tile']} x {row['tile']} tokens"
+    if row["full"] is None:
+        return f"of {size}, too many different ones to count"
+    return f"{row['full']:,} full and {row['partial']:,} partial of {size}; a list of them takes {row['bytes'] / 2**20:,.3f} MiB"
 
 
 def _as_row(each: Proposal | Refusal, chosen: tuple[Proposal, ...]) -> dict[str, Any]:

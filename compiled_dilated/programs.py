@@ -35,8 +35,8 @@ class Branch:
             raise TypeError(
                 f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders"
             )
-        share = isinstance(self.heads, str) and re.fullmatch(r"(\d+)/(\d+)", self.heads)
-        span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(isinstance(head, int) for head in self.heads)
+        share = isinstance(self.heads, str) and re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.heads)
+        span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(type(head) is int for head in self.heads)
         if not (self.heads is None or span or (share and int(share[1]) < int(share[2]))):
             raise ValueError(f"heads must be None, (start, stop) or a share 'i/k' with i < k; got {self.heads!r}")
 
@@ -254,6 +254,8 @@ def block_sparse(
     if (tiles is not None) != (kind == "tiles"):
         raise ValueError(f"tiles are for kind='tiles', which needs them; got kind={kind!r}, tiles={tiles!r}")
     if kind == "dilated":
+        if density < 1 / arguments.MOST:
+            raise ValueError(f"density must be at least 2**-60 for kind='dilated'; got {density!r}")
         stride = round(1 / density)
         if abs(1 / stride - density) > 0.01 * density:
             near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})

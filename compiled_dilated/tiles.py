@@ -36,8 +36,8 @@ _FIRST_SUPER_TILES = 4096
 _MOST_PADDING = 4
 _ALWAYS_FITS = 2**16
 _MOST_CUTS = 16
-# Counting pairs asks a mask about every pair of its different PARTIAL tiles: seconds past this many.
-_MOST_COUNTED = 2**28
+# Rows, columns and listed tiles are numbered in 32 bits, and a list of more tiles than this takes GiB.
+_MOST_LISTED = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,31 +174,6 @@ class TileMap(TileLists):
         lists = TileLists.of(rows, columns, row, column, full == inside)
         return replace(self, **vars(lists), q_tile=self.q_tile * q_factor, kv_tile=self.kv_tile * kv_factor)
 
-    def pairs(self, mask: Mask) -> int | None:
-        """How many pairs `mask`, of which this is the map, allows: exact. None where too many different tiles would be asked.
-
-        PARTIAL tiles of the same shape whose places differ by a multiple of the mask's period in both ways are asked once.
-        """
-        if not isinstance(self.order, Identity):
-            same = TileMap.build(mask, self.q_len, self.kv_len, q_tile=self.q_tile, kv_tile=self.kv_tile, q_offset=self.q_offset)
-            return same.pairs(mask)
-        q, kv = self.row_of.astype(np.int64) * self.q_tile, self.indices.astype(np.int64) * self.kv_tile
-        rows, columns = np.minimum(self.q_len - q, self.q_tile), np.minimum(self.kv_len - kv, self.kv_tile)
-        total = int((rows * columns)[self.full].sum())
-        period = mask.period
-        phase = q if period is None else q % period
-        kinds = np.stack([phase, kv - q, rows, columns], axis=1)[~self.full]
-        distinct, first, times = np.unique(kinds, axis=0, return_index=True, return_counts=True)
-        if len(distinct) * self.q_tile * self.kv_tile > _MOST_COUNTED:
-            return None
-        zero = np.zeros(1, dtype=np.int64)
-        q, kv = q[~self.full], kv[~self.full]
-        for at, (_, _, height, width), number in zip(first, distinct, times, strict=True):
-            queries, keys = q[at] + self.q_offset + np.arange(height)[:, None], kv[at] + np.arange(width)
-            seen = np.broadcast_to(np.asarray(mask.allows(zero, zero, queries, keys)), (height, width))
-            total += int(number) * int(np.count_nonzero(seen))
-        return total
-
     def __repr__(self) -> str:
         return (
             f"TileMap({self.rows} x {self.columns} tiles of {self.q_tile} x {self.kv_tile}, {len(self.indices):,} seen, "
@@ -219,10 +194,17 @@ def _covering(mask: Mask, rows: int, columns: int, regions_of: Callable[[int], t
         side *= _SPLIT
     row, column = (axis.reshape(-1) for axis in np.indices((-(-rows // side), -(-columns // side)), dtype=np.int32))
     runs: list[tuple[TileIndices, TileIndices, TileIndices, Flags]] = []
+    listed = 0
     while True:
         q, kv = regions_of(side)
         verdict = mask.classify(q[row], kv[column])
         full, partial = verdict == FULL, verdict == PARTIAL
+        listed += int(full.sum()) * side**2
+        if max(rows, columns, listed + int(partial.sum())) > _MOST_LISTED:
+            raise ValueError(
+                f"{mask!r} of {rows} x {columns} tiles takes a list of more than {_MOST_LISTED:,} tiles. "
+                "Use fewer tokens, or a mask of segments, windows, causal() and congruent(), which needs no list"
+            )
         runs.append(_runs(row[full], column[full], side, rows, columns, full=True))
         row, column = row[partial], column[partial]
         if side == 1:

@@ -343,7 +343,7 @@ def find(name: str) -> tuple[Variant, dict[str, Any]]:
         raise TypeError(f"the name of a variant must be a string; got {type(name).__name__} {name!r}")
     if name in _BY_NAME:
         return _BY_NAME[name], {}
-    ring, sparse = re.fullmatch(r"(.+)_r(\d+)", name), re.fullmatch(r"(.+)_(0?\.\d+)", name)
+    ring, sparse = re.fullmatch(r"(.+)_r([0-9]{1,9})", name), re.fullmatch(r"(.+)_(0?\.[0-9]+)", name)
     if ring and ring[1] in _BY_NAME and _BY_NAME[ring[1]].execution != SINGLE:
         return _BY_NAME[ring[1]], {"ring_size": int(ring[2])}
     if sparse and sparse[1] in _BY_NAME and _BY_NAME[sparse[1]].sparsities:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import compiled_dilated as cd
@@ -73,6 +76,31 @@ MASKS: list[Row] = [
     (lambda: masks.tiles([(0, 3)], columns=2), ValueError, "columns must be at least 4; got 2"),
     (lambda: masks.from_mod(7), TypeError, "fn must be a function of (b, h, q_idx, kv_idx); got int 7"),
     (lambda: masks.from_mod(lambda b, h, q, kv: q == kv, within=3), TypeError, "within must be a mask; got int 3"),
+    (
+        lambda: masks.window(2**63),
+        ValueError,
+        "left must be at most 2**60, so that positions fit 64 bits; got 9223372036854775808",
+    ),
+    (
+        lambda: masks.window(10**5000),
+        ValueError,
+        "left must be at most 2**60, so that positions fit 64 bits; got an integer of 16610",
+    ),
+    (lambda: masks.window(torch.tensor(True)), TypeError, "left must be an integer; got Tensor tensor(True)"),
+    (lambda: masks.congruent(4, np.array(1.5)), TypeError, "offset must be an integer; got ndarray"),
+    (lambda: masks.documents(lengths=(2**59,) * 3), ValueError, "the sum of lengths must be at most 2**60"),
+    (lambda: masks.neighborhood((2**31, 2**31), 1), ValueError, "the number of cells of the grid must be at most 2**60"),
+    (
+        lambda: masks.tiles([(2**40, 2**40)]),
+        ValueError,
+        "pairs must name at most 2**60 tiles, below position 2**60; got 1099511627777",
+    ),
+    (
+        lambda: masks.tiles([(2**40, 0)], block=2**30),
+        ValueError,
+        "below position 2**60; got 1099511627777 x 1 tiles of 1073741824",
+    ),
+    (lambda: masks.tiles([5]), TypeError, "pairs[0] must be a sequence of integers; got int 5"),
     (lambda: CAUSAL and WINDOW, TypeError, "the mask causal() has no truth value"),
     (lambda: CAUSAL or WINDOW, TypeError, "Write `a & b`, `a | b` or `~a`"),
     (lambda: not CAUSAL, TypeError, "`and`, `or`, `not` and `if` cannot combine masks"),
@@ -85,6 +113,8 @@ ORDERS: list[Row] = [
     (lambda: orders.residue(2, period=-3), ValueError, "period must be at least 1; got -3"),
     (lambda: orders.hilbert(4), ValueError, "hilbert orders grids of 2 or 3 axes; got 1 sizes (4,)"),
     (lambda: orders.hilbert(4, 0), ValueError, "grid[1] must be at least 1; got 0"),
+    (lambda: orders.residue(2**61), ValueError, "rate must be at most 2**60"),
+    (lambda: orders.hilbert(2**16, 2**16), ValueError, "grid must have at most 2147483648 cells, whose positions fit 32 bits"),
     (lambda: orders.hilbert(4, 4).permute(x(2, 15, 3)), ValueError, "orders the 16 cells of its grid; got 15 tokens"),
 ]
 
@@ -97,6 +127,10 @@ PROGRAMS: list[Row] = [
     ),
     (lambda: Branch(CAUSAL, heads="2/2"), ValueError, "heads must be None, (start, stop) or a share 'i/k' with i < k; got '2/2'"),
     (lambda: Branch(CAUSAL, heads=3), ValueError, "heads must be None, (start, stop) or a share 'i/k' with i < k; got 3"),
+    (lambda: Branch(CAUSAL, heads=(True, 2)), ValueError, "heads must be None, (start, stop) or a share 'i/k' with i < k"),
+    (lambda: Branch(CAUSAL, heads="\u0660/\u0662"), ValueError, "heads must be None, (start, stop) or a share 'i/k'"),
+    (lambda: Branch(CAUSAL, heads="0/" + "9" * 5000), ValueError, "heads must be None, (start, stop) or a share 'i/k'"),
+    (lambda: cd.block_sparse(5e-324, "dilated"), ValueError, "density must be at least 2**-60 for kind='dilated'; got 5e-324"),
     (lambda: Branch(CAUSAL, heads=(0, 9)).head_range(8), ValueError, "names heads 0 to 9; the query has 8"),
     (lambda: Program(()), TypeError, "a program needs a non-empty tuple of Branch; got ()"),
     (lambda: Program((CAUSAL,)), TypeError, "Write Program((Branch(mask),))"),
@@ -166,6 +200,7 @@ COMPILE: list[Row] = [
     (lambda: attend(q=x().to_sparse()), TypeError, "q must be a dense tensor; got a torch.sparse_coo one"),
     (lambda: attend(data=[1]), TypeError, "data must be a dict of tensors by name; got list"),
     (lambda: attend(q_offset=-1), ValueError, "q_offset must be at least 0; got -1"),
+    (lambda: attend(q_offset=2**63), ValueError, "q_offset must be at most 2**60"),
     (lambda: attend(q_offset=1.0), TypeError, "q_offset must be an integer; got float 1.0"),
     (
         lambda: attend(IDS, q_offset="3", data={"ids": x(2, 8, dtype=torch.int64)}),
@@ -261,6 +296,22 @@ PLAN: list[Row] = [
         "dtype must be float16, bfloat16, float32 or float64; got torch.int8",
     ),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), q_offset=-1), ValueError, "q_offset must be at least 0; got -1"),
+    (lambda: cd.plan(CAUSAL, (1, 8, 1, 64), q_offset=2**63), ValueError, "q_offset must be at most 2**60"),
+    (lambda: cd.plan(CAUSAL, (1, 8, 2**70, 64)), ValueError, "q_shape[2] must be at most 2**60"),
+    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), device="xyz"), ValueError, "device must be a device that torch knows, as 'cpu' or"),
+    (
+        lambda: cd.plan(CAUSAL, (1, 8, 64, 64), device=3),
+        TypeError,
+        "device must be a torch.device or its name, as 'cpu'; got int 3",
+    ),
+    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), dtype="float32"), TypeError, "dtype must be a torch.dtype; got str 'float32'"),
+    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), training="yes"), TypeError, "training must be True or False; got str 'yes'"),
+    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), lowering=["dense"]), ValueError, "lowering must be one of 'auto', 'dense'"),
+    (
+        lambda: cd.plan(~masks.congruent(7, 3), (1, 1, 2**40, 16)),
+        ValueError,
+        "takes a list of more than 268,435,456 tiles. Use fewer tokens, or a mask of",
+    ),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), lowering="cuda"), ValueError, "lowering must be one of 'auto', 'dense'"),
     (lambda: cd.plan(torch.ones(4, 4), (1, 8, 64, 64)), TypeError, "expected a Program or a mask; got Tensor"),
     (
@@ -372,3 +423,58 @@ def test_bad_input(call: Callable[[], Any], error: type[Exception], fragment: st
 
 def test_the_table_is_long() -> None:
     assert sum(map(len, TABLE.values())) >= 60
+
+
+# Each constructor with arguments that it accepts.
+CONSTRUCTORS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (masks.window, {"left": 4, "right": 4, "dilation": 1}),
+    (masks.segments, {"length": 4}),
+    (masks.congruent, {"modulus": 4, "offset": 1, "period": 8}),
+    (masks.documents, {"lengths": (3, 4)}),
+    (masks.sinks, {"count": 4}),
+    (masks.prefix, {"count": 4}),
+    (masks.global_tokens, {"count": 4}),
+    (masks.dilated_blocks, {"block": 4, "stride": 2}),
+    (masks.neighborhood, {"grid": (4, 4), "radius": 1, "dilation": 1, "causal": False, "edges": "cut"}),
+    (masks.tiles, {"pairs": ((0, 0),), "block": 4, "columns": 3}),
+    (masks.padding, {"name": "padding"}),
+    (orders.residue, {"rate": 2, "period": 8}),
+    (cd.longnet, {"segment_lengths": (4, 8), "dilation_rates": (1, 2), "causal": False, "offsets": "cyclic", "heads": "all"}),
+    (cd.local_window, {"left": 4, "right": 4, "causal": False, "dilation": 1}),
+    (cd.hilbert_window, {"grid": (4, 4), "radius": 1, "edges": "cut"}),
+    (cd.block_sparse, {"density": 0.5, "kind": "local", "block": 4, "tokens": 64, "causal": False}),
+    (Branch, {"mask": CAUSAL, "heads": (0, 2), "order": orders.identity()}),
+    (
+        partial(cd.plan, CAUSAL),
+        {
+            "q_shape": (1, 2, 8, 4), "kv_heads": 2, "kv_len": 8, "value_dim": 4, "dtype": torch.float32, "device": "cpu",
+            "training": False, "lowering": "auto", "q_offset": 0,
+        },
+    ),
+]  # fmt: skip
+WRONG = st.one_of(
+    st.integers(-(2**80), 2**80),
+    st.sampled_from([-1, 0, 2**31, 2**60, 2**60 + 1, 2**62, 2**63, True, None, (), [], {}, (True,), (None, 1), ((1,),)]),
+    st.sampled_from(
+        [1.5, float("nan"), float("inf"), 1j, b"4", object, np.float32(2), np.array(3), np.array([1.5]), np.int64(-3)]
+    ),
+    st.sampled_from([torch.tensor(2), torch.tensor(2.5), torch.tensor([[1]]), torch.tensor(True), CAUSAL, len]),
+    st.text(max_size=4),
+    st.lists(st.integers(-2, 2**70), max_size=4).map(tuple),
+)
+
+
+@settings(max_examples=600)
+@given(data=st.data())
+def test_wrong_values_are_refused_by_name(data: st.DataObject) -> None:
+    """Whatever comes for an argument is accepted, or refused by an error of ours that names an argument."""
+    make, good = data.draw(st.sampled_from(CONSTRUCTORS))
+    name = data.draw(st.sampled_from(sorted(good)))
+    value = data.draw(WRONG)
+    try:
+        make(**{**good, name: value})
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        # The lengths of two sequences, windows, heads and shapes are said of each other.
+        assert any(argument in text for argument in (name, *good)), text
+        assert "\n" not in text

@@ -66,7 +66,7 @@ def test_pieces_cover_every_tile_once(axes: list[int], most: int) -> None:
 
 
 @given(
-    st.integers(1, 60), st.integers(1, 60), st.integers(0, 40), st.none() | st.integers(0, 50), st.none() | st.integers(0, 50),
+    st.integers(1, 60), st.integers(1, 60), st.integers(-40, 40), st.none() | st.integers(0, 50), st.none() | st.integers(0, 50),
     st.integers(1, 20),
 )  # fmt: skip
 def test_runs_hold_every_allowed_pair(q_len: int, k_len: int, shift: int, left: int | None, right: int | None, tile: int) -> None:
@@ -86,6 +86,30 @@ def test_runs_hold_every_allowed_pair(q_len: int, k_len: int, shift: int, left: 
             assert not run.full or allowed[span].all()
     assert (covered[allowed] == 1).all()
     assert covered.max(initial=0) <= 1
+
+
+@given(st.integers(1, 40), st.integers(0, 30), st.integers(1, 20))
+def test_runs_of_windows_that_are_moved_inwards(size: int, radius: int, tile: int) -> None:
+    mask = masks.neighborhood((size,), radius, edges="shift")
+    allowed = mask.allows(0, 0, np.arange(size)[:, None], np.arange(size))
+    covered = np.zeros((size, size), dtype=bool)
+    for run in cut(Band(size, size, 0, radius, radius, clamped=True), tile):
+        for at in range(0, run.count * run.stride, run.stride):
+            queries = slice(run.q_start + at, run.q_start + at + run.q_rows)
+            keys = slice(run.k_start + at, run.k_start + at + run.k_rows)
+            covered[queries, keys] = True
+            assert not run.full or allowed[queries, keys].all()
+    assert (covered >= allowed).all()
+
+
+def test_tiles_of_one_geometry_are_one_run() -> None:
+    """Each tile is full-sized, or its window is cut at an end of the keys."""
+    long = 2**40
+    runs = cut(Band(long, long, 0, 256, 256), 64)
+    assert len(runs) == 4 + 1 + 4
+    assert sum(run.count * run.q_rows for run in runs) == long
+    assert len(cut_causal(Band(long, long, 0, None, 0))) <= 512
+    assert len(cut(Band(long, 2**20, 5, 64, 64), 64)) <= 5
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 40))

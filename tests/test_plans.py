@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import given
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from compiled_dilated.lowerings import strided
 from compiled_dilated.masks import Mask
 from compiled_dilated.planner import disjoint
 from compiled_dilated.programs import as_program
@@ -25,8 +29,8 @@ def test_disjoint_parts_are_the_mask(mask: Mask) -> None:
 
 
 def test_auto_mixes_lowerings_within_a_branch() -> None:
-    """A window by slices, its sinks by gathered tiles: the same numbers as tiles alone."""
-    mask = masks.causal() & (masks.window(64) | masks.sinks(4))
+    """A window by slices, scattered tiles by gathered ones: the same numbers as tiles alone."""
+    mask = masks.causal() & (masks.window(64) | masks.tiles([(row, row // 3) for row in range(32)]))
     q, k, v = tensors(1, 1, 4096, 4, 4, batch=1)
     attend = cd.compile(mask)
     assert {"strided", "tiled"} <= set(attend.plan(q, k, v).lowering.split("+"))
@@ -36,6 +40,31 @@ def test_auto_mixes_lowerings_within_a_branch() -> None:
         *(torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back) for each in (attend, tiled)), strict=True
     ):
         same(mine, theirs)
+
+
+def test_leading_tokens_beside_a_window_need_no_gathered_tiles() -> None:
+    for mask in (
+        masks.causal() & (masks.window(64) | masks.sinks(4)),
+        masks.window(64) | masks.global_tokens(4),
+        masks.causal() | masks.prefix(700),
+    ):
+        q, k, v = tensors(2, 1, 4096, 4, 4, batch=1)
+        attend = cd.compile(mask)
+        assert attend.plan(q, k, v).lowering == "strided"
+        tiled = cd.compile(mask, lowering="tiled")
+        back = torch.randn(1, 2, 4096, 4, dtype=torch.float64), torch.randn(1, 2, 4096, dtype=torch.float64)
+        got, want = attend(q, k, v, return_lse=True), tiled(q, k, v, return_lse=True)
+        same(got, want)
+        for gradient, expected in zip(
+            torch.autograd.grad(got, (q, k, v), back), torch.autograd.grad(want, (q, k, v), back), strict=True
+        ):
+            same(gradient, expected)
+
+
+@given(mask=strategies.expressions(strategies.line_masks(40)))
+def test_cases_are_the_mask(mask: Mask) -> None:
+    total = sum(strategies.dense(case, 40, 40).astype(int) for case in strided.cases(mask))
+    assert (total == strategies.dense(mask, 40, 40)).all()
 
 
 def test_auto_is_dense_where_everything_is_seen() -> None:
@@ -65,3 +94,66 @@ def test_a_plan_counts_its_pairs(case: Case) -> None:
         assert plan.useful_pairs == (
             None if any(branch.mask.per_call for branch in plan.problem.program.branches) else int(counts.sum())
         )
+
+
+LONG = 2**31 + 1
+
+
+@pytest.mark.parametrize(
+    ("program", "tokens"),
+    [
+        (masks.full(), LONG),
+        (masks.causal(), LONG),
+        (masks.window(256), LONG),
+        (masks.window(256) & masks.causal(), LONG),
+        (masks.window(2**20), LONG),
+        (masks.segments(4096), LONG),
+        (masks.congruent(4, 1), LONG),
+        (masks.dilated_blocks(64, 4), LONG),
+        (masks.dilated_blocks(3, 1_000_003), LONG),
+        (cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True), LONG),
+        (masks.sinks(4), LONG),
+        (masks.causal() & (masks.window(256) | masks.sinks(4)), LONG),
+        (masks.causal() | masks.prefix(1_000_003), LONG),
+        (masks.window(256) | masks.global_tokens(64), LONG),
+        (masks.window(256) | masks.segments(1024), LONG),
+        (~masks.causal(), LONG),
+        (~masks.window(5), LONG),
+        (masks.neighborhood((1024, 2048, 1024), 6), 2**31),
+        (cd.hilbert_window((2**15, 2**16), 12), 2**31),
+    ],
+    ids=str,
+)
+def test_a_plan_of_two_thousand_million_tokens(program: cd.Program | Mask, tokens: int) -> None:
+    """Neither the plan nor what it counts has an entry for each of 2**24 rows of tiles."""
+    tracemalloc.start()
+    plan = cd.plan(program, (1, 4, tokens, 16))
+    text, values = plan.explain(), plan.to_json()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 8 * 2**20
+    assert sum(len(proposal.work) for proposal in plan.chosen) <= 2500
+    assert json.loads(json.dumps(values)) == values
+    assert plan.useful_pairs is not None
+    assert plan.useful_pairs <= plan.cost.pairs <= 4 * plan.useful_pairs
+    assert f"{plan.useful_pairs:,} allowed" in text
+    assert values["useful_pairs"] == plan.useful_pairs
+    if program not in (~masks.causal(), ~masks.window(5)):  # their largest tiles have a bias of rows x rows
+        assert plan.cost.peak_bytes <= 0.15 * plan.problem.tensor_bytes
+
+
+def test_what_is_not_counted_is_said() -> None:
+    plan = cd.plan(masks.causal() & masks.padding(), (1, 1, 512, 16))
+    assert "how many are allowed depends on data" in plan.explain()
+    plan = cd.plan(cd.hilbert_window((2**12, 2**12), 3), (1, 1, 2**24, 16))
+    assert "too many different ones to count" in plan.explain()
+    assert plan.to_json()["tiles"] == [{"branch": 0, "heads": [0], "tile": 128, "full": None, "partial": None, "bytes": None}]
+
+
+def test_block_masks_of_a_long_sequence_are_counted_without_a_list() -> None:
+    tracemalloc.start()
+    plan = cd.plan(masks.window(255) & masks.causal(), (1, 1, LONG, 16), device="cuda")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 8 * 2**20
+    assert "flex" in [row["lowering"] for row in plan.to_json()["candidates"]]

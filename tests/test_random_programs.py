@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import compiled_dilated as cd
-from compiled_dilated import Branch, Program, orders
+from compiled_dilated import Branch, Program, masks, orders, planner
+from compiled_dilated.lowerings import bands, strided
 from compiled_dilated.masks import Mask, conjunction
 from tests import strategies
 from tests.test_attend import TRAINS, same, tensors
@@ -72,8 +73,44 @@ def test_any_mask_at_any_offset(lowering: str, mask: Mask, q_len: int, kv_len: i
             same(got, want)
 
 
-@settings(max_examples=60)
-@given(parts=st.lists(strategies.line_masks(150), min_size=1, max_size=4), n=st.integers(1, 400))
+def parts(most: int) -> st.SearchStrategy[list[Mask]]:
+    mask = strategies.line_masks(most)
+    return st.lists(mask | st.builds(lambda part: ~part, mask), min_size=1, max_size=4)
+
+
+@settings(max_examples=100)
+@given(parts=parts(150), n=st.integers(1, 400))
 def test_any_conjunction_by_slices(parts: list[Mask], n: int) -> None:
     """The strided lowering sorts what a conjunction is made of: every combination is right, or refused."""
     agree(Program((Branch(conjunction(tuple(parts))),)), *tensors(1, 1, n, 2, 2, batch=1), "strided")
+
+
+BANDS = st.one_of(
+    st.just(masks.causal()),
+    st.builds(masks.window, st.integers(0, 60), st.integers(0, 60)),
+    *(st.builds(make, st.integers(0, 60)) for make in (masks.sinks, masks.prefix, masks.global_tokens)),
+    st.builds(masks.segments, st.integers(1, 60)),
+    st.builds(masks.dilated_blocks, st.integers(1, 9), st.integers(1, 4)),
+)
+
+
+@settings(max_examples=150)
+@given(
+    mask=strategies.expressions(BANDS),
+    q_len=st.integers(2, 150),
+    kv_len=st.integers(1, 150),
+    q_offset=st.integers(0, 150),
+)
+@example(mask=masks.causal() & ~masks.sinks(1), q_len=2, kv_len=2, q_offset=0)
+@example(mask=masks.causal() & ~masks.sinks(9) & masks.window(20), q_len=50, kv_len=60, q_offset=3)
+@example(mask=~masks.window(0), q_len=3, kv_len=2, q_offset=0)
+def test_bands_and_leading_tokens_in_many_small_tiles(mask: Mask, q_len: int, kv_len: int, q_offset: int) -> None:
+    """As of sequences that are longer than many of the largest tiles."""
+    q, k, v = tensors(2, 1, 150, 3, 3, batch=1)
+    q, k, v = (x[:, :, :size].detach().requires_grad_() for x, size in ((q, q_len), (k, kv_len), (v, kv_len)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bands, "MOST_ROWS", 4)
+        patch.setattr(bands, "_MOST_ALONE", 5)
+        patch.setattr(planner, "choose", planner.choose.__wrapped__)
+        for part in strided.cases(mask):
+            agree(Program((Branch(part),)), q, k, v, "strided", q_offset=q_offset)

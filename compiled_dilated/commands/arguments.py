@@ -63,6 +63,7 @@ def print_json(record: Mapping[str, Any]) -> None:
 def numbers(name: str, text: str) -> tuple[int, ...]:
     """'1,8,65536,64' as a tuple; bad usage for anything else."""
     try:
-        return tuple(int(each.replace("_", "")) for each in text.split(","))
+        # int() takes the digits of every script.
+        return tuple(int(number.encode("ascii")) for number in text.replace("_", "").split(","))
     except ValueError:
         raise typer.BadParameter(f"{name} takes integers joined by commas, as in 1,8,65536,64; got {text!r}") from None

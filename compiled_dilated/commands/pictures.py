@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import counting
 from ..masks import Mask
 from ..orders import Order, identity
 from ..programs import Program
@@ -103,7 +104,7 @@ def panels(program: Program, tokens: int, heads: int, head: int, tile: int, orde
                     title,
                     tiles,
                     _seen(mask, tokens, branch.order),
-                    TileMap.build(mask, tokens, tokens).pairs(mask) if counted else None,
+                    counting.pairs(mask, tokens, tokens) if counted else None,
                 )
             )
     return out

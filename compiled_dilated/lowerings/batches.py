@@ -22,6 +22,7 @@ from torch import Tensor
 from ..calls import Call
 from ..heads import HeadRange
 from ..masks import Mask
+from ..masks.positions import pairs_up_to
 from ..mods import Mod, TileMod
 from ..partials import Saved, merge_
 from ..plans import Problem
@@ -66,7 +67,7 @@ class Batch:
     def pairs(self) -> int:
         """Query-key pairs that the kernel computes, over all heads (of a causal tile: those it has to)."""
         rows, columns = self.queries.size, self.keys.size
-        per_tile = rows * columns if not self.causal else sum(min(t + 1, columns) for t in range(rows))
+        per_tile = pairs_up_to(0, range(rows), range(columns)) if self.causal else rows * columns
         return self.queries.count * per_tile * self.heads.count * self.alike
 
     @property

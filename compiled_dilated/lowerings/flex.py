@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from .. import counting
 from ..block_masks import BlockMaskPart, build, widen
 from ..calls import Call
 from ..masks import Mask, Or, full
@@ -26,7 +27,7 @@ from ..partials import Saved, lse_dtype, merge
 from ..plans import Cost, Problem, Proposal, Refusal
 from ..programs import Branch, Program
 from ..regions import PARTIAL, Regions, Verdicts
-from ..tiles import TileMap
+from ..tiles import TileMap, split
 
 _TILE = 128
 # Share of a dense kernel's rate that flex reaches on the tiles it visits (2 CPU cores, window 256 of 16K tokens).
@@ -119,16 +120,14 @@ def propose(problem: Problem) -> Proposal | Refusal:
     branches = problem.program.branches
     order = branches[0].order if len(branches) == 1 else identity()
     linked = Linked(problem.program, problem.heads)
-    maps: dict[Mask, TileMap] = {}
+    listed: dict[Mask, int] = {}
     pairs = 0
     for head in range(problem.heads):
         mask = linked.at_head(head, problem.heads)
-        if mask not in maps:
-            maps[mask] = TileMap.build(
-                mask, problem.q_len, problem.kv_len, q_tile=_TILE, kv_tile=_TILE, order=order, q_offset=problem.q_offset
-            )
-        pairs += len(maps[mask].indices) * _TILE**2 * problem.batch
-    if problem.device == "cpu" and len(maps) == 1 and len(_split(maps)) > 1:
+        if mask not in listed:
+            listed[mask] = _listed(mask, order, problem)
+        pairs += listed[mask] * _TILE**2 * problem.batch
+    if problem.device == "cpu" and len(listed) == 1 and len(split(_tile_map(next(iter(listed)), order, problem))) > 1:
         return Refusal(
             "flex",
             None,
@@ -141,10 +140,14 @@ def propose(problem: Problem) -> Proposal | Refusal:
     return Proposal("flex", None, cost, (Work(linked, order),))
 
 
-def _split(maps: dict[Mask, TileMap]) -> tuple[TileMap, ...]:
-    from ..tiles import split
+def _listed(mask: Mask, order: Order, problem: Problem) -> int:
+    """Number of tiles that the block mask of some heads lists."""
+    counts = counting.tiles(mask, problem.q_len, problem.kv_len, _TILE, order, problem.q_offset)
+    return len(_tile_map(mask, order, problem).indices) if counts is None else counts.full + counts.partial
 
-    return split(next(iter(maps.values())))
+
+def _tile_map(mask: Mask, order: Order, problem: Problem) -> TileMap:
+    return TileMap.build(mask, problem.q_len, problem.kv_len, q_tile=_TILE, kv_tile=_TILE, order=order, q_offset=problem.q_offset)
 
 
 @lru_cache(maxsize=1)

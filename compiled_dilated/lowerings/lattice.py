@@ -173,7 +173,9 @@ class Table:
 
     def positions(self) -> IntArray:
         """(tiles, rows) positions."""
-        places = (self.small[:, :, None] * self.width + np.arange(self.width)).reshape(self.count, -1)[:, : self.size]
+        places = (self.small[:, :, None].astype(np.int64) * self.width + np.arange(self.width)).reshape(self.count, -1)[
+            :, : self.size
+        ]
         return (places if self.permutation is None else self.permutation[places]) + self.offset
 
     def _index(self, x: Tensor, shift: int) -> Tensor:

@@ -12,21 +12,33 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..arguments import MOST
 from ..heads import HeadRange
-from ..masks import Mask, Padding, conjunction, conjuncts
+from ..masks import And, Mask, Not, Or, Padding, conjunction, conjuncts
 from ..masks.data import DocumentLengths
 from ..masks.grids import Axis, Neighborhood, strides_of
-from ..masks.positions import Causal, Congruent, DilatedBlocks, Segments, Window
+from ..masks.positions import Causal, Congruent, DilatedBlocks, GlobalTokens, LeadingQueries, Prefix, Segments, Sinks, Window
 from ..plans import Problem, Refusal
 from . import costs
-from .bands import MOST_ROWS, Band, Run, cut, cut_causal
+from .bands import MOST_ROWS, Band, Run, alone, cut, cut_causal, rows_at_once, whole_parts
 from .batches import Batch
 from .lattice import Lattice
 
 _WINDOW_TILES = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
 _BOX_TILES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 _MOST_DOCUMENTS = 256
+_MOST_ALONE = 512
 _ASKED_ROWS, _ASKED_COLUMNS = 512, 2048
+# Entries of the bias of a tile that is cut in parts.
+_MOST_MASKED = 2**20
+# A mask that falls apart into more parts than this is computed by tiles.
+_MOST_CASES = 16
+# Masks whose negation is made of bands and rectangles too.
+_NEGATED = (Causal, Window, Sinks, LeadingQueries, Prefix, GlobalTokens)
+
+
+Span = tuple[int | None, int | None]
+Tiling = tuple[Lattice, Lattice, bool, bool, bool]  # queries, keys, full, causal, first
 
 
 @dataclass(frozen=True)
@@ -49,23 +61,73 @@ def propose(mask: Mask, heads: HeadRange, kv_heads: HeadRange, problem: Problem)
     pieces = _sort(conjuncts(mask))
     if isinstance(pieces, str):
         return _refusal(pieces)
+    batches: list[Batch] = []
+    for number, part in enumerate(pieces.by_band(_reach(problem))):
+        tilings = _tilings(part, problem)
+        if isinstance(tilings, str):
+            return _refusal(tilings)
+        batches += [
+            _batch(queries, keys, run_full, causal, first and number == 0, part, heads, kv_heads)
+            for queries, keys, run_full, causal, first in tilings
+        ]
+    return batches
+
+
+def _tilings(pieces: Pieces, problem: Problem) -> list[Tiling] | str:
     if pieces.grid is not None:
         if not _is_whole(pieces.grid, problem) and not _has_whole_lines(pieces.grid, problem):
-            return _refusal("a part of a grid is not made of regular boxes")
-        lattices = list(_boxes(pieces, problem))
-    elif pieces.blocks is not None:
+            return "a part of a grid is not made of regular boxes"
+        return list(_boxes(pieces, problem))
+    if pieces.blocks is not None:
         if problem.q_offset or problem.q_len != problem.kv_len:
-            return _refusal("a part of the blocks' queries or keys is not made of regular blocks")
-        lattices = list(_block_classes(pieces.blocks, problem.q_len))
-    else:
-        lanes = _lanes(pieces, problem)
-        if isinstance(lanes, str):
-            return _refusal(lanes)
-        lattices = list(_lines(lanes, pieces, problem))
-    return [
-        _batch(queries, keys, run_full, causal, first, pieces, heads, kv_heads)
-        for queries, keys, run_full, causal, first in lattices
-    ]
+            return "a part of the blocks' queries or keys is not made of regular blocks"
+        return list(_block_classes(pieces.blocks, problem.q_len))
+    lanes = _lanes(pieces, problem)
+    return lanes if isinstance(lanes, str) else list(_lines(lanes, pieces, problem))
+
+
+def _reach(problem: Problem) -> int:
+    """Farther than any key from any query; within 32 bits where positions are."""
+    short = max(problem.q_offset + problem.q_len, problem.kv_len) < 2**30
+    return 2**30 if short else 2 * MOST
+
+
+def cases(mask: Mask) -> list[Mask]:
+    """Conjunctions without common pairs whose union is the mask, fit for regular blocks where that is known.
+
+    `window(4) | global_tokens(2)` is `window(4)`, the first two queries less the window, and the first two keys less both.
+    """
+    found = _cases(mask)
+    return [mask] if len(found) > _MOST_CASES else [conjunction(case) for case in found]
+
+
+def _cases(mask: Mask) -> list[tuple[Mask, ...]]:
+    if isinstance(mask, And):
+        return [tuple(itertools.chain(*combination)) for combination in itertools.product(*(_cases(part) for part in mask.masks))]
+    if isinstance(mask, Or):
+        # What comes later is cut by the negation of what comes first.
+        parts = sorted(mask.masks, key=lambda part: not isinstance(part, _NEGATED))
+        return [
+            case
+            for number, part in enumerate(parts)
+            for case in _cases(And((*(_negated(before) for before in parts[:number]), part)))
+        ]
+    if isinstance(mask, (Prefix, GlobalTokens)):
+        return _cases(mask.expanded())
+    if isinstance(mask, Not) and isinstance(mask.mask, (And, Or, Prefix, GlobalTokens)):
+        return _cases(_negated(mask.mask))
+    return [(mask,)]
+
+
+def _negated(mask: Mask) -> Mask:
+    """The negation, with `~` before masks without parts alone."""
+    if isinstance(mask, (Prefix, GlobalTokens)):
+        return _negated(mask.expanded())
+    if isinstance(mask, And):
+        return Or(tuple(_negated(part) for part in mask.masks))
+    if isinstance(mask, Or):
+        return And(tuple(_negated(part) for part in mask.masks))
+    return ~mask
 
 
 def _refusal(reason: str) -> Refusal:
@@ -74,7 +136,12 @@ def _refusal(reason: str) -> Refusal:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A conjunction, sorted by what each mask does to the cutting; `rest` is evaluated on the tiles."""
+    """A conjunction, sorted by what each mask does to the cutting; `rest` is evaluated on the tiles.
+
+    queries, keys: positions [start, stop) that the mask leaves, None where it says nothing.
+    hidden: masks whose pairs it leaves out.
+    in_parts: keys that all queries of a tile see are computed apart from keys that some of them see.
+    """
 
     segments: int | None
     documents: DocumentLengths | None
@@ -84,6 +151,26 @@ class Pieces:
     grid: Neighborhood | None
     blocks: DilatedBlocks | None
     rest: tuple[Mask, ...]
+    queries: Span = (None, None)
+    keys: Span = (None, None)
+    hidden: tuple[Causal | Window, ...] = ()
+    in_parts: bool = False
+
+    def by_band(self, reach: int) -> list[Pieces]:
+        """Conjunctions without `hidden`, and without common pairs. reach: farther than any key from any query."""
+        if not self.hidden:
+            return [self]
+        dilation = 1 if self.window is None else self.window.dilation
+        bands = [(reach, 0 if self.causal else reach)]
+        if self.window is not None:
+            bands = [(min(left, self.window.left), min(right, self.window.right)) for left, right in bands]
+        for mask in self.hidden:
+            seen_left, seen_right = (reach, 0) if isinstance(mask, Causal) else (mask.left, mask.right)
+            before = [(left, min(right, -seen_left - 1)) for left, right in bands]
+            after = [(min(left, -seen_right - 1), right) for left, right in bands]
+            bands = [(left, right) for left, right in before + after if left + right >= 0]
+        windows = [Window(left, right, dilation) for left, right in bands]
+        return [replace(self, causal=False, hidden=(), window=window, in_parts=True) for window in windows]
 
     @property
     def pairwise(self) -> bool:
@@ -91,7 +178,39 @@ class Pieces:
         return any(not isinstance(mask, Padding) for mask in self.rest)
 
 
+def _anchors(masks: tuple[Mask, ...]) -> tuple[Span, Span]:
+    """The positions of queries and of keys that masks of leading tokens leave."""
+    hidden = [mask.mask for mask in masks if isinstance(mask, Not)]
+    queries = [mask.count for mask in masks if isinstance(mask, (LeadingQueries, Prefix))]
+    keys = [mask.count for mask in masks if isinstance(mask, (Sinks, Prefix))]
+    hidden_queries = [mask.count for mask in hidden if isinstance(mask, LeadingQueries)]
+    hidden_keys = [mask.count for mask in hidden if isinstance(mask, Sinks)]
+    return (
+        (max(hidden_queries, default=None), min(queries, default=None)),
+        (max(hidden_keys, default=None), min(keys, default=None)),
+    )
+
+
+def _is_anchor(mask: Mask) -> bool:
+    inner = mask.mask if isinstance(mask, Not) else mask
+    return isinstance(inner, (LeadingQueries, Sinks)) or isinstance(mask, Prefix)
+
+
+def _hidden(mask: Mask) -> Causal | Window | None:
+    """The band whose pairs a mask leaves out; None where it is no such mask."""
+    inner = mask.mask if isinstance(mask, Not) else None
+    if isinstance(inner, Window):
+        return inner if inner.dilation == 1 else None
+    return inner if isinstance(inner, Causal) else None
+
+
 def _sort(masks: tuple[Mask, ...]) -> Pieces | str:
+    queries, keys = _anchors(masks)
+    hidden = tuple(inner for mask in masks if (inner := _hidden(mask)) is not None)
+    cut = [mask for mask in masks if _is_anchor(mask) or _hidden(mask) is not None]
+    if cut and any(isinstance(mask, (Neighborhood, DilatedBlocks)) for mask in masks):
+        return f"{cut[0]!r} cuts blocks that are regular on their own alone"
+    masks = tuple(mask for mask in masks if mask not in cut)
     segments = [mask.length for mask in masks if isinstance(mask, Segments)]
     documents = [mask for mask in masks if isinstance(mask, DocumentLengths)]
     congruent = [mask for mask in masks if isinstance(mask, Congruent)]
@@ -131,6 +250,9 @@ def _sort(masks: tuple[Mask, ...]) -> Pieces | str:
         grids[0] if grids else None,
         blocks[0] if blocks else None,
         rest,
+        queries,
+        keys,
+        hidden,
     )
 
 
@@ -167,7 +289,7 @@ def _lanes(pieces: Pieces, problem: Problem) -> list[Lane] | str:
         if not relative and length is not None and length % rate:
             return f"{congruent!r} meets every segment of {length} at another residue"
     dilation = 1 if pieces.window is None else pieces.window.dilation // math.gcd(pieces.window.dilation, rate)
-    lanes = []
+    lanes: list[Lane] = []
     for count, stride, start, q_span, k_span in _stretches(pieces, problem):
         first = start + (offset if relative else (offset - start) % rate)
         for residue in range(first, first + dilation * rate, rate):
@@ -180,14 +302,14 @@ def _lanes(pieces: Pieces, problem: Problem) -> list[Lane] | str:
 def _lane(count: int, stride: int, q_span: range, k_span: range, residue: int, step: int, pieces: Pieces) -> Lane | None:
     q_first = q_span.start + (residue - q_span.start) % step
     k_first = k_span.start + (residue - k_span.start) % step
+    right = 0 if pieces.causal else None if pieces.window is None else pieces.window.right // step
+    if right is not None:
+        # Queries that stand before the first key that any of them sees.
+        q_first += max(0, (k_first - q_first) // step - right) * step
     q_len, k_len = len(range(q_first, q_span.stop, step)), len(range(k_first, k_span.stop, step))
-    if not q_len or not k_len:
+    left = None if pieces.window is None else pieces.window.left // step
+    if not q_len or not k_len or (left is not None and right is not None and left + right < 0):
         return None
-    window = pieces.window
-    left = None if window is None else window.left // step
-    right = None if window is None else window.right // step
-    if pieces.causal:
-        right = 0
     return Lane(count, stride, q_first, k_first, step, Band(q_len, k_len, (q_first - k_first) // step, left, right))
 
 
@@ -197,6 +319,9 @@ def _stretches(pieces: Pieces, problem: Problem) -> Iterator[tuple[int, int, int
     Of each: (how many alike, how far apart, the first one's start, its queries, its keys).
     """
     q_range, k_range = range(problem.q_offset, problem.q_offset + problem.q_len), range(problem.kv_len)
+    q_range, k_range = _within(q_range, pieces.queries), _within(k_range, pieces.keys)
+    if not q_range or not k_range:
+        return
     if pieces.documents is not None:
         stops = list(itertools.accumulate(pieces.documents.lengths))
         for start, stop in zip([0, *stops], stops, strict=False):
@@ -206,7 +331,7 @@ def _stretches(pieces: Pieces, problem: Problem) -> Iterator[tuple[int, int, int
     if length is None:
         yield 1, 0, 0, q_range, k_range
         return
-    clipped = {q_range.start // length, (q_range.stop - 1) // length, problem.kv_len // length}
+    clipped = {side // length for side in (q_range.start, q_range.stop - 1, k_range.start, k_range.stop)}
     segment, end = q_range.start // length, -(-q_range.stop // length)
     while segment < end:
         alike = 1 if segment in clipped else min([each for each in clipped if each > segment] + [end]) - segment
@@ -216,17 +341,20 @@ def _stretches(pieces: Pieces, problem: Problem) -> Iterator[tuple[int, int, int
         segment += alike
 
 
+def _within(span: range, limits: Span) -> range:
+    start, stop = limits
+    return _meet(span, span.start if start is None else start, span.stop if stop is None else stop)
+
+
 def _meet(span: range, start: int, stop: int) -> range:
     return range(max(span.start, start), min(span.stop, stop))
-
-
-Tiling = tuple[Lattice, Lattice, bool, bool, bool]
 
 
 def _lines(lanes: list[Lane], pieces: Pieces, problem: Problem) -> Iterator[Tiling]:
     for lane in lanes:
         band = lane.band
-        for run in _asked_runs(band) if pieces.pairwise else _runs(band, problem):
+        cutting = _asked_runs(band) if pieces.pairwise else _part_runs(band, problem) if pieces.in_parts else _runs(band, problem)
+        for run in cutting:
             outer = ((lane.count, lane.stride),) if lane.count > 1 else ()
             tiles = (*outer, (run.count, run.stride * lane.step)) if run.count > 1 or not outer else outer
             queries = Lattice(lane.q_first + run.q_start * lane.step, tiles, ((run.q_rows, lane.step),))
@@ -239,11 +367,28 @@ def _runs(band: Band, problem: Problem) -> list[Run]:
     from_start = band.left is None or band.left >= last
     to_end = band.right is None or band.right >= band.k_len - 1 - band.shift
     if from_start and to_end:
-        return cut(replace(band, left=None, right=None), min(band.q_len, MOST_ROWS))
+        return cut(replace(band, left=None, right=None), min(band.q_len, rows_at_once(band.q_len)))
     if from_start and band.right == 0:
         return cut_causal(band)
-    options = [cut(band, tile) for tile in sorted({*_WINDOW_TILES, min(band.q_len, MOST_ROWS)}) if tile <= band.q_len]
+    options = [cut(band, tile) for tile in _window_tiles(band)]
     return min(options, key=lambda runs: sum(_time(run, problem) for run in runs))
+
+
+def _part_runs(band: Band, problem: Problem) -> list[Run]:
+    """Tiles of which only what some queries see and some do not needs a bias, and that is small."""
+    options = [[part for run in cut(band, tile) for part in whole_parts(band, run)] for tile in _window_tiles(band)]
+    masked = [max((run.q_rows * run.k_rows for run in runs if not run.full), default=0) for runs in options]
+    most = max(_MOST_MASKED, min(masked))
+    fitting = [runs for runs, entries in zip(options, masked, strict=True) if entries <= most]
+    return min(fitting, key=lambda runs: sum(_time(run, problem) for run in runs))
+
+
+def _window_tiles(band: Band) -> list[int]:
+    """Queries of a tile that are worth weighing: those that leave few tiles at the ends of the keys alone."""
+    largest = min(band.q_len, rows_at_once(band.q_len))
+    doubled = itertools.takewhile(lambda tile: tile < largest, (MOST_ROWS << power for power in itertools.count()))
+    fitting = {tile for tile in (*_WINDOW_TILES, *doubled) if tile <= band.q_len and alone(band, tile) <= _MOST_ALONE}
+    return sorted(fitting | {largest})
 
 
 def _asked_runs(band: Band) -> list[Run]:
@@ -273,7 +418,7 @@ def _block_classes(mask: DilatedBlocks, tokens: int) -> Iterator[Tiling]:
         if classes and blocks:
             tiles = ((len(classes), block),)
             keys = Lattice(classes.start * block, tiles, ((blocks, stride * block), (block, 1)))
-            at_once = max(1, MOST_ROWS // block)
+            at_once = max(1, rows_at_once(blocks * block) // block)
             for at in range(0, blocks, at_once):
                 rows = ((min(at_once, blocks - at), stride * block), (block, 1))
                 yield Lattice((classes.start + at * stride) * block, tiles, rows), keys, True, False, True

@@ -41,6 +41,15 @@ class Mask(ABC):
         """The mask is unchanged when query and key both move by a multiple of this; 1: by anything; None: by nothing known."""
 
     @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        """The same where the query alone moves, and where the key alone does."""
+        return None, None
+
+    def expanded(self) -> Mask:
+        """The same pairs as an expression of masks with more symmetries, for counting and cutting."""
+        return self._map(lambda part: part.expanded())
+
+    @property
     def parts(self) -> tuple[Mask, ...]:
         """The masks that this one is made of."""
         return ()
@@ -84,8 +93,8 @@ class Mask(ABC):
         """Parts of q and of kv that hold every allowed pair of theirs: what has to be moved and computed. May be too large."""
         return q, kv
 
-    def pairs(self, q_len: int, kv_len: int) -> int | None:
-        """How many pairs of the first q_len queries and kv_len keys are allowed, where a formula says; None elsewhere."""
+    def pairs(self, q: range, kv: range) -> int | None:
+        """Number of allowed pairs of two runs of positions (step 1), where there is a formula; None elsewhere."""
         return None
 
     @property
@@ -284,8 +293,15 @@ class Full(Mask):
     def period(self) -> int | None:
         return 1
 
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        return 1, 1
+
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         return (range(kv_len),)
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        return (q.stop - q.start) * (kv.stop - kv.start)
 
     def __repr__(self) -> str:
         return "full()"

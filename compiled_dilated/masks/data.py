@@ -119,7 +119,9 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
             f"documents needs either ids (the name of a data tensor) or lengths; got ids={ids!r}, lengths={lengths!r}"
         )
     if lengths is not None:
-        return DocumentLengths(arguments.integers("lengths", lengths, 0))
+        lengths = arguments.integers("lengths", lengths, 0)
+        arguments.integer("the sum of lengths", sum(lengths))
+        return DocumentLengths(lengths)
     if not isinstance(ids, str):
         raise TypeError(
             f"ids must be the name of a data tensor; got {type(ids).__name__}. "

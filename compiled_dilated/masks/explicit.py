@@ -63,14 +63,19 @@ class Tiles(Mask):
 def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | None = None) -> Mask:
     """Exactly the listed tiles: (query tile, key tile) pairs of `block` x `block` tokens, each wholly visible."""
     block = arguments.integer("block", block, 1)
-    if isinstance(pairs, (str, bytes)) or not hasattr(pairs, "__iter__"):
+    if isinstance(pairs, (str, bytes)) or not arguments.is_iterable(pairs):
         raise TypeError(
             f"pairs must be (query tile, key tile) pairs; got {type(pairs).__name__}. "
             f"Write tiles([(0, 0), (1, 0)], block={block})"
         )
-    listed = [arguments.integers("a tile pair", pair, 0) for pair in pairs]
+    listed = [arguments.integers(f"pairs[{i}]", pair, 0) for i, pair in enumerate(pairs)]
     if any(len(pair) != 2 for pair in listed):
-        raise ValueError("every tile must be a (query tile, key tile) pair; got one with another number of entries")
+        raise ValueError("pairs: every tile must be a (query tile, key tile) pair; got one with another number of entries")
     tight = max((column for _, column in listed), default=0) + 1
     width = tight if columns is None else arguments.integer("columns", columns, tight)
+    rows = max((row for row, _ in listed), default=0) + 1
+    if rows * width > arguments.MOST or max(rows, width) * block > arguments.MOST:
+        raise ValueError(
+            f"pairs must name at most 2**60 tiles, below position 2**60; got {rows} x {width} tiles of {block} tokens"
+        )
     return Tiles(block, width, tuple(sorted({row * width + column for row, column in listed})))

@@ -11,8 +11,8 @@ import numpy as np
 
 from .. import arguments
 from ..regions import IntArray, Regions, Verdicts, both, verdicts
-from .core import NOTHING, Data, Mask, Positions, clip, intersection
-from .positions import classify_difference
+from .core import NOTHING, Data, Mask, Positions, clip, conjunction, intersection
+from .positions import classify_difference, pairs_up_to
 
 EDGES = ("cut", "shift")
 
@@ -43,6 +43,22 @@ class Axis:
         low, high = self.reach(c)
         low += max(0, -(low // self.dilation)) * self.dilation
         return range(low, min(high, self.size - 1) + 1, self.dilation)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every coordinate sees every other one."""
+        return self.radius >= self.size - 1 and self.dilation == 1 and not self.causal
+
+    def pairs(self) -> int:
+        """Number of pairs of coordinates that see each other."""
+        shorter, longer = divmod(self.size, self.dilation)  # the first `longer` lanes have one member more
+        return longer * self._pairs_of_lane(shorter + 1) + (self.dilation - longer) * self._pairs_of_lane(shorter)
+
+    def _pairs_of_lane(self, members: int) -> int:
+        if self.shift and not self.causal:
+            return members * min(members, 2 * self.radius + 1)
+        lane = range(members)
+        return pairs_up_to(0 if self.causal else self.radius, lane, lane) - pairs_up_to(-self.radius - 1, lane, lane)
 
     def allows(self, q: Positions, kv: Positions) -> Any:
         low, high = self.reach(q)
@@ -149,7 +165,12 @@ class Neighborhood(Mask):
     @property
     def axes(self) -> tuple[Axis, ...]:
         shift = self.edges == "shift"
-        return tuple(Axis(*each, shift) for each in zip(self.grid, self.radius, self.dilation, self.causal, strict=True))
+        out = []
+        for size, radius, dilation, causal in zip(self.grid, self.radius, self.dilation, self.causal, strict=True):
+            # Past the size of the axis a step leaves it, however long; shorter ones keep products within 64 bits.
+            step = min(dilation, size)
+            out.append(Axis(size, min(radius, -(-size // step)), step, causal, shift))
+        return tuple(out)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         q_at, kv_at = coordinates(self.grid, q), coordinates(self.grid, kv)
@@ -164,8 +185,38 @@ class Neighborhood(Mask):
 
     @property
     def period(self) -> int | None:
+        if self._first_limited != 0:
+            return self.side_periods[0]
         # Whole lines further on everything is as before, where no window is moved inwards at the first or the last line.
         return None if self.axes[0].shift and not self.axes[0].causal else strides_of(self.grid)[0]
+
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        first = self._first_limited
+        if first == 0:
+            return None, None
+        period = 1 if first is None else strides_of(self.grid)[first - 1]
+        return period, period
+
+    @property
+    def _first_limited(self) -> int | None:
+        """The first axis along which a query does not see every coordinate."""
+        return next((number for number, axis in enumerate(self.axes) if not axis.is_whole), None)
+
+    def expanded(self) -> Mask:
+        limited = [number for number, axis in enumerate(self.axes) if not axis.is_whole]
+        return self if len(limited) < 2 else conjunction(tuple(self._along(number) for number in limited))
+
+    def _along(self, limited: int) -> Neighborhood:
+        """Keys near the query along one axis."""
+        axes = range(len(self.grid))
+        return Neighborhood(
+            self.grid,
+            tuple(self.radius[axis] if axis == limited else self.grid[axis] for axis in axes),
+            tuple(self.dilation[axis] if axis == limited else 1 for axis in axes),
+            tuple(self.causal[axis] and axis == limited for axis in axes),
+            self.edges,
+        )
 
     def check(self, queries: range, keys: int) -> None:
         tokens = math.prod(self.grid)
@@ -183,10 +234,9 @@ class Neighborhood(Mask):
         kv = clip(kv, (q[0] // line - back) * line, (q[-1] // line + ahead + 1) * line)
         return (clip(q, (kv[0] // line - ahead) * line, (kv[-1] // line + back + 1) * line), kv) if kv else NOTHING
 
-    def pairs(self, q_len: int, kv_len: int) -> int | None:
-        if {q_len, kv_len} != {math.prod(self.grid)}:
-            return None
-        return math.prod(sum(len(axis.keys_of(c)) for c in range(axis.size)) for axis in self.axes)
+    def pairs(self, q: range, kv: range) -> int | None:
+        whole = range(math.prod(self.grid))
+        return math.prod(axis.pairs() for axis in self.axes) if q == kv == whole else None
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         at = coordinates(self.grid, q)
@@ -230,14 +280,15 @@ def neighborhood(
     grid = arguments.integers("grid", grid, 1)
     if len(grid) > 3:
         raise ValueError(f"grid must have 1 to 3 axes; got {grid!r}")
+    arguments.integer("the number of cells of the grid", math.prod(grid))
 
     def per_axis(name: str, value: Any, least: int) -> tuple[int, ...]:
-        values = arguments.integers(name, value if hasattr(value, "__iter__") else (value,) * len(grid), least)
+        values = arguments.integers(name, value if arguments.is_iterable(value) else (value,) * len(grid), least)
         if len(values) != len(grid):
             raise ValueError(f"{name} must be one number or one per axis of the grid {grid!r}; got {value!r}")
         return values
 
-    along = tuple(causal) if hasattr(causal, "__iter__") else (causal,) * len(grid)
+    along = tuple(causal) if isinstance(causal, Sequence) else (causal,) * len(grid)
     if len(along) != len(grid) or not all(isinstance(each, bool) for each in along):
         raise ValueError(f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}")
     arguments.choice("edges", edges, EDGES)

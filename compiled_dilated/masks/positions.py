@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +41,24 @@ def _differences(q: Regions, kv: Regions) -> tuple[IntArray, IntArray, IntArray]
     return kv.first - q.last, kv.last - q.first, np.gcd(q.step, kv.step)
 
 
+def pairs_up_to(right: int, q: range, kv: range) -> int:
+    """Number of pairs with kv - q <= right, of two runs of positions."""
+    columns = kv.stop - kv.start
+    # The query at position i sees i - kv.start + right + 1 keys, but no fewer than none and no more than all.
+    least = q.start - kv.start + right + 1
+    return _clipped_sum(least + q.stop - q.start - 1, columns) - _clipped_sum(least - 1, columns)
+
+
+def _clipped_sum(last: int, most: int) -> int:
+    """The sum of min(x, most) over 1 <= x <= last."""
+    rising = min(max(last, 0), most)
+    return rising * (rising + 1) // 2 + max(last - most, 0) * most
+
+
+def _overlap(a: range, start: int, stop: int) -> int:
+    return max(0, min(a.stop, stop) - max(a.start, start))
+
+
 @dataclass(frozen=True, repr=False)
 class Causal(Mask):
     """kv <= q."""
@@ -58,6 +78,9 @@ class Causal(Mask):
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         return clip(q, kv[0], q.stop), clip(kv, kv.start, q[-1] + 1)
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        return pairs_up_to(0, q, kv)
 
     def __repr__(self) -> str:
         return "causal()"
@@ -102,6 +125,12 @@ class Window(Mask):
         elif kv.step % self.dilation == 0:
             q = intersection(q, range(kv.start % self.dilation, q.stop, self.dilation))
         return q, kv
+
+    def expanded(self) -> Mask:
+        return self if self.dilation == 1 else Window(self.left, self.right, 1) & DilatedBlocks(1, self.dilation)
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        return None if self.dilation > 1 else pairs_up_to(self.right, q, kv) - pairs_up_to(-self.left - 1, q, kv)
 
     def __repr__(self) -> str:
         right = "" if self.right == self.left else f", {self.right}"
@@ -151,6 +180,17 @@ class Segments(Mask):
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         kv = clip(kv, q[0] // self.length * self.length, (q[-1] // self.length + 1) * self.length)
         return (clip(q, kv[0] // self.length * self.length, (kv[-1] // self.length + 1) * self.length), kv) if kv else NOTHING
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        length = self.length
+        first, last = max(q.start, kv.start) // length, (min(q.stop, kv.stop) - 1) // length
+        total = max(0, last - first - 1) * length**2
+        # The first and the last common segment may be cut; those between them are whole on both sides.
+        for segment in {first, last}:
+            if first <= last:
+                span = segment * length, (segment + 1) * length
+                total += _overlap(q, *span) * _overlap(kv, *span)
+        return total
 
     def __repr__(self) -> str:
         return f"segments({self.length})"
@@ -228,6 +268,24 @@ class Congruent(Mask):
     def period(self) -> int | None:
         return self.modulus if self.within is None or self.within % self.modulus == 0 else self.within
 
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        return self.period, self.period
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        if not isinstance(self.offset, int):
+            return None
+        q_matches, kv_matches = (self._matches_before(side.stop) - self._matches_before(side.start) for side in (q, kv))
+        return q_matches * kv_matches
+
+    def _matches_before(self, position: int) -> int:
+        """Number of matching positions from 0 on; of those before 0 the negative number."""
+        assert isinstance(self.offset, int)
+        assert self.period is not None
+        in_period = len(range(self.offset, self.period, self.modulus))
+        periods, rest = divmod(position, self.period)
+        return periods * in_period + len(range(self.offset, rest, self.modulus))
+
     def at_head(self, head: int, heads: int) -> Mask:
         return replace(self, offset=self.offset_of(head, heads))
 
@@ -276,10 +334,11 @@ def congruent(modulus: int, offset: int | tuple[int, ...] | str = 0, period: int
     if isinstance(offset, str):
         arguments.choice("offset", offset, OFFSET_RULES)
     else:
-        values = arguments.integers("offset", offset if hasattr(offset, "__iter__") else (offset,), 0)
+        by_head = arguments.is_iterable(offset)
+        values = arguments.integers("offset", offset, 0) if by_head else (arguments.integer("offset", offset, 0),)
         if max(values) >= modulus:
             raise ValueError(f"offset must be below the modulus {modulus}; got {offset!r}")
-        offset = values if hasattr(offset, "__iter__") else values[0]
+        offset = values if by_head else values[0]
     return Congruent(modulus, offset, None if period is None else arguments.integer("period", period, 1))
 
 
@@ -299,11 +358,18 @@ class Sinks(Mask):
     def period(self) -> int | None:
         return None
 
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        return 1, None
+
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         return (range(min(self.count, kv_len)),)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         return q, clip(kv, kv.start, self.count)
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        return (q.stop - q.start) * max(0, min(kv.stop, self.count) - kv.start)
 
     def __repr__(self) -> str:
         return f"sinks({self.count})"
@@ -312,6 +378,33 @@ class Sinks(Mask):
 def sinks(count: int) -> Mask:
     """The first `count` keys, seen by every query (arXiv 2309.17453); join `causal()` where the future must stay hidden."""
     return Sinks(arguments.integer("count", count, 0))
+
+
+@dataclass(frozen=True, repr=False)
+class LeadingQueries(Mask):
+    """q < count. Part of `prefix` and `global_tokens`."""
+
+    count: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return (q < self.count) & (kv == kv)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return verdicts(q.last < self.count, q.first >= self.count)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        return None, 1
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        return max(0, min(q.stop, self.count) - q.start) * (kv.stop - kv.start)
+
+    def __repr__(self) -> str:
+        return f"leading_queries({self.count})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -335,6 +428,9 @@ class Prefix(Mask):
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         return clip(q, q.start, self.count), clip(kv, kv.start, self.count)
+
+    def expanded(self) -> Mask:
+        return LeadingQueries(self.count) & Sinks(self.count)
 
     def __repr__(self) -> str:
         return f"prefix({self.count})"
@@ -365,6 +461,9 @@ class GlobalTokens(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         return (range(kv_len if q < self.count else min(self.count, kv_len)),)
 
+    def expanded(self) -> Mask:
+        return LeadingQueries(self.count) | Sinks(self.count)
+
     def __repr__(self) -> str:
         return f"global_tokens({self.count})"
 
@@ -393,6 +492,32 @@ class DilatedBlocks(Mask):
     @property
     def period(self) -> int | None:
         return self.block
+
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        return self.block * self.stride, self.block * self.stride
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        borders = sorted({0, self.stride, *self._borders(q), *self._borders(kv)})
+        # Between two borders all classes of blocks have equally many queries, and equally many keys.
+        return sum(
+            (stop - start) * self._tokens_of_class(start, q) * self._tokens_of_class(start, kv)
+            for start, stop in itertools.pairwise(borders)
+        )
+
+    def _borders(self, side: range) -> Iterator[int]:
+        for end in (side.start, side.stop):
+            class_ = end // self.block % self.stride
+            yield class_
+            yield class_ + 1
+
+    def _tokens_of_class(self, class_: int, side: range) -> int:
+        period = self.block * self.stride
+        counts = []
+        for end in (side.start, side.stop):
+            periods, rest = divmod(end, period)
+            counts.append(periods * self.block + min(max(rest - class_ * self.block, 0), self.block))
+        return counts[1] - counts[0]
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         first = q // self.block % self.stride * self.block

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,8 @@ class RingPlan:
     schedule: Schedule
     weighed: tuple[tuple[Layout, tuple[Load, ...]], ...]
     reason: str
+    # What the functions of its program capture, as long as its schedule may be asked.
+    operands: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def loads(self) -> tuple[Load, ...]:

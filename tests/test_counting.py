@@ -1,0 +1,222 @@
+"""Pairs and tiles are counted exactly, by symmetry: the work does not grow with the length."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiled_dilated import counting, masks, orders
+from compiled_dilated.masks import Mask
+from compiled_dilated.masks.positions import LeadingQueries
+from compiled_dilated.regions import EMPTY, FULL, PARTIAL
+from compiled_dilated.tiles import TileMap
+from tests import strategies
+from tests.strategies import dense
+
+LONG = 2**31 + 1
+
+
+@contextmanager
+def deep_halving() -> Iterator[None]:
+    """Rectangles are halved down to single pairs, also in short sequences."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "_FEW_PAIRS", 0)
+        patch.setattr(counting, "_SMALLEST", 1)
+        patch.setattr(counting, "_SMALLEST_OF_FUNCTION", 1)
+        yield
+
+
+def leaves(most: int = 40) -> st.SearchStrategy[Mask]:
+    blocks = st.builds(masks.dilated_blocks, st.integers(1, 9), st.integers(1, 7))
+    return st.one_of(strategies.line_masks(most), blocks, strategies.mods())
+
+
+LENGTH, OFFSET = st.integers(1, 70), st.integers(0, 70)
+
+
+@settings(max_examples=300)
+@given(mask=strategies.expressions(leaves()), q_len=LENGTH, kv_len=LENGTH, q_offset=OFFSET)
+def test_pairs_are_those_of_the_dense_mask(mask: Mask, q_len: int, kv_len: int, q_offset: int) -> None:
+    mask = mask.at_head(0, 3)
+    with deep_halving():
+        assert counting.pairs(mask, q_len, kv_len, q_offset) == dense(mask, q_len, kv_len, q_offset).sum()
+
+
+@given(st.data())
+def test_pairs_of_expressions_over_grids(data: st.DataObject) -> None:
+    grid = data.draw(strategies.grids())
+    mask = data.draw(strategies.expressions(strategies.grid_masks(grid) | strategies.line_masks(40)))
+    kv_len = data.draw(st.integers(1, math.prod(grid)))
+    q_len = data.draw(st.integers(1, kv_len))
+    with deep_halving():
+        assert counting.pairs(mask, q_len, kv_len) == dense(mask, q_len, kv_len).sum()
+
+
+@settings(max_examples=300)
+@given(mask=leaves() | st.builds(LeadingQueries, st.integers(0, 40)), data=st.data())
+def test_formulas_count_pairs_of_any_two_runs(mask: Mask, data: st.DataObject) -> None:
+    q, kv = (range(*sorted(data.draw(st.tuples(OFFSET, OFFSET)))) for _ in range(2))
+    counted = mask.pairs(q, kv)
+    if counted is not None:
+        assert counted == dense(mask, 70, 70)[q.start : q.stop, kv.start : kv.stop].sum()
+
+
+@pytest.mark.parametrize("edges", ["cut", "shift"])
+def test_formula_of_a_whole_grid(edges: str) -> None:
+    for size in (1, 2, 5, 12):
+        for radius in (0, 1, 4):
+            for dilation in (1, 2, 3, 20):
+                for causal in (False, True):
+                    mask = masks.neighborhood((size, 2), (radius, 1), (dilation, 1), (causal, False), edges)
+                    n = 2 * size
+                    assert mask.pairs(range(n), range(n)) == dense(mask, n, n).sum()
+
+
+@given(mask=strategies.expressions(leaves()), data=st.data())
+def test_a_mask_and_its_expanded_form_are_one(mask: Mask, data: st.DataObject) -> None:
+    assert (dense(mask.expanded(), 40, 40) == dense(mask, 40, 40)).all()
+
+
+@given(mask=leaves(12))
+def test_a_side_moved_by_its_period_sees_the_same(mask: Mask) -> None:
+    for leaf in counting._leaves(mask.expanded()):
+        for axis, period in enumerate(leaf.side_periods):
+            if period is not None and period <= 200:
+                moved = dense(leaf, 40 + period, 40 + period).take(range(period, 40 + period), axis)
+                assert (moved[:40, :40] == dense(leaf, 40, 40)).all()
+
+
+@settings(max_examples=200)
+@given(
+    mask=strategies.expressions(leaves()), q_len=LENGTH, kv_len=LENGTH, q_offset=OFFSET, tile=st.sampled_from([1, 2, 3, 4, 8, 13])
+)
+def test_tiles_are_those_of_the_map(mask: Mask, q_len: int, kv_len: int, q_offset: int, tile: int) -> None:
+    mask = mask.at_head(0, 3)
+    tile_map = TileMap.build(mask, q_len, kv_len, q_tile=tile, kv_tile=tile, q_offset=q_offset)
+    counts = counting.tiles(mask, q_len, kv_len, tile, orders.identity(), q_offset)
+    assert counts is not None
+    listed = len(tile_map.indices)
+    assert (counts.full, counts.partial) == (tile_map.full.sum(), listed - tile_map.full.sum())
+    assert counts.nbytes == tile_map.nbytes
+
+
+@pytest.mark.parametrize("tile", [1, 4, 7])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.window(9),
+        masks.window(0, 17, dilation=5),
+        masks.segments(12),
+        masks.segments(12) & masks.causal(),
+        masks.congruent(3, 1),
+        masks.sinks(5) | masks.window(3),
+        masks.prefix(13) | masks.causal(),
+        masks.global_tokens(6),
+        ~masks.window(9),
+    ],
+    ids=repr,
+)
+def test_tiles_are_those_of_the_dense_mask(mask: Mask, tile: int) -> None:
+    counts = counting.tiles(mask, 48, 41, tile, orders.identity())
+    truth = dense(mask, 48, 41)
+    verdicts = [
+        FULL if part.all() else PARTIAL if part.any() else EMPTY
+        for row in range(0, 48, tile)
+        for column in range(0, 41, tile)
+        for part in [truth[row : row + tile, column : column + tile]]
+    ]
+    assert counts is not None
+    assert (counts.full, counts.partial) == (verdicts.count(FULL), verdicts.count(PARTIAL))
+
+
+def test_tiles_in_an_order_are_those_of_its_map() -> None:
+    mask, order = masks.neighborhood((16, 16), 2), orders.hilbert(16, 16)
+    tile_map = TileMap.build(mask, 256, 256, q_tile=16, kv_tile=16, order=order)
+    counts = counting.tiles(mask, 256, 256, 16, order)
+    assert counts is not None
+    assert (counts.full, counts.full + counts.partial) == (tile_map.full.sum(), len(tile_map.indices))
+    assert counting.tiles(mask, 2**23, 2**23, 128, orders.residue(2)) is None
+
+
+LONGNET = masks.segments(8192) & masks.congruent(4, 1, period=8192)
+LINE: list[tuple[Mask, Callable[[int], int]]] = [
+    (masks.full(), lambda n: n * n),
+    (masks.causal(), lambda n: n * (n + 1) // 2),
+    (masks.window(256), lambda n: 513 * n - 256 * 257),
+    (masks.window(256) & masks.causal(), lambda n: 257 * n - 256 * 257 // 2),
+    (masks.window(255, dilation=3), lambda n: 171 * n - 3 * 85 * 86),
+    (masks.segments(4096), lambda n: n // 4096 * 4096**2 + (n % 4096) ** 2),
+    (
+        masks.dilated_blocks(64, 2),
+        lambda n: (n // 128 * 64 + min(n % 128, 64)) ** 2 + (n // 128 * 64 + max(n % 128 - 64, 0)) ** 2,
+    ),
+    (masks.congruent(4, 1), lambda n: ((n + 2) // 4) ** 2),
+    (LONGNET, lambda n: n // 8192 * 2048**2 + ((n % 8192 + 2) // 4) ** 2),
+    (LONGNET & masks.causal(), lambda n: n // 8192 * 2048 * 2049 // 2 + ((n % 8192 + 2) // 4) * ((n % 8192 + 2) // 4 + 1) // 2),
+    (masks.sinks(4), lambda n: 4 * n),
+    (masks.causal() & (masks.window(256) | masks.sinks(4)), lambda n: 261 * n - 256 * 257 // 2 - 4 * 256 - 10),
+    (masks.causal() | masks.prefix(1000), lambda n: n * (n + 1) // 2 + 1000 * 999 // 2),
+    (masks.global_tokens(7), lambda n: 14 * n - 49),
+    (~masks.causal(), lambda n: n * (n - 1) // 2),
+    (masks.neighborhood((LONG,), 3), lambda n: 7 * n - 12),
+]
+
+
+@pytest.mark.parametrize(("mask", "expected"), LINE, ids=lambda value: repr(value) if isinstance(value, Mask) else "")
+def test_two_thousand_million_tokens(mask: Mask, expected: Callable[[int], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rectangles are looked at, and little memory is taken; at 2**31 + 1 tokens there are 2**24 rows of tiles."""
+    looked_at = 0
+    classify = type(mask).classify
+
+    def counted(self: Mask, q: Any, kv: Any) -> Any:
+        nonlocal looked_at
+        looked_at += len(q)
+        return classify(self, q, kv)
+
+    monkeypatch.setattr(type(mask), "classify", counted)
+    tracemalloc.start()
+    pairs = counting.pairs(mask, LONG, LONG)
+    tiles = counting.tiles(mask, LONG, LONG, 128, orders.identity())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pairs == expected(LONG)
+    assert tiles is not None
+    assert pairs <= (tiles.full + tiles.partial) * 128**2
+    assert tiles.full * 128**2 <= pairs + 2 * 128 * LONG
+    assert looked_at <= 20_000
+    assert peak <= 4 * 2**20
+
+
+def test_segments_that_no_tile_divides() -> None:
+    """Every tile of a period of 10007 tiles is another one; still, no row of the sequence is walked over."""
+    mask = masks.segments(10007) & masks.congruent(4, 1, period=10007)
+    tracemalloc.start()
+    assert counting.pairs(mask, LONG, LONG) == LONG // 10007 * 2502**2 + ((LONG % 10007 + 2) // 4) ** 2
+    assert counting.tiles(masks.segments(10007), LONG, LONG, 128, orders.identity()) is not None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 32 * 2**20
+
+
+def test_the_last_positions_that_are_allowed_do_not_overflow() -> None:
+    n = 2**60
+    assert counting.pairs(masks.causal() & masks.window(3), n, n) == 4 * n - 6
+    assert counting.pairs(masks.causal() & masks.window(3), 8, n, n - 8) == 32
+    assert counting.pairs(masks.causal() & masks.window(n), n, n) == n * (n + 1) // 2
+    assert counting.pairs(masks.segments(n - 1) & masks.causal(), n, n) == (n - 1) * n // 2 + 1
+    assert counting.pairs(masks.causal() & masks.dilated_blocks(n - 3, n), 8, 8) == 36
+    assert counting.pairs(masks.causal() & masks.window(n, n, n - 1), 8, n, n - 8) == 8 + 1
+
+
+def test_what_cannot_be_counted_is_none() -> None:
+    assert counting.pairs(masks.padding(), 8, 8) is None
+    scattered = masks.tiles([(i, i * i % 1021) for i in range(1024)], block=64) & masks.causal()
+    assert counting.pairs(scattered, 2**16, 2**16) is not None
+    assert counting.pairs(masks.from_mod(strategies.every_third), 2**15, 2**15) is None

@@ -14,20 +14,24 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 def integer(name: str, value: object, least: int | None = None) -> int:
     """`value` as an int from `least` to MOST; bool, float and str are refused, numpy and torch integers are not."""
-    try:
-        if isinstance(value, bool) or str(getattr(value, "dtype", None)) == "torch.bool":
-            raise TypeError
-        # operator.index would make a constant of a number that varies while torch.compile traces.
-        number = value if type(value) is int else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens"
-        ) from None
+    # operator.index would make a constant of a number that varies while torch.compile traces.
+    number = value if type(value) is int else _index(name, value)
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}; got {_shown(number)}")
     if not -MOST <= number <= MOST:
         raise ValueError(f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}")
     return number
+
+
+def _index(name: str, value: object) -> int:
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", None)) == "torch.bool":
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens"
+        ) from None
 
 
 def _shown(number: int) -> str:

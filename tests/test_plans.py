@@ -12,8 +12,7 @@ from hypothesis import given
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.lowerings import strided
-from compiled_dilated.masks import Mask
-from compiled_dilated.planner import disjoint
+from compiled_dilated.masks import Mask, disjoint
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
 from tests import strategies

@@ -15,15 +15,23 @@ import torch
 from torch import Tensor
 
 from ..calls import Call
-from ..partials import Saved, lse_dtype
+from ..partials import Saved
 
 Forward = Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Backward = Callable[[Call, Saved], tuple[Tensor, Tensor, Tensor]]
 
 
+def has_nan(x: Tensor) -> bool:
+    """Whether a tensor holds a NaN, or infinities of both signs. One pass, no copy.
+
+    What hidden numbers leave behind is always NaN: weight 0 times infinity is.
+    """
+    return math.isnan(x.sum().item())
+
+
 def is_finite(x: Tensor) -> bool:
-    """Whether a tensor holds finite numbers alone; False too where their sum overflows. One pass, no copy."""
-    return math.isfinite(x.sum(dtype=lse_dtype(x.dtype)).item())
+    """Whether a tensor holds finite numbers alone; False too where their sum overflows."""
+    return math.isfinite(x.sum().item())
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Bad:
 def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of run(call, q, k, v), clean of hidden keys."""
     out, lse = run(call, q, k, v)
-    if is_finite(out) or (bad := Bad.of(k, v)) is None:
+    if not has_nan(out) or (bad := Bad.of(k, v)) is None:
         return out, lse
     out, lse = run(call, q, bad.k, bad.v)
     spoil(run, call, q, bad, out, lse)
@@ -74,7 +82,7 @@ def backward(run: Backward, call: Call, saved: Saved) -> tuple[Tensor, Tensor, T
     """
     before = () if call.score_mod is None else tuple(total.clone() for total in call.score_mod.sums)
     grads = run(call, saved)
-    if is_finite(grads[0]):
+    if not has_nan(grads[0]):
         return grads
     bad, spoiled = Bad.of(saved.k, saved.v), _spoiled_rows(saved)
     if bad is None and not spoiled.any():

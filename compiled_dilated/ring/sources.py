@@ -187,8 +187,6 @@ class GeneratedSource:
         object.__setattr__(self, "shape", sizes("shape", self.shape))
         for name in ("seed", "stream"):
             number = arguments.integer(name, getattr(self, name), 0)
-            if number >= 2**64:
-                raise ValueError(f"{name} must be below 2**64, by which Philox counts; got {number}")
         check_dtype("dtype", self.dtype)
         arguments.integer("block", self.block, 1)
 

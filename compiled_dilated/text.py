@@ -23,12 +23,16 @@ from .masks import Mask
 from .masks.data import DocumentLengths
 from .masks.explicit import Tiles
 from .masks.functions import FromMod, functions_of, name_of, of_graph, with_contents
+from .masks.positions import LeadingQueries
 from .mods import MaskMod, trace_mask_mod
 from .orders import Order
 from .programs import PerLength, Program
 
 # `from_mod` takes a Python function, which text cannot name.
-_NOT_CALLED = {"And", "Full", "Mask", "Not", "OFFSET_RULES", "Or", "Padding", "Tiles", "conjunction", "conjuncts", "from_mod"}
+_NOT_CALLED = {
+    "And", "Full", "Mask", "Not", "OFFSET_RULES", "Or", "Padding", "Tiles", "conjunction", "conjuncts", "disjoint", "from_mod",
+    "narrowed",
+}  # fmt: skip
 NAMES: Mapping[str, Callable[..., Any]] = {
     **{name: getattr(masks, name) for name in masks.__all__ if name not in _NOT_CALLED},
     **{each.__name__: each for each in (orders.identity, orders.residue, orders.hilbert)},
@@ -191,6 +195,7 @@ def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLeng
     names: dict[str, Callable[..., Any]] = {
         **NAMES,
         "traced": of_graph,
+        "leading_queries": LeadingQueries,
         "per_length": programs.per_length,
         "stored": lambda slot: lists.get(slot, ()),
         "tiles_of": tiles_of,

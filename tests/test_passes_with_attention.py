@@ -105,7 +105,9 @@ def test_a_streamed_block_is_foretold_whatever_a_bias_asks_of_its_data() -> None
     held = measured_peak(partial(step, x))
     assert found.changed
     assert found.seconds <= 1.2 * plain.seconds
-    assert held <= found.added_bytes <= held + 8 * 2**20
+    indices = 4096  # positions and heads of a bias that is being made are not counted
+    assert held <= found.added_bytes + indices
+    assert found.added_bytes <= held + 8 * 2**20
 
 
 @pytest.mark.parametrize("name", ["longnet", "window"])

@@ -186,7 +186,7 @@ class GeneratedSource:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", sizes("shape", self.shape))
         for name in ("seed", "stream"):
-            number = arguments.integer(name, getattr(self, name), 0)
+            arguments.integer(name, getattr(self, name), 0)
         check_dtype("dtype", self.dtype)
         arguments.integer("block", self.block, 1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import arguments, checks, for_passes, operators, planner
+from . import arguments, autograd, checks, for_passes, operators, planner
 from .decoding import Decoder
 from .masks import Mask
 from .mods import ScoreMod, check_callable
@@ -34,7 +34,7 @@ class Attend:
         self._query_names = tuple({name for mask in masks_of(self.program) for name in mask.query_names})
         self._skeleton = Skeleton(self.program, lowering, ring)
         decodes = ring is None and planner.takes_any_offset(1, False, lowering) and not self._skeleton.mask_mods
-        self._decoder = Decoder(read_rule(self._skeleton.plain, self._skeleton.literals)) if decodes else None
+        self._decoder = Decoder(read_rule(self._skeleton.plain.rule, self._skeleton.literals)) if decodes else None
 
     def __call__(
         self,
@@ -74,7 +74,7 @@ class Attend:
         q, k, v = _autocast(q, k, v)
         skeleton = self._skeleton
         has_functions = score_mod is not None or bool(skeleton.mask_mods)
-        bound = (skeleton.plain, skeleton.literals)
+        bound = skeleton.plain
         try:
             checks.no_options_of_sdpa(options)
             tensors = self._checked(q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse)
@@ -93,7 +93,7 @@ class Attend:
         else:
             # The text makes a ring of its own in a compiled graph; in eager mode the ledger of this one is written.
             ring = None if is_compiling() else self.ring
-            out, lse = operators.attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
+            out, lse = autograd.attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
         if decoder is not None:
             decoder.learn(q, k, v, q_offset)
         if sink_logits is not None:
@@ -141,11 +141,11 @@ class Attend:
         """The `Plan` that a call with these tensors follows, the `RingPlan` where there are ranks."""
         checks.tensors(q, k, v)
         skeleton = self._skeleton
-        rule_text, operands = bind(skeleton.frame, skeleton.literals, skeleton.mask_mods, None, lse_dtype(q.dtype))
-        rule = read_rule(rule_text, operands)
+        bound = bind(skeleton.frame, skeleton.literals, skeleton.mask_mods, None, lse_dtype(q.dtype))
+        rule = read_rule(bound.rule, bound.operands)
         if self.ring is not None:
-            return self.ring.plan(operators.ring_problem(rule, rule_text, self.ring, q, k, v))
-        return operators.plan_of(rule, q, k, v, arguments.integer("q_offset", q_offset, 0), operators.trains(q, k, v))
+            return self.ring.plan(operators.ring_problem(rule, bound.rule, self.ring, q, k, v))
+        return operators.plan_of(rule, q, k, v, arguments.integer("q_offset", q_offset, 0), autograd.trains(q, k, v))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Attend, (self.program, self.lowering, self.ring)

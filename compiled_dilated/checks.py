@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -158,7 +159,8 @@ def number(name: str, value: object) -> None:
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
     comparable = value if isinstance(value, int | float) else float(value)
-    if not (-LARGEST <= comparable <= LARGEST):
+    finite = -math.inf < comparable < math.inf and (is_compiling() or -LARGEST <= comparable <= LARGEST)
+    if not finite:
         raise ValueError(f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)")
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, checks, operators, planner, text
+from . import arguments, checks, planner, text
 from .attend import Attend
 from .masks import Mask
-from .plans import Plan
+from .plans import Plan, problem_of
 from .programs import Program, as_program
 from .ring.distributed import Distributed
 from .ring.plans import RingPlan
@@ -203,7 +203,7 @@ def plan(
     q_offset = arguments.integer("q_offset", q_offset, 0)
     operands: list[Tensor] = []  # what functions capture: it lives while they are asked
     _, traced = text.traced(as_program(program), operands)
-    problem = operators.problem_of(traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training, False)
+    problem = problem_of(traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training, False)
     ring = _ring(ranks, layout)
     if ring is not None:
         if q_len != kv_len or q_offset or lowering != "auto":

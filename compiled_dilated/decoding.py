@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import operators
+from . import autograd, operators
 from .arguments import MOST
 from .lowerings.single import Group
 from .masks import Mask
@@ -87,4 +87,4 @@ def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
 
 def _are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these are tensors that nobody traces, transforms, casts or differentiates."""
-    return operators.is_plain_call(q, k, v) and not _is_any_autocast_enabled() and not operators.trains(q, k, v)
+    return autograd.is_plain_call(q, k, v) and not _is_any_autocast_enabled() and not autograd.trains(q, k, v)

@@ -18,8 +18,8 @@ from torch._dynamo.variables import higher_order_ops as dynamo
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._ops import HigherOrderOperator
 
+from .autograd import attend_bound
 from .mods import as_tensor
-from .operators import attend_bound
 from .partials import lse_dtype
 from .rules import bind
 

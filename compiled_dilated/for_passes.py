@@ -13,7 +13,7 @@ from passes.costs import Work
 from passes.rows.attentions import attention
 from passes.workspaces import workspace
 
-from . import operators
+from . import autograd, operators
 from .orders import identity
 from .plans import Cost
 from .programs import PerLength
@@ -79,4 +79,4 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *, rule: str, scale: float) -> float
 
 def _part(q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, rule: str, scale: float) -> Tensor:
     assert first == 0  # masks count keys from the first
-    return operators.part(q, k, v, start, rule, scale)
+    return autograd.part(q, k, v, start, rule, scale)

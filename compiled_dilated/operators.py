@@ -1,6 +1,6 @@
 """Attention by a rule as one differentiable operator: opaque to torch.compile and torch.export, one node for any length.
 
-    attend -> _Attention (autograd) -> compiled_dilated::attend (custom operator) -> planner -> lowerings.execute
+    compiled_dilated::attend -> rules.read_rule -> planner.plan_for -> lowerings.execute, or a ring
 
 The operator's arguments say all that it computes: the rule is a text (see rules.py), and what functions capture are operands.
 Nothing inside depends on modes of the caller.
@@ -23,11 +23,7 @@ from torch._C import (
     _dispatch_tls_local_include_set,
     _ForceDispatchKeyGuard,
     _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
 )
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from . import planner
 from .calls import Call
@@ -35,21 +31,22 @@ from .lowerings import execute
 from .masks.functions import digest
 from .mods import flat, unflat
 from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
-from .plans import Plan, Problem
-from .programs import PerLength, Program
+from .plans import Plan, Problem, problem_of
+from .programs import PerLength
 from .ring.rings import Ring
 from .rules import Rule, read_rule
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 @dataclass(frozen=True)
 class Options:
     """A call's arguments that are no tensors.
 
-    rule: as text. training: whether a backward may follow. wants_lse: whether a gradient of the lse may come; the compiler sends
-    zeros where nothing uses it, which are work. learned: the operands that get gradients. data: how many of the tensors behind q,
-    k and v are data; the others are operands. ring: the caller's own, whose ledger it reads; the text makes another one.
+    rule: as text.
+    training: whether a backward may follow.
+    wants_lse: whether a gradient of the lse may come; the compiler sends zeros where nothing uses it, which are work.
+    learned: the operands that get gradients.
+    data: how many of the tensors behind q, k and v are data; the others are operands.
+    ring: the caller's own, whose ledger it reads; the text makes another one.
     """
 
     rule: str
@@ -60,6 +57,11 @@ class Options:
     learned: tuple[int, ...]
     data: int
     ring: Ring | None = None
+
+    @property
+    def plain(self) -> tuple[str, float, Any]:
+        """What the operator takes as it is: rule, scale and q_offset."""
+        return self.rule, self.scale, self.q_offset
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
         """Data and operands; None where there are none, as AOTInductor has it."""
@@ -101,25 +103,6 @@ def ring_problem(rule: Rule, written: str, ring: Ring, q: Tensor, k: Tensor, v: 
     program = rule.program.at(tokens) if isinstance(rule.program, PerLength) else rule.program
     q_shape, k_shape, v_shape = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
     return problem_of(program, q_shape, k_shape, v_shape, q.dtype, q.device.type, 0, False, rule.score_mod is not None)
-
-
-def problem_of(
-    program: Program,
-    q_shape: Sequence[int],
-    k_shape: Sequence[int],
-    v_shape: Sequence[int],
-    dtype: torch.dtype,
-    device: str,
-    q_offset: int,
-    training: bool,
-    score_mod: bool,
-) -> Problem:
-    """The problem that these shapes pose."""
-    batch, heads, q_len, head_dim = q_shape
-    return Problem(
-        program, batch, heads, k_shape[1], q_len, k_shape[2], head_dim, v_shape[3], str(dtype).removeprefix("torch."), device,
-        q_offset, training, score_mod,
-    )  # fmt: skip
 
 
 # Written out: torch's own reading of annotations knows no optional lists of tensors, which AOTInductor makes of empty ones.
@@ -189,14 +172,14 @@ def _forward(
     return execute.forward(plan, call, *map(_rows, (q, k, v)))
 
 
-def _run(
+def run(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     with _own_modes():
         return _forward(q, k, v, data, operands, options)
 
 
-def _run_backward(
+def run_backward(
     saved: Saved, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous, and those of the learned operands in one vector."""
@@ -228,16 +211,16 @@ def _sums_dtype(operands: Sequence[Tensor] | None, learned: Sequence[int]) -> to
 @torch.library.custom_op(
     "compiled_dilated::attend", mutates_args=(), schema=f"({_INPUTS}, bool training, bool by_token) -> (Tensor, Tensor)"
 )
-def _attend(
+def attend_operator(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
     rule: str, scale: float, q_offset: int, training: bool, by_token: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = Options(rule, scale, q_offset, training, True, (), len(data or ()))
-    out, lse = _run(q, k, v, data, operands, options)
+    out, lse = run(q, k, v, data, operands, options)
     return laid_out(out, by_token), lse.contiguous()  # as the compiler was told
 
 
-@_attend.register_fake
+@attend_operator.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
     rule: str, scale: float, q_offset: int, training: bool, by_token: bool,
@@ -250,16 +233,16 @@ def _(
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor? grad_lse, {_SAVED}, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _attend_backward(
+def attend_backward_operator(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
     rule: str, scale: float, q_offset: int, learned: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options(rule, scale, q_offset, True, True, tuple(learned), len(data or ()))
-    return _run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), data, operands, options)
+    return run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), data, operands, options)
 
 
-@_attend_backward.register_fake
+@attend_backward_operator.register_fake
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
@@ -282,7 +265,7 @@ def _differentiated(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, 
     wanted = ctx.needs_input_grad[4] if operands else ()
     slots = read_rule(ctx.rule, operands).slots
     learned = [slot for slot in slots if wanted[slot]]
-    grad_q, grad_k, grad_v, vector = _attend_backward(
+    grad_q, grad_k, grad_v, vector = attend_backward_operator(
         grad_out, grad_lse, q, k, v, out, lse, data or None, operands or None, ctx.rule, ctx.scale, ctx.q_offset, learned
     )
     grads: list[Tensor | None] = [None] * ctx.operands
@@ -294,224 +277,3 @@ def _differentiated(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, 
 
 # Of the operator by itself, as an exported graph holds it; calls from Python come through the functions below.
 torch.library.register_autograd("compiled_dilated::attend", _differentiated, setup_context=_save)
-
-
-# Autograd -------------------------------------------------------------------------------------------------------------------
-
-
-def _apply(function: Any, *inputs: Any) -> Any:
-    """function.apply of an autograd function, whose apply torch leaves untyped."""
-    return function.apply(*inputs)
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward as a function of its own, so that differentiating it once more raises instead of giving zeros."""
-
-    @staticmethod
-    def forward(
-        options: Options, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        *tensors: Tensor,
-    ) -> Any:  # fmt: skip
-        return _gradients(options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "attention is not twice differentiable here: its gradient came from a fused backward kernel. "
-            "Use compiled_dilated.reference, which is dense, where second derivatives are needed"
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        options, *tensors = inputs
-        # Of learned operands every entry has a gradient of its own.
-        if _operands_vary(options, in_dims[8:]) or options.learned:
-            return _one_by_one(_Gradients, info.batch_size, in_dims, inputs)
-        batch = _batch_of(tensors[2], in_dims[3])
-        folded = [None if x is None else _fold(x, dim, info.batch_size) for x, dim in zip(tensors[:7], in_dims[1:8], strict=True)]
-        others = _fold_others(options, tensors[7:], in_dims[8:], info.batch_size, batch)
-        *grads, learned = _apply(_Gradients, options, *folded, *others)
-        return (*(x.unflatten(0, (info.batch_size, -1)) for x in grads), learned), (0, 0, 0, None)
-
-
-def _gradients(
-    options: Options, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *tensors: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    data, operands = options.split(tensors)
-    if are_plain(grad_out, q, k, v, *tensors):
-        return _run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), data, operands, options)
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _attend_backward(
-        grad_out, grad_lse, q, k, v, out, lse, data, operands,
-        options.rule, options.scale, options.q_offset, list(options.learned),
-    )  # fmt: skip
-    return gradients
-
-
-class _Attention(torch.autograd.Function):
-    """attend with its gradient: merged out and lse are saved, nothing else of size."""
-
-    @staticmethod
-    def forward(options: Options, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Any:
-        data, operands = options.split(tensors)
-        if are_plain(q, k, v, *tensors):
-            return _run(q, k, v, data, operands, options)
-        return _attend(q, k, v, data, operands, options.rule, options.scale, options.q_offset, options.training, is_by_token(q))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.options, q, k, v, *tensors = inputs
-        ctx.save_for_backward(q, k, v, *output, *tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        options, (q, k, v, out, lse, *tensors) = ctx.options, ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        if not options.wants_lse:
-            grad_lse = None
-        inputs = (options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
-        # torch.compile itself refuses to differentiate a compiled backward.
-        *grads, vector = _gradients(*inputs) if is_compiling() else _apply(_Gradients, *inputs)
-        operands = tensors[options.data :]
-        others: list[Tensor | None] = [None] * len(tensors)
-        for number, grad in zip(options.learned, unflat(vector, operands, options.learned), strict=True):
-            others[options.data + number] = grad
-        return None, *grads, *others
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        options, q, k, v, *tensors = inputs
-        if _operands_vary(options, in_dims[4:]) or options.learned:
-            return _one_by_one(_Attention, info.batch_size, in_dims, inputs)
-        batch = _batch_of(q, in_dims[1])
-        folded = [_fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims[1:4], strict=True)]
-        others = _fold_others(options, tensors, in_dims[4:], info.batch_size, batch)
-        out, lse = _apply(_Attention, options, *folded, *others)
-        return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
-
-
-class _EagerAttention(_Attention):
-    """The same outside of torch.compile, which refuses functions that define a jvp, even one that only explains."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "attention has no forward-mode derivative here; "
-            "use reverse mode (torch.func.grad, vjp), or compiled_dilated.reference"
-        )
-
-
-def _operands_vary(options: Options, dims: Sequence[int | None]) -> bool:
-    """Whether torch.vmap maps over operands: then each entry has a rule of its own."""
-    return any(dim is not None for dim in dims[options.data :])
-
-
-def _one_by_one(function: Any, size: int, dims: Sequence[Any], inputs: Sequence[Any]) -> Any:
-    """The entries of a vmap one after the other."""
-    results = []
-    for entry in range(size):
-        chosen = [x if dim is None else x.select(dim, entry) for x, dim in zip(inputs, dims, strict=True)]
-        results.append(_apply(function, *chosen))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
-def _batch_of(x: Tensor, dim: int | None) -> int:
-    """The batch of x without its vmapped dimension."""
-    return x.shape[1 if dim == 0 else 0]
-
-
-def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """A vmapped dimension becomes part of the batch."""
-    moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return moved.flatten(0, 1)
-
-
-def _fold_others(options: Options, tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int) -> list[Tensor]:
-    """Data folded like q, k and v; operands as they are."""
-    folded = []
-    for x, dim in zip(tensors[: options.data], dims, strict=False):
-        moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-        folded.append(moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1))
-    return [*folded, *tensors[options.data :]]
-
-
-# Callers --------------------------------------------------------------------------------------------------------------------
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable. tensors: data, then operands."""
-    if not options.training:
-        data, operands = options.split(tensors)
-        if is_compiling():
-            out, lse = _attend(q, k, v, data, operands, options.rule, options.scale, options.q_offset, False, is_by_token(q))
-            return out, lse
-        if are_plain(q, k, v, *tensors):
-            return _run(q, k, v, data, operands, options)
-    if is_compiling():  # which takes no tensor twice
-        k = k.view_as(k) if k is q else k
-        v = v.view_as(v) if v is q or v is k else v
-    function = _Attention if is_compiling() else _EagerAttention
-    results: tuple[Tensor, Tensor] = _apply(function, options, q, k, v, *tensors)
-    return results
-
-
-def attend_bound(
-    bound: tuple[str, tuple[Tensor, ...]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    data: Sequence[Tensor],
-    scale: float,
-    q_offset: Any,
-    wants_lse: bool,
-    ring: Ring | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of a rule as text and its operands."""
-    rule, operands = bound
-    slots = read_rule(rule, operands).slots if operands else ()
-    learned = tuple(slot for slot in slots if operands[slot].is_floating_point() and trains(operands[slot]))
-    training = trains(q, k, v) or bool(learned)
-    options = Options(rule, scale, q_offset, training, wants_lse, learned, len(data), ring)
-    return attend(q, k, v, options, *data, *operands)
-
-
-def trains(*tensors: Tensor) -> bool:
-    """Whether a backward may follow."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether nobody traces or transforms the call.
-
-    Then the operator's own dispatch, longer than one query takes, is not needed.
-    """
-    return (
-        type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
-        and not is_compiling()
-        and not _len_torch_dispatch_stack()
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
-
-
-def are_plain(*tensors: Tensor) -> bool:
-    """The same of any tensors, which have data."""
-    q, k, v, *others = tensors
-    return is_plain_call(q, k, v) and q.device.type != "meta" and all(type(x) in _PLAIN for x in others)
-
-
-def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, rule: str, scale: float) -> Tensor:
-    """out of some queries of a sequence, the first at q_offset, without a gradient."""
-    if are_plain(q, k, v):
-        return _run(q, k, v, None, None, Options(rule, scale, q_offset, False, False, (), 0))[0]
-    out: Tensor = _attend(q, k, v, None, None, rule, scale, q_offset, False, is_by_token(q))[0]
-    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -55,6 +55,25 @@ class Problem:
         queries = self.heads * self.q_len * (self.head_dim + self.value_dim)
         keys = self.kv_heads * self.kv_len * (self.head_dim + self.value_dim)
         return self.batch * (queries + keys) * self.itemsize
+
+
+def problem_of(
+    program: Program,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    dtype: object,
+    device: str,
+    q_offset: int,
+    training: bool,
+    score_mod: bool,
+) -> Problem:
+    """The problem that these shapes pose."""
+    batch, heads, q_len, head_dim = q_shape
+    return Problem(
+        program, batch, heads, k_shape[1], q_len, k_shape[2], head_dim, v_shape[3], str(dtype).removeprefix("torch."), device,
+        q_offset, training, score_mod,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Skeleton:
     """A program as its user holds it: a text with places for its functions, which are traced anew at every call.
 
     frame: the program, the lowering and the ring as text. literals: the operands that its long lists are stored in.
-    mask_mods: its functions, in the order of their places.
+    mask_mods: its functions, in the order of their places. plain: the rule, where it has none.
     """
 
     def __init__(self, program: Program | PerLength, lowering: str, ring: Ring | None) -> None:
@@ -89,13 +89,23 @@ class Skeleton:
         self.literals = tuple(literals)
         self.mask_mods: tuple[MaskMod, ...] = tuple(fn for mask in masks_of(program) for fn in functions_of(mask))
         self.frame = json.dumps([written, lowering, None if ring is None else ring.written])
-        self.plain = "" if self.mask_mods else bind(self.frame, (), (), None, torch.float32)[0]
+        rule = "" if self.mask_mods else bind(self.frame, (), (), None, torch.float32).rule
+        self.plain = Bound(rule, self.literals)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A rule's text, all its operands, and the numbers of those that its score_mod reads."""
+
+    rule: str
+    operands: tuple[Tensor, ...]
+    slots: tuple[int, ...] = ()
 
 
 def bind(
     frame: str, literals: Sequence[Tensor], mask_mods: Sequence[MaskMod], score_mod: ScoreMod | None, dtype: torch.dtype
-) -> tuple[str, tuple[Tensor, ...]]:
-    """A rule's text and all its operands, with the functions as they are now. dtype: of the scores."""
+) -> Bound:
+    """A rule with its functions as they are now. dtype: of the scores."""
     program, lowering, ring = json.loads(frame)
     operands = list(literals)
     program = text.fill(program, mask_mods, operands)
@@ -104,7 +114,7 @@ def bind(
     if score_mod is not None:
         graph, captured = trace_score_mod(score_mod, dtype)
         score_graph, slots = graph.text, text.append(captured, operands)
-    return json.dumps([program, lowering, ring, score_graph, slots]), tuple(operands)
+    return Bound(json.dumps([program, lowering, ring, score_graph, slots]), tuple(operands), slots)
 
 
 def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:

@@ -328,7 +328,7 @@ def test_many_tiles_in_lower_precision(name: str, dtype: torch.dtype) -> None:
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every table is emptied before each forward and each backward."""
-    for name in ("_forward", "_run_backward"):
+    for name in ("run", "run_backward"):
         run_it = getattr(operators, name)
 
         def forgetting(*arguments: Any, run_it: Any = run_it) -> Any:

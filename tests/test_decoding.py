@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import compiled_dilated as cd
-from compiled_dilated import masks, operators
+from compiled_dilated import autograd, masks, operators
 from compiled_dilated.masks.core import intersection
 
 CAUSAL, WINDOW = masks.causal, masks.window
@@ -150,7 +150,7 @@ def test_the_next_token_asks_the_kernel_alone(mask: masks.Mask, dtype: torch.dty
     def another_way(*arguments: object) -> None:
         raise AssertionError("checked and planned again")
 
-    monkeypatch.setattr(operators, "attend", another_way)
+    monkeypatch.setattr(autograd, "attend", another_way)
     for position, truth in whole.items():
         row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
         assert torch.equal(attend(row, k[:, :, seen], v[:, :, seen], q_offset=position), truth)

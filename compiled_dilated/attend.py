@@ -85,6 +85,7 @@ class Attend:
                 self.ring.transport.refuse(error)
             raise
         q, number = _scaled(q, scale)
+        q_offset = checks.q_offset(q_offset)
         wants_lse = return_lse or sink_logits is not None
         if has_functions and is_compiling():
             out, lse = _attend_with_functions()(

@@ -80,7 +80,8 @@ class Attend:
             tensors = self._checked(q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse)
             if has_functions and not is_compiling():
                 bound = bind(skeleton.frame, skeleton.literals, skeleton.mask_mods, score_mod, lse_dtype(q.dtype))
-        except (TypeError, ValueError) as error:
+                checks.captured(bound.operands[len(skeleton.literals) :], q.device)
+        except Exception as error:  # of a user's function too: other ranks wait for this one
             if self.ring is not None and not is_compiling():
                 self.ring.transport.refuse(error)
             raise
@@ -185,7 +186,7 @@ def _varies(number: float) -> bool:
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast attention runs in the lower precision, as torch's own does."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or q.device.type == "meta" or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     lower = torch.get_autocast_dtype(q.device.type)
     return tuple(

@@ -26,6 +26,7 @@ _OF_SDPA = {
     "dropout_p": "there is no dropout of attention weights; put torch.nn.Dropout behind the attention",
     "enable_gqa": "leave it out: key heads are shared whenever k has fewer heads than q",
     "block_mask": "write it as a mask: masks.from_mod(mask_mod)",
+    "score_mod": "scores cannot be changed out of core; compile without transport='streamed'",
     "key_padding_mask": "join the program with masks.padding() and pass data={'padding': mask}",
 }
 
@@ -60,23 +61,28 @@ def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
     """Raise unless q, k and v can be attended with: types, shapes, dtypes and devices."""
     for name, x in zip(layout.names, (q, k, v), strict=True):
         tensor(name, x, layout)
-    of_q, of_k, of_v = layout.names
     dtypes(q.dtype, k.dtype, v.dtype, layout)
+    devices(q, k, v, layout)
+    shapes(q.shape, k.shape, v.shape, layout)
+    _warn_of_swapped_axes(q, layout)
+
+
+def devices(q: Tensor, k: Tensor, v: Tensor, layout: Layout = HEADS_FIRST) -> None:
+    """Raise unless all three are on one device."""
+    of_q, of_k, of_v = layout.names
     for name, x in ((of_k, k), (of_v, v)):
         if x.device != q.device:
             raise ValueError(
                 f"{of_q}, {of_k} and {of_v} must be on one device; got {of_q} on {q.device} and {name} on {x.device}. "
                 f"Move it with {name}.to({of_q}.device)"
             )
-    shapes(q.shape, k.shape, v.shape, layout)
-    _warn_of_swapped_axes(q, layout)
 
 
 def tensor(name: str, x: Any, layout: Layout = HEADS_FIRST) -> None:
     """Raise unless x is a strided tensor of four dimensions in a dtype that attention is computed in."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor")
-    if x.layout != torch.strided:
+    if x.layout != torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout)
         raise TypeError(f"{name} must be a dense tensor; got a {kind} one. Pad it, or concatenate it with masks.documents(...)")
     if x.dim() != 4:
@@ -210,6 +216,23 @@ def _data_tensor(name: str, x: object, tokens: int, shape: Shape) -> None:
         raise ValueError(
             f"data[{name!r}] must be on the device of q, {shape.device}; got {x.device}. Move it with .to({str(shape.device)!r})"
         )
+
+
+def captured(operands: Sequence[Tensor], device: torch.device) -> None:
+    """Raise unless what functions capture can be computed with on a device; single numbers may be elsewhere."""
+    for x in operands:
+        if x.layout != torch.strided:
+            raise TypeError(f"a function captures a {x.layout} tensor of shape {tuple(x.shape)}; convert it with .to_dense()")
+        if x.device.type != device.type and (x.dim() > 0 or "meta" in (x.device.type, device.type)):
+            raise ValueError(
+                f"a function captures a tensor of shape {tuple(x.shape)} on {x.device}; q is on {device}. "
+                "Move it with .to(q.device)"
+            )
+        if x.is_complex() and x.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"a function captures a {x.dtype} tensor of shape {tuple(x.shape)} that requires grad, and complex operands get "
+                "none. Detach it, or capture its real and imaginary parts"
+            )
 
 
 def sinks(sink_logits: object, heads: int, device: torch.device) -> None:

@@ -134,10 +134,9 @@ _OF_VMAP = tuple(
 
 @contextmanager
 def _own_modes() -> Iterator[None]:
-    """Without the caller's autocast, default dtype and dispatch modes, which would change what is computed."""
-    default = torch.get_default_dtype()
+    """Without the caller's autocast and dispatch modes, which would change what is computed."""
     below_a_mode = _dispatch_tls_is_dispatch_key_excluded(DispatchKey.FuncTorchBatched)
-    if not _is_any_autocast_enabled() and default is torch.float32 and not below_a_mode:
+    if not _is_any_autocast_enabled() and not below_a_mode:
         yield
         return
     with ExitStack() as stack:
@@ -149,11 +148,7 @@ def _own_modes() -> Iterator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            torch.set_default_dtype(torch.float32)
-            yield
-        finally:
-            torch.set_default_dtype(default)
+        yield
 
 
 def _forward(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import arguments, checks
 from .masks import Mask
-from .mods import ScoreMod, check_callable, over_pairs
+from .masks.functions import functions_of
+from .mods import ScoreMod, over_pairs, trace_mask_mod, trace_score_mod
 from .programs import Program, as_program
 
 
@@ -49,10 +50,11 @@ def reference(
     bad_k, bad_v = ~k.isfinite(), ~v.isfinite()
     k, v = k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    if score_mod is not None:
-        scores = over_pairs(
-            score_mod, scores, *_indices(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q_offset, q.device)
-        ).expand(scores.shape)
+    if score_mod is not None and scores.numel():
+        # What a function makes of a hidden pair, NaN or infinity, has no gradient.
+        scores = torch.where(counts > 0, scores, 0.0)
+        indices = _indices(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q_offset, q.device)
+        scores = over_pairs(score_mod, scores, *indices).expand(scores.shape)
     scores = torch.where(counts > 0, scores + counts.clamp(min=1).double().log(), -math.inf)
     out, lse = _softmax(scores, v, sink_logits)
     seen = (counts > 0).double()
@@ -70,7 +72,7 @@ def _check(
     scale: object,
     q_offset: object,
     data: Mapping[str, Tensor] | None,
-    score_mod: object,
+    score_mod: ScoreMod | None,
     sink_logits: object,
     return_lse: object,
     options: Mapping[str, object],
@@ -82,13 +84,16 @@ def _check(
     arguments.flag("return_lse", return_lse)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, x)
+    checks.devices(q, k, v)
     checks.shapes(q.shape, k.shape, v.shape)
     offset = checks.q_offset(q_offset)
     program.check(q.shape[2], k.shape[2], offset)
     query_names = tuple({name for branch in program.branches for name in branch.mask.query_names})
     checks.data(program.names, query_names, data, checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device))
+    for function in (function for branch in program.branches for function in functions_of(branch.mask)):
+        trace_mask_mod(function)
     if score_mod is not None:
-        check_callable("score_mod", score_mod, scores=True)
+        trace_score_mod(score_mod, torch.float64)
     if sink_logits is not None:
         checks.sinks(sink_logits, q.shape[1], q.device)
 

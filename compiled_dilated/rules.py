@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import text
 from .calls import Call
+from .masks import Mask
 from .masks.functions import Traced, functions_of, slot_name, with_contents
 from .mods import Graph, MaskMod, Mod, ScoreMod, trace_score_mod, zero_sums
 from .partials import lse_dtype
@@ -44,7 +45,7 @@ class Rule:
     @cached_property
     def mask_slots(self) -> tuple[int, ...]:
         """The operands that masks read when they are asked."""
-        return tuple(sorted({slot for mask in masks_of(self.program) for slot in _slots_of(mask)}))
+        return tuple(sorted({slot for mask in masks_of(self.program) for part in _traced_parts(mask) for slot in part.slots}))
 
     def call(
         self,
@@ -69,11 +70,6 @@ class Rule:
 def _sum_dtype(operands: Sequence[Tensor], learned: Sequence[int]) -> torch.dtype:
     wide = any(operands[number].dtype == torch.float64 for number in learned)
     return lse_dtype(torch.float64 if wide else torch.float32)
-
-
-def _slots_of(mask: Any) -> set[int]:
-    own = set(mask.slots) if isinstance(mask, Traced) else set()
-    return own.union(*(_slots_of(part) for part in mask.parts))
 
 
 class Skeleton:
@@ -109,12 +105,33 @@ def bind(
     program, lowering, ring = json.loads(frame)
     operands = list(literals)
     program = text.fill(program, mask_mods, operands)
+    if lowering == "flex":
+        _check_flex(program, operands)
     score_graph: str | None = None
     slots: tuple[int, ...] = ()
     if score_mod is not None:
         graph, captured = trace_score_mod(score_mod, dtype)
+        if lowering == "flex" and not graph.is_elementwise:
+            raise ValueError(_NOT_FOR_FLEX.format("score_mod"))
         score_graph, slots = graph.text, text.append(captured, operands)
     return Bound(json.dumps([program, lowering, ring, score_graph, slots]), tuple(operands), slots)
+
+
+_NOT_FOR_FLEX = (
+    "lowering 'flex' takes functions of single numbers alone, and this {} reduces vectors (sum, dot, all, table[i][j]), which "
+    "torch's template does not compile. Use lowering='auto', 'strided' or 'tiled'"
+)
+
+
+def _check_flex(program: str, operands: Sequence[Tensor]) -> None:
+    for mask in masks_of(text.read(program, operands)):
+        if any(not part.graph.is_elementwise for part in _traced_parts(mask)):
+            raise ValueError(_NOT_FOR_FLEX.format("mask_mod"))
+
+
+def _traced_parts(mask: Mask) -> list[Traced]:
+    inner = [traced for part in mask.parts for traced in _traced_parts(part)]
+    return [*inner, mask] if isinstance(mask, Traced) else inner
 
 
 def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:

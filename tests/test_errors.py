@@ -251,7 +251,7 @@ COMPILE: list[Row] = [
     (lambda: attend(score_mod=lambda s, b, h, i, j: i >= j), TypeError, "must return the new score; got torch.bool"),
     (lambda: attend(score_mod=lambda s, b, h, i, j: s.expand(3)), ValueError, "one number for each pair, called with scalars"),
     (lambda: attend(score_mod=lambda s, b, h, i, j: s if i > j else -s), ModError, "Write torch.where(condition, a, b)"),
-    (lambda: attend(score_mod=lambda s, b, h, i, j: s + torch.rand((), device=s.device)), ModError, "a graph cannot carry"),
+    (lambda: attend(score_mod=lambda s, b, h, i, j: s + torch.rand((), device=s.device)), ModError, "draws random numbers"),
     (lambda: attend(masks.from_mod(lambda b, h, i, j: None)), TypeError, "must return a bool tensor for each pair; got NoneType"),
     (lambda: attend(masks.from_mod(lambda b, h, i, j: i * 1.0)), TypeError, "must return a bool tensor; got torch.float32"),
     (lambda: attend(Program((Branch(CAUSAL, heads=(0, 5)),))), ValueError, "names heads 0 to 5; the query has 4"),

@@ -197,7 +197,8 @@ class Math:
     @staticmethod
     def _hide(scores: Tensor, tiles: Tiles) -> Tensor:
         if tiles.bias is not None:
-            scores = scores + tiles.bias
+            # Not added alone: a score_mod may make NaN or infinity of a hidden pair.
+            scores = torch.where(tiles.bias == -math.inf, -math.inf, scores + tiles.bias)
         if tiles.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(later, -math.inf)
@@ -229,7 +230,7 @@ class Math:
         delta = (grad_out * out).sum(dim=-1, keepdim=True)
         grad_scores = weights * (grad_out @ wide_v.transpose(-1, -2) - delta)
         if pull is not None:
-            grad_scores = pull(grad_scores)
+            grad_scores = pull(grad_scores).masked_fill(weights == 0, 0.0)
         grad_q = grad_scores @ wide_k * tiles.scale
         grad_k = grad_scores.transpose(-1, -2) @ q * tiles.scale
         return grad_q.to(dtype), _summed(grad_k, groups).to(dtype), _summed(grad_v, groups).to(dtype)

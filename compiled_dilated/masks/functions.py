@@ -51,11 +51,14 @@ class Contents:
 def digest(x: Any) -> str:
     """A text that says what a tensor holds: shape, dtype and a hash of its numbers; of one without data, the first two."""
     import torch
+    from torch.utils._python_dispatch import _disable_current_modes
 
     kind = f"{tuple(x.shape)} {x.dtype}"
-    if x.device.type == "meta" or type(x) not in (torch.Tensor, torch.nn.Parameter):
+    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if x.device.type == "meta" or not is_plain:
         return f"unknown {kind}"
-    numbers = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    with _disable_current_modes():
+        numbers = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{kind} {hashlib.blake2b(numbers, digest_size=16).hexdigest()}"
 
 

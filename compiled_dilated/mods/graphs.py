@@ -30,7 +30,8 @@ _ALSO_ALLOWED = frozenset(
     for name in (
         "_to_copy", "dot", "mv", "stack", "unbind", "linalg_vector_norm", "lift_fresh", "lift_fresh_copy", "detach", "t",
         "transpose", "squeeze", "_unsafe_view", "new_full", "new_ones", "new_zeros", "ones", "zeros", "full", "scalar_tensor",
-        "ones_like", "zeros_like", "new_empty", "count_nonzero", "all", "any", "logsumexp", "special_erf", "vdot", "index",
+        "ones_like", "zeros_like", "count_nonzero", "all", "any", "logsumexp", "special_erf", "vdot", "index", "floor_divide",
+        "bucketize", "searchsorted", "isin", "take",
     )
 )  # fmt: skip
 

@@ -28,7 +28,11 @@ INDICES = ("b", "h", "q_idx", "kv_idx")
 # Constants of the shape of a tensor, and what makes them without it.
 _CONSTANTS = {"aten.new_ones": "ones", "aten.new_zeros": "zeros", "aten.new_full": "full"}
 _LIKE = {"aten.ones_like": "ones", "aten.zeros_like": "zeros", "aten.full_like": "full"}
-_SAME_NUMBER = frozenset(f"aten.{name}" for name in ("_to_copy", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy"))
+_ALSO_POINTWISE = frozenset(
+    f"aten.{name}" for name in ("_to_copy", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "floor_divide")
+)
+# Made of numbers: with the device of an index, which has no data while a mod is traced, the numbers would be lost.
+_FROM_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
 _NUMBERS_OF_TENSORS = frozenset(
     getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy")
 )
@@ -58,7 +62,7 @@ def check_callable(kind: str, fn: object, scores: bool) -> None:
     """Raise TypeError unless fn, the argument of that name, can be called as a score_mod (`scores`) or a mask_mod."""
     names = ("score", *INDICES) if scores else INDICES
     if not callable(fn):
-        raise TypeError(f"{kind} must be a function of ({', '.join(names)}); got {type(fn).__name__} {fn!r}")
+        raise TypeError(f"{kind} must be a function of ({', '.join(names)}); got {type(fn).__name__} {repr(fn)[:60]}")
     if torch.compiler.is_compiling():  # which checks the call itself when it traces fn
         return
     try:
@@ -77,7 +81,7 @@ def _trace(kind: str, fn: Callable[..., Any], inputs: tuple[tuple[str, torch.dty
     check_callable(kind, fn, scores=kind == "score_mod")
     recorder = _Recorder(kind, fn, inputs)
     # Nothing around the call shows in the graph: no mode, no transform, no autocast.
-    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.no_grad(), _without_autocast():
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), _without_autocast():
         arguments = [recorder.argument(number, dtype) for number, (_, dtype) in enumerate(inputs)]
         with recorder, _Captures(recorder):
             result = fn(*arguments)
@@ -126,9 +130,12 @@ class _Captures(TorchFunctionMode):
         if func in _NUMBERS_OF_TENSORS and not self.recorder.knows(args[0]):
             # A captured number is read as it is now; while a graph is made it has no value yet, and stays an operand.
             if type(args[0]) in (Tensor, torch.nn.Parameter) and args[0].device.type != "meta":
-                return func(*args, **(kwargs or {}))
+                with _disable_current_modes():
+                    return func(*args, **(kwargs or {}))
             if func is Tensor.item:
                 return self.recorder.stand_ins(args[0]).detach()
+        if func in _FROM_NUMBERS and kwargs and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            kwargs = kwargs | {"device": "cpu"}
         if func in _SIZES_OF_TENSORS and any(isinstance(size, torch.SymInt) for size in args[0].shape):
             return func(*args, **(kwargs or {}))  # a length that varies, not the one of this trace
         args, kwargs = self.recorder.stand_ins(args), self.recorder.stand_ins(kwargs or {})
@@ -150,6 +157,8 @@ class _Recorder(TorchDispatchMode):
         # By id, within one trace, which keeps the tensors alive. Operands are numbered -1, -2, ... until all are known.
         self._values: dict[int, _Value] = {}
         self._stand_ins: dict[int, Tensor] = {}
+        # Tensors that share memory with others: what is written to one would have to show in the others.
+        self._views: set[int] = set()
 
     def argument(self, number: int, dtype: torch.dtype) -> Tensor:
         """A scalar without a value."""
@@ -175,8 +184,10 @@ class _Recorder(TorchDispatchMode):
         if id(x) not in self._stand_ins:
             self.captured.append(x)
             with _disable_current_modes():
-                sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
-                empty = torch.empty(sizes, dtype=x.dtype, device="meta")
+                sizes, strides = (
+                    [size if isinstance(size, int) else size.node.hint for size in of] for of in (x.shape, x.stride())
+                )
+                empty = torch.empty_strided(sizes, strides, dtype=x.dtype, device="meta")
             self._stand_ins[id(x)] = empty
             self._values[id(empty)] = _Value(-len(self.captured), False, empty)
         return self._stand_ins[id(x)]
@@ -185,27 +196,36 @@ class _Recorder(TorchDispatchMode):
         args, kwargs = list(args), dict(kwargs or {})
         name = str(func._schema.name).replace("::", ".")
         if name in READS_A_VALUE:
+            varies = any(self._values[id(x)].varies for x in _tensors(args) if self.knows(x))
             raise ModError(
                 f"{self.kind} {_name(self.fn)} reads the value of a score or an index (if, while, int(), item()), which differs "
                 "from pair to pair. Write torch.where(condition, a, b)"
+                if varies
+                else f"{self.kind} {_name(self.fn)} reads a number that it computes from captured tensors (if, int(), item()). "
+                "Compute it outside, or use it as a tensor"
             )
         if func._schema.is_mutable:
             return self._in_place(func, name, args, kwargs)
         out = func(*args, **kwargs)
         outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
         inputs = [x for x in _tensors([args, kwargs]) if self.knows(x)]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise ModError(f"{self.kind} {_name(self.fn)} draws random numbers ({func}), which would be the same for all pairs")
         if not inputs and not any(x.device.type == "meta" for x in outputs):
             return out  # made from numbers alone, on a device: a constant, captured where it is used
         if isinstance(out, (tuple, list)) or not outputs:
             raise ModError(f"{self.kind} {_name(self.fn)} calls {func}, which has more than one result; use others")
         self._write(func, name, args, kwargs, out)
+        if any(returned.alias_info is not None for returned in func._schema.returns):
+            self._views.update(map(id, (*inputs, out)))
         return out
 
     def _in_place(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """x.add_(y) becomes x = x.add(y): what is computed in the trace may change, what is captured may not."""
         target = args[0]
         pure = getattr(torch.ops.aten, name.removeprefix("aten.").removesuffix("_"), None)
-        if not name.endswith("_") or pure is None or not self.knows(target) or self._values[id(target)].number < 0:
+        is_own = self.knows(target) and self._values[id(target)].number >= 0 and id(target) not in self._views
+        if not name.endswith("_") or pure is None or not is_own:
             raise ModError(f"{self.kind} {_name(self.fn)} changes a tensor by {func}; return a new value instead")
         out = getattr(pure, func._overloadname)(*args, **kwargs)
         self._write(getattr(pure, func._overloadname), name.removesuffix("_"), args, kwargs, out)
@@ -223,7 +243,7 @@ class _Recorder(TorchDispatchMode):
         inputs = [x for x in _tensors([args, kwargs]) if self.knows(x)]
         varies = any(self._values[id(x)].varies for x in inputs)
         # torch promotes whole numbers to the default dtype of the process; the graph says which it was.
-        if inputs and out.is_floating_point() and not any(x.is_floating_point() for x in inputs):
+        if inputs and out.is_floating_point() and not any(x.is_floating_point() or x.is_complex() for x in inputs):
             args = [self._converted(x, out.dtype) for x in args]
         names = [argument.name for argument in func._schema.arguments]
         if "dtype" in names[len(args) :] and kwargs.get("dtype") is None:
@@ -253,7 +273,7 @@ class _Recorder(TorchDispatchMode):
             constant = not self.knows(table) or not self._values[id(table)].varies
             whole = len(indices) == table.dim() and all(isinstance(x, Tensor) and x.dim() == 0 for x in indices)
             return constant and whole and all(x.dtype != torch.bool for x in indices)
-        pointwise = torch.Tag.pointwise in func.tags or name in _SAME_NUMBER
+        pointwise = torch.Tag.pointwise in func.tags or name in _ALSO_POINTWISE
         return pointwise and all(x.dim() == 0 for x in inputs)
 
     def _append(self, func: Any, args: Any, kwargs: Any, single: bool, varies: bool, out: Tensor) -> None:
@@ -350,3 +370,8 @@ def _clamped(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
 
 def _bound(number: Any, x: Tensor) -> Tensor:
     return number.to(x.dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=x.dtype, device=x.device)
+
+
+def _hints(sizes: Sequence[Any]) -> list[int]:
+    """Sizes that vary as they are in the example that a graph is made of."""
+    return [size if isinstance(size, int) else size.node.hint for size in sizes]

@@ -125,7 +125,9 @@ class Distributed:
         """Say to the other ranks, which wait for this one, that its call is wrong."""
         if not dist.is_available() or not dist.is_initialized():
             return
-        self._exchanged({"error": f"{error}", "kind": "TypeError" if isinstance(error, TypeError) else "ValueError"})
+        known = isinstance(error, TypeError | ValueError)
+        said = f"{error}" if known else f"{type(error).__name__}: {error}"
+        self._exchanged({"error": said, "kind": "TypeError" if isinstance(error, TypeError) else "ValueError"})
 
     def _exchanged(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """What each rank says of its call. Where one's is wrong, all raise."""

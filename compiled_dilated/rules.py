@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import text
+from . import arguments, planner, text
 from .calls import Call
 from .masks import Mask
 from .masks.functions import Traced, functions_of, slot_name, with_contents
@@ -137,6 +137,8 @@ def _traced_parts(mask: Mask) -> list[Traced]:
 def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
     """What a text means, for a call with these operands."""
     frame = _frame(rule)
+    if not all(0 <= slot < len(operands or ()) for slot in frame.slots):
+        raise text.ExpressionError(f"the rule's score_mod reads the operands {frame.slots} of {len(operands or ())}")
     if frame.complete is not None:
         return frame.complete
     tensors = operands or ()
@@ -161,8 +163,12 @@ def _frame(rule: str) -> _Frame:
     try:
         program, lowering, ring, score_mod, slots = json.loads(rule)
         graph = None if score_mod is None else Graph(score_mod).check()
-        parts = lowering, _ring(ring), graph, tuple(slots)
-    except (ValueError, TypeError) as error:
+        parts = arguments.choice("lowering", lowering, planner.LOWERINGS), _ring(ring), graph, tuple(slots)
+        if not isinstance(program, str) or not all(type(slot) is int for slot in parts[3]):
+            raise ValueError("its program must be a text and its slots numbers")
+        if graph is not None and graph.operands != len(parts[3]):
+            raise ValueError(f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named")
+    except (ValueError, TypeError, RecursionError) as error:
         raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
     if text.reads_operands(program):
         return _Frame(program, *parts, None)

@@ -167,6 +167,8 @@ def read(text: str, operands: Sequence[Tensor]) -> Program | PerLength:
     Masks of functions come without the contents of their operands (`masks.functions.with_contents`).
     """
     slots = _slots(text)
+    if slots and slots[-1] >= len(operands):
+        raise ExpressionError(f"the text reads operand {slots[-1]} of {len(operands)}")
     return _read(text, tuple((slot, _numbers(operands[slot])) for slot in slots))
 
 

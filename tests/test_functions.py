@@ -32,20 +32,6 @@ N, HEADS = 40, 4
 # A number that varies from call to call is an operand of float64; times whole positions it is float32 elsewhere.
 ROUNDING_OF_A_NUMBER = 1e-6
 
-# Faults of the library that are known; strict, so that mending one turns its test red until the mark goes.
-PROMOTION = "a number that varies is an operand of float64, which promotes as a tensor: float64 where a number gives float32"
-VALUE = "reading a captured tensor is taken for reading a score or an index (_Recorder.__torch_dispatch__)"
-CONVERTED = "torch.sym_float and sym_int of a number without a value, as Dynamo writes float() and int(), are not traced"
-CONSTANT = "a constant made in a traced function is a tensor with data among fake ones"
-DEAD_LSE = "grad_lse of rows that see nothing is not masked: NaN times 0"
-DIGEST = "tensors of functorch's transforms are hashed as if they had data (masks.functions.digest)"
-RANDOM = "a random constant made without inputs is captured as a tensor, drawn once at each call"
-
-
-def known_fault(value: Any, reason: str, *more: Any) -> Any:
-    """A parameter whose test fails for now."""
-    return pytest.param(value, *more, marks=pytest.mark.xfail(strict=True, reason=reason), id=str(value))
-
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
@@ -284,7 +270,6 @@ def test_closures_as_arguments_of_a_compiled_function(kind: Callable[[float], An
         same(compiled(*inputs, sloped(kind(slope))), with_slope(slope, inputs), ROUNDING_OF_A_NUMBER)
 
 
-@pytest.mark.xfail(strict=True, reason=PROMOTION)
 def test_numbers_that_vary_promote_as_numbers_do() -> None:
     """A number times whole positions is float32, so that eager and compiled calls draw the same edge."""
 
@@ -301,7 +286,7 @@ def test_numbers_that_vary_promote_as_numbers_do() -> None:
         same(compiled(*inputs), cd.reference(masks.from_mod(band.mod), *inputs))
 
 
-@pytest.mark.parametrize("backend", [known_fault("eager", VALUE), "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_numbers_that_vary_by_backend(backend: str) -> None:
     inputs, attend = tensors(), cd.compile(masks.causal())
     compiled = whole(lambda q, k, v, mod: attend(q, k, v, score_mod=mod), backend)
@@ -318,7 +303,7 @@ def readers(number: Tensor, whole: Tensor) -> dict[str, Callable[..., Any]]:
     }
 
 
-@pytest.mark.parametrize("name", [*(known_fault(name, VALUE) for name in ("item", "float", "int")), "tolist"])
+@pytest.mark.parametrize("name", [*(name for name in ("item", "float", "int")), "tolist"])
 def test_values_of_captured_tensors_are_read(name: str) -> None:
     """As they are at the call."""
     inputs, attend = tensors(), cd.compile(masks.causal())
@@ -330,7 +315,7 @@ def test_values_of_captured_tensors_are_read(name: str) -> None:
         whole.add_(1)
 
 
-@pytest.mark.parametrize("name", ["item", known_fault("float", CONVERTED), known_fault("int", CONVERTED)])
+@pytest.mark.parametrize("name", ["item", "float", "int"])
 def test_values_of_captured_tensors_are_read_in_compiled_functions(name: str) -> None:
     inputs, attend = tensors(), cd.compile(masks.causal())
     number, count = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3)
@@ -501,7 +486,7 @@ def test_mask_mods_of_torchs_kind(name: str, way: str) -> None:
     same(attend_in(way, masks.from_mod(fn))(*inputs), wanted)
 
 
-@pytest.mark.parametrize("name", [*list(OF_TORCHS_KIND)[:-1], known_fault("torch.tensor", CONSTANT)])
+@pytest.mark.parametrize("name", [*list(OF_TORCHS_KIND)[:-1], "torch.tensor"])
 def test_compiled_mask_mods_of_torchs_kind(name: str) -> None:
     mask, inputs = masks.from_mod(OF_TORCHS_KIND[name]), tensors()
     same(whole(cd.compile(mask))(*inputs), cd.reference(mask, *inputs))
@@ -536,7 +521,7 @@ def test_functions_under_autocast(way: str) -> None:
             same(torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)), want_gradients, 1e-6)
 
 
-@pytest.mark.parametrize("way", [known_fault("dense", DEAD_LSE), "strided", known_fault("tiled", DEAD_LSE), "auto", "ring"])
+@pytest.mark.parametrize("way", ["dense", "strided", "tiled", "auto", "ring"])
 def test_rows_that_see_nothing_pass_no_gradient_of_their_lse(way: str) -> None:
     """Whatever comes back for their lse of -inf: NaN, as from the sine or the join of two such rows."""
     mask, inputs = masks.congruent(2, 1), tensors()
@@ -666,7 +651,6 @@ def test_vmap_over_captured_tensors(way: str) -> None:
     same(got, torch.stack([torch.func.grad(lambda x: wanted(x).square().sum())(x) for x in table]))
 
 
-@pytest.mark.xfail(strict=True, reason=DIGEST)
 def test_vmap_over_tensors_of_mask_mods() -> None:
     inputs, allowed = [x.detach() for x in tensors()], torch.rand(3, N, N) > 0.3
 
@@ -676,7 +660,6 @@ def test_vmap_over_tensors_of_mask_mods() -> None:
     same(torch.vmap(of)(allowed), torch.stack([of(x) for x in allowed]))
 
 
-@pytest.mark.xfail(strict=True, reason=DIGEST)
 def test_func_grad_of_what_decides_a_mask() -> None:
     """A mask_mod that reads a tensor of the transform; it passes no gradient."""
     inputs = [x.detach() for x in tensors()]
@@ -829,7 +812,7 @@ REFUSED_MODS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", [known_fault(name, RANDOM) if name == "random" else name for name in REFUSED_MODS])
+@pytest.mark.parametrize("name", REFUSED_MODS)
 def test_score_mods_that_are_refused(name: str) -> None:
     mod, says = REFUSED_MODS[name]
     with pytest.raises((TypeError, ValueError), match=says):

@@ -30,16 +30,6 @@ from tests.functions import Parameters
 
 HEADS, N = 4, 48
 
-# Faults of the library that are known; strict, so that mending one turns its test red until the mark goes.
-LITERALS = "attend_bound reads the rule, with the numbers of its operands, while Dynamo or export traces the call"
-NO_GRAD = "torch.no_grad() around tracing leaves an empty wrap_with_set_grad_enabled in the exported graph, which load refuses"
-UNCHECKED = "a text's references to operands are not checked, nor is deep nesting caught (rules._frame, text.read)"
-
-
-def known_fault(value: Any, reason: str) -> Any:
-    """A parameter whose test fails for now."""
-    return pytest.param(value, marks=pytest.mark.xfail(strict=True, reason=reason), id=str(value))
-
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
@@ -166,7 +156,7 @@ def exported(name: str, strict: bool = False) -> torch.export.ExportedProgram:
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
-@pytest.mark.parametrize("name", [known_fault(name, LITERALS) if name.startswith("many") else name for name in MODELS])
+@pytest.mark.parametrize("name", MODELS)
 def test_exported_models_compute_the_same(name: str, strict: bool) -> None:
     """After what they were made from is gone from every table."""
     model = MODELS[name]
@@ -212,7 +202,7 @@ KINDS = {"long lists": ("many documents", "many tiles"), "functions": ("closures
 KINDS["programs"] = tuple(sorted(name for name in MODELS if not any(name in names for names in KINDS.values())))
 
 
-@pytest.mark.parametrize("kind", ["programs", known_fault("functions", NO_GRAD), known_fault("long lists", LITERALS)])
+@pytest.mark.parametrize("kind", ["programs", "functions", "long lists"])
 def test_exported_models_run_in_a_fresh_process(kind: str, tmp_path: Path, fresh_python: Python) -> None:
     """Which imports the package and nothing else."""
     for name in KINDS[kind]:
@@ -239,7 +229,6 @@ class Named(nn.Module):
         return self.attend(q, k, v, score_mod=mod)
 
 
-@pytest.mark.xfail(strict=True, reason=NO_GRAD)
 def test_exported_models_run_beside_functions_of_the_same_names(tmp_path: Path, fresh_python: Python) -> None:
     save(tmp_path, "named", Named(), tensors())
     ran = fresh_python("-c", LOADS.format(before=OTHERS), str(tmp_path))
@@ -257,7 +246,7 @@ def test_exported_text_needs_no_process() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
-@pytest.mark.parametrize("saved", [False, known_fault(True, NO_GRAD)])
+@pytest.mark.parametrize("saved", [False, True])
 def test_exported_models_train(saved: bool, strict: bool, tmp_path: Path) -> None:
     """Gradients of the parameters that a score_mod reads, and of q, k and v; of the saved and loaded model too."""
     model, inputs = Learned(), tuple(x.requires_grad_() for x in tensors())
@@ -277,7 +266,7 @@ def test_exported_models_train(saved: bool, strict: bool, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["longnet", "tiled", "data", "grouped heads", "parameters", "closures", "variant", known_fault("many documents", LITERALS)],
+    ["longnet", "tiled", "data", "grouped heads", "parameters", "closures", "variant", "many documents"],
 )
 def test_exported_models_take_any_length(name: str) -> None:
     model = MODELS[name]
@@ -291,9 +280,7 @@ def test_exported_models_take_any_length(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["longnet", "data", "parameters", "closures", known_fault("many documents", LITERALS), "grouped heads"]
-)
+@pytest.mark.parametrize("name", ["longnet", "data", "parameters", "closures", "many documents", "grouped heads"])
 def test_aot_inductor(name: str, tmp_path: Path) -> None:
     model = MODELS[name]
     with torch.no_grad():
@@ -317,7 +304,7 @@ def test_tables_may_be_emptied_at_any_moment(name: str) -> None:
     check_without_tables(name, "eager")
 
 
-@pytest.mark.parametrize("name", [*CACHED, known_fault("many documents", LITERALS)])
+@pytest.mark.parametrize("name", [*CACHED, "many documents"])
 def test_tables_may_be_emptied_at_any_moment_of_compiled_models(name: str) -> None:
     """Between compiling and running too."""
     check_without_tables(name, "aot_eager")
@@ -359,7 +346,8 @@ def check_without_tables(name: str, how: str) -> None:
 def real_text(program: Program | Mask, mod: Any = None, ring: Any = None) -> tuple[str, tuple[Tensor, ...]]:
     """What an operator is told of a program, and the operands of its call."""
     skeleton = Skeleton(cd.compile(program).program, "auto", ring)
-    written, operands, *_ = bind(skeleton.frame, skeleton.literals, skeleton.mask_mods, mod, torch.float64)
+    bound = bind(skeleton.frame, skeleton.literals, skeleton.mask_mods, mod, torch.float64)
+    written, operands = bound.rule, bound.operands
     return written, operands
 
 
@@ -430,7 +418,6 @@ def reads_or_refuses(read: Callable[[], Any]) -> None:
     assert events == []
 
 
-@pytest.mark.xfail(strict=True, reason=UNCHECKED)
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(range(len(TEXTS))).flatmap(lambda at: st.tuples(st.just(at), mutated(st.just(TEXTS[at][0])))))
 def test_mutated_rules_are_read_or_refused(drawn: tuple[int, str]) -> None:
@@ -511,7 +498,7 @@ NO_RULES_YET = {
 }
 
 
-@pytest.mark.parametrize("name", [*NO_RULES, *(known_fault(name, UNCHECKED) for name in NO_RULES_YET)])
+@pytest.mark.parametrize("name", [*NO_RULES, *(name for name in NO_RULES_YET)])
 def test_texts_that_are_no_rules_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         read_rule((NO_RULES | NO_RULES_YET)[name], ())

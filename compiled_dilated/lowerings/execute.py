@@ -72,7 +72,9 @@ def backward(plan: Plan, call: Call, saved: Saved, workspace: Workspace | None =
     """Gradients of q, k and v, in their dtype; those of a score_mod's operands are added to its sums."""
     scratch = Scratch() if workspace is None else Scratch(workspace)
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
-    saved = replace(saved, lse=torch.where(saved.lse == -math.inf, math.inf, saved.lse))
+    dead = saved.lse == -math.inf
+    grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(dead, 0.0)
+    saved = replace(saved, lse=saved.lse.masked_fill(dead, math.inf), grad_lse=grad_lse)
     if not computes_hidden_pairs(plan):
         return _backward(plan, scratch, call, saved)
     return hidden.backward(partial(_backward, plan, scratch), call, saved)

@@ -169,7 +169,12 @@ def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = 
     """A mask_mod as a graph in text, the numbers of the operands that it reads, and its name for people."""
     from ..mods import Graph
 
-    return Traced(Graph(graph).check(), tuple(slots), within, name=name)
+    traced = Traced(Graph(graph).check(), tuple(slots), within, name=name)
+    if not all(isinstance(slot, int) for slot in traced.slots) or len(traced.slots) != traced.graph.operands:
+        raise ValueError(f"slots must be {traced.graph.operands} numbers of operands; got {slots!r}")
+    if not isinstance(within, Mask | None):
+        raise TypeError(f"within must be a mask; got {type(within).__name__}")
+    return traced
 
 
 @dataclass(frozen=True, repr=False)
@@ -277,6 +282,8 @@ def with_contents(mask: Mask, operands: Sequence[Any]) -> Mask:
     whole = mask._map(lambda part: with_contents(part, operands))
     if not isinstance(whole, Traced) or not whole.slots:
         return whole
+    if not all(0 <= slot < len(operands) for slot in whole.slots):
+        raise ValueError(f"{whole!r} reads the operands {whole.slots} of {len(operands)}")
     return replace(whole, contents=Contents.of([operands[slot] for slot in whole.slots]))
 
 

@@ -24,6 +24,8 @@ from .pairs import gathered, has_scalar_tensor
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 
+# Marks a tensor that stands for a number which varies in the graph that is being made.
+NUMBER = "_compiled_dilated_number"
 INDICES = ("b", "h", "q_idx", "kv_idx")
 # Constants of the shape of a tensor, and what makes them without it.
 _CONSTANTS = {"aten.new_ones": "ones", "aten.new_zeros": "zeros", "aten.new_full": "full"}
@@ -31,6 +33,8 @@ _LIKE = {"aten.ones_like": "ones", "aten.zeros_like": "zeros", "aten.full_like":
 _ALSO_POINTWISE = frozenset(
     f"aten.{name}" for name in ("_to_copy", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "floor_divide")
 )
+# float(x) and int(x) of a number that varies, as torch.compile writes them.
+_CONVERSIONS = {torch.sym_float: torch.float64, torch.sym_int: torch.int64}
 # Made of numbers: with the device of an index, which has no data while a mod is traced, the numbers would be lost.
 _FROM_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
 _NUMBERS_OF_TENSORS = frozenset(
@@ -92,9 +96,12 @@ def _trace(kind: str, fn: Callable[..., Any], inputs: tuple[tuple[str, torch.dty
 def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
     """A number, which may vary, as the tensor that stands for it in a graph."""
     if isinstance(number, torch.SymFloat):  # as a product, which the compiler keeps for all values; a new scalar it does not
-        return torch.ones((), dtype=torch.float64, device="cpu") * number  # type: ignore[operator]
-    whole = isinstance(number, int | torch.SymInt)
-    return torch.scalar_tensor(number, dtype=torch.int64 if whole else torch.float64, device="cpu")  # type: ignore[arg-type]
+        tensor = torch.ones((), dtype=torch.float64, device="cpu") * number  # type: ignore[operator]
+    else:
+        dtype = torch.int64 if isinstance(number, int | torch.SymInt) else torch.float64
+        tensor = torch.scalar_tensor(number, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    setattr(tensor, NUMBER, True)
+    return tensor
 
 
 @contextmanager
@@ -133,12 +140,14 @@ class _Captures(TorchFunctionMode):
                 with _disable_current_modes():
                     return func(*args, **(kwargs or {}))
             if func is Tensor.item:
-                return self.recorder.stand_ins(args[0]).detach()
+                return self.recorder.number(self.recorder.stand_ins(args[0]).detach())
         if func in _FROM_NUMBERS and kwargs and torch.device(kwargs.get("device") or "cpu").type == "meta":
             kwargs = kwargs | {"device": "cpu"}
         if func in _SIZES_OF_TENSORS and any(isinstance(size, torch.SymInt) for size in args[0].shape):
             return func(*args, **(kwargs or {}))  # a length that varies, not the one of this trace
         args, kwargs = self.recorder.stand_ins(args), self.recorder.stand_ins(kwargs or {})
+        if func in _CONVERSIONS and isinstance(args[0], Tensor):
+            return self.recorder.number(args[0].to(_CONVERSIONS[func]))
         if func in _CLAMPS and any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())):
             return _clamped(*args, **kwargs)
         if func is Tensor.__getitem__ and has_scalar_tensor(args[1]):
@@ -157,6 +166,10 @@ class _Recorder(TorchDispatchMode):
         # By id, within one trace, which keeps the tensors alive. Operands are numbered -1, -2, ... until all are known.
         self._values: dict[int, _Value] = {}
         self._stand_ins: dict[int, Tensor] = {}
+        # Numbers that vary: tensors that promote as numbers do. And constants that fn makes, from numbers alone.
+        self._numbers: set[int] = set()
+        self._constants: set[int] = set()
+        self._kept: list[Tensor] = []
         # Tensors that share memory with others: what is written to one would have to show in the others.
         self._views: set[int] = set()
 
@@ -164,6 +177,11 @@ class _Recorder(TorchDispatchMode):
         """A scalar without a value."""
         x = torch.empty((), dtype=dtype, device="meta")
         self._values[id(x)] = _Value(number, True, x)
+        return x
+
+    def number(self, x: Tensor) -> Tensor:
+        """Remember that a tensor stands for a number."""
+        self._numbers.add(id(x))
         return x
 
     def knows(self, x: object) -> bool:
@@ -181,6 +199,8 @@ class _Recorder(TorchDispatchMode):
         return value
 
     def _stand_in(self, x: Tensor) -> Tensor:
+        if id(x) in self._constants and x.dim() == 0:
+            return self._literal_number(x)
         if id(x) not in self._stand_ins:
             self.captured.append(x)
             with _disable_current_modes():
@@ -190,7 +210,26 @@ class _Recorder(TorchDispatchMode):
                 empty = torch.empty_strided(sizes, strides, dtype=x.dtype, device="meta")
             self._stand_ins[id(x)] = empty
             self._values[id(empty)] = _Value(-len(self.captured), False, empty)
+            if getattr(x, NUMBER, False):
+                self.number(empty)
         return self._stand_ins[id(x)]
+
+    def _literal_number(self, x: Tensor) -> Tensor:
+        """A constant of one number as an operator of the graph."""
+        with _disable_current_modes():
+            empty = torch.empty((), dtype=x.dtype, device="meta")
+            value = x.item()
+        options = {"dtype": x.dtype, "device": empty.device}
+        self._append(torch.ops.aten.scalar_tensor.default, [value], options, True, False, empty)
+        return empty
+
+    def _with_numbers(self, value: Any, dtype: torch.dtype) -> Any:
+        """The same arguments, numbers in the dtype that they have beside the others."""
+        if isinstance(value, Tensor):
+            return self._converted(value, dtype) if id(value) in self._numbers else value
+        if isinstance(value, (tuple, list)):
+            return [self._with_numbers(item, dtype) for item in value]
+        return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = list(args), dict(kwargs or {})
@@ -206,16 +245,24 @@ class _Recorder(TorchDispatchMode):
             )
         if func._schema.is_mutable:
             return self._in_place(func, name, args, kwargs)
+        inputs = [x for x in _tensors([args, kwargs]) if self.knows(x)]
+        others = [x for x in inputs if id(x) not in self._numbers]
+        if others and len(others) < len(inputs):
+            args = [self._with_numbers(x, _beside(others)) for x in args]
         out = func(*args, **kwargs)
         outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
         inputs = [x for x in _tensors([args, kwargs]) if self.knows(x)]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise ModError(f"{self.kind} {_name(self.fn)} draws random numbers ({func}), which would be the same for all pairs")
         if not inputs and not any(x.device.type == "meta" for x in outputs):
+            self._constants.update(map(id, outputs))
+            self._kept.extend(outputs)
             return out  # made from numbers alone, on a device: a constant, captured where it is used
         if isinstance(out, (tuple, list)) or not outputs:
             raise ModError(f"{self.kind} {_name(self.fn)} calls {func}, which has more than one result; use others")
         self._write(func, name, args, kwargs, out)
+        if inputs and not others:
+            self.number(out)
         if any(returned.alias_info is not None for returned in func._schema.returns):
             self._views.update(map(id, (*inputs, out)))
         return out
@@ -255,7 +302,7 @@ class _Recorder(TorchDispatchMode):
         self._append(func, args, kwargs, single, varies, out)
 
     def _converted(self, x: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(x, Tensor) or x.is_floating_point():
+        if not isinstance(x, Tensor) or x.dtype == dtype or (x.is_floating_point() and id(x) not in self._numbers):
             return x
         with _disable_current_modes():
             out = torch.empty(x.shape, dtype=dtype, device="meta")
@@ -370,6 +417,15 @@ def _clamped(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
 
 def _bound(number: Any, x: Tensor) -> Tensor:
     return number.to(x.dtype) if isinstance(number, Tensor) else torch.full((), number, dtype=x.dtype, device=x.device)
+
+
+def _beside(others: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of a number beside these tensors: theirs, or the default one beside whole numbers."""
+    floating = [x.dtype for x in others if x.is_floating_point() or x.is_complex()]
+    dtype = floating[0] if floating else torch.get_default_dtype()
+    for other in floating[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
 
 
 def _hints(sizes: Sequence[Any]) -> list[int]:

@@ -44,7 +44,7 @@ def times(program: object, inputs: list[Tensor], backward: bool) -> dict[str, fl
             run(k)
 
     functions = {"checked": lambda: run(k), "unchecked": without, "with NaN": lambda: run(spoiled_k)}
-    return {name: measure.median(seconds) for name, seconds in measure.interleaved(functions, repeats=15, seconds=40.0).items()}
+    return {name: measure.median(seconds) for name, seconds in measure.interleaved(functions, repeats=15, seconds=14.0).items()}
 
 
 def bias(table: Tensor) -> mods.ScoreMod:

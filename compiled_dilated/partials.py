@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Numbers of a merge in low precision that are wide at once.
+_MOST_WIDE = 2**19
+
 
 def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge a part into (out, lse) in place: out (..., Dv), lse (...). Rows that neither side has seen stay (0, -inf)."""
@@ -21,9 +24,18 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
     share = (part_lse - lse).sigmoid_().masked_fill_(part_lse == -math.inf, 0.0).unsqueeze_(-1)
     if out.dtype == share.dtype:
         out.lerp_(part_out, share)
-    else:  # low precision: round once, at the end
-        out.copy_(out.to(share.dtype).lerp_(part_out.to(share.dtype), share))
+    else:
+        _merge_rounded_(out, part_out, share)
     torch.logaddexp(lse, part_lse, out=lse)
+
+
+def _merge_rounded_(out: Tensor, part_out: Tensor, share: Tensor) -> None:
+    """The same in low precision, rounded once, at the end: some rows at a time, as the sums are wider than what they go to."""
+    rows = out.shape[-2]
+    at_once = max(1, _MOST_WIDE // max(1, out.numel() // max(1, rows)))
+    for start in range(0, rows, at_once):
+        to, of, weight = (x[..., start : start + at_once, :] for x in (out, part_out, share))
+        to.copy_(to.to(weight.dtype).lerp_(of.to(weight.dtype), weight))
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:

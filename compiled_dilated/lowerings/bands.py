@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 # A tile holds at most this many queries, so that its result stays small beside the tensors of a long sequence.
-MOST_ROWS = 8192
+MOST_ROWS = 4096
 # Of longer sequences it holds more, so that there are at most this many tiles with a geometry of their own.
 _MOST_ALONE = 256
 

@@ -15,7 +15,7 @@ from .decoding import Decoder
 from .masks import Mask
 from .mods import ScoreMod, check_callable
 from .partials import lse_dtype, merge
-from .programs import PerLength, Program, as_program, masks_of
+from .programs import PerLength, Program, as_program, query_names_of
 from .ring.rings import Ring
 from .rules import Skeleton, bind, read_rule
 
@@ -31,7 +31,7 @@ class Attend:
         if ring is not None and lowering != "auto":
             raise ValueError(f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'")
         self.ring, self._names = ring, self.program.names
-        self._query_names = tuple({name for mask in masks_of(self.program) for name in mask.query_names})
+        self._query_names = query_names_of(self.program)
         self._skeleton = Skeleton(self.program, lowering, ring)
         decodes = ring is None and planner.takes_any_offset(1, False, lowering) and not self._skeleton.mask_mods
         self._decoder = Decoder(read_rule(self._skeleton.plain.rule, self._skeleton.literals)) if decodes else None
@@ -147,7 +147,7 @@ class Attend:
         rule = read_rule(bound.rule, bound.operands)
         if self.ring is not None:
             return self.ring.plan(operators.ring_problem(rule, bound.rule, self.ring, q, k, v))
-        return operators.plan_of(rule, q, k, v, arguments.integer("q_offset", q_offset, 0), autograd.trains(q, k, v))
+        return operators.plan_of(rule, q, k, v, checks.q_offset(q_offset), autograd.trains(q, k, v))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Attend, (self.program, self.lowering, self.ring)

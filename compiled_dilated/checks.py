@@ -16,8 +16,8 @@ from torch.compiler import is_compiling
 
 from . import arguments
 
-_DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
-LARGEST = sys.float_info.max
+DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
+_LARGEST = sys.float_info.max
 # SDPA's own options, and how the same is said here.
 _OF_SDPA = {
     "is_causal": "write it into the program: masks.causal() & mask",
@@ -133,7 +133,7 @@ def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
 
 def dtype(name: str, value: object) -> None:
     """Raise unless attention is computed in this dtype."""
-    if value not in _DTYPES:
+    if value not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first")
 
 
@@ -165,7 +165,7 @@ def number(name: str, value: object) -> None:
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
     comparable = value if isinstance(value, int | float) else float(value)
-    finite = -math.inf < comparable < math.inf and (is_compiling() or -LARGEST <= comparable <= LARGEST)
+    finite = -math.inf < comparable < math.inf and (is_compiling() or -_LARGEST <= comparable <= _LARGEST)
     if not finite:
         raise ValueError(f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)")
 

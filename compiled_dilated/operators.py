@@ -29,12 +29,12 @@ from . import planner
 from .calls import Call
 from .lowerings import execute
 from .masks.functions import digest
-from .mods import flat, unflat
+from .mods import flat, sums_dtype, unflat, without_autocast
 from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
 from .plans import Plan, Problem, problem_of
 from .programs import PerLength
 from .ring.rings import Ring
-from .rules import Rule, read_rule
+from .rules import Rule, read_rule, score_slots
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,14 @@ _OF_VMAP = tuple(
 def _own_modes() -> Iterator[None]:
     """Without the caller's autocast and dispatch modes, which would change what is computed."""
     below_a_mode = _dispatch_tls_is_dispatch_key_excluded(DispatchKey.FuncTorchBatched)
-    if not _is_any_autocast_enabled() and not below_a_mode:
-        yield
-        return
     with ExitStack() as stack:
+        if _is_any_autocast_enabled():
+            stack.enter_context(without_autocast())
         if below_a_mode:
             excluded = _dispatch_tls_local_exclude_set()
             for key in _OF_VMAP:
                 excluded = excluded.remove(key)
             stack.enter_context(_ForceDispatchKeyGuard(_dispatch_tls_local_include_set(), excluded))
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -192,15 +188,10 @@ def run_backward(
             plan = plan_of(rule, saved.q, saved.k, saved.v, options.q_offset, True)
             gradients = [*execute.backward(plan, call, saved)]
         sums = () if call.score_mod is None else call.score_mod.sums
-        learned = flat(sums, saved.q, _sums_dtype(operands, options.learned))
+        learned = flat(sums, saved.q)
         # One by one: of what has been copied the original is freed.
         grad_q, grad_k, grad_v = (gradients.pop(0).contiguous() for _ in range(3))
         return grad_q, grad_k, grad_v, learned
-
-
-def _sums_dtype(operands: Sequence[Tensor] | None, learned: Sequence[int]) -> torch.dtype:
-    wide = any((operands or ())[number].dtype == torch.float64 for number in learned)
-    return torch.float64 if wide else torch.float32
 
 
 @torch.library.custom_op(
@@ -245,7 +236,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     numbers = sum((operands or ())[number].numel() for number in learned)
     gradients = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    return *gradients, q.new_empty((numbers,), dtype=_sums_dtype(operands, learned))
+    return *gradients, q.new_empty((numbers,), dtype=sums_dtype(operands or (), learned))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -258,8 +249,7 @@ def _differentiated(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, 
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     data, operands = tensors[: ctx.data], tensors[ctx.data :]
     wanted = ctx.needs_input_grad[4] if operands else ()
-    slots = read_rule(ctx.rule, operands).slots
-    learned = [slot for slot in slots if wanted[slot]]
+    learned = [slot for slot in score_slots(ctx.rule) if wanted[slot]]
     grad_q, grad_k, grad_v, vector = attend_backward_operator(
         grad_out, grad_lse, q, k, v, out, lse, data or None, operands or None, ctx.rule, ctx.scale, ctx.q_offset, learned
     )

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from . import arguments, masks
 from .masks import Mask
+from .masks.functions import functions_of
+from .mods import MaskMod
 from .orders import Order, hilbert, identity
 
 HEADS = ("all", "split")
@@ -154,6 +156,16 @@ def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) ->
 
 def _mapped(setting: Any, change: Callable[[Mask], Mask]) -> Any:
     return setting.map(change) if isinstance(setting, (Program, PerLength)) else setting
+
+
+def mask_mods_of(program: Program | PerLength) -> tuple[MaskMod, ...]:
+    """The functions of the program's `from_mod`s, in the order in which they are traced."""
+    return tuple(function for mask in masks_of(program) for function in functions_of(mask))
+
+
+def query_names_of(program: Program | PerLength) -> tuple[str, ...]:
+    """The data tensors that are read at the positions of queries too."""
+    return tuple({name for mask in masks_of(program) for name in mask.query_names})
 
 
 def masks_of(program: Program | PerLength) -> tuple[Mask, ...]:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from . import arguments, checks
 from .masks import Mask
-from .masks.functions import functions_of
 from .mods import ScoreMod, over_pairs, trace_mask_mod, trace_score_mod
-from .programs import Program, as_program
+from .programs import Program, as_program, mask_mods_of, query_names_of
 
 
 def reference(
@@ -88,9 +87,9 @@ def _check(
     checks.shapes(q.shape, k.shape, v.shape)
     offset = checks.q_offset(q_offset)
     program.check(q.shape[2], k.shape[2], offset)
-    query_names = tuple({name for branch in program.branches for name in branch.mask.query_names})
-    checks.data(program.names, query_names, data, checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device))
-    for function in (function for branch in program.branches for function in functions_of(branch.mask)):
+    shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
+    checks.data(program.names, query_names_of(program), data, shape)
+    for function in mask_mods_of(program):
         trace_mask_mod(function)
     if score_mod is not None:
         trace_score_mod(score_mod, torch.float64)

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from . import arguments, planner, text
 from .calls import Call
-from .masks import Mask
-from .masks.functions import Traced, functions_of, slot_name, with_contents
+from .masks.functions import slot_name, traced_parts, with_contents
 from .mods import Graph, MaskMod, Mod, ScoreMod, trace_score_mod, zero_sums
-from .partials import lse_dtype
-from .programs import PerLength, Program, masks_of
+from .programs import PerLength, Program, mask_mods_of, masks_of
 from .ring.distributed import Distributed
 from .ring.rings import Ring
 
@@ -45,7 +43,7 @@ class Rule:
     @cached_property
     def mask_slots(self) -> tuple[int, ...]:
         """The operands that masks read when they are asked."""
-        return tuple(sorted({slot for mask in masks_of(self.program) for part in _traced_parts(mask) for slot in part.slots}))
+        return tuple(sorted({slot for mask in masks_of(self.program) for part in traced_parts(mask) for slot in part.slots}))
 
     def call(
         self,
@@ -63,13 +61,7 @@ class Rule:
             return Call(scale, q_offset, named)
         own = tuple((operands or ())[slot] for slot in self.slots)
         places = tuple(self.slots.index(slot) for slot in learned)
-        sums = zero_sums(own, places, _sum_dtype(own, places)) if places else ()
-        return Call(scale, q_offset, named, Mod(self.score_mod, own, places, sums))
-
-
-def _sum_dtype(operands: Sequence[Tensor], learned: Sequence[int]) -> torch.dtype:
-    wide = any(operands[number].dtype == torch.float64 for number in learned)
-    return lse_dtype(torch.float64 if wide else torch.float32)
+        return Call(scale, q_offset, named, Mod(self.score_mod, own, places, zero_sums(own, places)))
 
 
 class Skeleton:
@@ -83,7 +75,7 @@ class Skeleton:
         literals: list[Tensor] = []
         written = text.write(program, literals)
         self.literals = tuple(literals)
-        self.mask_mods: tuple[MaskMod, ...] = tuple(fn for mask in masks_of(program) for fn in functions_of(mask))
+        self.mask_mods = mask_mods_of(program)
         self.frame = json.dumps([written, lowering, None if ring is None else ring.written])
         rule = "" if self.mask_mods else bind(self.frame, (), (), None, torch.float32).rule
         self.plain = Bound(rule, self.literals)
@@ -125,13 +117,8 @@ _NOT_FOR_FLEX = (
 
 def _check_flex(program: str, operands: Sequence[Tensor]) -> None:
     for mask in masks_of(text.read(program, operands)):
-        if any(not part.graph.is_elementwise for part in _traced_parts(mask)):
+        if any(not part.graph.is_elementwise for part in traced_parts(mask)):
             raise ValueError(_NOT_FOR_FLEX.format("mask_mod"))
-
-
-def _traced_parts(mask: Mask) -> list[Traced]:
-    inner = [traced for part in mask.parts for traced in _traced_parts(part)]
-    return [*inner, mask] if isinstance(mask, Traced) else inner
 
 
 def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
@@ -144,6 +131,11 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
     tensors = operands or ()
     program = text.read(frame.program, tensors).map(lambda mask: with_contents(mask, tensors))
     return Rule(program, frame.lowering, frame.ring, frame.score_mod, frame.slots)
+
+
+def score_slots(rule: str) -> tuple[int, ...]:
+    """The operands that the rule's score_mod reads, without a look at what they hold."""
+    return _frame(rule).slots
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,7 @@ def _frame(rule: str) -> _Frame:
             raise ValueError(f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named")
     except (ValueError, TypeError, RecursionError) as error:
         raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
-    if text.reads_operands(program):
+    if text.needs_operands(program):
         return _Frame(program, *parts, None)
     return _Frame(program, *parts, Rule(text.read(program, ()), *parts))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,9 @@ from . import masks, orders, programs
 from .masks import Mask
 from .masks.data import DocumentLengths
 from .masks.explicit import Tiles
-from .masks.functions import FromMod, functions_of, name_of, of_graph, with_contents
+from .masks.functions import FromMod, of_graph, with_contents
 from .masks.positions import LeadingQueries
-from .mods import MaskMod, trace_mask_mod
+from .mods import MaskMod, name_of, trace_mask_mod
 from .orders import Order
 from .programs import PerLength, Program
 
@@ -127,8 +128,7 @@ def traced(program: Program, operands: list[Tensor]) -> tuple[str, Program]:
 
     What they capture is appended to `operands`, which has to live as long as the graphs are asked.
     """
-    functions = [function for mask in programs.masks_of(program) for function in functions_of(mask)]
-    text = fill(write(program, operands), functions, operands)
+    text = fill(write(program, operands), programs.mask_mods_of(program), operands)
     graphs = read(text, operands)
     assert isinstance(graphs, Program)
     return text, graphs.map(lambda mask: with_contents(mask, operands))
@@ -172,7 +172,7 @@ def read(text: str, operands: Sequence[Tensor]) -> Program | PerLength:
     return _read(text, tuple((slot, _numbers(operands[slot])) for slot in slots))
 
 
-def reads_operands(text: str) -> bool:
+def needs_operands(text: str) -> bool:
     """Whether a program in text cannot be read, or not asked, without operands."""
     return "stored(" in text or "traced(" in text
 
@@ -189,18 +189,14 @@ def _numbers(operand: Tensor) -> bytes:
 
 @lru_cache(maxsize=256)
 def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLength:
-    lists = {slot: tuple(torch.frombuffer(bytearray(numbers), dtype=torch.int64).tolist()) for slot, numbers in stored if numbers}
-
-    def tiles_of(block: int, columns: int, keys: tuple[int, ...]) -> Mask:
-        return Tiles(block, columns, keys)
-
+    lists = {slot: tuple(np.frombuffer(numbers, dtype=np.int64).tolist()) for slot, numbers in stored}
     names: dict[str, Callable[..., Any]] = {
         **NAMES,
         "traced": of_graph,
         "leading_queries": LeadingQueries,
         "per_length": programs.per_length,
         "stored": lambda slot: lists.get(slot, ()),
-        "tiles_of": tiles_of,
+        "tiles_of": Tiles,
     }
     value = _value(text, names, _MOST_TRAVELLING_CHARACTERS, _MOST_TRAVELLING_DEPTH)
     if not isinstance(value, (Program, PerLength)):

@@ -10,14 +10,16 @@ import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from ..mods import Graph, MaskMod, check_callable, name_of, over_pairs, trace_mask_mod
 from ..regions import EMPTY, FULL, PARTIAL, Regions, Verdicts, both, verdicts
 from .core import Data, Full, Mask, Positions
-
-MaskMod = Callable[[Any, Any, Any, Any], Any]
 
 # A bare function has to be asked about every pair. 2**28 pairs (16K x 16K) take seconds; past that the user says where to look.
 MOST_PAIRS_WITHOUT_WITHIN = 2**28
@@ -50,9 +52,6 @@ class Contents:
 
 def digest(x: Any) -> str:
     """A text that says what a tensor holds: shape, dtype and a hash of its numbers; of one without data, the first two."""
-    import torch
-    from torch.utils._python_dispatch import _disable_current_modes
-
     kind = f"{tuple(x.shape)} {x.dtype}"
     is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     if x.device.type == "meta" or not is_plain:
@@ -67,15 +66,45 @@ def slot_name(slot: int) -> str:
     return f"<{slot}>"
 
 
+class _OfFunction(Mask):
+    """Pairs that a function allows inside `within`."""
+
+    within: Mask | None
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        return (q, kv) if self.within is None else self.within.shrink(q, kv)
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return () if self.within is None else (self.within,)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def _map(self, change: Callable[[Mask], Mask]) -> Self:
+        return self if self.within is None else replace(self, within=change(self.within))  # type: ignore[type-var]
+
+    def check(self, queries: range, keys: int) -> None:
+        super().check(queries, keys)
+        pairs = len(queries) * keys
+        if (self.within is None or isinstance(self.within, Full)) and pairs > MOST_PAIRS_WITHOUT_WITHIN:
+            raise ValueError(
+                f"{self!r} would be asked about {len(queries)} x {keys} = {pairs:,} pairs, "
+                f"more than {MOST_PAIRS_WITHOUT_WITHIN:,}. "
+                "Say where to look: from_mod(fn, within=mask), for example within=window(4096)"
+            )
+
+
 @dataclass(frozen=True, repr=False)
-class Traced(Mask):
+class Traced(_OfFunction):
     """A graph(b, h, q, kv) and `within`.
 
     slots: numbers of the call's operands that the graph reads. contents: what they hold, once that is known.
     head: set once the mask is asked for one head.
     """
 
-    graph: Any
+    graph: Graph
     slots: tuple[int, ...]
     within: Mask | None = None
     head: int | None = None
@@ -112,8 +141,6 @@ class Traced(Mask):
 
     def _evaluate(self, operands: Sequence[Any], q: Regions, kv: Regions) -> Verdicts:
         """Ask the function about every pair of small regions, regions of equal shape together, a bounded number at a time."""
-        import torch
-
         device = operands[0].device if operands else torch.device("cpu")
         out = np.empty(len(q), dtype=np.uint8)
         shapes = np.concatenate([q.extent, q.stride, kv.extent, kv.stride], axis=1)
@@ -133,17 +160,6 @@ class Traced(Mask):
                 out[chunk] = verdicts(full, empty)
         return out
 
-    def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        return (q, kv) if self.within is None else self.within.shrink(q, kv)
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return () if self.within is None else (self.within,)
-
-    @property
-    def period(self) -> int | None:
-        return None
-
     @property
     def per_call(self) -> bool:
         return self.graph.reads("b") or super().per_call
@@ -153,13 +169,6 @@ class Traced(Mask):
         bound = self.head if self.head is not None else head if self.graph.reads("h") else None
         return replace(self._map(lambda part: part.at_head(head, heads)), head=bound)
 
-    def _map(self, change: Callable[[Mask], Mask]) -> Traced:
-        return self if self.within is None else replace(self, within=change(self.within))
-
-    def check(self, queries: range, keys: int) -> None:
-        super().check(queries, keys)
-        _check_pairs(self, self.within, queries, keys)
-
     def __repr__(self) -> str:
         head = "" if self.head is None else f" of head {self.head}"
         return f"from_mod({self.name}{head}{'' if self.within is None else f', within={self.within!r}'})"
@@ -167,8 +176,6 @@ class Traced(Mask):
 
 def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = None) -> Mask:
     """A mask_mod as a graph in text, the numbers of the operands that it reads, and its name for people."""
-    from ..mods import Graph
-
     traced = Traced(Graph(graph).check(), tuple(slots), within, name=name)
     if not all(isinstance(slot, int) for slot in traced.slots) or len(traced.slots) != traced.graph.operands:
         raise ValueError(f"slots must be {traced.graph.operands} numbers of operands; got {slots!r}")
@@ -178,26 +185,21 @@ def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = 
 
 
 @dataclass(frozen=True, repr=False)
-class FromMod(Mask):
+class FromMod(_OfFunction):
     """fn(b, h, q, kv) and `within`, as the user writes it; what is asked of it is asked of its graph as it is now."""
 
     fn: MaskMod
     within: Mask | None
 
-    def trace(self, first_slot: int = 0) -> tuple[Traced, tuple[Any, ...]]:
-        """The mask as a graph, and the tensors that fn captures: the operands from number first_slot on."""
-        from ..mods import trace_mask_mod
-
+    def trace(self) -> tuple[Traced, tuple[Tensor, ...]]:
+        """The mask as a graph, and the tensors that fn captures, which are its operands."""
         graph, operands = trace_mask_mod(self.fn)
-        slots = tuple(range(first_slot, first_slot + len(operands)))
-        return Traced(graph, slots, self.within, None, Contents.of(operands), name_of(self.fn)), operands
+        return Traced(graph, tuple(range(len(operands))), self.within, None, Contents.of(operands), name_of(self.fn)), operands
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         if _are_scalars(b, h, q, kv):  # as FlexAttention asks, under vmap
             seen = self.fn(b, h, q, kv)
         else:
-            from ..mods import over_pairs
-
             seen = _over_pairs(lambda *indices: over_pairs(self.fn, *indices), b, h, q, kv)
         return seen if self.within is None else seen & self.within.allows(b, h, q, kv, data)
 
@@ -206,17 +208,6 @@ class FromMod(Mask):
         verdicts = mask.classify(q, kv)
         del operands  # which the mask holds weakly
         return verdicts
-
-    def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        return (q, kv) if self.within is None else self.within.shrink(q, kv)
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return () if self.within is None else (self.within,)
-
-    @property
-    def period(self) -> int | None:
-        return None
 
     @property
     def per_call(self) -> bool:
@@ -228,20 +219,8 @@ class FromMod(Mask):
             return replace(self._map(lambda part: part.at_head(head, heads)), fn=_OfHead(self.fn, head))
         return self._map(lambda part: part.at_head(head, heads))
 
-    def _map(self, change: Callable[[Mask], Mask]) -> FromMod:
-        return self if self.within is None else replace(self, within=change(self.within))
-
-    def check(self, queries: range, keys: int) -> None:
-        super().check(queries, keys)
-        _check_pairs(self, self.within, queries, keys)
-
     def __repr__(self) -> str:
         return f"from_mod({name_of(self.fn)}{'' if self.within is None else f', within={self.within!r}'})"
-
-
-def name_of(fn: Any) -> str:
-    """The name of a function, for people."""
-    return str(getattr(fn, "__qualname__", type(fn).__name__))
 
 
 @dataclass(frozen=True)
@@ -252,8 +231,6 @@ class _OfHead:
     head: int
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
-        import torch
-
         return self.fn(b, torch.full_like(h, self.head), q, kv)  # a constant, so that the graph reads no head
 
 
@@ -269,8 +246,6 @@ def from_mod(fn: MaskMod, within: Mask | None = None) -> Mask:
     Raises TypeError for what is no function of four arguments, and at the call ModError (a ValueError) for a function that
     branches on values, draws random numbers, or does not return one bool for each pair.
     """
-    from ..mods import check_callable
-
     check_callable("fn", fn, scores=False)
     if within is not None and not isinstance(within, Mask):
         raise TypeError(f"within must be a mask; got {type(within).__name__} {within!r}")
@@ -287,9 +262,15 @@ def with_contents(mask: Mask, operands: Sequence[Any]) -> Mask:
     return replace(whole, contents=Contents.of([operands[slot] for slot in whole.slots]))
 
 
+def traced_parts(mask: Mask) -> list[Traced]:
+    """The functions of a mask that are graphs, inner ones first."""
+    inner = [traced for part in mask.parts for traced in traced_parts(part)]
+    return [*inner, mask] if isinstance(mask, Traced) else inner
+
+
 def reads_operands(mask: Mask) -> bool:
     """Whether a function of the mask captures tensors."""
-    return (isinstance(mask, Traced) and bool(mask.slots)) or any(reads_operands(part) for part in mask.parts)
+    return any(part.slots for part in traced_parts(mask))
 
 
 def functions_of(mask: Mask) -> tuple[MaskMod, ...]:
@@ -299,15 +280,11 @@ def functions_of(mask: Mask) -> tuple[MaskMod, ...]:
 
 
 def _are_scalars(*indices: Positions) -> bool:
-    import torch
-
     return all(isinstance(x, torch.Tensor) and x.dim() == 0 for x in indices)
 
 
 def _over_pairs(ask: Callable[..., Any], *indices: Positions) -> Any:
     """ask(b, h, q, kv) of broadcasting positions, numpy arrays or tensors: as 64-bit tensors of one number of dimensions."""
-    import torch
-
     if not any(isinstance(x, torch.Tensor) for x in indices):
         arrays = (torch.from_numpy(np.array(x, dtype=np.int64)) for x in indices)
         return _over_pairs(ask, *arrays).numpy()
@@ -317,12 +294,3 @@ def _over_pairs(ask: Callable[..., Any], *indices: Positions) -> Any:
     # 64 bits, as a function may multiply positions.
     seen = ask(*(x.to(torch.int64).reshape((1,) * (rank - x.dim()) + tuple(x.shape)) for x in tensors))
     return seen.reshape(()) if all(x.dim() == 0 for x in tensors) else seen
-
-
-def _check_pairs(mask: Mask, within: Mask | None, queries: range, keys: int) -> None:
-    if (within is None or isinstance(within, Full)) and len(queries) * keys > MOST_PAIRS_WITHOUT_WITHIN:
-        raise ValueError(
-            f"{mask!r} would be asked about {len(queries)} x {keys} = {len(queries) * keys:,} pairs, "
-            f"more than {MOST_PAIRS_WITHOUT_WITHIN:,}. "
-            "Say where to look: from_mod(fn, within=mask), for example within=window(4096)"
-        )

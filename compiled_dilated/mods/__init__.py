@@ -6,10 +6,19 @@ pairs     a function of scalars over all pairs, as FlexAttention calls it
 bound     a graph with the operands of one call, and the gradients of those that learn
 """
 
-from .bound import Mod, TileMod, flat, unflat, zero_sums
+from .bound import Mod, TileMod, flat, sums_dtype, unflat, zero_sums
 from .graphs import Graph, ModError
 from .pairs import over_pairs
-from .tracing import MaskMod, ScoreMod, as_tensor, check_callable, trace_mask_mod, trace_score_mod
+from .tracing import (
+    MaskMod,
+    ScoreMod,
+    as_tensor,
+    check_callable,
+    name_of,
+    trace_mask_mod,
+    trace_score_mod,
+    without_autocast,
+)
 
 __all__ = [
     "Graph",
@@ -21,9 +30,12 @@ __all__ = [
     "as_tensor",
     "check_callable",
     "flat",
+    "name_of",
     "over_pairs",
+    "sums_dtype",
     "trace_mask_mod",
     "trace_score_mod",
     "unflat",
+    "without_autocast",
     "zero_sums",
 ]

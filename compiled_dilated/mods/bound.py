@@ -67,14 +67,21 @@ class TileMod:
         return modified, back
 
 
-def zero_sums(operands: Sequence[Tensor], learned: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def sums_dtype(operands: Sequence[Tensor], learned: Sequence[int]) -> torch.dtype:
+    """The dtype that gradients of the learned operands are summed in."""
+    wide = any(operands[number].dtype == torch.float64 for number in learned)
+    return torch.float64 if wide else torch.float32
+
+
+def zero_sums(operands: Sequence[Tensor], learned: Sequence[int]) -> tuple[Tensor, ...]:
     """Sums of gradients that have not begun."""
+    dtype = sums_dtype(operands, learned)
     return tuple(torch.zeros(operands[number].shape, dtype=dtype, device=operands[number].device) for number in learned)
 
 
-def flat(sums: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums as one vector, the form in which an operator returns any number of them."""
-    return torch.cat([total.reshape(-1) for total in sums]) if sums else like.new_empty(0, dtype=dtype)
+def flat(sums: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The sums as one vector, the form in which an operator returns any number of them. like: on the device of an empty one."""
+    return torch.cat([total.reshape(-1) for total in sums]) if sums else like.new_empty(0, dtype=sums_dtype((), ()))
 
 
 def unflat(vector: Tensor, operands: Sequence[Tensor], learned: Sequence[int]) -> list[Tensor]:

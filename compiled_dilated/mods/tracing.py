@@ -40,8 +40,6 @@ _FROM_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray))
 _NUMBERS_OF_TENSORS = frozenset(
     getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy")
 )
-
-
 _SIZES_OF_TENSORS = frozenset((Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__))  # type: ignore[attr-defined]
 _CLAMPS = frozenset((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip))
 
@@ -77,7 +75,7 @@ def check_callable(kind: str, fn: object, scores: bool) -> None:
         signature.bind(*names)
     except TypeError as error:
         raise TypeError(
-            f"{kind} must be a function of ({', '.join(names)}), {len(names)} arguments; got {_name(fn)}{signature}: {error}"
+            f"{kind} must be a function of ({', '.join(names)}), {len(names)} arguments; got {name_of(fn)}{signature}: {error}"
         ) from None
 
 
@@ -85,7 +83,7 @@ def _trace(kind: str, fn: Callable[..., Any], inputs: tuple[tuple[str, torch.dty
     check_callable(kind, fn, scores=kind == "score_mod")
     recorder = _Recorder(kind, fn, inputs)
     # Nothing around the call shows in the graph: no mode, no transform, no autocast.
-    with _disable_current_modes(), temporarily_clear_interpreter_stack(), _without_autocast():
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), without_autocast():
         arguments = [recorder.argument(number, dtype) for number, (_, dtype) in enumerate(inputs)]
         with recorder, _Captures(recorder):
             result = fn(*arguments)
@@ -105,7 +103,8 @@ def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
 
 
 @contextmanager
-def _without_autocast() -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
+    """Turn the caller's autocast off, which would change what is computed or traced."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -113,7 +112,8 @@ def _without_autocast() -> Iterator[None]:
         yield
 
 
-def _name(fn: object) -> str:
+def name_of(fn: object) -> str:
+    """The name of a function, for people."""
     return str(getattr(fn, "__qualname__", type(fn).__name__))
 
 
@@ -173,6 +173,11 @@ class _Recorder(TorchDispatchMode):
         # Tensors that share memory with others: what is written to one would have to show in the others.
         self._views: set[int] = set()
 
+    @property
+    def about(self) -> str:
+        """The function, for an error."""
+        return f"{self.kind} {name_of(self.fn)}"
+
     def argument(self, number: int, dtype: torch.dtype) -> Tensor:
         """A scalar without a value."""
         x = torch.empty((), dtype=dtype, device="meta")
@@ -204,10 +209,7 @@ class _Recorder(TorchDispatchMode):
         if id(x) not in self._stand_ins:
             self.captured.append(x)
             with _disable_current_modes():
-                sizes, strides = (
-                    [size if isinstance(size, int) else size.node.hint for size in of] for of in (x.shape, x.stride())
-                )
-                empty = torch.empty_strided(sizes, strides, dtype=x.dtype, device="meta")
+                empty = torch.empty_strided(_hints(x.shape), _hints(x.stride()), dtype=x.dtype, device="meta")
             self._stand_ins[id(x)] = empty
             self._values[id(empty)] = _Value(-len(self.captured), False, empty)
             if getattr(x, NUMBER, False):
@@ -237,10 +239,10 @@ class _Recorder(TorchDispatchMode):
         if name in READS_A_VALUE:
             varies = any(self._values[id(x)].varies for x in _tensors(args) if self.knows(x))
             raise ModError(
-                f"{self.kind} {_name(self.fn)} reads the value of a score or an index (if, while, int(), item()), which differs "
+                f"{self.about} reads the value of a score or an index (if, while, int(), item()), which differs "
                 "from pair to pair. Write torch.where(condition, a, b)"
                 if varies
-                else f"{self.kind} {_name(self.fn)} reads a number that it computes from captured tensors (if, int(), item()). "
+                else f"{self.about} reads a number that it computes from captured tensors (if, int(), item()). "
                 "Compute it outside, or use it as a tensor"
             )
         if func._schema.is_mutable:
@@ -253,13 +255,13 @@ class _Recorder(TorchDispatchMode):
         outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
         inputs = [x for x in _tensors([args, kwargs]) if self.knows(x)]
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise ModError(f"{self.kind} {_name(self.fn)} draws random numbers ({func}), which would be the same for all pairs")
+            raise ModError(f"{self.about} draws random numbers ({func}), which would be the same for all pairs")
         if not inputs and not any(x.device.type == "meta" for x in outputs):
             self._constants.update(map(id, outputs))
             self._kept.extend(outputs)
             return out  # made from numbers alone, on a device: a constant, captured where it is used
         if isinstance(out, (tuple, list)) or not outputs:
-            raise ModError(f"{self.kind} {_name(self.fn)} calls {func}, which has more than one result; use others")
+            raise ModError(f"{self.about} calls {func}, which has more than one result; use others")
         self._write(func, name, args, kwargs, out)
         if inputs and not others:
             self.number(out)
@@ -273,7 +275,7 @@ class _Recorder(TorchDispatchMode):
         pure = getattr(torch.ops.aten, name.removeprefix("aten.").removesuffix("_"), None)
         is_own = self.knows(target) and self._values[id(target)].number >= 0 and id(target) not in self._views
         if not name.endswith("_") or pure is None or not is_own:
-            raise ModError(f"{self.kind} {_name(self.fn)} changes a tensor by {func}; return a new value instead")
+            raise ModError(f"{self.about} changes a tensor by {func}; return a new value instead")
         out = getattr(pure, func._overloadname)(*args, **kwargs)
         self._write(getattr(pure, func._overloadname), name.removesuffix("_"), args, kwargs, out)
         value = self._values[id(out)]
@@ -283,7 +285,7 @@ class _Recorder(TorchDispatchMode):
     def _write(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any], out: Tensor) -> None:
         if not is_allowed(func):
             raise ModError(
-                f"{self.kind} {_name(self.fn)} calls {func}, which a graph cannot carry (random numbers, effects and operators "
+                f"{self.about} calls {func}, which a graph cannot carry (random numbers, effects and operators "
                 "outside of ATen's core). Compute it outside and capture the tensor"
             )
         func, args = _without_like(func, name, args, out)
@@ -349,7 +351,7 @@ class _Recorder(TorchDispatchMode):
             return {FORMAT: str(value).removeprefix("torch.")}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        raise ModError(f"{self.kind} {_name(self.fn)} uses the {type(value).__name__} {value!r}, which a graph cannot carry")
+        raise ModError(f"{self.about} uses the {type(value).__name__} {value!r}, which a graph cannot carry")
 
     def text(self, result: object) -> str:
         """The graph as text, once the mod has returned."""
@@ -373,18 +375,16 @@ class _Recorder(TorchDispatchMode):
     def _result(self, result: object) -> int:
         expected = "a bool tensor" if self.kind == "mask_mod" else "a number as a tensor"
         if not isinstance(result, Tensor):
-            raise TypeError(
-                f"{self.kind} {_name(self.fn)} must return {expected} for each pair; got {type(result).__name__} {result!r}"
-            )
+            raise TypeError(f"{self.about} must return {expected} for each pair; got {type(result).__name__} {result!r}")
         if result.dim() != 0:
             raise ValueError(
-                f"{self.kind} {_name(self.fn)} must return one number for each pair, called with scalars; "
+                f"{self.about} must return one number for each pair, called with scalars; "
                 f"got shape {tuple(result.shape)}. Reduce it, as with .sum() or .all()"
             )
         if self.kind == "mask_mod" and result.dtype != torch.bool:
-            raise TypeError(f"mask_mod {_name(self.fn)} must return a bool tensor; got {result.dtype}. Compare: x != 0")
+            raise TypeError(f"{self.about} must return a bool tensor; got {result.dtype}. Compare: x != 0")
         if self.kind == "score_mod" and (result.dtype == torch.bool or result.dtype.is_complex):
-            raise TypeError(f"score_mod {_name(self.fn)} must return the new score; got {result.dtype}")
+            raise TypeError(f"{self.about} must return the new score; got {result.dtype}")
         stand_in = result if self.knows(result) else self._stand_in(result)
         return self._values[id(stand_in)].number
 

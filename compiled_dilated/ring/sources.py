@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import arguments
+from .. import arguments, checks
 from ..heads import HeadRange
 from . import files
 
@@ -26,8 +26,6 @@ Numbers = npt.NDArray[Any]
 _NPY_MAGIC = b"\x93NUMPY"
 # posix_fallocate takes no more, its header included.
 _LARGEST_FILE_BYTES = 2**63 - 2**16
-# Attention is computed in these; a .npy file holds all but bfloat16.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Source(Protocol):
@@ -223,7 +221,7 @@ def sizes(name: str, shape: object) -> tuple[int, int, int, int]:
 
 def check_dtype(name: str, dtype: object) -> None:
     """Raise unless attention is computed in this dtype."""
-    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in checks.DTYPES:
         raise TypeError(f"{name} must be torch.float16, bfloat16, float32 or float64; got {type(dtype).__name__} {dtype!r}")
 
 

@@ -1,0 +1,338 @@
+// The backward: dQ by tiles of queries; dK and dV are added to by every tile that sees a key, in the order of the tiles.
+#pragma once
+#include <thread>
+
+#include "forward.h"
+
+namespace native {
+
+// Lets tiles add to the gradients of a key head in their own order, whatever thread has them, so that the bits do not depend on
+// threads. Units are taken in order; a unit waits until earlier ones of its head have finished with the keys that it adds to.
+class Turns {
+ public:
+  explicit Turns(int slots) : places_(slots) {}
+
+  // Takes a unit for a slot: unit_of() gives the next one, order_of(unit) its head and its place among the units of that head.
+  template <class Next, class Order>
+  int64_t take(int slot, const Next& next, const Order& order_of) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const int64_t unit = next();
+    Place& place = places_[slot];
+    place.below.store(0);
+    const auto [head, order] = order_of(unit);
+    place.head.store(head);
+    place.order.store(order);
+    return unit;
+  }
+
+  // Waits until no earlier unit of the same head may still add to keys up to `last`.
+  void wait(int slot, int64_t last) const {
+    const int64_t head = places_[slot].head.load(), order = places_[slot].order.load();
+    for (const Place& place : places_)
+      while (place.head.load() == head && place.order.load() < order && place.below.load() <= last) std::this_thread::yield();
+  }
+
+  // The slot's unit adds to no key below `key` any more.
+  void finish_below(int slot, int64_t key) { places_[slot].below.store(key); }
+
+  void finish(int slot) { finish_below(slot, std::numeric_limits<int64_t>::max()); }
+
+ private:
+  struct alignas(64) Place {
+    std::atomic<int64_t> head{-1}, order{-1}, below{0};
+  };
+  std::vector<Place> places_;
+  std::mutex mutex_;
+};
+
+// The gradients of keys and values of some heads while tiles add to them: where they belong, or wider beside it.
+template <class T>
+class KeyGradients {
+ public:
+  // For heads first .. first + count - 1 of all batch * kv_heads.
+  KeyGradients(const Gradients& gradients, const Shape& shape, int64_t first, int64_t count)
+      : gradients_(gradients), shape_(shape), first_(first), widths_{width(gradients.grad_k), width(gradients.grad_v)} {
+    if (!in_place(gradients, shape)) sums_.assign(static_cast<size_t>(count * shape.kv_len * (widths_[0] + widths_[1])), T(0));
+  }
+
+  static bool in_place(const Gradients& gradients, const Shape& shape) {
+    return gradients.grad_k.type == type_of<T> && shape.head_dim % lanes<T> == 0 && shape.value_dim % lanes<T> == 0;
+  }
+
+  // Rows of one head: of keys (which 0) or of values (1).
+  T* rows(int64_t head, int which) {
+    if (sums_.empty()) {
+      const Array& to = which ? gradients_.grad_v : gradients_.grad_k;
+      return static_cast<T*>(const_cast<void*>(to.data)) + head * shape_.kv_len * widths_[which];
+    }
+    T* of_head = sums_.data() + (head - first_) * shape_.kv_len * (widths_[0] + widths_[1]);
+    return of_head + (which ? shape_.kv_len * widths_[0] : 0);
+  }
+
+  int row_width(int which) const { return widths_[which]; }
+
+  // Rounds one head's sums into the gradients.
+  void write(int64_t head) {
+    if (sums_.empty()) return;
+    for (int which = 0; which < 2; ++which) {
+      const Array& to = which ? gradients_.grad_v : gradients_.grad_k;
+      const Head rows_to(to, head / shape_.kv_heads, head % shape_.kv_heads);
+      const T* from = rows(head, which);
+      const int width = static_cast<int>(to.sizes[3]);
+      for (int64_t i = 0; i < shape_.kv_len; ++i) write_row<T>(from + i * widths_[which], to.type, rows_to.mutable_row(i), width);
+    }
+  }
+
+ private:
+  static int width(const Array& x) { return padded<T>(static_cast<int>(x.sizes[3])); }
+
+  const Gradients& gradients_;
+  const Shape& shape_;
+  int64_t first_;
+  int widths_[2];
+  std::vector<T> sums_;
+};
+
+template <class T>
+struct WideGradient {
+  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys;
+  using Number = T;
+
+  static size_t bytes(const Shape& shape) {
+    const int head_width = padded<T>(shape.head_dim), value_width = padded<T>(shape.value_dim);
+    return (Backward<T>::numbers(shape.head_dim, shape.value_dim) + static_cast<size_t>(TQ) * (2 * head_width + value_width) +
+            most_keys * static_cast<size_t>(shape.head_dim + shape.value_dim)) * sizeof(T);
+  }
+
+  WideGradient(Room& room, const Shape& shape, double scale)
+      : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(scale),
+        products(room.take<T>(Backward<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
+        scaled(room.take<T>(TQ * padded<T>(head_dim))), q_rows(room.take<T>(TQ * padded<T>(head_dim))),
+        grad_out_rows(room.take<T>(TQ * padded<T>(value_dim))), key_copies(room.take<T>(most_keys * head_dim)),
+        value_copies(room.take<T>(most_keys * value_dim)) {}
+
+  // lse in binary units; of lanes past the end +inf.
+  void begin(const Head& q, const Head& grad_out, const int32_t* rows, double factor, const T* lse, const T* delta) {
+    const int ldq = padded<T>(head_dim), ldo = padded<T>(value_dim);
+    int last = 0;
+    for (int i = 0; i < TQ; ++i) {
+      if (rows[i] >= 0) last = i;
+      T *q_row = q_rows + i * ldq, *out_row = grad_out_rows + i * ldo, *scaled_row = scaled + i * ldq;
+      read_row<T>(q.row(rows[last]), q.type, T(1), q_row, head_dim);
+      read_row<T>(grad_out.row(rows[last]), grad_out.type, T(1), out_row, value_dim);
+      std::fill(q_row + head_dim, q_row + ldq, T(0));
+      std::fill(out_row + value_dim, out_row + ldo, T(0));
+      for (int d = 0; d < ldq; ++d) scaled_row[d] = q_row[d] * static_cast<T>(factor);
+    }
+    products.begin(scaled, q_rows, ldq, grad_out_rows, ldo, lse, delta, static_cast<T>(scale));
+  }
+
+  void keys_from(const Head& k, const Head& v, int64_t key_step) {
+    keys.start(k, head_dim, key_step, key_copies);
+    values.start(v, value_dim, key_step, value_copies);
+  }
+
+  template <class Change, class ChangeBack>
+  void block(const KeyBlock& block, T* grad_k, T* grad_v, bool changes, const Change& change, const ChangeBack& change_back) {
+    const T *key_rows[most_keys], *value_rows[most_keys];
+    T *grad_key_rows[most_keys], *grad_value_rows[most_keys];
+    keys.of(block.keys, block.count, key_rows);
+    values.of(block.keys, block.count, value_rows);
+    for (int i = 0; i < block.count; ++i) {
+      grad_key_rows[i] = grad_k + static_cast<int64_t>(block.keys[i]) * padded<T>(head_dim);
+      grad_value_rows[i] = grad_v + static_cast<int64_t>(block.keys[i]) * padded<T>(value_dim);
+    }
+    const auto run = [&](const auto& edit) {
+      products.block(key_rows, value_rows, grad_key_rows, grad_value_rows, block.count, block.low, block.high, edit, change_back);
+    };
+    if (changes)
+      run(change);
+    else
+      run([](T*, int) {});
+  }
+
+  void result(T* rows, int ld) { products.result(rows, ld); }
+
+  int head_dim, value_dim;
+  double scale;
+  Backward<T> products;
+  T *scaled, *q_rows, *grad_out_rows, *key_copies, *value_copies;
+  Rows<T> keys, values;
+};
+
+template <class Engine>
+class BackwardWorker {
+ public:
+  using T = typename Engine::Number;
+  static constexpr int W = Engine::W, TQ = Engine::TQ;
+
+  BackwardWorker(const Problem& problem, const Program& program, const Gradients& gradients, const Shape& shape, Room& room)
+      : problem_(problem), program_(program), gradients_(gradients), shape_(shape), room_(start(room, shape)),
+        engine_(room, shape, problem.scale), scores_(program), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
+        lse_(room.take<T>(TQ)), delta_(room.take<T>(TQ)) {}
+
+  // Adds a tile's share; is_last: no later tile of the slot's unit follows.
+  void tile(int64_t b, int64_t h, const QueryTile<W>& tile, KeyGradients<T>& to, Turns& turns, int slot, bool is_last, T* const* sums) {
+    const Head q(problem_.q, b, h), grad_out(gradients_.grad_out, b, h), grad_q(gradients_.grad_q, b, h);
+    read_statistics(b, h, tile, grad_out);
+    const bool natural = program_.score_mod != nullptr;
+    engine_.begin(q, grad_out, tile.rows, natural ? problem_.scale : problem_.scale * log2_of_e, lse_, delta_);
+    scores_.start(b, h, tile);
+    const int64_t kv_head = shape_.kv_head(h), head = b * shape_.kv_heads + kv_head;
+    const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
+    T *grad_k = to.rows(head, 0), *grad_v = to.rows(head, 1);
+    const Group& group = program_.groups[program_.group_of_head[h]];
+    KeyWalk<W> walk(program_.masks, b, h, group.layout, tile, Engine::most_keys);
+    for (const Branch& branch : group.branches) {
+      scores_.of_branch(branch.root);
+      engine_.keys_from(k, v, branch.key_step);
+      const bool tells = is_last && &branch == &group.branches.back() && branch.key_step == 1;
+      walk.branch(branch, shape_.kv_len, [&](const KeyBlock& block) {
+        turns.wait(slot, *std::max_element(block.keys, block.keys + block.count));
+        const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
+        if (natural)
+          engine_.block(block, grad_k, grad_v, true, change, ChangeBack<true>{scores_, block, sums});
+        else
+          engine_.block(block, grad_k, grad_v, scores_.changes(block), change, ChangeBack<false>{scores_, block, sums});
+        if (tells) turns.finish_below(slot, walk.least_to_come());
+      });
+    }
+    engine_.result(rows_, shape_.head_dim);
+    for (int i = 0; i < TQ; ++i)
+      if (tile.rows[i] >= 0) write_row<T>(rows_ + i * shape_.head_dim, grad_q.type, grad_q.mutable_row(tile.rows[i]), shape_.head_dim);
+  }
+
+ private:
+  template <bool needed>
+  struct ChangeBack {
+    Scores<T>& scores;
+    const KeyBlock& block;
+    T* const* sums;
+    static constexpr bool is_needed = needed;
+    void operator()(const T* before, T* grads, int ld) const {
+      if constexpr (needed) scores.change_back(block, before, grads, ld, sums);
+    }
+  };
+
+  static Room& start(Room& room, const Shape& shape) {
+    room.reset(Engine::bytes(shape) + static_cast<size_t>(TQ) * (shape.head_dim + 2) * sizeof(T), 9);
+    return room;
+  }
+
+  // Each query's log-sum-exp, in binary units, and delta. Rows that see nothing send nothing: with +inf all weights are 0.
+  void read_statistics(int64_t b, int64_t h, const QueryTile<W>& tile, const Head& grad_out) {
+    const Head out(problem_.out, b, h), lse(problem_.lse, b, h);
+    std::vector<T>& a = out_row_;
+    std::vector<T>& g = grad_row_;
+    a.resize(shape_.value_dim);
+    g.resize(shape_.value_dim);
+    for (int i = 0; i < TQ; ++i) {
+      lse_[i] = infinity<T>;
+      delta_[i] = 0;
+      const int32_t row = tile.rows[i];
+      if (row < 0) continue;
+      const T value = *static_cast<const T*>(lse.row(row));
+      if (value == -infinity<T>) continue;
+      lse_[i] = value * static_cast<T>(log2_of_e);
+      read_row<T>(out.row(row), out.type, T(1), a.data(), shape_.value_dim);
+      read_row<T>(grad_out.row(row), grad_out.type, T(1), g.data(), shape_.value_dim);
+      for (int d = 0; d < shape_.value_dim; ++d) delta_[i] += a[d] * g[d];
+      if (gradients_.grad_lse.data) delta_[i] -= *static_cast<const T*>(Head(gradients_.grad_lse, b, h).row(row));
+    }
+  }
+
+  const Problem& problem_;
+  const Program& program_;
+  const Gradients& gradients_;
+  const Shape& shape_;
+  Room& room_;
+  Engine engine_;
+  Scores<T> scores_;
+  T *rows_, *lse_, *delta_;
+  std::vector<T> out_row_, grad_row_;
+};
+
+// Where the score_mod's operands have their sums: null for those that learn nothing.
+template <class T>
+std::vector<T*> learned_sums(const Program& program, const Gradients& gradients, T* at) {
+  std::vector<T*> out(program.score_mod_operands.size(), nullptr);
+  // The sums lie in the order of `learned`.
+  for (const int64_t number : gradients.learned) {
+    int64_t size = 1;
+    bool read = false;
+    for (size_t i = 0; i < out.size(); ++i) {
+      if (program.score_mod_operands[i] != number) continue;
+      out[i] = at;
+      read = true;
+      size = 1;
+      for (int axis = 0; axis < program.operands[i].dims; ++axis) size *= program.operands[i].sizes[axis];
+    }
+    if (!read) throw std::runtime_error("a learned operand is not read by the score_mod");
+    at += size;
+  }
+  return out;
+}
+
+// Key heads of a backward whose sums are held beside the gradients: some at a time, so that these stay small.
+template <class Engine>
+void backward_with(const Problem& problem, const Program& program, const Gradients& gradients) {
+  using T = typename Engine::Number;
+  const Shape shape(problem);
+  const int threads = std::max(problem.parallel.threads, 1);
+  const int64_t heads = shape.batch * shape.kv_heads, group = shape.heads / shape.kv_heads;
+  Stretches<Engine::W> stretches(problem, program, shape, heads, threads);
+  const bool learns = gradients.sums.data && !gradients.learned.empty();
+  // A unit's later tiles bar the way of other threads: with few heads units are single tiles.
+  if (learns)
+    stretches.set_length(stretches.most());
+  else if (heads < 2 * threads)
+    stretches.set_length(1);
+  const int64_t per_head = stretches.count() / heads;
+  const int64_t at_once = KeyGradients<T>::in_place(gradients, shape) ? heads : std::min<int64_t>(heads, std::max(2, threads));
+  // Each head's sums of learned operands, added in the order of heads.
+  const int64_t numbers = learns ? gradients.sums.sizes[0] : 0;
+  std::vector<T> sums;
+  T* totals = static_cast<T*>(const_cast<void*>(gradients.sums.data));
+  for (int64_t first = 0; first < heads; first += at_once) {
+    const int64_t count = std::min(at_once, heads - first);
+    KeyGradients<T> to(gradients, shape, first, count);
+    if (learns) sums.assign(static_cast<size_t>(count * numbers), T(0));
+    const int slots = static_cast<int>(std::min<int64_t>(threads, per_head * count));
+    Turns turns(slots);
+    int64_t next = 0;
+    on_threads(problem.parallel, slots, [&](int slot, const Failure& failure) {
+      thread_local Room room;
+      BackwardWorker<Engine> worker(problem, program, gradients, shape, room);
+      QueryTile<Engine::W> tile;
+      const auto order_of = [&](int64_t unit) { return std::pair<int64_t, int64_t>{first + unit % count, unit / count}; };
+      struct Finish {
+        Turns& turns;
+        int slot;
+        ~Finish() { turns.finish(slot); }  // also where an error ends the unit, so that nobody waits for it
+      };
+      while (!failure.failed()) {
+        const int64_t unit = turns.take(slot, [&] { return next++; }, order_of);
+        const Finish finish{turns, slot};
+        if (unit >= per_head * count) break;
+        const auto [head, stretch] = order_of(unit);
+        const int64_t b = head / shape.kv_heads;
+        std::vector<T*> sums_of_head = learned_sums(program, gradients, sums.data() + (head - first) * numbers);
+        const int64_t stop = std::min(stretches.most(), (stretch + 1) * stretches.length());
+        for (int64_t index = stretch * stretches.length(); index < stop; ++index)
+          for (int64_t h = head % shape.kv_heads * group; h < (head % shape.kv_heads + 1) * group; ++h) {
+            const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
+            if (index >= tiles.count()) continue;
+            tiles.tile_at(index, tile);
+            const bool is_last = index == stop - 1 && h == (head % shape.kv_heads + 1) * group - 1;
+            if (tile.vectors) worker.tile(b, h, tile, to, turns, slot, is_last, sums_of_head.data());
+          }
+      }
+    });
+    for (int64_t head = 0; head < count; ++head) {
+      to.write(first + head);
+      for (int64_t i = 0; i < numbers; ++i) totals[i] += sums[head * numbers + i];
+    }
+  }
+}
+
+}  // namespace native

@@ -1,0 +1,311 @@
+// The forward: threads take stretches of tiles; a tile is computed by one thread in one order, so the bits do not depend on threads.
+#pragma once
+#include <atomic>
+#include <exception>
+#include <mutex>
+
+#include "tile.h"
+
+namespace native {
+
+// The first error of any thread, thrown once all have stopped.
+class Failure {
+ public:
+  template <class Body>
+  void run(const Body& body) {
+    try {
+      body();
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      if (!error_) error_ = std::current_exception();
+      failed_ = true;
+    }
+  }
+  bool failed() const { return failed_; }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+  std::atomic<bool> failed_{false};
+};
+
+// body(slot) on every thread of the call.
+template <class Body>
+void on_threads(const Parallel& parallel, int slots, const Body& body) {
+  Failure failure;
+  const auto guarded = [&](int slot) { failure.run([&] { body(slot, failure); }); };
+  if (slots <= 1) {
+    guarded(0);
+  } else {
+    parallel.run(
+        parallel.context, slots, [](void* argument, int slot) { (*static_cast<decltype(guarded)*>(argument))(slot); },
+        const_cast<void*>(static_cast<const void*>(&guarded)));
+  }
+  failure.rethrow();
+}
+
+// The engine of float32 and float64, which also serves narrower types by widening their rows.
+template <class T>
+struct WideEngine {
+  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys;
+  using Number = T;
+
+  static size_t bytes(const Shape& shape) {
+    const size_t width = static_cast<size_t>(shape.head_dim + shape.value_dim);
+    return (Forward<T>::numbers(shape.head_dim, shape.value_dim) + TQ * shape.head_dim + most_keys * width) * sizeof(T);
+  }
+
+  WideEngine(Room& room, const Shape& shape, float, bool)
+      : head_dim(shape.head_dim), value_dim(shape.value_dim),
+        softmax(room.take<T>(Forward<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
+        q_rows(room.take<T>(TQ * head_dim)), key_copies(room.take<T>(most_keys * head_dim)),
+        value_copies(room.take<T>(most_keys * value_dim)) {}
+
+  void begin(const Head& q, const int32_t* rows, double factor) {
+    int last = 0;  // lanes past the end repeat one before them
+    for (int i = 0; i < TQ; ++i) {
+      if (rows[i] >= 0) last = i;
+      read_row<T>(q.row(rows[last]), q.type, static_cast<T>(factor), q_rows + i * head_dim, head_dim);
+    }
+    softmax.begin(q_rows, head_dim);
+  }
+
+  void start_from(const T* rows, int ld, const T* lse) { softmax.start_from(rows, ld, lse); }
+
+  void keys_from(const Head& k, const Head& v, int64_t key_step) {
+    keys.start(k, head_dim, key_step, key_copies);
+    values.start(v, value_dim, key_step, value_copies);
+  }
+
+  // change(scores, ld) is called where `changes`.
+  template <class Change>
+  void block(const KeyBlock& block, bool changes, const Change& change) {
+    const T *key_rows[most_keys], *value_rows[most_keys];
+    keys.of(block.keys, block.count, key_rows);
+    values.of(block.keys, block.count, value_rows);
+    if (changes)
+      softmax.block(key_rows, value_rows, block.count, block.low, block.high, change);
+    else
+      softmax.block(key_rows, value_rows, block.count, block.low, block.high, [](T*, int) {});
+  }
+
+  // The same of rows that were cleaned.
+  template <class Change>
+  void block_of(const T* const* key_rows, const T* const* value_rows, const KeyBlock& block, const Change& change) {
+    softmax.block(key_rows, value_rows, block.count, block.low, block.high, change);
+  }
+
+  void result(T* rows, int ld, T* lse) { softmax.result(rows, ld, lse); }
+
+  int head_dim, value_dim;
+  Forward<T> softmax;
+  T *q_rows, *key_copies, *value_copies;
+  Rows<T> keys, values;
+};
+
+// Keys and values with numbers that are not finite, in one tile: they reach the queries that see them, and no others.
+template <class Engine>
+class Careful {
+ public:
+  using T = typename Engine::Number;
+
+  void start(int head_dim, int value_dim) {
+    head_dim_ = head_dim;
+    value_dim_ = value_dim;
+    spoiled_.assign(static_cast<size_t>(Engine::TQ) * value_dim, 0);
+    rows_.resize(static_cast<size_t>(Engine::most_keys) * (head_dim + value_dim));
+  }
+
+  void block(Engine& engine, Scores<T>& scores, const Head& k, const Head& v, const KeyBlock& block) {
+    const T *key_rows[Engine::most_keys], *value_rows[Engine::most_keys];
+    bool bad_key[Engine::most_keys];
+    for (int i = 0; i < block.count; ++i) {
+      T* key = rows_.data() + static_cast<size_t>(i) * (head_dim_ + value_dim_);
+      T* value = key + head_dim_;
+      read_row<T>(k.row(block.keys[i]), k.type, T(1), key, head_dim_);
+      read_row<T>(v.row(block.keys[i]), v.type, T(1), value, value_dim_);
+      bad_key[i] = clean(key, head_dim_, [](int) {});
+      uint64_t lanes_of_key = 0;
+      bool asked = false;
+      clean(value, value_dim_, [&](int d) {
+        if (!asked) lanes_of_key = scores.seen_lanes(block, i);
+        asked = true;
+        for (int lane = 0; lane < (block.high - block.low) * Engine::W; ++lane)
+          if (lanes_of_key >> lane & 1) spoiled_[static_cast<size_t>(block.low * Engine::W + lane) * value_dim_ + d] = 1;
+      });
+      key_rows[i] = key;
+      value_rows[i] = value;
+    }
+    engine.block_of(key_rows, value_rows, block, [&](T* to, int ld) {
+      if (scores.changes(block)) scores.change(block, to, ld);
+      for (int i = 0; i < block.count; ++i) {
+        if (!bad_key[i]) continue;
+        const uint64_t seen = scores.seen_lanes(block, i);
+        for (int lane = 0; lane < (block.high - block.low) * Engine::W; ++lane)
+          if (seen >> lane & 1) to[i * ld + lane] = std::numeric_limits<T>::quiet_NaN();
+      }
+    });
+  }
+
+  void finish(T* rows, int ld) const {
+    for (int i = 0; i < Engine::TQ; ++i)
+      for (int d = 0; d < value_dim_; ++d)
+        if (spoiled_[static_cast<size_t>(i) * value_dim_ + d]) rows[i * ld + d] = std::numeric_limits<T>::quiet_NaN();
+  }
+
+ private:
+  template <class Bad>
+  static bool clean(T* row, int count, const Bad& bad) {
+    bool any = false;
+    for (int d = 0; d < count; ++d) {
+      if (std::isfinite(row[d])) continue;
+      row[d] = T(0);
+      any = true;
+      bad(d);
+    }
+    return any;
+  }
+
+  int head_dim_ = 0, value_dim_ = 0;
+  std::vector<char> spoiled_;
+  std::vector<T> rows_;
+};
+
+// One thread's work on the tiles of a forward.
+template <class Engine>
+class ForwardWorker {
+ public:
+  using T = typename Engine::Number;
+  static constexpr int W = Engine::W, TQ = Engine::TQ;
+
+  ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, Room& room)
+      : problem_(problem), program_(program), shape_(shape), room_(start(room, shape)),
+        engine_(room, shape, static_cast<float>(problem.scale), program.score_mod != nullptr), scores_(program),
+        out_(room.take<T>(static_cast<size_t>(TQ) * shape.value_dim)), lse_(room.take<T>(TQ)) {}
+
+  void tile(int64_t b, int64_t h, const QueryTile<W>& tile, bool merges) {
+    const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
+    scores_.start(b, h, tile);
+    compute<false>(b, h, tile, merges, q, out, lse);
+    if (has_nan()) compute<true>(b, h, tile, merges, q, out, lse);
+    for (int i = 0; i < TQ; ++i) {
+      if (tile.rows[i] < 0) continue;
+      write_row<T>(out_ + i * shape_.value_dim, out.type, out.mutable_row(tile.rows[i]), shape_.value_dim);
+      *static_cast<T*>(lse_at(lse, tile.rows[i])) = lse_[i];
+    }
+    ++counts.tiles;
+  }
+
+  Counts counts;
+
+ private:
+  static Room& start(Room& room, const Shape& shape) {
+    room.reset(Engine::bytes(shape) + (static_cast<size_t>(TQ) * (shape.value_dim + 1)) * sizeof(T), 8);
+    return room;
+  }
+
+  // lse has no width: rows of it are single numbers.
+  void* lse_at(const Head& lse, int64_t row) const { return lse.mutable_row(row); }
+
+  bool has_nan() const {
+    T sum = 0;
+    for (int i = 0; i < TQ * shape_.value_dim; ++i) sum += out_[i] * T(0);
+    return sum != sum;
+  }
+
+  template <bool careful>
+  void compute(int64_t b, int64_t h, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out, const Head& lse) {
+    const bool natural = program_.score_mod != nullptr;
+    engine_.begin(q, tile.rows, natural ? problem_.scale : problem_.scale * log2_of_e);
+    if (merges) {
+      for (int i = 0; i < TQ; ++i) {
+        const int row = tile.rows[i] < 0 ? tile.rows[0] : tile.rows[i];
+        read_row<T>(out.row(row), out.type, T(1), out_ + i * shape_.value_dim, shape_.value_dim);
+        lse_[i] = *static_cast<const T*>(lse.row(row));
+      }
+      engine_.start_from(out_, shape_.value_dim, lse_);
+    }
+    const int64_t kv_head = shape_.kv_head(h);
+    const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
+    const Group& group = program_.groups[program_.group_of_head[h]];
+    if (careful) careful_.start(shape_.head_dim, shape_.value_dim);
+    KeyWalk<W> walk(program_.masks, b, h, group.layout, tile, Engine::most_keys);
+    for (const Branch& branch : group.branches) {
+      scores_.of_branch(branch.root);
+      engine_.keys_from(k, v, branch.key_step);
+      walk.branch(branch, shape_.kv_len, [&](const KeyBlock& block) {
+        if (careful) return careful_.block(engine_, scores_, k, v, block);
+        counts.add(block, W);
+        engine_.block(block, scores_.changes(block), [&](T* scores, int ld) { scores_.change(block, scores, ld); });
+      });
+    }
+    engine_.result(out_, shape_.value_dim, lse_);
+    if (careful) careful_.finish(out_, shape_.value_dim);
+  }
+
+  const Problem& problem_;
+  const Program& program_;
+  const Shape& shape_;
+  Room& room_;
+  Engine engine_;
+  Scores<T> scores_;
+  T *out_, *lse_;
+  Careful<Engine> careful_;
+};
+
+// Tiles of all heads, in stretches that threads take one after the other.
+template <int W>
+class Stretches {
+ public:
+  Stretches(const Problem& problem, const Program& program, const Shape& shape, int64_t heads, int threads) : heads_(heads) {
+    for (const int64_t offset : problem.q_offsets)
+      for (const Group& group : program.groups) {
+        tiles_.emplace_back(group.layout, shape.q_len, offset);
+        most_ = std::max(most_, tiles_.back().count());
+      }
+    groups_ = static_cast<int64_t>(program.groups.size());
+    length_ = std::clamp<int64_t>(most_ * heads / (8 * std::max(threads, 1)), 1, 32);
+    count_ = (most_ + length_ - 1) / length_ * heads;
+  }
+
+  int64_t count() const { return count_; }
+  int64_t length() const { return length_; }
+  void set_length(int64_t length) { length_ = length, count_ = (most_ + length - 1) / length * heads_; }
+  int64_t most() const { return most_; }
+  const QueryTiles<W>& tiles(int64_t entry, int64_t group) const { return tiles_[entry * groups_ + group]; }
+
+ private:
+  std::vector<QueryTiles<W>> tiles_;
+  int64_t heads_, groups_ = 0, most_ = 0, length_ = 1, count_ = 0;
+};
+
+inline int64_t offset_entry(const Problem& problem, int64_t b) { return problem.q_offsets.size() == 1 ? 0 : b; }
+
+template <class Engine>
+void forward_with(const Problem& problem, const Program& program, bool merges) {
+  const Shape shape(problem);
+  const Stretches<Engine::W> stretches(problem, program, shape, shape.batch * shape.heads, problem.parallel.threads);
+  std::atomic<int64_t> next{0};
+  const int slots = static_cast<int>(std::min<int64_t>(problem.parallel.threads, stretches.count()));
+  const int64_t per_head = stretches.count() / (shape.batch * shape.heads);
+  on_threads(problem.parallel, slots, [&](int, const Failure& failure) {
+    thread_local Room room;
+    ForwardWorker<Engine> worker(problem, program, shape, room);
+    QueryTile<Engine::W> tile;
+    for (int64_t unit; !failure.failed() && (unit = next.fetch_add(1)) < stretches.count();) {
+      const int64_t b = unit / per_head / shape.heads, h = unit / per_head % shape.heads, stretch = unit % per_head;
+      const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
+      const int64_t stop = std::min(tiles.count(), (stretch + 1) * stretches.length());
+      for (int64_t index = stretch * stretches.length(); index < stop; ++index) {
+        tiles.tile_at(index, tile);
+        if (tile.vectors) worker.tile(b, h, tile, merges);
+      }
+    }
+    worker.counts.write(problem.counts);
+  });
+}
+
+}  // namespace native

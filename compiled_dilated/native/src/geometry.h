@@ -1,0 +1,354 @@
+// How a sequence is cut: queries into tiles of `tile_vectors` vectors, keys into blocks that some of these vectors see.
+#pragma once
+#include "engine.h"
+#include "program.h"
+
+namespace native {
+
+// Queries that are computed together. Lanes past the end repeat a valid query and have row -1.
+template <int W>
+struct QueryTile {
+  int vectors = 0;  // that have a query
+  int32_t positions[tile_vectors * W];
+  int32_t rows[tile_vectors * W];  // of q
+  Region whole;
+  Region of_vector[tile_vectors];
+};
+
+// A run of positions, or whole lines of a grid.
+struct Part {
+  bool is_box;
+  int64_t start, stop;  // positions; of a box its first and past its last
+};
+
+inline std::vector<Part> parts_of(const Layout& layout, int64_t start, int64_t stop) {
+  int64_t line = 1;
+  for (int axis = 1; axis < layout.axes; ++axis) line *= layout.sizes[axis];
+  if (layout.axes > 1) {
+    const int64_t end = layout.offset + layout.sizes[0] * line;
+    const int64_t from = layout.offset + (std::max(start, layout.offset) - layout.offset + line - 1) / line * line;
+    const int64_t to = layout.offset + std::max<int64_t>(0, std::min(stop, end) - layout.offset) / line * line;
+    if (from < to) {
+      std::vector<Part> parts;
+      if (start < from) parts.push_back({false, start, from});
+      parts.push_back({true, from, to});
+      if (to < stop) parts.push_back({false, to, stop});
+      return parts;
+    }
+  }
+  return {{false, start, stop}};
+}
+
+// A box of the grid as coordinates, and its region.
+struct Box {
+  int64_t low[3] = {0, 0, 0};
+  int32_t extent[3] = {1, 1, 1};
+
+  Region region(const Layout& layout) const {
+    int64_t stride[3] = {1, 1, 1}, base = layout.offset, unit = 1;
+    for (int axis = layout.axes - 1; axis >= 0; --axis) {
+      stride[axis] = unit;
+      base += low[axis] * unit;
+      unit *= layout.sizes[axis];
+    }
+    return Region::box(base, extent, stride);
+  }
+};
+
+template <int W>
+class QueryTiles {
+ public:
+  QueryTiles(const Layout& layout, int64_t q_len, int64_t q_offset) : layout_(layout), offset_(q_offset), stop_(q_offset + q_len) {
+    // Classes that are shorter than a vector leave lanes empty.
+    step_ = layout.step;
+    while (step_ > 1 && q_len < step_ * W * 2) step_ = step_ % 2 ? 1 : step_ / 2;
+    for (const Part& part : parts_of(layout, q_offset, stop_)) {
+      starts_.push_back(count_);
+      parts_.push_back(part);
+      count_ += part.is_box ? patches(part) : (part.stop - part.start + step_ * tile - 1) / (step_ * tile) * step_;
+    }
+  }
+
+  int64_t count() const { return count_; }
+
+  // Tile `index`; without vectors where a class has no query so far on.
+  void tile_at(int64_t index, QueryTile<W>& out) const {
+    size_t part = parts_.size() - 1;
+    while (starts_[part] > index) --part;
+    if (parts_[part].is_box)
+      patch(parts_[part], index - starts_[part], out);
+    else
+      line(parts_[part], index - starts_[part], out);
+  }
+
+ private:
+  static constexpr int tile = tile_vectors * W;
+  // Vectors are patches of nearly equal sides.
+  static constexpr int patch_sides[4][3] = {{1, 1, W}, {1, 1, W}, {1, W >= 16 ? 4 : 2, W / (W >= 16 ? 4 : 2)}, {W >= 8 ? 2 : 1, 2, W / (W >= 8 ? 4 : 2)}};
+
+  // Sides of a vector's patch, and of a tile's, along the grid's axes.
+  int32_t side(int axis) const { return patch_sides[layout_.axes][3 - layout_.axes + axis]; }
+  int32_t tile_side(int axis) const { return side(axis) * (axis == layout_.axes - 1 ? tile_vectors : 1); }
+
+  // The lines of a part as sizes of a grid of their own.
+  int64_t size(const Part& part, int axis) const {
+    if (axis > 0) return layout_.sizes[axis];
+    return (part.stop - part.start) / line_length();
+  }
+
+  int64_t line_length() const {
+    int64_t length = 1;
+    for (int axis = 1; axis < layout_.axes; ++axis) length *= layout_.sizes[axis];
+    return length;
+  }
+
+  int64_t along(const Part& part, int axis) const { return (size(part, axis) + tile_side(axis) - 1) / tile_side(axis); }
+
+  int64_t patches(const Part& part) const {
+    int64_t count = 1;
+    for (int axis = 0; axis < layout_.axes; ++axis) count *= along(part, axis);
+    return count;
+  }
+
+  void line(const Part& part, int64_t index, QueryTile<W>& out) const {
+    // Tiles of all classes of one stretch follow each other: they share keys.
+    const int64_t start = part.start + index % step_ + index / step_ * tile * step_;
+    out.vectors = 0;
+    if (start >= part.stop) return;
+    const int64_t count = std::min<int64_t>(tile, (part.stop - start + step_ - 1) / step_);
+    for (int i = 0; i < tile; ++i) {
+      const int64_t position = start + std::min<int64_t>(i, count - 1) * step_;
+      out.positions[i] = static_cast<int32_t>(position);
+      out.rows[i] = i < count ? static_cast<int32_t>(position - offset_) : -1;
+    }
+    out.vectors = static_cast<int>((count + W - 1) / W);
+    out.whole = Region::line(start, count, step_);
+    for (int j = 0; j < out.vectors; ++j)
+      out.of_vector[j] = Region::line(start + j * W * step_, std::min<int64_t>(W, count - j * W), step_);
+  }
+
+  void patch(const Part& part, int64_t index, QueryTile<W>& out) const {
+    const int axes = layout_.axes;
+    Box box;
+    for (int axis = axes - 1; axis >= 0; --axis) {
+      const int64_t at = index % along(part, axis) * tile_side(axis);
+      index /= along(part, axis);
+      box.extent[axis] = static_cast<int32_t>(std::min<int64_t>(tile_side(axis), size(part, axis) - at));
+      box.low[axis] = at + (axis == 0 ? (part.start - layout_.offset) / line_length() : 0);
+    }
+    out.whole = box.region(layout_);
+    const int last = axes - 1;
+    out.vectors = (box.extent[last] + side(last) - 1) / side(last);
+    const Region& whole = out.whole;
+    for (int j = 0; j < tile_vectors; ++j) {
+      if (j < out.vectors) {
+        Box own = box;
+        own.low[last] += j * side(last);
+        own.extent[last] = std::min(side(last), box.extent[last] - j * side(last));
+        out.of_vector[j] = own.region(layout_);
+      }
+      for (int lane = 0; lane < W; ++lane) {
+        int rest = lane;
+        int64_t position = whole.first;
+        bool inside = true;
+        for (int axis = last; axis >= 0; --axis) {
+          const int32_t at = rest % side(axis) + (axis == last ? j * side(axis) : 0);
+          rest /= side(axis);
+          inside = inside && at < box.extent[axis];
+          position += std::min(at, box.extent[axis] - 1) * whole.stride[axis];
+        }
+        out.positions[j * W + lane] = static_cast<int32_t>(position);
+        out.rows[j * W + lane] = inside ? static_cast<int32_t>(position - offset_) : -1;
+      }
+    }
+  }
+
+  const Layout layout_;
+  int64_t offset_, stop_, step_, count_ = 0;
+  std::vector<Part> parts_;
+  std::vector<int64_t> starts_;
+};
+
+// Keys that the same vectors of a tile see, low .. high - 1; bit j of `partial` says that vector j sees some of its pairs only.
+struct KeyBlock {
+  int count = 0, low = 0, high = 0;
+  bool any_partial = false;
+  int32_t least = 0;
+  int32_t keys[128];
+  uint8_t partial[128];
+};
+
+// Finds the keys of a tile: regions are halved until the mask decides them. Gives blocks of at most `most` keys to a function.
+template <int W>
+class KeyWalk {
+ public:
+  KeyWalk(const Masks& masks, int64_t b, int64_t h, const Layout& layout, const QueryTile<W>& tile, int most)
+      : masks_(masks), b_(b), h_(h), layout_(layout), tile_(tile), most_(most) {
+    for (int low = 0; low < tile_vectors; ++low)
+      for (int high = low + 1; high <= tile_vectors; ++high) {
+        open_[low][high - 1].low = low;
+        open_[low][high - 1].high = high;
+        open_[low][high - 1].count = 0;
+      }
+  }
+
+  // Walks the keys of one branch, each once, and gives them to visit(block).
+  template <class Visit>
+  void branch(const Branch& branch, int64_t kv_len, const Visit& visit) {
+    root_ = branch.root;
+    cursor_ = 0;
+    for (const Part& part : parts_of(layout_, 0, kv_len)) {
+      if (part.is_box) {
+        Box box;
+        int64_t line = 1;
+        for (int axis = 1; axis < layout_.axes; ++axis) line *= layout_.sizes[axis], box.extent[axis] = static_cast<int32_t>(layout_.sizes[axis]);
+        box.low[0] = (part.start - layout_.offset) / line;
+        box.extent[0] = static_cast<int32_t>((part.stop - part.start) / line);
+        walk(box, visit);
+        continue;
+      }
+      for (int64_t residue = 0; residue < branch.key_step; ++residue) {
+        const int64_t first = part.start + modulo(residue - part.start, branch.key_step);
+        if (first < part.stop) line(first, branch.key_step, 0, (part.stop - first + branch.key_step - 1) / branch.key_step, visit);
+      }
+    }
+    for (int low = 0; low < tile_vectors; ++low)
+      for (int high = low + 1; high <= tile_vectors; ++high) flush(open_[low][high - 1], visit);
+  }
+
+  // No later block of the branch has a key below this, where its keys are walked without a step.
+  int64_t least_to_come() const {
+    int64_t least = cursor_;
+    for (int low = 0; low < tile_vectors; ++low)
+      for (int high = low; high < tile_vectors; ++high)
+        if (open_[low][high].count) least = std::min<int64_t>(least, open_[low][high].least);
+    return least;
+  }
+
+ private:
+  // Keys of so many or fewer are asked about vector by vector; edges are followed down to the finer grain.
+  static constexpr int grain = 16, fine_grain = 4;
+
+  template <class Visit>
+  void flush(KeyBlock& block, const Visit& visit) {
+    if (!block.count) return;
+    KeyBlock full = block;
+    block.count = 0;
+    block.any_partial = false;
+    visit(full);
+  }
+
+  template <class Visit>
+  void add(int64_t key, int low, int high, uint8_t partial, const Visit& visit) {
+    KeyBlock& block = open_[low][high - 1];
+    block.least = block.count ? std::min(block.least, static_cast<int32_t>(key)) : static_cast<int32_t>(key);
+    block.keys[block.count] = static_cast<int32_t>(key);
+    block.partial[block.count] = partial;
+    block.any_partial |= partial != 0;
+    if (++block.count == most_) flush(block, visit);
+  }
+
+  template <class Visit>
+  void add(const Region& keys, int low, int high, uint8_t partial, const Visit& visit) {
+    for (int32_t i = 0; i < keys.extent[0]; ++i) {
+      cursor_ = keys.base + i * keys.stride[0];
+      for (int32_t j = 0; j < keys.extent[1]; ++j) {
+        const int64_t base = keys.base + i * keys.stride[0] + j * keys.stride[1];
+        for (int32_t k = 0; k < keys.extent[2]; ++k) add(base + k * keys.stride[2], low, high, partial, visit);
+      }
+    }
+  }
+
+  Verdict classify(const Region& queries, const Region& keys) const { return masks_.classify(root_, b_, h_, queries, keys); }
+
+  // Which vectors see a few keys; true where that is settled: not where an edge may run through them.
+  template <class Visit>
+  bool by_vector(const Region& keys, bool finest, const Visit& visit) {
+    int low = tile_vectors, high = 0, partial = 0;
+    for (int j = 0; j < tile_.vectors; ++j) {
+      const Verdict seen = classify(tile_.of_vector[j], keys);
+      if (seen == EMPTY) continue;
+      low = std::min(low, j);
+      high = j + 1;
+      partial |= (seen == PARTIAL) << j;
+    }
+    const int asked = partial;
+    // Vectors between that see nothing are computed with the others and hidden.
+    if (high) {
+      for (int j = low; j < high; ++j)
+        if (!(asked >> j & 1) && classify(tile_.of_vector[j], keys) == EMPTY) partial |= 1 << j;
+      if (!finest && asked && asked != (1 << tile_.vectors) - 1) return false;
+      add(keys, low, high, static_cast<uint8_t>(partial), visit);
+    }
+    return true;
+  }
+
+  template <class Visit>
+  void line(int64_t base, int64_t step, int64_t from, int64_t to, const Visit& visit) {
+    const Region keys = Region::line(base + from * step, to - from, step);
+    cursor_ = keys.first;
+    const Verdict seen = classify(tile_.whole, keys);
+    if (seen == EMPTY) return;
+    if (seen == FULL) return add(keys, 0, tile_.vectors, 0, visit);
+    const int64_t count = to - from;
+    if (count <= grain) {
+      if (by_vector(keys, count <= fine_grain, visit)) return;
+      for (int64_t at = from; at < to; at += fine_grain)
+        by_vector(Region::line(base + at * step, std::min<int64_t>(fine_grain, to - at), step), true, visit);
+      return;
+    }
+    // At a multiple of the largest power of two: tiles of equal places then have equal regions.
+    int64_t power = 1;
+    while (power * 2 < count) power *= 2;
+    int64_t middle = (from / power + 1) * power;
+    while (middle >= to) power /= 2, middle = (from / power + 1) * power;
+    line(base, step, from, middle, visit);
+    line(base, step, middle, to, visit);
+  }
+
+  template <class Visit>
+  void walk(const Box& box, const Visit& visit) {
+    const Region keys = box.region(layout_);
+    cursor_ = layout_.offset + box.low[0] * keys.stride[0];
+    const Verdict seen = classify(tile_.whole, keys);
+    if (seen == EMPTY) return;
+    if (seen == FULL) return add(keys, 0, tile_.vectors, 0, visit);
+    // The slowest axis that is longer than a small box is cut, so that lines are walked in order.
+    int axis = -1;
+    const int32_t side = layout_.axes == 2 ? 4 : 2;
+    for (int i = layout_.axes - 1; i >= 0; --i)
+      if (box.extent[i] > side) axis = i;
+    if (axis < 0) {
+      if (by_vector(keys, false, visit)) return;
+      const int last = layout_.axes - 1;
+      for (int32_t at = 0; at < box.extent[last]; ++at) {
+        Box column = box;
+        column.low[last] += at;
+        column.extent[last] = 1;
+        by_vector(column.region(layout_), true, visit);
+      }
+      return;
+    }
+    int64_t power = side;
+    while (power * 2 < box.extent[axis]) power *= 2;
+    const int64_t from = box.low[axis], to = from + box.extent[axis];
+    int64_t middle = (from / power + 1) * power;
+    while (middle >= to) power /= 2, middle = (from / power + 1) * power;
+    Box first = box, second = box;
+    first.extent[axis] = static_cast<int32_t>(middle - from);
+    second.low[axis] = middle;
+    second.extent[axis] = static_cast<int32_t>(to - middle);
+    walk(first, visit);
+    walk(second, visit);
+  }
+
+  const Masks& masks_;
+  int64_t b_, h_;
+  const Layout& layout_;
+  const QueryTile<W>& tile_;
+  int most_, root_ = 0;
+  int64_t cursor_ = 0;
+  KeyBlock open_[tile_vectors][tile_vectors];
+};
+
+}  // namespace native

@@ -1,0 +1,115 @@
+// Masks as expressions over a table of nodes: which pairs are seen, and what holds of whole tiles of pairs.
+#pragma once
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "functions.h"
+#include "problem.h"
+#include "regions.h"
+#include "vectors.h"
+
+namespace native {
+
+// The numbers are those of encode.py; what stands behind each are its arguments.
+enum class Op : int64_t {
+  full = 0,
+  all_of = 1,            // nodes
+  any_of = 2,            // nodes
+  none_of = 3,           // node
+  causal = 4,
+  window = 5,            // left, right, dilation
+  segments = 6,          // length
+  congruent = 7,         // modulus, offset, period (0: none)
+  sinks = 8,             // count: keys below it
+  leading = 9,           // count: queries below it
+  dilated_blocks = 10,   // block, stride
+  document_lengths = 11, // where each document stops
+  tiles = 12,            // block, columns, then row * columns + column of each, ascending
+  neighborhood = 13,     // offset, axes, then size, radius, dilation, causal, shifts of each axis
+  document_ids = 14,     // number of the data tensor
+  padding = 15,          // number of the data tensor
+  global_data = 16,      // number of the data tensor
+  global_positions = 17, // positions, ascending
+  function = 18,         // head (-1: the call's), number of operands, their numbers, then a tape
+};
+
+// Least and greatest entry of a data tensor's row over any range of positions, of blocks of 16 and of their pairs.
+class Summary {
+ public:
+  Summary() = default;
+  Summary(const int32_t* values, int64_t count);
+  struct Bounds {
+    int32_t least, greatest;
+  };
+  // Of the smallest two aligned blocks that hold first .. last; exact where that is itself such a block.
+  Bounds over(int64_t first, int64_t last) const;
+
+ private:
+  std::vector<std::vector<Bounds>> levels_;
+};
+
+// One data tensor of a call: the rows of its batch as 32-bit numbers, equal where the entries are.
+struct DataRows {
+  int64_t batch = 0, tokens = 0;
+  std::vector<int32_t> values;
+  std::vector<Summary> summaries;
+  const int32_t* row(int64_t b) const { return values.data() + (batch == 1 ? 0 : b) * tokens; }
+  const Summary& summary(int64_t b) const { return summaries[batch == 1 ? 0 : b]; }
+};
+
+DataRows rows_of(const Array& data);
+
+struct Node {
+  Op op;
+  std::vector<int64_t> arguments;
+  int slot = 0;  // of its numbers for each lane of a tile
+  std::unique_ptr<Function> function;
+  int64_t head = -1;
+  std::vector<Array> operands;
+};
+
+// All nodes of a call's program and what they read.
+struct Masks {
+  std::vector<Node> nodes;
+  std::vector<DataRows> data;
+  int slots = 0;
+
+  void add(Node node);
+  Verdict classify(int node, int64_t b, int64_t h, const Region& q, const Region& k) const;
+};
+
+// A vector of 32-bit integers for W lanes.
+template <int W>
+struct IntsOf {
+  typedef int32_t type __attribute__((vector_size(W * 4), aligned(4), may_alias));
+};
+
+// The queries of one tile, as masks ask about them: for every node some numbers of each lane.
+template <int W>
+class TileQueries {
+ public:
+  using Ints = typename IntsOf<W>::type;
+
+  // positions: `count` of them, a multiple of W. Nothing is computed before `seen` asks.
+  void start(const Masks& masks, int64_t b, int64_t h, const int32_t* positions, int count);
+
+  // out[i * (high - low) + j] is -1 for lanes of vector low + j whose queries see key i, 0 for others.
+  void seen(int node, int low, int high, const int32_t* keys, int count, Ints* out);
+
+ private:
+  void prepare(int node);
+
+  const Masks* masks_ = nullptr;
+  int64_t b_ = 0, h_ = 0;
+  const int32_t* positions_ = nullptr;
+  int count_ = 0;
+  std::vector<int32_t> numbers_;
+  std::vector<char> is_prepared_;
+  std::vector<std::vector<int32_t>> spare_;  // for the parts of joined nodes, by depth
+  int depth_ = 0;
+  FunctionRoom room_;
+  std::vector<uint8_t> answers_;
+};
+
+}  // namespace native

@@ -1,0 +1,77 @@
+// What the operators hand to the kernels: plain values, nothing of torch.
+//
+//     operators.cpp (tensors) -> Problem, Gradients -> forward, backward, count (kernels)
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace native {
+
+enum class Type : int { f32, f64, f16, bf16, boolean, i8, i16, i32, i64, u8 };
+
+constexpr int max_dims = 8;
+constexpr int count_numbers = 8;
+
+// A tensor's data, of which the owner is elsewhere. Sizes and strides in elements.
+struct Array {
+  const void* data = nullptr;
+  Type type = Type::f32;
+  int dims = 0;
+  int64_t sizes[max_dims] = {};
+  int64_t strides[max_dims] = {};
+
+  template <class T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+
+  // Of results alone.
+  template <class T>
+  T* writable() const {
+    return static_cast<T*>(const_cast<void*>(data));
+  }
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// The caller's threads. run calls body(argument, slot) once for every slot in 0 .. slots - 1, on up to `threads` threads, and
+// returns when all are done. A body may throw: the first error is thrown again out of run.
+struct Parallel {
+  int threads = 1;
+  void (*run)(void* context, int slots, void (*body)(void* argument, int slot), void* argument) = nullptr;
+  void* context = nullptr;
+};
+
+// q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv): any strides, the last dimension contiguous.
+// out (B, H, N, Dv): any strides, the last dimension contiguous. lse (B, H, N), contiguous: f32, or f64 where q is f64.
+// No size is 0, H is a multiple of Hkv. q_offsets has 1 or B numbers. counts: null, or count_numbers numbers, zeros at first.
+struct Problem {
+  Array q, k, v;
+  Array out, lse;
+  std::vector<Array> data, operands;
+  std::vector<int64_t> code;
+  double scale = 1.0;
+  std::vector<int64_t> q_offsets;
+  Parallel parallel;
+  int64_t* counts = nullptr;
+};
+
+// All contiguous and zeros at first. grad_lse: no data if there is none; grad_out: strides as those of out, any.
+// sums: the gradients of operands[learned[0]], operands[learned[1]], ... flat one after the other; no data if nothing is learned.
+struct Gradients {
+  Array grad_out, grad_lse;
+  Array grad_q, grad_k, grad_v;
+  std::vector<int64_t> learned;
+  Array sums;
+};
+
+// Each throws std::runtime_error with a text for the user on bad input.
+
+// merge: out and lse hold the result over other keys, and become that over all.
+void forward(const Problem& problem, bool merge);
+void backward(const Problem& problem, const Gradients& gradients);
+// Fills counts from sizes alone: q, k and v have no data. Data and operands do.
+void count(const Problem& problem);
+
+}  // namespace native

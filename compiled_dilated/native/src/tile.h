@@ -1,0 +1,163 @@
+// What forward and backward share in one tile: the rows of a block's keys, and how scores are changed and hidden.
+#pragma once
+#include <vector>
+
+#include "geometry.h"
+#include "rows.h"
+
+namespace native {
+
+struct Shape {
+  int64_t batch, heads, kv_heads, q_len, kv_len;
+  int head_dim, value_dim;
+
+  explicit Shape(const Problem& problem)
+      : batch(problem.q.sizes[0]), heads(problem.q.sizes[1]), kv_heads(problem.k.sizes[1]), q_len(problem.q.sizes[2]),
+        kv_len(problem.k.sizes[2]), head_dim(static_cast<int>(problem.q.sizes[3])), value_dim(static_cast<int>(problem.v.sizes[3])) {
+    if (head_dim < 1 || head_dim > 256 || value_dim < 1 || value_dim > 256)
+      throw std::runtime_error("the native kernel takes head_dim and value_dim from 1 to 256");
+    if (kv_heads < 1 || heads % kv_heads) throw std::runtime_error("query heads must be a multiple of key heads");
+  }
+
+  int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
+};
+
+// The first query's position of one entry of the batch.
+inline int64_t offset_of(const Problem& problem, int64_t b) {
+  return problem.q_offsets.size() == 1 ? problem.q_offsets[0] : problem.q_offsets[b];
+}
+
+// Rows of keys or values of one head by position: where they lie, or copied where that is of another type, or so far apart that
+// rows would fall into few sets of the cache.
+template <class T>
+class Rows {
+ public:
+  void start(const Head& head, int width, int64_t key_step, T* copies) {
+    head_ = head;
+    width_ = width;
+    copies_ = copies;
+    const int64_t apart = head.stride * key_step;
+    const bool crowded = apart != static_cast<int64_t>(width * sizeof(T)) && apart % 512 == 0;
+    direct_ = head.type == type_of<T> && !crowded;
+  }
+
+  void of(const int32_t* positions, int count, const T** out) const {
+    if (direct_) {
+      for (int i = 0; i < count; ++i) out[i] = static_cast<const T*>(head_.row(positions[i]));
+      return;
+    }
+    for (int i = 0; i < count; ++i) {
+      T* copy = copies_ + i * width_;
+      read_row<T>(head_.row(positions[i]), head_.type, T(1), copy, width_);
+      out[i] = copy;
+    }
+  }
+
+ private:
+  Head head_{Array{}, 0, 0};
+  int width_ = 0;
+  T* copies_ = nullptr;
+  bool direct_ = false;
+};
+
+// Changes and hides the scores of one tile.
+template <class T>
+class Scores {
+ public:
+  static constexpr int W = lanes<T>;
+  using Ints = typename TileQueries<W>::Ints;
+
+  explicit Scores(const Program& program) : program_(program), seen_(static_cast<size_t>(128) * tile_vectors * W) {}
+
+  void start(int64_t b, int64_t h, const QueryTile<W>& tile) {
+    b_ = b, h_ = h, tile_ = &tile;
+    queries_.start(program_.masks, b, h, tile.positions, tile_vectors * W);
+  }
+
+  void of_branch(int root) { root_ = root; }
+
+  bool changes(const KeyBlock& block) const { return program_.score_mod || block.any_partial; }
+
+  // scores[key * ld + query] of the block, in natural units where there is a score_mod, binary afterwards.
+  void change(const KeyBlock& block, T* scores, int ld) {
+    if (program_.score_mod) {
+      score<T>(*program_.score_mod, program_.operands.data(), pairs(block), scores, ld, room_);
+      const int total = block.count * ld;
+      for (int i = 0; i < total; ++i) scores[i] *= static_cast<T>(log2_of_e);
+    }
+    if (block.any_partial) hide(block, scores, ld);
+  }
+
+  // Of gradients of changed scores those of the scores before.
+  void change_back(const KeyBlock& block, const T* before, T* grads, int ld, T* const* sums) {
+    score_backward<T>(*program_.score_mod, program_.operands.data(), pairs(block), before, grads, ld, sums, room_);
+  }
+
+  // Which of the block's queries see one key: bit i of lane i of the vectors from block.low on.
+  uint64_t seen_lanes(const KeyBlock& block, int key) {
+    queries_.seen(root_, block.low, block.high, block.keys + key, 1, reinterpret_cast<Ints*>(seen_.data()));
+    uint64_t bits = 0;
+    for (int j = 0; j < block.high - block.low; ++j)
+      for (int lane = 0; lane < W; ++lane)
+        if (seen_[j * W + lane]) bits |= uint64_t{1} << (j * W + lane);
+    return bits;
+  }
+
+ private:
+  Pairs pairs(const KeyBlock& block) const {
+    const Pairs out{b_, h_, tile_->positions + block.low * W, (block.high - block.low) * W, block.keys, block.count};
+    return out;
+  }
+
+  void hide(const KeyBlock& block, T* scores, int ld) {
+    int32_t asked[128];
+    int keys[128], count = 0;
+    for (int i = 0; i < block.count; ++i) {
+      if (!block.partial[i]) continue;
+      asked[count] = block.keys[i];
+      keys[count++] = i;
+    }
+    const int vectors = block.high - block.low;
+    queries_.seen(root_, block.low, block.high, asked, count, reinterpret_cast<Ints*>(seen_.data()));
+    const Ints* answers = reinterpret_cast<const Ints*>(seen_.data());
+    for (int i = 0; i < count; ++i)
+      for (int j = 0; j < vectors; ++j) {
+        if (!(block.partial[keys[i]] >> (block.low + j) & 1)) continue;
+        T* at = scores + keys[i] * ld + j * W;
+        const VectorMask<T> seen = __builtin_convertvector(answers[i * vectors + j], VectorMask<T>);
+        store<T>(at, seen ? load<T>(at) : all(-infinity<T>));
+      }
+  }
+
+  const Program& program_;
+  TileQueries<W> queries_;
+  const QueryTile<W>* tile_ = nullptr;
+  int64_t b_ = 0, h_ = 0;
+  int root_ = 0;
+  std::vector<int32_t> seen_;
+  FunctionRoom room_;
+};
+
+// Sums over what threads did.
+struct Counts {
+  int64_t pairs = 0;    // of which scores were computed
+  int64_t partial = 0;  // of which the mask was asked one by one
+  int64_t blocks = 0;
+  int64_t tiles = 0;
+
+  void add(const KeyBlock& block, int width) {
+    pairs += static_cast<int64_t>(block.count) * (block.high - block.low) * width;
+    for (int i = 0; i < block.count; ++i) partial += static_cast<int64_t>(__builtin_popcount(block.partial[i])) * width;
+    ++blocks;
+  }
+
+  void write(int64_t* to) const {
+    if (!to) return;
+    __atomic_fetch_add(to, pairs, __ATOMIC_RELAXED);
+    __atomic_fetch_add(to + 1, partial, __ATOMIC_RELAXED);
+    __atomic_fetch_add(to + 2, blocks, __ATOMIC_RELAXED);
+    __atomic_fetch_add(to + 3, tiles, __ATOMIC_RELAXED);
+  }
+};
+
+}  // namespace native

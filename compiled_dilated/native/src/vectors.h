@@ -1,0 +1,133 @@
+// Vectors of queries: GCC's and clang's vector extensions, so that one source serves AVX-512, AVX2, NEON and plain C.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace native {
+
+#define NATIVE_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+template <class T>
+constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+// A vector may lie at any address of its element type, and alias arrays of it.
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+  // Integers as wide as T: what a comparison of two vectors gives, -1 where it holds.
+  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef Bits mask __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+using VectorMask = typename VectorOf<T>::mask;
+
+template <class T>
+NATIVE_INLINE Vector<T> load(const T* from) {
+  return *reinterpret_cast<const Vector<T>*>(from);
+}
+
+template <class T>
+NATIVE_INLINE void store(T* to, Vector<T> x) {
+  *reinterpret_cast<Vector<T>*>(to) = x;
+}
+
+template <class T>
+NATIVE_INLINE Vector<T> all(T x) {
+  return Vector<T>{} + x;
+}
+
+template <class T>
+NATIVE_INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+  // The compiler makes a comparison and a blend of `a > b ? a : b`.
+  if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+  return a > b ? a : b;
+}
+
+#if defined(__AVX512F__)
+// Transposes 16 x 16 numbers of 32 bits.
+NATIVE_INLINE void transpose16(__m512i* rows) {
+  __m512i half[16];
+  for (int i = 0; i < 16; i += 2) {
+    half[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    half[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    rows[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      half[i + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0x88);
+      half[i + j + 4] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    rows[j] = _mm512_shuffle_i32x4(half[j], half[j + 8], 0x88);
+    rows[j + 8] = _mm512_shuffle_i32x4(half[j], half[j + 8], 0xdd);
+  }
+}
+#endif
+
+template <class T>
+constexpr T infinity = std::numeric_limits<T>::infinity();
+constexpr double log2_of_e = 1.44269504088896340736;
+constexpr double ln_of_2 = 0.69314718055994530942;
+
+// 2^x for x <= 0 to the precision of T; 0 below the normal numbers, whose denormals cost a hundred cycles; NaN stays NaN.
+NATIVE_INLINE Vector<float> exp2_of(Vector<float> x) {
+  constexpr float coefficients[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                                    2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
+#if defined(__AVX512F__)
+  const __m512 value = (__m512)x;
+  // Not "less than", so that NaN is kept.
+  const __mmask16 normal = _mm512_cmp_ps_mask(value, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+  const __m512 whole = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(value, whole);
+  __m512 power = _mm512_set1_ps(coefficients[0]);
+#pragma GCC unroll 6
+  for (int i = 1; i < 7; ++i) power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(coefficients[i]));
+  return (Vector<float>)_mm512_maskz_scalef_ps(normal, power, whole);
+#else
+  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
+  const Vector<float> shifted = x + 12582912.0f;
+  const Vector<float> rest = x - (shifted - 12582912.0f);
+  Vector<float> power = all(coefficients[0]);
+#pragma GCC unroll 6
+  for (int i = 1; i < 7; ++i) power = power * rest + coefficients[i];
+  const VectorMask<float> exponent = (VectorMask<float>)shifted << 23;
+  const Vector<float> result = (Vector<float>)((VectorMask<float>)power + exponent);
+  return x < -125.0f ? Vector<float>{} : result;
+#endif
+}
+
+NATIVE_INLINE Vector<double> exp2_of(Vector<double> x) {
+  const Vector<double> shifted = x + 6755399441055744.0;
+  const Vector<double> rest = (x - (shifted - 6755399441055744.0)) * ln_of_2;
+  Vector<double> power = all(1.0);
+  // Taylor's series: |rest| <= 0.35, so that fourteen terms reach the last bit.
+#pragma GCC unroll 14
+  for (int i = 14; i > 0; --i) power = power * rest / static_cast<double>(i) + 1.0;
+  const VectorMask<double> exponent = (VectorMask<double>)shifted << 52;
+  const Vector<double> result = (Vector<double>)((VectorMask<double>)power + exponent);
+  return x < -1000.0 ? Vector<double>{} : result;
+}
+
+}  // namespace native

@@ -203,7 +203,7 @@ def plan(
     q_offset = arguments.integer("q_offset", q_offset, 0)
     operands: list[Tensor] = []  # what functions capture: it lives while they are asked
     _, traced = text.traced(as_program(program), operands)
-    problem = problem_of(traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training, False)
+    problem = problem_of(traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training)
     ring = _ring(ranks, layout)
     if ring is not None:
         if q_len != kv_len or q_offset or lowering != "auto":

@@ -29,9 +29,9 @@ from . import planner
 from .calls import Call
 from .lowerings import execute
 from .masks.functions import digest
-from .mods import flat, sums_dtype, unflat, without_autocast
+from .mods import Mod, flat, sums_dtype, unflat, without_autocast
 from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
-from .plans import Plan, Problem, problem_of
+from .plans import Plan, Problem, Scores, problem_of
 from .programs import PerLength
 from .ring.rings import Ring
 from .rules import Rule, read_rule, score_slots
@@ -71,13 +71,15 @@ class Options:
 # Plans ----------------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(rule: Rule, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool) -> Plan:
-    """The plan for tensors of these shapes, made when they first come."""
+def plan_of(
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool, score_mod: Mod | None = None
+) -> Plan:
+    """The plan for tensors of these shapes, made when they first come. score_mod: of the call."""
     program = rule.program.at(q.shape[2]) if isinstance(rule.program, PerLength) else rule.program
     if planner.takes_any_offset(q.shape[2], training, rule.lowering):
         program.check(1, k.shape[2], q_offset)  # its plan may have been made for another position
     problem = problem_of(
-        program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, rule.score_mod is not None
+        program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, Scores.of(score_mod)
     )
     return planner.plan_for(problem, rule.lowering)
 
@@ -102,7 +104,8 @@ def ring_problem(rule: Rule, written: str, ring: Ring, q: Tensor, k: Tensor, v: 
             )
     program = rule.program.at(tokens) if isinstance(rule.program, PerLength) else rule.program
     q_shape, k_shape, v_shape = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
-    return problem_of(program, q_shape, k_shape, v_shape, q.dtype, q.device.type, 0, False, rule.score_mod is not None)
+    scores = None if call is None else Scores.of(call.score_mod)
+    return problem_of(program, q_shape, k_shape, v_shape, q.dtype, q.device.type, 0, False, scores)
 
 
 # Written out: torch's own reading of annotations knows no optional lists of tensors, which AOTInductor makes of empty ones.
@@ -159,7 +162,7 @@ def _forward(
         return empty_out(q, v, is_by_token(q)).zero_(), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     if ring is not None and whole is not None:
         return ring.forward(whole, call, *map(_rows, (q, k, v)))
-    plan = plan_of(rule, q, k, v, options.q_offset, options.training)
+    plan = plan_of(rule, q, k, v, options.q_offset, options.training, call.score_mod)
     return execute.forward(plan, call, *map(_rows, (q, k, v)))
 
 
@@ -179,13 +182,13 @@ def run_backward(
         ring = rule.ring if options.ring is None else options.ring
         call = rule.call(data, operands, options.scale, options.q_offset, options.learned)
         saved = saved.map(_rows)
-        whole = None if ring is None else ring_problem(rule, options.rule, ring, saved.q, saved.k, saved.v)
+        whole = None if ring is None else ring_problem(rule, options.rule, ring, saved.q, saved.k, saved.v, call)
         if _is_empty(whole, saved.q, saved.k, saved.v):
             gradients = [torch.zeros_like(x) for x in (saved.q, saved.k, saved.v)]
         elif ring is not None and whole is not None:
             gradients = [*ring.backward(whole, call, saved)]
         else:
-            plan = plan_of(rule, saved.q, saved.k, saved.v, options.q_offset, True)
+            plan = plan_of(rule, saved.q, saved.k, saved.v, options.q_offset, True, call.score_mod)
             gradients = [*execute.backward(plan, call, saved)]
         sums = () if call.score_mod is None else call.score_mod.sums
         learned = flat(sums, saved.q)

@@ -8,13 +8,13 @@ from typing import Any
 
 from . import arguments, counting
 from .heads import HeadRange, head_groups
-from .lowerings import costs, dense, flex, single, strided, tiled
+from .lowerings import costs, dense, flex, native, single, strided, tiled
 from .lowerings.batches import Batch, joined
 from .masks import Mask
 from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
 
-LOWERINGS = ("auto", "dense", "strided", "tiled", "flex")
+LOWERINGS = ("auto", "native", "dense", "strided", "tiled", "flex")
 # Past this many queries tiles are weighed only where there are no regular blocks.
 _LONGEST_WEIGHED = 32768
 # Tokens a side of the tiles that a plan counts.
@@ -51,8 +51,12 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     if not best:
         refusal = next(each for each in everything if isinstance(each, Refusal))
         raise ValueError(f"{refusal} (asked to compute {problem.program!r})")
-    name = min(best, key=lambda each: sum(proposal.cost.dense_flops for proposal in best[each]))
-    reason = "as asked" if lowering != "auto" else _reason(name, best)
+    if "native" in best:
+        name, reason = "native", "one kernel that finds its tiles at each call, whatever the mask and the length"
+    else:
+        name = min(best, key=lambda each: sum(proposal.cost.dense_flops for proposal in best[each]))
+        reason = _reason(name, best)
+    reason = reason if lowering == "auto" else "as asked"
     return Plan(problem, tuple(best[name]), everything, reason)
 
 
@@ -97,6 +101,10 @@ def _reason(name: str, best: dict[str, list[Proposal]]) -> str:
 def _candidates(problem: Problem, lowering: str) -> dict[str, list[Proposal | Refusal]]:
     """Ways to compute the whole program: by name, one proposal per branch or one for all."""
     out: dict[str, list[Proposal | Refusal]] = {}
+    if lowering == "native" or (lowering == "auto" and problem.device == "cpu"):
+        out["native"] = [native.propose(problem)]
+        if isinstance(out["native"][0], Proposal):
+            return out
     if lowering in ("auto", "dense"):
         out["dense"] = [dense.propose(problem)]
     branches = list(enumerate(problem.program.branches))
@@ -164,7 +172,7 @@ def _batches(
 def _proposal(name: str, index: int, batches: list[Batch], problem: Problem) -> Proposal:
     if index > 0:
         batches = [replace(batch, first=False) for batch in batches]
-    if problem.batch == 1 and not problem.score_mod:
+    if problem.batch == 1 and not problem.scores:
         batches = joined(batches)
     # Those that write rows before those that merge into them, whatever was joined.
     batches = sorted(batches, key=lambda batch: not batch.first)

@@ -12,15 +12,32 @@ from typing import Any, TypeVar
 from tabulate import tabulate
 
 from .arguments import BYTES
+from .mods import Graph, Mod
 from .programs import Program
 
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
+class Scores:
+    """A score_mod as plans see it: its graph, and dtype and shape of each operand."""
+
+    graph: Graph
+    operands: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @staticmethod
+    def of(mod: Mod | None) -> Scores | None:
+        """Of a call's score_mod."""
+        if mod is None:
+            return None
+        return Scores(mod.graph, tuple((str(x.dtype).removeprefix("torch."), tuple(x.shape)) for x in mod.operands))
+
+
+@dataclass(frozen=True)
 class Problem:
     """A program and everything a plan may depend on; lengths in tokens.
 
+    scores: the score_mod, if any.
     partial: a part of a larger softmax, merged into what there is; its backward is given the merged out and lse.
     """
 
@@ -36,7 +53,7 @@ class Problem:
     device: str
     q_offset: int = 0
     training: bool = False
-    score_mod: bool = False
+    scores: Scores | None = None
     partial: bool = False
 
     @property
@@ -66,13 +83,13 @@ def problem_of(
     device: str,
     q_offset: int,
     training: bool,
-    score_mod: bool,
+    scores: Scores | None = None,
 ) -> Problem:
     """The problem that these shapes pose."""
     batch, heads, q_len, head_dim = q_shape
     return Problem(
         program, batch, heads, k_shape[1], q_len, k_shape[2], head_dim, v_shape[3], str(dtype).removeprefix("torch."), device,
-        q_offset, training, score_mod,
+        q_offset, training, scores,
     )  # fmt: skip
 
 
@@ -97,12 +114,20 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """A lowering's way to compute a branch (or, `branch` None, the whole program). What `work` is only the lowering knows."""
+    """A lowering's way to compute a branch (or, `branch` None, the whole program). What `work` is only the lowering knows.
+
+    counting: the cost, or a function that counts it.
+    """
 
     lowering: str
     branch: int | None
-    cost: Cost
+    counting: Cost | Callable[[], Cost] = field(repr=False)
     work: Any = field(repr=False)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What it takes; counted when first asked for, where that takes time."""
+        return self.counting if isinstance(self.counting, Cost) else self.counting()
 
 
 @dataclass(frozen=True)

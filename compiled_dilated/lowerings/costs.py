@@ -75,7 +75,7 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
         held += int(2 * k_bytes * width * _share_copied(batch, backward and converts)) * (2 if converts else 1)
     if batch.masks and not batch.shared:
         held += rows * columns * (12 if not batch.bias.key_only else 0)
-    if problem.score_mod:
+    if problem.scores:
         held += heads * rows * columns * (6 if backward else 4) * max(4, problem.itemsize)
     return held
 

@@ -63,7 +63,7 @@ def _as_one(batches: list[Batch], problem: Problem) -> list[Batch]:
     branches = problem.program.branches
     alike = {(each.heads.step, each.heads.count, each.kv_heads.step, each.kv_heads.count, each.causal) for each in batches}
     partial = any(branch.head_range(problem.heads) != range(problem.heads) for branch in branches)
-    if problem.batch > 1 or problem.score_mod or partial or len(batches) < 2 or len(alike) > 1:
+    if problem.batch > 1 or problem.scores or partial or len(batches) < 2 or len(alike) > 1:
         return batches
     one, *others = as_one(batches)
     if others or one.bias.lasting_entries > _MOST_MASKED_PAIRS:

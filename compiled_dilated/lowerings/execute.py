@@ -15,13 +15,16 @@ from ..calls import Call
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from ..plans import Plan, Problem
 from . import batches as running
-from . import costs, flex, hidden, single
+from . import costs, flex, hidden, native, single
 from .batches import Batch, Grads, Scratch
 from .workspace import Workspace
 
 
 def merge_into(plan: Plan, call: Call, workspace: Workspace, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), which are (0, -inf) where nothing was seen."""
+    if plan.lowering == "native":
+        native.merge_into(plan.chosen[0].work[0], call, q, k, v, out, lse)
+        return
     scratch = Scratch(workspace)
     for batch in _work(plan):
         for piece in _pieces(replace(batch, first=False), plan.problem, backward=False):
@@ -39,6 +42,8 @@ def computes_hidden_pairs(plan: Plan) -> bool:
     """Whether a kernel call computes pairs that the program does not allow, with weight 0."""
     if plan.lowering == "flex":
         return True
+    if plan.lowering == "native":  # which sees to them itself
+        return False
     if _is_single(plan):
         return any(group.rest is not None for group in plan.chosen[0].work)
     return any(batch.masks or batch.causal for batch in _work(plan))
@@ -49,6 +54,8 @@ def _is_single(plan: Plan) -> bool:
 
 
 def _forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if plan.lowering == "native":
+        return native.forward(plan.chosen[0].work[0], call, q, k, v)
     if plan.lowering == "flex":
         return flex.forward(plan.chosen[0].work[0], plan.problem, call, q, k, v)
     if _is_single(plan):
@@ -75,12 +82,14 @@ def backward(plan: Plan, call: Call, saved: Saved, workspace: Workspace | None =
     dead = saved.lse == -math.inf
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(dead, 0.0)
     saved = replace(saved, lse=saved.lse.masked_fill(dead, math.inf), grad_lse=grad_lse)
-    if not computes_hidden_pairs(plan):
+    if plan.lowering != "native" and not computes_hidden_pairs(plan):
         return _backward(plan, scratch, call, saved)
     return hidden.backward(partial(_backward, plan, scratch), call, saved)
 
 
 def _backward(plan: Plan, scratch: Scratch, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    if plan.lowering == "native":
+        return native.backward(plan.chosen[0].work[0], call, saved)
     if plan.lowering == "flex":
         return flex.backward(plan.chosen[0].work[0], plan.problem, call, saved)
     work, problem = _work(plan), plan.problem

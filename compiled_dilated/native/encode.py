@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ..masks import And, Full, Mask, Not, Or, Padding, Tiles
 from ..masks.data import DocumentIds, DocumentLengths
-from ..masks.functions import FromMod, Traced
+from ..masks.functions import FromMod, Traced, traced_parts
 from ..masks.grids import Neighborhood
 from ..masks.positions import (
     Causal,
@@ -27,9 +27,10 @@ from ..masks.positions import (
     Sinks,
     Window,
 )
-from ..mods import Graph
 from ..orders import Hilbert
+from ..plans import Scores
 from ..programs import Branch, Program
+from .tape import Untranslatable
 from .tape import encode as encode_graph
 
 _VERSION = 1
@@ -60,25 +61,21 @@ _MOST_CLASSES = 48
 _MOST_NUMBERS = 2**20
 
 
-class Untranslatable(ValueError):
-    """A program that the native kernel does not compute, and why."""
+def mask_slots(program: Program) -> list[int]:
+    """The operands of a call that the program's masks read, each once."""
+    parts = [part for branch in program.branches for part in traced_parts(branch.mask)]
+    return sorted({slot for part in parts for slot in part.slots})
 
 
-def encode(
-    program: Program,
-    heads: int,
-    operands: Sequence[Tensor] = (),
-    score_mod: Graph | None = None,
-    slots: Sequence[int] = (),
-) -> tuple[int, ...]:
+def encode(program: Program, heads: int, scores: Scores | None = None) -> tuple[int, ...]:
     """The numbers of a program for so many query heads.
 
-    operands: those of the call; their dtypes and shapes are read. slots: the operands that the score_mod reads.
+    The operands that they speak of are those of `mask_slots` in that order, and behind them the score_mod's own.
 
     Raises Untranslatable with a reason.
     """
-    names = program.names
-    code = _Code(names, operands)
+    slots = mask_slots(program)
+    code = _Code(program.names, {slot: place for place, slot in enumerate(slots)})
     groups: dict[tuple[Branch, ...], int] = {}
     of_head = []
     for head in range(heads):
@@ -94,14 +91,19 @@ def encode(
     written.append(len(code.nodes))
     for node in code.nodes:
         written += node
-    if score_mod is None:
+    if scores is None:
         written.append(0)
     else:
-        tape = encode_graph(score_mod, [operands[slot] for slot in slots])
-        written += [1, len(slots), *slots, *tape]
+        operands = [_empty(*kind) for kind in scores.operands]
+        written += [1, len(operands), *range(len(slots), len(slots) + len(operands)), *encode_graph(scores.graph, operands)]
     if len(written) > _MOST_NUMBERS:
         raise Untranslatable(f"the program's lists are of {len(written):,} numbers, more than {_MOST_NUMBERS:,}")
     return tuple(written)
+
+
+def _empty(dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor without memory that stands for an operand."""
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
 def _limit(program: Program) -> int:
@@ -160,7 +162,7 @@ class _Code:
     """Nodes as they are added, parts before what they are parts of."""
 
     names: tuple[str, ...]
-    operands: Sequence[Tensor]
+    operands: dict[int, int]
     nodes: list[list[int]] = field(default_factory=list)
     places: dict[Mask, int] = field(default_factory=dict)
 
@@ -216,16 +218,11 @@ class _Code:
         raise Untranslatable(f"the native kernel does not know {type(mask).__name__}")
 
     def _function(self, mask: Traced) -> tuple[str, list[int]]:
-        tape = encode_graph(mask.graph, [self.operands[slot] for slot in mask.slots])
-        function = [-1 if mask.head is None else mask.head, len(mask.slots), *mask.slots, *tape]
+        tape = encode_graph(mask.graph, [_empty(*kind) for kind in mask.contents.kinds])
+        places = [self.operands[slot] for slot in mask.slots]
+        function = [-1 if mask.head is None else mask.head, len(places), *places, *tape]
         if mask.within is None:
             return "function", function
         self.nodes.append([OPERATIONS["function"], len(function), *function])
         place = len(self.nodes) - 1
         return "all_of", [self.add(mask.within), place]
-
-
-@lru_cache(maxsize=256)
-def encode_cached(program: Program, heads: int) -> tuple[int, ...]:
-    """`encode` of a program that reads no operands."""
-    return encode(program, heads)

@@ -18,7 +18,7 @@ from ..masks import Mask, causal, conjunction, conjuncts, full
 from ..masks.positions import Causal, Segments, Window
 from ..orders import identity
 from ..partials import Saved
-from ..plans import Plan, Problem
+from ..plans import Plan, Problem, Scores
 from ..programs import Branch, Program
 from ..regions import FULL
 from .layouts import Layout
@@ -70,13 +70,13 @@ def _moved(mask: Mask, queries: range, keys: range) -> Mask:
     return Moved(mask, queries.start, queries.step, keys.start, keys.step, identity(), 0)
 
 
-def plan_of(block: Block, batch: int, head_dim: int, value_dim: int, dtype: str, device: str, score_mod: bool) -> Plan:
+def plan_of(block: Block, batch: int, head_dim: int, value_dim: int, dtype: str, device: str, scores: Scores | None) -> Plan:
     """The plan of a block."""
     mask, q_offset = in_place(block.mask, block.queries, block.keys)
     # As if a backward followed, whichever way the block is computed: a plan for one query alone merges into nothing.
     problem = Problem(
         Program((Branch(mask),)), batch, block.heads.count, block.kv_heads.count, len(block.queries), len(block.keys),
-        head_dim, value_dim, dtype, device, q_offset, training=True, score_mod=score_mod, partial=True,
+        head_dim, value_dim, dtype, device, q_offset, training=True, scores=scores, partial=True,
     )  # fmt: skip
     return planner.plan_for(problem)
 
@@ -211,4 +211,4 @@ def backward(
 
 def _plan(block: Block, call: Call, q: Tensor, v: Tensor) -> Plan:
     dtype = str(q.dtype).removeprefix("torch.")
-    return plan_of(block, q.shape[0], q.shape[3], v.shape[3], dtype, q.device.type, call.score_mod is not None)
+    return plan_of(block, q.shape[0], q.shape[3], v.shape[3], dtype, q.device.type, Scores.of(call.score_mod))

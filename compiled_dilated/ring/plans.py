@@ -60,7 +60,7 @@ def load(schedule: Schedule, problem: Problem, rank: int) -> Load:
     for step in steps:
         for block in step.blocks:
             cost = blocks.plan_of(
-                block, problem.batch, problem.head_dim, problem.value_dim, problem.dtype, problem.device, problem.score_mod
+                block, problem.batch, problem.head_dim, problem.value_dim, problem.dtype, problem.device, problem.scores
             ).cost
             pairs, flops, working = pairs + cost.pairs, flops + cost.dense_flops, max(working, cost.peak_bytes)
     tokens = layout.count(rank)

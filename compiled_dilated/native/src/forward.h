@@ -211,9 +211,12 @@ class ForwardWorker {
   void* lse_at(const Head& lse, int64_t row) const { return lse.mutable_row(row); }
 
   bool has_nan() const {
-    T sum = 0;
-    for (int i = 0; i < TQ * shape_.value_dim; ++i) sum += out_[i] * T(0);
-    return sum != sum;
+    // 0 times any finite number is 0, and NaN for others. The array is whole vectors, as a tile's queries are.
+    Vector<T> sum{};
+    for (int i = 0; i < TQ * shape_.value_dim; i += W) sum += load(out_ + i) * T(0);
+    for (int i = 0; i < W; ++i)
+      if (sum[i] != 0) return true;
+    return false;
   }
 
   template <bool careful>

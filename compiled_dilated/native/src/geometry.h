@@ -51,7 +51,10 @@ struct Box {
       base += low[axis] * unit;
       unit *= layout.sizes[axis];
     }
-    return Region::box(base, extent, stride);
+    Region out = Region::box(base, extent, stride);
+    out.grid = layout.number;
+    for (int axis = 0; axis < 3; ++axis) out.low[axis] = static_cast<int32_t>(low[axis]);
+    return out;
   }
 };
 

@@ -73,121 +73,6 @@ Verdict classify_tiles(const std::vector<int64_t>& arguments, const Region& q, c
   return together;
 }
 
-// One axis of a neighbourhood.
-struct Axis {
-  int64_t size, radius, dilation;
-  bool causal, shifts;
-
-  // The least and the greatest coordinate seen from coordinate c; those between lie `dilation` apart.
-  void reach(int64_t c, int64_t& low, int64_t& high) const {
-    const int64_t far = radius * dilation;
-    if (!shifts || causal) {
-      low = c - far;
-      high = causal ? c : c + far;
-      return;
-    }
-    const int64_t lane = c % dilation, rank = c / dilation;
-    const int64_t members = (size - lane + dilation - 1) / dilation;
-    const int64_t start = std::min(std::max<int64_t>(rank - radius, 0), std::max<int64_t>(members - (2 * radius + 1), 0));
-    low = start * dilation + lane;
-    high = (start + 2 * radius) * dilation + lane;
-  }
-
-  // Coordinates low .. high in steps of `step` on each side.
-  Verdict classify(int64_t q_low, int64_t q_high, int64_t q_step, int64_t k_low, int64_t k_high, int64_t k_step) const {
-    const int64_t far = radius * dilation, step = std::gcd(q_step, k_step);
-    if (!shifts || causal) return classify_difference(k_low - q_high, k_high - q_low, step, dilation, far, causal ? 0 : far);
-    const Verdict residues = classify_difference(k_low - q_high, k_high - q_low, step, dilation, size, size);
-    // Reach grows with the coordinate inside a residue class: its first and last members bound it.
-    int64_t low_least = greatest_int, low_most = 0, high_least = greatest_int, high_most = 0;
-    for (int64_t lane = 0; lane < std::min(dilation, size); ++lane) {
-      const int64_t first = q_low + modulo(lane - q_low, dilation), last = q_high - modulo(q_high - lane, dilation);
-      if (first > q_high) continue;
-      for (const int64_t c : {first, last}) {
-        int64_t low, high;
-        reach(c, low, high);
-        low_least = std::min(low_least, low), low_most = std::max(low_most, low);
-        high_least = std::min(high_least, high), high_most = std::max(high_most, high);
-      }
-    }
-    return std::min(residues, verdict(low_most <= k_low && k_high <= high_least, k_high < low_least || k_low > high_most));
-  }
-};
-
-struct Grid {
-  int64_t offset, cells = 1;
-  int axes;
-  Axis axis[3];
-  int64_t unit[3];  // how far apart neighbours along each axis stand
-
-  explicit Grid(const std::vector<int64_t>& arguments) : offset(arguments[0]), axes(static_cast<int>(arguments[1])) {
-    for (int i = axes - 1; i >= 0; --i) {
-      const int64_t* of = arguments.data() + 2 + 5 * i;
-      axis[i] = {of[0], of[1], of[2], of[3] != 0, of[4] != 0};
-      unit[i] = cells;
-      cells *= of[0];
-    }
-  }
-
-  bool holds(int64_t position) const { return position >= offset && position < offset + cells; }
-
-  int64_t coordinate(int64_t position, int i) const {
-    const int64_t along = (position - offset) / unit[i];
-    return i == 0 ? along : along % axis[i].size;
-  }
-
-  struct Span {
-    int64_t low, high, step;
-  };
-
-  // A box of the grid that holds a region: the region itself where it is a box, its hull otherwise.
-  void spans(const Region& region, Span* out) const {
-    int64_t reach[3] = {}, steps[3] = {};
-    bool box = true;
-    for (int side = 0; side < 3; ++side) {
-      if (region.extent[side] == 1) continue;
-      bool taken = false;
-      for (int i = 0; i < axes && !taken; ++i) {
-        if (region.stride[side] < unit[i] || region.stride[side] % unit[i]) continue;
-        reach[i] += (region.extent[side] - 1) * (region.stride[side] / unit[i]);
-        steps[i] = std::gcd(steps[i], region.stride[side] / unit[i]);
-        taken = true;
-      }
-      box = box && taken;
-    }
-    int64_t first[3], last[3];
-    for (int i = 0; i < axes; ++i) {
-      first[i] = coordinate(region.first, i);
-      last[i] = coordinate(region.last, i);
-      box = box && (i == 0 || first[i] + reach[i] < axis[i].size);
-    }
-    // No box: the row-major range from first to last, in which an axis is whole as soon as a slower one moves.
-    bool same = true;
-    for (int i = 0; i < axes; ++i) {
-      const int64_t low = box || same ? first[i] : 0;
-      const int64_t high = box ? first[i] + reach[i] : same ? last[i] : axis[i].size - 1;
-      out[i] = {low, high, box ? steps[i] : low == high ? 0 : 1};
-      same = same && first[i] == last[i];
-    }
-  }
-};
-
-Verdict classify_neighborhood(const std::vector<int64_t>& arguments, const Region& q, const Region& k) {
-  const Grid grid(arguments);
-  const int64_t stop = grid.offset + grid.cells;
-  if (q.last < grid.offset || q.first >= stop || k.last < grid.offset || k.first >= stop) return EMPTY;
-  if (!grid.holds(q.first) || !grid.holds(q.last) || !grid.holds(k.first) || !grid.holds(k.last)) return PARTIAL;
-  Grid::Span q_spans[3], k_spans[3];
-  grid.spans(q, q_spans);
-  grid.spans(k, k_spans);
-  Verdict out = FULL;
-  for (int i = 0; i < grid.axes && out != EMPTY; ++i) {
-    const Grid::Span &a = q_spans[i], &b = k_spans[i];
-    out = std::min(out, grid.axis[i].classify(a.low, a.high, a.step, b.low, b.high, b.step));
-  }
-  return out;
-}
-
 // How many listed positions a region's hull holds, and whether they are all of the region.
 Verdict classify_positions(const std::vector<int64_t>& listed, const Region& side) {
   const auto from = std::lower_bound(listed.begin(), listed.end(), side.first);
@@ -212,6 +97,107 @@ int slots_of(const Node& node) {
 }
 
 }  // namespace
+
+void Axis::reach(int64_t c, int64_t& low, int64_t& high) const {
+  const int64_t far = radius * dilation;
+  if (!shifts || causal) {
+    low = c - far;
+    high = causal ? c : c + far;
+    return;
+  }
+  const int64_t lane = c % dilation, rank = c / dilation;
+  const int64_t members = (size - lane + dilation - 1) / dilation;
+  const int64_t start = std::min(std::max<int64_t>(rank - radius, 0), std::max<int64_t>(members - (2 * radius + 1), 0));
+  low = start * dilation + lane;
+  high = (start + 2 * radius) * dilation + lane;
+}
+
+Verdict Axis::classify(int64_t q_low, int64_t q_high, int64_t q_step, int64_t k_low, int64_t k_high, int64_t k_step) const {
+  const int64_t far = radius * dilation, step = dilation == 1 ? 1 : std::gcd(q_step, k_step);
+  if (!shifts || causal) return classify_difference(k_low - q_high, k_high - q_low, step, dilation, far, causal ? 0 : far);
+  const Verdict residues = classify_difference(k_low - q_high, k_high - q_low, step, dilation, size, size);
+  // Reach grows with the coordinate inside a residue class: its first and last members bound it.
+  int64_t low_least = greatest_int, low_most = 0, high_least = greatest_int, high_most = 0;
+  for (int64_t lane = 0; lane < std::min(dilation, size); ++lane) {
+    const int64_t first = q_low + modulo(lane - q_low, dilation), last = q_high - modulo(q_high - lane, dilation);
+    if (first > q_high) continue;
+    for (const int64_t c : {first, last}) {
+      int64_t low, high;
+      reach(c, low, high);
+      low_least = std::min(low_least, low), low_most = std::max(low_most, low);
+      high_least = std::min(high_least, high), high_most = std::max(high_most, high);
+    }
+  }
+  return std::min(residues, verdict(low_most <= k_low && k_high <= high_least, k_high < low_least || k_low > high_most));
+}
+
+Grid::Grid(const std::vector<int64_t>& arguments) : offset(arguments[0]), axes(static_cast<int>(arguments[1])) {
+  for (int i = axes - 1; i >= 0; --i) {
+    const int64_t* of = arguments.data() + 2 + 5 * i;
+    axis[i] = {of[0], of[1], of[2], of[3] != 0, of[4] != 0};
+    plain = plain && axis[i].dilation == 1 && !axis[i].causal && !axis[i].shifts;
+    unit[i] = cells;
+    cells *= of[0];
+  }
+}
+
+void Grid::spans(const Region& region, Span* out) const {
+  if (region.grid == number) {
+    for (int i = 0; i < axes; ++i) out[i] = {region.low[i], region.low[i] + region.extent[i] - 1, region.extent[i] > 1};
+    return;
+  }
+  int64_t reach[3] = {}, steps[3] = {};
+  bool box = true;
+  for (int side = 0; side < 3; ++side) {
+    if (region.extent[side] == 1) continue;
+    bool taken = false;
+    for (int i = 0; i < axes && !taken; ++i) {
+      if (region.stride[side] < unit[i] || region.stride[side] % unit[i]) continue;
+      reach[i] += (region.extent[side] - 1) * (region.stride[side] / unit[i]);
+      steps[i] = std::gcd(steps[i], region.stride[side] / unit[i]);
+      taken = true;
+    }
+    box = box && taken;
+  }
+  int64_t first[3], last[3];
+  for (int i = 0; i < axes; ++i) {
+    first[i] = coordinate(region.first, i);
+    last[i] = coordinate(region.last, i);
+    box = box && (i == 0 || first[i] + reach[i] < axis[i].size);
+  }
+  // No box: the row-major range from first to last, in which an axis is whole as soon as a slower one moves.
+  bool same = true;
+  for (int i = 0; i < axes; ++i) {
+    const int64_t low = box || same ? first[i] : 0;
+    const int64_t high = box ? first[i] + reach[i] : same ? last[i] : axis[i].size - 1;
+    out[i] = {low, high, box ? steps[i] : low == high ? 0 : 1};
+    same = same && first[i] == last[i];
+  }
+}
+
+Verdict Grid::classify(const Region& q, const Region& k) const {
+  if (plain && q.grid == number && k.grid == number) {
+    bool full = true;
+    for (int i = 0; i < axes; ++i) {
+      const int64_t least = k.low[i] - (q.low[i] + q.extent[i] - 1), most = k.low[i] + k.extent[i] - 1 - q.low[i];
+      if (most < -axis[i].radius || least > axis[i].radius) return EMPTY;
+      full = full && least >= -axis[i].radius && most <= axis[i].radius;
+    }
+    return full ? FULL : PARTIAL;
+  }
+  const int64_t stop = offset + cells;
+  if (q.last < offset || q.first >= stop || k.last < offset || k.first >= stop) return EMPTY;
+  if (!holds(q.first) || !holds(q.last) || !holds(k.first) || !holds(k.last)) return PARTIAL;
+  Span q_spans[3], k_spans[3];
+  spans(q, q_spans);
+  spans(k, k_spans);
+  Verdict out = FULL;
+  for (int i = 0; i < axes && out != EMPTY; ++i) {
+    const Span &a = q_spans[i], &b = k_spans[i];
+    out = std::min(out, axis[i].classify(a.low, a.high, a.step, b.low, b.high, b.step));
+  }
+  return out;
+}
 
 Summary::Summary(const int32_t* values, int64_t count) {
   std::vector<Bounds> level((count + (1 << block_bits) - 1) >> block_bits, {greatest_int, least_int});
@@ -298,8 +284,20 @@ DataRows rows_of(const Array& data) {
   return out;
 }
 
+int Masks::grid_number(const std::vector<int64_t>& offset_and_sizes) {
+  const auto number = std::find(grids.begin(), grids.end(), offset_and_sizes) - grids.begin();
+  if (number == static_cast<int64_t>(grids.size())) grids.push_back(offset_and_sizes);
+  return static_cast<int>(number);
+}
+
 void Masks::add(Node node) {
   node.slot = slots;
+  if (node.op == Op::neighborhood) {
+    node.grid = Grid(node.arguments);
+    std::vector<int64_t> kind{node.grid.offset};
+    for (int i = 0; i < node.grid.axes; ++i) kind.push_back(node.grid.axis[i].size);
+    node.grid.number = grid_number(kind);
+  }
   slots += slots_of(node);
   nodes.push_back(std::move(node));
 }
@@ -345,7 +343,7 @@ Verdict Masks::classify(int index, int64_t b, int64_t h, const Region& q, const 
       return same_group(q_first, document_of(x, q.last), k_first, document_of(x, k.last));
     }
     case Op::tiles: return classify_tiles(x, q, k);
-    case Op::neighborhood: return classify_neighborhood(x, q, k);
+    case Op::neighborhood: return node.grid.classify(q, k);
     case Op::document_ids: {
       const Summary& ids = data[x[0]].summary(b);
       const Summary::Bounds of_q = ids.over(q.first, q.last), of_k = ids.over(k.first, k.last);
@@ -412,7 +410,7 @@ void TileQueries<W>::prepare(int index) {
   if (node.op == Op::global_data)
     for (int i = 0; i < count_; ++i) low[i] = low[i] ? -1 : 0;
   if (node.op == Op::neighborhood) {
-    const Grid grid(x);
+    const Grid& grid = node.grid;
     for (int axis = 0; axis < grid.axes; ++axis)
       for (int i = 0; i < count_; ++i) {
         int32_t* numbers = low + static_cast<size_t>(3 * axis) * count_ + i;
@@ -527,7 +525,7 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
       return;
     }
     case Op::neighborhood: {
-      const Grid grid(x);
+      const Grid& grid = node.grid;
       struct Cell {
         int32_t at[3];
         bool inside;

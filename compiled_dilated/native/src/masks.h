@@ -60,9 +60,46 @@ struct DataRows {
 
 DataRows rows_of(const Array& data);
 
+// One axis of a neighbourhood.
+struct Axis {
+  int64_t size, radius, dilation;
+  bool causal, shifts;
+
+  // The least and the greatest coordinate seen from coordinate c; those between lie `dilation` apart.
+  void reach(int64_t c, int64_t& low, int64_t& high) const;
+  // Coordinates low .. high in steps of `step` on each side.
+  Verdict classify(int64_t q_low, int64_t q_high, int64_t q_step, int64_t k_low, int64_t k_high, int64_t k_step) const;
+};
+
+// The grid of a neighbourhood.
+struct Grid {
+  int64_t offset = 0, cells = 1;
+  int axes = 0;
+  int number = -1;  // equal for equal offsets and sizes
+  bool plain = true;  // no dilation, nothing causal, no window that is moved inwards
+  Axis axis[3];
+  int64_t unit[3];  // how far apart neighbours along each axis stand
+
+  struct Span {
+    int64_t low, high, step;
+  };
+
+  Grid() = default;
+  explicit Grid(const std::vector<int64_t>& arguments);
+  bool holds(int64_t position) const { return position >= offset && position < offset + cells; }
+  int64_t coordinate(int64_t position, int i) const {
+    const int64_t along = (position - offset) / unit[i];
+    return i == 0 ? along : along % axis[i].size;
+  }
+  // A box of the grid that holds a region: the region itself where it is a box, its hull otherwise.
+  void spans(const Region& region, Span* out) const;
+  Verdict classify(const Region& q, const Region& k) const;
+};
+
 struct Node {
   Op op;
   std::vector<int64_t> arguments;
+  Grid grid;     // of a neighbourhood
   int slot = 0;  // of its numbers for each lane of a tile
   std::unique_ptr<Function> function;
   int64_t head = -1;
@@ -74,7 +111,10 @@ struct Masks {
   std::vector<Node> nodes;
   std::vector<DataRows> data;
   int slots = 0;
+  std::vector<std::vector<int64_t>> grids;
 
+  // The number of a grid of this offset and these sizes.
+  int grid_number(const std::vector<int64_t>& offset_and_sizes);
   void add(Node node);
   Verdict classify(int node, int64_t b, int64_t h, const Region& q, const Region& k) const;
 };

@@ -33,7 +33,7 @@ using Ints = std::vector<int64_t>;
 struct Work {
   void (*body)(void*, int);
   void* argument;
-  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::atomic_flag failed;
   std::exception_ptr error;
 };
 
@@ -50,8 +50,8 @@ void some_slots(int64_t begin, int64_t end, void* context) {
 
 // On torch's own threads: a second pool would fight with it.
 void run_slots(void*, int slots, void (*body)(void*, int), void* argument) {
-  Work work{body, argument};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, slots, 1, some_slots, &work));
+  Work work{body, argument, {}, {}};
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, slots, 1, some_slots, &work));
   if (work.error) std::rethrow_exception(work.error);
 }
 
@@ -73,7 +73,8 @@ native::Type type_of(const Tensor& x) {
     case ScalarType::Byte: return native::Type::u8;
     default: break;
   }
-  throw std::runtime_error(std::string("the native kernels take no tensor of dtype ") + torch::headeronly::toString(x.scalar_type()));
+  throw std::runtime_error(std::string("the native kernels take no tensor of dtype ") +
+                           torch::headeronly::toString(x.scalar_type()));
 }
 
 Array described(const Tensor& x, const void* data) {
@@ -126,7 +127,8 @@ struct Sizes {
 
   explicit Sizes(const Ints& sizes) {
     if (sizes.size() != 7)
-      throw std::runtime_error("sizes are 7 numbers: batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim; got " + std::to_string(sizes.size()));
+      throw std::runtime_error("sizes are 7 numbers: batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim; got " +
+                               std::to_string(sizes.size()));
     batch = sizes[0], heads = sizes[1], kv_heads = sizes[2], q_len = sizes[3], kv_len = sizes[4];
     head_dim = sizes[5], value_dim = sizes[6];
     for (int64_t size : sizes)
@@ -139,7 +141,8 @@ struct Sizes {
     expect(k.dim() == 4, "k of shape (B, Hkv, S, D)", k);
     expect(v.dim() == 4, "v of shape (B, Hkv, S, Dv)", v);
     const auto of_q = q.sizes(), of_k = k.sizes(), of_v = v.sizes();
-    batch = of_q[0], heads = of_q[1], kv_heads = of_k[1], q_len = of_q[2], kv_len = of_k[2], head_dim = of_q[3], value_dim = of_v[3];
+    batch = of_q[0], heads = of_q[1], kv_heads = of_k[1], q_len = of_q[2], kv_len = of_k[2];
+    head_dim = of_q[3], value_dim = of_v[3];
     expect(of_k[0] == batch && of_k[3] == head_dim, "k with q's batch and head dim", k);
     expect(of_v[0] == batch && of_v[1] == kv_heads && of_v[2] == kv_len, "v with k's batch, heads and length", v);
     if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type())
@@ -153,7 +156,8 @@ struct Sizes {
   void check_out(const Tensor& out, const Tensor& lse, ScalarType dtype) const {
     expect(out.dim() == 4 && out.size(0) == batch && out.size(1) == heads && out.size(2) == q_len && out.size(3) == value_dim,
            "out and its gradient of shape (B, H, N, Dv)", out);
-    expect(lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == q_len, "lse and its gradient of shape (B, H, N)", lse);
+    expect(lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == q_len,
+           "lse and its gradient of shape (B, H, N)", lse);
     if (out.scalar_type() != dtype) throw std::runtime_error("out must have the dtype of q");
     check_lse(lse, dtype);
   }
@@ -167,7 +171,8 @@ struct Sizes {
  private:
   void check_heads() const {
     if (kv_heads && heads % kv_heads)
-      throw std::runtime_error("query heads must be a multiple of key heads; got " + std::to_string(heads) + " and " + std::to_string(kv_heads));
+      throw std::runtime_error("query heads must be a multiple of key heads; got " + std::to_string(heads) + " and " +
+                               std::to_string(kv_heads));
   }
 };
 
@@ -205,14 +210,19 @@ Tensor new_counts() {
 
 // Operators ------------------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> computed(const Tensor& q, const Tensor& k, const Tensor& v, const Tensors& data, const Tensors& operands,
-                                    Ints code, double scale, int64_t q_offset, const std::optional<Tensor>& offsets, bool by_token,
-                                    int64_t* counts) {
+// out, not written yet: (B, H, N, Dv), or by token a view of (B, N, H, Dv).
+Tensor new_out(const Tensor& q, const Sizes& sizes, bool by_token) {
+  if (!by_token) return torch::stable::new_empty(q, Ints{sizes.batch, sizes.heads, sizes.q_len, sizes.value_dim});
+  const Tensor tokens = torch::stable::new_empty(q, Ints{sizes.batch, sizes.q_len, sizes.heads, sizes.value_dim});
+  return torch::stable::transpose(tokens, 1, 2);
+}
+
+std::tuple<Tensor, Tensor> computed(const Tensor& q, const Tensor& k, const Tensor& v, const Tensors& data,
+                                    const Tensors& operands, Ints code, double scale, int64_t q_offset,
+                                    const std::optional<Tensor>& offsets, bool by_token, int64_t* counts) {
   const Sizes sizes(q, k, v);
   const ScalarType dtype = q.scalar_type();
-  Tensor out = by_token ? torch::stable::transpose(
-                              torch::stable::new_empty(q, Ints{sizes.batch, sizes.q_len, sizes.heads, sizes.value_dim}), 1, 2)
-                        : torch::stable::new_empty(q, Ints{sizes.batch, sizes.heads, sizes.q_len, sizes.value_dim});
+  Tensor out = new_out(q, sizes, by_token);
   Tensor lse = torch::stable::new_empty(q, Ints{sizes.batch, sizes.heads, sizes.q_len}, Sizes::lse_type(dtype));
   if (sizes.empty()) {
     torch::stable::zero_(out);
@@ -302,7 +312,8 @@ Array sized(int64_t batch, int64_t heads, int64_t tokens, int64_t width) {
   Array result;
   result.dims = 4;
   result.sizes[0] = batch, result.sizes[1] = heads, result.sizes[2] = tokens, result.sizes[3] = width;
-  result.strides[0] = heads * tokens * width, result.strides[1] = tokens * width, result.strides[2] = width, result.strides[3] = 1;
+  result.strides[0] = heads * tokens * width, result.strides[1] = tokens * width, result.strides[2] = width;
+  result.strides[3] = 1;
   return result;
 }
 
@@ -343,5 +354,5 @@ STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CPU, m) {
   m.impl("native_merge", TORCH_BOX(&native_merge));
 }
 
-// It may come without any tensor, and so without a device.
-STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CompositeExplicitAutograd, m) { m.impl("native_counts", TORCH_BOX(&native_counts)); }
+// It may come without any tensor, and so without a device: this key is asked first.
+STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, BackendSelect, m) { m.impl("native_counts", TORCH_BOX(&native_counts)); }

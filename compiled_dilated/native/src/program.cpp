@@ -118,7 +118,7 @@ Node read_node(Reader& reader, int64_t index, const Problem& problem, size_t dat
   return node;
 }
 
-Group read_group(Reader& reader) {
+Group read_group(Reader& reader, Masks& masks) {
   Group group;
   Layout& layout = group.layout;
   layout.step = reader.next(1, most_positions, "a step");
@@ -129,6 +129,11 @@ Group read_group(Reader& reader) {
     layout.sizes[i] = reader.next(1, most_positions, "the size of an axis");
     cells *= layout.sizes[i];
     if (cells > most_positions) throw std::runtime_error("the attention's code has a grid of more than 2**30 cells");
+  }
+  if (layout.axes) {
+    std::vector<int64_t> kind{layout.offset};
+    kind.insert(kind.end(), layout.sizes, layout.sizes + layout.axes);
+    layout.number = masks.grid_number(kind);
   }
   const int64_t branches = reader.next(0, most_positions, "a count of branches");
   for (int64_t i = 0; i < branches; ++i) {
@@ -159,7 +164,7 @@ Program read_program(const Problem& problem) {
     throw std::runtime_error("the attention's code is of " + std::to_string(heads) + " heads; the query has " + std::to_string(problem.q.sizes[1]));
   for (const int64_t group : reader.list(heads)) program.group_of_head.push_back(static_cast<int>(group));
   const int64_t groups = reader.next(0, most, "a count of groups");
-  for (int64_t i = 0; i < groups; ++i) program.groups.push_back(read_group(reader));
+  for (int64_t i = 0; i < groups; ++i) program.groups.push_back(read_group(reader, program.masks));
   for (const int group : program.group_of_head)
     if (group < 0 || group >= groups) throw std::runtime_error("the attention's code names a group that it does not have");
   for (const Array& data : problem.data) {

@@ -7,7 +7,8 @@ namespace native {
 // Tokens of a tile: every `step`-th along the line, or a patch of the grid.
 struct Layout {
   int64_t step = 1;
-  int axes = 0;  // of the grid; 0: none
+  int axes = 0;     // of the grid; 0: none
+  int number = -1;  // of the grid
   int64_t offset = 0;
   int64_t sizes[3] = {1, 1, 1};
 };

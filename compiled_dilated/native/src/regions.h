@@ -17,6 +17,8 @@ struct Region {
   int64_t first = 0, last = 0;
   int64_t step = 0;  // all positions are congruent to base modulo it; 0 where there is one position
   int64_t size = 1;
+  int grid = -1;               // of a box of a grid: the number of that grid
+  int32_t low[3] = {0, 0, 0};  // and its least coordinates
 
   static Region line(int64_t base, int64_t count, int64_t stride) {
     Region region;
@@ -29,6 +31,7 @@ struct Region {
     return region;
   }
 
+  // Of a grid's box: each stride is a multiple of the next.
   static Region box(int64_t base, const int32_t* extent, const int64_t* stride) {
     Region region;
     region.base = region.first = region.last = base;
@@ -37,7 +40,7 @@ struct Region {
       region.stride[axis] = stride[axis];
       region.last += (extent[axis] - 1) * stride[axis];
       region.size *= extent[axis];
-      if (extent[axis] > 1) region.step = std::gcd(region.step, stride[axis]);
+      if (extent[axis] > 1) region.step = stride[axis];
     }
     return region;
   }

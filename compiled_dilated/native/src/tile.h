@@ -110,23 +110,30 @@ class Scores {
   }
 
   void hide(const KeyBlock& block, T* scores, int ld) {
-    int32_t asked[128];
-    int keys[128], count = 0;
+    // A few keys at a time: the answers stay in the first cache beside the scores.
+    constexpr int at_once = 8;
+    const int vectors = block.high - block.low;
+    Ints* answers = reinterpret_cast<Ints*>(seen_.data());
+    int32_t asked[at_once];
+    int keys[at_once], count = 0;
+    const auto apply = [&] {
+      queries_.seen(root_, block.low, block.high, asked, count, answers);
+      for (int i = 0; i < count; ++i)
+        for (int j = 0; j < vectors; ++j) {
+          if (!(block.partial[keys[i]] >> (block.low + j) & 1)) continue;
+          T* at = scores + keys[i] * ld + j * W;
+          const VectorMask<T> seen = __builtin_convertvector(answers[i * vectors + j], VectorMask<T>);
+          store<T>(at, seen ? load<T>(at) : all(-infinity<T>));
+        }
+      count = 0;
+    };
     for (int i = 0; i < block.count; ++i) {
       if (!block.partial[i]) continue;
       asked[count] = block.keys[i];
       keys[count++] = i;
+      if (count == at_once) apply();
     }
-    const int vectors = block.high - block.low;
-    queries_.seen(root_, block.low, block.high, asked, count, reinterpret_cast<Ints*>(seen_.data()));
-    const Ints* answers = reinterpret_cast<const Ints*>(seen_.data());
-    for (int i = 0; i < count; ++i)
-      for (int j = 0; j < vectors; ++j) {
-        if (!(block.partial[keys[i]] >> (block.low + j) & 1)) continue;
-        T* at = scores + keys[i] * ld + j * W;
-        const VectorMask<T> seen = __builtin_convertvector(answers[i * vectors + j], VectorMask<T>);
-        store<T>(at, seen ? load<T>(at) : all(-infinity<T>));
-      }
+    if (count) apply();
   }
 
   const Program& program_;

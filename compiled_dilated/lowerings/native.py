@@ -1,0 +1,146 @@
+"""The native CPU kernel: all branches of a program, of any mask, in one call that finds its tiles itself.
+
+    propose -> encode (a program as numbers) -> native.library's operators, compiled once on a machine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calls import Call
+from ..masks.functions import slot_name
+from ..native import build, library
+from ..native.encode import Untranslatable, encode, mask_slots
+from ..partials import Saved, is_by_token
+from ..plans import Cost, Problem, Proposal, Refusal, Scores
+from ..programs import Program
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_MOST_POSITIONS = 2**30
+_WIDEST = 256
+# Bytes of a thread's tile: its queries and results, a block of keys and values, scores.
+_TILE_QUERIES, _BLOCK_KEYS = 64, 128
+
+
+assert library.SCHEMAS  # importing it defines the operators
+
+
+@dataclass(frozen=True)
+class Work:
+    """A program as the kernel reads it.
+
+    code: its numbers. names: the data tensors, in their order. slots: operands that masks read, in their order; those of the
+    score_mod stand behind them.
+    """
+
+    code: tuple[int, ...]
+    names: tuple[str, ...]
+    slots: tuple[int, ...]
+
+    def inputs(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:
+        """Data and operands of a call."""
+        operands = [call.data[slot_name(slot)] for slot in self.slots]
+        if call.score_mod is not None:
+            operands += call.score_mod.operands
+        return [call.data[name] for name in self.names], operands
+
+
+def propose(problem: Problem) -> Proposal | Refusal:
+    """The whole program in one kernel."""
+    reason = _unfit(problem) or build.available()
+    if reason is not None:
+        return Refusal("native", None, reason, "Use lowering='auto', 'tiled' or 'dense'")
+    try:
+        work = _work(problem.program, problem.heads, problem.scores)
+    except Untranslatable as error:
+        return Refusal("native", None, str(error), "Use lowering='auto' or 'tiled'")
+    return Proposal("native", None, lambda: _cost(work, problem), (work,))
+
+
+def _unfit(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"it runs on a CPU, and these tensors are on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"it takes {', '.join(_DTYPES)}; got {problem.dtype}"
+    if max(problem.head_dim, problem.value_dim) > _WIDEST:
+        return f"it takes head dims up to {_WIDEST}; got {problem.head_dim} and {problem.value_dim}"
+    if max(problem.kv_len, problem.q_offset + problem.q_len) > _MOST_POSITIONS:
+        return "it takes positions up to 2**30"
+    if problem.partial and problem.scores is not None:
+        return "a score_mod counts positions along the whole sequence, and a ring's block along its own"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _work(program: Program, heads: int, scores: Scores | None) -> Work:
+    slots = mask_slots(program)
+    return Work(encode(program, heads, scores), program.names, tuple(slots))
+
+
+def _cost(work: Work, problem: Problem) -> Cost:
+    """What the kernel counts of its own tiles, without computing them. Of data, which no plan knows, everything may be seen."""
+    width = 2 * (problem.head_dim + problem.value_dim)
+    counted = None if work.names or work.slots else counts(work, problem)
+    pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len if counted is None else counted[0]
+    itemsize = 8 if problem.dtype == "float64" else 4
+    tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
+    room = torch.get_num_threads() * 3 * tile
+    return Cost(pairs, pairs * width, 0, 1, room, float(pairs * width), 2 * room + _sums_bytes(problem))
+
+
+def _sums_bytes(problem: Problem) -> int:
+    """Sums of gradients beside those of low precision: of as many key heads as there are threads, and two at least."""
+    if problem.itemsize > 2:
+        return 0
+    heads = min(problem.batch * problem.kv_heads, max(2, torch.get_num_threads()))
+    return heads * problem.kv_len * (problem.head_dim + problem.value_dim) * 4
+
+
+def counts(work: Work, problem: Problem) -> tuple[int, ...]:
+    """Pairs computed, pairs that the mask is asked about, blocks and tiles of a call; of a program that reads no data."""
+    sizes = [
+        problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.value_dim,
+    ]  # fmt: skip
+    numbers = torch.ops.compiled_dilated.native_counts(None, None, work.code, sizes, problem.q_offset, None)
+    return tuple(numbers.tolist())
+
+
+def forward(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
+    data, operands = work.inputs(call)
+    result: tuple[Tensor, Tensor] = torch.ops.compiled_dilated.native.default(
+        q, k, v, data, operands, work.code, call.scale, call.q_offset, None, is_by_token(q)
+    )
+    return result
+
+
+def merge_into(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Go on from out and lse with the pairs of these tensors."""
+    data, operands = work.inputs(call)
+    torch.ops.compiled_dilated.native_merge.default(out, lse, q, k, v, data, operands, work.code, call.scale, call.q_offset)
+
+
+def backward(work: Work, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; those of the score_mod's operands are added to its sums."""
+    data, operands = work.inputs(call)
+    mod = call.score_mod
+    learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
+    grad_q, grad_k, grad_v, vector = torch.ops.compiled_dilated.native_backward.default(
+        saved.grad_out, saved.grad_lse, saved.q, saved.k, saved.v, saved.out, saved.lse,
+        data, operands, work.code, call.scale, call.q_offset, None, learned,
+    )  # fmt: skip
+    if mod is not None:
+        _add(mod.sums, vector)
+    return grad_q, grad_k, grad_v
+
+
+def _add(sums: Sequence[Tensor], vector: Any) -> None:
+    parts = vector.split([total.numel() for total in sums]) if sums else ()
+    for total, part in zip(sums, parts, strict=True):
+        total.add_(part.view(total.shape))

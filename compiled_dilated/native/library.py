@@ -1,0 +1,105 @@
+"""The native operators: schemas, shapes, and a first call that builds and loads what computes them, src/.
+
+    compiled_dilated::native -> C++, once loaded
+                             -> _first_call -> build.load -> the same, which is C++ by now
+
+Defining them costs nothing: no compiler starts and no library is opened before the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..mods import sums_dtype
+from ..partials import empty_out, lse_dtype
+from . import build
+
+COUNT_NUMBERS = 8
+
+# src/operators.cpp repeats them for programs without Python.
+_OTHERS = "Tensor[]? data, Tensor[]? operands, int[] code, float scale, SymInt q_offset"
+_CALL = f"(Tensor q, Tensor k, Tensor v, {_OTHERS}, Tensor? offsets, bool by_token)"
+SCHEMAS = {
+    "native": f"{_CALL} -> (Tensor, Tensor)",
+    "native_counted": f"{_CALL} -> (Tensor, Tensor, Tensor)",
+    "native_backward": f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OTHERS}, "
+    "Tensor? offsets, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)",
+    "native_merge": f"(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, {_OTHERS}) -> ()",
+    "native_counts": "(Tensor[]? data, Tensor[]? operands, int[] code, int[] sizes, SymInt q_offset, Tensor? offsets) -> Tensor",
+}
+
+_library = torch.library.Library("compiled_dilated", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("compiled_dilated::native", lib=_library)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    code: Sequence[int], scale: float, q_offset: Any, offsets: Tensor | None, by_token: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return empty_out(q, v, by_token), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.register_fake("compiled_dilated::native_counted", lib=_library)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    code: Sequence[int], scale: float, q_offset: Any, offsets: Tensor | None, by_token: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return empty_out(q, v, by_token), lse, q.new_empty(COUNT_NUMBERS, dtype=torch.int64)
+
+
+@torch.library.register_fake("compiled_dilated::native_backward", lib=_library)
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    code: Sequence[int], scale: float, q_offset: Any, offsets: Tensor | None, learned: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    numbers = sum((operands or ())[number].numel() for number in learned)
+    gradients = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    return *gradients, q.new_empty((numbers,), dtype=sums_dtype(operands or (), learned))
+
+
+@torch.library.register_fake("compiled_dilated::native_merge", lib=_library)
+def _(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None,
+    operands: Sequence[Tensor] | None, code: Sequence[int], scale: float, q_offset: Any,
+) -> None:  # fmt: skip
+    pass
+
+
+@torch.library.register_fake("compiled_dilated::native_counts", lib=_library)
+def _(
+    data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, code: Sequence[int], sizes: Sequence[int],
+    q_offset: Any, offsets: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return torch.empty(COUNT_NUMBERS, dtype=torch.int64)
+
+
+# The first call -------------------------------------------------------------------------------------------------------------
+
+
+def _first_call(name: str) -> Callable[..., Any]:
+    """What the operator does where no kernel is loaded for its tensors' device."""
+
+    def load_and_call(*arguments: Any) -> Any:
+        for x in arguments:
+            if isinstance(x, Tensor) and x.device.type != "cpu":
+                raise NotImplementedError(f"compiled_dilated::{name} computes on the CPU; got a tensor on {x.device}")
+        build.load()
+        return getattr(torch.ops.compiled_dilated, name).default(*arguments)
+
+    return load_and_call
+
+
+# The lowest key: what the library registers, of CPU and of BackendSelect, goes before.
+for _name in SCHEMAS:
+    _library.impl(_name, _first_call(_name), "CompositeExplicitAutograd")

@@ -6,7 +6,7 @@ from .block_masks import block_mask, block_masks
 from .compiler import compile, plan
 from .modules import DilatedAttention, MultiheadDilatedAttention
 from .plans import Plan
-from .programs import Branch, Program, block_sparse, hilbert_window, local_window, longnet
+from .programs import Branch, Program, big_bird, block_sparse, hilbert_window, local_window, longnet
 from .reference import reference
 from .ring.plans import RingPlan
 from .ring.streamed import Streamed
@@ -21,6 +21,7 @@ __all__ = [
     "Program",
     "RingPlan",
     "Streamed",
+    "big_bird",
     "block_mask",
     "block_masks",
     "block_sparse",

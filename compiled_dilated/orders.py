@@ -30,6 +30,7 @@ AnyInts = npt.NDArray[Any]
 SmallInts = npt.NDArray[np.int32]
 
 _MOST_CELLS = 2**31
+_FAR = np.iinfo(np.int64).max
 
 
 class Order(ABC):
@@ -223,7 +224,8 @@ class Hilbert(Order):
         if n != math.prod(self.grid):
             raise ValueError(
                 f"{self!r} orders the {math.prod(self.grid)} cells of its grid; got {n} tokens. "
-                "Give the grid of the sequence, or pad the sequence to it"
+                "Give the grid of the sequence, or pad the sequence to it. Where other tokens stand before the grid or after it, "
+                "say where it starts with offset="
             )
 
     def permutation(self, n: int) -> IntArray | None:
@@ -253,14 +255,80 @@ class Hilbert(Order):
         return f"hilbert({', '.join(map(str, self.grid))})"
 
 
-def hilbert(*grid: int) -> Order:
+@dataclass(frozen=True, repr=False)
+class PlacedHilbert(Order):
+    """A grid that starts at position `offset`, along a Hilbert curve; the tokens before it and after it stay where they are.
+
+    offset 1, grid (2, 2), 6 tokens:  0  1 2 4 3  5
+    """
+
+    hilbert: Hilbert
+    offset: int
+
+    @property
+    def tokens(self) -> range:
+        """The positions, and the places, of the grid."""
+        return range(self.offset, self.offset + math.prod(self.hilbert.grid))
+
+    def check(self, n: int) -> None:
+        if n < self.tokens.stop:
+            raise ValueError(
+                f"{self!r} orders the {len(self.tokens)} cells of its grid from position {self.offset} on; got {n} tokens. "
+                "Give the grid of the sequence, or pad the sequence to it"
+            )
+
+    def permutation(self, n: int) -> IntArray | None:
+        self.check(n)
+        out = np.arange(n, dtype=np.int64)
+        out[self.tokens.start : self.tokens.stop] = _curve(self.hilbert.grid) + np.int64(self.offset)
+        return out
+
+    def permute(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
+        return self._on_grid(x, dim, self.hilbert.permute)
+
+    def invert(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
+        return self._on_grid(x, dim, self.hilbert.invert)
+
+    def _on_grid(self, x: torch.Tensor, dim: int, change: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+        self.check(x.shape[dim])
+        first, stop = self.tokens.start, self.tokens.stop
+        inside = change(x.narrow(dim, first, stop - first), dim)
+        return torch.cat([x.narrow(dim, 0, first), inside, x.narrow(dim, stop, x.shape[dim] - stop)], dim)
+
+    def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
+        """As `Hilbert` on the grid; a run that reaches over its border is one from its first to its last position."""
+        self.check(n)
+        start, stop = np.atleast_1d(np.asarray(starts, dtype=np.int64)), np.atleast_1d(np.asarray(stops, dtype=np.int64))
+        axes = len(self.hilbert.grid)
+        extent, stride = (np.ones((len(start), axes), dtype=np.int64) for _ in range(2))
+        low, high = (ends.clip(self.tokens.start, self.tokens.stop) for ends in (start, stop))
+        boxes = np.flatnonzero(low < high)
+        box = self.hilbert.regions(low[boxes] - self.offset, high[boxes] - self.offset, len(self.tokens))
+        first, last = start.copy(), stop - 1
+        first[boxes] = np.minimum(np.where(start < low, start, _FAR)[boxes], box.first + self.offset)
+        last[boxes] = np.maximum(np.where(stop > high, stop - 1, -1)[boxes], box.last + self.offset)
+        extent[:, 0] = last - first + 1
+        whole = (start == low) & (stop == high)
+        extent[boxes] = np.where(whole[boxes, None], box.extent, extent[boxes])
+        stride[boxes] = np.where(whole[boxes, None], box.stride, stride[boxes])
+        return Regions(first, extent, stride)
+
+    def __repr__(self) -> str:
+        return f"{repr(self.hilbert)[:-1]}, offset={self.offset})"
+
+
+def hilbert(*grid: int, offset: int | None = None) -> Order:
     """Cells of a grid along a Hilbert curve, `hilbert(rows, cols)` or `hilbert(depth, rows, cols)`; neighbours stay near.
 
     Any sizes: the curve of the enclosing square or cube, less the cells outside the grid. Runs of 4**k (8**k) places that start
     at a multiple of that are squares (cubes) of 2**k cells a side, where 2**k divides every size.
 
+    offset: None where the sequence is the grid, else the position of the grid's first token; other tokens keep their places.
+
     >>> hilbert(2, 2).permutation(4).tolist()
     [0, 1, 3, 2]
+    >>> hilbert(2, 2, offset=1).permutation(6).tolist()
+    [0, 1, 2, 4, 3, 5]
     """
     sizes = arguments.integers("grid", grid, 1)
     if len(sizes) not in (2, 3):
@@ -270,7 +338,7 @@ def hilbert(*grid: int) -> Order:
         )
     if math.prod(sizes) > _MOST_CELLS:
         raise ValueError(f"grid must have at most {_MOST_CELLS} cells, whose positions fit 32 bits; got {math.prod(sizes)}")
-    return Hilbert(sizes)
+    return Hilbert(sizes) if offset is None else PlacedHilbert(Hilbert(sizes), arguments.integer("offset", offset, 0))
 
 
 def _hilbert_index(axes: list[AnyInts], bits: int) -> AnyInts:

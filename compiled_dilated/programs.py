@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from . import arguments, masks
 from .masks import Mask
@@ -19,8 +19,23 @@ HEADS = ("all", "split")
 KINDS = ("local", "global_local", "dilated")
 
 
+class _NoMask:
+    """Refuses `&`, `|` and `~`, which join masks."""
+
+    # Read where such a value comes as the operand of a mask.
+    how_to_join = (
+        "Join masks before a program is made of them, as masks.neighborhood((64, 64), 7) | masks.sinks(4); "
+        "an order is given by Program((Branch(mask, order=orders.hilbert(64, 64)),))"
+    )
+
+    def _refuse(self, other: object = None) -> NoReturn:
+        raise TypeError(f"`&`, `|` and `~` join masks; got {type(self).__name__} {self!r}. {self.how_to_join}")
+
+    __and__ = __or__ = __rand__ = __ror__ = __invert__ = _refuse
+
+
 @dataclass(frozen=True, repr=False)
-class Branch:
+class Branch(_NoMask):
     """Some heads, what they may attend to, and the order in which tokens are computed (which never changes a result).
 
     heads: None for all, (start, stop), or "i/k": the i-th of k shares, heads // k each, the first heads % k shares one more.
@@ -67,7 +82,7 @@ class Branch:
 
 
 @dataclass(frozen=True, repr=False)
-class Program:
+class Program(_NoMask):
     """Branches joined by one softmax: a key that two branches link counts twice. Hashable; prints as the code that makes it."""
 
     branches: tuple[Branch, ...]
@@ -126,7 +141,7 @@ def builder(build: Builder) -> Builder:
 
 
 @dataclass(frozen=True, repr=False)
-class PerLength:
+class PerLength(_NoMask):
     """A program that depends on how many tokens a call has.
 
     It is `build(*settings, tokens)`, made when tensors of that length first come.
@@ -233,12 +248,39 @@ def local_window(left: int, right: int | None = None, causal: bool = False, dila
     return as_program(masks.window(left, right, dilation))
 
 
-def hilbert_window(grid: Sequence[int], radius: int | Sequence[int], edges: str = "cut") -> Program:
-    """Keys within `radius` on every axis of a 2-D or 3-D grid, tokens in row-major order, computed in Hilbert order."""
+def hilbert_window(grid: Sequence[int], radius: int | Sequence[int], edges: str = "cut", offset: int | None = None) -> Program:
+    """Keys within `radius` on every axis of a 2-D or 3-D grid, tokens in row-major order, computed in Hilbert order.
+
+    offset: None where the sequence is the grid, else the position of the grid's first token, as in `masks.neighborhood`: other
+    tokens see nothing, unless a mask joins them: Program((Branch(masks.neighborhood((64, 64), 7, offset=1) |
+    masks.global_tokens(1), order=orders.hilbert(64, 64, offset=1)),)).
+    """
     shape = arguments.integers("grid", grid, 1)
     if len(shape) not in (2, 3):
         raise ValueError(f"grid must have 2 or 3 axes; got {shape!r}")
-    return Program((Branch(masks.neighborhood(shape, radius, edges=edges), order=hilbert(*shape)),))
+    mask = masks.neighborhood(shape, radius, edges=edges, offset=offset)
+    return Program((Branch(mask, order=hilbert(*shape, offset=offset)),))
+
+
+def big_bird(window: int, global_tokens: int, random: int, block: int, tokens: int, seed: int = 0) -> Program:
+    """BigBird's attention by whole blocks of `block` tokens (arXiv 2007.14062): a window, global tokens and random blocks.
+
+    window: tokens that a block sees on each side of itself. global_tokens: the first tokens, which see all and are seen by all.
+    Both are multiples of `block`. random: how many blocks of keys, drawn from all by `seed`, each block of queries sees; one that
+    falls into the window or on a global token adds nothing. tokens: the length that random blocks are drawn for.
+
+    >>> big_bird(64, 128, 3, 64, tokens=4096)
+    Program((Branch(block_window(64, 1) | global_tokens(128) | random_blocks(64, 3, tokens=4096, seed=0)),))
+    """
+    block = arguments.integer("block", block, 1)
+    for name, value in (("window", window), ("global_tokens", global_tokens)):
+        if arguments.integer(name, value, 0) % block:
+            raise ValueError(
+                f"{name} must be a multiple of the block of {block} tokens; got {value}. "
+                "A window of single tokens is masks.window(...) | masks.global_tokens(...) | masks.random_blocks(...)"
+            )
+    drawn = masks.random_blocks(block, arguments.integer("random", random, 0), tokens, seed)
+    return as_program(masks.block_window(block, window // block) | masks.global_tokens(global_tokens) | drawn)
 
 
 def block_sparse(

@@ -24,6 +24,7 @@ from .masks import Mask
 from .masks.data import DocumentLengths
 from .masks.explicit import Tiles
 from .masks.functions import FromMod, of_graph, with_contents
+from .masks.globals import GlobalPositions
 from .masks.positions import LeadingQueries
 from .mods import MaskMod, name_of, trace_mask_mod
 from .orders import Order
@@ -38,7 +39,10 @@ NAMES: Mapping[str, Callable[..., Any]] = {
     **{name: getattr(masks, name) for name in masks.__all__ if name not in _NOT_CALLED},
     **{each.__name__: each for each in (orders.identity, orders.residue, orders.hilbert)},
     **{each.__name__: each for each in (programs.Branch, programs.Program)},
-    **{each.__name__: each for each in (programs.longnet, programs.local_window, programs.hilbert_window, programs.block_sparse)},
+    **{
+        each.__name__: each
+        for each in (programs.longnet, programs.local_window, programs.hilbert_window, programs.block_sparse, programs.big_bird)
+    },
 }
 _MOST_CHARACTERS, _MOST_DEPTH = 10_000, 50
 # What travels was written by `write`: of graphs and of long conjunctions too.
@@ -151,7 +155,9 @@ def _shortened(mask: Mask, operands: list[Tensor], numbers: Iterator[int]) -> Ma
         return _Numbered(whole.fn, whole.within, next(numbers))
     if isinstance(whole, DocumentLengths) and len(whole.lengths) > _MOST_NUMBERS:
         return replace(whole, lengths=_store(whole.lengths, operands))
-    if isinstance(whole, Tiles) and len(whole.keys) > _MOST_NUMBERS:
+    if isinstance(whole, GlobalPositions) and len(whole.positions) > _MOST_NUMBERS:
+        return replace(whole, positions=_store(whole.positions, operands))
+    if isinstance(whole, Tiles) and len(whole.keys) > _MOST_NUMBERS and not whole.code:
         return _StoredTiles(whole.block, whole.columns, _store(whole.keys, operands))
     return whole
 

@@ -108,6 +108,12 @@ def both_data(batch: int, n: int) -> dict[str, Tensor]:
     return document_ids(batch, n) | some_padding(batch, n)
 
 
+def some_global(batch: int, n: int) -> dict[str, Tensor]:
+    """Scattered global tokens, others in the second batch entry."""
+    at = torch.arange(n)
+    return {"is_global": torch.stack([at % 61 == 5, (at == 0) | (at == n - 1)][:batch])}
+
+
 def odd_keys(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return ((q + kv) % 3 == 0) | (q == kv)
 
@@ -126,6 +132,24 @@ def checkered(n: int, block: int) -> Mask:
     return masks.tiles(
         [(i, j) for i in range(size) for j in range(size) if j in (i, (i * 5) % size) or (j == 0 and i % 2)], block
     )
+
+
+def random_blocks(n: int, block: int) -> Mask:
+    """Three random blocks a row, as far as there are so many."""
+    return masks.random_blocks(block, min(3, -(-n // block)), n, seed=7)
+
+
+def grid_within(n: int, axes: int = 2) -> tuple[tuple[int, ...], int]:
+    """A grid, and where it starts, with two tokens before it and one after it where there are so many."""
+    cells = max(1, n - 3)
+    return grid_of(cells, axes), min(2, n - cells)
+
+
+def window_within(n: int) -> Program:
+    """A neighbourhood of such a grid in Hilbert order, and what the tokens beside the grid see."""
+    grid, offset = grid_within(n)
+    mask = masks.neighborhood(grid, 3, offset=offset) | masks.global_tokens(offset)
+    return in_order(mask, orders.hilbert(*grid, offset=offset))
 
 
 def in_order(mask: Mask, order: orders.Order) -> Program:
@@ -183,13 +207,21 @@ _MASKS = (
     Case("no sinks", lambda n: masks.sinks(0)),
     Case("prefix", lambda n: masks.prefix(70)),
     Case("global tokens", lambda n: masks.global_tokens(5), _IRREGULAR),
+    Case("global positions", lambda n: masks.global_tokens(positions=(0, 17, 18, 130, 900)), _IRREGULAR),
+    Case("many global positions", lambda n: masks.global_tokens(positions=range(3, 400, 9)), _IRREGULAR),
+    Case("global tokens by data", lambda n: masks.global_tokens(data="is_global"), data=some_global),
+    Case("global tokens by data, causal",
+        lambda n: masks.global_tokens(data="is_global") & masks.causal(), data=some_global,
+    ),
+    Case("block window", lambda n: masks.block_window(16, 1, 2), _IRREGULAR),
+    Case("random blocks", lambda n: random_blocks(n, 16), _IRREGULAR),
     Case("dilated blocks", lambda n: masks.dilated_blocks(16, 3)),
     Case("tiles", lambda n: checkered(n, 16), _IRREGULAR),
     Case("from_mod", lambda n: masks.from_mod(odd_keys), _IRREGULAR),
     Case("from_mod within", lambda n: masks.from_mod(odd_keys, within=masks.window(50)), _IRREGULAR),
     Case("from_mod per head", lambda n: masks.from_mod(head_distance), _IRREGULAR),
     Case("from_mod per batch entry", lambda n: masks.from_mod(batch_distance, within=masks.window(40)), _IRREGULAR),
-)
+)  # fmt: skip
 
 _GRIDS = (
     Case("neighborhood of a line", lambda n: masks.neighborhood((n,), 11)),
@@ -212,6 +244,14 @@ _GRIDS = (
     Case("neighborhood and segments", lambda n: masks.neighborhood(grid_of(n), 3) & masks.segments(50)),
     Case("neighborhood of a part of its grid", lambda n: masks.neighborhood((16, n // 16 + 3), 3), "a part of a grid"),
     Case("neighborhood of some lines of its grid", lambda n: masks.neighborhood((n + 4, math.gcd(n, 12)), 3)),
+    Case("neighborhood within", lambda n: masks.neighborhood(grid_within(n)[0], (2, 3), offset=2), _IRREGULAR),
+    Case(
+        "neighborhood within, of a volume, shifted and dilated",
+        lambda n: masks.neighborhood(grid_within(n, 3)[0], 1, dilation=(1, 1, 2), edges="shift", offset=1),
+        _IRREGULAR,
+    ),
+    Case("neighborhood at the front", lambda n: masks.neighborhood((7, 5), 2, causal=(True, False), offset=0), _IRREGULAR),
+    Case("neighborhood beyond the end", lambda n: masks.neighborhood((40, 40), 3, offset=n // 2), _IRREGULAR),
 )
 
 _COMPOSED = (
@@ -219,6 +259,14 @@ _COMPOSED = (
     Case("window or sinks", lambda n: masks.window(12) | masks.sinks(4), _IRREGULAR),
     Case("causal and window or sinks", lambda n: masks.causal() & (masks.window(33) | masks.sinks(4)), _IRREGULAR),
     Case("window or global tokens", lambda n: masks.window(6) | masks.global_tokens(3), _IRREGULAR),
+    Case("window or global positions", lambda n: masks.window(6) | masks.global_tokens(positions=(3, 77)), _IRREGULAR),
+    Case("window or global tokens by data",
+        lambda n: masks.window(6) | masks.global_tokens(data="is_global"), data=some_global,
+    ),
+    Case("neighborhood within or global tokens",
+        lambda n: masks.neighborhood(grid_within(n)[0], 2, offset=2) | masks.global_tokens(2), _IRREGULAR,
+    ),
+    Case("random blocks and causal", lambda n: random_blocks(n, 8) & masks.causal(), _IRREGULAR),
     Case("window or dilated window", lambda n: masks.window(5) | masks.window(60, dilation=10), _IRREGULAR),
     Case("not causal", lambda n: ~masks.causal()),
     Case("not window", lambda n: ~masks.window(30)),
@@ -231,7 +279,7 @@ _COMPOSED = (
     Case("congruent per head or window", lambda n: masks.congruent(4, "cyclic") | masks.window(5), _IRREGULAR),
     Case("neighborhood or sinks", lambda n: masks.neighborhood(grid_of(n), 2) | masks.sinks(2), _IRREGULAR),
     Case("tiles in a window", lambda n: checkered(n, 16) & masks.window(25), _IRREGULAR),
-)
+)  # fmt: skip
 
 _PROGRAMS = (
     Case("longnet", lambda n: cd.longnet((16, 48, 144), (1, 3, 9))),
@@ -260,6 +308,7 @@ _PROGRAMS = (
     Case("block sparse tiles",
         lambda n: cd.block_sparse(1 / n, "tiles", block=1, tokens=n, tiles=[(i, i) for i in range(n)]), _IRREGULAR,
     ),
+    Case("big bird", lambda n: cd.big_bird(16, 16, min(2, -(-n // 16)), 16, n, seed=3), _IRREGULAR),
     Case("branches of different heads", lambda n: Program((Branch(masks.window(9), (0, 3)), Branch(masks.segments(40), (2, 4))))),
     Case("a head without a branch", lambda n: Program((Branch(masks.window(9), (1, 4)),))),
     Case("rows dead in one branch",
@@ -286,6 +335,10 @@ _ORDERED = (
     Case("hilbert window", lambda n: cd.hilbert_window(grid_of(n), 3), crossed=False),
     Case("hilbert window shifted", lambda n: cd.hilbert_window(grid_of(n), (1, 4), edges="shift"), crossed=False),
     Case("hilbert window of a volume", lambda n: cd.hilbert_window(grid_of(n, 3), 2), crossed=False),
+    Case("hilbert window within",
+        lambda n: cd.hilbert_window(grid_within(n)[0], 2, offset=grid_within(n)[1]), _IRREGULAR, crossed=False,
+    ),
+    Case("hilbert window within and global tokens", lambda n: window_within(n), _IRREGULAR, crossed=False),
     Case("hilbert causal", lambda n: in_order(masks.causal(), orders.hilbert(*grid_of(n))), crossed=False),
     Case("hilbert window and sinks",
         lambda n: in_order(masks.neighborhood(grid_of(n), 2) | masks.sinks(2), orders.hilbert(*grid_of(n))),
@@ -314,6 +367,15 @@ _LONG = (
     ),
     Case("longnet, many segments",
         lambda n: cd.longnet((64, 128, 256), (1, 2, 4), causal=True), lengths=(1103,), heads=4, kv_heads=1,
+    ),
+    Case("big bird, many tiles", lambda n: cd.big_bird(64, 32, 2, 32, n), _IRREGULAR, lengths=(1103,), heads=2, kv_heads=1),
+    Case("global positions, many tiles",
+        lambda n: masks.window(40) | masks.global_tokens(positions=(5, 500, 501, 1102)), _IRREGULAR, lengths=(1103,), heads=2,
+        kv_heads=1,
+    ),
+    Case("neighborhood within, many boxes",
+        lambda n: masks.neighborhood((30, 40), 4, offset=1) | masks.global_tokens(1), _IRREGULAR, lengths=(1203,), heads=2,
+        kv_heads=1,
     ),
     Case("hilbert window, many boxes",
         lambda n: cd.hilbert_window((30, 40), 4), lengths=(1200,), heads=2, kv_heads=1, crossed=False,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from compiled_dilated import masks, orders
 from compiled_dilated.masks import Mask
+from compiled_dilated.masks.grids import Neighborhood
 from compiled_dilated.orders import Order
 from compiled_dilated.regions import Regions
 
@@ -40,13 +41,17 @@ def grids(draw: st.DrawFn, most: int = 64) -> tuple[int, ...]:
     return (rows, columns) if draw(st.booleans()) else (depth, rows, columns)
 
 
+_LINE_MASKS = (
+    "causal", "window", "segments", "congruent", "documents", "sinks", "prefix", "global", "tiles", "full", "block window",
+    "global positions", "random blocks", "placed grid",
+)  # fmt: skip
+
+
 @st.composite
 def line_masks(draw: st.DrawFn, most: int = 64) -> Mask:
     """A mask without parts, for any length."""
     number = st.integers(0, most)
-    kind = draw(
-        st.sampled_from(("causal", "window", "segments", "congruent", "documents", "sinks", "prefix", "global", "tiles", "full"))
-    )
+    kind = draw(st.sampled_from(_LINE_MASKS))
     if kind == "window":
         return masks.window(draw(number), draw(number), draw(st.integers(1, 7)))
     if kind == "segments":
@@ -59,6 +64,16 @@ def line_masks(draw: st.DrawFn, most: int = 64) -> Mask:
     if kind == "tiles":
         pairs = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
         return masks.tiles(pairs, block=draw(st.integers(1, 16)), columns=draw(st.none() | st.integers(6, 8)))
+    if kind == "block window":
+        reach = st.integers(0, 3)
+        return masks.block_window(draw(st.integers(1, 16)), draw(reach), draw(reach))
+    if kind == "global positions":
+        return masks.global_tokens(positions=draw(st.lists(number, max_size=8)))
+    if kind == "random blocks":
+        block = draw(st.integers(1, 16))
+        return masks.random_blocks(block, draw(st.integers(0, most // block)), most, draw(number))
+    if kind == "placed grid":
+        return placed(draw(grid_masks(draw(grids(most)))), draw(number))
     counted = {"sinks": masks.sinks, "prefix": masks.prefix, "global": masks.global_tokens}
     if kind in counted:
         return counted[kind](draw(number))
@@ -74,6 +89,12 @@ def grid_masks(draw: st.DrawFn, grid: tuple[int, ...]) -> Mask:
         draw(st.tuples(*[st.booleans()] * len(grid))),
     ]
     return masks.neighborhood(grid, *per_axis, edges=draw(st.sampled_from(("cut", "shift"))))
+
+
+def placed(mask: Mask, offset: int) -> Mask:
+    """The neighbourhood with its grid from a position on."""
+    assert isinstance(mask, Neighborhood)
+    return masks.neighborhood(mask.grid, mask.radius, mask.dilation, mask.causal, mask.edges, offset)
 
 
 def expressions(leaves: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
@@ -99,14 +120,21 @@ def mods() -> st.SearchStrategy[Mask]:
 def masks_and_orders(draw: st.DrawFn, most: int = 64) -> tuple[Mask, Order, int]:
     """A mask, an order and a length that both know."""
     grid = draw(grids(most))
-    on_grid = draw(st.booleans())
-    n = math.prod(grid) if on_grid else draw(st.integers(1, most))
-    leaves = [line_masks(most), mods(), *([grid_masks(grid)] if on_grid else [])]
+    on_grid = draw(st.sampled_from(("no", "whole", "within")))
+    n, offset = draw(st.integers(1, most)), None
+    leaves = [line_masks(most), mods()]
+    if on_grid == "whole":
+        n = math.prod(grid)
+        leaves.append(grid_masks(grid))
+    elif on_grid == "within":
+        offset, after = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+        n = offset + math.prod(grid) + after
+        leaves.append(st.builds(placed, grid_masks(grid), st.just(offset)))
     order = draw(
         st.one_of(
             st.just(orders.identity()),
             st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, most)),
-            *([st.just(orders.hilbert(*grid))] if on_grid else []),
+            *([] if on_grid == "no" else [st.just(orders.hilbert(*grid, offset=offset))]),
         )
     )
     return draw(expressions(st.one_of(*leaves))), order, n

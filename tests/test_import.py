@@ -18,6 +18,7 @@ PROMISED = {
     "Program",
     "RingPlan",
     "Streamed",
+    "big_bird",
     "block_mask",
     "block_masks",
     "block_sparse",

@@ -36,6 +36,11 @@ EXACT = [
     masks.sinks(5),
     masks.prefix(13),
     masks.global_tokens(6),
+    masks.global_tokens(positions=(0, 17, 18, 19, 20, 40)),
+    masks.block_window(5, 1, 2),
+    masks.tiles([(0, 1), (1, 1), (2, 0), (2, 1)], block=8),
+    masks.random_blocks(6, 3, 48),
+    masks.neighborhood((30,), 4, offset=5),
 ]
 
 
@@ -125,7 +130,7 @@ def test_neighborhood_is_exact_on_boxes(dilation: int, edges: str) -> None:
 
 def test_classify_of_data_promises_nothing() -> None:
     q = contiguous_tiles(20, 5)
-    for mask in (masks.documents(ids="d"), masks.padding()):
+    for mask in (masks.documents(ids="d"), masks.padding(), masks.global_tokens(data="d")):
         assert (mask.classify(q, q) == PARTIAL).all()
         assert ((mask & masks.sinks(0)).classify(q, q) == EMPTY).all()
 
@@ -170,6 +175,14 @@ def pairs(q_len: int, kv_len: int, allowed: Callable[[int, int], bool]) -> Any:
         (masks.global_tokens(3), lambda i, j: i < 3 or j < 3),
         (masks.tiles([(0, 1), (2, 0), (2, 0)], block=4), lambda i, j: (i // 4, j // 4) in ((0, 1), (2, 0))),
         (masks.tiles([], block=4), lambda i, j: False),
+        (masks.global_tokens(positions=(2, 16, 90)), lambda i, j: i in (2, 16) or j in (2, 16)),
+        (masks.block_window(4, 1, 0), lambda i, j: i // 4 - 1 <= j // 4 <= i // 4),
+        (
+            masks.neighborhood((3, 4), 1, offset=2),
+            lambda i, j: (
+                2 <= i < 14 and 2 <= j < 14 and abs((i - 2) // 4 - (j - 2) // 4) < 2 and abs((i - 2) % 4 - (j - 2) % 4) < 2
+            ),
+        ),
         (masks.from_mod(every_third), lambda i, j: (i + j) % 3 == 0),
         (masks.from_mod(every_third, within=masks.causal()), lambda i, j: (i + j) % 3 == 0 and j <= i),
         (masks.window(2) & ~masks.sinks(1), lambda i, j: abs(i - j) <= 2 and j >= 1),
@@ -304,6 +317,7 @@ def test_repr_is_code(data: st.DataObject) -> None:
         masks.padding(),
         masks.padding("pad"),
         masks.tiles([(0, 0), (3, 1)], block=8, columns=5),
+        masks.global_tokens(data="d"),
     ],
     ids=repr,
 )
@@ -328,6 +342,9 @@ def test_different_masks_differ() -> None:
         masks.neighborhood((4, 4), 1, edges="shift"),
         masks.padding(),
         masks.documents(ids="d"),
+        masks.global_tokens(data="d"),
+        masks.neighborhood((4, 4), 1, offset=0),
+        masks.neighborhood((4, 4), 1, offset=1),
         masks.from_mod(every_third),
         masks.from_mod(by_head),
     ]

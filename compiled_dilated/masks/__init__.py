@@ -1,11 +1,13 @@
 """What may attend to what: small expressions over token positions, joined by `&`, `|` and `~`."""
 
+from .blocks import block_window
 from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, disjoint, full
 from .data import Padding, documents, padding
-from .explicit import Tiles, tiles
+from .explicit import Tiles, random_blocks, tiles
 from .functions import from_mod
+from .globals import global_tokens
 from .grids import neighborhood
-from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, global_tokens, narrowed, prefix, segments, sinks, window
+from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, narrowed, prefix, segments, sinks, window
 
 __all__ = [
     "OFFSET_RULES",
@@ -16,6 +18,7 @@ __all__ = [
     "Or",
     "Padding",
     "Tiles",
+    "block_window",
     "causal",
     "congruent",
     "conjunction",
@@ -30,6 +33,7 @@ __all__ = [
     "neighborhood",
     "padding",
     "prefix",
+    "random_blocks",
     "segments",
     "sinks",
     "tiles",

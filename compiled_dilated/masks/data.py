@@ -23,6 +23,16 @@ def _tensor(data: Data | None, name: str, mask: Mask) -> Any:
     return data[name]
 
 
+def _flags(data: Data | None, name: str, mask: Mask, true_where: str, otherwise: str) -> Any:
+    """A data tensor that must be bool."""
+    flags = _tensor(data, name, mask)
+    if str(flags.dtype).removeprefix("torch.") != "bool":
+        raise TypeError(
+            f"data[{name!r}] must be a bool tensor, True where {true_where}; got {flags.dtype}. Of a mask that {otherwise}"
+        )
+    return flags
+
+
 def _row(x: Any, b: Positions) -> Any:
     """Where data says something of the batch index b: data of batch 1 speaks for all."""
     return b if x.shape[0] != 1 else b * 0
@@ -141,12 +151,7 @@ class Padding(Mask):
         return (self.name,)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        padding = _tensor(data, self.name, self)
-        if str(padding.dtype).removeprefix("torch.") != "bool":
-            raise TypeError(
-                f"data[{self.name!r}] must be a bool tensor, True where a key is padding; got {padding.dtype}. "
-                "Of a mask that is 1 where a key counts, pass mask == 0"
-            )
+        padding = _flags(data, self.name, self, "a key is padding", "is 1 where a key counts, pass mask == 0")
         return ~padding[_row(padding, b), kv] & (q == q)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:

@@ -1,27 +1,39 @@
-"""Masks as explicit lists of tiles."""
+"""Masks as explicit lists of tiles: the user's, or random ones that every machine draws alike (BigBird, arXiv 2007.14062)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import arguments
-from ..regions import EMPTY, FULL, PARTIAL, Regions, Verdicts
-from .core import Data, Mask, Positions
-from .lookup import as_tensor, rank
+from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
+from .core import NOTHING, Data, Mask, Positions, clip
+from .lookup import as_tensor, rank, runs
+from .positions import _MOST_RANGES
+
+# Regions of up to so many rows of tiles are judged row by row, larger ones as a whole.
+_MOST_ROWS = 16
+# Random tiles are listed one by one, about a microsecond each.
+_MOST_RANDOM = 2**20
 
 
 @dataclass(frozen=True, repr=False)
 class Tiles(Mask):
-    """q // block and kv // block are a listed pair; `keys` are the pairs as sorted numbers row * columns + column."""
+    """q // block and kv // block are a listed pair; `keys` are the pairs as sorted numbers row * columns + column.
+
+    code: what makes the mask, where that is shorter than the list.
+    """
 
     block: int
     columns: int
     keys: tuple[int, ...]
     table: Any = field(default=None, compare=False)
+    code: str = field(default="", compare=False)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         column = kv // self.block
@@ -31,27 +43,77 @@ class Tiles(Mask):
     def on(self, device: Any) -> Mask:
         return replace(self, table=as_tensor(self.keys, device))
 
+    @cached_property
+    def _listed(self) -> IntArray:
+        return np.asarray(self.keys, dtype=np.int64)
+
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        table = np.asarray(self.keys, dtype=np.int64)
-        rows = (q.first // self.block, q.last // self.block)
-        columns = (kv.first // self.block, np.minimum(kv.last // self.block, self.columns - 1))
-        beyond = kv.last // self.block >= self.columns
-        out = np.full(len(q), PARTIAL)
-        one_row = rows[0] == rows[1]
-        listed = np.searchsorted(table, rows[0] * self.columns + columns[1], side="right")
-        listed -= np.searchsorted(table, rows[0] * self.columns + columns[0], side="left")
-        out[one_row & (listed <= 0)] = EMPTY
-        out[one_row & (listed == columns[1] - columns[0] + 1) & ~beyond] = FULL
-        # Many rows: only a span of rows without a single pair is known to be empty.
-        any_row = np.searchsorted(table, (rows[1] + 1) * self.columns) - np.searchsorted(table, rows[0] * self.columns)
-        out[(any_row <= 0) | (columns[0] > columns[1])] = EMPTY
-        return out
+        first_row, last_row = q.first // self.block, q.last // self.block
+        first, last = kv.first // self.block, np.minimum(kv.last // self.block, self.columns - 1)
+        rows = last_row - first_row + 1
+        # How many of the tiles that a region touches are listed: exactly for few rows, else those of its rows in all columns.
+        listed = np.searchsorted(self._listed, (last_row + 1) * self.columns)
+        listed -= np.searchsorted(self._listed, first_row * self.columns)
+        few = np.flatnonzero((listed > 0) & (rows <= _MOST_ROWS) & (first <= last))
+        exact = np.zeros(len(few), dtype=np.int64)
+        for number in range(int(rows[few].max(initial=0))):
+            some = number < rows[few]
+            key = (first_row[few][some] + number) * self.columns
+            exact[some] += np.searchsorted(self._listed, key + last[few][some], side="right")
+            exact[some] -= np.searchsorted(self._listed, key + first[few][some])
+        listed[few] = exact
+        full = np.zeros(len(q), dtype=np.bool_)
+        full[few] = (exact == rows[few] * (last - first + 1)[few]) & (kv.last[few] // self.block < self.columns)
+        return np.where((listed == 0) | (first > last), EMPTY, np.where(full, FULL, PARTIAL))
 
     @property
     def period(self) -> int | None:
         return None
 
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        row = q // self.block
+        found = runs(self._tiles(range(row, row + 1), range(self.columns))[1], self.block)
+        if len(found) > _MOST_RANGES:
+            return None
+        return tuple(range(span.start, min(span.stop, kv_len)) for span in found if span.start < kv_len)
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        rows, columns = self._tiles(self._touched(q), self._touched(kv))
+        if not len(rows):
+            return NOTHING
+        q, kv = (
+            clip(side, int(tiles.min()) * self.block, (int(tiles.max()) + 1) * self.block)
+            for side, tiles in ((q, rows), (kv, columns))
+        )
+        return (q, kv) if q and kv else NOTHING
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        rows, columns = (
+            self._overlaps(side, tiles)
+            for side, tiles in zip((q, kv), self._tiles(self._touched(q), self._touched(kv)), strict=True)
+        )
+        if (q.stop - q.start) * (kv.stop - kv.start) > np.iinfo(np.int64).max:
+            rows, columns = rows.astype(object), columns.astype(object)
+        return int((rows * columns).sum())
+
+    def _touched(self, side: range) -> range:
+        """The tiles that some positions lie in."""
+        return range(side[0] // self.block, side[-1] // self.block + 1) if side else range(0)
+
+    def _tiles(self, rows: range, columns: range) -> tuple[IntArray, IntArray]:
+        """Rows and columns of the listed tiles among some."""
+        ends = rows.start * self.columns, rows.stop * self.columns
+        row, column = np.divmod(self._listed[slice(*np.searchsorted(self._listed, ends))], self.columns)
+        inside = (column >= columns.start) & (column < columns.stop)
+        return row[inside], column[inside]
+
+    def _overlaps(self, side: range, tiles: IntArray) -> Any:
+        """How many of a run of positions lie in each tile."""
+        return np.minimum((tiles + 1) * self.block, side.stop) - np.maximum(tiles * self.block, side.start)
+
     def __repr__(self) -> str:
+        if self.code:
+            return self.code
         pairs = ", ".join(f"({key // self.columns}, {key % self.columns})" for key in self.keys)
         return f"tiles([{pairs}], block={self.block}{'' if self._tight else f', columns={self.columns}'})"
 
@@ -79,3 +141,58 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
             f"pairs must name at most 2**60 tiles, below position 2**60; got {rows} x {width} tiles of {block} tokens"
         )
     return Tiles(block, width, tuple(sorted({row * width + column for row, column in listed})))
+
+
+def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
+    """Every block of `block` queries sees `count` different random blocks of keys (BigBird, arXiv 2007.14062).
+
+    A list of tiles of the blocks of `tokens` tokens, so that one draw fits one length: a shorter sequence sees what is left of
+    it, queries past the last block see nothing. The same on every platform, in every version of torch and numpy: numbers come
+    from SplitMix64 of the seed, the row and the draw. The query's own block is drawn like any other.
+
+    >>> random_blocks(64, 2, tokens=320, seed=3)
+    random_blocks(64, 2, tokens=320, seed=3)
+    """
+    block, count = arguments.integer("block", block, 1), arguments.integer("count", count, 0)
+    tokens, seed = arguments.integer("tokens", tokens, 1), arguments.integer("seed", seed, 0)
+    blocks = -(-tokens // block)
+    if count > blocks:
+        raise ValueError(
+            f"count must be at most the {blocks} blocks of {block} tokens that {tokens} tokens have; got {count}. "
+            "Take fewer blocks, or smaller ones"
+        )
+    if blocks * count > _MOST_RANDOM:
+        raise ValueError(
+            f"random_blocks lists at most {_MOST_RANDOM:,} tiles; got {blocks:,} blocks of {block} tokens that see {count} each. "
+            "Take larger blocks"
+        )
+    keys = tuple(
+        row * blocks + column
+        for row, drawn in enumerate(_draws(blocks, count, seed))
+        for column in sorted(_different(drawn, blocks))
+    )
+    return Tiles(block, blocks, keys, code=f"random_blocks({block}, {count}, tokens={tokens}, seed={seed})")
+
+
+def _draws(blocks: int, count: int, seed: int) -> list[list[int]]:
+    """For each row, for each of its draws i a number below blocks - count + i + 1."""
+    row, draw = np.arange(blocks, dtype=np.uint64)[:, None], np.arange(count, dtype=np.uint64)
+    random = splitmix64(splitmix64(splitmix64(np.full((1, 1), seed, dtype=np.uint64)) ^ row) ^ draw)
+    drawn: list[list[int]] = (random % (draw + np.uint64(blocks - count + 1))).tolist()
+    return drawn
+
+
+def _different(drawn: list[int], blocks: int) -> set[int]:
+    """As many different numbers below `blocks` (R. Floyd's sampling, Communications of the ACM 30(9), 1987)."""
+    chosen: set[int] = set()
+    for last, number in zip(range(blocks - len(drawn), blocks), drawn, strict=True):
+        chosen.add(last if number in chosen else number)
+    return chosen
+
+
+def splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The number that SplitMix64 gives next (G. Steele, D. Lea, C. Flood, OOPSLA 2014)."""
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ z >> np.uint64(31), dtype=np.uint64)

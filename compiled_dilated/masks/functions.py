@@ -32,16 +32,18 @@ _PAIRS_AT_ONCE = 2**22
 class Contents:
     """What the operands of a call hold: equal by digest, so that a plan made for them is found again.
 
-    tensors: weak, so that no cache of plans keeps them alive; they are there while a call plans.
+    tensors: weak, so that no cache of plans keeps them alive; they are there while a call plans. kinds: dtype and shape of each.
     """
 
     digests: tuple[str, ...]
     tensors: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    kinds: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> Contents:
         """Of tensors with data; of fake ones and those on meta the shapes alone."""
-        return Contents(tuple(map(digest, tensors)), tuple(map(weakref.ref, tensors)))
+        kinds = tuple((str(x.dtype).removeprefix("torch."), tuple(x.shape)) for x in tensors)
+        return Contents(tuple(map(digest, tensors)), tuple(map(weakref.ref, tensors)), kinds)
 
     def alive(self) -> list[Any] | None:
         """The tensors; None where one is gone or has no data."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import arguments
-from ..regions import IntArray, Regions, Verdicts, both, verdicts
-from .core import NOTHING, Data, Mask, Positions, clip, conjunction, intersection
-from .positions import classify_difference, pairs_up_to
+from ..regions import EMPTY, PARTIAL, IntArray, Regions, Verdicts, both, verdicts
+from .core import NOTHING, Data, Mask, Positions, clip, conjunction, conjuncts, intersection
+from .positions import LeadingQueries, Sinks, classify_difference, pairs_up_to
+
+Flags = npt.NDArray[np.bool_]
 
 EDGES = ("cut", "shift")
 
@@ -223,7 +226,8 @@ class Neighborhood(Mask):
         if max(queries.stop, keys) > tokens:
             raise ValueError(
                 f"{self!r} speaks of a grid of {tokens} tokens; got positions up to {max(queries.stop, keys)}. "
-                "Make the grid as large as the sequence, or cut the sequence to the grid"
+                "Make the grid as large as the sequence, or cut the sequence to the grid. Where other tokens stand before the "
+                f"grid or after it, say where it starts: offset=0, or offset={max(queries.stop, keys) - tokens}"
             )
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
@@ -261,12 +265,117 @@ class Neighborhood(Mask):
         return f"neighborhood({self.grid!r}, {short(self.radius)}{dilation}{causal}{edges})"
 
 
+@dataclass(frozen=True, repr=False)
+class PlacedNeighborhood(Mask):
+    """A neighbourhood whose grid is the tokens from `offset` on; tokens outside of it see nothing, and nothing sees them."""
+
+    neighborhood: Neighborhood
+    offset: int
+
+    @property
+    def tokens(self) -> range:
+        """The positions of the grid."""
+        return range(self.offset, self.offset + math.prod(self.neighborhood.grid))
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        first, stop = self.tokens.start, self.tokens.stop
+        inside = (q >= first) & (q < stop) & (kv >= first) & (kv < stop)
+        return inside & self.neighborhood.allows(b, h, q - first, kv - first, data)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        (q, q_whole, q_outside), (kv, kv_whole, kv_outside) = self._on_grid(q), self._on_grid(kv)
+        within = self.neighborhood.classify(q, kv)
+        return np.where(q_outside | kv_outside, EMPTY, np.where(q_whole & kv_whole, within, np.minimum(within, PARTIAL)))
+
+    def _on_grid(self, side: Regions) -> tuple[Regions, Flags, Flags]:
+        """What of each region lies on the grid, by cells; whether that is all of it, and whether it is nothing."""
+        first, last = side.first - self.offset, side.last - self.offset
+        step = np.where(side.dense, side.step, 0).clip(1)
+        low, high = np.where(first < 0, first % step, first), np.minimum(last, len(self.tokens) - 1)
+        whole, outside = (first >= 0) & (last == high), low > high
+        extent, stride = np.ones_like(side.extent), np.ones_like(side.stride)
+        extent[:, 0], stride[:, 0] = np.where(outside, 1, (high - low) // step + 1), step
+        all_axes = whole[:, None]
+        cells = Regions(
+            np.where(outside, 0, low), np.where(all_axes, side.extent, extent), np.where(all_axes, side.stride, stride)
+        )
+        return cells, whole, outside
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def expanded(self) -> Mask:
+        first, stop = self.tokens.start, self.tokens.stop
+        inside = LeadingQueries(stop) & Sinks(stop) & ~LeadingQueries(first) & ~Sinks(first)
+        limited = [number for number, axis in enumerate(self.neighborhood.axes) if not axis.is_whole]
+        return conjunction((*conjuncts(inside), *(_AlongAxis(self, number) for number in limited)))
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        if q not in self.tokens:
+            return ()
+        seen = self.neighborhood.keys_of(q - self.offset, max(kv_len - self.offset, 0))
+        return None if seen is None else tuple(_moved(span, self.offset) for span in seen)
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        q, kv = (clip(side, self.tokens.start, self.tokens.stop) for side in (q, kv))
+        if not q or not kv:
+            return NOTHING
+        q, kv = self.neighborhood.shrink(_moved(q, -self.offset), _moved(kv, -self.offset))
+        return (_moved(q, self.offset), _moved(kv, self.offset)) if q and kv else NOTHING
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        return self.neighborhood.pairs(*(_moved(intersection(side, self.tokens), -self.offset) for side in (q, kv)))
+
+    def __repr__(self) -> str:
+        return f"{repr(self.neighborhood)[:-1]}, offset={self.offset})"
+
+
+@dataclass(frozen=True)
+class _AlongAxis(Mask):
+    """One axis of a placed neighbourhood, as if its grid went on before and after."""
+
+    placed: PlacedNeighborhood
+    number: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.placed.neighborhood.grid
+
+    @property
+    def axis(self) -> Axis:
+        return self.placed.neighborhood.axes[self.number]
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return self.axis.allows(*(coordinates(self.grid, side - self.placed.offset)[self.number] for side in (q, kv)))
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        moved = (replace(side, base=side.base - self.placed.offset) for side in (q, kv))
+        return self.axis.classify(*(spans(self.grid, side)[self.number] for side in moved))
+
+    @property
+    def period(self) -> int | None:
+        if self.number:
+            return self.side_periods[0]
+        return None if self.axis.shift and not self.axis.causal else strides_of(self.grid)[0]
+
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        period = strides_of(self.grid)[self.number - 1] if self.number else None
+        return period, period
+
+
+def _moved(span: range, by: int) -> range:
+    return range(span.start + by, span.stop + by, span.step)
+
+
 def neighborhood(
     grid: tuple[int, ...],
     radius: int | Sequence[int],
     dilation: int | tuple[int, ...] = 1,
     causal: bool | tuple[bool, ...] = False,
     edges: str = "cut",
+    offset: int | None = None,
 ) -> Mask:
     """Keys within `radius` steps of `dilation` along every axis of a grid of 1 to 3 axes, tokens in row-major order.
 
@@ -274,8 +383,12 @@ def neighborhood(
     window moves inwards, so every query keeps 2 * radius + 1 keys per axis, as in NATTEN, arXiv 2204.07143; a causal axis is
     always cut).
 
-    >>> neighborhood((4, 4), 1)
-    neighborhood((4, 4), 1)
+    offset: None where the sequence is the grid (longer ones are refused), else the position of the grid's first token. Tokens
+    before the grid and after it, such as a CLS token or registers, then see nothing and are seen by nobody through this mask, in
+    a sequence of any length: join them by `|`.
+
+    >>> neighborhood((64, 64), 7, offset=1) | global_tokens(1)
+    neighborhood((64, 64), 7, offset=1) | global_tokens(1)
     """
     grid = arguments.integers("grid", grid, 1)
     if len(grid) > 3:
@@ -292,4 +405,9 @@ def neighborhood(
     if len(along) != len(grid) or not all(isinstance(each, bool) for each in along):
         raise ValueError(f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}")
     arguments.choice("edges", edges, EDGES)
-    return Neighborhood(grid, per_axis("radius", radius, 0), per_axis("dilation", dilation, 1), along, edges)
+    whole = Neighborhood(grid, per_axis("radius", radius, 0), per_axis("dilation", dilation, 1), along, edges)
+    if offset is None:
+        return whole
+    offset = arguments.integer("offset", offset, 0)
+    arguments.integer("the last position of the grid", offset + math.prod(grid) - 1)
+    return PlacedNeighborhood(whole, offset)

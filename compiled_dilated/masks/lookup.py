@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..regions import IntArray
+
 
 def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
     """How many entries of the ascending `table` are <= x, for each element of a numpy array or torch tensor.
@@ -26,6 +28,15 @@ def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
         probe = (low + width - 1).clamp(max=len(table) - 1)
         low = low + width * ((low + width <= len(table)) & (entries[probe] <= x))
     return low
+
+
+def runs(ascending: IntArray, unit: int = 1) -> list[range]:
+    """Different numbers as few ranges; each number stands for `unit` positions."""
+    if not len(ascending):
+        return []
+    cuts = np.flatnonzero(np.diff(ascending) != 1)
+    firsts, lasts = ascending[np.append(0, cuts + 1)], ascending[np.append(cuts, len(ascending) - 1)]
+    return [range(first * unit, (last + 1) * unit) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
 
 def as_tensor(table: tuple[int, ...], device: Any) -> Any:

@@ -468,11 +468,6 @@ class GlobalTokens(Mask):
         return f"global_tokens({self.count})"
 
 
-def global_tokens(count: int) -> Mask:
-    """The first `count` tokens see everything and are seen by everything (BigBird, arXiv 2007.14062)."""
-    return GlobalTokens(arguments.integer("count", count, 0))
-
-
 @dataclass(frozen=True, repr=False)
 class DilatedBlocks(Mask):
     """(kv // block - q // block) % stride == 0."""

@@ -1,0 +1,143 @@
+"""Global tokens: they see everything and are seen by everything (Longformer, arXiv 2004.05150; BigBird, arXiv 2007.14062).
+
+global_tokens(2)                    the first two
+global_tokens(positions=(0, 5))     # # # # # # #      fixed ones, wherever they stand
+                                    # . . . . # .
+                                    ...
+global_tokens(data="is_global")     those that a bool tensor (B, positions) names at the call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .. import arguments
+from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
+from .core import NOTHING, Data, Mask, Positions, clip
+from .data import _flags, _row
+from .lookup import as_tensor, rank, runs
+from .positions import _MOST_RANGES, GlobalTokens
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalPositions(Mask):
+    """q or kv is one of `positions`, which ascend."""
+
+    positions: tuple[int, ...]
+    table: Any = field(default=None, compare=False)
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return self._holds(q) | self._holds(kv)
+
+    def _holds(self, x: Positions) -> Any:
+        return rank(self.positions, x, self.table) > rank(self.positions, x - 1, self.table)
+
+    def on(self, device: Any) -> Mask:
+        return replace(self, table=as_tensor(self.positions, device))
+
+    @cached_property
+    def _listed(self) -> IntArray:
+        return np.asarray(self.positions, dtype=np.int64)
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return np.maximum(self._classify_side(q), self._classify_side(kv))
+
+    def _classify_side(self, side: Regions) -> Verdicts:
+        """Whether all, some or none of each region's positions are global; of a region with gaps, and of what fills them."""
+        found = np.searchsorted(self._listed, side.last, side="right") - np.searchsorted(self._listed, side.first)
+        return np.where(found == 0, EMPTY, np.where(found == side.last - side.first + 1, FULL, PARTIAL))
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        if len(self._within(range(q, q + 1))):
+            return (range(kv_len),)
+        found = runs(self._within(range(kv_len)))
+        return None if len(found) > _MOST_RANGES else tuple(found)
+
+    def shrink(self, q: range, kv: range) -> tuple[range, range]:
+        queries, keys = self._within(q), self._within(kv)
+        if not len(queries) and not len(keys):
+            return NOTHING
+        if not len(keys):
+            q = clip(q, int(queries[0]), int(queries[-1]) + 1)
+        if not len(queries):
+            kv = clip(kv, int(keys[0]), int(keys[-1]) + 1)
+        return (q, kv) if q and kv else NOTHING
+
+    def _within(self, span: range) -> IntArray:
+        """The global positions from the first to the last of a range."""
+        return self._listed[slice(*np.searchsorted(self._listed, (span.start, span.stop)))]
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        queries, keys = len(self._within(q)), len(self._within(kv))
+        return queries * (kv.stop - kv.start) + (q.stop - q.start) * keys - queries * keys
+
+    def __repr__(self) -> str:
+        return f"global_tokens(positions={self.positions!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalData(Mask):
+    """flags[b, q] or flags[b, kv], flags being the bool data tensor `name` (B, positions)."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def query_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        flags = _flags(data, self.name, self, "a token is global", "is 1 where a token is global, pass mask == 1")
+        row = _row(flags, b)
+        return flags[row, q] | flags[row, kv]
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return np.full(len(q), PARTIAL)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    def __repr__(self) -> str:
+        return f"global_tokens(data={self.name!r})"
+
+
+def global_tokens(count: int | None = None, *, positions: Iterable[int] | None = None, data: str | None = None) -> Mask:
+    """Tokens that see everything and are seen by everything (Longformer, arXiv 2004.05150; BigBird, arXiv 2007.14062).
+
+    count: the first so many tokens. positions: fixed ones, in any order; those past the sequence do nothing. data: the name of a
+    bool data tensor (B, positions) given at the call, True where a token is global, so that other tokens never replan.
+
+    >>> global_tokens(positions=(17, 0))
+    global_tokens(positions=(0, 17))
+    """
+    if sum(given is not None for given in (count, positions, data)) != 1:
+        raise ValueError(
+            "global_tokens needs one of count (the first tokens), positions, or data (the name of a data tensor); "
+            f"got count={count!r}, positions={positions!r}, data={data!r}"
+        )
+    if count is not None:
+        if arguments.is_iterable(count):
+            raise TypeError(f"count must be an integer; got {type(count).__name__}. Write global_tokens(positions=...)")
+        return GlobalTokens(arguments.integer("count", count, 0))
+    if positions is not None:
+        listed = tuple(positions) if arguments.is_iterable(positions) and not isinstance(positions, (str, bytes)) else positions
+        return GlobalPositions(() if listed == () else tuple(sorted(set(arguments.integers("positions", listed, 0)))))
+    if not isinstance(data, str):
+        raise TypeError(
+            f"data must be the name of a data tensor; got {type(data).__name__}. "
+            "Write global_tokens(data='is_global') and pass data={'is_global': flags} at the call"
+        )
+    return GlobalData(data)

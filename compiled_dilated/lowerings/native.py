@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..calls import Call
+from ..masks import Mask
 from ..masks.functions import slot_name
+from ..masks.grids import Neighborhood
 from ..native import build, library
 from ..native.encode import Untranslatable, encode, mask_slots
 from ..partials import Saved, is_by_token
@@ -72,9 +74,16 @@ def _unfit(problem: Problem) -> str | None:
         return f"it takes head dims up to {_WIDEST}; got {problem.head_dim} and {problem.value_dim}"
     if max(problem.kv_len, problem.q_offset + problem.q_len) > _MOST_POSITIONS:
         return "it takes positions up to 2**30"
+    if problem.q_offset < 0 and any(_has_places(branch.mask) for branch in problem.program.branches):
+        return "a ring's queries before its keys have no place in lists and grids"
     if problem.partial and problem.scores is not None:
         return "a score_mod counts positions along the whole sequence, and a ring's block along its own"
     return None
+
+
+def _has_places(mask: Mask) -> bool:
+    """Whether the mask speaks of places from position 0 on, of lists or of a grid."""
+    return mask.period is None or isinstance(mask, Neighborhood) or any(_has_places(part) for part in mask.parts)
 
 
 @lru_cache(maxsize=256)

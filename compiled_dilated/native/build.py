@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import stat
 import subprocess
@@ -94,6 +93,8 @@ def _recipe(sources: Path, defines: Sequence[str]) -> _Recipe:
 
 
 def _compiler() -> tuple[str, ...]:
+    import shlex  # with its first use
+
     chosen = os.environ.get("CXX", "").strip()
     if chosen:
         command = shlex.split(chosen)
@@ -112,7 +113,7 @@ def _version(compiler: tuple[str, ...]) -> str:
     try:
         said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise NativeUnavailable(f"the C++ compiler {shlex.join(compiler)!r} does not run: {error}") from error
+        raise NativeUnavailable(f"the C++ compiler {' '.join(compiler)!r} does not run: {error}") from error
     return said.stdout
 
 
@@ -253,7 +254,7 @@ def _run(command: list[str]) -> None:
         errors = [line for line in lines if "error:" in line or "undefined" in line] or lines
         raise NativeUnavailable(
             "the native kernels did not compile; set CXX to another C++20 compiler (g++ 12 is tested), or "
-            f"COMPILED_DILATED_NATIVE=off to do without.\n{shlex.join(command)} ended with {done.returncode}:\n"
+            f"COMPILED_DILATED_NATIVE=off to do without.\n{' '.join(command)} ended with {done.returncode}:\n"
             + "\n".join(errors[:5])
         )
 

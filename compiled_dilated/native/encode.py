@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..masks import And, Full, Mask, Not, Or, Padding, Tiles
+from ..masks.blocks import BlockWindow
 from ..masks.data import DocumentIds, DocumentLengths
 from ..masks.functions import FromMod, Traced, traced_parts
-from ..masks.grids import Neighborhood
+from ..masks.globals import GlobalData, GlobalPositions
+from ..masks.grids import Neighborhood, PlacedNeighborhood
 from ..masks.positions import (
     Causal,
     Congruent,
@@ -27,7 +29,7 @@ from ..masks.positions import (
     Sinks,
     Window,
 )
-from ..orders import Hilbert
+from ..orders import Hilbert, PlacedHilbert
 from ..plans import Scores
 from ..programs import Branch, Program
 from .tape import Untranslatable
@@ -53,7 +55,8 @@ OPERATIONS = {
     "padding": 15,
     "global_data": 16,
     "global_positions": 17,
-    "function": 18,
+    "block_window": 18,
+    "function": 19,
 }
 # Queries and keys are dealt to classes modulo at most this; masks with more are right, and compute more hidden pairs.
 _MOST_CLASSES = 48
@@ -136,8 +139,12 @@ def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
     for part in _parts(branch.mask):
         if isinstance(part, Neighborhood) and len(part.grid) > 1:
             return 0, part.grid
+        if isinstance(part, PlacedNeighborhood) and len(part.neighborhood.grid) > 1:
+            return part.offset, part.neighborhood.grid
     if isinstance(branch.order, Hilbert):
         return 0, branch.order.grid
+    if isinstance(branch.order, PlacedHilbert):
+        return branch.order.offset, branch.order.hilbert.grid
     return None
 
 
@@ -155,6 +162,13 @@ def _step(mask: Mask) -> int:
     elif isinstance(mask, Traced) and mask.within is not None:
         step = _step(mask.within)
     return step if step <= _MOST_CLASSES else 1
+
+
+def _neighborhood(mask: Neighborhood, offset: int) -> tuple[str, list[int]]:
+    written = [offset, len(mask.axes)]
+    for axis in mask.axes:
+        written += [axis.size, axis.radius, axis.dilation, int(axis.causal), int(axis.shift)]
+    return "neighborhood", written
 
 
 @dataclass
@@ -204,9 +218,16 @@ class _Code:
                 return "document_lengths", list(mask._stops)
             case Tiles():
                 return "tiles", [mask.block, mask.columns, *mask.keys]
+            case BlockWindow():
+                return "block_window", [mask.block, mask.left, mask.right]
             case Neighborhood():
-                axes = [(axis.size, axis.radius, axis.dilation, int(axis.causal), int(axis.shift)) for axis in mask.axes]
-                return "neighborhood", [0, len(axes), *(number for axis in axes for number in axis)]
+                return _neighborhood(mask, 0)
+            case PlacedNeighborhood():
+                return _neighborhood(mask.neighborhood, mask.offset)
+            case GlobalPositions():
+                return "global_positions", list(mask.positions)
+            case GlobalData():
+                return "global_data", [self.names.index(mask.name)]
             case DocumentIds():
                 return "document_ids", [self.names.index(mask.name)]
             case Padding():

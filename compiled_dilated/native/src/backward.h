@@ -132,8 +132,7 @@ struct WideGradient {
     values.start(v, value_dim, key_step, value_copies);
   }
 
-  template <class Change, class ChangeBack>
-  void block(const KeyBlock& block, T* grad_k, T* grad_v, bool changes, const Change& change, const ChangeBack& change_back) {
+  void block(const KeyBlock& block, T* grad_k, T* grad_v, const ScoreEdit<T>& change, const GradEdit<T>& change_back) {
     const T *key_rows[most_keys], *value_rows[most_keys];
     T *grad_key_rows[most_keys], *grad_value_rows[most_keys];
     keys.of(block.keys, block.count, key_rows);
@@ -142,13 +141,7 @@ struct WideGradient {
       grad_key_rows[i] = grad_k + static_cast<int64_t>(block.keys[i]) * padded<T>(head_dim);
       grad_value_rows[i] = grad_v + static_cast<int64_t>(block.keys[i]) * padded<T>(value_dim);
     }
-    const auto run = [&](const auto& edit) {
-      products.block(key_rows, value_rows, grad_key_rows, grad_value_rows, block.count, block.low, block.high, edit, change_back);
-    };
-    if (changes)
-      run(change);
-    else
-      run([](T*, int) {});
+    products.block(key_rows, value_rows, grad_key_rows, grad_value_rows, block.count, block.low, block.high, change, change_back);
   }
 
   void result(T* rows, int ld) { products.result(rows, ld); }
@@ -167,8 +160,8 @@ class BackwardWorker {
   static constexpr int W = Engine::W, TQ = Engine::TQ;
 
   BackwardWorker(const Problem& problem, const Program& program, const Gradients& gradients, const Shape& shape, Room& room)
-      : problem_(problem), program_(program), gradients_(gradients), shape_(shape), room_(start(room, shape)),
-        engine_(room, shape, problem.scale), scores_(program), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
+      : problem_(problem), program_(program), gradients_(gradients), shape_(shape),
+        engine_(start(room, shape), shape, problem.scale), scores_(program), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
         lse_(room.take<T>(TQ)), delta_(room.take<T>(TQ)) {}
 
   // Adds a tile's share; is_last: no later tile of the slot's unit follows.
@@ -190,10 +183,9 @@ class BackwardWorker {
       walk.branch(branch, shape_.kv_len, [&](const KeyBlock& block) {
         turns.wait(slot, *std::max_element(block.keys, block.keys + block.count));
         const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
-        if (natural)
-          engine_.block(block, grad_k, grad_v, true, change, ChangeBack<true>{scores_, block, sums});
-        else
-          engine_.block(block, grad_k, grad_v, scores_.changes(block), change, ChangeBack<false>{scores_, block, sums});
+        const auto change_back = [&](const T* before, T* grads, int ld) { scores_.change_back(block, before, grads, ld, sums); };
+        engine_.block(block, grad_k, grad_v, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>(),
+                      natural ? GradEdit<T>(change_back) : GradEdit<T>());
         if (tells) turns.finish_below(slot, walk.least_to_come());
       });
     }
@@ -203,17 +195,6 @@ class BackwardWorker {
   }
 
  private:
-  template <bool needed>
-  struct ChangeBack {
-    Scores<T>& scores;
-    const KeyBlock& block;
-    T* const* sums;
-    static constexpr bool is_needed = needed;
-    void operator()(const T* before, T* grads, int ld) const {
-      if constexpr (needed) scores.change_back(block, before, grads, ld, sums);
-    }
-  };
-
   static Room& start(Room& room, const Shape& shape) {
     room.reset(Engine::bytes(shape) + static_cast<size_t>(TQ) * (shape.head_dim + 2) * sizeof(T), 9);
     return room;
@@ -233,7 +214,7 @@ class BackwardWorker {
       if (row < 0) continue;
       const T value = *static_cast<const T*>(lse.row(row));
       if (value == -infinity<T>) continue;
-      lse_[i] = value * static_cast<T>(log2_of_e);
+      lse_[i] = static_cast<T>(value * log2_of_e);  // in double: a rounded factor would weigh on every pair
       read_row<T>(out.row(row), out.type, T(1), a.data(), shape_.value_dim);
       read_row<T>(grad_out.row(row), grad_out.type, T(1), g.data(), shape_.value_dim);
       for (int d = 0; d < shape_.value_dim; ++d) delta_[i] += a[d] * g[d];
@@ -245,12 +226,22 @@ class BackwardWorker {
   const Program& program_;
   const Gradients& gradients_;
   const Shape& shape_;
-  Room& room_;
   Engine engine_;
   Scores<T> scores_;
   T *rows_, *lse_, *delta_;
   std::vector<T> out_row_, grad_row_;
 };
+
+// Adds to a vector of float or double.
+template <class T>
+void add_to(const Array& totals, const T* numbers) {
+  for (int64_t i = 0; i < totals.sizes[0]; ++i) {
+    if (totals.type == Type::f64)
+      static_cast<double*>(const_cast<void*>(totals.data))[i] += numbers[i];
+    else
+      static_cast<float*>(const_cast<void*>(totals.data))[i] += static_cast<float>(numbers[i]);
+  }
+}
 
 // Where the score_mod's operands have their sums: null for those that learn nothing.
 template <class T>
@@ -292,7 +283,6 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
   // Each head's sums of learned operands, added in the order of heads.
   const int64_t numbers = learns ? gradients.sums.sizes[0] : 0;
   std::vector<T> sums;
-  T* totals = static_cast<T*>(const_cast<void*>(gradients.sums.data));
   for (int64_t first = 0; first < heads; first += at_once) {
     const int64_t count = std::min(at_once, heads - first);
     KeyGradients<T> to(gradients, shape, first, count);
@@ -330,7 +320,7 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
     });
     for (int64_t head = 0; head < count; ++head) {
       to.write(first + head);
-      for (int64_t i = 0; i < numbers; ++i) totals[i] += sums[head * numbers + i];
+      if (learns) add_to(gradients.sums, sums.data() + head * numbers);
     }
   }
 }

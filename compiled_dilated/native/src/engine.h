@@ -11,6 +11,28 @@
 
 namespace native {
 
+// What a caller does to a block's scores or to their gradients; empty: nothing. By pointer, so that the loops are compiled once.
+template <class... Arguments>
+class Edit {
+ public:
+  Edit() = default;
+  template <class Body>
+  Edit(const Body& body)  // NOLINT: a function is such an edit, as long as it lives
+      : body_(&body), run_([](const void* of, Arguments... arguments) { (*static_cast<const Body*>(of))(arguments...); }) {}
+  explicit operator bool() const { return run_ != nullptr; }
+  void operator()(Arguments... arguments) const { run_(body_, arguments...); }
+
+ private:
+  const void* body_ = nullptr;
+  void (*run_)(const void*, Arguments...) = nullptr;
+};
+// (scores, leading dimension)
+template <class T>
+using ScoreEdit = Edit<T*, int>;
+// (scores before they were edited, gradients of the edited ones in and of those before out, leading dimension)
+template <class T>
+using GradEdit = Edit<const T*, T*, int>;
+
 constexpr int tile_vectors = 4;
 constexpr int block_keys = 64;  // most keys of a block: scores and weights of a tile stay in the first cache
 template <class T>
@@ -207,8 +229,7 @@ class Forward {
   }
 
   // n keys seen by vectors low .. high - 1. edit(scores, ld) changes their scores, hiding pairs by -inf.
-  template <class Edit>
-  void block(const T* const* keys, const T* const* values, int n, int low, int high, const Edit& edit) {
+  void block(const T* const* keys, const T* const* values, int n, int low, int high, const ScoreEdit<T>& edit) {
     switch (high - low) {
       case 1: return block_of<1>(keys, values, n, low, edit);
       case 2: return block_of<2>(keys, values, n, low, edit);
@@ -233,12 +254,12 @@ class Forward {
   }
 
  private:
-  template <int Vectors, class Edit>
-  __attribute__((noinline)) void block_of(const T* const* keys, const T* const* values, int n, int low, const Edit& edit) {
+  template <int Vectors>
+  __attribute__((noinline)) void block_of(const T* const* keys, const T* const* values, int n, int low, const ScoreEdit<T>& edit) {
     constexpr int ld = Vectors * W;
     T* scores = scores_;
     multiply_all<T, Vectors>(keys, n, head_dim_, queries_ + low * W, TQ, scores, ld);
-    edit(scores, ld);
+    if (edit) edit(scores, ld);
     Vector<T> factors[Vectors];
     for (int j = 0; j < Vectors; ++j) factors[j] = weigh(scores + j * W, ld, n, (low + j) * W);
     accumulate_all<T, Vectors>(values, n, value_dim_, scores, ld, factors, result_ + low * W, TQ);
@@ -311,9 +332,8 @@ class Backward {
 
   // edit as in Forward; edit_grad(before, grads, ld) turns gradients of edited scores into those of the scores before.
   // grad_keys, grad_values: a row of each key, padded to whole vectors, to which is added.
-  template <class Edit, class EditGrad>
   void block(const T* const* keys, const T* const* values, T* const* grad_keys, T* const* grad_values, int n, int low, int high,
-             const Edit& edit, const EditGrad& edit_grad) {
+             const ScoreEdit<T>& edit, const GradEdit<T>& edit_grad) {
     switch (high - low) {
       case 1: return block_of<1>(keys, values, grad_keys, grad_values, n, low, edit, edit_grad);
       case 2: return block_of<2>(keys, values, grad_keys, grad_values, n, low, edit, edit_grad);
@@ -333,15 +353,15 @@ class Backward {
   }
 
  private:
-  template <int Vectors, class Edit, class EditGrad>
+  template <int Vectors>
   __attribute__((noinline)) void block_of(const T* const* keys, const T* const* values, T* const* grad_keys, T* const* grad_values,
-                                          int n, int low, const Edit& edit, const EditGrad& edit_grad) {
+                                          int n, int low, const ScoreEdit<T>& edit, const GradEdit<T>& edit_grad) {
     constexpr int ld = Vectors * W;
     T *weights = weights_, *grads = grads_;
     multiply_all<T, Vectors>(keys, n, head_dim_, queries_ + low * W, TQ, weights, ld);
     multiply_all<T, Vectors>(values, n, value_dim_, grad_out_ + low * W, TQ, grads, ld);
-    if constexpr (EditGrad::is_needed) std::copy(weights, weights + n * ld, before_);
-    edit(weights, ld);
+    if (edit_grad) std::copy(weights, weights + n * ld, before_);
+    if (edit) edit(weights, ld);
     for (int j = 0; j < Vectors; ++j) {
       const Vector<T> lse = load(lse_ + (low + j) * W), delta = load(delta_ + (low + j) * W);
 #pragma GCC unroll 2
@@ -354,7 +374,7 @@ class Backward {
     }
     // dV takes the weights; dK and dQ the gradients of the scores.
     spread_all<T>(weights, ld, n, out_rows_ + low * W * ldo_, ldo_, ld, padded<T>(value_dim_), grad_values, T(1));
-    edit_grad(before_, grads, ld);
+    if (edit_grad) edit_grad(before_, grads, ld);
     Vector<T> ones[Vectors];
     for (int j = 0; j < Vectors; ++j) ones[j] = all(T(1));
     accumulate_all<T, Vectors>(keys, n, head_dim_, grads, ld, ones, grad_q_ + low * W, TQ);

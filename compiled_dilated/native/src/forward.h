@@ -58,7 +58,7 @@ struct WideEngine {
     return (Forward<T>::numbers(shape.head_dim, shape.value_dim) + TQ * shape.head_dim + most_keys * width) * sizeof(T);
   }
 
-  WideEngine(Room& room, const Shape& shape, float, bool)
+  WideEngine(Room& room, const Shape& shape)
       : head_dim(shape.head_dim), value_dim(shape.value_dim),
         softmax(room.take<T>(Forward<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
         q_rows(room.take<T>(TQ * head_dim)), key_copies(room.take<T>(most_keys * head_dim)),
@@ -68,7 +68,10 @@ struct WideEngine {
     int last = 0;  // lanes past the end repeat one before them
     for (int i = 0; i < TQ; ++i) {
       if (rows[i] >= 0) last = i;
-      read_row<T>(q.row(rows[last]), q.type, static_cast<T>(factor), q_rows + i * head_dim, head_dim);
+      const char* row = static_cast<const char*>(q.row(rows[last]));
+      read_row<T>(row, q.type, static_cast<T>(factor), q_rows + i * head_dim, head_dim);
+      // The next tile's queries often follow these: they come while this tile is computed.
+      for (int64_t at = 0; at < head_dim * size_of(q.type); at += 64) __builtin_prefetch(row + TQ * q.stride + at, 0, 2);
     }
     softmax.begin(q_rows, head_dim);
   }
@@ -80,21 +83,15 @@ struct WideEngine {
     values.start(v, value_dim, key_step, value_copies);
   }
 
-  // change(scores, ld) is called where `changes`.
-  template <class Change>
-  void block(const KeyBlock& block, bool changes, const Change& change) {
+  void block(const KeyBlock& block, const ScoreEdit<T>& change) {
     const T *key_rows[most_keys], *value_rows[most_keys];
     keys.of(block.keys, block.count, key_rows);
     values.of(block.keys, block.count, value_rows);
-    if (changes)
-      softmax.block(key_rows, value_rows, block.count, block.low, block.high, change);
-    else
-      softmax.block(key_rows, value_rows, block.count, block.low, block.high, [](T*, int) {});
+    softmax.block(key_rows, value_rows, block.count, block.low, block.high, change);
   }
 
   // The same of rows that were cleaned.
-  template <class Change>
-  void block_of(const T* const* key_rows, const T* const* value_rows, const KeyBlock& block, const Change& change) {
+  void block_of(const T* const* key_rows, const T* const* value_rows, const KeyBlock& block, const ScoreEdit<T>& change) {
     softmax.block(key_rows, value_rows, block.count, block.low, block.high, change);
   }
 
@@ -139,7 +136,7 @@ class Careful {
       key_rows[i] = key;
       value_rows[i] = value;
     }
-    engine.block_of(key_rows, value_rows, block, [&](T* to, int ld) {
+    const auto change = [&](T* to, int ld) {
       if (scores.changes(block)) scores.change(block, to, ld);
       for (int i = 0; i < block.count; ++i) {
         if (!bad_key[i]) continue;
@@ -147,7 +144,8 @@ class Careful {
         for (int lane = 0; lane < (block.high - block.low) * Engine::W; ++lane)
           if (seen >> lane & 1) to[i * ld + lane] = std::numeric_limits<T>::quiet_NaN();
       }
-    });
+    };
+    engine.block_of(key_rows, value_rows, block, change);
   }
 
   void finish(T* rows, int ld) const {
@@ -181,34 +179,33 @@ class ForwardWorker {
   using T = typename Engine::Number;
   static constexpr int W = Engine::W, TQ = Engine::TQ;
 
-  ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, Room& room)
-      : problem_(problem), program_(program), shape_(shape), room_(start(room, shape)),
-        engine_(room, shape, static_cast<float>(problem.scale), program.score_mod != nullptr), scores_(program),
+  // careful: keys and values may hold numbers that are not finite, which are kept from queries that do not see them.
+  ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, bool careful, Room& room)
+      : problem_(problem), program_(program), shape_(shape), careful_mode_(careful),
+        engine_(start(room, shape), shape), scores_(program),
         out_(room.take<T>(static_cast<size_t>(TQ) * shape.value_dim)), lse_(room.take<T>(TQ)) {}
 
   void tile(int64_t b, int64_t h, const QueryTile<W>& tile, bool merges) {
     const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
     scores_.start(b, h, tile);
-    compute<false>(b, h, tile, merges, q, out, lse);
-    if (has_nan()) compute<true>(b, h, tile, merges, q, out, lse);
+    compute(b, h, tile, merges, q, out, lse);
+    met_nan = met_nan || has_nan();
     for (int i = 0; i < TQ; ++i) {
       if (tile.rows[i] < 0) continue;
       write_row<T>(out_ + i * shape_.value_dim, out.type, out.mutable_row(tile.rows[i]), shape_.value_dim);
-      *static_cast<T*>(lse_at(lse, tile.rows[i])) = lse_[i];
+      *static_cast<T*>(lse.mutable_row(tile.rows[i])) = lse_[i];
     }
     ++counts.tiles;
   }
 
   Counts counts;
+  bool met_nan = false;
 
  private:
   static Room& start(Room& room, const Shape& shape) {
     room.reset(Engine::bytes(shape) + (static_cast<size_t>(TQ) * (shape.value_dim + 1)) * sizeof(T), 8);
     return room;
   }
-
-  // lse has no width: rows of it are single numbers.
-  void* lse_at(const Head& lse, int64_t row) const { return lse.mutable_row(row); }
 
   bool has_nan() const {
     // 0 times any finite number is 0, and NaN for others. The array is whole vectors, as a tile's queries are.
@@ -219,7 +216,6 @@ class ForwardWorker {
     return false;
   }
 
-  template <bool careful>
   void compute(int64_t b, int64_t h, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out, const Head& lse) {
     const bool natural = program_.score_mod != nullptr;
     engine_.begin(q, tile.rows, natural ? problem_.scale : problem_.scale * log2_of_e);
@@ -234,25 +230,26 @@ class ForwardWorker {
     const int64_t kv_head = shape_.kv_head(h);
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     const Group& group = program_.groups[program_.group_of_head[h]];
-    if (careful) careful_.start(shape_.head_dim, shape_.value_dim);
+    if (careful_mode_) careful_.start(shape_.head_dim, shape_.value_dim);
     KeyWalk<W> walk(program_.masks, b, h, group.layout, tile, Engine::most_keys);
     for (const Branch& branch : group.branches) {
       scores_.of_branch(branch.root);
       engine_.keys_from(k, v, branch.key_step);
       walk.branch(branch, shape_.kv_len, [&](const KeyBlock& block) {
-        if (careful) return careful_.block(engine_, scores_, k, v, block);
         counts.add(block, W);
-        engine_.block(block, scores_.changes(block), [&](T* scores, int ld) { scores_.change(block, scores, ld); });
+        if (careful_mode_) return careful_.block(engine_, scores_, k, v, block);
+        const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
+        engine_.block(block, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
       });
     }
     engine_.result(out_, shape_.value_dim, lse_);
-    if (careful) careful_.finish(out_, shape_.value_dim);
+    if (careful_mode_) careful_.finish(out_, shape_.value_dim);
   }
 
   const Problem& problem_;
   const Program& program_;
   const Shape& shape_;
-  Room& room_;
+  bool careful_mode_;
   Engine engine_;
   Scores<T> scores_;
   T *out_, *lse_;
@@ -287,16 +284,40 @@ class Stretches {
 
 inline int64_t offset_entry(const Problem& problem, int64_t b) { return problem.q_offsets.size() == 1 ? 0 : b; }
 
+// Whether all keys and values of a call are finite.
+template <class T>
+bool all_finite(const Problem& problem, const Shape& shape) {
+  std::atomic<bool> finite{true};
+  std::atomic<int64_t> next{0};
+  const int64_t heads = shape.batch * shape.kv_heads;
+  on_threads(problem.parallel, static_cast<int>(std::min<int64_t>(problem.parallel.threads, heads)), [&](int, const Failure&) {
+    std::vector<T> row(std::max(shape.head_dim, shape.value_dim));
+    for (int64_t head; (head = next.fetch_add(1)) < heads;)
+      for (const Array* x : {&problem.k, &problem.v}) {
+        const Head rows(*x, head / shape.kv_heads, head % shape.kv_heads);
+        const int width = static_cast<int>(x->sizes[3]);
+        T sum = 0;
+        for (int64_t i = 0; i < shape.kv_len && sum == 0; ++i) {
+          read_row<T>(rows.row(i), rows.type, T(0), row.data(), width);  // 0 times a finite number is 0
+          for (int d = 0; d < width; ++d) sum += row[d];
+        }
+        if (sum != 0) finite = false;
+      }
+  });
+  return finite;
+}
+
+// Computes all tiles; returns whether a result is NaN.
 template <class Engine>
-void forward_with(const Problem& problem, const Program& program, bool merges) {
-  const Shape shape(problem);
+bool forward_tiles(const Problem& problem, const Program& program, const Shape& shape, bool merges, bool careful) {
   const Stretches<Engine::W> stretches(problem, program, shape, shape.batch * shape.heads, problem.parallel.threads);
   std::atomic<int64_t> next{0};
+  std::atomic<bool> met_nan{false};
   const int slots = static_cast<int>(std::min<int64_t>(problem.parallel.threads, stretches.count()));
   const int64_t per_head = stretches.count() / (shape.batch * shape.heads);
   on_threads(problem.parallel, slots, [&](int, const Failure& failure) {
     thread_local Room room;
-    ForwardWorker<Engine> worker(problem, program, shape, room);
+    ForwardWorker<Engine> worker(problem, program, shape, careful, room);
     QueryTile<Engine::W> tile;
     for (int64_t unit; !failure.failed() && (unit = next.fetch_add(1)) < stretches.count();) {
       const int64_t b = unit / per_head / shape.heads, h = unit / per_head % shape.heads, stretch = unit % per_head;
@@ -307,8 +328,20 @@ void forward_with(const Problem& problem, const Program& program, bool merges) {
         if (tile.vectors) worker.tile(b, h, tile, merges);
       }
     }
-    worker.counts.write(problem.counts);
+    if (!careful) worker.counts.write(problem.counts);
+    if (worker.met_nan) met_nan = true;
   });
+  return met_nan;
+}
+
+// What hidden numbers leave behind is NaN: then all is done again with care. A merge overwrites what it starts from: it looks first.
+template <class Engine>
+void forward_with(const Problem& problem, const Program& program, bool merges) {
+  const Shape shape(problem);
+  using T = typename Engine::Number;
+  const bool careful = merges && !all_finite<T>(problem, shape);
+  if (forward_tiles<Engine>(problem, program, shape, merges, careful) && !merges && !all_finite<T>(problem, shape))
+    forward_tiles<Engine>(problem, program, shape, merges, true);
 }
 
 }  // namespace native

@@ -224,7 +224,7 @@ class KeyWalk {
     int64_t least = cursor_;
     for (int low = 0; low < tile_vectors; ++low)
       for (int high = low; high < tile_vectors; ++high)
-        if (open_[low][high].count) least = std::min<int64_t>(least, open_[low][high].least);
+        if (open_[low][high].count && &open_[low][high] != visited_) least = std::min<int64_t>(least, open_[low][high].least);
     return least;
   }
 
@@ -235,31 +235,40 @@ class KeyWalk {
   template <class Visit>
   void flush(KeyBlock& block, const Visit& visit) {
     if (!block.count) return;
-    KeyBlock full = block;
+    visited_ = &block;
+    visit(block);
+    visited_ = nullptr;
     block.count = 0;
     block.any_partial = false;
-    visit(full);
   }
 
+  // Adds keys first, first + step, ...
   template <class Visit>
-  void add(int64_t key, int low, int high, uint8_t partial, const Visit& visit) {
+  void add(int64_t first, int64_t step, int32_t count, int low, int high, uint8_t partial, bool is_line, const Visit& visit) {
     KeyBlock& block = open_[low][high - 1];
-    block.least = block.count ? std::min(block.least, static_cast<int32_t>(key)) : static_cast<int32_t>(key);
-    block.keys[block.count] = static_cast<int32_t>(key);
-    block.partial[block.count] = partial;
-    block.any_partial |= partial != 0;
-    if (++block.count == most_) flush(block, visit);
+    while (count > 0) {
+      if (!block.count || first < block.least) block.least = static_cast<int32_t>(first);
+      const int32_t some = std::min(count, most_ - block.count);
+      int32_t* to = block.keys + block.count;
+      for (int32_t i = 0; i < some; ++i) to[i] = static_cast<int32_t>(first + i * step);
+      std::fill(block.partial + block.count, block.partial + block.count + some, partial);
+      block.any_partial |= partial != 0;
+      block.count += some;
+      first += some * step;
+      count -= some;
+      if (is_line) cursor_ = first;
+      if (block.count == most_) flush(block, visit);
+    }
   }
 
   template <class Visit>
   void add(const Region& keys, int low, int high, uint8_t partial, const Visit& visit) {
-    for (int32_t i = 0; i < keys.extent[0]; ++i) {
-      cursor_ = keys.base + i * keys.stride[0];
+    if (keys.grid < 0) return add(keys.base, keys.stride[0], keys.extent[0], low, high, partial, true, visit);
+    for (int32_t i = 0; i < keys.extent[0]; ++i)
       for (int32_t j = 0; j < keys.extent[1]; ++j) {
-        const int64_t base = keys.base + i * keys.stride[0] + j * keys.stride[1];
-        for (int32_t k = 0; k < keys.extent[2]; ++k) add(base + k * keys.stride[2], low, high, partial, visit);
+        const int64_t first = keys.base + i * keys.stride[0] + j * keys.stride[1];
+        add(first, keys.stride[2], keys.extent[2], low, high, partial, false, visit);
       }
-    }
   }
 
   Verdict classify(const Region& queries, const Region& keys) const { return masks_.classify(root_, b_, h_, queries, keys); }
@@ -351,6 +360,7 @@ class KeyWalk {
   const QueryTile<W>& tile_;
   int most_, root_ = 0;
   int64_t cursor_ = 0;
+  const KeyBlock* visited_ = nullptr;
   KeyBlock open_[tile_vectors][tile_vectors];
 };
 

@@ -39,8 +39,8 @@ Verdict classify_congruent(const Region& side, int64_t modulus, int64_t offset, 
   int64_t first = side.first;
   bool one_period = true;
   if (period && period % modulus) {
-    one_period = first / period == side.last / period || side.step % period == 0;
-    first %= period;
+    one_period = floor_div(first, period) == floor_div(side.last, period) || side.step % period == 0;
+    first = modulo(first, period);
   }
   if (!one_period) return PARTIAL;
   const int64_t shared = std::max<int64_t>(1, std::gcd(side.step, modulus));
@@ -87,7 +87,7 @@ Verdict classify_flags(const Summary& summary, const Region& side) {
 
 int slots_of(const Node& node) {
   switch (node.op) {
-    case Op::causal: case Op::segments: case Op::document_lengths: return 2;
+    case Op::causal: case Op::segments: case Op::document_lengths: case Op::block_window: return 2;
     case Op::window: return node.arguments[2] == 1 ? 2 : 3;
     case Op::congruent: case Op::dilated_blocks: case Op::tiles: case Op::document_ids: return 1;
     case Op::global_data: case Op::global_positions: case Op::leading: return 1;
@@ -325,7 +325,7 @@ Verdict Masks::classify(int index, int64_t b, int64_t h, const Region& q, const 
       const int64_t step = x[2] == 1 ? 1 : std::gcd(q.step, k.step);
       return classify_difference(k.first - q.last, k.last - q.first, step, x[2], x[0], x[1]);
     }
-    case Op::segments: return same_group(q.first / x[0], q.last / x[0], k.first / x[0], k.last / x[0]);
+    case Op::segments: return same_group(floor_div(q.first, x[0]), floor_div(q.last, x[0]), k.first / x[0], k.last / x[0]);
     case Op::congruent: {
       const Verdict of_keys = classify_congruent(k, x[0], x[1], x[2]);
       return of_keys == EMPTY ? EMPTY : std::min(of_keys, classify_congruent(q, x[0], x[1], x[2]));
@@ -333,8 +333,12 @@ Verdict Masks::classify(int index, int64_t b, int64_t h, const Region& q, const 
     case Op::sinks: return verdict(k.last < x[0], k.first >= x[0]);
     case Op::leading: return verdict(q.last < x[0], q.first >= x[0]);
     case Op::dilated_blocks: {
-      const int64_t low = k.first / x[0] - q.last / x[0], high = k.last / x[0] - q.first / x[0];
+      const int64_t low = k.first / x[0] - floor_div(q.last, x[0]), high = k.last / x[0] - floor_div(q.first, x[0]);
       return classify_difference(low, high, low == high ? 0 : 1, x[1], int64_t{1} << 60, int64_t{1} << 60);
+    }
+    case Op::block_window: {
+      const int64_t low = k.first / x[0] - floor_div(q.last, x[0]), high = k.last / x[0] - floor_div(q.first, x[0]);
+      return classify_difference(low, high, 1, 1, x[1], x[2]);
     }
     case Op::document_lengths: {
       const int64_t documents = static_cast<int64_t>(x.size());
@@ -388,12 +392,15 @@ void TileQueries<W>::prepare(int index) {
       case Op::causal: low[i] = least_int, high[i] = positions_[i]; break;
       case Op::window:
         low[i] = clipped(q - x[0]), high[i] = clipped(q + x[1]);
-        if (x[2] > 1) residue[i] = clipped(q % x[2]);
+        if (x[2] > 1) residue[i] = clipped(modulo(q, x[2]));
         break;
-      case Op::segments: low[i] = clipped(q / x[0] * x[0]), high[i] = clipped(q / x[0] * x[0] + x[0] - 1); break;
-      case Op::congruent: low[i] = (x[2] ? q % x[2] : q) % x[0] == x[1] ? -1 : 0; break;
+      case Op::segments: low[i] = clipped(floor_div(q, x[0]) * x[0]), high[i] = clipped(floor_div(q, x[0]) * x[0] + x[0] - 1); break;
+      case Op::block_window:
+        low[i] = clipped((floor_div(q, x[0]) - x[1]) * x[0]), high[i] = clipped((floor_div(q, x[0]) + x[2] + 1) * x[0] - 1);
+        break;
+      case Op::congruent: low[i] = modulo(x[2] ? modulo(q, x[2]) : q, x[0]) == x[1] ? -1 : 0; break;
       case Op::leading: low[i] = q < x[0] ? -1 : 0; break;
-      case Op::dilated_blocks: low[i] = clipped(q / x[0] % x[1]); break;
+      case Op::dilated_blocks: low[i] = clipped(modulo(floor_div(q, x[0]), x[1])); break;
       case Op::document_lengths: {
         const int64_t document = document_of(x, q);
         const bool none = document == static_cast<int64_t>(x.size());
@@ -471,7 +478,7 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
       seen(static_cast<int>(x[0]), low, high, keys, count, out);
       for (int i = 0; i < total; ++i) out[i] = ~out[i];
       return;
-    case Op::causal: case Op::segments: case Op::document_lengths: case Op::window: {
+    case Op::causal: case Op::segments: case Op::document_lengths: case Op::window: case Op::block_window: {
       fill([](int32_t k) { return k; }, [&](int32_t k, int vector) { return (numbers(0, vector) <= k) & (numbers(1, vector) >= k); });
       if (node.op != Op::window || x[2] == 1) return;
       for (int i = 0; i < count; ++i) {

@@ -31,7 +31,8 @@ enum class Op : int64_t {
   padding = 15,          // number of the data tensor
   global_data = 16,      // number of the data tensor
   global_positions = 17, // positions, ascending
-  function = 18,         // head (-1: the call's), number of operands, their numbers, then a tape
+  block_window = 18,     // block, left, right
+  function = 19,         // head (-1: the call's), number of operands, their numbers, then a tape
 };
 
 // Least and greatest entry of a data tensor's row over any range of positions, of blocks of 16 and of their pairs.

@@ -71,6 +71,7 @@ void check(const Node& node, int64_t nodes, size_t data) {
     case Op::congruent: within(0, 1, most), within(1, 0, most), within(2, 0, most), require(x.size() == 3, "three"); break;
     case Op::sinks: case Op::leading: within(0, 0, most), require(x.size() == 1, "one"); break;
     case Op::dilated_blocks: within(0, 1, most), within(1, 1, most), require(x.size() == 2, "two"); break;
+    case Op::block_window: within(0, 1, most), within(1, 0, most), within(2, 0, most), require(x.size() == 3, "three"); break;
     case Op::document_lengths: case Op::global_positions: require_ascending(x, 0); break;
     case Op::tiles: within(0, 1, most), within(1, 1, most), require_ascending(x, 2); break;
     case Op::neighborhood: {
@@ -153,7 +154,8 @@ Program read_program(const Problem& problem) {
   const int64_t q_len = problem.q.sizes[2], kv_len = problem.k.sizes[2];
   int64_t positions = kv_len;
   for (const int64_t offset : problem.q_offsets) {
-    if (offset < 0) throw std::runtime_error("q_offset must not be negative; got " + std::to_string(offset));
+    // A ring counts a block's queries from its keys, so that they may stand before them.
+    if (offset < -most_positions) throw std::runtime_error("q_offset must be at least -2**30; got " + std::to_string(offset));
     positions = std::max(positions, offset + q_len);
   }
   if (positions > most_positions) throw std::runtime_error("the native kernel takes positions up to 2**30; got " + std::to_string(positions));
@@ -183,10 +185,14 @@ Program read_program(const Problem& problem) {
     program.operands = operands_of(program.score_mod_operands, problem);
     program.score_mod = std::make_unique<Function>(read_function(reader.at(), reader.end()));
   }
-  // What is read at the query's position must reach as far.
-  for (const Node& node : program.masks.nodes)
-    if ((node.op == Op::document_ids || node.op == Op::global_data) && program.masks.data[node.arguments[0]].tokens < positions)
+  const int64_t first = *std::min_element(problem.q_offsets.begin(), problem.q_offsets.end());
+  for (const Node& node : program.masks.nodes) {
+    const bool reads_queries = node.op == Op::document_ids || node.op == Op::global_data;
+    if (reads_queries && (first < 0 || program.masks.data[node.arguments[0]].tokens < positions))
       throw std::runtime_error("data that is read at the query's position must have an entry for each query");
+    if (first < 0 && (node.op == Op::neighborhood || node.op == Op::tiles || node.op == Op::document_lengths || node.op == Op::function))
+      throw std::runtime_error("queries before position 0 have no place in lists and grids; got q_offset " + std::to_string(first));
+  }
   return program;
 }
 

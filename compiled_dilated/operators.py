@@ -25,16 +25,18 @@ from torch._C import (
     _is_any_autocast_enabled,
 )
 
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
 from . import planner
 from .calls import Call
-from .lowerings import execute
+from .lowerings import execute, native
 from .masks.functions import digest
 from .mods import Mod, flat, sums_dtype, unflat, without_autocast
 from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
 from .plans import Plan, Problem, Scores, problem_of
 from .programs import PerLength
 from .ring.rings import Ring
-from .rules import Rule, read_rule, score_slots
+from .rules import Rule, read_rule, reads_contents, score_slots
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,22 @@ def _(
     numbers = sum((operands or ())[number].numel() for number in learned)
     gradients = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     return *gradients, q.new_empty((numbers,), dtype=sums_dtype(operands or (), learned))
+
+
+@attend_operator.register_torch_dispatch(ProxyTorchDispatchMode)
+def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """In a graph stands the native operator where it computes the rule: what holds it runs without Python too."""
+    q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
+    work, slots = None, score_slots(rule)
+    if not reads_contents(rule):
+        meaning = read_rule(rule, operands)
+        scores = Scores.of(meaning.call(data, operands, scale, 0).score_mod)
+        work = None if meaning.ring else native.work_of_graph(meaning.program, meaning.lowering, scores, q, k, v)
+    if work is None:
+        return mode.__torch_dispatch__(func, types, args, kwargs)
+    with mode:
+        inputs = work.of_operator(data, operands, slots)
+        return torch.ops.compiled_dilated.native.default(q, k, v, *inputs, work.code, scale, q_offset, None, by_token)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

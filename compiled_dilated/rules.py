@@ -133,6 +133,11 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
     return Rule(program, frame.lowering, frame.ring, frame.score_mod, frame.slots)
 
 
+def reads_contents(rule: str) -> bool:
+    """Whether what the rule says depends on what its operands hold: its long lists are stored in them."""
+    return "stored(" in _frame(rule).program
+
+
 def score_slots(rule: str) -> tuple[int, ...]:
     """The operands that the rule's score_mod reads, without a look at what they hold."""
     return _frame(rule).slots

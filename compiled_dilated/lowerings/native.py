@@ -21,7 +21,7 @@ from ..native import build, library
 from ..native.encode import Untranslatable, encode, mask_slots
 from ..partials import Saved, is_by_token
 from ..plans import Cost, Problem, Proposal, Refusal, Scores
-from ..programs import Program
+from ..programs import PerLength, Program
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MOST_POSITIONS = 2**30
@@ -53,6 +53,12 @@ class Work:
         return [call.data[name] for name in self.names], operands
 
 
+    def of_operator(self, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, score_slots: Sequence[int]) -> tuple[Any, Any]:
+        """The same of an operator's arguments: data in the order of names, and all operands."""
+        places = (*self.slots, *score_slots)
+        return data or None, [operands[slot] for slot in places] if operands and places else None
+
+
 def propose(problem: Problem) -> Proposal | Refusal:
     """The whole program in one kernel."""
     reason = _unfit(problem) or build.available()
@@ -63,6 +69,24 @@ def propose(problem: Problem) -> Proposal | Refusal:
     except Untranslatable as error:
         return Refusal("native", None, str(error), "Use lowering='auto' or 'tiled'")
     return Proposal("native", None, lambda: _cost(work, problem), (work,))
+
+
+def work_of_graph(
+    program: Program | PerLength, lowering: str, scores: Scores | None, q: Tensor, k: Tensor, v: Tensor
+) -> Work | None:
+    """What a graph for tensors of any length holds; None where the plan depends on more than the kernel can tell by itself."""
+    if isinstance(program, PerLength) or lowering not in ("auto", "native"):
+        return None
+    # Positions are checked when the graph runs.
+    problem = Problem(
+        program, 1, q.shape[1], k.shape[1], 1, 1, q.shape[3], v.shape[3], str(q.dtype).removeprefix("torch."), q.device.type,
+        scores=scores,
+    )  # fmt: skip
+    sizes = (*q.shape[1::2], *v.shape[1::2], *(size for _, shape in (scores.operands if scores else ()) for size in shape))
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    proposal = propose(problem)
+    return proposal.work[0] if isinstance(proposal, Proposal) else None
 
 
 def _unfit(problem: Problem) -> str | None:

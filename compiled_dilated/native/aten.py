@@ -72,9 +72,9 @@ class Operators:
 
         def at(index: tuple[Index, ...]) -> int:
             for dim, i in enumerate(index):
-                if isinstance(i, int):
+                if isinstance(i, int) or not i.bare:  # which the size has a part in
                     if not isinstance(shape[dim], int):
-                        raise Untranslatable("it reads each number along a dimension whose size varies")
+                        raise Untranslatable("it counts along a dimension whose size varies")
                     self.fixed[number, dim] = shape[dim]
             return self.x.add("load", register, *map(self.node, index), number=number, within=limits)
 
@@ -123,13 +123,32 @@ class Operators:
             return index
         return Place(self.x.add("within", Register.I64, index.node, number=size, within=Range(0, size - 1)), bare=False)
 
+    def times(self, index: Index, factor: int) -> Index:
+        """A position times a number."""
+        if isinstance(index, int):
+            return index * factor
+        return index if factor == 1 else Place(self.x.binary("multiply", index.node, self.x.whole(factor)), bare=False)
+
+    def plus(self, a: Index, b: Index) -> Index:
+        """The sum of two positions."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a + b
+        if a == 0 or b == 0:
+            return b if a == 0 else a
+        return Place(self.x.binary("add", self.node(a), self.node(b)), bare=False)
+
+    def divided(self, index: Index, by: int) -> tuple[Index, Index]:
+        """Quotient and rest of a position."""
+        if isinstance(index, int):
+            return divmod(index, by)
+        number = self.x.whole(by)
+        parts = (self.x.binary(op, index.node, number) for op in ("floor_divide", "remainder"))
+        quotient, rest = (Place(part, bare=False) for part in parts)
+        return quotient, rest
+
     def moved(self, index: Index, size: int, start: int, step: int) -> Index:
         """start + step * index."""
-        index = self.within(index, size)
-        if isinstance(index, int):
-            return start + step * index
-        scaled = index.node if step == 1 else self.x.binary("multiply", index.node, self.x.whole(step))
-        return Place(self.x.binary("add", scaled, self.x.whole(start)), bare=False)
+        return self.plus(self.times(self.within(index, size), step), start)
 
     def chosen(self, index: Index, size: int, of: Callable[[int], int]) -> int:
         """of(index) for an index that may be computed: of all positions, one after the other."""
@@ -231,23 +250,22 @@ def _expand(t: Operators, out: torch.Tensor, x: Cells, sizes: Any, **_: Any) -> 
 
 
 def _reshape(t: Operators, out: torch.Tensor, x: Cells, *_: Any) -> Cells:
-    """Any shape for indices that are known; for computed ones dimensions of a single entry may come and go."""
+    """Another shape: dimensions that stay keep their indices, the others go by the place in the whole."""
     shape = tuple(out.shape)
+    kept = [size for size in shape if size != 1] == [size for size in x.shape if size != 1]
 
     def at(index: tuple[Index, ...]) -> int:
-        if all(isinstance(i, int) for i in index):
-            place = 0
-            for i, size in zip(index, shape, strict=True):
-                place = place * size + i  # type: ignore[operator]
-            out: list[int] = []
-            for size in reversed(x.shape):
-                place, rest = divmod(place, size)
-                out.insert(0, rest)
-            return x.at(tuple(out))
-        rest_of = [i for i, size in zip(index, shape, strict=True) if size != 1]
-        if [size for size in shape if size != 1] != [size for size in x.shape if size != 1]:
-            raise Untranslatable("it looks up a number in a captured tensor of another shape (view, reshape)")
-        return x.at(tuple(0 if size == 1 else rest_of.pop(0) for size in x.shape))
+        if kept:  # dimensions of one entry come and go
+            longer = [i for i, size in zip(index, shape, strict=True) if size != 1]
+            return x.at(tuple(0 if size == 1 else longer.pop(0) for size in x.shape))
+        flat: Index = 0
+        for i, size in zip(index, shape, strict=True):
+            flat = t.plus(t.times(flat, size), t.within(i, size))
+        own: list[Index] = []
+        for size in reversed(x.shape):
+            flat, rest = t.divided(flat, size)
+            own.insert(0, rest)
+        return x.at(tuple(own))
 
     return t.made(x.dtype, shape, at)
 
@@ -320,7 +338,9 @@ def _scalar_tensor(t: Operators, out: torch.Tensor, value: Any, **_: Any) -> Cel
 def _arange(t: Operators, out: torch.Tensor, start: float, end: float, step: float = 1, **_: Any) -> Cells:
     if out.dtype.is_floating_point:
         return t.made(
-            out.dtype, out.shape, lambda index: t.chosen(index[0], out.shape[0], lambda i: t.x.constant(start + step * i, register_of(out.dtype)))
+            out.dtype,
+            out.shape,
+            lambda index: t.chosen(index[0], out.shape[0], lambda i: t.x.constant(start + step * i, register_of(out.dtype))),
         )
     return t.made(out.dtype, out.shape, lambda index: t.node(t.moved(index[0], out.shape[0], int(start), int(step))))
 
@@ -421,12 +441,12 @@ def _logical(op: str) -> Callable[..., Cells]:
 
 
 def _count_nonzero(t: Operators, out: torch.Tensor, x: Cells, dim: Any = None) -> Cells:
-    return _reduced(t, out, x, dim, False, lambda places: _summed(t, torch.int64, [t.x.cast(place, torch.bool) for place in places]))
+    return _reduced(
+        t, out, x, dim, False, lambda places: _summed(t, torch.int64, [t.x.cast(place, torch.bool) for place in places])
+    )
 
 
-def _norm(
-    t: Operators, out: torch.Tensor, x: Cells, ord: float = 2, dim: Any = None, keepdim: bool = False, **_: Any
-) -> Cells:
+def _norm(t: Operators, out: torch.Tensor, x: Cells, ord: float = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Cells:
     if ord not in (1, 2):
         raise Untranslatable(f"the tape has no norm of order {ord}")
 

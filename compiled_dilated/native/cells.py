@@ -30,7 +30,11 @@ class Cell:
         dtype = dtype or self.compute
         if isinstance(argument, tuple):
             node, own = argument
-            return int(node) if own == dtype else self.x.cast(node, torch.float32 if dtype in SHORT and own == torch.float32 else dtype)
+            return (
+                int(node)
+                if own == dtype
+                else self.x.cast(node, torch.float32 if dtype in SHORT and own == torch.float32 else dtype)
+            )
         if dtype.is_floating_point:
             return self.x.constant(float(argument), register_of(dtype))
         if dtype == torch.bool:
@@ -339,8 +343,8 @@ POINTWISE: dict[str, Callable[..., int]] = {
     "bitwise_or": _bits("either"),
     "bitwise_xor": _bits("exclusive"),
     "bitwise_not": _bits("complement"),
-    "bitwise_left_shift": _bits("shift_left"),
-    "bitwise_right_shift": _bits("shift_right"),
+    **dict.fromkeys(("bitwise_left_shift", "__lshift__"), _bits("shift_left")),
+    **dict.fromkeys(("bitwise_right_shift", "__rshift__"), _bits("shift_right")),
     "where": _where,
     "masked_fill": _masked_fill,
     "clamp": _clamp,

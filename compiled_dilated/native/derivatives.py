@@ -197,7 +197,5 @@ _RULES: dict[str, Rule] = {
     "atan": _over(lambda x, of, out: linear(x, _square(x, of), 1.0, 1.0)),
     "tanh": _by_factor(lambda x, of, out: linear(x, _square(x, out), -1.0, 1.0)),
     "sigmoid": _by_factor(lambda x, of, out: x.binary("multiply", out, linear(x, out, -1.0, 1.0))),
-    "erf": _by_factor(
-        lambda x, of, out: linear(x, x.unary("exp", x.unary("negate", _square(x, of))), 2 / math.sqrt(math.pi))
-    ),
+    "erf": _by_factor(lambda x, of, out: linear(x, x.unary("exp", x.unary("negate", _square(x, of))), 2 / math.sqrt(math.pi))),
 }

@@ -264,7 +264,9 @@ class Expressions:
         result = _range(op, *(self.range(place) for place in inputs))
         fits = OF_32_BITS.holds(result) and all(OF_32_BITS.holds(self.range(place)) for place in inputs)
         type = Register.I32 if fits and not op.startswith("shift") else Register.I64
-        return self.add(op, type, *(self.held(place, type) for place in inputs), within=result if OF_64_BITS.holds(result) else None)
+        return self.add(
+            op, type, *(self.held(place, type) for place in inputs), within=result if OF_64_BITS.holds(result) else None
+        )
 
     def choice(self, condition: int, a: int, b: int, label: str = "") -> int:
         """`a` where the condition holds, `b` elsewhere."""

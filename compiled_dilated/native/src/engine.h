@@ -33,7 +33,6 @@ using ScoreEdit = Edit<T*, int>;
 template <class T>
 using GradEdit = Edit<const T*, T*, int>;
 
-constexpr int tile_vectors = 4;
 constexpr int block_keys = 64;  // most keys of a block: scores and weights of a tile stay in the first cache
 template <class T>
 constexpr int tile_queries = tile_vectors * lanes<T>;

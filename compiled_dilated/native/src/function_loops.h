@@ -65,6 +65,14 @@ void unary(Place& place, const Step& step, int n) {
     for (int j = 0; j < unit; ++j) out[i + j] = F::of(a[i + j]);
 }
 
+// The same of functions of the standard library, which no compiler makes vectors of.
+template <class F, class T>
+void called(Place& place, const Step& step, int n) {
+  T* out = place.at<T>(step.out);
+  const T* a = place.at<T>(step.in[0]);
+  for (int i = 0; i < n; ++i) out[i] = F::of(a[i]);
+}
+
 template <class F, class R, class A>
 void binary(Place& place, const Step& step, int n) {
   R* __restrict out = place.at<R>(step.out);
@@ -74,7 +82,13 @@ void binary(Place& place, const Step& step, int n) {
     for (int j = 0; j < unit; ++j) out[i + j] = F::of(a[i + j], b[i + j]);
 }
 
-// T: unsigned, of the size of the numbers.
+// By bits, as GCC 12 makes wrong code of `which[i] ? a[i] : b[i]` where `which` is narrower. T: unsigned, of the numbers' size.
+template <class T>
+inline T chosen(uint8_t which, T a, T b) {
+  const T all = T(0) - T(which != 0);
+  return (a & all) | (b & ~all);
+}
+
 template <class T>
 void choose(Place& place, const Step& step, int n) {
   T* __restrict out = place.at<T>(step.out);
@@ -82,7 +96,7 @@ void choose(Place& place, const Step& step, int n) {
   const T* __restrict a = place.at<T>(step.in[1]);
   const T* __restrict b = place.at<T>(step.in[2]);
   for (int i = 0; i < n; i += unit)
-    for (int j = 0; j < unit; ++j) out[i + j] = which[i + j] ? a[i + j] : b[i + j];
+    for (int j = 0; j < unit; ++j) out[i + j] = chosen<T>(which[i + j], a[i + j], b[i + j]);
 }
 
 // Elementary functions of float: about 1 ulp. -------------------------------------------------------------------------------
@@ -579,6 +593,13 @@ void read_tile(Place& place, const Step& step, int n) {
 
 // Gradients of operands -----------------------------------------------------------------------------------------------------
 
+// value, or zero where the gradient is zero.
+template <class T>
+inline T reached(T value, T grad) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  return bits<T>(static_cast<Bits>(bits<Bits>(value) & (Bits(0) - Bits(grad != T(0)))));
+}
+
 // in: what is added, addresses, gradients of the new scores; where these are zero nothing is added.
 template <class T>
 void scatter_pairs(Place& place, const Step& step, int) {
@@ -602,9 +623,9 @@ void scatter_keys(Place& place, const Step& step, int) {
     T parts[unit] = {};
     int i = 0;
     for (; i + unit <= lanes; i += unit)
-      for (int j = 0; j < unit; ++j) parts[j] += grad[i + j] != T(0) ? value[i + j] : T(0);
+      for (int j = 0; j < unit; ++j) parts[j] += reached(value[i + j], grad[i + j]);
     T sum = 0;
-    for (; i < lanes; ++i) sum += grad[i] != T(0) ? value[i] : T(0);
+    for (; i < lanes; ++i) sum += reached(value[i], grad[i]);
     for (const T part : parts) sum += part;
     to[at[row]] += sum;
   }
@@ -618,7 +639,7 @@ void scatter_lanes(Place& place, const Step& step, int) {
   T* __restrict sums = place.at<T>(step.out);
   const int lanes = place.pairs->lanes;
   for (int row = 0; row < place.rows; ++row, value += lanes, grad += lanes)
-    for (int i = 0; i < lanes; ++i) sums[i] += grad[i] != T(0) ? value[i] : T(0);
+    for (int i = 0; i < lanes; ++i) sums[i] += reached(value[i], grad[i]);
 }
 
 template <class T>
@@ -635,156 +656,7 @@ void finish_all(Place& place, const Step& step, int) {
   static_cast<T*>(place.sums[step.operand])[*place.at<int64_t>(step.in[1])] += static_cast<T>(sum);
 }
 
-// The table of all loops ----------------------------------------------------------------------------------------------------
-
-template <class F>
-Run of_floats(Register type) {
-  if (type == Register::f32) return unary<F, float, float>;
-  return type == Register::f64 ? unary<F, double, double> : nullptr;
-}
-
-template <class F>
-Run of_numbers(Register type) {
-  if (type == Register::i32) return unary<F, int32_t, int32_t>;
-  return type == Register::i64 ? unary<F, int64_t, int64_t> : of_floats<F>(type);
-}
-
-template <class F>
-Run of_two_floats(Register type) {
-  if (type == Register::f32) return binary<F, float, float>;
-  return type == Register::f64 ? binary<F, double, double> : nullptr;
-}
-
-template <class F>
-Run of_two_numbers(Register type) {
-  if (type == Register::i32) return binary<F, int32_t, int32_t>;
-  return type == Register::i64 ? binary<F, int64_t, int64_t> : of_two_floats<F>(type);
-}
-
-template <class F>
-Run divided(Register type) {
-  if (type == Register::i32) return division<F, int32_t>;
-  return type == Register::i64 ? division<F, int64_t> : of_two_floats<F>(type);
-}
-
-template <class F>
-Run compared(Register type) {
-  switch (type) {
-    case Register::i32: return binary<F, uint8_t, int32_t>;
-    case Register::i64: return binary<F, uint8_t, int64_t>;
-    case Register::f32: return binary<F, uint8_t, float>;
-    case Register::f64: return binary<F, uint8_t, double>;
-    default: return nullptr;
-  }
-}
-
-template <class F>
-Run of_bits(Register type) {
-  switch (type) {
-    case Register::boolean: return binary<F, uint8_t, uint8_t>;
-    case Register::i32: return binary<F, int32_t, int32_t>;
-    case Register::i64: return binary<F, int64_t, int64_t>;
-    default: return nullptr;
-  }
-}
-
-template <class A>
-Run converted_from(Register type) {
-  switch (type) {
-    case Register::boolean: return unary<To<uint8_t>, uint8_t, A>;
-    case Register::i32: return unary<To<int32_t>, int32_t, A>;
-    case Register::i64: return unary<To<int64_t>, int64_t, A>;
-    case Register::f32: return unary<To<float>, float, A>;
-    case Register::f64: return unary<To<double>, double, A>;
-  }
-  return nullptr;
-}
-
-inline Run converted(Register from, Register to) {
-  switch (from) {
-    case Register::boolean: return converted_from<uint8_t>(to);
-    case Register::i32: return converted_from<int32_t>(to);
-    case Register::i64: return converted_from<int64_t>(to);
-    case Register::f32: return converted_from<float>(to);
-    case Register::f64: return converted_from<double>(to);
-  }
-  return nullptr;
-}
-
-inline Run narrowed(Type to) {
-  switch (to) {
-    case Type::i8: return unary<Wrapped<int8_t>, int64_t, int64_t>;
-    case Type::i16: return unary<Wrapped<int16_t>, int64_t, int64_t>;
-    case Type::i32: return unary<Wrapped<int32_t>, int64_t, int64_t>;
-    case Type::u8: return unary<Wrapped<uint8_t>, int64_t, int64_t>;
-    default: return nullptr;
-  }
-}
-
 // The loop of an operation on registers of these types; null: there is none.
-inline Run loop_of(Operation op, Register type, Register first, int64_t number) {
-  switch (op) {
-    case Operation::convert: return converted(first, type);
-    case Operation::narrow: return type == Register::i64 ? narrowed(static_cast<Type>(number)) : nullptr;
-    case Operation::round_to:
-      if (type != Register::f32) return nullptr;
-      if (number == static_cast<int64_t>(Type::f16)) return unary<ToF16, float, float>;
-      return number == static_cast<int64_t>(Type::bf16) ? unary<ToBf16, float, float> : nullptr;
-    case Operation::negate: return of_numbers<Negate>(type);
-    case Operation::absolute: return of_numbers<Absolute>(type);
-    case Operation::sign: return of_numbers<Sign>(type);
-    case Operation::floor: return of_floats<Floor>(type);
-    case Operation::ceiling: return of_floats<Ceiling>(type);
-    case Operation::round: return of_floats<Round>(type);
-    case Operation::truncate: return of_floats<Truncate>(type);
-    case Operation::square_root: return of_floats<SquareRoot>(type);
-    case Operation::exp: return of_floats<Exp>(type);
-    case Operation::exp2: return of_floats<Exp2>(type);
-    case Operation::expm1: return of_floats<Expm1>(type);
-    case Operation::log: return of_floats<Log>(type);
-    case Operation::log2: return of_floats<Log2>(type);
-    case Operation::log10: return of_floats<Log10>(type);
-    case Operation::log1p: return of_floats<Log1p>(type);
-    case Operation::sin: return of_floats<Sin>(type);
-    case Operation::cos: return of_floats<Cos>(type);
-    case Operation::tan: return of_floats<Tan>(type);
-    case Operation::sinh: return of_floats<Sinh>(type);
-    case Operation::cosh: return of_floats<Cosh>(type);
-    case Operation::asin: return of_floats<Asin>(type);
-    case Operation::acos: return of_floats<Acos>(type);
-    case Operation::atan: return of_floats<Atan>(type);
-    case Operation::tanh: return of_floats<Tanh>(type);
-    case Operation::sigmoid: return of_floats<Sigmoid>(type);
-    case Operation::erf: return of_floats<Erf>(type);
-    case Operation::add: return of_two_numbers<Add>(type);
-    case Operation::subtract: return of_two_numbers<Subtract>(type);
-    case Operation::multiply: return of_two_numbers<Multiply>(type);
-    case Operation::divide: return of_two_floats<Divide>(type);
-    case Operation::floor_divide: return divided<FloorDivide>(type);
-    case Operation::remainder: return divided<Remainder>(type);
-    case Operation::fmod: return divided<Fmod>(type);
-    case Operation::minimum: return of_two_numbers<Minimum>(type);
-    case Operation::maximum: return of_two_numbers<Maximum>(type);
-    case Operation::power: return of_two_floats<Power>(type);
-    case Operation::atan2: return of_two_floats<Atan2>(type);
-    case Operation::equal: return compared<Equal>(first);
-    case Operation::not_equal: return compared<NotEqual>(first);
-    case Operation::less: return compared<Less>(first);
-    case Operation::less_equal: return compared<LessEqual>(first);
-    case Operation::both: return of_bits<Both>(type);
-    case Operation::either: return of_bits<Either>(type);
-    case Operation::exclusive: return of_bits<Exclusive>(type);
-    case Operation::complement:
-      if (type == Register::boolean) return unary<Complement, uint8_t, uint8_t>;
-      if (type == Register::i32) return unary<Complement, int32_t, int32_t>;
-      return type == Register::i64 ? unary<Complement, int64_t, int64_t> : nullptr;
-    case Operation::shift_left: return type == Register::i64 ? binary<ShiftLeft, int64_t, int64_t> : nullptr;
-    case Operation::shift_right: return type == Register::i64 ? binary<ShiftRight, int64_t, int64_t> : nullptr;
-    case Operation::where:
-      if (type == Register::boolean) return choose<uint8_t>;
-      return type == Register::i32 || type == Register::f32 ? choose<uint32_t> : choose<uint64_t>;
-    default: return nullptr;
-  }
-}
+Run loop_of(Operation op, Register type, Register first, int64_t number);
 
 }  // namespace native::loops

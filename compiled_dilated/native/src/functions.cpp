@@ -543,8 +543,11 @@ Function read_function(const int64_t*& code, const int64_t* end) {
   require(reader.next() == version, "it was written by another version of compiled_dilated");
   const int64_t operands = reader.next(most_operands, "a count of operands");
   for (int64_t i = 0; i < operands; ++i) {
-    const Type type = static_cast<Type>(reader.next(static_cast<int64_t>(Type::u8), "a type"));
-    function.operands.push_back({type, static_cast<int>(reader.next(max_dims, "a count of dimensions"))});
+    OperandKind kind{};
+    kind.type = static_cast<Type>(reader.next(static_cast<int64_t>(Type::u8), "a type"));
+    kind.dims = static_cast<int>(reader.next(max_dims, "a count of dimensions"));
+    for (int dim = 0; dim < kind.dims; ++dim) kind.sizes[dim] = reader.next();
+    function.operands.push_back(kind);
   }
   const int64_t tapes = reader.next(8, "a count of tapes");
   for (int64_t i = 0; i < tapes; ++i) function.tapes.push_back(read_tape(reader, function));
@@ -557,6 +560,9 @@ void check_operands(const Function& function, const Array* operands, size_t coun
     const Array& operand = operands[i];
     if (operand.type != function.operands[i].type || operand.dims != function.operands[i].dims)
       throw std::runtime_error("captured tensor " + std::to_string(i) + " has another dtype or number of dimensions than the function was made for");
+    for (int dim = 0; dim < operand.dims; ++dim)
+      if (function.operands[i].sizes[dim] >= 0 && function.operands[i].sizes[dim] != operand.sizes[dim])
+        throw std::runtime_error("captured tensor " + std::to_string(i) + " has another shape than the function was made for");
     for (int dim = 0; dim < operand.dims; ++dim)
       if (operand.sizes[dim] <= 0) throw std::runtime_error("index out of range: captured tensor " + std::to_string(i) + " is empty");
     if (!operand.data) throw std::runtime_error("captured tensor " + std::to_string(i) + " has no data");
@@ -601,7 +607,7 @@ void score_backward(const Function& function, const Array* operands, const Pairs
     const T* from = reinterpret_cast<const T*>(result);
     for (int i = 0; i < rows; ++i, from += pairs.lanes) {
       T* __restrict to = grads + static_cast<int64_t>(row + i) * ld;
-      for (int lane = 0; lane < pairs.lanes; ++lane) to[lane] = to[lane] != T(0) ? from[lane] : T(0);
+      for (int lane = 0; lane < pairs.lanes; ++lane) to[lane] = loops::reached(from[lane], to[lane]);
     }
   });
 }

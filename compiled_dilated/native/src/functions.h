@@ -7,7 +7,7 @@
 // The code of a function, as tape.py writes it:
 //
 //     version
-//     operands, then of each: type (Type), dimensions
+//     operands, then of each: type (Type), dimensions, then the size of each that the tapes were made for (-1: any)
 //     tapes, then of each: kind (TapeKind), nodes, then of each node: operation, register, number, inputs, then the inputs
 //                          (numbers of earlier nodes); last the number of the node that is the result
 //
@@ -107,6 +107,7 @@ struct FunctionTape {
 struct OperandKind {
   Type type;
   int dims;
+  int64_t sizes[max_dims];  // -1: any
 };
 
 struct Function {
@@ -118,7 +119,7 @@ struct Function {
 // Reads one function and moves `code` past it. Throws std::runtime_error for numbers that are none.
 Function read_function(const int64_t*& code, const int64_t* end);
 
-// Throws std::runtime_error unless the operands are as many and of the types and dimensions that the function was made for.
+// Throws std::runtime_error unless the operands are as many and of the types and shapes that the function was made for.
 void check_operands(const Function& function, const Array* operands, size_t count);
 
 constexpr int most_lanes = 64;

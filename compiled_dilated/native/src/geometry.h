@@ -271,27 +271,29 @@ class KeyWalk {
       }
   }
 
-  Verdict classify(const Region& queries, const Region& keys) const { return masks_.classify(root_, b_, h_, queries, keys); }
+  // What holds of the whole tile.
+  Verdict classify(const Region& keys) const {
+    Verdict out;
+    masks_.classify(root_, b_, h_, &tile_.whole, 1, keys, &out);
+    return out;
+  }
 
   // Which vectors see a few keys; true where that is settled: not where an edge may run through them.
   template <class Visit>
   bool by_vector(const Region& keys, bool finest, const Visit& visit) {
-    int low = tile_vectors, high = 0, partial = 0;
-    for (int j = 0; j < tile_.vectors; ++j) {
-      const Verdict seen = classify(tile_.of_vector[j], keys);
-      if (seen == EMPTY) continue;
-      low = std::min(low, j);
-      high = j + 1;
-      partial |= (seen == PARTIAL) << j;
+    Verdict seen[tile_vectors];
+    masks_.classify(root_, b_, h_, tile_.of_vector, tile_.vectors, keys, seen);
+    int low = 0, high = tile_.vectors, undecided = 0, hidden = 0;
+    while (low < high && seen[low] == EMPTY) ++low;
+    while (high > low && seen[high - 1] == EMPTY) --high;
+    if (low == high) return true;
+    for (int j = low; j < high; ++j) {
+      undecided += seen[j] == PARTIAL;
+      // Vectors between others that see nothing are computed with them and hidden.
+      hidden |= (seen[j] != FULL) << j;
     }
-    const int asked = partial;
-    // Vectors between that see nothing are computed with the others and hidden.
-    if (high) {
-      for (int j = low; j < high; ++j)
-        if (!(asked >> j & 1) && classify(tile_.of_vector[j], keys) == EMPTY) partial |= 1 << j;
-      if (!finest && asked && asked != (1 << tile_.vectors) - 1) return false;
-      add(keys, low, high, static_cast<uint8_t>(partial), visit);
-    }
+    if (!finest && undecided && undecided != tile_.vectors) return false;
+    add(keys, low, high, static_cast<uint8_t>(hidden), visit);
     return true;
   }
 
@@ -299,7 +301,7 @@ class KeyWalk {
   void line(int64_t base, int64_t step, int64_t from, int64_t to, const Visit& visit) {
     const Region keys = Region::line(base + from * step, to - from, step);
     cursor_ = keys.first;
-    const Verdict seen = classify(tile_.whole, keys);
+    const Verdict seen = classify(keys);
     if (seen == EMPTY) return;
     if (seen == FULL) return add(keys, 0, tile_.vectors, 0, visit);
     const int64_t count = to - from;
@@ -322,7 +324,7 @@ class KeyWalk {
   void walk(const Box& box, const Visit& visit) {
     const Region keys = box.region(layout_);
     cursor_ = layout_.offset + box.low[0] * keys.stride[0];
-    const Verdict seen = classify(tile_.whole, keys);
+    const Verdict seen = classify(keys);
     if (seen == EMPTY) return;
     if (seen == FULL) return add(keys, 0, tile_.vectors, 0, visit);
     // The slowest axis that is longer than a small box is cut, so that lines are walked in order.

@@ -302,68 +302,98 @@ void Masks::add(Node node) {
   nodes.push_back(std::move(node));
 }
 
-Verdict Masks::classify(int index, int64_t b, int64_t h, const Region& q, const Region& k) const {
+void Masks::classify(int index, int64_t b, int64_t h, const Region* q, int count, const Region& k, Verdict* out) const {
   const Node& node = nodes[index];
   const std::vector<int64_t>& x = node.arguments;
+  const auto each = [&](auto&& of) {
+    for (int i = 0; i < count; ++i) out[i] = of(q[i]);
+  };
+  const auto all_alike = [&](Verdict of) { std::fill(out, out + count, of); };
   switch (node.op) {
-    case Op::full: return FULL;
-    case Op::all_of: {
-      Verdict out = FULL;
-      for (const int64_t part : x)
-        if ((out = std::min(out, classify(static_cast<int>(part), b, h, q, k))) == EMPTY) break;
-      return out;
+    case Op::full: return all_alike(FULL);
+    case Op::all_of: case Op::any_of: {
+      const bool all_parts = node.op == Op::all_of;
+      const Verdict decided = all_parts ? EMPTY : FULL;
+      classify(static_cast<int>(x[0]), b, h, q, count, k, out);
+      Verdict part[tile_vectors];
+      for (size_t at = 1; at < x.size(); ++at) {
+        if (std::all_of(out, out + count, [&](Verdict of) { return of == decided; })) return;
+        classify(static_cast<int>(x[at]), b, h, q, count, k, part);
+        for (int i = 0; i < count; ++i) out[i] = all_parts ? std::min(out[i], part[i]) : std::max(out[i], part[i]);
+      }
+      return;
     }
-    case Op::any_of: {
-      Verdict out = EMPTY;
-      for (const int64_t part : x)
-        if ((out = std::max(out, classify(static_cast<int>(part), b, h, q, k))) == FULL) break;
-      return out;
+    case Op::none_of:
+      classify(static_cast<int>(x[0]), b, h, q, count, k, out);
+      for (int i = 0; i < count; ++i) out[i] = static_cast<Verdict>(FULL - out[i]);
+      return;
+    case Op::causal: return each([&](const Region& q) { return verdict(k.last <= q.first, k.first > q.last); });
+    case Op::window:
+      return each([&](const Region& q) {
+        const int64_t step = x[2] == 1 ? 1 : std::gcd(q.step, k.step);
+        return classify_difference(k.first - q.last, k.last - q.first, step, x[2], x[0], x[1]);
+      });
+    case Op::segments: {
+      const int64_t k_first = k.first / x[0], k_last = k.last / x[0];
+      return each([&](const Region& q) { return same_group(floor_div(q.first, x[0]), floor_div(q.last, x[0]), k_first, k_last); });
     }
-    case Op::none_of: return static_cast<Verdict>(FULL - classify(static_cast<int>(x[0]), b, h, q, k));
-    case Op::causal: return verdict(k.last <= q.first, k.first > q.last);
-    case Op::window: {
-      const int64_t step = x[2] == 1 ? 1 : std::gcd(q.step, k.step);
-      return classify_difference(k.first - q.last, k.last - q.first, step, x[2], x[0], x[1]);
-    }
-    case Op::segments: return same_group(floor_div(q.first, x[0]), floor_div(q.last, x[0]), k.first / x[0], k.last / x[0]);
     case Op::congruent: {
       const Verdict of_keys = classify_congruent(k, x[0], x[1], x[2]);
-      return of_keys == EMPTY ? EMPTY : std::min(of_keys, classify_congruent(q, x[0], x[1], x[2]));
+      if (of_keys == EMPTY) return all_alike(EMPTY);
+      return each([&](const Region& q) { return std::min(of_keys, classify_congruent(q, x[0], x[1], x[2])); });
     }
-    case Op::sinks: return verdict(k.last < x[0], k.first >= x[0]);
-    case Op::leading: return verdict(q.last < x[0], q.first >= x[0]);
+    case Op::sinks: return all_alike(verdict(k.last < x[0], k.first >= x[0]));
+    case Op::leading: return each([&](const Region& q) { return verdict(q.last < x[0], q.first >= x[0]); });
     case Op::dilated_blocks: {
-      const int64_t low = k.first / x[0] - floor_div(q.last, x[0]), high = k.last / x[0] - floor_div(q.first, x[0]);
-      return classify_difference(low, high, low == high ? 0 : 1, x[1], int64_t{1} << 60, int64_t{1} << 60);
+      const int64_t k_first = k.first / x[0], k_last = k.last / x[0];
+      return each([&](const Region& q) {
+        const int64_t low = k_first - floor_div(q.last, x[0]), high = k_last - floor_div(q.first, x[0]);
+        return classify_difference(low, high, low == high ? 0 : 1, x[1], int64_t{1} << 60, int64_t{1} << 60);
+      });
     }
     case Op::block_window: {
-      const int64_t low = k.first / x[0] - floor_div(q.last, x[0]), high = k.last / x[0] - floor_div(q.first, x[0]);
-      return classify_difference(low, high, 1, 1, x[1], x[2]);
+      const int64_t k_first = k.first / x[0], k_last = k.last / x[0];
+      return each([&](const Region& q) {
+        const int64_t low = k_first - floor_div(q.last, x[0]), high = k_last - floor_div(q.first, x[0]);
+        return classify_difference(low, high, 1, 1, x[1], x[2]);
+      });
     }
     case Op::document_lengths: {
       const int64_t documents = static_cast<int64_t>(x.size());
-      const int64_t q_first = document_of(x, q.first), k_first = document_of(x, k.first);
-      if (std::max(q_first, k_first) >= documents) return EMPTY;
-      return same_group(q_first, document_of(x, q.last), k_first, document_of(x, k.last));
+      const int64_t k_first = document_of(x, k.first), k_last = document_of(x, k.last);
+      return each([&](const Region& q) {
+        const int64_t q_first = document_of(x, q.first);
+        return std::max(q_first, k_first) >= documents ? EMPTY : same_group(q_first, document_of(x, q.last), k_first, k_last);
+      });
     }
-    case Op::tiles: return classify_tiles(x, q, k);
-    case Op::neighborhood: return node.grid.classify(q, k);
+    case Op::tiles: return each([&](const Region& q) { return classify_tiles(x, q, k); });
+    case Op::neighborhood: return each([&](const Region& q) { return node.grid.classify(q, k); });
     case Op::document_ids: {
       const Summary& ids = data[x[0]].summary(b);
-      const Summary::Bounds of_q = ids.over(q.first, q.last), of_k = ids.over(k.first, k.last);
-      return same_group(of_q.least, of_q.greatest, of_k.least, of_k.greatest);
+      const Summary::Bounds of_k = ids.over(k.first, k.last);
+      return each([&](const Region& q) {
+        const Summary::Bounds of_q = ids.over(q.first, q.last);
+        return same_group(of_q.least, of_q.greatest, of_k.least, of_k.greatest);
+      });
     }
-    case Op::padding: return static_cast<Verdict>(FULL - classify_flags(data[x[0]].summary(b), k));
+    case Op::padding: return all_alike(static_cast<Verdict>(FULL - classify_flags(data[x[0]].summary(b), k)));
     case Op::global_data: {
       const Summary& flags = data[x[0]].summary(b);
-      return std::max(classify_flags(flags, q), classify_flags(flags, k));
+      const Verdict of_keys = classify_flags(flags, k);
+      if (of_keys == FULL) return all_alike(FULL);
+      return each([&](const Region& q) { return std::max(of_keys, classify_flags(flags, q)); });
     }
-    case Op::global_positions: return std::max(classify_positions(x, q), classify_positions(x, k));
+    case Op::global_positions: {
+      const Verdict of_keys = classify_positions(x, k);
+      if (of_keys == FULL) return all_alike(FULL);
+      return each([&](const Region& q) { return std::max(of_keys, classify_positions(x, q)); });
+    }
     case Op::function:
-      return static_cast<Verdict>(native::classify(*node.function, node.operands.data(), b, node.head < 0 ? h : node.head,
-                                                   q.first, q.last, k.first, k.last));
+      return each([&](const Region& q) {
+        return static_cast<Verdict>(native::classify(*node.function, node.operands.data(), b, node.head < 0 ? h : node.head, q.first,
+                                                     q.last, k.first, k.last));
+      });
   }
-  return PARTIAL;
 }
 
 template <int W>

@@ -117,7 +117,8 @@ struct Masks {
   // The number of a grid of this offset and these sizes.
   int grid_number(const std::vector<int64_t>& offset_and_sizes);
   void add(Node node);
-  Verdict classify(int node, int64_t b, int64_t h, const Region& q, const Region& k) const;
+  // What holds of some regions of queries, at most tile_vectors, with one of keys.
+  void classify(int node, int64_t b, int64_t h, const Region* q, int count, const Region& k, Verdict* out) const;
 };
 
 // A vector of 32-bit integers for W lanes.

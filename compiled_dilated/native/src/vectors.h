@@ -20,6 +20,9 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
+// Queries are computed in tiles of so many vectors.
+constexpr int tile_vectors = 4;
+
 template <class T>
 constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
 

@@ -175,8 +175,9 @@ def _metas(value: Any) -> Any:
 
 def _computing_dtype(args: Sequence[Any]) -> torch.dtype:
     """The dtype that a comparison is made in."""
-    out = [arg.meta if isinstance(arg, Cells) else arg for arg in args if isinstance(arg, Cells | int | float)]
-    return torch.result_type(out[0], out[-1]) if len(out) > 1 else out[0].dtype
+    out: list[Any] = [_metas(arg) for arg in args if isinstance(arg, Cells | int | float)]
+    dtype: torch.dtype = torch.result_type(out[0], out[-1]) if len(out) > 1 else out[0].dtype
+    return dtype
 
 
 def _entry(arg: Any, index: tuple[Index, ...]) -> Any:

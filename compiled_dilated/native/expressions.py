@@ -23,8 +23,9 @@ OPERATIONS = {
     for number, name in enumerate(
         (
             "constant", "batch", "head", "query", "key", "score", "gradient", "load", "scatter", "within", "convert", "narrow",
-            "round_to", "negate", "absolute", "sign", "floor", "ceiling", "round", "truncate", "square_root", "exp", "exp2", "expm1",
-            "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "tanh", "sigmoid", "erf",
+            "round_to", "negate", "absolute", "sign", "floor", "ceiling", "round", "truncate", "square_root", "exp", "exp2",
+            "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "tanh",
+            "sigmoid", "erf",
             "add", "subtract", "multiply", "divide", "floor_divide", "remainder", "fmod", "minimum", "maximum", "power", "atan2",
             "equal", "not_equal", "less", "less_equal", "both", "either", "exclusive", "complement", "shift_left", "shift_right",
             "where",

@@ -33,9 +33,8 @@ void count(const Problem& problem) {
         tiles.tile_at(index, tile);
         if (!tile.vectors) continue;
         ++counts.tiles;
-        KeyWalk<W> walk(program.masks, b, h, group.layout, tile, block_keys);
-        for (const Branch& branch : group.branches)
-          walk.branch(branch, shape.kv_len, [&](const KeyBlock& block) { counts.add(block, W); });
+        walk_keys<W>(program.masks, b, h, group, tile, block_keys, shape.kv_len,
+                     [&](const Branch&, const KeyBlock& block) { counts.add(block, W); });
       }
     }
   counts.write(problem.counts);

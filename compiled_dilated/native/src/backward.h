@@ -164,8 +164,12 @@ class BackwardWorker {
         engine_(start(room, shape), shape, problem.scale), scores_(program), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
         lse_(room.take<T>(TQ)), delta_(room.take<T>(TQ)) {}
 
-  // Adds a tile's share; is_last: no later tile of the slot's unit follows.
-  void tile(int64_t b, int64_t h, const QueryTile<W>& tile, KeyGradients<T>& to, Turns& turns, int slot, bool is_last, T* const* sums) {
+  void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
+    cache_.start(program_.masks.data.empty() ? 0 : b, program_.group_of_head[h], first, tiles);
+  }
+
+  // Adds a tile's share; index: of the tile in its stretch; is_last: no later tile of the slot's unit follows.
+  void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, KeyGradients<T>& to, Turns& turns, int slot, bool is_last, T* const* sums) {
     const Head q(problem_.q, b, h), grad_out(gradients_.grad_out, b, h), grad_q(gradients_.grad_q, b, h);
     read_statistics(b, h, tile, grad_out);
     const bool natural = program_.score_mod != nullptr;
@@ -175,20 +179,24 @@ class BackwardWorker {
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     T *grad_k = to.rows(head, 0), *grad_v = to.rows(head, 1);
     const Group& group = program_.groups[program_.group_of_head[h]];
-    KeyWalk<W> walk(program_.masks, b, h, group.layout, tile, Engine::most_keys);
-    for (const Branch& branch : group.branches) {
-      scores_.of_branch(branch.root);
-      engine_.keys_from(k, v, branch.key_step);
-      const bool tells = is_last && &branch == &group.branches.back() && branch.key_step == 1;
-      walk.branch(branch, shape_.kv_len, [&](const KeyBlock& block) {
-        turns.wait(slot, *std::max_element(block.keys, block.keys + block.count));
-        const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
-        const auto change_back = [&](const T* before, T* grads, int ld) { scores_.change_back(block, before, grads, ld, sums); };
-        engine_.block(block, grad_k, grad_v, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>(),
-                      natural ? GradEdit<T>(change_back) : GradEdit<T>());
-        if (tells) turns.finish_below(slot, walk.least_to_come());
-      });
-    }
+    const auto walk = [&](const auto& visit) { walk_keys<W>(program_.masks, b, h, group, tile, Engine::most_keys, shape_.kv_len, visit); };
+    // Of one branch, walked without a step, keys come in order: other threads need not wait for the whole tile.
+    const bool in_order = is_last && group.branches.size() == 1 && group.branches[0].key_step == 1;
+    int root = -1;
+    int64_t key_step = 0;
+    cache_.blocks(index, walk, [&](const Branch& branch, const KeyBlock& block) {
+      if (branch.root != root || branch.key_step != key_step) {
+        root = branch.root, key_step = branch.key_step;
+        scores_.of_branch(root);
+        engine_.keys_from(k, v, key_step);
+      }
+      turns.wait(slot, *std::max_element(block.keys, block.keys + block.count));
+      const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
+      const auto change_back = [&](const T* before, T* grads, int ld) { scores_.change_back(block, before, grads, ld, sums); };
+      engine_.block(block, grad_k, grad_v, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>(),
+                    natural ? GradEdit<T>(change_back) : GradEdit<T>());
+      if (in_order) turns.finish_below(slot, block.least_after);
+    });
     engine_.result(rows_, shape_.head_dim);
     for (int i = 0; i < TQ; ++i)
       if (tile.rows[i] >= 0) write_row<T>(rows_ + i * shape_.head_dim, grad_q.type, grad_q.mutable_row(tile.rows[i]), shape_.head_dim);
@@ -230,6 +238,7 @@ class BackwardWorker {
   Scores<T> scores_;
   T *rows_, *lse_, *delta_;
   std::vector<T> out_row_, grad_row_;
+  BlockCache cache_;
 };
 
 // Adds to a vector of float or double.
@@ -307,14 +316,17 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
         const auto [head, stretch] = order_of(unit);
         const int64_t b = head / shape.kv_heads;
         std::vector<T*> sums_of_head = learned_sums(program, gradients, sums.data() + (head - first) * numbers);
-        const int64_t stop = std::min(stretches.most(), (stretch + 1) * stretches.length());
-        for (int64_t index = stretch * stretches.length(); index < stop; ++index)
-          for (int64_t h = head % shape.kv_heads * group; h < (head % shape.kv_heads + 1) * group; ++h) {
+        const int64_t first_tile = stretch * stretches.length();
+        const int64_t stop = std::min(stretches.most(), first_tile + stretches.length());
+        const int64_t first_head = head % shape.kv_heads * group, last_head = first_head + group - 1;
+        for (int64_t index = first_tile; index < stop; ++index)
+          for (int64_t h = first_head; h <= last_head; ++h) {
             const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
             if (index >= tiles.count()) continue;
             tiles.tile_at(index, tile);
-            const bool is_last = index == stop - 1 && h == (head % shape.kv_heads + 1) * group - 1;
-            if (tile.vectors) worker.tile(b, h, tile, to, turns, slot, is_last, sums_of_head.data());
+            const bool is_last = index == stop - 1 && h == last_head;
+            worker.stretch(b, h, first_tile, stop - first_tile);
+            if (tile.vectors) worker.tile(b, h, index - first_tile, tile, to, turns, slot, is_last, sums_of_head.data());
           }
       }
     });

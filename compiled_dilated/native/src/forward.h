@@ -185,10 +185,16 @@ class ForwardWorker {
         engine_(start(room, shape), shape), scores_(program),
         out_(room.take<T>(static_cast<size_t>(TQ) * shape.value_dim)), lse_(room.take<T>(TQ)) {}
 
-  void tile(int64_t b, int64_t h, const QueryTile<W>& tile, bool merges) {
+  // Stretches of tiles follow each other: `first` is the place of the stretch's first tile, of `tiles`.
+  void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
+    cache_.start(program_.masks.data.empty() ? 0 : b, program_.group_of_head[h], first, tiles);
+  }
+
+  // index: of the tile in its stretch.
+  void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges) {
     const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
     scores_.start(b, h, tile);
-    compute(b, h, tile, merges, q, out, lse);
+    compute(b, h, index, tile, merges, q, out, lse);
     met_nan = met_nan || has_nan();
     for (int i = 0; i < TQ; ++i) {
       if (tile.rows[i] < 0) continue;
@@ -216,7 +222,7 @@ class ForwardWorker {
     return false;
   }
 
-  void compute(int64_t b, int64_t h, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out, const Head& lse) {
+  void compute(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out, const Head& lse) {
     const bool natural = program_.score_mod != nullptr;
     engine_.begin(q, tile.rows, natural ? problem_.scale : problem_.scale * log2_of_e);
     if (merges) {
@@ -231,17 +237,19 @@ class ForwardWorker {
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     const Group& group = program_.groups[program_.group_of_head[h]];
     if (careful_mode_) careful_.start(shape_.head_dim, shape_.value_dim);
-    KeyWalk<W> walk(program_.masks, b, h, group.layout, tile, Engine::most_keys);
-    for (const Branch& branch : group.branches) {
-      scores_.of_branch(branch.root);
-      engine_.keys_from(k, v, branch.key_step);
-      walk.branch(branch, shape_.kv_len, [&](const KeyBlock& block) {
-        counts.add(block, W);
-        if (careful_mode_) return careful_.block(engine_, scores_, k, v, block);
-        const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
-        engine_.block(block, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
-      });
-    }
+    const auto walk = [&](const auto& visit) { walk_keys<W>(program_.masks, b, h, group, tile, Engine::most_keys, shape_.kv_len, visit); };
+    const Branch* current = nullptr;
+    cache_.blocks(index, walk, [&](const Branch& branch, const KeyBlock& block) {
+      if (!current || current->root != branch.root || current->key_step != branch.key_step) {
+        scores_.of_branch(branch.root);
+        engine_.keys_from(k, v, branch.key_step);
+      }
+      current = &branch;
+      counts.add(block, W);
+      if (careful_mode_) return careful_.block(engine_, scores_, k, v, block);
+      const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
+      engine_.block(block, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
+    });
     engine_.result(out_, shape_.value_dim, lse_);
     if (careful_mode_) careful_.finish(out_, shape_.value_dim);
   }
@@ -254,6 +262,7 @@ class ForwardWorker {
   Scores<T> scores_;
   T *out_, *lse_;
   Careful<Engine> careful_;
+  BlockCache cache_;
 };
 
 // Tiles of all heads, in stretches that threads take one after the other.
@@ -320,12 +329,16 @@ bool forward_tiles(const Problem& problem, const Program& program, const Shape& 
     ForwardWorker<Engine> worker(problem, program, shape, careful, room);
     QueryTile<Engine::W> tile;
     for (int64_t unit; !failure.failed() && (unit = next.fetch_add(1)) < stretches.count();) {
-      const int64_t b = unit / per_head / shape.heads, h = unit / per_head % shape.heads, stretch = unit % per_head;
+      // The heads of one stretch follow each other: a thread finds its blocks once.
+      const int64_t b = unit / (per_head * shape.heads), h = unit % shape.heads, stretch = unit / shape.heads % per_head;
       const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
       const int64_t stop = std::min(tiles.count(), (stretch + 1) * stretches.length());
-      for (int64_t index = stretch * stretches.length(); index < stop; ++index) {
+      const int64_t first = stretch * stretches.length();
+      if (first >= stop) continue;
+      worker.stretch(b, h, first, stop - first);
+      for (int64_t index = first; index < stop; ++index) {
         tiles.tile_at(index, tile);
-        if (tile.vectors) worker.tile(b, h, tile, merges);
+        if (tile.vectors) worker.tile(b, h, index - first, tile, merges);
       }
     }
     if (!careful) worker.counts.write(problem.counts);

@@ -176,7 +176,8 @@ class QueryTiles {
 struct KeyBlock {
   int count = 0, low = 0, high = 0;
   bool any_partial = false;
-  int32_t least = 0;
+  int32_t least = 0;       // of its keys
+  int64_t least_after = 0;  // no later block of the branch has a key below this, where its keys are walked without a step
   int32_t keys[128];
   uint8_t partial[128];
 };
@@ -219,15 +220,6 @@ class KeyWalk {
       for (int high = low + 1; high <= tile_vectors; ++high) flush(open_[low][high - 1], visit);
   }
 
-  // No later block of the branch has a key below this, where its keys are walked without a step.
-  int64_t least_to_come() const {
-    int64_t least = cursor_;
-    for (int low = 0; low < tile_vectors; ++low)
-      for (int high = low; high < tile_vectors; ++high)
-        if (open_[low][high].count && &open_[low][high] != visited_) least = std::min<int64_t>(least, open_[low][high].least);
-    return least;
-  }
-
  private:
   // Keys of so many or fewer are asked about vector by vector; edges are followed down to the finer grain.
   static constexpr int grain = 16, fine_grain = 4;
@@ -235,9 +227,11 @@ class KeyWalk {
   template <class Visit>
   void flush(KeyBlock& block, const Visit& visit) {
     if (!block.count) return;
-    visited_ = &block;
+    block.least_after = cursor_;
+    for (const auto& row : open_)
+      for (const KeyBlock& other : row)
+        if (other.count && &other != &block) block.least_after = std::min<int64_t>(block.least_after, other.least);
     visit(block);
-    visited_ = nullptr;
     block.count = 0;
     block.any_partial = false;
   }
@@ -362,8 +356,56 @@ class KeyWalk {
   const QueryTile<W>& tile_;
   int most_, root_ = 0;
   int64_t cursor_ = 0;
-  const KeyBlock* visited_ = nullptr;
   KeyBlock open_[tile_vectors][tile_vectors];
+};
+
+// All blocks of a tile, branch by branch: visit(branch, block).
+template <int W, class Visit>
+void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const QueryTile<W>& tile, int most, int64_t kv_len,
+               const Visit& visit) {
+  KeyWalk<W> walk(masks, b, h, group.layout, tile, most);
+  for (const Branch& branch : group.branches) walk.branch(branch, kv_len, [&](const KeyBlock& block) { visit(branch, block); });
+}
+
+// The blocks of a stretch's tiles, kept by a thread from one head to the next that sees the same: these are found once.
+class BlockCache {
+ public:
+  // Keeps what is there if it is of the same stretch.
+  void start(int64_t entry, int64_t group, int64_t first, int64_t tiles) {
+    const int64_t key[3] = {entry, group, first};
+    if (std::equal(key, key + 3, key_) && tiles == static_cast<int64_t>(tiles_.size())) return;
+    std::copy(key, key + 3, key_);
+    blocks_.clear();
+    tiles_.assign(static_cast<size_t>(tiles), {});
+  }
+
+  // visit(branch, block) for all blocks of tile `index` of the stretch: those that were kept, or those that walk(visit) finds.
+  template <class Walk, class Visit>
+  void blocks(int64_t index, const Walk& walk, const Visit& visit) {
+    Range& range = tiles_[static_cast<size_t>(index)];
+    if (range.known) {
+      for (size_t at = range.start; at < range.stop; ++at) visit(blocks_[at].first, blocks_[at].second);
+      return;
+    }
+    range.start = blocks_.size();
+    walk([&](const Branch& branch, const KeyBlock& block) {
+      if (blocks_.size() < most_blocks) blocks_.emplace_back(branch, block);
+      visit(branch, block);
+    });
+    range.stop = blocks_.size();
+    // A tile that found no room is walked anew each time.
+    range.known = range.stop < most_blocks;
+  }
+
+ private:
+  static constexpr size_t most_blocks = 512;
+  struct Range {
+    size_t start = 0, stop = 0;
+    bool known = false;
+  };
+  int64_t key_[3] = {-1, -1, -1};
+  std::vector<std::pair<Branch, KeyBlock>> blocks_;
+  std::vector<Range> tiles_;
 };
 
 }  // namespace native

@@ -115,6 +115,7 @@ Node read_node(Reader& reader, int64_t index, const Problem& problem, size_t dat
     node.head = of.next(-1, most, "a head");
     node.operands = operands_of(of.list(of.next(0, most, "a count of operands")), problem);
     node.function = std::make_unique<Function>(read_function(of.at(), of.end()));
+    check_operands(*node.function, node.operands.data(), node.operands.size());
   }
   return node;
 }
@@ -184,6 +185,7 @@ Program read_program(const Problem& problem) {
     program.score_mod_operands = reader.list(reader.next(0, most, "a count of operands"));
     program.operands = operands_of(program.score_mod_operands, problem);
     program.score_mod = std::make_unique<Function>(read_function(reader.at(), reader.end()));
+    check_operands(*program.score_mod, program.operands.data(), program.operands.size());
   }
   const int64_t first = *std::min_element(problem.q_offsets.begin(), problem.q_offsets.end());
   for (const Node& node : program.masks.nodes) {

@@ -33,8 +33,8 @@ class Attend:
         self.ring, self._names = ring, self.program.names
         self._query_names = query_names_of(self.program)
         self._skeleton = Skeleton(self.program, lowering, ring)
-        decodes = ring is None and planner.takes_any_offset(1, False, lowering) and not self._skeleton.mask_mods
-        self._decoder = Decoder(read_rule(self._skeleton.plain.rule, self._skeleton.literals)) if decodes else None
+        decodes = ring is None and lowering == "auto" and not self._skeleton.mask_mods
+        self._decoder = Decoder(self.program) if decodes else None
 
     def __call__(
         self,
@@ -43,7 +43,7 @@ class Attend:
         v: Tensor,
         *,
         scale: float | Tensor | None = None,
-        q_offset: int = 0,
+        q_offset: int | Tensor = 0,
         data: Mapping[str, Tensor] | None = None,
         score_mod: ScoreMod | None = None,
         sink_logits: Tensor | None = None,
@@ -56,7 +56,7 @@ class Attend:
         The lse is float32 (float64 for float64 inputs).
 
         scale: of q . k, any finite number, default 1 / sqrt(D). A tensor of one number, which may be learned, multiplies q.
-        q_offset: the position of the first query, for decoding against a cache.
+        q_offset: the position of the first query, for decoding against a cache; an int64 tensor (B,) of one for each sequence.
         data: tensors that the masks read, by name, (B or 1, tokens).
         score_mod: FlexAttention's score_mod(score, b, h, q_idx, kv_idx), called with scalars and traced at every call. Tensors
             that it captures get gradients; over torch.distributed each rank has those of its own queries, as of any weight.
@@ -86,7 +86,7 @@ class Attend:
                 self.ring.transport.refuse(error)
             raise
         q, number = _scaled(q, scale)
-        q_offset = checks.q_offset(q_offset)
+        q_offset = 0 if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
         wants_lse = return_lse or sink_logits is not None
         if has_functions and is_compiling():
             out, lse = _attend_with_functions()(
@@ -97,7 +97,7 @@ class Attend:
             ring = None if is_compiling() else self.ring
             out, lse = autograd.attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
         if decoder is not None:
-            decoder.learn(q, k, v, q_offset)
+            decoder.learn(q, k, v)
         if sink_logits is not None:
             logits = sink_logits.to(lse.dtype)[None, :, None].expand(lse.shape)
             out, lse = merge(out, lse, torch.zeros_like(out), logits)
@@ -120,10 +120,11 @@ class Attend:
             checks.scale("scale", scale)
         arguments.flag("return_lse", return_lse)
         checks.tensors(q, k, v)
-        offset = checks.q_offset(q_offset)
-        if self.ring is not None and (offset or q.shape[2] != k.shape[2]):
+        by_sequence = isinstance(q_offset, Tensor)
+        offset = checks.q_offsets(q_offset, q.shape[0], q.device) if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
+        if self.ring is not None and (by_sequence or offset or q.shape[2] != k.shape[2]):
             raise ValueError(
-                f"a ring deals out one sequence; got {q.shape[2]} queries at offset {offset} and {k.shape[2]} keys. "
+                f"a ring deals out one sequence; got {q.shape[2]} queries at offset {q_offset} and {k.shape[2]} keys. "
                 "Compile without ranks for cross attention and decoding"
             )
         shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
@@ -137,7 +138,7 @@ class Attend:
                 "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "
                 "Use lowering='auto', 'strided' or 'tiled'"
             )
-        return tensors
+        return [*tensors, q_offset[:, None]] if isinstance(q_offset, Tensor) else tensors
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Any:
         """The `Plan` that a call with these tensors follows, the `RingPlan` where there are ranks."""

@@ -18,9 +18,11 @@ class Call:
     q_offset: the position of the first query.
     data: the tensors that masks read, by name: those that the user names, and the operands of traced functions.
     score_mod: bound to its operands.
+    offsets: the position of the first query of each entry of the batch, (B,), in place of q_offset.
     """
 
     scale: float
     q_offset: int = 0
     data: Mapping[str, Tensor] = field(default_factory=dict)
     score_mod: Mod | None = None
+    offsets: Tensor | None = None

@@ -1,7 +1,7 @@
 """Decoding token after token: one query against a cache, where nothing but the cache's length and the position is new.
 
 token   q (B, Hq, 1, D), k and v (B, Hkv, M, D)      M grows, the rest stays
-first   every check, a plan, the lowerings           then `learn` keeps what stays
+first   every check, a plan, a lowering              then `learn` keeps what stays
 next    one range of keys, two slices, SDPA          as soon as the tensors are seen to be alike
 """
 
@@ -14,36 +14,38 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import autograd, operators
+from . import autograd
 from .arguments import MOST
-from .lowerings.single import Group
-from .masks import Mask
-from .rules import Rule
+from .heads import head_groups
+from .masks import Mask, conjunction, conjuncts, narrowed
+from .programs import PerLength, Program
 
 _MOST_KINDS = 64
 
 
 class Decoder:
-    """What one program says of single queries, by the kind of their tensors.
+    """What a rule says of single queries, by the kind of their tensors.
 
     A mask and whether it is bounded, where all heads see the same and no data decides; None where each call goes through the
-    lowerings. It runs between two kernels of tens of microseconds, so that each attribute that it reads counts.
+    lowerings. It runs beside a kernel of tens of microseconds, so that each attribute that it reads counts.
     """
 
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
+    def __init__(self, program: Program | PerLength) -> None:
+        self._program = program
         self._known: dict[tuple[Any, ...] | None, tuple[Mask, bool] | None] = {}
 
-    def learn(self, q: Tensor, k: Tensor, v: Tensor, q_offset: int) -> None:
+    def learn(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Remember tensors that passed every check: others of their kind pass them too, whatever the cache's length."""
         if q.shape[2] != 1 or not _are_plain(q, k, v) or (kind := _kind(q, k, v)) is None or kind in self._known:
             return
         if len(self._known) >= _MOST_KINDS:
             self._known.clear()
-        plan = operators.plan_of(self._rule, q, k, v, q_offset, training=False)
-        groups: tuple[Group, ...] = plan.chosen[0].work
-        alike = len(groups) == 1 and groups[0].heads.count == q.shape[1] and groups[0].rest is None
-        self._known[kind] = (groups[0].where, groups[0].where.is_bounded) if alike else None
+        program = self._program.at(1) if isinstance(self._program, PerLength) else self._program
+        groups = [group for branch in program.branches for group in head_groups(branch, q.shape[1], k.shape[1])]
+        self._known[kind] = None
+        if len(groups) == 1 and groups[0][1].count == q.shape[1] and not groups[0][0].per_call:
+            mask = conjunction(narrowed(conjuncts(groups[0][0])))
+            self._known[kind] = mask, mask.is_bounded
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
         """out (B, Hq, 1, D); None where a check is due or the keys are no one range."""

@@ -165,7 +165,16 @@ def _forward(
     if ring is not None and whole is not None:
         return ring.forward(whole, call, *map(_rows, (q, k, v)))
     plan = plan_of(rule, q, k, v, options.q_offset, options.training, call.score_mod)
+    _check_offsets(plan, call)
     return execute.forward(plan, call, *map(_rows, (q, k, v)))
+
+
+def _check_offsets(plan: Plan, call: Call) -> None:
+    if call.offsets is not None and plan.lowering != "native":
+        raise ValueError(
+            "q_offset as a tensor, one position for each sequence, is computed by the lowering 'native' alone, which is not "
+            f"possible here: the plan is {plan.lowering!r} on {plan.problem.device}. Call the sequences one by one, each with a number"
+        )
 
 
 def run(
@@ -257,7 +266,8 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return mode.__torch_dispatch__(func, types, args, kwargs)
     with mode:
         inputs = work.of_operator(data, operands, slots)
-        return torch.ops.compiled_dilated.native.default(q, k, v, *inputs, work.code, scale, q_offset, None, by_token)
+        offsets = data[-1].squeeze(1) if len(data or ()) > len(work.names) else None
+        return torch.ops.compiled_dilated.native.default(q, k, v, *inputs, work.code, scale, q_offset, offsets, by_token)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -21,7 +21,7 @@ def reference(
     v: Tensor,
     *,
     scale: float | Tensor | None = None,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
     data: Mapping[str, Tensor] | None = None,
     score_mod: ScoreMod | None = None,
     sink_logits: Tensor | None = None,
@@ -85,7 +85,7 @@ def _check(
         checks.tensor(name, x)
     checks.devices(q, k, v)
     checks.shapes(q.shape, k.shape, v.shape)
-    offset = checks.q_offset(q_offset)
+    offset = checks.q_offsets(q_offset, q.shape[0], q.device) if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
     program.check(q.shape[2], k.shape[2], offset)
     shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
     checks.data(program.names, query_names_of(program), data, shape)
@@ -115,7 +115,7 @@ def _softmax(scores: Tensor, v: Tensor, sink_logits: Tensor | None) -> tuple[Ten
 
 
 def multiplicity(
-    program: Program, q: Tensor, k: Tensor, *, q_offset: int = 0, data: Mapping[str, Tensor] | None = None
+    program: Program, q: Tensor, k: Tensor, *, q_offset: int | Tensor = 0, data: Mapping[str, Tensor] | None = None
 ) -> Tensor:
     """c (B, Hq, N, M): how many branches link each query and key."""
     batch, heads, q_len, _ = q.shape
@@ -129,9 +129,10 @@ def multiplicity(
 
 
 def _indices(
-    batch: int, heads: int, q_len: int, kv_len: int, q_offset: int, device: torch.device
+    batch: int, heads: int, q_len: int, kv_len: int, q_offset: int | Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def arange(size: int, axis: int) -> Tensor:
         return torch.arange(size, device=device).reshape([-1 if place == axis else 1 for place in range(4)])
 
-    return arange(batch, 0), arange(heads, 1), arange(q_len, 2) + q_offset, arange(kv_len, 3)
+    first = q_offset[:, None, None, None] if isinstance(q_offset, Tensor) else q_offset
+    return arange(batch, 0), arange(heads, 1), arange(q_len, 2) + first, arange(kv_len, 3)

@@ -53,15 +53,20 @@ class Rule:
         q_offset: int,
         learned: Sequence[int] = (),
     ) -> Call:
-        """A call's options, with sums for the gradients of the learned operands."""
-        named = dict(zip(self.names, data or (), strict=True))
+        """A call's options, with sums for the gradients of the learned operands.
+
+        Behind the data tensors that the program reads may stand one more, (B, 1): the first position of each entry's queries.
+        """
+        tensors = tuple(data or ())
+        offsets = tensors[-1].squeeze(1) if len(tensors) == len(self.names) + 1 else None
+        named = dict(zip(self.names, tensors[: len(self.names)], strict=True))
         if operands:
             named |= {slot_name(slot): operands[slot] for slot in self.mask_slots}
         if self.score_mod is None:
-            return Call(scale, q_offset, named)
+            return Call(scale, q_offset, named, offsets=offsets)
         own = tuple((operands or ())[slot] for slot in self.slots)
         places = tuple(self.slots.index(slot) for slot in learned)
-        return Call(scale, q_offset, named, Mod(self.score_mod, own, places, zero_sums(own, places)))
+        return Call(scale, q_offset, named, Mod(self.score_mod, own, places, zero_sums(own, places)), offsets)
 
 
 class Skeleton:

@@ -20,27 +20,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Tiles:
-    """What the kernels need beside q, k and v; `dead` as `dead_rows` finds them."""
+    """What the kernels need beside q, k and v."""
 
     scale: float
     bias: Tensor | None = None
     causal: bool = False
     score_mod: TileMod | None = None
-    dead: Tensor | None = None
-
-
-def dead_rows(tiles: Tiles, rows: int) -> Tensor | None:
-    """Of `rows` queries those that see no key, broadcastable to (G, Hq, rows); None where all see one.
-
-    ATen's kernels give such rows out 0 and lse 0, and -inf is right.
-    """
-    if tiles.bias is None:
-        return None
-    seen = tiles.bias != -math.inf
-    if tiles.causal:
-        seen = seen.expand(*seen.shape[:-2], rows, seen.shape[-1]).tril()
-    dead = ~seen.any(dim=-1)
-    return dead if dead.any() else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -50,8 +35,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
     q, tiles, _ = _positive(q, tiles)
     q, k, v = _padded(kernel, q, k, v)
     out, lse = kernel.forward(q, k, v, tiles)
-    if tiles.dead is not None:
-        lse = lse.masked_fill(tiles.dead, -math.inf)
+    if tiles.bias is not None:
+        # ATen's kernels give rows that see no key out 0 and lse 0, and -inf is right.
+        seen = tiles.bias != -math.inf
+        seen = seen.tril() if tiles.causal else seen
+        lse = lse.masked_fill(~seen.any(dim=-1), -math.inf)
     return (out if out.shape[-1] == width else out[..., :width]), lse
 
 
@@ -105,46 +93,25 @@ def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 class FlashCPU:
-    """ATen's flash attention on the CPU: any strides with a contiguous last dimension, grouped heads, float16 to float64.
-
-    A thread goes through the heads of a tile, then on to the next tile. Where tiles share keys, their dimension changes places
-    with that of the heads: a tile then finds most of its keys in the cache, where its neighbour has left them.
-    """
+    """ATen's flash attention on the CPU: any strides with a contiguous last dimension, grouped heads, float16 to float64."""
 
     one_width, width_multiple = True, 1
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        swaps, bias = _share_keys(q, k), tiles.bias
-        if swaps:
-            q, k, v = map(_swapped, (q, k, v))
-            bias = None if bias is None else _swapped(bias)
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-            q, k, v, 0.0, tiles.causal, attn_mask=bias, scale=tiles.scale
+        result: tuple[Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu.default(
+            q, k, v, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
         )
-        return (_swapped(out), _swapped(lse)) if swaps else (out, lse)
+        return result
 
     @staticmethod
     def backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
     ) -> tuple[Tensor, Tensor, Tensor]:
-        swaps, bias = _share_keys(q, k), tiles.bias
-        if swaps:
-            grad_out, q, k, v, out, lse = map(_swapped, (grad_out, q, k, v, out, lse))
-            bias = None if bias is None else _swapped(bias)
         grads: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, tiles.causal, attn_mask=bias, scale=tiles.scale
+            grad_out, q, k, v, out, lse, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
         )
-        return (_swapped(grads[0]), _swapped(grads[1]), _swapped(grads[2])) if swaps else grads
-
-
-def _share_keys(q: Tensor, k: Tensor) -> bool:
-    """Whether the keys of neighbouring tiles overlap in memory. Grouped heads stay where the kernel looks for them."""
-    return q.shape[0] > 1 and q.shape[1] == k.shape[1] > 1 and k.stride(0) < k.shape[2] * k.stride(2)
-
-
-def _swapped(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)
+        return grads
 
 
 class EfficientCUDA:

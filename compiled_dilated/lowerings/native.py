@@ -56,7 +56,7 @@ class Work:
     def of_operator(self, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, score_slots: Sequence[int]) -> tuple[Any, Any]:
         """The same of an operator's arguments: data in the order of names, and all operands."""
         places = (*self.slots, *score_slots)
-        return data or None, [operands[slot] for slot in places] if operands and places else None
+        return data[: len(self.names)] if data else None, [operands[slot] for slot in places] if operands and places else None
 
 
 def propose(problem: Problem) -> Proposal | Refusal:
@@ -148,7 +148,7 @@ def forward(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
     data, operands = work.inputs(call)
     result: tuple[Tensor, Tensor] = torch.ops.compiled_dilated.native.default(
-        q, k, v, data, operands, work.code, call.scale, call.q_offset, None, is_by_token(q)
+        q, k, v, data, operands, work.code, call.scale, call.q_offset, call.offsets, is_by_token(q)
     )
     return result
 
@@ -166,7 +166,7 @@ def backward(work: Work, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
     learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
     grad_q, grad_k, grad_v, vector = torch.ops.compiled_dilated.native_backward.default(
         saved.grad_out, saved.grad_lse, saved.q, saved.k, saved.v, saved.out, saved.lse,
-        data, operands, work.code, call.scale, call.q_offset, None, learned,
+        data, operands, work.code, call.scale, call.q_offset, call.offsets, learned,
     )  # fmt: skip
     if mod is not None:
         _add(mod.sums, vector)

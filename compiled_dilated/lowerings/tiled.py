@@ -1,6 +1,11 @@
-"""Any mask: query tiles that see equally many key tiles together.
+"""Any mask, in any order: query tiles with the key tiles that they see gathered, the mask evaluated on PARTIAL ones alone.
 
-Their keys are gathered, the mask is evaluated on PARTIAL tiles alone.
+    window(2), tiles of 4 queries and 2 keys        query tile 1 is computed against its five key tiles:
+       0 1 2 3 4 5
+     0 # # +                                        # # # + +    FULL ones first, seen by every query;
+     1   + # # # +     # FULL  + PARTIAL            a bias hides pairs of the others
+
+Query tiles that see equally many key tiles are one batch.
 """
 
 from __future__ import annotations
@@ -10,35 +15,45 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..heads import HeadRange
+from ..heads import HeadRange, head_groups
 from ..masks import Mask
 from ..orders import Order
-from ..plans import Problem
+from ..plans import Problem, Proposal
+from ..programs import Branch
 from ..tiles import TileIndices, TileMap
+from . import costs
 from .batches import Batch
-from .lattice import Table
+from .rows import Table
 
 # Kernels are fast from 256 queries on; keys are gathered at a finer grain, so that less of what is computed is hidden. What a
-# query tile sees beyond `_MOST_SMALL` key tiles is merged in further batches, so that what is gathered at once stays small.
-_Q_TILE, _KV_TILE, _MOST_SMALL = 256, 64, 32
+# query tile sees beyond `_MOST_GATHERED` key tiles is merged in further batches, so that what is gathered at once stays small.
+_Q_TILE, _KV_TILE, _MOST_GATHERED = 256, 64, 32
 
 
 @dataclass(frozen=True)
 class _Shape:
     """What query tiles of one batch have in common.
 
-    Tokens, FULL key tiles, all key tiles, keys, and which part of all its key tiles this is.
+    rows: queries. full, gathered: FULL key tiles, and all of them. columns: keys. part: which run of its key tiles this is.
     """
 
     rows: int
     full: int
-    small: int
+    gathered: int
     columns: int
     part: int
 
 
-def propose(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, problem: Problem) -> list[Batch]:
-    """The batches of one head range of a branch."""
+def propose(index: int, branch: Branch, problem: Problem) -> Proposal:
+    """The branch, for all its heads."""
+    batches: list[Batch] = []
+    for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
+        batches += _batches(mask, branch.order, heads, kv_heads, problem)
+    return Proposal("tiled", index, costs.of(batches, problem), tuple(batches))
+
+
+def _batches(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, problem: Problem) -> list[Batch]:
+    """Those of heads that see the same."""
     tile_map = TileMap.build(
         mask,
         problem.q_len,
@@ -50,29 +65,31 @@ def propose(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, pro
     )
     permutation = order.permutation(problem.kv_len)
     batches = []
-    for shape, (q_tiles, small) in _alike(tile_map).items():
+    for shape, (q_tiles, gathered) in _alike(tile_map).items():
         queries = Table(np.array(q_tiles, dtype=np.int32)[:, None], tile_map.q_tile, shape.rows, permutation, problem.q_offset)
-        keys = Table(np.stack(small), _KV_TILE, shape.columns, permutation)
-        masks = (mask,) if shape.full < shape.small else ()
-        seen = shape.full * _KV_TILE if masks else 0
-        batches.append(Batch(heads, kv_heads, queries, keys, masks, open=seen, first=shape.part == 0))
+        keys = Table(np.stack(gathered), _KV_TILE, shape.columns, permutation)
+        if shape.full < shape.gathered:
+            batches.append(Batch(heads, kv_heads, queries, keys, (mask,), open=shape.full * _KV_TILE))
+        else:
+            batches.append(Batch(heads, kv_heads, queries, keys))
     return batches
 
 
 def _alike(tile_map: TileMap) -> dict[_Shape, tuple[list[int], list[TileIndices]]]:
-    """Query tiles, and the key tiles that each sees, by what one batch has in common; the parts of a tile in turn."""
-    found: dict[_Shape, tuple[list[int], list[TileIndices]]] = defaultdict(lambda: ([], []))
+    """Query tiles, and the key tiles that each sees, by what one batch has in common."""
+    groups: dict[_Shape, tuple[list[int], list[TileIndices]]] = defaultdict(lambda: ([], []))
     for row in range(tile_map.rows):
         seen, full = _key_tiles(tile_map, row)
         rows = min(tile_map.q_tile, tile_map.q_len - row * tile_map.q_tile)
-        for start in range(0, len(seen), _MOST_SMALL):
-            small = seen[start : start + _MOST_SMALL]
-            last = (int(small[-1]) + 1) * _KV_TILE
-            columns = len(small) * _KV_TILE - max(0, last - tile_map.kv_len)
-            shape = _Shape(rows, min(max(full - start, 0), len(small)), len(small), columns, start // _MOST_SMALL)
-            found[shape][0].append(row)
-            found[shape][1].append(small)
-    return dict(sorted(found.items(), key=lambda each: each[0].part))
+        for start in range(0, len(seen), _MOST_GATHERED):
+            gathered = seen[start : start + _MOST_GATHERED]
+            last = (int(gathered[-1]) + 1) * _KV_TILE
+            columns = len(gathered) * _KV_TILE - max(0, last - tile_map.kv_len)
+            full_here = min(max(full - start, 0), len(gathered))
+            q_tiles, key_tiles = groups[_Shape(rows, full_here, len(gathered), columns, start // _MOST_GATHERED)]
+            q_tiles.append(row)
+            key_tiles.append(gathered)
+    return groups
 
 
 def _key_tiles(tile_map: TileMap, row: int) -> tuple[TileIndices, int]:

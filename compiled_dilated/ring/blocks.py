@@ -13,7 +13,6 @@ from .. import planner
 from ..calls import Call
 from ..heads import HeadRange
 from ..lowerings import execute, hidden
-from ..lowerings.workspace import Workspace
 from ..masks import Mask, causal, conjunction, conjuncts, full
 from ..masks.positions import Causal, Segments, Window
 from ..orders import identity
@@ -167,24 +166,24 @@ class Queries:
         return Queries((block.queries,), q, out, lse, *grads)
 
 
-def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Keys, workspace: Workspace) -> None:
+def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Keys) -> None:
     """Merge a block into a rank's out and lse."""
     own, (k, v) = queries.of(block), keys.of(block)
     plan = _plan(block, call, own.q, v)
     local = _call(block, layout, call, plan)
     bad = keys.bad_of(block) if execute.computes_hidden_pairs(plan) else None
     if bad is None:
-        execute.merge_into(plan, local, workspace, own.q, k, v, own.out, own.lse)
+        execute.merge_into(plan, local, own.q, k, v, own.out, own.lse)
         return
-    execute.merge_into(plan, local, workspace, own.q, bad.k, bad.v, own.out, own.lse)
-    hidden.spoil(partial(_alone, plan, workspace), local, own.q, bad, own.out, own.lse)
+    execute.merge_into(plan, local, own.q, bad.k, bad.v, own.out, own.lse)
+    hidden.spoil(partial(_alone, plan), local, own.q, bad, own.out, own.lse)
 
 
-def _alone(plan: Plan, workspace: Workspace, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _alone(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """A block's result by itself."""
     out = q.new_zeros((*q.shape[:3], v.shape[3]))
     lse = q.new_full(q.shape[:3], -math.inf)
-    execute.merge_into(plan, call, workspace, q, k, v, out, lse)
+    execute.merge_into(plan, call, q, k, v, out, lse)
     return out, lse
 
 
@@ -196,14 +195,13 @@ def backward(
     keys: Keys,
     grad_k: Tensor,
     grad_v: Tensor,
-    workspace: Workspace,
 ) -> None:
     """Add a block's share of the gradients to a rank's grad_q, and to grad_k and grad_v, which are shaped as the keys."""
     own, (k, v) = queries.of(block), keys.of(block)
     assert own.grad_out is not None
     plan = _plan(block, call, own.q, v)
     saved = Saved(own.q, k, v, own.out, own.lse, own.grad_out, own.grad_lse)
-    grads = execute.backward(plan, _call(block, layout, call, plan), saved, workspace)
+    grads = execute.backward(plan, _call(block, layout, call, plan), saved)
     for total, part in zip((own.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)), grads, strict=True):
         assert total is not None
         total.add_(part)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..calls import Call
 from ..heads import HeadRange
-from ..lowerings.workspace import Workspace
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from . import blocks
 from .blocks import Keys, Queries
@@ -28,7 +27,6 @@ class Worker:
     def __init__(self, schedule: Schedule, rank: int, call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.schedule, self.rank, self.call, self.q, self.k, self.v = schedule, rank, call, q, k, v
         self.runs = schedule.layout.runs(rank)
-        self.workspace = Workspace()
 
     def outgoing(self, message: Message) -> KeysAndValues:
         """What another rank is sent: contiguous copies of K's and V's rows."""
@@ -62,7 +60,7 @@ class Forward(Worker):
         """One step, given its messages."""
         keys = self._keys(step, received)
         for block in step.blocks:
-            blocks.forward(block, self.schedule.layout, self.call, self.queries, keys[block.message], self.workspace)
+            blocks.forward(block, self.schedule.layout, self.call, self.queries, keys[block.message])
 
 
 class Backward(Worker):
@@ -86,7 +84,7 @@ class Backward(Worker):
         for block in step.blocks:
             there, (grad_k, grad_v) = keys[block.message], sums[block.message]
             layout = self.schedule.layout
-            blocks.backward(block, layout, self.call, self.queries, there, grad_k, grad_v, self.workspace)
+            blocks.backward(block, layout, self.call, self.queries, there, grad_k, grad_v)
         return [(sums[message][0], sums[message][1]) for message in step.messages]
 
     def add(self, message: Message, grads: KeysAndValues) -> None:

@@ -165,7 +165,7 @@ class BackwardWorker {
         lse_(room.take<T>(TQ)), delta_(room.take<T>(TQ)) {}
 
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
-    cache_.start(program_.masks.data.empty() ? 0 : b, program_.group_of_head[h], first, tiles);
+    cache_.start(program_.varies_by_entry ? b : 0, program_.group_of_head[h], first, tiles);
   }
 
   // Adds a tile's share; index: of the tile in its stretch; is_last: no later tile of the slot's unit follows.

@@ -187,7 +187,7 @@ class ForwardWorker {
 
   // Stretches of tiles follow each other: `first` is the place of the stretch's first tile, of `tiles`.
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
-    cache_.start(program_.masks.data.empty() ? 0 : b, program_.group_of_head[h], first, tiles);
+    cache_.start(program_.varies_by_entry ? b : 0, program_.group_of_head[h], first, tiles);
   }
 
   // index: of the tile in its stretch.

@@ -187,6 +187,8 @@ Program read_program(const Problem& problem) {
     program.score_mod = std::make_unique<Function>(read_function(reader.at(), reader.end()));
     check_operands(*program.score_mod, program.operands.data(), program.operands.size());
   }
+  program.varies_by_entry = problem.q_offsets.size() > 1 || !problem.data.empty();
+  for (const Node& node : program.masks.nodes) program.varies_by_entry |= node.op == Op::function;
   const int64_t first = *std::min_element(problem.q_offsets.begin(), problem.q_offsets.end());
   for (const Node& node : program.masks.nodes) {
     const bool reads_queries = node.op == Op::document_ids || node.op == Op::global_data;

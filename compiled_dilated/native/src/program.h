@@ -27,6 +27,7 @@ struct Program {
   Masks masks;
   std::vector<Group> groups;
   std::vector<int> group_of_head;
+  bool varies_by_entry = false;  // whether entries of the batch may see other pairs
   std::vector<int64_t> score_mod_operands;
   std::unique_ptr<Function> score_mod;
   std::vector<Array> operands;  // of the score_mod

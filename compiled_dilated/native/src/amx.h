@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -104,6 +105,21 @@ NATIVE_INLINE void add_product(const Left& upper, const Left& lower, int at, con
   if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
+// Sums of two tiles of columns that lie elsewhere: 16 rows each, `stride` bytes apart.
+NATIVE_INLINE void load_sums(const float* upper, int64_t upper_stride, const float* lower, int64_t lower_stride) {
+  _tile_loadd(0, upper, upper_stride);
+  _tile_loadd(1, upper + tile_rows, upper_stride);
+  _tile_loadd(2, lower, lower_stride);
+  _tile_loadd(3, lower + tile_rows, lower_stride);
+}
+
+NATIVE_INLINE void store_sums(float* upper, int64_t upper_stride, float* lower, int64_t lower_stride) {
+  _tile_stored(0, upper, upper_stride);
+  _tile_stored(1, upper + tile_rows, upper_stride);
+  _tile_stored(2, lower, lower_stride);
+  _tile_stored(3, lower + tile_rows, lower_stride);
+}
+
 // to: 32 rows of `ld` numbers.
 template <int Columns>
 NATIVE_INLINE void store_sums(float* to, int ld) {
@@ -146,6 +162,19 @@ inline void pack_paired_columns(const uint16_t* const* rows, int width, uint16_t
   }
 }
 
+// Rows as right tiles, paired row by row: to[pair / 16][d / 16] are tiles of 16 pairs of rows by 16 numbers.
+inline void pack_paired_rows(const uint16_t* const* rows, int count, int width, uint16_t* to) {
+  const int padded = whole_tiles(width);
+  for (int pair = 0; pair < count / 2; ++pair) {
+    uint16_t* const line = to + pair / tile_rows * tile_rows * 2 * padded + pair % tile_rows * tile_depth;
+    for (int at = 0; at < width; at += tile_depth) {
+      const __m512i even = part_of_row(rows[2 * pair], at, width), odd = part_of_row(rows[2 * pair + 1], at, width);
+      for (int half = 0; half < 2; ++half)
+        _mm512_store_si512(line + (at / tile_rows + half) * tile_numbers, in_turn(even, odd, half));
+    }
+  }
+}
+
 // The transpose of up to 32 rows: to[d][row], zeros where there is no row, and up to a multiple of 32 of d.
 inline void pack_transposed(const uint16_t* const* rows, int count, int width, uint16_t* to) {
   for (int at = 0; at < width; at += tile_depth) {
@@ -166,8 +195,8 @@ inline void pack_transposed(const uint16_t* const* rows, int count, int width, u
 }
 
 // The bytes from row to row, if they are as many for all.
-template <int Count>
-NATIVE_INLINE bool equally_spaced(const uint16_t* const* rows, int64_t& stride) {
+template <int Count, class T>
+NATIVE_INLINE bool equally_spaced(const T* const* rows, int64_t& stride) {
   const int64_t step = reinterpret_cast<intptr_t>(rows[1]) - reinterpret_cast<intptr_t>(rows[0]);
   int64_t differs = 0;
   for (int i = 1; i + 1 < Count; ++i)
@@ -176,26 +205,31 @@ NATIVE_INLINE bool equally_spaced(const uint16_t* const* rows, int64_t& stride) 
   return differs == 0;
 }
 
-// Rows so far apart that they would fall into few sets of the first cache.
-inline bool crowded(int64_t stride, int width) {
-  return stride % 512 == 0 && std::abs(stride) > 2 * width * static_cast<int64_t>(sizeof(uint16_t));
-}
-
-// Rows of a block as left tiles: where they lie, or copied to `room` (of whole tiles) where they are spread, crowded, few or of odd
-// width.
+// Rows of a block as left tiles: where they lie, or copied to `room` (of whole tiles) where they are spread, few or of odd width.
 inline void rows_as_tiles(const uint16_t* const* rows, int count, int width, uint16_t* room, Left* tiles) {
-  const int padded = whole_tiles(width), groups = (count + group_keys - 1) / group_keys;
-  for (int t = 0; t < 2 * groups; ++t) {
+  const int padded = whole_tiles(width), tiles_of_groups = (count + group_keys - 1) / group_keys * 2;
+  for (int t = 0; t < tiles_of_groups; ++t) {
     const int first = t * tile_rows;
     if (width == padded && first + tile_rows <= count) {
       tiles[t].first = rows[first];
-      if (equally_spaced<tile_rows>(rows + first, tiles[t].stride) && !crowded(tiles[t].stride, width)) continue;
+      if (equally_spaced<tile_rows>(rows + first, tiles[t].stride)) continue;
     }
     uint16_t* const copy = room + first * padded;
     for (int i = 0; i < tile_rows; ++i)
       for (int at = 0; at < padded; at += tile_depth)
         _mm512_store_si512(copy + i * padded + at, first + i < count ? part_of_row(rows[first + i], at, width) : _mm512_setzero_si512());
     tiles[t] = {copy, padded * static_cast<int64_t>(sizeof(uint16_t))};
+  }
+}
+
+// Asks for `more` rows as far apart as the last two. Of rows that are read for the first time the next ones often follow, and where
+// they are not side by side no prefetcher of the machine finds them.
+inline void fetch_after(const uint16_t* const* rows, int count, int more, int width) {
+  const int64_t stride = reinterpret_cast<intptr_t>(rows[count - 1]) - reinterpret_cast<intptr_t>(rows[count - 2]);
+  const char* row = reinterpret_cast<const char*>(rows[count - 1]);
+  for (int i = 0; i < more; ++i) {
+    row += stride;
+    for (int at = 0; at < width; at += tile_depth) _mm_prefetch(row + at * sizeof(uint16_t), _MM_HINT_T1);
   }
 }
 
@@ -215,23 +249,12 @@ class TransposedGroups {
 
   void forget() { std::fill(names_, names_ + slots_, Name{}); }
 
-  // The transpose of group number `group` of a block, [d][key]: valid until the next block.
-  const uint16_t* of(const uint16_t* const* rows, int count, int group) {
-    rows += group * group_keys;
-    count = std::min(count - group * group_keys, group_keys);
-    Name name{rows[0], 0};
-    if (count < group_keys || !equally_spaced<group_keys>(rows, name.stride)) {
-      uint16_t* const to = room_ + group * group_numbers_;
-      pack_transposed(rows, count, width_, to);
-      return to;
-    }
-    const unsigned slot = slot_of(name);
-    uint16_t* const to = kept_ + static_cast<size_t>(slot) * group_numbers_;
-    if (names_[slot].first != name.first || names_[slot].stride != name.stride) {
-      pack_transposed(rows, count, width_, to);
-      names_[slot] = name;
-    }
-    return to;
+  // Transposes of all groups of a block, each [d][key], valid until the next block. Returns how many were met for the first time.
+  int of(const uint16_t* const* rows, int count, const uint16_t** groups) {
+    int met = 0;
+    for (int first = 0; first < count; first += group_keys)
+      groups[first / group_keys] = of_group(rows + first, std::min(count - first, group_keys), room_ + first / group_keys * group_numbers_, met);
+    return met;
   }
 
  private:
@@ -239,6 +262,22 @@ class TransposedGroups {
     const uint16_t* first = nullptr;
     int64_t stride = 0;
   };
+
+  const uint16_t* of_group(const uint16_t* const* rows, int count, uint16_t* room, int& met) {
+    Name name{rows[0], 0};
+    if (count < group_keys || !equally_spaced<group_keys>(rows, name.stride)) {
+      pack_transposed(rows, count, width_, room);
+      return room;
+    }
+    const unsigned slot = slot_of(name);
+    uint16_t* const to = kept_ + static_cast<size_t>(slot) * group_numbers_;
+    if (names_[slot].first != name.first || names_[slot].stride != name.stride) {
+      pack_transposed(rows, count, width_, to);
+      names_[slot] = name;
+      ++met;
+    }
+    return to;
+  }
 
   // Groups that follow each other have slots that follow each other, so that a block's are apart.
   unsigned slot_of(const Name& name) const {
@@ -270,15 +309,6 @@ NATIVE_INLINE __m512 exp2_rough(__m512 x) {
   return _mm512_maskz_scalef_ps(normal, power, x);  // which takes the floor of x itself
 }
 
-// Rows that follow are most often read next: they come from the second cache while these are multiplied.
-NATIVE_INLINE void fetch_after(const Left& upper, const Left& lower, int depth) {
-  for (const Left* half : {&upper, &lower})
-    for (int i = 0; i < tile_rows; ++i) {
-      const char* const row = reinterpret_cast<const char*>(half->first) + (group_keys + i) * half->stride;
-      for (int at = 0; at < depth; at += tile_depth) _mm_prefetch(row + at * sizeof(uint16_t), _MM_HINT_T0);
-    }
-}
-
 // to[row][key] = rows . columns, for groups of 32 keys and tiles low .. high - 1 of 16 queries each, packed by pack_paired_columns.
 template <int Tiles>
 inline void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to) {
@@ -298,10 +328,14 @@ inline void multiply_keys(const Left* keys, int groups, int depth, const uint16_
   }
 }
 
+NATIVE_INLINE __mmask16 first_lanes(int count) {
+  return count >= tile_rows ? 0xffff : static_cast<__mmask16>((1u << count) - 1u);
+}
+
 // to[query][d] = from[d][query] for 16 queries; from has `ld` numbers a row.
 inline void transpose_result(const float* from, int ld, int width, __m512 factor, float* to) {
   for (int at = 0; at < width; at += tile_rows) {
-    const __mmask16 within = width - at >= tile_rows ? 0xffff : static_cast<__mmask16>((1u << (width - at)) - 1u);
+    const __mmask16 within = first_lanes(width - at);
     __m512i rows[16];
     for (int i = 0; i < tile_rows; ++i)
       rows[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(from + (at + i) * ld), factor));
@@ -309,6 +343,8 @@ inline void transpose_result(const float* from, int ld, int width, __m512 factor
     for (int i = 0; i < tile_rows; ++i) _mm512_mask_storeu_epi32(to + i * width + at, within, rows[i]);
   }
 }
+
+inline int groups_of(int keys) { return (keys + group_keys - 1) / group_keys; }
 
 }  // namespace amx
 
@@ -333,6 +369,7 @@ class AmxForward {
   // q_rows: TQ rows. A pair's weight is 2^(factor * score - the query's maximum); factor > 0.
   void begin(const uint16_t* const* q_rows, float factor) {
     factor_ = factor;
+    amx::fetch_after(q_rows, TQ, TQ, head_dim_);
     for (int j = 0; j < NV; ++j)
       amx::pack_paired_columns(q_rows + j * W, head_dim_, queries_ + j * amx::tile_numbers, NV * amx::tile_numbers);
     std::fill(result_, result_ + TQ * amx::whole_tiles(value_dim_), 0.0f);
@@ -356,7 +393,7 @@ class AmxForward {
   void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high, bool edits, const Edit& edit) {
     multiply(k_rows, n, low, high);
     if (edits) edit(scores_, TQ, n);
-    weigh_and_sum(v_rows, n, low, high);
+    weigh_and_sum(k_rows, v_rows, n, low, high);
   }
 
   // rows: TQ rows of value_dim numbers; lse: natural. Where nothing was seen 0 and -inf.
@@ -380,23 +417,24 @@ class AmxForward {
         result_(parts.take<float>(TQ * amx::whole_tiles(value_dim))), scores_(parts.take<float>(KB * TQ)),
         shares_(parts.take<float>(2 * shares_numbers)), most_(parts.take<float>(TQ)), sum_(parts.take<float>(TQ)) {}
 
-  static int groups_of(int n) { return (n + amx::group_keys - 1) / amx::group_keys; }
-
   __attribute__((noinline)) void multiply(const uint16_t* const* k_rows, int n, int low, int high) {
     amx::Left keys[KB / amx::tile_rows];
     amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
     amx::finish_writes();
-    amx::multiply_keys<NV>(keys, groups_of(n), head_dim_, queries_, low, high, scores_);
+    amx::multiply_keys<NV>(keys, amx::groups_of(n), head_dim_, queries_, low, high, scores_);
   }
 
-  __attribute__((noinline)) void weigh_and_sum(const uint16_t* const* v_rows, int n, int low, int high) {
-    const int groups = groups_of(n);
+  __attribute__((noinline)) void weigh_and_sum(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high) {
+    const int groups = amx::groups_of(n);
     for (int key = n; key < groups * amx::group_keys; ++key)  // no keys: hidden
       std::fill(scores_ + key * TQ + low * W, scores_ + key * TQ + high * W, -infinity<float>);
     __m512 factors[NV];
     for (int j = low; j < high; ++j) factors[j] = weigh(groups * amx::group_keys, j);
     const uint16_t* values[KB / amx::group_keys];
-    for (int group = 0; group < groups; ++group) values[group] = values_.of(v_rows, n, group);
+    if (const int met = values_.of(v_rows, n, values)) {
+      amx::fetch_after(k_rows, n, met * amx::group_keys, head_dim_);
+      amx::fetch_after(v_rows, n, met * amx::group_keys, value_dim_);
+    }
     amx::finish_writes();
     int j = low;
     for (; j + 2 <= high; j += 2) add_values<2>(values, groups, j, factors + j);
@@ -477,6 +515,229 @@ class AmxForward {
   amx::TransposedGroups values_;
   uint16_t *queries_, *weights_, *key_copies_;
   float *result_, *scores_, *shares_, *most_, *sum_;
+};
+
+// The backward of one tile, from its merged log-sum-exps and delta = sum over d of grad_out * out (less grad_lse).
+//
+//   P^T = 2^(K . Q^T - lse)        dS^T = scale * P^T * (V . dO^T - delta)        both rounded to bfloat16
+//   dV += P^T . dO     dK += dS^T . Q     dQ^T += K^T . dS^T
+//
+//   K, V      left    where they lie        Q^T, dO^T   right   paired along d
+//   P^T, dS^T left    row by row            Q, dO       right   paired along queries
+//   K^T       left    packed and kept       dS^T        right   paired along keys
+class AmxBackward {
+ public:
+  static constexpr int W = AmxForward::W, NV = AmxForward::NV, TQ = AmxForward::TQ, KB = AmxForward::KB;
+
+  // In place of an edit of gradients: there is none.
+  struct NoEdit {
+    void operator()(const float*, float*, int, int) const {}
+  };
+
+  static size_t bytes(int head_dim, int value_dim) {
+    amx::Parts parts(nullptr);
+    AmxBackward(parts, head_dim, value_dim);
+    return parts.used();
+  }
+
+  AmxBackward(void* workspace, int head_dim, int value_dim) : AmxBackward(amx::Parts(workspace), head_dim, value_dim) { forget(); }
+
+  // Keys may have changed where they lie: what was packed of them is packed again.
+  void forget() { transposed_keys_.forget(); }
+
+  // q_rows, go_rows: TQ rows each. lse: natural, +inf for rows that send nothing. A pair's weight is 2^(factor * score) / e^lse.
+  void begin(const uint16_t* const* q_rows, const uint16_t* const* go_rows, const float* lse, const float* delta, float scale, float factor) {
+    factor_ = factor;
+    scale_ = scale;
+    amx::fetch_after(q_rows, TQ, TQ, head_dim_);
+    amx::fetch_after(go_rows, TQ, TQ, value_dim_);
+    for (int j = 0; j < NV; ++j) {
+      amx::pack_paired_columns(q_rows + j * W, head_dim_, queries_ + j * amx::tile_numbers, NV * amx::tile_numbers);
+      amx::pack_paired_columns(go_rows + j * W, value_dim_, grad_outs_ + j * amx::tile_numbers, NV * amx::tile_numbers);
+    }
+    amx::pack_paired_rows(q_rows, TQ, head_dim_, query_rows_);
+    amx::pack_paired_rows(go_rows, TQ, value_dim_, grad_out_rows_);
+    std::fill(grad_q_, grad_q_ + TQ * amx::whole_tiles(head_dim_), 0.0f);
+    for (int i = 0; i < TQ; ++i) {
+      lse_[i] = static_cast<float>(lse[i] * log2_of_e);  // in double: a rounded factor would weigh on every pair
+      delta_[i] = delta[i];
+    }
+  }
+
+  // n keys seen by vectors low .. high - 1; `edits` and edit as in the forward. edit_grad(before, grads, TQ, n) turns gradients of
+  // edited scores into those of the scores before, which are products as they were. dk_rows, dv_rows: a row of each key, other keys
+  // other rows, to which is added.
+  template <class Edit, class EditGrad>
+  void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, float* const* dk_rows, float* const* dv_rows, int n, int low,
+             int high, bool edits, const Edit& edit, const EditGrad& edit_grad) {
+    constexpr bool edits_grads = !std::is_same_v<EditGrad, NoEdit>;
+    multiply(k_rows, v_rows, n, low, high);
+    if constexpr (edits_grads) std::copy(scores_, scores_ + n * TQ, before_);
+    if (edits) edit(scores_, TQ, n);
+    if constexpr (edits_grads) {
+      weigh<Stage::all_but_rounding>(n, low, high);
+      edit_grad(before_, grads_, TQ, n);
+      weigh<Stage::rounding>(n, low, high);
+    } else {
+      weigh<Stage::whole>(n, low, high);
+    }
+    add(k_rows, dk_rows, dv_rows, n, low, high);
+  }
+
+  // rows: TQ rows of head_dim numbers.
+  void result(float* rows) const {
+    for (int j = 0; j < NV; ++j)
+      amx::transpose_result(grad_q_ + j * W, TQ, head_dim_, _mm512_set1_ps(1.0f), rows + j * W * head_dim_);
+  }
+
+ private:
+  AmxBackward(amx::Parts&& parts, int head_dim, int value_dim) : AmxBackward(parts, head_dim, value_dim) {}
+  AmxBackward(amx::Parts& parts, int head_dim, int value_dim)
+      : head_dim_(head_dim), value_dim_(value_dim), transposed_keys_(parts, head_dim, KB),
+        queries_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))), grad_outs_(parts.take<uint16_t>(TQ * amx::whole_tiles(value_dim))),
+        query_rows_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))),
+        grad_out_rows_(parts.take<uint16_t>(TQ * amx::whole_tiles(value_dim))),
+        key_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(head_dim))),
+        value_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(value_dim))), weight_rows_(parts.take<uint16_t>(KB * TQ)),
+        grad_rows_(parts.take<uint16_t>(KB * TQ)), grad_pairs_(parts.take<uint16_t>(KB * TQ)),
+        grad_q_(parts.take<float>(TQ * amx::whole_tiles(head_dim))), scores_(parts.take<float>(KB * TQ)),
+        grads_(parts.take<float>(KB * TQ)), before_(parts.take<float>(KB * TQ)),
+        share_(parts.take<float>(amx::tile_depth * amx::tile_depth)), lse_(parts.take<float>(TQ)), delta_(parts.take<float>(TQ)) {}
+
+  __attribute__((noinline)) void multiply(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high) {
+    amx::Left keys[KB / amx::tile_rows], values[KB / amx::tile_rows];
+    const int groups = amx::groups_of(n);
+    amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
+    amx::rows_as_tiles(v_rows, n, value_dim_, value_copies_, values);
+    amx::finish_writes();
+    amx::multiply_keys<NV>(keys, groups, head_dim_, queries_, low, high, scores_);
+    amx::multiply_keys<NV>(values, groups, value_dim_, grad_outs_, low, high, grads_);
+  }
+
+  // From scores and products of values to rounded weights and gradients of scores; in two stages where these are edited in between.
+  enum class Stage { whole, all_but_rounding, rounding };
+
+  template <Stage stage>
+  __attribute__((noinline)) void weigh(int n, int low, int high) {
+    if constexpr (stage != Stage::rounding)
+      for (int key = n; key < amx::groups_of(n) * amx::group_keys; ++key)  // no keys: hidden
+        std::fill(scores_ + key * TQ + low * W, scores_ + key * TQ + high * W, -infinity<float>);
+    // Two vectors make a row of a left tile; what lies outside low .. high - 1 is 0 there.
+    for (int j = low / 2 * 2; j < high; j += 2) {
+      if (j < low)
+        weigh_vectors<stage, false, true>(n, j);
+      else if (j + 1 == high)
+        weigh_vectors<stage, true, false>(n, j);
+      else
+        weigh_vectors<stage, true, true>(n, j);
+    }
+  }
+
+  template <Stage stage, bool First, bool Second>
+  NATIVE_INLINE void weigh_vectors(int n, int j) {
+    constexpr bool seen[2] = {First, Second};
+    const __m512 factor = _mm512_set1_ps(factor_), scale = _mm512_set1_ps(stage == Stage::whole ? scale_ : 1.0f);
+    __m512 lse[2], delta[2];
+    for (int i = 0; i < 2; ++i) {
+      lse[i] = _mm512_load_ps(lse_ + (j + i) * W);
+      delta[i] = _mm512_mul_ps(_mm512_load_ps(delta_ + (j + i) * W), scale);
+    }
+    const int whole = amx::groups_of(n) * amx::group_keys;
+    for (int key = 0; key < whole; key += 2) {
+      __m512i grad_rows[2];
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        __m512 weights[2], grads[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          float *const score = scores_ + (key + odd) * TQ + (j + i) * W, *const grad = grads_ + (key + odd) * TQ + (j + i) * W;
+          weights[i] = grads[i] = _mm512_setzero_ps();
+          if (!seen[i]) continue;
+          weights[i] = _mm512_load_ps(score);
+          grads[i] = _mm512_load_ps(grad);
+          if constexpr (stage == Stage::rounding) {
+            grads[i] = _mm512_mul_ps(grads[i], _mm512_set1_ps(scale_));
+            continue;
+          }
+          weights[i] = amx::exp2_rough(_mm512_fmsub_ps(weights[i], factor, lse[i]));
+          grads[i] = _mm512_mul_ps(weights[i], _mm512_fmsub_ps(grads[i], scale, delta[i]));
+          if constexpr (stage == Stage::whole) continue;
+          _mm512_store_ps(score, weights[i]);
+          _mm512_store_ps(grad, grads[i]);
+        }
+        if constexpr (stage == Stage::all_but_rounding) continue;
+        const int at = (key + odd) * TQ + j * W;
+        _mm512_store_si512(weight_rows_ + at, (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]));
+        grad_rows[odd] = (__m512i)_mm512_cvtne2ps_pbh(grads[1], grads[0]);
+        _mm512_store_si512(grad_rows_ + at, grad_rows[odd]);
+      }
+      if constexpr (stage == Stage::all_but_rounding) continue;
+      uint16_t* const pair = grad_pairs_ + (key / amx::group_keys * NV + j) * amx::tile_numbers + key % amx::group_keys / 2 * amx::tile_depth;
+      _mm512_store_si512(pair, amx::in_turn(grad_rows[0], grad_rows[1], 0));
+      _mm512_store_si512(pair + amx::tile_numbers, amx::in_turn(grad_rows[0], grad_rows[1], 1));
+    }
+  }
+
+  __attribute__((noinline)) void add(const uint16_t* const* k_rows, float* const* dk_rows, float* const* dv_rows, int n, int low, int high) {
+    amx::finish_writes();
+    add_to_rows(weight_rows_, grad_out_rows_, value_dim_, dv_rows, n, low, high);
+    add_to_rows(grad_rows_, query_rows_, head_dim_, dk_rows, n, low, high);
+    const uint16_t* keys[KB / amx::group_keys];
+    transposed_keys_.of(k_rows, n, keys);
+    amx::finish_writes();
+    for (int d = 0; d < head_dim_; d += amx::tile_depth)
+      for (int j = low / 2 * 2; j < high; j += 2) {
+        float* const at = grad_q_ + d * TQ + j * W;
+        constexpr int64_t stride = TQ * sizeof(float);
+        amx::load_sums(at, stride, at + amx::tile_rows * TQ, stride);
+        for (int group = 0; group < amx::groups_of(n); ++group) {
+          const uint16_t* const upper = keys[group] + d * amx::group_keys;
+          amx::add_product<2>({upper, amx::row_bytes}, {upper + amx::tile_numbers, amx::row_bytes}, 0,
+                              grad_pairs_ + (group * NV + j) * amx::tile_numbers);
+        }
+        amx::store_sums(at, stride, at + amx::tile_rows * TQ, stride);
+      }
+  }
+
+  // to[key] += left[key][query] . right[query] over queries of vectors low .. high - 1.
+  NATIVE_INLINE void add_to_rows(const uint16_t* left, const uint16_t* right, int width, float* const* to, int n, int low, int high) {
+    const int tiles_of_row = amx::whole_tiles(width) / amx::tile_rows;
+    for (int key = 0; key < n; key += amx::group_keys) {
+      int64_t upper_stride = 0, lower_stride = 0;
+      float* const* const rows = to + key;
+      const bool in_place = key + amx::group_keys <= n && amx::equally_spaced<amx::tile_rows>(rows, upper_stride) &&
+                            amx::equally_spaced<amx::tile_rows>(rows + amx::tile_rows, lower_stride);
+      constexpr int64_t left_stride = TQ * sizeof(uint16_t);
+      const amx::Left upper{left + key * TQ, left_stride}, lower{left + (key + amx::tile_rows) * TQ, left_stride};
+      for (int d = 0; d < width; d += amx::tile_depth) {
+        const bool direct = in_place && d + amx::tile_depth <= width;
+        if (direct)
+          amx::load_sums(rows[0] + d, upper_stride, rows[amx::tile_rows] + d, lower_stride);
+        else
+          amx::clear_sums<2>();
+        for (int j = low / 2 * 2; j < high; j += 2)
+          amx::add_product<2>(upper, lower, j * W, right + (j / 2 * tiles_of_row + d / amx::tile_rows) * amx::tile_numbers);
+        if (direct) {
+          amx::store_sums(rows[0] + d, upper_stride, rows[amx::tile_rows] + d, lower_stride);
+          continue;
+        }
+        amx::store_sums<2>(share_, amx::tile_depth);
+        for (int i = 0; i < std::min(n - key, amx::group_keys); ++i)
+          for (int part = 0; part < amx::tile_depth; part += W) {
+            const __mmask16 within = amx::first_lanes(std::max(width - d - part, 0));
+            float* const at = rows[i] + d + part;
+            const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(within, at), _mm512_load_ps(share_ + i * amx::tile_depth + part));
+            _mm512_mask_storeu_ps(at, within, sum);
+          }
+      }
+    }
+  }
+
+  int head_dim_, value_dim_;
+  float factor_ = 1, scale_ = 1;
+  amx::TransposedGroups transposed_keys_;
+  uint16_t *queries_, *grad_outs_, *query_rows_, *grad_out_rows_, *key_copies_, *value_copies_, *weight_rows_, *grad_rows_, *grad_pairs_;
+  float *grad_q_, *scores_, *grads_, *before_, *share_, *lse_, *delta_;
 };
 
 }  // namespace native

@@ -10,6 +10,7 @@ bool is_double(const Problem& problem) { return problem.q.type == Type::f64; }
 
 void forward(const Problem& problem, bool merge) {
   const Program program = read_program(problem);
+  if (problem.q.type == Type::bf16 && has_amx()) return forward_amx(problem, program, merge);
   is_double(problem) ? forward_f64(problem, program, merge) : forward_f32(problem, program, merge);
 }
 
@@ -33,8 +34,8 @@ void count(const Problem& problem) {
         tiles.tile_at(index, tile);
         if (!tile.vectors) continue;
         ++counts.tiles;
-        walk_keys<W>(program.masks, b, h, group, tile, block_keys, shape.kv_len,
-                     [&](const Branch&, const KeyBlock& block) { counts.add(block, W); });
+        walk_keys<WideEngine<float>>(program.masks, b, h, group, tile, shape.kv_len,
+                                     [&](const Branch&, const KeyBlock& block) { counts.add(block, W); });
       }
     }
   counts.write(problem.counts);

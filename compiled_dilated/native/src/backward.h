@@ -95,7 +95,7 @@ class KeyGradients {
 
 template <class T>
 struct WideGradient {
-  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys;
+  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys, grain = 16, fine_grain = 4;
   using Number = T;
 
   static size_t bytes(const Shape& shape) {
@@ -179,7 +179,7 @@ class BackwardWorker {
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     T *grad_k = to.rows(head, 0), *grad_v = to.rows(head, 1);
     const Group& group = program_.groups[program_.group_of_head[h]];
-    const auto walk = [&](const auto& visit) { walk_keys<W>(program_.masks, b, h, group, tile, Engine::most_keys, shape_.kv_len, visit); };
+    const auto walk = [&](const auto& visit) { walk_keys<Engine>(program_.masks, b, h, group, tile, shape_.kv_len, visit); };
     // Of one branch, walked without a step, keys come in order: other threads need not wait for the whole tile.
     const bool in_order = is_last && group.branches.size() == 1 && group.branches[0].key_step == 1;
     int root = -1;

@@ -50,7 +50,8 @@ void on_threads(const Parallel& parallel, int slots, const Body& body) {
 // The engine of float32 and float64, which also serves narrower types by widening their rows.
 template <class T>
 struct WideEngine {
-  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys;
+  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys, grain = 16, fine_grain = 4;
+  static constexpr bool can_be_careful = true;
   using Number = T;
 
   static size_t bytes(const Shape& shape) {
@@ -64,7 +65,9 @@ struct WideEngine {
         q_rows(room.take<T>(TQ * head_dim)), key_copies(room.take<T>(most_keys * head_dim)),
         value_copies(room.take<T>(most_keys * value_dim)) {}
 
-  void begin(const Head& q, const int32_t* rows, double factor) {
+  // scale: of q . k. Scores come in natural units where they are `changed` by a function, else binary.
+  void begin(const Head& q, const int32_t* rows, double scale, bool changed) {
+    const double factor = changed ? scale : scale * log2_of_e;
     int last = 0;  // lanes past the end repeat one before them
     for (int i = 0; i < TQ; ++i) {
       if (rows[i] >= 0) last = i;
@@ -172,6 +175,8 @@ class Careful {
   std::vector<T> rows_;
 };
 
+struct Nothing {};
+
 // One thread's work on the tiles of a forward.
 template <class Engine>
 class ForwardWorker {
@@ -223,8 +228,7 @@ class ForwardWorker {
   }
 
   void compute(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out, const Head& lse) {
-    const bool natural = program_.score_mod != nullptr;
-    engine_.begin(q, tile.rows, natural ? problem_.scale : problem_.scale * log2_of_e);
+    engine_.begin(q, tile.rows, problem_.scale, program_.score_mod != nullptr);
     if (merges) {
       for (int i = 0; i < TQ; ++i) {
         const int row = tile.rows[i] < 0 ? tile.rows[0] : tile.rows[i];
@@ -236,8 +240,9 @@ class ForwardWorker {
     const int64_t kv_head = shape_.kv_head(h);
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     const Group& group = program_.groups[program_.group_of_head[h]];
-    if (careful_mode_) careful_.start(shape_.head_dim, shape_.value_dim);
-    const auto walk = [&](const auto& visit) { walk_keys<W>(program_.masks, b, h, group, tile, Engine::most_keys, shape_.kv_len, visit); };
+    if constexpr (Engine::can_be_careful)
+      if (careful_mode_) careful_.start(shape_.head_dim, shape_.value_dim);
+    const auto walk = [&](const auto& visit) { walk_keys<Engine>(program_.masks, b, h, group, tile, shape_.kv_len, visit); };
     const Branch* current = nullptr;
     cache_.blocks(index, walk, [&](const Branch& branch, const KeyBlock& block) {
       if (!current || current->root != branch.root || current->key_step != branch.key_step) {
@@ -246,12 +251,14 @@ class ForwardWorker {
       }
       current = &branch;
       counts.add(block, W);
-      if (careful_mode_) return careful_.block(engine_, scores_, k, v, block);
+      if constexpr (Engine::can_be_careful)
+        if (careful_mode_) return careful_.block(engine_, scores_, k, v, block);
       const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
       engine_.block(block, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
     });
     engine_.result(out_, shape_.value_dim, lse_);
-    if (careful_mode_) careful_.finish(out_, shape_.value_dim);
+    if constexpr (Engine::can_be_careful)
+      if (careful_mode_) careful_.finish(out_, shape_.value_dim);
   }
 
   const Problem& problem_;
@@ -261,7 +268,7 @@ class ForwardWorker {
   Engine engine_;
   Scores<T> scores_;
   T *out_, *lse_;
-  Careful<Engine> careful_;
+  std::conditional_t<Engine::can_be_careful, Careful<Engine>, Nothing> careful_;
   BlockCache cache_;
 };
 
@@ -347,14 +354,20 @@ bool forward_tiles(const Problem& problem, const Program& program, const Shape& 
   return met_nan;
 }
 
-// What hidden numbers leave behind is NaN: then all is done again with care. A merge overwrites what it starts from: it looks first.
+// What hidden numbers leave behind is NaN: then all is done again with care. A merge overwrites what it starts from: it looks
+// first. tiles(careful) computes all tiles and returns whether it met NaN.
+template <class T, class Tiles>
+void with_care(const Problem& problem, const Shape& shape, bool merges, const Tiles& tiles) {
+  const bool careful = merges && !all_finite<T>(problem, shape);
+  if (tiles(careful) && !merges && !all_finite<T>(problem, shape)) tiles(true);
+}
+
 template <class Engine>
 void forward_with(const Problem& problem, const Program& program, bool merges) {
   const Shape shape(problem);
-  using T = typename Engine::Number;
-  const bool careful = merges && !all_finite<T>(problem, shape);
-  if (forward_tiles<Engine>(problem, program, shape, merges, careful) && !merges && !all_finite<T>(problem, shape))
-    forward_tiles<Engine>(problem, program, shape, merges, true);
+  with_care<typename Engine::Number>(problem, shape, merges, [&](bool careful) {
+    return forward_tiles<Engine>(problem, program, shape, merges, careful);
+  });
 }
 
 }  // namespace native

@@ -183,7 +183,8 @@ struct KeyBlock {
 };
 
 // Finds the keys of a tile: regions are halved until the mask decides them. Gives blocks of at most `most` keys to a function.
-template <int W>
+// Keys of so many as the grain or fewer are asked about vector by vector; edges are followed down to the finer grain.
+template <int W, int grain, int fine_grain>
 class KeyWalk {
  public:
   KeyWalk(const Masks& masks, int64_t b, int64_t h, const Layout& layout, const QueryTile<W>& tile, int most)
@@ -221,9 +222,6 @@ class KeyWalk {
   }
 
  private:
-  // Keys of so many or fewer are asked about vector by vector; edges are followed down to the finer grain.
-  static constexpr int grain = 16, fine_grain = 4;
-
   template <class Visit>
   void flush(KeyBlock& block, const Visit& visit) {
     if (!block.count) return;
@@ -360,10 +358,10 @@ class KeyWalk {
 };
 
 // All blocks of a tile, branch by branch: visit(branch, block).
-template <int W, class Visit>
-void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const QueryTile<W>& tile, int most, int64_t kv_len,
+template <class Engine, class Visit>
+void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const QueryTile<Engine::W>& tile, int64_t kv_len,
                const Visit& visit) {
-  KeyWalk<W> walk(masks, b, h, group.layout, tile, most);
+  KeyWalk<Engine::W, Engine::grain, Engine::fine_grain> walk(masks, b, h, group.layout, tile, Engine::most_keys);
   for (const Branch& branch : group.branches) walk.branch(branch, kv_len, [&](const KeyBlock& block) { visit(branch, block); });
 }
 

@@ -1,0 +1,77 @@
+#include "amx.h"
+#include "kernels.h"
+
+namespace native {
+
+#if defined(__AMX_BF16__)
+
+// The engine of bfloat16 where the CPU multiplies tiles.
+struct AmxEngine {
+  static constexpr int W = AmxForward::W, TQ = AmxForward::TQ, most_keys = AmxForward::KB, grain = 32, fine_grain = 32;
+  static constexpr bool can_be_careful = false;
+  using Number = float;
+
+  static size_t bytes(const Shape& shape) { return AmxForward::bytes(shape.head_dim, shape.value_dim); }
+
+  AmxEngine(Room& room, const Shape& shape)
+      : softmax(room.take<char>(bytes(shape)), shape.head_dim, shape.value_dim) {}
+
+  void begin(const Head& q, const int32_t* rows, double scale, bool changed) {
+    // Products that a function changes, or whose factor is not positive, are scaled before it and not afterwards.
+    scales_first = changed || !(scale > 0);
+    first_factor = static_cast<float>(changed ? scale : scale * log2_of_e);
+    const uint16_t* q_rows[TQ];
+    int last = 0;  // lanes past the end repeat one before them
+    for (int i = 0; i < TQ; ++i) {
+      if (rows[i] >= 0) last = i;
+      q_rows[i] = static_cast<const uint16_t*>(q.row(rows[last]));
+    }
+    softmax.begin(q_rows, scales_first ? 1.0f : first_factor);
+  }
+
+  void start_from(const float* rows, int, const float* lse) { softmax.start_from(rows, lse); }
+
+  void keys_from(const Head& k, const Head& v, int64_t) { keys = k, values = v; }
+
+  void block(const KeyBlock& block, const ScoreEdit<float>& change) {
+    const uint16_t *key_rows[most_keys], *value_rows[most_keys];
+    for (int i = 0; i < block.count; ++i) {
+      key_rows[i] = static_cast<const uint16_t*>(keys.row(block.keys[i]));
+      value_rows[i] = static_cast<const uint16_t*>(values.row(block.keys[i]));
+    }
+    const auto edit = [&](float* scores, int ld, int n) {
+      float* from = scores + block.low * W;
+      if (scales_first)
+        for (int key = 0; key < n; ++key)
+          for (int i = 0; i < (block.high - block.low) * W; ++i) from[key * ld + i] *= first_factor;
+      if (change) change(from, ld);
+    };
+    softmax.block(key_rows, value_rows, block.count, block.low, block.high, scales_first || change, edit);
+  }
+
+  void result(float* rows, int, float* lse) { softmax.result(rows, lse); }
+
+  AmxTiles tiles;
+  AmxForward softmax;
+  bool scales_first = false;
+  float first_factor = 1;
+  Head keys{Array{}, 0, 0}, values{Array{}, 0, 0};
+};
+
+bool has_amx() { return AmxTiles::allowed(); }
+
+void forward_amx(const Problem& problem, const Program& program, bool merges) {
+  const Shape shape(problem);
+  with_care<float>(problem, shape, merges, [&](bool careful) {
+    return careful ? tiles_f32(problem, program, merges, true) : forward_tiles<AmxEngine>(problem, program, shape, merges, false);
+  });
+}
+
+#else
+
+bool has_amx() { return false; }
+void forward_amx(const Problem&, const Program&, bool) {}
+
+#endif
+
+}  // namespace native

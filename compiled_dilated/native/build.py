@@ -1,6 +1,7 @@
 """The library of native kernels: compiled once on a machine, by its own compiler, and kept by content.
 
-    load -> _library -> a recipe (sources, flags, compiler, CPU) -> native-<digest of the recipe>.so, and .so.sha256 beside it
+    load -> library -> a recipe (sources, flags, compiler, CPU) -> native-<digest of the recipe>.so, and .so.sha256 beside it
+    _load_part -> the same for a part that a call first needs: functions, the backward, float64, AMX
 
 A library is used only where its bytes have the digest that was written with it; anything else is built again.
 """
@@ -8,6 +9,7 @@ A library is used only where its bytes have the digest that was written with it;
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -30,14 +32,24 @@ SOURCES = Path(__file__).parent / "src"
 _COMPILERS = ("g++", "clang++")
 _FLAGS = (
     "-O3", "-std=c++20", "-fPIC", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-    "-fvisibility=hidden", "-DNDEBUG",
+    "-fno-semantic-interposition", "-DNDEBUG",
 )  # fmt: skip
+# Sources that are built into libraries of their own when a call first needs them, so that the first call waits for few.
+_PARTS = {
+    "functions.cpp": "functions",
+    "function_loops.cpp": "functions",
+    "function_bounds.cpp": "functions",
+    "forward_amx.cpp": "amx",
+    "backward_f32.cpp": "backward",
+    "forward_f64.cpp": "double",
+    "backward_f64.cpp": "double",
+}
 # What a shell has in COMPILED_DILATED_NATIVE.
 _SWITCH = {"off": False, "on": True, "": True}
 # Seconds that one source takes, for the line that a user reads while waiting.
-_SECONDS_A_SOURCE = 4
+_SECONDS_A_SOURCE = 2
 # The kinds of machines that share a home directory, times versions in use.
-_MOST_KEPT = 12
+_MOST_KEPT = 48
 _STALE_SECONDS = 3600.0
 
 
@@ -53,7 +65,7 @@ class _Recipe:
     """All that decides what comes out.
 
     compiler: its command. version: what it says of itself. flags, links: of every source, and of the library.
-    sources: by name, headers too.
+    sources: by name, headers too. part: "core", one of the others, or "whole".
     """
 
     compiler: tuple[str, ...]
@@ -61,12 +73,13 @@ class _Recipe:
     flags: tuple[str, ...]
     links: tuple[str, ...]
     sources: tuple[tuple[str, bytes], ...]
+    part: str
 
     @property
     def name(self) -> str:
         """The library's file name."""
         digest = hashlib.sha256()
-        for text in (torch.__version__, _cpu(), self.version, *self.compiler, *self.flags, *self.links):
+        for text in (torch.__version__, _cpu(), self.version, self.part, *self.compiler, *self.flags, *self.links):
             digest.update(text.encode() + b"\0")
         for source, content in self.sources:
             digest.update(f"{source}\0{len(content)}\0".encode() + content)
@@ -75,21 +88,26 @@ class _Recipe:
     @property
     def units(self) -> list[str]:
         """The sources that become objects, the longest first."""
-        units = [(len(content), name) for name, content in self.sources if name.endswith(".cpp")]
+        units = [(len(content), name) for name, content in self.sources if name.endswith(".cpp") and self._holds(name)]
         return [name for _, name in sorted(units, reverse=True)]
 
 
-def _recipe(sources: Path, defines: Sequence[str]) -> _Recipe:
+    def _holds(self, unit: str) -> bool:
+        return self.part in ("whole", _PARTS.get(unit, "core"))
+
+
+def _recipe(sources: Path, defines: Sequence[str], part: str, core: Path | None) -> _Recipe:
     if sys.platform == "win32":
         raise NativeUnavailable("the native kernels are not built on Windows; the other lowerings need no compiler")
     compiler = _compiler()
     torch_at = Path(torch.__file__).parent
     library_at = torch_at / "lib"
     flags = (*_FLAGS, *(f"-D{name}" for name in defines), f"-I{torch_at / 'include'}")
-    whole = ("-Wl,-z,defs",) if sys.platform == "linux" else ()
-    links = ("-shared", f"-L{library_at}", f"-Wl,-rpath,{library_at}", *whole, "-ltorch", "-ltorch_cpu", "-lc10")
+    strict = ("-Wl,-z,defs", "-Wl,-Bsymbolic") if sys.platform == "linux" else ()
+    beside = () if core is None else (f"-L{core.parent}", f"-l:{core.name}", "-Wl,-rpath,$ORIGIN")
+    links = ("-shared", f"-L{library_at}", f"-Wl,-rpath,{library_at}", *strict, "-ltorch", "-ltorch_cpu", "-lc10", *beside)
     files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
-    return _Recipe(compiler, _version(compiler), flags, links, tuple((path.name, path.read_bytes()) for path in files))
+    return _Recipe(compiler, _version(compiler), flags, links, tuple((path.name, path.read_bytes()) for path in files), part)
 
 
 def _compiler() -> tuple[str, ...]:
@@ -193,9 +211,16 @@ def _used(path: Path) -> float:
 # How it is built ------------------------------------------------------------------------------------------------------------
 
 
-def library(sources: Path | None = None, defines: Sequence[str] = ()) -> Path:
-    """The library of these sources, built if it is not there. Raises NativeUnavailable."""
-    recipe = _recipe(SOURCES if sources is None else sources, defines)
+def library(
+    sources: Path | None = None, defines: Sequence[str] = (), part: str = "whole", core: Path | None = None
+) -> Path:
+    """Build the library of these sources if it is not there, and return its path.
+
+    part: the sources to take, "whole" for all. core: the library of the part "core", which other parts need.
+
+    Raises NativeUnavailable.
+    """
+    recipe = _recipe(SOURCES if sources is None else sources, defines, part, core)
     kept = folder()
     path = kept / recipe.name
     if not _is_whole(path):
@@ -212,7 +237,7 @@ def _build(recipe: _Recipe, path: Path) -> None:
     at_once = min(len(recipe.units), _cores())
     seconds = _SECONDS_A_SOURCE * -(-len(recipe.units) // at_once)
     print(
-        f"compiled_dilated: building the native kernel for this machine, once (about {seconds} s) ...",
+        f"compiled_dilated: building the native kernel{_of(recipe.part)} for this machine, once (about {seconds} s) ...",
         file=sys.stderr,
         flush=True,
     )
@@ -225,6 +250,10 @@ def _build(recipe: _Recipe, path: Path) -> None:
             os.replace(digest, _digest_file(path))
     except OSError as error:
         raise NativeUnavailable(f"the native kernels cannot be kept in {path.parent}: {error}") from error
+
+
+def _of(part: str) -> str:
+    return "" if part in ("core", "whole") else f"'s part '{part}'"
 
 
 def _compile(recipe: _Recipe, into: Path, at_once: int) -> Path:
@@ -282,7 +311,7 @@ def load() -> None:
     with _lock:
         if _outcome is None:
             try:
-                _open(library())
+                _open(library(part="core"))
                 _outcome = True
             except NativeUnavailable as error:
                 _outcome = error
@@ -316,9 +345,25 @@ def _check_switch() -> None:
         raise NativeUnavailable("COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them")
 
 
+# Called from C++ where a part is first needed; kept, as C++ holds it for good.
+_NEED = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+
+@_NEED
+def _load_part(name: bytes) -> None:
+    try:
+        with _lock:
+            ctypes.CDLL(str(library(part=name.decode(), core=library(part="core"))))
+    except NativeUnavailable as error:  # C++ says that the part is missing; the reason stands here
+        print(f"compiled_dilated: {error}", file=sys.stderr, flush=True)
+
+
 def _open(path: Path) -> None:
     try:
         torch.ops.load_library(str(path))
+        core = ctypes.CDLL(str(path))
+        if hasattr(core, "native_set_loader"):
+            core.native_set_loader(_load_part)
     except OSError as error:
         raise NativeUnavailable(
             f"{path} cannot be opened: {error}; set COMPILED_DILATED_CACHE to a folder from which programs may run"

@@ -309,23 +309,30 @@ NATIVE_INLINE __m512 exp2_rough(__m512 x) {
   return _mm512_maskz_scalef_ps(normal, power, x);  // which takes the floor of x itself
 }
 
-// to[row][key] = rows . columns, for groups of 32 keys and tiles low .. high - 1 of 16 queries each, packed by pack_paired_columns.
-template <int Tiles>
-inline void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to) {
+// to[key][query] = keys . queries, for a group of 32 keys and one or two of `Tiles` tiles of 16 queries, from number j on; those are
+// packed by pack_paired_columns.
+template <int Tiles, int Columns>
+NATIVE_INLINE void multiply_columns(const Left* keys, int group, int depth, const uint16_t* queries, int j, float* to) {
   constexpr int ld = Tiles * tile_rows;
-  for (int group = 0; group < groups; ++group) {
-    const Left &upper = keys[2 * group], &lower = keys[2 * group + 1];
-    float* const rows = to + group * group_keys * ld;
-    const auto columns = [&]<int Columns>(int j) {
-      clear_sums<Columns>();
-      for (int at = 0; at < depth; at += tile_depth)
-        add_product<Columns>(upper, lower, at, queries + (at / tile_depth * Tiles + j) * tile_numbers);
-      store_sums<Columns>(rows + j * tile_rows, ld);
-    };
-    int j = low;
-    for (; j + 2 <= high; j += 2) columns.template operator()<2>(j);
-    if (j < high) columns.template operator()<1>(j);
-  }
+  clear_sums<Columns>();
+  for (int at = 0; at < depth; at += tile_depth)
+    add_product<Columns>(keys[2 * group], keys[2 * group + 1], at, queries + (at / tile_depth * Tiles + j) * tile_numbers);
+  store_sums<Columns>(to + group * group_keys * ld + j * tile_rows, ld);
+}
+
+// The same for two tiles, or the one that is left before `high`.
+template <int Tiles>
+NATIVE_INLINE void multiply_pair(const Left* keys, int group, int depth, const uint16_t* queries, int j, int high, float* to) {
+  if (j + 2 <= high)
+    multiply_columns<Tiles, 2>(keys, group, depth, queries, j, to);
+  else
+    multiply_columns<Tiles, 1>(keys, group, depth, queries, j, to);
+}
+
+template <int Tiles>
+NATIVE_INLINE void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to) {
+  for (int group = 0; group < groups; ++group)
+    for (int j = low; j < high; j += 2) multiply_pair<Tiles>(keys, group, depth, queries, j, high, to);
 }
 
 NATIVE_INLINE __mmask16 first_lanes(int count) {
@@ -391,9 +398,18 @@ class AmxForward {
   // scores[key * TQ + query], query from low * W to high * W - 1, hiding pairs by -inf.
   template <class Edit>
   void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high, bool edits, const Edit& edit) {
-    multiply(k_rows, n, low, high);
-    if (edits) edit(scores_, TQ, n);
-    weigh_and_sum(k_rows, v_rows, n, low, high);
+    amx::Left keys[KB / amx::tile_rows];
+    amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
+    const uint16_t* values[KB / amx::group_keys];
+    pack_values(k_rows, v_rows, n, values);
+    amx::finish_writes();
+    if (edits) {
+      multiply(keys, n, low, high);
+      edit(scores_, TQ, n);
+      weigh_and_sum<false>(keys, values, n, low, high);
+    } else {
+      weigh_and_sum<true>(keys, values, n, low, high);
+    }
   }
 
   // rows: TQ rows of value_dim numbers; lse: natural. Where nothing was seen 0 and -inf.
@@ -415,96 +431,113 @@ class AmxForward {
         queries_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))), weights_(parts.take<uint16_t>(KB * TQ)),
         key_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(head_dim))),
         result_(parts.take<float>(TQ * amx::whole_tiles(value_dim))), scores_(parts.take<float>(KB * TQ)),
-        shares_(parts.take<float>(2 * shares_numbers)), most_(parts.take<float>(TQ)), sum_(parts.take<float>(TQ)) {}
+        shares_(parts.take<float>(2 * shares_numbers)), most_(parts.take<float>(TQ)), safe_most_(parts.take<float>(TQ)),
+        shrinks_(parts.take<float>(TQ)), sum_(parts.take<float>(TQ)) {}
 
-  __attribute__((noinline)) void multiply(const uint16_t* const* k_rows, int n, int low, int high) {
-    amx::Left keys[KB / amx::tile_rows];
-    amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
-    amx::finish_writes();
+  __attribute__((noinline)) void pack_values(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, const uint16_t** values) {
+    const int met = values_.of(v_rows, n, values);
+    if (!met) return;
+    amx::fetch_after(k_rows, n, met * amx::group_keys, head_dim_);
+    amx::fetch_after(v_rows, n, met * amx::group_keys, value_dim_);
+  }
+
+  __attribute__((noinline)) void multiply(const amx::Left* keys, int n, int low, int high) {
     amx::multiply_keys<NV>(keys, amx::groups_of(n), head_dim_, queries_, low, high, scores_);
   }
 
-  __attribute__((noinline)) void weigh_and_sum(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high) {
+  // Two vectors of queries at a time. Products have registers and a unit of their own, so that the machine computes them beside the
+  // softmax if they stand near it: while two vectors are weighed, the next two get their scores, and the two before their values.
+  template <bool multiplies>
+  __attribute__((noinline)) void weigh_and_sum(const amx::Left* keys, const uint16_t* const* values, int n, int low, int high) {
     const int groups = amx::groups_of(n);
-    for (int key = n; key < groups * amx::group_keys; ++key)  // no keys: hidden
-      std::fill(scores_ + key * TQ + low * W, scores_ + key * TQ + high * W, -infinity<float>);
-    __m512 factors[NV];
-    for (int j = low; j < high; ++j) factors[j] = weigh(groups * amx::group_keys, j);
-    const uint16_t* values[KB / amx::group_keys];
-    if (const int met = values_.of(v_rows, n, values)) {
-      amx::fetch_after(k_rows, n, met * amx::group_keys, head_dim_);
-      amx::fetch_after(v_rows, n, met * amx::group_keys, value_dim_);
+    if constexpr (multiplies)
+      for (int group = 0; group < groups; ++group) amx::multiply_pair<NV>(keys, group, head_dim_, queries_, low, high, scores_);
+    for (int j = low; j < high; j += 2) {
+      const int end = std::min(j + 2, high);
+      for (int key = n; key < groups * amx::group_keys; ++key)  // no keys: hidden
+        std::fill(scores_ + key * TQ + j * W, scores_ + key * TQ + end * W, -infinity<float>);
+      for (int column = j; column < end; ++column) find_most(groups * amx::group_keys, column);
+      for (int group = 0; group < groups; ++group) {
+        for (int column = j; column < end; ++column) weigh(group, column);
+        if constexpr (multiplies)
+          if (j + 2 < high) amx::multiply_pair<NV>(keys, group, head_dim_, queries_, j + 2, high, scores_);
+        if (j > low)
+          for (int d = group * amx::tile_depth; d < value_dim_; d += groups * amx::tile_depth) add_values<2>(values, groups, j - 2, d);
+      }
+      amx::finish_writes();
     }
-    amx::finish_writes();
-    int j = low;
-    for (; j + 2 <= high; j += 2) add_values<2>(values, groups, j, factors + j);
-    if (j < high) add_values<1>(values, groups, j, factors + j);
+    const int last = high - 1 - (high - 1 - low) % 2;
+    for (int d = 0; d < value_dim_; d += amx::tile_depth) {
+      if (last + 2 == high)
+        add_values<2>(values, groups, last, d);
+      else
+        add_values<1>(values, groups, last, d);
+    }
   }
 
-  // Turns one vector's scores into weights; returns by how much what was summed before shrinks.
+  // Raises one vector's maxima to those of n more keys; what was summed before shrinks.
   //
   // The maximum is the exact one of all keys so far, although a stale one would save shrinking: a query's greatest weight is then 1,
-  // which bfloat16 holds exactly. It would have most of the error otherwise.
-  NATIVE_INLINE __m512 weigh(int n, int j) {
+  // which bfloat16 holds exactly. Most of the error would come from it otherwise.
+  NATIVE_INLINE void find_most(int n, int j) {
     const float* const column = scores_ + j * W;
-    const __m512 factor = _mm512_set1_ps(factor_);
     __m512 most[4];
     for (__m512& x : most) x = _mm512_set1_ps(-infinity<float>);
     for (int key = 0; key < n; key += 4)
       for (int i = 0; i < 4; ++i) most[i] = _mm512_max_ps(most[i], _mm512_load_ps(column + (key + i) * TQ));
     const __m512 before = _mm512_load_ps(most_ + j * W);
     const __m512 largest = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
-    const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(largest, factor));
+    const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(largest, _mm512_set1_ps(factor_)));
     // Where nothing has been seen yet, -inf - -inf would be NaN.
     const __m512 safe = _mm512_max_ps(now, _mm512_set1_ps(-1e30f));
-    const __m512 shrinks = exp2_exact(_mm512_sub_ps(before, safe));
+    const __m512 shrinks = (__m512)exp2_of((Vector<float>)_mm512_sub_ps(before, safe));
+    _mm512_store_ps(most_ + j * W, now);
+    _mm512_store_ps(safe_most_ + j * W, safe);
+    _mm512_store_ps(shrinks_ + j * W, shrinks);
+    _mm512_store_ps(sum_ + j * W, _mm512_mul_ps(_mm512_load_ps(sum_ + j * W), shrinks));
+  }
 
-    // Two keys at a time: their weights are rounded and lie paired, as the product with V^T reads them. What is summed are the
-    // rounded ones, so that the weights of a query add to 1.
+  // Turns one vector's scores of a group into weights.
+  //
+  // Two keys at a time: their weights are rounded and lie paired, as the product with V^T reads them. What is summed are the weights
+  // before rounding, so that the log-sum-exp is better than bfloat16; the result hardly differs.
+  NATIVE_INLINE void weigh(int group, int j) {
     alignas(64) static constexpr uint16_t pairing[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i paired = _mm512_load_si512(pairing);
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-    __m512 sum = _mm512_mul_ps(_mm512_load_ps(sum_ + j * W), shrinks);
-    uint16_t* to = weights_ + j * amx::tile_numbers;
-    for (int group = 0; group < n; group += amx::group_keys, to += NV * amx::tile_numbers) {
-#pragma GCC unroll 1
-      for (int pair = 0; pair < amx::group_keys / 2; ++pair) {
-        const float* const at = column + (group + 2 * pair) * TQ;
-        const __m512 even = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at), factor, safe));
-        const __m512 odd = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at + TQ), factor, safe));
-        const __m512i both = _mm512_permutexvar_epi16(paired, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-        _mm512_store_si512(to + pair * amx::tile_depth, both);
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)both, ones);
-      }
+    const __m512 factor = _mm512_set1_ps(factor_), most = _mm512_load_ps(safe_most_ + j * W);
+    __m512 sum = _mm512_load_ps(sum_ + j * W);
+    const float* const scores = scores_ + group * amx::group_keys * TQ + j * W;
+    uint16_t* const to = weights_ + (group * NV + j) * amx::tile_numbers;
+    for (int pair = 0; pair < amx::group_keys / 2; ++pair) {
+      const float* const at = scores + 2 * pair * TQ;
+      const __m512 even = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at), factor, most));
+      const __m512 odd = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at + TQ), factor, most));
+      _mm512_store_si512(to + pair * amx::tile_depth, _mm512_permutexvar_epi16(paired, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
     }
-    _mm512_store_ps(most_ + j * W, now);
     _mm512_store_ps(sum_ + j * W, sum);
-    return shrinks;
   }
 
-  static NATIVE_INLINE __m512 exp2_exact(__m512 x) { return (__m512)exp2_of((Vector<float>)x); }
-
-  // Adds the weighted values of a block to the result of one or two vectors of queries, which shrinks by `factors`.
+  // Adds 32 numbers of the weighted values of a block to the result of one or two vectors of queries, which shrinks.
   template <int Columns>
-  NATIVE_INLINE void add_values(const uint16_t* const* values, int groups, int j, const __m512* factors) {
+  NATIVE_INLINE void add_values(const uint16_t* const* values, int groups, int j, int d) {
     constexpr int ld = Columns * W;
-    float* share = shares_;
-    for (int d = 0; d < value_dim_; d += amx::tile_depth) {
-      amx::clear_sums<Columns>();
-      for (int group = 0; group < groups; ++group) {
-        const uint16_t* const upper = values[group] + d * amx::group_keys;
-        amx::add_product<Columns>({upper, amx::row_bytes}, {upper + amx::tile_numbers, amx::row_bytes}, 0,
-                                  weights_ + (group * NV + j) * amx::tile_numbers);
+    // In turn two places, so that the next product need not wait.
+    float* const share = shares_ + d / amx::tile_depth % 2 * shares_numbers;
+    amx::clear_sums<Columns>();
+    for (int group = 0; group < groups; ++group) {
+      const uint16_t* const upper = values[group] + d * amx::group_keys;
+      amx::add_product<Columns>({upper, amx::row_bytes}, {upper + amx::tile_numbers, amx::row_bytes}, 0,
+                                weights_ + (group * NV + j) * amx::tile_numbers);
+    }
+    amx::store_sums<Columns>(share, ld);
+    for (int column = 0; column < Columns; ++column) {
+      const __m512 shrinks = _mm512_load_ps(shrinks_ + (j + column) * W);
+      for (int i = 0; i < amx::tile_depth; ++i) {
+        float* const at = result_ + (d + i) * TQ + (j + column) * W;
+        _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), shrinks, _mm512_load_ps(share + i * ld + column * W)));
       }
-      amx::store_sums<Columns>(share, ld);
-      for (int i = 0; i < amx::tile_depth; ++i)
-        for (int column = 0; column < Columns; ++column) {
-          float* const at = result_ + (d + i) * TQ + (j + column) * W;
-          _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), factors[column], _mm512_load_ps(share + i * ld + column * W)));
-        }
-      // In turn two places, so that the next product need not wait.
-      share = share == shares_ ? shares_ + shares_numbers : shares_;
     }
   }
 
@@ -514,7 +547,7 @@ class AmxForward {
   float factor_ = 1;
   amx::TransposedGroups values_;
   uint16_t *queries_, *weights_, *key_copies_;
-  float *result_, *scores_, *shares_, *most_, *sum_;
+  float *result_, *scores_, *shares_, *most_, *safe_most_, *shrinks_, *sum_;
 };
 
 // The backward of one tile, from its merged log-sum-exps and delta = sum over d of grad_out * out (less grad_lse).

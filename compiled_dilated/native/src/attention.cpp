@@ -1,22 +1,37 @@
-#include "kernels.h"
+#include "amx_tiles.h"
+#include "forward.h"
+#include "parts.h"
 
 namespace native {
+
+void forward_f32(const Problem& problem, const Program& program, bool merges);
 
 namespace {
 
 bool is_double(const Problem& problem) { return problem.q.type == Type::f64; }
 
+// Whether this was compiled for a CPU that multiplies tiles of bfloat16, and the system lets this process use them.
+bool has_amx() {
+#if defined(__AMX_BF16__)
+  return AmxTiles::allowed();
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 void forward(const Problem& problem, bool merge) {
   const Program program = read_program(problem);
-  if (problem.q.type == Type::bf16 && has_amx()) return forward_amx(problem, program, merge);
-  is_double(problem) ? forward_f64(problem, program, merge) : forward_f32(problem, program, merge);
+  if (problem.q.type == Type::bf16 && has_amx()) return part(&Parts::forward_amx, "amx")(problem, program, merge);
+  if (is_double(problem)) return part(&Parts::forward_f64, "double")(problem, program, merge);
+  forward_f32(problem, program, merge);
 }
 
 void backward(const Problem& problem, const Gradients& gradients) {
   const Program program = read_program(problem);
-  is_double(problem) ? backward_f64(problem, program, gradients) : backward_f32(problem, program, gradients);
+  if (is_double(problem)) return part(&Parts::backward_f64, "double")(problem, program, gradients);
+  part(&Parts::backward_f32, "backward")(problem, program, gradients);
 }
 
 void count(const Problem& problem) {
@@ -42,3 +57,6 @@ void count(const Problem& problem) {
 }
 
 }  // namespace native
+
+// Sets who loads a part by its name.
+extern "C" __attribute__((visibility("default"))) void native_set_loader(void (*need)(const char*)) { native::parts().need = need; }

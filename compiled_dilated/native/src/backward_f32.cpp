@@ -1,9 +1,7 @@
-#include "kernels.h"
+#include "backward.h"
 
 namespace native {
 
-void backward_f32(const Problem& problem, const Program& program, const Gradients& gradients) {
-  backward_with<WideGradient<float>>(problem, program, gradients);
-}
+static const bool registered = (parts().backward_f32 = &backward_with<WideGradient<float>>, true);
 
 }  // namespace native

@@ -1,9 +1,7 @@
-#include "kernels.h"
+#include "backward.h"
 
 namespace native {
 
-void backward_f64(const Problem& problem, const Program& program, const Gradients& gradients) {
-  backward_with<WideGradient<double>>(problem, program, gradients);
-}
+static const bool registered = (parts().backward_f64 = &backward_with<WideGradient<double>>, true);
 
 }  // namespace native

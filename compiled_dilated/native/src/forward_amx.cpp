@@ -1,9 +1,12 @@
+#if defined(__AMX_BF16__)
 #include "amx.h"
-#include "kernels.h"
+#include "forward.h"
 
 namespace native {
 
-#if defined(__AMX_BF16__)
+bool tiles_f32(const Problem& problem, const Program& program, bool merges, bool careful);
+
+namespace {
 
 // The engine of bfloat16 where the CPU multiplies tiles.
 struct AmxEngine {
@@ -58,8 +61,6 @@ struct AmxEngine {
   Head keys{Array{}, 0, 0}, values{Array{}, 0, 0};
 };
 
-bool has_amx() { return AmxTiles::allowed(); }
-
 void forward_amx(const Problem& problem, const Program& program, bool merges) {
   const Shape shape(problem);
   with_care<float>(problem, shape, merges, [&](bool careful) {
@@ -67,11 +68,9 @@ void forward_amx(const Problem& problem, const Program& program, bool merges) {
   });
 }
 
-#else
+const bool registered = (parts().forward_amx = &forward_amx, true);
 
-bool has_amx() { return false; }
-void forward_amx(const Problem&, const Program&, bool) {}
-
-#endif
+}  // namespace
 
 }  // namespace native
+#endif  // __AMX_BF16__

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "forward.h"
 
 namespace native {
 

@@ -1,9 +1,7 @@
-#include "kernels.h"
+#include "forward.h"
 
 namespace native {
 
-void forward_f64(const Problem& problem, const Program& program, bool merges) {
-  forward_with<WideEngine<double>>(problem, program, merges);
-}
+static const bool registered = (parts().forward_f64 = &forward_with<WideEngine<double>>, true);
 
 }  // namespace native

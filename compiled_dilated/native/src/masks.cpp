@@ -1,5 +1,7 @@
 #include "masks.h"
 
+#include "parts.h"
+
 #include <unordered_map>
 
 namespace native {
@@ -390,10 +392,24 @@ void Masks::classify(int index, int64_t b, int64_t h, const Region* q, int count
     }
     case Op::function:
       return each([&](const Region& q) {
-        return static_cast<Verdict>(native::classify(*node.function, node.operands.data(), b, node.head < 0 ? h : node.head, q.first,
+        return static_cast<Verdict>(functions().verdict(*node.function, node.operands.data(), b, node.head < 0 ? h : node.head, q.first,
                                                      q.last, k.first, k.last));
       });
   }
+}
+
+FunctionRoom& LazyRoom::get() {
+  if (!room_) room_ = functions().make_room();
+  return *room_;
+}
+
+LazyRoom::~LazyRoom() {
+  if (room_) functions().free_room(room_);
+}
+
+Parts& parts() {
+  static Parts all;
+  return all;
 }
 
 template <int W>
@@ -594,7 +610,7 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
       const int queries = vectors * W;
       answers_.resize(static_cast<size_t>(count) * queries);
       const Pairs pairs{b_, node.head < 0 ? h_ : node.head, positions_ + low * W, queries, keys, count};
-      mask(*node.function, node.operands.data(), pairs, answers_.data(), room_);
+      functions().seen(*node.function, node.operands.data(), pairs, answers_.data(), room_.get());
       for (int i = 0; i < total * W; ++i) reinterpret_cast<int32_t*>(out)[i] = -static_cast<int32_t>(answers_[i] != 0);
       return;
     }

@@ -127,6 +127,19 @@ struct IntsOf {
   typedef int32_t type __attribute__((vector_size(W * 4), aligned(4), may_alias));
 };
 
+// What a thread needs to evaluate functions, made when it first does.
+class LazyRoom {
+ public:
+  LazyRoom() = default;
+  LazyRoom(const LazyRoom&) = delete;
+  LazyRoom& operator=(const LazyRoom&) = delete;
+  ~LazyRoom();
+  FunctionRoom& get();
+
+ private:
+  FunctionRoom* room_ = nullptr;
+};
+
 // The queries of one tile, as masks ask about them: for every node some numbers of each lane.
 template <int W>
 class TileQueries {
@@ -150,7 +163,7 @@ class TileQueries {
   std::vector<char> is_prepared_;
   std::vector<std::vector<int32_t>> spare_;  // for the parts of joined nodes, by depth
   int depth_ = 0;
-  FunctionRoom room_;
+  LazyRoom room_;
   std::vector<uint8_t> answers_;
 };
 

@@ -1,5 +1,7 @@
 #include "program.h"
 
+#include "parts.h"
+
 #include <string>
 
 namespace native {
@@ -114,8 +116,8 @@ Node read_node(Reader& reader, int64_t index, const Problem& problem, size_t dat
     Reader of(node.arguments);
     node.head = of.next(-1, most, "a head");
     node.operands = operands_of(of.list(of.next(0, most, "a count of operands")), problem);
-    node.function = std::make_unique<Function>(read_function(of.at(), of.end()));
-    check_operands(*node.function, node.operands.data(), node.operands.size());
+    node.function = std::make_unique<Function>(functions().read(of.at(), of.end()));
+    functions().check(*node.function, node.operands.data(), node.operands.size());
   }
   return node;
 }
@@ -184,8 +186,8 @@ Program read_program(const Problem& problem) {
   if (reader.next(0, 1, "a score_mod")) {
     program.score_mod_operands = reader.list(reader.next(0, most, "a count of operands"));
     program.operands = operands_of(program.score_mod_operands, problem);
-    program.score_mod = std::make_unique<Function>(read_function(reader.at(), reader.end()));
-    check_operands(*program.score_mod, program.operands.data(), program.operands.size());
+    program.score_mod = std::make_unique<Function>(functions().read(reader.at(), reader.end()));
+    functions().check(*program.score_mod, program.operands.data(), program.operands.size());
   }
   program.varies_by_entry = problem.q_offsets.size() > 1 || !problem.data.empty();
   for (const Node& node : program.masks.nodes) program.varies_by_entry |= node.op == Op::function;

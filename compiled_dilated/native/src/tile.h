@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "geometry.h"
+#include "parts.h"
 #include "rows.h"
 
 namespace native {
@@ -81,7 +82,11 @@ class Scores {
   // scores[key * ld + query] of the block, in natural units where there is a score_mod, binary afterwards.
   void change(const KeyBlock& block, T* scores, int ld) {
     if (program_.score_mod) {
-      score<T>(*program_.score_mod, program_.operands.data(), pairs(block), scores, ld, room_);
+      const auto change = [] {
+        if constexpr (sizeof(T) == 8) return functions().score_f64;
+        else return functions().score_f32;
+      }();
+      change(*program_.score_mod, program_.operands.data(), pairs(block), scores, ld, room_.get());
       const int total = block.count * ld;
       for (int i = 0; i < total; ++i) scores[i] *= static_cast<T>(log2_of_e);
     }
@@ -90,7 +95,11 @@ class Scores {
 
   // Of gradients of changed scores those of the scores before.
   void change_back(const KeyBlock& block, const T* before, T* grads, int ld, T* const* sums) {
-    score_backward<T>(*program_.score_mod, program_.operands.data(), pairs(block), before, grads, ld, sums, room_);
+    const auto change_back = [] {
+      if constexpr (sizeof(T) == 8) return functions().score_backward_f64;
+      else return functions().score_backward_f32;
+    }();
+    change_back(*program_.score_mod, program_.operands.data(), pairs(block), before, grads, ld, sums, room_.get());
   }
 
   // Which of the block's queries see one key: bit i of lane i of the vectors from block.low on.
@@ -142,7 +151,7 @@ class Scores {
   int64_t b_ = 0, h_ = 0;
   int root_ = 0;
   std::vector<int32_t> seen_;
-  FunctionRoom room_;
+  LazyRoom room_;
 };
 
 // Sums over what threads did.

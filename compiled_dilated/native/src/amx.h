@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <type_traits>
 
 #include "vectors.h"
@@ -216,8 +217,10 @@ inline void rows_as_tiles(const uint16_t* const* rows, int count, int width, uin
     }
     uint16_t* const copy = room + first * padded;
     for (int i = 0; i < tile_rows; ++i)
-      for (int at = 0; at < padded; at += tile_depth)
-        _mm512_store_si512(copy + i * padded + at, first + i < count ? part_of_row(rows[first + i], at, width) : _mm512_setzero_si512());
+      for (int at = 0; at < padded; at += tile_depth) {
+        const bool is_row = first + i < count;
+        _mm512_store_si512(copy + i * padded + at, is_row ? part_of_row(rows[first + i], at, width) : _mm512_setzero_si512());
+      }
     tiles[t] = {copy, padded * static_cast<int64_t>(sizeof(uint16_t))};
   }
 }
@@ -226,10 +229,11 @@ inline void rows_as_tiles(const uint16_t* const* rows, int count, int width, uin
 // they are not side by side no prefetcher of the machine finds them.
 inline void fetch_after(const uint16_t* const* rows, int count, int more, int width) {
   const int64_t stride = reinterpret_cast<intptr_t>(rows[count - 1]) - reinterpret_cast<intptr_t>(rows[count - 2]);
-  const char* row = reinterpret_cast<const char*>(rows[count - 1]);
+  intptr_t row = reinterpret_cast<intptr_t>(rows[count - 1]);  // a number: past the last row there may be none
   for (int i = 0; i < more; ++i) {
     row += stride;
-    for (int at = 0; at < width; at += tile_depth) _mm_prefetch(row + at * sizeof(uint16_t), _MM_HINT_T1);
+    for (int at = 0; at < width; at += tile_depth)
+      _mm_prefetch(reinterpret_cast<const char*>(row + at * static_cast<int64_t>(sizeof(uint16_t))), _MM_HINT_T1);
   }
 }
 
@@ -241,7 +245,7 @@ class TransposedGroups {
 
   TransposedGroups(Parts& parts, int width, int most_keys)
       : width_(width), group_numbers_(whole_tiles(width) * group_keys),
-        slots_(static_cast<unsigned>(kept_bytes / (group_numbers_ * sizeof(uint16_t)))) {
+        slots_(static_cast<unsigned>(kept_bytes / (group_numbers_ * sizeof(uint16_t)))) {  // 32 of the widest rows
     kept_ = parts.take<uint16_t>(static_cast<size_t>(slots_) * group_numbers_);
     names_ = parts.take<Name>(slots_);
     room_ = parts.take<uint16_t>(static_cast<size_t>(most_keys) / group_keys * group_numbers_);
@@ -250,10 +254,33 @@ class TransposedGroups {
   void forget() { std::fill(names_, names_ + slots_, Name{}); }
 
   // Transposes of all groups of a block, each [d][key], valid until the next block. Returns how many were met for the first time.
-  int of(const uint16_t* const* rows, int count, const uint16_t** groups) {
+  int of(const uint16_t* const* rows, int count, const uint16_t** transposes) {
     int met = 0;
-    for (int first = 0; first < count; first += group_keys)
-      groups[first / group_keys] = of_group(rows + first, std::min(count - first, group_keys), room_ + first / group_keys * group_numbers_, met);
+    const int groups = (count + group_keys - 1) / group_keys;
+    for (int group = 0; group < groups; ++group) {
+      const uint16_t* const* const first = rows + group * group_keys;
+      const int keys = std::min(count - group * group_keys, group_keys);
+      Name name{first[0], 0};
+      uint16_t* to = room_ + group * group_numbers_;
+      if (keys == group_keys && equally_spaced<group_keys>(first, name.stride)) {
+        const unsigned slot = slot_of(name);
+        uint16_t* const kept = kept_ + static_cast<size_t>(slot) * group_numbers_;
+        const bool known = names_[slot].first == name.first && names_[slot].stride == name.stride;
+        // What this block has there already must stay.
+        const bool taken = std::find(transposes, transposes + group, kept) != transposes + group;
+        if (known) {
+          transposes[group] = kept;
+          continue;
+        }
+        if (!taken) {
+          to = kept;
+          names_[slot] = name;
+        }
+        ++met;
+      }
+      pack_transposed(first, keys, width_, to);
+      transposes[group] = to;
+    }
     return met;
   }
 
@@ -263,23 +290,7 @@ class TransposedGroups {
     int64_t stride = 0;
   };
 
-  const uint16_t* of_group(const uint16_t* const* rows, int count, uint16_t* room, int& met) {
-    Name name{rows[0], 0};
-    if (count < group_keys || !equally_spaced<group_keys>(rows, name.stride)) {
-      pack_transposed(rows, count, width_, room);
-      return room;
-    }
-    const unsigned slot = slot_of(name);
-    uint16_t* const to = kept_ + static_cast<size_t>(slot) * group_numbers_;
-    if (names_[slot].first != name.first || names_[slot].stride != name.stride) {
-      pack_transposed(rows, count, width_, to);
-      names_[slot] = name;
-      ++met;
-    }
-    return to;
-  }
-
-  // Groups that follow each other have slots that follow each other, so that a block's are apart.
+  // Groups that follow each other have slots that follow each other, so that none of a window takes another's place.
   unsigned slot_of(const Name& name) const {
     const uint64_t address = reinterpret_cast<uintptr_t>(name.first);
     const uint64_t span = static_cast<uint64_t>(std::max<int64_t>(std::abs(name.stride), 1)) * group_keys;
@@ -309,30 +320,24 @@ NATIVE_INLINE __m512 exp2_rough(__m512 x) {
   return _mm512_maskz_scalef_ps(normal, power, x);  // which takes the floor of x itself
 }
 
-// to[key][query] = keys . queries, for a group of 32 keys and one or two of `Tiles` tiles of 16 queries, from number j on; those are
+// to[key][query] = keys . queries, for groups of 32 keys and for tiles low .. high - 1 of `Tiles` of 16 queries, which were
 // packed by pack_paired_columns.
-template <int Tiles, int Columns>
-NATIVE_INLINE void multiply_columns(const Left* keys, int group, int depth, const uint16_t* queries, int j, float* to) {
+template <int Tiles>
+inline void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to) {
   constexpr int ld = Tiles * tile_rows;
-  clear_sums<Columns>();
-  for (int at = 0; at < depth; at += tile_depth)
-    add_product<Columns>(keys[2 * group], keys[2 * group + 1], at, queries + (at / tile_depth * Tiles + j) * tile_numbers);
-  store_sums<Columns>(to + group * group_keys * ld + j * tile_rows, ld);
-}
-
-// The same for two tiles, or the one that is left before `high`.
-template <int Tiles>
-NATIVE_INLINE void multiply_pair(const Left* keys, int group, int depth, const uint16_t* queries, int j, int high, float* to) {
-  if (j + 2 <= high)
-    multiply_columns<Tiles, 2>(keys, group, depth, queries, j, to);
-  else
-    multiply_columns<Tiles, 1>(keys, group, depth, queries, j, to);
-}
-
-template <int Tiles>
-NATIVE_INLINE void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to) {
-  for (int group = 0; group < groups; ++group)
-    for (int j = low; j < high; j += 2) multiply_pair<Tiles>(keys, group, depth, queries, j, high, to);
+  for (int group = 0; group < groups; ++group) {
+    const Left &upper = keys[2 * group], &lower = keys[2 * group + 1];
+    float* const rows = to + group * group_keys * ld;
+    const auto columns = [&]<int Columns>(int j) {
+      clear_sums<Columns>();
+      for (int at = 0; at < depth; at += tile_depth)
+        add_product<Columns>(upper, lower, at, queries + (at / tile_depth * Tiles + j) * tile_numbers);
+      store_sums<Columns>(rows + j * tile_rows, ld);
+    };
+    int j = low;
+    for (; j + 2 <= high; j += 2) columns.template operator()<2>(j);
+    if (j < high) columns.template operator()<1>(j);
+  }
 }
 
 NATIVE_INLINE __mmask16 first_lanes(int count) {
@@ -370,7 +375,8 @@ class AmxForward {
 
   AmxForward(void* workspace, int head_dim, int value_dim) : AmxForward(amx::Parts(workspace), head_dim, value_dim) { forget(); }
 
-  // Values may have changed where they lie: what was packed of them is packed again.
+  // To be called when values may have changed where they lie: groups of 32 equally spaced rows are packed once and found again by
+  // where they lie. So v_rows must not point to copies whose place is used again, unless they are forgotten in between.
   void forget() { values_.forget(); }
 
   // q_rows: TQ rows. A pair's weight is 2^(factor * score - the query's maximum); factor > 0.
@@ -388,7 +394,7 @@ class AmxForward {
   void start_from(const float* rows, const float* lse) {
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<float>;
-      most_[i] = seen ? lse[i] * static_cast<float>(log2_of_e) : -infinity<float>;
+      most_[i] = seen ? static_cast<float>(lse[i] * log2_of_e) : -infinity<float>;
       sum_[i] = seen ? 1.0f : 0.0f;
       for (int d = 0; d < value_dim_; ++d) result_[d * TQ + i] = seen ? rows[i * value_dim_ + d] : 0.0f;
     }
@@ -398,18 +404,9 @@ class AmxForward {
   // scores[key * TQ + query], query from low * W to high * W - 1, hiding pairs by -inf.
   template <class Edit>
   void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high, bool edits, const Edit& edit) {
-    amx::Left keys[KB / amx::tile_rows];
-    amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
-    const uint16_t* values[KB / amx::group_keys];
-    pack_values(k_rows, v_rows, n, values);
-    amx::finish_writes();
-    if (edits) {
-      multiply(keys, n, low, high);
-      edit(scores_, TQ, n);
-      weigh_and_sum<false>(keys, values, n, low, high);
-    } else {
-      weigh_and_sum<true>(keys, values, n, low, high);
-    }
+    multiply(k_rows, n, low, high);
+    if (edits) edit(scores_, TQ, n);
+    weigh_and_sum(k_rows, v_rows, n, low, high);
   }
 
   // rows: TQ rows of value_dim numbers; lse: natural. Where nothing was seen 0 and -inf.
@@ -431,113 +428,93 @@ class AmxForward {
         queries_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))), weights_(parts.take<uint16_t>(KB * TQ)),
         key_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(head_dim))),
         result_(parts.take<float>(TQ * amx::whole_tiles(value_dim))), scores_(parts.take<float>(KB * TQ)),
-        shares_(parts.take<float>(2 * shares_numbers)), most_(parts.take<float>(TQ)), safe_most_(parts.take<float>(TQ)),
-        shrinks_(parts.take<float>(TQ)), sum_(parts.take<float>(TQ)) {}
+        shares_(parts.take<float>(2 * shares_numbers)), most_(parts.take<float>(TQ)), sum_(parts.take<float>(TQ)) {}
 
-  __attribute__((noinline)) void pack_values(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, const uint16_t** values) {
-    const int met = values_.of(v_rows, n, values);
-    if (!met) return;
-    amx::fetch_after(k_rows, n, met * amx::group_keys, head_dim_);
-    amx::fetch_after(v_rows, n, met * amx::group_keys, value_dim_);
-  }
-
-  __attribute__((noinline)) void multiply(const amx::Left* keys, int n, int low, int high) {
+  __attribute__((noinline)) void multiply(const uint16_t* const* k_rows, int n, int low, int high) {
+    amx::Left keys[KB / amx::tile_rows];
+    amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
+    amx::finish_writes();
     amx::multiply_keys<NV>(keys, amx::groups_of(n), head_dim_, queries_, low, high, scores_);
   }
 
-  // Two vectors of queries at a time. Products have registers and a unit of their own, so that the machine computes them beside the
-  // softmax if they stand near it: while two vectors are weighed, the next two get their scores, and the two before their values.
-  template <bool multiplies>
-  __attribute__((noinline)) void weigh_and_sum(const amx::Left* keys, const uint16_t* const* values, int n, int low, int high) {
+  __attribute__((noinline)) void weigh_and_sum(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low,
+                                               int high) {
     const int groups = amx::groups_of(n);
-    if constexpr (multiplies)
-      for (int group = 0; group < groups; ++group) amx::multiply_pair<NV>(keys, group, head_dim_, queries_, low, high, scores_);
-    for (int j = low; j < high; j += 2) {
-      const int end = std::min(j + 2, high);
-      for (int key = n; key < groups * amx::group_keys; ++key)  // no keys: hidden
-        std::fill(scores_ + key * TQ + j * W, scores_ + key * TQ + end * W, -infinity<float>);
-      for (int column = j; column < end; ++column) find_most(groups * amx::group_keys, column);
-      for (int group = 0; group < groups; ++group) {
-        for (int column = j; column < end; ++column) weigh(group, column);
-        if constexpr (multiplies)
-          if (j + 2 < high) amx::multiply_pair<NV>(keys, group, head_dim_, queries_, j + 2, high, scores_);
-        if (j > low)
-          for (int d = group * amx::tile_depth; d < value_dim_; d += groups * amx::tile_depth) add_values<2>(values, groups, j - 2, d);
-      }
-      amx::finish_writes();
+    for (int key = n; key < groups * amx::group_keys; ++key)  // no keys: hidden
+      std::fill(scores_ + key * TQ + low * W, scores_ + key * TQ + high * W, -infinity<float>);
+    __m512 factors[NV];
+    for (int j = low; j < high; ++j) factors[j] = weigh(groups * amx::group_keys, j);
+    const uint16_t* values[KB / amx::group_keys];
+    if (const int met = values_.of(v_rows, n, values)) {
+      amx::fetch_after(k_rows, n, met * amx::group_keys, head_dim_);
+      amx::fetch_after(v_rows, n, met * amx::group_keys, value_dim_);
     }
-    const int last = high - 1 - (high - 1 - low) % 2;
-    for (int d = 0; d < value_dim_; d += amx::tile_depth) {
-      if (last + 2 == high)
-        add_values<2>(values, groups, last, d);
-      else
-        add_values<1>(values, groups, last, d);
-    }
+    amx::finish_writes();
+    int j = low;
+    for (; j + 2 <= high; j += 2) add_values<2>(values, groups, j, factors + j);
+    if (j < high) add_values<1>(values, groups, j, factors + j);
   }
 
-  // Raises one vector's maxima to those of n more keys; what was summed before shrinks.
+  // Turns one vector's scores into weights; returns by how much what was summed before shrinks.
   //
-  // The maximum is the exact one of all keys so far, although a stale one would save shrinking: a query's greatest weight is then 1,
-  // which bfloat16 holds exactly. Most of the error would come from it otherwise.
-  NATIVE_INLINE void find_most(int n, int j) {
+  // The maximum is the exact one of all keys so far, although a stale one would save shrinking: a query's greatest weight is
+  // then 1, which bfloat16 holds exactly. Its rounding would be the largest error otherwise.
+  NATIVE_INLINE __m512 weigh(int n, int j) {
     const float* const column = scores_ + j * W;
+    const __m512 factor = _mm512_set1_ps(factor_);
     __m512 most[4];
     for (__m512& x : most) x = _mm512_set1_ps(-infinity<float>);
     for (int key = 0; key < n; key += 4)
       for (int i = 0; i < 4; ++i) most[i] = _mm512_max_ps(most[i], _mm512_load_ps(column + (key + i) * TQ));
     const __m512 before = _mm512_load_ps(most_ + j * W);
     const __m512 largest = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
-    const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(largest, _mm512_set1_ps(factor_)));
+    const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(largest, factor));
     // Where nothing has been seen yet, -inf - -inf would be NaN.
     const __m512 safe = _mm512_max_ps(now, _mm512_set1_ps(-1e30f));
     const __m512 shrinks = (__m512)exp2_of((Vector<float>)_mm512_sub_ps(before, safe));
-    _mm512_store_ps(most_ + j * W, now);
-    _mm512_store_ps(safe_most_ + j * W, safe);
-    _mm512_store_ps(shrinks_ + j * W, shrinks);
-    _mm512_store_ps(sum_ + j * W, _mm512_mul_ps(_mm512_load_ps(sum_ + j * W), shrinks));
-  }
 
-  // Turns one vector's scores of a group into weights.
-  //
-  // Two keys at a time: their weights are rounded and lie paired, as the product with V^T reads them. What is summed are the weights
-  // before rounding, so that the log-sum-exp is better than bfloat16; the result hardly differs.
-  NATIVE_INLINE void weigh(int group, int j) {
+    // Two keys at a time: their weights are rounded and lie paired, as the product with V^T reads them. What is summed are the
+    // weights before rounding, so that the log-sum-exp is better than bfloat16; the result hardly differs.
     alignas(64) static constexpr uint16_t pairing[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i paired = _mm512_load_si512(pairing);
-    const __m512 factor = _mm512_set1_ps(factor_), most = _mm512_load_ps(safe_most_ + j * W);
-    __m512 sum = _mm512_load_ps(sum_ + j * W);
-    const float* const scores = scores_ + group * amx::group_keys * TQ + j * W;
-    uint16_t* const to = weights_ + (group * NV + j) * amx::tile_numbers;
-    for (int pair = 0; pair < amx::group_keys / 2; ++pair) {
-      const float* const at = scores + 2 * pair * TQ;
-      const __m512 even = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at), factor, most));
-      const __m512 odd = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at + TQ), factor, most));
-      _mm512_store_si512(to + pair * amx::tile_depth, _mm512_permutexvar_epi16(paired, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
-      sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+    __m512 sum = _mm512_mul_ps(_mm512_load_ps(sum_ + j * W), shrinks);
+    uint16_t* to = weights_ + j * amx::tile_numbers;
+    for (int group = 0; group < n; group += amx::group_keys, to += NV * amx::tile_numbers) {
+      for (int pair = 0; pair < amx::group_keys / 2; ++pair) {
+        const float* const at = column + (group + 2 * pair) * TQ;
+        const __m512 even = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at), factor, safe));
+        const __m512 odd = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at + TQ), factor, safe));
+        const __m512i both = _mm512_permutexvar_epi16(paired, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+        _mm512_store_si512(to + pair * amx::tile_depth, both);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+      }
     }
+    _mm512_store_ps(most_ + j * W, now);
     _mm512_store_ps(sum_ + j * W, sum);
+    return shrinks;
   }
 
-  // Adds 32 numbers of the weighted values of a block to the result of one or two vectors of queries, which shrinks.
+  // Adds the weighted values of a block to the result of one or two vectors of queries, which shrinks by `factors`.
   template <int Columns>
-  NATIVE_INLINE void add_values(const uint16_t* const* values, int groups, int j, int d) {
+  NATIVE_INLINE void add_values(const uint16_t* const* values, int groups, int j, const __m512* factors) {
     constexpr int ld = Columns * W;
-    // In turn two places, so that the next product need not wait.
-    float* const share = shares_ + d / amx::tile_depth % 2 * shares_numbers;
-    amx::clear_sums<Columns>();
-    for (int group = 0; group < groups; ++group) {
-      const uint16_t* const upper = values[group] + d * amx::group_keys;
-      amx::add_product<Columns>({upper, amx::row_bytes}, {upper + amx::tile_numbers, amx::row_bytes}, 0,
-                                weights_ + (group * NV + j) * amx::tile_numbers);
-    }
-    amx::store_sums<Columns>(share, ld);
-    for (int column = 0; column < Columns; ++column) {
-      const __m512 shrinks = _mm512_load_ps(shrinks_ + (j + column) * W);
-      for (int i = 0; i < amx::tile_depth; ++i) {
-        float* const at = result_ + (d + i) * TQ + (j + column) * W;
-        _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), shrinks, _mm512_load_ps(share + i * ld + column * W)));
+    float* share = shares_;
+    for (int d = 0; d < value_dim_; d += amx::tile_depth) {
+      amx::clear_sums<Columns>();
+      for (int group = 0; group < groups; ++group) {
+        const uint16_t* const upper = values[group] + d * amx::group_keys;
+        amx::add_product<Columns>({upper, amx::row_bytes}, {upper + amx::tile_numbers, amx::row_bytes}, 0,
+                                  weights_ + (group * NV + j) * amx::tile_numbers);
       }
+      amx::store_sums<Columns>(share, ld);
+      for (int i = 0; i < amx::tile_depth; ++i)
+        for (int column = 0; column < Columns; ++column) {
+          float* const at = result_ + (d + i) * TQ + (j + column) * W;
+          _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), factors[column], _mm512_load_ps(share + i * ld + column * W)));
+        }
+      // The next product goes to another place, and need not wait until this one has been added.
+      share = share == shares_ ? shares_ + shares_numbers : shares_;
     }
   }
 
@@ -547,7 +524,7 @@ class AmxForward {
   float factor_ = 1;
   amx::TransposedGroups values_;
   uint16_t *queries_, *weights_, *key_copies_;
-  float *result_, *scores_, *shares_, *most_, *safe_most_, *shrinks_, *sum_;
+  float *result_, *scores_, *shares_, *most_, *sum_;
 };
 
 // The backward of one tile, from its merged log-sum-exps and delta = sum over d of grad_out * out (less grad_lse).
@@ -573,13 +550,16 @@ class AmxBackward {
     return parts.used();
   }
 
-  AmxBackward(void* workspace, int head_dim, int value_dim) : AmxBackward(amx::Parts(workspace), head_dim, value_dim) { forget(); }
+  AmxBackward(void* workspace, int head_dim, int value_dim) : AmxBackward(amx::Parts(workspace), head_dim, value_dim) {
+    forget();
+  }
 
-  // Keys may have changed where they lie: what was packed of them is packed again.
+  // To be called when keys may have changed where they lie, as in the forward.
   void forget() { transposed_keys_.forget(); }
 
   // q_rows, go_rows: TQ rows each. lse: natural, +inf for rows that send nothing. A pair's weight is 2^(factor * score) / e^lse.
-  void begin(const uint16_t* const* q_rows, const uint16_t* const* go_rows, const float* lse, const float* delta, float scale, float factor) {
+  void begin(const uint16_t* const* q_rows, const uint16_t* const* go_rows, const float* lse, const float* delta, float scale,
+             float factor) {
     factor_ = factor;
     scale_ = scale;
     amx::fetch_after(q_rows, TQ, TQ, head_dim_);
@@ -601,8 +581,8 @@ class AmxBackward {
   // edited scores into those of the scores before, which are products as they were. dk_rows, dv_rows: a row of each key, other keys
   // other rows, to which is added.
   template <class Edit, class EditGrad>
-  void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, float* const* dk_rows, float* const* dv_rows, int n, int low,
-             int high, bool edits, const Edit& edit, const EditGrad& edit_grad) {
+  void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, float* const* dk_rows, float* const* dv_rows, int n,
+             int low, int high, bool edits, const Edit& edit, const EditGrad& edit_grad) {
     constexpr bool edits_grads = !std::is_same_v<EditGrad, NoEdit>;
     multiply(k_rows, v_rows, n, low, high);
     if constexpr (edits_grads) std::copy(scores_, scores_ + n * TQ, before_);
@@ -627,7 +607,8 @@ class AmxBackward {
   AmxBackward(amx::Parts&& parts, int head_dim, int value_dim) : AmxBackward(parts, head_dim, value_dim) {}
   AmxBackward(amx::Parts& parts, int head_dim, int value_dim)
       : head_dim_(head_dim), value_dim_(value_dim), transposed_keys_(parts, head_dim, KB),
-        queries_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))), grad_outs_(parts.take<uint16_t>(TQ * amx::whole_tiles(value_dim))),
+        queries_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))),
+        grad_outs_(parts.take<uint16_t>(TQ * amx::whole_tiles(value_dim))),
         query_rows_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))),
         grad_out_rows_(parts.take<uint16_t>(TQ * amx::whole_tiles(value_dim))),
         key_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(head_dim))),
@@ -683,7 +664,8 @@ class AmxBackward {
         __m512 weights[2], grads[2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-          float *const score = scores_ + (key + odd) * TQ + (j + i) * W, *const grad = grads_ + (key + odd) * TQ + (j + i) * W;
+          float* const score = scores_ + (key + odd) * TQ + (j + i) * W;
+          float* const grad = grads_ + (key + odd) * TQ + (j + i) * W;
           weights[i] = grads[i] = _mm512_setzero_ps();
           if (!seen[i]) continue;
           weights[i] = _mm512_load_ps(score);
@@ -705,13 +687,15 @@ class AmxBackward {
         _mm512_store_si512(grad_rows_ + at, grad_rows[odd]);
       }
       if constexpr (stage == Stage::all_but_rounding) continue;
-      uint16_t* const pair = grad_pairs_ + (key / amx::group_keys * NV + j) * amx::tile_numbers + key % amx::group_keys / 2 * amx::tile_depth;
+      uint16_t* const tile = grad_pairs_ + (key / amx::group_keys * NV + j) * amx::tile_numbers;
+      uint16_t* const pair = tile + key % amx::group_keys / 2 * amx::tile_depth;
       _mm512_store_si512(pair, amx::in_turn(grad_rows[0], grad_rows[1], 0));
       _mm512_store_si512(pair + amx::tile_numbers, amx::in_turn(grad_rows[0], grad_rows[1], 1));
     }
   }
 
-  __attribute__((noinline)) void add(const uint16_t* const* k_rows, float* const* dk_rows, float* const* dv_rows, int n, int low, int high) {
+  __attribute__((noinline)) void add(const uint16_t* const* k_rows, float* const* dk_rows, float* const* dv_rows, int n, int low,
+                                     int high) {
     amx::finish_writes();
     add_to_rows(weight_rows_, grad_out_rows_, value_dim_, dv_rows, n, low, high);
     add_to_rows(grad_rows_, query_rows_, head_dim_, dk_rows, n, low, high);
@@ -733,7 +717,8 @@ class AmxBackward {
   }
 
   // to[key] += left[key][query] . right[query] over queries of vectors low .. high - 1.
-  NATIVE_INLINE void add_to_rows(const uint16_t* left, const uint16_t* right, int width, float* const* to, int n, int low, int high) {
+  NATIVE_INLINE void add_to_rows(const uint16_t* left, const uint16_t* right, int width, float* const* to, int n, int low,
+                                 int high) {
     const int tiles_of_row = amx::whole_tiles(width) / amx::tile_rows;
     for (int key = 0; key < n; key += amx::group_keys) {
       int64_t upper_stride = 0, lower_stride = 0;
@@ -759,8 +744,8 @@ class AmxBackward {
           for (int part = 0; part < amx::tile_depth; part += W) {
             const __mmask16 within = amx::first_lanes(std::max(width - d - part, 0));
             float* const at = rows[i] + d + part;
-            const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(within, at), _mm512_load_ps(share_ + i * amx::tile_depth + part));
-            _mm512_mask_storeu_ps(at, within, sum);
+            const __m512 share = _mm512_load_ps(share_ + i * amx::tile_depth + part);
+            _mm512_mask_storeu_ps(at, within, _mm512_add_ps(_mm512_maskz_loadu_ps(within, at), share));
           }
       }
     }
@@ -769,7 +754,8 @@ class AmxBackward {
   int head_dim_, value_dim_;
   float factor_ = 1, scale_ = 1;
   amx::TransposedGroups transposed_keys_;
-  uint16_t *queries_, *grad_outs_, *query_rows_, *grad_out_rows_, *key_copies_, *value_copies_, *weight_rows_, *grad_rows_, *grad_pairs_;
+  uint16_t *queries_, *grad_outs_, *query_rows_, *grad_out_rows_, *key_copies_, *value_copies_;
+  uint16_t *weight_rows_, *grad_rows_, *grad_pairs_;
   float *grad_q_, *scores_, *grads_, *before_, *share_, *lse_, *delta_;
 };
 

@@ -30,6 +30,7 @@ void forward(const Problem& problem, bool merge) {
 
 void backward(const Problem& problem, const Gradients& gradients) {
   const Program program = read_program(problem);
+  if (problem.q.type == Type::bf16 && has_amx()) return part(&Parts::backward_amx, "backward_amx")(problem, program, gradients);
   if (is_double(problem)) return part(&Parts::backward_f64, "double")(problem, program, gradients);
   part(&Parts::backward_f32, "backward")(problem, program, gradients);
 }

@@ -111,8 +111,9 @@ struct WideGradient {
         grad_out_rows(room.take<T>(TQ * padded<T>(value_dim))), key_copies(room.take<T>(most_keys * head_dim)),
         value_copies(room.take<T>(most_keys * value_dim)) {}
 
-  // lse in binary units; of lanes past the end +inf.
-  void begin(const Head& q, const Head& grad_out, const int32_t* rows, double factor, const T* lse, const T* delta) {
+  // lse: in binary units; of lanes past the end +inf. Scores come in natural units where a function has `changed` them.
+  void begin(const Head& q, const Head& grad_out, const int32_t* rows, bool changed, const T* lse, const T* delta) {
+    const double factor = changed ? scale : scale * log2_of_e;
     const int ldq = padded<T>(head_dim), ldo = padded<T>(value_dim);
     int last = 0;
     for (int i = 0; i < TQ; ++i) {
@@ -173,7 +174,7 @@ class BackwardWorker {
     const Head q(problem_.q, b, h), grad_out(gradients_.grad_out, b, h), grad_q(gradients_.grad_q, b, h);
     read_statistics(b, h, tile, grad_out);
     const bool natural = program_.score_mod != nullptr;
-    engine_.begin(q, grad_out, tile.rows, natural ? problem_.scale : problem_.scale * log2_of_e, lse_, delta_);
+    engine_.begin(q, grad_out, tile.rows, natural, lse_, delta_);
     scores_.start(b, h, tile);
     const int64_t kv_head = shape_.kv_head(h), head = b * shape_.kv_heads + kv_head;
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);

@@ -25,7 +25,7 @@ using BackwardKernel = void (*)(const Problem&, const Program&, const Gradients&
 struct Parts {
   const FunctionPart* functions = nullptr;
   ForwardKernel forward_amx = nullptr, forward_f64 = nullptr;
-  BackwardKernel backward_f32 = nullptr, backward_f64 = nullptr;
+  BackwardKernel backward_amx = nullptr, backward_f32 = nullptr, backward_f64 = nullptr;
   void (*need)(const char* part) = nullptr;  // set by who can load them
 };
 

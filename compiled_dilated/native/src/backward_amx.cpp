@@ -1,0 +1,87 @@
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#include "backward.h"
+
+namespace native {
+
+namespace {
+
+// The gradients of bfloat16 where the CPU multiplies tiles; sums over queries stay in float32.
+struct AmxGradient {
+  static constexpr int W = AmxBackward::W, TQ = AmxBackward::TQ, most_keys = AmxBackward::KB, grain = 32, fine_grain = 32;
+  using Number = float;
+
+  static size_t bytes(const Shape& shape) { return AmxBackward::bytes(shape.head_dim, shape.value_dim); }
+
+  AmxGradient(Room& room, const Shape& shape, double scale)
+      : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(static_cast<float>(scale)),
+        products(room.take<char>(bytes(shape)), head_dim, value_dim) {}
+
+  // lse: in binary units; of lanes past the end +inf.
+  void begin(const Head& q, const Head& grad_out, const int32_t* rows, bool changed, const float* lse, const float* delta) {
+    scales_first = changed || !(scale > 0);
+    first_factor = changed ? scale : scale * static_cast<float>(log2_of_e);
+    const uint16_t *q_rows[TQ], *grad_rows[TQ];
+    float natural[TQ];
+    int last = 0;
+    for (int i = 0; i < TQ; ++i) {
+      if (rows[i] >= 0) last = i;
+      q_rows[i] = static_cast<const uint16_t*>(q.row(rows[last]));
+      grad_rows[i] = static_cast<const uint16_t*>(grad_out.row(rows[last]));
+      natural[i] = lse[i] * static_cast<float>(ln_of_2);
+    }
+    products.begin(q_rows, grad_rows, natural, delta, scale, scales_first ? 1.0f : first_factor);
+  }
+
+  void keys_from(const Head& k, const Head& v, int64_t) { keys = k, values = v; }
+
+  void block(const KeyBlock& block, float* grad_k, float* grad_v, const ScoreEdit<float>& change, const GradEdit<float>& change_back) {
+    const uint16_t *key_rows[most_keys], *value_rows[most_keys];
+    float *grad_key_rows[most_keys], *grad_value_rows[most_keys];
+    for (int i = 0; i < block.count; ++i) {
+      const int64_t key = block.keys[i];
+      key_rows[i] = static_cast<const uint16_t*>(keys.row(key));
+      value_rows[i] = static_cast<const uint16_t*>(values.row(key));
+      grad_key_rows[i] = grad_k + key * padded<float>(head_dim);
+      grad_value_rows[i] = grad_v + key * padded<float>(value_dim);
+    }
+    const int first = block.low * W, lanes_seen = (block.high - block.low) * W;
+    const auto scale_scores = [&](float* from, int ld, int n) {
+      for (int key = 0; key < n; ++key)
+        for (int i = 0; i < lanes_seen; ++i) from[key * ld + i] *= first_factor;
+    };
+    const auto edit = [&](float* scores, int ld, int n) {
+      if (scales_first) scale_scores(scores + first, ld, n);
+      if (change) change(scores + first, ld);
+    };
+    const auto run = [&](const auto& edit_grad) {
+      products.block(key_rows, value_rows, grad_key_rows, grad_value_rows, block.count, block.low, block.high,
+                     scales_first || change, edit, edit_grad);
+    };
+    if (!change_back) return run(AmxBackward::NoEdit{});
+    run([&](const float* before, float* grads, int ld, int n) {
+      // The function is asked with scores as it saw them, in natural units.
+      natural_scores.assign(before + first, before + first + static_cast<size_t>(n - 1) * ld + lanes_seen);
+      scale_scores(natural_scores.data(), ld, n);
+      change_back(natural_scores.data(), grads + first, ld);
+    });
+  }
+
+  void result(float* rows, int) { products.result(rows); }
+
+  int head_dim, value_dim;
+  float scale;
+  AmxTiles tiles;
+  AmxBackward products;
+  bool scales_first = false;
+  float first_factor = 1;
+  std::vector<float> natural_scores;
+  Head keys{Array{}, 0, 0}, values{Array{}, 0, 0};
+};
+
+const bool registered = (parts().backward_amx = &backward_with<AmxGradient>, true);
+
+}  // namespace
+
+}  // namespace native
+#endif  // __AMX_BF16__

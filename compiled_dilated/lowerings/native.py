@@ -23,7 +23,8 @@ from ..partials import Saved, is_by_token
 from ..plans import Cost, Problem, Proposal, Refusal, Scores
 from ..programs import PerLength, Program
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Their numbers in src/problem.h.
+_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 _MOST_POSITIONS = 2**30
 _WIDEST = 256
 # Bytes of a thread's tile: its queries and results, a block of keys and values, scores.
@@ -92,8 +93,8 @@ def work_of_graph(
 def _unfit(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on a CPU, and these tensors are on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"it takes {', '.join(_DTYPES)}; got {problem.dtype}"
+    if problem.dtype not in _TYPES:
+        return f"it takes {', '.join(_TYPES)}; got {problem.dtype}"
     if max(problem.head_dim, problem.value_dim) > _WIDEST:
         return f"it takes head dims up to {_WIDEST}; got {problem.head_dim} and {problem.value_dim}"
     if max(problem.kv_len, problem.q_offset + problem.q_len) > _MOST_POSITIONS:
@@ -139,6 +140,7 @@ def counts(work: Work, problem: Problem) -> tuple[int, ...]:
     """Pairs computed, pairs that the mask is asked about, blocks and tiles of a call; of a program that reads no data."""
     sizes = [
         problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.value_dim,
+        _TYPES[problem.dtype],
     ]  # fmt: skip
     numbers = torch.ops.compiled_dilated.native_counts(None, None, work.code, sizes, problem.q_offset, None)
     return tuple(numbers.tolist())

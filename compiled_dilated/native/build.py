@@ -40,6 +40,7 @@ _PARTS = {
     "function_loops.cpp": "functions",
     "function_bounds.cpp": "functions",
     "forward_amx.cpp": "amx",
+    "counts.cpp": "counts",
     "backward_amx.cpp": "backward_amx",
     "backward_f32.cpp": "backward",
     "forward_f64.cpp": "double",

@@ -1,5 +1,4 @@
 #include "amx_tiles.h"
-#include "forward.h"
 #include "parts.h"
 
 namespace native {
@@ -37,24 +36,7 @@ void backward(const Problem& problem, const Gradients& gradients) {
 
 void count(const Problem& problem) {
   const Program program = read_program(problem);
-  const Shape shape(problem);
-  constexpr int W = lanes<float>;
-  const Stretches<W> stretches(problem, program, shape, shape.batch * shape.heads, 1);
-  Counts counts;
-  QueryTile<W> tile;
-  for (int64_t b = 0; b < shape.batch; ++b)
-    for (int64_t h = 0; h < shape.heads; ++h) {
-      const Group& group = program.groups[program.group_of_head[h]];
-      const QueryTiles<W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
-      for (int64_t index = 0; index < tiles.count(); ++index) {
-        tiles.tile_at(index, tile);
-        if (!tile.vectors) continue;
-        ++counts.tiles;
-        walk_keys<WideEngine<float>>(program.masks, b, h, group, tile, shape.kv_len,
-                                     [&](const Branch&, const KeyBlock& block) { counts.add(block, W); });
-      }
-    }
-  counts.write(problem.counts);
+  part(&Parts::count, "counts")(problem, program, problem.q.type == Type::bf16 && has_amx());
 }
 
 }  // namespace native

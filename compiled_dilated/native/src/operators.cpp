@@ -126,9 +126,10 @@ struct Sizes {
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
 
   explicit Sizes(const Ints& sizes) {
-    if (sizes.size() != 7)
-      throw std::runtime_error("sizes are 7 numbers: batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim; got " +
-                               std::to_string(sizes.size()));
+    if (sizes.size() != 7 && sizes.size() != 8)
+      throw std::runtime_error(
+          "sizes are 7 numbers: batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, and maybe the dtype's of problem.h; got " +
+          std::to_string(sizes.size()));
     batch = sizes[0], heads = sizes[1], kv_heads = sizes[2], q_len = sizes[3], kv_len = sizes[4];
     head_dim = sizes[5], value_dim = sizes[6];
     for (int64_t size : sizes)
@@ -307,6 +308,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> native_backward(Tensor grad_out, std:
   return {grad_q, grad_k, grad_v, sums};
 }
 
+native::Type counted_type(int64_t number) {
+  if (number < 0 || number > static_cast<int64_t>(native::Type::bf16))
+    throw std::runtime_error("the dtype counted for must be float32, float64, float16 or bfloat16, 0 to 3; got " + std::to_string(number));
+  return static_cast<native::Type>(number);
+}
+
 Array sized(int64_t batch, int64_t heads, int64_t tokens, int64_t width) {
   Array result;
   result.dims = 4;
@@ -325,6 +332,7 @@ Tensor native_counts(Tensors data, Tensors operands, Ints code, Ints numbers, in
   problem.k = sized(sizes.batch, sizes.kv_heads, sizes.kv_len, sizes.head_dim);
   problem.v = sized(sizes.batch, sizes.kv_heads, sizes.kv_len, sizes.value_dim);
   problem.out = sized(sizes.batch, sizes.heads, sizes.q_len, sizes.value_dim);
+  if (numbers.size() == 8) problem.q.type = counted_type(numbers[7]);
   problem.counts = counts.mutable_data_ptr<int64_t>();
   native::count(problem);
   return counts;

@@ -26,6 +26,7 @@ struct Parts {
   const FunctionPart* functions = nullptr;
   ForwardKernel forward_amx = nullptr, forward_f64 = nullptr;
   BackwardKernel backward_amx = nullptr, backward_f32 = nullptr, backward_f64 = nullptr;
+  void (*count)(const Problem&, const Program&, bool amx) = nullptr;
   void (*need)(const char* part) = nullptr;  // set by who can load them
 };
 

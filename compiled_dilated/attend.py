@@ -15,7 +15,7 @@ from .decoding import Decoder
 from .masks import Mask
 from .mods import ScoreMod, check_callable
 from .partials import lse_dtype, merge
-from .programs import PerLength, Program, as_program, query_names_of
+from .programs import PerLength, Program, as_program, check_data, query_names_of
 from .ring.rings import Ring
 from .rules import Skeleton, bind, read_rule
 
@@ -129,6 +129,8 @@ class Attend:
             )
         shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
         tensors = checks.data(self._names, self._query_names, data, shape)
+        if data:
+            check_data(self.program, data)
         if score_mod is not None:
             check_callable("score_mod", score_mod, scores=True)
         if sink_logits is not None:

@@ -258,7 +258,12 @@ def q_offsets(value: Tensor, batch: int, device: torch.device) -> int:
             f"q_offset as a tensor must be int64 of shape ({batch},) on {device}, one position for each sequence of the batch; "
             f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
         )
-    if torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta" or not value.numel():
+    if (
+        torch.compiler.is_compiling()
+        or isinstance(value, torch._subclasses.FakeTensor)
+        or value.device.type == "meta"
+        or not value.numel()
+    ):
         return 0
     least, greatest = (int(x) for x in value.aminmax())
     if least < 0:

@@ -59,7 +59,7 @@ def compile(
 ) -> Attend | Streamed | Any:
     """A callable that computes attention by `program` (or a bare mask, a program of one branch).
 
-    lowering: "auto" takes the cheapest by `plan`; "dense", "strided", "tiled" and "flex" are used or refused, never replaced.
+    lowering: "auto" takes the cheapest by `plan`; "native", "dense", "strided", "tiled" and "flex" are used or refused.
     ranks: compute as a ring of so many ranks (arXiv 2310.01889). transport: "simulated" (the default), all ranks in this process
     one after the other, every step of each executed on what that rank may hold; or "streamed", out of core: a `Streamed`, which
     reads and writes files and computes on `device`.

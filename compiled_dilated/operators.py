@@ -73,16 +73,12 @@ class Options:
 # Plans ----------------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(
-    rule: Rule, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool, score_mod: Mod | None = None
-) -> Plan:
+def plan_of(rule: Rule, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool, score_mod: Mod | None = None) -> Plan:
     """The plan for tensors of these shapes, made when they first come. score_mod: of the call."""
     program = rule.program.at(q.shape[2]) if isinstance(rule.program, PerLength) else rule.program
     if planner.takes_any_offset(q.shape[2], training, rule.lowering):
         program.check(1, k.shape[2], q_offset)  # its plan may have been made for another position
-    problem = problem_of(
-        program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, Scores.of(score_mod)
-    )
+    problem = problem_of(program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, Scores.of(score_mod))
     return planner.plan_for(problem, rule.lowering)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
@@ -181,6 +181,12 @@ def mask_mods_of(program: Program | PerLength) -> tuple[MaskMod, ...]:
 def query_names_of(program: Program | PerLength) -> tuple[str, ...]:
     """The data tensors that are read at the positions of queries too."""
     return tuple({name for mask in masks_of(program) for name in mask.query_names})
+
+
+def check_data(program: Program | PerLength, data: Mapping[str, Any]) -> None:
+    """Raise TypeError where a data tensor is not of the dtype that a mask reads."""
+    for mask in masks_of(program):
+        mask.check_data(data)
 
 
 def masks_of(program: Program | PerLength) -> tuple[Mask, ...]:

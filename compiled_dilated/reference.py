@@ -11,7 +11,7 @@ from torch import Tensor
 from . import arguments, checks
 from .masks import Mask
 from .mods import ScoreMod, over_pairs, trace_mask_mod, trace_score_mod
-from .programs import Program, as_program, mask_mods_of, query_names_of
+from .programs import Program, as_program, check_data, mask_mods_of, query_names_of
 
 
 def reference(
@@ -89,6 +89,7 @@ def _check(
     program.check(q.shape[2], k.shape[2], offset)
     shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
     checks.data(program.names, query_names_of(program), data, shape)
+    check_data(program, data or {})
     for function in mask_mods_of(program):
         trace_mask_mod(function)
     if score_mod is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from functools import _lru_cache_wrapper
 
-from compiled_dilated.lowerings import biases
 from compiled_dilated.planner import PLANS
 
 
@@ -18,6 +17,5 @@ def lru_caches() -> list[_lru_cache_wrapper]:
 def forget() -> None:
     """Empty them all."""
     PLANS.clear()
-    biases.KEPT.clear()
     for cache in lru_caches():
         cache.cache_clear()

@@ -173,7 +173,7 @@ COMPILE: list[Row] = [
     (
         lambda: cd.compile(CAUSAL, lowering="fast"),
         ValueError,
-        "lowering must be one of 'auto', 'dense', 'strided', 'tiled', 'flex'; got 'fast'",
+        "lowering must be one of 'auto', 'native', 'dense', 'strided', 'tiled', 'flex'; got 'fast'",
     ),
     (lambda: attend(q=[[1.0]]), TypeError, "q must be a torch.Tensor; got list. Convert it with torch.as_tensor"),
     (lambda: attend(q=x(4, 8, 4)), ValueError, "q must be (batch, heads, tokens, head_dim); got shape (4, 8, 4)"),
@@ -306,16 +306,20 @@ PLAN: list[Row] = [
     ),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), dtype="float32"), TypeError, "dtype must be a torch.dtype; got str 'float32'"),
     (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), training="yes"), TypeError, "training must be True or False; got str 'yes'"),
-    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), lowering=["dense"]), ValueError, "lowering must be one of 'auto', 'dense'"),
     (
-        lambda: cd.plan(~masks.congruent(7, 3), (1, 1, 2**40, 16)),
+        lambda: cd.plan(CAUSAL, (1, 8, 64, 64), lowering=["dense"]),
+        ValueError,
+        "lowering must be one of 'auto', 'native', 'dense'",
+    ),
+    (
+        lambda: cd.plan(~masks.congruent(7, 3), (1, 1, 2**40, 16), lowering="tiled"),
         ValueError,
         "takes a list of more than 268,435,456 tiles. Use fewer tokens, or a mask of",
     ),
-    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), lowering="cuda"), ValueError, "lowering must be one of 'auto', 'dense'"),
+    (lambda: cd.plan(CAUSAL, (1, 8, 64, 64), lowering="cuda"), ValueError, "lowering must be one of 'auto', 'native', 'dense'"),
     (lambda: cd.plan(torch.ones(4, 4), (1, 8, 64, 64)), TypeError, "expected a Program or a mask; got Tensor"),
     (
-        lambda: cd.plan(masks.from_mod(lambda b, h, q, kv: q == kv), (1, 1, 65536, 64)),
+        lambda: cd.plan(masks.from_mod(lambda b, h, q, kv: q == kv), (1, 1, 65536, 64), lowering="tiled"),
         ValueError,
         "Say where to look: from_mod(fn, within=mask)",
     ),

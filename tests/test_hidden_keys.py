@@ -19,12 +19,13 @@ from tests.test_random_programs import programs
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"lowering": "dense"},
-    {"lowering": "strided"},
     {"lowering": "tiled"},
     {"lowering": "auto"},
     {"ranks": 2},
     {"ranks": 3, "layout": "striped"},
 )
+# Segments, residue classes and causal() alone.
+STRIDED = {"lowering": "strided"}
 BAD = (math.nan, math.inf, -math.inf)
 
 
@@ -111,7 +112,7 @@ def test_a_learned_table_of_a_row_that_sees_a_bad_key_gets_nan() -> None:
 
 
 @settings(max_examples=30)
-@given(drawn=programs(), seed=st.integers(0, 1000), bad=st.sampled_from(BAD), way=st.sampled_from(WAYS[:5]))
+@given(drawn=programs(), seed=st.integers(0, 1000), bad=st.sampled_from(BAD), way=st.sampled_from((*WAYS[:4], STRIDED)))
 def test_any_program_with_bad_numbers_anywhere(drawn: tuple[Program, int], seed: int, bad: float, way: dict[str, Any]) -> None:
     program, n = drawn
     q, k, v = normal((2, 3, n, 3), (2, 1, n, 3), (2, 1, n, 2), seed=seed)

@@ -1,4 +1,4 @@
-"""Plans: what auto chooses, what a plan counts and tells, how a branch is cut for two lowerings."""
+"""Plans: what auto chooses, what a plan counts and tells, how lowerings share a program."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 
 import compiled_dilated as cd
-from compiled_dilated import masks
-from compiled_dilated.lowerings import strided
+from compiled_dilated import Branch, Program, masks
 from compiled_dilated.masks import Mask, disjoint
+from compiled_dilated.native import build
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
-from tests import strategies
+from tests import caches, strategies
 from tests.cases import CASES, Case
 from tests.test_attend import same, tensors
 
@@ -27,53 +27,34 @@ def test_disjoint_parts_are_the_mask(mask: Mask) -> None:
     assert (total == strategies.dense(mask, 40, 40)).all()
 
 
-def test_auto_mixes_lowerings_within_a_branch() -> None:
-    """A window by slices, scattered tiles by gathered ones: the same numbers as tiles alone."""
-    mask = masks.causal() & (masks.window(64) | masks.tiles([(row, row // 3) for row in range(32)]))
+def test_auto_mixes_lowerings_between_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the native kernel: one branch by slices, the other by gathered tiles."""
+    monkeypatch.setenv("COMPILED_DILATED_NATIVE", "off")
+    caches.forget()
+    program = Program((Branch(masks.segments(128) & masks.causal()), Branch(masks.window(64))))
     q, k, v = tensors(1, 1, 4096, 4, 4, batch=1)
-    attend = cd.compile(mask)
-    assert {"strided", "tiled"} <= set(attend.plan(q, k, v).lowering.split("+"))
-    tiled = cd.compile(mask, lowering="tiled")
+    attend = cd.compile(program)
+    assert attend.plan(q, k, v).lowering == "strided+tiled"
+    tiled = cd.compile(program, lowering="tiled")
     back = torch.randn(1, 1, 4096, 4, dtype=torch.float64), torch.randn(1, 1, 4096, dtype=torch.float64)
     for mine, theirs in zip(
         *(torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back) for each in (attend, tiled)), strict=True
     ):
         same(mine, theirs)
+    caches.forget()
 
 
-def test_leading_tokens_beside_a_window_need_no_gathered_tiles() -> None:
-    for mask in (
-        masks.causal() & (masks.window(64) | masks.sinks(4)),
-        masks.window(64) | masks.global_tokens(4),
-        masks.causal() | masks.prefix(700),
-    ):
-        q, k, v = tensors(2, 1, 4096, 4, 4, batch=1)
-        attend = cd.compile(mask)
-        assert attend.plan(q, k, v).lowering == "strided"
-        tiled = cd.compile(mask, lowering="tiled")
-        back = torch.randn(1, 2, 4096, 4, dtype=torch.float64), torch.randn(1, 2, 4096, dtype=torch.float64)
-        got, want = attend(q, k, v, return_lse=True), tiled(q, k, v, return_lse=True)
-        same(got, want)
-        for gradient, expected in zip(
-            torch.autograd.grad(got, (q, k, v), back), torch.autograd.grad(want, (q, k, v), back), strict=True
-        ):
-            same(gradient, expected)
-
-
-@given(mask=strategies.expressions(strategies.line_masks(40)))
-def test_cases_are_the_mask(mask: Mask) -> None:
-    total = sum(strategies.dense(case, 40, 40).astype(int) for case in strided.cases(mask))
-    assert (total == strategies.dense(mask, 40, 40)).all()
-
-
-def test_auto_is_dense_where_everything_is_seen() -> None:
-    q, k, v = tensors(2, 2, 64, dtype=torch.float32)
-    assert cd.compile(masks.full()).plan(q, k, v).lowering == "dense"
-    assert cd.compile(masks.window(60) & masks.causal()).plan(q, k, v).lowering == "dense"
+def test_auto_is_native_on_a_cpu() -> None:
+    if build.available() is not None:
+        pytest.skip(f"no native kernel here: {build.available()}")
+    for mask in (masks.full(), masks.window(60) & masks.causal(), masks.window(6) | masks.sinks(2)):
+        plan = cd.plan(mask, (1, 2, 64, 16))
+        assert plan.lowering == "native"
+        assert "whatever the mask and the length" in plan.explain()
 
 
 def test_a_plan_tells_what_it_weighed() -> None:
-    plan = cd.plan(cd.longnet((64, 128), (1, 2)), (1, 4, 512, 16), kv_heads=2, dtype=torch.bfloat16, training=True)
+    plan = cd.plan(cd.longnet((64, 128), (1, 2)), (1, 4, 512, 16), kv_heads=2, dtype=torch.bfloat16, training=True, device="cuda")
     told = plan.to_json()
     assert told["program"] == repr(plan.problem.program)
     assert {row["lowering"] for row in told["candidates"]} >= {"dense", "strided", "flex"}
@@ -99,46 +80,29 @@ LONG = 2**31 + 1
 
 
 @pytest.mark.parametrize(
-    ("program", "tokens"),
+    "program",
     [
-        (masks.full(), LONG),
-        (masks.causal(), LONG),
-        (masks.window(256), LONG),
-        (masks.window(256) & masks.causal(), LONG),
-        (masks.window(2**20), LONG),
-        (masks.segments(4096), LONG),
-        (masks.congruent(4, 1), LONG),
-        (masks.dilated_blocks(64, 4), LONG),
-        (masks.dilated_blocks(3, 1_000_003), LONG),
-        (cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True), LONG),
-        (masks.sinks(4), LONG),
-        (masks.causal() & (masks.window(256) | masks.sinks(4)), LONG),
-        (masks.causal() | masks.prefix(1_000_003), LONG),
-        (masks.window(256) | masks.global_tokens(64), LONG),
-        (masks.window(256) | masks.segments(1024), LONG),
-        (~masks.causal(), LONG),
-        (~masks.window(5), LONG),
-        (masks.neighborhood((1024, 2048, 1024), 6), 2**31),
-        (cd.hilbert_window((2**15, 2**16), 12), 2**31),
+        masks.full(),
+        masks.causal(),
+        masks.segments(4096),
+        masks.congruent(4, 1),
+        cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True),
     ],
     ids=str,
 )
-def test_a_plan_of_two_thousand_million_tokens(program: cd.Program | Mask, tokens: int) -> None:
+def test_a_plan_of_two_thousand_million_tokens(program: cd.Program | Mask) -> None:
     """Neither the plan nor what it counts has an entry for each of 2**24 rows of tiles."""
     tracemalloc.start()
-    plan = cd.plan(program, (1, 4, tokens, 16))
+    plan = cd.plan(program, (1, 4, LONG, 16))
     text, values = plan.explain(), plan.to_json()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak <= 8 * 2**20
-    assert sum(len(proposal.work) for proposal in plan.chosen) <= 2500
+    assert sum(len(proposal.work) for proposal in plan.chosen) <= 100
     assert json.loads(json.dumps(values)) == values
-    assert plan.useful_pairs is not None
-    assert plan.useful_pairs <= plan.cost.pairs <= 4 * plan.useful_pairs
+    assert plan.useful_pairs == plan.cost.pairs
     assert f"{plan.useful_pairs:,} allowed" in text
     assert values["useful_pairs"] == plan.useful_pairs
-    if program not in (~masks.causal(), ~masks.window(5)):  # their largest tiles have a bias of rows x rows
-        assert plan.cost.peak_bytes <= 0.15 * plan.problem.tensor_bytes
 
 
 def test_what_is_not_counted_is_said() -> None:

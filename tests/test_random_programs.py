@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compiled_dilated as cd
-from compiled_dilated import Branch, Program, masks, orders, planner
-from compiled_dilated.lowerings import bands, strided
+from compiled_dilated import Branch, Program, masks, orders
+from compiled_dilated.lowerings import costs, tiled
 from compiled_dilated.masks import Mask, conjunction
-from tests import strategies
+from tests import caches, strategies
 from tests.test_attend import TRAINS, same, tensors
 
 
@@ -74,15 +74,33 @@ def test_any_mask_at_any_offset(lowering: str, mask: Mask, q_len: int, kv_len: i
 
 
 def parts(most: int) -> st.SearchStrategy[list[Mask]]:
-    mask = strategies.line_masks(most)
-    return st.lists(mask | st.builds(lambda part: ~part, mask), min_size=1, max_size=4)
+    """What a conjunction of regular blocks is made of."""
+    length = st.integers(1, most)
+    return st.lists(
+        st.one_of(
+            st.just(masks.causal()),
+            st.builds(masks.segments, length),
+            st.builds(lambda length, more: masks.segments(length * more), st.integers(1, 12), st.integers(1, 5)),
+            st.builds(lambda rate, offset: masks.congruent(rate, offset % rate), st.integers(1, 6), st.integers(0, 5)),
+            st.builds(
+                lambda rate, offset, period: masks.congruent(rate, offset % rate, period=period),
+                st.integers(1, 6), st.integers(0, 5), length,
+            ),
+        ),
+        min_size=1,
+        max_size=3,
+    )  # fmt: skip
 
 
-@settings(max_examples=100)
-@given(parts=parts(150), n=st.integers(1, 400))
-def test_any_conjunction_by_slices(parts: list[Mask], n: int) -> None:
+@settings(max_examples=150)
+@given(
+    parts=parts(40), q_len=st.integers(1, 150), kv_len=st.integers(1, 150), q_offset=st.integers(0, 150), batch=st.integers(1, 2)
+)
+def test_any_conjunction_by_slices(parts: list[Mask], q_len: int, kv_len: int, q_offset: int, batch: int) -> None:
     """The strided lowering sorts what a conjunction is made of: every combination is right, or refused."""
-    agree(Program((Branch(conjunction(tuple(parts))),)), *tensors(1, 1, n, 2, 2, batch=1), "strided")
+    q, k, v = tensors(2, 1, 150, 3, 3, batch=batch)
+    q, k, v = (x[:, :, :size].detach().requires_grad_() for x, size in ((q, q_len), (k, kv_len), (v, kv_len)))
+    agree(Program((Branch(conjunction(tuple(parts))),)), q, k, v, "strided", q_offset=q_offset)
 
 
 BANDS = st.one_of(
@@ -106,11 +124,17 @@ BANDS = st.one_of(
 @example(mask=~masks.window(0), q_len=3, kv_len=2, q_offset=0)
 def test_bands_and_leading_tokens_in_many_small_tiles(mask: Mask, q_len: int, kv_len: int, q_offset: int) -> None:
     """As of sequences that are longer than many of the largest tiles."""
+    caches.forget()
     q, k, v = tensors(2, 1, 150, 3, 3, batch=1)
     q, k, v = (x[:, :, :size].detach().requires_grad_() for x, size in ((q, q_len), (k, kv_len), (v, kv_len)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bands, "MOST_ROWS", 4)
-        patch.setattr(bands, "_MOST_ALONE", 5)
-        patch.setattr(planner, "choose", planner.choose)
-        for part in strided.cases(mask):
-            agree(Program((Branch(part),)), q, k, v, "strided", q_offset=q_offset)
+        for room, name, value in (
+            (tiled, "_Q_TILE", 16),
+            (tiled, "_KV_TILE", 8),
+            (tiled, "_MOST_GATHERED", 2),
+            (costs, "_LEAST_BYTES", 1),
+            (costs, "_SHARE", 0.0),
+        ):
+            patch.setattr(room, name, value)
+        agree(Program((Branch(mask),)), q, k, v, "tiled", q_offset=q_offset)
+    caches.forget()

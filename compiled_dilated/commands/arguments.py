@@ -33,6 +33,7 @@ class Lowering(StrEnum):
     """How attention is computed."""
 
     auto = "auto"
+    native = "native"
     dense = "dense"
     strided = "strided"
     tiled = "tiled"

@@ -1,4 +1,7 @@
-"""One kernel call over all pairs, hidden ones masked by an additive log c: for short sequences, and masks that allow most pairs."""
+"""One kernel call over all pairs, hidden ones masked by an additive log c.
+
+Best for short sequences, and masks that allow most pairs.
+"""
 
 from __future__ import annotations
 

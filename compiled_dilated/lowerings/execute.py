@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calls import Call
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
-from ..plans import Plan
+from ..plans import Plan, Proposal
 from . import batches as running
 from . import costs, flex, hidden, native
 from .batches import Batch, Sums
@@ -29,23 +29,12 @@ def merge_into(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Ten
 
 def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
-    if not computes_hidden_pairs(plan):
-        return _forward(plan, call, q, k, v)
+    if plan.lowering == "native":  # which sees to bad numbers itself
+        return native.forward(plan.chosen[0].work[0], call, q, k, v)
     return hidden.forward(partial(_forward, plan), call, q, k, v)
 
 
-def computes_hidden_pairs(plan: Plan) -> bool:
-    """Whether a kernel call computes pairs that the program does not allow, with weight 0."""
-    if plan.lowering == "flex":
-        return True
-    if plan.lowering == "native":  # which sees to them itself
-        return False
-    return any(batch.masks or batch.causal for batch in _batches(plan))
-
-
 def _forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if plan.lowering == "native":
-        return native.forward(plan.chosen[0].work[0], call, q, k, v)
     if plan.lowering == "flex":
         return flex.forward(plan.chosen[0].work[0], plan.problem, call, q, k, v)
     out, lse = empty_out(q, v, is_by_token(q)).zero_(), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
@@ -59,14 +48,12 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
     dead = saved.lse == -math.inf
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(dead, 0.0)
     saved = replace(saved, lse=saved.lse.masked_fill(dead, math.inf), grad_lse=grad_lse)
-    if plan.lowering != "native" and not computes_hidden_pairs(plan):
-        return _backward(plan, call, saved)
     return hidden.backward(partial(_backward, plan), call, saved)
 
 
 def _backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     if plan.lowering == "native":
-        return native.backward(plan.chosen[0].work[0], call, saved)
+        return native.backward(_native_work(plan, call), call, saved)
     if plan.lowering == "flex":
         return flex.backward(plan.chosen[0].work[0], plan.problem, call, saved)
     inputs = (saved.q, saved.k, saved.v)
@@ -77,6 +64,16 @@ def _backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Ten
     # One by one: of what has been rounded the sum is freed.
     grad_q, grad_k, grad_v = (sums.pop(0).to(x.dtype) for x in inputs)
     return grad_q, grad_k, grad_v
+
+
+def _native_work(plan: Plan, call: Call) -> native.Work:
+    """The program as the kernel reads it, without a score_mod where the call has none: which keys are seen is asked so."""
+    work: native.Work = plan.chosen[0].work[0]
+    if call.score_mod is None and plan.problem.scores is not None:
+        plain = native.propose(replace(plan.problem, scores=None))
+        assert isinstance(plain, Proposal)
+        work = plain.work[0]
+    return work
 
 
 def _batches(plan: Plan) -> list[Batch]:

@@ -1,6 +1,6 @@
 """The native CPU kernel: all branches of a program, of any mask, in one call that finds its tiles itself.
 
-    propose -> encode (a program as numbers) -> native.library's operators, compiled once on a machine
+propose -> encode (a program as numbers) -> native.library's operators, compiled once on a machine
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ..masks import Mask
 from ..masks.functions import slot_name
 from ..masks.grids import Neighborhood
 from ..native import build, library
-from ..native.encode import Untranslatable, encode, mask_slots
+from ..native.encode import encode, mask_slots
+from ..native.tape import Untranslatable
 from ..partials import Saved, is_by_token
 from ..plans import Cost, Problem, Proposal, Refusal, Scores
 from ..programs import PerLength, Program
@@ -29,9 +30,6 @@ _MOST_POSITIONS = 2**30
 _WIDEST = 256
 # Bytes of a thread's tile: its queries and results, a block of keys and values, scores.
 _TILE_QUERIES, _BLOCK_KEYS = 64, 128
-
-
-assert library.SCHEMAS  # importing it defines the operators
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,9 @@ class Work:
             operands += call.score_mod.operands
         return [call.data[name] for name in self.names], operands
 
-
-    def of_operator(self, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, score_slots: Sequence[int]) -> tuple[Any, Any]:
+    def of_operator(
+        self, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, score_slots: Sequence[int]
+    ) -> tuple[Any, Any]:
         """The same of an operator's arguments: data in the order of names, and all operands."""
         places = (*self.slots, *score_slots)
         return data[: len(self.names)] if data else None, [operands[slot] for slot in places] if operands and places else None
@@ -142,14 +141,14 @@ def counts(work: Work, problem: Problem) -> tuple[int, ...]:
         problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.value_dim,
         _TYPES[problem.dtype],
     ]  # fmt: skip
-    numbers = torch.ops.compiled_dilated.native_counts(None, None, work.code, sizes, problem.q_offset, None)
+    numbers = library.operators.native_counts(None, None, work.code, sizes, problem.q_offset, None)
     return tuple(numbers.tolist())
 
 
 def forward(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
     data, operands = work.inputs(call)
-    result: tuple[Tensor, Tensor] = torch.ops.compiled_dilated.native.default(
+    result: tuple[Tensor, Tensor] = library.operators.native.default(
         q, k, v, data, operands, work.code, call.scale, call.q_offset, call.offsets, is_by_token(q)
     )
     return result
@@ -158,7 +157,7 @@ def forward(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
 def merge_into(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Go on from out and lse with the pairs of these tensors."""
     data, operands = work.inputs(call)
-    torch.ops.compiled_dilated.native_merge.default(out, lse, q, k, v, data, operands, work.code, call.scale, call.q_offset)
+    library.operators.native_merge.default(out, lse, q, k, v, data, operands, work.code, call.scale, call.q_offset)
 
 
 def backward(work: Work, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +165,7 @@ def backward(work: Work, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
     data, operands = work.inputs(call)
     mod = call.score_mod
     learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
-    grad_q, grad_k, grad_v, vector = torch.ops.compiled_dilated.native_backward.default(
+    grad_q, grad_k, grad_v, vector = library.operators.native_backward.default(
         saved.grad_out, saved.grad_lse, saved.q, saved.k, saved.v, saved.out, saved.lse,
         data, operands, work.code, call.scale, call.q_offset, call.offsets, learned,
     )  # fmt: skip

@@ -64,6 +64,11 @@ class Mask(ABC):
         """Those of `names` that are read at the query's position too, not at the key's alone."""
         return tuple(sorted({name for part in self.parts for name in part.query_names}))
 
+    def check_data(self, data: Data) -> None:
+        """Raise TypeError where a data tensor is not of the dtype that the mask reads."""
+        for part in self.parts:
+            part.check_data(data)
+
     @property
     def per_call(self) -> bool:
         """Whether the mask may differ from call to call, or inside a batch: it reads data, or the batch index."""

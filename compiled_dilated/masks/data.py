@@ -151,8 +151,14 @@ class Padding(Mask):
         return (self.name,)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        padding = _flags(data, self.name, self, "a key is padding", "is 1 where a key counts, pass mask == 0")
+        padding = self._flags(data)
         return ~padding[_row(padding, b), kv] & (q == q)
+
+    def check_data(self, data: Data) -> None:
+        self._flags(data)
+
+    def _flags(self, data: Data | None) -> Any:
+        return _flags(data, self.name, self, "a key is padding", "is 1 where a key counts, pass mask == 0")
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         return np.full(len(q), PARTIAL)

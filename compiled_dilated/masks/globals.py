@@ -99,9 +99,15 @@ class GlobalData(Mask):
         return (self.name,)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        flags = _flags(data, self.name, self, "a token is global", "is 1 where a token is global, pass mask == 1")
+        flags = self._flags(data)
         row = _row(flags, b)
         return flags[row, q] | flags[row, kv]
+
+    def check_data(self, data: Data) -> None:
+        self._flags(data)
+
+    def _flags(self, data: Data | None) -> Any:
+        return _flags(data, self.name, self, "a token is global", "is 1 where a token is global, pass mask == 1")
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         return np.full(len(q), PARTIAL)

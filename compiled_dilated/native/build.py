@@ -93,7 +93,6 @@ class _Recipe:
         units = [(len(content), name) for name, content in self.sources if name.endswith(".cpp") and self._holds(name)]
         return [name for _, name in sorted(units, reverse=True)]
 
-
     def _holds(self, unit: str) -> bool:
         return self.part in ("whole", _PARTS.get(unit, "core"))
 
@@ -213,9 +212,7 @@ def _used(path: Path) -> float:
 # How it is built ------------------------------------------------------------------------------------------------------------
 
 
-def library(
-    sources: Path | None = None, defines: Sequence[str] = (), part: str = "whole", core: Path | None = None
-) -> Path:
+def library(sources: Path | None = None, defines: Sequence[str] = (), part: str = "whole", core: Path | None = None) -> Path:
     """Build the library of these sources if it is not there, and return its path.
 
     part: the sources to take, "whole" for all. core: the library of the part "core", which other parts need.

@@ -111,7 +111,9 @@ def _empty(dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 def _limit(program: Program) -> int:
     """The positions that the program speaks of; -1: any."""
-    limits = [math.prod(part.grid) for branch in program.branches for part in _parts(branch.mask) if isinstance(part, Neighborhood)]
+    limits = [
+        math.prod(part.grid) for branch in program.branches for part in _parts(branch.mask) if isinstance(part, Neighborhood)
+    ]
     limits += [math.prod(branch.order.grid) for branch in program.branches if isinstance(branch.order, Hilbert)]
     return min(limits, default=-1)
 

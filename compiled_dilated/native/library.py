@@ -37,6 +37,9 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+operators: Any = torch.ops.compiled_dilated
+
+
 # Shapes ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -171,7 +171,7 @@ def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Ke
     own, (k, v) = queries.of(block), keys.of(block)
     plan = _plan(block, call, own.q, v)
     local = _call(block, layout, call, plan)
-    bad = keys.bad_of(block) if execute.computes_hidden_pairs(plan) else None
+    bad = None if plan.lowering == "native" else keys.bad_of(block)
     if bad is None:
         execute.merge_into(plan, local, own.q, k, v, own.out, own.lse)
         return

@@ -111,9 +111,8 @@ struct WideGradient {
         grad_out_rows(room.take<T>(TQ * padded<T>(value_dim))), key_copies(room.take<T>(most_keys * head_dim)),
         value_copies(room.take<T>(most_keys * value_dim)) {}
 
-  // lse: in binary units; of lanes past the end +inf. Scores come in natural units where a function has `changed` them.
-  void begin(const Head& q, const Head& grad_out, const int32_t* rows, bool changed, const T* lse, const T* delta) {
-    const double factor = changed ? scale : scale * log2_of_e;
+  // lse: natural, as all scores are in a backward; of lanes past the end +inf. changed: whether a function changes them.
+  void begin(const Head& q, const Head& grad_out, const int32_t* rows, bool, const T* lse, const T* delta) {
     const int ldq = padded<T>(head_dim), ldo = padded<T>(value_dim);
     int last = 0;
     for (int i = 0; i < TQ; ++i) {
@@ -123,7 +122,7 @@ struct WideGradient {
       read_row<T>(grad_out.row(rows[last]), grad_out.type, T(1), out_row, value_dim);
       std::fill(q_row + head_dim, q_row + ldq, T(0));
       std::fill(out_row + value_dim, out_row + ldo, T(0));
-      for (int d = 0; d < ldq; ++d) scaled_row[d] = q_row[d] * static_cast<T>(factor);
+      for (int d = 0; d < ldq; ++d) scaled_row[d] = q_row[d] * static_cast<T>(scale);
     }
     products.begin(scaled, q_rows, ldq, grad_out_rows, ldo, lse, delta, static_cast<T>(scale));
   }
@@ -162,7 +161,7 @@ class BackwardWorker {
 
   BackwardWorker(const Problem& problem, const Program& program, const Gradients& gradients, const Shape& shape, Room& room)
       : problem_(problem), program_(program), gradients_(gradients), shape_(shape),
-        engine_(start(room, shape), shape, problem.scale), scores_(program), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
+        engine_(start(room, shape), shape, problem.scale), scores_(program, false), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
         lse_(room.take<T>(TQ)), delta_(room.take<T>(TQ)) {}
 
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
@@ -209,7 +208,7 @@ class BackwardWorker {
     return room;
   }
 
-  // Each query's log-sum-exp, in binary units, and delta. Rows that see nothing send nothing: with +inf all weights are 0.
+  // Each query's log-sum-exp and delta. Rows that see nothing send nothing: with +inf all weights are 0.
   void read_statistics(int64_t b, int64_t h, const QueryTile<W>& tile, const Head& grad_out) {
     const Head out(problem_.out, b, h), lse(problem_.lse, b, h);
     std::vector<T>& a = out_row_;
@@ -223,7 +222,7 @@ class BackwardWorker {
       if (row < 0) continue;
       const T value = *static_cast<const T*>(lse.row(row));
       if (value == -infinity<T>) continue;
-      lse_[i] = static_cast<T>(value * log2_of_e);  // in double: a rounded factor would weigh on every pair
+      lse_[i] = value;
       read_row<T>(out.row(row), out.type, T(1), a.data(), shape_.value_dim);
       read_row<T>(grad_out.row(row), grad_out.type, T(1), g.data(), shape_.value_dim);
       for (int d = 0; d < shape_.value_dim; ++d) delta_[i] += a[d] * g[d];

@@ -17,20 +17,18 @@ struct AmxGradient {
       : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(static_cast<float>(scale)),
         products(room.take<char>(bytes(shape)), head_dim, value_dim) {}
 
-  // lse: in binary units; of lanes past the end +inf.
+  // lse: natural; of lanes past the end +inf.
   void begin(const Head& q, const Head& grad_out, const int32_t* rows, bool changed, const float* lse, const float* delta) {
     scales_first = changed || !(scale > 0);
-    first_factor = changed ? scale : scale * static_cast<float>(log2_of_e);
     const uint16_t *q_rows[TQ], *grad_rows[TQ];
-    float natural[TQ];
     int last = 0;
     for (int i = 0; i < TQ; ++i) {
       if (rows[i] >= 0) last = i;
       q_rows[i] = static_cast<const uint16_t*>(q.row(rows[last]));
       grad_rows[i] = static_cast<const uint16_t*>(grad_out.row(rows[last]));
-      natural[i] = lse[i] * static_cast<float>(ln_of_2);
     }
-    products.begin(q_rows, grad_rows, natural, delta, scale, scales_first ? 1.0f : first_factor);
+    constexpr float binary = static_cast<float>(log2_of_e);
+    products.begin(q_rows, grad_rows, lse, delta, scale, scales_first ? binary : scale * binary);
   }
 
   void keys_from(const Head& k, const Head& v, int64_t) { keys = k, values = v; }
@@ -48,7 +46,7 @@ struct AmxGradient {
     const int first = block.low * W, lanes_seen = (block.high - block.low) * W;
     const auto scale_scores = [&](float* from, int ld, int n) {
       for (int key = 0; key < n; ++key)
-        for (int i = 0; i < lanes_seen; ++i) from[key * ld + i] *= first_factor;
+        for (int i = 0; i < lanes_seen; ++i) from[key * ld + i] *= scale;
     };
     const auto edit = [&](float* scores, int ld, int n) {
       if (scales_first) scale_scores(scores + first, ld, n);
@@ -74,7 +72,6 @@ struct AmxGradient {
   AmxTiles tiles;
   AmxBackward products;
   bool scales_first = false;
-  float first_factor = 1;
   std::vector<float> natural_scores;
   Head keys{Array{}, 0, 0}, values{Array{}, 0, 0};
 };

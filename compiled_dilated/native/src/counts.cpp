@@ -17,17 +17,24 @@ void count_with(const Problem& problem, const Program& program) {
   const Stretches<W> stretches(problem, program, shape, shape.batch * shape.heads, 1);
   Counts counts;
   QueryTile<W> tile;
-  for (int64_t b = 0; b < shape.batch; ++b)
-    for (int64_t h = 0; h < shape.heads; ++h) {
-      const Group& group = program.groups[program.group_of_head[h]];
-      const QueryTiles<W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
+  // Heads of a group see the same, and so do entries of the batch where nothing tells them apart: one stands for all.
+  const int64_t entries = program.varies_by_entry ? shape.batch : 1;
+  for (int64_t b = 0; b < entries; ++b)
+    for (int64_t group = 0; group < static_cast<int64_t>(program.groups.size()); ++group) {
+      const auto first = std::find(program.group_of_head.begin(), program.group_of_head.end(), group);
+      const int64_t h = first - program.group_of_head.begin();
+      const int64_t alike = std::count(first, program.group_of_head.end(), group) * (shape.batch / entries);
+      const QueryTiles<W>& tiles = stretches.tiles(offset_entry(problem, b), group);
+      Counts one;
       for (int64_t index = 0; index < tiles.count(); ++index) {
         tiles.tile_at(index, tile);
         if (!tile.vectors) continue;
-        ++counts.tiles;
-        walk_keys<Engine>(program.masks, b, h, group, tile, shape.kv_len,
-                          [&](const Branch&, const KeyBlock& block) { counts.add(block, W); });
+        ++one.tiles;
+        walk_keys<Engine>(program.masks, b, h, program.groups[group], tile, shape.kv_len,
+                          [&](const Branch&, const KeyBlock& block) { one.add(block, W); });
       }
+      counts.pairs += one.pairs * alike, counts.partial += one.partial * alike;
+      counts.blocks += one.blocks * alike, counts.tiles += one.tiles * alike;
     }
   counts.write(problem.counts);
 }

@@ -317,7 +317,7 @@ class Backward {
   }
 
   // scaled: TQ rows of q times what makes its products scores; q, grad_out: TQ rows as they are, padded to whole vectors.
-  // lse: in the scores' units, +inf for rows that send nothing. scale: of dS K and dS^T Q.
+  // lse: natural, as scores are here; +inf for rows that send nothing. scale: of dS K and dS^T Q.
   void begin(const T* scaled, const T* q, int ldq, const T* grad_out, int ldo, const T* lse, const T* delta, T scale) {
     q_rows_ = q, out_rows_ = grad_out, ldq_ = ldq, ldo_ = ldo, scale_ = scale;
     for (int j = 0; j < tile_vectors; ++j) {
@@ -366,7 +366,8 @@ class Backward {
 #pragma GCC unroll 2
       for (int k = 0; k < n; ++k) {
         T *weight = weights + k * ld + j * W, *grad = grads + k * ld + j * W;
-        const Vector<T> share = exp2_of(load(weight) - lse);
+        // The difference is small: made binary here, it keeps the precision that scores and log-sum-exps have.
+        const Vector<T> share = exp2_of((load(weight) - lse) * static_cast<T>(log2_of_e));
         store(weight, share);
         store(grad, share * (load(grad) - delta));
       }

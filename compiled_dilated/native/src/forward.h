@@ -187,7 +187,7 @@ class ForwardWorker {
   // careful: keys and values may hold numbers that are not finite, which are kept from queries that do not see them.
   ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, bool careful, Room& room)
       : problem_(problem), program_(program), shape_(shape), careful_mode_(careful),
-        engine_(start(room, shape), shape), scores_(program),
+        engine_(start(room, shape), shape), scores_(program, true),
         out_(room.take<T>(static_cast<size_t>(TQ) * shape.value_dim)), lse_(room.take<T>(TQ)) {}
 
   // Stretches of tiles follow each other: `first` is the place of the stretch's first tile, of `tiles`.

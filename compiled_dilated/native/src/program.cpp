@@ -193,6 +193,9 @@ Program read_program(const Problem& problem) {
   for (const Node& node : program.masks.nodes) program.varies_by_entry |= node.op == Op::function;
   const int64_t first = *std::min_element(problem.q_offsets.begin(), problem.q_offsets.end());
   for (const Node& node : program.masks.nodes) {
+    const bool reads_flags = node.op == Op::padding || node.op == Op::global_data;
+    if (reads_flags && problem.data[node.arguments[0]].type != Type::boolean)
+      throw std::runtime_error("padding and global tokens are bool data, True where a key is padding or a token global");
     const bool reads_queries = node.op == Op::document_ids || node.op == Op::global_data;
     if (reads_queries && (first < 0 || program.masks.data[node.arguments[0]].tokens < positions))
       throw std::runtime_error("data that is read at the query's position must have an entry for each query");

@@ -68,7 +68,8 @@ class Scores {
   static constexpr int W = lanes<T>;
   using Ints = typename TileQueries<W>::Ints;
 
-  explicit Scores(const Program& program) : program_(program), seen_(static_cast<size_t>(128) * tile_vectors * W) {}
+  // binary: whether scores that a function changed are to become binary.
+  Scores(const Program& program, bool binary) : program_(program), binary_(binary), seen_(static_cast<size_t>(128) * tile_vectors * W) {}
 
   void start(int64_t b, int64_t h, const QueryTile<W>& tile) {
     b_ = b, h_ = h, tile_ = &tile;
@@ -79,7 +80,7 @@ class Scores {
 
   bool changes(const KeyBlock& block) const { return program_.score_mod || block.any_partial; }
 
-  // scores[key * ld + query] of the block, in natural units where there is a score_mod, binary afterwards.
+  // scores[key * ld + query] of the block, in natural units where there is a score_mod.
   void change(const KeyBlock& block, T* scores, int ld) {
     if (program_.score_mod) {
       const auto change = [] {
@@ -87,8 +88,9 @@ class Scores {
         else return functions().score_f32;
       }();
       change(*program_.score_mod, program_.operands.data(), pairs(block), scores, ld, room_.get());
-      const int total = block.count * ld;
-      for (int i = 0; i < total; ++i) scores[i] *= static_cast<T>(log2_of_e);
+      if (binary_)
+        for (int key = 0; key < block.count; ++key)
+          for (int i = 0; i < (block.high - block.low) * W; ++i) scores[key * ld + i] *= static_cast<T>(log2_of_e);
     }
     if (block.any_partial) hide(block, scores, ld);
   }
@@ -146,6 +148,7 @@ class Scores {
   }
 
   const Program& program_;
+  const bool binary_;
   TileQueries<W> queries_;
   const QueryTile<W>* tile_ = nullptr;
   int64_t b_ = 0, h_ = 0;

@@ -24,7 +24,6 @@ from torch._C import (
     _ForceDispatchKeyGuard,
     _is_any_autocast_enabled,
 )
-
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from . import planner
@@ -169,7 +168,8 @@ def _check_offsets(plan: Plan, call: Call) -> None:
     if call.offsets is not None and plan.lowering != "native":
         raise ValueError(
             "q_offset as a tensor, one position for each sequence, is computed by the lowering 'native' alone, which is not "
-            f"possible here: the plan is {plan.lowering!r} on {plan.problem.device}. Call the sequences one by one, each with a number"
+            f"possible here: the plan is {plan.lowering!r} on {plan.problem.device}. "
+            "Call the sequences one by one, each with a number"
         )
 
 

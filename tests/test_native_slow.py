@@ -34,6 +34,7 @@ from tests.test_native import (
     normal,
     problem_of,
     ragged,
+    tolerance,
     work_of,
 )
 
@@ -116,7 +117,8 @@ def check_functions() -> None:
             grads = torch.autograd.grad((out.double().sum() + lse[alive].double().sum()), [*inputs, table])
             results.append([out.detach(), lse.detach(), *grads])
         assert_near(results[0][:5], [x.double() for x in results[1][:5]], dtype)
-        assert_near([results[0][5]], [results[1][5].double()], dtype)
+        learned, right = results[0][5].double(), results[1][5].double()
+        assert (learned - right).abs().max() <= tolerance(dtype) * right.abs().max(), dtype
 
 
 def wrapper(path: Path, *more: str) -> str:
@@ -272,7 +274,8 @@ Array array(std::vector<T>& x, int64_t heads, int64_t tokens, int64_t width) {
 
 template <class T>
 double error(std::vector<int64_t> node, bool (*sees)(int, int), int n, int dim, int value_dim) {
-  std::vector<T> q(n * dim), k(n * dim), v(n * value_dim), out(n * value_dim), lse(n), go(n * value_dim), gq(n * dim), gk(n * dim), gv(n * value_dim);
+  const int narrow = n * dim, wide = n * value_dim;
+  std::vector<T> q(narrow), k(narrow), v(wide), out(wide), lse(n), go(wide), gq(narrow), gk(narrow), gv(wide);
   for (auto* x : {&q, &k, &v, &go}) for (T& number : *x) number = static_cast<T>(next());
   Problem problem;
   problem.q = array(q, 1, n, dim), problem.k = array(k, 1, n, dim), problem.v = array(v, 1, n, value_dim);
@@ -342,11 +345,17 @@ def test_arm_gives_the_same(tmp_path: Path) -> None:
         pytest.skip("needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu)")
     (tmp_path / "main.cpp").write_text(ARM)
     flags = [flag for flag in build._FLAGS if not flag.startswith("-march")]
-    sources = sorted(str(path) for path in build.SOURCES.glob("*.cpp") if path.name != "operators.cpp")
+    sources = [path for path in sorted(build.SOURCES.glob("*.cpp")) if path.name != "operators.cpp"]
+    # Of the driver GCC 12 has an internal error at -O3.
+    units = [(path, "-O3") for path in sources] + [(tmp_path / "main.cpp", "-O1")]
+    objects = []
+    for path, level in units:
+        objects.append(str(tmp_path / f"{path.stem}.o"))
+        command = [compiler, *flags, level, f"-I{build.SOURCES}", "-c", str(path), "-o", objects[-1]]
+        built = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert built.returncode == 0, f"{path.name}: {built.stderr[-4000:]}"
     program = str(tmp_path / "main")
-    command = [compiler, *flags, "-static", f"-I{build.SOURCES}", str(tmp_path / "main.cpp"), *sources, "-o", program, "-pthread"]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert built.returncode == 0, built.stderr[-4000:]
+    subprocess.run([compiler, "-static", *objects, "-o", program, "-pthread"], check=True)
     done = subprocess.run([emulator, program], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, said(done)
     wide, narrow = map(float, done.stdout.split())

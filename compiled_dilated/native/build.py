@@ -37,6 +37,7 @@ _FLAGS = (
 # Sources that are built into libraries of their own when a call first needs them, so that the first call waits for few.
 _PARTS = {
     "functions.cpp": "functions",
+    "function_part.cpp": "functions",
     "function_loops.cpp": "functions",
     "function_bounds.cpp": "functions",
     "forward_amx.cpp": "amx",

@@ -307,16 +307,17 @@ class TransposedGroups {
 
 // Arithmetic --------------------------------------------------------------------------------------------------------------
 
-// 2^x with an error of 8e-5, a twentieth of what rounding to bfloat16 adds; 2^0 rounds to 1. Below the normal numbers 0, since
+// 2^x with an error of 1e-4, a twentieth of what rounding to bfloat16 adds. Below the normal numbers 0, since
 // denormals cost a hundred cycles; NaN stays NaN.
 NATIVE_INLINE __m512 exp2_rough(__m512 x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
   constexpr int minus_floor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
   const __m512 rest = _mm512_reduce_ps(x, minus_floor);
-  __m512 power = _mm512_set1_ps(0.0780245227f);
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.226067155f));
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.695833541f));
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.999925219f));
+  // 1 at 0 and 2 at 1, so that a query's greatest weight is 1 whichever side of it rounding falls.
+  __m512 power = _mm512_set1_ps(0.078267968f);
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.226307684f));
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.695424347f));
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
   return _mm512_maskz_scalef_ps(normal, power, x);  // which takes the floor of x itself
 }
 
@@ -470,7 +471,7 @@ class AmxForward {
     const __m512 largest = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
     const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(largest, factor));
     // Where nothing has been seen yet, -inf - -inf would be NaN.
-    const __m512 safe = _mm512_max_ps(now, _mm512_set1_ps(-1e30f));
+    const __m512 safe = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, _mm512_set1_ps(-infinity<float>), _CMP_NEQ_UQ), now);
     const __m512 shrinks = (__m512)exp2_of((Vector<float>)_mm512_sub_ps(before, safe));
 
     // Two keys at a time: their weights are rounded and lie paired, as the product with V^T reads them. What is summed are the

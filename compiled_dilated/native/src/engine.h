@@ -273,7 +273,7 @@ class Forward {
     if (k < n) most[0] = larger<T>(most[0], load(column + k * ld));
     const Vector<T> before = load(most_ + at), now = larger<T>(before, larger<T>(most[0], most[1]));
     // Where nothing has been seen yet, -inf - -inf would be NaN.
-    const Vector<T> safe = larger<T>(now, all(T(-1e30)));
+    const Vector<T> safe = now == -infinity<T> ? Vector<T>{} : now;
     const Vector<T> factor = exp2_of(before - safe);
     Vector<T> sums[2] = {};
     for (k = 0; k + 2 <= n; k += 2)

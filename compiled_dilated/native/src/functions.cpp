@@ -1,7 +1,5 @@
 #include "functions.h"
 
-#include "parts.h"
-
 #include <algorithm>
 #include <atomic>
 #include <map>
@@ -618,10 +616,5 @@ template void score<float>(const Function&, const Array*, const Pairs&, float*, 
 template void score<double>(const Function&, const Array*, const Pairs&, double*, int, FunctionRoom&);
 template void score_backward<float>(const Function&, const Array*, const Pairs&, const float*, float*, int, float* const*, FunctionRoom&);
 template void score_backward<double>(const Function&, const Array*, const Pairs&, const double*, double*, int, double* const*, FunctionRoom&);
-
-static const FunctionPart part_of_functions{
-    &read_function, &check_operands, &mask, &classify, &score<float>, &score<double>, &score_backward<float>, &score_backward<double>,
-    [] { return new FunctionRoom; }, [](FunctionRoom* room) { delete room; }};
-static const bool registered = (parts().functions = &part_of_functions, true);
 
 }  // namespace native

@@ -309,8 +309,8 @@ def share(program: Program | Mask, n: int, heads: int) -> float:
         ops.native_counts(None, None, encode(program, heads), [1, heads, 1, n, n, 16, 16, _TYPES["float32"]], 0, None)[0]
     )
     if isinstance(program.branches[0].mask, masks.Tiles):
-        mask = program.branches[0].mask
-        return len(mask.keys) * mask.block**2 / computed
+        tiles = program.branches[0].mask
+        return len(tiles.keys) * tiles.block**2 / computed
     useful, keys = 0, torch.arange(n)
     for branch in program.branches:
         for head in branch.head_range(heads):
@@ -541,7 +541,10 @@ def test_gradients_that_are_expanded_or_none(dtype: torch.dtype) -> None:
 def test_merge_goes_on_from_any_layout(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     """Keys in three parts, each block's queries counted from its first key; so parts may begin after the queries."""
     _, plain = ragged(dtype, 16, 12, 100, 200)
-    out, lse = layout(plain.v.new_zeros(2, 4, 100, 12)), plain.grad_lse.new_full((2, 4, 100), -math.inf)
+    out, lse = (
+        layout(plain.v.new_zeros(2, 4, 100, 12)),
+        torch.full((2, 4, 100), -math.inf, dtype=torch.promote_types(dtype, torch.float32)),
+    )
     program = masks.window(33, 7)
     work = work_of(program, 4)
     for start, stop in ((0, 70), (70, 71), (71, 200)):
@@ -568,11 +571,11 @@ def test_rows_anywhere_in_memory(apart: int, dtype: torch.dtype) -> None:
         work = work_of(mask, 5)
         want = expected(mask, Problem(work, q, k, v, grad_out, None))
         for start in (0, 1024 + 8):
-            there = []
-            for room, x in zip(memory, (k, v), strict=True):
-                view = room[start:].as_strided((1, 5, n, width), (0, n * apart, apart, 1), room.storage_offset() + start)
-                there.append(view.copy_(x))
-            assert_near(Problem(work, q, *there, grad_out, None).results(), want, f"{mask!r} from {start}")
+            k_there, v_there = (
+                room.as_strided((1, 5, n, width), (0, n * apart, apart, 1), room.storage_offset() + start).copy_(x)
+                for room, x in zip(memory, (k, v), strict=True)
+            )
+            assert_near(Problem(work, q, k_there, v_there, grad_out, None).results(), want, f"{mask!r} from {start}")
 
 
 # Data -----------------------------------------------------------------------------------------------------------------------
@@ -676,7 +679,8 @@ def test_new_data_follows_the_same_plan() -> None:
     plan = attend.plan(q, k, v)
     for kind in KINDS:
         data = {"of": ids(kind, 2, 90), "padding": ids("unsorted", 2, 90) < 3}
-        assert_near([attend(q, k, v, data=data)], [cd.reference(mask, q, k, v, data=data)], kind)
+        want: Any = cd.reference(mask, q, k, v, data=data)
+        assert_near([attend(q, k, v, data=data)], [want], kind)
         assert attend.plan(q, k, v) is plan
     assert attend.plan(q, k, v).lowering == "native"
 
@@ -744,7 +748,7 @@ def test_hidden_numbers_in_all_places(dtype: torch.dtype, threads: Callable[[int
         of_key, bad = token % 2 == 0, BAD[token % 3]
         spoiled = [k.clone(), v.clone()]
         spoiled[not of_key][token // 2 % 2, 1, token, 3] = math.nan if of_key else bad
-        out, lse = Problem(work, q, *spoiled, q, None).forward()
+        out, lse = Problem(work, q, spoiled[0], spoiled[1], q, None).forward()
         seen = torch.zeros(2, 2, n, dtype=torch.bool)
         seen[token // 2 % 2, 1, token : token + 6] = True
         assert torch.equal(lse.isnan(), seen & of_key)

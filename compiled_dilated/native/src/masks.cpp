@@ -617,6 +617,7 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
   }
 }
 
+template class TileQueries<2>;
 template class TileQueries<4>;
 template class TileQueries<8>;
 template class TileQueries<16>;

@@ -8,6 +8,13 @@
 
 namespace native {
 
+// 16-bit floats of the CPU's own arithmetic.
+#if defined(__aarch64__)
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 enum class Type : int { f32, f64, f16, bf16, boolean, i8, i16, i32, i64, u8 };
 
 constexpr int max_dims = 8;

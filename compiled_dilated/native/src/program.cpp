@@ -179,7 +179,16 @@ Program read_program(const Problem& problem) {
       throw std::runtime_error("data must have shape (batch or 1, tokens), of at least as many tokens as there are keys");
   }
   const int64_t nodes = reader.next(0, most, "a count of masks");
-  for (int64_t i = 0; i < nodes; ++i) program.masks.add(read_node(reader, i, problem, problem.data.size()));
+  std::vector<int> depths;
+  for (int64_t i = 0; i < nodes; ++i) {
+    Node node = read_node(reader, i, problem, problem.data.size());
+    int depth = 1;
+    if (node.op == Op::all_of || node.op == Op::any_of || node.op == Op::none_of)
+      for (const int64_t part : node.arguments) depth = std::max(depth, depths[part] + 1);
+    if (depth > 1000) throw std::runtime_error("the attention's code has masks of masks, more than 1000 deep");
+    depths.push_back(depth);
+    program.masks.add(std::move(node));
+  }
   for (const Group& group : program.groups)
     for (const Branch& branch : group.branches)
       if (branch.root >= nodes) throw std::runtime_error("the attention's code names a mask that it does not have");

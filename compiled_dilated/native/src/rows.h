@@ -51,7 +51,7 @@ inline void read_row(const void* from, Type type, T factor, T* to, int count) {
       for (int i = 0; i < count; ++i) to[i] = static_cast<T>(wide(static_cast<const uint16_t*>(from)[i])) * factor;
       break;
     case Type::f16:
-      for (int i = 0; i < count; ++i) to[i] = static_cast<T>(static_cast<float>(static_cast<const _Float16*>(from)[i])) * factor;
+      for (int i = 0; i < count; ++i) to[i] = static_cast<T>(static_cast<float>(static_cast<const Half*>(from)[i])) * factor;
       break;
     default: throw std::runtime_error("attention takes float16, bfloat16, float32 and float64");
   }
@@ -70,7 +70,7 @@ inline void write_row(const T* from, Type type, void* to, int count) {
       for (int i = 0; i < count; ++i) static_cast<uint16_t*>(to)[i] = narrow(static_cast<float>(from[i]));
       break;
     case Type::f16:
-      for (int i = 0; i < count; ++i) static_cast<_Float16*>(to)[i] = static_cast<_Float16>(static_cast<float>(from[i]));
+      for (int i = 0; i < count; ++i) static_cast<Half*>(to)[i] = static_cast<Half>(static_cast<float>(from[i]));
       break;
     default: throw std::runtime_error("attention takes float16, bfloat16, float32 and float64");
   }

@@ -117,7 +117,7 @@ NATIVE_INLINE Vector<float> exp2_of(Vector<float> x) {
   for (int i = 1; i < 7; ++i) power = power * rest + coefficients[i];
   const VectorMask<float> exponent = (VectorMask<float>)shifted << 23;
   const Vector<float> result = (Vector<float>)((VectorMask<float>)power + exponent);
-  return x < -125.0f ? Vector<float>{} : result;
+  return x < -125.0f ? Vector<float>{} : x == x ? result : x;
 #endif
 }
 
@@ -130,7 +130,7 @@ NATIVE_INLINE Vector<double> exp2_of(Vector<double> x) {
   for (int i = 14; i > 0; --i) power = power * rest / static_cast<double>(i) + 1.0;
   const VectorMask<double> exponent = (VectorMask<double>)shifted << 52;
   const Vector<double> result = (Vector<double>)((VectorMask<double>)power + exponent);
-  return x < -1000.0 ? Vector<double>{} : result;
+  return x < -1000.0 ? Vector<double>{} : x == x ? result : x;
 }
 
 }  // namespace native

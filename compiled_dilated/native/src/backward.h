@@ -63,13 +63,11 @@ class KeyGradients {
   T* rows(int64_t head, int which) {
     if (sums_.empty()) {
       const Array& to = which ? gradients_.grad_v : gradients_.grad_k;
-      return static_cast<T*>(const_cast<void*>(to.data)) + head * shape_.kv_len * widths_[which];
+      return to.writable<T>() + head * shape_.kv_len * widths_[which];
     }
     T* of_head = sums_.data() + (head - first_) * shape_.kv_len * (widths_[0] + widths_[1]);
     return of_head + (which ? shape_.kv_len * widths_[0] : 0);
   }
-
-  int row_width(int which) const { return widths_[which]; }
 
   // Rounds one head's sums into the gradients.
   void write(int64_t head) {
@@ -94,9 +92,8 @@ class KeyGradients {
 };
 
 template <class T>
-struct WideGradient {
-  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys, grain = 16, fine_grain = 4;
-  using Number = T;
+struct WideGradient : WideWalk<T> {
+  using WideWalk<T>::TQ, WideWalk<T>::most_keys;
 
   static size_t bytes(const Shape& shape) {
     const int head_width = padded<T>(shape.head_dim), value_width = padded<T>(shape.value_dim);
@@ -112,14 +109,12 @@ struct WideGradient {
         value_copies(room.take<T>(most_keys * value_dim)) {}
 
   // lse: natural, as all scores are in a backward; of lanes past the end +inf. changed: whether a function changes them.
-  void begin(const Head& q, const Head& grad_out, const int32_t* rows, bool, const T* lse, const T* delta) {
+  void begin(const Head& q, const Head& grad_out, const int32_t* sources, bool, const T* lse, const T* delta) {
     const int ldq = padded<T>(head_dim), ldo = padded<T>(value_dim);
-    int last = 0;
     for (int i = 0; i < TQ; ++i) {
-      if (rows[i] >= 0) last = i;
       T *q_row = q_rows + i * ldq, *out_row = grad_out_rows + i * ldo, *scaled_row = scaled + i * ldq;
-      read_row<T>(q.row(rows[last]), q.type, T(1), q_row, head_dim);
-      read_row<T>(grad_out.row(rows[last]), grad_out.type, T(1), out_row, value_dim);
+      read_row<T>(q.row(sources[i]), q.type, T(1), q_row, head_dim);
+      read_row<T>(grad_out.row(sources[i]), grad_out.type, T(1), out_row, value_dim);
       std::fill(q_row + head_dim, q_row + ldq, T(0));
       std::fill(out_row + value_dim, out_row + ldo, T(0));
       for (int d = 0; d < ldq; ++d) scaled_row[d] = q_row[d] * static_cast<T>(scale);
@@ -161,39 +156,29 @@ class BackwardWorker {
 
   BackwardWorker(const Problem& problem, const Program& program, const Gradients& gradients, const Shape& shape, Room& room)
       : problem_(problem), program_(program), gradients_(gradients), shape_(shape),
-        engine_(start(room, shape), shape, problem.scale), scores_(program, false), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
+        engine_(start(room, shape), shape, problem.scale), blocks_(program, shape.kv_len, false), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
         lse_(room.take<T>(TQ)), delta_(room.take<T>(TQ)) {}
 
-  void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
-    cache_.start(program_.varies_by_entry ? b : 0, program_.group_of_head[h], first, tiles);
-  }
+  void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) { blocks_.stretch(b, h, first, tiles); }
 
   // Adds a tile's share; index: of the tile in its stretch; is_last: no later tile of the slot's unit follows.
   void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, KeyGradients<T>& to, Turns& turns, int slot, bool is_last, T* const* sums) {
     const Head q(problem_.q, b, h), grad_out(gradients_.grad_out, b, h), grad_q(gradients_.grad_q, b, h);
     read_statistics(b, h, tile, grad_out);
     const bool natural = program_.score_mod != nullptr;
-    engine_.begin(q, grad_out, tile.rows, natural, lse_, delta_);
-    scores_.start(b, h, tile);
+    engine_.begin(q, grad_out, tile.sources, natural, lse_, delta_);
     const int64_t kv_head = shape_.kv_head(h), head = b * shape_.kv_heads + kv_head;
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     T *grad_k = to.rows(head, 0), *grad_v = to.rows(head, 1);
-    const Group& group = program_.groups[program_.group_of_head[h]];
-    const auto walk = [&](const auto& visit) { walk_keys<Engine>(program_.masks, b, h, group, tile, shape_.kv_len, visit); };
+    const std::vector<Branch>& branches = program_.groups[program_.group_of_head[h]].branches;
     // Of one branch, walked without a step, keys come in order: other threads need not wait for the whole tile.
-    const bool in_order = is_last && group.branches.size() == 1 && group.branches[0].key_step == 1;
-    int root = -1;
-    int64_t key_step = 0;
-    cache_.blocks(index, walk, [&](const Branch& branch, const KeyBlock& block) {
-      if (branch.root != root || branch.key_step != key_step) {
-        root = branch.root, key_step = branch.key_step;
-        scores_.of_branch(root);
-        engine_.keys_from(k, v, key_step);
-      }
+    const bool in_order = is_last && branches.size() == 1 && branches[0].key_step == 1;
+    Scores<T>& scores = blocks_.scores;
+    blocks_.visit(engine_, k, v, b, h, index, tile, [&](const KeyBlock& block) {
       turns.wait(slot, *std::max_element(block.keys, block.keys + block.count));
-      const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
-      const auto change_back = [&](const T* before, T* grads, int ld) { scores_.change_back(block, before, grads, ld, sums); };
-      engine_.block(block, grad_k, grad_v, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>(),
+      const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };
+      const auto change_back = [&](const T* before, T* grads, int ld) { scores.change_back(block, before, grads, ld, sums); };
+      engine_.block(block, grad_k, grad_v, scores.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>(),
                     natural ? GradEdit<T>(change_back) : GradEdit<T>());
       if (in_order) turns.finish_below(slot, block.least_after);
     });
@@ -235,10 +220,9 @@ class BackwardWorker {
   const Gradients& gradients_;
   const Shape& shape_;
   Engine engine_;
-  Scores<T> scores_;
+  TileBlocks<Engine> blocks_;
   T *rows_, *lse_, *delta_;
   std::vector<T> out_row_, grad_row_;
-  BlockCache cache_;
 };
 
 // Adds to a vector of float or double.
@@ -246,9 +230,9 @@ template <class T>
 void add_to(const Array& totals, const T* numbers) {
   for (int64_t i = 0; i < totals.sizes[0]; ++i) {
     if (totals.type == Type::f64)
-      static_cast<double*>(const_cast<void*>(totals.data))[i] += numbers[i];
+      totals.writable<double>()[i] += numbers[i];
     else
-      static_cast<float*>(const_cast<void*>(totals.data))[i] += static_cast<float>(numbers[i]);
+      totals.writable<float>()[i] += static_cast<float>(numbers[i]);
   }
 }
 

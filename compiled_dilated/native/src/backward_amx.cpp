@@ -7,9 +7,7 @@ namespace native {
 namespace {
 
 // The gradients of bfloat16 where the CPU multiplies tiles; sums over queries stay in float32.
-struct AmxGradient {
-  static constexpr int W = AmxBackward::W, TQ = AmxBackward::TQ, most_keys = AmxBackward::KB, grain = 32, fine_grain = 32;
-  using Number = float;
+struct AmxGradient : AmxWalk {
 
   static size_t bytes(const Shape& shape) { return AmxBackward::bytes(shape.head_dim, shape.value_dim); }
 
@@ -18,14 +16,12 @@ struct AmxGradient {
         products(room.take<char>(bytes(shape)), head_dim, value_dim) {}
 
   // lse: natural; of lanes past the end +inf.
-  void begin(const Head& q, const Head& grad_out, const int32_t* rows, bool changed, const float* lse, const float* delta) {
+  void begin(const Head& q, const Head& grad_out, const int32_t* sources, bool changed, const float* lse, const float* delta) {
     scales_first = changed || !(scale > 0);
     const uint16_t *q_rows[TQ], *grad_rows[TQ];
-    int last = 0;
     for (int i = 0; i < TQ; ++i) {
-      if (rows[i] >= 0) last = i;
-      q_rows[i] = static_cast<const uint16_t*>(q.row(rows[last]));
-      grad_rows[i] = static_cast<const uint16_t*>(grad_out.row(rows[last]));
+      q_rows[i] = static_cast<const uint16_t*>(q.row(sources[i]));
+      grad_rows[i] = static_cast<const uint16_t*>(grad_out.row(sources[i]));
     }
     constexpr float binary = static_cast<float>(log2_of_e);
     products.begin(q_rows, grad_rows, lse, delta, scale, scales_first ? binary : scale * binary);
@@ -44,12 +40,8 @@ struct AmxGradient {
       grad_value_rows[i] = grad_v + key * padded<float>(value_dim);
     }
     const int first = block.low * W, lanes_seen = (block.high - block.low) * W;
-    const auto scale_scores = [&](float* from, int ld, int n) {
-      for (int key = 0; key < n; ++key)
-        for (int i = 0; i < lanes_seen; ++i) from[key * ld + i] *= scale;
-    };
     const auto edit = [&](float* scores, int ld, int n) {
-      if (scales_first) scale_scores(scores + first, ld, n);
+      if (scales_first) scale_scores(scores + first, ld, n, lanes_seen, scale);
       if (change) change(scores + first, ld);
     };
     const auto run = [&](const auto& edit_grad) {
@@ -60,7 +52,7 @@ struct AmxGradient {
     run([&](const float* before, float* grads, int ld, int n) {
       // The function is asked with scores as it saw them, in natural units.
       natural_scores.assign(before + first, before + first + static_cast<size_t>(n - 1) * ld + lanes_seen);
-      scale_scores(natural_scores.data(), ld, n);
+      scale_scores(natural_scores.data(), ld, n, lanes_seen, scale);
       change_back(natural_scores.data(), grads + first, ld);
     });
   }

@@ -5,11 +5,6 @@ namespace native {
 
 namespace {
 
-// How the engine of bfloat16 tiles walks; as in forward_amx.cpp.
-struct AmxWalk {
-  static constexpr int W = 16, most_keys = 128, grain = 32, fine_grain = 32;
-};
-
 template <class Engine>
 void count_with(const Problem& problem, const Program& program) {
   const Shape shape(problem);
@@ -41,8 +36,8 @@ void count_with(const Problem& problem, const Program& program) {
 
 void count_of_engine(const Problem& problem, const Program& program, bool amx) {
   if (amx) return count_with<AmxWalk>(problem, program);
-  if (problem.q.type == Type::f64) return count_with<WideEngine<double>>(problem, program);
-  count_with<WideEngine<float>>(problem, program);
+  if (problem.q.type == Type::f64) return count_with<WideWalk<double>>(problem, program);
+  count_with<WideWalk<float>>(problem, program);
 }
 
 const bool registered = (parts().count = &count_of_engine, true);

@@ -146,42 +146,25 @@ void spread_all(const T* weights, int ldw, int count, const T* rows, int ldr, in
   for (; i < count; ++i) spread_rows<T, 1>(weights + i * ldw, ldw, rows, ldr, queries, width, to + i, factor);
 }
 
-// to[d][query] = from[query][d] for one vector of queries; from has `ldf` numbers a row, `to` `ldt`.
+// to[column][row] = from[row][column]; one of the two counts is that of a vector's lanes.
 template <class T>
-void transpose_in(const T* from, int ldf, int depth, T* to, int ldt) {
+void transpose(const T* from, int ldf, int rows, int columns, T* to, int ldt) {
   constexpr int W = lanes<T>;
-  int d = 0;
+  int row = 0, column = 0;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    for (; d + W <= depth; d += W) {
-      __m512i rows[16];
-      for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * ldf + d);
-      transpose16(rows);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (d + i) * ldt, rows[i]);
+    // Squares along the longer side; what is left of it follows number by number.
+    while (row + W <= rows && column + W <= columns) {
+      __m512i square[16];
+      for (int i = 0; i < W; ++i) square[i] = _mm512_loadu_si512(from + (row + i) * ldf + column);
+      transpose16(square);
+      for (int i = 0; i < W; ++i) _mm512_storeu_si512(to + (column + i) * ldt + row, square[i]);
+      (rows > columns ? row : column) += W;
     }
   }
 #endif
-  for (; d < depth; ++d)
-    for (int i = 0; i < W; ++i) to[d * ldt + i] = from[i * ldf + d];
-}
-
-// The way back: to[query][d] = from[d][query].
-template <class T>
-void transpose_out(const T* from, int ldf, int depth, T* to, int ldt) {
-  constexpr int W = lanes<T>;
-  int d = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    for (; d + W <= depth; d += W) {
-      __m512i rows[16];
-      for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + (d + i) * ldf);
-      transpose16(rows);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * ldt + d, rows[i]);
-    }
-  }
-#endif
-  for (; d < depth; ++d)
-    for (int i = 0; i < W; ++i) to[i * ldt + d] = from[d * ldf + i];
+  for (int i = row; i < rows; ++i)
+    for (int j = column; j < columns; ++j) to[j * ldt + i] = from[i * ldf + j];
 }
 
 // Widths padded to whole vectors, so that rows of a workspace can be read vector by vector.
@@ -209,7 +192,7 @@ class Forward {
 
   // rows: TQ rows of `ld` numbers, already scaled. Of `edits`, scores come in natural units and are made binary afterwards.
   void begin(const T* rows, int ld) {
-    for (int j = 0; j < tile_vectors; ++j) transpose_in(rows + j * W * ld, ld, head_dim_, queries_ + j * W, TQ);
+    for (int j = 0; j < tile_vectors; ++j) transpose(rows + j * W * ld, ld, W, head_dim_, queries_ + j * W, TQ);
     std::fill(result_, result_ + TQ * value_dim_, T(0));
     std::fill(most_, most_ + TQ, -infinity<T>);
     std::fill(sum_, sum_ + TQ, T(0));
@@ -217,7 +200,7 @@ class Forward {
 
   // Goes on from a result (TQ rows of `ld` numbers) and its log-sum-exps, natural.
   void start_from(const T* rows, int ld, const T* lse) {
-    for (int j = 0; j < tile_vectors; ++j) transpose_in(rows + j * W * ld, ld, value_dim_, result_ + j * W, TQ);
+    for (int j = 0; j < tile_vectors; ++j) transpose(rows + j * W * ld, ld, W, value_dim_, result_ + j * W, TQ);
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<T>;
       most_[i] = seen ? lse[i] * static_cast<T>(log2_of_e) : -infinity<T>;
@@ -246,7 +229,7 @@ class Forward {
         T* at = result_ + d * TQ + j * W;
         store(at, load(at) * inverse);
       }
-      transpose_out(result_ + j * W, TQ, value_dim_, rows + j * W * ld, ld);
+      transpose(result_ + j * W, TQ, value_dim_, W, rows + j * W * ld, ld);
     }
     for (int i = 0; i < TQ; ++i)
       lse[i] = sum_[i] == T(0) ? -infinity<T> : static_cast<T>((most_[i] + std::log2(sum_[i])) * ln_of_2);
@@ -321,8 +304,8 @@ class Backward {
   void begin(const T* scaled, const T* q, int ldq, const T* grad_out, int ldo, const T* lse, const T* delta, T scale) {
     q_rows_ = q, out_rows_ = grad_out, ldq_ = ldq, ldo_ = ldo, scale_ = scale;
     for (int j = 0; j < tile_vectors; ++j) {
-      transpose_in(scaled + j * W * ldq, ldq, head_dim_, queries_ + j * W, TQ);
-      transpose_in(grad_out + j * W * ldo, ldo, value_dim_, grad_out_ + j * W, TQ);
+      transpose(scaled + j * W * ldq, ldq, W, head_dim_, queries_ + j * W, TQ);
+      transpose(grad_out + j * W * ldo, ldo, W, value_dim_, grad_out_ + j * W, TQ);
     }
     std::fill(grad_q_, grad_q_ + TQ * head_dim_, T(0));
     std::copy(lse, lse + TQ, lse_);
@@ -347,7 +330,7 @@ class Backward {
         T* at = grad_q_ + d * TQ + j * W;
         store(at, load(at) * scale_);
       }
-      transpose_out(grad_q_ + j * W, TQ, head_dim_, rows + j * W * ld, ld);
+      transpose(grad_q_ + j * W, TQ, head_dim_, W, rows + j * W * ld, ld);
     }
   }
 

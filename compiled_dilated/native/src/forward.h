@@ -49,10 +49,9 @@ void on_threads(const Parallel& parallel, int slots, const Body& body) {
 
 // The engine of float32 and float64, which also serves narrower types by widening their rows.
 template <class T>
-struct WideEngine {
-  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys, grain = 16, fine_grain = 4;
+struct WideEngine : WideWalk<T> {
+  using WideWalk<T>::TQ, WideWalk<T>::most_keys;
   static constexpr bool can_be_careful = true;
-  using Number = T;
 
   static size_t bytes(const Shape& shape) {
     const size_t width = static_cast<size_t>(shape.head_dim + shape.value_dim);
@@ -66,12 +65,10 @@ struct WideEngine {
         value_copies(room.take<T>(most_keys * value_dim)) {}
 
   // scale: of q . k. Scores come in natural units where they are `changed` by a function, else binary.
-  void begin(const Head& q, const int32_t* rows, double scale, bool changed) {
+  void begin(const Head& q, const int32_t* sources, double scale, bool changed) {
     const double factor = changed ? scale : scale * log2_of_e;
-    int last = 0;  // lanes past the end repeat one before them
     for (int i = 0; i < TQ; ++i) {
-      if (rows[i] >= 0) last = i;
-      const char* row = static_cast<const char*>(q.row(rows[last]));
+      const char* row = static_cast<const char*>(q.row(sources[i]));
       read_row<T>(row, q.type, static_cast<T>(factor), q_rows + i * head_dim, head_dim);
       // The next tile's queries often follow these: they come while this tile is computed.
       for (int64_t at = 0; at < head_dim * size_of(q.type); at += 64) __builtin_prefetch(row + TQ * q.stride + at, 0, 2);
@@ -187,18 +184,14 @@ class ForwardWorker {
   // careful: keys and values may hold numbers that are not finite, which are kept from queries that do not see them.
   ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, bool careful, Room& room)
       : problem_(problem), program_(program), shape_(shape), careful_mode_(careful),
-        engine_(start(room, shape), shape), scores_(program, true),
+        engine_(start(room, shape), shape), blocks_(program, shape.kv_len, true),
         out_(room.take<T>(static_cast<size_t>(TQ) * shape.value_dim)), lse_(room.take<T>(TQ)) {}
 
-  // Stretches of tiles follow each other: `first` is the place of the stretch's first tile, of `tiles`.
-  void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
-    cache_.start(program_.varies_by_entry ? b : 0, program_.group_of_head[h], first, tiles);
-  }
+  void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) { blocks_.stretch(b, h, first, tiles); }
 
   // index: of the tile in its stretch.
   void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges) {
     const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
-    scores_.start(b, h, tile);
     compute(b, h, index, tile, merges, q, out, lse);
     met_nan = met_nan || has_nan();
     for (int i = 0; i < TQ; ++i) {
@@ -228,33 +221,25 @@ class ForwardWorker {
   }
 
   void compute(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out, const Head& lse) {
-    engine_.begin(q, tile.rows, problem_.scale, program_.score_mod != nullptr);
+    engine_.begin(q, tile.sources, problem_.scale, program_.score_mod != nullptr);
     if (merges) {
       for (int i = 0; i < TQ; ++i) {
-        const int row = tile.rows[i] < 0 ? tile.rows[0] : tile.rows[i];
-        read_row<T>(out.row(row), out.type, T(1), out_ + i * shape_.value_dim, shape_.value_dim);
-        lse_[i] = *static_cast<const T*>(lse.row(row));
+        read_row<T>(out.row(tile.sources[i]), out.type, T(1), out_ + i * shape_.value_dim, shape_.value_dim);
+        lse_[i] = *static_cast<const T*>(lse.row(tile.sources[i]));
       }
       engine_.start_from(out_, shape_.value_dim, lse_);
     }
     const int64_t kv_head = shape_.kv_head(h);
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
-    const Group& group = program_.groups[program_.group_of_head[h]];
+    Scores<T>& scores = blocks_.scores;
     if constexpr (Engine::can_be_careful)
       if (careful_mode_) careful_.start(shape_.head_dim, shape_.value_dim);
-    const auto walk = [&](const auto& visit) { walk_keys<Engine>(program_.masks, b, h, group, tile, shape_.kv_len, visit); };
-    const Branch* current = nullptr;
-    cache_.blocks(index, walk, [&](const Branch& branch, const KeyBlock& block) {
-      if (!current || current->root != branch.root || current->key_step != branch.key_step) {
-        scores_.of_branch(branch.root);
-        engine_.keys_from(k, v, branch.key_step);
-      }
-      current = &branch;
+    blocks_.visit(engine_, k, v, b, h, index, tile, [&](const KeyBlock& block) {
       counts.add(block, W);
       if constexpr (Engine::can_be_careful)
-        if (careful_mode_) return careful_.block(engine_, scores_, k, v, block);
-      const auto change = [&](T* scores, int ld) { scores_.change(block, scores, ld); };
-      engine_.block(block, scores_.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
+        if (careful_mode_) return careful_.block(engine_, scores, k, v, block);
+      const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };
+      engine_.block(block, scores.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
     });
     engine_.result(out_, shape_.value_dim, lse_);
     if constexpr (Engine::can_be_careful)
@@ -266,10 +251,9 @@ class ForwardWorker {
   const Shape& shape_;
   bool careful_mode_;
   Engine engine_;
-  Scores<T> scores_;
+  TileBlocks<Engine> blocks_;
   T *out_, *lse_;
   std::conditional_t<Engine::can_be_careful, Careful<Engine>, Nothing> careful_;
-  BlockCache cache_;
 };
 
 // Tiles of all heads, in stretches that threads take one after the other.

@@ -9,26 +9,20 @@ bool tiles_f32(const Problem& problem, const Program& program, bool merges, bool
 namespace {
 
 // The engine of bfloat16 where the CPU multiplies tiles.
-struct AmxEngine {
-  static constexpr int W = AmxForward::W, TQ = AmxForward::TQ, most_keys = AmxForward::KB, grain = 32, fine_grain = 32;
+struct AmxEngine : AmxWalk {
   static constexpr bool can_be_careful = false;
-  using Number = float;
 
   static size_t bytes(const Shape& shape) { return AmxForward::bytes(shape.head_dim, shape.value_dim); }
 
   AmxEngine(Room& room, const Shape& shape)
       : softmax(room.take<char>(bytes(shape)), shape.head_dim, shape.value_dim) {}
 
-  void begin(const Head& q, const int32_t* rows, double scale, bool changed) {
+  void begin(const Head& q, const int32_t* sources, double scale, bool changed) {
     // Products that a function changes, or whose factor is not positive, are scaled before it and not afterwards.
     scales_first = changed || !(scale > 0);
     first_factor = static_cast<float>(changed ? scale : scale * log2_of_e);
     const uint16_t* q_rows[TQ];
-    int last = 0;  // lanes past the end repeat one before them
-    for (int i = 0; i < TQ; ++i) {
-      if (rows[i] >= 0) last = i;
-      q_rows[i] = static_cast<const uint16_t*>(q.row(rows[last]));
-    }
+    for (int i = 0; i < TQ; ++i) q_rows[i] = static_cast<const uint16_t*>(q.row(sources[i]));
     softmax.begin(q_rows, scales_first ? 1.0f : first_factor);
   }
 
@@ -44,9 +38,7 @@ struct AmxEngine {
     }
     const auto edit = [&](float* scores, int ld, int n) {
       float* from = scores + block.low * W;
-      if (scales_first)
-        for (int key = 0; key < n; ++key)
-          for (int i = 0; i < (block.high - block.low) * W; ++i) from[key * ld + i] *= first_factor;
+      if (scales_first) scale_scores(from, ld, n, (block.high - block.low) * W, first_factor);
       if (change) change(from, ld);
     };
     softmax.block(key_rows, value_rows, block.count, block.low, block.high, scales_first || change, edit);

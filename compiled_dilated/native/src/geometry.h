@@ -5,12 +5,25 @@
 
 namespace native {
 
-// Queries that are computed together. Lanes past the end repeat a valid query and have row -1.
+// How an engine cuts a sequence: lanes of a vector, most keys of a block, and how finely edges are followed.
+template <class T>
+struct WideWalk {
+  static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys, grain = 16, fine_grain = 4;
+  using Number = T;
+};
+
+struct AmxWalk {
+  static constexpr int W = 16, TQ = tile_vectors * W, most_keys = 128, grain = 32, fine_grain = 32;
+  using Number = float;
+};
+
+// Queries that are computed together. Lanes past the end repeat a valid query: they are read and not written.
 template <int W>
 struct QueryTile {
   int vectors = 0;  // that have a query
   int32_t positions[tile_vectors * W];
-  int32_t rows[tile_vectors * W];  // of q
+  int32_t sources[tile_vectors * W];  // rows of q
+  int32_t rows[tile_vectors * W];     // the same, -1 past the end
   Region whole;
   Region of_vector[tile_vectors];
 };
@@ -122,7 +135,8 @@ class QueryTiles {
     for (int i = 0; i < tile; ++i) {
       const int64_t position = start + std::min<int64_t>(i, count - 1) * step_;
       out.positions[i] = static_cast<int32_t>(position);
-      out.rows[i] = i < count ? static_cast<int32_t>(position - offset_) : -1;
+      out.sources[i] = static_cast<int32_t>(position - offset_);
+      out.rows[i] = i < count ? out.sources[i] : -1;
     }
     out.vectors = static_cast<int>((count + W - 1) / W);
     out.whole = Region::line(start, count, step_);
@@ -161,7 +175,8 @@ class QueryTiles {
           position += std::min(at, box.extent[axis] - 1) * whole.stride[axis];
         }
         out.positions[j * W + lane] = static_cast<int32_t>(position);
-        out.rows[j * W + lane] = inside ? static_cast<int32_t>(position - offset_) : -1;
+        out.sources[j * W + lane] = static_cast<int32_t>(position - offset_);
+        out.rows[j * W + lane] = inside ? out.sources[j * W + lane] : -1;
       }
     }
   }

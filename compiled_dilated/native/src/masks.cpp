@@ -2,8 +2,6 @@
 
 #include "parts.h"
 
-#include <unordered_map>
-
 namespace native {
 
 namespace {

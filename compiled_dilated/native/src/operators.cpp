@@ -6,9 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
 #include <cmath>
-#include <exception>
 #include <limits>
 #include <optional>
 #include <string>
@@ -33,26 +31,17 @@ using Ints = std::vector<int64_t>;
 struct Work {
   void (*body)(void*, int);
   void* argument;
-  std::atomic_flag failed;
-  std::exception_ptr error;
 };
 
 void some_slots(int64_t begin, int64_t end, void* context) {
-  auto& work = *static_cast<Work*>(context);
-  for (int64_t slot = begin; slot < end; ++slot) {
-    try {
-      work.body(work.argument, static_cast<int>(slot));
-    } catch (...) {
-      if (!work.failed.test_and_set()) work.error = std::current_exception();
-    }
-  }
+  const auto& work = *static_cast<const Work*>(context);
+  for (int64_t slot = begin; slot < end; ++slot) work.body(work.argument, static_cast<int>(slot));
 }
 
-// On torch's own threads: a second pool would fight with it.
+// On torch's own threads: a second pool would fight with it. Bodies throw nothing: on_threads keeps their errors.
 void run_slots(void*, int slots, void (*body)(void*, int), void* argument) {
-  Work work{body, argument, {}, {}};
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, slots, 1, some_slots, &work));
-  if (work.error) std::rethrow_exception(work.error);
+  Work work{body, argument};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, slots, 1, some_slots, &work));
 }
 
 native::Parallel threads() { return {static_cast<int>(torch::stable::get_num_threads()), run_slots, nullptr}; }

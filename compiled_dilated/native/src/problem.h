@@ -43,7 +43,7 @@ struct Array {
 };
 
 // The caller's threads. run calls body(argument, slot) once for every slot in 0 .. slots - 1, on up to `threads` threads, and
-// returns when all are done. A body may throw: the first error is thrown again out of run.
+// returns when all are done. A body throws nothing.
 struct Parallel {
   int threads = 1;
   void (*run)(void* context, int slots, void (*body)(void* argument, int slot), void* argument) = nullptr;

@@ -31,7 +31,6 @@ struct Program {
   std::vector<int64_t> score_mod_operands;
   std::unique_ptr<Function> score_mod;
   std::vector<Array> operands;  // of the score_mod
-  std::vector<int64_t> learned;
 };
 
 // The layout of the code, as encode.py writes it:

@@ -23,11 +23,6 @@ struct Shape {
   int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
 };
 
-// The first query's position of one entry of the batch.
-inline int64_t offset_of(const Problem& problem, int64_t b) {
-  return problem.q_offsets.size() == 1 ? problem.q_offsets[0] : problem.q_offsets[b];
-}
-
 // Rows of keys or values of one head by position: where they lie, or copied where that is of another type, or so far apart that
 // rows would fall into few sets of the cache.
 template <class T>
@@ -61,6 +56,13 @@ class Rows {
   bool direct_ = false;
 };
 
+// Multiplies a block's scores, or gradients of such.
+template <class T>
+void scale_scores(T* scores, int ld, int keys, int queries, T factor) {
+  for (int key = 0; key < keys; ++key)
+    for (int i = 0; i < queries; ++i) scores[key * ld + i] *= factor;
+}
+
 // Changes and hides the scores of one tile.
 template <class T>
 class Scores {
@@ -88,9 +90,7 @@ class Scores {
         else return functions().score_f32;
       }();
       change(*program_.score_mod, program_.operands.data(), pairs(block), scores, ld, room_.get());
-      if (binary_)
-        for (int key = 0; key < block.count; ++key)
-          for (int i = 0; i < (block.high - block.low) * W; ++i) scores[key * ld + i] *= static_cast<T>(log2_of_e);
+      if (binary_) scale_scores(scores, ld, block.count, (block.high - block.low) * W, static_cast<T>(log2_of_e));
     }
     if (block.any_partial) hide(block, scores, ld);
   }
@@ -155,6 +155,48 @@ class Scores {
   int root_ = 0;
   std::vector<int32_t> seen_;
   LazyRoom room_;
+};
+
+// The blocks of a thread's tiles, and their scores: what forward and backward do alike.
+template <class Engine>
+class TileBlocks {
+ public:
+  using T = typename Engine::Number;
+  static constexpr int W = Engine::W;
+
+  // binary: as of Scores.
+  TileBlocks(const Program& program, int64_t kv_len, bool binary) : scores(program, binary), program_(program), kv_len_(kv_len) {}
+
+  // Tiles first .. first + tiles - 1 of a head follow.
+  void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
+    cache_.start(program_.varies_by_entry ? b : 0, program_.group_of_head[h], first, tiles);
+  }
+
+  // visit(block) for every block of tile `index` of the stretch, once the engine knows where its keys lie.
+  template <class Visit>
+  void visit(Engine& engine, const Head& k, const Head& v, int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile,
+             const Visit& visit) {
+    scores.start(b, h, tile);
+    const Group& group = program_.groups[program_.group_of_head[h]];
+    const auto walk = [&](const auto& take) { walk_keys<Engine>(program_.masks, b, h, group, tile, kv_len_, take); };
+    int root = -1;
+    int64_t key_step = 0;
+    cache_.blocks(index, walk, [&](const Branch& branch, const KeyBlock& block) {
+      if (branch.root != root || branch.key_step != key_step) {
+        root = branch.root, key_step = branch.key_step;
+        scores.of_branch(root);
+        engine.keys_from(k, v, key_step);
+      }
+      visit(block);
+    });
+  }
+
+  Scores<T> scores;
+
+ private:
+  const Program& program_;
+  const int64_t kv_len_;
+  BlockCache cache_;
 };
 
 // Sums over what threads did.

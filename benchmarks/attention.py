@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import reports
@@ -36,12 +37,12 @@ MOST_TOKEN_HEADS = 2**21
 FAMILIES = {"window": 1 / 1.1, "hilbert": 1 / 1.1}
 
 
-def window(tokens: int, **settings: object) -> Problem:
+def window(tokens: int, **settings: Any) -> Problem:
     """256 tokens to each side."""
-    return Problem(WINDOW, tokens, **settings)  # type: ignore[arg-type]
+    return Problem(WINDOW, tokens, **settings)
 
 
-def grid(rows: int, columns: int, row_major: bool = False, **settings: object) -> Problem:
+def grid(rows: int, columns: int, row_major: bool = False, **settings: Any) -> Problem:
     """Neighbours within 12 on both axes, in Hilbert order or as they come."""
     shape = (rows, columns)
     program = masks.neighborhood(shape, RADIUS) if row_major else cd.hilbert_window(shape, RADIUS)
@@ -49,12 +50,12 @@ def grid(rows: int, columns: int, row_major: bool = False, **settings: object) -
     def pairs() -> int:
         return pairs_within(rows, RADIUS) * pairs_within(columns, RADIUS)
 
-    return Problem(program, rows * columns, pairs_per_head=pairs, **settings)  # type: ignore[arg-type]
+    return Problem(program, rows * columns, pairs_per_head=pairs, **settings)
 
 
-def longnet(tokens: int, **settings: object) -> Problem:
+def longnet(tokens: int, **settings: Any) -> Problem:
     """The segments and dilation rates of the paper."""
-    return Problem(LONGNET, tokens, **settings)  # type: ignore[arg-type]
+    return Problem(LONGNET, tokens, **settings)
 
 
 def near_square(tokens: int) -> tuple[int, int]:

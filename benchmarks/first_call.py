@@ -1,4 +1,6 @@
-"""What the first call takes: the native kernel built on an empty cache, and loaded from it, each in a fresh process.
+"""Measure the first call: the kernel built on an empty cache, and loaded from it.
+
+Each in a fresh process.
 
 python benchmarks/first_call.py [--json FILE] [--turns 3] [--check]
 
@@ -45,7 +47,7 @@ print(json.dumps([lowering, *(after - before for before, after in zip(times, tim
 
 
 def seconds(cache: Path, threads: int) -> dict[str, float]:
-    """Of a fresh process that uses this cache."""
+    """Measure a fresh process that uses this cache, in seconds."""
     environment = {**os.environ, "COMPILED_DILATED_CACHE": str(cache)}
     code = CHILD.format(threads=threads)
     done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)

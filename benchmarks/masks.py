@@ -118,7 +118,7 @@ def tile_cases() -> list[Case]:
 
 
 def big_bird_cases() -> list[Case]:
-    """By whole blocks and with a window of single tokens: faster than dense at 4096 tokens, linear from there."""
+    """BigBird by whole blocks, and with a window of single tokens."""
     out = []
     for tokens in BIG_BIRD_LENGTHS:
         blocks = cd.big_bird(window=64, global_tokens=64, random=3, block=64, tokens=tokens)

@@ -120,9 +120,8 @@ class Attend:
             checks.scale("scale", scale)
         arguments.flag("return_lse", return_lse)
         checks.tensors(q, k, v)
-        by_sequence = isinstance(q_offset, Tensor)
-        offset = checks.q_offsets(q_offset, q.shape[0], q.device) if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
-        if self.ring is not None and (by_sequence or offset or q.shape[2] != k.shape[2]):
+        offset = checks.last_offset(q_offset, q.shape[0], q.device)
+        if self.ring is not None and (isinstance(q_offset, Tensor) or offset or q.shape[2] != k.shape[2]):
             raise ValueError(
                 f"a ring deals out one sequence; got {q.shape[2]} queries at offset {q_offset} and {k.shape[2]} keys. "
                 "Compile without ranks for cross attention and decoding"

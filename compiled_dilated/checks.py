@@ -251,19 +251,17 @@ def q_offset(value: object) -> Any:
     return value if isinstance(value, torch.SymInt) else arguments.integer("q_offset", value, 0)
 
 
-def q_offsets(value: Tensor, batch: int, device: torch.device) -> int:
-    """Check a q_offset of one position for each sequence; returns the greatest, 0 where numbers are not known yet."""
+def last_offset(value: object, batch: int, device: torch.device) -> Any:
+    """Check a q_offset, a number or one of each sequence, and return the greatest; 0 of a tensor whose numbers are not known."""
+    if not isinstance(value, Tensor):
+        return q_offset(value)
     if value.dtype != torch.int64 or value.dim() != 1 or value.shape[0] != batch or value.device != device:
         raise ValueError(
             f"q_offset as a tensor must be int64 of shape ({batch},) on {device}, one position for each sequence of the batch; "
             f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
         )
-    if (
-        torch.compiler.is_compiling()
-        or isinstance(value, torch._subclasses.FakeTensor)
-        or value.device.type == "meta"
-        or not value.numel()
-    ):
+    is_fake = isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta"
+    if is_compiling() or is_fake or not value.numel():
         return 0
     least, greatest = (int(x) for x in value.aminmax())
     if least < 0:

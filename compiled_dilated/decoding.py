@@ -24,7 +24,7 @@ _MOST_KINDS = 64
 
 
 class Decoder:
-    """What a rule says of single queries, by the kind of their tensors.
+    """The mask of single queries, by the kind of their tensors.
 
     A mask and whether it is bounded, where all heads see the same and no data decides; None where each call goes through the
     lowerings. It runs beside a kernel of tens of microseconds, so that each attribute that it reads counts.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tabulate import tabulate
 
 from .arguments import BYTES
-from .mods import Graph, Mod
+from .mods import Graph, Kind, Mod, kind_of
 from .programs import Program
 
 Made = TypeVar("Made")
@@ -23,14 +23,12 @@ class Scores:
     """A score_mod as plans see it: its graph, and dtype and shape of each operand."""
 
     graph: Graph
-    operands: tuple[tuple[str, tuple[int, ...]], ...]
+    operands: tuple[Kind, ...]
 
     @staticmethod
     def of(mod: Mod | None) -> Scores | None:
         """Of a call's score_mod."""
-        if mod is None:
-            return None
-        return Scores(mod.graph, tuple((str(x.dtype).removeprefix("torch."), tuple(x.shape)) for x in mod.operands))
+        return None if mod is None else Scores(mod.graph, tuple(map(kind_of, mod.operands)))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _check(
         checks.tensor(name, x)
     checks.devices(q, k, v)
     checks.shapes(q.shape, k.shape, v.shape)
-    offset = checks.q_offsets(q_offset, q.shape[0], q.device) if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
+    offset = checks.last_offset(q_offset, q.shape[0], q.device)
     program.check(q.shape[2], k.shape[2], offset)
     shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
     checks.data(program.names, query_names_of(program), data, shape)

@@ -1,4 +1,4 @@
-"""What benchmarks/attention.py and benchmarks/masks.py share.
+"""The harness of benchmarks/attention.py and benchmarks/masks.py.
 
 problems    attention to compute: a program, lengths, dtype, data; and the ways to compute it
 cases       a problem, what it is a share of, and the least share

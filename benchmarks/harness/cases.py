@@ -13,7 +13,7 @@ DENSE_TOKENS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """What a useful rate is a share of: a problem, and the way to compute it, one of `WAYS`."""
+    """The problem whose rate is 1, and the way to compute it, one of `WAYS`."""
 
     name: str
     problem: Problem
@@ -22,7 +22,7 @@ class Baseline:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What to measure.
+    """One measurement and its bars.
 
     bars: the least share, forward and forward + backward. of: dense SDPA over 4096 tokens in the same dtype if None.
     rivals: other ways to compute the same. family: cases whose time per token is compared to that of the first of them.
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def baseline(self) -> Baseline:
-        """What the case is a share of."""
+        """The baseline of the case's share."""
         return self.of or dense(self.problem)
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from compiled_dilated.lowerings import native
 from compiled_dilated.masks import Mask
 from compiled_dilated.programs import Program, as_program
 
@@ -178,7 +179,4 @@ def computed_pairs(problem: Problem) -> int | None:
     work = plan.chosen[0].work[0]
     if work.slots:
         return None
-    sizes = [1, problem.heads, k.shape[1], problem.tokens, problem.tokens, problem.head_dim, problem.head_dim]
-    data = [problem.data[name] for name in work.names]
-    counts: Tensor = torch.ops.compiled_dilated.native_counts(data or None, None, work.code, sizes, 0, None)
-    return int(counts[0])
+    return native.counts(work, plan.problem, [problem.data[name] for name in work.names])[0]

@@ -57,7 +57,7 @@ class _Block:
         return _Block(call, min(_MOST_REPEATS, max(1, math.ceil(least_seconds / max(seconds, 1e-6)))))
 
     def seconds(self) -> float:
-        """Of one call."""
+        """Time one call, in seconds."""
 
         def run() -> None:
             for _ in range(self.repeats):

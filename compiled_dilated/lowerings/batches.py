@@ -67,7 +67,7 @@ class Batch:
 
 
 def _tiles(batch: Batch, call: Call, entries: range, device: torch.device, dtype: torch.dtype) -> kernels.Tiles:
-    """What the kernels need beside q, k and v, for these entries of the batch dimension."""
+    """Inputs of the kernels beside q, k and v, for these entries of the batch."""
     tiles = kernels.Tiles(call.scale, causal=batch.causal)
     if not batch.masks and call.score_mod is None:
         return tiles

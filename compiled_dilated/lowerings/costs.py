@@ -1,4 +1,4 @@
-"""What batches take: pairs, flops, bytes moved and held, and the time of it all as flops of one large dense call.
+"""Costs of batches: pairs, flops, bytes, and their time as flops of one large dense call.
 
 `python benchmarks/kernels.py` shows how well a kernel runs on tiles of a shape.
 """

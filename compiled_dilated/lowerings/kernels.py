@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Tiles:
-    """What the kernels need beside q, k and v."""
+    """Inputs of the kernels beside q, k and v."""
 
     scale: float
     bias: Tensor | None = None

@@ -135,13 +135,13 @@ def _sums_bytes(problem: Problem) -> int:
     return heads * problem.kv_len * (problem.head_dim + problem.value_dim) * 4
 
 
-def counts(work: Work, problem: Problem) -> tuple[int, ...]:
-    """Pairs computed, pairs that the mask is asked about, blocks and tiles of a call; of a program that reads no data."""
+def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[int, ...]:
+    """Pairs computed, pairs that the mask is asked about, blocks and tiles of a call with this data, in the order of names."""
     sizes = [
         problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.value_dim,
         _TYPES[problem.dtype],
     ]  # fmt: skip
-    numbers = library.operators.native_counts(None, None, work.code, sizes, problem.q_offset, None)
+    numbers = library.operators.native_counts(list(data) or None, None, work.code, sizes, problem.q_offset, None)
     return tuple(numbers.tolist())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,31 +16,14 @@ from .lookup import as_tensor, rank
 from .positions import _same_group
 
 
-def _tensor(data: Data | None, name: str, mask: Mask) -> Any:
-    if data is None or name not in data:
-        given = ", ".join(sorted(data)) if data else "nothing"
-        raise ValueError(f"{mask!r} reads the data tensor {name!r}; got {given}. Pass data={{{name!r}: tensor}} at the call")
-    return data[name]
-
-
-def _flags(data: Data | None, name: str, mask: Mask, true_where: str, otherwise: str) -> Any:
-    """A data tensor that must be bool."""
-    flags = _tensor(data, name, mask)
-    if str(flags.dtype).removeprefix("torch.") != "bool":
-        raise TypeError(
-            f"data[{name!r}] must be a bool tensor, True where {true_where}; got {flags.dtype}. Of a mask that {otherwise}"
-        )
-    return flags
-
-
-def _row(x: Any, b: Positions) -> Any:
-    """Where data says something of the batch index b: data of batch 1 speaks for all."""
+def row_of(x: Any, b: Positions) -> Any:
+    """The row of data for each batch index: data of batch 1 speaks for all."""
     return b if x.shape[0] != 1 else b * 0
 
 
 @dataclass(frozen=True, repr=False)
-class DocumentIds(Mask):
-    """ids[b, q] == ids[b, kv], ids being the data tensor `name` (B, positions)."""
+class OfData(Mask):
+    """Pairs that the data tensor `name` (B, positions) decides, so that a plan knows of none."""
 
     name: str
 
@@ -48,14 +31,14 @@ class DocumentIds(Mask):
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
-    @property
-    def query_names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        ids = _tensor(data, self.name, self)
-        row = _row(ids, b)
-        return ids[row, q] == ids[row, kv]
+    def tensor(self, data: Data | None) -> Any:
+        """The tensor among those of a call; raises ValueError where it is missing."""
+        if data is None or self.name not in data:
+            passed = ", ".join(sorted(data)) if data else "nothing"
+            raise ValueError(
+                f"{self!r} reads the data tensor {self.name!r}; got {passed}. Pass data={{{self.name!r}: tensor}} at the call"
+            )
+        return data[self.name]
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         return np.full(len(q), PARTIAL)
@@ -63,6 +46,40 @@ class DocumentIds(Mask):
     @property
     def period(self) -> int | None:
         return None
+
+
+class OfFlags(OfData):
+    """The same of a tensor of bool."""
+
+    # Where an entry is True, and how a mask of another meaning or dtype becomes such a tensor.
+    true_where: ClassVar[str]
+    of_others: ClassVar[str]
+
+    def tensor(self, data: Data | None) -> Any:
+        flags = super().tensor(data)
+        if str(flags.dtype).removeprefix("torch.") != "bool":
+            raise TypeError(
+                f"data[{self.name!r}] must be a bool tensor, True where {self.true_where}; got {flags.dtype}. "
+                f"Of a mask that {self.of_others}"
+            )
+        return flags
+
+    def check_data(self, data: Data) -> None:
+        self.tensor(data)
+
+
+@dataclass(frozen=True, repr=False)
+class DocumentIds(OfData):
+    """ids[b, q] == ids[b, kv], ids being the data tensor `name` (B, positions)."""
+
+    @property
+    def query_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        ids = self.tensor(data)
+        row = row_of(ids, b)
+        return ids[row, q] == ids[row, kv]
 
     def __repr__(self) -> str:
         return f"documents(ids={self.name!r})"
@@ -141,31 +158,14 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
 
 
 @dataclass(frozen=True, repr=False)
-class Padding(Mask):
+class Padding(OfFlags):
     """Keys whose entry in the data tensor `name` (B, keys) is False, that is, keys that are no padding."""
 
-    name: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
+    true_where, of_others = "a key is padding", "is 1 where a key counts, pass mask == 0"
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        padding = self._flags(data)
-        return ~padding[_row(padding, b), kv] & (q == q)
-
-    def check_data(self, data: Data) -> None:
-        self._flags(data)
-
-    def _flags(self, data: Data | None) -> Any:
-        return _flags(data, self.name, self, "a key is padding", "is 1 where a key counts, pass mask == 0")
-
-    def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        return np.full(len(q), PARTIAL)
-
-    @property
-    def period(self) -> int | None:
-        return None
+        padding = self.tensor(data)
+        return ~padding[row_of(padding, b), kv] & (q == q)
 
     def __repr__(self) -> str:
         return "padding()" if self.name == "padding" else f"padding({self.name!r})"

@@ -72,10 +72,10 @@ class Tiles(Mask):
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         row = q // self.block
-        found = runs(self._tiles(range(row, row + 1), range(self.columns))[1], self.block)
-        if len(found) > _MOST_RANGES:
+        keys = runs(self._tiles(range(row, row + 1), range(self.columns))[1], self.block)
+        if len(keys) > _MOST_RANGES:
             return None
-        return tuple(range(span.start, min(span.stop, kv_len)) for span in found if span.start < kv_len)
+        return tuple(range(span.start, min(span.stop, kv_len)) for span in keys if span.start < kv_len)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         rows, columns = self._tiles(self._touched(q), self._touched(kv))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..mods import Graph, MaskMod, check_callable, name_of, over_pairs, trace_mask_mod
+from ..mods import Graph, Kind, MaskMod, check_callable, kind_of, name_of, over_pairs, trace_mask_mod
 from ..regions import EMPTY, FULL, PARTIAL, Regions, Verdicts, both, verdicts
 from .core import Data, Full, Mask, Positions
 
@@ -37,13 +37,12 @@ class Contents:
 
     digests: tuple[str, ...]
     tensors: tuple[Any, ...] = field(default=(), compare=False, repr=False)
-    kinds: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), compare=False, repr=False)
+    kinds: tuple[Kind, ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> Contents:
         """Of tensors with data; of fake ones and those on meta the shapes alone."""
-        kinds = tuple((str(x.dtype).removeprefix("torch."), tuple(x.shape)) for x in tensors)
-        return Contents(tuple(map(digest, tensors)), tuple(map(weakref.ref, tensors)), kinds)
+        return Contents(tuple(map(digest, tensors)), tuple(map(weakref.ref, tensors)), tuple(map(kind_of, tensors)))
 
     def alive(self) -> list[Any] | None:
         """The tensors; None where one is gone or has no data."""

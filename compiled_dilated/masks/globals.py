@@ -19,7 +19,7 @@ import numpy as np
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
 from .core import NOTHING, Data, Mask, Positions, clip
-from .data import _flags, _row
+from .data import OfFlags, row_of
 from .lookup import as_tensor, rank, runs
 from .positions import _MOST_RANGES, GlobalTokens
 
@@ -49,8 +49,8 @@ class GlobalPositions(Mask):
 
     def _classify_side(self, side: Regions) -> Verdicts:
         """Whether all, some or none of each region's positions are global; of a region with gaps, and of what fills them."""
-        found = np.searchsorted(self._listed, side.last, side="right") - np.searchsorted(self._listed, side.first)
-        return np.where(found == 0, EMPTY, np.where(found == side.last - side.first + 1, FULL, PARTIAL))
+        count = np.searchsorted(self._listed, side.last, side="right") - np.searchsorted(self._listed, side.first)
+        return np.where(count == 0, EMPTY, np.where(count == side.last - side.first + 1, FULL, PARTIAL))
 
     @property
     def period(self) -> int | None:
@@ -59,8 +59,8 @@ class GlobalPositions(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         if len(self._within(range(q, q + 1))):
             return (range(kv_len),)
-        found = runs(self._within(range(kv_len)))
-        return None if len(found) > _MOST_RANGES else tuple(found)
+        keys = runs(self._within(range(kv_len)))
+        return None if len(keys) > _MOST_RANGES else tuple(keys)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         queries, keys = self._within(q), self._within(kv)
@@ -85,36 +85,19 @@ class GlobalPositions(Mask):
 
 
 @dataclass(frozen=True, repr=False)
-class GlobalData(Mask):
+class GlobalData(OfFlags):
     """flags[b, q] or flags[b, kv], flags being the bool data tensor `name` (B, positions)."""
 
-    name: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
+    true_where, of_others = "a token is global", "is 1 where a token is global, pass mask == 1"
 
     @property
     def query_names(self) -> tuple[str, ...]:
         return (self.name,)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        flags = self._flags(data)
-        row = _row(flags, b)
+        flags = self.tensor(data)
+        row = row_of(flags, b)
         return flags[row, q] | flags[row, kv]
-
-    def check_data(self, data: Data) -> None:
-        self._flags(data)
-
-    def _flags(self, data: Data | None) -> Any:
-        return _flags(data, self.name, self, "a token is global", "is 1 where a token is global, pass mask == 1")
-
-    def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        return np.full(len(q), PARTIAL)
-
-    @property
-    def period(self) -> int | None:
-        return None
 
     def __repr__(self) -> str:
         return f"global_tokens(data={self.name!r})"

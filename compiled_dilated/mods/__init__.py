@@ -6,7 +6,7 @@ pairs     a function of scalars over all pairs, as FlexAttention calls it
 bound     a graph with the operands of one call, and the gradients of those that learn
 """
 
-from .bound import Mod, TileMod, flat, sums_dtype, unflat, zero_sums
+from .bound import Kind, Mod, TileMod, flat, kind_of, sums_dtype, unflat, zero_sums
 from .graphs import Graph, ModError
 from .pairs import over_pairs
 from .tracing import (
@@ -22,6 +22,7 @@ from .tracing import (
 
 __all__ = [
     "Graph",
+    "Kind",
     "MaskMod",
     "Mod",
     "ModError",
@@ -30,6 +31,7 @@ __all__ = [
     "as_tensor",
     "check_callable",
     "flat",
+    "kind_of",
     "name_of",
     "over_pairs",
     "sums_dtype",

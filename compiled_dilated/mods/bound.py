@@ -67,6 +67,15 @@ class TileMod:
         return modified, back
 
 
+# dtype and shape of a tensor, as plans and caches compare operands.
+Kind = tuple[str, tuple[int, ...]]
+
+
+def kind_of(x: Tensor) -> Kind:
+    """The dtype and shape of an operand."""
+    return str(x.dtype).removeprefix("torch."), tuple(x.shape)
+
+
 def sums_dtype(operands: Sequence[Tensor], learned: Sequence[int]) -> torch.dtype:
     """The dtype that gradients of the learned operands are summed in."""
     wide = any(operands[number].dtype == torch.float64 for number in learned)

@@ -16,15 +16,15 @@ def gradients(x: Expressions, result: int, register: Register) -> tuple[int, lis
 
     register: of the scores and of the gradients' sums.
     """
-    found: dict[int, int] = {}
+    grads: dict[int, int] = {}
     learns = _learning(x, result)
     if x.type(result).is_float:
-        found[result] = x.held(x.add("gradient", register), x.type(result))
+        grads[result] = x.held(x.add("gradient", register), x.type(result))
     of_score, sums = x.constant(0.0, register), []
     for place in range(result, -1, -1):
-        if place not in found or place not in learns:
+        if place not in grads or place not in learns:
             continue
-        node, grad = x.nodes[place], found[place]
+        node, grad = x.nodes[place], grads[place]
         if node.op == "score":
             of_score = grad
         elif node.op == "load":
@@ -34,7 +34,7 @@ def gradients(x: Expressions, result: int, register: Register) -> tuple[int, lis
             for to, part in pull(grad) if pull else _RULES[node.op](x, place, grad):
                 if to in learns:
                     part = x.held(part, x.type(to))
-                    found[to] = x.binary("add", found[to], part) if to in found else part
+                    grads[to] = x.binary("add", grads[to], part) if to in grads else part
     return of_score, sums
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..calls import Call
 from ..masks import Mask
@@ -141,8 +142,9 @@ def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[i
         problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.value_dim,
         _TYPES[problem.dtype],
     ]  # fmt: skip
-    numbers = library.operators.native_counts(list(data) or None, None, work.code, sizes, problem.q_offset, None)
-    return tuple(numbers.tolist())
+    with _disable_current_modes():  # a cost may be asked for while a graph is traced
+        numbers = library.operators.native_counts(list(data) or None, None, work.code, sizes, problem.q_offset, None)
+        return tuple(numbers.tolist())
 
 
 def forward(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

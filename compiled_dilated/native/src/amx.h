@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "ahead.h"
 #include "amx_tiles.h"
 #include "vectors.h"
 
@@ -281,30 +282,32 @@ class TransposedGroups {
 
 // Arithmetic --------------------------------------------------------------------------------------------------------------
 
-// 2^x with an error of 1.2e-4, a twentieth of what rounding to bfloat16 adds. Below the normal numbers 0, since
-// denormals cost a hundred cycles; NaN stays NaN.
-NATIVE_INLINE __m512 exp2_rough(__m512 x) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
-  constexpr int minus_floor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-  const __m512 rest = _mm512_reduce_ps(x, minus_floor);
-  // 1 at 0 and 2 at 1, so that a query's greatest weight is 1 whichever side of it rounding falls; errors sum to 0 between, so
-  // that sums of weights have none of their own.
-  __m512 power = _mm512_set1_ps(0.0783193872f);
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.2263306128f));
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69535f));
+// 2^(x * factor) for x <= 0 with an error of 3e-6, a thousandth of what rounding to bfloat16 adds, so that sums of weights hardly have
+// any of their own; exactly 1 at 0. As exp2_of else.
+NATIVE_INLINE __m512 exp2_rough(__m512 x, __m512 factor) {
+  const __m512 magic = _mm512_set1_ps(12582912.0f);
+  const __m512 shifted = _mm512_fmadd_ps(x, factor, magic);
+  const __m512 whole = _mm512_sub_ps(shifted, magic);
+  const __m512 rest = _mm512_fmsub_ps(x, factor, whole);
+  __m512 power = _mm512_set1_ps(0.00958285f);
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.05590643f));
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.24024099f));
+  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69312419f));
   power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(normal, power, x);  // which takes the floor of x itself
+  const __mmask16 normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(12582912.0f - 125.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, power, whole);
 }
 
 // to[key][query] = keys . queries, for groups of 32 keys and for tiles low .. high - 1 of `Tiles` of 16 queries, which were
-// packed by pack_paired_columns.
+// packed by pack_paired_columns. ahead: what is read after the block.
 template <int Tiles>
-inline void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to) {
+inline void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to, Ahead& ahead) {
   constexpr int ld = Tiles * tile_rows;
   for (int group = 0; group < groups; ++group) {
     const Left &upper = keys[2 * group], &lower = keys[2 * group + 1];
     float* const rows = to + group * group_keys * ld;
     const auto columns = [&]<int Columns>(int j) {
+      ahead.fetch_some();
       clear_sums<Columns>();
       for (int at = 0; at < depth; at += tile_depth)
         add_product<Columns>(upper, lower, at, queries + (at / tile_depth * Tiles + j) * tile_numbers);
@@ -320,16 +323,28 @@ NATIVE_INLINE __mmask16 first_lanes(int count) {
   return count >= tile_rows ? 0xffff : static_cast<__mmask16>((1u << count) - 1u);
 }
 
-// to[query][d] = from[d][query] for 16 queries; from has `ld` numbers a row.
-inline void transpose_result(const float* from, int ld, int width, __m512 factor, float* to) {
+// rows[query][d] = from[d][query] * factor[query] for 16 queries; from has `ld` numbers a row. Returns 0 for finite results and NaN
+// for queries that have others.
+template <class Stored>
+inline __m512 transpose_result(const float* from, int ld, int width, __m512 factor, Stored* const* to) {
+  __m512 trace = _mm512_setzero_ps();
   for (int at = 0; at < width; at += tile_rows) {
     const __mmask16 within = first_lanes(width - at);
     __m512i rows[16];
-    for (int i = 0; i < tile_rows; ++i)
-      rows[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(from + (at + i) * ld), factor));
+    for (int i = 0; i < tile_rows; ++i) {
+      const __m512 product = _mm512_mul_ps(_mm512_load_ps(from + (at + i) * ld), factor);
+      if (at + i < width) trace = _mm512_fmadd_ps(product, _mm512_setzero_ps(), trace);
+      rows[i] = _mm512_castps_si512(product);
+    }
     transpose16(rows);
-    for (int i = 0; i < tile_rows; ++i) _mm512_mask_storeu_epi32(to + i * width + at, within, rows[i]);
+    for (int i = 0; i < tile_rows; ++i) {
+      if constexpr (sizeof(Stored) == sizeof(float))
+        _mm512_mask_storeu_epi32(to[i] + at, within, rows[i]);
+      else
+        _mm256_mask_storeu_epi16(to[i] + at, within, (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(rows[i])));
+    }
   }
+  return trace;
 }
 
 inline int groups_of(int keys) { return (keys + group_keys - 1) / group_keys; }
@@ -355,10 +370,9 @@ class AmxForward {
   // where they lie. So v_rows must not point to copies whose place is used again, unless they are forgotten in between.
   void forget() { values_.forget(); }
 
-  // q_rows: TQ rows. A pair's weight is 2^(factor * score - the query's maximum); factor > 0.
-  void begin(const uint16_t* const* q_rows, float factor) {
+  // q_rows: TQ rows. A pair's weight is 2^(factor * (score - the query's maximum)); factor > 0.
+  void begin(const uint16_t* const* q_rows, double factor) {
     factor_ = factor;
-    amx::fetch_after(q_rows, TQ, TQ, head_dim_);
     for (int j = 0; j < NV; ++j)
       amx::pack_paired_columns(q_rows + j * W, head_dim_, queries_ + j * amx::tile_numbers, NV * amx::tile_numbers);
     std::fill(result_, result_ + TQ * amx::whole_tiles(value_dim_), 0.0f);
@@ -367,12 +381,12 @@ class AmxForward {
   }
 
   // Goes on from a result (TQ rows) and its log-sum-exps, natural.
-  void start_from(const float* rows, const float* lse) {
+  void start_from(const float* const* rows, const float* lse) {
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<float>;
-      most_[i] = seen ? static_cast<float>(lse[i] * log2_of_e) : -infinity<float>;
+      most_[i] = seen ? static_cast<float>(lse[i] * (log2_of_e / factor_)) : -infinity<float>;
       sum_[i] = seen ? 1.0f : 0.0f;
-      for (int d = 0; d < value_dim_; ++d) result_[d * TQ + i] = seen ? rows[i * value_dim_ + d] : 0.0f;
+      for (int d = 0; d < value_dim_; ++d) result_[d * TQ + i] = seen ? rows[i][d] : 0.0f;
     }
   }
 
@@ -385,17 +399,21 @@ class AmxForward {
     weigh_and_sum(k_rows, v_rows, n, low, high);
   }
 
-  // rows: TQ rows of value_dim numbers; lse: natural. Where nothing was seen 0 and -inf.
-  void result(float* rows, float* lse) const {
+  // rows: TQ rows to write; lse: natural. Where nothing was seen 0 and -inf. Returns whether a result is not finite.
+  bool result(uint16_t* const* rows, float* lse) const {
+    __m512 trace = _mm512_setzero_ps();
     for (int j = 0; j < NV; ++j) {
       const __m512 sum = _mm512_load_ps(sum_ + j * W);
       const __mmask16 seen = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
       const __m512 inverse = _mm512_maskz_div_ps(seen, _mm512_set1_ps(1.0f), sum);
-      amx::transpose_result(result_ + j * W, TQ, value_dim_, inverse, rows + j * W * value_dim_);
+      trace = _mm512_add_ps(trace, amx::transpose_result(result_ + j * W, TQ, value_dim_, inverse, rows + j * W));
     }
     for (int i = 0; i < TQ; ++i)
-      lse[i] = sum_[i] == 0.0f ? -infinity<float> : static_cast<float>((most_[i] + std::log2(sum_[i])) * ln_of_2);
+      lse[i] = sum_[i] == 0.0f ? -infinity<float> : static_cast<float>((most_[i] * factor_ + std::log2(sum_[i])) * ln_of_2);
+    return _mm512_cmp_ps_mask(trace, trace, _CMP_UNORD_Q) != 0;
   }
+
+  Ahead ahead;
 
  private:
   AmxForward(amx::Parts&& parts, int head_dim, int value_dim) : AmxForward(parts, head_dim, value_dim) {}
@@ -410,7 +428,7 @@ class AmxForward {
     amx::Left keys[KB / amx::tile_rows];
     amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
     amx::finish_writes();
-    amx::multiply_keys<NV>(keys, amx::groups_of(n), head_dim_, queries_, low, high, scores_);
+    amx::multiply_keys<NV>(keys, amx::groups_of(n), head_dim_, queries_, low, high, scores_, ahead);
   }
 
   __attribute__((noinline)) void weigh_and_sum(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low,
@@ -437,17 +455,17 @@ class AmxForward {
   // then 1, which bfloat16 holds exactly. Its rounding would be the largest error otherwise.
   NATIVE_INLINE __m512 weigh(int n, int j) {
     const float* const column = scores_ + j * W;
-    const __m512 factor = _mm512_set1_ps(factor_);
+    const __m512 factor = _mm512_set1_ps(static_cast<float>(factor_));
     __m512 most[4];
     for (__m512& x : most) x = _mm512_set1_ps(-infinity<float>);
     for (int key = 0; key < n; key += 4)
       for (int i = 0; i < 4; ++i) most[i] = _mm512_max_ps(most[i], _mm512_load_ps(column + (key + i) * TQ));
     const __m512 before = _mm512_load_ps(most_ + j * W);
     const __m512 largest = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
-    const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(largest, factor));
+    const __m512 now = _mm512_max_ps(before, largest);
     // Where nothing has been seen yet, -inf - -inf would be NaN.
     const __m512 safe = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, _mm512_set1_ps(-infinity<float>), _CMP_NEQ_UQ), now);
-    const __m512 shrinks = (__m512)exp2_of((Vector<float>)_mm512_sub_ps(before, safe));
+    const __m512 shrinks = (__m512)exp2_of((Vector<float>)_mm512_sub_ps(before, safe), static_cast<float>(factor_));
 
     // Two keys at a time: their weights are rounded and lie paired, as the product with V^T reads them. What is summed are the
     // weights before rounding, so that the log-sum-exp is better than bfloat16; the result hardly differs.
@@ -459,8 +477,8 @@ class AmxForward {
     for (int group = 0; group < n; group += amx::group_keys, to += NV * amx::tile_numbers) {
       for (int pair = 0; pair < amx::group_keys / 2; ++pair) {
         const float* const at = column + (group + 2 * pair) * TQ;
-        const __m512 even = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at), factor, safe));
-        const __m512 odd = amx::exp2_rough(_mm512_fmsub_ps(_mm512_load_ps(at + TQ), factor, safe));
+        const __m512 even = amx::exp2_rough(_mm512_sub_ps(_mm512_load_ps(at), safe), factor);
+        const __m512 odd = amx::exp2_rough(_mm512_sub_ps(_mm512_load_ps(at + TQ), safe), factor);
         const __m512i both = _mm512_permutexvar_epi16(paired, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
         _mm512_store_si512(to + pair * amx::tile_depth, both);
         sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
@@ -497,7 +515,7 @@ class AmxForward {
   static constexpr int shares_numbers = amx::tile_depth * 2 * W;
 
   int head_dim_, value_dim_;
-  float factor_ = 1;
+  double factor_ = 1;
   amx::TransposedGroups values_;
   uint16_t *queries_, *weights_, *key_copies_;
   float *result_, *scores_, *shares_, *most_, *sum_;
@@ -533,13 +551,11 @@ class AmxBackward {
   // To be called when keys may have changed where they lie, as in the forward.
   void forget() { transposed_keys_.forget(); }
 
-  // q_rows, go_rows: TQ rows each. lse: natural, +inf for rows that send nothing. A pair's weight is 2^(factor * score) / e^lse.
+  // q_rows, go_rows: TQ rows each. lse: natural, +inf for rows that send nothing. A pair's weight is e^(factor * score - lse).
   void begin(const uint16_t* const* q_rows, const uint16_t* const* go_rows, const float* lse, const float* delta, float scale,
              float factor) {
     factor_ = factor;
     scale_ = scale;
-    amx::fetch_after(q_rows, TQ, TQ, head_dim_);
-    amx::fetch_after(go_rows, TQ, TQ, value_dim_);
     for (int j = 0; j < NV; ++j) {
       amx::pack_paired_columns(q_rows + j * W, head_dim_, queries_ + j * amx::tile_numbers, NV * amx::tile_numbers);
       amx::pack_paired_columns(go_rows + j * W, value_dim_, grad_outs_ + j * amx::tile_numbers, NV * amx::tile_numbers);
@@ -548,7 +564,7 @@ class AmxBackward {
     amx::pack_paired_rows(go_rows, TQ, value_dim_, grad_out_rows_);
     std::fill(grad_q_, grad_q_ + TQ * amx::whole_tiles(head_dim_), 0.0f);
     for (int i = 0; i < TQ; ++i) {
-      lse_[i] = static_cast<float>(lse[i] * log2_of_e);  // in double: a rounded factor would weigh on every pair
+      lse_[i] = lse[i];
       delta_[i] = delta[i];
     }
   }
@@ -573,11 +589,12 @@ class AmxBackward {
     add(k_rows, dk_rows, dv_rows, n, low, high);
   }
 
-  // rows: TQ rows of head_dim numbers.
-  void result(float* rows) const {
-    for (int j = 0; j < NV; ++j)
-      amx::transpose_result(grad_q_ + j * W, TQ, head_dim_, _mm512_set1_ps(1.0f), rows + j * W * head_dim_);
+  // rows: TQ rows to write.
+  void result(uint16_t* const* rows) const {
+    for (int j = 0; j < NV; ++j) amx::transpose_result(grad_q_ + j * W, TQ, head_dim_, _mm512_set1_ps(1.0f), rows + j * W);
   }
+
+  Ahead ahead;
 
  private:
   AmxBackward(amx::Parts&& parts, int head_dim, int value_dim) : AmxBackward(parts, head_dim, value_dim) {}
@@ -600,8 +617,8 @@ class AmxBackward {
     amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
     amx::rows_as_tiles(v_rows, n, value_dim_, value_copies_, values);
     amx::finish_writes();
-    amx::multiply_keys<NV>(keys, groups, head_dim_, queries_, low, high, scores_);
-    amx::multiply_keys<NV>(values, groups, value_dim_, grad_outs_, low, high, grads_);
+    amx::multiply_keys<NV>(keys, groups, head_dim_, queries_, low, high, scores_, ahead);
+    amx::multiply_keys<NV>(values, groups, value_dim_, grad_outs_, low, high, grads_, ahead);
   }
 
   // From scores and products of values to rounded weights and gradients of scores; in two stages where these are edited in between.
@@ -650,7 +667,9 @@ class AmxBackward {
             grads[i] = _mm512_mul_ps(grads[i], _mm512_set1_ps(scale_));
             continue;
           }
-          weights[i] = amx::exp2_rough(_mm512_fmsub_ps(weights[i], factor, lse[i]));
+          // Above 0 by rounding alone, which the largest scores would make a power of.
+          const __m512 below = _mm512_min_ps(_mm512_setzero_ps(), _mm512_fmsub_ps(weights[i], factor, lse[i]));
+          weights[i] = amx::exp2_rough(below, _mm512_set1_ps(static_cast<float>(log2_of_e)));
           grads[i] = _mm512_mul_ps(weights[i], _mm512_fmsub_ps(grads[i], scale, delta[i]));
           if constexpr (stage == Stage::whole) continue;
           _mm512_store_ps(score, weights[i]);

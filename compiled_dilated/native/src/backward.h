@@ -93,38 +93,40 @@ class KeyGradients {
 
 template <class T>
 struct WideGradient : WideWalk<T> {
-  using WideWalk<T>::TQ, WideWalk<T>::most_keys;
+  using WideWalk<T>::W, WideWalk<T>::TQ, WideWalk<T>::most_keys;
+  using Stored = T;  // numbers of the rows of grad_q
 
   static size_t bytes(const Shape& shape) {
     const int head_width = padded<T>(shape.head_dim), value_width = padded<T>(shape.value_dim);
-    return (Backward<T>::numbers(shape.head_dim, shape.value_dim) + static_cast<size_t>(TQ) * (2 * head_width + value_width) +
-            most_keys * static_cast<size_t>(shape.head_dim + shape.value_dim)) * sizeof(T);
+    return (Backward<T>::numbers(shape.head_dim, shape.value_dim) + static_cast<size_t>(TQ) * (head_width + value_width) +
+            Rows<T>::numbers(shape.head_dim) + Rows<T>::numbers(shape.value_dim)) * sizeof(T);
   }
 
   WideGradient(Room& room, const Shape& shape, double scale)
       : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(scale),
         products(room.take<T>(Backward<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
-        scaled(room.take<T>(TQ * padded<T>(head_dim))), q_rows(room.take<T>(TQ * padded<T>(head_dim))),
-        grad_out_rows(room.take<T>(TQ * padded<T>(value_dim))), key_copies(room.take<T>(most_keys * head_dim)),
-        value_copies(room.take<T>(most_keys * value_dim)) {}
+        q_rows(room.take<T>(TQ * padded<T>(head_dim))),
+        grad_out_rows(room.take<T>(TQ * padded<T>(value_dim))), 
+        keys(room.take<T>(Rows<T>::numbers(head_dim)), head_dim, true),
+        values(room.take<T>(Rows<T>::numbers(value_dim)), value_dim, false) {}
 
-  // lse: natural, as all scores are in a backward; of lanes past the end +inf. changed: whether a function changes them.
-  void begin(const Head& q, const Head& grad_out, const int32_t* sources, bool, const T* lse, const T* delta) {
+  // lse: natural; of lanes past the end +inf. changed: whether a function changes scores.
+  void begin(const Head& q, const Head& grad_out, const int32_t* sources, bool changed, const T* lse, const T* delta) {
+    scaling = Scaling<T>(scale, changed);
     const int ldq = padded<T>(head_dim), ldo = padded<T>(value_dim);
     for (int i = 0; i < TQ; ++i) {
-      T *q_row = q_rows + i * ldq, *out_row = grad_out_rows + i * ldo, *scaled_row = scaled + i * ldq;
+      T *q_row = q_rows + i * ldq, *out_row = grad_out_rows + i * ldo;
       read_row<T>(q.row(sources[i]), q.type, T(1), q_row, head_dim);
       read_row<T>(grad_out.row(sources[i]), grad_out.type, T(1), out_row, value_dim);
       std::fill(q_row + head_dim, q_row + ldq, T(0));
       std::fill(out_row + value_dim, out_row + ldo, T(0));
-      for (int d = 0; d < ldq; ++d) scaled_row[d] = q_row[d] * static_cast<T>(scale);
     }
-    products.begin(scaled, q_rows, ldq, grad_out_rows, ldo, lse, delta, static_cast<T>(scale));
+    products.begin(q_rows, ldq, grad_out_rows, ldo, lse, delta, static_cast<T>(scaling.rest()), static_cast<T>(scale));
   }
 
   void keys_from(const Head& k, const Head& v, int64_t key_step) {
-    keys.start(k, head_dim, key_step, key_copies);
-    values.start(v, value_dim, key_step, value_copies);
+    keys.start(k, key_step);
+    values.start(v, key_step);
   }
 
   void block(const KeyBlock& block, T* grad_k, T* grad_v, const ScoreEdit<T>& change, const GradEdit<T>& change_back) {
@@ -136,15 +138,28 @@ struct WideGradient : WideWalk<T> {
       grad_key_rows[i] = grad_k + static_cast<int64_t>(block.keys[i]) * padded<T>(head_dim);
       grad_value_rows[i] = grad_v + static_cast<int64_t>(block.keys[i]) * padded<T>(value_dim);
     }
-    products.block(key_rows, value_rows, grad_key_rows, grad_value_rows, block.count, block.low, block.high, change, change_back);
+    const auto edit = [&](T* scores, int ld) {
+      scaling.apply(scores, ld, block.count, (block.high - block.low) * W);
+      if (change) change(scores, ld);
+    };
+    const auto edit_grad = [&](T* before, T* grads, int ld) {
+      scaling.apply(before, ld, block.count, (block.high - block.low) * W);
+      change_back(before, grads, ld);
+    };
+    products.block(key_rows, value_rows, grad_key_rows, grad_value_rows, block.count, block.low, block.high,
+                   scaling.first || change ? ScoreEdit<T>(edit) : ScoreEdit<T>(),
+                   change_back ? GradEdit<T>(edit_grad) : GradEdit<T>());
   }
 
-  void result(T* rows, int ld) { products.result(rows, ld); }
+  void result(T* const* rows) { products.result(rows); }
+
+  Ahead& ahead() { return products.ahead; }
 
   int head_dim, value_dim;
   double scale;
+  Scaling<T> scaling;
   Backward<T> products;
-  T *scaled, *q_rows, *grad_out_rows, *key_copies, *value_copies;
+  T *q_rows, *grad_out_rows;
   Rows<T> keys, values;
 };
 
@@ -152,14 +167,27 @@ template <class Engine>
 class BackwardWorker {
  public:
   using T = typename Engine::Number;
+  using Stored = typename Engine::Stored;
   static constexpr int W = Engine::W, TQ = Engine::TQ;
 
   BackwardWorker(const Problem& problem, const Program& program, const Gradients& gradients, const Shape& shape, Room& room)
       : problem_(problem), program_(program), gradients_(gradients), shape_(shape),
-        engine_(start(room, shape), shape, problem.scale), blocks_(program, shape.kv_len, false), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
+        engine_(start(room, shape), shape, problem.scale), blocks_(program, shape.kv_len), rows_(room.take<T>(static_cast<size_t>(TQ) * shape.head_dim)),
         lse_(room.take<T>(TQ)), delta_(room.take<T>(TQ)) {}
 
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) { blocks_.stretch(b, h, first, tiles); }
+
+  // Rows of a tile that comes next.
+  void expect(int64_t b, int64_t h, const QueryTile<W>& next) {
+    next_.clear();
+    if (!next.vectors) return;
+    const Head q(problem_.q, b, h), grad_out(gradients_.grad_out, b, h), out(problem_.out, b, h);
+    for (const int32_t row : next.sources) {
+      next_.add(q.row(row), shape_.head_dim * size_of(q.type));
+      next_.add(grad_out.row(row), shape_.value_dim * size_of(grad_out.type));
+      next_.add(out.row(row), shape_.value_dim * size_of(out.type));
+    }
+  }
 
   // Adds a tile's share; index: of the tile in its stretch; is_last: no later tile of the slot's unit follows.
   void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, KeyGradients<T>& to, Turns& turns, int slot, bool is_last, T* const* sums) {
@@ -167,6 +195,16 @@ class BackwardWorker {
     read_statistics(b, h, tile, grad_out);
     const bool natural = program_.score_mod != nullptr;
     engine_.begin(q, grad_out, tile.sources, natural, lse_, delta_);
+    // As in the forward: rows of another type, or past the end, go through a workspace.
+    const bool direct = size_of(grad_q.type) == sizeof(Stored);
+    Stored* rows[TQ];
+    for (int i = 0; i < TQ; ++i) {
+      rows[i] = reinterpret_cast<Stored*>(rows_ + i * shape_.head_dim);
+      if (direct && tile.rows[i] >= 0) rows[i] = static_cast<Stored*>(grad_q.mutable_row(tile.rows[i]));
+    }
+    Ahead& ahead = engine_.ahead();
+    ahead = next_;
+    for (int i = 0; direct && i < TQ; ++i) ahead.add(rows[i], shape_.head_dim * size_of(grad_q.type));
     const int64_t kv_head = shape_.kv_head(h), head = b * shape_.kv_heads + kv_head;
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     T *grad_k = to.rows(head, 0), *grad_v = to.rows(head, 1);
@@ -177,14 +215,16 @@ class BackwardWorker {
     blocks_.visit(engine_, k, v, b, h, index, tile, [&](const KeyBlock& block) {
       turns.wait(slot, *std::max_element(block.keys, block.keys + block.count));
       const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };
-      const auto change_back = [&](const T* before, T* grads, int ld) { scores.change_back(block, before, grads, ld, sums); };
+      const auto change_back = [&](T* before, T* grads, int ld) { scores.change_back(block, before, grads, ld, sums); };
       engine_.block(block, grad_k, grad_v, scores.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>(),
                     natural ? GradEdit<T>(change_back) : GradEdit<T>());
       if (in_order) turns.finish_below(slot, block.least_after);
     });
-    engine_.result(rows_, shape_.head_dim);
+    engine_.result(rows);
+    if (direct) return;
     for (int i = 0; i < TQ; ++i)
-      if (tile.rows[i] >= 0) write_row<T>(rows_ + i * shape_.head_dim, grad_q.type, grad_q.mutable_row(tile.rows[i]), shape_.head_dim);
+      if (tile.rows[i] >= 0)
+        write_row<T>(rows_ + i * shape_.head_dim, grad_q.type, grad_q.mutable_row(tile.rows[i]), shape_.head_dim);
   }
 
  private:
@@ -221,6 +261,7 @@ class BackwardWorker {
   const Shape& shape_;
   Engine engine_;
   TileBlocks<Engine> blocks_;
+  Ahead next_;
   T *rows_, *lse_, *delta_;
   std::vector<T> out_row_, grad_row_;
 };
@@ -282,11 +323,12 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
     if (learns) sums.assign(static_cast<size_t>(count * numbers), T(0));
     const int slots = static_cast<int>(std::min<int64_t>(threads, per_head * count));
     Turns turns(slots);
-    int64_t next = 0;
+    int64_t units = 0;
     on_threads(problem.parallel, slots, [&](int slot, const Failure& failure) {
       thread_local Room room;
       BackwardWorker<Engine> worker(problem, program, gradients, shape, room);
-      QueryTile<Engine::W> tile;
+      QueryTile<Engine::W> two_tiles[2];
+      QueryTile<Engine::W> *tile = two_tiles, *next = two_tiles + 1;
       const auto order_of = [&](int64_t unit) { return std::pair<int64_t, int64_t>{first + unit % count, unit / count}; };
       struct Finish {
         Turns& turns;
@@ -294,7 +336,7 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
         ~Finish() { turns.finish(slot); }  // also where an error ends the unit, so that nobody waits for it
       };
       while (!failure.failed()) {
-        const int64_t unit = turns.take(slot, [&] { return next++; }, order_of);
+        const int64_t unit = turns.take(slot, [&] { return units++; }, order_of);
         const Finish finish{turns, slot};
         if (unit >= per_head * count) break;
         const auto [head, stretch] = order_of(unit);
@@ -302,16 +344,25 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
         std::vector<T*> sums_of_head = learned_sums(program, gradients, sums.data() + (head - first) * numbers);
         const int64_t first_tile = stretch * stretches.length();
         const int64_t stop = std::min(stretches.most(), first_tile + stretches.length());
-        const int64_t first_head = head % shape.kv_heads * group, last_head = first_head + group - 1;
-        for (int64_t index = first_tile; index < stop; ++index)
-          for (int64_t h = first_head; h <= last_head; ++h) {
-            const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
-            if (index >= tiles.count()) continue;
-            tiles.tile_at(index, tile);
-            const bool is_last = index == stop - 1 && h == last_head;
-            worker.stretch(b, h, first_tile, stop - first_tile);
-            if (tile.vectors) worker.tile(b, h, index - first_tile, tile, to, turns, slot, is_last, sums_of_head.data());
-          }
+        const int64_t first_head = head % shape.kv_heads * group, steps = (stop - first_tile) * group;
+        // All heads of a group at one place of the sequence, then at the next.
+        const auto place_of = [&](int64_t step) { return std::pair<int64_t, int64_t>{first_tile + step / group, first_head + step % group}; };
+        const auto tile_of = [&](int64_t step, QueryTile<Engine::W>& to_fill) {
+          to_fill.vectors = 0;
+          if (step >= steps) return;
+          const auto [index, h] = place_of(step);
+          const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
+          if (index < tiles.count()) tiles.tile_at(index, to_fill);
+        };
+        tile_of(0, *next);
+        for (int64_t step = 0; step < steps; ++step) {
+          std::swap(tile, next);
+          tile_of(step + 1, *next);
+          const auto [index, h] = place_of(step);
+          worker.stretch(b, h, first_tile, stop - first_tile);
+          worker.expect(b, place_of(step + 1).second, *next);
+          if (tile->vectors) worker.tile(b, h, index - first_tile, *tile, to, turns, slot, step + 1 == steps, sums_of_head.data());
+        }
       }
     });
     for (int64_t head = 0; head < count; ++head) {

@@ -8,23 +8,23 @@ namespace {
 
 // The gradients of bfloat16 where the CPU multiplies tiles; sums over queries stay in float32.
 struct AmxGradient : AmxWalk {
+  using Stored = uint16_t;
 
   static size_t bytes(const Shape& shape) { return AmxBackward::bytes(shape.head_dim, shape.value_dim); }
 
   AmxGradient(Room& room, const Shape& shape, double scale)
-      : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(static_cast<float>(scale)),
+      : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(scale),
         products(room.take<char>(bytes(shape)), head_dim, value_dim) {}
 
   // lse: natural; of lanes past the end +inf.
   void begin(const Head& q, const Head& grad_out, const int32_t* sources, bool changed, const float* lse, const float* delta) {
-    scales_first = changed || !(scale > 0);
+    scaling = Scaling<float>(scale, changed);
     const uint16_t *q_rows[TQ], *grad_rows[TQ];
     for (int i = 0; i < TQ; ++i) {
       q_rows[i] = static_cast<const uint16_t*>(q.row(sources[i]));
       grad_rows[i] = static_cast<const uint16_t*>(grad_out.row(sources[i]));
     }
-    constexpr float binary = static_cast<float>(log2_of_e);
-    products.begin(q_rows, grad_rows, lse, delta, scale, scales_first ? binary : scale * binary);
+    products.begin(q_rows, grad_rows, lse, delta, static_cast<float>(scale), static_cast<float>(scaling.rest()));
   }
 
   void keys_from(const Head& k, const Head& v, int64_t) { keys = k, values = v; }
@@ -41,30 +41,29 @@ struct AmxGradient : AmxWalk {
     }
     const int first = block.low * W, lanes_seen = (block.high - block.low) * W;
     const auto edit = [&](float* scores, int ld, int n) {
-      if (scales_first) scale_scores(scores + first, ld, n, lanes_seen, scale);
+      scaling.apply(scores + first, ld, n, lanes_seen);
       if (change) change(scores + first, ld);
     };
     const auto run = [&](const auto& edit_grad) {
       products.block(key_rows, value_rows, grad_key_rows, grad_value_rows, block.count, block.low, block.high,
-                     scales_first || change, edit, edit_grad);
+                     scaling.first || change, edit, edit_grad);
     };
     if (!change_back) return run(AmxBackward::NoEdit{});
-    run([&](const float* before, float* grads, int ld, int n) {
-      // The function is asked with scores as it saw them, in natural units.
-      natural_scores.assign(before + first, before + first + static_cast<size_t>(n - 1) * ld + lanes_seen);
-      scale_scores(natural_scores.data(), ld, n, lanes_seen, scale);
-      change_back(natural_scores.data(), grads + first, ld);
+    run([&](float* before, float* grads, int ld, int n) {
+      scaling.apply(before + first, ld, n, lanes_seen);
+      change_back(before + first, grads + first, ld);
     });
   }
 
-  void result(float* rows, int) { products.result(rows); }
+  void result(Stored* const* rows) { products.result(rows); }
 
   int head_dim, value_dim;
-  float scale;
+  double scale;
+  Ahead& ahead() { return products.ahead; }
+
   AmxTiles tiles;
   AmxBackward products;
-  bool scales_first = false;
-  std::vector<float> natural_scores;
+  Scaling<float> scaling;
   Head keys{Array{}, 0, 0}, values{Array{}, 0, 0};
 };
 

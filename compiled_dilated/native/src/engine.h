@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 
+#include "ahead.h"
 #include "vectors.h"
 
 namespace native {
@@ -29,9 +30,9 @@ class Edit {
 // (scores, leading dimension)
 template <class T>
 using ScoreEdit = Edit<T*, int>;
-// (scores before they were edited, gradients of the edited ones in and of those before out, leading dimension)
+// (products before they were edited, which it may overwrite, gradients of the edited scores in and of those before out, leading dimension)
 template <class T>
-using GradEdit = Edit<const T*, T*, int>;
+using GradEdit = Edit<T*, T*, int>;
 
 constexpr int block_keys = 64;  // most keys of a block: scores and weights of a tile stay in the first cache
 template <class T>
@@ -67,11 +68,27 @@ NATIVE_INLINE void multiply(const T* const* rows, int depth, const T* columns, i
     for (int j = 0; j < Vectors; ++j) store(scores + i * lds + j * W, sums[i][j]);
 }
 
+// Asks for rows that are read soon: where they are not side by side no prefetcher of the machine finds them.
+template <class T>
+NATIVE_INLINE void fetch(const T* const* rows, int count, int width) {
+  for (int i = 0; i < count; ++i)
+    for (int at = 0; at < width; at += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(rows[i] + at, 0, 3);
+}
+
+// All rows of a block. later: rows of a width of their own that are read after these; ahead: what is read after the block.
 template <class T, int Vectors>
-NATIVE_INLINE void multiply_all(const T* const* rows, int count, int depth, const T* columns, int ld, T* scores, int lds) {
+NATIVE_INLINE void multiply_all(const T* const* rows, int count, int depth, const T* columns, int ld, T* scores, int lds,
+                                const T* const* later, int later_width, Ahead& ahead) {
   constexpr int most = rows_at_once(Vectors);
   int i = 0;
-  for (; i + most <= count; i += most) multiply<T, most, Vectors>(rows + i, depth, columns, ld, scores + i * lds, lds);
+  for (; i + most <= count; i += most) {
+    fetch(rows + i + most, std::min(most, count - i - most), depth);
+    fetch(later + i, most, later_width);
+    ahead.fetch_some();
+    multiply<T, most, Vectors>(rows + i, depth, columns, ld, scores + i * lds, lds);
+  }
+  if constexpr (most > 4)
+    for (; i + 4 <= count; i += 4) multiply<T, 4, Vectors>(rows + i, depth, columns, ld, scores + i * lds, lds);
   for (; i + 2 <= count; i += 2) multiply<T, 2, Vectors>(rows + i, depth, columns, ld, scores + i * lds, lds);
   for (; i < count; ++i) multiply<T, 1, Vectors>(rows + i, depth, columns, ld, scores + i * lds, lds);
 }
@@ -146,25 +163,59 @@ void spread_all(const T* weights, int ldw, int count, const T* rows, int ldr, in
   for (; i < count; ++i) spread_rows<T, 1>(weights + i * ldw, ldw, rows, ldr, queries, width, to + i, factor);
 }
 
-// to[column][row] = from[row][column]; one of the two counts is that of a vector's lanes.
+// A vector's lanes of rows, transposed: to[column][lane] = rows[lane][column].
 template <class T>
-void transpose(const T* from, int ldf, int rows, int columns, T* to, int ldt) {
+void transpose_rows(const T* const* rows, int columns, T* to, int ld) {
   constexpr int W = lanes<T>;
-  int row = 0, column = 0;
+  int column = 0;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    // Squares along the longer side; what is left of it follows number by number.
-    while (row + W <= rows && column + W <= columns) {
-      __m512i square[16];
-      for (int i = 0; i < W; ++i) square[i] = _mm512_loadu_si512(from + (row + i) * ldf + column);
+    for (; column + W <= columns; column += W) {
+      __m512i square[W];
+      for (int lane = 0; lane < W; ++lane) square[lane] = _mm512_loadu_si512(rows[lane] + column);
       transpose16(square);
-      for (int i = 0; i < W; ++i) _mm512_storeu_si512(to + (column + i) * ldt + row, square[i]);
-      (rows > columns ? row : column) += W;
+      for (int i = 0; i < W; ++i) _mm512_storeu_si512(to + (column + i) * ld, square[i]);
     }
   }
 #endif
-  for (int i = row; i < rows; ++i)
-    for (int j = column; j < columns; ++j) to[j * ldt + i] = from[i * ldf + j];
+  for (; column < columns; ++column)
+    for (int lane = 0; lane < W; ++lane) to[column * ld + lane] = rows[lane][column];
+}
+
+// The way back, each lane times its factor: rows[lane][column] = from[column][lane] * factors[lane]. Returns 0 for finite results
+// and NaN for lanes that have others.
+template <class T>
+Vector<T> transpose_columns(const T* from, int ld, int columns, Vector<T> factors, T* const* rows) {
+  constexpr int W = lanes<T>;
+  Vector<T> trace{};
+  int column = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    for (; column + W <= columns; column += W) {
+      __m512i square[W];
+      for (int i = 0; i < W; ++i) {
+        const Vector<T> product = load(from + (column + i) * ld) * factors;
+        trace += product * T(0);
+        square[i] = (__m512i)product;
+      }
+      transpose16(square);
+      for (int lane = 0; lane < W; ++lane) _mm512_storeu_si512(rows[lane] + column, square[lane]);
+    }
+  }
+#endif
+  for (; column < columns; ++column) {
+    const Vector<T> product = load(from + column * ld) * factors;
+    trace += product * T(0);
+    for (int lane = 0; lane < W; ++lane) rows[lane][column] = product[lane];
+  }
+  return trace;
+}
+
+template <class T>
+bool any_nan(Vector<T> x) {
+  for (int lane = 0; lane < lanes<T>; ++lane)
+    if (x[lane] != x[lane]) return true;
+  return false;
 }
 
 // Widths padded to whole vectors, so that rows of a workspace can be read vector by vector.
@@ -190,20 +241,22 @@ class Forward {
     scores_ = sum_ + TQ;
   }
 
-  // rows: TQ rows of `ld` numbers, already scaled. Of `edits`, scores come in natural units and are made binary afterwards.
-  void begin(const T* rows, int ld) {
-    for (int j = 0; j < tile_vectors; ++j) transpose(rows + j * W * ld, ld, W, head_dim_, queries_ + j * W, TQ);
+  // rows: TQ rows of q. A pair's weight is 2^(factor * (score - the query's maximum)); factor > 0.
+  void begin(const T* const* rows, double factor) {
+    exact_factor_ = factor;
+    factor_ = static_cast<T>(factor);
+    for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, head_dim_, queries_ + j * W, TQ);
     std::fill(result_, result_ + TQ * value_dim_, T(0));
     std::fill(most_, most_ + TQ, -infinity<T>);
     std::fill(sum_, sum_ + TQ, T(0));
   }
 
-  // Goes on from a result (TQ rows of `ld` numbers) and its log-sum-exps, natural.
-  void start_from(const T* rows, int ld, const T* lse) {
-    for (int j = 0; j < tile_vectors; ++j) transpose(rows + j * W * ld, ld, W, value_dim_, result_ + j * W, TQ);
+  // Goes on from a result (TQ rows) and its log-sum-exps, natural.
+  void start_from(const T* const* rows, const T* lse) {
+    for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, value_dim_, result_ + j * W, TQ);
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<T>;
-      most_[i] = seen ? lse[i] * static_cast<T>(log2_of_e) : -infinity<T>;
+      most_[i] = seen ? static_cast<T>(lse[i] * (log2_of_e / exact_factor_)) : -infinity<T>;
       sum_[i] = seen ? T(1) : T(0);
       if (!seen)
         for (int d = 0; d < value_dim_; ++d) result_[d * TQ + i] = T(0);
@@ -220,27 +273,27 @@ class Forward {
     }
   }
 
-  // rows: TQ rows of `ld` numbers; lse: natural. Where nothing was seen 0 and -inf.
-  void result(T* rows, int ld, T* lse) {
+  // rows: TQ rows to write; lse: natural. Where nothing was seen 0 and -inf. Returns whether a result is not finite.
+  bool result(T* const* rows, T* lse) {
+    Vector<T> trace{};
     for (int j = 0; j < tile_vectors; ++j) {
       const Vector<T> sum = load(sum_ + j * W);
       const Vector<T> inverse = sum == T(0) ? Vector<T>{} : T(1) / sum;
-      for (int d = 0; d < value_dim_; ++d) {
-        T* at = result_ + d * TQ + j * W;
-        store(at, load(at) * inverse);
-      }
-      transpose(result_ + j * W, TQ, value_dim_, W, rows + j * W * ld, ld);
+      trace += transpose_columns(result_ + j * W, TQ, value_dim_, inverse, rows + j * W);
     }
     for (int i = 0; i < TQ; ++i)
-      lse[i] = sum_[i] == T(0) ? -infinity<T> : static_cast<T>((most_[i] + std::log2(sum_[i])) * ln_of_2);
+      lse[i] = sum_[i] == T(0) ? -infinity<T> : static_cast<T>((most_[i] * exact_factor_ + std::log2(sum_[i])) * ln_of_2);
+    return any_nan<T>(trace);
   }
+
+  Ahead ahead;
 
  private:
   template <int Vectors>
   __attribute__((noinline)) void block_of(const T* const* keys, const T* const* values, int n, int low, const ScoreEdit<T>& edit) {
     constexpr int ld = Vectors * W;
     T* scores = scores_;
-    multiply_all<T, Vectors>(keys, n, head_dim_, queries_ + low * W, TQ, scores, ld);
+    multiply_all<T, Vectors>(keys, n, head_dim_, queries_ + low * W, TQ, scores, ld, values, value_dim_, ahead);
     if (edit) edit(scores, ld);
     Vector<T> factors[Vectors];
     for (int j = 0; j < Vectors; ++j) factors[j] = weigh(scores + j * W, ld, n, (low + j) * W);
@@ -257,16 +310,16 @@ class Forward {
     const Vector<T> before = load(most_ + at), now = larger<T>(before, larger<T>(most[0], most[1]));
     // Where nothing has been seen yet, -inf - -inf would be NaN.
     const Vector<T> safe = now == -infinity<T> ? Vector<T>{} : now;
-    const Vector<T> factor = exp2_of(before - safe);
+    const Vector<T> factor = exp2_of(before - safe, factor_);
     Vector<T> sums[2] = {};
     for (k = 0; k + 2 <= n; k += 2)
       for (int i = 0; i < 2; ++i) {
-        const Vector<T> weight = exp2_of(load(column + (k + i) * ld) - safe);
+        const Vector<T> weight = exp2_of(load(column + (k + i) * ld) - safe, factor_);
         store(column + (k + i) * ld, weight);
         sums[i] += weight;
       }
     if (k < n) {
-      const Vector<T> weight = exp2_of(load(column + k * ld) - safe);
+      const Vector<T> weight = exp2_of(load(column + k * ld) - safe, factor_);
       store(column + k * ld, weight);
       sums[0] += weight;
     }
@@ -276,6 +329,8 @@ class Forward {
   }
 
   int head_dim_, value_dim_;
+  double exact_factor_ = 1;
+  T factor_ = 1;
   T *queries_, *result_, *most_, *sum_, *scores_;
 };
 
@@ -299,13 +354,15 @@ class Backward {
     before_ = grads_ + TQ * block_keys;
   }
 
-  // scaled: TQ rows of q times what makes its products scores; q, grad_out: TQ rows as they are, padded to whole vectors.
-  // lse: natural, as scores are here; +inf for rows that send nothing. scale: of dS K and dS^T Q.
-  void begin(const T* scaled, const T* q, int ldq, const T* grad_out, int ldo, const T* lse, const T* delta, T scale) {
-    q_rows_ = q, out_rows_ = grad_out, ldq_ = ldq, ldo_ = ldo, scale_ = scale;
+  // q, grad_out: TQ rows, padded to whole vectors. lse: natural; +inf for rows that send nothing. factor: of products of q and k,
+  // which makes them the scores that lse is of. scale: of dS K and dS^T Q.
+  void begin(const T* q, int ldq, const T* grad_out, int ldo, const T* lse, const T* delta, T factor, T scale) {
+    q_rows_ = q, out_rows_ = grad_out, ldq_ = ldq, ldo_ = ldo, factor_ = factor, scale_ = scale;
+    const T *q_of[TQ], *out_of[TQ];
+    for (int i = 0; i < TQ; ++i) q_of[i] = q + i * ldq, out_of[i] = grad_out + i * ldo;
     for (int j = 0; j < tile_vectors; ++j) {
-      transpose(scaled + j * W * ldq, ldq, W, head_dim_, queries_ + j * W, TQ);
-      transpose(grad_out + j * W * ldo, ldo, W, value_dim_, grad_out_ + j * W, TQ);
+      transpose_rows(q_of + j * W, head_dim_, queries_ + j * W, TQ);
+      transpose_rows(out_of + j * W, value_dim_, grad_out_ + j * W, TQ);
     }
     std::fill(grad_q_, grad_q_ + TQ * head_dim_, T(0));
     std::copy(lse, lse + TQ, lse_);
@@ -324,15 +381,12 @@ class Backward {
     }
   }
 
-  void result(T* rows, int ld) {
-    for (int j = 0; j < tile_vectors; ++j) {
-      for (int d = 0; d < head_dim_; ++d) {
-        T* at = grad_q_ + d * TQ + j * W;
-        store(at, load(at) * scale_);
-      }
-      transpose(grad_q_ + j * W, TQ, head_dim_, W, rows + j * W * ld, ld);
-    }
+  // rows: TQ rows to write.
+  void result(T* const* rows) {
+    for (int j = 0; j < tile_vectors; ++j) transpose_columns(grad_q_ + j * W, TQ, head_dim_, all(scale_), rows + j * W);
   }
+
+  Ahead ahead;
 
  private:
   template <int Vectors>
@@ -340,8 +394,8 @@ class Backward {
                                           int n, int low, const ScoreEdit<T>& edit, const GradEdit<T>& edit_grad) {
     constexpr int ld = Vectors * W;
     T *weights = weights_, *grads = grads_;
-    multiply_all<T, Vectors>(keys, n, head_dim_, queries_ + low * W, TQ, weights, ld);
-    multiply_all<T, Vectors>(values, n, value_dim_, grad_out_ + low * W, TQ, grads, ld);
+    multiply_all<T, Vectors>(keys, n, head_dim_, queries_ + low * W, TQ, weights, ld, values, value_dim_, ahead);
+    multiply_all<T, Vectors>(values, n, value_dim_, grad_out_ + low * W, TQ, grads, ld, keys, head_dim_, ahead);
     if (edit_grad) std::copy(weights, weights + n * ld, before_);
     if (edit) edit(weights, ld);
     for (int j = 0; j < Vectors; ++j) {
@@ -349,8 +403,8 @@ class Backward {
 #pragma GCC unroll 2
       for (int k = 0; k < n; ++k) {
         T *weight = weights + k * ld + j * W, *grad = grads + k * ld + j * W;
-        // The difference is small: made binary here, it keeps the precision that scores and log-sum-exps have.
-        const Vector<T> share = exp2_of((load(weight) - lse) * static_cast<T>(log2_of_e));
+        // Above 0 by rounding alone, which the largest scores would make a power of.
+        const Vector<T> share = exp2_of(smaller<T>(load(weight) * factor_ - lse, Vector<T>{}), static_cast<T>(log2_of_e));
         store(weight, share);
         store(grad, share * (load(grad) - delta));
       }
@@ -365,7 +419,7 @@ class Backward {
   }
 
   int head_dim_, value_dim_, ldq_ = 0, ldo_ = 0;
-  T scale_ = 1;
+  T factor_ = 1, scale_ = 1;
   const T *q_rows_ = nullptr, *out_rows_ = nullptr;
   T *queries_, *grad_out_, *grad_q_, *lse_, *delta_, *weights_, *grads_, *before_;
 };

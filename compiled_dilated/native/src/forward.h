@@ -50,56 +50,68 @@ void on_threads(const Parallel& parallel, int slots, const Body& body) {
 // The engine of float32 and float64, which also serves narrower types by widening their rows.
 template <class T>
 struct WideEngine : WideWalk<T> {
-  using WideWalk<T>::TQ, WideWalk<T>::most_keys;
+  using WideWalk<T>::W, WideWalk<T>::TQ, WideWalk<T>::most_keys;
+  using Stored = T;  // numbers of the rows that are written
   static constexpr bool can_be_careful = true;
 
   static size_t bytes(const Shape& shape) {
-    const size_t width = static_cast<size_t>(shape.head_dim + shape.value_dim);
-    return (Forward<T>::numbers(shape.head_dim, shape.value_dim) + TQ * shape.head_dim + most_keys * width) * sizeof(T);
+    return (Forward<T>::numbers(shape.head_dim, shape.value_dim) + TQ * shape.head_dim + Rows<T>::numbers(shape.head_dim) +
+            Rows<T>::numbers(shape.value_dim)) * sizeof(T);
   }
 
   WideEngine(Room& room, const Shape& shape)
       : head_dim(shape.head_dim), value_dim(shape.value_dim),
         softmax(room.take<T>(Forward<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
-        q_rows(room.take<T>(TQ * head_dim)), key_copies(room.take<T>(most_keys * head_dim)),
-        value_copies(room.take<T>(most_keys * value_dim)) {}
+        q_rows(room.take<T>(TQ * head_dim)), keys(room.take<T>(Rows<T>::numbers(head_dim)), head_dim, false),
+        values(room.take<T>(Rows<T>::numbers(value_dim)), value_dim, true) {}
 
-  // scale: of q . k. Scores come in natural units where they are `changed` by a function, else binary.
+  // changed: whether a function changes scores.
   void begin(const Head& q, const int32_t* sources, double scale, bool changed) {
-    const double factor = changed ? scale : scale * log2_of_e;
+    scaling = Scaling<T>(scale, changed);
+    const T* rows[TQ];
     for (int i = 0; i < TQ; ++i) {
       const char* row = static_cast<const char*>(q.row(sources[i]));
-      read_row<T>(row, q.type, static_cast<T>(factor), q_rows + i * head_dim, head_dim);
-      // The next tile's queries often follow these: they come while this tile is computed.
-      for (int64_t at = 0; at < head_dim * size_of(q.type); at += 64) __builtin_prefetch(row + TQ * q.stride + at, 0, 2);
+      rows[i] = reinterpret_cast<const T*>(row);
+      if (q.type != type_of<T>) {
+        read_row<T>(row, q.type, T(1), q_rows + i * head_dim, head_dim);
+        rows[i] = q_rows + i * head_dim;
+      }
     }
-    softmax.begin(q_rows, head_dim);
+    softmax.begin(rows, scaling.rest() * log2_of_e);
   }
 
-  void start_from(const T* rows, int ld, const T* lse) { softmax.start_from(rows, ld, lse); }
+  void start_from(const T* const* rows, const T* lse) { softmax.start_from(rows, lse); }
 
   void keys_from(const Head& k, const Head& v, int64_t key_step) {
-    keys.start(k, head_dim, key_step, key_copies);
-    values.start(v, value_dim, key_step, value_copies);
+    keys.start(k, key_step);
+    values.start(v, key_step);
   }
 
   void block(const KeyBlock& block, const ScoreEdit<T>& change) {
     const T *key_rows[most_keys], *value_rows[most_keys];
     keys.of(block.keys, block.count, key_rows);
     values.of(block.keys, block.count, value_rows);
-    softmax.block(key_rows, value_rows, block.count, block.low, block.high, change);
+    block_of(key_rows, value_rows, block, change);
   }
 
-  // The same of rows that were cleaned.
+  // The same of rows that lie elsewhere.
   void block_of(const T* const* key_rows, const T* const* value_rows, const KeyBlock& block, const ScoreEdit<T>& change) {
-    softmax.block(key_rows, value_rows, block.count, block.low, block.high, change);
+    const auto edit = [&](T* scores, int ld) {
+      scaling.apply(scores, ld, block.count, (block.high - block.low) * W);
+      if (change) change(scores, ld);
+    };
+    const bool edits = scaling.first || change;
+    softmax.block(key_rows, value_rows, block.count, block.low, block.high, edits ? ScoreEdit<T>(edit) : ScoreEdit<T>());
   }
 
-  void result(T* rows, int ld, T* lse) { softmax.result(rows, ld, lse); }
+  bool result(T* const* rows, T* lse) { return softmax.result(rows, lse); }
+
+  Ahead& ahead() { return softmax.ahead; }
 
   int head_dim, value_dim;
+  Scaling<T> scaling;
   Forward<T> softmax;
-  T *q_rows, *key_copies, *value_copies;
+  T* q_rows;
   Rows<T> keys, values;
 };
 
@@ -179,24 +191,37 @@ template <class Engine>
 class ForwardWorker {
  public:
   using T = typename Engine::Number;
+  using Stored = typename Engine::Stored;
   static constexpr int W = Engine::W, TQ = Engine::TQ;
 
   // careful: keys and values may hold numbers that are not finite, which are kept from queries that do not see them.
   ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, bool careful, Room& room)
       : problem_(problem), program_(program), shape_(shape), careful_mode_(careful),
-        engine_(start(room, shape), shape), blocks_(program, shape.kv_len, true),
+        engine_(start(room, shape), shape), blocks_(program, shape.kv_len),
         out_(room.take<T>(static_cast<size_t>(TQ) * shape.value_dim)), lse_(room.take<T>(TQ)) {}
 
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) { blocks_.stretch(b, h, first, tiles); }
 
-  // index: of the tile in its stretch.
-  void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges) {
+  // index: of the tile in its stretch. next: the tile that follows.
+  void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, const QueryTile<W>& next, bool merges) {
     const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
-    compute(b, h, index, tile, merges, q, out, lse);
-    met_nan = met_nan || has_nan();
+    // Rows are written where they belong; what is of another type, cleaned or past the end goes through a workspace.
+    const bool direct = size_of(out.type) == sizeof(Stored) && !careful_mode_;
+    Stored* rows[TQ];
+    for (int i = 0; i < TQ; ++i) {
+      rows[i] = reinterpret_cast<Stored*>(out_ + i * shape_.value_dim);
+      if (direct && tile.rows[i] >= 0) rows[i] = static_cast<Stored*>(out.mutable_row(tile.rows[i]));
+    }
+    Ahead& ahead = engine_.ahead();
+    ahead.clear();
+    for (int i = 0; i < TQ; ++i) {
+      if (next.vectors) ahead.add(q.row(next.sources[i]), shape_.head_dim * size_of(q.type));
+      if (direct) ahead.add(rows[i], shape_.value_dim * size_of(out.type));
+    }
+    compute(b, h, index, tile, merges, q, out, lse, rows);
     for (int i = 0; i < TQ; ++i) {
       if (tile.rows[i] < 0) continue;
-      write_row<T>(out_ + i * shape_.value_dim, out.type, out.mutable_row(tile.rows[i]), shape_.value_dim);
+      if (!direct) write_row<T>(out_ + i * shape_.value_dim, out.type, out.mutable_row(tile.rows[i]), shape_.value_dim);
       *static_cast<T*>(lse.mutable_row(tile.rows[i])) = lse_[i];
     }
     ++counts.tiles;
@@ -211,23 +236,18 @@ class ForwardWorker {
     return room;
   }
 
-  bool has_nan() const {
-    // 0 times any finite number is 0, and NaN for others. The array is whole vectors, as a tile's queries are.
-    Vector<T> sum{};
-    for (int i = 0; i < TQ * shape_.value_dim; i += W) sum += load(out_ + i) * T(0);
-    for (int i = 0; i < W; ++i)
-      if (sum[i] != 0) return true;
-    return false;
-  }
-
-  void compute(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out, const Head& lse) {
+  void compute(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out,
+               const Head& lse, Stored* const* rows) {
     engine_.begin(q, tile.sources, problem_.scale, program_.score_mod != nullptr);
     if (merges) {
+      const T* from[TQ];
       for (int i = 0; i < TQ; ++i) {
-        read_row<T>(out.row(tile.sources[i]), out.type, T(1), out_ + i * shape_.value_dim, shape_.value_dim);
+        T* row = out_ + i * shape_.value_dim;
+        read_row<T>(out.row(tile.sources[i]), out.type, T(1), row, shape_.value_dim);
+        from[i] = row;
         lse_[i] = *static_cast<const T*>(lse.row(tile.sources[i]));
       }
-      engine_.start_from(out_, shape_.value_dim, lse_);
+      engine_.start_from(from, lse_);
     }
     const int64_t kv_head = shape_.kv_head(h);
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
@@ -241,7 +261,7 @@ class ForwardWorker {
       const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };
       engine_.block(block, scores.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
     });
-    engine_.result(out_, shape_.value_dim, lse_);
+    if (engine_.result(rows, lse_)) met_nan = true;
     if constexpr (Engine::can_be_careful)
       if (careful_mode_) careful_.finish(out_, shape_.value_dim);
   }
@@ -311,15 +331,16 @@ bool all_finite(const Problem& problem, const Shape& shape) {
 template <class Engine>
 bool forward_tiles(const Problem& problem, const Program& program, const Shape& shape, bool merges, bool careful) {
   const Stretches<Engine::W> stretches(problem, program, shape, shape.batch * shape.heads, problem.parallel.threads);
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> units{0};
   std::atomic<bool> met_nan{false};
   const int slots = static_cast<int>(std::min<int64_t>(problem.parallel.threads, stretches.count()));
   const int64_t per_head = stretches.count() / (shape.batch * shape.heads);
   on_threads(problem.parallel, slots, [&](int, const Failure& failure) {
     thread_local Room room;
     ForwardWorker<Engine> worker(problem, program, shape, careful, room);
-    QueryTile<Engine::W> tile;
-    for (int64_t unit; !failure.failed() && (unit = next.fetch_add(1)) < stretches.count();) {
+    QueryTile<Engine::W> two_tiles[2];
+    QueryTile<Engine::W> *tile = two_tiles, *next = two_tiles + 1;
+    for (int64_t unit; !failure.failed() && (unit = units.fetch_add(1)) < stretches.count();) {
       // The heads of one stretch follow each other: a thread finds its blocks once.
       const int64_t b = unit / (per_head * shape.heads), h = unit % shape.heads, stretch = unit / shape.heads % per_head;
       const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
@@ -327,9 +348,12 @@ bool forward_tiles(const Problem& problem, const Program& program, const Shape& 
       const int64_t first = stretch * stretches.length();
       if (first >= stop) continue;
       worker.stretch(b, h, first, stop - first);
+      tiles.tile_at(first, *next);
       for (int64_t index = first; index < stop; ++index) {
-        tiles.tile_at(index, tile);
-        if (tile.vectors) worker.tile(b, h, index - first, tile, merges);
+        std::swap(tile, next);
+        next->vectors = 0;
+        if (index + 1 < stop) tiles.tile_at(index + 1, *next);
+        if (tile->vectors) worker.tile(b, h, index - first, *tile, *next, merges);
       }
     }
     if (!careful) worker.counts.write(problem.counts);

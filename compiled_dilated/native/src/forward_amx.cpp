@@ -10,6 +10,7 @@ namespace {
 
 // The engine of bfloat16 where the CPU multiplies tiles.
 struct AmxEngine : AmxWalk {
+  using Stored = uint16_t;
   static constexpr bool can_be_careful = false;
 
   static size_t bytes(const Shape& shape) { return AmxForward::bytes(shape.head_dim, shape.value_dim); }
@@ -18,15 +19,13 @@ struct AmxEngine : AmxWalk {
       : softmax(room.take<char>(bytes(shape)), shape.head_dim, shape.value_dim) {}
 
   void begin(const Head& q, const int32_t* sources, double scale, bool changed) {
-    // Products that a function changes, or whose factor is not positive, are scaled before it and not afterwards.
-    scales_first = changed || !(scale > 0);
-    first_factor = static_cast<float>(changed ? scale : scale * log2_of_e);
+    scaling = Scaling<float>(scale, changed);
     const uint16_t* q_rows[TQ];
     for (int i = 0; i < TQ; ++i) q_rows[i] = static_cast<const uint16_t*>(q.row(sources[i]));
-    softmax.begin(q_rows, scales_first ? 1.0f : first_factor);
+    softmax.begin(q_rows, scaling.rest() * log2_of_e);
   }
 
-  void start_from(const float* rows, int, const float* lse) { softmax.start_from(rows, lse); }
+  void start_from(const float* const* rows, const float* lse) { softmax.start_from(rows, lse); }
 
   void keys_from(const Head& k, const Head& v, int64_t) { keys = k, values = v; }
 
@@ -38,18 +37,19 @@ struct AmxEngine : AmxWalk {
     }
     const auto edit = [&](float* scores, int ld, int n) {
       float* from = scores + block.low * W;
-      if (scales_first) scale_scores(from, ld, n, (block.high - block.low) * W, first_factor);
+      scaling.apply(from, ld, n, (block.high - block.low) * W);
       if (change) change(from, ld);
     };
-    softmax.block(key_rows, value_rows, block.count, block.low, block.high, scales_first || change, edit);
+    softmax.block(key_rows, value_rows, block.count, block.low, block.high, scaling.first || change, edit);
   }
 
-  void result(float* rows, int, float* lse) { softmax.result(rows, lse); }
+  bool result(Stored* const* rows, float* lse) { return softmax.result(rows, lse); }
+
+  Ahead& ahead() { return softmax.ahead; }
 
   AmxTiles tiles;
   AmxForward softmax;
-  bool scales_first = false;
-  float first_factor = 1;
+  Scaling<float> scaling;
   Head keys{Array{}, 0, 0}, values{Array{}, 0, 0};
 };
 

@@ -1,5 +1,6 @@
 // What forward and backward share in one tile: the rows of a block's keys, and how scores are changed and hidden.
 #pragma once
+#include <bit>
 #include <vector>
 
 #include "geometry.h"
@@ -23,37 +24,68 @@ struct Shape {
   int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
 };
 
-// Rows of keys or values of one head by position: where they lie, or copied where that is of another type, or so far apart that
-// rows would fall into few sets of the cache.
+// Rows of keys or values of one head by position: where they lie, or copies where that is of another type, or so far apart that
+// rows that are read again and again would fall into few sets of the caches. Copies are kept: the next tile often sees the same.
 template <class T>
 class Rows {
  public:
-  void start(const Head& head, int width, int64_t key_step, T* copies) {
+  // Numbers of a workspace.
+  static size_t numbers(int width) { return static_cast<size_t>(kept(width) + block_keys) * width; }
+
+  // rereads: whether a block's rows are read more than once.
+  Rows(T* workspace, int width, bool rereads)
+      : width_(width), kept_(kept(width)), rereads_(rereads), copies_(workspace), spare_(workspace + static_cast<size_t>(kept_) * width) {}
+
+  void start(const Head& head, int64_t key_step) {
+    if (head.base == head_.base && key_step == key_step_) return;
     head_ = head;
-    width_ = width;
-    copies_ = copies;
-    const int64_t apart = head.stride * key_step;
-    const bool crowded = apart != static_cast<int64_t>(width * sizeof(T)) && apart % 512 == 0;
+    key_step_ = key_step;
+    const bool crowded = rereads_ && head.stride * key_step % crowding_bytes == 0;
     direct_ = head.type == type_of<T> && !crowded;
+    if (direct_) return;
+    slots_.assign(static_cast<size_t>(kept_), Slot{});
+    shift_ = std::countr_zero(static_cast<uint64_t>(key_step));
   }
 
-  void of(const int32_t* positions, int count, const T** out) const {
+  void of(const int32_t* positions, int count, const T** out) {
     if (direct_) {
       for (int i = 0; i < count; ++i) out[i] = static_cast<const T*>(head_.row(positions[i]));
       return;
     }
+    ++block_;
     for (int i = 0; i < count; ++i) {
-      T* copy = copies_ + i * width_;
-      read_row<T>(head_.row(positions[i]), head_.type, T(1), copy, width_);
+      const int number = positions[i] >> shift_ & (kept_ - 1);
+      Slot& slot = slots_[static_cast<size_t>(number)];
+      T* copy = copies_ + number * width_;
+      if (slot.position != positions[i]) {
+        // What this block has there already must stay.
+        if (slot.block == block_) copy = spare_ + i * width_;
+        else slot.position = positions[i];
+        read_row<T>(head_.row(positions[i]), head_.type, T(1), copy, width_);
+      }
+      if (copy != spare_ + i * width_) slot.block = block_;
       out[i] = copy;
     }
   }
 
  private:
+  // Rows that lie a multiple of this apart share sets of the first cache with every second one.
+  static constexpr int64_t crowding_bytes = 2048;
+  static constexpr size_t kept_bytes = 256 * 1024;
+  struct Slot {
+    int32_t position = -1;
+    int64_t block = -1;
+  };
+
+  // A power of two, so that rows in turn have slots in turn.
+  static int kept(int width) { return static_cast<int>(std::bit_floor(std::max<size_t>(kept_bytes / (width * sizeof(T)), block_keys))); }
+
   Head head_{Array{}, 0, 0};
-  int width_ = 0;
-  T* copies_ = nullptr;
-  bool direct_ = false;
+  int64_t key_step_ = 0, block_ = 0;
+  int width_, kept_, shift_ = 0;
+  bool rereads_, direct_ = false;
+  T *copies_, *spare_;
+  std::vector<Slot> slots_;
 };
 
 // Multiplies a block's scores, or gradients of such.
@@ -63,6 +95,26 @@ void scale_scores(T* scores, int ld, int keys, int queries, T factor) {
     for (int i = 0; i < queries; ++i) scores[key * ld + i] *= factor;
 }
 
+// Where a call's scale is applied: inside the exponential, or before it, where a function changes scores or the scale is not positive
+// or so small that products would have no room for a maximum.
+template <class T>
+struct Scaling {
+  static constexpr double least = 1e-20;
+
+  bool first = false;
+  double scale = 1;
+
+  Scaling() = default;
+  Scaling(double scale, bool changed) : first(changed || !(scale > least)), scale(scale) {}
+
+  // What is left for the exponential of base e.
+  double rest() const { return first ? 1.0 : scale; }
+
+  void apply(T* scores, int ld, int keys, int queries) const {
+    if (first) scale_scores(scores, ld, keys, queries, static_cast<T>(scale));
+  }
+};
+
 // Changes and hides the scores of one tile.
 template <class T>
 class Scores {
@@ -70,8 +122,7 @@ class Scores {
   static constexpr int W = lanes<T>;
   using Ints = typename TileQueries<W>::Ints;
 
-  // binary: whether scores that a function changed are to become binary.
-  Scores(const Program& program, bool binary) : program_(program), binary_(binary), seen_(static_cast<size_t>(128) * tile_vectors * W) {}
+  explicit Scores(const Program& program) : program_(program), seen_(static_cast<size_t>(128) * tile_vectors * W) {}
 
   void start(int64_t b, int64_t h, const QueryTile<W>& tile) {
     b_ = b, h_ = h, tile_ = &tile;
@@ -90,7 +141,6 @@ class Scores {
         else return functions().score_f32;
       }();
       change(*program_.score_mod, program_.operands.data(), pairs(block), scores, ld, room_.get());
-      if (binary_) scale_scores(scores, ld, block.count, (block.high - block.low) * W, static_cast<T>(log2_of_e));
     }
     if (block.any_partial) hide(block, scores, ld);
   }
@@ -148,7 +198,6 @@ class Scores {
   }
 
   const Program& program_;
-  const bool binary_;
   TileQueries<W> queries_;
   const QueryTile<W>* tile_ = nullptr;
   int64_t b_ = 0, h_ = 0;
@@ -164,8 +213,7 @@ class TileBlocks {
   using T = typename Engine::Number;
   static constexpr int W = Engine::W;
 
-  // binary: as of Scores.
-  TileBlocks(const Program& program, int64_t kv_len, bool binary) : scores(program, binary), program_(program), kv_len_(kv_len) {}
+  TileBlocks(const Program& program, int64_t kv_len) : scores(program), program_(program), kv_len_(kv_len) {}
 
   // Tiles first .. first + tiles - 1 of a head follow.
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {

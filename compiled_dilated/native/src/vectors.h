@@ -63,6 +63,12 @@ NATIVE_INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
+// NaN of a stays NaN.
+template <class T>
+NATIVE_INLINE Vector<T> smaller(Vector<T> a, Vector<T> b) {
+  return a > b ? b : a;
+}
+
 #if defined(__AVX512F__)
 // Transposes 16 x 16 numbers of 32 bits.
 NATIVE_INLINE void transpose16(__m512i* rows) {
@@ -94,43 +100,46 @@ constexpr T infinity = std::numeric_limits<T>::infinity();
 constexpr double log2_of_e = 1.44269504088896340736;
 constexpr double ln_of_2 = 0.69314718055994530942;
 
-// 2^x for x <= 0 to the precision of T; 0 below the normal numbers, whose denormals cost a hundred cycles; NaN stays NaN.
-NATIVE_INLINE Vector<float> exp2_of(Vector<float> x) {
+// 2^(x * factor) for x <= 0 to the precision of T; 0 below the normal numbers, whose denormals cost a hundred cycles; NaN stays NaN.
+// The product is not rounded on its way: adding 1.5 * 2^23 makes it a whole number, which then stands in the low bits.
+NATIVE_INLINE Vector<float> exp2_of(Vector<float> x, float factor) {
   constexpr float coefficients[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
                                     2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
+  constexpr float magic = 12582912.0f, least = magic - 125.0f;
 #if defined(__AVX512F__)
-  const __m512 value = (__m512)x;
-  // Not "less than", so that NaN is kept.
-  const __mmask16 normal = _mm512_cmp_ps_mask(value, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
-  const __m512 whole = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 rest = _mm512_sub_ps(value, whole);
+  const __m512 value = (__m512)x, by = _mm512_set1_ps(factor);
+  const __m512 shifted = _mm512_fmadd_ps(value, by, _mm512_set1_ps(magic));
+  const __m512 whole = _mm512_sub_ps(shifted, _mm512_set1_ps(magic));
+  const __m512 rest = _mm512_fmsub_ps(value, by, whole);
   __m512 power = _mm512_set1_ps(coefficients[0]);
 #pragma GCC unroll 6
   for (int i = 1; i < 7; ++i) power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(coefficients[i]));
+  // Not "less than", so that NaN is kept.
+  const __mmask16 normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(least), _CMP_NLT_UQ);
   return (Vector<float>)_mm512_maskz_scalef_ps(normal, power, whole);
 #else
-  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
-  const Vector<float> shifted = x + 12582912.0f;
-  const Vector<float> rest = x - (shifted - 12582912.0f);
+  const Vector<float> shifted = x * factor + magic;
+  const Vector<float> rest = x * factor - (shifted - magic);
   Vector<float> power = all(coefficients[0]);
 #pragma GCC unroll 6
   for (int i = 1; i < 7; ++i) power = power * rest + coefficients[i];
   const VectorMask<float> exponent = (VectorMask<float>)shifted << 23;
   const Vector<float> result = (Vector<float>)((VectorMask<float>)power + exponent);
-  return x < -125.0f ? Vector<float>{} : x == x ? result : x;
+  return shifted < least ? Vector<float>{} : x == x ? result : x;
 #endif
 }
 
-NATIVE_INLINE Vector<double> exp2_of(Vector<double> x) {
-  const Vector<double> shifted = x + 6755399441055744.0;
-  const Vector<double> rest = (x - (shifted - 6755399441055744.0)) * ln_of_2;
+NATIVE_INLINE Vector<double> exp2_of(Vector<double> x, double factor) {
+  constexpr double magic = 6755399441055744.0, least = magic - 1000.0;
+  const Vector<double> shifted = x * factor + magic;
+  const Vector<double> rest = (x * factor - (shifted - magic)) * ln_of_2;
   Vector<double> power = all(1.0);
   // Taylor's series: |rest| <= 0.35, so that fourteen terms reach the last bit.
 #pragma GCC unroll 14
   for (int i = 14; i > 0; --i) power = power * rest / static_cast<double>(i) + 1.0;
   const VectorMask<double> exponent = (VectorMask<double>)shifted << 52;
   const Vector<double> result = (Vector<double>)((VectorMask<double>)power + exponent);
-  return x < -1000.0 ? Vector<double>{} : x == x ? result : x;
+  return shifted < least ? Vector<double>{} : x == x ? result : x;
 }
 
 }  // namespace native

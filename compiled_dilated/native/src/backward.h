@@ -250,7 +250,7 @@ class BackwardWorker {
       lse_[i] = value;
       read_row<T>(out.row(row), out.type, T(1), a.data(), shape_.value_dim);
       read_row<T>(grad_out.row(row), grad_out.type, T(1), g.data(), shape_.value_dim);
-      for (int d = 0; d < shape_.value_dim; ++d) delta_[i] += a[d] * g[d];
+      delta_[i] = dot(a.data(), g.data(), shape_.value_dim);
       if (gradients_.grad_lse.data) delta_[i] -= *static_cast<const T*>(Head(gradients_.grad_lse, b, h).row(row));
     }
   }

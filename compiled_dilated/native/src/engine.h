@@ -99,7 +99,7 @@ NATIVE_INLINE void accumulate(const T* const* rows, int count, int first, const 
   constexpr int W = lanes<T>;
   Vector<T> total[Widths][Vectors];
   for (int i = 0; i < Widths; ++i)
-    for (int j = 0; j < Vectors; ++j) total[i][j] = load(sums + (first + i) * ld + j * W) * factors[j];
+    for (int j = 0; j < Vectors; ++j) total[i][j] = Vector<T>{};
 #pragma GCC unroll 2
   for (int key = 0; key < count; ++key) {
     Vector<T> weight[Vectors];
@@ -109,7 +109,11 @@ NATIVE_INLINE void accumulate(const T* const* rows, int count, int first, const 
       for (int j = 0; j < Vectors; ++j) total[i][j] += row[i] * weight[j];
   }
   for (int i = 0; i < Widths; ++i)
-    for (int j = 0; j < Vectors; ++j) store(sums + (first + i) * ld + j * W, total[i][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      // A block's own sum first: its roundings are as small as it is.
+      T* at = sums + (first + i) * ld + j * W;
+      store(at, load(at) * factors[j] + total[i][j]);
+    }
 }
 
 template <class T, int Vectors>

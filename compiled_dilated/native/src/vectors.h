@@ -69,6 +69,19 @@ NATIVE_INLINE Vector<T> smaller(Vector<T> a, Vector<T> b) {
   return a > b ? b : a;
 }
 
+// a . b, lane by lane and then in double: of sums in a row it has the precision of their last rounding.
+template <class T>
+T dot(const T* a, const T* b, int count) {
+  constexpr int W = lanes<T>;
+  Vector<T> sums{};
+  int i = 0;
+  for (; i + W <= count; i += W) sums += load(a + i) * load(b + i);
+  double total = 0;
+  for (int lane = 0; lane < W; ++lane) total += static_cast<double>(sums[lane]);
+  for (; i < count; ++i) total += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return static_cast<T>(total);
+}
+
 #if defined(__AVX512F__)
 // Transposes 16 x 16 numbers of 32 bits.
 NATIVE_INLINE void transpose16(__m512i* rows) {

@@ -137,13 +137,9 @@ class Careful {
       read_row<T>(k.row(block.keys[i]), k.type, T(1), key, head_dim_);
       read_row<T>(v.row(block.keys[i]), v.type, T(1), value, value_dim_);
       bad_key[i] = clean(key, head_dim_, [](int) {});
-      uint64_t lanes_of_key = 0;
-      bool asked = false;
       clean(value, value_dim_, [&](int d) {
-        if (!asked) lanes_of_key = scores.seen_lanes(block, i);
-        asked = true;
         for (int lane = 0; lane < (block.high - block.low) * Engine::W; ++lane)
-          if (lanes_of_key >> lane & 1) spoiled_[static_cast<size_t>(block.low * Engine::W + lane) * value_dim_ + d] = 1;
+          if (scores.sees(block, i, lane)) spoiled_[static_cast<size_t>(block.low * Engine::W + lane) * value_dim_ + d] = 1;
       });
       key_rows[i] = key;
       value_rows[i] = value;
@@ -152,9 +148,8 @@ class Careful {
       if (scores.changes(block)) scores.change(block, to, ld);
       for (int i = 0; i < block.count; ++i) {
         if (!bad_key[i]) continue;
-        const uint64_t seen = scores.seen_lanes(block, i);
         for (int lane = 0; lane < (block.high - block.low) * Engine::W; ++lane)
-          if (seen >> lane & 1) to[i * ld + lane] = std::numeric_limits<T>::quiet_NaN();
+          if (scores.sees(block, i, lane)) to[i * ld + lane] = std::numeric_limits<T>::quiet_NaN();
       }
     };
     engine.block_of(key_rows, value_rows, block, change);

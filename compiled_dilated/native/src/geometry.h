@@ -187,15 +187,18 @@ class QueryTiles {
   std::vector<int64_t> starts_;
 };
 
-// Keys that the same vectors of a tile see, low .. high - 1; bit j of `partial` says that vector j sees some of its pairs only.
+// Keys that the same vectors of a tile see, low .. high - 1.
 struct KeyBlock {
   int count = 0, low = 0, high = 0;
   bool any_partial = false;
-  int32_t least = 0;       // of its keys
+  int32_t least = 0;        // of its keys
   int64_t least_after = 0;  // no later block of the branch has a key below this, where its keys are walked without a step
-  int32_t keys[128];
-  uint8_t partial[128];
+  const int32_t* keys = nullptr;
+  const uint8_t* partial = nullptr;  // of each key: bit j says that vector j sees some of its pairs only
+  const uint64_t* seen = nullptr;    // of each key with such vectors: bit lane_bits * (j - low) + i says that lane i of vector j sees it
 };
+
+constexpr int lane_bits = 16;
 
 // Finds the keys of a tile: regions are halved until the mask decides them. Gives blocks of at most `most` keys to a function.
 // Keys of so many as the grain or fewer are asked about vector by vector; edges are followed down to the finer grain.
@@ -206,9 +209,11 @@ class KeyWalk {
       : masks_(masks), b_(b), h_(h), layout_(layout), tile_(tile), most_(most) {
     for (int low = 0; low < tile_vectors; ++low)
       for (int high = low + 1; high <= tile_vectors; ++high) {
-        open_[low][high - 1].low = low;
-        open_[low][high - 1].high = high;
-        open_[low][high - 1].count = 0;
+        OpenBlock& open = open_[low][high - 1];
+        open.block.low = low;
+        open.block.high = high;
+        open.block.keys = open.keys;
+        open.block.partial = open.partial;
       }
   }
 
@@ -237,13 +242,21 @@ class KeyWalk {
   }
 
  private:
+  // A block that keys are added to.
+  struct OpenBlock {
+    KeyBlock block;
+    int32_t keys[128];
+    uint8_t partial[128];
+  };
+
   template <class Visit>
-  void flush(KeyBlock& block, const Visit& visit) {
+  void flush(OpenBlock& open, const Visit& visit) {
+    KeyBlock& block = open.block;
     if (!block.count) return;
     block.least_after = cursor_;
     for (const auto& row : open_)
-      for (const KeyBlock& other : row)
-        if (other.count && &other != &block) block.least_after = std::min<int64_t>(block.least_after, other.least);
+      for (const OpenBlock& other : row)
+        if (other.block.count && &other != &open) block.least_after = std::min<int64_t>(block.least_after, other.block.least);
     visit(block);
     block.count = 0;
     block.any_partial = false;
@@ -252,19 +265,20 @@ class KeyWalk {
   // Adds keys first, first + step, ...
   template <class Visit>
   void add(int64_t first, int64_t step, int32_t count, int low, int high, uint8_t partial, bool is_line, const Visit& visit) {
-    KeyBlock& block = open_[low][high - 1];
+    OpenBlock& open = open_[low][high - 1];
+    KeyBlock& block = open.block;
     while (count > 0) {
       if (!block.count || first < block.least) block.least = static_cast<int32_t>(first);
       const int32_t some = std::min(count, most_ - block.count);
-      int32_t* to = block.keys + block.count;
+      int32_t* to = open.keys + block.count;
       for (int32_t i = 0; i < some; ++i) to[i] = static_cast<int32_t>(first + i * step);
-      std::fill(block.partial + block.count, block.partial + block.count + some, partial);
+      std::fill(open.partial + block.count, open.partial + block.count + some, partial);
       block.any_partial |= partial != 0;
       block.count += some;
       first += some * step;
       count -= some;
       if (is_line) cursor_ = first;
-      if (block.count == most_) flush(block, visit);
+      if (block.count == most_) flush(open, visit);
     }
   }
 
@@ -369,7 +383,7 @@ class KeyWalk {
   const QueryTile<W>& tile_;
   int most_, root_ = 0;
   int64_t cursor_ = 0;
-  KeyBlock open_[tile_vectors][tile_vectors];
+  OpenBlock open_[tile_vectors][tile_vectors];
 };
 
 // All blocks of a tile, branch by branch: visit(branch, block).
@@ -380,7 +394,7 @@ void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, con
   for (const Branch& branch : group.branches) walk.branch(branch, kv_len, [&](const KeyBlock& block) { visit(branch, block); });
 }
 
-// The blocks of a stretch's tiles, kept by a thread from one head to the next that sees the same: these are found once.
+// The blocks of a stretch's tiles and who sees their keys, kept by a thread from one head to the next that sees the same.
 class BlockCache {
  public:
   // Keeps what is there if it is of the same stretch.
@@ -389,21 +403,29 @@ class BlockCache {
     if (std::equal(key, key + 3, key_) && tiles == static_cast<int64_t>(tiles_.size())) return;
     std::copy(key, key + 3, key_);
     blocks_.clear();
+    keys_.clear();
+    partial_.clear();
+    seen_.clear();
     tiles_.assign(static_cast<size_t>(tiles), {});
   }
 
-  // visit(branch, block) for all blocks of tile `index` of the stretch: those that were kept, or those that walk(visit) finds.
-  template <class Walk, class Visit>
-  void blocks(int64_t index, const Walk& walk, const Visit& visit) {
+  // visit(branch, block) for all blocks of tile `index` of the stretch: those that were kept, or those that walk(visit) finds and
+  // answer(branch, block, seen) completes.
+  template <class Walk, class Answer, class Visit>
+  void blocks(int64_t index, const Walk& walk, const Answer& answer, const Visit& visit) {
     Range& range = tiles_[static_cast<size_t>(index)];
     if (range.known) {
-      for (size_t at = range.start; at < range.stop; ++at) visit(blocks_[at].first, blocks_[at].second);
+      for (size_t at = range.start; at < range.stop; ++at) visit(blocks_[at].branch, with_arrays(blocks_[at]));
       return;
     }
     range.start = blocks_.size();
     walk([&](const Branch& branch, const KeyBlock& block) {
-      if (blocks_.size() < most_blocks) blocks_.emplace_back(branch, block);
-      visit(branch, block);
+      uint64_t seen[128];
+      KeyBlock complete = block;
+      complete.seen = seen;
+      if (block.any_partial) answer(branch, block, seen);
+      if (blocks_.size() < most_blocks) keep(branch, complete);
+      visit(branch, complete);
     });
     range.stop = blocks_.size();
     // A tile that found no room is walked anew each time.
@@ -416,8 +438,32 @@ class BlockCache {
     size_t start = 0, stop = 0;
     bool known = false;
   };
+  struct Kept {
+    Branch branch;
+    KeyBlock block;  // without its arrays
+    size_t keys, seen;
+  };
+
+  void keep(const Branch& branch, const KeyBlock& block) {
+    blocks_.push_back({branch, block, keys_.size(), seen_.size()});
+    keys_.insert(keys_.end(), block.keys, block.keys + block.count);
+    partial_.insert(partial_.end(), block.partial, block.partial + block.count);
+    if (block.any_partial) seen_.insert(seen_.end(), block.seen, block.seen + block.count);
+  }
+
+  KeyBlock with_arrays(const Kept& kept) const {
+    KeyBlock block = kept.block;
+    block.keys = keys_.data() + kept.keys;
+    block.partial = partial_.data() + kept.keys;
+    block.seen = seen_.data() + kept.seen;
+    return block;
+  }
+
   int64_t key_[3] = {-1, -1, -1};
-  std::vector<std::pair<Branch, KeyBlock>> blocks_;
+  std::vector<Kept> blocks_;
+  std::vector<int32_t> keys_;
+  std::vector<uint8_t> partial_;
+  std::vector<uint64_t> seen_;
   std::vector<Range> tiles_;
 };
 

@@ -122,14 +122,12 @@ class Scores {
   static constexpr int W = lanes<T>;
   using Ints = typename TileQueries<W>::Ints;
 
-  explicit Scores(const Program& program) : program_(program), seen_(static_cast<size_t>(128) * tile_vectors * W) {}
+  explicit Scores(const Program& program) : program_(program), answers_(static_cast<size_t>(at_once) * tile_vectors * W) {}
 
   void start(int64_t b, int64_t h, const QueryTile<W>& tile) {
     b_ = b, h_ = h, tile_ = &tile;
     queries_.start(program_.masks, b, h, tile.positions, tile_vectors * W);
   }
-
-  void of_branch(int root) { root_ = root; }
 
   bool changes(const KeyBlock& block) const { return program_.score_mod || block.any_partial; }
 
@@ -154,14 +152,35 @@ class Scores {
     change_back(*program_.score_mod, program_.operands.data(), pairs(block), before, grads, ld, sums, room_.get());
   }
 
-  // Which of the block's queries see one key: bit i of lane i of the vectors from block.low on.
-  uint64_t seen_lanes(const KeyBlock& block, int key) {
-    queries_.seen(root_, block.low, block.high, block.keys + key, 1, reinterpret_cast<Ints*>(seen_.data()));
-    uint64_t bits = 0;
-    for (int j = 0; j < block.high - block.low; ++j)
-      for (int lane = 0; lane < W; ++lane)
-        if (seen_[j * W + lane]) bits |= uint64_t{1} << (j * W + lane);
-    return bits;
+  // Who sees the block's keys, of those that are not seen by all; bits as KeyBlock has them.
+  void answer(int root, const KeyBlock& block, uint64_t* seen) {
+    const int vectors = block.high - block.low;
+    int32_t asked[at_once];
+    int keys[at_once], count = 0;
+    Ints* answers = reinterpret_cast<Ints*>(answers_.data());
+    const auto ask = [&] {
+      queries_.seen(root, block.low, block.high, asked, count, answers);
+      for (int i = 0; i < count; ++i) {
+        uint64_t bits = 0;
+        for (int j = 0; j < vectors; ++j) bits |= static_cast<uint64_t>(lanes_of(answers[i * vectors + j])) << (lane_bits * j);
+        seen[keys[i]] = bits;
+      }
+      count = 0;
+    };
+    for (int i = 0; i < block.count; ++i) {
+      if (!block.partial[i]) continue;
+      asked[count] = block.keys[i];
+      keys[count++] = i;
+      if (count == at_once) ask();
+    }
+    if (count) ask();
+  }
+
+  // Whether lane i of the block's vectors, counted from block.low on, sees its key.
+  static bool sees(const KeyBlock& block, int key, int lane) {
+    const int vector = lane / W;
+    const bool asked = block.partial[key] >> (block.low + vector) & 1;
+    return !asked || (block.seen[key] >> (lane_bits * vector + lane % W) & 1);
   }
 
  private:
@@ -170,39 +189,41 @@ class Scores {
     return out;
   }
 
+  // A few keys at a time: the answers stay in the first cache.
+  static constexpr int at_once = 8;
+
+  // The lanes of an answer as bits.
+  static uint32_t lanes_of(Ints answer) {
+#if defined(__AVX512DQ__)
+    if constexpr (W == 16) return _mm512_movepi32_mask((__m512i)answer);
+#endif
+    uint32_t bits = 0;
+    for (int lane = 0; lane < W; ++lane) bits |= static_cast<uint32_t>(answer[lane] & 1) << lane;
+    return bits;
+  }
+
+  static NATIVE_INLINE void hide_lanes(T* at, uint32_t seen) {
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return _mm512_mask_storeu_ps(at, static_cast<__mmask16>(~seen), _mm512_set1_ps(-infinity<float>));
+#endif
+    for (int lane = 0; lane < W; ++lane)
+      if (!(seen >> lane & 1)) at[lane] = -infinity<T>;
+  }
+
   void hide(const KeyBlock& block, T* scores, int ld) {
-    // A few keys at a time: the answers stay in the first cache beside the scores.
-    constexpr int at_once = 8;
-    const int vectors = block.high - block.low;
-    Ints* answers = reinterpret_cast<Ints*>(seen_.data());
-    int32_t asked[at_once];
-    int keys[at_once], count = 0;
-    const auto apply = [&] {
-      queries_.seen(root_, block.low, block.high, asked, count, answers);
-      for (int i = 0; i < count; ++i)
-        for (int j = 0; j < vectors; ++j) {
-          if (!(block.partial[keys[i]] >> (block.low + j) & 1)) continue;
-          T* at = scores + keys[i] * ld + j * W;
-          const VectorMask<T> seen = __builtin_convertvector(answers[i * vectors + j], VectorMask<T>);
-          store<T>(at, seen ? load<T>(at) : all(-infinity<T>));
-        }
-      count = 0;
-    };
-    for (int i = 0; i < block.count; ++i) {
-      if (!block.partial[i]) continue;
-      asked[count] = block.keys[i];
-      keys[count++] = i;
-      if (count == at_once) apply();
+    for (int key = 0; key < block.count; ++key) {
+      if (!block.partial[key]) continue;
+      for (int j = 0; j < block.high - block.low; ++j)
+        if (block.partial[key] >> (block.low + j) & 1)
+          hide_lanes(scores + key * ld + j * W, static_cast<uint32_t>(block.seen[key] >> (lane_bits * j)));
     }
-    if (count) apply();
   }
 
   const Program& program_;
   TileQueries<W> queries_;
   const QueryTile<W>* tile_ = nullptr;
   int64_t b_ = 0, h_ = 0;
-  int root_ = 0;
-  std::vector<int32_t> seen_;
+  std::vector<int32_t> answers_;
   LazyRoom room_;
 };
 
@@ -227,14 +248,10 @@ class TileBlocks {
     scores.start(b, h, tile);
     const Group& group = program_.groups[program_.group_of_head[h]];
     const auto walk = [&](const auto& take) { walk_keys<Engine>(program_.masks, b, h, group, tile, kv_len_, take); };
-    int root = -1;
     int64_t key_step = 0;
-    cache_.blocks(index, walk, [&](const Branch& branch, const KeyBlock& block) {
-      if (branch.root != root || branch.key_step != key_step) {
-        root = branch.root, key_step = branch.key_step;
-        scores.of_branch(root);
-        engine.keys_from(k, v, key_step);
-      }
+    const auto answer = [&](const Branch& branch, const KeyBlock& block, uint64_t* seen) { scores.answer(branch.root, block, seen); };
+    cache_.blocks(index, walk, answer, [&](const Branch& branch, const KeyBlock& block) {
+      if (branch.key_step != key_step) engine.keys_from(k, v, key_step = branch.key_step);
       visit(block);
     });
   }

@@ -181,15 +181,18 @@ NATIVE_INLINE bool equally_spaced(const T* const* rows, int64_t& stride) {
   return differs == 0;
 }
 
-// Rows of a block as left tiles: where they lie, or copied to `room` (of whole tiles) where they are spread, few or of odd width.
-inline void rows_as_tiles(const uint16_t* const* rows, int count, int width, uint16_t* room, Left* tiles) {
-  const int padded = whole_tiles(width), tiles_of_groups = (count + group_keys - 1) / group_keys * 2;
-  for (int t = 0; t < tiles_of_groups; ++t) {
+// A group of rows as two left tiles: where they lie, or copied to `room` (of whole tiles) where they are spread, few or of odd width.
+// Returns whether any is copied.
+inline bool group_as_tiles(const uint16_t* const* rows, int count, int width, uint16_t* room, Left* tiles) {
+  const int padded = whole_tiles(width);
+  bool copied = false;
+  for (int t = 0; t < 2; ++t) {
     const int first = t * tile_rows;
     if (width == padded && first + tile_rows <= count) {
       tiles[t].first = rows[first];
       if (equally_spaced<tile_rows>(rows + first, tiles[t].stride)) continue;
     }
+    copied = true;
     uint16_t* const copy = room + first * padded;
     for (int i = 0; i < tile_rows; ++i)
       for (int at = 0; at < padded; at += tile_depth) {
@@ -198,6 +201,13 @@ inline void rows_as_tiles(const uint16_t* const* rows, int count, int width, uin
       }
     tiles[t] = {copy, padded * static_cast<int64_t>(sizeof(uint16_t))};
   }
+  return copied;
+}
+
+// Asks for a group's rows, which no prefetcher of the machine finds where they are spread.
+inline void fetch_group(const uint16_t* const* rows, int count, int width) {
+  for (int i = 0; i < std::min(count, group_keys); ++i)
+    for (int at = 0; at < width; at += tile_depth) _mm_prefetch(reinterpret_cast<const char*>(rows[i] + at), _MM_HINT_T0);
 }
 
 // Asks for `more` rows as far apart as the last two. Of rows that are read for the first time the next ones often follow, and where
@@ -298,20 +308,26 @@ NATIVE_INLINE __m512 exp2_rough(__m512 x, __m512 factor) {
   return _mm512_maskz_scalef_ps(normal, power, whole);
 }
 
-// to[key][query] = keys . queries, for groups of 32 keys and for tiles low .. high - 1 of `Tiles` of 16 queries, which were
-// packed by pack_paired_columns. ahead: what is read after the block.
+// to[key][query] = rows . queries, for `count` rows and for tiles low .. high - 1 of `Tiles` of 16 queries, which were packed by
+// pack_paired_columns. room: of one group. later: rows that are read after these; ahead: what is read after the block.
 template <int Tiles>
-inline void multiply_keys(const Left* keys, int groups, int depth, const uint16_t* queries, int low, int high, float* to, Ahead& ahead) {
+inline void multiply_rows(const uint16_t* const* rows, int count, int width, uint16_t* room, const uint16_t* queries, int low, int high,
+                          float* to, const uint16_t* const* later, int later_width, Ahead& ahead) {
   constexpr int ld = Tiles * tile_rows;
-  for (int group = 0; group < groups; ++group) {
-    const Left &upper = keys[2 * group], &lower = keys[2 * group + 1];
-    float* const rows = to + group * group_keys * ld;
+  for (int first = 0; first < count; first += group_keys, to += group_keys * ld) {
+    Left tiles[2];
+    const int left = count - first;
+    if (group_as_tiles(rows + first, left, width, room, tiles)) {
+      if (left > group_keys) fetch_group(rows + first + group_keys, left - group_keys, width);
+      fetch_group(later + first, left, later_width);
+    }
+    finish_writes();
     const auto columns = [&]<int Columns>(int j) {
       ahead.fetch_some();
       clear_sums<Columns>();
-      for (int at = 0; at < depth; at += tile_depth)
-        add_product<Columns>(upper, lower, at, queries + (at / tile_depth * Tiles + j) * tile_numbers);
-      store_sums<Columns>(rows + j * tile_rows, ld);
+      for (int at = 0; at < width; at += tile_depth)
+        add_product<Columns>(tiles[0], tiles[1], at, queries + (at / tile_depth * Tiles + j) * tile_numbers);
+      store_sums<Columns>(to + j * tile_rows, ld);
     };
     int j = low;
     for (; j + 2 <= high; j += 2) columns.template operator()<2>(j);
@@ -394,7 +410,7 @@ class AmxForward {
   // scores[key * TQ + query], query from low * W to high * W - 1, hiding pairs by -inf.
   template <class Edit>
   void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high, bool edits, const Edit& edit) {
-    multiply(k_rows, n, low, high);
+    multiply(k_rows, v_rows, n, low, high);
     if (edits) edit(scores_, TQ, n);
     weigh_and_sum(k_rows, v_rows, n, low, high);
   }
@@ -420,15 +436,12 @@ class AmxForward {
   AmxForward(amx::Parts& parts, int head_dim, int value_dim)
       : head_dim_(head_dim), value_dim_(value_dim), values_(parts, value_dim, KB),
         queries_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))), weights_(parts.take<uint16_t>(KB * TQ)),
-        key_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(head_dim))),
+        key_copies_(parts.take<uint16_t>(amx::group_keys * amx::whole_tiles(head_dim))),
         result_(parts.take<float>(TQ * amx::whole_tiles(value_dim))), scores_(parts.take<float>(KB * TQ)),
         shares_(parts.take<float>(2 * shares_numbers)), most_(parts.take<float>(TQ)), sum_(parts.take<float>(TQ)) {}
 
-  __attribute__((noinline)) void multiply(const uint16_t* const* k_rows, int n, int low, int high) {
-    amx::Left keys[KB / amx::tile_rows];
-    amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
-    amx::finish_writes();
-    amx::multiply_keys<NV>(keys, amx::groups_of(n), head_dim_, queries_, low, high, scores_, ahead);
+  __attribute__((noinline)) void multiply(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high) {
+    amx::multiply_rows<NV>(k_rows, n, head_dim_, key_copies_, queries_, low, high, scores_, v_rows, value_dim_, ahead);
   }
 
   __attribute__((noinline)) void weigh_and_sum(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low,
@@ -604,21 +617,16 @@ class AmxBackward {
         grad_outs_(parts.take<uint16_t>(TQ * amx::whole_tiles(value_dim))),
         query_rows_(parts.take<uint16_t>(TQ * amx::whole_tiles(head_dim))),
         grad_out_rows_(parts.take<uint16_t>(TQ * amx::whole_tiles(value_dim))),
-        key_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(head_dim))),
-        value_copies_(parts.take<uint16_t>(KB * amx::whole_tiles(value_dim))), weight_rows_(parts.take<uint16_t>(KB * TQ)),
+        key_copies_(parts.take<uint16_t>(amx::group_keys * amx::whole_tiles(head_dim))),
+        value_copies_(parts.take<uint16_t>(amx::group_keys * amx::whole_tiles(value_dim))), weight_rows_(parts.take<uint16_t>(KB * TQ)),
         grad_rows_(parts.take<uint16_t>(KB * TQ)), grad_pairs_(parts.take<uint16_t>(KB * TQ)),
         grad_q_(parts.take<float>(TQ * amx::whole_tiles(head_dim))), scores_(parts.take<float>(KB * TQ)),
         grads_(parts.take<float>(KB * TQ)), before_(parts.take<float>(KB * TQ)),
         share_(parts.take<float>(amx::tile_depth * amx::tile_depth)), lse_(parts.take<float>(TQ)), delta_(parts.take<float>(TQ)) {}
 
   __attribute__((noinline)) void multiply(const uint16_t* const* k_rows, const uint16_t* const* v_rows, int n, int low, int high) {
-    amx::Left keys[KB / amx::tile_rows], values[KB / amx::tile_rows];
-    const int groups = amx::groups_of(n);
-    amx::rows_as_tiles(k_rows, n, head_dim_, key_copies_, keys);
-    amx::rows_as_tiles(v_rows, n, value_dim_, value_copies_, values);
-    amx::finish_writes();
-    amx::multiply_keys<NV>(keys, groups, head_dim_, queries_, low, high, scores_, ahead);
-    amx::multiply_keys<NV>(values, groups, value_dim_, grad_outs_, low, high, grads_, ahead);
+    amx::multiply_rows<NV>(k_rows, n, head_dim_, key_copies_, queries_, low, high, scores_, v_rows, value_dim_, ahead);
+    amx::multiply_rows<NV>(v_rows, n, value_dim_, value_copies_, grad_outs_, low, high, grads_, k_rows, head_dim_, ahead);
   }
 
   // From scores and products of values to rounded weights and gradients of scores; in two stages where these are edited in between.

@@ -99,6 +99,7 @@ class QueryTiles {
 
  private:
   static constexpr int tile = tile_vectors * W;
+  static constexpr int64_t band_rows = 8;
   // Vectors are patches of nearly equal sides.
   static constexpr int patch_sides[4][3] = {{1, 1, W}, {1, 1, W}, {1, W >= 16 ? 4 : 2, W / (W >= 16 ? 4 : 2)}, {W >= 8 ? 2 : 1, 2, W / (W >= 8 ? 4 : 2)}};
 
@@ -145,13 +146,21 @@ class QueryTiles {
   }
 
   void patch(const Part& part, int64_t index, QueryTile<W>& out) const {
-    const int axes = layout_.axes;
+    const int axes = layout_.axes, last_axis = axes - 1;
+    // Along bands of a few lines of patches, column by column: patches that follow each other see nearly the same keys.
+    int64_t at[3] = {0, 0, 0};
+    const int64_t columns = along(part, last_axis), rows = along(part, last_axis - 1);
+    const int64_t plane = index / (rows * columns), in_plane = index % (rows * columns);
+    const int64_t band = in_plane / (band_rows * columns), in_band = in_plane % (band_rows * columns);
+    const int64_t rows_of_band = std::min(band_rows, rows - band * band_rows);
+    at[last_axis] = in_band / rows_of_band;
+    at[last_axis - 1] = band * band_rows + in_band % rows_of_band;
+    if (axes == 3) at[0] = plane;
     Box box;
-    for (int axis = axes - 1; axis >= 0; --axis) {
-      const int64_t at = index % along(part, axis) * tile_side(axis);
-      index /= along(part, axis);
-      box.extent[axis] = static_cast<int32_t>(std::min<int64_t>(tile_side(axis), size(part, axis) - at));
-      box.low[axis] = at + (axis == 0 ? (part.start - layout_.offset) / line_length() : 0);
+    for (int axis = 0; axis < axes; ++axis) {
+      const int64_t low = at[axis] * tile_side(axis);
+      box.extent[axis] = static_cast<int32_t>(std::min<int64_t>(tile_side(axis), size(part, axis) - low));
+      box.low[axis] = low + (axis == 0 ? (part.start - layout_.offset) / line_length() : 0);
     }
     out.whole = box.region(layout_);
     const int last = axes - 1;

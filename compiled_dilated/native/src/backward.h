@@ -124,9 +124,9 @@ struct WideGradient : WideWalk<T> {
     products.begin(q_rows, ldq, grad_out_rows, ldo, lse, delta, static_cast<T>(scaling.rest()), static_cast<T>(scale));
   }
 
-  void keys_from(const Head& k, const Head& v, int64_t key_step) {
-    keys.start(k, key_step);
-    values.start(v, key_step);
+  void keys_from(const Head& k, const Head& v, const Spacing& spacing) {
+    keys.start(k, spacing);
+    values.start(v, spacing);
   }
 
   void block(const KeyBlock& block, T* grad_k, T* grad_v, const ScoreEdit<T>& change, const GradEdit<T>& change_back) {

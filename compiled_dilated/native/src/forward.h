@@ -82,9 +82,9 @@ struct WideEngine : WideWalk<T> {
 
   void start_from(const T* const* rows, const T* lse) { softmax.start_from(rows, lse); }
 
-  void keys_from(const Head& k, const Head& v, int64_t key_step) {
-    keys.start(k, key_step);
-    values.start(v, key_step);
+  void keys_from(const Head& k, const Head& v, const Spacing& spacing) {
+    keys.start(k, spacing);
+    values.start(v, spacing);
   }
 
   void block(const KeyBlock& block, const ScoreEdit<T>& change) {

@@ -27,7 +27,7 @@ struct AmxEngine : AmxWalk {
 
   void start_from(const float* const* rows, const float* lse) { softmax.start_from(rows, lse); }
 
-  void keys_from(const Head& k, const Head& v, int64_t) { keys = k, values = v; }
+  void keys_from(const Head& k, const Head& v, const Spacing&) { keys = k, values = v; }
 
   void block(const KeyBlock& block, const ScoreEdit<float>& change) {
     const uint16_t *key_rows[most_keys], *value_rows[most_keys];

@@ -24,6 +24,13 @@ struct Shape {
   int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
 };
 
+// How many tokens apart a branch's keys stand, and whether they are patches of a grid.
+struct Spacing {
+  int64_t keys = 0;
+  bool on_grid = false;
+  bool operator==(const Spacing&) const = default;
+};
+
 // Rows of keys or values of one head by position: where they lie, or copies where that is of another type, or so far apart that
 // rows that are read again and again would fall into few sets of the caches. Copies are kept: the next tile often sees the same.
 template <class T>
@@ -36,15 +43,18 @@ class Rows {
   Rows(T* workspace, int width, bool rereads)
       : width_(width), kept_(kept(width)), rereads_(rereads), copies_(workspace), spare_(workspace + static_cast<size_t>(kept_) * width) {}
 
-  void start(const Head& head, int64_t key_step) {
-    if (head.base == head_.base && key_step == key_step_) return;
+  void start(const Head& head, const Spacing& spacing) {
+    if (head.base == head_.base && spacing == spacing_) return;
     head_ = head;
-    key_step_ = key_step;
-    const bool crowded = rereads_ && head.stride * key_step % crowding_bytes == 0;
+    spacing_ = spacing;
+    const bool crowded = rereads_ && head.stride * spacing.keys % crowding_bytes == 0;
     direct_ = head.type == type_of<T> && !crowded;
     if (direct_) return;
     slots_.assign(static_cast<size_t>(kept_), Slot{});
-    shift_ = std::countr_zero(static_cast<uint64_t>(key_step));
+    // Keys in a row have slots in a row. Lines of a grid would share slots: those are dealt by the golden ratio.
+    const int step_bits = std::countr_zero(static_cast<uint64_t>(spacing.keys));
+    factor_ = spacing.on_grid ? 0x9e3779b1u : 1u;
+    shift_ = spacing.on_grid ? 32 - std::countr_zero(static_cast<uint32_t>(kept_)) : std::min(step_bits, 31);
   }
 
   void of(const int32_t* positions, int count, const T** out) {
@@ -54,7 +64,7 @@ class Rows {
     }
     ++block_;
     for (int i = 0; i < count; ++i) {
-      const int number = positions[i] >> shift_ & (kept_ - 1);
+      const int number = static_cast<int>(static_cast<uint32_t>(positions[i]) * factor_ >> shift_) & (kept_ - 1);
       Slot& slot = slots_[static_cast<size_t>(number)];
       T* copy = copies_ + number * width_;
       if (slot.position != positions[i]) {
@@ -71,18 +81,20 @@ class Rows {
  private:
   // Rows that lie a multiple of this apart share sets of the first cache with every second one.
   static constexpr int64_t crowding_bytes = 2048;
-  static constexpr size_t kept_bytes = 256 * 1024;
+  static constexpr size_t kept_bytes = 512 * 1024;
   struct Slot {
     int32_t position = -1;
     int64_t block = -1;
   };
 
-  // A power of two, so that rows in turn have slots in turn.
+  // A power of two.
   static int kept(int width) { return static_cast<int>(std::bit_floor(std::max<size_t>(kept_bytes / (width * sizeof(T)), block_keys))); }
 
   Head head_{Array{}, 0, 0};
-  int64_t key_step_ = 0, block_ = 0;
+  Spacing spacing_;
+  int64_t block_ = 0;
   int width_, kept_, shift_ = 0;
+  uint32_t factor_ = 1;
   bool rereads_, direct_ = false;
   T *copies_, *spare_;
   std::vector<Slot> slots_;
@@ -248,10 +260,13 @@ class TileBlocks {
     scores.start(b, h, tile);
     const Group& group = program_.groups[program_.group_of_head[h]];
     const auto walk = [&](const auto& take) { walk_keys<Engine>(program_.masks, b, h, group, tile, kv_len_, take); };
-    int64_t key_step = 0;
+    Spacing spacing{0, group.layout.axes > 1};
     const auto answer = [&](const Branch& branch, const KeyBlock& block, uint64_t* seen) { scores.answer(branch.root, block, seen); };
     cache_.blocks(index, walk, answer, [&](const Branch& branch, const KeyBlock& block) {
-      if (branch.key_step != key_step) engine.keys_from(k, v, key_step = branch.key_step);
+      if (branch.key_step != spacing.keys) {
+        spacing.keys = branch.key_step;
+        engine.keys_from(k, v, spacing);
+      }
       visit(block);
     });
   }

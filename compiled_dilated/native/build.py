@@ -31,9 +31,18 @@ SOURCES = Path(__file__).parent / "src"
 
 _COMPILERS = ("g++", "clang++")
 _FLAGS = (
-    "-O3", "-std=c++20", "-fPIC", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-std=c++17", "-fPIC", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-fno-semantic-interposition", "-DNDEBUG",
 )  # fmt: skip
+# Sources in which a call spends next to no time: the first call waits less for them.
+_LIGHT = {
+    "operators.cpp": "-Og",
+    "attention.cpp": "-O1",
+    "counts.cpp": "-O1",
+    "masks.cpp": "-O1",
+    "program.cpp": "-O1",
+    "walk.cpp": "-O1",
+}
 # Sources that are built into libraries of their own when a call first needs them, so that the first call waits for few.
 _PARTS = {
     "functions.cpp": "functions",
@@ -85,17 +94,22 @@ class _Recipe:
         for text in (torch.__version__, _cpu(), self.version, self.part, *self.compiler, *self.flags, *self.links):
             digest.update(text.encode() + b"\0")
         for source, content in self.sources:
-            digest.update(f"{source}\0{len(content)}\0".encode() + content)
+            digest.update(f"{source}\0{_level(source)}\0{len(content)}\0".encode() + content)
         return f"native-{digest.hexdigest()[:32]}.so"
 
     @property
     def units(self) -> list[str]:
         """The sources that become objects, the longest first."""
-        units = [(len(content), name) for name, content in self.sources if name.endswith(".cpp") and self._holds(name)]
-        return [name for _, name in sorted(units, reverse=True)]
+        units = [(_level(name) != "-O3", -len(content), name) for name, content in self.sources if self._holds(name)]
+        return [name for *_, name in sorted(units)]
 
     def _holds(self, unit: str) -> bool:
-        return self.part in ("whole", _PARTS.get(unit, "core"))
+        return unit.endswith(".cpp") and self.part in ("whole", _PARTS.get(unit, "core"))
+
+
+def _level(unit: str) -> str:
+    """How far the compiler optimises a source."""
+    return _LIGHT.get(unit, "-O3")
 
 
 def _recipe(sources: Path, defines: Sequence[str], part: str, core: Path | None) -> _Recipe:
@@ -120,7 +134,7 @@ def _compiler() -> tuple[str, ...]:
         command = shlex.split(chosen)
         if shutil.which(command[0]) is None:
             raise NativeUnavailable(
-                f"CXX={chosen!r} names no program that can be found; set CXX to a C++20 compiler, or unset it"
+                f"CXX={chosen!r} names no program that can be found; set CXX to a C++17 compiler, or unset it"
             )
         return tuple(command)
     for name in _COMPILERS:
@@ -264,7 +278,8 @@ def _compile(recipe: _Recipe, into: Path, at_once: int) -> Path:
     flags = (*recipe.flags, f"-fmacro-prefix-map={into}/=")
     objects = [str(into / f"{unit}.o") for unit in recipe.units]
     commands = [
-        [*recipe.compiler, *flags, "-c", str(into / unit), "-o", to] for unit, to in zip(recipe.units, objects, strict=True)
+        [*recipe.compiler, _level(unit), *flags, "-c", str(into / unit), "-o", to]
+        for unit, to in zip(recipe.units, objects, strict=True)
     ]
     pool = ThreadPoolExecutor(at_once)
     try:
@@ -282,7 +297,7 @@ def _run(command: list[str]) -> None:
         lines = done.stderr.splitlines()
         errors = [line for line in lines if "error:" in line or "undefined" in line] or lines
         raise NativeUnavailable(
-            "the native kernels did not compile; set CXX to another C++20 compiler (g++ 12 is tested), or "
+            "the native kernels did not compile; set CXX to another C++17 compiler (g++ 12 is tested), or "
             f"COMPILED_DILATED_NATIVE=off to do without.\n{' '.join(command)} ended with {done.returncode}:\n"
             + "\n".join(errors[:5])
         )

@@ -322,7 +322,8 @@ inline void multiply_rows(const uint16_t* const* rows, int count, int width, uin
       fetch_group(later + first, left, later_width);
     }
     finish_writes();
-    const auto columns = [&]<int Columns>(int j) {
+    const auto multiply_columns = [&](auto count, int j) {
+      constexpr int Columns = count;
       ahead.fetch_some();
       clear_sums<Columns>();
       for (int at = 0; at < width; at += tile_depth)
@@ -330,8 +331,8 @@ inline void multiply_rows(const uint16_t* const* rows, int count, int width, uin
       store_sums<Columns>(to + j * tile_rows, ld);
     };
     int j = low;
-    for (; j + 2 <= high; j += 2) columns.template operator()<2>(j);
-    if (j < high) columns.template operator()<1>(j);
+    for (; j + 2 <= high; j += 2) multiply_columns(std::integral_constant<int, 2>{}, j);
+    if (j < high) multiply_columns(std::integral_constant<int, 1>{}, j);
   }
 }
 

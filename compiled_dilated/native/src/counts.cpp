@@ -25,8 +25,8 @@ void count_with(const Problem& problem, const Program& program) {
         tiles.tile_at(index, tile);
         if (!tile.vectors) continue;
         ++one.tiles;
-        walk_keys<Engine>(program.masks, b, h, program.groups[group], tile, shape.kv_len,
-                          [&](const Branch&, const KeyBlock& block) { one.add(block, W); });
+        const auto add = [&](const Branch&, const KeyBlock& block) { one.add(block, W); };
+        walk_keys(program.masks, b, h, program.groups[group], tile, shape.kv_len, Engine::sizes, add);
       }
       counts.pairs += one.pairs * alike, counts.partial += one.partial * alike;
       counts.blocks += one.blocks * alike, counts.tiles += one.tiles * alike;

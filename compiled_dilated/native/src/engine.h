@@ -8,35 +8,18 @@
 #include <algorithm>
 
 #include "ahead.h"
+#include "callback.h"
 #include "vectors.h"
 
 namespace native {
 
-// What a caller does to a block's scores or to their gradients; empty: nothing. By pointer, so that the loops are compiled once.
-template <class... Arguments>
-class Edit {
- public:
-  Edit() = default;
-  template <class Body>
-  Edit(const Body& body)  // NOLINT: a function is such an edit, as long as it lives
-      : body_(&body), run_([](const void* of, Arguments... arguments) { (*static_cast<const Body*>(of))(arguments...); }) {}
-  explicit operator bool() const { return run_ != nullptr; }
-  void operator()(Arguments... arguments) const { run_(body_, arguments...); }
-
- private:
-  const void* body_ = nullptr;
-  void (*run_)(const void*, Arguments...) = nullptr;
-};
+// What a caller does to a block's scores or to their gradients; empty: nothing.
 // (scores, leading dimension)
 template <class T>
-using ScoreEdit = Edit<T*, int>;
+using ScoreEdit = Callback<T*, int>;
 // (products before they were edited, which it may overwrite, gradients of the edited scores in and of those before out, leading dimension)
 template <class T>
-using GradEdit = Edit<T*, T*, int>;
-
-constexpr int block_keys = 64;  // most keys of a block: scores and weights of a tile stay in the first cache
-template <class T>
-constexpr int tile_queries = tile_vectors * lanes<T>;
+using GradEdit = Callback<T*, T*, int>;
 
 // Rows of a register block: rows * vectors sums, the vectors of queries and a broadcast fill the registers.
 #if defined(__AVX512F__) || defined(__aarch64__)

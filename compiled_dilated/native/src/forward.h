@@ -4,6 +4,7 @@
 #include <exception>
 #include <mutex>
 
+#include "engine.h"
 #include "tile.h"
 
 namespace native {

@@ -1,5 +1,9 @@
 #include "masks.h"
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
 #include "parts.h"
 
 namespace native {
@@ -615,9 +619,7 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
   }
 }
 
-template class TileQueries<2>;
-template class TileQueries<4>;
-template class TileQueries<8>;
-template class TileQueries<16>;
+template class TileQueries<lanes<float>>;
+template class TileQueries<lanes<double>>;
 
 }  // namespace native

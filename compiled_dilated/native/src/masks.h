@@ -7,7 +7,7 @@
 #include "functions.h"
 #include "problem.h"
 #include "regions.h"
-#include "vectors.h"
+#include "lanes.h"
 
 namespace native {
 

@@ -1,9 +1,8 @@
 // What forward and backward share in one tile: the rows of a block's keys, and how scores are changed and hidden.
 #pragma once
-#include <bit>
 #include <vector>
 
-#include "geometry.h"
+#include "block_cache.h"
 #include "parts.h"
 #include "rows.h"
 
@@ -28,7 +27,7 @@ struct Shape {
 struct Spacing {
   int64_t keys = 0;
   bool on_grid = false;
-  bool operator==(const Spacing&) const = default;
+  bool operator==(const Spacing& other) const { return keys == other.keys && on_grid == other.on_grid; }
 };
 
 // Rows of keys or values of one head by position: where they lie, or copies where that is of another type, or so far apart that
@@ -52,9 +51,8 @@ class Rows {
     if (direct_) return;
     slots_.assign(static_cast<size_t>(kept_), Slot{});
     // Keys in a row have slots in a row. Lines of a grid would share slots: those are dealt by the golden ratio.
-    const int step_bits = std::countr_zero(static_cast<uint64_t>(spacing.keys));
     factor_ = spacing.on_grid ? 0x9e3779b1u : 1u;
-    shift_ = spacing.on_grid ? 32 - std::countr_zero(static_cast<uint32_t>(kept_)) : std::min(step_bits, 31);
+    shift_ = spacing.on_grid ? 32 - __builtin_ctz(kept_) : std::min(__builtin_ctzll(spacing.keys), 31);
   }
 
   void of(const int32_t* positions, int count, const T** out) {
@@ -88,7 +86,11 @@ class Rows {
   };
 
   // A power of two.
-  static int kept(int width) { return static_cast<int>(std::bit_floor(std::max<size_t>(kept_bytes / (width * sizeof(T)), block_keys))); }
+  static int kept(int width) {
+    int rows = block_keys;
+    while (2 * rows * width * sizeof(T) <= kept_bytes) rows *= 2;
+    return rows;
+  }
 
   Head head_{Array{}, 0, 0};
   Spacing spacing_;
@@ -259,16 +261,17 @@ class TileBlocks {
              const Visit& visit) {
     scores.start(b, h, tile);
     const Group& group = program_.groups[program_.group_of_head[h]];
-    const auto walk = [&](const auto& take) { walk_keys<Engine>(program_.masks, b, h, group, tile, kv_len_, take); };
+    const auto walk = [&](const BlockCache::Visit& take) { walk_keys(program_.masks, b, h, group, tile, kv_len_, Engine::sizes, take); };
     Spacing spacing{0, group.layout.axes > 1};
     const auto answer = [&](const Branch& branch, const KeyBlock& block, uint64_t* seen) { scores.answer(branch.root, block, seen); };
-    cache_.blocks(index, walk, answer, [&](const Branch& branch, const KeyBlock& block) {
+    const auto compute = [&](const Branch& branch, const KeyBlock& block) {
       if (branch.key_step != spacing.keys) {
         spacing.keys = branch.key_step;
         engine.keys_from(k, v, spacing);
       }
       visit(block);
-    });
+    };
+    cache_.blocks(index, walk, answer, compute);
   }
 
   Scores<T> scores;

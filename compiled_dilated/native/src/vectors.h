@@ -4,27 +4,14 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+
+#include "lanes.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 namespace native {
-
-#define NATIVE_INLINE inline __attribute__((always_inline))
-
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-
-// Queries are computed in tiles of so many vectors.
-constexpr int tile_vectors = 4;
-
-template <class T>
-constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
 
 // A vector may lie at any address of its element type, and alias arrays of it.
 template <class T>

@@ -1,0 +1,85 @@
+// The blocks of tiles, kept for heads that see the same.
+#pragma once
+#include <vector>
+
+#include "walk.h"
+
+namespace native {
+
+// The blocks of a stretch's tiles and who sees their keys, kept by a thread from one head to the next that sees the same.
+class BlockCache {
+ public:
+  // Keeps what is there if it is of the same stretch.
+  void start(int64_t entry, int64_t group, int64_t first, int64_t tiles) {
+    const int64_t key[3] = {entry, group, first};
+    if (std::equal(key, key + 3, key_) && tiles == static_cast<int64_t>(tiles_.size())) return;
+    std::copy(key, key + 3, key_);
+    blocks_.clear();
+    keys_.clear();
+    partial_.clear();
+    seen_.clear();
+    tiles_.assign(static_cast<size_t>(tiles), {});
+  }
+
+  using Visit = Callback<const Branch&, const KeyBlock&>;
+
+  // visit(branch, block) for all blocks of tile `index` of the stretch: those that were kept, or those that walk(visit) finds and
+  // answer(branch, block, seen) completes.
+  void blocks(int64_t index, const Callback<const Visit&>& walk, const Callback<const Branch&, const KeyBlock&, uint64_t*>& answer,
+              const Visit& visit) {
+    Range& range = tiles_[static_cast<size_t>(index)];
+    if (range.known) {
+      for (size_t at = range.start; at < range.stop; ++at) visit(blocks_[at].branch, with_arrays(blocks_[at]));
+      return;
+    }
+    range.start = blocks_.size();
+    const auto take = [&](const Branch& branch, const KeyBlock& block) {
+      uint64_t seen[most_block_keys];
+      KeyBlock complete = block;
+      complete.seen = seen;
+      if (block.any_partial) answer(branch, block, seen);
+      if (blocks_.size() < most_blocks) keep(branch, complete);
+      visit(branch, complete);
+    };
+    walk(take);
+    range.stop = blocks_.size();
+    // A tile that found no room is walked anew each time.
+    range.known = range.stop < most_blocks;
+  }
+
+ private:
+  static constexpr size_t most_blocks = 512;
+  struct Range {
+    size_t start = 0, stop = 0;
+    bool known = false;
+  };
+  struct Kept {
+    Branch branch;
+    KeyBlock block;  // without its arrays
+    size_t keys, seen;
+  };
+
+  void keep(const Branch& branch, const KeyBlock& block) {
+    blocks_.push_back({branch, block, keys_.size(), seen_.size()});
+    keys_.insert(keys_.end(), block.keys, block.keys + block.count);
+    partial_.insert(partial_.end(), block.partial, block.partial + block.count);
+    if (block.any_partial) seen_.insert(seen_.end(), block.seen, block.seen + block.count);
+  }
+
+  KeyBlock with_arrays(const Kept& kept) const {
+    KeyBlock block = kept.block;
+    block.keys = keys_.data() + kept.keys;
+    block.partial = partial_.data() + kept.keys;
+    block.seen = seen_.data() + kept.seen;
+    return block;
+  }
+
+  int64_t key_[3] = {-1, -1, -1};
+  std::vector<Kept> blocks_;
+  std::vector<int32_t> keys_;
+  std::vector<uint8_t> partial_;
+  std::vector<uint64_t> seen_;
+  std::vector<Range> tiles_;
+};
+
+}  // namespace native

@@ -1,0 +1,22 @@
+// A function of the caller's, or none; it is called by pointer, so that what calls it is compiled once.
+#pragma once
+
+namespace native {
+
+// The function must live as long as this.
+template <class... Arguments>
+class Callback {
+ public:
+  Callback() = default;
+  template <class Body>
+  Callback(const Body& body)  // NOLINT: a function is such a callback
+      : body_(&body), run_([](const void* of, Arguments... arguments) { (*static_cast<const Body*>(of))(arguments...); }) {}
+  explicit operator bool() const { return run_ != nullptr; }
+  void operator()(Arguments... arguments) const { run_(body_, arguments...); }
+
+ private:
+  const void* body_ = nullptr;
+  void (*run_)(const void*, Arguments...) = nullptr;
+};
+
+}  // namespace native

@@ -1,0 +1,201 @@
+#include "walk.h"
+
+namespace native {
+
+namespace {
+
+// Finds the keys of a tile: regions are halved until the mask decides them.
+class KeyWalk {
+ public:
+  KeyWalk(const Masks& masks, int64_t b, int64_t h, const Layout& layout, const TileRegions& tile, const WalkSizes& sizes,
+          const Callback<const KeyBlock&>& visit)
+      : masks_(masks), b_(b), h_(h), layout_(layout), tile_(tile), sizes_(sizes), visit_(visit) {
+    for (int low = 0; low < tile_vectors; ++low)
+      for (int high = low + 1; high <= tile_vectors; ++high) {
+        OpenBlock& open = open_[low][high - 1];
+        open.block.low = low;
+        open.block.high = high;
+        open.block.keys = open.keys;
+        open.block.partial = open.partial;
+      }
+  }
+
+  // Walks the keys of one branch, each once, and gives them to the visitor.
+  void branch(const Branch& branch, int64_t kv_len) {
+    root_ = branch.root;
+    cursor_ = 0;
+    for (const Part& part : parts_of(layout_, 0, kv_len)) {
+      if (part.is_box) {
+        Box box;
+        int64_t line = 1;
+        for (int axis = 1; axis < layout_.axes; ++axis) line *= layout_.sizes[axis], box.extent[axis] = static_cast<int32_t>(layout_.sizes[axis]);
+        box.low[0] = (part.start - layout_.offset) / line;
+        box.extent[0] = static_cast<int32_t>((part.stop - part.start) / line);
+        walk(box);
+        continue;
+      }
+      for (int64_t residue = 0; residue < branch.key_step; ++residue) {
+        const int64_t first = part.start + modulo(residue - part.start, branch.key_step);
+        if (first < part.stop) line(first, branch.key_step, 0, (part.stop - first + branch.key_step - 1) / branch.key_step);
+      }
+    }
+    for (int low = 0; low < tile_vectors; ++low)
+      for (int high = low + 1; high <= tile_vectors; ++high) flush(open_[low][high - 1]);
+  }
+
+ private:
+  // A block that keys are added to.
+  struct OpenBlock {
+    KeyBlock block;
+    int32_t keys[most_block_keys];
+    uint8_t partial[most_block_keys];
+  };
+
+  void flush(OpenBlock& open) {
+    KeyBlock& block = open.block;
+    if (!block.count) return;
+    block.least_after = cursor_;
+    for (const auto& row : open_)
+      for (const OpenBlock& other : row)
+        if (other.block.count && &other != &open) block.least_after = std::min<int64_t>(block.least_after, other.block.least);
+    visit_(block);
+    block.count = 0;
+    block.any_partial = false;
+  }
+
+  // Adds keys first, first + step, ...
+  void add(int64_t first, int64_t step, int32_t count, int low, int high, uint8_t partial, bool is_line) {
+    OpenBlock& open = open_[low][high - 1];
+    KeyBlock& block = open.block;
+    while (count > 0) {
+      if (!block.count || first < block.least) block.least = static_cast<int32_t>(first);
+      const int32_t some = std::min(count, sizes_.most_keys - block.count);
+      int32_t* to = open.keys + block.count;
+      for (int32_t i = 0; i < some; ++i) to[i] = static_cast<int32_t>(first + i * step);
+      std::fill(open.partial + block.count, open.partial + block.count + some, partial);
+      block.any_partial |= partial != 0;
+      block.count += some;
+      first += some * step;
+      count -= some;
+      if (is_line) cursor_ = first;
+      if (block.count == sizes_.most_keys) flush(open);
+    }
+  }
+
+  void add(const Region& keys, int low, int high, uint8_t partial) {
+    if (keys.grid < 0) return add(keys.base, keys.stride[0], keys.extent[0], low, high, partial, true);
+    for (int32_t i = 0; i < keys.extent[0]; ++i)
+      for (int32_t j = 0; j < keys.extent[1]; ++j) {
+        const int64_t first = keys.base + i * keys.stride[0] + j * keys.stride[1];
+        add(first, keys.stride[2], keys.extent[2], low, high, partial, false);
+      }
+  }
+
+  // What holds of the whole tile.
+  Verdict classify(const Region& keys) const {
+    Verdict out;
+    masks_.classify(root_, b_, h_, &tile_.whole, 1, keys, &out);
+    return out;
+  }
+
+  // Which vectors see a few keys; true where that is settled: not where an edge may run through them.
+  bool by_vector(const Region& keys, bool finest) {
+    Verdict seen[tile_vectors];
+    masks_.classify(root_, b_, h_, tile_.of_vector, tile_.vectors, keys, seen);
+    int low = 0, high = tile_.vectors, undecided = 0, hidden = 0;
+    while (low < high && seen[low] == EMPTY) ++low;
+    while (high > low && seen[high - 1] == EMPTY) --high;
+    if (low == high) return true;
+    for (int j = low; j < high; ++j) {
+      undecided += seen[j] == PARTIAL;
+      // Vectors between others that see nothing are computed with them and hidden.
+      hidden |= (seen[j] != FULL) << j;
+    }
+    if (!finest && undecided && undecided != tile_.vectors) return false;
+    add(keys, low, high, static_cast<uint8_t>(hidden));
+    return true;
+  }
+
+  void line(int64_t base, int64_t step, int64_t from, int64_t to) {
+    const Region keys = Region::line(base + from * step, to - from, step);
+    cursor_ = keys.first;
+    const Verdict seen = classify(keys);
+    if (seen == EMPTY) return;
+    if (seen == FULL) return add(keys, 0, tile_.vectors, 0);
+    const int64_t count = to - from;
+    if (count <= sizes_.grain) {
+      if (by_vector(keys, count <= sizes_.fine_grain)) return;
+      for (int64_t at = from; at < to; at += sizes_.fine_grain)
+        by_vector(Region::line(base + at * step, std::min<int64_t>(sizes_.fine_grain, to - at), step), true);
+      return;
+    }
+    // At a multiple of the largest power of two: tiles of equal places then have equal regions.
+    int64_t power = 1;
+    while (power * 2 < count) power *= 2;
+    int64_t middle = (from / power + 1) * power;
+    while (middle >= to) power /= 2, middle = (from / power + 1) * power;
+    line(base, step, from, middle);
+    line(base, step, middle, to);
+  }
+
+  void walk(const Box& box) {
+    const Region keys = box.region(layout_);
+    cursor_ = layout_.offset + box.low[0] * keys.stride[0];
+    const Verdict seen = classify(keys);
+    if (seen == EMPTY) return;
+    if (seen == FULL) return add(keys, 0, tile_.vectors, 0);
+    // The slowest axis that is longer than a small box is cut, so that lines are walked in order.
+    int axis = -1;
+    const int32_t side = layout_.axes == 2 ? 4 : 2;
+    for (int i = layout_.axes - 1; i >= 0; --i)
+      if (box.extent[i] > side) axis = i;
+    if (axis < 0) {
+      if (by_vector(keys, false)) return;
+      const int last = layout_.axes - 1;
+      for (int32_t at = 0; at < box.extent[last]; ++at) {
+        Box column = box;
+        column.low[last] += at;
+        column.extent[last] = 1;
+        by_vector(column.region(layout_), true);
+      }
+      return;
+    }
+    int64_t power = side;
+    while (power * 2 < box.extent[axis]) power *= 2;
+    const int64_t from = box.low[axis], to = from + box.extent[axis];
+    int64_t middle = (from / power + 1) * power;
+    while (middle >= to) power /= 2, middle = (from / power + 1) * power;
+    Box first = box, second = box;
+    first.extent[axis] = static_cast<int32_t>(middle - from);
+    second.low[axis] = middle;
+    second.extent[axis] = static_cast<int32_t>(to - middle);
+    walk(first);
+    walk(second);
+  }
+
+  const Masks& masks_;
+  int64_t b_, h_;
+  const Layout& layout_;
+  const TileRegions& tile_;
+  const WalkSizes& sizes_;
+  const Callback<const KeyBlock&>& visit_;
+  int root_ = 0;
+  int64_t cursor_ = 0;
+  OpenBlock open_[tile_vectors][tile_vectors];
+};
+
+}  // namespace
+
+void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,
+               const WalkSizes& sizes, const Callback<const Branch&, const KeyBlock&>& visit) {
+  const Branch* branch = nullptr;
+  const auto visit_block = [&](const KeyBlock& block) { visit(*branch, block); };
+  const Callback<const KeyBlock&> visitor(visit_block);
+  KeyWalk walk(masks, b, h, group.layout, tile, sizes, visitor);
+  for (const Branch& next : group.branches) {
+    branch = &next;
+    walk.branch(next, kv_len);
+  }
+}
+
+}  // namespace native

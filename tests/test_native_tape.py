@@ -171,7 +171,19 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
     room = tmp_path_factory.mktemp("tape")
     (room / "driver.cpp").write_text(DRIVER)
     units = [room / "driver.cpp", SOURCES / "functions.cpp", SOURCES / "function_bounds.cpp", SOURCES / "function_loops.cpp"]
-    command = [*compiler, "-O3", *_FLAGS, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-shared", *units, "-o", room / "driver.so"]
+    command = [
+        *compiler,
+        "-O3",
+        *_FLAGS,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{SOURCES}",
+        "-shared",
+        *units,
+        "-o",
+        room / "driver.so",
+    ]
     subprocess.run(list(map(str, command)), check=True)
     return Native(ctypes.CDLL(str(room / "driver.so")))
 

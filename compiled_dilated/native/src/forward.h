@@ -298,6 +298,34 @@ class Stretches {
   int64_t heads_, groups_ = 0, most_ = 0, length_ = 1, count_ = 0;
 };
 
+// Deals the heads of stretches to threads. A thread takes all heads of one stretch, which often see the same, so that its blocks are
+// found once; where no stretch is left it helps with the heads of others.
+class Deal {
+ public:
+  Deal(int64_t stretches, int64_t heads) : heads_(heads), taken_(static_cast<size_t>(stretches)) {}
+
+  // The next head; stretch: the thread's last one in, -1 at first, that of the head out. False where all are taken.
+  bool take(int64_t& stretch, int64_t& head) {
+    if (stretch >= 0 && take_head(stretch, head)) return true;
+    const int64_t count = static_cast<int64_t>(taken_.size());
+    while ((stretch = next_.fetch_add(1)) < count)
+      if (take_head(stretch, head)) return true;
+    for (stretch = 0; stretch < count; ++stretch)
+      if (take_head(stretch, head)) return true;
+    return false;
+  }
+
+ private:
+  bool take_head(int64_t stretch, int64_t& head) {
+    std::atomic<int64_t>& taken = taken_[static_cast<size_t>(stretch)];
+    return taken.load() < heads_ && (head = taken.fetch_add(1)) < heads_;
+  }
+
+  const int64_t heads_;
+  std::vector<std::atomic<int64_t>> taken_;
+  std::atomic<int64_t> next_{0};
+};
+
 inline int64_t offset_entry(const Problem& problem, int64_t b) { return problem.q_offsets.size() == 1 ? 0 : b; }
 
 // Whether all keys and values of a call are finite.
@@ -327,18 +355,18 @@ bool all_finite(const Problem& problem, const Shape& shape) {
 template <class Engine>
 bool forward_tiles(const Problem& problem, const Program& program, const Shape& shape, bool merges, bool careful) {
   const Stretches<Engine::W> stretches(problem, program, shape, shape.batch * shape.heads, problem.parallel.threads);
-  std::atomic<int64_t> units{0};
   std::atomic<bool> met_nan{false};
   const int slots = static_cast<int>(std::min<int64_t>(problem.parallel.threads, stretches.count()));
   const int64_t per_head = stretches.count() / (shape.batch * shape.heads);
+  Deal deal(shape.batch * per_head, shape.heads);
   on_threads(problem.parallel, slots, [&](int, const Failure& failure) {
     thread_local Room room;
     ForwardWorker<Engine> worker(problem, program, shape, careful, room);
     QueryTile<Engine::W> two_tiles[2];
     QueryTile<Engine::W> *tile = two_tiles, *next = two_tiles + 1;
-    for (int64_t unit; !failure.failed() && (unit = units.fetch_add(1)) < stretches.count();) {
-      // The heads of one stretch follow each other: a thread finds its blocks once.
-      const int64_t b = unit / (per_head * shape.heads), h = unit % shape.heads, stretch = unit / shape.heads % per_head;
+    int64_t dealt = -1, h = 0;
+    while (!failure.failed() && deal.take(dealt, h)) {
+      const int64_t b = dealt / per_head, stretch = dealt % per_head;
       const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
       const int64_t stop = std::min(tiles.count(), (stretch + 1) * stretches.length());
       const int64_t first = stretch * stretches.length();

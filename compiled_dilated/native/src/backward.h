@@ -106,7 +106,7 @@ struct WideGradient : WideWalk<T> {
       : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(scale),
         products(room.take<T>(Backward<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
         q_rows(room.take<T>(TQ * padded<T>(head_dim))),
-        grad_out_rows(room.take<T>(TQ * padded<T>(value_dim))), 
+        grad_out_rows(room.take<T>(TQ * padded<T>(value_dim))),
         keys(room.take<T>(Rows<T>::numbers(head_dim)), head_dim, true),
         values(room.take<T>(Rows<T>::numbers(value_dim)), value_dim, false) {}
 
@@ -167,7 +167,6 @@ template <class Engine>
 class BackwardWorker {
  public:
   using T = typename Engine::Number;
-  using Stored = typename Engine::Stored;
   static constexpr int W = Engine::W, TQ = Engine::TQ;
 
   BackwardWorker(const Problem& problem, const Program& program, const Gradients& gradients, const Shape& shape, Room& room)
@@ -195,16 +194,10 @@ class BackwardWorker {
     read_statistics(b, h, tile, grad_out);
     const bool natural = program_.score_mod != nullptr;
     engine_.begin(q, grad_out, tile.sources, natural, lse_, delta_);
-    // As in the forward: rows of another type, or past the end, go through a workspace.
-    const bool direct = size_of(grad_q.type) == sizeof(Stored);
-    Stored* rows[TQ];
-    for (int i = 0; i < TQ; ++i) {
-      rows[i] = reinterpret_cast<Stored*>(rows_ + i * shape_.head_dim);
-      if (direct && tile.rows[i] >= 0) rows[i] = static_cast<Stored*>(grad_q.mutable_row(tile.rows[i]));
-    }
+    const ResultRows<Engine> results(grad_q, tile, shape_.head_dim, rows_);
     Ahead& ahead = engine_.ahead();
     ahead = next_;
-    for (int i = 0; direct && i < TQ; ++i) ahead.add(rows[i], shape_.head_dim * size_of(grad_q.type));
+    results.add_to(ahead);
     const int64_t kv_head = shape_.kv_head(h), head = b * shape_.kv_heads + kv_head;
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     T *grad_k = to.rows(head, 0), *grad_v = to.rows(head, 1);
@@ -220,11 +213,8 @@ class BackwardWorker {
                     natural ? GradEdit<T>(change_back) : GradEdit<T>());
       if (in_order) turns.finish_below(slot, block.least_after);
     });
-    engine_.result(rows);
-    if (direct) return;
-    for (int i = 0; i < TQ; ++i)
-      if (tile.rows[i] >= 0)
-        write_row<T>(rows_ + i * shape_.head_dim, grad_q.type, grad_q.mutable_row(tile.rows[i]), shape_.head_dim);
+    engine_.result(results.rows());
+    results.finish();
   }
 
  private:

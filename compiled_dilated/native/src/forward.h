@@ -201,25 +201,15 @@ class ForwardWorker {
   // index: of the tile in its stretch. next: the tile that follows.
   void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, const QueryTile<W>& next, bool merges) {
     const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
-    // Rows are written where they belong; what is of another type, cleaned or past the end goes through a workspace.
-    const bool direct = size_of(out.type) == sizeof(Stored) && !careful_mode_;
-    Stored* rows[TQ];
-    for (int i = 0; i < TQ; ++i) {
-      rows[i] = reinterpret_cast<Stored*>(out_ + i * shape_.value_dim);
-      if (direct && tile.rows[i] >= 0) rows[i] = static_cast<Stored*>(out.mutable_row(tile.rows[i]));
-    }
+    const ResultRows<Engine> results(out, tile, shape_.value_dim, out_, !careful_mode_);
     Ahead& ahead = engine_.ahead();
     ahead.clear();
-    for (int i = 0; i < TQ; ++i) {
-      if (next.vectors) ahead.add(q.row(next.sources[i]), shape_.head_dim * size_of(q.type));
-      if (direct) ahead.add(rows[i], shape_.value_dim * size_of(out.type));
-    }
-    compute(b, h, index, tile, merges, q, out, lse, rows);
-    for (int i = 0; i < TQ; ++i) {
-      if (tile.rows[i] < 0) continue;
-      if (!direct) write_row<T>(out_ + i * shape_.value_dim, out.type, out.mutable_row(tile.rows[i]), shape_.value_dim);
-      *static_cast<T*>(lse.mutable_row(tile.rows[i])) = lse_[i];
-    }
+    for (int i = 0; next.vectors && i < TQ; ++i) ahead.add(q.row(next.sources[i]), shape_.head_dim * size_of(q.type));
+    results.add_to(ahead);
+    compute(b, h, index, tile, merges, q, out, lse, results.rows());
+    results.finish();
+    for (int i = 0; i < TQ; ++i)
+      if (tile.rows[i] >= 0) *static_cast<T*>(lse.mutable_row(tile.rows[i])) = lse_[i];
     ++counts.tiles;
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "ahead.h"
 #include "block_cache.h"
 #include "parts.h"
 #include "rows.h"
@@ -280,6 +281,42 @@ class TileBlocks {
   const Program& program_;
   const int64_t kv_len_;
   BlockCache cache_;
+};
+
+// The rows of a tile's results: where they belong, or in a workspace where they are of another type, past the end or not `direct`.
+template <class Engine>
+class ResultRows {
+ public:
+  using T = typename Engine::Number;
+  using Stored = typename Engine::Stored;
+
+  ResultRows(const Head& to, const QueryTile<Engine::W>& tile, int width, T* workspace, bool direct = true)
+      : to_(to), tile_(tile), width_(width), workspace_(workspace), direct_(direct && size_of(to.type) == sizeof(Stored)) {
+    for (int i = 0; i < Engine::TQ; ++i) {
+      rows_[i] = reinterpret_cast<Stored*>(workspace + i * width);
+      if (direct_ && tile.rows[i] >= 0) rows_[i] = static_cast<Stored*>(to.mutable_row(tile.rows[i]));
+    }
+  }
+
+  Stored* const* rows() const { return rows_; }
+
+  void add_to(Ahead& ahead) const {
+    for (int i = 0; direct_ && i < Engine::TQ; ++i) ahead.add(rows_[i], width_ * size_of(to_.type));
+  }
+
+  // From the workspace to where they belong.
+  void finish() const {
+    for (int i = 0; !direct_ && i < Engine::TQ; ++i)
+      if (tile_.rows[i] >= 0) write_row<T>(workspace_ + i * width_, to_.type, to_.mutable_row(tile_.rows[i]), width_);
+  }
+
+ private:
+  const Head& to_;
+  const QueryTile<Engine::W>& tile_;
+  const int width_;
+  T* const workspace_;
+  const bool direct_;
+  Stored* rows_[Engine::TQ];
 };
 
 // Sums over what threads did.

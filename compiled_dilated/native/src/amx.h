@@ -295,17 +295,13 @@ class TransposedGroups {
 // 2^(x * factor) for x <= 0 with an error of 3e-6, a thousandth of what rounding to bfloat16 adds, so that sums of weights hardly have
 // any of their own; exactly 1 at 0. As exp2_of else.
 NATIVE_INLINE __m512 exp2_rough(__m512 x, __m512 factor) {
-  const __m512 magic = _mm512_set1_ps(12582912.0f);
-  const __m512 shifted = _mm512_fmadd_ps(x, factor, magic);
-  const __m512 whole = _mm512_sub_ps(shifted, magic);
-  const __m512 rest = _mm512_fmsub_ps(x, factor, whole);
+  const Exponent by(x, factor);
   __m512 power = _mm512_set1_ps(0.00958285f);
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.05590643f));
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.24024099f));
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69312419f));
-  power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
-  const __mmask16 normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(12582912.0f - 125.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(normal, power, whole);
+  power = _mm512_fmadd_ps(power, by.rest, _mm512_set1_ps(0.05590643f));
+  power = _mm512_fmadd_ps(power, by.rest, _mm512_set1_ps(0.24024099f));
+  power = _mm512_fmadd_ps(power, by.rest, _mm512_set1_ps(0.69312419f));
+  power = _mm512_fmadd_ps(power, by.rest, _mm512_set1_ps(1.0f));
+  return by.applied_to(power);
 }
 
 // to[key][query] = rows . queries, for `count` rows and for tiles low .. high - 1 of `Tiles` of 16 queries, which were packed by

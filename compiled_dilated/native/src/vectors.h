@@ -100,23 +100,38 @@ constexpr T infinity = std::numeric_limits<T>::infinity();
 constexpr double log2_of_e = 1.44269504088896340736;
 constexpr double ln_of_2 = 0.69314718055994530942;
 
+// Adding it makes a float a whole number, which then stands in the low bits; below `least` powers of two are no normal numbers.
+constexpr float magic = 12582912.0f, least = magic - 125.0f;  // 1.5 * 2^23
+
+#if defined(__AVX512F__)
+// A product as a whole number and a rest of at most 1/2, without rounding it on its way.
+struct Exponent {
+  __m512 shifted, whole, rest;
+
+  NATIVE_INLINE Exponent(__m512 x, __m512 factor)
+      : shifted(_mm512_fmadd_ps(x, factor, _mm512_set1_ps(magic))), whole(_mm512_sub_ps(shifted, _mm512_set1_ps(magic))),
+        rest(_mm512_fmsub_ps(x, factor, whole)) {}
+
+  // power * 2^whole, 0 below the normal numbers.
+  NATIVE_INLINE __m512 applied_to(__m512 power) const {
+    // Not "less than", so that NaN is kept.
+    const __mmask16 normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(least), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, power, whole);
+  }
+};
+#endif
+
 // 2^(x * factor) for x <= 0 to the precision of T; 0 below the normal numbers, whose denormals cost a hundred cycles; NaN stays NaN.
 // The product is not rounded on its way: adding 1.5 * 2^23 makes it a whole number, which then stands in the low bits.
 NATIVE_INLINE Vector<float> exp2_of(Vector<float> x, float factor) {
   constexpr float coefficients[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
                                     2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
-  constexpr float magic = 12582912.0f, least = magic - 125.0f;
 #if defined(__AVX512F__)
-  const __m512 value = (__m512)x, by = _mm512_set1_ps(factor);
-  const __m512 shifted = _mm512_fmadd_ps(value, by, _mm512_set1_ps(magic));
-  const __m512 whole = _mm512_sub_ps(shifted, _mm512_set1_ps(magic));
-  const __m512 rest = _mm512_fmsub_ps(value, by, whole);
+  const Exponent by((__m512)x, _mm512_set1_ps(factor));
   __m512 power = _mm512_set1_ps(coefficients[0]);
 #pragma GCC unroll 6
-  for (int i = 1; i < 7; ++i) power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(coefficients[i]));
-  // Not "less than", so that NaN is kept.
-  const __mmask16 normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(least), _CMP_NLT_UQ);
-  return (Vector<float>)_mm512_maskz_scalef_ps(normal, power, whole);
+  for (int i = 1; i < 7; ++i) power = _mm512_fmadd_ps(power, by.rest, _mm512_set1_ps(coefficients[i]));
+  return (Vector<float>)by.applied_to(power);
 #else
   const Vector<float> shifted = x * factor + magic;
   const Vector<float> rest = x * factor - (shifted - magic);

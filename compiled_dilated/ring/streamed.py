@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -177,21 +178,26 @@ class _Read:
 
 
 class _Memory:
-    """Memory of ranks that are done, for those to come: fresh pages cost more time than what is read into them."""
+    """Memory of finished ranks for the next ones: fresh pages cost more time than what is read into them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self._free, self._lock = dtype, list[Tensor](), Lock()
+        self.dtype, self._lock = dtype, Lock()
+        # A reader that is late takes from the call of `give` before the last: two calls are kept.
+        self._free = deque[list[Tensor]](maxlen=2)
 
     def take(self, *shape: int) -> Tensor:
         """Memory that nobody else has, of any contents."""
         with self._lock:
-            found = next((number for number, each in enumerate(self._free) if each.shape == shape), None)
-            return torch.empty(shape, dtype=self.dtype) if found is None else self._free.pop(found)
+            for tensors in self._free:
+                for number, tensor in enumerate(tensors):
+                    if tensor.shape == shape:
+                        return tensors.pop(number)
+        return torch.empty(shape, dtype=self.dtype)
 
     def give(self, tensors: Sequence[Tensor]) -> None:
-        """What is done with. Of what was given before, the part that nobody took is freed."""
+        """Return memory; what nobody takes until the call after the next is freed."""
         with self._lock:
-            self._free = list(tensors)
+            self._free.append(list(tensors))
 
 
 class _Run:

@@ -12,37 +12,67 @@ class Turns {
  public:
   explicit Turns(int slots) : places_(slots) {}
 
-  // Takes a unit for a slot: unit_of() gives the next one, order_of(unit) its head and its place among the units of that head.
+  // Takes a unit for a slot: unit_of() gives the next one, order_of(unit) its head and its place among the units of that head. It may
+  // add to any key until `limit` says more.
   template <class Next, class Order>
   int64_t take(int slot, const Next& next, const Order& order_of) {
     const std::lock_guard<std::mutex> guard(mutex_);
     const int64_t unit = next();
-    Place& place = places_[slot];
-    place.below.store(0);
+    limit(slot, {0, no_more});
     const auto [head, order] = order_of(unit);
-    place.head.store(head);
-    place.order.store(order);
+    places_[slot].head.store(head);
+    places_[slot].order.store(order);
     return unit;
   }
 
-  // Waits until no earlier unit of the same head may still add to keys up to `last`.
-  void wait(int slot, int64_t last) const {
+  // The slot's unit adds to no other keys.
+  void limit(int slot, const KeyRange& keys) {
+    places_[slot].after.store(keys.after);
+    places_[slot].first.store(keys.first);
+  }
+
+  // Waits until no earlier unit of the same head may still add to such keys.
+  void wait(int slot, const KeyRange& keys) const {
     const int64_t head = places_[slot].head.load(), order = places_[slot].order.load();
     for (const Place& place : places_)
-      while (place.head.load() == head && place.order.load() < order && place.below.load() <= last) std::this_thread::yield();
+      while (place.head.load() == head && place.order.load() < order && place.first.load() < keys.after && place.after.load() > keys.first)
+        std::this_thread::yield();
   }
 
   // The slot's unit adds to no key below `key` any more.
-  void finish_below(int slot, int64_t key) { places_[slot].below.store(key); }
+  void finish_below(int slot, int64_t key) { places_[slot].first.store(key); }
 
-  void finish(int slot) { finish_below(slot, std::numeric_limits<int64_t>::max()); }
+  void finish(int slot) { finish_below(slot, no_more); }
 
  private:
+  static constexpr int64_t no_more = std::numeric_limits<int64_t>::max();
   struct alignas(64) Place {
-    std::atomic<int64_t> head{-1}, order{-1}, below{0};
+    std::atomic<int64_t> head{-1}, order{-1}, first{0}, after{no_more};
   };
   std::vector<Place> places_;
   std::mutex mutex_;
+};
+
+// The order of a head's stretches, cut into parts: the first stretch of every part, then the second ones. Those that follow each other
+// lie far apart, so that threads that have them seldom wait for the same keys. One part: as they come.
+class StretchOrder {
+ public:
+  StretchOrder(int64_t stretches, int64_t parts) : stretches_(stretches), parts_(parts), of_part_((stretches + parts - 1) / parts) {}
+
+  int64_t count() const { return of_part_ * parts_; }
+
+  // The stretch at a place of the order; -1 where there is none.
+  int64_t at(int64_t place) const {
+    // The bits of a part's number in reverse: halves first, then quarters.
+    int64_t part = 0;
+    for (int64_t bit = 1, mirrored = parts_ / 2; mirrored; bit *= 2, mirrored /= 2)
+      if (place & bit) part |= mirrored;
+    const int64_t stretch = part * of_part_ + place / parts_;
+    return stretch < stretches_ ? stretch : -1;
+  }
+
+ private:
+  int64_t stretches_, parts_, of_part_;  // parts: a power of two
 };
 
 // The gradients of keys and values of some heads while tiles add to them: where they belong, or wider beside it.
@@ -53,6 +83,11 @@ class KeyGradients {
   KeyGradients(const Gradients& gradients, const Shape& shape, int64_t first, int64_t count)
       : gradients_(gradients), shape_(shape), first_(first), widths_{width(gradients.grad_k), width(gradients.grad_v)} {
     if (!in_place(gradients, shape)) sums_.assign(static_cast<size_t>(count * shape.kv_len * (widths_[0] + widths_[1])), T(0));
+  }
+
+  // Of one head's sums.
+  static int64_t bytes(const Shape& shape) {
+    return shape.kv_len * (padded<T>(shape.head_dim) + padded<T>(shape.value_dim)) * static_cast<int64_t>(sizeof(T));
   }
 
   static bool in_place(const Gradients& gradients, const Shape& shape) {
@@ -188,6 +223,10 @@ class BackwardWorker {
     }
   }
 
+  KeyRange range_of_keys(int64_t b, int64_t h, const QueryTile<W>& tile) const {
+    return native::range_of_keys(program_.masks, b, h, program_.groups[program_.group_of_head[h]], tile, shape_.kv_len);
+  }
+
   // Adds a tile's share; index: of the tile in its stretch; is_last: no later tile of the slot's unit follows.
   void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, KeyGradients<T>& to, Turns& turns, int slot, bool is_last, T* const* sums) {
     const Head q(problem_.q, b, h), grad_out(gradients_.grad_out, b, h), grad_q(gradients_.grad_q, b, h);
@@ -206,7 +245,8 @@ class BackwardWorker {
     const bool in_order = is_last && branches.size() == 1 && branches[0].key_step == 1;
     Scores<T>& scores = blocks_.scores;
     blocks_.visit(engine_, k, v, b, h, index, tile, [&](const KeyBlock& block) {
-      turns.wait(slot, *std::max_element(block.keys, block.keys + block.count));
+      const auto [least, most] = std::minmax_element(block.keys, block.keys + block.count);
+      turns.wait(slot, {*least, *most + 1});
       const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };
       const auto change_back = [&](T* before, T* grads, int ld) { scores.change_back(block, before, grads, ld, sums); };
       engine_.block(block, grad_k, grad_v, scores.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>(),
@@ -288,22 +328,52 @@ std::vector<T*> learned_sums(const Program& program, const Gradients& gradients,
   return out;
 }
 
-// Key heads of a backward whose sums are held beside the gradients: some at a time, so that these stay small.
+// How many key heads are summed at a time: of sums beside the gradients so many as stay small.
+template <class T>
+int64_t heads_at_once(const Gradients& gradients, const Shape& shape, int64_t heads) {
+  if (KeyGradients<T>::in_place(gradients, shape)) return heads;
+  constexpr int64_t most_bytes = 16 << 20;
+  return std::clamp<int64_t>(most_bytes / KeyGradients<T>::bytes(shape), 1, heads);
+}
+
+// Whether queries that are far apart may see the same keys.
+template <int W>
+bool shares_keys(const Program& program, const Shape& shape, const Stretches<W>& stretches) {
+  const int64_t group = program.group_of_head[0];
+  const QueryTiles<W>& tiles = stretches.tiles(0, group);
+  const auto range = [&](int64_t index) {
+    QueryTile<W> tile;
+    tiles.tile_at(index, tile);
+    return tile.vectors ? range_of_keys(program.masks, 0, 0, program.groups[group], tile, shape.kv_len) : no_keys;
+  };
+  const KeyRange first = range(0), other = range(tiles.count() / 2);
+  return first.first < other.after && other.first < first.after;
+}
+
 template <class Engine>
 void backward_with(const Problem& problem, const Program& program, const Gradients& gradients) {
   using T = typename Engine::Number;
   const Shape shape(problem);
   const int threads = std::max(problem.parallel.threads, 1);
   const int64_t heads = shape.batch * shape.kv_heads, group = shape.heads / shape.kv_heads;
-  Stretches<Engine::W> stretches(problem, program, shape, heads, threads);
   const bool learns = gradients.sums.data && !gradients.learned.empty();
-  // A unit's later tiles bar the way of other threads: with few heads units are single tiles.
-  if (learns)
+  int64_t at_once = heads_at_once<T>(gradients, shape, heads);
+  int64_t parts = 1;
+  Stretches<Engine::W> stretches(problem, program, shape, heads, threads);
+  if (learns) {
+    // What operands learn is summed head by head: a head is one unit.
+    at_once = std::min<int64_t>(heads, std::max<int64_t>(at_once, threads));
     stretches.set_length(stretches.most());
-  else if (heads < 2 * threads)
+  } else if (!shares_keys(program, shape, stretches)) {
+    // The order of additions depends on the length: it must not depend on threads.
+    stretches.set_length(std::clamp<int64_t>(stretches.most() * at_once / 64, 1, 32));
+    parts = 16;
+  } else if (at_once < 2 * threads) {
+    // A unit's later tiles would bar the way of other threads.
     stretches.set_length(1);
-  const int64_t per_head = stretches.count() / heads;
-  const int64_t at_once = KeyGradients<T>::in_place(gradients, shape) ? heads : std::min<int64_t>(heads, std::max(2, threads));
+  }
+  const StretchOrder stretch_order(stretches.count() / heads, parts);
+  const int64_t per_head = stretch_order.count();
   // Each head's sums of learned operands, added in the order of heads.
   const int64_t numbers = learns ? gradients.sums.sizes[0] : 0;
   std::vector<T> sums;
@@ -329,7 +399,9 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
         const int64_t unit = turns.take(slot, [&] { return units++; }, order_of);
         const Finish finish{turns, slot};
         if (unit >= per_head * count) break;
-        const auto [head, stretch] = order_of(unit);
+        const auto [head, place] = order_of(unit);
+        const int64_t stretch = stretch_order.at(place);
+        if (stretch < 0) continue;
         const int64_t b = head / shape.kv_heads;
         std::vector<T*> sums_of_head = learned_sums(program, gradients, sums.data() + (head - first) * numbers);
         const int64_t first_tile = stretch * stretches.length();
@@ -344,6 +416,12 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
           const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
           if (index < tiles.count()) tiles.tile_at(index, to_fill);
         };
+        KeyRange range = no_keys;
+        for (int64_t step = 0; step < steps; ++step) {
+          tile_of(step, *next);
+          if (next->vectors) range.add(worker.range_of_keys(b, place_of(step).second, *next));
+        }
+        turns.limit(slot, range);
         tile_of(0, *next);
         for (int64_t step = 0; step < steps; ++step) {
           std::swap(tile, next);

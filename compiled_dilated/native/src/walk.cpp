@@ -184,7 +184,66 @@ class KeyWalk {
   OpenBlock open_[tile_vectors][tile_vectors];
 };
 
+// The ends of what a tile sees of a part: of its lines where that is of a grid, of a few keys else.
+class Ends {
+ public:
+  Ends(const Masks& masks, int64_t b, int64_t h, const Layout& layout, const TileRegions& tile)
+      : masks_(masks), b_(b), h_(h), layout_(layout), tile_(tile) {}
+
+  KeyRange of(int root, const Part& part) {
+    root_ = root;
+    part_ = part;
+    unit_ = 1;
+    if (part.is_box)
+      for (int axis = 1; axis < layout_.axes; ++axis) unit_ *= layout_.sizes[axis];
+    const int64_t units = (part.stop - part.start) / unit_;
+    const int64_t first = find(0, units, false);
+    if (first == none) return no_keys;
+    return {part.start + first * unit_, part.start + find(first, units, true) * unit_};
+  }
+
+ private:
+  static constexpr int64_t none = -1, fine_keys = 64;
+
+  Region region(int64_t from, int64_t to) const {
+    if (!part_.is_box) return Region::line(part_.start + from, to - from, 1);
+    Box box;
+    for (int axis = 1; axis < layout_.axes; ++axis) box.extent[axis] = static_cast<int32_t>(layout_.sizes[axis]);
+    box.low[0] = (part_.start - layout_.offset) / unit_ + from;
+    box.extent[0] = static_cast<int32_t>(to - from);
+    return box.region(layout_);
+  }
+
+  // Where the first seen unit starts, or where the last one stops.
+  int64_t find(int64_t from, int64_t to, bool last) const {
+    Verdict seen;
+    masks_.classify(root_, b_, h_, &tile_.whole, 1, region(from, to), &seen);
+    if (seen == EMPTY) return none;
+    if (seen == FULL || to - from <= (part_.is_box ? 1 : fine_keys)) return last ? to : from;
+    const int64_t middle = from + (to - from) / 2;
+    const int64_t near = last ? find(middle, to, last) : find(from, middle, last);
+    if (near != none) return near;
+    return last ? find(from, middle, last) : find(middle, to, last);
+  }
+
+  const Masks& masks_;
+  int64_t b_, h_;
+  const Layout& layout_;
+  const TileRegions& tile_;
+  int root_ = 0;
+  Part part_{};
+  int64_t unit_ = 1;
+};
+
 }  // namespace
+
+KeyRange range_of_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len) {
+  Ends ends(masks, b, h, group.layout, tile);
+  KeyRange range = no_keys;
+  for (const Branch& branch : group.branches)
+    for (const Part& part : parts_of(group.layout, 0, kv_len)) range.add(ends.of(branch.root, part));
+  return range;
+}
 
 void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,
                const WalkSizes& sizes, const Callback<const Branch&, const KeyBlock&>& visit) {

@@ -1,5 +1,7 @@
 // Which keys a tile of queries sees, in blocks that some of its vectors see.
 #pragma once
+#include <limits>
+
 #include "callback.h"
 #include "tiles.h"
 
@@ -38,6 +40,21 @@ struct AmxWalk {
   static constexpr WalkSizes sizes{most_keys, 32, 32};
   using Number = float;
 };
+
+// Keys first .. after - 1.
+struct KeyRange {
+  int64_t first, after;
+
+  void add(const KeyRange& other) {
+    first = std::min(first, other.first);
+    after = std::max(after, other.after);
+  }
+};
+
+constexpr KeyRange no_keys{std::numeric_limits<int64_t>::max(), 0};
+
+// No key that a tile sees lies outside.
+KeyRange range_of_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len);
 
 // All blocks of a tile, branch by branch: visit(branch, block). Blocks come without who sees their keys.
 void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,

@@ -1,6 +1,6 @@
 """Sparse attention over long sequences: write what may attend to what, and let the library plan and compile it."""
 
-from . import masks, orders
+from . import hf, masks, orders
 from .attend import Attend
 from .block_masks import block_mask, block_masks
 from .compiler import compile, plan
@@ -26,6 +26,7 @@ __all__ = [
     "block_masks",
     "block_sparse",
     "compile",
+    "hf",
     "hilbert_window",
     "local_window",
     "longnet",

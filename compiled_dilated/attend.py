@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .mods import ScoreMod, check_callable
 from .partials import lse_dtype, merge
 from .programs import PerLength, Program, as_program, check_data, query_names_of
 from .ring.rings import Ring
-from .rules import Skeleton, bind, read_rule
+from .rules import Bound, Skeleton, bind, read_rule
 
 for_passes.tell()
 
@@ -99,8 +99,7 @@ class Attend:
         if decoder is not None:
             decoder.learn(q, k, v)
         if sink_logits is not None:
-            logits = sink_logits.to(lse.dtype)[None, :, None].expand(lse.shape)
-            out, lse = merge(out, lse, torch.zeros_like(out), logits)
+            out, lse = _with_sinks(out, lse, sink_logits)
         return (out, lse) if return_lse else out
 
     def _checked(
@@ -158,6 +157,45 @@ class Attend:
         lowering = "" if self.lowering == "auto" else f", lowering={self.lowering!r}"
         ring = "" if self.ring is None else f", {self.ring!r}"
         return f"compile({self.program!r}{lowering}{ring})"
+
+
+def attend_in_graph(
+    frame: str,
+    rule: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    data: Sequence[Tensor],
+    *,
+    scale: float | None = None,
+    q_offset: int | Tensor = 0,
+    score_mod: ScoreMod | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention by a rule as text, where torch.compile traces and no `Attend` can be made.
+
+    frame, rule: of a `Skeleton` without functions and literals. data: the tensors that its masks read, in the order of their
+    names. The rest as in a call of `Attend`, whose checks the maker of the rule vouches for.
+    """
+    q, k, v = _autocast(q, k, v)
+    q, number = _scaled(q, scale)
+    tensors = [*data]
+    if isinstance(q_offset, Tensor):
+        tensors.append(q_offset[:, None])
+        q_offset = 0
+    wants_lse = sink_logits is not None
+    if score_mod is None:
+        out, lse = autograd.attend_bound(Bound(rule, ()), q, k, v, tensors, number, q_offset, wants_lse)
+    else:
+        attend_with_functions = _attend_with_functions()
+        out, lse = attend_with_functions(frame, q, k, v, tensors, (), number, q_offset, wants_lse, (), score_mod)
+    return out if sink_logits is None else _with_sinks(out, lse, sink_logits)[0]
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """A result with one more logit for each head, whose value is 0."""
+    logits = sink_logits.to(lse.dtype)[None, :, None].expand(lse.shape)
+    return merge(out, lse, torch.zeros_like(out), logits)
 
 
 def _attend_with_functions() -> Callable[..., tuple[Tensor, Tensor]]:

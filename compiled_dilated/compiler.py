@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, checks, planner, text
+from . import arguments, checks, hf, planner, text
 from .attend import Attend
 from .masks import Mask
 from .plans import Plan, problem_of
@@ -21,6 +21,8 @@ from .ring.plans import RingPlan
 from .ring.rings import Ring
 from .ring.streamed import Streamed
 
+# `attention=None` says something: the model's own masks.
+_NOTHING_SAID: Any = object()
 TRANSPORTS = ("simulated", "streamed", "distributed")
 
 
@@ -44,7 +46,9 @@ def compile(
     device: str | torch.device | None = ...,
 ) -> Streamed: ...
 @overload
-def compile(program: nn.Module, *, memory_budget: int | str, dynamic: bool | None = ...) -> Any: ...
+def compile(
+    program: nn.Module, *, attention: Any = ..., memory_budget: int | str | None = ..., dynamic: bool | None = ...
+) -> Any: ...
 def compile(
     program: Program | Mask | nn.Module,
     *,
@@ -54,6 +58,7 @@ def compile(
     layout: str | None = None,
     transport: str | None = None,
     device: str | torch.device | None = None,
+    attention: Any = _NOTHING_SAID,
     memory_budget: int | str | None = None,
     dynamic: bool | None = None,
 ) -> Attend | Streamed | Any:
@@ -67,8 +72,12 @@ def compile(
     its own shards, whose tokens are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
     layout: which tokens each rank holds; "auto" (the default), "contiguous", "zigzag", "striped", "residue" or "hilbert".
 
-    A model instead of a program: torch.compile of it under a memory_budget ("6GiB", or bytes) for the peak of a step, by the
-    passes of `passes.compile`, which says more; dynamic as in torch.compile.
+    A model instead of a program:
+    attention: transformers' model computes its attention here, in place: by a program for all layers, by {pattern of layer paths:
+    program}, by a function of a `hf.wrapping.Layer`, or, with None, by its own masks. `print(hf.sites(model))` after a call shows
+    what became of each layer.
+    memory_budget: "6GiB", or bytes, for the peak of a step: torch.compile of the model by the passes of `passes.compile`, which
+    says more; dynamic as in torch.compile.
 
     >>> attend = compile(masks.causal() & masks.window(256))
     >>> out = attend(q, k, v)
@@ -76,14 +85,19 @@ def compile(
     if isinstance(program, nn.Module):
         others = {"ranks": ranks, "mesh": mesh, "layout": layout, "transport": transport, "device": device}
         given = [name for name, value in others.items() if value is not None] + ["lowering"] * (lowering != "auto")
-        if given or memory_budget is None:
+        if given or (memory_budget is None and attention is _NOTHING_SAID):
             raise ValueError(
-                f"a model is compiled under a memory_budget, and the rest is said to its attention; got "
-                f"{', '.join(given) or 'no memory_budget'}. Without a budget use torch.compile"
+                f"a model is compiled with attention=..., memory_budget=... or both; got {', '.join(given) or 'neither'}. "
+                "Without them use torch.compile"
             )
-        return _under_budget(program, memory_budget, dynamic)
-    if memory_budget is not None or dynamic is not None:
-        raise ValueError("memory_budget and dynamic are for models; a program is planned for every call. Leave them out")
+        if memory_budget is None and dynamic is not None:
+            raise ValueError("dynamic goes with memory_budget; without one compile the wrapped model by torch.compile(model)")
+        model = program if attention is _NOTHING_SAID else _wrapped(program, attention)
+        return model if memory_budget is None else _under_budget(model, memory_budget, dynamic)
+    if memory_budget is not None or dynamic is not None or attention is not _NOTHING_SAID:
+        raise ValueError(
+            "attention, memory_budget and dynamic are for models; a program is planned for every call. Leave them out"
+        )
     if transport is not None:
         arguments.choice("transport", transport, TRANSPORTS)
         if transport == "distributed" and mesh is None:
@@ -100,6 +114,16 @@ def compile(
     if device is not None:
         raise ValueError(f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device computes")
     return Attend(program, lowering, _ring(ranks, layout, mesh))
+
+
+def _wrapped(model: nn.Module, attention: Any) -> nn.Module:
+    if not hf.is_transformers_model(model):
+        raise NotImplementedError(
+            f"attention= takes models of transformers so far; got {type(model).__name__}. Build it of "
+            "compiled_dilated.compile(program), or of DilatedAttention and MultiheadDilatedAttention"
+        )
+    wrapped: nn.Module = hf.wrap(model, attention)
+    return wrapped
 
 
 def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | None) -> Any:

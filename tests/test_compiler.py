@@ -26,7 +26,7 @@ def test_a_model_under_a_budget() -> None:
 @pytest.mark.parametrize(
     ("what", "options", "message"),
     [
-        (Gelu(), {}, "got no memory_budget"),
+        (Gelu(), {}, "got neither"),
         (Gelu(), {"memory_budget": "1GiB", "ranks": 2}, "got ranks"),
         (Gelu(), {"memory_budget": "1GiB", "lowering": "dense"}, "got lowering"),
         (Gelu(), {"memory_budget": "-1GiB"}, "memory_budget"),

@@ -23,6 +23,7 @@ PROMISED = {
     "block_masks",
     "block_sparse",
     "compile",
+    "hf",
     "hilbert_window",
     "local_window",
     "longnet",

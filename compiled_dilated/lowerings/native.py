@@ -31,6 +31,8 @@ _MOST_POSITIONS = 2**30
 _WIDEST = 256
 # Bytes of a thread's tile: its queries and results, a block of keys and values, scores.
 _TILE_QUERIES, _BLOCK_KEYS = 64, 128
+# As heads_at_once in src/backward.h.
+_MOST_SUMS_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def _cost(work: Work, problem: Problem) -> Cost:
 
 
 def _sums_bytes(problem: Problem) -> int:
-    """Sums of gradients beside those of low precision: of as many key heads as there are threads, and two at least."""
+    """Sums of gradients beside those of low precision: of as many key heads as stay small, and of one at least."""
     if problem.itemsize > 2:
         return 0
-    heads = min(problem.batch * problem.kv_heads, max(2, torch.get_num_threads()))
-    return heads * problem.kv_len * (problem.head_dim + problem.value_dim) * 4
+    of_head = problem.kv_len * (problem.head_dim + problem.value_dim) * 4
+    return min(problem.batch * problem.kv_heads, max(_MOST_SUMS_BYTES // max(of_head, 1), 1)) * of_head
 
 
 def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[int, ...]:

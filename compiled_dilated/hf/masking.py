@@ -1,0 +1,161 @@
+"""transformers' masks as masks of this library, exactly or not at all.
+
+transformers describes a mask by functions of indices that it nests: read_function reads them where Python runs. In a graph that
+torch.compile traces their captured values cannot be read, and read_keywords takes what else transformers says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+from transformers import masking_utils
+
+from .visible import CHUNKS, PACKED, PADDING, Visible
+
+# A window without an end, beyond any sequence.
+_FAR = 2**30
+_WAY_OUT = "Use attn_implementation='sdpa' or 'eager' for this model"
+
+
+@dataclass
+class _Description:
+    """What has been read so far: masks as text that a program replaces, data that joins every program, and their tensors."""
+
+    structure: list[str] = field(default_factory=list)
+    joined: list[str] = field(default_factory=list)
+    data: dict[str, Tensor] = field(default_factory=dict)
+    causal: bool = False
+
+    def visible(self, q_offset: int | Tensor) -> Visible:
+        structure = " & ".join(self.structure) or "full()"
+        return Visible(structure, tuple(sorted(self.joined)), self.data, q_offset, self.causal)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | Visible | None = None,
+    local_size: int | None = None,
+    config: Any = None,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **_: Any,
+) -> Visible:
+    """transformers' mask function: what a kind of layer may see.
+
+    q_offset, kv_offset: the positions of the first query and of the first key. attention_mask: (batch, tokens), True for tokens.
+    local_size: of a window or of chunks. The rest is how other implementations build their tensors.
+
+    Raises NotImplementedError, by name, for a mask that it does not know.
+    """
+    if isinstance(attention_mask, Visible):
+        return attention_mask  # generate() with a static cache makes the mask before the model does
+    if use_vmap:
+        raise NotImplementedError(f"compiled_dilated reads no mask function of a user's own (or_mask_function). {_WAY_OUT}")
+    description = _Description()
+    if is_compiling():
+        cached = q_length != kv_length
+        _read_keywords(description, mask_function, batch_size, q_length, local_size, config, cached, device)
+    else:
+        _read_function(description, mask_function, kv_offset, kv_length)
+    if attention_mask is not None:
+        _join_padding(description, attention_mask, kv_length, kv_offset)
+    offset = q_offset - kv_offset
+    if isinstance(offset, Tensor):
+        offset = offset.to(torch.int64).expand(batch_size)
+    return description.visible(offset)
+
+
+def _join_padding(description: _Description, attention_mask: Tensor, kv_length: int, kv_offset: int) -> None:
+    missing = kv_offset + kv_length - attention_mask.shape[1]
+    # Places of a static cache that are not filled yet are hidden. In a graph the length is not asked: it may vary.
+    tokens = F.pad(attention_mask, (0, missing)) if is_compiling() or missing > 0 else attention_mask
+    tokens = tokens[:, kv_offset : kv_offset + kv_length]
+    if not is_compiling() and bool(tokens.all()):
+        return
+    description.joined.append(PADDING)
+    description.data[PADDING] = ~tokens
+
+
+def _read_function(description: _Description, function: Callable[..., Any], kv_offset: int, kv_length: int) -> None:
+    """Read one of transformers' mask functions and those that it joins."""
+    if function is masking_utils.causal_mask_function:
+        description.structure.append("causal()")
+        description.causal = True
+        return
+    if function is masking_utils.bidirectional_mask_function:
+        return
+    captured = {}
+    if function.__closure__ is not None:
+        cells = (cell.cell_contents for cell in function.__closure__)
+        captured = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    maker = function.__qualname__.partition(".")[0] if function.__module__ == masking_utils.__name__ else ""
+    if maker == "and_masks":
+        for part in captured["mask_functions"]:
+            _read_function(description, part, kv_offset, kv_length)
+    elif maker == "sliding_window_overlay":
+        description.structure.append(f"window({captured['sliding_window'] - 1}, {_FAR})")
+    elif maker == "sliding_window_bidirectional_overlay":
+        description.structure.append(f"window({captured['sliding_window']})")
+    elif maker == "chunked_overlay":
+        positions = torch.arange(kv_offset, kv_offset + kv_length, device=captured["left_padding"].device)
+        chunks = (positions - captured["left_padding"][:, None]).div(captured["chunk_size"], rounding_mode="floor")
+        description.structure.append(f"documents(ids={CHUNKS!r})")
+        description.data[CHUNKS] = chunks.to(torch.int32)
+    elif maker == "packed_sequence_mask_function":
+        description.joined.append(PACKED)
+        description.data[PACKED] = captured["packed_sequence_mask"].to(torch.int32)
+    elif maker == "remap_positions_for_packed_sequence":
+        # Differences of positions inside of a sequence stay what they are.
+        _read_function(description, captured["mask_function"], kv_offset, kv_length)
+    else:
+        raise NotImplementedError(f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}")
+
+
+def _read_keywords(
+    description: _Description,
+    function: Callable[..., Any],
+    batch: int,
+    tokens: int,
+    local_size: int | None,
+    config: Any,
+    cached: bool,
+    device: Any,
+) -> None:
+    """Take a mask from the keywords of a traced call; where sequences are packed is asked of neighbours, in O(tokens)."""
+    if function is masking_utils.bidirectional_mask_function:
+        return
+    if function is masking_utils.causal_mask_function:
+        description.structure.append("causal()")
+        description.causal = True
+        return
+    if not function.__qualname__.startswith("and_masks"):
+        raise NotImplementedError(f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}")
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise NotImplementedError(
+            "compiled_dilated reads chunked attention outside of torch.compile only. Call the model eagerly"
+        )
+    description.causal = getattr(config, "is_causal", True)
+    if description.causal:
+        description.structure.append("causal()")
+        if local_size is not None:
+            description.structure.append(f"window({local_size - 1}, 0)")
+    elif local_size is not None:
+        description.structure.append(f"window({local_size})")
+    if cached or not description.causal:
+        return  # transformers packs causal sequences without a cache alone
+    at = torch.arange(tokens, device=device)[None]
+    rows = torch.arange(batch, device=device)[:, None]
+    same = function(rows, torch.zeros_like(at), at, (at - 1).clamp(min=0)).expand(batch, tokens)
+    description.joined.append(PACKED)
+    description.data[PACKED] = (~same).cumsum(1).to(torch.int32)

@@ -11,6 +11,7 @@ from .reference import reference
 from .ring.plans import RingPlan
 from .ring.streamed import Streamed
 from .variants import variant
+from .wrapping.sites import sites
 
 __all__ = [
     "Attend",
@@ -34,5 +35,6 @@ __all__ = [
     "orders",
     "plan",
     "reference",
+    "sites",
     "variant",
 ]

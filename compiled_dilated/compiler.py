@@ -74,8 +74,8 @@ def compile(
 
     A model instead of a program:
     attention: transformers' model computes its attention here, in place: by a program for all layers, by {pattern of layer paths:
-    program}, by a function of a `hf.wrapping.Layer`, or, with None, by its own masks. `print(hf.sites(model))` after a call shows
-    what became of each layer.
+    program}, by a function of a `wrapping.layers.Layer`, or, with None, by its own masks. `print(sites(model))` after a call
+    shows what became of each layer.
     memory_budget: "6GiB", or bytes, for the peak of a step: torch.compile of the model by the passes of `passes.compile`, which
     says more; dynamic as in torch.compile.
 
@@ -90,9 +90,7 @@ def compile(
                 f"a model is compiled with attention=..., memory_budget=... or both; got {', '.join(given) or 'neither'}. "
                 "Without them use torch.compile"
             )
-        if memory_budget is None and dynamic is not None:
-            raise ValueError("dynamic goes with memory_budget; without one compile the wrapped model by torch.compile(model)")
-        model = program if attention is _NOTHING_SAID else _wrapped(program, attention)
+        model = program if attention is _NOTHING_SAID else _wrapped(program, attention, memory_budget, dynamic)
         return model if memory_budget is None else _under_budget(model, memory_budget, dynamic)
     if memory_budget is not None or dynamic is not None or attention is not _NOTHING_SAID:
         raise ValueError(
@@ -116,14 +114,23 @@ def compile(
     return Attend(program, lowering, _ring(ranks, layout, mesh))
 
 
-def _wrapped(model: nn.Module, attention: Any) -> nn.Module:
-    if not hf.is_transformers_model(model):
+def _wrapped(model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None) -> nn.Module:
+    if hf.is_transformers_model(model):
+        if memory_budget is None and dynamic is not None:
+            raise ValueError(
+                "dynamic goes with memory_budget here; without one compile the wrapped model yourself: torch.compile(model)"
+            )
+        of_transformers: nn.Module = hf.wrap(model, attention)
+        return of_transformers
+    if memory_budget is not None:
         raise NotImplementedError(
-            f"attention= takes models of transformers so far; got {type(model).__name__}. Build it of "
-            "compiled_dilated.compile(program), or of DilatedAttention and MultiheadDilatedAttention"
+            "attention= and memory_budget= together are for models of transformers so far. Build the model of "
+            "compiled_dilated.compile(program), and compile it under the budget"
         )
-    wrapped: nn.Module = hf.wrap(model, attention)
-    return wrapped
+    # It imports the compiler, which takes longer than all of this package.
+    from .wrapping import graphs
+
+    return graphs.wrap(model, attention, dynamic)
 
 
 def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | None) -> Any:

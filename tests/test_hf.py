@@ -282,21 +282,21 @@ def test_programs_by_layer() -> None:
     assert torch.equal(out, same)
     assert not torch.allclose(out, other)
     # Ours in both layers, the second by the model's own mask.
-    table = cd.hf.sites(by_pattern)
+    table = cd.sites(by_pattern)
     assert [row.to_json()["program"] is not None for row in table] == [True, True]
     assert [site.program is None for site in table] == [False, True]
 
 
 def test_the_table_of_sites() -> None:
     ours = cd.compile(model_of("gemma3", "eager"), attention=None)
-    assert repr(cd.hf.sites(ours)).count("not called yet") == 2
+    assert repr(cd.sites(ours)).count("not called yet") == 2
     with torch.no_grad():
         ours(**inputs_of("gemma3", 130))
-    sliding, full = [site.to_json() for site in cd.hf.sites(ours)]
+    sliding, full = [site.to_json() for site in cd.sites(ours)]
     assert sliding["model"] == f"window(15, {2**30}) & causal()"
     assert full["model"] == "causal()"
     assert sliding["pairs"] < full["pairs"] < 2 * 4 * 130 * 130
-    assert "GFLOP" in repr(cd.hf.sites(ours))
+    assert "GFLOP" in repr(cd.sites(ours))
 
 
 def test_a_compiled_model_with_a_program() -> None:
@@ -394,12 +394,3 @@ def test_bad_attention_is_named(attention: Any, error: type[Exception], message:
     with pytest.raises(error, match=message):
         cd.compile(model, attention=attention)
     assert model.config._attn_implementation == "eager"
-
-
-def test_other_models_and_programs_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="takes models of transformers so far; got Linear"):
-        cd.compile(torch.nn.Linear(2, 2), attention=masks.causal())
-    with pytest.raises(ValueError, match="attention, memory_budget and dynamic are for models"):
-        cd.compile(masks.causal(), attention=masks.causal())
-    with pytest.raises(ValueError, match="Linear has no sites; wrap it first"):
-        cd.hf.sites(torch.nn.Linear(2, 2))

@@ -31,6 +31,7 @@ PROMISED = {
     "orders",
     "plan",
     "reference",
+    "sites",
     "variant",
 }
 

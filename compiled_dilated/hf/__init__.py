@@ -46,16 +46,9 @@ def wrap(model: Any, attention: Any = None) -> Any:
     return wrap(model, attention)
 
 
-def sites(model: Any) -> Any:
-    """The attention layers of a wrapped model; `print` shows what their last calls computed."""
-    from .layers import sites
-
-    return sites(model)
-
-
 def is_transformers_model(model: Any) -> bool:
     """Whether a model is one of transformers', without importing that."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 
 
-__all__ = ["NAME", "is_transformers_model", "register", "sites", "wrap"]
+__all__ = ["NAME", "is_transformers_model", "register", "wrap"]

@@ -14,7 +14,7 @@ from .. import text
 from ..attend import Attend, attend_in_graph
 from ..mods import ScoreMod
 from ..rules import Skeleton
-from .layers import site_of
+from ..wrapping.sites import sites_of
 from .visible import Visible, joined_with
 
 # What models pass on for other implementations: the mask holds it, or it says nothing of the numbers.
@@ -50,7 +50,8 @@ def attention(
     _refuse(module, dropout, attention_mask, options)
     visible = attention_mask if isinstance(attention_mask, Visible) else _unmasked(module, query, key, is_causal)
     score_mod = None if softcap is None else _capped(softcap)
-    site = site_of(module)
+    own = sites_of(module)
+    site: Any = own[0] if own else None
     if site is not None and site.program is not None:
         attend = site.attend(visible.joined)
         names = attend.program.names
@@ -65,7 +66,10 @@ def attention(
         query, key, value, scale=scaling, q_offset=visible.q_offset, data=data, score_mod=score_mod, sink_logits=s_aux
     )  # fmt: skip
     if site is not None and not is_compiling():
-        site.note(attend, visible, query, key, value)
+        # Where a static cache counts on the device the first query is not asked for.
+        q_offset = 0 if isinstance(visible.q_offset, Tensor) else int(visible.q_offset)
+        shapes = query.shape, key.shape, value.shape
+        site.note(attend, visible.structure, q_offset, *shapes, query.dtype, query.device.type)
     return out.transpose(1, 2), None
 
 

@@ -1,7 +1,8 @@
-"""The attention layers of one model: their own programs, and what their last calls computed."""
+"""Where a model computes attention: the programs there, and what the last calls computed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,9 @@ from .. import planner, text
 from ..attend import Attend
 from ..plans import Plan, problem_of
 from ..programs import Program
-from .visible import PACKED, PADDING, Visible, joined_with
 
-# The attribute of a layer that holds its site.
-_ATTRIBUTE = "attention_site"
+# The attribute of a layer, or of a model, that holds its sites.
+_ATTRIBUTE = "attention_sites"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Call:
     """Shapes of a call, and what it computed."""
 
     attend: Attend
-    structure: str
+    said: str
     q_offset: int
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
@@ -51,23 +51,14 @@ class Site:
     def __init__(self, path: str, kind: str, program: Program | None) -> None:
         self.path, self.kind, self.program = path, kind, program
         self.last: _Call | None = None
-        self._attends: dict[tuple[str, ...], Attend] = {}
-        if program is None:
-            return
-        # All of them now: none may be made in a trace.
-        for joined in ((), (PADDING,), (PACKED,), (PACKED, PADDING)):
-            self._attends[joined] = Attend(joined_with(program, joined))
 
-    def attend(self, joined: tuple[str, ...]) -> Attend:
-        """Attention by the layer's own program and by data of a call."""
-        return self._attends[joined]
-
-    def note(self, attend: Attend, visible: Visible, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Remember a call, for the table of sites."""
-        # Where a static cache counts on the device the first query is not asked for.
-        q_offset = 0 if isinstance(visible.q_offset, Tensor) else int(visible.q_offset)
-        shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-        self.last = _Call(attend, visible.structure, q_offset, *shapes, query.dtype, query.device.type)
+    def note(
+        self, attend: Attend, said: str, q_offset: int, q_shape: Sequence[Any], k_shape: Sequence[Any], v_shape: Sequence[Any],
+        dtype: torch.dtype, device: str,
+    ) -> None:  # fmt: skip
+        """Remember a call for the table: `said` is what the model says of its mask; of varying sizes those of an example."""
+        q, k, v = [tuple(map(_example, shape)) for shape in (q_shape, k_shape, v_shape)]
+        self.last = _Call(attend, said, q_offset, q, k, v, dtype, device)
 
     def to_json(self) -> dict[str, Any]:
         """A row of the table; without counts before the first call.
@@ -84,7 +75,7 @@ class Site:
         batch, heads, q_len, _ = self.last.q_shape
         dense = batch * heads * q_len * self.last.k_shape[2]
         row |= {
-            "model": self.last.structure,
+            "model": self.last.said,
             "program": repr(self.last.attend.program),
             "lowering": plan.lowering,
             "pairs": plan.cost.pairs,
@@ -122,13 +113,17 @@ def _short(written: str, most: int = 60) -> str:
     return written if len(written) <= most else written[: most - 3] + "..."
 
 
-def put_site(module: nn.Module, site: Site) -> None:
-    """Give a layer its site."""
-    setattr(module, _ATTRIBUTE, site)
+def _example(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
-def site_of(module: nn.Module) -> Site | None:
-    """The site that `wrap` put on a layer."""
+def put_sites(module: nn.Module, of_module: Sequence[Site]) -> None:
+    """Keep sites at a layer, or at a model that has them all."""
+    setattr(module, _ATTRIBUTE, Sites(of_module))
+
+
+def sites_of(module: nn.Module) -> Sites | None:
+    """The sites that a module has itself."""
     return getattr(module, _ATTRIBUTE, None)
 
 
@@ -139,7 +134,12 @@ def sites(model: nn.Module) -> Sites:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    of_model = Sites(site for module in model.modules() if (site := site_of(module)) is not None)
-    if not of_model:
+    of_model = Sites()
+    wrapped = False
+    for module in model.modules():
+        own = sites_of(module)
+        wrapped = wrapped or own is not None
+        of_model += own or []
+    if not wrapped:
         raise ValueError(f"{type(model).__name__} has no sites; wrap it first: compiled_dilated.compile(model, attention=...)")
     return of_model

@@ -1,0 +1,290 @@
+"""Attention of any model: calls of torch's attention in the graphs that Dynamo captures become ours.
+
+    scaled_dot_product_attention           replaced
+    F.multi_head_attention_forward         the same code over a replaced scaled_dot_product_attention
+
+Graphs inside of graphs (checkpoints) too. A mask of the call joins the program: nothing that it hides is shown.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Sequence
+from operator import getitem
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._higher_order_ops.flex_attention import flex_attention
+from torch.fx import GraphModule, Node
+
+from .. import masks
+from ..attend import Attend
+from ..programs import Program, as_program
+from .layers import Choice, Layer, check_choice, check_patterns, program_of
+from .sites import Site, put_sites
+
+_SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+_SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_MULTIHEAD = F.multi_head_attention_forward
+# Attention that is not read, by the names that people know.
+_CLOSED = {
+    flex_attention: "flex_attention",
+    torch._transformer_encoder_layer_fwd: "the fast path of nn.TransformerEncoderLayer",
+    torch._native_multi_head_attention: "the fast path of nn.MultiheadAttention",
+}
+_WAY_OUT = "Call compiled_dilated.compile(program) there"
+_PADDING = "padding"
+
+Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def wrap(model: nn.Module, attention: Choice, dynamic: bool | None, backend: Backend | None = None) -> nn.Module:
+    """The model, compiled in place with its attention by programs.
+
+    attention: as in `compile`; a path is that of the module which calls the attention. dynamic: as in torch.compile.
+    backend: what compiles the rewritten graphs, default torch's inductor.
+
+    The first call raises ValueError where no attention is found, a pattern matches none, or a program shows later keys to a
+    causal call; NotImplementedError, with the source line, for what is not computed: dropout of weights, weights as a result.
+    """
+    check_choice(attention)
+    _leave_fast_paths(model)
+    sites: list[Site] = []
+    put_sites(model, sites)
+    rewriting = _Rewriting(model, attention, backend or _inductor)
+    call: Callable[..., Any] = model._call_impl
+
+    # As model.compile() has it; Dynamo enters torch's own modules from a function of ours alone.
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    compiled = torch.compile(traced, backend=rewriting, dynamic=dynamic)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "torch.export would leave out what compiled_dilated.compile put into this model. Export a model that is built of "
+                "compiled_dilated.compile(program)"
+            )
+        try:
+            result = compiled(*args, **kwargs)
+        except BackendCompilerFailed as failure:
+            # What the rewriting says to the user, without torch's frame around it.
+            if isinstance(failure.inner_exception, (NotImplementedError, TypeError, ValueError)):
+                raise failure.inner_exception from None
+            raise
+        rewriting.check()
+        return result
+
+    model._compiled_call_impl = checked
+    return model
+
+
+def _inductor(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(graph, list(inputs))
+    return compiled  # type: ignore[no-any-return]
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Send encoder layers of torch through Python: their fast path is one operator, of one activation of two."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+
+
+class _Rewriting:
+    """A backend of torch.compile that rewrites a graph before another one compiles it."""
+
+    def __init__(self, model: nn.Module, attention: Choice, backend: Backend) -> None:
+        self.model, self.attention, self.backend = model, attention, backend
+        self.sites: dict[str, Site] = {}
+
+    def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        for part in graph.modules():
+            if isinstance(part, GraphModule):
+                self._rewrite(part)
+        put_sites(self.model, list(self.sites.values()))
+        return self.backend(graph, inputs)
+
+    def check(self) -> None:
+        """Raise ValueError unless attention was found, and by every pattern."""
+        if not self.sites:
+            raise ValueError(
+                f"{type(self.model).__name__} called no scaled_dot_product_attention and no nn.MultiheadAttention: there is no "
+                "attention to replace. Build its own of compiled_dilated.compile(program)"
+            )
+        check_patterns(self.attention, self.sites)
+        missed = [site.path for site in self.sites.values() if site.last is None]
+        if missed:
+            raise RuntimeError(f"attention of {', '.join(missed)} was not replaced, though it was found; please report this")
+
+    def _rewrite(self, part: GraphModule) -> None:
+        for node in list(part.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in _SDPA:
+                bound = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
+                self._replace(part, node, bound, "scaled_dot_product_attention", _heads_of(bound["query"]))
+            elif node.target is _MULTIHEAD:
+                bound = dict(inspect.signature(_MULTIHEAD).bind(*node.args, **node.kwargs).arguments)
+                _leave_out_weights(node, bound)
+                self._replace(part, node, bound, "multi_head_attention_forward", bound["num_heads"])
+            elif node.target in _CLOSED:
+                raise NotImplementedError(f"{_CLOSED[node.target]} is not replaced{_line_of(node)}. {_WAY_OUT}")
+        part.recompile()
+
+    def _replace(self, part: GraphModule, node: Node, bound: dict[str, Any], kind: str, heads: int | None) -> None:
+        causal = bool(bound.get("is_causal", False))
+        layer = Layer(_path_of(node, self.model), kind, None, causal, None, heads, heads, None)
+        program = program_of(self.attention, layer)
+        site = Site(layer.path, kind, program)
+        self.sites[layer.path] = site
+        attention = _Attention(site, causal, _line_of(node))
+        target = attention if node.target in _SDPA else _multihead(attention)
+        with part.graph.inserting_before(node):
+            ours = part.graph.call_function(target, (), bound)
+        ours.meta = dict(node.meta)
+        node.replace_all_uses_with(ours)
+        part.graph.erase_node(node)
+
+
+class _Attention:
+    """What stands in a graph for scaled_dot_product_attention."""
+
+    def __init__(self, site: Site, causal: bool, line: str) -> None:
+        self.site, self.line = site, line
+        self.__name__ = "attention"
+        program = site.program
+        if program is None:
+            program = as_program(masks.causal() if causal else masks.full())
+        self.said = "causal()" if causal else "full()"
+        self.attend = Attend(program)
+        self.padded = Attend(_padded(program))
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """scaled_dot_product_attention over (..., heads, tokens, width), by the site's program and the mask of the call."""
+        if dropout_p:
+            raise NotImplementedError(f"dropout of attention weights ({dropout_p}) is not computed{self.line}. Set it to 0")
+        if key.shape[-3:-2] != query.shape[-3:-2] and not enable_gqa:
+            raise ValueError(f"{query.shape[-3]} query heads and {key.shape[-3]} key heads need enable_gqa=True{self.line}")
+        q, k, v = (_four(x) for x in (query, key, value))
+        attend, score_mod = self.attend, None
+        data: dict[str, Tensor] = {}
+        if attn_mask is not None and _is_padding(attn_mask):
+            attend = self.padded
+            data = {_PADDING: ~attn_mask.reshape(-1, attn_mask.shape[-1])}
+        elif attn_mask is not None:
+            score_mod = _masked(_broadcast(attn_mask, q, k))
+        self.site.note(
+            attend, self.said + _said_of(attn_mask), 0, q.shape, k.shape, v.shape, q.dtype, q.device.type
+        )  # fmt: skip
+        out: Tensor = attend(q, k, v, scale=scale, data=data, score_mod=score_mod)
+        return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _multihead(attention: _Attention) -> Callable[..., Any]:
+    """F.multi_head_attention_forward over another scaled_dot_product_attention: the same code with one name changed."""
+    names = {**_MULTIHEAD.__globals__, "scaled_dot_product_attention": attention}
+    copy = FunctionType(_MULTIHEAD.__code__, names, "multi_head_attention", _MULTIHEAD.__defaults__, _MULTIHEAD.__closure__)
+    copy.__kwdefaults__ = _MULTIHEAD.__kwdefaults__
+    return copy
+
+
+def _padded(program: Program) -> Program:
+    return program.map(lambda mask: masks.conjunction((mask, masks.padding(_PADDING))))
+
+
+def _is_padding(mask: Tensor) -> bool:
+    """Whether a mask hides keys from all queries and heads alike."""
+    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+
+
+def _masked(mask: Tensor) -> Callable[..., Tensor]:
+    """A score_mod for a mask (B or 1, H or 1, N or 1, M or 1): True where a key is seen, or what is added to scores."""
+    # A dimension of size 1 speaks for all: its index is multiplied by 0.
+    several = [int(size != 1) for size in mask.shape]
+
+    def masked(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        entry = mask[b * several[0], h * several[1], q * several[2], kv * several[3]]
+        return torch.where(entry, score, -torch.inf) if mask.dtype == torch.bool else score + entry
+
+    return masked
+
+
+def _broadcast(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The mask with four dimensions, as q has them."""
+    if mask.dim() > 4:
+        return mask.reshape(-1, *mask.shape[-3:])
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _said_of(mask: Tensor | None) -> str:
+    if mask is None:
+        return ""
+    if _is_padding(mask):
+        return " & padding"
+    return " & a mask" if mask.dtype == torch.bool else " + a bias"
+
+
+def _four(x: Tensor) -> Tensor:
+    """(batch, heads, tokens, width) of a tensor with any leading dimensions."""
+    if x.dim() == 4:
+        return x
+    return x[:, None] if x.dim() == 3 else x.reshape(-1, *x.shape[-3:])
+
+
+def _heads_of(query: Any) -> int | None:
+    example = query.meta.get("example_value") if isinstance(query, Node) else None
+    return None if example is None or example.dim() < 4 else int(example.shape[-3])
+
+
+def _path_of(node: Node, model: nn.Module) -> str:
+    """The path of the module that makes a call."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    # As L['self']._modules['layers']._modules['0'], or L['self'].layers[0].
+    written: str = next(reversed(stack.values()))[0]
+    words = [word for word in re.findall(r"\w+", written) if word != "_modules"]
+    names = [name for name, _ in model.named_modules() if words[-len(name.split(".")) :] == name.split(".")]
+    return max(names, key=len, default="")
+
+
+def _line_of(node: Node) -> str:
+    """Where the user's code makes a call, for messages."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    # Innermost outside of torch, whose folder every installation has somewhere else.
+    torch_folder = os.path.dirname(torch.__file__)
+    places = [line for line in lines if line.startswith("File") and torch_folder not in line]
+    return f" ({places[-1]})" if places else ""
+
+
+def _leave_out_weights(node: Node, bound: dict[str, Any]) -> None:
+    """Ask for no weights where nobody reads them; raise NotImplementedError where somebody does."""
+    if not bound.get("need_weights", True):
+        return
+    for user in node.users:
+        is_item = user.target is getitem and user.args[1] == 1
+        if is_item and user.users:
+            raise NotImplementedError(f"attention weights as a result are not made{_line_of(node)}. Pass need_weights=False")
+        if user.op == "output" or (user.target is not getitem):
+            raise NotImplementedError(f"attention weights as a result are not made{_line_of(node)}. Pass need_weights=False")
+    bound["need_weights"] = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import getitem
 from types import FunctionType
@@ -108,9 +109,10 @@ class _Rewriting:
         self.sites: dict[str, Site] = {}
 
     def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        calls: Counter[str] = Counter()
         for part in graph.modules():
             if isinstance(part, GraphModule):
-                self._rewrite(part)
+                self._rewrite(part, calls)
         put_sites(self.model, list(self.sites.values()))
         return self.backend(graph, inputs)
 
@@ -126,24 +128,32 @@ class _Rewriting:
         if missed:
             raise RuntimeError(f"attention of {', '.join(missed)} was not replaced, though it was found; please report this")
 
-    def _rewrite(self, part: GraphModule) -> None:
+    def _rewrite(self, part: GraphModule, calls: Counter[str]) -> None:
+        """Replace the calls of one graph. calls: how many each module has made so far."""
         for node in list(part.graph.nodes):
             if node.op != "call_function":
                 continue
             if node.target in _SDPA:
                 bound = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
-                self._replace(part, node, bound, "scaled_dot_product_attention", _heads_of(bound["query"]))
+                self._replace(part, node, bound, self._path(node, calls), _heads_of(bound["query"]))
             elif node.target is _MULTIHEAD:
                 bound = dict(inspect.signature(_MULTIHEAD).bind(*node.args, **node.kwargs).arguments)
                 _leave_out_weights(node, bound)
-                self._replace(part, node, bound, "multi_head_attention_forward", bound["num_heads"])
+                self._replace(part, node, bound, self._path(node, calls), bound["num_heads"])
             elif node.target in _CLOSED:
                 raise NotImplementedError(f"{_CLOSED[node.target]} is not replaced{_line_of(node)}. {_WAY_OUT}")
         part.recompile()
 
-    def _replace(self, part: GraphModule, node: Node, bound: dict[str, Any], kind: str, heads: int | None) -> None:
+    def _path(self, node: Node, calls: Counter[str]) -> str:
+        """The path of a call's module; of its second call path#2."""
+        path = _path_of(node, self.model)
+        calls[path] += 1
+        return path if calls[path] == 1 else f"{path}#{calls[path]}"
+
+    def _replace(self, part: GraphModule, node: Node, bound: dict[str, Any], path: str, heads: int | None) -> None:
         causal = bool(bound.get("is_causal", False))
-        layer = Layer(_path_of(node, self.model), kind, None, causal, None, heads, heads, None)
+        kind = "scaled_dot_product_attention" if node.target in _SDPA else "multi_head_attention_forward"
+        layer = Layer(path, kind, None, causal, None, heads, heads, None)
         program = program_of(self.attention, layer)
         site = Site(layer.path, kind, program)
         self.sites[layer.path] = site

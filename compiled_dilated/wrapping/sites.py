@@ -103,13 +103,15 @@ class Sites(list[Site]):
                     f"{row['bytes'] / 2**20:.3g}",
                     f"{row['bytes_eager'] / 2**20:.3g}",
                 ]
-            rows.append([row["path"], row["model"] or "", _short(row["program"] or ""), *counts])
+            program = site.program if site.last is None else site.last.attend.program
+            rows.append([row["path"], row["model"] or "", "" if program is None else _shown(program), *counts])
         headers = ["layer", "the model says", "computed", "lowering", "of all pairs", "GFLOP", "MiB held", "MiB of eager scores"]
         return str(tabulate(rows, headers))
 
 
-def _short(written: str, most: int = 60) -> str:
-    written = written.removeprefix("Program((Branch(").removesuffix("),))")
+def _shown(program: Any, most: int = 60) -> str:
+    """A program's masks, one after the other, cut to so many characters."""
+    written = "; ".join(repr(branch.mask) for branch in program.branches)
     return written if len(written) <= most else written[: most - 3] + "..."
 
 

@@ -151,6 +151,33 @@ def test_compiled_decode_gives_the_same_tokens(name: str) -> None:
     assert torch.equal(generated(ours, **options), generated(theirs, **options, disable_compile=True))
 
 
+# Encoders and decoders --------------------------------------------------------------------------------------------------------
+
+
+def t5(implementation: str) -> Any:
+    """T5, whose layers add a learned bias of positions."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=TOKENS, dropout_rate=0.0, decoder_start_token_id=0,
+        eos_token_id=None, attn_implementation=implementation,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def test_t5_with_its_bias_of_positions() -> None:
+    ours, theirs = t5("compiled_dilated"), t5("eager")
+    inputs = {**inputs_of("llama"), "attention_mask": padded("right"), "labels": inputs_of("llama", 21)["input_ids"]}
+
+    def call(model: Any) -> Tensor:
+        return result_of(model(**inputs))
+
+    assert_same(call(ours), call(theirs), most=1e-5)
+    want = gradients_of(theirs, call)
+    assert (gradients_of(ours, call) - want).norm() <= 1e-5 * want.norm()
+    options = {"attention_mask": padded("right")}
+    assert torch.equal(generated(ours, **options), generated(theirs, **options))
+
+
 # torch.compile ----------------------------------------------------------------------------------------------------------------
 
 LENGTHS = (40, 50, 61, 77, 100, 123, 64, 128, 33, 200)

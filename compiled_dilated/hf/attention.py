@@ -14,6 +14,7 @@ from .. import text
 from ..attend import Attend, attend_in_graph
 from ..mods import ScoreMod
 from ..rules import Skeleton
+from ..wrapping.scores import added
 from ..wrapping.sites import sites_of
 from .visible import Visible, joined_with
 
@@ -36,20 +37,24 @@ def attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in place of transformers' own.
 
     query: (B, Hq, N, D); key, value: (B, Hkv, M, D). attention_mask: what `masking.mask` made. softcap: scores become
-    softcap * tanh(score / softcap). s_aux: (Hq,), a logit of each head that joins its softmax.
+    softcap * tanh(score / softcap). s_aux: (Hq,), a logit of each head that joins its softmax. position_bias: (1 or B, Hq, N, M),
+    added to scores.
 
     Returns (B, N, Hq, D), and None for the weights, which are not made.
 
-    Raises ValueError or NotImplementedError for dropout, weights, biases and masks of N x N.
+    Raises ValueError or NotImplementedError for dropout, weights and masks of N x N.
     """
-    _refuse(module, dropout, attention_mask, options)
+    _refuse(module, dropout, attention_mask, softcap, position_bias, options)
     visible = attention_mask if isinstance(attention_mask, Visible) else _unmasked(module, query, key, is_causal)
     score_mod = None if softcap is None else _capped(softcap)
+    if position_bias is not None:
+        score_mod = added(position_bias, visible.q_offset)
     own = sites_of(module)
     site: Any = own[0] if own else None
     if site is not None and site.program is not None:
@@ -73,7 +78,14 @@ def attention(
     return out.transpose(1, 2), None
 
 
-def _refuse(module: nn.Module, dropout: float, attention_mask: object, options: Mapping[str, Any]) -> None:
+def _refuse(
+    module: nn.Module,
+    dropout: float,
+    attention_mask: object,
+    softcap: float | None,
+    position_bias: Tensor | None,
+    options: Mapping[str, Any],
+) -> None:
     name = type(module).__name__
     if dropout:
         raise ValueError(
@@ -85,6 +97,8 @@ def _refuse(module: nn.Module, dropout: float, attention_mask: object, options: 
             f"{name} got a mask of shape {tuple(attention_mask.shape)}, one entry for each pair. Pass attention_mask of shape "
             "(batch, tokens), and what else hides keys as a program: compiled_dilated.compile(model, attention=...)"
         )
+    if softcap is not None and position_bias is not None:
+        raise NotImplementedError(f"{name} passes softcap and position_bias together, which is not computed. Use 'eager'")
     if options.get("output_attentions"):
         raise ValueError("compiled_dilated makes no attention weights. Leave out output_attentions, or use 'eager'")
     for option, setting in options.items():

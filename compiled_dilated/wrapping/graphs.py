@@ -28,6 +28,7 @@ from .. import masks
 from ..attend import Attend
 from ..programs import Program, as_program
 from .layers import Choice, Layer, check_choice, check_patterns, program_of
+from .scores import added
 from .sites import Site, put_sites
 
 _SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
@@ -202,7 +203,7 @@ class _Attention:
             attend = self.padded
             data = {_PADDING: ~attn_mask.reshape(-1, attn_mask.shape[-1])}
         elif attn_mask is not None:
-            score_mod = _masked(_broadcast(attn_mask, q, k))
+            score_mod = added(_broadcast(attn_mask))
         self.site.note(
             attend, self.said + _said_of(attn_mask), 0, q.shape, k.shape, v.shape, q.dtype, q.device.type
         )  # fmt: skip
@@ -227,19 +228,7 @@ def _is_padding(mask: Tensor) -> bool:
     return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
 
 
-def _masked(mask: Tensor) -> Callable[..., Tensor]:
-    """A score_mod for a mask (B or 1, H or 1, N or 1, M or 1): True where a key is seen, or what is added to scores."""
-    # A dimension of size 1 speaks for all: its index is multiplied by 0.
-    several = [int(size != 1) for size in mask.shape]
-
-    def masked(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        entry = mask[b * several[0], h * several[1], q * several[2], kv * several[3]]
-        return torch.where(entry, score, -torch.inf) if mask.dtype == torch.bool else score + entry
-
-    return masked
-
-
-def _broadcast(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def _broadcast(mask: Tensor) -> Tensor:
     """The mask with four dimensions, as q has them."""
     if mask.dim() > 4:
         return mask.reshape(-1, *mask.shape[-3:])

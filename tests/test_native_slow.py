@@ -203,14 +203,18 @@ def test_other_vectors_give_the_same(machine: str, fresh_python: Any, tmp_path: 
 
 @pytest.mark.parametrize("machine", ["haswell", "x86-64-v2"])
 def test_the_quick_tests_of_other_vectors(machine: str, tmp_path: Path) -> None:
-    """tests/test_native.py with kernels for another machine, but for what is stated of this machine's vectors."""
+    """tests/test_native.py with kernels for another machine, but for what is stated of this machine's vectors.
+
+    Without FMA every product is rounded: errors are then not held against torch's, whose kernels keep this machine's FMA.
+    """
+    others = ["-k", "not errors_are_no_larger_than_torchs"] if machine == "x86-64-v2" else []
     environment = {
         **os.environ,
         "CXX": wrapper(tmp_path / "compiler", f"-march={machine}"),
         "COMPILED_DILATED_CACHE": str(tmp_path / "cache"),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_native.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_native.py", *others],
         cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]

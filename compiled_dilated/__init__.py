@@ -5,6 +5,7 @@ from .attend import Attend
 from .block_masks import block_mask, block_masks
 from .compiler import compile, plan
 from .modules import DilatedAttention, MultiheadDilatedAttention
+from .packages import export, inspect, load
 from .plans import Plan
 from .programs import Branch, Program, big_bird, block_sparse, hilbert_window, local_window, longnet
 from .reference import reference
@@ -27,8 +28,11 @@ __all__ = [
     "block_masks",
     "block_sparse",
     "compile",
+    "export",
     "hf",
     "hilbert_window",
+    "inspect",
+    "load",
     "local_window",
     "longnet",
     "masks",

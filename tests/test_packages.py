@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from compiled_dilated.cli import app
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 100, 257, 1000)
 
@@ -153,6 +156,51 @@ def test_from_cpp(longnet: Exported, tmp_path: Path) -> None:
         x = torch.ones(1, 4, tokens, 16)
         v = torch.arange(tokens).float().view(1, 1, tokens, 1).expand(1, 2, tokens, 16)
         assert float(number) == pytest.approx(float(attend(x, x[:, :2], v).sum()), rel=1e-4)
+
+
+# The command line -------------------------------------------------------------------------------------------------------------
+
+
+def run_command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_here.py").write_text(
+        "import torch\n"
+        "from compiled_dilated import masks\n"
+        "def make():\n"
+        "    return masks.causal() & masks.window(8), tuple(torch.randn(1, 2, 20, 8) for _ in range(3))\n"
+        "def wrong():\n"
+        "    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    done = run_command("export", "made_here:make", "model.pt2", "--lengths", "1,4096", "--json")
+    assert done.exit_code == 0, done.output
+    shown = run_command("inspect", "model.pt2")
+    assert "tokens: 1 to 4,096" in shown.stdout
+    assert json.loads(run_command("inspect", "model.pt2", "--json").stdout) == json.loads(done.stdout[done.stdout.index("{") :])
+    q, k, v = (torch.randn(1, 2, 33, 8) for _ in range(3))
+    want = cd.compile(masks.causal() & masks.window(8))(q, k, v)
+    torch.testing.assert_close(cd.load("model.pt2")(q, k, v), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "none.pt2"), "none.pt2.json is missing"),
+        (("export", "nowhere:make", "model.pt2"), "there is no module 'nowhere' here"),
+        (("export", "json:nothing", "model.pt2"), "'json' has no function 'nothing'"),
+        (("export", "time:time", "model.pt2"), "must return (model or program, example inputs); got float"),
+        (("export", "time:time", "model.pt2", "--lengths", "3"), "must return"),
+    ],
+)
+def test_bad_usage_of_the_commands(arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    done = run_command(*arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------------------

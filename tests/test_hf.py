@@ -370,6 +370,24 @@ def test_a_wrapped_model_is_saved_and_loaded(tmp_path: Any) -> None:
         assert torch.equal(result_of(again(**inputs_of("llama"))), result_of(ours(**inputs_of("llama"))))
 
 
+def test_a_window_without_a_direction_is_one_in_a_graph_too() -> None:
+    """ModernBERT."""
+    torch._dynamo.reset()
+    settings = {key: value for key, value in CAUSAL["llama"][2].items() if key != "num_key_value_heads"}
+    models = []
+    for implementation in ("compiled_dilated", "eager"):
+        torch.manual_seed(0)
+        config = transformers.ModernBertConfig(
+            **{**settings, "num_hidden_layers": 3}, local_attention=8, bos_token_id=1, cls_token_id=1, sep_token_id=2,
+            attn_implementation=implementation,
+        )  # fmt: skip
+        models.append(transformers.ModernBertModel(config).eval())
+    with torch.no_grad():
+        out, want = [result_of(model(**inputs_of("llama"))) for model in models]
+        assert_same(out, want)
+        assert_same(result_of(torch.compile(models[0], backend="aot_eager")(**inputs_of("llama"))), want)
+
+
 # Refusals ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +427,7 @@ def test_unknown_masks_are_refused_by_name() -> None:
         (
             {"*.attention.*": masks.causal()},
             ValueError,
-            r"no attention layer matches '\*.attention.\*'. The layers: model.layers.0",
+            r"no layer matches '\*.attention.\*'. The layers: model.layers.0",
         ),
         ({3: masks.causal()}, TypeError, r"patterns must be text"),
         (7, TypeError, r"attention must be a program, a mask, a function of a layer or {pattern: program}; got int 7"),
@@ -421,3 +439,20 @@ def test_bad_attention_is_named(attention: Any, error: type[Exception], message:
     with pytest.raises(error, match=message):
         cd.compile(model, attention=attention)
     assert model.config._attn_implementation == "eager"
+
+
+def test_programs_that_do_not_go_with_a_call_are_refused() -> None:
+    x = inputs_of("mistral")["input_ids"]
+    sliding = cd.compile(model_of("mistral", "eager"), attention=PROGRAMS["window and sinks"])
+    with pytest.raises(ValueError, match=r"the sliding cache of model.layers.0.self_attn has dropped keys"):
+        sliding.generate(x, max_new_tokens=5, do_sample=False)
+    torch.manual_seed(0)
+    config = {key: value for key, value in CAUSAL["llama"][2].items() if key not in ("num_key_value_heads", "eos_token_id")}
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config, eos_token_id=127))
+    cd.compile(clip, attention=masks.window(3))
+    with pytest.raises(ValueError, match=r"the mask of .* is causal, and its program shows later keys"):
+        clip(x)
+    with pytest.raises(ValueError, match="one program for all layers of T5ForConditionalGeneration would be that of its cross"):
+        cd.compile(t5("eager"), attention=masks.causal())
+    cross = cd.compile(t5("eager"), attention={"decoder.*.SelfAttention": masks.causal() & masks.window(4)})
+    assert sum(site.program is not None for site in cd.sites(cross)) == 2

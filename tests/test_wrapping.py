@@ -136,9 +136,11 @@ def test_masks_of_an_encoder() -> None:
     ours, plain = wrapped(TORCHS["encoder"]())
     padding = torch.arange(50)[None] >= torch.tensor([50, 31])[:, None]
     causal = nn.Transformer.generate_square_subsequent_mask(50)
-    for options in ({"src_key_padding_mask": padding}, {"mask": causal, "is_causal": True}, {"mask": causal}):
+    for options in ({"src_key_padding_mask": padding}, {"mask": causal, "is_causal": True}, {"mask": causal, "is_causal": False}):
         assert_same(ours, plain, X, **options)
-    assert_same(ours, plain, X, mask=causal, src_key_padding_mask=padding.float().masked_fill(padding, -torch.inf))
+    assert_same(
+        ours, plain, X, mask=causal, is_causal=False, src_key_padding_mask=padding.float().masked_fill(padding, -torch.inf)
+    )
 
 
 def test_an_encoder_and_decoder() -> None:
@@ -174,6 +176,33 @@ def test_a_program_replaces_a_causal_call(program: Any) -> None:
     written.load_state_dict(net.state_dict())
     ours, _ = wrapped(net, program)
     assert_same(ours, written, X)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TORCHS)
+def test_a_program_in_modules_of_torch(name: str, training: bool) -> None:
+    ours, plain = wrapped(TORCHS[name]().train(training), masks.window(3))
+    places = torch.arange(50)
+    hidden = (places[:, None] - places).abs() > 3
+    masked = isinstance(plain, Multihead)
+    want = plain.attention(X, X, X, attn_mask=hidden)[0] if masked else plain(X, mask=hidden)
+    torch.testing.assert_close(ours(X), want, rtol=1e-5, atol=5e-6)
+    assert not torch.allclose(ours(X), plain(X), atol=1e-3)
+
+
+def test_caches_of_graphs_know_programs() -> None:
+    """Twice with inductor, whose caches on disk hold the first run's graphs."""
+    places = torch.arange(50)
+    for _ in range(2):
+        for radius in (3, 9):
+            torch.manual_seed(0)
+            encoder = TORCHS["encoder"]().eval()
+            plain = copy.deepcopy(encoder)
+            torch._dynamo.reset()
+            with torch.no_grad():
+                out = cd.compile(encoder, attention=masks.window(radius))(X)
+                want = plain(X, mask=(places[:, None] - places).abs() > radius)
+            torch.testing.assert_close(out, want, rtol=1e-5, atol=5e-6)
 
 
 def test_a_program_is_joined_with_the_mask_of_a_call() -> None:
@@ -219,6 +248,113 @@ def test_a_wrapped_model_stays_itself() -> None:
     torch.testing.assert_close(lower.float(), ours(X), rtol=0.05, atol=0.05)
 
 
+class Bare(nn.Module):
+    """scaled_dot_product_attention alone."""
+
+    def forward(self, q: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+Q = torch.randn(2, 3, HEADS, 20, 16, generator=torch.Generator().manual_seed(4))
+FIVE = {
+    "of batches": (2, 1, 1, 20, 20),
+    "of the inner batch": (1, 3, 1, 20, 20),
+    "four dimensions": (3, HEADS, 20, 20),
+    "keys": (3, 1, 1, 20),
+    "one key": (2, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("shape", FIVE.values(), ids=FIVE)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_masks_of_any_dimensions(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    mask = torch.randn(shape) > -0.5 if dtype == torch.bool else torch.randn(shape)
+    for q in (Q, Q[0], Q[0, 0]):
+        if len(shape) > q.dim():
+            continue
+        part = mask[: q.shape[0]] if len(shape) == q.dim() == 3 else mask
+        ours, plain = wrapped(Bare())
+        torch.testing.assert_close(ours(q, part), plain(q, part), rtol=1e-5, atol=5e-6)
+
+
+def test_three_dimensions_are_a_batch() -> None:
+    for mask in (torch.rand(3, 20, 20) > 0.3, torch.rand(3, 1, 20) > 0.3, torch.randn(3, 20, 20).requires_grad_()):
+        ours, plain = wrapped(Bare())
+        assert_gradient(ours, plain, Q[0, :, 0].clone().requires_grad_(), mask)
+
+
+def assert_gradient(ours: nn.Module, plain: nn.Module, *inputs: Tensor) -> None:
+    learned = [x for x in inputs if x.requires_grad]
+    for grad, want in zip(*(torch.autograd.grad(model(*inputs).square().sum(), learned) for model in (ours, plain)), strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
+
+
+def test_many_models_and_many_calls() -> None:
+    for _ in range(11):
+        ours = graphs.wrap(Bare(), masks.window(3), None, aot_eager)
+        torch.testing.assert_close(ours(Q[0]), cd.compile(masks.window(3))(Q[0], Q[0], Q[0]), rtol=1e-5, atol=5e-6)
+
+    class Modes(nn.Module):
+        def forward(self, q: Tensor, mode: str) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q) + len(mode)
+
+    ours, _ = wrapped(Modes(), masks.window(3))
+    # Never silently without the program.
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):  # noqa: PT012
+        for number in range(20):
+            ours(Q[0], "m" * number)
+
+
+def test_copies_and_pickles_stay_wrapped(tmp_path: Any) -> None:
+    ours, _ = wrapped(Net(), PROGRAMS["window"])
+    want = ours(X)
+    again = copy.deepcopy(ours)
+    torch.save(ours, tmp_path / "model")
+    for model in (again, torch.load(tmp_path / "model", weights_only=False)):
+        assert torch.equal(model(X), want)
+        with torch.no_grad():
+            model.blocks[0].out.weight.zero_()
+        assert not torch.equal(model(X), want)
+    assert torch.equal(ours(X), want)
+    assert torch.equal(ours.forward(X), want)
+
+
+def test_a_model_may_be_wrapped_again_but_not_a_part() -> None:
+    ours, plain = wrapped(Net(), PROGRAMS["window"])
+    first = ours(X)
+    graphs.wrap(ours, None, None, aot_eager)
+    torch.testing.assert_close(ours(X), plain(X), rtol=1e-5, atol=5e-6)
+    graphs.wrap(ours, PROGRAMS["window"], None, aot_eager)
+    assert torch.equal(ours(X), first)
+    with pytest.raises(ValueError, match="0 of Sequential is wrapped already"):
+        graphs.wrap(nn.Sequential(ours), None, None, aot_eager)
+
+
+def test_two_calls_of_a_module_are_two_sites() -> None:
+    class Twice(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            q = F.scaled_dot_product_attention(q, q, q)
+            return F.scaled_dot_product_attention(q, q, q)
+
+    ours, _ = wrapped(Twice(), lambda layer: masks.window(3) if layer.path.endswith("#2") else None)
+    first = cd.compile(masks.full())(Q[0], Q[0], Q[0])
+    torch.testing.assert_close(ours(Q[0]), cd.compile(masks.window(3))(first, first, first), rtol=1e-5, atol=5e-6)
+    assert [site.path for site in cd.sites(ours)] == ["", "#2"]
+
+
+def test_a_mask_that_is_called_causal_and_is_not() -> None:
+    class Zero(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, add_zero_attn=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.ones(50, 50).triu(1).bool()
+            return self.attention(x, x, x, attn_mask=hidden, is_causal=True)[0]
+
+    assert_same(*wrapped(Zero()), X)
+
+
 # Refusals ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -252,15 +388,15 @@ class Flexible(nn.Module):
             Net(),
             {"layers.*": masks.causal()},
             ValueError,
-            r"no attention layer matches 'layers.\*'. The layers: blocks.0",
+            r"no layer matches 'layers.\*'. The layers: blocks, blocks.0",
         ),
         (Net(), lambda layer: 3, TypeError, "attention of blocks.0 must be a program, a mask or None; got int 3"),
     ],
     ids=["no attention", "dropout", "weights", "flex", "not causal", "pattern", "function"],
 )
 def test_what_is_not_computed_is_refused(model: nn.Module, attention: Any, error: type[Exception], message: str) -> None:
-    ours, _ = wrapped(model.train(), attention)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message):  # noqa: PT012
+        ours, _ = wrapped(model.train(), attention)
         ours(X)
 
 
@@ -275,7 +411,24 @@ def test_what_is_refused_at_once() -> None:
         cd.sites(nn.Linear(2, 2))
 
 
-def test_an_export_is_refused() -> None:
-    ours, _ = wrapped(Net())
-    with pytest.raises(NotImplementedError, match=r"torch\.export would leave out"):
+def test_what_would_leave_the_program_out_is_refused() -> None:
+    ours, _ = wrapped(Net(), PROGRAMS["window"])
+    want = ours(X)
+    with pytest.raises(Exception, match="would leave that out"):
         torch.export.export(ours, (X,))
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="without compiling it"):
+        ours(X)
+    # A compiler around it runs it as it is.
+    assert torch.equal(torch.compile(ours, backend="eager")(X), want)
+
+    class Hidden(nn.Module):
+        @torch.compiler.disable
+        def rest(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q)
+
+        def forward(self, q: Tensor) -> Tensor:
+            return self.rest(F.scaled_dot_product_attention(q, q, q))
+
+    hidden, _ = wrapped(Hidden(), masks.window(3))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        hidden(Q[0])

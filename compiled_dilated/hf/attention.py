@@ -58,6 +58,7 @@ def attention(
     own = sites_of(module)
     site: Any = own[0] if own else None
     if site is not None and site.program is not None:
+        site.check(visible)
         attend = site.attend(visible.joined)
         names = attend.program.names
     elif is_compiling():

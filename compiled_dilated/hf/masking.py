@@ -32,9 +32,9 @@ class _Description:
     data: dict[str, Tensor] = field(default_factory=dict)
     causal: bool = False
 
-    def visible(self, q_offset: int | Tensor) -> Visible:
+    def visible(self, q_offset: int | Tensor, cut: bool) -> Visible:
         structure = " & ".join(self.structure) or "full()"
-        return Visible(structure, tuple(sorted(self.joined)), self.data, q_offset, self.causal)
+        return Visible(structure, tuple(sorted(self.joined)), self.data, q_offset, self.causal, cut)
 
 
 def mask(
@@ -49,7 +49,7 @@ def mask(
     config: Any = None,
     use_vmap: bool = False,
     device: Any = "cpu",
-    **_: Any,
+    **others: Any,
 ) -> Visible:
     """transformers' mask function: what a kind of layer may see.
 
@@ -65,7 +65,9 @@ def mask(
     description = _Description()
     if is_compiling():
         cached = q_length != kv_length
-        _read_keywords(description, mask_function, batch_size, q_length, local_size, config, cached, device)
+        # An argument of masks without a direction alone.
+        causal = "allow_is_bidirectional_skip" not in others
+        _read_keywords(description, mask_function, batch_size, q_length, local_size, causal, config, cached, device)
     else:
         _read_function(description, mask_function, kv_offset, kv_length)
     if attention_mask is not None:
@@ -73,7 +75,8 @@ def mask(
     offset = q_offset - kv_offset
     if isinstance(offset, Tensor):
         offset = offset.to(torch.int64).expand(batch_size)
-    return description.visible(offset)
+    cut = isinstance(kv_offset, Tensor) or kv_offset > 0
+    return description.visible(offset, cut)
 
 
 def _join_padding(description: _Description, attention_mask: Tensor, kv_length: int, kv_offset: int) -> None:
@@ -128,6 +131,7 @@ def _read_keywords(
     batch: int,
     tokens: int,
     local_size: int | None,
+    causal: bool,
     config: Any,
     cached: bool,
     device: Any,
@@ -145,7 +149,7 @@ def _read_keywords(
         raise NotImplementedError(
             "compiled_dilated reads chunked attention outside of torch.compile only. Call the model eagerly"
         )
-    description.causal = getattr(config, "is_causal", True)
+    description.causal = causal
     if description.causal:
         description.structure.append("causal()")
         if local_size is not None:

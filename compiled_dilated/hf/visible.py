@@ -23,7 +23,7 @@ class Visible:
         (document ids).
     data: tensors (batch, keys) by name.
     q_offset: the first query's place among the keys; a tensor (batch,) where a static cache counts on the device.
-    causal: whether the model hides later keys.
+    causal: whether the model hides later keys. cut: whether a sliding cache has dropped the first keys.
     """
 
     # What models ask of a mask; one of four dimensions they leave alone.
@@ -31,10 +31,16 @@ class Visible:
     ndim = 4
 
     def __init__(
-        self, structure: str, joined: tuple[str, ...], data: Mapping[str, Tensor], q_offset: int | Tensor, causal: bool
+        self,
+        structure: str,
+        joined: tuple[str, ...],
+        data: Mapping[str, Tensor],
+        q_offset: int | Tensor,
+        causal: bool,
+        cut: bool = False,
     ) -> None:
         self.structure, self.joined, self.data = structure, joined, dict(data)
-        self.q_offset, self.causal = q_offset, causal
+        self.q_offset, self.causal, self.cut = q_offset, causal, cut
 
     def dim(self) -> int:
         return self.ndim
@@ -45,19 +51,27 @@ class Visible:
     def clone(self) -> Visible:
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this model asks its mask for {name!r}, and with compiled_dilated a mask is no tensor. Use "
+            "attn_implementation='eager' for models that compute with their masks"
+        )
+
     def __repr__(self) -> str:
         return f"Visible({self.structure}, joined={self.joined}, q_offset={self.q_offset})"
 
 
 def _flatten(visible: Visible) -> tuple[list[Any], tuple[Any, ...]]:
     names = tuple(sorted(visible.data))
-    return [*(visible.data[name] for name in names), visible.q_offset], (visible.structure, visible.joined, names, visible.causal)
+    return [*(visible.data[name] for name in names), visible.q_offset], (
+        visible.structure, visible.joined, names, visible.causal, visible.cut,
+    )  # fmt: skip
 
 
 def _unflatten(leaves: Any, context: tuple[Any, ...]) -> Visible:
-    structure, joined, names, causal = context
+    structure, joined, names, causal, cut = context
     *tensors, q_offset = leaves
-    return Visible(structure, joined, dict(zip(names, tensors, strict=True)), q_offset, causal)
+    return Visible(structure, joined, dict(zip(names, tensors, strict=True)), q_offset, causal, cut)
 
 
 # So that a compiled graph may take one as an input.

@@ -7,24 +7,40 @@ from typing import Any
 from torch import nn
 
 from ..attend import Attend
+from ..masks import Mask
 from ..programs import Program
-from ..wrapping.layers import Choice, Layer, check_choice, programs_of
+from ..wrapping.layers import Choice, Layer, check_choice, programs_of, sees_later
 from ..wrapping.sites import Site, put_sites
 from . import NAME
-from .visible import PACKED, PADDING, joined_with
+from .visible import PACKED, PADDING, Visible, joined_with
 
 
 class LayerSite(Site):
     """An attention layer of transformers."""
 
-    def __init__(self, path: str, kind: str, program: Program | None) -> None:
+    def __init__(self, path: str, kind: str, program: Program | None, heads: int) -> None:
         super().__init__(path, kind, program)
         self._attends: dict[tuple[str, ...], Attend] = {}
+        self._sees_later = False
         if program is None:
             return
+        self._sees_later = sees_later(program, heads)
         # All of them now: none may be made in a trace.
         for joined in ((), (PADDING,), (PACKED,), (PACKED, PADDING)):
             self._attends[joined] = Attend(joined_with(program, joined))
+
+    def check(self, visible: Visible) -> None:
+        """Raise ValueError where the layer's program does not go with a call."""
+        if visible.causal and self._sees_later:
+            raise ValueError(
+                f"the mask of {self.path} is causal, and its program shows later keys to queries. Write masks.causal() & ..., or "
+                "causal=True in a program that takes it"
+            )
+        if visible.cut:
+            raise ValueError(
+                f"the sliding cache of {self.path} has dropped keys that its program counts. Pass use_cache=False, or build "
+                "the model without sliding layers (sliding_window=None, layer_types of 'full_attention')"
+            )
 
     def attend(self, joined: tuple[str, ...]) -> Attend:
         """Attention by the layer's own program and by data of a call."""
@@ -48,11 +64,20 @@ def wrap(model: Any, attention: Choice = None) -> Any:
     check_choice(attention)
     layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no attention layer that transformers hands to an implementation")
-    programs = programs_of(attention, {path: _layer_of(path, module, model) for path, module in layers.items()})
+        raise ValueError(
+            f"{type(model).__name__} has no attention layer that says whether it is causal (is_causal): build it with "
+            f"attn_implementation={NAME!r} where the model's own masks will do"
+        )
+    described = {path: _layer_of(path, module, model) for path, module in layers.items()}
+    if isinstance(attention, (Program, Mask)) and getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"one program for all layers of {type(model).__name__} would be that of its cross attention too. Name the layers: "
+            f"{{pattern: program}}. They are {', '.join(layers)}"
+        )
+    programs = programs_of(attention, described)
     model.set_attn_implementation(NAME)
     for path, module in layers.items():
-        put_sites(module, [LayerSite(path, type(module).__name__, programs[path])])
+        put_sites(module, [LayerSite(path, type(module).__name__, programs[path], described[path].heads or 1)])
     return model
 
 

@@ -8,11 +8,12 @@ Graphs inside of graphs (checkpoints) too. A mask of the call joins the program:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from types import FunctionType
 from typing import Any
@@ -31,7 +32,12 @@ from .layers import Choice, Layer, check_choice, check_patterns, program_of
 from .scores import added
 from .sites import Site, put_sites
 
-_SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+_SDPA = (
+    F.scaled_dot_product_attention,
+    torch._C._nn.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
 _SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _MULTIHEAD = F.multi_head_attention_forward
 # Attention that is not read, by the names that people know.
@@ -47,45 +53,85 @@ Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def wrap(model: nn.Module, attention: Choice, dynamic: bool | None, backend: Backend | None = None) -> nn.Module:
-    """The model, compiled in place with its attention by programs.
+    """The model, its forward compiled in place with attention by programs.
 
-    attention: as in `compile`; a path is that of the module which calls the attention. dynamic: as in torch.compile.
+    attention: as in `compile`; a path is that of the module which calls the attention, path#2 of its second call.
+    dynamic: as in torch.compile, which captures the forward whole (fullgraph).
     backend: what compiles the rewritten graphs, default torch's inductor.
 
-    The first call raises ValueError where no attention is found, a pattern matches none, or a program shows later keys to a
-    causal call; NotImplementedError, with the source line, for what is not computed: dropout of weights, weights as a result.
+    Raises ValueError for a pattern that matches no module, and where a part of the model is wrapped already. The first call
+    raises ValueError where no attention is found or a program shows later keys to a causal call; NotImplementedError, with the
+    source line, for what is not computed: dropout of weights, weights as a result; and what torch.compile raises for what it
+    cannot capture.
     """
     check_choice(attention)
+    names = [name for name, _ in model.named_modules()]
+    patterns = {pattern.partition("#")[0]: None for pattern in attention} if isinstance(attention, Mapping) else attention
+    check_patterns(patterns, names)
+    for name, module in model.named_modules():
+        if module is not model and _wrapped_of(module) is not None:
+            raise ValueError(f"{name} of {type(model).__name__} is wrapped already. Wrap the whole model alone")
     _leave_fast_paths(model)
-    sites: list[Site] = []
-    put_sites(model, sites)
-    rewriting = _Rewriting(model, attention, backend or _inductor)
-    call: Callable[..., Any] = model._call_impl
+    put_sites(model, [])
+    before = _wrapped_of(model)
+    forward = model.__dict__.get("forward") if before is None else before.forward
+    model.forward = _Wrapped(model, forward, attention, dynamic, backend or _inductor).run
+    return model
 
-    # As model.compile() has it; Dynamo enters torch's own modules from a function of ours alone.
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
 
-    compiled = torch.compile(traced, backend=rewriting, dynamic=dynamic)
+def _wrapped_of(module: nn.Module) -> _Wrapped | None:
+    owner = getattr(module.__dict__.get("forward"), "__self__", None)
+    return owner if isinstance(owner, _Wrapped) else None
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+
+class _Wrapped:
+    """Whose `run` stands in a model for its forward; copies and pickles of the model compile anew.
+
+    forward: the model's own where it is not that of its class.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any] | None, attention: Choice, dynamic: bool | None, backend: Backend
+    ) -> None:
+        self.model, self.forward, self.attention, self.dynamic, self.backend = model, forward, attention, dynamic, backend
+        self._compiled: Callable[..., Any] | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        if torch.compiler.is_compiling():
             raise NotImplementedError(
-                "torch.export would leave out what compiled_dilated.compile put into this model. Export a model that is built of "
-                "compiled_dilated.compile(program)"
+                "this model is compiled by compiled_dilated.compile(model, attention=...): torch.compile or torch.export around "
+                "it would leave that out. Call it as it is; export a model that is built of compiled_dilated.compile(program)"
             )
+        if self._compiled is None:
+            self._compiled = self._compile()
         try:
-            result = compiled(*args, **kwargs)
+            return self._compiled(*args, **kwargs)
         except BackendCompilerFailed as failure:
             # What the rewriting says to the user, without torch's frame around it.
             if isinstance(failure.inner_exception, (NotImplementedError, TypeError, ValueError)):
                 raise failure.inner_exception from None
             raise
-        rewriting.check()
-        return result
 
-    model._compiled_call_impl = checked
-    return model
+    def _compile(self) -> Callable[..., Any]:
+        model, own = self.model, self.forward
+        forward: Callable[..., Any] = functools.partial(type(model).forward, model) if own is None else own
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "torch runs this model without compiling it (torch.compiler.set_stance, or TORCHDYNAMO_DISABLE), which would "
+                    "leave its attention as it was"
+                )
+            return forward(*args, **kwargs)
+
+        # A code object of its own: Dynamo counts graphs by code, and those of all wrapped models would be one too many.
+        alone = FunctionType(traced.__code__.replace(), traced.__globals__, "traced", None, traced.__closure__)
+        rewriting = _Rewriting(model, self.attention, self.backend)
+        return torch.compile(alone, backend=rewriting, dynamic=self.dynamic, fullgraph=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
 
 
 def _inductor(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -114,20 +160,17 @@ class _Rewriting:
         for part in graph.modules():
             if isinstance(part, GraphModule):
                 self._rewrite(part, calls)
-        put_sites(self.model, list(self.sites.values()))
-        return self.backend(graph, inputs)
-
-    def check(self) -> None:
-        """Raise ValueError unless attention was found, and by every pattern."""
         if not self.sites:
             raise ValueError(
                 f"{type(self.model).__name__} called no scaled_dot_product_attention and no nn.MultiheadAttention: there is no "
                 "attention to replace. Build its own of compiled_dilated.compile(program)"
             )
-        check_patterns(self.attention, self.sites)
+        put_sites(self.model, list(self.sites.values()))
+        compiled = self.backend(graph, inputs)
         missed = [site.path for site in self.sites.values() if site.last is None]
         if missed:
             raise RuntimeError(f"attention of {', '.join(missed)} was not replaced, though it was found; please report this")
+        return compiled
 
     def _rewrite(self, part: GraphModule, calls: Counter[str]) -> None:
         """Replace the calls of one graph. calls: how many each module has made so far."""
@@ -152,7 +195,9 @@ class _Rewriting:
         return path if calls[path] == 1 else f"{path}#{calls[path]}"
 
     def _replace(self, part: GraphModule, node: Node, bound: dict[str, Any], path: str, heads: int | None) -> None:
-        causal = bool(bound.get("is_causal", False))
+        causal = bound.get("is_causal", False)
+        if not isinstance(causal, bool):
+            raise NotImplementedError(f"is_causal of {path} varies in the graph{_line_of(node)}. Pass True or False")
         kind = "scaled_dot_product_attention" if node.target in _SDPA else "multi_head_attention_forward"
         layer = Layer(path, kind, None, causal, None, heads, heads, None)
         program = program_of(self.attention, layer)
@@ -196,16 +241,22 @@ class _Attention:
             raise NotImplementedError(f"dropout of attention weights ({dropout_p}) is not computed{self.line}. Set it to 0")
         if key.shape[-3:-2] != query.shape[-3:-2] and not enable_gqa:
             raise ValueError(f"{query.shape[-3]} query heads and {key.shape[-3]} key heads need enable_gqa=True{self.line}")
+        if key.shape[:-3] != query.shape[:-3] or value.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"query, key and value must have the same leading dimensions; got {tuple(query.shape)}, {tuple(key.shape)} and "
+                f"{tuple(value.shape)}{self.line}"
+            )
         q, k, v = (_four(x) for x in (query, key, value))
         attend, score_mod = self.attend, None
         data: dict[str, Tensor] = {}
-        if attn_mask is not None and _is_padding(attn_mask):
-            attend = self.padded
-            data = {_PADDING: ~attn_mask.reshape(-1, attn_mask.shape[-1])}
-        elif attn_mask is not None:
-            score_mod = added(_broadcast(attn_mask))
+        if attn_mask is not None:
+            attn_mask = _four_of_mask(attn_mask, query)
+            if _is_padding(attn_mask, k):
+                attend, data = self.padded, {_PADDING: ~attn_mask[:, 0, 0]}
+            else:
+                score_mod = added(attn_mask)
         self.site.note(
-            attend, self.said + _said_of(attn_mask), 0, q.shape, k.shape, v.shape, q.dtype, q.device.type
+            attend, self.said + _said_of(attn_mask, k), 0, q.shape, k.shape, v.shape, q.dtype, q.device.type
         )  # fmt: skip
         out: Tensor = attend(q, k, v, scale=scale, data=data, score_mod=score_mod)
         return out.reshape(*query.shape[:-1], value.shape[-1])
@@ -213,9 +264,16 @@ class _Attention:
 
 def _multihead(attention: _Attention) -> Callable[..., Any]:
     """F.multi_head_attention_forward over another scaled_dot_product_attention: the same code with one name changed."""
-    names = {**_MULTIHEAD.__globals__, "scaled_dot_product_attention": attention}
+    names = {
+        **_MULTIHEAD.__globals__,
+        "scaled_dot_product_attention": attention,
+        # Tensors of a trace would send the call on to the original.
+        "has_torch_function": lambda tensors: False,
+    }
     copy = FunctionType(_MULTIHEAD.__code__, names, "multi_head_attention", _MULTIHEAD.__defaults__, _MULTIHEAD.__closure__)
     copy.__kwdefaults__ = _MULTIHEAD.__kwdefaults__
+    # A cache of graphs takes what torch's own modules define for the same in every process.
+    copy.__module__ = __name__
     return copy
 
 
@@ -223,31 +281,36 @@ def _padded(program: Program) -> Program:
     return program.map(lambda mask: masks.conjunction((mask, masks.padding(_PADDING))))
 
 
-def _is_padding(mask: Tensor) -> bool:
+def _is_padding(mask: Tensor, key: Tensor) -> bool:
     """Whether a mask hides keys from all queries and heads alike."""
-    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+    return mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[2] == 1 and mask.shape[3] == key.shape[2]
 
 
-def _broadcast(mask: Tensor) -> Tensor:
-    """The mask with four dimensions, as q has them."""
-    if mask.dim() > 4:
-        return mask.reshape(-1, *mask.shape[-3:])
-    return mask[(None,) * (4 - mask.dim())]
-
-
-def _said_of(mask: Tensor | None) -> str:
+def _said_of(mask: Tensor | None, key: Tensor) -> str:
     if mask is None:
         return ""
-    if _is_padding(mask):
+    if _is_padding(mask, key):
         return " & padding"
     return " & a mask" if mask.dtype == torch.bool else " + a bias"
 
 
 def _four(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, width) of a tensor with any leading dimensions."""
+    """(batch, heads, tokens, width) of a tensor with any leading dimensions; of three the first is the batch."""
     if x.dim() == 4:
         return x
-    return x[:, None] if x.dim() == 3 else x.reshape(-1, *x.shape[-3:])
+    if x.dim() < 4:
+        return x[None, None] if x.dim() == 2 else x[:, None]
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _four_of_mask(mask: Tensor, query: Tensor) -> Tensor:
+    """(batch or 1, heads or 1, queries or 1, keys or 1) of a mask that broadcasts to the scores of a query."""
+    while mask.dim() < max(query.dim(), 2):
+        mask = mask[None]
+    if query.dim() <= 4:
+        return _four(mask)
+    # Leading dimensions are joined: each must be there whole.
+    return mask.expand(*query.shape[:-3], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
 
 
 def _heads_of(query: Any) -> int | None:
@@ -287,3 +350,5 @@ def _leave_out_weights(node: Node, bound: dict[str, Any]) -> None:
         if user.op == "output" or (user.target is not getitem):
             raise NotImplementedError(f"attention weights as a result are not made{_line_of(node)}. Pass need_weights=False")
     bound["need_weights"] = False
+    # A hint so far: without weights torch's code would take it for the mask.
+    bound["is_causal"] = False

@@ -15,6 +15,7 @@ from ..programs import Program, as_program
 
 # The length at which a program is asked whether it sees later keys.
 _ASKED_LENGTH = 2048
+_SHOWN_PATHS = 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def check_patterns(attention: Choice, paths: Collection[str]) -> None:
         return
     for pattern in attention:
         if not any(fnmatchcase(path, pattern) for path in paths):
-            raise ValueError(f"no attention layer matches {pattern!r}. The layers: {', '.join(paths)}")
+            shown = [path for path in paths if path][:_SHOWN_PATHS]
+            more = ", ..." if len(paths) > len(shown) + 1 else ""
+            raise ValueError(f"no layer matches {pattern!r}. The layers: {', '.join(shown)}{more}")
 
 
 def check_choice(attention: object) -> None:
@@ -88,14 +91,15 @@ def _check(layer: Layer, program: Program) -> None:
             f"the program of {layer.path} reads the data {', '.join(program.names)}, which no call of the model passes. Padding "
             "and packed sequences join a program by themselves"
         )
-    if layer.causal and _sees_later(program, layer.heads or 1):
+    if layer.causal and sees_later(program, layer.heads or 1):
         raise ValueError(
-            f"{layer.path} is causal, and its program shows later keys to queries. Write masks.causal() & ..., causal=True in a "
-            "program that takes it, or set is_causal=False in the model's config"
+            f"{layer.path} is causal, and its program shows later keys to queries. Write masks.causal() & ..., or causal=True "
+            "in a program that takes it"
         )
 
 
-def _sees_later(program: Program, heads: int) -> bool:
+def sees_later(program: Program, heads: int) -> bool:
+    """Whether a program shows later keys to queries."""
     length = _length_of(program)
     later = ~masks.causal()
     for branch in program.branches:

@@ -342,6 +342,14 @@ def test_two_calls_of_a_module_are_two_sites() -> None:
     assert [site.path for site in cd.sites(ours)] == ["", "#2"]
 
 
+def test_a_padded_mask_that_is_called_causal_and_is_not() -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 96, 0.0, batch_first=True)
+    ours, plain = wrapped(layer)
+    places = torch.arange(50)
+    window = torch.zeros(50, 50).masked_fill((places[:, None] - places).abs() > 5, -torch.inf)
+    assert_same(ours, plain, X, src_mask=window, src_key_padding_mask=torch.zeros(2, 50), is_causal=True)
+
+
 def test_a_mask_that_is_called_causal_and_is_not() -> None:
     class Zero(nn.Module):
         def __init__(self) -> None:

@@ -203,7 +203,7 @@ class _Rewriting:
         program = program_of(self.attention, layer)
         site = Site(layer.path, kind, program)
         self.sites[layer.path] = site
-        attention = _Attention(site, causal, _line_of(node))
+        attention = _Attention(site, _line_of(node))
         target = attention if node.target in _SDPA else _multihead(attention)
         with part.graph.inserting_before(node):
             ours = part.graph.call_function(target, (), bound)
@@ -215,15 +215,15 @@ class _Rewriting:
 class _Attention:
     """What stands in a graph for scaled_dot_product_attention."""
 
-    def __init__(self, site: Site, causal: bool, line: str) -> None:
+    def __init__(self, site: Site, line: str) -> None:
         self.site, self.line = site, line
         self.__name__ = "attention"
-        program = site.program
-        if program is None:
-            program = as_program(masks.causal() if causal else masks.full())
-        self.said = "causal()" if causal else "full()"
-        self.attend = Attend(program)
-        self.padded = Attend(_padded(program))
+        # By whether the call is causal and its mask one of keys alone.
+        self.attends: dict[tuple[bool, bool], Attend] = {}
+        for causal in (False, True):
+            program = site.program or as_program(masks.causal() if causal else masks.full())
+            self.attends[causal, False] = Attend(program)
+            self.attends[causal, True] = Attend(_padded(program))
 
     def __call__(
         self,
@@ -247,17 +247,17 @@ class _Attention:
                 f"{tuple(value.shape)}{self.line}"
             )
         q, k, v = (_four(x) for x in (query, key, value))
-        attend, score_mod = self.attend, None
+        attend, score_mod = self.attends[is_causal, False], None
         data: dict[str, Tensor] = {}
+        said = "causal()" if is_causal else "full()"
         if attn_mask is not None:
             attn_mask = _four_of_mask(attn_mask, query)
             if _is_padding(attn_mask, k):
-                attend, data = self.padded, {_PADDING: ~attn_mask[:, 0, 0]}
+                attend, data = self.attends[is_causal, True], {_PADDING: ~attn_mask[:, 0, 0]}
             else:
                 score_mod = added(attn_mask)
-        self.site.note(
-            attend, self.said + _said_of(attn_mask, k), 0, q.shape, k.shape, v.shape, q.dtype, q.device.type
-        )  # fmt: skip
+        said += _said_of(attn_mask, k)
+        self.site.note(attend, said, 0, q.shape, k.shape, v.shape, q.dtype, q.device.type)
         out: Tensor = attend(q, k, v, scale=scale, data=data, score_mod=score_mod)
         return out.reshape(*query.shape[:-1], value.shape[-1])
 

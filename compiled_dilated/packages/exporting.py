@@ -73,6 +73,9 @@ def export(
 
     library = build.library_for_cpp()
     training = module.training
+    # It imports the compiler, which takes longer than all of this package.
+    from torch._inductor.utils import fresh_cache
+
     try:
         with torch.no_grad():
             exported = torch.export.export(module.eval(), inputs, dynamic_shapes=_matching(module, dynamic))
@@ -82,7 +85,9 @@ def export(
             # All in a folder of its own first: a stop leaves no half of a package.
             with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
                 made = Path(folder, package.name)
-                torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
+                # In a cache of its own: two processes that export the same would write into each other's files.
+                with fresh_cache():
+                    torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
                 shutil.copyfile(library, library_path(made))
                 about = About(
                     name,

@@ -5,17 +5,15 @@ Exit codes: 0 it fits (or no budget was given), 1 no candidate fits the budget, 
 
 from __future__ import annotations
 
-import importlib
 import json as json_format
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import arguments, budgets, peak, reports
+from . import arguments, budgets, factories, peak, reports
 from .planning import BudgetError, Choice, Pipeline
 from .reports import Report
 from .traced import capture
@@ -33,8 +31,11 @@ def memory(
         limit = None if budget is None else budgets.parse("--budget", budget)
         if png is not None:
             peak.check_picture("--png", png)
-        module, name = _named(target)
-    factory = _found(module, name)
+        module, name = factories.named(target)
+    try:
+        factory = factories.load(module, name)
+    except factories.NoFactory as error:
+        raise _bad_usage(error) from error
     # What the factory raises is the caller's own, and keeps its traceback.
     made = factory()
     with _usage():
@@ -54,27 +55,6 @@ def memory(
     if png is not None:
         for each, path in zip(graphs, (png, png.with_stem(f"{png.stem}-backward")), strict=False):
             peak.draw(each, path)
-
-
-def _named(target: str) -> tuple[str, str]:
-    """The module and the function that MODULE:FACTORY names. Raises ValueError where it names none."""
-    module, _, name = target.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        got = arguments.shown(target)
-        raise ValueError(f"MODULE:FACTORY must name a module and a function of it, as models.llama:small; got {got}")
-    return module, name
-
-
-def _found(module: str, name: str) -> Callable[[], Any]:
-    """The factory. A module that is not there is bad usage; what else its import raises keeps its traceback."""
-    sys.path.insert(0, "")
-    try:
-        factory = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise _bad_usage(error) from error
-    if not callable(factory):
-        raise _bad_usage(ValueError(f"MODULE:FACTORY must name a function; {module} has no function {name!r}"))
-    return factory  # type: ignore[no-any-return]
 
 
 def _checked(target: str, made: Any) -> tuple[Any, tuple[Any, ...]]:

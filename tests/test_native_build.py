@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpp import program_of
 
 from compiled_dilated.native import build
 from compiled_dilated.native.build import NativeUnavailable
@@ -467,15 +468,7 @@ int main(int, char** argv) {
 def test_a_package_runs_without_python(in_process: Callable[..., None], tmp_path: Path) -> None:
     in_process(COMPILED, str(tmp_path / "model.pt2"), str(tmp_path / "package.pt2"))
     in_process("Path(sys.argv[1]).write_text(str(build.library_for_cpp()))", str(tmp_path / "library"))
-    (tmp_path / "main.cpp").write_text(MAIN)
-    at = Path(torch.__file__).parent
-    links = (f"-L{at / 'lib'}", f"-Wl,-rpath,{at / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
-    includes = (f"-I{at / 'include'}", f"-I{at / 'include/torch/csrc/api/include'}")
-    program = str(tmp_path / "main")
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-std=c++20", "-O0", str(tmp_path / "main.cpp"), *includes, *links, "-o", program], check=True)
-    linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    assert "libpython" not in linked
+    program = program_of(MAIN, tmp_path)
     library = (tmp_path / "library").read_text()
     done = subprocess.run([program, library, str(tmp_path / "package.pt2")], capture_output=True, text=True, timeout=120)
     assert done.stdout == f"1 {2 * (0.5 + 9 + 1 + 0.5):g}\n", done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpp import program_of
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -142,14 +142,7 @@ int main(int, char** argv) {
 
 @pytest.mark.slow
 def test_from_cpp(longnet: Exported, tmp_path: Path) -> None:
-    (tmp_path / "main.cpp").write_text(MAIN)
-    at = Path(torch.__file__).parent
-    links = (f"-L{at / 'lib'}", f"-Wl,-rpath,{at / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
-    includes = (f"-I{at / 'include'}", f"-I{at / 'include/torch/csrc/api/include'}")
-    program = str(tmp_path / "main")
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-std=c++20", "-O0", str(tmp_path / "main.cpp"), *includes, *links, "-o", program], check=True)
-    done = subprocess.run([program, str(longnet.path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program_of(MAIN, tmp_path), str(longnet.path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     attend = cd.compile(longnet.model)
     for number, tokens in zip(done.stdout.split(), (2, 65, 1000), strict=True):
@@ -190,8 +183,8 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (("inspect", "none.pt2"), "none.pt2.json is missing"),
-        (("export", "nowhere:make", "model.pt2"), "there is no module 'nowhere' here"),
-        (("export", "json:nothing", "model.pt2"), "'json' has no function 'nothing'"),
+        (("export", "nowhere:make", "model.pt2"), "No module named 'nowhere'"),
+        (("export", "json:nothing", "model.pt2"), "MODULE:FACTORY must name a function; json has no function 'nothing'"),
         (("export", "time:time", "model.pt2"), "must return (model or program, example inputs); got float"),
         (("export", "time:time", "model.pt2", "--lengths", "3"), "must return"),
     ],

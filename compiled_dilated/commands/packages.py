@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from passes import factories
 
 from .. import packages
 from .arguments import Json, bad_usage, numbers, print_json
@@ -34,13 +32,18 @@ def export(
 
     Exit code 2 if the factory is not there or does not fit; what it raises itself keeps its traceback.
     """
-    make = _factory(factory)
-    made: Any = make()
+    try:
+        with bad_usage():
+            module, name = factories.named(factory)
+        make = factories.load(module, name)
+    except factories.NoFactory as error:
+        raise typer.BadParameter(str(error)) from None
+    result = make()
     with bad_usage():
-        if not (isinstance(made, tuple) and len(made) == 2):
-            raise TypeError(f"{factory} must return (model or program, example inputs); got {type(made).__name__}")
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"{factory} must return (model or program, example inputs); got {type(result).__name__}")
         about = packages.export(
-            *made,
+            *result,
             path,
             lengths=_range("--lengths", lengths),
             batches=_range("--batches", batches),
@@ -75,20 +78,3 @@ def _range(name: str, text: str | None) -> tuple[int, int] | None:
     if len(both) != 2:
         raise typer.BadParameter(f"{name} takes LEAST,MOST, as in 1,65536; got {text!r}")
     return both[0], both[1]
-
-
-def _factory(named: str) -> Callable[[], Any]:
-    """The factory. A module that is not there is bad usage; what else its import raises keeps its traceback."""
-    module, _, name = named.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module), name or "", None)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise
-        raise typer.BadParameter(f"there is no module {error.name!r} here; write MODULE:FACTORY, as model:make") from None
-    except ValueError:
-        raise typer.BadParameter(f"write MODULE:FACTORY, as model:make; got {named!r}") from None
-    if not callable(factory):
-        raise typer.BadParameter(f"{module!r} has no function {name!r}; write MODULE:FACTORY, as model:make")
-    return factory  # type: ignore[no-any-return]

@@ -111,7 +111,7 @@ def _refuse(
 
 
 def _unmasked(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Visible:
-    """Of a layer for which no mask was made: encoders of images, cross attention."""
+    """Mask of a layer that got none: encoders of images, cross attention."""
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if causal:
         return Visible("causal()", (), {}, key.shape[2] - query.shape[2], True)

@@ -1,4 +1,4 @@
-"""What is written beside a package: what its inputs must be, and where it runs."""
+"""Description of a package: its inputs, ranges and machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FORMAT = 1
 
 
 def library_path(package: Path) -> Path:
-    """Of the native kernel beside a package."""
+    """Path of the native kernel beside a package."""
     return package.with_name(package.name + ".so")
 
 
 def about_path(package: Path) -> Path:
-    """Of the description beside a package."""
+    """Path of the description beside a package."""
     return package.with_name(package.name + ".json")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from .. import counting, masks
@@ -98,13 +99,15 @@ def _check(layer: Layer, program: Program) -> None:
         )
 
 
+@lru_cache(maxsize=64)
 def sees_later(program: Program, heads: int) -> bool:
     """Whether a program shows later keys to queries."""
     length = _length_of(program)
     later = ~masks.causal()
     for branch in program.branches:
-        for head in branch.head_range(heads):
-            if counting.pairs(masks.conjunction((branch.mask_at(head, heads), later)), length, length) != 0:
+        # Heads mostly see the same.
+        for mask in {branch.mask_at(head, heads) for head in branch.head_range(heads)}:
+            if counting.pairs(masks.conjunction((mask, later)), length, length) != 0:
                 return True
     return False
 

@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import arguments, budgets, factories, peak, reports
-from .planning import BudgetError, Choice, Pipeline
-from .reports import Report
-from .traced import capture
+from . import arguments, factories
+from .analysis import peak
+from .planning import budgets, reports
+from .planning.choose import BudgetError, Choice, Pipeline
+from .planning.reports import Report
+from .planning.tracing import capture
 
 
 def memory(

@@ -22,8 +22,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from .. import arguments
-from ..liveness import attribute, lifetimes, value_of
-from ..programs import copied_graph
+from ..analysis.inductor_program import copied_graph
+from ..analysis.liveness import attribute, lifetimes, value_of
 from .placements import Buffer, Placement
 from .solver import solve
 

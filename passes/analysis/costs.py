@@ -1,4 +1,4 @@
-"""How long a step takes, estimated from its graphs: arithmetic of products and attention, bytes of everything else, files.
+"""Estimated time of a step, from the flops and the bytes that its operators move.
 
 Good for ordering candidates on one machine; not a forecast of seconds.
 """
@@ -27,19 +27,23 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Work:
-    """What an operator does: floating-point operations, bytes of memory it reads and writes, bytes of files."""
+    """The work of an operator: flops, bytes of memory moved, bytes of files moved."""
 
     flops: float = 0
     memory_bytes: float = 0
     file_bytes: float = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.memory_bytes + other.memory_bytes, self.file_bytes + other.file_bytes)
+        return Work(
+            self.flops + other.flops,
+            self.memory_bytes + other.memory_bytes,
+            self.file_bytes + other.file_bytes,
+        )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates a second. The defaults are those of two cores with a local disk."""
+    """Rates per second. The defaults are those of two cores with a local disk."""
 
     flops: float = 1.5e11
     memory_bytes: float = 1e10
@@ -50,54 +54,76 @@ class Machine:
             arguments.rate(name, value, zero=False)
 
     def seconds(self, work: Work) -> float:
-        return work.flops / self.flops + work.memory_bytes / self.memory_bytes + work.file_bytes / self.file_bytes
+        """The time of some work, its three parts one after the other."""
+        return (
+            work.flops / self.flops
+            + work.memory_bytes / self.memory_bytes
+            + work.file_bytes / self.file_bytes
+        )
 
 
 MACHINE = Machine()
-_KNOWN: dict[Operator, Callable[..., Work]] = {}
+_REGISTERED: dict[Operator, Callable[..., Work]] = {}
 
 
 def register(op: Operator, work: Callable[..., Work]) -> None:
-    """Says that op(*args, **kwargs) does work(*args, **kwargs), where args are tensors without data and out= is the result.
+    """Register the work of an operator. A second call for the operator replaces the first.
 
-    A second call for an operator replaces the first. Of operators that nobody speaks of, the bytes of operands and results count.
+    Other operators count by torch's flop formulas, else by the bytes of their results.
+
+    work: work(*args, **kwargs, out=result) -> Work, called with tensors without data
     """
     if not isinstance(op, Operator):
-        raise TypeError(f"op must be an operator's overload, as torch.ops.aten.mm.default; got {op!r}")
+        raise TypeError(
+            f"op must be an operator's overload, as torch.ops.aten.mm.default; got {op!r}"
+        )
     arguments.function("work", work)
-    _KNOWN[op] = work
+    _REGISTERED[op] = work
 
 
 def of_graph(graph: Graph, *, sizes: Mapping[str, int] | None = None) -> Work:
-    """The work of a graph of operators whose nodes carry meta["val"]. sizes: values of symbols, else those of the trace."""
+    """The work of a graph of operators whose nodes have meta["val"].
+
+    sizes: values of symbols; other symbols count as traced
+    """
     arguments.kind("graph", graph, Graph, "Take it from a GraphModule: module.graph")
     sizes = arguments.sizes(sizes)
+    total = Work()
     with FakeTensorMode():
-        return sum((_of_node(node, sizes) for node in graph.nodes if isinstance(node.target, Operator)), start=Work())
+        for node in graph.nodes:
+            if isinstance(node.target, Operator):
+                total += _of_node(node, node.target, sizes)
+    return total
 
 
-def _of_node(node: Node, sizes: Mapping[str, int]) -> Work:
-    op = node.target
-    assert isinstance(op, Operator)
+def _of_node(node: Node, op: Operator, sizes: Mapping[str, int]) -> Work:
+    """The work of one call, with its symbols replaced by numbers."""
 
-    def plain(value: Any) -> Any:
+    def concrete(value: Any) -> Any:
         if isinstance(value, torch.SymInt):
             return number_of(value, node, sizes)
         if isinstance(value, Tensor):
-            return torch.empty([number_of(size, node, sizes) for size in value.shape], dtype=value.dtype, device=value.device)
+            shape = [number_of(size, node, sizes) for size in value.shape]
+            return torch.empty(shape, dtype=value.dtype, device=value.device)
         return value
 
-    args, kwargs = pytree.tree_map(plain, map_arg((node.args, node.kwargs), lambda each: each.meta.get("val")))
-    out = pytree.tree_map(plain, node.meta.get("val"))
-    if op in _KNOWN:
-        return _KNOWN[op](*args, **kwargs, out=out)
+    traced = map_arg((node.args, node.kwargs), lambda operand: operand.meta.get("val"))
+    args, kwargs = pytree.tree_map(concrete, traced)
+    out = pytree.tree_map(concrete, node.meta.get("val"))
+    if op in _REGISTERED:
+        return _REGISTERED[op](*args, **kwargs, out=out)
     if op.overloadpacket in flop_registry:
-        return Work(flops=float(flop_registry[op.overloadpacket](*args, **kwargs, out_val=out)))
-    return Work() if op.is_view or _is_fused(node) else Work(memory_bytes=_bytes(out))
+        flops = flop_registry[op.overloadpacket](*args, **kwargs, out_val=out)
+        return Work(flops=float(flops))
+    # A view moves nothing, and a fused result stays in registers.
+    if op.is_view or _is_fused(node):
+        return Work()
+    tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    return Work(memory_bytes=sum(tensor.nbytes for tensor in tensors))
 
 
 def _is_fused(node: Node) -> bool:
-    """Whether an elementwise result goes into elementwise operators alone, so that it never reaches memory."""
+    """Whether an elementwise result has elementwise readers only: inductor fuses them."""
     return _is_pointwise(node) and all(map(_is_pointwise, _readers(node)))
 
 
@@ -106,21 +132,24 @@ def _is_pointwise(node: Node) -> bool:
 
 
 def _readers(node: Node) -> Iterator[Node]:
-    """Who uses a value, also as a view."""
+    """Yield the users of a value, through views."""
     for user in node.users:
-        is_view = isinstance(user.target, Operator) and user.target.is_view
-        yield from _readers(user) if is_view else [user]
+        if isinstance(user.target, Operator) and user.target.is_view:
+            yield from _readers(user)
+        else:
+            yield user
 
 
-def _bytes(value: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+def _attention(query_place: int, products: int) -> Callable[..., Work]:
+    """The work of a dense attention kernel.
 
-
-def _attention(queries: int, products: int) -> Callable[..., Work]:
-    """The queries stand at that place among the arguments, the keys behind them."""
+    query_place: the place of the query among the arguments; the key follows it
+    products: matrix products of all queries with all keys
+    """
 
     def work(*args: Any, out: Any, **kwargs: Any) -> Work:
-        return Work(flops=2.0 * products * math.prod(args[queries].shape) * args[queries + 1].shape[-2])
+        query, key = args[query_place], args[query_place + 1]
+        return Work(flops=2.0 * products * math.prod(query.shape) * key.shape[-2])
 
     return work
 

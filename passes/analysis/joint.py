@@ -1,4 +1,4 @@
-"""Forward and backward in one graph, and the two that inductor's partitioner will make of it."""
+"""A joint graph of forward and backward, split as inductor's partitioner will split it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .inductor_program import copied_graph
 
 @dataclass(frozen=True)
 class Halves:
-    """A joint graph as it would be split: nodes of `forward` that `backward` takes have their names there.
+    """The forward and the backward of a joint graph. A saved value has one name in both.
 
-    results: how many values forward returns to the caller; those saved for backward follow them.
+    results: values that forward returns to the caller; the values saved for backward follow them
     """
 
     forward: Graph
@@ -34,40 +34,51 @@ class Halves:
 
     @cached_property
     def tangents(self) -> list[Node]:
-        """What only backward takes."""
-        crossing = {node.name for node in self.saved}
-        return [node for node in self.backward.nodes if node.op == "placeholder" and node.name not in crossing]
+        """The placeholders of backward that forward does not provide: gradients of results."""
+        saved = {node.name for node in self.saved}
+        placeholders = self.backward.find_nodes(op="placeholder")
+        return [node for node in placeholders if node.name not in saved]
 
     @cached_property
     def dependent(self) -> dict[str, Node]:
         """The nodes of backward that depend on tangents, by name."""
-        found = {node.name: node for node in self.tangents}
+        dependent = {node.name: node for node in self.tangents}
         for node in self.backward.nodes:
-            if node.op != "output" and any(each.name in found for each in node.all_input_nodes):
-                found[node.name] = node
-        return found
+            if node.op == "output":
+                continue
+            if any(operand.name in dependent for operand in node.all_input_nodes):
+                dependent[node.name] = node
+        return dependent
 
     @cached_property
-    def held(self) -> set[Node]:
-        """The nodes of forward whose memory the caller holds: inputs, parameters and results."""
-        results = [node for node in _returned(self.forward)[: self.results] if isinstance(node, Node)]
-        inputs = [node for node in self.forward.nodes if node.op in ("placeholder", "get_attr")]
-        return {base(node) for node in results} | set(inputs)
+    def owned_by_caller(self) -> set[Node]:
+        """The nodes of forward whose memory the caller keeps: inputs, parameters, results."""
+        results = _returned(self.forward)[: self.results]
+        inputs = {node for node in self.forward.nodes if node.op in ("placeholder", "get_attr")}
+        return inputs | {base(node) for node in results if isinstance(node, Node)}
 
     @cached_property
     def last_uses(self) -> dict[Node, Node]:
-        """By the base of each node of forward: the last one that reads its memory, or that makes it."""
-        return {base(each): node for node in self.forward.nodes if node.op != "output" for each in (node, *node.all_input_nodes)}
+        """For the base of each node of forward: the last node that reads or makes its memory."""
+        last: dict[Node, Node] = {}
+        for node in self.forward.nodes:
+            if node.op == "output":
+                continue
+            for used in (node, *node.all_input_nodes):
+                last[base(used)] = node
+        return last
 
 
 def split(graph: Graph) -> Halves | None:
-    """The halves of a joint graph, which is left as it is; None of a graph without a backward."""
+    """Split a copy of a joint graph; None if it has no backward."""
     output = next(iter(graph.find_nodes(op="output")))
     descriptions = pytree.arg_tree_leaves(output.meta.get("desc", ()))
-    if not any(isinstance(each, GradAOTOutput) for each in descriptions):
+    if not any(isinstance(description, GradAOTOutput) for description in descriptions):
         return None
-    # A gradient that is not asked for has no description.
-    results = next(i for i, each in enumerate(descriptions) if each is None or isinstance(each, GradAOTOutput))
+    # Gradients follow the results. One that nobody asked for has no description.
+    results = 0
+    while not (descriptions[results] is None or isinstance(descriptions[results], GradAOTOutput)):
+        results += 1
     module = GraphModule(graph.owning_module or {}, copied_graph(graph))
     partition = config.custom_partitioner_fn or min_cut_rematerialization_partition
     forward, backward = partition(module, (), num_fwd_outputs=results)
@@ -75,7 +86,10 @@ def split(graph: Graph) -> Halves | None:
 
 
 def base(node: Node) -> Node:
-    """The node whose memory this one is a view of, or the node itself. A result of several is a base of its own."""
+    """The node whose memory this one views, or the node itself.
+
+    One of several results is its own base, unless the operator returns views.
+    """
     while is_view(node) or (node.target is operator.getitem and is_view(node.all_input_nodes[0])):
         node = node.all_input_nodes[0]
     return node
@@ -85,8 +99,10 @@ def is_view(node: Node) -> bool:
     """Whether a node is a view of its first operand, by the schema of its operator."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    returned = node.target._schema.returns
-    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+    returns = node.target._schema.returns
+    if not returns or returns[0].alias_info is None:
+        return False
+    return not returns[0].alias_info.is_write
 
 
 def _returned(graph: Graph) -> list[object]:

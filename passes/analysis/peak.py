@@ -1,4 +1,4 @@
-"""When a graph holds most, and who holds it.
+"""The peak of a graph: the step at which most bytes are live, and which storages those are.
 
 print(peak.find(liveness.lifetimes(graph)))
 
@@ -22,12 +22,13 @@ from .liveness import Lifetimes, Storage
 
 _ROWS = 24
 _WIDTH = 72
-_DRAWN = 40
+_LAYERS = 40
+_SHADES = " .:-=+*#%@"
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The first step during which most bytes live. Prints as a table of what lives then, inputs in one line."""
+    """The first step at which most bytes are live. Prints as a table of the live storages."""
 
     lifetimes: Lifetimes
     step: int
@@ -38,40 +39,42 @@ class Peak:
 
     @property
     def peak_bytes(self) -> int:
-        """Everything that lives, inputs included."""
+        """Live bytes at the peak, inputs included."""
         return int(self.lifetimes.bytes_at[self.step])
 
     @property
     def input_bytes(self) -> int:
-        """What lived before the first step."""
+        """Live bytes before the first step."""
         return self.lifetimes.input_bytes
 
     @property
     def added_bytes(self) -> int:
-        """What the graph needs beyond its inputs; less than 0 where it frees donated inputs and makes little."""
+        """The peak beyond the inputs; negative if the graph frees inputs and allocates little."""
         return self.peak_bytes - self.input_bytes
 
     @property
     def nested_bytes(self) -> int:
-        """What a subgraph that runs at this step holds."""
+        """Peak bytes of a subgraph that runs at this step."""
         return self.lifetimes.nested[self.step]
 
     @property
     def live(self) -> tuple[Storage, ...]:
-        """What lives then, largest first."""
-        return tuple(sorted((each for each in self.lifetimes.storages if _lives(each, self.step)), key=_by_size))
+        """The storages live at the peak, largest first."""
+        live = [storage for storage in self.lifetimes.storages if _is_live(storage, self.step)]
+        return tuple(sorted(live, key=_by_size))
 
     def __str__(self) -> str:
-        made = [each for each in self.live if not each.is_input and each.size]
-        width = max((len(each.name) for each in made), default=0)
+        allocated = [storage for storage in self.live if not storage.is_input and storage.size]
+        width = max((len(storage.name) for storage in allocated), default=0)
         lines = [
-            f"peak {mebibytes(self.peak_bytes)} at step {self.step} of {len(self.lifetimes.steps)}, {self.node}: "
+            f"peak {mebibytes(self.peak_bytes)} at step {self.step} of "
+            f"{len(self.lifetimes.steps)}, {self.node}: "
             f"{mebibytes(self.added_bytes)} beyond {mebibytes(self.input_bytes)} of inputs"
         ]
-        lines += [
-            f"{mebibytes(each.size):>14}  {each.name:{width}}  {f'[{each.lower}, {each.upper})':12}  {each.source}".rstrip()
-            for each in made
-        ]
+        for storage in allocated:
+            lifetime = f"[{storage.lower}, {storage.upper})"
+            columns = (f"{mebibytes(storage.size):>14}", f"{storage.name:{width}}")
+            lines.append("  ".join((*columns, f"{lifetime:12}", storage.source)).rstrip())
         if self.nested_bytes:
             lines.append(f"{mebibytes(self.nested_bytes):>14}  inside the subgraphs of {self.node}")
         return "\n".join(lines)
@@ -84,9 +87,10 @@ def find(lifetimes: Lifetimes) -> Peak:
 
 
 def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) -> str:
-    """The largest storages as bars over the steps, above them what lives beyond the inputs, as a figure of ASCII characters.
+    """Draw storages as bars over the steps in ASCII, below a curve of the bytes beyond the inputs.
 
-    rows: storages that are shown, the largest that are not inputs. width: columns of the bars; each stands for one step or more.
+    rows: the largest storages that are not inputs, one a row
+    width: columns of the bars; a column stands for one step or more
 
               10 B   %@:  beyond the inputs, darkest at the peak
                8 B   ##   a
@@ -95,57 +99,76 @@ def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) ->
     _check(lifetimes)
     arguments.whole("rows", rows, 1)
     arguments.whole("width", width, 1)
-    columns = np.array_split(np.arange(len(lifetimes.steps)), min(width, len(lifetimes.steps)))
+    count = len(lifetimes.steps)
+    columns = np.array_split(np.arange(count), min(width, count))
     beyond = np.maximum(lifetimes.bytes_at - lifetimes.input_bytes, 0)
     most = int(beyond.max(initial=0))
-    shades = " .:-=+*#%@"
-    curve = "".join(shades[min(9, int(beyond[steps].max()) * 10 // max(most, 1))] for steps in columns)
+    # The curve: one of ten shades a column, by the highest of its steps.
+    curve = ""
+    for steps in columns:
+        shade = int(beyond[steps].max()) * 10 // max(most, 1)
+        curve += _SHADES[min(9, shade)]
     lines = [f"{mebibytes(most):>14}  {curve}  beyond the inputs, darkest at the peak"]
-    for each in _largest(lifetimes.storages, rows):
-        bar = "".join("#" if each.lower <= steps[-1] and steps[0] < each.upper else " " for steps in columns)
-        lines.append(f"{mebibytes(each.size):>14}  {bar}  {each.name}")
+    for storage in _largest(lifetimes.storages, rows):
+        bar = ""
+        for steps in columns:
+            is_live = storage.lower <= steps[-1] and steps[0] < storage.upper
+            bar += "#" if is_live else " "
+        lines.append(f"{mebibytes(storage.size):>14}  {bar}  {storage.name}")
     return "\n".join(lines)
 
 
 def draw(lifetimes: Lifetimes, path: str | PathLike[str]) -> None:
-    """The same as a picture, in the format that the ending of `path` names: bytes by step, stacked, largest storages apart.
+    """Draw live bytes over the steps as a stacked picture, the largest storages as layers.
 
-    Raises ValueError as check_picture does.
+    path: a file whose suffix names the format; raises as check_picture does
     """
     _check(lifetimes)
     check_picture("path", path)
-    # A picture is rare and its library slow to import. The figure is its own: no window, no state of pyplot's.
+    # Imported here, because it is slow and pictures are rare. Without pyplot: no window, no state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = np.arange(len(lifetimes.steps))
-    largest = _largest(lifetimes.storages, _DRAWN)
-    layers = [_mebibytes_at(each, steps) for each in largest]
-    inputs = sum((_mebibytes_at(each, steps) for each in lifetimes.storages if each.is_input), start=np.zeros(len(steps)))
+    # Layers from below: all inputs, the small storages, then each large one.
+    inputs = np.zeros(len(steps))
+    for storage in lifetimes.storages:
+        if storage.is_input:
+            inputs += _mebibytes_at(storage, steps)
+    layers = [_mebibytes_at(storage, steps) for storage in _largest(lifetimes.storages, _LAYERS)]
     rest = np.maximum(lifetimes.bytes_at / 2**20 - sum(layers, start=inputs), 0)
     figure = Figure(figsize=(11, 5))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.stackplot(steps, inputs, rest, *layers, step="mid", linewidth=0)
-    at = find(lifetimes)
-    axes.annotate(at.node, (at.step, at.peak_bytes / 2**20))
-    axes.set(xlabel="step", ylabel="MiB", title=f"{mebibytes(at.peak_bytes)} at {at.node}")
+    peak = find(lifetimes)
+    axes.annotate(peak.node, (peak.step, peak.peak_bytes / 2**20))
+    axes.set(xlabel="step", ylabel="MiB", title=f"{mebibytes(peak.peak_bytes)} at {peak.node}")
     figure.savefig(path)
 
 
 def check_picture(name: str, path: str | PathLike[str]) -> None:
-    """Raises TypeError or ValueError unless a picture can be written to `path`: a known ending, in a directory that is there."""
+    """Raise TypeError or ValueError unless a picture can be written to `path`.
+
+    name: of the argument, for the message
+    """
     from matplotlib.backend_bases import FigureCanvasBase
 
     if not isinstance(path, str | PathLike):
         raise TypeError(f"{name} must be a path; got {type(path).__name__} {arguments.shown(path)}")
-    place, endings = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
-    if place.suffix.removeprefix(".").lower() not in endings:
-        raise ValueError(f"{name} must end in one of {', '.join(endings)}; got {str(place)!r}")
-    if not place.parent.is_dir():
-        raise ValueError(f"{name} must lie in a directory that is there; got {str(place)!r}. Make {str(place.parent)!r} first")
-    if place.is_dir():
-        raise ValueError(f"{name} must be a file; got the directory {str(place)!r}. Add a file's name")
+    file = Path(path)
+    suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in suffixes:
+        raise ValueError(f"{name} must end in one of {', '.join(suffixes)}; got {str(file)!r}")
+    if not file.parent.is_dir():
+        raise ValueError(
+            f"{name} must lie in a directory that is there; got {str(file)!r}. "
+            f"Make {str(file.parent)!r} first"
+        )
+    if file.is_dir():
+        raise ValueError(
+            f"{name} must be a file; got the directory {str(file)!r}. Add a file's name"
+        )
 
 
 def _check(lifetimes: Lifetimes) -> None:
@@ -155,21 +178,24 @@ def _check(lifetimes: Lifetimes) -> None:
 
 
 def mebibytes(size: int) -> str:
-    """Bytes for people: "12.0 MiB", less than one in bytes."""
+    """Format bytes: "12.0 MiB", or "512 B" below one MiB."""
     return f"{size / 2**20:,.1f} MiB" if abs(size) >= 2**20 else f"{size:,} B"
 
 
 def _largest(storages: Sequence[Storage], count: int) -> list[Storage]:
-    """The largest that are not inputs, in the order in which they are made."""
-    made = sorted((each for each in storages if not each.is_input and each.size), key=_by_size)[:count]
-    return sorted(made, key=lambda each: each.lower)
+    """The `count` largest storages that are not inputs, in the order of their allocation."""
+    allocated = [storage for storage in storages if not storage.is_input and storage.size]
+    largest = sorted(allocated, key=_by_size)[:count]
+    return sorted(largest, key=lambda storage: storage.lower)
 
 
 def _mebibytes_at(storage: Storage, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    return np.where((storage.lower <= steps) & (steps < storage.upper), storage.size / 2**20, 0.0)
+    """The storage's size at each step, in MiB, 0 while it is not live."""
+    is_live = (storage.lower <= steps) & (steps < storage.upper)
+    return np.where(is_live, storage.size / 2**20, 0.0)
 
 
-def _lives(storage: Storage, step: int) -> bool:
+def _is_live(storage: Storage, step: int) -> bool:
     return storage.lower <= step < storage.upper
 
 

@@ -20,7 +20,7 @@ from torch._inductor.codecache import write_atomic
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from .. import package
-from ..analysis.workspaces import tellers
+from ..analysis.workspaces import registered
 from ..protocol import Pass
 from . import inductor_hooks
 from .tracing import Captured
@@ -37,7 +37,7 @@ def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | Non
     about = (source, pipeline, code, inputs, held, graph.training, torch.__version__, torch.get_num_threads(), config.get_hash())
     found = hashlib.sha256(repr(about).encode())
     # The source of this package is part of `source`.
-    for file in sorted(_sources({teller.__module__.partition(".")[0] for teller in tellers()} - {package.NAME})):
+    for file in sorted(_sources({function.__module__.partition(".")[0] for function in registered()} - {package.NAME})):
         found.update(file.read_bytes())
     return found.hexdigest()
 

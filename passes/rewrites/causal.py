@@ -22,7 +22,7 @@ from ..analysis.liveness import source_of
 from ..protocol import Stage
 from .rows.attentions import scaled_dot_product
 from .rows.positions import Conditions, Sum, conditions
-from .rows.readers import value_of
+from .rows.readers import example_value
 
 # Query i stands along the last axis but one, key j along the last.
 _NOTHING_AHEAD = Sum({2: 1, 1: -1})
@@ -47,14 +47,14 @@ class Causal:
             mask = call.arguments["attn_mask"]
             call.arguments.update(attn_mask=None, is_causal=True)
             node.args, node.kwargs = call.args, call.kwargs
-            shape = " x ".join(map(str, value_of(mask).shape))
+            shape = " x ".join(map(str, example_value(mask).shape))
             lines.append(f"{node.name} is causal, its mask of {shape} is not made  {source_of(node)}".rstrip())
         return lines
 
 
 def _is_causal(mask: Any) -> bool:
     said = conditions(mask) if isinstance(mask, Node) else None
-    if said is None or not isinstance(value := value_of(mask), Tensor):
+    if said is None or not isinstance(value := example_value(mask), Tensor):
         return False
     tells: Conditions = tuple(each for each in said if not each.is_never_negative(value.shape))
     return bool(tells) and all(each == _NOTHING_AHEAD for each in tells)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import passes
 from passes import Causal
 from passes.rewrites.rows.positions import conditions
-from passes.rewrites.rows.readers import value_of
+from passes.rewrites.rows.readers import example_value
 from tests.graphs import measured_peak
 
 Q, K = 7, 11
@@ -127,7 +127,7 @@ def test_masks_are_read(name: str, traced: Callable[[nn.Module], GraphModule]) -
     _, mask = mask_of(module)
     said = conditions(mask)
     if said is not None:
-        truth = make().expand(*value_of(mask).shape)
+        truth = make().expand(*example_value(mask).shape)
         for index in itertools.product(*map(range, truth.shape)):
             at = dict(enumerate(reversed(index), start=1))
             sums = (each.constant + sum(step * at[axis] for axis, step in each.steps.items()) for each in said)

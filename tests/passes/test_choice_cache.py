@@ -87,7 +87,7 @@ def test_operators_that_say_otherwise_what_they_hold_are_asked_again(tmp_path: P
     source.write_text("def held(*args, **kwargs):\n    return 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     held = importlib.import_module("telling").held
-    monkeypatch.setitem(workspaces._KNOWN, torch.ops.aten.erf.default, held)
+    monkeypatch.setitem(workspaces._REGISTERED, torch.ops.aten.erf.default, held)
     _choose(Pipeline(2**30, CANDIDATES))
     source.write_text("def held(*args, **kwargs):\n    return 4096\n")
     _refuse(monkeypatch)

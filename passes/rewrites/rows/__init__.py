@@ -1,1 +1,1 @@
-"""Work on rows one by one: found in graphs, written down as text, run and differentiated some rows at a time."""
+"""Row-wise work: recognized in graphs, written as text, run and differentiated in chunks."""

@@ -1,4 +1,4 @@
-"""Which attentions can be asked for some queries at a time, and what they then read of the keys."""
+"""Attention operators that stream_qkv can call for some queries at a time."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from ... import arguments
-from .readers import value_of
+from .readers import example_value
 
 aten = torch.ops.aten
 
-_SCALED_DOT_PRODUCT = (aten.scaled_dot_product_attention.default, F.scaled_dot_product_attention)
+_SCALED_DOT_PRODUCT = (
+    aten.scaled_dot_product_attention.default,
+    F.scaled_dot_product_attention,
+)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An operator of (query, key, value, ...), each (batch, heads, tokens, features), that works on queries in parts.
+    """An operator of (query, key, value, ...), each (batch, heads, tokens, features).
 
-    Its result is their values, or a tuple that begins with them.
+    Its result is the values, or a tuple that begins with them. Its functions:
 
-    read(query, key, value, ...) -> its other arguments by name, literals; None for a call that is not to be taken apart.
-    reach(start, stop, tokens, **options) -> the half-open range of keys that the queries [start, stop) of `tokens` may see.
-    part(query, key, value, start, first, **options) -> their result; the first query stands at `start`, the first key at `first`.
-    flops(query, key, value, **options) -> floating-point operations of a dense kernel that would take as long, for an estimate.
+    read(query, key, value, ...) -> the other arguments by name, literals; None for a call that
+        must not be split
+    reach(start, stop, tokens, **options) -> the range [first, last) of keys that the queries
+        [start, stop) of `tokens` may see
+    part(query, key, value, start, first, **options) -> the result for some queries; `start` is the
+        position of the first query, `first` that of the first key
+    flops(query, key, value, **options) -> flops of a dense kernel that would take as long
     """
 
     name: str
@@ -46,7 +52,8 @@ _ATTENTIONS: dict[Any, Attention] = {}
 
 def all_pairs(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> float:
     """The flops of every query with every key."""
-    return 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    pairs = query[..., 0].numel() * key.shape[-2]
+    return 2.0 * pairs * (query.shape[-1] + value.shape[-1])
 
 
 def attention(
@@ -56,25 +63,38 @@ def attention(
     part: Callable[..., Tensor],
     flops: Callable[..., float] = all_pairs,
 ) -> Attention:
-    """Lets stream_qkv take an attention apart. targets: what graphs call: an operator (torch.ops....), its other spellings.
+    """Register an attention for stream_qkv, where the operator is defined.
 
-    Do it where the operator is defined: a compiled graph asks for it by the first target's name. See Attention for the others.
+    A compiled graph looks it up by the name of the first target.
+
+    targets: what graphs call: an operator (torch.ops....), then its other spellings
+    read, reach, part, flops: see Attention
     """
     if not targets:
         raise ValueError(
-            "targets must be what graphs call, at least one; got none. Give an operator, as torch.ops.mine.attend.default"
+            "targets must be what graphs call, at least one; got none. "
+            "Give an operator, as torch.ops.mine.attend.default"
         )
     for name, value in (("read", read), ("reach", reach), ("part", part), ("flops", flops)):
         arguments.function(name, value)
-    made = Attention(str(targets[0]), read, reach, part, flops)
-    packets = [each.overloadpacket for each in targets if isinstance(each, torch._ops.OpOverload)]
-    _ATTENTIONS.update(dict.fromkeys((*targets, *packets, made.name), made))
-    return made
+    registered = Attention(str(targets[0]), read, reach, part, flops)
+    packets = [
+        target.overloadpacket for target in targets if isinstance(target, torch._ops.OpOverload)
+    ]
+    for key in (*targets, *packets, registered.name):
+        _ATTENTIONS[key] = registered
+    return registered
 
 
 @dataclass(frozen=True)
 class Call:
-    """An attention in a graph. result: the node whose value is (batch, heads, tokens, features); text: for `parse`."""
+    """A call of a registered attention in a graph.
+
+    result: the node whose value is (batch, heads, tokens, features)
+    operator: the call itself, if its result is a tuple; else `result`
+    text: the attention and its options, for `parse`
+    heads: query, key, value
+    """
 
     result: Node
     operator: Node
@@ -83,34 +103,43 @@ class Call:
 
 
 def call(result: Node) -> Call | None:
-    """What makes a node's value, if it is an attention that is known: itself, or one whose first result it is, used alone."""
+    """Read a node as the result of a registered attention; None if it is none.
+
+    That is the call itself, or the first item of its tuple, if nothing uses the other items.
+    """
     node = result
-    if node.target is operator.getitem and isinstance(of := node.args[0], Node) and node.args[1] == 0 and len(of.users) == 1:
-        node = of
-    found = _ATTENTIONS.get(node.target) if node.op == "call_function" else None
-    if found is None or isinstance(value_of(node), Tensor) != (node is result):
+    if node.target is operator.getitem and node.args[1] == 0:
+        source = node.args[0]
+        if isinstance(source, Node) and len(source.users) == 1:
+            node = source
+    attention = _ATTENTIONS.get(node.target) if node.op == "call_function" else None
+    if attention is None or isinstance(example_value(node), Tensor) != (node is result):
         return None
     try:
-        bound = inspect.signature(found.read).bind(*node.args, **node.kwargs)
+        bound = inspect.signature(attention.read).bind(*node.args, **node.kwargs)
     except TypeError:
         return None
-    options = found.read(*bound.args, **bound.kwargs)
-    if options is None or not all(isinstance(each, int | float | str | None) for each in options.values()):
+    options = attention.read(*bound.args, **bound.kwargs)
+    if options is None:
+        return None
+    if not all(isinstance(option, int | float | str | None) for option in options.values()):
         return None
     query, key, value, *_ = bound.args
-    return Call(result, node, repr((found.name, options)), (query, key, value))
+    return Call(result, node, repr((attention.name, options)), (query, key, value))
 
 
 def parse(text: str) -> tuple[Attention, dict[str, Any]]:
-    """What `call` wrote. Raises KeyError for an attention that nobody has registered in this process."""
+    """Parse Call.text. Raises KeyError for an attention that is not registered in this process."""
     name, options = ast.literal_eval(text)
     if name not in _ATTENTIONS:
-        raise KeyError(f"{name} is no attention that stream_qkv knows. Import the module that registers it")
+        raise KeyError(
+            f"{name} is no attention that stream_qkv knows. Import the module that registers it"
+        )
     return _ATTENTIONS[name], options
 
 
 def scaled_dot_product(node: Node) -> inspect.BoundArguments | None:
-    """The arguments of torch's own attention, defaults among them; None of another node."""
+    """The arguments of torch's own attention, defaults included; None for another node."""
     if node.target not in _SCALED_DOT_PRODUCT:
         return None
     bound = inspect.signature(_read).bind(*node.args, **node.kwargs)
@@ -129,8 +158,10 @@ def _read(
     scale: Any = None,
     enable_gqa: Any = False,
 ) -> dict[str, Any] | None:
-    options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    return options if attn_mask is None and isinstance(dropout_p, int | float) and dropout_p == 0 else None
+    """SDPA's options; None with a mask or dropout."""
+    if attn_mask is not None or not isinstance(dropout_p, int | float) or dropout_p != 0:
+        return None
+    return {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
 
 
 def _reach(start: int, stop: int, tokens: int, *, is_causal: bool, **_: Any) -> tuple[int, int]:
@@ -138,28 +169,48 @@ def _reach(start: int, stop: int, tokens: int, *, is_causal: bool, **_: Any) -> 
 
 
 def _part(
-    query: Tensor, key: Tensor, value: Tensor, start: int, first: int, *, is_causal: bool, scale: float | None, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    first: int,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
-    """is_causal means that query and key 0 stand together; here the last of both do."""
+    """SDPA for queries from position `start` on and keys from `first` on.
+
+    SDPA aligns causal masks at the top left; here the last query and key are aligned.
+    """
+    sdpa = F.scaled_dot_product_attention
     if not is_causal or start == first:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        return sdpa(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     split = start - first
+    # All queries see the keys before `split`. From there on the mask is aligned at the top left,
+    # so the flash kernel needs no mask tensor for either part.
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         before = _with_lse(query, key[..., :split, :], value[..., :split, :], False, scale)
-        return _merged(before, _with_lse(query, key[..., split:, :], value[..., split:, :], True, scale))
-    seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril_(split)
-    return F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=enable_gqa)
+        after = _with_lse(query, key[..., split:, :], value[..., split:, :], True, scale)
+        return _merged(before, after)
+    shape = (query.shape[-2], key.shape[-2])
+    mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril_(split)
+    return sdpa(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
 
 
-def _with_lse(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
+def _with_lse(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = kernel(query, key, value, 0.0, is_causal, scale=scale)
     return out, lse
 
 
 def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
-    """Two parts of one softmax: each weighed by its share of the sum of exponentials."""
+    """Merge two parts (out, lse) of one softmax, neither of which has an empty row."""
     share = torch.sigmoid(left[1] - right[1])[..., None]
-    return torch.lerp(right[0].to(share.dtype), left[0].to(share.dtype), share).to(left[0].dtype)
+    out = torch.lerp(right[0].to(share.dtype), left[0].to(share.dtype), share)
+    return out.to(left[0].dtype)
 
 
 attention(*_SCALED_DOT_PRODUCT, read=_read, reach=_reach, part=_part)

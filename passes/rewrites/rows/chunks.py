@@ -1,4 +1,4 @@
-"""What passes that work in chunks of rows have in common: how many rows a chunk has, and one node in the place of many."""
+"""What passes that work in chunks of rows share: the size of a chunk, and replacing nodes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from ...protocol import Stage
 
 @dataclass(frozen=True)
 class InChunks:
-    """A pass over the graph as captured that is told rows of a chunk, or the bytes that they may take, or neither.
+    """A pass over a Dynamo graph that replaces nodes by an operator in chunks of rows.
 
-    Raises TypeError or ValueError where one of them is no int of at least 1, or both are given.
+    rows: rows of a chunk
+    chunk_bytes: instead, bytes of a chunk; it has as many rows as fit, at least one
+
+    Raises TypeError or ValueError if one of them is no int of at least 1, or both are given.
     """
 
     rows: int | None = None
@@ -37,19 +40,25 @@ class InChunks:
 
     @property
     def keeps_bits(self) -> bool:
-        """A product of fewer rows, and a softmax or a sum in parts, may add up in another order."""
+        """False: a product of fewer rows, or a sum in parts, may add up in another order."""
         return False
 
-    def rows_of(self, row_bytes: int, otherwise_bytes: int) -> int:
-        """Rows of a chunk, at least one. otherwise_bytes: what they may take where nobody says."""
-        return self.rows or max(1, (self.chunk_bytes or otherwise_bytes) // row_bytes)
+    def rows_of(self, row_bytes: int, default_bytes: int) -> int:
+        """Rows of a chunk, at least one.
+
+        row_bytes: bytes of one row
+        default_bytes: bytes of a chunk if neither option is given
+        """
+        if self.rows is not None:
+            return self.rows
+        return max(1, (self.chunk_bytes or default_bytes) // row_bytes)
 
 
-def parts(rows: int, chunk_rows: int, device: torch.device) -> Iterator[slice]:
-    """The chunks of so many rows; the last may be shorter.
+def chunks(rows: int, chunk_rows: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices of `chunk_rows` rows; the last may be shorter.
 
-    After them, on a CPU, what was freed leaves the process: values of a chunk are small enough for glibc to keep what they took,
-    and whole activations too large to use it.
+    After several chunks on a CPU, freed memory goes back to the system: glibc keeps blocks of the
+    size of a chunk, and cannot use them for whole activations.
     """
     for start in range(0, rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, rows))
@@ -57,13 +66,14 @@ def parts(rows: int, chunk_rows: int, device: torch.device) -> Iterator[slice]:
         give_back_freed_memory()
 
 
-def put(graph: Graph, node: Node, nodes: Sequence[Node], result: Node) -> str:
-    """Puts `node` in the place of `nodes`, which come in the order of the graph and of which others use `result` alone.
+def replace(graph: Graph, node: Node, members: Sequence[Node], result: Node) -> str:
+    """Replace `members` by `node`, and return the source line that made `result`.
 
-    Returns the line of source that made the result.
+    members: in the order of the graph
+    result: the only one of them that other nodes use
     """
     node.meta.update(result.meta)
     result.replace_all_uses_with(node)
-    for each in reversed(nodes):
-        graph.erase_node(each)
+    for member in reversed(members):
+        graph.erase_node(member)
     return source_of(node)

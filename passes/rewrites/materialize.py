@@ -1,10 +1,12 @@
-"""Elementwise values that are used again are made, instead of being computed anew from all that went into them.
+"""Shared elementwise values as buffers, in place of computing them again in each user.
 
-Inductor writes a sum of few buffers into each of its users. Along a residual stream that keeps every summand:
+Inductor inlines a sum of few buffers into each of its users. Along a residual stream that keeps
+every summand alive:
 
-    x1 = x + a;  f(x1);  x2 = x1 + b;  g(x2);  x3 = x2 + c        at x3 inductor holds x, a, b and c; made, it holds x2 and c
+    x1 = x + a;  f(x1);  x2 = x1 + b;  g(x2);  x3 = x2 + c        at x3 inductor needs x, a, b, c;
+                                                                  with x2 as a buffer, x2 and c
 
-Four transformer layers then take what one does.
+Four transformer layers then need what one does.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from ..analysis.effects import is_elementwise
 from ..analysis.peak import mebibytes
 from ..protocol import Stage
 
-# Inductor makes a node that bears it a buffer, laid out as traced.
-_MADE = "inductor_realize_to_strides"
+# Inductor makes a buffer, laid out as traced, of a node with this key in its meta.
+_REALIZE = "inductor_realize_to_strides"
 
 
 @dataclass(frozen=True)
 class Materialize:
-    """Makes the elementwise values of a lowered graph that have two operands and two users or more, where that lowers the peak.
+    """Makes buffers of elementwise values with two operands and two users or more.
 
-    In half precision a value that is made is rounded, as without a compiler, where one computed anew is not.
+    Only if that lowers the peak of the lowered graph. In half precision a buffer is rounded, as
+    without a compiler; a value computed again is not.
     """
 
     stage = Stage.LOWERED
@@ -40,23 +43,28 @@ class Materialize:
         trial = footprint.copied(module)
         _mark(_shared(trial.graph))
         try:
-            before, after = footprint.in_compilation(module), footprint.in_compilation(trial)
-        except ValueError:  # sizes or branches by the data: there is no count, and the graph stays as it is
+            before = footprint.in_compilation(module)
+            after = footprint.in_compilation(trial)
+        except ValueError:  # sizes or branches depend on data: no peak is known
             return ()
         if after >= before:
             return ()
         _mark(shared)
-        return (f"{len(shared)} shared elementwise values are made: peak {mebibytes(before)} -> {mebibytes(after)}",)
+        peaks = f"peak {mebibytes(before)} -> {mebibytes(after)}"
+        return (f"{len(shared)} shared elementwise values are made: {peaks}",)
 
 
 def _shared(graph: Graph) -> list[Node]:
-    return [
-        node
-        for node in graph.nodes
-        if is_elementwise(node) and len(node.users) > 1 and len(node.all_input_nodes) > 1 and _MADE not in node.meta
-    ]
+    """The elementwise nodes with two operands and two users or more that are not marked yet."""
+    shared: list[Node] = []
+    for node in graph.nodes:
+        if not is_elementwise(node) or _REALIZE in node.meta:
+            continue
+        if len(node.users) > 1 and len(node.all_input_nodes) > 1:
+            shared.append(node)
+    return shared
 
 
 def _mark(nodes: Sequence[Node]) -> None:
     for node in nodes:
-        node.meta[_MADE] = True
+        node.meta[_REALIZE] = True

@@ -1,10 +1,12 @@
-"""In which order steps hold least at their peak: a search over the sets of steps that may have been done.
+"""The order of steps with the lowest peak: a beam search over sets of done steps.
 
-    done = {}  ->  {a}  ->  {a, b}  ->  ...     a state is a set of done steps; of two orders that lead to it, the one
-           ->  {b}  ->  {a, b}                  of the lower peak so far is kept, for what follows is the same for both
+    done = {}  ->  {a}  ->  {a, b}  ->  ...     a state is a set of done steps; of two orders that
+           ->  {b}  ->  {a, b}                  reach it, the one with the lower peak so far stays,
+                                                for what follows is the same for both
 
-Of the sets of one size the `width` best are kept; where that is all of them, the order found is optimal. After Ahn et al.,
-Ordering Chaos: Memory-Aware Scheduling of Irregularly Wired Neural Networks for Edge Devices (2003.02369).
+Of the sets of one size the `width` best stay; if that is all of them, the order is optimal. After
+Ahn et al., Ordering Chaos: Memory-Aware Scheduling of Irregularly Wired Neural Networks for Edge
+Devices (2003.02369).
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps numbered in an order that is legal, and the storages that they make and use, by number.
+    """Steps numbered in a legal order, and the storages that they allocate and use, by number.
 
-    sizes: bytes of each storage. made, used: storages per step; a step uses what it makes. before: per step, earlier steps that
-    must precede it. kept: storages that are not freed. workspace: bytes that a step alone holds, or () where none does. Storages
-    that no step makes are there from the start; they matter where they are freed.
+    sizes: bytes of each storage
+    made: the storages that each step allocates; a storage that no step makes is an input, and
+        matters only if it is freed
+    used: the storages that each step uses, those that it makes among them
+    before: for each step, earlier steps that must precede it
+    kept: storages that are not freed
+    workspace: bytes of each step itself, or () for none
     """
 
     sizes: tuple[int, ...]
@@ -33,7 +39,7 @@ class Steps:
 
     @cached_property
     def _users(self) -> list[int]:
-        """Per storage, the set of its users, a bit for each."""
+        """For each storage the set of its users, a bit for each step."""
         users = [0] * len(self.sizes)
         for step, storages in enumerate(self.used):
             for storage in storages:
@@ -42,97 +48,129 @@ class Steps:
 
     @cached_property
     def _needs(self) -> list[int]:
-        return [sum(1 << each for each in before) for before in self.before]
+        """For each step the set of steps that must precede it, a bit for each."""
+        return [sum(1 << earlier for earlier in before) for before in self.before]
 
     @cached_property
     def _followers(self) -> list[list[int]]:
+        """For each step those that it must precede."""
         followers: list[list[int]] = [[] for _ in self.before]
         for step, before in enumerate(self.before):
-            for each in before:
-                followers[each].append(step)
+            for earlier in before:
+                followers[earlier].append(step)
         return followers
 
     def rise(self, step: int) -> int:
-        """The bytes that are held during a step beyond those before it."""
-        return sum(self.sizes[each] for each in self.made[step]) + (self.workspace[step] if self.workspace else 0)
+        """Bytes live during a step beyond those before it."""
+        allocated = sum(self.sizes[storage] for storage in self.made[step])
+        return allocated + (self.workspace[step] if self.workspace else 0)
 
     def change(self, step: int, done: int) -> int:
-        """The bytes that are held after a step beyond those before it. done: the set of done steps, this one included."""
-        freed = (each for each in self.used[step] if each not in self.kept and not self._users[each] & ~done)
-        return sum(self.sizes[each] for each in self.made[step]) - sum(self.sizes[each] for each in freed)
+        """Bytes live after a step beyond those before it.
+
+        done: the set of done steps, this one included
+        """
+        change = sum(self.sizes[storage] for storage in self.made[step])
+        for storage in self.used[step]:
+            has_users = self._users[storage] & ~done
+            if storage not in self.kept and not has_users:
+                change -= self.sizes[storage]
+        return change
 
     def after(self, step: int, done: int) -> list[int]:
-        """The steps that become possible with it."""
-        return [each for each in self._followers[step] if not self._needs[each] & ~done]
+        """The steps that this one makes possible. done: as for change."""
+        return [later for later in self._followers[step] if not self._needs[later] & ~done]
 
     def peak(self, order: Sequence[int]) -> int:
-        """The most bytes that an order holds at once beyond those there from the start."""
-        done = held = peak = 0
+        """The most bytes live at one time in an order, beyond the inputs."""
+        done = live = peak = 0
         for step in order:
-            peak = max(peak, held + self.rise(step))
+            peak = max(peak, live + self.rise(step))
             done |= 1 << step
-            held += self.change(step, done)
+            live += self.change(step, done)
         return peak
 
 
 @dataclass(frozen=True)
 class _State:
-    """A set of done steps, the best known way to it, and what is possible next. last: the step done last."""
+    """A set of done steps, and the best known order of them.
+
+    done: a bit for each step
+    ready: the steps that are possible next
+    last, previous: the step done last, and the state before it
+    """
 
     done: int
     peak: int
-    held: int
+    live: int
     ready: frozenset[int]
     last: int = -1
-    way: _State | None = None
+    previous: _State | None = None
 
     def next(self, steps: Steps, step: int) -> _State:
         done = self.done | 1 << step
         return _State(
-            done,
-            max(self.peak, self.held + steps.rise(step)),
-            self.held + steps.change(step, done),
-            self.ready - {step} | set(steps.after(step, done)),
-            step,
-            self,
+            done=done,
+            peak=max(self.peak, self.live + steps.rise(step)),
+            live=self.live + steps.change(step, done),
+            ready=self.ready - {step} | set(steps.after(step, done)),
+            last=step,
+            previous=self,
         )
 
     def settled(self, steps: Steps) -> _State:
-        """After all steps that cost nothing now, and so nothing ever: no new peak, and no more held than before."""
+        """The state after all steps that cost nothing: no new peak, and no more bytes after.
+
+        Taking such a step at once is never worse than taking it later.
+        """
         state, waiting = self, sorted(self.ready)
         while waiting:
             step = waiting.pop()
-            if step in state.ready and state.held + steps.rise(step) <= state.peak:
-                following = state.next(steps, step)
-                if following.held <= state.held:
-                    state, waiting = following, sorted(following.ready)
+            if step not in state.ready or state.live + steps.rise(step) > state.peak:
+                continue
+            following = state.next(steps, step)
+            if following.live <= state.live:
+                state, waiting = following, sorted(following.ready)
         return state
 
     def order(self) -> list[int]:
-        found, state = [], self
-        while state.way is not None:
-            found.append(state.last)
-            state = state.way
-        return found[::-1]
+        order: list[int] = []
+        state = self
+        while state.previous is not None:
+            order.append(state.last)
+            state = state.previous
+        return order[::-1]
 
 
 def search(steps: Steps, *, width: int = 128) -> list[int]:
-    """An order of low peak, never above that of the steps as numbered; optimal for up to 9 steps, where width is 126 or more."""
+    """An order of low peak, never above that of the steps as numbered.
+
+    Optimal for up to 9 steps if width is 126 or more.
+
+    width: states of each size that stay
+    """
     if width < 1:
         raise ValueError(f"width must be at least 1; got {width}")
     count = len(steps.before)
-    given = list(range(count))
-    bound = steps.peak(given)
-    start = _State(0, 0, 0, frozenset(step for step in given if not steps.before[step])).settled(steps)
+    numbered = list(range(count))
+    bound = steps.peak(numbered)
+    ready = frozenset(step for step in numbered if not steps.before[step])
+    start = _State(done=0, peak=0, live=0, ready=ready).settled(steps)
+    # levels[size]: the states with so many done steps, by their sets
     levels: defaultdict[int, dict[int, _State]] = defaultdict(dict)
     levels[start.done.bit_count()][start.done] = start
-    for size in given:
-        for state in sorted(levels.pop(size, {}).values(), key=lambda state: (state.peak, state.held, state.done))[:width]:
+    for size in numbered:
+        states = levels.pop(size, {}).values()
+        best = sorted(states, key=lambda state: (state.peak, state.live, state.done))[:width]
+        for state in best:
             for step in sorted(state.ready):
-                if state.held + steps.rise(step) < bound:
-                    following = state.next(steps, step).settled(steps)
-                    level = levels[following.done.bit_count()]
-                    if following.done not in level or following.peak < level[following.done].peak:
-                        level[following.done] = following
+                # Only orders below the known one are of interest.
+                if state.live + steps.rise(step) >= bound:
+                    continue
+                following = state.next(steps, step).settled(steps)
+                level = levels[following.done.bit_count()]
+                known = level.get(following.done)
+                if known is None or following.peak < known.peak:
+                    level[following.done] = following
     finished = levels[count].get((1 << count) - 1)
-    return finished.order() if finished is not None and finished.peak < bound else given
+    return finished.order() if finished is not None and finished.peak < bound else numbered

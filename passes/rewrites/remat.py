@@ -1,14 +1,15 @@
-"""What of a forward is kept for the backward and what is computed again, under a budget for the peak of the whole step.
+"""Recomputation in backward, under a budget for the peak of the whole step.
 
-torch's activation_memory_budget bounds what is kept, and a step may then peak where it recomputes: with less kept, more. Here a
-choice is a set of values to keep; the partitioner splits the joint graph by it, and the programs that inductor writes for the two
-halves say what a step holds (footprint). The fastest choice within the budget wins.
+torch's activation_memory_budget bounds what is kept, and a step may then peak where it recomputes:
+the less is kept, the higher. Here a choice is a set of values to keep; the partitioner splits the
+joint graph by it, and inductor's programs for the two halves give the peak of a step (footprint).
+The fastest choice within the budget wins.
 
     choice            recomputes            peak, of four layers, in units of one activation
     torch's own       elementwise           69.2
     larger pieces     and  9 products       28.3
     ...               and 12 products       23.1
-    one piece         and 16 products       53.3      all of it is there at once when it is recomputed
+    one piece         and 16 products       53.3      all of it is live when it is recomputed
 """
 
 from __future__ import annotations
@@ -28,28 +29,28 @@ from torch.utils.flop_counter import flop_registry
 
 from .. import arguments
 from ..analysis import footprint
+from ..analysis.costs import MACHINE, Work
 from ..analysis.effects import has_effects
 from ..analysis.liveness import lifetimes, number_of, value_of
 from ..analysis.peak import mebibytes
 from ..protocol import Stage
-from .checkpoint_cuts import Value, kept
+from .checkpoint_cuts import Value, values_to_keep
 
-# Bounds on what a piece makes, as shares of all that the forward makes.
+# Bounds on the bytes of a piece, as shares of all bytes that the forward makes.
 _SHARES = tuple(2 ** (-step / 2) for step in range(10))
-# What a processor computes while it moves a byte, roughly: it weighs products against elementwise work.
-_FLOPS_PER_BYTE = 10
 
 
 @dataclass(frozen=True)
 class Remat:
-    """Recomputes as little of a forward as lets a training step stay within its budget.
+    """Recomputes as little of a forward as keeps a training step within a budget.
 
-    budget_bytes: what a step may hold at its peak beyond its inputs, gradients included; sizes count as traced. Where no choice
-    fits, the one that holds least is taken and the line says so. Less budget never takes more memory: all budgets choose among
-    the same. Random numbers, collectives, custom operators and attention (whose kernels may drop out) are not computed twice.
+    budget_bytes: for the peak of a step beyond its inputs, gradients included; dynamic sizes count
+        as traced. If no choice fits, the one with the lowest peak is taken, and the report says so.
+        A smaller budget never takes more memory: all budgets choose among the same.
 
-    Results and gradients come from the same operators on the same operands; where inductor fuses them otherwise, they may be
-    rounded otherwise.
+    Random numbers, collectives, custom operators and attention (whose kernels may drop out) are not
+    recomputed. Results and gradients come from the same operators on the same operands; inductor
+    may fuse them differently, and so round differently.
     """
 
     budget_bytes: int
@@ -62,7 +63,7 @@ class Remat:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Reuse keeps a dead buffer until another of its size is asked for, which may be never."""
+        """Without reuse: it keeps a dead buffer until one of its size is needed, perhaps never."""
         return {"allow_buffer_reuse": False}
 
     def __call__(self, graph: Graph) -> Sequence[str]:
@@ -74,38 +75,42 @@ class Remat:
             if options[0].peak_bytes <= self.budget_bytes:
                 return ()
             best = self._best(options)
-        except ValueError:  # sizes or branches by the data: there is no count, and the graph stays as it is
+        except ValueError:  # sizes or branches depend on data: no peak is known
             return ()
         if best is options[0]:
             return ()
         best.apply(graph)
-        missed = "" if best.peak_bytes <= self.budget_bytes else f", above {mebibytes(self.budget_bytes)}: no choice holds less"
-        return (f"{best}: peak {mebibytes(options[0].peak_bytes)} -> {mebibytes(best.peak_bytes)}{missed}",)
+        line = f"{best}: peak {mebibytes(options[0].peak_bytes)} -> {mebibytes(best.peak_bytes)}"
+        if best.peak_bytes > self.budget_bytes:
+            line += f", above {mebibytes(self.budget_bytes)}: no choice holds less"
+        return (line,)
 
     def _best(self, options: Sequence[Choice]) -> Choice:
-        """The fastest that fits, else the one that holds least. What it saves alone rules out a choice before it is compiled."""
-        for each in sorted(options, key=lambda each: each.cost):
-            if each.saved_bytes <= self.budget_bytes and each.peak_bytes <= self.budget_bytes:
-                return each
-        least = options[0]
-        for each in options[1:]:
-            if each.saved_bytes < least.peak_bytes and each.peak_bytes < least.peak_bytes:
-                least = each
-        return least
+        """The fastest choice that fits, else the one with the lowest peak."""
+        # The bytes saved for backward are below the peak, and known before inductor's program is:
+        # they rule choices out first.
+        for choice in sorted(options, key=lambda choice: choice.cost):
+            if choice.saved_bytes <= self.budget_bytes and choice.peak_bytes <= self.budget_bytes:
+                return choice
+        lowest = options[0]
+        for choice in options[1:]:
+            if choice.saved_bytes < lowest.peak_bytes and choice.peak_bytes < lowest.peak_bytes:
+                lowest = choice
+        return lowest
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What of a joint graph's forward is kept and what recomputed, by name; torch's partitioner decides on the rest.
+    """Values of a joint graph's forward to keep and to recompute. Prints what backward recomputes.
 
-    Prints as what the backward recomputes.
+    policies: by the names of nodes; torch's partitioner decides on the others
     """
 
     module: GraphModule
     policies: Mapping[str, CheckpointPolicy]
 
     def apply(self, graph: Graph) -> None:
-        """Tells the partitioner."""
+        """Annotate the nodes of a graph for the partitioner."""
         for node in graph.nodes:
             if node.name in self.policies:
                 node.meta.update(recompute=self.policies[node.name], ac_graph_id=0)
@@ -113,117 +118,157 @@ class Choice:
     @cached_property
     def halves(self) -> tuple[GraphModule, GraphModule]:
         """The forward and the backward."""
-        from torch._functorch.partitioners import min_cut_rematerialization_partition  # it brings the compiler
+        # Imports the compiler.
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
 
         trial = footprint.copied(self.module)
         self.apply(trial.graph)
         context = torch._guards.TracingContext.try_get()
-        fixed = context.fw_metadata.static_input_indices if context is not None and context.fw_metadata is not None else None
-        count = len(_forward_results(self.module.graph))
-        return min_cut_rematerialization_partition(trial, (), num_fwd_outputs=count, static_lifetime_input_indices=fixed)
+        static_inputs = None
+        if context is not None and context.fw_metadata is not None:
+            static_inputs = context.fw_metadata.static_input_indices
+        return min_cut_rematerialization_partition(
+            trial,
+            (),
+            num_fwd_outputs=len(_forward_results(self.module.graph)),
+            static_lifetime_input_indices=static_inputs,
+        )
 
     @cached_property
     def peak_bytes(self) -> int:
-        """What a step holds beyond its inputs."""
+        """The peak of a step beyond its inputs."""
         return footprint.of_step(*self.halves).added_bytes
 
     @cached_property
     def saved_bytes(self) -> int:
-        """What the forward leaves to the backward, which is less than the peak."""
+        """Bytes that the forward saves for the backward, less than the peak."""
         forward, backward = self.halves
-        made = {node.name for node in forward.graph.nodes if node.op == "call_function"}
-        return sum(_bytes(node) for node in backward.graph.find_nodes(op="placeholder") if node.name in made)
+        computed = {node.name for node in forward.graph.nodes if node.op == "call_function"}
+        placeholders = backward.graph.find_nodes(op="placeholder")
+        return sum(_bytes(node) for node in placeholders if node.name in computed)
 
     @cached_property
-    def again(self) -> list[Node]:
+    def recomputed(self) -> list[Node]:
         """The calls of the forward that the backward repeats."""
-        first = {node.name for node in self.halves[0].graph.nodes}
-        return [node for node in self.halves[1].graph.nodes if node.op == "call_function" and node.name in first]
+        forward, backward = self.halves
+        names = {node.name for node in forward.graph.nodes}
+        calls = [node for node in backward.graph.nodes if node.op == "call_function"]
+        return [node for node in calls if node.name in names]
 
     @property
     def flops(self) -> int:
-        """Of the products that the backward repeats."""
-        return sum(map(_flops, self.again))
+        """Flops of the matrix products that the backward repeats."""
+        return sum(map(_flops, self.recomputed))
 
     @property
-    def cost(self) -> int:
-        """The time of what is repeated, in operations."""
-        return self.flops + _FLOPS_PER_BYTE * sum(map(_bytes, self.again))
+    def cost(self) -> float:
+        """The time of what the backward repeats, in seconds of a machine."""
+        return MACHINE.seconds(Work(self.flops, sum(map(_bytes, self.recomputed))))
 
     def __str__(self) -> str:
-        products = sum(_flops(node) > 0 for node in self.again)
-        return f"the backward repeats {len(self.again)} calls, {products} of them products of {self.flops / 1e9:,.3g} GFLOP"
+        products = sum(_flops(node) > 0 for node in self.recomputed)
+        return (
+            f"the backward repeats {len(self.recomputed)} calls, {products} of them products "
+            f"of {self.flops / 1e9:,.3g} GFLOP"
+        )
 
 
 def choices(module: GraphModule) -> list[Choice]:
-    """torch's own choice, then those that keep least for several bounds on what is recomputed at one time."""
-    forward = _needed(_forward_results(module.graph))
+    """torch's own choice, then those that keep fewest bytes for several bounds on a piece."""
+    forward = _ancestors(_forward_results(module.graph))
     values, names = _values(module.graph, forward)
-    made = sum(each.size for each in values)
-    found = {frozenset(names[number] for number in kept(values, len(forward), int(share * made))) for share in _SHARES}
-    ordered = sorted(found, key=lambda keep: (len(keep), sorted(keep)))
+    total = sum(value.size for value in values)
+    distinct: set[frozenset[str]] = set()
+    for share in _SHARES:
+        numbers = values_to_keep(values, len(forward), int(share * total))
+        distinct.add(frozenset(names[number] for number in numbers))
+    ordered = sorted(distinct, key=lambda keep: (len(keep), sorted(keep)))
     return [Choice(module, {}), *(Choice(module, _policies(forward, keep)) for keep in ordered)]
 
 
 def _policies(forward: Sequence[Node], keep: frozenset[str]) -> dict[str, CheckpointPolicy]:
-    """Kept is what is named and what must not run twice; of a tuple, the partitioner keeps the parts that are used."""
-    return {
-        node.name: CheckpointPolicy.MUST_SAVE if node.name in keep or has_effects(node) else CheckpointPolicy.MUST_RECOMPUTE
-        for node in forward
-        if node.target is not operator.getitem and not isinstance(node.meta.get("val"), (int, SymInt))
-    }
+    """Policies that keep the nodes in `keep` and those that must not run twice."""
+    policies: dict[str, CheckpointPolicy] = {}
+    for node in forward:
+        # Of a tuple that is kept, the partitioner keeps the items that are used.
+        if node.target is operator.getitem or isinstance(node.meta.get("val"), (int, SymInt)):
+            continue
+        if node.name in keep or has_effects(node):
+            policies[node.name] = CheckpointPolicy.MUST_SAVE
+        else:
+            policies[node.name] = CheckpointPolicy.MUST_RECOMPUTE
+    return policies
 
 
 def _values(graph: Graph, forward: Sequence[Node]) -> tuple[list[Value], list[str]]:
-    """What the forward makes, with the steps of the forward that make and use it, and the name of the node that makes it."""
-    step = {node.name: number for number, node in enumerate(forward)}
-    users = {node.name: [step[user.name] for user in node.users if user.name in step] for node in graph.nodes}
-    storages = [each for each in lifetimes(graph).storages if not each.is_input and each.name.partition("[")[0] in step]
-    names = [each.name.partition("[")[0] for each in storages]
-    values = [
-        Value(each.size, step[name], max([step[name], *(at for alias in each.aliases for at in users[alias])]))
-        for each, name in zip(storages, names, strict=True)
-    ]
+    """The values that the forward makes, and for each the name of the node that makes it.
+
+    forward: its calls, in order; the steps of the values
+    """
+    step_of = {node.name: step for step, node in enumerate(forward)}
+    use_steps: dict[str, list[int]] = {}
+    for node in graph.nodes:
+        use_steps[node.name] = [step_of[user.name] for user in node.users if user.name in step_of]
+    values: list[Value] = []
+    names: list[str] = []
+    for storage in lifetimes(graph).storages:
+        name = storage.name.partition("[")[0]
+        if storage.is_input or name not in step_of:
+            continue
+        last = step_of[name]
+        for alias in storage.aliases:
+            last = max([last, *use_steps[alias]])
+        values.append(Value(storage.size, step_of[name], last))
+        names.append(name)
     return values, names
 
 
 def _is_joint(graph: Graph) -> bool:
-    """Whether it is a forward and its backward, as AOTAutograd names their inputs, and nothing else besides."""
+    """Whether a graph is a forward with its backward, by AOTAutograd's names of the inputs."""
     names = [node.name for node in graph.find_nodes(op="placeholder")]
-    return all("primals" in name or "tangents" in name for name in names) and any("tangents" in name for name in names)
+    if not all("primals" in name or "tangents" in name for name in names):
+        return False
+    return any("tangents" in name for name in names)
 
 
 def _forward_results(graph: Graph) -> list[Any]:
-    """Of a joint graph's results those of the forward, which stand before a gradient, or None, for each of its inputs."""
+    """The forward's results in a joint graph; a gradient or None for each input follows them."""
     (results,) = graph.find_nodes(op="output")[0].args
     leaves = pytree.tree_leaves(results, lambda leaf: leaf is None)
     inputs = sum("primals" in node.name for node in graph.find_nodes(op="placeholder"))
     return leaves[: len(leaves) - inputs]
 
 
-def _needed(results: Sequence[Any]) -> list[Node]:
-    """The calls that results are made by, in the order of the graph."""
-    found, waiting = set[Node](), [each for each in results if isinstance(each, Node)]
+def _ancestors(results: Sequence[Any]) -> list[Node]:
+    """The calls that results depend on, in the order of the graph."""
+    ancestors, waiting = set[Node](), [node for node in results if isinstance(node, Node)]
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
+        if node not in ancestors:
+            ancestors.add(node)
             waiting += node.all_input_nodes
-    return sorted(node for node in found if node.op == "call_function")
+    return sorted(node for node in ancestors if node.op == "call_function")
 
 
 def _bytes(node: Node) -> int:
-    tensors = [leaf for leaf in pytree.tree_leaves(value_of(node)) if isinstance(leaf, Tensor)]
-    return 0 if _is_view(node) else sum(number_of(each.numel(), node, {}) * each.element_size() for each in tensors)
+    """Bytes of a node's results, 0 for a view. Dynamic sizes count as traced."""
+    if _is_view(node):
+        return 0
+    size = 0
+    for leaf in pytree.tree_leaves(value_of(node)):
+        if isinstance(leaf, Tensor):
+            size += number_of(leaf.numel(), node, {}) * leaf.element_size()
+    return size
 
 
 def _flops(node: Node) -> int:
-    """Of matrix products and convolutions; 0 of others."""
+    """The flops of a matrix product or a convolution, 0 for other nodes."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in flop_registry:
         return 0
     args, kwargs = pytree.tree_map_only(Node, value_of, (node.args, node.kwargs))
-    return number_of(flop_registry[packet](*args, **kwargs, out_val=value_of(node)), node, {})
+    flops = flop_registry[packet](*args, **kwargs, out_val=value_of(node))
+    return number_of(flops, node, {})
 
 
 def _is_view(node: Node) -> bool:

@@ -1,10 +1,11 @@
-"""The nodes of a graph in another order, so that the compiled program holds less at its peak.
+"""Node orders of a graph, chosen for the lowest peak of the compiled program.
 
-    x = wide(a);  y = wide(b);  small(x);  small(y)        holds two wide values
-    x = wide(a);  small(x);  y = wide(b);  small(y)        holds one
+    x = wide(a);  y = wide(b);  small(x);  small(y)        two wide values are live at one time
+    x = wide(a);  small(x);  y = wide(b);  small(y)        one
 
-Orders are searched by the bytes of the graph's own values, node by node and with chains of elementwise nodes taken as one. Of
-those found and the given one, inductor's own program says which holds least (footprint); the given order wins a tie.
+Orders are searched by the bytes of the graph's own values, once node by node and once with chains
+of elementwise nodes as one step. Of these and the graph's own order, inductor's program decides
+which has the lowest peak (footprint); the graph's own order wins a tie.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from .order_search import Steps, search
 
 @dataclass(frozen=True)
 class Reorder:
-    """Chooses the order of a lowered graph. Random numbers, changes in place, collectives and custom operators keep theirs.
+    """Reorders the nodes of a lowered graph for the lowest peak.
 
-    width: states that the search keeps of each size; more find better orders of graphs with many branches, in more time.
+    Random numbers, in-place operators, collectives and custom operators keep their order.
+
+    width: states of each size in the search; more find better orders of graphs with many branches,
+        in more time
     """
 
     width: int = 64
@@ -43,7 +47,7 @@ class Reorder:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Reuse keeps a dead buffer until another of its size is asked for, which may be never."""
+        """Without reuse: it keeps a dead buffer until one of its size is needed, perhaps never."""
         return {"allow_buffer_reuse": False}
 
     def __call__(self, graph: Graph) -> Sequence[str]:
@@ -53,125 +57,162 @@ class Reorder:
                 return ()
             orders = [list(graph.nodes), *orders]
             peaks = [_peak(graph.owning_module, order) for order in orders]
-        except ValueError:  # sizes or branches by the data: there is no count, and the graph stays as it is
+        except ValueError:  # sizes or branches depend on data: no peak is known
             return ()
         best = peaks.index(min(peaks))
         if not best:
             return ()
         moved = sum(now is not before for now, before in zip(orders[best], orders[0], strict=True))
         rearrange(graph, orders[best])
-        return (f"{moved} of {len(orders[0])} nodes stand elsewhere: peak {mebibytes(peaks[0])} -> {mebibytes(peaks[best])}",)
+        change = f"peak {mebibytes(peaks[0])} -> {mebibytes(peaks[best])}"
+        return (f"{moved} of {len(orders[0])} nodes stand elsewhere: {change}",)
 
 
 def candidates(graph: Graph, *, width: int = 64) -> list[list[Node]]:
-    """Legal orders of all nodes that hold less than the given one by the count of their own values; none where none was found.
+    """Legal orders of all nodes with a lower peak than the graph's own, by liveness; [] if none.
 
     Raises ValueError as liveness.lifetimes does.
+
+    width: states of each size in the search
     """
-    found = lifetimes(graph, donated=footprint.donated(graph))
+    living = lifetimes(graph, donated=footprint.donated(graph))
+    inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    before = precedences(graph, found)
+    before = precedences(graph, living)
     orders: list[list[Node]] = []
     for groups in ([[node] for node in calls], _chains(calls, before)):
-        steps = steps_of(groups, found, before)
+        steps = steps_of(groups, living, before)
         order = search(steps, width=width)
-        if steps.peak(order) < steps.peak(range(len(groups))):
-            placed = [node for step in order for node in groups[step]]
-            first = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
-            orders.append([*first, *placed, *graph.find_nodes(op="output")])
+        if steps.peak(order) >= steps.peak(range(len(groups))):
+            continue
+        ordered_calls = [node for step in order for node in groups[step]]
+        orders.append([*inputs, *ordered_calls, *graph.find_nodes(op="output")])
     return orders
 
 
 def rearrange(graph: Graph, order: Sequence[Node]) -> None:
-    """Puts all nodes of a graph into the given order."""
+    """Reorder all nodes of a graph."""
     for before, node in pairwise(order):
         before.append(node)
     graph.lint()
 
 
-def precedences(graph: Graph, found: Lifetimes) -> dict[Node, set[Node]]:
-    """The calls that must stand before each call: operands, effects in their turn, readers before what they read is changed.
+def precedences(graph: Graph, living: Lifetimes) -> dict[Node, set[Node]]:
+    """For each call the calls that must precede it.
 
-    found: the lifetimes of the graph.
+    living: the lifetimes of the graph
     """
-    touched = _touched(graph, found)
+    touched = _touched(graph, living)
     before: dict[Node, set[Node]] = {}
-    readers, changed = defaultdict[int, set[Node]](set), dict[int, Node]()
-    effect: Node | None = None
+    # By storage: the calls that have touched it, and the last that has written to it.
+    readers, last_write = defaultdict[int, set[Node]](set), dict[int, Node]()
+    last_effect: Node | None = None
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        before[node] = {each for each in node.all_input_nodes if each.op == "call_function"}
-        before[node] |= {changed[each] for each in touched[node] if each in changed}
+        # Operands, and the last write to what it touches.
+        before[node] = {
+            operand for operand in node.all_input_nodes if operand.op == "call_function"
+        }
+        before[node] |= {last_write[storage] for storage in touched[node] if storage in last_write}
+        # Calls with effects keep their order.
         if has_effects(node):
-            before[node] |= {effect} if effect is not None else set()
-            effect = node
+            if last_effect is not None:
+                before[node].add(last_effect)
+            last_effect = node
+        # A write comes after all calls that touched the storage before.
         if changes_operands(node):
             for storage in touched[node]:
                 before[node] |= readers[storage] - {node}
-                changed[storage] = node
+                last_write[storage] = node
         for storage in touched[node]:
             readers[storage].add(node)
     return before
 
 
-def steps_of(groups: Sequence[Sequence[Node]], found: Lifetimes, before: Mapping[Node, set[Node]]) -> Steps:
-    """Each group of calls as one step. What a group makes and uses up within itself takes no memory."""
+def steps_of(
+    groups: Sequence[Sequence[Node]], living: Lifetimes, before: Mapping[Node, set[Node]]
+) -> Steps:
+    """Each group of calls as one step of the search.
+
+    A value that is made and used up within one group takes no memory: inductor fuses it away.
+
+    groups: of all calls, in order
+    living: the lifetimes of the graph
+    before: its precedences
+    """
     group_of = {node: number for number, group in enumerate(groups) for node in group}
-    touched = _touched(groups[0][0].graph, found) if groups else {}
-    users = defaultdict[int, set[int]](set)
+    by_name = {node.name: node for node in group_of}
+    touched = _touched(groups[0][0].graph, living) if groups else {}
+    # 1. Which groups make, use and need what.
     made: list[list[int]] = [[] for _ in groups]
-    place = {node.name: node for node in group_of}
-    for node, number in group_of.items():
-        for storage in touched[node]:
-            users[storage].add(number)
-    for number, each in enumerate(found.storages):
-        maker = place.get(found.steps[each.lower])
-        if not each.is_input and maker is not None:
+    kept = set[int]()
+    for number, storage in enumerate(living.storages):
+        maker = by_name.get(living.steps[storage.lower])
+        if not storage.is_input and maker is not None:
             made[group_of[maker]].append(number)
-    kept = {number for number, each in enumerate(found.storages) if each.is_output or each.upper == len(found.steps)}
-    inner = {number for number, at in users.items() if len(at) == 1 and len(groups[min(at)]) > 1} - kept
-    nested = dict(zip(found.steps, found.nested, strict=True))
+        if storage.is_output or storage.upper == len(living.steps):
+            kept.add(number)
+    used: list[set[int]] = [set() for _ in groups]
+    earlier: list[set[int]] = [set() for _ in groups]
+    users = defaultdict[int, set[int]](set)
+    for node, group in group_of.items():
+        used[group] |= touched[node]
+        earlier[group] |= {group_of[needed] for needed in before[node]} - {group}
+        for number in touched[node]:
+            users[number].add(group)
+    # 2. Storages of one group only are fused away, if it has several calls.
+    sizes = [storage.size for storage in living.storages]
+    for number, using in users.items():
+        if len(using) == 1 and len(groups[min(using)]) > 1 and number not in kept:
+            sizes[number] = 0
+    nested = dict(zip(living.steps, living.nested, strict=True))
     return Steps(
-        tuple(0 if number in inner else each.size for number, each in enumerate(found.storages)),
-        tuple(map(tuple, made)),
-        tuple(tuple(sorted({each for node in group for each in touched[node]})) for group in groups),
-        tuple(
-            tuple(sorted({group_of[each] for node in group for each in before[node]} - {number}))
-            for number, group in enumerate(groups)
-        ),
-        frozenset(kept),
-        tuple(max(nested[node.name] for node in group) for group in groups),
+        sizes=tuple(sizes),
+        made=tuple(map(tuple, made)),
+        used=tuple(tuple(sorted(storages)) for storages in used),
+        before=tuple(tuple(sorted(steps)) for steps in earlier),
+        kept=frozenset(kept),
+        workspace=tuple(max(nested[node.name] for node in group) for group in groups),
     )
 
 
 def _chains(calls: Iterable[Node], before: Mapping[Node, set[Node]]) -> list[list[Node]]:
-    """Elementwise calls together with the one call that follows them, as inductor fuses them, in the order of their last."""
-    following = defaultdict[Node, set[Node]](set)
+    """Group elementwise calls with the only call that follows them, as inductor fuses them.
+
+    Groups are in the order of their last calls.
+    """
+    followers = defaultdict[Node, set[Node]](set)
     for node, earlier in before.items():
-        for each in earlier:
-            following[each].add(node)
-    last: dict[Node, Node] = {}
+        for needed in earlier:
+            followers[needed].add(node)
+    # last_of[node]: the last call of its group
+    last_of: dict[Node, Node] = {}
     groups = defaultdict[Node, list[Node]](list)
     for node in reversed(list(calls)):
-        joins = is_elementwise(node) and len(node.users) == len(following[node]) == 1
-        last[node] = last[next(iter(following[node]))] if joins else node
-        groups[last[node]].insert(0, node)
+        is_fused = is_elementwise(node) and len(node.users) == len(followers[node]) == 1
+        last_of[node] = last_of[next(iter(followers[node]))] if is_fused else node
+        groups[last_of[node]].insert(0, node)
     return [groups[node] for node in before if node in groups]
 
 
-def _touched(graph: Graph, found: Lifetimes) -> dict[Node, set[int]]:
-    """The storages in which a node's operands and results lie, by number."""
-    lies = defaultdict[str, set[int]](set)
-    for number, storage in enumerate(found.storages):
+def _touched(graph: Graph, living: Lifetimes) -> dict[Node, set[int]]:
+    """For each node the numbers of the storages of its operands and results."""
+    storages = defaultdict[str, set[int]](set)
+    for number, storage in enumerate(living.storages):
         for name in storage.aliases:
-            lies[name].add(number)
-    return {node: set().union(lies[node.name], *(lies[each.name] for each in node.all_input_nodes)) for node in graph.nodes}
+            storages[name].add(number)
+    touched: dict[Node, set[int]] = {}
+    for node in graph.nodes:
+        touched[node] = set(storages[node.name])
+        for operand in node.all_input_nodes:
+            touched[node] |= storages[operand.name]
+    return touched
 
 
 def _peak(module: GraphModule, order: Sequence[Node]) -> int:
-    """The footprint of a graph in another order. The graph is left as it is."""
+    """The footprint of a graph in another order. The graph itself is not changed."""
     trial = footprint.copied(module)
-    twins = dict(zip(module.graph.nodes, trial.graph.nodes, strict=True))
-    rearrange(trial.graph, [twins[node] for node in order])
+    copies = dict(zip(module.graph.nodes, trial.graph.nodes, strict=True))
+    rearrange(trial.graph, [copies[node] for node in order])
     return footprint.in_compilation(trial)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from passes.protocol import Pass, Stage
-from passes.rewrites.checkpoint_cuts import Value, kept
+from passes.rewrites.checkpoint_cuts import Value, values_to_keep
 from passes.rewrites.remat import Choice, Remat, choices
 from tests.compiling import Loss, inference, joint
 from tests.graphs import WIDTH, Block, Gelu, Swiglu, measured_peak
@@ -31,13 +31,13 @@ def drawn(sizes: list[tuple[int, int, int]], steps: int) -> list[Value]:
 
 
 def bytes_kept(values: list[Value], cuts: tuple[int, ...]) -> int:
-    return sum(each.size for each in values if any(each.born < cut <= each.last for cut in cuts))
+    return sum(each.size for each in values if any(each.first < cut <= each.last for cut in cuts))
 
 
 def fits(values: list[Value], steps: int, cuts: tuple[int, ...], bound: int) -> bool:
     edges = (0, *cuts, steps)
     return all(
-        high - low == 1 or sum(each.size for each in values if low <= each.born < high) <= bound
+        high - low == 1 or sum(each.size for each in values if low <= each.first < high) <= bound
         for low, high in itertools.pairwise(edges)
     )
 
@@ -51,7 +51,7 @@ def test_no_cuts_keep_less(sizes: list[tuple[int, int, int]], steps: int, bound:
     values = drawn(sizes, steps)
     every = (cuts for count in range(steps) for cuts in itertools.combinations(range(1, steps), count))
     least = min(bytes_kept(values, cuts) for cuts in every if fits(values, steps, cuts, bound))
-    assert sum(values[number].size for number in kept(values, steps, bound)) == least
+    assert sum(values[number].size for number in values_to_keep(values, steps, bound)) == least
 
 
 class Tied(nn.Module):
@@ -127,7 +127,7 @@ def test_every_choice_gives_the_results_of_the_joint_graph(name: str, tokens: in
 
 def test_custom_operators_run_once() -> None:
     for choice in choices(joint(MODELS["custom operator"](), torch.randn(1, 64, WIDTH))):
-        assert not [node for node in choice.again if "square" in str(node.target)]
+        assert not [node for node in choice.recomputed if "square" in str(node.target)]
 
 
 @dataclass
@@ -235,7 +235,7 @@ def test_random_numbers_are_drawn_once() -> None:
     drawn = [node.name for node in module.graph.nodes if "seeds" in node.name]
     assert drawn
     for choice in choices(module):
-        assert not {node.name for node in choice.again} & set(drawn)
+        assert not {node.name for node in choice.recomputed} & set(drawn)
 
 
 @pytest.mark.slow
@@ -287,4 +287,4 @@ def test_fewer_products_than_a_checkpoint_per_block() -> None:
     every = {node.name for node in best.halves[0].graph.nodes}
     products = [node for node in best.halves[0].graph.nodes if "mm" in node.name]
     assert len(every) > len(products) == 16
-    assert sum("mm" in node.name for node in best.again) <= 12
+    assert sum("mm" in node.name for node in best.recomputed) <= 12

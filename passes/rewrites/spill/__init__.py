@@ -1,4 +1,4 @@
-"""Saved activations wait outside memory between forward and backward: in files that have no name, or in the host's memory."""
+"""Spilling saved activations between forward and backward: to nameless files or host memory."""
 
 from .stores import Usage, usage
 from .transfers import Spill

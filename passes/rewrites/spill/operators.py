@@ -1,11 +1,11 @@
-"""The operators that a graph calls, and the handle that stands for a tensor in a store.
+"""The operators that a spilled graph calls, and the handles of its stored tensors.
 
-    handle = write(x, directory)        begins; x must stay as it is
-    handle = written(handle, x)         it is there: x may be freed or overwritten
-    x      = fetch(handle, next, ...)   back in new memory, once; meanwhile the one for `next` is sought
+    handle = write(x, directory)        begins to write; x must not change
+    handle = written(handle, x)         waits until x is stored: x may be freed or overwritten
+    x      = fetch(handle, next, ...)   reads it into new memory, once, and prefetches `next`
 
-A handle is a tensor of one number, whose memory owns the store. When the last tensor of that memory goes, as when an autograd
-graph is dropped without a backward, the store goes with it.
+A handle is a tensor of one number, whose memory owns the store. When the last tensor of that memory
+is freed, as when an autograd graph is dropped without a backward, so is the store.
 """
 
 from __future__ import annotations
@@ -29,62 +29,75 @@ HOST = ":host:"
 
 
 class _Number(np.ndarray[Any, np.dtype[np.int64]]):
-    """The memory of a handle."""
+    """The memory of a handle, which keeps its entry alive."""
 
-    owner: _Place
+    owner: _Entry
 
 
-class _Place:
-    """What the handles of one tensor have in common. store: None once it was fetched."""
+class _Entry:
+    """The store that the handles of one tensor share; None once it was fetched."""
 
     def __init__(self, store: Store) -> None:
         self.store: Store | None = store
 
 
 _numbers = itertools.count()
-_places: weakref.WeakValueDictionary[int, _Place] = weakref.WeakValueDictionary()
+_entries: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op("passes::write", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def write(x: Tensor, directory: str) -> Tensor:
-    """Begins to write x to a file in `directory` ("": tempfile's own), or to HOST. Returns its handle."""
-    store = HostStore(x) if directory == HOST else FileStore(x, directory or tempfile.gettempdir())
+    """Begin to write x, and return its handle.
+
+    directory: of the file; "" for tempfile's own, HOST for the host's memory
+    """
+    to_host = directory == HOST
+    store = HostStore(x) if to_host else FileStore(x, directory or tempfile.gettempdir())
     number = next(_numbers)
-    _places[number] = place = _Place(store)
-    return _handle(number, place)
+    _entries[number] = entry = _Entry(store)
+    return _handle(number, entry)
 
 
 @torch.library.custom_op("passes::written", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def written(handle: Tensor, x: Tensor) -> Tensor:
-    """Waits until x is written. It takes x so that the compiler leaves its memory alone until then."""
+    """Wait until x is written. As an operand, x is not freed or overwritten before."""
     number = int(handle)
-    place = _places[number]
-    assert place.store is not None
-    place.store.finish()
-    return _handle(number, place)
+    entry = _entries[number]
+    assert entry.store is not None
+    entry.store.finish()
+    return _handle(number, entry)
 
 
 @torch.library.custom_op("passes::fetch", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def fetch(
-    handle: Tensor, next: Tensor | None, after: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    handle: Tensor,
+    next: Tensor | None,
+    after: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """The tensor of a handle, contiguous, and its store given up.
+    """Read the tensor of a handle, contiguous, and free its store.
 
-    next: a handle that will be fetched soon. after: what must be computed before; its values do not matter.
-    Raises RuntimeError where it was fetched before.
+    next: the handle that will be fetched next
+    after: a value that must be computed first; its data is not read
+
+    Raises RuntimeError if the tensor was fetched before.
     """
-    place = _places.get(int(handle))
-    if place is None or place.store is None:
+    entry = _entries.get(int(handle))
+    if entry is None or entry.store is None:
         raise RuntimeError(
-            f"a spilled activation {tuple(shape)} was fetched by an earlier backward, and is gone. Spilled graphs take one "
-            "backward: run the forward again, or compile without Spill for retain_graph=True"
+            f"a spilled activation {tuple(shape)} was fetched by an earlier backward, and is gone. "
+            "Spilled graphs take one backward: run the forward again, or compile without Spill for "
+            "retain_graph=True"
         )
-    store, place.store = place.store, None
-    if next is not None and (sought := _places.get(int(next))) is not None and sought.store is not None:
-        sought.store.prefetch()
-    made = torch.empty(tuple(shape), dtype=dtype, device=device)
-    store.take(made)
-    return made
+    store, entry.store = entry.store, None
+    next_entry = None if next is None else _entries.get(int(next))
+    if next_entry is not None and next_entry.store is not None:
+        next_entry.store.prefetch()
+    x = torch.empty(tuple(shape), dtype=dtype, device=device)
+    store.take(x)
+    return x
 
 
 @write.register_fake
@@ -99,20 +112,28 @@ def _(handle: Tensor, x: Tensor) -> Tensor:
 
 @fetch.register_fake
 def _(
-    handle: Tensor, next: Tensor | None, after: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    handle: Tensor,
+    next: Tensor | None,
+    after: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-WRITE, WRITTEN, FETCH = torch.ops.passes.write.default, torch.ops.passes.written.default, torch.ops.passes.fetch.default
+WRITE = torch.ops.passes.write.default
+WRITTEN = torch.ops.passes.written.default
+FETCH = torch.ops.passes.fetch.default
 
 costs.register(WRITE, lambda x, directory, out: Work(file_bytes=x.nbytes))
 costs.register(WRITTEN, lambda handle, x, out: Work())
 costs.register(FETCH, lambda *args, out: Work(file_bytes=out.nbytes))
 
 
-def _handle(number: int, place: _Place) -> Tensor:
+def _handle(number: int, entry: _Entry) -> Tensor:
+    """A tensor of one number whose memory refers to the entry."""
     memory: npt.NDArray[np.int64] = np.array([number], dtype=np.int64)
     owned = memory.view(_Number)
-    owned.owner = place
+    owned.owner = entry
     return torch.from_numpy(owned)

@@ -1,11 +1,12 @@
-"""Saved activations leave memory when forward has last used them, and come back when backward first needs them.
+"""Spilling saved activations: written after their last use in forward, fetched in backward.
 
-forward     x = gelu(h)    handle = write(x)    y = mm(x, w)    written(handle, x)      x is freed here, as without us
+forward     x = gelu(h)    handle = write(x)    y = mm(x, w)    written(handle, x)      x is freed
                                    |----- a thread -----|
-backward                                  g = ...    fetch(handle, next handle, after=g) -> x    mm(g, x)
+backward                         g = ...    fetch(handle, next handle, after=g) -> x    mm(g, x)
 
-Which values are saved is the partitioner's choice, made on a copy of the joint graph. What it would recompute from them is then
-recomputed from what was fetched, so that nothing but handles is left to cross when the graph is split for good.
+The partitioner chooses the saved values, on a copy of the joint graph. What it would recompute from
+them is recomputed from fetched values instead, so that only handles cross from forward to backward
+when the graph is split for good.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from .stores import INTEGERS
 
 @dataclass(frozen=True)
 class Spill:
-    """Saved activations of `least_bytes` or more wait outside memory between forward and backward.
+    """Stores saved activations outside memory between forward and backward.
 
-    to: "disk": files without a name in `directory` (tempfile's default), which should not be in memory itself as a tmpfs is.
-    "host": pinned host memory, for tensors of a GPU alone; those of a CPU stay. Not spilled are parameters, inputs and forward's
-    results, and views of them: the caller holds them anyway. A dynamic size counts as it was traced with.
+    to: "disk" for files without a name; "host" for pinned host memory, of a GPU's tensors only
+    directory: of the files, tempfile's by default; not in memory, as a tmpfs is
+    least_bytes: of an activation to spill; dynamic sizes count as traced
 
-    A step takes one backward: a second one, after retain_graph=True, raises RuntimeError. A full disk raises OSError in forward.
+    Does not spill parameters, inputs, results and views of them: the caller keeps these anyway. A
+    step takes one backward: a second one, after retain_graph=True, raises RuntimeError. A full disk
+    raises OSError in forward.
     """
 
     to: Literal["disk", "host"] = "disk"
@@ -59,137 +62,200 @@ class Spill:
     def _check_directory(self, directory: object) -> None:
         got = arguments.shown(directory)
         if not isinstance(directory, str):
-            raise TypeError(f"directory must be a str, which stands in the graph; got {got}. Write str(...) around a path")
+            raise TypeError(
+                f"directory must be a str, which stands in the graph; got {got}. "
+                "Write str(...) around a path"
+            )
         if self.to == "host":
-            raise ValueError(f"directory is for to='disk'; got {got} with to='host'. Leave one of them out")
+            raise ValueError(
+                f"directory is for to='disk'; got {got} with to='host'. Leave one of them out"
+            )
         if not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
-            raise ValueError(f"directory must be one that can be written to; got {got}. Make it first")
+            raise ValueError(
+                f"directory must be one that can be written to; got {got}. Make it first"
+            )
 
     def __call__(self, graph: Graph) -> Sequence[str]:
         halves = split(graph)
-        if halves is None or not (chosen := [node for node in halves.saved if self._worth(node, halves)]):
+        if halves is None:
             return []
-        moves = _Moves(graph, halves)
-        for node in chosen:
-            moves.write(node, HOST if self.to == "host" else self.directory or "")
-        moves.rewire()
-        return [f"{node.name} waits on {self.to}: {mebibytes(_size(node))}  {source_of(node)}".rstrip() for node in chosen]
+        spilled = [node for node in halves.saved if self._is_spilled(node, halves)]
+        if not spilled:
+            return []
+        transfers = _Transfers(graph, halves)
+        for node in spilled:
+            transfers.write(node, HOST if self.to == "host" else self.directory or "")
+        transfers.rewire()
+        lines: list[str] = []
+        for node in spilled:
+            line = f"{node.name} waits on {self.to}: {mebibytes(_size(node))}  {source_of(node)}"
+            lines.append(line.rstrip())
+        return lines
 
-    def _worth(self, node: Node, halves: Halves) -> bool:
+    def _is_spilled(self, node: Node, halves: Halves) -> bool:
+        """Whether a saved value is a dense tensor that is large enough, and not the caller's."""
         value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.element_size() not in INTEGERS:
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
             return False
-        if base(node) in halves.held or (self.to == "host" and value.device.type == "cpu"):
+        if value.element_size() not in INTEGERS or base(node) in halves.owned_by_caller:
             return False
-        known = all(_hint(each) is not None for each in (*value.shape, *value.stride()))
-        return known and _size(node) >= self.least_bytes
+        if self.to == "host" and value.device.type == "cpu":
+            return False
+        if any(_hint(size) is None for size in (*value.shape, *value.stride())):
+            return False
+        return _size(node) >= self.least_bytes
 
 
-class _Moves:
-    """A joint graph while its saved values are being moved. A node has one name in it and in its halves."""
+class _Transfers:
+    """Rewrites a joint graph. A node has the same name in it and in its halves."""
 
     def __init__(self, graph: Graph, halves: Halves) -> None:
         self.graph, self.halves = graph, halves
-        self.named: dict[str, Node] = {node.name: node for node in graph.nodes}
+        self.by_name: dict[str, Node] = {node.name: node for node in graph.nodes}
         self.mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes])
-        # By name: the handle of what was written, what was written row by row, and its shape.
+        # By name of a saved value: its handle, the node that was written, and its shape.
         self.written: dict[str, tuple[Node, Node, list[int | Node]]] = {}
-        self.brought: dict[Node, Node] = {}
+        # Nodes of the backward half in the joint graph, fetched and recomputed values.
+        self.replacements: dict[Node, Node] = {}
         self.last_fetch: Node | None = None
-        self.first = next(node for node in graph.nodes if node.name in halves.dependent and node.op != "placeholder")
-        # Of backward, what was computed last: a fetch waits for it, else all fetches could run first.
-        self.after = self.named[halves.tangents[0].name]
+        self.first_of_backward = next(
+            node
+            for node in graph.nodes
+            if node.name in halves.dependent and node.op != "placeholder"
+        )
+        # The latest value of backward so far: a fetch waits for it, else all could run first.
+        self.after = self.by_name[halves.tangents[0].name]
 
-    def write(self, saved: Node, place: str) -> None:
-        """Begins where the value is made; waits where forward last reads its memory, so that it lives no longer for it."""
-        value, last = (self._early(self.named[node.name]) for node in (saved, self.halves.last_uses[base(saved)]))
+    def write(self, saved: Node, directory: str) -> None:
+        """Write a saved value: begin after it is made, wait after forward's last use of its memory.
+
+        directory: as in operators.write
+        """
+        value = self._move_to_forward(self.by_name[saved.name])
+        last_use = self.halves.last_uses[base(saved)]
+        last = self._move_to_forward(self.by_name[last_use.name])
         with self.graph.inserting_before(value.next):
+            # Dims from the outermost in memory on, so that the file is written in one piece.
             rows = self._permuted(value, _order(value))
             shape = [self._length(rows, dim) for dim in range(value.meta["val"].dim())]
-            begun = self._call(WRITE, rows, place)
-        with self.graph.inserting_before(max(begun, last).next):
-            self.written[value.name] = self._call(WRITTEN, begun, value), rows, shape
+            handle = self._call(WRITE, rows, directory)
+        with self.graph.inserting_before(max(handle, last).next):
+            self.written[value.name] = self._call(WRITTEN, handle, value), rows, shape
 
-    def _early(self, node: Node) -> Node:
-        """The node itself, moved in front of backward where the trace has it later: what is saved is then written before that."""
-        if node > self.first:
-            for each in node.all_input_nodes:
-                self._early(each)
-            self.first.prepend(node)
+    def _move_to_forward(self, node: Node) -> Node:
+        """Move a node before the backward if it was traced later, so that it is written in time."""
+        if node > self.first_of_backward:
+            for operand in node.all_input_nodes:
+                self._move_to_forward(operand)
+            self.first_of_backward.prepend(node)
         return node
 
     def rewire(self) -> None:
-        """Backward as its half has it: what it recomputes and fetches stands just before it is needed."""
+        """Give the joint graph's backward the operands that its half has.
+
+        Fetches and recomputed values are inserted just before their first use.
+        """
         dependent = self.halves.dependent
-        for node in [node for node in self.graph.nodes if node.name in dependent and node.op != "placeholder"]:
-            like = dependent[node.name]
-            operands = [self.named[each.name] for each in like.all_input_nodes if each.name in dependent]
-            self.after = max((each for each in operands if isinstance(each.meta.get("val"), Tensor)), default=self.after)
+        nodes = [node for node in self.graph.nodes if node.name in dependent]
+        for node in nodes:
+            if node.op == "placeholder":
+                continue
+            half_node = dependent[node.name]
+            # What this node fetches waits for the latest of its other operands.
+            operands = [
+                self.by_name[operand.name]
+                for operand in half_node.all_input_nodes
+                if operand.name in dependent
+            ]
+            tensors = [
+                operand for operand in operands if isinstance(operand.meta.get("val"), Tensor)
+            ]
+            self.after = max(tensors, default=self.after)
             with self.graph.inserting_before(node):
-                node.args, node.kwargs = map_arg(like.args, self._bring), map_arg(like.kwargs, self._bring)
-        (output,), (like,) = self.graph.find_nodes(op="output"), self.halves.backward.find_nodes(op="output")
+                node.args = map_arg(half_node.args, self._joint_node)
+                node.kwargs = map_arg(half_node.kwargs, self._joint_node)
+        (output,) = self.graph.find_nodes(op="output")
+        (half_output,) = self.halves.backward.find_nodes(op="output")
         with self.graph.inserting_before(output):
-            gradients = map_arg(like.args[0], self._bring)
+            gradients = map_arg(half_output.args[0], self._joint_node)
         output.args = ([*output.args[0][: self.halves.results], *gradients],)
 
-    def _bring(self, node: Node) -> Node:
-        """What a node of the backward half is in the joint graph, made at the insertion point where it is not there yet."""
+    def _joint_node(self, node: Node) -> Node:
+        """The node of the joint graph for one of the backward half, inserted if it is new."""
         if node.name in self.halves.dependent:
-            return self.named[node.name]
-        if node not in self.brought:
-            self.brought[node] = self._fetch(node.name) if node.name in self.written else self._again(node)
-        return self.brought[node]
+            return self.by_name[node.name]
+        if node not in self.replacements:
+            is_spilled = node.name in self.written
+            self.replacements[node] = (
+                self._fetch(node.name) if is_spilled else self._recompute(node)
+            )
+        return self.replacements[node]
 
-    def _again(self, node: Node) -> Node:
-        """The node of forward itself, or where it would be recomputed from what is fetched, another like it."""
-        known = self.named.get(node.name)
-        if known is not None and all(self._bring(each) is self.named.get(each.name) for each in node.all_input_nodes):
-            return known
-        again: Node = self.graph.node_copy(node, self._bring)
-        if is_view(node):  # what is fetched is dense, whatever its like in forward was a part of
-            self._evaluate(again)
-        return again
+    def _recompute(self, node: Node) -> Node:
+        """The forward node, or a copy if one of its inputs must be fetched."""
+        forward_node = self.by_name.get(node.name)
+        if forward_node is not None and all(
+            self._joint_node(operand) is self.by_name.get(operand.name)
+            for operand in node.all_input_nodes
+        ):
+            return forward_node
+        copy: Node = self.graph.node_copy(node, self._joint_node)
+        if is_view(node):
+            # A fetched tensor is dense; in forward it may have been part of another.
+            self._evaluate(copy)
+        return copy
 
     def _fetch(self, name: str) -> Node:
+        """Insert the fetch of a saved value, and let the fetch before it prefetch this one."""
         handle, rows, shape = self.written[name]
         value = rows.meta["val"]
-        made = self._call(FETCH, handle, None, self.after, shape, value.dtype, value.device)
+        fetched = self._call(FETCH, handle, None, self.after, shape, value.dtype, value.device)
         if self.last_fetch is not None:
             self.last_fetch.update_arg(1, handle)
-        self.last_fetch = made
-        order = _order(self.named[name])
-        return self._permuted(made, [order.index(dim) for dim in range(len(order))])
+        self.last_fetch = fetched
+        order = _order(self.by_name[name])
+        return self._permuted(fetched, [order.index(dim) for dim in range(len(order))])
 
     def _length(self, rows: Node, dim: int) -> int | Node:
-        """A size as an argument: where it is dynamic, the node that holds it."""
+        """A size as an argument: a number, or for a dynamic one a node."""
         size = rows.meta["val"].shape[dim]
-        return self._call(torch.ops.aten.sym_size.int, rows, dim) if isinstance(size, SymInt) else size
+        is_dynamic = isinstance(size, SymInt)
+        return self._call(torch.ops.aten.sym_size.int, rows, dim) if is_dynamic else int(size)
 
     def _permuted(self, node: Node, order: list[int]) -> Node:
-        return node if order == sorted(order) else self._call(torch.ops.aten.permute.default, node, order)
+        """A permutation of a node's dims; the node itself if they are in order."""
+        if order == sorted(order):
+            return node
+        return self._call(torch.ops.aten.permute.default, node, order)
 
     def _call(self, target: Any, *arguments: Any) -> Node:
+        """Insert a call with its traced value."""
         node = self.graph.call_function(target, arguments)
         self._evaluate(node)
         return node
 
     def _evaluate(self, node: Node) -> None:
+        """Trace a node's value from those of its operands."""
         assert callable(node.target)
         assert self.mode is not None
         with self.mode:
-            node.meta["val"] = node.target(*map_arg(node.args, lambda x: x.meta["val"]), **node.kwargs)
+            args = map_arg(node.args, lambda operand: operand.meta["val"])
+            node.meta["val"] = node.target(*args, **node.kwargs)
 
 
 def _order(node: Node) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost."""
-    return sorted(range(node.meta["val"].dim()), key=lambda dim: -(_hint(node.meta["val"].stride(dim)) or 0))
+    """The dims of a value, from the outermost in memory to the innermost."""
+    value = node.meta["val"]
+    return sorted(range(value.dim()), key=lambda dim: -(_hint(value.stride(dim)) or 0))
 
 
 def _size(node: Node) -> int:
+    """Bytes of a value, dynamic sizes as traced."""
     value = node.meta["val"]
-    return math.prod(_hint(each) or 0 for each in value.shape) * int(value.element_size())
+    elements = math.prod(_hint(size) or 0 for size in value.shape)
+    return elements * int(value.element_size())
 
 
 def _hint(size: int | SymInt) -> int | None:
-    """A dynamic size as it was traced; None where it depends on data."""
+    """A size as a number, a dynamic one as traced; None if it depends on data."""
     return size if isinstance(size, int) else size.node.hint

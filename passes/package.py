@@ -1,4 +1,4 @@
-"""The source of this package: its name, its folder, its files."""
+"""The package's own name, folder and files."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ ROOT = Path(__file__).parent
 
 
 def files() -> list[Path]:
-    """List every Python file of the package, sorted: what a compile cache must depend on."""
+    """List all Python files of the package, which a compile cache must depend on."""
     return sorted(ROOT.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What a pass is: a rewriting of one graph, with its settings bound when it is built, and where in the compiler it runs."""
+"""The protocol of a pass, and the stages of torch.compile at which passes run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from torch.fx import Graph
 
 
 class Stage(Enum):
-    """Which graph a pass is given, in the order in which torch.compile makes them."""
+    """The graph that a pass rewrites, in the order in which torch.compile makes them."""
 
-    DYNAMO = "the model as captured: built-in functions and modules' calls, no autograd yet"
-    JOINT = "forward and backward in one graph of aten operators; in inference the forward alone"
-    LOWERED = "one graph of aten operators that inductor is about to lower: a forward, a backward or an inference"
+    DYNAMO = "the model as captured: functions and modules' calls, before autograd"
+    JOINT = "forward and backward in one graph of aten operators; in inference the forward only"
+    LOWERED = "one aten graph that inductor lowers next: a forward, a backward or an inference"
 
 
 @runtime_checkable
 class Pass(Protocol):
-    """A rewriting of a graph. Make it a frozen dataclass: its repr and its source are its name in the compile cache.
+    """A rewriting of a graph, as a frozen dataclass: its repr and its source name it in the cache.
 
-    keeps_bits: the results are the same bits as without it. Else they may differ by rounding, and the report says so.
+    stage: when it runs
+    keeps_bits: the results are the same bits as without it; else they may differ by rounding
 
-    A pass may also have `options`, a mapping of names in torch._inductor.config to values, which its plan counts on and who
-    compiles sets. It is no part of the protocol, for most passes want none.
+    A pass may also have `options`, a mapping of names in torch._inductor.config to values that it
+    relies on and that compilation sets. It is not part of the protocol: most passes have none.
     """
 
     @property
@@ -34,5 +35,8 @@ class Pass(Protocol):
     def keeps_bits(self) -> bool: ...
 
     def __call__(self, graph: Graph) -> Sequence[str]:
-        """Rewrites `graph` in place. Returns a line for each change, for people to read; none where it left the graph alone."""
+        """Rewrite a graph in-place.
+
+        Returns a line of text for each change; none if the graph was left alone.
+        """
         ...

@@ -1,6 +1,7 @@
 """Measures of a graph, read without changing it: lifetimes, peak, footprint, cost.
 
-The submodules of __init__.pyi load on first use: some need torch's compiler, which takes seconds to import.
+The submodules in __init__.pyi load on first use: some need torch's compiler, which is slow to
+import.
 """
 
 import lazy_loader

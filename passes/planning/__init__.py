@@ -1,1 +1,1 @@
-"""The choice of passes for a step: candidates, tracing, estimates, budgets, the torch.compile backend, reports."""
+"""Choosing the passes of a step: candidates, tracing, estimates, the backend, reports."""

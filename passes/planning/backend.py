@@ -1,4 +1,4 @@
-"""torch.compile under a memory budget."""
+"""torch.compile under a memory budget: the backend, compile and estimate."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from .. import arguments
 from ..analysis.peak import mebibytes
 from ..protocol import Pass
 from . import inductor_hooks
-from .choose import BudgetError, Choice, Estimate, Pipeline, candidates, check_candidates, check_members, pipeline, told
-from .choose import estimate as estimated
+from .candidates import Passes, candidates, check_candidates, check_members, described
+from .choose import BudgetError, Choice, Pipeline, pipeline
+from .estimates import Estimate
+from .estimates import estimate as estimated
 from .tracing import Captured, capture, captured, trace, without_idle
 
 
 class Backend:
-    """A backend of torch.compile: plans each graph, and has inductor compile it with the passes chosen.
+    """A backend of torch.compile: chooses passes for each graph and compiles it by inductor.
 
-    choices: one for each graph, in the order in which they came. They are made here and not in inductor's hooks, so that they are
-    there when the compile cache is warm and no pass runs.
+    choices: one for each graph, in the order of compilation. They are made here and not in
+        inductor's hooks, which do not run if the compile cache is warm.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -34,26 +36,41 @@ class Backend:
         from torch._inductor.compile_fx import compile_fx
 
         choice = self.pipeline.choose(captured(module, inputs))
-        symbols = {place: str(each) for place, each in enumerate(inputs) if isinstance(each, torch.SymInt)}
-        run: Any = compile_fx(module, inputs, config_patches=inductor_hooks.inductor_configs(choice.chosen.passes))
+        symbols = {
+            place: str(value)
+            for place, value in enumerate(inputs)
+            if isinstance(value, torch.SymInt)
+        }
+        configs = inductor_hooks.inductor_configs(choice.chosen.passes)
+        run: Any = compile_fx(module, inputs, config_patches=configs)
         self.choices.append(choice)
         budget = self.pipeline.budget_bytes
         return run if budget is None or not symbols else _Guarded(run, choice, budget, symbols)
 
 
 class _Guarded:
-    """A compiled graph of dynamic sizes, which refuses sizes for which its plan does not fit.
+    """A compiled graph with dynamic sizes, which refuses sizes for which its plan does not fit.
 
-    fits: the largest values known to fit, by symbol; a peak does not fall where sizes grow.
+    symbols: names by the places of the inputs that are sizes
+    fits: sizes known to fit, by symbol; the peak does not fall if sizes grow
     """
 
-    def __init__(self, run: Callable[..., Any], choice: Choice, budget_bytes: int, symbols: dict[int, str]) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        choice: Choice,
+        budget_bytes: int,
+        symbols: dict[int, str],
+    ) -> None:
         self.run, self.choice, self.budget_bytes, self.symbols = run, choice, budget_bytes, symbols
         self.fits: list[dict[str, int]] = []
 
     def __call__(self, *inputs: Any) -> Any:
         sizes = {symbol: int(inputs[place]) for place, symbol in self.symbols.items()}
-        if not any(all(sizes[each] <= known[each] for each in sizes) for known in self.fits):
+        is_known = any(
+            all(size <= fitting[symbol] for symbol, size in sizes.items()) for fitting in self.fits
+        )
+        if not is_known:
             self._check(sizes)
         return self.run(*inputs)
 
@@ -61,8 +78,10 @@ class _Guarded:
         peak = self.choice.traced.footprint(sizes=sizes).peak_bytes
         if peak > self.budget_bytes:
             raise BudgetError(
-                f"memory_budget must be at least {peak:,} bytes ({mebibytes(peak)}) for sizes {sizes} under the plan made for "
-                f"earlier ones, {told(self.choice.chosen.passes)}; got {self.budget_bytes:,}. Call with the longest input first",
+                f"memory_budget must be at least {peak:,} bytes ({mebibytes(peak)}) for sizes "
+                f"{sizes} under the plan made for earlier ones, "
+                f"{described(self.choice.chosen.passes)}; got {self.budget_bytes:,}. "
+                "Call with the longest input first",
                 peak,
             )
         self.fits.append(sizes)
@@ -82,15 +101,20 @@ def compile(
 ) -> Any:
     """torch.compile(model) with passes that make a step fit a budget.
 
-    memory_budget: bytes, or "6GiB", "512 MB", for all that a step holds at its peak: parameters, inputs, activations, gradients;
-    not an optimiser's state. passes: these and no others, instead of the cheapest that fit; with a budget they must fit it.
-    extra: a user's own passes besides. dynamic, fullgraph: as in torch.compile.
+    memory_budget: bytes, or "6GiB", "512 MB", for the peak of a step: parameters, inputs,
+        activations, gradients; not an optimizer's state
+    passes: these, instead of the fastest that fit; with a budget they must fit it
+    extra: a user's own passes besides
+    dynamic, fullgraph: as in torch.compile
 
-    Plans are made at the first call, for its sizes. Raises BudgetError there where nothing fits, with the least budget that
-    would; and later where a dynamic size has grown until the plan does not fit any more.
+    Plans are made at the first call, for its sizes. Raises BudgetError there if nothing fits, with
+    the least budget that would do, and later if dynamic sizes grow beyond the plan.
     """
     if memory_budget is None and passes is None:
-        raise ValueError("memory_budget or passes must be given; got neither. Without both this is torch.compile(model)")
+        raise ValueError(
+            "memory_budget or passes must be given; got neither. "
+            "Without both this is torch.compile(model)"
+        )
     arguments.model(model)
     arguments.flag("dynamic", dynamic, or_none=True)
     arguments.flag("fullgraph", fullgraph)
@@ -103,11 +127,16 @@ def compile(
 
 
 def choices(step: Any) -> tuple[Choice, ...]:
-    """What compile chose for each graph of a step. Raises ValueError where it did not make the step, or it was not called yet."""
+    """The choice for each graph of a step.
+
+    Raises ValueError if the step does not come from compile, or was not called yet.
+    """
     if step not in _backends:
         raise ValueError(f"step must come from passes.compile; got {type(step).__name__}")
     if not _backends[step].choices:
-        raise ValueError("step must have been called once: plans are made for the sizes of a first call")
+        raise ValueError(
+            "step must have been called once: plans are made for the sizes of a first call"
+        )
     return tuple(_backends[step].choices)
 
 
@@ -119,22 +148,37 @@ def estimate(
     passes: Sequence[Sequence[Pass]] | None = None,
     dynamic: bool | None = None,
 ) -> tuple[Estimate, ...]:
-    """Of every candidate the peak and the time of a step, without running or compiling it. Fastest first.
+    """Estimate the peak and the time of a step under every candidate, fastest first.
 
-    example_inputs: tensors of the sizes in question; fake and meta tensors do, and no memory is taken for them. train: a forward
-    and the backward of a gradient of its results. passes: candidates instead of those of planning.choose.candidates.
+    Nothing is compiled or run.
 
-    Raises TypeError or ValueError, with the argument's name, before anything is traced; ValueError also where the model cannot
-    compute with such inputs.
+    example_inputs: tensors of the sizes in question, also fake or meta; they take no memory
+    train: a forward and its backward
+    passes: candidates instead of the default ones (planning.candidates)
+    dynamic: as in torch.compile
+
+    Raises TypeError or ValueError with the argument's name before anything is traced; ValueError
+    also if the model cannot compute with such inputs.
     """
     arguments.flag("train", train)
     if passes is not None:
         check_candidates(passes)
-    offered = [tuple(each) for each in (itertools.chain(*candidates(train)) if passes is None else passes)]
+    offered: list[Passes]
+    if passes is None:
+        offered = list(itertools.chain(*candidates(train)))
+    else:
+        offered = [tuple(candidate) for candidate in passes]
 
     def study(graph: Captured) -> list[Estimate]:
-        acting = [without_idle(graph, each) for each in offered]
-        known = {each: estimated(trace(graph, each)) for each in dict.fromkeys(acting)}
-        return [replace(known[each], passes=passes) for passes, each in zip(offered, acting, strict=True)]
+        # Candidates that differ only in no-op passes have the same estimate.
+        by_acting: dict[Passes, Estimate] = {}
+        estimates: list[Estimate] = []
+        for candidate in offered:
+            acting = without_idle(graph, candidate)
+            if acting not in by_acting:
+                by_acting[acting] = estimated(trace(graph, acting))
+            estimates.append(replace(by_acting[acting], passes=candidate))
+        return estimates
 
-    return tuple(sorted(capture(model, example_inputs, study, train=train, dynamic=dynamic), key=lambda each: each.seconds))
+    estimates = capture(model, example_inputs, study, train=train, dynamic=dynamic)
+    return tuple(sorted(estimates, key=lambda estimate: estimate.seconds))

@@ -1,4 +1,4 @@
-"""Where passes meet inductor: one CustomGraphPass for each stage, whose name in the compile cache tells all that it depends on.
+"""Passes as inductor's custom graph passes, one for each stage, and their name in its cache.
 
 DYNAMO   pre_grad_custom_pass
 JOINT    joint_custom_post_pass
@@ -7,7 +7,6 @@ LOWERED  post_grad_custom_post_pass
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
@@ -25,84 +24,100 @@ _HOOKS = {
     Stage.JOINT: "joint_custom_post_pass",
     Stage.LOWERED: "post_grad_custom_post_pass",
 }
-Told = Callable[[Pass, Sequence[str]], None]
+OnRun = Callable[[Pass, Sequence[str]], None]
 
 
 class StagePasses(CustomGraphPass):
-    """The passes of one stage, in turn, the graph linted after each. One hook takes one of these: torch 2.11 takes no lists.
+    """The passes of one stage as one custom pass: torch 2.11 takes no lists.
 
-    told: called with each pass and its lines. With a warm compile cache nothing here runs, so results must not depend on it.
+    The graph is linted after each pass.
+
+    on_run: called with each pass and its lines; not called if the compile cache is warm
     """
 
-    def __init__(self, passes: Sequence[Pass], told: Told | None = None) -> None:
-        self.passes, self.told = tuple(passes), told
+    def __init__(self, passes: Sequence[Pass], on_run: OnRun | None = None) -> None:
+        self.passes, self.on_run = tuple(passes), on_run
 
     def __call__(self, graph: Graph) -> None:
-        for each in self.passes:
-            lines = each(graph)
+        for member in self.passes:
+            lines = member(graph)
             graph.lint()
-            if self.told is not None:
-                self.told(each, lines)
+            if self.on_run is not None:
+                self.on_run(member, lines)
 
     def uuid(self) -> str | None:
         return identity(self.passes)
 
 
-def inductor_configs(passes: Sequence[Pass], *, told: Told | None = None) -> dict[str, Any]:
-    """Options of inductor that make it run `passes`, for compile_fx(config_patches=...), AOTInductor's inductor_configs=....
+def inductor_configs(passes: Sequence[Pass], *, on_run: OnRun | None = None) -> dict[str, Any]:
+    """Options of inductor that make it run passes, those of one stage in order.
 
-    Passes of one stage run in the order given. Raises TypeError of what is no pass.
+    For compile_fx(config_patches=...) and AOTInductor's inductor_configs=...
+
+    on_run: called with each pass and the lines that it returned
+
+    Raises TypeError for what is no pass.
     """
     check("passes", passes)
-    if told is not None:
-        arguments.function("told", told)
-    stages = {stage: [each for each in passes if each.stage is stage] for stage in Stage}
-    return options(passes) | {_HOOKS[stage]: StagePasses(found, told) for stage, found in stages.items() if found}
+    if on_run is not None:
+        arguments.function("on_run", on_run)
+    configs = options(passes)
+    for stage in Stage:
+        members = [member for member in passes if member.stage is stage]
+        if members:
+            configs[_HOOKS[stage]] = StagePasses(members, on_run)
+    return configs
 
 
 def options(passes: Sequence[Pass]) -> dict[str, Any]:
-    """What passes want inductor to be set to: of each its mapping `options`, if it has one.
+    """The options of torch._inductor.config that passes set.
 
-    Raises ValueError where two of them want different things.
+    Raises ValueError if two of them set one differently.
     """
-    wanted: dict[str, Any] = {}
-    for each in passes:
-        for name, value in getattr(each, "options", {}).items():
-            if wanted.setdefault(name, value) != value:
-                raise ValueError(f"{each!r} wants {name}={value!r}, another pass wants {wanted[name]!r}. Leave one of them out")
-    return wanted
+    merged: dict[str, Any] = {}
+    for member in passes:
+        for name, value in getattr(member, "options", {}).items():
+            if merged.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{member!r} wants {name}={value!r}, another pass wants {merged[name]!r}. "
+                    "Leave one of them out"
+                )
+    return merged
 
 
 def identity(passes: Sequence[Pass]) -> str | None:
-    """A hash of every option of some passes, of the source of their files, and of this package.
+    """A hash of passes with their options, of the source of their files, and of this package.
 
-    None, which keeps inductor from caching what it compiles, where a pass has no file, as one typed in at a prompt.
+    None if a pass has no file, as one typed in at a prompt; inductor then caches nothing.
     """
     files = set(package.files())
-    for each in passes:
-        module = sys.modules.get(type(each).__module__)
+    for member in passes:
+        module = sys.modules.get(type(member).__module__)
         if module is None or not getattr(module, "__file__", None):
             return None
         files.add(Path(str(module.__file__)))
-    found = hashlib.sha256(repr(tuple(passes)).encode())
+    digest = hashlib.sha256(repr(tuple(passes)).encode())
     for file in sorted(files):
-        found.update(file.read_bytes())
-    return found.hexdigest()
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def check(name: str, passes: Sequence[Pass]) -> None:
-    """Raises TypeError where `passes` is no tuple or list, or a member not a pass whose repr tells all its options.
+    """Raise TypeError unless `passes` is a tuple or a list of passes that are frozen dataclasses.
 
-    name: that of the argument, for the message.
+    name: of the argument, for the message
     """
-    for place, each in enumerate(arguments.sequence(name, passes, "passes")):
-        if isinstance(each, type) or not isinstance(each, Pass) or not isinstance(each.stage, Stage):
+    for place, member in enumerate(arguments.sequence(name, passes, "passes")):
+        is_pass = not isinstance(member, type) and isinstance(member, Pass)
+        if not is_pass or not isinstance(member.stage, Stage):
             raise TypeError(
-                f"{name}[{place}] must be a pass, with stage (a passes.Stage), keeps_bits and __call__(graph); "
-                f"got {arguments.shown(each)}. See passes.Pass"
+                f"{name}[{place}] must be a pass, with stage (a passes.Stage), keeps_bits and "
+                f"__call__(graph); got {arguments.shown(member)}. See passes.Pass"
             )
-        if not (dataclasses.is_dataclass(each) and type(each).__dataclass_params__.frozen):
+        parameters = getattr(type(member), "__dataclass_params__", None)
+        if parameters is None or not parameters.frozen:
             raise TypeError(
-                f"{name}[{place}] must be a frozen dataclass, for its repr is its name in the compile cache; "
-                f"got {arguments.shown(each)}. Put @dataclass(frozen=True) before its class"
+                f"{name}[{place}] must be a frozen dataclass, for its repr is its name in the "
+                f"compile cache; got {arguments.shown(member)}. "
+                "Put @dataclass(frozen=True) before its class"
             )

@@ -1,8 +1,11 @@
-"""What our operators hold and do inside, told to the estimates: footprint counts their workspace, costs their work."""
+"""Workspace and work of this package's own operators, registered with the estimates.
+
+The workspace of an operator written in Python is measured by running its body on tensors without
+data.
+"""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,11 +16,11 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..analysis import costs, footprint
 from ..analysis.costs import Work
-from ..analysis.workspaces import workspace_bytes
+from ..analysis.meter import Meter
 from ..rewrites.chunk import chunked, chunked_backward
 from ..rewrites.rows import attentions, losses
 from ..rewrites.rows.recipes import Recipe
@@ -25,123 +28,139 @@ from ..rewrites.stream_qkv import streamed
 from ..versions import HAS_LINEAR_CROSS_ENTROPY
 
 
-def rehearse(body: Callable[..., Any], *args: Any) -> int:
-    """Most bytes that body(*args) holds at once beyond its operands and results, on tensors of those sizes without data."""
+def register_all() -> None:
+    """Register every operator of this package."""
+    _register(chunked, lambda rows, shared, recipe, *_, out: _chunked_work(rows, shared, recipe))
+    _register(chunked_backward, _chunked_backward_work)
+    _register(streamed, _streamed_work)
+    _register(losses.linear_cross_entropy, _loss_work(1))
+    _register(losses.linear_cross_entropy_backward, _loss_work(3))
+    if HAS_LINEAR_CROSS_ENTROPY:
+        from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
+
+        # It computes its gradients in forward.
+        _register(_linear_cross_entropy_batch_chunked, _loss_work(3))
+
+
+def _register(op: CustomOpDef, work: Callable[..., Work]) -> None:
+    """Register a custom operator written in Python."""
+
+    def workspace(*args: Any, **kwargs: Any) -> int:
+        return body_workspace(op._init_fn, *args, *kwargs.values())
+
+    footprint.workspace(op._opoverload, workspace)
+    costs.register(op._opoverload, work)
+
+
+def body_workspace(body: Callable[..., Any], *args: Any) -> int:
+    """The most bytes live at one time in body(*args), beyond operands and results."""
     leaves, spec = pytree.tree_flatten(args)
-    kinds = (_Kind(each.shape, each.stride(), each.dtype, each.device) if isinstance(each, Tensor) else each for each in leaves)
-    return _rehearsed(body, tuple(kinds), spec, torch.get_num_threads())
+    kinds: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf = _Kind(leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+        kinds.append(leaf)
+    return _measured(body, tuple(kinds), spec, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """All of a tensor but its data."""
+    """A tensor without its data."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
-    def made(self) -> Tensor:
+    def empty(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
-@lru_cache(maxsize=256)  # the layers of a model are alike, and planned several times
-def _rehearsed(body: Callable[..., Any], leaves: tuple[Any, ...], spec: pytree.TreeSpec, threads: int) -> int:
-    assert threads == torch.get_num_threads()  # kernels hold something for each
+# The layers of a model have the same shapes, and are planned several times.
+@lru_cache(maxsize=256)
+def _measured(
+    body: Callable[..., Any], kinds: tuple[Any, ...], spec: pytree.TreeSpec, threads: int
+) -> int:
+    assert threads == torch.get_num_threads()  # part of the key: kernels have workspace per thread
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
-        given = pytree.tree_unflatten([each.made() if isinstance(each, _Kind) else each for each in leaves], spec)
-        with _Counter() as counter:
-            results = body(*given)
-        made = [each for each in pytree.tree_leaves(results) if isinstance(each, Tensor)]
-        return int(counter.most - sum(each.untyped_storage().nbytes() for each in made))
+        leaves = [kind.empty() if isinstance(kind, _Kind) else kind for kind in kinds]
+        with Meter() as meter:
+            meter.exclude(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            results = body(*pytree.tree_unflatten(leaves, spec))
+        result_bytes = 0
+        for leaf in pytree.tree_leaves(results):
+            if isinstance(leaf, Tensor):
+                result_bytes += leaf.untyped_storage().nbytes()
+        return int(meter.peak_bytes - result_bytes)
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the bytes of storages made under it while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.held, self.most, self.seen = 0, 0, set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {each.untyped_storage()._cdata for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for each in pytree.tree_leaves(result):
-            if isinstance(each, Tensor) and (storage := each.untyped_storage())._cdata not in known | self.seen:
-                self.seen.add(storage._cdata)
-                self.held += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.held + workspace_bytes(func, args, kwargs or {}))
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.held -= size
-
-
-def told(op: CustomOpDef, work: Callable[..., Work]) -> None:
-    """Has the estimates know a custom operator written in Python: its workspace by a rehearsal of its body, its work."""
-    footprint.workspace(op._opoverload, lambda *args, **kwargs: rehearse(op._init_fn, *args, *kwargs.values()))
-    costs.register(op._opoverload, work)
-
-
-def _work(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str) -> Work:
-    """Of a forward: all rows by all weights, and every value, which lies in a cache."""
+def _chunked_work(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str) -> Work:
+    """All rows by all weights; every value once, at half cost, for it is in a cache."""
     count = rows[0].numel() // rows[0].shape[-1]
-    made = sum(each.nbytes for each in Recipe.parse(recipe).kinds(rows, shared).values() if len(each) == 1)
-    return Work(2.0 * count * sum(each.numel() for each in shared if each.dim() == 2), 0.5 * count * made)
+    weights = sum(operand.numel() for operand in shared if operand.dim() == 2)
+    kinds = Recipe.parse(recipe).kinds(rows, shared)
+    row_bytes = sum(kind.nbytes for kind in kinds.values() if len(kind) == 1)
+    return Work(flops=2.0 * count * weights, memory_bytes=0.5 * count * row_bytes)
 
 
-def _backward_work(grad: Tensor, rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, *rest: Any, out: Any) -> Work:
-    """The forward again, and a gradient for either side of every product."""
-    work = _work(rows, shared, recipe)
+def _chunked_backward_work(
+    grad: Tensor,
+    rows: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    recipe: str,
+    *options: Any,
+    out: Any,
+) -> Work:
+    """The forward again, and a gradient for either operand of every product."""
+    work = _chunked_work(rows, shared, recipe)
     return work + work + work
 
 
 def _streamed_work(
     rows: Sequence[Tensor],
     shared: Sequence[Tensor],
-    query: str,
-    key: str,
-    value: str,
-    result: str,
+    query_recipe: str,
+    key_recipe: str,
+    value_recipe: str,
+    result_recipe: str,
     attention: str,
     chunk_rows: int,
     *,
     out: Tensor,
 ) -> Work:
-    """All tokens by all weights, the attention, and every value, which lies in a cache."""
-    (batch, tokens, _), weights = rows[0].shape, sum(each.numel() for each in shared if each.dim() == 2)
+    """All tokens by all weights, and the attention; values as for _chunked_work."""
+    batch, tokens, _ = rows[0].shape
+    weights = sum(operand.numel() for operand in shared if operand.dim() == 2)
+    # 1. Query, key and value, as tensors without data for the attention's flops.
+    heads: list[Tensor] = []
+    token_bytes = 0
+    for text in (query_recipe, key_recipe, value_recipe):
+        recipe = Recipe.parse(text)
+        kind = recipe.kind(rows, shared)
+        shape = (batch, kind.shape[0], tokens, kind.shape[2])
+        heads.append(rows[0].new_empty(shape, dtype=kind.dtype))
+        token_bytes += recipe.row_bytes(rows, shared)
+    # 2. The joined heads and the result.
+    query, _, value = heads
+    width = query.shape[1] * value.shape[3]
+    joined = rows[0].new_empty((batch, tokens, width), dtype=value.dtype)
+    token_bytes += Recipe.parse(result_recipe).row_bytes([*rows, joined], shared)
+    token_bytes += joined[0, 0].nbytes
     attend, options = attentions.parse(attention)
-    recipes = [Recipe.parse(each) for each in (query, key, value)]
-    kinds = [recipe.kind(rows, shared) for recipe in recipes]
-    heads = [rows[0].new_empty((batch, kind.shape[0], tokens, kind.shape[2]), dtype=kind.dtype) for kind in kinds]
-    attended = rows[0].new_empty((batch, tokens, kinds[0].shape[0] * kinds[2].shape[2]), dtype=kinds[2].dtype)
-    made = sum(recipe.row_bytes(rows, shared) for recipe in recipes)
-    made += Recipe.parse(result).row_bytes([*rows, attended], shared) + attended[0, 0].nbytes
-    flops = 2.0 * batch * tokens * weights + attend.flops(*heads, **options)
-    return Work(flops, 0.5 * batch * tokens * made)
+    return Work(
+        flops=2.0 * batch * tokens * weights + attend.flops(*heads, **options),
+        memory_bytes=0.5 * batch * tokens * token_bytes,
+    )
 
 
 def _loss_work(products: int) -> Callable[..., Work]:
-    """Of so many products of tokens, features and classes."""
+    """The work of a loss. products: matrix products of tokens, features and classes."""
 
     def work(*args: Any, out: Any, **kwargs: Any) -> Work:
-        x, weight = [each for each in args if isinstance(each, Tensor) and each.dim() == 2][:2]
-        return Work(2.0 * products * x.numel() * len(weight), 4.0 * len(x) * len(weight))
+        matrices = [value for value in args if isinstance(value, Tensor) and value.dim() == 2]
+        x, weight = matrices[:2]
+        logits = len(x) * len(weight)
+        flops = 2.0 * products * x.numel() * len(weight)
+        return Work(flops=flops, memory_bytes=4.0 * logits)
 
     return work
-
-
-def tell_all() -> None:
-    """Has the estimates know every operator of this package."""
-    told(chunked, lambda rows, shared, recipe, *_, out: _work(rows, shared, recipe))
-    told(chunked_backward, _backward_work)
-    told(streamed, _streamed_work)
-    told(losses.linear_cross_entropy, _loss_work(1))
-    told(losses.linear_cross_entropy_backward, _loss_work(3))
-    if HAS_LINEAR_CROSS_ENTROPY:
-        from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
-
-        # It computes its gradients in forward.
-        told(_linear_cross_entropy_batch_chunked, _loss_work(3))

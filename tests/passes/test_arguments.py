@@ -79,7 +79,7 @@ TYPES: list[tuple[Callable[[], Any], str]] = [
     (lambda: passes.pipeline("1GiB", machine=3), "machine must be a Machine; got int 3"),
     (lambda: passes.inductor_configs(Chunk()), "passes must be a tuple or a list of passes; got Chunk("),
     (lambda: passes.inductor_configs([3]), "passes[0] must be a pass, with stage (a passes.Stage), keeps_bits"),
-    (lambda: passes.inductor_configs([], told=3), "told must be a function; got int 3"),
+    (lambda: passes.inductor_configs([], on_run=3), "on_run must be a function; got int 3"),
     (lambda: Chunk(rows="3"), "rows must be a whole number; got str '3'"),
     (lambda: Chunk(rows=2.5), "rows must be a whole number; got float 2.5"),
     (lambda: Chunk(rows=True), "rows must be a whole number; got bool True"),

@@ -19,7 +19,7 @@ from torch._inductor.utils import fresh_cache
 
 from passes import LinearCrossEntropy, Spill
 from passes.analysis import workspaces
-from passes.planning import choice_cache, choose, reports
+from passes.planning import candidates, choice_cache, choose, reports
 from passes.planning.choose import Choice, Pipeline
 from passes.planning.tracing import Captured, capture
 from tests.graphs import Gelu
@@ -173,7 +173,7 @@ def test_any_json_is_a_choice_that_may_be_made_or_not_there(monkeypatch: pytest.
             assert choice.chosen in choice.estimates
             assert choice.chosen.peak_bytes <= 2**30
             assert all(each.passes in CANDIDATES for each in choice.estimates)
-            choose.told(choice.chosen.passes)
+            candidates.described(choice.chosen.passes)
             reports.table(choice.estimates, choice.chosen)
 
         check()

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import passes
 from compiled_dilated import measure
 from passes import Chunk, LinearCrossEntropy, Materialize, Remat, Reorder, Spill, StreamQKV
-from passes.reports import allocated_bytes
+from passes.planning.reports import allocated_bytes
 
 VOCABULARY = 32768
 

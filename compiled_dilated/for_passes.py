@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes import costs
-from passes.costs import Work
-from passes.rows.attentions import attention
-from passes.workspaces import workspace
+from passes.analysis import costs
+from passes.analysis.costs import Work
+from passes.analysis.workspaces import workspace
+from passes.rewrites.rows.attentions import attention
 
 from . import autograd, operators
 from .orders import identity

@@ -1,4 +1,4 @@
-"""`python -m passes module:factory`: what a step takes, under which passes, and who holds it; nothing is compiled or run.
+"""`python -m passes module:factory`: the peak of a step under each candidate, without running it.
 
 Exit codes: 0 it fits (or no budget was given), 1 no candidate fits the budget, 2 bad usage.
 """
@@ -13,20 +13,35 @@ from typing import Annotated, Any
 
 import typer
 
-from . import arguments, budgets, factories, peak, reports
-from .planning import BudgetError, Choice, Pipeline
-from .reports import Report
-from .traced import capture
+from . import arguments, factories
+from .analysis import peak
+from .planning import budgets, reports
+from .planning.choose import BudgetError, Choice, Pipeline
+from .planning.reports import Report
+from .planning.tracing import capture
 
 
 def memory(
-    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="A function that returns (model, example_inputs).")],
-    budget: Annotated[str | None, typer.Option(help="For the peak of a step, as 6GiB; without it, the fastest is taken.")] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY", help="A function that returns (model, example_inputs)."
+        ),
+    ],
+    budget: Annotated[
+        str | None,
+        typer.Option(help="For the peak of a step, as 6GiB; without it, the fastest is taken."),
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="A step with its backward.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Figures as JSON, without the timeline.")] = False,
-    png: Annotated[Path | None, typer.Option(help="Where the timeline goes as a picture; a backward's beside it.")] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Figures as JSON, without the timeline.")
+    ] = False,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Where the timeline goes as a picture; a backward's beside it."),
+    ] = None,
 ) -> None:
-    """Print the peak of a step under each candidate, what the passes of the chosen one do, and the timeline of its memory."""
+    """Print the peak of a step under each candidate, the chosen changes, and a memory timeline."""
     with _usage():
         limit = None if budget is None else budgets.parse("--budget", budget)
         if png is not None:
@@ -36,16 +51,16 @@ def memory(
         factory = factories.load(module, name)
     except factories.NoFactory as error:
         raise _bad_usage(error) from error
-    # What the factory raises is the caller's own, and keeps its traceback.
-    made = factory()
+    # An exception of the factory is the user's own, and keeps its traceback.
+    result = factory()
     with _usage():
-        model, inputs = _checked(target, made)
+        model, inputs = _checked(target, result)
     try:
         choice: Choice = capture(model, inputs, Pipeline(limit).choose, train=train)
     except BudgetError as error:
         typer.echo(str(error).strip(), err=True)
         raise typer.Exit(1) from error
-    except ValueError as error:  # of capture itself: what a pass raises comes as an error of torch's compiler
+    except ValueError as error:  # of capture; torch's compiler wraps that of a pass
         raise _bad_usage(error) from error
     report, graphs = Report((choice,)), reports.timelines(choice.traced)
     if json:
@@ -53,21 +68,26 @@ def memory(
     else:
         typer.echo("\n\n".join([str(report), *map(peak.timeline, graphs)]))
     if png is not None:
-        for each, path in zip(graphs, (png, png.with_stem(f"{png.stem}-backward")), strict=False):
-            peak.draw(each, path)
+        paths = (png, png.with_stem(f"{png.stem}-backward"))
+        for graph, path in zip(graphs, paths, strict=False):
+            peak.draw(graph, path)
 
 
-def _checked(target: str, made: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The model and its inputs. Raises TypeError or ValueError where the factory has returned anything else."""
-    if not (isinstance(made, tuple) and len(made) == 2):
-        raise ValueError(f"{target} must return (model, example_inputs), the inputs a tuple; got {type(made).__name__}")
-    arguments.model(made[0])
-    return made[0], arguments.inputs("example_inputs", made[1], made[0])
+def _checked(target: str, result: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The model and its inputs from a factory. Raises TypeError or ValueError if it has neither."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(
+            f"{target} must return (model, example_inputs), the inputs a tuple; "
+            f"got {type(result).__name__}"
+        )
+    model, inputs = result
+    arguments.model(model)
+    return model, arguments.inputs("example_inputs", inputs, model)
 
 
 @contextmanager
 def _usage() -> Iterator[None]:
-    """Makes of a check that fails one line and exit code 2. Only checks of ours stand under it."""
+    """Turn a failed check into one line and exit code 2. For this package's own checks only."""
     try:
         yield
     except (TypeError, ValueError) as error:

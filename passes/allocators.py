@@ -1,4 +1,4 @@
-"""What is freed goes back to the system, where an allocator would keep it for requests of its size alone."""
+"""Returning freed memory to the system, where an allocator would keep it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import ctypes
 
 
 def give_back_freed_memory() -> None:
-    """What the C library holds free leaves the process: glibc can do that, others keep theirs."""
+    """Return the C library's free memory to the system. Only glibc can; elsewhere a no-op."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Functions that a command line names as MODULE:FACTORY."""
+"""Factories that a command line names as MODULE:FACTORY."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from . import arguments
 
 
 class NoFactory(ValueError):
-    """A module that is not there, or has no such function."""
+    """The module does not exist, or has no such function."""
 
 
 def named(target: str) -> tuple[str, str]:
-    """The module and the function that MODULE:FACTORY names. Raises ValueError where it names none."""
+    """Split MODULE:FACTORY into the two names. Raises ValueError if it is not of that form."""
     module, _, name = target.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         got = arguments.shown(target)
-        raise ValueError(f"MODULE:FACTORY must name a module and a function of it, as models.llama:small; got {got}")
+        raise ValueError(
+            "MODULE:FACTORY must name a module and a function of it, as models.llama:small; "
+            f"got {got}"
+        )
     return module, name
 
 
 def load(module: str, name: str) -> Callable[[], Any]:
-    """The factory. A module that is not there is a NoFactory; what else its import raises keeps its traceback."""
+    """Import a factory.
+
+    Raises NoFactory if there is none; any other exception of the import is passed on.
+    """
     sys.path.insert(0, "")
     try:
         factory = getattr(importlib.import_module(module), name, None)

@@ -1,4 +1,4 @@
-"""What torch 2.11 does not have, in one place."""
+"""Features that the oldest supported torch does not have."""
 
 import torch.nn.functional as F
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch.fx import Graph, GraphModule
 
-from passes import footprint
+from passes.analysis import footprint
 from tests.graphs import measured_peak
 
 

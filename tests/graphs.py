@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
-from passes.reports import allocated_bytes
+from passes.planning.reports import allocated_bytes
 
 aten = torch.ops.aten
 

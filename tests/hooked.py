@@ -11,7 +11,7 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from passes.stages import Pass
+from passes.protocol import Pass
 
 
 class Hook(CustomGraphPass):

@@ -1,4 +1,4 @@
-"""Offsets in one arena for buffers with known lifetimes, an independent checker, and a graph that runs in such an arena."""
+"""One arena for buffers with known lifetimes: offsets, an independent validator, an executor."""
 
 from .executor import Executor
 from .placements import Buffer, Placement

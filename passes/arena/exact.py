@@ -1,8 +1,10 @@
-"""CP-SAT of OR-tools on a part that the greedy orders leave open.
+"""An exact search on parts that greedy orders leave above the bound, by CP-SAT of OR-tools.
 
-To end at a given roof, two searches run at once. One fills the arena from below: of the boxes that can lie lowest, the first in
-line goes there, and what a dead end teaches is kept. Where a line suits the problem that takes a second, where not, for ever:
-each line gets a second, then two, and so on. The other search chooses freely. Which is done first differs by problem.
+For a placement below a given roof, two searches run at the same time. One fills the arena from
+below: depth-first, the box that can be lowest goes there, ties by a box order, and CP-SAT learns
+from dead ends. With an order that suits the problem that takes a second, with others for ever, so
+several orders take turns of one second, two seconds, and so on. The other search is CP-SAT's own.
+Which one ends first depends on the problem.
 """
 
 from __future__ import annotations
@@ -22,19 +24,24 @@ _WORKERS = 2
 _FIRST_TURN_SECONDS = 1.0
 _POLL_SECONDS = 0.02
 
-Line = Callable[[Box], tuple[int, ...]]
+BoxOrder = Callable[[Box], tuple[int, ...]]
 
 
 def fit(part: Part, roof: int, deadline: float) -> Offsets | None:
-    """Offsets of the part's boxes by number with which none ends above `roof`; None where there are none or time is up.
+    """Offsets of a part's boxes by number, all below a roof; None if there are none or time is up.
 
-    deadline: a time of time.monotonic().
+    roof: in units
+    deadline: a time of time.monotonic()
     """
     return _Race(part, roof, deadline).run()
 
 
 def lower(part: Part, start: Offsets, enough: int, deadline: float) -> Offsets:
-    """The lowest placement found in time from the placement `start`; one that ends at `enough` ends the search."""
+    """The lowest placement found until the deadline.
+
+    start: the placement to improve
+    enough: a height in units at which to stop
+    """
     model = _Model(part, height(part.boxes, start), _by_area)
     model.minimize(start, enough)
     solver = _solver(deadline - time.monotonic(), _WORKERS)
@@ -42,34 +49,41 @@ def lower(part: Part, start: Offsets, enough: int, deadline: float) -> Offsets:
 
 
 class _Race:
-    """The two searches for a placement below a roof. The first that ends, with a placement or with a proof, stops the other."""
+    """The two searches for a placement below a roof.
+
+    The first that ends, with a placement or a proof that there is none, stops the other.
+    """
 
     def __init__(self, part: Part, roof: int, deadline: float) -> None:
         self.part, self.roof, self.deadline = part, roof, deadline
         self.over = threading.Event()
-        self.found: Offsets | None = None
+        self.result: Offsets | None = None
         self.solvers: list[Any] = []
 
     def run(self) -> Offsets | None:
         with ThreadPoolExecutor(_WORKERS) as pool:
-            searches: list[Future[None]] = [pool.submit(search) for search in (self.from_below, self.freely)]
+            searches: list[Future[None]] = [
+                pool.submit(self.from_below),
+                pool.submit(self.freely),
+            ]
             try:
                 while wait(searches, timeout=_POLL_SECONDS).not_done:
                     if self.over.is_set():
-                        self.stop()  # again and again: a solver that has not begun yet hears nothing
-            finally:  # Ctrl-C too
+                        self.stop()  # repeatedly: a solver that has not begun yet ignores it
+            finally:  # also after Ctrl-C
                 self.over.set()
                 self.stop()
         for search in searches:
-            search.result()  # raises what it raised
-        return self.found
+            search.result()  # raises the search's exception
+        return self.result
 
     def stop(self) -> None:
         for solver in self.solvers:
             solver.stop_search()
 
     def from_below(self) -> None:
-        models = [_Model(self.part, self.roof, line) for line in _lines(self.part)]
+        """Fill from below, with several box orders in turn."""
+        models = [_Model(self.part, self.roof, order) for order in _box_orders(self.part)]
         for model in models:
             model.fill_from_below()
         for seconds, model in _turns(models):
@@ -78,50 +92,58 @@ class _Race:
             self.attempt(model, seconds, fixed=True)
 
     def freely(self) -> None:
+        """Search by CP-SAT's own strategy."""
         self.attempt(_Model(self.part, self.roof, _by_area), math.inf, fixed=False)
 
     def attempt(self, model: _Model, seconds: float, fixed: bool) -> None:
+        """Run one solver, and end the race if it comes to a result."""
         solver = _solver(min(seconds, self.deadline - time.monotonic()), workers=1, fixed=fixed)
         self.solvers.append(solver)
         if self.over.is_set():
             return
-        ended = model.solve(solver)
-        if ended:
-            self.found = model.offsets(solver)
-        if ended is not None:
+        has_placement = model.solve(solver)
+        if has_placement:
+            self.result = model.offsets(solver)
+        if has_placement is not None:
             self.over.set()
 
 
 class _Model:
     """Rectangles of lifetime times size below a roof that do not overlap.
 
-    It counts from the part's floor, in what divides all sizes (in a placement that is pushed down, offsets are sums of sizes),
-    and in the steps at which something comes or goes: with small numbers the search is many times faster.
+    Offsets count from the part's floor in the greatest common divisor of all sizes (in a placement
+    that is pushed down they are sums of sizes), steps are those at which a box begins or ends: with
+    small numbers the search is many times faster.
     """
 
-    def __init__(self, part: Part, roof: int, line: Line) -> None:
-        # It brings pandas with it: a second that only hard problems need.
+    def __init__(self, part: Part, roof: int, order: BoxOrder) -> None:
+        # Imports pandas, which takes a second that only hard problems need.
         from ortools.sat.python import cp_model
 
         self.cp, self.model = cp_model, cp_model.CpModel()
-        self.floor, self.boxes = part.floor, sorted(part.boxes, key=line)
+        self.floor, self.boxes = part.floor, sorted(part.boxes, key=order)
         self.unit = math.gcd(*(box.size for box in self.boxes))
         self.sizes = [box.size // self.unit for box in self.boxes]
         self.roof = (roof - part.floor) // self.unit
         self.places = [self.model.new_int_var(0, self.roof - size, "") for size in self.sizes]
-        ends = sorted({end for box in self.boxes for end in (box.lower, box.upper)})
-        step = {end: number for number, end in enumerate(ends)}
-        span = self.model.new_fixed_size_interval_var
-        lifetimes = [span(step[box.lower], step[box.upper] - step[box.lower], "") for box in self.boxes]
-        self.model.add_no_overlap_2d(
-            lifetimes, [span(place, size, "") for place, size in zip(self.places, self.sizes, strict=True)]
-        )
+        steps = sorted({step for box in self.boxes for step in (box.lower, box.upper)})
+        number_of = {step: number for number, step in enumerate(steps)}
+        interval = self.model.new_fixed_size_interval_var
+        lifetimes, spans = [], []
+        for box, place, size in zip(self.boxes, self.places, self.sizes, strict=True):
+            lower, upper = number_of[box.lower], number_of[box.upper]
+            lifetimes.append(interval(lower, upper - lower, ""))
+            spans.append(interval(place, size, ""))
+        self.model.add_no_overlap_2d(lifetimes, spans)
 
     def fill_from_below(self) -> None:
-        self.model.add_decision_strategy(self.places, self.cp.CHOOSE_LOWEST_MIN, self.cp.SELECT_MIN_VALUE)
+        """Place the box that can be lowest first, at its lowest offset."""
+        self.model.add_decision_strategy(
+            self.places, self.cp.CHOOSE_LOWEST_MIN, self.cp.SELECT_MIN_VALUE
+        )
 
     def minimize(self, start: Offsets, enough: int) -> None:
-        """Asks for the least height from `enough` on, with `start` to begin from."""
+        """Minimize the height, from `enough` on, with the placement `start` as a hint."""
         top = self.model.new_int_var(-(-(enough - self.floor) // self.unit), self.roof, "")
         for place, size, box in zip(self.places, self.sizes, self.boxes, strict=True):
             self.model.add(place + size <= top)
@@ -129,17 +151,18 @@ class _Model:
         self.model.minimize(top)
 
     def solve(self, solver: Any) -> bool | None:
-        """Whether there is a placement; None where the solver has not found out."""
+        """Whether there is a placement; None if the solver was stopped before it knew."""
         status = solver.solve(self.model)
         if status in (self.cp.OPTIMAL, self.cp.FEASIBLE):
             return True
         return False if status == self.cp.INFEASIBLE else None
 
     def offsets(self, solver: Any) -> Offsets:
-        """The placement found, by the numbers of the boxes."""
-        return {
-            box.number: self.floor + solver.value(place) * self.unit for box, place in zip(self.boxes, self.places, strict=True)
-        }
+        """The solver's placement, by the numbers of the boxes."""
+        offsets: Offsets = {}
+        for box, place in zip(self.boxes, self.places, strict=True):
+            offsets[box.number] = self.floor + solver.value(place) * self.unit
+        return offsets
 
 
 def _solver(seconds: float, workers: int, fixed: bool = False) -> Any:
@@ -149,7 +172,7 @@ def _solver(seconds: float, workers: int, fixed: bool = False) -> Any:
     parameters: Any = solver.parameters
     parameters.max_time_in_seconds = max(0.0, seconds)
     parameters.num_workers = workers
-    # The linear relaxation of a packing is worth nothing, and takes most of the time.
+    # The linear relaxation of a packing is useless, and takes most of the time.
     parameters.linearization_level = 0
     if fixed:
         parameters.search_branching = type(parameters.search_branching).FIXED_SEARCH
@@ -157,7 +180,7 @@ def _solver(seconds: float, workers: int, fixed: bool = False) -> Any:
 
 
 def _turns(models: list[_Model]) -> Iterator[tuple[float, _Model]]:
-    """Each model in turn, for a time that doubles from round to round."""
+    """Yield every model in turn, with seconds that double from round to round."""
     for number in itertools.count():
         for model in models:
             yield _FIRST_TURN_SECONDS * 2**number, model
@@ -167,24 +190,25 @@ def _by_area(box: Box) -> tuple[int, ...]:
     return (-box.size * (box.upper - box.lower), box.lower, box.number)
 
 
-def _lines(part: Part) -> list[Line]:
-    """Those first that live at full steps, then the longest or the largest; or the largest throughout. Lines of minimalloc's.
+def _box_orders(part: Part) -> list[BoxOrder]:
+    """Orders of minimalloc: by the fullest step that a box is live at, its length and its area.
 
-    Long is what lives over many comings and goings. Ties matter more than one would think; the earlier goes first.
+    The length counts steps at which some box begins or ends. Ties matter more than one would
+    expect; the earlier box goes first.
     """
     change: dict[int, int] = {}
     for box in part.boxes:
         change[box.lower] = change.get(box.lower, 0) + box.size
         change[box.upper] = change.get(box.upper, 0) - box.size
-    ends = sorted(change)
-    step = {end: number for number, end in enumerate(ends)}
-    held = list(itertools.accumulate(change[end] for end in ends))
+    steps = sorted(change)
+    number_of = {step: number for number, step in enumerate(steps)}
+    live = list(itertools.accumulate(change[step] for step in steps))
 
     def fullness(box: Box) -> int:
-        return max(held[step[box.lower] : step[box.upper]])
+        return max(live[number_of[box.lower] : number_of[box.upper]])
 
     def length(box: Box) -> int:
-        return step[box.upper] - step[box.lower]
+        return number_of[box.upper] - number_of[box.lower]
 
     def area(box: Box) -> int:
         return length(box) * box.size

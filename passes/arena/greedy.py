@@ -1,4 +1,4 @@
-"""First fit in several orders: milliseconds, and at the lower bound on most graphs of models."""
+"""First fit in several orders, which reaches the lower bound on most graphs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from .parts import Box, Part
 
 Offsets = dict[int, int]
+IntArray = npt.NDArray[np.int64]
 
-# By what the first in line is largest. Wide and long ones first wins most often; ties go to the earlier step.
+# Largest first: by area, size, lifetime; then earliest or latest first. Area wins most often.
 _ORDERS: tuple[Callable[[Box], tuple[int, ...]], ...] = (
     lambda box: (-box.size * (box.upper - box.lower), box.lower),
     lambda box: (-box.size, box.lower),
@@ -22,9 +24,10 @@ _ORDERS: tuple[Callable[[Box], tuple[int, ...]], ...] = (
 
 
 def place(part: Part, enough: int, deadline: float) -> Offsets:
-    """Offsets of the part's boxes by number: the lowest of all orders, or the first that is no higher than `enough`.
+    """Offsets of a part's boxes by number: the lowest of all orders.
 
-    The first order is carried out whatever the deadline, a time of time.monotonic().
+    enough: a height in units at which to stop
+    deadline: a time of time.monotonic() at which to stop; the first order is always tried
     """
     best: Offsets = {}
     for order in (*_ORDERS, _crowding(part.boxes)):
@@ -37,26 +40,38 @@ def place(part: Part, enough: int, deadline: float) -> Offsets:
 
 
 def height(boxes: Sequence[Box], offsets: Offsets) -> int:
-    """Where the highest box ends."""
+    """The top of the highest box."""
     return max((offsets[box.number] + box.size for box in boxes), default=0)
 
 
 def _crowding(boxes: Sequence[Box]) -> Callable[[Box], tuple[int, ...]]:
-    """Those first that live in the fullest steps."""
-    sizes, lower, upper = (np.array([getattr(box, name) for box in boxes]) for name in ("size", "lower", "upper"))
-    crowd = {box.number: int(sizes[(lower < box.upper) & (box.lower < upper)].sum()) for box in boxes}
+    """The order by the units of all boxes that overlap a box in time, most first."""
+    lower, upper, size = _columns(boxes)
+    crowd: dict[int, int] = {}
+    for box in boxes:
+        overlaps = (lower < box.upper) & (box.lower < upper)
+        crowd[box.number] = int(size[overlaps].sum())
     return lambda box: (-crowd[box.number], -box.size)
 
 
-def _first_fit(line: Sequence[Box], floor: int) -> Offsets:
+def _first_fit(ordered: Sequence[Box], floor: int) -> Offsets:
     """Each box in turn at the lowest offset where it overlaps none before it."""
-    lower, upper, size = (np.array([getattr(box, name) for box in line], dtype=np.int64) for name in ("lower", "upper", "size"))
-    offset = np.zeros(len(line), dtype=np.int64)
-    for i, box in enumerate(line):
-        met = np.flatnonzero((lower[:i] < box.upper) & (box.lower < upper[:i]))
-        met = met[np.argsort(offset[met], kind="stable")]
-        # Up to each of those in its way, the highest end of the ones below it: the gaps lie between.
-        ends = np.maximum.accumulate(np.concatenate([[floor], offset[met] + size[met]]))
-        fits = np.flatnonzero(offset[met] - ends[:-1] >= box.size)
-        offset[i] = ends[fits[0]] if len(fits) else ends[-1]
-    return {box.number: int(at) for box, at in zip(line, offset, strict=True)}
+    lower, upper, size = _columns(ordered)
+    offset = np.zeros(len(ordered), dtype=np.int64)
+    for i, box in enumerate(ordered):
+        # The placed boxes that are live at the same time, from below.
+        others = np.flatnonzero((lower[:i] < box.upper) & (box.lower < upper[:i]))
+        others = others[np.argsort(offset[others], kind="stable")]
+        # Below each of them the highest top of those before it: the gap lies between.
+        tops = np.maximum.accumulate(np.concatenate([[floor], offset[others] + size[others]]))
+        gaps = np.flatnonzero(offset[others] - tops[:-1] >= box.size)
+        offset[i] = tops[gaps[0]] if len(gaps) else tops[-1]
+    return {box.number: int(start) for box, start in zip(ordered, offset, strict=True)}
+
+
+def _columns(boxes: Sequence[Box]) -> tuple[IntArray, IntArray, IntArray]:
+    """Lower, upper and size of all boxes, (boxes,) each."""
+    lower = np.array([box.lower for box in boxes], dtype=np.int64)
+    upper = np.array([box.upper for box in boxes], dtype=np.int64)
+    size = np.array([box.size for box in boxes], dtype=np.int64)
+    return lower, upper, size

@@ -1,10 +1,11 @@
-"""A problem cut into parts that are solved alone, in units of the alignment.
+"""A placement problem split into independent parts, in units of the alignment.
 
-Buffers that never meet in time part it. A buffer that meets all others of its part lies below them, which costs nothing: wherever
-a placement has it, what is below it may change places with it. Above it the rest may part again.
+Groups of buffers that never overlap in time are independent. A buffer that overlaps all others of
+its part goes below them, which costs nothing: wherever a placement has it, what is below it may
+change places with it. The rest above it may split again.
 
-    [ c ]      [ d ]           [ c ]  |  [ d ]      c and d never meet: two parts,
-    [       a      ]    ->     ------ | ------      each on the floor that a has raised
+    [ c ]      [ d ]           [ c ]  |  [ d ]      c and d never overlap: two parts,
+    [       a      ]    ->     ------ | ------      with the top of a as their floor
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Box:
-    """A buffer in units: its number among the buffers, its steps [lower, upper), its size."""
+    """A buffer in units of the alignment, live during the steps [lower, upper).
+
+    number: its place among all buffers
+    """
 
     number: int
     lower: int
@@ -23,63 +27,65 @@ class Box:
     size: int
 
     def meets(self, other: Box) -> bool:
+        """Whether both are live at some step."""
         return self.lower < other.upper and other.lower < self.upper
 
 
 @dataclass(frozen=True)
 class Part:
-    """Boxes that lie above `floor`, connected in time, none of which meets all others unless it is alone."""
+    """Boxes above `floor`, connected in time, none of which overlaps all others."""
 
     floor: int
     boxes: tuple[Box, ...]
 
     @property
     def bound(self) -> int:
-        """The least height that the boxes can reach, from the floor of the arena."""
+        """The lowest possible height, from the bottom of the arena."""
         return self.floor + most_at_once(self.boxes)
 
 
 def parts(boxes: Sequence[Box]) -> tuple[list[Part], dict[int, int]]:
-    """The parts of a problem, and the offsets of what lies below them by its number."""
-    found: list[Part] = []
-    settled: dict[int, int] = {}
-    open_parts = [Part(0, group) for group in _connected(boxes)]
-    while open_parts:
-        part = open_parts.pop()
-        latest, earliest = max(box.lower for box in part.boxes), min(box.upper for box in part.boxes)
-        # It meets all others if it lives when the last of them comes and has come before the first of them goes.
-        below = [box for box in part.boxes if box.upper > latest and box.lower < earliest]
+    """Split a problem: the parts, and the offsets of the boxes below them by number."""
+    finished: list[Part] = []
+    offsets: dict[int, int] = {}
+    candidates = [Part(0, group) for group in _connected(boxes)]
+    while candidates:
+        part = candidates.pop()
+        # A box overlaps all others if it begins before the first of them ends, and ends after the
+        # last of them has begun.
+        last_start = max(box.lower for box in part.boxes)
+        first_end = min(box.upper for box in part.boxes)
+        below = [box for box in part.boxes if box.upper > last_start and box.lower < first_end]
         if not below:
-            found.append(part)
+            finished.append(part)
             continue
         floor = part.floor
         for box in below:
-            settled[box.number] = floor
+            offsets[box.number] = floor
             floor += box.size
-        below_numbers = {box.number for box in below}
-        rest = [box for box in part.boxes if box.number not in below_numbers]
-        open_parts += [Part(floor, group) for group in _connected(rest)]
-    return found, settled
+        above = [box for box in part.boxes if box.number not in offsets]
+        candidates += [Part(floor, group) for group in _connected(above)]
+    return finished, offsets
 
 
 def most_at_once(boxes: Sequence[Box]) -> int:
-    """The units that live together at the fullest step: no placement is lower."""
+    """The most units live at one step: no placement is lower."""
     change: dict[int, int] = {}
     for box in boxes:
         change[box.lower] = change.get(box.lower, 0) + box.size
         change[box.upper] = change.get(box.upper, 0) - box.size
-    held = most = 0
+    live = most = 0
     for step in sorted(change):
-        held += change[step]
-        most = max(most, held)
+        live += change[step]
+        most = max(most, live)
     return most
 
 
 def _connected(boxes: Sequence[Box]) -> Iterator[tuple[Box, ...]]:
-    """Groups that share no step, in the order of time."""
+    """Yield groups of boxes that share no step with one another, in the order of time."""
     group: list[Box] = []
     end = 0
-    for box in sorted(boxes, key=lambda each: (each.lower, each.number)):
+    for box in sorted(boxes, key=lambda box: (box.lower, box.number)):
         if group and box.lower >= end:
             yield tuple(group)
             group = []

@@ -1,4 +1,4 @@
-"""Buffers with lifetimes, and where each begins in the arena.
+"""Buffers with lifetimes, and their offsets in the arena.
 
 offset                                   lower  upper  size   offset
   6 +-------+                         a    0      4     2       0
@@ -20,7 +20,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Buffer:
-    """`size` bytes that live during the steps [lower, upper)."""
+    """`size` bytes, live during the steps [lower, upper)."""
 
     lower: int
     upper: int
@@ -31,17 +31,22 @@ class Buffer:
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} must be an integer; got {type(value).__name__} {value!r}")
         if self.lower >= self.upper:
-            raise ValueError(f"lower must be below upper, for lifetimes are half-open; got [{self.lower}, {self.upper})")
+            raise ValueError(
+                "lower must be below upper, for lifetimes are half-open; "
+                f"got [{self.lower}, {self.upper})"
+            )
         if self.size < 0:
             raise ValueError(f"size must be at least 0 bytes; got {self.size}")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The first byte of each buffer, in the order of the buffers.
+    """Offsets of buffers in an arena.
 
-    height: bytes of the arena. lower_bound: the bytes that live at once, every buffer rounded up to `alignment`; no arena whose
-    buffers begin at multiples of it is lower.
+    offsets: the first byte of each buffer, in the order of the buffers
+    height: bytes of the arena
+    lower_bound: the most bytes live at one time, every buffer rounded up to `alignment`; no arena
+        whose buffers begin at multiples of it is lower
     """
 
     offsets: tuple[int, ...]
@@ -50,7 +55,8 @@ class Placement:
     alignment: int = 1
 
     def __str__(self) -> str:
-        above = f"{self.height / max(self.lower_bound, 1) - 1:.1%} above the lower bound, {self.lower_bound:,}"
-        return f"{len(self.offsets)} buffers in {self.height:,} bytes, " + (
-            "the lower bound" if self.height == self.lower_bound else above
-        )
+        text = f"{len(self.offsets)} buffers in {self.height:,} bytes, "
+        if self.height == self.lower_bound:
+            return text + "the lower bound"
+        excess = self.height / max(self.lower_bound, 1) - 1
+        return text + f"{excess:.1%} above the lower bound, {self.lower_bound:,}"

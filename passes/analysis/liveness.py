@@ -1,0 +1,478 @@
+"""Storage lifetimes of an fx graph: when each allocation is made and freed.
+
+One storage per allocation, whatever names and views it has.
+
+    step  node               x   a   w
+      0   x = placeholder    #
+      1   a = mm(x, x)       #   #          # used or allocated here
+      2   v = view(a)        |   #          | live: for the caller, or for a later step
+      3   w = add(x, 1)      #   |   #
+      4   b = add_(v, w)     |   #   #      in-place: b is another name of v, so of a
+      5   output(b)          |   #
+                        [0, 6) [1, 6) [3, 5)
+
+A step is a node's place in the graph; its operands and its results are live together while it runs.
+A kernel's workspace, allocated and freed within one step, appears in no graph and is not counted.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import SymInt, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .. import arguments
+
+IntArray = npt.NDArray[np.int64]
+
+# These change which memory a tensor has, for every other name of it too.
+_REPLACE_STORAGE = {
+    *("aten::set_", "aten::resize_", "aten::resize_as_", "inductor::resize_storage_bytes_"),
+}
+# A view by construction, though its schema says otherwise.
+_UNDECLARED_VIEWS = {"aten::_unsafe_view"}
+# Loops that keep and join pieces in ways that their subgraphs do not show.
+_UNCOUNTED_LOOPS = {"associative_scan", "scan"}
+# Their subgraphs compute single scores; the rest is the kernel's workspace.
+_SCALAR_SUBGRAPHS = {"flex_attention", "flex_attention_backward"}
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n +(.*)')
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One allocation of `size` bytes, live during the steps [lower, upper).
+
+    name: the node that allocates it, or "node[1]" for a later one of its results
+    aliases: the names of all nodes whose values lie in it, in the order of the graph
+    is_input: it exists before the first step (arguments, parameters, constants)
+    is_output: the graph returns it or a view of it
+    source: the line of the user's code that allocates it, or ""
+    """
+
+    name: str
+    size: int
+    lower: int
+    upper: int
+    aliases: tuple[str, ...]
+    is_input: bool = False
+    is_output: bool = False
+    device: str = "cpu"
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """The steps of a graph by name, and its storages in the order of their allocation.
+
+    nested[step]: peak bytes of a subgraph beyond the operands and results of the node that runs it
+    """
+
+    steps: tuple[str, ...]
+    storages: tuple[Storage, ...]
+    nested: tuple[int, ...]
+
+    @cached_property
+    def bytes_at(self) -> IntArray:
+        """Live bytes during each step, inputs included, (steps,)."""
+        change = np.zeros(len(self.steps) + 1, dtype=np.int64)
+        for storage in self.storages:
+            change[storage.lower] += storage.size
+            change[storage.upper] -= storage.size
+        return np.cumsum(change)[:-1] + np.array(self.nested, dtype=np.int64)
+
+    @property
+    def input_bytes(self) -> int:
+        """Live bytes before the first step."""
+        return sum(storage.size for storage in self.storages if storage.is_input)
+
+
+def lifetimes(
+    graph: Graph | GraphModule,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    donated: Collection[str] = (),
+) -> Lifetimes:
+    """The storages of a graph whose nodes have meta["val"], from torch.export, make_fx or inductor.
+
+    A value that nobody uses is freed where it is made. Of a node's subgraphs (cond, ...) the one
+    with the highest peak counts, once; a loop's counts together with what it carries.
+
+    sizes: values of symbols, as in {"s77": 4096}; other symbols count as traced
+    donated: placeholders that the graph may free at their last use (a backward's saved
+        activations); the caller keeps all others to the end
+
+    Raises ValueError with the node's name if a lifetime is unknown: no meta["val"], a size without
+    a value, tensors without one plain storage, operations that replace storages, module and method
+    calls, scans.
+    """
+    graph = graph.graph if isinstance(graph, GraphModule) else graph
+    if not isinstance(graph, Graph):
+        raise TypeError(
+            f"graph must be an fx Graph or GraphModule; got {type(graph).__name__}. "
+            "Trace it: torch.export or make_fx"
+        )
+    sizes, freed = arguments.sizes(sizes), arguments.names("donated", donated)
+    _check_placeholders(graph, freed)
+    _check_symbols(graph, sizes)
+    return _Walk(graph, sizes, freed).lifetimes()
+
+
+def _check_placeholders(graph: Graph, names: Collection[str]) -> None:
+    """Raise ValueError if a donated name is no placeholder of the graph."""
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    for name in sorted(names):
+        if name not in placeholders:
+            raise ValueError(
+                f"donated must name placeholders of the graph; got {name!r}. "
+                f"It has {', '.join(placeholders)}"
+            )
+
+
+def _check_symbols(graph: Graph, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError if a name is no symbol of the graph."""
+    if not sizes:
+        return
+    symbols = {str(symbol) for node in graph.nodes for symbol in _symbols(node)}
+    for name in sizes:
+        if name not in symbols:
+            raise ValueError(
+                f"sizes must name symbols of the graph; got {name!r}. "
+                f"It has {', '.join(sorted(symbols)) or 'none'}"
+            )
+
+
+def _symbols(node: Node) -> Collection[Any]:
+    """The symbols of the sizes of a node's value."""
+    # Imports sympy, which a graph with symbols has imported already.
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
+    symbols = set[Any]()
+    for leaf in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(leaf, Tensor | SymInt):
+            symbols.update(free_symbols(leaf))
+    return symbols
+
+
+def value_of(node: Node) -> Any:
+    """The traced value of a node in an aten graph: fake tensors, symbols, numbers, lists of them.
+
+    None for a node that returns nothing. Raises ValueError if the graph does not say.
+    """
+    if node.op == "get_attr":
+        return node.meta.get("val", attribute(node))
+    if "val" in node.meta:
+        return node.meta["val"]
+    if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
+        return None
+    raise ValueError(
+        f'{node.name} ({node.op} {node.target}) has no meta["val"], so its size is unknown. Trace '
+        "with torch.export or make_fx, or run torch.fx.passes.fake_tensor_prop.FakeTensorProp on "
+        "the graph"
+    )
+
+
+def number_of(size: int | torch.SymInt, node: Node, sizes: Mapping[str, int]) -> int:
+    """A size as a number: by the values in `sizes`, else by the hints of the trace.
+
+    node: the node that has the size, for the error
+    """
+    if isinstance(size, int):
+        return size
+    symbolic = size.node
+    values = {symbol: sizes.get(str(symbol)) for symbol in symbolic.expr.free_symbols}
+    for symbol, value in values.items():
+        if value is not None:
+            continue
+        hint = symbolic.shape_env.backed_var_to_val.get(symbol)
+        if hint is None:
+            raise ValueError(
+                f"{node.name} takes {symbolic.expr} bytes, and nothing says what {symbol} is. "
+                f"Pass sizes={{{str(symbol)!r}: ...}}"
+            )
+        values[symbol] = int(hint)
+    return int(symbolic.expr.subs(values).doit())
+
+
+def attribute(node: Node) -> Any:
+    """The value that a get_attr node reads from the module that owns its graph."""
+    value: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        if not hasattr(value, name):
+            raise ValueError(
+                f"{node.name} reads {node.target!r}, which the graph's module does not have. "
+                "Pass the GraphModule itself"
+            )
+        value = getattr(value, name)
+    return value
+
+
+@dataclass
+class _Live:
+    """A storage during the walk, which may still extend it.
+
+    inputs: the names of the inputs that it is; empty for one allocated by the graph
+    """
+
+    name: str
+    size: int
+    lower: int
+    upper: int
+    device: str
+    source: str
+    inputs: set[str] = field(default_factory=set)
+    aliases: dict[str, None] = field(default_factory=dict)
+
+
+class _Walk:
+    """One walk over the nodes of a graph, in order.
+
+    numbers[node]: the node's value with the number of its storage in place of every tensor, so
+    that getitem finds its own
+    """
+
+    def __init__(self, graph: Graph, sizes: Mapping[str, int], donated: frozenset[str]) -> None:
+        self.nodes, self.sizes, self.donated = list(graph.nodes), sizes, donated
+        self.storages: list[_Live] = []
+        self.numbers: dict[Node, Any] = {}
+        # Two inputs may share a storage (tied weights). Any other result shares one with an
+        # operand or with nothing.
+        self.input_numbers: dict[int, int] = {}
+
+    def lifetimes(self) -> Lifetimes:
+        nested, returned = [0] * len(self.nodes), set[int]()
+        for step, node in enumerate(self.nodes):
+            # 1. Operands live at least until this step.
+            used = set[int]()
+            for operand in node.all_input_nodes:
+                used.update(_leaves(self.numbers[operand]))
+            for number in used:
+                self.storages[number].upper = step + 1
+            if node.op == "output":
+                returned = used
+                continue
+            # 2. Results are new storages, or aliases of old ones.
+            first_new = len(self.storages)
+            self.numbers[node] = self._number(step, node)
+            for number in _leaves(self.numbers[node]):
+                self.storages[number].aliases[node.name] = None
+            # 3. What subgraphs allocate beyond both.
+            allocated = sum(storage.size for storage in self.storages[first_new:])
+            nested[step] = self._nested(node, allocated)
+        storages = tuple(
+            self._finished(storage, number in returned)
+            for number, storage in enumerate(self.storages)
+        )
+        return Lifetimes(tuple(node.name for node in self.nodes), storages, tuple(nested))
+
+    def _finished(self, live: _Live, is_output: bool) -> Storage:
+        # The caller keeps a storage to the end unless every input that it is was donated.
+        is_input = bool(live.inputs)
+        caller_keeps = is_input and not live.inputs <= self.donated
+        return Storage(
+            live.name,
+            live.size,
+            live.lower,
+            len(self.nodes) if caller_keeps else live.upper,
+            tuple(live.aliases),
+            is_input,
+            is_output,
+            live.device,
+            live.source,
+        )
+
+    def _number(self, step: int, node: Node) -> Any:
+        """A node's value with storage numbers for tensors; adds the storages that are new."""
+        _check_node(node)
+        if node.target is operator.getitem:
+            numbers = self.numbers[_node(node.args[0])]
+            if not isinstance(numbers, int):
+                return numbers[node.args[1]]
+        value = value_of(node)
+        if isinstance(value, torch.nn.Module):
+            return None
+        known = self.input_numbers if node.op != "call_function" else self._operands(node)
+        leaves, tree = pytree.tree_flatten(value)
+        leaf_numbers = [
+            self._leaf_number(step, node, result, leaf, known) for result, leaf in enumerate(leaves)
+        ]
+        return pytree.tree_unflatten(leaf_numbers, tree)
+
+    def _leaf_number(
+        self, step: int, node: Node, result: int, leaf: Any, known: dict[int, int]
+    ) -> int | None:
+        """The storage number of one result; None if it is no tensor.
+
+        result: its place among the node's results
+        known: numbers of inputs or operands by the identity of their fake storages; extended
+        """
+        if not isinstance(leaf, Tensor):
+            return None
+        is_input = node.op != "call_function"
+        key = _identity(leaf, node)
+        if key not in known:
+            viewed = self._viewed(node, result)
+            known[key] = len(self.storages) if viewed is None else viewed
+            if viewed is None:
+                self.storages.append(
+                    _Live(
+                        name=f"{node.name}[{result}]" if result else node.name,
+                        size=number_of(leaf.untyped_storage().nbytes(), node, self.sizes),
+                        lower=0 if is_input else step,
+                        upper=step + 1,
+                        device=str(leaf.device),
+                        source=source_of(node),
+                    )
+                )
+        if is_input:
+            self.storages[known[key]].inputs.add(node.name)
+        return known[key]
+
+    def _operands(self, node: Node) -> dict[int, int]:
+        """The storage numbers of a node's operands by the identity of their fake storages."""
+        numbers: dict[int, int] = {}
+        for operand in node.all_input_nodes:
+            value = value_of(operand)
+            if isinstance(value, torch.nn.Module):
+                continue
+            leaves = pytree.tree_leaves(value)
+            leaf_numbers = pytree.tree_leaves(self.numbers[operand], _is_none)
+            for leaf, number in zip(leaves, leaf_numbers, strict=True):
+                if isinstance(leaf, Tensor):
+                    numbers[_identity(leaf, operand)] = number
+        return numbers
+
+    def _viewed(self, node: Node, result: int) -> int | None:
+        """The operand's storage that a result views by the operator's schema; None if it is new.
+
+        A pass that adds nodes may give them fake tensors with storages of their own, so metadata
+        does not decide. Composite operators (reshape, contiguous) view or copy: their schema does
+        not decide either.
+        """
+        op = node.target
+        if not isinstance(op, torch._ops.OpOverload) or not op._schema.returns:
+            return None
+        if op._schema.name in _UNDECLARED_VIEWS:
+            return _only(self.numbers[_node(node.args[0])])
+        returns = op._schema.returns
+        alias = returns[result if len(returns) > 1 else 0].alias_info
+        if alias is None or (_is_composite(op) and not alias.is_write):
+            return None
+        for place, argument in enumerate(op._schema.arguments):
+            if _may_alias(argument.alias_info, alias):
+                named = node.kwargs.get(argument.name)
+                operand = node.args[place] if place < len(node.args) else named
+                if isinstance(operand, Node):
+                    return _only(self.numbers[operand])
+        return None
+
+    def _nested(self, node: Node, allocated: int) -> int:
+        """Peak bytes of a node's subgraphs beyond its operands and results.
+
+        allocated: bytes of the node's results
+        """
+        is_higher_order = isinstance(node.target, torch._ops.HigherOrderOperator)
+        name = getattr(node.target, "_name", "") if is_higher_order else ""
+        if name in _SCALAR_SUBGRAPHS:
+            return 0
+        if name in _UNCOUNTED_LOOPS:
+            raise ValueError(
+                f"{node.name} is a {name}, and what it holds from turn to turn is not known. "
+                "Unroll it, or use while_loop"
+            )
+        most = 0
+        for operand in node.all_input_nodes:
+            module = attribute(operand) if operand.op == "get_attr" else None
+            if isinstance(module, GraphModule):
+                inner = _Walk(module.graph, self.sizes, frozenset()).lifetimes()
+                most = max(most, int(inner.bytes_at.max(initial=0)) - inner.input_bytes)
+        if name == "while_loop":
+            return most  # the last turn's carry is still live, as large as the results
+        if name == "map_impl":
+            return max(most, allocated)  # the pieces are live until they are stacked
+        return max(0, most - allocated)
+
+
+def source_of(node: Node) -> str:
+    """The innermost user line of a node, as "file.py:12 in forward: return self.mlp(x)"."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    # Frames of torch itself and of generated code count only if there are no others.
+    user_frames = [
+        frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith("<")
+    ]
+    file, line, function, code = (user_frames or frames)[-1]
+    return f"{file.rpartition('/')[2]}:{line} in {function}: {code.strip()}"
+
+
+def _identity(tensor: Tensor, node: Node) -> int:
+    """The identity of a fake tensor's storage."""
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) or isinstance(tensor, FakeTensor)
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if not is_plain or tensor.layout != torch.strided or is_wrapped:
+        raise ValueError(
+            f"{node.name} is a {type(tensor).__name__} of layout {tensor.layout}, not one strided "
+            "storage of its own. Trace down to core operators on dense tensors: "
+            "run_decompositions() of an exported program does"
+        )
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _check_node(node: Node) -> None:
+    """Raise ValueError for a node whose storages no schema describes."""
+    if node.op not in ("placeholder", "get_attr", "call_function"):
+        raise ValueError(
+            f"{node.name} is a {node.op} of {node.target}, and what that allocates stands in no "
+            "schema. Trace down to operators: torch.export or make_fx"
+        )
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    if node.target._schema.name in _REPLACE_STORAGE:
+        raise ValueError(
+            f"{node.name} ({node.target}) replaces a tensor's storage, which has no fixed "
+            "lifetime. Leave it out"
+        )
+
+
+def _leaves(numbers: Any) -> list[int]:
+    """The storage numbers in a node's value."""
+    return [number for number in pytree.tree_leaves(numbers) if number is not None]
+
+
+def _only(numbers: Any) -> int | None:
+    """The storage number of a single tensor; None for a list."""
+    return numbers if isinstance(numbers, int) else None
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _may_alias(argument: Any, result: Any) -> bool:
+    """Whether a result's alias annotation refers to an argument's."""
+    if argument is None:
+        return False
+    if argument.before_set & result.before_set:
+        return True
+    # An operator that returns a list of views says so at its argument only: Tensor(a -> *).
+    return not result.before_set and "*" in argument.after_set
+
+
+def _is_composite(op: torch._ops.OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
+def _node(argument: Any) -> Node:
+    assert isinstance(argument, Node)
+    return argument

@@ -1,0 +1,13 @@
+"""The package's own name, folder and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAME = __package__
+ROOT = Path(__file__).parent
+
+
+def files() -> list[Path]:
+    """List all Python files of the package, which a compile cache must depend on."""
+    return sorted(ROOT.rglob("*.py"))

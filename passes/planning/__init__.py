@@ -1,0 +1,1 @@
+"""Choosing the passes of a step: candidates, tracing, estimates, the backend, reports."""

@@ -1,0 +1,184 @@
+"""torch.compile under a memory budget: the backend, compile and estimate."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .. import arguments
+from ..analysis.peak import mebibytes
+from ..protocol import Pass
+from . import inductor_hooks
+from .candidates import Passes, candidates, check_candidates, check_members, described
+from .choose import BudgetError, Choice, Pipeline, pipeline
+from .estimates import Estimate
+from .estimates import estimate as estimated
+from .tracing import Captured, capture, captured, trace, without_idle
+
+
+class Backend:
+    """A backend of torch.compile: chooses passes for each graph and compiles it by inductor.
+
+    choices: one for each graph, in the order of compilation. They are made here and not in
+        inductor's hooks, which do not run if the compile cache is warm.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline, self.choices = pipeline, list[Choice]()
+
+    def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        choice = self.pipeline.choose(captured(module, inputs))
+        symbols = {
+            place: str(value)
+            for place, value in enumerate(inputs)
+            if isinstance(value, torch.SymInt)
+        }
+        configs = inductor_hooks.inductor_configs(choice.chosen.passes)
+        run: Any = compile_fx(module, inputs, config_patches=configs)
+        self.choices.append(choice)
+        budget = self.pipeline.budget_bytes
+        return run if budget is None or not symbols else _Guarded(run, choice, budget, symbols)
+
+
+class _Guarded:
+    """A compiled graph with dynamic sizes, which refuses sizes for which its plan does not fit.
+
+    symbols: names by the places of the inputs that are sizes
+    fits: sizes known to fit, by symbol; the peak does not fall if sizes grow
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        choice: Choice,
+        budget_bytes: int,
+        symbols: dict[int, str],
+    ) -> None:
+        self.run, self.choice, self.budget_bytes, self.symbols = run, choice, budget_bytes, symbols
+        self.fits: list[dict[str, int]] = []
+
+    def __call__(self, *inputs: Any) -> Any:
+        sizes = {symbol: int(inputs[place]) for place, symbol in self.symbols.items()}
+        is_known = any(
+            all(size <= fitting[symbol] for symbol, size in sizes.items()) for fitting in self.fits
+        )
+        if not is_known:
+            self._check(sizes)
+        return self.run(*inputs)
+
+    def _check(self, sizes: dict[str, int]) -> None:
+        peak = self.choice.traced.footprint(sizes=sizes).peak_bytes
+        if peak > self.budget_bytes:
+            raise BudgetError(
+                f"memory_budget must be at least {peak:,} bytes ({mebibytes(peak)}) for sizes "
+                f"{sizes} under the plan made for earlier ones, "
+                f"{described(self.choice.chosen.passes)}; got {self.budget_bytes:,}. "
+                "Call with the longest input first",
+                peak,
+            )
+        self.fits.append(sizes)
+
+
+_backends: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
+
+
+def compile(
+    model: Callable[..., Any],
+    *,
+    memory_budget: int | str | None = None,
+    passes: Sequence[Pass] | None = None,
+    extra: Sequence[Pass] = (),
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Any:
+    """torch.compile(model) with passes that make a step fit a budget.
+
+    memory_budget: bytes, or "6GiB", "512 MB", for the peak of a step: parameters, inputs,
+        activations, gradients; not an optimizer's state
+    passes: these, instead of the fastest that fit; with a budget they must fit it
+    extra: a user's own passes besides
+    dynamic, fullgraph: as in torch.compile
+
+    Plans are made at the first call, for its sizes. Raises BudgetError there if nothing fits, with
+    the least budget that would do, and later if dynamic sizes grow beyond the plan.
+    """
+    if memory_budget is None and passes is None:
+        raise ValueError(
+            "memory_budget or passes must be given; got neither. "
+            "Without both this is torch.compile(model)"
+        )
+    arguments.model(model)
+    arguments.flag("dynamic", dynamic, or_none=True)
+    arguments.flag("fullgraph", fullgraph)
+    if passes is not None:
+        check_members("passes", passes)
+    backend = Backend(pipeline(memory_budget, None if passes is None else [passes], extra=extra))
+    step = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    _backends[step] = backend
+    return step
+
+
+def choices(step: Any) -> tuple[Choice, ...]:
+    """The choice for each graph of a step.
+
+    Raises ValueError if the step does not come from compile, or was not called yet.
+    """
+    if step not in _backends:
+        raise ValueError(f"step must come from passes.compile; got {type(step).__name__}")
+    if not _backends[step].choices:
+        raise ValueError(
+            "step must have been called once: plans are made for the sizes of a first call"
+        )
+    return tuple(_backends[step].choices)
+
+
+def estimate(
+    model: Callable[..., Any],
+    example_inputs: Sequence[Any],
+    *,
+    train: bool,
+    passes: Sequence[Sequence[Pass]] | None = None,
+    dynamic: bool | None = None,
+) -> tuple[Estimate, ...]:
+    """Estimate the peak and the time of a step under every candidate, fastest first.
+
+    Nothing is compiled or run.
+
+    example_inputs: tensors of the sizes in question, also fake or meta; they take no memory
+    train: a forward and its backward
+    passes: candidates instead of the default ones (planning.candidates)
+    dynamic: as in torch.compile
+
+    Raises TypeError or ValueError with the argument's name before anything is traced; ValueError
+    also if the model cannot compute with such inputs.
+    """
+    arguments.flag("train", train)
+    if passes is not None:
+        check_candidates(passes)
+    offered: list[Passes]
+    if passes is None:
+        offered = list(itertools.chain(*candidates(train)))
+    else:
+        offered = [tuple(candidate) for candidate in passes]
+
+    def study(graph: Captured) -> list[Estimate]:
+        # Candidates that differ only in no-op passes have the same estimate.
+        by_acting: dict[Passes, Estimate] = {}
+        estimates: list[Estimate] = []
+        for candidate in offered:
+            acting = without_idle(graph, candidate)
+            if acting not in by_acting:
+                by_acting[acting] = estimated(trace(graph, acting))
+            estimates.append(replace(by_acting[acting], passes=candidate))
+        return estimates
+
+    estimates = capture(model, example_inputs, study, train=train, dynamic=dynamic)
+    return tuple(sorted(estimates, key=lambda estimate: estimate.seconds))

@@ -1,0 +1,42 @@
+"""The protocol of a pass, and the stages of torch.compile at which passes run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Protocol, runtime_checkable
+
+from torch.fx import Graph
+
+
+class Stage(Enum):
+    """The graph that a pass rewrites, in the order in which torch.compile makes them."""
+
+    DYNAMO = "the model as captured: functions and modules' calls, before autograd"
+    JOINT = "forward and backward in one graph of aten operators; in inference the forward only"
+    LOWERED = "one aten graph that inductor lowers next: a forward, a backward or an inference"
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A rewriting of a graph, as a frozen dataclass: its repr and its source name it in the cache.
+
+    stage: when it runs
+    keeps_bits: the results are the same bits as without it; else they may differ by rounding
+
+    A pass may also have `options`, a mapping of names in torch._inductor.config to values that it
+    relies on and that compilation sets. It is not part of the protocol: most passes have none.
+    """
+
+    @property
+    def stage(self) -> Stage: ...
+
+    @property
+    def keeps_bits(self) -> bool: ...
+
+    def __call__(self, graph: Graph) -> Sequence[str]:
+        """Rewrite a graph in-place.
+
+        Returns a line of text for each change; none if the graph was left alone.
+        """
+        ...

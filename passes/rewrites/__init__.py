@@ -1,0 +1,1 @@
+"""The passes: each rewrites one graph so that it needs less memory."""

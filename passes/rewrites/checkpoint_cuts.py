@@ -1,0 +1,65 @@
+"""Checkpoint cuts: the values of a forward to keep, so that the rest is recomputed in pieces.
+
+    step      0    1    2  |  3    4  |  5    6        a cut after step 2 keeps the values made
+    values    a----------->|--------->|                before it and used after it: a and c; the
+              b--->        |          |                second keeps e, for a is kept already
+                        c--|->   e----|->
+
+The piece between two cuts is recomputed, and so live, at one time. After Chen et al., Training Deep
+Nets with Sublinear Memory Cost (1604.06174), which tries bounds on a piece; here the cuts for each
+bound are those that keep fewest bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Value:
+    """`size` bytes, made by step `first` and used by step `last` for the last time."""
+
+    size: int
+    first: int
+    last: int
+
+
+def values_to_keep(values: Sequence[Value], steps: int, bound: int) -> set[int]:
+    """The numbers of the values that cuts keep, with the fewest bytes for a bound on a piece.
+
+    steps: of the forward
+    bound: the most bytes that a piece may make; a piece of a single step may make more
+    """
+    cuts = _cuts(values, steps, bound)
+    kept = set[int]()
+    for number, value in enumerate(values):
+        if any(value.first < cut <= value.last for cut in cuts):
+            kept.add(number)
+    return kept
+
+
+def _cuts(values: Sequence[Value], steps: int, bound: int) -> list[int]:
+    """The number of steps before each cut, last cut first, by dynamic programming."""
+    made_at: list[list[Value]] = [[] for _ in range(steps)]
+    for value in values:
+        made_at[value.first].append(value)
+    # least[end]: the fewest bytes kept by cuts up to one at `end`, -1 if not known yet
+    # previous[end]: the cut before it, 0 if there is none
+    least, previous = [0] + [-1] * steps, [0] * (steps + 1)
+    for end in range(1, steps + 1):
+        # Try pieces [start, end), longer and longer.
+        made_bytes = kept_bytes = 0
+        for start in range(end - 1, -1, -1):
+            made_bytes += sum(value.size for value in made_at[start])
+            if made_bytes > bound and start < end - 1:
+                break
+            kept_bytes += sum(value.size for value in made_at[start] if value.last >= end)
+            if least[end] < 0 or least[start] + kept_bytes < least[end]:
+                least[end], previous[end] = least[start] + kept_bytes, start
+    cuts: list[int] = []
+    cut = previous[steps]
+    while cut:
+        cuts.append(cut)
+        cut = previous[cut]
+    return cuts

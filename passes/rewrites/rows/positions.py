@@ -1,0 +1,290 @@
+"""Masks computed from positions, as linear conditions on the indices of their elements.
+
+arange(n)[:, None] <= arange(m) + 3        (i, j) where 3 - i + j >= 0
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...analysis.effects import writes
+from .readers import example_value
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Sum:
+    """An integer: constant + the sum of steps[axis] * index along that axis.
+
+    Axes count backwards from 1, the last.
+    """
+
+    steps: Mapping[int, int]
+    constant: int = 0
+
+    def __add__(self, other: Sum) -> Sum:
+        steps = dict(self.steps)
+        for axis, step in other.steps.items():
+            steps[axis] = steps.get(axis, 0) + step
+        nonzero = {axis: step for axis, step in steps.items() if step}
+        return Sum(nonzero, self.constant + other.constant)
+
+    def times(self, factor: int) -> Sum:
+        """The sum times a factor."""
+        steps = {axis: step * factor for axis, step in self.steps.items() if factor}
+        return Sum(steps, self.constant * factor)
+
+    def moved(self, to: Mapping[int, int]) -> Sum:
+        """The same sum with its axes renumbered."""
+        return Sum({to[axis]: step for axis, step in self.steps.items()}, self.constant)
+
+    def within(self, shape: torch.Size) -> Sum:
+        """The sum without axes of one element, along which the index is always 0."""
+        steps = {axis: step for axis, step in self.steps.items() if not _is_one(shape[-axis])}
+        return Sum(steps, self.constant)
+
+    def is_never_negative(self, shape: torch.Size) -> bool:
+        """Whether the sum is at least 0 at every element of a tensor of this shape."""
+        least = self.constant
+        for axis, step in self.steps.items():
+            if step >= 0:
+                continue
+            size = shape[-axis]
+            if not isinstance(size, int):  # dynamic: unknown
+                return False
+            least += step * (size - 1)
+        return least >= 0
+
+
+# A mask: True where all of these are at least 0. The empty one is True everywhere.
+Conditions = tuple[Sum, ...]
+_Read = Sum | Conditions | None
+_RULES: dict[Any, Callable[..., _Read]] = {}
+
+
+def conditions(mask: Node) -> Conditions | None:
+    """Read a boolean mask as conditions.
+
+    None if it depends on anything but indices, or is computed in a way not known here.
+    """
+    read = _read(mask)
+    return read if isinstance(read, tuple) and not _is_written_to(mask) else None
+
+
+def _is_written_to(mask: Node) -> bool:
+    """Whether a node that the mask is computed from is written in-place, also through a view."""
+    sources, waiting = set[Node](), [mask]
+    while waiting:
+        node = waiting.pop()
+        if node not in sources:
+            sources.add(node)
+            waiting += node.all_input_nodes
+    for node in filter(writes, mask.graph.nodes):
+        for target in (*node.args[:1], node.kwargs.get("out")):
+            # A view's base is its first operand, and so on down to what was allocated.
+            while isinstance(target, Node):
+                if target in sources:
+                    return True
+                target = target.args[0] if target.args else None
+    return False
+
+
+def _read(node: Any) -> _Read:
+    """Read a node's value: integers as a Sum, a mask as Conditions; None for anything else."""
+    if isinstance(node, int) and not isinstance(node, bool):
+        return Sum({}, node)
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return None
+    rule, value = _RULES.get(node.target), example_value(node)
+    if rule is None or not isinstance(value, Tensor):
+        return None
+    if value.dtype not in (torch.bool, torch.int32, torch.int64):
+        return None
+    try:
+        bound = inspect.signature(rule).bind(value, *node.args, **node.kwargs)
+    except TypeError:
+        return None
+    read = rule(*bound.args, **bound.kwargs)
+    if isinstance(read, Sum):
+        return read.within(value.shape) if value.dtype != torch.bool else None
+    if read is None or value.dtype != torch.bool:
+        return read
+    return tuple(condition.within(value.shape) for condition in read)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _rule(*targets: Any) -> Callable[[Callable[..., _Read]], Callable[..., _Read]]:
+    """Register a rule for calls of `targets`.
+
+    It is called with the node's traced value and arguments; a call that does not bind is not read.
+    """
+
+    def register(rule: Callable[..., _Read]) -> Callable[..., _Read]:
+        _RULES.update(dict.fromkeys(targets, rule))
+        return rule
+
+    return register
+
+
+@_rule(torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step)
+def _arange(result: Tensor, *bounds: Any, **settings: Any) -> _Read:
+    if {"start", "end", "step", "out"} & settings.keys():
+        return None
+    start = bounds[0] if len(bounds) > 1 else 0
+    step = bounds[2] if len(bounds) > 2 else 1
+    if not isinstance(start, int) or not isinstance(step, int):
+        return None
+    return Sum({1: step}, start)
+
+
+@_rule(torch.ones, aten.ones.default, "new_ones", aten.new_ones.default)
+def _ones(result: Tensor, *arguments: Any, **settings: Any) -> _Read:
+    return ()
+
+
+@_rule(torch.full, aten.full.default)
+def _full(result: Tensor, size: Any, fill_value: Any, **settings: Any) -> _Read:
+    return () if fill_value is True else None
+
+
+@_rule(
+    *("to", "long", "int", "bool", "contiguous", "clone", torch.clone),
+    *(aten.clone.default, aten._to_copy.default, aten.to.dtype),
+)
+def _same(result: Tensor, x: Any, *arguments: Any, **settings: Any) -> _Read:
+    read = _read(x)
+    # Not a conversion between integers and masks.
+    return read if isinstance(read, tuple) == (result.dtype == torch.bool) else None
+
+
+@_rule("unsqueeze", torch.unsqueeze, aten.unsqueeze.default)
+def _unsqueeze(result: Tensor, x: Any, dim: int) -> _Read:
+    new = result.ndim - dim % result.ndim
+    return _moved(x, {axis: axis + (axis >= new) for axis in range(1, result.ndim)})
+
+
+@_rule(operator.getitem)
+def _getitem(result: Tensor, x: Any, index: Any) -> _Read:
+    """Read an index of None, ":" and "..."."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    value = example_value(x)
+    if not isinstance(value, Tensor):
+        return None
+    if not all(item is None or item is ... or item == slice(None) for item in items):
+        return None
+    # Write "..." out, then number the axes that are not new.
+    missing = value.ndim - sum(isinstance(item, slice) for item in items)
+    place = items.index(...) if ... in items else len(items)
+    items[place : place + 1] = [slice(None)] * missing
+    old_axes = [axis for axis, item in enumerate(reversed(items), start=1) if item is not None]
+    return _moved(x, dict(enumerate(old_axes, start=1)))
+
+
+@_rule("view", "reshape", torch.reshape, aten.view.default, aten.reshape.default)
+def _reshape(result: Tensor, x: Any, *shape: Any) -> _Read:
+    """Read a reshape of one axis to a shape with one axis of more than one element."""
+    value = example_value(x)
+    axes = [axis for axis in range(1, result.ndim + 1) if not _is_one(result.shape[-axis])]
+    if not isinstance(value, Tensor) or value.ndim != 1 or len(axes) != 1:
+        return None
+    return _moved(x, {1: axes[0]})
+
+
+@_rule("expand", aten.expand.default, "expand_as", torch.broadcast_to, "broadcast_to")
+def _expand(result: Tensor, x: Any, *shape: Any, **settings: Any) -> _Read:
+    return _read(x)
+
+
+def _moved(x: Any, to: Mapping[int, int]) -> _Read:
+    """Read x with its axes renumbered."""
+    read = _read(x)
+    if read is None:
+        return None
+    if isinstance(read, Sum):
+        return read.moved(to)
+    return tuple(condition.moved(to) for condition in read)
+
+
+@_rule(operator.add, torch.add, "add", aten.add.Tensor)
+def _add(result: Tensor, x: Any, y: Any) -> _Read:
+    return _sum(x, y, 1)
+
+
+@_rule(operator.sub, torch.sub, "sub", aten.sub.Tensor)
+def _sub(result: Tensor, x: Any, y: Any) -> _Read:
+    return _sum(x, y, -1)
+
+
+def _sum(x: Any, y: Any, factor: int) -> Sum | None:
+    """x + factor * y, if both are integers."""
+    first, second = _read(x), _read(y)
+    if not isinstance(first, Sum) or not isinstance(second, Sum):
+        return None
+    return first + second.times(factor)
+
+
+# x OP y where factor * (x - y) - least >= 0.
+for _name, _factor, _least in (("ge", 1, 0), ("gt", 1, 1), ("le", -1, 0), ("lt", -1, 1)):
+
+    def _compare(
+        result: Tensor, x: Any, y: Any, factor: int = _factor, least: int = _least
+    ) -> _Read:
+        difference = _sum(x, y, -1)
+        if difference is None:
+            return None
+        return (difference.times(factor) + Sum({}, -least),)
+
+    _packet = getattr(aten, _name)
+    _functions = (getattr(operator, _name), getattr(torch, _name))
+    _rule(*_functions, _name, _packet.Tensor, _packet.Scalar)(_compare)
+
+
+@_rule(
+    operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and", "__and__",
+    aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor,
+)  # fmt: skip
+def _and(result: Tensor, x: Any, y: Any) -> _Read:
+    first, second = _read(x), _read(y)
+    if not isinstance(first, tuple) or not isinstance(second, tuple):
+        return None
+    return first + second
+
+
+@_rule(
+    operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not",
+    aten.logical_not.default, aten.bitwise_not.default,
+)  # fmt: skip
+def _not(result: Tensor, x: Any) -> _Read:
+    read = _read(x)
+    # Of several conditions the negation is an "or", which no conditions express.
+    if not isinstance(read, tuple) or len(read) != 1:
+        return None
+    return (read[0].times(-1) + Sum({}, -1),)
+
+
+@_rule(torch.tril, "tril", aten.tril.default)
+def _tril(result: Tensor, x: Any, diagonal: Any = 0) -> _Read:
+    read = _read(x)
+    if not isinstance(read, tuple) or not isinstance(diagonal, int):
+        return None
+    return (*read, Sum({2: 1, 1: -1}, diagonal))
+
+
+@_rule(torch.triu, "triu", aten.triu.default)
+def _triu(result: Tensor, x: Any, diagonal: Any = 0) -> _Read:
+    read = _read(x)
+    if not isinstance(read, tuple) or not isinstance(diagonal, int):
+        return None
+    return (*read, Sum({2: -1, 1: 1}, -diagonal))

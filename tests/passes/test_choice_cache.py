@@ -1,0 +1,194 @@
+"""Choices that were made before are made again without planning, and only where nothing that they depend on has changed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config
+from torch._inductor.utils import fresh_cache
+
+from passes import LinearCrossEntropy, Spill
+from passes.analysis import workspaces
+from passes.planning import candidates, choice_cache, choose, reports
+from passes.planning.choose import Choice, Pipeline
+from passes.planning.tracing import Captured, capture
+from tests.graphs import Gelu
+
+SPILL = Spill(least_bytes=2**12)
+CANDIDATES = ((), (SPILL,))
+
+
+@pytest.fixture(autouse=True)
+def _cache() -> Iterator[None]:
+    with fresh_cache():
+        yield
+
+
+def _choose(pipeline: Pipeline, tokens: int = 64, model: nn.Module | None = None) -> Choice:
+    torch.manual_seed(0)
+    return capture(model or Gelu(), (torch.empty(1, tokens, 64),), pipeline.choose, train=True)
+
+
+def _refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(*arguments: Any) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(choose, "estimate", planned)
+
+
+def _files() -> list[Path]:
+    return sorted(choice_cache._path("any").parent.glob("*"))
+
+
+def test_a_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _choose(Pipeline(None, CANDIDATES)).chosen.peak_bytes
+    tight = Pipeline(plain - 1, CANDIDATES)
+    first = _choose(tight)
+    assert first.chosen.passes == (SPILL,)
+    _refuse(monkeypatch)
+    again = _choose(tight)
+    assert (again.chosen, again.estimates) == (first.chosen, first.estimates)
+    assert again.traced.passes == first.traced.passes
+    assert [change.lines for change in again.traced.changes] == [change.lines for change in first.traced.changes]
+
+
+OTHER: dict[str, Callable[[], Choice]] = {
+    "budget": lambda: _choose(Pipeline(2**31, CANDIDATES)),
+    "candidates": lambda: _choose(Pipeline(2**30, ((), (Spill(least_bytes=2**13),)))),
+    "tokens": lambda: _choose(Pipeline(2**30, CANDIDATES), tokens=65),
+    "model": lambda: _choose(Pipeline(2**30, CANDIDATES), model=nn.Sequential(Gelu(), nn.ReLU())),
+    "option": lambda: config.patch(epilogue_fusion=not config.epilogue_fusion)(_choose)(Pipeline(2**30, CANDIDATES)),
+}
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_what_has_changed_is_planned_anew(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _choose(Pipeline(2**30, CANDIDATES))
+    _refuse(monkeypatch)
+    with pytest.raises(BackendCompilerFailed, match="planned again"):
+        OTHER[other]()
+    _choose(Pipeline(2**30, CANDIDATES))
+
+
+def test_operators_that_say_otherwise_what_they_hold_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of those who tell are part of the name."""
+    (tmp_path / "telling").mkdir()
+    source = tmp_path / "telling" / "__init__.py"
+    source.write_text("def held(*args, **kwargs):\n    return 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    held = importlib.import_module("telling").held
+    monkeypatch.setitem(workspaces._REGISTERED, torch.ops.aten.erf.default, held)
+    _choose(Pipeline(2**30, CANDIDATES))
+    source.write_text("def held(*args, **kwargs):\n    return 4096\n")
+    _refuse(monkeypatch)
+    with pytest.raises(BackendCompilerFailed, match="planned again"):
+        _choose(Pipeline(2**30, CANDIDATES))
+
+
+def test_a_torn_file_is_planned_anew() -> None:
+    first = _choose(Pipeline(2**30, CANDIDATES))
+    (file,) = _files()
+    file.write_text(file.read_text()[:20])
+    assert _choose(Pipeline(2**30, CANDIDATES)).estimates == first.estimates
+    assert choice_cache.load(file.stem) is not None
+
+
+# What json cannot read, and what it reads that no plan wrote.
+ESTIMATE = '{"passes": ["Elsewhere()"], "peak_bytes": 1, "input_bytes": 1, "seconds": 1.0, "changed": true}'
+FOREIGN = {
+    "an empty object": "{}",
+    "a list": "[1]",
+    "null": "null",
+    "a number": "NaN",
+    "an unknown pass": f'{{"estimates": [{ESTIMATE}], "chosen": 0}}',
+    "no estimate": '{"estimates": [], "chosen": 0}',
+    "nested deeply": "[" * 100_000,
+    "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_file_counts_as_not_there(content: str) -> None:
+    first = _choose(Pipeline(2**30, CANDIDATES))
+    (file,) = _files()
+    own, foreign = file.read_bytes(), FOREIGN[content]
+    file.write_bytes(foreign if isinstance(foreign, bytes) else foreign.encode())
+    assert _choose(Pipeline(2**30, CANDIDATES)).estimates == first.estimates
+    assert file.read_bytes() == own
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([repr(SPILL), 0, -1, 99, 10**400]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["estimates", "chosen", "passes"]), inner),
+    max_leaves=8,
+)
+
+
+@st.composite
+def damaged(draw: Any, whole: Any) -> Any:
+    """A JSON value with one of its parts replaced, left out or doubled; or another value."""
+    if not isinstance(whole, dict | list) or not whole or draw(st.integers(0, 3)) == 0:
+        return draw(JSON)
+    copy = dict(whole) if isinstance(whole, dict) else list(whole)
+    place = draw(st.sampled_from([*whole] if isinstance(whole, dict) else range(len(whole))))
+    way = draw(st.sampled_from(["inside", "inside", "left out", "added"]))
+    if way == "left out":
+        del copy[place]
+    elif way == "added" and isinstance(copy, list):
+        copy.append(copy[place])
+    elif way == "added":
+        copy["another"] = draw(JSON)
+    else:
+        copy[place] = draw(damaged(whole[place]))
+    return copy
+
+
+def test_any_json_is_a_choice_that_may_be_made_or_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage that leaves a plan, as other bytes, is taken for one; it fits the budget, and its passes are among those offered."""
+    pipeline = Pipeline(2**30, CANDIDATES)
+
+    def study(graph: Captured) -> None:
+        first = pipeline.choose(graph)
+        (file,) = _files()
+        own = json.loads(file.read_text())
+        monkeypatch.setattr(choice_cache, "name_of", lambda *about: file.stem)
+        monkeypatch.setattr(choose, "trace", lambda graph, passes: first.traced)
+        monkeypatch.setattr(Pipeline, "_chosen", lambda self, graph: first)
+
+        @settings(max_examples=1000)
+        @given(damaged(own))
+        def check(found: Any) -> None:
+            file.write_text(json.dumps(found))
+            choice = pipeline.choose(graph)
+            assert choice.chosen in choice.estimates
+            assert choice.chosen.peak_bytes <= 2**30
+            assert all(each.passes in CANDIDATES for each in choice.estimates)
+            candidates.described(choice.chosen.passes)
+            reports.table(choice.estimates, choice.chosen)
+
+        check()
+
+    capture(Gelu(), (torch.empty(1, 64, 64),), study, train=True)
+
+
+def test_nothing_is_remembered_where_caches_are_off() -> None:
+    with config.patch(force_disable_caches=True):
+        _choose(Pipeline(2**30, CANDIDATES))
+    assert not _files()
+
+
+def test_own_candidates_come_back_as_what_they_did() -> None:
+    """Of ours, passes that found nothing to do are left out of the choice; also of one that is remembered."""
+    first, again = (_choose(Pipeline(2**30)) for _ in range(2))
+    assert first.chosen == again.chosen
+    assert LinearCrossEntropy() not in again.chosen.passes

@@ -1,0 +1,390 @@
+"""Work in chunks of rows against the same work whole: results and gradients in float64, peaks as measured, graphs left alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from passes.rewrites.chunk import Chunk
+from tests.graphs import Block, Gelu, Swiglu, measured_peak
+from tests.hooked import captured, compiled, exported
+
+WIDTH = 8
+
+
+class Rms(nn.Module):
+    """RMSNorm as Llama's code spells it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype, x = x.dtype, x.to(torch.float64)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(dtype)
+
+
+class Residual(nn.Module):
+    def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = norm, mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class Packed(nn.Module):
+    """Gate and up in one linear."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Scaled(nn.Module):
+    """A residual branch with a weight of its own, a squared ReLU, methods in place of functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.gamma = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gamma * self.down(self.up(x).relu().square()).mul(0.5) + x
+
+
+class Head(nn.Module):
+    """Logits of which one number a row is used."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.reduce, self.norm, self.logits = reduce, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.logits(self.norm(x)))
+
+
+class Tied(nn.Module):
+    """Up and down share a weight with themselves and with a second MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Gelu(WIDTH), Gelu(WIDTH)
+        self.second.up.weight = self.first.up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first.down(F.gelu(F.linear(x, self.first.up.weight)) * F.linear(x, self.first.up.weight))
+        return x + self.second(x)
+
+
+def sequential(activation: nn.Module, *after: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), activation, *after, nn.Linear(4 * WIDTH, WIDTH, bias=False))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "gelu": (lambda: sequential(nn.GELU()), 1),
+    "gelu tanh": (lambda: sequential(nn.GELU(approximate="tanh")), 1),
+    "relu": (lambda: sequential(nn.ReLU()), 1),
+    "relu in place": (lambda: sequential(nn.ReLU(inplace=True)), 1),
+    "dropout of nothing": (lambda: sequential(nn.SiLU(), nn.Dropout(0.5).eval()), 1),
+    "three linears": (lambda: sequential(nn.GELU(), nn.Linear(4 * WIDTH, 4 * WIDTH), nn.GELU()), 1),
+    "swiglu": (lambda: Swiglu(WIDTH), 1),
+    "packed swiglu": (Packed, 1),
+    "layer norm": (lambda: Residual(nn.LayerNorm(WIDTH), Gelu(WIDTH)), 1),
+    "rms norm": (lambda: Residual(nn.RMSNorm(WIDTH), Swiglu(WIDTH)), 1),
+    "llama": (lambda: Residual(Rms(WIDTH), Swiglu(WIDTH)), 1),
+    "norm after": (lambda: nn.Sequential(Residual(nn.Identity(), Gelu(WIDTH)), nn.LayerNorm(WIDTH)), 1),
+    "scaled": (Scaled, 1),
+    "two of them": (lambda: nn.Sequential(*(Residual(nn.LayerNorm(WIDTH), Gelu(WIDTH)) for _ in range(2))), 2),
+    "tied": (Tied, 2),
+    "blocks": (lambda: nn.Sequential(Block(Gelu(16), 16), Block(Gelu(16), 16)), 2),
+    "argmax": (lambda: Head(lambda logits: logits.argmax(-1)), 1),
+    "logsumexp": (lambda: Head(lambda logits: logits.logsumexp(-1, keepdim=True)), 1),
+}
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name][0]().double()
+
+
+def width(name: str) -> int:
+    return 16 if name == "blocks" else WIDTH
+
+
+def assert_same(step: Callable[..., Any], model: nn.Module, x: Tensor) -> None:
+    """The same result, and the same gradients of the input and of all parameters that have them."""
+    found, expected = step(x), model(x)
+    torch.testing.assert_close(found, expected)
+    if expected.requires_grad:
+        leaves = [each for each in (x, *model.parameters()) if each.requires_grad]
+        grad = torch.randn_like(expected)
+        torch.testing.assert_close(*(torch.autograd.grad(out, leaves, grad, allow_unused=True) for out in (found, expected)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_of_dynamo(name: str) -> None:
+    model = made(name)
+    step, lines = captured(model, Chunk(rows=3))
+    for length in (7, 8, 3, 1):
+        assert_same(step, model, torch.randn(2, length, width(name), dtype=torch.float64, requires_grad=True))
+    assert len(lines) % MODELS[name][1] == 0
+    assert len(lines) >= MODELS[name][1]
+    assert all("in chunks of 3 rows: " in line for line in lines)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_of_export(name: str) -> None:
+    model, x = made(name), torch.randn(2, 7, width(name), dtype=torch.float64)
+    length = torch.export.Dim("length", min=2)
+    module, lines = exported(model, Chunk(rows=3), x, dynamic=({1: length},))
+    assert len(lines) == MODELS[name][1]
+    for length in (7, 4, 20):
+        assert_same(module, model, torch.randn(2, length, width(name), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_as_many_rows_as_features(name: str) -> None:
+    """Sizes are numbers in the graph here, and say nothing of what they count."""
+    model, features = made(name), width(name)
+    for lead in ((features,), (4 * features,), (8 * features,), (features, features)):
+        if name == "blocks" and len(lead) == 1:
+            continue
+        step, lines = captured(model, Chunk(rows=3), dynamic=False)
+        assert_same(step, model, torch.randn(*lead, features, dtype=torch.float64, requires_grad=True))
+        assert len(lines) == MODELS[name][1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_as_large_as_a_weight(training: bool) -> None:
+    """A weight and what is multiplied by it have one shape, (256, 256)."""
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)).double()
+    step, lines = captured(model, Chunk(rows=100), dynamic=False)
+    with torch.set_grad_enabled(training):
+        assert_same(step, model, torch.randn(256, 64, dtype=torch.float64))
+    assert len(lines) == 1
+
+
+def test_rows_come_from_the_bytes_of_a_chunk() -> None:
+    for training, values in ((True, 9), (False, 5)):  # hidden, activated, result; activated lies where hidden did
+        for chunk_bytes, rows in ((1, 1), (values * WIDTH * 8, 1), (values * WIDTH * 8 * 5, 5)):
+            step, lines = captured(made("gelu"), Chunk(chunk_bytes=chunk_bytes))
+            with torch.set_grad_enabled(training):
+                step(torch.randn(2, 3, WIDTH, dtype=torch.float64))
+            assert f"in chunks of {rows} rows: linear, gelu, linear" in lines[0]
+
+
+def test_frozen_parameters() -> None:
+    model = made("layer norm").requires_grad_(False)
+    model.mlp.up.bias.requires_grad_()
+    step, lines = captured(model, Chunk(rows=3))
+    assert_same(step, model, torch.randn(2, 7, WIDTH, dtype=torch.float64, requires_grad=True))
+    assert len(lines) == 1
+
+
+def test_weights_of_16_bits_sum_their_gradients_in_32() -> None:
+    """Chunks of one row are the worst case; plain bf16, which adds inside one product, is the measure."""
+    exact = Gelu(WIDTH).double()
+    plain = Gelu(WIDTH).bfloat16()
+    plain.load_state_dict(exact.state_dict())
+    exact.load_state_dict(plain.state_dict())
+    x, grad = (torch.randn(64, WIDTH).bfloat16() for _ in range(2))
+    step, lines = captured(plain, Chunk(rows=1))
+    expected = torch.autograd.grad(exact(x.double()), [*exact.parameters()], grad.double())
+    errors = [
+        max(float((got - want).norm() / want.norm()) for got, want in zip(found, expected, strict=True))
+        for found in (torch.autograd.grad(run(x), [*plain.parameters()], grad) for run in (step, plain))
+    ]
+    assert len(lines) == 1
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def dropped(x: Tensor, w: list[Tensor]) -> Tensor:
+    return F.linear(F.dropout(F.gelu(F.linear(x, w[0])), 0.5, True), w[1])
+
+
+def used_elsewhere(x: Tensor, w: list[Tensor]) -> tuple[Tensor, Tensor]:
+    hidden = F.gelu(F.linear(x, w[0]))
+    return F.linear(hidden, w[1]), hidden
+
+
+def mixed_by_softmax(x: Tensor, w: list[Tensor]) -> Tensor:
+    return F.linear(F.linear(x, w[0]).softmax(1), w[1])
+
+
+def mixed_by_a_sum(x: Tensor, w: list[Tensor]) -> Tensor:
+    hidden = F.linear(x, w[0])
+    return F.linear(hidden - hidden.mean(1, keepdim=True), w[1])
+
+
+def written_between(x: Tensor, w: list[Tensor]) -> Tensor:
+    x = x.clone()
+    hidden = F.linear(x, w[0])
+    x.zero_()
+    return F.linear(F.gelu(hidden), w[1])
+
+
+def overwritten(x: Tensor, w: list[Tensor]) -> Tensor:
+    hidden = F.linear(x, w[0])
+    other = F.relu(hidden, inplace=True)
+    return F.linear(other + hidden, w[1])
+
+
+def bottleneck(x: Tensor, w: list[Tensor]) -> Tensor:
+    return F.linear(F.gelu(F.linear(F.linear(x, w[0]), w[1])), w[2])
+
+
+def positions(x: Tensor, w: list[Tensor]) -> Tensor:
+    hidden = F.linear(x, w[0])
+    return F.linear(hidden + torch.ones(hidden.shape[1:], dtype=x.dtype), w[1])
+
+
+def laid_out_otherwise(x: Tensor, w: list[Tensor]) -> Tensor:
+    """A later view relies on the strides of what comes in."""
+    x = x.transpose(0, 1)
+    out = x + F.linear(F.gelu(F.linear(x, w[0])), w[1])
+    return out.transpose(0, 1).view(-1)
+
+
+def switched(x: Tensor, w: list[Tensor]) -> Tensor:
+    hidden = F.linear(x, w[0])
+    with torch.no_grad():
+        hidden = F.gelu(hidden)
+    return F.linear(hidden, w[1])
+
+
+LEFT_ALONE = [
+    dropped,
+    used_elsewhere,
+    mixed_by_softmax,
+    mixed_by_a_sum,
+    written_between,
+    overwritten,
+    bottleneck,
+    positions,
+    laid_out_otherwise,
+    switched,
+]
+
+
+@pytest.mark.parametrize("function", LEFT_ALONE, ids=lambda function: function.__name__)
+def test_left_alone(function: Callable[..., Any]) -> None:
+    shapes = [(4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, WIDTH)]
+    weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    step, lines = captured(function, Chunk(rows=3))
+    x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = step(x, weights)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, function(x, weights), rtol=0, atol=0)
+    assert lines == []
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_left_alone(inside: bool) -> None:
+    model = Gelu(WIDTH)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    step, lines = captured(function if inside else model, Chunk(rows=3))
+    x = torch.randn(2, 7, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = step(x), model(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    assert lines == []
+
+
+def test_compiled_by_inductor() -> None:
+    model = made("llama")
+    step, lines = compiled(model, Chunk(rows=3))
+    for length in (7, 2, 1):
+        assert_same(step, model, torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True))
+    assert any("to, pow, mean, add, rsqrt, mul, to, mul, linear, silu, linear, mul, linear, add" in line for line in lines)
+
+
+def test_an_exported_package(tmp_path: Path) -> None:
+    """It runs where this package is imported: the operator is written in Python."""
+    from tests.hooked import Hook
+
+    model, hook = made("layer norm"), Hook(Chunk(rows=3))
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(2, 7, WIDTH, dtype=torch.float64),), dynamic_shapes=({1: torch.export.Dim.AUTO},)
+        )
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2"), inductor_configs={"pre_grad_custom_pass": hook}
+        )
+        run = torch._inductor.aoti_load_package(package)
+        for length in (7, 2, 20):
+            x = torch.randn(2, length, WIDTH, dtype=torch.float64)
+            torch.testing.assert_close(run(x), model(x))
+    assert len(hook.lines) == 1
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    """Attention holds working memory for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+TOKENS, FEATURES = 16384, 128
+UNIT = TOKENS * FEATURES * 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("mlp", "plain"), [(Gelu, 6.0), (Swiglu, 10.0)])
+def test_peak_of_a_block(mlp: Callable[..., nn.Module], plain: float) -> None:
+    model, x = Block(mlp(FEATURES), FEATURES, 2), torch.randn(1, TOKENS, FEATURES)
+    for rewriting, most in ((None, plain + 0.1), (Chunk(rows=512), 4.1)):
+        step, _ = compiled(model, rewriting)
+        with torch.no_grad():
+            step(x)
+        measured = measured_peak(partial(step, x)) / UNIT
+        assert (plain - 0.1 if rewriting is None else 0) < measured <= most
+
+
+@pytest.mark.parametrize("mlp", [Gelu, pytest.param(Swiglu, marks=pytest.mark.slow)])
+def test_peak_of_a_training_step(mlp: Callable[..., nn.Module]) -> None:
+    model = Residual(nn.LayerNorm(FEATURES), mlp(FEATURES))
+    x = torch.randn(TOKENS, FEATURES, requires_grad=True)
+    step, lines = compiled(model, Chunk(rows=256), dynamic=False)
+
+    def train() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(step(x).square().mean(), [x, *model.parameters()])
+
+    train()
+    assert len(lines) == 1
+    assert measured_peak(train) <= 5.3 * UNIT
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"rows": 0}, "rows must be at least 1; got 0"),
+    ({"chunk_bytes": -5}, "chunk_bytes must be at least 1; got -5"),
+    ({"rows": 1, "chunk_bytes": 1}, "rows or chunk_bytes, not both; got Chunk(rows=1, chunk_bytes=1)"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Chunk(**options)

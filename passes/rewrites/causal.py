@@ -1,7 +1,7 @@
 """Replace a computed causal mask by is_causal=True.
 
 A model that writes its mask as `keys <= queries`, as transformers' models do under torch.compile,
-computes it for all pairs: a byte a pair, and four more if the kernel takes a bias. Whether a mask is
+computes it for all pairs: a byte a pair, four more if the kernel takes a bias. Whether a mask is
 causal follows from the graph, as conditions on its indices:
 
     q = arange(n)[:, None];  k = arange(n)[None, :]

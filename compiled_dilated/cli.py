@@ -5,6 +5,10 @@ Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 
 from __future__ import annotations
 
+import importlib.metadata
+from typing import Annotated
+
+import torch
 import typer
 
 from .commands import doctor, memory, packages, plan, ring, show
@@ -18,6 +22,23 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text, which scripts and narrow terminals read as it is
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 for _command in (plan.plan, show.show, doctor.doctor, packages.export, packages.inspect):
     app.command()(_command)
 app.command(context_settings=memory.PASSED_ON)(memory.memory)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +51,17 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0
     assert f"{command} [OPTIONS]" in result.stdout
     assert command in run("--help").stdout
+
+
+def test_prints_its_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}\n"
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "compiled_dilated", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: python -m compiled_dilated" in done.stdout
 
 
 # Programs as text

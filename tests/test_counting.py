@@ -29,7 +29,6 @@ def deep_halving() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counting, "_FEW_PAIRS", 0)
         patch.setattr(counting, "_SMALLEST", 1)
-        patch.setattr(counting, "_SMALLEST_OF_FUNCTION", 1)
         yield
 
 

@@ -33,11 +33,14 @@ from .tiles import Flags, TileMap
 
 # Rectangles of one size that may differ; more are not counted.
 _MOST_DIFFERENT = 2**20
+_MOST_DIFFERENT_OF_CELLS = 2**18
 # Where all rectangles that are left hold few pairs, these are asked about at once.
 _FEW_PAIRS = 2**14
-# Asking about more pairs than this takes minutes; of a raster's cells it has to take less.
+# Asking about more pairs than this takes minutes; of a raster's cells it has to take less,
+# and past that some are drawn at random.
 _MOST_PAIRS = 2**28
 _MOST_PAIRS_OF_CELLS = 2**24
+_MOST_DRAWN = 2**22
 # Few enough for one thread: many short parallel regions are slow beside other work.
 _PAIRS_AT_ONCE = 2**15
 # Where pairs of a rectangle are drawn, at least so many are.
@@ -127,7 +130,7 @@ def cells(mask: Mask, q_cuts: IntArray, kv_cuts: IntArray) -> CellCounts:
     for some, signature in _by_signature(of, raster, verdict == PARTIAL):
         first, which, _ = _alike(some, _undecided(expanded, signature))
         distinct = replace(some[first], owner=np.arange(len(first)), times=np.ones(len(first), dtype=object))
-        totals, left = _decided(expanded, distinct, len(first))
+        totals, left = _decided(expanded, distinct, len(first), _MOST_DIFFERENT_OF_CELLS)
         if left.different_pairs <= _MOST_PAIRS_OF_CELLS:
             _ask(expanded, left, totals)
         else:
@@ -137,7 +140,7 @@ def cells(mask: Mask, q_cuts: IntArray, kv_cuts: IntArray) -> CellCounts:
     return CellCounts(counts.reshape(len(q_cuts) - 1, len(kv_cuts) - 1), exact)
 
 
-def _decided(expanded: Mask, left: Rectangles, owners: int) -> tuple[Any, Rectangles]:
+def _decided(expanded: Mask, left: Rectangles, owners: int, most: int = _MOST_DIFFERENT) -> tuple[Any, Rectangles]:
     """Pairs of each owner that classification and formulas count, and rectangles whose pairs have to be asked about."""
     totals = np.zeros(owners, dtype=object)
     while len(left):
@@ -146,7 +149,7 @@ def _decided(expanded: Mask, left: Rectangles, owners: int) -> tuple[Any, Rectan
         full = left[verdict == FULL]
         np.add.at(totals, full.owner, full.pairs)
         left = _merged(expanded, of, left, verdict == PARTIAL, totals)
-        if left.different_pairs <= _FEW_PAIRS or left.longest <= _SMALLEST or 4 * len(left) > _MOST_DIFFERENT:
+        if left.different_pairs <= _FEW_PAIRS or left.longest <= _SMALLEST or 4 * len(left) > most:
             break
         left = left.split(_alignment(expanded, 1), 1)
     return totals, left
@@ -230,9 +233,7 @@ def _by_signature(
         yield rectangles[wanted & (table == signature).all(axis=1)], dict(zip(of, signature, strict=True))
 
 
-def _merged(
-    expanded: Mask, of: Mapping[Mask, Verdicts], rectangles: Rectangles, wanted: Flags, totals: Any = None
-) -> Rectangles:
+def _merged(expanded: Mask, of: Mapping[Mask, Verdicts], rectangles: Rectangles, wanted: Flags, totals: Any = None) -> Rectangles:
     """Undecided rectangles without repetitions.
 
     totals: pairs of each owner; pairs that a formula counts are added to it, and their rectangles left out.
@@ -297,11 +298,10 @@ def _common(periods: Any) -> int | None:
     return common if common <= _LONGEST_PERIOD else None
 
 
-def _count_by_formula(
-    mask: Mask, of: Mapping[Mask, Any], undecided: list[Mask], rectangles: Rectangles, totals: Any
-) -> bool:
+def _count_by_formula(mask: Mask, of: Mapping[Mask, Any], undecided: list[Mask], rectangles: Rectangles, totals: Any) -> bool:
     """Add the pairs of rectangles that one leaf decides to their owners' totals; False where it has no formula."""
-    if len(undecided) != 1:
+    # A formula is asked rectangle by rectangle: of small ones their pairs are asked sooner, all at once.
+    if len(undecided) != 1 or rectangles.different_pairs <= _SMALLEST**2 * len(rectangles):
         return False
     (leaf,) = undecided
     if_seen, if_hidden = (bool(_evaluated(mask, {**of, leaf: verdict}) == FULL) for verdict in (FULL, EMPTY))
@@ -319,6 +319,7 @@ def _count_by_formula(
 
 def _ask(mask: Mask, rectangles: Rectangles, totals: Any) -> None:
     """Add the pairs of rectangles to their owners' totals, asked one by one; rectangles of one shape together."""
+    mask = mask.on("cpu")  # its tables as tensors once, not at each chunk
     shapes = np.stack([rectangles.rows, rectangles.columns], axis=1)
     distinct, which = np.unique(shapes, axis=0, return_inverse=True)
     for number, (rows, columns) in enumerate(distinct.tolist()):
@@ -334,7 +335,8 @@ def _ask(mask: Mask, rectangles: Rectangles, totals: Any) -> None:
 
 def _estimated(mask: Mask, rectangles: Rectangles, owners: int) -> Any:
     """Pairs of each owner by a sample of the pairs of each rectangle, the same at every call."""
-    drawn = max(_LEAST_DRAWN, _MOST_PAIRS_OF_CELLS // len(rectangles))
+    mask = mask.on("cpu")
+    drawn = max(_LEAST_DRAWN, _MOST_DRAWN // len(rectangles))
     totals = np.zeros(owners, dtype=np.float64)
     draws = np.arange(drawn, dtype=np.uint64)
     at_once = max(1, _PAIRS_AT_ONCE // drawn)

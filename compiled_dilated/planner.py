@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from . import arguments, counting
+from . import arguments, counting, plans
 from .heads import head_groups
 from .lowerings import dense, flex, native, strided, tiled
 from .masks import Mask
 from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
 
-LOWERINGS = ("auto", "native", "dense", "strided", "tiled", "flex")
+LOWERINGS = ("auto", *plans.LOWERINGS)
 _OF_PROGRAMS = {"native": native.propose, "dense": dense.propose, "flex": flex.propose}
 _OF_BRANCHES = {"strided": strided.propose, "tiled": tiled.propose}
 # Tokens a side of the tiles that a plan counts.
@@ -50,9 +50,9 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     weighed = tuple(dict.fromkeys(each for way in ways for each in way))
     possible = [[each for each in way if isinstance(each, Proposal)] for way in ways if not _refusals(way)]
     if not possible:
-        raise ValueError(f"{_refusals(weighed)[0]} (asked to compute {problem.program!r})")
+        raise ValueError(f"{_refusals(weighed)[0]} (asked to compute {problem.program})")
     best = possible[0] if len(possible) == 1 else min(possible, key=_dense_flops)
-    return Plan(problem, tuple(best), weighed, "as asked" if lowering != "auto" else _reason(best, possible))
+    return Plan(problem, tuple(best), weighed, _reason(best, possible, lowering))
 
 
 def _ways(problem: Problem, lowering: str) -> list[Sequence[Proposal | Refusal]]:
@@ -84,13 +84,15 @@ def _dense_flops(way: Sequence[Proposal]) -> float:
     return sum(proposal.cost.dense_flops for proposal in way)
 
 
-def _reason(best: Sequence[Proposal], possible: Sequence[Sequence[Proposal]]) -> str:
+def _reason(best: Sequence[Proposal], possible: Sequence[Sequence[Proposal]], lowering: str) -> str:
+    if lowering != "auto":
+        return f"as asked by lowering={lowering!r}"
     if best[0].lowering == "native":
         return "one kernel that finds its tiles at each call, whatever the mask and the length"
     others = ", ".join(f"{_name(way)} {_dense_flops(way) / 1e9:,.1f}" for way in possible if way is not best)
     return (
         f"takes as long as {_dense_flops(best) / 1e9:,.1f} GFLOP of dense attention; "
-        f"{others or 'no other one weighed is possible'}"
+        f"{others or 'what else was tried is refused, see below'}"
     )
 
 

@@ -9,6 +9,7 @@ peak 18.1 MiB at step 9 of 15, gelu: 16.0 MiB beyond 2.1 MiB of inputs
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -135,6 +136,8 @@ def draw(lifetimes: Lifetimes, path: str | PathLike[str]) -> None:
 
 def check_picture(name: str, path: str | PathLike[str]) -> None:
     """Raises TypeError or ValueError unless a picture can be written to `path`: a known ending, in a directory that is there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{name} needs matplotlib to draw; install it with pip install 'compiled-dilated[show]'")
     from matplotlib.backend_bases import FigureCanvasBase
 
     if not isinstance(path, str | PathLike):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import measure
+from .. import measure, pictures
 from ..compiler import plan
 from ..programs import longnet
 from . import demo_report as report
@@ -76,6 +76,8 @@ def demo(
 
     Exit code 1 if attention differs from the float64 reference, or the loss does not fall well below the unigram entropy.
     """
+    if not pictures.can_draw():
+        raise typer.BadParameter("the demo draws its results by matplotlib; install it with pip install 'compiled-dilated[show]'")
     say: Callable[[str], None] = (lambda line: typer.echo(line, err=True)) if json else typer.echo
     with bad_usage():
         source = read(text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,9 @@ class Asked(Mask):
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Positions:
         return self.mask.allows(b * 0 + self.batch, h, q, kv, self.data)
+
+    def on(self, device: Any) -> Mask:
+        return replace(self, mask=self.mask.on(device))
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         if self.within is None:

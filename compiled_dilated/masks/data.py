@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import arguments
 from ..regions import PARTIAL, IntArray, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
+from .core import NOTHING, Data, Mask, Positions, brief, clip
 from .lookup import as_tensor, rank
 from .positions import _same_group
 
@@ -37,7 +37,7 @@ class OfData(Mask):
         if data is None or self.name not in data:
             passed = ", ".join(sorted(data)) if data else "nothing"
             raise ValueError(
-                f"{self!r} reads the data tensor {self.name!r}; got {passed}. Pass data={{{self.name!r}: tensor}} at the call"
+                f"{self} reads the data tensor {self.name!r}; got {passed}. Pass data={{{self.name!r}: tensor}} at the call"
             )
         return data[self.name]
 
@@ -154,6 +154,11 @@ class DocumentLengths(Mask):
 
     def __repr__(self) -> str:
         return f"documents(lengths={self.lengths!r})"
+
+    def __str__(self) -> str:
+        if not isinstance(self.lengths, tuple):  # they travel beside the text
+            return repr(self)
+        return f"documents(lengths={brief(self.lengths, f'of {sum(self.lengths):,} tokens', repr(self.lengths))})"
 
 
 def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) -> Mask:

@@ -235,7 +235,7 @@ class _Code:
             case Padding():
                 return "padding", [self.names.index(mask.name)]
             case FromMod():
-                raise Untranslatable(f"{mask!r} is not traced yet")
+                raise Untranslatable(f"{mask} is not traced yet")
             case Traced():
                 return self._function(mask)
         raise Untranslatable(f"the native kernel does not know {type(mask).__name__}")

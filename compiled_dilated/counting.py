@@ -41,6 +41,7 @@ _FEW_PAIRS = 2**14
 _MOST_PAIRS = 2**28
 _MOST_PAIRS_OF_CELLS = 2**24
 _MOST_DRAWN = 2**22
+_MOST_PAIRS_OF_TILES = 2**26
 # Few enough for one thread: many short parallel regions are slow beside other work.
 _PAIRS_AT_ONCE = 2**15
 # Where pairs of a rectangle are drawn, at least so many are.
@@ -157,6 +158,8 @@ def _decided(expanded: Mask, left: Rectangles, owners: int, most: int = _MOST_DI
 
 def _expanded(mask: Mask) -> Mask:
     """The mask as an expression of masks with more symmetries, functions as masks that only `_ask` evaluates."""
+    if isinstance(mask, Asked):
+        return mask
     if isinstance(mask, FromMod | Traced):
         return Asked(mask, mask.within)
     if isinstance(mask, And | Or | Not):
@@ -168,6 +171,12 @@ def tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order, q_offset
     """Counts of the tiles that `TileMap.build` lists; None where too many of them differ."""
     if not isinstance(order, Identity):
         return _mapped_tiles(mask, q_len, kv_len, tile, order)
+    cheap = _expanded(mask)
+    if mask is not cheap and any(isinstance(leaf, Asked) for leaf in _leaves(cheap)):
+        # A function is asked about every pair of its tiles: first how many these are.
+        asked = tiles(cheap, q_len, kv_len, tile, order, q_offset)
+        if asked is None or (asked.full + asked.partial) * tile**2 > _MOST_PAIRS_OF_TILES:
+            return None
     expanded = mask.expanded()
     left = Rectangles.whole(q_len, kv_len, q_offset)
     full, partial = 0, 0

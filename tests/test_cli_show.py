@@ -118,7 +118,7 @@ def test_cross_attention_decoding_and_orders() -> None:
         (("from_mod('no_such_module:f')", "-n", "8"), "No module named 'no_such_module'"),
         ((f"from_mod('{__name__}:nothing')", "-n", "8"), "has no function 'nothing'"),
         ((f"from_mod('{__name__}:number')", "-n", "8"), "has no function 'number'"),
-        ((f"from_mod('{__name__}:raises')", "-n", "8"), "branches on a value"),
+        ((f"from_mod('{__name__}:raises')", "-n", "8"), "mask_mod raises reads the value of a score or an index"),
         (("from_mud(3)", "-n", "8"), "did you mean from_mod?"),
     ],
 )  # fmt: skip

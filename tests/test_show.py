@@ -214,7 +214,9 @@ def rasterized(svg: str) -> tuple[Grid, list[str]]:
     return image, [card[0], *(color for color, _ in layers)]
 
 
-@pytest.mark.parametrize("program", [masks.window(3, 5) & masks.segments(20), cd.longnet((8, 16), (1, 2))], ids=["mask", "program"])
+@pytest.mark.parametrize(
+    "program", [masks.window(3, 5) & masks.segments(20), cd.longnet((8, 16), (1, 2))], ids=["mask", "program"]
+)
 def test_svg_is_the_dense_mask(program: Program | Mask) -> None:
     figure = cd.show(program, 40, head=0)
     image, colors = rasterized(figure._repr_html_())

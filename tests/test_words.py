@@ -34,7 +34,9 @@ def test_a_long_list_is_read_back_from_its_code_and_shown_by_its_count(name: str
     assert text.read(text.write(as_program(mask), operands), operands) == as_program(mask)
 
 
-@pytest.mark.parametrize("mask", [masks.causal() & (masks.window(3) | ~masks.sinks(2)), masks.random_blocks(64, 3, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "mask", [masks.causal() & (masks.window(3) | ~masks.sinks(2)), masks.random_blocks(64, 3, 4096)], ids=str
+)
 def test_what_is_short_is_shown_as_its_code(mask: Mask) -> None:
     assert str(mask) == repr(mask)
     assert str(as_program(mask)) == repr(as_program(mask))
@@ -173,3 +175,4 @@ def test_pairs_that_take_too_long_say_so() -> None:
     plan = cd.plan(masks.from_mod(odd, within=masks.window(3000)), (1, 1, 10**6, 16))
     assert plan.useful_pairs is None
     assert "too many different ones to count in seconds" in lines(plan)["pairs"]
+    assert plan.tiles[0]["full"] is None

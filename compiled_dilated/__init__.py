@@ -6,6 +6,7 @@ from .block_masks import block_mask, block_masks
 from .compiler import compile, plan
 from .modules import DilatedAttention, MultiheadDilatedAttention
 from .packages import export, inspect, load
+from .pictures import show
 from .plans import Plan
 from .programs import Branch, Program, big_bird, block_sparse, hilbert_window, local_window, longnet
 from .reference import reference
@@ -39,6 +40,7 @@ __all__ = [
     "orders",
     "plan",
     "reference",
+    "show",
     "sites",
     "variant",
 ]

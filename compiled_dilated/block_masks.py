@@ -112,7 +112,7 @@ def block_mask(
     parts = block_masks(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
     if len(parts) > 1:
         raise ValueError(
-            f"{mask!r} at {q_len} x {kv_len} tokens takes {len(parts)} block masks: a few of its rows or columns of tiles "
+            f"{mask} at {q_len} x {kv_len} tokens takes {len(parts)} block masks: a few of its rows or columns of tiles "
             "are far heavier than the others and would widen every list. Call block_masks(...) and merge the parts by their lse"
         )
     return parts[0].block_mask

@@ -51,9 +51,11 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     possible = [way for way in map(_proposals, ways) if way is not None]
     if not possible:
         refusal = next(answer for answer in weighed if isinstance(answer, Refusal))
-        raise ValueError(f"{refusal} (asked to compute {problem.program!r})")
+        raise ValueError(f"{refusal} (asked to compute {problem.program})")
     best = possible[0] if len(possible) == 1 else min(possible, key=_dense_flops)
-    return Plan(problem, tuple(best), weighed, "as asked" if lowering != "auto" else _reason(best, possible))
+    tried = {answer.lowering for answer in weighed}
+    untried = tuple(name for name in registry.NAMES if name not in tried)
+    return Plan(problem, tuple(best), weighed, _reason(best, possible, lowering), untried)
 
 
 def _weighed(problem: Problem) -> list[Way]:
@@ -83,13 +85,15 @@ def _dense_flops(way: Sequence[Proposal]) -> float:
     return sum(proposal.cost.dense_flops for proposal in way)
 
 
-def _reason(best: Sequence[Proposal], possible: Sequence[Sequence[Proposal]]) -> str:
+def _reason(best: Sequence[Proposal], possible: Sequence[Sequence[Proposal]], lowering: str) -> str:
+    if lowering != "auto":
+        return f"as asked by lowering={lowering!r}"
     if best[0].lowering == "native":
         return "one kernel that finds its tiles at each call, whatever the mask and the length"
     others = ", ".join(f"{_name(way)} {_dense_flops(way) / 1e9:,.1f}" for way in possible if way is not best)
     return (
         f"takes as long as {_dense_flops(best) / 1e9:,.1f} GFLOP of dense attention; "
-        f"{others or 'no other one weighed is possible'}"
+        f"{others or 'what else was tried is refused, see below'}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tabulate import tabulate
 
+from . import rates
 from .arguments import BYTES
 from .mods import Graph, Kind, Mod, kind_of
 from .programs import Program
@@ -144,12 +145,16 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The chosen proposals, in branch order, and everything that was weighed against them."""
+    """The chosen proposals, in branch order, and everything that was weighed against them.
+
+    untried: lowerings that neither proposed nor refused.
+    """
 
     problem: Problem
     chosen: tuple[Proposal, ...]
     weighed: tuple[Proposal | Refusal, ...]
     reason: str
+    untried: tuple[str, ...] = ()
     useful_pairs: int | None = None
     tiles: tuple[dict[str, Any], ...] = ()
 
@@ -172,6 +177,16 @@ class Plan:
             backward_bytes=max((cost.backward_bytes for cost in costs), default=0),
         )
 
+    def seconds_of(self, proposals: Sequence[Proposal]) -> float | None:
+        """Expected time of some proposals, one after the other, by `rates`; None where no rate was measured."""
+        problem = self.problem
+        times = [
+            rates.seconds(each.lowering, problem.dtype, problem.device, each.cost.dense_flops, problem.training)
+            for each in proposals
+        ]
+        known = [time for time in times if time is not None]
+        return sum(known) if len(known) == len(times) else None
+
     def to_json(self) -> dict[str, Any]:
         """Everything that `explain` prints, as plain values."""
         problem = self.problem
@@ -192,33 +207,74 @@ class Plan:
             "peak_bytes": self.cost.peak_bytes,
             "tensor_bytes": problem.tensor_bytes,
             "tiles": list(self.tiles),
-            "candidates": [_as_row(each, self.chosen) for each in self.weighed],
+            "estimated_seconds": self.seconds_of(self.chosen),
+            "rates": f"{rates.MACHINE}: {rates.FILES}",
+            "candidates": [self._row(each) for each in self.weighed],
+            "untried": list(self.untried),
         }
 
     def explain(self) -> str:
-        """What was weighed, what was chosen and why, as text for a person."""
-        problem, cost = self.problem, self.cost
+        """What was tried, what was chosen and why, as text for a person."""
+        problem = self.problem
         lines = [
-            f"program   {problem.program!r}",
+            f"program   {problem.program}",
             f"problem   q ({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim}), "
             f"{problem.kv_heads} key heads of {problem.kv_len} tokens, {problem.dtype} on {problem.device}",
             f"chosen    {self.lowering}: {self.reason}",
         ]
+        if self.untried:
+            lines.append(f"not tried {', '.join(self.untried)} (lowering={self.untried[0]!r} would)")
+        lines += [self._pairs_line(), *self._tile_lines(), self._work_line(), self._time_line(), self._memory_line()]
+        return "\n".join(lines) + "\n\n" + self._table()
+
+    def _pairs_line(self) -> str:
+        cost = self.cost
         if self.useful_pairs is not None:
             share = self.useful_pairs / cost.pairs if cost.pairs else 1.0
-            lines.append(f"pairs     {self.useful_pairs:,} allowed, {cost.pairs:,} computed ({share:.0%} useful)")
-        else:
-            lines.append(f"pairs     {cost.pairs:,} computed; how many are allowed depends on data, or takes too long to count")
-        lines += [f"tiles     branch {row['branch']}, heads {row['heads']}: {_counts(row)}" for row in self.tiles]
-        lines.append(
-            f"work      {cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel calls, "
+            return f"pairs     {self.useful_pairs:,} allowed, {cost.pairs:,} computed ({share:.0%} useful)"
+        if self._reads_data:
+            return f"pairs     at most {cost.pairs:,} computed; how many are allowed depends on data that only a call has"
+        return f"pairs     {cost.pairs:,} computed; the allowed ones are too many different ones to count in seconds"
+
+    def _tile_lines(self) -> list[str]:
+        return [f"tiles     branch {row['branch']}, heads {row['heads']}: {_counts(row)}" for row in self.tiles]
+
+    def _work_line(self) -> str:
+        cost = self.cost
+        most = "at most " if self._reads_data else ""
+        return (
+            f"work      {most}{cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel call{'s' * (cost.calls != 1)}, "
             f"{cost.copied_bytes / 2**20:,.1f} MiB moved beside them"
         )
-        lines.append(
-            f"memory    at most {cost.peak_bytes / 2**20:,.1f} MiB beyond q, k, v and out "
-            f"({problem.tensor_bytes / 2**20:,.1f} MiB)"
+
+    def _time_line(self) -> str:
+        time, problem = self.seconds_of(self.chosen), self.problem
+        if time is None:
+            return f"time      no estimate: no rate was measured for {problem.dtype} on {problem.device}"
+        about, what = self._about, "forward and backward" if problem.training else "forward"
+        return (
+            f"time      {about} {_milliseconds(time)} ms {what}, an estimate by rates of {rates.MACHINE}\n"
+            f"          ({rates.FILES})"
         )
-        rows = [_as_row(each, self.chosen) for each in self.weighed]
+
+    @property
+    def _reads_data(self) -> bool:
+        return any(branch.mask.per_call for branch in self.problem.program.branches)
+
+    @property
+    def _about(self) -> str:
+        """Of masks that read data a plan counts what they may allow."""
+        return "at most" if self._reads_data else "about"
+
+    def _memory_line(self) -> str:
+        return (
+            f"memory    at most {self.cost.peak_bytes / 2**20:,.1f} MiB beyond q, k, v and out "
+            f"({self.problem.tensor_bytes / 2**20:,.1f} MiB)"
+        )
+
+    def _table(self) -> str:
+        """What was tried, a row for each proposal and refusal, and what the columns mean."""
+        rows = [self._row(each) for each in self.weighed]
         cells = [
             [
                 "*" if row["chosen"] else "",
@@ -226,17 +282,36 @@ class Plan:
                 "all" if row["branch"] is None else row["branch"],
                 f"{row['kernel_gflop']:,.1f}" if "kernel_gflop" in row else "",
                 f"{row['dense_gflop']:,.1f}" if "dense_gflop" in row else "",
+                _milliseconds(row["estimated_seconds"]) if row.get("estimated_seconds") is not None else "",
                 row.get("calls", ""),
                 f"{row['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in row else "",
                 row.get("refused", ""),
             ]
             for row in rows
         ]
-        headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "calls", "peak MiB", "refused because"]
-        alignment = ("left", "left", *["right"] * 5, "left")
+        headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "est. ms", "calls", "peak MiB", "refused because"]
+        alignment = ("left", "left", *["right"] * 6, "left")
         table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
-        legend = "as dense GFLOP: what dense attention would compute in the same time; the least sum is chosen"
-        return "\n".join(lines) + "\n\n" + table + "\n" + legend
+        proposed = sum(isinstance(each, Proposal) for each in self.weighed)
+        legend = "as dense GFLOP: what dense attention would compute in the same time"
+        return f"{table}\n{legend}{'; the least sum is chosen' if proposed > len(self.chosen) else ''}"
+
+    def _row(self, each: Proposal | Refusal) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "lowering": each.lowering,
+            "branch": each.branch,
+            "chosen": any(each is one for one in self.chosen),
+        }
+        if isinstance(each, Refusal):
+            return row | {"refused": each.reason, "way_out": each.way_out}
+        cost = each.cost
+        return row | {
+            "kernel_gflop": cost.kernel_flops / 1e9,
+            "dense_gflop": cost.dense_flops / 1e9,
+            "estimated_seconds": self.seconds_of((each,)),
+            "calls": cost.calls,
+            "peak_bytes": cost.peak_bytes,
+        }
 
     def __str__(self) -> str:
         return self.explain()
@@ -281,14 +356,6 @@ def _counts(row: dict[str, Any]) -> str:
     return f"{row['full']:,} full and {row['partial']:,} partial of {size}; a list of them takes {row['bytes'] / 2**20:,.3f} MiB"
 
 
-def _as_row(each: Proposal | Refusal, chosen: tuple[Proposal, ...]) -> dict[str, Any]:
-    row: dict[str, Any] = {"lowering": each.lowering, "branch": each.branch, "chosen": any(each is one for one in chosen)}
-    if isinstance(each, Refusal):
-        return row | {"refused": each.reason, "way_out": each.way_out}
-    cost = each.cost
-    return row | {
-        "kernel_gflop": cost.kernel_flops / 1e9,
-        "dense_gflop": cost.dense_flops / 1e9,
-        "calls": cost.calls,
-        "peak_bytes": cost.peak_bytes,
-    }
+def _milliseconds(seconds: float) -> str:
+    """Three digits: it is an estimate."""
+    return f"{float(f'{seconds * 1e3:.3g}'):,.10g}"

@@ -29,7 +29,7 @@ class _NoMask:
     )
 
     def _refuse(self, other: object = None) -> NoReturn:
-        raise TypeError(f"`&`, `|` and `~` join masks; got {type(self).__name__} {self!r}. {self.how_to_join}")
+        raise TypeError(f"`&`, `|` and `~` join masks; got {type(self).__name__} {self}. {self.how_to_join}")
 
     __and__ = __or__ = __rand__ = __ror__ = __invert__ = _refuse
 
@@ -64,7 +64,7 @@ class Branch(_NoMask):
         if isinstance(self.heads, tuple):
             start, stop = self.heads
             if not 0 <= start <= stop <= heads:
-                raise ValueError(f"the branch {self!r} names heads {start} to {stop}; the query has {heads}")
+                raise ValueError(f"the branch {self} names heads {start} to {stop}; the query has {heads}")
             return range(start, stop)
         share, shares = map(int, self.heads.split("/"))
         size, extra = heads // shares, heads % shares
@@ -76,14 +76,20 @@ class Branch(_NoMask):
         return self.mask.at_head(head, heads)
 
     def __repr__(self) -> str:
+        return self._written(repr)
+
+    def __str__(self) -> str:
+        return self._written(str)
+
+    def _written(self, write: Callable[[Mask], str]) -> str:
         heads = "" if self.heads is None else f", heads={self.heads!r}"
         order = "" if self.order == identity() else f", order={self.order!r}"
-        return f"Branch({self.mask!r}{heads}{order})"
+        return f"Branch({write(self.mask)}{heads}{order})"
 
 
 @dataclass(frozen=True, repr=False)
 class Program(_NoMask):
-    """Branches joined by one softmax: a key that two branches link counts twice. Hashable; prints as the code that makes it."""
+    """Branches joined by one softmax: a key that two branches link counts twice. Hashable; `repr` is the code that makes it."""
 
     branches: tuple[Branch, ...]
 
@@ -129,6 +135,9 @@ class Program(_NoMask):
     def __repr__(self) -> str:
         return f"Program(({', '.join(map(repr, self.branches))},))"
 
+    def __str__(self) -> str:
+        return f"Program(({', '.join(map(str, self.branches))},))"
+
 
 Builder = TypeVar("Builder", bound=Callable[..., Program])
 BUILDERS: dict[str, Callable[..., Program]] = {}
@@ -162,6 +171,12 @@ class PerLength(_NoMask):
 
     def __repr__(self) -> str:
         return f"per_length({self.build.__name__!r}, {self.settings!r}, {self.names!r})"
+
+    def __str__(self) -> str:
+        settings = ", ".join(
+            str(setting) if isinstance(setting, (Program, PerLength)) else repr(setting) for setting in self.settings
+        )
+        return f"per_length({self.build.__name__!r}, ({settings}), {self.names!r})"
 
 
 def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) -> PerLength:

@@ -56,13 +56,22 @@ class ExpressionError(ValueError):
     """Text that is no program, mask or order; the message shows where and why."""
 
 
-def read_program(text: str) -> Program:
+def read_program(text: str, function_named: Callable[[str], MaskMod] | None = None) -> Program:
     """The program that the text writes; a mask is a program of one branch. ExpressionError if it is neither.
+
+    function_named: the function that `from_mod('name')` means. Without it text has no functions: naming one runs code.
 
     >>> read_program("causal() & window(256)")
     Program((Branch(causal() & window(256)),))
     """
-    value = _value(text, NAMES)
+    names = dict(NAMES)
+    if function_named is not None:
+
+        def from_mod(name: str, within: Mask | None = None) -> Mask:
+            return masks.from_mod(function_named(name), within)
+
+        names["from_mod"] = from_mod
+    value = _value(text, names)
     if not isinstance(value, (Program, Mask)):
         raise ExpressionError(f"{text!r} is {_kind(value)}, and a program or a mask is needed, such as causal() & window(256)")
     return programs.as_program(value)
@@ -268,7 +277,7 @@ class _Reader:
             case ast.Name(id=name) if name in self.names:
                 raise self.error(node, f"{name} is a function; write {name}(...)")
             case ast.Name(id=name):
-                raise self.error(node, _unknown(name))
+                raise self.error(node, _unknown(name, self.names))
             case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
                 raise self.error(node, "masks are joined by `&`, `|` and `~`, not by `and`, `or` and `not`")
         raise self.error(node, "only calls of masks, orders and programs, literals, `&`, `|` and `~` can stand here")
@@ -282,7 +291,7 @@ class _Reader:
 
     def call(self, node: ast.Call, name: str, depth: int) -> Any:
         if name not in self.names:
-            raise self.error(node, _unknown(name))
+            raise self.error(node, _unknown(name, self.names))
         if any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords):
             raise self.error(node, "`*` and `**` cannot stand here; write the arguments out")
         positional = [self.read(each, depth + 1) for each in node.args]
@@ -297,7 +306,7 @@ class _Reader:
         return ExpressionError(f"{message}{_pointer(self.text, column)}")
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(sorted(NAMES))}"
+def _unknown(name: str, names: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(sorted(names))}"
     return f"no mask, order or program is called {name!r}{hint}"

@@ -202,7 +202,7 @@ def _covering(mask: Mask, rows: int, columns: int, regions_of: Callable[[int], t
         listed += int(full.sum()) * side**2
         if max(rows, columns, listed + int(partial.sum())) > _MOST_LISTED:
             raise ValueError(
-                f"{mask!r} of {rows} x {columns} tiles takes a list of more than {_MOST_LISTED:,} tiles. "
+                f"{mask} of {rows} x {columns} tiles takes a list of more than {_MOST_LISTED:,} tiles. "
                 "Use fewer tokens, or a mask of segments, windows, causal() and congruent(), which needs no list"
             )
         runs.append(_runs(row[full], column[full], side, rows, columns, full=True))

@@ -16,16 +16,14 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from compiled_dilated import hilbert_window, longnet, masks, measure, plan
+from compiled_dilated import longnet, masks, measure, plan
 from compiled_dilated.cli import app
-from compiled_dilated.commands import doctor, pictures
-from compiled_dilated.orders import hilbert, identity
+from compiled_dilated.commands import doctor
+from compiled_dilated.orders import hilbert
 from compiled_dilated.programs import as_program
-from compiled_dilated.reference import multiplicity
 from compiled_dilated.text import ExpressionError, read_order, read_program
 
 ROOT = Path(__file__).resolve().parents[1]
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
@@ -173,83 +171,6 @@ def test_plan_refuses(arguments: tuple[str, ...], message: str) -> None:
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
-
-
-# show
-
-
-def test_show_draws(tmp_path: Path) -> None:
-    file = tmp_path / "folder" / "mask.png"
-    result = run("show", "longnet((16, 32), (1, 2), causal=True)", "--tokens", "48", "-o", str(file))
-    assert result.exit_code == 0
-    assert file.read_bytes().startswith(PNG)
-    assert "branch 1: segments(32) & congruent(2, 0, period=32) & causal()" in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= max(80, len(f"wrote {file}"))
-    assert os.listdir(file.parent) == ["mask.png"]
-
-
-def test_show_counts_pairs_and_tiles(tmp_path: Path) -> None:
-    file = str(tmp_path / "mask.png")
-    result = run("show", "causal() & window(2)", "-n", "8", "--tile", "2", "--json", "-o", file)
-    (branch,) = printed_json(result)["branches"]
-    assert branch["tiles"] == {"full": 0, "partial": 7, "empty": 9}
-    assert branch["allowed_pairs"] == 1 + 2 + 6 * 3
-
-
-def test_show_of_a_million_tokens_counts_tiles_alone(tmp_path: Path) -> None:
-    result = run("show", "window(1000)", "-n", "1000000", "--json", "-o", str(tmp_path / "mask.png"))
-    (branch,) = printed_json(result)["branches"]
-    assert (branch["allowed_pairs"], branch["q_tile"]) == (None, 512)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("causal()", "-n", "8", "--head", "8"), "--head 8 is none of 8 heads"),
-        (("causal()", "-n", "0"), "--tokens"),
-        (("causal()", "-n", "8", "--order", "hilbert(2, 2)"), "orders the 4 cells of its grid"),
-        (("causal()", "-n", "8", "--order", "causal()"), "an order is needed"),
-        (("Program((Branch(causal(), heads=(0, 1)),))", "-n", "8", "--head", "1"), "takes part in no branch"),
-    ],
-)
-def test_show_refuses(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    result = run("show", *arguments, "-o", str(tmp_path / "mask.png"))
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.split())
-    assert not os.listdir(tmp_path)
-
-
-def test_pictures_in_text() -> None:
-    (panel,) = pictures.panels(as_program(masks.causal()), 4, 1, 0, 2)
-    lines = pictures.text(panel, 80).splitlines()
-    assert lines[-2:] == ["█▄  ", "███▄"]
-    assert "1 full, 2 partial, 1 empty; 10 pairs allowed (62.5%)" in lines[1]
-    assert pictures.text(panel, 80, unicode=False).splitlines()[-3:-1] == ["++..", "##++"]
-
-
-def test_pictures_of_a_hilbert_order_are_in_its_places() -> None:
-    (panel,) = pictures.panels(hilbert_window((4, 4), 1), 16, 1, 0, 4)
-    (row_major,) = pictures.panels(hilbert_window((4, 4), 1), 16, 1, 0, 4, identity())
-    assert panel.seen is not None
-    assert row_major.seen is not None
-    places = hilbert(4, 4).permutation(16)
-    assert (panel.seen == row_major.seen[places][:, places]).all()
-    assert panel.allowed_pairs == row_major.allowed_pairs == 100
-
-
-def test_pictures_show_multiplicity() -> None:
-    program = longnet((4, 8), (1, 2))
-    counts = pictures.multiplicity(pictures.panels(program, 8, 2, 1, 4))
-    q = torch.zeros(1, 2, 8, 1)
-    assert counts is not None
-    assert (torch.from_numpy(counts) == multiplicity(program, q, q)[0, 1]).all()
-
-
-def test_pictures_of_masks_that_read_data_have_no_pairs() -> None:
-    (panel,) = pictures.panels(as_program(masks.documents(ids="ids")), 8, 1, 0, 4)
-    assert panel.seen is None
-    assert panel.allowed_pairs is None
-    assert pictures.png("documents", [panel]).startswith(PNG)
 
 
 # doctor

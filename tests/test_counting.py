@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,6 @@ def deep_halving() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counting, "_FEW_PAIRS", 0)
         patch.setattr(counting, "_SMALLEST", 1)
-        patch.setattr(counting, "_SMALLEST_OF_FUNCTION", 1)
         yield
 
 
@@ -57,6 +57,41 @@ def test_pairs_of_expressions_over_grids(data: st.DataObject) -> None:
     q_len = data.draw(st.integers(1, kv_len))
     with deep_halving():
         assert counting.pairs(mask, q_len, kv_len) == dense(mask, q_len, kv_len).sum()
+
+
+@settings(max_examples=100)
+@given(mask=strategies.expressions(leaves()), data=st.data(), q_offset=OFFSET)
+def test_cells_are_sums_of_the_dense_mask(mask: Mask, data: st.DataObject, q_offset: int) -> None:
+    mask = mask.at_head(0, 3)
+    q_cuts, kv_cuts = (np.unique([0, *data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6))]) for _ in range(2))
+    whole = dense(mask, q_cuts[-1], kv_cuts[-1], q_offset).astype(int)
+    expected = np.add.reduceat(np.add.reduceat(whole, q_cuts[:-1], axis=0), kv_cuts[:-1], axis=1)
+    with deep_halving():
+        counted = counting.cells(mask, q_cuts + q_offset, kv_cuts)
+    assert counted.exact
+    assert (counted.pairs == expected).all()
+
+
+def test_cells_that_are_estimated_say_so_and_come_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_MOST_PAIRS_OF_CELLS", 0)
+    monkeypatch.setattr(counting, "_MOST_DIFFERENT_OF_CELLS", 0)
+    mask = masks.from_mod(lambda b, h, q, kv: (q * 7 + kv * 3) % 10 < 4, within=masks.window(500))
+    cuts = np.arange(0, 1025, 128)
+    counted = counting.cells(mask, cuts, cuts)
+    expected = np.add.reduceat(np.add.reduceat(dense(mask, 1024, 1024).astype(int), cuts[:-1], axis=0), cuts[:-1], axis=1)
+    assert not counted.exact
+    # A share of 0.4 by 2**22 / 64 draws: five standard deviations are 1 % of the cell.
+    assert (abs(counted.pairs - expected) <= 0.01 * 128**2).all()
+    assert (counted.pairs[expected == 0] == 0).all()
+    assert (counting.cells(mask, cuts, cuts).pairs == counted.pairs).all()
+
+
+@pytest.mark.parametrize("rest", [masks.full(), masks.causal(), masks.window(3, 1), masks.window(9, dilation=2)], ids=str)
+@pytest.mark.parametrize("q_offset", [0, 7])
+def test_documents_are_counted_one_by_one(rest: Mask, q_offset: int) -> None:
+    mask = masks.documents(lengths=(3, 20, 0, 1, 20, 5)) & rest
+    for q_len, kv_len in ((60, 60), (30, 44), (1, 12), (49, 49)):
+        assert counting.pairs(mask, q_len, kv_len, q_offset) == dense(mask, q_len, kv_len, q_offset).sum()
 
 
 @settings(max_examples=300)
@@ -93,7 +128,7 @@ def test_a_side_moved_by_its_period_sees_the_same(mask: Mask) -> None:
                 assert (moved[:40, :40] == dense(leaf, 40, 40)).all()
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     mask=strategies.expressions(leaves()), q_len=LENGTH, kv_len=LENGTH, q_offset=OFFSET, tile=st.sampled_from([1, 2, 3, 4, 8, 13])
 )

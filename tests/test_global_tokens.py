@@ -15,7 +15,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_dilated as cd
 from compiled_dilated import counting, masks, text
-from compiled_dilated.commands import pictures
 from compiled_dilated.masks import Mask
 from compiled_dilated.masks.explicit import splitmix64
 from compiled_dilated.programs import as_program
@@ -287,11 +286,10 @@ def test_models_are_exported_and_compiled(name: str) -> None:
     assert_close([torch.compile(Model(), backend="aot_eager", fullgraph=True)(*inputs)], [want])
 
 
-def test_a_picture_of_many_tiles_has_a_short_title() -> None:
-    (panel,) = pictures.panels(cd.big_bird(64, 64, 3, 64, 4096), 4096, 1, 0, 64)
-    assert len(panel.title) < 100
-    assert panel.counts["partial"] == 0
-    assert panel.allowed_pairs == int(panel.tiles.full.sum()) * 64**2
+def test_a_picture_of_many_tiles_has_a_short_heading() -> None:
+    figure = cd.show(cd.big_bird(64, 64, 3, 64, 4096), 4096)
+    assert len(figure.heading) < 100
+    assert figure.panels[0].pixels.pairs == cd.plan(cd.big_bird(64, 64, 3, 64, 4096), (1, 1, 4096, 16)).useful_pairs
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ PROMISED = {
     "orders",
     "plan",
     "reference",
+    "show",
     "sites",
     "variant",
 }

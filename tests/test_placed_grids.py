@@ -16,7 +16,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_dilated as cd
 from compiled_dilated import Branch, Program, counting, masks, orders, text
-from compiled_dilated.commands import pictures
 from compiled_dilated.modules import visible
 from compiled_dilated.orders import Order
 from compiled_dilated.programs import as_program
@@ -155,9 +154,9 @@ def test_texts_padding_pictures_and_block_masks(program: Any) -> None:
     assert_close(
         [cd.compile(padded)(x, x, x, data={"padding": padding})], [cd.reference(padded, x, x, x, data={"padding": padding})]
     )
-    (panel,) = pictures.panels(whole, 40, 1, 0, 8)
+    (panel,) = cd.show(whole, 40).panels
     branch = whole.branches[0]
-    assert panel.allowed_pairs == dense(branch.mask, 40, 40).sum()
+    assert panel.pixels.pairs == dense(branch.mask, 40, 40).sum()
     block_mask = cd.block_mask(branch.mask, 40, 40, tile=8, order=branch.order)
     y = branch.order.permute(x)
     assert_close([branch.order.invert(flex_attention(y, y, y, block_mask=block_mask))], [cd.reference(program, x, x, x)])

@@ -108,6 +108,7 @@ def test_a_plan_of_two_thousand_million_tokens(program: cd.Program | Mask) -> No
 def test_what_is_not_counted_is_said() -> None:
     plan = cd.plan(masks.causal() & masks.padding(), (1, 1, 512, 16))
     assert "how many are allowed depends on data" in plan.explain()
+    assert "at most" in plan.explain()
     plan = cd.plan(cd.hilbert_window((2**12, 2**12), 3), (1, 1, 2**24, 16))
     assert "too many different ones to count" in plan.explain()
     assert plan.to_json()["tiles"] == [{"branch": 0, "heads": [0], "tile": 128, "full": None, "partial": None, "bytes": None}]

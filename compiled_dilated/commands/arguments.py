@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
+from torch import Tensor
+
+from passes import factories
+
+from ..programs import Program
+from ..text import read_program
 
 ProgramText = Annotated[
     str,
@@ -16,6 +24,19 @@ ProgramText = Annotated[
         metavar="PROGRAM",
         help="A program or mask as code: 'longnet((2048, 4096), (1, 2), causal=True)', 'causal() & (window(256) | sinks(4))'.",
     ),
+]
+# Of commands that read functions too.
+ProgramOfFunctions = Annotated[
+    str,
+    typer.Argument(
+        metavar="PROGRAM",
+        help="A program or mask as code: 'causal() & (window(256) | sinks(4))'. A mask_mod by module and name: "
+        "\"from_mod('my_masks:checkered', within=window(256))\".",
+    ),
+]
+DataFiles = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="NAME=FILE.npy", help="A tensor that masks read, (batch, tokens) or (tokens); repeated."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -54,6 +75,55 @@ def bad_usage() -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def program_of_functions(text: str) -> Program:
+    """The program, functions that it names imported."""
+    return read_program(text, _function_named)
+
+
+def _function_named(target: str) -> Any:
+    if not isinstance(target, str):
+        raise TypeError(f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}")
+    try:
+        return factories.load(*factories.named(target))
+    except factories.NoFactory as error:
+        raise ValueError(str(error).removeprefix("MODULE:FACTORY must name a function; ")) from None
+    except ValueError:
+        raise ValueError(f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}") from None
+
+
+def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Tensor]:
+    """The arrays of `--data` by name, (batch, tokens); bad usage for what is no file of one.
+
+    names: those that the program reads, all of which are needed.
+    """
+    tensors: dict[str, Tensor] = {}
+    for entry in entries or ():
+        name, separator, path = entry.partition("=")
+        if not (name and separator and path):
+            raise typer.BadParameter(f"--data takes NAME=FILE.npy, as documents=ids.npy; got {entry!r}")
+        if name in tensors:
+            raise typer.BadParameter(f"--data names {name!r} twice")
+        try:
+            array = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise typer.BadParameter(f"--data {name}: no file {path!r}") from None
+        except (OSError, ValueError, EOFError):
+            raise typer.BadParameter(f"--data {name}: {path!r} is no array of numbers that numpy.save wrote") from None
+        if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
+            came = f"shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of several arrays"
+            raise typer.BadParameter(f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {came}")
+        try:
+            tensors[name] = torch.from_numpy(np.atleast_2d(array))
+        except TypeError:
+            raise typer.BadParameter(f"--data {name}: {path!r} must hold integers or bools; got {array.dtype}") from None
+    if set(tensors) != set(names):
+        reads = f"reads {', '.join(names)}" if names else "reads no data"
+        raise typer.BadParameter(
+            f"the program {reads}; got --data for {', '.join(tensors) or 'nothing'}. Pass --data NAME=FILE.npy for exactly those"
+        )
+    return tensors
 
 
 def print_json(record: Mapping[str, Any]) -> None:

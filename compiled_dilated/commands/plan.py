@@ -8,12 +8,11 @@ import torch
 import typer
 
 from .. import compiler
-from ..text import read_program
-from .arguments import Device, Dtype, Json, Lowering, ProgramText, bad_usage, numbers, print_json
+from .arguments import Device, Dtype, Json, Lowering, ProgramOfFunctions, bad_usage, numbers, print_json, program_of_functions
 
 
 def plan(
-    program: ProgramText,
+    program: ProgramOfFunctions,
     shape: Annotated[str, typer.Option(metavar="B,H,N,D", help="Batch, query heads, tokens, width of a head.")] = "1,8,65536,64",
     kv_heads: Annotated[int | None, typer.Option(help="Key and value heads, a divisor of H; H if not given.")] = None,
     kv_len: Annotated[int | None, typer.Option(help="Keys; N if not given.")] = None,
@@ -31,7 +30,7 @@ def plan(
     """
     with bad_usage():
         found = compiler.plan(
-            read_program(program),
+            program_of_functions(program),
             numbers("--shape", shape),
             kv_heads=kv_heads,
             kv_len=kv_len,

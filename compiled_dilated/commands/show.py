@@ -1,4 +1,4 @@
-"""`compiled-dilated show`: a picture of a mask and its tiles."""
+"""`compiled-dilated show`: a picture of a mask."""
 
 from __future__ import annotations
 
@@ -9,55 +9,71 @@ from typing import Annotated
 
 import typer
 
-from .. import measure
-from ..text import read_order, read_program
-from . import pictures
-from .arguments import Json, ProgramText, bad_usage, print_json
+from .. import pictures
+from ..text import read_order
+from .arguments import DataFiles, Json, ProgramOfFunctions, bad_usage, data_files, print_json, program_of_functions
 
 
 def show(
-    program: ProgramText,
+    program: ProgramOfFunctions,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Queries, and keys.")],
+    kv_len: Annotated[int | None, typer.Option(min=1, help="Keys, where they are not as many as queries.")] = None,
+    q_offset: Annotated[int, typer.Option(min=0, help="Position of the first query, for decoding against a cache.")] = 0,
+    data: DataFiles = None,
+    batch: Annotated[int, typer.Option(min=0, help="The entry of the data's batch to show.")] = 0,
     heads: Annotated[int, typer.Option(min=1, help="Heads, which masks that differ by head are dealt out to.")] = 8,
-    head: Annotated[int, typer.Option(min=0, help="The head to show.")] = 0,
-    tile: Annotated[int | None, typer.Option(min=1, help="Tokens a tile; chosen to be seen if not given.")] = None,
-    order: Annotated[
-        str | None, typer.Option(metavar="ORDER", help="'hilbert(64, 64)' or another, in place of the program's own.")
+    head: Annotated[
+        int | None, typer.Option(min=0, help="The head to show; up to four kinds of heads side by side if not given.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="The PNG to write.")] = Path("mask.png"),
+    branches: Annotated[bool, typer.Option("--branches", help="Each branch of the head alone too.")] = False,
+    order: Annotated[
+        str | None, typer.Option(metavar="ORDER", help="Draw in the places of 'hilbert(64, 64)' or another order.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Write a PNG (needs matplotlib).")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", dir_okay=False, help="Write an SVG.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", dir_okay=False, help="Write a page.")] = None,
     json: Json = False,
 ) -> None:
-    """Draw what PROGRAM lets one head see, branch by branch: as text here, and as PNG.
+    """Draw which keys PROGRAM lets each query see: as text here, and as files.
 
-    Up to 256 tokens every pair is drawn, past that tiles: full, partial or empty. A million tokens take a second or two.
+    Up to 256 tokens every pair is drawn, past that blocks of pairs by the share that is allowed. A million tokens take seconds.
+    Exit code 2 if PROGRAM is none, or a file, a shape or a name does not fit it.
     """
-    if head >= heads:
-        raise typer.BadParameter(f"--head {head} is none of {heads} heads, 0 to {heads - 1}")
+    files = [_file(name, path) for name, path in (("png", png), ("svg", svg), ("html", html)) if path is not None]
     with bad_usage():
-        found = read_program(program)
-        chosen = None if order is None else read_order(order)
-        drawn = pictures.panels(found, tokens, heads, head, tile or pictures.default_tile(tokens), chosen)
-        if not drawn:
-            raise ValueError(f"head {head} of {heads} takes part in no branch of {found!r}")
-    # A program as the user wrote it is shorter than its repr.
-    title = f"{program.strip()}, {tokens:,} tokens, head {head} of {heads}"
-    measure.write(out, pictures.png(title, drawn))
-    if json:
-        print_json(
-            {
-                "program": repr(found),
-                "tokens": tokens,
-                "head": head,
-                "heads": heads,
-                "png": str(out),
-                "branches": [each.to_json() for each in drawn],
-            }
+        meaning = program_of_functions(program)
+        figure = pictures.show(
+            meaning,
+            tokens,
+            kv_len,
+            data=data_files(data, meaning.names) or None,
+            head=head,
+            heads=heads,
+            batch=batch,
+            q_offset=q_offset,
+            order=None if order is None else read_order(order),
+            branches=branches,
         )
+    for path in files:
+        try:
+            figure.save(path)
+        except (ImportError, OSError) as error:
+            raise typer.BadParameter(str(error)) from None
+    if json:
+        print_json(figure.to_json() | {"files": [str(path) for path in files]})
         return
-    width = shutil.get_terminal_size().columns
-    for panel in drawn:
-        typer.echo(pictures.text(panel, width, unicode=_speaks_unicode()) + "\n")
-    typer.echo(f"wrote {out}")
+    typer.echo(figure.text(shutil.get_terminal_size().columns, unicode=_speaks_unicode()))
+    if files:
+        typer.echo(f"\nwrote {', '.join(map(str, files))}")
+
+
+def _file(kind: str, path: Path) -> Path:
+    """The path of a file to write; bad usage if it ends in another kind, or has no folder to lie in."""
+    if path.suffix.lower() != f".{kind}":
+        raise typer.BadParameter(f"--{kind} takes a path that ends in .{kind}; got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"--{kind}: no folder {str(path.parent)!r}")
+    return path
 
 
 def _speaks_unicode() -> bool:

@@ -66,7 +66,7 @@ def _sorted(mask: Mask) -> Pieces | str:
     congruent = [part for part in parts if isinstance(part, Congruent)]
     for part in parts:
         if not isinstance(part, (Causal, Congruent, Segments)):
-            return f"{part!r} is not made of regular blocks"
+            return f"{part} is not made of regular blocks"
     if any(length % min(lengths) for length in lengths):
         return "segments of lengths that do not divide each other do not form regular blocks"
     if len(congruent) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,16 @@ from ..regions import FULL, Regions, Verdicts, both, either, negate
 Positions = Any
 Data = Mapping[str, Any]
 
+# Lists of more numbers are shown to people by their count.
+MOST_SHOWN = 12
+
 
 class Mask(ABC):
     """Which keys a query may attend to, as an expression over token positions.
 
-    Two views of one truth: `allows` answers for single pairs, `classify` for whole tiles. A mask is hashable, equal by value and
-    prints as the code that makes it. Positions are original token positions, whatever the order of execution.
+    Two views of one truth: `allows` answers for single pairs, `classify` for whole tiles. A mask is hashable and equal by value.
+    `repr` is the code that makes it; `str` is for people, long lists of numbers as their count and a digest. Positions are
+    original token positions, whatever the order of execution.
     """
 
     @abstractmethod
@@ -123,7 +128,7 @@ class Mask(ABC):
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            f"the mask {self!r} has no truth value: `and`, `or`, `not` and `if` cannot combine masks. "
+            f"the mask {self} has no truth value: `and`, `or`, `not` and `if` cannot combine masks. "
             "Write `a & b`, `a | b` or `~a`"
         )
 
@@ -145,8 +150,16 @@ def _common_period(masks: tuple[Mask, ...]) -> int | None:
     return math.lcm(*known) if len(known) == len(periods) else None
 
 
-def _operand(mask: Mask) -> str:
-    return f"({mask!r})" if isinstance(mask, (And, Or)) else repr(mask)
+def _operand(mask: Mask, write: Callable[[Mask], str]) -> str:
+    return f"({write(mask)})" if isinstance(mask, (And, Or)) else write(mask)
+
+
+def brief(numbers: Sequence[int], unit: str, code: str) -> str:
+    """A long list of numbers as their count and a digest, for people; of a short one the code."""
+    if len(numbers) <= MOST_SHOWN:
+        return code
+    digest = hashlib.blake2b(np.asarray(numbers, dtype=np.int64).tobytes(), digest_size=4).hexdigest()
+    return f"<{len(numbers):,} {unit}, digest {digest}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -204,7 +217,10 @@ class And(_Joined):
         return q, kv
 
     def __repr__(self) -> str:
-        return " & ".join(map(_operand, self.masks))
+        return " & ".join(_operand(mask, repr) for mask in self.masks)
+
+    def __str__(self) -> str:
+        return " & ".join(_operand(mask, str) for mask in self.masks)
 
 
 @dataclass(frozen=True, repr=False)
@@ -241,7 +257,10 @@ class Or(_Joined):
         return (hull([part[0] for part in found]), hull([part[1] for part in found])) if found else NOTHING
 
     def __repr__(self) -> str:
-        return " | ".join(map(_operand, self.masks))
+        return " | ".join(_operand(mask, repr) for mask in self.masks)
+
+    def __str__(self) -> str:
+        return " | ".join(_operand(mask, str) for mask in self.masks)
 
 
 @dataclass(frozen=True, repr=False)
@@ -282,7 +301,10 @@ class Not(Mask):
         return tuple(range(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b)
 
     def __repr__(self) -> str:
-        return f"~{_operand(self.mask)}"
+        return f"~{_operand(self.mask, repr)}"
+
+    def __str__(self) -> str:
+        return f"~{_operand(self.mask, str)}"
 
 
 @dataclass(frozen=True, repr=False)

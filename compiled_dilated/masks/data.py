@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import itertools
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
 from .. import arguments
-from ..regions import PARTIAL, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
+from ..regions import PARTIAL, IntArray, Regions, Verdicts
+from .core import NOTHING, Data, Mask, Positions, brief, clip
 from .lookup import as_tensor, rank
 from .positions import _same_group
 
@@ -36,7 +37,7 @@ class OfData(Mask):
         if data is None or self.name not in data:
             passed = ", ".join(sorted(data)) if data else "nothing"
             raise ValueError(
-                f"{self!r} reads the data tensor {self.name!r}; got {passed}. Pass data={{{self.name!r}: tensor}} at the call"
+                f"{self} reads the data tensor {self.name!r}; got {passed}. Pass data={{{self.name!r}: tensor}} at the call"
             )
         return data[self.name]
 
@@ -92,9 +93,19 @@ class DocumentLengths(Mask):
     lengths: tuple[int, ...]
     table: Any = field(default=None, compare=False)
 
-    @property
+    @cached_property
     def _stops(self) -> tuple[int, ...]:
         return tuple(itertools.accumulate(self.lengths))
+
+    @cached_property
+    def stops(self) -> IntArray:
+        """The position behind each document."""
+        return np.array(self._stops, dtype=np.int64)
+
+    @property
+    def starts(self) -> IntArray:
+        """The first position of each document."""
+        return self.stops - np.array(self.lengths, dtype=np.int64)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         document = rank(self._stops, q, self.table)
@@ -104,7 +115,7 @@ class DocumentLengths(Mask):
         return replace(self, table=as_tensor(self._stops, device))
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        stops = np.asarray(self._stops)
+        stops = self.stops
         first, last, kv_first, kv_last = (np.searchsorted(stops, x, side="right") for x in (q.first, q.last, kv.first, kv.last))
         outside = np.maximum(first, kv_first) >= len(self.lengths)
         return np.where(outside, np.uint8(0), _same_group(first, last, kv_first, kv_last))
@@ -124,6 +135,16 @@ class DocumentLengths(Mask):
         kv = clip(kv, *self._reach(q))
         return (clip(q, *self._reach(kv)), kv) if kv else NOTHING
 
+    def pairs(self, q: range, kv: range) -> int | None:
+        both_start, both_stop = max(q.start, kv.start), min(q.stop, kv.stop)
+        first, last = np.searchsorted(self.stops, (both_start, both_stop), side="right")
+        stops = self.stops[first : last + 1]
+        starts = stops - np.array(self.lengths[first : last + 1], dtype=np.int64)
+        queries, keys = (np.maximum(np.minimum(stops, side.stop) - np.maximum(starts, side.start), 0) for side in (q, kv))
+        if len(stops) and stops[-1] > 2**31:  # a product of two lengths may be more than an int64 holds
+            queries, keys = queries.astype(object), keys.astype(object)
+        return int((queries * keys).sum())
+
     def _reach(self, span: range) -> tuple[int, int]:
         """Where the documents of some tokens start and stop."""
         starts = (0, *self._stops)
@@ -133,6 +154,11 @@ class DocumentLengths(Mask):
 
     def __repr__(self) -> str:
         return f"documents(lengths={self.lengths!r})"
+
+    def __str__(self) -> str:
+        if not isinstance(self.lengths, tuple):  # they travel beside the text
+            return repr(self)
+        return f"documents(lengths={brief(self.lengths, f'of {sum(self.lengths):,} tokens', repr(self.lengths))})"
 
 
 def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) -> Mask:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
+from .core import MOST_SHOWN, NOTHING, Data, Mask, Positions, brief, clip
 from .lookup import as_tensor, rank, runs
 from .positions import _MOST_RANGES
 
@@ -115,7 +115,16 @@ class Tiles(Mask):
         if self.code:
             return self.code
         pairs = ", ".join(f"({key // self.columns}, {key % self.columns})" for key in self.keys)
-        return f"tiles([{pairs}], block={self.block}{'' if self._tight else f', columns={self.columns}'})"
+        return f"tiles([{pairs}]{self._options})"
+
+    def __str__(self) -> str:
+        if self.code or not isinstance(self.keys, tuple) or len(self.keys) <= MOST_SHOWN:
+            return repr(self)
+        return f"tiles({brief(self.keys, 'tiles', '')}{self._options})"
+
+    @property
+    def _options(self) -> str:
+        return f", block={self.block}{'' if self._tight else f', columns={self.columns}'}"
 
     @property
     def _tight(self) -> bool:

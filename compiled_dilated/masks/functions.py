@@ -91,7 +91,7 @@ class _OfFunction(Mask):
         pairs = len(queries) * keys
         if (self.within is None or isinstance(self.within, Full)) and pairs > MOST_PAIRS_WITHOUT_WITHIN:
             raise ValueError(
-                f"{self!r} would be asked about {len(queries)} x {keys} = {pairs:,} pairs, "
+                f"{self} would be asked about {len(queries)} x {keys} = {pairs:,} pairs, "
                 f"more than {MOST_PAIRS_WITHOUT_WITHIN:,}. "
                 "Say where to look: from_mod(fn, within=mask), for example within=window(4096)"
             )
@@ -171,8 +171,14 @@ class Traced(_OfFunction):
         return replace(self._map(lambda part: part.at_head(head, heads)), head=bound)
 
     def __repr__(self) -> str:
+        return self._written(repr)
+
+    def __str__(self) -> str:
+        return self._written(str)
+
+    def _written(self, write: Callable[[Mask], str]) -> str:
         head = "" if self.head is None else f" of head {self.head}"
-        return f"from_mod({self.name}{head}{'' if self.within is None else f', within={self.within!r}'})"
+        return f"from_mod({self.name}{head}{'' if self.within is None else f', within={write(self.within)}'})"
 
 
 def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = None) -> Mask:
@@ -221,7 +227,13 @@ class FromMod(_OfFunction):
         return self._map(lambda part: part.at_head(head, heads))
 
     def __repr__(self) -> str:
-        return f"from_mod({name_of(self.fn)}{'' if self.within is None else f', within={self.within!r}'})"
+        return self._written(repr)
+
+    def __str__(self) -> str:
+        return self._written(str)
+
+    def _written(self, write: Callable[[Mask], str]) -> str:
+        return f"from_mod({name_of(self.fn)}{'' if self.within is None else f', within={write(self.within)}'})"
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,7 @@ def from_mod(fn: MaskMod, within: Mask | None = None) -> Mask:
     """
     check_callable("fn", fn, scores=False)
     if within is not None and not isinstance(within, Mask):
-        raise TypeError(f"within must be a mask; got {type(within).__name__} {within!r}")
+        raise TypeError(f"within must be a mask; got {type(within).__name__} {within}")
     return FromMod(fn, within)
 
 
@@ -259,7 +271,7 @@ def with_contents(mask: Mask, operands: Sequence[Any]) -> Mask:
     if not isinstance(whole, Traced) or not whole.slots:
         return whole
     if not all(0 <= slot < len(operands) for slot in whole.slots):
-        raise ValueError(f"{whole!r} reads the operands {whole.slots} of {len(operands)}")
+        raise ValueError(f"{whole} reads the operands {whole.slots} of {len(operands)}")
     return replace(whole, contents=Contents.of([operands[slot] for slot in whole.slots]))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
+from .core import NOTHING, Data, Mask, Positions, brief, clip
 from .data import OfFlags, row_of
 from .lookup import as_tensor, rank, runs
 from .positions import _MOST_RANGES, GlobalTokens
@@ -82,6 +82,11 @@ class GlobalPositions(Mask):
 
     def __repr__(self) -> str:
         return f"global_tokens(positions={self.positions!r})"
+
+    def __str__(self) -> str:
+        if not isinstance(self.positions, tuple):  # they travel beside the text
+            return repr(self)
+        return f"global_tokens(positions={brief(self.positions, 'positions', repr(self.positions))})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -225,7 +225,7 @@ class Neighborhood(Mask):
         tokens = math.prod(self.grid)
         if max(queries.stop, keys) > tokens:
             raise ValueError(
-                f"{self!r} speaks of a grid of {tokens} tokens; got positions up to {max(queries.stop, keys)}. "
+                f"{self} speaks of a grid of {tokens} tokens; got positions up to {max(queries.stop, keys)}. "
                 "Make the grid as large as the sequence, or cut the sequence to the grid. Where other tokens stand before the "
                 f"grid or after it, say where it starts: offset=0, or offset={max(queries.stop, keys) - tokens}"
             )

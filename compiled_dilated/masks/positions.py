@@ -226,7 +226,7 @@ class Congruent(Mask):
         if isinstance(self.offset, tuple):
             if len(self.offset) != heads:
                 raise ValueError(
-                    f"{self!r} names {len(self.offset)} offsets for {heads} heads; give one per head or a single number"
+                    f"{self} names {len(self.offset)} offsets for {heads} heads; give one per head or a single number"
                 )
             return self.offset[head]
         return head % self.modulus if self.offset == "cyclic" else head // math.ceil(heads / self.modulus)
@@ -239,7 +239,7 @@ class Congruent(Mask):
         elif isinstance(self.offset, tuple):
             offset = sum((h == head) * value for head, value in enumerate(self.offset))
         else:
-            raise ValueError(f"{self!r} depends on the number of heads; say it by heads=..., or ask mask.for_heads(heads)")
+            raise ValueError(f"{self} depends on the number of heads; say it by heads=..., or ask mask.for_heads(heads)")
         return (self.residue(q) == offset) & (self.residue(kv) == offset)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:

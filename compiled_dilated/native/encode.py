@@ -236,7 +236,7 @@ class _Code:
             case Padding():
                 return "padding", [self.names.index(mask.name)]
             case FromMod():
-                raise Untranslatable(f"{mask!r} is not traced yet")
+                raise Untranslatable(f"{mask} is not traced yet")
             case Traced():
                 return self._function(mask)
         return self._rule(mask)

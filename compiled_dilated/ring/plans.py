@@ -120,7 +120,7 @@ class RingPlan:
         problem, layout = self.problem, self.schedule.layout
         sampled = len(self.loads) < layout.ranks
         lines = [
-            f"program   {problem.program!r}",
+            f"program   {problem.program}",
             f"problem   q ({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim}), {problem.kv_heads} key heads, "
             f"{problem.dtype} on {problem.device}, over {layout.ranks} ranks",
             f"chosen    {layout.name}: {self.reason}",
@@ -186,13 +186,13 @@ def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") ->
         out.append(Striped(tokens, ranks))
     if name == "residue" or (name == "auto" and rates):
         if not rates:
-            raise ValueError(f"layout 'residue' needs a dilated program; {program!r} names no residue. Use layout='auto'")
+            raise ValueError(f"layout 'residue' needs a dilated program; {program} names no residue. Use layout='auto'")
         out.append(ByResidue(tokens, ranks, max(rates)))
     order = _grid_order(program, leaves, tokens)
     if name == "hilbert" or (name == "auto" and order is not None):
         if order is None:
             raise ValueError(
-                f"layout 'hilbert' needs a program over a grid of {tokens} cells; {program!r} names none. Use layout='auto'"
+                f"layout 'hilbert' needs a program over a grid of {tokens} cells; {program} names none. Use layout='auto'"
             )
         out.append(Contiguous(tokens, ranks, order))
     return out

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from compiled_dilated import longnet, measure, plan
+from compiled_dilated import longnet, measure, pictures, plan
 from compiled_dilated.commands.arguments import Json, bad_usage, print_json
 
 from . import report
@@ -74,6 +74,8 @@ def demo(
 
     Exit code 1 if attention differs from the float64 reference, or the loss does not fall well below the unigram entropy.
     """
+    if not pictures.can_draw():
+        raise typer.BadParameter("the demo draws its results by matplotlib; install it with pip install 'compiled-dilated[show]'")
     say: Callable[[str], None] = (lambda line: typer.echo(line, err=True)) if json else typer.echo
     with bad_usage():
         source = read(text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from compiled_dilated import longnet
-from compiled_dilated.commands import pictures
+from compiled_dilated import longnet, pictures
 
 from .comparison import Cell, Check
 from .text import Text
@@ -82,8 +82,9 @@ def mask_picture(lengths: Sequence[int], rates: Sequence[int], tokens: int, head
     """PNG of a program as one head sees it, all lengths divided by what makes each pair visible."""
     smaller = max(1, tokens // _DRAWN_TOKENS)
     lengths, tokens = [length // smaller for length in lengths], tokens // smaller
-    drawn = pictures.panels(longnet(lengths, rates, causal=True), tokens, heads, 0, pictures.default_tile(tokens))
-    return pictures.png(f"{code(lengths, rates)}, {tokens} tokens, head 0: the model's mask at 1/{smaller} of its size", drawn)
+    figure = pictures.show(longnet(lengths, rates, causal=True), tokens, heads=heads, head=0, branches=True)
+    title = f"{code(lengths, rates)}: the model's mask at 1/{smaller} of its size"
+    return replace(figure, program=title).png()
 
 
 def loss_picture(training: Training, text: Text) -> bytes:

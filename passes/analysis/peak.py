@@ -9,6 +9,7 @@ peak 18.1 MiB at step 9 of 15, gelu: 16.0 MiB beyond 2.1 MiB of inputs
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -152,6 +153,8 @@ def check_picture(name: str, path: str | PathLike[str]) -> None:
 
     name: of the argument, for the message
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{name} needs matplotlib. Run pip install 'compiled-dilated[show]'")
     from matplotlib.backend_bases import FigureCanvasBase
 
     if not isinstance(path, str | PathLike):

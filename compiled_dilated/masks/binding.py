@@ -1,0 +1,80 @@
+"""Masks with the data of a call in them, so that their pairs can be counted and drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
+from .asked import Asked
+from .core import Data, Mask, Positions
+from .data import DocumentIds, DocumentLengths, OfData, Padding
+from .functions import FromMod, Traced
+from .globals import GlobalData, GlobalPositions
+
+
+@dataclass(frozen=True, eq=False)
+class KeyFlags(Mask):
+    """Keys whose entry in `seen` is True: `padding()` of one entry of a batch."""
+
+    seen: Any = field(repr=False)
+    name: str
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Positions:
+        return self.seen[kv] & (q == q)
+
+    @cached_property
+    def _before(self) -> IntArray:
+        """How many keys in front of each are seen."""
+        return np.concatenate([[0], np.cumsum(self.seen.numpy(), dtype=np.int64)])
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        span = kv.last - kv.first + 1
+        count = self._before[kv.last + 1] - self._before[kv.first]
+        return np.where(count == 0, EMPTY, np.where(count == span, FULL, PARTIAL))
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        return 1, None
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        return (q.stop - q.start) * int(self._before[kv.stop] - self._before[kv.start])
+
+    def __repr__(self) -> str:
+        return f"padding({self.name!r})"
+
+
+def with_data(mask: Mask, data: Data, batch: int) -> Mask:
+    """The mask of one entry of a batch, what it reads of data turned into structure where that can be.
+
+    data: tensors (batch or 1, positions) on a CPU. The mask has no rule over heads any more.
+    """
+    if isinstance(mask, FromMod | Traced):
+        return Asked(mask, None if mask.within is None else with_data(mask.within, data, batch), data, batch)
+    if not isinstance(mask, OfData):
+        return mask._map(lambda part: with_data(part, data, batch))
+    x = mask.tensor(data)
+    row = x[batch if x.shape[0] > 1 else 0]
+    if isinstance(mask, DocumentIds):
+        consecutive = _documents(row.numpy())
+        return Asked(mask, None, data, batch) if consecutive is None else consecutive
+    if isinstance(mask, Padding):
+        return KeyFlags(~row, mask.name)
+    if isinstance(mask, GlobalData):
+        return GlobalPositions(tuple(np.flatnonzero(row.numpy()).tolist()))
+    return Asked(mask, None, data, batch)
+
+
+def _documents(ids: Any) -> Mask | None:
+    """Documents by their lengths, where no document comes back after another."""
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, dtype=np.int64)
+    if len(np.unique(ids[starts])) != len(starts):
+        return None
+    return DocumentLengths(tuple(np.diff(starts, append=len(ids)).tolist()))

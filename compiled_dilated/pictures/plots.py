@@ -1,0 +1,88 @@
+"""A figure drawn by matplotlib, which is an extra: PNG and PDF."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import textwrap
+from typing import TYPE_CHECKING
+
+from .shades import INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .figures import Figure, Panel
+
+_DPI = 160
+# Of a panel, in inches: at this size every pixel of 256 is more than two dots wide.
+_SIDE = 4.2
+_MOST_STRETCH = 4
+_MOST_IN_A_ROW = 3
+
+
+def is_installed() -> bool:
+    """Whether matplotlib can be imported."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(figure: Figure, kind: str) -> bytes:
+    """The bytes of a PNG or PDF file."""
+    if not is_installed():
+        raise ImportError(
+            f"a {kind.upper()} of a mask needs matplotlib; install it with pip install 'compiled-dilated[show]', "
+            "or save as .svg, .html or .txt, which need nothing"
+        )
+    # Slow to import. The figure is its own: no window, no state of pyplot's.
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.patches import Patch
+
+    panels = figure.panels
+    columns = len(panels) if len(panels) <= _MOST_IN_A_ROW else -(-len(panels) // 2)
+    rows = -(-len(panels) // columns)
+    canvas = Canvas(figsize=(max(6.2, columns * (_SIDE + 1.1)), rows * (_SIDE + 1.2) + 1.1), layout="constrained")
+    axes = canvas.subplots(rows, columns, squeeze=False).reshape(-1)
+    for panel, ax in zip(panels, axes, strict=False):
+        _panel(figure, panel, ax)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    width = int(12.5 * canvas.get_figwidth())
+    lines = [*textwrap.wrap(figure.heading, width), *textwrap.wrap(figure.subheading, width)]
+    canvas.suptitle("\n".join(lines), fontsize=9, color=INK)
+    handles = [Patch(facecolor=color, edgecolor=INK, linewidth=0.5, label=name) for name, color in figure.shades.legend]
+    legend = canvas.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False, labelcolor=INK,
+        title=figure.shades.meaning or None, title_fontsize=8,
+    )  # fmt: skip
+    legend.get_title().set_color(INK)
+    buffer = io.BytesIO()
+    # Nothing behind the card, so that the page shows, light or dark; no date, so that equal figures are equal files.
+    metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
+    canvas.savefig(buffer, format=kind, dpi=_DPI, transparent=True, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _panel(figure: Figure, panel: Panel, ax: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    pixels = panel.pixels
+    image = figure.shades.image(pixels.means)
+    # A last pixel may be short: the image reaches past it, the axes do not.
+    height, width = (size * count for size, count in zip(pixels.size, pixels.counts.shape, strict=True))
+    left, top = int(pixels.kv_cuts[0]), int(pixels.q_cuts[0])
+    queries, keys = (int(cuts[-1] - cuts[0]) for cuts in (pixels.q_cuts, pixels.kv_cuts))
+    stretch = min(max(queries / keys, 1 / _MOST_STRETCH), _MOST_STRETCH)
+    ax.imshow(image, extent=(left, left + width, top + height, top), interpolation="nearest", aspect=stretch * keys / queries)
+    q_name, kv_name = figure.axes
+    ax.set(xlim=(left, left + keys), ylim=(top + queries, top))
+    ax.set_xlabel(kv_name, fontsize=8, color=INK)
+    ax.set_ylabel(q_name, fontsize=8, color=INK)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.tick_params(labelsize=7, colors=INK)
+    for spine in ax.spines.values():
+        spine.set_color(INK)
+    titled = len(figure.panels) > 1 or figure.kinds > 1
+    title = f"{panel.title}: {panel.caption}" if titled else panel.caption
+    ax.set_title(textwrap.fill(title, 62), fontsize=8, color=INK)

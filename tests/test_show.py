@@ -1,0 +1,361 @@
+"""Pictures of masks: every pixel is what the dense mask says, at any size, in every format."""
+
+from __future__ import annotations
+
+import io
+import re
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+import compiled_dilated as cd
+from compiled_dilated import Branch, Program, counting, masks, orders
+from compiled_dilated.masks import Mask
+from compiled_dilated.pictures import plots
+from compiled_dilated.pictures.pixels import MOST_PIXELS, cuts
+from compiled_dilated.pictures.shades import EMPTY, Shades
+from compiled_dilated.programs import as_program
+from compiled_dilated.reference import multiplicity
+from tests.cases import CASES, Case, document_ids, some_padding
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SMALL, LARGE = 129, 331
+Grid = npt.NDArray[np.int64]
+
+
+def dense(program: Program | Mask, heads: int, q_len: int, kv_len: int, data: Any = None, q_offset: int = 0) -> Grid:
+    """How many branches link each pair, (2, heads, q_len, kv_len)."""
+    q, k = torch.zeros(2, heads, q_len, 1), torch.zeros(2, heads, kv_len, 1)
+    counts: Grid = multiplicity(as_program(program), q, k, q_offset=q_offset, data=data).numpy()
+    return counts
+
+
+def in_blocks(pairs: Grid, rows: int, columns: int) -> Grid:
+    """Sums of blocks of so many rows and columns."""
+    at = (np.arange(0, pairs.shape[0], rows), np.arange(0, pairs.shape[1], columns))
+    return np.add.reduceat(np.add.reduceat(pairs, at[0], axis=0), at[1], axis=1)
+
+
+def heads_of(title: str, heads: int) -> list[int]:
+    """The heads that a panel's title lists."""
+    return list(range(heads)) if title.startswith("every") else [int(x) for x in re.findall(r"\d+", title.partition(" of ")[0])]
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if SMALL in case.lengths], ids=str)
+def test_pixels_of_few_tokens_are_the_dense_mask(case: Case) -> None:
+    program, data = case.program(SMALL), case.inputs(SMALL, torch.float32).data
+    expected = dense(program, case.heads, SMALL, SMALL, data)
+    seen = 0
+    for batch in (0, 1) if data else (0,):
+        options: dict[str, Any] = {"data": data or None, "heads": case.heads, "batch": batch}
+        panels = cd.show(program, SMALL, **options).panels
+        if len(panels) == 1:  # of many kinds of heads one is drawn
+            panels = tuple(cd.show(program, SMALL, head=head, **options).panels[0] for head in range(case.heads))
+        for panel in panels:
+            assert panel.pixels.is_single
+            for head in heads_of(panel.title, case.heads):
+                assert (panel.pixels.counts == expected[batch, head]).all()
+                assert panel.pixels.pairs == expected[batch, head].sum()
+                seen += 1
+    assert seen >= case.heads
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if max(case.lengths) > MOST_PIXELS], ids=str)
+def test_pixels_of_many_tokens_are_sums_of_the_dense_mask(case: Case) -> None:
+    n = max(case.lengths)
+    program, data = case.program(n), case.inputs(n, torch.float32).data
+    expected = dense(program, case.heads, n, n, data)
+    figure = cd.show(program, n, data=data or None, heads=case.heads, head=case.heads - 1, batch=1 if data else 0)
+    (panel,) = figure.panels
+    size = int(cuts(n)[1])
+    assert panel.pixels.size == (size, size)
+    assert size > 1
+    assert (panel.pixels.counts == in_blocks(expected[1 if data else 0, -1], size, size)).all()
+    assert panel.pixels.pairs == expected[1 if data else 0, -1].sum()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "q_offset"), [(1, 40, 39), (5, 400, 300), (300, 20, 0), (257, 256, 3), (1, 1, 0)])
+def test_queries_and_keys_of_different_number(q_len: int, kv_len: int, q_offset: int) -> None:
+    mask = masks.causal() & (masks.window(30) | masks.sinks(2))
+    pixels = cd.show(mask, q_len, kv_len, q_offset=q_offset).panels[0].pixels
+    assert (pixels.counts == in_blocks(dense(mask, 8, q_len, kv_len, None, q_offset)[0, 0], *pixels.size)).all()
+
+
+@pytest.mark.parametrize("n", [36, 324])
+@pytest.mark.parametrize("name", ["hilbert", "residue", "placed"])
+def test_an_order_draws_its_places(n: int, name: str) -> None:
+    side = round(n**0.5)
+    order = {
+        "hilbert": orders.hilbert(side, side),
+        "residue": orders.residue(5),
+        "placed": orders.hilbert(side - 1, side, offset=side),
+    }[name]
+    mask = masks.neighborhood((side, side), 2)
+    places = order.permutation(n)
+    assert places is not None
+    pixels = cd.show(mask, n, order=order).panels[0].pixels
+    assert (pixels.counts == in_blocks(dense(mask, 1, n, n)[0, 0][places][:, places], *pixels.size)).all()
+
+
+def test_branches_orders_do_not_move_what_is_drawn() -> None:
+    counts = cd.show(cd.hilbert_window((6, 6), 1), 36).panels[0].pixels.counts
+    assert (counts == dense(masks.neighborhood((6, 6), 1), 1, 36, 36)[0, 0]).all()
+
+
+# Data
+
+
+def test_consecutive_documents_are_counted_at_a_million_tokens() -> None:
+    n = 10**6
+    ids = (torch.arange(n) // 1000)[None]
+    panel = cd.show(masks.documents(ids="ids") & masks.causal(), n, data={"ids": ids}).panels[0]
+    assert panel.pixels.pairs == 1000 * 1000 * 1001 // 2
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_data_of_an_entry_of_the_batch(batch: int) -> None:
+    data = document_ids(2, 600) | some_padding(2, 600) | {"is_global": (torch.arange(600) % 97 == 5)[None]}
+    mask = (masks.documents(ids="documents") & masks.padding()) | masks.global_tokens(data="is_global")
+    pixels = cd.show(mask, 600, data=data, batch=batch).panels[0].pixels
+    assert (pixels.counts == in_blocks(dense(mask, 1, 600, 600, data)[batch, 0], *pixels.size)).all()
+
+
+# Kinds of heads
+
+
+def test_up_to_four_kinds_of_heads_are_drawn_side_by_side() -> None:
+    figure = cd.show(masks.congruent(3, "cyclic"), 24, heads=7)
+    assert figure.kinds == 3
+    assert [panel.title for panel in figure.panels] == ["heads 0, 3, 6 of 7", "heads 1, 4 of 7", "heads 2, 5 of 7"]
+    assert "3 kinds of heads among 7" in figure.subheading
+
+
+def test_of_more_kinds_head_0_is_drawn_and_their_number_said() -> None:
+    figure = cd.show(masks.congruent(8, "cyclic"), 24)
+    assert [panel.title for panel in figure.panels] == ["head 0 of 8"]
+    assert "8 kinds of heads among 8" in str(figure)
+    (panel,) = cd.show(masks.congruent(8, "cyclic"), 24, head=5).panels
+    assert panel.pixels.counts[5, 13] == 1
+    assert panel.pixels.pairs == 9
+
+
+def test_a_head_in_no_branch_sees_nothing() -> None:
+    (nothing, something) = cd.show(Program((Branch(masks.causal(), heads=(1, 2)),)), 8, heads=2).panels
+    assert nothing.title == "head 0 of 2: in no branch"
+    assert nothing.pixels.pairs == 0
+    assert something.pixels.pairs == 36
+
+
+def test_branches_alone_and_their_sum() -> None:
+    panels = cd.show(cd.longnet((4, 8), (1, 2)), 16, branches=True).panels
+    assert [panel.title.partition(":")[0] for panel in panels] == ["branch 0", "branch 1", "heads 0, 2, 4, 6 of 8"]
+    assert (panels[0].pixels.counts + panels[1].pixels.counts == panels[2].pixels.counts).all()
+    assert panels[2].pixels.counts.max() == 2
+
+
+# Long sequences
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        masks.causal() & (masks.window(1000) | masks.sinks(4)),
+        cd.longnet((2048, 32768, 262144), (1, 2, 4), causal=True),
+        masks.documents(lengths=(999,) * 1002) & masks.causal(),
+        masks.random_blocks(2048, 3, 10**6),
+        masks.neighborhood((1000, 1000), 7),
+        masks.from_mod(lambda b, h, q, kv: (q + kv) % 3 == 0, within=masks.window(300)),
+    ],
+    ids=["sinks", "longnet", "documents", "random blocks", "grid", "function"],
+)
+def test_a_million_tokens_take_little_memory(program: Program | Mask) -> None:
+    """Of pixels, not of pairs: the dense mask has 10**12."""
+    tracemalloc.start()
+    figure = cd.show(program, 10**6, head=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    (panel,) = figure.panels
+    assert peak <= 128 * 2**20
+    assert panel.pixels.counts.shape == (245, 245)
+    counted = [counting.pairs(branch.mask_at(0, 8), 10**6, 10**6) for branch in as_program(program).branches]
+    if panel.pixels.pairs is None:
+        assert "estimated from a sample" in panel.caption
+        if None not in counted:
+            assert panel.pixels.counts.sum() == pytest.approx(sum(x or 0 for x in counted), rel=0.02)
+    else:
+        assert panel.pixels.pairs == sum(x or 0 for x in counted)
+
+
+# Formats
+
+
+def rasterized(svg: str) -> tuple[Grid, list[str]]:
+    """The cells of the first card of an SVG as numbers of colours, and the colours."""
+    group = svg.partition('shape-rendering="crispEdges">')[2].partition("</g>")[0]
+    card, *layers = re.findall(r'<path fill="(#\w+)" d="([^"]+)"', group)
+    size = re.fullmatch(r"M0 0h(\d+)v(\d+)H0z", card[1])
+    assert size is not None
+    image = np.zeros((int(size[2]), int(size[1])), dtype=np.int64)
+    for number, (_, path) in enumerate(layers, 1):
+        rectangles = re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)H(\d+)z", path)
+        assert "".join("M{} {}h{}v{}H{}z".format(*each) for each in rectangles) == path
+        for x, y, width, height, back in (map(int, each) for each in rectangles):
+            assert x == back
+            assert not image[y : y + height, x : x + width].any()
+            image[y : y + height, x : x + width] = number
+    return image, [card[0], *(color for color, _ in layers)]
+
+
+@pytest.mark.parametrize(
+    "program", [masks.window(3, 5) & masks.segments(20), cd.longnet((8, 16), (1, 2))], ids=["mask", "program"]
+)
+def test_svg_is_the_dense_mask(program: Program | Mask) -> None:
+    figure = cd.show(program, 40, head=0)
+    image, colors = rasterized(figure._repr_html_())
+    assert (image == dense(program, 8, 40, 40)[0, 0]).all()
+    assert colors == figure.shades.palette
+
+
+def test_png_is_the_dense_mask() -> None:
+    from matplotlib.image import imread
+
+    program = cd.longnet((8, 16), (1, 2), causal=True)
+    figure = cd.show(program, 32, head=0)
+    image = np.rint(imread(io.BytesIO(figure.png()))[..., :3] * 255).astype(int)
+    palette = np.array([[int(color[at : at + 2], 16) for at in (1, 3, 5)] for color in figure.shades.palette])
+    distance = abs(image[:, :, None, :] - palette).sum(axis=-1)
+    # The card: rows and columns of the file that are mostly of the palette's colours.
+    is_card = distance.min(axis=-1) == 0
+    rows, columns = (np.flatnonzero(is_card.mean(axis=axis) > 0.5) for axis in (1, 0))
+    at = [np.linspace(side[0], side[-1] + 1, 65)[1::2].astype(int) for side in (rows, columns)]
+    assert (distance[at[0]][:, at[1]].argmin(axis=-1) == dense(program, 8, 32, 32)[0, 0]).all()
+
+
+def test_every_pixel_of_a_png_is_more_than_a_dot() -> None:
+    from matplotlib.image import imread
+
+    image = imread(io.BytesIO(cd.show(masks.congruent(2, 0), MOST_PIXELS).png()))[..., :3]
+    dark = (image.sum(axis=-1) < 1.2).any(axis=1)
+    assert np.diff(dark.astype(int)).clip(min=0).sum() >= MOST_PIXELS // 2
+
+
+def test_colours_say_how_many() -> None:
+    shades = Shades(3, is_single=True)
+    assert [name for name, _ in shades.legend] == ["0", "1", "2", "3"]
+    assert shades.levels(np.array([0.0, 1, 2, 3])).tolist() == [0, 1, 2, 3]
+    assert len(set(shades.palette)) == 4
+    large = Shades(1, is_single=False)
+    levels = large.levels(np.array([0, 1e-9, 0.001, 0.1, 0.5, 1.0]))
+    assert levels[0] == 0
+    assert levels[1] > 0  # a single pair of a large pixel is seen
+    assert (np.diff(levels) >= 0).all()
+    assert levels[-1] == len(large.palette) - 1
+    lightness = [sum(w * int(c[at : at + 2], 16) for w, at in ((0.3, 1), (0.59, 3), (0.11, 5))) for c in large.palette[1:]]
+    assert (np.diff(lightness) < 0).all()  # reads in grey
+    assert large.palette[0] == EMPTY
+
+
+def test_text_of_one_mask() -> None:
+    lines = str(cd.show(masks.causal(), 4)).splitlines()
+    assert lines[0] == "causal()"
+    assert lines[1] == "4 tokens; all heads alike; a pixel is one pair"
+    assert lines[-3:] == ["10 pairs allowed (62.500% of 16)", "█▄  ", "███▄"]
+    assert cd.show(masks.causal(), 4).text(unicode=False).splitlines()[-4:] == ["#...", "##..", "###.", "####"]
+
+
+def test_text_counts_branches_by_digits() -> None:
+    lines = str(cd.show(Program((Branch(masks.causal()), Branch(masks.window(0)))), 3)).splitlines()
+    assert lines[-4:-1] == ["2··", "12·", "112"]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("n", [100, 3000])
+def test_text_fits_a_terminal(columns: int, n: int) -> None:
+    text = cd.show(cd.longnet((16, 32), (1, 2)), n).text(columns)
+    assert max(map(len, text.splitlines())) <= columns
+
+
+def test_text_of_many_tokens_is_the_share_of_cells() -> None:
+    lines = cd.show(masks.causal(), 2**20).text(unicode=False).splitlines()
+    assert len(lines) == 4 + 32 + 2
+    assert lines[4].startswith("%%..")
+    assert lines[4 + 31] == "##" * 31 + "%%"
+    assert "a cell is 32,768 x 32,768 tokens" in " ".join(lines[-2:])
+
+
+def test_it_is_saved_by_its_ending(tmp_path: Path) -> None:
+    figure = cd.show(masks.window(2), 12)
+    for ending in ("png", "pdf", "svg", "html", "txt"):
+        figure.save(tmp_path / f"mask.{ending}")
+    assert (tmp_path / "mask.png").read_bytes() == figure.png() == figure._repr_png_()
+    assert (tmp_path / "mask.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "mask.svg").read_text().startswith("<svg")
+    assert figure._repr_html_() in (tmp_path / "mask.html").read_text()
+    assert (tmp_path / "mask.txt").read_text() == f"{figure}\n"
+    with pytest.raises(ValueError, match=r"path must end in one of .png, .pdf, .svg, .html, .txt; got 'mask.doc'"):
+        figure.save("mask.doc")
+
+
+def test_without_matplotlib_it_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    figure = cd.show(masks.window(2), 12)
+    with pytest.raises(ImportError, match=r"needs matplotlib; install it with pip install 'compiled-dilated\[show\]'"):
+        figure.save(tmp_path / "mask.png")
+    assert not list(tmp_path.iterdir())
+    assert figure._repr_png_() is None
+    figure.save(tmp_path / "mask.svg")
+    assert "<svg" in figure._repr_html_()
+    assert "█" in str(figure)
+
+
+def test_words_are_escaped() -> None:
+    def a_and_b(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return q < kv
+
+    text = cd.show(masks.from_mod(a_and_b), 8)._repr_html_()
+    assert "<locals>" not in text
+    assert "&lt;locals&gt;" in text
+
+
+def test_headings_are_short() -> None:
+    figure = cd.show(masks.documents(lengths=(7,) * 5000), 35_000)
+    assert "5,000 of 35,000 tokens, digest" in figure.heading
+    program = Program(tuple(Branch(masks.window(i)) for i in range(40)))
+    assert len(cd.show(program, 16).heading) <= 100
+    assert repr(figure).startswith("Figure(documents(lengths=<5,000")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((3, 4), {}, TypeError, "expected a Program or a mask; got int"),
+        ((masks.causal(), 0), {}, ValueError, "q_len must be at least 1; got 0"),
+        ((masks.causal(), 4, 0), {}, ValueError, "kv_len must be at least 1; got 0"),
+        ((masks.causal(), 4), {"head": 8}, ValueError, "head must be one of 8 heads, 0 to 7; got 8"),
+        ((masks.causal(), 4), {"order": "hilbert"}, TypeError, "order must be an order; got str 'hilbert'"),
+        ((masks.causal(), 5), {"order": orders.hilbert(2, 2)}, ValueError, "orders the 4 cells of its grid; got 5 tokens"),
+        ((masks.causal(), 4), {"branches": 1}, TypeError, "branches must be True or False"),
+        ((masks.neighborhood((4, 4), 1), 17), {}, ValueError, "speaks of a grid of 16 tokens"),
+        ((masks.documents(ids="ids"), 4), {}, ValueError, r"reads the data tensors \['ids'\]; got \[\]"),
+        ((masks.causal(), 4), {"data": {"ids": torch.zeros(1, 4).long()}}, ValueError, r"tensors \[\]; got \['ids'\]"),
+        ((masks.documents(ids="ids"), 4), {"data": {"ids": torch.zeros(1, 3).long()}}, ValueError, "at least 4 tokens"),
+        ((masks.documents(ids="ids"), 4), {"data": {"ids": [[1]]}}, TypeError, "must be a bool or integer tensor"),
+        ((masks.padding(), 4), {"data": {"padding": torch.zeros(1, 4).long()}}, TypeError, "must be a bool tensor"),
+        ((masks.padding(), 4), {"data": {"padding": torch.zeros(2, 4) > 0}, "batch": 2}, ValueError, "0 to 1; got 2"),
+        ((masks.padding(), 4), {"data": torch.zeros(1, 4) > 0}, TypeError, "data must be a dict of tensors"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cd.show(*arguments, **options)

@@ -178,8 +178,10 @@ class Recipe:
                 operands = {
                     name: values.get(name, kinds[name]) for name in (step.result, *step.names)
                 }
-                step_grad = grads.pop(step.result)
-                for name, piece in _gradients(step, step_grad, operands, plan.needed, sums):
+                # No name for the step's gradient and for the list: they would stay live longer.
+                for name, piece in _gradients(
+                    step, grads.pop(step.result), operands, plan.needed, sums
+                ):
                     grads[name] = grads[name] + piece if name in grads else piece
             values.pop(step.result, None)
         return [grads[name] for name in _values(rows, ()) if name in needed]

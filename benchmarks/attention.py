@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from harness import reports
 from harness.cases import Case, label, ours_of, same_work
-from harness.problems import Problem
+from harness.problems import LONGNET, Problem, pairs_within
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.commands.bench_cases import LONGNET, pairs_within
 
 WINDOW = masks.window(256)
 RADIUS = 12

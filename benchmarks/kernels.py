@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 from compiled_dilated import measure
-from compiled_dilated.lowerings.kernels import Tiles, attention
+from compiled_dilated.lowerings.tiling.kernels import Tiles, attention
 
 HEADS, HEAD_DIM, PAIRS = 8, 64, 2**24
 SHAPES = [(rows, columns) for rows in (32, 64, 128, 192, 256, 512, 768, 1024) for columns in (128, 256, 512, 1024, 2048)]

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from harness import reports
 from harness.cases import Case, in_time_of_dense, label, ours_of
-from harness.problems import Problem
+from harness.problems import Problem, pairs_within
 from torch import Tensor
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.commands.bench_cases import pairs_within
 
 LENGTHS = (2**11, 2**13, 2**16)
 # SDPA's mask of so many tokens takes 64 MiB, 2 GiB as numbers for 8 heads.

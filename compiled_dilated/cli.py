@@ -1,24 +1,45 @@
-"""The command line: `compiled-dilated demo | plan | show | bench | doctor | export | inspect | memory | ring ...`.
+"""The command line: `compiled-dilated plan | show | doctor | export | inspect | memory | ring ...`.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+from typing import Annotated
+
+import torch
 import typer
 
-from .commands import bench, demo, doctor, memory, packages, plan, ring, show
+from .commands import doctor, memory, packages, plan, ring, show
 
 app = typer.Typer(
     name="compiled-dilated",
-    help="Sparse attention for long sequences: write what may attend to what; see it planned, drawn, measured and run.",
+    help="Sparse attention for long sequences: write what may attend to what; see it planned, drawn and run.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text, which scripts and narrow terminals read as it is
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo.demo, plan.plan, show.show, bench.bench, doctor.doctor, packages.export, packages.inspect):
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (plan.plan, show.show, doctor.doctor, packages.export, packages.inspect):
     app.command()(_command)
 app.command(context_settings=memory.PASSED_ON)(memory.memory)
 app.add_typer(ring.app, name="ring")

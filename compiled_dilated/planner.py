@@ -8,14 +8,14 @@ from typing import Any
 
 from . import arguments, counting
 from .heads import head_groups
-from .lowerings import dense, flex, native, strided, tiled
+from .lowerings import per_branch, registry
 from .masks import Mask
 from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
 
-LOWERINGS = ("auto", "native", "dense", "strided", "tiled", "flex")
-_OF_PROGRAMS = {"native": native.propose, "dense": dense.propose, "flex": flex.propose}
-_OF_BRANCHES = {"strided": strided.propose, "tiled": tiled.propose}
+LOWERINGS = ("auto", *registry.NAMES)
+# A lowering's answer for a whole program: one for all branches, or one per branch.
+Way = Sequence[Proposal | Refusal]
 # Tokens a side of the tiles that a plan counts.
 _TILE = 128
 # Tokens of a cache, from which on the native kernel may refuse a position.
@@ -46,38 +46,37 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     """The plan of a problem. An explicit lowering is used or refused with a ValueError, never replaced."""
     arguments.choice("lowering", lowering, LOWERINGS)
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
-    ways = _ways(problem, lowering)
-    weighed = tuple(dict.fromkeys(each for way in ways for each in way))
-    possible = [[each for each in way if isinstance(each, Proposal)] for way in ways if not _refusals(way)]
+    ways = _weighed(problem) if lowering == "auto" else [registry.named(lowering).propose(problem)]
+    weighed = tuple(dict.fromkeys(proposal for way in ways for proposal in way))
+    possible = [way for way in map(_proposals, ways) if way is not None]
     if not possible:
-        raise ValueError(f"{_refusals(weighed)[0]} (asked to compute {problem.program!r})")
+        refusal = next(answer for answer in weighed if isinstance(answer, Refusal))
+        raise ValueError(f"{refusal} (asked to compute {problem.program!r})")
     best = possible[0] if len(possible) == 1 else min(possible, key=_dense_flops)
     return Plan(problem, tuple(best), weighed, "as asked" if lowering != "auto" else _reason(best, possible))
 
 
-def _ways(problem: Problem, lowering: str) -> list[Sequence[Proposal | Refusal]]:
-    """Ways to compute the whole program: each one proposal for all branches, or one per branch."""
-    branches = list(enumerate(problem.program.branches))
-    if lowering in _OF_PROGRAMS:
-        return [[_OF_PROGRAMS[lowering](problem)]]
-    if lowering in _OF_BRANCHES:
-        return [[_OF_BRANCHES[lowering](index, branch, problem) for index, branch in branches]]
-    one_kernel = native.propose(problem) if problem.device == "cpu" else flex.propose(problem)
-    if one_kernel.lowering == "native" and isinstance(one_kernel, Proposal):
-        return [[one_kernel]]
-    regular = [strided.propose(index, branch, problem) for index, branch in branches]
-    ways: list[Sequence[Proposal | Refusal]] = [[one_kernel], [dense.propose(problem)], regular]
-    if isinstance(one_kernel, Refusal) and _refusals(regular):
-        # Tiles compute what nothing else does.
-        ways.append([
-            each if isinstance(each, Proposal) else tiled.propose(index, branch, problem)
-            for each, (index, branch) in zip(regular, branches, strict=True)
-        ])  # fmt: skip
-    return ways
+def _weighed(problem: Problem) -> list[Way]:
+    """Ways to compute the whole program: one proposal for all branches, or one per branch."""
+    ways: dict[str, Way] = {}
+    for lowering in registry.LOWERINGS:
+        if not lowering.is_weighed(problem.device):
+            continue
+        way = lowering.propose(problem)
+        if lowering.decides and _proposals(way) is not None:
+            return [way]
+        ways[lowering.name] = way
+    fused = [name for name, way in ways.items() if registry.named(name).is_fused and _proposals(way) is not None]
+    regular = ways["strided"]
+    if not fused and _proposals(regular) is None:
+        ways["strided and tiled"] = per_branch.with_tiles(problem, regular)
+    return list(ways.values())
 
 
-def _refusals(proposals: Sequence[Proposal | Refusal]) -> list[Refusal]:
-    return [each for each in proposals if isinstance(each, Refusal)]
+def _proposals(way: Way) -> list[Proposal] | None:
+    """The proposals of a way, None where a branch is refused."""
+    proposals = [answer for answer in way if isinstance(answer, Proposal)]
+    return proposals if len(proposals) == len(way) else None
 
 
 def _dense_flops(way: Sequence[Proposal]) -> float:

@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import compiled_dilated as cd
 from compiled_dilated import masks, operators, orders
-from compiled_dilated.lowerings import costs, dense, tiled
+from compiled_dilated.lowerings import dense, tiled
+from compiled_dilated.lowerings.tiling import costs
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
 from tests import caches

@@ -1,11 +1,10 @@
-"""The command line: what it prints and draws, what it refuses, its exit codes, and that it can be interrupted."""
+"""The command line: what it prints and draws, what it refuses, its exit codes."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,9 +18,7 @@ from typer.testing import CliRunner, Result
 
 from compiled_dilated import hilbert_window, longnet, masks, measure, plan
 from compiled_dilated.cli import app
-from compiled_dilated.commands import demo_comparison, demo_text, doctor, pictures
-from compiled_dilated.commands.demo_model import LanguageModel, loss
-from compiled_dilated.commands.demo_training import continuation
+from compiled_dilated.commands import doctor, pictures
 from compiled_dilated.orders import hilbert, identity
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
@@ -48,12 +45,23 @@ def printed_json(result: Result) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-@pytest.mark.parametrize("command", ["demo", "plan", "show", "bench", "doctor", "export", "inspect"])
+@pytest.mark.parametrize("command", ["plan", "show", "doctor", "export", "inspect"])
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"{command} [OPTIONS]" in result.stdout
     assert command in run("--help").stdout
+
+
+def test_prints_its_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}\n"
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "compiled_dilated", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: python -m compiled_dilated" in done.stdout
 
 
 # Programs as text
@@ -327,81 +335,3 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch:
         measure.write_json(file, {"after": 2})
     assert json.loads(file.read_text()) == {"before": 1}
     assert os.listdir(tmp_path) == ["one.json"]
-
-
-# demo
-
-
-@pytest.mark.usefixtures("threads")
-def test_demo_trains_checks_and_draws(tmp_path: Path) -> None:
-    result = run("demo", "--quick", "--seconds", "4", "--out", str(tmp_path / "out"), "--json")
-    assert result.exit_code == 0, result.output
-    record = printed_json(result)
-    assert record["check"]["ok"]
-    assert record["training"]["held_out_bits"] < record["text"]["unigram_bits"]
-    assert record["training"]["tokens_per_second"] > 0
-    assert [cell["system"] for cell in record["comparison"][:3]] == ["compiled_dilated", "dense SDPA", "FlexAttention"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["loss.png", "mask.png", "summary.json"]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
-
-
-def test_demo_says_what_text_it_needs(tmp_path: Path) -> None:
-    (tmp_path / "one.py").write_text("print(1)\n")
-    result = run("demo", "--quick", "--text", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert result.exit_code == 2
-    assert "holds 9 bytes of Python sources; the demo needs 262,144" in result.stderr
-
-
-def test_demo_text_is_split_by_file(tmp_path: Path) -> None:
-    for number in range(40):
-        (tmp_path / f"{number:02}.py").write_bytes(bytes([ord("a") + number % 20]) * 10_000)
-    (tmp_path / "not-utf-8.py").write_bytes(b"\xff" * 10_000)
-    (tmp_path / "site-packages").mkdir()
-    (tmp_path / "site-packages" / "x.py").write_text("x" * 10_000)
-    text = demo_text.read(tmp_path)
-    assert (text.files, len(text.validation)) == (40, 20_001)
-    assert set(bytes(text.validation.tolist())) == {ord("a"), ord("\n")}
-    assert text.unigram_bits == pytest.approx(math.log2(19), abs=0.01)
-
-
-def test_demo_model_is_causal_and_starts_at_chance() -> None:
-    model = LanguageModel(longnet((8, 16), (1, 2), causal=True), width=32, heads=2, layers=1)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    text = torch.randint(256, (1, 40))
-    changed = text.clone()
-    changed[0, 20] = (text[0, 20] + 1) % 256
-    before, after = model(text)[0], model(changed)[0]
-    assert torch.equal(before[:20], after[:20])
-    assert not torch.equal(before[20:], after[20:])
-    fresh = LanguageModel(longnet((8, 16), (1, 2), causal=True), width=32, heads=2, layers=1)
-    assert loss(fresh, text).item() == pytest.approx(math.log(256))
-    assert len(continuation(fresh, b"ab", 5, torch.Generator().manual_seed(0))) == 5
-
-
-def test_demo_check_fails_for_another_program() -> None:
-    q, k, v = torch.randn(3, 1, 2, 100, 16)
-    checked = demo_comparison.check(longnet((16, 32), (1, 2), causal=True), q, k, v)
-    assert checked.ok
-    assert not demo_comparison.Check(100, 2e-6, 1e-6, 0.0, 1.0).ok
-
-
-# Interruption
-
-
-def test_ctrl_c_ends_the_demo_without_a_trace(tmp_path: Path) -> None:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "compiled_dilated.cli", "demo", "--seconds", "600", "--out", str(tmp_path / "out")]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        while not process.stdout.readline().startswith("memory"):  # the plan is printed, training begins
-            assert process.poll() is None
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    # Where the signal found Python inside exec() of a string, Python ends by the signal; a shell reports that as 130 too.
-    assert process.returncode in (130, -signal.SIGINT)
-    assert "Traceback" not in errors
-    assert not (tmp_path / "out").exists()

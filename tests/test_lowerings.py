@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.heads import head_ranges
-from compiled_dilated.lowerings import costs
-from compiled_dilated.lowerings.rows import Lattice, Table
+from compiled_dilated.lowerings.tiling import costs
+from compiled_dilated.lowerings.tiling.lattice import Lattice, Table
 from compiled_dilated.native import build
 
 LATTICES = [Lattice(3, 4, 10, 5, 2), Lattice(0, 6, 9, 9, 1), Lattice(2, 3, 8, 2, 4), Lattice(1, 1, 0, 7, 3)]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import compiled_dilated as cd
 from compiled_dilated import Branch, Program, masks, orders
-from compiled_dilated.lowerings import costs, tiled
+from compiled_dilated.lowerings import tiled
+from compiled_dilated.lowerings.tiling import costs
 from compiled_dilated.masks import Mask, conjunction
 from tests import caches, strategies
 from tests.test_attend import TRAINS, same, tensors

@@ -21,6 +21,9 @@ from compiled_dilated.programs import Program, as_program
 # A backward computes five products where a forward computes two.
 BACKWARD = 2.5
 
+# The segments and dilation rates that all benchmarks use.
+LONGNET = cd.longnet((2048, 4096, 8192), (1, 2, 4))
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[[], object]
 
@@ -105,6 +108,14 @@ class Problem:
             for branch in branches
             for head in range(1, self.heads)
         )
+
+
+def pairs_within(size: int, radius: int) -> int:
+    """Pairs of coordinates along one axis that are at most `radius` apart."""
+    pairs = size
+    for distance in range(1, min(radius, size - 1) + 1):
+        pairs += 2 * (size - distance)
+    return pairs
 
 
 def ours(problem: Problem, lowering: str = "auto") -> Attention:

@@ -9,15 +9,16 @@ from ..heads import head_ranges
 from ..masks import Mask, conjunction, conjuncts
 from ..masks.positions import Causal
 from ..plans import Problem, Proposal, Refusal
-from . import costs
-from .batches import Batch
-from .rows import Lattice
+from .batched import Batched
+from .tiling import costs
+from .tiling.batches import Batch
+from .tiling.lattice import Lattice
 
 # The bias of a kernel call has q_len x kv_len entries: past so many it is not small beside anything.
 _MOST_MASKED_PAIRS = 2**22
 
 
-def propose(problem: Problem) -> Proposal | Refusal:
+def propose(problem: Problem) -> list[Proposal | Refusal]:
     """All branches at once: a pair that c branches link gets log c."""
     groups: dict[tuple[Mask, ...], list[int]] = {}
     for head in range(problem.heads):
@@ -32,15 +33,14 @@ def propose(problem: Problem) -> Proposal | Refusal:
         causal = problem.q_offset == 0 and all(Causal() in conjuncts(mask) for mask in masks)
         hiding = _hiding(masks, causal)
         if hiding and problem.q_len * problem.kv_len > _MOST_MASKED_PAIRS:
-            return Refusal(
-                "dense",
-                None,
-                f"a bias over {problem.q_len} x {problem.kv_len} pairs is larger than {_MOST_MASKED_PAIRS:,} entries",
-                "Use lowering='tiled' or 'auto'",
-            )
+            reason = f"a bias over {problem.q_len} x {problem.kv_len} pairs is larger than {_MOST_MASKED_PAIRS:,} entries"
+            return [Refusal("dense", None, reason, "Use lowering='tiled' or 'auto'")]
         ranges = head_ranges(tuple(heads), problem.heads // problem.kv_heads)
         batches += [Batch(*of_heads, queries, keys, hiding, causal) for of_heads in ranges]
-    return Proposal("dense", None, costs.of(batches, problem), tuple(batches))
+    return [Proposal("dense", None, costs.of(batches, problem), tuple(batches))]
+
+
+LOWERING = Batched("dense", propose)
 
 
 def _hiding(masks: tuple[Mask, ...], causal: bool) -> tuple[Mask, ...]:

@@ -7,9 +7,9 @@ torch has neither a backward nor a log-sum-exp for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from ..plans import Cost, Problem, Proposal, Refusal
 from ..programs import Branch, Program
 from ..regions import PARTIAL, Regions, Verdicts
 from ..tiles import TileMap, split
+from . import hidden
 
 _TILE = 128
 # Share of a dense kernel's rate that flex reaches on the tiles it visits (2 CPU cores, window 256 of 16K tokens).
@@ -243,3 +244,39 @@ def _score_mod(work: Work, call: Call, device: torch.device) -> Callable[[BlockM
         return score_mod
 
     return of
+
+
+class Flex:
+    """FlexAttention as a lowering; see `protocol.Lowering`."""
+
+    name = "flex"
+    keeps_hidden_out = False
+    is_fused = True
+    decides = False
+
+    def is_weighed(self, device: str) -> bool:
+        """On a GPU: a CPU has no backward of it."""
+        return device != "cpu"
+
+    def propose(self, problem: Problem) -> list[Proposal | Refusal]:
+        """The whole program as one kernel."""
+        return [propose(problem)]
+
+    def forward(
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        return hidden.forward(partial(forward, chosen[0].work[0], problem), call, q, k, v)
+
+    def merge_into(
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Never called: parts of a softmax are refused."""
+        raise NotImplementedError("lowering 'flex' refuses parts of a larger softmax")
+
+    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+        return hidden.backward(partial(backward, chosen[0].work[0], problem), call, saved)
+
+
+LOWERING = Flex()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..native.tape import Untranslatable
 from ..partials import Saved, is_by_token
 from ..plans import Cost, Problem, Proposal, Refusal, Scores
 from ..programs import PerLength, Program
+from . import hidden
 
 # Their numbers in src/problem.h.
 _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
@@ -182,3 +183,46 @@ def _add(sums: Sequence[Tensor], vector: Any) -> None:
     parts = vector.split([total.numel() for total in sums]) if sums else ()
     for total, part in zip(sums, parts, strict=True):
         total.add_(part.view(total.shape))
+
+
+class Native:
+    """The kernel as a lowering; see `protocol.Lowering`."""
+
+    name = "native"
+    keeps_hidden_out = True
+    is_fused = True
+    decides = True
+
+    def is_weighed(self, device: str) -> bool:
+        """On a CPU."""
+        return device == "cpu"
+
+    def propose(self, problem: Problem) -> list[Proposal | Refusal]:
+        """The whole program in one kernel."""
+        return [propose(problem)]
+
+    def forward(
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        return forward(chosen[0].work[0], call, q, k, v)
+
+    def merge_into(
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Continue from out and lse with the pairs of these tensors."""
+        merge_into(chosen[0].work[0], call, q, k, v, out, lse)
+
+    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+        return hidden.backward(partial(_backward, chosen[0].work[0], problem), call, saved)
+
+
+def _backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    if call.score_mod is None and problem.scores is not None:
+        # `hidden` looks for the keys that rows see: a call without the score_mod.
+        work = _work(problem.program, problem.heads, None)
+    return backward(work, call, saved)
+
+
+LOWERING = Native()

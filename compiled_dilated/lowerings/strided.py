@@ -14,9 +14,10 @@ from ..masks import Mask, conjuncts
 from ..masks.positions import Causal, Congruent, Segments
 from ..plans import Problem, Proposal, Refusal
 from ..programs import Branch
-from . import costs
-from .batches import Batch
-from .rows import Lattice
+from .batched import Batched
+from .tiling import costs
+from .tiling.batches import Batch
+from .tiling.lattice import Lattice
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class Stretch:
     keys: range
 
 
-def propose(index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
+def propose(problem: Problem) -> list[Proposal | Refusal]:
+    """One proposal or refusal per branch."""
+    return [propose_branch(index, branch, problem) for index, branch in enumerate(problem.program.branches)]
+
+
+def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
     """The branch, for all its heads, or why its mask is not made of regular blocks."""
     batches: list[Batch] = []
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
@@ -126,3 +132,6 @@ def _causal(queries: range, keys: range) -> Iterator[tuple[range, range, bool]]:
     before = keys[: len(range(keys.start, queries.start, keys.step))]
     yield queries, before, False
     yield queries, keys[len(before) :][: len(queries)], True
+
+
+LOWERING = Batched("strided", propose)

@@ -18,12 +18,13 @@ import numpy as np
 from ..heads import HeadRange, head_groups
 from ..masks import Mask
 from ..orders import Order
-from ..plans import Problem, Proposal
+from ..plans import Problem, Proposal, Refusal
 from ..programs import Branch
 from ..tiles import TileIndices, TileMap
-from . import costs
-from .batches import Batch
-from .rows import Table
+from .batched import Batched
+from .tiling import costs
+from .tiling.batches import Batch
+from .tiling.lattice import Table
 
 # Kernels are fast from 256 queries on; keys are gathered at a finer grain, so that less of what is computed is hidden. What a
 # query tile sees beyond `_MOST_GATHERED` key tiles is merged in further batches, so that what is gathered at once stays small.
@@ -44,7 +45,12 @@ class _Shape:
     part: int
 
 
-def propose(index: int, branch: Branch, problem: Problem) -> Proposal:
+def propose(problem: Problem) -> list[Proposal | Refusal]:
+    """One proposal or refusal per branch."""
+    return [propose_branch(index, branch, problem) for index, branch in enumerate(problem.program.branches)]
+
+
+def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal:
     """The branch, for all its heads."""
     batches: list[Batch] = []
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
@@ -99,3 +105,7 @@ def _key_tiles(tile_map: TileMap, row: int) -> tuple[TileIndices, int]:
     if tile_map.kv_len % tile_map.kv_tile:
         full = full & (indices != tile_map.columns - 1)
     return np.concatenate([indices[full], indices[~full]]), int(full.sum())
+
+
+# Weighed branch by branch, where no other lowering computes a branch.
+LOWERING = Batched("tiled", propose, automatic=False)

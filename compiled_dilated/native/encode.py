@@ -29,6 +29,7 @@ from ..masks.positions import (
     Sinks,
     Window,
 )
+from ..mods import trace_mask_mod
 from ..orders import Hilbert, PlacedHilbert
 from ..plans import Scores
 from ..programs import Branch, Program
@@ -238,7 +239,16 @@ class _Code:
                 raise Untranslatable(f"{mask!r} is not traced yet")
             case Traced():
                 return self._function(mask)
-        raise Untranslatable(f"the native kernel does not know {type(mask).__name__}")
+        return self._rule(mask)
+
+    def _rule(self, mask: Mask) -> tuple[str, list[int]]:
+        """A mask without an operation of its own, by the graph of its `allows`."""
+        if mask.names:
+            raise Untranslatable(f"the native kernel has no operation for {type(mask).__name__}, which reads data")
+        graph, operands = trace_mask_mod(mask.allows)
+        if operands:
+            raise Untranslatable(f"the native kernel has no operation for {type(mask).__name__}, which reads tensors")
+        return "function", [-1, 0, *encode_graph(graph, [])]
 
     def _function(self, mask: Traced) -> tuple[str, list[int]]:
         tape = encode_graph(mask.graph, [_empty(*kind) for kind in mask.contents.kinds])

@@ -171,7 +171,7 @@ def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Ke
     own, (k, v) = queries.of(block), keys.of(block)
     plan = _plan(block, call, own.q, v)
     local = _call(block, layout, call, plan)
-    bad = None if plan.lowering == "native" else keys.bad_of(block)
+    bad = None if execute.keeps_hidden_out(plan) else keys.bad_of(block)
     if bad is None:
         execute.merge_into(plan, local, own.q, k, v, own.out, own.lse)
         return

@@ -1,5 +1,7 @@
 #include "walk.h"
 
+#include "reach.h"
+
 namespace native {
 
 namespace {
@@ -25,18 +27,20 @@ class KeyWalk {
     root_ = branch.root;
     cursor_ = 0;
     for (const Part& part : parts_of(layout_, 0, kv_len)) {
+      Reach reach{part.start, part.stop, {0, 0, 0}, {0, 0, 0}};
       if (part.is_box) {
-        Box box;
-        int64_t line = 1;
-        for (int axis = 1; axis < layout_.axes; ++axis) line *= layout_.sizes[axis], box.extent[axis] = static_cast<int32_t>(layout_.sizes[axis]);
-        box.low[0] = (part.start - layout_.offset) / line;
-        box.extent[0] = static_cast<int32_t>((part.stop - part.start) / line);
-        walk(box);
+        box(part, reach);
         continue;
       }
+      narrow(masks_, root_, tile_.whole, layout_.number, reach);
       for (int64_t residue = 0; residue < branch.key_step; ++residue) {
-        const int64_t first = part.start + modulo(residue - part.start, branch.key_step);
-        if (first < part.stop) line(first, branch.key_step, 0, (part.stop - first + branch.key_step - 1) / branch.key_step);
+        const int64_t step = branch.key_step, first = part.start + modulo(residue - part.start, step);
+        if (first >= part.stop) break;
+        // Keys of the class before the first that may be seen, and before the first that may not: as the grain cuts them.
+        const int64_t count = (part.stop - first + step - 1) / step, grain = sizes_.grain;
+        const int64_t from = floor_div(std::max<int64_t>(reach.first - first, 0), step * grain) * grain;
+        const int64_t to = std::min(count, floor_div(reach.after - first + step * grain - 1, step * grain) * grain);
+        if (from < to) line(first, step, from, to);
       }
     }
     for (int low = 0; low < tile_vectors; ++low)
@@ -50,6 +54,28 @@ class KeyWalk {
     int32_t keys[most_block_keys];
     uint8_t partial[most_block_keys];
   };
+
+  // The lines of a grid, without those and the columns that are out of reach.
+  void box(const Part& part, Reach& reach) {
+    int64_t line = 1;
+    for (int axis = 1; axis < layout_.axes; ++axis) line *= layout_.sizes[axis], reach.high[axis] = layout_.sizes[axis] - 1;
+    reach.low[0] = (part.start - layout_.offset) / line;
+    reach.high[0] = (part.stop - layout_.offset) / line - 1;
+    const Reach all = reach;
+    narrow(masks_, root_, tile_.whole, layout_.number, reach);
+    Box keys;
+    for (int axis = 0; axis < layout_.axes; ++axis) {
+      if (reach.low[axis] > reach.high[axis]) return;
+      // At the places where whole lines would be cut too, so that tiles of equal places have equal regions.
+      keys.low[axis] = std::max(all.low[axis], reach.low[axis] / box_side() * box_side());
+      const int64_t last = std::min(all.high[axis], reach.high[axis] / box_side() * box_side() + box_side() - 1);
+      keys.extent[axis] = static_cast<int32_t>(last - keys.low[axis] + 1);
+    }
+    walk(keys);
+  }
+
+  // Sides of the smallest boxes.
+  int32_t box_side() const { return layout_.axes == 2 ? 4 : 2; }
 
   void flush(OpenBlock& open) {
     KeyBlock& block = open.block;
@@ -146,7 +172,7 @@ class KeyWalk {
     if (seen == FULL) return add(keys, 0, tile_.vectors, 0);
     // The slowest axis that is longer than a small box is cut, so that lines are walked in order.
     int axis = -1;
-    const int32_t side = layout_.axes == 2 ? 4 : 2;
+    const int32_t side = box_side();
     for (int i = layout_.axes - 1; i >= 0; --i)
       if (box.extent[i] > side) axis = i;
     if (axis < 0) {

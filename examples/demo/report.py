@@ -6,11 +6,12 @@ import io
 import math
 from collections.abc import Sequence
 
-from ..programs import longnet
-from . import pictures
-from .demo_comparison import Cell, Check
-from .demo_text import Text
-from .demo_training import Training
+from compiled_dilated import longnet
+from compiled_dilated.commands import pictures
+
+from .comparison import Cell, Check
+from .text import Text
+from .training import Training
 
 _MIB = 2**20
 _DRAWN_TOKENS = 128
@@ -92,7 +93,10 @@ def loss_picture(training: Training, text: Text) -> bytes:
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
     seen = [(step + 1) * training.tokens_per_step / 1e6 for step in range(len(training.losses))]
-    ax.plot(seen, [value / math.log(2) for value in training.losses], linewidth=1, label="training, each step")
+    bits = [value / math.log(2) for value in training.losses]
+    smooth = [sum(bits[max(0, step - 9) : step + 1]) / len(bits[max(0, step - 9) : step + 1]) for step in range(len(bits))]
+    ax.plot(seen, bits, color="#1f77b4", linewidth=0.7, alpha=0.35, label="training, each step")
+    ax.plot(seen, smooth, color="#1f77b4", linewidth=1.6, label="mean of ten steps")
     ax.axhline(text.unigram_bits, color="gray", linestyle="--", label=f"unigram entropy {text.unigram_bits:.2f}")
     ax.plot(seen[-1:], [training.held_out_bits], "o", color="#d2691e", label=f"held-out files {training.held_out_bits:.2f}")
     ax.set(xlabel="million bytes seen", ylabel="bits a byte", ylim=(0, 8.2))

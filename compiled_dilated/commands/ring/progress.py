@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from ..ring.journals import JournalError
-from ..ring.streamed import Progress
+from ...ring.journals import JournalError
+from ...ring.streamed import Progress
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..plans import Cost, Problem
+from ...plans import Cost, Problem
 from .batches import Batch
-from .rows import Table
+from .lattice import Table
 
 # A dense kernel does this many flops while one byte is copied, or while a kernel call is set up.
 _FLOPS_PER_BYTE = 10.0

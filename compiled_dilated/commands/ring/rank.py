@@ -7,9 +7,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from .. import compiler, measure
-from ..text import read_program
-from .arguments import numbers, print_json
+from ... import compiler, measure
+from ...text import read_program
+from ..arguments import numbers, print_json
 
 
 def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style: str) -> int:

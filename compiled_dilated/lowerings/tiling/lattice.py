@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..partials import merge_
-from ..regions import IntArray
+from ...partials import merge_
+from ...regions import IntArray
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compiler import compile
-from ..programs import Program
+from compiled_dilated import Program, compile
 
 BYTES = 256
 _LONGEST_GRAM, _GRAM_SLOTS = 4, 32749  # a prime, so that the remainder depends on every byte

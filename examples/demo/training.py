@@ -11,18 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import measure
-from .demo_model import LanguageModel, loss
-from .demo_text import Text
+from compiled_dilated import measure
+
+from .model import LanguageModel, loss
+from .text import Text
 
 _LEARNING_RATE, _WARMUP_STEPS, _LEAST_STEPS = 1e-2, 10, 20
 _HELD_OUT_WINDOWS = 6
+_SMOOTHED_STEPS = 10
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 512, 0.6
 
 
 @dataclass(eq=False)
 class Training:
-    """What came of it. `losses`: nats a byte of each step; `peak_bytes`: most of the whole process in memory at once."""
+    """The course of a training.
+
+    losses: of each step, in nats a byte.
+    peak_bytes: the largest resident memory of the process.
+    """
 
     parameters: int
     tokens_per_step: int
@@ -34,6 +40,12 @@ class Training:
     @property
     def tokens_per_second(self) -> float:
         return len(self.losses) * self.tokens_per_step / self.seconds
+
+    @property
+    def recent_bits(self) -> float:
+        """Mean loss of the last steps, in bits a byte; single steps vary with their text."""
+        recent = self.losses[-_SMOOTHED_STEPS:]
+        return sum(recent) / len(recent) / math.log(2)
 
     @property
     def held_out_bits(self) -> float:
@@ -87,7 +99,7 @@ def _decay(passed: float) -> float:
 def _optimizers(model: LanguageModel) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, which learns from fewer steps than Adam; AdamW for the rest."""
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
-    others = [weight for weight in model.parameters() if all(weight is not each for each in matrices)]
+    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
     return [
         torch.optim.Muon(matrices, lr=_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import compiler, measure
-from ..ring.plans import LAYOUTS
-from ..ring.sources import FileSource
-from ..ring.streamed import Report
-from ..text import read_program
-from .arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
-from .ring_billion import billion
-from .ring_progress import stoppable, token_bar
+from ... import compiler, measure
+from ...ring.plans import LAYOUTS
+from ...ring.sources import FileSource
+from ...ring.streamed import Report
+from ...text import read_program
+from ..arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
+from .billion import billion
+from .progress import stoppable, token_bar
 
 app = typer.Typer(help="Attention over many ranks: plan it, simulate it, stream it from files, launch it.", no_args_is_help=True)
 app.command()(billion)
@@ -170,6 +170,6 @@ def launch(
         compiler.plan(read_program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout)
     settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python",
-               sys.executable, "-m", f"{__package__}.ring_rank", *settings]  # fmt: skip
+               sys.executable, "-m", f"{__package__}.rank", *settings]  # fmt: skip
     run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
     raise typer.Exit(0 if run.returncode == 0 else 1)

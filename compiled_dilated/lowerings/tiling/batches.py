@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calls import Call
-from ..heads import HeadRange
-from ..masks import Mask
-from ..masks.positions import pairs_up_to
-from ..partials import Saved
+from ...calls import Call
+from ...heads import HeadRange
+from ...masks import Mask
+from ...masks.positions import pairs_up_to
+from ...partials import Saved
 from . import kernels
-from .rows import Rows
+from .lattice import Rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
-"""`compiled-dilated demo`: a small language model with 8K context, trained here and now, and what its attention is worth."""
+"""Train a small language model with 8K context on real text, check its attention, compare it: `python -m examples.demo`."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +12,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import measure
-from ..compiler import plan
-from ..programs import longnet
-from . import demo_report as report
-from .arguments import Json, bad_usage, print_json
-from .demo_comparison import Cell, check, compare
-from .demo_model import LanguageModel
-from .demo_text import Text, read
-from .demo_training import Training, continuation, train
+from compiled_dilated import longnet, measure, plan
+from compiled_dilated.commands.arguments import Json, bad_usage, print_json
+
+from . import report
+from .comparison import Cell, check, compare
+from .model import LanguageModel
+from .text import Text, read
+from .training import Training, continuation, train
 
 _SEED = 0
 _CHECKED_TOKENS = 1200
@@ -140,7 +138,7 @@ def _train(model: LanguageModel, text: Text, scale: Scale, seconds: float, rando
 
         def show(training: Training) -> None:
             nonlocal said
-            now = f"step {len(training.losses)}, {training.losses[-1] / math.log(2):.2f} bits a byte"
+            now = f"step {len(training.losses)}, {training.recent_bits:.2f} bits a byte"
             advance(training.seconds, now)
             if training.seconds >= seconds * (said + 1) / lines:
                 said = int(lines * training.seconds / seconds)
@@ -173,3 +171,10 @@ def _bar(name: str, total: float) -> Iterator[tuple[Callable[[float, str], None]
             lambda done, description: progress.update(task, completed=done, description=f"{name}: {description}"),
             lambda line: progress.console.print(line, markup=False, highlight=False),
         )
+
+
+application = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+application.command(context_settings={"help_option_names": ["-h", "--help"]})(demo)
+
+if __name__ == "__main__":
+    application()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..mods import TileMod
+from ...mods import TileMod
 
 aten = torch.ops.aten
 

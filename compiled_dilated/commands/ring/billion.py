@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import typer
 
-from .. import compiler, measure
-from ..ring.checking import exact_row
-from ..ring.sources import GeneratedSource, SampleSink
-from ..text import read_program
-from .arguments import Device, Json, print_json
-from .ring_progress import stoppable, token_bar
+from ... import compiler, measure
+from ...ring.checking import exact_row
+from ...ring.sources import GeneratedSource, SampleSink
+from ...text import read_program
+from ..arguments import Device, Json, print_json
+from .progress import stoppable, token_bar
 
 _TOKENS_PER_RANK = 4096
 # Of float32 results of unit variance sums over thousands of keys, against float64.

@@ -1,0 +1,11 @@
+"""`compiled-dilated ring`: a program over many ranks.
+
+commands    plan, simulate, stream and launch
+billion     2**30 tokens through the schedules of many ranks
+rank        one process of `launch`
+progress    a bar of tokens, and a stop by Ctrl-C
+"""
+
+from .commands import app
+
+__all__ = ["app"]

@@ -1,0 +1,64 @@
+"""What a lowering is: a way to compute programs that proposes itself, or refuses, and runs what it proposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ..calls import Call
+from ..partials import Saved
+from ..plans import Problem, Proposal, Refusal
+
+
+class Lowering(Protocol):
+    """A way to compute programs. Add one by a file with its class and a line in `registry.LOWERINGS`.
+
+    name: as users write it, and as `explain` prints it.
+    keeps_hidden_out: NaN and infinity in hidden keys never reach a merged result; others clean the keys first.
+    is_fused: one kernel computes all branches; where it can, `auto` does not weigh gathered tiles.
+    decides: where it can compute a problem, `auto` weighs no other lowering.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def keeps_hidden_out(self) -> bool: ...
+
+    @property
+    def is_fused(self) -> bool: ...
+
+    @property
+    def decides(self) -> bool: ...
+
+    def is_weighed(self, device: str) -> bool:
+        """Whether `auto` considers it for tensors on this kind of device."""
+        ...
+
+    def propose(self, problem: Problem) -> Sequence[Proposal | Refusal]:
+        """One proposal for all branches, or one per branch; a refusal says why not, and what to use."""
+        ...
+
+    def forward(
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        ...
+
+    def merge_into(
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), in place.
+
+        A lowering that cannot refuses problems with `partial`.
+        """
+        ...
+
+    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v in their dtypes; those of a score_mod's operands are added to its sums.
+
+        saved: its lse is +inf in rows that see nothing, so that all their weights are 0.
+        """
+        ...

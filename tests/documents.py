@@ -1,0 +1,66 @@
+"""What the code blocks of the pages need to run: names that a reader has at hand, by page."""
+
+from __future__ import annotations
+
+SHARED = """
+import torch
+import compiled_dilated as cd
+from compiled_dilated import masks
+
+torch.manual_seed(0)
+"""
+
+_MODEL = """
+from torch import nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+model, other_model = Attention(), Attention()
+example_inputs = (torch.randn(1, 64, 32),)
+"""
+
+_MESH = """
+import torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+device_mesh = init_device_mesh("cpu", (1,))
+"""
+
+_CALL = """
+q, k, v = torch.randn(3, 1, 8, 256, 16)
+attend = cd.compile(masks.causal())
+"""
+
+_PACKAGE = """
+cd.export(masks.causal(), tuple(torch.randn(3, 1, 2, 64, 16)), "model.pt2", lengths=(1, 128))
+"""
+
+_TRANSFORMERS = """
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+name = "tiny-llama"
+config = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+)
+LlamaForCausalLM(config).save_pretrained(name)
+"""
+
+PRELUDES = {
+    "README.md": _MODEL + _MESH + "import passes\n",
+    "functions.md": _CALL,
+    "memory.md": _MODEL,
+    "models.md": _TRANSFORMERS,
+    "packages.md": _PACKAGE,
+    "ring.md": _MESH + "program, q_shape, rank = masks.causal(), (1, 8, 4096, 64), 3\n",
+}

@@ -1,0 +1,78 @@
+"""README and docs: short, and of figures, links and names that exist."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from documents import PRELUDES, SHARED
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("C*.md"), *(ROOT / "examples").glob("*.md")])
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+MODULES_WITH_EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("compiled_dilated", "passes")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if ">>>" in path.read_text()
+]
+
+
+def test_the_readme_is_a_door() -> None:
+    assert len(README.splitlines()) <= 120
+    assert len(README.split()) <= 800
+
+
+def test_the_picture_of_the_readme_is_its_mask() -> None:
+    lines = [line[30:] for line in README.splitlines() if "█" in line]
+    positions = torch.arange(len(lines))
+    mask = masks.causal() & (masks.window(3) | masks.sinks(1))
+    seen = mask.allows(0, 0, positions[:, None], positions)
+    assert lines == ["".join("█" if pair else " " for pair in row).rstrip() for row in seen.tolist()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    missing = [link for link in targets if not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name)
+def test_code_of_pages_runs(page: Path, tmp_path: Path) -> None:
+    code = "\n".join([SHARED, PRELUDES.get(page.name, ""), *BLOCK.findall(page.read_text())])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES, ids=str)
+def test_examples_of_docstrings_run(module: str) -> None:
+    q = torch.randn(1, 8, 256, 64)
+    names = {"masks": masks, "global_tokens": masks.global_tokens, "q": q, "k": q, "v": q}
+    # Modules take (B, N, H, D) and (B, N, E).
+    query, x = torch.randn(1, 256, 8, 64), torch.randn(1, 256, 512)
+    names |= {"query": query, "key": query, "value": query, "x": x, "attend": cd.compile(masks.causal())}
+    results = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE, extraglobs=names)
+    assert results.attempted
+    assert not results.failed
+
+
+def test_figures_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "measured.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

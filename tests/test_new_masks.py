@@ -1,0 +1,62 @@
+"""A mask of one class and one name, as CONTRIBUTING.md shows it, runs by every lowering, native code included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import compiled_dilated as cd
+from compiled_dilated import masks, text
+from compiled_dilated.masks import Mask
+from compiled_dilated.masks.core import Data, Positions
+from compiled_dilated.regions import PARTIAL, Regions, Verdicts
+
+
+@dataclass(frozen=True, repr=False)
+class Diagonals(Mask):
+    """Keys whose distance to the query is a multiple of `step`."""
+
+    step: int
+
+    def __repr__(self) -> str:
+        return f"diagonals({self.step})"
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return (q - kv) % self.step == 0
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        return np.full(len(q), PARTIAL)
+
+    @property
+    def period(self) -> int | None:
+        return 1
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention over keys at or before the query whose distance is a multiple of 3."""
+    positions = torch.arange(q.shape[2])
+    distance = positions[:, None] - positions
+    scores = (q @ k.mT) / q.shape[3] ** 0.5
+    return scores.masked_fill((distance % 3 != 0) | (distance < 0), -torch.inf).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("lowering", ["auto", "native", "tiled", "dense"])
+@pytest.mark.parametrize("tokens", [1, 129, 300])
+def test_a_new_mask_runs_forward_and_backward(lowering: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "NAMES", {**text.NAMES, "diagonals": Diagonals})
+    mask = masks.causal() & Diagonals(3)
+    inputs = [torch.randn(2, 2, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out, expected = cd.compile(mask, lowering=lowering)(*inputs), plain(*inputs)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, weights), torch.autograd.grad(expected, inputs, weights))
+
+
+def test_a_new_mask_is_native_without_an_operation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "NAMES", {**text.NAMES, "diagonals": Diagonals})
+    assert cd.plan(Diagonals(3), q_shape=(1, 2, 300, 8)).lowering == "native"

@@ -41,7 +41,7 @@ def memory(
         typer.Option(help="Where the timeline goes as a picture; a backward's beside it."),
     ] = None,
 ) -> None:
-    """Print the peak of a step under each candidate, the chosen changes, and a memory timeline."""
+    """Print a step's peak under each candidate, the chosen changes, a timeline."""
     with _usage():
         limit = None if budget is None else budgets.parse("--budget", budget)
         if png is not None:

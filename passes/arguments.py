@@ -37,7 +37,7 @@ def shown(value: object) -> str:
 
 
 def whole(name: str, value: object, least: int) -> None:
-    """Raise TypeError or ValueError unless `value` is an int from `least` to 2**63 - 1."""
+    """Raise an error unless `value` is an int from `least` to 2**63 - 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{name} must be a whole number; got {type(value).__name__} {shown(value)}. Pass an int"
@@ -92,7 +92,7 @@ def kind(name: str, value: object, expected: type, hint: str) -> None:
 
 
 def model(value: object) -> None:
-    """Raise TypeError unless `value` is a module or another callable that is no class."""
+    """Raise TypeError unless `value` is a module or a function."""
     if isinstance(value, type):
         got = f"the class {value.__name__}"
     elif callable(value):

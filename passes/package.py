@@ -9,5 +9,5 @@ ROOT = Path(__file__).parent
 
 
 def files() -> list[Path]:
-    """List all Python files of the package, which a compile cache must depend on."""
+    """List all Python files of the package, for hashes of its source."""
     return sorted(ROOT.rglob("*.py"))

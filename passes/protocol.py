@@ -1,4 +1,4 @@
-"""The protocol of a pass, and the stages of torch.compile at which passes run."""
+"""Pass and Stage: what a pass is, and when it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx import Graph
 
 
 class Stage(Enum):
-    """The graph that a pass rewrites, in the order in which torch.compile makes them."""
+    """The graph that a pass rewrites, in torch.compile's order."""
 
     DYNAMO = "the model as captured: functions and modules' calls, before autograd"
     JOINT = "forward and backward in one graph of aten operators; in inference the forward only"

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# pytest puts tests/ on sys.path. tests/passes/ must have no __init__.py, or it would be imported as the package passes.
 
 # The same examples in every run, so that a red test is red for everybody; `--hypothesis-profile=search` looks for new ones.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)

@@ -1,4 +1,4 @@
-"""Estimated time of a step, from the flops and the bytes that its operators move.
+"""Estimated time of a step, from its flops and the bytes it moves.
 
 Good for ordering candidates on one machine; not a forecast of seconds.
 """
@@ -110,6 +110,7 @@ def _of_node(node: Node, op: Operator, sizes: Mapping[str, int]) -> Work:
     traced = map_arg((node.args, node.kwargs), lambda operand: operand.meta.get("val"))
     args, kwargs = pytree.tree_map(concrete, traced)
     out = pytree.tree_map(concrete, node.meta.get("val"))
+    # Registered work first, then torch's flop formulas, then the bytes of the results.
     if op in _REGISTERED:
         return _REGISTERED[op](*args, **kwargs, out=out)
     if op.overloadpacket in flop_registry:

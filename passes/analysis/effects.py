@@ -18,7 +18,7 @@ _AUGMENTED = {
 
 
 def has_effects(node: Node) -> bool:
-    """Whether a call has side effects or draws random numbers, so that its order matters."""
+    """Whether the order of a call matters: side effects, random numbers."""
     if isinstance(node.target, torch._ops.OpOverload):
         is_random = torch.Tag.nondeterministic_seeded in node.target.tags
         is_unknown = node.target.namespace not in _COMPLETE_SCHEMAS

@@ -1,4 +1,4 @@
-"""The peak of a graph in bytes once inductor has compiled it, before anything runs.
+"""The peak of a graph once inductor has compiled it, in bytes.
 
 liveness counts a graph node by node. Inductor fuses nodes, so that many never become buffers,
 orders the rest anew and reuses dead buffers. No model of that stays right for long, so inductor
@@ -143,7 +143,9 @@ def donated(graph: Graph) -> list[str]:
 
 
 def in_compilation(module: GraphModule) -> int:
-    """The peak of the graph that torch.compile is lowering now, for passes of Stage.LOWERED.
+    """The peak of the graph that torch.compile is lowering now, in bytes.
+
+    For passes of Stage.LOWERED.
 
     Raises ValueError as of_graph does.
     """

@@ -1,4 +1,4 @@
-"""A joint graph of forward and backward, split as inductor's partitioner will split it."""
+"""A joint graph, split as inductor's partitioner will split it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def base(node: Node) -> Node:
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node is a view of its first operand, by the schema of its operator."""
+    """Whether a node views its first operand, by its operator's schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     returns = node.target._schema.returns

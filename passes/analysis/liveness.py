@@ -73,8 +73,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """The steps of a graph by name, and its storages in the order of their allocation.
+    """The steps and storages of a graph.
 
+    steps: names of nodes
+    storages: in the order of their allocation
     nested[step]: peak bytes of a subgraph beyond the operands and results of the node that runs it
     """
 
@@ -103,7 +105,9 @@ def lifetimes(
     sizes: Mapping[str, int] | None = None,
     donated: Collection[str] = (),
 ) -> Lifetimes:
-    """The storages of a graph whose nodes have meta["val"], from torch.export, make_fx or inductor.
+    """The storages of a graph, with their lifetimes.
+
+    The nodes have meta["val"], as those of torch.export, make_fx and inductor do.
 
     A value that nobody uses is freed where it is made. Of a node's subgraphs (cond, ...) the one
     with the highest peak counts, once; a loop's counts together with what it carries.
@@ -205,7 +209,7 @@ def number_of(size: int | torch.SymInt, node: Node, sizes: Mapping[str, int]) ->
 
 
 def attribute(node: Node) -> Any:
-    """The value that a get_attr node reads from the module that owns its graph."""
+    """The value that a get_attr node reads from its graph's module."""
     value: Any = node.graph.owning_module
     for name in str(node.target).split("."):
         if not hasattr(value, name):
@@ -301,28 +305,29 @@ class _Walk:
         value = value_of(node)
         if isinstance(value, torch.nn.Module):
             return None
-        known = self.input_numbers if node.op != "call_function" else self._operands(node)
+        existing = self.input_numbers if node.op != "call_function" else self._operands(node)
         leaves, tree = pytree.tree_flatten(value)
         leaf_numbers = [
-            self._leaf_number(step, node, result, leaf, known) for result, leaf in enumerate(leaves)
+            self._leaf_number(step, node, result, leaf, existing)
+            for result, leaf in enumerate(leaves)
         ]
         return pytree.tree_unflatten(leaf_numbers, tree)
 
     def _leaf_number(
-        self, step: int, node: Node, result: int, leaf: Any, known: dict[int, int]
+        self, step: int, node: Node, result: int, leaf: Any, existing: dict[int, int]
     ) -> int | None:
         """The storage number of one result; None if it is no tensor.
 
         result: its place among the node's results
-        known: numbers of inputs or operands by the identity of their fake storages; extended
+        existing: numbers of inputs or operands by the identity of their fake storages; extended
         """
         if not isinstance(leaf, Tensor):
             return None
         is_input = node.op != "call_function"
         key = _identity(leaf, node)
-        if key not in known:
+        if key not in existing:
             viewed = self._viewed(node, result)
-            known[key] = len(self.storages) if viewed is None else viewed
+            existing[key] = len(self.storages) if viewed is None else viewed
             if viewed is None:
                 self.storages.append(
                     _Live(
@@ -335,11 +340,11 @@ class _Walk:
                     )
                 )
         if is_input:
-            self.storages[known[key]].inputs.add(node.name)
-        return known[key]
+            self.storages[existing[key]].inputs.add(node.name)
+        return existing[key]
 
     def _operands(self, node: Node) -> dict[int, int]:
-        """The storage numbers of a node's operands by the identity of their fake storages."""
+        """Storage numbers of a node's operands, by their fake storages' identities."""
         numbers: dict[int, int] = {}
         for operand in node.all_input_nodes:
             value = value_of(operand)

@@ -14,7 +14,7 @@ from .workspaces import workspace_bytes
 
 
 class Meter(TorchDispatchMode):
-    """Counts each storage allocated under the mode from its first tensor until it is freed.
+    """Counts the bytes of storages from their allocation until they are freed.
 
     Enter it inside a FakeTensorMode: tensors without data have sizes and lifetimes, and no memory.
 
@@ -29,7 +29,7 @@ class Meter(TorchDispatchMode):
         self._storages: set[int] = set()
 
     def exclude(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count tensors from outside the mode, nor views of them, while they live."""
+        """Do not count tensors from outside the mode and their views."""
         self._storages.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -88,7 +88,9 @@ def find(lifetimes: Lifetimes) -> Peak:
 
 
 def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) -> str:
-    """Draw storages as bars over the steps in ASCII, below a curve of the bytes beyond the inputs.
+    """Draw storages as bars over the steps, in ASCII.
+
+    Above them a curve of the live bytes beyond the inputs.
 
     rows: the largest storages that are not inputs, one a row
     width: columns of the bars; a column stands for one step or more
@@ -120,7 +122,7 @@ def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) ->
 
 
 def draw(lifetimes: Lifetimes, path: str | PathLike[str]) -> None:
-    """Draw live bytes over the steps as a stacked picture, the largest storages as layers.
+    """Draw live bytes over the steps as a picture, stacked by storage.
 
     path: a file whose suffix names the format; raises as check_picture does
     """
@@ -186,14 +188,14 @@ def mebibytes(size: int) -> str:
 
 
 def _largest(storages: Sequence[Storage], count: int) -> list[Storage]:
-    """The `count` largest storages that are not inputs, in the order of their allocation."""
+    """The largest storages that are not inputs, in order of allocation."""
     allocated = [storage for storage in storages if not storage.is_input and storage.size]
     largest = sorted(allocated, key=_by_size)[:count]
     return sorted(largest, key=lambda storage: storage.lower)
 
 
 def _mebibytes_at(storage: Storage, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The storage's size at each step, in MiB, 0 while it is not live."""
+    """The storage's live MiB at each step, (steps,)."""
     is_live = (storage.lower <= steps) & (steps < storage.upper)
     return np.where(is_live, storage.size / 2**20, 0.0)
 

@@ -33,7 +33,7 @@ def registered() -> list[Callable[..., int]]:
 
 
 def workspace_bytes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The workspace of a call in bytes, 0 for an operator that was not registered."""
+    """The workspace of a call in bytes, 0 if not registered."""
     return _REGISTERED[op](*args, **kwargs) if op in _REGISTERED else 0
 
 
@@ -45,6 +45,7 @@ def _flash(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
     """
     threads = torch.get_num_threads()
     rows, columns, statistic_bytes = _tile(query, key)
+    # Scores, the maximum and the sum of each row, and the result, all in the statistics' dtype.
     numbers = rows * columns + 2 * rows + rows * query.shape[-1]
     size = threads * numbers * statistic_bytes
     if query.element_size() == 2:
@@ -63,6 +64,7 @@ def _flash_backward(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any, **__:
     1 MiB a thread: that depends on the CPU.
     """
     rows, columns, statistic_bytes = _tile(query, key)
+    # Scores and their gradient, and both rounded to 16 bits for the products.
     tile_bytes = 2 * rows * columns * statistic_bytes
     if query.element_size() == 2:
         tile_bytes += 2 * rows * columns * query.element_size()
@@ -73,7 +75,7 @@ def _flash_backward(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any, **__:
 
 
 def _tile(query: Tensor, key: Tensor) -> tuple[int, int, int]:
-    """Rows and columns of a tile of scores, and the bytes of one statistic."""
+    """Rows and columns of a score tile, and bytes of one statistic."""
     tokens = query.shape[2]
     if tokens >= 768:
         rows = 256
@@ -97,6 +99,7 @@ def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
         return False
     if min(query.shape[2], key.shape[2]) < least_tokens:
         return False
+    # How many rows of queries each thread computes for one head of keys.
     tiles = query.shape[0] * query.shape[1] * -(-query.shape[2] // rows)
     tiles_per_thread = -(-tiles // torch.get_num_threads())
     return tiles_per_thread * rows / (key.shape[0] * key.shape[1]) >= least_reads
@@ -107,6 +110,7 @@ def _packed_numbers(key: Tensor, rows: int, columns: int) -> int:
     batch, heads, tokens, head_dim = key.shape
     full_blocks, last = (tokens - 1) // columns, (tokens - 1) % columns + 1
     padded_tokens = full_blocks * _even(columns) + _even(last)
+    # Keys are packed once for both products, values by blocks.
     packed = batch * heads * (_even(head_dim) * tokens + padded_tokens * head_dim)
     per_thread = rows * _even(columns) + columns * head_dim
     if head_dim % 2:

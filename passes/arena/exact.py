@@ -1,4 +1,4 @@
-"""An exact search on parts that greedy orders leave above the bound, by CP-SAT of OR-tools.
+"""An exact search for placements, by CP-SAT of OR-tools.
 
 For a placement below a given roof, two searches run at the same time. One fills the arena from
 below: depth-first, the box that can be lowest goes there, ties by a box order, and CP-SAT learns

@@ -159,7 +159,7 @@ class Executor:
 
 
 def _tensor_at(arena: Tensor, offset: int, like: Tensor) -> Tensor:
-    """The bytes of the arena from `offset` on as a tensor like another one."""
+    """A tensor like another one, in the arena from `offset` on."""
     start = offset // like.element_size() + int(like.storage_offset())
     empty = torch.empty(0, dtype=like.dtype, device=arena.device)
     return empty.set_(arena.untyped_storage(), start, like.shape, like.stride())
@@ -193,7 +193,7 @@ def _has_kernel(op: torch._ops.OpOverload, device: torch.device) -> bool:
 
 
 def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
-    """Copy a graph, with the traced values of its nodes replaced by those of example inputs."""
+    """Copy a graph, traced again with example inputs."""
     if not isinstance(graph_module, GraphModule):
         raise TypeError(
             f"graph_module must be an fx GraphModule; got {type(graph_module).__name__}. "

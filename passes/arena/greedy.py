@@ -45,7 +45,7 @@ def height(boxes: Sequence[Box], offsets: Offsets) -> int:
 
 
 def _crowding(boxes: Sequence[Box]) -> Callable[[Box], tuple[int, ...]]:
-    """The order by the units of all boxes that overlap a box in time, most first."""
+    """Boxes that overlap most units in time first."""
     lower, upper, size = _columns(boxes)
     crowd: dict[int, int] = {}
     for box in boxes:
@@ -55,7 +55,7 @@ def _crowding(boxes: Sequence[Box]) -> Callable[[Box], tuple[int, ...]]:
 
 
 def _first_fit(ordered: Sequence[Box], floor: int) -> Offsets:
-    """Each box in turn at the lowest offset where it overlaps none before it."""
+    """Place each box at the lowest offset free of those before it."""
     lower, upper, size = _columns(ordered)
     offset = np.zeros(len(ordered), dtype=np.int64)
     for i, box in enumerate(ordered):

@@ -82,7 +82,7 @@ def most_at_once(boxes: Sequence[Box]) -> int:
 
 
 def _connected(boxes: Sequence[Box]) -> Iterator[tuple[Box, ...]]:
-    """Yield groups of boxes that share no step with one another, in the order of time."""
+    """Yield groups that share no step, in the order of time."""
     group: list[Box] = []
     end = 0
     for box in sorted(boxes, key=lambda box: (box.lower, box.number)):

@@ -17,7 +17,7 @@ def solve(
     seconds: float = 60,
     alignment: int = 1,
 ) -> Placement:
-    """Find offsets at which buffers that are live at the same time do not overlap.
+    """Find offsets at which buffers live at one time do not overlap.
 
     capacity: bytes of the arena, in which any placement will do; None for the lowest arena
     seconds: the limit of the exact search, in two threads; it ends early at the lower bound, or

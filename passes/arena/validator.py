@@ -60,7 +60,7 @@ def _check(buffers: Sequence[Buffer], placement: Placement) -> None:
 
 
 def _sweep(buffers: Sequence[Buffer], placement: Placement) -> None:
-    """Raise ValueError if live buffers overlap, or the lower bound is not the most live bytes.
+    """Raise ValueError for overlapping buffers and a wrong lower bound.
 
     Buffers begin and end in the order of time. The live ones are kept sorted by offset, where a new
     one can only overlap its two neighbours.

@@ -35,6 +35,7 @@ class Backend:
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        # The graph may be traced only until compile_fx has begun to change it.
         choice = self.pipeline.choose(captured(module, inputs))
         symbols = {
             place: str(value)
@@ -49,7 +50,7 @@ class Backend:
 
 
 class _Guarded:
-    """A compiled graph with dynamic sizes, which refuses sizes for which its plan does not fit.
+    """A compiled graph that refuses sizes beyond its memory budget.
 
     symbols: names by the places of the inputs that are sizes
     fits: sizes known to fit, by symbol; the peak does not fall if sizes grow
@@ -87,6 +88,7 @@ class _Guarded:
         self.fits.append(sizes)
 
 
+# Weak, so that a step that is dropped takes its graphs with it.
 _backends: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
 
 
@@ -148,7 +150,7 @@ def estimate(
     passes: Sequence[Sequence[Pass]] | None = None,
     dynamic: bool | None = None,
 ) -> tuple[Estimate, ...]:
-    """Estimate the peak and the time of a step under every candidate, fastest first.
+    """Estimate peak and time of a step under every candidate, fastest first.
 
     Nothing is compiled or run.
 

@@ -60,7 +60,7 @@ def candidates(training: bool, budget_bytes: int | None = None) -> list[list[Pas
 
 
 def check_candidates(passes: Sequence[Sequence[Pass]]) -> None:
-    """Raise TypeError or ValueError unless these are one or more tuples or lists of passes."""
+    """Raise an error unless these are tuples or lists of passes."""
     kind = "candidates, each a tuple or a list of passes"
     for place, candidate in enumerate(arguments.sequence("passes", passes, kind)):
         check_members(f"passes[{place}]", candidate)

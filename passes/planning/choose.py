@@ -59,7 +59,9 @@ class Pipeline:
     machine: Machine = MACHINE
 
     def choose(self, graph: Captured) -> Choice:
-        """Choose the fastest candidate that fits, or load the choice made for such a graph before.
+        """Choose the fastest candidate that fits.
+
+        A choice made before for such a graph, in another process too, is loaded.
 
         Raises BudgetError with the least budget that would do.
         """
@@ -81,7 +83,7 @@ class Pipeline:
         plain = trace(graph, ())
         baseline = estimate(plain, self.machine)
         # By candidate: the estimates of those examined, the seconds of those traced.
-        examined, took = dict[Passes, Estimate](), dict[Passes, float]()
+        examined, seconds_of = dict[Passes, Estimate](), dict[Passes, float]()
         best: Choice | None = None
         groups = self._groups(graph.training)
         for group in groups:
@@ -89,14 +91,16 @@ class Pipeline:
             if best is not None and group is groups[-1]:
                 break
             offered = [
-                passes for passes in group if best is None or _may_win(passes, best.chosen, took)
+                passes
+                for passes in group
+                if best is None or _may_win(passes, best.chosen, seconds_of)
             ]
             traced = self._traced(graph, plain, offered)
             for passes, step in traced.items():
-                took[passes] = seconds(step, self.machine)
+                seconds_of[passes] = seconds(step, self.machine)
             # Time is known from tracing; the peak takes inductor's program. So the fastest first.
-            for passes, step in sorted(traced.items(), key=lambda item: took[item[0]]):
-                if best is not None and took[passes] >= best.chosen.seconds:
+            for passes, step in sorted(traced.items(), key=lambda item: seconds_of[item[0]]):
+                if best is not None and seconds_of[passes] >= best.chosen.seconds:
                     break
                 if step.passes in examined:
                     continue
@@ -144,13 +148,13 @@ class Pipeline:
         return result
 
 
-def _may_win(passes: Passes, best: Estimate, took: Mapping[Passes, float]) -> bool:
+def _may_win(passes: Passes, best: Estimate, seconds_of: Mapping[Passes, float]) -> bool:
     """Whether a candidate may be faster than the best that fits: spills only add time.
 
-    took: seconds of candidates traced before, the one without these spills among them
+    seconds_of: seconds of candidates traced before, the one without these spills among them
     """
     without_spills = tuple(member for member in passes if not isinstance(member, Spill))
-    return took[without_spills] < best.seconds
+    return seconds_of[without_spills] < best.seconds
 
 
 def pipeline(

@@ -1,4 +1,4 @@
-"""Passes as inductor's custom graph passes, one for each stage, and their name in its cache.
+"""Passes as inductor's custom graph passes, one for each stage.
 
 DYNAMO   pre_grad_custom_pass
 JOINT    joint_custom_post_pass
@@ -50,7 +50,7 @@ class StagePasses(CustomGraphPass):
 
 
 def inductor_configs(passes: Sequence[Pass], *, on_run: OnRun | None = None) -> dict[str, Any]:
-    """Options of inductor that make it run passes, those of one stage in order.
+    """Inductor's options to run passes, those of one stage in order.
 
     For compile_fx(config_patches=...) and AOTInductor's inductor_configs=...
 
@@ -61,6 +61,7 @@ def inductor_configs(passes: Sequence[Pass], *, on_run: OnRun | None = None) -> 
     check("passes", passes)
     if on_run is not None:
         arguments.function("on_run", on_run)
+    # One hook for each stage that has passes: inductor compiles without a hook otherwise.
     configs = options(passes)
     for stage in Stage:
         members = [member for member in passes if member.stage is stage]
@@ -86,10 +87,12 @@ def options(passes: Sequence[Pass]) -> dict[str, Any]:
 
 
 def identity(passes: Sequence[Pass]) -> str | None:
-    """A hash of passes with their options, of the source of their files, and of this package.
+    """A hash of passes, their options and source, and this package's source.
 
     None if a pass has no file, as one typed in at a prompt; inductor then caches nothing.
     """
+    # A change anywhere in this package may change what its passes do; a user's pass counts by the
+    # file of its class.
     files = set(package.files())
     for member in passes:
         module = sys.modules.get(type(member).__module__)
@@ -103,7 +106,7 @@ def identity(passes: Sequence[Pass]) -> str | None:
 
 
 def check(name: str, passes: Sequence[Pass]) -> None:
-    """Raise TypeError unless `passes` is a tuple or a list of passes that are frozen dataclasses.
+    """Raise TypeError unless `passes` are passes, as frozen dataclasses.
 
     name: of the argument, for the message
     """

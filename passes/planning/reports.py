@@ -95,6 +95,7 @@ def allocated_bytes(run: Callable[[], object]) -> int:
         results = run()
     all_events = profiler.profiler.kineto_results.events()
     events = [event for event in all_events if event.name() == "[memory]"]
+    # An event is an allocation, or a release with negative bytes.
     allocated = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         allocated += event.nbytes()
@@ -104,11 +105,12 @@ def allocated_bytes(run: Callable[[], object]) -> int:
 
 
 def timelines(traced: Traced) -> list[Lifetimes]:
-    """The lifetimes of a step's forward and of its backward, if any, node by node before fusion."""
+    """Lifetimes of a step's forward and backward, if any, before fusion."""
     graphs = [lifetimes(traced.forward)]
     if traced.backward is not None:
         inputs = {node.name for node in traced.forward.graph.find_nodes(op="placeholder")}
         computed = {node.name for node in traced.forward.graph.nodes} - inputs
+        # The backward frees the values that the forward computed for it.
         placeholders = traced.backward.graph.find_nodes(op="placeholder")
         saved = [node.name for node in placeholders if node.name in computed]
         graphs.append(lifetimes(traced.backward, donated=saved))
@@ -192,6 +194,7 @@ def _run(step: Any, inputs: Sequence[Any], training: bool) -> object:
         outputs = differentiable(results)
         if not outputs:
             return results
+        # A function has no parameters.
         parameters = list(getattr(step, "parameters", list)())
         sources = differentiable(inputs) + differentiable(parameters)
         losses = [output.sum() for output in outputs]

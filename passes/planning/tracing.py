@@ -35,7 +35,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class Change:
-    """The lines that one pass returned for one graph, () if it left the graph alone."""
+    """The lines that a pass returned for a graph, one a change."""
 
     by: Pass
     lines: tuple[str, ...]
@@ -61,7 +61,7 @@ class Traced:
 
 
 def captured(module: GraphModule, inputs: Sequence[Any]) -> Captured:
-    """The arguments of a backend of torch.compile, which may be traced until that returns."""
+    """Arguments of a torch.compile backend, traceable until it returns."""
     has_gradient = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
     return Captured(module, tuple(inputs), has_gradient and torch.is_grad_enabled())
 
@@ -179,7 +179,7 @@ def without_idle(
 
 
 def _recording(passes: Sequence[Pass]) -> tuple[dict[str, Any], list[Change]]:
-    """Inductor's options to run `passes`, and the list to which their changes will be added."""
+    """Inductor's options to run `passes`, and a list of their changes."""
     changes: list[Change] = []
 
     def record(member: Pass, lines: Sequence[str]) -> None:
@@ -191,7 +191,7 @@ def _recording(passes: Sequence[Pass]) -> tuple[dict[str, Any], list[Change]]:
 def busy(
     passes: Sequence[Pass], changes: Sequence[Change], *, required: Collection[Pass] = ()
 ) -> tuple[Pass, ...]:
-    """The passes that had an effect (changed a graph or set an option), and the required ones."""
+    """The passes that changed a graph or set an option, and required ones."""
     acting = [change.by for change in changes if change.lines]
     return tuple(
         member for member in passes if member in acting or member in required or options([member])
@@ -199,7 +199,7 @@ def busy(
 
 
 def _lowered(module: GraphModule, inputs: Sequence[Any], *, inference: bool) -> GraphModule:
-    """A copy of a graph after inductor's last passes, which run those of Stage.LOWERED."""
+    """A copy of a graph after Stage.LOWERED, the last of inductor's passes."""
     from torch._inductor import compile_fx
     from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.virtualized import V

@@ -1,8 +1,8 @@
 """Replace a computed causal mask by is_causal=True.
 
 A model that writes its mask as `keys <= queries`, as transformers' models do under torch.compile,
-computes it for all pairs: a byte a pair, four more if the kernel takes a bias. Whether a mask is
-causal follows from the graph, as conditions on its indices:
+computes it for all pairs: a byte a pair, and four more if the kernel takes a bias. Whether a mask
+is causal follows from the graph, as conditions on its indices:
 
     q = arange(n)[:, None];  k = arange(n)[None, :]
 
@@ -33,7 +33,7 @@ _NOTHING_AHEAD = Sum({2: 1, 1: -1})
 
 @dataclass(frozen=True)
 class Causal:
-    """Passes is_causal=True to SDPA for a boolean attn_mask that the graph computes as causal.
+    """Replaces computed causal masks of SDPA by is_causal=True.
 
     Leaves alone masks that depend on data (padding, documents), masks that are inputs, and
     floating-point masks.
@@ -62,7 +62,7 @@ class Causal:
 
 
 def _is_causal(mask: Any) -> bool:
-    """Whether a mask is computed from positions as query >= key, and nothing else."""
+    """Whether a mask is computed from positions as query >= key."""
     if not isinstance(mask, Node):
         return False
     read, value = conditions(mask), example_value(mask)

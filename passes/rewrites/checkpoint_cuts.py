@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Value:
-    """`size` bytes, made by step `first` and used by step `last` for the last time."""
+    """`size` bytes, made by step `first`, last used by step `last`."""
 
     size: int
     first: int
@@ -26,17 +26,17 @@ class Value:
 
 
 def values_to_keep(values: Sequence[Value], steps: int, bound: int) -> set[int]:
-    """The numbers of the values that cuts keep, with the fewest bytes for a bound on a piece.
+    """Numbers of the values to keep, with the fewest bytes for a bound.
 
     steps: of the forward
     bound: the most bytes that a piece may make; a piece of a single step may make more
     """
     cuts = _cuts(values, steps, bound)
-    kept = set[int]()
+    numbers = set[int]()
     for number, value in enumerate(values):
         if any(value.first < cut <= value.last for cut in cuts):
-            kept.add(number)
-    return kept
+            numbers.add(number)
+    return numbers
 
 
 def _cuts(values: Sequence[Value], steps: int, bound: int) -> list[int]:

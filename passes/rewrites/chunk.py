@@ -86,6 +86,7 @@ def chunked_backward(
     plan, flat, lead = Recipe.parse(recipe), _flat(rows), rows[0].shape[:-1]
     needed_rows = _needed("x", flat, needs_grad[: len(rows)])
     needed_shared = _needed("w", shared, needs_grad[len(rows) :])
+    # Gradients of rows are written chunk by chunk; those of shared operands are sums over chunks.
     row_grads = [operand.new_empty(operand.shape) for operand in needed_rows.values()]
     sums = {name: zero_sum(operand) for name, operand in needed_shared.items()}
     names = frozenset([*needed_rows, *needed_shared])

@@ -36,7 +36,9 @@ _NO_OPS = {"contiguous", aten.contiguous.default}
 
 @dataclass(frozen=True)
 class LinearCrossEntropy(InChunks):
-    """Replaces a linear that only a cross entropy uses, through casts, slices of rows, flattening.
+    """Replaces a linear that only a cross entropy uses.
+
+    Between them may be casts, slices of rows and flattening.
 
     rows: tokens of a chunk
     chunk_bytes: instead, bytes of a chunk's logits; it has at least one token
@@ -166,7 +168,7 @@ def _has_static_width(node: Node) -> bool:
 
 
 def _origin(logits: Node) -> tuple[tuple[Node, ...], tuple[Any, ...]] | None:
-    """The nodes from a linear to its logits, in order, and the slices of rows among them.
+    """The nodes from a linear to logits, and the row slices among them.
 
     None if something else uses one of them, or one is neither a slice, a cast nor a reshape.
     """
@@ -223,7 +225,7 @@ def _arguments(node: Node) -> dict[str, Any] | None:
 
 
 def _is_supported(options: dict[str, Any]) -> bool:
-    """Whether the target is class indices for (tokens, classes), and the rest is plain."""
+    """Whether targets are class indices (tokens,), and options are static."""
     logits, target = example_value(options["input"]), example_value(options["target"])
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
         return False

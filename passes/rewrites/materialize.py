@@ -1,4 +1,4 @@
-"""Shared elementwise values as buffers, in place of computing them again in each user.
+"""Buffers for shared elementwise values, which are then computed once.
 
 Inductor inlines a sum of few buffers into each of its users. Along a residual stream that keeps
 every summand alive:
@@ -55,7 +55,7 @@ class Materialize:
 
 
 def _shared(graph: Graph) -> list[Node]:
-    """The elementwise nodes with two operands and two users or more that are not marked yet."""
+    """Unmarked elementwise nodes with two operands and two users or more."""
     shared: list[Node] = []
     for node in graph.nodes:
         if not is_elementwise(node) or _REALIZE in node.meta:

@@ -19,22 +19,22 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps numbered in a legal order, and the storages that they allocate and use, by number.
+    """Steps numbered in a legal order, and the storages they use.
 
     sizes: bytes of each storage
-    made: the storages that each step allocates; a storage that no step makes is an input, and
+    allocated: the storages that each step allocates; a storage that no step makes is an input, and
         matters only if it is freed
     used: the storages that each step uses, those that it makes among them
     before: for each step, earlier steps that must precede it
-    kept: storages that are not freed
+    permanent: storages that are not freed
     workspace: bytes of each step itself, or () for none
     """
 
     sizes: tuple[int, ...]
-    made: tuple[tuple[int, ...], ...]
+    allocated: tuple[tuple[int, ...], ...]
     used: tuple[tuple[int, ...], ...]
     before: tuple[tuple[int, ...], ...]
-    kept: frozenset[int] = frozenset()
+    permanent: frozenset[int] = frozenset()
     workspace: tuple[int, ...] = ()
 
     @cached_property
@@ -48,7 +48,7 @@ class Steps:
 
     @cached_property
     def _needs(self) -> list[int]:
-        """For each step the set of steps that must precede it, a bit for each."""
+        """For each step its predecessors, a bit for each."""
         return [sum(1 << earlier for earlier in before) for before in self.before]
 
     @cached_property
@@ -62,18 +62,18 @@ class Steps:
 
     def rise(self, step: int) -> int:
         """Bytes live during a step beyond those before it."""
-        allocated = sum(self.sizes[storage] for storage in self.made[step])
-        return allocated + (self.workspace[step] if self.workspace else 0)
+        rise = sum(self.sizes[storage] for storage in self.allocated[step])
+        return rise + (self.workspace[step] if self.workspace else 0)
 
     def change(self, step: int, done: int) -> int:
         """Bytes live after a step beyond those before it.
 
         done: the set of done steps, this one included
         """
-        change = sum(self.sizes[storage] for storage in self.made[step])
+        change = sum(self.sizes[storage] for storage in self.allocated[step])
         for storage in self.used[step]:
             has_users = self._users[storage] & ~done
-            if storage not in self.kept and not has_users:
+            if storage not in self.permanent and not has_users:
                 change -= self.sizes[storage]
         return change
 
@@ -169,8 +169,8 @@ def search(steps: Steps, *, width: int = 128) -> list[int]:
                     continue
                 following = state.next(steps, step).settled(steps)
                 level = levels[following.done.bit_count()]
-                known = level.get(following.done)
-                if known is None or following.peak < known.peak:
+                other = level.get(following.done)
+                if other is None or following.peak < other.peak:
                     level[following.done] = following
     finished = levels[count].get((1 << count) - 1)
     return finished.order() if finished is not None and finished.peak < bound else numbered

@@ -42,7 +42,7 @@ _SHARES = tuple(2 ** (-step / 2) for step in range(10))
 
 @dataclass(frozen=True)
 class Remat:
-    """Recomputes as little of a forward as keeps a training step within a budget.
+    """Recomputes parts of a forward to keep a training step within budget.
 
     budget_bytes: for the peak of a step beyond its inputs, gradients included; dynamic sizes count
         as traced. If no choice fits, the one with the lowest peak is taken, and the report says so.
@@ -174,7 +174,7 @@ class Choice:
 
 
 def choices(module: GraphModule) -> list[Choice]:
-    """torch's own choice, then those that keep fewest bytes for several bounds on a piece."""
+    """torch's own choice, then one for each of several bounds on pieces."""
     forward = _ancestors(_forward_results(module.graph))
     values, names = _values(module.graph, forward)
     total = sum(value.size for value in values)
@@ -187,7 +187,7 @@ def choices(module: GraphModule) -> list[Choice]:
 
 
 def _policies(forward: Sequence[Node], keep: frozenset[str]) -> dict[str, CheckpointPolicy]:
-    """Policies that keep the nodes in `keep` and those that must not run twice."""
+    """Policies that keep `keep` and nodes that must not run twice."""
     policies: dict[str, CheckpointPolicy] = {}
     for node in forward:
         # Of a tuple that is kept, the partitioner keeps the items that are used.
@@ -201,7 +201,7 @@ def _policies(forward: Sequence[Node], keep: frozenset[str]) -> dict[str, Checkp
 
 
 def _values(graph: Graph, forward: Sequence[Node]) -> tuple[list[Value], list[str]]:
-    """The values that the forward makes, and for each the name of the node that makes it.
+    """The values that the forward makes, and the names of their nodes.
 
     forward: its calls, in order; the steps of the values
     """
@@ -224,7 +224,7 @@ def _values(graph: Graph, forward: Sequence[Node]) -> tuple[list[Value], list[st
 
 
 def _is_joint(graph: Graph) -> bool:
-    """Whether a graph is a forward with its backward, by AOTAutograd's names of the inputs."""
+    """Whether a graph has a backward, by AOTAutograd's names of inputs."""
     names = [node.name for node in graph.find_nodes(op="placeholder")]
     if not all("primals" in name or "tangents" in name for name in names):
         return False

@@ -1,4 +1,4 @@
-"""Node orders of a graph, chosen for the lowest peak of the compiled program.
+"""Node orders, chosen for the lowest peak of the compiled program.
 
     x = wide(a);  y = wide(b);  small(x);  small(y)        two wide values are live at one time
     x = wide(a);  small(x);  y = wide(b);  small(y)        one
@@ -69,7 +69,7 @@ class Reorder:
 
 
 def candidates(graph: Graph, *, width: int = 64) -> list[list[Node]]:
-    """Legal orders of all nodes with a lower peak than the graph's own, by liveness; [] if none.
+    """Legal orders of lower peak than the graph's own, by liveness.
 
     Raises ValueError as liveness.lifetimes does.
 
@@ -145,14 +145,14 @@ def steps_of(
     by_name = {node.name: node for node in group_of}
     touched = _touched(groups[0][0].graph, living) if groups else {}
     # 1. Which groups make, use and need what.
-    made: list[list[int]] = [[] for _ in groups]
-    kept = set[int]()
+    allocated: list[list[int]] = [[] for _ in groups]
+    permanent = set[int]()
     for number, storage in enumerate(living.storages):
         maker = by_name.get(living.steps[storage.lower])
         if not storage.is_input and maker is not None:
-            made[group_of[maker]].append(number)
+            allocated[group_of[maker]].append(number)
         if storage.is_output or storage.upper == len(living.steps):
-            kept.add(number)
+            permanent.add(number)
     used: list[set[int]] = [set() for _ in groups]
     earlier: list[set[int]] = [set() for _ in groups]
     users = defaultdict[int, set[int]](set)
@@ -164,21 +164,21 @@ def steps_of(
     # 2. Storages of one group only are fused away, if it has several calls.
     sizes = [storage.size for storage in living.storages]
     for number, using in users.items():
-        if len(using) == 1 and len(groups[min(using)]) > 1 and number not in kept:
+        if len(using) == 1 and len(groups[min(using)]) > 1 and number not in permanent:
             sizes[number] = 0
     nested = dict(zip(living.steps, living.nested, strict=True))
     return Steps(
         sizes=tuple(sizes),
-        made=tuple(map(tuple, made)),
+        allocated=tuple(map(tuple, allocated)),
         used=tuple(tuple(sorted(storages)) for storages in used),
         before=tuple(tuple(sorted(steps)) for steps in earlier),
-        kept=frozenset(kept),
+        permanent=frozenset(permanent),
         workspace=tuple(max(nested[node.name] for node in group) for group in groups),
     )
 
 
 def _chains(calls: Iterable[Node], before: Mapping[Node, set[Node]]) -> list[list[Node]]:
-    """Group elementwise calls with the only call that follows them, as inductor fuses them.
+    """Group elementwise calls with their only follower, as inductor fuses them.
 
     Groups are in the order of their last calls.
     """

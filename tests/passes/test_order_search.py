@@ -42,12 +42,12 @@ def orders(steps: Steps, done: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]
 def held_by(steps: Steps, order: tuple[int, ...]) -> int:
     """The definition, from scratch: at each step, what was made before or in it and is used in it or later."""
     place = {step: at for at, step in enumerate(order)}
-    lower = {storage: place[step] for step, made in enumerate(steps.made) for storage in made}
+    lower = {storage: place[step] for step, made in enumerate(steps.allocated) for storage in made}
     upper = {storage: place[step] for step in order for storage in steps.used[step]}
     there = [storage for storage in upper if storage not in lower]
     peak = 0
     for at, step in enumerate(order):
-        live = [s for s in upper if lower.get(s, 0) <= at and (at <= upper[s] or s in steps.kept)]
+        live = [s for s in upper if lower.get(s, 0) <= at and (at <= upper[s] or s in steps.permanent)]
         peak = max(peak, sum(steps.sizes[s] for s in live) + steps.workspace[step] - sum(steps.sizes[s] for s in there))
     return max(peak, 0)
 

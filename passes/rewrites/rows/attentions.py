@@ -207,7 +207,7 @@ def _with_lse(
 
 
 def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
-    """Merge two parts (out, lse) of one softmax, neither of which has an empty row."""
+    """Merge two parts (out, lse) of one softmax without empty rows."""
     share = torch.sigmoid(left[1] - right[1])[..., None]
     out = torch.lerp(right[0].to(share.dtype), left[0].to(share.dtype), share)
     return out.to(left[0].dtype)

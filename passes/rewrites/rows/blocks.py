@@ -146,7 +146,7 @@ class _Search:
         return chain if len(chain) > 2 and self._is_rows(chain[-1]) else None
 
     def _views_of_rows(self, node: Node) -> list[Node]:
-        """The heads that a query, key or value is computed from, as views of rows.
+        """The views of rows that a query, key or value is computed from.
 
         The node itself, or the operands of a rotary embedding.
         """
@@ -160,7 +160,7 @@ class _Search:
         return list(views)
 
     def _base(self, node: Node) -> tuple[Node, int] | None:
-        """The rows that a node views as heads, and where in their features its own begin."""
+        """The rows that a node views as heads, and its first feature."""
         base: Any = node
         while isinstance(base, Node) and base.target in _VIEWS:
             base = _viewed(base)
@@ -181,7 +181,7 @@ class _Search:
         return base, start
 
     def _members(self, joined: Sequence[Node], first: int) -> list[Node]:
-        """The nodes of the block, up to the last value that all of them lead to.
+        """The nodes of the block, up to its last possible result.
 
         joined: the nodes from the attention to its joined heads
         first: the number of the block's first linear

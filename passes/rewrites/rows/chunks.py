@@ -16,7 +16,7 @@ from ...protocol import Stage
 
 @dataclass(frozen=True)
 class InChunks:
-    """A pass over a Dynamo graph that replaces nodes by an operator in chunks of rows.
+    """A pass that replaces nodes by an operator in chunks of rows.
 
     rows: rows of a chunk
     chunk_bytes: instead, bytes of a chunk; it has as many rows as fit, at least one

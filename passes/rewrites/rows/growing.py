@@ -44,7 +44,7 @@ def grow_back(
     claimed: Collection[Node],
     shared_of: Operands = shared_operands,
 ) -> list[Node]:
-    """The last node, and the nodes before it that are used for it only, in order.
+    """The last node, and earlier nodes that only it needs, in order.
 
     accepts: whether a node may be a member
     claimed: nodes that belong to something else
@@ -61,7 +61,7 @@ def grow_back(
 def is_used_as_rows(
     node: Node, members: Collection[Node], shared_of: Operands = shared_operands
 ) -> bool:
-    """Whether all users of a node are members, and none takes it as shared by all rows."""
+    """Whether a node's users are members that take it as rows."""
     return all(user in members and node not in shared_of(user) for user in node.users)
 
 
@@ -77,7 +77,7 @@ def row_inputs(members: Sequence[Node], rows_of: Operands = row_operands) -> lis
 
 
 def is_interrupted(nodes: Sequence[Node], members: Sequence[Node]) -> bool:
-    """Whether a node between the first and the last member writes in-place or changes a mode.
+    """Whether a node among the members writes in-place or changes a mode.
 
     nodes: all of the graph
     """
@@ -126,7 +126,7 @@ def is_static(node: Any) -> bool:
 
 
 def is_contiguous(node: Node) -> bool:
-    """Whether a value is laid out as a new tensor, so that views of it can be repeated on one."""
+    """Whether a value is laid out as a new tensor, for views of it."""
     value, expected = example_value(node), 1
     dims = list(zip(sizes(value.shape), sizes(value.stride()), strict=True))
     for size, stride in reversed(dims):
@@ -153,7 +153,7 @@ def sizes(shape: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def row_width(node: Node, row_dims: int) -> int:
-    """Bytes of one row of a node's value, 0 if it is no tensor.
+    """Bytes of one row of a node's value, 0 for no tensor.
 
     row_dims: how many leading dims are rows; a value without others has one number a row
     """

@@ -48,12 +48,12 @@ class Sum:
         return Sum({to[axis]: step for axis, step in self.steps.items()}, self.constant)
 
     def within(self, shape: torch.Size) -> Sum:
-        """The sum without axes of one element, along which the index is always 0."""
+        """The sum without axes of one element: their index is 0."""
         steps = {axis: step for axis, step in self.steps.items() if not _is_one(shape[-axis])}
         return Sum(steps, self.constant)
 
     def is_never_negative(self, shape: torch.Size) -> bool:
-        """Whether the sum is at least 0 at every element of a tensor of this shape."""
+        """Whether the sum is at least 0 everywhere in a tensor."""
         least = self.constant
         for axis, step in self.steps.items():
             if step >= 0:
@@ -81,7 +81,7 @@ def conditions(mask: Node) -> Conditions | None:
 
 
 def _is_written_to(mask: Node) -> bool:
-    """Whether a node that the mask is computed from is written in-place, also through a view."""
+    """Whether any source of a mask is written in-place, views included."""
     sources, waiting = set[Node](), [mask]
     while waiting:
         node = waiting.pop()
@@ -194,7 +194,7 @@ def _getitem(result: Tensor, x: Any, index: Any) -> _Read:
 
 @_rule("view", "reshape", torch.reshape, aten.view.default, aten.reshape.default)
 def _reshape(result: Tensor, x: Any, *shape: Any) -> _Read:
-    """Read a reshape of one axis to a shape with one axis of more than one element."""
+    """Read a reshape that only adds axes of one element."""
     value = example_value(x)
     axes = [axis for axis in range(1, result.ndim + 1) if not _is_one(result.shape[-axis])]
     if not isinstance(value, Tensor) or value.ndim != 1 or len(axes) != 1:

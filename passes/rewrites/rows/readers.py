@@ -75,7 +75,7 @@ def example_value(node: Node) -> Any:
 
 
 def is_along_rows(primitive: str, place: int, operand: Any) -> bool:
-    """Whether the operand at `place` of a primitive has the rows of its result.
+    """Whether a primitive's operand at `place` has the rows of its result.
 
     The place in the call decides, never a size: a linear's weight is shared by all rows, however
     many it has itself. Elementwise primitives align dims from the last on, so an operand of one dim
@@ -128,9 +128,15 @@ def _reads(*targets: Any) -> Callable[[Reader], Reader]:
     return register
 
 
+# Products.
+
+
 @_reads(F.linear, aten.linear.default)
 def _linear(input: Node, weight: Node, bias: Node | None = None) -> Read:
     return Read("linear", (input, weight, bias))
+
+
+# Activations.
 
 
 @_reads(F.gelu, aten.gelu.default)
@@ -178,6 +184,9 @@ for _name, _function in {
     _reads(_function, getattr(torch, _name), getattr(aten, _name).default, _name)(_unary(_name))
 
 
+# Norms.
+
+
 @_reads(F.layer_norm, aten.layer_norm.default)
 def _layer_norm(
     input: Node,
@@ -202,6 +211,9 @@ def _rms_norm(
     if len(normalized_shape) != 1 or not (eps is None or _is_number(eps)):
         return None
     return Read("rms_norm", (input, weight), {"eps": eps})
+
+
+# Arithmetic.
 
 
 def _binary(name: str) -> Reader:
@@ -233,6 +245,9 @@ def _mean(input: Node, dim: Any, keepdim: bool = False) -> Read | None:
     return Read("mean", (input,)) if _is_last(input, dim) and keepdim else None
 
 
+# Copies and casts. Dropout in inference is its operand.
+
+
 @_reads("contiguous", aten.contiguous.default)
 def _contiguous(input: Node) -> Read:
     return Read("", (input,))
@@ -255,6 +270,9 @@ def _dropout(
     input: Node, p: Any = 0.5, training: bool = True, inplace: bool = False
 ) -> Read | None:
     return Read("", (input,)) if training is False else None
+
+
+# Parts of the features.
 
 
 @_reads(
@@ -303,6 +321,9 @@ def _cat(tensors: Sequence[Node], dim: int = 0) -> Read | None:
     return Read("cat", tuple(tensors)) if _is_last(tensors[0], dim) else None
 
 
+# Reductions.
+
+
 @_reads(torch.logsumexp, aten.logsumexp.default, "logsumexp")
 def _logsumexp(input: Node, dim: Any, keepdim: bool = False) -> Read | None:
     return Read("logsumexp", (input,), {"keepdim": keepdim}) if _is_last(input, dim) else None
@@ -318,7 +339,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_last(node: Node, dim: Any) -> bool:
-    """Whether a dim argument, or a list of one, is the last dim of a node's value."""
+    """Whether a dim argument is the last dim of a node's value."""
     value = example_value(node)
     (dim,) = dim if isinstance(dim, (list, tuple)) and len(dim) == 1 else (dim,)
     return isinstance(value, Tensor) and dim in (-1, value.ndim - 1)

@@ -1,4 +1,4 @@
-"""Row-wise work as text, which a custom op takes as an argument and the compile cache can hash.
+"""Row-wise work as text: an argument of a custom op, hashable by caches.
 
 v0 = layer_norm(x0, w0, w1, eps=1e-05)      x0, x1, ...   operands whose rows are worked on
 v1 = linear(v0, w2, w3)                     w0, w1, ...   operands that all rows share
@@ -61,7 +61,7 @@ class Step:
         values[self.result] = forward(*self.arguments(values), **dict(self.options))
 
     def run_over(self, name: str, values: Values) -> None:
-        """Compute the result into the memory of the operand `name`, which has that use only."""
+        """Compute the result into the memory of the operand `name`."""
         over = self.definition.over
         assert over is not None
         others = [value for value in self.arguments(values) if value is not values[name]]
@@ -105,7 +105,7 @@ class Recipe:
         return values[self.result]
 
     def kinds(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """Every value as a meta tensor of one row, with its features and dtype."""
+        """Every value as a meta tensor of one row."""
         return _kinds(self, _signature(rows, one_row=True), _signature(shared))
 
     def kind(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ class Recipe:
         return sum(kinds[step.result].nbytes for step in self.steps)
 
     def live_bytes(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> int:
-        """The most bytes of one row that are live at one time during `run`, its result included."""
+        """The peak of `run` in bytes a row, its result included."""
         kinds = self.kinds(rows, shared)
         # 1. homes: for each result the value whose memory it is in: its own, or an operand's that
         # it overwrites or views. An operand of the recipe is nobody's home: it is the caller's.
@@ -178,8 +178,10 @@ class Recipe:
                 operands = {
                     name: values.get(name, kinds[name]) for name in (step.result, *step.names)
                 }
-                step_grad = grads.pop(step.result)
-                for name, piece in _gradients(step, step_grad, operands, plan.needed, sums):
+                # No name for the step's gradient and for the list: they would stay live longer.
+                for name, piece in _gradients(
+                    step, grads.pop(step.result), operands, plan.needed, sums
+                ):
                     grads[name] = grads[name] + piece if name in grads else piece
             values.pop(step.result, None)
         return [grads[name] for name in _values(rows, ()) if name in needed]
@@ -284,13 +286,13 @@ def _linear_gradients(
 
 
 def zero_sum(weight: Tensor) -> Tensor:
-    """Zeros like a weight in float32 at least, to add its gradients chunk by chunk."""
+    """Zeros like a weight, in float32 at least, to sum its gradients."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without another tensor of that size if dtypes allow."""
+    """total += left @ right, in-place if dtypes allow."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -298,7 +300,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _sum_over_rows(piece: Tensor, total: Tensor) -> Tensor:
-    """The gradient (rows, features) of a shared operand of (features,), or of one number."""
+    """The gradient of a shared operand of (features,) or ()."""
     has_features = piece.shape[-1:] == total.shape
     return piece.sum(0, dtype=total.dtype) if has_features else piece.sum(dtype=total.dtype)
 

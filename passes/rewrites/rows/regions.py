@@ -1,4 +1,4 @@
-"""Regions of a graph that work row by row through something wide, as recipes.
+"""Regions of a graph that work row by row through something wide.
 
     x ──┬── norm ── linear ── gelu ── linear ── add ── out        one node for all of it, x in,
         └────────────────────────────────────────┘                 out back
@@ -103,7 +103,9 @@ def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region
 
 
 def _cut(members: list[Node], lead: Lead) -> list[Node]:
-    """The part from some member on to the last that is best as a region; [] if none will do.
+    """The part up to the last member that is best as a region.
+
+    [] if none will do.
 
     A part will do if a linear in it is wider than its inputs together and than its result. The
     best has the fewest linears, then the narrowest inputs, then starts earliest.
@@ -123,7 +125,7 @@ def _cut(members: list[Node], lead: Lead) -> list[Node]:
 
 
 def _grow_forward(members: list[Node], lead: Lead) -> list[Node]:
-    """Append what is done to the result only, with no further inputs, as a residual's add."""
+    """Append what is done to the result only, as a residual's add."""
     while members and len(members[-1].users) == 1:
         (user,) = members[-1].users
         available = {*members, *row_inputs(members)}
@@ -175,7 +177,7 @@ def _region(members: list[Node]) -> Region | None:
 
 
 def _works_on_rows(node: Node, lead: Lead) -> bool:
-    """Whether a node is a primitive of rows (*lead, features) and of static shared operands."""
+    """Whether a node is a primitive of rows (*lead, features)."""
     operands = roles(node)
     if operands is None or not operands.rows:
         return False

@@ -1,4 +1,4 @@
-"""The operators that a spilled graph calls, and the handles of its stored tensors.
+"""The operators of a spilled graph, and the handles of its tensors.
 
     handle = write(x, directory)        begins to write; x must not change
     handle = written(handle, x)         waits until x is stored: x may be freed or overwritten
@@ -41,6 +41,7 @@ class _Entry:
         self.store: Store | None = store
 
 
+# A compiled graph passes handles on as numbers; an entry lives as long as its handles' memory.
 _numbers = itertools.count()
 _entries: weakref.WeakValueDictionary[int, _Entry] = weakref.WeakValueDictionary()
 
@@ -91,6 +92,7 @@ def fetch(
             "Spilled graphs take one backward: run the forward again, or compile without Spill for "
             "retain_graph=True"
         )
+    # Taken out first, so that a second fetch fails even if this one raises.
     store, entry.store = entry.store, None
     next_entry = None if next is None else _entries.get(int(next))
     if next_entry is not None and next_entry.store is not None:
@@ -126,6 +128,7 @@ WRITE = torch.ops.passes.write.default
 WRITTEN = torch.ops.passes.written.default
 FETCH = torch.ops.passes.fetch.default
 
+# Writing and reading take the file's bandwidth; waiting is overlapped.
 costs.register(WRITE, lambda x, directory, out: Work(file_bytes=x.nbytes))
 costs.register(WRITTEN, lambda handle, x, out: Work())
 costs.register(FETCH, lambda *args, out: Work(file_bytes=out.nbytes))
@@ -134,6 +137,7 @@ costs.register(FETCH, lambda *args, out: Work(file_bytes=out.nbytes))
 def _handle(number: int, entry: _Entry) -> Tensor:
     """A tensor of one number whose memory refers to the entry."""
     memory: npt.NDArray[np.int64] = np.array([number], dtype=np.int64)
+    # A view of a subclass can have attributes, and the tensor refers to it.
     owned = memory.view(_Number)
     owned.owner = entry
     return torch.from_numpy(owned)

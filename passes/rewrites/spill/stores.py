@@ -77,7 +77,7 @@ class Store(Protocol):
 
 
 class HostStore:
-    """A tensor of a GPU in pinned memory of the host, copied on the stream of the computation."""
+    """A GPU's tensor in pinned host memory, copied on its current stream."""
 
     def __init__(self, x: Tensor) -> None:
         pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -122,7 +122,7 @@ class FileStore:
             raise self._explained(error) if isinstance(error, OSError) else error
 
     def prefetch(self) -> None:
-        """Ask the kernel to read the file into its cache, which is no memory of this process."""
+        """Ask the kernel to read the file into its own cache."""
         if self._release.alive and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_WILLNEED)
 

@@ -93,7 +93,7 @@ class Spill:
         return lines
 
     def _is_spilled(self, node: Node, halves: Halves) -> bool:
-        """Whether a saved value is a dense tensor that is large enough, and not the caller's."""
+        """Whether to spill a saved value: dense, large, not the caller's."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             return False
@@ -143,7 +143,7 @@ class _Transfers:
             self.written[value.name] = self._call(WRITTEN, handle, value), rows, shape
 
     def _move_to_forward(self, node: Node) -> Node:
-        """Move a node before the backward if it was traced later, so that it is written in time."""
+        """Move a node before the backward, if it was traced later."""
         if node > self.first_of_backward:
             for operand in node.all_input_nodes:
                 self._move_to_forward(operand)
@@ -181,7 +181,7 @@ class _Transfers:
         output.args = ([*output.args[0][: self.halves.results], *gradients],)
 
     def _joint_node(self, node: Node) -> Node:
-        """The node of the joint graph for one of the backward half, inserted if it is new."""
+        """The joint graph's node for one of the backward half."""
         if node.name in self.halves.dependent:
             return self.by_name[node.name]
         if node not in self.replacements:
@@ -192,7 +192,7 @@ class _Transfers:
         return self.replacements[node]
 
     def _recompute(self, node: Node) -> Node:
-        """The forward node, or a copy if one of its inputs must be fetched."""
+        """The forward node, or a copy if an input must be fetched."""
         forward_node = self.by_name.get(node.name)
         if forward_node is not None and all(
             self._joint_node(operand) is self.by_name.get(operand.name)
@@ -206,7 +206,7 @@ class _Transfers:
         return copy
 
     def _fetch(self, name: str) -> Node:
-        """Insert the fetch of a saved value, and let the fetch before it prefetch this one."""
+        """Insert the fetch of a saved value, prefetched by the one before."""
         handle, rows, shape = self.written[name]
         value = rows.meta["val"]
         fetched = self._call(FETCH, handle, None, self.after, shape, value.dtype, value.device)

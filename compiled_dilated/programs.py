@@ -188,7 +188,7 @@ def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) ->
 
 def _shown(branches: object) -> str:
     """What came instead of branches, their masks by `str`."""
-    return f"({', '.join(map(str, branches))},)" if isinstance(branches, tuple) else repr(branches)
+    return f"({', '.join(map(str, branches))},)" if isinstance(branches, tuple) and branches else repr(branches)
 
 
 def _mapped(setting: Any, change: Callable[[Mask], Mask]) -> Any:

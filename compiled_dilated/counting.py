@@ -171,10 +171,9 @@ def tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order, q_offset
     """Counts of the tiles that `TileMap.build` lists; None where too many of them differ."""
     if not isinstance(order, Identity):
         return _mapped_tiles(mask, q_len, kv_len, tile, order)
-    cheap = _expanded(mask)
-    if mask is not cheap and any(isinstance(leaf, Asked) for leaf in _leaves(cheap)):
+    if any(isinstance(leaf, FromMod | Traced) for leaf in _leaves(mask)):
         # A function is asked about every pair of its tiles: first how many these are.
-        asked = tiles(cheap, q_len, kv_len, tile, order, q_offset)
+        asked = tiles(_expanded(mask), q_len, kv_len, tile, order, q_offset)
         if asked is None or (asked.full + asked.partial) * tile**2 > _MOST_PAIRS_OF_TILES:
             return None
     expanded = mask.expanded()

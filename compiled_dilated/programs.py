@@ -47,7 +47,7 @@ class Branch(_NoMask):
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
-            raise TypeError(f"a branch needs a mask; got {type(self.mask).__name__} {self.mask!r}. Use compiled_dilated.masks")
+            raise TypeError(f"a branch needs a mask; got {type(self.mask).__name__} {self.mask}. Use compiled_dilated.masks")
         if not isinstance(self.order, Order):
             raise TypeError(
                 f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders"
@@ -99,7 +99,9 @@ class Program(_NoMask):
             or not self.branches
             or not all(isinstance(each, Branch) for each in self.branches)
         ):
-            raise TypeError(f"a program needs a non-empty tuple of Branch; got {self.branches!r}. Write Program((Branch(mask),))")
+            raise TypeError(
+                f"a program needs a non-empty tuple of Branch; got {_shown(self.branches)}. Write Program((Branch(mask),))"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -182,6 +184,11 @@ class PerLength(_NoMask):
 def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) -> PerLength:
     """The `PerLength` of a builder known by name."""
     return PerLength(BUILDERS[arguments.choice("build", build, tuple(BUILDERS))], settings, names)
+
+
+def _shown(branches: object) -> str:
+    """What came instead of branches, their masks by `str`."""
+    return f"({', '.join(map(str, branches))},)" if isinstance(branches, tuple) and branches else repr(branches)
 
 
 def _mapped(setting: Any, change: Callable[[Mask], Mask]) -> Any:

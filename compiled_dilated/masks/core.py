@@ -136,7 +136,7 @@ class Mask(ABC):
 def _mask(value: object, operator: str) -> Mask:
     if not isinstance(value, Mask):
         way = getattr(value, "how_to_join", "Use one of compiled_dilated.masks")
-        raise TypeError(f"`{operator}` joins two masks; got {type(value).__name__} {value!r}. {way}")
+        raise TypeError(f"`{operator}` joins two masks; got {type(value).__name__} {value}. {way}")
     return value
 
 

@@ -42,7 +42,8 @@ def tensors_of(argument: str, inputs: Any) -> tuple[Tensor, ...]:
             raise TypeError(f"{argument}[{number}] must have one of the dtypes {', '.join(DTYPES)}; got {dtype_of(x)}")
         if x.dim() < 2:
             raise ValueError(f"{argument}[{number}] must have a batch and tokens; got the shape {tuple(x.shape)}")
-    return tensors
+    # torch.export makes one input of a tensor that comes twice.
+    return tuple(x.clone() if any(x is y for y in tensors[:number]) else x for number, x in enumerate(tensors))
 
 
 def entry_of(argument: str, inputs: Sequence[Tensor], ranges: Ranges, decodes: bool, queries_last: bool = False) -> Entry:

@@ -250,8 +250,8 @@ def no_onnx_export() -> None:
     """Raise NotImplementedError in an ONNX export, which would write a custom operator that no ONNX runtime has."""
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         raise NotImplementedError(
-            "attention by a program is no ONNX operator: its tiles are found at the call, which a graph of ONNX operators does not "
-            "express. Use compiled_dilated.export, whose package runs from Python and C++, or torch.export"
+            "attention by a program is no ONNX operator: its tiles are found at the call, which a graph of ONNX operators does "
+            "not express. Use compiled_dilated.export, whose package runs from Python and C++, or torch.export"
         )
 
 

@@ -209,7 +209,7 @@ def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
         ({"torch": "2.10.0"}, "the package is for torch 2.10.0; this is"),
         ({"isa": "native", "cpu": "VSX"}, "the package is for CPUs with VSX alone, as isa='native' makes it; this one has"),
         ({"machine": "s390x"}, "the package is for s390x; this machine is"),
-        ({"kernel": "0" * 64}, "for the kernel of another version of compiled_dilated. Export it again with this one, or load it"),
+        ({"kernel": "0" * 64}, "for the kernel of another version of compiled_dilated. Export it again with this one"),
         ({"format": 1}, "its format is 1, and this version reads 2"),
         ({"entries": None}, "does not describe a package"),
         ({"entries": {"model": {}}}, "does not describe a package"),
@@ -265,8 +265,8 @@ def test_what_needs_python_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-compiler-has-this-name")
-    with pytest.raises(build.NativeUnavailable, match="CXX='no-compiler-has-this-name' names no program that can be found; set CXX"):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.NativeUnavailable, match="CXX='no-such-compiler' names no program that can be found; set CXX"):
         cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")

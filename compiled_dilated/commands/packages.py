@@ -22,7 +22,8 @@ def export(
         ),
     ],
     path: Annotated[
-        Path, typer.Argument(metavar="FILE.pt2", help="The package; kernels (FILE.pt2*.so) and FILE.pt2.json are written beside it.")
+        Path,
+        typer.Argument(metavar="FILE.pt2", help="The package; FILE.pt2.json and kernels, FILE.pt2*.so, are written beside it."),
     ],
     lengths: Annotated[str | None, typer.Option(metavar="LEAST,MOST", help="Tokens; those of the example if not given.")] = None,
     batches: Annotated[str | None, typer.Option(metavar="LEAST,MOST", help="Batch; that of the example if not given.")] = None,

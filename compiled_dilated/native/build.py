@@ -257,8 +257,9 @@ def library(
 ) -> Path:
     """Build the library of these sources if it is not there, and return its path.
 
-    part: the sources to take, "whole" for all, "forward" for all that a forward needs. core: the library of the part "core", which
-    other parts need. isa: the instructions that the code may use, a key of _INSTRUCTIONS.
+    part: the sources to take, "whole" for all, "forward" for all that a forward needs.
+    core: the library of the part "core", which other parts need.
+    isa: the instructions that the code may use, a key of _INSTRUCTIONS.
 
     Raises NativeUnavailable.
     """

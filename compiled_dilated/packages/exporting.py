@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import arguments
 from ..attend import Attend
 from ..masks import Mask
-from ..native import build, cpp
+from ..native import cpp
 from ..programs import Program
 from .about import About, about_path, digest, library_path
 from .entries import TOKENS, Entry

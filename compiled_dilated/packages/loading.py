@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..native import build, cpp
 from .about import About, digest, inspect
@@ -61,9 +60,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
             raise ValueError(f"{file} is not the file that was written: its digest differs. Export it again")
     about.check_machine()
     _open_operators(package, about)
-    with _without_torchs_word_on_cpus():
-        runs = {name: torch._inductor.package.load_package(str(package), name) for name in about.entries}
-    return Loaded(about, runs)
+    return Loaded(about, {name: _opened(package, name) for name in about.entries})
 
 
 def _open_operators(package: Path, about: About) -> None:
@@ -76,16 +73,15 @@ def _open_operators(package: Path, about: About) -> None:
             torch.ops.load_library(str(package.with_suffix(f".pt2.{cpp.chosen(about.isa)}.so")))
 
 
-@contextlib.contextmanager
-def _without_torchs_word_on_cpus() -> Iterator[None]:
-    """Without torch's warning that a package was compiled for another CPU: `check_machine` has decided that."""
-    logger = logging.getLogger("torch.export.pt2_archive._package")
+def _opened(package: Path, entry: str) -> Callable[..., Any]:
+    """An entry as a function of its tensors, which returns what the model returned.
 
-    def is_other(record: logging.LogRecord) -> bool:
-        return "AOTI_CPU_ISA" not in record.getMessage()
+    torch._inductor.aoti_load_package does the same, but first imports a compiler and runs it, to find out what this CPU has.
+    """
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(package), entry, False, 1, -1)
+    returned = pytree.treespec_loads(loader.get_call_spec()[1])
 
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
+    def run(*inputs: Tensor) -> Any:
+        return pytree.tree_unflatten(loader.boxed_run([*inputs]), returned)
+
+    return run

@@ -178,7 +178,7 @@ def _captured(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
 def _compile(exported: Mapping[str, torch.export.ExportedProgram], path: Path, about: About) -> None:
     """Write the .pt2 of all entries."""
     # It imports the compiler, which takes longer than all of this package.
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
     options: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.metadata": about.metadata()}
@@ -186,7 +186,7 @@ def _compile(exported: Mapping[str, torch.export.ExportedProgram], path: Path, a
         options |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
     # In a cache of its own: two processes that export the same would write into each other's files.
     with fresh_cache(), torch.no_grad():
-        files = {}
+        files: dict[str, Any] = {}
         for name, program in exported.items():
             inputs, keywords = program.example_inputs
             graph = program.module(check_guards=False)

@@ -72,19 +72,7 @@ def export(
         cpp.sources_digest(),
         {},
     )
-    # All in a folder of its own first: a stop leaves no half of a package.
-    with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
-        unfinished = Path(folder, package.name)
-        libraries = cpp.write(library_path(unfinished), isa)
-        captured = {name: _captured(source) for name, source in sources.items()}
-        about = replace(about, entries={name: entry for name, (_, entry) in captured.items()})
-        _compile({name: exported for name, (exported, _) in captured.items()}, unfinished, about)
-        files = {".pt2": unfinished, **{f".pt2{suffix}": file for suffix, file in libraries.items()}}
-        about = replace(about, files={suffix: digest(file) for suffix, file in files.items()})
-        about_path(unfinished).write_text(json.dumps(about.to_json(), indent=1) + "\n")
-        for file in (*files.values(), about_path(unfinished)):
-            os.replace(file, package.absolute().parent / file.name)
-    return about
+    return _written(about, sources, package)
 
 
 @dataclass(frozen=True)
@@ -149,6 +137,23 @@ def _version() -> str:
         return version("compiled-dilated")
     except PackageNotFoundError:
         return "not installed"
+
+
+def _written(about: About, sources: Mapping[str, _Source], package: Path) -> About:
+    """Write all files of a package, and return its description with what was found out."""
+    # All in a folder of its own first: a stop leaves no half of a package.
+    with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
+        unfinished = Path(folder, package.name)
+        libraries = cpp.write(library_path(unfinished), about.isa)
+        captured = {name: _captured(source) for name, source in sources.items()}
+        about = replace(about, entries={name: entry for name, (_, entry) in captured.items()})
+        _compile({name: exported for name, (exported, _) in captured.items()}, unfinished, about)
+        files = {".pt2": unfinished, **{f".pt2{suffix}": file for suffix, file in libraries.items()}}
+        about = replace(about, files={suffix: digest(file) for suffix, file in files.items()})
+        about_path(unfinished).write_text(json.dumps(about.to_json(), indent=1) + "\n")
+        for file in (*files.values(), about_path(unfinished)):
+            os.replace(file, package.absolute().parent / file.name)
+    return about
 
 
 def _captured(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:

@@ -113,7 +113,7 @@ def cases() -> list[Case]:
     ]
 
 
-def measured(case: Case, path: Path, lengths: Sequence[int], most: int, turns: int) -> dict[str, Any]:
+def measure_case(case: Case, path: Path, lengths: Sequence[int], most: int, turns: int) -> dict[str, Any]:
     """A row: the package against cd.compile at the greatest length, their results at all."""
     run = cd.load(path)
     package = run.decode if case.decode else run
@@ -146,7 +146,7 @@ def measured(case: Case, path: Path, lengths: Sequence[int], most: int, turns: i
     }
 
 
-def exported(case: Case, path: Path) -> float:
+def export_case(case: Case, path: Path) -> float:
     """Export what a case is about, in seconds; nothing where another case has done so."""
     if path.exists():
         return 0.0
@@ -170,7 +170,7 @@ def first_results(path: Path, threads: int, turns: int) -> list[dict[str, Any]]:
     return rows
 
 
-def printed(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """A table without the single measurements."""
     return tabulate(
         [{key: row[key] for key in row if key not in ("seconds", "peak_bytes")} for row in rows],
@@ -191,16 +191,16 @@ def main() -> int:
     tokens, turns, processes = (2048, 3, 1) if options.quick else (options.tokens, options.turns, 5)
     # Twenty lengths, multiples of nothing and powers of two.
     lengths = [2, 3, 17, 63, 64, 65, *(tokens * share // 14 + 1 for share in range(1, 14)), tokens]
-    rows, chosen = [], cases()
+    rows, all_cases = [], cases()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for number, case in enumerate(chosen, 1):
+        for number, case in enumerate(all_cases, 1):
             path = Path(folder, case.package, "model.pt2")
-            seconds = exported(case, path)
-            print(f"[{number}/{len(chosen)}] {case.name}: exported in {seconds:.1f} s", flush=True)
-            rows.append(measured(case, path, lengths, tokens, turns) | {"export s": seconds})
+            seconds = export_case(case, path)
+            print(f"[{number}/{len(all_cases)}] {case.name}: exported in {seconds:.1f} s", flush=True)
+            rows.append(measure_case(case, path, lengths, tokens, turns) | {"export s": seconds})
             print(f"    {rows[-1]['time']:.2f} of the time of cd.compile", flush=True)
         first = first_results(Path(folder, "program", "model.pt2"), options.threads, processes)
-    print("\n" + printed(rows))
+    print("\n" + table(rows))
     print("\n" + tabulate([{key: row[key] for key in row if key != "seconds"} for row in first], headers="keys", floatfmt=".2f"))
     if options.json:
         record = {"hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()}, "commit": commit()}

@@ -42,7 +42,7 @@ for tokens, batch in ((1, 1), (5001, 1), (9, 9)):
 """
 
 
-@pytest.mark.parametrize(("capability", "kernels"), [("", cpp.chosen("avx2")), ("avx2", "avx2")])
+@pytest.mark.parametrize(("capability", "kernels"), [("", cpp.best_kernels("avx2")), ("avx2", "avx2")])
 def test_without_this_library(window: Exported, tmp_path: Path, fresh_python: Any, capability: str, kernels: str) -> None:
     """The kernels that a CPU with this capability runs, both entries, what the package says, and what it refuses."""
     path = window.copied(tmp_path)
@@ -89,7 +89,7 @@ def test_a_missing_kernel_is_named_without_this_library(window: Exported, tmp_pa
 @pytest.mark.parametrize(("capability", "kernels"), [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", None)])
 def test_the_fastest_kernels_that_a_cpu_runs(monkeypatch: pytest.MonkeyPatch, capability: str, kernels: str | None) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert cpp.chosen("avx2") == kernels
+    assert cpp.best_kernels("avx2") == kernels
 
 
 def test_a_cpu_with_less_is_refused(window: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,20 +35,20 @@ def write(library: Path, isa: str) -> dict[str, Path]:
     build.check_switch()
     level = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
     defines = (f"NATIVE_LEVEL={level}",) if isa == "native" else ()
-    built = {".so": build.library(build.SOURCES / "door", defines, isa="any")}
+    libraries = {".so": build.library(build.SOURCES / "door", defines, isa="any")}
     for kernels in kernels_for(isa):
-        built[f".{kernels}.so"] = build.library(part="forward", isa=kernels)
-    return {suffix: Path(shutil.copyfile(path, library.with_suffix(suffix))) for suffix, path in built.items()}
+        libraries[f".{kernels}.so"] = build.library(part="forward", isa=kernels)
+    return {suffix: Path(shutil.copyfile(path, library.with_suffix(suffix))) for suffix, path in libraries.items()}
 
 
-def chosen(isa: str) -> str | None:
+def best_kernels(isa: str) -> str | None:
     """The kernels among those of `write` that this CPU runs, as door.cpp chooses; None if it runs none."""
     here = torch.backends.cpu.get_cpu_capability()
     levels = {"native": True, "avx512": here == "AVX512", "avx2": here in _LEVELS}
     return next((kernels for kernels in kernels_for(isa) if levels[kernels]), None)
 
 
-def portable() -> str | None:
+def why_not_portable() -> str | None:
     """None if code for other CPUs than this one can be made here, else the reason why not."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"levels of CPUs are those of x86-64, and this machine is {platform.machine()}"

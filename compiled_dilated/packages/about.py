@@ -71,7 +71,7 @@ class About:
                 f"the package is for CPUs with {self.cpu} alone, as isa='native' makes it; this one has {here}. "
                 "Export it on such a CPU, or with isa='avx2'"
             )
-        if cpp.chosen(self.isa) is None:
+        if cpp.best_kernels(self.isa) is None:
             raise ValueError(f"the package needs a CPU with AVX2; this one has {here}")
         if self.kernel != cpp.sources_digest():
             raise ValueError(

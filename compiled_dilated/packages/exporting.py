@@ -72,7 +72,7 @@ def export(
         cpp.sources_digest(),
         {},
     )
-    return _written(about, sources, package)
+    return _write(about, sources, package)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _isa_of(isa: object) -> str:
         arguments.choice("isa", isa, cpp.ISAS)
     if isa == "native":
         return "native"
-    reason = cpp.portable()
+    reason = cpp.why_not_portable()
     if reason is not None and isa == "avx2":
         raise ValueError(f"isa='avx2' is not possible here: {reason}. Leave isa out")
     return "native" if reason is not None else "avx2"
@@ -139,15 +139,15 @@ def _version() -> str:
         return "not installed"
 
 
-def _written(about: About, sources: Mapping[str, _Source], package: Path) -> About:
+def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About:
     """Write all files of a package, and return its description with what was found out."""
     # All in a folder of its own first: a stop leaves no half of a package.
     with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
         unfinished = Path(folder, package.name)
         libraries = cpp.write(library_path(unfinished), about.isa)
-        captured = {name: _captured(source) for name, source in sources.items()}
-        about = replace(about, entries={name: entry for name, (_, entry) in captured.items()})
-        _compile({name: exported for name, (exported, _) in captured.items()}, unfinished, about)
+        graphs = {name: _capture(source) for name, source in sources.items()}
+        about = replace(about, entries={name: entry for name, (_, entry) in graphs.items()})
+        _compile({name: exported for name, (exported, _) in graphs.items()}, unfinished, about)
         files = {".pt2": unfinished, **{f".pt2{suffix}": file for suffix, file in libraries.items()}}
         about = replace(about, files={suffix: digest(file) for suffix, file in files.items()})
         about_path(unfinished).write_text(json.dumps(about.to_json(), indent=1) + "\n")
@@ -156,7 +156,7 @@ def _written(about: About, sources: Mapping[str, _Source], package: Path) -> Abo
     return about
 
 
-def _captured(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
+def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
     """A module's graph, whose attention is the native operator, and its entry with what was found out."""
     module, training = source.module, source.module.training
     try:

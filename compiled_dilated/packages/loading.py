@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
             raise ValueError(f"{file} is not the file that was written: its digest differs. Export it again")
     about.check_machine()
     _open_operators(package, about)
-    return Loaded(about, {name: _opened(package, name) for name in about.entries})
+    return Loaded(about, {name: _function(package, name) for name in about.entries})
 
 
 def _open_operators(package: Path, about: About) -> None:
@@ -70,18 +70,18 @@ def _open_operators(package: Path, about: About) -> None:
         build.load()
     except build.NativeUnavailable:
         if not torch._C._dispatch_has_kernel_for_dispatch_key("compiled_dilated::native", "CPU"):
-            torch.ops.load_library(str(package.with_suffix(f".pt2.{cpp.chosen(about.isa)}.so")))
+            torch.ops.load_library(str(package.with_suffix(f".pt2.{cpp.best_kernels(about.isa)}.so")))
 
 
-def _opened(package: Path, entry: str) -> Callable[..., Any]:
+def _function(package: Path, entry: str) -> Callable[..., Any]:
     """An entry as a function of its tensors, which returns what the model returned.
 
     torch._inductor.aoti_load_package does the same, but first imports a compiler and runs it, to find out what this CPU has.
     """
     loader = torch._C._aoti.AOTIModelPackageLoader(str(package), entry, False, 1, -1)
-    returned = pytree.treespec_loads(loader.get_call_spec()[1])
+    spec = pytree.treespec_loads(loader.get_call_spec()[1])
 
     def run(*inputs: Tensor) -> Any:
-        return pytree.tree_unflatten(loader.boxed_run([*inputs]), returned)
+        return pytree.tree_unflatten(loader.boxed_run([*inputs]), spec)
 
     return run

@@ -104,9 +104,9 @@ class Expected {
   // A size with a name is what the first input says, and the same in all others.
   bool is_size(int64_t expected, int64_t size) {
     if (expected >= 0) return size == expected;
-    int64_t& known = seen[-1 - expected];
-    if (known < 0) known = size;
-    return size == known;
+    int64_t& first = seen[-1 - expected];
+    if (first < 0) first = size;
+    return size == first;
   }
 
   std::string shown(size_t first, int64_t dims) const {

@@ -32,17 +32,17 @@ enum Level { baseline, avx2, avx512 };
 
 // What this CPU has. ATEN_CPU_CAPABILITY lowers it, as it does for torch's own kernels.
 Level level() {
-  Level found = baseline;
+  Level here = baseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) found = avx2;
-  if (found == avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) here = avx2;
+  if (here == avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    found = avx512;
+    here = avx512;
 #endif
-  const char* lowered = std::getenv("ATEN_CPU_CAPABILITY");
-  if (lowered && !std::strcmp(lowered, "default")) return baseline;
-  return lowered && !std::strcmp(lowered, "avx2") && found > avx2 ? avx2 : found;
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  if (limit && !std::strcmp(limit, "default")) return baseline;
+  return limit && !std::strcmp(limit, "avx2") && here > avx2 ? avx2 : here;
 }
 
 struct Kernels {
@@ -67,16 +67,16 @@ std::string stem() {
 }
 
 // Why no kernels could be opened; empty if they were.
-std::string opened() {
+std::string open_kernels() {
   const std::string beside = stem();
   const Level here = level();
-  std::string tried;
+  std::string errors;
   for (const Kernels& kernels : all) {
     if (kernels.needs > here) continue;
     if (dlopen((beside + kernels.suffix).c_str(), RTLD_NOW | RTLD_LOCAL)) return "";
-    tried += std::string("\n  ") + dlerror();
+    errors += std::string("\n  ") + dlerror();
   }
-  if (!tried.empty()) return "compiled_dilated: no kernels for this CPU beside the package's library:" + tried;
+  if (!errors.empty()) return "compiled_dilated: no kernels for this CPU beside the package's library:" + errors;
 #if defined(NATIVE_LEVEL)
   return "compiled_dilated: the package uses the instructions of the CPU that exported it, and this one has fewer";
 #else
@@ -85,7 +85,7 @@ std::string opened() {
 }
 
 const std::string& refusal() {
-  static const std::string text = opened();
+  static const std::string text = open_kernels();
   return text;
 }
 

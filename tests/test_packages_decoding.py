@@ -100,7 +100,7 @@ class Step(nn.Module):
         return self.layer.joined(self.layer.attend(q, keys, values, q_offset=past)), keys, values
 
 
-@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_model_with_a_cache(tmp_path: Path, queries: int) -> None:
     """An example of one query makes an entry for one; of more, for any number of them."""
     layer, cache = Prefill(), torch.zeros(2, 4, 9, 8)

@@ -76,6 +76,8 @@ class Attend:
         has_functions = score_mod is not None or bool(skeleton.mask_mods)
         bound = skeleton.plain
         try:
+            if not is_compiling():  # what traces that meets the operator, which asks too
+                checks.no_onnx_export()
             checks.no_options_of_sdpa(options)
             tensors = self._checked(q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse)
             if has_functions and not is_compiling():

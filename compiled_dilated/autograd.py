@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -217,6 +217,7 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(k) in _PLAIN
         and type(v) in _PLAIN
         and not is_compiling()
+        and _get_tracing_state() is None
         and not _len_torch_dispatch_stack()
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0

@@ -246,6 +246,15 @@ def sinks(sink_logits: object, heads: int, device: torch.device) -> None:
         raise ValueError(f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it")
 
 
+def no_onnx_export() -> None:
+    """Raise NotImplementedError in an ONNX export, which would write a custom operator that no ONNX runtime has."""
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            "attention by a program is no ONNX operator: its tiles are found at the call, which a graph of ONNX operators does "
+            "not express. Use compiled_dilated.export, whose package runs from Python and C++, or torch.export"
+        )
+
+
 def q_offset(value: object) -> Any:
     """The offset of the first query, symbolic or an integer."""
     return value if isinstance(value, torch.SymInt) else arguments.integer("q_offset", value, 0)

@@ -26,7 +26,7 @@ from torch._C import (
 )
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from . import planner
+from . import checks, planner
 from .calls import Call
 from .lowerings import execute, native
 from .masks.functions import digest
@@ -252,6 +252,7 @@ def _(
 @attend_operator.register_torch_dispatch(ProxyTorchDispatchMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """In a graph stands the native operator where it computes the rule: what holds it runs without Python too."""
+    checks.no_onnx_export()
     q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
     work, slots = None, score_slots(rule)
     if not reads_contents(rule):

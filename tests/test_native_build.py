@@ -20,7 +20,7 @@ import pytest
 import torch
 from cpp import program_of
 
-from compiled_dilated.native import build
+from compiled_dilated.native import build, cpp
 from compiled_dilated.native.build import NativeUnavailable
 from tests.conftest import ROOT
 
@@ -243,11 +243,11 @@ def test_a_library_that_cannot_be_opened(sources: Path, monkeypatch: pytest.Monk
     assert "cannot be opened" in (build.available() or "")
 
 
-def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COMPILED_DILATED_NATIVE", "off")
     assert build.available() == "COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them"
     with pytest.raises(NativeUnavailable, match="COMPILED_DILATED_NATIVE=off"):
-        build.library_for_cpp()
+        cpp.write(tmp_path / "kernel.so", "native")
     monkeypatch.setenv("COMPILED_DILATED_NATIVE", "no")
     with pytest.raises(ValueError, match="must be 'on' or 'off'; got 'no'"):
         build.available()
@@ -409,6 +409,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("stub")
     for name in ("problem.h", "operators.cpp"):
         shutil.copy(build.SOURCES / name, folder)
+    shutil.copytree(build.SOURCES / "door", folder / "door")
     (folder / "stub.cpp").write_text(STUB)
     return {"STUB": str(folder), "COMPILED_DILATED_CACHE": str(folder / "cache")}
 
@@ -467,9 +468,9 @@ int main(int, char** argv) {
 @pytest.mark.slow
 def test_a_package_runs_without_python(in_process: Callable[..., None], tmp_path: Path) -> None:
     in_process(COMPILED, str(tmp_path / "model.pt2"), str(tmp_path / "package.pt2"))
-    in_process("Path(sys.argv[1]).write_text(str(build.library_for_cpp()))", str(tmp_path / "library"))
+    library = str(tmp_path / "kernel.so")
+    in_process("from compiled_dilated.native import cpp; cpp.write(Path(sys.argv[1]), 'native')", library)
     program = program_of(MAIN, tmp_path)
-    library = (tmp_path / "library").read_text()
     done = subprocess.run([program, library, str(tmp_path / "package.pt2")], capture_output=True, text=True, timeout=120)
     assert done.stdout == f"1 {2 * (0.5 + 9 + 1 + 0.5):g}\n", done.stderr
 

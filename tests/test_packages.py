@@ -1,69 +1,33 @@
-"""Packages: the numbers of the model at every length, here, without this package, and from C++; anything else is refused."""
+"""Packages: the numbers of the model at every length; what is missing, altered or unfit is refused."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cpp import program_of
+from packaged import SUFFIXES, Exported, Model, of_model, qkv
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.cli import app
+from compiled_dilated.native import build
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 100, 257, 1000)
-
-
-def qkv(tokens: int, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(tokens)
-    return tuple(torch.randn(batch, h, tokens, 16, generator=generator) for h in (heads, kv_heads, kv_heads))
-
-
-class Model(nn.Module):
-    """Attention between layers, with padding and a score_mod that reads a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attend = cd.compile(masks.causal() & masks.window(20) & masks.padding("padding"))
-        self.project, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
-        self.slopes = nn.Parameter(torch.rand(4))
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.project(x).chunk(3, -1))
-
-        def bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return score - self.slopes[h] * (q - kv)
-
-        y = self.attend(q, k, v, data={"padding": padding}, score_mod=bias)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-def of_model(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(batch, tokens, 32, generator=generator), torch.rand(batch, tokens, generator=generator) < 0.2
-
-
-@dataclass(frozen=True)
-class Exported:
-    model: Any
-    path: Path
-    about: cd.packages.About
 
 
 @pytest.fixture(scope="module")
 def longnet(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     program, path = cd.longnet((16, 64), (1, 4)), tmp_path_factory.mktemp("longnet") / "model.pt2"
-    return Exported(program, path, cd.export(program, qkv(100), path, lengths=(1, 2**20), batches=(1, 8)))
+    q, k, _ = qkv(100)
+    # One tensor as keys and values: torch.export would make one input of it.
+    return Exported(program, path, cd.export(program, (q, k, k), path, lengths=(1, 2**20), batches=(1, 8)))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +43,8 @@ def test_a_program_at_every_length_and_batch(longnet: Exported) -> None:
         for batch in (1, 3):
             inputs = qkv(tokens, batch)
             torch.testing.assert_close(run(*inputs), attend(*inputs), rtol=1e-6, atol=1e-6)
+            expected = cd.reference(longnet.model, *(x.double() for x in inputs))
+            torch.testing.assert_close(run(*inputs).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_with_data_and_a_function(whole: Exported) -> None:
@@ -89,66 +55,38 @@ def test_a_model_with_data_and_a_function(whole: Exported) -> None:
             torch.testing.assert_close(run(*inputs), whole.model(*inputs), rtol=1e-5, atol=1e-6)
 
 
-WITHOUT = """
-import sys
-sys.modules["compiled_dilated"] = None
-import torch
-path, length = sys.argv[1], int(sys.argv[2])
-torch.ops.load_library(path + ".so")
-run = torch._inductor.aoti_load_package(path)
-inputs = torch.load(path + ".inputs")
-torch.save(run(*inputs), path + ".out")
-"""
+def test_inputs_in_any_layout(longnet: Exported, whole: Exported) -> None:
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(65)]
+    torch.testing.assert_close(cd.load(longnet.path)(*by_token), cd.compile(longnet.model)(*by_token), rtol=1e-6, atol=1e-6)
+    x, padding = of_model(65)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(cd.load(whole.path)(turned, padding), whole.model(x, padding), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [65, 1000])
-def test_without_this_package(longnet: Exported, fresh_python: Callable[..., Any], tokens: int) -> None:
-    inputs = qkv(tokens)
-    torch.save(inputs, f"{longnet.path}.inputs")
-    done = fresh_python("-c", WITHOUT, str(longnet.path), str(tokens))
-    assert done.returncode == 0, done.stderr
-    out = torch.load(f"{longnet.path}.out")
-    torch.testing.assert_close(out, cd.compile(longnet.model)(*inputs), rtol=1e-6, atol=1e-6)
-
-
-def test_inspect_says_what_was_exported(longnet: Exported) -> None:
+def test_inspect_says_what_was_exported(longnet: Exported, whole: Exported) -> None:
     about = cd.inspect(longnet.path)
     assert about == longnet.about
     assert about.name == repr(longnet.model)
-    assert about.ranges == {"tokens": (1, 2**20), "batch": (1, 8)}
-    assert "input 0: float32 (batch, 4, tokens, 16)" in str(about)
+    assert about.entries["model"].ranges == {"tokens": (1, 2**20), "batch": (1, 8)}
+    lines = str(about).splitlines()
+    assert "    input 0: float32 (batch, 4, tokens, 16)" in lines
+    assert "    tokens: 1 to 1,048,576" in lines
+    (attention,) = [line for line in lines if "attention 0" in line]
+    assert "segments(64)" in attention
+    assert "4 query heads on 2 of keys, width 16; one call of the native kernel" in attention
+    assert f"torch {torch.__version__.partition('+')[0]}, compiled_dilated " in lines[-5]
     json.dumps(about.to_json())
+    assert "input 0: float32 (2, tokens, 32), contiguous" in str(whole.about)
+    assert "with a score_mod; 4 query heads" in str(whole.about)
 
 
-MAIN = """
-#include <ATen/ATen.h>
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-
-#include <iostream>
-
-int main(int, char** argv) {
-  if (!dlopen((std::string(argv[1]) + ".so").c_str(), RTLD_NOW | RTLD_GLOBAL)) return std::cerr << dlerror() << "\\n", 1;
-  c10::InferenceMode guard;
-  torch::inductor::AOTIModelPackageLoader model(argv[1]);
-  for (const int64_t tokens : {2, 65, 1000}) {
-    const auto q = at::ones({1, 4, tokens, 16}), k = at::ones({1, 2, tokens, 16});
-    const auto v = at::arange(tokens).to(at::kFloat).view({1, 1, tokens, 1}).expand({1, 2, tokens, 16}).contiguous();
-    std::cout << model.run({q, k, v})[0].sum().item<float>() << " ";
-  }
-}
-"""
-
-
-@pytest.mark.slow
-def test_from_cpp(longnet: Exported, tmp_path: Path) -> None:
-    done = subprocess.run([program_of(MAIN, tmp_path), str(longnet.path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    attend = cd.compile(longnet.model)
-    for number, tokens in zip(done.stdout.split(), (2, 65, 1000), strict=True):
-        x = torch.ones(1, 4, tokens, 16)
-        v = torch.arange(tokens).float().view(1, 1, tokens, 1).expand(1, 2, tokens, 16)
-        assert float(number) == pytest.approx(float(attend(x, x[:, :2], v).sum()), rel=1e-4)
+def test_inspect_opens_one_file(longnet: Exported, tmp_path: Path) -> None:
+    path = longnet.copied(tmp_path)
+    for suffix in SUFFIXES:
+        if suffix != ".json":
+            path.with_name(path.name + suffix).unlink()
+    assert cd.inspect(path) == longnet.about
 
 
 # The command line -------------------------------------------------------------------------------------------------------------
@@ -198,33 +136,57 @@ def test_bad_usage_of_the_commands(arguments: tuple[str, ...], message: str, mon
 
 # Refusals ---------------------------------------------------------------------------------------------------------------------
 
+UNFIT = [
+    (lambda: [x.double() for x in qkv(50)], TypeError, "input 0 must be float32 on a CPU; got float64 on a CPU"),
+    (lambda: qkv(50, batch=9), ValueError, "batch must be from 1 to 8, for which the package was made; got 9"),
+    (lambda: qkv(0), ValueError, "tokens must be from 1 to 1,048,576, for which the package was made; got 0"),
+    (lambda: qkv(50, heads=8), ValueError, "input 0 must have the shape (batch, 4, tokens, 16); got (2, 8, 50, 16)"),
+    (lambda: (*qkv(50)[:2], qkv(51)[2]), ValueError, "input 2 must have the shape (batch, 2, tokens, 16); got (2, 2, 51, 16)"),
+    (lambda: [x[0] for x in qkv(50)], ValueError, "input 0 must have the shape (batch, 4, tokens, 16); got (4, 50, 16)"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "error", "message"), UNFIT)
+def test_unfit_inputs_are_refused(longnet: Exported, inputs: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """By a loaded package and, in the same words, by its graph."""
+    with pytest.raises(error) as loaded:
+        cd.load(longnet.path)(*inputs())
+    assert str(loaded.value) == message
+    with pytest.raises(RuntimeError) as raw:
+        torch._inductor.aoti_load_package(str(longnet.path))(*inputs())
+    assert str(raw.value).splitlines()[0] == message
+
 
 @pytest.mark.parametrize(
-    ("inputs", "error", "message"),
+    ("inputs", "message"),
     [
-        (lambda: qkv(50)[:2], TypeError, "the package takes 3 tensors; got 2"),
-        (lambda: [x.double() for x in qkv(50)], TypeError, "input 0 must be float32 on a CPU; got torch.float64 on cpu"),
-        (lambda: (1, 2, 3), TypeError, "input 0 must be a tensor; got int"),
-        (lambda: qkv(50, batch=9), ValueError, "batch must be from 1 to 8, for which the package was made; got 9"),
-        (lambda: qkv(0), ValueError, "tokens must be from 1 to 1,048,576, for which the package was made; got 0"),
-        (lambda: qkv(50, heads=8), ValueError, r"input 0 must have the shape \(batch, 4, tokens, 16\); got \(2, 8, 50, 16\)"),
-        (lambda: (*qkv(50)[:2], qkv(51)[2]), ValueError, r"input 2 must have the shape .*; got \(2, 2, 51, 16\)"),
-        (lambda: [x[0] for x in qkv(50)], ValueError, r"input 0 must have the shape .*; got \(4, 50, 16\)"),
+        (lambda: qkv(50)[:2], "the package takes 3 tensors; got 2"),
+        (lambda: (1, 2, 3), "input 0 must be a tensor; got int"),
     ],
 )
-def test_bad_inputs_are_refused(longnet: Exported, inputs: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_what_is_no_tensor_is_refused(longnet: Exported, inputs: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         cd.load(longnet.path)(*inputs())
+
+
+def test_a_package_without_decoding_says_so(longnet: Exported) -> None:
+    with pytest.raises(ValueError, match="has no entry for decoding; export it with decode=True"):
+        cd.load(longnet.path).decode(*qkv(50, queries=1))
+
+
+def test_generated_code_takes_no_other_layout(whole: Exported) -> None:
+    x, padding = of_model(65)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(RuntimeError, match="input 0 must be contiguous"):
+        torch._inductor.aoti_load_package(str(whole.path))(turned, padding)
 
 
 @pytest.fixture
 def copied(longnet: Exported, tmp_path: Path) -> Path:
-    for suffix in ("", ".so", ".json"):
-        shutil.copy(f"{longnet.path}{suffix}", tmp_path / f"model.pt2{suffix}")
-    return tmp_path / "model.pt2"
+    return longnet.copied(tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["", ".so"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".json"])
 def test_an_altered_file_is_refused(copied: Path, suffix: str) -> None:
     file = copied.with_name(copied.name + suffix)
     content = bytearray(file.read_bytes())
@@ -234,7 +196,7 @@ def test_an_altered_file_is_refused(copied: Path, suffix: str) -> None:
         cd.load(copied)
 
 
-@pytest.mark.parametrize("suffix", ["", ".so", ".json"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
     copied.with_name(copied.name + suffix).unlink()
     with pytest.raises(FileNotFoundError, match=rf"model.pt2{suffix} is missing"):
@@ -242,20 +204,21 @@ def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("fields", "message"),
     [
-        ("torch", "2.10.0", "the package is for torch 2.10.0; this is"),
-        ("cpu", "VSX", "the package uses VSX; this CPU has"),
-        ("machine", "s390x", "the package is for s390x; this machine is"),
-        ("format", 99, "its format is 99, and this version reads 1"),
-        ("inputs", None, "does not describe a package"),
-        (None, None, "does not describe a package"),
+        ({"torch": "2.10.0"}, "the package is for torch 2.10.0; this is"),
+        ({"isa": "native", "cpu": "VSX"}, "the package is for CPUs with VSX alone, as isa='native' makes it; this one has"),
+        ({"machine": "s390x"}, "the package is for s390x; this machine is"),
+        ({"kernel": "0" * 64}, "for the kernel of another version of compiled_dilated. Export it again with this one"),
+        ({"format": 1}, "its format is 1, and this version reads 2"),
+        ({"entries": None}, "does not describe a package"),
+        ({"entries": {"model": {}}}, "does not describe a package"),
+        (None, "does not describe a package"),
     ],
 )
-def test_another_machine_is_refused(copied: Path, field: str | None, value: Any, message: str) -> None:
+def test_another_machine_or_version_is_refused(copied: Path, fields: dict[str, Any] | None, message: str) -> None:
     beside = copied.with_name("model.pt2.json")
-    fields = json.loads(beside.read_text())
-    beside.write_text("{" if field is None else json.dumps({**fields, field: value}))
+    beside.write_text("{" if fields is None else json.dumps({**json.loads(beside.read_text()), **fields}))
     with pytest.raises(ValueError, match=message):
         cd.load(copied)
 
@@ -267,9 +230,13 @@ def test_another_machine_is_refused(copied: Path, field: str | None, value: Any,
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, a program or a mask; got int"),
         ({"model": cd.compile(masks.causal())}, TypeError, "export takes the program itself"),
         ({"lengths": (9, 3)}, ValueError, r"lengths must be the least and the most, as \(1, 65536\); got \(9, 3\)"),
-        ({"lengths": (1, 30)}, ValueError, r"the example's tokens, 50, must be within its range \(1, 30\)"),
-        ({"example_inputs": qkv(1), "lengths": (1, 30)}, ValueError, "an example must have at least 2 tokens where that varies"),
+        ({"lengths": (1, 30)}, ValueError, r"example_inputs must have tokens within the range \(1, 30\); got 50"),
+        ({"example_inputs": qkv(1), "lengths": (1, 30)}, ValueError, "must have at least 2 tokens where that varies; got 1"),
         ({"example_inputs": (1, 2, 3)}, TypeError, r"example_inputs\[0\] must be a tensor on a CPU; got int"),
+        ({"example_inputs": qkv(9)[0]}, TypeError, "example_inputs must be a sequence of tensors; got Tensor"),
+        ({"example_inputs": ()}, ValueError, "example_inputs is empty"),
+        ({"example_inputs": [x.cfloat() for x in qkv(9)]}, TypeError, "must have one of the dtypes float32, .*; got complex64"),
+        ({"isa": "sse"}, ValueError, "isa must be one of 'avx2', 'native'; got 'sse'"),
     ],
 )
 def test_bad_exports_are_refused(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -279,18 +246,32 @@ def test_bad_exports_are_refused(options: dict[str, Any], error: type[Exception]
     assert not list(tmp_path.iterdir())
 
 
+class OfTiles(nn.Module):
+    """Attention that the native kernel does not compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = cd.compile(masks.causal(), lowering="tiled")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = self.attend(q, k, v)
+        return out
+
+
 def test_what_needs_python_is_refused(tmp_path: Path) -> None:
-    class OfTiles(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attend = cd.compile(masks.causal(), lowering="tiled")
-
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out: Tensor = self.attend(q, k, v)
-            return out
-
     with pytest.raises(ValueError, match="the graph holds attention that the native kernel does not compute for all lengths"):
         cd.export(OfTiles(), qkv(50), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.NativeUnavailable, match="CXX='no-such-compiler' names no program that can be found; set CXX"):
+        cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(build.NativeUnavailable, match=r"no C\+\+ compiler is on PATH; install g\+\+"):
+        cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 

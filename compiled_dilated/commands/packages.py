@@ -22,10 +22,17 @@ def export(
         ),
     ],
     path: Annotated[
-        Path, typer.Argument(metavar="FILE.pt2", help="The package; FILE.pt2.so and FILE.pt2.json are written beside it.")
+        Path,
+        typer.Argument(metavar="FILE.pt2", help="The package; FILE.pt2.json and kernels, FILE.pt2*.so, are written beside it."),
     ],
     lengths: Annotated[str | None, typer.Option(metavar="LEAST,MOST", help="Tokens; those of the example if not given.")] = None,
     batches: Annotated[str | None, typer.Option(metavar="LEAST,MOST", help="Batch; that of the example if not given.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Of a program: also an entry for queries that are the last of a cache's tokens.")
+    ] = False,
+    isa: Annotated[
+        str | None, typer.Option(metavar="avx2|native", help="The instructions of the CPUs that run it; avx2 if torch can.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a package that runs where this library is not installed, from Python and from C++.
@@ -47,6 +54,8 @@ def export(
             path,
             lengths=_range("--lengths", lengths),
             batches=_range("--batches", batches),
+            decode=decode,
+            isa=isa,
         )
     _print(about, json)
 

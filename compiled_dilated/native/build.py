@@ -31,12 +31,20 @@ SOURCES = Path(__file__).parent / "src"
 
 _COMPILERS = ("g++", "clang++")
 _FLAGS = (
-    "-std=c++17", "-fPIC", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-    "-fno-semantic-interposition", "-DNDEBUG",
+    "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-semantic-interposition",
+    "-DNDEBUG",
 )  # fmt: skip
+# What the code may use: this CPU's own instructions, those of a level of CPUs, or of every CPU of the architecture.
+_INSTRUCTIONS = {
+    "native": ("-march=native",),
+    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx2": ("-march=x86-64-v3",),
+    "any": (),
+}
 # Sources in which a call spends next to no time: the first call waits less for them.
 _LIGHT = {
     "operators.cpp": "-Og",
+    "inputs.cpp": "-Og",
     "attention.cpp": "-O1",
     "counts.cpp": "-O1",
     "masks.cpp": "-O1",
@@ -51,6 +59,7 @@ _PARTS = {
     "function_bounds.cpp": "functions",
     "forward_amx.cpp": "amx",
     "counts.cpp": "counts",
+    "inputs.cpp": "inputs",
     "backward_amx.cpp": "backward_amx",
     "backward_f32.cpp": "backward",
     "forward_f64.cpp": "double",
@@ -77,7 +86,8 @@ class _Recipe:
     """All that decides what comes out.
 
     compiler: its command. version: what it says of itself. flags, links: of every source, and of the library.
-    sources: by name, headers too. part: "core", one of the others, or "whole".
+    sources: by name, headers too. part: "core", one of the others, "forward" for all of these that compute no gradients, or
+    "whole". isa: a key of _INSTRUCTIONS.
     """
 
     compiler: tuple[str, ...]
@@ -86,12 +96,14 @@ class _Recipe:
     links: tuple[str, ...]
     sources: tuple[tuple[str, bytes], ...]
     part: str
+    isa: str
 
     @property
     def name(self) -> str:
         """The library's file name."""
         digest = hashlib.sha256()
-        for text in (torch.__version__, _cpu(), self.version, self.part, *self.compiler, *self.flags, *self.links):
+        cpu = _cpu() if self.isa == "native" else platform.machine()
+        for text in (torch.__version__, cpu, self.version, self.part, *self.compiler, *self.flags, *self.links):
             digest.update(text.encode() + b"\0")
         for source, content in self.sources:
             digest.update(f"{source}\0{_level(source)}\0{len(content)}\0".encode() + content)
@@ -104,7 +116,16 @@ class _Recipe:
         return [name for *_, name in sorted(units)]
 
     def _holds(self, unit: str) -> bool:
+        if self.part == "forward":
+            return unit.endswith(".cpp") and not unit.startswith("backward") and _PARTS.get(unit) != "counts"
         return unit.endswith(".cpp") and self.part in ("whole", _PARTS.get(unit, "core"))
+
+    @property
+    def title(self) -> str:
+        """What a user reads while it is built."""
+        of_part = f"'s part '{self.part}'" if self.part not in ("core", "whole", "forward") else ""
+        cpus = {"native": "this machine", "any": "programs without Python"}.get(self.isa, f"CPUs with {self.isa.upper()}")
+        return f"the native kernel{of_part} for {cpus}"
 
 
 def _level(unit: str) -> str:
@@ -112,18 +133,18 @@ def _level(unit: str) -> str:
     return _LIGHT.get(unit, "-O3")
 
 
-def _recipe(sources: Path, defines: Sequence[str], part: str, core: Path | None) -> _Recipe:
+def _recipe(sources: Path, defines: Sequence[str], part: str, core: Path | None, isa: str) -> _Recipe:
     if sys.platform == "win32":
         raise NativeUnavailable("the native kernels are not built on Windows; the other lowerings need no compiler")
     compiler = _compiler()
     torch_at = Path(torch.__file__).parent
     library_at = torch_at / "lib"
-    flags = (*_FLAGS, *(f"-D{name}" for name in defines), f"-I{torch_at / 'include'}")
+    flags = (*_FLAGS, *_INSTRUCTIONS[isa], *(f"-D{name}" for name in defines), f"-I{torch_at / 'include'}")
     strict = ("-Wl,-z,defs", "-Wl,-Bsymbolic") if sys.platform == "linux" else ()
     beside = () if core is None else (f"-L{core.parent}", f"-l:{core.name}", "-Wl,-rpath,$ORIGIN")
     links = ("-shared", f"-L{library_at}", f"-Wl,-rpath,{library_at}", *strict, "-ltorch", "-ltorch_cpu", "-lc10", *beside)
     files = sorted(path for path in sources.iterdir() if path.suffix in (".cpp", ".h"))
-    return _Recipe(compiler, _version(compiler), flags, links, tuple((path.name, path.read_bytes()) for path in files), part)
+    return _Recipe(compiler, _version(compiler), flags, links, tuple((path.name, path.read_bytes()) for path in files), part, isa)
 
 
 def _compiler() -> tuple[str, ...]:
@@ -227,14 +248,22 @@ def _used(path: Path) -> float:
 # How it is built ------------------------------------------------------------------------------------------------------------
 
 
-def library(sources: Path | None = None, defines: Sequence[str] = (), part: str = "whole", core: Path | None = None) -> Path:
+def library(
+    sources: Path | None = None,
+    defines: Sequence[str] = (),
+    part: str = "whole",
+    core: Path | None = None,
+    isa: str = "native",
+) -> Path:
     """Build the library of these sources if it is not there, and return its path.
 
-    part: the sources to take, "whole" for all. core: the library of the part "core", which other parts need.
+    part: the sources to take, "whole" for all, "forward" for all that a forward needs.
+    core: the library of the part "core", which other parts need.
+    isa: the instructions that the code may use, a key of _INSTRUCTIONS.
 
     Raises NativeUnavailable.
     """
-    recipe = _recipe(SOURCES if sources is None else sources, defines, part, core)
+    recipe = _recipe(SOURCES if sources is None else sources, defines, part, core, isa)
     kept = folder()
     path = kept / recipe.name
     if not _is_whole(path):
@@ -251,7 +280,7 @@ def _build(recipe: _Recipe, path: Path) -> None:
     at_once = min(len(recipe.units), _cores())
     seconds = _SECONDS_A_SOURCE * -(-len(recipe.units) // at_once)
     print(
-        f"compiled_dilated: building the native kernel{_of(recipe.part)} for this machine, once (about {seconds} s) ...",
+        f"compiled_dilated: building {recipe.title}, once (about {seconds} s) ...",
         file=sys.stderr,
         flush=True,
     )
@@ -264,10 +293,6 @@ def _build(recipe: _Recipe, path: Path) -> None:
             os.replace(digest, _digest_file(path))
     except OSError as error:
         raise NativeUnavailable(f"the native kernels cannot be kept in {path.parent}: {error}") from error
-
-
-def _of(part: str) -> str:
-    return "" if part in ("core", "whole") else f"'s part '{part}'"
 
 
 def _compile(recipe: _Recipe, into: Path, at_once: int) -> Path:
@@ -322,7 +347,7 @@ def load() -> None:
     Once in a process; a failure is remembered too. Raises NativeUnavailable.
     """
     global _outcome
-    _check_switch()
+    check_switch()
     with _lock:
         if _outcome is None:
             try:
@@ -343,21 +368,20 @@ def available() -> str | None:
     return None
 
 
-def library_for_cpp() -> Path:
-    """The library for C++ programs without Python: it defines the operators too. Open it before a package that uses them.
-
-    Not for a process that imports compiled_dilated, where the operators are defined already. Raises NativeUnavailable.
-    """
-    _check_switch()
-    return library(defines=("NATIVE_SCHEMA",))
-
-
-def _check_switch() -> None:
+def check_switch() -> None:
+    """Raise NativeUnavailable where the environment turns the kernels off."""
     said = os.environ.get("COMPILED_DILATED_NATIVE", "")
     if said not in _SWITCH:
         raise ValueError(f"COMPILED_DILATED_NATIVE must be 'on' or 'off'; got {said!r}")
     if not _SWITCH[said]:
         raise NativeUnavailable("COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them")
+
+
+def load_part(name: str) -> None:
+    """Build a part if needed and open it. Raises NativeUnavailable."""
+    load()
+    with _lock:
+        ctypes.CDLL(str(library(part=name, core=library(part="core"))))
 
 
 # Called from C++ where a part is first needed; kept, as C++ holds it for good.

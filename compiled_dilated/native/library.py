@@ -20,7 +20,7 @@ from . import build
 
 COUNT_NUMBERS = 8
 
-# src/operators.cpp repeats them for programs without Python.
+# src/door/door.cpp repeats them for programs without Python.
 _OTHERS = "Tensor[]? data, Tensor[]? operands, int[] code, float scale, SymInt q_offset"
 _CALL = f"(Tensor q, Tensor k, Tensor v, {_OTHERS}, Tensor? offsets, bool by_token)"
 SCHEMAS = {
@@ -30,6 +30,7 @@ SCHEMAS = {
     "Tensor? offsets, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)",
     "native_merge": f"(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, {_OTHERS}) -> ()",
     "native_counts": "(Tensor[]? data, Tensor[]? operands, int[] code, int[] sizes, SymInt q_offset, Tensor? offsets) -> Tensor",
+    "check_inputs": "(Tensor[] inputs, int[] code) -> Tensor",
 }
 
 _library = torch.library.Library("compiled_dilated", "FRAGMENT")
@@ -87,6 +88,11 @@ def _(
     return torch.empty(COUNT_NUMBERS, dtype=torch.int64)
 
 
+@torch.library.register_fake("compiled_dilated::check_inputs", lib=_library)
+def _(inputs: Sequence[Tensor], code: Sequence[int]) -> Tensor:
+    return torch.empty((), dtype=torch.int64)
+
+
 # The first call -------------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +103,7 @@ def _first_call(name: str) -> Callable[..., Any]:
         for x in arguments:
             if isinstance(x, Tensor) and x.device.type != "cpu":
                 raise NotImplementedError(f"compiled_dilated::{name} computes on the CPU; got a tensor on {x.device}")
-        build.load()
+        build.load_part("inputs") if name == "check_inputs" else build.load()
         return getattr(torch.ops.compiled_dilated, name).default(*arguments)
 
     return load_and_call

@@ -1,4 +1,4 @@
-"""Description of a package: its inputs, ranges and machine."""
+"""Description of a package: its entries, versions, machine and files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-FORMAT = 1
+from ..native import cpp
+from .entries import Entry, Input
+
+FORMAT = 2
 
 
 def library_path(package: Path) -> Path:
-    """Path of the native kernel beside a package."""
+    """Path of the library that programs without Python open, beside a package."""
     return package.with_name(package.name + ".so")
 
 
@@ -34,80 +36,69 @@ def digest(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Input:
-    """A tensor that a package takes. shape: numbers, or names of ranges."""
-
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
 class About:
     """A package's description.
 
-    name: of what was exported, a program as text or a model's class. inputs: in order. ranges: (least, most) by name. torch: its
-    version. cpu: the instructions that the files use. files: SHA-256 by suffix.
+    name: of what was exported, a program as text or a model's class.
+    entries: "model", and "decode" where there is one.
+    isa: the instructions that its code uses, "avx2" or "native".
+    cpu, machine: torch's names for the CPU that exported it.
+    torch, compiled_dilated: versions.
+    kernel: SHA-256 of the native kernel's sources.
+    files: SHA-256 by suffix.
     """
 
     name: str
-    inputs: tuple[Input, ...]
-    ranges: Mapping[str, tuple[int, int]]
-    torch: str
+    entries: Mapping[str, Entry]
+    isa: str
     cpu: str
     machine: str
+    torch: str
+    compiled_dilated: str
+    kernel: str
     files: Mapping[str, str]
     format: int = FORMAT
 
-    def check_inputs(self, inputs: Sequence[object]) -> None:
-        """Raise TypeError or ValueError unless a package may run with these."""
-        if len(inputs) != len(self.inputs):
-            raise TypeError(f"the package takes {len(self.inputs)} tensors; got {len(inputs)}")
-        sizes: dict[str, int] = {}
-        for number, (x, expected) in enumerate(zip(inputs, self.inputs, strict=True)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"input {number} must be a tensor; got {type(x).__name__}")
-            if str(x.dtype) != f"torch.{expected.dtype}" or x.device.type != "cpu":
-                raise TypeError(f"input {number} must be {expected.dtype} on a CPU; got {x.dtype} on {x.device}")
-            if x.dim() != len(expected.shape):
-                raise ValueError(f"input {number} must have the shape {_shown(expected.shape)}; got {tuple(x.shape)}")
-            for size, wanted in zip(x.shape, expected.shape, strict=True):
-                if isinstance(wanted, str):
-                    wanted = sizes.setdefault(wanted, size)
-                if size != wanted:
-                    raise ValueError(f"input {number} must have the shape {_shown(expected.shape)}; got {tuple(x.shape)}")
-        for name, size in sizes.items():
-            least, most = self.ranges[name]
-            if not least <= size <= most:
-                raise ValueError(f"{name} must be from {least:,} to {most:,}, for which the package was made; got {size:,}")
-
     def check_machine(self) -> None:
-        """Raise ValueError unless this torch and this CPU run the package."""
+        """Raise ValueError unless this torch, this compiled_dilated and this CPU run the package."""
         if torch.__version__.partition("+")[0] != self.torch:
             raise ValueError(f"the package is for torch {self.torch}; this is {torch.__version__}. Export it again with this one")
         if platform.machine() != self.machine:
             raise ValueError(f"the package is for {self.machine}; this machine is {platform.machine()}. Export it there")
-        if torch.backends.cpu.get_cpu_capability() != self.cpu:
+        here = torch.backends.cpu.get_cpu_capability()
+        if self.isa == "native" and here != self.cpu:
             raise ValueError(
-                f"the package uses {self.cpu}; this CPU has {torch.backends.cpu.get_cpu_capability()}. Export it on such a CPU"
+                f"the package is for CPUs with {self.cpu} alone, as isa='native' makes it; this one has {here}. "
+                "Export it on such a CPU, or with isa='avx2'"
+            )
+        if cpp.best_kernels(self.isa) is None:
+            raise ValueError(f"the package needs a CPU with AVX2; this one has {here}")
+        if self.kernel != cpp.sources_digest():
+            raise ValueError(
+                "the package's graph is for the kernel of another version of compiled_dilated. Export it again with this one, "
+                "or load it without importing compiled_dilated (docs/packages.md)"
             )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def metadata(self) -> dict[str, str]:
+        """What the .pt2 itself says of this, for `get_metadata()` in C++: texts by name."""
+        texts = {"name": self.name, "isa": self.isa, "compiled_dilated": self.compiled_dilated, "kernel": self.kernel}
+        for name, entry in self.entries.items():
+            texts |= {f"{name}.inputs": "; ".join(map(str, entry.inputs))}
+            texts |= {f"{name}.{size}": f"{least},{most}" for size, (least, most) in entry.ranges.items()}
+        return texts
+
     def __str__(self) -> str:
         lines = [self.name]
-        for number, x in enumerate(self.inputs):
-            lines.append(f"  input {number}: {x.dtype} {_shown(x.shape)}")
-        for name, (least, most) in self.ranges.items():
-            lines.append(f"  {name}: {least:,} to {most:,}")
-        lines.append(f"  torch {self.torch}, {self.machine}, {self.cpu}")
-        for suffix, value in self.files.items():
-            lines.append(f"  {suffix}: sha256 {value}")
+        for name, entry in self.entries.items():
+            lines.append(f"  {name}")
+            lines += [f"    {line}" for line in entry.lines()]
+        code = "AVX2" if self.isa == "avx2" else f"the CPU that exported it, {self.cpu}"
+        lines.append(f"  torch {self.torch}, compiled_dilated {self.compiled_dilated}, {self.machine}, code for {code}")
+        lines += [f"  {suffix}: sha256 {value}" for suffix, value in self.files.items()]
         return "\n".join(lines)
-
-
-def _shown(shape: Sequence[int | str]) -> str:
-    return f"({', '.join(map(str, shape))})"
 
 
 def inspect(path: str | os.PathLike[str]) -> About:
@@ -117,13 +108,18 @@ def inspect(path: str | os.PathLike[str]) -> About:
     """
     beside = about_path(Path(path))
     if not beside.exists():
-        raise FileNotFoundError(f"{beside} is missing: a package is three files, written together by compiled_dilated.export")
+        raise FileNotFoundError(f"{beside} is missing: the files of a package are written together by compiled_dilated.export")
     try:
         fields = json.loads(beside.read_text())
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']}, and this version reads {FORMAT}")
-        fields["inputs"] = tuple(Input(x["dtype"], tuple(x["shape"])) for x in fields["inputs"])
-        fields["ranges"] = {name: (int(least), int(most)) for name, (least, most) in fields["ranges"].items()}
+        fields["entries"] = {name: _entry(entry) for name, entry in fields["entries"].items()}
         return About(**fields)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{beside} does not describe a package: {error}. Export it again") from error
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
+    inputs = tuple(Input(x["dtype"], tuple(x["shape"]), x["contiguous"]) for x in fields["inputs"])
+    ranges = {name: (int(least), int(most)) for name, (least, most) in fields["ranges"].items()}
+    return Entry(inputs, ranges, tuple(fields["attention"]), fields["queries_last"])

@@ -1,7 +1,6 @@
 // The operators of compiled_dilated that compute natively, over torch's stable ABI: tensors in, Problem and Gradients out.
 //
-// Schemas are those of library.py, which defines them in a process with Python. With NATIVE_SCHEMA this library defines them
-// itself, for programs without.
+// Schemas are those of library.py, which defines them in a process with Python; in a program without, door/door.cpp does.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -348,20 +347,6 @@ Tensor native_counts(Tensors data, Tensors operands, Ints code, Ints numbers, in
 }
 
 }  // namespace
-
-#ifdef NATIVE_SCHEMA
-#define OTHERS "Tensor[]? data, Tensor[]? operands, int[] code, float scale, SymInt q_offset"
-#define CALL "(Tensor q, Tensor k, Tensor v, " OTHERS ", Tensor? offsets, bool by_token) -> "
-
-STABLE_TORCH_LIBRARY_FRAGMENT(compiled_dilated, m) {
-  m.def("native" CALL "(Tensor, Tensor)");
-  m.def("native_counted" CALL "(Tensor, Tensor, Tensor)");
-  m.def("native_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " OTHERS
-        ", Tensor? offsets, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("native_merge(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, " OTHERS ") -> ()");
-  m.def("native_counts(Tensor[]? data, Tensor[]? operands, int[] code, int[] sizes, SymInt q_offset, Tensor? offsets) -> Tensor");
-}
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CPU, m) {
   m.impl("native", TORCH_BOX(&native_));

@@ -1,0 +1,139 @@
+// A package's check of its inputs: the first operator of its graph, so that a tensor outside the package's range is refused
+// whoever runs it, from Python or C++. The rule and its words are those of packages/about.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+struct Dtype {
+  ScalarType type;
+  const char* name;
+};
+
+// In the order of DTYPES in packages/about.py.
+constexpr Dtype dtypes[] = {
+    {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"}, {ScalarType::Half, "float16"},
+    {ScalarType::BFloat16, "bfloat16"}, {ScalarType::Bool, "bool"}, {ScalarType::Char, "int8"},
+    {ScalarType::Short, "int16"}, {ScalarType::Int, "int32"}, {ScalarType::Long, "int64"}, {ScalarType::Byte, "uint8"},
+};
+
+// In the order of NAMES there. A size below 0 in the code is -1 minus the number of its name.
+enum Name { tokens, batch, queries, names };
+constexpr const char* words[names] = {"tokens", "batch", "queries"};
+
+std::string name_of(ScalarType type) {
+  for (const Dtype& dtype : dtypes)
+    if (dtype.type == type) return dtype.name;
+  return torch::headeronly::toString(type);
+}
+
+// 1234567 as 1,234,567.
+std::string grouped(int64_t number) {
+  std::string text = std::to_string(number);
+  const int digits_from = number < 0 ? 1 : 0;
+  for (int at = static_cast<int>(text.size()) - 3; at > digits_from; at -= 3) text.insert(at, ",");
+  return text;
+}
+
+std::string joined(const std::vector<std::string>& parts) {
+  std::string text;
+  for (const std::string& part : parts) text += (text.empty() ? "" : ", ") + part;
+  return "(" + text + (parts.size() == 1 ? ",)" : ")");
+}
+
+std::string shape_of(const Tensor& x) {
+  std::vector<std::string> parts;
+  for (int64_t size : x.sizes()) parts.push_back(std::to_string(size));
+  return joined(parts);
+}
+
+// Reads the code: for each name its least and most, 0 and 0 where there is none; whether queries are among the tokens; then for
+// each input its dtype, whether it must be contiguous, its dims and sizes.
+class Expected {
+ public:
+  explicit Expected(const Ints& code) : code(code) {
+    for (int name = 0; name < names; ++name) least[name] = next(), most[name] = next();
+    queries_within = next() != 0;
+  }
+
+  bool ended() const { return at == code.size(); }
+
+  void check(size_t number, const Tensor& x) {
+    const Dtype& dtype = dtypes[next()];
+    const bool contiguous = next() != 0;
+    const int64_t dims = next();
+    const size_t first = at;
+    at += dims;
+    if (at > code.size()) throw std::runtime_error("check_inputs: the code ends early");
+    const std::string input = "input " + std::to_string(number);
+    if (x.scalar_type() != dtype.type || !x.is_cpu())
+      throw std::runtime_error(input + " must be " + dtype.name + " on a CPU; got " + name_of(x.scalar_type()) + " on " +
+                               (x.is_cpu() ? "a CPU" : "another device"));
+    bool fits = x.dim() == dims;
+    for (int64_t dim = 0; fits && dim < dims; ++dim) fits = is_size(code[first + dim], x.size(dim));
+    if (!fits) throw std::runtime_error(input + " must have the shape " + shown(first, dims) + "; got " + shape_of(x));
+    if (contiguous && !x.is_contiguous()) throw std::runtime_error(input + " must be contiguous");
+  }
+
+  void check_ranges() const {
+    for (int name = 0; name < names; ++name)
+      if (seen[name] >= 0 && (seen[name] < least[name] || seen[name] > most[name]))
+        throw std::runtime_error(std::string(words[name]) + " must be from " + grouped(least[name]) + " to " + grouped(most[name]) +
+                                 ", for which the package was made; got " + grouped(seen[name]));
+    if (queries_within && seen[queries] > seen[tokens])
+      throw std::runtime_error("queries must be the last of the tokens; got " + grouped(seen[queries]) + " queries of " +
+                               grouped(seen[tokens]) + " tokens");
+  }
+
+ private:
+  int64_t next() {
+    if (at >= code.size()) throw std::runtime_error("check_inputs: the code ends early");
+    return code[at++];
+  }
+
+  // A size with a name is what the first input says, and the same in all others.
+  bool is_size(int64_t expected, int64_t size) {
+    if (expected >= 0) return size == expected;
+    int64_t& first = seen[-1 - expected];
+    if (first < 0) first = size;
+    return size == first;
+  }
+
+  std::string shown(size_t first, int64_t dims) const {
+    std::vector<std::string> parts;
+    for (int64_t dim = 0; dim < dims; ++dim) {
+      const int64_t size = code[first + dim];
+      parts.push_back(size < 0 ? words[-1 - size] : std::to_string(size));
+    }
+    return joined(parts);
+  }
+
+  const Ints& code;
+  size_t at = 0;
+  int64_t least[names], most[names], seen[names] = {-1, -1, -1};
+  bool queries_within = false;
+};
+
+// 1, which the graph reads, so that no compiler drops the call.
+Tensor check_inputs(std::vector<Tensor> inputs, Ints code) {
+  Expected expected(code);
+  for (size_t number = 0; number < inputs.size(); ++number) expected.check(number, inputs[number]);
+  if (!expected.ended()) throw std::runtime_error("check_inputs: the code is of more inputs");
+  expected.check_ranges();
+  Tensor result = torch::stable::empty(Ints{}, ScalarType::Long);
+  return torch::stable::fill_(result, 1.0);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CPU, m) { m.impl("check_inputs", TORCH_BOX(&check_inputs)); }

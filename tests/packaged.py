@@ -1,0 +1,81 @@
+"""Inputs, a model and a process without this library, for the tests of packages."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+
+SUFFIXES = ("", ".so", ".avx512.so", ".avx2.so", ".json")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported, and what came of it."""
+
+    model: Any
+    path: Path
+    about: cd.packages.About
+
+    def copied(self, folder: Path) -> Path:
+        """The path of a copy."""
+        for suffix in SUFFIXES:
+            shutil.copy(f"{self.path}{suffix}", folder / f"model.pt2{suffix}")
+        return folder / "model.pt2"
+
+
+def qkv(tokens: int, batch: int = 2, heads: int = 4, kv_heads: int = 2, queries: int | None = None) -> tuple[Tensor, ...]:
+    """q, k and v of 16 numbers a head. queries: fewer than tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+    sizes = ((heads, tokens if queries is None else queries), (kv_heads, tokens), (kv_heads, tokens))
+    return tuple(torch.randn(batch, *size, 16, generator=generator) for size in sizes)
+
+
+class Model(nn.Module):
+    """Attention between layers, with padding and a score_mod that reads a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = cd.compile(masks.causal() & masks.window(20) & masks.padding("padding"))
+        self.project, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.slopes = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.project(x).chunk(3, -1))
+
+        def bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return score - self.slopes[h] * (q - kv)
+
+        y = self.attend(q, k, v, data={"padding": padding}, score_mod=bias)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def of_model(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Inputs of `Model`."""
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randn(batch, tokens, 32, generator=generator), torch.rand(batch, tokens, generator=generator) < 0.2
+
+
+# A process in which this library cannot be imported: the package's library, then code with `path` and `load(entry)`.
+WITHOUT = """
+import sys
+sys.modules["compiled_dilated"] = None
+import torch
+path = sys.argv[1]
+torch.ops.load_library(path + ".so")
+
+def load(entry):
+    from torch._inductor.package import load_package
+    return torch._inductor.aoti_load_package(path) if entry == "model" else load_package(path, entry)
+
+def opened():
+    with open("/proc/self/maps") as lines:
+        return sorted({line.split()[-1].rpartition("/")[2] for line in lines if path + "." in line})
+"""

@@ -1,0 +1,139 @@
+"""Packages that decode: prefill and some queries against a cache of any length, as entries of one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaged import Exported, qkv
+from torch import Tensor, nn
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    program = masks.causal() & (masks.window(20) | masks.sinks(2)) & masks.padding("padding")
+    path = tmp_path_factory.mktemp("window") / "model.pt2"
+    inputs = (*qkv(50), torch.zeros(2, 50, dtype=torch.bool))
+    return Exported(program, path, cd.export(program, inputs, path, lengths=(1, 2**20), batches=(1, 8), decode=True))
+
+
+def padding(tokens: int, batch: int = 2) -> Tensor:
+    """Some keys hidden."""
+    return torch.arange(tokens).expand(batch, -1) % 5 == 3
+
+
+def test_queries_are_the_last_of_the_cache(window: Exported) -> None:
+    run, attend = cd.load(window.path), cd.compile(window.model)
+    for tokens in (1, 2, 19, 64, 65, 300, 4096):
+        for queries in (1, 2, 7, 64):
+            if queries <= tokens:
+                inputs, data = qkv(tokens, queries=queries), padding(tokens)
+                expected = attend(*inputs, q_offset=tokens - queries, data={"padding": data})
+                torch.testing.assert_close(run.decode(*inputs, data), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_one_by_one_are_the_whole_sequence(window: Exported) -> None:
+    run, (q, k, v), data = cd.load(window.path), qkv(40), padding(40)
+    steps = [run(*(x[:, :, :30] for x in (q, k, v)), data[:, :30])]
+    # Slices of one allocated cache, which are no copies.
+    steps += [run.decode(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], data[:, : i + 1]) for i in range(30, 40)]
+    torch.testing.assert_close(torch.cat(steps, dim=2), run(q, k, v, data), rtol=1e-6, atol=1e-6)
+
+
+def test_a_cache_is_read_where_it_lies(window: Exported) -> None:
+    assert not any(x.contiguous for x in window.about.entries["decode"].inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "queries", "message"),
+    [
+        (3, 9, "queries must be the last of the tokens; got 9 queries of 3 tokens"),
+        (3, 0, "queries must be from 1 to 1,048,576, for which the package was made; got 0"),
+    ],
+)
+def test_queries_out_of_range_are_refused(window: Exported, tokens: int, queries: int, message: str) -> None:
+    inputs = (*qkv(tokens, queries=queries), padding(tokens))
+    with pytest.raises(ValueError, match=message):
+        cd.load(window.path).decode(*inputs)
+    from torch._inductor.package import load_package
+
+    with pytest.raises(RuntimeError, match=message):
+        load_package(str(window.path), "decode")(*inputs)
+
+
+class Prefill(nn.Module):
+    """A layer over a whole sequence. Returns its output, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = cd.compile(masks.causal() & masks.window(20))
+        self.project, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.heads(x)
+        return self.joined(self.attend(q, k, v)), k, v
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        return [y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.project(x).chunk(3, -1)]
+
+    def joined(self, y: Tensor) -> Tensor:
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class Step(nn.Module):
+    """The same layer over new tokens behind a cache of keys and values, which it returns longer."""
+
+    def __init__(self, layer: Prefill) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.layer.heads(x)
+        past = keys.shape[2]
+        keys, values = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
+        return self.layer.joined(self.layer.attend(q, keys, values, q_offset=past)), keys, values
+
+
+@pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_model_with_a_cache(tmp_path: Path, queries: int) -> None:
+    """An example of one query makes an entry for one; of more, for any number of them."""
+    layer, cache = Prefill(), torch.zeros(2, 4, 9, 8)
+    decode = (Step(layer), (torch.zeros(2, queries, 32), cache, cache))
+    about = cd.export(layer, (torch.zeros(2, 50, 32),), tmp_path / "model.pt2", lengths=(2, 4096), decode=decode)
+    assert about.entries["decode"].inputs[0].shape == (2, 1 if queries == 1 else "queries", 32)
+    run, x = cd.load(tmp_path / "model.pt2"), torch.randn(2, 60, 32)
+    out, keys, values = run(x[:, :40])
+    outs, step = [out], 1 if queries == 1 else 5
+    for i in range(40, 60, step):
+        out, keys, values = run.decode(x[:, i : i + step], keys, values)
+        outs.append(out)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(outs, dim=1), layer(x)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"decode": True, "lengths": None}, ValueError, "decode needs lengths, the range of the cache's tokens"),
+        ({"decode": 1}, TypeError, "decode must be True or False; got int 1"),
+        ({"decode": True, "example_inputs": qkv(2)}, ValueError, "must have at least 3 tokens for decode=True; got 2"),
+        ({"decode": True, "model": Prefill()}, TypeError, r"decode must be \(module, example inputs\) for a model, .* got bool"),
+        (
+            {"model": Prefill(), "decode": (Step(Prefill()), (torch.zeros(2, 9, 32),) * 3)},
+            ValueError,
+            r"decode\[1\] must have two sizes of tokens, that of the queries and that of the cache.*; got \[9\]",
+        ),
+        ({"model": Prefill(), "decode": (Step(Prefill()), 3)}, TypeError, r"decode\[1\] must be a sequence of tensors; got int"),
+    ],
+)
+def test_bad_decodes_are_refused(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"model": masks.causal(), "example_inputs": qkv(50), "lengths": (1, 99), **options}
+    with pytest.raises(error, match=message):
+        cd.export(path=tmp_path / "model.pt2", **settings)
+    assert not list(tmp_path.iterdir())

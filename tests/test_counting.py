@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from compiled_dilated import counting, masks, orders
 from compiled_dilated.masks import Mask
-from compiled_dilated.masks.positions import LeadingQueries
+from compiled_dilated.masks.leading import LeadingQueries
 from compiled_dilated.regions import EMPTY, FULL, PARTIAL
 from compiled_dilated.tiles import TileMap
 from tests import strategies

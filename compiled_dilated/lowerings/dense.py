@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..heads import head_ranges
 from ..masks import Mask, conjunction, conjuncts
-from ..masks.positions import Causal
+from ..masks.bands import Causal
 from ..plans import Problem, Proposal, Refusal
 from .batched import Batched
 from .tiling import costs

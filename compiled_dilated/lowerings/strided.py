@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from ..heads import head_groups
 from ..masks import Mask, conjuncts
-from ..masks.positions import Causal, Congruent, Segments
+from ..masks.bands import Causal
+from ..masks.congruent import Congruent
+from ..masks.segments import Segments
 from ..plans import Problem, Proposal, Refusal
 from ..programs import Branch
 from .batched import Batched

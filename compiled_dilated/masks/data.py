@@ -13,7 +13,7 @@ from .. import arguments
 from ..regions import PARTIAL, Regions, Verdicts
 from .core import NOTHING, Data, Mask, Positions, clip
 from .lookup import as_tensor, rank
-from .positions import _same_group
+from .segments import same_group
 
 
 def row_of(x: Any, b: Positions) -> Any:
@@ -107,7 +107,7 @@ class DocumentLengths(Mask):
         stops = np.asarray(self._stops)
         first, last, kv_first, kv_last = (np.searchsorted(stops, x, side="right") for x in (q.first, q.last, kv.first, kv.last))
         outside = np.maximum(first, kv_first) >= len(self.lengths)
-        return np.where(outside, np.uint8(0), _same_group(first, last, kv_first, kv_last))
+        return np.where(outside, np.uint8(0), same_group(first, last, kv_first, kv_last))
 
     @property
     def period(self) -> int | None:

@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
+from .core import MOST_RANGES, NOTHING, Data, Mask, Positions, clip
 from .lookup import as_tensor, rank, runs
-from .positions import _MOST_RANGES
 
 # Regions of up to so many rows of tiles are judged row by row, larger ones as a whole.
 _MOST_ROWS = 16
@@ -73,7 +72,7 @@ class Tiles(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         row = q // self.block
         keys = runs(self._tiles(range(row, row + 1), range(self.columns))[1], self.block)
-        if len(keys) > _MOST_RANGES:
+        if len(keys) > MOST_RANGES:
             return None
         return tuple(range(span.start, min(span.stop, kv_len)) for span in keys if span.start < kv_len)
 

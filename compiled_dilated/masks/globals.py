@@ -18,10 +18,10 @@ import numpy as np
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
+from .core import MOST_RANGES, NOTHING, Data, Mask, Positions, clip
 from .data import OfFlags, row_of
+from .leading import GlobalTokens
 from .lookup import as_tensor, rank, runs
-from .positions import _MOST_RANGES, GlobalTokens
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +60,7 @@ class GlobalPositions(Mask):
         if len(self._within(range(q, q + 1))):
             return (range(kv_len),)
         keys = runs(self._within(range(kv_len)))
-        return None if len(keys) > _MOST_RANGES else tuple(keys)
+        return None if len(keys) > MOST_RANGES else tuple(keys)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         queries, keys = self._within(q), self._within(kv)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from .. import arguments
 from ..regions import EMPTY, PARTIAL, IntArray, Regions, Verdicts, both, verdicts
 from .core import NOTHING, Data, Mask, Positions, clip, conjunction, conjuncts, intersection
-from .positions import LeadingQueries, Sinks, classify_difference, pairs_up_to
+from .differences import classify_difference, pairs_up_to
+from .leading import LeadingQueries, Sinks
 
 Flags = npt.NDArray[np.bool_]
 

@@ -14,7 +14,8 @@ from ..calls import Call
 from ..heads import HeadRange
 from ..lowerings import execute, hidden
 from ..masks import Mask, causal, conjunction, conjuncts, full
-from ..masks.positions import Causal, Segments, Window
+from ..masks.bands import Causal, Window
+from ..masks.segments import Segments
 from ..orders import identity
 from ..partials import Saved
 from ..plans import Plan, Problem, Scores

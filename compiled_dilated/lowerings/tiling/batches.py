@@ -18,7 +18,7 @@ from torch import Tensor
 from ...calls import Call
 from ...heads import HeadRange
 from ...masks import Mask
-from ...masks.positions import pairs_up_to
+from ...masks.differences import pairs_up_to
 from ...partials import Saved
 from . import kernels
 from .lattice import Rows

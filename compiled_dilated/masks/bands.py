@@ -54,10 +54,17 @@ class Window(Mask):
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         near = (kv - q >= -self.left) & (kv - q <= self.right)
-        return near if self.dilation == 1 else near & ((kv - q) % self.dilation == 0)
+        if self.dilation == 1:
+            return near
+        return near & ((kv - q) % self.dilation == 0)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        return classify_difference(*differences(q, kv), dilation=self.dilation, left=self.left, right=self.right)
+        return classify_difference(
+            *differences(q, kv),
+            dilation=self.dilation,
+            left=self.left,
+            right=self.right,
+        )
 
     @property
     def period(self) -> int | None:
@@ -82,10 +89,14 @@ class Window(Mask):
         return q, kv
 
     def expanded(self) -> Mask:
-        return self if self.dilation == 1 else Window(self.left, self.right, 1) & DilatedBlocks(1, self.dilation)
+        if self.dilation == 1:
+            return self
+        return Window(self.left, self.right, 1) & DilatedBlocks(1, self.dilation)
 
     def pairs(self, q: range, kv: range) -> int | None:
-        return None if self.dilation > 1 else pairs_up_to(self.right, q, kv) - pairs_up_to(-self.left - 1, q, kv)
+        if self.dilation > 1:
+            return None
+        return pairs_up_to(self.right, q, kv) - pairs_up_to(-self.left - 1, q, kv)
 
     def __repr__(self) -> str:
         right = "" if self.right == self.left else f", {self.right}"

@@ -30,7 +30,10 @@ class BlockWindow(Mask):
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         least = kv.first // self.block - q.last // self.block
         most = kv.last // self.block - q.first // self.block
-        return verdicts((least >= -self.left) & (most <= self.right), (least > self.right) | (most < -self.left))
+        return verdicts(
+            (least >= -self.left) & (most <= self.right),
+            (least > self.right) | (most < -self.left),
+        )
 
     @property
     def period(self) -> int | None:
@@ -43,7 +46,11 @@ class BlockWindow(Mask):
         kv = clip(kv, *self._keys(q[0] // self.block, q[-1] // self.block))
         if not kv:
             return NOTHING
-        return clip(q, (kv[0] // self.block - self.right) * self.block, (kv[-1] // self.block + self.left + 1) * self.block), kv
+        return clip(
+            q,
+            (kv[0] // self.block - self.right) * self.block,
+            (kv[-1] // self.block + self.left + 1) * self.block,
+        ), kv
 
     def _keys(self, first: int, last: int) -> tuple[int, int]:
         """Start and stop of the keys that blocks first .. last see."""
@@ -120,7 +127,8 @@ class DilatedBlocks(Mask):
     def pairs(self, q: range, kv: range) -> int | None:
         borders = sorted({0, self.stride, *self._borders(q), *self._borders(kv)})
         total = 0
-        # Between two borders all classes of blocks have equally many queries, and equally many keys.
+        # Between two borders all classes of blocks have equally many queries, and equally many
+        # keys.
         for start, stop in itertools.pairwise(borders):
             total += (stop - start) * self._tokens_of_class(start, q) * self._tokens_of_class(start, kv)
         return total
@@ -138,7 +146,9 @@ class DilatedBlocks(Mask):
         counts = []
         for end in (side.start, side.stop):
             periods, rest = divmod(end, period)
-            counts.append(periods * self.block + min(max(rest - residue * self.block, 0), self.block))
+            counts.append(
+                periods * self.block + min(max(rest - residue * self.block, 0), self.block),
+            )
         return counts[1] - counts[0]
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
@@ -157,4 +167,7 @@ def dilated_blocks(block: int, stride: int) -> Mask:
 
     The share of visible pairs is 1 / stride.
     """
-    return DilatedBlocks(arguments.integer("block", block, 1), arguments.integer("stride", stride, 1))
+    return DilatedBlocks(
+        arguments.integer("block", block, 1),
+        arguments.integer("stride", stride, 1),
+    )

@@ -56,19 +56,23 @@ class Congruent(Mask):
             offset = sum((h == head) * value for head, value in enumerate(self.offset))
         else:
             raise ValueError(
-                f"{self!r} depends on the number of heads; "
-                "say it by heads=..., or ask mask.for_heads(heads)"
+                f"{self!r} depends on the number of heads; say it by heads=..., or ask mask.for_heads(heads)",
             )
         return (self.residue(q) == offset) & (self.residue(kv) == offset)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         if isinstance(self.offset, int):
-            return np.minimum(self._classify_side(q, self.offset), self._classify_side(kv, self.offset))
+            return np.minimum(
+                self._classify_side(q, self.offset),
+                self._classify_side(kv, self.offset),
+            )
         # Heads differ in their offset: a verdict holds only if it holds for every offset.
         offsets = range(self.modulus) if isinstance(self.offset, str) else sorted(set(self.offset))
         answers = []
         for offset in offsets:
-            answers.append(np.minimum(self._classify_side(q, offset), self._classify_side(kv, offset)))
+            answers.append(
+                np.minimum(self._classify_side(q, offset), self._classify_side(kv, offset)),
+            )
         return np.where(np.ptp(answers, axis=0) == 0, answers[0], PARTIAL)
 
     def _classify_side(self, side: Regions, offset: int) -> Verdicts:
@@ -93,7 +97,9 @@ class Congruent(Mask):
 
     @property
     def period(self) -> int | None:
-        return self.modulus if self.within is None or self.within % self.modulus == 0 else self.within
+        if self.within is None or self.within % self.modulus == 0:
+            return self.modulus
+        return self.within
 
     @property
     def side_periods(self) -> tuple[int | None, int | None]:
@@ -151,7 +157,11 @@ class Congruent(Mask):
         return f"congruent({self.modulus}, {self.offset!r}{within})"
 
 
-def congruent(modulus: int, offset: int | tuple[int, ...] | str = 0, period: int | None = None) -> Mask:
+def congruent(
+    modulus: int,
+    offset: int | tuple[int, ...] | str = 0,
+    period: int | None = None,
+) -> Mask:
     """Queries and keys whose (position % period) % modulus is `offset`.
 
     All other queries see nothing.
@@ -173,13 +183,12 @@ def congruent(modulus: int, offset: int | tuple[int, ...] | str = 0, period: int
 
 def _offsets(offset: int | tuple[int, ...], modulus: int) -> int | tuple[int, ...]:
     """Check one offset, or one per head."""
-    by_head = arguments.is_iterable(offset)
-    if by_head:
-        values = arguments.integers("offset", offset, 0)
+    out: int | tuple[int, ...]
+    if arguments.is_iterable(offset):
+        out = arguments.integers("offset", offset, 0)
+        greatest = max(out)
     else:
-        values = (arguments.integer("offset", offset, 0),)
-    if max(values) >= modulus:
+        out = greatest = arguments.integer("offset", offset, 0)
+    if greatest >= modulus:
         raise ValueError(f"offset must be below the modulus {modulus}; got {offset!r}")
-    if by_head:
-        return values
-    return values[0]
+    return out

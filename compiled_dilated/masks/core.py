@@ -23,8 +23,8 @@ MOST_RANGES = 64
 class Mask(ABC):
     """Which keys a query may attend to: an expression over token positions.
 
-    `allows` defines the mask for single pairs. All other methods must agree with it: `classify`
-    and `period` are required; `keys_of`, `shrink`, `pairs` and `side_periods` have safe defaults and
+    `allows` defines the mask for single pairs. All other methods must agree with it: `classify` and
+    `period` are required; `keys_of`, `shrink`, `pairs` and `side_periods` have safe defaults and
     make planning faster. A mask is hashable, equal by value, and prints as the code that makes it.
     Positions are original token positions, in every order of execution.
     """
@@ -158,7 +158,9 @@ class Mask(ABC):
 def _mask(value: object, operator: str) -> Mask:
     if not isinstance(value, Mask):
         remedy = getattr(value, "how_to_join", "Use one of compiled_dilated.masks")
-        raise TypeError(f"`{operator}` joins two masks; got {type(value).__name__} {value!r}. {remedy}")
+        raise TypeError(
+            f"`{operator}` joins two masks; got {type(value).__name__} {value!r}. {remedy}",
+        )
     return value
 
 
@@ -184,7 +186,9 @@ def _common_period(masks: tuple[Mask, ...]) -> int | None:
 
 
 def _operand(mask: Mask) -> str:
-    return f"({mask!r})" if isinstance(mask, (And, Or)) else repr(mask)
+    if isinstance(mask, (And, Or)):
+        return f"({mask!r})"
+    return repr(mask)
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,10 +231,7 @@ class And(_Joined):
             visible = mask.keys_of(q, kv_len)
             if out is None or visible is None:
                 return None
-            if len(out) == len(visible) == 1:  # the common case; decoding runs this for every token
-                out = (intersection(out[0], visible[0]),)
-            else:
-                out = _common_ranges(out, visible)
+            out = _common_ranges(out, visible)
         return out
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
@@ -380,7 +381,10 @@ def hull(spans: Sequence[range]) -> range:
     """The smallest range that contains some non-empty ranges."""
     first = min(span[0] for span in spans)
     # The largest step that reaches every element from the first.
-    step = math.gcd(*(span.step for span in spans if len(span) > 1), *(span[0] - first for span in spans))
+    step = math.gcd(
+        *(span.step for span in spans if len(span) > 1),
+        *(span[0] - first for span in spans),
+    )
     return range(first, max(span[-1] for span in spans) + 1, step or 1)
 
 
@@ -400,6 +404,8 @@ def intersection(a: range, b: range) -> range:
 
 def _common_ranges(a: tuple[range, ...], b: tuple[range, ...]) -> tuple[range, ...]:
     """The non-empty intersections of two lists of disjoint ranges."""
+    if len(a) == len(b) == 1:  # the common case; decoding runs this for every token
+        return (intersection(a[0], b[0]),)
     out = []
     for first in a:
         for second in b:

@@ -1,4 +1,7 @@
-"""Masks that read data: documents and padding. The data is given at the call and never part of a plan."""
+"""Masks that read data tensors of the call: documents and padding.
+
+The tensors are never part of a plan.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,15 @@ from .segments import same_group
 
 
 def row_of(x: Any, b: Positions) -> Any:
-    """The row of data for each batch index: data of batch 1 speaks for all."""
-    return b if x.shape[0] != 1 else b * 0
+    """Row of the data for a batch index; data of batch size 1 serves all."""
+    if x.shape[0] != 1:
+        return b
+    return b * 0
 
 
 @dataclass(frozen=True, repr=False)
 class OfData(Mask):
-    """Pairs that the data tensor `name` (B, positions) decides, so that a plan knows of none."""
+    """Pairs decided by the data tensor `name` (B, positions), unknown to a plan."""
 
     name: str
 
@@ -32,7 +37,10 @@ class OfData(Mask):
         return (self.name,)
 
     def tensor(self, data: Data | None) -> Any:
-        """The tensor among those of a call; raises ValueError where it is missing."""
+        """The mask's tensor among the data of a call.
+
+        Raises ValueError if it is missing.
+        """
         if data is None or self.name not in data:
             passed = ", ".join(sorted(data)) if data else "nothing"
             raise ValueError(
@@ -49,9 +57,9 @@ class OfData(Mask):
 
 
 class OfFlags(OfData):
-    """The same of a tensor of bool."""
+    """Pairs decided by a bool tensor."""
 
-    # Where an entry is True, and how a mask of another meaning or dtype becomes such a tensor.
+    # For error messages: where an entry is True, and how to convert another kind of mask.
     true_where: ClassVar[str]
     of_others: ClassVar[str]
 
@@ -70,7 +78,7 @@ class OfFlags(OfData):
 
 @dataclass(frozen=True, repr=False)
 class DocumentIds(OfData):
-    """ids[b, q] == ids[b, kv], ids being the data tensor `name` (B, positions)."""
+    """ids[b, q] == ids[b, kv], for the data tensor `name` (B, positions)."""
 
     @property
     def query_names(self) -> tuple[str, ...]:
@@ -87,7 +95,10 @@ class DocumentIds(OfData):
 
 @dataclass(frozen=True, repr=False)
 class DocumentLengths(Mask):
-    """q and kv in the same of consecutive documents; positions past the last document belong to none."""
+    """q and kv in the same of consecutive documents.
+
+    Positions past the last document belong to none.
+    """
 
     lengths: tuple[int, ...]
     table: Any = field(default=None, compare=False)
@@ -118,14 +129,21 @@ class DocumentLengths(Mask):
         document = bisect.bisect_right(stops, q)
         if document == len(stops):
             return ()
-        return (range(min(stops[document] - self.lengths[document], kv_len), min(stops[document], kv_len)),)
+        return (
+            range(
+                min(stops[document] - self.lengths[document], kv_len),
+                min(stops[document], kv_len),
+            ),
+        )
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         kv = clip(kv, *self._reach(q))
-        return (clip(q, *self._reach(kv)), kv) if kv else NOTHING
+        if kv:
+            return (clip(q, *self._reach(kv)), kv)
+        return NOTHING
 
     def _reach(self, span: range) -> tuple[int, int]:
-        """Where the documents of some tokens start and stop."""
+        """Start and stop of the documents that a range of tokens touches."""
         starts = (0, *self._stops)
         first = bisect.bisect_right(self._stops, span[0])
         last = min(bisect.bisect_right(self._stops, span[-1]), len(self.lengths) - 1)
@@ -136,10 +154,14 @@ class DocumentLengths(Mask):
 
 
 def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) -> Mask:
-    """Tokens see their own document alone: packed training without leaks between texts.
+    """Tokens see only their own document: packed training without leaks.
 
-    ids: the name of an integer data tensor (B, positions) given at the call, so that new ids never replan or recompile.
-    lengths: the lengths of consecutive documents, part of the structure; tokens past their sum see nothing.
+    ids: name of an integer data tensor (B, positions) passed at the call; new ids never cause a new
+        plan or compilation.
+    lengths: tokens per consecutive document, part of the structure; tokens past their sum see
+        nothing.
+
+    Raises ValueError unless exactly one of the two is passed.
     """
     if (ids is None) == (lengths is None):
         raise ValueError(
@@ -159,7 +181,7 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
 
 @dataclass(frozen=True, repr=False)
 class Padding(OfFlags):
-    """Keys whose entry in the data tensor `name` (B, keys) is False, that is, keys that are no padding."""
+    """Keys whose entry in the bool data tensor `name` (B, keys) is False."""
 
     true_where, of_others = "a key is padding", "is 1 where a key counts, pass mask == 0"
 
@@ -168,11 +190,16 @@ class Padding(OfFlags):
         return ~padding[row_of(padding, b), kv] & (q == q)
 
     def __repr__(self) -> str:
-        return "padding()" if self.name == "padding" else f"padding({self.name!r})"
+        if self.name == "padding":
+            return "padding()"
+        return f"padding({self.name!r})"
 
 
 def padding(name: str = "padding") -> Mask:
-    """Keys that are no padding: data[name] is a bool tensor (B, keys), True where a key is padding (`key_padding_mask`)."""
+    """Keys that are not padding, by a bool data tensor (B, keys).
+
+    name: the tensor's name; it is True where a key is padding, as in `key_padding_mask`.
+    """
     if not isinstance(name, str):
         raise TypeError(
             f"name must be the name of a data tensor; got {type(name).__name__}. "

@@ -7,7 +7,14 @@ import numpy as np
 from ..regions import IntArray, Regions, Verdicts, verdicts
 
 
-def classify_difference(lo: IntArray, hi: IntArray, step: IntArray, dilation: int, left: int | None, right: int) -> Verdicts:
+def classify_difference(
+    lo: IntArray,
+    hi: IntArray,
+    step: IntArray,
+    dilation: int,
+    left: int | None,
+    right: int,
+) -> Verdicts:
     """Verdicts of `-left <= kv - q <= right and (kv - q) % dilation == 0`.
 
     lo, hi: the least and the greatest value of kv - q in a tile.
@@ -22,7 +29,8 @@ def classify_difference(lo: IntArray, hi: IntArray, step: IntArray, dilation: in
     # A step that is a multiple of the dilation leaves a single residue in the tile.
     shared = np.gcd(step, dilation)
     constant = step % dilation == 0  # one residue only
-    # The first value >= least that the residues admit: exact where one of step and dilation divides the other.
+    # The first value >= least that the residues admit: exact where one of step and dilation divides
+    # the other.
     stride = np.where(constant, np.maximum(step, 1), dilation)
     origin = np.where(constant, lo, 0)
     nearest = least + (origin - least) % stride
@@ -40,7 +48,8 @@ def differences(q: Regions, kv: Regions) -> tuple[IntArray, IntArray, IntArray]:
 def pairs_up_to(right: int, q: range, kv: range) -> int:
     """Number of pairs with kv - q <= right, for two contiguous ranges."""
     columns = kv.stop - kv.start
-    # The query at position i sees i - kv.start + right + 1 keys, but no fewer than none and no more than all.
+    # The query at position i sees i - kv.start + right + 1 keys, but no fewer than none and no more
+    # than all.
     least = q.start - kv.start + right + 1
     return _clipped_sum(least + q.stop - q.start - 1, columns) - _clipped_sum(least - 1, columns)
 

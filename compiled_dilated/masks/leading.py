@@ -90,14 +90,19 @@ class Prefix(Mask):
         return (q < self.count) & (kv < self.count)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        return verdicts((q.last < self.count) & (kv.last < self.count), (q.first >= self.count) | (kv.first >= self.count))
+        return verdicts(
+            (q.last < self.count) & (kv.last < self.count),
+            (q.first >= self.count) | (kv.first >= self.count),
+        )
 
     @property
     def period(self) -> int | None:
         return None
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
-        return (range(min(self.count, kv_len)),) if q < self.count else ()
+        if q < self.count:
+            return (range(min(self.count, kv_len)),)
+        return ()
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         return clip(q, q.start, self.count), clip(kv, kv.start, self.count)

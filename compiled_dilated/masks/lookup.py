@@ -25,10 +25,8 @@ def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
         return np.searchsorted(_array(table), x, side="right")
     if entries is None:
         # A tensor created while tracing belongs to the trace and must not be cached.
-        if torch.compiler.is_compiling():
-            entries = as_tensor(table, x.device)
-        else:
-            entries = _tensor(table, x.device)
+        make = as_tensor if torch.compiler.is_compiling() else _tensor
+        entries = make(table, x.device)
     low = x - x
     for width in _widths(len(table)):
         # Invariant: the answer lies in [low, low + 2 * width - 1].
@@ -42,7 +40,10 @@ def runs(ascending: IntArray, unit: int = 1) -> list[range]:
     if not len(ascending):
         return []
     cuts = np.flatnonzero(np.diff(ascending) != 1)
-    firsts, lasts = ascending[np.append(0, cuts + 1)], ascending[np.append(cuts, len(ascending) - 1)]
+    firsts, lasts = (
+        ascending[np.append(0, cuts + 1)],
+        ascending[np.append(cuts, len(ascending) - 1)],
+    )
     return [range(first * unit, (last + 1) * unit) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
 

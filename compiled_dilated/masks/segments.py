@@ -20,7 +20,12 @@ class Segments(Mask):
         return q // self.length == kv // self.length
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        return same_group(q.first // self.length, q.last // self.length, kv.first // self.length, kv.last // self.length)
+        return same_group(
+            q.first // self.length,
+            q.last // self.length,
+            kv.first // self.length,
+            kv.last // self.length,
+        )
 
     @property
     def period(self) -> int | None:
@@ -35,13 +40,18 @@ class Segments(Mask):
         kv = clip(kv, q[0] // self.length * self.length, (q[-1] // self.length + 1) * self.length)
         if not kv:
             return NOTHING
-        return clip(q, kv[0] // self.length * self.length, (kv[-1] // self.length + 1) * self.length), kv
+        return clip(
+            q,
+            kv[0] // self.length * self.length,
+            (kv[-1] // self.length + 1) * self.length,
+        ), kv
 
     def pairs(self, q: range, kv: range) -> int | None:
         length = self.length
         first, last = max(q.start, kv.start) // length, (min(q.stop, kv.stop) - 1) // length
         total = max(0, last - first - 1) * length**2
-        # The first and the last common segment may be cut; those between are complete on both sides.
+        # The first and the last common segment may be cut; those between are complete on both
+        # sides.
         for segment in {first, last}:
             if first <= last:
                 span = segment * length, (segment + 1) * length
@@ -52,7 +62,12 @@ class Segments(Mask):
         return f"segments({self.length})"
 
 
-def same_group(q_first: IntArray, q_last: IntArray, kv_first: IntArray, kv_last: IntArray) -> Verdicts:
+def same_group(
+    q_first: IntArray,
+    q_last: IntArray,
+    kv_first: IntArray,
+    kv_last: IntArray,
+) -> Verdicts:
     """Verdicts of equal group numbers, from the first and last number per region."""
     empty = (q_last < kv_first) | (kv_last < q_first)
     return verdicts((q_first == q_last) & (kv_first == kv_last) & (q_first == kv_first), empty)

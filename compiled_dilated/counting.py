@@ -1,8 +1,8 @@
-"""Exact numbers of allowed pairs and of tiles, without a list of the tiles.
+"""Exact counts of allowed pairs and of tiles, without a list of the tiles.
 
-Rectangles of pairs are halved until the mask decides them, a formula counts them, or they are small enough to ask about every
-pair. A mask looks the same after certain moves, so of rectangles that such a move maps onto each other one is kept, and how
-many it stands for. Work then grows with the logarithm of the length.
+Rectangles of pairs are halved until the mask decides them, a formula counts them, or they are small
+enough to evaluate. Masks are periodic: rectangles that a shift by a period maps onto each other are
+counted once and multiplied. Work grows with the logarithm of the length.
 
     causal(), 8 tokens            # FULL, counted at once; . EMPTY
     1 . . .   4 x 2 . .           1: four rectangles on the diagonal, one kept, times 4
@@ -27,24 +27,25 @@ from .orders import Identity, Order
 from .regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts, both, either, negate
 from .tiles import Flags, TileMap
 
-# Rectangles of one size that may differ; more are not counted.
+# Distinct rectangles; a mask with more is not counted.
 _MOST_DIFFERENT = 2**20
-# Where all rectangles that are left hold few pairs, these are asked about at once.
+# Remaining rectangles with at most this many pairs in total are evaluated.
 _FEW_PAIRS = 2**14
-# Asking about more pairs than this takes minutes.
+# Evaluating more pairs than this takes minutes.
 _MOST_PAIRS = 2**28
 _PAIRS_AT_ONCE = 2**17
-# Rectangles of so many tokens are not halved further. A function is asked about every pair at each halving: it stops earlier.
+# Rectangles of this many tokens are not halved further. A function is evaluated at every halving,
+# so that it stops earlier.
 _SMALLEST, _SMALLEST_OF_FUNCTION = 8, 256
 # Periods past this are longer than any sequence that can be counted.
 _LONGEST_PERIOD = 2**60
-# An order other than the identity is counted by its map, up to so many tokens.
+# Other orders than the identity are counted from their `TileMap`, up to this many tokens.
 _MOST_MAPPED_TOKENS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
 class TileCounts:
-    """Number of FULL and of PARTIAL tiles of a mask, and the bytes of the `TileMap` that would list them."""
+    """Numbers of FULL and PARTIAL tiles, and bytes of the `TileMap` of these tiles."""
 
     full: int
     partial: int
@@ -52,9 +53,12 @@ class TileCounts:
 
 
 def pairs(mask: Mask, q_len: int, kv_len: int, q_offset: int = 0) -> int | None:
-    """Number of allowed pairs; None for masks that read data, or that have too many different rectangles.
+    """Number of allowed pairs.
 
-    The queries stand at positions q_offset .. q_offset + q_len - 1, the keys at 0 .. kv_len - 1.
+    None for masks that read data, or with too many different rectangles.
+
+    q_len: queries, at positions q_offset .. q_offset + q_len - 1.
+    kv_len: keys, at positions 0 .. kv_len - 1.
     """
     if mask.per_call:
         return None
@@ -62,43 +66,65 @@ def pairs(mask: Mask, q_len: int, kv_len: int, q_offset: int = 0) -> int | None:
     if formula is not None:
         return formula
     expanded = mask.expanded()
-    asks_function = any(isinstance(leaf, FromMod | Traced) for leaf in _leaves(expanded))
-    smallest = _SMALLEST_OF_FUNCTION if asks_function else _SMALLEST
-    left = _Rectangles.whole(q_len, kv_len, q_offset)
+    has_function = any(isinstance(leaf, FromMod | Traced) for leaf in _leaves(expanded))
+    smallest = _SMALLEST_OF_FUNCTION if has_function else _SMALLEST
+    # Invariant: `total` counts the pairs of all rectangles that are no longer in `remaining`.
+    remaining = _Rectangles.whole(q_len, kv_len, q_offset)
     total = 0
-    while len(left):
-        of = _leaf_verdicts(expanded, left)
-        verdict: Verdicts = _evaluated(expanded, of)
-        total += left[verdict == FULL].pairs
-        counted, left = _merged(expanded, of, left, verdict == PARTIAL)
+    while len(remaining):
+        verdicts_of = _leaf_verdicts(expanded, remaining)
+        verdict: Verdicts = _evaluated(expanded, verdicts_of)
+        total += remaining[verdict == FULL].pairs
+        counted, remaining = _merged(expanded, verdicts_of, remaining, verdict == PARTIAL)
         total += counted
-        if left.different_pairs <= _FEW_PAIRS or left.longest <= smallest or 4 * len(left) > _MOST_DIFFERENT:
-            return None if left.different_pairs > _MOST_PAIRS else total + _asked(mask, left)
-        left = left.split(_alignment(expanded, 1), 1)
+        if remaining.different_pairs <= _FEW_PAIRS or remaining.longest <= smallest or 4 * len(remaining) > _MOST_DIFFERENT:
+            if remaining.different_pairs > _MOST_PAIRS:
+                return None
+            return total + _evaluated_pairs(mask, remaining)
+        remaining = remaining.split(_alignment(expanded, 1), 1)
     return total
 
 
-def tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order, q_offset: int = 0) -> TileCounts | None:
-    """Counts of the tiles that `TileMap.build` lists; None where too many of them differ."""
+def tiles(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    tile: int,
+    order: Order,
+    q_offset: int = 0,
+) -> TileCounts | None:
+    """Counts of the tiles that `TileMap.build` lists; None if too many differ."""
     if not isinstance(order, Identity):
         return _mapped_tiles(mask, q_len, kv_len, tile, order)
     expanded = mask.expanded()
-    left = _Rectangles.whole(q_len, kv_len, q_offset)
+    remaining = _Rectangles.whole(q_len, kv_len, q_offset)
     full, partial = 0, 0
-    while len(left):
-        verdict = mask.classify(*left.regions)
-        full += left[verdict == FULL].tiles(tile)
-        _, left = _merged(expanded, _leaf_verdicts(expanded, left), left, verdict == PARTIAL, by_formula=False)
-        small = left.is_within(tile)
-        partial += left[small].tiles(tile)
-        left = left[~small]
-        if 4 * len(left) > _MOST_DIFFERENT:
+    while len(remaining):
+        verdict = mask.classify(*remaining.regions)
+        full += remaining[verdict == FULL].tiles(tile)
+        _, remaining = _merged(
+            expanded,
+            _leaf_verdicts(expanded, remaining),
+            remaining,
+            verdict == PARTIAL,
+            by_formula=False,
+        )
+        small = remaining.is_within(tile)
+        partial += remaining[small].tiles(tile)
+        remaining = remaining[~small]
+        if 4 * len(remaining) > _MOST_DIFFERENT:
             return None
-        left = left.split(_alignment(expanded, tile), tile)
+        remaining = remaining.split(_alignment(expanded, tile), tile)
     return TileCounts(full, partial, 8 * (-(-q_len // tile) + 1) + 5 * (full + partial))
 
 
-def _mapped_tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order) -> TileCounts | None:
+def _mapped_tiles(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    tile: int,
+    order: Order,
+) -> TileCounts | None:
     if max(q_len, kv_len) > _MOST_MAPPED_TOKENS:
         return None
     tile_map = TileMap.build(mask, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order)
@@ -108,13 +134,16 @@ def _mapped_tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order) 
 
 @dataclass(frozen=True, eq=False)
 class _Rectangles:
-    """Pairs of queries q .. q + rows - 1 and keys kv .. kv + columns - 1; `times`: how many rectangles each stands for."""
+    """Rectangles of pairs: queries q .. q + rows - 1, keys kv .. kv + columns - 1.
+
+    times: multiplicity of each rectangle.
+    """
 
     q: IntArray
     kv: IntArray
     rows: IntArray
     columns: IntArray
-    times: Any  # of Python's integers: all pairs of a long sequence are more than an int64 holds
+    times: Any  # object array of Python integers: pairs of a long sequence overflow int64
 
     @staticmethod
     def whole(q_len: int, kv_len: int, q_offset: int) -> _Rectangles:
@@ -122,13 +151,21 @@ class _Rectangles:
             q_len = kv_len = 0
         q, kv, rows, columns = (np.array([value], dtype=np.int64) for value in (q_offset, 0, q_len, kv_len))
         rectangles = _Rectangles(q, kv, rows, columns, np.array([1], dtype=object))
-        return rectangles if q_len else rectangles[:0]
+        if q_len:
+            return rectangles
+        return rectangles[:0]
 
     def __len__(self) -> int:
         return len(self.q)
 
     def __getitem__(self, which: IntArray | Flags | slice) -> _Rectangles:
-        return _Rectangles(self.q[which], self.kv[which], self.rows[which], self.columns[which], self.times[which])
+        return _Rectangles(
+            self.q[which],
+            self.kv[which],
+            self.rows[which],
+            self.columns[which],
+            self.times[which],
+        )
 
     @property
     def regions(self) -> tuple[Regions, Regions]:
@@ -136,17 +173,17 @@ class _Rectangles:
 
     @property
     def areas(self) -> Any:
-        """Pairs of each, as Python's integers."""
+        """Pairs per rectangle, as Python integers."""
         return self.rows.astype(object) * self.columns.astype(object)
 
     @property
     def pairs(self) -> int:
-        """Pairs of all rectangles that these stand for."""
+        """Number of pairs, with multiplicity."""
         return int((self.areas * self.times).sum())
 
     @property
     def different_pairs(self) -> int:
-        """Pairs of these rectangles alone."""
+        """Number of pairs, without multiplicity."""
         return int(self.areas.sum())
 
     @property
@@ -155,14 +192,17 @@ class _Rectangles:
         return int(max(self.rows.max(initial=0), self.columns.max(initial=0)))
 
     def tiles(self, tile: int) -> int:
-        """Tiles of all rectangles that these stand for."""
+        """Number of tiles, with multiplicity."""
         return int((-(-self.rows // tile) * -(-self.columns // tile) * self.times).sum())
 
     def is_within(self, tile: int) -> Flags:
         return np.asarray((self.rows <= tile) & (self.columns <= tile))
 
     def split(self, alignment: int, least: int) -> _Rectangles:
-        """Cut sides in two, at a power of two times `alignment`, or times `least` where they are no longer than it."""
+        """Halve the sides of each rectangle.
+
+        Cuts are at a power of two times `alignment`, or times `least` for sides up to `alignment`.
+        """
         by_rows = _cut(self.q, self.rows, self.columns, alignment, least)
         parts = [(rows, side) for rows in by_rows for side in _cut(self.kv, self.columns, self.rows, alignment, least)]
         pieces = [_Rectangles(q, kv, rows, columns, self.times) for (q, rows), (kv, columns) in parts]
@@ -171,11 +211,22 @@ class _Rectangles:
 
 
 def _concatenated(parts: list[_Rectangles]) -> _Rectangles:
-    return _Rectangles(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)))
+    return _Rectangles(
+        *(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)),
+    )
 
 
-def _cut(start: IntArray, length: IntArray, other: IntArray, alignment: int, least: int) -> list[tuple[IntArray, IntArray]]:
-    """Two parts (start, length) of each side; the second is empty where the side is short, or shorter than half the other."""
+def _cut(
+    start: IntArray,
+    length: IntArray,
+    other: IntArray,
+    alignment: int,
+    least: int,
+) -> list[tuple[IntArray, IntArray]]:
+    """Split each side into two parts (start, length).
+
+    The second part is empty if the side is short, or shorter than half the other side.
+    """
     step = np.where(length > alignment, alignment, least)
     power = np.frexp(((length - 1) // step).clip(1).astype(np.float64))[1].astype(np.int64) - 1
     first = step << power
@@ -185,29 +236,31 @@ def _cut(start: IntArray, length: IntArray, other: IntArray, alignment: int, lea
 
 
 def _alignment(mask: Mask, tile: int) -> int:
-    """The multiple of `tile` tokens by which parts of a sequence are alike, as far as that is known."""
+    """The smallest multiple of `tile` that is a multiple of all finite periods."""
     periods = [leaf.period for leaf in _leaves(mask)]
     alignment = math.lcm(tile, *(period for period in periods if period is not None))
-    return alignment if alignment <= _LONGEST_PERIOD else tile
+    if alignment <= _LONGEST_PERIOD:
+        return alignment
+    return tile
 
 
 def _leaves(mask: Mask) -> list[Mask]:
-    """The masks that an expression joins, each once."""
+    """Distinct masks that an expression joins."""
     if isinstance(mask, (And, Or, Not)):
         return list(dict.fromkeys(leaf for part in mask.parts for leaf in _leaves(part)))
     return [mask]
 
 
-def _evaluated(mask: Mask, of: Mapping[Mask, Any]) -> Any:
-    """The verdict of an expression, or many of them, from those of its leaves."""
+def _evaluated(mask: Mask, verdicts_of: Mapping[Mask, Any]) -> Any:
+    """The verdict of an expression, from the verdicts of its leaves."""
     if isinstance(mask, Not):
-        return negate(_evaluated(mask.mask, of))
+        return negate(_evaluated(mask.mask, verdicts_of))
     if not isinstance(mask, (And, Or)):
-        return of[mask]
+        return verdicts_of[mask]
     join = both if isinstance(mask, And) else either
-    out = _evaluated(mask.masks[0], of)
+    out = _evaluated(mask.masks[0], verdicts_of)
     for part in mask.masks[1:]:
-        out = join(out, _evaluated(part, of))
+        out = join(out, _evaluated(part, verdicts_of))
     return out
 
 
@@ -217,99 +270,113 @@ def _leaf_verdicts(expanded: Mask, rectangles: _Rectangles) -> dict[Mask, Verdic
 
 
 def _merged(
-    expanded: Mask, of: Mapping[Mask, Verdicts], rectangles: _Rectangles, wanted: Flags, by_formula: bool = True
+    expanded: Mask, verdicts_of: Mapping[Mask, Verdicts], rectangles: _Rectangles, selected: Flags, by_formula: bool = True
 ) -> tuple[int, _Rectangles]:
-    """Undecided rectangles without repetitions: (pairs counted by a formula, rectangles left)."""
-    table = np.stack(list(of.values()), axis=1)
-    total, kept = 0, [rectangles[:0]]
-    for signature in np.unique(table[wanted], axis=0):
-        some = rectangles[wanted & (table == signature).all(axis=1)]
-        verdict = dict(zip(of, signature, strict=True))
+    """Merge undecided rectangles up to shifts.
+
+    Returns the pairs counted by a formula, and the remaining rectangles.
+    """
+    table = np.stack(list(verdicts_of.values()), axis=1)
+    total, remaining = 0, [rectangles[:0]]
+    # Rectangles with equal verdicts of all leaves depend on the same undecided leaves.
+    for signature in np.unique(table[selected], axis=0):
+        group = rectangles[selected & (table == signature).all(axis=1)]
+        verdict = dict(zip(verdicts_of, signature, strict=True))
         undecided = _undecided(expanded, verdict)
-        some = _representatives(some, undecided)
-        counted = _by_formula(expanded, verdict, undecided, some) if by_formula else None
+        group = _representatives(group, undecided)
+        counted = _by_formula(expanded, verdict, undecided, group) if by_formula else None
         if counted is None:
-            kept.append(some)
+            remaining.append(group)
         else:
             total += counted
-    return total, _concatenated(kept)
+    return total, _concatenated(remaining)
 
 
-def _undecided(mask: Mask, of: Mapping[Mask, Any]) -> list[Mask]:
+def _undecided(mask: Mask, verdicts_of: Mapping[Mask, Any]) -> list[Mask]:
     """The leaves that an undecided expression depends on."""
-    if _evaluated(mask, of) != PARTIAL:
+    if _evaluated(mask, verdicts_of) != PARTIAL:
         return []
     if isinstance(mask, (And, Or, Not)):
-        return list(dict.fromkeys(leaf for part in mask.parts for leaf in _undecided(part, of)))
+        return list(
+            dict.fromkeys(leaf for part in mask.parts for leaf in _undecided(part, verdicts_of)),
+        )
     return [mask]
 
 
 def _representatives(rectangles: _Rectangles, undecided: list[Mask]) -> _Rectangles:
-    """One of all rectangles that a move maps onto each other which leaves the undecided leaves as they are."""
+    """One rectangle per class of shifts that leave the undecided leaves unchanged."""
     joint = _common(leaf.period for leaf in undecided)
-    q_alone = _common(leaf.side_periods[0] for leaf in undecided)
-    kv_alone = _common(leaf.side_periods[1] for leaf in undecided)
+    q_period = _common(leaf.side_periods[0] for leaf in undecided)
+    kv_period = _common(leaf.side_periods[1] for leaf in undecided)
     q, kv = rectangles.q, rectangles.kv
     if joint is not None:
-        # Moving the key alone is moving the query alone, and then both back.
-        alone = kv_alone if q_alone is None else q_alone if kv_alone is None else math.gcd(q_alone, kv_alone)
+        # Shifting only the key equals shifting only the query, and then both back.
+        sides = [period for period in (q_period, kv_period) if period is not None]
+        side_period = math.gcd(*sides) if sides else None
         moved = q // joint * joint
         q, kv = q - moved, kv - moved
-        kv_alone = None if alone is None or alone % joint else alone
-    elif q_alone is not None:
-        q = q % q_alone
-    if kv_alone is not None:
-        kv = kv % kv_alone
+        kv_period = None if side_period is None or side_period % joint else side_period
+    elif q_period is not None:
+        q = q % q_period
+    if kv_period is not None:
+        kv = kv % kv_period
     kinds = np.stack([q, kv, rectangles.rows, rectangles.columns], axis=1)
-    _, first, which = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
+    _, first, group = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
     times = np.zeros(len(first), dtype=object)
-    np.add.at(times, which.reshape(-1), rectangles.times)
+    np.add.at(times, group.reshape(-1), rectangles.times)
     return replace(rectangles[first], times=times)
 
 
 def _common(periods: Any) -> int | None:
-    """The least common multiple, None where one is None or it is longer than a sequence."""
-    known = list(periods)
-    if None in known:
+    """Least common multiple; None if a period is None or the result is too long."""
+    finite = list(periods)
+    if None in finite:
         return None
-    common = math.lcm(*known)
-    return common if common <= _LONGEST_PERIOD else None
+    common = math.lcm(*finite)
+    if common <= _LONGEST_PERIOD:
+        return common
+    return None
 
 
-def _by_formula(mask: Mask, of: Mapping[Mask, Any], undecided: list[Mask], rectangles: _Rectangles) -> int | None:
-    """Pairs of rectangles that one leaf decides, where it has a formula; None elsewhere."""
+def _by_formula(
+    mask: Mask,
+    verdicts_of: Mapping[Mask, Any],
+    undecided: list[Mask],
+    rectangles: _Rectangles,
+) -> int | None:
+    """Pairs of rectangles that one leaf decides and has a formula for; None otherwise."""
     if len(undecided) != 1:
         return None
     (leaf,) = undecided
-    if_seen, if_hidden = (bool(_evaluated(mask, {**of, leaf: verdict}) == FULL) for verdict in (FULL, EMPTY))
+    if_visible, if_hidden = (bool(_evaluated(mask, {**verdicts_of, leaf: verdict}) == FULL) for verdict in (FULL, EMPTY))
     total = 0
     for q, kv, rows, columns, times in zip(*vars(rectangles).values(), strict=True):
-        seen = leaf.pairs(range(int(q), int(q + rows)), range(int(kv), int(kv + columns)))
-        if seen is None:
+        visible = leaf.pairs(range(int(q), int(q + rows)), range(int(kv), int(kv + columns)))
+        if visible is None:
             return None
-        hidden = int(rows) * int(columns) - seen
-        total += times * (seen * if_seen + hidden * if_hidden)
+        hidden = int(rows) * int(columns) - visible
+        total += times * (visible * if_visible + hidden * if_hidden)
     return total
 
 
-def _asked(mask: Mask, rectangles: _Rectangles) -> int:
-    """Pairs of rectangles, asked one by one; rectangles of one shape together."""
+def _evaluated_pairs(mask: Mask, rectangles: _Rectangles) -> int:
+    """Evaluate all pairs of some rectangles; rectangles of equal shape together."""
     total = 0
     shapes = np.stack([rectangles.rows, rectangles.columns], axis=1)
-    distinct, which = np.unique(shapes, axis=0, return_inverse=True)
+    distinct, group = np.unique(shapes, axis=0, return_inverse=True)
     for number, (rows, columns) in enumerate(distinct.tolist()):
-        alike = rectangles[which.reshape(-1) == number]
+        same = rectangles[group.reshape(-1) == number]
         at_once = max(1, _PAIRS_AT_ONCE // (rows * columns))
-        for start in range(0, len(alike), at_once):
-            some = alike[start : start + at_once]
-            total += int((_seen_pairs(mask, some, rows, columns) * some.times).sum())
+        for start in range(0, len(same), at_once):
+            chunk = same[start : start + at_once]
+            total += int((_visible_pairs(mask, chunk, rows, columns) * chunk.times).sum())
     return total
 
 
-def _seen_pairs(mask: Mask, rectangles: _Rectangles, rows: int, columns: int) -> Any:
-    """Allowed pairs of each rectangle, as Python's integers."""
+def _visible_pairs(mask: Mask, rectangles: _Rectangles, rows: int, columns: int) -> Any:
+    """Allowed pairs per rectangle, as Python integers."""
     q = torch.from_numpy(rectangles.q)[:, None, None] + torch.arange(rows)[None, :, None]
     kv = torch.from_numpy(rectangles.kv)[:, None, None] + torch.arange(columns)[None, None, :]
     zero = torch.zeros((), dtype=torch.int64)
-    seen = torch.as_tensor(mask.allows(zero, zero, q, kv)).broadcast_to(len(rectangles), rows, columns)
-    return seen.sum(dim=(1, 2)).numpy().astype(object)
+    allowed = torch.as_tensor(mask.allows(zero, zero, q, kv)).broadcast_to(len(rectangles), rows, columns)
+    return allowed.sum(dim=(1, 2)).numpy().astype(object)

@@ -55,7 +55,8 @@ class Journal:
                         not JSON, not UTF-8, too deep, no line end    torn by a crash: dropped with all lines after it
                         other JSON, or no rank of this run            JournalError: no crash writes that
 
-    path: a regular file or none yet, only read before `begin`. about: what is computed. ranks: all that can be finished.
+    path: a regular file or none yet, only read before `begin`. about: what is computed. ranks: all
+    that can be finished.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any], ranks: Container[int]) -> None:
@@ -96,14 +97,22 @@ class Journal:
         except ValueError:
             header = None
         if not isinstance(header, dict) or not header.keys() & self.about.keys():
-            raise JournalError(f"{path} is no journal of a streamed run: it begins with {line[:40]!r}", path, removable=False)
+            raise JournalError(
+                f"{path} is no journal of a streamed run: it begins with {line[:40]!r}",
+                path,
+                removable=False,
+            )
         differences = [
             f"{key} is {_SHORT.repr(header.get(key))} there and {_SHORT.repr(self.about.get(key))} here"
             for key in (*self.about, *(key for key in header if key not in self.about))
             if header.get(key) != self.about.get(key)
         ]
         if differences:
-            raise JournalError(f"the journal {path} is of another run: {'; '.join(differences)}", path, removable=True)
+            raise JournalError(
+                f"the journal {path} is of another run: {'; '.join(differences)}",
+                path,
+                removable=True,
+            )
 
     def _is_ours(self, entry: Any) -> bool:
         if not isinstance(entry, dict) or entry.keys() != {"rank", "checksum"}:

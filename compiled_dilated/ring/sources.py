@@ -51,7 +51,10 @@ class Source(Protocol):
 
 def read(source: Source, heads: HeadRange, rows: range) -> Tensor:
     """(B, heads, len(rows), D) in memory of its own."""
-    out = torch.empty((source.shape[0], heads.count, len(rows), source.shape[3]), dtype=source.dtype)
+    out = torch.empty(
+        (source.shape[0], heads.count, len(rows), source.shape[3]),
+        dtype=source.dtype,
+    )
     source.read_into(out, heads, rows)
     return out
 
@@ -77,7 +80,9 @@ def _mapped(path: Path, name: str) -> np.memmap[Any, np.dtype[Any]]:
     with files.opening(name, path), path.open("rb") as file:
         magic = file.read(len(_NPY_MAGIC))
     if magic.startswith(b"PK"):
-        raise ValueError(f"{name}={path} is an .npz archive of several arrays; save one array with numpy.save")
+        raise ValueError(
+            f"{name}={path} is an .npz archive of several arrays; save one array with numpy.save",
+        )
     if magic != _NPY_MAGIC:
         begins = f"it begins with {magic!r}" if magic else "it is empty"
         raise ValueError(f"{name}={path} is no .npy file: {begins}. Write it with numpy.save")
@@ -104,7 +109,9 @@ class _Npy:
                 "Save it with numpy.save"
             )
         if not array.flags.c_contiguous:
-            raise ValueError(f"{name}={path} is in Fortran order; save it with numpy.save(path, numpy.ascontiguousarray(x))")
+            raise ValueError(
+                f"{name}={path} is in Fortran order; save it with numpy.save(path, numpy.ascontiguousarray(x))",
+            )
         self.shape: tuple[int, int, int, int] = array.shape
         self.dtype, self.offset = array.dtype, int(array.offset)
 
@@ -162,7 +169,8 @@ class FileSource:
         self._npy.read_into(out.numpy(), heads.indices(), rows)
 
     def __repr__(self) -> str:
-        # Names the content, as well as a journal can: a run does not go on with another file of the same name.
+        # Names the content, as well as a journal can: a run does not go on with another file of the
+        # same name.
         state = self.path.stat()
         return f"FileSource({str(self.path)!r}) of {state.st_size} bytes, modified {state.st_mtime_ns}"
 
@@ -171,8 +179,8 @@ class FileSource:
 class GeneratedSource:
     """Numbers of mean 0 and variance 1 from a counter-based generator (Philox): any row can be made again, nothing is kept.
 
-    seed, stream: two sources of one seed and different streams are independent. block: rows that one counter makes at once; other
-    blocks are other numbers.
+    seed, stream: two sources of one seed and different streams are independent. block: rows that
+    one counter makes at once; other blocks are other numbers.
     """
 
     shape: tuple[int, int, int, int]
@@ -215,27 +223,39 @@ def sizes(name: str, shape: object) -> tuple[int, int, int, int]:
     """Check that a shape is (batch, heads, tokens, head_dim)."""
     out = arguments.integers(name, shape, 0)
     if len(out) != 4:
-        raise ValueError(f"{name} must be (batch, heads, tokens, head_dim); got {out}. Add the missing dimensions")
+        raise ValueError(
+            f"{name} must be (batch, heads, tokens, head_dim); got {out}. Add the missing dimensions",
+        )
     return out[0], out[1], out[2], out[3]
 
 
 def check_dtype(name: str, dtype: object) -> None:
     """Raise unless attention is computed in this dtype."""
     if not isinstance(dtype, torch.dtype) or dtype not in checks.DTYPES:
-        raise TypeError(f"{name} must be torch.float16, bfloat16, float32 or float64; got {type(dtype).__name__} {dtype!r}")
+        raise TypeError(
+            f"{name} must be torch.float16, bfloat16, float32 or float64; got {type(dtype).__name__} {dtype!r}",
+        )
 
 
 def _kind(dtype: torch.dtype) -> np.dtype[np.generic]:
     check_dtype("dtype", dtype)
     if dtype == torch.bfloat16:
-        raise TypeError(f"a .npy file holds float16, float32 or float64; got {dtype}. Convert the sources")
+        raise TypeError(
+            f"a .npy file holds float16, float32 or float64; got {dtype}. Convert the sources",
+        )
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 class FileSink:
     """A .npy file of shape (B, H, N, D), made (all of its room at once) where it is not there; added to where it is."""
 
-    def __init__(self, path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype, name: str = "path") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        name: str = "path",
+    ) -> None:
         """`name` is the argument that errors speak of."""
         self.path, self.shape, self.dtype = files.output_file(name, path), sizes("shape", shape), dtype
         kind = _kind(dtype)
@@ -277,7 +297,12 @@ def _create(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic], name
     try:
         with files.created_whole(path) as file:
             np.lib.format.write_array_header_2_0(
-                file, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+                file,
+                {
+                    "descr": np.lib.format.dtype_to_descr(kind),
+                    "fortran_order": False,
+                    "shape": shape,
+                },
             )
             if size > _LARGEST_FILE_BYTES:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
@@ -285,20 +310,21 @@ def _create(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic], name
                 os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:
         if error.errno in files.NO_ROOM:
-            raise OSError(error.errno, f"no room for {path}, {size / 2**30:.2f} GiB: {error.strerror}. Make room") from error
-        raise OSError(error.errno, f"cannot create {name}={path}: {error.strerror}. Pass another path") from error
+            raise OSError(
+                error.errno,
+                f"no room for {path}, {size / 2**30:.2f} GiB: {error.strerror}. Make room",
+            ) from error
+        raise OSError(
+            error.errno,
+            f"cannot create {name}={path}: {error.strerror}. Pass another path",
+        ) from error
 
 
 class SampleSink:
     """Keeps some rows of an output that is too large to keep, in a .npy file (B, H, samples, D), and forgets the others."""
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        shape: Sequence[int],
-        samples: Sequence[int],
-        dtype: torch.dtype,
-        name: str = "path",
+        self, path: str | os.PathLike[str], shape: Sequence[int], samples: Sequence[int], dtype: torch.dtype, name: str = "path"
     ) -> None:
         """`name` is the argument that errors speak of."""
         batch, heads, tokens, width = self.shape = sizes("shape", shape)
@@ -317,12 +343,16 @@ class SampleSink:
     def write(self, rows: range, part: Tensor) -> bytes | memoryview:
         """Of the rows, the samples."""
         kept, at = self._kept(rows)
-        return self._file.write(kept, part[:, :, at]) if kept else b""
+        if kept:
+            return self._file.write(kept, part[:, :, at])
+        return b""
 
     def held(self, rows: range) -> bytes:
         """The samples among the rows."""
         kept, _ = self._kept(rows)
-        return self._file.held(kept) if kept else b""
+        if kept:
+            return self._file.held(kept)
+        return b""
 
     def sync(self) -> None:
         """fsync."""

@@ -4,8 +4,8 @@
     compute               rank 1
     write behind          rank 0: its rows, then (once they are on the disk) a line of the journal
 
-A rank's rows are written once and never changed, so that a run that was stopped anywhere gives the same bits when it goes on
-(with as many threads, by which kernels cut their sums).
+A rank's rows are written once and never changed, so that a run that was stopped anywhere gives the
+same bits when it goes on (with as many threads, by which kernels cut their sums).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from .sources import Sink, Source, sizes
 from .workers import Forward, KeysAndValues
 
 PathLike = str | os.PathLike[str]
-# So often the output and the journal are brought to the disk; what was finished since is computed again after a crash.
+# So often the output and the journal are brought to the disk; what was finished since is computed
+# again after a crash.
 _SYNC_SECONDS = 2.0
 
 
@@ -55,9 +56,10 @@ class Progress:
 class Report:
     """What a run did.
 
-    tokens, finished: those done, and their ranks; resumed_tokens, resumed_ranks: those done before. torn: ranks found finished
-    whose output was not what had been written, computed again. complete: whether all are finished, or the time was up before.
-    ledger: of the ranks that the run computed itself.
+    tokens, finished: those done, and their ranks; resumed_tokens, resumed_ranks: those done before.
+    torn: ranks found finished whose output was not what had been written, computed again. complete:
+    whether all are finished, or the time was up before. ledger: of the ranks that the run computed
+    itself.
     """
 
     tokens: int
@@ -74,12 +76,17 @@ class Report:
 class Streamed:
     """Attention by a program over sequences that do not fit in memory; `compile(program, ranks=..., transport="streamed")`.
 
-    ranks: into so many contiguous parts the sequence is cut; at most one of them, what it needs of others, and the one after it
-    are in memory. `plan(program, q_shape, ..., ranks=..., layout="contiguous")` says how much that is.
-    device: where blocks are computed.
+    ranks: into so many contiguous parts the sequence is cut; at most one of them, what it needs of
+    others, and the one after it are in memory. `plan(program, q_shape, ..., ranks=...,
+    layout="contiguous")` says how much that is. device: where blocks are computed.
     """
 
-    def __init__(self, program: Program | PerLength, ranks: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        program: Program | PerLength,
+        ranks: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.program, self.ranks, self.device = program, arguments.integer("ranks", ranks, 1), inputs.device(device)
         if program.names:
             raise ValueError(
@@ -102,12 +109,14 @@ class Streamed:
     ) -> Report:
         """Compute attention of q (B, Hq, N, D), k (B, Hkv, N, D) and v (B, Hkv, N, Dv) into out (B, Hq, N, Dv).
 
-        q, k, v: .npy files, or sources. out: a .npy file, or a sink. journal: a file that remembers what is finished: the same
-        call goes on where the last one stopped, whatever stopped it, with the same bits. limit_seconds: stop after the rank that
-        is under way then. on_progress: called after each rank.
+        q, k, v: .npy files, or sources. out: a .npy file, or a sink. journal: a file that remembers
+        what is finished: the same call goes on where the last one stopped, whatever stopped it,
+        with the same bits. limit_seconds: stop after the rank that is under way then. on_progress:
+        called after each rank.
 
-        Raises TypeError, ValueError or OSError with the name of the argument before any file is written; also where out or
-        journal is the same file as another argument. Raises OSError where the disk is full; finished ranks are kept.
+        Raises TypeError, ValueError or OSError with the name of the argument before any file is
+        written; also where out or journal is the same file as another argument. Raises OSError
+        where the disk is full; finished ranks are kept.
         """
         checks.no_options_of_sdpa(options)
         sources = (inputs.source("q", q), inputs.source("k", k), inputs.source("v", v))
@@ -118,7 +127,8 @@ class Streamed:
         limit = None if limit_seconds is None else inputs.seconds("limit_seconds", limit_seconds)
         if scale is not None:
             checks.number("scale", scale)
-        # The functions of the program as graphs: another rule is another text, whatever its functions are called.
+        # The functions of the program as graphs: another rule is another text, whatever its
+        # functions are called.
         operands: list[Tensor] = []
         rule, problem = self._problem(operands, *sources)
         schedule = self._schedule(problem)
@@ -142,20 +152,41 @@ class Streamed:
         layout = plans.layouts_of(problem.program, problem.kv_len, self.ranks, "contiguous")[0]
         return Schedule(problem.program, layout, problem.heads, problem.kv_heads)
 
-    def _problem(self, operands: list[Tensor], q: Source, k: Source, v: Source) -> tuple[str, Problem]:
+    def _problem(
+        self,
+        operands: list[Tensor],
+        q: Source,
+        k: Source,
+        v: Source,
+    ) -> tuple[str, Problem]:
         """The program as text, and the problem; what its functions capture is appended to `operands`."""
         batch, heads, tokens, head_dim = q.shape
         checks.dtypes(q.dtype, k.dtype, v.dtype)
         checks.shapes(q.shape, k.shape, v.shape)
         if tokens != k.shape[2]:
-            raise ValueError(f"a streamed run is over one sequence; got {tokens} queries and {k.shape[2]} keys")
+            raise ValueError(
+                f"a streamed run is over one sequence; got {tokens} queries and {k.shape[2]} keys",
+            )
         if not min(head_dim, v.shape[3]):
-            raise ValueError(f"q, k and v must have a head_dim of at least 1; got {q.shape}, {k.shape} and {v.shape}")
+            raise ValueError(
+                f"q, k and v must have a head_dim of at least 1; got {q.shape}, {k.shape} and {v.shape}",
+            )
         program = self.program.at(tokens) if isinstance(self.program, PerLength) else self.program
         program.check(tokens, tokens)
         rule, program = text.traced(program, operands)
         dtype = str(q.dtype).removeprefix("torch.")
-        problem = Problem(program, batch, heads, k.shape[1], tokens, tokens, head_dim, v.shape[3], dtype, self.device.type)
+        problem = Problem(
+            program,
+            batch,
+            heads,
+            k.shape[1],
+            tokens,
+            tokens,
+            head_dim,
+            v.shape[3],
+            dtype,
+            self.device.type,
+        )
         return rule, problem
 
     def __repr__(self) -> str:
@@ -221,7 +252,9 @@ class _Run:
 
     def go(self) -> Report:
         self.journal.begin()
-        torn = self.journal.keep(lambda rank, digest: checksum(self.sink.held(self._rows(rank))) == digest)
+        torn = self.journal.keep(
+            lambda rank, digest: checksum(self.sink.held(self._rows(rank))) == digest,
+        )
         resumed = len(self.journal.done)
         self.tokens = resumed_tokens = sum(self.layout.count(rank) for rank in self.journal.done)
         todo = (rank for rank in range(self.layout.ranks) if rank not in self.journal.done and self.layout.count(rank))
@@ -235,11 +268,20 @@ class _Run:
                         break
                     out = self._compute(read)
                     done = [] if writing is None else [writing.result()]
-                    self.memory.give(done if self._elsewhere else [*done, *read.shards, *read.received])
+                    self.memory.give(
+                        done if self._elsewhere else [*done, *read.shards, *read.received],
+                    )
                     writing = writer.submit(self._write, read.rank, out)
                     self.tokens += self.layout.count(read.rank)
                     if self.tell is not None:
-                        self.tell(Progress(len(self.journal.done) + 1, self.tokens, resumed, time.monotonic() - self.began))
+                        self.tell(
+                            Progress(
+                                len(self.journal.done) + 1,
+                                self.tokens,
+                                resumed,
+                                time.monotonic() - self.began,
+                            ),
+                        )
             finally:
                 # After Ctrl-C and errors too: what is finished is kept.
                 try:
@@ -268,7 +310,11 @@ class _Run:
         return _Read(rank, (shards[0], shards[1], shards[2]), steps)
 
     def _message(self, message: Message) -> KeysAndValues:
-        return self._rows_of(self.k, message.kv_heads, message.rows), self._rows_of(self.v, message.kv_heads, message.rows)
+        return self._rows_of(
+            self.k,
+            message.kv_heads,
+            message.rows,
+        ), self._rows_of(self.v, message.kv_heads, message.rows)
 
     def _rows_of(self, source: Source, heads: HeadRange, rows: range) -> Tensor:
         memory = self.memory.take(source.shape[0], heads.count, len(rows), source.shape[3])
@@ -282,14 +328,22 @@ class _Run:
     def _compute(self, read: _Read) -> Tensor:
         q, _, v = read.shards
         memory = self.memory.take(*q.shape[:3], v.shape[3])
-        worker = Forward(self.schedule, read.rank, self.call, *read.shards, out=None if self._elsewhere else memory)
+        worker = Forward(
+            self.schedule,
+            read.rank,
+            self.call,
+            *read.shards,
+            out=None if self._elsewhere else memory,
+        )
         held = (*read.shards, worker.out, worker.lse)
         for step, received in read.steps:
             self.ledger.note(received, held)
             worker.compute(step, received)
         whole = sum(x.nbytes for x in (*held, *read.received))
         self.ledger.most_held_bytes = max(self.ledger.most_held_bytes, whole)
-        return memory.copy_(worker.out) if self._elsewhere else memory
+        if self._elsewhere:
+            return memory.copy_(worker.out)
+        return memory
 
     def _write(self, rank: int, out: Tensor) -> Tensor:
         with self._named_if_it_fails(f"the output of rank {rank}"):
@@ -316,7 +370,11 @@ class _Run:
         self.synced = time.monotonic()
 
 
-def _ahead(reader: ThreadPoolExecutor, read: Callable[[int], _Read], ranks: Iterator[int]) -> Iterator[_Read]:
+def _ahead(
+    reader: ThreadPoolExecutor,
+    read: Callable[[int], _Read],
+    ranks: Iterator[int],
+) -> Iterator[_Read]:
     """Each rank's reading, done while the one before it is computed."""
     coming: Future[_Read] | None = None
     for rank in ranks:

@@ -15,10 +15,10 @@ from ..plans import Problem, Proposal, Refusal
 class Lowering(Protocol):
     """A way to compute programs. Add one by a file with its class and a line in `registry.LOWERINGS`.
 
-    name: as users write it, and as `explain` prints it.
-    keeps_hidden_out: NaN and infinity in hidden keys never reach a merged result; others clean the keys first.
-    is_fused: one kernel computes all branches; where it can, `auto` does not weigh gathered tiles.
-    decides: where it can compute a problem, `auto` weighs no other lowering.
+    name: as users write it, and as `explain` prints it. keeps_hidden_out: NaN and infinity in
+    hidden keys never reach a merged result; others clean the keys first. is_fused: one kernel
+    computes all branches; where it can, `auto` does not weigh gathered tiles. decides: where it can
+    compute a problem, `auto` weighs no other lowering.
     """
 
     @property
@@ -56,7 +56,13 @@ class Lowering(Protocol):
         """
         ...
 
-    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their dtypes; those of a score_mod's operands are added to its sums.
 
         saved: its lse is +inf in rows that see nothing, so that all their weights are 0.

@@ -3,7 +3,8 @@
 Lattice(start=3, count=2, stride=8, size=4, step=1)     Table of small tiles [[0, 2], [1, 2]], 2 tokens wide
 tile 0: 3 4 5 6    tile 1: 11 12 13 14                  tile 0: 0 1 4 5    tile 1: 2 3 4 5
 
-A tensor x (B, H, N, ...) is read as (B * tiles, H, rows, ...); `shift` is the position of its first token.
+A tensor x (B, H, N, ...) is read as (B * tiles, H, rows, ...); `shift` is the position of its first
+token.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class Lattice:
 
     def select(self, start: int, stop: int) -> Lattice:
         """Tiles [start, stop)."""
-        return replace(self, start=self.start + start * self.stride, count=min(stop, self.count) - start)
+        return replace(
+            self,
+            start=self.start + start * self.stride,
+            count=min(stop, self.count) - start,
+        )
 
     def _view(self, x: Tensor, shift: int) -> Tensor:
         """(B, tiles, H, rows, ...)"""
@@ -48,10 +53,22 @@ class Lattice:
         """A view where B or the tiles are 1, else a copy."""
         return self._view(x, shift).flatten(0, 1)
 
-    def merge(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, shift: int = 0) -> None:
+    def merge(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        part_out: Tensor,
+        part_lse: Tensor,
+        shift: int = 0,
+    ) -> None:
         """Merge a part, laid out as `read` does, into out (B, H, N, Dv) and lse (B, H, N)."""
         tiles = (out.shape[0], self.count)
-        merge_(self._view(out, shift), self._view(lse, shift), part_out.unflatten(0, tiles), part_lse.unflatten(0, tiles))
+        merge_(
+            self._view(out, shift),
+            self._view(lse, shift),
+            part_out.unflatten(0, tiles),
+            part_lse.unflatten(0, tiles),
+        )
 
     def add(self, total: Tensor, part: Tensor, shift: int = 0) -> None:
         """Add a part to total (B, H, N, ...)."""
@@ -62,8 +79,9 @@ class Lattice:
 class Table:
     """Tiles made of small tiles of `width` places of an order, whose numbers are in `small`.
 
-    small: (tiles, small tiles per tile). size: tokens of a tile, fewer than its places where the last small tile is the
-    order's short last. permutation: the position at each place, None for places = positions. offset: added to positions.
+    small: (tiles, small tiles per tile). size: tokens of a tile, fewer than its places where the
+    last small tile is the order's short last. permutation: the position at each place, None for
+    places = positions. offset: added to positions.
     """
 
     small: npt.NDArray[np.int32]
@@ -110,7 +128,11 @@ class Table:
 
     def add(self, total: Tensor, part: Tensor, shift: int = 0) -> None:
         """Add a part to total (B, H, N, ...); positions may be in several tiles."""
-        total.index_add_(2, self._index(total, shift), self._flat(part, total.shape[0]).to(total.dtype))
+        total.index_add_(
+            2,
+            self._index(total, shift),
+            self._flat(part, total.shape[0]).to(total.dtype),
+        )
 
 
 Rows = Lattice | Table

@@ -1,4 +1,4 @@
-"""Files of a streamed run: the paths that users pass, whether two are one file, and creation that follows no link."""
+"""Files of a streamed run: checks of paths, and creation without following links."""
 
 from __future__ import annotations
 

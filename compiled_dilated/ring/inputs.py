@@ -1,4 +1,4 @@
-"""Checks of what a streamed run is called with; none of them opens a file for writing but `sink`, which comes last."""
+"""Checks of the arguments of a streamed run. Only `sink`, called last, creates a file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sink_path(value: Any) -> Path | None:
 
 
 def sink(value: Any, shape: Sequence[int], dtype: torch.dtype) -> Sink:
-    """Open the output, creating a file that is not there, or check that a sink of ours takes this output."""
+    """Open or create the output, or check the shape and dtype of a sink."""
     if isinstance(value, (str, os.PathLike)):
         return FileSink(value, shape, dtype, "out")
     if isinstance(value, (FileSink, SampleSink)) and (value.shape, value.dtype) != (tuple(shape), dtype):
@@ -61,7 +61,7 @@ def sink(value: Any, shape: Sequence[int], dtype: torch.dtype) -> Sink:
 
 
 def check_distinct(sources: Sequence[Source], output: Path | None, journal: Path | None) -> None:
-    """Raise where a file that is written is also read, or written as something else, by whatever path or link."""
+    """Raise if a written file is also another argument, by any path or link."""
     paths = {name: origin.path for name, origin in zip("qkv", sources, strict=True) if isinstance(origin, FileSource)}
     for name, path in (("out", output), ("journal", journal)):
         if path is None:

@@ -70,10 +70,7 @@ class Simulated:
         q, k, v = (layout.order.permute(x, 2) for x in (q, k, v))
         out, lse = (
             empty_out(q, v, is_by_token(q)),
-            q.new_empty(
-                q.shape[:3],
-                dtype=lse_dtype(q.dtype),
-            ),
+            q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)),
         )
         for rank in range(layout.ranks):
             worker = Forward(

@@ -1,4 +1,4 @@
-"""Sets of positions that a tile contains, and the verdicts of a mask on pairs of them.
+"""Sets of positions of tiles, and verdicts of masks on pairs of them.
 
 A `Regions` value is an array of sets, one per row, each a box of a lattice:
 

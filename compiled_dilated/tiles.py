@@ -165,7 +165,7 @@ class TileMap(TileLists):
         return TileLists.of(self.columns, self.rows, self.indices, self.row_of, self.full)
 
     def restrict(self, queries: range, keys: range) -> TileMap:
-        """The map of a range of query tiles and a range of key tiles, counted in this map."""
+        """The map of consecutive query tiles and key tiles, counted in this map."""
         first, last = self.offsets[queries.start], self.offsets[queries.stop]
         indices, full = self.indices[first:last], self.full[first:last]
         inside = (indices >= keys.start) & (indices < keys.stop)

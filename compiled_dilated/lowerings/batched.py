@@ -67,7 +67,10 @@ class Batched:
         call: Call,
         saved: Saved,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+        """Gradients of q, k and v.
+
+        Gradients of a score_mod's operands are added to its sums.
+        """
         return hidden.backward(partial(self._backward, chosen, problem), call, saved)
 
     def _backward(

@@ -48,7 +48,7 @@ LOWERING = Batched("dense", propose)
 
 
 def _hiding(masks: tuple[Mask, ...], causal: bool) -> tuple[Mask, ...]:
-    """The masks that a bias has to speak for: all but causal(), where the kernel leaves later keys out by itself."""
+    """The masks that need a bias: without causal() if the kernel applies it."""
     if causal:
         masks = tuple(conjunction(tuple(part for part in conjuncts(mask) if part != Causal())) for mask in masks)
     if len(masks) == 1 and not conjuncts(masks[0]):

@@ -27,7 +27,10 @@ def merge_into(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), which are (0, -inf) where nothing was seen."""
+    """Merge a part of a larger softmax into out and lse, in place.
+
+    out: (B, Hq, N, Dv). lse: (B, Hq, N). Both are (0, -inf) in rows without keys so far.
+    """
     registry.of(plan.chosen).merge_into(plan.chosen, plan.problem, call, q, k, v, out, lse)
 
 
@@ -37,7 +40,10 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
 
 
 def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their dtypes; those of a score_mod's operands are added to its sums."""
+    """Gradients of q, k and v, in their dtypes.
+
+    Gradients of a score_mod's operands are added to its sums.
+    """
     # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient
     # and make no NaN.
     dead = saved.lse == -math.inf

@@ -119,7 +119,7 @@ def _unfit(problem: Problem) -> str | None:
 
 
 def _has_places(mask: Mask) -> bool:
-    """Whether the mask speaks of places from position 0 on, of lists or of a grid."""
+    """Whether the mask depends on absolute positions: lists or grids."""
     return mask.period is None or isinstance(mask, Neighborhood) or any(_has_places(part) for part in mask.parts)
 
 
@@ -149,7 +149,10 @@ def _cost(work: Work, problem: Problem) -> Cost:
 
 
 def _sums_bytes(problem: Problem) -> int:
-    """Sums of gradients beside those of low precision: of as many key heads as stay small, and of one at least."""
+    """Bytes of float32 sums of low-precision gradients.
+
+    For as many key heads as fit `_MOST_SUMS_BYTES`, and at least one.
+    """
     if problem.itemsize > 2:
         return 0
     of_head = problem.kv_len * (problem.head_dim + problem.value_dim) * 4
@@ -212,7 +215,10 @@ def merge_into(
 
 
 def backward(work: Work, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; those of the score_mod's operands are added to its sums."""
+    """Gradients of q, k and v.
+
+    Gradients of the score_mod's operands are added to its sums.
+    """
     data, operands = work.inputs(call)
     mod = call.score_mod
     learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
@@ -266,7 +272,10 @@ class Native:
         call: Call,
         saved: Saved,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+        """Gradients of q, k and v.
+
+        Gradients of a score_mod's operands are added to its sums.
+        """
         return hidden.backward(partial(_backward, chosen[0].work[0], problem), call, saved)
 
 

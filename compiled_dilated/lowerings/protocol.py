@@ -1,4 +1,4 @@
-"""What a lowering is: a way to compute programs that proposes itself, or refuses, and runs what it proposed."""
+"""The protocol of lowerings: propose, forward, merge_into, backward."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class Lowering(Protocol):
         ...
 
     def propose(self, problem: Problem) -> Sequence[Proposal | Refusal]:
-        """One proposal for all branches, or one per branch; a refusal says why not, and what to use."""
+        """One proposal for all branches, or one per branch.
+
+        A refusal gives the reason and the alternative.
+        """
         ...
 
     def forward(
@@ -63,8 +66,8 @@ class Lowering(Protocol):
         call: Call,
         saved: Saved,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v in their dtypes; those of a score_mod's operands are added to its sums.
+        """Gradients of q, k and v in their dtypes.
 
-        saved: its lse is +inf in rows that see nothing, so that all their weights are 0.
+        Gradients of a score_mod's operands are added to its sums.
         """
         ...

@@ -1,9 +1,11 @@
-"""A batch: many dense problems of one shape, computed by one kernel call. Dense, strided and tiled lowerings make them.
+"""Batches: dense problems of one shape, computed by one kernel call.
 
-     keys                  queries.tile(i) sees keys.tile(i), less what `masks` hide;
+     keys                  queries.tile(i) sees keys.tile(i), except pairs that `masks` hide;
 . . # # # . . . .          a call computes as many tiles as fit the budget, for all heads of the batch,
-. . . . # # # . .          and its result is merged into the whole program's (out, lse).
+. . . . # # # . .          and its result is merged into the program's (out, lse).
 . . . . . . # # #
+
+The dense, strided and tiled lowerings create them.
 """
 
 from __future__ import annotations
@@ -103,7 +105,10 @@ def _tiles(
 
 
 def _bias(batch: Batch, call: Call, b: Tensor, q: Tensor, kv: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B * tiles, 1, rows, columns): -inf where a pair is hidden, else log of how often it counts."""
+    """Additive bias of the tiles, (B * tiles, 1, rows, columns).
+
+    -inf for a hidden pair, else the log of its multiplicity.
+    """
     head = torch.tensor(batch.heads.start, device=q.device)[None, None, None, None]
     kv = kv[..., batch.open :]
     allowed = [mask.allows(b, head, q, kv, call.data) for mask in batch.masks]
@@ -129,7 +134,10 @@ def forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Merge some entries of a batch into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+    """Merge some batch entries into out and lse.
+
+    out: (B, Hq, N, Dv). lse: (B, Hq, N).
+    """
     unit, shift = slice(entries.start, entries.stop), call.q_offset
     q, out, lse = (batch.heads.of(x[unit]) for x in (q, out, lse))
     k, v = (batch.kv_heads.of(x[unit]) for x in (k, v))
@@ -150,7 +158,7 @@ def forward(
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of the gradients of q, k and v, in float32 for those of low precision."""
+    """Gradient sums of q, k and v, in float32 for low precision."""
 
     q: Tensor
     k: Tensor
@@ -158,7 +166,10 @@ class Sums:
 
 
 def backward(batch: Batch, call: Call, entries: range, saved: Saved, into: Sums) -> None:
-    """Add the share of some entries of a batch, from the merged out and lse (+inf in rows that see nothing)."""
+    """Add the gradients of some batch entries, from the merged out and lse.
+
+    lse is +inf in rows that see nothing.
+    """
     unit, shift, dtype = slice(entries.start, entries.stop), call.q_offset, kernels.backward_dtype(saved.q)
 
     def of_queries(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Dense attention of many small problems at once: (out, lse) forward, and backward with a *given* out and lse.
+"""Dense attention of many small problems: forward, and backward from a given out and lse.
 
-Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias (G or 1, Hq or 1, T, S) and added
-to the scores, -inf where a key is hidden. Called with the out and lse of a whole program, the
-backward is one part's exact share of the joint gradient (FlashAttention, arXiv 2205.14135): p =
-exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
+Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias (G or 1, Hq or 1, T, S), added to
+the scores, -inf where a key is hidden. With the out and lse of a complete program, the backward
+gives one part's exact share of the joint gradient (FlashAttention, arXiv 2205.14135):
+p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Tiles:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """out (G, Hq, T, Dv) in the dtype of q; lse (G, Hq, T) in float32, or float64 for float64."""
+    """out (G, Hq, T, Dv) and lse (G, Hq, T).
+
+    out is in the dtype of q; lse is float64 for float64, else float32.
+    """
     width = v.shape[-1]
     kernel = _kernel_of(q, tiles)
     q, tiles, _ = _positive(q, tiles)
@@ -47,7 +50,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
 def attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. Rows that see nothing come in with lse = +inf and out = 0, which makes their weights exactly 0."""
+    """Gradients of q, k and v.
+
+    Rows that see nothing have lse = +inf and out = 0, so that their weights are exactly 0.
+    """
     head_dim, width = q.shape[-1], v.shape[-1]
     kernel = _kernel_of(q, tiles)
     if grad_lse is not None:
@@ -65,9 +71,9 @@ def attention_backward(
 
 
 def _positive(q: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles, float]:
-    """The same scores by a positive scale: ATen's kernels multiply hidden scores of -inf by it.
+    """q and tiles with equal scores and a positive scale, and a factor for the gradient of q.
 
-    The last factor makes the gradient of the returned q that of the q that came.
+    ATen's kernels multiply hidden scores of -inf by the scale.
     """
     if tiles.scale > 0:
         return q, tiles, 1.0
@@ -77,7 +83,10 @@ def _positive(q: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles, float]:
 
 
 def backward_dtype(q: Tensor) -> torch.dtype:
-    """What to hand the backward tensors in: ATen's on a CPU runs in low precision at a sixth of its float32 rate."""
+    """Dtype of the tensors of a backward.
+
+    float32 on a CPU: ATen's backward runs in low precision at a sixth of its float32 rate.
+    """
     if q.device.type == "cpu" and q.element_size() < 4:
         return torch.float32
     return q.dtype

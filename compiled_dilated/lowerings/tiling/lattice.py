@@ -1,4 +1,4 @@
-"""Which tokens the tiles of a batch hold: evenly spaced ones, read and written through views, or lists of small tiles.
+"""Tokens of the tiles of a batch: strided views, or tables of small tiles.
 
 Lattice(start=3, count=2, stride=8, size=4, step=1)     Table of small tiles [[0, 2], [1, 2]], 2 tokens wide
 tile 0: 3 4 5 6    tile 1: 11 12 13 14                  tile 0: 0 1 4 5    tile 1: 2 3 4 5
@@ -50,7 +50,7 @@ class Lattice:
         return x.as_strided(shape, strides, x.storage_offset() + (self.start - shift) * token)
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """A view where B or the tiles are 1, else a copy."""
+        """The tiles: a view if B or the number of tiles is 1, else a copy."""
         return self._view(x, shift).flatten(0, 1)
 
     def merge(
@@ -61,7 +61,10 @@ class Lattice:
         part_lse: Tensor,
         shift: int = 0,
     ) -> None:
-        """Merge a part, laid out as `read` does, into out (B, H, N, Dv) and lse (B, H, N)."""
+        """Merge a part in the layout of `read` into out and lse.
+
+        out: (B, H, N, Dv). lse: (B, H, N).
+        """
         tiles = (out.shape[0], self.count)
         merge_(
             self._view(out, shift),
@@ -77,11 +80,12 @@ class Lattice:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Tiles made of small tiles of `width` places of an order, whose numbers are in `small`.
+    """Tiles made of small tiles of `width` places of an order.
 
-    small: (tiles, small tiles per tile). size: tokens of a tile, fewer than its places where the
-    last small tile is the order's short last. permutation: the position at each place, None for
-    places = positions. offset: added to positions.
+    small: (tiles, small tiles per tile), the numbers of the small tiles.
+    size: tokens per tile; fewer than its places if the last small tile is short.
+    permutation: position at each place; None for the identity.
+    offset: added to positions.
     """
 
     small: npt.NDArray[np.int32]
@@ -114,7 +118,7 @@ class Table:
         return flat
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """A copy."""
+        """A copy of the tiles."""
         tokens: Tensor = x.index_select(2, self._index(x, shift)).unflatten(2, (self.count, self.size))
         return tokens.transpose(1, 2).flatten(0, 1)
 

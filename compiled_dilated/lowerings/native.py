@@ -132,8 +132,9 @@ def _work(program: Program, heads: int, scores: Scores | None) -> Work:
 def _cost(work: Work, problem: Problem) -> Cost:
     """Cost from the kernel's own tile counts; with data, every pair may be visible."""
     width = 2 * (problem.head_dim + problem.value_dim)
-    counted = None if work.names or work.slots else counts(work, problem)
-    pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len if counted is None else counted[0]
+    pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
+    if not work.names and not work.slots:
+        pairs = counts(work, problem)[0]
     itemsize = 8 if problem.dtype == "float64" else 4
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
     room = torch.get_num_threads() * 3 * tile

@@ -41,9 +41,10 @@ class Axis:
 
         Keys between them are `dilation` apart.
         """
-        back, ahead = self.radius * self.dilation, 0 if self.causal else self.radius * self.dilation
-        if not self.shift or self.causal:
-            return c - back, c + ahead
+        if self.causal:
+            return c - self.radius * self.dilation, c
+        if not self.shift:
+            return c - self.radius * self.dilation, c + self.radius * self.dilation
         # Count in steps of the dilation: `lane` is the residue class, `rank` the index within it.
         lane, rank = c % self.dilation, c // self.dilation
         members = (self.size - lane + self.dilation - 1) // self.dilation
@@ -71,7 +72,8 @@ class Axis:
         if self.shift and not self.causal:
             return members * min(members, 2 * self.radius + 1)
         lane = range(members)
-        return pairs_up_to(0 if self.causal else self.radius, lane, lane) - pairs_up_to(-self.radius - 1, lane, lane)
+        ahead = 0 if self.causal else self.radius
+        return pairs_up_to(ahead, lane, lane) - pairs_up_to(-self.radius - 1, lane, lane)
 
     def allows(self, q: Positions, kv: Positions) -> Any:
         low, high = self.reach(q)
@@ -266,14 +268,12 @@ class Neighborhood(Mask):
 
     def _along(self, limited: int) -> Neighborhood:
         """The neighborhood limited on one axis only."""
-        axes = range(len(self.grid))
-        return Neighborhood(
-            self.grid,
-            tuple(self.radius[axis] if axis == limited else self.grid[axis] for axis in axes),
-            tuple(self.dilation[axis] if axis == limited else 1 for axis in axes),
-            tuple(self.causal[axis] and axis == limited for axis in axes),
-            self.edges,
-        )
+        # A radius of the axis's size, without dilation, allows every coordinate.
+        radius, dilation, causal = list(self.grid), [1] * len(self.grid), [False] * len(self.grid)
+        radius[limited] = self.radius[limited]
+        dilation[limited] = self.dilation[limited]
+        causal[limited] = self.causal[limited]
+        return Neighborhood(self.grid, tuple(radius), tuple(dilation), tuple(causal), self.edges)
 
     def check(self, queries: range, keys: int) -> None:
         tokens = math.prod(self.grid)

@@ -138,14 +138,11 @@ class Distributed:
         """Report an invalid call of this rank to the ranks that wait for it."""
         if not dist.is_available() or not dist.is_initialized():
             return
-        is_input = isinstance(error, TypeError | ValueError)
-        message = f"{error}" if is_input else f"{type(error).__name__}: {error}"
-        self._exchanged(
-            {
-                "error": message,
-                "kind": "TypeError" if isinstance(error, TypeError) else "ValueError",
-            },
-        )
+        message = str(error)
+        if not isinstance(error, TypeError | ValueError):
+            message = f"{type(error).__name__}: {error}"
+        kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
+        self._exchanged({"error": message, "kind": kind})
 
     def _exchanged(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """Entries of all ranks; every rank raises if one rank's call is invalid."""

@@ -90,14 +90,18 @@ def _rate(batch: Batch) -> float:
 
 
 def _calls(batch: Batch, problem: Problem) -> int:
-    heads = 1 if tile_bytes(batch, problem, False) <= budget(problem) else batch.kv_heads.count
-    part = batch if heads == 1 else next(batch.by_kv_head())
+    heads, part = 1, batch
+    if tile_bytes(batch, problem, False) > budget(problem):
+        # One key head at a time.
+        heads, part = batch.kv_heads.count, next(batch.by_kv_head())
     entries, tiles = _at_once(part, problem, False)
     return heads * -(-problem.batch // entries) * -(-batch.queries.count // tiles)
 
 
 def _held_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    part = batch if tile_bytes(batch, problem, backward) <= budget(problem) else next(batch.by_kv_head())
+    part = batch
+    if tile_bytes(batch, problem, backward) > budget(problem):
+        part = next(batch.by_kv_head())
     entries, tiles = _at_once(part, problem, backward)
     return entries * tiles * tile_bytes(part, problem, backward)
 

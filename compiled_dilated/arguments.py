@@ -1,25 +1,33 @@
-"""Checks of what users pass in: one clear error, naming the argument, what came, what was expected and what to do."""
+"""Checks of users' arguments.
+
+An error names the argument, what came, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
-# Positions, lengths and counts go up to this: sums of a few of them fit an int64.
+# The limit of positions, lengths and counts: sums of a few of them fit an int64.
 MOST = 2**60
 
-# The dtypes that attention is computed in, and the bytes of a number.
+# The supported dtypes of attention, with bytes per element.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def integer(name: str, value: object, least: int | None = None) -> int:
-    """`value` as an int from `least` to MOST; bool, float and str are refused, numpy and torch integers are not."""
-    # operator.index would make a constant of a number that varies while torch.compile traces.
+    """`value` as an int between `least` and MOST.
+
+    numpy and torch integers are accepted; bool, float and str are refused.
+    """
+    # operator.index would turn a symbolic number of torch.compile into a constant.
     number = value if type(value) is int else _index(name, value)
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}; got {_shown(number)}")
     if not -MOST <= number <= MOST:
-        raise ValueError(f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}")
+        raise ValueError(
+            f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}",
+        )
     return number
 
 
@@ -36,11 +44,13 @@ def _index(name: str, value: object) -> int:
 
 def _shown(number: int) -> str:
     # Python refuses to print numbers of thousands of digits.
-    return str(number) if number.bit_length() <= 256 else f"an integer of {number.bit_length()} bits"
+    if number.bit_length() <= 256:
+        return str(number)
+    return f"an integer of {number.bit_length()} bits"
 
 
 def is_iterable(value: object) -> bool:
-    """Whether a value holds others: tensors and arrays without a dimension do not, though they have __iter__."""
+    """Whether a value can be iterated; False for 0-d tensors and arrays."""
     return hasattr(value, "__iter__") and getattr(value, "ndim", 1) != 0
 
 

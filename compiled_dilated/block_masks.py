@@ -1,7 +1,8 @@
-"""FlexAttention's BlockMask from a mask expression, and back: analytic, narrow, in disjoint parts where one would be too wide.
+"""FlexAttention's BlockMask from a mask expression, and back.
 
-A BlockMask holds rectangular lists, so its widest row sets the width of all. Ours are as wide as that row and no wider: Triton
-kernels take them as they are, the CPU's want `widen`. Eager FlexAttention looks at mask_mod alone, which tells the whole truth.
+A BlockMask has rectangular lists, as wide as its widest row. A mask with a few very wide rows is
+split into disjoint parts. Triton kernels accept these narrow lists; the CPU kernels need `widen`.
+Eager FlexAttention only evaluates mask_mod, which is complete.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from .tiles import Flags, TileLists, TileMap, split
 
 @dataclass(frozen=True, eq=False)
 class BlockMaskPart:
-    """A BlockMask of the slices q[:, :, queries] and k[:, :, keys] (both in the order's order); merge parts by their lse."""
+    """A BlockMask of the slices q[:, :, queries] and k[:, :, keys].
+
+    Slices are in the order's order; parts are merged by their lse.
+    """
 
     block_mask: BlockMask
     queries: range
@@ -44,16 +48,20 @@ def block_masks(
     q_offset: int = 0,
     data: Mapping[str, Tensor] | None = None,
 ) -> tuple[BlockMaskPart, ...]:
-    """The mask as disjoint BlockMasks, built from tile lists: never the q_len x kv_len pairs, nor their tiles squared.
+    """The mask as disjoint BlockMasks, built without q_len x kv_len pairs or tiles.
 
-    One part for most masks; a few where some rows (global tokens) or columns (sinks) are far heavier than the others. Rows that
-    are in no part see nothing. Lists are (B, 1, ...), B the batch of the data (1 without any), or (B, heads, ...) where
-    `heads` is given and heads see different pairs.
+    Most masks give one part; several if a few rows (global tokens) or columns (sinks) are far
+    heavier than the others. Rows in no part see nothing. Lists are (B, 1, ...), B the batch size of
+    the data (1 without data), or (B, heads, ...) if `heads` is passed and heads see different
+    pairs.
 
-    tile: queries and keys per block. q_offset: the position of the first query. data: the named tensors that the mask reads,
-    captured by its mask_mod. With an order, q and k (and v) must be permuted by it first.
+    tile: queries and keys per block.
+    order: q, k and v must be permuted by it first.
+    q_offset: position of the first query.
+    data: the data tensors that the mask reads, captured by its mask_mod.
 
-    Raises ValueError for a length of 0, positions that the mask does not know, or data that is missing or not read.
+    Raises ValueError for a length of 0, positions for which the mask is undefined, or data that is
+    missing or not read.
 
     >>> from compiled_dilated import masks
     >>> [(part.queries, part.keys) for part in block_masks(masks.window(256) | masks.sinks(4), 2**20, 2**20)]
@@ -65,7 +73,9 @@ def block_masks(
     if heads is not None:
         arguments.integer("heads", heads, 1)
     if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks")
+        raise TypeError(
+            f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks",
+        )
     whole = mask if heads is None else mask.for_heads(heads)
     _check_data(whole, q_len + arguments.integer("q_offset", q_offset, 0), kv_len, data, device)
     return build(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
@@ -82,7 +92,7 @@ def build(
     q_offset: int,
     data: Mapping[str, Tensor] | None,
 ) -> tuple[BlockMaskPart, ...]:
-    """The parts of checked arguments; data may hold the operands of traced functions too."""
+    """The parts, for checked arguments; data may contain operands of traced functions."""
     per_head = [mask] if heads is None else [mask.at_head(head, heads) for head in range(heads)]
     maps = {
         masked: TileMap.build(masked, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset)
@@ -108,7 +118,7 @@ def block_mask(
     q_offset: int = 0,
     data: Mapping[str, Tensor] | None = None,
 ) -> BlockMask:
-    """The mask as one BlockMask; see `block_masks`. Raises ValueError where it takes more than one part."""
+    """The mask as one BlockMask; ValueError if it needs several parts. See `block_masks`."""
     parts = block_masks(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
     if len(parts) > 1:
         raise ValueError(
@@ -121,33 +131,56 @@ def block_mask(
 def _check_data(
     mask: Mask, query_tokens: int, key_tokens: int, data: Mapping[str, Tensor] | None, device: torch.device | str
 ) -> None:
-    there = torch.empty(0, device=device).device
-    checks.data(mask.names, mask.query_names, data, checks.Shape(_batch(mask, data), query_tokens, key_tokens, there))
-    # One pair is asked for, so that a mask that cannot answer (a rule over an unknown number of heads) says so here already.
+    target = torch.empty(0, device=device).device
+    checks.data(
+        mask.names,
+        mask.query_names,
+        data,
+        checks.Shape(_batch(mask, data), query_tokens, key_tokens, target),
+    )
+    # Evaluate one pair: a mask that cannot be evaluated (a rule over an unknown number of heads)
+    # raises here.
     if not functions_of(mask):
         first = torch.zeros((), dtype=torch.int64, device=device)
         mask.allows(first, first, first, first, data)
 
 
 def _batch(mask: Mask, data: Mapping[str, Tensor] | None) -> int:
-    """The batch that data speaks of; 1 where there is none."""
+    """Batch size of the data; 1 without data."""
     tensors = [x for name, x in (data or {}).items() if name in mask.names and isinstance(x, Tensor) and x.dim() == 2]
     return max((x.shape[0] for x in tensors), default=1)
 
 
 def _positions(order: Order, n: int, device: torch.device | str) -> Tensor | None:
     permutation = order.permutation(n)
-    return None if permutation is None else torch.from_numpy(permutation.astype(np.int32)).to(device)
+    if permutation is None:
+        return None
+    return torch.from_numpy(permutation.astype(np.int32)).to(device)
 
 
 def _union(maps: list[TileMap]) -> TileMap:
-    """The tiles that any of the maps lists."""
+    """Tiles that any of the maps lists."""
     if len(maps) == 1:
         return maps[0]
     first = maps[0]
-    keys = np.unique(np.concatenate([each.row_of.astype(np.int64) * each.columns + each.indices for each in maps]))
+    keys = np.unique(
+        np.concatenate(
+            [tile_map.row_of.astype(np.int64) * tile_map.columns + tile_map.indices for tile_map in maps],
+        )
+    )
     row, column = keys // first.columns, keys % first.columns
-    return replace(first, **vars(TileLists.of(first.rows, first.columns, row, column, np.zeros(len(keys), dtype=np.bool_))))
+    return replace(
+        first,
+        **vars(
+            TileLists.of(
+                first.rows,
+                first.columns,
+                row,
+                column,
+                np.zeros(len(keys), dtype=np.bool_),
+            ),
+        ),
+    )
 
 
 def _part(
@@ -158,13 +191,17 @@ def _part(
     device: torch.device | str,
     data: Mapping[str, Tensor] | None,
 ) -> BlockMaskPart:
-    """The part's rectangle of each head's map as one BlockMask."""
+    """One rectangle of each head's map as a BlockMask."""
     rows = range(part.q_start // part.q_tile, part.q_start // part.q_tile + part.rows)
     columns = range(part.kv_start // part.kv_tile, part.kv_start // part.kv_tile + part.columns)
-    heads = [_cautious(each.restrict(rows, columns)) for each in maps]
+    heads = [_cautious(tile_map.restrict(rows, columns)) for tile_map in maps]
     batch = _batch(mask, data)
     kv_num, kv, full_kv_num, full_kv = _rectangular(heads, batch, device)
-    q_num, q, full_q_num, full_q = _rectangular([lists.transpose() for lists in heads], batch, device)
+    q_num, q, full_q_num, full_q = _rectangular(
+        [lists.transpose() for lists in heads],
+        batch,
+        device,
+    )
     block_mask = BlockMask(
         seq_lengths=(part.q_len, part.kv_len),
         kv_num_blocks=kv_num,
@@ -182,28 +219,38 @@ def _part(
 
 
 def _cautious(tile_map: TileMap) -> TileMap:
-    """The map with short tiles PARTIAL, as torch has them: kernels work on whole tiles and then check no mask in FULL ones."""
+    """The map with short tiles PARTIAL.
+
+    Kernels compute complete tiles and skip mask_mod in FULL ones; torch marks them PARTIAL too.
+    """
     short = (tile_map.row_of == tile_map.q_len // tile_map.q_tile) | (tile_map.indices == tile_map.kv_len // tile_map.kv_tile)
     return replace(tile_map, full=tile_map.full & ~short)
 
 
-def _rectangular(heads: Sequence[TileLists], batch: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(count, indices) of the partial and of the full tiles: (B, H, rows) and (B, H, rows, width), int32, one width for both.
+def _rectangular(
+    heads: Sequence[TileLists],
+    batch: int,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and indices of partial and of full tiles, int32.
 
-    The same for every batch entry: what data says differs within tiles, and kernels want the batch in their lists. Equal widths
-    because torch's decoding kernel reads both lists by the strides of the first.
+    (B, H, rows) and (B, H, rows, width). Equal for all batch entries: data decides within tiles,
+    and kernels need the batch dimension. One width for both kinds, since torch's decoding kernel
+    reads both lists by the strides of the first.
     """
-    kinds = [(~each.full, each.full) for each in heads]
-    counts = np.stack([[_row_counts(lists, kind) for kind in pair] for lists, pair in zip(heads, kinds, strict=True)])
+    kinds = [(~tile_list.full, tile_list.full) for tile_list in heads]
+    counts = np.stack(
+        [[_row_counts(lists, kind) for kind in pair] for lists, pair in zip(heads, kinds, strict=True)],
+    )
     width = max(1, int(counts.max()))
     out: list[Tensor] = []
-    for which in (0, 1):
+    for number in (0, 1):
         indices = np.zeros((1, len(heads), heads[0].rows, width), dtype=np.int32)
         for head, (lists, pair) in enumerate(zip(heads, kinds, strict=True)):
-            count = counts[head, which]
+            count = counts[head, number]
             place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-            indices[0, head, lists.row_of[pair[which]], place] = lists.indices[pair[which]]
-        tables = counts[None, :, which].astype(np.int32), indices
+            indices[0, head, lists.row_of[pair[number]], place] = lists.indices[pair[number]]
+        tables = counts[None, :, number].astype(np.int32), indices
         out += [torch.from_numpy(np.repeat(table, batch, axis=0)).to(device) for table in tables]
     return out[0], out[1], out[2], out[3]
 
@@ -213,10 +260,11 @@ def _row_counts(lists: TileLists, kind: Flags) -> IntArray:
 
 
 class _MaskMod(torch.nn.Module):
-    """A mask over the indices of a slice that starts at place q_first, kv_first; `position` says which token is where.
+    """A mask_mod over indices of a slice that starts at places q_first and kv_first.
 
-    A module, since torch.compile takes a module's numbers as constants. With dynamic=True it makes variables of all others, and
-    the CPU's template of FlexAttention does not compile with them.
+    position: position of each place; None for the identity. A module, since torch.compile treats
+    its numbers as constants; with dynamic=True it would make other numbers symbolic, with which
+    FlexAttention's CPU template does not compile.
     """
 
     def __init__(
@@ -231,14 +279,15 @@ class _MaskMod(torch.nn.Module):
         q, kv = q + self.q_first, kv + self.kv_first
         if self.position is not None:
             q, kv = self.position[q], self.position[kv]
-        seen: Tensor = self.mask.allows(b, h, q, kv, self.data)
-        return seen
+        allowed: Tensor = self.mask.allows(b, h, q, kv, self.data)
+        return allowed
 
 
 def widen(block_mask: BlockMask) -> BlockMask:
-    """The same mask with lists as wide as there are tiles, as the CPU's compiled kernel wants: views of the narrow ones.
+    """The same BlockMask with lists as wide as there are tiles, for the CPU kernel.
 
-    A row's view runs on into the rows after it; what lies beyond a row's count is never read.
+    Lists are views of the narrow ones: a row's view continues into the next rows, and entries past
+    a row's count are never read.
     """
     rows, columns = (-(-length // size) for length, size in zip(block_mask.seq_lengths, block_mask.BLOCK_SIZE, strict=True))
     return BlockMask(
@@ -264,20 +313,36 @@ def _widened(indices: Tensor | None, width: int) -> Any:
 
 
 def tile_map(block_mask: BlockMask, batch: int = 0, head: int = 0) -> TileMap:
-    """The tiles of a BlockMask, narrow or wide, torch's or ours, for one of its batch entries and heads."""
+    """The tiles of a BlockMask, narrow or wide, for one batch entry and head."""
     entries = block_mask.kv_num_blocks.shape
     if not (0 <= batch < entries[0] and 0 <= head < entries[1]):
-        raise ValueError(f"asked for batch entry {batch} and head {head} of a block mask of {entries[0]} and {entries[1]}")
+        raise ValueError(
+            f"asked for batch entry {batch} and head {head} of a block mask of {entries[0]} and {entries[1]}",
+        )
     (q_len, kv_len), (q_tile, kv_tile) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
     rows, columns = -(-q_len // q_tile), -(-kv_len // kv_tile)
-    found: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []
-    kinds = (block_mask.kv_num_blocks, block_mask.kv_indices), (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    kinds_of_tiles: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []
+    kinds = (
+        (block_mask.kv_num_blocks, block_mask.kv_indices),
+        (
+            block_mask.full_kv_num_blocks,
+            block_mask.full_kv_indices,
+        ),
+    )
     for kind, (num, index) in enumerate(kinds):
         if num is None or index is None:
             continue
         counts, table = num[batch, head].cpu().numpy(), index[batch, head].cpu().numpy()
         listed = np.arange(table.shape[-1]) < counts[:, None]
         row = np.repeat(np.arange(rows, dtype=np.int32), counts)
-        found.append((row, table[listed], np.full(len(row), bool(kind))))
-    lists = TileLists.of(rows, columns, *(np.concatenate(each) for each in zip(*found, strict=True)))
-    return TileMap(**vars(lists), q_len=q_len, kv_len=kv_len, q_tile=q_tile, kv_tile=kv_tile, order=identity(), q_offset=0)
+        kinds_of_tiles.append((row, table[listed], np.full(len(row), bool(kind))))
+    lists = TileLists.of(rows, columns, *map(np.concatenate, zip(*kinds_of_tiles, strict=True)))
+    return TileMap(
+        **vars(lists),
+        q_len=q_len,
+        kv_len=kv_len,
+        q_tile=q_tile,
+        kv_tile=kv_tile,
+        order=identity(),
+        q_offset=0,
+    )

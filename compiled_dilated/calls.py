@@ -1,4 +1,4 @@
-"""What a call brings beside q, k and v."""
+"""Options of a call beside q, k and v."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from .mods import Mod
 class Call:
     """The options of one call, the same for all its tiles, blocks and ranks.
 
-    scale: of q . k, of any sign.
-    q_offset: the position of the first query.
-    data: the tensors that masks read, by name: those that the user names, and the operands of traced functions.
-    score_mod: bound to its operands.
-    offsets: the position of the first query of each entry of the batch, (B,), in place of q_offset.
+    scale: of q . k, of any sign. q_offset: the position of the first query. data: the tensors that
+    masks read, by name: those that the user names, and the operands of traced functions. score_mod:
+    bound to its operands. offsets: the position of the first query of each entry of the batch,
+    (B,), in place of q_offset.
     """
 
     scale: float

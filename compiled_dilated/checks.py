@@ -1,4 +1,7 @@
-"""What every door asks of tensors, data, functions and scales: one check and one message for a mistake, wherever it is made."""
+"""Checks of tensors, data, functions and scales, shared by all entry points.
+
+One check and one message per mistake.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from . import arguments
 
 DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
 _LARGEST = sys.float_info.max
-# SDPA's own options, and how the same is said here.
+# SDPA's options, and what to write here in their place.
 _OF_SDPA = {
     "is_causal": "write it into the program: masks.causal() & mask",
     "attn_mask": "write it as a mask, as masks.from_mod(...) or masks.padding(); a bias to the scores is a score_mod",
@@ -33,7 +36,10 @@ _OF_SDPA = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a door takes its tensors. axes: of batch, heads, tokens and head_dim."""
+    """Tensor layout of an entry point.
+
+    axes: dimensions of batch, heads, tokens and head_dim.
+    """
 
     names: tuple[str, str, str] = ("q", "k", "v")
     shape: str = "(batch, heads, tokens, head_dim)"
@@ -51,14 +57,14 @@ TOKENS_FIRST = Layout(
 
 
 def no_options_of_sdpa(options: Iterable[str]) -> None:
-    """Raise TypeError for keywords that the call does not take, naming the way where they are SDPA's."""
+    """Raise TypeError for unsupported keywords, with the alternative to SDPA's options."""
     for name in options:
-        way = _OF_SDPA.get(name, "leave it out")
-        raise TypeError(f"a compiled program takes no {name}=; {way}")
+        remedy = _OF_SDPA.get(name, "leave it out")
+        raise TypeError(f"a compiled program takes no {name}=; {remedy}")
 
 
 def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
-    """Raise unless q, k and v can be attended with: types, shapes, dtypes and devices."""
+    """Raise unless types, shapes, dtypes and devices of q, k and v fit together."""
     for name, x in zip(layout.names, (q, k, v), strict=True):
         tensor(name, x, layout)
     dtypes(q.dtype, k.dtype, v.dtype, layout)
@@ -79,14 +85,20 @@ def devices(q: Tensor, k: Tensor, v: Tensor, layout: Layout = HEADS_FIRST) -> No
 
 
 def tensor(name: str, x: Any, layout: Layout = HEADS_FIRST) -> None:
-    """Raise unless x is a strided tensor of four dimensions in a dtype that attention is computed in."""
+    """Raise unless x is a dense 4-D tensor of a supported dtype."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor")
+        raise TypeError(
+            f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor",
+        )
     if x.layout != torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout)
-        raise TypeError(f"{name} must be a dense tensor; got a {kind} one. Pad it, or concatenate it with masks.documents(...)")
+        raise TypeError(
+            f"{name} must be a dense tensor; got a {kind} one. Pad it, or concatenate it with masks.documents(...)",
+        )
     if x.dim() != 4:
-        raise ValueError(f"{name} must be {layout.shape}; got shape {tuple(x.shape)}. {layout.hint}")
+        raise ValueError(
+            f"{name} must be {layout.shape}; got shape {tuple(x.shape)}. {layout.hint}",
+        )
     dtype(name, x.dtype)
 
 
@@ -101,23 +113,32 @@ def dtypes(q: torch.dtype, k: torch.dtype, v: torch.dtype, layout: Layout = HEAD
             )
 
 
-def shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int], layout: Layout = HEADS_FIRST) -> None:
-    """Raise unless these shapes fit: one batch, one head_dim, as many keys as values, heads that share evenly."""
+def shapes(
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    layout: Layout = HEADS_FIRST,
+) -> None:
+    """Raise unless the shapes of q, k and v fit together."""
     of_q, of_k, of_v = layout.names
     batch, heads, tokens, width = layout.axes
     if any(k[axis] != v[axis] for axis in (batch, heads, tokens)):
-        raise ValueError(f"{of_k} and {of_v} must agree in batch, heads and tokens; got {of_k} {tuple(k)} and {of_v} {tuple(v)}")
+        raise ValueError(
+            f"{of_k} and {of_v} must agree in batch, heads and tokens; got {of_k} {tuple(k)} and {of_v} {tuple(v)}",
+        )
     if q[batch] != k[batch]:
         raise ValueError(
             f"{of_q} and {of_k} must have one batch size; got {of_q} {tuple(q)} and {of_k} {tuple(k)}. Expand the smaller one"
         )
     if q[width] != k[width]:
-        raise ValueError(f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}")
+        raise ValueError(
+            f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}",
+        )
     groups(q[heads], k[heads])
 
 
 def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
-    """Where heads outnumber tokens by far, the layout is likely another door's."""
+    """Warn if far more heads than tokens suggest swapped axes."""
     heads, tokens = q.shape[layout.axes[1]], q.shape[layout.axes[2]]
     if is_compiling() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):
         return
@@ -134,17 +155,21 @@ def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
 def dtype(name: str, value: object) -> None:
     """Raise unless attention is computed in this dtype."""
     if value not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first")
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first",
+        )
 
 
 def groups(heads: int, kv_heads: int) -> None:
-    """Raise unless the key heads serve equally many query heads each."""
+    """Raise unless the number of query heads is a multiple of that of key heads."""
     if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads):
-        raise ValueError(f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly")
+        raise ValueError(
+            f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly",
+        )
 
 
 def scale(name: str, value: object) -> None:
-    """Raise unless a scale is a finite number, of any sign, or a tensor of one number."""
+    """Raise unless a scale is a finite number or a tensor with one number."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(
@@ -167,12 +192,17 @@ def number(name: str, value: object) -> None:
     comparable = value if isinstance(value, int | float) else float(value)
     finite = -math.inf < comparable < math.inf and (is_compiling() or -_LARGEST <= comparable <= _LARGEST)
     if not finite:
-        raise ValueError(f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)")
+        raise ValueError(
+            f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)",
+        )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What data is checked against: batch, the tokens that queries and keys reach to, the device."""
+    """Sizes that data tensors are checked against.
+
+    query_tokens, key_tokens: tokens up to the last query and the last key.
+    """
 
     batch: int
     query_tokens: int
@@ -180,13 +210,22 @@ class Shape:
     device: torch.device
 
 
-def data(names: Sequence[str], query_names: Sequence[str], values: Mapping[str, Tensor] | None, shape: Shape) -> list[Tensor]:
-    """The data tensors in the order of their names, (batch or 1, tokens); raises where one is missing, not read, or unfit.
+def data(
+    names: Sequence[str],
+    query_names: Sequence[str],
+    values: Mapping[str, Tensor] | None,
+    shape: Shape,
+) -> list[Tensor]:
+    """The checked data tensors in the order of `names`, each (batch or 1, tokens).
 
-    query_names: those that are read at the positions of queries too.
+    query_names: tensors that are read at query positions too.
+
+    Raises if a tensor is missing, not read by the program, or of a wrong dtype, shape or device.
     """
     if values is not None and not isinstance(values, Mapping):
-        raise TypeError(f"data must be a dict of tensors by name; got {type(values).__name__}. Pass data={{name: tensor}}")
+        raise TypeError(
+            f"data must be a dict of tensors by name; got {type(values).__name__}. Pass data={{name: tensor}}",
+        )
     passed = values or {}
     if set(passed) != set(names):
         raise ValueError(
@@ -206,7 +245,9 @@ def _data_tensor(name: str, x: object, tokens: int, shape: Shape) -> None:
         came = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"data[{name!r}] must be a bool or integer tensor; got {came}")
     if x.layout != torch.strided:
-        raise TypeError(f"data[{name!r}] must be a dense tensor; got a {x.layout} one. Convert it with .to_dense()")
+        raise TypeError(
+            f"data[{name!r}] must be a dense tensor; got a {x.layout} one. Convert it with .to_dense()",
+        )
     if x.dim() != 2 or x.shape[0] not in (1, shape.batch) or x.shape[1] < tokens:
         raise ValueError(
             f"data[{name!r}] must be (batch or 1, tokens) with batch {shape.batch} and at least {tokens} tokens; "
@@ -219,10 +260,12 @@ def _data_tensor(name: str, x: object, tokens: int, shape: Shape) -> None:
 
 
 def captured(operands: Sequence[Tensor], device: torch.device) -> None:
-    """Raise unless what functions capture can be computed with on a device; single numbers may be elsewhere."""
+    """Raise unless captured tensors can be used on a device; scalars may be elsewhere."""
     for x in operands:
         if x.layout != torch.strided:
-            raise TypeError(f"a function captures a {x.layout} tensor of shape {tuple(x.shape)}; convert it with .to_dense()")
+            raise TypeError(
+                f"a function captures a {x.layout} tensor of shape {tuple(x.shape)}; convert it with .to_dense()",
+            )
         if x.device.type != device.type and (x.dim() > 0 or "meta" in (x.device.type, device.type)):
             raise ValueError(
                 f"a function captures a tensor of shape {tuple(x.shape)} on {x.device}; q is on {device}. "
@@ -236,14 +279,20 @@ def captured(operands: Sequence[Tensor], device: torch.device) -> None:
 
 
 def sinks(sink_logits: object, heads: int, device: torch.device) -> None:
-    """Raise unless there is one real logit for each query head."""
+    """Raise unless there is one real logit per query head."""
     if not isinstance(sink_logits, Tensor) or tuple(sink_logits.shape) != (heads,):
         came = tuple(sink_logits.shape) if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
-        raise ValueError(f"sink_logits must be a tensor of one logit per query head, shape ({heads},); got {came}")
+        raise ValueError(
+            f"sink_logits must be a tensor of one logit per query head, shape ({heads},); got {came}",
+        )
     if not sink_logits.dtype.is_floating_point:
-        raise TypeError(f"sink_logits must be real numbers; got {sink_logits.dtype}. Cast with .float()")
+        raise TypeError(
+            f"sink_logits must be real numbers; got {sink_logits.dtype}. Cast with .float()",
+        )
     if sink_logits.device != device:
-        raise ValueError(f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it")
+        raise ValueError(
+            f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it",
+        )
 
 
 def no_onnx_export() -> None:
@@ -257,11 +306,16 @@ def no_onnx_export() -> None:
 
 def q_offset(value: object) -> Any:
     """The offset of the first query, symbolic or an integer."""
-    return value if isinstance(value, torch.SymInt) else arguments.integer("q_offset", value, 0)
+    if isinstance(value, torch.SymInt):
+        return value
+    return arguments.integer("q_offset", value, 0)
 
 
 def last_offset(value: object, batch: int, device: torch.device) -> Any:
-    """Check a q_offset, a number or one of each sequence, and return the greatest; 0 of a tensor whose numbers are not known."""
+    """The greatest q_offset, checked: a number, or one per sequence.
+
+    0 for a tensor without known values (fake, or while compiling).
+    """
     if not isinstance(value, Tensor):
         return q_offset(value)
     if value.dtype != torch.int64 or value.dim() != 1 or value.shape[0] != batch or value.device != device:

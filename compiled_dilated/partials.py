@@ -1,6 +1,7 @@
 """Partial results of one softmax, and their merge.
 
-A partial is (out, lse) over some of a row's keys; its identity is (0, -inf). Merging is associative and commutative to rounding:
+A partial is (out, lse) over some of a row's keys; its identity is (0, -inf). Merging is associative
+and commutative up to rounding:
 
     lse = log(exp(lse_a) + exp(lse_b)),    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
@@ -17,13 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Numbers of a merge in low precision that are wide at once.
+# Elements that a merge in low precision converts to float32 at once.
 _MOST_WIDE = 2**19
 
 
 def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Merge a part into (out, lse) in place: out (..., Dv), lse (...). Rows that neither side has seen stay (0, -inf)."""
-    # The part's share of the joint weights; a part that saw nothing has none, where -inf - -inf would make NaN.
+    """Merge a partial result into (out, lse) in place.
+
+    out, part_out: (..., Dv). lse, part_lse: (...). Rows without keys on both sides stay (0, -inf).
+    """
+    # The part's share of the joint weights; 0 for a part without keys, where -inf - -inf is NaN.
     share = (part_lse - lse).sigmoid_().masked_fill_(part_lse == -math.inf, 0.0).unsqueeze_(-1)
     if out.dtype == share.dtype:
         out.lerp_(part_out, share)
@@ -33,7 +37,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 
 def _merge_rounded_(out: Tensor, part_out: Tensor, share: Tensor) -> None:
-    """The same in low precision, rounded once, at the end: some rows at a time, as the sums are wider than what they go to."""
+    """Merge into a low-precision `out`, rounded once; some rows at a time to bound memory."""
     rows = out.shape[-2]
     at_once = max(1, _MOST_WIDE // max(1, out.numel() // max(1, rows)))
     for start in range(0, rows, at_once):
@@ -42,9 +46,10 @@ def _merge_rounded_(out: Tensor, part_out: Tensor, share: Tensor) -> None:
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as a new value, differentiable: learned sink logits join this way, as a part of value 0.
+    """Merge two partial results into new, differentiable tensors.
 
-    Where both sides saw nothing the result is (0, -inf), and the gradients are 0.
+    Learned sink logits are joined as a partial of value 0. Rows without keys on both sides are
+    (0, -inf) with zero gradients.
     """
     peak = torch.maximum(lse, part_lse).detach()
     peak = torch.where(peak == -math.inf, 0.0, peak)
@@ -59,7 +64,12 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple
 
 @dataclass(frozen=True)
 class Saved:
-    """What a backward starts from: q, k, v and their merged out and lse, and the gradients of these two (of lse, if any)."""
+    """Inputs of a backward.
+
+    q, k, v: of the part.
+    out, lse: the merged result of all parts.
+    grad_out, grad_lse: gradients of out and lse; grad_lse may be None.
+    """
 
     q: Tensor
     k: Tensor
@@ -70,18 +80,32 @@ class Saved:
     grad_lse: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Saved:
-        """All of them changed alike."""
-        q, k, v, out, lse, grad_out = map(change, (self.q, self.k, self.v, self.out, self.lse, self.grad_out))
-        return Saved(q, k, v, out, lse, grad_out, None if self.grad_lse is None else change(self.grad_lse))
+        """Apply `change` to every tensor."""
+        q, k, v, out, lse, grad_out = map(
+            change,
+            (self.q, self.k, self.v, self.out, self.lse, self.grad_out),
+        )
+        return Saved(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            grad_out,
+            None if self.grad_lse is None else change(self.grad_lse),
+        )
 
 
 def is_by_token(q: Tensor) -> bool:
-    """Whether q (B, H, N, D) lies token by token, as a view of (B, N, H, D), and not head by head."""
+    """Whether q (B, H, N, D) is stored as (B, N, H, D), token by token."""
     return bool(q.stride(1) < q.stride(2))
 
 
 def empty_out(q: Tensor, v: Tensor, by_token: bool) -> Tensor:
-    """out (B, Hq, N, Dv), not written yet. By token, as a model's q lies, its heads are joined without a copy."""
+    """Uninitialized out (B, Hq, N, Dv).
+
+    by_token: store it as (B, N, Hq, Dv), so that joining the heads needs no copy.
+    """
     batch, heads, tokens, width = *q.shape[:3], v.shape[3]
     if by_token:
         return q.new_empty((batch, tokens, heads, width)).transpose(1, 2)
@@ -89,10 +113,14 @@ def empty_out(q: Tensor, v: Tensor, by_token: bool) -> Tensor:
 
 
 def laid_out(out: Tensor, by_token: bool) -> Tensor:
-    """out as empty_out lays it: itself, or a copy."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2) if by_token else out.contiguous()
+    """out in the memory format of `empty_out`; a copy if it differs."""
+    if by_token:
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous()
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Log-sum-exps are kept in float32, in float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Dtype of log-sum-exps: float64 for float64, else float32."""
+    if dtype == torch.float64:
+        return torch.float64
+    return torch.float32

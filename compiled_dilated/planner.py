@@ -1,4 +1,7 @@
-"""Plans: the native kernel on a CPU where it can; else every lowering is asked for a proposal, and the cheapest is taken."""
+"""Planning: every lowering makes a proposal, the cheapest is chosen.
+
+`auto` on a CPU uses the native kernel wherever it applies.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,21 @@ from .programs import Branch
 LOWERINGS = ("auto", *registry.NAMES)
 # A lowering's answer for a whole program: one for all branches, or one per branch.
 Way = Sequence[Proposal | Refusal]
-# Tokens a side of the tiles that a plan counts.
+# Tokens per side of the tiles that `counted` counts.
 _TILE = 128
-# Tokens of a cache, from which on the native kernel may refuse a position.
+# Positions past this need a plan of their own: the native kernel may refuse them.
 _LONGEST_CACHE = 2**30
 
 
-# The one table of plans: of whole calls, of a ring's blocks, and of rings.
+# The only cache of plans: of calls, of a ring's blocks, and of rings.
 PLANS = PlanCache(most=512)
 
 
 def plan_for(problem: Problem, lowering: str = "auto") -> Plan:
-    """The plan of a problem, made when it first comes; see `choose`."""
+    """The plan of a problem, from the cache; see `choose`."""
     if takes_any_offset(problem.q_len, problem.training, lowering) and max(problem.kv_len, problem.q_offset) < _LONGEST_CACHE:
-        # One query, as in decoding: a kernel that finds its keys itself has one plan for all positions and all lengths.
+        # Decoding: the native kernel finds its keys itself, so one plan serves all positions and
+        # all lengths of the cache.
         key = replace(problem, kv_len=0, q_offset=0)
         plan = PLANS.get((key, lowering), lambda: choose(problem, lowering))
         if plan.lowering == "native":
@@ -38,16 +42,20 @@ def plan_for(problem: Problem, lowering: str = "auto") -> Plan:
 
 
 def takes_any_offset(q_len: int, training: bool, lowering: str) -> bool:
-    """Whether one plan may serve queries at many positions, each of which has to be checked."""
+    """Whether one plan may serve all query positions (which calls then check)."""
     return q_len == 1 and not training and lowering in ("auto", "native")
 
 
 def choose(problem: Problem, lowering: str = "auto") -> Plan:
-    """The plan of a problem. An explicit lowering is used or refused with a ValueError, never replaced."""
+    """The cheapest plan of a problem.
+
+    An explicit lowering is used, or refused with a ValueError; it is never replaced.
+    """
     arguments.choice("lowering", lowering, LOWERINGS)
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
     ways = _weighed(problem) if lowering == "auto" else [registry.named(lowering).propose(problem)]
     weighed = tuple(dict.fromkeys(proposal for way in ways for proposal in way))
+    # Only ways without a refusal can be chosen; the refusals are listed in the plan.
     possible = [way for way in map(_proposals, ways) if way is not None]
     if not possible:
         refusal = next(answer for answer in weighed if isinstance(answer, Refusal))
@@ -59,7 +67,7 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
 
 
 def _weighed(problem: Problem) -> list[Way]:
-    """Ways to compute the whole program: one proposal for all branches, or one per branch."""
+    """Candidate ways to compute the program."""
     ways: dict[str, Way] = {}
     for lowering in registry.LOWERINGS:
         if not lowering.is_weighed(problem.device):
@@ -76,9 +84,11 @@ def _weighed(problem: Problem) -> list[Way]:
 
 
 def _proposals(way: Way) -> list[Proposal] | None:
-    """The proposals of a way, None where a branch is refused."""
+    """The proposals of a way; None if a branch is refused."""
     proposals = [answer for answer in way if isinstance(answer, Proposal)]
-    return proposals if len(proposals) == len(way) else None
+    if len(proposals) == len(way):
+        return proposals
+    return None
 
 
 def _dense_flops(way: Sequence[Proposal]) -> float:
@@ -102,25 +112,42 @@ def _name(way: Sequence[Proposal]) -> str:
 
 
 def counted(plan: Plan) -> Plan:
-    """The plan with its allowed pairs, and the tiles that the first heads of each branch see.
+    """The plan with its allowed pairs and the tiles of the first heads of each branch.
 
-    For people. Counts are exact. Masks that read data, and masks of too many different tiles, are not counted: None.
+    For `explain`. Counts are exact; None for masks that read data, and for too many different
+    tiles.
     """
     problem = plan.problem
     tiles: list[dict[str, Any]] = []
     pairs: int | None = 0
     for number, branch in enumerate(problem.program.branches):
-        for group, (mask, heads, _) in enumerate(head_groups(branch, problem.heads, problem.kv_heads)):
+        for group, (mask, heads, _) in enumerate(
+            head_groups(branch, problem.heads, problem.kv_heads),
+        ):
             if group == 0:
-                tiles.append({"branch": number, "heads": list(heads.indices()), "tile": _TILE, **_tiles(mask, branch, problem)})
-            of_head = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
-            pairs = None if pairs is None or of_head is None else pairs + of_head * heads.count * problem.batch
+                tiles.append(
+                    {
+                        "branch": number,
+                        "heads": list(heads.indices()),
+                        "tile": _TILE,
+                        **_tiles(mask, branch, problem),
+                    },
+                )
+            per_head = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
+            pairs = None if pairs is None or per_head is None else pairs + per_head * heads.count * problem.batch
     return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
 
 
 def _tiles(mask: Mask, branch: Branch, problem: Problem) -> dict[str, int | None]:
-    """FULL and PARTIAL tiles, and the bytes of their map; None where they are too many to count."""
-    counts = counting.tiles(mask, problem.q_len, problem.kv_len, _TILE, branch.order, problem.q_offset)
+    """FULL and PARTIAL tiles and the bytes of their map; None if too many differ."""
+    counts = counting.tiles(
+        mask,
+        problem.q_len,
+        problem.kv_len,
+        _TILE,
+        branch.order,
+        problem.q_offset,
+    )
     if counts is None:
         return {"full": None, "partial": None, "bytes": None}
     return {"full": counts.full, "partial": counts.partial, "bytes": counts.nbytes}

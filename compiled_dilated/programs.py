@@ -1,4 +1,4 @@
-"""Programs: a few branches of (heads, mask, order) that are merged by log-sum-exp."""
+"""Programs: branches of (heads, mask, order) merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ KINDS = ("local", "global_local", "dilated")
 
 
 class _NoMask:
-    """Refuses `&`, `|` and `~`, which join masks."""
+    """Rejects `&`, `|` and `~`, which join only masks."""
 
-    # Read where such a value comes as the operand of a mask.
+    # Also part of the error of a mask's operator with such an operand.
     how_to_join = (
         "Join masks before a program is made of them, as masks.neighborhood((64, 64), 7) | masks.sinks(4); "
         "an order is given by Program((Branch(mask, order=orders.hilbert(64, 64)),))"
     )
 
     def _refuse(self, other: object = None) -> NoReturn:
-        raise TypeError(f"`&`, `|` and `~` join masks; got {type(self).__name__} {self}. {self.how_to_join}")
+        raise TypeError(
+            f"`&`, `|` and `~` join masks; got {type(self).__name__} {self}. {self.how_to_join}",
+        )
 
     __and__ = __or__ = __rand__ = __ror__ = __invert__ = _refuse
 
 
 @dataclass(frozen=True, repr=False)
 class Branch(_NoMask):
-    """Some heads, what they may attend to, and the order in which tokens are computed (which never changes a result).
+    """Some heads, their mask, and the order of execution, which never changes a result.
 
-    heads: None for all, (start, stop), or "i/k": the i-th of k shares, heads // k each, the first heads % k shares one more.
+    heads: None for all, (start, stop), or "i/k": the i-th of k shares of the heads. A share has
+        heads // k heads; the first heads % k shares have one more.
     """
 
     mask: Mask
@@ -47,7 +50,9 @@ class Branch(_NoMask):
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
-            raise TypeError(f"a branch needs a mask; got {type(self.mask).__name__} {self.mask}. Use compiled_dilated.masks")
+            raise TypeError(
+                f"a branch needs a mask; got {type(self.mask).__name__} {self.mask}. Use compiled_dilated.masks",
+            )
         if not isinstance(self.order, Order):
             raise TypeError(
                 f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders"
@@ -55,16 +60,20 @@ class Branch(_NoMask):
         share = isinstance(self.heads, str) and re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.heads)
         span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(type(head) is int for head in self.heads)
         if not (self.heads is None or span or (share and int(share[1]) < int(share[2]))):
-            raise ValueError(f"heads must be None, (start, stop) or a share 'i/k' with i < k; got {self.heads!r}")
+            raise ValueError(
+                f"heads must be None, (start, stop) or a share 'i/k' with i < k; got {self.heads!r}",
+            )
 
     def head_range(self, heads: int) -> range:
-        """The query heads of this branch out of `heads`."""
+        """Query heads of this branch, out of `heads`."""
         if self.heads is None:
             return range(heads)
         if isinstance(self.heads, tuple):
             start, stop = self.heads
             if not 0 <= start <= stop <= heads:
-                raise ValueError(f"the branch {self} names heads {start} to {stop}; the query has {heads}")
+                raise ValueError(
+                    f"the branch {self} names heads {start} to {stop}; the query has {heads}",
+                )
             return range(start, stop)
         share, shares = map(int, self.heads.split("/"))
         size, extra = heads // shares, heads % shares
@@ -72,7 +81,7 @@ class Branch(_NoMask):
         return range(start, start + size + (share < extra))
 
     def mask_at(self, head: int, heads: int) -> Mask:
-        """What one head out of `heads` may attend to in this branch."""
+        """Mask of one query head, out of `heads`."""
         return self.mask.at_head(head, heads)
 
     def __repr__(self) -> str:
@@ -89,27 +98,27 @@ class Branch(_NoMask):
 
 @dataclass(frozen=True, repr=False)
 class Program(_NoMask):
-    """Branches joined by one softmax: a key that two branches link counts twice. Hashable; `repr` is the code that makes it."""
+    """Branches joined by one softmax; a key that two branches link counts twice.
+
+    Hashable; `repr` is the code that creates it.
+    """
 
     branches: tuple[Branch, ...]
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.branches, tuple)
-            or not self.branches
-            or not all(isinstance(each, Branch) for each in self.branches)
-        ):
+        is_tuple = isinstance(self.branches, tuple) and len(self.branches) > 0
+        if not is_tuple or not all(isinstance(branch, Branch) for branch in self.branches):
             raise TypeError(
-                f"a program needs a non-empty tuple of Branch; got {_shown(self.branches)}. Write Program((Branch(mask),))"
+                f"a program needs a non-empty tuple of Branch; got {_shown(self.branches)}. Write Program((Branch(mask),))",
             )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The data tensors that the program reads."""
+        """Names of the data tensors that the program reads, sorted."""
         return tuple(sorted({name for branch in self.branches for name in branch.mask.names}))
 
     def check(self, q_len: int, kv_len: int, q_offset: int = 0) -> None:
-        """Raise ValueError where a mask or an order cannot speak of these lengths."""
+        """Raise ValueError if a mask or an order is undefined for these lengths."""
         for branch in self.branches:
             branch.mask.check(range(q_offset, q_offset + q_len), kv_len)
             if branch.order != identity():
@@ -121,7 +130,7 @@ class Program(_NoMask):
                 branch.order.check(kv_len)
 
     def map(self, change: Callable[[Mask], Mask]) -> Program:
-        """The same program over changed masks."""
+        """The program with `change` applied to its masks."""
         return Program(tuple(replace(branch, mask=change(branch.mask)) for branch in self.branches))
 
     @cached_property
@@ -129,10 +138,11 @@ class Program(_NoMask):
         return hash(self.branches)
 
     def __hash__(self) -> int:
-        return self._hash  # once: a mask may list thousands of numbers, and every call looks up its plan
+        # Cached: a mask may list thousands of numbers, and every call looks up its plan.
+        return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Program, (self.branches,)  # without the hash, which is another one in another process
+        return Program, (self.branches,)  # without the hash, which differs between processes
 
     def __repr__(self) -> str:
         return f"Program(({', '.join(map(repr, self.branches))},))"
@@ -146,17 +156,17 @@ BUILDERS: dict[str, Callable[..., Program]] = {}
 
 
 def builder(build: Builder) -> Builder:
-    """Make a module's function known by name, so that a `PerLength` of it can travel as text."""
+    """Register a function by name, so that a `PerLength` of it can be written as text."""
     BUILDERS[build.__name__] = build
     return build
 
 
 @dataclass(frozen=True, repr=False)
 class PerLength(_NoMask):
-    """A program that depends on how many tokens a call has.
+    """A program that depends on the number of tokens: `build(*settings, tokens)`.
 
-    It is `build(*settings, tokens)`, made when tensors of that length first come.
-    names: the data tensors that it reads, at every length. build: a function marked by `builder`.
+    build: a function marked with `builder`.
+    names: data tensors that it reads, at every length.
     """
 
     build: Callable[..., Program]
@@ -164,11 +174,11 @@ class PerLength(_NoMask):
     names: tuple[str, ...] = ()
 
     def at(self, tokens: int) -> Program:
-        """The program for so many tokens."""
+        """The program for `tokens` tokens."""
         return self.build(*self.settings, tokens)
 
     def map(self, change: Callable[[Mask], Mask]) -> PerLength:
-        """The same over changed masks: those of the programs among its settings."""
+        """The `PerLength` with `change` applied to the masks of programs among its settings."""
         return replace(self, settings=tuple(_mapped(setting, change) for setting in self.settings))
 
     def __repr__(self) -> str:
@@ -182,7 +192,7 @@ class PerLength(_NoMask):
 
 
 def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) -> PerLength:
-    """The `PerLength` of a builder known by name."""
+    """The `PerLength` of a registered builder."""
     return PerLength(BUILDERS[arguments.choice("build", build, tuple(BUILDERS))], settings, names)
 
 
@@ -192,27 +202,29 @@ def _shown(branches: object) -> str:
 
 
 def _mapped(setting: Any, change: Callable[[Mask], Mask]) -> Any:
-    return setting.map(change) if isinstance(setting, (Program, PerLength)) else setting
+    if isinstance(setting, (Program, PerLength)):
+        return setting.map(change)
+    return setting
 
 
 def mask_mods_of(program: Program | PerLength) -> tuple[MaskMod, ...]:
-    """The functions of the program's `from_mod`s, in the order in which they are traced."""
+    """Functions of the program's `from_mod` masks, in the order of tracing."""
     return tuple(function for mask in masks_of(program) for function in functions_of(mask))
 
 
 def query_names_of(program: Program | PerLength) -> tuple[str, ...]:
-    """The data tensors that are read at the positions of queries too."""
+    """Data tensors that are read at query positions too."""
     return tuple({name for mask in masks_of(program) for name in mask.query_names})
 
 
 def check_data(program: Program | PerLength, data: Mapping[str, Any]) -> None:
-    """Raise TypeError where a data tensor is not of the dtype that a mask reads."""
+    """Raise TypeError if a data tensor has the wrong dtype."""
     for mask in masks_of(program):
         mask.check_data(data)
 
 
 def masks_of(program: Program | PerLength) -> tuple[Mask, ...]:
-    """The masks of the branches, in order; of a `PerLength`, those of the programs among its settings."""
+    """Masks of the branches in order; for a `PerLength`, those of programs in its settings."""
     if isinstance(program, Program):
         return tuple(branch.mask for branch in program.branches)
     inner = (setting for setting in program.settings if isinstance(setting, (Program, PerLength)))
@@ -220,7 +232,7 @@ def masks_of(program: Program | PerLength) -> tuple[Mask, ...]:
 
 
 def as_program(value: Program | Mask) -> Program:
-    """A bare mask is a program of one branch."""
+    """A program; a bare mask becomes a program of one branch."""
     if isinstance(value, Program):
         return value
     if isinstance(value, Mask):
@@ -238,11 +250,17 @@ def longnet(
     offsets: str = "cyclic",
     heads: str = "all",
 ) -> Program:
-    """LongNet's dilated attention (arXiv 2307.02486): branch i links tokens of one segment of w_i whose places in it, modulo r_i,
-    are the head's offset.
+    """LongNet's dilated attention (arXiv 2307.02486).
 
-    offsets: "cyclic", head % r_i (the paper), or "grouped", head // ceil(heads / r_i) (its authors' code).
-    heads: "all" heads in every branch, or "split": heads dealt out over branches, the offset of branch i being i % r_i.
+    Branch i links tokens in one segment of segment_lengths[i] whose position within it, modulo
+    dilation_rates[i], equals the head's offset.
+
+    segment_lengths: in tokens, one per branch.
+    dilation_rates: one per branch.
+    offsets: "cyclic", head % rate (the paper), or "grouped", head // ceil(heads / rate) (its authors'
+        code).
+    heads: "all" heads in every branch, or "split": heads distributed over the branches, with offset
+        i % rate in branch i.
     """
     lengths = arguments.integers("segment_lengths", segment_lengths, 1)
     rates = arguments.integers("dilation_rates", dilation_rates, 1)
@@ -257,31 +275,54 @@ def longnet(
     for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
         parts: tuple[Mask, ...] = (masks.segments(length),)
         if rate > 1:
-            parts += (masks.congruent(rate, i % rate if heads == "split" else offsets, period=length),)
+            parts += (
+                masks.congruent(
+                    rate,
+                    i % rate if heads == "split" else offsets,
+                    period=length,
+                ),
+            )
         if arguments.flag("causal", causal):
             parts += (masks.causal(),)
-        branches.append(Branch(masks.conjunction(parts), f"{i}/{len(lengths)}" if heads == "split" else None))
+        branches.append(
+            Branch(masks.conjunction(parts), f"{i}/{len(lengths)}" if heads == "split" else None),
+        )
     return Program(tuple(branches))
 
 
-def local_window(left: int, right: int | None = None, causal: bool = False, dilation: int = 1) -> Program:
-    """A sliding window of `left` tokens back and `right` ahead, every `dilation`-th (arXiv 2004.05150).
+def local_window(
+    left: int,
+    right: int | None = None,
+    causal: bool = False,
+    dilation: int = 1,
+) -> Program:
+    """A sliding window, every `dilation`-th key (Longformer, arXiv 2004.05150).
 
-    right: by default as many, 0 if causal.
+    left, right: tokens before and after the query. `right` defaults to `left`, to 0 if causal.
     """
     if arguments.flag("causal", causal):
         if right not in (None, 0):
-            raise ValueError(f"a causal window has nothing to its right; got right={right!r}. Leave right out, or causal=False")
+            raise ValueError(
+                f"a causal window has nothing to its right; got right={right!r}. Leave right out, or causal=False",
+            )
         right = 0
     return as_program(masks.window(left, right, dilation))
 
 
-def hilbert_window(grid: Sequence[int], radius: int | Sequence[int], edges: str = "cut", offset: int | None = None) -> Program:
-    """Keys within `radius` on every axis of a 2-D or 3-D grid, tokens in row-major order, computed in Hilbert order.
+def hilbert_window(
+    grid: Sequence[int],
+    radius: int | Sequence[int],
+    edges: str = "cut",
+    offset: int | None = None,
+) -> Program:
+    """A neighborhood on a 2-D or 3-D grid, computed in Hilbert order.
 
-    offset: None where the sequence is the grid, else the position of the grid's first token, as in `masks.neighborhood`: other
-    tokens see nothing, unless a mask joins them: Program((Branch(masks.neighborhood((64, 64), 7, offset=1) |
-    masks.global_tokens(1), order=orders.hilbert(64, 64, offset=1)),)).
+    grid: sizes; tokens in row-major order.
+    radius: in cells, one number or one per axis.
+    offset: None if the sequence is the grid, else the position of the grid's first token, as in
+        `masks.neighborhood`. Other tokens see nothing unless another mask is joined:
+        Program((Branch(masks.neighborhood((64, 64), 7, offset=1) | masks.global_tokens(1),
+        order=orders.hilbert(64, 64, offset=1)),)).
     """
     shape = arguments.integers("grid", grid, 1)
     if len(shape) not in (2, 3):
@@ -290,12 +331,22 @@ def hilbert_window(grid: Sequence[int], radius: int | Sequence[int], edges: str 
     return Program((Branch(mask, order=hilbert(*shape, offset=offset)),))
 
 
-def big_bird(window: int, global_tokens: int, random: int, block: int, tokens: int, seed: int = 0) -> Program:
-    """BigBird's attention by whole blocks of `block` tokens (arXiv 2007.14062): a window, global tokens and random blocks.
+def big_bird(
+    window: int,
+    global_tokens: int,
+    random: int,
+    block: int,
+    tokens: int,
+    seed: int = 0,
+) -> Program:
+    """BigBird's block attention (arXiv 2007.14062): window, global and random blocks.
 
-    window: tokens that a block sees on each side of itself. global_tokens: the first tokens, which see all and are seen by all.
-    Both are multiples of `block`. random: how many blocks of keys, drawn from all by `seed`, each block of queries sees; one that
-    falls into the window or on a global token adds nothing. tokens: the length that random blocks are drawn for.
+    window: tokens visible on each side of a block; a multiple of `block`.
+    global_tokens: the first tokens, visible to all, and they see all; a multiple of `block`.
+    random: key blocks per query block, drawn from all blocks by `seed`; one that falls into the window
+        or on a global token adds nothing.
+    block: tokens per block.
+    tokens: the length that random blocks are drawn for.
 
     >>> big_bird(64, 128, 3, 64, tokens=4096)
     Program((Branch(block_window(64, 1) | global_tokens(128) | random_blocks(64, 3, tokens=4096, seed=0)),))
@@ -307,8 +358,10 @@ def big_bird(window: int, global_tokens: int, random: int, block: int, tokens: i
                 f"{name} must be a multiple of the block of {block} tokens; got {value}. "
                 "A window of single tokens is masks.window(...) | masks.global_tokens(...) | masks.random_blocks(...)"
             )
-    drawn = masks.random_blocks(block, arguments.integer("random", random, 0), tokens, seed)
-    return as_program(masks.block_window(block, window // block) | masks.global_tokens(global_tokens) | drawn)
+    random_blocks = masks.random_blocks(block, arguments.integer("random", random, 0), tokens, seed)
+    return as_program(
+        masks.block_window(block, window // block) | masks.global_tokens(global_tokens) | random_blocks,
+    )
 
 
 def block_sparse(
@@ -319,32 +372,34 @@ def block_sparse(
     tiles: Sequence[tuple[int, int]] | None = None,
     causal: bool = False,
 ) -> Program:
-    """Keep a share `density` of all pairs (before `causal`): "0.9 sparse" is density 0.1.
+    """A mask that keeps the share `density` of all pairs: "0.9 sparse" is density 0.1.
 
-    kind: "local", a window; "global_local", the first `block` tokens see and are seen by all, a window holds the rest;
-    "dilated", every (1 / density)-th block of `block` tokens; "tiles", the given (query tile, key tile) pairs of `block` tokens.
-    tokens: the length that the share is of; needed by all kinds but "dilated". The share is met to within one token of window.
+    density: share of the pairs, before `causal`; met to within one token of window.
+    kind: "local": a window; "global_local": the first `block` tokens are global, and a window keeps the
+        other pairs; "dilated": every (1 / density)-th block; "tiles": the listed `tiles`.
+    block: tokens per block or tile.
+    tokens: the length that the share refers to; required for all kinds except "dilated".
+    tiles: (query tile, key tile) pairs.
 
-    Raises ValueError where the share cannot be met: a density outside (0, 1], or tiles of another density.
+    Raises ValueError if the share cannot be met: a density outside (0, 1], or tiles of another
+    density.
     """
     if isinstance(density, bool) or not isinstance(density, (int, float)):
-        raise TypeError(f"density must be a number in (0, 1]; got {type(density).__name__} {density!r}")
+        raise TypeError(
+            f"density must be a number in (0, 1]; got {type(density).__name__} {density!r}",
+        )
     if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], the share of pairs kept; got {density!r}. A sparsity of 0.9 is density 0.1")
+        raise ValueError(
+            f"density must be in (0, 1], the share of pairs kept; got {density!r}. A sparsity of 0.9 is density 0.1",
+        )
     arguments.choice("kind", kind, (*KINDS, "tiles"))
     block = arguments.integer("block", block, 1)
     if (tiles is not None) != (kind == "tiles"):
-        raise ValueError(f"tiles are for kind='tiles', which needs them; got kind={kind!r}, tiles={tiles!r}")
+        raise ValueError(
+            f"tiles are for kind='tiles', which needs them; got kind={kind!r}, tiles={tiles!r}",
+        )
     if kind == "dilated":
-        if density < 1 / arguments.MOST:
-            raise ValueError(f"density must be at least 2**-60 for kind='dilated'; got {density!r}")
-        stride = round(1 / density)
-        if abs(1 / stride - density) > 0.01 * density:
-            near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})
-            raise ValueError(
-                f"kind='dilated' keeps one block in a whole number: density {near[0]:.4g} or {near[-1]:.4g}; got {density!r}"
-            )
-        mask = masks.dilated_blocks(block, stride)
+        mask = _dilated(density, block)
     else:
         if tokens is None:
             raise ValueError(
@@ -357,19 +412,38 @@ def block_sparse(
         elif kind == "local":
             mask = masks.window(_window_for(density * tokens**2, tokens))
         else:
-            count = min(block, tokens)
-            rest = density * tokens**2 - (2 * count * tokens - count**2)
-            if rest < tokens - count:
-                raise ValueError(
-                    f"{count} global tokens and the diagonal alone keep more than density {density!r} of {tokens} tokens; "
-                    "take a smaller block or kind='local'"
-                )
-            mask = masks.global_tokens(count) | masks.window(_window_for(rest, tokens - count))
-    return as_program(masks.conjunction((mask, masks.causal())) if arguments.flag("causal", causal) else mask)
+            mask = _global_local(density, min(block, tokens), tokens)
+    if arguments.flag("causal", causal):
+        mask = masks.conjunction((mask, masks.causal()))
+    return as_program(mask)
+
+
+def _dilated(density: float, block: int) -> Mask:
+    """Every n-th block, for a density of 1 / n."""
+    if density < 1 / arguments.MOST:
+        raise ValueError(f"density must be at least 2**-60 for kind='dilated'; got {density!r}")
+    stride = round(1 / density)
+    if abs(1 / stride - density) > 0.01 * density:
+        near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})
+        raise ValueError(
+            f"kind='dilated' keeps one block in a whole number: density {near[0]:.4g} or {near[-1]:.4g}; got {density!r}"
+        )
+    return masks.dilated_blocks(block, stride)
+
+
+def _global_local(density: float, count: int, tokens: int) -> Mask:
+    """`count` global tokens, and a window over the others that meets the density."""
+    rest = density * tokens**2 - (2 * count * tokens - count**2)
+    if rest < tokens - count:
+        raise ValueError(
+            f"{count} global tokens and the diagonal alone keep more than "
+            f"density {density!r} of {tokens} tokens; take a smaller block or kind='local'"
+        )
+    return masks.global_tokens(count) | masks.window(_window_for(rest, tokens - count))
 
 
 def _window_for(pairs: float, tokens: int) -> int:
-    """The window w whose tokens + 2 w tokens - w (w + 1) pairs come nearest to `pairs`."""
+    """The window w whose tokens + 2 w tokens - w (w + 1) pairs are nearest to `pairs`."""
     half = tokens - 0.5
     root = half - math.sqrt(max(half**2 - max(pairs - tokens, 0), 0))
     return max(min(round(root), tokens - 1), 0)
@@ -377,12 +451,12 @@ def _window_for(pairs: float, tokens: int) -> int:
 
 def _check_tile_density(mask: Mask, density: float, tokens: int) -> None:
     assert isinstance(mask, masks.Tiles)
-    kept = sum(
+    visible = sum(
         max(0, min(mask.block, tokens - key // mask.columns * mask.block))
         * max(0, min(mask.block, tokens - key % mask.columns * mask.block))
         for key in mask.keys
     )
-    if abs(kept / tokens**2 - density) > 0.01 * density:
+    if abs(visible / tokens**2 - density) > 0.01 * density:
         raise ValueError(
-            f"the tiles keep {kept / tokens**2:.4g} of the pairs of {tokens} tokens; density says {density!r}. Pass that share"
+            f"the tiles keep {visible / tokens**2:.4g} of the pairs of {tokens} tokens; density says {density!r}. Pass that share"
         )

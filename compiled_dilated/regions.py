@@ -1,6 +1,6 @@
-"""Sets of positions that a tile stands for, and what a mask can say of a pair of tiles.
+"""Sets of positions of tiles, and verdicts of masks on pairs of them.
 
-A `Regions` value holds many sets at once, one per row, each a box of a lattice:
+A `Regions` value is an array of sets, one per row, each a box of a lattice:
 
     positions = base + sum over axes of index * stride,   0 <= index < extent
 
@@ -8,8 +8,8 @@ A `Regions` value holds many sets at once, one per row, each a box of a lattice:
     residue      base 3,   extent (128,),    stride (4,)        tokens 3, 7, 11, ...
     grid box     base 70,  extent (16, 16),  stride (64, 1)     a 16 x 16 box of a grid of 64 columns
 
-A region may be larger than the tile that it stands for (a bounding box): EMPTY and FULL said of the larger set hold for the
-smaller one.
+A region may be larger than its tile (a bounding box): EMPTY and FULL of the larger set are also
+true of the smaller one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 Verdicts = npt.NDArray[np.uint8]
 
-# The three verdicts are ordered, so `and` is the minimum, `or` the maximum and `not` the mirror image.
+# The three verdicts are ordered, so `and` is the minimum, `or` the maximum and `not` the mirror
+# image.
 EMPTY, PARTIAL, FULL = np.uint8(0), np.uint8(1), np.uint8(2)
 
 
@@ -43,13 +44,20 @@ def negate(a: Verdicts) -> Verdicts:
 
 
 def verdicts(full: npt.NDArray[np.bool_], empty: npt.NDArray[np.bool_]) -> Verdicts:
-    """FULL where `full`, EMPTY where `empty`, PARTIAL elsewhere. EMPTY wins where both hold (a region without positions)."""
+    """FULL where `full`, EMPTY where `empty`, PARTIAL elsewhere.
+
+    EMPTY wins if both are true, as for a region without positions.
+    """
     return np.where(empty, EMPTY, np.where(full, FULL, PARTIAL))
 
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """Many lattice boxes: `base` is (n,), `extent` and `stride` are (n, axes); every extent is at least 1, every stride too."""
+    """n lattice boxes; all extents and strides are at least 1.
+
+    base: (n,).
+    extent, stride: (n, axes).
+    """
 
     base: IntArray
     extent: IntArray
@@ -57,14 +65,14 @@ class Regions:
 
     @staticmethod
     def contiguous(start: npt.ArrayLike, stop: npt.ArrayLike) -> Regions:
-        """The half-open ranges [start, stop), one region each."""
+        """Half-open ranges [start, stop), one region per entry."""
         base = np.atleast_1d(np.asarray(start, dtype=np.int64))
         extent = np.atleast_1d(np.asarray(stop, dtype=np.int64)) - base
         return Regions(base, extent[:, None], np.ones((len(base), 1), dtype=np.int64))
 
     @staticmethod
     def strided(start: npt.ArrayLike, count: npt.ArrayLike, stride: npt.ArrayLike) -> Regions:
-        """`count` positions from `start` in steps of `stride`, one region each."""
+        """`count` positions from `start` in steps of `stride`, one region per entry."""
         base = np.atleast_1d(np.asarray(start, dtype=np.int64))
         extent = np.broadcast_to(np.asarray(count, dtype=np.int64), base.shape)[:, None]
         step = np.broadcast_to(np.asarray(stride, dtype=np.int64), base.shape)[:, None]
@@ -73,7 +81,10 @@ class Regions:
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(self, rows: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | slice) -> Regions:
+    def __getitem__(
+        self,
+        rows: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | slice,
+    ) -> Regions:
         return Regions(self.base[rows], self.extent[rows], self.stride[rows])
 
     @property
@@ -88,18 +99,21 @@ class Regions:
 
     @property
     def step(self) -> IntArray:
-        """All positions of a region are congruent to its base modulo its step; 0 where the region is one position."""
+        """Common step: positions are congruent to the base modulo it.
+
+        0 for a region of one position.
+        """
         moving = np.where(self.extent > 1, self.stride, 0)
         return np.asarray(np.gcd.reduce(moving, axis=1), dtype=np.int64)
 
     @property
     def dense(self) -> npt.NDArray[np.bool_]:
-        """Whether the region holds every position of its step between first and last."""
+        """Whether a region contains every position of its step between first and last."""
         size = np.prod(self.extent, axis=1)
         return np.asarray((self.last - self.first) == (size - 1) * self.step, dtype=np.bool_)
 
     def positions(self, row: int) -> IntArray:
-        """The positions of one region, in the region's own order."""
+        """The positions of one region in lattice order."""
         out = self.base[row : row + 1]
         for extent, stride in zip(self.extent[row], self.stride[row], strict=True):
             out = (out[:, None] + np.arange(extent) * stride).reshape(-1)

@@ -25,7 +25,7 @@ from .masks.data import DocumentLengths
 from .masks.explicit import Tiles
 from .masks.functions import FromMod, of_graph, with_contents
 from .masks.globals import GlobalPositions
-from .masks.positions import LeadingQueries
+from .masks.leading import LeadingQueries
 from .mods import MaskMod, name_of, trace_mask_mod
 from .orders import Order
 from .programs import PerLength, Program

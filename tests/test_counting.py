@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from compiled_dilated import counting, masks, orders
 from compiled_dilated.masks import Mask
-from compiled_dilated.masks.positions import LeadingQueries
+from compiled_dilated.masks.leading import LeadingQueries
 from compiled_dilated.regions import EMPTY, FULL, PARTIAL
 from compiled_dilated.tiles import TileMap
 from tests import strategies
@@ -115,12 +115,12 @@ def test_formula_of_a_whole_grid(edges: str) -> None:
 
 
 @given(mask=strategies.expressions(leaves()), data=st.data())
-def test_a_mask_and_its_expanded_form_are_one(mask: Mask, data: st.DataObject) -> None:
+def test_expanded_masks_allow_the_same_pairs(mask: Mask, data: st.DataObject) -> None:
     assert (dense(mask.expanded(), 40, 40) == dense(mask, 40, 40)).all()
 
 
 @given(mask=leaves(12))
-def test_a_side_moved_by_its_period_sees_the_same(mask: Mask) -> None:
+def test_masks_are_invariant_under_their_side_periods(mask: Mask) -> None:
     for leaf in counting._leaves(mask.expanded()):
         for axis, period in enumerate(leaf.side_periods):
             if period is not None and period <= 200:
@@ -250,7 +250,7 @@ def test_the_last_positions_that_are_allowed_do_not_overflow() -> None:
     assert counting.pairs(masks.causal() & masks.window(n, n, n - 1), 8, n, n - 8) == 8 + 1
 
 
-def test_what_cannot_be_counted_is_none() -> None:
+def test_uncountable_masks_give_none() -> None:
     assert counting.pairs(masks.padding(), 8, 8) is None
     scattered = masks.tiles([(i, i * i % 1021) for i in range(1024)], block=64) & masks.causal()
     assert counting.pairs(scattered, 2**16, 2**16) is not None

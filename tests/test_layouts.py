@@ -44,7 +44,7 @@ def check_deal(layout: Layout) -> None:
 
 @settings(max_examples=300)
 @given(layouts())
-def test_every_token_has_one_rank_and_ranks_hold_alike(layout: Layout) -> None:
+def test_layouts_partition_tokens_evenly(layout: Layout) -> None:
     check_deal(layout)
 
 
@@ -57,7 +57,7 @@ def test_few_tokens_primes_and_more_ranks_than_tokens(tokens: int, ranks: int) -
 
 @settings(max_examples=300)
 @given(layouts(), st.integers(-5, 200), st.integers(0, 200), st.integers(1, 50))
-def test_no_owner_is_forgotten(layout: Layout, start: int, size: int, step: int) -> None:
+def test_owners_contain_every_owner(layout: Layout, start: int, size: int, step: int) -> None:
     places = range(max(0, start), min(layout.tokens, start + size), step)
     told = list(layout.owners(places))
     holder = owner_of(layout)
@@ -87,7 +87,7 @@ def test_the_figure() -> None:
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
-def test_a_zigzag_group_holds_a_stretch_of_the_sequence_and_shares_causal_work_evenly(group: int) -> None:
+def test_zigzag_groups_are_contiguous_and_balance_causal_work(group: int) -> None:
     layout, holds = Zigzag(96, 6, group), 96 // 6 * group
     for first in range(0, 6, group):
         stretch = range(first * 16, first * 16 + holds)
@@ -123,7 +123,7 @@ LONGNET = cd.longnet((16, 32), (1, 2), causal=True)
     ],
     ids=repr,
 )
-def test_layouts_that_are_weighed(program: Program | masks.Mask, names: list[str]) -> None:
+def test_candidate_layouts(program: Program | masks.Mask, names: list[str]) -> None:
     program = program if isinstance(program, Program) else Program((Branch(program),))
     found = layouts_of(program, 128, 8)
     assert [layout.name for layout in found] == names
@@ -146,6 +146,6 @@ def test_a_layout_by_name(name: str, kind: type[Layout]) -> None:
         ("snake", r"layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; got 'snake'"),
     ],
 )
-def test_layouts_that_make_no_sense(name: str, message: str) -> None:
+def test_inapplicable_layouts_are_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layouts_of(Program((Branch(masks.causal()),)), 64, 4, name)

@@ -128,7 +128,7 @@ def test_neighborhood_is_exact_on_boxes(dilation: int, edges: str) -> None:
             assert verdict == verdict_of(seen)
 
 
-def test_classify_of_data_promises_nothing() -> None:
+def test_data_masks_classify_as_partial() -> None:
     q = contiguous_tiles(20, 5)
     for mask in (masks.documents(ids="d"), masks.padding(), masks.global_tokens(data="d")):
         assert (mask.classify(q, q) == PARTIAL).all()
@@ -143,7 +143,7 @@ def test_from_mod_is_exact_on_small_tiles() -> None:
         check_classify(mine, dense(mine, 24, 24, head=head), contiguous_tiles(24, 1), contiguous_tiles(24, 2), exact=True)
 
 
-def test_from_mod_that_reads_the_batch_promises_nothing() -> None:
+def test_from_mod_that_reads_the_batch_classifies_as_partial() -> None:
     def by_batch(b: Any, h: Any, q: Any, kv: Any) -> Any:
         return q - q < b
 
@@ -253,7 +253,7 @@ def test_torch_and_numpy_agree(case: tuple[Mask, Any, int]) -> None:
 
 
 @given(st.data())
-def test_period_moves_nothing(data: st.DataObject) -> None:
+def test_masks_are_invariant_under_their_period(data: st.DataObject) -> None:
     mask = data.draw(strategies.expressions(strategies.line_masks(12)))
     if mask.period is not None and mask.period <= 500:
         assert (dense(mask, 40, 40) == dense(mask, 40 + mask.period, 40 + mask.period)[mask.period :, mask.period :]).all()
@@ -409,7 +409,7 @@ def test_heads_reach_every_part() -> None:
     assert masks.window(3).at_head(1, 4) == masks.window(3)
 
 
-def test_a_rule_over_unknown_heads_asks_for_them() -> None:
+def test_an_offset_rule_needs_the_number_of_heads() -> None:
     with pytest.raises(ValueError, match="depends on the number of heads"):
         dense(masks.congruent(3, "grouped"), 4, 4)
     with pytest.raises(ValueError, match="names 2 offsets for 3 heads"):

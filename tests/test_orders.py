@@ -88,7 +88,7 @@ def test_aligned_hilbert_runs_are_boxes(grid: tuple[int, ...], run: int) -> None
 
 
 @given(st.data())
-def test_regions_hold_their_runs(data: st.DataObject) -> None:
+def test_regions_contain_their_runs(data: st.DataObject) -> None:
     _, order, n = data.draw(strategies.masks_and_orders())
     runs = data.draw(
         st.lists(st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(lambda r: (r[0], min(n, r[0] + r[1]))), min_size=1)
@@ -108,7 +108,7 @@ def test_regions_hold_their_runs(data: st.DataObject) -> None:
                 assert held == run
 
 
-def test_large_hilbert_is_held_in_int32() -> None:
+def test_large_hilbert_curves_are_int32() -> None:
     order = orders.hilbert(1024, 1024)
     x = torch.arange(2**20, dtype=torch.int32)[None, :, None]
     assert torch.equal(order.invert(order.permute(x)), x)
@@ -181,7 +181,7 @@ def test_hilbert_first_used_in_inference_mode() -> None:
     assert x.grad is not None
 
 
-def test_kept_indices_are_few() -> None:
+def test_the_index_cache_is_bounded() -> None:
     for rows in range(2, 40):
         orders.hilbert(rows, 2).permute(torch.randn(rows * 2, 1))
     assert len(vars(orders._INDICES)) <= orders._MOST_INDICES

@@ -142,7 +142,7 @@ def far_and_by_head(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) 
     [("causal", "contiguous"), ("causal", "zigzag"), ("window dilated causal", "striped"), ("longnet split", "residue"),
      ("hilbert window", "hilbert")],
 )  # fmt: skip
-def test_score_mod_is_told_positions_and_heads_of_the_whole(name: str, layout: str) -> None:
+def test_score_mod_reads_global_positions_and_heads(name: str, layout: str) -> None:
     case, n = by_name(name), 60
     inputs, program = case.inputs(n, torch.float64), case.program(n)
     options: dict[str, Any] = {"score_mod": far_and_by_head, "scale": 0.2}
@@ -217,7 +217,7 @@ def test_nothing_leaks_backwards_in_any_layout() -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "residue"])
 @pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_the_ledger_is_what_was_planned(ranks: int, layout: str) -> None:
+def test_the_ledger_equals_the_plan(ranks: int, layout: str) -> None:
     attend, x = cd.compile(LONGNET, ranks=ranks, layout=layout), [each.requires_grad_() for each in tensors(2)]
     plan = attend.plan(*x)
     out = attend(*x)
@@ -236,7 +236,7 @@ def planned(layout: str = "auto", ranks: int = 4, n: int = 100) -> RingPlan:
 
 @pytest.mark.parametrize("layout", ["auto", "contiguous", "zigzag", "striped", "residue"])
 @pytest.mark.parametrize(("n", "ranks"), [(100, 4), (3, 5), (17, 16)])
-def test_positions_share_out_the_tokens(layout: str, n: int, ranks: int) -> None:
+def test_positions_partition_the_tokens(layout: str, n: int, ranks: int) -> None:
     plan = planned(layout, ranks, n)
     assert torch.cat([plan.positions(rank) for rank in range(ranks)]).sort().values.tolist() == list(range(n))
 

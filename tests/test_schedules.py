@@ -213,7 +213,7 @@ NESTED = cd.longnet((16, 32, 64), (1, 2, 4)), cd.longnet((16, 32, 64), (1, 2, 4)
 
 
 @pytest.mark.parametrize(("program", "layout"), [each for program in NESTED for each in layouts_for(program, 256, 8)])
-def test_nothing_is_received_twice_where_rates_nest(program: Program, layout: Layout) -> None:
+def test_nested_rates_receive_no_row_twice(program: Program, layout: Layout) -> None:
     for kv_heads in (HEADS, KV_HEADS):
         schedule = Schedule(program, layout, HEADS, kv_heads)
         for rank in range(layout.ranks):
@@ -222,7 +222,7 @@ def test_nothing_is_received_twice_where_rates_nest(program: Program, layout: La
 
 
 @pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 100, 200, 1000])
-def test_a_causal_window_moves_what_it_sees_and_no_more(window: int) -> None:
+def test_a_causal_window_receives_only_visible_keys(window: int) -> None:
     """Rank p of shards of n tokens: the window's rows before its first token, in ceil(window / n) remote steps."""
     n, ranks = 64, 8
     schedule = Schedule(as_program(masks.causal() & masks.window(window)), Contiguous(n * ranks, ranks), HEADS, KV_HEADS)

@@ -153,17 +153,17 @@ def test_heavy_rows_and_columns_become_parts(mask: Mask) -> None:
 
 
 @pytest.mark.parametrize("mask", [masks.window(256), masks.segments(4096), masks.window(256) & masks.causal()], ids=repr)
-def test_even_maps_stay_whole(mask: Mask) -> None:
+def test_even_maps_are_not_split(mask: Mask) -> None:
     tile_map = TileMap.build(mask, MILLION, MILLION)
     assert tiles.split(tile_map) == (tile_map,)
 
 
-def test_small_maps_stay_whole() -> None:
+def test_small_maps_are_not_split() -> None:
     tile_map = TileMap.build(masks.window(256) | masks.global_tokens(4), 2**15, 2**15)
     assert tiles.split(tile_map) == (tile_map,)
 
 
-def test_scattered_heavy_rows_stay_whole() -> None:
+def test_scattered_heavy_rows_are_not_split() -> None:
     """More parts than lists are worth: the lists are wide then."""
     every = [(row, 0) for row in range(600)] + [(row, column) for row in range(0, 600, 20) for column in range(1, 600)]
     tile_map = TileMap.build(masks.tiles(every, block=2), 1200, 1200, q_tile=2, kv_tile=2)

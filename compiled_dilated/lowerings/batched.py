@@ -60,11 +60,26 @@ class Batched:
             for piece, entries in costs.pieces(batch, problem, backward=False):
                 batches.forward(piece, call, entries, q, k, v, out, lse)
 
-    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+    def backward(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v.
+
+        Gradients of a score_mod's operands are added to its sums.
+        """
         return hidden.backward(partial(self._backward, chosen, problem), call, saved)
 
-    def _backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (saved.q, saved.k, saved.v)
         sums = [torch.zeros(x.shape, dtype=lse_dtype(x.dtype), device=x.device) for x in inputs]
         for batch in _batches(chosen):

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from ..heads import head_ranges
 from ..masks import Mask, conjunction, conjuncts
-from ..masks.positions import Causal
+from ..masks.bands import Causal
 from ..plans import Problem, Proposal, Refusal
 from .batched import Batched
 from .tiling import costs
 from .tiling.batches import Batch
 from .tiling.lattice import Lattice
 
-# The bias of a kernel call has q_len x kv_len entries: past so many it is not small beside anything.
+# The bias of a kernel call has q_len x kv_len entries: past so many it is not small beside
+# anything.
 _MOST_MASKED_PAIRS = 2**22
 
 
@@ -23,7 +24,10 @@ def propose(problem: Problem) -> list[Proposal | Refusal]:
     groups: dict[tuple[Mask, ...], list[int]] = {}
     for head in range(problem.heads):
         branches = [branch for branch in problem.program.branches if head in branch.head_range(problem.heads)]
-        groups.setdefault(tuple(branch.mask_at(head, problem.heads) for branch in branches), []).append(head)
+        groups.setdefault(
+            tuple(branch.mask_at(head, problem.heads) for branch in branches),
+            [],
+        ).append(head)
     queries = Lattice(problem.q_offset, 1, 0, problem.q_len, 1)
     keys = Lattice(0, 1, 0, problem.kv_len, 1)
     batches = []
@@ -44,7 +48,9 @@ LOWERING = Batched("dense", propose)
 
 
 def _hiding(masks: tuple[Mask, ...], causal: bool) -> tuple[Mask, ...]:
-    """The masks that a bias has to speak for: all but causal(), where the kernel leaves later keys out by itself."""
+    """The masks that need a bias: without causal() if the kernel applies it."""
     if causal:
         masks = tuple(conjunction(tuple(part for part in conjuncts(mask) if part != Causal())) for mask in masks)
-    return () if len(masks) == 1 and not conjuncts(masks[0]) else masks
+    if len(masks) == 1 and not conjuncts(masks[0]):
+        return ()
+    return masks

@@ -18,8 +18,19 @@ def keeps_hidden_out(plan: Plan) -> bool:
     return registry.of(plan.chosen).keeps_hidden_out
 
 
-def merge_into(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), which are (0, -inf) where nothing was seen."""
+def merge_into(
+    plan: Plan,
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge a part of a larger softmax into out and lse, in place.
+
+    out: (B, Hq, N, Dv). lse: (B, Hq, N). Both are (0, -inf) in rows without keys so far.
+    """
     registry.of(plan.chosen).merge_into(plan.chosen, plan.problem, call, q, k, v, out, lse)
 
 
@@ -29,8 +40,12 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
 
 
 def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in their dtypes; those of a score_mod's operands are added to its sums."""
-    # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient and make no NaN.
+    """Gradients of q, k and v, in their dtypes.
+
+    Gradients of a score_mod's operands are added to its sums.
+    """
+    # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient
+    # and make no NaN.
     dead = saved.lse == -math.inf
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(dead, 0.0)
     saved = replace(saved, lse=saved.lse.masked_fill(dead, math.inf), grad_lse=grad_lse)

@@ -1,8 +1,9 @@
-"""What keys hold that a query does not see (NaN, infinity, unwritten memory) never reaches its result, nor a gradient.
+"""NaN and infinity in hidden keys never reach a result or a gradient.
 
-Kernels compute hidden pairs of a tile too and give them weight 0, and 0 * NaN is NaN. So where a result is not finite, keys and
-values are cleaned and the work is done again; then the rows that see a bad number, and these alone, are set to NaN. Which rows do
-is itself attention: that of an indicator of the bad numbers, with all scores equal.
+Kernels compute hidden pairs of a tile with weight 0, and 0 * NaN is NaN. If a result is not finite,
+keys and values are cleaned and the call is repeated. Rows that see a bad number are then set to
+NaN. These rows are found by attention itself: over an indicator of the bad numbers, with equal
+scores.
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ Backward = Callable[[Call, Saved], tuple[Tensor, Tensor, Tensor]]
 
 
 def has_nan(x: Tensor) -> bool:
-    """Whether a tensor holds a NaN, or infinities of both signs. One pass, no copy.
+    """Whether a tensor has a NaN, or infinities of both signs. One pass, no copy.
 
-    What hidden numbers leave behind is always NaN: weight 0 times infinity is.
+    Hidden numbers always leave NaN: weight 0 times infinity is NaN.
     """
     return math.isnan(x.sum().item())
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether a tensor holds finite numbers alone; False too where their sum overflows."""
+    """Whether a tensor and its sum are finite."""
     return math.isfinite(x.sum().item())
 
 
 @dataclass(frozen=True)
 class Bad:
-    """Keys and values of which some numbers are not finite.
+    """Keys and values with non-finite numbers.
 
-    k, v: with zeros in their place. seen: (B, Hkv, M, Dv + 1), 1 where a query that sees the key gets NaN, by column of its
-    result, and last whether its lse does: a bad key spoils all columns and the lse, a bad value its own column.
+    k, v: with zeros in place of these numbers.
+    seen: (B, Hkv, M, Dv + 1), 1 where a query that sees the key gets NaN; one column per column of its
+        result, the last for its lse. A bad key spoils all of them, a bad value its own column.
     """
 
     k: Tensor
@@ -48,7 +50,7 @@ class Bad:
 
     @staticmethod
     def of(k: Tensor, v: Tensor) -> Bad | None:
-        """None where all numbers are finite."""
+        """The bad numbers of k and v; None if all are finite."""
         bad_k, bad_v = ~k.isfinite(), ~v.isfinite()
         if not bad_k.any() and not bad_v.any():
             return None
@@ -58,9 +60,9 @@ class Bad:
 
 
 def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse of run(call, q, k, v), clean of hidden keys."""
+    """out and lse of run(call, q, k, v), unaffected by hidden keys."""
     out, lse = run(call, q, k, v)
-    # Where all that a query sees of its keys is NaN, ATen's kernel gives it 0.
+    # ATen's kernel returns 0 for a query whose visible keys are all NaN, hence the check of k.
     if (is_finite(k) and not has_nan(out)) or (bad := Bad.of(k, v)) is None:
         return out, lse
     out, lse = run(call, q, bad.k, bad.v)
@@ -69,17 +71,23 @@ def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[
 
 
 def spoil(run: Forward, call: Call, q: Tensor, bad: Bad, out: Tensor, lse: Tensor) -> None:
-    """Set to NaN what queries that see bad numbers get, in place."""
+    """Set the results of queries that see bad numbers to NaN, in place."""
     same = torch.zeros_like(q, dtype=torch.float32)
-    share, _ = run(replace(call, score_mod=None), same, torch.zeros_like(bad.k, dtype=torch.float32), bad.seen)
+    share, _ = run(
+        replace(call, score_mod=None),
+        same,
+        torch.zeros_like(bad.k, dtype=torch.float32),
+        bad.seen,
+    )
     out.masked_fill_(share[..., :-1] > 0, math.nan)
     lse.masked_fill_(share[..., -1] > 0, math.nan)
 
 
 def backward(run: Backward, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v of run(call, saved), clean of what is hidden.
+    """Gradients of q, k and v of run(call, saved), unaffected by hidden keys.
 
-    Rows whose query, result or gradient is not finite get NaN, and so do the keys that they see; no others.
+    Rows with a non-finite query, result or gradient get NaN, and so do the keys that they see; no
+    others do.
     """
     before = () if call.score_mod is None else tuple(total.clone() for total in call.score_mod.sums)
     grads = run(call, saved)
@@ -104,22 +112,35 @@ def backward(run: Backward, call: Call, saved: Saved) -> tuple[Tensor, Tensor, T
 
 
 def _spoiled_rows(saved: Saved) -> Tensor:
-    """(B, Hq, N) of rows with a number that is not finite."""
+    """Rows with a non-finite number, (B, Hq, N)."""
     spoiled = saved.lse.isnan()
     for x in (saved.q, saved.out, saved.grad_out):
         spoiled = spoiled | ~x.isfinite().all(dim=-1)
-    return spoiled if saved.grad_lse is None else spoiled | ~saved.grad_lse.isfinite()
+    if saved.grad_lse is None:
+        return spoiled
+    return spoiled | ~saved.grad_lse.isfinite()
 
 
 def _without_rows(saved: Saved, rows: Tensor) -> Saved:
-    """The same, and rows that send no gradient: with lse = +inf all their weights are 0."""
+    """The same without gradients from some rows: lse = +inf makes all their weights 0."""
     q, out, grad_out = (x.masked_fill(rows[..., None], 0.0) for x in (saved.q, saved.out, saved.grad_out))
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(rows, 0.0)
-    return Saved(q, saved.k, saved.v, out, saved.lse.masked_fill(rows, math.inf), grad_out, grad_lse)
+    return Saved(
+        q,
+        saved.k,
+        saved.v,
+        out,
+        saved.lse.masked_fill(rows, math.inf),
+        grad_out,
+        grad_lse,
+    )
 
 
 def _keys_seen(run: Backward, call: Call, saved: Saved, rows: Tensor) -> Tensor:
-    """(B, Hkv, M, 1): the keys that these rows see, as the gradient of values whose results are these rows' indicator."""
+    """Keys that some rows see, (B, Hkv, M, 1).
+
+    Computed as the gradient of values, from an indicator of the rows.
+    """
 
     def zeros(x: Tensor) -> Tensor:
         return torch.zeros_like(x, dtype=torch.float32)
@@ -127,5 +148,13 @@ def _keys_seen(run: Backward, call: Call, saved: Saved, rows: Tensor) -> Tensor:
     v = zeros(saved.v[..., :1])
     grad_out = rows[..., None].to(torch.float32)
     lse = torch.where(rows, 0.0, math.inf).to(torch.float32)
-    indicator = Saved(zeros(saved.q), zeros(saved.k), v, torch.zeros_like(grad_out), lse, grad_out, None)
+    indicator = Saved(
+        zeros(saved.q),
+        zeros(saved.k),
+        v,
+        torch.zeros_like(grad_out),
+        lse,
+        grad_out,
+        None,
+    )
     return run(replace(call, score_mod=None), indicator)[2] > 0

@@ -1,6 +1,7 @@
-"""The native CPU kernel: all branches of a program, of any mask, in one call that finds its tiles itself.
+"""The native CPU kernel: all branches of a program in one call, any mask.
 
-propose -> encode (a program as numbers) -> native.library's operators, compiled once on a machine
+The kernel finds its tiles itself. propose -> encode (a program as numbers) -> operators of
+native.library, compiled once per machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..plans import Cost, Problem, Proposal, Refusal, Scores
 from ..programs import PerLength, Program
 from . import hidden
 
-# Their numbers in src/problem.h.
+# The codes of dtypes in src/problem.h.
 _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 _MOST_POSITIONS = 2**30
 _WIDEST = 256
@@ -40,8 +41,9 @@ _MOST_SUMS_BYTES = 16 * 2**20
 class Work:
     """A program as the kernel reads it.
 
-    code: its numbers. names: the data tensors, in their order. slots: operands that masks read, in their order; those of the
-    score_mod stand behind them.
+    code: the encoded program.
+    names: data tensors, in the kernel's order.
+    slots: operands that masks read, in the kernel's order; those of the score_mod follow.
     """
 
     code: tuple[int, ...]
@@ -58,7 +60,7 @@ class Work:
     def of_operator(
         self, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, score_slots: Sequence[int]
     ) -> tuple[Any, Any]:
-        """The same of an operator's arguments: data in the order of names, and all operands."""
+        """Data and operands among an operator's arguments, in the kernel's order."""
         places = (*self.slots, *score_slots)
         return data[: len(self.names)] if data else None, [operands[slot] for slot in places] if operands and places else None
 
@@ -78,7 +80,7 @@ def propose(problem: Problem) -> Proposal | Refusal:
 def work_of_graph(
     program: Program | PerLength, lowering: str, scores: Scores | None, q: Tensor, k: Tensor, v: Tensor
 ) -> Work | None:
-    """What a graph for tensors of any length holds; None where the plan depends on more than the kernel can tell by itself."""
+    """Work for a graph of tensors of any length; None if the plan depends on the length."""
     if isinstance(program, PerLength) or lowering not in ("auto", "native"):
         return None
     # Positions are checked when the graph runs.
@@ -86,11 +88,18 @@ def work_of_graph(
         program, 1, q.shape[1], k.shape[1], 1, 1, q.shape[3], v.shape[3], str(q.dtype).removeprefix("torch."), q.device.type,
         scores=scores,
     )  # fmt: skip
-    sizes = (*q.shape[1::2], *v.shape[1::2], *(size for _, shape in (scores.operands if scores else ()) for size in shape))
+    sizes = (
+        *q.shape[1::2],
+        *v.shape[1::2],
+        *(size for _, shape in (scores.operands if scores else ()) for size in shape),
+    )
     if not all(isinstance(size, int) for size in sizes):
         return None
     proposal = propose(problem)
-    return proposal.work[0] if isinstance(proposal, Proposal) else None
+    if isinstance(proposal, Refusal):
+        return None
+    work: Work = proposal.work[0]
+    return work
 
 
 def _unfit(problem: Problem) -> str | None:
@@ -110,7 +119,7 @@ def _unfit(problem: Problem) -> str | None:
 
 
 def _has_places(mask: Mask) -> bool:
-    """Whether the mask speaks of places from position 0 on, of lists or of a grid."""
+    """Whether the mask depends on absolute positions: lists or grids."""
     return mask.period is None or isinstance(mask, Neighborhood) or any(_has_places(part) for part in mask.parts)
 
 
@@ -121,18 +130,30 @@ def _work(program: Program, heads: int, scores: Scores | None) -> Work:
 
 
 def _cost(work: Work, problem: Problem) -> Cost:
-    """What the kernel counts of its own tiles, without computing them. Of data, which no plan knows, everything may be seen."""
+    """Cost from the kernel's own tile counts; with data, every pair may be visible."""
     width = 2 * (problem.head_dim + problem.value_dim)
-    counted = None if work.names or work.slots else counts(work, problem)
-    pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len if counted is None else counted[0]
+    pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
+    if not work.names and not work.slots:
+        pairs = counts(work, problem)[0]
     itemsize = 8 if problem.dtype == "float64" else 4
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
     room = torch.get_num_threads() * 3 * tile
-    return Cost(pairs, pairs * width, 0, 1, room, float(pairs * width), 2 * room + _sums_bytes(problem))
+    return Cost(
+        pairs,
+        pairs * width,
+        0,
+        1,
+        room,
+        float(pairs * width),
+        2 * room + _sums_bytes(problem),
+    )
 
 
 def _sums_bytes(problem: Problem) -> int:
-    """Sums of gradients beside those of low precision: of as many key heads as stay small, and of one at least."""
+    """Bytes of float32 sums of low-precision gradients.
+
+    For as many key heads as fit `_MOST_SUMS_BYTES`, and at least one.
+    """
     if problem.itemsize > 2:
         return 0
     of_head = problem.kv_len * (problem.head_dim + problem.value_dim) * 4
@@ -140,13 +161,23 @@ def _sums_bytes(problem: Problem) -> int:
 
 
 def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[int, ...]:
-    """Pairs computed, pairs that the mask is asked about, blocks and tiles of a call with this data, in the order of names."""
+    """Pairs computed, pairs evaluated, blocks and tiles of a call.
+
+    data: data tensors, in the order of `names`.
+    """
     sizes = [
         problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.value_dim,
         _TYPES[problem.dtype],
     ]  # fmt: skip
     with _disable_current_modes():  # a cost may be asked for while a graph is traced
-        numbers = library.operators.native_counts(list(data) or None, None, work.code, sizes, problem.q_offset, None)
+        numbers = library.operators.native_counts(
+            list(data) or None,
+            None,
+            work.code,
+            sizes,
+            problem.q_offset,
+            None,
+        )
         return tuple(numbers.tolist())
 
 
@@ -159,14 +190,36 @@ def forward(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     return result
 
 
-def merge_into(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Go on from out and lse with the pairs of these tensors."""
+def merge_into(
+    work: Work,
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge the pairs of these tensors into out and lse."""
     data, operands = work.inputs(call)
-    library.operators.native_merge.default(out, lse, q, k, v, data, operands, work.code, call.scale, call.q_offset)
+    library.operators.native_merge.default(
+        out,
+        lse,
+        q,
+        k,
+        v,
+        data,
+        operands,
+        work.code,
+        call.scale,
+        call.q_offset,
+    )
 
 
 def backward(work: Work, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; those of the score_mod's operands are added to its sums."""
+    """Gradients of q, k and v.
+
+    Gradients of the score_mod's operands are added to its sums.
+    """
     data, operands = work.inputs(call)
     mod = call.score_mod
     learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
@@ -213,12 +266,26 @@ class Native:
         """Continue from out and lse with the pairs of these tensors."""
         merge_into(chosen[0].work[0], call, q, k, v, out, lse)
 
-    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+    def backward(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v.
+
+        Gradients of a score_mod's operands are added to its sums.
+        """
         return hidden.backward(partial(_backward, chosen[0].work[0], problem), call, saved)
 
 
-def _backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    work: Work,
+    problem: Problem,
+    call: Call,
+    saved: Saved,
+) -> tuple[Tensor, Tensor, Tensor]:
     if call.score_mod is None and problem.scores is not None:
         # `hidden` looks for the keys that rows see: a call without the score_mod.
         work = _work(problem.program, problem.heads, None)

@@ -1,4 +1,4 @@
-"""What a lowering is: a way to compute programs that proposes itself, or refuses, and runs what it proposed."""
+"""The protocol of lowerings: propose, forward, merge_into, backward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..plans import Problem, Proposal, Refusal
 class Lowering(Protocol):
     """A way to compute programs. Add one by a file with its class and a line in `registry.LOWERINGS`.
 
-    name: as users write it, and as `explain` prints it.
-    keeps_hidden_out: NaN and infinity in hidden keys never reach a merged result; others clean the keys first.
-    is_fused: one kernel computes all branches; where it can, `auto` does not weigh gathered tiles.
-    decides: where it can compute a problem, `auto` weighs no other lowering.
+    name: as users write it, and as `explain` prints it. keeps_hidden_out: NaN and infinity in
+    hidden keys never reach a merged result; others clean the keys first. is_fused: one kernel
+    computes all branches; where it can, `auto` does not weigh gathered tiles. decides: where it can
+    compute a problem, `auto` weighs no other lowering.
     """
 
     @property
@@ -38,7 +38,10 @@ class Lowering(Protocol):
         ...
 
     def propose(self, problem: Problem) -> Sequence[Proposal | Refusal]:
-        """One proposal for all branches, or one per branch; a refusal says why not, and what to use."""
+        """One proposal for all branches, or one per branch.
+
+        A refusal gives the reason and the alternative.
+        """
         ...
 
     def forward(
@@ -56,9 +59,15 @@ class Lowering(Protocol):
         """
         ...
 
-    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v in their dtypes; those of a score_mod's operands are added to its sums.
+    def backward(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v in their dtypes.
 
-        saved: its lse is +inf in rows that see nothing, so that all their weights are 0.
+        Gradients of a score_mod's operands are added to its sums.
         """
         ...

@@ -8,7 +8,13 @@ from ..plans import Proposal
 from . import dense, flex, native, strided, tiled
 from .protocol import Lowering
 
-LOWERINGS: tuple[Lowering, ...] = (native.LOWERING, dense.LOWERING, strided.LOWERING, tiled.LOWERING, flex.LOWERING)
+LOWERINGS: tuple[Lowering, ...] = (
+    native.LOWERING,
+    dense.LOWERING,
+    strided.LOWERING,
+    tiled.LOWERING,
+    flex.LOWERING,
+)
 NAMES = tuple(lowering.name for lowering in LOWERINGS)
 _BY_NAME = {lowering.name: lowering for lowering in LOWERINGS}
 

@@ -1,7 +1,8 @@
-"""Segments and residue classes as dense problems: views of q, k and v at regular places, without index tensors or a bias.
+"""Segments and residue classes as dense problems on strided views of q, k and v.
 
-segments(8) & congruent(2, 1): tokens 1 3 5 7, then 9 11 13 15, ... are dense problems; all whole ones are one batch.
-With causal() the kernel leaves later keys out by itself. What hides other pairs is refused.
+No index tensors and no bias. segments(8) & congruent(2, 1): tokens 1 3 5 7, then 9 11 13 15, ...
+are dense problems; all complete ones form one batch. The kernel applies causal(); masks that hide
+other pairs are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 from ..heads import head_groups
 from ..masks import Mask, conjuncts
-from ..masks.positions import Causal, Congruent, Segments
+from ..masks.bands import Causal
+from ..masks.congruent import Congruent
+from ..masks.segments import Segments
 from ..plans import Problem, Proposal, Refusal
 from ..programs import Branch
 from .batched import Batched
@@ -22,7 +25,7 @@ from .tiling.lattice import Lattice
 
 @dataclass(frozen=True)
 class Pieces:
-    """A conjunction that falls apart into dense problems. segments: their length, if any."""
+    """A conjunction that splits into dense problems. segments: their length, or None."""
 
     segments: int | None
     congruent: Congruent | None
@@ -31,9 +34,10 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens that see themselves alone: those of `count` segments, `stride` apart.
+    """Tokens of `count` segments, `stride` apart, that see only themselves.
 
-    start: of the first segment. queries, keys: the positions of its queries and keys.
+    start: position of the first segment.
+    queries, keys: positions of the queries and keys of the first segment.
     """
 
     count: int
@@ -49,7 +53,7 @@ def propose(problem: Problem) -> list[Proposal | Refusal]:
 
 
 def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
-    """The branch, for all its heads, or why its mask is not made of regular blocks."""
+    """A proposal for all heads of a branch, or a refusal of its mask."""
     batches: list[Batch] = []
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
         pieces = _sorted(mask)
@@ -60,17 +64,19 @@ def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | R
 
 
 def _sorted(mask: Mask) -> Pieces | str:
-    """What each part of a mask does to the cutting, or the reason why it cannot be cut."""
+    """The role of each part of a mask, or the reason why it is refused."""
     parts = conjuncts(mask)
     lengths = [part.length for part in parts if isinstance(part, Segments)]
     congruent = [part for part in parts if isinstance(part, Congruent)]
     for part in parts:
         if not isinstance(part, (Causal, Congruent, Segments)):
             return f"{part} is not made of regular blocks"
+    # 1. Nested segments are equal to the shortest ones.
     if any(length % min(lengths) for length in lengths):
         return "segments of lengths that do not divide each other do not form regular blocks"
     if len(congruent) > 1:
         return "more than one congruent in one mask"
+    # 2. A residue class must be the same in every segment, or start anew with it.
     length = min(lengths, default=None)
     if congruent:
         rate, period = congruent[0].modulus, congruent[0].period
@@ -82,7 +88,7 @@ def _sorted(mask: Mask) -> Pieces | str:
 
 
 def _tilings(pieces: Pieces, problem: Problem) -> Iterator[tuple[Lattice, Lattice, bool]]:
-    """Queries and keys of each batch, and whether they are causal."""
+    """Queries and keys of each batch, and whether it is causal."""
     for stretch in _stretches(pieces.segments, problem):
         queries, keys = stretch.queries, stretch.keys
         if pieces.congruent is not None:
@@ -100,17 +106,25 @@ def _tilings(pieces: Pieces, problem: Problem) -> Iterator[tuple[Lattice, Lattic
 
 
 def _stretches(length: int | None, problem: Problem) -> Iterator[Stretch]:
-    """Segments that are whole, together; those that the queries or keys begin or end in, alone."""
+    """Complete segments together; segments cut by an end of queries or keys singly."""
     queries, keys = range(problem.q_offset, problem.q_offset + problem.q_len), range(problem.kv_len)
     if length is None:
         yield Stretch(1, 0, 0, queries, keys)
         return
-    clipped = sorted({side // length for side in (queries.start, queries.stop - 1, keys.start, keys.stop)})
+    clipped = sorted(
+        {side // length for side in (queries.start, queries.stop - 1, keys.start, keys.stop)},
+    )
     segment, end = queries.start // length, -(-queries.stop // length)
     while segment < end:
         count = 1 if segment in clipped else min([other for other in clipped if other > segment] + [end]) - segment
         start = segment * length
-        yield Stretch(count, length, start, _meet(queries, start, start + length), _meet(keys, start, start + length))
+        yield Stretch(
+            count,
+            length,
+            start,
+            _meet(queries, start, start + length),
+            _meet(keys, start, start + length),
+        )
         segment += count
 
 
@@ -119,14 +133,15 @@ def _meet(tokens: range, start: int, stop: int) -> range:
 
 
 def _congruent(tokens: range, first: int, rate: int) -> range:
-    """The tokens that differ from `first` by a multiple of `rate`."""
+    """Tokens that differ from `first` by a multiple of `rate`."""
     return range(tokens.start + (first - tokens.start) % rate, tokens.stop, rate)
 
 
 def _causal(queries: range, keys: range) -> Iterator[tuple[range, range, bool]]:
-    """A dense block of the keys before the first query, and a triangle, which the kernel knows.
+    """A dense block of the keys before the first query, and a causal triangle.
 
-    Queries and keys have one step and stand on one lattice. Queries before the first key see nothing.
+    Queries and keys have equal steps and lie on one lattice. Queries before the first key see
+    nothing.
     """
     queries = queries[len(range(queries.start, keys.start, queries.step)) :]
     before = keys[: len(range(keys.start, queries.start, keys.step))]

@@ -1,11 +1,11 @@
-"""Any mask, in any order: query tiles with the key tiles that they see gathered, the mask evaluated on PARTIAL ones alone.
+"""Any mask in any order: key tiles gathered per query tile, the mask on PARTIAL ones.
 
     window(2), tiles of 4 queries and 2 keys        query tile 1 is computed against its five key tiles:
        0 1 2 3 4 5
-     0 # # +                                        # # # + +    FULL ones first, seen by every query;
+     0 # # +                                        # # # + +    FULL ones first, visible to every query;
      1   + # # # +     # FULL  + PARTIAL            a bias hides pairs of the others
 
-Query tiles that see equally many key tiles are one batch.
+Query tiles with equally many key tiles form one batch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from .tiling import costs
 from .tiling.batches import Batch
 from .tiling.lattice import Table
 
-# Kernels are fast from 256 queries on; keys are gathered at a finer grain, so that less of what is computed is hidden. What a
-# query tile sees beyond `_MOST_GATHERED` key tiles is merged in further batches, so that what is gathered at once stays small.
+# Kernels are fast from 256 queries on; smaller key tiles have fewer hidden pairs. Key tiles past
+# `_MOST_GATHERED` go to further batches, which bounds the memory of a gather.
 _Q_TILE, _KV_TILE, _MOST_GATHERED = 256, 64, 32
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What query tiles of one batch have in common.
+    """Properties that all query tiles of a batch share.
 
-    rows: queries. full, gathered: FULL key tiles, and all of them. columns: keys. part: which run of its key tiles this is.
+    rows: queries. columns: keys.
+    full, gathered: number of FULL key tiles, and of all.
+    part: index of this run of `_MOST_GATHERED` key tiles.
     """
 
     rows: int
@@ -51,15 +53,21 @@ def propose(problem: Problem) -> list[Proposal | Refusal]:
 
 
 def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal:
-    """The branch, for all its heads."""
+    """A proposal for all heads of a branch."""
     batches: list[Batch] = []
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
         batches += _batches(mask, branch.order, heads, kv_heads, problem)
     return Proposal("tiled", index, costs.of(batches, problem), tuple(batches))
 
 
-def _batches(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, problem: Problem) -> list[Batch]:
-    """Those of heads that see the same."""
+def _batches(
+    mask: Mask,
+    order: Order,
+    heads: HeadRange,
+    kv_heads: HeadRange,
+    problem: Problem,
+) -> list[Batch]:
+    """Batches of heads with equal masks."""
     tile_map = TileMap.build(
         mask,
         problem.q_len,
@@ -71,24 +79,32 @@ def _batches(mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, pr
     )
     permutation = order.permutation(problem.kv_len)
     batches = []
-    for shape, (q_tiles, gathered) in _alike(tile_map).items():
-        queries = Table(np.array(q_tiles, dtype=np.int32)[:, None], tile_map.q_tile, shape.rows, permutation, problem.q_offset)
+    for shape, (q_tiles, gathered) in _by_shape(tile_map).items():
+        queries = Table(
+            np.array(q_tiles, dtype=np.int32)[:, None],
+            tile_map.q_tile,
+            shape.rows,
+            permutation,
+            problem.q_offset,
+        )
         keys = Table(np.stack(gathered), _KV_TILE, shape.columns, permutation)
         if shape.full < shape.gathered:
-            batches.append(Batch(heads, kv_heads, queries, keys, (mask,), open=shape.full * _KV_TILE))
+            batches.append(
+                Batch(heads, kv_heads, queries, keys, (mask,), open=shape.full * _KV_TILE),
+            )
         else:
             batches.append(Batch(heads, kv_heads, queries, keys))
     return batches
 
 
-def _alike(tile_map: TileMap) -> dict[_Shape, tuple[list[int], list[TileIndices]]]:
-    """Query tiles, and the key tiles that each sees, by what one batch has in common."""
+def _by_shape(tile_map: TileMap) -> dict[_Shape, tuple[list[int], list[TileIndices]]]:
+    """Query tiles and their key tiles, grouped by shape."""
     groups: dict[_Shape, tuple[list[int], list[TileIndices]]] = defaultdict(lambda: ([], []))
     for row in range(tile_map.rows):
-        seen, full = _key_tiles(tile_map, row)
+        visible, full = _key_tiles(tile_map, row)
         rows = min(tile_map.q_tile, tile_map.q_len - row * tile_map.q_tile)
-        for start in range(0, len(seen), _MOST_GATHERED):
-            gathered = seen[start : start + _MOST_GATHERED]
+        for start in range(0, len(visible), _MOST_GATHERED):
+            gathered = visible[start : start + _MOST_GATHERED]
             last = (int(gathered[-1]) + 1) * _KV_TILE
             columns = len(gathered) * _KV_TILE - max(0, last - tile_map.kv_len)
             full_here = min(max(full - start, 0), len(gathered))
@@ -99,7 +115,10 @@ def _alike(tile_map: TileMap) -> dict[_Shape, tuple[list[int], list[TileIndices]
 
 
 def _key_tiles(tile_map: TileMap, row: int) -> tuple[TileIndices, int]:
-    """The key tiles of one query tile, FULL ones first, a short last one last; and how many stand in front that are FULL."""
+    """Key tiles of a query tile, FULL ones first, and the number of FULL ones.
+
+    A short last key tile comes last.
+    """
     span = slice(tile_map.offsets[row], tile_map.offsets[row + 1])
     indices, full = tile_map.indices[span], tile_map.full[span]
     if tile_map.kv_len % tile_map.kv_tile:

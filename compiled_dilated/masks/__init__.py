@@ -1,13 +1,30 @@
-"""What may attend to what: small expressions over token positions, joined by `&`, `|` and `~`."""
+"""Masks: expressions over token positions, joined by `&`, `|` and `~`.
 
-from .blocks import block_window
+core           Mask, And, Or, Not, Full
+bands          causal, window
+segments       segments
+congruent      congruent (LongNet's dilation)
+leading        sinks, prefix, the first global tokens
+blocks         block_window, dilated_blocks
+grids          neighborhood
+globals        global_tokens
+data           documents, padding: read tensors of the call
+explicit       tiles, random_blocks
+functions      from_mod: any FlexAttention mask_mod
+differences, lookup    arithmetic that several masks share
+"""
+
+from .bands import causal, narrowed, window
+from .blocks import block_window, dilated_blocks
+from .congruent import OFFSET_RULES, congruent
 from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, disjoint, full
 from .data import Padding, documents, padding
 from .explicit import Tiles, random_blocks, tiles
 from .functions import from_mod
 from .globals import global_tokens
 from .grids import neighborhood
-from .positions import OFFSET_RULES, causal, congruent, dilated_blocks, narrowed, prefix, segments, sinks, window
+from .leading import prefix, sinks
+from .segments import segments
 
 __all__ = [
     "OFFSET_RULES",

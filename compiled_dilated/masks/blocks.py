@@ -1,14 +1,18 @@
-"""Windows of whole blocks (BigBird, arXiv 2007.14062)."""
+"""Masks of blocks of tokens: block windows and dilated blocks."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .. import arguments
 from ..regions import Regions, Verdicts, verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
-from .positions import pairs_up_to
+from .core import MOST_RANGES, NOTHING, Data, Mask, Positions, clip
+from .differences import classify_difference, pairs_up_to
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +30,10 @@ class BlockWindow(Mask):
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         least = kv.first // self.block - q.last // self.block
         most = kv.last // self.block - q.first // self.block
-        return verdicts((least >= -self.left) & (most <= self.right), (least > self.right) | (most < -self.left))
+        return verdicts(
+            (least >= -self.left) & (most <= self.right),
+            (least > self.right) | (most < -self.left),
+        )
 
     @property
     def period(self) -> int | None:
@@ -39,22 +46,31 @@ class BlockWindow(Mask):
         kv = clip(kv, *self._keys(q[0] // self.block, q[-1] // self.block))
         if not kv:
             return NOTHING
-        return clip(q, (kv[0] // self.block - self.right) * self.block, (kv[-1] // self.block + self.left + 1) * self.block), kv
+        return clip(
+            q,
+            (kv[0] // self.block - self.right) * self.block,
+            (kv[-1] // self.block + self.left + 1) * self.block,
+        ), kv
 
     def _keys(self, first: int, last: int) -> tuple[int, int]:
-        """Where what some blocks see starts and stops."""
+        """Start and stop of the keys that blocks first .. last see."""
         return max(first - self.left, 0) * self.block, (last + self.right + 1) * self.block
 
     def pairs(self, q: range, kv: range) -> int | None:
-        # A pair of short blocks is a share of a whole one; the first and the last block of each side may be short.
-        return sum(
-            rows * columns * (pairs_up_to(self.right, a, b) - pairs_up_to(-self.left - 1, a, b))
-            for a, rows in self._blocks(q)
-            for b, columns in self._blocks(kv)
-        )
+        # Count pairs of blocks, weighted by the tokens in each; blocks at the ends may be short.
+        total = 0
+        for q_blocks, rows in self._blocks(q):
+            for kv_blocks, columns in self._blocks(kv):
+                visible = pairs_up_to(self.right, q_blocks, kv_blocks)
+                visible -= pairs_up_to(-self.left - 1, q_blocks, kv_blocks)
+                total += rows * columns * visible
+        return total
 
     def _blocks(self, side: range) -> list[tuple[range, int]]:
-        """Runs of blocks that hold equally many positions of a run each, and how many."""
+        """Runs of blocks with equal numbers of positions, and that number.
+
+        The first and the last block of a range may be short.
+        """
         first, last = side.start // self.block, (side.stop - 1) // self.block
         if first == last:
             return [(range(first, last + 1), len(side))]
@@ -70,12 +86,88 @@ class BlockWindow(Mask):
 
 
 def block_window(block: int, left: int, right: int | None = None) -> Mask:
-    """Keys whose block of `block` tokens is the query's own, one of `left` before it or of `right` after it (default: as many).
+    """Keys in the query's block, `left` blocks before it and `right` after it.
 
-    A window that is made of whole tiles; `window` counts single tokens. BigBird, arXiv 2007.14062.
+    A window made of complete tiles; `window` counts single tokens (BigBird, arXiv 2007.14062).
+
+    block: tokens per block.
+    left, right: in blocks; `right` defaults to `left`.
     """
     left = arguments.integer("left", left, 0)
     right = left if right is None else arguments.integer("right", right, 0)
     block = arguments.integer("block", block, 1)
     arguments.integer("the tokens of the window", block * (max(left, right) + 1))
     return BlockWindow(block, left, right)
+
+
+@dataclass(frozen=True, repr=False)
+class DilatedBlocks(Mask):
+    """(kv // block - q // block) % stride == 0."""
+
+    block: int
+    stride: int
+
+    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+        return (kv // self.block - q // self.block) % self.stride == 0
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        lo = kv.first // self.block - q.last // self.block
+        hi = kv.last // self.block - q.first // self.block
+        step = np.where(lo == hi, 0, 1)
+        return classify_difference(lo, hi, step, self.stride, None, np.iinfo(np.int64).max)
+
+    @property
+    def period(self) -> int | None:
+        return self.block
+
+    @property
+    def side_periods(self) -> tuple[int | None, int | None]:
+        return self.block * self.stride, self.block * self.stride
+
+    def pairs(self, q: range, kv: range) -> int | None:
+        borders = sorted({0, self.stride, *self._borders(q), *self._borders(kv)})
+        total = 0
+        # Between two borders all classes of blocks have equally many queries, and equally many
+        # keys.
+        for start, stop in itertools.pairwise(borders):
+            total += (stop - start) * self._tokens_of_class(start, q) * self._tokens_of_class(start, kv)
+        return total
+
+    def _borders(self, side: range) -> Iterator[int]:
+        """Residue classes of blocks at which the number of tokens may change."""
+        for end in (side.start, side.stop):
+            residue = end // self.block % self.stride
+            yield residue
+            yield residue + 1
+
+    def _tokens_of_class(self, residue: int, side: range) -> int:
+        """Number of tokens of a range in blocks of one residue class."""
+        period = self.block * self.stride
+        counts = []
+        for end in (side.start, side.stop):
+            periods, rest = divmod(end, period)
+            counts.append(
+                periods * self.block + min(max(rest - residue * self.block, 0), self.block),
+            )
+        return counts[1] - counts[0]
+
+    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
+        first = q // self.block % self.stride * self.block
+        starts = range(first, kv_len, self.stride * self.block)
+        if len(starts) > MOST_RANGES:
+            return None
+        return tuple(range(start, min(start + self.block, kv_len)) for start in starts)
+
+    def __repr__(self) -> str:
+        return f"dilated_blocks({self.block}, {self.stride})"
+
+
+def dilated_blocks(block: int, stride: int) -> Mask:
+    """Every `stride`-th block of `block` tokens, counted from the query's own block.
+
+    The share of visible pairs is 1 / stride.
+    """
+    return DilatedBlocks(
+        arguments.integer("block", block, 1),
+        arguments.integer("stride", stride, 1),
+    )

@@ -1,4 +1,4 @@
-"""What a mask is, and how masks join: `&`, `|`, `~`."""
+"""The base class of masks, and how masks join: `&`, `|`, `~`."""
 
 from __future__ import annotations
 
@@ -13,45 +13,59 @@ import numpy as np
 
 from ..regions import FULL, Regions, Verdicts, both, either, negate
 
-# Positions are torch tensors in kernels and in the reference, numpy arrays while planning: `allows` uses operators alone.
+# torch tensors in kernels and in the reference, numpy arrays while planning: `allows` is limited
+# to operators that both have.
 Positions = Any
 Data = Mapping[str, Any]
+# `keys_of` returns at most this many ranges; a query with more evaluates its mask.
+MOST_RANGES = 64
 
 # Lists of more numbers are shown to people by their count.
 MOST_SHOWN = 12
 
 
 class Mask(ABC):
-    """Which keys a query may attend to, as an expression over token positions.
+    """Which keys a query may attend to: an expression over token positions.
 
-    Two views of one truth: `allows` answers for single pairs, `classify` for whole tiles. A mask is hashable and equal by value.
-    `repr` is the code that makes it; `str` is for people, long lists of numbers as their count and a digest. Positions are
-    original token positions, whatever the order of execution.
+    `allows` defines the mask for single pairs. All other methods must agree with it: `classify` and
+    `period` are required; `keys_of`, `shrink`, `pairs` and `side_periods` have safe defaults and
+    make planning faster. A mask is hashable and equal by value. `repr` is the code that makes it;
+    `str` is for people: long lists of numbers as their count and a digest.
+    Positions are original token positions, in every order of execution.
     """
 
     @abstractmethod
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        """Elementwise over broadcast batch index, head index, query position and key position: True where q may see kv.
+        """True where query position q may see key position kv.
 
-        This is FlexAttention's `mask_mod` with the named data tensors as an extra argument.
+        FlexAttention's `mask_mod` with one more argument. All four indices broadcast.
+
+        b, h: batch index and query head.
+        data: the call's data tensors by name.
         """
 
     @abstractmethod
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        """EMPTY, PARTIAL or FULL for each pair of regions (same length); EMPTY and FULL are promises, PARTIAL is always right."""
+        """EMPTY, PARTIAL or FULL for pairs of regions, two equally long lists.
+
+        EMPTY and FULL are promises; PARTIAL is always correct.
+        """
 
     @property
     @abstractmethod
     def period(self) -> int | None:
-        """The mask is unchanged when query and key both move by a multiple of this; 1: by anything; None: by nothing known."""
+        """Shift of query and key (by any multiple) that leaves the mask unchanged.
+
+        1: every shift does. None: no such shift is known.
+        """
 
     @property
     def side_periods(self) -> tuple[int | None, int | None]:
-        """The same where the query alone moves, and where the key alone does."""
+        """Periods under a shift of only the query, and of only the key."""
         return None, None
 
     def expanded(self) -> Mask:
-        """The same pairs as an expression of masks with more symmetries, for counting and cutting."""
+        """An equal expression of masks with more symmetries, for counting and cutting."""
         return self._map(lambda part: part.expanded())
 
     @property
@@ -66,54 +80,67 @@ class Mask(ABC):
 
     @property
     def query_names(self) -> tuple[str, ...]:
-        """Those of `names` that are read at the query's position too, not at the key's alone."""
+        """The `names` that are read at the query's position too."""
         return tuple(sorted({name for part in self.parts for name in part.query_names}))
 
     def check_data(self, data: Data) -> None:
-        """Raise TypeError where a data tensor is not of the dtype that the mask reads."""
+        """Raise TypeError if a data tensor has the wrong dtype."""
         for part in self.parts:
             part.check_data(data)
 
     @property
     def per_call(self) -> bool:
-        """Whether the mask may differ from call to call, or inside a batch: it reads data, or the batch index."""
+        """Whether the mask depends on the call: on data or on the batch index."""
         return bool(self.names) or any(part.per_call for part in self.parts)
 
     def at_head(self, head: int, heads: int) -> Mask:
-        """The mask of one query head out of `heads`: equal for heads that see the same pairs."""
+        """The mask of one query head; equal for heads that see the same pairs."""
         return self._map(lambda part: part.at_head(head, heads))
 
     def for_heads(self, heads: int) -> Mask:
-        """The same mask with every rule over heads written out for `heads` of them, so that `allows` needs no more to answer."""
+        """The mask with its per-head rules written out for `heads` heads.
+
+        `allows` then needs no other information.
+        """
         return self._map(lambda part: part.for_heads(heads))
 
     def on(self, device: Any) -> Mask:
-        """The same mask with its lookup tables as tensors on a device: compiled kernels can read such, not make them."""
+        """The mask with its lookup tables as tensors on a device.
+
+        Compiled kernels can read such tensors but not create them.
+        """
         return self._map(lambda part: part.on(device))
 
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
-        """The same expression over its changed parts."""
+        """Rebuild the expression with `change` applied to its parts."""
         return self
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
-        """The keys below kv_len that the query at position q sees, as disjoint ranges; None where they are no few ranges."""
+        """Keys below kv_len that query q sees, as disjoint ranges.
+
+        None if they are not a few ranges.
+        """
         return None
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        """Parts of q and of kv that hold every allowed pair of theirs: what has to be moved and computed. May be too large."""
+        """Subsets of q and kv that contain all their allowed pairs; may be too large."""
         return q, kv
 
     def pairs(self, q: range, kv: range) -> int | None:
-        """Number of allowed pairs of two runs of positions (step 1), where there is a formula; None elsewhere."""
+        """Number of allowed pairs of two contiguous ranges; None without a formula."""
         return None
 
     @property
     def is_bounded(self) -> bool:
-        """Whether there are positions of which the mask says nothing, so that `check` may fail."""
+        """Whether the mask is undefined past some position, so that `check` may fail."""
         return type(self).check is not Mask.check or any(part.is_bounded for part in self.parts)
 
     def check(self, queries: range, keys: int) -> None:
-        """Raise ValueError if the mask says nothing about the positions `queries` or about keys below `keys`."""
+        """Raise ValueError if the mask is undefined for these queries or keys.
+
+        queries: positions of the queries.
+        keys: number of keys, from position 0 on.
+        """
         for part in self.parts:
             part.check(queries, keys)
 
@@ -135,23 +162,38 @@ class Mask(ABC):
 
 def _mask(value: object, operator: str) -> Mask:
     if not isinstance(value, Mask):
-        way = getattr(value, "how_to_join", "Use one of compiled_dilated.masks")
-        raise TypeError(f"`{operator}` joins two masks; got {type(value).__name__} {value}. {way}")
+        remedy = getattr(value, "how_to_join", "Use one of compiled_dilated.masks")
+        raise TypeError(
+            f"`{operator}` joins two masks; got {type(value).__name__} {value}. {remedy}",
+        )
     return value
 
 
 def _flat(kind: type[And] | type[Or], *masks: Mask) -> tuple[Mask, ...]:
-    return tuple(part for mask in masks for part in (mask.parts if isinstance(mask, kind) else (mask,)))
+    """Operands of one associative join, without nested joins of the same kind."""
+    out: list[Mask] = []
+    for mask in masks:
+        if isinstance(mask, kind):
+            out += mask.parts
+        else:
+            out.append(mask)
+    return tuple(out)
 
 
 def _common_period(masks: tuple[Mask, ...]) -> int | None:
-    periods = [mask.period for mask in masks]
-    known = [period for period in periods if period is not None]
-    return math.lcm(*known) if len(known) == len(periods) else None
+    out = 1
+    for mask in masks:
+        period = mask.period
+        if period is None:
+            return None
+        out = math.lcm(out, period)
+    return out
 
 
 def _operand(mask: Mask, write: Callable[[Mask], str]) -> str:
-    return f"({write(mask)})" if isinstance(mask, (And, Or)) else write(mask)
+    if isinstance(mask, (And, Or)):
+        return f"({write(mask)})"
+    return write(mask)
 
 
 def brief(numbers: Sequence[int], unit: str, code: str) -> str:
@@ -164,7 +206,7 @@ def brief(numbers: Sequence[int], unit: str, code: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class _Joined(Mask):
-    """Several masks as one."""
+    """Several masks joined into one."""
 
     masks: tuple[Mask, ...]
 
@@ -182,7 +224,7 @@ class _Joined(Mask):
 
 @dataclass(frozen=True, repr=False)
 class And(_Joined):
-    """Pairs that every part allows. Made by `a & b`."""
+    """Pairs that every part allows: `a & b`."""
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         out = self.masks[0].allows(b, h, q, kv, data)
@@ -199,17 +241,14 @@ class And(_Joined):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         out = self.masks[0].keys_of(q, kv_len)
         for mask in self.masks[1:]:
-            seen = mask.keys_of(q, kv_len)
-            if out is None or seen is None:
+            visible = mask.keys_of(q, kv_len)
+            if out is None or visible is None:
                 return None
-            if len(out) == len(seen) == 1:  # once for every token that is decoded, so without a loop
-                out = (intersection(out[0], seen[0]),)
-            else:
-                out = tuple(common for a in out for b in seen if (common := intersection(a, b)))
+            out = _common_ranges(out, visible)
         return out
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        # Twice: what one mask leaves of the queries may leave fewer keys to another.
+        # Twice: queries that one mask removes may remove keys of an earlier mask.
         for mask in self.masks * 2:
             q, kv = mask.shrink(q, kv)
             if not q or not kv:
@@ -225,7 +264,7 @@ class And(_Joined):
 
 @dataclass(frozen=True, repr=False)
 class Or(_Joined):
-    """Pairs that any part allows. Made by `a | b`."""
+    """Pairs that any part allows: `a | b`."""
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
         out = self.masks[0].allows(b, h, q, kv, data)
@@ -240,10 +279,13 @@ class Or(_Joined):
         return out
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
-        found = [mask.keys_of(q, kv_len) for mask in self.masks]
-        spans = [span for seen in found if seen is not None for span in seen if span]
-        if None in found or any(span.step != 1 for span in spans):
-            return None
+        spans: list[range] = []
+        for mask in self.masks:
+            visible = mask.keys_of(q, kv_len)
+            if visible is None or any(span and span.step != 1 for span in visible):
+                return None
+            spans += filter(None, visible)
+        # Sweep over the ranges by their start, joining those that overlap or touch.
         out: list[range] = []
         for span in sorted(spans, key=lambda span: span.start):
             if out and span.start <= out[-1].stop:
@@ -253,8 +295,16 @@ class Or(_Joined):
         return tuple(out)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        found = [part for mask in self.masks if all(part := mask.shrink(q, kv))]
-        return (hull([part[0] for part in found]), hull([part[1] for part in found])) if found else NOTHING
+        queries: list[range] = []
+        keys: list[range] = []
+        for mask in self.masks:
+            rows, columns = mask.shrink(q, kv)
+            if rows and columns:
+                queries.append(rows)
+                keys.append(columns)
+        if not queries:
+            return NOTHING
+        return hull(queries), hull(keys)
 
     def __repr__(self) -> str:
         return " | ".join(_operand(mask, repr) for mask in self.masks)
@@ -265,7 +315,7 @@ class Or(_Joined):
 
 @dataclass(frozen=True, repr=False)
 class Not(Mask):
-    """Pairs that the mask forbids. Made by `~a`."""
+    """Pairs that the mask forbids: `~a`."""
 
     mask: Mask
 
@@ -344,15 +394,19 @@ NOTHING = (range(0), range(0))
 
 
 def clip(span: range, low: int, high: int) -> range:
-    """What of a range (step positive) lies in low <= x < high."""
+    """The elements x of a range (step positive) with low <= x < high."""
     start = span.start + max(0, -((span.start - low) // span.step)) * span.step
     return range(start, min(span.stop, high), span.step)
 
 
 def hull(spans: Sequence[range]) -> range:
-    """The smallest range that holds some non-empty ranges."""
+    """The smallest range that contains some non-empty ranges."""
     first = min(span[0] for span in spans)
-    step = math.gcd(*(span.step for span in spans if len(span) > 1), *(span[0] - first for span in spans))
+    # The largest step that reaches every element from the first.
+    step = math.gcd(
+        *(span.step for span in spans if len(span) > 1),
+        *(span[0] - first for span in spans),
+    )
     return range(first, max(span[-1] for span in spans) + 1, step or 1)
 
 
@@ -370,26 +424,49 @@ def intersection(a: range, b: range) -> range:
     return range(first + -(-(start - first) // step) * step, min(a.stop, b.stop), step)
 
 
+def _common_ranges(a: tuple[range, ...], b: tuple[range, ...]) -> tuple[range, ...]:
+    """The non-empty intersections of two lists of disjoint ranges."""
+    if len(a) == len(b) == 1:  # the common case; decoding runs this for every token
+        return (intersection(a[0], b[0]),)
+    out = []
+    for first in a:
+        for second in b:
+            common = intersection(first, second)
+            if common:
+                out.append(common)
+    return tuple(out)
+
+
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:
-    """The masks whose `&` is this mask; `full()` is the empty conjunction."""
+    """Masks whose `&` is this mask; `full()` is the empty conjunction."""
     if isinstance(mask, And):
-        return tuple(part for each in mask.masks for part in conjuncts(each))
-    return () if isinstance(mask, Full) else (mask,)
+        return tuple(factor for part in mask.masks for factor in conjuncts(part))
+    if isinstance(mask, Full):
+        return ()
+    return (mask,)
 
 
 def conjunction(masks: tuple[Mask, ...]) -> Mask:
-    """The mask whose `conjuncts` these are."""
-    return Full() if not masks else masks[0] if len(masks) == 1 else And(masks)
+    """The `&` of some masks; the inverse of `conjuncts`."""
+    if not masks:
+        return Full()
+    if len(masks) == 1:
+        return masks[0]
+    return And(masks)
 
 
 def disjoint(mask: Mask) -> list[Mask]:
-    """Masks without common pairs whose union is the mask: `a & (b | c)` is `a & b` and `a & c & ~b`."""
+    """Split a mask into masks without common pairs.
+
+    `a & (b | c)` becomes `a & b` and `a & c & ~b`.
+    """
     parts = conjuncts(mask)
     for i, part in enumerate(parts):
         if isinstance(part, Or):
             rest = parts[:i] + parts[i + 1 :]
-            return [
-                conjunction((*rest, *conjuncts(each), *(~before for before in part.masks[:number])))
-                for number, each in enumerate(part.masks)
-            ]
+            out = []
+            for number, option in enumerate(part.masks):
+                earlier = [~mask for mask in part.masks[:number]]
+                out.append(conjunction((*rest, *conjuncts(option), *earlier)))
+            return out
     return [mask]

@@ -1,4 +1,7 @@
-"""Masks that read data: documents and padding. The data is given at the call and never part of a plan."""
+"""Masks that read data tensors of the call: documents and padding.
+
+The tensors are never part of a plan.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,19 @@ from .. import arguments
 from ..regions import PARTIAL, IntArray, Regions, Verdicts
 from .core import NOTHING, Data, Mask, Positions, brief, clip
 from .lookup import as_tensor, rank
-from .positions import _same_group
+from .segments import same_group
 
 
 def row_of(x: Any, b: Positions) -> Any:
-    """The row of data for each batch index: data of batch 1 speaks for all."""
-    return b if x.shape[0] != 1 else b * 0
+    """Row of the data for a batch index; data of batch size 1 serves all."""
+    if x.shape[0] != 1:
+        return b
+    return b * 0
 
 
 @dataclass(frozen=True, repr=False)
 class OfData(Mask):
-    """Pairs that the data tensor `name` (B, positions) decides, so that a plan knows of none."""
+    """Pairs decided by the data tensor `name` (B, positions), unknown to a plan."""
 
     name: str
 
@@ -33,7 +38,10 @@ class OfData(Mask):
         return (self.name,)
 
     def tensor(self, data: Data | None) -> Any:
-        """The tensor among those of a call; raises ValueError where it is missing."""
+        """The mask's tensor among the data of a call.
+
+        Raises ValueError if it is missing.
+        """
         if data is None or self.name not in data:
             passed = ", ".join(sorted(data)) if data else "nothing"
             raise ValueError(
@@ -50,9 +58,9 @@ class OfData(Mask):
 
 
 class OfFlags(OfData):
-    """The same of a tensor of bool."""
+    """Pairs decided by a bool tensor."""
 
-    # Where an entry is True, and how a mask of another meaning or dtype becomes such a tensor.
+    # For error messages: where an entry is True, and how to convert another kind of mask.
     true_where: ClassVar[str]
     of_others: ClassVar[str]
 
@@ -71,7 +79,7 @@ class OfFlags(OfData):
 
 @dataclass(frozen=True, repr=False)
 class DocumentIds(OfData):
-    """ids[b, q] == ids[b, kv], ids being the data tensor `name` (B, positions)."""
+    """ids[b, q] == ids[b, kv], for the data tensor `name` (B, positions)."""
 
     @property
     def query_names(self) -> tuple[str, ...]:
@@ -88,7 +96,10 @@ class DocumentIds(OfData):
 
 @dataclass(frozen=True, repr=False)
 class DocumentLengths(Mask):
-    """q and kv in the same of consecutive documents; positions past the last document belong to none."""
+    """q and kv in the same of consecutive documents.
+
+    Positions past the last document belong to none.
+    """
 
     lengths: tuple[int, ...]
     table: Any = field(default=None, compare=False)
@@ -118,7 +129,7 @@ class DocumentLengths(Mask):
         stops = self.stops
         first, last, kv_first, kv_last = (np.searchsorted(stops, x, side="right") for x in (q.first, q.last, kv.first, kv.last))
         outside = np.maximum(first, kv_first) >= len(self.lengths)
-        return np.where(outside, np.uint8(0), _same_group(first, last, kv_first, kv_last))
+        return np.where(outside, np.uint8(0), same_group(first, last, kv_first, kv_last))
 
     @property
     def period(self) -> int | None:
@@ -129,11 +140,18 @@ class DocumentLengths(Mask):
         document = bisect.bisect_right(stops, q)
         if document == len(stops):
             return ()
-        return (range(min(stops[document] - self.lengths[document], kv_len), min(stops[document], kv_len)),)
+        return (
+            range(
+                min(stops[document] - self.lengths[document], kv_len),
+                min(stops[document], kv_len),
+            ),
+        )
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         kv = clip(kv, *self._reach(q))
-        return (clip(q, *self._reach(kv)), kv) if kv else NOTHING
+        if kv:
+            return (clip(q, *self._reach(kv)), kv)
+        return NOTHING
 
     def pairs(self, q: range, kv: range) -> int | None:
         both_start, both_stop = max(q.start, kv.start), min(q.stop, kv.stop)
@@ -146,7 +164,7 @@ class DocumentLengths(Mask):
         return int((queries * keys).sum())
 
     def _reach(self, span: range) -> tuple[int, int]:
-        """Where the documents of some tokens start and stop."""
+        """Start and stop of the documents that a range of tokens touches."""
         starts = (0, *self._stops)
         first = bisect.bisect_right(self._stops, span[0])
         last = min(bisect.bisect_right(self._stops, span[-1]), len(self.lengths) - 1)
@@ -162,10 +180,14 @@ class DocumentLengths(Mask):
 
 
 def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) -> Mask:
-    """Tokens see their own document alone: packed training without leaks between texts.
+    """Tokens see only their own document: packed training without leaks.
 
-    ids: the name of an integer data tensor (B, positions) given at the call, so that new ids never replan or recompile.
-    lengths: the lengths of consecutive documents, part of the structure; tokens past their sum see nothing.
+    ids: name of an integer data tensor (B, positions) passed at the call; new ids never cause a new
+        plan or compilation.
+    lengths: tokens per consecutive document, part of the structure; tokens past their sum see
+        nothing.
+
+    Raises ValueError unless exactly one of the two is passed.
     """
     if (ids is None) == (lengths is None):
         raise ValueError(
@@ -185,7 +207,7 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
 
 @dataclass(frozen=True, repr=False)
 class Padding(OfFlags):
-    """Keys whose entry in the data tensor `name` (B, keys) is False, that is, keys that are no padding."""
+    """Keys whose entry in the bool data tensor `name` (B, keys) is False."""
 
     true_where, of_others = "a key is padding", "is 1 where a key counts, pass mask == 0"
 
@@ -194,11 +216,16 @@ class Padding(OfFlags):
         return ~padding[row_of(padding, b), kv] & (q == q)
 
     def __repr__(self) -> str:
-        return "padding()" if self.name == "padding" else f"padding({self.name!r})"
+        if self.name == "padding":
+            return "padding()"
+        return f"padding({self.name!r})"
 
 
 def padding(name: str = "padding") -> Mask:
-    """Keys that are no padding: data[name] is a bool tensor (B, keys), True where a key is padding (`key_padding_mask`)."""
+    """Keys that are not padding, by a bool data tensor (B, keys).
+
+    name: the tensor's name; it is True where a key is padding, as in `key_padding_mask`.
+    """
     if not isinstance(name, str):
         raise TypeError(
             f"name must be the name of a data tensor; got {type(name).__name__}. "

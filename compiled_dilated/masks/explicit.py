@@ -1,4 +1,4 @@
-"""Masks as explicit lists of tiles: the user's, or random ones that every machine draws alike (BigBird, arXiv 2007.14062)."""
+"""Masks as lists of tiles: the user's, or random ones (BigBird, arXiv 2007.14062)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ import numpy.typing as npt
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import MOST_SHOWN, NOTHING, Data, Mask, Positions, brief, clip
+from .core import MOST_RANGES, MOST_SHOWN, NOTHING, Data, Mask, Positions, brief, clip
 from .lookup import as_tensor, rank, runs
-from .positions import _MOST_RANGES
 
-# Regions of up to so many rows of tiles are judged row by row, larger ones as a whole.
+# Regions of more rows of tiles are classified by all columns of their rows, without a loop.
 _MOST_ROWS = 16
-# Random tiles are listed one by one, about a microsecond each.
+# Random tiles are listed singly, about a microsecond per tile.
 _MOST_RANDOM = 2**20
 
 
 @dataclass(frozen=True, repr=False)
 class Tiles(Mask):
-    """q // block and kv // block are a listed pair; `keys` are the pairs as sorted numbers row * columns + column.
+    """The tile (q // block, kv // block) is listed.
 
-    code: what makes the mask, where that is shorter than the list.
+    block: tokens per side of a tile.
+    columns: tiles per row, to number tiles by row * columns + column.
+    keys: the sorted numbers of the listed tiles.
+    table: `keys` as a tensor, for compiled kernels.
+    code: the expression that creates the mask, if that is shorter than the list.
     """
 
     block: int
@@ -51,9 +54,10 @@ class Tiles(Mask):
         first_row, last_row = q.first // self.block, q.last // self.block
         first, last = kv.first // self.block, np.minimum(kv.last // self.block, self.columns - 1)
         rows = last_row - first_row + 1
-        # How many of the tiles that a region touches are listed: exactly for few rows, else those of its rows in all columns.
+        # An upper bound on the listed tiles of a region: those of its rows, in all columns.
         listed = np.searchsorted(self._listed, (last_row + 1) * self.columns)
         listed -= np.searchsorted(self._listed, first_row * self.columns)
+        # The exact number for regions of few rows, one row of all these regions at a time.
         few = np.flatnonzero((listed > 0) & (rows <= _MOST_ROWS) & (first <= last))
         exact = np.zeros(len(few), dtype=np.int64)
         for number in range(int(rows[few].max(initial=0))):
@@ -62,6 +66,7 @@ class Tiles(Mask):
             exact[some] += np.searchsorted(self._listed, key + last[few][some], side="right")
             exact[some] -= np.searchsorted(self._listed, key + first[few][some])
         listed[few] = exact
+        # Full: every tile is listed, and no key lies past the last column.
         full = np.zeros(len(q), dtype=np.bool_)
         full[few] = (exact == rows[few] * (last - first + 1)[few]) & (kv.last[few] // self.block < self.columns)
         return np.where((listed == 0) | (first > last), EMPTY, np.where(full, FULL, PARTIAL))
@@ -73,7 +78,7 @@ class Tiles(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         row = q // self.block
         keys = runs(self._tiles(range(row, row + 1), range(self.columns))[1], self.block)
-        if len(keys) > _MOST_RANGES:
+        if len(keys) > MOST_RANGES:
             return None
         return tuple(range(span.start, min(span.stop, kv_len)) for span in keys if span.start < kv_len)
 
@@ -85,30 +90,38 @@ class Tiles(Mask):
             clip(side, int(tiles.min()) * self.block, (int(tiles.max()) + 1) * self.block)
             for side, tiles in ((q, rows), (kv, columns))
         )
-        return (q, kv) if q and kv else NOTHING
+        if q and kv:
+            return (q, kv)
+        return NOTHING
 
     def pairs(self, q: range, kv: range) -> int | None:
         rows, columns = (
             self._overlaps(side, tiles)
             for side, tiles in zip((q, kv), self._tiles(self._touched(q), self._touched(kv)), strict=True)
         )
+        # Python integers where the product may exceed 64 bits.
         if (q.stop - q.start) * (kv.stop - kv.start) > np.iinfo(np.int64).max:
             rows, columns = rows.astype(object), columns.astype(object)
         return int((rows * columns).sum())
 
     def _touched(self, side: range) -> range:
-        """The tiles that some positions lie in."""
-        return range(side[0] // self.block, side[-1] // self.block + 1) if side else range(0)
+        """Tiles that a range of positions touches."""
+        if side:
+            return range(side[0] // self.block, side[-1] // self.block + 1)
+        return range(0)
 
     def _tiles(self, rows: range, columns: range) -> tuple[IntArray, IntArray]:
-        """Rows and columns of the listed tiles among some."""
+        """Rows and columns of the listed tiles among some rows and columns."""
         ends = rows.start * self.columns, rows.stop * self.columns
-        row, column = np.divmod(self._listed[slice(*np.searchsorted(self._listed, ends))], self.columns)
+        row, column = np.divmod(
+            self._listed[slice(*np.searchsorted(self._listed, ends))],
+            self.columns,
+        )
         inside = (column >= columns.start) & (column < columns.stop)
         return row[inside], column[inside]
 
     def _overlaps(self, side: range, tiles: IntArray) -> Any:
-        """How many of a run of positions lie in each tile."""
+        """Number of positions of a contiguous range in each tile."""
         return np.minimum((tiles + 1) * self.block, side.stop) - np.maximum(tiles * self.block, side.start)
 
     def __repr__(self) -> str:
@@ -124,7 +137,8 @@ class Tiles(Mask):
 
     @property
     def _options(self) -> str:
-        return f", block={self.block}{'' if self._tight else f', columns={self.columns}'}"
+        columns = "" if self._tight else f", columns={self.columns}"
+        return f", block={self.block}{columns}"
 
     @property
     def _tight(self) -> bool:
@@ -132,7 +146,12 @@ class Tiles(Mask):
 
 
 def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | None = None) -> Mask:
-    """Exactly the listed tiles: (query tile, key tile) pairs of `block` x `block` tokens, each wholly visible."""
+    """Exactly the listed tiles, all pairs of a tile visible.
+
+    pairs: (query tile, key tile) indices.
+    block: tokens per side of a tile.
+    columns: key tiles per row; keys past them are never visible. Default: as many as listed.
+    """
     block = arguments.integer("block", block, 1)
     if isinstance(pairs, (str, bytes)) or not arguments.is_iterable(pairs):
         raise TypeError(
@@ -141,7 +160,9 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
         )
     listed = [arguments.integers(f"pairs[{i}]", pair, 0) for i, pair in enumerate(pairs)]
     if any(len(pair) != 2 for pair in listed):
-        raise ValueError("pairs: every tile must be a (query tile, key tile) pair; got one with another number of entries")
+        raise ValueError(
+            "pairs: every tile must be a (query tile, key tile) pair; got one with another number of entries",
+        )
     tight = max((column for _, column in listed), default=0) + 1
     width = tight if columns is None else arguments.integer("columns", columns, tight)
     rows = max((row for row, _ in listed), default=0) + 1
@@ -153,11 +174,14 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
 
 
 def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
-    """Every block of `block` queries sees `count` different random blocks of keys (BigBird, arXiv 2007.14062).
+    """Every block of queries sees `count` random blocks of keys (BigBird, arXiv 2007.14062).
 
-    A list of tiles of the blocks of `tokens` tokens, so that one draw fits one length: a shorter sequence sees what is left of
-    it, queries past the last block see nothing. The same on every platform, in every version of torch and numpy: numbers come
-    from SplitMix64 of the seed, the row and the draw. The query's own block is drawn like any other.
+    The draw is for `tokens` tokens. In a shorter sequence, blocks past its end are missing; queries
+    past the last block see nothing. The query's own block is drawn like any other. Blocks are the
+    same on every platform and version: SplitMix64 of the seed, the row and the draw.
+
+    block: tokens per block.
+    count: distinct key blocks per query block.
 
     >>> random_blocks(64, 2, tokens=320, seed=3)
     random_blocks(64, 2, tokens=320, seed=3)
@@ -175,32 +199,34 @@ def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
             f"random_blocks lists at most {_MOST_RANDOM:,} tiles; got {blocks:,} blocks of {block} tokens that see {count} each. "
             "Take larger blocks"
         )
-    keys = tuple(
-        row * blocks + column
-        for row, drawn in enumerate(_draws(blocks, count, seed))
-        for column in sorted(_different(drawn, blocks))
-    )
-    return Tiles(block, blocks, keys, code=f"random_blocks({block}, {count}, tokens={tokens}, seed={seed})")
+    keys: list[int] = []
+    for row, draws in enumerate(_draws(blocks, count, seed)):
+        keys += (row * blocks + column for column in sorted(_sample(draws, blocks)))
+    code = f"random_blocks({block}, {count}, tokens={tokens}, seed={seed})"
+    return Tiles(block, blocks, tuple(keys), code=code)
 
 
 def _draws(blocks: int, count: int, seed: int) -> list[list[int]]:
-    """For each row, for each of its draws i a number below blocks - count + i + 1."""
+    """Random numbers per row; draw i is below blocks - count + i + 1."""
     row, draw = np.arange(blocks, dtype=np.uint64)[:, None], np.arange(count, dtype=np.uint64)
     random = splitmix64(splitmix64(splitmix64(np.full((1, 1), seed, dtype=np.uint64)) ^ row) ^ draw)
-    drawn: list[list[int]] = (random % (draw + np.uint64(blocks - count + 1))).tolist()
-    return drawn
+    draws: list[list[int]] = (random % (draw + np.uint64(blocks - count + 1))).tolist()
+    return draws
 
 
-def _different(drawn: list[int], blocks: int) -> set[int]:
-    """As many different numbers below `blocks` (R. Floyd's sampling, Communications of the ACM 30(9), 1987)."""
+def _sample(draws: list[int], blocks: int) -> set[int]:
+    """Distinct numbers below `blocks`, one per draw.
+
+    R. Floyd's sampling, Communications of the ACM 30(9), 1987.
+    """
     chosen: set[int] = set()
-    for last, number in zip(range(blocks - len(drawn), blocks), drawn, strict=True):
+    for last, number in zip(range(blocks - len(draws), blocks), draws, strict=True):
         chosen.add(last if number in chosen else number)
     return chosen
 
 
 def splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The number that SplitMix64 gives next (G. Steele, D. Lea, C. Flood, OOPSLA 2014)."""
+    """Next number of SplitMix64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014)."""
     z = state + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -1,10 +1,12 @@
-"""Global tokens: they see everything and are seen by everything (Longformer, arXiv 2004.05150; BigBird, arXiv 2007.14062).
+"""Global tokens: visible to all queries, and they see all keys.
+
+Longformer, arXiv 2004.05150; BigBird, arXiv 2007.14062.
 
 global_tokens(2)                    the first two
-global_tokens(positions=(0, 5))     # # # # # # #      fixed ones, wherever they stand
+global_tokens(positions=(0, 5))     # # # # # # #      fixed positions
                                     # . . . . # .
                                     ...
-global_tokens(data="is_global")     those that a bool tensor (B, positions) names at the call
+global_tokens(data="is_global")     by a bool tensor (B, positions) of the call
 """
 
 from __future__ import annotations
@@ -18,23 +20,23 @@ import numpy as np
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, brief, clip
+from .core import MOST_RANGES, NOTHING, Data, Mask, Positions, brief, clip
 from .data import OfFlags, row_of
+from .leading import GlobalTokens
 from .lookup import as_tensor, rank, runs
-from .positions import _MOST_RANGES, GlobalTokens
 
 
 @dataclass(frozen=True, repr=False)
 class GlobalPositions(Mask):
-    """q or kv is one of `positions`, which ascend."""
+    """q or kv is one of `positions` (ascending)."""
 
     positions: tuple[int, ...]
     table: Any = field(default=None, compare=False)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        return self._holds(q) | self._holds(kv)
+        return self._contains(q) | self._contains(kv)
 
-    def _holds(self, x: Positions) -> Any:
+    def _contains(self, x: Positions) -> Any:
         return rank(self.positions, x, self.table) > rank(self.positions, x - 1, self.table)
 
     def on(self, device: Any) -> Mask:
@@ -48,9 +50,16 @@ class GlobalPositions(Mask):
         return np.maximum(self._classify_side(q), self._classify_side(kv))
 
     def _classify_side(self, side: Regions) -> Verdicts:
-        """Whether all, some or none of each region's positions are global; of a region with gaps, and of what fills them."""
+        """FULL, PARTIAL or EMPTY: whether all, some or no positions are global.
+
+        Counted over first .. last of a region, gaps included, which is sound.
+        """
         count = np.searchsorted(self._listed, side.last, side="right") - np.searchsorted(self._listed, side.first)
-        return np.where(count == 0, EMPTY, np.where(count == side.last - side.first + 1, FULL, PARTIAL))
+        return np.where(
+            count == 0,
+            EMPTY,
+            np.where(count == side.last - side.first + 1, FULL, PARTIAL),
+        )
 
     @property
     def period(self) -> int | None:
@@ -60,20 +69,25 @@ class GlobalPositions(Mask):
         if len(self._within(range(q, q + 1))):
             return (range(kv_len),)
         keys = runs(self._within(range(kv_len)))
-        return None if len(keys) > _MOST_RANGES else tuple(keys)
+        if len(keys) > MOST_RANGES:
+            return None
+        return tuple(keys)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         queries, keys = self._within(q), self._within(kv)
         if not len(queries) and not len(keys):
             return NOTHING
+        # Without global keys only global queries have pairs, and the other way round.
         if not len(keys):
             q = clip(q, int(queries[0]), int(queries[-1]) + 1)
         if not len(queries):
             kv = clip(kv, int(keys[0]), int(keys[-1]) + 1)
-        return (q, kv) if q and kv else NOTHING
+        if q and kv:
+            return (q, kv)
+        return NOTHING
 
     def _within(self, span: range) -> IntArray:
-        """The global positions from the first to the last of a range."""
+        """Global positions from the start to the stop of a range."""
         return self._listed[slice(*np.searchsorted(self._listed, (span.start, span.stop)))]
 
     def pairs(self, q: range, kv: range) -> int | None:
@@ -91,7 +105,7 @@ class GlobalPositions(Mask):
 
 @dataclass(frozen=True, repr=False)
 class GlobalData(OfFlags):
-    """flags[b, q] or flags[b, kv], flags being the bool data tensor `name` (B, positions)."""
+    """flags[b, q] or flags[b, kv], for the bool data tensor `name` (B, positions)."""
 
     true_where, of_others = "a token is global", "is 1 where a token is global, pass mask == 1"
 
@@ -108,27 +122,41 @@ class GlobalData(OfFlags):
         return f"global_tokens(data={self.name!r})"
 
 
-def global_tokens(count: int | None = None, *, positions: Iterable[int] | None = None, data: str | None = None) -> Mask:
-    """Tokens that see everything and are seen by everything (Longformer, arXiv 2004.05150; BigBird, arXiv 2007.14062).
+def global_tokens(
+    count: int | None = None,
+    *,
+    positions: Iterable[int] | None = None,
+    data: str | None = None,
+) -> Mask:
+    """Tokens that see every key and that every query sees.
 
-    count: the first so many tokens. positions: fixed ones, in any order; those past the sequence do nothing. data: the name of a
-    bool data tensor (B, positions) given at the call, True where a token is global, so that other tokens never replan.
+    Longformer, arXiv 2004.05150; BigBird, arXiv 2007.14062. Exactly one argument is passed.
+
+    count: the first `count` tokens.
+    positions: fixed positions in any order; those past the sequence have no effect.
+    data: name of a bool data tensor (B, positions) passed at the call, True where a token is global;
+        other tokens then never cause a new plan.
 
     >>> global_tokens(positions=(17, 0))
     global_tokens(positions=(0, 17))
     """
-    if sum(given is not None for given in (count, positions, data)) != 1:
+    if sum(argument is not None for argument in (count, positions, data)) != 1:
         raise ValueError(
             "global_tokens needs one of count (the first tokens), positions, or data (the name of a data tensor); "
             f"got count={count!r}, positions={positions!r}, data={data!r}"
         )
     if count is not None:
         if arguments.is_iterable(count):
-            raise TypeError(f"count must be an integer; got {type(count).__name__}. Write global_tokens(positions=...)")
+            raise TypeError(
+                f"count must be an integer; got {type(count).__name__}. Write global_tokens(positions=...)",
+            )
         return GlobalTokens(arguments.integer("count", count, 0))
     if positions is not None:
-        listed = tuple(positions) if arguments.is_iterable(positions) and not isinstance(positions, (str, bytes)) else positions
-        return GlobalPositions(() if listed == () else tuple(sorted(set(arguments.integers("positions", listed, 0)))))
+        if arguments.is_iterable(positions) and not isinstance(positions, (str, bytes)):
+            positions = tuple(positions)
+        if positions == ():
+            return GlobalPositions(())
+        return GlobalPositions(tuple(sorted(set(arguments.integers("positions", positions, 0)))))
     if not isinstance(data, str):
         raise TypeError(
             f"data must be the name of a data tensor; got {type(data).__name__}. "

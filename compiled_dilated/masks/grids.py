@@ -1,4 +1,4 @@
-"""Neighbourhoods on 2-D and 3-D grids of tokens in row-major order (NATTEN, arXiv 2204.07143)."""
+"""Neighborhoods on grids of tokens in row-major order (NATTEN, arXiv 2204.07143)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 from .. import arguments
 from ..regions import EMPTY, PARTIAL, IntArray, Regions, Verdicts, both, verdicts
 from .core import NOTHING, Data, Mask, Positions, clip, conjunction, conjuncts, intersection
-from .positions import LeadingQueries, Sinks, classify_difference, pairs_up_to
+from .differences import classify_difference, pairs_up_to
+from .leading import LeadingQueries, Sinks
 
 Flags = npt.NDArray[np.bool_]
 
@@ -22,7 +23,12 @@ EDGES = ("cut", "shift")
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a neighbourhood: which key coordinates a query coordinate sees."""
+    """One axis of a neighborhood: the key coordinates visible to a query coordinate.
+
+    size: coordinates on the axis.
+    radius: in steps of `dilation`.
+    shift: move windows inwards at the border, in place of cutting them.
+    """
 
     size: int
     radius: int
@@ -31,58 +37,85 @@ class Axis:
     shift: bool
 
     def reach(self, c: Positions) -> tuple[Positions, Positions]:
-        """The least and the greatest key coordinate seen from query coordinate c; keys between them lie `dilation` apart."""
-        back, ahead = self.radius * self.dilation, 0 if self.causal else self.radius * self.dilation
-        if not self.shift or self.causal:
-            return c - back, c + ahead
-        # Work in steps of the dilation: `lane` is the residue class, `rank` the place within its `size // dilation`-odd members.
+        """The least and the greatest key coordinate visible from coordinate c.
+
+        Keys between them are `dilation` apart.
+        """
+        if self.causal:
+            return c - self.radius * self.dilation, c
+        if not self.shift:
+            return c - self.radius * self.dilation, c + self.radius * self.dilation
+        # Count in steps of the dilation: `lane` is the residue class, `rank` the index within it.
         lane, rank = c % self.dilation, c // self.dilation
         members = (self.size - lane + self.dilation - 1) // self.dilation
         start = least(_most(rank - self.radius, 0), _most(members - (2 * self.radius + 1), 0))
         return start * self.dilation + lane, (start + 2 * self.radius) * self.dilation + lane
 
     def keys_of(self, c: int) -> range:
-        """The key coordinates seen from query coordinate c."""
+        """The key coordinates visible from query coordinate c."""
         low, high = self.reach(c)
         low += max(0, -(low // self.dilation)) * self.dilation
         return range(low, min(high, self.size - 1) + 1, self.dilation)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every coordinate sees every other one."""
+        """Whether every coordinate sees every other."""
         return self.radius >= self.size - 1 and self.dilation == 1 and not self.causal
 
     def pairs(self) -> int:
-        """Number of pairs of coordinates that see each other."""
-        shorter, longer = divmod(self.size, self.dilation)  # the first `longer` lanes have one member more
+        """Number of visible pairs of coordinates."""
+        # The first `longer` residue classes have one member more.
+        shorter, longer = divmod(self.size, self.dilation)
         return longer * self._pairs_of_lane(shorter + 1) + (self.dilation - longer) * self._pairs_of_lane(shorter)
 
     def _pairs_of_lane(self, members: int) -> int:
         if self.shift and not self.causal:
             return members * min(members, 2 * self.radius + 1)
         lane = range(members)
-        return pairs_up_to(0 if self.causal else self.radius, lane, lane) - pairs_up_to(-self.radius - 1, lane, lane)
+        ahead = 0 if self.causal else self.radius
+        return pairs_up_to(ahead, lane, lane) - pairs_up_to(-self.radius - 1, lane, lane)
 
     def allows(self, q: Positions, kv: Positions) -> Any:
         low, high = self.reach(q)
         near = (kv >= low) & (kv <= high)
-        return near if self.dilation == 1 else near & ((kv - q) % self.dilation == 0)
+        if self.dilation == 1:
+            return near
+        return near & ((kv - q) % self.dilation == 0)
 
     def classify(self, q: Span, kv: Span) -> Verdicts:
         step = np.gcd(q.step, kv.step)
         if not self.shift or self.causal:
             back, ahead = self.radius * self.dilation, 0 if self.causal else self.radius * self.dilation
-            return classify_difference(kv.low - q.high, kv.high - q.low, step, self.dilation, back, ahead)
-        residues = classify_difference(kv.low - q.high, kv.high - q.low, step, self.dilation, None, self.size)
+            return classify_difference(
+                kv.low - q.high,
+                kv.high - q.low,
+                step,
+                self.dilation,
+                back,
+                ahead,
+            )
+        residues = classify_difference(
+            kv.low - q.high,
+            kv.high - q.low,
+            step,
+            self.dilation,
+            None,
+            self.size,
+        )
         lows, highs = self._reach_over(q.low, q.high)
         inside = (lows[1] <= kv.low) & (kv.high <= highs[0])
         outside = (kv.high < lows[0]) | (kv.low > highs[1])
         return both(residues, verdicts(inside, outside))
 
-    def _reach_over(self, low: IntArray, high: IntArray) -> tuple[tuple[IntArray, IntArray], tuple[IntArray, IntArray]]:
-        """(least, greatest) of reach's first and of its second value over low <= c <= high.
+    def _reach_over(
+        self,
+        low: IntArray,
+        high: IntArray,
+    ) -> tuple[tuple[IntArray, IntArray], tuple[IntArray, IntArray]]:
+        """Bounds of both results of `reach` over low <= c <= high.
 
-        Both grow with c inside a residue class, so the first and the last member of each class bound them.
+        Returns (least, greatest) of the first result, then of the second. Both grow with c inside a
+        residue class, so the first and the last member of each class bound them.
         """
         lows, highs = [], []
         for lane in range(min(self.dilation, self.size)):
@@ -93,11 +126,14 @@ class Axis:
             (a, b), (c, d) = self.reach(first), self.reach(last)
             lows += [a, c]
             highs += [b, d]
-        return (np.minimum.reduce(lows), np.maximum.reduce(lows)), (np.minimum.reduce(highs), np.maximum.reduce(highs))
+        return (np.minimum.reduce(lows), np.maximum.reduce(lows)), (
+            np.minimum.reduce(highs),
+            np.maximum.reduce(highs),
+        )
 
 
 def least(a: Positions, b: Positions) -> Positions:
-    """The smaller of each two, by operators alone."""
+    """Elementwise minimum, written with operators only."""
     return a - (a - b) * (a > b)
 
 
@@ -107,7 +143,10 @@ def _most(a: Positions, b: Positions | int) -> Positions:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Coordinates along one axis: low .. high, all congruent to low modulo step (0: one coordinate)."""
+    """Coordinates low .. high on one axis, all congruent to low modulo step.
+
+    step is 0 for a single coordinate.
+    """
 
     low: IntArray
     high: IntArray
@@ -115,12 +154,12 @@ class Span:
 
 
 def strides_of(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """How far apart neighbours along each axis stand in row-major order."""
+    """Distance in row-major order between neighbors on each axis."""
     return tuple(math.prod(grid[axis + 1 :]) for axis in range(len(grid)))
 
 
 def coordinates(grid: tuple[int, ...], positions: Positions) -> list[Positions]:
-    """The coordinate of row-major positions along each axis."""
+    """The coordinate of row-major positions on each axis."""
     return [
         positions // stride if axis == 0 else positions // stride % size
         for axis, (size, stride) in enumerate(zip(grid, strides_of(grid), strict=True))
@@ -128,27 +167,34 @@ def coordinates(grid: tuple[int, ...], positions: Positions) -> list[Positions]:
 
 
 def spans(grid: tuple[int, ...], regions: Regions) -> list[Span]:
-    """A box of the grid that holds each region: the region itself where it is a box, its hull otherwise."""
+    """A box of the grid that contains each region.
+
+    The region itself if it is a box, its hull otherwise.
+    """
     first, last = coordinates(grid, regions.first), coordinates(grid, regions.last)
-    reaches = [np.zeros(len(regions), dtype=np.int64) for _ in grid]
+    # 1. Assign each axis of a region's lattice to the slowest grid axis that its stride moves
+    # along.
+    lengths = [np.zeros(len(regions), dtype=np.int64) for _ in grid]
     steps = [np.zeros(len(regions), dtype=np.int64) for _ in grid]
-    taken = np.zeros(len(regions), dtype=bool)
+    assigned = np.zeros(len(regions), dtype=bool)
     for extent, stride in zip(regions.extent.T, regions.stride.T, strict=True):
-        free = extent > 1
+        unassigned = extent > 1
         for axis, unit in enumerate(strides_of(grid)):
-            mine = free & (stride % unit == 0) & (stride >= unit)
-            reaches[axis] += np.where(mine, (extent - 1) * (stride // unit), 0)
-            steps[axis] = np.where(mine, np.gcd(steps[axis], stride // unit), steps[axis])
-            free &= ~mine
-        taken |= free
-    box = ~taken
+            along = unassigned & (stride % unit == 0) & (stride >= unit)
+            lengths[axis] += np.where(along, (extent - 1) * (stride // unit), 0)
+            steps[axis] = np.where(along, np.gcd(steps[axis], stride // unit), steps[axis])
+            unassigned &= ~along
+        assigned |= unassigned
+    # 2. A box: every lattice axis was assigned, and none runs over the end of a line.
+    box = ~assigned
     for axis, size in enumerate(grid):
-        box &= (first[axis] + reaches[axis] < size) | (axis == 0)
+        box &= (first[axis] + lengths[axis] < size) | (axis == 0)
     out, same = [], np.ones(len(regions), dtype=bool)
     for axis, size in enumerate(grid):
-        # Not a box: the row-major range from first to last; an axis is whole as soon as a slower one moves.
+        # 3. Otherwise the hull of first .. last: an axis spans its full size once a slower one
+        # moves.
         low = np.where(box | same, first[axis], 0)
-        high = np.where(box, first[axis] + reaches[axis], np.where(same, last[axis], size - 1))
+        high = np.where(box, first[axis] + lengths[axis], np.where(same, last[axis], size - 1))
         step = np.where(box, steps[axis], np.where(low == high, 0, 1))
         out.append(Span(low, high, step))
         same &= first[axis] == last[axis]
@@ -157,7 +203,7 @@ def spans(grid: tuple[int, ...], regions: Regions) -> list[Span]:
 
 @dataclass(frozen=True, repr=False)
 class Neighborhood(Mask):
-    """Keys near the query along every axis of a grid."""
+    """Keys within a radius of the query on every axis of a grid."""
 
     grid: tuple[int, ...]
     radius: tuple[int, ...]
@@ -169,8 +215,14 @@ class Neighborhood(Mask):
     def axes(self) -> tuple[Axis, ...]:
         shift = self.edges == "shift"
         out = []
-        for size, radius, dilation, causal in zip(self.grid, self.radius, self.dilation, self.causal, strict=True):
-            # Past the size of the axis a step leaves it, however long; shorter ones keep products within 64 bits.
+        for size, radius, dilation, causal in zip(
+            self.grid,
+            self.radius,
+            self.dilation,
+            self.causal,
+            strict=True,
+        ):
+            # A longer step leaves the axis just the same; the bound keeps products within 64 bits.
             step = min(dilation, size)
             out.append(Axis(size, min(radius, -(-size // step)), step, causal, shift))
         return tuple(out)
@@ -190,8 +242,10 @@ class Neighborhood(Mask):
     def period(self) -> int | None:
         if self._first_limited != 0:
             return self.side_periods[0]
-        # Whole lines further on everything is as before, where no window is moved inwards at the first or the last line.
-        return None if self.axes[0].shift and not self.axes[0].causal else strides_of(self.grid)[0]
+        # A shift by whole lines changes nothing, unless windows move inwards at the border.
+        if self.axes[0].shift and not self.axes[0].causal:
+            return None
+        return strides_of(self.grid)[0]
 
     @property
     def side_periods(self) -> tuple[int | None, int | None]:
@@ -203,23 +257,23 @@ class Neighborhood(Mask):
 
     @property
     def _first_limited(self) -> int | None:
-        """The first axis along which a query does not see every coordinate."""
+        """The first axis on which some coordinate does not see every other; None if none."""
         return next((number for number, axis in enumerate(self.axes) if not axis.is_whole), None)
 
     def expanded(self) -> Mask:
         limited = [number for number, axis in enumerate(self.axes) if not axis.is_whole]
-        return self if len(limited) < 2 else conjunction(tuple(self._along(number) for number in limited))
+        if len(limited) < 2:
+            return self
+        return conjunction(tuple(self._along(number) for number in limited))
 
     def _along(self, limited: int) -> Neighborhood:
-        """Keys near the query along one axis."""
-        axes = range(len(self.grid))
-        return Neighborhood(
-            self.grid,
-            tuple(self.radius[axis] if axis == limited else self.grid[axis] for axis in axes),
-            tuple(self.dilation[axis] if axis == limited else 1 for axis in axes),
-            tuple(self.causal[axis] and axis == limited for axis in axes),
-            self.edges,
-        )
+        """The neighborhood limited on one axis only."""
+        # A radius of the axis's size, without dilation, allows every coordinate.
+        radius, dilation, causal = list(self.grid), [1] * len(self.grid), [False] * len(self.grid)
+        radius[limited] = self.radius[limited]
+        dilation[limited] = self.dilation[limited]
+        causal[limited] = self.causal[limited]
+        return Neighborhood(self.grid, tuple(radius), tuple(dilation), tuple(causal), self.edges)
 
     def check(self, queries: range, keys: int) -> None:
         tokens = math.prod(self.grid)
@@ -232,28 +286,35 @@ class Neighborhood(Mask):
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         line, axis = strides_of(self.grid)[0], self.axes[0]
-        # A window that is moved inwards at an edge reaches twice as far.
+        # A window moved inwards at the border reaches twice as far.
         back = axis.radius * axis.dilation * (2 if axis.shift else 1)
         ahead = 0 if axis.causal else back
         kv = clip(kv, (q[0] // line - back) * line, (q[-1] // line + ahead + 1) * line)
-        return (clip(q, (kv[0] // line - ahead) * line, (kv[-1] // line + back + 1) * line), kv) if kv else NOTHING
+        if kv:
+            return (clip(q, (kv[0] // line - ahead) * line, (kv[-1] // line + back + 1) * line), kv)
+        return NOTHING
 
     def pairs(self, q: range, kv: range) -> int | None:
-        whole = range(math.prod(self.grid))
-        return math.prod(axis.pairs() for axis in self.axes) if q == kv == whole else None
+        grid = range(math.prod(self.grid))
+        if q == kv == grid:
+            return math.prod(axis.pairs() for axis in self.axes)
+        return None
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         at = coordinates(self.grid, q)
         spans = [axis.keys_of(c) for axis, c in zip(self.axes, at, strict=True)]
+        # Starts of the lines that the window covers: one more grid axis per iteration.
         lines = [0]
         for span, stride in zip(spans[:-1], strides_of(self.grid)[:-1], strict=True):
             lines = [line + c * stride for line in lines for c in span]
         last = spans[-1]
-        return tuple(
-            clipped
-            for line in lines
-            if (clipped := intersection(range(kv_len), range(line + last.start, line + last.stop, last.step)))
-        )
+        out = []
+        for line in lines:
+            keys = range(line + last.start, line + last.stop, last.step)
+            clipped = intersection(range(kv_len), keys)
+            if clipped:
+                out.append(clipped)
+        return tuple(out)
 
     def __repr__(self) -> str:
         def short(values: tuple[Any, ...]) -> str:
@@ -267,14 +328,17 @@ class Neighborhood(Mask):
 
 @dataclass(frozen=True, repr=False)
 class PlacedNeighborhood(Mask):
-    """A neighbourhood whose grid is the tokens from `offset` on; tokens outside of it see nothing, and nothing sees them."""
+    """A neighborhood whose grid starts at position `offset`.
+
+    Tokens outside the grid see nothing, and no query sees them.
+    """
 
     neighborhood: Neighborhood
     offset: int
 
     @property
     def tokens(self) -> range:
-        """The positions of the grid."""
+        """Positions of the grid's tokens."""
         return range(self.offset, self.offset + math.prod(self.neighborhood.grid))
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
@@ -283,23 +347,33 @@ class PlacedNeighborhood(Mask):
         return inside & self.neighborhood.allows(b, h, q - first, kv - first, data)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        (q, q_whole, q_outside), (kv, kv_whole, kv_outside) = self._on_grid(q), self._on_grid(kv)
+        (
+            (q, q_complete, q_outside),
+            (kv, kv_complete, kv_outside),
+        ) = self._on_grid(q), self._on_grid(kv)
         within = self.neighborhood.classify(q, kv)
-        return np.where(q_outside | kv_outside, EMPTY, np.where(q_whole & kv_whole, within, np.minimum(within, PARTIAL)))
+        return np.where(
+            q_outside | kv_outside,
+            EMPTY,
+            np.where(q_complete & kv_complete, within, np.minimum(within, PARTIAL)),
+        )
 
     def _on_grid(self, side: Regions) -> tuple[Regions, Flags, Flags]:
-        """What of each region lies on the grid, by cells; whether that is all of it, and whether it is nothing."""
+        """The part of each region on the grid, in cells.
+
+        Returns the part, whether it is the complete region, and whether it is empty.
+        """
         first, last = side.first - self.offset, side.last - self.offset
         step = np.where(side.dense, side.step, 0).clip(1)
         low, high = np.where(first < 0, first % step, first), np.minimum(last, len(self.tokens) - 1)
-        whole, outside = (first >= 0) & (last == high), low > high
+        complete, outside = (first >= 0) & (last == high), low > high
         extent, stride = np.ones_like(side.extent), np.ones_like(side.stride)
         extent[:, 0], stride[:, 0] = np.where(outside, 1, (high - low) // step + 1), step
-        all_axes = whole[:, None]
+        unchanged = complete[:, None]
         cells = Regions(
-            np.where(outside, 0, low), np.where(all_axes, side.extent, extent), np.where(all_axes, side.stride, stride)
+            np.where(outside, 0, low), np.where(unchanged, side.extent, extent), np.where(unchanged, side.stride, stride)
         )
-        return cells, whole, outside
+        return cells, complete, outside
 
     @property
     def period(self) -> int | None:
@@ -314,18 +388,24 @@ class PlacedNeighborhood(Mask):
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         if q not in self.tokens:
             return ()
-        seen = self.neighborhood.keys_of(q - self.offset, max(kv_len - self.offset, 0))
-        return None if seen is None else tuple(_moved(span, self.offset) for span in seen)
+        keys = self.neighborhood.keys_of(q - self.offset, max(kv_len - self.offset, 0))
+        if keys is None:
+            return None
+        return tuple(_shifted(span, self.offset) for span in keys)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         q, kv = (clip(side, self.tokens.start, self.tokens.stop) for side in (q, kv))
         if not q or not kv:
             return NOTHING
-        q, kv = self.neighborhood.shrink(_moved(q, -self.offset), _moved(kv, -self.offset))
-        return (_moved(q, self.offset), _moved(kv, self.offset)) if q and kv else NOTHING
+        q, kv = self.neighborhood.shrink(_shifted(q, -self.offset), _shifted(kv, -self.offset))
+        if q and kv:
+            return (_shifted(q, self.offset), _shifted(kv, self.offset))
+        return NOTHING
 
     def pairs(self, q: range, kv: range) -> int | None:
-        return self.neighborhood.pairs(*(_moved(intersection(side, self.tokens), -self.offset) for side in (q, kv)))
+        return self.neighborhood.pairs(
+            *(_shifted(intersection(side, self.tokens), -self.offset) for side in (q, kv)),
+        )
 
     def __repr__(self) -> str:
         return f"{repr(self.neighborhood)[:-1]}, offset={self.offset})"
@@ -333,7 +413,7 @@ class PlacedNeighborhood(Mask):
 
 @dataclass(frozen=True)
 class _AlongAxis(Mask):
-    """One axis of a placed neighbourhood, as if its grid went on before and after."""
+    """One axis of a placed neighborhood, on a grid without first and last line."""
 
     placed: PlacedNeighborhood
     number: int
@@ -347,7 +427,9 @@ class _AlongAxis(Mask):
         return self.placed.neighborhood.axes[self.number]
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        return self.axis.allows(*(coordinates(self.grid, side - self.placed.offset)[self.number] for side in (q, kv)))
+        return self.axis.allows(
+            *(coordinates(self.grid, side - self.placed.offset)[self.number] for side in (q, kv)),
+        )
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         moved = (replace(side, base=side.base - self.placed.offset) for side in (q, kv))
@@ -357,7 +439,9 @@ class _AlongAxis(Mask):
     def period(self) -> int | None:
         if self.number:
             return self.side_periods[0]
-        return None if self.axis.shift and not self.axis.causal else strides_of(self.grid)[0]
+        if self.axis.shift and not self.axis.causal:
+            return None
+        return strides_of(self.grid)[0]
 
     @property
     def side_periods(self) -> tuple[int | None, int | None]:
@@ -365,7 +449,7 @@ class _AlongAxis(Mask):
         return period, period
 
 
-def _moved(span: range, by: int) -> range:
+def _shifted(span: range, by: int) -> range:
     return range(span.start + by, span.stop + by, span.step)
 
 
@@ -377,15 +461,16 @@ def neighborhood(
     edges: str = "cut",
     offset: int | None = None,
 ) -> Mask:
-    """Keys within `radius` steps of `dilation` along every axis of a grid of 1 to 3 axes, tokens in row-major order.
+    """Keys within `radius` steps of `dilation` on every axis of a grid.
 
-    causal: per axis, keys at or before the query's coordinate alone. edges: "cut" (fewer keys at the border) or "shift" (the
-    window moves inwards, so every query keeps 2 * radius + 1 keys per axis, as in NATTEN, arXiv 2204.07143; a causal axis is
-    always cut).
-
-    offset: None where the sequence is the grid (longer ones are refused), else the position of the grid's first token. Tokens
-    before the grid and after it, such as a CLS token or registers, then see nothing and are seen by nobody through this mask, in
-    a sequence of any length: join them by `|`.
+    grid: sizes of 1 to 3 axes; tokens in row-major order.
+    radius, dilation: one number, or one per axis.
+    causal: one bool, or one per axis: only keys at or before the query's coordinate.
+    edges: "cut": fewer keys at the border; "shift": windows move inwards, so that every query has
+        2 * radius + 1 keys per axis (NATTEN, arXiv 2204.07143). A causal axis is always cut.
+    offset: None if the sequence is the grid (a longer one is refused), else the position of the
+        grid's first token. Other tokens, such as a CLS token or registers, then see nothing through
+        this mask and no query sees them: join theirs with `|`. The sequence may have any length.
 
     >>> neighborhood((64, 64), 7, offset=1) | global_tokens(1)
     neighborhood((64, 64), 7, offset=1) | global_tokens(1)
@@ -396,18 +481,32 @@ def neighborhood(
     arguments.integer("the number of cells of the grid", math.prod(grid))
 
     def per_axis(name: str, value: Any, least: int) -> tuple[int, ...]:
-        values = arguments.integers(name, value if arguments.is_iterable(value) else (value,) * len(grid), least)
+        values = arguments.integers(
+            name,
+            value if arguments.is_iterable(value) else (value,) * len(grid),
+            least,
+        )
         if len(values) != len(grid):
-            raise ValueError(f"{name} must be one number or one per axis of the grid {grid!r}; got {value!r}")
+            raise ValueError(
+                f"{name} must be one number or one per axis of the grid {grid!r}; got {value!r}",
+            )
         return values
 
-    along = tuple(causal) if isinstance(causal, Sequence) else (causal,) * len(grid)
-    if len(along) != len(grid) or not all(isinstance(each, bool) for each in along):
-        raise ValueError(f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}")
+    flags = tuple(causal) if isinstance(causal, Sequence) else (causal,) * len(grid)
+    if len(flags) != len(grid) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(
+            f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}",
+        )
     arguments.choice("edges", edges, EDGES)
-    whole = Neighborhood(grid, per_axis("radius", radius, 0), per_axis("dilation", dilation, 1), along, edges)
+    mask = Neighborhood(
+        grid,
+        per_axis("radius", radius, 0),
+        per_axis("dilation", dilation, 1),
+        flags,
+        edges,
+    )
     if offset is None:
-        return whole
+        return mask
     offset = arguments.integer("offset", offset, 0)
     arguments.integer("the last position of the grid", offset + math.prod(grid) - 1)
-    return PlacedNeighborhood(whole, offset)
+    return PlacedNeighborhood(mask, offset)

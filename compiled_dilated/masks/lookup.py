@@ -1,4 +1,7 @@
-"""Binary search written as a fixed number of gathers, so that it is pointwise: fit for FlexAttention's kernels and for numpy."""
+"""Binary search as a fixed number of gathers.
+
+Pointwise, so that it runs in FlexAttention's kernels and in numpy.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,19 @@ from ..regions import IntArray
 
 
 def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
-    """How many entries of the ascending `table` are <= x, for each element of a numpy array or torch tensor.
+    """Number of entries of the ascending `table` that are <= x.
 
-    entries: `as_tensor(table, device)` where it is at hand; kernels need it made outside of them.
+    x: a numpy array or torch tensor of any shape.
+    entries: `as_tensor(table, device)`; required in compiled kernels, which cannot create it.
     """
     import torch
 
     if not isinstance(x, torch.Tensor):
         return np.searchsorted(_array(table), x, side="right")
     if entries is None:
-        # A tensor made while tracing belongs to the trace and must not be cached.
-        entries = as_tensor(table, x.device) if torch.compiler.is_compiling() else _tensor(table, x.device)
+        # A tensor created while tracing belongs to the trace and must not be cached.
+        make = as_tensor if torch.compiler.is_compiling() else _tensor
+        entries = make(table, x.device)
     low = x - x
     for width in _widths(len(table)):
         # Invariant: the answer lies in [low, low + 2 * width - 1].
@@ -31,11 +36,14 @@ def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
 
 
 def runs(ascending: IntArray, unit: int = 1) -> list[range]:
-    """Different numbers as few ranges; each number stands for `unit` positions."""
+    """Ascending distinct numbers as few ranges; each number covers `unit` positions."""
     if not len(ascending):
         return []
     cuts = np.flatnonzero(np.diff(ascending) != 1)
-    firsts, lasts = ascending[np.append(0, cuts + 1)], ascending[np.append(cuts, len(ascending) - 1)]
+    firsts, lasts = (
+        ascending[np.append(0, cuts + 1)],
+        ascending[np.append(cuts, len(ascending) - 1)],
+    )
     return [range(first * unit, (last + 1) * unit) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
 
 

@@ -13,22 +13,15 @@ import torch
 from torch import Tensor
 
 from ..masks import And, Full, Mask, Not, Or, Padding, Tiles
-from ..masks.blocks import BlockWindow
+from ..masks.bands import Causal, Window
+from ..masks.blocks import BlockWindow, DilatedBlocks
+from ..masks.congruent import Congruent
 from ..masks.data import DocumentIds, DocumentLengths
 from ..masks.functions import FromMod, Traced, traced_parts
 from ..masks.globals import GlobalData, GlobalPositions
 from ..masks.grids import Neighborhood, PlacedNeighborhood
-from ..masks.positions import (
-    Causal,
-    Congruent,
-    DilatedBlocks,
-    GlobalTokens,
-    LeadingQueries,
-    Prefix,
-    Segments,
-    Sinks,
-    Window,
-)
+from ..masks.leading import GlobalTokens, LeadingQueries, Prefix, Sinks
+from ..masks.segments import Segments
 from ..mods import trace_mask_mod
 from ..orders import Hilbert, PlacedHilbert
 from ..plans import Scores

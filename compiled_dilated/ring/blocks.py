@@ -1,4 +1,4 @@
-"""A block as a problem of its own, which the planner plans and the lowerings compute on views of what a rank holds."""
+"""A block as a problem of its own, planned and computed on views of a rank's rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..calls import Call
 from ..heads import HeadRange
 from ..lowerings import execute, hidden
 from ..masks import Mask, causal, conjunction, conjuncts, full
-from ..masks.positions import Causal, Segments, Window
+from ..masks.bands import Causal, Window
+from ..masks.segments import Segments
 from ..orders import identity
 from ..partials import Saved
 from ..plans import Plan, Problem, Scores
@@ -27,10 +28,12 @@ from .schedules import Block, regions
 
 @lru_cache(maxsize=4096)
 def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
-    """The mask of a block whose queries and keys are counted from 0, and the position of its first query among them.
+    """A block's mask over indices from 0, and the index of its first query.
 
-    As plain a mask as can be: what holds for all pairs is left out, and what repeats is moved to its start, so that the blocks
-    of many ranks are one problem, planned once.
+    The result is as simple as possible: parts that allow all pairs are dropped and periodic masks
+    are moved to their start, so that the blocks of many ranks share one plan.
+
+    queries, keys: places of the order.
     """
     q, kv = regions([queries]), regions([keys])
     parts = tuple(part for part in conjuncts(mask) if part.classify(q, kv)[0] != FULL)
@@ -39,21 +42,31 @@ def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
     rest = conjunction(parts)
     ahead = queries.start - keys.start
     steps = {run.step for run in (queries, keys) if len(run) > 1}
-    step = steps.pop() if len(steps) == 1 else 1 if not steps else None
+    # A single token has no step of its own; None: queries and keys have different steps.
+    step: int | None = 1
+    if steps:
+        step = steps.pop() if len(steps) == 1 else None
     period = rest.period
+    # A shift by whole periods changes nothing.
     if not rest.names and step == 1 and period is not None and keys.start % period == 0:
         return rest, ahead
+    # Causal masks only compare places, whatever the step.
     if step is not None and all(isinstance(part, Causal) for part in parts):
         return causal(), ahead // step
+    # Equal steps: count places in units of the step.
     if step is not None and ahead % step == 0:
-        along = tuple(there for part in parts if (there := _along(part, step, keys.start)) is not None)
-        if len(along) == len(parts):
-            return conjunction(along), ahead // step
+        scaled = [_along(part, step, keys.start) for part in parts]
+        masks = tuple(part for part in scaled if part is not None)
+        if len(masks) == len(parts):
+            return conjunction(masks), ahead // step
     return _moved(rest, queries, keys), 0
 
 
 def _along(mask: Mask, step: int, start: int) -> Mask | None:
-    """A mask over places start, start + step, ... counted from 0, where it is one of its kind; None elsewhere."""
+    """The mask over places start, start + step, ... counted from 0.
+
+    None if that is not a mask of the same kind.
+    """
     if isinstance(mask, Causal):
         return mask
     if isinstance(mask, Window) and step % mask.dilation == 0:
@@ -64,15 +77,31 @@ def _along(mask: Mask, step: int, start: int) -> Mask | None:
 
 
 def _moved(mask: Mask, queries: range, keys: range) -> Mask:
-    if isinstance(mask, Moved):  # it stands at 0, 1, 0, 1: one way to count places is enough
-        return Moved(mask.mask, queries.start, queries.step, keys.start, keys.step, mask.order, mask.tokens)
+    if isinstance(mask, Moved):  # a Moved mask with unit strides: replace its offsets, do not nest
+        return Moved(
+            mask.mask,
+            queries.start,
+            queries.step,
+            keys.start,
+            keys.step,
+            mask.order,
+            mask.tokens,
+        )
     return Moved(mask, queries.start, queries.step, keys.start, keys.step, identity(), 0)
 
 
-def plan_of(block: Block, batch: int, head_dim: int, value_dim: int, dtype: str, device: str, scores: Scores | None) -> Plan:
+def plan_of(
+    block: Block,
+    batch: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    device: str,
+    scores: Scores | None,
+) -> Plan:
     """The plan of a block."""
     mask, q_offset = in_place(block.mask, block.queries, block.keys)
-    # As if a backward followed, whichever way the block is computed: a plan for one query alone merges into nothing.
+    # training=True in a forward too: a plan for a single query cannot merge into a partial result.
     problem = Problem(
         Program((Branch(mask),)), batch, block.heads.count, block.kv_heads.count, len(block.queries), len(block.keys),
         head_dim, value_dim, dtype, device, q_offset, training=True, scores=scores, partial=True,
@@ -81,10 +110,11 @@ def plan_of(block: Block, batch: int, head_dim: int, value_dim: int, dtype: str,
 
 
 def rows(runs: tuple[range, ...], places: range) -> slice:
-    """Where the rows at some places of one run lie in a rank's memory."""
+    """Slice of a rank's memory with the rows at some places of one run."""
     before = 0
     for run in runs:
         if places[0] in run:
+            # Earlier runs come first in memory; places may skip rows of their run.
             first, step = (places[0] - run.start) // run.step, max(1, places.step // run.step)
             return slice(before + first, before + first + (len(places) - 1) * step + 1, step)
         before += len(run)
@@ -97,7 +127,7 @@ def held(x: Tensor, heads: HeadRange, at: slice) -> Tensor:
 
 
 def _call(block: Block, layout: Layout, call: Call, plan: Plan) -> Call:
-    """The call as a block's kernels take it, which count its queries, keys and heads from 0."""
+    """The call with indices local to a block: its queries, keys and heads start at 0."""
     mod = call.score_mod
     if mod is not None:
         mod = replace(mod, places=partial(_places, block, layout, plan.problem.q_offset))
@@ -107,17 +137,17 @@ def _call(block: Block, layout: Layout, call: Call, plan: Plan) -> Call:
 def _places(
     block: Block, layout: Layout, q_offset: int, b: Tensor, h: Tensor, q: Tensor, kv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The indices of the whole sequence for those of a block, whose queries are counted from q_offset."""
+    """Indices of the complete sequence for those of a block."""
 
-    def there(at: Tensor, run: range) -> Any:
-        return positions(at * run.step + run.start, layout.order, layout.tokens)
+    def in_sequence(index: Tensor, run: range) -> Any:
+        return positions(index * run.step + run.start, layout.order, layout.tokens)
 
     heads = h * block.heads.step + block.heads.start
-    return b, heads, there(q - q_offset, block.queries), there(kv, block.keys)
+    return b, heads, in_sequence(q - q_offset, block.queries), in_sequence(kv, block.keys)
 
 
 class Keys:
-    """K and V that a block reads, and where its gradients of them go: a rank's own rows, or those of a message."""
+    """K and V of a rank's own rows, or of a message, as blocks read them."""
 
     def __init__(self, runs: tuple[range, ...], kv_heads: HeadRange, k: Tensor, v: Tensor) -> None:
         self.runs, self.kv_heads, self.k, self.v = runs, kv_heads, k, v
@@ -128,24 +158,30 @@ class Keys:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether all numbers are finite: looked at once, for all blocks that read them."""
+        """Whether all values are finite; computed once for all blocks."""
         return hidden.is_finite(self.k) and hidden.is_finite(self.v)
 
     def bad_of(self, block: Block) -> hidden.Bad | None:
-        """Those of a block that are not finite."""
-        return None if self.is_finite else hidden.Bad.of(*self.of(block))
+        """The non-finite keys and values of a block; None if all are finite."""
+        if self.is_finite:
+            return None
+        return hidden.Bad.of(*self.of(block))
 
     def view(self, block: Block, x: Tensor) -> Tensor:
-        """Of x, which is shaped as k or v, the part that a block reads."""
-        wanted, there = block.kv_heads, self.kv_heads
-        step = max(1, wanted.step // there.step)
-        among = HeadRange((wanted.start - there.start) // there.step, step, wanted.count)
-        return held(x, among, rows(self.runs, block.keys))
+        """A block's part of x, a tensor shaped as k or v."""
+        # The block's heads as indices among the heads present here.
+        heads, present = block.kv_heads, self.kv_heads
+        step = max(1, heads.step // present.step)
+        local = HeadRange((heads.start - present.start) // present.step, step, heads.count)
+        return held(x, local, rows(self.runs, block.keys))
 
 
 @dataclass(frozen=True)
 class Queries:
-    """A rank's rows and what belongs to them, (B, Hq, rows, ...); the last three are there in a backward."""
+    """A rank's query rows and their results, (B, Hq, rows, ...).
+
+    grad_out, grad_lse, grad_q: present only in a backward.
+    """
 
     runs: tuple[range, ...]
     q: Tensor
@@ -156,7 +192,7 @@ class Queries:
     grad_q: Tensor | None = None
 
     def of(self, block: Block) -> Queries:
-        """Those of a block, as views."""
+        """The rows of a block, as views."""
         at = rows(self.runs, block.queries)
         tensors = (self.q, self.out, self.lse, self.grad_out, self.grad_lse, self.grad_q)
         q, out, lse, *grads = (x if x is None else held(x, block.heads, at) for x in tensors)
@@ -180,7 +216,7 @@ def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Ke
 
 
 def _alone(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's result by itself."""
+    """Result of a block without the rank's other blocks."""
     out = q.new_zeros((*q.shape[:3], v.shape[3]))
     lse = q.new_full(q.shape[:3], -math.inf)
     execute.merge_into(plan, call, q, k, v, out, lse)
@@ -196,17 +232,32 @@ def backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Add a block's share of the gradients to a rank's grad_q, and to grad_k and grad_v, which are shaped as the keys."""
+    """Add a block's gradients to grad_q of the rank, and to grad_k and grad_v.
+
+    grad_k, grad_v: shaped as the keys and values.
+    """
     own, (k, v) = queries.of(block), keys.of(block)
     assert own.grad_out is not None
     plan = _plan(block, call, own.q, v)
     saved = Saved(own.q, k, v, own.out, own.lse, own.grad_out, own.grad_lse)
     grads = execute.backward(plan, _call(block, layout, call, plan), saved)
-    for total, part in zip((own.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)), grads, strict=True):
+    for total, part in zip(
+        (own.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)),
+        grads,
+        strict=True,
+    ):
         assert total is not None
         total.add_(part)
 
 
 def _plan(block: Block, call: Call, q: Tensor, v: Tensor) -> Plan:
     dtype = str(q.dtype).removeprefix("torch.")
-    return plan_of(block, q.shape[0], q.shape[3], v.shape[3], dtype, q.device.type, Scores.of(call.score_mod))
+    return plan_of(
+        block,
+        q.shape[0],
+        q.shape[3],
+        v.shape[3],
+        dtype,
+        q.device.type,
+        Scores.of(call.score_mod),
+    )

@@ -1,4 +1,4 @@
-"""Single rows of a result made anew in float64 from their sources: the reference of sequences too long for a reference."""
+"""Single rows of a result recomputed in float64, for sequences too long for the reference."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..programs import Program
 from . import sources
 from .sources import Source
 
-# A row that may see more keys than this is checked in parts of so many.
+# Keys of a row are read in parts of at most this many.
 _KEYS_AT_ONCE = 2**20
 
 
 def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale: float) -> Tensor:
-    """out[:, :, row] in float64, (B, Hq, Dv): its definition, over the keys that the masks say it may see."""
+    """out[:, :, row] in float64, (B, Hq, Dv), by an online softmax over the visible keys."""
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
     entries = torch.arange(batch)[:, None]
@@ -30,14 +30,20 @@ def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale
             if head not in branch.head_range(heads):
                 continue
             mask = branch.mask_at(head, heads)
-            _, seen = mask.shrink(range(row, row + 1), range(tokens))
-            for start in range(0, len(seen), _KEYS_AT_ONCE):
-                part = seen[start : start + _KEYS_AT_ONCE]
+            _, keys_of_row = mask.shrink(range(row, row + 1), range(tokens))
+            for start in range(0, len(keys_of_row), _KEYS_AT_ONCE):
+                part = keys_of_row[start : start + _KEYS_AT_ONCE]
                 at = torch.arange(part.start, part.stop, part.step)
-                allowed = mask.allows(entries, torch.tensor(head), torch.tensor(row), at).expand(batch, len(at))
+                allowed = mask.allows(
+                    entries,
+                    torch.tensor(head),
+                    torch.tensor(row),
+                    at,
+                ).expand(batch, len(at))
                 keys, values = (sources.read(x, HeadRange(head // group, 1, 1), part)[:, 0].double() for x in (k, v))
                 scores = torch.einsum("bd,bnd->bn", query, keys) * scale
                 scores = scores.masked_fill(~allowed, -math.inf)
+                # Online softmax: rescale the sums by the change of the maximum.
                 higher = torch.maximum(top, scores.amax(dim=1, keepdim=True))
                 anchor = torch.where(higher == -math.inf, 0.0, higher)
                 weights, before = (scores - anchor).exp(), (top - anchor).exp()

@@ -1,8 +1,9 @@
-"""Ranks as processes of torch.distributed: shards in, shards out; gloo on a CPU, NCCL on a GPU.
+"""Ranks as processes of torch.distributed: gloo on a CPU, NCCL on a GPU.
 
-Around the ring, distance by distance: a rank receives from the one `distance` before it and sends to the one as far after it,
-where its schedule says so. Messages of the next step travel while this one is computed. In a backward the gradients of received
-keys go back the same way, and are added in the order of distance, as the simulated transport adds them: the same bits.
+A call takes and returns shards. At distance d a rank receives from the rank d before it and sends
+to the rank d after it, as the schedule requires. Messages of the next step travel while this one is
+computed. In a backward the gradients of received keys return the same way. They are added in the
+order of distance, as the simulated transport adds them, so that both give the same bits.
 
     distance 1      rank 0 -> rank 1 -> rank 2 -> rank 3 -> rank 0
     distance 2      rank 0 -> rank 2 -> rank 0,   rank 1 -> rank 3 -> rank 1
@@ -28,7 +29,7 @@ from .workers import Backward, Forward, KeysAndValues, Worker
 
 @dataclass(frozen=True)
 class _Round:
-    """What one rank does at one distance: the step that it computes, if any, and what it sends to whom, if anything."""
+    """The step that a rank computes at one distance, and the messages that it sends."""
 
     distance: int
     step: Step | None
@@ -37,26 +38,33 @@ class _Round:
 
 
 class _Exchange:
-    """Messages under way in both directions; `wait` returns those received."""
+    """Messages in flight in both directions; `wait` returns the received ones."""
 
-    def __init__(self, group: dist.ProcessGroup, out: Sequence[Tensor], target: int, into: Sequence[Tensor], source: int) -> None:
-        self.into, self._sent = list(into), list(out)  # what is sent must live until it has arrived
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        out: Sequence[Tensor],
+        target: int,
+        into: Sequence[Tensor],
+        source: int,
+    ) -> None:
+        self.into, self._sent = list(into), list(out)  # sent buffers must live until they arrive
         self._peers = (source, target)
         sends = [dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in out]
         receives = [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for x in into]
-        with _told(f"could not reach rank {source} or rank {target}"):
+        with _transport_errors(f"could not reach rank {source} or rank {target}"):
             self._works = dist.batch_isend_irecv(sends + receives) if sends or receives else []
 
     def wait(self) -> list[Tensor]:
-        with _told(f"waited in vain for rank {self._peers[0]}, or for rank {self._peers[1]} to receive"):
+        with _transport_errors(f"waited in vain for rank {self._peers[0]}, or for rank {self._peers[1]} to receive"):
             for work in self._works:
                 work.wait()
         self._sent = []
         return self.into
 
 
-class _told:
-    """Failures of the transport as one clear error."""
+class _transport_errors:
+    """Context that turns failures of the transport into one clear error."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -73,19 +81,22 @@ class _told:
 
 
 class Distributed:
-    """The transport: each rank passes its own shards (B, H, rows, D), in the order of the layout's runs, and gets its own."""
+    """The transport: every rank passes and receives its own shards (B, H, rows, D).
+
+    Rows are in the order of the layout's runs.
+    """
 
     sharded = True
 
     def __init__(self, group: dist.ProcessGroup | str | None = None) -> None:
         """group: a process group or its name; None or "" for the default one."""
         self.group_name = group.group_name if isinstance(group, dist.ProcessGroup) else group or ""
-        self._rows: list[int] = []  # that each rank said to hold
+        self._rows: list[int] = []  # per rank, from the last exchange
         self.ledger = Ledger()
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group; the default one where none was given."""
+        """The process group, or the default one."""
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
                 "a distributed ring needs torch.distributed: call torch.distributed.init_process_group() first, "
@@ -99,13 +110,15 @@ class Distributed:
 
     @property
     def rank(self) -> int:
-        """This process in the group."""
+        """Rank of this process in the group."""
         return dist.get_rank(self.group)
 
     def tokens(self, q: Tensor, k: Tensor, v: Tensor, about: Mapping[str, str]) -> int:
-        """The sum of all shards' tokens. Before any data moves, all ranks make sure that they are about to compute the same.
+        """Total number of tokens of all shards.
 
-        about: what they must agree in, by name: the rule, the data, the tensors that functions capture.
+        All ranks compare their calls before any data moves.
+
+        about: properties that must agree, by name: the rule, the data, captured tensors.
         """
         own = {"dtype": str(q.dtype), "batch": q.shape[0], "query heads": q.shape[1], "key heads": k.shape[1],
                "head_dim": q.shape[3], "value_dim": v.shape[3], **about}  # fmt: skip
@@ -122,32 +135,36 @@ class Distributed:
         return sum(self._rows)
 
     def refuse(self, error: Exception) -> None:
-        """Say to the other ranks, which wait for this one, that its call is wrong."""
+        """Report an invalid call of this rank to the ranks that wait for it."""
         if not dist.is_available() or not dist.is_initialized():
             return
-        known = isinstance(error, TypeError | ValueError)
-        said = f"{error}" if known else f"{type(error).__name__}: {error}"
-        self._exchanged({"error": said, "kind": "TypeError" if isinstance(error, TypeError) else "ValueError"})
+        message = str(error)
+        if not isinstance(error, TypeError | ValueError):
+            message = f"{type(error).__name__}: {error}"
+        kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
+        self._exchanged({"error": message, "kind": kind})
 
     def _exchanged(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each rank says of its call. Where one's is wrong, all raise."""
+        """Entries of all ranks; every rank raises if one rank's call is invalid."""
         table: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(self.group))]
-        with _told("could not greet the others"):
+        with _transport_errors("could not greet the others"):
             dist.all_gather_object(table, entry, group=self.group)
-        wrong = {rank: said for rank, said in enumerate(table) if "error" in said}
+        wrong = {rank: entry_of for rank, entry_of in enumerate(table) if "error" in entry_of}
         if self.rank in wrong:
             return table  # it raises its own error
         if wrong:
-            rank, said = next(iter(wrong.items()))
-            kind = TypeError if said["kind"] == "TypeError" else ValueError
-            raise kind(f"rank {rank} of the ring cannot compute: {said['error']}")
+            rank, entry_of = next(iter(wrong.items()))
+            kind = TypeError if entry_of["kind"] == "TypeError" else ValueError
+            raise kind(f"rank {rank} of the ring cannot compute: {entry_of['error']}")
         return table
 
     def _check(self, schedule: Schedule) -> None:
-        """All ranks know what all hold, so that all refuse what one does wrong, and none waits for it."""
+        """Check the row counts of all ranks, so that all refuse a wrong shard and none waits."""
         layout = schedule.layout
         if layout.ranks != len(self._rows):
-            raise ValueError(f"the ring has {layout.ranks} ranks, the process group {len(self._rows)}; make them the same")
+            raise ValueError(
+                f"the ring has {layout.ranks} ranks, the process group {len(self._rows)}; make them the same",
+            )
         for rank, rows in enumerate(self._rows):
             if rows != layout.count(rank):
                 raise ValueError(
@@ -156,7 +173,7 @@ class Distributed:
                 )
 
     def _rounds(self, schedule: Schedule) -> list[_Round]:
-        """All distances at which this rank receives or sends, its own keys (distance 0) first."""
+        """All distances at which this rank receives or sends; distance 0, its own keys, first."""
         rank, size = self.rank, schedule.layout.ranks
         steps = {schedule.distance(rank, step.source): step for step in schedule.steps(rank)}
         outgoing: dict[int, tuple[Message, ...]] = {}
@@ -170,44 +187,61 @@ class Distributed:
         ]
 
     def _start(self, one: _Round, worker: Worker) -> _Exchange:
-        """Send and receive the keys and values of a round; those of one message side by side, as one."""
+        """Start sending and receiving the keys and values of a round.
+
+        K and V of one message travel as one tensor.
+        """
         out = [_packed(*worker.outgoing(message)) for message in one.outgoing]
         messages = () if one.step is None else one.step.messages
         into = [_room(message, worker) for message in messages]
         source = (self.rank - one.distance) % dist.get_world_size(self.group)
         return _Exchange(self.group, out, one.target, into, source)
 
-    def forward(self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        schedule: Schedule,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of this rank's queries."""
         self._check(schedule)
         self.ledger = Ledger()
         worker = Forward(schedule, self.rank, call, q, k, v)
         rounds = self._rounds(schedule)
-        coming = self._start(rounds[0], worker)
+        in_flight = self._start(rounds[0], worker)
         for i, one in enumerate(rounds):
-            received = coming.wait()
+            received = in_flight.wait()
             if i + 1 < len(rounds):
-                coming = self._start(rounds[i + 1], worker)
+                in_flight = self._start(rounds[i + 1], worker)
             if one.step is not None:
                 pairs = [_unpacked(x, k.shape[3]) for x in received]
                 self.ledger.note(pairs, (q, k, v, worker.out, worker.lse))
                 worker.compute(one.step, pairs)
         return worker.out, worker.lse
 
-    def backward(self, schedule: Schedule, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of this rank's shards."""
+    def backward(
+        self,
+        schedule: Schedule,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v."""
         self._check(schedule)
         self.ledger = Ledger()
         worker = Backward(schedule, self.rank, call, saved)
         rounds, size, head_dim = self._rounds(schedule), schedule.layout.ranks, saved.k.shape[3]
-        coming = self._start(rounds[0], worker)
+        in_flight = self._start(rounds[0], worker)
         for i, one in enumerate(rounds):
-            received = coming.wait()
+            received = in_flight.wait()
             following = rounds[i + 1] if i + 1 < len(rounds) else None
-            # Once half around, the next keys take the way of these gradients: in one order at both ends, whatever else they do.
+            # If this distance and the next add up to the number of ranks, the next keys and these
+            # gradients travel between the same two ranks in the same direction. Both ends then
+            # send gradients first, so that messages match.
             crossing = following is not None and one.distance + following.distance == size
             if following is not None and not crossing:
-                coming = self._start(following, worker)
+                in_flight = self._start(following, worker)
             grads: list[KeysAndValues] = []
             if one.step is not None:
                 pairs = [_unpacked(x, head_dim) for x in received]
@@ -215,9 +249,15 @@ class Distributed:
                 grads = worker.compute(one.step, pairs)
             back = [_room(message, worker, worker.grad_k.dtype) for message in one.outgoing]
             source = (self.rank - one.distance) % size
-            returning = _Exchange(self.group, [_packed(*pair) for pair in grads], source, back, one.target)
+            returning = _Exchange(
+                self.group,
+                [_packed(*pair) for pair in grads],
+                source,
+                back,
+                one.target,
+            )
             if following is not None and crossing:
-                coming = self._start(following, worker)
+                in_flight = self._start(following, worker)
             for message, x in zip(one.outgoing, returning.wait(), strict=True):
                 worker.add(message, _unpacked(x, head_dim))
         return worker.results
@@ -228,11 +268,13 @@ class Distributed:
 
 def _short(value: object) -> str:
     shown = str(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+    if len(shown) <= 200:
+        return shown
+    return f"{shown[:200]}..."
 
 
 def _packed(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values side by side: one message."""
+    """Keys and values concatenated into one message."""
     return torch.cat([k, v], dim=3)
 
 
@@ -241,6 +283,11 @@ def _unpacked(x: Tensor, head_dim: int) -> KeysAndValues:
 
 
 def _room(message: Message, worker: Worker, dtype: torch.dtype | None = None) -> Tensor:
-    """Where a message will arrive."""
-    shape = (worker.k.shape[0], message.kv_heads.count, len(message.rows), worker.k.shape[3] + worker.v.shape[3])
+    """Buffer for an incoming message."""
+    shape = (
+        worker.k.shape[0],
+        message.kv_heads.count,
+        len(message.rows),
+        worker.k.shape[3] + worker.v.shape[3],
+    )
     return worker.k.new_empty(shape, dtype=dtype)

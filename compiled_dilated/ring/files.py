@@ -1,4 +1,4 @@
-"""Files of a streamed run: the paths that users pass, whether two are one file, and creation that follows no link."""
+"""Files of a streamed run: checks of paths, and creation without following links."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def input_file(name: str, value: object) -> Path:
     """Return the path of a regular file that exists.
 
-    name: the argument, for the error. Raises TypeError if `value` is no path, ValueError if no file can have it or it leads to
-    something else than a file, OSError if nothing is there or it cannot be accessed.
+    name: the argument, for the error. Raises TypeError if `value` is no path, ValueError if no file
+    can have it or it leads to something else than a file, OSError if nothing is there or it cannot
+    be accessed.
     """
     path = _path(name, value)
     if not _is_there(name, path):
@@ -32,7 +33,8 @@ def input_file(name: str, value: object) -> Path:
 def output_file(name: str, value: object) -> Path:
     """Return the path of a regular file, or of none in an existing directory.
 
-    Raises as `input_file` does, and ValueError for a link to nothing, since a file would be created where it leads.
+    Raises as `input_file` does, and ValueError for a link to nothing, since a file would be created
+    where it leads.
     """
     path = _path(name, value)
     if not _is_there(name, path) and not path.parent.is_dir():
@@ -45,7 +47,9 @@ def output_file(name: str, value: object) -> Path:
 def _path(name: str, value: object) -> Path:
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str):
-        raise TypeError(f"{name} must be a path, a str or pathlib.Path; got {type(value).__name__}. Pass the path of the file")
+        raise TypeError(
+            f"{name} must be a path, a str or pathlib.Path; got {type(value).__name__}. Pass the path of the file",
+        )
     if not text:
         raise ValueError(f"{name} must be a path; got an empty str. Pass the path of the file")
     try:
@@ -53,7 +57,9 @@ def _path(name: str, value: object) -> Path:
     except UnicodeEncodeError:  # a lone surrogate, which no file name can hold
         unusable = True
     if unusable:
-        raise ValueError(f"{name} must be a path; got {text!r}, which no file can be called. Pass the path of the file")
+        raise ValueError(
+            f"{name} must be a path; got {text!r}, which no file can be called. Pass the path of the file",
+        )
     return Path(text)
 
 
@@ -71,7 +77,9 @@ def _is_there(name: str, path: Path) -> bool:
             return False
     if not stat.S_ISREG(mode):
         kind = "directory" if stat.S_ISDIR(mode) else "device, pipe or socket"
-        raise ValueError(f"{name}={str(path)!r} is a {kind}; it must be a regular file. Pass the path of a file")
+        raise ValueError(
+            f"{name}={str(path)!r} is a {kind}; it must be a regular file. Pass the path of a file",
+        )
     return True
 
 
@@ -82,7 +90,10 @@ def opening(name: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "Make room" if error.errno in NO_ROOM else "Change its permissions, or pass another file"
-        raise OSError(error.errno, f"{name}={str(path)!r} cannot be used: {error.strerror}. {remedy}") from error
+        raise OSError(
+            error.errno,
+            f"{name}={str(path)!r} cannot be used: {error.strerror}. {remedy}",
+        ) from error
 
 
 def is_same(one: Path, other: Path) -> bool:
@@ -96,8 +107,8 @@ def is_same(one: Path, other: Path) -> bool:
 def created_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that takes the name `path` once it is complete.
 
-    Until then it has a random name in the same directory. It is created exclusively, and removed after any error, an interrupt
-    too. Its content and its name are on the disk when this returns.
+    Until then it has a random name in the same directory. It is created exclusively, and removed
+    after any error, an interrupt too. Its content and its name are on the disk when this returns.
     """
     unfinished = path.with_name(f"unfinished-{secrets.token_hex(8)}")
     with unfinished.open("xb") as file:  # O_EXCL: fails where anything has this name, a link to nothing too

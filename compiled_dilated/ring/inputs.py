@@ -1,4 +1,4 @@
-"""Checks of what a streamed run is called with; none of them opens a file for writing but `sink`, which comes last."""
+"""Checks of the arguments of a streamed run. Only `sink`, called last, creates a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def source(name: str, value: Any) -> Source:
             f"got {type(value).__name__}. Pass the path of an open file; save a tensor with numpy.save"
         )
     if not isinstance(value.shape, tuple):
-        raise TypeError(f"{name}.shape must be a tuple (batch, heads, tokens, head_dim); got {type(value.shape).__name__}")
+        raise TypeError(
+            f"{name}.shape must be a tuple (batch, heads, tokens, head_dim); got {type(value.shape).__name__}",
+        )
     sizes(f"{name}.shape", value.shape)
     check_dtype(f"{name}.dtype", value.dtype)
     checked: Source = value
@@ -40,11 +42,13 @@ def sink_path(value: Any) -> Path | None:
             f"out must be the path of a .npy file, or a sink with write, held and sync; got {type(value).__name__} without "
             f"{', '.join(absent)}. Pass the path of the file"
         )
-    return value.path if isinstance(value, (FileSink, SampleSink)) else None
+    if isinstance(value, (FileSink, SampleSink)):
+        return value.path
+    return None
 
 
 def sink(value: Any, shape: Sequence[int], dtype: torch.dtype) -> Sink:
-    """Open the output, creating a file that is not there, or check that a sink of ours takes this output."""
+    """Open or create the output, or check the shape and dtype of a sink."""
     if isinstance(value, (str, os.PathLike)):
         return FileSink(value, shape, dtype, "out")
     if isinstance(value, (FileSink, SampleSink)) and (value.shape, value.dtype) != (tuple(shape), dtype):
@@ -57,7 +61,7 @@ def sink(value: Any, shape: Sequence[int], dtype: torch.dtype) -> Sink:
 
 
 def check_distinct(sources: Sequence[Source], output: Path | None, journal: Path | None) -> None:
-    """Raise where a file that is written is also read, or written as something else, by whatever path or link."""
+    """Raise if a written file is also another argument, by any path or link."""
     paths = {name: origin.path for name, origin in zip("qkv", sources, strict=True) if isinstance(origin, FileSource)}
     for name, path in (("out", output), ("journal", journal)):
         if path is None:
@@ -74,14 +78,18 @@ def check_distinct(sources: Sequence[Source], output: Path | None, journal: Path
 def check_callback(value: object) -> None:
     """Raise unless `on_progress` can be called."""
     if value is not None and not callable(value):
-        raise TypeError(f"on_progress must be a function of one Progress, or None; got {type(value).__name__}")
+        raise TypeError(
+            f"on_progress must be a function of one Progress, or None; got {type(value).__name__}",
+        )
 
 
 def seconds(name: str, value: object) -> float:
     """Check that a limit is a number of at least 0."""
     number = _number(name, value, "Leave it out for no limit")
     if not number >= 0:  # nan too
-        raise ValueError(f"{name} must be a number of at least 0; got {number}. Leave it out for no limit")
+        raise ValueError(
+            f"{name} must be a number of at least 0; got {number}. Leave it out for no limit",
+        )
     return number
 
 
@@ -91,7 +99,9 @@ def _number(name: str, value: object, remedy: str) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be a number that a float can hold; got one beyond 1e308. {remedy}") from None
+        raise ValueError(
+            f"{name} must be a number that a float can hold; got one beyond 1e308. {remedy}",
+        ) from None
 
 
 def device(value: Any) -> torch.device:
@@ -99,7 +109,9 @@ def device(value: Any) -> torch.device:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"device must be the name of a torch device; got {value!r}. Write 'cpu' or 'cuda'") from error
+        raise ValueError(
+            f"device must be the name of a torch device; got {value!r}. Write 'cpu' or 'cuda'",
+        ) from error
 
 
 def check_usable(where: torch.device) -> None:
@@ -107,4 +119,6 @@ def check_usable(where: torch.device) -> None:
     try:
         torch.zeros(1).to(where).cpu()
     except (RuntimeError, AssertionError) as error:  # both: a torch built without CUDA asserts
-        raise ValueError(f"device {str(where)!r} cannot compute here ({error}). Compile with another device") from error
+        raise ValueError(
+            f"device {str(where)!r} cannot compute here ({error}). Compile with another device",
+        ) from error

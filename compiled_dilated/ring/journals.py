@@ -1,4 +1,4 @@
-"""What of a long run is done: a file that only grows, one line a finished rank, believed only where its checksums hold."""
+"""Journals: finished ranks of a long run, an append-only file with checksums."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from . import files
 
-# Longer first lines are of no journal, and are not read to their end.
+# No journal has a longer first line; it is read no further.
 _LONGEST_HEADER_BYTES = 2**24
-# What a foreign first line holds may be long and deeply nested; an error shows so much of it.
+# An error shows at most this much of another program's first line.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 1000
 
@@ -31,31 +31,37 @@ def checksum(stored: bytes | memoryview) -> str:
 
 
 class JournalError(ValueError):
-    """A journal that a run cannot continue. `fault` says why; `remedy` what to do, in the caller's words for the argument."""
+    """A journal that a run cannot continue.
+
+    fault: the reason.
+    removable: whether the remedy may suggest to remove the file.
+    """
 
     def __init__(self, fault: str, path: Path, *, removable: bool) -> None:
         self.fault, self.path, self.removable = fault, path, removable
         super().__init__(f"{fault}. {self.remedy('journal')}")
 
     def remedy(self, argument: str) -> str:
-        """Return what to do. A file that is no journal is nobody's to remove."""
+        """What to do, for the named argument. Files that are not journals are never removed."""
         return f"Name another {argument}" + (f", or remove {self.path} to start again" if self.removable else "")
 
 
 class Journal:
-    """Lines of JSON: what is computed, then the ranks that are finished. Without a path, nothing is remembered.
+    """Lines of JSON: the run, then its finished ranks. Without a path nothing is stored.
 
-    A journal that is there is read so:
+    An existing journal is read as follows:
 
         first line      of this run                                   the ranks below it are finished
-                        cut off, or the file is empty                 written anew: the run was stopped before its first rank
-                        of another run                                JournalError with what differs
-                        anything else                                 JournalError: no journal, and left as it is
+                        cut off, or the file is empty                 rewritten: the run stopped before its first rank
+                        of another run                                JournalError with the differences
+                        anything else                                 JournalError: not a journal; left unchanged
         other lines     {"rank": number, "checksum": 8 hex digits}    the rank is finished; its last line counts
                         not JSON, not UTF-8, too deep, no line end    torn by a crash: dropped with all lines after it
                         other JSON, or no rank of this run            JournalError: no crash writes that
 
-    path: a regular file or none yet, only read before `begin`. about: what is computed. ranks: all that can be finished.
+    path: a regular file, or a new one; only read before `begin`.
+    about: the run.
+    ranks: all ranks that can finish.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any], ranks: Container[int]) -> None:
@@ -96,14 +102,22 @@ class Journal:
         except ValueError:
             header = None
         if not isinstance(header, dict) or not header.keys() & self.about.keys():
-            raise JournalError(f"{path} is no journal of a streamed run: it begins with {line[:40]!r}", path, removable=False)
+            raise JournalError(
+                f"{path} is no journal of a streamed run: it begins with {line[:40]!r}",
+                path,
+                removable=False,
+            )
         differences = [
             f"{key} is {_SHORT.repr(header.get(key))} there and {_SHORT.repr(self.about.get(key))} here"
             for key in (*self.about, *(key for key in header if key not in self.about))
             if header.get(key) != self.about.get(key)
         ]
         if differences:
-            raise JournalError(f"the journal {path} is of another run: {'; '.join(differences)}", path, removable=True)
+            raise JournalError(
+                f"the journal {path} is of another run: {'; '.join(differences)}",
+                path,
+                removable=True,
+            )
 
     def _is_ours(self, entry: Any) -> bool:
         if not isinstance(entry, dict) or entry.keys() != {"rank", "checksum"}:
@@ -113,7 +127,7 @@ class Journal:
         return has_types and rank in self.ranks and re.fullmatch("[0-9a-f]{8}", digest) is not None
 
     def begin(self) -> None:
-        """Create the file or cut off what is torn, before the first `add`."""
+        """Create the file, or cut off torn lines, before the first `add`."""
         if self.path is None:
             return
         with files.opening("journal", self.path):
@@ -125,25 +139,25 @@ class Journal:
                 self._append(self._header)
 
     def keep(self, holds: Callable[[int, str], bool]) -> list[int]:
-        """Forget the finished ranks whose output is not what was written; returns them."""
+        """Drop finished ranks whose output does not match its checksum; returns them."""
         torn = [rank for rank, digest in self.done.items() if not holds(rank, digest)]
         for rank in torn:
             del self.done[rank]
         return torn
 
     def add(self, rank: int, digest: str) -> None:
-        """A rank is finished; on the disk after the next `sync`."""
+        """Mark a rank as finished; on disk after the next `sync`."""
         self.done[rank] = digest
         self._new.append({"rank": rank, "checksum": digest})
 
     def sync(self) -> None:
-        """Write what is new. What it speaks of must be on the disk already."""
+        """Append new lines. The output of their ranks must be on disk already."""
         if self.path is not None and self._new:
             self._append(_as_lines(self._new))
         self._new = []
 
     def _append(self, lines: bytes) -> None:
-        """Write lines and fsync; on failure none of them stays, so that the next try begins a line."""
+        """Append lines and fsync. After a failure none of them remains."""
         assert self.path is not None
         with open(self.path, "ab", buffering=0, opener=_without_creating) as file:
             size = file.seek(0, os.SEEK_END)
@@ -158,7 +172,10 @@ class Journal:
 
 
 def _without_creating(path: str, flags: int) -> int:
-    """Open a file for appending. Created again, a journal that was removed meanwhile would lack its first line."""
+    """Open a file for appending.
+
+    A journal that was removed meanwhile must not be created again without its first line.
+    """
     try:
         return os.open(path, flags & ~os.O_CREAT)
     except FileNotFoundError as error:
@@ -170,7 +187,7 @@ def _as_lines(entries: list[dict[str, Any]]) -> bytes:
 
 
 def _parsed(line: bytes) -> Any:
-    """Return the value of a whole line of JSON; ValueError for anything else."""
+    """The value of one complete line of JSON; ValueError for anything else."""
     if not line.endswith(b"\n"):
         raise ValueError("no end of line")
     try:

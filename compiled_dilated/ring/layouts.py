@@ -1,10 +1,10 @@
-"""Layouts: which tokens each rank holds, as runs of places of an order.
+"""Layouts: the tokens of each rank, as runs of places of an order.
 
 16 tokens, 4 ranks      rank 0         rank 1         rank 2         rank 3
 contiguous              0  1  2  3     4  5  6  7     8  9 10 11     12 13 14 15
 zigzag                  0  1 14 15     2  3 12 13     4  5 10 11      6  7  8  9     causal work even
 striped                 0  4  8 12     1  5  9 13     2  6 10 14      3  7 11 15     (arXiv 2311.09431)
-residue 2               0  2  4  6     8 10 12 14     1  3  5  7      9 11 13 15     a dilated mask stays within a class
+residue 2               0  2  4  6     8 10 12 14     1  3  5  7      9 11 13 15     for dilated masks
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from ..orders import Identity, Order
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """`tokens` tokens dealt out over `ranks` ranks; every token to exactly one, none to some where there are too few."""
+    """A partition of `tokens` tokens into `ranks` shards; some may be empty."""
 
     tokens: int
     ranks: int
 
     @abstractmethod
     def runs(self, rank: int) -> tuple[range, ...]:
-        """The places that a rank holds, in the order of its memory: non-empty ranges."""
+        """Places of a rank in memory order, as non-empty ranges."""
 
     @abstractmethod
     def owners(self, places: range) -> Iterator[int]:
-        """The ranks that may hold some of these places, each once, ascending."""
+        """Ranks that may own some of these places, ascending, without duplicates."""
 
     @property
     def order(self) -> Order:
-        """What places mean."""
+        """The order that places belong to."""
         return Identity()
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """How a user asks for it."""
+        """The layout's name, as users pass it."""
 
     def count(self, rank: int) -> int:
-        """How many tokens a rank holds."""
+        """Number of tokens of a rank."""
         return sum(map(len, self.runs(rank)))
 
 
@@ -53,25 +53,29 @@ def _some(*runs: range) -> tuple[range, ...]:
 
 
 def _share(total: int, shares: int, i: int) -> int:
-    """Where the i-th of some even shares starts: sizes differ by one at most."""
+    """Start of the i-th of `shares` even shares; sizes differ by at most one."""
     size, longer = divmod(total, shares)
     return i * size + min(i, longer)
 
 
 def _holder(total: int, shares: int, at: int) -> int:
-    """The share that holds a place."""
+    """Index of the share that contains a place."""
     size, longer = divmod(total, shares)
-    return at // (size + 1) if at < longer * (size + 1) else longer + (at - longer * (size + 1)) // size
+    if at < longer * (size + 1):
+        return at // (size + 1)
+    return longer + (at - longer * (size + 1)) // size
 
 
 @dataclass(frozen=True)
 class Contiguous(Layout):
-    """Shards one after the other along an order: the sequence itself, or a Hilbert curve through a grid."""
+    """Consecutive shards along an order: the sequence, or a Hilbert curve through a grid."""
 
     along: Order = Identity()  # noqa: RUF009  a value
 
     def runs(self, rank: int) -> tuple[range, ...]:
-        return _some(range(_share(self.tokens, self.ranks, rank), _share(self.tokens, self.ranks, rank + 1)))
+        return _some(
+            range(_share(self.tokens, self.ranks, rank), _share(self.tokens, self.ranks, rank + 1)),
+        )
 
     def owners(self, places: range) -> Iterator[int]:
         places = clip(places, 0, self.tokens)
@@ -84,20 +88,25 @@ class Contiguous(Layout):
 
     @property
     def name(self) -> str:
-        return "contiguous" if self.along == Identity() else repr(self.along)
+        if self.along == Identity():
+            return "contiguous"
+        return repr(self.along)
 
 
 @dataclass(frozen=True)
 class Zigzag(Layout):
-    """Rank i of a group holds chunks i and 2 * group - 1 - i of the group's tokens, so that causal work is even.
+    """Rank i of a group holds chunks i and 2 * group - 1 - i: even causal work.
 
-    group: ranks that share a stretch of the sequence, as the ranks of one segment do; it divides `ranks`.
+    group: ranks that share a part of the sequence, such as one segment; divides `ranks`.
     """
 
     group: int
 
     def _chunk(self, index: int) -> range:
-        return range(_share(self.tokens, 2 * self.ranks, index), _share(self.tokens, 2 * self.ranks, index + 1))
+        return range(
+            _share(self.tokens, 2 * self.ranks, index),
+            _share(self.tokens, 2 * self.ranks, index + 1),
+        )
 
     def runs(self, rank: int) -> tuple[range, ...]:
         first = rank // self.group * self.group
@@ -107,7 +116,8 @@ class Zigzag(Layout):
     def owners(self, places: range) -> Iterator[int]:
         places = clip(places, 0, self.tokens)
         if places:
-            first, last = (_holder(self.tokens, 2 * self.ranks, at) for at in (places[0], places[-1]))
+            first = _holder(self.tokens, 2 * self.ranks, places[0])
+            last = _holder(self.tokens, 2 * self.ranks, places[-1])
             yield from sorted({self._rank(chunk) for chunk in range(first, last + 1)})
 
     def _rank(self, chunk: int) -> int:
@@ -116,12 +126,17 @@ class Zigzag(Layout):
 
     @property
     def name(self) -> str:
-        return "zigzag" if self.group == self.ranks else f"zigzag of {self.group}"
+        if self.group == self.ranks:
+            return "zigzag"
+        return f"zigzag of {self.group}"
 
 
 @dataclass(frozen=True)
 class Striped(Layout):
-    """Rank i holds tokens i, i + ranks, ...: causal work is even, and a mask dilated by a multiple of `ranks` stays at home."""
+    """Rank i holds tokens i, i + ranks, ...: even causal work.
+
+    A mask dilated by a multiple of `ranks` needs no messages.
+    """
 
     def runs(self, rank: int) -> tuple[range, ...]:
         return _some(range(rank, self.tokens, self.ranks))
@@ -141,7 +156,7 @@ class Striped(Layout):
 
 @dataclass(frozen=True)
 class ByResidue(Layout):
-    """The classes of position % rate one after the other, cut into shards."""
+    """The residue classes of position % rate, one after the other, cut into shards."""
 
     rate: int
 
@@ -155,16 +170,21 @@ class ByResidue(Layout):
         return _some(*out)
 
     def owners(self, places: range) -> Iterator[int]:
-        found: set[int] = set()
+        owners: set[int] = set()
         before = 0
         for residue in range(self.rate):
             members = range(residue, self.tokens, self.rate)
-            here = intersection(clip(places, 0, self.tokens), members) if members else range(0)
-            if here:
-                first, last = (before + (at - residue) // self.rate for at in (here[0], here[-1]))
-                found.update(range(_holder(self.tokens, self.ranks, first), _holder(self.tokens, self.ranks, last) + 1))
+            common = intersection(clip(places, 0, self.tokens), members) if members else range(0)
+            if common:
+                first, last = (before + (at - residue) // self.rate for at in (common[0], common[-1]))
+                owners.update(
+                    range(
+                        _holder(self.tokens, self.ranks, first),
+                        _holder(self.tokens, self.ranks, last) + 1,
+                    ),
+                )
             before += len(members)
-        yield from sorted(found)
+        yield from sorted(owners)
 
     @property
     def name(self) -> str:

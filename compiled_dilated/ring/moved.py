@@ -1,4 +1,4 @@
-"""A mask seen from a part of the sequence: queries and keys counted from where the part starts, along an order."""
+"""A mask over a part of the sequence: indices from 0, along an order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ..regions import PARTIAL, Regions, Verdicts
 
 
 def positions(places: Positions, order: Order, tokens: int) -> Positions:
-    """The positions of the tokens at some places of an order, numpy or torch as the places are."""
+    """Positions of the tokens at some places of an order.
+
+    places: a numpy array or torch tensor; the result is of the same kind.
+    """
     permutation = order.permutation(tokens)
     if permutation is None:
         return places
@@ -27,7 +30,10 @@ def positions(places: Positions, order: Order, tokens: int) -> Positions:
 
 @dataclass(frozen=True, repr=False)
 class Moved(Mask):
-    """Query i stands at place q_start + q_step * i of `order`, key j likewise; `mask` speaks of the positions there."""
+    """`mask` seen from query places q_start + q_step * i and key places kv_start + kv_step * j.
+
+    order, tokens: the order that places belong to, and its length.
+    """
 
     mask: Mask
     q_start: int
@@ -47,10 +53,12 @@ class Moved(Mask):
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         queries, keys = self._regions(q, self.q_start, self.q_step), self._regions(kv, self.kv_start, self.kv_step)
-        return np.full(len(q), PARTIAL) if queries is None or keys is None else self.mask.classify(queries, keys)
+        if queries is None or keys is None:
+            return np.full(len(q), PARTIAL)
+        return self.mask.classify(queries, keys)
 
     def _regions(self, regions: Regions, start: int, step: int) -> Regions | None:
-        """Where the tokens stand; None where an order scatters them over no region that it knows."""
+        """Regions in original positions; None if the order scatters them."""
         places = Regions(regions.base * step + start, regions.extent, regions.stride * step)
         if self.order == identity():
             return places
@@ -67,7 +75,7 @@ class Moved(Mask):
         return (self.mask,)
 
     def check(self, queries: range, keys: int) -> None:
-        pass  # the whole was checked; a part of it has no lengths of its own
+        pass  # checked for the complete sequence; a part has no lengths of its own
 
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         return replace(self, mask=change(self.mask))

@@ -1,4 +1,4 @@
-"""Which layout a program wants: bytes, work and memory of the ranks under each, counted from schedules before anything runs."""
+"""Choice of a layout: bytes, work and memory per rank, computed from schedules."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tabulate import tabulate
 
 from .. import arguments, planner
 from ..masks import Mask
+from ..masks.congruent import Congruent
 from ..masks.functions import reads_operands
 from ..masks.grids import Neighborhood
-from ..masks.positions import Congruent, Segments
+from ..masks.segments import Segments
 from ..orders import Identity, Order, hilbert
 from ..plans import Problem
 from ..programs import Program
@@ -26,16 +27,21 @@ from .moved import positions
 from .schedules import Schedule, Step
 
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "residue", "hilbert")
-# So many dense flops take as long as one byte on the wire; and of so many ranks, evenly chosen, the work is looked at.
+# Dense flops in the time of one byte on the wire.
 _FLOPS_PER_BYTE = 20.0
+# Loads are computed for at most this many ranks, evenly spaced.
 _SAMPLED = 16
-# Within this factor two layouts are as soon done, and the one that moves less is better.
+# Layouts within this factor of the fastest count as equally fast; the one that moves least is
+# chosen.
 _AS_SOON = 1.03
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank receives, computes and holds. dense_flops: the flops of dense attention that take as long."""
+    """Bytes received, work and peak memory of one rank.
+
+    dense_flops: flops of dense attention that take the same time.
+    """
 
     rank: int
     steps: int
@@ -47,12 +53,12 @@ class Load:
 
     @property
     def time(self) -> float:
-        """In dense flops; what is received is received while the step before is computed."""
+        """Time in dense flops; messages arrive while the step before is computed."""
         return max(self.dense_flops, self.received_bytes * _FLOPS_PER_BYTE)
 
 
 def load(schedule: Schedule, problem: Problem, rank: int) -> Load:
-    """The forward load of one rank; exact, but for the peak, which is the kernels' own prediction."""
+    """Forward load of one rank: exact, except for the peak, which the kernels predict."""
     layout, steps = schedule.layout, list(schedule.steps(rank))
     width = problem.head_dim + problem.value_dim
     received = [_bytes_of(step, problem) for step in steps]
@@ -68,7 +74,15 @@ def load(schedule: Schedule, problem: Problem, rank: int) -> Load:
     # Two steps' messages: one is computed while the next arrives.
     in_flight = max((a + b for a, b in itertools.pairwise([*received, 0])), default=0)
     messages = sum(len(step.messages) for step in steps)
-    return Load(rank, len(steps), messages, sum(received), pairs, flops, shards + in_flight + working)
+    return Load(
+        rank,
+        len(steps),
+        messages,
+        sum(received),
+        pairs,
+        flops,
+        shards + in_flight + working,
+    )
 
 
 def _bytes_of(step: Step, problem: Problem) -> int:
@@ -78,22 +92,25 @@ def _bytes_of(step: Step, problem: Problem) -> int:
 
 @dataclass(frozen=True)
 class RingPlan:
-    """The chosen schedule and the loads under every layout that was weighed, of all ranks or of a sample of them."""
+    """The chosen schedule, and the loads of all candidate layouts.
+
+    weighed: loads per layout, for all ranks or a sample.
+    operands: tensors that functions of the program capture, kept alive for the schedule.
+    """
 
     problem: Problem
     schedule: Schedule
     weighed: tuple[tuple[Layout, tuple[Load, ...]], ...]
     reason: str
-    # What the functions of its program capture, as long as its schedule may be asked.
     operands: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def loads(self) -> tuple[Load, ...]:
-        """Those under the chosen layout."""
+        """Loads of the chosen layout."""
         return next(loads for layout, loads in self.weighed if layout == self.schedule.layout)
 
     def positions(self, rank: int) -> torch.Tensor:
-        """The positions of the tokens that a rank holds, in the order of its memory: `q[:, :, plan.positions(rank)]`."""
+        """Positions of a rank's tokens in memory order: `q[:, :, plan.positions(rank)]`."""
         layout = self.schedule.layout
         if not 0 <= arguments.integer("rank", rank) < layout.ranks:
             raise ValueError(f"rank must be at least 0 and less than {layout.ranks}; got {rank}")
@@ -102,7 +119,7 @@ class RingPlan:
         return torch.from_numpy(positions(places, layout.order, layout.tokens))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that `explain` prints, as plain values."""
+        """The content of `explain` as plain values."""
         problem, layout = self.problem, self.schedule.layout
         return {
             "program": repr(problem.program),
@@ -116,7 +133,7 @@ class RingPlan:
         }
 
     def explain(self) -> str:
-        """What every layout costs a rank, which was chosen and why, as text for a person."""
+        """Costs per layout, the choice and its reason, as text."""
         problem, layout = self.problem, self.schedule.layout
         sampled = len(self.loads) < layout.ranks
         lines = [
@@ -127,11 +144,11 @@ class RingPlan:
             f"ranks     {'a sample of ' if sampled else 'all '}{len(self.loads)}; a plain ring takes {layout.ranks} steps",
         ]
         cells = []
-        for each, loads in self.weighed:
-            row = _row(each, loads)
+        for candidate, loads in self.weighed:
+            row = _row(candidate, loads)
             cells.append(
                 [
-                    "*" if each == layout else "",
+                    "*" if candidate == layout else "",
                     row["layout"],
                     f"{row['steps_mean']:.1f}",
                     row["steps_max"],
@@ -142,8 +159,23 @@ class RingPlan:
                     f"{row['peak_mib']:,.1f}",
                 ]
             )
-        headers = ["", "layout", "steps", "most", "MiB in", "most", "as dense GFLOP, most", "most / mean", "peak MiB"]
-        table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=("left", "left", *["right"] * 7))
+        headers = [
+            "",
+            "layout",
+            "steps",
+            "most",
+            "MiB in",
+            "most",
+            "as dense GFLOP, most",
+            "most / mean",
+            "peak MiB",
+        ]
+        table: str = tabulate(
+            cells,
+            headers=headers,
+            disable_numparse=True,
+            colalign=("left", "left", *["right"] * 7),
+        )
         return "\n".join(lines) + "\n\n" + table
 
     def __str__(self) -> str:
@@ -151,16 +183,16 @@ class RingPlan:
 
 
 def _row(layout: Layout, loads: tuple[Load, ...]) -> dict[str, Any]:
-    mean_flops = sum(each.dense_flops for each in loads) / len(loads)
+    mean_flops = sum(load.dense_flops for load in loads) / len(loads)
     return {
         "layout": layout.name,
-        "steps_mean": sum(each.steps for each in loads) / len(loads),
-        "steps_max": max(each.steps for each in loads),
-        "received_mib_mean": sum(each.received_bytes for each in loads) / len(loads) / 2**20,
-        "received_mib_max": max(each.received_bytes for each in loads) / 2**20,
-        "dense_gflop_max": max(each.dense_flops for each in loads) / 1e9,
-        "work_max_over_mean": max(each.dense_flops for each in loads) / mean_flops if mean_flops else 1.0,
-        "peak_mib": max(each.peak_bytes for each in loads) / 2**20,
+        "steps_mean": sum(load.steps for load in loads) / len(loads),
+        "steps_max": max(load.steps for load in loads),
+        "received_mib_mean": sum(load.received_bytes for load in loads) / len(loads) / 2**20,
+        "received_mib_max": max(load.received_bytes for load in loads) / 2**20,
+        "dense_gflop_max": max(load.dense_flops for load in loads) / 1e9,
+        "work_max_over_mean": max(load.dense_flops for load in loads) / mean_flops if mean_flops else 1.0,
+        "peak_mib": max(load.peak_bytes for load in loads) / 2**20,
     }
 
 
@@ -172,7 +204,10 @@ def _leaves(mask: Mask) -> Iterator[Mask]:
 
 
 def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") -> list[Layout]:
-    """The layouts that are worth weighing for a program, or the one asked for; ValueError where that makes no sense."""
+    """Candidate layouts of a program, or the named one.
+
+    Raises ValueError if the named layout does not apply to the program.
+    """
     arguments.choice("layout", name, LAYOUTS)
     leaves = [leaf for branch in program.branches for leaf in _leaves(branch.mask)]
     rates = [leaf.modulus for leaf in leaves if isinstance(leaf, Congruent) and leaf.modulus > 1]
@@ -186,7 +221,9 @@ def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") ->
         out.append(Striped(tokens, ranks))
     if name == "residue" or (name == "auto" and rates):
         if not rates:
-            raise ValueError(f"layout 'residue' needs a dilated program; {program} names no residue. Use layout='auto'")
+            raise ValueError(
+                f"layout 'residue' needs a dilated program; {program} names no residue. Use layout='auto'",
+            )
         out.append(ByResidue(tokens, ranks, max(rates)))
     order = _grid_order(program, leaves, tokens)
     if name == "hilbert" or (name == "auto" and order is not None):
@@ -199,9 +236,11 @@ def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") ->
 
 
 def _group(segment: int, tokens: int, ranks: int) -> int:
-    """Ranks that hold one segment, where segments are made of whole ranks; else all."""
+    """Number of ranks per segment, if segments consist of complete ranks; else all ranks."""
     group, rest = divmod(segment * ranks, tokens)
-    return group if not rest and group and ranks % group == 0 else ranks
+    if not rest and group and ranks % group == 0:
+        return group
+    return ranks
 
 
 def _grid_order(program: Program, leaves: list[Mask], tokens: int) -> Order | None:
@@ -209,41 +248,52 @@ def _grid_order(program: Program, leaves: list[Mask], tokens: int) -> Order | No
     if len(orders) == 1:
         return orders.pop()
     grids = {leaf.grid for leaf in leaves if isinstance(leaf, Neighborhood) and math.prod(leaf.grid) == tokens}
-    return hilbert(*grids.pop()) if len(grids) == 1 and all(len(grid) in (2, 3) for grid in grids) else None
+    if len(grids) == 1 and all(len(grid) in (2, 3) for grid in grids):
+        return hilbert(*grids.pop())
+    return None
 
 
 def plan_for(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
-    """The plan of a ring, made when it first comes; see `choose`."""
+    """The plan of a ring, from the cache; see `choose`."""
     if any(reads_operands(branch.mask) for branch in problem.program.branches):
-        # Its schedule asks the masks again while it runs: of the tensors of this call, not of the one that it was made for.
+        # Not cached: the schedule evaluates masks while it runs, with the tensors of this call.
         return choose(problem, ranks, layout)
     return planner.PLANS.get((problem, ranks, layout), lambda: choose(problem, ranks, layout))
 
 
 def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
-    """The layout under which the slowest rank is done first, by what the schedules say."""
+    """The layout with the fastest slowest rank, by the loads of the schedules."""
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
     weighed = []
-    for each in layouts_of(problem.program, problem.q_len, ranks, layout):
-        schedule = Schedule(problem.program, each, problem.heads, problem.kv_heads)
-        weighed.append((each, tuple(load(schedule, problem, rank) for rank in _sample(ranks))))
+    for candidate in layouts_of(problem.program, problem.q_len, ranks, layout):
+        schedule = Schedule(problem.program, candidate, problem.heads, problem.kv_heads)
+        weighed.append((candidate, tuple(load(schedule, problem, rank) for rank in _sample(ranks))))
+    # Among layouts about as fast as the fastest, the one that moves least.
     soonest = min(_slowest(loads) for _, loads in weighed)
     close = [pair for pair in weighed if _slowest(pair[1]) <= _AS_SOON * soonest]
-    best, loads = min(close, key=lambda pair: sum(each.received_bytes for each in pair[1]))
-    slowest = max(loads, key=lambda each: each.time)
+    best, loads = min(
+        close,
+        key=lambda pair: sum(candidate.received_bytes for candidate in pair[1]),
+    )
+    slowest = max(loads, key=lambda candidate: candidate.time)
     bound = "what it receives" if slowest.received_bytes * _FLOPS_PER_BYTE > slowest.dense_flops else "what it computes"
     reason = "as asked" if layout != "auto" else f"the slowest rank, bound by {bound}, is done soonest"
     if layout == "auto" and len(close) > 1:
         reason += "; of those as soon, it moves least"
-    return RingPlan(problem, Schedule(problem.program, best, problem.heads, problem.kv_heads), tuple(weighed), reason)
+    return RingPlan(
+        problem,
+        Schedule(problem.program, best, problem.heads, problem.kv_heads),
+        tuple(weighed),
+        reason,
+    )
 
 
 def _slowest(loads: tuple[Load, ...]) -> float:
-    return max(each.time for each in loads)
+    return max(load.time for load in loads)
 
 
 def _sample(ranks: int) -> list[int]:
-    """All ranks, or some of them, the first and the last among them."""
+    """All ranks, or an even sample with the first and the last."""
     if ranks <= _SAMPLED:
         return list(range(ranks))
     return sorted({round(i * (ranks - 1) / (_SAMPLED - 1)) for i in range(_SAMPLED)})

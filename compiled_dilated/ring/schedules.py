@@ -1,13 +1,14 @@
-"""Schedules: what each rank computes from whose keys, and what it sends to whom. Pure data, made rank by rank when asked.
+"""Schedules: the blocks that each rank computes and the messages it sends. Pure data.
 
 causal window of 3, 4 ranks of 4 tokens       rank 1, keys of rank 0       rank 1, its own keys
                                               0 1 2 3                      4 5 6 7
                                             4     # #                    4 #
 message from rank 0: rows 2 .. 3            5       #                    5 # #
 step of rank 1: queries 4 .. 5              6                            6 # # #
-rank 2 is nothing's source here             7                            7   # # #
+rank 2 receives nothing from rank 0         7                            7   # # #
 
-Each pair that the program allows is in exactly one block of each branch that allows it; steps without a block do not exist.
+Each allowed pair is in exactly one block of each branch that allows it. Steps without blocks are
+left out. Steps of a rank are computed on demand.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ from ..regions import EMPTY, PARTIAL, IntArray, Regions
 from .layouts import Contiguous, Layout
 from .moved import Moved
 
-# Where a mask cannot name the keys that queries see, so many parts of a run are looked at, and empty ones at its ends cut.
+# A run is classified in this many parts, to cut off empty parts at its ends.
 _PARTS = 16
+# Ranges of at most this many ranks are not bisected further.
 _FEW_RANKS = 8
-# Ranks are told apart by so many phases; by more, each is looked at.
+# `Schedule.summary` uses periodicity for at most this many phases.
 _MOST_PHASES = 4096
 
 
 @dataclass(frozen=True)
 class Message:
-    """Rows of some key heads (of K and of V), at these places, inside one run of the sender."""
+    """Rows of some key heads (K and V), within one run of the sender.
+
+    rows: places of the order.
+    """
 
     kv_heads: HeadRange
     rows: range
@@ -47,7 +52,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Block:
-    """Queries of one run and keys of one run under one mask, for some heads; `message` holds the keys, None: its own rank."""
+    """Queries of one run and keys of one run under one mask, for some heads.
+
+    message: the message that contains the keys; None for the rank's own keys.
+    """
 
     heads: HeadRange
     kv_heads: HeadRange
@@ -59,7 +67,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank does with the keys of one source: receive the messages, compute the blocks."""
+    """Messages and blocks of a rank for the keys of one source."""
 
     source: int
     messages: tuple[Message, ...]
@@ -68,7 +76,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """By rank: how many steps it takes, messages it receives, and rows of a key head (of K and of V) in them."""
+    """Per rank: numbers of steps, of received messages, and of received rows per key head."""
 
     steps: IntArray
     messages: IntArray
@@ -77,7 +85,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of every rank, for a program of `heads` query heads and `kv_heads` key heads over a layout."""
+    """The steps of every rank, for a program over a layout.
+
+    heads, kv_heads: query heads and key heads of the program.
+    """
 
     program: Program
     layout: Layout
@@ -86,7 +97,10 @@ class Schedule:
 
     @cached_property
     def groups(self) -> tuple[tuple[Mask, HeadRange, HeadRange], ...]:
-        """Masks over places that name no two pairs twice within a branch, and the heads that follow them."""
+        """Disjoint masks over places, with the query and key heads that they apply to.
+
+        A pair that several branches allow is in one mask per branch.
+        """
         order, out = self.layout.order, []
         for branch in self.program.branches:
             for mask, heads, kv_heads in head_groups(branch, self.heads, self.kv_heads):
@@ -96,39 +110,51 @@ class Schedule:
         return tuple(out)
 
     def steps(self, rank: int) -> Iterator[Step]:
-        """A rank's steps: its own keys, then those of the rank before it, two before it, and so on around the ring."""
+        """Steps of a rank: its own keys, then those of the ranks before it around the ring."""
         for source in self.sources(rank):
             step = self.step(rank, source)
             if step is not None:
                 yield step
 
     def sources(self, rank: int) -> list[int]:
-        """The ranks whose keys a rank may need, in the order of its steps."""
-        return sorted(self._met(rank, by_keys=False), key=lambda source: self.distance(rank, source))
+        """Ranks whose keys a rank may need, in the order of its steps."""
+        return sorted(
+            self._met(rank, by_keys=False),
+            key=lambda source: self.distance(rank, source),
+        )
 
     def targets(self, rank: int) -> list[int]:
-        """The other ranks that may need a rank's keys, in the order of their distance around the ring."""
-        return sorted(self._met(rank, by_keys=True) - {rank}, key=lambda target: self.distance(target, rank))
+        """Other ranks that may need a rank's keys, by distance around the ring."""
+        return sorted(
+            self._met(rank, by_keys=True) - {rank},
+            key=lambda target: self.distance(target, rank),
+        )
 
     def distance(self, rank: int, source: int) -> int:
-        """How far around the ring a source stands before a rank."""
+        """Distance around the ring from a source to a rank."""
         return (rank - source) % self.layout.ranks
 
     def _met(self, rank: int, by_keys: bool) -> set[int]:
-        """The ranks whose queries the keys of a rank may meet; or, not `by_keys`, whose keys its queries may."""
+        """Ranks whose keys a rank's queries may need.
+
+        by_keys: ranks whose queries may need this rank's keys instead.
+        """
         everything = range(self.layout.tokens)
-        found: set[int] = set()
+        met: set[int] = set()
         for mask, _, _ in self.groups:
             for run in self.layout.runs(rank):
                 q, kv = mask.shrink(*_pair(run, everything, by_keys))
                 if q and kv:
-                    mine, theirs = (kv, q) if by_keys else (q, kv)
-                    found.update(self._owners(mask, mine, theirs, by_keys))
-        return found
+                    own, others = (kv, q) if by_keys else (q, kv)
+                    met.update(self._owners(mask, own, others, by_keys))
+        return met
 
-    def _owners(self, mask: Mask, mine: range, theirs: range, by_keys: bool) -> Iterator[int]:
-        """The owners of `theirs`, less those that a mask leaves nothing of: halves of the ring are asked about first."""
-        owners = self.layout.owners(theirs)
+    def _owners(self, mask: Mask, own: range, others: range, by_keys: bool) -> Iterator[int]:
+        """Owners of `others` for which the mask leaves some pairs.
+
+        Contiguous layouts are bisected: a range of ranks without pairs is dropped at once.
+        """
+        owners = self.layout.owners(others)
         if not isinstance(self.layout, Contiguous):
             yield from owners
             return
@@ -140,29 +166,29 @@ class Schedule:
                 yield from range(first, last)
                 continue
             span = range(self.layout.runs(first)[0].start, self.layout.runs(last - 1)[0].stop)
-            if _verdict(mask, *_pair(mine, span, by_keys)) != EMPTY:
+            if _verdict(mask, *_pair(own, span, by_keys)) != EMPTY:
                 middle = (first + last) // 2
                 todo += [(first, middle), (middle, last)]
 
     def step(self, rank: int, source: int) -> Step | None:
-        """What `rank` computes from the keys of `source`; None where that is nothing."""
+        """Step of `rank` for the keys of `source`; None without blocks."""
         return _step(self, rank, source)
 
     def summary(self) -> Summary:
         """Steps, messages and rows of every rank, for any number of ranks.
 
-        Ranks that stand alike to the masks' periods, and from whom the ends of the sequence are out of sight, have the same
-        steps but for where they start: of those one is looked at.
+        Ranks in the same phase of the masks' periods, and away from both ends of the sequence, have
+        equal steps up to a shift: one of them is counted.
         """
         ranks = self.layout.ranks
-        found = np.zeros((3, ranks), dtype=np.int64)
-        left = np.ones(ranks, dtype=bool)
-        for rank, alike in self._alike():
-            found[:, alike] = self._counts(rank)[:, None]
-            left[alike] = False
-        for each in np.flatnonzero(left):
-            found[:, each] = self._counts(int(each))
-        return Summary(*found)
+        counts = np.zeros((3, ranks), dtype=np.int64)
+        remaining = np.ones(ranks, dtype=bool)
+        for rank, equal in self._equal_ranks():
+            counts[:, equal] = self._counts(rank)[:, None]
+            remaining[equal] = False
+        for number in np.flatnonzero(remaining):
+            counts[:, number] = self._counts(int(number))
+        return Summary(*counts)
 
     def _counts(self, rank: int) -> IntArray:
         steps = list(self.steps(rank))
@@ -170,14 +196,14 @@ class Schedule:
         rows = sum(message.kv_heads.count * len(message.rows) for message in messages)
         return np.array([len(steps), len(messages), rows])
 
-    def _alike(self) -> Iterator[tuple[int, IntArray]]:
-        """A rank, and all the ranks whose steps are its own, moved."""
+    def _equal_ranks(self) -> Iterator[tuple[int, IntArray]]:
+        """A rank, and all ranks whose steps equal its steps up to a shift."""
         layout, periods = self.layout, [mask.period for mask, _, _ in self.groups]
-        known = [period for period in periods if period is not None]
-        if not isinstance(layout, Contiguous) or layout.tokens % layout.ranks or len(known) < len(periods):
+        finite = [period for period in periods if period is not None]
+        if not isinstance(layout, Contiguous) or layout.tokens % layout.ranks or len(finite) < len(periods):
             return
         size = layout.tokens // layout.ranks
-        period = math.lcm(*known)
+        period = math.lcm(*finite)
         phases = period // math.gcd(size, period)
         for phase in range(min(phases, layout.ranks) if phases <= _MOST_PHASES else 0):
             middle = (layout.ranks // 2) // phases * phases + phase
@@ -185,14 +211,18 @@ class Schedule:
             if not sources:
                 continue
             first, last = min(sources) - middle, max(sources) - middle
-            if middle + first > 0 and middle + last < layout.ranks - 1:  # else the ends of the sequence are in sight
-                alike = np.arange(phase, layout.ranks, phases)
-                yield middle, alike[(alike + first >= 0) & (alike + last < layout.ranks)]
+            # At the ends of the sequence a mask may be cut, which breaks the shift.
+            if middle + first > 0 and middle + last < layout.ranks - 1:
+                equal = np.arange(phase, layout.ranks, phases)
+                yield middle, equal[(equal + first >= 0) & (equal + last < layout.ranks)]
 
     def _blocks(self, rank: int, source: int) -> Iterator[Block]:
         for mask, heads, kv_heads in self.groups:
             period = mask.period
-            for queries, keys in itertools.product(_cut(self.layout.runs(rank), period), _cut(self.layout.runs(source), period)):
+            for queries, keys in itertools.product(
+                _cut(self.layout.runs(rank), period),
+                _cut(self.layout.runs(source), period),
+            ):
                 q, kv = _needed(mask, queries, keys)
                 if q:
                     yield Block(heads, kv_heads, mask, q, kv)
@@ -207,11 +237,18 @@ def _step(schedule: Schedule, rank: int, source: int) -> Step | None:
         return Step(source, (), tuple(blocks))
     messages = _messages(blocks, schedule.layout.runs(source))
     group = schedule.heads // schedule.kv_heads
-    return Step(source, messages, tuple(part for block in blocks for part in _by_message(block, messages, group)))
+    return Step(
+        source,
+        messages,
+        tuple(part for block in blocks for part in _by_message(block, messages, group)),
+    )
 
 
 def _cut(runs: Sequence[range], period: int | None) -> Iterator[range]:
-    """Runs, cut where the first whole period of a mask starts: before it all tokens are of one period, after it it repeats."""
+    """Cut runs at the first multiple of a mask's period.
+
+    Tokens before it are in one period; after it the mask repeats.
+    """
     for run in runs:
         start = run.start if period is None else -(-run.start // period) * period
         at = -(-(start - run.start) // run.step)
@@ -219,7 +256,7 @@ def _cut(runs: Sequence[range], period: int | None) -> Iterator[range]:
 
 
 def _needed(mask: Mask, queries: range, keys: range) -> tuple[range, range]:
-    """The queries that see some of the keys, and the keys that they see, as narrow as the mask can say; both empty or neither."""
+    """The narrowest queries and keys that contain all allowed pairs; both empty if none."""
     q, kv = mask.shrink(queries, keys)
     if not q or not kv:
         return NOTHING
@@ -227,12 +264,16 @@ def _needed(mask: Mask, queries: range, keys: range) -> tuple[range, range]:
     if verdict == PARTIAL:
         kv = _trimmed(mask, q, kv, of_queries=False)
         q = _trimmed(mask, q, kv, of_queries=True) if kv else kv
-    return NOTHING if verdict == EMPTY or not q or not kv else (q, kv)
+    if verdict == EMPTY or not q or not kv:
+        return NOTHING
+    return (q, kv)
 
 
-def _pair(mine: range, theirs: range, by_keys: bool) -> tuple[range, range]:
-    """Queries and keys, of which the keys are `mine` if `by_keys`, else the queries."""
-    return (theirs, mine) if by_keys else (mine, theirs)
+def _pair(own: range, others: range, by_keys: bool) -> tuple[range, range]:
+    """(queries, keys): `own` are the keys if `by_keys`, else the queries."""
+    if by_keys:
+        return (others, own)
+    return (own, others)
 
 
 def _verdict(mask: Mask, q: range, kv: range) -> int:
@@ -246,13 +287,15 @@ def regions(runs: Sequence[range]) -> Regions:
 
 
 def _trimmed(mask: Mask, q: range, kv: range, of_queries: bool) -> range:
-    """One of two runs without the parts at its ends that the mask leaves empty."""
+    """The queries (or the keys) without parts at the ends that the mask leaves empty."""
     run = q if of_queries else kv
     size = -(-len(run) // _PARTS)
     parts = [run[at : at + size] for at in range(0, len(run), size)]
     sides = (parts, [kv] * len(parts)) if of_queries else ([q] * len(parts), parts)
-    seen = [part for part, verdict in zip(parts, mask.classify(*map(regions, sides)), strict=True) if verdict != EMPTY]
-    return range(seen[0].start, seen[-1].stop, run.step) if seen else range(0)
+    visible = [part for part, verdict in zip(parts, mask.classify(*map(regions, sides)), strict=True) if verdict != EMPTY]
+    if visible:
+        return range(visible[0].start, visible[-1].stop, run.step)
+    return range(0)
 
 
 def _within(inner: range, outer: range) -> bool:
@@ -260,46 +303,59 @@ def _within(inner: range, outer: range) -> bool:
 
 
 def _messages(blocks: Sequence[Block], runs: Sequence[range]) -> tuple[Message, ...]:
-    """What has to be sent for some blocks: of each key head no row twice where rows nest or follow each other."""
-    wanted: dict[int, list[range]] = defaultdict(list)
+    """Messages for some blocks, without duplicate rows per key head.
+
+    Rows that nest, or that continue each other, are sent once.
+    """
+    rows_of: dict[int, list[range]] = defaultdict(list)
     for block in blocks:
         for head in block.kv_heads.indices():
-            wanted[head].append(block.keys)
+            rows_of[head].append(block.keys)
     heads_of: dict[range, list[int]] = defaultdict(list)
-    for head, spans in wanted.items():
+    for head, spans in rows_of.items():
         for rows in _union(spans, runs):
             heads_of[rows].append(head)
-    return tuple(Message(heads, rows) for rows, alike in heads_of.items() for heads, _ in head_ranges(tuple(sorted(alike)), 1))
+    return tuple(Message(heads, rows) for rows, same in heads_of.items() for heads, _ in head_ranges(tuple(sorted(same)), 1))
 
 
 def _union(spans: Sequence[range], runs: Sequence[range]) -> list[range]:
-    """Few ranges that hold all of `spans`: those inside others left out, those of one step that meet joined within a run."""
+    """Few ranges that contain all of `spans`.
+
+    Nested ranges are dropped; ranges of equal step that touch are joined within a run.
+    """
     out: list[range] = []
     for run in runs:
-        here = sorted({span for span in spans if span[0] in run}, key=lambda span: (span.step, span[0], -len(span)))
-        kept: list[range] = []
+        here = sorted(
+            {span for span in spans if span[0] in run},
+            key=lambda span: (span.step, span[0], -len(span)),
+        )
+        merged: list[range] = []
         for span in here:
-            if any(_within(span, other) for other in kept):
+            if any(_within(span, other) for other in merged):
                 continue
-            if kept and kept[-1].step == span.step and span[0] in range(kept[-1].start, kept[-1][-1] + span.step + 1, span.step):
-                kept[-1] = hull([kept[-1], span])
+            if (
+                merged
+                and merged[-1].step == span.step
+                and span[0] in range(merged[-1].start, merged[-1][-1] + span.step + 1, span.step)
+            ):
+                merged[-1] = hull([merged[-1], span])
             else:
-                kept.append(span)
-        out += kept
+                merged.append(span)
+        out += merged
     return out
 
 
 def _by_message(block: Block, messages: Sequence[Message], group: int) -> Iterator[Block]:
-    """A block as blocks each of whose keys are in one message."""
-    left = set(block.kv_heads.indices())
+    """Split a block so that the keys of each part are in one message."""
+    remaining = set(block.kv_heads.indices())
     heads_of: dict[int, list[int]] = defaultdict(list)
     for head in block.heads.indices():
         heads_of[head // group].append(head)
     for message in messages:
-        common = left & set(message.kv_heads.indices())
+        common = remaining & set(message.kv_heads.indices())
         if common and _within(block.keys, message.rows):
-            left -= common
+            remaining -= common
             heads = tuple(sorted(head for kv_head in common for head in heads_of[kv_head]))
-            for some, kv_heads in head_ranges(heads, group):
-                yield Block(some, kv_heads, block.mask, block.queries, block.keys, message)
-    assert not left, f"no message holds {block.keys} of key heads {sorted(left)}"
+            for query_heads, kv_heads in head_ranges(heads, group):
+                yield Block(query_heads, kv_heads, block.mask, block.queries, block.keys, message)
+    assert not remaining, f"no message holds {block.keys} of key heads {sorted(remaining)}"

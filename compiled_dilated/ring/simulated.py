@@ -1,7 +1,7 @@
-"""All ranks in one process: every step of every rank is executed, from copies of what it would receive.
+"""All ranks in one process: every step of every rank runs on copies of its messages.
 
-A rank reads its own shards and its messages, nothing else. Gradients of received keys go back to their owner in the order in
-which they would arrive, so that other transports give the same bits.
+A rank reads only its own shards and its messages. Gradients of received keys return to their owner
+in the order in which they would arrive, so that other transports give the same bits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from .workers import Backward, Forward, KeysAndValues
 
 
 def taken(x: Tensor, runs: Sequence[range]) -> Tensor:
-    """A rank's shard of x (B, H, N, ...), whose tokens stand in the order of the layout: a copy."""
-    return torch.cat([x[:, :, run.start : run.stop : run.step] for run in runs], dim=2) if runs else x[:, :, :0]
+    """A rank's shard of x (B, H, N, ...), in the order of the layout: a copy."""
+    if runs:
+        return torch.cat([x[:, :, run.start : run.stop : run.step] for run in runs], dim=2)
+    return x[:, :, :0]
 
 
 def put(x: Tensor, runs: Sequence[range], shard: Tensor) -> None:
-    """Write a rank's shard back to x."""
+    """Write a rank's shard back into x."""
     at = 0
     for run in runs:
         x[:, :, run.start : run.stop : run.step] = shard[:, :, at : at + len(run)]
@@ -41,11 +43,11 @@ class Simulated:
         self.ledger = Ledger()
 
     def tokens(self, q: Tensor, k: Tensor, v: Tensor, about: Mapping[str, str]) -> int:
-        """The tensors are the whole sequence's."""
+        """Length of the sequence; the tensors are complete."""
         return q.shape[2]
 
     def refuse(self, error: Exception) -> None:
-        """Nobody else waits."""
+        """No other process waits."""
 
     @property
     def group_name(self) -> str | None:
@@ -55,13 +57,28 @@ class Simulated:
     def __repr__(self) -> str:
         return "simulated"
 
-    def forward(self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        schedule: Schedule,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) and lse (B, Hq, N), rank after rank."""
         layout, self.ledger = schedule.layout, Ledger()
         q, k, v = (layout.order.permute(x, 2) for x in (q, k, v))
-        out, lse = empty_out(q, v, is_by_token(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+        out, lse = (
+            empty_out(q, v, is_by_token(q)),
+            q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)),
+        )
         for rank in range(layout.ranks):
-            worker = Forward(schedule, rank, call, *(taken(x, layout.runs(rank)) for x in (q, k, v)))
+            worker = Forward(
+                schedule,
+                rank,
+                call,
+                *(taken(x, layout.runs(rank)) for x in (q, k, v)),
+            )
             for step in schedule.steps(rank):
                 received = _received(step, k, v)
                 self.ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
@@ -70,8 +87,16 @@ class Simulated:
             put(lse, worker.runs, worker.lse)
         return layout.order.invert(out, 2), layout.order.invert(lse, 2)
 
-    def backward(self, schedule: Schedule, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v: all ranks together go around the ring, as gradients of a rank's keys come from others."""
+    def backward(
+        self,
+        schedule: Schedule,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v.
+
+        All ranks advance together, since gradients of a rank's keys come from other ranks.
+        """
         layout, order, self.ledger = schedule.layout, schedule.layout.order, Ledger()
         saved = saved.map(lambda x: order.permute(x, 2))
         workers = []
@@ -79,7 +104,10 @@ class Simulated:
             shards = saved.map(partial(taken, runs=layout.runs(rank)))
             workers.append(Backward(schedule, rank, call, shards))
         steps = [(worker, step) for worker in workers for step in schedule.steps(worker.rank)]
-        for worker, step in sorted(steps, key=lambda each: schedule.distance(each[0].rank, each[1].source)):
+        for worker, step in sorted(
+            steps,
+            key=lambda item: schedule.distance(item[0].rank, item[1].source),
+        ):
             received = _received(step, saved.k, saved.v)
             self.ledger.note(received, worker.shards)
             for message, grads in zip(step.messages, worker.compute(step, received), strict=True):
@@ -92,9 +120,14 @@ class Simulated:
 
 
 def _received(step: Step, k: Tensor, v: Tensor) -> list[KeysAndValues]:
-    """The messages of a step, copied out of the rows of its source."""
+    """Messages of a step, copied from the rows of its source."""
     out = []
     for message in step.messages:
         rows = slice(message.rows.start, message.rows.stop, message.rows.step)
-        out.append((message.kv_heads.of(k)[:, :, rows].contiguous(), message.kv_heads.of(v)[:, :, rows].contiguous()))
+        out.append(
+            (
+                message.kv_heads.of(k)[:, :, rows].contiguous(),
+                message.kv_heads.of(v)[:, :, rows].contiguous(),
+            ),
+        )
     return out

@@ -1,6 +1,6 @@
-"""Where the rows of q, k and v come from, and where those of the output go, when the whole does not fit in memory.
+"""Sources of q, k and v, and sinks of the output, for tensors larger than memory.
 
-Everything is (B, H, N, D), and read and written by runs of tokens.
+All are (B, H, N, D), read and written by runs of tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _LARGEST_FILE_BYTES = 2**63 - 2**16
 
 
 class Source(Protocol):
-    """Rows that can be read, any of them, any number of times, from several threads.
+    """Rows that can be read repeatedly, in any order, from several threads.
 
-    A journal takes two sources of one `repr` for the same numbers: let it name the content.
+    A journal compares sources by `repr`, which therefore has to identify the content.
     """
 
     @property
@@ -41,7 +41,7 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
+        """Dtype of the rows."""
         ...
 
     def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
@@ -50,34 +50,39 @@ class Source(Protocol):
 
 
 def read(source: Source, heads: HeadRange, rows: range) -> Tensor:
-    """(B, heads, len(rows), D) in memory of its own."""
-    out = torch.empty((source.shape[0], heads.count, len(rows), source.shape[3]), dtype=source.dtype)
+    """Rows as a new tensor (B, heads, len(rows), D)."""
+    out = torch.empty(
+        (source.shape[0], heads.count, len(rows), source.shape[3]),
+        dtype=source.dtype,
+    )
     source.read_into(out, heads, rows)
     return out
 
 
 class Sink(Protocol):
-    """Takes the rows of an output."""
+    """Stores the rows of an output."""
 
     def write(self, rows: range, part: Tensor) -> bytes | memoryview:
-        """Take (B, H, len(rows), D); returns what `held` will say of them."""
+        """Store (B, H, len(rows), D); returns the bytes that `held` will return."""
         ...
 
     def held(self, rows: range) -> bytes:
-        """The bytes that are kept of some rows, for a checksum."""
+        """Stored bytes of some rows, for a checksum."""
         ...
 
     def sync(self) -> None:
-        """Return once everything written is on the disk."""
+        """Return once everything written is on disk."""
         ...
 
 
 def _mapped(path: Path, name: str) -> np.memmap[Any, np.dtype[Any]]:
-    """Map a .npy file, for its shape, dtype and where its numbers begin."""
+    """Map a .npy file, to read its shape, dtype and offset."""
     with files.opening(name, path), path.open("rb") as file:
         magic = file.read(len(_NPY_MAGIC))
     if magic.startswith(b"PK"):
-        raise ValueError(f"{name}={path} is an .npz archive of several arrays; save one array with numpy.save")
+        raise ValueError(
+            f"{name}={path} is an .npz archive of several arrays; save one array with numpy.save",
+        )
     if magic != _NPY_MAGIC:
         begins = f"it begins with {magic!r}" if magic else "it is empty"
         raise ValueError(f"{name}={path} is no .npy file: {begins}. Write it with numpy.save")
@@ -93,7 +98,10 @@ def _mapped(path: Path, name: str) -> np.memmap[Any, np.dtype[Any]]:
 
 
 class _Npy:
-    """A .npy file (B, H, N, D), read and written by plain calls: a mapped file would end the process where the disk is full."""
+    """A .npy file (B, H, N, D), read and written by plain calls.
+
+    A memory-mapped file would kill the process on a full disk.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
@@ -104,7 +112,9 @@ class _Npy:
                 "Save it with numpy.save"
             )
         if not array.flags.c_contiguous:
-            raise ValueError(f"{name}={path} is in Fortran order; save it with numpy.save(path, numpy.ascontiguousarray(x))")
+            raise ValueError(
+                f"{name}={path} is in Fortran order; save it with numpy.save(path, numpy.ascontiguousarray(x))",
+            )
         self.shape: tuple[int, int, int, int] = array.shape
         self.dtype, self.offset = array.dtype, int(array.offset)
 
@@ -119,7 +129,7 @@ class _Npy:
                 self._read(b, head, rows, out[b, i])
 
     def _read(self, b: int, head: int, rows: range, into: Numbers) -> None:
-        """Rows between those asked for are read too, and forgotten."""
+        """Read rows; rows skipped by the step are read too, and dropped."""
         span = into if rows.step == 1 else np.empty((rows[-1] + 1 - rows.start, self.shape[3]), self.dtype)
         room = _bytes(span)
         with self.path.open("rb", buffering=0) as file:
@@ -135,7 +145,7 @@ class _Npy:
             into[:] = span[:: rows.step]
 
     def write(self, b: int, head: int, rows: range, part: Numbers) -> None:
-        """Rows one after the other."""
+        """Write consecutive rows."""
         assert rows.step == 1
         with self.path.open("r+b") as file:
             file.seek(self._at(b, head, rows.start))
@@ -143,36 +153,37 @@ class _Npy:
 
 
 def _bytes(numbers: Numbers) -> memoryview:
-    """In C order, without a copy where they lie so."""
+    """The bytes in C order, without a copy if possible."""
     return np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
 
 
 class FileSource:
-    """A .npy file of shape (B, H, N, D), float16, float32 or float64; only what is read is in memory."""
+    """A .npy file (B, H, N, D) of float16, float32 or float64, read on demand."""
 
     def __init__(self, path: str | os.PathLike[str], name: str = "path") -> None:
-        """`name` is the argument that errors speak of."""
+        """name: the argument's name, for errors."""
         self.path = files.input_file(name, path)
         self._npy = _Npy(self.path, name)
         self.shape = self._npy.shape
         self.dtype = torch.from_numpy(np.empty(0, self._npy.dtype)).dtype
 
     def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
-        """Copies out of the file."""
+        """Read rows from the file."""
         self._npy.read_into(out.numpy(), heads.indices(), rows)
 
     def __repr__(self) -> str:
-        # Names the content, as well as a journal can: a run does not go on with another file of the same name.
+        # Names the content, as well as a journal can: a run does not go on with another file of the
+        # same name.
         state = self.path.stat()
         return f"FileSource({str(self.path)!r}) of {state.st_size} bytes, modified {state.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
 class GeneratedSource:
-    """Numbers of mean 0 and variance 1 from a counter-based generator (Philox): any row can be made again, nothing is kept.
+    """Random numbers of mean 0 and variance 1, generated on demand (Philox).
 
-    seed, stream: two sources of one seed and different streams are independent. block: rows that one counter makes at once; other
-    blocks are other numbers.
+    seed, stream: sources with one seed and different streams are independent.
+    block: rows per counter; another value gives other numbers.
     """
 
     shape: tuple[int, int, int, int]
@@ -189,16 +200,18 @@ class GeneratedSource:
         arguments.integer("block", self.block, 1)
 
     def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
-        """Made anew, block by block of rows."""
+        """Generate rows, block by block."""
         for b in range(self.shape[0]):
             for i, head in enumerate(heads.indices()):
                 done = 0
                 for number in range(rows.start // self.block, rows[-1] // self.block + 1):
                     first = number * self.block
-                    mine = range(rows[done], min(rows.stop, first + self.block), rows.step)
-                    made = torch.from_numpy(self._block(b, head, number))
-                    out[b, i, done : done + len(mine)] = made[mine.start - first : mine.stop - first : mine.step]
-                    done += len(mine)
+                    block_rows = range(rows[done], min(rows.stop, first + self.block), rows.step)
+                    numbers = torch.from_numpy(self._block(b, head, number))
+                    out[b, i, done : done + len(block_rows)] = numbers[
+                        block_rows.start - first : block_rows.stop - first : block_rows.step
+                    ]
+                    done += len(block_rows)
 
     def _block(self, b: int, head: int, number: int) -> Numbers:
         key = np.array([self.seed, self.stream], dtype=np.uint64)
@@ -215,28 +228,40 @@ def sizes(name: str, shape: object) -> tuple[int, int, int, int]:
     """Check that a shape is (batch, heads, tokens, head_dim)."""
     out = arguments.integers(name, shape, 0)
     if len(out) != 4:
-        raise ValueError(f"{name} must be (batch, heads, tokens, head_dim); got {out}. Add the missing dimensions")
+        raise ValueError(
+            f"{name} must be (batch, heads, tokens, head_dim); got {out}. Add the missing dimensions",
+        )
     return out[0], out[1], out[2], out[3]
 
 
 def check_dtype(name: str, dtype: object) -> None:
-    """Raise unless attention is computed in this dtype."""
+    """Raise unless the dtype is supported."""
     if not isinstance(dtype, torch.dtype) or dtype not in checks.DTYPES:
-        raise TypeError(f"{name} must be torch.float16, bfloat16, float32 or float64; got {type(dtype).__name__} {dtype!r}")
+        raise TypeError(
+            f"{name} must be torch.float16, bfloat16, float32 or float64; got {type(dtype).__name__} {dtype!r}",
+        )
 
 
 def _kind(dtype: torch.dtype) -> np.dtype[np.generic]:
     check_dtype("dtype", dtype)
     if dtype == torch.bfloat16:
-        raise TypeError(f"a .npy file holds float16, float32 or float64; got {dtype}. Convert the sources")
+        raise TypeError(
+            f"a .npy file holds float16, float32 or float64; got {dtype}. Convert the sources",
+        )
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 class FileSink:
-    """A .npy file of shape (B, H, N, D), made (all of its room at once) where it is not there; added to where it is."""
+    """A .npy file (B, H, N, D), allocated at its full size if it does not exist."""
 
-    def __init__(self, path: str | os.PathLike[str], shape: Sequence[int], dtype: torch.dtype, name: str = "path") -> None:
-        """`name` is the argument that errors speak of."""
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        name: str = "path",
+    ) -> None:
+        """name: the argument's name, for errors."""
         self.path, self.shape, self.dtype = files.output_file(name, path), sizes("shape", shape), dtype
         kind = _kind(dtype)
         if not self.path.exists():
@@ -251,33 +276,38 @@ class FileSink:
             self.path.open("r+b").close()  # a file that may not be written to fails here, not after the first rank
 
     def write(self, rows: range, part: Tensor) -> memoryview:
-        """Into the file; on the disk after `sync`."""
+        """Write rows to the file; on disk after `sync`."""
         for b in range(part.shape[0]):
             for head in range(part.shape[1]):
                 self._npy.write(b, head, rows, part[b, head].numpy())
         return _bytes(part.numpy())
 
     def held(self, rows: range) -> bytes:
-        """Those rows, read back."""
+        """Rows read back from the file."""
         batch, heads, _, width = self._npy.shape
         out = np.empty((batch, heads, len(rows), width), self._npy.dtype)
         self._npy.read_into(out, range(heads), rows)
         return out.tobytes()
 
     def sync(self) -> None:
-        """fsync; what is on the disk then leaves the page cache, which an output larger than memory would fill."""
+        """fsync, then drop the file from the page cache, which it would fill."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _create(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic], name: str) -> None:
-    """Create a .npy file of zeros. What does not fit on the disk fails here, not after hours."""
+    """Create a .npy file of zeros; fails here if the disk has no room."""
     size = math.prod(shape) * kind.itemsize
     try:
         with files.created_whole(path) as file:
             np.lib.format.write_array_header_2_0(
-                file, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+                file,
+                {
+                    "descr": np.lib.format.dtype_to_descr(kind),
+                    "fortran_order": False,
+                    "shape": shape,
+                },
             )
             if size > _LARGEST_FILE_BYTES:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
@@ -285,22 +315,23 @@ def _create(path: Path, shape: tuple[int, ...], kind: np.dtype[np.generic], name
                 os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:
         if error.errno in files.NO_ROOM:
-            raise OSError(error.errno, f"no room for {path}, {size / 2**30:.2f} GiB: {error.strerror}. Make room") from error
-        raise OSError(error.errno, f"cannot create {name}={path}: {error.strerror}. Pass another path") from error
+            raise OSError(
+                error.errno,
+                f"no room for {path}, {size / 2**30:.2f} GiB: {error.strerror}. Make room",
+            ) from error
+        raise OSError(
+            error.errno,
+            f"cannot create {name}={path}: {error.strerror}. Pass another path",
+        ) from error
 
 
 class SampleSink:
-    """Keeps some rows of an output that is too large to keep, in a .npy file (B, H, samples, D), and forgets the others."""
+    """Stores some rows of an output in a .npy file (B, H, samples, D)."""
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        shape: Sequence[int],
-        samples: Sequence[int],
-        dtype: torch.dtype,
-        name: str = "path",
+        self, path: str | os.PathLike[str], shape: Sequence[int], samples: Sequence[int], dtype: torch.dtype, name: str = "path"
     ) -> None:
-        """`name` is the argument that errors speak of."""
+        """name: the argument's name, for errors."""
         batch, heads, tokens, width = self.shape = sizes("shape", shape)
         rows = sorted(set(arguments.integers("samples", samples, 0)))
         if rows[-1] >= tokens:
@@ -310,19 +341,23 @@ class SampleSink:
         self.path = self._file.path
 
     def _kept(self, rows: range) -> tuple[range, list[int]]:
-        """Which samples are among some rows, and where among them each stands."""
+        """Indices of the samples among some rows, and their indices within these rows."""
         first, last = np.searchsorted(self.samples, [rows.start, rows[-1] + 1])
         return range(int(first), int(last)), [rows.index(int(sample)) for sample in self.samples[first:last]]
 
     def write(self, rows: range, part: Tensor) -> bytes | memoryview:
-        """Of the rows, the samples."""
-        kept, at = self._kept(rows)
-        return self._file.write(kept, part[:, :, at]) if kept else b""
+        """Write the samples among the rows."""
+        samples, at = self._kept(rows)
+        if samples:
+            return self._file.write(samples, part[:, :, at])
+        return b""
 
     def held(self, rows: range) -> bytes:
-        """The samples among the rows."""
-        kept, _ = self._kept(rows)
-        return self._file.held(kept) if kept else b""
+        """Stored samples among the rows."""
+        samples, _ = self._kept(rows)
+        if samples:
+            return self._file.held(samples)
+        return b""
 
     def sync(self) -> None:
         """fsync."""

@@ -1,11 +1,11 @@
-"""Out of core: ranks one after the other, their rows from files or a generator, their results to a file; and any stop resumed.
+"""Streamed attention: ranks run one after the other, from files to a file, resumable.
 
     read ahead            rank 2: its rows and its messages
     compute               rank 1
-    write behind          rank 0: its rows, then (once they are on the disk) a line of the journal
+    write behind          rank 0: its rows, then (once they are on disk) a line of the journal
 
-A rank's rows are written once and never changed, so that a run that was stopped anywhere gives the same bits when it goes on
-(with as many threads, by which kernels cut their sums).
+A rank's rows are written once and never changed, so that a run that was stopped gives the same bits
+when it continues, with an equal number of threads.
 """
 
 from __future__ import annotations
@@ -37,13 +37,18 @@ from .sources import Sink, Source, sizes
 from .workers import Forward, KeysAndValues
 
 PathLike = str | os.PathLike[str]
-# So often the output and the journal are brought to the disk; what was finished since is computed again after a crash.
+# Interval of fsync. After a crash, ranks finished since the last one are computed again.
 _SYNC_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: ranks and tokens finished, those found finished when it began among them; seconds since it began."""
+    """Progress of a run.
+
+    ranks, tokens: finished, including those of earlier runs.
+    resumed_ranks: finished by earlier runs.
+    seconds: since the run began.
+    """
 
     ranks: int
     tokens: int
@@ -53,11 +58,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did.
+    """Result of a run.
 
-    tokens, finished: those done, and their ranks; resumed_tokens, resumed_ranks: those done before. torn: ranks found finished
-    whose output was not what had been written, computed again. complete: whether all are finished, or the time was up before.
-    ledger: of the ranks that the run computed itself.
+    tokens, finished: finished tokens and ranks; resumed_tokens, resumed_ranks: by earlier runs.
+    torn: ranks of earlier runs whose output was damaged, computed again.
+    complete: whether all ranks are finished, or the time limit was reached.
+    ledger: counts of the ranks that this run computed.
     """
 
     tokens: int
@@ -72,14 +78,21 @@ class Report:
 
 
 class Streamed:
-    """Attention by a program over sequences that do not fit in memory; `compile(program, ranks=..., transport="streamed")`.
+    """Attention over sequences larger than memory.
 
-    ranks: into so many contiguous parts the sequence is cut; at most one of them, what it needs of others, and the one after it
-    are in memory. `plan(program, q_shape, ..., ranks=..., layout="contiguous")` says how much that is.
+    Created by `compile(program, ranks=..., transport="streamed")`.
+
+    ranks: number of contiguous parts of the sequence. Memory holds at most one part, its messages, and
+        the next part; `plan(program, q_shape, ..., ranks=..., layout="contiguous")` prints how much.
     device: where blocks are computed.
     """
 
-    def __init__(self, program: Program | PerLength, ranks: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        program: Program | PerLength,
+        ranks: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.program, self.ranks, self.device = program, arguments.integer("ranks", ranks, 1), inputs.device(device)
         if program.names:
             raise ValueError(
@@ -100,14 +113,16 @@ class Streamed:
         on_progress: Callable[[Progress], None] | None = None,
         **options: Any,
     ) -> Report:
-        """Compute attention of q (B, Hq, N, D), k (B, Hkv, N, D) and v (B, Hkv, N, Dv) into out (B, Hq, N, Dv).
+        """Compute attention of q, k and v into out (B, Hq, N, Dv).
 
-        q, k, v: .npy files, or sources. out: a .npy file, or a sink. journal: a file that remembers what is finished: the same
-        call goes on where the last one stopped, whatever stopped it, with the same bits. limit_seconds: stop after the rank that
-        is under way then. on_progress: called after each rank.
+        q, k, v: .npy files or sources; (B, Hq, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv). out: a
+        .npy file or a sink. journal: a file of finished ranks: the same call continues an
+        interrupted run, with the same bits. limit_seconds: stop after the rank that is being
+        computed at that time. on_progress: called after every rank.
 
-        Raises TypeError, ValueError or OSError with the name of the argument before any file is written; also where out or
-        journal is the same file as another argument. Raises OSError where the disk is full; finished ranks are kept.
+        Raises TypeError, ValueError or OSError with the name of the argument before any file is
+        written; also if out or journal is the same file as another argument. Raises OSError if the
+        disk is full; finished ranks are kept.
         """
         checks.no_options_of_sdpa(options)
         sources = (inputs.source("q", q), inputs.source("k", k), inputs.source("v", v))
@@ -118,7 +133,8 @@ class Streamed:
         limit = None if limit_seconds is None else inputs.seconds("limit_seconds", limit_seconds)
         if scale is not None:
             checks.number("scale", scale)
-        # The functions of the program as graphs: another rule is another text, whatever its functions are called.
+        # The functions of the program as graphs: another rule is another text, whatever its
+        # functions are called.
         operands: list[Tensor] = []
         rule, problem = self._problem(operands, *sources)
         schedule = self._schedule(problem)
@@ -134,7 +150,7 @@ class Streamed:
         return _Run(schedule, call, sources, sink, self.device, record, limit, on_progress).go()
 
     def schedule(self, q: Source, k: Source, v: Source) -> tuple[Schedule, Problem]:
-        """The schedule, and the problem, that sources of these shapes pose."""
+        """Schedule and problem for sources of these shapes."""
         _, problem = self._problem([], q, k, v)
         return self._schedule(problem), problem
 
@@ -142,20 +158,41 @@ class Streamed:
         layout = plans.layouts_of(problem.program, problem.kv_len, self.ranks, "contiguous")[0]
         return Schedule(problem.program, layout, problem.heads, problem.kv_heads)
 
-    def _problem(self, operands: list[Tensor], q: Source, k: Source, v: Source) -> tuple[str, Problem]:
-        """The program as text, and the problem; what its functions capture is appended to `operands`."""
+    def _problem(
+        self,
+        operands: list[Tensor],
+        q: Source,
+        k: Source,
+        v: Source,
+    ) -> tuple[str, Problem]:
+        """The program as text, and the problem; captured tensors are appended to `operands`."""
         batch, heads, tokens, head_dim = q.shape
         checks.dtypes(q.dtype, k.dtype, v.dtype)
         checks.shapes(q.shape, k.shape, v.shape)
         if tokens != k.shape[2]:
-            raise ValueError(f"a streamed run is over one sequence; got {tokens} queries and {k.shape[2]} keys")
+            raise ValueError(
+                f"a streamed run is over one sequence; got {tokens} queries and {k.shape[2]} keys",
+            )
         if not min(head_dim, v.shape[3]):
-            raise ValueError(f"q, k and v must have a head_dim of at least 1; got {q.shape}, {k.shape} and {v.shape}")
+            raise ValueError(
+                f"q, k and v must have a head_dim of at least 1; got {q.shape}, {k.shape} and {v.shape}",
+            )
         program = self.program.at(tokens) if isinstance(self.program, PerLength) else self.program
         program.check(tokens, tokens)
         rule, program = text.traced(program, operands)
         dtype = str(q.dtype).removeprefix("torch.")
-        problem = Problem(program, batch, heads, k.shape[1], tokens, tokens, head_dim, v.shape[3], dtype, self.device.type)
+        problem = Problem(
+            program,
+            batch,
+            heads,
+            k.shape[1],
+            tokens,
+            tokens,
+            head_dim,
+            v.shape[3],
+            dtype,
+            self.device.type,
+        )
         return rule, problem
 
     def __repr__(self) -> str:
@@ -165,7 +202,7 @@ class Streamed:
 
 @dataclass
 class _Read:
-    """What a rank needs, in memory."""
+    """Rows and messages of a rank, in memory."""
 
     rank: int
     shards: tuple[Tensor, Tensor, Tensor]
@@ -173,20 +210,20 @@ class _Read:
 
     @property
     def received(self) -> list[Tensor]:
-        """All that messages brought."""
+        """All tensors of the messages."""
         return [x for _, pairs in self.steps for pair in pairs for x in pair]
 
 
 class _Memory:
-    """Memory of finished ranks for the next ones: fresh pages cost more time than what is read into them."""
+    """Buffers of finished ranks for the next ones: fresh pages are slow."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self._lock = dtype, Lock()
-        # A reader that is late takes from the call of `give` before the last: two calls are kept.
+        # The reader may be one rank late, so that two calls of `give` are kept.
         self._free = deque[list[Tensor]](maxlen=2)
 
     def take(self, *shape: int) -> Tensor:
-        """Memory that nobody else has, of any contents."""
+        """An unused buffer of any contents."""
         with self._lock:
             for tensors in self._free:
                 for number, tensor in enumerate(tensors):
@@ -195,7 +232,7 @@ class _Memory:
         return torch.empty(shape, dtype=self.dtype)
 
     def give(self, tensors: Sequence[Tensor]) -> None:
-        """Return memory; what nobody takes until the call after the next is freed."""
+        """Return buffers to the pool; frees those not reused since the call before the last."""
         with self._lock:
             self._free.append(list(tensors))
 
@@ -221,7 +258,9 @@ class _Run:
 
     def go(self) -> Report:
         self.journal.begin()
-        torn = self.journal.keep(lambda rank, digest: checksum(self.sink.held(self._rows(rank))) == digest)
+        torn = self.journal.keep(
+            lambda rank, digest: checksum(self.sink.held(self._rows(rank))) == digest,
+        )
         resumed = len(self.journal.done)
         self.tokens = resumed_tokens = sum(self.layout.count(rank) for rank in self.journal.done)
         todo = (rank for rank in range(self.layout.ranks) if rank not in self.journal.done and self.layout.count(rank))
@@ -235,11 +274,20 @@ class _Run:
                         break
                     out = self._compute(read)
                     done = [] if writing is None else [writing.result()]
-                    self.memory.give(done if self._elsewhere else [*done, *read.shards, *read.received])
+                    self.memory.give(
+                        done if self._elsewhere else [*done, *read.shards, *read.received],
+                    )
                     writing = writer.submit(self._write, read.rank, out)
                     self.tokens += self.layout.count(read.rank)
                     if self.tell is not None:
-                        self.tell(Progress(len(self.journal.done) + 1, self.tokens, resumed, time.monotonic() - self.began))
+                        self.tell(
+                            Progress(
+                                len(self.journal.done) + 1,
+                                self.tokens,
+                                resumed,
+                                time.monotonic() - self.began,
+                            ),
+                        )
             finally:
                 # After Ctrl-C and errors too: what is finished is kept.
                 try:
@@ -255,7 +303,7 @@ class _Run:
 
     @property
     def _elsewhere(self) -> bool:
-        """Whether blocks are computed where no file is read to."""
+        """Whether blocks are computed on a device other than the CPU."""
         return self.device.type != "cpu"
 
     def _rows(self, rank: int) -> range:
@@ -268,28 +316,40 @@ class _Run:
         return _Read(rank, (shards[0], shards[1], shards[2]), steps)
 
     def _message(self, message: Message) -> KeysAndValues:
-        return self._rows_of(self.k, message.kv_heads, message.rows), self._rows_of(self.v, message.kv_heads, message.rows)
+        return self._rows_of(
+            self.k,
+            message.kv_heads,
+            message.rows,
+        ), self._rows_of(self.v, message.kv_heads, message.rows)
 
     def _rows_of(self, source: Source, heads: HeadRange, rows: range) -> Tensor:
         memory = self.memory.take(source.shape[0], heads.count, len(rows), source.shape[3])
         source.read_into(memory, heads, rows)
         if not self._elsewhere:
             return memory
-        there = memory.to(self.device)
+        on_device = memory.to(self.device)
         self.memory.give([memory])
-        return there
+        return on_device
 
     def _compute(self, read: _Read) -> Tensor:
         q, _, v = read.shards
         memory = self.memory.take(*q.shape[:3], v.shape[3])
-        worker = Forward(self.schedule, read.rank, self.call, *read.shards, out=None if self._elsewhere else memory)
+        worker = Forward(
+            self.schedule,
+            read.rank,
+            self.call,
+            *read.shards,
+            out=None if self._elsewhere else memory,
+        )
         held = (*read.shards, worker.out, worker.lse)
         for step, received in read.steps:
             self.ledger.note(received, held)
             worker.compute(step, received)
         whole = sum(x.nbytes for x in (*held, *read.received))
         self.ledger.most_held_bytes = max(self.ledger.most_held_bytes, whole)
-        return memory.copy_(worker.out) if self._elsewhere else memory
+        if self._elsewhere:
+            return memory.copy_(worker.out)
+        return memory
 
     def _write(self, rank: int, out: Tensor) -> Tensor:
         with self._named_if_it_fails(f"the output of rank {rank}"):
@@ -316,8 +376,12 @@ class _Run:
         self.synced = time.monotonic()
 
 
-def _ahead(reader: ThreadPoolExecutor, read: Callable[[int], _Read], ranks: Iterator[int]) -> Iterator[_Read]:
-    """Each rank's reading, done while the one before it is computed."""
+def _ahead(
+    reader: ThreadPoolExecutor,
+    read: Callable[[int], _Read],
+    ranks: Iterator[int],
+) -> Iterator[_Read]:
+    """Read every rank while the one before it is computed."""
     coming: Future[_Read] | None = None
     for rank in ranks:
         following = reader.submit(read, rank)

@@ -1,9 +1,11 @@
-"""A batch: many dense problems of one shape, computed by one kernel call. Dense, strided and tiled lowerings make them.
+"""Batches: dense problems of one shape, computed by one kernel call.
 
-     keys                  queries.tile(i) sees keys.tile(i), less what `masks` hide;
+     keys                  queries.tile(i) sees keys.tile(i), except pairs that `masks` hide;
 . . # # # . . . .          a call computes as many tiles as fit the budget, for all heads of the batch,
-. . . . # # # . .          and its result is merged into the whole program's (out, lse).
+. . . . # # # . .          and its result is merged into the program's (out, lse).
 . . . . . . # # #
+
+The dense, strided and tiled lowerings create them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from ...calls import Call
 from ...heads import HeadRange
 from ...masks import Mask
-from ...masks.positions import pairs_up_to
+from ...masks.differences import pairs_up_to
 from ...partials import Saved
 from . import kernels
 from .lattice import Rows
@@ -26,10 +28,11 @@ from .lattice import Rows
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """`queries.count` tiles of `queries.size` query positions by `keys.size` key positions, for some heads that see the same.
+    """`queries.count` tiles of `queries.size` x `keys.size` positions, for heads with equal masks.
 
-    masks: how many of them allow a pair says how often it counts; () where every pair counts once. causal: row t sees columns
-    0 .. t. open: this many leading columns are seen by every row, whatever the masks say.
+    masks: a pair counts once per mask that allows it; () if every pair counts once.
+    causal: row t sees columns 0 .. t.
+    open: number of leading columns that every row sees, whatever the masks allow.
     """
 
     heads: HeadRange
@@ -42,31 +45,47 @@ class Batch:
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that the kernel computes, over all heads (of a causal tile: those it has to)."""
+        """Pairs that the kernel computes, over all heads; half of a causal tile."""
         rows, columns = self.queries.size, self.keys.size
         per_tile = pairs_up_to(0, range(rows), range(columns)) if self.causal else rows * columns
         return self.queries.count * per_tile * self.heads.count
 
     @property
     def asked(self) -> int:
-        """Pairs that the masks are asked about."""
-        return self.queries.count * self.queries.size * (self.keys.size - self.open) if self.masks else 0
+        """Pairs for which masks are evaluated."""
+        if self.masks:
+            return self.queries.count * self.queries.size * (self.keys.size - self.open)
+        return 0
 
     def by_kv_head(self) -> Iterator[Batch]:
         """The same work, one key head at a time."""
         shared = self.heads.count // self.kv_heads.count
         for i, kv_head in enumerate(self.kv_heads.indices()):
             start = self.heads.start + i * shared * self.heads.step
-            yield replace(self, heads=HeadRange(start, self.heads.step, shared), kv_heads=HeadRange(kv_head, 1, 1))
+            yield replace(
+                self,
+                heads=HeadRange(start, self.heads.step, shared),
+                kv_heads=HeadRange(kv_head, 1, 1),
+            )
 
     def split(self, most: int) -> Iterator[Batch]:
         """The same work as batches of at most `most` tiles each."""
         for start in range(0, self.queries.count, most):
             stop = start + most
-            yield replace(self, queries=self.queries.select(start, stop), keys=self.keys.select(start, stop))
+            yield replace(
+                self,
+                queries=self.queries.select(start, stop),
+                keys=self.keys.select(start, stop),
+            )
 
 
-def _tiles(batch: Batch, call: Call, entries: range, device: torch.device, dtype: torch.dtype) -> kernels.Tiles:
+def _tiles(
+    batch: Batch,
+    call: Call,
+    entries: range,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> kernels.Tiles:
     """Inputs of the kernels beside q, k and v, for these entries of the batch."""
     tiles = kernels.Tiles(call.scale, causal=batch.causal)
     if not batch.masks and call.score_mod is None:
@@ -86,22 +105,39 @@ def _tiles(batch: Batch, call: Call, entries: range, device: torch.device, dtype
 
 
 def _bias(batch: Batch, call: Call, b: Tensor, q: Tensor, kv: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B * tiles, 1, rows, columns): -inf where a pair is hidden, else log of how often it counts."""
+    """Additive bias of the tiles, (B * tiles, 1, rows, columns).
+
+    -inf for a hidden pair, else the log of its multiplicity.
+    """
     head = torch.tensor(batch.heads.start, device=q.device)[None, None, None, None]
     kv = kv[..., batch.open :]
-    seen = [mask.allows(b, head, q, kv, call.data) for mask in batch.masks]
+    allowed = [mask.allows(b, head, q, kv, call.data) for mask in batch.masks]
     shape = (len(q), 1, q.shape[2], kv.shape[3])
-    if len(seen) == 1:
-        bias = torch.zeros(shape, dtype=dtype, device=q.device).masked_fill_(~seen[0], -math.inf)
+    if len(allowed) == 1:
+        bias = torch.zeros(shape, dtype=dtype, device=q.device).masked_fill_(~allowed[0], -math.inf)
     else:
         # log c does not survive bfloat16; the kernels take a float32 bias beside lower precisions.
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        bias = torch.stack([allowed.expand(shape) for allowed in seen]).sum(dim=0, dtype=exact).log()
-    return torch.nn.functional.pad(bias, (batch.open, 0)) if batch.open else bias
+        bias = torch.stack([pairs.expand(shape) for pairs in allowed]).sum(dim=0, dtype=exact).log()
+    if batch.open:
+        return torch.nn.functional.pad(bias, (batch.open, 0))
+    return bias
 
 
-def forward(batch: Batch, call: Call, entries: range, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Merge some entries of a batch into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+def forward(
+    batch: Batch,
+    call: Call,
+    entries: range,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge some batch entries into out and lse.
+
+    out: (B, Hq, N, Dv). lse: (B, Hq, N).
+    """
     unit, shift = slice(entries.start, entries.stop), call.q_offset
     q, out, lse = (batch.heads.of(x[unit]) for x in (q, out, lse))
     k, v = (batch.kv_heads.of(x[unit]) for x in (k, v))
@@ -109,14 +145,20 @@ def forward(batch: Batch, call: Call, entries: range, q: Tensor, k: Tensor, v: T
         batch.queries.read(q, shift),
         batch.keys.read(k),
         batch.keys.read(v),
-        _tiles(batch, call, entries, q.device, q.dtype),
+        _tiles(
+            batch,
+            call,
+            entries,
+            q.device,
+            q.dtype,
+        ),
     )
     batch.queries.merge(out, lse, part_out, part_lse, shift)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of the gradients of q, k and v, in float32 for those of low precision."""
+    """Gradient sums of q, k and v, in float32 for low precision."""
 
     q: Tensor
     k: Tensor
@@ -124,7 +166,10 @@ class Sums:
 
 
 def backward(batch: Batch, call: Call, entries: range, saved: Saved, into: Sums) -> None:
-    """Add the share of some entries of a batch, from the merged out and lse (+inf in rows that see nothing)."""
+    """Add the gradients of some batch entries, from the merged out and lse.
+
+    lse is +inf in rows that see nothing.
+    """
     unit, shift, dtype = slice(entries.start, entries.stop), call.q_offset, kernels.backward_dtype(saved.q)
 
     def of_queries(x: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ from .lattice import Table
 # A dense kernel does this many flops while one byte is copied, or while a kernel call is set up.
 _FLOPS_PER_BYTE = 10.0
 _FLOPS_PER_CALL = 4e6
-# Asking a mask about a pair, and writing the answer into a bias, moves and holds about so many bytes.
+# Asking a mask about a pair, and writing the answer into a bias, moves and holds about so many
+# bytes.
 _BYTES_PER_ASKED_PAIR = 24
-# The most that one kernel call and what surrounds it may hold: a share of q, k, v and out, and always so many bytes.
+# The most that one kernel call and what surrounds it may hold: a share of q, k, v and out, and
+# always so many bytes.
 _SHARE = 0.05
 _LEAST_BYTES = 16 * 2**20
 
@@ -27,19 +29,19 @@ def budget(problem: Problem) -> int:
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    """Bytes held per tile: its rows, its results, a bias, and scores under a score_mod; in a backward their gradients too."""
+    """Bytes per tile: rows, results, bias, scores of a score_mod; gradients in a backward."""
     heads, rows, columns = batch.heads.count, batch.queries.size, batch.keys.size
     itemsize = max(4, problem.itemsize)
-    held = heads * (rows + columns) * (problem.head_dim + problem.value_dim) * itemsize * (3 if backward else 1)
+    size = heads * (rows + columns) * (problem.head_dim + problem.value_dim) * itemsize * (3 if backward else 1)
     if problem.scores:
-        held += heads * rows * columns * itemsize * (6 if backward else 4)
-    return held + batch.asked // batch.queries.count * _BYTES_PER_ASKED_PAIR
+        size += heads * rows * columns * itemsize * (6 if backward else 4)
+    return size + batch.asked // batch.queries.count * _BYTES_PER_ASKED_PAIR
 
 
 def pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[tuple[Batch, range]]:
-    """The batch in pieces that fit the budget, and the entries of the batch dimension that each is computed for.
+    """Parts of a batch that fit the budget, with their entries of the batch dimension.
 
-    One key head at a time where a tile for all heads does not fit.
+    One key head at a time if a tile for all heads does not fit.
     """
     together = tile_bytes(batch, problem, backward) <= budget(problem)
     for part in (batch,) if together else batch.by_kv_head():
@@ -50,7 +52,7 @@ def pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[tuple[Bat
 
 
 def _at_once(batch: Batch, problem: Problem, backward: bool) -> tuple[int, int]:
-    """Entries of the batch dimension, and tiles of each, that fit the budget together; at least one."""
+    """Batch entries, and tiles per entry, that fit the budget; at least one."""
     fitting = max(1, budget(problem) // tile_bytes(batch, problem, backward))
     entries = min(problem.batch, fitting)
     return entries, min(batch.queries.count, fitting // entries)
@@ -78,18 +80,28 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
 def _rate(batch: Batch) -> float:
     """Rate on tiles of so many queries, as a share of that on large ones."""
     rows = batch.queries.size
-    return 0.5 if rows < 64 else 0.65 if rows < 192 else 0.85 if rows < 768 else 1.0
+    if rows < 64:
+        return 0.5
+    if rows < 192:
+        return 0.65
+    if rows < 768:
+        return 0.85
+    return 1.0
 
 
 def _calls(batch: Batch, problem: Problem) -> int:
-    heads = 1 if tile_bytes(batch, problem, False) <= budget(problem) else batch.kv_heads.count
-    part = batch if heads == 1 else next(batch.by_kv_head())
+    heads, part = 1, batch
+    if tile_bytes(batch, problem, False) > budget(problem):
+        # One key head at a time.
+        heads, part = batch.kv_heads.count, next(batch.by_kv_head())
     entries, tiles = _at_once(part, problem, False)
     return heads * -(-problem.batch // entries) * -(-batch.queries.count // tiles)
 
 
 def _held_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    part = batch if tile_bytes(batch, problem, backward) <= budget(problem) else next(batch.by_kv_head())
+    part = batch
+    if tile_bytes(batch, problem, backward) > budget(problem):
+        part = next(batch.by_kv_head())
     entries, tiles = _at_once(part, problem, backward)
     return entries * tiles * tile_bytes(part, problem, backward)
 

@@ -1,8 +1,9 @@
-"""Dense attention of many small problems at once: (out, lse) forward, and backward with a *given* out and lse.
+"""Dense attention of many small problems: forward, and backward from a given out and lse.
 
-Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias (G or 1, Hq or 1, T, S) and added to the scores, -inf
-where a key is hidden. Called with the out and lse of a whole program, the backward is one part's exact share of the joint
-gradient (FlashAttention, arXiv 2205.14135): p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
+Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias (G or 1, Hq or 1, T, S), added to
+the scores, -inf where a key is hidden. With the out and lse of a complete program, the backward
+gives one part's exact share of the joint gradient (FlashAttention, arXiv 2205.14135):
+p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class Tiles:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """out (G, Hq, T, Dv) in the dtype of q; lse (G, Hq, T) in float32, or float64 for float64."""
+    """out (G, Hq, T, Dv) and lse (G, Hq, T).
+
+    out is in the dtype of q; lse is float64 for float64, else float32.
+    """
     width = v.shape[-1]
     kernel = _kernel_of(q, tiles)
     q, tiles, _ = _positive(q, tiles)
@@ -46,11 +50,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
 def attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. Rows that see nothing come in with lse = +inf and out = 0, which makes their weights exactly 0."""
+    """Gradients of q, k and v.
+
+    Rows that see nothing have lse = +inf and out = 0, so that their weights are exactly 0.
+    """
     head_dim, width = q.shape[-1], v.shape[-1]
     kernel = _kernel_of(q, tiles)
     if grad_lse is not None:
-        # One more value column holds the lse's gradient: grad_out . v is unchanged and sum(grad_out * out) loses grad_lse.
+        # One more value column holds the lse's gradient: grad_out . v is unchanged and sum(grad_out
+        # * out) loses grad_lse.
         v = torch.nn.functional.pad(v, (0, 1))
         out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
         grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
@@ -63,9 +71,9 @@ def attention_backward(
 
 
 def _positive(q: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles, float]:
-    """The same scores by a positive scale: ATen's kernels multiply hidden scores of -inf by it.
+    """q and tiles with equal scores and a positive scale, and a factor for the gradient of q.
 
-    The last factor makes the gradient of the returned q that of the q that came.
+    ATen's kernels multiply hidden scores of -inf by the scale.
     """
     if tiles.scale > 0:
         return q, tiles, 1.0
@@ -75,12 +83,19 @@ def _positive(q: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles, float]:
 
 
 def backward_dtype(q: Tensor) -> torch.dtype:
-    """What to hand the backward tensors in: ATen's on a CPU runs in low precision at a sixth of its float32 rate."""
-    return torch.float32 if q.device.type == "cpu" and q.element_size() < 4 else q.dtype
+    """Dtype of the tensors of a backward.
+
+    float32 on a CPU: ATen's backward runs in low precision at a sixth of its float32 rate.
+    """
+    if q.device.type == "cpu" and q.element_size() < 4:
+        return torch.float32
+    return q.dtype
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    if x.shape[-1] == width:
+        return x
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,16 +226,25 @@ def _kernel_of(q: Tensor, tiles: Tiles) -> Kernel:
         return Math
     if q.device.type == "cpu":
         return FlashCPU
-    return EfficientCUDA if q.device.type == "cuda" and q.dtype != torch.float64 else Math
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        return EfficientCUDA
+    return Math
 
 
 def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    if x.dtype == torch.float64:
+        return x
+    return x.float()
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+    if groups == 1:
+        return x
+    return x.repeat_interleave(groups, dim=1)
 
 
 def _summed(grad: Tensor, groups: int) -> Tensor:
-    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(dim=2)
+    if groups == 1:
+        return grad
+    summed: Tensor = grad.unflatten(1, (-1, groups)).sum(dim=2)
+    return summed

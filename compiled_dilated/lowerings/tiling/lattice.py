@@ -1,9 +1,10 @@
-"""Which tokens the tiles of a batch hold: evenly spaced ones, read and written through views, or lists of small tiles.
+"""Tokens of the tiles of a batch: strided views, or tables of small tiles.
 
 Lattice(start=3, count=2, stride=8, size=4, step=1)     Table of small tiles [[0, 2], [1, 2]], 2 tokens wide
 tile 0: 3 4 5 6    tile 1: 11 12 13 14                  tile 0: 0 1 4 5    tile 1: 2 3 4 5
 
-A tensor x (B, H, N, ...) is read as (B * tiles, H, rows, ...); `shift` is the position of its first token.
+A tensor x (B, H, N, ...) is read as (B * tiles, H, rows, ...); `shift` is the position of its first
+token.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class Lattice:
 
     def select(self, start: int, stop: int) -> Lattice:
         """Tiles [start, stop)."""
-        return replace(self, start=self.start + start * self.stride, count=min(stop, self.count) - start)
+        return replace(
+            self,
+            start=self.start + start * self.stride,
+            count=min(stop, self.count) - start,
+        )
 
     def _view(self, x: Tensor, shift: int) -> Tensor:
         """(B, tiles, H, rows, ...)"""
@@ -45,13 +50,28 @@ class Lattice:
         return x.as_strided(shape, strides, x.storage_offset() + (self.start - shift) * token)
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """A view where B or the tiles are 1, else a copy."""
+        """The tiles: a view if B or the number of tiles is 1, else a copy."""
         return self._view(x, shift).flatten(0, 1)
 
-    def merge(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, shift: int = 0) -> None:
-        """Merge a part, laid out as `read` does, into out (B, H, N, Dv) and lse (B, H, N)."""
+    def merge(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        part_out: Tensor,
+        part_lse: Tensor,
+        shift: int = 0,
+    ) -> None:
+        """Merge a part in the layout of `read` into out and lse.
+
+        out: (B, H, N, Dv). lse: (B, H, N).
+        """
         tiles = (out.shape[0], self.count)
-        merge_(self._view(out, shift), self._view(lse, shift), part_out.unflatten(0, tiles), part_lse.unflatten(0, tiles))
+        merge_(
+            self._view(out, shift),
+            self._view(lse, shift),
+            part_out.unflatten(0, tiles),
+            part_lse.unflatten(0, tiles),
+        )
 
     def add(self, total: Tensor, part: Tensor, shift: int = 0) -> None:
         """Add a part to total (B, H, N, ...)."""
@@ -60,10 +80,12 @@ class Lattice:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Tiles made of small tiles of `width` places of an order, whose numbers are in `small`.
+    """Tiles made of small tiles of `width` places of an order.
 
-    small: (tiles, small tiles per tile). size: tokens of a tile, fewer than its places where the last small tile is the
-    order's short last. permutation: the position at each place, None for places = positions. offset: added to positions.
+    small: (tiles, small tiles per tile), the numbers of the small tiles.
+    size: tokens per tile; fewer than its places if the last small tile is short.
+    permutation: position at each place; None for the identity.
+    offset: added to positions.
     """
 
     small: npt.NDArray[np.int32]
@@ -96,7 +118,7 @@ class Table:
         return flat
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """A copy."""
+        """A copy of the tiles."""
         tokens: Tensor = x.index_select(2, self._index(x, shift)).unflatten(2, (self.count, self.size))
         return tokens.transpose(1, 2).flatten(0, 1)
 
@@ -110,7 +132,11 @@ class Table:
 
     def add(self, total: Tensor, part: Tensor, shift: int = 0) -> None:
         """Add a part to total (B, H, N, ...); positions may be in several tiles."""
-        total.index_add_(2, self._index(total, shift), self._flat(part, total.shape[0]).to(total.dtype))
+        total.index_add_(
+            2,
+            self._index(total, shift),
+            self._flat(part, total.shape[0]).to(total.dtype),
+        )
 
 
 Rows = Lattice | Table

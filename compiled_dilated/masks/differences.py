@@ -1,0 +1,60 @@
+"""Arithmetic of kv - q: verdicts of tiles, numbers of pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..regions import IntArray, Regions, Verdicts, verdicts
+
+
+def classify_difference(
+    lo: IntArray,
+    hi: IntArray,
+    step: IntArray,
+    dilation: int,
+    left: int | None,
+    right: int,
+) -> Verdicts:
+    """Verdicts of `-left <= kv - q <= right and (kv - q) % dilation == 0`.
+
+    lo, hi: the least and the greatest value of kv - q in a tile.
+    step: the values are lo, lo + step, ...; a divisor of the true step is sound; 0 if lo == hi.
+    dilation: in tokens.
+    left: None for no lower bound.
+    right: the upper bound, in tokens.
+    """
+    least = lo if left is None else np.maximum(lo, -left)
+    most = np.minimum(hi, right)
+    inside = (hi <= right) & (True if left is None else lo >= -left)
+    # A step that is a multiple of the dilation leaves a single residue in the tile.
+    shared = np.gcd(step, dilation)
+    constant = step % dilation == 0  # one residue only
+    # The first value >= least that the residues admit: exact where one of step and dilation divides
+    # the other.
+    stride = np.where(constant, np.maximum(step, 1), dilation)
+    origin = np.where(constant, lo, 0)
+    nearest = least + (origin - least) % stride
+    exact = constant | (shared == step)
+    # Empty: out of bounds, or no value of the tile has residue 0.
+    empty = (least > most) | (lo % shared.clip(1) != 0) | (constant & (lo % dilation != 0)) | (exact & (nearest > most))
+    return verdicts(inside & constant & (lo % dilation == 0), empty)
+
+
+def differences(q: Regions, kv: Regions) -> tuple[IntArray, IntArray, IntArray]:
+    """The least and the greatest kv - q of pairs of regions, and their step."""
+    return kv.first - q.last, kv.last - q.first, np.gcd(q.step, kv.step)
+
+
+def pairs_up_to(right: int, q: range, kv: range) -> int:
+    """Number of pairs with kv - q <= right, for two contiguous ranges."""
+    columns = kv.stop - kv.start
+    # The query at position i sees i - kv.start + right + 1 keys, but no fewer than none and no more
+    # than all.
+    least = q.start - kv.start + right + 1
+    return _clipped_sum(least + q.stop - q.start - 1, columns) - _clipped_sum(least - 1, columns)
+
+
+def _clipped_sum(last: int, most: int) -> int:
+    """Sum of min(x, most) over 1 <= x <= last."""
+    rising = min(max(last, 0), most)
+    return rising * (rising + 1) // 2 + max(last - most, 0) * most

@@ -1,4 +1,7 @@
-"""ATen's choices and activation functions on single entries, with torch's gradients at their kinks."""
+"""ATen's choices and activation functions on single entries.
+
+Their gradients at kinks are torch's own.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,13 @@ def _clamp(
     return c.x.apart(out, "clamp", lambda grad: _clamp_gradients(c, x, least, greatest, grad))
 
 
-def _clamp_gradients(c: Cell, x: int, least: int | None, greatest: int | None, grad: int) -> list[tuple[int, int]]:
+def _clamp_gradients(
+    c: Cell,
+    x: int,
+    least: int | None,
+    greatest: int | None,
+    grad: int,
+) -> list[tuple[int, int]]:
     """torch's own: x gets all of it within the bounds and on them, else the bound that is taken."""
     zero = c.zero_like(grad)
     of_x, of_bounds = grad, []

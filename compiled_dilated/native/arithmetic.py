@@ -114,7 +114,9 @@ def _power(c: Cell, base: Argument, exponent: Argument) -> int:
     if exponent == 0:
         return c.node(1)
     if not is_float:
-        raise Untranslatable(f"the tape has no powers of whole numbers with the exponent {exponent}")
+        raise Untranslatable(
+            f"the tape has no powers of whole numbers with the exponent {exponent}",
+        )
     special = {0.5: _sqrt, -0.5: _rsqrt, -1: _reciprocal}.get(exponent)
     if special is not None:
         return special(c, base)

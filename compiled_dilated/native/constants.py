@@ -45,7 +45,14 @@ def _zeros(t: Tensors, out: torch.Tensor, *_: Any, **__: Any) -> Cells:
     return _constant(t, out, 0)
 
 
-def _arange(t: Tensors, out: torch.Tensor, start: float, end: float, step: float = 1, **_: Any) -> Cells:
+def _arange(
+    t: Tensors,
+    out: torch.Tensor,
+    start: float,
+    end: float,
+    step: float = 1,
+    **_: Any,
+) -> Cells:
     (size,) = out.shape
 
     def number(position: int) -> int:

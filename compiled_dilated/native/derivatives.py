@@ -1,4 +1,7 @@
-"""Reverse-mode gradients of expressions, with torch's own choices where a gradient is not unique."""
+"""Reverse-mode gradients of expressions.
+
+Where a gradient is not unique, as at the kink of a maximum, it is torch's own.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,13 @@ def _minimum(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
     return _of_extreme(x, grad, a, b, is_maximum=False)
 
 
-def _of_extreme(x: Expressions, grad: int, a: int, b: int, is_maximum: bool) -> list[tuple[int, int]]:
+def _of_extreme(
+    x: Expressions,
+    grad: int,
+    a: int,
+    b: int,
+    is_maximum: bool,
+) -> list[tuple[int, int]]:
     """The gradient to the operand that is taken, in halves to two equal ones."""
     equal = x.binary("equal", a, b)
     half = linear(x, grad, 0.5)

@@ -288,7 +288,15 @@ class Expressions:
         if not type.is_float:
             x, y = self.range(a), self.range(b)
             within = Range(min(x.low, y.low), max(x.high, y.high))
-        return self.add("where", type, self.held(condition, Register.BOOLEAN), a, b, within=within, label=label)
+        return self.add(
+            "where",
+            type,
+            self.held(condition, Register.BOOLEAN),
+            a,
+            b,
+            within=within,
+            label=label,
+        )
 
     def apart(self, place: int, label: str, pull: Pull) -> int:
         """A copy of a node whose gradients are those of `pull`."""

@@ -1,4 +1,4 @@
-"""ATen's reductions and products of vectors and matrices, as chains of operations on single numbers."""
+"""ATen's reductions, and products of vectors and matrices, as operations on single numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from .tensors import Cells, Index, Tensors, cells, check_entries, positive_dim
 Combine = Callable[[list[int]], int]
 
 
-def _reduce(t: Tensors, out: torch.Tensor, x: Cells, dim: Any, keepdim: bool, combine: Combine) -> Cells:
+def _reduce(
+    t: Tensors,
+    out: torch.Tensor,
+    x: Cells,
+    dim: Any,
+    keepdim: bool,
+    combine: Combine,
+) -> Cells:
     """A tensor of combine(entries), the entries along the reduced dimensions.
 
     dim: one dimension, several, or None or [] for all.
@@ -82,11 +89,25 @@ def _sum_nodes(t: Tensors, dtype: torch.dtype, nodes: Sequence[int]) -> int:
     return t.x.whole(0)
 
 
-def _sum(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None, keepdim: bool = False, **_: Any) -> Cells:
+def _sum(
+    t: Tensors,
+    out: torch.Tensor,
+    x: Cells,
+    dim: Any = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> Cells:
     return _reduce(t, out, x, dim, keepdim, lambda nodes: _sum_nodes(t, out.dtype, nodes))
 
 
-def _mean(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None, keepdim: bool = False, **_: Any) -> Cells:
+def _mean(
+    t: Tensors,
+    out: torch.Tensor,
+    x: Cells,
+    dim: Any = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> Cells:
     def combine(nodes: list[int]) -> int:
         total = _sum_nodes(t, _accumulation_dtype(out.dtype), nodes)
         count = t.x.constant(float(len(nodes)), t.x.type(total))
@@ -95,7 +116,14 @@ def _mean(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None, keepdim: boo
     return _reduce(t, out, x, dim, keepdim, combine)
 
 
-def _prod(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None, keepdim: bool = False, **_: Any) -> Cells:
+def _prod(
+    t: Tensors,
+    out: torch.Tensor,
+    x: Cells,
+    dim: Any = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> Cells:
     def combine(nodes: list[int]) -> int:
         return _finish(t, _fold(t, "multiply", _cast_all(t, nodes, out.dtype)), out.dtype)
 
@@ -115,7 +143,13 @@ def _count_nonzero(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None) -> 
 def _extreme(op: str) -> Callable[..., Cells]:
     """amax and amin: equal entries share the gradient."""
 
-    def reduction(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None, keepdim: bool = False) -> Cells:
+    def reduction(
+        t: Tensors,
+        out: torch.Tensor,
+        x: Cells,
+        dim: Any = None,
+        keepdim: bool = False,
+    ) -> Cells:
         def combine(nodes: list[int]) -> int:
             if out.dtype == torch.bool:
                 return _fold(t, "both" if op == "minimum" else "either", nodes)
@@ -130,20 +164,38 @@ def _extreme(op: str) -> Callable[..., Cells]:
     return reduction
 
 
-def _shared_gradient(t: Tensors, nodes: Sequence[int], best: int, grad: int) -> list[tuple[int, int]]:
+def _shared_gradient(
+    t: Tensors,
+    nodes: Sequence[int],
+    best: int,
+    grad: int,
+) -> list[tuple[int, int]]:
     """The gradient in equal parts to all entries that equal the extreme."""
     type = t.x.type(grad)
     one, zero = t.x.constant(1.0, type), t.x.constant(0.0, type)
     are_best = [t.x.binary("equal", node, best) for node in nodes]
     count = _fold(t, "add", [t.x.choice(is_best, one, zero) for is_best in are_best])
     part = t.x.binary("divide", grad, count)
-    return [(node, t.x.choice(is_best, part, zero)) for node, is_best in zip(nodes, are_best, strict=True)]
+    return [
+        (node, t.x.choice(is_best, part, zero))
+        for node, is_best in zip(
+            nodes,
+            are_best,
+            strict=True,
+        )
+    ]
 
 
 def _logical(op: str) -> Callable[..., Cells]:
     """all and any."""
 
-    def reduction(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None, keepdim: bool = False) -> Cells:
+    def reduction(
+        t: Tensors,
+        out: torch.Tensor,
+        x: Cells,
+        dim: Any = None,
+        keepdim: bool = False,
+    ) -> Cells:
         def combine(nodes: list[int]) -> int:
             if not nodes:
                 return t.x.constant(op == "both", register_of(torch.bool))
@@ -211,7 +263,14 @@ def _logsumexp_nodes(t: Tensors, nodes: Sequence[int]) -> int:
 
     def pull(grad: int) -> list[tuple[int, int]]:
         weights = [t.x.unary("exp", t.x.binary("subtract", node, result)) for node in nodes]
-        return [(node, t.x.binary("multiply", grad, weight)) for node, weight in zip(nodes, weights, strict=True)]
+        return [
+            (node, t.x.binary("multiply", grad, weight))
+            for node, weight in zip(
+                nodes,
+                weights,
+                strict=True,
+            )
+        ]
 
     return t.x.apart(result, "logsumexp", pull)
 

@@ -144,7 +144,9 @@ def _check_operand(dtype: torch.dtype, shape: tuple[Any, ...]) -> None:
     if dtype not in TYPES:
         raise Untranslatable(f"it captures a tensor of {dtype}")
     if len(shape) > _MOST_DIMENSIONS:
-        raise Untranslatable(f"it captures a tensor of {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
+        raise Untranslatable(
+            f"it captures a tensor of {len(shape)} dimensions, more than {_MOST_DIMENSIONS}",
+        )
 
 
 def _scalar(dtype: torch.dtype, node: int) -> Cells:

@@ -58,7 +58,9 @@ class Cells:
 def check_entries(count: int) -> None:
     """Raise Untranslatable for a reduction of too many entries."""
     if count > MOST_ENTRIES:
-        raise Untranslatable(f"it reduces {count:,} numbers for each pair, more than {MOST_ENTRIES}")
+        raise Untranslatable(
+            f"it reduces {count:,} numbers for each pair, more than {MOST_ENTRIES}",
+        )
 
 
 def cells(dtype: torch.dtype, shape: Sequence[int], at: Entry) -> Cells:
@@ -174,7 +176,9 @@ class Tensors:
         if isinstance(index, int):
             return entry(index)
         if size > MOST_ENTRIES:
-            raise Untranslatable(f"it looks up one of {size:,} computed numbers, more than {MOST_ENTRIES}")
+            raise Untranslatable(
+                f"it looks up one of {size:,} computed numbers, more than {MOST_ENTRIES}",
+            )
         out = entry(size - 1)
         for position in reversed(range(size - 1)):
             is_here = self.x.binary("equal", index.node, self.x.whole(position))

@@ -144,7 +144,7 @@ def _stack(t: Tensors, out: torch.Tensor, parts: Sequence[Cells], dim: int = 0) 
 
 def _cat(t: Tensors, out: torch.Tensor, parts: Sequence[Cells], dim: int = 0) -> Cells:
     dim = positive_dim(dim, len(out.shape))
-    # By position along the result: the part and the position in it. torch skips parts of shape (0,).
+    # By position along the result: part and position in it. torch skips parts of shape (0,).
     sources: list[tuple[Cells, int]] = []
     for part in parts:
         if part.shape != (0,):

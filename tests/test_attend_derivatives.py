@@ -41,7 +41,7 @@ def test_gradcheck(name: str, lowering: str) -> None:
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
-def test_lse_alone_is_differentiable(lowering: str) -> None:
+def test_gradient_of_lse_only(lowering: str) -> None:
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tensors()
     _, lse = cd.compile(program, lowering=lowering)(q, k, v, return_lse=True)
     _, want = cd.reference(program, q, k, v, return_lse=True)
@@ -53,7 +53,7 @@ def test_lse_alone_is_differentiable(lowering: str) -> None:
     assert (grad_v == 0).all()
 
 
-def test_gradients_of_some_inputs_alone() -> None:
+def test_gradients_of_a_subset_of_inputs() -> None:
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tensors()
     attend = cd.compile(program)
     want = torch.autograd.grad(cd.reference(program, q, k, v).square().sum(), (q, k, v))
@@ -84,7 +84,7 @@ def test_forward_mode_is_refused() -> None:
             attend(dual, k, v)
 
 
-def test_second_use_of_a_graph() -> None:
+def test_backward_twice_with_retained_graph() -> None:
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tensors()
     out = cd.compile(program)(q, k, v)
     first = torch.autograd.grad(out.sum(), q, retain_graph=True)[0]

@@ -84,7 +84,7 @@ def test_score_mod(name: str, lowering: str) -> None:
         same(mine, theirs)
 
 
-def test_score_mods_do_not_stand_in_for_each_other() -> None:
+def test_score_mods_at_the_same_address_share_no_result() -> None:
     """Functions that come and go may come to lie at the same address."""
     q, k, v = (x.detach() for x in tensors())
     attend = cd.compile(masks.causal())
@@ -94,7 +94,7 @@ def test_score_mods_do_not_stand_in_for_each_other() -> None:
         del mod
 
 
-def test_programs_of_equal_print_do_not_stand_in_for_each_other() -> None:
+def test_programs_of_equal_repr_share_no_result() -> None:
     """Two functions may print alike inside from_mod."""
     q, k, v = (x.detach() for x in tensors())
     for reach in (1, 5):
@@ -153,7 +153,7 @@ def test_data_of_any_integer_type_shared_by_the_batch(dtype: torch.dtype, loweri
 
 
 @pytest.mark.parametrize("lowering", TAKE_ANY_MASK)
-def test_new_data_is_not_mistaken_for_the_old(lowering: str) -> None:
+def test_new_data_gives_a_new_result(lowering: str) -> None:
     mask, (q, k, v) = masks.documents(ids="ids") & masks.padding() & masks.window(20), tensors()
     attend = cd.compile(mask, lowering=lowering)
     ids, padding = torch.zeros(2, 40, dtype=torch.int64), torch.zeros(2, 40, dtype=torch.bool)

@@ -56,7 +56,7 @@ def test_empty_queries_or_keys(q_len: int, kv_len: int) -> None:
     assert (grad == 0).all()
 
 
-def test_padding_may_hold_anything_finite() -> None:
+def test_contents_of_padding_have_no_effect() -> None:
     """What padding holds, and what documents hide, reaches no result and gets no gradient."""
     mask, (q, k, v) = masks.padding() & masks.window(30), tensors(dtype=torch.float32)
     padding = torch.arange(40).expand(2, 40) >= 30

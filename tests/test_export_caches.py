@@ -18,13 +18,13 @@ CACHED = ("longnet", "ring", "tiled", "data", "parameters", "closures")
 
 
 @pytest.mark.parametrize("name", [*CACHED, "many documents"])
-def test_tables_may_be_emptied_at_any_moment(name: str) -> None:
+def test_exported_models_work_with_emptied_caches(name: str) -> None:
     """Between forward and backward, between any two calls."""
     check_without_tables(name, "eager")
 
 
 @pytest.mark.parametrize("name", [*CACHED, "many documents"])
-def test_tables_may_be_emptied_at_any_moment_of_compiled_models(name: str) -> None:
+def test_compiled_models_work_with_emptied_caches(name: str) -> None:
     """Between compiling and running too."""
     check_without_tables(name, "aot_eager")
 

@@ -116,7 +116,7 @@ def test_torch_and_numpy_agree(case: tuple[Mask, Any, int]) -> None:
 
 
 @given(st.data())
-def test_period_moves_nothing(data: st.DataObject) -> None:
+def test_shifting_by_the_period_changes_nothing(data: st.DataObject) -> None:
     mask = data.draw(strategies.expressions(strategies.line_masks(12)))
     if mask.period is not None and mask.period <= 500:
         assert (dense(mask, 40, 40) == dense(mask, 40 + mask.period, 40 + mask.period)[mask.period :, mask.period :]).all()

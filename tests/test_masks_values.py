@@ -139,7 +139,7 @@ def test_offsets_of_heads(offset: Any, expected: list[int]) -> None:
             check_classify(form, dense(mine, 20, 20), tiles, tiles)
 
 
-def test_heads_reach_every_part() -> None:
+def test_at_head_applies_to_every_part() -> None:
     mask = ~(masks.congruent(2, "cyclic") | masks.from_mod(by_head, within=masks.congruent(3, "grouped")))
     for head in range(4):
         at = mask.at_head(head, 4)
@@ -148,7 +148,7 @@ def test_heads_reach_every_part() -> None:
     assert masks.window(3).at_head(1, 4) == masks.window(3)
 
 
-def test_a_rule_over_unknown_heads_asks_for_them() -> None:
+def test_per_head_rule_without_head_count_raises() -> None:
     with pytest.raises(ValueError, match="depends on the number of heads"):
         dense(masks.congruent(3, "grouped"), 4, 4)
     with pytest.raises(ValueError, match="names 2 offsets for 3 heads"):

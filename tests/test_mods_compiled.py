@@ -97,7 +97,7 @@ def readers(number: Tensor, whole: Tensor) -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("name", [*(name for name in ("item", "float", "int")), "tolist"])
-def test_values_of_captured_tensors_are_read(name: str) -> None:
+def test_item_of_a_captured_tensor_reads_its_value(name: str) -> None:
     """As they are at the call."""
     inputs, attend = tensors(), cd.compile(masks.causal())
     number, whole = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3)
@@ -109,7 +109,7 @@ def test_values_of_captured_tensors_are_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["item", "float", "int"])
-def test_values_of_captured_tensors_are_read_in_compiled_functions(name: str) -> None:
+def test_item_of_a_captured_tensor_reads_its_value_when_compiled(name: str) -> None:
     inputs, attend = tensors(), cd.compile(masks.causal())
     number, count = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3)
     mod = readers(number, count)[name]
@@ -121,7 +121,7 @@ def test_values_of_captured_tensors_are_read_in_compiled_functions(name: str) ->
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_function_of_a_layer_is_replaced(compiled: bool) -> None:
+def test_replacing_a_layers_score_mod_changes_the_result(compiled: bool) -> None:
     inputs, layer = tensors(), Layer(sloped(0.1))
     run = whole(layer) if compiled else layer
     for slope in (0.1, 1.0, torch.tensor(0.5)):

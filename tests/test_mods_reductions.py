@@ -38,7 +38,7 @@ OF_TORCHS_KIND: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 @pytest.mark.parametrize("name", OF_TORCHS_KIND)
-def test_mask_mods_of_torchs_kind(name: str, way: str) -> None:
+def test_mask_mods_that_call_tensor_methods(name: str, way: str) -> None:
     fn, inputs = OF_TORCHS_KIND[name], tensors()
     want = create_mask(fn, 1, 1, N, N, device="cpu")
     wanted = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=want, enable_gqa=True)
@@ -46,7 +46,7 @@ def test_mask_mods_of_torchs_kind(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*list(OF_TORCHS_KIND)[:-1], "torch.tensor"])
-def test_compiled_mask_mods_of_torchs_kind(name: str) -> None:
+def test_compiled_mask_mods_that_call_tensor_methods(name: str) -> None:
     mask, inputs = masks.from_mod(OF_TORCHS_KIND[name]), tensors()
     same(whole(cd.compile(mask))(*inputs), cd.reference(mask, *inputs))
 

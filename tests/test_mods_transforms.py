@@ -95,7 +95,7 @@ def test_vmap_over_tensors_of_mask_mods() -> None:
     same(torch.vmap(of)(allowed), torch.stack([of(x) for x in allowed]))
 
 
-def test_func_grad_of_what_decides_a_mask() -> None:
+def test_func_grad_of_tensors_of_a_mask_mod() -> None:
     """A mask_mod that reads a tensor of the transform; it passes no gradient."""
     inputs = [x.detach() for x in tensors()]
 

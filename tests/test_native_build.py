@@ -59,7 +59,7 @@ def wrapper(path: Path, before: str) -> str:
     return str(path)
 
 
-def test_is_built_once(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_library_is_built_once(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     first = build.library(sources)
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1
@@ -93,7 +93,7 @@ def test_a_damaged_library_is_built_again(sources: Path, damage: str) -> None:
     assert library.read_bytes() == good
 
 
-def test_what_decides_the_library_is_in_its_name(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_name_depends_on_all_build_inputs(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {build.library(sources).name, build.library(sources, defines=("ELSE",)).name}
     monkeypatch.setattr(recipes, "cpu_features", lambda: "another CPU")
     names.add(build.library(sources).name)
@@ -148,7 +148,7 @@ def test_a_killed_build_harms_nothing(sources: Path, tmp_path: Path, cache: Path
     assert not left.exists()
 
 
-def test_old_libraries_go(sources: Path, cache: Path) -> None:
+def test_least_recently_used_libraries_are_removed(sources: Path, cache: Path) -> None:
     cache.mkdir(mode=0o700)
     for number in range(60):
         for name in (f"native-{number}.so", f"native-{number}.so.sha256"):
@@ -160,7 +160,7 @@ def test_old_libraries_go(sources: Path, cache: Path) -> None:
     assert len(list(cache.glob("*.sha256"))) == len(left)
 
 
-def test_the_folder_is_private(sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_writable_by_others_is_refused(sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.library(sources)
     assert cache.stat().st_mode & 0o777 == 0o700
     for mode in (0o770, 0o702):
@@ -173,14 +173,14 @@ def test_the_folder_is_private(sources: Path, cache: Path, monkeypatch: pytest.M
         build.library(sources)
 
 
-def test_a_folder_that_cannot_be_made(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_that_cannot_be_created_raises(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COMPILED_DILATED_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(NativeUnavailable, match=r"cannot be made: .* set COMPILED_DILATED_CACHE"):
         build.library(sources)
 
 
-def test_the_folder_follows_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMPILED_DILATED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert folder() == tmp_path / "xdg" / "compiled_dilated"
@@ -189,7 +189,7 @@ def test_the_folder_follows_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert folder() == tmp_path / "home" / ".cache" / "compiled_dilated"
 
 
-def test_without_a_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_raises(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NativeUnavailable, match="no C\\+\\+ compiler is on PATH; install g\\+\\+"):
@@ -199,13 +199,13 @@ def test_without_a_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> N
         build.library(sources)
 
 
-def test_with_a_compiler_that_does_not_run(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_compiler_raises(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", wrapper(tmp_path / "broken", "exit 3"))
     with pytest.raises(NativeUnavailable, match=r"does not run: .*exit status 3"):
         build.library(sources)
 
 
-def test_a_build_that_fails_shows_the_compilers_words(sources: Path, cache: Path) -> None:
+def test_failed_build_reports_compiler_errors(sources: Path, cache: Path) -> None:
     (sources / "wrong.cpp").write_text("int wrong() { return nothing; }\n")
     with pytest.raises(NativeUnavailable, match=r"did not compile; set CXX(.|\n)*'nothing' was not declared"):
         build.library(sources)
@@ -234,7 +234,7 @@ def test_a_library_that_cannot_be_opened(sources: Path, monkeypatch: pytest.Monk
     assert "cannot be opened" in (build.available() or "")
 
 
-def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_switch_disables_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILED_DILATED_NATIVE", "off")
     assert build.available() == "COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them"
     with pytest.raises(NativeUnavailable, match="COMPILED_DILATED_NATIVE=off"):

@@ -87,7 +87,7 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
 
 
 @pytest.mark.parametrize("name", SHARES)
-def test_of_what_is_computed_most_is_useful(name: str) -> None:
+def test_share_of_useful_pairs_in_computed_tiles(name: str) -> None:
     mask, n, least = SHARES[name]
     got = share(mask, n, heads=4 if "longnet" in name else 1)
     print(f"useful share of {name}: {got:.4f}")

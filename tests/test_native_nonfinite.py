@@ -43,7 +43,7 @@ BAD = (math.nan, math.inf, -math.inf)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if 129 in case.lengths][::4], ids=str)
-def test_bad_keys_and_values_reach_those_who_see_them_alone(case: Case, dtype: torch.dtype) -> None:
+def test_nonfinite_keys_and_values_reach_only_rows_that_see_them(case: Case, dtype: torch.dtype) -> None:
     n, program = 129, case.program(129)
     problem, inputs = problem_of(case, n, dtype)
     generator = torch.Generator().manual_seed(len(case.name))
@@ -59,7 +59,7 @@ def test_bad_keys_and_values_reach_those_who_see_them_alone(case: Case, dtype: t
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_hidden_numbers_in_all_places(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+def test_nonfinite_hidden_keys_at_every_position_have_no_effect(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """Of a causal window each key in turn is bad, in one entry and one head."""
     threads(3)
     n, mask = 50, masks.window(5, 0)
@@ -85,7 +85,7 @@ def test_hidden_numbers_in_all_places(dtype: torch.dtype, threads: Callable[[int
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_an_infinite_key_reaches_no_rows_but_those_that_see_it(dtype: torch.dtype) -> None:
+def test_infinite_key_reaches_only_rows_that_see_it(dtype: torch.dtype) -> None:
     """Where its scores are -inf it has weight 0 and leaves no NaN: what such rows get is not promised."""
     q, k, v = (normal(1, 1, 40, 8, dtype=dtype, seed=seed) for seed in (1, 2, 3))
     q[..., 3] = q[..., 3].abs() + 0.5
@@ -114,7 +114,7 @@ def test_merge_of_bad_keys(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_queries_spoil_their_rows_alone(bad: float, dtype: torch.dtype) -> None:
+def test_nonfinite_queries_affect_only_their_rows(bad: float, dtype: torch.dtype) -> None:
     mask = masks.window(9) & ~masks.prefix(0) & ~masks.sinks(15)
     q, k, v = (
         normal(2, 4, 100, 8, dtype=dtype),
@@ -132,7 +132,7 @@ def test_bad_queries_spoil_their_rows_alone(bad: float, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("payload", [1, 0x155, 0x3FFFFF])
-def test_every_nan_is_a_nan(payload: int) -> None:
+def test_nan_payloads_propagate_as_nan(payload: int) -> None:
     """Whatever its lower bits hold."""
     for dtype, kind, bits in ((torch.float32, torch.int32, 0x7F800000), (torch.float64, torch.int64, 0x7FF << 52)):
         nan = torch.tensor(bits | payload, dtype=kind).view(dtype)
@@ -160,7 +160,7 @@ def test_scales(scale: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scale", [1e6, 1e20, 1e29, 1e31, -1e33, 1e36])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_huge_scores_are_still_seen(scale: float, dtype: torch.dtype) -> None:
+def test_huge_finite_scores_are_not_masked(scale: float, dtype: torch.dtype) -> None:
     """A row of keys whose scores all lie far below 0 is no dead row: one key has all the weight."""
     mask = masks.window(2, 0)
     _, problem = ragged(dtype, 8, 8, 60, 60, 0, mask)
@@ -171,7 +171,7 @@ def test_huge_scores_are_still_seen(scale: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), want, rtol=1e-3, atol=1e-3)
 
 
-def test_rows_that_see_nothing_send_nothing() -> None:
+def test_rows_without_keys_send_no_gradient() -> None:
     """Neither by their gradients, however large, nor by what their query holds."""
     for dtype in FLOATS:
         mask, problem = ragged(dtype, 8, 8, 60, 60, 0, masks.window(9) & ~masks.sinks(30))

@@ -48,7 +48,7 @@ def test_ragged_lengths(kv_len: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_nothing(q_len: int, kv_len: int, dtype: torch.dtype) -> None:
+def test_empty_queries_or_keys_give_zeros(q_len: int, kv_len: int, dtype: torch.dtype) -> None:
     mask, problem = ragged(dtype, 8, 6, q_len, kv_len)
     out, lse, *grads = problem.results()
     assert out.shape == (2, 4, q_len, 6)
@@ -64,7 +64,7 @@ def test_nothing(q_len: int, kv_len: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads_", [1, 2])
-def test_each_entry_at_its_own_position(dtype: torch.dtype, threads_: int, threads: Callable[[int], None]) -> None:
+def test_query_offset_per_batch_entry(dtype: torch.dtype, threads_: int, threads: Callable[[int], None]) -> None:
     threads(threads_)
     positions = (0, 100, 37, 299, 600)
     for mask in (masks.window(9, 0) | masks.sinks(2), masks.causal(), masks.segments(50), masks.window(60, dilation=4)):

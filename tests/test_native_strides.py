@@ -144,7 +144,7 @@ def test_merge_goes_on_from_any_layout(layout: Callable[[Tensor], Tensor], dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("apart", [16, 40, 64, 2048])
-def test_rows_anywhere_in_memory(apart: int, dtype: torch.dtype) -> None:
+def test_rows_at_any_memory_alignment(apart: int, dtype: torch.dtype) -> None:
     """What a kernel keeps of rows by where they lie is never taken for that of others: at many addresses, steps and lengths."""
     n, width = 331, 16
     q, grad_out = (normal(1, 5, n, width, dtype=dtype, seed=seed) for seed in (1, 2))

@@ -39,13 +39,13 @@ print("alive")
 """
 
 
-def test_code_of_endless_depth_is_an_error_or_a_result(fresh_python: Any) -> None:
+def test_deeply_nested_code_is_an_error_or_a_result(fresh_python: Any) -> None:
     """Masks of masks of masks: reading them may not run out of stack."""
     done = fresh_python("-c", DEEP)
     assert done.stdout.endswith("alive\n"), f"ended with {done.returncode}: {done.stderr[-2000:]}"
 
 
-def test_numbers_that_are_no_code() -> None:
+def test_malformed_code_raises() -> None:
     q, k, v = (normal(1, 1, 4, 4, dtype=torch.float32) for _ in range(3))
     good = encode(as_program(masks.causal()), 1)
     for code in ((), (1,), good[:-1], tuple(reversed(good)), (*good[:2], 3, *good[3:]), (2, *good[1:]), (10**15,) * 40):

@@ -40,7 +40,7 @@ def test_threads_do_not_change_a_bit(case: Case, threads: Callable[[int], None])
     ("heads", "kv_heads", "width", "dtype"),
     [(1, 1, 16, torch.float32), (3, 1, 10, torch.float32), (2, 1, 32, torch.bfloat16)],
 )
-def test_few_heads_wait_for_their_turns(
+def test_few_heads_are_deterministic_over_thread_counts(
     name: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
     n = 440  # of 40 by 11, and several tiles

@@ -38,7 +38,7 @@ def test_operations_are_those_of_the_kernel() -> None:
 
 @settings(max_examples=300)
 @given(st.data())
-def test_code_that_is_changed_never_crashes(native: Native, data: st.DataObject) -> None:
+def test_tampered_tapes_never_crash(native: Native, data: st.DataObject) -> None:
     """It raises, or computes something."""
     parameters = Parameters.of(HEADS, N, torch.float32)
     name = data.draw(st.sampled_from(("T5 buckets", "torch.where", "products of rows", "table[h, i - j]")))
@@ -68,13 +68,13 @@ UNTRANSLATABLE: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNTRANSLATABLE)
-def test_what_a_tape_cannot_express(name: str) -> None:
+def test_untranslatable_mods_raise_with_the_reason(name: str) -> None:
     mod, says = UNTRANSLATABLE[name]
     with pytest.raises(Untranslatable, match=says):
         encode(*trace_score_mod(mod, torch.float32))
 
 
-def test_sources_stand_alone() -> None:
+def test_tape_sources_need_no_torch() -> None:
     """Neither includes anything of torch."""
     for path in Path(SOURCES).glob("function*"):
         assert "torch/" not in path.read_text()

@@ -31,10 +31,11 @@ def test_score_mods(native: Native, name: str, dtype: torch.dtype) -> None:
 @given(
     st.lists(st.sampled_from(sorted(SCORE_MODS)), min_size=1, max_size=3, unique=True), DTYPES, DTYPES, SIZES, st.integers(0, 9)
 )
-def test_score_mods_one_after_the_other(
+def test_compositions_of_score_mods_equal_their_graph(
     native: Native, names: list[str], dtype: torch.dtype, of_tables: torch.dtype, size: tuple[int, int], seed: int
 ) -> None:
-    compare_scores(native, functions.score_mod(names, Parameters.of(HEADS, N, of_tables)), *size, dtype, seed)
+    mod = functions.score_mod(names, Parameters.of(HEADS, N, of_tables))
+    compare_scores(native, mod, *size, dtype, seed, tables=of_tables)
 
 
 @pytest.mark.parametrize("name", reductions(torch.zeros(1, 1)))
@@ -60,7 +61,7 @@ BANDS: dict[str, tuple[Callable[..., Any], int]] = {
 
 
 @pytest.mark.parametrize("name", BANDS)
-def test_blocks_that_intervals_decide(native: Native, name: str) -> None:
+def test_interval_arithmetic_classifies_blocks(native: Native, name: str) -> None:
     """Of 64 blocks of 8 x 8 at least so many."""
     graph, operands = trace_mask_mod(BANDS[name][0])
     blocks = [range(at, at + 8) for at in range(0, 64, 8)]

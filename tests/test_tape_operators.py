@@ -124,7 +124,7 @@ WHOLE: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_numbers(native: Native, name: str) -> None:
+def test_integer_operators(native: Native, name: str) -> None:
     compare_scores(native, lambda s, b, h, i, j: s + WHOLE[name](b, h, i, j).double(), 24, 40, torch.float64)
     compare_masks(native, lambda b, h, i, j: WHOLE[name](b, h, i, j) % 3 == 0, 24, 40)
 

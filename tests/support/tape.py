@@ -181,27 +181,39 @@ def compare_scores(
     dtype: torch.dtype,
     seed: int = 0,
     scores: Tensor | None = None,
+    tables: torch.dtype = torch.float64,
 ) -> None:
-    """Values and gradients of a score_mod against autograd of its graph."""
+    """Compare values and gradients of a score_mod with autograd of its graph.
+
+    lanes, keys: sizes of the tile.
+    dtype: of the scores.
+    tables: the lowest precision in which the mod itself computes.
+    """
     graph, operands = trace_score_mod(mod, dtype)
     q, k = positions(lanes, seed), positions(keys, seed + 1)
     generator = torch.Generator().manual_seed(seed)
+    tolerance = max(close(dtype), close(tables))
     if scores is None:
         scores = torch.randn(lanes, keys, generator=generator, dtype=torch.float64).to(dtype)
+    # 1. Values.
     x = scores.clone().requires_grad_()
-    want = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k)).broadcast_to(x.shape).to(dtype)
-    same(native.score(graph, operands, scores, q, k), want.detach(), close(dtype), "scores")
-    grad = torch.randn(want.shape, generator=generator, dtype=torch.float64).to(dtype)
+    expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k))
+    expected = expected.broadcast_to(x.shape).to(dtype)
+    got = native.score(graph, operands, scores, q, k)
+    same(got, expected.detach(), tolerance, "scores")
+    # 2. Gradients of the scores and of the operands.
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
     grad[0, 0] = 0
-    learned = [operand for operand in operands if operand.requires_grad]
-    if not want.requires_grad:
-        wanted = [torch.zeros_like(x), *map(torch.zeros_like, learned)]
-    else:
-        wanted = list(torch.autograd.grad(want, (x, *learned), grad, allow_unused=True, materialize_grads=True))
+    inputs = [x, *(operand for operand in operands if operand.requires_grad)]
+    expected_grads = [torch.zeros_like(leaf) for leaf in inputs]
+    if expected.requires_grad:
+        expected_grads = list(torch.autograd.grad(expected, inputs, grad, allow_unused=True, materialize_grads=True))
     of_scores, sums = native.backward(graph, operands, scores, grad, q, k)
-    same(of_scores, wanted[0], close(dtype), "gradient of the scores")
-    for got, expected in zip((total for total in sums if total is not None), wanted[1:], strict=True):
-        same(got, expected.to(dtype), 20 * max(close(dtype), close(expected.dtype)), "gradient of an operand")
+    same(of_scores, expected_grads[0], tolerance, "gradient of the scores")
+    totals = [total for total in sums if total is not None]
+    for total, expected_grad in zip(totals, expected_grads[1:], strict=True):
+        limit = 20 * max(tolerance, close(expected_grad.dtype))
+        same(total, expected_grad.to(dtype), limit, "gradient of an operand")
 
 
 def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int) -> int:

@@ -17,9 +17,6 @@ import hypothesis
 import pytest
 import torch
 
-# Failed asserts of helpers show their values, as those of tests do.
-pytest.register_assert_rewrite("tests.support")
-
 ROOT = Path(__file__).resolve().parents[1]
 
 # The same examples in every run, so that a red test is red for everybody; `--hypothesis-profile=search` looks for new ones.

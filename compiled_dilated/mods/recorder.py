@@ -138,6 +138,10 @@ class Recorder(TorchDispatchMode):
         return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_composite(func):
+            # Below autograd, as inside of the attention operator, torch leaves it to the mode.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         args, kwargs = list(args), dict(kwargs or {})
         name = str(func._schema.name).replace("::", ".")
         self._check(name, args)
@@ -365,6 +369,11 @@ class Recorder(TorchDispatchMode):
 def name_of(fn: object) -> str:
     """The name of a function, for error messages."""
     return str(getattr(fn, "__qualname__", type(fn).__name__))
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether an operator is defined by others, into which torch decomposes it."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _without_like(func: Any, name: str, args: list[Any], out: Tensor) -> tuple[Any, list[Any]]:

@@ -1,6 +1,7 @@
-"""The operator with its gradients, as Python calls it: eager, traced by torch.compile, under torch.func's transforms.
+"""The operator with its gradients for calls from Python: eager, compiled, under torch.func.
 
-attend_bound -> attend -> _Attention (autograd) -> compiled_dilated::attend, or what it runs where nobody traces the call
+attend_bound -> attend -> _Attention (autograd) -> compiled_dilated::attend
+                                                -> operators.run, if nothing traces the call
 """
 
 from __future__ import annotations
@@ -25,19 +26,16 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _apply(function: Any, *inputs: Any) -> Any:
-    """function.apply of an autograd function, whose apply torch leaves untyped."""
+    """function.apply, which torch leaves untyped."""
     return function.apply(*inputs)
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward as a function of its own, so that differentiating it once more raises instead of giving zeros."""
+    """The backward as an autograd function, whose own backward raises instead of giving zeros."""
 
     @staticmethod
-    def forward(
-        options: Options, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        *tensors: Tensor,
-    ) -> Any:  # fmt: skip
-        return _gradients(options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
+    def forward(options: Options, *tensors: Tensor) -> Any:
+        return _gradients(options, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -46,45 +44,68 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            "attention is not twice differentiable here: its gradient came from a fused backward kernel. "
+            "attention is not twice differentiable here: "
+            "its gradient came from a fused backward kernel. "
             "Use compiled_dilated.reference, which is dense, where second derivatives are needed"
         )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         options, *tensors = inputs
-        # Of learned operands every entry has a gradient of its own.
+        # Gradients of learned operands must not be summed over the vmapped dimension.
         if _operands_vary(options, in_dims[8:]) or options.learned:
             return _one_by_one(_Gradients, info.batch_size, in_dims, inputs)
-        batch = _batch_of(tensors[2], in_dims[3])
-        folded = [None if x is None else _fold(x, dim, info.batch_size) for x, dim in zip(tensors[:7], in_dims[1:8], strict=True)]
-        others = _fold_others(options, tensors[7:], in_dims[8:], info.batch_size, batch)
+        q = tensors[2]
+        batch = _batch_size(q, in_dims[3])
+        # grad_out, grad_lse, q, k, v, out and lse, then data and operands.
+        folded = []
+        for x, dim in zip(tensors[:7], in_dims[1:8], strict=True):
+            folded.append(None if x is None else _fold(x, dim, info.batch_size))
+        others = _fold_data(options, tensors[7:], in_dims[8:], info.batch_size, batch)
         *grads, learned = _apply(_Gradients, options, *folded, *others)
-        return (*(x.unflatten(0, (info.batch_size, -1)) for x in grads), learned), (0, 0, 0, None)
+        unfolded = [x.unflatten(0, (info.batch_size, -1)) for x in grads]
+        return (*unfolded, learned), (0, 0, 0, None)
 
 
 def _gradients(
-    options: Options, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    options: Options,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     *tensors: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     data, operands = options.split(tensors)
     if are_plain(grad_out, q, k, v, *tensors):
         return run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), data, operands, options)
+    saved = (q, k, v, out, lse, data, operands)
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = attend_backward_operator(
-        grad_out, grad_lse, q, k, v, out, lse, data, operands, *options.plain, list(options.learned)
+        grad_out, grad_lse, *saved, *options.plain, list(options.learned)
     )
     return gradients
 
 
 class _Attention(torch.autograd.Function):
-    """attend with its gradient: merged out and lse are saved, nothing else of size."""
+    """Attention with its gradient; saves its inputs, out and lse."""
 
     @staticmethod
     def forward(options: Options, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> Any:
         data, operands = options.split(tensors)
         if are_plain(q, k, v, *tensors):
             return run(q, k, v, data, operands, options)
-        return attend_operator(q, k, v, data, operands, *options.plain, options.training, is_by_token(q))
+        return attend_operator(
+            q,
+            k,
+            v,
+            data,
+            operands,
+            *options.plain,
+            options.training,
+            is_by_token(q),
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -100,28 +121,32 @@ class _Attention(torch.autograd.Function):
         if not options.wants_lse:
             grad_lse = None
         inputs = (options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
-        # torch.compile itself refuses to differentiate a compiled backward.
-        *grads, vector = _gradients(*inputs) if is_compiling() else _apply(_Gradients, *inputs)
-        operands = tensors[options.data :]
+        if is_compiling():  # torch.compile itself refuses second derivatives
+            *grads, vector = _gradients(*inputs)
+        else:
+            *grads, vector = _apply(_Gradients, *inputs)
         others: list[Tensor | None] = [None] * len(tensors)
-        for number, grad in zip(options.learned, unflat(vector, operands, options.learned), strict=True):
+        learned_grads = unflat(vector, tensors[options.data :], options.learned)
+        for number, grad in zip(options.learned, learned_grads, strict=True):
             others[options.data + number] = grad
         return None, *grads, *others
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         options, q, k, v, *tensors = inputs
+        size = info.batch_size
+        # Gradients of learned operands must not be summed over the vmapped dimension.
         if _operands_vary(options, in_dims[4:]) or options.learned:
-            return _one_by_one(_Attention, info.batch_size, in_dims, inputs)
-        batch = _batch_of(q, in_dims[1])
-        folded = [_fold(x, dim, info.batch_size) for x, dim in zip((q, k, v), in_dims[1:4], strict=True)]
-        others = _fold_others(options, tensors, in_dims[4:], info.batch_size, batch)
+            return _one_by_one(_Attention, size, in_dims, inputs)
+        batch = _batch_size(q, in_dims[1])
+        folded = [_fold(x, dim, size) for x, dim in zip((q, k, v), in_dims[1:4], strict=True)]
+        others = _fold_data(options, tensors, in_dims[4:], size, batch)
         out, lse = _apply(_Attention, options, *folded, *others)
-        return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+        return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
 class _EagerAttention(_Attention):
-    """The same outside of torch.compile, which refuses functions that define a jvp, even one that only explains."""
+    """Attention outside of torch.compile, which refuses functions that define a jvp."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -132,54 +157,93 @@ class _EagerAttention(_Attention):
 
 
 def _operands_vary(options: Options, dims: Sequence[int | None]) -> bool:
-    """Whether torch.vmap maps over operands: then each entry has a rule of its own."""
+    """Whether torch.vmap maps over operands, so that every entry has its own rule."""
     return any(dim is not None for dim in dims[options.data :])
 
 
 def _one_by_one(function: Any, size: int, dims: Sequence[Any], inputs: Sequence[Any]) -> Any:
-    """The entries of a vmap one after the other."""
+    """Call the function on every entry of the vmapped dimension and stack the results."""
     results = []
     for entry in range(size):
-        chosen = [x if dim is None else x.select(dim, entry) for x, dim in zip(inputs, dims, strict=True)]
-        results.append(_apply(function, *chosen))
+        arguments = []
+        for x, dim in zip(inputs, dims, strict=True):
+            arguments.append(x if dim is None else x.select(dim, entry))
+        results.append(_apply(function, *arguments))
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
 
 
-def _batch_of(x: Tensor, dim: int | None) -> int:
-    """The batch of x without its vmapped dimension."""
+def _batch_size(x: Tensor, dim: int | None) -> int:
+    """The batch size of x, its vmapped dimension left out."""
     return x.shape[1 if dim == 0 else 0]
 
 
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """A vmapped dimension becomes part of the batch."""
-    moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return moved.flatten(0, 1)
+    """x (..., size, ...) with the vmapped dimension as part of the batch."""
+    return _vmapped_first(x, dim, size).flatten(0, 1)
 
 
-def _fold_others(options: Options, tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int) -> list[Tensor]:
-    """Data folded like q, k and v; operands as they are."""
+def _vmapped_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    if dim is None:
+        return x.unsqueeze(0).expand(size, *x.shape)
+    return x.movedim(dim, 0)
+
+
+def _fold_data(
+    options: Options,
+    tensors: Sequence[Tensor],
+    dims: Sequence[int | None],
+    size: int,
+    batch: int,
+) -> list[Tensor]:
+    """Data folded like q, k and v, and operands unchanged.
+
+    size: of the vmapped dimension.
+    batch: of q. Data of batch 1 are expanded to it.
+    """
     folded = []
     for x, dim in zip(tensors[: options.data], dims, strict=False):
-        moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-        folded.append(moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1))
+        x = _vmapped_first(x, dim, size)
+        folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
     return [*folded, *tensors[options.data :]]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable. tensors: data, then operands."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    *tensors: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable.
+
+    tensors: data, then operands.
+    """
     if not options.training:
         data, operands = options.split(tensors)
         if is_compiling():
-            out, lse = attend_operator(q, k, v, data, operands, *options.plain, False, is_by_token(q))
+            out, lse = attend_operator(
+                q,
+                k,
+                v,
+                data,
+                operands,
+                *options.plain,
+                False,
+                is_by_token(q),
+            )
             return out, lse
         if are_plain(q, k, v, *tensors):
             return run(q, k, v, data, operands, options)
-    if is_compiling():  # which takes no tensor twice
-        k = k.view_as(k) if k is q else k
-        v = v.view_as(v) if v is q or v is k else v
-    function = _Attention if is_compiling() else _EagerAttention
-    results: tuple[Tensor, Tensor] = _apply(function, options, q, k, v, *tensors)
+    if not is_compiling():
+        results: tuple[Tensor, Tensor] = _apply(_EagerAttention, options, q, k, v, *tensors)
+        return results
+    # Dynamo takes no tensor twice.
+    if k is q:
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
+    results = _apply(_Attention, options, q, k, v, *tensors)
     return results
 
 
@@ -194,23 +258,38 @@ def attend_bound(
     wants_lse: bool,
     ring: Ring | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of a rule as text and its operands."""
+    """out and lse of a rule with its operands.
+
+    data: tensors that the masks read, in the order of their names.
+    wants_lse: whether the lse may get a gradient.
+    """
     operands = bound.operands
-    learned = tuple(slot for slot in bound.slots if operands[slot].is_floating_point() and trains(operands[slot]))
-    training = trains(q, k, v) or bool(learned)
-    options = Options(bound.rule, scale, q_offset, training, wants_lse, learned, len(data), ring)
+    learned = []
+    for slot in bound.slots:
+        if operands[slot].is_floating_point() and trains(operands[slot]):
+            learned.append(slot)
+    options = Options(
+        rule=bound.rule,
+        scale=scale,
+        q_offset=q_offset,
+        training=trains(q, k, v) or bool(learned),
+        wants_lse=wants_lse,
+        learned=tuple(learned),
+        data=len(data),
+        ring=ring,
+    )
     return attend(q, k, v, options, *data, *operands)
 
 
 def trains(*tensors: Tensor) -> bool:
-    """Whether a backward may follow."""
+    """Whether a backward through these tensors may follow."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether nobody traces or transforms the call.
+    """Whether no tracer, mode or transform observes the call.
 
-    Then the operator's own dispatch, longer than one query takes, is not needed.
+    Such a call skips the operator's dispatch, which takes longer than one query.
     """
     return (
         type(q) in _PLAIN
@@ -225,14 +304,18 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """The same of any tensors, which have data."""
+    """Whether `is_plain_call` is true of all tensors, and they have data."""
     q, k, v, *others = tensors
-    return is_plain_call(q, k, v) and q.device.type != "meta" and all(type(x) in _PLAIN for x in others)
+    if not is_plain_call(q, k, v) or q.device.type == "meta":
+        return False
+    return all(type(x) in _PLAIN for x in others)
 
 
 def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, rule: str, scale: float) -> Tensor:
-    """out of some queries of a sequence, the first at q_offset, without a gradient."""
+    """out of the queries from q_offset on, without a gradient."""
     if are_plain(q, k, v):
-        return run(q, k, v, None, None, Options(rule, scale, q_offset, False, False, (), 0))[0]
-    out: Tensor = attend_operator(q, k, v, None, None, rule, scale, q_offset, False, is_by_token(q))[0]
-    return out
+        out, _ = run(q, k, v, None, None, Options(rule, scale, q_offset, False, False, (), 0))
+        return out
+    by_token = is_by_token(q)
+    results: tuple[Tensor, Tensor] = attend_operator(q, k, v, None, None, rule, scale, q_offset, False, by_token)
+    return results[0]

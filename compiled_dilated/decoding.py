@@ -1,8 +1,8 @@
-"""Decoding token after token: one query against a cache, where nothing but the cache's length and the position is new.
+"""Decoding token by token: one query against a cache, with the checks of the first call only.
 
-token   q (B, Hq, 1, D), k and v (B, Hkv, M, D)      M grows, the rest stays
-first   every check, a plan, a lowering              then `learn` keeps what stays
-next    one range of keys, two slices, SDPA          as soon as the tensors are seen to be alike
+token   q (B, Hq, 1, D), k and v (B, Hkv, M, D)      only M and the position change
+first   every check, a plan, a lowering              then `learn` stores the mask
+next    one range of keys, two slices, SDPA          for tensors of the same kind
 """
 
 from __future__ import annotations
@@ -24,55 +24,81 @@ _MOST_KINDS = 64
 
 
 class Decoder:
-    """The mask of single queries, by the kind of their tensors.
+    """Attention of single queries by SDPA on a slice of the cache.
 
-    A mask and whether it is bounded, where all heads see the same and no data decides; None where each call goes through the
-    lowerings. It runs beside a kernel of tens of microseconds, so that each attribute that it reads counts.
+    Per kind of tensors it stores the mask and whether that is bounded; None where a call needs the
+    lowerings: heads differ, or data decides. It runs beside a kernel of tens of microseconds, so
+    that every attribute it reads counts.
     """
 
     def __init__(self, program: Program | PerLength) -> None:
         self._program = program
-        self._known: dict[tuple[Any, ...] | None, tuple[Mask, bool] | None] = {}
+        self._masks: dict[tuple[Any, ...] | None, tuple[Mask, bool] | None] = {}
 
     def learn(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Remember tensors that passed every check: others of their kind pass them too, whatever the cache's length."""
-        if q.shape[2] != 1 or not _are_plain(q, k, v) or (kind := _kind(q, k, v)) is None or kind in self._known:
+        """Remember the kind of tensors that passed every check.
+
+        Tensors of the same kind pass the checks too, for any length of the cache.
+        """
+        if q.shape[2] != 1 or not _are_plain(q, k, v):
             return
-        if len(self._known) >= _MOST_KINDS:
-            self._known.clear()
-        program = self._program.at(1) if isinstance(self._program, PerLength) else self._program
-        groups = [group for branch in program.branches for group in head_groups(branch, q.shape[1], k.shape[1])]
-        self._known[kind] = None
-        if len(groups) == 1 and groups[0][1].count == q.shape[1] and not groups[0][0].per_call:
-            mask = conjunction(narrowed(conjuncts(groups[0][0])))
-            self._known[kind] = mask, mask.is_bounded
+        kind = _kind(q, k, v)
+        if kind is None or kind in self._masks:
+            return
+        if len(self._masks) >= _MOST_KINDS:
+            self._masks.clear()
+        program = self._program
+        if isinstance(program, PerLength):
+            program = program.at(1)
+        groups = []
+        for branch in program.branches:
+            groups += head_groups(branch, q.shape[1], k.shape[1])
+        self._masks[kind] = None
+        # SDPA on one slice: one branch, the same mask for all heads, and no data.
+        if len(groups) == 1:
+            mask, head_range = groups[0][:2]
+            if head_range.count == q.shape[1] and not mask.per_call:
+                mask = conjunction(narrowed(conjuncts(mask)))
+                self._masks[kind] = mask, mask.is_bounded
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
-        """out (B, Hq, 1, D); None where a check is due or the keys are no one range."""
-        if type(q_offset) is not int or not 0 <= q_offset <= MOST or not _is_plain_scale(scale) or not _are_plain(q, k, v):
+        """out (B, Hq, 1, D); None where checks are needed or the keys are not one range."""
+        if type(q_offset) is not int or not 0 <= q_offset <= MOST:
             return None
-        known = self._known.get(_kind(q, k, v))
-        if known is None:
+        if not _is_plain_scale(scale) or not _are_plain(q, k, v):
             return None
-        (mask, is_bounded), kv_len = known, k.shape[2]
+        entry = self._masks.get(_kind(q, k, v))
+        if entry is None:
+            return None
+        mask, is_bounded = entry
+        kv_len = k.shape[2]
         if is_bounded:
             mask.check(range(q_offset, q_offset + 1), kv_len)
-        spans = mask.keys_of(q_offset, kv_len)
-        if spans is None or len(spans) != 1 or not spans[0]:
+        ranges = mask.keys_of(q_offset, kv_len)
+        if ranges is None or len(ranges) != 1 or not ranges[0]:
             return None
-        (span,) = spans
-        seen = slice(span.start, span.stop, span.step)
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=grouped)
+        (keys,) = ranges
+        seen = slice(keys.start, keys.stop, keys.step)
+        is_grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(
+            q,
+            k[:, :, seen],
+            v[:, :, seen],
+            scale=scale,
+            enable_gqa=is_grouped,
+        )
 
 
 def _is_plain_scale(scale: Any) -> bool:
-    """Whether SDPA takes the scale as it is: none, or a finite positive number."""
+    """Whether SDPA accepts the scale: None, or a finite positive float."""
     return scale is None or (type(scale) is float and 0.0 < scale < math.inf)
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
-    """All that a check looks at and that stays from token to token; None of a cache of two kinds."""
+    """The shapes, dtype and device that checks depend on, without the cache's length.
+
+    None where k and v differ in shape, dtype or device.
+    """
     shape, dtype, device = k.shape, q.dtype, q.device
     if (
         len(shape) != 4
@@ -88,5 +114,7 @@ def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
 
 
 def _are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are tensors that nobody traces, transforms, casts or differentiates."""
-    return autograd.is_plain_call(q, k, v) and not _is_any_autocast_enabled() and not autograd.trains(q, k, v)
+    """Whether the call is not traced, transformed, autocast or differentiated."""
+    if not autograd.is_plain_call(q, k, v) or _is_any_autocast_enabled():
+        return False
+    return not autograd.trains(q, k, v)

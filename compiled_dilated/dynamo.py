@@ -1,10 +1,11 @@
-"""Functions inside torch.compile: how Dynamo traces a score_mod or a mask_mod of ours, tensors and numbers that it captures too.
+"""score_mods and mask_mods inside torch.compile: a higher-order operator for Dynamo.
 
-    attend_with_functions(frame, q, ..., mask_mods, score_mod)      in the user's code
-    -> a node that holds the functions as subgraphs, and what they capture as its arguments      in Dynamo's graph
-    -> compiled_dilated::attend with the rule as text      in all graphs after that, exported ones too
+    attend_with_functions(frame, q, ..., mask_mods, score_mod)   in the user's code
+    -> a node with the functions as subgraphs and their captured
+       tensors and numbers as arguments                          in Dynamo's graph
+    -> compiled_dilated::attend with the rule as text            in all later graphs, exported too
 
-The way is FlexAttention's own, whose tracing of a function this uses. Imported when the first graph with a function is traced.
+It reuses FlexAttention's tracing of a function. Imported with the first graph that has a function.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .rules import bind
 
 
 class _AttendWithFunctions(HigherOrderOperator):
-    """Never dispatched: where it is called, functions are traced to text and the call becomes one of the operator."""
+    """Traces its functions to text and calls the attention operator; never dispatched itself."""
 
     def __init__(self) -> None:
         super().__init__("compiled_dilated_attend", cacheable=True)  # type: ignore[no-untyped-call]
@@ -45,16 +46,21 @@ class _AttendWithFunctions(HigherOrderOperator):
         score_mod: Any,
         captured: Sequence[Sequence[Any]] = (),
     ) -> tuple[Tensor, Tensor]:
-        """out and lse. captured: what Dynamo lifted out of each function, the score_mod's last."""
+        """out and lse of the rule with its functions.
+
+        captured: tensors and numbers that Dynamo lifted out of every function, the score_mod's last.
+        """
         if captured:
-            functions = [_bound(fn, values) for fn, values in zip((*mask_mods, score_mod), captured, strict=True)]
+            functions = []
+            for fn, values in zip((*mask_mods, score_mod), captured, strict=True):
+                functions.append(_bound(fn, values))
             *mask_mods, score_mod = functions
         bound = bind(frame, literals, mask_mods, score_mod, lse_dtype(q.dtype))
         return attend_bound(bound, q, k, v, data, scale, q_offset, wants_lse)
 
 
 def _bound(fn: Any, captured: Sequence[Any]) -> Any:
-    """A subgraph with what it captures; numbers that vary become tensors, which a graph can carry."""
+    """A subgraph with its captured tensors; symbolic numbers become tensors."""
     if fn is None:
         return None
     tensors = [x if isinstance(x, Tensor) else as_tensor(x) for x in captured]
@@ -69,28 +75,28 @@ attend_with_functions = _AttendWithFunctions()
 
 
 class _Variable(dynamo.FlexAttentionHigherOrderVariable):
-    """How Dynamo traces the call: each function as a subgraph called with scalars."""
+    """Dynamo's tracing of the call: every function as a subgraph of scalars."""
 
     _HOP_NAME = "torch.ops.higher_order.compiled_dilated_attend"
 
     def _call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         *plain, mask_mods, score_mod = args
         query = plain[1]
+        # 1. One subgraph a function; `lifted` are its captured values, in this graph.
         nodes, captured = [], []
         for mask_mod in mask_mods.items:
             node, lifted = self.create_wrapped_node(tx, query, mask_mod, "mask_fn")
             nodes.append(node)
             captured.append(lifted)
-        score_node = None
-        if not (score_mod.is_python_constant() and score_mod.as_python_constant() is None):
-            score_node, lifted = self.create_wrapped_node(tx, query, score_mod, "score_mod")
-            captured.append(lifted)
+        if score_mod.is_python_constant() and score_mod.as_python_constant() is None:
+            score_node, lifted = None, ()
         else:
-            captured.append(())
+            score_node, lifted = self.create_wrapped_node(tx, query, score_mod, "score_mod")
+        captured.append(lifted)
+        # 2. The node that calls the operator with the subgraphs.
         proxies, _ = proxy_args_kwargs(plain, {})
-        proxy = tx.output.create_proxy(
-            "call_function", self.value, args=(*proxies, tuple(nodes), score_node, tuple(captured)), kwargs={}
-        )
+        arguments = (*proxies, tuple(nodes), score_node, tuple(captured))
+        proxy = tx.output.create_proxy("call_function", self.value, args=arguments, kwargs={})
         return wrap_fx_proxy(tx=tx, proxy=proxy, example_value=None)
 
 

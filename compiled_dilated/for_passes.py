@@ -1,4 +1,4 @@
-"""What passes/ is told of attention by a program: what it holds, how long it takes, and how to ask for some of its queries."""
+"""The attention operator's cost, workspace and computation by rows, for the passes."""
 
 from __future__ import annotations
 
@@ -19,29 +19,40 @@ from .plans import Cost
 from .programs import PerLength
 from .rules import Rule, read_rule
 
-# A backward's products, as a share of the forward's: five against two.
+# Matrix products of a backward per product of a forward: five to two.
 _BACKWARD_WORK = 2.5
 
 
-def tell() -> None:
-    """Once in a process; a compiled graph asks for it by the operator's name."""
-    forward, backward = torch.ops.compiled_dilated.attend.default, torch.ops.compiled_dilated.attend_backward.default
-    attention(forward, read=_read, reach=lambda start, stop, tokens, **_: (0, tokens), part=_part, flops=_flops)
-    workspace(forward, lambda *call, **named: _called(forward, call, named).peak_bytes)
-    costs.register(forward, lambda *call, out, **named: Work(_called(forward, call, named).dense_flops))
-    workspace(backward, lambda *call, **named: _called(backward, call, named).backward_bytes)
-    costs.register(backward, lambda *call, out, **named: Work(_BACKWARD_WORK * _called(backward, call, named).dense_flops))
+def register() -> None:
+    """Register the attention operator's cost, workspace and rows with passes. Idempotent."""
+    forward = torch.ops.compiled_dilated.attend.default
+    backward = torch.ops.compiled_dilated.attend_backward.default
+
+    def forward_work(*call: Any, out: Any, **named: Any) -> Work:
+        return Work(_cost_of_call(forward, call, named).dense_flops)
+
+    def backward_work(*call: Any, out: Any, **named: Any) -> Work:
+        return Work(_BACKWARD_WORK * _cost_of_call(backward, call, named).dense_flops)
+
+    attention(forward, read=_read, reach=_reach, part=_part, flops=_flops)
+    workspace(forward, lambda *call, **named: _cost_of_call(forward, call, named).peak_bytes)
+    costs.register(forward, forward_work)
+    workspace(backward, lambda *call, **named: _cost_of_call(backward, call, named).backward_bytes)
+    costs.register(backward, backward_work)
 
 
-def _called(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[str, Any]) -> Cost:
-    """Of a call of the operator or of its gradient, whose plan is one for training."""
-    given = dict(zip((each.name for each in op._schema.arguments), call, strict=False)) | named
-    rule = read_rule(given["rule"], given["operands"])
-    return _cost(given["q"], given["k"], given["v"], rule, given["q_offset"], given.get("training", True))
+def _cost_of_call(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[str, Any]) -> Cost:
+    """The cost of a call of the operator or of its backward, which is planned for training."""
+    arguments = dict(named)
+    for parameter, value in zip(op._schema.arguments, call, strict=False):
+        arguments.setdefault(parameter.name, value)
+    rule = read_rule(arguments["rule"], arguments["operands"])
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    return _cost(q, k, v, rule, arguments["q_offset"], arguments.get("training", True))
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, rule: Rule, q_offset: int, training: bool) -> Cost:
-    """Of the plan; nothing of a ring, whose ranks plan each step for themselves."""
+    """The cost of the plan; zero for a ring, whose ranks plan every step."""
     if rule.ring is not None or not (q.numel() and k.numel() and v.numel()):
         return Cost(0, 0, 0, 0, 0, 0.0)
     return operators.plan_of(rule, q, k, v, q_offset, training).cost
@@ -59,24 +70,41 @@ def _read(
     training: bool,
     by_token: bool,
 ) -> dict[str, Any] | None:
-    """The call's options; None of what needs all queries.
+    """Options with which a call can be computed by rows; None if it needs all queries.
 
-    That are orders, rings, functions, data, long lists, a lowering or an offset by hand.
+    Orders, rings, functions, data, long lists, an explicit lowering or an offset need all.
     """
     if data or operands:
         return None
-    meaning = read_rule(rule, None)
-    if meaning.ring is not None or meaning.score_mod is not None or isinstance(meaning.program, PerLength):
+    parsed = read_rule(rule, None)
+    program = parsed.program
+    if parsed.ring is not None or parsed.score_mod is not None or isinstance(program, PerLength):
         return None
-    ordered = any(branch.order != identity() for branch in meaning.program.branches)
-    by_hand = meaning.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0
-    return None if ordered or by_hand else {"rule": rule, "scale": scale}
+    if any(branch.order != identity() for branch in program.branches):
+        return None
+    if parsed.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0:
+        return None
+    return {"rule": rule, "scale": scale}
+
+
+def _reach(start: int, stop: int, tokens: int, **_: Any) -> tuple[int, int]:
+    """The range of keys that rows start .. stop read: all of them."""
+    return 0, tokens
 
 
 def _flops(q: Tensor, k: Tensor, v: Tensor, *, rule: str, scale: float) -> float:
     return _cost(q, k, v, read_rule(rule, None), 0, training=False).dense_flops
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, rule: str, scale: float) -> Tensor:
+def _part(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    first: int,
+    *,
+    rule: str,
+    scale: float,
+) -> Tensor:
     assert first == 0  # masks count keys from the first
     return autograd.part(q, k, v, start, rule, scale)

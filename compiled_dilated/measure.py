@@ -1,4 +1,4 @@
-"""Time and memory of functions, what they were measured on, and the file that the numbers go to."""
+"""Time and peak memory of functions, the hardware they ran on, and files of results."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ _SAMPLE_SECONDS = 0.001
 
 
 def hardware() -> dict[str, Any]:
-    """What a figure depends on: processor, cores, memory in bytes, threads in use, versions, the GPU or None, the date (UTC)."""
+    """Processor, cores, memory in bytes, threads, GPU, versions and date (UTC)."""
     import psutil
 
-    gpu = torch.cuda.is_available()
+    gpu_name, gpu_memory_bytes = None, None
+    if torch.cuda.is_available():
+        gpu_name = torch.cuda.get_device_name()
+        gpu_memory_bytes = torch.cuda.get_device_properties(0).total_memory
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
+        "gpu": gpu_name,
+        "gpu_memory_bytes": gpu_memory_bytes,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -63,11 +66,18 @@ def _own_version() -> str | None:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, seconds: float = math.inf
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each function, one call of each in turn, so that a drift of the machine hits all alike.
+    """Seconds of every call, by function, the functions called in turn.
 
-    repeats: turns that count, after `warmup` that do not. seconds: no turn but the first that counts starts later than that.
+    In turn, so that a drift of the machine affects all functions.
+
+    repeats: turns that are measured.
+    warmup: turns before them.
+    seconds: after this time no further turn starts, but for the first measured one.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
@@ -82,7 +92,7 @@ def interleaved(
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, work queued on a GPU included."""
+    """Seconds of one call, with the work that it queues on a GPU."""
     _synchronize()
     started = time.perf_counter()
     result = function()
@@ -98,15 +108,16 @@ def _synchronize() -> None:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value."""
+    """The median of some values."""
     return statistics.median(values)
 
 
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
-    """Most bytes held at once during one call, its result included, beyond what was held before it.
+    """Peak bytes during one call, its result included, above those before it.
 
-    On a CPU the resident set of this process (the kernel's own high-water mark on Linux, samples every millisecond elsewhere),
-    on a GPU torch's allocator. Memory that is reserved and never touched does not count.
+    CPU: the resident set of this process, by the kernel's high-water mark on Linux, by samples
+    every millisecond elsewhere. GPU: torch's allocator. Memory that is reserved and never touched
+    does not count.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -114,7 +125,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         timed(function)
         return torch.cuda.max_memory_allocated() - before
-    give_back_freed_memory()  # it would hide what the call takes
+    give_back_freed_memory()  # the call could reuse it without a rise of the resident set
     before = resident_bytes()
     with resident_peak() as peak:
         timed(function)
@@ -122,7 +133,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are in memory now."""
+    """Resident bytes of this process."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -130,7 +141,12 @@ def resident_bytes() -> int:
 
 @contextlib.contextmanager
 def resident_peak() -> Iterator[Callable[[], int]]:
-    """The most bytes of this process in memory at once, within the block: `with resident_peak() as peak: ...; peak()`."""
+    """Peak resident bytes of this process within the block.
+
+    >>> with resident_peak() as peak:  # doctest: +SKIP
+    ...     work()
+    >>> peak()  # doctest: +SKIP
+    """
     try:
         _RESET_PEAK.write_text("5")
     except OSError:
@@ -165,9 +181,13 @@ def _sampled_peak() -> Iterator[Callable[[], int]]:
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """The file, whole or not at all: an interrupted run leaves what was there before."""
+    """Write a file atomically: an interrupted run leaves the old content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent,
+        prefix=f".{path.name}.",
+        delete=False,
+    ) as file:
         try:
             file.write(content if isinstance(content, bytes) else content.encode())
             file.close()
@@ -180,12 +200,12 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def _umask() -> int:
-    """The mask of new files' permissions, which can only be read by setting it."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """A record as an indented JSON file, written whole or not at all."""
+    """Write a record as an indented JSON file, atomically."""
     write(path, json.dumps(record, indent=1) + "\n")

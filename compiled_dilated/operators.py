@@ -1,9 +1,10 @@
-"""Attention by a rule as one differentiable operator: opaque to torch.compile and torch.export, one node for any length.
+"""Attention by a rule as one differentiable operator, one graph node for any length.
 
     compiled_dilated::attend -> rules.read_rule -> planner.plan_for -> lowerings.execute, or a ring
 
-The operator's arguments say all that it computes: the rule is a text (see rules.py), and what functions capture are operands.
-Nothing inside depends on modes of the caller.
+Opaque to torch.compile and torch.export. Its arguments define all that it computes: the rule is a
+text (see rules.py), and tensors that functions capture are operands. Modes of the caller have no
+effect inside.
 """
 
 from __future__ import annotations
@@ -33,21 +34,24 @@ from .masks.functions import digest
 from .mods import Mod, flat, sums_dtype, unflat, without_autocast
 from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
 from .plans import Plan, Problem, Scores, problem_of
-from .programs import PerLength
+from .programs import PerLength, Program
 from .ring.rings import Ring
 from .rules import Rule, read_rule, reads_contents, score_slots
 
 
 @dataclass(frozen=True)
 class Options:
-    """A call's arguments that are no tensors.
+    """The arguments of a call other than tensors.
 
     rule: as text.
+    scale: factor of q . k.
+    q_offset: position of the first query.
     training: whether a backward may follow.
-    wants_lse: whether a gradient of the lse may come; the compiler sends zeros where nothing uses it, which are work.
-    learned: the operands that get gradients.
-    data: how many of the tensors behind q, k and v are data; the others are operands.
-    ring: the caller's own, whose ledger it reads; the text makes another one.
+    wants_lse: whether the lse may get a gradient. The compiler passes zeros where nothing uses it,
+        which would cost work.
+    learned: numbers of the operands that get gradients.
+    data: how many of the tensors after q, k and v are data; the others are operands.
+    ring: the caller's own, whose ledger is updated; by default one is created from the text.
     """
 
     rule: str
@@ -61,71 +65,115 @@ class Options:
 
     @property
     def plain(self) -> tuple[str, float, Any]:
-        """What the operator takes as it is: rule, scale and q_offset."""
+        """The operator's arguments rule, scale and q_offset."""
         return self.rule, self.scale, self.q_offset
 
-    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
-        """Data and operands; None where there are none, as AOTInductor has it."""
+    def split(
+        self,
+        tensors: Sequence[Tensor],
+    ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
+        """Data and operands; None for an empty list, which AOTInductor cannot express."""
         return tensors[: self.data] or None, tensors[self.data :] or None
 
 
-# Plans ----------------------------------------------------------------------------------------------------------------------
+# Plans --------------------------------------------------------------------------------------
 
 
-def plan_of(rule: Rule, q: Tensor, k: Tensor, v: Tensor, q_offset: int, training: bool, score_mod: Mod | None = None) -> Plan:
-    """The plan for tensors of these shapes, made when they first come. score_mod: of the call."""
-    program = rule.program.at(q.shape[2]) if isinstance(rule.program, PerLength) else rule.program
+def plan_of(
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offset: int,
+    training: bool,
+    score_mod: Mod | None = None,
+) -> Plan:
+    """The plan for tensors of these shapes, from the cache after the first call.
+
+    training: whether a backward may follow.
+    score_mod: of the call.
+    """
+    program = _program_at(rule, q.shape[2])
     if planner.takes_any_offset(q.shape[2], training, rule.lowering):
-        program.check(1, k.shape[2], q_offset)  # its plan may have been made for another position
-    problem = problem_of(program, q.shape, k.shape, v.shape, q.dtype, q.device.type, q_offset, training, Scores.of(score_mod))
+        # The cached plan was checked for the position of another call.
+        program.check(1, k.shape[2], q_offset)
+    scores = Scores.of(score_mod)
+    shapes = (q.shape, k.shape, v.shape)
+    problem = problem_of(program, *shapes, q.dtype, q.device.type, q_offset, training, scores)
     return planner.plan_for(problem, rule.lowering)
 
 
-def ring_problem(rule: Rule, written: str, ring: Ring, q: Tensor, k: Tensor, v: Tensor, call: Call | None = None) -> Problem:
-    """What all ranks together compute, given the tensors of this process; the same forward and backward.
+def _program_at(rule: Rule, tokens: int) -> Program:
+    if isinstance(rule.program, PerLength):
+        return rule.program.at(tokens)
+    return rule.program
 
-    written: the rule as text. call: what the ranks must agree in too.
+
+def ring_problem(
+    rule: Rule,
+    written: str,
+    ring: Ring,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call | None = None,
+) -> Problem:
+    """The problem of all ranks together, the same forward and backward.
+
+    written: the rule as text.
+    q, k, v: the tensors of this process.
+    call: options that the ranks must agree on too.
+
+    Raises ValueError, on every rank, where the ranks disagree.
     """
     about = {"the program, the layout or a function": f"{rule.program!r} over {ring!r}: {written}"}
+    data = {} if call is None else call.data
     if ring.sharded and call is not None:
         about["the scale"] = str(call.scale)
-        about |= {f"data[{name!r}] (of the whole sequence)": digest(x) for name, x in call.data.items()}
+        for name, x in data.items():
+            about[f"data[{name!r}] (of the whole sequence)"] = digest(x)
         captured = () if call.score_mod is None else call.score_mod.operands
         about["what the score_mod captures"] = str([digest(x) for x in captured])
     tokens = ring.transport.tokens(q, k, v, about)
-    for name, x in ({} if call is None else call.data).items():
+    for name, x in data.items():
         if name in rule.names and x.shape[1] < tokens:
             raise ValueError(
-                f"data[{name!r}] must hold all {tokens} tokens of the ring's sequence on every rank; got shape {tuple(x.shape)}. "
+                f"data[{name!r}] must hold all {tokens} tokens of the ring's sequence on every rank; "
+                f"got shape {tuple(x.shape)}. "
                 "Pass the data of the whole sequence, not that of a shard"
             )
-    program = rule.program.at(tokens) if isinstance(rule.program, PerLength) else rule.program
+    # The shapes of the whole sequence: q, k and v of this process may be a shard.
     q_shape, k_shape, v_shape = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
+    device = q.device.type
     scores = None if call is None else Scores.of(call.score_mod)
-    return problem_of(program, q_shape, k_shape, v_shape, q.dtype, q.device.type, 0, False, scores)
+    program = _program_at(rule, tokens)
+    return problem_of(program, q_shape, k_shape, v_shape, q.dtype, device, 0, False, scores)
 
 
-# Written out: torch's own reading of annotations knows no optional lists of tensors, which AOTInductor makes of empty ones.
+# Explicit schemas: torch infers no optional lists of tensors, which AOTInductor makes of empty ones.
 _OTHERS = "Tensor[]? data, Tensor[]? operands, str rule, float scale, SymInt q_offset"
 _INPUTS = f"Tensor q, Tensor k, Tensor v, {_OTHERS}"
 _SAVED = f"Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OTHERS}"
 
 
-# The operator ---------------------------------------------------------------------------------------------------------------
+# The operator -------------------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as kernels read it; other strides may be any."""
+    """x with its last dimension contiguous, as kernels need; other strides are free."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _is_empty(whole: Problem | None, *tensors: Tensor) -> bool:
-    """Whether there is nothing to compute: for all ranks together, or for these tensors."""
-    return whole.empty if whole is not None else not all(x.numel() for x in tensors)
+    """Whether the problem of all ranks, or these tensors, are empty."""
+    if whole is not None:
+        return whole.empty
+    return not all(x.numel() for x in tensors)
 
 
-# What a dispatch mode of the caller, such as the one around the first run of a compiled graph, takes from torch.vmap.
-_OF_VMAP = tuple(
+# Dispatch keys of torch.vmap. A dispatch mode of the caller excludes them, such as the one around
+# the first run of a compiled graph.
+_VMAP_KEYS = tuple(
     key
     for name, key in DispatchKey.__members__.items()
     if name.startswith("FuncTorch") or name in ("ADInplaceOrView", "PythonTLSSnapshot")
@@ -134,21 +182,27 @@ _OF_VMAP = tuple(
 
 @contextmanager
 def _own_modes() -> Iterator[None]:
-    """Without the caller's autocast and dispatch modes, which would change what is computed."""
+    """Disable the caller's autocast and dispatch modes, which would change the result."""
     below_a_mode = _dispatch_tls_is_dispatch_key_excluded(DispatchKey.FuncTorchBatched)
     with ExitStack() as stack:
         if _is_any_autocast_enabled():
             stack.enter_context(without_autocast())
         if below_a_mode:
             excluded = _dispatch_tls_local_exclude_set()
-            for key in _OF_VMAP:
+            for key in _VMAP_KEYS:
                 excluded = excluded.remove(key)
-            stack.enter_context(_ForceDispatchKeyGuard(_dispatch_tls_local_include_set(), excluded))
+            included = _dispatch_tls_local_include_set()
+            stack.enter_context(_ForceDispatchKeyGuard(included, excluded))
         yield
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    data: Sequence[Tensor] | None,
+    operands: Sequence[Tensor] | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     rule = read_rule(options.rule, operands)
     ring = rule.ring if options.ring is None else options.ring
@@ -156,52 +210,71 @@ def _forward(
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
     whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
     if _is_empty(whole, q, k, v):
-        return empty_out(q, v, is_by_token(q)).zero_(), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+        lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
+        return empty_out(q, v, is_by_token(q)).zero_(), lse
+    q, k, v = _rows(q), _rows(k), _rows(v)
     if ring is not None and whole is not None:
-        return ring.forward(whole, call, *map(_rows, (q, k, v)))
+        return ring.forward(whole, call, q, k, v)
     plan = plan_of(rule, q, k, v, options.q_offset, options.training, call.score_mod)
     _check_offsets(plan, call)
-    return execute.forward(plan, call, *map(_rows, (q, k, v)))
+    return execute.forward(plan, call, q, k, v)
 
 
 def _check_offsets(plan: Plan, call: Call) -> None:
     if call.offsets is not None and plan.lowering != "native":
         raise ValueError(
-            "q_offset as a tensor, one position for each sequence, is computed by the lowering 'native' alone, which is not "
-            f"possible here: the plan is {plan.lowering!r} on {plan.problem.device}. "
+            "q_offset as a tensor, one position for each sequence, is computed by the lowering "
+            "'native' alone, which is not possible here: "
+            f"the plan is {plan.lowering!r} on {plan.problem.device}. "
             "Call the sequences one by one, each with a number"
         )
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    data: Sequence[Tensor] | None,
+    operands: Sequence[Tensor] | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, N, Dv) and lse (B, Hq, N), without the operator's dispatch."""
     with _own_modes():
         return _forward(q, k, v, data, operands, options)
 
 
 def run_backward(
-    saved: Saved, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
+    saved: Saved,
+    data: Sequence[Tensor] | None,
+    operands: Sequence[Tensor] | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous, and those of the learned operands in one vector."""
+    """Contiguous gradients of q, k and v, and of the learned operands as one vector."""
     with _own_modes():
         rule = read_rule(options.rule, operands)
-        ring = rule.ring if options.ring is None else options.ring
         call = rule.call(data, operands, options.scale, options.q_offset, options.learned)
         saved = saved.map(_rows)
-        whole = None if ring is None else ring_problem(rule, options.rule, ring, saved.q, saved.k, saved.v, call)
-        if _is_empty(whole, saved.q, saved.k, saved.v):
-            gradients = [torch.zeros_like(x) for x in (saved.q, saved.k, saved.v)]
-        elif ring is not None and whole is not None:
-            gradients = [*ring.backward(whole, call, saved)]
-        else:
-            plan = plan_of(rule, saved.q, saved.k, saved.v, options.q_offset, True, call.score_mod)
-            gradients = [*execute.backward(plan, call, saved)]
+        gradients = _backward(rule, call, saved, options)
         sums = () if call.score_mod is None else call.score_mod.sums
         learned = flat(sums, saved.q)
-        # One by one: of what has been copied the original is freed.
-        grad_q, grad_k, grad_v = (gradients.pop(0).contiguous() for _ in range(3))
+        # One by one, so that an original is freed before the next one is copied.
+        grad_q = gradients.pop(0).contiguous()
+        grad_k = gradients.pop(0).contiguous()
+        grad_v = gradients.pop(0).contiguous()
         return grad_q, grad_k, grad_v, learned
+
+
+def _backward(rule: Rule, call: Call, saved: Saved, options: Options) -> list[Tensor]:
+    """Gradients of q, k and v; those of operands are added to the call's sums."""
+    q, k, v = saved.q, saved.k, saved.v
+    ring = rule.ring if options.ring is None else options.ring
+    whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
+    if _is_empty(whole, q, k, v):
+        return [torch.zeros_like(x) for x in (q, k, v)]
+    if ring is not None and whole is not None:
+        return [*ring.backward(whole, call, saved)]
+    plan = plan_of(rule, q, k, v, options.q_offset, True, call.score_mod)
+    return [*execute.backward(plan, call, saved)]
 
 
 @torch.library.custom_op(
@@ -213,7 +286,7 @@ def attend_operator(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = Options(rule, scale, q_offset, training, True, (), len(data or ()))
     out, lse = run(q, k, v, data, operands, options)
-    return laid_out(out, by_token), lse.contiguous()  # as the compiler was told
+    return laid_out(out, by_token), lse.contiguous()  # the strides of the fake results
 
 
 @attend_operator.register_fake
@@ -251,20 +324,33 @@ def _(
 
 @attend_operator.register_torch_dispatch(ProxyTorchDispatchMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """In a graph stands the native operator where it computes the rule: what holds it runs without Python too."""
+    """Trace the native operator where it computes the rule: such a graph runs without Python."""
     checks.no_onnx_export()
     q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
-    work, slots = None, score_slots(rule)
+    work = None
+    # Contents of operands, as long lists stored in them, have no values in a trace.
     if not reads_contents(rule):
         meaning = read_rule(rule, operands)
         scores = Scores.of(meaning.call(data, operands, scale, 0).score_mod)
-        work = None if meaning.ring else native.work_of_graph(meaning.program, meaning.lowering, scores, q, k, v)
+        if meaning.ring is None:
+            work = native.work_of_graph(meaning.program, meaning.lowering, scores, q, k, v)
     if work is None:
         return mode.__torch_dispatch__(func, types, args, kwargs)
     with mode:
-        inputs = work.of_operator(data, operands, slots)
+        inputs = work.of_operator(data, operands, score_slots(rule))
+        # Behind the program's data may come one position for each sequence.
         offsets = data[-1].squeeze(1) if len(data or ()) > len(work.names) else None
-        return torch.ops.compiled_dilated.native.default(q, k, v, *inputs, work.code, scale, q_offset, offsets, by_token)
+        return torch.ops.compiled_dilated.native.default(
+            q,
+            k,
+            v,
+            *inputs,
+            work.code,
+            scale,
+            q_offset,
+            offsets,
+            by_token,
+        )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -273,13 +359,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(q, k, v, *output, *(data or ()), *(operands or ()))
 
 
-def _differentiated(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     data, operands = tensors[: ctx.data], tensors[ctx.data :]
-    wanted = ctx.needs_input_grad[4] if operands else ()
-    learned = [slot for slot in score_slots(ctx.rule) if wanted[slot]]
+    needs_grad = ctx.needs_input_grad[4] if operands else ()
+    learned = [slot for slot in score_slots(ctx.rule) if needs_grad[slot]]
+    saved = (q, k, v, out, lse, data or None, operands or None)
     grad_q, grad_k, grad_v, vector = attend_backward_operator(
-        grad_out, grad_lse, q, k, v, out, lse, data or None, operands or None, ctx.rule, ctx.scale, ctx.q_offset, learned
+        grad_out, grad_lse, *saved, ctx.rule, ctx.scale, ctx.q_offset, learned
     )
     grads: list[Tensor | None] = [None] * ctx.operands
     for slot, grad in zip(learned, unflat(vector, operands, learned), strict=True):
@@ -288,5 +375,5 @@ def _differentiated(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, 
     return grad_q, grad_k, grad_v, of_data, grads or None, None, None, None, None, None
 
 
-# Of the operator by itself, as an exported graph holds it; calls from Python come through the functions below.
-torch.library.register_autograd("compiled_dilated::attend", _differentiated, setup_context=_save)
+# The gradient of the operator in an exported graph; calls from Python go through autograd.py.
+torch.library.register_autograd("compiled_dilated::attend", _differentiate, setup_context=_save)

@@ -1,4 +1,7 @@
-"""Any program, dense, in float64: slow, readable, the judge of everything else. No fast path imports it."""
+"""The dense reference in float64, against which every lowering is tested.
+
+No fast path imports it.
+"""
 
 from __future__ import annotations
 
@@ -28,38 +31,56 @@ def reference(
     return_lse: bool = False,
     **options: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention by its definition, in float64 and O(N M) memory; differentiable by plain autograd.
+    """Attention by its definition, in float64 and O(N M) memory.
 
         out[h,i] = sum_j c exp(s_ij) v_j / sum_j c exp(s_ij),   lse[h,i] = log sum_j c exp(s_ij),
         c = number of branches that link i and j
 
-    q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), Hq a multiple of Hkv. Returns out (B, Hq, N, Dv), with `return_lse` also
-    lse (B, Hq, N). A row that nothing links is 0, its lse -inf, its gradients 0. `sink_logits` (Hq,) join the denominator.
+    Differentiable by plain autograd, twice too. A row without keys is 0, its lse -inf, its
+    gradients 0. A key that is not finite makes the rows that see it NaN, a value only its column
+    of them.
 
-    A score_mod is called as FlexAttention calls it: with scalars, under vmap. A row that sees a key or a value that is not finite
-    is NaN (of a value, in its column), and other rows do not notice it.
+    Args:
+        q: (B, Hq, N, D), Hq a multiple of Hkv.
+        k: (B, Hkv, M, D).
+        v: (B, Hkv, M, Dv).
+        scale: of q . k, default 1 / sqrt(D).
+        q_offset: position of the first query, or (B,) of them.
+        data: tensors that the masks read, by name.
+        score_mod: called as by FlexAttention, with scalars under vmap.
+        sink_logits: (Hq,), logits that join the softmax with value 0.
 
-    Raises what a compiled program raises for the same arguments.
+    Returns out (B, Hq, N, Dv); with `return_lse` also lse (B, Hq, N).
+
+    Raises the errors of a compiled program for the same arguments.
     """
     program = as_program(program)
     _check(program, q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse, options)
     counts = multiplicity(program, q, k, q_offset=q_offset, data=data)
-    groups = q.shape[1] // max(1, k.shape[1])
-    q, k, v = q.double(), k.double().repeat_interleave(groups, dim=1), v.double().repeat_interleave(groups, dim=1)
+    # 1. Heads of k and v repeated for their query heads; what is not finite set aside.
+    group_size = q.shape[1] // max(1, k.shape[1])
+    q = q.double()
+    k = k.double().repeat_interleave(group_size, dim=1)
+    v = v.double().repeat_interleave(group_size, dim=1)
     bad_k, bad_v = ~k.isfinite(), ~v.isfinite()
     k, v = k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0)
+    # 2. Scores, with the logarithm of the multiplicity: c exp(s) = exp(s + log c).
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
     if score_mod is not None and scores.numel():
-        # What a function makes of a hidden pair, NaN or infinity, has no gradient.
+        # A function's result for a hidden pair, NaN or infinity, must have no gradient.
         scores = torch.where(counts > 0, scores, 0.0)
-        indices = _indices(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q_offset, q.device)
+        batch, heads, q_len, kv_len = scores.shape
+        indices = _indices(batch, heads, q_len, kv_len, q_offset, q.device)
         scores = over_pairs(score_mod, scores, *indices).expand(scores.shape)
-    scores = torch.where(counts > 0, scores + counts.clamp(min=1).double().log(), -math.inf)
+    logs = counts.clamp(min=1).double().log()
+    scores = torch.where(counts > 0, scores + logs, -math.inf)
+    # 3. Softmax, then NaN for the rows that see a number that is not finite.
     out, lse = _softmax(scores, v, sink_logits)
     seen = (counts > 0).double()
-    spoiled = seen @ bad_k.any(dim=-1, keepdim=True).double() > 0
-    out = torch.where(spoiled | (seen @ bad_v.double() > 0), math.nan, out)
-    lse = torch.where(spoiled.squeeze(-1), math.nan, lse)
+    sees_bad_k = seen @ bad_k.any(dim=-1, keepdim=True).double() > 0
+    sees_bad_v = seen @ bad_v.double() > 0
+    out = torch.where(sees_bad_k | sees_bad_v, math.nan, out)
+    lse = torch.where(sees_bad_k.squeeze(-1), math.nan, lse)
     return (out, lse) if return_lse else out
 
 
@@ -76,7 +97,7 @@ def _check(
     return_lse: object,
     options: Mapping[str, object],
 ) -> None:
-    """Raise what a compiled program raises; q, k and v may be of several dtypes."""
+    """Raise the errors of a compiled program; q, k and v may differ in dtype."""
     checks.no_options_of_sdpa(options)
     if scale is not None:
         checks.scale("scale", scale)
@@ -101,39 +122,56 @@ def _check(
 def _softmax(scores: Tensor, v: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
     """out and lse of scores (B, H, N, M); rows without a finite score are (0, -inf)."""
     if sink_logits is not None:
+        # One more key with value 0.
         sink = sink_logits.double()[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores, v = torch.cat([scores, sink], dim=-1), torch.nn.functional.pad(v, (0, 0, 0, 1))
+        scores = torch.cat([scores, sink], dim=-1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     if scores.shape[-1] == 0:
-        return scores.new_zeros(*scores.shape[:3], v.shape[-1]), scores.new_full(scores.shape[:3], -math.inf)
+        out = scores.new_zeros(*scores.shape[:3], v.shape[-1])
+        return out, scores.new_full(scores.shape[:3], -math.inf)
+    # Finite numbers in place of -inf and 0, so that rows without keys have gradients of 0.
     peak = scores.detach().amax(dim=-1, keepdim=True)
     peak = torch.where(peak == -math.inf, 0.0, peak)
     weights = (scores - peak).exp()
     total = weights.sum(dim=-1, keepdim=True)
-    dead = total == 0
-    alive_total = torch.where(dead, 1.0, total)
-    lse = torch.where(dead, -math.inf, alive_total.log() + peak).squeeze(-1)
-    return weights @ v / alive_total, lse
+    is_empty = total == 0
+    total = torch.where(is_empty, 1.0, total)
+    lse = torch.where(is_empty, -math.inf, total.log() + peak).squeeze(-1)
+    return weights @ v / total, lse
 
 
 def multiplicity(
-    program: Program, q: Tensor, k: Tensor, *, q_offset: int | Tensor = 0, data: Mapping[str, Tensor] | None = None
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_offset: int | Tensor = 0,
+    data: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """c (B, Hq, N, M): how many branches link each query and key."""
+    """The number of branches that link each query and key, (B, Hq, N, M)."""
     batch, heads, q_len, _ = q.shape
     b, _, i, j = _indices(batch, heads, q_len, k.shape[2], q_offset, q.device)
     counts = torch.zeros(batch, heads, q_len, k.shape[2], dtype=torch.int64, device=q.device)
     for branch in program.branches:
         for head in branch.head_range(heads):
             h = torch.full((), head, device=q.device)
-            counts[:, head : head + 1] += branch.mask_at(head, heads).allows(b, h, i, j, data)
+            mask = branch.mask_at(head, heads)
+            counts[:, head : head + 1] += mask.allows(b, h, i, j, data)
     return counts
 
 
 def _indices(
-    batch: int, heads: int, q_len: int, kv_len: int, q_offset: int | Tensor, device: torch.device
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    q_offset: int | Tensor,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def arange(size: int, axis: int) -> Tensor:
-        return torch.arange(size, device=device).reshape([-1 if place == axis else 1 for place in range(4)])
-
+    """b, h, q and kv, which broadcast to (B, H, N, M)."""
+    b = torch.arange(batch, device=device)[:, None, None, None]
+    h = torch.arange(heads, device=device)[:, None, None]
+    i = torch.arange(q_len, device=device)[:, None]
+    j = torch.arange(kv_len, device=device)
     first = q_offset[:, None, None, None] if isinstance(q_offset, Tensor) else q_offset
-    return arange(batch, 0), arange(heads, 1), arange(q_len, 2) + first, arange(kv_len, 3)
+    return b, h[None], i[None, None] + first, j[None, None, None]

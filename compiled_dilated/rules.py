@@ -1,8 +1,9 @@
-"""What an operator computes, as text in its arguments: a program, how it is lowered, over which ring, with which functions.
+"""The rule of an attention operator as text: program, lowering, ring and functions.
 
     Rule  -- text -->  '["Program((...),))","auto",null,null,[]]'  -- read_rule, operands -->  Rule
 
-A graph that holds such a text means the same in every process that imports this package. Tables here are caches by value.
+A graph with such a text computes the same in every process that imports this package. All tables
+here are caches by value.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from .ring.rings import Ring
 
 @dataclass(frozen=True)
 class Rule:
-    """All that an operator's text says. slots: the operands that the score_mod reads."""
+    """A parsed rule.
+
+    slots: numbers of the operands that the score_mod reads.
+    """
 
     program: Program | PerLength
     lowering: str
@@ -42,8 +46,12 @@ class Rule:
 
     @cached_property
     def mask_slots(self) -> tuple[int, ...]:
-        """The operands that masks read when they are asked."""
-        return tuple(sorted({slot for mask in masks_of(self.program) for part in traced_parts(mask) for slot in part.slots}))
+        """The operands that the masks read, ascending."""
+        slots: set[int] = set()
+        for mask in masks_of(self.program):
+            for part in traced_parts(mask):
+                slots.update(part.slots)
+        return tuple(sorted(slots))
 
     def call(
         self,
@@ -53,27 +61,37 @@ class Rule:
         q_offset: int,
         learned: Sequence[int] = (),
     ) -> Call:
-        """A call's options, with sums for the gradients of the learned operands.
+        """The options of a call, with zeroed sums for gradients of the learned operands.
 
-        Behind the data tensors that the program reads may stand one more, (B, 1): the first position of each entry's queries.
+        data: the tensors that the program reads, then optionally one (B, 1), the position of
+            each batch entry's first query.
+        operands: of the rule.
+        learned: numbers of operands that the score_mod reads.
         """
         tensors = tuple(data or ())
-        offsets = tensors[-1].squeeze(1) if len(tensors) == len(self.names) + 1 else None
-        named = dict(zip(self.names, tensors[: len(self.names)], strict=True))
+        operands = operands or ()
+        offsets = None
+        if len(tensors) == len(self.names) + 1:
+            tensors, offsets = tensors[:-1], tensors[-1].squeeze(1)
+        by_name = dict(zip(self.names, tensors[: len(self.names)], strict=True))
         if operands:
-            named |= {slot_name(slot): operands[slot] for slot in self.mask_slots}
+            by_name |= {slot_name(slot): operands[slot] for slot in self.mask_slots}
         if self.score_mod is None:
-            return Call(scale, q_offset, named, offsets=offsets)
-        own = tuple((operands or ())[slot] for slot in self.slots)
-        places = tuple(self.slots.index(slot) for slot in learned)
-        return Call(scale, q_offset, named, Mod(self.score_mod, own, places, zero_sums(own, places)), offsets)
+            return Call(scale, q_offset, by_name, offsets=offsets)
+        own = tuple(operands[slot] for slot in self.slots)
+        # The score_mod numbers its own operands.
+        numbers = tuple(self.slots.index(slot) for slot in learned)
+        score_mod = Mod(self.score_mod, own, numbers, zero_sums(own, numbers))
+        return Call(scale, q_offset, by_name, score_mod, offsets)
 
 
 class Skeleton:
-    """A program as its user holds it: a text with places for its functions, which are traced anew at every call.
+    """A rule's text with placeholders for its functions, which are traced anew at every call.
 
-    frame: the program, the lowering and the ring as text. literals: the operands that its long lists are stored in.
-    mask_mods: its functions, in the order of their places. plain: the rule, where it has none.
+    frame: program, lowering and ring as text.
+    literals: operands with the program's long lists.
+    mask_mods: the program's functions, in the order of their placeholders.
+    plain: the complete rule of a program without functions.
     """
 
     def __init__(self, program: Program | PerLength, lowering: str, ring: Ring | None) -> None:
@@ -88,7 +106,10 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Bound:
-    """A rule's text, all its operands, and the numbers of those that its score_mod reads."""
+    """A rule's text with its operands.
+
+    slots: numbers of the operands that the score_mod reads.
+    """
 
     rule: str
     operands: tuple[Tensor, ...]
@@ -96,27 +117,37 @@ class Bound:
 
 
 def bind(
-    frame: str, literals: Sequence[Tensor], mask_mods: Sequence[MaskMod], score_mod: ScoreMod | None, dtype: torch.dtype
+    frame: str,
+    literals: Sequence[Tensor],
+    mask_mods: Sequence[MaskMod],
+    score_mod: ScoreMod | None,
+    dtype: torch.dtype,
 ) -> Bound:
-    """A rule with its functions as they are now. dtype: of the scores."""
+    """Trace the functions and insert them into a frame.
+
+    frame, literals: of a `Skeleton`.
+    mask_mods: in the order of their placeholders.
+    dtype: of the scores.
+    """
     program, lowering, ring = json.loads(frame)
     operands = list(literals)
     program = text.fill(program, mask_mods, operands)
     if lowering == "flex":
         _check_flex(program, operands)
-    score_graph: str | None = None
-    slots: tuple[int, ...] = ()
-    if score_mod is not None:
-        graph, captured = trace_score_mod(score_mod, dtype)
-        if lowering == "flex" and not graph.is_elementwise:
-            raise ValueError(_NOT_FOR_FLEX.format("score_mod"))
-        score_graph, slots = graph.text, text.append(captured, operands)
-    return Bound(json.dumps([program, lowering, ring, score_graph, slots]), tuple(operands), slots)
+    if score_mod is None:
+        return Bound(json.dumps([program, lowering, ring, None, ()]), tuple(operands))
+    graph, captured = trace_score_mod(score_mod, dtype)
+    if lowering == "flex" and not graph.is_elementwise:
+        raise ValueError(_NOT_FOR_FLEX.format("score_mod"))
+    slots = text.append(captured, operands)
+    rule = json.dumps([program, lowering, ring, graph.text, slots])
+    return Bound(rule, tuple(operands), slots)
 
 
 _NOT_FOR_FLEX = (
-    "lowering 'flex' takes functions of single numbers alone, and this {} reduces vectors (sum, dot, all, table[i][j]), which "
-    "torch's template does not compile. Use lowering='auto', 'strided' or 'tiled'"
+    "lowering 'flex' takes functions of single numbers alone, and this {} reduces vectors "
+    "(sum, dot, all, table[i][j]), which torch's template does not compile. "
+    "Use lowering='auto', 'strided' or 'tiled'"
 )
 
 
@@ -127,30 +158,38 @@ def _check_flex(program: str, operands: Sequence[Tensor]) -> None:
 
 
 def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
-    """What a text means, for a call with these operands."""
+    """Parse a rule for a call with these operands.
+
+    Raises ExpressionError for a text that is not a rule.
+    """
     frame = _frame(rule)
-    if not all(0 <= slot < len(operands or ()) for slot in frame.slots):
-        raise text.ExpressionError(f"the rule's score_mod reads the operands {frame.slots} of {len(operands or ())}")
+    tensors = operands or ()
+    if any(not 0 <= slot < len(tensors) for slot in frame.slots):
+        raise text.ExpressionError(
+            f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}",
+        )
     if frame.complete is not None:
         return frame.complete
-    tensors = operands or ()
     program = text.read(frame.program, tensors).map(lambda mask: with_contents(mask, tensors))
     return Rule(program, frame.lowering, frame.ring, frame.score_mod, frame.slots)
 
 
 def reads_contents(rule: str) -> bool:
-    """Whether what the rule says depends on what its operands hold: its long lists are stored in them."""
+    """Whether the rule depends on contents of its operands: long lists are stored in them."""
     return "stored(" in _frame(rule).program
 
 
 def score_slots(rule: str) -> tuple[int, ...]:
-    """The operands that the rule's score_mod reads, without a look at what they hold."""
+    """Numbers of the operands that the rule's score_mod reads; their contents are not used."""
     return _frame(rule).slots
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """A text taken apart. complete: the rule, where its program reads no operands."""
+    """The parts of a rule's text.
+
+    complete: the rule, if its program reads no operands.
+    """
 
     program: str
     lowering: str
@@ -165,11 +204,14 @@ def _frame(rule: str) -> _Frame:
     try:
         program, lowering, ring, score_mod, slots = json.loads(rule)
         graph = None if score_mod is None else Graph(score_mod).check()
-        parts = arguments.choice("lowering", lowering, planner.LOWERINGS), _ring(ring), graph, tuple(slots)
+        arguments.choice("lowering", lowering, planner.LOWERINGS)
+        parts = lowering, _ring(ring), graph, tuple(slots)
         if not isinstance(program, str) or not all(type(slot) is int for slot in parts[3]):
             raise ValueError("its program must be a text and its slots numbers")
         if graph is not None and graph.operands != len(parts[3]):
-            raise ValueError(f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named")
+            raise ValueError(
+                f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named",
+            )
     except (ValueError, TypeError, RecursionError) as error:
         raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
     if text.needs_operands(program):

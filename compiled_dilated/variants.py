@@ -1,11 +1,11 @@
-"""Every attention system that the benchmark reports of the LongNet fork name, in one table: name -> program + execution.
+"""The attention systems of the LongNet fork's benchmark reports: name -> program + execution.
 
-    variant("RingDilatedAttention", segment_lengths=(2048, 4096), dilation_rates=(1, 2), ring_size=4)    a module on (B, N, H, D)
+    variant("RingDilatedAttention", segment_lengths=(2048, 4096), dilation_rates=(1, 2), ring_size=4)
     variant("RingDilatedAttentionV2_r8", ...)    the reports' spelling of ring_size=8
     variant("BlockSparse_LocalWindow_0.95")      ... and of sparsity=0.95
 
-Each name stands for what its system is meant to compute, exactly and for every ring size. What the system of that name computed
-there is in the table's notes.
+A variant computes what the system of its name is meant to, exactly and for every ring size. The
+table notes what the fork's own code computed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .programs import KINDS, PerLength, Program, block_sparse, builder
 from .ring.distributed import Distributed
 from .ring.rings import Ring
 
-# A grid this many times as wide as high is no grid for a Hilbert curve.
+# Columns per row of a grid beyond which a Hilbert curve gains no locality.
 _MOST_OBLONG = 4
 
 
 class HilbertDilatedAttention(DilatedAttention):
-    """`DilatedAttention` computed in Hilbert order: the same numbers, other tiles. The arguments are its own.
+    """`DilatedAttention` computed in Hilbert order: the same result with other tiles.
 
-    The N tokens are taken as the cells of the most nearly square grid of N cells, row by row. Where that grid is more than 4
-    times as wide as high (N prime, say), a Hilbert curve brings no cells together, and tokens are computed as they come.
+    The N tokens are the cells of the most nearly square grid of N cells, row by row. If that grid
+    is more than 4 times as wide as high, as for a prime N, tokens keep their order.
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class HilbertDilatedAttention(DilatedAttention):
 
 @builder
 def in_hilbert_order(program: Program, tokens: int) -> Program:
-    """The program with its branches in Hilbert order, where so many tokens form a grid."""
+    """The program with its branches in Hilbert order if the tokens form a grid."""
     grid = hilbert_grid(tokens)
     if grid is None:
         return program
@@ -52,7 +52,9 @@ def in_hilbert_order(program: Program, tokens: int) -> Program:
 
 
 def hilbert_grid(tokens: int) -> tuple[int, int] | None:
-    """(rows, columns) of the most nearly square grid of so many cells; None where it is more than 4 times as wide as high.
+    """(rows, columns) of the most nearly square grid of this many cells.
+
+    None if it is more than 4 times as wide as high.
 
     >>> hilbert_grid(4096), hilbert_grid(130), hilbert_grid(37)
     ((64, 64), (10, 13), None)
@@ -63,9 +65,10 @@ def hilbert_grid(tokens: int) -> tuple[int, int] | None:
 
 
 class BlockSparseAttention(Attention):
-    """Attention that leaves out a share `sparsity` of all pairs: `block_sparse` with density 1 - sparsity.
+    """Attention by `block_sparse` with density 1 - sparsity.
 
-    sparsity: in [0, 1). kind, block: as in `block_sparse`, which also says what lengths are too short for a kind.
+    sparsity: share of pairs left out, in [0, 1).
+    kind, block: as in `block_sparse`, which raises for lengths that are too short for a kind.
     """
 
     def __init__(
@@ -79,7 +82,14 @@ class BlockSparseAttention(Attention):
         lowering: str = "auto",
         ring: Ring | None = None,
     ) -> None:
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        if (
+            isinstance(sparsity, bool)
+            or not isinstance(
+                sparsity,
+                (int, float),
+            )
+            or not 0 <= sparsity < 1
+        ):
             raise ValueError(
                 f"sparsity must be a number in [0, 1), the share of pairs left out; got {sparsity!r}. Density 0.1 is sparsity 0.9"
             )
@@ -87,29 +97,37 @@ class BlockSparseAttention(Attention):
         # 1 - 0.9 is 0.0999...: twelve digits are what the user wrote.
         density = round(1 - sparsity, 12)
         if kind == "dilated":
-            block_sparse(density, kind, block)  # the only kind that asks for certain densities at every length
+            block_sparse(density, kind, block)  # raises: it is defined for certain densities only
         settings = (density, kind, arguments.integer("block", block, 1))
-        programs = {causal: PerLength(block_sparse_at, (*settings, causal)) for causal in (False, True)}
+        programs = {
+            is_causal: PerLength(
+                block_sparse_at,
+                (*settings, is_causal),
+            )
+            for is_causal in (False, True)
+        }
         super().__init__(programs, softmax_scale, attention_dropout, lowering, ring)
         self.sparsity, self.kind, self.block = float(sparsity), kind, block
 
     def extra_repr(self) -> str:
         """The program's arguments."""
-        return ", ".join([f"sparsity={self.sparsity}, kind={self.kind!r}, block={self.block}", *self._options()])
+        return ", ".join(
+            [f"sparsity={self.sparsity}, kind={self.kind!r}, block={self.block}", *self._options()],
+        )
 
 
 @builder
 def block_sparse_at(density: float, kind: str, block: int, is_causal: bool, tokens: int) -> Program:
-    """The block-sparse program that keeps `density` of the pairs of so many tokens."""
+    """The block-sparse program with this density of pairs, for this many tokens."""
     return block_sparse(density, kind, block, tokens, causal=is_causal)
 
 
 class RingAttention(nn.Module):
-    """An attention computed by a ring of `ring_size` devices. A ring of one is the attention itself, on its device.
+    """An attention computed by a ring of devices; the result is the same for every ring size.
 
-    execution: "ring", all devices in this process, one after the other, each holding what it may hold and taking every step;
-    "distributed ring", one device a process of torch.distributed: each passes its own contiguous share of the tokens.
-    program(tokens, is_causal) is the same for every ring size: a ring changes who computes what, never what is computed.
+    execution: "ring", all devices simulated one after the other in this process, or "distributed
+        ring", one process of torch.distributed per device with a contiguous shard of the tokens.
+    ring_size: number of devices; 1 for no ring.
     """
 
     def __init__(self, name: str, execution: str, ring_size: int, attention: Attention) -> None:
@@ -117,7 +135,7 @@ class RingAttention(nn.Module):
         self.name, self.execution, self.ring_size, self.attention = name, execution, ring_size, attention
 
     def program(self, tokens: int, is_causal: bool = False) -> Program:
-        """What a call with so many tokens, all devices together, computes."""
+        """The program of a call with this many tokens on all devices together."""
         return self.attention.program(tokens, is_causal)
 
     def forward(
@@ -128,21 +146,29 @@ class RingAttention(nn.Module):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """As the attention inside."""
-        out: Tensor = self.attention(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask)
+        """Call the attention; arguments and result are those of `Attention.forward`."""
+        out: Tensor = self.attention(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+        )
         return out
 
     def extra_repr(self) -> str:
-        """What the attention inside does not say."""
+        """The arguments that the attention does not print."""
         return f"{self.name!r}, execution={self.execution!r}, ring_size={self.ring_size}"
 
 
 def _ring(execution: str, ring_size: object) -> Ring | None:
-    """Who computes; None for one device."""
+    """The ring of an execution; None for one device."""
     size = arguments.integer("ring_size", ring_size, 1)
     if size == 1:
         return None
-    return Ring(size, "contiguous", Distributed()) if execution == DISTRIBUTED else Ring(size)
+    if execution == DISTRIBUTED:
+        return Ring(size, "contiguous", Distributed())
+    return Ring(size)
 
 
 SINGLE, RING, DISTRIBUTED = "single", "ring", "distributed ring"
@@ -159,10 +185,13 @@ class Variant:
     """One system of the reports.
 
     attention: the module that computes its program.
-    execution: "single", one device; "ring", a ring of devices; "distributed ring", the same over torch.distributed.
-    ring_sizes, sparsities: those in the reports; the first sparsity is the default, the default ring size is 1.
+    execution: "single" device, "ring" of devices, or "distributed ring" over torch.distributed.
+    there: what the fork's system of this name computed.
+    here: what this variant computes.
+    multihead: whether it has projections.
+    ring_sizes: of the reports; the default is 1.
+    sparsities: of the reports; the default is the first.
     alias: another spelling in the reports.
-    there: what the system of this name computed. here: what this one does.
     """
 
     name: str
@@ -182,24 +211,39 @@ class Variant:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that the reports use for it: its own, its alias, and both with each ring size or sparsity."""
-        spellings = (self.name,) if self.alias is None else (self.name, self.alias)
-        suffixes = ("", *(f"_r{size}" for size in self.ring_sizes), *(f"_{sparsity}" for sparsity in self.sparsities))
-        return tuple(spelling + suffix for spelling in spellings for suffix in suffixes)
+        """Its names in the reports: name and alias, with every suffix of ring size or sparsity."""
+        suffixes = [""]
+        suffixes += [f"_r{size}" for size in self.ring_sizes]
+        suffixes += [f"_{sparsity}" for sparsity in self.sparsities]
+        names = [self.name + suffix for suffix in suffixes]
+        if self.alias is not None:
+            names += [self.alias + suffix for suffix in suffixes]
+        return tuple(names)
 
     @property
     def takes(self) -> dict[str, bool]:
-        """The keyword arguments that `variant` takes for it: name -> whether it must be given."""
-        parameters = {name: each for name, each in inspect.signature(self.attention).parameters.items() if name != "ring"}
+        """The keyword arguments of `variant`: name -> whether it is required."""
+        is_required = {}
         if self.multihead:
-            del parameters["attention_dropout"]
-            parameters = {
-                name: each for name, each in inspect.signature(Multihead).parameters.items() if name != "attention"
-            } | parameters
-        needed = {name: each.default is inspect.Parameter.empty for name, each in parameters.items()}
+            is_required = _parameters(Multihead)
+            del is_required["attention"]
+        is_required |= _parameters(self.attention)
+        del is_required["ring"]
+        if self.multihead:
+            del is_required["attention_dropout"]
         if self.sparsities:
-            needed["sparsity"] = False
-        return needed if self.execution == SINGLE else needed | {"ring_size": False}
+            is_required["sparsity"] = False
+        if self.execution != SINGLE:
+            is_required["ring_size"] = False
+        return is_required
+
+
+def _parameters(module: type[nn.Module]) -> dict[str, bool]:
+    """The constructor's parameters: name -> whether it is required."""
+    is_required = {}
+    for name, parameter in inspect.signature(module).parameters.items():
+        is_required[name] = parameter.default is inspect.Parameter.empty
+    return is_required
 
 
 _LONGNET = "the LongNet program, one softmax over all branches"
@@ -338,66 +382,110 @@ _BY_NAME = {spelling: row for row in TABLE for spelling in (row.name, row.alias)
 
 
 def find(name: str) -> tuple[Variant, dict[str, Any]]:
-    """The row of a name, and the arguments that its suffix states: ring_size for "_r8", sparsity for "_0.95"."""
+    """The row of a name, and the arguments in its suffix.
+
+    ring_size for "_r8", sparsity for "_0.95".
+
+    Raises ValueError for an unknown name, with similar ones.
+    """
     if not isinstance(name, str):
-        raise TypeError(f"the name of a variant must be a string; got {type(name).__name__} {name!r}")
+        raise TypeError(
+            f"the name of a variant must be a string; got {type(name).__name__} {name!r}",
+        )
     if name in _BY_NAME:
         return _BY_NAME[name], {}
-    ring, sparse = re.fullmatch(r"(.+)_r([0-9]{1,9})", name), re.fullmatch(r"(.+)_(0?\.[0-9]+)", name)
-    if ring and ring[1] in _BY_NAME and _BY_NAME[ring[1]].execution != SINGLE:
-        return _BY_NAME[ring[1]], {"ring_size": int(ring[2])}
-    if sparse and sparse[1] in _BY_NAME and _BY_NAME[sparse[1]].sparsities:
-        return _BY_NAME[sparse[1]], {"sparsity": float(sparse[2])}
-    known = [each for row in TABLE for each in row.names]
-    near = difflib.get_close_matches(name, known, n=3)
-    raise ValueError(f"no variant is named {name!r}; {'close to it are' if near else 'there are'} {', '.join(near or _BY_NAME)}")
+    with_ring_size = re.fullmatch(r"(.+)_r([0-9]{1,9})", name)
+    if with_ring_size:
+        row = _BY_NAME.get(with_ring_size[1])
+        if row is not None and row.execution != SINGLE:
+            return row, {"ring_size": int(with_ring_size[2])}
+    with_sparsity = re.fullmatch(r"(.+)_(0?\.[0-9]+)", name)
+    if with_sparsity:
+        row = _BY_NAME.get(with_sparsity[1])
+        if row is not None and row.sparsities:
+            return row, {"sparsity": float(with_sparsity[2])}
+    names = [spelling for row in TABLE for spelling in row.names]
+    similar = difflib.get_close_matches(name, names, n=3)
+    if similar:
+        raise ValueError(f"no variant is named {name!r}; close to it are {', '.join(similar)}")
+    raise ValueError(f"no variant is named {name!r}; there are {', '.join(_BY_NAME)}")
 
 
 def variant(name: str, **kwargs: Any) -> nn.Module:
-    """The system of this name in the reports as a module on (B, N, H, D), or on (B, N, E) where it is a multihead one.
+    """A system of the benchmark reports as a module.
 
-    kwargs: those of the program (segment_lengths and dilation_rates, or sparsity, kind and block), softmax_scale, lowering;
-    ring_size where the name means a ring; embed_dim, num_heads and the rest of `Multihead` for a multihead name.
-    A distributed ring runs in processes of torch.distributed, as torchrun starts them; other rings in this process.
+    It maps (B, N, H, D) to (B, N, H, D); a multihead one (B, N, E) to (B, N, E).
 
-    Raises ValueError for an unknown name, naming close ones, and TypeError for arguments that the variant does not take or lacks.
+    name: of the table, with "_r8" for ring_size=8 or "_0.95" for sparsity=0.95.
+    kwargs: of the program (segment_lengths and dilation_rates, or sparsity, kind and block),
+        softmax_scale, lowering; ring_size for a ring; embed_dim, num_heads and the other arguments
+        of `Multihead` for a multihead name.
+
+    A distributed ring runs in processes of torch.distributed, as torchrun starts them; other rings
+    run in this process.
+
+    Raises ValueError for an unknown name, with similar ones, and TypeError for unknown or missing
+    arguments.
 
     >>> variant("BlockSparse_LocalWindow_0.95")(q, k, v).shape == q.shape
     True
     """
     row, stated = find(name)
-    takes = row.takes
     for argument, value in stated.items():
         if kwargs.setdefault(argument, value) != value:
             raise ValueError(
                 f"the name {name!r} says {argument}={value}; got {argument}={kwargs[argument]!r}. Use the name {row.name!r}"
             )
-    unknown = [argument for argument in kwargs if argument not in takes]
-    missing = [argument for argument, needed in takes.items() if needed and argument not in kwargs]
-    if unknown or missing:
-        wrong = [f"takes no {', '.join(unknown)}"] * bool(unknown) + [f"needs {', '.join(missing)}"] * bool(missing)
-        raise TypeError(f"variant {name!r} {' and '.join(wrong)}. Its arguments are {', '.join(takes)}")
+    _check_arguments(name, row, kwargs)
     if row.sparsities:
         kwargs.setdefault("sparsity", row.sparsities[0])
     ring_size = kwargs.pop("ring_size", 1)
-    settings = {each: kwargs.pop(each) for each in inspect.signature(row.attention).parameters if each in kwargs}
-    attention = row.attention(**settings, ring=_ring(row.execution, ring_size))
-    module = attention if row.execution == SINGLE else RingAttention(row.name, row.execution, ring_size, attention)
+    # The attention's own arguments; the others are of the projections around it.
+    settings = {}
+    for parameter in inspect.signature(row.attention).parameters:
+        if parameter in kwargs:
+            settings[parameter] = kwargs.pop(parameter)
+    module: nn.Module = row.attention(**settings, ring=_ring(row.execution, ring_size))
+    if row.execution != SINGLE:
+        assert isinstance(module, Attention)
+        module = RingAttention(row.name, row.execution, ring_size, module)
     return Multihead(module, **kwargs) if row.multihead else module
+
+
+def _check_arguments(name: str, row: Variant, kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for unknown and missing arguments."""
+    is_required = row.takes
+    unknown = [argument for argument in kwargs if argument not in is_required]
+    missing = []
+    for argument, required in is_required.items():
+        if required and argument not in kwargs:
+            missing.append(argument)
+    mistakes = []
+    if unknown:
+        mistakes.append(f"takes no {', '.join(unknown)}")
+    if missing:
+        mistakes.append(f"needs {', '.join(missing)}")
+    if mistakes:
+        raise TypeError(
+            f"variant {name!r} {' and '.join(mistakes)}. Its arguments are {', '.join(is_required)}",
+        )
 
 
 def rows() -> list[dict[str, str]]:
     """The table for printing, one dict of strings per system."""
-    return [
-        {
-            "name": row.name,
-            "also": row.alias or "",
-            "program": ("projections around " if row.multihead else "") + row.program,
-            "execution": row.execution,
-            "ring sizes": ", ".join(map(str, row.ring_sizes)),
-            "sparsity": ", ".join(map(str, row.sparsities)),
-            "there": row.there,
-            "here": row.here,
-        }
-        for row in TABLE
-    ]
+    table = []
+    for row in TABLE:
+        program = f"projections around {row.program}" if row.multihead else row.program
+        table.append(
+            {
+                "name": row.name,
+                "also": row.alias or "",
+                "program": program,
+                "execution": row.execution,
+                "ring sizes": ", ".join(map(str, row.ring_sizes)),
+                "sparsity": ", ".join(map(str, row.sparsities)),
+                "there": row.there,
+                "here": row.here,
+            }
+        )
+    return table

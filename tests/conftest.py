@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Read when torch's compiler is first used: the few kernels of a test compile faster here than in a pool that has to start.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -65,3 +66,31 @@ def fresh_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Dynamo without graphs of earlier tests; to exceed its limit of graphs is an error.
+
+    Beyond the limit Dynamo would silently run eagerly.
+    """
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The native functions of tapes over tensors (tests/support/tape.py), compiled once."""
+    from tests.support.tape import build_driver
+
+    return build_driver(tmp_path_factory.mktemp("tape"))

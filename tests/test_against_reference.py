@@ -266,7 +266,7 @@ def no_worse_than_dense(name: str, mine: Tensor, theirs: Tensor, exact: Tensor) 
     alive = exact.isfinite()
     if alive.any():
         error, of_dense, largest = (x[alive].double().abs().max().item() for x in (mine - exact, theirs - exact, exact))
-        # The largest of a few thousand errors varies from seed to seed; test_native.py compares their means.
+        # The largest of a few thousand errors varies from seed to seed; test_native_accuracy.py compares their means.
         allowed = 2.5 * of_dense + torch.finfo(mine.dtype).eps * largest
         assert error <= allowed, f"{name}: error {error:.2e}; 2.5 times that of dense attention and a rounding are {allowed:.2e}"
 

@@ -1,7 +1,4 @@
-"""The library of native kernels: built once, found again whatever happens to it, and its operators in every kind of graph.
-
-Kernels that are quick to compile stand in for the real ones, and processes of their own load them.
-"""
+"""The build of native libraries: cache, folder, failures, the switch."""
 
 from __future__ import annotations
 
@@ -12,19 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cpp import program_of
 
-from compiled_dilated.native import build, cpp
+from compiled_dilated.native import build, cpp, recipes
 from compiled_dilated.native.build import NativeUnavailable
+from compiled_dilated.native.cache import folder
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+
 
 ANSWER = '#include "answer.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
 
@@ -62,10 +59,7 @@ def wrapper(path: Path, before: str) -> str:
     return str(path)
 
 
-# The cache ------------------------------------------------------------------------------------------------------------------
-
-
-def test_is_built_once(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_library_is_built_once(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     first = build.library(sources)
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1
@@ -99,9 +93,9 @@ def test_a_damaged_library_is_built_again(sources: Path, damage: str) -> None:
     assert library.read_bytes() == good
 
 
-def test_what_decides_the_library_is_in_its_name(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_name_depends_on_all_build_inputs(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {build.library(sources).name, build.library(sources, defines=("ELSE",)).name}
-    monkeypatch.setattr(build, "_cpu", lambda: "another CPU")
+    monkeypatch.setattr(recipes, "cpu_features", lambda: "another CPU")
     names.add(build.library(sources).name)
     monkeypatch.undo()
     monkeypatch.setenv("COMPILED_DILATED_CACHE", str(tmp_path / "cache"))
@@ -154,7 +148,7 @@ def test_a_killed_build_harms_nothing(sources: Path, tmp_path: Path, cache: Path
     assert not left.exists()
 
 
-def test_old_libraries_go(sources: Path, cache: Path) -> None:
+def test_least_recently_used_libraries_are_removed(sources: Path, cache: Path) -> None:
     cache.mkdir(mode=0o700)
     for number in range(60):
         for name in (f"native-{number}.so", f"native-{number}.so.sha256"):
@@ -166,7 +160,7 @@ def test_old_libraries_go(sources: Path, cache: Path) -> None:
     assert len(list(cache.glob("*.sha256"))) == len(left)
 
 
-def test_the_folder_is_private(sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_writable_by_others_is_refused(sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.library(sources)
     assert cache.stat().st_mode & 0o777 == 0o700
     for mode in (0o770, 0o702):
@@ -179,26 +173,23 @@ def test_the_folder_is_private(sources: Path, cache: Path, monkeypatch: pytest.M
         build.library(sources)
 
 
-def test_a_folder_that_cannot_be_made(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_that_cannot_be_created_raises(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COMPILED_DILATED_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(NativeUnavailable, match=r"cannot be made: .* set COMPILED_DILATED_CACHE"):
         build.library(sources)
 
 
-def test_the_folder_follows_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMPILED_DILATED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert build.folder() == tmp_path / "xdg" / "compiled_dilated"
+    assert folder() == tmp_path / "xdg" / "compiled_dilated"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build.folder() == tmp_path / "home" / ".cache" / "compiled_dilated"
+    assert folder() == tmp_path / "home" / ".cache" / "compiled_dilated"
 
 
-# Where it cannot be built ---------------------------------------------------------------------------------------------------
-
-
-def test_without_a_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_raises(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NativeUnavailable, match="no C\\+\\+ compiler is on PATH; install g\\+\\+"):
@@ -208,13 +199,13 @@ def test_without_a_compiler(sources: Path, monkeypatch: pytest.MonkeyPatch) -> N
         build.library(sources)
 
 
-def test_with_a_compiler_that_does_not_run(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_compiler_raises(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", wrapper(tmp_path / "broken", "exit 3"))
     with pytest.raises(NativeUnavailable, match=r"does not run: .*exit status 3"):
         build.library(sources)
 
 
-def test_a_build_that_fails_shows_the_compilers_words(sources: Path, cache: Path) -> None:
+def test_failed_build_reports_compiler_errors(sources: Path, cache: Path) -> None:
     (sources / "wrong.cpp").write_text("int wrong() { return nothing; }\n")
     with pytest.raises(NativeUnavailable, match=r"did not compile; set CXX(.|\n)*'nothing' was not declared"):
         build.library(sources)
@@ -243,7 +234,7 @@ def test_a_library_that_cannot_be_opened(sources: Path, monkeypatch: pytest.Monk
     assert "cannot be opened" in (build.available() or "")
 
 
-def test_the_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_switch_disables_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COMPILED_DILATED_NATIVE", "off")
     assert build.available() == "COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them"
     with pytest.raises(NativeUnavailable, match="COMPILED_DILATED_NATIVE=off"):
@@ -252,230 +243,6 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be 'on' or 'off'; got 'no'"):
         build.available()
 
-
-# The operators --------------------------------------------------------------------------------------------------------------
-
-# float32 alone. forward: out[b, h, i, d] = q[b, h, i, 0] + v[b, h's, 0, d] (+ out), lse = scale + offset (+ lse).
-STUB = """
-#include <stdexcept>
-#include "problem.h"
-namespace native {
-namespace {
-float& at(const Array& x, int64_t b, int64_t h, int64_t i, int64_t d) {
-  return x.writable<float>()[b * x.strides[0] + h * x.strides[1] + i * x.strides[2] + (x.dims == 4 ? d * x.strides[3] : 0)];
-}
-struct Call { const Problem& p; bool merge; };
-void entry(void* argument, int b) {
-  const auto& [p, merge] = *static_cast<Call*>(argument);
-  if (p.code.size() != 1) throw std::runtime_error("the stub's code is one number");
-  for (int64_t h = 0; h < p.q.sizes[1]; ++h)
-    for (int64_t i = 0; i < p.q.sizes[2]; ++i) {
-      const float offset = p.q_offsets[p.q_offsets.size() == 1 ? 0 : b], factor = merge ? 1 : 0;
-      float& lse = at(p.lse, b, h, i, 0);
-      lse = (merge ? lse : 0) + p.scale + offset;
-      for (int64_t d = 0; d < p.v.sizes[3]; ++d) {
-        float& out = at(p.out, b, h, i, d);
-        out = (merge ? out : 0) + at(p.q, b, h, i, 0) + at(p.v, b, h * p.v.sizes[1] / p.q.sizes[1], 0, d);
-      }
-    }
-}
-}  // namespace
-void count(const Problem& p) { p.counts[0] = p.q.sizes[2] * p.k.sizes[2]; }
-void forward(const Problem& p, bool merge) {
-  if (p.q.type != Type::f32) throw std::runtime_error("the stub takes float32");
-  if (p.counts) count(p);
-  Call call{p, merge};
-  p.parallel.run(p.parallel.context, int(p.q.sizes[0]), entry, &call);
-}
-void backward(const Problem& p, const Gradients& g) {
-  for (size_t n = 0; n < g.learned.size(); ++n) g.sums.writable<float>()[n] = n + 1;
-  at(g.grad_q, 0, 0, 0, 0) = g.grad_lse ? at(g.grad_lse, 1, 1, 1, 0) : 7;
-  at(g.grad_k, 1, 1, 2, 3) = at(g.grad_out, 1, 3, 4, 5);
-}
-}  // namespace native
-"""
-
-BEGIN = """
-import os, sys
-from pathlib import Path
-import torch
-from torch import nn
-from compiled_dilated.native import build, library
-build.SOURCES = Path(os.environ["STUB"])
-native = torch.ops.compiled_dilated
-torch.manual_seed(0)
-q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 6)
-padding, offsets = torch.ones(2, 7, dtype=torch.bool), torch.tensor([1, 2])
-
-def wanted(q, v, lse, times=1):
-    out = q[..., :1] + v.repeat_interleave(2, 1)[:, :, :1]
-    return times * out, (times * torch.as_tensor(lse).view(-1, 1, 1)).expand(q.shape[:3])
-
-class Model(nn.Module):
-    def forward(self, q, k, v, padding, offsets):
-        out, lse = native.native(q * 1, k, v, [padding], None, [3], 0.5, q.shape[2], offsets, True)
-        native.native_merge(out, lse, q, k, v, None, None, [3], 0.5, 0)
-        return out * 2, lse * 2
-
-def check(run, n):
-    x = torch.randn(2, 4, n, 8)
-    out, lse = run(x, k, v, padding, offsets)
-    want_out, want_lse = wanted(x, v, 1.0 + n + offsets)
-    torch.testing.assert_close(out, 4 * want_out)
-    torch.testing.assert_close(lse, 2 * want_lse)
-    assert out.stride() == torch.empty(2, n, 4, 6).transpose(1, 2).stride()
-"""
-
-EAGER = """
-assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
-counts = native.native_counts(None, None, [3], [2, 4, 2, 5, 7, 8, 6], 0, None)
-assert counts.tolist() == [35, 0, 0, 0, 0, 0, 0, 0], counts
-for by_token in (False, True):
-    out, lse = native.native(q, k, v, [padding], None, [3], 0.5, 2, None, by_token)
-    want = wanted(q, v, 2.5)
-    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
-    assert out.transpose(1, 2).is_contiguous() == by_token and out.is_contiguous() != by_token
-spread = torch.randn(2, 5, 16, 4).permute(0, 3, 1, 2)[..., ::2]
-out, lse, counts = native.native_counted(spread, k.expand(2, 2, 7, 8), v, None, None, [3], 0.5, 2, offsets, True)
-assert torch.equal(out, wanted(spread, v, 0)[0]) and lse[:, 0, 0].tolist() == [3.5, 4.5] and counts[0] == 35
-
-grad = torch.randn(2, 4, 5, 6)
-saved = (q, k, v, out, lse, None, [torch.zeros(3), torch.zeros(2)], [3], 0.5, 0, None)
-*grads, sums = native.native_backward(grad, None, *saved, [1, 0])
-assert sums.tolist() == [1, 2, 0, 0, 0] and grads[0][0, 0, 0, 0] == 7 and grads[1][1, 1, 2, 3] == grad[1, 3, 4, 5]
-assert all(x.is_contiguous() and x.shape == y.shape for x, y in zip(grads, (q, k, v)))
-assert native.native_backward(grad, lse, *saved, [])[0][0, 0, 0, 0] == lse[1, 1, 1]
-
-for empty in (q[:, :, :0], q[:0]):
-    b = empty.shape[0]
-    out, lse = native.native(empty, k[:b], v[:b], None, None, [3], 1.0, 0, None, True)
-    assert out.shape == (*empty.shape[:3], 6)
-out, lse = native.native(q, k[:, :, :0], v[:, :, :0], None, None, [3], 1.0, 0, None, True)
-assert (out == 0).all() and (lse == -torch.inf).all()
-*grads, sums = native.native_backward(out, lse, q, k[:, :, :0], v[:, :, :0], out, lse, *saved[5:], [])
-assert (grads[0] == 0).all() and grads[1].shape == (2, 2, 0, 8)
-native.native_merge(out, lse, q, k[:, :, :0], v[:, :, :0], None, None, [3], 1.0, 0)
-
-def refuses(text, *arguments):
-    try:
-        native.native(*arguments)
-    except RuntimeError as error:
-        assert text in str(error), str(error)
-    else:
-        raise AssertionError(text)
-
-rest = (None, None, [3], 0.5, 0, None, True)
-refuses("the stub takes float32", q.half(), k.half(), v.half(), *rest)
-refuses("the stub's code is one number", q, k, v, None, None, [1, 2], *rest[3:])
-refuses("k with q's batch and head dim; got shape (1, 2, 7, 8)", q, k[:1], v, *rest)
-refuses("query heads must be a multiple of key heads; got 3 and 2", q[:, :3], k, v, *rest)
-refuses("q, k and v must have one dtype", q, k.double(), v, *rest)
-refuses("take no tensor of dtype ComplexFloat", q, k, v, [torch.zeros(1, dtype=torch.complex64)], *rest[1:])
-refuses("offsets of shape (1,) or (B,)", q, k, v, *rest[:-2], torch.arange(3), True)
-assert native.native(q.to("meta"), k.to("meta"), v.to("meta"), *rest)[0].stride() == (240 // 2, 6, 24, 1)
-
-tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-def examine(name, *arguments):
-    torch.library.opcheck(getattr(native, name).default, arguments, test_utils=tests)
-out, lse = (x.clone() for x in native.native(q, k, v, *rest))
-examine("native", q, k, v, [padding], *rest[1:])
-examine("native_counted", q, k, v, *rest[:-2], offsets, False)
-examine("native_merge", out, lse, q, k, v, None, None, [3], 0.5, 0)
-examine("native_backward", grad, lse, *saved, [1])
-examine("native_counts", [padding], None, [3], [2, 4, 2, 5, 7, 8, 6], 0, None)
-"""
-
-COMPILED = """
-torch._dynamo.config.fail_on_recompile_limit_hit = True
-compiled = torch.compile(Model(), fullgraph=True, dynamic=True)
-for n in (5, 9, 30):
-    check(compiled, n)
-length = torch.export.Dim("length", min=2, max=4096)
-exported = torch.export.export(Model(), (q, k, v, padding, offsets), dynamic_shapes=({2: length}, {}, {}, {}, {}))
-torch.export.save(exported, sys.argv[1])
-if len(sys.argv) > 2:
-    with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(exported, package_path=sys.argv[2])
-"""
-
-LOADED = """
-check(torch.export.load(sys.argv[1]).module(), 11)
-"""
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of processes that use the stub: its sources, and a cache."""
-    folder = tmp_path_factory.mktemp("stub")
-    for name in ("problem.h", "operators.cpp"):
-        shutil.copy(build.SOURCES / name, folder)
-    shutil.copytree(build.SOURCES / "door", folder / "door")
-    (folder / "stub.cpp").write_text(STUB)
-    return {"STUB": str(folder), "COMPILED_DILATED_CACHE": str(folder / "cache")}
-
-
-@pytest.fixture
-def in_process(fresh_python: Any, stub: dict[str, str]) -> Callable[..., None]:
-    """Run code with the stub in a process of its own."""
-
-    def run(code: str, *arguments: str) -> None:
-        done = fresh_python("-c", BEGIN + code, *arguments, **stub)
-        assert done.returncode == 0, done.stderr
-
-    return run
-
-
-def test_operators(in_process: Callable[..., None]) -> None:
-    in_process(EAGER)
-
-
-def test_operators_in_graphs_and_in_another_process(in_process: Callable[..., None], tmp_path: Path) -> None:
-    in_process(COMPILED, str(tmp_path / "model.pt2"))
-    in_process(LOADED, str(tmp_path / "model.pt2"))
-
-
-def test_a_missing_library_says_why_in_the_call(in_process: Callable[..., None]) -> None:
-    in_process("""
-os.environ["COMPILED_DILATED_NATIVE"] = "off"
-try:
-    native.native(q, k, v, None, None, [3], 0.5, 0, None, True)
-except build.NativeUnavailable as error:
-    assert "COMPILED_DILATED_NATIVE=off" in str(error)
-else:
-    raise AssertionError
-""")
-
-
-MAIN = """
-#include <ATen/ATen.h>
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-
-#include <iostream>
-
-int main(int, char** argv) {
-  if (!dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL)) return std::cerr << dlerror() << "\\n", 1;
-  c10::InferenceMode guard;
-  torch::inductor::AOTIModelPackageLoader loader(argv[2]);
-  const auto q = at::randn({2, 4, 9, 8}), k = at::randn({2, 2, 7, 8}), v = at::randn({2, 2, 7, 6});
-  const auto results = loader.run({q, k, v, at::ones({2, 7}, at::kBool), at::arange(2)});
-  const auto want = 4 * (q.narrow(3, 0, 1) + v.repeat_interleave(2, 1).narrow(2, 0, 1));
-  std::cout << at::allclose(results[0], want) << " " << results[1][1][3][8].item<float>() << "\\n";
-}
-"""
-
-
-@pytest.mark.slow
-def test_a_package_runs_without_python(in_process: Callable[..., None], tmp_path: Path) -> None:
-    in_process(COMPILED, str(tmp_path / "model.pt2"), str(tmp_path / "package.pt2"))
-    library = str(tmp_path / "kernel.so")
-    in_process("from compiled_dilated.native import cpp; cpp.write(Path(sys.argv[1]), 'native')", library)
-    program = program_of(MAIN, tmp_path)
-    done = subprocess.run([program, library, str(tmp_path / "package.pt2")], capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"1 {2 * (0.5 + 9 + 1 + 0.5):g}\n", done.stderr
-
-
-# The kernels themselves -----------------------------------------------------------------------------------------------------
 
 FIRST = """
 import time

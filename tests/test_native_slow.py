@@ -19,12 +19,11 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.native import build
+from compiled_dilated.native import build, recipes
 from tests.cases import CASES
-from tests.test_native import (
+from tests.support.native import (
     FEW_HEADS,
     FLOATS,
-    TAMPERING,
     Problem,
     assert_near,
     check_threads,
@@ -37,12 +36,26 @@ from tests.test_native import (
     tolerance,
     work_of,
 )
+from tests.support.native_tampering import TAMPERING
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and Linux"),
 ]
 
+QUICK_TESTS = tuple(
+    f"tests/test_native_{subject}.py"
+    for subject in (
+        "threads",
+        "counts",
+        "sizes",
+        "strides",
+        "data",
+        "nonfinite",
+        "accuracy",
+        "tampering",
+    )
+)
 TABLE = "from tests.test_native_slow import check_table; check_table()"
 
 
@@ -137,9 +150,9 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 
 # Before a sanitizer is loaded, which would slow the compiler down.
 BUILD = """
-from compiled_dilated.native import build
+from compiled_dilated.native import build, recipes
 core = build.library(part="core")
-for part in sorted(set(build._PARTS.values())):
+for part in sorted(set(recipes.PARTS.values())):
     build.library(part=part, core=core)
 """
 
@@ -203,9 +216,10 @@ def test_other_vectors_give_the_same(machine: str, fresh_python: Any, tmp_path: 
 
 @pytest.mark.parametrize("machine", ["haswell", "x86-64-v2"])
 def test_the_quick_tests_of_other_vectors(machine: str, tmp_path: Path) -> None:
-    """tests/test_native.py with kernels for another machine, but for what is stated of this machine's vectors.
+    """The quick tests of the native operators with kernels compiled for another machine.
 
-    Without FMA every product is rounded: errors are then not held against torch's, whose kernels keep this machine's FMA.
+    Without FMA every product is rounded: errors are then not compared with torch's, whose kernels
+    keep this machine's FMA.
     """
     others = ["-k", "not errors_are_no_larger_than_torchs"] if machine == "x86-64-v2" else []
     environment = {
@@ -214,7 +228,7 @@ def test_the_quick_tests_of_other_vectors(machine: str, tmp_path: Path) -> None:
         "COMPILED_DILATED_CACHE": str(tmp_path / "cache"),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_native.py", *others],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *QUICK_TESTS, *others],
         cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
@@ -348,7 +362,7 @@ def test_arm_gives_the_same(tmp_path: Path) -> None:
     if emulator is None or compiler is None:
         pytest.skip("needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu)")
     (tmp_path / "main.cpp").write_text(ARM)
-    flags = build._FLAGS
+    flags = recipes.FLAGS
     sources = [path for path in sorted(build.SOURCES.glob("*.cpp")) if path.name not in ("operators.cpp", "inputs.cpp")]
     # Of the driver GCC 12 has an internal error at -O3.
     units = [(path, "-O3") for path in sources] + [(tmp_path / "main.cpp", "-O1")]

@@ -17,7 +17,7 @@ from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
 from tests import caches, strategies
 from tests.cases import CASES, Case
-from tests.test_attend import same, tensors
+from tests.support.attention import same, tensors
 
 
 @given(mask=strategies.expressions(strategies.line_masks(40)))

@@ -16,7 +16,7 @@ from compiled_dilated.lowerings import tiled
 from compiled_dilated.lowerings.tiling import costs
 from compiled_dilated.masks import Mask, conjunction
 from tests import caches, strategies
-from tests.test_attend import TRAINS, same, tensors
+from tests.support.attention import TRAINS, same, tensors
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""A score_mod of one call: its graph and operands, tile by tile, and the sums of the operands' gradients."""
+"""A score_mod bound to one call: its operands, its values tile by tile, and gradient sums."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .graphs import Graph
 
 @dataclass(frozen=True)
 class Mod:
-    """A score_mod of one call: its graph and operands, and where the gradients of those that learn are summed.
+    """A score_mod with the operands of one call.
 
-    learned: numbers of the operands that get gradients. sums: one for each of them, in its shape, float32 or float64.
-    places: from the indices of a part (b, h, q, kv) to those of the whole, where a part is computed.
+    learned: numbers of the operands that get gradients.
+    sums: per learned operand the sum of its gradients, in its shape, float32 or float64.
+    places: from indices (b, h, q, kv) within a part of the sequence to those of the whole.
     """
 
     graph: Graph
@@ -28,7 +29,7 @@ class Mod:
     places: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
     def on(self, *indices: Tensor) -> TileMod:
-        """The mod of a tile's scores."""
+        """The mod on a tile, given by the indices b, h, q and kv of its scores."""
         if self.places is not None:
             indices = self.places(*indices)
         return TileMod(self, indices)
@@ -36,7 +37,7 @@ class Mod:
 
 @dataclass(frozen=True)
 class TileMod:
-    """A score_mod of one tile: score (G, Hq, T, S) -> score."""
+    """A score_mod on one tile: scores (G, Hq, T, S) -> scores."""
 
     mod: Mod
     indices: tuple[Tensor, ...]
@@ -45,17 +46,21 @@ class TileMod:
         return self.mod.graph.score(self.mod.operands, scores, *self.indices)
 
     def pull(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The new scores, and the function from their gradient to that of `scores`, which also adds to the mod's sums."""
+        """The new scores and their vjp.
+
+        The vjp maps their gradient to that of `scores`, and adds those of learned operands to the
+        mod's sums.
+        """
         mod = self.mod
         learned = tuple(mod.operands[number] for number in mod.learned)
 
-        def of(scores: Tensor, *learned: Tensor) -> Tensor:
+        def modify(scores: Tensor, *learned: Tensor) -> Tensor:
             operands = list(mod.operands)
             for number, operand in zip(mod.learned, learned, strict=True):
                 operands[number] = operand
             return mod.graph.score(operands, scores, *self.indices)
 
-        result: Any = torch.func.vjp(of, scores, *learned)
+        result: Any = torch.func.vjp(modify, scores, *learned)
         modified, vjp = result
 
         def back(grad: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ class TileMod:
         return modified, back
 
 
-# dtype and shape of a tensor, as plans and caches compare operands.
+# dtype and shape of an operand: the key by which plans and caches compare it.
 Kind = tuple[str, tuple[int, ...]]
 
 
@@ -77,24 +82,37 @@ def kind_of(x: Tensor) -> Kind:
 
 
 def sums_dtype(operands: Sequence[Tensor], learned: Sequence[int]) -> torch.dtype:
-    """The dtype that gradients of the learned operands are summed in."""
+    """The dtype of the learned operands' gradient sums."""
     wide = any(operands[number].dtype == torch.float64 for number in learned)
     return torch.float64 if wide else torch.float32
 
 
 def zero_sums(operands: Sequence[Tensor], learned: Sequence[int]) -> tuple[Tensor, ...]:
-    """Sums of gradients that have not begun."""
+    """Gradient sums of the learned operands, zero."""
     dtype = sums_dtype(operands, learned)
-    return tuple(torch.zeros(operands[number].shape, dtype=dtype, device=operands[number].device) for number in learned)
+    sums = []
+    for number in learned:
+        operand = operands[number]
+        sums.append(torch.zeros(operand.shape, dtype=dtype, device=operand.device))
+    return tuple(sums)
 
 
 def flat(sums: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The sums as one vector, the form in which an operator returns any number of them. like: on the device of an empty one."""
-    return torch.cat([total.reshape(-1) for total in sums]) if sums else like.new_empty(0, dtype=sums_dtype((), ()))
+    """Concatenate the sums to one vector, the result of an operator.
+
+    like: a tensor on the device of the result where there are no sums.
+    """
+    if not sums:
+        return like.new_empty(0, dtype=sums_dtype((), ()))
+    return torch.cat([total.reshape(-1) for total in sums])
 
 
 def unflat(vector: Tensor, operands: Sequence[Tensor], learned: Sequence[int]) -> list[Tensor]:
-    """The gradients in that vector, in the shapes and dtypes of their operands."""
+    """Split a vector of `flat` into gradients of the operands' shapes and dtypes."""
     sizes = [math.prod(operands[number].shape) for number in learned]
     parts = vector.split(sizes) if sizes else ()
-    return [part.reshape(operands[n].shape).to(operands[n].dtype) for part, n in zip(parts, learned, strict=True)]
+    gradients = []
+    for part, number in zip(parts, learned, strict=True):
+        operand = operands[number]
+        gradients.append(part.reshape(operand.shape).to(operand.dtype))
+    return gradients

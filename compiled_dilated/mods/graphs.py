@@ -1,10 +1,15 @@
-"""A traced mod as text, and the text read and evaluated: pure ATen operators on scalars, captured tensors and literals.
+"""A traced mod as text, its strict parser, and its evaluation on tiles.
 
     [["score", "b", ...], operands, [[operator, arguments, options, single, varies], ...], result]
 
-A value is named by its number: inputs first, then operands, then the results of the operators. `single`: the operator makes one
-number of numbers, or looks one up. `varies`: its result differs from pair to pair. A graph all of whose operators are single, or
-do not vary, is evaluated on whole tiles at once, which is the same as pair by pair and faster.
+The operators are pure ATen operators on scalars, captured tensors and literals. Values have numbers:
+inputs first, then operands, then the results of the operators.
+
+single   the operator maps scalars to a scalar, or loads one from a table, or does not vary
+varies   its result differs from pair to pair
+
+A graph all of whose operators are single is evaluated on a whole tile at once. Any other is
+evaluated pair by pair under vmap, which is slower.
 """
 
 from __future__ import annotations
@@ -20,32 +25,36 @@ from torch import Tensor
 
 from .pairs import over_pairs
 
-# How a literal of the text says a value, a dtype, the device of the indices, a layout or memory format.
+# Keys of literals: a value by its number, a dtype, the device of the indices, a layout or format.
 REF, DTYPE, DEVICE, FORMAT = "%", "%dtype", "%device", "%format"
-READS_A_VALUE = frozenset(("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"))
+READS_A_VALUE = frozenset(
+    ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"),
+)
 _MOST_CHARACTERS = 2**20
-# Operators that are neither core nor pointwise, but functions of their inputs alone.
+# Operators that are neither core nor pointwise, but functions of their inputs only.
 _ALSO_ALLOWED = frozenset(
-    f"aten.{name}"
-    for name in (
-        "_to_copy", "dot", "mv", "stack", "unbind", "linalg_vector_norm", "lift_fresh", "lift_fresh_copy", "detach", "t",
-        "transpose", "squeeze", "_unsafe_view", "new_full", "new_ones", "new_zeros", "ones", "zeros", "full", "scalar_tensor",
-        "ones_like", "zeros_like", "count_nonzero", "all", "any", "logsumexp", "special_erf", "vdot", "index", "floor_divide",
-        "bucketize", "searchsorted", "isin", "take",
+    (
+        "aten._to_copy", "aten.dot", "aten.mv", "aten.stack", "aten.unbind",
+        "aten.linalg_vector_norm", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.detach",
+        "aten.t", "aten.transpose", "aten.squeeze", "aten._unsafe_view", "aten.new_full",
+        "aten.new_ones", "aten.new_zeros", "aten.ones", "aten.zeros", "aten.full",
+        "aten.scalar_tensor", "aten.ones_like", "aten.zeros_like", "aten.count_nonzero",
+        "aten.all", "aten.any", "aten.logsumexp", "aten.special_erf", "aten.vdot", "aten.index",
+        "aten.floor_divide", "aten.bucketize", "aten.searchsorted", "aten.isin", "aten.take",
     )
 )  # fmt: skip
 
 
 class ModError(ValueError):
-    """A function that cannot be traced as a mod, or a text that is no graph."""
+    """A function that cannot be traced as a mod, or a text that is not a graph."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced mod as text: its operators one after the other, each with references to earlier results and literals.
+    """A traced mod as text.
 
-    Equal by text, so that everything made from it can be cached by value. The text is read by a strict parser: pure ATen
-    operators and literals alone.
+    Equal by text, so that everything derived from it can be cached by value. The parser accepts
+    only pure ATen operators and literals.
     """
 
     text: str
@@ -55,38 +64,38 @@ class Graph:
         return _read(self.text)
 
     def check(self) -> Graph:
-        """Itself; raises ModError if the text is no graph."""
+        """Return the graph; raises ModError if its text cannot be parsed."""
         _ = self._code
         return self
 
     @property
     def operands(self) -> int:
-        """How many captured tensors it reads."""
+        """The number of captured tensors that it reads."""
         return self._code.operands
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether evaluating whole tiles at once is the same as evaluating pair by pair."""
+        """Whether a whole tile can be evaluated at once."""
         return self._code.is_elementwise
 
     def reads(self, name: str) -> bool:
-        """Whether the result depends on the argument "score", "b", "h", "q_idx" or "kv_idx"."""
+        """Whether the result depends on an input: "score", "b", "h", "q_idx" or "kv_idx"."""
         return self._code.inputs.index(name) in self._code.read
 
     def score(self, operands: Sequence[Tensor], score: Tensor, *indices: Tensor) -> Tensor:
-        """Scores of all pairs, in the shape and dtype of `score`.
+        """The new scores of all pairs, in the shape and dtype of `score`.
 
-        indices: b, h, q and kv, of as many dimensions, broadcasting with it.
+        indices: b, h, q and kv, of as many dimensions as `score`, broadcasting with it.
         """
         out = self._over_tile(operands, score, *indices)
         return out.to(score.dtype).expand(score.shape)
 
     def mask(self, operands: Sequence[Tensor], *indices: Tensor) -> Tensor:
-        """Whether each pair is allowed: bool, of a shape that broadcasts with the indices b, h, q and kv."""
+        """Which pairs are allowed: bool, broadcasting with the indices b, h, q and kv."""
         return self._over_tile(operands, *indices)
 
     def scalar(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
-        """The mod itself, of scalars: what FlexAttention calls."""
+        """The mod on scalars, as FlexAttention calls it."""
         return self._code.run((*arguments, *operands), 0)
 
     def _over_tile(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ class _Instruction:
 
 @dataclass(frozen=True)
 class _Code:
-    """A graph that was read."""
+    """A parsed graph. read: the values that the result depends on."""
 
     inputs: tuple[str, ...]
     operands: int
@@ -118,33 +127,36 @@ class _Code:
     def run(self, values: Sequence[Tensor], dims: int) -> Tensor:
         """The result for these inputs and operands.
 
-        dims: dimensions of a tile; constants of a single number get as many, so that dtypes promote as among scalars.
+        dims: of a tile. Scalar constants are reshaped to as many dimensions, so that dtypes
+            promote as among scalars.
         """
         device, env = values[0].device, list(values)
         for instruction in self.instructions:
             spread = dims if instruction.varies else 0
-            args = _resolved(instruction.args, env, device, spread)
-            kwargs = _resolved(instruction.kwargs, env, device, spread)
+            args = _resolve(instruction.args, env, device, spread)
+            kwargs = _resolve(instruction.kwargs, env, device, spread)
             env.append(instruction.op(*args, **kwargs))
         out = env[self.result]
         return out.reshape((1,) * dims) if out.dim() < dims else out
 
 
-def _resolved(value: Any, env: list[Any], device: torch.device, dims: int) -> Any:
+def _resolve(value: Any, env: list[Any], device: torch.device, dims: int) -> Any:
     if isinstance(value, list):
-        return [_resolved(item, env, device, dims) for item in value]
+        return [_resolve(item, env, device, dims) for item in value]
     if not isinstance(value, dict):
         return value
     if REF in value:
         x = env[value[REF]]
-        return x.reshape((1,) * dims) if dims and isinstance(x, Tensor) and x.dim() == 0 else x
+        if dims and isinstance(x, Tensor) and x.dim() == 0:
+            return x.reshape((1,) * dims)
+        return x
     if DTYPE in value:
         return getattr(torch, value[DTYPE])
     if FORMAT in value:
         return getattr(torch, value[FORMAT])
     if DEVICE in value:
         return device
-    return {key: _resolved(item, env, device, dims) for key, item in value.items()}
+    return {key: _resolve(item, env, device, dims) for key, item in value.items()}
 
 
 @lru_cache(maxsize=256)
@@ -154,11 +166,19 @@ def _read(text: str) -> _Code:
     try:
         inputs, operands, body, result = json.loads(text)
         arguments = len(inputs) + operands
-        instructions = tuple(_instruction(entry, arguments + place) for place, entry in enumerate(body))
+        instructions = tuple(
+            _instruction(
+                entry,
+                arguments + place,
+            )
+            for place, entry in enumerate(body)
+        )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModError(f"the text is no graph of a mod: {error}") from None
     if not isinstance(result, int) or not 0 <= result < arguments + len(instructions):
-        raise ModError(f"the graph's result must be one of its {arguments + len(instructions)} values; got {result!r}")
+        raise ModError(
+            f"the graph's result must be one of its {arguments + len(instructions)} values; got {result!r}",
+        )
     read = _needed(instructions, result, arguments)
     elementwise = all(entry[3] for entry in body)
     return _Code(tuple(inputs), operands, instructions, result, read, elementwise)
@@ -170,6 +190,7 @@ def _instruction(entry: Any, place: int) -> _Instruction:
     op = getattr(getattr(torch.ops.aten, packet), overload)
     if not is_allowed(op):
         raise ModError(f"{name} is no pure operator that a mod may call")
+    # An instruction reads earlier values only, so that a graph has no cycle.
     late = [reference for reference in _references([args, kwargs]) if not 0 <= reference < place]
     if late:
         raise ModError(f"{name} reads the values {late}, which come after it")
@@ -177,9 +198,13 @@ def _instruction(entry: Any, place: int) -> _Instruction:
 
 
 def is_allowed(op: Any) -> bool:
-    """Whether an operator is a function of its inputs alone: pointwise, of ATen's core in any overload, or listed above."""
+    """Whether an operator is a function of its inputs only.
+
+    It is pointwise, of ATen's core in any overload, or in `_ALSO_ALLOWED`.
+    """
     name = str(op._schema.name).replace("::", ".")
-    if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags or name in READS_A_VALUE:
+    is_random = torch.Tag.nondeterministic_seeded in op.tags
+    if op._schema.is_mutable or is_random or name in READS_A_VALUE:
         return False
     return torch.Tag.pointwise in op.tags or name in _ALSO_ALLOWED or _is_core(op.overloadpacket)
 
@@ -201,9 +226,10 @@ def _references(value: Any) -> Iterator[int]:
 
 
 def _needed(instructions: Sequence[_Instruction], result: int, arguments: int) -> frozenset[int]:
-    """The values that the result depends on."""
+    """The values that the result depends on, itself included."""
     needed = {result}
     for place in reversed(range(len(instructions))):
         if arguments + place in needed:
-            needed.update(_references([instructions[place].args, instructions[place].kwargs]))
+            instruction = instructions[place]
+            needed.update(_references([instruction.args, instruction.kwargs]))
     return frozenset(needed)

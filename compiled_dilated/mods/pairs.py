@@ -1,4 +1,4 @@
-"""A function of scalars over all pairs of a tile, under vmap: how FlexAttention calls a mod (arXiv 2412.05496)."""
+"""A function of scalars over all pairs of a tile, by vmap, as in FlexAttention (arXiv 2412.05496)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 def over_pairs(fn: Callable[..., Any], *arguments: Tensor) -> Any:
     """Call fn with scalars, under vmap over all dimensions of its arguments.
 
-    arguments: tensors of one number of dimensions that broadcast. Returns a tensor that broadcasts with them.
+    arguments: tensors that broadcast, all of one number of dimensions.
+
+    Returns a tensor that broadcasts with them.
     """
     with _IndexByTensor():
         return _mapped(fn, *arguments)
@@ -22,16 +24,20 @@ def over_pairs(fn: Callable[..., Any], *arguments: Tensor) -> Any:
 def _mapped(fn: Callable[..., Any], *arguments: Tensor) -> Any:
     if arguments[0].dim() == 0:
         return fn(*arguments)
-    varies = [x.shape[0] != 1 for x in arguments]
-    rest = [x if along else x.squeeze(0) for x, along in zip(arguments, varies, strict=True)]
-    if not any(varies):
+    # One vmap for the first dimension, over the arguments that vary along it.
+    in_dims: list[int | None] = []
+    rest = []
+    for x in arguments:
+        varies = x.shape[0] != 1
+        in_dims.append(0 if varies else None)
+        rest.append(x if varies else x.squeeze(0))
+    if 0 not in in_dims:
         return _mapped(fn, *rest).unsqueeze(0)
-    in_dims = tuple(0 if along else None for along in varies)
-    return torch.vmap(lambda *inner: _mapped(fn, *inner), in_dims=in_dims)(*rest)
+    return torch.vmap(lambda *inner: _mapped(fn, *inner), in_dims=tuple(in_dims))(*rest)
 
 
 class _IndexByTensor(TorchFunctionMode):
-    """Makes table[i] of a scalar tensor i a gather, where torch would read the number i."""
+    """Evaluates table[i] of a scalar tensor i as a gather; torch would read its value."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and has_scalar_tensor(args[1]):
@@ -40,21 +46,30 @@ class _IndexByTensor(TorchFunctionMode):
 
 
 def has_scalar_tensor(index: Any) -> bool:
-    """Whether an index holds a tensor of one number, which torch would read."""
-    entries = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype != torch.bool for entry in entries)
+    """Whether an index contains a scalar tensor, whose value torch would read."""
+    for entry in index if isinstance(index, tuple) else (index,):
+        if isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype != torch.bool:
+            return True
+    return False
 
 
 def gathered(x: Tensor, index: Any) -> Tensor:
-    """x[index], scalar tensors in the index as gathers; numbers, slices, None and ... as everywhere."""
+    """x[index] with scalar tensors as gathers; numbers, slices, None and ... as in torch."""
     entries = list(index) if isinstance(index, tuple) else [index]
-    if any(entry is Ellipsis for entry in entries):
-        at = next(place for place, entry in enumerate(entries) if entry is Ellipsis)
-        taken = sum(entry is not None and entry is not Ellipsis for entry in entries)
-        entries[at : at + 1] = [slice(None)] * (x.dim() - taken)
-    # Numbers, slices and new dimensions first; a tensor's place stays whole until the gather.
+    # 1. Write `...` out. Found by identity: comparing it with a tensor would not give a bool.
+    for place, entry in enumerate(entries):
+        if entry is Ellipsis:
+            indexed = sum(other is not None and other is not Ellipsis for other in entries)
+            entries[place : place + 1] = [slice(None)] * (x.dim() - indexed)
+            break
+    # 2. Numbers, slices and new dimensions first; a tensor's dimension is left to the gather.
     plain = tuple(slice(None) if isinstance(entry, Tensor) else entry for entry in entries)
-    tensors = [entry if isinstance(entry, Tensor) else None for entry in entries if isinstance(entry, Tensor | slice | None)]
-    whole = x[plain] if any(entry != slice(None) for entry in plain) else x
-    out: Tensor = torch.ops.aten.index(whole, tensors)
+    if any(entry != slice(None) for entry in plain):
+        x = x[plain]
+    # 3. The gather. A number's dimension is gone by now.
+    tensors = []
+    for entry in entries:
+        if isinstance(entry, Tensor | slice | None):
+            tensors.append(entry if isinstance(entry, Tensor) else None)
+    out: Tensor = torch.ops.aten.index(x, tensors)
     return out

@@ -1,92 +1,168 @@
-"""Gradients of expressions, from the result backwards, as torch's autograd has them where there is a choice."""
+"""Reverse-mode gradients of expressions.
+
+Where a gradient is not unique, as at the kink of a maximum, it is torch's own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .expressions import Expressions, Register
 
-# From an expression, one of its nodes and its gradient to the gradients of the inputs.
+# From an expression, one of its nodes and its gradient to (input, gradient of the input).
 Rule = Callable[[Expressions, int, int], Sequence[tuple[int, int]]]
+# From an expression, the input of a unary node and its result to the node of a factor.
+Factor = Callable[[Expressions, int, int], int]
 
 
 def gradients(x: Expressions, result: int, register: Register) -> tuple[int, list[int]]:
-    """The gradient of the score, and nodes that add to the gradients of the operands.
+    """The gradient of the score, and the scatters of the operands' gradients.
 
-    register: of the scores and of the gradients' sums.
+    result: the node that is differentiated.
+    register: of the scores, and of the sums of gradients.
     """
+    differentiable = _differentiable(x, result)
     grads: dict[int, int] = {}
-    learns = _learning(x, result)
     if x.type(result).is_float:
         grads[result] = x.held(x.add("gradient", register), x.type(result))
-    of_score, sums = x.constant(0.0, register), []
+    of_score = x.constant(0.0, register)
+    scatters: list[int] = []
+    # Inputs come before the nodes that read them: backwards, every gradient is complete in time.
     for place in range(result, -1, -1):
-        if place not in grads or place not in learns:
+        if place not in grads or place not in differentiable:
             continue
         node, grad = x.nodes[place], grads[place]
         if node.op == "score":
             of_score = grad
         elif node.op == "load":
-            sums.append(x.add("scatter", register, x.held(grad, register), *node.inputs, number=node.number))
+            total = x.held(grad, register)
+            scatters.append(x.add("scatter", register, total, *node.inputs, number=node.number))
         else:
-            pull = x.pulls.get(place)
-            for to, part in pull(grad) if pull else _RULES[node.op](x, place, grad):
-                if to in learns:
-                    part = x.held(part, x.type(to))
-                    grads[to] = x.binary("add", grads[to], part) if to in grads else part
-    return of_score, sums
+            _accumulate(x, grads, differentiable, _input_gradients(x, place, grad))
+    return of_score, scatters
 
 
-def _learning(x: Expressions, result: int) -> set[int]:
-    """Nodes that depend on the score or on a floating operand, by floating numbers."""
+def _input_gradients(x: Expressions, place: int, grad: int) -> Sequence[tuple[int, int]]:
+    """The gradients that a node passes on: by its own pull, or by the rule of its operation."""
+    pull = x.pulls.get(place)
+    return _RULES[x.nodes[place].op](x, place, grad) if pull is None else pull(grad)
+
+
+def _accumulate(
+    x: Expressions,
+    grads: dict[int, int],
+    differentiable: set[int],
+    parts: Iterable[tuple[int, int]],
+) -> None:
+    for place, part in parts:
+        if place in differentiable:
+            part = x.held(part, x.type(place))
+            grads[place] = x.binary("add", grads[place], part) if place in grads else part
+
+
+def _differentiable(x: Expressions, result: int) -> set[int]:
+    """Nodes that depend on the score or a floating operand by floating numbers only."""
     out: set[int] = set()
     for place, node in enumerate(x.nodes[: result + 1]):
-        if node.type.is_float and (node.op in ("score", "load") or any(input in out for input in node.inputs)):
+        if not node.type.is_float:
+            continue
+        if node.op in ("score", "load") or not out.isdisjoint(node.inputs):
             out.add(place)
     return out
 
 
-def _by_factor(factor: Callable[[Expressions, int, int], int]) -> Rule:
-    """The rule of a function of one number: factor(expressions, input, result) is its derivative."""
+def linear(x: Expressions, node: int, factor: float, shift: float = 0.0) -> int:
+    """node * factor + shift."""
+    if factor != 1:
+        node = x.binary("multiply", node, x.constant(factor, x.type(node)))
+    if shift == 0:
+        return node
+    return x.binary("add", node, x.constant(shift, x.type(node)))
+
+
+def _square(x: Expressions, node: int) -> int:
+    return x.binary("multiply", node, node)
+
+
+# Makers of rules ----------------------------------------------------------------------------
+
+
+def _times(factor: Factor) -> Rule:
+    """The rule of a unary operation with derivative factor(x, input, result)."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
-        (of,) = x.nodes[place].inputs
-        return [(of, x.binary("multiply", grad, factor(x, of, place)))]
+        (source,) = x.nodes[place].inputs
+        return [(source, x.binary("multiply", grad, factor(x, source, place)))]
 
     return rule
 
 
-def _over(divisor: Callable[[Expressions, int, int], int]) -> Rule:
-    """The same of a function whose derivative is one over that."""
+def _over(divisor: Factor) -> Rule:
+    """The rule of a unary operation with derivative 1 / divisor(x, input, result)."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
-        (of,) = x.nodes[place].inputs
-        return [(of, x.binary("divide", grad, divisor(x, of, place)))]
+        (source,) = x.nodes[place].inputs
+        return [(source, x.binary("divide", grad, divisor(x, source, place)))]
 
     return rule
 
 
-def linear(x: Expressions, of: int, factor: float, shift: float = 0.0) -> int:
-    """of * factor + shift."""
-    product = of if factor == 1 else x.binary("multiply", of, x.constant(factor, x.type(of)))
-    return product if shift == 0 else x.binary("add", product, x.constant(shift, x.type(of)))
+def _remainder(rounding: str) -> Rule:
+    """a - b * rounding(a / b), the quotient taken for a constant."""
+
+    def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
+        a, b = x.nodes[place].inputs
+        quotient = x.unary(rounding, x.binary("divide", a, b))
+        return [(a, grad), (b, x.unary("negate", x.binary("multiply", grad, quotient)))]
+
+    return rule
 
 
-def _square(x: Expressions, of: int) -> int:
-    return x.binary("multiply", of, of)
+def _maximum(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
+    a, b = x.nodes[place].inputs
+    return _of_extreme(x, grad, a, b, is_maximum=True)
 
 
-def _none(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
+def _minimum(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
+    a, b = x.nodes[place].inputs
+    return _of_extreme(x, grad, a, b, is_maximum=False)
+
+
+def _of_extreme(
+    x: Expressions,
+    grad: int,
+    a: int,
+    b: int,
+    is_maximum: bool,
+) -> list[tuple[int, int]]:
+    """The gradient to the operand that is taken, in halves to two equal ones."""
+    equal = x.binary("equal", a, b)
+    half = linear(x, grad, 0.5)
+    zero = x.constant(0.0, x.type(grad))
+
+    def part(operand: int, other: int) -> int:
+        low, high = (operand, other) if is_maximum else (other, operand)
+        is_not_taken = x.binary("less", low, high)
+        return x.choice(is_not_taken, zero, x.choice(equal, half, grad))
+
+    return [(a, part(a, b)), (b, part(b, a))]
+
+
+# Rules of single operations -----------------------------------------------------------------
+
+
+def _no_gradient(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
     return []
 
 
-def _same(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
+def _identity(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
     return [(x.nodes[place].inputs[0], grad)]
 
 
 def _add(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
-    return [(of, grad) for of in x.nodes[place].inputs]
+    a, b = x.nodes[place].inputs
+    return [(a, grad), (b, grad)]
 
 
 def _subtract(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
@@ -100,54 +176,38 @@ def _multiply(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
 
 
 def _divide(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
-    _, b = x.nodes[place].inputs
+    a, b = x.nodes[place].inputs
     part = x.binary("divide", grad, b)
-    return [(x.nodes[place].inputs[0], part), (b, x.unary("negate", x.binary("multiply", part, place)))]
-
-
-def _remainder(rounding: str) -> Rule:
-    def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
-        a, b = x.nodes[place].inputs
-        turns = x.unary(rounding, x.binary("divide", a, b))
-        return [(a, grad), (b, x.unary("negate", x.binary("multiply", grad, turns)))]
-
-    return rule
-
-
-def _extreme(loses: str) -> Rule:
-    """Of maximum and minimum: the gradient goes to the one that is taken, in halves to two equal ones."""
-
-    def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
-        a, b = x.nodes[place].inputs
-        equal, half, zero = x.binary("equal", a, b), linear(x, grad, 0.5), x.constant(0.0, x.type(grad))
-
-        def part(mine: int, other: int) -> int:
-            first, second = (mine, other) if loses == "less" else (other, mine)
-            return x.choice(x.binary("less", first, second), zero, x.choice(equal, half, grad))
-
-        return [(a, part(a, b)), (b, part(b, a))]
-
-    return rule
+    return [(a, part), (b, x.unary("negate", x.binary("multiply", part, place)))]
 
 
 def _power(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
     base, exponent = x.nodes[place].inputs
-    type = x.type(place)
-    zero = x.constant(0.0, type)
+    zero = x.constant(0.0, x.type(place))
+    # exponent * base ** (exponent - 1), which for an exponent of 0 is 0 and not 0 * inf.
     lower = x.binary("power", base, linear(x, exponent, 1.0, -1.0))
     of_base = x.binary("multiply", grad, x.binary("multiply", exponent, lower))
-    has_no_power = x.binary("equal", exponent, zero)
+    is_constant = x.binary("equal", exponent, zero)
+    # base ** exponent * log(base), which at a base of 0 is 0 and not 0 * -inf.
     of_exponent = x.binary("multiply", grad, x.binary("multiply", place, x.unary("log", base)))
-    is_flat = x.binary("both", x.binary("equal", base, zero), x.binary("less_equal", zero, exponent))
-    return [(base, x.choice(has_no_power, zero, of_base)), (exponent, x.choice(is_flat, zero, of_exponent))]
+    is_zero = x.binary("equal", base, zero)
+    is_flat = x.binary("both", is_zero, x.binary("less_equal", zero, exponent))
+    return [
+        (base, x.choice(is_constant, zero, of_base)),
+        (exponent, x.choice(is_flat, zero, of_exponent)),
+    ]
 
 
 def _atan2(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
     a, b = x.nodes[place].inputs
     total = x.binary("add", _square(x, a), _square(x, b))
     zero = x.constant(0.0, x.type(grad))
-    part = x.choice(x.binary("equal", total, zero), zero, x.binary("divide", grad, total))
-    return [(a, x.binary("multiply", part, b)), (b, x.unary("negate", x.binary("multiply", part, a)))]
+    is_origin = x.binary("equal", total, zero)
+    part = x.choice(is_origin, zero, x.binary("divide", grad, total))
+    return [
+        (a, x.binary("multiply", part, b)),
+        (b, x.unary("negate", x.binary("multiply", part, a))),
+    ]
 
 
 def _where(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
@@ -156,46 +216,58 @@ def _where(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
     return [(a, x.choice(condition, grad, zero)), (b, x.choice(condition, zero, grad))]
 
 
-def _root_of_rest(x: Expressions, of: int, sign: float = 1.0) -> int:
-    """sqrt(1 - of**2), negated for a sign of -1."""
-    root = x.unary("square_root", linear(x, _square(x, of), -1.0, 1.0))
-    return root if sign > 0 else x.unary("negate", root)
+def _gaussian(x: Expressions, node: int) -> int:
+    """2 / sqrt(pi) * exp(-node**2), the derivative of erf."""
+    exponential = x.unary("exp", x.unary("negate", _square(x, node)))
+    return linear(x, exponential, 2 / math.sqrt(math.pi))
 
 
+def _cosine(x: Expressions, node: int) -> int:
+    """sqrt(1 - node**2), the cosine of an angle whose sine is the node."""
+    return x.unary("square_root", linear(x, _square(x, node), -1.0, 1.0))
+
+
+# s: the input of the node. y: the node itself, the operation's result.
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("sign", "floor", "ceiling", "round", "truncate", "floor_divide", "constant"), _none),
-    "convert": _same,
-    "round_to": _same,
+    "sign": _no_gradient,
+    "floor": _no_gradient,
+    "ceiling": _no_gradient,
+    "round": _no_gradient,
+    "truncate": _no_gradient,
+    "floor_divide": _no_gradient,
+    "constant": _no_gradient,
+    "convert": _identity,
+    "round_to": _identity,
     "add": _add,
     "subtract": _subtract,
     "multiply": _multiply,
     "divide": _divide,
     "remainder": _remainder("floor"),
     "fmod": _remainder("truncate"),
-    "minimum": _extreme("more"),
-    "maximum": _extreme("less"),
+    "minimum": _minimum,
+    "maximum": _maximum,
     "power": _power,
     "atan2": _atan2,
     "where": _where,
-    "negate": _by_factor(lambda x, of, out: x.constant(-1.0, x.type(out))),
-    "absolute": _by_factor(lambda x, of, out: x.unary("sign", of)),
-    "square_root": _over(lambda x, of, out: linear(x, out, 2.0)),
-    "exp": _by_factor(lambda x, of, out: out),
-    "exp2": _by_factor(lambda x, of, out: linear(x, out, math.log(2))),
-    "expm1": _by_factor(lambda x, of, out: linear(x, out, 1.0, 1.0)),
-    "log": _over(lambda x, of, out: of),
-    "log2": _over(lambda x, of, out: linear(x, of, math.log(2))),
-    "log10": _over(lambda x, of, out: linear(x, of, math.log(10))),
-    "log1p": _over(lambda x, of, out: linear(x, of, 1.0, 1.0)),
-    "sin": _by_factor(lambda x, of, out: x.unary("cos", of)),
-    "cos": _by_factor(lambda x, of, out: x.unary("negate", x.unary("sin", of))),
-    "tan": _by_factor(lambda x, of, out: linear(x, _square(x, out), 1.0, 1.0)),
-    "sinh": _by_factor(lambda x, of, out: x.unary("cosh", of)),
-    "cosh": _by_factor(lambda x, of, out: x.unary("sinh", of)),
-    "asin": _over(lambda x, of, out: _root_of_rest(x, of)),
-    "acos": _over(lambda x, of, out: _root_of_rest(x, of, -1.0)),
-    "atan": _over(lambda x, of, out: linear(x, _square(x, of), 1.0, 1.0)),
-    "tanh": _by_factor(lambda x, of, out: linear(x, _square(x, out), -1.0, 1.0)),
-    "sigmoid": _by_factor(lambda x, of, out: x.binary("multiply", out, linear(x, out, -1.0, 1.0))),
-    "erf": _by_factor(lambda x, of, out: linear(x, x.unary("exp", x.unary("negate", _square(x, of))), 2 / math.sqrt(math.pi))),
+    "negate": _times(lambda x, s, y: x.constant(-1.0, x.type(y))),
+    "absolute": _times(lambda x, s, y: x.unary("sign", s)),
+    "square_root": _over(lambda x, s, y: linear(x, y, 2.0)),
+    "exp": _times(lambda x, s, y: y),
+    "exp2": _times(lambda x, s, y: linear(x, y, math.log(2))),
+    "expm1": _times(lambda x, s, y: linear(x, y, 1.0, 1.0)),
+    "log": _over(lambda x, s, y: s),
+    "log2": _over(lambda x, s, y: linear(x, s, math.log(2))),
+    "log10": _over(lambda x, s, y: linear(x, s, math.log(10))),
+    "log1p": _over(lambda x, s, y: linear(x, s, 1.0, 1.0)),
+    "sin": _times(lambda x, s, y: x.unary("cos", s)),
+    "cos": _times(lambda x, s, y: x.unary("negate", x.unary("sin", s))),
+    "tan": _times(lambda x, s, y: linear(x, _square(x, y), 1.0, 1.0)),
+    "sinh": _times(lambda x, s, y: x.unary("cosh", s)),
+    "cosh": _times(lambda x, s, y: x.unary("sinh", s)),
+    "asin": _over(lambda x, s, y: _cosine(x, s)),
+    "acos": _over(lambda x, s, y: x.unary("negate", _cosine(x, s))),
+    "atan": _over(lambda x, s, y: linear(x, _square(x, s), 1.0, 1.0)),
+    "tanh": _times(lambda x, s, y: linear(x, _square(x, y), -1.0, 1.0)),
+    "sigmoid": _times(lambda x, s, y: x.binary("multiply", y, linear(x, y, -1.0, 1.0))),
+    "erf": _times(lambda x, s, y: _gaussian(x, s)),
 }

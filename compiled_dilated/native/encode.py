@@ -1,6 +1,6 @@
-"""A program as numbers that the native kernel reads: masks as a table of nodes, and how tokens are dealt to tiles.
+"""A program as numbers for the native kernel: a table of mask nodes, and how tokens are tiled.
 
-The layout of the numbers stands in src/program.h; the numbers of operations in src/masks.h.
+src/program.h documents the layout of the numbers, src/masks.h the numbers of operations.
 """
 
 from __future__ import annotations
@@ -52,86 +52,113 @@ OPERATIONS = {
     "block_window": 18,
     "function": 19,
 }
-# Queries and keys are dealt to classes modulo at most this; masks with more are right, and compute more hidden pairs.
+# Positions are split into at most this many residue classes; masks of a larger period are right
+# too, and compute more hidden pairs.
 _MOST_CLASSES = 48
-# Numbers of one program: more are for lists that nobody writes.
-_MOST_NUMBERS = 2**20
+_MOST_NUMBERS = 2**20  # of one program
 
 
 def mask_slots(program: Program) -> list[int]:
-    """The operands of a call that the program's masks read, each once."""
-    parts = [part for branch in program.branches for part in traced_parts(branch.mask)]
-    return sorted({slot for part in parts for slot in part.slots})
+    """The operands of a call that the program's masks read, ascending."""
+    slots: set[int] = set()
+    for branch in program.branches:
+        for part in traced_parts(branch.mask):
+            slots.update(part.slots)
+    return sorted(slots)
 
 
 def encode(program: Program, heads: int, scores: Scores | None = None) -> tuple[int, ...]:
-    """The numbers of a program for so many query heads.
+    """The numbers of a program for this many query heads.
 
-    The operands that they speak of are those of `mask_slots` in that order, and behind them the score_mod's own.
+    Their operands are those of `mask_slots` in that order, then the score_mod's own.
 
     Raises Untranslatable with a reason.
     """
     slots = mask_slots(program)
-    code = _Code(program.names, {slot: place for place, slot in enumerate(slots)})
+    table = _NodeTable(program.names, {slot: place for place, slot in enumerate(slots)})
+    group_of_head, groups = _head_groups(program, heads)
+    numbers = [_VERSION, _position_limit(program), heads, *group_of_head, len(groups)]
+    for branches in groups:
+        numbers += _group(table, branches)
+    numbers.append(len(table.nodes))
+    for node in table.nodes:
+        numbers += node
+    numbers += _score_tape(scores, len(slots))
+    if len(numbers) > _MOST_NUMBERS:
+        raise Untranslatable(
+            f"the program's lists are of {len(numbers):,} numbers, more than {_MOST_NUMBERS:,}",
+        )
+    return tuple(numbers)
+
+
+def _head_groups(program: Program, heads: int) -> tuple[list[int], list[tuple[Branch, ...]]]:
+    """The group of each head, and the branches of each group."""
     groups: dict[tuple[Branch, ...], int] = {}
-    of_head = []
+    group_of_head = []
     for head in range(heads):
-        seen = tuple(
+        branches = tuple(
             Branch(branch.mask_at(head, heads), None, branch.order)
             for branch in program.branches
             if head in branch.head_range(heads)
         )
-        of_head.append(groups.setdefault(seen, len(groups)))
-    written = [_VERSION, _limit(program), heads, *of_head, len(groups)]
-    for branches in groups:
-        written += _group(code, branches)
-    written.append(len(code.nodes))
-    for node in code.nodes:
-        written += node
+        group_of_head.append(groups.setdefault(branches, len(groups)))
+    return group_of_head, list(groups)
+
+
+def _score_tape(scores: Scores | None, first_operand: int) -> list[int]:
+    """Whether there is a score_mod, its operands, and its tape."""
     if scores is None:
-        written.append(0)
-    else:
-        operands = [_empty(*kind) for kind in scores.operands]
-        written += [1, len(operands), *range(len(slots), len(slots) + len(operands)), *encode_graph(scores.graph, operands)]
-    if len(written) > _MOST_NUMBERS:
-        raise Untranslatable(f"the program's lists are of {len(written):,} numbers, more than {_MOST_NUMBERS:,}")
-    return tuple(written)
+        return [0]
+    operands = [_without_data(*kind) for kind in scores.operands]
+    numbers = range(first_operand, first_operand + len(operands))
+    return [1, len(operands), *numbers, *encode_graph(scores.graph, operands)]
 
 
-def _empty(dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor without memory that stands for an operand."""
+def _without_data(dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor on the meta device with an operand's dtype and shape."""
     return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
-def _limit(program: Program) -> int:
-    """The positions that the program speaks of; -1: any."""
-    limits = [
-        math.prod(part.grid) for branch in program.branches for part in _parts(branch.mask) if isinstance(part, Neighborhood)
-    ]
-    limits += [math.prod(branch.order.grid) for branch in program.branches if isinstance(branch.order, Hilbert)]
+def _position_limit(program: Program) -> int:
+    """One past the last position that the program defines; -1 for any."""
+    limits = []
+    for branch in program.branches:
+        for part in _parts(branch.mask):
+            if isinstance(part, Neighborhood):
+                limits.append(math.prod(part.grid))
+        if isinstance(branch.order, Hilbert):
+            limits.append(math.prod(branch.order.grid))
     return min(limits, default=-1)
 
 
 def _parts(mask: Mask) -> list[Mask]:
-    return [mask, *(inner for part in mask.parts for inner in _parts(part))]
+    """A mask and all masks that it is composed of."""
+    parts = [mask]
+    for part in mask.parts:
+        parts += _parts(part)
+    return parts
 
 
-def _group(code: _Code, branches: Sequence[Branch]) -> list[int]:
-    """Step, axes, offset and sizes of the grid, and the branches."""
-    grid = next((shape for branch in branches if (shape := _grid(branch)) is not None), None)
-    steps = [1 if grid else _step(branch.mask) for branch in branches]
-    step = math.lcm(*steps) if steps else 1
+# Tiling -------------------------------------------------------------------------------------
+
+
+def _group(table: _NodeTable, branches: Sequence[Branch]) -> list[int]:
+    """Step, dimensions, offset and sizes of the grid, and of each branch node and key step."""
+    grids = [_grid(branch) for branch in branches]
+    offset, sizes = next((grid for grid in grids if grid is not None), (0, ()))
+    # A grid is tiled by patches, anything else by residue classes modulo `step`.
+    steps = [1 if sizes else _step(branch.mask) for branch in branches]
+    step = math.lcm(*steps)
     if step > _MOST_CLASSES:
         step = max(steps)
-    offset, sizes = grid if grid else (0, ())
-    written = [step, len(sizes), offset, *sizes, len(branches)]
+    numbers = [step, len(sizes), offset, *sizes, len(branches)]
     for branch, key_step in zip(branches, steps, strict=True):
-        written += [code.add(branch.mask), key_step]
-    return written
+        numbers += [table.add(branch.mask), key_step]
+    return numbers
 
 
 def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
-    """The grid whose patches are tiles: offset and sizes."""
+    """The grid whose patches are tiles: its first position and its sizes."""
     for part in _parts(branch.mask):
         if isinstance(part, Neighborhood) and len(part.grid) > 1:
             return 0, part.grid
@@ -145,9 +172,10 @@ def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
 
 
 def _step(mask: Mask) -> int:
-    """The number of classes of positions that see each other alone, as far as the mask says; 1: none."""
+    """A modulus such that the mask links only positions of one residue; 1 without one."""
     if isinstance(mask, And):
-        return min(math.lcm(*(_step(part) for part in mask.masks)), _MOST_CLASSES + 1) if mask.masks else 1
+        step = math.lcm(*(_step(part) for part in mask.masks))
+        return min(step, _MOST_CLASSES + 1)
     step = 1
     if isinstance(mask, Window):
         step = mask.dilation
@@ -160,16 +188,17 @@ def _step(mask: Mask) -> int:
     return step if step <= _MOST_CLASSES else 1
 
 
-def _neighborhood(mask: Neighborhood, offset: int) -> tuple[str, list[int]]:
-    written = [offset, len(mask.axes)]
-    for axis in mask.axes:
-        written += [axis.size, axis.radius, axis.dilation, int(axis.causal), int(axis.shift)]
-    return "neighborhood", written
+# Masks --------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Code:
-    """Nodes as they are added, parts before what they are parts of."""
+class _NodeTable:
+    """The mask nodes of a program, parts before the masks composed of them.
+
+    names: the program's data tensors.
+    operands: from a slot of the call to its number among `mask_slots`.
+    nodes: operation, count of arguments, arguments.
+    """
 
     names: tuple[str, ...]
     operands: dict[int, int]
@@ -177,14 +206,17 @@ class _Code:
     places: dict[Mask, int] = field(default_factory=dict)
 
     def add(self, mask: Mask) -> int:
-        """The place of a mask's node."""
+        """Add the node of a mask, unless it is there, and return its place."""
         if mask not in self.places:
-            name, arguments = self._node(mask)
-            self.nodes.append([OPERATIONS[name], len(arguments), *arguments])
-            self.places[mask] = len(self.nodes) - 1
+            self.places[mask] = self._append(*self._node(mask))
         return self.places[mask]
 
+    def _append(self, operation: str, arguments: list[int]) -> int:
+        self.nodes.append([OPERATIONS[operation], len(arguments), *arguments])
+        return len(self.nodes) - 1
+
     def _node(self, mask: Mask) -> tuple[str, list[int]]:
+        """The operation of a mask and its arguments."""
         match mask:
             case Full():
                 return "full", []
@@ -194,34 +226,8 @@ class _Code:
                 return "any_of", [self.add(part) for part in mask.masks]
             case Not():
                 return "none_of", [self.add(mask.mask)]
-            case Causal():
-                return "causal", []
-            case Window():
-                return "window", [mask.left, mask.right, mask.dilation]
-            case Segments():
-                return "segments", [mask.length]
-            case Congruent() if isinstance(mask.offset, int):
-                return "congruent", [mask.modulus, mask.offset, mask.within or 0]
-            case Sinks():
-                return "sinks", [mask.count]
-            case LeadingQueries():
-                return "leading", [mask.count]
             case Prefix() | GlobalTokens():
                 return self._node(mask.expanded())
-            case DilatedBlocks():
-                return "dilated_blocks", [mask.block, mask.stride]
-            case DocumentLengths():
-                return "document_lengths", list(mask._stops)
-            case Tiles():
-                return "tiles", [mask.block, mask.columns, *mask.keys]
-            case BlockWindow():
-                return "block_window", [mask.block, mask.left, mask.right]
-            case Neighborhood():
-                return _neighborhood(mask, 0)
-            case PlacedNeighborhood():
-                return _neighborhood(mask.neighborhood, mask.offset)
-            case GlobalPositions():
-                return "global_positions", list(mask.positions)
             case GlobalData():
                 return "global_data", [self.names.index(mask.name)]
             case DocumentIds():
@@ -232,23 +238,65 @@ class _Code:
                 raise Untranslatable(f"{mask} is not traced yet")
             case Traced():
                 return self._function(mask)
-        return self._rule(mask)
+        return _positions(mask) or self._rule(mask)
 
     def _rule(self, mask: Mask) -> tuple[str, list[int]]:
-        """A mask without an operation of its own, by the graph of its `allows`."""
+        """The traced `allows` of a mask without an operation of its own."""
+        name = type(mask).__name__
         if mask.names:
-            raise Untranslatable(f"the native kernel has no operation for {type(mask).__name__}, which reads data")
+            raise Untranslatable(f"the native kernel has no operation for {name}, which reads data")
         graph, operands = trace_mask_mod(mask.allows)
         if operands:
-            raise Untranslatable(f"the native kernel has no operation for {type(mask).__name__}, which reads tensors")
+            raise Untranslatable(
+                f"the native kernel has no operation for {name}, which reads tensors",
+            )
         return "function", [-1, 0, *encode_graph(graph, [])]
 
     def _function(self, mask: Traced) -> tuple[str, list[int]]:
-        tape = encode_graph(mask.graph, [_empty(*kind) for kind in mask.contents.kinds])
-        places = [self.operands[slot] for slot in mask.slots]
-        function = [-1 if mask.head is None else mask.head, len(places), *places, *tape]
+        tape = encode_graph(mask.graph, [_without_data(*kind) for kind in mask.contents.kinds])
+        operands = [self.operands[slot] for slot in mask.slots]
+        head = -1 if mask.head is None else mask.head
+        function = [head, len(operands), *operands, *tape]
         if mask.within is None:
             return "function", function
-        self.nodes.append([OPERATIONS["function"], len(function), *function])
-        place = len(self.nodes) - 1
+        place = self._append("function", function)
         return "all_of", [self.add(mask.within), place]
+
+
+def _positions(mask: Mask) -> tuple[str, list[int]] | None:
+    """The operation of a mask that is a rule over positions; None for other masks."""
+    match mask:
+        case Causal():
+            return "causal", []
+        case Window():
+            return "window", [mask.left, mask.right, mask.dilation]
+        case Segments():
+            return "segments", [mask.length]
+        case Congruent() if isinstance(mask.offset, int):
+            return "congruent", [mask.modulus, mask.offset, mask.within or 0]
+        case Sinks():
+            return "sinks", [mask.count]
+        case LeadingQueries():
+            return "leading", [mask.count]
+        case DilatedBlocks():
+            return "dilated_blocks", [mask.block, mask.stride]
+        case DocumentLengths():
+            return "document_lengths", list(mask._stops)
+        case Tiles():
+            return "tiles", [mask.block, mask.columns, *mask.keys]
+        case BlockWindow():
+            return "block_window", [mask.block, mask.left, mask.right]
+        case Neighborhood():
+            return _neighborhood(mask, 0)
+        case PlacedNeighborhood():
+            return _neighborhood(mask.neighborhood, mask.offset)
+        case GlobalPositions():
+            return "global_positions", list(mask.positions)
+    return None
+
+
+def _neighborhood(mask: Neighborhood, offset: int) -> tuple[str, list[int]]:
+    numbers = [offset, len(mask.axes)]
+    for axis in mask.axes:
+        numbers += [axis.size, axis.radius, axis.dilation, int(axis.causal), int(axis.shift)]
+    return "neighborhood", numbers

@@ -1,7 +1,8 @@
-"""Expressions over single numbers, each node once: what the tapes of the native kernel are written from.
+"""Expressions over single numbers, without repeated nodes: the source of the native kernel's tapes.
 
-A node is an operation on registers of one of five types. Of whole numbers the range is known as far as it follows from that of
-positions, so that most of them fit into 32 bits. The operations are those of src/functions.h, under the same numbers.
+A node is an operation on registers of one of five types. The range of a whole number is inferred
+from that of positions, so that most of them fit into 32 bits. The operations and their numbers are
+those of src/functions.h.
 """
 
 from __future__ import annotations
@@ -14,33 +15,34 @@ from enum import IntEnum
 
 import torch
 
-# Of q.k and of keys; heads and batch entries are fewer.
+from .ranges import OF_32_BITS, OF_64_BITS, Range, range_after, range_of
+
+# Positions of queries and keys are below; heads and batch entries are fewer.
 MOST_POSITIONS = 2**30
 MOST_NODES = 4096
 
-OPERATIONS = {
-    name: number
-    for number, name in enumerate(
-        (
-            "constant", "batch", "head", "query", "key", "score", "gradient", "load", "scatter", "within", "convert", "narrow",
-            "round_to", "negate", "absolute", "sign", "floor", "ceiling", "round", "truncate", "square_root", "exp", "exp2",
-            "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "tanh",
-            "sigmoid", "erf",
-            "add", "subtract", "multiply", "divide", "floor_divide", "remainder", "fmod", "minimum", "maximum", "power", "atan2",
-            "equal", "not_equal", "less", "less_equal", "both", "either", "exclusive", "complement", "shift_left", "shift_right",
-            "where",
-        )
-    )
-}  # fmt: skip
+_NAMES = (
+    "constant", "batch", "head", "query", "key", "score", "gradient", "load", "scatter", "within",
+    "convert", "narrow", "round_to",
+    "negate", "absolute", "sign", "floor", "ceiling", "round", "truncate", "square_root", "exp",
+    "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinh", "cosh", "asin",
+    "acos", "atan", "tanh", "sigmoid", "erf",
+    "add", "subtract", "multiply", "divide", "floor_divide", "remainder", "fmod", "minimum",
+    "maximum", "power", "atan2",
+    "equal", "not_equal", "less", "less_equal", "both", "either", "exclusive", "complement",
+    "shift_left", "shift_right",
+    "where",
+)  # fmt: skip
+OPERATIONS = {name: number for number, name in enumerate(_NAMES)}
 COMPARISONS = frozenset(("equal", "not_equal", "less", "less_equal"))
 
 
 class Untranslatable(ValueError):
-    """A function that a tape cannot express, and why."""
+    """A function that a tape cannot express; the text has the reason."""
 
 
 class Register(IntEnum):
-    """How the numbers of a node are held."""
+    """The machine type of a node's value."""
 
     BOOLEAN = 0
     I32 = 1
@@ -50,11 +52,11 @@ class Register(IntEnum):
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds floating numbers."""
+        """Whether its values are floating-point numbers."""
         return self >= Register.F32
 
 
-# Numbers of Type of src/problem.h.
+# The numbers of enum Type in src/problem.h.
 TYPES = {
     torch.float32: 0,
     torch.float64: 1,
@@ -72,7 +74,7 @@ WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 def register_of(dtype: torch.dtype) -> Register:
-    """The register that an operand of a dtype is read into."""
+    """The register that an operand of this dtype is loaded into."""
     if dtype not in TYPES:
         raise Untranslatable(f"the tape has no {dtype}")
     if dtype == torch.float64:
@@ -85,33 +87,11 @@ def register_of(dtype: torch.dtype) -> Register:
 
 
 @dataclass(frozen=True)
-class Range:
-    """Whole numbers low .. high."""
-
-    low: int
-    high: int
-
-    def holds(self, other: Range) -> bool:
-        """Whether all numbers of the other are among its own."""
-        return self.low <= other.low and other.high <= self.high
-
-
-def range_of(dtype: torch.dtype) -> Range:
-    """All numbers of a dtype of whole numbers."""
-    if dtype == torch.bool:
-        return Range(0, 1)
-    info = torch.iinfo(dtype)
-    return Range(info.min, info.max)
-
-
-OF_32_BITS, OF_64_BITS = range_of(torch.int32), range_of(torch.int64)
-
-
-@dataclass(frozen=True)
 class Node:
     """An operation on earlier nodes.
 
-    number: what it is told beside them. label: keeps nodes apart that have gradients of their own.
+    number: its immediate operand, as the value of a constant or the number of a captured tensor.
+    label: distinguishes equal operations with different gradients.
     """
 
     op: str
@@ -121,28 +101,47 @@ class Node:
     label: str = ""
 
 
-# From the gradient of a node to those of some nodes that it was made of, instead of what follows from its operation.
+# From the gradient of a node to (input, gradient) pairs, in place of the rule of its operation.
 Pull = Callable[[int], Sequence[tuple[int, int]]]
 
 
 @dataclass
 class Expressions:
-    """Nodes as they are added, each once."""
+    """Nodes in the order of addition, inputs first; an equal node is added once.
+
+    nodes: by place.
+    ranges: of whole numbers, by place; None for floating-point numbers.
+    pulls: gradients that replace the rule of an operation, by place.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     ranges: list[Range | None] = field(default_factory=list)
     pulls: dict[int, Pull] = field(default_factory=dict)
     _places: dict[Node, int] = field(default_factory=dict)
 
-    def add(self, op: str, type: Register, *inputs: int, number: int = 0, within: Range | None = None, label: str = "") -> int:
-        """The place of a node. within: the range of a whole number."""
+    def add(
+        self,
+        op: str,
+        type: Register,
+        *inputs: int,
+        number: int = 0,
+        within: Range | None = None,
+        label: str = "",
+    ) -> int:
+        """Add a node, unless there is an equal one, and return its place.
+
+        within: the range of a whole number, by default that of its register.
+        """
         node = Node(op, type, inputs, number, label)
-        if node not in self._places:
-            if len(self.nodes) >= MOST_NODES:
-                raise Untranslatable(f"it takes more than {MOST_NODES} operations on single numbers")
-            self._places[node] = len(self.nodes)
-            self.nodes.append(node)
-            self.ranges.append(None if type.is_float else within or (OF_32_BITS if type == Register.I32 else OF_64_BITS))
+        if node in self._places:
+            return self._places[node]
+        if len(self.nodes) >= MOST_NODES:
+            raise Untranslatable(f"it takes more than {MOST_NODES} operations on single numbers")
+        if within is None:
+            within = OF_32_BITS if type == Register.I32 else OF_64_BITS
+        self._places[node] = len(self.nodes)
+        self.nodes.append(node)
+        self.ranges.append(None if type.is_float else within)
         return self._places[node]
 
     def type(self, place: int) -> Register:
@@ -150,34 +149,39 @@ class Expressions:
         return self.nodes[place].type
 
     def range(self, place: int) -> Range:
-        """What a whole number or a bool may be."""
+        """The range of a whole number or a bool."""
         if self.type(place) == Register.BOOLEAN:
             return Range(0, 1)
         return self.ranges[place] or OF_64_BITS
 
-    # Inputs and constants ---------------------------------------------------------------------------------------------------
+    # Inputs and constants -------------------------------------------------------------------
 
     def index(self, name: str) -> int:
-        """One of "batch", "head", "query" and "key"."""
+        """The node of an index: "batch", "head", "query" or "key"."""
         return self.add(name, Register.I32, within=Range(0, MOST_POSITIONS - 1))
 
     def constant(self, value: float, type: Register) -> int:
-        """A number in a register of that type."""
+        """A number in a register of that type, floating-point numbers as their bits."""
         if type == Register.F32:
-            return self.add("constant", type, number=struct.unpack("<i", struct.pack("<f", _single(float(value))))[0])
+            (bits,) = struct.unpack("<i", struct.pack("<f", _single(float(value))))
+            return self.add("constant", type, number=bits)
         if type == Register.F64:
-            return self.add("constant", type, number=struct.unpack("<q", struct.pack("<d", float(value)))[0])
+            (bits,) = struct.unpack("<q", struct.pack("<d", float(value)))
+            return self.add("constant", type, number=bits)
         number = int(bool(value)) if type == Register.BOOLEAN else int(value)
         return self.add("constant", type, number=number, within=Range(number, number))
 
     def whole(self, value: int) -> int:
-        """A whole number in the least register that holds it."""
-        if not OF_64_BITS.holds(Range(value, value)):
-            raise Untranslatable(f"the number {value} has more than 64 bits")
-        return self.constant(value, Register.I32 if OF_32_BITS.holds(Range(value, value)) else Register.I64)
+        """A whole number in the smallest register that fits."""
+        limits = Range(value, value)
+        if OF_32_BITS.contains(limits):
+            return self.constant(value, Register.I32)
+        if OF_64_BITS.contains(limits):
+            return self.constant(value, Register.I64)
+        raise Untranslatable(f"the number {value} has more than 64 bits")
 
     def value(self, place: int) -> float | None:
-        """The number of a constant; None for other nodes."""
+        """The value of a constant; None for other nodes."""
         node = self.nodes[place]
         if node.op != "constant":
             return None
@@ -187,62 +191,69 @@ class Expressions:
             return float(struct.unpack("<d", struct.pack("<q", node.number))[0])
         return node.number
 
-    # Conversions ------------------------------------------------------------------------------------------------------------
+    # Conversions ----------------------------------------------------------------------------
 
     def held(self, place: int, type: Register) -> int:
-        """The same number in a register of another type."""
+        """A node converted to a register of another type; a constant stays one."""
         node = self.nodes[place]
         if node.type == type:
             return place
         value = self.value(place)
         if value is not None and (type.is_float or not node.type.is_float):
             return self.constant(value, type)
-        return self.add("convert", type, place, within=None if type.is_float or node.type.is_float else self.range(place))
+        within = None
+        if not type.is_float and not node.type.is_float:
+            within = self.range(place)
+        return self.add("convert", type, place, within=within)
 
     def cast(self, place: int, dtype: torch.dtype) -> int:
-        """A number as torch converts it to a dtype."""
+        """A node converted to a dtype, as by Tensor.to."""
         if dtype == torch.bool:
             return self.held(place, Register.BOOLEAN)
-        if dtype in WHOLE:
-            if self.type(place).is_float:
-                wide = self.add("convert", Register.I64, place)
-                return self.wrapped(wide, dtype)
-            return self.wrapped(self.held(place, Register.I32) if self.type(place) == Register.BOOLEAN else place, dtype)
-        return self.rounded(self.held(place, register_of(dtype)), dtype)
+        if dtype not in WHOLE:
+            return self.rounded(self.held(place, register_of(dtype)), dtype)
+        if self.type(place).is_float:
+            place = self.add("convert", Register.I64, place)
+        elif self.type(place) == Register.BOOLEAN:
+            place = self.held(place, Register.I32)
+        return self.wrapped(place, dtype)
 
     def rounded(self, place: int, dtype: torch.dtype) -> int:
-        """A floating number as one of a dtype of 16 bits, or as it is."""
-        return self.add("round_to", Register.F32, place, number=TYPES[dtype]) if dtype in SHORT else place
+        """A node rounded to float16 or bfloat16; unchanged for wider dtypes."""
+        if dtype not in SHORT:
+            return place
+        return self.add("round_to", Register.F32, place, number=TYPES[dtype])
 
     def wrapped(self, place: int, dtype: torch.dtype) -> int:
-        """A whole number as one of that dtype."""
+        """A whole number wrapped around to the range of a dtype."""
         limits = range_of(dtype)
-        if dtype == torch.int64 or limits.holds(self.range(place)):
+        if dtype == torch.int64 or limits.contains(self.range(place)):
             return place
-        return self.add("narrow", Register.I64, self.held(place, Register.I64), number=TYPES[dtype], within=limits)
+        wide = self.held(place, Register.I64)
+        return self.add("narrow", Register.I64, wide, number=TYPES[dtype], within=limits)
 
-    # Operations -------------------------------------------------------------------------------------------------------------
+    # Operations -----------------------------------------------------------------------------
 
     def common(self, *places: int) -> list[int]:
-        """The numbers in registers of one type, that of the widest."""
+        """The nodes in registers of one type, the widest among them."""
         types = [self.type(place) for place in places]
         if any(type.is_float for type in types):
             widest = Register.F64 if Register.F64 in types else Register.F32
         elif all(type == Register.BOOLEAN for type in types):
             widest = Register.BOOLEAN
         else:
-            fits = all(OF_32_BITS.holds(self.range(place)) for place in places)
+            fits = all(OF_32_BITS.contains(self.range(place)) for place in places)
             widest = Register.I32 if fits else Register.I64
         return [self.held(place, widest) for place in places]
 
     def unary(self, op: str, x: int) -> int:
-        """An operation on one number, in its register."""
+        """An operation on one node, in its register."""
         if self.type(x).is_float or self.type(x) == Register.BOOLEAN:
             return self.add(op, self.type(x), x)
         return self._whole(op, x)
 
     def binary(self, op: str, a: int, b: int) -> int:
-        """An operation on two numbers; a comparison gives a bool."""
+        """An operation on two nodes; a comparison gives a bool."""
         a, b = self.common(a, b)
         type = self.type(a)
         if op in COMPARISONS:
@@ -254,80 +265,65 @@ class Expressions:
         return self._whole(op, a, b)
 
     def _divided(self, a: int, b: int) -> int:
-        """A quotient; by a power of two as a product, which is the same number."""
+        """A quotient; division by a power of two as an equal multiplication."""
         value = self.value(b)
-        if value and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5 and 2.0**-100 < abs(value) < 2.0**100:
+        if value and _is_power_of_two(value):
             return self.add("multiply", self.type(a), a, self.constant(1 / value, self.type(a)))
         return self.add("divide", self.type(a), a, b)
 
     def _whole(self, op: str, *inputs: int) -> int:
-        """An operation on whole numbers, in 32 bits where all of them fit."""
-        result = _range(op, *(self.range(place) for place in inputs))
-        fits = OF_32_BITS.holds(result) and all(OF_32_BITS.holds(self.range(place)) for place in inputs)
+        """An operation on whole numbers, in 32 bits where inputs and result fit."""
+        ranges = [self.range(place) for place in inputs]
+        result = range_after(op, *ranges)
+        fits = all(OF_32_BITS.contains(limits) for limits in (result, *ranges))
         type = Register.I32 if fits and not op.startswith("shift") else Register.I64
-        return self.add(
-            op, type, *(self.held(place, type) for place in inputs), within=result if OF_64_BITS.holds(result) else None
-        )
+        operands = [self.held(place, type) for place in inputs]
+        return self.add(op, type, *operands, within=result if OF_64_BITS.contains(result) else None)
 
     def choice(self, condition: int, a: int, b: int, label: str = "") -> int:
-        """`a` where the condition holds, `b` elsewhere."""
+        """`a` where the condition is true, `b` elsewhere."""
         a, b = self.common(a, b)
         type = self.type(a)
         within = None
         if not type.is_float:
             x, y = self.range(a), self.range(b)
             within = Range(min(x.low, y.low), max(x.high, y.high))
-        return self.add("where", type, self.held(condition, Register.BOOLEAN), a, b, within=within, label=label)
+        return self.add(
+            "where",
+            type,
+            self.held(condition, Register.BOOLEAN),
+            a,
+            b,
+            within=within,
+            label=label,
+        )
 
     def apart(self, place: int, label: str, pull: Pull) -> int:
-        """A node like this one with gradients of its own."""
+        """A copy of a node whose gradients are those of `pull`."""
         node = self.nodes[place]
-        out = self.add(node.op, node.type, *node.inputs, number=node.number, within=self.ranges[place], label=f"{label} {place}")
+        out = self.add(
+            node.op,
+            node.type,
+            *node.inputs,
+            number=node.number,
+            within=self.ranges[place],
+            label=f"{label} {place}",
+        )
         self.pulls[out] = pull
         return out
 
 
 def _single(value: float) -> float:
-    """The number of 32 bits that torch makes of one of 64: beyond the greatest it is infinite."""
+    """A number rounded to float32, infinite beyond its range, as in torch."""
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
 
 
-def _range(op: str, a: Range, b: Range | None = None) -> Range:
-    """The range of an operation's exact results; any where it is not known."""
-    match op:
-        case "negate":
-            return Range(-a.high, -a.low)
-        case "absolute":
-            low, high = sorted((abs(a.low), abs(a.high)))
-            return Range(0 if a.low <= 0 <= a.high else low, high)
-        case "sign":
-            return Range(-1, 1)
-        case "complement":
-            return Range(~a.high, ~a.low)
-    if b is None:
-        return OF_64_BITS
-    match op:
-        case "add":
-            return Range(a.low + b.low, a.high + b.high)
-        case "subtract":
-            return Range(a.low - b.high, a.high - b.low)
-        case "multiply":
-            products = [x * y for x in (a.low, a.high) for y in (b.low, b.high)]
-            return Range(min(products), max(products))
-        case "minimum":
-            return Range(min(a.low, b.low), min(a.high, b.high))
-        case "maximum":
-            return Range(max(a.low, b.low), max(a.high, b.high))
-        case "floor_divide" if b.low > 0:
-            quotients = [x // y for x in (a.low, a.high) for y in (b.low, b.high)]
-            return Range(min(quotients), max(quotients))
-        case "remainder" if b.low > 0:
-            return Range(0, b.high - 1)
-        case "fmod" if b.low > 0:
-            return Range(0 if a.low >= 0 else -(b.high - 1), b.high - 1)
-        case "both" | "either" | "exclusive" if OF_32_BITS.holds(a) and OF_32_BITS.holds(b):
-            return OF_32_BITS
-    return OF_64_BITS
+def _is_power_of_two(value: float) -> bool:
+    """Whether 1 / value is exact in float32 too."""
+    if not math.isfinite(value) or not 2.0**-100 < abs(value) < 2.0**100:
+        return False
+    mantissa, _ = math.frexp(value)
+    return abs(mantissa) == 0.5

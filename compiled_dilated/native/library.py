@@ -1,9 +1,9 @@
-"""The native operators: schemas, shapes, and a first call that builds and loads what computes them, src/.
+"""The native operators: schemas, shapes, and the first call.
 
-    compiled_dilated::native -> C++, once loaded
-                             -> _first_call -> build.load -> the same, which is C++ by now
+    compiled_dilated::native -> the C++ kernel, once loaded
+                             -> _first_call -> build.load -> the C++ kernel
 
-Defining them costs nothing: no compiler starts and no library is opened before the first call.
+Importing this module starts no compiler and opens no library: the first call does.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from ..mods import sums_dtype
 from ..partials import empty_out, lse_dtype
 from . import build
 
-COUNT_NUMBERS = 8
+COUNT_NUMBERS = 8  # of the work that a call executed
 
-# src/door/door.cpp repeats them for programs without Python.
+# src/door/door.cpp repeats the schemas for programs without Python.
 _OTHERS = "Tensor[]? data, Tensor[]? operands, int[] code, float scale, SymInt q_offset"
 _CALL = f"(Tensor q, Tensor k, Tensor v, {_OTHERS}, Tensor? offsets, bool by_token)"
 SCHEMAS = {
     "native": f"{_CALL} -> (Tensor, Tensor)",
     "native_counted": f"{_CALL} -> (Tensor, Tensor, Tensor)",
-    "native_backward": f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OTHERS}, "
-    "Tensor? offsets, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)",
+    "native_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor out, Tensor lse, {_OTHERS}, Tensor? offsets, int[] learned) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "native_merge": f"(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, {_OTHERS}) -> ()",
     "native_counts": "(Tensor[]? data, Tensor[]? operands, int[] code, int[] sizes, SymInt q_offset, Tensor? offsets) -> Tensor",
     "check_inputs": "(Tensor[] inputs, int[] code) -> Tensor",
@@ -37,11 +38,10 @@ _library = torch.library.Library("compiled_dilated", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-
 operators: Any = torch.ops.compiled_dilated
 
 
-# Shapes ---------------------------------------------------------------------------------------------------------------------
+# Shapes -------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("compiled_dilated::native", lib=_library)
@@ -93,22 +93,28 @@ def _(inputs: Sequence[Tensor], code: Sequence[int]) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-# The first call -------------------------------------------------------------------------------------------------------------
+# The first call -----------------------------------------------------------------------------
 
 
 def _first_call(name: str) -> Callable[..., Any]:
-    """What the operator does where no kernel is loaded for its tensors' device."""
+    """The operator before its kernel is loaded, or for tensors of another device."""
 
     def load_and_call(*arguments: Any) -> Any:
         for x in arguments:
             if isinstance(x, Tensor) and x.device.type != "cpu":
-                raise NotImplementedError(f"compiled_dilated::{name} computes on the CPU; got a tensor on {x.device}")
-        build.load_part("inputs") if name == "check_inputs" else build.load()
+                raise NotImplementedError(
+                    f"compiled_dilated::{name} computes on the CPU; got a tensor on {x.device}",
+                )
+        if name == "check_inputs":
+            build.load_part("inputs")
+        else:
+            build.load()
+        # Dispatches to the kernel that has just been registered.
         return getattr(torch.ops.compiled_dilated, name).default(*arguments)
 
     return load_and_call
 
 
-# The lowest key: what the library registers, of CPU and of BackendSelect, goes before.
+# The key of lowest priority: the kernels register for CPU and BackendSelect, which go before it.
 for _name in SCHEMAS:
     _library.impl(_name, _first_call(_name), "CompositeExplicitAutograd")

@@ -1,0 +1,98 @@
+"""The user's folder of built libraries: private, digest-checked, and bounded in size."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .recipes import NativeUnavailable
+
+# Kinds of machines that share a home directory, times versions in use.
+_MOST_LIBRARIES = 48
+_STALE_SECONDS = 3600.0
+BUILDING = ".building-"  # prefix of the temporary folders of builds
+
+
+def folder() -> Path:
+    """Create the user's folder of libraries, or check the existing one.
+
+    COMPILED_DILATED_CACHE, or compiled_dilated in XDG_CACHE_HOME or ~/.cache.
+
+    Raises NativeUnavailable where other users could write to it.
+    """
+    variable = os.environ.get("COMPILED_DILATED_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(variable) if variable else base / "compiled_dilated"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = path.stat()
+    except OSError as error:
+        raise NativeUnavailable(
+            f"{path} cannot be made: {error}; set COMPILED_DILATED_CACHE to a folder of your own",
+        ) from error
+    remedy = f"use `chmod 700 {path}`, or set COMPILED_DILATED_CACHE to a folder of your own"
+    if state.st_uid != os.getuid():
+        raise NativeUnavailable(
+            f"{path} belongs to user {state.st_uid}, who could put code there; {remedy}",
+        )
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NativeUnavailable(f"{path} is writable by others, who could put code there; {remedy}")
+    return path
+
+
+def is_intact(library: Path) -> bool:
+    """Whether the library exists with the bytes that were built."""
+    try:
+        expected = digest_file(library).read_text().strip()
+        return expected == hashlib.sha256(library.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def digest_file(library: Path) -> Path:
+    """The file beside a library with the digest of its bytes."""
+    return library.with_name(library.name + ".sha256")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Exclude other processes from building in the folder.
+
+    The kernel releases the lock of a process that dies. On file systems without locks
+    two processes may build the same library, which is right and slower.
+    """
+    import fcntl
+
+    with open(path / ".lock", "a") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def tidy(path: Path, newest: str) -> None:
+    """Remove the leftovers of killed builds and the least recently used libraries.
+
+    newest: the file name of the library that was just built.
+    """
+    for leftover in path.glob(f"{BUILDING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+    others = [library for library in path.glob("native-*.so") if library.name != newest]
+    others.sort(key=_last_use, reverse=True)
+    for library in others[_MOST_LIBRARIES - 1 :]:
+        library.unlink(missing_ok=True)
+        digest_file(library).unlink(missing_ok=True)
+
+
+def _last_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

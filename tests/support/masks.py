@@ -1,0 +1,54 @@
+"""Tiles and verdicts of the tests of masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from compiled_dilated import masks
+from compiled_dilated.masks import Mask
+from compiled_dilated.regions import EMPTY, FULL, PARTIAL, Regions
+
+DOCUMENTS = masks.documents(lengths=(7, 0, 20, 5))
+# Masks whose classify is exact on contiguous tiles.
+EXACT = [
+    masks.full(),
+    masks.causal(),
+    masks.window(9),
+    masks.window(3, 12),
+    masks.window(11, dilation=3),
+    masks.window(0, 17, dilation=5),
+    masks.segments(12),
+    masks.congruent(3, 1),
+    masks.congruent(4, 3, period=16),
+    DOCUMENTS,
+    masks.sinks(5),
+    masks.prefix(13),
+    masks.global_tokens(6),
+    masks.global_tokens(positions=(0, 17, 18, 19, 20, 40)),
+    masks.block_window(5, 1, 2),
+    masks.tiles([(0, 1), (1, 1), (2, 0), (2, 1)], block=8),
+    masks.random_blocks(6, 3, 48),
+    masks.neighborhood((30,), 4, offset=5),
+]
+
+
+def verdict_of(seen: Any) -> Any:
+    return FULL if seen.all() else PARTIAL if seen.any() else EMPTY
+
+
+def contiguous_tiles(n: int, tile: int) -> Regions:
+    starts = np.arange(0, n, tile)
+    return Regions.contiguous(starts, np.minimum(starts + tile, n))
+
+
+def check_classify(mask: Mask, truth: Any, q: Regions, kv: Regions, exact: bool = False) -> None:
+    """All pairs of the regions of q and of kv against the dense truth."""
+    rows, columns = (axis.reshape(-1) for axis in np.indices((len(q), len(kv))))
+    verdicts = mask.classify(q[rows], kv[columns])
+    assert verdicts.dtype == np.uint8
+    assert verdicts.shape == rows.shape
+    for row, column, verdict in zip(rows, columns, verdicts, strict=True):
+        seen = truth[np.ix_(q.positions(row), kv.positions(column))]
+        assert verdict in ((verdict_of(seen),) if exact else (verdict_of(seen), PARTIAL)), (mask, q[[row]], kv[[column]])

@@ -1,0 +1,253 @@
+"""The native functions of tapes over tensors, by a driver in C++."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compiled_dilated.mods import Graph, over_pairs, trace_mask_mod, trace_score_mod
+from compiled_dilated.native.build import SOURCES, NativeUnavailable
+from compiled_dilated.native.expressions import TYPES
+from compiled_dilated.native.recipes import FLAGS, find_compiler
+from compiled_dilated.native.tape import encode
+
+N, HEADS = 40, 4
+B, H = 1, 2
+EMPTY, PARTIAL, FULL = 0, 1, 2
+DRIVER = r"""
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include "functions.h"
+using namespace native;
+static FunctionRoom room;
+static std::string said;
+template <class F> int guarded(const F& f) {
+  try { f(); return 0; } catch (const std::runtime_error& error) { said = error.what(); return 1; }
+}
+static Function read(const int64_t* code, int64_t count, const Array* operands, int64_t operand_count) {
+  const int64_t* at = code;
+  Function function = read_function(at, code + count);
+  if (at != code + count) throw std::runtime_error("numbers are left over");
+  check_operands(function, operands, operand_count);
+  return function;
+}
+#define OF const int64_t* code, int64_t count, const Array* operands, int64_t operand_count, const int32_t* q, int lanes, \
+           const int32_t* k, int keys, int64_t b, int64_t h
+#define TILE {b, h, q, lanes, k, keys}
+extern "C" {
+#define SHOWN __attribute__((visibility("default")))
+SHOWN const char* error_text() { return said.c_str(); }
+SHOWN int run_mask(OF, uint8_t* seen) {
+  return guarded([&] { mask(read(code, count, operands, operand_count), operands, TILE, seen, room); });
+}
+SHOWN int run_score_f32(OF, float* scores, int ld) {
+  return guarded([&] { score(read(code, count, operands, operand_count), operands, TILE, scores, ld, room); });
+}
+SHOWN int run_score_f64(OF, double* scores, int ld) {
+  return guarded([&] { score(read(code, count, operands, operand_count), operands, TILE, scores, ld, room); });
+}
+SHOWN int run_backward_f32(OF, const float* scores, float* grads, int ld, float* const* sums) {
+  return guarded([&] {
+    score_backward(read(code, count, operands, operand_count), operands, TILE, scores, grads, ld, sums, room);
+  });
+}
+SHOWN int run_backward_f64(OF, const double* scores, double* grads, int ld, double* const* sums) {
+  return guarded([&] {
+    score_backward(read(code, count, operands, operand_count), operands, TILE, scores, grads, ld, sums, room);
+  });
+}
+SHOWN int run_classify(const int64_t* code, int64_t count, const Array* operands, int64_t operand_count, int64_t b, int64_t h,
+                       int64_t q0, int64_t q1, int64_t k0, int64_t k1, int* verdict) {
+  return guarded([&] { *verdict = classify(read(code, count, operands, operand_count), operands, b, h, q0, q1, k0, k1); });
+}
+SHOWN void repeat_score(OF, float* scores, int ld, int times) {
+  const Function function = read(code, count, operands, operand_count);
+  for (int i = 0; i < times; ++i) score(function, operands, TILE, scores, ld, room);
+}
+SHOWN void repeat_backward(OF, const float* scores, float* grads, int ld, float* const* sums, int times) {
+  const Function function = read(code, count, operands, operand_count);
+  for (int i = 0; i < times; ++i) score_backward(function, operands, TILE, scores, grads, ld, sums, room);
+}
+SHOWN void repeat_mask(OF, uint8_t* seen, int times) {
+  const Function function = read(code, count, operands, operand_count);
+  for (int i = 0; i < times; ++i) mask(function, operands, TILE, seen, room);
+}
+}
+"""
+
+
+class Array(ctypes.Structure):
+    """native::Array."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("type", ctypes.c_int), ("dims", ctypes.c_int),
+        ("sizes", ctypes.c_int64 * 8), ("strides", ctypes.c_int64 * 8),
+    )  # fmt: skip
+
+    @staticmethod
+    def of(x: Tensor) -> Array:
+        return Array(x.data_ptr(), TYPES[x.dtype], x.dim(), (ctypes.c_int64 * 8)(*x.shape), (ctypes.c_int64 * 8)(*x.stride()))
+
+
+class Native:
+    """The functions of the driver over tensors."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.error_text.restype = ctypes.c_char_p
+
+    def __call__(self, name: str, code: Sequence[int], operands: Sequence[Tensor], *arguments: Any) -> None:
+        numbers = (ctypes.c_int64 * len(code))(*code)
+        arrays = (Array * max(1, len(operands)))(*map(Array.of, operands))
+        passed = [numbers, ctypes.c_int64(len(code)), arrays, ctypes.c_int64(len(operands))]
+        for argument in arguments:
+            passed.append(ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument)
+        if getattr(self.library, name)(*passed):
+            raise RuntimeError(self.library.error_text().decode())
+
+    def tile(self, q: Tensor, k: Tensor, b: int = B, h: int = H) -> tuple[Any, ...]:
+        return q, len(q), k, len(k), ctypes.c_int64(b), ctypes.c_int64(h)
+
+    def mask(self, graph: Graph, operands: Sequence[Tensor], q: Tensor, k: Tensor) -> Tensor:
+        """Of all pairs, (queries, keys)."""
+        seen = torch.full((len(k), len(q)), 7, dtype=torch.uint8)
+        self("run_mask", encode(graph, operands), operands, *self.tile(q, k), seen)
+        assert seen.max() <= 1
+        return seen.bool().T
+
+    def score(self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Of scores (queries, keys) the new ones."""
+        padded = torch.full((len(k), len(q) + 3), 5.0, dtype=scores.dtype)
+        padded[:, : len(q)] = scores.T
+        self(f"run_score_{kind(scores)}", encode(graph, operands), operands, *self.tile(q, k), padded, len(q) + 3)
+        assert (padded[:, len(q) :] == 5).all()
+        return padded[:, : len(q)].T
+
+    def backward(
+        self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, grad: Tensor, q: Tensor, k: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradients of the scores, and of the operands that learn."""
+        transposed, grads = scores.T.contiguous(), grad.T.contiguous()
+        sums = [torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None for x in operands]
+        places = (ctypes.c_void_p * max(1, len(sums)))(*(None if x is None else x.data_ptr() for x in sums))
+        code = encode(graph, operands)
+        self(f"run_backward_{kind(scores)}", code, operands, *self.tile(q, k), transposed, grads, len(q), places)
+        return grads.T, sums
+
+    def classify(self, graph: Graph, operands: Sequence[Tensor], q: range, k: range) -> int:
+        verdict = ctypes.c_int()
+        bounds = map(ctypes.c_int64, (B, H, q[0], q[-1], k[0], k[-1]))
+        self("run_classify", encode(graph, operands), operands, *bounds, ctypes.byref(verdict))
+        return verdict.value
+
+
+def kind(x: Tensor) -> str:
+    return "f32" if x.dtype == torch.float32 else "f64"
+
+
+def positions(count: int, seed: int, n: int = N) -> Tensor:
+    """Ascending positions, some more than once."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, n, (count,), generator=generator).sort().values.to(torch.int32).contiguous()
+
+
+def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """b, h, q and kv as over_pairs takes them."""
+    return torch.tensor([[B]]), torch.tensor([[H]]), q.long()[:, None], k.long()[None, :]
+
+
+def same(got: Tensor, want: Tensor, tolerance: float, why: str = "") -> None:
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda message: f"{why}: {message}")
+
+
+def close(dtype: torch.dtype) -> float:
+    return 1e-10 if dtype == torch.float64 else 2e-5
+
+
+def compare_scores(
+    native: Native,
+    mod: Callable[..., Any],
+    lanes: int,
+    keys: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    scores: Tensor | None = None,
+    tables: torch.dtype = torch.float64,
+) -> None:
+    """Compare values and gradients of a score_mod with autograd of its graph.
+
+    lanes, keys: sizes of the tile.
+    dtype: of the scores.
+    tables: the lowest precision in which the mod itself computes.
+    """
+    graph, operands = trace_score_mod(mod, dtype)
+    q, k = positions(lanes, seed), positions(keys, seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    tolerance = max(close(dtype), close(tables))
+    if scores is None:
+        scores = torch.randn(lanes, keys, generator=generator, dtype=torch.float64).to(dtype)
+    # 1. Values.
+    x = scores.clone().requires_grad_()
+    expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k))
+    expected = expected.broadcast_to(x.shape).to(dtype)
+    got = native.score(graph, operands, scores, q, k)
+    same(got, expected.detach(), tolerance, "scores")
+    # 2. Gradients of the scores and of the operands.
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
+    grad[0, 0] = 0
+    inputs = [x, *(operand for operand in operands if operand.requires_grad)]
+    expected_grads = [torch.zeros_like(leaf) for leaf in inputs]
+    if expected.requires_grad:
+        expected_grads = list(torch.autograd.grad(expected, inputs, grad, allow_unused=True, materialize_grads=True))
+    of_scores, sums = native.backward(graph, operands, scores, grad, q, k)
+    same(of_scores, expected_grads[0], tolerance, "gradient of the scores")
+    totals = [total for total in sums if total is not None]
+    for total, expected_grad in zip(totals, expected_grads[1:], strict=True):
+        limit = 20 * max(tolerance, close(expected_grad.dtype))
+        same(total, expected_grad.to(dtype), limit, "gradient of an operand")
+
+
+def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int) -> int:
+    """Answers for pairs are the graph's; verdicts on blocks agree with them. Returns how many blocks are decided."""
+    graph, operands = trace_mask_mod(mod)
+    q, k = positions(lanes, 0), positions(keys, 1)
+    want = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k)).broadcast_to(lanes, keys)
+    assert torch.equal(native.mask(graph, operands, q, k), want)
+    whole = torch.arange(N, dtype=torch.int32)
+    everywhere = native.mask(graph, operands, whole, whole)
+    decided = 0
+    blocks = [range(at, at + size) for size in (1, 2, 5, 8) for at in range(0, N, size)]
+    for rows, columns in itertools.product(blocks, blocks):
+        if len(rows) != len(columns):
+            continue
+        part = everywhere[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        verdict = native.classify(graph, operands, rows, columns)
+        assert verdict != EMPTY or not part.any()
+        assert verdict != FULL or part.all()
+        decided += verdict != PARTIAL
+    return decided
+
+
+def build_driver(folder: Path) -> Native:
+    """Compile the driver with the kernel's sources into a folder, and load it."""
+    try:
+        compiler = find_compiler()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    (folder / "driver.cpp").write_text(DRIVER)
+    library = folder / "driver.so"
+    names = ("functions.cpp", "function_bounds.cpp", "function_loops.cpp")
+    units = [folder / "driver.cpp", *(SOURCES / name for name in names)]
+    warnings = ("-Wall", "-Wextra", "-Werror")
+    command = [*compiler, "-O3", *FLAGS, *warnings, f"-I{SOURCES}", "-shared", *units, "-o", library]
+    subprocess.run(list(map(str, command)), check=True)
+    return Native(ctypes.CDLL(str(library)))

@@ -1,0 +1,176 @@
+"""Attention: scale, sink logits, score_mods, decoding, data."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+from tests.cases import by_name
+from tests.support.attention import TAKE_ANY_MASK, TRAINS, same, tensors
+
+
+# Options
+@pytest.mark.parametrize("lowering", TRAINS)
+@pytest.mark.parametrize("scale", [0.0, -1.5, 2, 1e-3])
+def test_scale(scale: float, lowering: str) -> None:
+    program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tensors()
+    same(cd.compile(program, lowering=lowering)(q, k, v, scale=scale), cd.reference(program, q, k, v, scale=scale))
+
+
+@pytest.mark.parametrize("lowering", TRAINS)
+@pytest.mark.parametrize("name", ["longnet causal", "window or sinks", "nothing", "congruent", "padding of everything"])
+def test_sink_logits(name: str, lowering: str) -> None:
+    case = by_name(name)
+    if lowering == "strided" and case.refused:
+        return
+    inputs, program = case.inputs(129, torch.float64), case.program(129)
+    logits = torch.tensor([0.5, -4.0, 3.0, 0.0], dtype=torch.float64, requires_grad=True)
+    leaves = (inputs.q, inputs.k, inputs.v, logits)
+    got = cd.compile(program, lowering=lowering)(*leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True)
+    want = cd.reference(program, *leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True)
+    back = (inputs.grad_out, inputs.grad_lse)
+    for mine, theirs in zip(
+        (*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True
+    ):
+        same(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sink_logits_in_lower_precision(dtype: torch.dtype) -> None:
+    q, k, v = (x.detach() for x in tensors(dtype=dtype))
+    logits = torch.tensor([0.5, -4.0, 3.0, -math.inf])
+    out, lse = cd.compile(masks.congruent(4, 1))(q, k, v, sink_logits=logits, return_lse=True)
+    want, want_lse = cd.reference(masks.congruent(4, 1), q, k, v, sink_logits=logits, return_lse=True)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    # Two roundings: of attention, and of its share of the softmax.
+    assert (out - want).abs().max() <= 2 * torch.finfo(dtype).eps * v.abs().max()
+    same(lse.double(), want_lse, 1e-3)
+
+
+MODIFIED = (
+    "longnet causal",
+    "hilbert window",
+    "window or sinks",
+    "rows dead in one branch",
+    "one key head",
+    "values wider than keys",
+)
+
+
+@pytest.mark.parametrize("lowering", TRAINS)
+@pytest.mark.parametrize("name", MODIFIED)
+def test_score_mod(name: str, lowering: str) -> None:
+    case = by_name(name)
+    if lowering == "strided" and case.refused:
+        return
+    inputs, program = case.inputs(331, torch.float64), case.program(331)
+    slopes = torch.linspace(0.01, 0.1, case.heads, dtype=torch.float64)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return 20 * torch.tanh(score / 20) - slopes[h] * abs(q - kv) + b / 8
+
+    leaves, back = (inputs.q, inputs.k, inputs.v), (inputs.grad_out, inputs.grad_lse)
+    got = cd.compile(program, lowering=lowering)(*leaves, score_mod=score_mod, return_lse=True)
+    want = cd.reference(program, *leaves, score_mod=score_mod, return_lse=True)
+    for mine, theirs in zip(
+        (*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True
+    ):
+        same(mine, theirs)
+
+
+def test_score_mods_at_the_same_address_share_no_result() -> None:
+    """Functions that come and go may come to lie at the same address."""
+    q, k, v = (x.detach() for x in tensors())
+    attend = cd.compile(masks.causal())
+    for shift in range(20):
+        mod = eval(f"lambda score, b, h, q, kv: score * {shift}")
+        same(attend(q, k, v, score_mod=mod), cd.reference(masks.causal(), q, k, v, score_mod=mod))
+        del mod
+
+
+def test_programs_of_equal_repr_share_no_result() -> None:
+    """Two functions may print alike inside from_mod."""
+    q, k, v = (x.detach() for x in tensors())
+    for reach in (1, 5):
+        mask = masks.from_mod(lambda b, h, q, kv, reach=reach: abs(q - kv) <= reach)
+        same(cd.compile(mask)(q, k, v), cd.reference(masks.window(reach), q, k, v))
+
+
+@pytest.mark.parametrize("lowering", TRAINS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "longnet causal",
+        "window causal",
+        "congruent cyclic",
+        "segments",
+        "window dilated",
+        "documents by ids, causal",
+        "padding causal",
+    ],
+)
+def test_decoding_is_a_slice_of_the_full_result(name: str, lowering: str) -> None:
+    """A query at position p sees keys as position p, one at a time or a few, with gradients or without."""
+    case, n = by_name(name), 200
+    if lowering == "strided" and case.refused:
+        return
+    inputs, attend = case.inputs(n, torch.float64), cd.compile(case.program(n), lowering=lowering)
+    whole, lse = cd.reference(case.program(n), inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True)
+    for start, stop in ((0, 1), (63, 64), (199, 200), (64, 67), (190, 200), (1, 200)):
+        for keys in (n, stop):
+            if keys < n and not name.endswith("causal"):
+                continue
+            k, v = inputs.k[:, :, :keys], inputs.v[:, :, :keys]
+            for q in (inputs.q[:, :, start:stop], inputs.q[:, :, start:stop].detach()):
+                got = attend(q, k.detach(), v.detach(), data=inputs.data, q_offset=start, return_lse=True)
+                same(got[0].detach(), whole[:, :, start:stop].detach())
+                same(got[1].detach(), lse[:, :, start:stop].detach())
+
+
+def test_decoding_token_by_token_plans_once() -> None:
+    attend, (q, k, v) = cd.compile(cd.longnet((8, 24), (1, 3), causal=True)), (x.detach() for x in tensors(n=64))
+    whole = cd.reference(attend.program, q, k, v)
+    plans = {id(attend.plan(q[:, :, p : p + 1], k, v, q_offset=p)) for p in range(64)}
+    for p in range(64):
+        same(attend(q[:, :, p : p + 1], k, v, q_offset=p), whole[:, :, p : p + 1])
+    assert len(plans) == 1
+
+
+# Data
+@pytest.mark.parametrize("lowering", TAKE_ANY_MASK)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_data_of_any_integer_type_shared_by_the_batch(dtype: torch.dtype, lowering: str) -> None:
+    mask, (q, k, v) = masks.documents(ids="ids") & masks.causal(), tensors()
+    ids = torch.randint(0, 2, (1, 40)).to(dtype)
+    got = cd.compile(mask, lowering=lowering)(q, k, v, data={"ids": ids})
+    same(got, cd.reference(mask, q, k, v, data={"ids": ids.expand(2, 40)}))
+
+
+@pytest.mark.parametrize("lowering", TAKE_ANY_MASK)
+def test_new_data_gives_a_new_result(lowering: str) -> None:
+    mask, (q, k, v) = masks.documents(ids="ids") & masks.padding() & masks.window(20), tensors()
+    attend = cd.compile(mask, lowering=lowering)
+    ids, padding = torch.zeros(2, 40, dtype=torch.int64), torch.zeros(2, 40, dtype=torch.bool)
+    data = {"padding": padding, "ids": ids}
+    for step in range(4):
+        ids[:, step * 5 :] += 1  # changed in place, too
+        padding[:, step] = True
+        same(attend(q, k, v, data=data), cd.reference(mask, q, k, v, data=data))
+    assert len({id(attend.plan(q, k, v)) for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize("lowering", TAKE_ANY_MASK)
+def test_padding_is_as_long_as_the_keys(lowering: str) -> None:
+    """More queries than keys: what is padding is said of keys alone."""
+    mask, (q, k, v) = masks.padding() & masks.causal(), tensors()
+    k, v, padding = k[:, :, :7], v[:, :, :7], torch.rand(2, 7) > 0.5
+    same(
+        cd.compile(mask, lowering=lowering)(q, k, v, data={"padding": padding}),
+        cd.reference(mask, q, k, v, data={"padding": padding}),
+    )

@@ -1,0 +1,233 @@
+"""score_mods and mask_mods under torch.func, checkpoints, autocast and global modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+from compiled_dilated.masks import Mask
+from tests import functions
+from tests.caches import forget
+from tests.functions import Parameters
+from tests.support.mods import HEADS, N, attend_in, gradients, same, same_as_reference, tensors, whole
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+@pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
+def test_functions_under_autocast(way: str) -> None:
+    """Autocast casts q, k and v, and nothing inside; a float32 table is read as it is, the lse is float32."""
+    inputs = [(x.detach() * 20).requires_grad_() for x in tensors(dtype=torch.float32)]
+    table = torch.randn(N, N, requires_grad=True)
+    mod, attend = (lambda s, b, h, i, j: s + table[i, j]), attend_in(way, masks.causal())
+    cast = [x.bfloat16() for x in inputs]
+    want = attend(*cast, score_mod=mod, return_lse=True)
+    want_gradients = torch.autograd.grad(want[0].float().sum() + want[1].sum(), (*inputs, table))
+    for run in (attend, whole(attend)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = run(*inputs, score_mod=mod, return_lse=True)
+        assert got[0].dtype == torch.bfloat16
+        assert got[1].dtype == torch.float32
+        same(got, want, 0)
+        same(torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)), want_gradients, 1e-6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward too
+            got = run(*inputs, score_mod=mod, return_lse=True)
+            same(torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)), want_gradients, 1e-6)
+
+
+@pytest.mark.parametrize("way", ["dense", "strided", "tiled", "auto", "ring"])
+def test_rows_that_see_nothing_pass_no_gradient_of_their_lse(way: str) -> None:
+    """Whatever comes back for their lse of -inf: NaN, as from the sine or the join of two such rows."""
+    mask, inputs = masks.congruent(2, 1), tensors()
+    attend = attend_in(way, mask)
+    got = torch.autograd.grad(attend(*inputs, return_lse=True)[1].sin().sum(), inputs[:2])
+    want = torch.autograd.grad(cd.reference(mask, *inputs, return_lse=True)[1].sin().sum(), inputs[:2])
+    same(got, want)
+
+
+@pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
+def test_func_grad_and_vjp_of_captured_tensors(way: str) -> None:
+    inputs, table = [x.detach() for x in tensors()], torch.randn(N, N, dtype=torch.float64)
+    attend = attend_in(way, masks.causal())
+
+    def loss(attention: Any, table: Tensor, q: Tensor) -> Tensor:
+        return attention(q, *inputs[1:], score_mod=lambda s, b, h, i, j: s + table[i, j]).square().sum()  # type: ignore[no-any-return]
+
+    def reference(*x: Tensor, **options: Any) -> Any:
+        return cd.reference(masks.causal(), *x, **options)
+
+    want = torch.func.grad(lambda *x: loss(reference, *x), argnums=(0, 1))(table, inputs[0])
+    same(torch.func.grad(lambda *x: loss(attend, *x), argnums=(0, 1))(table, inputs[0]), want)
+    value, pull = torch.func.vjp(lambda *x: loss(attend, *x), table, inputs[0])
+    same(value, loss(reference, table, inputs[0]))
+    same(pull(torch.ones_like(value)), want)
+
+
+@pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
+def test_vmap_over_captured_tensors(way: str) -> None:
+    """A table for each entry, and its gradient."""
+    inputs, table = [x.detach() for x in tensors()], torch.randn(3, N, N, dtype=torch.float64)
+    attend = attend_in(way, masks.causal())
+
+    def of(table: Tensor) -> Any:
+        return attend(*inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
+
+    def wanted(table: Tensor) -> Any:
+        return cd.reference(masks.causal(), *inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
+
+    same(torch.vmap(of)(table), torch.stack([wanted(x) for x in table]))
+    got = torch.vmap(torch.func.grad(lambda x: of(x).square().sum()))(table)
+    same(got, torch.stack([torch.func.grad(lambda x: wanted(x).square().sum())(x) for x in table]))
+
+
+def test_vmap_over_tensors_of_mask_mods() -> None:
+    inputs, allowed = [x.detach() for x in tensors()], torch.rand(3, N, N) > 0.3
+
+    def of(allowed: Tensor) -> Any:
+        return cd.compile(masks.from_mod(lambda b, h, i, j: allowed[i, j]))(*inputs)
+
+    same(torch.vmap(of)(allowed), torch.stack([of(x) for x in allowed]))
+
+
+def test_func_grad_of_tensors_of_a_mask_mod() -> None:
+    """A mask_mod that reads a tensor of the transform; it passes no gradient."""
+    inputs = [x.detach() for x in tensors()]
+
+    def loss(attention: Any, row: Tensor, q: Tensor) -> Any:
+        mask = masks.from_mod(lambda b, h, i, j: (row[j] > 0) | (i == j))
+        return (attention(mask)(q, *inputs[1:]) * row[None, None, :, None]).sum()
+
+    def reference(mask: Mask) -> Any:
+        return lambda *x: cd.reference(mask, *x)
+
+    row = torch.randn(N, dtype=torch.float64)
+    got, want = (torch.func.grad(loss, argnums=(1, 2))(attention, row, inputs[0]) for attention in (cd.compile, reference))
+    same(got, want)
+
+
+def test_vmap_over_inputs_beside_a_captured_tensor_that_learns() -> None:
+    inputs, rows = (
+        [torch.stack([x.detach(), -x.detach()]) for x in tensors()],
+        torch.randn(N, 3, dtype=torch.float64).requires_grad_(),
+    )
+    mod, attend = (lambda s, b, h, i, j: s + (rows[i] * rows[j]).sum()), cd.compile(masks.causal())
+    got = torch.vmap(lambda *x: attend(*x, score_mod=mod))(*inputs)
+    want = torch.stack([cd.reference(masks.causal(), *x, score_mod=mod) for x in zip(*inputs, strict=True)])
+    same(got, want)
+    same(torch.autograd.grad(got.sin().sum(), rows), torch.autograd.grad(want.sin().sum(), rows))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_with_closures(reentrant: bool) -> None:
+    inputs, table = tensors(), torch.randn(N, N, dtype=torch.float64, requires_grad=True)
+    attend = cd.compile(masks.causal())
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Any:
+        return attend(q, k, v, score_mod=lambda s, b, h, i, j: s + table[i, j])
+
+    leaves = (*inputs, table)
+    out = torch.utils.checkpoint.checkpoint(attention, *leaves, use_reentrant=reentrant)
+    out.sin().sum().backward()
+    want = torch.autograd.grad(attention(*leaves).sin().sum(), leaves)
+    same([x.grad for x in leaves], list(want))
+
+
+def test_second_derivatives_of_captured_tensors_are_refused() -> None:
+    inputs, table = tensors(), torch.randn(N, N, dtype=torch.float64, requires_grad=True)
+    out = cd.compile(masks.causal())(*inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
+    (grad,) = torch.autograd.grad(out.square().sum(), table, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"not twice differentiable here.*Use compiled_dilated.reference"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_training_after_inference_mode(compiled: bool) -> None:
+    inputs, parameters = tensors(), Parameters.of(HEADS, N)
+    mod = functions.score_mod(("table[i, j]", "soft cap"), parameters)
+    mask = masks.from_mod(functions.mask_mod(("segments",), parameters))
+    attend = cd.compile(mask)
+    run = whole(attend) if compiled else attend
+    forget()
+    with torch.inference_mode():
+        run(*inputs, score_mod=mod)
+    same_as_reference(lambda *x, **o: run(*x, return_lse=True, **o), mask, inputs, parameters.leaves, score_mod=mod)
+
+
+@torch.no_grad()
+def captured_in_inference_mode() -> Tensor:
+    with torch.inference_mode():
+        return torch.randn(N, N, dtype=torch.float64)
+
+
+def test_a_table_made_in_inference_mode() -> None:
+    inputs, table = tensors(), captured_in_inference_mode()
+    mod = lambda s, b, h, i, j: s + table[i, j]  # noqa: E731
+    attend = cd.compile(masks.from_mod(lambda b, h, i, j: table[i, j] < 1))
+    with torch.inference_mode():
+        got = attend(*inputs, score_mod=mod)
+        plain = table.clone()
+    same(got, attend(*(x.detach() for x in inputs), score_mod=lambda s, b, h, i, j: s + plain[i, j]))
+
+
+class DefaultDtype:
+    """torch.set_default_dtype(torch.float64) for a while."""
+
+    def __enter__(self) -> None:
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(torch.float32)
+
+
+class Deterministic:
+    """torch.use_deterministic_algorithms(True) for a while."""
+
+    def __enter__(self) -> None:
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "default dtype": DefaultDtype,
+    "default device": lambda: torch.device("meta"),
+    "deterministic": Deterministic,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool) -> None:
+    """float64 inputs, which autocast leaves alone; whole numbers, constants and tables inside of the functions."""
+    inputs, parameters = tensors(), Parameters.of(HEADS, N)
+    mask = masks.from_mod(functions.mask_mod(("segments", "torch.stack and any"), parameters, "or"))
+    attend, run = (attend_in(way, mask) for _ in range(2))
+    if compiled:
+        run = whole(run)
+    mod = functions.score_mod(("alibi", "T5 buckets", "table[i, j]", "torch.stack and all", "soft cap"), parameters)
+    leaves = (*inputs, *parameters.leaves)
+    want = attend(*inputs, score_mod=mod, return_lse=True)
+    want_gradients = gradients(want, leaves)
+    for empty in (False, True):
+        if empty:
+            forget()
+        with MODES[mode]():
+            got = run(*inputs, score_mod=mod, return_lse=True)
+        same(got, want)
+        same(gradients(got, leaves), want_gradients)
+    if compiled and mode == "deterministic":  # torch refuses to change it between a compiled forward and its backward
+        return
+    out, lse = run(*inputs, score_mod=mod, return_lse=True)
+    with MODES[mode]():
+        got_gradients = torch.autograd.grad((out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True)
+    out, lse = want = attend(*inputs, score_mod=mod, return_lse=True)
+    same(list(got_gradients), list(torch.autograd.grad((out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True)))

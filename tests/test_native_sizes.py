@@ -1,0 +1,78 @@
+"""Native kernels: head sizes, lengths, empty inputs, positions per batch entry."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+from tests.support.native import FLOATS, Problem, assert_near, counts_of, executed, expected, normal, ragged, work_of
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 3, 7, 16, 31, 32, 64, 80, 96, 100, 128, 255, 256])
+def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    for value_dim in (head_dim, 257 - head_dim):
+        mask, problem = ragged(dtype, head_dim, value_dim, 70, 70)
+        assert_near(problem.results(), expected(mask, problem), f"{head_dim}, {value_dim}")
+
+
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 257)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_len", LENGTHS)
+def test_ragged_lengths(kv_len: int, dtype: torch.dtype) -> None:
+    kinds = (
+        masks.causal(),
+        masks.window(33, 7),
+        masks.window(40, dilation=3),
+        masks.segments(20),
+        masks.congruent(3, 2),
+        masks.full(),
+    )
+    for number, q_len in enumerate(LENGTHS):
+        mask = kinds[(number + kv_len) % len(kinds)]
+        for q_offset in ((0, kv_len - 1), (5, kv_len + 30), (0, 1000))[number % 3]:
+            _, problem = ragged(dtype, 8, 8, q_len, kv_len, q_offset, mask)
+            assert_near(problem.results(), expected(mask, problem), f"{q_len} queries from {q_offset}, {mask!r}")
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_empty_queries_or_keys_give_zeros(q_len: int, kv_len: int, dtype: torch.dtype) -> None:
+    mask, problem = ragged(dtype, 8, 6, q_len, kv_len)
+    out, lse, *grads = problem.results()
+    assert out.shape == (2, 4, q_len, 6)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    assert all((grad == 0).all() for grad in grads)
+    assert [grad.shape for grad in grads] == [x.shape for x in (problem.q, problem.k, problem.v)]
+    q, k, v = (x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
+    attended = cd.compile(mask)(q, k, v)
+    attended.sum().backward()
+    assert torch.equal(attended, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads_", [1, 2])
+def test_query_offset_per_batch_entry(dtype: torch.dtype, threads_: int, threads: Callable[[int], None]) -> None:
+    threads(threads_)
+    positions = (0, 100, 37, 299, 600)
+    for mask in (masks.window(9, 0) | masks.sinks(2), masks.causal(), masks.segments(50), masks.window(60, dilation=4)):
+        q, grad_out = (normal(5, 4, 40, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+        k, v = (normal(5, 2, 300, 16, dtype=dtype, seed=seed) for seed in (3, 4))
+        problem = Problem(work_of(mask, 4), q, k, v, grad_out, None, offsets=torch.tensor(positions))
+        results = problem.results()
+        for b, position in enumerate(positions):
+            one = Problem(problem.work, q[b : b + 1], k[b : b + 1], v[b : b + 1], grad_out[b : b + 1], None, q_offset=position)
+            assert_near([x[b : b + 1] for x in results], expected(mask, one), f"{mask!r} entry {b}")
+        assert executed(problem) == counts_of(problem)

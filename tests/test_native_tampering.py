@@ -1,0 +1,53 @@
+"""Native kernels: tampered code raises an error or gives a result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from compiled_dilated import masks
+from compiled_dilated.native.encode import encode
+from compiled_dilated.programs import as_program
+from tests.support.native import normal, ops
+from tests.support.native_tampering import TAMPERING
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+
+
+def test_tampered_code_is_an_error_or_a_result(fresh_python: Any) -> None:
+    done = fresh_python("-c", TAMPERING, "0", "300")
+    assert done.stdout.endswith("alive\n"), f"ended with {done.returncode}: {done.stderr[-2000:]}"
+    print(done.stdout)
+
+
+DEEP = """
+import torch
+q = torch.randn(1, 1, 20, 4)
+import compiled_dilated
+count = 400_000
+nodes = [number for at in range(count) for number in (3, 1, at)]
+code = [1, -1, 1, 0, 1, 1, 0, 0, 1, count, 1, count + 1, 0, 0, *nodes, 0]
+try:
+    torch.ops.compiled_dilated.native(q, q, q, None, None, code, 1.0, 0, None, False)
+except RuntimeError as error:
+    print(error)
+print("alive")
+"""
+
+
+def test_deeply_nested_code_is_an_error_or_a_result(fresh_python: Any) -> None:
+    """Masks of masks of masks: reading them may not run out of stack."""
+    done = fresh_python("-c", DEEP)
+    assert done.stdout.endswith("alive\n"), f"ended with {done.returncode}: {done.stderr[-2000:]}"
+
+
+def test_malformed_code_raises() -> None:
+    q, k, v = (normal(1, 1, 4, 4, dtype=torch.float32) for _ in range(3))
+    good = encode(as_program(masks.causal()), 1)
+    for code in ((), (1,), good[:-1], tuple(reversed(good)), (*good[:2], 3, *good[3:]), (2, *good[1:]), (10**15,) * 40):
+        with pytest.raises(RuntimeError):
+            ops.native(q, k, v, None, None, code, 1.0, 0, None, False)

@@ -1,0 +1,115 @@
+"""Native kernels: threads, Python threads, forks and memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+
+from compiled_dilated.lowerings.native import Work
+from tests.cases import CASES, Case, by_name
+from tests.support.native import (
+    FEW_HEADS,
+    Problem,
+    assert_near,
+    assert_same_bits,
+    check_threads,
+    expected,
+    normal,
+    problem_of,
+    work_of,
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("case", CASES[::6], ids=str)
+def test_threads_do_not_change_a_bit(case: Case, threads: Callable[[int], None]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check_threads(problem_of(case, max(case.lengths), dtype)[0], threads)
+
+
+@pytest.mark.parametrize("name", FEW_HEADS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "dtype"),
+    [(1, 1, 16, torch.float32), (3, 1, 10, torch.float32), (2, 1, 32, torch.bfloat16)],
+)
+def test_few_heads_are_deterministic_over_thread_counts(
+    name: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    n = 440  # of 40 by 11, and several tiles
+    mask = FEW_HEADS[name](n)
+    q, grad_out = (normal(1, heads, n, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    k, v = (normal(1, kv_heads, n, width, dtype=dtype, seed=seed) for seed in (3, 4))
+    grad_lse = normal(1, heads, n, dtype=torch.float32, seed=5)
+    problem = Problem(work_of(mask, heads), q, k, v, grad_out, grad_lse)
+    check_threads(problem, threads, (2, 7), 1)
+    threads(2)
+    assert_near(problem.results(), expected(mask, problem), name)
+
+
+def test_calls_from_several_python_threads_at_once() -> None:
+    problems = [problem_of(by_name(name), 331, dtype)[0] for name in ("window", "longnet causal", "hilbert window", "causal")
+                for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
+    wanted = [problem.results() for problem in problems]
+    errors: list[BaseException] = []
+
+    def work(first: int) -> None:
+        try:
+            for turn in range(2 * len(problems)):
+                at = (first + turn) % len(problems)
+                assert_same_bits(problems[at].results(), wanted[at], problems[at].work.code[:9])
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors, errors[0]
+
+
+def test_a_forked_process_computes_too(threads: Callable[[int], None]) -> None:
+    """With one thread, as torch's DataLoader sets it: the parent's other threads are not there."""
+    problem = problem_of(by_name("window"), 331, torch.float32)[0]
+    threads(2)
+    want = problem.results()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            assert_same_bits(problem.results(), want)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_thousands_of_calls_leak_nothing() -> None:
+    names = ("window or sinks", "padding and documents", "from_mod within")
+    problems = [problem_of(by_name(name), 127, dtype)[0] for name in names for dtype in (torch.float32, torch.bfloat16)]
+    bad = problems[0]
+    refused = Problem(Work(bad.work.code[:-3], (), ()), bad.q, bad.k, bad.v, bad.grad_out, None)
+    spoiled = Problem(bad.work, bad.q, bad.k.clone(), bad.v, bad.grad_out, None)
+    spoiled.k[:, :, 5] = math.nan
+
+    def calls(count: int) -> int:
+        for _ in range(count):
+            for problem in problems:
+                problem.results()
+            spoiled.forward()
+            with pytest.raises(RuntimeError):
+                refused.forward()
+        return int(psutil.Process().memory_info().rss)
+
+    before = calls(30)
+    grown = calls(80) - before
+    assert grown < 8 * 2**20, f"{grown / 2**20:.1f} MiB more after 1000 calls"

@@ -5,6 +5,7 @@ from . import liveness as liveness
 from . import peak as peak
 from .causal import Causal as Causal
 from .chunk import Chunk as Chunk
+from .compiled import backend as backend
 from .compiled import compile as compile
 from .compiled import estimate as estimate
 from .hooks import inductor_configs as inductor_configs

@@ -39,6 +39,9 @@ class Backend:
         budget = self.pipeline.budget_bytes
         return run if budget is None or not symbols else _Guarded(run, choice, budget, symbols)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Backend, (self.pipeline,)  # a copy of a model is compiled anew
+
 
 class _Guarded:
     """A compiled graph of dynamic sizes, which refuses sizes for which its plan does not fit.
@@ -101,13 +104,26 @@ def compile(
     return step
 
 
+def backend(memory_budget: int | str) -> Backend:
+    """What `compile` gives torch.compile for its backend, for graphs that are rewritten before; the budget is checked now."""
+    return Backend(pipeline(memory_budget))
+
+
 def choices(step: Any) -> tuple[Choice, ...]:
     """What compile chose for each graph of a step. Raises ValueError where it did not make the step, or it was not called yet."""
-    if step not in _backends:
+    found = _backend_of(step)
+    if found is None:
         raise ValueError(f"step must come from passes.compile; got {type(step).__name__}")
-    if not _backends[step].choices:
+    if not found.choices:
         raise ValueError("step must have been called once: plans are made for the sizes of a first call")
-    return tuple(_backends[step].choices)
+    return tuple(found.choices)
+
+
+def _backend_of(step: Any) -> Backend | None:
+    """The backend of a step: of compile's, or of a model whose forward is compiled in place and keeps its own."""
+    found = _backends.get(step)
+    own = getattr(getattr(getattr(step, "forward", None), "__self__", None), "backend", None)
+    return found if found is not None else own if isinstance(own, Backend) else None
 
 
 def estimate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,11 @@ from .structure import Structure
 Condition = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+def digest(*parts: Any) -> str:
+    """A name for what is computed, equal by value."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 class Attention:
     """Attention of one call.
 
@@ -31,7 +37,8 @@ class Attention:
     def __init__(self, site: Site, line: str, structure: Structure | None = None) -> None:
         self.site, self.line = site, line
         self.structure = Structure() if structure is None else structure
-        self.__name__ = "attention"
+        # Plans of graphs are kept by their code, in which this name stands.
+        self.__name__ = f"attention_{digest(site.program, self.structure)}"
         self._attends = {causal: Attend(self._program(causal)) for causal in (False, True)}
 
     def _program(self, causal: bool) -> Program:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import GraphModule, Node
 
-from .calls import Attention
+from .calls import Attention, digest
 from .expressions import TRUE, Expression, Index
 from .places import line_of
 from .reading import Reader, Scope
@@ -103,7 +103,8 @@ class Flex:
 
     def __init__(self, attention: Attention, score_mod: Any, mask_mod: Any, wants_lse: bool) -> None:
         self.attention, self.score_mod, self.mask_mod, self.wants_lse = attention, score_mod, mask_mod, wants_lse
-        self.__name__ = "attention"
+        graphs = [None if graph is None else graph.code for graph in (score_mod, mask_mod)]
+        self.__name__ = f"flex_{attention.__name__}_{digest(*graphs)}"
 
     def __call__(
         self,

@@ -84,6 +84,7 @@ def multihead(attention: Attention) -> Callable[..., Any]:
         copy.__kwdefaults__ = MULTIHEAD.__kwdefaults__
         return copy(**arguments)
 
+    multi_head_attention.__name__ = f"multi_head_{attention.__name__}"
     return multi_head_attention
 
 

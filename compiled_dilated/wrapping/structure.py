@@ -233,9 +233,9 @@ def _documents(x: Expression, y: Expression, joins: _Joins) -> Mask | None:
         return None
     for of_query, of_key in ((x, y), (y, x)):
         moved = tuple(Index("kv") if index == Index("q") else index for index in of_query.indices)
-        if indices_of(of_query) <= {"b", "q"} and indices_of(of_key) <= {"b", "kv"} and moved == of_key.indices:
-            if of_key.indices[-1] == Index("kv"):
-                return masks.documents(ids=_named("documents", of_key, joins))
+        known = indices_of(of_query) <= {"b", "q"} and indices_of(of_key) <= {"b", "kv"}
+        if known and moved == of_key.indices and of_key.indices[-1] == Index("kv"):
+            return masks.documents(ids=_named("documents", of_key, joins))
     return None
 
 

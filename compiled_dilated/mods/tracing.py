@@ -293,7 +293,9 @@ class _Recorder(TorchDispatchMode):
         varies = any(self._values[id(x)].varies for x in inputs)
         # torch promotes whole numbers to the default dtype of the process; the graph says which it was.
         if inputs and out.is_floating_point() and not any(x.is_floating_point() or x.is_complex() for x in inputs):
-            args = [self._converted(x, out.dtype) for x in args]
+            # The condition of where stays one.
+            kept = args[: int(name == "aten.where")]
+            args = [*kept, *(self._converted(x, out.dtype) for x in args[len(kept) :])]
         names = [argument.name for argument in func._schema.arguments]
         if "dtype" in names[len(args) :] and kwargs.get("dtype") is None:
             kwargs["dtype"] = out.dtype

@@ -92,6 +92,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
 }
 # A comparison with its operands exchanged.
 _MIRRORED = {"eq": "eq", "ne": "ne", "lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+_OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
 # Arithmetic of conditions.
 _OF_CONDITIONS = {"mul": "and", "add": "or", "minimum": "and", "maximum": "or", "ne": "xor"}
 
@@ -141,8 +142,8 @@ def apply(name: str, operands: Sequence[Expression], dtype: torch.dtype) -> Expr
         name = _OF_CONDITIONS[name]
     if name in ("and", "or") and dtype == torch.bool:
         return _joined(name, *operands)
-    if name == "not" and isinstance(operands[0], Apply) and operands[0].operator == "not":
-        return operands[0].operands[0]
+    if name == "not" and dtype == torch.bool and isinstance(operands[0], Apply):
+        return _opposite(operands[0])
     if name == "where":
         condition, x, y = operands
         if isinstance(condition, Number):
@@ -185,6 +186,15 @@ def _joined(name: str, x: Expression, y: Expression) -> Expression:
 def negated(condition: Expression) -> Expression:
     """`not condition`."""
     return apply("not", (condition,), torch.bool)
+
+
+def _opposite(condition: Apply) -> Expression:
+    """`not condition`: of a comparison of whole numbers the opposite one, as NaN is none of them."""
+    if condition.operator == "not":
+        return condition.operands[0]
+    if condition.operator in _OPPOSITE and not any(x.dtype.is_floating_point for x in condition.operands):
+        return Apply(_OPPOSITE[condition.operator], condition.operands, torch.bool)
+    return Apply("not", (condition,), torch.bool)
 
 
 def _any(conditions: Iterator[Expression]) -> Expression:

@@ -68,7 +68,8 @@ def structure_of(mask: Expression, q_len: Any, kv_len: Any) -> Structure:
             continue
         said.data = joins.data
         said.masks.append(found)
-    said.masks = merged(said.masks)
+    # Those of positions first.
+    said.masks = sorted(merged(said.masks), key=lambda mask: bool(mask.names))
     if isinstance(q_len, int) and isinstance(kv_len, int) and q_len * kv_len <= MOST_PAIRS_WITHOUT_WITHIN:
         _plan_arithmetic(said)
     return said
@@ -81,7 +82,7 @@ def _plan_arithmetic(said: Structure) -> None:
     if not arithmetic:
         return
     within = masks.conjunction(tuple(said.masks))
-    said.masks = [masks.from_mod(_Arithmetic(_all(arithmetic)), within)]
+    said.masks = [masks.from_mod(MaskOfCall(_all(arithmetic)), within)]
     said.pairs = _all([each for each in rest if each not in arithmetic])
 
 
@@ -93,11 +94,10 @@ def _all(conditions: Sequence[Expression]) -> Expression:
 
 
 @dataclass(frozen=True)
-class _Arithmetic:
+class MaskOfCall:
     """A condition as a mask_mod."""
 
     condition: Expression
-    __qualname__ = "the mask of a call"
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         seen: Tensor = evaluate(self.condition, {"b": b, "h": h, "q": q_idx, "kv": kv_idx}, ())
@@ -320,7 +320,8 @@ def _not_negative(terms: Terms, number: int) -> Mask | None:
         return LeadingQueries(number + 1) if number >= 0 else ~masks.full()
     if terms == {q: 1}:
         return masks.full() if number >= 0 else ~LeadingQueries(-number)
-    return _of_blocks(terms, number) or _of_distance(terms, number)
+    found = _of_blocks(terms, number)
+    return _of_distance(terms, number) if found is None else found
 
 
 def _up_to(number: int) -> Mask:

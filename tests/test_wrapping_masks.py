@@ -166,8 +166,9 @@ DATA: dict[str, tuple[Callable[..., Tensor], Tensor, str]] = {
     ),
     "padding of lengths": (lambda n, lengths: (torch.arange(n) < lengths[:, None])[:, None, None], LENGTHS, "padding"),
     "padding added": (
-        lambda n, hidden: torch.zeros(B, 1, 1, n).masked_fill(hidden[:, None, None], -torch.inf)
-        + torch.full((n, n), -torch.inf).triu(1),
+        lambda n, hidden: (
+            torch.zeros(B, 1, 1, n).masked_fill(hidden[:, None, None], -torch.inf) + torch.full((n, n), -torch.inf).triu(1)
+        ),
         torch.arange(N) >= LENGTHS[:, None],
         "causal()",
     ),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import GraphModule, Node
+from torch.nn.attention import flex_attention as torch_flex
 
 from .calls import Attention, digest
 from .expressions import TRUE, Expression, Index
@@ -29,6 +31,36 @@ _OUTPUTS = ("OUTPUT_LOGSUMEXP", "OUTPUT_MAX")
 # The block of a BlockMask that stands for none.
 _NO_BLOCKS = 2**30
 _LOG_2 = math.log(2.0)
+
+
+class _Training:
+    """Lets torch's flex_attention take inputs with gradients on a CPU while a wrapped model runs.
+
+    Torch refuses them there, for its own kernel has no backward; ours, which takes its place, has one.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._running = threading.Lock(), 0
+        self._check = torch_flex._validate_device
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._running += 1
+            torch_flex._validate_device = _on_known_devices
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                torch_flex._validate_device = self._check
+
+
+def _on_known_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"attention is computed on a CPU or a CUDA device; got query on {query.device.type}")
+
+
+training = _Training()
 
 
 class FlexCall:

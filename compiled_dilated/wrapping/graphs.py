@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from . import rules_of_reading  # noqa: F401  what is read of masks
 from .calls import Attention
 from .expressions import Index
-from .flex import FLEX, FlexCall
+from .flex import FLEX, FlexCall, training
 from .layers import Choice, Layer, check_choice, check_patterns, program_of
 from .multihead import MULTIHEAD, bound_arguments, multihead, read_masks
 from .places import line_of, path_of
@@ -112,7 +112,8 @@ class _Wrapped:
         if self._compiled is None:
             self._compiled = self._compile()
         try:
-            return self._compiled(*args, **kwargs)
+            with training:
+                return self._compiled(*args, **kwargs)
         except BackendCompilerFailed as failure:
             # What the rewriting says to the user, without torch's frame around it.
             if isinstance(failure.inner_exception, (NotImplementedError, TypeError, ValueError)):

@@ -280,7 +280,8 @@ def _sum_of(x: Expression) -> tuple[dict[Expression, int], int] | None:
     if x.operator == "to":
         return _sum_of(x.operands[0]) if not x.operands[0].dtype.is_floating_point else None
     if x.operator == "floordiv" and isinstance(x.operands[0], Index) and isinstance(x.operands[1], Number):
-        return ({x: 1}, 0) if x.operands[1].value >= 1 else None
+        block = Apply("floordiv", x.operands, torch.int64)  # one term, whatever the dtype
+        return ({block: 1}, 0) if x.operands[1].value >= 1 else None
     if x.operator == "abs":
         return None if _sum_of(x.operands[0]) is None else ({x: 1}, 0)
     sums = [_sum_of(operand) for operand in x.operands]

@@ -90,14 +90,17 @@ MASKS: dict[str, tuple[Callable[..., Tensor] | None, str]] = {
     "none": (None, "Program((Branch(full()),))"),
     "causal": (causal, "Program((Branch(causal()),))"),
     "window": (lambda b, h, q, kv: (q - kv).abs() <= 4, "Program((Branch(window(4)),))"),
-    "documents": (lambda b, h, q, kv: (q >= kv) & (IDS[b, q] == IDS[b, kv]), "Program((Branch(causal() & documents(ids='documents')),))"),
+    "documents": (
+        lambda b, h, q, kv: (q >= kv) & (IDS[b, q] == IDS[b, kv]),
+        "Program((Branch(causal() & documents(ids='documents')),))",
+    ),
     "by heads": (lambda b, h, q, kv: (q - kv).abs() <= h + 2, "Program((Branch(from_mod(MaskOfCall, within=full())),))"),
     "a neighborhood": (
         lambda b, h, q, kv: ((q // 6 - kv // 6).abs() <= 1) & ((q % 6 - kv % 6).abs() <= 1),
         "from_mod(MaskOfCall, within=block_window(6, 1))",
     ),
     "read by no rule": (lambda b, h, q, kv: torch.stack([q, kv]).amin(0) + 3 > kv, "Program((Branch(full()),))"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "score"), zip(MASKS, itertools.cycle(["", "slopes", "table"]), strict=False))

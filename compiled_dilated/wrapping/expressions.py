@@ -220,22 +220,9 @@ def values_of(expression: Expression) -> dict[float, Expression] | None:
         return {1.0: expression, 0.0: negated(expression)}
     if not isinstance(expression, Apply):
         return None
-    if expression.operator == "where":
-        condition, *sides = expression.operands
-        guards = (condition, negated(condition))
-    else:
-        sides, guards = list(expression.operands), ()
-    choices = [values_of(side) for side in sides]
-    if any(choice is None for choice in choices):
+    cases = _cases(expression)
+    if cases is None:
         return None
-    if guards:
-        cases = [
-            (value, _joined("and", guard, under))
-            for guard, choice in zip(guards, choices, strict=True)
-            for value, under in (choice or {}).items()
-        ]
-    else:
-        cases = [_case(expression, sides, case) for case in itertools.product(*((choice or {}).items() for choice in choices))]
     result: dict[float, Expression] = {}
     for value, under in cases:
         if value != value:  # NaN is no number that a condition could be read of
@@ -243,6 +230,26 @@ def values_of(expression: Expression) -> dict[float, Expression] | None:
         result[value] = _joined("or", result.get(value, FALSE), under)
     result = {value: under for value, under in result.items() if under != FALSE}
     return result if len(result) <= _MOST_VALUES else None
+
+
+def _cases(expression: Apply) -> list[tuple[float, Expression]] | None:
+    """Values that an operator may have, each with a condition for it; None where there are too many to list."""
+    is_choice = expression.operator == "where"
+    sides = expression.operands[is_choice:]
+    choices = []
+    for side in sides:
+        found = values_of(side)
+        if found is None:
+            return None
+        choices.append(found.items())
+    if not is_choice:
+        return [_case(expression, sides, case) for case in itertools.product(*choices)]
+    condition = expression.operands[0]
+    return [
+        (value, _joined("and", guard, under))
+        for guard, choice in zip((condition, negated(condition)), choices, strict=True)
+        for value, under in choice
+    ]
 
 
 def _case(expression: Apply, sides: Sequence[Expression], case: Sequence[tuple[float, Expression]]) -> tuple[float, Expression]:

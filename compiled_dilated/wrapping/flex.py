@@ -68,11 +68,12 @@ class FlexCall:
 
     def __init__(self, part: GraphModule, node: Node) -> None:
         self.part, self.node = part, node
-        self.query, self.key, self.value, score_mod, self.block_mask, self.scale, options = node.args[:7]
-        self.score_tensors, self.mask_tensors = node.args[7:9]
-        self.score_graph = getattr(part, str(score_mod.target))  # type: ignore[union-attr]
-        self.mask_graph = getattr(part, str(self.block_mask[-1].target))  # type: ignore[index, union-attr]
-        self._check(dict(options))  # type: ignore[call-overload, arg-type]
+        arguments: tuple[Any, ...] = node.args
+        self.query, self.key, self.value, score_mod, self.block_mask, self.scale, options = arguments[:7]
+        self.score_tensors, self.mask_tensors = arguments[7:9]
+        self.score_graph = getattr(part, score_mod.target)
+        self.mask_graph = getattr(part, self.block_mask[-1].target)
+        self._check(dict(options))
 
     def _check(self, options: dict[str, Any]) -> None:
         line = line_of(self.node)
@@ -103,11 +104,12 @@ class FlexCall:
     def read_mask(self, reader: Reader, outer: Scope) -> Expression | None:
         """The mask_mod as an expression; None where parts of it are read by no rule."""
         (output,) = self.mask_graph.graph.find_nodes(op="output")
-        operands = (*(Index(name) for name in ("b", "h", "q", "kv")), *self.mask_tensors)  # type: ignore[misc]
+        operands = (*(Index(name) for name in ("b", "h", "q", "kv")), *self.mask_tensors)
         scope = Scope(self.mask_graph, output, outer, operands)
         (result,) = output.args if not isinstance(output.args[0], (tuple, list)) else output.args[0]
         mask = reader.value(result, scope, ())
-        return None if any(origin is scope for origin, _ in reader.captured) else mask
+        _, captured = reader.used(mask)
+        return None if any(origin is scope for origin, _ in captured) else mask
 
     def replacement(self, attention: Attention, is_read: bool) -> Flex:
         """What stands in the graph for the call. is_read: whether the structure of `attention` says its mask."""
@@ -121,8 +123,8 @@ class FlexCall:
             "key": self.key,
             "value": self.value,
             "scale": self.scale,
-            "score_tensors": tuple(self.score_tensors),  # type: ignore[arg-type]
-            "mask_tensors": tuple(self.mask_tensors),  # type: ignore[arg-type]
+            "score_tensors": tuple(self.score_tensors),
+            "mask_tensors": tuple(self.mask_tensors),
             "captured": tuple(captured),
         }
 

@@ -24,14 +24,14 @@ from torch.fx import GraphModule, Node
 
 from . import rules_of_reading  # noqa: F401  what is read of masks
 from .calls import Attention
-from .expressions import Index
+from .expressions import Expression, Index
 from .flex import FLEX, FlexCall, training
 from .layers import Choice, Layer, check_choice, check_patterns, program_of
 from .multihead import MULTIHEAD, bound_arguments, multihead, read_masks
 from .places import line_of, path_of
 from .reading import Reader, Scope, bring, callers_of, example_of, scope_of
 from .sites import Site, put_sites
-from .structure import structure_of
+from .structure import Structure, structure_of
 
 _SDPA = (
     F.scaled_dot_product_attention,
@@ -210,7 +210,7 @@ class _Rewriting:
         return site
 
     def _scaled_dot_product(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
-        bound = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
+        bound: dict[str, Any] = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
         site = self._site(path, "scaled_dot_product_attention", bound.get("is_causal", False), _heads_of(bound["query"]), node)
         reader, scope = Reader(), scope_of(part, node, callers)
         query, mask = bound["query"], bound.get("attn_mask")
@@ -218,19 +218,16 @@ class _Rewriting:
         if mask is not None and example_of(query).dim() <= 4:
             said = reader.mask(mask, scope, _SDPA_INDICES[example_of(query).dim()])
             bound["attn_mask"] = None
-        lengths = (example_of(bound[name]).shape[-2] for name in ("query", "key"))
-        structure = None if said is None else structure_of(said, *lengths)
-        return Attention(site, line_of(node), structure), bound | {"captured": tuple(bring(reader.captured, scope))}
+        structure, captured = _structure(said, reader, scope, bound["query"], bound["key"], -2)
+        return Attention(site, line_of(node), structure), bound | {"captured": captured}
 
     def _multihead(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
         bound = bound_arguments(node)
         site = self._site(path, "multi_head_attention_forward", bound.get("is_causal", False), bound["num_heads"], node)
         reader, scope = Reader(), scope_of(part, node, callers)
         said = read_masks(bound, reader, scope)
-        lengths = (example_of(bound[name]).shape[0] for name in ("query", "key"))
-        structure = None if said is None else structure_of(said, *lengths)
-        attention = multihead(Attention(site, line_of(node), structure))
-        return attention, bound | {"captured": tuple(bring(reader.captured, scope))}
+        structure, captured = _structure(said, reader, scope, bound["query"], bound["key"], 0)
+        return multihead(Attention(site, line_of(node), structure)), bound | {"captured": captured}
 
     def _flex(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
         call = FlexCall(part, node)
@@ -238,13 +235,22 @@ class _Rewriting:
         reader, scope = Reader(), scope_of(part, node, callers)
         said = call.read_mask(reader, scope)
         call.check_tiles(said)
-        lengths = (example_of(x).shape[-2] for x in (call.query, call.key))
-        structure = None if said is None else structure_of(said, *lengths)
-        captured = [] if said is None else bring(reader.captured, scope)
+        structure, captured = _structure(said, reader, scope, call.query, call.key, -2)
         return call.replacement(Attention(site, line_of(node), structure), said is not None), call.arguments(captured)
 
 
 _Replacement = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def _structure(
+    said: Expression | None, reader: Reader, scope: Scope, query: Node, key: Node, tokens: int
+) -> tuple[Structure | None, tuple[Node, ...]]:
+    """What a mask says, and the nodes that it captures; nothing of none. tokens: the dimension of query and key that counts them."""
+    if said is None:
+        return None, ()
+    said, captured = reader.used(said)
+    q_len, kv_len = (example_of(x).shape[tokens] for x in (query, key))
+    return structure_of(said, q_len, kv_len), tuple(bring(captured, scope))
 
 
 def _replace(part: GraphModule, node: Node, target: Callable[..., Any], arguments: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .expressions import Apply, Entry, Expression, Index, Number, apply, constant, size_of
+from .expressions import Apply, Entry, Expression, Index, Number, apply, constant, renumbered, size_of, slots_of
 from .writes import Written, written
 
 # Larger expressions are captured as tensors: they would be slower pair by pair than the tensor is to read.
@@ -53,7 +53,7 @@ class Scope:
 
 
 class Reader:
-    """Reads values of a graph; `captured` are the scopes and nodes of what the expressions read, in the order of their slots."""
+    """Reads values of a graph. captured: scopes and nodes of what expressions read, in the order of their slots."""
 
     def __init__(self) -> None:
         self.captured: list[tuple[Scope, Node]] = []
@@ -80,6 +80,11 @@ class Reader:
         at = tuple(constant(0, torch.int64) if is_one(size) else i for size, i in zip(example.shape, own, strict=True))
         found = self._by_rule(x, scope, at)
         return self._capture(x, scope, at) if found is None or size_of(found) > _MOST_OPERATORS else found
+
+    def used(self, expression: Expression) -> tuple[Expression, list[tuple[Scope, Node]]]:
+        """An expression with slots for what it reads alone, and that."""
+        slots = {slot: place for place, slot in enumerate(sorted(slots_of(expression)))}
+        return renumbered(expression, slots), [self.captured[slot] for slot in slots]
 
     def _by_rule(self, node: Node, scope: Scope, at: tuple[Expression, ...]) -> Expression | None:
         writes = self._writes(scope)

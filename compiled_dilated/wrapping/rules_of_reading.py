@@ -38,10 +38,10 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 @_rule("arange")
 def _arange(call: Call, at: At, *bounds: Any, **options: Any) -> Expression | None:
-    if {"end", "step", "start", "out"} & options.keys():
+    start = call.at(bounds[0] if len(bounds) > 1 else options.get("start", 0), ())
+    step = call.at(bounds[2] if len(bounds) > 2 else options.get("step", 1), ())
+    if "out" in options or start.dtype != torch.int64 or step.dtype != torch.int64:
         return None
-    start = call.at(bounds[0] if len(bounds) > 1 else 0, ())
-    step = call.at(bounds[2] if len(bounds) > 2 else 1, ())
     scaled = at[0] if step == Number(1, torch.int64) else apply("mul", (step, at[0]), step.dtype)
     moved = scaled if start == Number(0, torch.int64) else apply("add", (start, scaled), step.dtype)
     return apply("to", (moved,), call.dtype) if call.dtype.is_floating_point else moved
@@ -141,7 +141,7 @@ def _getitem(call: Call, at: At, x: Any, index: Any) -> Expression | None:
     place = items.index(...) if ... in items else len(items)
     items[place : place + 1] = [slice(None)] * missing
     rest = iter(at)
-    places = []
+    places: list[Expression] = []
     for item in items:
         if item is None:
             next(rest)

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import masks
 from ..masks import Mask
+from ..masks.blocks import BlockWindow
 from ..masks.functions import MOST_PAIRS_WITHOUT_WITHIN
 from ..masks.positions import Causal, LeadingQueries, Window
 from .expressions import TRUE, Apply, Entry, Expression, Index, Number, apply, evaluate, indices_of, negated, slots_of, values_of
@@ -375,13 +376,33 @@ def _value(number: Expression) -> bool | int | float:
     return number.value
 
 
-def merged(conjuncts: list[Mask]) -> list[Mask]:
+def merged(conjuncts: Sequence[Mask]) -> list[Mask]:
     """Masks that allow together what these do: causal and windows as one, each mask once."""
-    flat = list(dict.fromkeys(part for mask in conjuncts for part in masks.conjuncts(mask)))
-    near = [part for part in flat if isinstance(part, Causal) or (isinstance(part, Window) and part.dilation == 1)]
-    if len(near) < 2:
-        return flat
-    left = min((part.left for part in near if isinstance(part, Window)), default=FAR)
-    right = min(0 if isinstance(part, Causal) else part.right for part in near)
-    window = masks.causal() if left >= FAR and right == 0 else masks.window(left, right)
-    return [window if part is near[0] else part for part in flat if part is near[0] or part not in near]
+    flat = dict.fromkeys(part for mask in conjuncts for part in masks.conjuncts(mask))
+    others: dict[Mask | int, Mask] = {}
+    for part in flat:
+        span = _span_of(part)
+        if span is None:
+            others[part] = part
+            continue
+        block, left, right = span
+        before = _span_of(others[block]) if block in others else None
+        if before is not None:
+            left, right = min(left, before[1]), min(right, before[2])
+        others[block] = _of_span(block, left, right)
+    return list(others.values())
+
+
+def _span_of(mask: Mask) -> tuple[int, int, int] | None:
+    """The block of a window, 1 of one of single tokens, and how many it reaches to the left and to the right."""
+    if isinstance(mask, Causal):
+        return 1, FAR, 0
+    if isinstance(mask, Window) and mask.dilation == 1:
+        return 1, mask.left, mask.right
+    return (mask.block, mask.left, mask.right) if isinstance(mask, BlockWindow) else None
+
+
+def _of_span(block: int, left: int, right: int) -> Mask:
+    if block > 1:
+        return masks.block_window(block, left, right)
+    return masks.causal() if left >= FAR and right == 0 else masks.window(left, right)

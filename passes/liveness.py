@@ -42,6 +42,8 @@ _UNDECLARED_VIEWS = {"aten::_unsafe_view"}
 _UNCOUNTED_LOOPS = {"associative_scan", "scan"}
 # Their subgraphs speak of one score at a time; what their kernels hold meanwhile is workspace.
 _OF_SCALARS = {"flex_attention", "flex_attention_backward"}
+# Operands of operands that are asked where a node comes from.
+_MOST_ASKED = 32
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n +(.*)')
 
 
@@ -322,13 +324,44 @@ class _Walk:
 
 
 def source_of(node: Node) -> str:
-    """The innermost line of the traced program that is not torch's own, as "file.py:12 in forward: return self.mlp(x)"."""
+    """The line of the traced program that a node comes from, as "file.py:12 in forward: return self.mlp(x)".
+
+    The innermost that is not torch's own. Of what torch.nn computes by itself the module: "activation.py:1250 in
+    MultiheadAttention of encoder.layers.0.self_attn". A node that has neither (sums of gradients) comes from its operands.
+    """
+    waiting, seen = [node], set[Node]()
+    while waiting and len(seen) < _MOST_ASKED:
+        each = waiting.pop(0)
+        seen.add(each)
+        found = _line_of(each) or _module_of(each)
+        if found:
+            return found
+        waiting += [operand for operand in each.all_input_nodes if operand not in seen]
+    return ""
+
+
+def _line_of(node: Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith("<")] or frames
     if not own:
         return ""
     file, line, function, code = own[-1]
     return f"{file.rpartition('/')[2]}:{line} in {function}: {code.strip()}"
+
+
+def _module_of(node: Node) -> str:
+    """The module that a node was traced in, with the line of its forward: Dynamo keeps no lines of torch's own modules."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    written, kind = list(stack.values())[-1]
+    # As L['self']._modules['layers']._modules['0'], or L['self'].layers[0].
+    path = ".".join(word for word in re.findall(r"\w+", written)[2:] if word != "_modules")
+    code = getattr(getattr(kind, "forward", None), "__code__", None)
+    if code is None:
+        return ""
+    of = f" of {path}" if path else ""
+    return f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno} in {kind.__name__}{of}"
 
 
 def _identity(tensor: Tensor, node: Node) -> int:

@@ -28,7 +28,7 @@ from .expressions import Expression, Index
 from .flex import FLEX, FlexCall, training
 from .layers import Choice, Layer, check_choice, check_patterns, program_of
 from .multihead import MULTIHEAD, bound_arguments, multihead, read_masks
-from .places import line_of, path_of
+from .places import leave_out_own, line_of, path_of
 from .reading import Reader, Scope, bring, callers_of, example_of, scope_of
 from .sites import Site, put_sites
 from .structure import Structure, structure_of
@@ -167,6 +167,7 @@ class _Rewriting:
         callers = callers_of(graph, _CHECKPOINTS)
         for part in graph.modules():
             if isinstance(part, GraphModule):
+                leave_out_own(part, __file__, self.model)
                 self._rewrite(part, calls, callers)
         if not self.sites:
             raise ValueError(
@@ -245,7 +246,10 @@ _Replacement = tuple[Callable[..., Any], dict[str, Any]]
 def _structure(
     said: Expression | None, reader: Reader, scope: Scope, query: Node, key: Node, tokens: int
 ) -> tuple[Structure | None, tuple[Node, ...]]:
-    """What a mask says, and the nodes that it captures; nothing of none. tokens: the dimension of query and key that counts them."""
+    """What a mask says, and the nodes that it captures; nothing of none.
+
+    tokens: the dimension of query and key that counts them.
+    """
     if said is None:
         return None, ()
     said, captured = reader.used(said)

@@ -90,8 +90,10 @@ def compile(
                 f"a model is compiled with attention=..., memory_budget=... or both; got {', '.join(given) or 'neither'}. "
                 "Without them use torch.compile"
             )
-        model = program if attention is _NOTHING_SAID else _wrapped(program, attention, memory_budget, dynamic)
-        return model if memory_budget is None else _under_budget(model, memory_budget, dynamic)
+        if attention is _NOTHING_SAID or hf.is_transformers_model(program):
+            model = program if attention is _NOTHING_SAID else _of_transformers(program, attention, memory_budget, dynamic)
+            return model if memory_budget is None else _under_budget(model, memory_budget, dynamic)
+        return _wrapped(program, attention, memory_budget, dynamic)
     if memory_budget is not None or dynamic is not None or attention is not _NOTHING_SAID:
         raise ValueError(
             "attention, memory_budget and dynamic are for models; a program is planned for every call. Leave them out"
@@ -114,23 +116,24 @@ def compile(
     return Attend(program, lowering, _ring(ranks, layout, mesh))
 
 
-def _wrapped(model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None) -> nn.Module:
-    if hf.is_transformers_model(model):
-        if memory_budget is None and dynamic is not None:
-            raise ValueError(
-                "dynamic goes with memory_budget here; without one compile the wrapped model yourself: torch.compile(model)"
-            )
-        of_transformers: nn.Module = hf.wrap(model, attention)
-        return of_transformers
-    if memory_budget is not None:
-        raise NotImplementedError(
-            "attention= and memory_budget= together are for models of transformers so far. Build the model of "
-            "compiled_dilated.compile(program), and compile it under the budget"
+def _of_transformers(model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None) -> nn.Module:
+    if memory_budget is None and dynamic is not None:
+        raise ValueError(
+            "dynamic goes with memory_budget here; without one compile the wrapped model yourself: torch.compile(model)"
         )
-    # It imports the compiler, which takes longer than all of this package.
+    wrapped: nn.Module = hf.wrap(model, attention)
+    return wrapped
+
+
+def _wrapped(model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None) -> nn.Module:
+    # They import the compiler, which takes longer than all of this package.
     from .wrapping import graphs
 
-    return graphs.wrap(model, attention, dynamic)
+    if memory_budget is None:
+        return graphs.wrap(model, attention, dynamic)
+    import passes
+
+    return graphs.wrap(model, attention, dynamic, passes.backend(memory_budget))
 
 
 def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | None) -> Any:

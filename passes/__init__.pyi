@@ -3,6 +3,7 @@ from .analysis import costs as costs
 from .analysis import footprint as footprint
 from .analysis import liveness as liveness
 from .analysis import peak as peak
+from .planning.backend import backend as backend
 from .planning.backend import compile as compile
 from .planning.backend import estimate as estimate
 from .planning.choose import BudgetError as BudgetError

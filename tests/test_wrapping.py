@@ -366,14 +366,6 @@ def test_a_mask_that_is_called_causal_and_is_not() -> None:
 # Refusals ---------------------------------------------------------------------------------------------------------------------
 
 
-class Flexible(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        out: Tensor = flex_attention(x[:, None], x[:, None], x[:, None])
-        return out
-
-
 @pytest.mark.parametrize(
     ("model", "attention", "error", "message"),
     [
@@ -390,7 +382,6 @@ class Flexible(nn.Module):
             NotImplementedError,
             r"weights as a result are not made \(File .*test_wrapping",
         ),
-        (Flexible(), None, NotImplementedError, r"flex_attention is not replaced \(File .*test_wrapping"),
         (Net(), cd.local_window(9), ValueError, "blocks.0 is causal, and its program shows later keys"),
         (
             Net(),
@@ -400,7 +391,7 @@ class Flexible(nn.Module):
         ),
         (Net(), lambda layer: 3, TypeError, "attention of blocks.0 must be a program, a mask or None; got int 3"),
     ],
-    ids=["no attention", "dropout", "weights", "flex", "not causal", "pattern", "function"],
+    ids=["no attention", "dropout", "weights", "not causal", "pattern", "function"],
 )
 def test_what_is_not_computed_is_refused(model: nn.Module, attention: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):  # noqa: PT012
@@ -411,8 +402,8 @@ def test_what_is_not_computed_is_refused(model: nn.Module, attention: Any, error
 def test_what_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="attention must be a program, a mask, a function of a layer or"):
         cd.compile(Net(), attention=3)
-    with pytest.raises(NotImplementedError, match="attention= and memory_budget= together"):
-        cd.compile(Net(), attention=None, memory_budget="1GiB")
+    with pytest.raises(ValueError, match="memory_budget must be a number and one of B, KiB"):
+        cd.compile(Net(), attention=None, memory_budget="much")
     with pytest.raises(ValueError, match="attention, memory_budget and dynamic are for models"):
         cd.compile(masks.causal(), attention=masks.causal())
     with pytest.raises(ValueError, match="Linear has no sites; wrap it first"):

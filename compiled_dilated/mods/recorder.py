@@ -228,7 +228,9 @@ class Recorder(TorchDispatchMode):
         inputs = self._traced([args, kwargs])
         # torch promotes whole numbers to the process's default dtype: the graph states it.
         if inputs and out.is_floating_point() and not any(map(_is_inexact, inputs)):
-            args = [self._converted(x, out.dtype) for x in args]
+            # The condition of where stays one.
+            first = int(name == "aten.where")
+            args = [*args[:first], *(self._converted(x, out.dtype) for x in args[first:])]
         # Arguments that are left at their defaults, as far as they depend on the process.
         defaults = {argument.name for argument in func._schema.arguments[len(args) :]}
         if "dtype" in defaults and kwargs.get("dtype") is None:

@@ -1,36 +1,37 @@
 """Attention of any model: calls of torch's attention in the graphs that Dynamo captures become ours.
 
-    scaled_dot_product_attention           replaced
-    F.multi_head_attention_forward         the same code over a replaced scaled_dot_product_attention
+    scaled_dot_product_attention           replaced      calls.py
+    F.multi_head_attention_forward         the same code over a replaced scaled_dot_product_attention      multihead.py
+    flex_attention                         replaced, its score_mod and mask_mod with it      flex.py
 
-Graphs inside of graphs (checkpoints) too. A mask of the call joins the program: nothing that it hides is shown.
+Graphs inside of graphs (checkpoints) too. A mask of the call joins the program: nothing that it hides is shown. How it is made is
+read from the graph (reading.py), so that one that says "causal, and no padding" is never made.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from operator import getitem
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import GraphModule, Node
 
-from .. import masks
-from ..attend import Attend
-from ..programs import Program, as_program
+from . import rules_of_reading  # noqa: F401  what is read of masks
+from .calls import Attention
+from .expressions import Expression, Index
+from .flex import FLEX, FlexCall, training
 from .layers import Choice, Layer, check_choice, check_patterns, program_of
-from .scores import added
+from .multihead import MULTIHEAD, bound_arguments, multihead, read_masks
+from .places import leave_out_own, line_of, path_of
+from .reading import Reader, Scope, bring, callers_of, example_of, scope_of
 from .sites import Site, put_sites
+from .structure import Structure, structure_of
 
 _SDPA = (
     F.scaled_dot_product_attention,
@@ -39,15 +40,20 @@ _SDPA = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 _SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_MULTIHEAD = F.multi_head_attention_forward
+# The pair's indices along a mask, by the dimensions of the query.
+_SDPA_INDICES = {
+    2: (Index("q"), Index("kv")),
+    3: (Index("b"), Index("q"), Index("kv")),
+    4: (Index("b"), Index("h"), Index("q"), Index("kv")),
+}
 # Attention that is not read, by the names that people know.
 _CLOSED = {
-    flex_attention: "flex_attention",
     torch._transformer_encoder_layer_fwd: "the fast path of nn.TransformerEncoderLayer",
     torch._native_multi_head_attention: "the fast path of nn.MultiheadAttention",
 }
 _WAY_OUT = "Call compiled_dilated.compile(program) there"
-_PADDING = "padding"
+# Operators that compute a graph inside of a graph once more in the backward, and pass all other operands on to it.
+_CHECKPOINTS = ("tag_activation_checkpoint",)
 
 Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -106,7 +112,8 @@ class _Wrapped:
         if self._compiled is None:
             self._compiled = self._compile()
         try:
-            return self._compiled(*args, **kwargs)
+            with training:
+                return self._compiled(*args, **kwargs)
         except BackendCompilerFailed as failure:
             # What the rewriting says to the user, without torch's frame around it.
             if isinstance(failure.inner_exception, (NotImplementedError, TypeError, ValueError)):
@@ -157,13 +164,15 @@ class _Rewriting:
 
     def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         calls: Counter[str] = Counter()
+        callers = callers_of(graph, _CHECKPOINTS)
         for part in graph.modules():
             if isinstance(part, GraphModule):
-                self._rewrite(part, calls)
+                leave_out_own(part, __file__, self.model)
+                self._rewrite(part, calls, callers)
         if not self.sites:
             raise ValueError(
-                f"{type(self.model).__name__} called no scaled_dot_product_attention and no nn.MultiheadAttention: there is no "
-                "attention to replace. Build its own of compiled_dilated.compile(program)"
+                f"{type(self.model).__name__} called no scaled_dot_product_attention, no nn.MultiheadAttention and no "
+                "flex_attention: there is no attention to replace. Build its own of compiled_dilated.compile(program)"
             )
         put_sites(self.model, list(self.sites.values()))
         compiled = self.backend(graph, inputs)
@@ -172,183 +181,91 @@ class _Rewriting:
             raise RuntimeError(f"attention of {', '.join(missed)} was not replaced, though it was found; please report this")
         return compiled
 
-    def _rewrite(self, part: GraphModule, calls: Counter[str]) -> None:
-        """Replace the calls of one graph. calls: how many each module has made so far."""
+    def _rewrite(self, part: GraphModule, calls: Counter[str], callers: Mapping[GraphModule, Scope]) -> None:
+        """Replace the calls of one graph. calls: how many each module has made so far. callers: of graphs inside of graphs."""
         for node in list(part.graph.nodes):
             if node.op != "call_function":
                 continue
-            if node.target in _SDPA:
-                bound = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
-                self._replace(part, node, bound, self._path(node, calls), _heads_of(bound["query"]))
-            elif node.target is _MULTIHEAD:
-                bound = dict(inspect.signature(_MULTIHEAD).bind(*node.args, **node.kwargs).arguments)
-                _leave_out_weights(node, bound)
-                self._replace(part, node, bound, self._path(node, calls), bound["num_heads"])
-            elif node.target in _CLOSED:
-                raise NotImplementedError(f"{_CLOSED[node.target]} is not replaced{_line_of(node)}. {_WAY_OUT}")
+            if node.target in _CLOSED:
+                raise NotImplementedError(f"{_CLOSED[node.target]} is not replaced{line_of(node)}. {_WAY_OUT}")
+            rewrite = {MULTIHEAD: self._multihead, FLEX: self._flex}.get(node.target)
+            if rewrite is None and node.target in _SDPA:
+                rewrite = self._scaled_dot_product
+            if rewrite is not None:
+                target, arguments = rewrite(part, node, self._path(node, calls), callers)
+                _replace(part, node, target, arguments)
         part.recompile()
 
     def _path(self, node: Node, calls: Counter[str]) -> str:
         """The path of a call's module; of its second call path#2."""
-        path = _path_of(node, self.model)
+        path = path_of(node, self.model)
         calls[path] += 1
         return path if calls[path] == 1 else f"{path}#{calls[path]}"
 
-    def _replace(self, part: GraphModule, node: Node, bound: dict[str, Any], path: str, heads: int | None) -> None:
-        causal = bound.get("is_causal", False)
+    def _site(self, path: str, kind: str, causal: object, heads: int | None, node: Node) -> Site:
+        """The site of a call, with the user's program for it."""
         if not isinstance(causal, bool):
-            raise NotImplementedError(f"is_causal of {path} varies in the graph{_line_of(node)}. Pass True or False")
-        kind = "scaled_dot_product_attention" if node.target in _SDPA else "multi_head_attention_forward"
-        layer = Layer(path, kind, None, causal, None, heads, heads, None)
-        program = program_of(self.attention, layer)
-        site = Site(layer.path, kind, program)
-        self.sites[layer.path] = site
-        attention = _Attention(site, _line_of(node))
-        target = attention if node.target in _SDPA else _multihead(attention)
-        with part.graph.inserting_before(node):
-            ours = part.graph.call_function(target, (), bound)
-        ours.meta = dict(node.meta)
-        node.replace_all_uses_with(ours)
-        part.graph.erase_node(node)
+            raise NotImplementedError(f"is_causal of {path} varies in the graph{line_of(node)}. Pass True or False")
+        site = Site(path, kind, program_of(self.attention, Layer(path, kind, None, causal, None, heads, heads, None)))
+        self.sites[path] = site
+        return site
+
+    def _scaled_dot_product(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
+        bound: dict[str, Any] = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
+        site = self._site(path, "scaled_dot_product_attention", bound.get("is_causal", False), _heads_of(bound["query"]), node)
+        reader, scope = Reader(), scope_of(part, node, callers)
+        query, mask = bound["query"], bound.get("attn_mask")
+        said = None
+        if mask is not None and example_of(query).dim() <= 4:
+            said = reader.mask(mask, scope, _SDPA_INDICES[example_of(query).dim()])
+            bound["attn_mask"] = None
+        structure, captured = _structure(said, reader, scope, bound["query"], bound["key"], -2)
+        return Attention(site, line_of(node), structure), bound | {"captured": captured}
+
+    def _multihead(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
+        bound = bound_arguments(node)
+        site = self._site(path, "multi_head_attention_forward", bound.get("is_causal", False), bound["num_heads"], node)
+        reader, scope = Reader(), scope_of(part, node, callers)
+        said = read_masks(bound, reader, scope)
+        structure, captured = _structure(said, reader, scope, bound["query"], bound["key"], 0)
+        return multihead(Attention(site, line_of(node), structure)), bound | {"captured": captured}
+
+    def _flex(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
+        call = FlexCall(part, node)
+        site = self._site(path, "flex_attention", False, _heads_of(call.query), node)
+        reader, scope = Reader(), scope_of(part, node, callers)
+        said = call.read_mask(reader, scope)
+        call.check_tiles(said)
+        structure, captured = _structure(said, reader, scope, call.query, call.key, -2)
+        return call.replacement(Attention(site, line_of(node), structure), said is not None), call.arguments(captured)
 
 
-class _Attention:
-    """What stands in a graph for scaled_dot_product_attention."""
-
-    def __init__(self, site: Site, line: str) -> None:
-        self.site, self.line = site, line
-        self.__name__ = "attention"
-        # By whether the call is causal and its mask one of keys alone.
-        self.attends: dict[tuple[bool, bool], Attend] = {}
-        for causal in (False, True):
-            program = site.program or as_program(masks.causal() if causal else masks.full())
-            self.attends[causal, False] = Attend(program)
-            self.attends[causal, True] = Attend(_padded(program))
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """scaled_dot_product_attention over (..., heads, tokens, width), by the site's program and the mask of the call."""
-        if dropout_p:
-            raise NotImplementedError(f"dropout of attention weights ({dropout_p}) is not computed{self.line}. Set it to 0")
-        if key.shape[-3:-2] != query.shape[-3:-2] and not enable_gqa:
-            raise ValueError(f"{query.shape[-3]} query heads and {key.shape[-3]} key heads need enable_gqa=True{self.line}")
-        if key.shape[:-3] != query.shape[:-3] or value.shape[:-3] != query.shape[:-3]:
-            raise ValueError(
-                f"query, key and value must have the same leading dimensions; got {tuple(query.shape)}, {tuple(key.shape)} and "
-                f"{tuple(value.shape)}{self.line}"
-            )
-        q, k, v = (_four(x) for x in (query, key, value))
-        attend, score_mod = self.attends[is_causal, False], None
-        data: dict[str, Tensor] = {}
-        said = "causal()" if is_causal else "full()"
-        if attn_mask is not None:
-            attn_mask = _four_of_mask(attn_mask, query)
-            if _is_padding(attn_mask, k):
-                attend, data = self.attends[is_causal, True], {_PADDING: ~attn_mask[:, 0, 0]}
-            else:
-                score_mod = added(attn_mask)
-        said += _said_of(attn_mask, k)
-        self.site.note(attend, said, 0, q.shape, k.shape, v.shape, q.dtype, q.device.type)
-        out: Tensor = attend(q, k, v, scale=scale, data=data, score_mod=score_mod)
-        return out.reshape(*query.shape[:-1], value.shape[-1])
+_Replacement = tuple[Callable[..., Any], dict[str, Any]]
 
 
-def _multihead(attention: _Attention) -> Callable[..., Any]:
-    """F.multi_head_attention_forward over another scaled_dot_product_attention: the same code with one name changed."""
-    names = {
-        **_MULTIHEAD.__globals__,
-        "scaled_dot_product_attention": attention,
-        # Tensors of a trace would send the call on to the original.
-        "has_torch_function": lambda tensors: False,
-    }
-    copy = FunctionType(_MULTIHEAD.__code__, names, "multi_head_attention", _MULTIHEAD.__defaults__, _MULTIHEAD.__closure__)
-    copy.__kwdefaults__ = _MULTIHEAD.__kwdefaults__
-    # A cache of graphs takes what torch's own modules define for the same in every process.
-    copy.__module__ = __name__
-    return copy
+def _structure(
+    said: Expression | None, reader: Reader, scope: Scope, query: Node, key: Node, tokens: int
+) -> tuple[Structure | None, tuple[Node, ...]]:
+    """What a mask says, and the nodes that it captures; nothing of none.
+
+    tokens: the dimension of query and key that counts them.
+    """
+    if said is None:
+        return None, ()
+    said, captured = reader.used(said)
+    q_len, kv_len = (example_of(x).shape[tokens] for x in (query, key))
+    return structure_of(said, q_len, kv_len), tuple(bring(captured, scope))
 
 
-def _padded(program: Program) -> Program:
-    return program.map(lambda mask: masks.conjunction((mask, masks.padding(_PADDING))))
-
-
-def _is_padding(mask: Tensor, key: Tensor) -> bool:
-    """Whether a mask hides keys from all queries and heads alike."""
-    return mask.dtype == torch.bool and mask.shape[1] == 1 and mask.shape[2] == 1 and mask.shape[3] == key.shape[2]
-
-
-def _said_of(mask: Tensor | None, key: Tensor) -> str:
-    if mask is None:
-        return ""
-    if _is_padding(mask, key):
-        return " & padding"
-    return " & a mask" if mask.dtype == torch.bool else " + a bias"
-
-
-def _four(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, width) of a tensor with any leading dimensions; of three the first is the batch."""
-    if x.dim() == 4:
-        return x
-    if x.dim() < 4:
-        return x[None, None] if x.dim() == 2 else x[:, None]
-    return x.reshape(-1, *x.shape[-3:])
-
-
-def _four_of_mask(mask: Tensor, query: Tensor) -> Tensor:
-    """(batch or 1, heads or 1, queries or 1, keys or 1) of a mask that broadcasts to the scores of a query."""
-    while mask.dim() < max(query.dim(), 2):
-        mask = mask[None]
-    if query.dim() <= 4:
-        return _four(mask)
-    # Leading dimensions are joined: each must be there whole.
-    return mask.expand(*query.shape[:-3], *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+def _replace(part: GraphModule, node: Node, target: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Put a call in the place of another."""
+    with part.graph.inserting_before(node):
+        ours = part.graph.call_function(target, (), arguments)
+    ours.meta = dict(node.meta)
+    node.replace_all_uses_with(ours)
+    part.graph.erase_node(node)
 
 
 def _heads_of(query: Any) -> int | None:
-    example = query.meta.get("example_value") if isinstance(query, Node) else None
+    example = example_of(query) if isinstance(query, Node) else None
     return None if example is None or example.dim() < 4 else int(example.shape[-3])
-
-
-def _path_of(node: Node, model: nn.Module) -> str:
-    """The path of the module that makes a call."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    # As L['self']._modules['layers']._modules['0'], or L['self'].layers[0].
-    written: str = next(reversed(stack.values()))[0]
-    words = [word for word in re.findall(r"\w+", written) if word != "_modules"]
-    names = [name for name, _ in model.named_modules() if words[-len(name.split(".")) :] == name.split(".")]
-    return max(names, key=len, default="")
-
-
-def _line_of(node: Node) -> str:
-    """Where the user's code makes a call, for messages."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    # Innermost outside of torch, whose folder every installation has somewhere else.
-    torch_folder = os.path.dirname(torch.__file__)
-    places = [line for line in lines if line.startswith("File") and torch_folder not in line]
-    return f" ({places[-1]})" if places else ""
-
-
-def _leave_out_weights(node: Node, bound: dict[str, Any]) -> None:
-    """Ask for no weights where nobody reads them; raise NotImplementedError where somebody does."""
-    if not bound.get("need_weights", True):
-        return
-    for user in node.users:
-        is_item = user.target is getitem and user.args[1] == 1
-        if is_item and user.users:
-            raise NotImplementedError(f"attention weights as a result are not made{_line_of(node)}. Pass need_weights=False")
-        if user.op == "output" or (user.target is not getitem):
-            raise NotImplementedError(f"attention weights as a result are not made{_line_of(node)}. Pass need_weights=False")
-    bound["need_weights"] = False
-    # A hint so far: without weights torch's code would take it for the mask.
-    bound["is_causal"] = False

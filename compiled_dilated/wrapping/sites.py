@@ -63,8 +63,8 @@ class Site:
     def to_json(self) -> dict[str, Any]:
         """A row of the table; without counts before the first call.
 
-        pairs: computed over batch and heads; share: of all pairs; flops: of a forward; bytes: held beside q, k, v and out, and
-        what the scores of an eager layer would be.
+        pairs: computed over batch and heads; share: of all pairs; flops: of a forward; bytes: held beside q, k, v and out.
+        pairs_eager, flops_eager, bytes_eager: of an eager layer, which computes all pairs and holds their scores.
         """
         row: dict[str, Any] = {"path": self.path, "kind": self.kind, "model": None, "program": None}
         if self.program is not None:
@@ -82,31 +82,29 @@ class Site:
             "share": plan.cost.pairs / dense if dense else 0.0,
             "flops": plan.cost.kernel_flops,
             "bytes": plan.cost.peak_bytes,
+            "pairs_eager": dense,
+            "flops_eager": 2 * dense * (self.last.q_shape[3] + self.last.v_shape[3]),
             "bytes_eager": dense * plan.problem.itemsize,
         }
         return row
 
 
 class Sites(list[Site]):
-    """A model's sites; prints as a table."""
+    """A model's sites; prints as a table: of an eager layer -> computed here."""
 
     def __repr__(self) -> str:
         rows = []
         for site in self:
             row = site.to_json()
-            counts = ["not called yet"] + [""] * 4
+            counts = ["not called yet"] + [""] * 3
             if "pairs" in row:
-                counts = [
-                    row["lowering"],
-                    f"{row['share']:.3f}",
-                    f"{row['flops'] / 1e9:.3g}",
-                    f"{row['bytes'] / 2**20:.3g}",
-                    f"{row['bytes_eager'] / 2**20:.3g}",
-                ]
+                units = {"pairs": 1e6, "flops": 1e9, "bytes": 2**20}
+                changes = [f"{row[f'{name}_eager'] / unit:.3g} -> {row[name] / unit:.3g}" for name, unit in units.items()]
+                counts = [row["lowering"], *changes]
             program = site.program if site.last is None else site.last.attend.program
             rows.append([row["path"], row["model"] or "", "" if program is None else _shown(program), *counts])
-        headers = ["layer", "the model says", "computed", "lowering", "of all pairs", "GFLOP", "MiB held", "MiB of eager scores"]
-        return str(tabulate(rows, headers))
+        headers = ["layer", "the model says", "computed", "lowering", "million pairs", "GFLOP", "MiB held"]
+        return str(tabulate(rows, headers, disable_numparse=True))
 
 
 def _shown(program: Any, most: int = 60) -> str:

@@ -48,6 +48,10 @@ class Backend:
         budget = self.pipeline.budget_bytes
         return run if budget is None or not symbols else _Guarded(run, choice, budget, symbols)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a model is planned and compiled anew.
+        return Backend, (self.pipeline,)
+
 
 class _Guarded:
     """A compiled graph that refuses sizes beyond its memory budget.
@@ -122,10 +126,18 @@ def compile(
     arguments.flag("fullgraph", fullgraph)
     if passes is not None:
         check_members("passes", passes)
-    backend = Backend(pipeline(memory_budget, None if passes is None else [passes], extra=extra))
-    step = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-    _backends[step] = backend
+    planning = Backend(pipeline(memory_budget, None if passes is None else [passes], extra=extra))
+    step = torch.compile(model, backend=planning, dynamic=dynamic, fullgraph=fullgraph)
+    _backends[step] = planning
     return step
+
+
+def backend(memory_budget: int | str) -> Backend:
+    """The backend of `compile`, for graphs that another backend rewrites first.
+
+    memory_budget: as in `compile`; checked here
+    """
+    return Backend(pipeline(memory_budget))
 
 
 def choices(step: Any) -> tuple[Choice, ...]:
@@ -133,13 +145,23 @@ def choices(step: Any) -> tuple[Choice, ...]:
 
     Raises ValueError if the step does not come from compile, or was not called yet.
     """
-    if step not in _backends:
+    owner = _backend_of(step)
+    if owner is None:
         raise ValueError(f"step must come from passes.compile; got {type(step).__name__}")
-    if not _backends[step].choices:
+    if not owner.choices:
         raise ValueError(
             "step must have been called once: plans are made for the sizes of a first call"
         )
-    return tuple(_backends[step].choices)
+    return tuple(owner.choices)
+
+
+def _backend_of(step: Any) -> Backend | None:
+    """The backend of a step: of `compile`, or of a model whose forward was compiled in place."""
+    compiled = _backends.get(step)
+    if compiled is not None:
+        return compiled
+    own = getattr(getattr(getattr(step, "forward", None), "__self__", None), "backend", None)
+    return own if isinstance(own, Backend) else None
 
 
 def estimate(

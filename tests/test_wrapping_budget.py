@@ -1,0 +1,114 @@
+"""Models of any kind with attention= under a memory_budget: the two compose."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from passes.traced import captured
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+from torch.fx import GraphModule
+
+import compiled_dilated as cd
+import passes
+from compiled_dilated import masks
+from compiled_dilated.wrapping import graphs
+from passes.planning import choice_cache
+from tests.graphs import WIDTH, Block, Gelu
+from tests.test_wrapping import gradients
+
+TOKENS = 1024
+WINDOW = masks.window(9)
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    apart = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=apart.abs() <= 9)
+
+
+def model(attend: Any = F.scaled_dot_product_attention) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(Gelu(), attend=attend), Block(Gelu(), attend=attend))
+
+
+def inputs() -> Tensor:
+    return torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def test_gradients_sites_report_and_budget() -> None:
+    torch._dynamo.reset()
+    x = inputs()
+    with pytest.raises(passes.BudgetError) as refused:
+        cd.compile(model(), attention=WINDOW, memory_budget=1)(x)
+    budget = refused.value.least_bytes
+    torch._dynamo.reset()
+    net = model()
+    ours = cd.compile(net, attention=WINDOW, memory_budget=budget)
+    assert ours is net
+    want = gradients(model(windowed), x)
+    assert (gradients(ours, x) - want).norm() <= 1e-5 * want.norm()
+    rows = [site.to_json() for site in cd.sites(ours)]
+    assert [row["path"] for row in rows] == ["0", "1"]
+    assert all(row["program"] == "Program((Branch(window(9)),))" for row in rows)
+    assert all(row["pairs"] < row["pairs_eager"] and row["flops"] < row["flops_eager"] for row in rows)
+    report = passes.report(ours, [x])
+    assert report.choices[0].chosen.passes
+    held = x.nbytes + sum(weight.nbytes for weight in ours.parameters())
+    assert report.measured_bytes is not None
+    assert report.measured_bytes + held <= 1.03 * budget
+    assert re.search(r"graph 0, training: predicted peak .* graphs.py:\d+ in forward", str(report), re.DOTALL)
+
+
+def test_a_budget_that_nothing_fits_names_the_least() -> None:
+    torch._dynamo.reset()
+    ours = cd.compile(model(), attention=WINDOW, memory_budget="100KiB")
+    with pytest.raises(passes.BudgetError, match=r"memory_budget must be at least .* Raise it"):
+        ours(inputs())
+
+
+def test_copies_are_planned_anew() -> None:
+    torch._dynamo.reset()
+    ours = cd.compile(model(), attention=WINDOW, memory_budget="1GiB")
+    out = ours(inputs())
+    again = copy.deepcopy(ours)
+    with pytest.raises(ValueError, match="must have been called once"):
+        passes.report(again)
+    assert torch.equal(again(inputs()), out)
+    assert len(passes.report(again).choices) == 1
+
+
+def test_what_is_remembered_of_one_program_is_not_taken_for_another() -> None:
+    """The graphs differ in their attention alone, and so do their names."""
+    names = []
+    x = inputs()
+
+    def named(graph: GraphModule, given: Any) -> Any:
+        names.append(choice_cache.name_of(captured(graph, given), "", ()))
+        return graph.forward
+
+    for program in (WINDOW, masks.window(10), WINDOW):
+        torch._dynamo.reset()
+        with fresh_cache(), torch.no_grad():
+            ours = graphs.wrap(model(), program, None, named)
+            with contextlib.suppress(RuntimeError):  # that nothing was replaced, for `named` runs nothing
+                ours(x)
+    assert names[0] == names[2] != names[1]
+
+
+def test_modules_of_torch_have_lines() -> None:
+    """Dynamo keeps no lines of torch's own modules: the report names the module, and where its forward is."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 32, WIDTH)
+    step = cd.compile(nn.Transformer(WIDTH, 4, 1, 1, 96, 0.0, batch_first=True), attention=None, memory_budget="1GiB")
+    step(x, x).sum().backward()
+    (graph,) = passes.report(step).to_json()["graphs"]
+    sources = {live["source"] for live in graph["live"] if live["name"] != "(inputs)"}
+    assert all(re.match(r"\w+\.py:\d+ in \w+ of (en|de)coder\.", source) for source in sources)
+    assert Path(nn.MultiheadAttention.forward.__code__.co_filename).name in " ".join(sources)

@@ -49,9 +49,7 @@ def model_of(tokens: int) -> BertForMaskedLM:
 def largest_difference(model: BertForMaskedLM, program: cd.Program, ids: Tensor) -> float:
     """The largest difference of the model's logits from those of the dense float64 reference."""
 
-    def dense(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
+    def dense(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
         out = cd.reference(program, query, key, value, scale=scaling)
         return out.transpose(1, 2).to(query.dtype), None
 
@@ -66,9 +64,7 @@ def largest_difference(model: BertForMaskedLM, program: cd.Program, ids: Tensor)
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train; returns the losses."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps on 1,024 bytes")
     short = parser.parse_args(arguments).short
     tokens, steps = (1024, 5) if short else (4096, 20)

@@ -51,9 +51,7 @@ def model_of(tokens: int) -> LlamaForCausalLM:
 
 def main(arguments: list[str] | None = None) -> bool:
     """Generate; returns whether every token is the one that a forward over the whole text gives."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="300 tokens of context")
     context, new = (300, 30) if parser.parse_args(arguments).short else (16_384, 200)
 

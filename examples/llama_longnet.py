@@ -84,9 +84,7 @@ def largest_difference(model: LlamaForCausalLM, ids: Tensor) -> float:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train; returns the losses, the difference from the reference and the table of layers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps on 2,048 bytes")
     short = parser.parse_args(arguments).short
     tokens, steps = (2048, 4) if short else (16384, 12)

@@ -35,9 +35,7 @@ def text_of(module: str) -> bytes:
     return source.replace(module.encode(), b"_" * len(module))
 
 
-def batch_of(
-    texts: list[bytes], tokens: int, size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(texts: list[bytes], tokens: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and global flags (size, tokens) of random pieces, and their modules (size,)."""
     labels = torch.randint(len(texts), (size,), generator=generator)
     ids = torch.full((size, tokens), CLASS_TOKEN)
@@ -101,9 +99,7 @@ def largest_difference(is_global: Tensor) -> float:
 
 def main(arguments: list[str] | None = None) -> float:
     """Train; returns the share of new texts that are classified right."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps on 512 bytes")
     short = parser.parse_args(arguments).short
     tokens, steps, size = (512, 8, 8) if short else (2048, 60, 8)

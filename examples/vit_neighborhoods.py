@@ -71,9 +71,7 @@ def largest_difference(model: ViTForImageClassification, images: Tensor) -> floa
 
 def main(arguments: list[str] | None = None) -> float:
     """Train; returns the share of new images that are classified right."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a few steps")
     steps = 15 if parser.parse_args(arguments).short else 60
 

@@ -1,8 +1,10 @@
-"""Fine-tune a small Llama with LongNet attention on 16,384 bytes of Python at a time, with transformers' Trainer.
+"""Fine-tune a small Llama with LongNet attention on 16,384 bytes of Python at a time, with the Trainer.
 
 python examples/llama_longnet.py [--short]
 
-Needs `pip install -e .[hf]` and accelerate. About a minute on two cores; --short takes a few steps on 2,048 bytes.
+Needs `pip install -e .[hf]` and accelerate. The weights start at random here; put
+`LlamaForCausalLM.from_pretrained(name)` in place of `model_of(...)` to fine-tune a model that you have.
+About a minute on two cores; --short takes a few steps on 2,048 bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import compiled_dilated as cd
+
+# LongNet: segments of 512 tokens whole, of 2048 every second, of 8192 every fourth token.
+PROGRAM = cd.longnet((512, 2048, 8192), (1, 2, 4), causal=True)
 
 
 class Bytes(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -25,8 +36,9 @@ class Bytes(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens: int, pieces: int) -> None:
         files = sorted(Path(os.__file__).parent.glob("*.py"))
-        text = b"".join(file.read_bytes() for file in files)
-        self.text, self.tokens, self.pieces = torch.frombuffer(bytearray(text), dtype=torch.uint8), tokens, pieces
+        text = bytearray(b"".join(file.read_bytes() for file in files))
+        self.text = torch.frombuffer(text, dtype=torch.uint8)
+        self.tokens, self.pieces = tokens, pieces
 
     def __len__(self) -> int:
         return self.pieces
@@ -37,14 +49,8 @@ class Bytes(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Train; returns the losses and the table of attention layers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a few steps on 2,048 bytes")
-    short = parser.parse_args(arguments).short
-    tokens, steps = (2048, 4) if short else (16384, 12)
-
-    torch.manual_seed(0)
+def model_of(tokens: int) -> LlamaForCausalLM:
+    """A Llama of two layers over bytes, with random weights."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=128,
@@ -54,10 +60,38 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         num_key_value_heads=2,
         max_position_embeddings=tokens,
     )
-    model = LlamaForCausalLM(config)
-    # Segments of 512 whole, of 2048 every second, of 8192 every fourth token.
-    model = cd.compile(model, attention=cd.longnet((512, 2048, 8192), (1, 2, 4), causal=True))
+    return LlamaForCausalLM(config)
 
+
+def dense(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention by the dense float64 reference, called as transformers calls it."""
+    out = cd.reference(PROGRAM, query, key, value, scale=scaling)
+    return out.transpose(1, 2).to(query.dtype), None
+
+
+def largest_difference(model: LlamaForCausalLM, ids: Tensor) -> float:
+    """The largest difference of the model's logits from those of the dense reference."""
+    AttentionInterface.register("dense", dense)
+    judge = model_of(model.config.max_position_embeddings)
+    judge.load_state_dict(model.state_dict())
+    judge.set_attn_implementation("dense")
+    with torch.no_grad():
+        ours, truth = (each(ids.to(each.device), use_cache=False).logits for each in (model, judge))
+    return float((ours.cpu() - truth).abs().max())
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Train; returns the losses, the difference from the reference and the table of layers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a few steps on 2,048 bytes")
+    short = parser.parse_args(arguments).short
+    tokens, steps = (2048, 4) if short else (16384, 12)
+
+    torch.manual_seed(0)
+    model = cd.compile(model_of(tokens), attention=PROGRAM)
+    data = Bytes(tokens, steps)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
@@ -70,14 +104,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             save_strategy="no",
             disable_tqdm=True,
         )
-        trainer = Trainer(model, settings, train_dataset=Bytes(tokens, steps))
+        trainer = Trainer(model, settings, train_dataset=data)
         trainer.train()
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(f"loss {float(losses[0]):.2f} at first, {float(losses[-1]):.2f} after {steps} steps of {tokens:,} tokens")
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps of {tokens:,} tokens")
+    difference = largest_difference(model, data[0]["input_ids"][None, :1024])
+    print(f"logits of 1,024 tokens differ from the dense float64 reference by {difference:.1e} at most")
     sites = cd.sites(model)
     print(sites)
-    return {"losses": [float(loss) for loss in losses], "sites": sites}
+    if difference > 1e-4 or losses[-1] >= losses[0]:
+        raise SystemExit("the logits are wrong, or the loss did not fall")
+    return {"losses": losses, "difference": difference, "sites": sites}
 
 
 if __name__ == "__main__":

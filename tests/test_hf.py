@@ -394,8 +394,8 @@ def test_a_window_without_a_direction_is_one_in_a_graph_too() -> None:
 def test_what_is_not_computed_is_refused() -> None:
     ours = model_of("llama", "compiled_dilated")
     x = inputs_of("llama")["input_ids"]
-    with pytest.raises(NotImplementedError, match=r"a mask of shape \(1, 1, 50, 50\), one entry for each pair"):
-        ours(x, attention_mask=torch.zeros(1, 1, 50, 50))
+    with pytest.raises(ValueError, match=r"got a mask of shape \(1, 1, 50, 9\); expected .* = \(2, 4, 50, 50\), or 1 in"):
+        ours(x, attention_mask=torch.zeros(1, 1, 50, 9))
     bert = model_of("bert", "compiled_dilated", attention_probs_dropout_prob=0.1).train()
     with pytest.raises(ValueError, match=r"no dropout of attention weights; BertSelfAttention asks for 0.1"):
         bert(x)

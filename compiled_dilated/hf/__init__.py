@@ -10,32 +10,48 @@ transformers calls two functions under that name:
     masking.mask            what a kind of layer may see, as a `Visible` in place of a mask of N x N
     attention.attention     attention of one layer, by its `Visible` and by the layer's own program where `wrap` gave it one
 
-`compiled_dilated.compile(model, attention=...)` registers and wraps. Needs transformers >= 5:
+`compiled_dilated.compile(model, attention=...)` registers and wraps. Needs transformers >= 5.4:
 `pip install compiled-dilated[hf]`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 NAME = "compiled_dilated"
+# Before 5.4 a mask function got positions of a cache in place of lengths.
+OLDEST_TRANSFORMERS = (5, 4)
+_INSTALL = "pip install compiled-dilated[hf]"
 
 
 def register() -> None:
     """Register attention and masks under the name "compiled_dilated"; a second call changes nothing.
 
-    Raises ImportError where transformers is not installed, or is older than version 5.
+    Raises ImportError where transformers is not installed, or is older than version 5.4.
     """
+    oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        import transformers
     except ImportError as error:
-        raise ImportError("compiled_dilated.hf needs transformers >= 5: pip install compiled-dilated[hf]") from error
+        raise ImportError(f"compiled_dilated.hf needs transformers >= {oldest}: {_INSTALL}") from error
+    if _release_of(transformers.__version__) < OLDEST_TRANSFORMERS:
+        raise ImportError(
+            f"compiled_dilated.hf needs transformers >= {oldest}; got {transformers.__version__}. Install a newer one: {_INSTALL}"
+        )
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     from .attention import attention
     from .masking import mask
 
     AttentionInterface.register(NAME, attention)
     # Without a mask function transformers would pass no mask at all: causal and padding would be dropped.
     AttentionMaskInterface.register(NAME, mask)
+
+
+def _release_of(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version, as (5, 23) of "5.23.0.dev0"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def wrap(model: Any, attention: Any = None) -> Any:

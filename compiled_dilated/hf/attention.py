@@ -42,21 +42,30 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in place of transformers' own.
 
-    query: (B, Hq, N, D); key, value: (B, Hkv, M, D). attention_mask: what `masking.mask` made. softcap: scores become
-    softcap * tanh(score / softcap). s_aux: (Hq,), a logit of each head that joins its softmax. position_bias: (1 or B, Hq, N, M),
-    added to scores.
+    query: (B, Hq, N, D); key, value: (B, Hkv, M, D).
+    attention_mask: what `masking.mask` made; or a tensor that broadcasts to (B, Hq, N, M): numbers that are added to scores, or
+        True where a key is seen.
+    softcap: scores become softcap * tanh(score / softcap).
+    s_aux: (Hq,), a logit of each head that joins its softmax.
+    position_bias: (1 or B, Hq, N, M), added to scores.
 
     Returns (B, N, Hq, D), and None for the weights, which are not made.
 
-    Raises ValueError or NotImplementedError for dropout, weights and masks of N x N.
+    Raises ValueError or NotImplementedError for dropout and weights.
     """
-    _refuse(module, dropout, attention_mask, softcap, position_bias, options)
-    visible = attention_mask if isinstance(attention_mask, Visible) else _unmasked(module, query, key, is_causal)
-    score_mod = None if softcap is None else _capped(softcap)
-    if position_bias is not None:
-        score_mod = added(position_bias, visible.q_offset)
+    bias = _bias_of(module, query, key, attention_mask, position_bias)
+    _refuse(module, dropout, softcap, bias, options)
     own = sites_of(module)
     site: Any = own[0] if own else None
+    if isinstance(attention_mask, Visible):
+        visible = attention_mask
+    elif attention_mask is None:
+        visible = _unmasked(module, query, key, is_causal)
+    else:
+        visible = _masked(module, query, key, site)
+    score_mod = None if softcap is None else _capped(softcap)
+    if bias is not None:
+        score_mod = added(bias, visible.q_offset)
     if site is not None and site.program is not None:
         site.check(visible)
         attend = site.attend(visible.joined)
@@ -75,16 +84,16 @@ def attention(
         # Where a static cache counts on the device the first query is not asked for.
         q_offset = 0 if isinstance(visible.q_offset, Tensor) else int(visible.q_offset)
         shapes = query.shape, key.shape, value.shape
-        site.note(attend, visible.structure, q_offset, *shapes, query.dtype, query.device.type)
+        said = visible.structure + _said_of(attention_mask)
+        site.note(attend, said, q_offset, *shapes, query.dtype, query.device.type)
     return out.transpose(1, 2), None
 
 
 def _refuse(
     module: nn.Module,
     dropout: float,
-    attention_mask: object,
     softcap: float | None,
-    position_bias: Tensor | None,
+    bias: Tensor | None,
     options: Mapping[str, Any],
 ) -> None:
     name = type(module).__name__
@@ -93,13 +102,11 @@ def _refuse(
             f"compiled_dilated has no dropout of attention weights; {name} asks for {dropout}. Set attention_dropout (BERT: "
             "attention_probs_dropout_prob) to 0 in the model's config, or call model.eval()"
         )
-    if isinstance(attention_mask, Tensor):
+    if softcap is not None and bias is not None:
         raise NotImplementedError(
-            f"{name} got a mask of shape {tuple(attention_mask.shape)}, one entry for each pair. Pass attention_mask of shape "
-            "(batch, tokens), and what else hides keys as a program: compiled_dilated.compile(model, attention=...)"
+            f"{name} passes softcap together with position_bias or a mask of one entry for each pair, which is not computed. "
+            "Pass attention_mask of shape (batch, tokens), or use 'eager'"
         )
-    if softcap is not None and position_bias is not None:
-        raise NotImplementedError(f"{name} passes softcap and position_bias together, which is not computed. Use 'eager'")
     if options.get("output_attentions"):
         raise ValueError("compiled_dilated makes no attention weights. Leave out output_attentions, or use 'eager'")
     for option, setting in options.items():
@@ -116,6 +123,45 @@ def _unmasked(module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | N
     if causal:
         return Visible("causal()", (), {}, key.shape[2] - query.shape[2], True)
     return Visible("full()", (), {}, 0, False)
+
+
+def _masked(module: nn.Module, query: Tensor, key: Tensor, site: Any) -> Visible:
+    """Mask of a layer whose model made a tensor of one entry for each pair, which is added to the scores."""
+    cached = getattr(module, "is_causal", False) and query.shape[2] != key.shape[2]
+    if cached and site is not None and site.program is not None:
+        raise NotImplementedError(
+            f"{site.path} got a mask of one entry for each pair and {query.shape[2]} queries for {key.shape[2]} keys: where its "
+            "program starts is not known. Pass attention_mask of shape (batch, tokens), or use_cache=False"
+        )
+    return Visible("full()", (), {}, 0, False)
+
+
+def _bias_of(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Visible | Tensor | None, position_bias: Tensor | None
+) -> Tensor | None:
+    """What is added to the scores: the bias of positions, the tensor of a mask, or both in one."""
+    if not isinstance(attention_mask, Tensor):
+        return position_bias
+    whole = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    shape = tuple(attention_mask.shape)
+    fits = len(shape) == 4 and all(size in (1, most) for size, most in zip(shape, whole, strict=True))
+    if not fits:
+        raise ValueError(
+            f"{type(module).__name__} got a mask of shape {shape}; expected (batch, heads, queries, keys) = {whole}, or 1 in "
+            "place of any of them"
+        )
+    if position_bias is None:
+        return attention_mask
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, position_bias, -torch.inf)
+    return position_bias + attention_mask
+
+
+def _said_of(attention_mask: Visible | Tensor | None) -> str:
+    """What a tensor of a mask adds to the description of what a layer sees."""
+    if not isinstance(attention_mask, Tensor):
+        return ""
+    return " & a mask" if attention_mask.dtype == torch.bool else " + a bias"
 
 
 @lru_cache(maxsize=256)

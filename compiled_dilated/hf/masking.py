@@ -31,10 +31,32 @@ class _Description:
     joined: list[str] = field(default_factory=list)
     data: dict[str, Tensor] = field(default_factory=dict)
     causal: bool = False
+    merged: bool = False
 
     def visible(self, q_offset: int | Tensor, cut: bool) -> Visible:
         structure = " & ".join(self.structure) or "full()"
-        return Visible(structure, tuple(sorted(self.joined)), self.data, q_offset, self.causal, cut)
+        return Visible(structure, tuple(sorted(self.joined)), self.data, q_offset, self.causal, cut, self.merged)
+
+
+@dataclass(frozen=True)
+class _Neighbours:
+    """A traced mask function, which can be asked of pairs and not be read.
+
+    positions: of the keys, (1, keys). packed: whether the keys may be those of several sequences.
+    """
+
+    function: Callable[..., Any]
+    batch: int
+    positions: Callable[[], Tensor]
+    packed: bool
+
+    def ids(self) -> Tensor:
+        """Ids (batch, keys), one more wherever a key does not see the one before it; O(keys)."""
+        keys = self.positions()
+        rows = torch.arange(self.batch, device=keys.device)[:, None]
+        same = self.function(rows, torch.zeros_like(keys), keys, (keys - 1).clamp(min=0))
+        ids: Tensor = (~same.expand(self.batch, keys.shape[1])).cumsum(1).to(torch.int32)
+        return ids
 
 
 def mask(
@@ -63,13 +85,20 @@ def mask(
     if use_vmap:
         raise NotImplementedError(f"compiled_dilated reads no mask function of a user's own (or_mask_function). {_WAY_OUT}")
     description = _Description()
+
+    def positions() -> Tensor:
+        return (torch.arange(kv_length, device=device) + kv_offset)[None]
+
     if is_compiling():
-        cached = q_length != kv_length
+        # transformers packs causal sequences alone, without a cache and without an attention_mask.
+        packed = attention_mask is None and q_length == kv_length
         # An argument of masks without a direction alone.
         causal = "allow_is_bidirectional_skip" not in others
-        _read_keywords(description, mask_function, batch_size, q_length, local_size, causal, config, cached, device)
+        chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+        neighbours = _Neighbours(mask_function, batch_size, positions, packed)
+        _read_keywords(description, neighbours, local_size, causal, chunked)
     else:
-        _read_function(description, mask_function, kv_offset, kv_length)
+        _read_function(description, mask_function, positions)
     if attention_mask is not None:
         _join_padding(description, attention_mask, kv_length, kv_offset)
     offset = q_offset - kv_offset
@@ -90,8 +119,8 @@ def _join_padding(description: _Description, attention_mask: Tensor, kv_length: 
     description.data[PADDING] = ~tokens
 
 
-def _read_function(description: _Description, function: Callable[..., Any], kv_offset: int, kv_length: int) -> None:
-    """Read one of transformers' mask functions and those that it joins."""
+def _read_function(description: _Description, function: Callable[..., Any], positions: Callable[[], Tensor]) -> None:
+    """Read one of transformers' mask functions and those that it joins. positions: of the keys, (batch or 1, keys)."""
     if function is masking_utils.causal_mask_function:
         description.structure.append("causal()")
         description.causal = True
@@ -105,38 +134,34 @@ def _read_function(description: _Description, function: Callable[..., Any], kv_o
     maker = function.__qualname__.partition(".")[0] if function.__module__ == masking_utils.__name__ else ""
     if maker == "and_masks":
         for part in captured["mask_functions"]:
-            _read_function(description, part, kv_offset, kv_length)
+            _read_function(description, part, positions)
     elif maker == "sliding_window_overlay":
         description.structure.append(f"window({captured['sliding_window'] - 1}, {_FAR})")
     elif maker == "sliding_window_bidirectional_overlay":
         description.structure.append(f"window({captured['sliding_window']})")
     elif maker == "chunked_overlay":
-        positions = torch.arange(kv_offset, kv_offset + kv_length, device=captured["left_padding"].device)
-        chunks = (positions - captured["left_padding"][:, None]).div(captured["chunk_size"], rounding_mode="floor")
+        places = positions() - captured["left_padding"][:, None]
+        chunks = places.div(captured["chunk_size"], rounding_mode="floor")
         description.structure.append(f"documents(ids={CHUNKS!r})")
         description.data[CHUNKS] = chunks.to(torch.int32)
     elif maker == "packed_sequence_mask_function":
         description.joined.append(PACKED)
         description.data[PACKED] = captured["packed_sequence_mask"].to(torch.int32)
     elif maker == "remap_positions_for_packed_sequence":
-        # Differences of positions inside of a sequence stay what they are.
-        _read_function(description, captured["mask_function"], kv_offset, kv_length)
+        # Differences of positions inside of a sequence stay what they are; chunks count from its start.
+        _read_function(description, captured["mask_function"], lambda: captured["position_ids"])
     else:
         raise NotImplementedError(f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}")
 
 
 def _read_keywords(
-    description: _Description,
-    function: Callable[..., Any],
-    batch: int,
-    tokens: int,
-    local_size: int | None,
-    causal: bool,
-    config: Any,
-    cached: bool,
-    device: Any,
+    description: _Description, neighbours: _Neighbours, local_size: int | None, causal: bool, chunked: bool
 ) -> None:
-    """Take a mask from the keywords of a traced call; where sequences are packed is asked of neighbours, in O(tokens)."""
+    """Take a mask from the keywords of a traced call; of packed sequences and chunks neighbours are asked.
+
+    local_size: of a window, or of chunks where `chunked`. causal: whether later keys are hidden.
+    """
+    function = neighbours.function
     if function is masking_utils.bidirectional_mask_function:
         return
     if function is masking_utils.causal_mask_function:
@@ -145,21 +170,16 @@ def _read_keywords(
         return
     if not function.__qualname__.startswith("and_masks"):
         raise NotImplementedError(f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}")
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise NotImplementedError(
-            "compiled_dilated reads chunked attention outside of torch.compile only. Call the model eagerly"
-        )
     description.causal = causal
-    if description.causal:
+    if causal:
         description.structure.append("causal()")
-        if local_size is not None:
-            description.structure.append(f"window({local_size - 1}, 0)")
-    elif local_size is not None:
-        description.structure.append(f"window({local_size})")
-    if cached or not description.causal:
-        return  # transformers packs causal sequences without a cache alone
-    at = torch.arange(tokens, device=device)[None]
-    rows = torch.arange(batch, device=device)[:, None]
-    same = function(rows, torch.zeros_like(at), at, (at - 1).clamp(min=0)).expand(batch, tokens)
-    description.joined.append(PACKED)
-    description.data[PACKED] = (~same).cumsum(1).to(torch.int32)
+    if chunked:
+        description.structure.append(f"documents(ids={CHUNKS!r})")
+        description.data[CHUNKS] = neighbours.ids()
+        description.merged = neighbours.packed
+        return
+    if local_size is not None:
+        description.structure.append(f"window({local_size - 1}, 0)" if causal else f"window({local_size})")
+    if causal and neighbours.packed:
+        description.joined.append(PACKED)
+        description.data[PACKED] = neighbours.ids()

@@ -24,6 +24,7 @@ class Visible:
     data: tensors (batch, keys) by name.
     q_offset: the first query's place among the keys; a tensor (batch,) where a static cache counts on the device.
     causal: whether the model hides later keys. cut: whether a sliding cache has dropped the first keys.
+    merged: whether the chunks of the structure may be those of packed sequences too.
     """
 
     # What models ask of a mask; one of four dimensions they leave alone.
@@ -38,9 +39,10 @@ class Visible:
         q_offset: int | Tensor,
         causal: bool,
         cut: bool = False,
+        merged: bool = False,
     ) -> None:
         self.structure, self.joined, self.data = structure, joined, dict(data)
-        self.q_offset, self.causal, self.cut = q_offset, causal, cut
+        self.q_offset, self.causal, self.cut, self.merged = q_offset, causal, cut, merged
 
     def dim(self) -> int:
         return self.ndim
@@ -50,6 +52,12 @@ class Visible:
 
     def clone(self) -> Visible:
         return self
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(
+            "this model takes parts of its mask, and with compiled_dilated a mask is no tensor. Use "
+            "attn_implementation='eager' for models that compute with their masks"
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -64,14 +72,14 @@ class Visible:
 def _flatten(visible: Visible) -> tuple[list[Any], tuple[Any, ...]]:
     names = tuple(sorted(visible.data))
     return [*(visible.data[name] for name in names), visible.q_offset], (
-        visible.structure, visible.joined, names, visible.causal, visible.cut,
+        visible.structure, visible.joined, names, visible.causal, visible.cut, visible.merged,
     )  # fmt: skip
 
 
 def _unflatten(leaves: Any, context: tuple[Any, ...]) -> Visible:
-    structure, joined, names, causal, cut = context
+    structure, joined, names, causal, cut, merged = context
     *tensors, q_offset = leaves
-    return Visible(structure, joined, dict(zip(names, tensors, strict=True)), q_offset, causal, cut)
+    return Visible(structure, joined, dict(zip(names, tensors, strict=True)), q_offset, causal, cut, merged)
 
 
 # So that a compiled graph may take one as an input.

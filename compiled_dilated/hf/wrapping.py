@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,11 @@ class LayerSite(Site):
                 f"the mask of {self.path} is causal, and its program shows later keys to queries. Write masks.causal() & ..., or "
                 "causal=True in a program that takes it"
             )
+        if visible.merged:
+            raise NotImplementedError(
+                f"in a graph of torch.compile the packed sequences of {self.path} and its chunks are one mask, of which a "
+                "program would replace the chunks alone. Pass attention_mask of shape (batch, tokens), or call the model eagerly"
+            )
         if visible.cut:
             raise ValueError(
                 f"the sliding cache of {self.path} has dropped keys that its program counts. Pass use_cache=False, or build "
@@ -65,11 +71,12 @@ def wrap(model: Any, attention: Choice = None) -> Any:
     layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no attention layer that says whether it is causal (is_causal): build it with "
+            f"{type(model).__name__} has no attention layer that calls transformers' AttentionInterface: build it with "
             f"attn_implementation={NAME!r} where the model's own masks will do"
         )
     described = {path: _layer_of(path, module, model) for path, module in layers.items()}
-    if isinstance(attention, (Program, Mask)) and getattr(model.config, "is_encoder_decoder", False):
+    crosses = getattr(model.config, "is_encoder_decoder", False) or any("Cross" in layer.kind for layer in described.values())
+    if isinstance(attention, (Program, Mask)) and crosses:
         raise ValueError(
             f"one program for all layers of {type(model).__name__} would be that of its cross attention too. Name the layers: "
             f"{{pattern: program}}. They are {', '.join(layers)}"
@@ -82,7 +89,14 @@ def wrap(model: Any, attention: Choice = None) -> Any:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__ and hasattr(module, "is_causal")
+    kind = type(module)
+    return "Attention" in kind.__name__ and (hasattr(module, "is_causal") or _calls_interface(kind))
+
+
+def _calls_interface(kind: type[nn.Module]) -> bool:
+    """Whether a class looks up its attention by name; cross attention of some models does not say is_causal."""
+    forward: Any = inspect.unwrap(kind.forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
 def _layer_of(path: str, module: nn.Module, model: Any) -> Layer:
@@ -92,6 +106,6 @@ def _layer_of(path: str, module: nn.Module, model: Any) -> Layer:
     layer_type = types[index] if types and index is not None else None
     heads = getattr(config, "num_attention_heads", None)
     return Layer(
-        path, type(module).__name__, index, bool(module.is_causal), layer_type, heads,
+        path, type(module).__name__, index, bool(getattr(module, "is_causal", False)), layer_type, heads,
         getattr(config, "num_key_value_heads", heads), getattr(module, "head_dim", None),
     )  # fmt: skip

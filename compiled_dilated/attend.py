@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from . import arguments, autograd, checks, for_passes, operators, planner
 from .decoding import Decoder
+from .lowerings.flex import gives_lse
 from .masks import Mask
 from .mods import ScoreMod, check_callable
 from .partials import lse_dtype, merge
@@ -133,7 +134,7 @@ class Attend:
             check_callable("score_mod", score_mod, scores=True)
         if sink_logits is not None:
             checks.sinks(sink_logits, q.shape[1], q.device)
-        if self.lowering == "flex" and q.device.type == "cpu" and (return_lse or sink_logits is not None):
+        if self.lowering == "flex" and not gives_lse(q.device.type) and (return_lse or sink_logits is not None):
             raise ValueError(
                 "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "
                 "Use lowering='auto', 'strided' or 'tiled'"

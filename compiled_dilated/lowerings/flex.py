@@ -186,8 +186,8 @@ def _tile_map(mask: Mask, order: Order, problem: Problem) -> TileMap:
     return TileMap.build(mask, problem.q_len, problem.kv_len, q_tile=_TILE, kv_tile=_TILE, order=order, q_offset=problem.q_offset)
 
 
-def _flex(*tensors: Tensor, **options: Any) -> Any:
-    return flex_attention(*tensors, **options)
+def _flex(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    return flex_attention(q, k, v, **options)
 
 
 def _kernel(problem: Problem, part: BlockMaskPart) -> Callable[..., Any]:

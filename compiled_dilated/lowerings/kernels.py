@@ -117,7 +117,8 @@ class FlashCPU:
 class EfficientCUDA:
     """ATen's memory-efficient attention on CUDA: takes a bias, gives the lse, and knows no grouped heads.
 
-    It reads a bias in the dtype of q, and log c does not survive bfloat16: beside a more precise bias all is computed as precisely.
+    It reads a bias in the dtype of q, and log c does not survive bfloat16: beside a more precise bias all
+    is computed as precisely.
     """
 
     one_width, width_multiple = True, 8

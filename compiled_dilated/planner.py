@@ -8,13 +8,13 @@ from typing import Any
 
 from . import arguments, counting
 from .heads import head_groups
-from .lowerings import dense, flex, native, strided, tiled
+from .lowerings import dense, flex, lanes, native, strided, tiled
 from .masks import Mask
 from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
 
-LOWERINGS = ("auto", "native", "dense", "strided", "tiled", "flex")
-_OF_PROGRAMS = {"native": native.propose, "dense": dense.propose, "flex": flex.propose}
+LOWERINGS = ("auto", "native", "dense", "strided", "tiled", "flex", "lanes")
+_OF_PROGRAMS = {"native": native.propose, "dense": dense.propose, "flex": flex.propose, "lanes": lanes.propose}
 _OF_BRANCHES = {"strided": strided.propose, "tiled": tiled.propose}
 # Tokens a side of the tiles that a plan counts.
 _TILE = 128

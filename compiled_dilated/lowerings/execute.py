@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calls import Call
-from ..partials import Saved, empty_out, is_by_token, lse_dtype
+from ..partials import Saved, empty_out, is_by_token, lse_dtype, merge_
 from ..plans import Plan, Proposal
 from . import batches as running
-from . import costs, flex, hidden, native
+from . import costs, flex, hidden, lanes, native
 from .batches import Batch, Sums
+
+# Lowerings that compute a whole program in kernels of their own, on the terms of `plans.Problem`.
+_OF_PROGRAMS: dict[str, Any] = {"flex": flex, "lanes": lanes}
 
 
 def merge_into(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), which are (0, -inf) where nothing was seen."""
     if plan.lowering == "native":
         native.merge_into(plan.chosen[0].work[0], call, q, k, v, out, lse)
+        return
+    if plan.lowering in _OF_PROGRAMS:
+        merge_(out, lse, *_forward(plan, call, q, k, v))
         return
     for batch in _batches(plan):
         for piece, entries in costs.pieces(batch, plan.problem, backward=False):
@@ -35,8 +42,10 @@ def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Te
 
 
 def _forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if plan.lowering == "flex":
-        return flex.forward(plan.chosen[0].work[0], plan.problem, call, q, k, v)
+    kernel = _OF_PROGRAMS.get(plan.lowering)
+    if kernel is not None:
+        result: tuple[Tensor, Tensor] = kernel.forward(plan.chosen[0].work[0], plan.problem, call, q, k, v)
+        return result
     out, lse = empty_out(q, v, is_by_token(q)).zero_(), q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     merge_into(plan, call, q, k, v, out, lse)
     return out, lse
@@ -54,8 +63,10 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
 def _backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     if plan.lowering == "native":
         return native.backward(_native_work(plan, call), call, saved)
-    if plan.lowering == "flex":
-        return flex.backward(plan.chosen[0].work[0], plan.problem, call, saved)
+    kernel = _OF_PROGRAMS.get(plan.lowering)
+    if kernel is not None:
+        gradients: tuple[Tensor, Tensor, Tensor] = kernel.backward(plan.chosen[0].work[0], plan.problem, call, saved)
+        return gradients
     inputs = (saved.q, saved.k, saved.v)
     sums = [torch.zeros(x.shape, dtype=lse_dtype(x.dtype), device=x.device) for x in inputs]
     for batch in _batches(plan):

@@ -312,7 +312,7 @@ def _score_mod(work: Work, call: Call, device: torch.device) -> Callable[[BlockM
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             q, kv = q + q_first, kv + kv_first
             if own is not None:
-                score = own.graph.scalar(own.operands, score, b, h, q, kv)
+                score = own.graph.scalar(own.operands, score, b, h, q, kv, subscripts=True)
             if counted:
                 score = score + linked.count(b, h, q, kv, data).to(score.dtype).log()
             return score

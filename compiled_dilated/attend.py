@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from . import arguments, autograd, checks, for_passes, operators, planner
 from .decoding import Decoder
+from .lowerings.flex import gives_lse
 from .masks import Mask
 from .mods import ScoreMod, check_callable
 from .partials import lse_dtype, merge
@@ -195,7 +196,7 @@ class Attend:
         if sink_logits is not None:
             checks.sinks(sink_logits, q.shape[1], q.device)
         needs_lse = return_lse or sink_logits is not None
-        if self.lowering == "flex" and q.device.type == "cpu" and needs_lse:
+        if self.lowering == "flex" and not gives_lse(q.device.type) and needs_lse:
             raise ValueError(
                 "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "
                 "Use lowering='auto', 'strided' or 'tiled'"

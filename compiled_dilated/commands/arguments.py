@@ -59,6 +59,7 @@ class Lowering(StrEnum):
     strided = "strided"
     tiled = "tiled"
     flex = "flex"
+    lanes = "lanes"
 
 
 class Device(StrEnum):

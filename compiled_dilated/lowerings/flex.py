@@ -7,14 +7,21 @@ torch has neither a backward nor a log-sum-exp for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_local_exclude_set,
+    _dispatch_tls_local_include_set,
+    _ForceDispatchKeyGuard,
+)
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from .. import counting
@@ -24,15 +31,23 @@ from ..masks import Mask, Or, full
 from ..masks.core import Data, Positions
 from ..orders import Order, identity
 from ..partials import Saved, lse_dtype, merge
-from ..plans import Cost, Problem, Proposal, Refusal
+from ..plans import Cost, PlanCache, Problem, Proposal, Refusal
 from ..programs import Branch, Program
 from ..regions import PARTIAL, Regions, Verdicts
 from ..tiles import TileMap, split
-from . import hidden
+from .fused import Fused
 
 _TILE = 128
 # Share of a dense kernel's rate that flex reaches on the tiles it visits (2 CPU cores, window 256 of 16K tokens).
 _EFFICIENCY = 0.7
+# Head widths that torch's Triton kernels take: products of tl.dot, and what fits 227 KiB of shared memory.
+_NARROWEST, _WIDEST, _WIDEST_FLOAT32 = 16, 256, 128
+# Queries, times query heads of a key head, that torch's kernel for decoding can tile; it takes all queries below 128.
+_MOST_DECODED_ROWS = 128
+# Triton's kernels count the elements from the first key of a head to the last in 32 bits (pytorch#190857).
+_MOST_OFFSET = 2**31 - 1
+# Compiled kernels, one for each mask, length and part; the one used longest ago is given up first.
+_KERNELS = PlanCache(most=256)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +116,7 @@ class Work:
         parts = build(
             self.linked, problem.q_len, problem.kv_len, device, problem.heads, _TILE, self.order, problem.q_offset, data
         )  # fmt: skip
-        if device.type == "cpu":
+        if problem.device == "cpu":
             parts = tuple(replace(part, block_mask=widen(part.block_mask)) for part in parts)
         if not self.linked.per_call:
             self.lasting[device] = parts
@@ -118,6 +133,9 @@ def propose(problem: Problem) -> Proposal | Refusal:
         return Refusal("flex", None, "its backward knows no lse but its own", "Use lowering='auto', 'strided' or 'tiled'")
     if problem.dtype == "float64":
         return Refusal("flex", None, "FlexAttention does not compute in float64", "Use another dtype or lowering")
+    reason = None if problem.device == "cpu" else _unfit_for_triton(problem)
+    if reason is not None:
+        return Refusal("flex", None, reason, "Use lowering='auto', 'strided' or 'tiled'")
     branches = problem.program.branches
     order = branches[0].order if len(branches) == 1 else identity()
     linked = Linked(problem.program, problem.heads)
@@ -141,6 +159,24 @@ def propose(problem: Problem) -> Proposal | Refusal:
     return Proposal("flex", None, cost, (Work(linked, order),))
 
 
+def gives_lse(device: str) -> bool:
+    """Whether FlexAttention returns a log-sum-exp on a device: not on a CPU."""
+    return device != "cpu"
+
+
+def _unfit_for_triton(problem: Problem) -> str | None:
+    """Why torch's Triton kernels do not take these widths or lengths; None where they do."""
+    widths = problem.head_dim, problem.value_dim
+    if min(widths) < _NARROWEST:
+        return f"FlexAttention takes heads of at least {_NARROWEST} numbers on a GPU; got {min(widths)}"
+    most = _WIDEST if problem.itemsize < 4 else _WIDEST_FLOAT32
+    if max(widths) > most:
+        return f"a block of {problem.dtype} heads of {max(widths)} numbers exceeds shared memory; at most {most} fit"
+    if max(problem.q_len, problem.kv_len) * max(widths) > _MOST_OFFSET:
+        return "Triton's kernels address a head in 32 bits, and this one has more elements"
+    return None
+
+
 def _listed(mask: Mask, order: Order, problem: Problem) -> int:
     """Number of tiles that the block mask of some heads lists."""
     counts = counting.tiles(mask, problem.q_len, problem.kv_len, _TILE, order, problem.q_offset)
@@ -151,9 +187,24 @@ def _tile_map(mask: Mask, order: Order, problem: Problem) -> TileMap:
     return TileMap.build(mask, problem.q_len, problem.kv_len, q_tile=_TILE, kv_tile=_TILE, order=order, q_offset=problem.q_offset)
 
 
-@lru_cache(maxsize=1)
+def _flex(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    return flex_attention(q, k, v, **options)
+
+
+def _kernel(problem: Problem, part: BlockMaskPart) -> Callable[..., Any]:
+    """The compiled kernel of a part of a problem.
+
+    Masks and lengths are constants of a graph, so each has a graph of its own, and Dynamo allows few graphs per code object.
+    """
+    # One entry or several: the batch varies within a graph. Whether log c is added depends on the program.
+    key = replace(problem, batch=min(problem.batch, 2)), part.queries, part.keys
+    return _KERNELS.get(key, _compiled)
+
+
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    """A compiled FlexAttention that shares no graphs with another: its code object is a copy."""
+    alone = types.FunctionType(_flex.__code__.replace(), globals(), "flex")
+    return torch.compile(alone, dynamic=True, fullgraph=True)
 
 
 def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,16 +212,17 @@ def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: T
     q, k, v = (work.order.permute(x) for x in (q, k, v))
     parts = work.parts(problem, q.device, call.data)
     score_mod = _score_mod(work, call, q.device)
-    if q.device.type == "cpu":
+    if not gives_lse(problem.device):
         assert len(parts) <= 1
         # FlexAttention refuses tensors that require a gradient on a CPU, even where none is recorded.
         q, k, v = (x.detach() for x in (q, k, v))
-        out = _part(parts[0], q, k, v, score_mod, call.scale, None) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
+        out = _part(problem, parts[0], q, k, v, score_mod, call.scale) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
         return work.order.invert(out), q.new_full(q.shape[:3], math.nan, dtype=lse_dtype(q.dtype))
+    q, k, v = (_addressable(x) for x in (q, k, v))
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
     for part in parts:
-        part_out, aux = _part(part, q, k, v, score_mod, call.scale, AuxRequest(lse=True))
+        part_out, aux = _part(problem, part, q, k, v, score_mod, call.scale)
         rest = [slice(None), slice(None), slice(part.queries.start, part.queries.stop)]
         joint_out, joint_lse = merge(out[*rest], lse[*rest], part_out, aux.lse)
         if len(part.queries) == q.shape[2]:
@@ -181,9 +233,25 @@ def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: T
     return work.order.invert(out), work.order.invert(lse, dim=-1)
 
 
+def _addressable(x: Tensor) -> Tensor:
+    """x (B, H, N, D) with the tokens of a head near enough for offsets of 32 bits: itself, or a copy head by head."""
+    return x.contiguous() if x.shape[2] * x.stride(2) > _MOST_OFFSET else x
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd also where an operator has excluded it: enabling gradients alone records nothing there."""
+    excluded = _dispatch_tls_local_exclude_set()
+    for name, key in DispatchKey.__members__.items():
+        if name.startswith("Autograd") or name == "ADInplaceOrView":
+            excluded = excluded.remove(key)
+    with _ForceDispatchKeyGuard(_dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
 def backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by FlexAttention's own backward, after one more forward: an operator cannot keep the graph of the first."""
-    with torch.enable_grad():
+    with _recording():
         inputs = [x.detach().requires_grad_() for x in (saved.q, saved.k, saved.v)]
         call, learned = _learning(call)
         out, lse = forward(work, problem, call, *inputs)
@@ -209,15 +277,24 @@ def _learning(call: Call) -> tuple[Call, list[Tensor]]:
     return replace(call, score_mod=replace(mod, operands=tuple(operands))), [operands[number] for number in mod.learned]
 
 
-def _part(part: BlockMaskPart, q: Tensor, k: Tensor, v: Tensor, score_mod: Any, scale: float, aux: AuxRequest | None) -> Any:
+def _part(problem: Problem, part: BlockMaskPart, q: Tensor, k: Tensor, v: Tensor, score_mod: Any, scale: float) -> Any:
+    """out of a part, or out and an AuxOutput that holds the lse where the device gives one."""
     rows, columns = (slice(span.start, span.stop) for span in (part.queries, part.keys))
+    aux = AuxRequest(lse=True) if gives_lse(problem.device) else None
     # A mask's numbers are its structure: a kernel with them as variables is slower, and the CPU's does not compile.
     with torch._dynamo.config.patch(specialize_int=True):
-        return _compiled()(
+        return _kernel(problem, part)(
             q[:, :, rows], k[:, :, columns], v[:, :, columns],
             score_mod=None if score_mod is None else score_mod(part),
             block_mask=part.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_aux=aux,
+            kernel_options=_kernel_options(problem, part),
         )  # fmt: skip
+
+
+def _kernel_options(problem: Problem, part: BlockMaskPart) -> Any:
+    """Options of torch's kernels: not the one for decoding where it has no tile for the rows, on a GPU."""
+    rows = len(part.queries) * (problem.heads // problem.kv_heads)
+    return None if problem.device == "cpu" or rows <= _MOST_DECODED_ROWS else {"BACKEND": "TRITON"}
 
 
 def _score_mod(work: Work, call: Call, device: torch.device) -> Callable[[BlockMaskPart], Any] | None:
@@ -236,7 +313,7 @@ def _score_mod(work: Work, call: Call, device: torch.device) -> Callable[[BlockM
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             q, kv = q + q_first, kv + kv_first
             if own is not None:
-                score = own.graph.scalar(own.operands, score, b, h, q, kv)
+                score = own.graph.scalar(own.operands, score, b, h, q, kv, subscripts=True)
             if counted:
                 score = score + linked.count(b, h, q, kv, data).to(score.dtype).log()
             return score
@@ -246,37 +323,4 @@ def _score_mod(work: Work, call: Call, device: torch.device) -> Callable[[BlockM
     return of
 
 
-class Flex:
-    """FlexAttention as a lowering; see `protocol.Lowering`."""
-
-    name = "flex"
-    keeps_hidden_out = False
-    is_fused = True
-    decides = False
-
-    def is_weighed(self, device: str) -> bool:
-        """On a GPU: a CPU has no backward of it."""
-        return device != "cpu"
-
-    def propose(self, problem: Problem) -> list[Proposal | Refusal]:
-        """The whole program as one kernel."""
-        return [propose(problem)]
-
-    def forward(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
-        return hidden.forward(partial(forward, chosen[0].work[0], problem), call, q, k, v)
-
-    def merge_into(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
-        """Never called: parts of a softmax are refused."""
-        raise NotImplementedError("lowering 'flex' refuses parts of a larger softmax")
-
-    def backward(self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
-        return hidden.backward(partial(backward, chosen[0].work[0], problem), call, saved)
-
-
-LOWERING = Flex()
+LOWERING = Fused("flex", propose, forward, backward)

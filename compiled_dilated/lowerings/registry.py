@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..plans import Proposal
-from . import dense, flex, native, strided, tiled
+from . import dense, flex, lanes, native, strided, tiled
 from .protocol import Lowering
 
 LOWERINGS: tuple[Lowering, ...] = (
@@ -14,6 +14,7 @@ LOWERINGS: tuple[Lowering, ...] = (
     strided.LOWERING,
     tiled.LOWERING,
     flex.LOWERING,
+    lanes.LOWERING,
 )
 NAMES = tuple(lowering.name for lowering in LOWERINGS)
 _BY_NAME = {lowering.name: lowering for lowering in LOWERINGS}

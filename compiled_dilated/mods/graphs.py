@@ -94,9 +94,17 @@ class Graph:
         """Which pairs are allowed: bool, broadcasting with the indices b, h, q and kv."""
         return self._over_tile(operands, *indices)
 
-    def scalar(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
-        """The mod on scalars, as FlexAttention calls it."""
-        return self._code.run((*arguments, *operands), 0)
+    def scalar(
+        self,
+        operands: Sequence[Tensor],
+        *arguments: Tensor,
+        subscripts: bool = False,
+    ) -> Tensor:
+        """The mod on scalars, as FlexAttention calls it.
+
+        subscripts: read operands by x[i], the one way that FlexAttention differentiates.
+        """
+        return self._code.run((*arguments, *operands), 0, subscripts)
 
     def _over_tile(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
         if self.is_elementwise:
@@ -124,20 +132,28 @@ class _Code:
     read: frozenset[int]
     is_elementwise: bool
 
-    def run(self, values: Sequence[Tensor], dims: int) -> Tensor:
+    def run(self, values: Sequence[Tensor], dims: int, subscripts: bool = False) -> Tensor:
         """The result for these inputs and operands.
 
         dims: of a tile. Scalar constants are reshaped to as many dimensions, so that dtypes
             promote as among scalars.
+        subscripts: as in `Graph.scalar`.
         """
         device, env = values[0].device, list(values)
         for instruction in self.instructions:
             spread = dims if instruction.varies else 0
             args = _resolve(instruction.args, env, device, spread)
             kwargs = _resolve(instruction.kwargs, env, device, spread)
-            env.append(instruction.op(*args, **kwargs))
+            op = instruction.op
+            if subscripts and op is torch.ops.aten.index.Tensor:
+                op = _subscript
+            env.append(op(*args, **kwargs))
         out = env[self.result]
         return out.reshape((1,) * dims) if out.dim() < dims else out
+
+
+def _subscript(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    return x[tuple(slice(None) if index is None else index for index in indices)]
 
 
 def _resolve(value: Any, env: list[Any], device: torch.device, dims: int) -> Any:

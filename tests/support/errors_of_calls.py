@@ -15,7 +15,7 @@ COMPILE: list[Row] = [
     (
         lambda: cd.compile(CAUSAL, lowering="fast"),
         ValueError,
-        "lowering must be one of 'auto', 'native', 'dense', 'strided', 'tiled', 'flex'; got 'fast'",
+        "lowering must be one of 'auto', 'native', 'dense', 'strided', 'tiled', 'flex', 'lanes'; got 'fast'",
     ),
     (lambda: attend(q=[[1.0]]), TypeError, "q must be a torch.Tensor; got list. Convert it with torch.as_tensor"),
     (lambda: attend(q=x(4, 8, 4)), ValueError, "q must be (batch, heads, tokens, head_dim); got shape (4, 8, 4)"),

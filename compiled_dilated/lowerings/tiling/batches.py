@@ -116,7 +116,7 @@ def _bias(batch: Batch, call: Call, b: Tensor, q: Tensor, kv: Tensor, dtype: tor
     if len(allowed) == 1:
         bias = torch.zeros(shape, dtype=dtype, device=q.device).masked_fill_(~allowed[0], -math.inf)
     else:
-        # log c does not survive bfloat16; the kernels take a float32 bias beside lower precisions.
+        # log c does not survive bfloat16; the kernels compute as precisely as their bias.
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         bias = torch.stack([pairs.expand(shape) for pairs in allowed]).sum(dim=0, dtype=exact).log()
     if batch.open:

@@ -130,9 +130,20 @@ class FlashCPU:
 
 
 class EfficientCUDA:
-    """ATen's memory-efficient attention on CUDA: takes a bias, gives the lse, and knows no grouped heads."""
+    """ATen's memory-efficient attention on CUDA: takes a bias, gives the lse, and knows no grouped heads.
+
+    It reads a bias in the dtype of q, and log c does not survive bfloat16: beside a more precise bias all
+    is computed as precisely.
+    """
 
     one_width, width_multiple = True, 8
+
+    @staticmethod
+    def _as_precise(tiles: Tiles, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors in the dtype of the bias where that is wider."""
+        if tiles.bias is None or tiles.bias.element_size() <= tensors[0].element_size():
+            return tensors
+        return tuple(x.to(tiles.bias.dtype) for x in tensors)
 
     @staticmethod
     def _expanded(tiles: Tiles, q: Tensor, k: Tensor) -> Tensor | None:
@@ -145,18 +156,20 @@ class EfficientCUDA:
 
     @classmethod
     def forward(cls, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        groups = q.shape[1] // k.shape[1]
+        dtype, groups = q.dtype, q.shape[1] // k.shape[1]
+        q, k, v = cls._as_precise(tiles, q, k, v)
         k, v = _repeated(k, groups), _repeated(v, groups)
         out, lse, _, _ = aten._scaled_dot_product_efficient_attention(
             q, k, v, cls._expanded(tiles, q, k), True, 0.0, tiles.causal, scale=tiles.scale
         )
-        return out, lse[..., : q.shape[2]]
+        return out.to(dtype), lse[..., : q.shape[2]]
 
     @classmethod
     def backward(
         cls, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
     ) -> tuple[Tensor, Tensor, Tensor]:
-        groups = q.shape[1] // k.shape[1]
+        dtype, groups = q.dtype, q.shape[1] // k.shape[1]
+        grad_out, q, k, v, out = cls._as_precise(tiles, grad_out, q, k, v, out)
         wide_k, wide_v = _repeated(k, groups), _repeated(v, groups)
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)
         seed = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -164,7 +177,7 @@ class EfficientCUDA:
             grad_out, q, wide_k, wide_v, cls._expanded(tiles, q, k), out, lse, seed, seed, 0.0,
             [True, True, True, False], tiles.causal, scale=tiles.scale,
         )  # fmt: skip
-        return grad_q, _summed(grad_k, groups), _summed(grad_v, groups)
+        return grad_q.to(dtype), _summed(grad_k, groups).to(dtype), _summed(grad_v, groups).to(dtype)
 
 
 class Math:

@@ -1,0 +1,80 @@
+"""The lowerings that compute a whole program in kernels of their own, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..calls import Call
+from ..partials import Saved, merge_
+from ..plans import Problem, Proposal, Refusal
+from . import hidden
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A lowering by its functions; see `protocol.Lowering`.
+
+    name: as users write it.
+    propose_program: one answer for a problem; its work is given to the other two.
+    run_forward: (work, problem, call, q, k, v) to out and lse.
+    run_backward: (work, problem, call, saved) to the gradients of q, k and v.
+    """
+
+    name: str
+    propose_program: Callable[[Problem], Proposal | Refusal]
+    run_forward: Callable[[Any, Problem, Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    run_backward: Callable[[Any, Problem, Call, Saved], tuple[Tensor, Tensor, Tensor]]
+    keeps_hidden_out = False
+    is_fused = True
+    decides = False
+
+    def is_weighed(self, device: str) -> bool:
+        """Whether the device is a GPU."""
+        return device != "cpu"
+
+    def propose(self, problem: Problem) -> list[Proposal | Refusal]:
+        """The whole program as one proposal."""
+        return [self.propose_program(problem)]
+
+    def forward(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        run = partial(self.run_forward, chosen[0].work[0], problem)
+        return hidden.forward(run, call, q, k, v)
+
+    def merge_into(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Merge the program's own result into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+        merge_(out, lse, *self.run_forward(chosen[0].work[0], problem, call, q, k, v))
+
+    def backward(
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        saved: Saved,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+        run = partial(self.run_backward, chosen[0].work[0], problem)
+        return hidden.backward(run, call, saved)

@@ -1,0 +1,163 @@
+"""Lists that the kernels of lanes read: tiles of rows by residue, and for each tile the runs of columns that it sees.
+
+A row is a query and a column a key, or, for the gradients of keys and values, the other way round.
+
+    tile      first, step, rows; where its FULL runs start, where they stop and its PARTIAL ones start, where these stop
+    run       first, step, columns; least and most of row - column; the tile's rows low .. high - 1 that see it
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...masks.core import intersection
+from .lanes import Lane, Residue
+
+Run = tuple[int, int, int, int, int, int, int]
+# Numbers of a tile and of a run.
+TILE, RUN = 6, 7
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of `rows` rows that see blocks of `columns` columns; rows of a tile are `step` apart."""
+
+    rows: int
+    columns: int
+    step: int
+
+    def tiles(self, positions: range) -> Iterator[range]:
+        """The positions of each tile, in the order of its first."""
+        for base in range(positions.start, positions.stop, self.rows * self.step):
+            stop = min(positions.stop, base + self.rows * self.step)
+            for first in range(base, min(stop, base + self.step)):
+                yield range(first, stop, self.step)
+
+    def count(self, positions: range) -> int:
+        """Number of tiles."""
+        whole, rest = divmod(len(positions), self.rows * self.step)
+        return whole * self.step + min(rest, self.step)
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """tiles: (classes, tiles, TILE); runs: (runs, RUN), both int32. A class is of heads that see the same."""
+
+    tiles: npt.NDArray[np.int32]
+    runs: npt.NDArray[np.int32]
+
+
+def step_of(classes: Sequence[Sequence[Lane]]) -> int:
+    """The step of rows at which all lanes of all classes see alike."""
+    return math.lcm(*(period for lanes in classes for lane in lanes for period in lane.periods))
+
+
+def build(classes: Sequence[Sequence[Lane]], rows: range, columns: range, tiling: Tiling) -> Lists:
+    """The lists of all tiles of the rows."""
+    tiles: list[tuple[int, ...]] = []
+    runs: list[Run] = []
+    for lanes in classes:
+        for tile in tiling.tiles(rows):
+            full, partial = _runs_of_tile(lanes, tile, columns, tiling.columns)
+            start, middle = len(runs), len(runs) + len(full)
+            runs += full + partial
+            tiles.append((tile.start, tile.step, len(tile), start, middle, len(runs)))
+    shape = len(classes), tiling.count(rows), TILE
+    of_runs = np.array(runs, dtype=np.int32).reshape(-1, RUN)
+    return Lists(np.array(tiles, dtype=np.int32).reshape(shape), of_runs)
+
+
+def computed_pairs(lanes: Sequence[Lane], rows: range, columns: range, tiling: Tiling, most: int = 128) -> tuple[int, int]:
+    """Pairs of FULL and of PARTIAL blocks that a kernel computes for a class: of all tiles, or about so from `most` of them."""
+    count = tiling.count(rows)
+    stride = max(1, count // most)
+    # An odd stride meets all residues.
+    stride += 1 - stride % 2
+    full = partial = sampled = 0
+    for number, tile in enumerate(tiling.tiles(rows)):
+        if number % stride:
+            continue
+        sampled += 1
+        of_full, of_partial = _runs_of_tile(lanes, tile, columns, tiling.columns)
+        full += sum(run[2] for run in of_full)
+        partial += sum(-(-run[2] // tiling.columns) * tiling.columns for run in of_partial)
+    scale = tiling.rows * count / max(1, sampled)
+    return round(full * scale), round(partial * scale)
+
+
+def _runs_of_tile(lanes: Sequence[Lane], tile: range, columns: range, block: int) -> tuple[list[Run], list[Run]]:
+    """FULL runs, of whole blocks that every row sees, and PARTIAL ones."""
+    full: list[Run] = []
+    partial: list[Run] = []
+    for lane in lanes:
+        for low, high in _spans(lane, tile):
+            for seen in _columns(lane, tile[low:high], columns):
+                for run, whole in _cut(lane, tile, low, high, seen, block):
+                    (full if whole else partial).append(run)
+    return full, partial
+
+
+def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
+    """Rows of a tile, from low to before high, that are in one group of each kind and have the lane's residues."""
+    low = 0
+    while low < len(tile):
+        position = tile[low]
+        stops = [grouping.group_of(position)[1] for grouping in lane.groupings]
+        stops += [(position // residue.within + 1) * residue.within for residue in lane.rows.residues if residue.within]
+        high = min([len(tile), *(-(-(stop - tile.start) // tile.step) for stop in stops)])
+        first = max(low, -(-(lane.rows.start - tile.start) // tile.step))
+        last = min(high, -(-(lane.rows.stop - tile.start) // tile.step))
+        if first < last and all(_has(residue, position) for residue in lane.rows.residues):
+            yield first, last
+        low = high
+
+
+def _has(residue: Residue, position: int) -> bool:
+    within = position % residue.within if residue.within else position
+    return within % residue.modulus == residue.offset
+
+
+def _columns(lane: Lane, rows: range, columns: range) -> Iterator[range]:
+    """Runs of columns that hold all that these rows see, which are in one group of each kind."""
+    start = max(columns.start, lane.columns.start, rows[0] - lane.most)
+    stop = min(columns.stop, lane.columns.stop, rows[-1] - lane.least + 1)
+    for grouping in lane.groupings:
+        side = grouping.columns(rows[0])
+        start, stop = max(start, side.start), min(stop, side.stop)
+    if start >= stop:
+        return
+    runs = [range(start, stop)]
+    if lane.dilation > 1:
+        runs = [intersection(runs[0], range(rows[0] % lane.dilation, stop, lane.dilation))]
+    for residue in lane.columns.residues:
+        runs = [intersection(run, lattice) for run in runs if run for lattice in _lattices(residue, run)]
+    yield from (run for run in runs if run)
+
+
+def _lattices(residue: Residue, run: range) -> Iterator[range]:
+    """The positions of a residue, from the first to the last of a run."""
+    if not residue.within or residue.within % residue.modulus == 0:
+        yield range(residue.offset, run[-1] + 1, residue.modulus)
+        return
+    for start in range(run[0] // residue.within * residue.within, run[-1] + 1, residue.within):
+        yield range(start + residue.offset, min(start + residue.within, run[-1] + 1), residue.modulus)
+
+
+def _cut(lane: Lane, tile: range, low: int, high: int, seen: range, block: int) -> Iterator[tuple[Run, bool]]:
+    """A run as PARTIAL, FULL and PARTIAL ones; FULL ones are whole blocks that every row of the tile sees."""
+    start = stop = 0
+    if low == 0 and high == len(tile):
+        # Columns that the first and the last row are near enough to.
+        start = max(0, -(-(tile[-1] - lane.most - seen.start) // seen.step))
+        stop = min(len(seen), (tile[0] - lane.least - seen.start) // seen.step + 1)
+        stop = start + max(0, stop - start) // block * block
+    if start >= stop:
+        start = stop = 0
+    for part, whole in ((seen[:start], False), (seen[start:stop], True), (seen[stop:], False)):
+        if part:
+            yield (part.start, part.step, len(part), lane.least, lane.most, low, high), whole

@@ -1,0 +1,120 @@
+"""Kernels compiled to machine code of sm_90: shared memory, registers and spills as ptxas reports them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch._inductor.codecache import PyCodeCache
+
+from . import pretended
+from .project import cd
+
+from compiled_dilated import masks  # isort: skip
+
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel: bytes of shared memory and of spill stores and loads, registers, and its PTX."""
+
+    shared: int
+    spilled: int
+    registers: int
+    ptx: str
+
+    @property
+    def report(self) -> dict[str, int]:
+        """Its numbers, and how many products its tensor cores do."""
+        wgmma = self.ptx.count("wgmma.mma_async")
+        return {"shared": self.shared, "spilled": self.spilled, "registers": self.registers, "wgmma": wgmma}
+
+
+def compiled(function: Any, signature: dict[str, str], constants: dict[Any, Any], attributes: Any, **options: Any) -> Cubin:
+    """A Triton function as machine code of the pretended GPU. options: num_warps, num_stages."""
+    source = triton.compiler.ASTSource(function, signature, constants, attributes)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        kernel = triton.compile(source, target=pretended.TARGET, options=options)
+    spills, registers = _SPILLS.search(log.getvalue()), _REGISTERS.search(log.getvalue())
+    if spills is None or registers is None:
+        raise RuntimeError(f"ptxas said nothing of spills or registers: {log.getvalue()!r}")
+    return Cubin(kernel.metadata.shared, sum(map(int, spills.groups())), int(registers[1]), kernel.asm["ptx"])
+
+
+def of_inductor(name: str, source: str) -> Cubin:
+    """A kernel as inductor has written it, in its first configuration."""
+    kernel = getattr(PyCodeCache.load(source), name)
+    config, meta = kernel.configs[0], kernel.triton_meta
+    constants = {**meta.get("constants", {}), **config.kwargs}
+    names = kernel.fn.arg_names
+    signature = {**meta["signature"], **{key: "constexpr" for key in constants if key in names}}
+    places = {(names.index(key),): value for key, value in constants.items()}
+    attributes = meta["configs"][0] if meta.get("configs") else None
+    return compiled(kernel.fn, signature, places, attributes, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def flex(dtype: torch.dtype, head_dim: int, backward: bool = True) -> dict[str, Cubin]:
+    """FlexAttention's kernels for a window: forward, and backward."""
+    pretended.KERNELS.clear()
+    x = [torch.zeros(1, 2, 1024, head_dim, dtype=dtype, requires_grad=backward) for _ in range(3)]
+    out = cd.compile(masks.window(256), lowering="flex")(*x)
+    if backward:
+        torch.autograd.grad(out.sum(), x)
+    written = dict(name_and_source for name_and_source in pretended.KERNELS if "_tem_" in name_and_source[0])
+    kinds = {("backward" if "backward" in name else "forward"): (name, source) for name, source in written.items()}
+    return {kind: of_inductor(*kernel) for kind, kernel in kinds.items()}
+
+
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_OF_LSE, _OF_LISTS = ("LSE", "DELTA"), ("TILES", "RUNS", "CLASSES")
+
+
+def lanes(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
+    """The three kernels of the lowering `lanes`, as it launches them."""
+    from compiled_dilated.lowerings.lanes import kernels, running
+
+    width = running.padded(head_dim)
+    forward, backward = running.forward_blocks(width, dtype.itemsize), running.backward_blocks(width, dtype.itemsize)
+    blocks = {"forward": forward, "grad_queries": backward, "grad_keys": backward}
+    return {name: _of_lanes(getattr(kernels, name), dtype, head_dim, width, blocks[name]) for name in blocks}
+
+
+def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, blocks: Any) -> Cubin:
+    constants = {
+        "D": head_dim,
+        "DV": head_dim,
+        "BLOCK_D": width,
+        "BLOCK_V": width,
+        "ROWS": blocks.rows,
+        "COLUMNS": blocks.columns,
+    }
+    names = function.arg_names
+    signature = {name: _kind(name, dtype) for name in names} | dict.fromkeys(constants, "constexpr")
+    places = {(names.index(name),): value for name, value in constants.items()}
+    # Tensors that torch allocates, and strides of heads and tokens of usual widths.
+    divisible = [name for name in names if signature[name].startswith("*") or (len(name) == 2 and name != "lb" and name != "lh")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    return compiled(function, signature, places, attributes, num_warps=blocks.warps, num_stages=blocks.stages)
+
+
+def _kind(name: str, dtype: torch.dtype) -> str:
+    """The type of a kernel's argument by its name."""
+    if name in _OF_LSE:
+        return "*fp32"
+    if name in _OF_LISTS:
+        return "*i32"
+    if name in ("scale", "factor"):
+        return "fp32"
+    return _TYPES[dtype] if name.isupper() else "i32"
+
+
+triton.knobs.nvidia.dump_ptxas_log = True
+triton.knobs.compilation.always_compile = True

@@ -1,0 +1,41 @@
+"""Names of what is run and compiled, without torch: "run: CASE" and "compile: LOWERING DTYPE HEAD_DIM"."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+RUN, COMPILE = "run", "compile"
+_WIDTHS = {"bfloat16": (64, 96, 128, 256), "float16": (64, 96, 128, 256), "float32": (64, 96, 128)}
+_SHORT_COMPILED = ("flex bfloat16 64", "lanes bfloat16 64", "lanes bfloat16 128")
+
+
+def names(short: bool) -> list[str]:
+    """All jobs, or those of the short half."""
+    compiled = [f"{way} {dtype} {width}" for dtype, widths in _WIDTHS.items() for width in widths for way in ("flex", "lanes")]
+    return [
+        *(f"{RUN}: {name}" for name, is_short in _cases().items() if is_short or not short),
+        *(f"{COMPILE}: {name}" for name in compiled if name in _SHORT_COMPILED or not short),
+    ]
+
+
+def batches(chosen: list[str], at_once: int = 4) -> list[list[str]]:
+    """Jobs that one process does after another: of one kind, few enough to share out over cores."""
+    out = []
+    for kind in (COMPILE, RUN):
+        alike = [name for name in chosen if name.startswith(kind)]
+        out += [alike[start : start + at_once] for start in range(0, len(alike), at_once)]
+    return out
+
+
+def _cases() -> dict[str, bool]:
+    """The names of the cases and whether each is of the short half, read from their source: importing it needs torch."""
+    tree = ast.parse((Path(__file__).parent / "cases.py").read_text())
+    table = next(node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "CASES")
+    assert isinstance(table, ast.Dict)
+    out = {}
+    for key, value in zip(table.keys, table.values, strict=True):
+        assert isinstance(key, ast.Constant)
+        assert isinstance(value, ast.Call)
+        out[key.value] = any(option.arg == "short" for option in value.keywords)
+    return out

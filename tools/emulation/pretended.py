@@ -1,0 +1,258 @@
+"""A pretended H100: inductor writes Triton for it, Triton's interpreter runs that on CPU tensors, or ptxas compiles it.
+
+    EMULATION=interpret   kernels run in the interpreter; values are right or wrong, nothing is said of speed
+    EMULATION=compile     kernels are compiled for sm_90 and not run
+
+Dynamo, guards, AOTAutograd and inductor are the real ones. A graph is traced on CPU tensors; only inductor sees it as a graph of
+fake tensors of cuda:0. Patches private names of torch 2.13 and Triton 3.6: `environment` pins both. Imported before torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+MODE = os.environ["EMULATION"]
+if MODE == "interpret":
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="emulation-")
+
+import torch  # noqa: E402
+import torch._dynamo.device_interface as device_interface  # noqa: E402
+import torch._inductor.async_compile as async_compile  # noqa: E402
+import torch._inductor.compile_fx as compile_fx  # noqa: E402
+import torch._inductor.config as inductor_config  # noqa: E402
+import torch._inductor.runtime.triton_helpers as triton_helpers  # noqa: E402
+import torch._subclasses.fake_tensor as fake_tensor  # noqa: E402
+import torch.nn.attention.flex_attention as flex_attention  # noqa: E402
+import triton  # noqa: E402
+from torch import Tensor, fx  # noqa: E402
+from torch._guards import TracingContext, detect_fake_mode  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+DEVICE = torch.device("cuda", 0)
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 * 1024
+# What inductor has written, (name, source), in order.
+KERNELS: list[tuple[str, str]] = []
+PROPERTIES = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3 (pretended)", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
+    warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    shared_memory_per_block=49152, shared_memory_per_block_optin=SHARED_BYTES, shared_memory_per_multiprocessor=228 * 1024,
+    L2_cache_size=50 * 2**20, gcnArchName="", uuid="0", pci_bus_id=0, pci_device_id=0, pci_domain_id=0, is_integrated=0,
+    is_multi_gpu_board=0,
+)  # fmt: skip
+
+
+class _NoGuard:
+    """A device guard that guards nothing."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NoGuard:
+        return self
+
+    def __exit__(self, *error: Any) -> bool:
+        return False
+
+
+class _Driver:
+    """Triton's driver of the pretended GPU."""
+
+    utils = types.SimpleNamespace(
+        get_device_properties=lambda device: {
+            "max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32,
+            "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
+        }
+    )  # fmt: skip
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return DEVICE
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def is_active(self) -> bool:
+        return True
+
+
+class _Libdevice:
+    """Functions of libdevice, which are declarations alone in the interpreter."""
+
+    def __getattr__(self, name: str) -> Any:
+        import triton.language as tl
+
+        if name == "isnan":
+            return lambda x: x != x
+        if name == "isinf":
+            return lambda x: (x == float("inf")) | (x == -float("inf"))
+        return getattr(tl.math, name)
+
+
+def _zeros(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype).zero_()
+
+
+def _register_guard() -> None:
+    """Register c10's empty device guard for CUDA, which a CPU build of torch lacks."""
+    if torch.version.cuda is not None:
+        torch._C._ensureCUDADeviceGuardSet()
+        return
+    folder, torch_folder = Path(tempfile.mkdtemp(prefix="emulation-")), Path(torch.__file__).parent
+    source, library = folder / "guard.cpp", folder / "guard.so"
+    source.write_text(
+        "#include <c10/core/impl/DeviceGuardImplInterface.h>\n"
+        "static c10::impl::DeviceGuardImplRegistrar registrar(\n"
+        "    c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());\n"
+    )
+    include, libraries = f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"
+    command = ["g++", "-std=c++20", "-fPIC", "-shared", str(source), include, libraries, "-lc10", "-o", str(library)]
+    subprocess.run(command, check=True)
+    ctypes.CDLL(str(library))
+
+
+def _pretend_device() -> None:
+    """What torch, Dynamo and fake tensors ask about CUDA."""
+    cuda = torch.cuda
+    nothing: Any = lambda *arguments, **options: None  # noqa: E731
+    answers: dict[str, Any] = {
+        "is_available": True, "is_initialized": True, "_is_compiled": True, "device_count": 1, "current_device": 0,
+        "is_bf16_supported": True, "get_device_properties": PROPERTIES, "_get_device_properties": PROPERTIES,
+        "get_device_capability": (9, 0), "get_device_name": PROPERTIES.name, "memory_allocated": 0, "max_memory_allocated": 0,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(cuda, name, lambda *arguments, _answer=answer, **options: _answer)
+    for name in ("_lazy_init", "_lazy_call", "manual_seed", "manual_seed_all", "set_device", "synchronize", "set_rng_state"):
+        setattr(cuda, name, nothing)
+    cuda._cached_device_count = 1
+    cuda.get_rng_state = lambda *arguments: torch.zeros(16, dtype=torch.uint8)
+    cuda._DeviceGuard = cuda.device = _NoGuard
+    torch._C._cuda_getCurrentRawStream = lambda *arguments: 0
+    torch._C._cuda_getDevice = lambda: 0
+    torch._C._dynamo.guards._empty_strided_cuda = _zeros  # what no kernel fills, where kernels are compiled alone, is no NaN
+    fake_tensor.init_gpu_context = nothing
+    interface = device_interface.CudaInterface
+    interface.device = _NoGuard
+    interface.get_device_properties = staticmethod(lambda device=None: PROPERTIES)
+    interface.Worker.get_device_properties = staticmethod(lambda device=None: PROPERTIES)
+    interface.Worker.current_device = staticmethod(lambda: 0)
+    of_interface = {
+        "current_device": 0, "set_device": None, "device_count": 1, "is_available": True, "get_raw_stream": 0,
+        "synchronize": None,
+        "is_bf16_supported": True, "is_triton_capable": True, "raise_if_triton_unavailable": None,
+        "get_compute_capability": 90,
+    }  # fmt: skip
+    for name, answer in of_interface.items():
+        setattr(interface, name, staticmethod(lambda *arguments, _answer=answer, **options: _answer))
+
+
+def _mend_interpreter() -> None:
+    """Give the interpreter libdevice's functions, and products of bfloat16, whose raw bits Triton 3.6 multiplies."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    triton_helpers.libdevice = _Libdevice()
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return product(self, wide(a), wide(b), d, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _pretend_inductor() -> None:
+    """Graphs of CPU tensors reach inductor as graphs of cuda:0, and their kernels the interpreter, or nobody."""
+    inductor_config.compile_threads = 1
+    inductor_config.force_disable_caches = True
+    inductor_config.triton.cudagraphs = False
+    inductor_config.use_static_triton_launcher = False
+    triton_helpers.set_driver_to_gpu = lambda: None
+    make = async_compile.AsyncCompile.triton
+
+    def of_source(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
+        KERNELS.append((kernel_name, source_code))
+        if MODE == "interpret":
+            return make(self, kernel_name, source_code, device_str)
+        return types.SimpleNamespace(run=lambda *arguments, **options: None, kernel_name=kernel_name)
+
+    async_compile.AsyncCompile.triton = of_source
+    compile_graph, compile_inner = compile_fx.compile_fx, compile_fx.compile_fx_inner
+
+    def on_the_device(graph: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        return compile_inner(*_moved(graph, inputs), **options)
+
+    def compile_moved(model: Any, inputs: Any, inner_compile: Any = None, **options: Any) -> Any:
+        return compile_graph(model, inputs, inner_compile=on_the_device, **options)
+
+    compile_fx.compile_fx = compile_moved
+
+
+def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """A graph, in place, and its inputs with fake tensors of the pretended GPU instead of fake ones of the CPU."""
+    mode = detect_fake_mode(inputs) or TracingContext.get().fake_mode
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        with mode:
+            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=DEVICE)
+
+    def change(module: fx.GraphModule) -> None:
+        for node in module.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, lambda x: DEVICE if isinstance(x, torch.device) else x)
+            if isinstance(node.kwargs.get("device"), torch.device):
+                node.kwargs = {**node.kwargs, "device": DEVICE}
+            for key in ("val", "example_value"):
+                if key in node.meta:
+                    node.meta[key] = fx.node.map_aggregate(node.meta[key], moved)
+        module.recompile()
+        for child in module.children():
+            if isinstance(child, fx.GraphModule):
+                change(child)
+
+    change(graph)
+    return graph, [moved(x) for x in inputs]
+
+
+def _open_flex() -> None:
+    """Let FlexAttention take CPU tensors for a backward and an lse, as it does on a GPU."""
+    import inspect
+
+    flex_attention._validate_device = lambda q, k, v: None
+    source = inspect.getsource(flex_attention._apply_kernel_options)
+    changed = source.replace('device.type == "cpu"', 'device.type == "nowhere"')
+    assert changed != source, "FlexAttention's checks have moved"
+    exec(compile(changed, flex_attention.__file__, "exec"), vars(flex_attention))
+
+
+_register_guard()
+_pretend_device()
+triton.runtime.driver.set_active(_Driver())
+if MODE == "interpret":
+    _mend_interpreter()
+_pretend_inductor()
+_open_flex()

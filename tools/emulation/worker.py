@@ -1,0 +1,43 @@
+"""Run jobs in one process and print a JSON line for each as it ends: `python -m emulation.worker JOB...` with EMULATION set."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+import warnings
+from typing import Any
+
+from . import jobs
+
+
+def main(names: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    for name in names:
+        started = time.monotonic()
+        try:
+            report = _result(name)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            report = {"error": f"{type(error).__name__}: {first[:300]}", "traceback": traceback.format_exc(limit=-12)}
+        report = {"job": name, "seconds": round(time.monotonic() - started, 1), **report}
+        print(json.dumps(report), flush=True)
+
+
+def _result(name: str) -> dict[str, Any]:
+    """What a job says: an error or None, and the kernels that it compiled."""
+    kind, _, what = name.partition(": ")
+    if kind == jobs.RUN:
+        from . import cases
+
+        return {"error": cases.error_of(cases.CASES[what])}
+    from . import cubins
+
+    lowering, dtype, head_dim = what.split()
+    built = getattr(cubins, lowering)(getattr(cubins.torch, dtype), int(head_dim))
+    return {"error": None, "kernels": {f"{what} {part}": cubin.report for part, cubin in built.items()}}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

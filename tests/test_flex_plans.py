@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_dilated.lowerings.kernels import EfficientCUDA, Tiles
+from compiled_dilated.lowerings.tiling.kernels import EfficientCUDA, Tiles
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
@@ -148,7 +148,7 @@ def test_log_c_is_not_rounded_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> Non
         handed.extend(x.dtype for x in (q, k, v, bias))
         return torch.zeros_like(q), torch.zeros(q.shape[:3]), None, None
 
-    monkeypatch.setattr("compiled_dilated.lowerings.kernels.aten._scaled_dot_product_efficient_attention", efficient)
+    monkeypatch.setattr("compiled_dilated.lowerings.tiling.kernels.aten._scaled_dot_product_efficient_attention", efficient)
     q, k, v = (torch.zeros(1, 2, 8, 16, dtype=torch.bfloat16) for _ in range(3))
     out, _ = EfficientCUDA.forward(q, k, v, Tiles(1.0, bias=torch.zeros(1, 1, 8, 8)))
     assert handed == [torch.float32] * 4

@@ -43,7 +43,8 @@ attend = cd.compile(masks.causal())
 """
 
 _PACKAGE = """
-cd.export(masks.causal(), tuple(torch.randn(3, 1, 2, 64, 16)), "model.pt2", lengths=(1, 128))
+q, k, v = torch.randn(3, 1, 2, 64, 16)
+program, n = masks.causal(), 48
 """
 
 _TRANSFORMERS = """

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_dilated.lowerings.tiling.kernels import EfficientCUDA, Tiles
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
 import compiled_dilated as cd
 from compiled_dilated import masks, operators
 from compiled_dilated.lowerings import flex
+from compiled_dilated.lowerings.tiling.kernels import EfficientCUDA, Tiles
 
 PROGRAM = cd.longnet((64, 128), (1, 2), causal=True)
 

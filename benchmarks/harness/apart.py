@@ -1,0 +1,48 @@
+"""One case in a process of its own, under a limit of memory and of time: what does not fit is a row, not a crash."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+Row = dict[str, Any]
+
+# What torch and the C++ runtime say where memory runs out.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "MemoryError", "out of memory")
+
+
+def row_of(script: str, job: Mapping[str, Any], limit_bytes: int, seconds: float) -> Row:
+    """The figures that `script --job JSON` prints as JSON in its last line, or {"failed": reason}.
+
+    limit_bytes: of private memory that the process may take. seconds: after which it is stopped.
+    """
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+    command = [sys.executable, script, "--job", json.dumps(job)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {seconds:g} s"}
+    if run.returncode == 0:
+        row: Row = json.loads(run.stdout.splitlines()[-1])
+        return row
+    return {"failed": reason_of(run.returncode, run.stderr, limit_bytes)}
+
+
+def reason_of(returncode: int, stderr: str, limit_bytes: int) -> str:
+    """Why a process ended: out of memory, a signal, or the last line of its error."""
+    if returncode == -signal.SIGKILL or any(words in stderr for words in _OUT_OF_MEMORY):
+        return f"out of {limit_bytes / 2**30:.3g} GiB of memory"
+    if returncode < 0:
+        return f"ended by {signal.Signals(-returncode).name}"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    # The error's own line: behind the traceback, before what else a library prints.
+    errors = [line for line in lines if "Error: " in line or line.endswith("Error")]
+    return (errors or lines or [f"exit code {returncode}"])[-1][:160]

@@ -1,0 +1,271 @@
+"""A small Llama of transformers, whole: prefill, decode and train step against sdpa, eager and flex_attention.
+
+python benchmarks/models.py [--json FILE] [--quick] [--only TEXT] [--limit 8]
+
+prefill    one forward over all tokens, no cache
+decode     greedy generate() behind a prompt of so many tokens, with a dynamic and a static cache
+train      forward with labels and backward
+compiled   prefill under torch.compile(model, fullgraph=True), with the graphs of three lengths counted
+
+The rivals compute plain causal attention, and so does `ours` without a program: the same work. A window and LongNet are what a
+program of ours makes of the same model; their ratios are against plain sdpa. Each case is a process of its own under a limit of
+memory and time. Results of plain ways are compared with those of sdpa. Needs a quiet machine for an hour or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness.apart import row_of
+from harness.reports import commit
+from tabulate import tabulate
+
+import compiled_dilated as cd
+from compiled_dilated import masks, measure
+
+Row = dict[str, Any]
+
+PROGRAMS = {
+    "window 1024": masks.causal() & masks.window(1024),
+    "LongNet": cd.longnet((2048, 8192, 32768), (1, 4, 16), causal=True),
+}
+RIVALS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
+WORKS = ("prefill", "decode dynamic", "decode static", "train", "compiled")
+LENGTHS, QUICK_LENGTHS = (4096, 16384, 65536), (512,)
+# What the results of two ways may differ by, as a share of the largest number.
+MOST_DIFFERENCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case. program: of PROGRAMS, or "plain". new: tokens that decode generates. repeats: calls after the first."""
+
+    work: str
+    tokens: int
+    program: str
+    way: str
+    width: int = 512
+    layers: int = 4
+    new: int = 65
+    repeats: int = 3
+    threads: int = 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.work}, {self.tokens:,} tokens, {self.program}, {self.way}"
+
+    def here(self) -> Row:
+        """Figures of this process."""
+        torch.set_num_threads(self.threads)
+        model, ids = self._model(), self._ids(self.tokens)
+        torch._dynamo.utils.counters.clear()
+        if self.work.startswith("decode"):
+            return self._decode(model, ids)
+        call = self._call(model, ids)
+        row: Row = {"first_seconds": measure.timed(call)}
+        row["peak_bytes"] = measure.peak_bytes(call)
+        row["seconds"] = [measure.timed(call) for _ in range(self.repeats)]
+        row["result"] = call()
+        if self.work == "compiled":
+            for tokens in (self.tokens - 3, self.tokens // 2 + 1):
+                self._call(model, self._ids(tokens))()
+        row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return row
+
+    def _model(self) -> Any:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=4096,
+            hidden_size=self.width,
+            intermediate_size=2 * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.width // 64,
+            num_key_value_heads=max(1, self.width // 128),
+            max_position_embeddings=self.tokens + self.new,
+            eos_token_id=None,
+            pad_token_id=0,
+            attn_implementation=RIVALS.get(self.way, "eager"),
+        )
+        model = transformers.LlamaForCausalLM(config).eval()
+        if self.way == "ours":
+            model = cd.compile(model, attention=PROGRAMS.get(self.program))
+        if self.work == "compiled":
+            model.compile(fullgraph=True)
+        return model
+
+    def _ids(self, tokens: int) -> torch.Tensor:
+        return torch.randint(1, 4096, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+
+    def _call(self, model: Any, ids: torch.Tensor) -> Callable[[], list[float]]:
+        """A call that returns some numbers of its result."""
+
+        def forward() -> list[float]:
+            with torch.no_grad():
+                logits = model(ids, use_cache=False, logits_to_keep=1).logits
+            numbers: list[float] = logits[0, -1, :8].tolist()
+            return numbers
+
+        def train() -> list[float]:
+            model.zero_grad()
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            return [float(loss.detach())]
+
+        return train if self.work == "train" else forward
+
+    def _decode(self, model: Any, ids: torch.Tensor) -> Row:
+        """Tokens behind the prompt, the time of the prompt and of the first token taken away."""
+        cache = "static" if self.work.endswith("static") else None
+        options = {
+            "attention_mask": torch.ones_like(ids),
+            "do_sample": False,
+            "cache_implementation": cache,
+            "disable_compile": True,
+        }
+
+        def generate(new: int) -> list[int]:
+            text: list[int] = model.generate(ids, max_new_tokens=new, **options)[0, ids.shape[1] :].tolist()
+            return text
+
+        row: Row = {"first_seconds": measure.timed(lambda: generate(2))}
+        row["peak_bytes"] = measure.peak_bytes(lambda: generate(self.new))
+        times = measure.interleaved({"one": lambda: generate(1), "all": lambda: generate(self.new)}, self.repeats, warmup=0)
+        pairs = zip(times["one"], times["all"], strict=True)
+        row["seconds"] = [max(1e-9, whole - one) / (self.new - 1) for one, whole in pairs]
+        return row | {"result": generate(8), "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+def jobs_of(lengths: Sequence[int], **settings: int) -> list[Job]:
+    """All cases; sdpa first, which the others are compared with."""
+    out = []
+    for work in WORKS:
+        for tokens in lengths:
+            ways = [("plain", "sdpa"), ("plain", "ours"), *((program, "ours") for program in PROGRAMS)]
+            ways += [("plain", "eager"), ("plain", "flex")]
+            out += [Job(work, tokens, program, way, **settings) for program, way in ways]
+    return out
+
+
+def judged(row: Row, base: Row | None) -> Row:
+    """The row with its ratios to sdpa's; "failed" where a plain way gives another result."""
+    if "failed" in row or base is None or "failed" in base:
+        return row
+    row["time_of_sdpa"] = measure.median(row["seconds"]) / measure.median(base["seconds"])
+    row["peak_of_sdpa"] = row["peak_bytes"] / max(1, base["peak_bytes"])
+    if row["program"] == "plain" and not _same(row["result"], base["result"]):
+        row["failed"] = f"another result than sdpa's: {row['result'][:3]} for {base['result'][:3]}"
+    return row
+
+
+def _same(these: Sequence[float], those: Sequence[float]) -> bool:
+    most = max(abs(number) for number in those)
+    return all(abs(a - b) <= MOST_DIFFERENCE * most for a, b in zip(these, those, strict=True))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The figures for a person."""
+    headers = [
+        "work",
+        "tokens",
+        "program",
+        "way",
+        "s",
+        "tokens/s",
+        "of sdpa's time",
+        "peak MiB",
+        "of sdpa's",
+        "first s",
+        "graphs",
+    ]
+    body = []
+    for row in rows:
+        start = [row["work"], f"{row['tokens']:,}", row["program"], row["way"]]
+        if "failed" in row:
+            body.append([*start, row["failed"]])
+            continue
+        seconds = measure.median(row["seconds"])
+        tokens = 1 if row["work"].startswith("decode") else row["tokens"]
+        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("time_of_sdpa", "peak_of_sdpa")]
+        body.append(
+            [*start, f"{seconds:.4g}", f"{tokens / seconds:.4g}", ratios[0], f"{row['peak_bytes'] / 2**20:.0f}", ratios[1],
+             f"{row['first_seconds']:.1f}", row["graphs"]]
+        )  # fmt: skip
+    return tabulate(body, headers=headers, disable_numparse=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
+    out.add_argument("--quick", action="store_true", help="a smaller model over 512 tokens, some minutes")
+    out.add_argument("--only", action="append", metavar="TEXT", help="cases whose name holds the text; may be repeated")
+    out.add_argument("--lengths", type=int, nargs="+", help=f"tokens {LENGTHS}")
+    out.add_argument("--limit", type=float, default=8.0, metavar="GIB", help="memory of a case's process (%(default)s)")
+    out.add_argument("--seconds", type=float, default=900.0, help="time of a case's process (%(default)s)")
+    out.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    out.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    out.add_argument("--job", help=argparse.SUPPRESS)
+    return out
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure the chosen cases, print the table, write the file; the exit code."""
+    quick = {"width": 128, "layers": 2, "new": 9, "repeats": 2} if options.quick else {}
+    lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)
+    jobs = [job for job in jobs_of(lengths, threads=options.threads, **quick) if _chosen(job, options.only)]
+    if options.list or not jobs:
+        print("\n".join(job.name for job in jobs) or f"no case's name holds {options.only}; see --list")
+        return 0 if jobs else 2
+    record: Row = {"hardware": _hardware(), "commit": commit(), "command": sys.argv[1:], "complete": False, "rows": []}
+    bases: dict[tuple[str, int], Row] = {}
+    started = time.perf_counter()
+    for number, job in enumerate(jobs, 1):
+        print(f"[{number}/{len(jobs)}] {job.name} ...", flush=True)
+        row = asdict(job) | row_of(__file__, asdict(job), int(options.limit * 2**30), options.seconds)
+        if job.way == "sdpa":
+            bases[job.work, job.tokens] = row
+        row = judged(row, bases.get((job.work, job.tokens)))
+        record["rows"].append(row)
+        record["complete"] = number == len(jobs)
+        if options.json:
+            measure.write_json(options.json, record)
+        left = (time.perf_counter() - started) / number * (len(jobs) - number)
+        print(f"    {_said(row)}; about {left / 60:.0f} min left", flush=True)
+    print("\n" + table(record["rows"]))
+    return int(any("another result" in row.get("failed", "") for row in record["rows"]))
+
+
+def _chosen(job: Job, only: Sequence[str] | None) -> bool:
+    return not only or any(text in job.name for text in only)
+
+
+def _hardware() -> Row:
+    import transformers
+
+    return measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability(), "transformers": transformers.__version__}
+
+
+def _said(row: Row) -> str:
+    return str(row["failed"]) if "failed" in row else f"{measure.median(row['seconds']):.4g} s"
+
+
+def main() -> int:
+    options = parser().parse_args()
+    if options.job:
+        print(json.dumps(Job(**json.loads(options.job)).here()))
+        return 0
+    return run(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

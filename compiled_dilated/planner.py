@@ -9,6 +9,7 @@ from typing import Any
 from . import arguments, counting
 from .heads import head_groups
 from .lowerings import dense, flex, lanes, native, strided, tiled
+from .lowerings.devices import constants
 from .masks import Mask
 from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
@@ -52,7 +53,10 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     if not possible:
         raise ValueError(f"{_refusals(weighed)[0]} (asked to compute {problem.program!r})")
     best = possible[0] if len(possible) == 1 else min(possible, key=_dense_flops)
-    return Plan(problem, tuple(best), weighed, "as asked" if lowering != "auto" else _reason(best, possible))
+    reason = "as asked" if lowering != "auto" else _reason(best, possible)
+    if lowering == "auto" and not constants(problem.device).measured:
+        reason += "; the constants of this device are estimates, not measured on a GPU"
+    return Plan(problem, tuple(best), weighed, reason)
 
 
 def _ways(problem: Problem, lowering: str) -> list[Sequence[Proposal | Refusal]]:
@@ -67,6 +71,8 @@ def _ways(problem: Problem, lowering: str) -> list[Sequence[Proposal | Refusal]]
         return [[one_kernel]]
     regular = [strided.propose(index, branch, problem) for index, branch in branches]
     ways: list[Sequence[Proposal | Refusal]] = [[one_kernel], [dense.propose(problem)], regular]
+    if problem.device == "cuda":
+        ways.insert(1, [lanes.propose(problem)])
     if isinstance(one_kernel, Refusal) and _refusals(regular):
         # Tiles compute what nothing else does.
         ways.append([

@@ -12,6 +12,7 @@ from typing import Any
 from . import arguments, counting
 from .heads import head_groups
 from .lowerings import per_branch, registry
+from .lowerings.devices import constants
 from .masks import Mask
 from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
@@ -63,7 +64,10 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     best = possible[0] if len(possible) == 1 else min(possible, key=_dense_flops)
     tried = {answer.lowering for answer in weighed}
     untried = tuple(name for name in registry.NAMES if name not in tried)
-    return Plan(problem, tuple(best), weighed, _reason(best, possible, lowering), untried)
+    reason = _reason(best, possible, lowering)
+    if not constants(problem.device).measured:
+        reason += "; the constants of this device are estimates, not measured on a GPU"
+    return Plan(problem, tuple(best), weighed, reason, untried)
 
 
 def _weighed(problem: Problem) -> list[Way]:

@@ -84,7 +84,7 @@ def lines(plan: cd.Plan) -> dict[str, str]:
 def test_a_lowering_as_asked_says_what_was_not_tried() -> None:
     found = lines(cd.plan(masks.window(60), (1, 2, 512, 16), lowering="tiled"))
     assert found["chosen"].endswith("tiled: as asked by lowering='tiled'")
-    assert found["not"] == "not tried native, dense, strided, flex (lowering='native' would)"
+    assert found["not"] == "not tried native, dense, strided, flex, lanes (lowering='native' would)"
     assert not found["as"].endswith("the least sum is chosen")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from passes.traced import captured
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.fx import GraphModule
@@ -21,6 +20,7 @@ import passes
 from compiled_dilated import masks
 from compiled_dilated.wrapping import graphs
 from passes.planning import choice_cache
+from passes.planning.tracing import captured
 from tests.graphs import WIDTH, Block, Gelu
 from tests.test_wrapping import gradients
 

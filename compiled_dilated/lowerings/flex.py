@@ -35,11 +35,10 @@ from ..plans import Cost, PlanCache, Problem, Proposal, Refusal
 from ..programs import Branch, Program
 from ..regions import PARTIAL, Regions, Verdicts
 from ..tiles import TileMap, split
+from .devices import constants
 from .fused import Fused
 
 _TILE = 128
-# Share of a dense kernel's rate that flex reaches on the tiles it visits (2 CPU cores, window 256 of 16K tokens).
-_EFFICIENCY = 0.7
 # Head widths that torch's Triton kernels take: products of tl.dot, and what fits 227 KiB of shared memory.
 _NARROWEST, _WIDEST, _WIDEST_FLOAT32 = 16, 256, 128
 # Queries, times query heads of a key head, that torch's kernel for decoding can tile; it takes all queries below 128.
@@ -155,7 +154,9 @@ def propose(problem: Problem) -> Proposal | Refusal:
         )
     flops = pairs * 2 * (problem.head_dim + problem.value_dim)
     copied = problem.tensor_bytes if order != identity() else 0
-    cost = Cost(pairs, flops, copied, 1, copied, flops / _EFFICIENCY)
+    of_device = constants(problem.device)
+    rate = of_device.flex if problem.itemsize < 4 else of_device.flex_float32
+    cost = Cost(pairs, flops, copied, 1, copied, flops / rate + of_device.flops_per_call * (problem.device != "cpu"))
     return Proposal("flex", None, cost, (Work(linked, order),))
 
 

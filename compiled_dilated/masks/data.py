@@ -119,8 +119,10 @@ class DocumentLengths(Mask):
         return self.stops - np.array(self.lengths, dtype=np.int64)
 
     def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        document = rank(self._stops, q, self.table)
-        return (document == rank(self._stops, kv, self.table)) & (document < len(self.lengths))
+        # With a table, as in compiled kernels, `rank` reads only the length of its first argument.
+        stops = self._stops if self.table is None else self.lengths
+        document = rank(stops, q, self.table)
+        return (document == rank(stops, kv, self.table)) & (document < len(self.lengths))
 
     def on(self, device: Any) -> Mask:
         return replace(self, table=as_tensor(self._stops, device))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...calls import Call
 from ...partials import Saved, is_by_token
 from ...plans import Cost, Problem, Proposal, Refusal
+from ..devices import constants
 from ..fused import Fused
 from . import lists
 from .lanes import Inexpressible, Lane, lanes_of
@@ -28,9 +29,8 @@ from .lists import Tiling
 _LONGEST_STEP = 128
 _WIDEST = 256
 _MOST_POSITIONS = 2**31 - 2
-# Tiling that costs are estimated with, and the share of a dense kernel's rate on FULL and PARTIAL blocks (not measured).
+# Tiling that costs are estimated with.
 _ROWS, _COLUMNS = 128, 64
-_FULL_RATE, _PARTIAL_RATE = 0.8, 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,9 @@ def _cost(work: Work, problem: Problem) -> Cost:
     full = sum(counts[number][0] for number in work.class_of) * problem.batch
     partial = sum(counts[number][1] for number in work.class_of) * problem.batch
     width = 2 * (problem.head_dim + problem.value_dim)
-    dense_flops = width * (full / _FULL_RATE + partial / _PARTIAL_RATE)
+    of_device = constants(problem.device)
+    kernel = width * (full / of_device.lanes_full + partial / of_device.lanes_partial)
+    dense_flops = kernel + of_device.flops_per_call
     # A backward holds delta.
     delta = 4 * problem.batch * problem.heads * problem.q_len
     return Cost(full + partial, width * (full + partial), 0, 1, 0, dense_flops, delta)

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...plans import Cost, Problem
+from ..devices import constants
 from .batches import Batch
 from .lattice import Table
 
-# A dense kernel does this many flops while one byte is copied, or while a kernel call is set up.
-_FLOPS_PER_BYTE = 10.0
-_FLOPS_PER_CALL = 4e6
 # Asking a mask about a pair, and writing the answer into a bias, moves and holds about so many
 # bytes.
 _BYTES_PER_ASKED_PAIR = 24
@@ -64,7 +62,8 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
     pairs = sum(batch.pairs for batch in batches) * problem.batch
     copied = sum(_moved_bytes(batch, problem) for batch in batches) * problem.batch
     calls = sum(_calls(batch, problem) for batch in batches)
-    flops = sum(batch.pairs / _rate(batch) for batch in batches) * problem.batch * width
+    of_device = constants(problem.device)
+    flops = sum(batch.pairs / _rate(batch) for batch in batches) * problem.batch * width / of_device.tiles
     sums = 2 * problem.tensor_bytes if problem.itemsize < 4 else 0
     return Cost(
         pairs=pairs,
@@ -72,7 +71,7 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
         copied_bytes=copied,
         calls=calls,
         peak_bytes=max((_held_bytes(batch, problem, False) for batch in batches), default=0),
-        dense_flops=flops + copied * _FLOPS_PER_BYTE + calls * _FLOPS_PER_CALL,
+        dense_flops=flops + copied * of_device.flops_per_byte + calls * of_device.flops_per_call,
         backward_bytes=max((_held_bytes(batch, problem, True) for batch in batches), default=0) + sums,
     )
 

@@ -63,7 +63,7 @@ def loss_of_packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
     row = torch.cat(texts)[None]
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     logits = model(row, position_ids=positions, use_cache=False).logits[0]
-    # The last token of a document does not foretell the first of the next one.
+    # The last token of a document does not predict the first of the next one.
     targets = torch.cat([torch.cat([text[1:], text.new_tensor([-100])]) for text in texts])
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 

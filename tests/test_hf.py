@@ -113,7 +113,9 @@ def test_gradient_checkpointing(name: str) -> None:
 
     want = gradients_of(ours, call)
     ours.gradient_checkpointing_enable()
-    assert torch.equal(gradients_of(ours, call), want)
+    # The experts of gpt-oss differ from call to call in their last bits, with eager attention too.
+    most = 1e-6 * want.norm() if name == "gpt-oss" else 0.0
+    assert (gradients_of(ours, call) - want).norm() <= most
 
 
 # Generation -------------------------------------------------------------------------------------------------------------------

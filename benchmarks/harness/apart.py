@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Row = dict[str, Any]
+_MOST_CHARACTERS = 160
 
 # What torch and the C++ runtime say where memory runs out.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "MemoryError", "out of memory")
@@ -42,7 +44,7 @@ def reason_of(returncode: int, stderr: str, limit_bytes: int) -> str:
         return f"out of {limit_bytes / 2**30:.3g} GiB of memory"
     if returncode < 0:
         return f"ended by {signal.Signals(-returncode).name}"
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    # The error's own line: behind the traceback, before what else a library prints.
-    errors = [line for line in lines if "Error: " in line or line.endswith("Error")]
-    return (errors or lines or [f"exit code {returncode}"])[-1][:160]
+    # An exception's own line starts at the margin: "torch._dynamo.exc.Unsupported: ...".
+    errors = re.findall(r"^(?:\w+\.)*[A-Z]\w*(?:: .*)?$", stderr, re.MULTILINE)
+    last = errors or stderr.strip().splitlines() or [f"exit code {returncode}"]
+    return last[-1].strip()[:_MOST_CHARACTERS]

@@ -1,0 +1,101 @@
+"""benchmarks/models.py: what does not fit is a row; plain ways that compute something else are named; the table reads."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+CHILD = """
+import json, sys, time
+job = json.loads(sys.argv[2])
+if job["do"] == "grow":
+    import torch
+    torch.ones(2**30)
+if job["do"] == "wait":
+    time.sleep(60)
+if job["do"] == "raise":
+    raise NotImplementedError("no backward here")
+print("noise")
+print(json.dumps({"seconds": [1.0]}))
+"""
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmarks("models")` imports a script as it stands among its neighbours."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    ("do", "row"),
+    [
+        ("work", {"seconds": [1.0]}),
+        ("grow", {"failed": "out of 2 GiB of memory"}),
+        ("wait", {"failed": "took longer than 5 s"}),
+        ("raise", {"failed": "NotImplementedError: no backward here"}),
+    ],
+)
+def test_a_case_in_a_process_of_its_own(benchmarks: Any, tmp_path: Path, do: str, row: dict[str, Any]) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    seconds = 5 if do == "wait" else 120
+    assert benchmarks("harness.apart").row_of(str(script), {"do": do}, 2 * 2**30, seconds) == row
+
+
+def test_a_reason_is_the_exceptions_own_line(benchmarks: Any) -> None:
+    said = "Traceback:\n  File x\ntorch._dynamo.exc.Unsupported: a call\n  Hint: none\n\nSet TORCHDYNAMO_VERBOSE=1 for more\n"
+    apart = benchmarks("harness.apart")
+    assert apart.reason_of(1, said, 2**30) == "torch._dynamo.exc.Unsupported: a call"
+    assert apart.reason_of(-9, "", 2**30) == "out of 1 GiB of memory"
+    assert apart.reason_of(-11, "", 2**30) == "ended by SIGSEGV"
+
+
+def row_of(way: str, result: list[float], **others: Any) -> dict[str, Any]:
+    row = {"work": "prefill", "tokens": 512, "program": "plain", "way": way, "seconds": [2.0], "peak_bytes": 2**21}
+    return row | {"first_seconds": 3.0, "graphs": 0, "result": result, **others}
+
+
+def test_rows_are_compared_with_sdpa(benchmarks: Any) -> None:
+    models = benchmarks("models")
+    base = row_of("sdpa", [1.0, -2.0])
+    same = models.judged(row_of("ours", [1.0, -2.0001], seconds=[1.0]), base)
+    other = models.judged(row_of("eager", [1.0, -2.1]), base)
+    assert (same["time_of_sdpa"], same["peak_of_sdpa"]) == (0.5, 1.0)
+    assert "failed" not in same
+    assert other["failed"].startswith("another result than sdpa's")
+    printed = models.table([base, same, other])
+    assert "prefill, 512, plain, eager: another result than sdpa's" in printed
+    assert "0.50" in printed
+
+
+def test_names_of_cases_differ_and_sdpa_comes_first(benchmarks: Any) -> None:
+    models = benchmarks("models")
+    jobs = models.jobs_of(models.LENGTHS)
+    assert len({job.name for job in jobs}) == len(jobs)
+    seen = set()
+    for job in jobs:
+        assert job.way == "sdpa" or (job.work, job.tokens) in seen
+        if job.way == "sdpa":
+            seen.add((job.work, job.tokens))
+
+
+@pytest.mark.slow
+def test_it_runs(tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    command = [sys.executable, "benchmarks/models.py", "--quick", "--lengths", "64", "--only", "64 tokens, plain, sdpa"]
+    command += ["--only", "64 tokens, plain, ours", "--json", str(target)]
+    run = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    record = json.loads(target.read_text())
+    assert record["complete"]
+    assert not [row for row in record["rows"] if "failed" in row]

@@ -16,9 +16,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from compiled_dilated import longnet, masks, measure, plan
+from compiled_dilated import longnet, masks, measure, plan, planner
 from compiled_dilated.cli import app
-from compiled_dilated.commands import doctor
+from compiled_dilated.commands import arguments, doctor
 from compiled_dilated.orders import hilbert
 from compiled_dilated.programs import as_program
 from compiled_dilated.text import ExpressionError, read_order, read_program
@@ -49,6 +49,10 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0
     assert f"{command} [OPTIONS]" in result.stdout
     assert command in run("--help").stdout
+
+
+def test_the_command_offers_every_lowering() -> None:
+    assert tuple(arguments.Lowering) == planner.LOWERINGS
 
 
 def test_prints_its_version() -> None:

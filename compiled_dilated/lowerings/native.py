@@ -181,63 +181,6 @@ def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[i
         return tuple(numbers.tolist())
 
 
-def forward(work: Work, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) in the dtype of q and lse (B, Hq, N)."""
-    data, operands = work.inputs(call)
-    result: tuple[Tensor, Tensor] = library.operators.native.default(
-        q, k, v, data, operands, work.code, call.scale, call.q_offset, call.offsets, is_by_token(q)
-    )
-    return result
-
-
-def merge_into(
-    work: Work,
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Merge the pairs of these tensors into out and lse."""
-    data, operands = work.inputs(call)
-    library.operators.native_merge.default(
-        out,
-        lse,
-        q,
-        k,
-        v,
-        data,
-        operands,
-        work.code,
-        call.scale,
-        call.q_offset,
-    )
-
-
-def backward(work: Work, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v.
-
-    Gradients of the score_mod's operands are added to its sums.
-    """
-    data, operands = work.inputs(call)
-    mod = call.score_mod
-    learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
-    grad_q, grad_k, grad_v, vector = library.operators.native_backward.default(
-        saved.grad_out, saved.grad_lse, saved.q, saved.k, saved.v, saved.out, saved.lse,
-        data, operands, work.code, call.scale, call.q_offset, call.offsets, learned,
-    )  # fmt: skip
-    if mod is not None:
-        _add(mod.sums, vector)
-    return grad_q, grad_k, grad_v
-
-
-def _add(sums: Sequence[Tensor], vector: Any) -> None:
-    parts = vector.split([total.numel() for total in sums]) if sums else ()
-    for total, part in zip(sums, parts, strict=True):
-        total.add_(part.view(total.shape))
-
-
 class Native:
     """The kernel as a lowering; see `protocol.Lowering`."""
 
@@ -258,13 +201,20 @@ class Native:
         self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
-        return forward(chosen[0].work[0], call, q, k, v)
+        work: Work = chosen[0].work[0]
+        data, operands = work.inputs(call)
+        result: tuple[Tensor, Tensor] = library.operators.native.default(
+            q, k, v, data, operands, work.code, call.scale, call.q_offset, call.offsets, is_by_token(q)
+        )
+        return result
 
     def merge_into(
         self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> None:
         """Continue from out and lse with the pairs of these tensors."""
-        merge_into(chosen[0].work[0], call, q, k, v, out, lse)
+        work: Work = chosen[0].work[0]
+        data, operands = work.inputs(call)
+        library.operators.native_merge.default(out, lse, q, k, v, data, operands, work.code, call.scale, call.q_offset)
 
     def backward(
         self,
@@ -289,7 +239,22 @@ def _backward(
     if call.score_mod is None and problem.scores is not None:
         # `hidden` looks for the keys that rows see: a call without the score_mod.
         work = _work(problem.program, problem.heads, None)
-    return backward(work, call, saved)
+    data, operands = work.inputs(call)
+    mod = call.score_mod
+    learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
+    grad_q, grad_k, grad_v, vector = library.operators.native_backward.default(
+        saved.grad_out, saved.grad_lse, saved.q, saved.k, saved.v, saved.out, saved.lse,
+        data, operands, work.code, call.scale, call.q_offset, call.offsets, learned,
+    )  # fmt: skip
+    if mod is not None:
+        _add(mod.sums, vector)
+    return grad_q, grad_k, grad_v
+
+
+def _add(sums: Sequence[Tensor], vector: Any) -> None:
+    parts = vector.split([total.numel() for total in sums]) if sums else ()
+    for total, part in zip(sums, parts, strict=True):
+        total.add_(part.view(total.shape))
 
 
 LOWERING = Native()

@@ -145,12 +145,12 @@ def backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Te
     if saved.grad_lse is not None:
         delta -= saved.grad_lse
     blocks = running.backward_blocks(max(running.padded(q.shape[3]), running.padded(v.shape[3])), q.element_size())
-    given = q, k, v, grad_out, saved.lse.contiguous(), delta.contiguous()
+    saved_tensors = q, k, v, grad_out, saved.lse.contiguous(), delta.contiguous()
     numbers = call.scale, call.q_offset
     of_queries = work.lists(problem, blocks.rows, blocks.columns, False, q.device)
     of_keys = work.lists(problem, blocks.rows, blocks.columns, True, q.device)
-    grad_q: Tensor = running.grad_queries(*given, *of_queries, *numbers)
-    grad_k, grad_v = running.grad_keys(*given, *of_keys, *numbers)
+    grad_q: Tensor = running.grad_queries(*saved_tensors, *of_queries, *numbers)
+    grad_k, grad_v = running.grad_keys(*saved_tensors, *of_keys, *numbers)
     return grad_q, grad_k, grad_v
 
 

@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -173,3 +174,19 @@ def test_a_ring_without_a_process_group_says_so() -> None:
 def test_a_mesh_must_be_one() -> None:
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh of one dimension or a process group; got int"):
         cd.compile(masks.causal(), mesh=4)  # type: ignore[call-overload]
+
+
+def test_no_thread_outlives_its_group(fresh_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    code = f"""
+        import os
+        import torch.distributed as dist
+        import compiled_dilated
+        dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+        import torch._dynamo
+        dist.destroy_process_group()
+        print(*sorted(open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")))
+    """
+    done = fresh_python("-c", textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout
+    assert "gloo" not in done.stdout

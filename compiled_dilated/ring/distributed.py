@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the default group of the moment of import as their default argument. torch.compile imports it; after
+# init_process_group() it would keep that group's threads past destroy_process_group(), and they abort a process that exits.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 

@@ -6,6 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from tabulate import tabulate
 
 from ... import compiler, measure
 from ...text import read_program
@@ -13,51 +14,64 @@ from ..arguments import numbers, print_json
 
 
 def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style: str) -> int:
-    """Compute this rank's share, and compare it with the simulated ring; 0 if all ranks agree to the bit."""
+    """Compare this rank's share with the simulated ring; 0 if all ranks agree to the bit."""
     dist.init_process_group("gloo")
+    try:
+        table, layout_name = _shares(program, numbers("--shape", shape), int(kv_heads), layout, getattr(torch, dtype))
+        is_first_rank = dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+    ok = all(bool(row["same_bits"]) for row in table)
+    if is_first_rank and style == "json":
+        print_json({"layout": layout_name, "ranks": table, "ok": ok})
+    elif is_first_rank:
+        print(f"{layout_name}, forward + backward over gloo")
+        print(tabulate(table, headers="keys", floatfmt=".3f"))
+        print("every bit as the simulated ring's" if ok else "NOT THE SAME as the simulated ring")
+    return 0 if ok else 1
+
+
+def _shares(
+    program: str, q_shape: tuple[int, ...], kv_heads: int, layout: str, dtype: torch.dtype
+) -> tuple[list[dict[str, object]], str]:
+    """Compute this rank's share, forward and backward.
+
+    Returns a row of each rank (tokens, seconds, bytes received, same bits as the simulated ring's), and the layout's name.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    code, sizes = read_program(program), numbers("--shape", shape)
-    kind = getattr(torch, dtype)
-    kv_shape = (sizes[0], int(kv_heads) or sizes[1], *sizes[2:])
-    plan = compiler.plan(code, sizes, kv_shape[1], dtype=kind, ranks=ranks, layout=layout)
-    mine = plan.positions(rank)
-    random = torch.Generator().manual_seed(0)
-    whole = [torch.randn(each, generator=random).to(kind) for each in (sizes, kv_shape, kv_shape, sizes)]
-    shards = [x[:, :, mine].requires_grad_() for x in whole[:3]]
+    code = read_program(program)
+    kv_shape = (q_shape[0], kv_heads or q_shape[1], *q_shape[2:])
+    plan = compiler.plan(code, q_shape, kv_shape[1], dtype=dtype, ranks=ranks, layout=layout)
+    positions = plan.positions(rank)
+    # The same numbers on every rank, so that each can run the whole simulated ring.
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, out_grad = (torch.randn(shape, generator=generator).to(dtype) for shape in (q_shape, kv_shape, kv_shape, q_shape))
+    shards = [x[:, :, positions].requires_grad_() for x in (q, k, v)]
     ring = compiler.compile(code, mesh=dist.group.WORLD, layout=layout)
     assert ring.ring is not None
 
     def step() -> tuple[torch.Tensor, ...]:
         out = ring(*shards)
-        return out, *torch.autograd.grad(out, shards, whole[3][:, :, mine])
+        return out, *torch.autograd.grad(out, shards, out_grad[:, :, positions])
 
-    step()  # plans
+    # The first step plans, and builds what the machine lacks.
+    step()
     dist.barrier()
     results: list[tuple[torch.Tensor, ...]] = []
     seconds = measure.timed(lambda: results.append(step()))
+    # The bytes of a forward alone.
     with torch.no_grad():
         ring(*shards)
     received = ring.ring.ledger.received_bytes
     simulated = compiler.compile(code, ranks=ranks, layout=layout)
-    inputs = [x.requires_grad_() for x in whole[:3]]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
     out = simulated(*inputs)
-    wanted = (out, *torch.autograd.grad(out, inputs, whole[3]))
-    same = all(torch.equal(a, b[:, :, mine]) for a, b in zip(results[0], wanted, strict=True))
+    whole = (out, *torch.autograd.grad(out, inputs, out_grad))
+    same_bits = all(torch.equal(share, x[:, :, positions]) for share, x in zip(results[0], whole, strict=True))
     table: list[dict[str, object]] = [{}] * ranks
-    row = {"rank": rank, "tokens": len(mine), "seconds": seconds, "received_bytes": received, "same_bits": same}
+    row = {"rank": rank, "tokens": len(positions), "seconds": seconds, "received_bytes": received, "same_bits": same_bits}
     dist.all_gather_object(table, row)
-    if rank == 0:
-        ok = all(bool(each["same_bits"]) for each in table)
-        if style == "json":
-            print_json({"layout": plan.schedule.layout.name, "ranks": table, "ok": ok})
-        else:
-            from tabulate import tabulate
-
-            print(f"{plan.schedule.layout.name}, forward + backward over gloo")
-            print(tabulate(table, headers="keys", floatfmt=".3f"))
-            print("every bit as the simulated ring's" if ok else "NOT THE SAME as the simulated ring")
-    dist.destroy_process_group()
-    return 0 if same else 1
+    return table, plan.schedule.layout.name
 
 
 if __name__ == "__main__":

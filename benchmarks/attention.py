@@ -87,15 +87,30 @@ def low_precision_cases() -> list[Case]:
     for case in rate_cases():
         if case.name in LOW_BARS:
             low, half = (replace(case.problem, dtype=dtype) for dtype in ("bfloat16", "float16"))
-            out.append(Case(f"{case.name}-bfloat16", low, (LOW_BARS[case.name], None), quick=case.name == "window-16k"))
-            out.append(Case(f"{case.name}-float16", half, (0.5, 0.5), ours_of(case.problem, "float32")))
+            out.append(
+                Case(
+                    f"{case.name}-bfloat16",
+                    low,
+                    (LOW_BARS[case.name], None),
+                    quick=case.name == "window-16k",
+                )
+            )
+            out.append(
+                Case(f"{case.name}-float16", half, (0.5, 0.5), ours_of(case.problem, "float32"))
+            )
     return out
 
 
 def short_cases() -> list[Case]:
     """Never slower than one SDPA of the same problem."""
     return [
-        Case(f"{name}-{label(tokens)}", problem, (1.0, 1.0), same_work(problem, "SDPA"), quick=tokens == 512)
+        Case(
+            f"{name}-{label(tokens)}",
+            problem,
+            (1.0, 1.0),
+            same_work(problem, "SDPA"),
+            quick=tokens == 512,
+        )
         for name, mask in (("full", masks.full()), ("causal", masks.causal()))
         for tokens in SHORT
         for problem in (Problem(mask, tokens),)
@@ -107,8 +122,22 @@ def length_cases() -> list[Case]:
     out = []
     for tokens in LENGTHS:
         heads = min(8, MOST_TOKEN_HEADS // tokens)
-        out.append(Case(f"length-window-{label(tokens)}", window(tokens, heads=heads), rivals=(), family="window"))
-        out.append(Case(f"length-hilbert-{label(tokens)}", grid(*near_square(tokens), heads=heads), rivals=(), family="hilbert"))
+        out.append(
+            Case(
+                f"length-window-{label(tokens)}",
+                window(tokens, heads=heads),
+                rivals=(),
+                family="window",
+            )
+        )
+        out.append(
+            Case(
+                f"length-hilbert-{label(tokens)}",
+                grid(*near_square(tokens), heads=heads),
+                rivals=(),
+                family="hilbert",
+            )
+        )
     return out
 
 
@@ -133,12 +162,18 @@ def with_avx2(arguments: list[str]) -> int:
             "MKL_ENABLE_INSTRUCTIONS": "AVX2",
             "ONEDNN_MAX_CPU_ISA": "AVX2",
         }
-        return subprocess.run([sys.executable, __file__, *arguments], env={**os.environ, **held}).returncode
+        return subprocess.run(
+            [sys.executable, __file__, *arguments], env={**os.environ, **held}
+        ).returncode
 
 
 def main() -> int:
     parser = reports.parser(__doc__, CASES, ("flex", "fallback", "SDPA"))
-    parser.add_argument("--avx2", action="store_true", help="only window and Hilbert, all held to AVX2, on one thread")
+    parser.add_argument(
+        "--avx2",
+        action="store_true",
+        help="only window and Hilbert, all held to AVX2, on one thread",
+    )
     options = parser.parse_args()
     if not options.avx2:
         return reports.run(options, CASES, FAMILIES)

@@ -47,7 +47,9 @@ def main() -> None:
 
         def theirs(spans=spans, positions=positions) -> None:  # type: ignore[no-untyped-def]
             for at in positions:
-                torch.nn.functional.scaled_dot_product_attention(q, taken(k, spans[at]), taken(v, spans[at]))
+                torch.nn.functional.scaled_dot_product_attention(
+                    q, taken(k, spans[at]), taken(v, spans[at])
+                )
 
         with torch.no_grad():
             times = measure.interleaved({"ours": ours, "sdpa": theirs}, repeats=61, seconds=15.0)
@@ -55,7 +57,14 @@ def main() -> None:
         ratio = each["ours"] / each["sdpa"]
         seen = sum(map(len, spans[TOKENS - 1]))
         rows.append(
-            {"mask": name, "keys seen": seen, "us": each["ours"], "SDPA us": each["sdpa"], "ratio": ratio, "ok": ratio <= MOST}
+            {
+                "mask": name,
+                "keys seen": seen,
+                "us": each["ours"],
+                "SDPA us": each["sdpa"],
+                "ratio": ratio,
+                "ok": ratio <= MOST,
+            }
         )
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
     if target:

@@ -43,8 +43,15 @@ def times(program: object, inputs: list[Tensor], backward: bool) -> dict[str, fl
         with mock.patch.object(hidden, "has_nan", return_value=False):
             run(k)
 
-    functions = {"checked": lambda: run(k), "unchecked": without, "with NaN": lambda: run(spoiled_k)}
-    return {name: measure.median(seconds) for name, seconds in measure.interleaved(functions, repeats=15, seconds=14.0).items()}
+    functions = {
+        "checked": lambda: run(k),
+        "unchecked": without,
+        "with NaN": lambda: run(spoiled_k),
+    }
+    return {
+        name: measure.median(seconds)
+        for name, seconds in measure.interleaved(functions, repeats=15, seconds=14.0).items()
+    }
 
 
 def bias(table: Tensor) -> mods.ScoreMod:
@@ -56,7 +63,9 @@ def main() -> None:
     """Print the table; write it."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--json", type=Path, help="where to write the figures")
-    arguments.add_argument("--tokens", type=int, default=16384, help="tokens of the sequence (default 16384)")
+    arguments.add_argument(
+        "--tokens", type=int, default=16384, help="tokens of the sequence (default 16384)"
+    )
     options = arguments.parse_args()
     torch.set_num_threads(2)
     inputs = [torch.randn(1, HEADS, options.tokens, HEAD_DIM).requires_grad_() for _ in range(3)]
@@ -77,13 +86,20 @@ def main() -> None:
             print(f"{name}: {rows[-1]['pass']} done", flush=True)
     table = torch.randn(64, 64)
     tracing = measure.interleaved(
-        {"trace": lambda: [mods.trace_score_mod(bias(table), torch.float32) for _ in range(100)]}, repeats=15, seconds=10.0
+        {"trace": lambda: [mods.trace_score_mod(bias(table), torch.float32) for _ in range(100)]},
+        repeats=15,
+        seconds=10.0,
     )
     trace_ms = measure.median(tracing["trace"]) * 10
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
     print(f"\ntracing a score_mod: {trace_ms:.2f} ms a call")
     if options.json:
-        record = {"hardware": measure.hardware(), "tokens": options.tokens, "rows": rows, "trace_ms": trace_ms}
+        record = {
+            "hardware": measure.hardware(),
+            "tokens": options.tokens,
+            "rows": rows,
+            "trace_ms": trace_ms,
+        }
         measure.write_json(options.json, record)
 
 

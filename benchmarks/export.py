@@ -64,10 +64,15 @@ class Layer(nn.Module):
         self.attend = cd.compile(LONGNET)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.project, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for y in self.project(self.norms[0](x)).chunk(3, -1))
+        q, k, v = (
+            y.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+            for y in self.project(self.norms[0](x)).chunk(3, -1)
+        )
         x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         y: Tensor = x + self.mlp(self.norms[1](x))
         return y
@@ -93,7 +98,10 @@ class Case:
 
 def qkv(tokens: int, queries: int | None = None) -> tuple[Tensor, ...]:
     """q, k and v."""
-    return tuple(torch.randn(1, HEADS, size, HEAD_DIM) for size in (tokens if queries is None else queries, tokens, tokens))
+    return tuple(
+        torch.randn(1, HEADS, size, HEAD_DIM)
+        for size in (tokens if queries is None else queries, tokens, tokens)
+    )
 
 
 def cases() -> list[Case]:
@@ -113,7 +121,9 @@ def cases() -> list[Case]:
     ]
 
 
-def measure_case(case: Case, path: Path, lengths: Sequence[int], most: int, turns: int) -> dict[str, Any]:
+def measure_case(
+    case: Case, path: Path, lengths: Sequence[int], most: int, turns: int
+) -> dict[str, Any]:
     """A row: the package against cd.compile at the greatest length, their results at all."""
     run = cd.load(path)
     package = run.decode if case.decode else run
@@ -121,12 +131,19 @@ def measure_case(case: Case, path: Path, lengths: Sequence[int], most: int, turn
     for tokens in lengths:
         inputs = case.inputs(tokens)
         expected = case.compiled(*inputs)
-        difference = max(difference, float((package(*inputs) - expected).abs().max() / expected.abs().max()))
+        difference = max(
+            difference, float((package(*inputs) - expected).abs().max() / expected.abs().max())
+        )
     inputs = case.inputs(most)
-    functions: dict[str, Callable[[], object]] = {"package": lambda: package(*inputs), "compiled": lambda: case.compiled(*inputs)}
+    functions: dict[str, Callable[[], object]] = {
+        "package": lambda: package(*inputs),
+        "compiled": lambda: case.compiled(*inputs),
+    }
     times = measure.interleaved(functions, repeats=turns, warmup=2, seconds=60.0)
     peaks = {name: measure.peak_bytes(function) for name, function in functions.items()}
-    shares = [ours / theirs for ours, theirs in zip(times["package"], times["compiled"], strict=True)]
+    shares = [
+        ours / theirs for ours, theirs in zip(times["package"], times["compiled"], strict=True)
+    ]
     share, memory = measure.median(shares), peaks["package"] / max(peaks["compiled"], 1)
     # Of a single query's memory both have next to nothing.
     fits = share <= MOST and (case.decode or memory <= MOST) and difference <= MOST_DIFFERENCE
@@ -152,7 +169,13 @@ def export_case(case: Case, path: Path) -> float:
         return 0.0
     path.parent.mkdir()
     started = time.perf_counter()
-    cd.export(case.model, case.inputs(64), path, lengths=(2, 2**20), decode=not isinstance(case.model, nn.Module))
+    cd.export(
+        case.model,
+        case.inputs(64),
+        path,
+        lengths=(2, 2**20),
+        decode=not isinstance(case.model, nn.Module),
+    )
     return time.perf_counter() - started
 
 
@@ -163,7 +186,12 @@ def first_results(path: Path, threads: int, turns: int) -> list[dict[str, Any]]:
     for way in ("package", "package, alone", "compiled"):
         seconds = []
         for turn in range(turns):
-            done = subprocess.run([sys.executable, "-c", code, str(path), way], stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(path), way],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             seconds.append(json.loads(done.stdout))
             print(f"[{turn + 1}/{turns}] first result, {way}: {seconds[-1]:.2f} s", flush=True)
         rows.append({"first result": way, "s": measure.median(seconds), "seconds": seconds})
@@ -179,11 +207,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument("--quick", action="store_true", help="a sequence of 2048 tokens, few turns: whether it works")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a sequence of 2048 tokens, few turns: whether it works",
+    )
     parser.add_argument("--turns", type=int, default=31, help="calls of each case (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the calls that are timed (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="of the calls that are timed (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
@@ -196,15 +232,29 @@ def main() -> int:
         for number, case in enumerate(all_cases, 1):
             path = Path(folder, case.package, "model.pt2")
             seconds = export_case(case, path)
-            print(f"[{number}/{len(all_cases)}] {case.name}: exported in {seconds:.1f} s", flush=True)
+            print(
+                f"[{number}/{len(all_cases)}] {case.name}: exported in {seconds:.1f} s", flush=True
+            )
             rows.append(measure_case(case, path, lengths, tokens, turns) | {"export s": seconds})
             print(f"    {rows[-1]['time']:.2f} of the time of cd.compile", flush=True)
         first = first_results(Path(folder, "program", "model.pt2"), options.threads, processes)
     print("\n" + table(rows))
-    print("\n" + tabulate([{key: row[key] for key in row if key != "seconds"} for row in first], headers="keys", floatfmt=".2f"))
+    print(
+        "\n"
+        + tabulate(
+            [{key: row[key] for key in row if key != "seconds"} for row in first],
+            headers="keys",
+            floatfmt=".2f",
+        )
+    )
     if options.json:
-        record = {"hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()}, "commit": commit()}
-        measure.write_json(options.json, record | {"command": sys.argv[1:], "rows": rows, "first_results": first})
+        record = {
+            "hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()},
+            "commit": commit(),
+        }
+        measure.write_json(
+            options.json, record | {"command": sys.argv[1:], "rows": rows, "first_results": first}
+        )
     return int(options.check and not all(row["met"] for row in rows))
 
 

@@ -50,18 +50,28 @@ def seconds(cache: Path, threads: int) -> dict[str, float]:
     """Measure a fresh process that uses this cache, in seconds."""
     environment = {**os.environ, "COMPILED_DILATED_CACHE": str(cache)}
     code = CHILD.format(threads=threads)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     lowering, imported, first, second = json.loads(done.stdout)
     if lowering != "native":
-        raise SystemExit(f"a window is computed by {lowering!r} here, not by the native kernel; see compiled-dilated doctor")
+        raise SystemExit(
+            f"a window is computed by {lowering!r} here, not by the native kernel; see compiled-dilated doctor"
+        )
     return {"import": imported, "first": first - second, "second": second}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument("--turns", type=int, default=3, help="empty caches, each filled and then used (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the calls (%(default)s)")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="empty caches, each filled and then used (%(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="CPU threads of the calls (%(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -70,16 +80,36 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             for cache, measured in times.items():
                 measured.append(seconds(Path(folder, "cache"), options.threads))
-                print(f"[{turn + 1}/{options.turns}] {cache}: first call {measured[-1]['first']:.2f} s", flush=True)
+                print(
+                    f"[{turn + 1}/{options.turns}] {cache}: first call {measured[-1]['first']:.2f} s",
+                    flush=True,
+                )
     rows: list[dict[str, Any]] = []
     for cache, measured in times.items():
         each = {name: [turn[name] for turn in measured] for name in measured[0]}
         first = measure.median(each["first"])
         row = {f"{name} s": measure.median(values) for name, values in each.items()}
-        rows.append({"cache": cache, **row, "most s": MOST[cache], "met": first <= MOST[cache], "seconds": each})
-    print("\n" + tabulate([{key: row[key] for key in row if key != "seconds"} for row in rows], headers="keys", floatfmt=".3f"))
+        rows.append(
+            {
+                "cache": cache,
+                **row,
+                "most s": MOST[cache],
+                "met": first <= MOST[cache],
+                "seconds": each,
+            }
+        )
+    print(
+        "\n"
+        + tabulate(
+            [{key: row[key] for key in row if key != "seconds"} for row in rows],
+            headers="keys",
+            floatfmt=".3f",
+        )
+    )
     if options.json:
-        measure.write_json(options.json, {"hardware": measure.hardware(), "commit": commit(), "rows": rows})
+        measure.write_json(
+            options.json, {"hardware": measure.hardware(), "commit": commit(), "rows": rows}
+        )
     return int(options.check and not all(row["met"] for row in rows))
 
 

@@ -39,7 +39,9 @@ def rivals_at(tokens: int) -> tuple[str, ...]:
 
 def case(name: str, problem: Problem, **settings: Any) -> Case:
     """A case of a length."""
-    return Case(f"{name}-{label(problem.tokens)}", problem, rivals=rivals_at(problem.tokens), **settings)
+    return Case(
+        f"{name}-{label(problem.tokens)}", problem, rivals=rivals_at(problem.tokens), **settings
+    )
 
 
 # Documents and padding ------------------------------------------------------------------------------------------------------
@@ -56,15 +58,26 @@ def document_lengths(tokens: int) -> tuple[int, ...]:
 def documents(tokens: int, form: str, causal: bool = False) -> Problem:
     """form: "lengths", "sorted" ids or "shuffled" ids."""
     lengths = document_lengths(tokens)
-    of_document = masks.documents(lengths=lengths) if form == "lengths" else masks.documents(ids="documents")
+    of_document = (
+        masks.documents(lengths=lengths) if form == "lengths" else masks.documents(ids="documents")
+    )
     # Shuffling moves pairs, and of two tokens of a document one still comes first.
     pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
     data = None
     if form != "lengths":
         ids = torch.repeat_interleave(torch.tensor(lengths))
-        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(3)) if form == "shuffled" else torch.arange(tokens)
+        order = (
+            torch.randperm(tokens, generator=torch.Generator().manual_seed(3))
+            if form == "shuffled"
+            else torch.arange(tokens)
+        )
         data = {"documents": ids[order][None]}
-    return Problem(masks.causal() & of_document if causal else of_document, tokens, data=data, pairs_per_head=lambda: pairs)
+    return Problem(
+        masks.causal() & of_document if causal else of_document,
+        tokens,
+        data=data,
+        pairs_per_head=lambda: pairs,
+    )
 
 
 def document_cases() -> list[Case]:
@@ -78,7 +91,12 @@ def document_cases() -> list[Case]:
             out.append(case("documents-shuffled", documents(tokens, "shuffled")))
     ids, lengths = (documents(2**13, form, causal=True) for form in ("sorted", "lengths"))
     most = 1 / 1.15
-    return [*out, case("causal-documents", ids, bars=(most, most), of=ours_of(lengths, "lengths"), quick=True)]
+    return [
+        *out,
+        case(
+            "causal-documents", ids, bars=(most, most), of=ours_of(lengths, "lengths"), quick=True
+        ),
+    ]
 
 
 def padding(tokens: int, padded: int, causal: bool = False) -> Problem:
@@ -99,7 +117,16 @@ def padding_cases() -> list[Case]:
     most = 1 / 1.05
     causal = Problem(masks.causal(), 2**13)
     of = ours_of(causal, "causal")
-    return [*out, case("causal-padding-none", padding(2**13, 0, causal=True), bars=(most, most), of=of, quick=True)]
+    return [
+        *out,
+        case(
+            "causal-padding-none",
+            padding(2**13, 0, causal=True),
+            bars=(most, most),
+            of=of,
+            quick=True,
+        ),
+    ]
 
 
 # Tiles, BigBird, Longformer -------------------------------------------------------------------------------------------------
@@ -108,12 +135,19 @@ def padding_cases() -> list[Case]:
 def band(block: int, tokens: int) -> Problem:
     """Each block sees the one before it and itself."""
     rows = range(-(-tokens // block))
-    return Problem(masks.tiles([(row, column) for row in rows for column in (row - 1, row) if column >= 0], block), tokens)
+    return Problem(
+        masks.tiles(
+            [(row, column) for row in rows for column in (row - 1, row) if column >= 0], block
+        ),
+        tokens,
+    )
 
 
 def tile_cases() -> list[Case]:
     """Explicit tiles of any size; how many of the computed pairs are useful is what counts."""
-    return [case(f"tiles-{block}", band(block, TILE_TOKENS), quick=block == 64) for block in BAND_BLOCKS]
+    return [
+        case(f"tiles-{block}", band(block, TILE_TOKENS), quick=block == 64) for block in BAND_BLOCKS
+    ]
 
 
 def big_bird_cases() -> list[Case]:
@@ -123,8 +157,13 @@ def big_bird_cases() -> list[Case]:
         blocks = cd.big_bird(window=64, global_tokens=64, random=3, block=64, tokens=tokens)
         single = masks.window(96) | masks.global_tokens(64) | masks.random_blocks(64, 3, tokens)
         for name, program in (("bigbird", blocks), ("bigbird-window", single)):
-            out.append(case(name, Problem(program, tokens), family=name, quick=tokens == TILE_TOKENS))
-    in_time = [Case(f"{each.name}-in-time", each.problem, (1.0, 1.0), in_time_of_dense(each.problem), ()) for each in out[:2]]
+            out.append(
+                case(name, Problem(program, tokens), family=name, quick=tokens == TILE_TOKENS)
+            )
+    in_time = [
+        Case(f"{each.name}-in-time", each.problem, (1.0, 1.0), in_time_of_dense(each.problem), ())
+        for each in out[:2]
+    ]
     return [*out, *in_time]
 
 
@@ -157,12 +196,24 @@ def mod_cases() -> list[Case]:
     for tokens in LENGTHS:
         if tokens <= MOST_DENSE_TOKENS:
             out.append(
-                case("mod-scattered", Problem(masks.from_mod(scattered_mod), tokens, pairs_per_head=partial(asked, tokens)))
+                case(
+                    "mod-scattered",
+                    Problem(
+                        masks.from_mod(scattered_mod), tokens, pairs_per_head=partial(asked, tokens)
+                    ),
+                )
             )
-            near = Problem(masks.from_mod(near_mod), tokens, pairs_per_head=partial(pairs_within, tokens, 256))
+            near = Problem(
+                masks.from_mod(near_mod), tokens, pairs_per_head=partial(pairs_within, tokens, 256)
+            )
             out.append(case("mod-near", near, quick=tokens == 2**11))
         within = masks.from_mod(scattered_mod, within=masks.window(256))
-        out.append(case("mod-scattered-within", Problem(within, tokens, pairs_per_head=partial(asked, tokens, 256))))
+        out.append(
+            case(
+                "mod-scattered-within",
+                Problem(within, tokens, pairs_per_head=partial(asked, tokens, 256)),
+            )
+        )
     return out
 
 
@@ -170,7 +221,11 @@ def asked(tokens: int, reach: int | None = None) -> int:
     """Pairs that `scattered_mod` allows, no further apart than `reach`."""
     none, keys, total = torch.zeros(()), torch.arange(tokens), 0
     for rows in torch.arange(tokens).split(256):
-        near = keys if reach is None else keys[max(0, int(rows[0]) - reach) : int(rows[-1]) + reach + 1]
+        near = (
+            keys
+            if reach is None
+            else keys[max(0, int(rows[0]) - reach) : int(rows[-1]) + reach + 1]
+        )
         seen = scattered_mod(none, none, rows[:, None], near)
         if reach is not None:
             seen &= (rows[:, None] - near).abs() <= reach
@@ -202,8 +257,12 @@ def score_cases() -> list[Case]:
     out = []
     mod, bias = alibi(Problem.heads)
     for tokens in LENGTHS:
-        mask = masks.causal() if tokens <= MOST_DENSE_TOKENS else masks.causal() & masks.window(1024)
-        out.append(case("alibi", Problem(mask, tokens, score_mod=mod, bias=bias), quick=tokens == 2**11))
+        mask = (
+            masks.causal() if tokens <= MOST_DENSE_TOKENS else masks.causal() & masks.window(1024)
+        )
+        out.append(
+            case("alibi", Problem(mask, tokens, score_mod=mod, bias=bias), quick=tokens == 2**11)
+        )
         out.append(case("soft-cap", Problem(mask, tokens, score_mod=soft_cap)))
     return out
 

@@ -59,12 +59,18 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
         self.gate, self.up = (nn.Linear(width, 4 * width, bias=False) for _ in range(2))
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in self.qkv(self.before(x)).chunk(3, dim=-1))
+        q, k, v = (
+            each.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for each in self.qkv(self.before(x)).chunk(3, dim=-1)
+        )
         x = x + self.out(ATTEND(q, k, v).transpose(1, 2).flatten(2))
         h = self.between(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -75,14 +81,22 @@ class Model(nn.Module):
 
     def __init__(self, width: int, checkpointed: bool = False) -> None:
         super().__init__()
-        self.embedding, self.head = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY, bias=False)
-        self.blocks, self.checkpointed = nn.ModuleList(Block(width) for _ in range(LAYERS)), checkpointed
+        self.embedding, self.head = (
+            nn.Embedding(VOCABULARY, width),
+            nn.Linear(width, VOCABULARY, bias=False),
+        )
+        self.blocks, self.checkpointed = (
+            nn.ModuleList(Block(width) for _ in range(LAYERS)),
+            checkpointed,
+        )
 
     def forward(self, tokens: Tensor, wanted: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
-        return x if wanted is None else F.cross_entropy(self.head(x).flatten(0, 1), wanted.flatten())
+        return (
+            x if wanted is None else F.cross_entropy(self.head(x).flatten(0, 1), wanted.flatten())
+        )
 
 
 @dataclass(frozen=True)
@@ -104,13 +118,21 @@ class Job:
 
     def apart(self) -> dict[str, Row]:
         """Figures by way. Raises CalledProcessError where the process dies, as it does when memory runs out."""
-        print(f"{self.kind} of {self.tokens:,} tokens: {' and '.join(self.ways)} ...", file=sys.stderr, flush=True)
+        print(
+            f"{self.kind} of {self.tokens:,} tokens: {' and '.join(self.ways)} ...",
+            file=sys.stderr,
+            flush=True,
+        )
         command = [sys.executable, __file__, "--job", json.dumps(asdict(self))]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found: dict[str, Row] = json.loads(run.stdout.splitlines()[-1])
         for way, row in found.items():
             held, seconds = row["process_bytes"] / 2**30, row["first_seconds"]
-            print(f"    {way}: {held:.2f} GiB in the process, {seconds:.0f} s to compile and step", file=sys.stderr, flush=True)
+            print(
+                f"    {way}: {held:.2f} GiB in the process, {seconds:.0f} s to compile and step",
+                file=sys.stderr,
+                flush=True,
+            )
         return found
 
     def here(self) -> dict[str, Row]:
@@ -120,7 +142,9 @@ class Job:
         for way, step in steps.items():
             if self.peaks:
                 rows[way] |= step.peak()
-        for way, seconds in measure.interleaved({way: step.run for way, step in steps.items()}, self.repeats, warmup=0).items():
+        for way, seconds in measure.interleaved(
+            {way: step.run for way, step in steps.items()}, self.repeats, warmup=0
+        ).items():
             if seconds:
                 rows[way]["seconds"] = measure.median(seconds)
         return rows
@@ -132,7 +156,9 @@ class Step:
     def __init__(self, job: Job, way: str) -> None:
         torch.manual_seed(0)
         self.way, self.training = way, job.kind == "training"
-        self.model = Model(job.width, checkpointed=way == "checkpoints").to(getattr(torch, job.dtype))
+        self.model = Model(job.width, checkpointed=way == "checkpoints").to(
+            getattr(torch, job.dtype)
+        )
         tokens = torch.randint(VOCABULARY, (1, job.tokens))
         self.inputs = (tokens, tokens) if self.training else (tokens,)
         self.compiled: Callable[..., Any] = self.model
@@ -141,7 +167,9 @@ class Step:
             budget = plain.input_bytes + int(plain.added_bytes * job.share)
             self.compiled = passes.compile(self.model, memory_budget=budget, dynamic=False)
         elif way != "checkpoints":
-            functorch_config.activation_memory_budget = _BUILT_IN_BUDGET if way == "built-in" else 1.0
+            functorch_config.activation_memory_budget = (
+                _BUILT_IN_BUDGET if way == "built-in" else 1.0
+            )
             self.compiled = torch.compile(self.model, dynamic=False)
 
     def under(self, candidate: tuple[Any, ...]) -> Step:
@@ -162,12 +190,17 @@ class Step:
             try:
                 seconds = measure.timed(self.run)
             except passes.BudgetError as error:
-                self.compiled = passes.compile(self.model, memory_budget=error.least_bytes, dynamic=False)
+                self.compiled = passes.compile(
+                    self.model, memory_budget=error.least_bytes, dynamic=False
+                )
                 seconds = measure.timed(self.run)
             row: Row = {"process_bytes": resident(), "first_seconds": seconds, "passes": ""}
         if self.way == "passes":
             chosen = passes.report(self.compiled).choices[0].chosen
-            row |= {"predicted_bytes": chosen.added_bytes, "passes": ", ".join(map(repr, chosen.passes))}
+            row |= {
+                "predicted_bytes": chosen.added_bytes,
+                "passes": ", ".join(map(repr, chosen.passes)),
+            }
         return row
 
     def peak(self) -> Row:
@@ -182,7 +215,9 @@ def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
     rows = []
     for kind in kinds:
         memory_wanted, time_wanted = WANTED[kind]
-        job = Job(kind, ("plain", "passes"), tokens, share=share if kind == "training" else memory_wanted)
+        job = Job(
+            kind, ("plain", "passes"), tokens, share=share if kind == "training" else memory_wanted
+        )
         plain, ours = (replace(job, ways=(way,), peaks=True).apart()[way] for way in job.ways)
         times = replace(job, repeats=_REPEATS).apart()
         rows.append(
@@ -218,7 +253,9 @@ def longest(*_: Any) -> list[Row]:
             points.append((tokens, Job("training", (way,), tokens).apart()[way]["process_bytes"]))
         while points[-1][1] > _LIMIT_BYTES or not found:
             (low, less), (high, more) = points[-2:]
-            tokens = high + int((0.99 * _LIMIT_BYTES - more) * (high - low) / (more - less)) // 256 * 256
+            tokens = (
+                high + int((0.99 * _LIMIT_BYTES - more) * (high - low) / (more - less)) // 256 * 256
+            )
             found = Job("training", (way,), tokens).apart()[way]
             points.append((tokens, found["process_bytes"]))
         rows.append(_whole(way, tokens, found))
@@ -226,7 +263,10 @@ def longest(*_: Any) -> list[Row]:
 
 
 def million(*_: Any) -> list[Row]:
-    job, ways = Job("inference", (), 2**20, width=256, dtype="bfloat16", share=WANTED["inference"][0]), ("plain", "passes")
+    job, ways = (
+        Job("inference", (), 2**20, width=256, dtype="bfloat16", share=WANTED["inference"][0]),
+        ("plain", "passes"),
+    )
     return [_whole(way, job.tokens, replace(job, ways=(way,)).apart()[way]) for way in ways]
 
 
@@ -234,7 +274,11 @@ def order(*_: Any) -> list[Row]:
     """The candidates in the order of the estimate; of those that are estimated alike, for their passes find nothing, one."""
     rows = []
     for kind, (width, tokens) in itertools.product(WANTED, _ORDERED):
-        print(f"{kind} of {tokens:,} tokens, width {width}: every candidate ...", file=sys.stderr, flush=True)
+        print(
+            f"{kind} of {tokens:,} tokens, width {width}: every candidate ...",
+            file=sys.stderr,
+            flush=True,
+        )
         torch._dynamo.reset()
         step = Step(Job(kind, ("plain",), tokens, width), "plain")
         distinct: dict[tuple[float, int], Any] = {}
@@ -245,7 +289,11 @@ def order(*_: Any) -> list[Row]:
         turns = [*measure.interleaved(steps, _REPEATS).values()]
         times = [measure.median(seconds) for seconds in turns]
         predicted = [each.seconds for each in estimates]
-        pairs = [(i, j) for i, j in itertools.combinations(range(len(times)), 2) if _differ(turns[i], turns[j])]
+        pairs = [
+            (i, j)
+            for i, j in itertools.combinations(range(len(times)), 2)
+            if _differ(turns[i], turns[j])
+        ]
         rows.append(
             {
                 "step": kind,
@@ -255,7 +303,9 @@ def order(*_: Any) -> list[Row]:
                 "predicted s": predicted,
                 "measured s": times,
                 "pairs": len(pairs),
-                "right": sum((predicted[i] < predicted[j]) == (times[i] < times[j]) for i, j in pairs),
+                "right": sum(
+                    (predicted[i] < predicted[j]) == (times[i] < times[j]) for i, j in pairs
+                ),
             }
         )
     return rows
@@ -271,12 +321,23 @@ TABLES = {"order": order, "headline": headline, "longest": longest, "million": m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--only", choices=TABLES, action="append", help="tables to measure; headline if not given")
+    parser.add_argument(
+        "--only", choices=TABLES, action="append", help="tables to measure; headline if not given"
+    )
     parser.add_argument("--tokens", type=int, default=65536, help="of headline")
-    parser.add_argument("--step", choices=WANTED, action="append", help="of headline; both if not given")
-    parser.add_argument("--budget", type=float, default=0.25, help="of the training in headline, as a share of plain's estimate")
+    parser.add_argument(
+        "--step", choices=WANTED, action="append", help="of headline; both if not given"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=0.25,
+        help="of the training in headline, as a share of plain's estimate",
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:

@@ -136,7 +136,9 @@ class Job:
         }
 
         def generate(new: int, clock: Clock | None = None) -> list[int]:
-            text: list[int] = model.generate(ids, max_new_tokens=new, streamer=clock, **options)[0, ids.shape[1] :].tolist()
+            text: list[int] = model.generate(ids, max_new_tokens=new, streamer=clock, **options)[
+                0, ids.shape[1] :
+            ].tolist()
             return text
 
         row: Row = {"first_seconds": measure.timed(lambda: generate(2))}
@@ -145,7 +147,10 @@ class Job:
         clock = Clock()
         result = generate(self.new, clock)
         row["seconds"] = clock.between
-        return row | {"result": result[:8], "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+        return row | {
+            "result": result[:8],
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        }
 
 
 class Clock:
@@ -172,7 +177,11 @@ def jobs_of(lengths: Sequence[int], **settings: int) -> list[Job]:
     out = []
     for work in WORKS:
         for tokens in lengths:
-            ways = [("plain", "sdpa"), ("plain", "ours"), *((program, "ours") for program in PROGRAMS)]
+            ways = [
+                ("plain", "sdpa"),
+                ("plain", "ours"),
+                *((program, "ours") for program in PROGRAMS),
+            ]
             ways += [("plain", "eager"), ("plain", "flex")]
             out += [Job(work, tokens, program, way, **settings) for program, way in ways]
     return out
@@ -196,7 +205,19 @@ def _same(these: Sequence[float], those: Sequence[float]) -> bool:
 
 def table(rows: Sequence[Row]) -> str:
     """The figures for a person, and below them why cases failed."""
-    headers = ["work", "tokens", "program", "way", "s", "tokens/s", "of sdpa", "peak MiB", "of sdpa", "first s", "graphs"]
+    headers = [
+        "work",
+        "tokens",
+        "program",
+        "way",
+        "s",
+        "tokens/s",
+        "of sdpa",
+        "peak MiB",
+        "of sdpa",
+        "first s",
+        "graphs",
+    ]
     body, notes = [], []
     for row in rows:
         start = [row["work"], f"{row['tokens']:,}", row["program"], row["way"]]
@@ -206,22 +227,48 @@ def table(rows: Sequence[Row]) -> str:
             continue
         seconds = measure.median(row["seconds"])
         tokens = 1 if row["work"].startswith("decode") else row["tokens"]
-        time_ratio, peak_ratio = (f"{row[key]:.2f}" if key in row else "" for key in ("time_of_sdpa", "peak_of_sdpa"))
+        time_ratio, peak_ratio = (
+            f"{row[key]:.2f}" if key in row else "" for key in ("time_of_sdpa", "peak_of_sdpa")
+        )
         peak = f"{row['peak_bytes'] / 2**20:.0f}"
         first = f"{row['first_seconds']:.1f}"
         rate = f"{tokens / seconds:.4g}"
-        body.append([*start, f"{seconds:.4g}", rate, time_ratio, peak, peak_ratio, first, row["graphs"]])
-    return "\n\n".join([tabulate(body, headers=headers, disable_numparse=True), *(["\n".join(notes)] if notes else [])])
+        body.append(
+            [*start, f"{seconds:.4g}", rate, time_ratio, peak, peak_ratio, first, row["graphs"]]
+        )
+    return "\n\n".join(
+        [
+            tabulate(body, headers=headers, disable_numparse=True),
+            *(["\n".join(notes)] if notes else []),
+        ]
+    )
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     out.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    out.add_argument("--quick", action="store_true", help="a smaller model over 2,048 tokens, some minutes")
-    out.add_argument("--only", action="append", metavar="TEXT", help="cases whose name holds the text; may be repeated")
+    out.add_argument(
+        "--quick", action="store_true", help="a smaller model over 2,048 tokens, some minutes"
+    )
+    out.add_argument(
+        "--only",
+        action="append",
+        metavar="TEXT",
+        help="cases whose name holds the text; may be repeated",
+    )
     out.add_argument("--lengths", type=int, nargs="+", help=f"tokens {LENGTHS}")
-    out.add_argument("--limit", type=float, default=8.0, metavar="GIB", help="memory of a case's process (%(default)s)")
-    out.add_argument("--seconds", type=float, default=900.0, help="time of a case's process (%(default)s)")
+    out.add_argument(
+        "--limit",
+        type=float,
+        default=8.0,
+        metavar="GIB",
+        help="memory of a case's process (%(default)s)",
+    )
+    out.add_argument(
+        "--seconds", type=float, default=900.0, help="time of a case's process (%(default)s)"
+    )
     out.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     out.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     out.add_argument("--job", help=argparse.SUPPRESS)
@@ -232,16 +279,31 @@ def run(options: argparse.Namespace) -> int:
     """Measure the chosen cases, print the table, write the file; the exit code."""
     quick = {"width": 128, "layers": 2, "new": 9, "repeats": 2} if options.quick else {}
     lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)
-    jobs = [job for job in jobs_of(lengths, threads=options.threads, **quick) if _chosen(job, options.only)]
+    jobs = [
+        job
+        for job in jobs_of(lengths, threads=options.threads, **quick)
+        if _chosen(job, options.only)
+    ]
     if options.list or not jobs:
-        print("\n".join(job.name for job in jobs) or f"no case's name holds {options.only}; see --list")
+        print(
+            "\n".join(job.name for job in jobs)
+            or f"no case's name holds {options.only}; see --list"
+        )
         return 0 if jobs else 2
-    record: Row = {"hardware": _hardware(), "commit": commit(), "command": sys.argv[1:], "complete": False, "rows": []}
+    record: Row = {
+        "hardware": _hardware(),
+        "commit": commit(),
+        "command": sys.argv[1:],
+        "complete": False,
+        "rows": [],
+    }
     bases: dict[tuple[str, int], Row] = {}
     started = time.perf_counter()
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job.name} ...", flush=True)
-        row = asdict(job) | row_of(__file__, asdict(job), int(options.limit * 2**30), options.seconds)
+        row = asdict(job) | row_of(
+            __file__, asdict(job), int(options.limit * 2**30), options.seconds
+        )
         if job.way == "sdpa":
             bases[job.work, job.tokens] = row
         row = judged(row, bases.get((job.work, job.tokens)))
@@ -262,7 +324,10 @@ def _chosen(job: Job, only: Sequence[str] | None) -> bool:
 def _hardware() -> Row:
     import transformers
 
-    return measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability(), "transformers": transformers.__version__}
+    return measure.hardware() | {
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "transformers": transformers.__version__,
+    }
 
 
 def _said(row: Row) -> str:

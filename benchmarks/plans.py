@@ -28,7 +28,12 @@ CASES: tuple[tuple[str, Mask, Order, float], ...] = (
     ("window 256", masks.window(256), orders.identity(), 0.1),
     ("LongNet branch 8192/4, residue order", LONGNET, orders.residue(4, period=8192), 0.1),
     ("LongNet branch 2048/1", masks.segments(2048), orders.identity(), 0.1),
-    ("Hilbert window radius 12, 1024 x 1024", masks.neighborhood((SIDE, SIDE), 12), orders.hilbert(SIDE, SIDE), 1.0),
+    (
+        "Hilbert window radius 12, 1024 x 1024",
+        masks.neighborhood((SIDE, SIDE), 12),
+        orders.hilbert(SIDE, SIDE),
+        1.0,
+    ),
 )
 MOST_BYTES = 4 * 2**20
 IN_PARTS = {
@@ -44,7 +49,9 @@ def main() -> None:
     rows = [_map(*case) for case in CASES] + [_parts(name, mask) for name, mask in IN_PARTS.items()]
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
     if target:
-        measure.write_json(target, {"hardware": measure.hardware(), "tokens": TOKENS, "tile": TILE, "rows": rows})
+        measure.write_json(
+            target, {"hardware": measure.hardware(), "tokens": TOKENS, "tile": TILE, "rows": rows}
+        )
     raise SystemExit(not all(row["ok"] for row in rows))
 
 
@@ -59,7 +66,10 @@ def _map(name: str, mask: Mask, order: Order, allowed: float) -> dict[str, objec
     start = time.perf_counter()
     transposed = found.transpose()
     both = measure.median(seconds) + time.perf_counter() - start
-    right = all(_row(mask, order, row) == found.counts[row] for row in range(0, found.rows, found.rows // 64))
+    right = all(
+        _row(mask, order, row) == found.counts[row]
+        for row in range(0, found.rows, found.rows // 64)
+    )
     size = max(found.nbytes, transposed.nbytes)
     return {
         "mask": name,
@@ -87,7 +97,10 @@ def _parts(name: str, mask: Mask) -> dict[str, object]:
     lists = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     both = [*lists, *(each.replace("kv", "q") for each in lists)]
     size = sum(getattr(part.block_mask, each).nbytes for part in parts for each in both)
-    tiles = sum(int(part.block_mask.kv_num_blocks.sum() + part.block_mask.full_kv_num_blocks.sum()) for part in parts)
+    tiles = sum(
+        int(part.block_mask.kv_num_blocks.sum() + part.block_mask.full_kv_num_blocks.sum())
+        for part in parts
+    )
     return {
         "mask": f"{name}, {len(parts)} block masks",
         "seconds": seconds,

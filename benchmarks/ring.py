@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def exchange() -> list[Row]:
     for name, program in PROGRAMS.items():
         ring, alone = cd.compile(program, ranks=RANKS), cd.compile(program)
         with torch.no_grad():
-            times = measure.interleaved({"ring": lambda: ring(q, k, v), "alone": lambda: alone(q, k, v)}, repeats=3)  # noqa: B023
+            times = measure.interleaved(
+                {"ring": partial(ring, q, k, v), "alone": partial(alone, q, k, v)}, repeats=3
+            )
         ledger, plan = ring.ring.ledger, ring.plan(q, k, v)
         rows.append(
             {
@@ -80,9 +83,21 @@ def processes() -> list[Row]:
     """gloo processes of one thread each."""
     rows = []
     for ranks in (1, 2):
-        command = ["ring", "launch", LONGNET, "--shape", f"1,{HEADS},{TOKENS},{HEAD_DIM}", "--ranks", str(ranks), "--json"]
+        command = [
+            "ring",
+            "launch",
+            LONGNET,
+            "--shape",
+            f"1,{HEADS},{TOKENS},{HEAD_DIM}",
+            "--ranks",
+            str(ranks),
+            "--json",
+        ]
         run = subprocess.run(
-            [sys.executable, "-m", "compiled_dilated.cli", *command], stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, "-m", "compiled_dilated.cli", *command],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         found = json.loads(run.stdout)
         rows.append(
@@ -109,9 +124,17 @@ def peak() -> list[Row]:
         with measure.resident_peak() as resident:
             for rank in (0, 1, ranks // 2, ranks - 1):
                 own = schedule.layout.runs(rank)[0]
-                worker = Forward(schedule, rank, Call(0.25), *(sources.read(source, heads, own) for source in (q, k, v)))
+                worker = Forward(
+                    schedule,
+                    rank,
+                    Call(0.25),
+                    *(sources.read(source, heads, own) for source in (q, k, v)),
+                )
                 for step in schedule.steps(rank):
-                    received = [(sources.read(k, m.kv_heads, m.rows), sources.read(v, m.kv_heads, m.rows)) for m in step.messages]
+                    received = [
+                        (sources.read(k, m.kv_heads, m.rows), sources.read(v, m.kv_heads, m.rows))
+                        for m in step.messages
+                    ]
                     ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
                     worker.compute(step, received)
             process = resident()
@@ -133,7 +156,10 @@ def streamed() -> list[Row]:
     tokens, heads = 2**20, 2
     program = cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)
     with tempfile.TemporaryDirectory() as home:
-        paths, journal = [Path(home) / f"{name}.npy" for name in ("q", "k", "v", "out")], Path(home) / "journal"
+        paths, journal = (
+            [Path(home) / f"{name}.npy" for name in ("q", "k", "v", "out")],
+            Path(home) / "journal",
+        )
         random = np.random.default_rng(0)
         for path in paths[:3]:
             np.save(path, random.standard_normal((1, heads, tokens, HEAD_DIM), dtype=np.float32))
@@ -147,10 +173,20 @@ def streamed() -> list[Row]:
 
         with torch.no_grad():
             truth = alone(q, k, v)
-            times = measure.interleaved({"inside": lambda: alone(q, k, v), "outside": afresh}, repeats=3, warmup=0)
+            times = measure.interleaved(
+                {"inside": lambda: alone(q, k, v), "outside": afresh}, repeats=3, warmup=0
+            )
         inside, outside = (measure.median(times[name]) for name in ("inside", "outside"))
         error = (torch.from_numpy(np.load(paths[3])) - truth).abs().max().item()
-    return [{"tokens": tokens, "in memory s": inside, "streamed s": outside, "ratio": outside / inside, "differ by": error}]
+    return [
+        {
+            "tokens": tokens,
+            "in memory s": inside,
+            "streamed s": outside,
+            "ratio": outside / inside,
+            "differ by": error,
+        }
+    ]
 
 
 def longest() -> list[Row]:
@@ -165,7 +201,9 @@ def longest() -> list[Row]:
 
 def _apart(way: str, tokens: int) -> Row:
     code = f"from benchmarks.ring import alone; alone({way!r}, {tokens})"
-    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
     found: Row = json.loads(run.stdout)
     return found
 
@@ -173,7 +211,10 @@ def _apart(way: str, tokens: int) -> Row:
 def alone(way: str, tokens: int) -> None:
     """The whole life of one process of `longest`; prints its row."""
     torch.set_num_threads(2)
-    shape, program = (1, HEADS, tokens, HEAD_DIM), cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)
+    shape, program = (
+        (1, HEADS, tokens, HEAD_DIM),
+        cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True),
+    )
     with measure.resident_peak() as resident, torch.no_grad():
         if way == "memory":
             q, k, v = (torch.randn(shape, dtype=torch.float16) for _ in range(3))
@@ -185,18 +226,34 @@ def alone(way: str, tokens: int) -> None:
             with tempfile.TemporaryDirectory() as home:
                 seconds = measure.timed(lambda: ring(*sources, Path(home) / "out.npy"))
         held = resident()
-    row = {"way": way, "tokens": tokens, "seconds": seconds, "tokens/s": tokens / seconds, "process GiB": held / 2**30}
+    row = {
+        "way": way,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens/s": tokens / seconds,
+        "process GiB": held / 2**30,
+    }
     print(json.dumps(row))
 
 
-TABLES = {"exchange": exchange, "processes": processes, "peak": peak, "streamed": streamed, "longest": longest}
+TABLES = {
+    "exchange": exchange,
+    "processes": processes,
+    "peak": peak,
+    "streamed": streamed,
+    "longest": longest,
+}
 _ASKED_FOR = {"longest"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--only", choices=TABLES, action="append", help="tables to measure; all if not given")
+    parser.add_argument(
+        "--only", choices=TABLES, action="append", help="tables to measure; all if not given"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     tables = {}

@@ -41,7 +41,11 @@ class Gelu(nn.Module):
 class Swiglu(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gate, self.up, self.down = (
+            nn.Linear(width, 4 * width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -62,7 +66,10 @@ class Attention(nn.Module):
         self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for each in self.qkv(x).chunk(3, dim=-1)
+        )
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -133,9 +140,16 @@ class Case:
         model, x = self.make(self.width), torch.randn(1, self.tokens, self.width)
         chosen = self.chosen(x.nbytes)
         before = Loss(Checkpointed(*model.inner)) if self.checkpointed else model  # type: ignore[arg-type, misc]
-        steps = {"before": torch.compile(before, dynamic=False), "after": passes.compile(model, passes=chosen, dynamic=False)}
-        runs = {way: partial(self._run, step, [*model.parameters()], x) for way, step in steps.items()}
-        seconds = {way: measure.median(each) for way, each in measure.interleaved(runs, repeats).items()}
+        steps = {
+            "before": torch.compile(before, dynamic=False),
+            "after": passes.compile(model, passes=chosen, dynamic=False),
+        }
+        runs = {
+            way: partial(self._run, step, [*model.parameters()], x) for way, step in steps.items()
+        }
+        seconds = {
+            way: measure.median(each) for way, each in measure.interleaved(runs, repeats).items()
+        }
         units = {way: allocated_bytes(run) / x.nbytes for way, run in runs.items()}
         return {
             "step": name,
@@ -158,39 +172,77 @@ class Case:
 
 CASES = {
     "a GELU MLP trains": Case(
-        training(lambda width: Residual(Gelu(width), width)), lambda _: [Chunk()], 32768, 512, True, 5.3, 1.2
+        training(lambda width: Residual(Gelu(width), width)),
+        lambda _: [Chunk()],
+        32768,
+        512,
+        True,
+        5.3,
+        1.2,
     ),
     "a SwiGLU MLP trains": Case(
-        training(lambda width: Residual(Swiglu(width), width)), lambda _: [Chunk()], 32768, 512, True, 5.3, 1.2
+        training(lambda width: Residual(Swiglu(width), width)),
+        lambda _: [Chunk()],
+        32768,
+        512,
+        True,
+        5.3,
+        1.2,
     ),
     "a GELU block": Case(partial(block, Gelu), lambda _: [Chunk()], 8192, 512, most_units=4.1),
     "a SwiGLU block": Case(partial(block, Swiglu), lambda _: [Chunk()], 8192, 512, most_units=4.1),
     "a GELU block, streamed": Case(
-        partial(block, Gelu), lambda unit: [StreamQKV(chunk_bytes=unit // 16)], 16384, 512, most_units=3.2
+        partial(block, Gelu),
+        lambda unit: [StreamQKV(chunk_bytes=unit // 16)],
+        16384,
+        512,
+        most_units=3.2,
     ),
     "a SwiGLU block, streamed": Case(
-        partial(block, Swiglu), lambda unit: [StreamQKV(chunk_bytes=unit // 16)], 16384, 512, most_units=3.2
+        partial(block, Swiglu),
+        lambda unit: [StreamQKV(chunk_bytes=unit // 16)],
+        16384,
+        512,
+        most_units=3.2,
     ),
-    "four GELU layers": Case(partial(layers, Gelu), lambda _: [Materialize(), Reorder()], 8192, 256, most_units=9.0),
+    "four GELU layers": Case(
+        partial(layers, Gelu), lambda _: [Materialize(), Reorder()], 8192, 256, most_units=9.0
+    ),
     "four GELU layers train, against checkpoints": Case(
-        training(partial(layers, Gelu)), lambda unit: [Remat(28 * unit)], 8192, 256, True, 28.0, 1.0, checkpointed=True
+        training(partial(layers, Gelu)),
+        lambda unit: [Remat(28 * unit)],
+        8192,
+        256,
+        True,
+        28.0,
+        1.0,
+        checkpointed=True,
     ),
-    "four GELU layers train, spilled": Case(training(partial(layers, Gelu)), lambda _: [Spill()], 8192, 256, True),
+    "four GELU layers train, spilled": Case(
+        training(partial(layers, Gelu)), lambda _: [Spill()], 8192, 256, True
+    ),
     "a head and its loss train": Case(Head, lambda _: [LinearCrossEntropy()], 8192, 256, True),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--repeats", type=int, default=3, help="turns that count (%(default)s)")
-    parser.add_argument("--only", choices=CASES, action="append", help="cases to measure; all if not given")
+    parser.add_argument(
+        "--only", choices=CASES, action="append", help="cases to measure; all if not given"
+    )
     arguments = parser.parse_args()
     rows = []
     for name in arguments.only or CASES:
         print(f"{name} ...", flush=True)
         rows.append(row := CASES[name].row(name, arguments.repeats))
-        print(f"    {row['before U']:.1f} U -> {row['U']:.1f} U in {row['time of before']:.2f} of the time", flush=True)
+        print(
+            f"    {row['before U']:.1f} U -> {row['U']:.1f} U in {row['time of before']:.2f} of the time",
+            flush=True,
+        )
     print(f"\n{tabulate(rows, headers='keys', floatfmt='.3g')}")
     if arguments.json:
         measure.write_json(arguments.json, {"hardware": measure.hardware(), "passes": rows})

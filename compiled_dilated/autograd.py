@@ -317,5 +317,7 @@ def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, rule: str, scale: float
         out, _ = run(q, k, v, None, None, Options(rule, scale, q_offset, False, False, (), 0))
         return out
     by_token = is_by_token(q)
-    results: tuple[Tensor, Tensor] = attend_operator(q, k, v, None, None, rule, scale, q_offset, False, by_token)
+    results: tuple[Tensor, Tensor] = attend_operator(
+        q, k, v, None, None, rule, scale, q_offset, False, by_token
+    )
     return results[0]

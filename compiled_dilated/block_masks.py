@@ -95,7 +95,9 @@ def build(
     """The parts, for checked arguments; data may contain operands of traced functions."""
     per_head = [mask] if heads is None else [mask.at_head(head, heads) for head in range(heads)]
     maps = {
-        masked: TileMap.build(masked, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset)
+        masked: TileMap.build(
+            masked, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset
+        )
         for masked in dict.fromkeys(per_head)
     }
     if len(maps) == 1:
@@ -104,7 +106,10 @@ def build(
         mask = mask.for_heads(heads)
     position, parts = _positions(order, q_len, device), split(_union(list(maps.values())))
     mask = mask.on(device)
-    return tuple(_part(mask, [maps[masked] for masked in per_head], part, position, device, data) for part in parts)
+    return tuple(
+        _part(mask, [maps[masked] for masked in per_head], part, position, device, data)
+        for part in parts
+    )
 
 
 def block_mask(
@@ -129,7 +134,11 @@ def block_mask(
 
 
 def _check_data(
-    mask: Mask, query_tokens: int, key_tokens: int, data: Mapping[str, Tensor] | None, device: torch.device | str
+    mask: Mask,
+    query_tokens: int,
+    key_tokens: int,
+    data: Mapping[str, Tensor] | None,
+    device: torch.device | str,
 ) -> None:
     target = torch.empty(0, device=device).device
     checks.data(
@@ -147,7 +156,11 @@ def _check_data(
 
 def _batch(mask: Mask, data: Mapping[str, Tensor] | None) -> int:
     """Batch size of the data; 1 without data."""
-    tensors = [x for name, x in (data or {}).items() if name in mask.names and isinstance(x, Tensor) and x.dim() == 2]
+    tensors = [
+        x
+        for name, x in (data or {}).items()
+        if name in mask.names and isinstance(x, Tensor) and x.dim() == 2
+    ]
     return max((x.shape[0] for x in tensors), default=1)
 
 
@@ -165,7 +178,10 @@ def _union(maps: list[TileMap]) -> TileMap:
     first = maps[0]
     keys = np.unique(
         np.concatenate(
-            [tile_map.row_of.astype(np.int64) * tile_map.columns + tile_map.indices for tile_map in maps],
+            [
+                tile_map.row_of.astype(np.int64) * tile_map.columns + tile_map.indices
+                for tile_map in maps
+            ],
         )
     )
     row, column = keys // first.columns, keys % first.columns
@@ -223,7 +239,9 @@ def _cautious(tile_map: TileMap) -> TileMap:
 
     Kernels compute complete tiles and skip mask_mod in FULL ones; torch marks them PARTIAL too.
     """
-    short = (tile_map.row_of == tile_map.q_len // tile_map.q_tile) | (tile_map.indices == tile_map.kv_len // tile_map.kv_tile)
+    short = (tile_map.row_of == tile_map.q_len // tile_map.q_tile) | (
+        tile_map.indices == tile_map.kv_len // tile_map.kv_tile
+    )
     return replace(tile_map, full=tile_map.full & ~short)
 
 
@@ -240,7 +258,10 @@ def _rectangular(
     """
     kinds = [(~tile_list.full, tile_list.full) for tile_list in heads]
     counts = np.stack(
-        [[_row_counts(lists, kind) for kind in pair] for lists, pair in zip(heads, kinds, strict=True)],
+        [
+            [_row_counts(lists, kind) for kind in pair]
+            for lists, pair in zip(heads, kinds, strict=True)
+        ],
     )
     width = max(1, int(counts.max()))
     out: list[Tensor] = []
@@ -268,7 +289,12 @@ class _MaskMod(torch.nn.Module):
     """
 
     def __init__(
-        self, mask: Mask, q_first: int, kv_first: int, position: Tensor | None, data: Mapping[str, Tensor] | None
+        self,
+        mask: Mask,
+        q_first: int,
+        kv_first: int,
+        position: Tensor | None,
+        data: Mapping[str, Tensor] | None,
     ) -> None:
         super().__init__()
         self.mask, self.q_first, self.kv_first, self.position = mask, q_first, kv_first, position
@@ -289,7 +315,10 @@ def widen(block_mask: BlockMask) -> BlockMask:
     Lists are views of the narrow ones: a row's view continues into the next rows, and entries past
     a row's count are never read.
     """
-    rows, columns = (-(-length // size) for length, size in zip(block_mask.seq_lengths, block_mask.BLOCK_SIZE, strict=True))
+    rows, columns = (
+        -(-length // size)
+        for length, size in zip(block_mask.seq_lengths, block_mask.BLOCK_SIZE, strict=True)
+    )
     return BlockMask(
         seq_lengths=block_mask.seq_lengths,
         kv_num_blocks=block_mask.kv_num_blocks,

@@ -184,13 +184,17 @@ def scale(name: str, value: object) -> None:
 
 def number(name: str, value: object) -> None:
     """Raise unless a value is a finite number."""
-    if isinstance(value, bool) or not (isinstance(value, int | float) or (not is_compiling() and isinstance(value, Real))):
+    if isinstance(value, bool) or not (
+        isinstance(value, int | float) or (not is_compiling() and isinstance(value, Real))
+    ):
         raise TypeError(
             f"{name} must be a finite number; got {type(value).__name__} {value!r}. Leave it out for 1 / sqrt(head_dim)"
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
     comparable = value if isinstance(value, int | float) else float(value)
-    finite = -math.inf < comparable < math.inf and (is_compiling() or -_LARGEST <= comparable <= _LARGEST)
+    finite = -math.inf < comparable < math.inf and (
+        is_compiling() or -_LARGEST <= comparable <= _LARGEST
+    )
     if not finite:
         raise ValueError(
             f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)",
@@ -281,7 +285,11 @@ def captured(operands: Sequence[Tensor], device: torch.device) -> None:
 def sinks(sink_logits: object, heads: int, device: torch.device) -> None:
     """Raise unless there is one real logit per query head."""
     if not isinstance(sink_logits, Tensor) or tuple(sink_logits.shape) != (heads,):
-        came = tuple(sink_logits.shape) if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
+        came = (
+            tuple(sink_logits.shape)
+            if isinstance(sink_logits, Tensor)
+            else type(sink_logits).__name__
+        )
         raise ValueError(
             f"sink_logits must be a tensor of one logit per query head, shape ({heads},); got {came}",
         )
@@ -318,7 +326,12 @@ def last_offset(value: object, batch: int, device: torch.device) -> Any:
     """
     if not isinstance(value, Tensor):
         return q_offset(value)
-    if value.dtype != torch.int64 or value.dim() != 1 or value.shape[0] != batch or value.device != device:
+    if (
+        value.dtype != torch.int64
+        or value.dim() != 1
+        or value.shape[0] != batch
+        or value.device != device
+    ):
         raise ValueError(
             f"q_offset as a tensor must be int64 of shape ({batch},) on {device}, one position for each sequence of the batch; "
             f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"

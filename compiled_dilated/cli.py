@@ -26,14 +26,19 @@ app = typer.Typer(
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}")
+        typer.echo(
+            f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}"
+        )
         raise typer.Exit
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass

@@ -47,7 +47,11 @@ def compile(
 ) -> Streamed: ...
 @overload
 def compile(
-    program: nn.Module, *, attention: Any = ..., memory_budget: int | str | None = ..., dynamic: bool | None = ...
+    program: nn.Module,
+    *,
+    attention: Any = ...,
+    memory_budget: int | str | None = ...,
+    dynamic: bool | None = ...,
 ) -> Any: ...
 def compile(
     program: Program | Mask | nn.Module,
@@ -83,15 +87,27 @@ def compile(
     >>> out = attend(q, k, v)
     """
     if isinstance(program, nn.Module):
-        others = {"ranks": ranks, "mesh": mesh, "layout": layout, "transport": transport, "device": device}
-        given = [name for name, value in others.items() if value is not None] + ["lowering"] * (lowering != "auto")
+        others = {
+            "ranks": ranks,
+            "mesh": mesh,
+            "layout": layout,
+            "transport": transport,
+            "device": device,
+        }
+        given = [name for name, value in others.items() if value is not None] + ["lowering"] * (
+            lowering != "auto"
+        )
         if given or (memory_budget is None and attention is _NOTHING_SAID):
             raise ValueError(
                 f"a model is compiled with attention=..., memory_budget=... or both; got {', '.join(given) or 'neither'}. "
                 "Without them use torch.compile"
             )
         if attention is _NOTHING_SAID or hf.is_transformers_model(program):
-            model = program if attention is _NOTHING_SAID else _of_transformers(program, attention, memory_budget, dynamic)
+            model = (
+                program
+                if attention is _NOTHING_SAID
+                else _of_transformers(program, attention, memory_budget, dynamic)
+            )
             return model if memory_budget is None else _under_budget(model, memory_budget, dynamic)
         return _wrapped(program, attention, memory_budget, dynamic)
     if memory_budget is not None or dynamic is not None or attention is not _NOTHING_SAID:
@@ -101,9 +117,13 @@ def compile(
     if transport is not None:
         arguments.choice("transport", transport, TRANSPORTS)
         if transport == "distributed" and mesh is None:
-            raise ValueError("transport='distributed' needs a mesh, mesh=DeviceMesh(...) or a process group")
+            raise ValueError(
+                "transport='distributed' needs a mesh, mesh=DeviceMesh(...) or a process group"
+            )
         if transport != "distributed" and (ranks is None or mesh is not None):
-            raise ValueError(f"transport={transport!r} needs ranks, and no mesh; got ranks={ranks!r} and mesh={mesh!r}")
+            raise ValueError(
+                f"transport={transport!r} needs ranks, and no mesh; got ranks={ranks!r} and mesh={mesh!r}"
+            )
     if transport == "streamed" and ranks is not None:
         if layout not in (None, "contiguous") or lowering != "auto":
             raise ValueError(
@@ -112,11 +132,15 @@ def compile(
             )
         return Streamed(as_program(program), ranks, "cpu" if device is None else device)
     if device is not None:
-        raise ValueError(f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device computes")
+        raise ValueError(
+            f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device computes"
+        )
     return Attend(program, lowering, _ring(ranks, layout, mesh))
 
 
-def _of_transformers(model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None) -> nn.Module:
+def _of_transformers(
+    model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None
+) -> nn.Module:
     if memory_budget is None and dynamic is not None:
         raise ValueError(
             "dynamic goes with memory_budget here; without one compile the wrapped model yourself: torch.compile(model)"
@@ -125,7 +149,9 @@ def _of_transformers(model: nn.Module, attention: Any, memory_budget: int | str 
     return wrapped
 
 
-def _wrapped(model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None) -> nn.Module:
+def _wrapped(
+    model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None
+) -> nn.Module:
     # They import the compiler, which takes longer than all of this package.
     from .wrapping import graphs
 
@@ -143,17 +169,25 @@ def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | No
     return passes.compile(model, memory_budget=memory_budget, dynamic=dynamic)
 
 
-def _ring(ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None) -> Ring | None:
+def _ring(
+    ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None
+) -> Ring | None:
     if mesh is not None:
         group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
         if not isinstance(group, ProcessGroup):
-            raise TypeError(f"mesh must be a DeviceMesh of one dimension or a process group; got {type(mesh).__name__}")
+            raise TypeError(
+                f"mesh must be a DeviceMesh of one dimension or a process group; got {type(mesh).__name__}"
+            )
         if ranks not in (None, group.size()):
-            raise ValueError(f"the mesh has {group.size()} ranks; got ranks={ranks!r}. Leave ranks out")
+            raise ValueError(
+                f"the mesh has {group.size()} ranks; got ranks={ranks!r}. Leave ranks out"
+            )
         return Ring(group.size(), "auto" if layout is None else layout, Distributed(group))
     if ranks is None:
         if layout is not None:
-            raise ValueError(f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or mesh=...")
+            raise ValueError(
+                f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or mesh=..."
+            )
         return None
     return Ring(ranks, "auto" if layout is None else layout)
 
@@ -161,11 +195,15 @@ def _ring(ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup
 def _device_type(device: object) -> str:
     """The type of a device, as "cpu"; the device need not be there."""
     if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be a torch.device or its name, as 'cpu'; got {type(device).__name__} {device!r}")
+        raise TypeError(
+            f"device must be a torch.device or its name, as 'cpu'; got {type(device).__name__} {device!r}"
+        )
     try:
         return torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(f"device must be a device that torch knows, as 'cpu' or 'cuda'; got {device!r}") from error
+        raise ValueError(
+            f"device must be a device that torch knows, as 'cpu' or 'cuda'; got {device!r}"
+        ) from error
 
 
 @overload
@@ -222,14 +260,18 @@ def plan(
     """
     shape = arguments.integers("q_shape", q_shape, 1)
     if len(shape) != 4:
-        raise ValueError(f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}")
+        raise ValueError(
+            f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}"
+        )
     batch, heads, q_len, head_dim = shape
     kv_heads = heads if kv_heads is None else arguments.integer("kv_heads", kv_heads, 1)
     checks.groups(heads, kv_heads)
     kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
     value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. Write torch.float32, say")
+        raise TypeError(
+            f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. Write torch.float32, say"
+        )
     checks.dtype("dtype", dtype)
     arguments.flag("training", training)
     arguments.choice("lowering", lowering, planner.LOWERINGS)
@@ -237,7 +279,9 @@ def plan(
     q_offset = arguments.integer("q_offset", q_offset, 0)
     operands: list[Tensor] = []  # what functions capture: it lives while they are asked
     _, traced = text.traced(as_program(program), operands)
-    problem = problem_of(traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training)
+    problem = problem_of(
+        traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training
+    )
     ring = _ring(ranks, layout)
     if ring is not None:
         if q_len != kv_len or q_offset or lowering != "auto":

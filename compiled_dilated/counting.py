@@ -109,7 +109,9 @@ def _pairs_by_document(mask: Mask, q_len: int, kv_len: int, q_offset: int) -> in
     shapes = np.stack([last - first, np.minimum(stops, kv_len) - starts, first - starts], axis=1)
     shapes = shapes[(shapes[:, 0] > 0) & (shapes[:, 1] > 0)]
     total = 0
-    for (queries, keys, offset), times in zip(*(x.tolist() for x in np.unique(shapes, axis=0, return_counts=True)), strict=True):
+    for (queries, keys, offset), times in zip(
+        *(x.tolist() for x in np.unique(shapes, axis=0, return_counts=True)), strict=True
+    ):
         of_one = pairs(rest, queries, keys, offset)
         if of_one is None:
             return None
@@ -130,7 +132,9 @@ def cells(mask: Mask, q_cuts: IntArray, kv_cuts: IntArray) -> CellCounts:
     exact = True
     for some, signature in _by_signature(of, raster, verdict == PARTIAL):
         first, which, _ = _alike(some, _undecided(expanded, signature))
-        distinct = replace(some[first], owner=np.arange(len(first)), times=np.ones(len(first), dtype=object))
+        distinct = replace(
+            some[first], owner=np.arange(len(first)), times=np.ones(len(first), dtype=object)
+        )
         totals, left = _decided(expanded, distinct, len(first), _MOST_DIFFERENT_OF_CELLS)
         if left.different_pairs <= _MOST_PAIRS_OF_CELLS:
             _ask(expanded, left, totals)
@@ -141,7 +145,9 @@ def cells(mask: Mask, q_cuts: IntArray, kv_cuts: IntArray) -> CellCounts:
     return CellCounts(counts.reshape(len(q_cuts) - 1, len(kv_cuts) - 1), exact)
 
 
-def _decided(expanded: Mask, left: Rectangles, owners: int, most: int = _MOST_DIFFERENT) -> tuple[Any, Rectangles]:
+def _decided(
+    expanded: Mask, left: Rectangles, owners: int, most: int = _MOST_DIFFERENT
+) -> tuple[Any, Rectangles]:
     """Pairs of each owner that classification and formulas count, and rectangles whose pairs have to be asked about."""
     totals = np.zeros(owners, dtype=object)
     while len(left):
@@ -167,7 +173,9 @@ def _expanded(mask: Mask) -> Mask:
     return mask.expanded()
 
 
-def tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order, q_offset: int = 0) -> TileCounts | None:
+def tiles(
+    mask: Mask, q_len: int, kv_len: int, tile: int, order: Order, q_offset: int = 0
+) -> TileCounts | None:
     """Counts of the tiles that `TileMap.build` lists; None where too many of them differ."""
     if not isinstance(order, Identity):
         return _mapped_tiles(mask, q_len, kv_len, tile, order)
@@ -192,7 +200,9 @@ def tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order, q_offset
     return TileCounts(full, partial, 8 * (-(-q_len // tile) + 1) + 5 * (full + partial))
 
 
-def _mapped_tiles(mask: Mask, q_len: int, kv_len: int, tile: int, order: Order) -> TileCounts | None:
+def _mapped_tiles(
+    mask: Mask, q_len: int, kv_len: int, tile: int, order: Order
+) -> TileCounts | None:
     if max(q_len, kv_len) > _MOST_MAPPED_TOKENS:
         return None
     tile_map = TileMap.build(mask, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order)
@@ -238,10 +248,19 @@ def _by_signature(
     """Those rectangles of which all leaves say the same, and what they say."""
     table = np.stack(list(of.values()), axis=1)
     for signature in np.unique(table[wanted], axis=0):
-        yield rectangles[wanted & (table == signature).all(axis=1)], dict(zip(of, signature, strict=True))
+        yield (
+            rectangles[wanted & (table == signature).all(axis=1)],
+            dict(zip(of, signature, strict=True)),
+        )
 
 
-def _merged(expanded: Mask, of: Mapping[Mask, Verdicts], rectangles: Rectangles, wanted: Flags, totals: Any = None) -> Rectangles:
+def _merged(
+    expanded: Mask,
+    of: Mapping[Mask, Verdicts],
+    rectangles: Rectangles,
+    wanted: Flags,
+    totals: Any = None,
+) -> Rectangles:
     """Undecided rectangles without repetitions.
 
     totals: pairs of each owner; pairs that a formula counts are added to it, and their rectangles left out.
@@ -288,7 +307,13 @@ def _moved(rectangles: Rectangles, undecided: list[Mask]) -> tuple[IntArray, Int
     q, kv = rectangles.q, rectangles.kv
     if joint is not None:
         # Moving the key alone is moving the query alone, and then both back.
-        alone = kv_alone if q_alone is None else q_alone if kv_alone is None else math.gcd(q_alone, kv_alone)
+        alone = (
+            kv_alone
+            if q_alone is None
+            else q_alone
+            if kv_alone is None
+            else math.gcd(q_alone, kv_alone)
+        )
         moved = q // joint * joint
         q, kv = q - moved, kv - moved
         kv_alone = None if alone is None or alone % joint else alone
@@ -306,16 +331,26 @@ def _common(periods: Any) -> int | None:
     return common if common <= _LONGEST_PERIOD else None
 
 
-def _count_by_formula(mask: Mask, of: Mapping[Mask, Any], undecided: list[Mask], rectangles: Rectangles, totals: Any) -> bool:
+def _count_by_formula(
+    mask: Mask, of: Mapping[Mask, Any], undecided: list[Mask], rectangles: Rectangles, totals: Any
+) -> bool:
     """Add the pairs of rectangles that one leaf decides to their owners' totals; False where it has no formula."""
     # A formula is asked rectangle by rectangle: of small ones their pairs are asked sooner, all at once.
     if len(undecided) != 1 or rectangles.different_pairs <= _SMALLEST**2 * len(rectangles):
         return False
     (leaf,) = undecided
-    if_seen, if_hidden = (bool(_evaluated(mask, {**of, leaf: verdict}) == FULL) for verdict in (FULL, EMPTY))
+    if_seen, if_hidden = (
+        bool(_evaluated(mask, {**of, leaf: verdict}) == FULL) for verdict in (FULL, EMPTY)
+    )
     counts = np.zeros(len(rectangles), dtype=object)
     for number, (q, kv, rows, columns) in enumerate(
-        zip(*(side.tolist() for side in (rectangles.q, rectangles.kv, rectangles.rows, rectangles.columns)), strict=True)
+        zip(
+            *(
+                side.tolist()
+                for side in (rectangles.q, rectangles.kv, rectangles.rows, rectangles.columns)
+            ),
+            strict=True,
+        )
     ):
         seen = leaf.pairs(range(q, q + rows), range(kv, kv + columns))
         if seen is None:
@@ -353,7 +388,9 @@ def _estimated(mask: Mask, rectangles: Rectangles, owners: int) -> Any:
         row = np.arange(start, start + len(some), dtype=np.uint64)[:, None]
         random = splitmix64(splitmix64(row) ^ draws)
         # The two halves of a number are independent: one draws the query, the other the key.
-        q = some.q[:, None] + ((random >> np.uint64(32)) % some.rows[:, None].astype(np.uint64)).astype(np.int64)
+        q = some.q[:, None] + (
+            (random >> np.uint64(32)) % some.rows[:, None].astype(np.uint64)
+        ).astype(np.int64)
         low = random & np.uint64(0xFFFFFFFF)
         kv = some.kv[:, None] + (low % some.columns[:, None].astype(np.uint64)).astype(np.int64)
         share = _seen(mask, q, kv).mean(axis=1)

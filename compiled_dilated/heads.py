@@ -45,7 +45,9 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
         distinct = sorted(set(keys))
         shared, uneven = divmod(length, len(distinct))
         key_step = distinct[1] - distinct[0] if len(distinct) > 1 else 1
-        even = not uneven and all(key == distinct[0] + i // shared * key_step for i, key in enumerate(keys))
+        even = not uneven and all(
+            key == distinct[0] + i // shared * key_step for i, key in enumerate(keys)
+        )
         if even:
             rest = head_ranges(heads[length:], group)
             return [
@@ -68,4 +70,8 @@ def head_groups(
     for head in branch.head_range(heads):
         mask = branch.mask_at(head, heads)
         groups[mask] = (*groups.get(mask, ()), head)
-    return [(mask, *ranges) for mask, same in groups.items() for ranges in head_ranges(same, heads // kv_heads)]
+    return [
+        (mask, *ranges)
+        for mask, same in groups.items()
+        for ranges in head_ranges(same, heads // kv_heads)
+    ]

@@ -277,7 +277,9 @@ class Multihead(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that the submodules do not print."""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, gamma_init={self.gamma_init}"
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, gamma_init={self.gamma_init}"
+        )
 
 
 class MultiheadDilatedAttention(Multihead):
@@ -310,7 +312,12 @@ class MultiheadDilatedAttention(Multihead):
         lowering: str = "auto",
     ) -> None:
         attention = DilatedAttention(
-            segment_lengths, dilation_rates, softmax_scale, offsets=offsets, heads=heads, lowering=lowering
+            segment_lengths,
+            dilation_rates,
+            softmax_scale,
+            offsets=offsets,
+            heads=heads,
+            lowering=lowering,
         )
         super().__init__(
             attention,

@@ -278,7 +278,9 @@ def _backward(rule: Rule, call: Call, saved: Saved, options: Options) -> list[Te
 
 
 @torch.library.custom_op(
-    "compiled_dilated::attend", mutates_args=(), schema=f"({_INPUTS}, bool training, bool by_token) -> (Tensor, Tensor)"
+    "compiled_dilated::attend",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool training, bool by_token) -> (Tensor, Tensor)",
 )
 def attend_operator(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,

@@ -122,7 +122,10 @@ class Residue(Order):
         return n % period != 0 or period % self.rate != 0
 
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
-        start, last = np.atleast_1d(np.asarray(starts, dtype=np.int64)), np.atleast_1d(np.asarray(stops, dtype=np.int64)) - 1
+        start, last = (
+            np.atleast_1d(np.asarray(starts, dtype=np.int64)),
+            np.atleast_1d(np.asarray(stops, dtype=np.int64)) - 1,
+        )
         period = self.period or max(n, 1)
         (
             (block, class_, index),
@@ -187,7 +190,10 @@ class Residue(Order):
     ) -> torch.Tensor:
         dim, n = dim % x.ndim, x.shape[dim]
         period = self.period or max(n, 1)
-        periods, tail = n // period, n % period  # not divmod, which tracing cannot do on a symbolic length
+        periods, tail = (
+            n // period,
+            n % period,
+        )  # not divmod, which tracing cannot do on a symbolic length
         parts = []
         if periods:
             body = _split(x.narrow(dim, 0, periods * period), dim, periods, period)
@@ -295,7 +301,10 @@ class Hilbert(Order):
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
         """Bounding box of each run; exact for a complete square or cube of the curve."""
         self.check(n)
-        start, stop = np.atleast_1d(np.asarray(starts, dtype=np.int64)), np.atleast_1d(np.asarray(stops, dtype=np.int64))
+        start, stop = (
+            np.atleast_1d(np.asarray(starts, dtype=np.int64)),
+            np.atleast_1d(np.asarray(stops, dtype=np.int64)),
+        )
         # reduceat reduces [index, next index): every other one of start, stop, start, stop, ... is
         # a run.
         ends = np.stack([start, stop], axis=1).reshape(-1)
@@ -339,7 +348,9 @@ class PlacedHilbert(Order):
     def permutation(self, n: int) -> IntArray | None:
         self.check(n)
         out = np.arange(n, dtype=np.int64)
-        out[self.tokens.start : self.tokens.stop] = _curve(self.hilbert.grid) + np.int64(self.offset)
+        out[self.tokens.start : self.tokens.stop] = _curve(self.hilbert.grid) + np.int64(
+            self.offset
+        )
         return out
 
     def permute(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
@@ -365,7 +376,10 @@ class PlacedHilbert(Order):
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
         """Boxes as of `Hilbert`; a run across the grid's border becomes one contiguous range."""
         self.check(n)
-        start, stop = np.atleast_1d(np.asarray(starts, dtype=np.int64)), np.atleast_1d(np.asarray(stops, dtype=np.int64))
+        start, stop = (
+            np.atleast_1d(np.asarray(starts, dtype=np.int64)),
+            np.atleast_1d(np.asarray(stops, dtype=np.int64)),
+        )
         axes = len(self.hilbert.grid)
         extent, stride = (np.ones((len(start), axes), dtype=np.int64) for _ in range(2))
         low, high = (ends.clip(self.tokens.start, self.tokens.stop) for ends in (start, stop))

@@ -32,7 +32,10 @@ PLANS = PlanCache(most=512)
 
 def plan_for(problem: Problem, lowering: str = "auto") -> Plan:
     """The plan of a problem, from the cache; see `choose`."""
-    if takes_any_offset(problem.q_len, problem.training, lowering) and max(problem.kv_len, problem.q_offset) < _LONGEST_CACHE:
+    if (
+        takes_any_offset(problem.q_len, problem.training, lowering)
+        and max(problem.kv_len, problem.q_offset) < _LONGEST_CACHE
+    ):
         # Decoding: the native kernel finds its keys itself, so one plan serves all positions and
         # all lengths of the cache.
         key = replace(problem, kv_len=0, q_offset=0)
@@ -80,7 +83,11 @@ def _weighed(problem: Problem) -> list[Way]:
         if lowering.decides and _proposals(way) is not None:
             return [way]
         ways[lowering.name] = way
-    fused = [name for name, way in ways.items() if registry.named(name).is_fused and _proposals(way) is not None]
+    fused = [
+        name
+        for name, way in ways.items()
+        if registry.named(name).is_fused and _proposals(way) is not None
+    ]
     regular = ways["strided"]
     if not fused and _proposals(regular) is None:
         ways["strided and tiled"] = per_branch.with_tiles(problem, regular)
@@ -104,7 +111,9 @@ def _reason(best: Sequence[Proposal], possible: Sequence[Sequence[Proposal]], lo
         return f"as asked by lowering={lowering!r}"
     if best[0].lowering == "native":
         return "one kernel that finds its tiles at each call, whatever the mask and the length"
-    others = ", ".join(f"{_name(way)} {_dense_flops(way) / 1e9:,.1f}" for way in possible if way is not best)
+    others = ", ".join(
+        f"{_name(way)} {_dense_flops(way) / 1e9:,.1f}" for way in possible if way is not best
+    )
     return (
         f"takes as long as {_dense_flops(best) / 1e9:,.1f} GFLOP of dense attention; "
         f"{others or 'what else was tried is refused, see below'}"
@@ -138,7 +147,11 @@ def counted(plan: Plan) -> Plan:
                     },
                 )
             per_head = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
-            pairs = None if pairs is None or per_head is None else pairs + per_head * heads.count * problem.batch
+            pairs = (
+                None
+                if pairs is None or per_head is None
+                else pairs + per_head * heads.count * problem.batch
+            )
     return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
 
 

@@ -63,7 +63,15 @@ class Problem:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return 0 in (self.batch, self.heads, self.kv_heads, self.q_len, self.kv_len, self.head_dim, self.value_dim)
+        return 0 in (
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            self.q_len,
+            self.kv_len,
+            self.head_dim,
+            self.value_dim,
+        )
 
     @property
     def tensor_bytes(self) -> int:
@@ -181,7 +189,13 @@ class Plan:
         """Expected time of some proposals, one after the other, by `rates`; None where no rate was measured."""
         problem = self.problem
         times = [
-            rates.seconds(each.lowering, problem.dtype, problem.device, each.cost.dense_flops, problem.training)
+            rates.seconds(
+                each.lowering,
+                problem.dtype,
+                problem.device,
+                each.cost.dense_flops,
+                problem.training,
+            )
             for each in proposals
         ]
         known = [time for time in times if time is not None]
@@ -223,8 +237,16 @@ class Plan:
             f"chosen    {self.lowering}: {self.reason}",
         ]
         if self.untried:
-            lines.append(f"not tried {', '.join(self.untried)} (lowering={self.untried[0]!r} would)")
-        lines += [self._pairs_line(), *self._tile_lines(), self._work_line(), self._time_line(), self._memory_line()]
+            lines.append(
+                f"not tried {', '.join(self.untried)} (lowering={self.untried[0]!r} would)"
+            )
+        lines += [
+            self._pairs_line(),
+            *self._tile_lines(),
+            self._work_line(),
+            self._time_line(),
+            self._memory_line(),
+        ]
         return "\n".join(lines) + "\n\n" + self._table()
 
     def _pairs_line(self) -> str:
@@ -237,7 +259,10 @@ class Plan:
         return f"pairs     {cost.pairs:,} computed; the allowed ones are too many different ones to count in seconds"
 
     def _tile_lines(self) -> list[str]:
-        return [f"tiles     branch {row['branch']}, heads {row['heads']}: {_counts(row)}" for row in self.tiles]
+        return [
+            f"tiles     branch {row['branch']}, heads {row['heads']}: {_counts(row)}"
+            for row in self.tiles
+        ]
 
     def _work_line(self) -> str:
         cost = self.cost
@@ -282,19 +307,33 @@ class Plan:
                 "all" if row["branch"] is None else row["branch"],
                 f"{row['kernel_gflop']:,.1f}" if "kernel_gflop" in row else "",
                 f"{row['dense_gflop']:,.1f}" if "dense_gflop" in row else "",
-                _milliseconds(row["estimated_seconds"]) if row.get("estimated_seconds") is not None else "",
+                _milliseconds(row["estimated_seconds"])
+                if row.get("estimated_seconds") is not None
+                else "",
                 row.get("calls", ""),
                 f"{row['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in row else "",
                 row.get("refused", ""),
             ]
             for row in rows
         ]
-        headers = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "est. ms", "calls", "peak MiB", "refused because"]
+        headers = [
+            "",
+            "lowering",
+            "branch",
+            "GFLOP",
+            "as dense GFLOP",
+            "est. ms",
+            "calls",
+            "peak MiB",
+            "refused because",
+        ]
         alignment = ("left", "left", *["right"] * 6, "left")
         table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
         proposed = sum(isinstance(each, Proposal) for each in self.weighed)
         legend = "as dense GFLOP: what dense attention would compute in the same time"
-        return f"{table}\n{legend}{'; the least sum is chosen' if proposed > len(self.chosen) else ''}"
+        return (
+            f"{table}\n{legend}{'; the least sum is chosen' if proposed > len(self.chosen) else ''}"
+        )
 
     def _row(self, each: Proposal | Refusal) -> dict[str, Any]:
         row: dict[str, Any] = {

@@ -57,8 +57,14 @@ class Branch(_NoMask):
             raise TypeError(
                 f"order must be an order; got {type(self.order).__name__} {self.order!r}. Use compiled_dilated.orders"
             )
-        share = isinstance(self.heads, str) and re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.heads)
-        span = isinstance(self.heads, tuple) and len(self.heads) == 2 and all(type(head) is int for head in self.heads)
+        share = isinstance(self.heads, str) and re.fullmatch(
+            r"([0-9]{1,9})/([0-9]{1,9})", self.heads
+        )
+        span = (
+            isinstance(self.heads, tuple)
+            and len(self.heads) == 2
+            and all(type(head) is int for head in self.heads)
+        )
         if not (self.heads is None or span or (share and int(share[1]) < int(share[2]))):
             raise ValueError(
                 f"heads must be None, (start, stop) or a share 'i/k' with i < k; got {self.heads!r}",
@@ -186,7 +192,8 @@ class PerLength(_NoMask):
 
     def __str__(self) -> str:
         settings = ", ".join(
-            str(setting) if isinstance(setting, (Program, PerLength)) else repr(setting) for setting in self.settings
+            str(setting) if isinstance(setting, (Program, PerLength)) else repr(setting)
+            for setting in self.settings
         )
         return f"per_length({self.build.__name__!r}, ({settings}), {self.names!r})"
 
@@ -198,7 +205,11 @@ def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) ->
 
 def _shown(branches: object) -> str:
     """What came instead of branches, their masks by `str`."""
-    return f"({', '.join(map(str, branches))},)" if isinstance(branches, tuple) and branches else repr(branches)
+    return (
+        f"({', '.join(map(str, branches))},)"
+        if isinstance(branches, tuple) and branches
+        else repr(branches)
+    )
 
 
 def _mapped(setting: Any, change: Callable[[Mask], Mask]) -> Any:
@@ -360,7 +371,9 @@ def big_bird(
             )
     random_blocks = masks.random_blocks(block, arguments.integer("random", random, 0), tokens, seed)
     return as_program(
-        masks.block_window(block, window // block) | masks.global_tokens(global_tokens) | random_blocks,
+        masks.block_window(block, window // block)
+        | masks.global_tokens(global_tokens)
+        | random_blocks,
     )
 
 

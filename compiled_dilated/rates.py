@@ -11,7 +11,9 @@ MACHINE = "two cores with AVX-512 and AMX"
 FILES = "benchmarks/results/attention-cpu-2026-11-28.json, attention-more-cpu-2026-11-28.json"
 
 
-def seconds(lowering: str, dtype: str, device: str, dense_flops: float, training: bool) -> float | None:
+def seconds(
+    lowering: str, dtype: str, device: str, dense_flops: float, training: bool
+) -> float | None:
     """Expected time of a forward, or of a forward and backward; None where no rate was measured.
 
     dense_flops: what a dense kernel would compute in the time of a forward.

@@ -40,7 +40,12 @@ class Rectangles:
         row, column = (axis.reshape(-1) for axis in np.indices((rows, columns)))
         times = np.ones(rows * columns, dtype=object)
         return Rectangles(
-            q_cuts[row], kv_cuts[column], np.diff(q_cuts)[row], np.diff(kv_cuts)[column], times, np.arange(rows * columns)
+            q_cuts[row],
+            kv_cuts[column],
+            np.diff(q_cuts)[row],
+            np.diff(kv_cuts)[column],
+            times,
+            np.arange(rows * columns),
         )
 
     def __len__(self) -> int:
@@ -51,7 +56,9 @@ class Rectangles:
 
     @property
     def regions(self) -> tuple[Regions, Regions]:
-        return Regions.contiguous(self.q, self.q + self.rows), Regions.contiguous(self.kv, self.kv + self.columns)
+        return Regions.contiguous(self.q, self.q + self.rows), Regions.contiguous(
+            self.kv, self.kv + self.columns
+        )
 
     @property
     def areas(self) -> Any:
@@ -83,17 +90,31 @@ class Rectangles:
     def split(self, alignment: int, least: int) -> Rectangles:
         """Cut sides in two, at a power of two times `alignment`, or times `least` where they are no longer than it."""
         by_rows = _cut(self.q, self.rows, self.columns, alignment, least)
-        parts = [(rows, side) for rows in by_rows for side in _cut(self.kv, self.columns, self.rows, alignment, least)]
-        pieces = [Rectangles(q, kv, rows, columns, self.times, self.owner) for (q, rows), (kv, columns) in parts]
+        parts = [
+            (rows, side)
+            for rows in by_rows
+            for side in _cut(self.kv, self.columns, self.rows, alignment, least)
+        ]
+        pieces = [
+            Rectangles(q, kv, rows, columns, self.times, self.owner)
+            for (q, rows), (kv, columns) in parts
+        ]
         out = concatenated(pieces)
         return out[(out.rows > 0) & (out.columns > 0)]
 
 
 def concatenated(parts: list[Rectangles]) -> Rectangles:
-    return Rectangles(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)))
+    return Rectangles(
+        *(
+            np.concatenate(arrays)
+            for arrays in zip(*(vars(part).values() for part in parts), strict=True)
+        )
+    )
 
 
-def _cut(start: IntArray, length: IntArray, other: IntArray, alignment: int, least: int) -> list[tuple[IntArray, IntArray]]:
+def _cut(
+    start: IntArray, length: IntArray, other: IntArray, alignment: int, least: int
+) -> list[tuple[IntArray, IntArray]]:
     """Two parts (start, length) of each side; the second is empty where the side is short, or shorter than half the other."""
     step = np.where(length > alignment, alignment, least)
     power = np.frexp(((length - 1) // step).clip(1).astype(np.float64))[1].astype(np.int64) - 1

@@ -41,7 +41,13 @@ NAMES: Mapping[str, Callable[..., Any]] = {
     **{each.__name__: each for each in (programs.Branch, programs.Program)},
     **{
         each.__name__: each
-        for each in (programs.longnet, programs.local_window, programs.hilbert_window, programs.block_sparse, programs.big_bird)
+        for each in (
+            programs.longnet,
+            programs.local_window,
+            programs.hilbert_window,
+            programs.block_sparse,
+            programs.big_bird,
+        )
     },
 }
 _MOST_CHARACTERS, _MOST_DEPTH = 10_000, 50
@@ -73,7 +79,9 @@ def read_program(text: str, function_named: Callable[[str], MaskMod] | None = No
         names["from_mod"] = from_mod
     value = _value(text, names)
     if not isinstance(value, (Program, Mask)):
-        raise ExpressionError(f"{text!r} is {_kind(value)}, and a program or a mask is needed, such as causal() & window(256)")
+        raise ExpressionError(
+            f"{text!r} is {_kind(value)}, and a program or a mask is needed, such as causal() & window(256)"
+        )
     return programs.as_program(value)
 
 
@@ -85,7 +93,9 @@ def read_order(text: str) -> Order:
     """
     value = _value(text, NAMES)
     if not isinstance(value, Order):
-        raise ExpressionError(f"{text!r} is {_kind(value)}, and an order is needed: identity(), residue(4) or hilbert(64, 64)")
+        raise ExpressionError(
+            f"{text!r} is {_kind(value)}, and an order is needed: identity(), residue(4) or hilbert(64, 64)"
+        )
     return value
 
 
@@ -126,7 +136,11 @@ def fill(text: str, functions: Sequence[MaskMod], operands: list[Tensor]) -> str
         graph, captured = trace_mask_mod(function)
         slots = append(captured, operands)
         graphs.append(f"traced({graph.text!r}, {slots!r}, {name_of(function)!r}")
-    return re.sub(r"\bfunction\((\d+)", lambda match: graphs[int(match[1])], text) if functions else text
+    return (
+        re.sub(r"\bfunction\((\d+)", lambda match: graphs[int(match[1])], text)
+        if functions
+        else text
+    )
 
 
 def append(tensors: Sequence[Tensor], operands: list[Tensor]) -> tuple[int, ...]:
@@ -154,7 +168,9 @@ class _Numbered(FromMod):
     number: int = 0
 
     def __repr__(self) -> str:
-        return f"function({self.number}{'' if self.within is None else f', within={self.within!r}'})"
+        return (
+            f"function({self.number}{'' if self.within is None else f', within={self.within!r}'})"
+        )
 
 
 def _shortened(mask: Mask, operands: list[Tensor], numbers: Iterator[int]) -> Mask:
@@ -204,7 +220,9 @@ def _numbers(operand: Tensor) -> bytes:
 
 @lru_cache(maxsize=256)
 def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLength:
-    lists = {slot: tuple(np.frombuffer(numbers, dtype=np.int64).tolist()) for slot, numbers in stored}
+    lists = {
+        slot: tuple(np.frombuffer(numbers, dtype=np.int64).tolist()) for slot, numbers in stored
+    }
     names: dict[str, Callable[..., Any]] = {
         **NAMES,
         "traced": of_graph,
@@ -220,8 +238,16 @@ def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLeng
 
 
 def _kind(value: object) -> str:
-    kinds = {Mask: "a mask", Program: "a program", Order: "an order", programs.Branch: "a branch; write Program((Branch(...),))"}
-    return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"the {type(value).__name__} {value!r}")
+    kinds = {
+        Mask: "a mask",
+        Program: "a program",
+        Order: "an order",
+        programs.Branch: "a branch; write Program((Branch(...),))",
+    }
+    return next(
+        (name for kind, name in kinds.items() if isinstance(value, kind)),
+        f"the {type(value).__name__} {value!r}",
+    )
 
 
 def _value(
@@ -231,14 +257,18 @@ def _value(
     most_depth: int = _MOST_DEPTH,
 ) -> Any:
     if len(text) > most_characters:
-        raise ExpressionError(f"an expression may have {most_characters:,} characters; got {len(text):,}")
+        raise ExpressionError(
+            f"an expression may have {most_characters:,} characters; got {len(text):,}"
+        )
     line = text.replace("\n", " ").strip()
     try:
         tree = ast.parse(line, mode="eval").body
     except SyntaxError as error:
         raise ExpressionError(f"{error.msg}{_pointer(line, (error.offset or 1) - 1)}") from None
     except (ValueError, MemoryError, RecursionError) as error:
-        raise ExpressionError(f"the expression cannot be parsed: {str(error) or 'it is nested too deep'}") from None
+        raise ExpressionError(
+            f"the expression cannot be parsed: {str(error) or 'it is nested too deep'}"
+        ) from None
     return _Reader(line, names, most_depth).read(tree)
 
 
@@ -279,10 +309,17 @@ class _Reader:
             case ast.Name(id=name):
                 raise self.error(node, _unknown(name, self.names))
             case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
-                raise self.error(node, "masks are joined by `&`, `|` and `~`, not by `and`, `or` and `not`")
-        raise self.error(node, "only calls of masks, orders and programs, literals, `&`, `|` and `~` can stand here")
+                raise self.error(
+                    node, "masks are joined by `&`, `|` and `~`, not by `and`, `or` and `not`"
+                )
+        raise self.error(
+            node,
+            "only calls of masks, orders and programs, literals, `&`, `|` and `~` can stand here",
+        )
 
-    def joined(self, node: ast.expr, operator: Callable[..., Any], *operands: ast.expr, depth: int) -> Any:
+    def joined(
+        self, node: ast.expr, operator: Callable[..., Any], *operands: ast.expr, depth: int
+    ) -> Any:
         values = [self.read(operand, depth + 1) for operand in operands]
         for operand, value in zip(operands, values, strict=True):
             if not isinstance(value, Mask):
@@ -292,7 +329,9 @@ class _Reader:
     def call(self, node: ast.Call, name: str, depth: int) -> Any:
         if name not in self.names:
             raise self.error(node, _unknown(name, self.names))
-        if any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords):
+        if any(isinstance(each, ast.Starred) for each in node.args) or any(
+            each.arg is None for each in node.keywords
+        ):
             raise self.error(node, "`*` and `**` cannot stand here; write the arguments out")
         positional = [self.read(each, depth + 1) for each in node.args]
         named = {each.arg: self.read(each.value, depth + 1) for each in node.keywords if each.arg}

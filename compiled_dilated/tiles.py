@@ -169,7 +169,9 @@ class TileMap(TileLists):
         first, last = self.offsets[queries.start], self.offsets[queries.stop]
         indices, full = self.indices[first:last], self.full[first:last]
         inside = (indices >= keys.start) & (indices < keys.stop)
-        offsets = np.concatenate([[0], np.cumsum(inside)])[self.offsets[queries.start : queries.stop + 1] - first]
+        offsets = np.concatenate([[0], np.cumsum(inside)])[
+            self.offsets[queries.start : queries.stop + 1] - first
+        ]
         return TileMap(
             offsets=offsets,
             indices=indices[inside] - np.int32(keys.start),
@@ -196,7 +198,9 @@ class TileMap(TileLists):
         coarse, group = np.unique(keys, return_inverse=True)
         full = np.bincount(group, weights=self.full, minlength=len(coarse))
         row, column = coarse // max(columns, 1), coarse % max(columns, 1)
-        inside = np.minimum(q_factor, self.rows - row * q_factor) * np.minimum(kv_factor, self.columns - column * kv_factor)
+        inside = np.minimum(q_factor, self.rows - row * q_factor) * np.minimum(
+            kv_factor, self.columns - column * kv_factor
+        )
         lists = TileLists.of(rows, columns, row, column, full == inside)
         return replace(
             self,
@@ -228,7 +232,10 @@ def _covering(
     side = 1
     while -(-rows // side) * -(-columns // side) > _FIRST_SUPER_TILES:
         side *= _SPLIT
-    row, column = (axis.reshape(-1) for axis in np.indices((-(-rows // side), -(-columns // side)), dtype=np.int32))
+    row, column = (
+        axis.reshape(-1)
+        for axis in np.indices((-(-rows // side), -(-columns // side)), dtype=np.int32)
+    )
     runs: list[tuple[TileIndices, TileIndices, TileIndices, Flags]] = []
     listed = 0
     while True:

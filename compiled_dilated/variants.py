@@ -132,7 +132,12 @@ class RingAttention(nn.Module):
 
     def __init__(self, name: str, execution: str, ring_size: int, attention: Attention) -> None:
         super().__init__()
-        self.name, self.execution, self.ring_size, self.attention = name, execution, ring_size, attention
+        self.name, self.execution, self.ring_size, self.attention = (
+            name,
+            execution,
+            ring_size,
+            attention,
+        )
 
     def program(self, tokens: int, is_causal: bool = False) -> Program:
         """The program of a call with this many tokens on all devices together."""
@@ -249,9 +254,7 @@ def _parameters(module: type[nn.Module]) -> dict[str, bool]:
 _LONGNET = "the LongNet program, one softmax over all branches"
 _SAME = f"{_LONGNET}; the same numbers for every ring size"
 _BLOCKS = "a window that holds the stated share of all pairs, one softmax; the same numbers for every ring size"
-_CHUNKED = (
-    "in one process no attention crosses the chunks that q, k and v are cut into; causal leaks; 16K tokens, ring 16: all zeros"
-)
+_CHUNKED = "in one process no attention crosses the chunks that q, k and v are cut into; causal leaks; 16K tokens, ring 16: all zeros"
 
 TABLE: tuple[Variant, ...] = (
     Variant(
@@ -378,7 +381,9 @@ TABLE: tuple[Variant, ...] = (
     ),
 )
 
-_BY_NAME = {spelling: row for row in TABLE for spelling in (row.name, row.alias) if spelling is not None}
+_BY_NAME = {
+    spelling: row for row in TABLE for spelling in (row.name, row.alias) if spelling is not None
+}
 
 
 def find(name: str) -> tuple[Variant, dict[str, Any]]:

@@ -49,7 +49,9 @@ def model_of(tokens: int) -> BertForMaskedLM:
 def largest_difference(model: BertForMaskedLM, program: cd.Program, ids: Tensor) -> float:
     """The largest difference of the model's logits from those of the dense float64 reference."""
 
-    def dense(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> tuple[Tensor, None]:
+    def dense(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
         out = cd.reference(program, query, key, value, scale=scaling)
         return out.transpose(1, 2).to(query.dtype), None
 
@@ -64,7 +66,9 @@ def largest_difference(model: BertForMaskedLM, program: cd.Program, ids: Tensor)
 
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train; returns the losses."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="a few steps on 1,024 bytes")
     short = parser.parse_args(arguments).short
     tokens, steps = (1024, 5) if short else (4096, 20)
@@ -89,7 +93,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     difference = largest_difference(model, program, pieces[0][None, :1024])
     print(f"loss of masked bytes {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps")
-    print(f"logits of 1,024 tokens differ from the dense float64 reference by {difference:.1e} at most")
+    print(
+        f"logits of 1,024 tokens differ from the dense float64 reference by {difference:.1e} at most"
+    )
     print(cd.sites(model))
     if difference > 1e-4 or losses[-1] >= losses[0]:
         raise SystemExit("the logits are wrong, or the loss did not fall")

@@ -39,7 +39,9 @@ class Layer(nn.Module):
         self.attend = attend
         self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, HEADS, -1)).unbind(2)
@@ -112,10 +114,14 @@ def train(tokens: int, steps: int) -> None:
         return
     truth = losses_of(alone, ids, targets, steps)
     for step, (distributed, single) in enumerate(zip(losses.tolist(), truth.tolist(), strict=True)):
-        print(f"step {step + 1}: loss {distributed:.6f} of {RING * SHARDS} processes, {single:.6f} of one")
+        print(
+            f"step {step + 1}: loss {distributed:.6f} of {RING * SHARDS} processes, {single:.6f} of one"
+        )
     parameters = sum(weight.numel() for weight in alone.parameters())
     local = sum(weight.to_local().numel() for weight in model.parameters())
-    print(f"a process has {local:,} of {parameters:,} parameters and {len(positions)} of {tokens} tokens")
+    print(
+        f"a process has {local:,} of {parameters:,} parameters and {len(positions)} of {tokens} tokens"
+    )
     difference = float((losses - truth).abs().max())
     print(f"losses differ by {difference:.1e} at most")
     if difference > 1e-4 or truth[-1] >= truth[0]:
@@ -124,7 +130,9 @@ def train(tokens: int, steps: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Start the processes, or be one of them; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="3 steps on 256 tokens")
     options = parser.parse_args(arguments)
     if "RANK" not in os.environ:

@@ -51,7 +51,9 @@ def model_of(tokens: int) -> LlamaForCausalLM:
 
 def main(arguments: list[str] | None = None) -> bool:
     """Generate; returns whether every token is the one that a forward over the whole text gives."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="300 tokens of context")
     context, new = (300, 30) if parser.parse_args(arguments).short else (16_384, 200)
 
@@ -66,7 +68,9 @@ def main(arguments: list[str] | None = None) -> bool:
     text = model.generate(prompt, **options, max_new_tokens=new)
     end = time.perf_counter()
     prefill, decode = prefilled - start, (end - prefilled) - (prefilled - start)
-    print(f"prompt of {context:,} tokens: {prefill:.2f} s, the first call's preparations among them")
+    print(
+        f"prompt of {context:,} tokens: {prefill:.2f} s, the first call's preparations among them"
+    )
     print(f"{new} tokens behind it: {1e3 * max(decode, 0.0) / (new - 1):.1f} ms a token")
 
     with torch.no_grad():

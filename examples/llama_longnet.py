@@ -64,7 +64,13 @@ def model_of(tokens: int) -> LlamaForCausalLM:
 
 
 def dense(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention by the dense float64 reference, called as transformers calls it."""
     out = cd.reference(PROGRAM, query, key, value, scale=scaling)
@@ -84,7 +90,9 @@ def largest_difference(model: LlamaForCausalLM, ids: Tensor) -> float:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train; returns the losses, the difference from the reference and the table of layers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="a few steps on 2,048 bytes")
     short = parser.parse_args(arguments).short
     tokens, steps = (2048, 4) if short else (16384, 12)
@@ -108,9 +116,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         trainer.train()
 
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps of {tokens:,} tokens")
+    print(
+        f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps of {tokens:,} tokens"
+    )
     difference = largest_difference(model, data[0]["input_ids"][None, :1024])
-    print(f"logits of 1,024 tokens differ from the dense float64 reference by {difference:.1e} at most")
+    print(
+        f"logits of 1,024 tokens differ from the dense float64 reference by {difference:.1e} at most"
+    )
     sites = cd.sites(model)
     print(sites)
     if difference > 1e-4 or losses[-1] >= losses[0]:

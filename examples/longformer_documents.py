@@ -35,7 +35,9 @@ def text_of(module: str) -> bytes:
     return source.replace(module.encode(), b"_" * len(module))
 
 
-def batch_of(texts: list[bytes], tokens: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(
+    texts: list[bytes], tokens: int, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and global flags (size, tokens) of random pieces, and their modules (size,)."""
     labels = torch.randint(len(texts), (size,), generator=generator)
     ids = torch.full((size, tokens), CLASS_TOKEN)
@@ -60,7 +62,9 @@ class Layer(nn.Module):
         self.attend = cd.compile(PROGRAM)
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor, is_global: Tensor) -> Tensor:
         q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -99,7 +103,9 @@ def largest_difference(is_global: Tensor) -> float:
 
 def main(arguments: list[str] | None = None) -> float:
     """Train; returns the share of new texts that are classified right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="a few steps on 512 bytes")
     short = parser.parse_args(arguments).short
     tokens, steps, size = (512, 8, 8) if short else (2048, 60, 8)

@@ -68,7 +68,9 @@ def loss_of_packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
-def step(model: LlamaForCausalLM, texts: list[Tensor], loss_of: Callable[..., Tensor]) -> tuple[float, Tensor, float]:
+def step(
+    model: LlamaForCausalLM, texts: list[Tensor], loss_of: Callable[..., Tensor]
+) -> tuple[float, Tensor, float]:
     """Loss per byte, all gradients as one vector, and seconds of a forward and a backward."""
     model.zero_grad()
     start = time.perf_counter()
@@ -81,7 +83,9 @@ def step(model: LlamaForCausalLM, texts: list[Tensor], loss_of: Callable[..., Te
 
 def main(arguments: list[str] | None = None) -> tuple[float, float]:
     """Compare; returns the two losses."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="5 documents")
     texts = documents(5 if parser.parse_args(arguments).short else 24)
     lengths = [len(text) for text in texts]

@@ -51,7 +51,13 @@ def model_of() -> ViTForImageClassification:
 
 
 def dense(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention by the dense float64 reference, called as transformers calls it."""
     out = cd.reference(PROGRAM, query, key, value, scale=scaling)
@@ -71,7 +77,9 @@ def largest_difference(model: ViTForImageClassification, images: Tensor) -> floa
 
 def main(arguments: list[str] | None = None) -> float:
     """Train; returns the share of new images that are classified right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="a few steps")
     steps = 15 if parser.parse_args(arguments).short else 60
 

@@ -10,8 +10,12 @@ from compiled_dilated.planner import PLANS
 
 def lru_caches() -> list[_lru_cache_wrapper]:
     """The functions of the package that remember results."""
-    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "compiled_dilated"]
-    return [x for module in modules for x in vars(module).values() if isinstance(x, _lru_cache_wrapper)]
+    modules = [
+        module for name, module in sys.modules.items() if name.split(".")[0] == "compiled_dilated"
+    ]
+    return [
+        x for module in modules for x in vars(module).values() if isinstance(x, _lru_cache_wrapper)
+    ]
 
 
 def forget() -> None:

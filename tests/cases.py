@@ -62,7 +62,9 @@ class Case:
     data: DataOf | None = field(default=None, repr=False)
     crossed: bool = True
 
-    def inputs(self, n: int, dtype: torch.dtype, q_len: int | None = None, kv_len: int | None = None) -> Inputs:
+    def inputs(
+        self, n: int, dtype: torch.dtype, q_len: int | None = None, kv_len: int | None = None
+    ) -> Inputs:
         """Random inputs, the same at every call; q_len and kv_len tokens out of n positions (default: all)."""
         q_len, kv_len = n if q_len is None else q_len, n if kv_len is None else kv_len
         generator = torch.Generator().manual_seed(n)
@@ -71,11 +73,24 @@ class Case:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         q = normal(BATCH, self.heads, q_len, HEAD_DIM)
-        k, v = normal(BATCH, self.kv_heads, kv_len, HEAD_DIM), normal(BATCH, self.kv_heads, kv_len, self.value_dim)
-        grad_out, grad_lse = normal(BATCH, self.heads, q_len, self.value_dim), normal(BATCH, self.heads, q_len)
+        k, v = (
+            normal(BATCH, self.kv_heads, kv_len, HEAD_DIM),
+            normal(BATCH, self.kv_heads, kv_len, self.value_dim),
+        )
+        grad_out, grad_lse = (
+            normal(BATCH, self.heads, q_len, self.value_dim),
+            normal(BATCH, self.heads, q_len),
+        )
         q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
         data = {} if self.data is None else self.data(BATCH, n)
-        return Inputs(q, k, v, data, grad_out.to(dtype), grad_lse.to(torch.promote_types(dtype, torch.float32)))
+        return Inputs(
+            q,
+            k,
+            v,
+            data,
+            grad_out.to(dtype),
+            grad_lse.to(torch.promote_types(dtype, torch.float32)),
+        )
 
     def __str__(self) -> str:
         return self.name
@@ -103,7 +118,9 @@ def some_padding(batch: int, n: int) -> dict[str, Tensor]:
 
 def all_padding(batch: int, n: int) -> dict[str, Tensor]:
     """Nothing is left of the first batch entry."""
-    return {"padding": torch.stack([torch.ones(n, dtype=torch.bool), torch.arange(n) > n // 2][:batch])}
+    return {
+        "padding": torch.stack([torch.ones(n, dtype=torch.bool), torch.arange(n) > n // 2][:batch])
+    }
 
 
 def both_data(batch: int, n: int) -> dict[str, Tensor]:
@@ -132,7 +149,13 @@ def checkered(n: int, block: int) -> Mask:
     """Some tiles: a diagonal, a row that sees little, a column that many see; the last row of tiles sees nothing."""
     size = max(1, n // block)
     return masks.tiles(
-        [(i, j) for i in range(size) for j in range(size) if j in (i, (i * 5) % size) or (j == 0 and i % 2)], block
+        [
+            (i, j)
+            for i in range(size)
+            for j in range(size)
+            if j in (i, (i * 5) % size) or (j == 0 and i % 2)
+        ],
+        block,
     )
 
 
@@ -234,7 +257,10 @@ _GRIDS = (
     Case("neighborhood", lambda n: masks.neighborhood(grid_of(n), (2, 3))),
     Case("neighborhood shifted", lambda n: masks.neighborhood(grid_of(n), 2, edges="shift")),
     Case("neighborhood dilated", lambda n: masks.neighborhood(grid_of(n), (1, 3), dilation=(1, 3))),
-    Case("neighborhood dilated, shifted", lambda n: masks.neighborhood(grid_of(n), 1, dilation=(1, 3), edges="shift")),
+    Case(
+        "neighborhood dilated, shifted",
+        lambda n: masks.neighborhood(grid_of(n), 1, dilation=(1, 3), edges="shift"),
+    ),
     Case("neighborhood causal", lambda n: masks.neighborhood(grid_of(n), 3, causal=True)),
     Case(
         "neighborhood causal along one axis, shifted",
@@ -245,16 +271,30 @@ _GRIDS = (
         "neighborhood of a volume, shifted",
         lambda n: masks.neighborhood(grid_of(n, 3), (1, 1, 4), dilation=(1, 1, 2), edges="shift"),
     ),
-    Case("neighborhood and causal tokens", lambda n: masks.neighborhood(grid_of(n), 3) & masks.causal()),
-    Case("neighborhood and segments", lambda n: masks.neighborhood(grid_of(n), 3) & masks.segments(50)),
+    Case(
+        "neighborhood and causal tokens",
+        lambda n: masks.neighborhood(grid_of(n), 3) & masks.causal(),
+    ),
+    Case(
+        "neighborhood and segments",
+        lambda n: masks.neighborhood(grid_of(n), 3) & masks.segments(50),
+    ),
     Case("neighborhood of a part of its grid", lambda n: masks.neighborhood((16, n // 16 + 3), 3)),
-    Case("neighborhood of some lines of its grid", lambda n: masks.neighborhood((n + 4, math.gcd(n, 12)), 3)),
+    Case(
+        "neighborhood of some lines of its grid",
+        lambda n: masks.neighborhood((n + 4, math.gcd(n, 12)), 3),
+    ),
     Case("neighborhood within", lambda n: masks.neighborhood(grid_within(n)[0], (2, 3), offset=2)),
     Case(
         "neighborhood within, of a volume, shifted and dilated",
-        lambda n: masks.neighborhood(grid_within(n, 3)[0], 1, dilation=(1, 1, 2), edges="shift", offset=1),
+        lambda n: masks.neighborhood(
+            grid_within(n, 3)[0], 1, dilation=(1, 1, 2), edges="shift", offset=1
+        ),
     ),
-    Case("neighborhood at the front", lambda n: masks.neighborhood((7, 5), 2, causal=(True, False), offset=0)),
+    Case(
+        "neighborhood at the front",
+        lambda n: masks.neighborhood((7, 5), 2, causal=(True, False), offset=0),
+    ),
     Case("neighborhood beyond the end", lambda n: masks.neighborhood((40, 40), 3, offset=n // 2)),
 )
 

@@ -22,10 +22,14 @@ def normal(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def assert_close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:
+def assert_close(
+    results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE
+) -> None:
     """Equal to the tolerance; infinite and NaN in the same places."""
     for result, value in zip(results, expected, strict=True):
-        torch.testing.assert_close(result.double(), value.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+        torch.testing.assert_close(
+            result.double(), value.double(), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
 
 
 def results_and_gradients(

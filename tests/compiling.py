@@ -88,20 +88,29 @@ class Compiled:
 def compiled(model: nn.Module, *inputs: Tensor, passes: Sequence[Any] = ()) -> Compiled:
     """Compiles with passes at the lowered stage and what they ask for, and runs."""
     lines: list[str] = []
-    options = {name: value for each in passes for name, value in getattr(each, "options", {}).items()}
+    options = {
+        name: value for each in passes for name, value in getattr(each, "options", {}).items()
+    }
 
     def apply(graph: Graph) -> None:
         for each in passes:
             lines.extend(each(graph))
 
     torch._dynamo.reset()
-    with config.patch({"post_grad_custom_post_pass": apply, "force_disable_caches": True, **options}), torch.no_grad():
+    with (
+        config.patch(
+            {"post_grad_custom_post_pass": apply, "force_disable_caches": True, **options}
+        ),
+        torch.no_grad(),
+    ):
         run = torch.compile(model)
         result = run(*inputs)
         return Compiled(result, measured_peak(lambda: run(*inputs)), lines)
 
 
-def trained(model: nn.Module, x: Tensor, **options: Any) -> tuple[list[GraphModule], Callable[[Tensor], int]]:
+def trained(
+    model: nn.Module, x: Tensor, **options: Any
+) -> tuple[list[GraphModule], Callable[[Tensor], int]]:
     """The two graphs of a training step, and what measures the bytes that a step takes."""
     step = torch.compile(model, **options)
 

@@ -38,7 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False"))
+                item.add_marker(
+                    pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False")
+                )
 
 
 @pytest.fixture(autouse=True)

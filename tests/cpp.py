@@ -17,7 +17,10 @@ def program_of(source: str, folder: Path) -> str:
     includes = (f"-I{at / 'include'}", f"-I{at / 'include/torch/csrc/api/include'}")
     program = str(folder / "main")
     compiler = os.environ.get("CXX", "g++")
-    subprocess.run([compiler, "-std=c++20", "-O0", str(folder / "main.cpp"), *includes, *links, "-o", program], check=True)
+    subprocess.run(
+        [compiler, "-std=c++20", "-O0", str(folder / "main.cpp"), *includes, *links, "-o", program],
+        check=True,
+    )
     linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     assert "libpython" not in linked
     return program

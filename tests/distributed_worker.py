@@ -38,12 +38,20 @@ PROMPT_S = 30.0
 Tensors = tuple[Tensor, Tensor, Tensor]
 
 
-def inputs(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> Tensors:
+def inputs(
+    tokens: int,
+    dtype: torch.dtype = torch.float64,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+) -> Tensors:
     """The whole q, k and v, the same in every process."""
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(some_heads: int, dim: int) -> Tensor:
-        return torch.randn(batch, some_heads, tokens, dim, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(
+            batch, some_heads, tokens, dim, generator=generator, dtype=torch.float64
+        ).to(dtype)
 
     return normal(heads, 16), normal(kv_heads, 16), normal(kv_heads, 8)
 
@@ -53,7 +61,12 @@ def leaves(tensors: Tensors, at: Tensor | None = None) -> list[Tensor]:
 
 
 def check(
-    program: Program | Mask, whole: Tensors, mesh: Any, layout: str | None, data: dict[str, Tensor] | None = None, **options: Any
+    program: Program | Mask,
+    whole: Tensors,
+    mesh: Any,
+    layout: str | None,
+    data: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> None:
     """Out, lse, gradients and the ledger of this rank are those of the simulated ring, to the last bit."""
     group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
@@ -63,7 +76,10 @@ def check(
         program, q.shape, kv_heads=k.shape[1], value_dim=v.shape[3], dtype=q.dtype, ranks=ranks, layout=layout
     )  # fmt: skip
     mine = plan.positions(rank)
-    attend, simulated = cd.compile(program, mesh=mesh, layout=layout), cd.compile(program, ranks=ranks, layout=layout)
+    attend, simulated = (
+        cd.compile(program, mesh=mesh, layout=layout),
+        cd.compile(program, ranks=ranks, layout=layout),
+    )
     shards, everything = leaves(whole, mine), leaves(whole)
     got = attend(*shards, data=data, return_lse=True, **options)
     want = simulated(*everything, data=data, return_lse=True, **options)
@@ -74,7 +90,9 @@ def check(
     assert attend.ring.ledger.steps == plan.loads[rank].steps, about
     assert all(torch.equal(x, y[:, :, mine]) for x, y in zip(got, want, strict=True)), about
     generator = torch.Generator().manual_seed(1)
-    back = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in want]
+    back = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in want
+    ]
     grads = torch.autograd.grad(got, shards, [x[:, :, mine] for x in back])
     assert attend.ring.ledger.received_bytes == plan.loads[rank].received_bytes, about
     for x, y in zip(grads, torch.autograd.grad(want, everything, back), strict=True):
@@ -98,7 +116,12 @@ def same_bits(group: dist.ProcessGroup) -> None:
         check(masks.window(20) | masks.sinks(3), inputs(131), mesh, layout)
     check(LONGNET, inputs(131), group, "residue")
     check(cd.hilbert_window((9, 13), 2), inputs(117), group, "hilbert")
-    check(cd.longnet((16, 48), (1, 3), heads="split"), inputs(101, heads=6, kv_heads=6, batch=1), group, "auto")
+    check(
+        cd.longnet((16, 48), (1, 3), heads="split"),
+        inputs(101, heads=6, kv_heads=6, batch=1),
+        group,
+        "auto",
+    )
     check(LONGNET, inputs(131, torch.bfloat16), group, "zigzag")
     check(masks.full(), inputs(64, torch.float32, kv_heads=1), group, None)
     check(masks.congruent(2, 1), inputs(50), group, "contiguous")
@@ -114,7 +137,9 @@ def same_bits(group: dist.ProcessGroup) -> None:
 def compiled(group: dist.ProcessGroup) -> None:
     """Inside torch.compile without a break, forward and backward; two calls give the same bits."""
     whole, layout = inputs(131), "zigzag"
-    mine = cd.plan(LONGNET, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout=layout).positions(group.rank())
+    mine = cd.plan(
+        LONGNET, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout=layout
+    ).positions(group.rank())
     attend = cd.compile(LONGNET, mesh=group, layout=layout)
     fast = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True, backend="aot_eager")
     results = []
@@ -136,11 +161,15 @@ def variant(group: dist.ProcessGroup) -> None:
     mine = whole.tensor_split(group.size(), dim=1)[group.rank()].clone().requires_grad_()
     everything = whole.clone().requires_grad_()
     got = module(mine, mine, mine, is_causal=True)
-    want = cd.variant("DistributedRingAttention", **settings)(everything, everything, everything, is_causal=True)
+    want = cd.variant("DistributedRingAttention", **settings)(
+        everything, everything, everything, is_causal=True
+    )
     (grad,) = torch.autograd.grad(got.square().sum(), mine)
     (whole_grad,) = torch.autograd.grad(want.square().sum(), everything)
     for x, y in ((got, want), (grad, whole_grad)):
-        torch.testing.assert_close(x, y.tensor_split(group.size(), dim=1)[group.rank()], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            x, y.tensor_split(group.size(), dim=1)[group.rank()], rtol=1e-10, atol=1e-10
+        )
 
 
 def two_rings(group: dist.ProcessGroup) -> None:
@@ -160,7 +189,9 @@ class Model(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x: Tensor = self.embed(ids)
-        q, k, v = (each.unflatten(2, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=2))
+        q, k, v = (
+            each.unflatten(2, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=2)
+        )
         logits: Tensor = self.head(x + self.attend(q, k, v).transpose(1, 2).flatten(2))
         return logits
 
@@ -169,7 +200,11 @@ STEPS = 50
 
 
 def losses(
-    model: Model, ids: Tensor, targets: Tensor, group: dist.ProcessGroup | None, checkpoint: Path | None = None
+    model: Model,
+    ids: Tensor,
+    targets: Tensor,
+    group: dist.ProcessGroup | None,
+    checkpoint: Path | None = None,
 ) -> list[float]:
     """Of `STEPS` steps; the loss is a mean over all tokens, those of other ranks too.
 
@@ -186,7 +221,12 @@ def losses(
         out = saved["losses"]
     for _ in range(len(out), STEPS):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum") / total
+        loss = (
+            nn.functional.cross_entropy(
+                model(ids).flatten(0, 1), targets.flatten(), reduction="sum"
+            )
+            / total
+        )
         loss.backward()
         loss = loss.detach()
         if group is not None:
@@ -196,7 +236,10 @@ def losses(
         out.append(loss.item())
         if checkpoint is not None and (group is None or group.rank() == 0):
             written = checkpoint.with_suffix(".new")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": out}, written)
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": out},
+                written,
+            )
             written.replace(checkpoint)
     return out
 
@@ -206,11 +249,15 @@ def training(group: dist.ProcessGroup, checkpoint: Path | None = None) -> None:
     program, tokens, layout = cd.longnet((16, 64), (1, 2), causal=True), 64, "contiguous"
     text = torch.randint(17, (2, tokens + 1), generator=torch.Generator().manual_seed(7))
     ids, targets = text[:, :-1], text[:, 1:]
-    mine = cd.plan(program, (2, 4, tokens, 8), ranks=group.size(), layout=layout).positions(group.rank())
+    mine = cd.plan(program, (2, 4, tokens, 8), ranks=group.size(), layout=layout).positions(
+        group.rank()
+    )
     ring = cd.compile(program, mesh=group, layout=layout)
     got = losses(Model(ring), ids[:, mine], targets[:, mine], group, checkpoint)
     assert ring.ring is not None
-    assert group.rank() == 0 or ring.ring.ledger.received_bytes > 0  # nobody stands before the first rank
+    assert (
+        group.rank() == 0 or ring.ring.ledger.received_bytes > 0
+    )  # nobody stands before the first rank
     want = losses(Model(cd.compile(program)), ids, targets, None)
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-6, atol=0)
     assert want[-1] < 0.5 * want[0]
@@ -255,7 +302,9 @@ def fully_sharded(group: dist.ProcessGroup) -> None:
     ring.load_state_dict(alone.state_dict())
     fully_shard(ring, mesh=mesh)
     x, y = torch.randn(2, 1, tokens, 16)
-    mine = cd.plan(LONGNET, (1, 4, tokens, 4), ranks=group.size(), layout=layout).positions(group.rank())
+    mine = cd.plan(LONGNET, (1, 4, tokens, 4), ranks=group.size(), layout=layout).positions(
+        group.rank()
+    )
     optimizers = [torch.optim.SGD(each.parameters(), 0.5) for each in (alone, ring)]
     for _ in range(5):
         losses = (alone(x) - y).square().mean(), (ring(x[:, mine]) - y[:, mine]).square().mean()
@@ -285,7 +334,10 @@ def refusals(group: dist.ProcessGroup) -> None:
     refuses("in dtype: ", lambda: causal(*shards(dtype=torch.float32 if last else torch.float64)))
     refuses("in the scale: ", lambda: causal(*shards(), scale=0.5 if last else 0.25))
     bias = torch.full((40, 40), float(last))
-    refuses("in what the score_mod captures: ", lambda: causal(*shards(), score_mod=lambda s, b, h, i, j: s + bias[i, j]))
+    refuses(
+        "in what the score_mod captures: ",
+        lambda: causal(*shards(), score_mod=lambda s, b, h, i, j: s + bias[i, j]),
+    )
     factor = 1.0 + last
     refuses(kind, lambda: causal(*shards(), score_mod=lambda s, b, h, i, j: s * factor))
     refuses(differ, lambda: causal(*shards(heads=8 if last else 4)))
@@ -301,13 +353,17 @@ def learned_operands(group: dist.ProcessGroup) -> None:
     """Of a table that a score_mod captures each rank has the gradient of its own queries; together they are the whole."""
     tokens, layout = 75, "zigzag"
     whole = inputs(tokens)
-    table = torch.randn(tokens, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    table = torch.randn(
+        tokens, tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    ).requires_grad_()
     program = masks.causal() & masks.window(30)
 
     def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return score + table[q, kv]
 
-    own = cd.plan(program, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout=layout).positions(group.rank())
+    own = cd.plan(
+        program, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout=layout
+    ).positions(group.rank())
     out = cd.compile(program, mesh=group, layout=layout)(*leaves(whole, own), score_mod=biased)
     (share,) = torch.autograd.grad(out.square().sum(), [table])
     dist.all_reduce(share, group=group)
@@ -324,9 +380,9 @@ def mistakes(group: dist.ProcessGroup) -> None:
     data = both_data(2, tokens)
     data = {"ids": data["documents"], "padding": data["padding"]}
     attend = cd.compile(program, mesh=group, layout="contiguous")
-    own = cd.plan(program, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout="contiguous").positions(
-        group.rank()
-    )
+    own = cd.plan(
+        program, whole[0].shape, kv_heads=2, value_dim=8, ranks=group.size(), layout="contiguous"
+    ).positions(group.rank())
     right: dict[str, Any] = dict(zip("qkv", leaves(whole, own), strict=True)) | {"data": data}
     q, k = right["q"], right["k"]
     wrong: list[dict[str, Any]] = [
@@ -363,13 +419,19 @@ def mistakes(group: dist.ProcessGroup) -> None:
             attend(*tensors, **options)
         said: list[str] = [""] * group.size()
         dist.all_gather_object(said, str(raised.value), group=group)
-        alike = {text.split("cannot compute: ")[-1] for text in said if "differ from rank" not in text}
+        alike = {
+            text.split("cannot compute: ")[-1] for text in said if "differ from rank" not in text
+        }
         assert len(alike) <= 1, (number, said)
         out = attend(*[right[name] for name in "qkv"], data=data)  # the group still works
-        torch.testing.assert_close(out, cd.reference(program, *whole, data=data)[:, :, own], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            out, cd.reference(program, *whole, data=data)[:, :, own], rtol=1e-10, atol=1e-10
+        )
 
 
-def at_steps_of_others(group: dist.ProcessGroup, what: Callable[[], object], after: int = 0) -> None:
+def at_steps_of_others(
+    group: dist.ProcessGroup, what: Callable[[], object], after: int = 0
+) -> None:
     """Let the last rank do `what` whenever it is about to compute with another's keys, but for the first `after` times."""
     if group.rank() != group.size() - 1:
         return
@@ -394,8 +456,12 @@ def doomed(group: dist.ProcessGroup, what: Callable[[], object]) -> None:
     whole = inputs(20 * group.size())
     mine = [x.tensor_split(group.size(), dim=2)[group.rank()] for x in whole]
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"^the ring broke: this rank .*; start all ranks again") as raised:
-        _ = [attend(*mine) for _ in range(3)]  # who has sent its keys may be missed in the next call alone
+    with pytest.raises(
+        RuntimeError, match=r"^the ring broke: this rank .*; start all ranks again"
+    ) as raised:
+        _ = [
+            attend(*mine) for _ in range(3)
+        ]  # who has sent its keys may be missed in the next call alone
     elapsed = time.monotonic() - start
     assert "\n" not in str(raised.value)
     assert elapsed < PROMPT_S
@@ -420,7 +486,9 @@ def unplugged(group: dist.ProcessGroup) -> None:
 def main(where: str, *scenarios: str) -> None:
     torch.set_num_threads(1)
     rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
     assert dist.group.WORLD is not None
     for scenario in scenarios:
         globals()[scenario](dist.group.WORLD)

@@ -39,12 +39,18 @@ class Parameters:
     whole: int = 7
 
     @staticmethod
-    def of(heads: int, n: int, dtype: torch.dtype = torch.float64, seed: int = 0, number: float = 0.3) -> Parameters:
+    def of(
+        heads: int, n: int, dtype: torch.dtype = torch.float64, seed: int = 0, number: float = 0.3
+    ) -> Parameters:
         """Random ones, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
 
         def learned(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+            return (
+                torch.randn(shape, generator=generator, dtype=torch.float64)
+                .to(dtype)
+                .requires_grad_()
+            )
 
         allowed = torch.rand(n, n, generator=generator) > 0.4
         segments = torch.randint(0, 3, (n,), generator=generator)
@@ -57,7 +63,12 @@ class Parameters:
     def detached(self) -> Parameters:
         """The same without gradients."""
         return replace(
-            self, **{field.name: x.detach() for field in fields(self) if isinstance(x := getattr(self, field.name), Tensor)}
+            self,
+            **{
+                field.name: x.detach()
+                for field in fields(self)
+                if isinstance(x := getattr(self, field.name), Tensor)
+            },
         )
 
     @property
@@ -147,12 +158,16 @@ def hidden_ahead(p: Parameters) -> Mod:
 
 def same_segment(p: Parameters) -> Mod:
     segments, gain = p.segments, p.gain
-    return lambda score, b, h, i, j: torch.where(segments[i] == segments[j], score + gain, score - 1.0)
+    return lambda score, b, h, i, j: torch.where(
+        segments[i] == segments[j], score + gain, score - 1.0
+    )
 
 
 def all_of(p: Parameters) -> Mod:
     whole = p.whole
-    return lambda score, b, h, i, j: torch.where(torch.stack([i >= j, i - j < whole, j % 2 == 0]).all(), score, 0.5 * score)
+    return lambda score, b, h, i, j: torch.where(
+        torch.stack([i >= j, i - j < whole, j % 2 == 0]).all(), score, 0.5 * score
+    )
 
 
 def in_place(p: Parameters) -> Mod:
@@ -194,7 +209,9 @@ MASK_MODS: dict[str, Callable[[Parameters], Mod]] = {
     "allowed[i][j]": lambda p: _allowed_rows(p.allowed),
     "segments": lambda p: _segments(p.segments),
     "torch.stack and all": lambda p: lambda b, h, i, j: torch.stack([i >= j, i - j < 9]).all(),
-    "torch.stack and any": lambda p: lambda b, h, i, j: torch.stack([i == j, (i + j) % 3 == 0, j < 2]).any(),
+    "torch.stack and any": lambda p: (
+        lambda b, h, i, j: torch.stack([i == j, (i + j) % 3 == 0, j < 2]).any()
+    ),
     "by head": lambda p: lambda b, h, i, j: (i - j).abs() <= h * 3,
     "by batch entry": lambda p: lambda b, h, i, j: (i - j).abs() <= 4 + b * 5,
     "distances of rows": lambda p: _near(p.rows),
@@ -282,7 +299,9 @@ def with_default(inner: Mod) -> Mod:
     def of_mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor, inner: Mod = inner) -> Tensor:
         return inner(b, h, i, j)
 
-    def of_score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, inner: Mod = inner) -> Tensor:
+    def of_score(
+        score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, inner: Mod = inner
+    ) -> Tensor:
         return inner(score, b, h, i, j)
 
     return of_score if inner.__code__.co_argcount == 5 else of_mask

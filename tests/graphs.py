@@ -49,7 +49,11 @@ class Block(nn.Module):
     """Attention and an MLP, both residual, both behind a norm."""
 
     def __init__(
-        self, mlp: nn.Module, width: int = WIDTH, heads: int = 4, attend: Attend = F.scaled_dot_product_attention
+        self,
+        mlp: nn.Module,
+        width: int = WIDTH,
+        heads: int = 4,
+        attend: Attend = F.scaled_dot_product_attention,
     ) -> None:
         super().__init__()
         self.heads, self.mlp, self.attend = heads, mlp, attend
@@ -57,7 +61,10 @@ class Block(nn.Module):
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.qkv(self.before(x)).chunk(3, dim=-1))
+        q, k, v = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for each in self.qkv(self.before(x)).chunk(3, dim=-1)
+        )
         x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
 
@@ -117,7 +124,12 @@ class Branches(nn.Module):
     """A subgraph of which one of two runs; the first needs most, and so decides."""
 
     def forward(self, x: Tensor) -> Tensor:
-        big = torch.cond(x.sum() > -1e9, lambda t: torch.cat([t, t, t, t]).sin().cos()[: t.shape[0]] + 1, lambda t: t.cos(), (x,))
+        big = torch.cond(
+            x.sum() > -1e9,
+            lambda t: torch.cat([t, t, t, t]).sin().cos()[: t.shape[0]] + 1,
+            lambda t: t.cos(),
+            (x,),
+        )
         return big * 2
 
 
@@ -173,7 +185,9 @@ class Traced:
         return self.make()
 
 
-def exported(model: Callable[[], nn.Module], *shape: int, decomposed: bool = True) -> tuple[GraphModule, Sequence[Any]]:
+def exported(
+    model: Callable[[], nn.Module], *shape: int, decomposed: bool = True
+) -> tuple[GraphModule, Sequence[Any]]:
     """The graph of a model as torch.export gives it, its parameters inputs, after decomposition to core operators.
 
     Images lie channels last: of others, oneDNN's convolutions make a copy for themselves.
@@ -214,23 +228,36 @@ def random_dag(seed: int, nodes: int = 30) -> tuple[GraphModule, Sequence[Any]]:
         if kind == 0:
             made.append((graph.call_function(aten.sin.default, (node,)), (rows, columns)))
         elif kind == 1:
-            made.append((graph.call_function(aten.cat.default, ([node, node], 1)), (rows, 2 * columns)))
+            made.append(
+                (graph.call_function(aten.cat.default, ([node, node], 1)), (rows, 2 * columns))
+            )
         elif kind == 2:
             made.append(
-                (graph.call_function(aten.slice.Tensor, (node, 1, 0, max(1, columns // 2))), (rows, max(1, columns // 2)))
+                (
+                    graph.call_function(aten.slice.Tensor, (node, 1, 0, max(1, columns // 2))),
+                    (rows, max(1, columns // 2)),
+                )
             )
         elif kind == 3:
             transposed = graph.call_function(aten.permute.default, (node, [1, 0]))
-            made.append((graph.call_function(aten.mm.default, (transposed, node)), (columns, columns)))
+            made.append(
+                (graph.call_function(aten.mm.default, (transposed, node)), (columns, columns))
+            )
         else:
             low, high = (
-                graph.call_function(operator.getitem, (graph.call_function(aten.aminmax.default, (node,), {"dim": 1}), i))
+                graph.call_function(
+                    operator.getitem,
+                    (graph.call_function(aten.aminmax.default, (node,), {"dim": 1}), i),
+                )
                 for i in (0, 1)
             )
             both = graph.call_function(aten.sub.Tensor, (high, low))
             made.append(
                 (
-                    graph.call_function(aten.mul.Tensor, (node, graph.call_function(aten.unsqueeze.default, (both, 1)))),
+                    graph.call_function(
+                        aten.mul.Tensor,
+                        (node, graph.call_function(aten.unsqueeze.default, (both, 1))),
+                    ),
                     (rows, columns),
                 )
             )
@@ -247,14 +274,24 @@ CASES = [
     Traced("gelu block", lambda: exported(lambda: Block(Gelu()), 2, 256, WIDTH), exact=False),
     Traced("swiglu block", lambda: exported(lambda: Block(Swiglu()), 2, 256, WIDTH), exact=False),
     Traced(
-        "four blocks", lambda: exported(lambda: nn.Sequential(*(Block(Gelu()) for _ in range(4))), 1, 512, WIDTH), exact=False
+        "four blocks",
+        lambda: exported(lambda: nn.Sequential(*(Block(Gelu()) for _ in range(4))), 1, 512, WIDTH),
+        exact=False,
     ),
     Traced("vit", lambda: exported(Vit, 2, 3, 128, 128), exact=False),
     Traced("llama", lambda: exported(Llama, 1, 256, WIDTH), exact=False),
     Traced("unet", lambda: exported(Unet, 2, 3, 64, 64), exact=False),
     Traced("gelu mlp as exported", lambda: exported(Gelu, 2, 256, WIDTH, decomposed=False)),
-    Traced("gelu block as exported", lambda: exported(lambda: Block(Gelu()), 2, 1024, WIDTH, decomposed=False), exact=False),
-    Traced("gelu mlp, forward and backward", lambda: functional(gradients, torch.randn(512, WIDTH), *weights()), exact=False),
+    Traced(
+        "gelu block as exported",
+        lambda: exported(lambda: Block(Gelu()), 2, 1024, WIDTH, decomposed=False),
+        exact=False,
+    ),
+    Traced(
+        "gelu mlp, forward and backward",
+        lambda: functional(gradients, torch.randn(512, WIDTH), *weights()),
+        exact=False,
+    ),
     Traced("branches", lambda: exported(Branches, 256, WIDTH), exact=False),
     Traced("while loop", lambda: exported(Loop, 8, 64, WIDTH), exact=False),
     Traced("map", lambda: exported(Mapped, 8, 64, WIDTH), exact=False),

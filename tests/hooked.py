@@ -32,7 +32,9 @@ class Hook(CustomGraphPass):
         return uuid.uuid4().hex
 
 
-def captured(model: Callable[..., Any], rewriting: Pass, *, dynamic: bool = True) -> tuple[Callable[..., Any], list[str]]:
+def captured(
+    model: Callable[..., Any], rewriting: Pass, *, dynamic: bool = True
+) -> tuple[Callable[..., Any], list[str]]:
     """`model` with its graph rewritten and run node by node, and the lines of the pass, which come when it first runs.
 
     A module's floats are numbers in it. dynamic=True makes tensors of them at first; inductor then asks again for those that it
@@ -50,15 +52,24 @@ def captured(model: Callable[..., Any], rewriting: Pass, *, dynamic: bool = True
     return torch._dynamo.config.patch(specialize_float=True)(step), hook.lines
 
 
-def compiled(model: Callable[..., Any], rewriting: Pass | None, *, dynamic: bool = True) -> tuple[Callable[..., Any], list[str]]:
+def compiled(
+    model: Callable[..., Any], rewriting: Pass | None, *, dynamic: bool = True
+) -> tuple[Callable[..., Any], list[str]]:
     """The same compiled by inductor. None: without a pass."""
     hook = Hook(rewriting) if rewriting is not None else None
     torch._dynamo.reset()
-    step = torch.compile(model, dynamic=dynamic, fullgraph=True, options={"pre_grad_custom_pass": hook} if hook else None)
+    step = torch.compile(
+        model,
+        dynamic=dynamic,
+        fullgraph=True,
+        options={"pre_grad_custom_pass": hook} if hook else None,
+    )
     return step, hook.lines if hook else []
 
 
-def exported(model: nn.Module, rewriting: Pass, *inputs: Any, dynamic: Any = None) -> tuple[GraphModule, list[str]]:
+def exported(
+    model: nn.Module, rewriting: Pass, *inputs: Any, dynamic: Any = None
+) -> tuple[GraphModule, list[str]]:
     """`model` as torch.export gives it, rewritten."""
     module = torch.export.export(model, inputs, dynamic_shapes=dynamic).module()
     assert isinstance(module, GraphModule)

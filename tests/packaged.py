@@ -31,10 +31,16 @@ class Exported:
         return folder / "model.pt2"
 
 
-def qkv(tokens: int, batch: int = 2, heads: int = 4, kv_heads: int = 2, queries: int | None = None) -> tuple[Tensor, ...]:
+def qkv(
+    tokens: int, batch: int = 2, heads: int = 4, kv_heads: int = 2, queries: int | None = None
+) -> tuple[Tensor, ...]:
     """q, k and v of 16 numbers a head. queries: fewer than tokens."""
     generator = torch.Generator().manual_seed(tokens)
-    sizes = ((heads, tokens if queries is None else queries), (kv_heads, tokens), (kv_heads, tokens))
+    sizes = (
+        (heads, tokens if queries is None else queries),
+        (kv_heads, tokens),
+        (kv_heads, tokens),
+    )
     return tuple(torch.randn(batch, *size, 16, generator=generator) for size in sizes)
 
 
@@ -60,7 +66,9 @@ class Model(nn.Module):
 def of_model(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor]:
     """Inputs of `Model`."""
     generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(batch, tokens, 32, generator=generator), torch.rand(batch, tokens, generator=generator) < 0.2
+    return torch.randn(batch, tokens, 32, generator=generator), torch.rand(
+        batch, tokens, generator=generator
+    ) < 0.2
 
 
 # A process in which this library cannot be imported: the package's library, then code with `path` and `load(entry)`.

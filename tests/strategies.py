@@ -18,7 +18,9 @@ from compiled_dilated.regions import Regions
 Dense = npt.NDArray[np.bool_]
 
 
-def dense(mask: Mask, q_len: int, kv_len: int, q_offset: int = 0, head: int = 0, data: Any = None) -> Dense:
+def dense(
+    mask: Mask, q_len: int, kv_len: int, q_offset: int = 0, head: int = 0, data: Any = None
+) -> Dense:
     """Every pair: (q_len, kv_len), for batch entry 0."""
     q, kv = np.arange(q_len)[:, None] + q_offset, np.arange(kv_len)[None, :]
     return np.broadcast_to(mask.allows(np.int64(0), np.int64(head), q, kv, data), (q_len, kv_len))
@@ -58,12 +60,18 @@ def line_masks(draw: st.DrawFn, most: int = 64) -> Mask:
         return masks.segments(draw(st.integers(1, most)))
     if kind == "congruent":
         modulus = draw(st.integers(1, 7))
-        return masks.congruent(modulus, draw(st.integers(0, modulus - 1)), draw(st.none() | st.integers(1, most)))
+        return masks.congruent(
+            modulus, draw(st.integers(0, modulus - 1)), draw(st.none() | st.integers(1, most))
+        )
     if kind == "documents":
-        return masks.documents(lengths=tuple(draw(st.lists(st.integers(0, most // 2), min_size=1, max_size=5))))
+        return masks.documents(
+            lengths=tuple(draw(st.lists(st.integers(0, most // 2), min_size=1, max_size=5)))
+        )
     if kind == "tiles":
         pairs = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
-        return masks.tiles(pairs, block=draw(st.integers(1, 16)), columns=draw(st.none() | st.integers(6, 8)))
+        return masks.tiles(
+            pairs, block=draw(st.integers(1, 16)), columns=draw(st.none() | st.integers(6, 8))
+        )
     if kind == "block window":
         reach = st.integers(0, 3)
         return masks.block_window(draw(st.integers(1, 16)), draw(reach), draw(reach))
@@ -94,7 +102,9 @@ def grid_masks(draw: st.DrawFn, grid: tuple[int, ...]) -> Mask:
 def placed(mask: Mask, offset: int) -> Mask:
     """The neighbourhood with its grid from a position on."""
     assert isinstance(mask, Neighborhood)
-    return masks.neighborhood(mask.grid, mask.radius, mask.dilation, mask.causal, mask.edges, offset)
+    return masks.neighborhood(
+        mask.grid, mask.radius, mask.dilation, mask.causal, mask.edges, offset
+    )
 
 
 def expressions(leaves: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
@@ -151,11 +161,17 @@ def regions(draw: st.DrawFn, n: int, count: int, grid: tuple[int, ...] | None = 
             gaps = [draw(st.sampled_from((1, 1, 2, 3))) for _ in grid]
             base.append(sum(at * unit for at, unit in zip(low, strides, strict=True)))
             extent.append(
-                [draw(st.integers(1, (size - 1 - at) // gap + 1)) for size, at, gap in zip(grid, low, gaps, strict=True)]
+                [
+                    draw(st.integers(1, (size - 1 - at) // gap + 1))
+                    for size, at, gap in zip(grid, low, gaps, strict=True)
+                ]
             )
             stride.append([gap * unit for gap, unit in zip(gaps, strides, strict=True)])
         return Regions(np.array(base), np.array(extent), np.array(stride))
     starts = [draw(st.integers(0, n - 1)) for _ in range(count)]
     steps = [draw(st.sampled_from((1, 1, 2, 3, 5, 6))) for _ in range(count)]
-    counts = [draw(st.integers(1, (n - 1 - start) // step + 1)) for start, step in zip(starts, steps, strict=True)]
+    counts = [
+        draw(st.integers(1, (n - 1 - start) // step + 1))
+        for start, step in zip(starts, steps, strict=True)
+    ]
     return Regions.strided(starts, counts, steps)

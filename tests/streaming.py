@@ -47,7 +47,9 @@ def reference(**options: Any) -> torch.Tensor:
 def snapshot(directory: Path) -> dict[str, bytes | str]:
     """The bytes of every file and the target of every link."""
     paths = [path for path in directory.rglob("*") if path.is_symlink() or path.is_file()]
-    return {path.name: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in paths}
+    return {
+        path.name: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in paths
+    }
 
 
 def error_of(call: Callable[[], object]) -> Exception | None:

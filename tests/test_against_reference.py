@@ -43,11 +43,17 @@ class Result:
 def run(attention: Any, inputs: Inputs, with_lse: bool = True, **options: Any) -> Result:
     """Forward and backward; with_lse: a gradient comes in through the lse too."""
     out, lse = attention(inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True, **options)
-    results, into = ((out, lse), (inputs.grad_out, inputs.grad_lse)) if with_lse else ((out,), (inputs.grad_out,))
+    results, into = (
+        ((out, lse), (inputs.grad_out, inputs.grad_lse))
+        if with_lse
+        else ((out,), (inputs.grad_out,))
+    )
     into = tuple(each.to(result.dtype) for each, result in zip(into, results, strict=True))
     grads = torch.autograd.grad(results, (inputs.q, inputs.k, inputs.v), into)
     with torch.no_grad():
-        frozen = attention(inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True, **options)
+        frozen = attention(
+            inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True, **options
+        )
     return Result(out.detach(), lse.detach(), grads, frozen)
 
 
@@ -55,7 +61,9 @@ Shape = tuple[int, int, int]
 
 
 @lru_cache(maxsize=8)
-def truth(case: Case, n: int, dtype: torch.dtype, with_lse: bool = True, shape: Shape | None = None) -> tuple[Inputs, Result]:
+def truth(
+    case: Case, n: int, dtype: torch.dtype, with_lse: bool = True, shape: Shape | None = None
+) -> tuple[Inputs, Result]:
     """The inputs and what the reference makes of them; shape: (q_len, kv_len, q_offset)."""
     q_len, kv_len, q_offset = (n, n, 0) if shape is None else shape
     inputs = case.inputs(n, dtype, q_len, kv_len)
@@ -79,8 +87,13 @@ def assert_close(name: str, got: Tensor, want: Tensor) -> None:
     assert torch.equal(got.isfinite(), finite), f"{name}: other entries are infinite or NaN"
     assert torch.equal(got[~finite], want[~finite]), name
     if finite.any():
-        error, largest = (got[finite] - want[finite]).abs().max().item(), want[finite].abs().max().item()
-        assert error <= TOLERANCE * largest, f"{name}: off by {error:.2e}, largest entry {largest:.2e}"
+        error, largest = (
+            (got[finite] - want[finite]).abs().max().item(),
+            want[finite].abs().max().item(),
+        )
+        assert error <= TOLERANCE * largest, (
+            f"{name}: off by {error:.2e}, largest entry {largest:.2e}"
+        )
 
 
 def assert_same(got: Result, want: Result) -> None:
@@ -88,7 +101,9 @@ def assert_same(got: Result, want: Result) -> None:
     assert_close("lse", got.lse, want.lse)
     assert_close("out without grad", got.frozen[0], want.out)
     assert_close("lse without grad", got.frozen[1], want.lse)
-    for name, mine, theirs in zip(("grad_q", "grad_k", "grad_v"), got.grads, want.grads, strict=True):
+    for name, mine, theirs in zip(
+        ("grad_q", "grad_k", "grad_v"), got.grads, want.grads, strict=True
+    ):
         assert_close(name, mine, theirs)
     dead_rows_are_zero(got, want)
 
@@ -124,7 +139,9 @@ def test_strided_refuses_with_a_reason(case: Case) -> None:
     for n in case.lengths:
         inputs = case.inputs(n, torch.float32)
         with pytest.raises(ValueError, match=r"lowering 'strided' refuses for branch \d") as error:
-            cd.compile(case.program(n), lowering="strided")(inputs.q, inputs.k, inputs.v, data=inputs.data)
+            cd.compile(case.program(n), lowering="strided")(
+                inputs.q, inputs.k, inputs.v, data=inputs.data
+            )
         assert case.refused is not None
         assert case.refused in str(error.value)
         assert "Use lowering='tiled' or 'auto'" in str(error.value)
@@ -132,7 +149,15 @@ def test_strided_refuses_with_a_reason(case: Case) -> None:
 
 # Queries and keys that are not the same tokens
 
-SHAPES = [(1, 300, 299), (1, 300, 0), (5, 300, 290), (300, 129, 0), (64, 331, 100), (130, 70, 70), (3, 1, 0)]
+SHAPES = [
+    (1, 300, 299),
+    (1, 300, 0),
+    (5, 300, 290),
+    (300, 129, 0),
+    (64, 331, 100),
+    (130, 70, 70),
+    (3, 1, 0),
+]
 CROSSED = (
     "full",
     "causal",
@@ -178,25 +203,37 @@ def test_cross_attention_and_offsets(name: str, q_len: int, kv_len: int, q_offse
     n = max(q_offset + q_len, kv_len)
     inputs, want = truth(case, n, torch.float64, shape=(q_len, kv_len, q_offset))
     for lowering in lowerings_of(case):
-        assert_same(run(cd.compile(case.program(n), lowering=lowering), inputs, q_offset=q_offset), want)
+        assert_same(
+            run(cd.compile(case.program(n), lowering=lowering), inputs, q_offset=q_offset), want
+        )
 
 
 # Every mask in every order
 
-MASKS = [case for case in CASES if case.crossed and 129 in case.lengths and isinstance(case.program(129), masks.Mask)]
+MASKS = [
+    case
+    for case in CASES
+    if case.crossed and 129 in case.lengths and isinstance(case.program(129), masks.Mask)
+]
 
 
-@pytest.mark.parametrize("order", [orders.residue(5), orders.residue(4, period=30), orders.hilbert(3, 43)], ids=repr)
+@pytest.mark.parametrize(
+    "order", [orders.residue(5), orders.residue(4, period=30), orders.hilbert(3, 43)], ids=repr
+)
 @pytest.mark.parametrize("case", MASKS, ids=str)
 def test_an_order_changes_nothing(case: Case, order: orders.Order) -> None:
     inputs, want = truth(case, 129, torch.float64)
     assert_same(run(cd.compile(in_order(case.program(129), order), lowering="tiled"), inputs), want)
 
 
-@pytest.mark.parametrize("order", [orders.hilbert(8, 48), orders.hilbert(4, 8, 12), orders.residue(6)], ids=repr)
+@pytest.mark.parametrize(
+    "order", [orders.hilbert(8, 48), orders.hilbert(4, 8, 12), orders.residue(6)], ids=repr
+)
 @pytest.mark.parametrize("lowering", ["dense", "tiled", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_causal_mask_does_not_leak_in_any_order(order: orders.Order, lowering: str, dtype: torch.dtype) -> None:
+def test_a_causal_mask_does_not_leak_in_any_order(
+    order: orders.Order, lowering: str, dtype: torch.dtype
+) -> None:
     """To the last bit: what comes after a token takes no part in its sums, wherever the order puts it."""
     attend = cd.compile(in_order(masks.causal() & masks.window(200), order), lowering=lowering)
     inputs = by_name("causal").inputs(384, dtype)
@@ -255,7 +292,10 @@ def compare_with_dense(case: Case, n: int, dtype: torch.dtype, lowerings: tuple[
         assert got.lse.dtype == torch.float32
         dead_rows_are_zero(got, want)
         results = {"out": (got.out, theirs.out, want.out), "lse": (got.lse, theirs.lse, want.lse)}
-        results |= {f"grad {i}": each for i, each in enumerate(zip(got.grads, theirs.grads, want.grads, strict=True))}
+        results |= {
+            f"grad {i}": each
+            for i, each in enumerate(zip(got.grads, theirs.grads, want.grads, strict=True))
+        }
         for name, (mine, dense_one, exact) in results.items():
             # A softmax over one key has no gradient: what comes out is what cancellation leaves.
             if n > 1 or name not in ("grad 0", "grad 1"):
@@ -265,10 +305,14 @@ def compare_with_dense(case: Case, n: int, dtype: torch.dtype, lowerings: tuple[
 def no_worse_than_dense(name: str, mine: Tensor, theirs: Tensor, exact: Tensor) -> None:
     alive = exact.isfinite()
     if alive.any():
-        error, of_dense, largest = (x[alive].double().abs().max().item() for x in (mine - exact, theirs - exact, exact))
+        error, of_dense, largest = (
+            x[alive].double().abs().max().item() for x in (mine - exact, theirs - exact, exact)
+        )
         # The largest of a few thousand errors varies from seed to seed; test_native_accuracy.py compares their means.
         allowed = 2.5 * of_dense + torch.finfo(mine.dtype).eps * largest
-        assert error <= allowed, f"{name}: error {error:.2e}; 2.5 times that of dense attention and a rounding are {allowed:.2e}"
+        assert error <= allowed, (
+            f"{name}: error {error:.2e}; 2.5 times that of dense attention and a rounding are {allowed:.2e}"
+        )
 
 
 def dense_attention(program: cd.Program, inputs: Inputs, want: Result) -> Result:
@@ -277,10 +321,18 @@ def dense_attention(program: cd.Program, inputs: Inputs, want: Result) -> Result
     dead = want.lse == -math.inf
     bias = torch.where(dead[..., None], 0.0, counts.float().log())
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=bias, enable_gqa=True)
-    grads = torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out.masked_fill(dead[..., None], 0.0))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            inputs.q, inputs.k, inputs.v, attn_mask=bias, enable_gqa=True
+        )
+    grads = torch.autograd.grad(
+        out, (inputs.q, inputs.k, inputs.v), inputs.grad_out.masked_fill(dead[..., None], 0.0)
+    )
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    lse = kernel(inputs.q, inputs.k, inputs.v, attn_mask=bias)[1].detach().masked_fill(dead, -math.inf)
+    lse = (
+        kernel(inputs.q, inputs.k, inputs.v, attn_mask=bias)[1]
+        .detach()
+        .masked_fill(dead, -math.inf)
+    )
     out = out.detach().masked_fill(dead[..., None], 0.0)
     return Result(out, lse, grads, (out, lse))
 
@@ -350,14 +402,27 @@ def test_with_tables_emptied_between_calls(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "name", ["longnet causal", "window or sinks", "hilbert window", "padding and documents", "congruent grouped"]
+    "name",
+    [
+        "longnet causal",
+        "window or sinks",
+        "hilbert window",
+        "padding and documents",
+        "congruent grouped",
+    ],
 )
 def test_two_runs_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
     case, n = by_name(name), 331
     inputs = case.inputs(n, dtype)
     for lowering in lowerings_of(case):
-        first, second = (run(cd.compile(case.program(n), lowering=lowering), inputs) for _ in range(2))
-        for one, other in zip((first.out, first.lse, *first.grads), (second.out, second.lse, *second.grads), strict=True):
+        first, second = (
+            run(cd.compile(case.program(n), lowering=lowering), inputs) for _ in range(2)
+        )
+        for one, other in zip(
+            (first.out, first.lse, *first.grads),
+            (second.out, second.lse, *second.grads),
+            strict=True,
+        ):
             assert torch.equal(one, other)
         assert torch.equal(first.frozen[0], first.out)
 

@@ -46,10 +46,14 @@ def test_gradient_of_lse_only(lowering: str) -> None:
     _, lse = cd.compile(program, lowering=lowering)(q, k, v, return_lse=True)
     _, want = cd.reference(program, q, k, v, return_lse=True)
     for mine, theirs in zip(
-        torch.autograd.grad(lse.sin().sum(), (q, k)), torch.autograd.grad(want.sin().sum(), (q, k)), strict=True
+        torch.autograd.grad(lse.sin().sum(), (q, k)),
+        torch.autograd.grad(want.sin().sum(), (q, k)),
+        strict=True,
     ):
         same(mine, theirs)
-    (grad_v,) = torch.autograd.grad(cd.compile(program, lowering=lowering)(q, k, v, return_lse=True)[1].sum(), (v,))
+    (grad_v,) = torch.autograd.grad(
+        cd.compile(program, lowering=lowering)(q, k, v, return_lse=True)[1].sum(), (v,)
+    )
     assert (grad_v == 0).all()
 
 
@@ -68,15 +72,21 @@ def test_gradients_of_a_subset_of_inputs() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     q, k, v = tensors(n=8)
-    (grad,) = torch.autograd.grad(cd.compile(masks.causal())(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"not twice differentiable here.*Use compiled_dilated.reference"):
+    (grad,) = torch.autograd.grad(
+        cd.compile(masks.causal())(q, k, v).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(
+        NotImplementedError, match=r"not twice differentiable here.*Use compiled_dilated.reference"
+    ):
         grad.sum().backward()
 
 
 def test_forward_mode_is_refused() -> None:
     q, k, v = (x.detach() for x in tensors(n=8))
     attend = cd.compile(masks.causal())
-    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative here; use reverse mode"):
+    with pytest.raises(
+        NotImplementedError, match=r"no forward-mode derivative here; use reverse mode"
+    ):
         torch.func.jvp(lambda q: attend(q, k, v), (q,), (torch.ones_like(q),))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
@@ -104,18 +114,27 @@ def test_func_grad(lowering: str) -> None:
         return loss
 
     got = torch.func.grad(through(attend), argnums=(0, 1, 2))(*inputs)
-    want = torch.func.grad(through(lambda *x, **o: cd.reference(program, *x, **o)), argnums=(0, 1, 2))(*inputs)
+    want = torch.func.grad(
+        through(lambda *x, **o: cd.reference(program, *x, **o)), argnums=(0, 1, 2)
+    )(*inputs)
     for mine, theirs in zip(got, want, strict=True):
         same(mine, theirs)
 
 
-@pytest.mark.parametrize("dims", [(0, 0, 0), (1, 3, 0), (0, None, None), (None, 2, None), (4, 4, 4)])
+@pytest.mark.parametrize(
+    "dims", [(0, 0, 0), (1, 3, 0), (0, None, None), (None, 2, None), (4, 4, 4)]
+)
 def test_vmap(dims: tuple[int | None, ...]) -> None:
     program, inputs = cd.longnet((8, 24), (1, 3)), tuple(x.detach() for x in tensors())
-    stacked = [x if dim is None else torch.stack([x, x + 0.1, x * 2], dim) for x, dim in zip(inputs, dims, strict=True)]
+    stacked = [
+        x if dim is None else torch.stack([x, x + 0.1, x * 2], dim)
+        for x, dim in zip(inputs, dims, strict=True)
+    ]
     got = torch.vmap(cd.compile(program), in_dims=dims)(*stacked)
     for i in range(3):
-        picked = [x if dim is None else x.select(dim, i) for x, dim in zip(stacked, dims, strict=True)]
+        picked = [
+            x if dim is None else x.select(dim, i) for x, dim in zip(stacked, dims, strict=True)
+        ]
         same(got[i], cd.reference(program, *picked))
 
 
@@ -123,18 +142,28 @@ def test_vmap_of_grad() -> None:
     """Gradients per example."""
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tuple(x.detach() for x in tensors(batch=3))
     attend = cd.compile(program)
-    each = torch.vmap(torch.func.grad(lambda q, k, v: attend(q[None], k[None], v[None]).square().sum(), argnums=(0, 1, 2)))(
-        q, k, v
-    )
-    want = torch.func.grad(lambda q, k, v: cd.reference(program, q, k, v).square().sum(), argnums=(0, 1, 2))(q, k, v)
+    each = torch.vmap(
+        torch.func.grad(
+            lambda q, k, v: attend(q[None], k[None], v[None]).square().sum(), argnums=(0, 1, 2)
+        )
+    )(q, k, v)
+    want = torch.func.grad(
+        lambda q, k, v: cd.reference(program, q, k, v).square().sum(), argnums=(0, 1, 2)
+    )(q, k, v)
     for mine, theirs in zip(each, want, strict=True):
         same(mine, theirs)
 
 
 def test_vmap_over_data() -> None:
-    mask, (q, k, v) = masks.documents(ids="ids") & masks.padding(), tuple(x.detach() for x in tensors())
+    mask, (q, k, v) = (
+        masks.documents(ids="ids") & masks.padding(),
+        tuple(x.detach() for x in tensors()),
+    )
     attend = cd.compile(mask)
     ids, padding = torch.randint(0, 3, (3, 2, 40)), torch.rand(1, 40) > 0.7
     got = torch.vmap(lambda ids: attend(q, k, v, data={"ids": ids, "padding": padding}))(ids)
     for i in range(3):
-        same(got[i], cd.reference(mask, q, k, v, data={"ids": ids[i], "padding": padding.expand(2, 40)}))
+        same(
+            got[i],
+            cd.reference(mask, q, k, v, data={"ids": ids[i], "padding": padding.expand(2, 40)}),
+        )

@@ -29,14 +29,19 @@ class Model(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for each in self.qkv(x).chunk(3, dim=-1)
+        )
         out: Tensor = self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 
 def test_export() -> None:
     model, x = Model(cd.longnet((8, 24), (1, 3), causal=True)), torch.randn(2, 40, 8)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {1: torch.export.Dim("tokens", min=2, max=4096)}})
+    exported = torch.export.export(
+        model, (x,), dynamic_shapes={"x": {1: torch.export.Dim("tokens", min=2, max=4096)}}
+    )
     assert [node.target for node in exported.graph.nodes if "attend" in str(node.target)] == [
         torch.ops.compiled_dilated.attend.default
     ]
@@ -62,7 +67,9 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert attend(*(x.double() for x in (q, k, v))).dtype == torch.float64
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 def test_without_gradients(mode: Callable[[], Any]) -> None:
     program, (q, k, v) = cd.hilbert_window((5, 8), 1), tensors()
     attend = cd.compile(program)
@@ -110,7 +117,9 @@ LAYOUTS = (from_bnhd, from_packed, from_transposed, every_other_token, expanded)
 
 @pytest.mark.parametrize("lowering", TRAINS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["longnet causal", "hilbert window", "window or sinks", "full", "causal"])
+@pytest.mark.parametrize(
+    "name", ["longnet causal", "hilbert window", "window or sinks", "full", "causal"]
+)
 def test_layouts(name: str, layout: Callable[[Tensor], Tensor], lowering: str) -> None:
     case = by_name(name)
     if lowering == "strided" and case.refused:
@@ -123,11 +132,15 @@ def test_layouts(name: str, layout: Callable[[Tensor], Tensor], lowering: str) -
     want = cd.reference(program, *laid)
     same(out, want)
     back = layout(inputs.grad_out)
-    for mine, theirs in zip(torch.autograd.grad(out, leaves, back), torch.autograd.grad(want, leaves, back), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(out, leaves, back), torch.autograd.grad(want, leaves, back), strict=True
+    ):
         same(mine, theirs)
 
 
-@pytest.mark.parametrize("call", [lambda attend: attend, lambda attend: torch.compile(attend, backend="aot_eager")])
+@pytest.mark.parametrize(
+    "call", [lambda attend: attend, lambda attend: torch.compile(attend, backend="aot_eager")]
+)
 @pytest.mark.parametrize("ranks", [None, 2])
 @pytest.mark.parametrize("name", ["longnet causal", "hilbert window", "full"])
 def test_heads_of_a_models_tokens_are_joined_without_a_copy(
@@ -135,7 +148,10 @@ def test_heads_of_a_models_tokens_are_joined_without_a_copy(
 ) -> None:
     """out lies token by token where q does, head by head where q does."""
     case = by_name(name)
-    inputs, attend = case.inputs(331, torch.float32), call(cd.compile(case.program(331), ranks=ranks))
+    inputs, attend = (
+        case.inputs(331, torch.float32),
+        call(cd.compile(case.program(331), ranks=ranks)),
+    )
     q, k, v = (from_bnhd(x) for x in (inputs.q, inputs.k, inputs.v))
     joined = attend(q, k, v).transpose(1, 2)
     assert joined.flatten(2).data_ptr() == joined.data_ptr()

@@ -19,11 +19,16 @@ from tests.support.attention import TAKE_ANY_MASK, TRAINS, same, tensors
 @pytest.mark.parametrize("scale", [0.0, -1.5, 2, 1e-3])
 def test_scale(scale: float, lowering: str) -> None:
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tensors()
-    same(cd.compile(program, lowering=lowering)(q, k, v, scale=scale), cd.reference(program, q, k, v, scale=scale))
+    same(
+        cd.compile(program, lowering=lowering)(q, k, v, scale=scale),
+        cd.reference(program, q, k, v, scale=scale),
+    )
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
-@pytest.mark.parametrize("name", ["longnet causal", "window or sinks", "nothing", "congruent", "padding of everything"])
+@pytest.mark.parametrize(
+    "name", ["longnet causal", "window or sinks", "nothing", "congruent", "padding of everything"]
+)
 def test_sink_logits(name: str, lowering: str) -> None:
     case = by_name(name)
     if lowering == "strided" and case.refused:
@@ -31,11 +36,15 @@ def test_sink_logits(name: str, lowering: str) -> None:
     inputs, program = case.inputs(129, torch.float64), case.program(129)
     logits = torch.tensor([0.5, -4.0, 3.0, 0.0], dtype=torch.float64, requires_grad=True)
     leaves = (inputs.q, inputs.k, inputs.v, logits)
-    got = cd.compile(program, lowering=lowering)(*leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True)
+    got = cd.compile(program, lowering=lowering)(
+        *leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True
+    )
     want = cd.reference(program, *leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True)
     back = (inputs.grad_out, inputs.grad_lse)
     for mine, theirs in zip(
-        (*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True
+        (*got, *torch.autograd.grad(got, leaves, back)),
+        (*want, *torch.autograd.grad(want, leaves, back)),
+        strict=True,
     ):
         same(mine, theirs)
 
@@ -45,7 +54,9 @@ def test_sink_logits_in_lower_precision(dtype: torch.dtype) -> None:
     q, k, v = (x.detach() for x in tensors(dtype=dtype))
     logits = torch.tensor([0.5, -4.0, 3.0, -math.inf])
     out, lse = cd.compile(masks.congruent(4, 1))(q, k, v, sink_logits=logits, return_lse=True)
-    want, want_lse = cd.reference(masks.congruent(4, 1), q, k, v, sink_logits=logits, return_lse=True)
+    want, want_lse = cd.reference(
+        masks.congruent(4, 1), q, k, v, sink_logits=logits, return_lse=True
+    )
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     # Two roundings: of attention, and of its share of the softmax.
@@ -79,7 +90,9 @@ def test_score_mod(name: str, lowering: str) -> None:
     got = cd.compile(program, lowering=lowering)(*leaves, score_mod=score_mod, return_lse=True)
     want = cd.reference(program, *leaves, score_mod=score_mod, return_lse=True)
     for mine, theirs in zip(
-        (*got, *torch.autograd.grad(got, leaves, back)), (*want, *torch.autograd.grad(want, leaves, back)), strict=True
+        (*got, *torch.autograd.grad(got, leaves, back)),
+        (*want, *torch.autograd.grad(want, leaves, back)),
+        strict=True,
     ):
         same(mine, theirs)
 
@@ -121,20 +134,27 @@ def test_decoding_is_a_slice_of_the_full_result(name: str, lowering: str) -> Non
     if lowering == "strided" and case.refused:
         return
     inputs, attend = case.inputs(n, torch.float64), cd.compile(case.program(n), lowering=lowering)
-    whole, lse = cd.reference(case.program(n), inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True)
+    whole, lse = cd.reference(
+        case.program(n), inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True
+    )
     for start, stop in ((0, 1), (63, 64), (199, 200), (64, 67), (190, 200), (1, 200)):
         for keys in (n, stop):
             if keys < n and not name.endswith("causal"):
                 continue
             k, v = inputs.k[:, :, :keys], inputs.v[:, :, :keys]
             for q in (inputs.q[:, :, start:stop], inputs.q[:, :, start:stop].detach()):
-                got = attend(q, k.detach(), v.detach(), data=inputs.data, q_offset=start, return_lse=True)
+                got = attend(
+                    q, k.detach(), v.detach(), data=inputs.data, q_offset=start, return_lse=True
+                )
                 same(got[0].detach(), whole[:, :, start:stop].detach())
                 same(got[1].detach(), lse[:, :, start:stop].detach())
 
 
 def test_decoding_token_by_token_plans_once() -> None:
-    attend, (q, k, v) = cd.compile(cd.longnet((8, 24), (1, 3), causal=True)), (x.detach() for x in tensors(n=64))
+    attend, (q, k, v) = (
+        cd.compile(cd.longnet((8, 24), (1, 3), causal=True)),
+        (x.detach() for x in tensors(n=64)),
+    )
     whole = cd.reference(attend.program, q, k, v)
     plans = {id(attend.plan(q[:, :, p : p + 1], k, v, q_offset=p)) for p in range(64)}
     for p in range(64):

@@ -25,7 +25,11 @@ def test_grouped_heads(heads: int, kv_heads: int, lowering: str) -> None:
         out, want = cd.compile(program, lowering=lowering)(*leaves), cd.reference(program, *leaves)
         same(out, want)
         back = torch.randn_like(out)
-        for mine, theirs in zip(torch.autograd.grad(out, leaves, back), torch.autograd.grad(want, leaves, back), strict=True):
+        for mine, theirs in zip(
+            torch.autograd.grad(out, leaves, back),
+            torch.autograd.grad(want, leaves, back),
+            strict=True,
+        ):
             same(mine, theirs)
 
 
@@ -48,7 +52,9 @@ def test_empty_inputs(batch: int, heads: int, n: int, dim: int, value_dim: int) 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0)])
 def test_empty_queries_or_keys(q_len: int, kv_len: int) -> None:
     q, k, v = tensors(n=5)
-    out, lse = cd.compile(masks.window(3))(q[:, :, :q_len], k[:, :, :kv_len], v[:, :, :kv_len], return_lse=True)
+    out, lse = cd.compile(masks.window(3))(
+        q[:, :, :q_len], k[:, :, :kv_len], v[:, :, :kv_len], return_lse=True
+    )
     assert out.shape == (2, 4, q_len, 6)
     assert (out == 0).all()
     assert (lse == -math.inf).all()
@@ -62,7 +68,9 @@ def test_contents_of_padding_have_no_effect() -> None:
     padding = torch.arange(40).expand(2, 40) >= 30
     attend = cd.compile(mask)
     want = attend(q, k, v, data={"padding": padding})
-    filled = [x.detach().masked_fill(padding[:, None, :, None], 1e30).requires_grad_() for x in (k, v)]
+    filled = [
+        x.detach().masked_fill(padding[:, None, :, None], 1e30).requires_grad_() for x in (k, v)
+    ]
     got = attend(q, *filled, data={"padding": padding})
     assert torch.equal(got, want)
     for grad in torch.autograd.grad(got.sum(), filled):

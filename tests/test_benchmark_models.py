@@ -45,7 +45,9 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("raise", {"failed": "NotImplementedError: no backward here"}),
     ],
 )
-def test_a_case_in_a_process_of_its_own(benchmarks: Any, tmp_path: Path, do: str, row: dict[str, Any]) -> None:
+def test_a_case_in_a_process_of_its_own(
+    benchmarks: Any, tmp_path: Path, do: str, row: dict[str, Any]
+) -> None:
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     seconds = 5 if do == "wait" else 120
@@ -61,7 +63,14 @@ def test_a_reason_is_the_exceptions_own_line(benchmarks: Any) -> None:
 
 
 def row_of(way: str, result: list[float], **others: Any) -> dict[str, Any]:
-    row = {"work": "prefill", "tokens": 512, "program": "plain", "way": way, "seconds": [2.0], "peak_bytes": 2**21}
+    row = {
+        "work": "prefill",
+        "tokens": 512,
+        "program": "plain",
+        "way": way,
+        "seconds": [2.0],
+        "peak_bytes": 2**21,
+    }
     return row | {"first_seconds": 3.0, "graphs": 0, "result": result, **others}
 
 
@@ -92,9 +101,19 @@ def test_names_of_cases_differ_and_sdpa_comes_first(benchmarks: Any) -> None:
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    command = [sys.executable, "benchmarks/models.py", "--quick", "--lengths", "64", "--only", "64 tokens, plain, sdpa"]
+    command = [
+        sys.executable,
+        "benchmarks/models.py",
+        "--quick",
+        "--lengths",
+        "64",
+        "--only",
+        "64 tokens, plain, sdpa",
+    ]
     command += ["--only", "64 tokens, plain, ours", "--json", str(target)]
-    run = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     record = json.loads(target.read_text())
     assert record["complete"]

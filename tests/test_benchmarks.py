@@ -33,13 +33,20 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def small(harness: Any, tokens: int = 128, **settings: Any) -> Any:
     """A window of 8 tokens over few tokens, as a share of SDPA over as many."""
     problem = harness.problems.Problem(masks.window(8), tokens, heads=2, head_dim=16)
-    return harness.cases.Case(f"window-{tokens}", problem, of=harness.cases.in_time_of_dense(problem), **settings)
+    return harness.cases.Case(
+        f"window-{tokens}", problem, of=harness.cases.in_time_of_dense(problem), **settings
+    )
 
 
 def test_rates_a_case_and_its_rivals(harness: Any) -> None:
     case = small(harness, bars=(0.0, 1e9))
-    settings = harness.turns.Settings(turns=4, least=2, seconds=0.0, rival_turns=1, block_seconds=0.0)
-    forward, both = (harness.turns.rate(case, backward, settings, ("fallback", "SDPA")) for backward in (False, True))
+    settings = harness.turns.Settings(
+        turns=4, least=2, seconds=0.0, rival_turns=1, block_seconds=0.0
+    )
+    forward, both = (
+        harness.turns.rate(case, backward, settings, ("fallback", "SDPA"))
+        for backward in (False, True)
+    )
     assert len(forward["seconds"]) == len(forward["baseline_seconds"]) == 2
     assert (forward["met"], both["met"]) == (True, False)
     assert {"fallback", "SDPA"} == set(forward["rivals"])
@@ -48,7 +55,9 @@ def test_rates_a_case_and_its_rivals(harness: Any) -> None:
 
 
 def test_a_rival_that_refuses_is_named(harness: Any) -> None:
-    problem = harness.problems.Problem(masks.full(), 16, heads=1, head_dim=8, score_mod=lambda score, b, h, q, kv: score * 2)
+    problem = harness.problems.Problem(
+        masks.full(), 16, heads=1, head_dim=8, score_mod=lambda score, b, h, q, kv: score * 2
+    )
     case = harness.cases.Case("doubled", problem)
     refused = harness.turns._rival(case, "SDPA", False)
     assert refused == "ValueError: SDPA has no such score_mod"
@@ -57,16 +66,29 @@ def test_a_rival_that_refuses_is_named(harness: Any) -> None:
 def test_all_ways_agree(harness: Any) -> None:
     data = {"documents": torch.arange(64)[None] // 24}
     mask = masks.causal() & masks.documents(ids="documents")
-    problem = harness.problems.Problem(mask, 64, heads=2, kv_heads=1, head_dim=8, data=data, by_token=True)
+    problem = harness.problems.Problem(
+        mask, 64, heads=2, kv_heads=1, head_dim=8, data=data, by_token=True
+    )
     tensors = problem.tensors(False)
-    ours, fallback, sdpa = (harness.problems.WAYS[name](problem)(*tensors) for name in ("ours", "fallback", "SDPA"))
+    ours, fallback, sdpa = (
+        harness.problems.WAYS[name](problem)(*tensors) for name in ("ours", "fallback", "SDPA")
+    )
     torch.testing.assert_close(ours, sdpa)
     torch.testing.assert_close(fallback, sdpa)
 
 
 def test_compares_lengths_of_a_family(harness: Any) -> None:
-    row = {"family": "window", "pass": "forward", "dtype": "float32", "heads": 8, "baseline_seconds": [1.0]}
-    rows = [row | {"tokens": 100, "seconds": [1.0], "share": 0.8}, row | {"tokens": 1000, "seconds": [12.5], "share": 0.6}]
+    row = {
+        "family": "window",
+        "pass": "forward",
+        "dtype": "float32",
+        "heads": 8,
+        "baseline_seconds": [1.0],
+    }
+    rows = [
+        row | {"tokens": 100, "seconds": [1.0], "share": 0.8},
+        row | {"tokens": 1000, "seconds": [12.5], "share": 0.6},
+    ]
     per_token, useful = harness.turns.family_rows(rows, {"window": 0.9})
     assert (per_token["share"], per_token["met"]) == (0.8, False)
     assert (useful["share"], useful["met"]) == (pytest.approx(0.75), None)
@@ -85,10 +107,17 @@ def test_measures_beside_a_busy_process_that_ends(harness: Any) -> None:
     assert not process.is_running()
 
 
-def test_writes_a_table_and_a_file(harness: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [small(harness, tokens, family="window", rivals=("fallback",), bars=(1e9, None)) for tokens in (64, 128)]
+def test_writes_a_table_and_a_file(
+    harness: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        small(harness, tokens, family="window", rivals=("fallback",), bars=(1e9, None))
+        for tokens in (64, 128)
+    ]
     parser = harness.reports.parser("About.", cases, ("fallback",))
-    options = parser.parse_args(["--turns", "1", "--check", "--json", str(tmp_path / "out.json"), "--passes", "forward"])
+    options = parser.parse_args(
+        ["--turns", "1", "--check", "--json", str(tmp_path / "out.json"), "--passes", "forward"]
+    )
     assert harness.reports.run(options, cases, {}) == 1
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["complete"]
@@ -109,7 +138,9 @@ def test_names_of_cases_differ(harness: Any, script: str) -> None:
 
 def _masks() -> Any:
     """benchmarks/masks.py, whose name is that of many modules."""
-    specification = importlib.util.spec_from_file_location("benchmark_of_masks", BENCHMARKS / "masks.py")
+    specification = importlib.util.spec_from_file_location(
+        "benchmark_of_masks", BENCHMARKS / "masks.py"
+    )
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)

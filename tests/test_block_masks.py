@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from compiled_dilated import masks, orders, tiles
 from compiled_dilated.block_masks import BlockMaskPart, block_mask, block_masks, tile_map, widen
@@ -35,16 +40,34 @@ SAME_AS_TORCH = [
     (masks.window(100) | masks.global_tokens(4), IDENTITY, 900, 900, 0),
     (masks.documents(lengths=(300, 128, 84, 500)), IDENTITY, 1012, 1012, 0),
     (masks.tiles([(0, 3), (2, 2), (5, 1)], block=128), IDENTITY, 1024, 1024, 0),
-    (masks.segments(512) & masks.congruent(4, 1, period=512), orders.residue(4, period=512), 1024, 1024, 0),
-    (masks.segments(512) & masks.congruent(4, 1, period=512) & masks.causal(), orders.residue(4, period=512), 1100, 1100, 0),
+    (
+        masks.segments(512) & masks.congruent(4, 1, period=512),
+        orders.residue(4, period=512),
+        1024,
+        1024,
+        0,
+    ),
+    (
+        masks.segments(512) & masks.congruent(4, 1, period=512) & masks.causal(),
+        orders.residue(4, period=512),
+        1100,
+        1100,
+        0,
+    ),
     (masks.neighborhood((32, 32), 5), orders.hilbert(32, 32), 1024, 1024, 0),
 ]
 
 
-def in_order(mask: Mask, order: Order, n: int, q_offset: int, data: Any = None, device: str = "cpu") -> Callable[..., Tensor]:
+def in_order(
+    mask: Mask, order: Order, n: int, q_offset: int, data: Any = None, device: str = "cpu"
+) -> Callable[..., Tensor]:
     """The mask_mod, written independently of ours."""
     permutation = order.permutation(n)
-    table = torch.arange(max(n, 2**12), device=device) if permutation is None else torch.from_numpy(permutation).to(device)
+    table = (
+        torch.arange(max(n, 2**12), device=device)
+        if permutation is None
+        else torch.from_numpy(permutation).to(device)
+    )
     return lambda b, h, q, kv: mask.allows(b, h, table[q] + q_offset, table[kv], data)
 
 
@@ -57,7 +80,10 @@ def lists_of(num: Tensor | None, indices: Tensor | None) -> list[Any]:
 
 def assert_same_lists(ours: BlockMask, theirs: BlockMask) -> None:
     for name in ("kv", "full_kv", "q", "full_q"):
-        mine, other = ((getattr(each, f"{name}_num_blocks"), getattr(each, f"{name}_indices")) for each in (ours, theirs))
+        mine, other = (
+            (getattr(each, f"{name}_num_blocks"), getattr(each, f"{name}_indices"))
+            for each in (ours, theirs)
+        )
         assert mine[0].dtype == mine[1].dtype == torch.int32
         assert mine[0].is_contiguous()
         assert mine[1].is_contiguous()
@@ -66,12 +92,22 @@ def assert_same_lists(ours: BlockMask, theirs: BlockMask) -> None:
     assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
 
 
-@pytest.mark.parametrize(("mask", "order", "q_len", "kv_len", "q_offset"), SAME_AS_TORCH, ids=lambda value: repr(value)[:50])
-def test_same_as_create_block_mask(mask: Mask, order: Order, q_len: int, kv_len: int, q_offset: int) -> None:
+@pytest.mark.parametrize(
+    ("mask", "order", "q_len", "kv_len", "q_offset"),
+    SAME_AS_TORCH,
+    ids=lambda value: repr(value)[:50],
+)
+def test_same_as_create_block_mask(
+    mask: Mask, order: Order, q_len: int, kv_len: int, q_offset: int
+) -> None:
     ours = block_mask(mask, q_len, kv_len, order=order, q_offset=q_offset)
-    theirs = create_block_mask(in_order(mask, order, q_len, q_offset), None, None, q_len, kv_len, device="cpu")
+    theirs = create_block_mask(
+        in_order(mask, order, q_len, q_offset), None, None, q_len, kv_len, device="cpu"
+    )
     assert_same_lists(ours, theirs)
-    assert ours.kv_indices.shape[-1] == max(1, int(ours.kv_num_blocks.max()), int(ours.full_kv_num_blocks.max()))
+    assert ours.kv_indices.shape[-1] == max(
+        1, int(ours.kv_num_blocks.max()), int(ours.full_kv_num_blocks.max())
+    )
     assert ours.kv_indices.shape == ours.full_kv_indices.shape
     assert ours.q_indices.shape == ours.full_q_indices.shape
 
@@ -79,7 +115,9 @@ def test_same_as_create_block_mask(mask: Mask, order: Order, q_len: int, kv_len:
 @pytest.mark.parametrize("tile", [16, 64, 100])
 def test_other_tiles(tile: int) -> None:
     mask = masks.window(70) & masks.causal()
-    theirs = create_block_mask(in_order(mask, IDENTITY, 333, 0), None, None, 333, 333, device="cpu", BLOCK_SIZE=tile)
+    theirs = create_block_mask(
+        in_order(mask, IDENTITY, 333, 0), None, None, 333, 333, device="cpu", BLOCK_SIZE=tile
+    )
     assert_same_lists(block_mask(mask, 333, 333, tile=tile), theirs)
 
 
@@ -88,7 +126,13 @@ def test_heads_that_differ(offset: Any) -> None:
     mask = masks.segments(96) & masks.congruent(3, offset, period=96)
     ours = block_mask(mask, 300, 300, heads=4, tile=32, order=orders.residue(3, period=96))
     theirs = create_block_mask(
-        in_order(mask.for_heads(4), orders.residue(3, period=96), 300, 0), None, 4, 300, 300, device="cpu", BLOCK_SIZE=32
+        in_order(mask.for_heads(4), orders.residue(3, period=96), 300, 0),
+        None,
+        4,
+        300,
+        300,
+        device="cpu",
+        BLOCK_SIZE=32,
     )
     assert ours.kv_indices.shape[:2] == (1, 4)
     assert_same_lists(ours, theirs)
@@ -96,15 +140,24 @@ def test_heads_that_differ(offset: Any) -> None:
 
 def test_heads_that_agree_share_one_list() -> None:
     assert block_mask(masks.window(64), 512, 512, heads=8).kv_indices.shape[:2] == (1, 1)
-    assert block_mask(masks.from_mod(every_third, within=masks.window(64)), 512, 512, heads=8).kv_indices.shape[:2] == (1, 1)
-    assert block_mask(masks.from_mod(by_head, within=masks.window(64)), 512, 512, heads=8).kv_indices.shape[:2] == (1, 8)
+    assert block_mask(
+        masks.from_mod(every_third, within=masks.window(64)), 512, 512, heads=8
+    ).kv_indices.shape[:2] == (1, 1)
+    assert block_mask(
+        masks.from_mod(by_head, within=masks.window(64)), 512, 512, heads=8
+    ).kv_indices.shape[:2] == (1, 8)
 
 
 def pairs_of(part: BlockMaskPart, heads: int = 1, batch: int = 1) -> Tensor:
     """What the part's mask_mod says of its slice, (batch, heads, queries, keys), and its lists agree with."""
     b, h = torch.arange(batch)[:, None, None, None], torch.arange(heads)[None, :, None, None]
-    q, kv = torch.arange(len(part.queries))[None, None, :, None], torch.arange(len(part.keys))[None, None, None, :]
-    return part.block_mask.mask_mod(b, h, q, kv).broadcast_to(batch, heads, len(part.queries), len(part.keys))
+    q, kv = (
+        torch.arange(len(part.queries))[None, None, :, None],
+        torch.arange(len(part.keys))[None, None, None, :],
+    )
+    return part.block_mask.mask_mod(b, h, q, kv).broadcast_to(
+        batch, heads, len(part.queries), len(part.keys)
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +172,9 @@ def pairs_of(part: BlockMaskPart, heads: int = 1, batch: int = 1) -> Tensor:
     ],
     ids=repr,
 )
-def test_parts_are_disjoint_and_whole(mask: Mask, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_disjoint_and_whole(
+    mask: Mask, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tiles, "_ALWAYS_FITS", 1)
     monkeypatch.setattr(tiles, "_MOST_PADDING", 1.5)
     n, heads, tile = 300, 2, 8
@@ -128,7 +183,10 @@ def test_parts_are_disjoint_and_whole(mask: Mask, order: Order, monkeypatch: pyt
     taken, seen = torch.zeros(n, n, dtype=torch.int64), torch.zeros(heads, n, n, dtype=torch.bool)
     for part in parts:
         assert part.block_mask.seq_lengths == (len(part.queries), len(part.keys))
-        rows, columns = slice(part.queries.start, part.queries.stop), slice(part.keys.start, part.keys.stop)
+        rows, columns = (
+            slice(part.queries.start, part.queries.stop),
+            slice(part.keys.start, part.keys.stop),
+        )
         taken[rows, columns] += 1
         pairs = pairs_of(part, heads)[0]
         seen[:, rows, columns] = pairs
@@ -139,24 +197,37 @@ def test_parts_are_disjoint_and_whole(mask: Mask, order: Order, monkeypatch: pyt
                 .repeat_interleave(tile, 1)
             )
             listed = listed[: len(part.queries), : len(part.keys)]
-            mine = pairs[head] if part.block_mask.kv_num_blocks.shape[1] == heads else pairs.any(dim=0)
+            mine = (
+                pairs[head] if part.block_mask.kv_num_blocks.shape[1] == heads else pairs.any(dim=0)
+            )
             assert not (mine & (listed == 0)).any()
             assert not (~mine & (listed == 2)).any()
     assert taken.max() == 1
     index = torch.arange(n)
-    truth = in_order(mask, order, n, 0)(0, torch.arange(heads)[:, None, None], index[:, None], index[None, :])
+    truth = in_order(mask, order, n, 0)(
+        0, torch.arange(heads)[:, None, None], index[:, None], index[None, :]
+    )
     assert torch.equal(seen, truth.broadcast_to(heads, n, n))
 
 
-@pytest.mark.parametrize("mask", [masks.window(256) | masks.sinks(4), masks.window(256) | masks.global_tokens(4)], ids=repr)
+@pytest.mark.parametrize(
+    "mask",
+    [masks.window(256) | masks.sinks(4), masks.window(256) | masks.global_tokens(4)],
+    ids=repr,
+)
 def test_heavy_masks_at_a_million_tokens(mask: Mask) -> None:
     parts = block_masks(mask, MILLION, MILLION)
     total = sum(
-        tensor.nbytes for part in parts for tensor in vars(part.block_mask).values() if isinstance(tensor, Tensor)
+        tensor.nbytes
+        for part in parts
+        for tensor in vars(part.block_mask).values()
+        if isinstance(tensor, Tensor)
     )  # partial and full lists, forward and transposed
     assert 2 <= len(parts) <= 3
     assert total <= 4 * 2**20
-    with pytest.raises(ValueError, match=rf"takes {len(parts)} block masks: .* Call block_masks\(...\)"):
+    with pytest.raises(
+        ValueError, match=rf"takes {len(parts)} block masks: .* Call block_masks\(...\)"
+    ):
         block_mask(mask, MILLION, MILLION)
 
 
@@ -178,7 +249,9 @@ def test_tile_map_round_trip(q_len: int) -> None:
     mask = masks.window(60)
     whole = block_mask(mask, q_len, 384, tile=64)
     built = TileMap.build(mask, q_len, 384, q_tile=64, kv_tile=64)
-    theirs = create_block_mask(in_order(mask, IDENTITY, q_len, 0), None, None, q_len, 384, device="cpu", BLOCK_SIZE=64)
+    theirs = create_block_mask(
+        in_order(mask, IDENTITY, q_len, 0), None, None, q_len, 384, device="cpu", BLOCK_SIZE=64
+    )
     for again in (tile_map(whole), tile_map(widen(whole)), tile_map(theirs)):
         assert again.indices.tolist() == built.indices.tolist()
         assert again.offsets.tolist() == built.offsets.tolist()
@@ -190,7 +263,9 @@ def test_tile_map_round_trip(q_len: int) -> None:
 
 
 def test_tile_map_without_full_lists() -> None:
-    theirs = BlockMask.from_kv_blocks(torch.tensor([[[1, 2]]]), torch.tensor([[[[1, 0], [0, 1]]]]), BLOCK_SIZE=32)
+    theirs = BlockMask.from_kv_blocks(
+        torch.tensor([[[1, 2]]]), torch.tensor([[[[1, 0], [0, 1]]]]), BLOCK_SIZE=32
+    )
     assert tile_map(theirs).verdicts().tolist() == [[0, 1], [1, 1]]
 
 
@@ -200,7 +275,10 @@ def test_widen_only_views() -> None:
     assert wide.kv_indices.shape == (1, 1, 32, 32)
     assert wide.kv_indices.untyped_storage().nbytes() == narrow.kv_indices.nbytes + 32 * 4
     for name in ("kv", "full_kv", "q", "full_q"):
-        mine, other = ((getattr(each, f"{name}_num_blocks"), getattr(each, f"{name}_indices")) for each in (wide, narrow))
+        mine, other = (
+            (getattr(each, f"{name}_num_blocks"), getattr(each, f"{name}_indices"))
+            for each in (wide, narrow)
+        )
         assert lists_of(*mine) == lists_of(*other)
     assert widen(wide).kv_indices is wide.kv_indices
 
@@ -208,24 +286,36 @@ def test_widen_only_views() -> None:
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
-def reference(mask: Mask, order: Order, q: Tensor, k: Tensor, v: Tensor, data: Any = None) -> Tensor:
+def reference(
+    mask: Mask, order: Order, q: Tensor, k: Tensor, v: Tensor, data: Any = None
+) -> Tensor:
     """Dense, of tensors that stand in the order; rows that see nothing are 0."""
     b, h, at, kv = (
-        torch.arange(size, device=q.device).reshape([-1 if axis == each else 1 for each in range(4)])
+        torch.arange(size, device=q.device).reshape(
+            [-1 if axis == each else 1 for each in range(4)]
+        )
         for axis, size in enumerate((*q.shape[:3], k.shape[2]))
     )
-    seen = in_order(mask.for_heads(q.shape[1]), order, q.shape[2], 0, data, str(q.device))(b, h, at, kv)
+    seen = in_order(mask.for_heads(q.shape[1]), order, q.shape[2], 0, data, str(q.device))(
+        b, h, at, kv
+    )
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
     return torch.softmax(scores, dim=-1).nan_to_num() @ v
 
 
 def qkv(n: int, heads: int = 2, m: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(2, heads, n, 16), torch.randn(2, heads, m or n, 16), torch.randn(2, heads, m or n, 16)
+    return (
+        torch.randn(2, heads, n, 16),
+        torch.randn(2, heads, m or n, 16),
+        torch.randn(2, heads, m or n, 16),
+    )
 
 
 def kernel_case(mask: Mask, order: Order = IDENTITY, slow: bool = True, **data: Tensor) -> Any:
     """Compiling takes seconds, so that only a few cases are not slow ones."""
-    return pytest.param(mask, order, data, marks=[pytest.mark.slow] if slow else [], id=repr(mask)[:50])
+    return pytest.param(
+        mask, order, data, marks=[pytest.mark.slow] if slow else [], id=repr(mask)[:50]
+    )
 
 
 NUMBERS = torch.arange(600).reshape(2, 300)
@@ -265,9 +355,14 @@ def test_parts_merge_by_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(n)
     out, total = torch.zeros_like(q), torch.zeros(*q.shape[:3], 1)
     for part in block_masks(mask, n, n, tile=8):
-        rows, columns = slice(part.queries.start, part.queries.stop), slice(part.keys.start, part.keys.stop)
+        rows, columns = (
+            slice(part.queries.start, part.queries.stop),
+            slice(part.keys.start, part.keys.stop),
+        )
         mine = q[:, :, rows], k[:, :, columns], v[:, :, columns]
-        partial, aux = flex_attention(*mine, block_mask=part.block_mask, return_aux=AuxRequest(lse=True))
+        partial, aux = flex_attention(
+            *mine, block_mask=part.block_mask, return_aux=AuxRequest(lse=True)
+        )
         assert aux.lse is not None
         weight = aux.lse.exp().nan_to_num()[..., None]
         out[:, :, rows] += partial * weight
@@ -301,10 +396,26 @@ def test_narrow_masks_on_a_gpu(mask: Mask, order: Order, data: Any) -> None:
     [
         (lambda: block_mask(masks.causal(), 0, 4), ValueError, "q_len must be at least 1; got 0"),
         (lambda: block_mask(masks.causal(), 4, 0), ValueError, "kv_len must be at least 1; got 0"),
-        (lambda: block_mask(masks.causal(), 4, 4, tile=0), ValueError, "tile must be at least 1; got 0"),
-        (lambda: block_mask(masks.causal(), 4, 4, heads=0), ValueError, "heads must be at least 1; got 0"),
-        (lambda: block_mask(lambda b, h, q, kv: q >= kv, 4, 4), TypeError, "mask must be a mask; got function"),
-        (lambda: block_mask(masks.padding(), 4, 4), ValueError, r"reads the data tensors \['padding'\]; got \[\]"),
+        (
+            lambda: block_mask(masks.causal(), 4, 4, tile=0),
+            ValueError,
+            "tile must be at least 1; got 0",
+        ),
+        (
+            lambda: block_mask(masks.causal(), 4, 4, heads=0),
+            ValueError,
+            "heads must be at least 1; got 0",
+        ),
+        (
+            lambda: block_mask(lambda b, h, q, kv: q >= kv, 4, 4),
+            TypeError,
+            "mask must be a mask; got function",
+        ),
+        (
+            lambda: block_mask(masks.padding(), 4, 4),
+            ValueError,
+            r"reads the data tensors \['padding'\]; got \[\]",
+        ),
         (
             lambda: block_mask(masks.causal(), 4, 4, data={"x": torch.zeros(1)}),
             ValueError,
@@ -316,7 +427,12 @@ def test_narrow_masks_on_a_gpu(mask: Mask, order: Order, data: Any) -> None:
             "must be a bool or integer tensor; got ndarray",
         ),
         (
-            lambda: block_mask(masks.padding(), 4, 4, data={"padding": torch.zeros(1, 4, dtype=torch.bool, device="meta")}),
+            lambda: block_mask(
+                masks.padding(),
+                4,
+                4,
+                data={"padding": torch.zeros(1, 4, dtype=torch.bool, device="meta")},
+            ),
             ValueError,
             "must be on the device of q, cpu; got meta",
         ),
@@ -325,8 +441,16 @@ def test_narrow_masks_on_a_gpu(mask: Mask, order: Order, data: Any) -> None:
             ValueError,
             "depends on the number of heads; say it by heads=...",
         ),
-        (lambda: block_mask(masks.congruent(2, (0, 1)), 4, 4, heads=3), ValueError, "names 2 offsets for 3 heads"),
-        (lambda: block_mask(masks.causal(), 4, 5, order=orders.residue(2)), ValueError, "needs q_len == kv_len"),
+        (
+            lambda: block_mask(masks.congruent(2, (0, 1)), 4, 4, heads=3),
+            ValueError,
+            "names 2 offsets for 3 heads",
+        ),
+        (
+            lambda: block_mask(masks.causal(), 4, 5, order=orders.residue(2)),
+            ValueError,
+            "needs q_len == kv_len",
+        ),
         (lambda: block_mask(masks.neighborhood((2, 2), 1), 5, 5), ValueError, "a grid of 4 tokens"),
         (
             lambda: tile_map(block_mask(masks.causal(), 4, 4), head=1),

@@ -58,11 +58,19 @@ def test_the_command_offers_every_lowering() -> None:
 def test_prints_its_version() -> None:
     result = run("--version")
     assert result.exit_code == 0
-    assert result.stdout == f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}\n"
+    assert (
+        result.stdout
+        == f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}\n"
+    )
 
 
 def test_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "compiled_dilated", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "compiled_dilated", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "Usage: python -m compiled_dilated" in done.stdout
 
 
@@ -145,14 +153,34 @@ def test_refuses_what_is_no_order() -> None:
 
 
 def test_plan_explains() -> None:
-    result = run("plan", "longnet((64, 128), (1, 2), causal=True)", "--shape", "1,4,512,32", "--kv-heads", "2")
+    result = run(
+        "plan",
+        "longnet((64, 128), (1, 2), causal=True)",
+        "--shape",
+        "1,4,512,32",
+        "--kv-heads",
+        "2",
+    )
     assert result.exit_code == 0
-    assert result.stdout == plan(longnet((64, 128), (1, 2), causal=True), (1, 4, 512, 32), kv_heads=2).explain() + "\n"
+    assert (
+        result.stdout
+        == plan(longnet((64, 128), (1, 2), causal=True), (1, 4, 512, 32), kv_heads=2).explain()
+        + "\n"
+    )
 
 
 def test_plan_as_json() -> None:
     result = run(
-        "plan", "window(16)", "--shape", "1,2,256,32", "--dtype", "bfloat16", "--lowering", "tiled", "--training", "--json"
+        "plan",
+        "window(16)",
+        "--shape",
+        "1,2,256,32",
+        "--dtype",
+        "bfloat16",
+        "--lowering",
+        "tiled",
+        "--training",
+        "--json",
     )
     assert result.exit_code == 0
     assert printed_json(result)["q_shape"] == [1, 2, 256, 32]
@@ -218,7 +246,9 @@ def test_doctor_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interleaved_takes_turns() -> None:
     calls: list[str] = []
-    times = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1)
+    times = measure.interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1
+    )
     assert calls == ["a", "b"] * 4
     assert [len(each) for each in times.values()] == [3, 3]
 
@@ -248,7 +278,9 @@ def test_hardware_can_be_written(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["torch"] == torch.__version__
 
 
-def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "one.json"
     measure.write_json(file, {"before": 1})
 

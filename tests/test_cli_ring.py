@@ -52,7 +52,17 @@ def test_plan() -> None:
 
 
 def test_simulate() -> None:
-    result = run("simulate", "causal() & window(100)", "--shape", "1,2,1000,16", "--ranks", 4, "--layout", "contiguous", "--json")
+    result = run(
+        "simulate",
+        "causal() & window(100)",
+        "--shape",
+        "1,2,1000,16",
+        "--ranks",
+        4,
+        "--layout",
+        "contiguous",
+        "--json",
+    )
     assert result.exit_code == 0
     record = printed_json(result)
     assert (record["steps"], record["messages"]) == (7, 3)
@@ -74,12 +84,17 @@ def test_stream(tmp_path: Path) -> None:
     result = run("stream", LONGNET, *paths, "--ranks", 6)
     assert result.exit_code == 0
     assert "700 tokens" in result.stdout
-    wanted = cd.reference(cd.longnet((64, 128), (1, 2), causal=True), *(torch.from_numpy(np.load(path)) for path in paths[:3]))
+    wanted = cd.reference(
+        cd.longnet((64, 128), (1, 2), causal=True),
+        *(torch.from_numpy(np.load(path)) for path in paths[:3]),
+    )
     np.testing.assert_allclose(np.load(paths[3]), wanted.numpy(), rtol=1e-10, atol=1e-10)
     other = run("stream", LONGNET, *paths, "--ranks", 5)
     assert other.exit_code == 2
     said = unwrapped(other.stderr)
-    assert "is of another run: ranks is 6 there and 5 here. Name another --journal, or remove" in said
+    assert (
+        "is of another run: ranks is 6 there and 5 here. Name another --journal, or remove" in said
+    )
     assert "out.npy.journal to start again" in said
 
 
@@ -89,7 +104,9 @@ def test_stream_refuses_an_output_that_is_an_input(tmp_path: Path) -> None:
     before = path.read_bytes()
     result = run("stream", "causal()", path, path, path, path)
     assert result.exit_code == 2
-    assert "are one file, which the run would overwrite. Pass another path as out" in unwrapped(result.stderr)
+    assert "are one file, which the run would overwrite. Pass another path as out" in unwrapped(
+        result.stderr
+    )
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == ["q.npy"]
 
@@ -114,29 +131,53 @@ def test_billion_names_its_directory_where_another_run_left_files(tmp_path: Path
     result = run(*settings, "--ranks", 4, "--rows", 20)
     assert result.exit_code == 2
     said = unwrapped(result.stderr)
-    assert "is of another run: ranks is 3 there and 4 here. Name another --directory, or remove" in said
+    assert (
+        "is of another run: ranks is 3 there and 4 here. Name another --directory, or remove"
+        in said
+    )
     assert "journal to start again" in said
     result = run(*settings, "--ranks", 3, "--rows", 21)
     assert result.exit_code == 2
-    assert "Choose another file, or remove this one; or name another --directory" in unwrapped(result.stderr)
+    assert "Choose another file, or remove this one; or name another --directory" in unwrapped(
+        result.stderr
+    )
 
 
 def test_billion_computes_what_it_counts(tmp_path: Path) -> None:
-    settings = ("--tokens", 20_000, "--ranks", 10, "--dim", 8, "--rows", 50, "--directory", tmp_path / "billion")
+    settings = (
+        "--tokens",
+        20_000,
+        "--ranks",
+        10,
+        "--dim",
+        8,
+        "--rows",
+        50,
+        "--directory",
+        tmp_path / "billion",
+    )
     result = run("billion", *settings, "--json")
     assert result.exit_code == 0
     record = printed_json(result)
-    assert (record["tokens_done"], record["tokens_computed_now"], record["rows_checked"]) == (20_000, 20_000, 50)
+    assert (record["tokens_done"], record["tokens_computed_now"], record["rows_checked"]) == (
+        20_000,
+        20_000,
+        50,
+    )
     assert record["steps"] > 10
     assert record["most_error"] < 1e-6
     again = run("billion", *settings)
     assert again.exit_code == 0
-    assert "20,000 of 20,000 tokens done, 0 of them now: 0 steps of 10 ranks executed" in again.stdout
+    assert (
+        "20,000 of 20,000 tokens done, 0 of them now: 0 steps of 10 ranks executed" in again.stdout
+    )
     assert "50 random rows differ from float64 by" in again.stdout
 
 
 def test_billion_stops_in_time(tmp_path: Path) -> None:
-    result = run("billion", "--tokens", 50_000, "--ranks", 50, "--directory", tmp_path, "--limit-seconds", 0)
+    result = run(
+        "billion", "--tokens", 50_000, "--ranks", 50, "--directory", tmp_path, "--limit-seconds", 0
+    )
     assert result.exit_code == 1
     assert "the time was up; the same command goes on" in result.stdout
 
@@ -163,9 +204,18 @@ def test_launch() -> None:
     [
         (("plan", "longnet(", "--ranks", 2), "was never closed"),
         (("plan", "causal()", "--layout", "residue"), "layout 'residue' needs a dilated program"),
-        (("simulate", "causal()", "--layout", "round"), "layout must be one of 'auto', 'contiguous'"),
-        (("simulate", "causal()", "--shape", "1,2,3"), "q_shape must be (batch, heads, tokens, head_dim)"),
-        (("launch", "causal()", "--shape", "1,3,64,8", "--kv-heads", 2), "must be a multiple of the 2 key heads"),
+        (
+            ("simulate", "causal()", "--layout", "round"),
+            "layout must be one of 'auto', 'contiguous'",
+        ),
+        (
+            ("simulate", "causal()", "--shape", "1,2,3"),
+            "q_shape must be (batch, heads, tokens, head_dim)",
+        ),
+        (
+            ("launch", "causal()", "--shape", "1,3,64,8", "--kv-heads", 2),
+            "must be a multiple of the 2 key heads",
+        ),
         (("billion", "--program", "documents(ids='x')"), "takes no data tensors"),
         (("plan", "causal()", "--ranks", 0), "Invalid value for '--ranks'"),
     ],

@@ -41,13 +41,22 @@ def printed(result: Result) -> dict[str, Any]:
 def test_it_prints_the_figure() -> None:
     result = run("show", "longnet((16, 32), (1, 2), causal=True)", "--tokens", "48", "--head", "1")
     assert result.exit_code == 0
-    assert result.stdout == cd.show(cd.longnet((16, 32), (1, 2), causal=True), 48, head=1).text() + "\n"
+    assert (
+        result.stdout
+        == cd.show(cd.longnet((16, 32), (1, 2), causal=True), 48, head=1).text() + "\n"
+    )
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_it_writes_files_and_nothing_else(tmp_path: Path) -> None:
     files = {kind: str(tmp_path / f"mask.{kind}") for kind in ("png", "svg", "html")}
-    result = run("show", "window(3)", "-n", "20", *(word for kind, path in files.items() for word in (f"--{kind}", path)))
+    result = run(
+        "show",
+        "window(3)",
+        "-n",
+        "20",
+        *(word for kind, path in files.items() for word in (f"--{kind}", path)),
+    )
     assert result.exit_code == 0
     figure = cd.show(masks.window(3), 20)
     assert Path(files["png"]).read_bytes() == figure.png()
@@ -70,7 +79,12 @@ def test_it_prints_json(tmp_path: Path) -> None:
 def test_it_reads_data(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.array([[0] * 3 + [1] * 5, [0] * 8]))
     np.save(tmp_path / "padding.npy", np.arange(8) >= 6)
-    data = ("--data", f"ids={tmp_path / 'ids.npy'}", "--data", f"padding={tmp_path / 'padding.npy'}")
+    data = (
+        "--data",
+        f"ids={tmp_path / 'ids.npy'}",
+        "--data",
+        f"padding={tmp_path / 'padding.npy'}",
+    )
     program = "documents(ids='ids') & padding()"
     for batch, pairs in (("0", 9 + 15), ("1", 48)):
         values = printed(run("show", program, "-n", "8", *data, "--batch", batch, "--json"))
@@ -81,7 +95,10 @@ def test_functions_are_named_by_their_module() -> None:
     program = f"from_mod('{MODS}', within=window(4)) | sinks(1)"
     mask = masks.from_mod(checkered, within=masks.window(4)) | masks.sinks(1)
     assert run("show", program, "-n", "20").stdout == cd.show(mask, 20).text() + "\n"
-    assert run("plan", program, "--shape", "1,2,300,16").stdout == cd.plan(mask, (1, 2, 300, 16)).explain() + "\n"
+    assert (
+        run("plan", program, "--shape", "1,2,300,16").stdout
+        == cd.plan(mask, (1, 2, 300, 16)).explain() + "\n"
+    )
 
 
 def test_cross_attention_decoding_and_orders() -> None:
@@ -122,7 +139,9 @@ def test_cross_attention_decoding_and_orders() -> None:
         (("from_mud(3)", "-n", "8"), "did you mean from_mod?"),
     ],
 )  # fmt: skip
-def test_show_refuses(arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_refuses(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("ids.npy", np.arange(8))
     np.save("cube.npy", np.zeros((2, 2, 2), dtype=bool))
@@ -136,7 +155,9 @@ def test_show_refuses(arguments: tuple[str, ...], message: str, tmp_path: Path, 
     assert sorted(os.listdir()) == before
 
 
-def test_a_png_without_matplotlib_is_bad_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_png_without_matplotlib_is_bad_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pictures.plots.importlib.util, "find_spec", lambda name: None)
     result = run("show", "causal()", "-n", "8", "--png", str(tmp_path / "mask.png"))
     assert result.exit_code == 2

@@ -31,20 +31,35 @@ def fresh() -> Iterator[None]:
 class Model(nn.Module):
     """A user's block: projections, attention with grouped heads and learned sinks, a residual."""
 
-    def __init__(self, program: Program | Mask, heads: int = 4, kv_heads: int = 2, dim: int = 32, **options: Any) -> None:
+    def __init__(
+        self,
+        program: Program | Mask,
+        heads: int = 4,
+        kv_heads: int = 2,
+        dim: int = 32,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.widths, self.head_dim = (dim, dim * kv_heads // heads, dim * kv_heads // heads), dim // heads
+        self.widths, self.head_dim = (
+            (dim, dim * kv_heads // heads, dim * kv_heads // heads),
+            dim // heads,
+        )
         self.attend, self.options = cd.compile(program), options
         self.qkv, self.out = nn.Linear(dim, sum(self.widths)), nn.Linear(dim, dim)
         self.sinks = nn.Parameter(torch.randn(heads))
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x).split(self.widths, dim=-1))
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for y in self.qkv(x).split(self.widths, dim=-1)
+        )
         out = self.attend(q, k, v, sink_logits=self.sinks, **self.options, **options)
         return x + self.out(out.transpose(1, 2).flatten(2))
 
 
-def compiled(function: Any, backend: str = "aot_eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:
+def compiled(
+    function: Any, backend: str = "aot_eager", **options: Any
+) -> tuple[Any, CompileCounterWithBackend]:
     counter = CompileCounterWithBackend(backend)
     return torch.compile(function, backend=counter, fullgraph=True, **options), counter
 
@@ -66,7 +81,9 @@ WINDOW_OR_SINKS = masks.causal() & (masks.window(20) | masks.sinks(3))
     [(LONGNET, LENGTHS, None), (WINDOW_OR_SINKS, LENGTHS[:7], True)],
     ids=["longnet", "window or sinks"],
 )
-def test_few_graphs_for_many_lengths(program: Program | Mask, lengths: tuple[int, ...], dynamic: bool | None) -> None:
+def test_few_graphs_for_many_lengths(
+    program: Program | Mask, lengths: tuple[int, ...], dynamic: bool | None
+) -> None:
     """At most 4 graphs for 20 lengths, trained: forward and gradients as in eager."""
     model = Model(program)
     fast, counter = compiled(model, dynamic=dynamic)
@@ -79,7 +96,9 @@ def check(fast: Any, model: Model, x: Tensor) -> None:
     """Forward and gradients as in eager."""
     got, want = fast(x), model(x)
     same(got, want)
-    for mine, theirs in zip(gradients(model, got.square().mean()), gradients(model, want.square().mean()), strict=True):
+    for mine, theirs in zip(
+        gradients(model, got.square().mean()), gradients(model, want.square().mean()), strict=True
+    ):
         same(mine, theirs)
 
 
@@ -104,14 +123,23 @@ def test_inductor() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["hilbert window", "branches of different orders", "congruent grouped", "neighborhood shifted", "tiles", "from_mod per head"],
+    [
+        "hilbert window",
+        "branches of different orders",
+        "congruent grouped",
+        "neighborhood shifted",
+        "tiles",
+        "from_mod per head",
+    ],
 )
 def test_every_kind_of_program_compiles_whole(name: str) -> None:
     case = by_name(name)
     inputs, attend = case.inputs(129, torch.float32), cd.compile(case.program(129))
     fast, counter = compiled(lambda q, k, v: attend(q, k, v, return_lse=True))
     for mine, theirs in zip(
-        fast(inputs.q, inputs.k, inputs.v), attend(inputs.q, inputs.k, inputs.v, return_lse=True), strict=True
+        fast(inputs.q, inputs.k, inputs.v),
+        attend(inputs.q, inputs.k, inputs.v, return_lse=True),
+        strict=True,
     ):
         same(mine, theirs)
     assert counter.frame_count == 1
@@ -133,7 +161,10 @@ def test_new_data_compiles_nothing(name: str) -> None:
     fast, counter = compiled(lambda q, k, v, data: attend(q, k, v, data=data))
     for step in range(6):
         data = {key: value.roll(step, dims=1) for key, value in inputs.data.items()}
-        same(fast(inputs.q, inputs.k, inputs.v, data), attend(inputs.q, inputs.k, inputs.v, data=data))
+        same(
+            fast(inputs.q, inputs.k, inputs.v, data),
+            attend(inputs.q, inputs.k, inputs.v, data=data),
+        )
     assert counter.frame_count == 1
 
 
@@ -180,11 +211,17 @@ def test_gradient_through_the_lse() -> None:
 
     inputs = tuple(torch.randn(1, 2, 50, 8, requires_grad=True) for _ in range(3))
     fast, _ = compiled(loss)
-    for mine, theirs in zip(torch.autograd.grad(fast(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(fast(*inputs), inputs),
+        torch.autograd.grad(loss(*inputs), inputs),
+        strict=True,
+    ):
         same(mine, theirs)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 def test_modes(mode: Callable[[], Any]) -> None:
     model = Model(WINDOW_OR_SINKS)
     fast, _ = compiled(model)

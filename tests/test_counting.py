@@ -43,16 +43,23 @@ LENGTH, OFFSET = st.integers(1, 70), st.integers(0, 70)
 
 @settings(max_examples=300)
 @given(mask=strategies.expressions(leaves()), q_len=LENGTH, kv_len=LENGTH, q_offset=OFFSET)
-def test_pairs_are_those_of_the_dense_mask(mask: Mask, q_len: int, kv_len: int, q_offset: int) -> None:
+def test_pairs_are_those_of_the_dense_mask(
+    mask: Mask, q_len: int, kv_len: int, q_offset: int
+) -> None:
     mask = mask.at_head(0, 3)
     with deep_halving():
-        assert counting.pairs(mask, q_len, kv_len, q_offset) == dense(mask, q_len, kv_len, q_offset).sum()
+        assert (
+            counting.pairs(mask, q_len, kv_len, q_offset)
+            == dense(mask, q_len, kv_len, q_offset).sum()
+        )
 
 
 @given(st.data())
 def test_pairs_of_expressions_over_grids(data: st.DataObject) -> None:
     grid = data.draw(strategies.grids())
-    mask = data.draw(strategies.expressions(strategies.grid_masks(grid) | strategies.line_masks(40)))
+    mask = data.draw(
+        strategies.expressions(strategies.grid_masks(grid) | strategies.line_masks(40))
+    )
     kv_len = data.draw(st.integers(1, math.prod(grid)))
     q_len = data.draw(st.integers(1, kv_len))
     with deep_halving():
@@ -63,7 +70,10 @@ def test_pairs_of_expressions_over_grids(data: st.DataObject) -> None:
 @given(mask=strategies.expressions(leaves()), data=st.data(), q_offset=OFFSET)
 def test_cells_are_sums_of_the_dense_mask(mask: Mask, data: st.DataObject, q_offset: int) -> None:
     mask = mask.at_head(0, 3)
-    q_cuts, kv_cuts = (np.unique([0, *data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6))]) for _ in range(2))
+    q_cuts, kv_cuts = (
+        np.unique([0, *data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6))])
+        for _ in range(2)
+    )
     whole = dense(mask, q_cuts[-1], kv_cuts[-1], q_offset).astype(int)
     expected = np.add.reduceat(np.add.reduceat(whole, q_cuts[:-1], axis=0), kv_cuts[:-1], axis=1)
     with deep_halving():
@@ -78,7 +88,9 @@ def test_cells_that_are_estimated_say_so_and_come_near(monkeypatch: pytest.Monke
     mask = masks.from_mod(lambda b, h, q, kv: (q * 7 + kv * 3) % 10 < 4, within=masks.window(500))
     cuts = np.arange(0, 1025, 128)
     counted = counting.cells(mask, cuts, cuts)
-    expected = np.add.reduceat(np.add.reduceat(dense(mask, 1024, 1024).astype(int), cuts[:-1], axis=0), cuts[:-1], axis=1)
+    expected = np.add.reduceat(
+        np.add.reduceat(dense(mask, 1024, 1024).astype(int), cuts[:-1], axis=0), cuts[:-1], axis=1
+    )
     assert not counted.exact
     # A share of 0.4 by 2**22 / 64 draws: five standard deviations are 1 % of the cell.
     assert (abs(counted.pairs - expected) <= 0.01 * 128**2).all()
@@ -86,12 +98,17 @@ def test_cells_that_are_estimated_say_so_and_come_near(monkeypatch: pytest.Monke
     assert (counting.cells(mask, cuts, cuts).pairs == counted.pairs).all()
 
 
-@pytest.mark.parametrize("rest", [masks.full(), masks.causal(), masks.window(3, 1), masks.window(9, dilation=2)], ids=str)
+@pytest.mark.parametrize(
+    "rest", [masks.full(), masks.causal(), masks.window(3, 1), masks.window(9, dilation=2)], ids=str
+)
 @pytest.mark.parametrize("q_offset", [0, 7])
 def test_documents_are_counted_one_by_one(rest: Mask, q_offset: int) -> None:
     mask = masks.documents(lengths=(3, 20, 0, 1, 20, 5)) & rest
     for q_len, kv_len in ((60, 60), (30, 44), (1, 12), (49, 49)):
-        assert counting.pairs(mask, q_len, kv_len, q_offset) == dense(mask, q_len, kv_len, q_offset).sum()
+        assert (
+            counting.pairs(mask, q_len, kv_len, q_offset)
+            == dense(mask, q_len, kv_len, q_offset).sum()
+        )
 
 
 @settings(max_examples=300)
@@ -109,7 +126,9 @@ def test_formula_of_a_whole_grid(edges: str) -> None:
         for radius in (0, 1, 4):
             for dilation in (1, 2, 3, 20):
                 for causal in (False, True):
-                    mask = masks.neighborhood((size, 2), (radius, 1), (dilation, 1), (causal, False), edges)
+                    mask = masks.neighborhood(
+                        (size, 2), (radius, 1), (dilation, 1), (causal, False), edges
+                    )
                     n = 2 * size
                     assert mask.pairs(range(n), range(n)) == dense(mask, n, n).sum()
 
@@ -130,9 +149,15 @@ def test_masks_are_invariant_under_their_side_periods(mask: Mask) -> None:
 
 @settings(max_examples=100)
 @given(
-    mask=strategies.expressions(leaves()), q_len=LENGTH, kv_len=LENGTH, q_offset=OFFSET, tile=st.sampled_from([1, 2, 3, 4, 8, 13])
+    mask=strategies.expressions(leaves()),
+    q_len=LENGTH,
+    kv_len=LENGTH,
+    q_offset=OFFSET,
+    tile=st.sampled_from([1, 2, 3, 4, 8, 13]),
 )
-def test_tiles_are_those_of_the_map(mask: Mask, q_len: int, kv_len: int, q_offset: int, tile: int) -> None:
+def test_tiles_are_those_of_the_map(
+    mask: Mask, q_len: int, kv_len: int, q_offset: int, tile: int
+) -> None:
     mask = mask.at_head(0, 3)
     tile_map = TileMap.build(mask, q_len, kv_len, q_tile=tile, kv_tile=tile, q_offset=q_offset)
     counts = counting.tiles(mask, q_len, kv_len, tile, orders.identity(), q_offset)
@@ -176,7 +201,10 @@ def test_tiles_in_an_order_are_those_of_its_map() -> None:
     tile_map = TileMap.build(mask, 256, 256, q_tile=16, kv_tile=16, order=order)
     counts = counting.tiles(mask, 256, 256, 16, order)
     assert counts is not None
-    assert (counts.full, counts.full + counts.partial) == (tile_map.full.sum(), len(tile_map.indices))
+    assert (counts.full, counts.full + counts.partial) == (
+        tile_map.full.sum(),
+        len(tile_map.indices),
+    )
     assert counting.tiles(mask, 2**23, 2**23, 128, orders.residue(2)) is None
 
 
@@ -190,13 +218,23 @@ LINE: list[tuple[Mask, Callable[[int], int]]] = [
     (masks.segments(4096), lambda n: n // 4096 * 4096**2 + (n % 4096) ** 2),
     (
         masks.dilated_blocks(64, 2),
-        lambda n: (n // 128 * 64 + min(n % 128, 64)) ** 2 + (n // 128 * 64 + max(n % 128 - 64, 0)) ** 2,
+        lambda n: (
+            (n // 128 * 64 + min(n % 128, 64)) ** 2 + (n // 128 * 64 + max(n % 128 - 64, 0)) ** 2
+        ),
     ),
     (masks.congruent(4, 1), lambda n: ((n + 2) // 4) ** 2),
     (LONGNET, lambda n: n // 8192 * 2048**2 + ((n % 8192 + 2) // 4) ** 2),
-    (LONGNET & masks.causal(), lambda n: n // 8192 * 2048 * 2049 // 2 + ((n % 8192 + 2) // 4) * ((n % 8192 + 2) // 4 + 1) // 2),
+    (
+        LONGNET & masks.causal(),
+        lambda n: (
+            n // 8192 * 2048 * 2049 // 2 + ((n % 8192 + 2) // 4) * ((n % 8192 + 2) // 4 + 1) // 2
+        ),
+    ),
     (masks.sinks(4), lambda n: 4 * n),
-    (masks.causal() & (masks.window(256) | masks.sinks(4)), lambda n: 261 * n - 256 * 257 // 2 - 4 * 256 - 10),
+    (
+        masks.causal() & (masks.window(256) | masks.sinks(4)),
+        lambda n: 261 * n - 256 * 257 // 2 - 4 * 256 - 10,
+    ),
     (masks.causal() | masks.prefix(1000), lambda n: n * (n + 1) // 2 + 1000 * 999 // 2),
     (masks.global_tokens(7), lambda n: 14 * n - 49),
     (~masks.causal(), lambda n: n * (n - 1) // 2),
@@ -204,8 +242,12 @@ LINE: list[tuple[Mask, Callable[[int], int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("mask", "expected"), LINE, ids=lambda value: repr(value) if isinstance(value, Mask) else "")
-def test_two_thousand_million_tokens(mask: Mask, expected: Callable[[int], int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mask", "expected"), LINE, ids=lambda value: repr(value) if isinstance(value, Mask) else ""
+)
+def test_two_thousand_million_tokens(
+    mask: Mask, expected: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few rectangles are looked at, and little memory is taken; at 2**31 + 1 tokens there are 2**24 rows of tiles."""
     looked_at = 0
     classify = type(mask).classify
@@ -233,7 +275,9 @@ def test_segments_that_no_tile_divides() -> None:
     """Every tile of a period of 10007 tiles is another one; still, no row of the sequence is walked over."""
     mask = masks.segments(10007) & masks.congruent(4, 1, period=10007)
     tracemalloc.start()
-    assert counting.pairs(mask, LONG, LONG) == LONG // 10007 * 2502**2 + ((LONG % 10007 + 2) // 4) ** 2
+    assert (
+        counting.pairs(mask, LONG, LONG) == LONG // 10007 * 2502**2 + ((LONG % 10007 + 2) // 4) ** 2
+    )
     assert counting.tiles(masks.segments(10007), LONG, LONG, 128, orders.identity()) is not None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -59,7 +59,10 @@ def test_masks_without_few_ranges_say_so() -> None:
 
 def test_windows_of_a_causal_mask_are_narrowed() -> None:
     assert masks.narrowed((CAUSAL(), WINDOW(3, 7))) == (WINDOW(3, 0),)
-    assert masks.narrowed((WINDOW(9, 9, 3), masks.segments(7), CAUSAL())) == (WINDOW(9, 0, 3), masks.segments(7))
+    assert masks.narrowed((WINDOW(9, 9, 3), masks.segments(7), CAUSAL())) == (
+        WINDOW(9, 0, 3),
+        masks.segments(7),
+    )
     assert masks.narrowed((CAUSAL(), masks.segments(7))) == (CAUSAL(), masks.segments(7))
 
 
@@ -93,14 +96,20 @@ PADDING[0, 30:90] = True
     ],
     ids=["causal", "sinks", "longnet", "split", "padding", "from_mod"],
 )
-def test_a_query_alone_gets_its_row_of_the_whole(program: cd.Program | masks.Mask, data: dict[str, torch.Tensor]) -> None:
+def test_a_query_alone_gets_its_row_of_the_whole(
+    program: cd.Program | masks.Mask, data: dict[str, torch.Tensor]
+) -> None:
     q, k, v = _cache(300)
     attend = cd.compile(program)
     out, lse = attend(q, k, v, data=data, return_lse=True)
     for position in (0, 1, 63, 64, 150, 299):
-        row, row_lse = attend(q[:, :, position : position + 1], k, v, q_offset=position, data=data, return_lse=True)
+        row, row_lse = attend(
+            q[:, :, position : position + 1], k, v, q_offset=position, data=data, return_lse=True
+        )
         torch.testing.assert_close(row, out[:, :, position : position + 1], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(row_lse, lse[:, :, position : position + 1], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            row_lse, lse[:, :, position : position + 1], rtol=1e-10, atol=1e-10
+        )
 
 
 def test_a_score_mod_is_honoured() -> None:
@@ -133,21 +142,31 @@ def test_tokens_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_query_that_sees_nothing() -> None:
     q, k, v = _cache(20)
-    out, lse = cd.compile(masks.documents(lengths=(4, 5)))(q[:, :, :1], k, v, q_offset=15, return_lse=True)
+    out, lse = cd.compile(masks.documents(lengths=(4, 5)))(
+        q[:, :, :1], k, v, q_offset=15, return_lse=True
+    )
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mask", [CAUSAL(), CAUSAL() & WINDOW(20), CAUSAL() & masks.segments(64), WINDOW(30, 30, 3)], ids=repr)
-def test_the_next_token_asks_the_kernel_alone(mask: masks.Mask, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "mask",
+    [CAUSAL(), CAUSAL() & WINDOW(20), CAUSAL() & masks.segments(64), WINDOW(30, 30, 3)],
+    ids=repr,
+)
+def test_the_next_token_asks_the_kernel_alone(
+    mask: masks.Mask, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the first token, for every position and cache: the same as by the whole way, without going it."""
     q, k, _ = (x.to(dtype) for x in _cache(300))
     v = torch.randn_like(k)
     attend, whole = cd.compile(mask), {}
     for position in (0, 1, 63, 64, 150, 299):
         row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
-        whole[position] = attend(row, k[:, :, seen], v[:, :, seen], q_offset=position, return_lse=True)[0]
+        whole[position] = attend(
+            row, k[:, :, seen], v[:, :, seen], q_offset=position, return_lse=True
+        )[0]
     attend(q[:, :, :1], k, v)
 
     def another_way(*arguments: object) -> None:
@@ -197,4 +216,6 @@ def test_heads_that_see_other_keys_are_told_apart() -> None:
     attend = cd.compile(mask)
     truth = cd.reference(mask, q[:, :, 50:51], k, v, q_offset=50)
     for _ in range(3):
-        torch.testing.assert_close(attend(q[:, :, 50:51], k, v, q_offset=50), truth, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            attend(q[:, :, 50:51], k, v, q_offset=50), truth, rtol=1e-10, atol=1e-10
+        )

@@ -47,7 +47,11 @@ def test_demo_trains_checks_and_draws(tmp_path: Path) -> None:
     assert record["check"]["ok"]
     assert record["training"]["held_out_bits"] < record["text"]["unigram_bits"]
     assert record["training"]["tokens_per_second"] > 0
-    assert [cell["system"] for cell in record["comparison"][:3]] == ["compiled_dilated", "dense SDPA", "FlexAttention"]
+    assert [cell["system"] for cell in record["comparison"][:3]] == [
+        "compiled_dilated",
+        "dense SDPA",
+        "FlexAttention",
+    ]
     assert sorted(os.listdir(tmp_path / "out")) == ["loss.png", "mask.png", "summary.json"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
 
@@ -95,12 +99,27 @@ def test_demo_check_fails_for_another_program() -> None:
 
 def test_ctrl_c_ends_the_demo_without_a_trace(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "examples.demo", "--seconds", "600", "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.demo",
+        "--seconds",
+        "600",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout
-        while not process.stdout.readline().startswith("memory"):  # the plan is printed, training begins
+        while not process.stdout.readline().startswith(
+            "memory"
+        ):  # the plan is printed, training begins
             assert process.poll() is None
         time.sleep(1)
         process.send_signal(signal.SIGINT)

@@ -33,13 +33,18 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """`start(size, *scenarios)` starts the ranks; whatever is left of them at the end of the test is killed."""
     running: list[subprocess.Popen[str]] = []
 
-    def begin(size: int, *scenarios: str, hosts: Hosts | None = None) -> list[subprocess.Popen[str]]:
+    def begin(
+        size: int, *scenarios: str, hosts: Hosts | None = None
+    ) -> list[subprocess.Popen[str]]:
         where = f"file://{tmp_path / 'meet'}" if hosts is None else hosts.where
         for rank in range(size):
             environment = {"RANK": str(rank), "WORLD_SIZE": str(size)}
             command = [sys.executable, "-m", "tests.distributed_worker", where, *scenarios]
             if hosts is not None:
-                command, environment = hosts.on(rank, command), {**environment, "GLOO_SOCKET_IFNAME": hosts.interface(rank)}
+                command, environment = (
+                    hosts.on(rank, command),
+                    {**environment, "GLOO_SOCKET_IFNAME": hosts.interface(rank)},
+                )
             running.append(popen(command, **environment))
         return running
 
@@ -52,7 +57,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def popen(command: list[str], **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **environment}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,17 @@ class Hosts:
         return f"tcp://10.77.0.1:{self.port}"
 
     def up(self) -> None:
-        _ip("link", "add", "name", self.interface(0), "type", "veth", "peer", "name", self.interface(1))
+        _ip(
+            "link",
+            "add",
+            "name",
+            self.interface(0),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            self.interface(1),
+        )
         for rank in range(2):
             space, interface = f"{self.name}-{rank}", self.interface(rank)
             _ip("netns", "add", space)
@@ -102,7 +124,9 @@ def hosts() -> Iterator[Hosts]:
         made.up()
     except (OSError, subprocess.CalledProcessError) as refused:
         made.down()
-        pytest.skip(f"this machine makes no network namespaces: {getattr(refused, 'stderr', None) or refused}")
+        pytest.skip(
+            f"this machine makes no network namespaces: {getattr(refused, 'stderr', None) or refused}"
+        )
     yield made
     made.down()
 
@@ -110,9 +134,13 @@ def hosts() -> Iterator[Hosts]:
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
     """What the ranks print; all must end well, together in `LONGEST_S`."""
     end = time.monotonic() + LONGEST_S
-    told = [process.communicate(timeout=max(0.1, end - time.monotonic()))[0] for process in processes]
+    told = [
+        process.communicate(timeout=max(0.1, end - time.monotonic()))[0] for process in processes
+    ]
     for rank, (process, text) in enumerate(zip(processes, told, strict=True)):
-        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{text[-3000:]}"
+        assert process.returncode == 0, (
+            f"rank {rank} ended with {process.returncode}:\n{text[-3000:]}"
+        )
     return told
 
 
@@ -120,7 +148,18 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 @pytest.mark.parametrize(
     ("size", "scenarios"),
     [
-        (2, ("same_bits", "variant", "compiled", "training", "fully_sharded", "learned_operands", "mistakes")),
+        (
+            2,
+            (
+                "same_bits",
+                "variant",
+                "compiled",
+                "training",
+                "fully_sharded",
+                "learned_operands",
+                "mistakes",
+            ),
+        ),
         (4, ("same_bits", "two_rings", "training")),
         (3, ("refusals", "learned_operands", "mistakes")),
     ],
@@ -152,9 +191,25 @@ def test_two_hosts(start: Start, hosts: Hosts, scenario: str) -> None:
 def test_torchrun_starts_a_killed_rank_again(tmp_path: Path) -> None:
     """The training ends with the losses of one process, though a rank was killed in the middle of it."""
     torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.2"
-    command = [sys.executable, "-m", *torchrun.split(), "-m", "tests.distributed_worker", "env://", "restarted"]
+    command = [
+        sys.executable,
+        "-m",
+        *torchrun.split(),
+        "-m",
+        "tests.distributed_worker",
+        "env://",
+        "restarted",
+    ]
     # Else the restarted ranks may read where the dead ones were: https://github.com/pytorch/pytorch/issues/135712
-    (told,) = finish([popen(command, CHECKPOINT=str(tmp_path / "checkpoint"), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")])
+    (told,) = finish(
+        [
+            popen(
+                command,
+                CHECKPOINT=str(tmp_path / "checkpoint"),
+                TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+            )
+        ]
+    )
     assert told.count("goes on after 25 steps") == 2
 
 
@@ -162,21 +217,28 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path: Path) -> None:
 
 
 def test_a_ring_without_a_process_group_says_so() -> None:
-    module = cd.variant("DistributedRingAttention", segment_lengths=(8,), dilation_rates=(1,), ring_size=2)
+    module = cd.variant(
+        "DistributedRingAttention", segment_lengths=(8,), dilation_rates=(1,), ring_size=2
+    )
     x = torch.randn(1, 8, 2, 4)
     with pytest.raises(
-        RuntimeError, match=r"call torch.distributed.init_process_group\(\) first, in processes started by torchrun"
+        RuntimeError,
+        match=r"call torch.distributed.init_process_group\(\) first, in processes started by torchrun",
     ):
         module(x, x, x)
     assert repr(pickle.loads(pickle.dumps(module))) == repr(module)
 
 
 def test_a_mesh_must_be_one() -> None:
-    with pytest.raises(TypeError, match="mesh must be a DeviceMesh of one dimension or a process group; got int"):
+    with pytest.raises(
+        TypeError, match="mesh must be a DeviceMesh of one dimension or a process group; got int"
+    ):
         cd.compile(masks.causal(), mesh=4)  # type: ignore[call-overload]
 
 
-def test_no_thread_outlives_its_group(fresh_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_no_thread_outlives_its_group(
+    fresh_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     code = f"""
         import os
         import torch.distributed as dist

@@ -19,7 +19,14 @@ from compiled_dilated import masks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("C*.md"), *(ROOT / "examples").glob("*.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("**/*.md"),
+        *ROOT.glob("C*.md"),
+        *(ROOT / "examples").glob("*.md"),
+    ]
+)
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MODULES_WITH_EXAMPLES = [
@@ -40,7 +47,9 @@ def test_the_picture_of_the_readme_is_its_mask() -> None:
     positions = torch.arange(len(lines))
     mask = masks.causal() & (masks.window(3) | masks.sinks(1))
     seen = mask.allows(0, 0, positions[:, None], positions)
-    assert lines == ["".join("█" if pair else " " for pair in row).rstrip() for row in seen.tolist()]
+    assert lines == [
+        "".join("█" if pair else " " for pair in row).rstrip() for row in seen.tolist()
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -50,7 +59,9 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name
+)
 def test_code_of_pages_runs(page: Path, tmp_path: Path) -> None:
     blocks = BLOCK.findall(page.read_text())
     # Where this library is not installed: a process without it, after the others.
@@ -79,8 +90,16 @@ def test_examples_of_docstrings_run(module: str) -> None:
     names = {"masks": masks, "global_tokens": masks.global_tokens, "q": q, "k": q, "v": q}
     # Modules take (B, N, H, D) and (B, N, E).
     query, x = torch.randn(1, 256, 8, 64), torch.randn(1, 256, 512)
-    names |= {"query": query, "key": query, "value": query, "x": x, "attend": cd.compile(masks.causal())}
-    results = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE, extraglobs=names)
+    names |= {
+        "query": query,
+        "key": query,
+        "value": query,
+        "x": x,
+        "attend": cd.compile(masks.causal()),
+    }
+    results = doctest.testmod(
+        importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE, extraglobs=names
+    )
     assert results.attempted
     assert not results.failed
 

@@ -25,9 +25,13 @@ CAUSAL_LONGNET = cd.longnet((8, 16), (1, 2), causal=True)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
-@pytest.mark.parametrize("program", [masks.causal(), CAUSAL_LONGNET, masks.window(4), masks.full()], ids=str)
+@pytest.mark.parametrize(
+    "program", [masks.causal(), CAUSAL_LONGNET, masks.window(4), masks.full()], ids=str
+)
 @pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=names)
-def test_scales_of_any_sign(way: dict[str, Any], program: Program | masks.Mask, scale: float) -> None:
+def test_scales_of_any_sign(
+    way: dict[str, Any], program: Program | masks.Mask, scale: float
+) -> None:
     if way == STRIDED and program == masks.window(4):
         pytest.skip("not made of regular blocks: refused, see test_lowerings")
     inputs = leaves(*normal((2, 4, 21, 8), (2, 2, 21, 8), (2, 2, 21, 4)))
@@ -46,7 +50,9 @@ def test_a_query_alone_has_the_scale_that_it_is_given(scale: float) -> None:
     attend = cd.compile(masks.causal() & masks.window(9))
     for position in (30, 31, 32):
         out = attend(q, k, v, q_offset=position, scale=scale)
-        expected = cd.reference(masks.causal() & masks.window(9), q, k, v, q_offset=position, scale=scale)
+        expected = cd.reference(
+            masks.causal() & masks.window(9), q, k, v, q_offset=position, scale=scale
+        )
         assert_close([out], [expected])
 
 
@@ -65,12 +71,19 @@ def test_a_scale_that_is_a_tensor_is_learned() -> None:
 @pytest.mark.parametrize(
     ("program", "q_shape", "k_shape", "q_offset"),
     [
-        (cd.longnet((45, 49), (7, 7), causal=True, offsets="grouped"), (1, 4, 17, 4), (1, 1, 43, 4), 27),
+        (
+            cd.longnet((45, 49), (7, 7), causal=True, offsets="grouped"),
+            (1, 4, 17, 4),
+            (1, 1, 43, 4),
+            27,
+        ),
         (cd.longnet((2048,), (4,), causal=True), (1, 4, 512, 4), (1, 4, 1530, 4), 1024),
     ],
     ids=["grouped", "long"],
 )
-def test_queries_past_the_last_key(lowering: str, program: Program, q_shape: Any, k_shape: Any, q_offset: int) -> None:
+def test_queries_past_the_last_key(
+    lowering: str, program: Program, q_shape: Any, k_shape: Any, q_offset: int
+) -> None:
     q, k, v = normal(q_shape, k_shape, k_shape)
     results = cd.compile(program, lowering=lowering)(q, k, v, q_offset=q_offset, return_lse=True)
     assert_close(results, cd.reference(program, q, k, v, q_offset=q_offset, return_lse=True))
@@ -85,18 +98,26 @@ def test_queries_past_the_last_key(lowering: str, program: Program, q_shape: Any
     lowering=st.sampled_from(["auto", "strided", "tiled", "dense"]),
 )
 def test_queries_at_any_offset_of_residue_classes(
-    segments: list[tuple[int, int]], grouped: bool, heads: tuple[int, int], lengths: tuple[int, int, int], lowering: str
+    segments: list[tuple[int, int]],
+    grouped: bool,
+    heads: tuple[int, int],
+    lengths: tuple[int, int, int],
+    lowering: str,
 ) -> None:
     """Heads see classes of their own."""
     q_len, kv_len, q_offset = lengths
-    program = cd.longnet(*zip(*segments, strict=True), causal=True, offsets="grouped" if grouped else "cyclic")
+    program = cd.longnet(
+        *zip(*segments, strict=True), causal=True, offsets="grouped" if grouped else "cyclic"
+    )
     q, k, v = normal((1, heads[0], q_len, 4), (1, heads[1], kv_len, 4), (1, heads[1], kv_len, 4))
     inputs = leaves(q, k, v)
 
     def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return cd.reference(program, q, k, v, **options)
 
-    results = results_and_gradients(cd.compile(program, lowering=lowering), inputs, q_offset=q_offset)
+    results = results_and_gradients(
+        cd.compile(program, lowering=lowering), inputs, q_offset=q_offset
+    )
     assert_close(results, results_and_gradients(reference, inputs, q_offset=q_offset))
 
 
@@ -121,13 +142,17 @@ def test_score_mods_of_minus_infinity(way: dict[str, Any]) -> None:
     """Rows whose scores are all -inf are 0, their lse -inf, their gradients 0."""
     inputs = leaves(*normal((1, 2, 12, 4), (1, 2, 12, 4), (1, 2, 12, 4)))
 
-    def hides_early_rows(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def hides_early_rows(
+        score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
         return torch.where(q_idx > 4, score, -math.inf)
 
     def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return cd.reference(masks.causal(), q, k, v, **options)
 
-    results = results_and_gradients(cd.compile(masks.causal(), **way), inputs, score_mod=hides_early_rows)
+    results = results_and_gradients(
+        cd.compile(masks.causal(), **way), inputs, score_mod=hides_early_rows
+    )
     assert_close(results, results_and_gradients(reference, inputs, score_mod=hides_early_rows))
 
 
@@ -161,7 +186,9 @@ def test_block_masks_of_data_compile_as_those_of_torch_do(mask: masks.Mask) -> N
     assert block_mask.kv_num_blocks.shape[0] == 2
     q = torch.randn(2, 2, 200, 16, generator=torch.Generator().manual_seed(1))
     out = torch.compile(flex_attention, dynamic=True)(q, q, q, block_mask=block_mask)
-    torch.testing.assert_close(out.double(), cd.reference(mask, q, q, q, data={"ids": ids}), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.double(), cd.reference(mask, q, q, q, data={"ids": ids}), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,11 +207,16 @@ def test_flex_with_lookup_tables_in_several_branches(program: Program) -> None:
 
 def test_flex_with_functions_that_capture_tensors() -> None:
     q, k, v = (x.float() for x in normal((2, 2, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16)))
-    table, length = torch.randn(40, 40, generator=torch.Generator().manual_seed(2)), torch.tensor(30)
+    table, length = (
+        torch.randn(40, 40, generator=torch.Generator().manual_seed(2)),
+        torch.tensor(30),
+    )
     program = masks.from_mod(lambda b, h, i, j: (j <= i) & (j < length))
     options: dict[str, Any] = {"score_mod": lambda s, b, h, i, j: s + table[i, j]}
     out = cd.compile(program, lowering="flex")(q, k, v, **options)
-    torch.testing.assert_close(out.double(), cd.reference(program, q, k, v, **options), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.double(), cd.reference(program, q, k, v, **options), rtol=1e-5, atol=1e-5
+    )
 
 
 # Layouts
@@ -192,7 +224,10 @@ def test_flex_with_functions_that_capture_tensors() -> None:
 
 def test_swapped_heads_and_tokens_are_warned_of() -> None:
     q = torch.zeros(1, 512, 8, 4)
-    with pytest.warns(UserWarning, match=r"512 heads of 8 tokens.*DilatedAttention takes \(batch, tokens, heads, head_dim\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"512 heads of 8 tokens.*DilatedAttention takes \(batch, tokens, heads, head_dim\)",
+    ):
         cd.compile(masks.causal())(q, q, q)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -247,9 +282,16 @@ def test_modes_of_the_caller_change_nothing(mode: str, program: str, ranks: int 
 
     def both() -> list[Tensor]:
         inputs = leaves(q, k, v)
-        out, lse = cd.compile(EDGE_PROGRAMS[program], ranks=ranks)(*inputs, score_mod=learned, return_lse=True)
+        out, lse = cd.compile(EDGE_PROGRAMS[program], ranks=ranks)(
+            *inputs, score_mod=learned, return_lse=True
+        )
         plain = cd.compile(EDGE_PROGRAMS[program], ranks=ranks)(*inputs)
-        return [out, lse, plain, *torch.autograd.grad([out, plain], [*inputs, table], [out.detach(), plain.detach()])]
+        return [
+            out,
+            lse,
+            plain,
+            *torch.autograd.grad([out, plain], [*inputs, table], [out.detach(), plain.detach()]),
+        ]
 
     expected = both()
     caches.forget()
@@ -277,14 +319,18 @@ def test_autocast_casts_the_inputs_and_nothing_inside(lowering: str) -> None:
     cast = [x.to(torch.bfloat16) for x in inputs]
     out_by_hand, lse_by_hand = attend(*cast, score_mod=biased, return_lse=True)
     grads_by_hand = torch.autograd.grad(out_by_hand.float().sum(), inputs)
-    for result, value in zip((out, lse, *grads), (out_by_hand, lse_by_hand, *grads_by_hand), strict=True):
+    for result, value in zip(
+        (out, lse, *grads), (out_by_hand, lse_by_hand, *grads_by_hand), strict=True
+    ):
         assert torch.equal(result, value)
 
 
 def test_large_inputs_under_autocast_have_the_gradient_of_their_scores() -> None:
     inputs = leaves(*(x.float() * 100 for x in normal((1, 1, 1, 4), (1, 1, 1, 4), (1, 1, 1, 4))))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, lse = cd.compile(masks.full())(*inputs, score_mod=lambda s, b, h, i, j: s * 1.0, return_lse=True)
+        out, lse = cd.compile(masks.full())(
+            *inputs, score_mod=lambda s, b, h, i, j: s * 1.0, return_lse=True
+        )
     assert lse.dtype == torch.float32
     grads = torch.autograd.grad(out.float().sum(), inputs)
     assert torch.equal(grads[2], torch.ones_like(grads[2]))

@@ -24,7 +24,11 @@ TABLE = {
 
 @pytest.mark.parametrize(
     ("call", "error", "fragment"),
-    [pytest.param(*row, id=f"{room}-{number}-{row[2]}") for room, rows in TABLE.items() for number, row in enumerate(rows)],
+    [
+        pytest.param(*row, id=f"{room}-{number}-{row[2]}")
+        for room, rows in TABLE.items()
+        for number, row in enumerate(rows)
+    ],
 )
 def test_bad_input(call: Callable[[], Any], error: type[Exception], fragment: str) -> None:
     with pytest.raises(error) as raised:

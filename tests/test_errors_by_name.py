@@ -44,11 +44,42 @@ CONSTRUCTORS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 ]  # fmt: skip
 WRONG = st.one_of(
     st.integers(-(2**80), 2**80),
-    st.sampled_from([-1, 0, 2**31, 2**60, 2**60 + 1, 2**62, 2**63, True, None, (), [], {}, (True,), (None, 1), ((1,),)]),
     st.sampled_from(
-        [1.5, float("nan"), float("inf"), 1j, b"4", object, np.float32(2), np.array(3), np.array([1.5]), np.int64(-3)]
+        [
+            -1,
+            0,
+            2**31,
+            2**60,
+            2**60 + 1,
+            2**62,
+            2**63,
+            True,
+            None,
+            (),
+            [],
+            {},
+            (True,),
+            (None, 1),
+            ((1,),),
+        ]
     ),
-    st.sampled_from([torch.tensor(2), torch.tensor(2.5), torch.tensor([[1]]), torch.tensor(True), CAUSAL, len]),
+    st.sampled_from(
+        [
+            1.5,
+            float("nan"),
+            float("inf"),
+            1j,
+            b"4",
+            object,
+            np.float32(2),
+            np.array(3),
+            np.array([1.5]),
+            np.int64(-3),
+        ]
+    ),
+    st.sampled_from(
+        [torch.tensor(2), torch.tensor(2.5), torch.tensor([[1]]), torch.tensor(True), CAUSAL, len]
+    ),
     st.text(max_size=4),
     st.lists(st.integers(-2, 2**70), max_size=4).map(tuple),
 )

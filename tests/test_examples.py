@@ -29,7 +29,9 @@ APART = ("cpp/prefill", "fsdp_ring")
 
 
 def test_every_example_is_run_and_listed() -> None:
-    files = {path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.py")}
+    files = {
+        path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.py")
+    }
     # The demo has tests of its own.
     files = {name for name in files if not name.startswith("demo/")}
     assert files == set(PRINTED)
@@ -45,7 +47,9 @@ def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in PRINTED if name not in APART])
-def test_an_example_does_its_work(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_does_its_work(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_here(name, monkeypatch, "--short")
     printed = capsys.readouterr().out
     assert PRINTED[name] in printed
@@ -54,14 +58,18 @@ def test_an_example_does_its_work(name: str, monkeypatch: pytest.MonkeyPatch, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APART)
-def test_an_example_of_several_processes_does_its_work(name: str, fresh_python: Callable[..., Any]) -> None:
+def test_an_example_of_several_processes_does_its_work(
+    name: str, fresh_python: Callable[..., Any]
+) -> None:
     run = fresh_python(str(EXAMPLES / f"{name}.py"), "--short")
     assert run.returncode == 0, run.stderr
     assert PRINTED[name] in run.stdout
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_an_example_explains_itself(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_explains_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run_here(name, monkeypatch, "--help")
     assert ended.value.code == 0

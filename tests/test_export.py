@@ -34,7 +34,9 @@ def test_exported_models_compute_the_same(name: str, strict: bool) -> None:
     program = exported(name, strict)
     forget()
     same(program.module()(*model.inputs(N)), want)
-    targets = [str(node.target) for node in program.graph.nodes if "compiled_dilated" in str(node.target)]
+    targets = [
+        str(node.target) for node in program.graph.nodes if "compiled_dilated" in str(node.target)
+    ]
     assert targets == ["compiled_dilated.attend.default"]
 
 
@@ -67,11 +69,15 @@ def save(folder: Path, name: str, model: nn.Module, inputs: tuple[Tensor, ...]) 
 
 
 KINDS = {"long lists": ("many documents", "many tiles"), "functions": ("closures", "parameters")}
-KINDS["programs"] = tuple(sorted(name for name in MODELS if not any(name in names for names in KINDS.values())))
+KINDS["programs"] = tuple(
+    sorted(name for name in MODELS if not any(name in names for names in KINDS.values()))
+)
 
 
 @pytest.mark.parametrize("kind", ["programs", "functions", "long lists"])
-def test_exported_models_run_in_a_fresh_process(kind: str, tmp_path: Path, fresh_python: Python) -> None:
+def test_exported_models_run_in_a_fresh_process(
+    kind: str, tmp_path: Path, fresh_python: Python
+) -> None:
     """Which imports the package and nothing else."""
     for name in KINDS[kind]:
         save(tmp_path, name, MODELS[name].make(), MODELS[name].inputs(N))
@@ -93,7 +99,9 @@ class Named(nn.Module):
         return self.attend(q, k, v, score_mod=mod)
 
 
-def test_exported_models_run_beside_functions_of_the_same_names(tmp_path: Path, fresh_python: Python) -> None:
+def test_exported_models_run_beside_functions_of_the_same_names(
+    tmp_path: Path, fresh_python: Python
+) -> None:
     save(tmp_path, "named", Named(), tensors())
     ran = fresh_python("-c", LOADS.format(before=OTHERS), str(tmp_path))
     assert ran.returncode == 0, ran.stderr
@@ -104,7 +112,11 @@ def test_exported_text_needs_no_process() -> None:
     texts = []
     for _ in range(2):
         forget()
-        nodes = [node for node in exported("parameters").graph.nodes if "compiled_dilated" in str(node.target)]
+        nodes = [
+            node
+            for node in exported("parameters").graph.nodes
+            if "compiled_dilated" in str(node.target)
+        ]
         texts.append([x for x in (*nodes[0].args, *nodes[0].kwargs.values()) if isinstance(x, str)])
     assert texts[0] == texts[1]
 
@@ -130,7 +142,16 @@ def test_exported_models_train(saved: bool, strict: bool, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    ["longnet", "tiled", "data", "grouped heads", "parameters", "closures", "variant", "many documents"],
+    [
+        "longnet",
+        "tiled",
+        "data",
+        "grouped heads",
+        "parameters",
+        "closures",
+        "variant",
+        "many documents",
+    ],
 )
 def test_exported_models_take_any_length(name: str) -> None:
     model = MODELS[name]
@@ -144,13 +165,17 @@ def test_exported_models_take_any_length(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["longnet", "data", "parameters", "closures", "many documents", "grouped heads"])
+@pytest.mark.parametrize(
+    "name", ["longnet", "data", "parameters", "closures", "many documents", "grouped heads"]
+)
 def test_aot_inductor(name: str, tmp_path: Path) -> None:
     model = MODELS[name]
     with torch.no_grad():
         built, inputs = model.make(), model.inputs(N)
         want = built(*inputs)
         program = torch.export.export(built, inputs)
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
         forget()
         same(torch._inductor.aoti_load_package(package)(*inputs), want, 1e-6)

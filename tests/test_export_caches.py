@@ -40,7 +40,9 @@ def check_without_tables(name: str, how: str) -> None:
         out = out if isinstance(out, tuple) else (out,)
         if empty:
             forget()
-        grads = torch.autograd.grad(sum(x.masked_fill(x.isinf(), 0).sin().sum() for x in out), leaves)
+        grads = torch.autograd.grad(
+            sum(x.masked_fill(x.isinf(), 0).sin().sum() for x in out), leaves
+        )
         if empty:
             forget()
         return [*out, *grads]

@@ -20,7 +20,14 @@ PROGRAM = cd.longnet((64, 128), (1, 2), causal=True)
 
 @pytest.mark.parametrize("lowering", ["dense", "strided", "tiled", "flex"])
 def test_an_explicit_lowering_on_a_gpu_is_never_replaced(lowering: str) -> None:
-    plan = cd.plan(PROGRAM, (1, 4, 512, 64), dtype=torch.bfloat16, device="cuda", training=True, lowering=lowering)
+    plan = cd.plan(
+        PROGRAM,
+        (1, 4, 512, 64),
+        dtype=torch.bfloat16,
+        device="cuda",
+        training=True,
+        lowering=lowering,
+    )
     assert plan.lowering == lowering
 
 
@@ -33,11 +40,17 @@ def test_an_explicit_lowering_that_refuses_raises_on_a_gpu() -> None:
     ("dtype", "width", "reason"),
     [
         (torch.bfloat16, 8, "heads of at least 16 numbers on a GPU; got 8"),
-        (torch.bfloat16, 320, "bfloat16 heads of 320 numbers exceeds shared memory; at most 256 fit"),
+        (
+            torch.bfloat16,
+            320,
+            "bfloat16 heads of 320 numbers exceeds shared memory; at most 256 fit",
+        ),
         (torch.float32, 192, "float32 heads of 192 numbers exceeds shared memory; at most 128 fit"),
     ],
 )
-def test_widths_that_triton_cannot_take_are_refused(dtype: torch.dtype, width: int, reason: str) -> None:
+def test_widths_that_triton_cannot_take_are_refused(
+    dtype: torch.dtype, width: int, reason: str
+) -> None:
     shape = (1, 2, 512, width)
     with pytest.raises(ValueError, match=reason):
         cd.plan(masks.window(9), shape, dtype=dtype, device="cuda", lowering="flex")
@@ -46,7 +59,9 @@ def test_widths_that_triton_cannot_take_are_refused(dtype: torch.dtype, width: i
 
 def test_lengths_past_offsets_of_32_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="address a head in 32 bits"):
-        cd.plan(masks.window(9), (1, 1, 2**25, 64), dtype=torch.bfloat16, device="cuda", lowering="flex")
+        cd.plan(
+            masks.window(9), (1, 1, 2**25, 64), dtype=torch.bfloat16, device="cuda", lowering="flex"
+        )
 
 
 def test_far_apart_tokens_are_copied_together() -> None:
@@ -57,10 +72,21 @@ def test_far_apart_tokens_are_copied_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "group", "own"), [(100, 2, True), (64, 2, False), (5, 4, False), (128, 1, False), (256, 1, True)]
+    ("rows", "group", "own"),
+    [(100, 2, True), (64, 2, False), (5, 4, False), (128, 1, False), (256, 1, True)],
 )
-def test_the_kernel_for_decoding_is_avoided_where_it_has_no_tile(rows: int, group: int, own: bool) -> None:
-    plan = cd.plan(masks.causal(), (1, 4, rows, 64), 4 // group, 512, q_offset=512 - rows, device="cuda", lowering="flex")
+def test_the_kernel_for_decoding_is_avoided_where_it_has_no_tile(
+    rows: int, group: int, own: bool
+) -> None:
+    plan = cd.plan(
+        masks.causal(),
+        (1, 4, rows, 64),
+        4 // group,
+        512,
+        q_offset=512 - rows,
+        device="cuda",
+        lowering="flex",
+    )
     part = next(iter(plan.chosen[0].work[0].parts(plan.problem, torch.device("cpu"), {})))
     assert (flex._kernel_options(plan.problem, part) == {"BACKEND": "TRITON"}) is own
 
@@ -72,10 +98,14 @@ def test_more_masks_and_lengths_than_dynamos_limit() -> None:
     for number in range(limit + 2):
         attend = cd.compile(masks.window(5 + number), lowering="flex")
         q, k, v = (torch.randn(1, 2, 130 + number, 16) for _ in range(3))
-        torch.testing.assert_close(attend(q, k, v).double(), cd.reference(attend.program, q, k, v), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            attend(q, k, v).double(), cd.reference(attend.program, q, k, v), atol=1e-5, rtol=1e-5
+        )
 
 
-def test_compiled_kernels_are_bounded_and_shared_by_equal_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_are_bounded_and_shared_by_equal_problems(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     count = []
 
     def counted() -> Any:
@@ -112,7 +142,11 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of a GPU for tensors of the CPU, and a dense kernel in place of Triton's."""
     of_device = operators.problem_of
     monkeypatch.setattr(
-        operators, "problem_of", lambda program, q, k, v, dtype, device, *rest: of_device(program, q, k, v, dtype, "cuda", *rest)
+        operators,
+        "problem_of",
+        lambda program, q, k, v, dtype, device, *rest: of_device(
+            program, q, k, v, dtype, "cuda", *rest
+        ),
     )
     monkeypatch.setattr("compiled_dilated.attend.gives_lse", lambda device: True)
     monkeypatch.setattr(flex, "_compiled", lambda: dense)
@@ -125,17 +159,23 @@ def test_the_backward_records_what_it_differentiates(way: str) -> None:
     """Inside a custom operator autograd is excluded, and enabling gradients alone records nothing."""
     q, k, v = (torch.randn(1, heads, 40, 16, requires_grad=True) for heads in (4, 2, 2))
     attend = cd.compile(cd.longnet((16, 32), (1, 2)), lowering="flex")
-    call = torch.compile(attend, fullgraph=True, backend="aot_eager") if way == "compiled" else attend
+    call = (
+        torch.compile(attend, fullgraph=True, backend="aot_eager") if way == "compiled" else attend
+    )
     if way == "operator":
         rule = attend._skeleton.plain.rule
-        out, lse = torch.ops.compiled_dilated.attend(q, k, v, None, None, rule, 0.25, 0, True, False)
+        out, lse = torch.ops.compiled_dilated.attend(
+            q, k, v, None, None, rule, 0.25, 0, True, False
+        )
     else:
         out, lse = call(q, k, v, return_lse=True)
     weight, lse_weight = torch.randn_like(out), torch.randn_like(lse)
     right, right_lse = cd.reference(attend.program, q, k, v, return_lse=True)
     seen = right_lse != -math.inf
     grads = torch.autograd.grad((out, lse), (q, k, v), (weight, lse_weight * seen))
-    expected = torch.autograd.grad((right, right_lse), (q, k, v), (weight.double(), (lse_weight * seen).double()))
+    expected = torch.autograd.grad(
+        (right, right_lse), (q, k, v), (weight.double(), (lse_weight * seen).double())
+    )
     for grad, true in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad.double(), true.double(), atol=1e-5, rtol=1e-4)
 
@@ -148,7 +188,10 @@ def test_log_c_is_not_rounded_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> Non
         handed.extend(x.dtype for x in (q, k, v, bias))
         return torch.zeros_like(q), torch.zeros(q.shape[:3]), None, None
 
-    monkeypatch.setattr("compiled_dilated.lowerings.tiling.kernels.aten._scaled_dot_product_efficient_attention", efficient)
+    monkeypatch.setattr(
+        "compiled_dilated.lowerings.tiling.kernels.aten._scaled_dot_product_efficient_attention",
+        efficient,
+    )
     q, k, v = (torch.zeros(1, 2, 8, 16, dtype=torch.bfloat16) for _ in range(3))
     out, _ = EfficientCUDA.forward(q, k, v, Tiles(1.0, bias=torch.zeros(1, 1, 8, 8)))
     assert handed == [torch.float32] * 4

@@ -30,7 +30,9 @@ SCATTERED = tuple(range(5, 4000, 97))
 def test_positions_are_a_set() -> None:
     mask = masks.global_tokens(positions=[17, 0, 900, 17])
     assert (
-        mask == masks.global_tokens(positions=np.array([0, 17, 900])) == masks.global_tokens(positions=torch.tensor([900, 17, 0]))
+        mask
+        == masks.global_tokens(positions=np.array([0, 17, 900]))
+        == masks.global_tokens(positions=torch.tensor([900, 17, 0]))
     )
     assert repr(mask) == "global_tokens(positions=(0, 17, 900))"
     assert not dense(masks.global_tokens(positions=()), 9, 9).any()
@@ -45,7 +47,9 @@ def test_the_first_positions_are_the_first_tokens() -> None:
 
 def test_scattered_global_tokens_leave_most_tiles_empty() -> None:
     """Of 64 x 64 tiles, 3 rows and 3 columns."""
-    tiles = TileMap.build(masks.global_tokens(positions=(0, 1700, 4095)), 4096, 4096, q_tile=64, kv_tile=64)
+    tiles = TileMap.build(
+        masks.global_tokens(positions=(0, 1700, 4095)), 4096, 4096, q_tile=64, kv_tile=64
+    )
     assert len(tiles.indices) == 64 * 64 - 61 * 61
 
 
@@ -53,7 +57,9 @@ def test_global_tokens_by_data_are_those_of_each_batch_entry() -> None:
     flags = torch.tensor([[True, False, False, False], [False, False, True, False]])
     q, kv = torch.arange(4)[:, None], torch.arange(4)[None, :]
     for batch in range(2):
-        seen = masks.global_tokens(data="g").allows(torch.tensor(batch), torch.tensor(0), q, kv, {"g": flags})
+        seen = masks.global_tokens(data="g").allows(
+            torch.tensor(batch), torch.tensor(0), q, kv, {"g": flags}
+        )
         assert torch.equal(seen, flags[batch][:, None] | flags[batch][None, :])
 
 
@@ -77,7 +83,8 @@ def test_flags_are_bool() -> None:
         lambda *x, **o: cd.reference(masks.global_tokens(data="g"), *x, **o),
     ):
         with pytest.raises(
-            TypeError, match=r"data\['g'\] must be a bool tensor, True where a token is global; got torch.int64.*== 1"
+            TypeError,
+            match=r"data\['g'\] must be a bool tensor, True where a token is global; got torch.int64.*== 1",
         ):
             attention(x, x, x, data={"g": torch.ones(1, 4, dtype=torch.int64)})
 
@@ -89,7 +96,9 @@ def test_new_data_never_replans() -> None:
     for position in (3, 40):
         flags = torch.arange(64)[None] == position
         assert_close(
-            [attend(x, x, x, data={"g": flags})], [cd.reference(attend.program, x, x, x, data={"g": flags}).float()], 1e-5
+            [attend(x, x, x, data={"g": flags})],
+            [cd.reference(attend.program, x, x, x, data={"g": flags}).float()],
+            1e-5,
         )
     assert {id(attend.plan(x, x, x))} == plans
 
@@ -101,7 +110,12 @@ def test_a_window_of_no_blocks_is_segments() -> None:
     assert (dense(masks.block_window(7, 0), 50, 60) == dense(masks.segments(7), 50, 60)).all()
 
 
-@given(block=st.integers(1, 9), reach=st.tuples(st.integers(0, 4), st.integers(0, 4)), q=st.integers(0, 60), n=st.integers(1, 60))
+@given(
+    block=st.integers(1, 9),
+    reach=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    q=st.integers(0, 60),
+    n=st.integers(1, 60),
+)
 def test_block_window(block: int, reach: tuple[int, int], q: int, n: int) -> None:
     left, right = reach
     seen = [key for key in range(n) if -left <= key // block - q // block <= right]
@@ -151,8 +165,15 @@ def drawn(blocks: int, count: int, seed: int) -> set[tuple[int, int]]:
     return out
 
 
-@given(blocks=st.integers(1, 30), share=st.floats(0, 1), block=st.integers(1, 9), seed=st.integers(0, 2**60))
-def test_random_blocks_are_those_of_the_definition(blocks: int, share: float, block: int, seed: int) -> None:
+@given(
+    blocks=st.integers(1, 30),
+    share=st.floats(0, 1),
+    block=st.integers(1, 9),
+    seed=st.integers(0, 2**60),
+)
+def test_random_blocks_are_those_of_the_definition(
+    blocks: int, share: float, block: int, seed: int
+) -> None:
     count = round(share * blocks)
     mask = masks.random_blocks(block, count, blocks * block, seed)
     tiles = drawn(blocks, count, seed)
@@ -163,7 +184,9 @@ def test_random_blocks_are_those_of_the_definition(blocks: int, share: float, bl
 
 def test_random_blocks_never_change() -> None:
     """What a checkpoint was trained with."""
-    assert masks.random_blocks(64, 2, tokens=400, seed=3) == masks.tiles(TILES_OF_SEED_3, 64, columns=7)
+    assert masks.random_blocks(64, 2, tokens=400, seed=3) == masks.tiles(
+        TILES_OF_SEED_3, 64, columns=7
+    )
     assert masks.random_blocks(64, 2, tokens=400) != masks.random_blocks(64, 2, tokens=400, seed=1)
 
 
@@ -195,13 +218,21 @@ def test_random_blocks_of_another_length() -> None:
 
 def test_big_bird() -> None:
     program = cd.big_bird(64, 128, 3, 64, tokens=4096, seed=5)
-    expected = masks.block_window(64, 1) | masks.global_tokens(128) | masks.random_blocks(64, 3, 4096, seed=5)
+    expected = (
+        masks.block_window(64, 1)
+        | masks.global_tokens(128)
+        | masks.random_blocks(64, 3, 4096, seed=5)
+    )
     assert program == as_program(expected)
-    assert eval(repr(program), {**vars(masks), "Program": cd.Program, "Branch": cd.Branch}) == program
+    assert (
+        eval(repr(program), {**vars(masks), "Program": cd.Program, "Branch": cd.Branch}) == program
+    )
 
 
 def test_big_bird_is_made_of_whole_tiles() -> None:
-    tiles = TileMap.build(cd.big_bird(64, 128, 3, 64, tokens=4096).branches[0].mask, 4096, 4096, q_tile=64, kv_tile=64)
+    tiles = TileMap.build(
+        cd.big_bird(64, 128, 3, 64, tokens=4096).branches[0].mask, 4096, 4096, q_tile=64, kv_tile=64
+    )
     assert tiles.full.all()
     assert 64 * 5 < len(tiles.indices) < 64 * 8 + 2 * 64
 
@@ -266,7 +297,9 @@ def test_block_masks(name: str) -> None:
     q, k, v = normal((1, 2, n, 8), (1, 2, n, 8), (1, 2, n, 8))
     data = flags_of(mask, n)
     block_mask = cd.block_mask(mask, n, n, tile=32, data=data)
-    assert_close([flex_attention(q, k, v, block_mask=block_mask)], [cd.reference(mask, q, k, v, data=data)])
+    assert_close(
+        [flex_attention(q, k, v, block_mask=block_mask)], [cd.reference(mask, q, k, v, data=data)]
+    )
 
 
 @pytest.mark.parametrize("name", ["positions", "many positions", "big bird"])
@@ -289,28 +322,71 @@ def test_models_are_exported_and_compiled(name: str) -> None:
 def test_a_picture_of_many_tiles_has_a_short_heading() -> None:
     figure = cd.show(cd.big_bird(64, 64, 3, 64, 4096), 4096)
     assert len(figure.heading) < 100
-    assert figure.panels[0].pixels.pairs == cd.plan(cd.big_bird(64, 64, 3, 64, 4096), (1, 1, 4096, 16)).useful_pairs
+    assert (
+        figure.panels[0].pixels.pairs
+        == cd.plan(cd.big_bird(64, 64, 3, 64, 4096), (1, 1, 4096, 16)).useful_pairs
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: masks.global_tokens(), ValueError, "one of count .*, positions, or data"),
-        (lambda: masks.global_tokens(3, positions=(1,)), ValueError, "got count=3, positions=.1,., data=None"),
-        (lambda: masks.global_tokens((0, 17)), TypeError, r"count must be an integer; got tuple. Write global_tokens.positions="),
-        (lambda: masks.global_tokens(positions=(3, -1)), ValueError, r"positions\[1\] must be at least 0; got -1"),
-        (lambda: masks.global_tokens(positions=5), TypeError, "positions must be a sequence of integers; got int 5"),
-        (lambda: masks.global_tokens(positions="05"), TypeError, "positions must be a sequence of integers; got str"),
-        (lambda: masks.global_tokens(data=torch.zeros(3)), TypeError, "data must be the name of a data tensor; got Tensor"),
+        (
+            lambda: masks.global_tokens(3, positions=(1,)),
+            ValueError,
+            "got count=3, positions=.1,., data=None",
+        ),
+        (
+            lambda: masks.global_tokens((0, 17)),
+            TypeError,
+            r"count must be an integer; got tuple. Write global_tokens.positions=",
+        ),
+        (
+            lambda: masks.global_tokens(positions=(3, -1)),
+            ValueError,
+            r"positions\[1\] must be at least 0; got -1",
+        ),
+        (
+            lambda: masks.global_tokens(positions=5),
+            TypeError,
+            "positions must be a sequence of integers; got int 5",
+        ),
+        (
+            lambda: masks.global_tokens(positions="05"),
+            TypeError,
+            "positions must be a sequence of integers; got str",
+        ),
+        (
+            lambda: masks.global_tokens(data=torch.zeros(3)),
+            TypeError,
+            "data must be the name of a data tensor; got Tensor",
+        ),
         (lambda: masks.block_window(0, 1), ValueError, "block must be at least 1"),
         (lambda: masks.block_window(8, -1), ValueError, "left must be at least 0"),
-        (lambda: masks.block_window(2**40, 2**40), ValueError, "the tokens of the window must be at most"),
-        (lambda: masks.random_blocks(8, 5, 32), ValueError, "at most the 4 blocks of 8 tokens that 32 tokens have; got 5"),
+        (
+            lambda: masks.block_window(2**40, 2**40),
+            ValueError,
+            "the tokens of the window must be at most",
+        ),
+        (
+            lambda: masks.random_blocks(8, 5, 32),
+            ValueError,
+            "at most the 4 blocks of 8 tokens that 32 tokens have; got 5",
+        ),
         (lambda: masks.random_blocks(1, 2, 2**20), ValueError, "lists at most 1,048,576 tiles"),
         (lambda: masks.random_blocks(8, 1, 0), ValueError, "tokens must be at least 1"),
         (lambda: masks.random_blocks(8, 1, 64, seed=-1), ValueError, "seed must be at least 0"),
-        (lambda: cd.big_bird(100, 64, 3, 64, 4096), ValueError, "window must be a multiple of the block of 64 tokens; got 100"),
-        (lambda: cd.big_bird(64, 1, 3, 64, 4096), ValueError, "global_tokens must be a multiple of the block"),
+        (
+            lambda: cd.big_bird(100, 64, 3, 64, 4096),
+            ValueError,
+            "window must be a multiple of the block of 64 tokens; got 100",
+        ),
+        (
+            lambda: cd.big_bird(64, 1, 3, 64, 4096),
+            ValueError,
+            "global_tokens must be a multiple of the block",
+        ),
         (lambda: cd.big_bird(64, 64, -1, 64, 4096), ValueError, "random must be at least 0"),
     ],
 )

@@ -27,13 +27,20 @@ def _inputs(dtype: torch.dtype, tokens: int = 1020) -> list[torch.Tensor]:
     return [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def _errors(out: torch.Tensor, inputs: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+def _errors(
+    out: torch.Tensor, inputs: list[torch.Tensor], grad: torch.Tensor
+) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
 
 # What is not made of regular blocks the strided lowering refuses, see test_lowerings.
 REGULAR = ("causal", "longnet", "split")
-WAYS = [(name, way) for name in PROGRAMS for way in ("auto", "strided", "tiled", "flex") if way != "strided" or name in REGULAR]
+WAYS = [
+    (name, way)
+    for name in PROGRAMS
+    for way in ("auto", "strided", "tiled", "flex")
+    if way != "strided" or name in REGULAR
+]
 
 
 @pytest.mark.parametrize(("name", "lowering"), WAYS)
@@ -47,7 +54,9 @@ def test_forward_and_backward(name: str, lowering: str, dtype: torch.dtype) -> N
     q, k, v = inputs
     counts = multiplicity(program, q, k)
     dense = torch.nn.functional.scaled_dot_product_attention(
-        q, *(x.repeat_interleave(2, dim=1) for x in (k, v)), attn_mask=counts.float().log().to(dtype)
+        q,
+        *(x.repeat_interleave(2, dim=1) for x in (k, v)),
+        attn_mask=counts.float().log().to(dtype),
     )
     dense = _errors(torch.where(counts.sum(-1, keepdim=True) > 0, dense, 0), inputs, grad)
     ours = _errors(cd.compile(program, lowering=lowering)(q, k, v), inputs, grad)

@@ -13,7 +13,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 
-from transformers_models import CAUSAL, ENCODERS, TOKENS, gradients_of, inputs_of, model_of, pair_of, result_of  # noqa: E402
+from transformers_models import (  # noqa: E402
+    CAUSAL,
+    ENCODERS,
+    TOKENS,
+    gradients_of,
+    inputs_of,
+    model_of,
+    pair_of,
+    result_of,
+)
 
 import compiled_dilated as cd  # noqa: E402
 from compiled_dilated import masks  # noqa: E402
@@ -91,7 +100,9 @@ def test_packed_sequences_do_not_see_each_other(name: str) -> None:
 def test_any_length(name: str, length: int) -> None:
     ours, theirs = pair_of(name)
     with torch.no_grad():
-        assert_same(result_of(ours(**inputs_of(name, length))), result_of(theirs(**inputs_of(name, length))))
+        assert_same(
+            result_of(ours(**inputs_of(name, length))), result_of(theirs(**inputs_of(name, length)))
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
@@ -150,7 +161,9 @@ def test_compiled_decode_gives_the_same_tokens(name: str) -> None:
     torch._dynamo.reset()
     ours, theirs = pair_of(name)
     options = {"attention_mask": padded("left"), "cache_implementation": "static"}
-    assert torch.equal(generated(ours, **options), generated(theirs, **options, disable_compile=True))
+    assert torch.equal(
+        generated(ours, **options), generated(theirs, **options, disable_compile=True)
+    )
 
 
 # Encoders and decoders --------------------------------------------------------------------------------------------------------
@@ -168,7 +181,11 @@ def t5(implementation: str) -> Any:
 
 def test_t5_with_its_bias_of_positions() -> None:
     ours, theirs = t5("compiled_dilated"), t5("eager")
-    inputs = {**inputs_of("llama"), "attention_mask": padded("right"), "labels": inputs_of("llama", 21)["input_ids"]}
+    inputs = {
+        **inputs_of("llama"),
+        "attention_mask": padded("right"),
+        "labels": inputs_of("llama", 21)["input_ids"],
+    }
 
     def call(model: Any) -> Tensor:
         return result_of(model(**inputs))
@@ -214,7 +231,9 @@ def test_ten_padded_lengths_are_two_graphs(name: str) -> None:
     def call(model: Any, length: int) -> Tensor:
         mask = padded("left", length)
         with torch.no_grad():
-            return result_of(model(**inputs_of(name, length), attention_mask=mask, **options))[mask.bool()]
+            return result_of(model(**inputs_of(name, length), attention_mask=mask, **options))[
+                mask.bool()
+            ]
 
     assert graphs_over_lengths(name, call) <= 2
 
@@ -222,7 +241,9 @@ def test_ten_padded_lengths_are_two_graphs(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_training_over_ten_lengths_is_two_graphs(name: str) -> None:
     def call(model: Any, length: int) -> Tensor:
-        return gradients_of(model, lambda model: result_of(model(**inputs_of(name, length), use_cache=False)))
+        return gradients_of(
+            model, lambda model: result_of(model(**inputs_of(name, length), use_cache=False))
+        )
 
     assert graphs_over_lengths(name, call) <= 2
 
@@ -288,7 +309,9 @@ def test_a_program_is_joined_with_padding_and_packing() -> None:
     changed = other.clone()
     changed[:, :20] = 5
     with torch.no_grad():
-        out, same = [result_of(ours(x, position_ids=places, use_cache=False)) for x in (other, changed)]
+        out, same = [
+            result_of(ours(x, position_ids=places, use_cache=False)) for x in (other, changed)
+        ]
     assert torch.equal(out[:, 20:], same[:, 20:])
 
 
@@ -303,11 +326,19 @@ def test_generate_with_a_program_is_its_forward_token_by_token() -> None:
 
 
 def test_programs_by_layer() -> None:
-    by_pattern = cd.compile(model_of("llama", "eager"), attention={"*.layers.0.*": PROGRAMS["window"]})
-    by_function = cd.compile(model_of("llama", "eager"), attention=lambda layer: PROGRAMS["window"] if layer.index == 0 else None)
+    by_pattern = cd.compile(
+        model_of("llama", "eager"), attention={"*.layers.0.*": PROGRAMS["window"]}
+    )
+    by_function = cd.compile(
+        model_of("llama", "eager"),
+        attention=lambda layer: PROGRAMS["window"] if layer.index == 0 else None,
+    )
     everywhere = cd.compile(model_of("llama", "eager"), attention=PROGRAMS["window"])
     with torch.no_grad():
-        out, same, other = [result_of(model(**inputs_of("llama"))) for model in (by_pattern, by_function, everywhere)]
+        out, same, other = [
+            result_of(model(**inputs_of("llama")))
+            for model in (by_pattern, by_function, everywhere)
+        ]
     assert torch.equal(out, same)
     assert not torch.allclose(out, other)
     # Ours in both layers, the second by the model's own mask.
@@ -357,7 +388,9 @@ def test_the_trainer_trains(tmp_path: Any) -> None:
             tmp_path / implementation, max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, seed=0,
             disable_tqdm=True,
         )  # fmt: skip
-        losses.append(transformers.Trainer(model, arguments, train_dataset=Text()).train().training_loss)
+        losses.append(
+            transformers.Trainer(model, arguments, train_dataset=Text()).train().training_loss
+        )
     assert math.isclose(*losses, rel_tol=1e-5)
     assert losses[0] < math.log(TOKENS) * 1.2
 
@@ -366,16 +399,21 @@ def test_a_wrapped_model_is_saved_and_loaded(tmp_path: Any) -> None:
     ours = cd.compile(model_of("llama", "eager"), attention=PROGRAMS["longnet"])
     ours.save_pretrained(tmp_path)
     again = cd.compile(
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager"), attention=PROGRAMS["longnet"]
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager"),
+        attention=PROGRAMS["longnet"],
     )
     with torch.no_grad():
-        assert torch.equal(result_of(again(**inputs_of("llama"))), result_of(ours(**inputs_of("llama"))))
+        assert torch.equal(
+            result_of(again(**inputs_of("llama"))), result_of(ours(**inputs_of("llama")))
+        )
 
 
 def test_a_window_without_a_direction_is_one_in_a_graph_too() -> None:
     """ModernBERT."""
     torch._dynamo.reset()
-    settings = {key: value for key, value in CAUSAL["llama"][2].items() if key != "num_key_value_heads"}
+    settings = {
+        key: value for key, value in CAUSAL["llama"][2].items() if key != "num_key_value_heads"
+    }
     models = []
     for implementation in ("compiled_dilated", "eager"):
         torch.manual_seed(0)
@@ -387,7 +425,9 @@ def test_a_window_without_a_direction_is_one_in_a_graph_too() -> None:
     with torch.no_grad():
         out, want = [result_of(model(**inputs_of("llama"))) for model in models]
         assert_same(out, want)
-        assert_same(result_of(torch.compile(models[0], backend="aot_eager")(**inputs_of("llama"))), want)
+        assert_same(
+            result_of(torch.compile(models[0], backend="aot_eager")(**inputs_of("llama"))), want
+        )
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------------------
@@ -396,10 +436,15 @@ def test_a_window_without_a_direction_is_one_in_a_graph_too() -> None:
 def test_what_is_not_computed_is_refused() -> None:
     ours = model_of("llama", "compiled_dilated")
     x = inputs_of("llama")["input_ids"]
-    with pytest.raises(ValueError, match=r"got a mask of shape \(1, 1, 50, 9\); expected .* = \(2, 4, 50, 50\), or 1 in"):
+    with pytest.raises(
+        ValueError,
+        match=r"got a mask of shape \(1, 1, 50, 9\); expected .* = \(2, 4, 50, 50\), or 1 in",
+    ):
         ours(x, attention_mask=torch.zeros(1, 1, 50, 9))
     bert = model_of("bert", "compiled_dilated", attention_probs_dropout_prob=0.1).train()
-    with pytest.raises(ValueError, match=r"no dropout of attention weights; BertSelfAttention asks for 0.1"):
+    with pytest.raises(
+        ValueError, match=r"no dropout of attention weights; BertSelfAttention asks for 0.1"
+    ):
         bert(x)
     with pytest.raises((ValueError, NotImplementedError), match="attentions"):
         ours(x, output_attentions=True)
@@ -424,16 +469,32 @@ def test_unknown_masks_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("attention", "error", "message"),
     [
-        (cd.local_window(16), ValueError, r"model.layers.0.self_attn is causal, and its program shows later keys"),
-        (masks.padding("mine"), ValueError, r"reads the data mine, which no call of the model passes"),
+        (
+            cd.local_window(16),
+            ValueError,
+            r"model.layers.0.self_attn is causal, and its program shows later keys",
+        ),
+        (
+            masks.padding("mine"),
+            ValueError,
+            r"reads the data mine, which no call of the model passes",
+        ),
         (
             {"*.attention.*": masks.causal()},
             ValueError,
             r"no layer matches '\*.attention.\*'. The layers: model.layers.0",
         ),
         ({3: masks.causal()}, TypeError, r"patterns must be text"),
-        (7, TypeError, r"attention must be a program, a mask, a function of a layer or {pattern: program}; got int 7"),
-        (lambda layer: "causal", TypeError, r"attention of model.layers.0.self_attn must be a program, a mask or None; got str"),
+        (
+            7,
+            TypeError,
+            r"attention must be a program, a mask, a function of a layer or {pattern: program}; got int 7",
+        ),
+        (
+            lambda layer: "causal",
+            TypeError,
+            r"attention of model.layers.0.self_attn must be a program, a mask or None; got str",
+        ),
     ],
 )
 def test_bad_attention_is_named(attention: Any, error: type[Exception], message: str) -> None:
@@ -446,15 +507,28 @@ def test_bad_attention_is_named(attention: Any, error: type[Exception], message:
 def test_programs_that_do_not_go_with_a_call_are_refused() -> None:
     x = inputs_of("mistral")["input_ids"]
     sliding = cd.compile(model_of("mistral", "eager"), attention=PROGRAMS["window and sinks"])
-    with pytest.raises(ValueError, match=r"the sliding cache of model.layers.0.self_attn has dropped keys"):
+    with pytest.raises(
+        ValueError, match=r"the sliding cache of model.layers.0.self_attn has dropped keys"
+    ):
         sliding.generate(x, max_new_tokens=5, do_sample=False)
     torch.manual_seed(0)
-    config = {key: value for key, value in CAUSAL["llama"][2].items() if key not in ("num_key_value_heads", "eos_token_id")}
+    config = {
+        key: value
+        for key, value in CAUSAL["llama"][2].items()
+        if key not in ("num_key_value_heads", "eos_token_id")
+    }
     clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config, eos_token_id=127))
     cd.compile(clip, attention=masks.window(3))
-    with pytest.raises(ValueError, match=r"the mask of .* is causal, and its program shows later keys"):
+    with pytest.raises(
+        ValueError, match=r"the mask of .* is causal, and its program shows later keys"
+    ):
         clip(x)
-    with pytest.raises(ValueError, match="one program for all layers of T5ForConditionalGeneration would be that of its cross"):
+    with pytest.raises(
+        ValueError,
+        match="one program for all layers of T5ForConditionalGeneration would be that of its cross",
+    ):
         cd.compile(t5("eager"), attention=masks.causal())
-    cross = cd.compile(t5("eager"), attention={"decoder.*.SelfAttention": masks.causal() & masks.window(4)})
+    cross = cd.compile(
+        t5("eager"), attention={"decoder.*.SelfAttention": masks.causal() & masks.window(4)}
+    )
     assert sum(site.program is not None for site in cd.sites(cross)) == 2

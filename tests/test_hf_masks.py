@@ -27,7 +27,9 @@ def assert_same(ours: Tensor, theirs: Tensor, most: float = 5e-6) -> None:
 def llama4(implementation: str) -> Any:
     """Llama 4, whose first layer sees chunks of 16 tokens and whose second sees all before."""
     torch.manual_seed(0)
-    settings = {key: value for key, value in CAUSAL["llama"][2].items() if key != "num_hidden_layers"}
+    settings = {
+        key: value for key, value in CAUSAL["llama"][2].items() if key != "num_hidden_layers"
+    }
     config = transformers.Llama4TextConfig(
         **settings,
         num_hidden_layers=2,
@@ -77,7 +79,9 @@ def test_chunks_in_compiled_graphs() -> None:
             return {"attention_mask": mask}
         if kind == "packed":
             lengths = (20, length - 20)
-            return {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)}
+            return {
+                "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+            }
         return {}
 
     for kind in CALLS:
@@ -88,15 +92,26 @@ def test_chunks_in_compiled_graphs() -> None:
             options = {**options_of(kind, length), "use_cache": False}
             seen = options.get("attention_mask", torch.ones(2, length)).bool()
             with torch.no_grad():
-                out, truth = (result_of(model(**inputs_of("llama", length), **options)) for model in (compiled, theirs))
+                out, truth = (
+                    result_of(model(**inputs_of("llama", length), **options))
+                    for model in (compiled, theirs)
+                )
             assert_same(out[seen], truth[seen])
         assert backend.frame_count <= 2, kind
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_chunks_are_generated_as_eager_attention_does(cache: str | None) -> None:
-    options = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
-    ours, theirs = (llama4(each).generate(**inputs_of("llama"), **options) for each in ("compiled_dilated", "eager"))
+    options = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "cache_implementation": cache,
+        "disable_compile": True,
+    }
+    ours, theirs = (
+        llama4(each).generate(**inputs_of("llama"), **options)
+        for each in ("compiled_dilated", "eager")
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -142,7 +157,9 @@ def test_a_tensor_of_pairs_joins_a_program() -> None:
     theirs = model_of("llama", "eager")
     with torch.no_grad():
         out = result_of(ours(**inputs_of("llama"), attention_mask=hidden, use_cache=False))
-        assert_same(out, result_of(theirs(**inputs_of("llama"), attention_mask=both, use_cache=False)))
+        assert_same(
+            out, result_of(theirs(**inputs_of("llama"), attention_mask=both, use_cache=False))
+        )
     assert "+ a bias" in repr(cd.sites(ours))
 
 
@@ -162,7 +179,9 @@ def mllama(implementation: str) -> Any:
     )
     model = transformers.MllamaForCausalLM(config).eval()
     for name, weight in model.named_parameters():
-        if "gate" in name and weight.numel() == 1:  # closed at first: cross attention would add nothing
+        if (
+            "gate" in name and weight.numel() == 1
+        ):  # closed at first: cross attention would add nothing
             torch.nn.init.ones_(weight)
     return model
 
@@ -184,7 +203,9 @@ def of_images(length: int, images: int) -> dict[str, Tensor]:
 def test_cross_attention_of_images_is_computed(wrapped: bool) -> None:
     ours = mllama("compiled_dilated")
     if wrapped:
-        ours = cd.compile(mllama("eager"), attention={"*.self_attn": masks.causal() & masks.window(60)})
+        ours = cd.compile(
+            mllama("eager"), attention={"*.self_attn": masks.causal() & masks.window(60)}
+        )
     theirs = mllama("eager")
 
     def call(model: Any) -> Tensor:
@@ -194,12 +215,18 @@ def test_cross_attention_of_images_is_computed(wrapped: bool) -> None:
     truth = gradients_of(theirs, call)
     assert (gradients_of(ours, call) - truth).norm() <= 1e-5 * truth.norm()
     if wrapped:
-        assert [site.kind for site in cd.sites(ours)] == ["MllamaTextSelfAttention", "MllamaTextCrossAttention"]
+        assert [site.kind for site in cd.sites(ours)] == [
+            "MllamaTextSelfAttention",
+            "MllamaTextCrossAttention",
+        ]
         assert "+ a bias" in repr(cd.sites(ours))
 
 
 def test_one_program_for_cross_attention_too_is_refused() -> None:
-    with pytest.raises(ValueError, match="one program for all layers of MllamaForCausalLM would be that of its cross"):
+    with pytest.raises(
+        ValueError,
+        match="one program for all layers of MllamaForCausalLM would be that of its cross",
+    ):
         cd.compile(mllama("eager"), attention=masks.causal())
 
 
@@ -225,7 +252,10 @@ def test_rows_that_see_nothing_are_those_of_sdpa(name: str) -> None:
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.3.0", "5.3.1.dev0"])
 def test_an_older_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", version)
-    with pytest.raises(ImportError, match=rf"needs transformers >= 5.4; got {version}. Install a newer one: pip install"):
+    with pytest.raises(
+        ImportError,
+        match=rf"needs transformers >= 5.4; got {version}. Install a newer one: pip install",
+    ):
         cd.hf.register()
 
 

@@ -50,7 +50,9 @@ def test_queries_that_see_a_bad_key_and_no_others_are_nan(way: dict[str, Any], b
     program = masks.window(3, 0)
     out, lse = cd.compile(program, **way)(q, k, v, return_lse=True)
     assert_close([out, lse], cd.reference(program, q, k, v, return_lse=True))
-    assert lse[0].isnan().nonzero().tolist() == [[head, row] for head in (2, 3) for row in range(20, 24)]
+    assert lse[0].isnan().nonzero().tolist() == [
+        [head, row] for head in (2, 3) for row in range(20, 24)
+    ]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -61,7 +63,9 @@ def test_a_bad_value_spoils_its_column_alone(way: dict[str, Any], bad: float) ->
     program = masks.window(3, 0)
     out, lse = cd.compile(program, **way)(q, k, v, return_lse=True)
     assert_close([out, lse], cd.reference(program, q, k, v, return_lse=True))
-    assert out[0].isnan().nonzero().tolist() == [[head, row, 3] for head in (0, 1) for row in range(20, 24)]
+    assert out[0].isnan().nonzero().tolist() == [
+        [head, row, 3] for head in (0, 1) for row in range(20, 24)
+    ]
     assert lse.isfinite().all()
 
 
@@ -71,9 +75,13 @@ def test_gradients_of_hidden_keys_are_zero_whatever_they_hold(way: dict[str, Any
     padding = torch.zeros(1, 48, dtype=torch.bool)
     padding[:, 30:] = True
     program = masks.padding() & masks.window(9)
-    clean = results_and_gradients(cd.compile(program, **way), leaves(q, k, v), data={"padding": padding})
+    clean = results_and_gradients(
+        cd.compile(program, **way), leaves(q, k, v), data={"padding": padding}
+    )
     k[:, :, 33], v[:, :, 40] = math.nan, math.inf
-    spoiled = results_and_gradients(cd.compile(program, **way), leaves(q, k, v), data={"padding": padding})
+    spoiled = results_and_gradients(
+        cd.compile(program, **way), leaves(q, k, v), data={"padding": padding}
+    )
     assert_close(spoiled, clean)
 
 
@@ -102,7 +110,9 @@ def test_a_learned_table_of_a_row_that_sees_a_bad_key_gets_nan() -> None:
     padding[:, 5] = True
 
     def grad_of(mask: masks.Mask, **options: Any) -> Tensor:
-        out = cd.compile(mask)(*leaves(q, k, v), score_mod=lambda s, b, h, i, j: s + table[i, j], **options)
+        out = cd.compile(mask)(
+            *leaves(q, k, v), score_mod=lambda s, b, h, i, j: s + table[i, j], **options
+        )
         return torch.autograd.grad(out.sum(), table)[0]
 
     clean = grad_of(masks.causal() & masks.padding(), data={"padding": padding})
@@ -112,8 +122,15 @@ def test_a_learned_table_of_a_row_that_sees_a_bad_key_gets_nan() -> None:
 
 
 @settings(max_examples=30)
-@given(drawn=programs(), seed=st.integers(0, 1000), bad=st.sampled_from(BAD), way=st.sampled_from((*WAYS[:4], STRIDED)))
-def test_any_program_with_bad_numbers_anywhere(drawn: tuple[Program, int], seed: int, bad: float, way: dict[str, Any]) -> None:
+@given(
+    drawn=programs(),
+    seed=st.integers(0, 1000),
+    bad=st.sampled_from(BAD),
+    way=st.sampled_from((*WAYS[:4], STRIDED)),
+)
+def test_any_program_with_bad_numbers_anywhere(
+    drawn: tuple[Program, int], seed: int, bad: float, way: dict[str, Any]
+) -> None:
     program, n = drawn
     q, k, v = normal((2, 3, n, 3), (2, 1, n, 3), (2, 1, n, 2), seed=seed)
     generator = torch.Generator().manual_seed(seed)

@@ -88,9 +88,14 @@ FOREIGN = [
 @pytest.mark.parametrize("entry", FOREIGN, ids=json.dumps)
 def test_a_line_of_a_journal_that_no_run_writes_is_refused(home: Path, entry: Any) -> None:
     lines = journal_of_a_whole_run(home)
-    Path("journal").write_bytes(b"".join([*lines[:3], json.dumps(entry).encode() + b"\n", *lines[3:]]))
+    Path("journal").write_bytes(
+        b"".join([*lines[:3], json.dumps(entry).encode() + b"\n", *lines[3:]])
+    )
     before = snapshot(home)
-    with pytest.raises(ValueError, match=r"line 4 of the journal journal is .* no run.* or remove journal to start again"):
+    with pytest.raises(
+        ValueError,
+        match=r"line 4 of the journal journal is .* no run.* or remove journal to start again",
+    ):
         stream(journal="journal")
     assert snapshot(home) == before
 
@@ -98,7 +103,9 @@ def test_a_line_of_a_journal_that_no_run_writes_is_refused(home: Path, entry: An
 def test_of_two_lines_on_a_rank_the_last_counts(home: Path) -> None:
     lines = journal_of_a_whole_run(home)
     older = {"rank": 2, "checksum": "00000000"}
-    Path("journal").write_bytes(b"".join([lines[0], json.dumps(older).encode() + b"\n", *lines[1:]]))
+    Path("journal").write_bytes(
+        b"".join([lines[0], json.dumps(older).encode() + b"\n", *lines[1:]])
+    )
     report = stream(journal="journal")
     assert (report.resumed_ranks, report.torn) == (RANKS, ())
 
@@ -114,12 +121,24 @@ def test_a_rank_without_tokens_is_unknown_to_a_journal(home: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"{}\n", b"null\n", b"[1]\n", b'{"name": "model"}\n', b"a thesis", b"a thesis\n", b"\0" * 64, b"[" * 10**6 + b"\n"],
+    [
+        b"{}\n",
+        b"null\n",
+        b"[1]\n",
+        b'{"name": "model"}\n',
+        b"a thesis",
+        b"a thesis\n",
+        b"\0" * 64,
+        b"[" * 10**6 + b"\n",
+    ],
 )
 def test_a_file_that_is_no_journal_is_left_alone(home: Path, content: bytes) -> None:
     Path("journal").write_bytes(content)
     before = snapshot(home)
-    with pytest.raises(ValueError, match=r"journal is no journal of a streamed run: it begins with .* Name another journal$"):
+    with pytest.raises(
+        ValueError,
+        match=r"journal is no journal of a streamed run: it begins with .* Name another journal$",
+    ):
         stream(journal="journal")
     assert snapshot(home) == before
 
@@ -129,7 +148,8 @@ def test_a_journal_of_a_run_with_more_to_say_is_of_another_run(home: Path) -> No
     more = json.loads(header) | {"window": [[[[1]]]] * 100}
     Path("journal").write_bytes(json.dumps(more).encode() + b"\n" + b"".join(lines))
     with pytest.raises(
-        ValueError, match=r"is of another run: window is \[\[.* there and None here\. Name another journal, or remove"
+        ValueError,
+        match=r"is of another run: window is \[\[.* there and None here\. Name another journal, or remove",
     ):
         stream(journal="journal")
 
@@ -138,15 +158,24 @@ def test_a_journal_of_another_run_stops_it_before_the_output_is_created(home: Pa
     journal_of_a_whole_run(home)
     os.unlink("out.npy")
     before = snapshot(home)
-    with pytest.raises(ValueError, match=r"scale is .* Name another journal, or remove journal to start again"):
+    with pytest.raises(
+        ValueError, match=r"scale is .* Name another journal, or remove journal to start again"
+    ):
         stream(journal="journal", scale=2)
     assert snapshot(home) == before
 
 
-def test_a_journal_that_was_removed_meanwhile_is_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_that_was_removed_meanwhile_is_an_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(streamed, "_SYNC_SECONDS", -1.0)
-    with pytest.raises(OSError, match=r"the journal .*journal was removed meanwhile.*call again with the same journal"):
-        stream(journal="journal", on_progress=lambda progress: Path("journal").unlink(missing_ok=True))
+    with pytest.raises(
+        OSError,
+        match=r"the journal .*journal was removed meanwhile.*call again with the same journal",
+    ):
+        stream(
+            journal="journal", on_progress=lambda progress: Path("journal").unlink(missing_ok=True)
+        )
     assert not Path("journal").exists()
 
 
@@ -190,13 +219,18 @@ def test_no_room_for_a_journal_is_said(home: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Journal, "_append", fail)
-    with pytest.raises(OSError, match=r"journal='journal' cannot be used: No space left on device\. Make room"):
+    with pytest.raises(
+        OSError, match=r"journal='journal' cannot be used: No space left on device\. Make room"
+    ):
         stream(journal="journal")
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rank", "checksum", "x"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["rank", "checksum", "x"]), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 RANK = st.integers(0, RANKS - 1)
@@ -205,7 +239,9 @@ ENTRY = st.fixed_dictionaries({"rank": RANK | st.integers() | JSON, "checksum": 
 LINE = st.one_of(
     st.binary(max_size=20).map(lambda raw: raw + b"\n"),
     (JSON | ENTRY).map(lambda value: json.dumps(value).encode() + b"\n"),
-    st.fixed_dictionaries({"rank": RANK, "checksum": CHECKSUM}).map(lambda value: json.dumps(value).encode() + b"\n"),
+    st.fixed_dictionaries({"rank": RANK, "checksum": CHECKSUM}).map(
+        lambda value: json.dumps(value).encode() + b"\n"
+    ),
     RANK,  # the line that the run itself wrote
 )
 
@@ -231,4 +267,6 @@ def test_any_lines_of_a_journal_are_refused_or_give_the_right_output(
         assert snapshot(home) == before
     np.testing.assert_allclose(np.load("out.npy"), reference().numpy(), rtol=1e-10, atol=1e-10)
     inputs = {"q.npy", "k.npy", "v.npy"}
-    assert {name: snapshot(home)[name] for name in inputs} == {name: before[name] for name in inputs}
+    assert {name: snapshot(home)[name] for name in inputs} == {
+        name: before[name] for name in inputs
+    }

@@ -42,14 +42,25 @@ def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
 
 
-def problem(program: Any, queries: int = 70, keys: int = 70, q_offset: int = 0, heads: int = 4, **others: Any) -> Problem:
+def problem(
+    program: Any,
+    queries: int = 70,
+    keys: int = 70,
+    q_offset: int = 0,
+    heads: int = 4,
+    **others: Any,
+) -> Problem:
     numbers = {"head_dim": 16, "value_dim": 16, "dtype": "bfloat16", "device": "cuda"} | others
-    return Problem(as_program(program), 1, heads, heads, queries, keys, q_offset=q_offset, **numbers)
+    return Problem(
+        as_program(program), 1, heads, heads, queries, keys, q_offset=q_offset, **numbers
+    )
 
 
 def counted(work: lanes.Work, of: Problem, transposed: bool) -> np.ndarray[Any, Any]:
     """How often lists of small tiles hold each pair, (heads, queries, keys)."""
-    tiles, runs, classes = (x.numpy() for x in work.lists(of, 4, 3, transposed, torch.device("cpu")))
+    tiles, runs, classes = (
+        x.numpy() for x in work.lists(of, 4, 3, transposed, torch.device("cpu"))
+    )
     rows, columns = (of.kv_len, of.q_len) if transposed else (of.q_len, of.kv_len)
     first_row, first_column = (0, of.q_offset) if transposed else (of.q_offset, 0)
     out = np.zeros((of.heads, rows, columns), dtype=np.int64)
@@ -59,7 +70,12 @@ def counted(work: lanes.Work, of: Problem, transposed: bool) -> np.ndarray[Any, 
                 k_first, k_step, k_count, least, most, low, high = runs[place]
                 i = np.arange(count)
                 row, column = first + step * i[:, None], k_first + k_step * np.arange(k_count)[None]
-                seen = (row - column >= least) & (row - column <= most) & (i >= low)[:, None] & (i < high)[:, None]
+                seen = (
+                    (row - column >= least)
+                    & (row - column <= most)
+                    & (i >= low)[:, None]
+                    & (i < high)[:, None]
+                )
                 if place < middle:
                     assert seen.all(), "a FULL run holds pairs that are hidden"
                     assert k_count % 3 == 0
@@ -71,13 +87,17 @@ def counted(work: lanes.Work, of: Problem, transposed: bool) -> np.ndarray[Any, 
 @pytest.mark.parametrize("transposed", [False, True], ids=["queries", "keys"])
 @pytest.mark.parametrize("shape", [(70, 70, 0), (9, 60, 51), (70, 33, 0), (1, 1, 0)], ids=str)
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_lists_hold_every_pair_as_often_as_branches_link_it(name: str, shape: tuple[int, int, int], transposed: bool) -> None:
+def test_lists_hold_every_pair_as_often_as_branches_link_it(
+    name: str, shape: tuple[int, int, int], transposed: bool
+) -> None:
     of = problem(PROGRAMS[name], *shape)
     proposal = lanes.propose(of)
     assert isinstance(proposal, Proposal)
     q, k = torch.zeros(1, 4, shape[0], 1), torch.zeros(1, 4, shape[1], 1)
     expected = multiplicity(of.program, q, k, q_offset=shape[2])[0].numpy()
-    np.testing.assert_array_equal(counted(proposal.work[0], of, transposed), np.broadcast_to(expected, (4, *shape[:2])))
+    np.testing.assert_array_equal(
+        counted(proposal.work[0], of, transposed), np.broadcast_to(expected, (4, *shape[:2]))
+    )
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
@@ -86,13 +106,19 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (masks.causal(), {"head_dim": 320}, "heads of at most 256 numbers fit; got 320"),
     (masks.padding(), {}, "padding() is not made of runs of keys"),
     (masks.neighborhood((8, 8), 1), {}, "is not made of runs of keys"),
-    (masks.full() & ~masks.window(4, dilation=2), {}, "what window(4, dilation=2) hides is not made of runs"),
+    (
+        masks.full() & ~masks.window(4, dilation=2),
+        {},
+        "what window(4, dilation=2) hides is not made of runs",
+    ),
     (cd.longnet((64, 64), (13, 11)), {}, "see alike every 143 tokens, which is more than 128"),
 ]
 
 
 @pytest.mark.parametrize(("program", "others", "reason"), REFUSED)
-def test_what_it_cannot_express_is_refused_with_the_reason(program: Any, others: dict[str, Any], reason: str) -> None:
+def test_what_it_cannot_express_is_refused_with_the_reason(
+    program: Any, others: dict[str, Any], reason: str
+) -> None:
     refusal = lanes.propose(problem(program, **others))
     assert isinstance(refusal, Refusal)
     assert reason in refusal.reason
@@ -100,8 +126,13 @@ def test_what_it_cannot_express_is_refused_with_the_reason(program: Any, others:
 
 def test_without_triton_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"lowering 'lanes' refuses: Triton is not installed here \(pip install triton\)"):
-        cd.plan(masks.causal(), (1, 2, 64, 16), dtype=torch.bfloat16, device="cuda", lowering="lanes")
+    with pytest.raises(
+        ValueError,
+        match=r"lowering 'lanes' refuses: Triton is not installed here \(pip install triton\)",
+    ):
+        cd.plan(
+            masks.causal(), (1, 2, 64, 16), dtype=torch.bfloat16, device="cuda", lowering="lanes"
+        )
 
 
 def test_the_estimate_of_pairs_is_near_the_count_of_all_tiles() -> None:
@@ -113,7 +144,9 @@ def test_the_estimate_of_pairs_is_near_the_count_of_all_tiles() -> None:
 
 
 def test_the_planner_weighs_it_on_a_gpu_and_calls_its_costs_estimates() -> None:
-    plan = cd.plan(cd.longnet((2048, 4096), (1, 2)), (1, 4, 8192, 64), dtype=torch.bfloat16, device="cuda")
+    plan = cd.plan(
+        cd.longnet((2048, 4096), (1, 2)), (1, 4, 8192, 64), dtype=torch.bfloat16, device="cuda"
+    )
     assert plan.lowering == "lanes"
     assert "estimates, not measured on a GPU" in plan.explain()
     assert "estimates" not in cd.plan(masks.causal(), (1, 4, 512, 64)).explain()

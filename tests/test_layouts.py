@@ -31,7 +31,9 @@ def layouts(draw: st.DrawFn, most: int = 200) -> Layout:
 
 
 def owner_of(layout: Layout) -> dict[int, int]:
-    return {place: rank for rank in range(layout.ranks) for run in layout.runs(rank) for place in run}
+    return {
+        place: rank for rank in range(layout.ranks) for run in layout.runs(rank) for place in run
+    }
 
 
 def check_deal(layout: Layout) -> None:
@@ -51,7 +53,12 @@ def test_layouts_partition_tokens_evenly(layout: Layout) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16, 31, 128])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 31, 127, 128, 1009])
 def test_few_tokens_primes_and_more_ranks_than_tokens(tokens: int, ranks: int) -> None:
-    for layout in (Contiguous(tokens, ranks), Zigzag(tokens, ranks, ranks), Striped(tokens, ranks), ByResidue(tokens, ranks, 4)):
+    for layout in (
+        Contiguous(tokens, ranks),
+        Zigzag(tokens, ranks, ranks),
+        Striped(tokens, ranks),
+        ByResidue(tokens, ranks, 4),
+    ):
         check_deal(layout)
 
 
@@ -83,7 +90,10 @@ def test_the_figure() -> None:
         ByResidue(16, 4, 2): ((0, 2, 4, 6), (8, 10, 12, 14), (1, 3, 5, 7), (9, 11, 13, 15)),
     }
     for layout, shards in drawn.items():
-        assert tuple(tuple(place for run in layout.runs(rank) for place in run) for rank in range(4)) == shards
+        assert (
+            tuple(tuple(place for run in layout.runs(rank) for place in run) for rank in range(4))
+            == shards
+        )
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
@@ -91,7 +101,10 @@ def test_zigzag_groups_are_contiguous_and_balance_causal_work(group: int) -> Non
     layout, holds = Zigzag(96, 6, group), 96 // 6 * group
     for first in range(0, 6, group):
         stretch = range(first * 16, first * 16 + holds)
-        shards = [[place for run in layout.runs(rank) for place in run] for rank in range(first, first + group)]
+        shards = [
+            [place for run in layout.runs(rank) for place in run]
+            for rank in range(first, first + group)
+        ]
         assert sorted(place for shard in shards for place in shard) == list(stretch)
         assert len({sum(place - stretch.start + 1 for place in shard) for shard in shards}) == 1
 
@@ -119,7 +132,10 @@ LONGNET = cd.longnet((16, 32), (1, 2), causal=True)
         (masks.neighborhood((8, 16), 2), ["contiguous", "zigzag", "striped", "hilbert(8, 16)"]),
         (masks.neighborhood((128,), 2), ["contiguous", "zigzag", "striped"]),
         (cd.hilbert_window((16, 8), 2), ["contiguous", "zigzag", "striped", "hilbert(16, 8)"]),
-        (Program((Branch(masks.causal(), order=orders.residue(4)),)), ["contiguous", "zigzag", "striped", "residue(4)"]),
+        (
+            Program((Branch(masks.causal(), order=orders.residue(4)),)),
+            ["contiguous", "zigzag", "striped", "residue(4)"],
+        ),
     ],
     ids=repr,
 )
@@ -131,7 +147,8 @@ def test_candidate_layouts(program: Program | masks.Mask, names: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("contiguous", Contiguous), ("zigzag", Zigzag), ("striped", Striped), ("residue", ByResidue)]
+    ("name", "kind"),
+    [("contiguous", Contiguous), ("zigzag", Zigzag), ("striped", Striped), ("residue", ByResidue)],
 )
 def test_a_layout_by_name(name: str, kind: type[Layout]) -> None:
     (layout,) = layouts_of(LONGNET, 64, 4, name)
@@ -141,9 +158,18 @@ def test_a_layout_by_name(name: str, kind: type[Layout]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("residue", r"layout 'residue' needs a dilated program; .* names no residue. Use layout='auto'"),
-        ("hilbert", r"layout 'hilbert' needs a program over a grid of \d+ cells; .* names none. Use layout='auto'"),
-        ("snake", r"layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; got 'snake'"),
+        (
+            "residue",
+            r"layout 'residue' needs a dilated program; .* names no residue. Use layout='auto'",
+        ),
+        (
+            "hilbert",
+            r"layout 'hilbert' needs a program over a grid of \d+ cells; .* names none. Use layout='auto'",
+        ),
+        (
+            "snake",
+            r"layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; got 'snake'",
+        ),
     ],
 )
 def test_inapplicable_layouts_are_refused(name: str, message: str) -> None:

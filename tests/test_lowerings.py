@@ -15,9 +15,20 @@ from compiled_dilated.lowerings.tiling import costs
 from compiled_dilated.lowerings.tiling.lattice import Lattice, Table
 from compiled_dilated.native import build
 
-LATTICES = [Lattice(3, 4, 10, 5, 2), Lattice(0, 6, 9, 9, 1), Lattice(2, 3, 8, 2, 4), Lattice(1, 1, 0, 7, 3)]
+LATTICES = [
+    Lattice(3, 4, 10, 5, 2),
+    Lattice(0, 6, 9, 9, 1),
+    Lattice(2, 3, 8, 2, 4),
+    Lattice(1, 1, 0, 7, 3),
+]
 TABLES = [
-    Table(np.array([[0, 2], [3, 1]], dtype=np.int32), 4, 7, np.random.default_rng(0).permutation(16).astype(np.int64), 5),
+    Table(
+        np.array([[0, 2], [3, 1]], dtype=np.int32),
+        4,
+        7,
+        np.random.default_rng(0).permutation(16).astype(np.int64),
+        5,
+    ),
     Table(np.array([[1], [0], [3]], dtype=np.int32), 3, 3),
 ]
 
@@ -52,11 +63,16 @@ def test_a_lattice_of_one_sequence_is_read_as_a_view(rows: Lattice) -> None:
 @pytest.mark.parametrize("rows", [*LATTICES, *TABLES], ids=repr)
 def test_pieces_hold_every_tile_once(rows: Lattice | Table) -> None:
     for most in (1, 2, 5):
-        pieces = [rows.select(start, start + most).positions() for start in range(0, rows.count, most)]
+        pieces = [
+            rows.select(start, start + most).positions() for start in range(0, rows.count, most)
+        ]
         assert (np.concatenate(pieces) == rows.positions()).all()
 
 
-@given(st.lists(st.integers(0, 23), min_size=1, max_size=24, unique=True).map(sorted), st.sampled_from([1, 2, 3, 4, 8]))
+@given(
+    st.lists(st.integers(0, 23), min_size=1, max_size=24, unique=True).map(sorted),
+    st.sampled_from([1, 2, 3, 4, 8]),
+)
 def test_head_ranges_follow_the_grouped_kernel(heads: list[int], group: int) -> None:
     seen = []
     for queries, keys in head_ranges(tuple(heads), group):
@@ -80,7 +96,9 @@ def test_head_ranges_follow_the_grouped_kernel(heads: list[int], group: int) -> 
     ],
     ids=["longnet", "causal longnet", "window", "dilated window", "sinks", "hilbert"],
 )
-def test_work_counted_for_the_speed_table(program: cd.Program, tokens: int, computed_over_useful: float) -> None:
+def test_work_counted_for_the_speed_table(
+    program: cd.Program, tokens: int, computed_over_useful: float
+) -> None:
     """Speed is measured elsewhere; how much is computed beyond what is allowed is exact, and holds on any machine."""
     if build.available() is not None:
         pytest.skip(f"no native kernel here: {build.available()}")
@@ -91,7 +109,9 @@ def test_work_counted_for_the_speed_table(program: cd.Program, tokens: int, comp
 
 
 def test_a_gpu_computes_segments_and_residue_classes_by_slices() -> None:
-    plan = cd.plan(cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True), (2, 8, 65536, 64), device="cuda")
+    plan = cd.plan(
+        cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True), (2, 8, 65536, 64), device="cuda"
+    )
     assert plan.lowering == "strided"
     assert plan.useful_pairs == plan.cost.pairs
     assert plan.cost.peak_bytes <= 0.05 * plan.problem.tensor_bytes
@@ -102,7 +122,8 @@ def test_an_explicit_lowering_is_used_or_refused() -> None:
     for lowering in ("dense", "strided", "tiled"):
         assert cd.plan(masks.segments(9), (1, 2, 300, 8), lowering=lowering).lowering == lowering
     with pytest.raises(
-        ValueError, match=r"'strided' refuses for branch 0: .* is not made of regular blocks\. Use lowering='tiled'"
+        ValueError,
+        match=r"'strided' refuses for branch 0: .* is not made of regular blocks\. Use lowering='tiled'",
     ):
         cd.plan(masks.sinks(3) | masks.window(9), (1, 2, 300, 8), lowering="strided")
     with pytest.raises(ValueError, match="no backward of FlexAttention on a CPU"):
@@ -114,7 +135,9 @@ def test_an_explicit_lowering_is_used_or_refused() -> None:
 @pytest.mark.parametrize("lowering", ["dense", "strided", "tiled"])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_with_a_budget_for_one_tile_alone(batch: int, kv_heads: int, lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_budget_for_one_tile_alone(
+    batch: int, kv_heads: int, lowering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One entry of the batch, one tile and one key head at a time."""
     monkeypatch.setattr(costs, "_SHARE", 0.0)
     monkeypatch.setattr(costs, "_LEAST_BYTES", 1)
@@ -127,7 +150,9 @@ def test_with_a_budget_for_one_tile_alone(batch: int, kv_heads: int, lowering: s
     got, want = attend(q, k, v, return_lse=True), cd.reference(program, q, k, v, return_lse=True)
     back = tuple(torch.randn_like(x) for x in want)
     for x, y in zip(
-        (*got, *torch.autograd.grad(got, (q, k, v), back)), (*want, *torch.autograd.grad(want, (q, k, v), back)), strict=True
+        (*got, *torch.autograd.grad(got, (q, k, v), back)),
+        (*want, *torch.autograd.grad(want, (q, k, v), back)),
+        strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 

@@ -32,22 +32,34 @@ def pairs(q_len: int, kv_len: int, allowed: Callable[[int, int], bool]) -> Any:
         (masks.segments(4), lambda i, j: i // 4 == j // 4),
         (masks.congruent(3, 2), lambda i, j: i % 3 == j % 3 == 2),
         (masks.congruent(3, 1, period=7), lambda i, j: i % 7 % 3 == j % 7 % 3 == 1),
-        (masks.documents(lengths=(3, 0, 4)), lambda i, j: (i < 3 and j < 3) or (3 <= i < 7 and 3 <= j < 7)),
+        (
+            masks.documents(lengths=(3, 0, 4)),
+            lambda i, j: (i < 3 and j < 3) or (3 <= i < 7 and 3 <= j < 7),
+        ),
         (masks.sinks(2), lambda i, j: j < 2),
         (masks.prefix(3), lambda i, j: i < 3 and j < 3),
         (masks.global_tokens(3), lambda i, j: i < 3 or j < 3),
-        (masks.tiles([(0, 1), (2, 0), (2, 0)], block=4), lambda i, j: (i // 4, j // 4) in ((0, 1), (2, 0))),
+        (
+            masks.tiles([(0, 1), (2, 0), (2, 0)], block=4),
+            lambda i, j: (i // 4, j // 4) in ((0, 1), (2, 0)),
+        ),
         (masks.tiles([], block=4), lambda i, j: False),
         (masks.global_tokens(positions=(2, 16, 90)), lambda i, j: i in (2, 16) or j in (2, 16)),
         (masks.block_window(4, 1, 0), lambda i, j: i // 4 - 1 <= j // 4 <= i // 4),
         (
             masks.neighborhood((3, 4), 1, offset=2),
             lambda i, j: (
-                2 <= i < 14 and 2 <= j < 14 and abs((i - 2) // 4 - (j - 2) // 4) < 2 and abs((i - 2) % 4 - (j - 2) % 4) < 2
+                2 <= i < 14
+                and 2 <= j < 14
+                and abs((i - 2) // 4 - (j - 2) // 4) < 2
+                and abs((i - 2) % 4 - (j - 2) % 4) < 2
             ),
         ),
         (masks.from_mod(every_third), lambda i, j: (i + j) % 3 == 0),
-        (masks.from_mod(every_third, within=masks.causal()), lambda i, j: (i + j) % 3 == 0 and j <= i),
+        (
+            masks.from_mod(every_third, within=masks.causal()),
+            lambda i, j: (i + j) % 3 == 0 and j <= i,
+        ),
         (masks.window(2) & ~masks.sinks(1), lambda i, j: abs(i - j) <= 2 and j >= 1),
         (masks.causal() | masks.prefix(5), lambda i, j: j <= i or (i < 5 and j < 5)),
     ],
@@ -69,7 +81,10 @@ def shifted(size: int, radius: int, dilation: int, i: int) -> list[int]:
 @pytest.mark.parametrize("dilation", [1, 2, 3, 5])
 def test_shifted_edges(size: int, radius: int, dilation: int) -> None:
     mask = masks.neighborhood((size,), radius, dilation, edges="shift")
-    assert (dense(mask, size, size) == pairs(size, size, lambda i, j: j in shifted(size, radius, dilation, i))).all()
+    assert (
+        dense(mask, size, size)
+        == pairs(size, size, lambda i, j: j in shifted(size, radius, dilation, i))
+    ).all()
 
 
 @pytest.mark.parametrize("edges", ["cut", "shift"])
@@ -111,7 +126,12 @@ def test_torch_and_numpy_agree(case: tuple[Mask, Any, int]) -> None:
     assert (seen.broadcast_to(n, n).numpy() == dense(mask, n, n)).all()
     on_device = mask.on("cpu")
     assert on_device == mask
-    seen = on_device.allows(zero, zero, torch.arange(n, dtype=torch.int32)[:, None], torch.arange(n, dtype=torch.int32)[None, :])
+    seen = on_device.allows(
+        zero,
+        zero,
+        torch.arange(n, dtype=torch.int32)[:, None],
+        torch.arange(n, dtype=torch.int32)[None, :],
+    )
     assert (seen.broadcast_to(n, n).numpy() == dense(mask, n, n)).all()
 
 
@@ -119,7 +139,10 @@ def test_torch_and_numpy_agree(case: tuple[Mask, Any, int]) -> None:
 def test_shifting_by_the_period_changes_nothing(data: st.DataObject) -> None:
     mask = data.draw(strategies.expressions(strategies.line_masks(12)))
     if mask.period is not None and mask.period <= 500:
-        assert (dense(mask, 40, 40) == dense(mask, 40 + mask.period, 40 + mask.period)[mask.period :, mask.period :]).all()
+        assert (
+            dense(mask, 40, 40)
+            == dense(mask, 40 + mask.period, 40 + mask.period)[mask.period :, mask.period :]
+        ).all()
 
 
 @given(st.data())

@@ -37,7 +37,13 @@ def test_classify_is_sound_on_boxes(data: st.DataObject) -> None:
 @pytest.mark.parametrize("mask", EXACT, ids=repr)
 @pytest.mark.parametrize("tile", [1, 4, 7, 16])
 def test_classify_is_exact_on_contiguous_tiles(mask: Mask, tile: int) -> None:
-    check_classify(mask, dense(mask, 48, 41), contiguous_tiles(48, tile), contiguous_tiles(41, tile), exact=True)
+    check_classify(
+        mask,
+        dense(mask, 48, 41),
+        contiguous_tiles(48, tile),
+        contiguous_tiles(41, tile),
+        exact=True,
+    )
 
 
 @pytest.mark.parametrize(("width", "rate"), [(16, 2), (12, 3), (16, 3), (24, 4), (5, 7)])
@@ -50,7 +56,11 @@ def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal:
         mask = masks.segments(width) & masks.congruent(rate, offset, period=width)
         mask = mask & masks.causal() if causal else mask
         check_classify(
-            mask, dense(mask, n, n), order.regions(place, place + 1, n), order.regions(place, place + 1, n), exact=True
+            mask,
+            dense(mask, n, n),
+            order.regions(place, place + 1, n),
+            order.regions(place, place + 1, n),
+            exact=True,
         )
         # Whole classes: the first longer ones of a segment hold one token more.
         starts = np.cumsum([0] + [len(range(c, width, rate)) for c in range(rate)])
@@ -67,7 +77,9 @@ def test_neighborhood_is_exact_on_boxes(dilation: int, edges: str) -> None:
     grid, side = (12, 16), 4
     mask = masks.neighborhood(grid, 3 if dilation == 1 else 1, dilation, edges=edges)
     corners = [row * 16 + column for row in range(0, 12, side) for column in range(0, 16, side)]
-    boxes = Regions(np.array(corners), np.full((len(corners), 2), side), np.tile([16, 1], (len(corners), 1)))
+    boxes = Regions(
+        np.array(corners), np.full((len(corners), 2), side), np.tile([16, 1], (len(corners), 1))
+    )
     truth = dense(mask, 192, 192)
     rows, columns = (axis.reshape(-1) for axis in np.indices((len(boxes), len(boxes))))
     verdicts = mask.classify(boxes[rows], boxes[columns])
@@ -87,11 +99,22 @@ def test_classify_of_data_promises_nothing() -> None:
 
 
 def test_from_mod_is_exact_on_small_tiles() -> None:
-    for mask in (masks.from_mod(every_third), masks.from_mod(every_third, within=masks.segments(12))):
-        check_classify(mask, dense(mask, 48, 48), contiguous_tiles(48, 1), contiguous_tiles(48, 4), exact=True)
+    for mask in (
+        masks.from_mod(every_third),
+        masks.from_mod(every_third, within=masks.segments(12)),
+    ):
+        check_classify(
+            mask, dense(mask, 48, 48), contiguous_tiles(48, 1), contiguous_tiles(48, 4), exact=True
+        )
     for head in range(3):
         mine = masks.from_mod(by_head).at_head(head, 3)
-        check_classify(mine, dense(mine, 24, 24, head=head), contiguous_tiles(24, 1), contiguous_tiles(24, 2), exact=True)
+        check_classify(
+            mine,
+            dense(mine, 24, 24, head=head),
+            contiguous_tiles(24, 1),
+            contiguous_tiles(24, 2),
+            exact=True,
+        )
 
 
 def test_from_mod_that_reads_the_batch_promises_nothing() -> None:

@@ -140,7 +140,9 @@ def test_offsets_of_heads(offset: Any, expected: list[int]) -> None:
 
 
 def test_at_head_applies_to_every_part() -> None:
-    mask = ~(masks.congruent(2, "cyclic") | masks.from_mod(by_head, within=masks.congruent(3, "grouped")))
+    mask = ~(
+        masks.congruent(2, "cyclic") | masks.from_mod(by_head, within=masks.congruent(3, "grouped"))
+    )
     for head in range(4):
         at = mask.at_head(head, 4)
         assert (dense(at, 12, 12) == dense(mask.for_heads(4), 12, 12, head=head)).all()

@@ -67,11 +67,20 @@ print(json.dumps({"share": held / (sum(x.nbytes for x in inputs) + out.nbytes), 
 
 # A program, and one of its kind for 2048 tokens.
 PROGRAMS = {
-    "longnet": ("cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)", "cd.longnet((512, 1024), (1, 2), causal=True)"),
+    "longnet": (
+        "cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)",
+        "cd.longnet((512, 1024), (1, 2), causal=True)",
+    ),
     "local window": ("cd.local_window(256)", "cd.local_window(256)"),
     "hilbert window": ("cd.hilbert_window((256, 256), 12)", "cd.hilbert_window((32, 64), 12)"),
-    "block sparse": (f"cd.block_sparse(0.01, tokens={TOKENS})", "cd.block_sparse(0.2, tokens=2048)"),
-    "window or sinks": ("cd.masks.window(256) | cd.masks.sinks(4)", "cd.masks.window(256) | cd.masks.sinks(4)"),
+    "block sparse": (
+        f"cd.block_sparse(0.01, tokens={TOKENS})",
+        "cd.block_sparse(0.2, tokens=2048)",
+    ),
+    "window or sinks": (
+        "cd.masks.window(256) | cd.masks.sinks(4)",
+        "cd.masks.window(256) | cd.masks.sinks(4)",
+    ),
 }
 QUICK = {("local window", "float32"), ("local window", "bfloat16"), ("hilbert window", "float32")}
 
@@ -79,20 +88,32 @@ QUICK = {("local window", "float32"), ("local window", "bfloat16"), ("hilbert wi
 def measured() -> list[Any]:
     """(program, dtype, forward or backward); slow unless quick."""
     return [
-        pytest.param(name, dtype, way, marks=() if way == "forward" and (name, dtype) in QUICK else pytest.mark.slow)
+        pytest.param(
+            name,
+            dtype,
+            way,
+            marks=() if way == "forward" and (name, dtype) in QUICK else pytest.mark.slow,
+        )
         for way in LIMITS
         for dtype in ("float32", "bfloat16")
         for name in PROGRAMS
     ]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc and Linux's count of resident pages")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="glibc's malloc and Linux's count of resident pages",
+)
 @pytest.mark.parametrize(("name", "dtype", "way"), measured())
 def test_peak_memory(fresh_python: Callable[..., Any], name: str, dtype: str, way: str) -> None:
-    run = fresh_python("-c", MEASURE, *PROGRAMS[name], dtype, way, str(TOKENS), MALLOC_MMAP_THRESHOLD_="65536")
+    run = fresh_python(
+        "-c", MEASURE, *PROGRAMS[name], dtype, way, str(TOKENS), MALLOC_MMAP_THRESHOLD_="65536"
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert found["share"] <= LIMITS[way], f"{name} by {found['lowering']}: {found['share']:.1%} of q, k, v and out"
+    assert found["share"] <= LIMITS[way], (
+        f"{name} by {found['lowering']}: {found['share']:.1%} of q, k, v and out"
+    )
 
 
 # The same accounting on something known: a measurement that cannot see 64 MiB proves nothing.
@@ -105,7 +126,15 @@ def test_the_measurement_sees_what_is_held(fresh_python: Callable[..., Any]) -> 
         f"    out = attend(*inputs)\n    torch.ones({held}, dtype=torch.uint8)\n    results",
     )
     assert spy != MEASURE
-    run = fresh_python("-c", spy, *PROGRAMS["local window"], "float32", "forward", "8192", MALLOC_MMAP_THRESHOLD_="65536")
+    run = fresh_python(
+        "-c",
+        spy,
+        *PROGRAMS["local window"],
+        "float32",
+        "forward",
+        "8192",
+        MALLOC_MMAP_THRESHOLD_="65536",
+    )
     assert run.returncode == 0, run.stderr
     share = json.loads(run.stdout)["share"]
     tensors = 4 * 8 * 8192 * 64 * 4

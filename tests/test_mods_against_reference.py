@@ -74,7 +74,9 @@ def test_mask_mods_equal_the_reference_and_create_mask(
     attend = attend_in(way, mask)
     same_as_reference(lambda *x: attend(*x, return_lse=True), mask, inputs, ())
     bias = torch.zeros(truth.shape, dtype=torch.float64).masked_fill(~truth, float("-inf"))
-    want = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=bias, enable_gqa=True)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, attn_mask=bias, enable_gqa=True
+    )
     seen = truth.any(dim=-1)
     same(attend(*inputs)[seen], want[seen])
 
@@ -91,10 +93,14 @@ def grid_of_indices() -> tuple[Tensor, ...]:
 
 @settings(max_examples=25)
 @given(score_bodies, mask_bodies, wrappings, st.sampled_from(("dense", "tiled", "auto", "ring")))
-def test_functions_equal_flex_attention(score_names: list[str], mask_names: list[str], wrapping: str, way: str) -> None:
+def test_functions_equal_flex_attention(
+    score_names: list[str], mask_names: list[str], wrapping: str, way: str
+) -> None:
     """The same functions given to torch, in float32, forward."""
     inputs = [x.detach() for x in tensors(dtype=torch.float32)]
-    parameters = Parameters.of(HEADS, N, torch.float32).detached  # torch refuses on a CPU what requires gradients
+    parameters = Parameters.of(
+        HEADS, N, torch.float32
+    ).detached  # torch refuses on a CPU what requires gradients
     mod = WRAPPINGS[wrapping](functions.score_mod(score_names, parameters))
     fn = WRAPPINGS[wrapping](functions.mask_mod(["causal", *mask_names], parameters))
     with torch.no_grad():
@@ -105,9 +111,21 @@ def test_functions_equal_flex_attention(score_names: list[str], mask_names: list
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(score_bodies, mask_bodies, wrappings, st.sampled_from(("dense", "tiled", "auto", "ring")), st.booleans(), numbers)
+@given(
+    score_bodies,
+    mask_bodies,
+    wrappings,
+    st.sampled_from(("dense", "tiled", "auto", "ring")),
+    st.booleans(),
+    numbers,
+)
 def test_compiled_functions_equal_the_reference(
-    score_names: list[str], mask_names: list[str], wrapping: str, way: str, inside: bool, number: float
+    score_names: list[str],
+    mask_names: list[str],
+    wrapping: str,
+    way: str,
+    inside: bool,
+    number: float,
 ) -> None:
     """The same in one graph of torch.compile, closures made outside of the compiled function or inside."""
     compare_compiled("aot_eager", score_names, mask_names, wrapping, way, inside, number)
@@ -115,24 +133,54 @@ def test_compiled_functions_equal_the_reference(
 
 @pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(score_bodies, mask_bodies, wrappings, st.sampled_from(("dense", "tiled", "auto", "ring")), st.booleans(), numbers)
+@given(
+    score_bodies,
+    mask_bodies,
+    wrappings,
+    st.sampled_from(("dense", "tiled", "auto", "ring")),
+    st.booleans(),
+    numbers,
+)
 def test_more_compiled_functions_equal_the_reference(
-    score_names: list[str], mask_names: list[str], wrapping: str, way: str, inside: bool, number: float
+    score_names: list[str],
+    mask_names: list[str],
+    wrapping: str,
+    way: str,
+    inside: bool,
+    number: float,
 ) -> None:
     compare_compiled("aot_eager", score_names, mask_names, wrapping, way, inside, number)
 
 
 @pytest.mark.slow
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(score_bodies, mask_bodies, wrappings, st.sampled_from(("dense", "tiled")), st.booleans(), numbers)
+@given(
+    score_bodies,
+    mask_bodies,
+    wrappings,
+    st.sampled_from(("dense", "tiled")),
+    st.booleans(),
+    numbers,
+)
 def test_functions_compiled_by_inductor_equal_the_reference(
-    score_names: list[str], mask_names: list[str], wrapping: str, way: str, inside: bool, number: float
+    score_names: list[str],
+    mask_names: list[str],
+    wrapping: str,
+    way: str,
+    inside: bool,
+    number: float,
 ) -> None:
     compare_compiled("inductor", score_names, mask_names, wrapping, way, inside, number)
 
 
 def compare_compiled(
-    backend: str, score_names: list[str], mask_names: list[str], wrapping: str, way: str, inside: bool, number: float
+    backend: str,
+    score_names: list[str],
+    mask_names: list[str],
+    wrapping: str,
+    way: str,
+    inside: bool,
+    number: float,
 ) -> None:
     torch._dynamo.reset()
     parameters, inputs = Parameters.of(HEADS, N, number=number), tensors()

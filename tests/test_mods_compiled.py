@@ -60,7 +60,9 @@ def test_closures_as_arguments_of_a_compiled_function(kind: Callable[[float], An
     inputs, attend = tensors(), cd.compile(masks.causal())
     compiled = whole(lambda q, k, v, mod: attend(q, k, v, score_mod=mod))
     for slope in (0.1, 1.0, 0.25, 0.1):
-        same(compiled(*inputs, sloped(kind(slope))), with_slope(slope, inputs), ROUNDING_OF_A_NUMBER)
+        same(
+            compiled(*inputs, sloped(kind(slope))), with_slope(slope, inputs), ROUNDING_OF_A_NUMBER
+        )
 
 
 def test_numbers_that_vary_promote_as_numbers_do() -> None:
@@ -180,7 +182,13 @@ def test_closures_made_inside_of_a_compiled_function() -> None:
         return attend(q, k, v, score_mod=lambda s, b, h, i, j: s + doubled[i, j], return_lse=True)
 
     mod = lambda s, b, h, i, j: s + 2 * bias[i, j]  # noqa: E731
-    same_as_reference(lambda *x, score_mod: whole(attention)(*x, bias), masks.causal(), inputs, (bias,), score_mod=mod)
+    same_as_reference(
+        lambda *x, score_mod: whole(attention)(*x, bias),
+        masks.causal(),
+        inputs,
+        (bias,),
+        score_mod=mod,
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -227,7 +235,10 @@ def test_scales_that_vary_in_one_graph() -> None:
     """A float argument with dynamic=True; negative, zero, and whole ones too."""
     inputs, attend = tensors(), cd.compile(masks.causal())
     compiled = torch.compile(
-        lambda q, k, v, scale: attend(q, k, v, scale=scale), backend="aot_eager", fullgraph=True, dynamic=True
+        lambda q, k, v, scale: attend(q, k, v, scale=scale),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
     )
     for scale in (0.3, 0.7, -1.5, 2, 0.0, 1.0):
         same(compiled(*inputs, scale), cd.reference(masks.causal(), *inputs, scale=scale))

@@ -65,7 +65,9 @@ def test_tensors_of_mask_mods_are_freed() -> None:
 
     def step(number: int) -> weakref.ref[Tensor]:
         table = (torch.arange(64 * n).view(64, n) * (number + 1) % 7) < 5
-        cd.compile(masks.from_mod(lambda b, h, i, j: table[0, j] & (i >= j), within=masks.causal()))(*inputs)
+        cd.compile(
+            masks.from_mod(lambda b, h, i, j: table[0, j] & (i >= j), within=masks.causal())
+        )(*inputs)
         return weakref.ref(table)
 
     stepped(step, 300)
@@ -74,7 +76,9 @@ def test_tensors_of_mask_mods_are_freed() -> None:
 def test_tensors_of_compiled_functions_are_freed() -> None:
     inputs = [x[:1].detach() for x in tensors(16, torch.float32)]
     attend = cd.compile(masks.causal())
-    compiled = whole(lambda q, k, v, table: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + table[0, i, j]))
+    compiled = whole(
+        lambda q, k, v, table: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + table[0, i, j])
+    )
 
     def step(number: int) -> weakref.ref[Tensor]:
         table = torch.full((64, 16, 16), float(number))

@@ -11,7 +11,16 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, crea
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.support.mods import N, attend_in, flex, reductions, same, same_as_reference, tensors, whole
+from tests.support.mods import (
+    N,
+    attend_in,
+    flex,
+    reductions,
+    same,
+    same_as_reference,
+    tensors,
+    whole,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -21,10 +30,20 @@ pytestmark = pytest.mark.usefixtures("fresh")
 def test_reductions_over_rows_of_tables(name: str, way: str) -> None:
     inputs, rows = tensors(), torch.randn(N, 5, dtype=torch.float64, requires_grad=True)
     mod, attend = reductions(rows)[name], attend_in(way, masks.causal())
-    same_as_reference(lambda *x, **o: attend(*x, return_lse=True, **o), masks.causal(), inputs, (rows,), score_mod=mod)
+    same_as_reference(
+        lambda *x, **o: attend(*x, return_lse=True, **o),
+        masks.causal(),
+        inputs,
+        (rows,),
+        score_mod=mod,
+    )
     with torch.no_grad():
         block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, N, N, device="cpu")
-        same(attend(*inputs, score_mod=mod), flex([x.detach() for x in inputs], mod, block_mask), 1e-5)
+        same(
+            attend(*inputs, score_mod=mod),
+            flex([x.detach() for x in inputs], mod, block_mask),
+            1e-5,
+        )
 
 
 OF_TORCHS_KIND: dict[str, Callable[..., Any]] = {
@@ -41,7 +60,9 @@ OF_TORCHS_KIND: dict[str, Callable[..., Any]] = {
 def test_mask_mods_that_call_tensor_methods(name: str, way: str) -> None:
     fn, inputs = OF_TORCHS_KIND[name], tensors()
     want = create_mask(fn, 1, 1, N, N, device="cpu")
-    wanted = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=want, enable_gqa=True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, attn_mask=want, enable_gqa=True
+    )
     same(attend_in(way, masks.from_mod(fn))(*inputs), wanted)
 
 
@@ -53,4 +74,6 @@ def test_compiled_mask_mods_that_call_tensor_methods(name: str) -> None:
 
 def test_plans_of_functions_that_call_methods_of_tensors() -> None:
     mask = masks.from_mod(lambda b, h, i, j: (i - j).abs() < 100, within=masks.window(100))
-    assert cd.plan(mask, (1, 2, 512, 16)).useful_pairs == 2 * sum(min(511, i + 99) - max(0, i - 99) + 1 for i in range(512))
+    assert cd.plan(mask, (1, 2, 512, 16)).useful_pairs == 2 * sum(
+        min(511, i + 99) - max(0, i - 99) + 1 for i in range(512)
+    )

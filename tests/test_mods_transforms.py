@@ -15,7 +15,16 @@ from compiled_dilated.masks import Mask
 from tests import functions
 from tests.caches import forget
 from tests.functions import Parameters
-from tests.support.mods import HEADS, N, attend_in, gradients, same, same_as_reference, tensors, whole
+from tests.support.mods import (
+    HEADS,
+    N,
+    attend_in,
+    gradients,
+    same,
+    same_as_reference,
+    tensors,
+    whole,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -35,10 +44,18 @@ def test_functions_under_autocast(way: str) -> None:
         assert got[0].dtype == torch.bfloat16
         assert got[1].dtype == torch.float32
         same(got, want, 0)
-        same(torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)), want_gradients, 1e-6)
+        same(
+            torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)),
+            want_gradients,
+            1e-6,
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward too
             got = run(*inputs, score_mod=mod, return_lse=True)
-            same(torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)), want_gradients, 1e-6)
+            same(
+                torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)),
+                want_gradients,
+                1e-6,
+            )
 
 
 @pytest.mark.parametrize("way", ["dense", "strided", "tiled", "auto", "ring"])
@@ -47,7 +64,9 @@ def test_rows_that_see_nothing_pass_no_gradient_of_their_lse(way: str) -> None:
     mask, inputs = masks.congruent(2, 1), tensors()
     attend = attend_in(way, mask)
     got = torch.autograd.grad(attend(*inputs, return_lse=True)[1].sin().sum(), inputs[:2])
-    want = torch.autograd.grad(cd.reference(mask, *inputs, return_lse=True)[1].sin().sum(), inputs[:2])
+    want = torch.autograd.grad(
+        cd.reference(mask, *inputs, return_lse=True)[1].sin().sum(), inputs[:2]
+    )
     same(got, want)
 
 
@@ -57,7 +76,11 @@ def test_func_grad_and_vjp_of_captured_tensors(way: str) -> None:
     attend = attend_in(way, masks.causal())
 
     def loss(attention: Any, table: Tensor, q: Tensor) -> Tensor:
-        return attention(q, *inputs[1:], score_mod=lambda s, b, h, i, j: s + table[i, j]).square().sum()  # type: ignore[no-any-return]
+        return (
+            attention(q, *inputs[1:], score_mod=lambda s, b, h, i, j: s + table[i, j])
+            .square()
+            .sum()
+        )  # type: ignore[no-any-return]
 
     def reference(*x: Tensor, **options: Any) -> Any:
         return cd.reference(masks.causal(), *x, **options)
@@ -79,7 +102,9 @@ def test_vmap_over_captured_tensors(way: str) -> None:
         return attend(*inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
 
     def wanted(table: Tensor) -> Any:
-        return cd.reference(masks.causal(), *inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
+        return cd.reference(
+            masks.causal(), *inputs, score_mod=lambda s, b, h, i, j: s + table[i, j]
+        )
 
     same(torch.vmap(of)(table), torch.stack([wanted(x) for x in table]))
     got = torch.vmap(torch.func.grad(lambda x: of(x).square().sum()))(table)
@@ -107,7 +132,10 @@ def test_func_grad_of_tensors_of_a_mask_mod() -> None:
         return lambda *x: cd.reference(mask, *x)
 
     row = torch.randn(N, dtype=torch.float64)
-    got, want = (torch.func.grad(loss, argnums=(1, 2))(attention, row, inputs[0]) for attention in (cd.compile, reference))
+    got, want = (
+        torch.func.grad(loss, argnums=(1, 2))(attention, row, inputs[0])
+        for attention in (cd.compile, reference)
+    )
     same(got, want)
 
 
@@ -118,7 +146,9 @@ def test_vmap_over_inputs_beside_a_captured_tensor_that_learns() -> None:
     )
     mod, attend = (lambda s, b, h, i, j: s + (rows[i] * rows[j]).sum()), cd.compile(masks.causal())
     got = torch.vmap(lambda *x: attend(*x, score_mod=mod))(*inputs)
-    want = torch.stack([cd.reference(masks.causal(), *x, score_mod=mod) for x in zip(*inputs, strict=True)])
+    want = torch.stack(
+        [cd.reference(masks.causal(), *x, score_mod=mod) for x in zip(*inputs, strict=True)]
+    )
     same(got, want)
     same(torch.autograd.grad(got.sin().sum(), rows), torch.autograd.grad(want.sin().sum(), rows))
 
@@ -142,7 +172,9 @@ def test_second_derivatives_of_captured_tensors_are_refused() -> None:
     inputs, table = tensors(), torch.randn(N, N, dtype=torch.float64, requires_grad=True)
     out = cd.compile(masks.causal())(*inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
     (grad,) = torch.autograd.grad(out.square().sum(), table, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"not twice differentiable here.*Use compiled_dilated.reference"):
+    with pytest.raises(
+        NotImplementedError, match=r"not twice differentiable here.*Use compiled_dilated.reference"
+    ):
         grad.sum().backward()
 
 
@@ -156,7 +188,13 @@ def test_training_after_inference_mode(compiled: bool) -> None:
     forget()
     with torch.inference_mode():
         run(*inputs, score_mod=mod)
-    same_as_reference(lambda *x, **o: run(*x, return_lse=True, **o), mask, inputs, parameters.leaves, score_mod=mod)
+    same_as_reference(
+        lambda *x, **o: run(*x, return_lse=True, **o),
+        mask,
+        inputs,
+        parameters.leaves,
+        score_mod=mod,
+    )
 
 
 @torch.no_grad()
@@ -172,7 +210,9 @@ def test_a_table_made_in_inference_mode() -> None:
     with torch.inference_mode():
         got = attend(*inputs, score_mod=mod)
         plain = table.clone()
-    same(got, attend(*(x.detach() for x in inputs), score_mod=lambda s, b, h, i, j: s + plain[i, j]))
+    same(
+        got, attend(*(x.detach() for x in inputs), score_mod=lambda s, b, h, i, j: s + plain[i, j])
+    )
 
 
 class DefaultDtype:
@@ -213,7 +253,9 @@ def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool)
     attend, run = (attend_in(way, mask) for _ in range(2))
     if compiled:
         run = whole(run)
-    mod = functions.score_mod(("alibi", "T5 buckets", "table[i, j]", "torch.stack and all", "soft cap"), parameters)
+    mod = functions.score_mod(
+        ("alibi", "T5 buckets", "table[i, j]", "torch.stack and all", "soft cap"), parameters
+    )
     leaves = (*inputs, *parameters.leaves)
     want = attend(*inputs, score_mod=mod, return_lse=True)
     want_gradients = gradients(want, leaves)
@@ -224,10 +266,19 @@ def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool)
             got = run(*inputs, score_mod=mod, return_lse=True)
         same(got, want)
         same(gradients(got, leaves), want_gradients)
-    if compiled and mode == "deterministic":  # torch refuses to change it between a compiled forward and its backward
+    if (
+        compiled and mode == "deterministic"
+    ):  # torch refuses to change it between a compiled forward and its backward
         return
     out, lse = run(*inputs, score_mod=mod, return_lse=True)
     with MODES[mode]():
-        got_gradients = torch.autograd.grad((out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True)
+        got_gradients = torch.autograd.grad(
+            (out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True
+        )
     out, lse = want = attend(*inputs, score_mod=mod, return_lse=True)
-    same(list(got_gradients), list(torch.autograd.grad((out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True)))
+    same(
+        list(got_gradients),
+        list(
+            torch.autograd.grad((out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True)
+        ),
+    )

@@ -26,7 +26,11 @@ CAUSAL = cd.longnet(LENGTHS, RATES, causal=True)
 
 
 def inputs(
-    n: int, dtype: torch.dtype = torch.float64, batch: int = 2, heads: int = 4, kv_heads: int | None = None
+    n: int,
+    dtype: torch.dtype = torch.float64,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int | None = None,
 ) -> list[Tensor]:
     """query, key, value (B, N, H, D) as leaves."""
     shapes = ((batch, n, each, 8) for each in (heads, kv_heads or heads, kv_heads or heads))
@@ -45,7 +49,13 @@ def right_padding(lengths: list[int], n: int) -> Tensor:
     return torch.arange(n) >= torch.tensor(lengths)[:, None]
 
 
-def assert_same(out: Tensor, expected: Tensor, leaves: list[Tensor], tolerance: float = 1e-10, retain: bool = False) -> None:
+def assert_same(
+    out: Tensor,
+    expected: Tensor,
+    leaves: list[Tensor],
+    tolerance: float = 1e-10,
+    retain: bool = False,
+) -> None:
     """Equal values and, for a random gradient of the output, equal gradients of the leaves. retain: out is used again."""
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     grad = torch.randn_like(out)
@@ -60,19 +70,32 @@ def assert_same(out: Tensor, expected: Tensor, leaves: list[Tensor], tolerance: 
 @pytest.mark.parametrize(
     ("module", "parameters"),
     [
-        (DilatedAttention, "segment_lengths dilation_rates softmax_scale=None attention_dropout=0.0"),
+        (
+            DilatedAttention,
+            "segment_lengths dilation_rates softmax_scale=None attention_dropout=0.0",
+        ),
         (
             MultiheadDilatedAttention,
             "embed_dim num_heads dilation_rates segment_lengths dropout=0.0 bias=True layer_norm=True layer_norm_eps=1e-05 "
             "gamma_init=1.0 device=None dtype=None",
         ),
         (DilatedAttention.forward, "self query key value is_causal=False key_padding_mask=None"),
-        (MultiheadDilatedAttention.forward, "self query key value is_causal=False key_padding_mask=None need_weights=False"),
+        (
+            MultiheadDilatedAttention.forward,
+            "self query key value is_causal=False key_padding_mask=None need_weights=False",
+        ),
     ],
 )
 def test_signatures(module: Callable[..., Any], parameters: str) -> None:
-    positional = [each for each in inspect.signature(module).parameters.values() if each.kind is not each.KEYWORD_ONLY]
-    shown = [each.name if each.default is each.empty else f"{each.name}={each.default!r}" for each in positional]
+    positional = [
+        each
+        for each in inspect.signature(module).parameters.values()
+        if each.kind is not each.KEYWORD_ONLY
+    ]
+    shown = [
+        each.name if each.default is each.empty else f"{each.name}={each.default!r}"
+        for each in positional
+    ]
     assert " ".join(shown) == parameters
 
 
@@ -89,7 +112,9 @@ def test_dilated_attention_is_the_reference(n: int, is_causal: bool) -> None:
 @pytest.mark.parametrize("lowering", ["auto", "dense", "strided", "tiled"])
 def test_options_reach_the_program(heads: str, offsets: str, lowering: str) -> None:
     leaves = inputs(45, kv_heads=2)
-    attention = DilatedAttention(LENGTHS, RATES, softmax_scale=0.5, offsets=offsets, heads=heads, lowering=lowering)
+    attention = DilatedAttention(
+        LENGTHS, RATES, softmax_scale=0.5, offsets=offsets, heads=heads, lowering=lowering
+    )
     program = cd.longnet(LENGTHS, RATES, offsets=offsets, heads=heads)
     assert attention.program(45) == program
     assert_same(attention(*leaves), truth(program, *leaves, scale=0.5), leaves)
@@ -99,7 +124,9 @@ def test_keys_of_another_length_and_width() -> None:
     query, key, value = torch.randn(2, 37, 4, 8), torch.randn(2, 50, 2, 8), torch.randn(2, 50, 2, 5)
     out = DilatedAttention(LENGTHS, RATES)(query, key, value)
     assert out.shape == (2, 37, 4, 5)
-    torch.testing.assert_close(out.double(), truth(LONGNET, query, key, value), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.double(), truth(LONGNET, query, key, value), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 8), (2, 0, 4, 8), (2, 8, 0, 8)])
@@ -114,7 +141,11 @@ def test_empty(shape: tuple[int, ...]) -> None:
 def test_nothing_is_copied_on_the_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     compute = Attend.__call__
-    monkeypatch.setattr(Attend, "__call__", lambda self, *given, **named: seen.extend(given) or compute(self, *given, **named))
+    monkeypatch.setattr(
+        Attend,
+        "__call__",
+        lambda self, *given, **named: seen.extend(given) or compute(self, *given, **named),
+    )
     given = inputs(20)
     DilatedAttention(LENGTHS, RATES)(*given)
     assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in given]
@@ -129,7 +160,9 @@ def test_nothing_is_copied_on_the_way_in(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_padding_is_the_reference(is_causal: bool, lowering: str) -> None:
     leaves = inputs(67)
     padding = torch.rand(2, 67) < 0.4
-    out = DilatedAttention(LENGTHS, RATES, lowering=lowering)(*leaves, is_causal=is_causal, key_padding_mask=padding)
+    out = DilatedAttention(LENGTHS, RATES, lowering=lowering)(
+        *leaves, is_causal=is_causal, key_padding_mask=padding
+    )
     program = visible(CAUSAL if is_causal else LONGNET)
     assert_same(out, truth(program, *leaves, data={"padding": padding}), leaves)
 
@@ -153,7 +186,12 @@ def test_multihead_padding_is_cropping() -> None:
     out, _ = attention(x, x, x, key_padding_mask=right_padding(lengths, n))
     for row, length in enumerate(lengths):
         part = x[row : row + 1, :length]
-        assert_same(out[row : row + 1, :length], attention(part, part, part)[0], [x, *attention.parameters()], retain=True)
+        assert_same(
+            out[row : row + 1, :length],
+            attention(part, part, part)[0],
+            [x, *attention.parameters()],
+            retain=True,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -182,24 +220,36 @@ def test_padded_queries_get_what_they_see() -> None:
 @pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_multihead_is_projections_around_the_reference(bias: bool, layer_norm: bool) -> None:
-    attention = MultiheadDilatedAttention(32, 4, RATES, LENGTHS, bias=bias, layer_norm=layer_norm, dtype=torch.float64)
+    attention = MultiheadDilatedAttention(
+        32, 4, RATES, LENGTHS, bias=bias, layer_norm=layer_norm, dtype=torch.float64
+    )
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.add_(torch.randn_like(parameter) / 10)
-    query, key, value = (torch.randn(2, 45, 32, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    query, key, value = (
+        torch.randn(2, 45, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
     out, weights = attention(query, key, value, is_causal=True)
     assert weights is None
 
     state = dict(attention.named_parameters())
 
     def project(name: str, x: Tensor) -> Tensor:
-        return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.zeros(32, dtype=torch.float64))
+        return x @ state[f"{name}.weight"].T + state.get(
+            f"{name}.bias", torch.zeros(32, dtype=torch.float64)
+        )
 
-    heads = [project(name, x).reshape(2, 45, 4, 8) for name, x in (("q_proj", query), ("k_proj", key), ("v_proj", value))]
+    heads = [
+        project(name, x).reshape(2, 45, 4, 8)
+        for name, x in (("q_proj", query), ("k_proj", key), ("v_proj", value))
+    ]
     mixed = truth(CAUSAL, *heads).reshape(2, 45, 32)
     if layer_norm:
         centred = mixed - mixed.mean(-1, keepdim=True)
-        mixed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state["norm.weight"] + state["norm.bias"]
+        mixed = (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state["norm.weight"]
+            + state["norm.bias"]
+        )
     assert_same(out, project("out_proj", mixed), [query, key, value, *attention.parameters()])
 
 
@@ -208,7 +258,9 @@ def test_multihead_is_projections_around_the_reference(bias: bool, layer_norm: b
 def test_state_dict_keys(bias: bool, layer_norm: bool) -> None:
     attention = MultiheadDilatedAttention(32, 4, RATES, LENGTHS, bias=bias, layer_norm=layer_norm)
     kinds = ["weight", "bias"] if bias else ["weight"]
-    expected = [f"{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj", "out_proj") for kind in kinds]
+    expected = [
+        f"{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj", "out_proj") for kind in kinds
+    ]
     expected += ["norm.weight", "norm.bias"] if layer_norm else []
     assert sorted(attention.state_dict()) == sorted(expected)
     assert not DilatedAttention(LENGTHS, RATES).state_dict()
@@ -253,7 +305,9 @@ def test_copies_and_pickles_compute_the_same(module: MultiheadDilatedAttention) 
         assert torch.equal(each(x, x, x)[0], expected)
 
 
-def test_pickle_runs_in_another_process(module: MultiheadDilatedAttention, fresh_python: Any, tmp_path: Path) -> None:
+def test_pickle_runs_in_another_process(
+    module: MultiheadDilatedAttention, fresh_python: Any, tmp_path: Path
+) -> None:
     x = torch.randn(2, 37, 32)
     torch.save((module, x, module(x, x, x)[0]), tmp_path / "module.pt")
     code = (
@@ -282,7 +336,10 @@ def test_autocast(module: MultiheadDilatedAttention) -> None:
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
     out.float().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in module.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in module.parameters()
+    )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -305,22 +362,40 @@ def test_compiles_without_a_break(module: MultiheadDilatedAttention) -> None:
         x = torch.randn(2, n, 32, requires_grad=True)
         padding = right_padding([n, n // 2], n)
         out = compiled(x, x, x, is_causal=True, key_padding_mask=padding)[0]
-        assert_same(out, module(x, x, x, is_causal=True, key_padding_mask=padding)[0], [x, *module.parameters()], 2e-5)
+        assert_same(
+            out,
+            module(x, x, x, is_causal=True, key_padding_mask=padding)[0],
+            [x, *module.parameters()],
+            2e-5,
+        )
     assert graphs.frame_count <= 2
 
 
 def test_exports_with_any_length(module: MultiheadDilatedAttention) -> None:
     x, padding = torch.randn(2, 37, 32), right_padding([37, 20], 37)
     tokens = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    shapes = {"query": tokens, "key": tokens, "value": tokens, "is_causal": None, "key_padding_mask": tokens}
-    exported = torch.export.export(module, (x, x, x, False, padding), dynamic_shapes=shapes).module()
+    shapes = {
+        "query": tokens,
+        "key": tokens,
+        "value": tokens,
+        "is_causal": None,
+        "key_padding_mask": tokens,
+    }
+    exported = torch.export.export(
+        module, (x, x, x, False, padding), dynamic_shapes=shapes
+    ).module()
     for n in (37, 50):
         x, padding = torch.randn(3, n, 32), right_padding([n, n // 2, 3], n)
-        torch.testing.assert_close(exported(x, x, x, False, padding), module(x, x, x, False, padding))
+        torch.testing.assert_close(
+            exported(x, x, x, False, padding), module(x, x, x, False, padding)
+        )
 
 
 def test_prints_its_arguments() -> None:
-    assert repr(DilatedAttention((8,), (2,))) == "DilatedAttention(segment_lengths=(8,), dilation_rates=(2,))"
+    assert (
+        repr(DilatedAttention((8,), (2,)))
+        == "DilatedAttention(segment_lengths=(8,), dilation_rates=(2,))"
+    )
     printed = repr(DilatedAttention((8,), (2,), 0.5, heads="split", lowering="dense"))
     assert (
         printed
@@ -338,10 +413,18 @@ def q(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"attention_dropout": 0.1}, ValueError, "attention_dropout=0.1 cannot be honoured.*Pass 0.0.*torch.nn.Dropout"),
+        (
+            {"attention_dropout": 0.1},
+            ValueError,
+            "attention_dropout=0.1 cannot be honoured.*Pass 0.0.*torch.nn.Dropout",
+        ),
         ({"attention_dropout": 2}, ValueError, "attention_dropout must be a number in"),
         ({"attention_dropout": None}, ValueError, "attention_dropout must be a number in"),
-        ({"softmax_scale": "auto"}, TypeError, "softmax_scale must be a finite number; got str 'auto'"),
+        (
+            {"softmax_scale": "auto"},
+            TypeError,
+            "softmax_scale must be a finite number; got str 'auto'",
+        ),
         ({"softmax_scale": math.inf}, ValueError, "softmax_scale must be a finite number; got inf"),
         ({"segment_lengths": 16}, TypeError, "segment_lengths must be a sequence"),
         ({"segment_lengths": (16,)}, ValueError, "must be of one length; got 1 and 2"),
@@ -369,7 +452,9 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         ({"dilation_rates": (1,)}, ValueError, "must be of one length; got 2 and 1"),
     ],
 )
-def test_bad_multihead_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_multihead_arguments(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     good = {"embed_dim": 32, "num_heads": 4, "dilation_rates": RATES, "segment_lengths": LENGTHS}
     with pytest.raises(error, match=message):
         MultiheadDilatedAttention(**good | arguments)
@@ -379,11 +464,23 @@ def test_bad_multihead_arguments(arguments: dict[str, Any], error: type[Exceptio
     ("arguments", "error", "message"),
     [
         ({"query": [1]}, TypeError, "query must be a torch.Tensor; got list"),
-        ({"key": q(2, 10, 32)}, ValueError, r"key must be \(batch, tokens, heads, head_dim\); got shape \(2, 10, 32\)"),
-        ({"value": q(2, 9, 4, 8)}, ValueError, "key and value must agree in batch, heads and tokens"),
+        (
+            {"key": q(2, 10, 32)},
+            ValueError,
+            r"key must be \(batch, tokens, heads, head_dim\); got shape \(2, 10, 32\)",
+        ),
+        (
+            {"value": q(2, 9, 4, 8)},
+            ValueError,
+            "key and value must agree in batch, heads and tokens",
+        ),
         ({"query": q(3, 10, 4, 8)}, ValueError, "query and key must have one batch size"),
         ({"query": q(2, 10, 4, 6)}, ValueError, "query and key must have one head_dim"),
-        ({"query": q(2, 10, 6, 8)}, ValueError, "the 6 query heads must be a multiple of the 4 key heads"),
+        (
+            {"query": q(2, 10, 6, 8)},
+            ValueError,
+            "the 6 query heads must be a multiple of the 4 key heads",
+        ),
         ({"query": q().double()}, TypeError, "must have one dtype"),
         (
             {"query": q().long(), "key": q().long(), "value": q().long()},
@@ -391,10 +488,26 @@ def test_bad_multihead_arguments(arguments: dict[str, Any], error: type[Exceptio
             "must be float16, bfloat16, float32 or float64",
         ),
         ({"is_causal": 1}, TypeError, "is_causal must be True or False"),
-        ({"key_padding_mask": torch.zeros(2, 10)}, TypeError, "key_padding_mask must be a bool tensor.*got torch.float32"),
-        ({"key_padding_mask": [[False]]}, TypeError, "key_padding_mask must be a bool tensor.*got list"),
-        ({"key_padding_mask": torch.zeros(2, 9) > 0}, ValueError, r"of the key, \(2, 10\); got \(2, 9\)"),
-        ({"key_padding_mask": torch.zeros(10) > 0}, ValueError, r"of the key, \(2, 10\); got \(10,\)"),
+        (
+            {"key_padding_mask": torch.zeros(2, 10)},
+            TypeError,
+            "key_padding_mask must be a bool tensor.*got torch.float32",
+        ),
+        (
+            {"key_padding_mask": [[False]]},
+            TypeError,
+            "key_padding_mask must be a bool tensor.*got list",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(2, 9) > 0},
+            ValueError,
+            r"of the key, \(2, 10\); got \(2, 9\)",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(10) > 0},
+            ValueError,
+            r"of the key, \(2, 10\); got \(10,\)",
+        ),
     ],
 )
 def test_bad_inputs(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -406,14 +519,29 @@ def test_bad_inputs(arguments: dict[str, Any], error: type[Exception], message: 
     ("arguments", "error", "message"),
     [
         ({"query": "x"}, TypeError, "query must be a torch.Tensor; got str"),
-        ({"query": q(10, 32)}, ValueError, r"query must be \(batch, tokens, embed_dim=32\); got shape \(10, 32\)"),
-        ({"value": q(2, 10, 16)}, ValueError, r"value must be \(batch, tokens, embed_dim=32\); got shape \(2, 10, 16\)"),
+        (
+            {"query": q(10, 32)},
+            ValueError,
+            r"query must be \(batch, tokens, embed_dim=32\); got shape \(10, 32\)",
+        ),
+        (
+            {"value": q(2, 10, 16)},
+            ValueError,
+            r"value must be \(batch, tokens, embed_dim=32\); got shape \(2, 10, 16\)",
+        ),
         ({"need_weights": True}, ValueError, "need_weights=True asks for the attention weights"),
-        ({"key_padding_mask": torch.zeros(2, 10)}, TypeError, "key_padding_mask must be a bool tensor"),
+        (
+            {"key_padding_mask": torch.zeros(2, 10)},
+            TypeError,
+            "key_padding_mask must be a bool tensor",
+        ),
     ],
 )
 def test_bad_multihead_inputs(
-    module: MultiheadDilatedAttention, arguments: dict[str, Any], error: type[Exception], message: str
+    module: MultiheadDilatedAttention,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     x = q(2, 10, 32)
     with pytest.raises(error, match=message):

@@ -17,7 +17,9 @@ from compiled_dilated.programs import Branch, Program, as_program
 from compiled_dilated.reference import multiplicity
 from tests.support.native import NAMES, Problem, expected, normal, work_of
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 GRADCHECKED: dict[str, Program | Mask] = {
@@ -44,7 +46,8 @@ GRADCHECKED: dict[str, Program | Mask] = {
 def test_gradcheck(name: str) -> None:
     attend = cd.compile(GRADCHECKED[name], lowering="native")
     inputs = [
-        normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(((1, 2, 12, 2), (1, 1, 12, 2), (1, 1, 12, 1)))
+        normal(*shape, seed=seed).requires_grad_()
+        for seed, shape in enumerate(((1, 2, 12, 2), (1, 1, 12, 2), (1, 1, 12, 1)))
     ]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,9 @@ def torch_results(problem: Problem, allowed: Tensor) -> list[Tensor]:
     q, k, v = (x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
     bias = torch.where(allowed, 0.0, -math.inf).to(q.dtype)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=problem.scale, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, scale=problem.scale, enable_gqa=True
+        )
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     lse = kernel(q.detach(), k.detach(), v.detach(), attn_mask=bias, scale=problem.scale)[1]
     return [out.detach(), lse, *torch.autograd.grad(out, (q, k, v), problem.grad_out)]
@@ -81,14 +86,27 @@ def torch_results(problem: Problem, allowed: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", ACCURACY)
 def test_errors_are_no_larger_than_torchs(name: str, dtype: torch.dtype) -> None:
     mask, n, width = ACCURACY[name]
-    q, k, v, grad_out = (normal(2, heads, n, width, dtype=dtype, seed=seed) for seed, heads in enumerate((4, 2, 2, 4)))
+    q, k, v, grad_out = (
+        normal(2, heads, n, width, dtype=dtype, seed=seed)
+        for seed, heads in enumerate((4, 2, 2, 4))
+    )
     problem = Problem(work_of(mask, 4), q, k, v, grad_out, None, scale=width**-0.5)
     exact = expected(mask, problem)
     allowed = multiplicity(as_program(mask), q[:1, :1], k[:1, :1]).bool()
     worse = []
-    for which, mine, theirs, right in zip(NAMES, problem.results(), torch_results(problem, allowed), exact, strict=True):
+    for which, mine, theirs, right in zip(
+        NAMES, problem.results(), torch_results(problem, allowed), exact, strict=True
+    ):
         ours, other = mine.double() - right, theirs.double() - right
-        ratios = {"largest": (ours.abs().max() / other.abs().max()).item(), "rms": (ours.norm() / other.norm()).item()}
-        print(f"{name} {dtype} {which}:", " ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items()))
-        worse += [f"{which} {kind} {ratio:.3f}" for kind, ratio in ratios.items() if ratio > MARGINS[kind]]
+        ratios = {
+            "largest": (ours.abs().max() / other.abs().max()).item(),
+            "rms": (ours.norm() / other.norm()).item(),
+        }
+        print(
+            f"{name} {dtype} {which}:",
+            " ".join(f"{kind} {ratio:.3f}" for kind, ratio in ratios.items()),
+        )
+        worse += [
+            f"{which} {kind} {ratio:.3f}" for kind, ratio in ratios.items() if ratio > MARGINS[kind]
+        ]
     assert not worse, worse

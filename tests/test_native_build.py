@@ -20,7 +20,9 @@ from compiled_dilated.native.build import NativeUnavailable
 from compiled_dilated.native.cache import folder
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 ANSWER = '#include "answer.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
@@ -59,11 +61,15 @@ def wrapper(path: Path, before: str) -> str:
     return str(path)
 
 
-def test_library_is_built_once(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_library_is_built_once(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     first = build.library(sources)
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1
-    assert told[0].startswith("compiled_dilated: building the native kernel for this machine, once (about ")
+    assert told[0].startswith(
+        "compiled_dilated: building the native kernel for this machine, once (about "
+    )
     monkeypatch.setattr(build, "_run", no_compiler)
     assert build.library(sources) == first
     assert capfd.readouterr().err == ""
@@ -71,7 +77,16 @@ def test_library_is_built_once(sources: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.parametrize(
-    "damage", ["tampered", "truncated", "empty", "gone", "digest gone", "digest of another", "digest is no text"]
+    "damage",
+    [
+        "tampered",
+        "truncated",
+        "empty",
+        "gone",
+        "digest gone",
+        "digest of another",
+        "digest is no text",
+    ],
 )
 def test_a_damaged_library_is_built_again(sources: Path, damage: str) -> None:
     library = build.library(sources)
@@ -93,7 +108,9 @@ def test_a_damaged_library_is_built_again(sources: Path, damage: str) -> None:
     assert library.read_bytes() == good
 
 
-def test_library_name_depends_on_all_build_inputs(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_name_depends_on_all_build_inputs(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = {build.library(sources).name, build.library(sources, defines=("ELSE",)).name}
     monkeypatch.setattr(recipes, "cpu_features", lambda: "another CPU")
     names.add(build.library(sources).name)
@@ -160,27 +177,38 @@ def test_least_recently_used_libraries_are_removed(sources: Path, cache: Path) -
     assert len(list(cache.glob("*.sha256"))) == len(left)
 
 
-def test_cache_folder_writable_by_others_is_refused(sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_writable_by_others_is_refused(
+    sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build.library(sources)
     assert cache.stat().st_mode & 0o777 == 0o700
     for mode in (0o770, 0o702):
         cache.chmod(mode)
-        with pytest.raises(NativeUnavailable, match=r"is writable by others, who could put code there; use `chmod 700"):
+        with pytest.raises(
+            NativeUnavailable,
+            match=r"is writable by others, who could put code there; use `chmod 700",
+        ):
             build.library(sources)
     cache.chmod(0o700)
     monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
-    with pytest.raises(NativeUnavailable, match=r"belongs to user \d+, .* set COMPILED_DILATED_CACHE"):
+    with pytest.raises(
+        NativeUnavailable, match=r"belongs to user \d+, .* set COMPILED_DILATED_CACHE"
+    ):
         build.library(sources)
 
 
-def test_cache_folder_that_cannot_be_created_raises(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_that_cannot_be_created_raises(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COMPILED_DILATED_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(NativeUnavailable, match=r"cannot be made: .* set COMPILED_DILATED_CACHE"):
         build.library(sources)
 
 
-def test_cache_folder_follows_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_environment_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("COMPILED_DILATED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert folder() == tmp_path / "xdg" / "compiled_dilated"
@@ -199,7 +227,9 @@ def test_missing_compiler_raises(sources: Path, monkeypatch: pytest.MonkeyPatch)
         build.library(sources)
 
 
-def test_failing_compiler_raises(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_compiler_raises(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", wrapper(tmp_path / "broken", "exit 3"))
     with pytest.raises(NativeUnavailable, match=r"does not run: .*exit status 3"):
         build.library(sources)
@@ -207,7 +237,9 @@ def test_failing_compiler_raises(sources: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_failed_build_reports_compiler_errors(sources: Path, cache: Path) -> None:
     (sources / "wrong.cpp").write_text("int wrong() { return nothing; }\n")
-    with pytest.raises(NativeUnavailable, match=r"did not compile; set CXX(.|\n)*'nothing' was not declared"):
+    with pytest.raises(
+        NativeUnavailable, match=r"did not compile; set CXX(.|\n)*'nothing' was not declared"
+    ):
         build.library(sources)
     (sources / "wrong.cpp").write_text("int missing();\nint right() { return missing(); }\n")
     with pytest.raises(NativeUnavailable, match="undefined reference to `missing"):
@@ -234,9 +266,14 @@ def test_a_library_that_cannot_be_opened(sources: Path, monkeypatch: pytest.Monk
     assert "cannot be opened" in (build.available() or "")
 
 
-def test_environment_switch_disables_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_switch_disables_native_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("COMPILED_DILATED_NATIVE", "off")
-    assert build.available() == "COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them"
+    assert (
+        build.available()
+        == "COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them"
+    )
     with pytest.raises(NativeUnavailable, match="COMPILED_DILATED_NATIVE=off"):
         cpp.write(tmp_path / "kernel.so", "native")
     monkeypatch.setenv("COMPILED_DILATED_NATIVE", "no")

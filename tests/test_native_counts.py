@@ -19,7 +19,9 @@ from compiled_dilated.reference import multiplicity
 from tests.cases import CASES, Case
 from tests.support.native import counts_of, executed, ops, problem_of
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 @pytest.mark.parametrize("case", CASES[1::4], ids=str)
@@ -30,7 +32,11 @@ def test_counts_are_what_is_executed(case: Case, threads: Callable[[int], None])
     for shape in shapes:
         problem, inputs = problem_of(case, n, torch.float32, shape)
         counted = counts_of(problem)
-        useful = int(multiplicity(program, inputs.q, inputs.k, q_offset=problem.q_offset, data=inputs.data).sum())
+        useful = int(
+            multiplicity(
+                program, inputs.q, inputs.k, q_offset=problem.q_offset, data=inputs.data
+            ).sum()
+        )
         assert useful <= counted[0], "an allowed pair is not computed"
         # What is not asked about is allowed, but for lanes past a tile's last query.
         assert counted[1] <= counted[0]
@@ -43,7 +49,14 @@ def share(program: Program | Mask, n: int, heads: int) -> float:
     """Of the pairs computed for n tokens those that are allowed."""
     program = as_program(program)
     computed = int(
-        ops.native_counts(None, None, encode(program, heads), [1, heads, 1, n, n, 16, 16, _TYPES["float32"]], 0, None)[0]
+        ops.native_counts(
+            None,
+            None,
+            encode(program, heads),
+            [1, heads, 1, n, n, 16, 16, _TYPES["float32"]],
+            0,
+            None,
+        )[0]
     )
     if isinstance(program.branches[0].mask, masks.Tiles):
         tiles = program.branches[0].mask
@@ -54,7 +67,11 @@ def share(program: Program | Mask, n: int, heads: int) -> float:
             mask = branch.mask_at(head, heads)
             for start in range(0, n, 512):
                 queries = torch.arange(start, min(n, start + 512))[:, None]
-                useful += int(mask.allows(torch.tensor(0), torch.tensor(head), queries, keys).expand(len(queries), n).sum())
+                useful += int(
+                    mask.allows(torch.tensor(0), torch.tensor(head), queries, keys)
+                    .expand(len(queries), n)
+                    .sum()
+                )
     return useful / computed
 
 
@@ -82,7 +99,11 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
     "longnet": (cd.longnet((256, 512, 1024), (1, 2, 4)), 2048, 1.0),
     "longnet causal": (cd.longnet((256, 512, 1024), (1, 2, 4), causal=True), 2048, 0.82),
     "neighborhood": (masks.neighborhood((64, 64), 6), 4096, 0.5),
-    "documents": (masks.documents(lengths=(1000, 24, 1500, 572, 1000)) & masks.causal(), 4096, 0.96),
+    "documents": (
+        masks.documents(lengths=(1000, 24, 1500, 572, 1000)) & masks.causal(),
+        4096,
+        0.96,
+    ),
 }
 
 

@@ -17,7 +17,9 @@ from compiled_dilated.masks import Mask
 from compiled_dilated.programs import Program
 from tests.support.native import Problem, assert_near, expected, keep, normal, work_of
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 def ids(kind: str, batch: int, n: int) -> Tensor:
@@ -30,7 +32,9 @@ def ids(kind: str, batch: int, n: int) -> Tensor:
         "unsorted": lambda: some,
         "wide": lambda: (some << 32) + 5,
         "wide and alike below": lambda: (some << 32) * torch.where(at % 2 == 0, 1, -1),
-        "ends of 64 bits": lambda: torch.where(some < 4, torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max - some % 2),
+        "ends of 64 bits": lambda: torch.where(
+            some < 4, torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max - some % 2
+        ),
         "ends of 32 bits": lambda: torch.where(some < 4, -(2**31), 2**31 - 1 - some % 2),
         "negative": lambda: -at // 50 - some % 2,
         "int32": lambda: (-at // 29).int(),
@@ -44,12 +48,20 @@ def ids(kind: str, batch: int, n: int) -> Tensor:
     return of_kind[kind]()
 
 
-def check_data(mask: Program | Mask, data: dict[str, Tensor], batch: int, n: int, dtype: torch.dtype = torch.float64) -> None:
+def check_data(
+    mask: Program | Mask,
+    data: dict[str, Tensor],
+    batch: int,
+    n: int,
+    dtype: torch.dtype = torch.float64,
+) -> None:
     """Forward and backward of some data; `data` may be longer than the sequence."""
     q, grad_out = (normal(batch, 2, n, 8, dtype=dtype, seed=seed) for seed in (1, 2))
     k, v = (normal(batch, 1, n, 8, dtype=dtype, seed=seed) for seed in (3, 4))
     work = work_of(mask, 2)
-    problem = Problem(work, q, k, v, grad_out, normal(batch, 2, n, seed=5), [data[name] for name in work.names])
+    problem = Problem(
+        work, q, k, v, grad_out, normal(batch, 2, n, seed=5), [data[name] for name in work.names]
+    )
     assert_near(problem.results(), expected(mask, problem, data), repr(mask))
 
 
@@ -100,7 +112,16 @@ def test_padding_and_global_tokens_by_data(share_: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "positions", [(), (0,), (210,), (0, 1, 2, 100, 210), (500, 1000), tuple(range(0, 211, 3)), tuple(range(40, 90))]
+    "positions",
+    [
+        (),
+        (0,),
+        (210,),
+        (0, 1, 2, 100, 210),
+        (500, 1000),
+        tuple(range(0, 211, 3)),
+        tuple(range(40, 90)),
+    ],
 )
 def test_global_positions(positions: tuple[int, ...]) -> None:
     for mask in (
@@ -142,4 +163,6 @@ def test_functions_of_the_entry_and_the_head(threads_: int, threads: Callable[[i
     for function in (of_entry, of_head, of_both):
         mask = masks.from_mod(function)
         results = cd.compile(mask, lowering="native")(q, k, v, return_lse=True)
-        assert_near(list(results), list(cd.reference(mask, q, k, v, return_lse=True)), function.__name__)
+        assert_near(
+            list(results), list(cd.reference(mask, q, k, v, return_lse=True)), function.__name__
+        )

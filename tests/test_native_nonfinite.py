@@ -28,14 +28,18 @@ from tests.support.native import (
     work_of,
 )
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 def assert_right(got: Any, want: Any, dtype: torch.dtype) -> None:
     """Infinite and NaN in the same places, and near elsewhere."""
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan()), "NaN in other places"
-        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance(dtype), atol=tolerance(dtype), equal_nan=True)
+        torch.testing.assert_close(
+            mine.double(), theirs, rtol=tolerance(dtype), atol=tolerance(dtype), equal_nan=True
+        )
 
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -43,23 +47,31 @@ BAD = (math.nan, math.inf, -math.inf)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if 129 in case.lengths][::4], ids=str)
-def test_nonfinite_keys_and_values_reach_only_rows_that_see_them(case: Case, dtype: torch.dtype) -> None:
+def test_nonfinite_keys_and_values_reach_only_rows_that_see_them(
+    case: Case, dtype: torch.dtype
+) -> None:
     n, program = 129, case.program(129)
     problem, inputs = problem_of(case, n, dtype)
     generator = torch.Generator().manual_seed(len(case.name))
     k, v = problem.k.clone(), problem.v.clone()
     for x in (k, v):
         for _ in range(4):
-            b, h, token, d = (int(torch.randint(0, size, (), generator=generator)) for size in x.shape)
+            b, h, token, d = (
+                int(torch.randint(0, size, (), generator=generator)) for size in x.shape
+            )
             x[b, h, token, d] = BAD[int(torch.randint(0, 3, (), generator=generator))]
     k[1, :, n // 2], v[0, :, : n // 4] = math.nan, math.inf
-    got = Problem(problem.work, problem.q, k, v, problem.grad_out, None, problem.data, problem.scale).forward()
+    got = Problem(
+        problem.work, problem.q, k, v, problem.grad_out, None, problem.data, problem.scale
+    ).forward()
     want = cd.reference(program, problem.q, k, v, data=inputs.data, return_lse=True)
     assert_right(got, want, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_nonfinite_hidden_keys_at_every_position_have_no_effect(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+def test_nonfinite_hidden_keys_at_every_position_have_no_effect(
+    dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
     """Of a causal window each key in turn is bad, in one entry and one head."""
     threads(3)
     n, mask = 50, masks.window(5, 0)
@@ -81,7 +93,9 @@ def test_nonfinite_hidden_keys_at_every_position_have_no_effect(dtype: torch.dty
         # In bfloat16 what is done again with care may be rounded otherwise.
         allowed = 0.02 if dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(out[~nan], clean[0][~nan], rtol=allowed, atol=allowed)
-        torch.testing.assert_close(lse[~lse.isnan()], clean[1][~lse.isnan()], rtol=allowed, atol=allowed)
+        torch.testing.assert_close(
+            lse[~lse.isnan()], clean[1][~lse.isnan()], rtol=allowed, atol=allowed
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -95,20 +109,40 @@ def test_infinite_key_reaches_only_rows_that_see_it(dtype: torch.dtype) -> None:
     out, lse = Problem(work_of(mask, 1), q, k, v, v, None).forward()
     hidden = torch.ones(40, dtype=torch.bool)
     hidden[20:26] = False
-    assert_same_bits([out[:, :, hidden], lse[:, :, hidden]], [clean[0][:, :, hidden], clean[1][:, :, hidden]])
+    assert_same_bits(
+        [out[:, :, hidden], lse[:, :, hidden]], [clean[0][:, :, hidden], clean[1][:, :, hidden]]
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_merge_of_bad_keys(dtype: torch.dtype) -> None:
     """In a ring: each part with its own bad numbers, one part with nothing but."""
     n, program = 120, masks.window(9, 4)
-    q, k, v = normal(2, 4, n, 8, dtype=dtype), normal(2, 2, n, 8, dtype=dtype, seed=1), normal(2, 2, n, 6, dtype=dtype, seed=2)
+    q, k, v = (
+        normal(2, 4, n, 8, dtype=dtype),
+        normal(2, 2, n, 8, dtype=dtype, seed=1),
+        normal(2, 2, n, 6, dtype=dtype, seed=2),
+    )
     k[0, 0, 20, 1], k[1, 1, 70, 0], v[1, :, 10, 2] = math.nan, math.inf, -math.inf
     k[0, :, 100:], v[0, 0, 95:] = math.nan, math.inf
-    out, lse = q.new_zeros(2, 4, n, 6), torch.full((2, 4, n), -math.inf, dtype=torch.promote_types(dtype, torch.float32))
+    out, lse = (
+        q.new_zeros(2, 4, n, 6),
+        torch.full((2, 4, n), -math.inf, dtype=torch.promote_types(dtype, torch.float32)),
+    )
     work = work_of(program, 4)
     for start, stop in ((0, 40), (40, 80), (80, 100), (100, 120)):
-        ops.native_merge(out, lse, q, k[:, :, start:stop], v[:, :, start:stop], None, None, work.code, 0.3, -start)
+        ops.native_merge(
+            out,
+            lse,
+            q,
+            k[:, :, start:stop],
+            v[:, :, start:stop],
+            None,
+            None,
+            work.code,
+            0.3,
+            -start,
+        )
     assert_right((out, lse), cd.reference(program, q, k, v, scale=0.3, return_lse=True), dtype)
 
 
@@ -134,7 +168,10 @@ def test_nonfinite_queries_affect_only_their_rows(bad: float, dtype: torch.dtype
 @pytest.mark.parametrize("payload", [1, 0x155, 0x3FFFFF])
 def test_nan_payloads_propagate_as_nan(payload: int) -> None:
     """Whatever its lower bits hold."""
-    for dtype, kind, bits in ((torch.float32, torch.int32, 0x7F800000), (torch.float64, torch.int64, 0x7FF << 52)):
+    for dtype, kind, bits in (
+        (torch.float32, torch.int32, 0x7F800000),
+        (torch.float64, torch.int64, 0x7FF << 52),
+    ):
         nan = torch.tensor(bits | payload, dtype=kind).view(dtype)
         assert nan.isnan()
         for negative in (False, True):
@@ -151,9 +188,13 @@ def test_nan_payloads_propagate_as_nan(payload: int) -> None:
 def test_scales(scale: float, dtype: torch.dtype) -> None:
     for mask in (masks.window(20, 3), masks.full(), masks.causal() & masks.congruent(3, 1)):
         _, problem = ragged(dtype, 8, 8, 90, 90, 0, mask)
-        problem = Problem(problem.work, problem.q, problem.k, problem.v, problem.grad_out, None, scale=scale)
+        problem = Problem(
+            problem.work, problem.q, problem.k, problem.v, problem.grad_out, None, scale=scale
+        )
         if abs(scale) > 1 and dtype != torch.float64:  # rounded scores differ by more than one
-            assert_right([problem.forward()[1] / scale], [expected(mask, problem)[1] / scale], dtype)
+            assert_right(
+                [problem.forward()[1] / scale], [expected(mask, problem)[1] / scale], dtype
+            )
         else:
             assert_near(problem.results(), expected(mask, problem))
 
@@ -164,7 +205,9 @@ def test_huge_finite_scores_are_not_masked(scale: float, dtype: torch.dtype) -> 
     """A row of keys whose scores all lie far below 0 is no dead row: one key has all the weight."""
     mask = masks.window(2, 0)
     _, problem = ragged(dtype, 8, 8, 60, 60, 0, mask)
-    problem = Problem(problem.work, problem.q, problem.k, problem.v, problem.grad_out, None, scale=scale)
+    problem = Problem(
+        problem.work, problem.q, problem.k, problem.v, problem.grad_out, None, scale=scale
+    )
     out, lse = problem.forward()
     want, want_lse = expected(mask, problem)[:2]
     torch.testing.assert_close((lse / scale).double(), want_lse / scale, rtol=1e-4, atol=1e-4)
@@ -182,7 +225,9 @@ def test_rows_without_keys_send_no_gradient() -> None:
         clean = problem.results()
         grad_out, grad_lse = problem.grad_out.clone(), problem.grad_lse.clone()
         grad_out[dead], grad_lse[dead] = 1000.0, math.inf
-        loud = Problem(problem.work, problem.q, problem.k, problem.v, grad_out, grad_lse, scale=problem.scale).results()
+        loud = Problem(
+            problem.work, problem.q, problem.k, problem.v, grad_out, grad_lse, scale=problem.scale
+        ).results()
         assert (loud[0][dead] == 0).all()
         assert (loud[2][dead] == 0).all()
         assert_same_bits(loud, clean, dtype)

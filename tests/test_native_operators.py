@@ -14,7 +14,9 @@ from cpp import program_of
 
 from compiled_dilated.native import build
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 # float32 alone. forward: out[b, h, i, d] = q[b, h, i, 0] + v[b, h's, 0, d] (+ out), lse = scale + offset (+ lse).
@@ -193,7 +195,9 @@ def test_operators(in_process: Callable[..., None]) -> None:
     in_process(EAGER)
 
 
-def test_operators_in_graphs_and_in_another_process(in_process: Callable[..., None], tmp_path: Path) -> None:
+def test_operators_in_graphs_and_in_another_process(
+    in_process: Callable[..., None], tmp_path: Path
+) -> None:
     in_process(COMPILED, str(tmp_path / "model.pt2"))
     in_process(LOADED, str(tmp_path / "model.pt2"))
 
@@ -233,7 +237,14 @@ int main(int, char** argv) {
 def test_a_package_runs_without_python(in_process: Callable[..., None], tmp_path: Path) -> None:
     in_process(COMPILED, str(tmp_path / "model.pt2"), str(tmp_path / "package.pt2"))
     library = str(tmp_path / "kernel.so")
-    in_process("from compiled_dilated.native import cpp; cpp.write(Path(sys.argv[1]), 'native')", library)
+    in_process(
+        "from compiled_dilated.native import cpp; cpp.write(Path(sys.argv[1]), 'native')", library
+    )
     program = program_of(MAIN, tmp_path)
-    done = subprocess.run([program, library, str(tmp_path / "package.pt2")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [program, library, str(tmp_path / "package.pt2")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stdout == f"1 {2 * (0.5 + 9 + 1 + 0.5):g}\n", done.stderr

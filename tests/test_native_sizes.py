@@ -12,9 +12,21 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.support.native import FLOATS, Problem, assert_near, counts_of, executed, expected, normal, ragged, work_of
+from tests.support.native import (
+    FLOATS,
+    Problem,
+    assert_near,
+    counts_of,
+    executed,
+    expected,
+    normal,
+    ragged,
+    work_of,
+)
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -43,7 +55,11 @@ def test_ragged_lengths(kv_len: int, dtype: torch.dtype) -> None:
         mask = kinds[(number + kv_len) % len(kinds)]
         for q_offset in ((0, kv_len - 1), (5, kv_len + 30), (0, 1000))[number % 3]:
             _, problem = ragged(dtype, 8, 8, q_len, kv_len, q_offset, mask)
-            assert_near(problem.results(), expected(mask, problem), f"{q_len} queries from {q_offset}, {mask!r}")
+            assert_near(
+                problem.results(),
+                expected(mask, problem),
+                f"{q_len} queries from {q_offset}, {mask!r}",
+            )
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
@@ -64,15 +80,32 @@ def test_empty_queries_or_keys_give_zeros(q_len: int, kv_len: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads_", [1, 2])
-def test_query_offset_per_batch_entry(dtype: torch.dtype, threads_: int, threads: Callable[[int], None]) -> None:
+def test_query_offset_per_batch_entry(
+    dtype: torch.dtype, threads_: int, threads: Callable[[int], None]
+) -> None:
     threads(threads_)
     positions = (0, 100, 37, 299, 600)
-    for mask in (masks.window(9, 0) | masks.sinks(2), masks.causal(), masks.segments(50), masks.window(60, dilation=4)):
+    for mask in (
+        masks.window(9, 0) | masks.sinks(2),
+        masks.causal(),
+        masks.segments(50),
+        masks.window(60, dilation=4),
+    ):
         q, grad_out = (normal(5, 4, 40, 16, dtype=dtype, seed=seed) for seed in (1, 2))
         k, v = (normal(5, 2, 300, 16, dtype=dtype, seed=seed) for seed in (3, 4))
-        problem = Problem(work_of(mask, 4), q, k, v, grad_out, None, offsets=torch.tensor(positions))
+        problem = Problem(
+            work_of(mask, 4), q, k, v, grad_out, None, offsets=torch.tensor(positions)
+        )
         results = problem.results()
         for b, position in enumerate(positions):
-            one = Problem(problem.work, q[b : b + 1], k[b : b + 1], v[b : b + 1], grad_out[b : b + 1], None, q_offset=position)
+            one = Problem(
+                problem.work,
+                q[b : b + 1],
+                k[b : b + 1],
+                v[b : b + 1],
+                grad_out[b : b + 1],
+                None,
+                q_offset=position,
+            )
             assert_near([x[b : b + 1] for x in results], expected(mask, one), f"{mask!r} entry {b}")
         assert executed(problem) == counts_of(problem)

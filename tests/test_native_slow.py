@@ -40,7 +40,9 @@ from tests.support.native_tampering import TAMPERING
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and Linux"),
+    pytest.mark.skipif(
+        shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and Linux"
+    ),
 ]
 
 QUICK_TESTS = tuple(
@@ -67,10 +69,16 @@ def check_table(every: int = 1) -> None:
             shapes = [None, (n // 2, n, n // 3)] if case.crossed and n < 400 else [None]
             for shape in shapes:
                 problem, inputs = problem_of(case, n, dtype, shape)
-                assert_near(problem.results(), expected(case.program(n), problem, inputs.data), f"{case} {n} {dtype} {shape}")
+                assert_near(
+                    problem.results(),
+                    expected(case.program(n), problem, inputs.data),
+                    f"{case} {n} {dtype} {shape}",
+                )
         problem, _ = problem_of(case, min(case.lengths), FLOATS[number % 4])
         problem.results()
-        assert executed(problem_of(case, n, torch.float32)[0]) == counts_of(problem_of(case, n, torch.float32)[0])
+        assert executed(problem_of(case, n, torch.float32)[0]) == counts_of(
+            problem_of(case, n, torch.float32)[0]
+        )
         for x in (problem.k, problem.v):
             x[:, :, ::7] = math.nan
         problem.results()
@@ -83,10 +91,22 @@ def check_table(every: int = 1) -> None:
 def check_sizes() -> None:
     """Widths that are whole vectors or not, lengths that are whole tiles or not."""
     for dtype in FLOATS:
-        for head_dim, value_dim in ((1, 1), (3, 256), (31, 33), (64, 64), (96, 17), (255, 128), (256, 256)):
+        for head_dim, value_dim in (
+            (1, 1),
+            (3, 256),
+            (31, 33),
+            (64, 64),
+            (96, 17),
+            (255, 128),
+            (256, 256),
+        ):
             for q_len, kv_len, q_offset in ((1, 1, 0), (65, 130, 40), (33, 15, 300)):
                 mask, problem = ragged(dtype, head_dim, value_dim, q_len, kv_len, q_offset)
-                assert_near(problem.results(), expected(mask, problem), f"{dtype} {head_dim} {value_dim} {q_len}")
+                assert_near(
+                    problem.results(),
+                    expected(mask, problem),
+                    f"{dtype} {head_dim} {value_dim} {q_len}",
+                )
 
 
 def check_merges() -> None:
@@ -97,14 +117,22 @@ def check_merges() -> None:
         for bad in (0.0, math.nan):
             k = problem.k.clone()
             k[0, 0, 90] += bad
-            out, lse = problem.v.new_zeros(2, 4, 100, 20), torch.full_like(problem.grad_lse, -math.inf)  # type: ignore[arg-type]
+            out, lse = (
+                problem.v.new_zeros(2, 4, 100, 20),
+                torch.full_like(problem.grad_lse, -math.inf),
+            )  # type: ignore[arg-type]
             for start, stop in ((0, 30), (30, 100)):
                 torch.ops.compiled_dilated.native_merge(
                     out, lse, problem.q, k[:, :, start:stop], problem.v[:, :, start:stop], None, None, work_of(mask, 4).code,
                     problem.scale, -start,
                 )  # fmt: skip
-            whole = Problem(problem.work, problem.q, k, problem.v, problem.grad_out, None, scale=problem.scale)
-            assert_near([out, lse], list(cd.reference(mask, whole.q, k, whole.v, scale=whole.scale, return_lse=True)))
+            whole = Problem(
+                problem.work, problem.q, k, problem.v, problem.grad_out, None, scale=problem.scale
+            )
+            assert_near(
+                [out, lse],
+                list(cd.reference(mask, whole.q, k, whole.v, scale=whole.scale, return_lse=True)),
+            )
 
 
 def check_functions() -> None:
@@ -120,14 +148,22 @@ def check_functions() -> None:
     mask = masks.from_mod(seen, within=masks.window(60)) | masks.sinks(2)
     for dtype in FLOATS:
         results = []
-        ways = (cd.compile(mask, lowering="native"), dtype), (lambda *x, **y: cd.reference(mask, *x, **y), torch.float64)
+        ways = (
+            (cd.compile(mask, lowering="native"), dtype),
+            (lambda *x, **y: cd.reference(mask, *x, **y), torch.float64),
+        )
         for attention, kind in ways:
-            inputs = [normal(2, heads, 150, 16, dtype=dtype, seed=heads).to(kind).requires_grad_() for heads in (4, 2, 1)]
+            inputs = [
+                normal(2, heads, 150, 16, dtype=dtype, seed=heads).to(kind).requires_grad_()
+                for heads in (4, 2, 1)
+            ]
             inputs[2] = inputs[2].expand(2, 2, 150, 16)
             table = table.to(torch.promote_types(kind, torch.float32)).detach().requires_grad_()
             out, lse = attention(*inputs, score_mod=score, return_lse=True)
             alive = lse != -math.inf
-            grads = torch.autograd.grad((out.double().sum() + lse[alive].double().sum()), [*inputs, table])
+            grads = torch.autograd.grad(
+                (out.double().sum() + lse[alive].double().sum()), [*inputs, table]
+            )
             results.append([out.detach(), lse.detach(), *grads])
         assert_near(results[0][:5], [x.double() for x in results[1][:5]], dtype)
         learned, right = results[0][5].double(), results[1][5].double()
@@ -158,7 +194,9 @@ for part in sorted(set(recipes.PARTS.values())):
 
 
 def sanitizer(name: str) -> str:
-    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +207,16 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if not all(os.path.isabs(path) for path in libraries):
         pytest.skip("this compiler brings no sanitizers")
     flags = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O1")
-    built = {"CXX": wrapper(folder / "compiler", *flags), "COMPILED_DILATED_CACHE": str(folder / "cache")}
-    subprocess.run([sys.executable, "-c", BUILD], env={**os.environ, **built}, cwd=Path(__file__).parents[1], check=True)
+    built = {
+        "CXX": wrapper(folder / "compiler", *flags),
+        "COMPILED_DILATED_CACHE": str(folder / "cache"),
+    }
+    subprocess.run(
+        [sys.executable, "-c", BUILD],
+        env={**os.environ, **built},
+        cwd=Path(__file__).parents[1],
+        check=True,
+    )
     return {
         **built,
         "LD_PRELOAD": ":".join(os.path.realpath(path) for path in libraries),
@@ -191,12 +237,18 @@ def test_sanitizers_report_nothing(fresh_python: Any, sanitized: dict[str, str])
     assert_clean(fresh_python("-c", TABLE.replace("()", "(6)"), **sanitized), "all near\n")
 
 
-def test_sanitizers_report_nothing_of_tampered_code(fresh_python: Any, sanitized: dict[str, str]) -> None:
+def test_sanitizers_report_nothing_of_tampered_code(
+    fresh_python: Any, sanitized: dict[str, str]
+) -> None:
     """Sums of numbers from elsewhere may overflow, which harms nothing: addresses are what counts."""
     done = fresh_python("-c", TAMPERING, "7", "500", **sanitized)
     assert "AddressSanitizer" not in done.stderr, said(done)
     assert done.stdout.endswith("alive\n"), said(done)
-    print("undefined steps:", *sorted({line for line in done.stderr.splitlines() if "runtime error" in line}), sep="\n")
+    print(
+        "undefined steps:",
+        *sorted({line for line in done.stderr.splitlines() if "runtime error" in line}),
+        sep="\n",
+    )
 
 
 # Other machines -------------------------------------------------------------------------------------------------------------
@@ -206,7 +258,10 @@ def test_sanitizers_report_nothing_of_tampered_code(fresh_python: Any, sanitized
 def test_other_vectors_give_the_same(machine: str, fresh_python: Any, tmp_path: Path) -> None:
     """AVX2, SSE and AVX-512 without tiles."""
     done = fresh_python(
-        "-c", TABLE, CXX=wrapper(tmp_path / "compiler", f"-march={machine}"), COMPILED_DILATED_CACHE=str(tmp_path / "cache")
+        "-c",
+        TABLE,
+        CXX=wrapper(tmp_path / "compiler", f"-march={machine}"),
+        COMPILED_DILATED_CACHE=str(tmp_path / "cache"),
     )
     if "Illegal instruction" in done.stderr or done.returncode == -4:
         pytest.skip(f"this machine is no {machine}")
@@ -246,13 +301,17 @@ def threads() -> Any:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_threads_do_not_change_a_bit_of_any_case(case: Any, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+def test_threads_do_not_change_a_bit_of_any_case(
+    case: Any, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
     check_threads(problem_of(case, max(case.lengths), dtype)[0], threads, (2, 3, 7), 3)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", FEW_HEADS)
-def test_long_sequences_of_one_head(name: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+def test_long_sequences_of_one_head(
+    name: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
     n = 3280
     mask = FEW_HEADS[name](n)
     q, k, v, grad_out = (normal(1, 1, n, 32, dtype=dtype, seed=seed) for seed in range(4))
@@ -360,16 +419,31 @@ def test_arm_gives_the_same(tmp_path: Path) -> None:
     """Everything but the operators, compiled for ARM and run in an emulator; a naive loop in double judges."""
     emulator, compiler = shutil.which("qemu-aarch64"), shutil.which("aarch64-linux-gnu-g++")
     if emulator is None or compiler is None:
-        pytest.skip("needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu)")
+        pytest.skip(
+            "needs qemu-aarch64 and aarch64-linux-gnu-g++ (Debian: qemu-user, g++-aarch64-linux-gnu)"
+        )
     (tmp_path / "main.cpp").write_text(ARM)
     flags = recipes.FLAGS
-    sources = [path for path in sorted(build.SOURCES.glob("*.cpp")) if path.name not in ("operators.cpp", "inputs.cpp")]
+    sources = [
+        path
+        for path in sorted(build.SOURCES.glob("*.cpp"))
+        if path.name not in ("operators.cpp", "inputs.cpp")
+    ]
     # Of the driver GCC 12 has an internal error at -O3.
     units = [(path, "-O3") for path in sources] + [(tmp_path / "main.cpp", "-O1")]
     objects = []
     for path, level in units:
         objects.append(str(tmp_path / f"{path.stem}.o"))
-        command = [compiler, *flags, level, f"-I{build.SOURCES}", "-c", str(path), "-o", objects[-1]]
+        command = [
+            compiler,
+            *flags,
+            level,
+            f"-I{build.SOURCES}",
+            "-c",
+            str(path),
+            "-o",
+            objects[-1],
+        ]
         built = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert built.returncode == 0, f"{path.name}: {built.stderr[-4000:]}"
     program = str(tmp_path / "main")

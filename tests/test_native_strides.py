@@ -27,7 +27,9 @@ from tests.support.native import (
     work_of,
 )
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 def far_apart(x: Tensor) -> Tensor:
@@ -74,9 +76,15 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 5), (32, 32)])
-def test_strides(layout: Callable[[Tensor], Tensor], head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+def test_strides(
+    layout: Callable[[Tensor], Tensor], head_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
     """The same bits as of contiguous tensors, and these are right."""
-    for mask in (masks.window(33, 7) | masks.sinks(2),) if value_dim < 16 else (masks.window(60, dilation=3),):
+    for mask in (
+        (masks.window(33, 7) | masks.sinks(2),)
+        if value_dim < 16
+        else (masks.window(60, dilation=3),)
+    ):
         _, plain = ragged(dtype, head_dim, value_dim, 90, 130, 17, mask)
         want = plain.results()
         assert_near(want, expected(mask, plain))
@@ -100,7 +108,13 @@ def test_expanded_tensors(name: str, dtype: torch.dtype) -> None:
     expand = EXPANDED[name]
     mask, plain = ragged(dtype, 16, 16, 90, 130)
     views = Problem(
-        plain.work, expand(plain.q), expand(plain.k), expand(plain.v), expand(plain.grad_out), plain.grad_lse, scale=plain.scale
+        plain.work,
+        expand(plain.q),
+        expand(plain.k),
+        expand(plain.v),
+        expand(plain.grad_out),
+        plain.grad_lse,
+        scale=plain.scale,
     )
     whole = Problem(
         plain.work, views.q.contiguous(), views.k.contiguous(), views.v.contiguous(), views.grad_out.contiguous(),
@@ -124,8 +138,14 @@ def test_gradients_that_are_expanded_or_none(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", [keep, by_token, far_apart, at_odd_places, with_gaps], ids=lambda layout: layout.__name__)
-def test_merge_goes_on_from_any_layout(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [keep, by_token, far_apart, at_odd_places, with_gaps],
+    ids=lambda layout: layout.__name__,
+)
+def test_merge_goes_on_from_any_layout(
+    layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     """Keys in three parts, each block's queries counted from its first key; so parts may begin after the queries."""
     _, plain = ragged(dtype, 16, 12, 100, 200)
     out, lse = (
@@ -136,7 +156,16 @@ def test_merge_goes_on_from_any_layout(layout: Callable[[Tensor], Tensor], dtype
     work = work_of(program, 4)
     for start, stop in ((0, 70), (70, 71), (71, 200)):
         ops.native_merge(
-            out, lse, plain.q, plain.k[:, :, start:stop], plain.v[:, :, start:stop], None, None, work.code, plain.scale, -start
+            out,
+            lse,
+            plain.q,
+            plain.k[:, :, start:stop],
+            plain.v[:, :, start:stop],
+            None,
+            None,
+            work.code,
+            plain.scale,
+            -start,
         )
     whole = Problem(work, plain.q, plain.k, plain.v, plain.grad_out, None, scale=plain.scale)
     assert_near([out, lse], expected(program, whole)[:2])
@@ -159,7 +188,13 @@ def test_rows_at_any_memory_alignment(apart: int, dtype: torch.dtype) -> None:
         want = expected(mask, Problem(work, q, k, v, grad_out, None))
         for start in (0, 1024 + 8):
             k_there, v_there = (
-                room.as_strided((1, 5, n, width), (0, n * apart, apart, 1), room.storage_offset() + start).copy_(x)
+                room.as_strided(
+                    (1, 5, n, width), (0, n * apart, apart, 1), room.storage_offset() + start
+                ).copy_(x)
                 for room, x in zip(memory, (k, v), strict=True)
             )
-            assert_near(Problem(work, q, k_there, v_there, grad_out, None).results(), want, f"{mask!r} from {start}")
+            assert_near(
+                Problem(work, q, k_there, v_there, grad_out, None).results(),
+                want,
+                f"{mask!r} from {start}",
+            )

@@ -15,7 +15,9 @@ from compiled_dilated.programs import as_program
 from tests.support.native import normal, ops
 from tests.support.native_tampering import TAMPERING
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 def test_tampered_code_is_an_error_or_a_result(fresh_python: Any) -> None:
@@ -48,6 +50,14 @@ def test_deeply_nested_code_is_an_error_or_a_result(fresh_python: Any) -> None:
 def test_malformed_code_raises() -> None:
     q, k, v = (normal(1, 1, 4, 4, dtype=torch.float32) for _ in range(3))
     good = encode(as_program(masks.causal()), 1)
-    for code in ((), (1,), good[:-1], tuple(reversed(good)), (*good[:2], 3, *good[3:]), (2, *good[1:]), (10**15,) * 40):
+    for code in (
+        (),
+        (1,),
+        good[:-1],
+        tuple(reversed(good)),
+        (*good[:2], 3, *good[3:]),
+        (2, *good[1:]),
+        (10**15,) * 40,
+    ):
         with pytest.raises(RuntimeError):
             ops.native(q, k, v, None, None, code, 1.0, 0, None, False)

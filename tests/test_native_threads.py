@@ -26,7 +26,9 @@ from tests.support.native import (
     work_of,
 )
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
 
 
 @pytest.mark.parametrize("case", CASES[::6], ids=str)
@@ -41,7 +43,12 @@ def test_threads_do_not_change_a_bit(case: Case, threads: Callable[[int], None])
     [(1, 1, 16, torch.float32), (3, 1, 10, torch.float32), (2, 1, 32, torch.bfloat16)],
 )
 def test_few_heads_are_deterministic_over_thread_counts(
-    name: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype, threads: Callable[[int], None]
+    name: str,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    threads: Callable[[int], None],
 ) -> None:
     n = 440  # of 40 by 11, and several tiles
     mask = FEW_HEADS[name](n)
@@ -95,7 +102,11 @@ def test_a_forked_process_computes_too(threads: Callable[[int], None]) -> None:
 
 def test_thousands_of_calls_leak_nothing() -> None:
     names = ("window or sinks", "padding and documents", "from_mod within")
-    problems = [problem_of(by_name(name), 127, dtype)[0] for name in names for dtype in (torch.float32, torch.bfloat16)]
+    problems = [
+        problem_of(by_name(name), 127, dtype)[0]
+        for name in names
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     bad = problems[0]
     refused = Problem(Work(bad.work.code[:-3], (), ()), bad.q, bad.k, bad.v, bad.grad_out, None)
     spoiled = Problem(bad.work, bad.q, bad.k.clone(), bad.v, bad.grad_out, None)

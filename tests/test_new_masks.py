@@ -26,7 +26,9 @@ class Diagonals(Mask):
     def __repr__(self) -> str:
         return f"diagonals({self.step})"
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return (q - kv) % self.step == 0
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -47,16 +49,24 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("lowering", ["auto", "native", "tiled", "dense"])
 @pytest.mark.parametrize("tokens", [1, 129, 300])
-def test_a_new_mask_runs_forward_and_backward(lowering: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_mask_runs_forward_and_backward(
+    lowering: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text, "NAMES", {**text.NAMES, "diagonals": Diagonals})
     mask = masks.causal() & Diagonals(3)
-    inputs = [torch.randn(2, 2, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    inputs = [
+        torch.randn(2, 2, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    ]
     out, expected = cd.compile(mask, lowering=lowering)(*inputs), plain(*inputs)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
-    torch.testing.assert_close(torch.autograd.grad(out, inputs, weights), torch.autograd.grad(expected, inputs, weights))
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, weights), torch.autograd.grad(expected, inputs, weights)
+    )
 
 
-def test_a_new_mask_is_native_without_an_operation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_mask_is_native_without_an_operation_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(text, "NAMES", {**text.NAMES, "diagonals": Diagonals})
     assert cd.plan(Diagonals(3), q_shape=(1, 2, 300, 8)).lowering == "native"

@@ -22,7 +22,13 @@ def residue_positions(n: int, rate: int, period: int | None) -> list[int]:
     """The definition, token by token."""
     length = period or max(n, 1)
     starts = range(0, n, length)
-    return [i for start in starts for c in range(rate) for i in range(start, min(start + length, n)) if (i - start) % rate == c]
+    return [
+        i
+        for start in starts
+        for c in range(rate)
+        for i in range(start, min(start + length, n))
+        if (i - start) % rate == c
+    ]
 
 
 def check_round_trip(order: Order, n: int) -> None:
@@ -58,13 +64,17 @@ def test_identity() -> None:
     assert orders.identity().invert(x) is x
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (16, 16), (64, 64), (2, 2, 2), (8, 8, 8), (1, 8, 8), (16, 1, 16)])
+@pytest.mark.parametrize(
+    "grid", [(2, 2), (4, 4), (16, 16), (64, 64), (2, 2, 2), (8, 8, 8), (1, 8, 8), (16, 1, 16)]
+)
 def test_hilbert_steps_to_a_neighbour(grid: tuple[int, ...]) -> None:
     cells = np.stack(np.unravel_index(orders.hilbert(*grid).permutation(math.prod(grid)), grid))
     assert (np.abs(np.diff(cells, axis=1)).sum(axis=0) == 1).all()
 
 
-@pytest.mark.parametrize("grid", [(9, 15), (48, 48), (12, 100), (100, 100), (5, 20, 30), (64, 8, 8)])
+@pytest.mark.parametrize(
+    "grid", [(9, 15), (48, 48), (12, 100), (100, 100), (5, 20, 30), (64, 8, 8)]
+)
 def test_hilbert_of_other_sizes_rarely_jumps(grid: tuple[int, ...]) -> None:
     n = math.prod(grid)
     cells = np.stack(np.unravel_index(orders.hilbert(*grid).permutation(n), grid))
@@ -77,7 +87,8 @@ def test_hilbert_of_other_sizes_rarely_jumps(grid: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "run"), [((16, 16), 64), ((48, 80), 256), ((1024, 1024), 4096), ((8, 8, 8), 64), ((4, 16, 16), 64)]
+    ("grid", "run"),
+    [((16, 16), 64), ((48, 80), 256), ((1024, 1024), 4096), ((8, 8, 8), 64), ((4, 16, 16), 64)],
 )
 def test_aligned_hilbert_runs_are_boxes(grid: tuple[int, ...], run: int) -> None:
     n = math.prod(grid)
@@ -91,7 +102,12 @@ def test_aligned_hilbert_runs_are_boxes(grid: tuple[int, ...], run: int) -> None
 def test_regions_contain_their_runs(data: st.DataObject) -> None:
     _, order, n = data.draw(strategies.masks_and_orders())
     runs = data.draw(
-        st.lists(st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(lambda r: (r[0], min(n, r[0] + r[1]))), min_size=1)
+        st.lists(
+            st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(
+                lambda r: (r[0], min(n, r[0] + r[1]))
+            ),
+            min_size=1,
+        )
     )
     starts, stops = np.array(runs).T
     permutation = order.permutation(n)
@@ -123,7 +139,13 @@ def test_curves_beyond_int32() -> None:
     check_round_trip(order, 12000)
 
 
-CASES = [orders.identity(), orders.residue(3), orders.residue(4, period=16), orders.residue(3, period=10), orders.hilbert(8, 8)]
+CASES = [
+    orders.identity(),
+    orders.residue(3),
+    orders.residue(4, period=16),
+    orders.residue(3, period=10),
+    orders.hilbert(8, 8),
+]
 
 
 @pytest.mark.parametrize("order", CASES, ids=repr)
@@ -163,7 +185,9 @@ def test_under_export(order: Order) -> None:
 def test_residue_of_dynamic_length() -> None:
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(Round(orders.residue(3, period=9)), fullgraph=True, dynamic=True, backend=graphs)
+    compiled = torch.compile(
+        Round(orders.residue(3, period=9)), fullgraph=True, dynamic=True, backend=graphs
+    )
     for n in (18, 20, 7, 1, 133, 81, 9, 2, 64):
         q, k = torch.randn(2, n, 3), torch.randn(2, n, 3)
         torch.testing.assert_close(compiled(q, k), q * k.sin())
@@ -201,7 +225,11 @@ def test_values(order: Order) -> None:
         (lambda: orders.residue(0), ValueError, "rate must be at least 1; got 0"),
         (lambda: orders.residue(2, 0), ValueError, "period must be at least 1; got 0"),
         (lambda: orders.residue(1.5), TypeError, "rate must be an integer; got float 1.5"),
-        (lambda: orders.hilbert(4), ValueError, r"hilbert orders grids of 2 or 3 axes; got 1 sizes \(4,\)"),
+        (
+            lambda: orders.hilbert(4),
+            ValueError,
+            r"hilbert orders grids of 2 or 3 axes; got 1 sizes \(4,\)",
+        ),
         (lambda: orders.hilbert(4, 4, 4, 4), ValueError, "grids of 2 or 3 axes; got 4 sizes"),
         (lambda: orders.hilbert(4, 0), ValueError, "must be at least 1; got 0"),
         (lambda: orders.hilbert((4, 4)), TypeError, "must be an integer; got tuple"),

@@ -27,7 +27,9 @@ def longnet(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     program, path = cd.longnet((16, 64), (1, 4)), tmp_path_factory.mktemp("longnet") / "model.pt2"
     q, k, _ = qkv(100)
     # One tensor as keys and values: torch.export would make one input of it.
-    return Exported(program, path, cd.export(program, (q, k, k), path, lengths=(1, 2**20), batches=(1, 8)))
+    return Exported(
+        program, path, cd.export(program, (q, k, k), path, lengths=(1, 2**20), batches=(1, 8))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,15 @@ def test_a_model_with_data_and_a_function(whole: Exported) -> None:
 
 def test_inputs_in_any_layout(longnet: Exported, whole: Exported) -> None:
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(65)]
-    torch.testing.assert_close(cd.load(longnet.path)(*by_token), cd.compile(longnet.model)(*by_token), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        cd.load(longnet.path)(*by_token), cd.compile(longnet.model)(*by_token), rtol=1e-6, atol=1e-6
+    )
     x, padding = of_model(65)
     turned = x.transpose(1, 2).contiguous().transpose(1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(cd.load(whole.path)(turned, padding), whole.model(x, padding), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            cd.load(whole.path)(turned, padding), whole.model(x, padding), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_inspect_says_what_was_exported(longnet: Exported, whole: Exported) -> None:
@@ -111,7 +117,9 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     shown = run_command("inspect", "model.pt2")
     assert "tokens: 1 to 4,096" in shown.stdout
-    assert json.loads(run_command("inspect", "model.pt2", "--json").stdout) == json.loads(done.stdout[done.stdout.index("{") :])
+    assert json.loads(run_command("inspect", "model.pt2", "--json").stdout) == json.loads(
+        done.stdout[done.stdout.index("{") :]
+    )
     q, k, v = (torch.randn(1, 2, 33, 8) for _ in range(3))
     want = cd.compile(masks.causal() & masks.window(8))(q, k, v)
     torch.testing.assert_close(cd.load("model.pt2")(q, k, v), want, rtol=1e-6, atol=1e-6)
@@ -122,12 +130,20 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("inspect", "none.pt2"), "none.pt2.json is missing"),
         (("export", "nowhere:make", "model.pt2"), "No module named 'nowhere'"),
-        (("export", "json:nothing", "model.pt2"), "MODULE:FACTORY must name a function; json has no function 'nothing'"),
-        (("export", "time:time", "model.pt2"), "must return (model or program, example inputs); got float"),
+        (
+            ("export", "json:nothing", "model.pt2"),
+            "MODULE:FACTORY must name a function; json has no function 'nothing'",
+        ),
+        (
+            ("export", "time:time", "model.pt2"),
+            "must return (model or program, example inputs); got float",
+        ),
         (("export", "time:time", "model.pt2", "--lengths", "3"), "must return"),
     ],
 )
-def test_bad_usage_of_the_commands(arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_usage_of_the_commands(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.path", list(sys.path))
     done = run_command(*arguments)
     assert done.exit_code == 2
@@ -137,17 +153,43 @@ def test_bad_usage_of_the_commands(arguments: tuple[str, ...], message: str, mon
 # Refusals ---------------------------------------------------------------------------------------------------------------------
 
 UNFIT = [
-    (lambda: [x.double() for x in qkv(50)], TypeError, "input 0 must be float32 on a CPU; got float64 on a CPU"),
-    (lambda: qkv(50, batch=9), ValueError, "batch must be from 1 to 8, for which the package was made; got 9"),
-    (lambda: qkv(0), ValueError, "tokens must be from 1 to 1,048,576, for which the package was made; got 0"),
-    (lambda: qkv(50, heads=8), ValueError, "input 0 must have the shape (batch, 4, tokens, 16); got (2, 8, 50, 16)"),
-    (lambda: (*qkv(50)[:2], qkv(51)[2]), ValueError, "input 2 must have the shape (batch, 2, tokens, 16); got (2, 2, 51, 16)"),
-    (lambda: [x[0] for x in qkv(50)], ValueError, "input 0 must have the shape (batch, 4, tokens, 16); got (4, 50, 16)"),
+    (
+        lambda: [x.double() for x in qkv(50)],
+        TypeError,
+        "input 0 must be float32 on a CPU; got float64 on a CPU",
+    ),
+    (
+        lambda: qkv(50, batch=9),
+        ValueError,
+        "batch must be from 1 to 8, for which the package was made; got 9",
+    ),
+    (
+        lambda: qkv(0),
+        ValueError,
+        "tokens must be from 1 to 1,048,576, for which the package was made; got 0",
+    ),
+    (
+        lambda: qkv(50, heads=8),
+        ValueError,
+        "input 0 must have the shape (batch, 4, tokens, 16); got (2, 8, 50, 16)",
+    ),
+    (
+        lambda: (*qkv(50)[:2], qkv(51)[2]),
+        ValueError,
+        "input 2 must have the shape (batch, 2, tokens, 16); got (2, 2, 51, 16)",
+    ),
+    (
+        lambda: [x[0] for x in qkv(50)],
+        ValueError,
+        "input 0 must have the shape (batch, 4, tokens, 16); got (4, 50, 16)",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("inputs", "error", "message"), UNFIT)
-def test_unfit_inputs_are_refused(longnet: Exported, inputs: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_unfit_inputs_are_refused(
+    longnet: Exported, inputs: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     """By a loaded package and, in the same words, by its graph."""
     with pytest.raises(error) as loaded:
         cd.load(longnet.path)(*inputs())
@@ -164,7 +206,9 @@ def test_unfit_inputs_are_refused(longnet: Exported, inputs: Callable[[], Any], 
         (lambda: (1, 2, 3), "input 0 must be a tensor; got int"),
     ],
 )
-def test_what_is_no_tensor_is_refused(longnet: Exported, inputs: Callable[[], Any], message: str) -> None:
+def test_what_is_no_tensor_is_refused(
+    longnet: Exported, inputs: Callable[[], Any], message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
         cd.load(longnet.path)(*inputs())
 
@@ -207,18 +251,28 @@ def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
     ("fields", "message"),
     [
         ({"torch": "2.10.0"}, "the package is for torch 2.10.0; this is"),
-        ({"isa": "native", "cpu": "VSX"}, "the package is for CPUs with VSX alone, as isa='native' makes it; this one has"),
+        (
+            {"isa": "native", "cpu": "VSX"},
+            "the package is for CPUs with VSX alone, as isa='native' makes it; this one has",
+        ),
         ({"machine": "s390x"}, "the package is for s390x; this machine is"),
-        ({"kernel": "0" * 64}, "for the kernel of another version of compiled_dilated. Export it again with this one"),
+        (
+            {"kernel": "0" * 64},
+            "for the kernel of another version of compiled_dilated. Export it again with this one",
+        ),
         ({"format": 1}, "its format is 1, and this version reads 2"),
         ({"entries": None}, "does not describe a package"),
         ({"entries": {"model": {}}}, "does not describe a package"),
         (None, "does not describe a package"),
     ],
 )
-def test_another_machine_or_version_is_refused(copied: Path, fields: dict[str, Any] | None, message: str) -> None:
+def test_another_machine_or_version_is_refused(
+    copied: Path, fields: dict[str, Any] | None, message: str
+) -> None:
     beside = copied.with_name("model.pt2.json")
-    beside.write_text("{" if fields is None else json.dumps({**json.loads(beside.read_text()), **fields}))
+    beside.write_text(
+        "{" if fields is None else json.dumps({**json.loads(beside.read_text()), **fields})
+    )
     with pytest.raises(ValueError, match=message):
         cd.load(copied)
 
@@ -229,18 +283,49 @@ def test_another_machine_or_version_is_refused(copied: Path, fields: dict[str, A
         ({"path": "model.so"}, ValueError, r"path must end with .pt2; got 'model.so'"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, a program or a mask; got int"),
         ({"model": cd.compile(masks.causal())}, TypeError, "export takes the program itself"),
-        ({"lengths": (9, 3)}, ValueError, r"lengths must be the least and the most, as \(1, 65536\); got \(9, 3\)"),
-        ({"lengths": (1, 30)}, ValueError, r"example_inputs must have tokens within the range \(1, 30\); got 50"),
-        ({"example_inputs": qkv(1), "lengths": (1, 30)}, ValueError, "must have at least 2 tokens where that varies; got 1"),
-        ({"example_inputs": (1, 2, 3)}, TypeError, r"example_inputs\[0\] must be a tensor on a CPU; got int"),
-        ({"example_inputs": qkv(9)[0]}, TypeError, "example_inputs must be a sequence of tensors; got Tensor"),
+        (
+            {"lengths": (9, 3)},
+            ValueError,
+            r"lengths must be the least and the most, as \(1, 65536\); got \(9, 3\)",
+        ),
+        (
+            {"lengths": (1, 30)},
+            ValueError,
+            r"example_inputs must have tokens within the range \(1, 30\); got 50",
+        ),
+        (
+            {"example_inputs": qkv(1), "lengths": (1, 30)},
+            ValueError,
+            "must have at least 2 tokens where that varies; got 1",
+        ),
+        (
+            {"example_inputs": (1, 2, 3)},
+            TypeError,
+            r"example_inputs\[0\] must be a tensor on a CPU; got int",
+        ),
+        (
+            {"example_inputs": qkv(9)[0]},
+            TypeError,
+            "example_inputs must be a sequence of tensors; got Tensor",
+        ),
         ({"example_inputs": ()}, ValueError, "example_inputs is empty"),
-        ({"example_inputs": [x.cfloat() for x in qkv(9)]}, TypeError, "must have one of the dtypes float32, .*; got complex64"),
+        (
+            {"example_inputs": [x.cfloat() for x in qkv(9)]},
+            TypeError,
+            "must have one of the dtypes float32, .*; got complex64",
+        ),
         ({"isa": "sse"}, ValueError, "isa must be one of 'avx2', 'native'; got 'sse'"),
     ],
 )
-def test_bad_exports_are_refused(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"model": masks.causal(), "example_inputs": qkv(50), "path": tmp_path / "model.pt2", **options}
+def test_bad_exports_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "model": masks.causal(),
+        "example_inputs": qkv(50),
+        "path": tmp_path / "model.pt2",
+        **options,
+    }
     with pytest.raises(error, match=message):
         cd.export(**settings)
     assert not list(tmp_path.iterdir())
@@ -259,30 +344,46 @@ class OfTiles(nn.Module):
 
 
 def test_what_needs_python_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the graph holds attention that the native kernel does not compute for all lengths"):
+    with pytest.raises(
+        ValueError,
+        match="the graph holds attention that the native kernel does not compute for all lengths",
+    ):
         cd.export(OfTiles(), qkv(50), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.NativeUnavailable, match="CXX='no-such-compiler' names no program that can be found; set CXX"):
+    with pytest.raises(
+        build.NativeUnavailable,
+        match="CXX='no-such-compiler' names no program that can be found; set CXX",
+    ):
         cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(build.NativeUnavailable, match=r"no C\+\+ compiler is on PATH; install g\+\+"):
+    with pytest.raises(
+        build.NativeUnavailable, match=r"no C\+\+ compiler is on PATH; install g\+\+"
+    ):
         cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "attention"), [("llama", cd.longnet((16, 64), (1, 4), causal=True)), ("mistral", None)])
+@pytest.mark.parametrize(
+    ("name", "attention"), [("llama", cd.longnet((16, 64), (1, 4), causal=True)), ("mistral", None)]
+)
 def test_models_of_transformers(name: str, attention: Any, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from transformers_models import inputs_of, model_of
 
     model = cd.compile(model_of(name, "eager", use_cache=False), attention=attention)
-    cd.export(model, (inputs_of(name)["input_ids"],), tmp_path / "model.pt2", lengths=(2, 512), batches=(1, 8))
+    cd.export(
+        model,
+        (inputs_of(name)["input_ids"],),
+        tmp_path / "model.pt2",
+        lengths=(2, 512),
+        batches=(1, 8),
+    )
     run = cd.load(tmp_path / "model.pt2")
     for tokens in (2, 50, 101):
         ids = inputs_of(name, tokens, batch=3)["input_ids"]

@@ -19,7 +19,11 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     program = masks.causal() & (masks.window(20) | masks.sinks(2)) & masks.padding("padding")
     path = tmp_path_factory.mktemp("window") / "model.pt2"
     inputs = (*qkv(50), torch.zeros(2, 50, dtype=torch.bool))
-    return Exported(program, path, cd.export(program, inputs, path, lengths=(1, 2**20), batches=(1, 8), decode=True))
+    return Exported(
+        program,
+        path,
+        cd.export(program, inputs, path, lengths=(1, 2**20), batches=(1, 8), decode=True),
+    )
 
 
 def padding(tokens: int, batch: int = 2) -> Tensor:
@@ -34,14 +38,19 @@ def test_queries_are_the_last_of_the_cache(window: Exported) -> None:
             if queries <= tokens:
                 inputs, data = qkv(tokens, queries=queries), padding(tokens)
                 expected = attend(*inputs, q_offset=tokens - queries, data={"padding": data})
-                torch.testing.assert_close(run.decode(*inputs, data), expected, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(
+                    run.decode(*inputs, data), expected, rtol=1e-6, atol=1e-6
+                )
 
 
 def test_tokens_one_by_one_are_the_whole_sequence(window: Exported) -> None:
     run, (q, k, v), data = cd.load(window.path), qkv(40), padding(40)
     steps = [run(*(x[:, :, :30] for x in (q, k, v)), data[:, :30])]
     # Slices of one allocated cache, which are no copies.
-    steps += [run.decode(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], data[:, : i + 1]) for i in range(30, 40)]
+    steps += [
+        run.decode(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], data[:, : i + 1])
+        for i in range(30, 40)
+    ]
     torch.testing.assert_close(torch.cat(steps, dim=2), run(q, k, v, data), rtol=1e-6, atol=1e-6)
 
 
@@ -56,7 +65,9 @@ def test_a_cache_is_read_where_it_lies(window: Exported) -> None:
         (3, 0, "queries must be from 1 to 1,048,576, for which the package was made; got 0"),
     ],
 )
-def test_queries_out_of_range_are_refused(window: Exported, tokens: int, queries: int, message: str) -> None:
+def test_queries_out_of_range_are_refused(
+    window: Exported, tokens: int, queries: int, message: str
+) -> None:
     inputs = (*qkv(tokens, queries=queries), padding(tokens))
     with pytest.raises(ValueError, match=message):
         cd.load(window.path).decode(*inputs)
@@ -105,7 +116,9 @@ def test_a_model_with_a_cache(tmp_path: Path, queries: int) -> None:
     """An example of one query makes an entry for one; of more, for any number of them."""
     layer, cache = Prefill(), torch.zeros(2, 4, 9, 8)
     decode = (Step(layer), (torch.zeros(2, queries, 32), cache, cache))
-    about = cd.export(layer, (torch.zeros(2, 50, 32),), tmp_path / "model.pt2", lengths=(2, 4096), decode=decode)
+    about = cd.export(
+        layer, (torch.zeros(2, 50, 32),), tmp_path / "model.pt2", lengths=(2, 4096), decode=decode
+    )
     assert about.entries["decode"].inputs[0].shape == (2, 1 if queries == 1 else "queries", 32)
     run, x = cd.load(tmp_path / "model.pt2"), torch.randn(2, 60, 32)
     out, keys, values = run(x[:, :40])
@@ -120,20 +133,43 @@ def test_a_model_with_a_cache(tmp_path: Path, queries: int) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"decode": True, "lengths": None}, ValueError, "decode needs lengths, the range of the cache's tokens"),
+        (
+            {"decode": True, "lengths": None},
+            ValueError,
+            "decode needs lengths, the range of the cache's tokens",
+        ),
         ({"decode": 1}, TypeError, "decode must be True or False; got int 1"),
-        ({"decode": True, "example_inputs": qkv(2)}, ValueError, "must have at least 3 tokens for decode=True; got 2"),
-        ({"decode": True, "model": Prefill()}, TypeError, r"decode must be \(module, example inputs\) for a model, .* got bool"),
+        (
+            {"decode": True, "example_inputs": qkv(2)},
+            ValueError,
+            "must have at least 3 tokens for decode=True; got 2",
+        ),
+        (
+            {"decode": True, "model": Prefill()},
+            TypeError,
+            r"decode must be \(module, example inputs\) for a model, .* got bool",
+        ),
         (
             {"model": Prefill(), "decode": (Step(Prefill()), (torch.zeros(2, 9, 32),) * 3)},
             ValueError,
             r"decode\[1\] must have two sizes of tokens, that of the queries and that of the cache.*; got \[9\]",
         ),
-        ({"model": Prefill(), "decode": (Step(Prefill()), 3)}, TypeError, r"decode\[1\] must be a sequence of tensors; got int"),
+        (
+            {"model": Prefill(), "decode": (Step(Prefill()), 3)},
+            TypeError,
+            r"decode\[1\] must be a sequence of tensors; got int",
+        ),
     ],
 )
-def test_bad_decodes_are_refused(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"model": masks.causal(), "example_inputs": qkv(50), "lengths": (1, 99), **options}
+def test_bad_decodes_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "model": masks.causal(),
+        "example_inputs": qkv(50),
+        "lengths": (1, 99),
+        **options,
+    }
     with pytest.raises(error, match=message):
         cd.export(path=tmp_path / "model.pt2", **settings)
     assert not list(tmp_path.iterdir())

@@ -22,8 +22,15 @@ from compiled_dilated.native import cpp
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    program, path = masks.causal() & (masks.window(20) | masks.sinks(2)), tmp_path_factory.mktemp("window") / "model.pt2"
-    return Exported(program, path, cd.export(program, qkv(50), path, lengths=(2, 5000), batches=(1, 8), decode=True))
+    program, path = (
+        masks.causal() & (masks.window(20) | masks.sinks(2)),
+        tmp_path_factory.mktemp("window") / "model.pt2",
+    )
+    return Exported(
+        program,
+        path,
+        cd.export(program, qkv(50), path, lengths=(2, 5000), batches=(1, 8), decode=True),
+    )
 
 
 # Without this library ---------------------------------------------------------------------------------------------------------
@@ -42,17 +49,28 @@ for tokens, batch in ((1, 1), (5001, 1), (9, 9)):
 """
 
 
-@pytest.mark.parametrize(("capability", "kernels"), [("", cpp.best_kernels("avx2")), ("avx2", "avx2")])
-def test_without_this_library(window: Exported, tmp_path: Path, fresh_python: Any, capability: str, kernels: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "kernels"), [("", cpp.best_kernels("avx2")), ("avx2", "avx2")]
+)
+def test_without_this_library(
+    window: Exported, tmp_path: Path, fresh_python: Any, capability: str, kernels: str
+) -> None:
     """The kernels that a CPU with this capability runs, both entries, what the package says, and what it refuses."""
     path = window.copied(tmp_path)
-    inputs = [("model", qkv(65)), ("model", qkv(1000)), ("decode", qkv(300, queries=1)), ("decode", qkv(64, queries=9))]
+    inputs = [
+        ("model", qkv(65)),
+        ("model", qkv(1000)),
+        ("decode", qkv(300, queries=1)),
+        ("decode", qkv(64, queries=9)),
+    ]
     torch.save(inputs, f"{path}.inputs")
     done = fresh_python("-c", WITHOUT + BOTH, str(path), ATEN_CPU_CAPABILITY=capability)
     assert done.returncode == 0, done.stderr
     attend = cd.compile(window.model)
     for (_, x), out in zip(inputs, torch.load(f"{path}.out"), strict=True):
-        torch.testing.assert_close(out, attend(*x, q_offset=x[1].shape[2] - x[0].shape[2]), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            out, attend(*x, q_offset=x[1].shape[2] - x[0].shape[2]), rtol=1e-6, atol=1e-6
+        )
     assert done.stdout.splitlines() == [
         f"model.pt2.{kernels}.so model.pt2.so",
         f"{window.about.name} 2,5000",
@@ -70,24 +88,37 @@ except RuntimeError as error:
 """
 
 
-def test_a_cpu_with_less_is_refused_without_this_library(window: Exported, fresh_python: Any) -> None:
+def test_a_cpu_with_less_is_refused_without_this_library(
+    window: Exported, fresh_python: Any
+) -> None:
     done = fresh_python("-c", WITHOUT + REFUSED, str(window.path), ATEN_CPU_CAPABILITY="default")
-    assert done.stdout == "compiled_dilated: the package needs a CPU with AVX2, and this one has none\n", done.stderr
+    assert (
+        done.stdout
+        == "compiled_dilated: the package needs a CPU with AVX2, and this one has none\n"
+    ), done.stderr
 
 
-def test_a_missing_kernel_is_named_without_this_library(window: Exported, tmp_path: Path, fresh_python: Any) -> None:
+def test_a_missing_kernel_is_named_without_this_library(
+    window: Exported, tmp_path: Path, fresh_python: Any
+) -> None:
     path = window.copied(tmp_path)
     for kernels in ("avx512", "avx2"):
         path.with_name(f"model.pt2.{kernels}.so").unlink()
     done = fresh_python("-c", WITHOUT + REFUSED, str(path))
-    assert done.stdout == "compiled_dilated: no kernels for this CPU beside the package's library:\n", done.stderr
+    assert (
+        done.stdout == "compiled_dilated: no kernels for this CPU beside the package's library:\n"
+    ), done.stderr
 
 
 # On other CPUs ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("capability", "kernels"), [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", None)])
-def test_the_fastest_kernels_that_a_cpu_runs(monkeypatch: pytest.MonkeyPatch, capability: str, kernels: str | None) -> None:
+@pytest.mark.parametrize(
+    ("capability", "kernels"), [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", None)]
+)
+def test_the_fastest_kernels_that_a_cpu_runs(
+    monkeypatch: pytest.MonkeyPatch, capability: str, kernels: str | None
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert cpp.best_kernels("avx2") == kernels
 
@@ -98,26 +129,39 @@ def test_a_cpu_with_less_is_refused(window: Exported, monkeypatch: pytest.Monkey
         cd.load(window.path)
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump (Debian: apt install binutils)")
+@pytest.mark.skipif(
+    shutil.which("objdump") is None, reason="needs objdump (Debian: apt install binutils)"
+)
 def test_code_for_avx2_holds_nothing_of_avx512(window: Exported, tmp_path: Path) -> None:
     shutil.unpack_archive(window.path, tmp_path, "zip")
     files = [f"{window.path}.so", f"{window.path}.avx2.so", *map(str, tmp_path.rglob("*.so"))]
     assert len(files) == 4
     for file in [*files, f"{window.path}.avx512.so"]:
-        code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", file],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         assert ("%zmm" in code or "%k1" in code) == file.endswith(".avx512.so"), file
 
 
 @pytest.mark.slow
-def test_code_for_this_cpu_alone(tmp_path: Path, fresh_python: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_for_this_cpu_alone(
+    tmp_path: Path, fresh_python: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.pt2"
     about = cd.export(masks.causal(), qkv(50), path, lengths=(2, 5000), isa="native")
     assert set(about.files) == {".pt2", ".pt2.so", ".pt2.native.so"}
-    torch.testing.assert_close(cd.load(path)(*qkv(65)), cd.compile(masks.causal())(*qkv(65)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        cd.load(path)(*qkv(65)), cd.compile(masks.causal())(*qkv(65)), rtol=1e-6, atol=1e-6
+    )
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return
     done = fresh_python("-c", WITHOUT + REFUSED, str(path), ATEN_CPU_CAPABILITY="default")
-    assert "uses the instructions of the CPU that exported it, and this one has fewer" in done.stdout, done.stderr
+    assert (
+        "uses the instructions of the CPU that exported it, and this one has fewer" in done.stdout
+    ), done.stderr
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(ValueError, match="alone, as isa='native' makes it; this one has DEFAULT"):
         cd.load(path)
@@ -140,7 +184,10 @@ def test_load_without_a_compiler(window: Exported, tmp_path: Path, fresh_python:
     """The package's own kernels compute, and eager calls do without the native kernel as before."""
     path = window.copied(tmp_path)
     torch.save(qkv(65), f"{path}.inputs")
-    nothing = {"CXX": "no-compiler-has-this-name", "COMPILED_DILATED_CACHE": str(tmp_path / "cache")}
+    nothing = {
+        "CXX": "no-compiler-has-this-name",
+        "COMPILED_DILATED_CACHE": str(tmp_path / "cache"),
+    }
     done = fresh_python("-c", LOADED, str(path), **nothing, ATEN_CPU_CAPABILITY="avx2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["model.pt2.avx2.so", "False"]
@@ -186,14 +233,18 @@ int main(int, char** argv) {
 
 @pytest.mark.slow
 def test_from_cpp(window: Exported, tmp_path: Path) -> None:
-    done = subprocess.run([program_of(MAIN, tmp_path), str(window.path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [program_of(MAIN, tmp_path), str(window.path)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0] == "2,5000"
     attend, numbers = cd.compile(window.model), iter(said[1:7])
     for tokens in (2, 65, 1000):
         x = torch.ones(1, 4, tokens, 16)
-        out = attend(x, x[:, :2], torch.arange(tokens).float().view(1, 1, tokens, 1).expand(1, 2, tokens, 16))
+        out = attend(
+            x, x[:, :2], torch.arange(tokens).float().view(1, 1, tokens, 1).expand(1, 2, tokens, 16)
+        )
         assert float(next(numbers)) == pytest.approx(float(out.sum()), rel=1e-4)
         assert float(next(numbers)) == pytest.approx(float(out[:, :, -1].sum()), rel=1e-4)
     refusal = "tokens must be from 2 to 5,000, for which the package was made; got"
@@ -211,7 +262,9 @@ torch.save([exported.module()(*x) for x in torch.load(sys.argv[1] + ".inputs")],
 """
 
 
-def saved_and_loaded(model: Any, inputs: list[tuple[Tensor, ...]], path: Path, fresh_python: Any) -> list[Tensor]:
+def saved_and_loaded(
+    model: Any, inputs: list[tuple[Tensor, ...]], path: Path, fresh_python: Any
+) -> list[Tensor]:
     """What another process computes from a graph of torch.export.save."""
     length = torch.export.Dim("length", min=2, max=5000)
     dynamic = tuple({x.dim() - 2 if x.dim() > 2 else 1: length} for x in inputs[0])
@@ -236,11 +289,17 @@ class OfProgram(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(OfProgram, qkv), (Model, of_model)])
-def test_torch_export_saves_and_loads(make: Any, inputs: Callable[..., Any], tmp_path: Path, fresh_python: Any) -> None:
+def test_torch_export_saves_and_loads(
+    make: Any, inputs: Callable[..., Any], tmp_path: Path, fresh_python: Any
+) -> None:
     model = make()
     examples = [inputs(tokens) for tokens in (50, 2, 65, 1000)]
     with torch.no_grad():
-        for out, x in zip(saved_and_loaded(model, examples, tmp_path / "graph.pt2", fresh_python), examples, strict=True):
+        for out, x in zip(
+            saved_and_loaded(model, examples, tmp_path / "graph.pt2", fresh_python),
+            examples,
+            strict=True,
+        ):
             torch.testing.assert_close(out, model(*x), rtol=1e-5, atol=1e-6)
 
 
@@ -268,4 +327,8 @@ def test_an_onnx_export_is_refused(tmp_path: Path) -> None:
 
 def test_the_description_is_json_alone(window: Exported) -> None:
     fields = json.loads(window.path.with_name("model.pt2.json").read_text())
-    assert fields["entries"]["decode"]["ranges"] == {"tokens": [2, 5000], "batch": [1, 8], "queries": [1, 5000]}
+    assert fields["entries"]["decode"]["ranges"] == {
+        "tokens": [2, 5000],
+        "batch": [1, 8],
+        "queries": [1, 5000],
+    }

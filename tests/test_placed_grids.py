@@ -60,7 +60,9 @@ def test_boxes_of_a_placed_grid_are_judged_as_those_of_a_plain_one(offset: int) 
     )
     rows, columns = (axis.reshape(-1) for axis in np.indices((16, 16)))
     assert (moved.base - offset == boxes.base).all()
-    assert (placed.classify(moved[rows], moved[columns]) == plain.classify(boxes[rows], boxes[columns])).all()
+    assert (
+        placed.classify(moved[rows], moved[columns]) == plain.classify(boxes[rows], boxes[columns])
+    ).all()
 
 
 def test_a_class_token_costs_few_tiles() -> None:
@@ -68,24 +70,38 @@ def test_a_class_token_costs_few_tiles() -> None:
     mask = masks.neighborhood((64, 64), 7, offset=1) | masks.global_tokens(1)
     order = orders.hilbert(64, 64, offset=1)
     with_token = TileMap.build(mask, 4097, 4097, q_tile=128, kv_tile=128, order=order)
-    without = TileMap.build(masks.neighborhood((64, 64), 7), 4096, 4096, q_tile=128, kv_tile=128, order=orders.hilbert(64, 64))
+    without = TileMap.build(
+        masks.neighborhood((64, 64), 7),
+        4096,
+        4096,
+        q_tile=128,
+        kv_tile=128,
+        order=orders.hilbert(64, 64),
+    )
     assert len(with_token.indices) < 1.5 * len(without.indices)
-    assert counting.pairs(mask, 4097, 4097) == counting.pairs(masks.neighborhood((64, 64), 7), 4096, 4096) + 2 * 4097 - 1
+    assert (
+        counting.pairs(mask, 4097, 4097)
+        == counting.pairs(masks.neighborhood((64, 64), 7), 4096, 4096) + 2 * 4097 - 1
+    )
 
 
 def test_pairs_of_a_large_placed_grid_beside_global_tokens_are_counted() -> None:
     plain, n = masks.neighborhood((1024, 1024), 5), 2**20
     whole = plain.pairs(range(n), range(n))
     assert whole is not None
-    assert counting.pairs(masks.neighborhood((1024, 1024), 5, offset=4) | masks.global_tokens(4), n + 4, n + 4) == (
-        whole + 2 * 4 * (n + 4) - 16
-    )
+    assert counting.pairs(
+        masks.neighborhood((1024, 1024), 5, offset=4) | masks.global_tokens(4), n + 4, n + 4
+    ) == (whole + 2 * 4 * (n + 4) - 16)
 
 
 # Orders
 
 
-ORDERS: list[Order] = [orders.hilbert(8, 7, offset=0), orders.hilbert(8, 7, offset=5), orders.hilbert(2, 4, 7, offset=1)]
+ORDERS: list[Order] = [
+    orders.hilbert(8, 7, offset=0),
+    orders.hilbert(8, 7, offset=5),
+    orders.hilbert(2, 4, 7, offset=1),
+]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=repr)
@@ -142,7 +158,11 @@ def test_an_image_with_registers(lowering: str) -> None:
     assert_close([cd.compile(ordered, lowering=lowering)(*inputs)], [want])
 
 
-@pytest.mark.parametrize("program", [masks.neighborhood((5, 6), 1, offset=2), cd.hilbert_window((5, 6), 1, offset=2)], ids=repr)
+@pytest.mark.parametrize(
+    "program",
+    [masks.neighborhood((5, 6), 1, offset=2), cd.hilbert_window((5, 6), 1, offset=2)],
+    ids=repr,
+)
 def test_texts_padding_pictures_and_block_masks(program: Any) -> None:
     whole = as_program(program)
     operands: list[torch.Tensor] = []
@@ -152,22 +172,33 @@ def test_texts_padding_pictures_and_block_masks(program: Any) -> None:
     padding = torch.arange(40)[None] > 25
     padded = visible(whole)
     assert_close(
-        [cd.compile(padded)(x, x, x, data={"padding": padding})], [cd.reference(padded, x, x, x, data={"padding": padding})]
+        [cd.compile(padded)(x, x, x, data={"padding": padding})],
+        [cd.reference(padded, x, x, x, data={"padding": padding})],
     )
     (panel,) = cd.show(whole, 40).panels
     branch = whole.branches[0]
     assert panel.pixels.pairs == dense(branch.mask, 40, 40).sum()
     block_mask = cd.block_mask(branch.mask, 40, 40, tile=8, order=branch.order)
     y = branch.order.permute(x)
-    assert_close([branch.order.invert(flex_attention(y, y, y, block_mask=block_mask))], [cd.reference(program, x, x, x)])
+    assert_close(
+        [branch.order.invert(flex_attention(y, y, y, block_mask=block_mask))],
+        [cd.reference(program, x, x, x)],
+    )
 
 
 @pytest.mark.parametrize("join", [operator.or_, operator.and_], ids=["or", "and"])
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("value", [cd.hilbert_window((4, 4), 1), Branch(masks.causal())], ids=["program", "branch"])
-def test_programs_say_how_masks_are_joined(join: Callable[[Any, Any], Any], turned: bool, value: Any) -> None:
+@pytest.mark.parametrize(
+    "value", [cd.hilbert_window((4, 4), 1), Branch(masks.causal())], ids=["program", "branch"]
+)
+def test_programs_say_how_masks_are_joined(
+    join: Callable[[Any, Any], Any], turned: bool, value: Any
+) -> None:
     for other in (masks.global_tokens(16), value):
-        with pytest.raises(TypeError, match=r"got (Program|Branch) .*Join masks before a program is made of them, as masks\."):
+        with pytest.raises(
+            TypeError,
+            match=r"got (Program|Branch) .*Join masks before a program is made of them, as masks\.",
+        ):
             join(*((other, value) if turned else (value, other)))
     with pytest.raises(TypeError, match="Join masks before a program is made"):
         operator.invert(value)
@@ -176,23 +207,47 @@ def test_programs_say_how_masks_are_joined(join: Callable[[Any, Any], Any], turn
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: masks.neighborhood((4, 4), 1, offset=-1), ValueError, "offset must be at least 0; got -1"),
-        (lambda: masks.neighborhood((4, 4), 1, offset=1.0), TypeError, "offset must be an integer; got float 1.0"),
-        (lambda: masks.neighborhood((4, 4), 1, offset=2**60), ValueError, "the last position of the grid must be at most 2..60"),
+        (
+            lambda: masks.neighborhood((4, 4), 1, offset=-1),
+            ValueError,
+            "offset must be at least 0; got -1",
+        ),
+        (
+            lambda: masks.neighborhood((4, 4), 1, offset=1.0),
+            TypeError,
+            "offset must be an integer; got float 1.0",
+        ),
+        (
+            lambda: masks.neighborhood((4, 4), 1, offset=2**60),
+            ValueError,
+            "the last position of the grid must be at most 2..60",
+        ),
         (
             lambda: as_program(masks.neighborhood((4, 4), 1)).check(17, 17),
             ValueError,
             "a grid of 16 tokens; got positions up to 17.*say where it starts: offset=0, or offset=1",
         ),
-        (lambda: cd.hilbert_window((4, 4), 1).check(17, 17), ValueError, "got positions up to 17.*offset="),
-        (lambda: cd.hilbert_window((4, 4), 1).check(15, 15), ValueError, "the 16 cells of its grid; got 15 tokens.*offset="),
+        (
+            lambda: cd.hilbert_window((4, 4), 1).check(17, 17),
+            ValueError,
+            "got positions up to 17.*offset=",
+        ),
+        (
+            lambda: cd.hilbert_window((4, 4), 1).check(15, 15),
+            ValueError,
+            "the 16 cells of its grid; got 15 tokens.*offset=",
+        ),
         (
             lambda: cd.hilbert_window((4, 4), 1, offset=1).check(16, 16),
             ValueError,
             r"hilbert\(4, 4, offset=1\) orders the 16 cells of its grid from position 1 on; got 16 tokens",
         ),
         (lambda: orders.hilbert(4, 4, offset=-2), ValueError, "offset must be at least 0; got -2"),
-        (lambda: orders.hilbert(4, 4, offset=1).permute(torch.zeros(16, 2)), ValueError, "from position 1 on; got 16 tokens"),
+        (
+            lambda: orders.hilbert(4, 4, offset=1).permute(torch.zeros(16, 2)),
+            ValueError,
+            "from position 1 on; got 16 tokens",
+        ),
     ],
 )
 def test_bad_input(make: Callable[[], Any], error: type[Exception], message: str) -> None:

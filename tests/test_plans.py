@@ -36,9 +36,16 @@ def test_auto_mixes_lowerings_between_branches(monkeypatch: pytest.MonkeyPatch) 
     attend = cd.compile(program)
     assert attend.plan(q, k, v).lowering == "strided+tiled"
     tiled = cd.compile(program, lowering="tiled")
-    back = torch.randn(1, 1, 4096, 4, dtype=torch.float64), torch.randn(1, 1, 4096, dtype=torch.float64)
+    back = (
+        torch.randn(1, 1, 4096, 4, dtype=torch.float64),
+        torch.randn(1, 1, 4096, dtype=torch.float64),
+    )
     for mine, theirs in zip(
-        *(torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back) for each in (attend, tiled)), strict=True
+        *(
+            torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back)
+            for each in (attend, tiled)
+        ),
+        strict=True,
     ):
         same(mine, theirs)
     caches.forget()
@@ -54,7 +61,14 @@ def test_auto_is_native_on_a_cpu() -> None:
 
 
 def test_a_plan_tells_what_it_weighed() -> None:
-    plan = cd.plan(cd.longnet((64, 128), (1, 2)), (1, 4, 512, 16), kv_heads=2, dtype=torch.bfloat16, training=True, device="cuda")
+    plan = cd.plan(
+        cd.longnet((64, 128), (1, 2)),
+        (1, 4, 512, 16),
+        kv_heads=2,
+        dtype=torch.bfloat16,
+        training=True,
+        device="cuda",
+    )
     told = plan.to_json()
     assert told["program"] == repr(plan.problem.program)
     assert {row["lowering"] for row in told["candidates"]} >= {"dense", "strided", "flex"}
@@ -68,11 +82,20 @@ def test_a_plan_counts_its_pairs(case: Case) -> None:
     inputs, program = case.inputs(129, torch.float32), case.program(129)
     counts = multiplicity(as_program(program), inputs.q, inputs.k, data=inputs.data)
     for lowering in ("dense", "tiled", "auto", *(() if case.refused else ("strided",))):
-        plan = cd.plan(program, inputs.q.shape, case.kv_heads, value_dim=case.value_dim, lowering=lowering, training=True)
+        plan = cd.plan(
+            program,
+            inputs.q.shape,
+            case.kv_heads,
+            value_dim=case.value_dim,
+            lowering=lowering,
+            training=True,
+        )
         assert plan.cost.pairs >= int((counts > 0).sum())
         # Pairs that two branches link are two; masks that read data cannot be counted.
         assert plan.useful_pairs == (
-            None if any(branch.mask.per_call for branch in plan.problem.program.branches) else int(counts.sum())
+            None
+            if any(branch.mask.per_call for branch in plan.problem.program.branches)
+            else int(counts.sum())
         )
 
 
@@ -111,7 +134,9 @@ def test_what_is_not_counted_is_said() -> None:
     assert "at most" in plan.explain()
     plan = cd.plan(cd.hilbert_window((2**12, 2**12), 3), (1, 1, 2**24, 16))
     assert "too many different ones to count" in plan.explain()
-    assert plan.to_json()["tiles"] == [{"branch": 0, "heads": [0], "tile": 128, "full": None, "partial": None, "bytes": None}]
+    assert plan.to_json()["tiles"] == [
+        {"branch": 0, "heads": [0], "tile": 128, "full": None, "partial": None, "bytes": None}
+    ]
 
 
 def test_block_masks_of_a_long_sequence_are_counted_without_a_list() -> None:

@@ -11,8 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import compiled_dilated as cd
-from compiled_dilated import Branch, Program, block_sparse, hilbert_window, local_window, longnet, masks
-from compiled_dilated.masks import causal, congruent, dilated_blocks, global_tokens, neighborhood, segments, tiles, window
+from compiled_dilated import (
+    Branch,
+    Program,
+    block_sparse,
+    hilbert_window,
+    local_window,
+    longnet,
+    masks,
+)
+from compiled_dilated.masks import (
+    causal,
+    congruent,
+    dilated_blocks,
+    global_tokens,
+    neighborhood,
+    segments,
+    tiles,
+    window,
+)
 from compiled_dilated.orders import hilbert, identity, residue
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
@@ -53,7 +70,9 @@ def test_the_mask_of_a_head_is_the_same_value_for_heads_that_see_the_same() -> N
     assert seen[0] == seen[3] == seen[6]
     assert len(set(seen)) == 3
     (branch,) = longnet((8,), (3,), offsets="grouped").branches
-    assert [branch.mask_at(head, 7) for head in range(7)] == [seen[i] for i in (0, 0, 0, 1, 1, 1, 2)]
+    assert [branch.mask_at(head, 7) for head in range(7)] == [
+        seen[i] for i in (0, 0, 0, 1, 1, 1, 2)
+    ]
 
 
 # Values: equal, hashable, printed as code ---------------------------------------------------------------------------------------
@@ -101,10 +120,16 @@ def test_an_attend_prints_as_code_too() -> None:
 
 def test_longnet() -> None:
     assert longnet((2048, 4096), (1, 2), causal=True) == Program(
-        (Branch(segments(2048) & causal()), Branch(segments(4096) & congruent(2, "cyclic", period=4096) & causal()))
+        (
+            Branch(segments(2048) & causal()),
+            Branch(segments(4096) & congruent(2, "cyclic", period=4096) & causal()),
+        )
     )
     assert longnet([8, 8], [3, 5], heads="split") == Program(
-        (Branch(segments(8) & congruent(3, 0, period=8), "0/2"), Branch(segments(8) & congruent(5, 1, period=8), "1/2"))
+        (
+            Branch(segments(8) & congruent(3, 0, period=8), "0/2"),
+            Branch(segments(8) & congruent(5, 1, period=8), "1/2"),
+        )
     )
 
 
@@ -129,7 +154,9 @@ def test_local_window() -> None:
 
 
 def test_hilbert_window() -> None:
-    assert hilbert_window((6, 9), 2) == Program((Branch(neighborhood((6, 9), 2), order=hilbert(6, 9)),))
+    assert hilbert_window((6, 9), 2) == Program(
+        (Branch(neighborhood((6, 9), 2), order=hilbert(6, 9)),)
+    )
     assert hilbert_window([2, 3, 4], (1, 1, 2), edges="shift") == Program(
         (Branch(neighborhood((2, 3, 4), (1, 1, 2), edges="shift"), order=hilbert(2, 3, 4)),)
     )
@@ -163,7 +190,9 @@ def test_global_tokens_that_are_all_tokens(tokens: int) -> None:
     assert density_of(block_sparse(1.0, "global_local", block=8, tokens=tokens), tokens) == 1.0
 
 
-@pytest.mark.parametrize(("density", "stride"), [(0.25, 4), (0.5, 2), (1.0, 1), (0.1, 10), (1 / 3, 3)])
+@pytest.mark.parametrize(
+    ("density", "stride"), [(0.25, 4), (0.5, 2), (1.0, 1), (0.1, 10), (1 / 3, 3)]
+)
 def test_dilated_blocks_keep_their_density(density: float, stride: int) -> None:
     program = block_sparse(density, "dilated", block=4)
     assert program == as_program(dilated_blocks(4, stride))
@@ -175,7 +204,10 @@ def test_tiles_keep_their_density() -> None:
     assert program == as_program(tiles([(0, 0), (1, 3), (3, 1)], 8))
     assert math.isclose(density_of(program, 32), 3 / 16)
     # The last tile is short: 8 x 8 and 2 x 2 pairs of 10 x 10.
-    assert math.isclose(density_of(block_sparse(0.68, "tiles", block=8, tokens=10, tiles=[(0, 0), (1, 1)]), 10), 0.68)
+    assert math.isclose(
+        density_of(block_sparse(0.68, "tiles", block=8, tokens=10, tiles=[(0, 0), (1, 1)]), 10),
+        0.68,
+    )
 
 
 def test_causal_halves_what_density_says() -> None:
@@ -189,7 +221,11 @@ def test_causal_halves_what_density_says() -> None:
 
 def test_names_are_those_of_all_branches() -> None:
     program = Program(
-        (Branch(masks.padding("pad") & causal()), Branch(masks.documents(ids="ids")), Branch(~masks.padding("pad")))
+        (
+            Branch(masks.padding("pad") & causal()),
+            Branch(masks.documents(ids="ids")),
+            Branch(~masks.padding("pad")),
+        )
     )
     assert program.names == ("ids", "pad")
     assert longnet((4,), (1,)).names == ()
@@ -198,7 +234,10 @@ def test_names_are_those_of_all_branches() -> None:
 def test_check() -> None:
     grid = hilbert_window((4, 5), 1)
     grid.check(20, 20)
-    with pytest.raises(ValueError, match=r"hilbert\(4, 5\) orders one sequence; got 1 queries at offset 19 and 20 keys"):
+    with pytest.raises(
+        ValueError,
+        match=r"hilbert\(4, 5\) orders one sequence; got 1 queries at offset 19 and 20 keys",
+    ):
         grid.check(1, 20, q_offset=19)
     with pytest.raises(ValueError, match="orders the 20 cells of its grid; got 19 tokens"):
         Program((Branch(window(3), order=hilbert(4, 5)),)).check(19, 19)

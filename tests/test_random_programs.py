@@ -26,8 +26,17 @@ def programs(draw: st.DrawFn) -> tuple[Program, int]:
     heads = st.sampled_from([None, (0, 2), (1, 3), (2, 3), (1, 1), "0/2", "1/2"])
     branches = [Branch(mask, draw(heads), order)]
     for _ in range(draw(st.integers(0, 2))):
-        own = draw(st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, 60)) | st.just(orders.identity()))
-        branches.append(Branch(draw(strategies.expressions(strategies.line_masks(150) | strategies.mods())), draw(heads), own))
+        own = draw(
+            st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, 60))
+            | st.just(orders.identity())
+        )
+        branches.append(
+            Branch(
+                draw(strategies.expressions(strategies.line_masks(150) | strategies.mods())),
+                draw(heads),
+                own,
+            )
+        )
     return Program(tuple(branches)), n
 
 
@@ -41,7 +50,11 @@ def agree(program: Program, q: Tensor, k: Tensor, v: Tensor, lowering: str, **op
     want = cd.reference(program, q, k, v, return_lse=True, **options)
     same(got, want)
     back = torch.ones_like(got[0]), torch.ones_like(got[1])
-    for mine, theirs in zip(torch.autograd.grad(got, (q, k, v), back), torch.autograd.grad(want, (q, k, v), back), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(got, (q, k, v), back),
+        torch.autograd.grad(want, (q, k, v), back),
+        strict=True,
+    ):
         same(mine, theirs)
 
 
@@ -61,9 +74,14 @@ def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
     kv_len=st.integers(1, 150),
     q_offset=st.integers(0, 150),
 )
-def test_any_mask_at_any_offset(lowering: str, mask: Mask, q_len: int, kv_len: int, q_offset: int) -> None:
+def test_any_mask_at_any_offset(
+    lowering: str, mask: Mask, q_len: int, kv_len: int, q_offset: int
+) -> None:
     q, k, v = tensors(2, 1, 150, 3, 3, batch=1)
-    q, k, v = (x[:, :, :size].detach().requires_grad_() for x, size in ((q, q_len), (k, kv_len), (v, kv_len)))
+    q, k, v = (
+        x[:, :, :size].detach().requires_grad_()
+        for x, size in ((q, q_len), (k, kv_len), (v, kv_len))
+    )
     program = Program((Branch(mask),))
     agree(program, q, k, v, lowering, q_offset=q_offset)
     with torch.no_grad():
@@ -95,19 +113,31 @@ def parts(most: int) -> st.SearchStrategy[list[Mask]]:
 
 @settings(max_examples=150)
 @given(
-    parts=parts(40), q_len=st.integers(1, 150), kv_len=st.integers(1, 150), q_offset=st.integers(0, 150), batch=st.integers(1, 2)
+    parts=parts(40),
+    q_len=st.integers(1, 150),
+    kv_len=st.integers(1, 150),
+    q_offset=st.integers(0, 150),
+    batch=st.integers(1, 2),
 )
-def test_any_conjunction_by_slices(parts: list[Mask], q_len: int, kv_len: int, q_offset: int, batch: int) -> None:
+def test_any_conjunction_by_slices(
+    parts: list[Mask], q_len: int, kv_len: int, q_offset: int, batch: int
+) -> None:
     """The strided lowering sorts what a conjunction is made of: every combination is right, or refused."""
     q, k, v = tensors(2, 1, 150, 3, 3, batch=batch)
-    q, k, v = (x[:, :, :size].detach().requires_grad_() for x, size in ((q, q_len), (k, kv_len), (v, kv_len)))
+    q, k, v = (
+        x[:, :, :size].detach().requires_grad_()
+        for x, size in ((q, q_len), (k, kv_len), (v, kv_len))
+    )
     agree(Program((Branch(conjunction(tuple(parts))),)), q, k, v, "strided", q_offset=q_offset)
 
 
 BANDS = st.one_of(
     st.just(masks.causal()),
     st.builds(masks.window, st.integers(0, 60), st.integers(0, 60)),
-    *(st.builds(make, st.integers(0, 60)) for make in (masks.sinks, masks.prefix, masks.global_tokens)),
+    *(
+        st.builds(make, st.integers(0, 60))
+        for make in (masks.sinks, masks.prefix, masks.global_tokens)
+    ),
     st.builds(masks.segments, st.integers(1, 60)),
     st.builds(masks.dilated_blocks, st.integers(1, 9), st.integers(1, 4)),
 )
@@ -123,11 +153,16 @@ BANDS = st.one_of(
 @example(mask=masks.causal() & ~masks.sinks(1), q_len=2, kv_len=2, q_offset=0)
 @example(mask=masks.causal() & ~masks.sinks(9) & masks.window(20), q_len=50, kv_len=60, q_offset=3)
 @example(mask=~masks.window(0), q_len=3, kv_len=2, q_offset=0)
-def test_bands_and_leading_tokens_in_many_small_tiles(mask: Mask, q_len: int, kv_len: int, q_offset: int) -> None:
+def test_bands_and_leading_tokens_in_many_small_tiles(
+    mask: Mask, q_len: int, kv_len: int, q_offset: int
+) -> None:
     """As of sequences that are longer than many of the largest tiles."""
     caches.forget()
     q, k, v = tensors(2, 1, 150, 3, 3, batch=1)
-    q, k, v = (x[:, :, :size].detach().requires_grad_() for x, size in ((q, q_len), (k, kv_len), (v, kv_len)))
+    q, k, v = (
+        x[:, :, :size].detach().requires_grad_()
+        for x, size in ((q, q_len), (k, kv_len), (v, kv_len))
+    )
     with pytest.MonkeyPatch.context() as patch:
         for room, name, value in (
             (tiled, "_Q_TILE", 16),

@@ -47,17 +47,27 @@ def loops(
                 query = q[b, h, t].tolist()
                 for j in range(k.shape[2]):
                     times = count(b, h, heads, i, j)
-                    score = scale * sum(x * y for x, y in zip(query, k[b, h // group, j].tolist(), strict=True))
+                    score = scale * sum(
+                        x * y for x, y in zip(query, k[b, h // group, j].tolist(), strict=True)
+                    )
                     weight = times * math.exp(score if bias is None else bias(score, b, h, i, j))
                     total += weight
-                    value = [x + weight * y for x, y in zip(value, v[b, h // group, j].tolist(), strict=True)]
+                    value = [
+                        x + weight * y
+                        for x, y in zip(value, v[b, h // group, j].tolist(), strict=True)
+                    ]
                 total += 0.0 if sinks is None else math.exp(sinks[h].item())
                 if total:
-                    out[b, h, t], lse[b, h, t] = torch.tensor(value, dtype=torch.float64) / total, math.log(total)
+                    out[b, h, t], lse[b, h, t] = (
+                        torch.tensor(value, dtype=torch.float64) / total,
+                        math.log(total),
+                    )
     return out, lse
 
 
-def longnet_count(lengths: tuple[int, ...], rates: tuple[int, ...], causal: bool, rule: str) -> Count:
+def longnet_count(
+    lengths: tuple[int, ...], rates: tuple[int, ...], causal: bool, rule: str
+) -> Count:
     """LongNet's table as semantics give it, written with ranges.
 
     For each branch, the positions of a segment that a head takes.
@@ -68,7 +78,11 @@ def longnet_count(lengths: tuple[int, ...], rates: tuple[int, ...], causal: bool
         for branch, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
             if rule == "split":
                 size, longer = divmod(heads, len(lengths))
-                owner = [number for number in range(len(lengths)) for _ in range(size + (number < longer))][h]
+                owner = [
+                    number
+                    for number in range(len(lengths))
+                    for _ in range(size + (number < longer))
+                ][h]
                 if owner != branch:
                     continue
                 offset = branch % rate
@@ -161,7 +175,11 @@ def tensors(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
-    return normal(2, heads, q_len, 3), normal(2, kv_heads, kv_len, 3), normal(2, kv_heads, kv_len, value_dim)
+    return (
+        normal(2, heads, q_len, 3),
+        normal(2, kv_heads, kv_len, 3),
+        normal(2, kv_heads, kv_len, value_dim),
+    )
 
 
 def data_of(program: Program) -> dict[str, Tensor]:
@@ -176,7 +194,8 @@ def test_the_reference_is_the_definition(name: str) -> None:
     data = data_of(program)
     counts = multiplicity(program, q, k, data=data)
     assert counts.tolist() == [
-        [[[int(count(b, h, 4, i, j)) for j in range(11)] for i in range(11)] for h in range(4)] for b in range(2)
+        [[[int(count(b, h, 4, i, j)) for j in range(11)] for i in range(11)] for h in range(4)]
+        for b in range(2)
     ]
     out, lse = cd.reference(given, q, k, v, data=data, return_lse=True)
     want_out, want_lse = loops(count, q, k, v)
@@ -187,8 +206,12 @@ def test_the_reference_is_the_definition(name: str) -> None:
 
 def test_queries_elsewhere() -> None:
     q, k, v = tensors(q_len=3, kv_len=9)
-    out, lse = cd.reference(masks.causal() & masks.window(4), q, k, v, q_offset=6, scale=-0.7, return_lse=True)
-    want_out, want_lse = loops(lambda b, h, H, i, j: i - 4 <= j <= i, q, k, v, scale=-0.7, q_offset=6)
+    out, lse = cd.reference(
+        masks.causal() & masks.window(4), q, k, v, q_offset=6, scale=-0.7, return_lse=True
+    )
+    want_out, want_lse = loops(
+        lambda b, h, H, i, j: i - 4 <= j <= i, q, k, v, scale=-0.7, q_offset=6
+    )
     torch.testing.assert_close(out, want_out, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-13)
 
@@ -218,9 +241,13 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 def test_gradients_are_right_and_zero_where_nothing_is_seen() -> None:
-    q, k, v = (x.detach()[:1, :, :6].requires_grad_() for x in tensors(heads=3, kv_heads=1, value_dim=2))
+    q, k, v = (
+        x.detach()[:1, :, :6].requires_grad_() for x in tensors(heads=3, kv_heads=1, value_dim=2)
+    )
     program = cd.longnet((3, 6), (1, 2), causal=True)
-    assert torch.autograd.gradcheck(lambda *x: cd.reference(program, *x, return_lse=True), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda *x: cd.reference(program, *x, return_lse=True), (q, k, v)
+    )
     dead = ~masks.causal()  # the last query sees nothing, the first key is seen by nobody
     grads = torch.autograd.grad(cd.reference(dead, q, k, v).square().sum(), (q, k, v))
     assert all(x.isfinite().all() for x in grads)
@@ -235,7 +262,9 @@ def test_answers_in_float64(dtype: torch.dtype) -> None:
     q, k, v = (x.detach().to(dtype) for x in tensors())
     out, lse = cd.reference(masks.window(2), q, k, v, return_lse=True)
     assert out.dtype == lse.dtype == torch.float64
-    torch.testing.assert_close(out, cd.reference(masks.window(2), q.double(), k.double(), v.double()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        out, cd.reference(masks.window(2), q.double(), k.double(), v.double()), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 4), (4, 0), (0, 0)])
@@ -252,7 +281,9 @@ def test_longnet_is_its_authors_mixture() -> None:
     """Branches weighted by their softmax denominators are the one softmax with multiplicities."""
     q, k, v = tensors(heads=4, kv_heads=4)
     program = cd.longnet((4, 8), (1, 2))
-    parts = [cd.reference(Program((branch,)), q, k, v, return_lse=True) for branch in program.branches]
+    parts = [
+        cd.reference(Program((branch,)), q, k, v, return_lse=True) for branch in program.branches
+    ]
     lse = torch.stack([part[1] for part in parts])
     weights = lse.softmax(dim=0)
     mixed = sum(weight[..., None] * part[0] for weight, part in zip(weights, parts, strict=True))

@@ -22,7 +22,14 @@ from compiled_dilated.attend import Attend
 from compiled_dilated.programs import as_program
 from compiled_dilated.ring.plans import RingPlan, layouts_of
 from tests.cases import CASES, Case, Inputs, by_name
-from tests.test_against_reference import assert_same, dead_rows_are_zero, dense_attention, no_worse_than_dense, run, truth
+from tests.test_against_reference import (
+    assert_same,
+    dead_rows_are_zero,
+    dense_attention,
+    no_worse_than_dense,
+    run,
+    truth,
+)
 from tests.test_random_programs import programs
 
 RANKS = (1, 2, 3, 4, 8, 16)
@@ -90,7 +97,9 @@ def test_number_of_ranks(name: str, ranks: int) -> None:
     """Fewer tokens than ranks among them."""
     for n in (1, 37):
         inputs, want = truth(by_name(name), n, torch.float64)
-        assert_same(run(ring(by_name(name), n, ranks, "auto" if ranks == 2 else "zigzag"), inputs), want)
+        assert_same(
+            run(ring(by_name(name), n, ranks, "auto" if ranks == 2 else "zigzag"), inputs), want
+        )
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -102,19 +111,36 @@ def test_every_layout(name: str) -> None:
 
 
 @settings(max_examples=8)
-@given(drawn=programs(), ranks=st.integers(1, 5), layout=st.sampled_from(("contiguous", "zigzag", "striped")))
+@given(
+    drawn=programs(),
+    ranks=st.integers(1, 5),
+    layout=st.sampled_from(("contiguous", "zigzag", "striped")),
+)
 def test_any_program(drawn: tuple[Program, int], ranks: int, layout: str) -> None:
     program, n = drawn
     generator = torch.Generator().manual_seed(n)
     shapes = ((1, 3, n, 4), (1, 3, n, 4), (1, 3, n, 5), (1, 3, n, 5), (1, 3, n))
-    q, k, v, grad_out, grad_lse = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    inputs = Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), {}, grad_out, grad_lse)
+    q, k, v, grad_out, grad_lse = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    inputs = Inputs(
+        q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), {}, grad_out, grad_lse
+    )
     want = run(lambda *x, **options: cd.reference(program, *x, **options), inputs)
     assert_same(run(cd.compile(program, ranks=ranks, layout=layout), inputs), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["causal", "padding of everything", "longnet causal", "rows dead in one branch", "one key head"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal",
+        "padding of everything",
+        "longnet causal",
+        "rows dead in one branch",
+        "one key head",
+    ],
+)
 def test_lower_precision(name: str, dtype: torch.dtype) -> None:
     case, n = by_name(name), 127
     inputs, want = truth(case, n, dtype, with_lse=False)
@@ -173,15 +199,24 @@ def test_inside_torch_compile(layout: str) -> None:
     want = attend(*x)
     got = torch.compile(lambda *x: attend(*x), fullgraph=True, backend="aot_eager")(*x)
     assert torch.equal(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.sum(), x),
+        torch.autograd.grad(want.sum(), x),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_transforms_of_torch_func() -> None:
     attend, single, many = cd.compile(LONGNET, ranks=3), cd.compile(LONGNET), tensors(3, 2)
-    torch.testing.assert_close(torch.func.vmap(attend)(*many), torch.func.vmap(single)(*many), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.func.vmap(attend)(*many), torch.func.vmap(single)(*many), rtol=1e-10, atol=1e-10
+    )
 
     def gradients(f: Attend) -> Any:
-        return torch.func.grad(lambda q, k, v: f(q, k, v).square().sum(), (0, 1, 2))(*(x[0] for x in many))
+        return torch.func.grad(lambda q, k, v: f(q, k, v).square().sum(), (0, 1, 2))(
+            *(x[0] for x in many)
+        )
 
     torch.testing.assert_close(gradients(attend), gradients(single), rtol=1e-10, atol=1e-10)
 
@@ -190,7 +225,9 @@ def test_two_runs_give_the_same_bits() -> None:
     case = by_name("longnet causal")
     inputs, attend = case.inputs(129, torch.float32), ring(case, 129, 4, "zigzag")
     first, second = run(attend, inputs), run(attend, inputs)
-    for one, other in zip((first.out, first.lse, *first.grads), (second.out, second.lse, *second.grads), strict=True):
+    for one, other in zip(
+        (first.out, first.lse, *first.grads), (second.out, second.lse, *second.grads), strict=True
+    ):
         assert torch.equal(one, other)
     assert torch.equal(first.frozen[0], first.out)
 
@@ -199,7 +236,11 @@ def test_a_copy_computes_the_same() -> None:
     attend = cd.compile(LONGNET, ranks=4, layout="zigzag")
     x = tensors(1)
     copy = pickle.loads(pickle.dumps(attend))
-    assert repr(copy) == repr(attend) == f"compile({LONGNET!r}, Ring(4, layout='zigzag', transport=simulated))"
+    assert (
+        repr(copy)
+        == repr(attend)
+        == f"compile({LONGNET!r}, Ring(4, layout='zigzag', transport=simulated))"
+    )
     assert torch.equal(copy(*x), attend(*x))
 
 
@@ -218,7 +259,10 @@ def test_nothing_leaks_backwards_in_any_layout() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "residue"])
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_the_ledger_equals_the_plan(ranks: int, layout: str) -> None:
-    attend, x = cd.compile(LONGNET, ranks=ranks, layout=layout), [each.requires_grad_() for each in tensors(2)]
+    attend, x = (
+        cd.compile(LONGNET, ranks=ranks, layout=layout),
+        [each.requires_grad_() for each in tensors(2)],
+    )
     plan = attend.plan(*x)
     out = attend(*x)
     for _ in range(2):  # a backward receives what a forward does
@@ -238,12 +282,17 @@ def planned(layout: str = "auto", ranks: int = 4, n: int = 100) -> RingPlan:
 @pytest.mark.parametrize(("n", "ranks"), [(100, 4), (3, 5), (17, 16)])
 def test_positions_partition_the_tokens(layout: str, n: int, ranks: int) -> None:
     plan = planned(layout, ranks, n)
-    assert torch.cat([plan.positions(rank) for rank in range(ranks)]).sort().values.tolist() == list(range(n))
+    assert torch.cat(
+        [plan.positions(rank) for rank in range(ranks)]
+    ).sort().values.tolist() == list(range(n))
 
 
 def test_positions_along_a_curve() -> None:
     plan = cd.plan(masks.neighborhood((8, 8), 2), (1, 1, 64, 8), ranks=4, layout="hilbert")
-    quarters = [sorted({(at // 8 // 4, at % 8 // 4) for at in plan.positions(rank).tolist()}) for rank in range(4)]
+    quarters = [
+        sorted({(at // 8 // 4, at % 8 // 4) for at in plan.positions(rank).tolist()})
+        for rank in range(4)
+    ]
     assert sorted(quarters) == [[(0, 0)], [(0, 1)], [(1, 0)], [(1, 1)]]
 
 
@@ -252,7 +301,12 @@ def test_the_plan_weighs_layouts_and_says_why() -> None:
     told = json.loads(json.dumps(plan.to_json()))
     assert (told["ranks"], told["layout"], told["kv_heads"]) == (4, plan.schedule.layout.name, 2)
     assert [row["layout"] for row in told["layouts"] if row["chosen"]] == [told["layout"]]
-    assert [row["layout"] for row in told["layouts"]] == ["contiguous", "zigzag", "striped", "residue 3"]
+    assert [row["layout"] for row in told["layouts"]] == [
+        "contiguous",
+        "zigzag",
+        "striped",
+        "residue 3",
+    ]
     text = plan.explain()
     assert str(plan) == text
     assert f"chosen    {told['layout']}: the slowest rank, bound by what it " in text
@@ -263,5 +317,8 @@ def test_the_plan_weighs_layouts_and_says_why() -> None:
 def test_the_layout_follows_the_mask() -> None:
     """Windows stay where they are, causal work is evened out."""
     shape = (1, 8, 65536, 64)
-    assert cd.plan(masks.causal() & masks.window(1024), shape, ranks=8).schedule.layout.name == "contiguous"
+    assert (
+        cd.plan(masks.causal() & masks.window(1024), shape, ranks=8).schedule.layout.name
+        == "contiguous"
+    )
     assert cd.plan(masks.causal(), shape, ranks=8).schedule.layout.name in ("zigzag", "striped")

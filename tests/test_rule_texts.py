@@ -27,7 +27,9 @@ from tests.support.exported import HEADS, many_tiles
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
-def real_text(program: Program | Mask, mod: Any = None, ring: Any = None) -> tuple[str, tuple[Tensor, ...]]:
+def real_text(
+    program: Program | Mask, mod: Any = None, ring: Any = None
+) -> tuple[str, tuple[Tensor, ...]]:
     """What an operator is told of a program, and the operands of its call."""
     skeleton = Skeleton(cd.compile(program).program, "auto", ring)
     bound = bind(skeleton.frame, skeleton.literals, skeleton.mask_mods, mod, torch.float64)
@@ -38,7 +40,10 @@ def real_text(program: Program | Mask, mod: Any = None, ring: Any = None) -> tup
 def real_texts() -> list[tuple[str, tuple[Tensor, ...]]]:
     parameters = Parameters.of(HEADS, 8)
     mod = functions.score_mod(("T5 buckets", "products of rows", "-inf"), parameters)
-    mask = masks.from_mod(functions.mask_mod(("allowed[i, j]", "torch.stack and any"), parameters), within=masks.window(5))
+    mask = masks.from_mod(
+        functions.mask_mod(("allowed[i, j]", "torch.stack and any"), parameters),
+        within=masks.window(5),
+    )
     ring = cd.compile(masks.causal(), ranks=2).ring
     return [
         real_text(cd.longnet((8, 24), (1, 3), causal=True)),
@@ -57,7 +62,16 @@ HOSTILE = (
     "(" * 300, "-1", "9" * 30, "1e999", "null", "true", "NaN", "Infinity", "\"", "\\", "'", "\x00", "\n", "é", "\ud800",
 )  # fmt: skip
 WATCHED = frozenset(
-    ("os.system", "os.exec", "os.remove", "subprocess.Popen", "exec", "pickle.find_class", "ctypes.dlopen", "socket.connect")
+    (
+        "os.system",
+        "os.exec",
+        "os.remove",
+        "subprocess.Popen",
+        "exec",
+        "pickle.find_class",
+        "ctypes.dlopen",
+        "socket.connect",
+    )
 )
 _watching: list[str] | None = None
 
@@ -90,7 +104,14 @@ def mutated(draw: st.DrawFn, written: st.SearchStrategy[str]) -> str:
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(out)))
         stop = draw(st.integers(start, min(len(out), start + 30)))
-        put = draw(st.one_of(st.sampled_from(HOSTILE), st.text(max_size=3), st.just(out[start:stop] * 2), st.just("")))
+        put = draw(
+            st.one_of(
+                st.sampled_from(HOSTILE),
+                st.text(max_size=3),
+                st.just(out[start:stop] * 2),
+                st.just(""),
+            )
+        )
         out = out[:start] + put + out[stop:]
     return out
 
@@ -103,7 +124,11 @@ def reads_or_refuses(read: Callable[[], Any]) -> None:
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(range(len(TEXTS))).flatmap(lambda at: st.tuples(st.just(at), mutated(st.just(TEXTS[at][0])))))
+@given(
+    st.sampled_from(range(len(TEXTS))).flatmap(
+        lambda at: st.tuples(st.just(at), mutated(st.just(TEXTS[at][0])))
+    )
+)
 def test_mutated_rules_are_read_or_refused(drawn: tuple[int, str]) -> None:
     at, written = drawn
     operands = TEXTS[at][1]

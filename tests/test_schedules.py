@@ -41,7 +41,9 @@ def counts_of(schedule: Schedule) -> npt.NDArray[np.int64]:
     out = np.zeros((schedule.heads, layout.tokens, layout.tokens), dtype=np.int64)
     for branch in schedule.program.branches:
         for head in branch.head_range(schedule.heads):
-            out[head] += branch.mask_at(head, schedule.heads).allows(np.int64(0), np.int64(head), at[:, None], at[None, :])
+            out[head] += branch.mask_at(head, schedule.heads).allows(
+                np.int64(0), np.int64(head), at[:, None], at[None, :]
+            )
     return out
 
 
@@ -83,13 +85,22 @@ def check_steps(schedule: Schedule) -> None:
 def check_peers(schedule: Schedule) -> None:
     """Both ends of every transfer know of it: sources and targets leave out no step that there is."""
     ranks = range(schedule.layout.ranks)
-    needed = {(rank, source) for rank in ranks for source in ranks if schedule.step(rank, source) is not None}
+    needed = {
+        (rank, source)
+        for rank in ranks
+        for source in ranks
+        if schedule.step(rank, source) is not None
+    }
     for rank in ranks:
         sources, targets = schedule.sources(rank), schedule.targets(rank)
         assert {source for at, source in needed if at == rank} <= set(sources)
         assert {target for target, source in needed if source == rank} - {rank} <= set(targets)
-        assert [schedule.distance(rank, source) for source in sources] == sorted(schedule.distance(rank, s) for s in set(sources))
-        assert [schedule.distance(t, rank) for t in targets] == sorted(schedule.distance(t, rank) for t in set(targets))
+        assert [schedule.distance(rank, source) for source in sources] == sorted(
+            schedule.distance(rank, s) for s in set(sources)
+        )
+        assert [schedule.distance(t, rank) for t in targets] == sorted(
+            schedule.distance(t, rank) for t in set(targets)
+        )
 
 
 @st.composite
@@ -99,16 +110,25 @@ def schedules(draw: st.DrawFn) -> Schedule:
     heads = st.sampled_from([None, (0, 3), (1, 4), "1/2"])
     branches = [Branch(mask, draw(heads), order)]
     if draw(st.booleans()):
-        branches.append(Branch(draw(strategies.expressions(strategies.line_masks(30))), draw(heads)))
+        branches.append(
+            Branch(draw(strategies.expressions(strategies.line_masks(30))), draw(heads))
+        )
     program = Program(tuple(branches))
-    layout = draw(st.sampled_from(layouts_of(program, tokens, draw(st.sampled_from((1, 2, 3, 5, 8))))))
+    layout = draw(
+        st.sampled_from(layouts_of(program, tokens, draw(st.sampled_from((1, 2, 3, 5, 8)))))
+    )
     return Schedule(program, layout, HEADS, KV_HEADS)
 
 
 @settings(max_examples=30)
 @given(schedules())
 def test_every_pair_is_computed_once_for_each_branch_that_allows_it(schedule: Schedule) -> None:
-    blocks = (block for rank in range(schedule.layout.ranks) for step in schedule.steps(rank) for block in step.blocks)
+    blocks = (
+        block
+        for rank in range(schedule.layout.ranks)
+        for step in schedule.steps(rank)
+        for block in step.blocks
+    )
     assert (scheduled(schedule, blocks) == counts_of(schedule)).all()
     check_steps(schedule)
     check_peers(schedule)
@@ -122,7 +142,13 @@ PROGRAMS = [
     cd.hilbert_window(grid_of(63), 2),
     as_program(masks.causal() & (masks.window(6) | masks.sinks(3))),
     as_program(masks.from_mod(strategies.by_head, within=masks.window(8))),
-    Program((Branch(masks.window(4)), Branch(masks.causal(), order=orders.residue(3)), Branch(masks.window(4)))),
+    Program(
+        (
+            Branch(masks.window(4)),
+            Branch(masks.causal(), order=orders.residue(3)),
+            Branch(masks.window(4)),
+        )
+    ),
 ]
 
 
@@ -131,7 +157,9 @@ PROGRAMS = [
 def test_schedules_of_named_programs(program: Program, ranks: int) -> None:
     for layout in layouts_of(program, 63, ranks):
         schedule = Schedule(program, layout, HEADS, KV_HEADS)
-        blocks = (block for rank in range(ranks) for step in schedule.steps(rank) for block in step.blocks)
+        blocks = (
+            block for rank in range(ranks) for step in schedule.steps(rank) for block in step.blocks
+        )
         assert (scheduled(schedule, blocks) == counts_of(schedule)).all()
         check_steps(schedule)
         check_peers(schedule)
@@ -141,7 +169,12 @@ def test_schedules_of_named_programs(program: Program, ranks: int) -> None:
 @given(schedules(), st.data())
 def test_a_block_in_place_is_the_same_block(schedule: Schedule, data: st.DataObject) -> None:
     """A block's own mask says of counted queries and keys, and of tiles of them, what the whole mask says of their places."""
-    blocks = [block for rank in range(schedule.layout.ranks) for step in schedule.steps(rank) for block in step.blocks]
+    blocks = [
+        block
+        for rank in range(schedule.layout.ranks)
+        for step in schedule.steps(rank)
+        for block in step.blocks
+    ]
     if not blocks:
         return
     block = data.draw(st.sampled_from(blocks))
@@ -149,7 +182,9 @@ def test_a_block_in_place_is_the_same_block(schedule: Schedule, data: st.DataObj
     q, kv = np.arange(len(block.queries)) + offset, np.arange(len(block.keys))
     zero = np.int64(0)
     got = np.broadcast_to(mask.allows(zero, zero, q[:, None], kv[None, :]), (len(q), len(kv)))
-    want = block.mask.allows(zero, zero, np.array(block.queries)[:, None], np.array(block.keys)[None, :])
+    want = block.mask.allows(
+        zero, zero, np.array(block.queries)[:, None], np.array(block.keys)[None, :]
+    )
     assert (got == want).all()
     for rows, columns in itertools.product(np.array_split(q, 2), np.array_split(kv, 2)):
         if len(rows) and len(columns):
@@ -166,7 +201,9 @@ def test_a_block_in_place_is_the_same_block(schedule: Schedule, data: st.DataObj
 @st.composite
 def spans(draw: st.DrawFn, tokens: int) -> range:
     start = draw(st.integers(0, tokens - 1))
-    return range(start, draw(st.integers(start + 1, tokens)), draw(st.sampled_from((1, 1, 2, 3, 6))))
+    return range(
+        start, draw(st.integers(start + 1, tokens)), draw(st.sampled_from((1, 1, 2, 3, 6)))
+    )
 
 
 def check_shrink(mask: Mask, q: range, kv: range) -> None:
@@ -186,7 +223,11 @@ def test_shrink_keeps_every_allowed_pair(mask: Mask, q: range, kv: range) -> Non
 
 
 @settings(max_examples=300)
-@given(mask=strategies.expressions(strategies.line_masks(45) | strategies.mods()), q=spans(45), kv=spans(45))
+@given(
+    mask=strategies.expressions(strategies.line_masks(45) | strategies.mods()),
+    q=spans(45),
+    kv=spans(45),
+)
 def test_shrink_of_any_expression_keeps_every_allowed_pair(mask: Mask, q: range, kv: range) -> None:
     check_shrink(mask, q, kv)
 
@@ -206,13 +247,18 @@ def rows_received(schedule: Schedule, rank: int) -> Counter[tuple[int, int]]:
 
 
 def layouts_for(program: Program, tokens: int, ranks: int) -> list[Any]:
-    return [pytest.param(program, layout, id=f"{layout.name}-{program}") for layout in layouts_of(program, tokens, ranks)]
+    return [
+        pytest.param(program, layout, id=f"{layout.name}-{program}")
+        for layout in layouts_of(program, tokens, ranks)
+    ]
 
 
 NESTED = cd.longnet((16, 32, 64), (1, 2, 4)), cd.longnet((16, 32, 64), (1, 2, 4), causal=True)
 
 
-@pytest.mark.parametrize(("program", "layout"), [each for program in NESTED for each in layouts_for(program, 256, 8)])
+@pytest.mark.parametrize(
+    ("program", "layout"), [each for program in NESTED for each in layouts_for(program, 256, 8)]
+)
 def test_nested_rates_receive_no_row_twice(program: Program, layout: Layout) -> None:
     for kv_heads in (HEADS, KV_HEADS):
         schedule = Schedule(program, layout, HEADS, kv_heads)
@@ -225,7 +271,12 @@ def test_nested_rates_receive_no_row_twice(program: Program, layout: Layout) -> 
 def test_a_causal_window_receives_only_visible_keys(window: int) -> None:
     """Rank p of shards of n tokens: the window's rows before its first token, in ceil(window / n) remote steps."""
     n, ranks = 64, 8
-    schedule = Schedule(as_program(masks.causal() & masks.window(window)), Contiguous(n * ranks, ranks), HEADS, KV_HEADS)
+    schedule = Schedule(
+        as_program(masks.causal() & masks.window(window)),
+        Contiguous(n * ranks, ranks),
+        HEADS,
+        KV_HEADS,
+    )
     for rank in range(ranks):
         assert rows_received(schedule, rank).total() == KV_HEADS * min(window, rank * n)
         assert len(list(schedule.steps(rank))) == 1 + min(-(-window // n), rank)
@@ -250,7 +301,9 @@ BILLION = cd.longnet((2048, 4096, 8192), (1, 2, 4))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_a_billion_tokens_are_scheduled_rank_by_rank(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_billion_tokens_are_scheduled_rank_by_rank(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rank asks for the steps of its own segment alone: two ranks of 4096 tokens hold one of 8192."""
     (chosen,) = layouts_of(BILLION, TOKENS, MANY, layout)
     schedule = Schedule(BILLION, chosen, HEADS, KV_HEADS)

@@ -28,7 +28,14 @@ SMALL, LARGE = 129, 331
 Grid = npt.NDArray[np.int64]
 
 
-def dense(program: Program | Mask, heads: int, q_len: int, kv_len: int, data: Any = None, q_offset: int = 0) -> Grid:
+def dense(
+    program: Program | Mask,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    data: Any = None,
+    q_offset: int = 0,
+) -> Grid:
     """How many branches link each pair, (2, heads, q_len, kv_len)."""
     q, k = torch.zeros(2, heads, q_len, 1), torch.zeros(2, heads, kv_len, 1)
     counts: Grid = multiplicity(as_program(program), q, k, q_offset=q_offset, data=data).numpy()
@@ -43,7 +50,11 @@ def in_blocks(pairs: Grid, rows: int, columns: int) -> Grid:
 
 def heads_of(title: str, heads: int) -> list[int]:
     """The heads that a panel's title lists."""
-    return list(range(heads)) if title.startswith("every") else [int(x) for x in re.findall(r"\d+", title.partition(" of ")[0])]
+    return (
+        list(range(heads))
+        if title.startswith("every")
+        else [int(x) for x in re.findall(r"\d+", title.partition(" of ")[0])]
+    )
 
 
 # Pixels
@@ -58,7 +69,10 @@ def test_pixels_of_few_tokens_are_the_dense_mask(case: Case) -> None:
         options: dict[str, Any] = {"data": data or None, "heads": case.heads, "batch": batch}
         panels = cd.show(program, SMALL, **options).panels
         if len(panels) == 1:  # of many kinds of heads one is drawn
-            panels = tuple(cd.show(program, SMALL, head=head, **options).panels[0] for head in range(case.heads))
+            panels = tuple(
+                cd.show(program, SMALL, head=head, **options).panels[0]
+                for head in range(case.heads)
+            )
         for panel in panels:
             assert panel.pixels.is_single
             for head in heads_of(panel.title, case.heads):
@@ -68,12 +82,16 @@ def test_pixels_of_few_tokens_are_the_dense_mask(case: Case) -> None:
     assert seen >= case.heads
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if max(case.lengths) > MOST_PIXELS], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if max(case.lengths) > MOST_PIXELS], ids=str
+)
 def test_pixels_of_many_tokens_are_sums_of_the_dense_mask(case: Case) -> None:
     n = max(case.lengths)
     program, data = case.program(n), case.inputs(n, torch.float32).data
     expected = dense(program, case.heads, n, n, data)
-    figure = cd.show(program, n, data=data or None, heads=case.heads, head=case.heads - 1, batch=1 if data else 0)
+    figure = cd.show(
+        program, n, data=data or None, heads=case.heads, head=case.heads - 1, batch=1 if data else 0
+    )
     (panel,) = figure.panels
     size = int(cuts(n)[1])
     assert panel.pixels.size == (size, size)
@@ -82,11 +100,17 @@ def test_pixels_of_many_tokens_are_sums_of_the_dense_mask(case: Case) -> None:
     assert panel.pixels.pairs == expected[1 if data else 0, -1].sum()
 
 
-@pytest.mark.parametrize(("q_len", "kv_len", "q_offset"), [(1, 40, 39), (5, 400, 300), (300, 20, 0), (257, 256, 3), (1, 1, 0)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "q_offset"),
+    [(1, 40, 39), (5, 400, 300), (300, 20, 0), (257, 256, 3), (1, 1, 0)],
+)
 def test_queries_and_keys_of_different_number(q_len: int, kv_len: int, q_offset: int) -> None:
     mask = masks.causal() & (masks.window(30) | masks.sinks(2))
     pixels = cd.show(mask, q_len, kv_len, q_offset=q_offset).panels[0].pixels
-    assert (pixels.counts == in_blocks(dense(mask, 8, q_len, kv_len, None, q_offset)[0, 0], *pixels.size)).all()
+    assert (
+        pixels.counts
+        == in_blocks(dense(mask, 8, q_len, kv_len, None, q_offset)[0, 0], *pixels.size)
+    ).all()
 
 
 @pytest.mark.parametrize("n", [36, 324])
@@ -102,7 +126,9 @@ def test_an_order_draws_its_places(n: int, name: str) -> None:
     places = order.permutation(n)
     assert places is not None
     pixels = cd.show(mask, n, order=order).panels[0].pixels
-    assert (pixels.counts == in_blocks(dense(mask, 1, n, n)[0, 0][places][:, places], *pixels.size)).all()
+    assert (
+        pixels.counts == in_blocks(dense(mask, 1, n, n)[0, 0][places][:, places], *pixels.size)
+    ).all()
 
 
 def test_branches_orders_do_not_move_what_is_drawn() -> None:
@@ -122,10 +148,18 @@ def test_consecutive_documents_are_counted_at_a_million_tokens() -> None:
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_data_of_an_entry_of_the_batch(batch: int) -> None:
-    data = document_ids(2, 600) | some_padding(2, 600) | {"is_global": (torch.arange(600) % 97 == 5)[None]}
-    mask = (masks.documents(ids="documents") & masks.padding()) | masks.global_tokens(data="is_global")
+    data = (
+        document_ids(2, 600)
+        | some_padding(2, 600)
+        | {"is_global": (torch.arange(600) % 97 == 5)[None]}
+    )
+    mask = (masks.documents(ids="documents") & masks.padding()) | masks.global_tokens(
+        data="is_global"
+    )
     pixels = cd.show(mask, 600, data=data, batch=batch).panels[0].pixels
-    assert (pixels.counts == in_blocks(dense(mask, 1, 600, 600, data)[batch, 0], *pixels.size)).all()
+    assert (
+        pixels.counts == in_blocks(dense(mask, 1, 600, 600, data)[batch, 0], *pixels.size)
+    ).all()
 
 
 # Kinds of heads
@@ -134,7 +168,11 @@ def test_data_of_an_entry_of_the_batch(batch: int) -> None:
 def test_up_to_four_kinds_of_heads_are_drawn_side_by_side() -> None:
     figure = cd.show(masks.congruent(3, "cyclic"), 24, heads=7)
     assert figure.kinds == 3
-    assert [panel.title for panel in figure.panels] == ["heads 0, 3, 6 of 7", "heads 1, 4 of 7", "heads 2, 5 of 7"]
+    assert [panel.title for panel in figure.panels] == [
+        "heads 0, 3, 6 of 7",
+        "heads 1, 4 of 7",
+        "heads 2, 5 of 7",
+    ]
     assert "3 kinds of heads among 7" in figure.subheading
 
 
@@ -148,7 +186,9 @@ def test_of_more_kinds_head_0_is_drawn_and_their_number_said() -> None:
 
 
 def test_a_head_in_no_branch_sees_nothing() -> None:
-    (nothing, something) = cd.show(Program((Branch(masks.causal(), heads=(1, 2)),)), 8, heads=2).panels
+    (nothing, something) = cd.show(
+        Program((Branch(masks.causal(), heads=(1, 2)),)), 8, heads=2
+    ).panels
     assert nothing.title == "head 0 of 2: in no branch"
     assert nothing.pixels.pairs == 0
     assert something.pixels.pairs == 36
@@ -156,7 +196,11 @@ def test_a_head_in_no_branch_sees_nothing() -> None:
 
 def test_branches_alone_and_their_sum() -> None:
     panels = cd.show(cd.longnet((4, 8), (1, 2)), 16, branches=True).panels
-    assert [panel.title.partition(":")[0] for panel in panels] == ["branch 0", "branch 1", "heads 0, 2, 4, 6 of 8"]
+    assert [panel.title.partition(":")[0] for panel in panels] == [
+        "branch 0",
+        "branch 1",
+        "heads 0, 2, 4, 6 of 8",
+    ]
     assert (panels[0].pixels.counts + panels[1].pixels.counts == panels[2].pixels.counts).all()
     assert panels[2].pixels.counts.max() == 2
 
@@ -185,11 +229,16 @@ def test_a_million_tokens_take_little_memory(program: Program | Mask) -> None:
     (panel,) = figure.panels
     assert peak <= 128 * 2**20
     assert panel.pixels.counts.shape == (245, 245)
-    counted = [counting.pairs(branch.mask_at(0, 8), 10**6, 10**6) for branch in as_program(program).branches]
+    counted = [
+        counting.pairs(branch.mask_at(0, 8), 10**6, 10**6)
+        for branch in as_program(program).branches
+    ]
     if panel.pixels.pairs is None:
         assert "estimated from a sample" in panel.caption
         if None not in counted:
-            assert panel.pixels.counts.sum() == pytest.approx(sum(x or 0 for x in counted), rel=0.02)
+            assert panel.pixels.counts.sum() == pytest.approx(
+                sum(x or 0 for x in counted), rel=0.02
+            )
     else:
         assert panel.pixels.pairs == sum(x or 0 for x in counted)
 
@@ -215,7 +264,9 @@ def rasterized(svg: str) -> tuple[Grid, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "program", [masks.window(3, 5) & masks.segments(20), cd.longnet((8, 16), (1, 2))], ids=["mask", "program"]
+    "program",
+    [masks.window(3, 5) & masks.segments(20), cd.longnet((8, 16), (1, 2))],
+    ids=["mask", "program"],
 )
 def test_svg_is_the_dense_mask(program: Program | Mask) -> None:
     figure = cd.show(program, 40, head=0)
@@ -230,7 +281,9 @@ def test_png_is_the_dense_mask() -> None:
     program = cd.longnet((8, 16), (1, 2), causal=True)
     figure = cd.show(program, 32, head=0)
     image = np.rint(imread(io.BytesIO(figure.png()))[..., :3] * 255).astype(int)
-    palette = np.array([[int(color[at : at + 2], 16) for at in (1, 3, 5)] for color in figure.shades.palette])
+    palette = np.array(
+        [[int(color[at : at + 2], 16) for at in (1, 3, 5)] for color in figure.shades.palette]
+    )
     distance = abs(image[:, :, None, :] - palette).sum(axis=-1)
     # The card: rows and columns of the file that are mostly of the palette's colours.
     is_card = distance.min(axis=-1) == 0
@@ -258,7 +311,10 @@ def test_colours_say_how_many() -> None:
     assert levels[1] > 0  # a single pair of a large pixel is seen
     assert (np.diff(levels) >= 0).all()
     assert levels[-1] == len(large.palette) - 1
-    lightness = [sum(w * int(c[at : at + 2], 16) for w, at in ((0.3, 1), (0.59, 3), (0.11, 5))) for c in large.palette[1:]]
+    lightness = [
+        sum(w * int(c[at : at + 2], 16) for w, at in ((0.3, 1), (0.59, 3), (0.11, 5)))
+        for c in large.palette[1:]
+    ]
     assert (np.diff(lightness) < 0).all()  # reads in grey
     assert large.palette[0] == EMPTY
 
@@ -268,7 +324,12 @@ def test_text_of_one_mask() -> None:
     assert lines[0] == "causal()"
     assert lines[1] == "4 tokens; all heads alike; a pixel is one pair"
     assert lines[-3:] == ["10 pairs allowed (62.500% of 16)", "█▄  ", "███▄"]
-    assert cd.show(masks.causal(), 4).text(unicode=False).splitlines()[-4:] == ["#...", "##..", "###.", "####"]
+    assert cd.show(masks.causal(), 4).text(unicode=False).splitlines()[-4:] == [
+        "#...",
+        "##..",
+        "###.",
+        "####",
+    ]
 
 
 def test_text_counts_branches_by_digits() -> None:
@@ -300,14 +361,21 @@ def test_it_is_saved_by_its_ending(tmp_path: Path) -> None:
     assert (tmp_path / "mask.svg").read_text().startswith("<svg")
     assert figure._repr_html_() in (tmp_path / "mask.html").read_text()
     assert (tmp_path / "mask.txt").read_text() == f"{figure}\n"
-    with pytest.raises(ValueError, match=r"path must end in one of .png, .pdf, .svg, .html, .txt; got 'mask.doc'"):
+    with pytest.raises(
+        ValueError, match=r"path must end in one of .png, .pdf, .svg, .html, .txt; got 'mask.doc'"
+    ):
         figure.save("mask.doc")
 
 
-def test_without_matplotlib_it_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_it_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     figure = cd.show(masks.window(2), 12)
-    with pytest.raises(ImportError, match=r"needs matplotlib; install it with pip install 'compiled-dilated\[show\]'"):
+    with pytest.raises(
+        ImportError,
+        match=r"needs matplotlib; install it with pip install 'compiled-dilated\[show\]'",
+    ):
         figure.save(tmp_path / "mask.png")
     assert not list(tmp_path.iterdir())
     assert figure._repr_png_() is None

@@ -43,9 +43,15 @@ def files(tmp_path: Path) -> Callable[..., dict[str, Path]]:
 
     def make(tokens: int, dtype: Any = np.float64) -> dict[str, Path]:
         random = np.random.default_rng(0)
-        for name, shape in (("q", (2, 4, tokens, 8)), ("k", (2, 2, tokens, 8)), ("v", (2, 2, tokens, 6))):
+        for name, shape in (
+            ("q", (2, 4, tokens, 8)),
+            ("k", (2, 2, tokens, 8)),
+            ("v", (2, 2, tokens, 6)),
+        ):
             np.save(tmp_path / f"{name}.npy", random.standard_normal(shape).astype(dtype))
-        return {name: tmp_path / f"{name}.npy" for name in ("q", "k", "v", "out")} | {"journal": tmp_path / "journal"}
+        return {name: tmp_path / f"{name}.npy" for name in ("q", "k", "v", "out")} | {
+            "journal": tmp_path / "journal"
+        }
 
     return make
 
@@ -56,7 +62,9 @@ def tensors(paths: dict[str, Path]) -> tuple[Tensor, ...]:
 
 def stream(paths: dict[str, Path], program: Any = LONGNET, ranks: int = 8, **settings: Any) -> Any:
     run = cd.compile(program, ranks=ranks, transport="streamed")
-    return run(paths["q"], paths["k"], paths["v"], paths["out"], journal=paths["journal"], **settings)
+    return run(
+        paths["q"], paths["k"], paths["v"], paths["out"], journal=paths["journal"], **settings
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 331, 1000])
@@ -66,18 +74,25 @@ def test_is_the_reference(files: Any, name: str, tokens: int) -> None:
     report = stream(paths, PROGRAMS[name])
     assert (report.complete, report.tokens) == (True, tokens)
     wanted = cd.reference(PROGRAMS[name], *tensors(paths))
-    torch.testing.assert_close(torch.from_numpy(np.load(paths["out"])), wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.from_numpy(np.load(paths["out"])), wanted, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_float16_and_scale(files: Any) -> None:
     paths = files(300, np.float16)
     stream(paths, scale=0.5)
     q, k, v = tensors(paths)
-    found, dense = torch.from_numpy(np.load(paths["out"])).double(), cd.reference(LONGNET, q, k, v, scale=0.5)
+    found, dense = (
+        torch.from_numpy(np.load(paths["out"])).double(),
+        cd.reference(LONGNET, q, k, v, scale=0.5),
+    )
     alone = cd.compile(LONGNET)(q, k, v, scale=0.5).double()
     assert found.dtype == torch.float64
     # Merged more often than in one piece, and rounded as often: twice the error of one device, and a rounding.
-    assert (found - dense).abs().max() <= 2 * (alone - dense).abs().max() + torch.finfo(torch.float16).eps
+    assert (found - dense).abs().max() <= 2 * (alone - dense).abs().max() + torch.finfo(
+        torch.float16
+    ).eps
 
 
 def test_a_second_call_has_nothing_to_do(files: Any) -> None:
@@ -98,7 +113,9 @@ def test_stops_in_time_and_goes_on(files: Any) -> None:
     second = stream(paths)
     assert second.complete
     assert second.resumed_ranks == len(first.finished)
-    torch.testing.assert_close(torch.from_numpy(np.load(paths["out"])), cd.reference(LONGNET, *tensors(paths)))
+    torch.testing.assert_close(
+        torch.from_numpy(np.load(paths["out"])), cd.reference(LONGNET, *tensors(paths))
+    )
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
@@ -129,7 +146,10 @@ def test_a_torn_output_is_found_and_computed_again(files: Any) -> None:
 def test_a_journal_of_another_run_is_refused(files: Any) -> None:
     paths = files(500)
     stream(paths)
-    with pytest.raises(ValueError, match=r"is of another run: ranks is 8 there and 4 here\. Name another journal, or remove"):
+    with pytest.raises(
+        ValueError,
+        match=r"is of another run: ranks is 8 there and 4 here\. Name another journal, or remove",
+    ):
         stream(paths, ranks=4)
     np.save(paths["q"], np.load(paths["q"]) + 1)
     with pytest.raises(ValueError, match="is of another run: sources is"):
@@ -157,7 +177,9 @@ def test_killed_anywhere_it_goes_on_with_the_same_bits(files: Any, how: signal.S
     home = paths["q"].parent
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     command = [sys.executable, "-c", KILLED, str(home), str(torch.get_num_threads())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         while int(process.stdout.readline()) < 11:
             pass
@@ -195,7 +217,9 @@ def test_no_room_is_said_before_anything_is_computed(files: Any, fresh_python: A
     assert not paths["out"].exists()
 
 
-def test_no_room_on_the_way_keeps_what_is_finished(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_on_the_way_keeps_what_is_finished(
+    files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = files(500)
     write, written = FileSink.write, []
 
@@ -207,7 +231,10 @@ def test_no_room_on_the_way_keeps_what_is_finished(files: Any, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(FileSink, "write", full)
-        with pytest.raises(OSError, match=r"cannot write the output of rank 3: No space left.* 3 of 8 ranks are finished"):
+        with pytest.raises(
+            OSError,
+            match=r"cannot write the output of rank 3: No space left.* 3 of 8 ranks are finished",
+        ):
             stream(paths)
     report = stream(paths)
     assert (report.complete, report.resumed_ranks) == (True, 3)
@@ -226,7 +253,9 @@ def test_a_source_cut_off_meanwhile_is_an_error(files: Any) -> None:
     source = FileSource(paths["k"])
     with paths["k"].open("r+b") as file:
         file.truncate(10_000)
-    with pytest.raises(OSError, match=r"k\.npy ends within rows 0 to 499 of head 1: it was cut off meanwhile"):
+    with pytest.raises(
+        OSError, match=r"k\.npy ends within rows 0 to 499 of head 1: it was cut off meanwhile"
+    ):
         sources.read(source, HeadRange(1, 1, 1), range(500))
 
 
@@ -235,7 +264,10 @@ def test_a_source_cut_off_meanwhile_is_an_error(files: Any) -> None:
     [
         ({"ranks": 0}, "ranks must be at least 1"),
         ({"ranks": 4, "layout": "zigzag"}, "a streamed ring is contiguous"),
-        ({"ranks": 4, "lowering": "dense"}, "a streamed ring is contiguous and lowers each block as it is best"),
+        (
+            {"ranks": 4, "lowering": "dense"},
+            "a streamed ring is contiguous and lowers each block as it is best",
+        ),
         ({}, "transport='streamed' needs ranks"),
     ],
 )
@@ -247,7 +279,9 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 def test_a_device_is_for_streams_alone() -> None:
     with pytest.raises(ValueError, match=r"device='cpu' is for transport='streamed'"):
         cd.compile(LONGNET, device="cpu")
-    assert repr(cd.compile(masks.causal(), ranks=2, transport="streamed", device="meta")).endswith("device='meta')")
+    assert repr(cd.compile(masks.causal(), ranks=2, transport="streamed", device="meta")).endswith(
+        "device='meta')"
+    )
 
 
 def test_data_tensors_are_refused() -> None:
@@ -260,10 +294,14 @@ def test_generated_rows_can_be_made_again() -> None:
     heads = HeadRange(0, 2, 2)
     whole = sources.read(source, heads, range(5000))
     assert torch.equal(sources.read(source, heads, range(3, 4999, 7)), whole[:, :, 3:4999:7])
-    assert torch.equal(sources.read(source, HeadRange(2, 1, 1), range(130, 131)), whole[:, 1:, 130:131])
+    assert torch.equal(
+        sources.read(source, HeadRange(2, 1, 1), range(130, 131)), whole[:, 1:, 130:131]
+    )
     assert abs(whole.mean()) < 0.02
     assert abs(whole.std() - 1) < 0.02
-    other = sources.read(GeneratedSource((2, 3, 5000, 4), seed=1, stream=1, block=64), heads, range(5000))
+    other = sources.read(
+        GeneratedSource((2, 3, 5000, 4), seed=1, stream=1, block=64), heads, range(5000)
+    )
     assert abs((whole * other).mean()) < 0.02
 
 
@@ -277,12 +315,18 @@ def test_sampled_rows_are_those_of_the_reference(tmp_path: Path) -> None:
     shape = (1, 2, 3000, 8)
     q, k, v = (GeneratedSource(shape, 0, stream, torch.float64) for stream in range(3))
     sink = SampleSink(tmp_path / "rows.npy", shape, [0, 17, 1024, 2999], torch.float64)
-    report = cd.compile(LONGNET, ranks=7, transport="streamed")(q, k, v, sink, journal=tmp_path / "journal")
+    report = cd.compile(LONGNET, ranks=7, transport="streamed")(
+        q, k, v, sink, journal=tmp_path / "journal"
+    )
     assert report.complete
     everything = [sources.read(x, HeadRange(0, 1, 2), range(3000)) for x in (q, k, v)]
     wanted = cd.reference(LONGNET, *everything)
-    torch.testing.assert_close(sink.read(), wanted[:, :, [0, 17, 1024, 2999]], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(exact_row(LONGNET, q, k, v, 1024, 8**-0.5), wanted[:, :, 1024], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        sink.read(), wanted[:, :, [0, 17, 1024, 2999]], rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        exact_row(LONGNET, q, k, v, 1024, 8**-0.5), wanted[:, :, 1024], rtol=1e-10, atol=1e-10
+    )
 
 
 def test_an_exact_row_follows_a_mask_that_reads_the_batch_index() -> None:
@@ -291,8 +335,12 @@ def test_an_exact_row_follows_a_mask_that_reads_the_batch_index() -> None:
 
     program = as_program(masks.from_mod(by_batch))
     q, k, v = (GeneratedSource((3, 2, 40, 4), 0, stream, torch.float64) for stream in range(3))
-    wanted = cd.reference(program, *(sources.read(x, HeadRange(0, 1, 2), range(40)) for x in (q, k, v)))
-    torch.testing.assert_close(exact_row(program, q, k, v, 7, 0.5), wanted[:, :, 7], rtol=1e-10, atol=1e-10)
+    wanted = cd.reference(
+        program, *(sources.read(x, HeadRange(0, 1, 2), range(40)) for x in (q, k, v))
+    )
+    torch.testing.assert_close(
+        exact_row(program, q, k, v, 7, 0.5), wanted[:, :, 7], rtol=1e-10, atol=1e-10
+    )
 
 
 def test_a_journal_without_a_path_remembers_nothing() -> None:
@@ -308,7 +356,11 @@ def test_a_rank_holds_as_little_however_long_the_sequence(tmp_path: Path) -> Non
         shape = (1, 1, 512 * ranks, 8)
         q, k, v = (GeneratedSource(shape, 0, stream) for stream in range(3))
         sink = SampleSink(tmp_path / f"{ranks}.npy", shape, [0], torch.float32)
-        held.append(cd.compile(cd.longnet((256, 1024), (1, 2)), ranks=ranks, transport="streamed")(q, k, v, sink))
+        held.append(
+            cd.compile(cd.longnet((256, 1024), (1, 2)), ranks=ranks, transport="streamed")(
+                q, k, v, sink
+            )
+        )
     assert held[0].ledger.most_held_bytes == held[1].ledger.most_held_bytes
     assert held[1].ledger.steps == 8 * held[0].ledger.steps
 
@@ -362,18 +414,24 @@ def test_a_run_with_a_function_that_captures_a_tensor(files: Any) -> None:
     stream(paths, program=program)
     q, k, v = (torch.from_numpy(np.load(paths[name])) for name in "qkv")
     expected = cd.reference(program, q, k, v)
-    torch.testing.assert_close(torch.from_numpy(np.load(paths["out"])).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.from_numpy(np.load(paths["out"])).double(), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("changed", ["function", "number", "tensor"])
-def test_a_journal_of_another_function_of_the_same_name_is_refused(files: Any, changed: str) -> None:
+def test_a_journal_of_another_function_of_the_same_name_is_refused(
+    files: Any, changed: str
+) -> None:
     paths = files(100)
     reach, table = 5, torch.ones(100, dtype=torch.bool)
 
     def program() -> masks.Mask:
         if changed == "function" and reach != 5:
             return masks.from_mod(lambda b, h, i, j: (j - i).abs() <= 5, within=masks.window(9))
-        return masks.from_mod(lambda b, h, i, j: ((i - j).abs() < reach) & table[j], within=masks.window(9))
+        return masks.from_mod(
+            lambda b, h, i, j: ((i - j).abs() < reach) & table[j], within=masks.window(9)
+        )
 
     stream(paths, program=program())
     again = stream(paths, program=program())

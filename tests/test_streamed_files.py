@@ -51,10 +51,15 @@ WAYS = [as_itself, by_another_path, by_symbolic_link, by_hard_link]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_an_output_that_is_an_input_is_refused(home: Path, name: str, way: Callable[[str], str]) -> None:
+def test_an_output_that_is_an_input_is_refused(
+    home: Path, name: str, way: Callable[[str], str]
+) -> None:
     path = way(f"{name}.npy")
     before = snapshot(home)
-    with pytest.raises(ValueError, match=rf"out='{path}' and {name}='{name}\.npy' are one file.* Pass another path as out"):
+    with pytest.raises(
+        ValueError,
+        match=rf"out='{path}' and {name}='{name}\.npy' are one file.* Pass another path as out",
+    ):
         stream(path)
     assert snapshot(home) == before
 
@@ -69,19 +74,27 @@ def test_one_file_for_every_argument_is_refused(home: Path) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["k", "out"])
-def test_a_journal_that_is_an_input_or_the_output_is_refused(home: Path, name: str, way: Callable[[str], str]) -> None:
+def test_a_journal_that_is_an_input_or_the_output_is_refused(
+    home: Path, name: str, way: Callable[[str], str]
+) -> None:
     stream()
     path = way(f"{name}.npy")
     before = snapshot(home)
-    with pytest.raises(ValueError, match=rf"journal='{path}' and {name}='{name}\.npy' are one file"):
+    with pytest.raises(
+        ValueError, match=rf"journal='{path}' and {name}='{name}\.npy' are one file"
+    ):
         stream(journal=path)
     assert snapshot(home) == before
 
 
-def test_a_journal_and_an_output_not_there_yet_are_told_apart_by_where_they_lead(home: Path) -> None:
+def test_a_journal_and_an_output_not_there_yet_are_told_apart_by_where_they_lead(
+    home: Path,
+) -> None:
     os.symlink(home, "link")
     before = snapshot(home)
-    with pytest.raises(ValueError, match=r"journal='link/out\.npy' and out='out\.npy' are one file"):
+    with pytest.raises(
+        ValueError, match=r"journal='link/out\.npy' and out='out\.npy' are one file"
+    ):
         stream(journal="link/out.npy")
     assert snapshot(home) == before
     assert stream("link/out.npy", journal="link/journal").complete
@@ -105,7 +118,10 @@ def test_sources_and_sinks_of_the_library_are_compared_by_their_files(home: Path
 def test_a_link_to_nothing_is_refused(home: Path, argument: str) -> None:
     os.symlink("elsewhere", "link")
     before = snapshot(home)
-    with pytest.raises(ValueError, match=f"{argument}='link' is a symbolic link to 'elsewhere', which does not exist"):
+    with pytest.raises(
+        ValueError,
+        match=f"{argument}='link' is a symbolic link to 'elsewhere', which does not exist",
+    ):
         stream(**{argument: "link"})
     assert snapshot(home) == before
 
@@ -117,7 +133,9 @@ def test_a_link_under_the_name_of_an_unfinished_output_is_not_followed(home: Pat
     assert Path("precious").read_text() == "a thesis"
 
 
-def test_an_unfinished_file_is_created_exclusively(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_file_is_created_exclusively(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = iter(["0", "0", "1"])
     monkeypatch.setattr(files.secrets, "token_hex", lambda count: next(names))
     Path("precious").write_text("a thesis")
@@ -130,7 +148,9 @@ def test_an_unfinished_file_is_created_exclusively(home: Path, monkeypatch: pyte
     assert stream().complete
 
 
-def test_unfinished_outputs_have_names_that_differ(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_outputs_have_names_that_differ(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = []
     open_path = Path.open
 
@@ -146,7 +166,9 @@ def test_unfinished_outputs_have_names_that_differ(home: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_unfinished_output_is_removed_after_an_error(home: Path, monkeypatch: Any, error: BaseException) -> None:
+def test_an_unfinished_output_is_removed_after_an_error(
+    home: Path, monkeypatch: Any, error: BaseException
+) -> None:
     def full(*arguments: int) -> None:
         raise error
 
@@ -199,7 +221,9 @@ def ranks_and_checksums(journal: bytes) -> dict[int, str]:
     return {entry["rank"]: entry["checksum"] for entry in entries}
 
 
-def test_a_journal_names_only_ranks_whose_output_was_fsynced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_names_only_ranks_whose_output_was_fsynced(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before each fsync of a file too: the kernel may write a journal to the disk before it is asked to."""
     disk, seen = Disk(monkeypatch), set[int]()
 
@@ -216,7 +240,9 @@ def test_a_journal_names_only_ranks_whose_output_was_fsynced(home: Path, monkeyp
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 60.0])
-def test_a_finished_run_was_fsynced_whole(home: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def test_a_finished_run_was_fsynced_whole(
+    home: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
     disk = Disk(monkeypatch)
     monkeypatch.setattr(streamed, "_SYNC_SECONDS", seconds)
     stream(journal="journal")

@@ -17,7 +17,9 @@ from tests.support.mods import reductions
 from tests.support.tape import EMPTY, FULL, HEADS, PARTIAL, N, Native, compare_masks, compare_scores
 
 DTYPES = st.sampled_from((torch.float32, torch.float64))
-SIZES = st.sampled_from(((16, 40), (1, 1), (8, 5), (64, 128), (40, 13), (4, 128), (64, 1), (24, 40)))
+SIZES = st.sampled_from(
+    ((16, 40), (1, 1), (8, 5), (64, 128), (40, 13), (4, 128), (64, 1), (24, 40))
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -29,10 +31,19 @@ def test_score_mods(native: Native, name: str, dtype: torch.dtype) -> None:
 
 @settings(max_examples=25)
 @given(
-    st.lists(st.sampled_from(sorted(SCORE_MODS)), min_size=1, max_size=3, unique=True), DTYPES, DTYPES, SIZES, st.integers(0, 9)
+    st.lists(st.sampled_from(sorted(SCORE_MODS)), min_size=1, max_size=3, unique=True),
+    DTYPES,
+    DTYPES,
+    SIZES,
+    st.integers(0, 9),
 )
 def test_compositions_of_score_mods_equal_their_graph(
-    native: Native, names: list[str], dtype: torch.dtype, of_tables: torch.dtype, size: tuple[int, int], seed: int
+    native: Native,
+    names: list[str],
+    dtype: torch.dtype,
+    of_tables: torch.dtype,
+    size: tuple[int, int],
+    seed: int,
 ) -> None:
     mod = functions.score_mod(names, Parameters.of(HEADS, N, of_tables))
     compare_scores(native, mod, *size, dtype, seed, tables=of_tables)
@@ -45,8 +56,14 @@ def test_reductions(native: Native, name: str) -> None:
 
 
 @settings(max_examples=25)
-@given(st.lists(st.sampled_from(sorted(MASK_MODS)), min_size=1, max_size=3, unique=True), st.sampled_from(("and", "or")), SIZES)
-def test_mask_mods_and_their_blocks(native: Native, names: list[str], join: str, size: tuple[int, int]) -> None:
+@given(
+    st.lists(st.sampled_from(sorted(MASK_MODS)), min_size=1, max_size=3, unique=True),
+    st.sampled_from(("and", "or")),
+    SIZES,
+)
+def test_mask_mods_and_their_blocks(
+    native: Native, names: list[str], join: str, size: tuple[int, int]
+) -> None:
     compare_masks(native, functions.mask_mod(names, Parameters.of(HEADS, N), join), *size)
 
 

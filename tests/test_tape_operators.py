@@ -13,9 +13,38 @@ from torch import Tensor
 from compiled_dilated.mods import over_pairs, trace_mask_mod, trace_score_mod
 from compiled_dilated.native.expressions import TYPES
 from tests.functions import Parameters
-from tests.support.tape import HEADS, N, Native, arguments, compare_masks, compare_scores, positions, same
+from tests.support.tape import (
+    HEADS,
+    N,
+    Native,
+    arguments,
+    compare_masks,
+    compare_scores,
+    positions,
+    same,
+)
 
-POINTS = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, 1e-8, -3e-5, 0.3, 7.5, -9.25, 19.0, 25.0, -40.0, 88.5, -100.0, 1e-40, 3e30)
+POINTS = (
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    -0.5,
+    2.0,
+    1e-8,
+    -3e-5,
+    0.3,
+    7.5,
+    -9.25,
+    19.0,
+    25.0,
+    -40.0,
+    88.5,
+    -100.0,
+    1e-40,
+    3e30,
+)
 EXTREMES = (math.inf, -math.inf, math.nan)
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{
@@ -91,7 +120,9 @@ def test_functions_of_scores(native: Native, name: str, dtype: torch.dtype) -> N
     graph, operands = trace_score_mod(mod, dtype)
     q, k = positions(16, 0), positions(4, 1)
     x = scores.clone().requires_grad_()
-    want = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k)).broadcast_to(x.shape)
+    want = over_pairs(
+        lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k)
+    ).broadcast_to(x.shape)
     got = native.score(graph, operands, scores, q, k)
     tolerance = 1e-3 if name == "half" else 1e-12 if dtype == torch.float64 else 1e-6
     least = 1e-6 if name in CANCELLING else 1e-38
@@ -102,7 +133,11 @@ def test_functions_of_scores(native: Native, name: str, dtype: torch.dtype) -> N
     of_scores, _ = native.backward(graph, operands, scores, torch.ones_like(scores), q, k)
     finite = scores.isfinite() & wanted.isfinite() & (scores.abs() > 1e-30) & (scores.abs() < 60)
     low_precision = name in ("bfloat16", "half")
-    same(of_scores[finite], wanted[finite], 1e-2 if low_precision else 1e-9 if dtype == torch.float64 else 3e-5)
+    same(
+        of_scores[finite],
+        wanted[finite],
+        1e-2 if low_precision else 1e-9 if dtype == torch.float64 else 3e-5,
+    )
 
 
 WHOLE: dict[str, Callable[..., Any]] = {
@@ -125,7 +160,9 @@ WHOLE: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_integer_operators(native: Native, name: str) -> None:
-    compare_scores(native, lambda s, b, h, i, j: s + WHOLE[name](b, h, i, j).double(), 24, 40, torch.float64)
+    compare_scores(
+        native, lambda s, b, h, i, j: s + WHOLE[name](b, h, i, j).double(), 24, 40, torch.float64
+    )
     compare_masks(native, lambda b, h, i, j: WHOLE[name](b, h, i, j) % 3 == 0, 24, 40)
 
 
@@ -163,8 +200,12 @@ def test_tables(native: Native, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [*TYPES])
 def test_tables_of_all_dtypes(native: Native, dtype: torch.dtype) -> None:
     """With strides."""
-    table = (torch.randn(2 * N, N, generator=torch.Generator().manual_seed(0)) * 9).to(dtype).T[:, ::2]
-    compare_scores(native, lambda s, b, h, i, j: (s + table[i, j] * 0.5).double(), 24, 40, torch.float64)
+    table = (
+        (torch.randn(2 * N, N, generator=torch.Generator().manual_seed(0)) * 9).to(dtype).T[:, ::2]
+    )
+    compare_scores(
+        native, lambda s, b, h, i, j: (s + table[i, j] * 0.5).double(), 24, 40, torch.float64
+    )
     compare_masks(native, lambda b, h, i, j: table[i, j] > 0, 24, 40)
 
 
@@ -186,7 +227,9 @@ def test_sums_of_operands_that_do_not_learn_are_left_out(native: Native) -> None
     compare_scores(native, lambda s, b, h, i, j: s * gain + table[i, j], 24, 40, torch.float32)
 
 
-@pytest.mark.parametrize("index", [lambda i, j: i + 1, lambda i, j: j - N - 1, lambda i, j: i - j * N])
+@pytest.mark.parametrize(
+    "index", [lambda i, j: i + 1, lambda i, j: j - N - 1, lambda i, j: i - j * N]
+)
 def test_indices_out_of_range_are_errors(native: Native, index: Callable[..., Any]) -> None:
     table = torch.zeros(N)
     graph, operands = trace_score_mod(lambda s, b, h, i, j: s + table[index(i, j)], torch.float32)
@@ -205,6 +248,8 @@ def test_hidden_pairs_pass_no_gradient_whatever_they_hold(native: Native) -> Non
     gain = torch.ones((), requires_grad=True)
     graph, operands = trace_score_mod(lambda s, b, h, i, j: s * gain, torch.float32)
     scores, grad = torch.full((16, 8), math.nan), torch.zeros(16, 8)
-    of_scores, (total,) = native.backward(graph, operands, scores, grad, positions(16, 0), positions(8, 1))
+    of_scores, (total,) = native.backward(
+        graph, operands, scores, grad, positions(16, 0), positions(8, 1)
+    )
     assert (of_scores == 0).all()
     assert total == 0

@@ -43,9 +43,14 @@ def check_covers(tile_map: TileMap, whole: Any) -> None:
     truth = truth_of(tile_map, whole)
     assert truth.shape == (tile_map.q_len, tile_map.kv_len)
     verdicts = tile_map.verdicts()
-    assert verdicts.shape == (-(-tile_map.q_len // tile_map.q_tile), -(-tile_map.kv_len // tile_map.kv_tile))
+    assert verdicts.shape == (
+        -(-tile_map.q_len // tile_map.q_tile),
+        -(-tile_map.kv_len // tile_map.kv_tile),
+    )
     assert tile_map.indices.dtype == np.int32
-    for row, first, last in zip(range(tile_map.rows), tile_map.offsets[:-1], tile_map.offsets[1:], strict=True):
+    for row, first, last in zip(
+        range(tile_map.rows), tile_map.offsets[:-1], tile_map.offsets[1:], strict=True
+    ):
         assert (np.diff(tile_map.indices[first:last]) > 0).all()
         for column in range(tile_map.columns):
             queries, keys = row * tile_map.q_tile, column * tile_map.kv_tile
@@ -65,7 +70,9 @@ def maps(draw: st.DrawFn, most: int = 64) -> tuple[TileMap, Any]:
         q_offset = draw(st.integers(0, n - q_len))
     sizes = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     with small_limits():
-        tile_map = TileMap.build(mask, q_len, n, q_tile=sizes[0], kv_tile=sizes[1], order=order, q_offset=q_offset)
+        tile_map = TileMap.build(
+            mask, q_len, n, q_tile=sizes[0], kv_tile=sizes[1], order=order, q_offset=q_offset
+        )
     return tile_map, dense(mask, q_len, n, q_offset)
 
 
@@ -102,13 +109,20 @@ def test_restrict(case: tuple[TileMap, Any], data: st.DataObject) -> None:
 def test_coarsen(case: tuple[TileMap, Any], q_factor: int, kv_factor: int) -> None:
     tile_map, whole = case
     coarse = tile_map.coarsen((q_factor, kv_factor))
-    assert (coarse.q_tile, coarse.kv_tile) == (tile_map.q_tile * q_factor, tile_map.kv_tile * kv_factor)
+    assert (coarse.q_tile, coarse.kv_tile) == (
+        tile_map.q_tile * q_factor,
+        tile_map.kv_tile * kv_factor,
+    )
     check_covers(coarse, whole)
     fine = tile_map.verdicts()
     for row in range(coarse.rows):
         for column in range(coarse.columns):
-            inside = fine[row * q_factor : (row + 1) * q_factor, column * kv_factor : (column + 1) * kv_factor]
-            assert coarse.verdicts()[row, column] == (EMPTY if not inside.any() else FULL if (inside == FULL).all() else PARTIAL)
+            inside = fine[
+                row * q_factor : (row + 1) * q_factor, column * kv_factor : (column + 1) * kv_factor
+            ]
+            assert coarse.verdicts()[row, column] == (
+                EMPTY if not inside.any() else FULL if (inside == FULL).all() else PARTIAL
+            )
     assert (tile_map.coarsen(2).verdicts() == tile_map.coarsen((2, 2)).verdicts()).all()
 
 
@@ -146,13 +160,18 @@ def test_heavy_rows_and_columns_become_parts(mask: Mask) -> None:
     parts = tiles.split(tile_map)
     assert 2 <= len(parts) <= 5
     assert sum(len(part.indices) for part in parts) == len(tile_map.indices)
-    padded = sum(part.rows * part.counts.max() + part.columns * part.transpose().counts.max() for part in parts)
+    padded = sum(
+        part.rows * part.counts.max() + part.columns * part.transpose().counts.max()
+        for part in parts
+    )
     assert padded <= 2 * 4 * len(tile_map.indices)
     if len(tile_map.indices) < 200_000:
         assert 4 * padded <= 4 * 2**20
 
 
-@pytest.mark.parametrize("mask", [masks.window(256), masks.segments(4096), masks.window(256) & masks.causal()], ids=repr)
+@pytest.mark.parametrize(
+    "mask", [masks.window(256), masks.segments(4096), masks.window(256) & masks.causal()], ids=repr
+)
 def test_even_maps_are_not_split(mask: Mask) -> None:
     tile_map = TileMap.build(mask, MILLION, MILLION)
     assert tiles.split(tile_map) == (tile_map,)
@@ -165,13 +184,16 @@ def test_small_maps_are_not_split() -> None:
 
 def test_scattered_heavy_rows_are_not_split() -> None:
     """More parts than lists are worth: the lists are wide then."""
-    every = [(row, 0) for row in range(600)] + [(row, column) for row in range(0, 600, 20) for column in range(1, 600)]
+    every = [(row, 0) for row in range(600)] + [
+        (row, column) for row in range(0, 600, 20) for column in range(1, 600)
+    ]
     tile_map = TileMap.build(masks.tiles(every, block=2), 1200, 1200, q_tile=2, kv_tile=2)
     assert sum(part.rows == 600 for part in tiles.split(tile_map)) >= 1
 
 
 LONGNET = [
-    (masks.segments(w) & masks.congruent(r, r - 1, period=w), orders.residue(r, period=w)) for w, r in ((2048, 1), (8192, 4))
+    (masks.segments(w) & masks.congruent(r, r - 1, period=w), orders.residue(r, period=w))
+    for w, r in ((2048, 1), (8192, 4))
 ]
 LARGE = [
     (masks.window(256), orders.identity()),
@@ -212,16 +234,34 @@ def test_the_figure() -> None:
     tile_map = TileMap.build(masks.window(2), 8, 8, q_tile=2, kv_tile=2)
     assert tile_map.offsets.tolist() == [0, 2, 5, 8, 10]
     assert tile_map.indices.tolist() == [0, 1, 0, 1, 2, 1, 2, 3, 2, 3]
-    assert tile_map.full.tolist() == [True, False, False, True, False, False, True, False, False, True]
+    assert tile_map.full.tolist() == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert tile_map.counts.tolist() == [2, 3, 3, 2]
     assert tile_map.nbytes == 5 * 8 + 10 * 4 + 10
-    assert repr(tile_map) == "TileMap(4 x 4 tiles of 2 x 2, 10 seen, 4 full, queries range(0, 8), keys range(0, 8), identity())"
+    assert (
+        repr(tile_map)
+        == "TileMap(4 x 4 tiles of 2 x 2, 10 seen, 4 full, queries range(0, 8), keys range(0, 8), identity())"
+    )
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
 def test_empty(q_len: int, kv_len: int) -> None:
     tile_map = TileMap.build(masks.full(), q_len, kv_len, q_tile=2, kv_tile=2)
-    assert (tile_map.rows, tile_map.columns, len(tile_map.indices)) == (-(-q_len // 2), -(-kv_len // 2), 0)
+    assert (tile_map.rows, tile_map.columns, len(tile_map.indices)) == (
+        -(-q_len // 2),
+        -(-kv_len // 2),
+        0,
+    )
     assert tile_map.transpose().rows == tile_map.columns
     assert len(tile_map.coarsen(2).indices) == 0
     assert tiles.split(tile_map) == (tile_map,)
@@ -231,23 +271,51 @@ def test_empty(q_len: int, kv_len: int) -> None:
     ("make", "error", "message"),
     [
         (lambda: TileMap.build("causal", 4, 4), TypeError, "mask must be a mask; got str 'causal'"),
-        (lambda: TileMap.build(masks.causal(), 4, 4, order="hilbert"), TypeError, "order must be an order; got str"),
-        (lambda: TileMap.build(masks.causal(), -1, 4), ValueError, "q_len must be at least 0; got -1"),
-        (lambda: TileMap.build(masks.causal(), 4, 4.0), TypeError, "kv_len must be an integer; got float"),
-        (lambda: TileMap.build(masks.causal(), 4, 4, q_tile=0), ValueError, "q_tile must be at least 1"),
+        (
+            lambda: TileMap.build(masks.causal(), 4, 4, order="hilbert"),
+            TypeError,
+            "order must be an order; got str",
+        ),
+        (
+            lambda: TileMap.build(masks.causal(), -1, 4),
+            ValueError,
+            "q_len must be at least 0; got -1",
+        ),
+        (
+            lambda: TileMap.build(masks.causal(), 4, 4.0),
+            TypeError,
+            "kv_len must be an integer; got float",
+        ),
+        (
+            lambda: TileMap.build(masks.causal(), 4, 4, q_tile=0),
+            ValueError,
+            "q_tile must be at least 1",
+        ),
         (
             lambda: TileMap.build(masks.causal(), 4, 8, order=orders.residue(2)),
             ValueError,
             "needs q_len == kv_len and q_offset 0",
         ),
-        (lambda: TileMap.build(masks.causal(), 4, 4, order=orders.residue(2), q_offset=1), ValueError, "Use orders.identity()"),
+        (
+            lambda: TileMap.build(masks.causal(), 4, 4, order=orders.residue(2), q_offset=1),
+            ValueError,
+            "Use orders.identity()",
+        ),
         (
             lambda: TileMap.build(masks.causal(), 4, 4, order=orders.hilbert(2, 3)),
             ValueError,
             "orders the 6 cells of its grid; got 4",
         ),
-        (lambda: TileMap.build(masks.neighborhood((2, 2), 1), 4, 5), ValueError, "a grid of 4 tokens; got positions up to 5"),
-        (lambda: TileMap.build(masks.neighborhood((2, 2), 1), 2, 4, q_offset=3), ValueError, "got positions up to 5"),
+        (
+            lambda: TileMap.build(masks.neighborhood((2, 2), 1), 4, 5),
+            ValueError,
+            "a grid of 4 tokens; got positions up to 5",
+        ),
+        (
+            lambda: TileMap.build(masks.neighborhood((2, 2), 1), 2, 4, q_offset=3),
+            ValueError,
+            "got positions up to 5",
+        ),
     ],
 )
 def test_bad_input(make: Callable[[], Any], error: type[Exception], message: str) -> None:

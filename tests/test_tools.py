@@ -30,7 +30,9 @@ def setup_on(tmp_path: Path) -> Any:
             file.write_text(f"#!/bin/sh\n{body}\n")
             file.chmod(file.stat().st_mode | stat.S_IXUSR)
         environment = {"PATH": str(bin_folder), "COMPILED_DILATED_VENV": str(tmp_path / "venv")}
-        return subprocess.run([str(ROOT / "tools/setup"), *arguments], env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [str(ROOT / "tools/setup"), *arguments], env=environment, capture_output=True, text=True
+        )
 
     return run
 
@@ -48,7 +50,9 @@ THIS = f"python3.{sys.version_info.minor}"
     ("programs", "message"),
     [
         pytest.param({}, "no C++ compiler 'g++' on PATH", id="no compiler"),
-        pytest.param(GXX, "3.11 or newer with venv and its C headers is needed. Found: none", id="no python"),
+        pytest.param(
+            GXX, "3.11 or newer with venv and its C headers is needed. Found: none", id="no python"
+        ),
         pytest.param(
             GXX | {"python3": python_where("sys.version_info = (3, 9)")},
             "python3 is Python 3.9; 3.11 or newer is needed",
@@ -71,7 +75,9 @@ THIS = f"python3.{sys.version_info.minor}"
         ),
     ],
 )
-def test_setup_says_what_is_missing(setup_on: Any, tmp_path: Path, programs: dict[str, str], message: str) -> None:
+def test_setup_says_what_is_missing(
+    setup_on: Any, tmp_path: Path, programs: dict[str, str], message: str
+) -> None:
     run = setup_on(**programs)
     assert run.returncode == 1
     assert message in run.stderr
@@ -85,9 +91,14 @@ def test_setup_refuses_an_unknown_argument(setup_on: Any) -> None:
 
 
 def test_gpu_check_without_a_gpu(fresh_python: Any, tmp_path: Path) -> None:
-    run = fresh_python("tools/gpu_check", "--json", str(tmp_path / "out.json"), CUDA_VISIBLE_DEVICES="")
+    run = fresh_python(
+        "tools/gpu_check", "--json", str(tmp_path / "out.json"), CUDA_VISIBLE_DEVICES=""
+    )
     assert run.returncode == 2
-    assert "finds no GPU (torch.cuda.is_available() is False). Run this on a machine with a GPU" in run.stderr
+    assert (
+        "finds no GPU (torch.cuda.is_available() is False). Run this on a machine with a GPU"
+        in run.stderr
+    )
     assert not os.listdir(tmp_path)
 
 

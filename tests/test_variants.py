@@ -63,7 +63,9 @@ def needed(row: variants.Variant) -> dict[str, Any]:
 def meant(row: variants.Variant, n: int, is_causal: bool = False) -> Program:
     """The program of a row, written out, and in no order."""
     if row.sparsities:
-        return cd.block_sparse({0.9: 0.1, 0.95: 0.05}[row.sparsities[0]], "local", tokens=n, causal=is_causal)
+        return cd.block_sparse(
+            {0.9: 0.1, 0.95: 0.05}[row.sparsities[0]], "local", tokens=n, causal=is_causal
+        )
     return cd.longnet(LENGTHS, RATES, causal=is_causal)
 
 
@@ -74,7 +76,9 @@ class Truth(nn.Module):
         super().__init__()
         self.program = program
 
-    def forward(self, *inputs: Tensor, is_causal: bool, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, *inputs: Tensor, is_causal: bool, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
         data = {} if key_padding_mask is None else {"padding": key_padding_mask}
         program = self.program if key_padding_mask is None else visible(self.program)
         out = cd.reference(program, *(x.transpose(1, 2) for x in inputs), data=data)
@@ -83,7 +87,11 @@ class Truth(nn.Module):
 
 
 def assert_is_the_reference(
-    row: variants.Variant, module: nn.Module, n: int, is_causal: bool = False, padding: Tensor | None = None
+    row: variants.Variant,
+    module: nn.Module,
+    n: int,
+    is_causal: bool = False,
+    padding: Tensor | None = None,
 ) -> None:
     """Forward and one backward, in float64."""
     module = module.double()
@@ -93,7 +101,9 @@ def assert_is_the_reference(
         inner, truth, shape = truth, copy.deepcopy(module), (2, n, 32)
         truth.attention = inner
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    found, wanted = (each(*leaves, is_causal=is_causal, key_padding_mask=padding) for each in (module, truth))
+    found, wanted = (
+        each(*leaves, is_causal=is_causal, key_padding_mask=padding) for each in (module, truth)
+    )
     if isinstance(module, Multihead):
         assert found[1] is None
         found, wanted = found[0], wanted[0]
@@ -137,26 +147,37 @@ def test_every_variant_is_the_reference(row: variants.Variant, n: int) -> None:
 @ROWS
 def test_causal_and_padded(row: variants.Variant) -> None:
     padding = torch.arange(84) >= torch.tensor([[84], [50]])
-    assert_is_the_reference(row, variant(row.name, **needed(row)), 84, is_causal=True, padding=padding)
+    assert_is_the_reference(
+        row, variant(row.name, **needed(row)), 84, is_causal=True, padding=padding
+    )
 
 
 @pytest.mark.parametrize("lowering", ["dense", "tiled"])
 @pytest.mark.parametrize("name", ["HilbertRingAttention", "BlockSparseRingAttention"])
 def test_lowerings(name: str, lowering: str) -> None:
     row, _ = variants.find(name)
-    assert_is_the_reference(row, variant(name, lowering=lowering, **needed(row)), 84, is_causal=True)
+    assert_is_the_reference(
+        row, variant(name, lowering=lowering, **needed(row)), 84, is_causal=True
+    )
 
 
 # Rings
 
 
 @pytest.mark.parametrize("ring_size", [2, 4, 8, 16])
-@pytest.mark.parametrize("row", [row for row in variants.TABLE if row.execution == "ring"], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [row for row in variants.TABLE if row.execution == "ring"], ids=lambda row: row.name
+)
 def test_a_ring_of_many_is_the_reference(row: variants.Variant, ring_size: int) -> None:
     module = variant(row.name, ring_size=ring_size, **needed(row))
     ring = module.attention if isinstance(module, Multihead) else module
     assert isinstance(ring, variants.RingAttention)
-    orderless = Program(tuple(replace(branch, order=orders.identity()) for branch in ring.program(37, is_causal=True).branches))
+    orderless = Program(
+        tuple(
+            replace(branch, order=orders.identity())
+            for branch in ring.program(37, is_causal=True).branches
+        )
+    )
     assert orderless == meant(row, 37, is_causal=True)
     assert_is_the_reference(row, module, 37, is_causal=True)
 
@@ -164,7 +185,9 @@ def test_a_ring_of_many_is_the_reference(row: variants.Variant, ring_size: int) 
 def test_a_ring_of_four_with_padding() -> None:
     padding = torch.arange(84) >= torch.tensor([[84], [50]])
     row, _ = variants.find("RingDilatedAttentionV2")
-    assert_is_the_reference(row, variant("RingDilatedAttentionV2_r4", **needed(row)), 84, padding=padding)
+    assert_is_the_reference(
+        row, variant("RingDilatedAttentionV2_r4", **needed(row)), 84, padding=padding
+    )
 
 
 def test_a_distributed_ring_needs_a_process_group() -> None:
@@ -175,11 +198,21 @@ def test_a_distributed_ring_needs_a_process_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ring_size"), [("RingDilatedAttentionV2_r16", 16), ("Production_r4", 4), ("RingDilatedAttention_r262144", 262144)]
+    ("name", "ring_size"),
+    [
+        ("RingDilatedAttentionV2_r16", 16),
+        ("Production_r4", 4),
+        ("RingDilatedAttention_r262144", 262144),
+    ],
 )
 def test_suffix_is_the_ring_size(name: str, ring_size: int) -> None:
-    module, row = variant(name, segment_lengths=LENGTHS, dilation_rates=RATES, ring_size=ring_size), variants.find(name)[0]
-    assert repr(module).startswith(f"RingAttention(\n  '{row.name}', execution='ring', ring_size={ring_size}\n")
+    module, row = (
+        variant(name, segment_lengths=LENGTHS, dilation_rates=RATES, ring_size=ring_size),
+        variants.find(name)[0],
+    )
+    assert repr(module).startswith(
+        f"RingAttention(\n  '{row.name}', execution='ring', ring_size={ring_size}\n"
+    )
 
 
 # Hilbert order
@@ -202,7 +235,9 @@ def test_suffix_is_the_ring_size(name: str, ring_size: int) -> None:
 def test_hilbert_grid(tokens: int, grid: tuple[int, int] | None) -> None:
     assert variants.hilbert_grid(tokens) == grid
     program = variants.HilbertDilatedAttention(LENGTHS, RATES).program(tokens)
-    assert {branch.order for branch in program.branches} == {orders.identity() if grid is None else orders.hilbert(*grid)}
+    assert {branch.order for branch in program.branches} == {
+        orders.identity() if grid is None else orders.hilbert(*grid)
+    }
 
 
 @pytest.mark.parametrize("lowering", ["auto", "tiled"])
@@ -219,7 +254,9 @@ def test_causal_does_not_leak_in_hilbert_order(lowering: str) -> None:
 # Block-sparse
 
 
-@pytest.mark.parametrize(("sparsity", "density"), [(0.9, 0.1), (0.95, 0.05), (0.5, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("sparsity", "density"), [(0.9, 0.1), (0.95, 0.05), (0.5, 0.5), (0.0, 1.0)]
+)
 def test_sparsity_is_the_share_of_pairs_left_out(sparsity: float, density: float) -> None:
     n = 500
     program = variants.BlockSparseAttention(sparsity).program(n)
@@ -227,7 +264,9 @@ def test_sparsity_is_the_share_of_pairs_left_out(sparsity: float, density: float
     (branch,) = program.branches
     q = torch.arange(n)
     kept = branch.mask.allows(0, 0, q[:, None], q[None]).double().mean().item()
-    assert kept == pytest.approx(density, abs=1 / n)  # one token of window is up to 2 / n of the pairs
+    assert kept == pytest.approx(
+        density, abs=1 / n
+    )  # one token of window is up to 2 / n of the pairs
 
 
 @pytest.mark.parametrize(("kind", "block"), [("global_local", 4), ("dilated", 16)])
@@ -260,7 +299,9 @@ def test_copies_and_pickles_compute_the_same() -> None:
                 assert repr(each) == repr(module)
 
 
-@pytest.mark.parametrize("name", ["HilbertRingAttention", "BlockSparseRingMultiheadDilatedAttention"])
+@pytest.mark.parametrize(
+    "name", ["HilbertRingAttention", "BlockSparseRingMultiheadDilatedAttention"]
+)
 def test_a_program_per_length_is_no_graph_per_length(name: str) -> None:
     """Two layers, compiled one by one, share one graph for the first length and one for all others."""
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
@@ -278,7 +319,9 @@ def test_a_program_per_length_is_no_graph_per_length(name: str) -> None:
             if row.multihead:
                 out, expected = out[0], expected[0]
             torch.testing.assert_close(out, expected)
-            torch.testing.assert_close(torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x))
+            torch.testing.assert_close(
+                torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x)
+            )
     assert graphs.frame_count == 2
 
 
@@ -301,7 +344,10 @@ def test_rows_print() -> None:
 def test_attentions_are_modules_on_tokens_first(row: variants.Variant) -> None:
     assert issubclass(row.attention, Attention)
     assert row.multihead == ("Multihead" in row.name)
-    assert row.execution == {True: "ring", False: "single"}["Ring" in row.name] or row.name == "DistributedRingAttention"
+    assert (
+        row.execution == {True: "ring", False: "single"}["Ring" in row.name]
+        or row.name == "DistributedRingAttention"
+    )
 
 
 # Bad input
@@ -318,16 +364,51 @@ LONGNET = {"segment_lengths": LENGTHS, "dilation_rates": RATES}
             ValueError,
             "no variant is named 'RingDilatedAttentionV3'; close to it are RingDilatedAttentionV2",
         ),
-        ("MultiHeadDilatedAttention", LONGNET, ValueError, "close to it are MultiheadDilatedAttention"),
-        ("xyz", {}, ValueError, "no variant is named 'xyz'; there are DilatedAttention, MultiheadDilatedAttention"),
+        (
+            "MultiHeadDilatedAttention",
+            LONGNET,
+            ValueError,
+            "close to it are MultiheadDilatedAttention",
+        ),
+        (
+            "xyz",
+            {},
+            ValueError,
+            "no variant is named 'xyz'; there are DilatedAttention, MultiheadDilatedAttention",
+        ),
         ("DilatedAttention_r4", LONGNET, ValueError, "no variant is named 'DilatedAttention_r4'"),
-        ("RingDilatedAttention_0.9", LONGNET, ValueError, "no variant is named 'RingDilatedAttention_0.9'"),
+        (
+            "RingDilatedAttention_0.9",
+            LONGNET,
+            ValueError,
+            "no variant is named 'RingDilatedAttention_0.9'",
+        ),
         (None, LONGNET, TypeError, "the name of a variant must be a string; got NoneType"),
-        ("DilatedAttention", {}, TypeError, "'DilatedAttention' needs segment_lengths, dilation_rates"),
-        ("DilatedAttention", LONGNET | {"ring_size": 2}, TypeError, "'DilatedAttention' takes no ring_size. Its arguments are"),
+        (
+            "DilatedAttention",
+            {},
+            TypeError,
+            "'DilatedAttention' needs segment_lengths, dilation_rates",
+        ),
+        (
+            "DilatedAttention",
+            LONGNET | {"ring_size": 2},
+            TypeError,
+            "'DilatedAttention' takes no ring_size. Its arguments are",
+        ),
         ("StandardRingAttention", LONGNET | {"sparsity": 0.9}, TypeError, "takes no sparsity"),
-        ("BlockSparseRingAttention", LONGNET, TypeError, "takes no segment_lengths, dilation_rates. Its arguments are sparsity"),
-        ("MultiheadDilatedAttention", LONGNET | {"heads": 4}, TypeError, "needs embed_dim, num_heads"),
+        (
+            "BlockSparseRingAttention",
+            LONGNET,
+            TypeError,
+            "takes no segment_lengths, dilation_rates. Its arguments are sparsity",
+        ),
+        (
+            "MultiheadDilatedAttention",
+            LONGNET | {"heads": 4},
+            TypeError,
+            "needs embed_dim, num_heads",
+        ),
         (
             "MultiheadDilatedAttention",
             LONGNET | {"attention_dropout": 0.0},
@@ -340,18 +421,68 @@ LONGNET = {"segment_lengths": LENGTHS, "dilation_rates": RATES}
             ValueError,
             "'Production_r4' says ring_size=4; got ring_size=2. Use the name",
         ),
-        ("BlockSparse_LocalWindow_0.9", {"sparsity": 0.8}, ValueError, "says sparsity=0.9; got sparsity=0.8"),
-        ("RingDilatedAttention", LONGNET | {"ring_size": 0}, ValueError, "ring_size must be at least 1; got 0"),
+        (
+            "BlockSparse_LocalWindow_0.9",
+            {"sparsity": 0.8},
+            ValueError,
+            "says sparsity=0.9; got sparsity=0.8",
+        ),
+        (
+            "RingDilatedAttention",
+            LONGNET | {"ring_size": 0},
+            ValueError,
+            "ring_size must be at least 1; got 0",
+        ),
         ("RingDilatedAttention_r0", LONGNET, ValueError, "ring_size must be at least 1; got 0"),
-        ("RingDilatedAttention", LONGNET | {"ring_size": 1.5}, TypeError, "ring_size must be an integer"),
+        (
+            "RingDilatedAttention",
+            LONGNET | {"ring_size": 1.5},
+            TypeError,
+            "ring_size must be an integer",
+        ),
         ("HilbertRingAttention", LONGNET | {"heads": "few"}, ValueError, "heads must be one of"),
-        ("HilbertRingAttention", {"segment_lengths": (8,), "dilation_rates": ()}, ValueError, "dilation_rates is empty"),
-        ("HilbertRingAttention", LONGNET | {"lowering": "fast"}, ValueError, "lowering must be one of"),
-        ("RingDilatedAttention", LONGNET | {"attention_dropout": 0.1}, ValueError, "attention_dropout=0.1 cannot be honoured"),
-        ("BlockSparse_LocalWindow", {"sparsity": 1.0}, ValueError, "sparsity must be a number in .*got 1.0"),
-        ("BlockSparse_LocalWindow", {"sparsity": "90%"}, ValueError, "sparsity must be a number in"),
-        ("BlockSparse_LocalWindow", {"kind": "tiles"}, ValueError, "kind must be one of 'local', 'global_local', 'dilated'"),
-        ("BlockSparse_LocalWindow", {"kind": "dilated", "sparsity": 0.4}, ValueError, "keeps one block in a whole number"),
+        (
+            "HilbertRingAttention",
+            {"segment_lengths": (8,), "dilation_rates": ()},
+            ValueError,
+            "dilation_rates is empty",
+        ),
+        (
+            "HilbertRingAttention",
+            LONGNET | {"lowering": "fast"},
+            ValueError,
+            "lowering must be one of",
+        ),
+        (
+            "RingDilatedAttention",
+            LONGNET | {"attention_dropout": 0.1},
+            ValueError,
+            "attention_dropout=0.1 cannot be honoured",
+        ),
+        (
+            "BlockSparse_LocalWindow",
+            {"sparsity": 1.0},
+            ValueError,
+            "sparsity must be a number in .*got 1.0",
+        ),
+        (
+            "BlockSparse_LocalWindow",
+            {"sparsity": "90%"},
+            ValueError,
+            "sparsity must be a number in",
+        ),
+        (
+            "BlockSparse_LocalWindow",
+            {"kind": "tiles"},
+            ValueError,
+            "kind must be one of 'local', 'global_local', 'dilated'",
+        ),
+        (
+            "BlockSparse_LocalWindow",
+            {"kind": "dilated", "sparsity": 0.4},
+            ValueError,
+            "keeps one block in a whole number",
+        ),
         ("BlockSparse_LocalWindow", {"block": 0}, ValueError, "block must be at least 1"),
         (
             "BlockSparseRingMultiheadDilatedAttention",
@@ -361,7 +492,9 @@ LONGNET = {"segment_lengths": LENGTHS, "dilation_rates": RATES}
         ),
     ],
 )
-def test_bad_arguments(name: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(
+    name: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         variant(name, **arguments)
 

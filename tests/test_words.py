@@ -36,7 +36,9 @@ def test_a_long_list_is_read_back_from_its_code_and_shown_by_its_count(name: str
 
 
 @pytest.mark.parametrize(
-    "mask", [masks.causal() & (masks.window(3) | ~masks.sinks(2)), masks.random_blocks(64, 3, 4096)], ids=str
+    "mask",
+    [masks.causal() & (masks.window(3) | ~masks.sinks(2)), masks.random_blocks(64, 3, 4096)],
+    ids=str,
 )
 def test_what_is_short_is_shown_as_its_code(mask: Mask) -> None:
     assert str(mask) == repr(mask)
@@ -93,7 +95,9 @@ def test_what_was_not_tried_is_what_has_no_row(device: str) -> None:
     for program in (masks.window(60), cd.longnet((64, 128), (1, 2)), masks.causal()):
         plan = cd.plan(program, (1, 2, 4096, 16), device=device)
         values = plan.to_json()
-        assert {row["lowering"] for row in values["candidates"]} | set(values["untried"]) == set(registry.NAMES)
+        assert {row["lowering"] for row in values["candidates"]} | set(values["untried"]) == set(
+            registry.NAMES
+        )
         assert not {row["lowering"] for row in values["candidates"]} & set(values["untried"])
         assert ("not tried" in plan.explain()) == bool(values["untried"])
 
@@ -104,7 +108,9 @@ def test_refusals_are_not_said_to_be_all_there_is() -> None:
     assert "not tried native, tiled (lowering='native' would)" in explained
 
 
-@pytest.mark.parametrize(("training", "what"), [(False, "ms forward,"), (True, "ms forward and backward,")])
+@pytest.mark.parametrize(
+    ("training", "what"), [(False, "ms forward,"), (True, "ms forward and backward,")]
+)
 @pytest.mark.parametrize("lowering", ["dense", "tiled"])
 def test_times_are_estimates_by_named_rates(training: bool, what: str, lowering: str) -> None:
     plan = cd.plan(masks.window(256), (1, 8, 2048, 64), training=training, lowering=lowering)
@@ -128,8 +134,12 @@ def test_rates_are_those_of_the_files() -> None:
         for row in rows:
             both = int("backward" in row["pass"])
             flops = 4 * 64 * 8 * 4096**2 * (3.5 if both else 1)
-            if row["of"] == "dense 4096" and (row["dtype"] == "bfloat16" or "attention-cpu" in name):
-                found.setdefault(("dense", row["dtype"], both), []).append(flops / _median(row["baseline_seconds"]))
+            if row["of"] == "dense 4096" and (
+                row["dtype"] == "bfloat16" or "attention-cpu" in name
+            ):
+                found.setdefault(("dense", row["dtype"], both), []).append(
+                    flops / _median(row["baseline_seconds"])
+                )
     for (_, dtype, both), values in found.items():
         assert rates._DENSE[dtype][both] == pytest.approx(_median(values), rel=0.03)
     assert {dtype for _, dtype, _ in found} == set(rates._DENSE)
@@ -162,7 +172,9 @@ def test_pairs_of_a_million_tokens_are_counted(mask: Mask, expected: int) -> Non
 
 
 def test_pairs_of_a_function_in_a_long_sequence_are_counted() -> None:
-    plan = cd.plan(masks.from_mod(lambda b, h, q, kv: q == kv, within=masks.window(16)), (1, 2, 2**16, 64))
+    plan = cd.plan(
+        masks.from_mod(lambda b, h, q, kv: q == kv, within=masks.window(16)), (1, 2, 2**16, 64)
+    )
     assert plan.useful_pairs == 2 * 2**16
 
 

@@ -33,9 +33,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x_normal = self.norm(x)
         q = self.q(x_normal).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k, v = (y.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for y in self.kv(x_normal).chunk(2, -1))
+        k, v = (
+            y.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+            for y in self.kv(x_normal).chunk(2, -1)
+        )
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=mask is None, enable_gqa=self.kv_heads != HEADS
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout,
+            is_causal=mask is None,
+            enable_gqa=self.kv_heads != HEADS,
         )
         return x + self.out(y.transpose(1, 2).flatten(2))
 
@@ -48,7 +57,11 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x, mask, use_reentrant=False) if self.checkpointed else block(x, mask)
+            x = (
+                checkpoint(block, x, mask, use_reentrant=False)
+                if self.checkpointed
+                else block(x, mask)
+            )
         return x
 
 
@@ -69,7 +82,9 @@ def aot_eager(graph: Any, inputs: Any) -> Any:
     return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
-def wrapped(model: nn.Module, attention: Any = None, backend: Any = aot_eager) -> tuple[nn.Module, nn.Module]:
+def wrapped(
+    model: nn.Module, attention: Any = None, backend: Any = aot_eager
+) -> tuple[nn.Module, nn.Module]:
     """The model wrapped, and as it was."""
     torch._dynamo.reset()
     plain = copy.deepcopy(model)
@@ -79,7 +94,9 @@ def wrapped(model: nn.Module, attention: Any = None, backend: Any = aot_eager) -
 def gradients(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     model.zero_grad()
     model(*args, **kwargs).square().mean().backward()
-    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+    return torch.cat(
+        [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+    )
 
 
 def assert_same(ours: nn.Module, plain: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -116,7 +133,9 @@ def test_grouped_heads_and_checkpoints(kv_heads: int, checkpointed: bool) -> Non
 
 
 TORCHS: dict[str, Callable[[], nn.Module]] = {
-    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 96, 0.0, batch_first=True), 2),
+    "encoder": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(WIDTH, HEADS, 96, 0.0, batch_first=True), 2
+    ),
     "multihead": Multihead,
 }
 
@@ -136,10 +155,19 @@ def test_masks_of_an_encoder() -> None:
     ours, plain = wrapped(TORCHS["encoder"]())
     padding = torch.arange(50)[None] >= torch.tensor([50, 31])[:, None]
     causal = nn.Transformer.generate_square_subsequent_mask(50)
-    for options in ({"src_key_padding_mask": padding}, {"mask": causal, "is_causal": True}, {"mask": causal, "is_causal": False}):
+    for options in (
+        {"src_key_padding_mask": padding},
+        {"mask": causal, "is_causal": True},
+        {"mask": causal, "is_causal": False},
+    ):
         assert_same(ours, plain, X, **options)
     assert_same(
-        ours, plain, X, mask=causal, is_causal=False, src_key_padding_mask=padding.float().masked_fill(padding, -torch.inf)
+        ours,
+        plain,
+        X,
+        mask=causal,
+        is_causal=False,
+        src_key_padding_mask=padding.float().masked_fill(padding, -torch.inf),
     )
 
 
@@ -147,10 +175,17 @@ def test_an_encoder_and_decoder() -> None:
     ours, plain = wrapped(nn.Transformer(WIDTH, HEADS, 1, 1, 96, 0.0, batch_first=True))
     assert_same(ours, plain, X, X[:, :33])
     kinds = [site.path for site in cd.sites(ours)]
-    assert kinds == ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"]
+    assert kinds == [
+        "encoder.layers.0.self_attn",
+        "decoder.layers.0.self_attn",
+        "decoder.layers.0.multihead_attn",
+    ]
 
 
-PROGRAMS = {"longnet": cd.longnet((16, 32), (1, 2), causal=True), "window": masks.causal() & masks.window(9)}
+PROGRAMS = {
+    "longnet": cd.longnet((16, 32), (1, 2), causal=True),
+    "window": masks.causal() & masks.window(9),
+}
 
 
 class Written(Net):
@@ -219,7 +254,9 @@ def test_a_program_is_joined_with_the_mask_of_a_call() -> None:
 def test_programs_by_path() -> None:
     everywhere, plain = wrapped(Net(), PROGRAMS["window"])
     one, _ = wrapped(copy.deepcopy(plain), {"blocks.0": PROGRAMS["window"]})
-    same, _ = wrapped(copy.deepcopy(plain), lambda layer: PROGRAMS["window"] if layer.path == "blocks.0" else None)
+    same, _ = wrapped(
+        copy.deepcopy(plain), lambda layer: PROGRAMS["window"] if layer.path == "blocks.0" else None
+    )
     assert torch.equal(one(X), same(X))
     assert not torch.allclose(one(X), everywhere(X))
     assert [site.program is None for site in cd.sites(one)] == [False, True]
@@ -278,21 +315,30 @@ def test_masks_of_any_dimensions(shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def test_three_dimensions_are_a_batch() -> None:
-    for mask in (torch.rand(3, 20, 20) > 0.3, torch.rand(3, 1, 20) > 0.3, torch.randn(3, 20, 20).requires_grad_()):
+    for mask in (
+        torch.rand(3, 20, 20) > 0.3,
+        torch.rand(3, 1, 20) > 0.3,
+        torch.randn(3, 20, 20).requires_grad_(),
+    ):
         ours, plain = wrapped(Bare())
         assert_gradient(ours, plain, Q[0, :, 0].clone().requires_grad_(), mask)
 
 
 def assert_gradient(ours: nn.Module, plain: nn.Module, *inputs: Tensor) -> None:
     learned = [x for x in inputs if x.requires_grad]
-    for grad, want in zip(*(torch.autograd.grad(model(*inputs).square().sum(), learned) for model in (ours, plain)), strict=True):
+    for grad, want in zip(
+        *(torch.autograd.grad(model(*inputs).square().sum(), learned) for model in (ours, plain)),
+        strict=True,
+    ):
         torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
 
 
 def test_many_models_and_many_calls() -> None:
     for _ in range(11):
         ours = graphs.wrap(Bare(), masks.window(3), None, aot_eager)
-        torch.testing.assert_close(ours(Q[0]), cd.compile(masks.window(3))(Q[0], Q[0], Q[0]), rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(
+            ours(Q[0]), cd.compile(masks.window(3))(Q[0], Q[0], Q[0]), rtol=1e-5, atol=5e-6
+        )
 
     class Modes(nn.Module):
         def forward(self, q: Tensor, mode: str) -> Tensor:
@@ -338,7 +384,9 @@ def test_two_calls_of_a_module_are_two_sites() -> None:
 
     ours, _ = wrapped(Twice(), lambda layer: masks.window(3) if layer.path.endswith("#2") else None)
     first = cd.compile(masks.full())(Q[0], Q[0], Q[0])
-    torch.testing.assert_close(ours(Q[0]), cd.compile(masks.window(3))(first, first, first), rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(
+        ours(Q[0]), cd.compile(masks.window(3))(first, first, first), rtol=1e-5, atol=5e-6
+    )
     assert [site.path for site in cd.sites(ours)] == ["", "#2"]
 
 
@@ -347,14 +395,18 @@ def test_a_padded_mask_that_is_called_causal_and_is_not() -> None:
     ours, plain = wrapped(layer)
     places = torch.arange(50)
     window = torch.zeros(50, 50).masked_fill((places[:, None] - places).abs() > 5, -torch.inf)
-    assert_same(ours, plain, X, src_mask=window, src_key_padding_mask=torch.zeros(2, 50), is_causal=True)
+    assert_same(
+        ours, plain, X, src_mask=window, src_key_padding_mask=torch.zeros(2, 50), is_causal=True
+    )
 
 
 def test_a_mask_that_is_called_causal_and_is_not() -> None:
     class Zero(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, add_zero_attn=True)
+            self.attention = nn.MultiheadAttention(
+                WIDTH, HEADS, batch_first=True, add_zero_attn=True
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = torch.ones(50, 50).triu(1).bool()
@@ -369,7 +421,12 @@ def test_a_mask_that_is_called_causal_and_is_not() -> None:
 @pytest.mark.parametrize(
     ("model", "attention", "error", "message"),
     [
-        (nn.Linear(WIDTH, WIDTH), None, ValueError, "Linear called no scaled_dot_product_attention"),
+        (
+            nn.Linear(WIDTH, WIDTH),
+            None,
+            ValueError,
+            "Linear called no scaled_dot_product_attention",
+        ),
         (
             Net(dropout=0.1),
             None,
@@ -382,25 +439,39 @@ def test_a_mask_that_is_called_causal_and_is_not() -> None:
             NotImplementedError,
             r"weights as a result are not made \(File .*test_wrapping",
         ),
-        (Net(), cd.local_window(9), ValueError, "blocks.0 is causal, and its program shows later keys"),
+        (
+            Net(),
+            cd.local_window(9),
+            ValueError,
+            "blocks.0 is causal, and its program shows later keys",
+        ),
         (
             Net(),
             {"layers.*": masks.causal()},
             ValueError,
             r"no layer matches 'layers.\*'. The layers: blocks, blocks.0",
         ),
-        (Net(), lambda layer: 3, TypeError, "attention of blocks.0 must be a program, a mask or None; got int 3"),
+        (
+            Net(),
+            lambda layer: 3,
+            TypeError,
+            "attention of blocks.0 must be a program, a mask or None; got int 3",
+        ),
     ],
     ids=["no attention", "dropout", "weights", "not causal", "pattern", "function"],
 )
-def test_what_is_not_computed_is_refused(model: nn.Module, attention: Any, error: type[Exception], message: str) -> None:
+def test_what_is_not_computed_is_refused(
+    model: nn.Module, attention: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):  # noqa: PT012
         ours, _ = wrapped(model.train(), attention)
         ours(X)
 
 
 def test_what_is_refused_at_once() -> None:
-    with pytest.raises(TypeError, match="attention must be a program, a mask, a function of a layer or"):
+    with pytest.raises(
+        TypeError, match="attention must be a program, a mask, a function of a layer or"
+    ):
         cd.compile(Net(), attention=3)
     with pytest.raises(ValueError, match="memory_budget must be a number and one of B, KiB"):
         cd.compile(Net(), attention=None, memory_budget="much")
@@ -415,7 +486,10 @@ def test_what_would_leave_the_program_out_is_refused() -> None:
     want = ours(X)
     with pytest.raises(Exception, match="would leave that out"):
         torch.export.export(ours, (X,))
-    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="without compiling it"):
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(RuntimeError, match="without compiling it"),
+    ):
         ours(X)
     # A compiler around it runs it as it is.
     assert torch.equal(torch.compile(ours, backend="eager")(X), want)

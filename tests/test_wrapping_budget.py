@@ -57,13 +57,17 @@ def test_gradients_sites_report_and_budget() -> None:
     rows = [site.to_json() for site in cd.sites(ours)]
     assert [row["path"] for row in rows] == ["0", "1"]
     assert all(row["program"] == "Program((Branch(window(9)),))" for row in rows)
-    assert all(row["pairs"] < row["pairs_eager"] and row["flops"] < row["flops_eager"] for row in rows)
+    assert all(
+        row["pairs"] < row["pairs_eager"] and row["flops"] < row["flops_eager"] for row in rows
+    )
     report = passes.report(ours, [x])
     assert report.choices[0].chosen.passes
     held = x.nbytes + sum(weight.nbytes for weight in ours.parameters())
     assert report.measured_bytes is not None
     assert report.measured_bytes + held <= 1.03 * budget
-    assert re.search(r"graph 0, training: predicted peak .* graphs.py:\d+ in forward", str(report), re.DOTALL)
+    assert re.search(
+        r"graph 0, training: predicted peak .* graphs.py:\d+ in forward", str(report), re.DOTALL
+    )
 
 
 def test_a_budget_that_nothing_fits_names_the_least() -> None:
@@ -97,7 +101,9 @@ def test_what_is_remembered_of_one_program_is_not_taken_for_another() -> None:
         torch._dynamo.reset()
         with fresh_cache(), torch.no_grad():
             ours = graphs.wrap(model(), program, None, named)
-            with contextlib.suppress(RuntimeError):  # that nothing was replaced, for `named` runs nothing
+            with contextlib.suppress(
+                RuntimeError
+            ):  # that nothing was replaced, for `named` runs nothing
                 ours(x)
     assert names[0] == names[2] != names[1]
 
@@ -106,7 +112,11 @@ def test_modules_of_torch_have_lines() -> None:
     """Dynamo keeps no lines of torch's own modules: the report names the module, and where its forward is."""
     torch._dynamo.reset()
     x = torch.randn(2, 32, WIDTH)
-    step = cd.compile(nn.Transformer(WIDTH, 4, 1, 1, 96, 0.0, batch_first=True), attention=None, memory_budget="1GiB")
+    step = cd.compile(
+        nn.Transformer(WIDTH, 4, 1, 1, 96, 0.0, batch_first=True),
+        attention=None,
+        memory_budget="1GiB",
+    )
     step(x, x).sum().backward()
     (graph,) = passes.report(step).to_json()["graphs"]
     sources = {live["source"] for live in graph["live"] if live["name"] != "(inputs)"}

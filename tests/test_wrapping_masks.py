@@ -34,7 +34,9 @@ class Masked(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *data: Tensor) -> Tensor:
         mask = self.mask(q.shape[-2], *data)
         if self.checkpointed:
-            out: Tensor = checkpoint(F.scaled_dot_product_attention, q, k, v, mask, use_reentrant=False)
+            out: Tensor = checkpoint(
+                F.scaled_dot_product_attention, q, k, v, mask, use_reentrant=False
+            )
             return out
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -55,7 +57,12 @@ def pairs_made(found: list[GraphModule], n: int = N, m: int = N) -> list[str]:
     for graph in found:
         for node in graph.graph.nodes:
             value = node.meta.get("val")
-            if node.op == "call_function" and isinstance(value, Tensor) and value.numel() >= n * m and value.shape[-1] == m:
+            if (
+                node.op == "call_function"
+                and isinstance(value, Tensor)
+                and value.numel() >= n * m
+                and value.shape[-1] == m
+            ):
                 made.append(f"{node.name}: {tuple(value.shape)}")
     return made
 
@@ -65,7 +72,9 @@ def operands(n: int = N, m: int = N) -> list[Tensor]:
     return [torch.randn(B, H, tokens, D, requires_grad=True) for tokens in (n, m, m)]
 
 
-def check(model: nn.Module, *inputs: Tensor, attention: Any = None, want: nn.Module | None = None) -> tuple[Any, list[str]]:
+def check(
+    model: nn.Module, *inputs: Tensor, attention: Any = None, want: nn.Module | None = None
+) -> tuple[Any, list[str]]:
     """Result and gradients as without wrapping; the site's row, and what was made for each pair."""
     torch._dynamo.reset()
     found: list[GraphModule] = []
@@ -75,7 +84,9 @@ def check(model: nn.Module, *inputs: Tensor, attention: Any = None, want: nn.Mod
     out, expected = ours(*inputs), plain(*inputs)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    for got, grad in zip(*(torch.autograd.grad((x * weights).sum(), learned) for x in (out, expected)), strict=True):
+    for got, grad in zip(
+        *(torch.autograd.grad((x * weights).sum(), learned) for x in (out, expected)), strict=True
+    ):
         torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-5)
     (site,) = cd.sites(ours)
     return site.to_json(), pairs_made(found, inputs[0].shape[-2], inputs[1].shape[-2])
@@ -114,7 +125,9 @@ CAUSAL: dict[str, Callable[[int], Tensor]] = {
     "strictly": lambda n: ~(at(n)[1] > at(n)[0]),
     "by difference": lambda n: (at(n)[0] - at(n)[1]) >= 0,
     "where": lambda n: torch.where(at(n)[1] > at(n)[0], -torch.inf, 0.0),
-    "where with the least number": lambda n: torch.where(at(n)[1] > at(n)[0], torch.finfo(torch.float32).min, 0.0),
+    "where with the least number": lambda n: torch.where(
+        at(n)[1] > at(n)[0], torch.finfo(torch.float32).min, 0.0
+    ),
     "least number": lambda n: negative(n, at(n)[1] > at(n)[0], torch.finfo(torch.float32).min),
     "one minus": lambda n: (1.0 - torch.ones(n, n).tril()) * torch.finfo(torch.float32).min,
     "transposed": lambda n: torch.ones(n, n, dtype=torch.bool).triu().transpose(0, 1),
@@ -123,7 +136,9 @@ CAUSAL: dict[str, Callable[[int], Tensor]] = {
     "in place": written_in_place,
     "filled in place": filled_in_place,
     "twice": lambda n: torch.ones(n, n).tril().bool() & (at(n)[1] <= at(n)[0]),
-    "sum of two": lambda n: negative(n, at(n)[1] > at(n)[0]) + torch.full((n, n), -torch.inf).triu(1),
+    "sum of two": lambda n: (
+        negative(n, at(n)[1] > at(n)[0]) + torch.full((n, n), -torch.inf).triu(1)
+    ),
 }
 
 
@@ -164,10 +179,15 @@ DATA: dict[str, tuple[Callable[..., Tensor], Tensor, str]] = {
         torch.arange(N) < LENGTHS[:, None],
         "causal() & padding",
     ),
-    "padding of lengths": (lambda n, lengths: (torch.arange(n) < lengths[:, None])[:, None, None], LENGTHS, "padding"),
+    "padding of lengths": (
+        lambda n, lengths: (torch.arange(n) < lengths[:, None])[:, None, None],
+        LENGTHS,
+        "padding",
+    ),
     "padding added": (
         lambda n, hidden: (
-            torch.zeros(B, 1, 1, n).masked_fill(hidden[:, None, None], -torch.inf) + torch.full((n, n), -torch.inf).triu(1)
+            torch.zeros(B, 1, 1, n).masked_fill(hidden[:, None, None], -torch.inf)
+            + torch.full((n, n), -torch.inf).triu(1)
         ),
         torch.arange(N) >= LENGTHS[:, None],
         "causal()",
@@ -177,7 +197,11 @@ DATA: dict[str, tuple[Callable[..., Tensor], Tensor, str]] = {
         (torch.arange(N) < LENGTHS[:, None]).long(),
         "causal()",
     ),
-    "documents": (lambda n, ids: (ids[:, None, :, None] == ids[:, None, None, :]) & (at(n)[1] <= at(n)[0]), IDS, "documents"),
+    "documents": (
+        lambda n, ids: (ids[:, None, :, None] == ids[:, None, None, :]) & (at(n)[1] <= at(n)[0]),
+        IDS,
+        "documents",
+    ),
     "documents by tables": (lambda n, ids: ids[0][at(n)[0]] == ids[0][at(n)[1]], IDS, "documents"),
     "ends of documents": (
         lambda n, ends: at(n)[1] < ends[:, None, :, None],
@@ -195,16 +219,24 @@ DATA: dict[str, tuple[Callable[..., Tensor], Tensor, str]] = {
         "full()",
     ),
     "bias inside of causal": (
-        lambda n, slopes: (slopes[:, None, None] * (at(n)[1] - at(n)[0])).masked_fill(at(n)[1] > at(n)[0], -torch.inf),
+        lambda n, slopes: (slopes[:, None, None] * (at(n)[1] - at(n)[0])).masked_fill(
+            at(n)[1] > at(n)[0], -torch.inf
+        ),
         torch.tensor([0.5, 0.25, 0.125], requires_grad=True),
         "causal()",
     ),
     "a table of distances": (
-        lambda n, table: F.embedding((at(n)[1] - at(n)[0]).clamp(-4, 4) + 4, table).permute(2, 0, 1)[None],
+        lambda n, table: F.embedding((at(n)[1] - at(n)[0]).clamp(-4, 4) + 4, table).permute(
+            2, 0, 1
+        )[None],
         torch.randn(9, H, generator=torch.Generator().manual_seed(3)).requires_grad_(),
         "full()",
     ),
-    "large and finite": (lambda n, big: torch.where(at(n)[1] > at(n)[0], big, 0.0), torch.tensor(-1e9), "full()"),
+    "large and finite": (
+        lambda n, big: torch.where(at(n)[1] > at(n)[0], big, 0.0),
+        torch.tensor(-1e9),
+        "full()",
+    ),
 }
 
 
@@ -243,7 +275,9 @@ def written_by_places(n: int) -> Tensor:
         written_by_a_view,
         written_after_it_is_read,
         written_by_places,
-        lambda n: torch.eye(n, dtype=torch.bool) | torch.ones(n, n, dtype=torch.bool).roll(1, 0).tril(),
+        lambda n: (
+            torch.eye(n, dtype=torch.bool) | torch.ones(n, n, dtype=torch.bool).roll(1, 0).tril()
+        ),
         lambda n: torch.where(at(n)[1] > at(n)[0] - 2, torch.finfo(torch.float32).min, 0.0),
     ],
 )
@@ -253,7 +287,9 @@ def test_what_is_not_proven_is_read_pair_by_pair(mask: Callable[[int], Tensor]) 
 
 
 def test_a_mask_from_outside_is_read_pair_by_pair() -> None:
-    row, made = check(Masked(lambda n, mask: mask), *operands(), torch.ones(N, N, dtype=torch.bool).tril())
+    row, made = check(
+        Masked(lambda n, mask: mask), *operands(), torch.ones(N, N, dtype=torch.bool).tril()
+    )
     assert row["model"] == "a mask"
     assert made == []
 
@@ -275,7 +311,9 @@ def test_a_program_is_joined_with_what_a_mask_says() -> None:
 
     want = Masked(both)
     model = Masked(lambda n, seen: CAUSAL["compared"](n) & seen[:, None, None])
-    row, made = check(model, *operands(), torch.arange(N) < LENGTHS[:, None], attention=window, want=want)
+    row, made = check(
+        model, *operands(), torch.arange(N) < LENGTHS[:, None], attention=window, want=want
+    )
     # Causal is there anyway.
     assert row["program"] == "Program((Branch(causal() & window(9) & padding()),))"
     assert made == []
@@ -284,7 +322,9 @@ def test_a_program_is_joined_with_what_a_mask_says() -> None:
 class Lengths(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         n = x.shape[-2]
-        seen = (torch.arange(n) < lengths[:, None])[:, None, None] & torch.ones(n, n, dtype=torch.bool).tril()
+        seen = (torch.arange(n) < lengths[:, None])[:, None, None] & torch.ones(
+            n, n, dtype=torch.bool
+        ).tril()
         return F.scaled_dot_product_attention(x, x, x, attn_mask=seen)
 
 

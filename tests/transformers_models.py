@@ -30,9 +30,17 @@ _GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-_GEMMA3 = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA3 = {
+    "head_dim": 16,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-_BERT = {"num_key_value_heads": None, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_BERT = {
+    "num_key_value_heads": None,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 _VIT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -57,11 +65,21 @@ CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt-oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
-        {**_TEXT, "head_dim": 16, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            **_TEXT,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     ),
 }
 ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bert": ("BertModel", "BertConfig", {key: value for key, value in {**_TEXT, **_BERT}.items() if value is not None}),
+    "bert": (
+        "BertModel",
+        "BertConfig",
+        {key: value for key, value in {**_TEXT, **_BERT}.items() if value is not None},
+    ),
     "vit": ("ViTModel", "ViTConfig", _VIT),
 }
 
@@ -70,7 +88,9 @@ def model_of(name: str, implementation: str, **changes: Any) -> Any:
     """The model in eval mode; the same weights for every implementation."""
     kind, config, settings = {**CAUSAL, **ENCODERS}[name]
     torch.manual_seed(0)
-    made = getattr(transformers, config)(**{**settings, **changes}, attn_implementation=implementation)
+    made = getattr(transformers, config)(
+        **{**settings, **changes}, attn_implementation=implementation
+    )
     return getattr(transformers, kind)(made).eval()
 
 
@@ -96,4 +116,6 @@ def gradients_of(model: Any, call: Callable[[Any], Tensor]) -> Tensor:
     """All gradients of the mean square of a result, as one vector."""
     model.zero_grad()
     call(model).float().square().mean().backward()
-    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+    return torch.cat(
+        [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+    )

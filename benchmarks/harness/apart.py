@@ -15,7 +15,13 @@ Row = dict[str, Any]
 _MOST_CHARACTERS = 160
 
 # What torch and the C++ runtime say where memory runs out.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "MemoryError", "out of memory")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "MemoryError",
+    "out of memory",
+)
 
 
 def row_of(script: str, job: Mapping[str, Any], limit_bytes: int, seconds: float) -> Row:
@@ -29,7 +35,9 @@ def row_of(script: str, job: Mapping[str, Any], limit_bytes: int, seconds: float
 
     command = [sys.executable, script, "--job", json.dumps(job)]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit, check=False)
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, preexec_fn=limit, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"took longer than {seconds:g} s"}
     if run.returncode == 0:

@@ -45,7 +45,10 @@ class Case:
 
 def dense(problem: Problem, tokens: int = DENSE_TOKENS) -> Baseline:
     """One dense SDPA of a problem's dtype."""
-    return Baseline(f"dense {tokens}", Problem(masks.full(), tokens, head_dim=problem.head_dim, dtype=problem.dtype))
+    return Baseline(
+        f"dense {tokens}",
+        Problem(masks.full(), tokens, head_dim=problem.head_dim, dtype=problem.dtype),
+    )
 
 
 def same_work(problem: Problem, name: str) -> Baseline:
@@ -55,8 +58,12 @@ def same_work(problem: Problem, name: str) -> Baseline:
 
 def in_time_of_dense(problem: Problem) -> Baseline:
     """Dense SDPA over all pairs, as if it did no more than the problem's: shares are ratios of times."""
-    full = Problem(masks.full(), problem.tokens, problem.heads, head_dim=problem.head_dim, dtype=problem.dtype)
-    return Baseline("time of dense", replace(full, pairs_per_head=lambda: problem.pairs // problem.heads))
+    full = Problem(
+        masks.full(), problem.tokens, problem.heads, head_dim=problem.head_dim, dtype=problem.dtype
+    )
+    return Baseline(
+        "time of dense", replace(full, pairs_per_head=lambda: problem.pairs // problem.heads)
+    )
 
 
 def ours_of(problem: Problem, name: str) -> Baseline:

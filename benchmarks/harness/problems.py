@@ -69,7 +69,11 @@ class Problem:
         return q.requires_grad_(backward), k.requires_grad_(backward), v.requires_grad_(backward)
 
     def _normal(self, heads: int, random: torch.Generator) -> Tensor:
-        shape = (1, self.tokens, heads, self.head_dim) if self.by_token else (1, heads, self.tokens, self.head_dim)
+        shape = (
+            (1, self.tokens, heads, self.head_dim)
+            if self.by_token
+            else (1, heads, self.tokens, self.head_dim)
+        )
         x = torch.randn(shape, generator=random).to(getattr(torch, self.dtype))
         return x.transpose(1, 2) if self.by_token else x
 
@@ -85,19 +89,30 @@ class Problem:
         """Why it does not fit, or None."""
         import psutil
 
-        rows = self.heads * (5 if backward else 2) + (self.kv_heads or self.heads) * (4 if backward else 2)
+        rows = self.heads * (5 if backward else 2) + (self.kv_heads or self.heads) * (
+            4 if backward else 2
+        )
         wanted = 1.25 * rows * self.tokens * self.head_dim * getattr(torch, self.dtype).itemsize
         free = psutil.virtual_memory().available
-        return None if wanted < free else f"needs {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
+        return (
+            None
+            if wanted < free
+            else f"needs {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
+        )
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Whether any branch allows a pair: FlexAttention's mask_mod."""
-        seen: Tensor = reduce(operator.or_, (mask.allows(b, h, q, kv, self.data) for mask in self._masks))
+        seen: Tensor = reduce(
+            operator.or_, (mask.allows(b, h, q, kv, self.data) for mask in self._masks)
+        )
         return seen
 
     @cached_property
     def _masks(self) -> list[Mask]:
-        return [branch.mask.for_heads(self.heads).on("cpu") for branch in as_program(self.program).branches]
+        return [
+            branch.mask.for_heads(self.heads).on("cpu")
+            for branch in as_program(self.program).branches
+        ]
 
     @property
     def differs_by_head(self) -> bool:
@@ -122,7 +137,9 @@ def ours(problem: Problem, lowering: str = "auto") -> Attention:
     """This library."""
     attend = cd.compile(problem.program, lowering=lowering)
     options: dict[str, Any] = {"data": problem.data, "score_mod": problem.score_mod}
-    return lambda q, k, v: attend(q, k, v, **{name: value for name, value in options.items() if value is not None})
+    return lambda q, k, v: attend(
+        q, k, v, **{name: value for name, value in options.items() if value is not None}
+    )
 
 
 def fallback(problem: Problem) -> Attention:
@@ -130,7 +147,12 @@ def fallback(problem: Problem) -> Attention:
     if problem.score_mod is not None:
         return ours(problem, "tiled")
     try:
-        cd.plan(problem.program, (1, problem.heads, problem.tokens, problem.head_dim), problem.kv_heads, lowering="strided")
+        cd.plan(
+            problem.program,
+            (1, problem.heads, problem.tokens, problem.head_dim),
+            problem.kv_heads,
+            lowering="strided",
+        )
     except ValueError:
         return ours(problem, "tiled")
     return ours(problem, "strided")
@@ -141,13 +163,19 @@ def sdpa(problem: Problem) -> Attention:
     gqa = problem.kv_heads is not None
     if problem.program in (masks.full(), masks.causal()) and problem.score_mod is None:
         is_causal = problem.program == masks.causal()
-        return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=gqa)
+        return lambda q, k, v: scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, enable_gqa=gqa
+        )
     if problem.score_mod is not None and problem.bias is None:
         raise ValueError("SDPA has no such score_mod")
     at, zero = torch.arange(problem.tokens), torch.zeros((), dtype=torch.int64)
     mask = problem.allowed(zero, zero, at[:, None], at).broadcast_to(problem.tokens, problem.tokens)
     if problem.bias is not None:
-        mask = problem.bias(problem.tokens).masked_fill(~mask, -torch.inf)[None].to(getattr(torch, problem.dtype))
+        mask = (
+            problem.bias(problem.tokens)
+            .masked_fill(~mask, -torch.inf)[None]
+            .to(getattr(torch, problem.dtype))
+        )
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
 
@@ -178,7 +206,12 @@ def flex(problem: Problem) -> Attention:
 
 
 # By the name of their column.
-WAYS: Mapping[str, Callable[[Problem], Attention]] = {"ours": ours, "fallback": fallback, "flex": flex, "SDPA": sdpa}
+WAYS: Mapping[str, Callable[[Problem], Attention]] = {
+    "ours": ours,
+    "fallback": fallback,
+    "flex": flex,
+    "SDPA": sdpa,
+}
 
 
 def computed_pairs(problem: Problem) -> int | None:

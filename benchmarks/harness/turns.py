@@ -54,7 +54,9 @@ class _Block:
         """After one call, which is its warm-up."""
         call()
         seconds = measure.timed(call)
-        return _Block(call, min(_MOST_REPEATS, max(1, math.ceil(least_seconds / max(seconds, 1e-6)))))
+        return _Block(
+            call, min(_MOST_REPEATS, max(1, math.ceil(least_seconds / max(seconds, 1e-6))))
+        )
 
     def seconds(self) -> float:
         """Time one call, in seconds, after one that is not counted.
@@ -77,7 +79,9 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
     if lacking := case.problem.lacks_memory(backward):
         return row | {"skipped": lacking}
     # FlexAttention has no backward on a CPU.
-    made = {name: _rival(case, name, backward) for name in rivals if not (backward and name == "flex")}
+    made = {
+        name: _rival(case, name, backward) for name in rivals if not (backward and name == "flex")
+    }
     others = {name: rival for name, rival in made.items() if isinstance(rival, _Rival)}
     ours, baseline = _blocks(case, backward, settings.block_seconds)
     times: dict[str, list[float]] = {name: [] for name in ("baseline", "ours", *others)}
@@ -91,8 +95,14 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
         times["baseline"].append((before + baseline.seconds()) / 2)
         for name, rival in others.items():
             if turn < settings.rival_turns and not (late and turn) and not (rival.is_slow and turn):
-                times[name].append(rival.first_seconds if rival.is_slow else _Block(rival.call, 1).seconds())
-    shares = {name: _shares(case, seconds, times["baseline"]) for name, seconds in times.items() if name != "baseline"}
+                times[name].append(
+                    rival.first_seconds if rival.is_slow else _Block(rival.call, 1).seconds()
+                )
+    shares = {
+        name: _shares(case, seconds, times["baseline"])
+        for name, seconds in times.items()
+        if name != "baseline"
+    }
     computed = computed_pairs(case.problem)
     share = median(shares["ours"])
     bar = case.bars[backward]
@@ -106,8 +116,19 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
         "bar": bar,
         "met": None if bar is None else share >= bar,
         "rivals": {
-            **{name: {"refused": reason} for name, reason in made.items() if isinstance(reason, str)},
-            **{name: {"seconds": times[name], "share": median(shares[name]), "spread": spread(shares[name])} for name in others},
+            **{
+                name: {"refused": reason}
+                for name, reason in made.items()
+                if isinstance(reason, str)
+            },
+            **{
+                name: {
+                    "seconds": times[name],
+                    "share": median(shares[name]),
+                    "spread": spread(shares[name]),
+                }
+                for name in others
+            },
         },
     }
 
@@ -149,7 +170,9 @@ def _rival(case: Case, name: str, backward: bool) -> _Rival | str:
     try:
         call = case.problem.call(WAYS[name](case.problem), backward)
         first = measure.timed(call)
-    except Exception as error:  # what another library refuses is a finding, not a failure of this one
+    except (
+        Exception
+    ) as error:  # what another library refuses is a finding, not a failure of this one
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     compiles = name == "flex"
     if compiles and time.perf_counter() - started > _MOST_COMPILING_SECONDS:
@@ -180,16 +203,28 @@ def family_rows(rows: list[Row], bars: Mapping[str, float]) -> list[Row]:
     out = []
     for family in dict.fromkeys(row["family"] for row in rows if row["family"]):
         for which in PASSES:
-            members = [row for row in rows if row["family"] == family and row["pass"] == which and "share" in row]
+            members = [
+                row
+                for row in rows
+                if row["family"] == family and row["pass"] == which and "share" in row
+            ]
             if len(members) < 2:
                 continue
-            tokens = [row["tokens"] * row["heads"] / median(row["seconds"]) * median(row["baseline_seconds"]) for row in members]
+            tokens = [
+                row["tokens"]
+                * row["heads"]
+                / median(row["seconds"])
+                * median(row["baseline_seconds"])
+                for row in members
+            ]
             ratios = {label: [each / values[0] for each in values] for label, values in (
                 ("tokens a second", tokens), ("useful rate", [row["share"] for row in members]),
             )}  # fmt: skip
             lengths = f"{members[0]['tokens']} to {members[-1]['tokens']}"
             for label, each in ratios.items():
-                bar = bars.get(family) if label == "tokens a second" and which == "forward" else None
+                bar = (
+                    bars.get(family) if label == "tokens a second" and which == "forward" else None
+                )
                 out.append(
                     {
                         "case": f"{family}, {lengths}: {label}",
@@ -197,7 +232,10 @@ def family_rows(rows: list[Row], bars: Mapping[str, float]) -> list[Row]:
                         "dtype": members[0]["dtype"],
                         "of": f"its own at {members[0]['tokens']}",
                         "share": min(each),
-                        "of_each": {str(row["tokens"]): ratio for row, ratio in zip(members, each, strict=True)},
+                        "of_each": {
+                            str(row["tokens"]): ratio
+                            for row, ratio in zip(members, each, strict=True)
+                        },
                         "bar": bar,
                         "met": None if bar is None else min(each) >= bar,
                     }
@@ -222,12 +260,18 @@ def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
                 change()
                 for name, function in functions.items():
                     times[name].append(function())
-    slower = {name: [loaded / calm for loaded, calm in zip(busy[name], quiet[name], strict=True)] for name in functions}
+    slower = {
+        name: [loaded / calm for loaded, calm in zip(busy[name], quiet[name], strict=True)]
+        for name in functions
+    }
     share = median(slower["baseline"]) / median(slower["ours"])
     return _head(case, backward) | {
         "quiet_seconds": quiet,
         "busy_seconds": busy,
-        "slower": {name: {"median": median(values), "spread": spread(values)} for name, values in slower.items()},
+        "slower": {
+            name: {"median": median(values), "spread": spread(values)}
+            for name, values in slower.items()
+        },
         "share": share,
         "bar": 1.0,
         "met": share >= 1.0,

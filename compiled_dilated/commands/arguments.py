@@ -36,7 +36,11 @@ ProgramOfFunctions = Annotated[
 ]
 DataFiles = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="NAME=FILE.npy", help="A tensor that masks read, (batch, tokens) or (tokens); repeated."),
+    typer.Option(
+        "--data",
+        metavar="NAME=FILE.npy",
+        help="A tensor that masks read, (batch, tokens) or (tokens); repeated.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -85,13 +89,17 @@ def program_of_functions(text: str) -> Program:
 
 def _function_named(target: str) -> Any:
     if not isinstance(target, str):
-        raise TypeError(f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}")
+        raise TypeError(
+            f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}"
+        )
     try:
         return factories.load(*factories.named(target))
     except factories.NoFactory as error:
         raise ValueError(str(error).removeprefix("MODULE:FACTORY must name a function; ")) from None
     except ValueError:
-        raise ValueError(f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}") from None
+        raise ValueError(
+            f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}"
+        ) from None
 
 
 def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Tensor]:
@@ -103,7 +111,9 @@ def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Ten
     for entry in entries or ():
         name, separator, path = entry.partition("=")
         if not (name and separator and path):
-            raise typer.BadParameter(f"--data takes NAME=FILE.npy, as documents=ids.npy; got {entry!r}")
+            raise typer.BadParameter(
+                f"--data takes NAME=FILE.npy, as documents=ids.npy; got {entry!r}"
+            )
         if name in tensors:
             raise typer.BadParameter(f"--data names {name!r} twice")
         try:
@@ -111,14 +121,24 @@ def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Ten
         except FileNotFoundError:
             raise typer.BadParameter(f"--data {name}: no file {path!r}") from None
         except (OSError, ValueError, EOFError):
-            raise typer.BadParameter(f"--data {name}: {path!r} is no array of numbers that numpy.save wrote") from None
+            raise typer.BadParameter(
+                f"--data {name}: {path!r} is no array of numbers that numpy.save wrote"
+            ) from None
         if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
-            came = f"shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of several arrays"
-            raise typer.BadParameter(f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {came}")
+            came = (
+                f"shape {array.shape}"
+                if isinstance(array, np.ndarray)
+                else "an archive of several arrays"
+            )
+            raise typer.BadParameter(
+                f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {came}"
+            )
         try:
             tensors[name] = torch.from_numpy(np.atleast_2d(array))
         except TypeError:
-            raise typer.BadParameter(f"--data {name}: {path!r} must hold integers or bools; got {array.dtype}") from None
+            raise typer.BadParameter(
+                f"--data {name}: {path!r} must hold integers or bools; got {array.dtype}"
+            ) from None
     if set(tensors) != set(names):
         reads = f"reads {', '.join(names)}" if names else "reads no data"
         raise typer.BadParameter(
@@ -138,4 +158,6 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
         # int() takes the digits of every script.
         return tuple(int(number.encode("ascii")) for number in text.replace("_", "").split(","))
     except ValueError:
-        raise typer.BadParameter(f"{name} takes integers joined by commas, as in 1,8,65536,64; got {text!r}") from None
+        raise typer.BadParameter(
+            f"{name} takes integers joined by commas, as in 1,8,65536,64; got {text!r}"
+        ) from None

@@ -23,15 +23,32 @@ def export(
     ],
     path: Annotated[
         Path,
-        typer.Argument(metavar="FILE.pt2", help="The package; FILE.pt2.json and kernels, FILE.pt2*.so, are written beside it."),
+        typer.Argument(
+            metavar="FILE.pt2",
+            help="The package; FILE.pt2.json and kernels, FILE.pt2*.so, are written beside it.",
+        ),
     ],
-    lengths: Annotated[str | None, typer.Option(metavar="LEAST,MOST", help="Tokens; those of the example if not given.")] = None,
-    batches: Annotated[str | None, typer.Option(metavar="LEAST,MOST", help="Batch; that of the example if not given.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="LEAST,MOST", help="Tokens; those of the example if not given."),
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(metavar="LEAST,MOST", help="Batch; that of the example if not given."),
+    ] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Of a program: also an entry for queries that are the last of a cache's tokens.")
+        bool,
+        typer.Option(
+            "--decode",
+            help="Of a program: also an entry for queries that are the last of a cache's tokens.",
+        ),
     ] = False,
     isa: Annotated[
-        str | None, typer.Option(metavar="avx2|native", help="The instructions of the CPUs that run it; avx2 if torch can.")
+        str | None,
+        typer.Option(
+            metavar="avx2|native",
+            help="The instructions of the CPUs that run it; avx2 if torch can.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -48,7 +65,9 @@ def export(
     result = make()
     with bad_usage():
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(f"{factory} must return (model or program, example inputs); got {type(result).__name__}")
+            raise TypeError(
+                f"{factory} must return (model or program, example inputs); got {type(result).__name__}"
+            )
         about = packages.export(
             *result,
             path,

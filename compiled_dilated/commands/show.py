@@ -11,27 +11,56 @@ import typer
 
 from .. import pictures
 from ..text import read_order
-from .arguments import DataFiles, Json, ProgramOfFunctions, bad_usage, data_files, print_json, program_of_functions
+from .arguments import (
+    DataFiles,
+    Json,
+    ProgramOfFunctions,
+    bad_usage,
+    data_files,
+    print_json,
+    program_of_functions,
+)
 
 
 def show(
     program: ProgramOfFunctions,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Queries, and keys.")],
-    kv_len: Annotated[int | None, typer.Option(min=1, help="Keys, where they are not as many as queries.")] = None,
-    q_offset: Annotated[int, typer.Option(min=0, help="Position of the first query, for decoding against a cache.")] = 0,
+    kv_len: Annotated[
+        int | None, typer.Option(min=1, help="Keys, where they are not as many as queries.")
+    ] = None,
+    q_offset: Annotated[
+        int, typer.Option(min=0, help="Position of the first query, for decoding against a cache.")
+    ] = 0,
     data: DataFiles = None,
     batch: Annotated[int, typer.Option(min=0, help="The entry of the data's batch to show.")] = 0,
-    heads: Annotated[int, typer.Option(min=1, help="Heads, which masks that differ by head are dealt out to.")] = 8,
+    heads: Annotated[
+        int, typer.Option(min=1, help="Heads, which masks that differ by head are dealt out to.")
+    ] = 8,
     head: Annotated[
-        int | None, typer.Option(min=0, help="The head to show; up to four kinds of heads side by side if not given.")
+        int | None,
+        typer.Option(
+            min=0, help="The head to show; up to four kinds of heads side by side if not given."
+        ),
     ] = None,
-    branches: Annotated[bool, typer.Option("--branches", help="Each branch of the head alone too.")] = False,
+    branches: Annotated[
+        bool, typer.Option("--branches", help="Each branch of the head alone too.")
+    ] = False,
     order: Annotated[
-        str | None, typer.Option(metavar="ORDER", help="Draw in the places of 'hilbert(64, 64)' or another order.")
+        str | None,
+        typer.Option(
+            metavar="ORDER", help="Draw in the places of 'hilbert(64, 64)' or another order."
+        ),
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Write a PNG (needs matplotlib).")] = None,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", dir_okay=False, help="Write an SVG.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE.html", dir_okay=False, help="Write a page.")] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", dir_okay=False, help="Write a PNG (needs matplotlib)."),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", dir_okay=False, help="Write an SVG.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", dir_okay=False, help="Write a page.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Draw which keys PROGRAM lets each query see: as text here, and as files.
@@ -39,7 +68,11 @@ def show(
     Up to 256 tokens every pair is drawn, past that blocks of pairs by the share that is allowed. A million tokens take seconds.
     Exit code 2 if PROGRAM is none, or a file, a shape or a name does not fit it.
     """
-    files = [_file(name, path) for name, path in (("png", png), ("svg", svg), ("html", html)) if path is not None]
+    files = [
+        _file(name, path)
+        for name, path in (("png", png), ("svg", svg), ("html", html))
+        if path is not None
+    ]
     with bad_usage():
         meaning = program_of_functions(program)
         figure = pictures.show(

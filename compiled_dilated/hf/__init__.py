@@ -34,7 +34,9 @@ def register() -> None:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"compiled_dilated.hf needs transformers >= {oldest}: {_INSTALL}") from error
+        raise ImportError(
+            f"compiled_dilated.hf needs transformers >= {oldest}: {_INSTALL}"
+        ) from error
     if _release_of(transformers.__version__) < OLDEST_TRANSFORMERS:
         raise ImportError(
             f"compiled_dilated.hf needs transformers >= {oldest}; got {transformers.__version__}. Install a newer one: {_INSTALL}"

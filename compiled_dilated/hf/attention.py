@@ -108,7 +108,9 @@ def _refuse(
             "Pass attention_mask of shape (batch, tokens), or use 'eager'"
         )
     if options.get("output_attentions"):
-        raise ValueError("compiled_dilated makes no attention weights. Leave out output_attentions, or use 'eager'")
+        raise ValueError(
+            "compiled_dilated makes no attention weights. Leave out output_attentions, or use 'eager'"
+        )
     for option, setting in options.items():
         if setting is None or setting is False or option in _SAID_ELSEWHERE:
             continue
@@ -137,14 +139,20 @@ def _masked(module: nn.Module, query: Tensor, key: Tensor, site: Any) -> Visible
 
 
 def _bias_of(
-    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Visible | Tensor | None, position_bias: Tensor | None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Visible | Tensor | None,
+    position_bias: Tensor | None,
 ) -> Tensor | None:
     """What is added to the scores: the bias of positions, the tensor of a mask, or both in one."""
     if not isinstance(attention_mask, Tensor):
         return position_bias
     whole = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     shape = tuple(attention_mask.shape)
-    fits = len(shape) == 4 and all(size in (1, most) for size, most in zip(shape, whole, strict=True))
+    fits = len(shape) == 4 and all(
+        size in (1, most) for size, most in zip(shape, whole, strict=True)
+    )
     if not fits:
         raise ValueError(
             f"{type(module).__name__} got a mask of shape {shape}; expected (batch, heads, queries, keys) = {whole}, or 1 in "
@@ -189,10 +197,25 @@ def _rule_of(structure: str, joined: tuple[str, ...]) -> tuple[str, str, tuple[s
 
 
 def _traced(
-    visible: Visible, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, score_mod: Any, s_aux: Tensor | None
+    visible: Visible,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    score_mod: Any,
+    s_aux: Tensor | None,
 ) -> Tensor:
     frame, rule, names = _rule_of(visible.structure, visible.joined)
     tensors = [visible.data[name] for name in names]
     return attend_in_graph(
-        frame, rule, query, key, value, tensors, scale=scaling, q_offset=visible.q_offset, score_mod=score_mod, sink_logits=s_aux
+        frame,
+        rule,
+        query,
+        key,
+        value,
+        tensors,
+        scale=scaling,
+        q_offset=visible.q_offset,
+        score_mod=score_mod,
+        sink_logits=s_aux,
     )

@@ -35,7 +35,15 @@ class _Description:
 
     def visible(self, q_offset: int | Tensor, cut: bool) -> Visible:
         structure = " & ".join(self.structure) or "full()"
-        return Visible(structure, tuple(sorted(self.joined)), self.data, q_offset, self.causal, cut, self.merged)
+        return Visible(
+            structure,
+            tuple(sorted(self.joined)),
+            self.data,
+            q_offset,
+            self.causal,
+            cut,
+            self.merged,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ def mask(
     if isinstance(attention_mask, Visible):
         return attention_mask  # generate() with a static cache makes the mask before the model does
     if use_vmap:
-        raise NotImplementedError(f"compiled_dilated reads no mask function of a user's own (or_mask_function). {_WAY_OUT}")
+        raise NotImplementedError(
+            f"compiled_dilated reads no mask function of a user's own (or_mask_function). {_WAY_OUT}"
+        )
     description = _Description()
 
     def positions() -> Tensor:
@@ -94,7 +104,9 @@ def mask(
         packed = attention_mask is None and q_length == kv_length
         # An argument of masks without a direction alone.
         causal = "allow_is_bidirectional_skip" not in others
-        chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+        chunked = local_size is not None and local_size == getattr(
+            config, "attention_chunk_size", None
+        )
         neighbours = _Neighbours(mask_function, batch_size, positions, packed)
         _read_keywords(description, neighbours, local_size, causal, chunked)
     else:
@@ -108,10 +120,14 @@ def mask(
     return description.visible(offset, cut)
 
 
-def _join_padding(description: _Description, attention_mask: Tensor, kv_length: int, kv_offset: int) -> None:
+def _join_padding(
+    description: _Description, attention_mask: Tensor, kv_length: int, kv_offset: int
+) -> None:
     missing = kv_offset + kv_length - attention_mask.shape[1]
     # Places of a static cache that are not filled yet are hidden. In a graph the length is not asked: it may vary.
-    tokens = F.pad(attention_mask, (0, missing)) if is_compiling() or missing > 0 else attention_mask
+    tokens = (
+        F.pad(attention_mask, (0, missing)) if is_compiling() or missing > 0 else attention_mask
+    )
     tokens = tokens[:, kv_offset : kv_offset + kv_length]
     if not is_compiling() and bool(tokens.all()):
         return
@@ -119,7 +135,9 @@ def _join_padding(description: _Description, attention_mask: Tensor, kv_length: 
     description.data[PADDING] = ~tokens
 
 
-def _read_function(description: _Description, function: Callable[..., Any], positions: Callable[[], Tensor]) -> None:
+def _read_function(
+    description: _Description, function: Callable[..., Any], positions: Callable[[], Tensor]
+) -> None:
     """Read one of transformers' mask functions and those that it joins. positions: of the keys, (batch or 1, keys)."""
     if function is masking_utils.causal_mask_function:
         description.structure.append("causal()")
@@ -131,7 +149,11 @@ def _read_function(description: _Description, function: Callable[..., Any], posi
     if function.__closure__ is not None:
         cells = (cell.cell_contents for cell in function.__closure__)
         captured = dict(zip(function.__code__.co_freevars, cells, strict=True))
-    maker = function.__qualname__.partition(".")[0] if function.__module__ == masking_utils.__name__ else ""
+    maker = (
+        function.__qualname__.partition(".")[0]
+        if function.__module__ == masking_utils.__name__
+        else ""
+    )
     if maker == "and_masks":
         for part in captured["mask_functions"]:
             _read_function(description, part, positions)
@@ -151,11 +173,17 @@ def _read_function(description: _Description, function: Callable[..., Any], posi
         # Differences of positions inside of a sequence stay what they are; chunks count from its start.
         _read_function(description, captured["mask_function"], lambda: captured["position_ids"])
     else:
-        raise NotImplementedError(f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}")
+        raise NotImplementedError(
+            f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}"
+        )
 
 
 def _read_keywords(
-    description: _Description, neighbours: _Neighbours, local_size: int | None, causal: bool, chunked: bool
+    description: _Description,
+    neighbours: _Neighbours,
+    local_size: int | None,
+    causal: bool,
+    chunked: bool,
 ) -> None:
     """Take a mask from the keywords of a traced call; of packed sequences and chunks neighbours are asked.
 
@@ -169,7 +197,9 @@ def _read_keywords(
         description.causal = True
         return
     if not function.__qualname__.startswith("and_masks"):
-        raise NotImplementedError(f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}")
+        raise NotImplementedError(
+            f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}"
+        )
     description.causal = causal
     if causal:
         description.structure.append("causal()")
@@ -179,7 +209,9 @@ def _read_keywords(
         description.merged = neighbours.packed
         return
     if local_size is not None:
-        description.structure.append(f"window({local_size - 1}, 0)" if causal else f"window({local_size})")
+        description.structure.append(
+            f"window({local_size - 1}, 0)" if causal else f"window({local_size})"
+        )
     if causal and neighbours.packed:
         description.joined.append(PACKED)
         description.data[PACKED] = neighbours.ids()

@@ -79,11 +79,15 @@ def _flatten(visible: Visible) -> tuple[list[Any], tuple[Any, ...]]:
 def _unflatten(leaves: Any, context: tuple[Any, ...]) -> Visible:
     structure, joined, names, causal, cut, merged = context
     *tensors, q_offset = leaves
-    return Visible(structure, joined, dict(zip(names, tensors, strict=True)), q_offset, causal, cut, merged)
+    return Visible(
+        structure, joined, dict(zip(names, tensors, strict=True)), q_offset, causal, cut, merged
+    )
 
 
 # So that a compiled graph may take one as an input.
-pytree.register_pytree_node(Visible, _flatten, _unflatten, serialized_type_name="compiled_dilated.hf.Visible")
+pytree.register_pytree_node(
+    Visible, _flatten, _unflatten, serialized_type_name="compiled_dilated.hf.Visible"
+)
 
 
 def joined_with(program: Program, joined: tuple[str, ...]) -> Program:

@@ -75,7 +75,9 @@ def wrap(model: Any, attention: Choice = None) -> Any:
             f"attn_implementation={NAME!r} where the model's own masks will do"
         )
     described = {path: _layer_of(path, module, model) for path, module in layers.items()}
-    crosses = getattr(model.config, "is_encoder_decoder", False) or any("Cross" in layer.kind for layer in described.values())
+    crosses = getattr(model.config, "is_encoder_decoder", False) or any(
+        "Cross" in layer.kind for layer in described.values()
+    )
     if isinstance(attention, (Program, Mask)) and crosses:
         raise ValueError(
             f"one program for all layers of {type(model).__name__} would be that of its cross attention too. Name the layers: "
@@ -84,7 +86,10 @@ def wrap(model: Any, attention: Choice = None) -> Any:
     programs = programs_of(attention, described)
     model.set_attn_implementation(NAME)
     for path, module in layers.items():
-        put_sites(module, [LayerSite(path, type(module).__name__, programs[path], described[path].heads or 1)])
+        put_sites(
+            module,
+            [LayerSite(path, type(module).__name__, programs[path], described[path].heads or 1)],
+        )
     return model
 
 

@@ -39,13 +39,25 @@ class Batched:
         return self.automatic
 
     def forward(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
         return hidden.forward(partial(self._forward, chosen, problem), call, q, k, v)
 
     def _forward(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         out = empty_out(q, v, is_by_token(q)).zero_()
         lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
@@ -53,7 +65,15 @@ class Batched:
         return out, lse
 
     def merge_into(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
         """Merge the batches into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
         for batch in _batches(chosen):

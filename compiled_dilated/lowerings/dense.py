@@ -23,7 +23,11 @@ def propose(problem: Problem) -> list[Proposal | Refusal]:
     """All branches at once: a pair that c branches link gets log c."""
     groups: dict[tuple[Mask, ...], list[int]] = {}
     for head in range(problem.heads):
-        branches = [branch for branch in problem.program.branches if head in branch.head_range(problem.heads)]
+        branches = [
+            branch
+            for branch in problem.program.branches
+            if head in branch.head_range(problem.heads)
+        ]
         groups.setdefault(
             tuple(branch.mask_at(head, problem.heads) for branch in branches),
             [],
@@ -50,7 +54,10 @@ LOWERING = Batched("dense", propose)
 def _hiding(masks: tuple[Mask, ...], causal: bool) -> tuple[Mask, ...]:
     """The masks that need a bias: without causal() if the kernel applies it."""
     if causal:
-        masks = tuple(conjunction(tuple(part for part in conjuncts(mask) if part != Causal())) for mask in masks)
+        masks = tuple(
+            conjunction(tuple(part for part in conjuncts(mask) if part != Causal()))
+            for mask in masks
+        )
     if len(masks) == 1 and not conjuncts(masks[0]):
         return ()
     return masks

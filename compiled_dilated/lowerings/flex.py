@@ -58,8 +58,14 @@ class Linked(Mask):
 
     def at_head(self, head: int, heads: int) -> Mask:
         assert heads == self.heads
-        seen = [branch.mask_at(head, heads) for branch in self.program.branches if head in branch.head_range(heads)]
-        return ~full() if not seen else seen[0] if len(seen) == 1 else Or(tuple(dict.fromkeys(seen)))
+        seen = [
+            branch.mask_at(head, heads)
+            for branch in self.program.branches
+            if head in branch.head_range(heads)
+        ]
+        return (
+            ~full() if not seen else seen[0] if len(seen) == 1 else Or(tuple(dict.fromkeys(seen)))
+        )
 
     def for_heads(self, heads: int) -> Mask:
         assert heads == self.heads
@@ -70,20 +76,38 @@ class Linked(Mask):
 
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         return replace(
-            self, program=Program(tuple(replace(branch, mask=change(branch.mask)) for branch in self.program.branches))
+            self,
+            program=Program(
+                tuple(replace(branch, mask=change(branch.mask)) for branch in self.program.branches)
+            ),
         )
 
-    def count(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def count(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         """How many branches link the pair."""
-        return sum(self._branch(branch, b, h, q, kv, data).to(torch.int32) for branch in self.program.branches)
+        return sum(
+            self._branch(branch, b, h, q, kv, data).to(torch.int32)
+            for branch in self.program.branches
+        )
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         out = self._branch(self.program.branches[0], b, h, q, kv, data)
         for branch in self.program.branches[1:]:
             out = out | self._branch(branch, b, h, q, kv, data)
         return out
 
-    def _branch(self, branch: Branch, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None) -> Any:
+    def _branch(
+        self,
+        branch: Branch,
+        b: Positions,
+        h: Positions,
+        q: Positions,
+        kv: Positions,
+        data: Data | None,
+    ) -> Any:
         heads = branch.head_range(self.heads)
         seen = branch.mask.allows(b, h, q, kv, data)
         return seen if len(heads) == self.heads else seen & (h >= heads.start) & (h < heads.stop)
@@ -108,7 +132,9 @@ class Work:
     order: Order
     lasting: dict[torch.device, tuple[BlockMaskPart, ...]] = field(default_factory=dict, repr=False)
 
-    def parts(self, problem: Problem, device: torch.device, data: Mapping[str, Tensor]) -> tuple[BlockMaskPart, ...]:
+    def parts(
+        self, problem: Problem, device: torch.device, data: Mapping[str, Tensor]
+    ) -> tuple[BlockMaskPart, ...]:
         """Block masks for the call's data; kept where there is none."""
         if device in self.lasting:
             return self.lasting[device]
@@ -126,12 +152,25 @@ def propose(problem: Problem) -> Proposal | Refusal:
     """The whole program as one kernel."""
     if problem.device == "cpu" and problem.training:
         return Refusal(
-            "flex", None, "torch has no backward of FlexAttention on a CPU", "Use lowering='auto', 'strided' or 'tiled' to train"
+            "flex",
+            None,
+            "torch has no backward of FlexAttention on a CPU",
+            "Use lowering='auto', 'strided' or 'tiled' to train",
         )
     if problem.partial:
-        return Refusal("flex", None, "its backward knows no lse but its own", "Use lowering='auto', 'strided' or 'tiled'")
+        return Refusal(
+            "flex",
+            None,
+            "its backward knows no lse but its own",
+            "Use lowering='auto', 'strided' or 'tiled'",
+        )
     if problem.dtype == "float64":
-        return Refusal("flex", None, "FlexAttention does not compute in float64", "Use another dtype or lowering")
+        return Refusal(
+            "flex",
+            None,
+            "FlexAttention does not compute in float64",
+            "Use another dtype or lowering",
+        )
     reason = None if problem.device == "cpu" else _unfit_for_triton(problem)
     if reason is not None:
         return Refusal("flex", None, reason, "Use lowering='auto', 'strided' or 'tiled'")
@@ -145,7 +184,11 @@ def propose(problem: Problem) -> Proposal | Refusal:
         if mask not in listed:
             listed[mask] = _listed(mask, order, problem)
         pairs += listed[mask] * _TILE**2 * problem.batch
-    if problem.device == "cpu" and len(listed) == 1 and len(split(_tile_map(next(iter(listed)), order, problem))) > 1:
+    if (
+        problem.device == "cpu"
+        and len(listed) == 1
+        and len(split(_tile_map(next(iter(listed)), order, problem))) > 1
+    ):
         return Refusal(
             "flex",
             None,
@@ -156,7 +199,14 @@ def propose(problem: Problem) -> Proposal | Refusal:
     copied = problem.tensor_bytes if order != identity() else 0
     of_device = constants(problem.device)
     rate = of_device.flex if problem.itemsize < 4 else of_device.flex_float32
-    cost = Cost(pairs, flops, copied, 1, copied, flops / rate + of_device.flops_per_call * (problem.device != "cpu"))
+    cost = Cost(
+        pairs,
+        flops,
+        copied,
+        1,
+        copied,
+        flops / rate + of_device.flops_per_call * (problem.device != "cpu"),
+    )
     return Proposal("flex", None, cost, (Work(linked, order),))
 
 
@@ -181,11 +231,23 @@ def _unfit_for_triton(problem: Problem) -> str | None:
 def _listed(mask: Mask, order: Order, problem: Problem) -> int:
     """Number of tiles that the block mask of some heads lists."""
     counts = counting.tiles(mask, problem.q_len, problem.kv_len, _TILE, order, problem.q_offset)
-    return len(_tile_map(mask, order, problem).indices) if counts is None else counts.full + counts.partial
+    return (
+        len(_tile_map(mask, order, problem).indices)
+        if counts is None
+        else counts.full + counts.partial
+    )
 
 
 def _tile_map(mask: Mask, order: Order, problem: Problem) -> TileMap:
-    return TileMap.build(mask, problem.q_len, problem.kv_len, q_tile=_TILE, kv_tile=_TILE, order=order, q_offset=problem.q_offset)
+    return TileMap.build(
+        mask,
+        problem.q_len,
+        problem.kv_len,
+        q_tile=_TILE,
+        kv_tile=_TILE,
+        order=order,
+        q_offset=problem.q_offset,
+    )
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -208,7 +270,9 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(alone, dynamic=True, fullgraph=True)
 
 
-def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     """out and lse; on a CPU the lse is NaN throughout, and whoever asks for it is refused before."""
     q, k, v = (work.order.permute(x) for x in (q, k, v))
     parts = work.parts(problem, q.device, call.data)
@@ -217,7 +281,11 @@ def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: T
         assert len(parts) <= 1
         # FlexAttention refuses tensors that require a gradient on a CPU, even where none is recorded.
         q, k, v = (x.detach() for x in (q, k, v))
-        out = _part(problem, parts[0], q, k, v, score_mod, call.scale) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
+        out = (
+            _part(problem, parts[0], q, k, v, score_mod, call.scale)
+            if parts
+            else q.new_zeros(*q.shape[:3], v.shape[3])
+        )
         return work.order.invert(out), q.new_full(q.shape[:3], math.nan, dtype=lse_dtype(q.dtype))
     q, k, v = (_addressable(x) for x in (q, k, v))
     out = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -250,7 +318,9 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    work: Work, problem: Problem, call: Call, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by FlexAttention's own backward, after one more forward: an operator cannot keep the graph of the first."""
     with _recording():
         inputs = [x.detach().requires_grad_() for x in (saved.q, saved.k, saved.v)]
@@ -275,10 +345,20 @@ def _learning(call: Call) -> tuple[Call, list[Tensor]]:
     operands = list(mod.operands)
     for number in mod.learned:
         operands[number] = operands[number].detach().requires_grad_()
-    return replace(call, score_mod=replace(mod, operands=tuple(operands))), [operands[number] for number in mod.learned]
+    return replace(call, score_mod=replace(mod, operands=tuple(operands))), [
+        operands[number] for number in mod.learned
+    ]
 
 
-def _part(problem: Problem, part: BlockMaskPart, q: Tensor, k: Tensor, v: Tensor, score_mod: Any, scale: float) -> Any:
+def _part(
+    problem: Problem,
+    part: BlockMaskPart,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_mod: Any,
+    scale: float,
+) -> Any:
     """out of a part, or out and an AuxOutput that holds the lse where the device gives one."""
     rows, columns = (slice(span.start, span.stop) for span in (part.queries, part.keys))
     aux = AuxRequest(lse=True) if gives_lse(problem.device) else None
@@ -298,13 +378,17 @@ def _kernel_options(problem: Problem, part: BlockMaskPart) -> Any:
     return None if problem.device == "cpu" or rows <= _MOST_DECODED_ROWS else {"BACKEND": "TRITON"}
 
 
-def _score_mod(work: Work, call: Call, device: torch.device) -> Callable[[BlockMaskPart], Any] | None:
+def _score_mod(
+    work: Work, call: Call, device: torch.device
+) -> Callable[[BlockMaskPart], Any] | None:
     """The caller's score_mod, and log c where branches overlap, over the indices of a part."""
     own = call.score_mod
     counted = len(work.linked.program.branches) > 1
     if own is None and not counted:
         return None
-    linked = work.linked.for_heads(work.linked.heads).on(device)  # a kernel can read tables, not make them
+    linked = work.linked.for_heads(work.linked.heads).on(
+        device
+    )  # a kernel can read tables, not make them
     assert isinstance(linked, Linked)
     data, q_offset = call.data, call.q_offset
 

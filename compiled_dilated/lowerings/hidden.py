@@ -123,7 +123,9 @@ def _spoiled_rows(saved: Saved) -> Tensor:
 
 def _without_rows(saved: Saved, rows: Tensor) -> Saved:
     """The same without gradients from some rows: lse = +inf makes all their weights 0."""
-    q, out, grad_out = (x.masked_fill(rows[..., None], 0.0) for x in (saved.q, saved.out, saved.grad_out))
+    q, out, grad_out = (
+        x.masked_fill(rows[..., None], 0.0) for x in (saved.q, saved.out, saved.grad_out)
+    )
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(rows, 0.0)
     return Saved(
         q,

@@ -58,11 +58,16 @@ class Work:
         return [call.data[name] for name in self.names], operands
 
     def of_operator(
-        self, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, score_slots: Sequence[int]
+        self,
+        data: Sequence[Tensor] | None,
+        operands: Sequence[Tensor] | None,
+        score_slots: Sequence[int],
     ) -> tuple[Any, Any]:
         """Data and operands among an operator's arguments, in the kernel's order."""
         places = (*self.slots, *score_slots)
-        return data[: len(self.names)] if data else None, [operands[slot] for slot in places] if operands and places else None
+        return data[: len(self.names)] if data else None, [
+            operands[slot] for slot in places
+        ] if operands and places else None
 
 
 def propose(problem: Problem) -> Proposal | Refusal:
@@ -78,7 +83,12 @@ def propose(problem: Problem) -> Proposal | Refusal:
 
 
 def work_of_graph(
-    program: Program | PerLength, lowering: str, scores: Scores | None, q: Tensor, k: Tensor, v: Tensor
+    program: Program | PerLength,
+    lowering: str,
+    scores: Scores | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
 ) -> Work | None:
     """Work for a graph of tensors of any length; None if the plan depends on the length."""
     if isinstance(program, PerLength) or lowering not in ("auto", "native"):
@@ -111,7 +121,9 @@ def _unfit(problem: Problem) -> str | None:
         return f"it takes head dims up to {_WIDEST}; got {problem.head_dim} and {problem.value_dim}"
     if max(problem.kv_len, problem.q_offset + problem.q_len) > _MOST_POSITIONS:
         return "it takes positions up to 2**30"
-    if problem.q_offset < 0 and any(_has_places(branch.mask) for branch in problem.program.branches):
+    if problem.q_offset < 0 and any(
+        _has_places(branch.mask) for branch in problem.program.branches
+    ):
         return "a ring's queries before its keys have no place in lists and grids"
     if problem.partial and problem.scores is not None:
         return "a score_mod counts positions along the whole sequence, and a ring's block along its own"
@@ -120,7 +132,11 @@ def _unfit(problem: Problem) -> str | None:
 
 def _has_places(mask: Mask) -> bool:
     """Whether the mask depends on absolute positions: lists or grids."""
-    return mask.period is None or isinstance(mask, Neighborhood) or any(_has_places(part) for part in mask.parts)
+    return (
+        mask.period is None
+        or isinstance(mask, Neighborhood)
+        or any(_has_places(part) for part in mask.parts)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -157,7 +173,9 @@ def _sums_bytes(problem: Problem) -> int:
     if problem.itemsize > 2:
         return 0
     of_head = problem.kv_len * (problem.head_dim + problem.value_dim) * 4
-    return min(problem.batch * problem.kv_heads, max(_MOST_SUMS_BYTES // max(of_head, 1), 1)) * of_head
+    return (
+        min(problem.batch * problem.kv_heads, max(_MOST_SUMS_BYTES // max(of_head, 1), 1)) * of_head
+    )
 
 
 def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[int, ...]:
@@ -198,23 +216,48 @@ class Native:
         return [propose(problem)]
 
     def forward(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
         work: Work = chosen[0].work[0]
         data, operands = work.inputs(call)
         result: tuple[Tensor, Tensor] = library.operators.native.default(
-            q, k, v, data, operands, work.code, call.scale, call.q_offset, call.offsets, is_by_token(q)
+            q,
+            k,
+            v,
+            data,
+            operands,
+            work.code,
+            call.scale,
+            call.q_offset,
+            call.offsets,
+            is_by_token(q),
         )
         return result
 
     def merge_into(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
         """Continue from out and lse with the pairs of these tensors."""
         work: Work = chosen[0].work[0]
         data, operands = work.inputs(call)
-        library.operators.native_merge.default(out, lse, q, k, v, data, operands, work.code, call.scale, call.q_offset)
+        library.operators.native_merge.default(
+            out, lse, q, k, v, data, operands, work.code, call.scale, call.q_offset
+        )
 
     def backward(
         self,

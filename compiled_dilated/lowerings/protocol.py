@@ -45,13 +45,27 @@ class Lowering(Protocol):
         ...
 
     def forward(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
         ...
 
     def merge_into(
-        self, chosen: Sequence[Proposal], problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        self,
+        chosen: Sequence[Proposal],
+        problem: Problem,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
         """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), in place.
 

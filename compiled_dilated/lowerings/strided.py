@@ -49,7 +49,10 @@ class Stretch:
 
 def propose(problem: Problem) -> list[Proposal | Refusal]:
     """One proposal or refusal per branch."""
-    return [propose_branch(index, branch, problem) for index, branch in enumerate(problem.program.branches)]
+    return [
+        propose_branch(index, branch, problem)
+        for index, branch in enumerate(problem.program.branches)
+    ]
 
 
 def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
@@ -59,7 +62,10 @@ def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | R
         pieces = _sorted(mask)
         if isinstance(pieces, str):
             return Refusal("strided", index, pieces, "Use lowering='tiled' or 'auto'")
-        batches += [Batch(heads, kv_heads, queries, keys, causal=causal) for queries, keys, causal in _tilings(pieces, problem)]
+        batches += [
+            Batch(heads, kv_heads, queries, keys, causal=causal)
+            for queries, keys, causal in _tilings(pieces, problem)
+        ]
     return Proposal("strided", index, costs.of(batches, problem), tuple(batches))
 
 
@@ -96,7 +102,9 @@ def _tilings(pieces: Pieces, problem: Problem) -> Iterator[tuple[Lattice, Lattic
             rate, period = pieces.congruent.modulus, pieces.congruent.period
             first = pieces.congruent.offset + (stretch.start if period != rate else 0)
             queries, keys = _congruent(queries, first, rate), _congruent(keys, first, rate)
-        for part_queries, part_keys, causal in _causal(queries, keys) if pieces.causal else ((queries, keys, False),):
+        for part_queries, part_keys, causal in (
+            _causal(queries, keys) if pieces.causal else ((queries, keys, False),)
+        ):
             if part_queries and part_keys:
                 of_queries, of_keys = (
                     Lattice(tokens.start, stretch.count, stretch.stride, len(tokens), tokens.step)
@@ -116,7 +124,11 @@ def _stretches(length: int | None, problem: Problem) -> Iterator[Stretch]:
     )
     segment, end = queries.start // length, -(-queries.stop // length)
     while segment < end:
-        count = 1 if segment in clipped else min([other for other in clipped if other > segment] + [end]) - segment
+        count = (
+            1
+            if segment in clipped
+            else min([other for other in clipped if other > segment] + [end]) - segment
+        )
         start = segment * length
         yield Stretch(
             count,

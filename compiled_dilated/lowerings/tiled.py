@@ -49,7 +49,10 @@ class _Shape:
 
 def propose(problem: Problem) -> list[Proposal | Refusal]:
     """One proposal or refusal per branch."""
-    return [propose_branch(index, branch, problem) for index, branch in enumerate(problem.program.branches)]
+    return [
+        propose_branch(index, branch, problem)
+        for index, branch in enumerate(problem.program.branches)
+    ]
 
 
 def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal:
@@ -108,7 +111,9 @@ def _by_shape(tile_map: TileMap) -> dict[_Shape, tuple[list[int], list[TileIndic
             last = (int(gathered[-1]) + 1) * _KV_TILE
             columns = len(gathered) * _KV_TILE - max(0, last - tile_map.kv_len)
             full_here = min(max(full - start, 0), len(gathered))
-            q_tiles, key_tiles = groups[_Shape(rows, full_here, len(gathered), columns, start // _MOST_GATHERED)]
+            q_tiles, key_tiles = groups[
+                _Shape(rows, full_here, len(gathered), columns, start // _MOST_GATHERED)
+            ]
             q_tiles.append(row)
             key_tiles.append(gathered)
     return groups

@@ -23,7 +23,9 @@ class Asked(Mask):
     data: Data | None = None
     batch: int = 0
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Positions:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Positions:
         return self.mask.allows(b * 0 + self.batch, h, q, kv, self.data)
 
     def on(self, device: Any) -> Mask:

@@ -16,7 +16,9 @@ from .differences import classify_difference, differences, pairs_up_to
 class Causal(Mask):
     """kv <= q."""
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return kv <= q
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -52,7 +54,9 @@ class Window(Mask):
     right: int
     dilation: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         near = (kv - q >= -self.left) & (kv - q <= self.right)
         if self.dilation == 1:
             return near

@@ -23,7 +23,9 @@ class KeyFlags(Mask):
     seen: Any = field(repr=False)
     name: str
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Positions:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Positions:
         return self.seen[kv] & (q == q)
 
     @cached_property
@@ -57,7 +59,9 @@ def with_data(mask: Mask, data: Data, batch: int) -> Mask:
     data: tensors (batch or 1, positions) on a CPU. The mask has no rule over heads any more.
     """
     if isinstance(mask, FromMod | Traced):
-        return Asked(mask, None if mask.within is None else with_data(mask.within, data, batch), data, batch)
+        return Asked(
+            mask, None if mask.within is None else with_data(mask.within, data, batch), data, batch
+        )
     if not isinstance(mask, OfData):
         return mask._map(lambda part: with_data(part, data, batch))
     x = mask.tensor(data)
@@ -74,7 +78,11 @@ def with_data(mask: Mask, data: Data, batch: int) -> Mask:
 
 def _documents(ids: Any) -> Mask | None:
     """Documents by their lengths, where no document comes back after another."""
-    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if len(ids) else np.zeros(0, dtype=np.int64)
+    starts = (
+        np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+        if len(ids)
+        else np.zeros(0, dtype=np.int64)
+    )
     if len(np.unique(ids[starts])) != len(starts):
         return None
     return DocumentLengths(tuple(np.diff(starts, append=len(ids)).tolist()))

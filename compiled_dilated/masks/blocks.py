@@ -23,7 +23,9 @@ class BlockWindow(Mask):
     left: int
     right: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         ahead = kv // self.block - q // self.block
         return (ahead >= -self.left) & (ahead <= self.right)
 
@@ -107,7 +109,9 @@ class DilatedBlocks(Mask):
     block: int
     stride: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return (kv // self.block - q // self.block) % self.stride == 0
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -130,7 +134,9 @@ class DilatedBlocks(Mask):
         # Between two borders all classes of blocks have equally many queries, and equally many
         # keys.
         for start, stop in itertools.pairwise(borders):
-            total += (stop - start) * self._tokens_of_class(start, q) * self._tokens_of_class(start, kv)
+            total += (
+                (stop - start) * self._tokens_of_class(start, q) * self._tokens_of_class(start, kv)
+            )
         return total
 
     def _borders(self, side: range) -> Iterator[int]:

@@ -47,7 +47,9 @@ class Congruent(Mask):
             return head % self.modulus
         return head // math.ceil(heads / self.modulus)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         if isinstance(self.offset, int):
             offset: Any = self.offset
         elif self.offset == "cyclic":
@@ -81,7 +83,9 @@ class Congruent(Mask):
         # that only regions within one period can be decided.
         one_period = np.ones(len(side), dtype=bool)
         if self.within is not None and self.within % self.modulus:
-            one_period = (first // self.within == side.last // self.within) | (step % self.within == 0)
+            one_period = (first // self.within == side.last // self.within) | (
+                step % self.within == 0
+            )
             first = first % self.within
         # All positions of the region have the same residue.
         constant = (step % self.modulus == 0) & one_period
@@ -108,7 +112,9 @@ class Congruent(Mask):
     def pairs(self, q: range, kv: range) -> int | None:
         if not isinstance(self.offset, int):
             return None
-        q_matches, kv_matches = (self._matches_before(side.stop) - self._matches_before(side.start) for side in (q, kv))
+        q_matches, kv_matches = (
+            self._matches_before(side.stop) - self._matches_before(side.start) for side in (q, kv)
+        )
         return q_matches * kv_matches
 
     def _matches_before(self, position: int) -> int:
@@ -137,7 +143,9 @@ class Congruent(Mask):
         starts = range(0, kv_len, self.within)
         if len(starts) > MOST_RANGES:
             return None
-        return tuple(range(at + self.offset, min(at + self.within, kv_len), self.modulus) for at in starts)
+        return tuple(
+            range(at + self.offset, min(at + self.within, kv_len), self.modulus) for at in starts
+        )
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         return self._matching(q), self._matching(kv)

@@ -35,7 +35,9 @@ class Mask(ABC):
     """
 
     @abstractmethod
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         """True where query position q may see key position kv.
 
         FlexAttention's `mask_mod` with one more argument. All four indices broadcast.
@@ -200,7 +202,9 @@ def brief(numbers: Sequence[int], unit: str, code: str) -> str:
     """A long list of numbers as their count and a digest, for people; of a short one the code."""
     if len(numbers) <= MOST_SHOWN:
         return code
-    digest = hashlib.blake2b(np.asarray(numbers, dtype=np.int64).tobytes(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(
+        np.asarray(numbers, dtype=np.int64).tobytes(), digest_size=4
+    ).hexdigest()
     return f"<{len(numbers):,} {unit}, digest {digest}>"
 
 
@@ -226,7 +230,9 @@ class _Joined(Mask):
 class And(_Joined):
     """Pairs that every part allows: `a & b`."""
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         out = self.masks[0].allows(b, h, q, kv, data)
         for mask in self.masks[1:]:
             out = out & mask.allows(b, h, q, kv, data)
@@ -266,7 +272,9 @@ class And(_Joined):
 class Or(_Joined):
     """Pairs that any part allows: `a | b`."""
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         out = self.masks[0].allows(b, h, q, kv, data)
         for mask in self.masks[1:]:
             out = out | mask.allows(b, h, q, kv, data)
@@ -319,7 +327,9 @@ class Not(Mask):
 
     mask: Mask
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return ~self.mask.allows(b, h, q, kv, data)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -345,7 +355,12 @@ class Not(Mask):
             return None
         borders = [
             0,
-            *(at for span in sorted(seen, key=lambda span: span.start) if span for at in (span.start, span.stop)),
+            *(
+                at
+                for span in sorted(seen, key=lambda span: span.start)
+                if span
+                for at in (span.start, span.stop)
+            ),
             kv_len,
         ]
         return tuple(range(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b)
@@ -361,7 +376,9 @@ class Not(Mask):
 class Full(Mask):
     """Every pair."""
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return q - q == kv - kv
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -418,7 +435,12 @@ def intersection(a: range, b: range) -> range:
     if (b.start - a.start) % shared:
         return range(0)
     step = a.step // shared * b.step
-    ahead = (b.start - a.start) // shared * pow(a.step // shared, -1, b.step // shared) % (b.step // shared)
+    ahead = (
+        (b.start - a.start)
+        // shared
+        * pow(a.step // shared, -1, b.step // shared)
+        % (b.step // shared)
+    )
     first = a.start + ahead * a.step
     start = max(a.start, b.start)
     return range(first + -(-(start - first) // step) * step, min(a.stop, b.stop), step)

@@ -85,7 +85,9 @@ class DocumentIds(OfData):
     def query_names(self) -> tuple[str, ...]:
         return (self.name,)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         ids = self.tensor(data)
         row = row_of(ids, b)
         return ids[row, q] == ids[row, kv]
@@ -118,7 +120,9 @@ class DocumentLengths(Mask):
         """The first position of each document."""
         return self.stops - np.array(self.lengths, dtype=np.int64)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         # With a table, as in compiled kernels, `rank` reads only the length of its first argument.
         stops = self._stops if self.table is None else self.lengths
         document = rank(stops, q, self.table)
@@ -129,7 +133,9 @@ class DocumentLengths(Mask):
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         stops = self.stops
-        first, last, kv_first, kv_last = (np.searchsorted(stops, x, side="right") for x in (q.first, q.last, kv.first, kv.last))
+        first, last, kv_first, kv_last = (
+            np.searchsorted(stops, x, side="right") for x in (q.first, q.last, kv.first, kv.last)
+        )
         outside = np.maximum(first, kv_first) >= len(self.lengths)
         return np.where(outside, np.uint8(0), same_group(first, last, kv_first, kv_last))
 
@@ -160,8 +166,13 @@ class DocumentLengths(Mask):
         first, last = np.searchsorted(self.stops, (both_start, both_stop), side="right")
         stops = self.stops[first : last + 1]
         starts = stops - np.array(self.lengths[first : last + 1], dtype=np.int64)
-        queries, keys = (np.maximum(np.minimum(stops, side.stop) - np.maximum(starts, side.start), 0) for side in (q, kv))
-        if len(stops) and stops[-1] > 2**31:  # a product of two lengths may be more than an int64 holds
+        queries, keys = (
+            np.maximum(np.minimum(stops, side.stop) - np.maximum(starts, side.start), 0)
+            for side in (q, kv)
+        )
+        if (
+            len(stops) and stops[-1] > 2**31
+        ):  # a product of two lengths may be more than an int64 holds
             queries, keys = queries.astype(object), keys.astype(object)
         return int((queries * keys).sum())
 
@@ -213,7 +224,9 @@ class Padding(OfFlags):
 
     true_where, of_others = "a key is padding", "is 1 where a key counts, pass mask == 0"
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         padding = self.tensor(data)
         return ~padding[row_of(padding, b), kv] & (q == q)
 

@@ -36,7 +36,12 @@ def classify_difference(
     nearest = least + (origin - least) % stride
     exact = constant | (shared == step)
     # Empty: out of bounds, or no value of the tile has residue 0.
-    empty = (least > most) | (lo % shared.clip(1) != 0) | (constant & (lo % dilation != 0)) | (exact & (nearest > most))
+    empty = (
+        (least > most)
+        | (lo % shared.clip(1) != 0)
+        | (constant & (lo % dilation != 0))
+        | (exact & (nearest > most))
+    )
     return verdicts(inside & constant & (lo % dilation == 0), empty)
 
 

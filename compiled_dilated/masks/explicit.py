@@ -38,10 +38,14 @@ class Tiles(Mask):
     table: Any = field(default=None, compare=False)
     code: str = field(default="", compare=False)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         column = kv // self.block
         key = q // self.block * self.columns + column
-        return (rank(self.keys, key, self.table) > rank(self.keys, key - 1, self.table)) & (column < self.columns)
+        return (rank(self.keys, key, self.table) > rank(self.keys, key - 1, self.table)) & (
+            column < self.columns
+        )
 
     def on(self, device: Any) -> Mask:
         return replace(self, table=as_tensor(self.keys, device))
@@ -68,7 +72,9 @@ class Tiles(Mask):
         listed[few] = exact
         # Full: every tile is listed, and no key lies past the last column.
         full = np.zeros(len(q), dtype=np.bool_)
-        full[few] = (exact == rows[few] * (last - first + 1)[few]) & (kv.last[few] // self.block < self.columns)
+        full[few] = (exact == rows[few] * (last - first + 1)[few]) & (
+            kv.last[few] // self.block < self.columns
+        )
         return np.where((listed == 0) | (first > last), EMPTY, np.where(full, FULL, PARTIAL))
 
     @property
@@ -80,7 +86,9 @@ class Tiles(Mask):
         keys = runs(self._tiles(range(row, row + 1), range(self.columns))[1], self.block)
         if len(keys) > MOST_RANGES:
             return None
-        return tuple(range(span.start, min(span.stop, kv_len)) for span in keys if span.start < kv_len)
+        return tuple(
+            range(span.start, min(span.stop, kv_len)) for span in keys if span.start < kv_len
+        )
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         rows, columns = self._tiles(self._touched(q), self._touched(kv))
@@ -97,7 +105,9 @@ class Tiles(Mask):
     def pairs(self, q: range, kv: range) -> int | None:
         rows, columns = (
             self._overlaps(side, tiles)
-            for side, tiles in zip((q, kv), self._tiles(self._touched(q), self._touched(kv)), strict=True)
+            for side, tiles in zip(
+                (q, kv), self._tiles(self._touched(q), self._touched(kv)), strict=True
+            )
         )
         # Python integers where the product may exceed 64 bits.
         if (q.stop - q.start) * (kv.stop - kv.start) > np.iinfo(np.int64).max:
@@ -122,7 +132,9 @@ class Tiles(Mask):
 
     def _overlaps(self, side: range, tiles: IntArray) -> Any:
         """Number of positions of a contiguous range in each tile."""
-        return np.minimum((tiles + 1) * self.block, side.stop) - np.maximum(tiles * self.block, side.start)
+        return np.minimum((tiles + 1) * self.block, side.stop) - np.maximum(
+            tiles * self.block, side.start
+        )
 
     def __repr__(self) -> str:
         if self.code:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..mods import Graph, Kind, MaskMod, check_callable, kind_of, name_of, over_pairs, trace_mask_mod
+from ..mods import (
+    Graph,
+    Kind,
+    MaskMod,
+    check_callable,
+    kind_of,
+    name_of,
+    over_pairs,
+    trace_mask_mod,
+)
 from ..regions import EMPTY, FULL, PARTIAL, Regions, Verdicts, both, verdicts
 from .core import Data, Full, Mask, Positions
 
@@ -54,7 +63,9 @@ class Contents:
     def alive(self) -> list[Any] | None:
         """The tensors; None if one was freed or has no data."""
         tensors = [reference() for reference in self.tensors]
-        gone = any(tensor is None for tensor in tensors) or any(digest.startswith("unknown") for digest in self.digests)
+        gone = any(tensor is None for tensor in tensors) or any(
+            digest.startswith("unknown") for digest in self.digests
+        )
         if gone:
             return None
         return tensors
@@ -63,7 +74,10 @@ class Contents:
 def digest(x: Any) -> str:
     """Shape, dtype and a hash of a tensor's values; no hash for a tensor without data."""
     kind = f"{tuple(x.shape)} {x.dtype}"
-    is_plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    is_plain = type(x) in (
+        torch.Tensor,
+        torch.nn.Parameter,
+    ) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     if x.device.type == "meta" or not is_plain:
         return f"unknown {kind}"
     with _disable_current_modes():
@@ -104,7 +118,9 @@ class _OfFunction(Mask):
     def check(self, queries: range, keys: int) -> None:
         super().check(queries, keys)
         pairs = len(queries) * keys
-        if (self.within is None or isinstance(self.within, Full)) and pairs > MOST_PAIRS_WITHOUT_WITHIN:
+        if (
+            self.within is None or isinstance(self.within, Full)
+        ) and pairs > MOST_PAIRS_WITHOUT_WITHIN:
             raise ValueError(
                 f"{self} would be asked about {len(queries)} x {keys} = {pairs:,} pairs, "
                 f"more than {MOST_PAIRS_WITHOUT_WITHIN:,}. "
@@ -129,7 +145,9 @@ class Traced(_OfFunction):
     contents: Contents = Contents(())
     name: str = field(default="function", compare=False)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         operands = self._operands(data)
         if operands is None:
             raise ValueError(
@@ -156,7 +174,11 @@ class Traced(_OfFunction):
         small = undecided[pairs[undecided] <= _MOST_PAIRS_PER_TILE]
         evaluated = np.full(len(q), PARTIAL)
         operands = self._operands(None)
-        decidable = operands is not None and not self.graph.reads("b") and (self.head is not None or not self.graph.reads("h"))
+        decidable = (
+            operands is not None
+            and not self.graph.reads("b")
+            and (self.head is not None or not self.graph.reads("h"))
+        )
         if operands is not None and decidable:
             evaluated[small] = self._evaluate(operands, q[small], kv[small])
         return np.where(out == EMPTY, EMPTY, both(out, evaluated))
@@ -174,7 +196,9 @@ class Traced(_OfFunction):
         head = zero + (self.head or 0)
         for shape in range(len(distinct)):
             indices = np.flatnonzero(group.reshape(-1) == shape)
-            q_steps, kv_steps = (side.positions(indices[0]) - side.base[indices[0]] for side in (q, kv))
+            q_steps, kv_steps = (
+                side.positions(indices[0]) - side.base[indices[0]] for side in (q, kv)
+            )
             at_once = max(1, _PAIRS_AT_ONCE // (len(q_steps) * len(kv_steps)))
             for chunk in np.array_split(indices, -(-len(indices) // at_once)):
                 q_at = torch.from_numpy(
@@ -185,7 +209,10 @@ class Traced(_OfFunction):
                 ).to(device)
                 allowed = self.graph.mask(operands, zero, head, q_at, kv_at)
                 allowed = allowed.broadcast_to(len(chunk), len(q_steps), len(kv_steps))
-                full, empty = (x.cpu().numpy() for x in (allowed.all(dim=2).all(dim=1), ~allowed.any(dim=2).any(dim=1)))
+                full, empty = (
+                    x.cpu().numpy()
+                    for x in (allowed.all(dim=2).all(dim=1), ~allowed.any(dim=2).any(dim=1))
+                )
                 out[chunk] = verdicts(full, empty)
         return out
 
@@ -221,7 +248,10 @@ def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = 
     Raises ValueError or TypeError for a bad graph, slots or `within`.
     """
     traced = Traced(Graph(graph).check(), tuple(slots), within, name=name)
-    if not all(isinstance(slot, int) for slot in traced.slots) or len(traced.slots) != traced.graph.operands:
+    if (
+        not all(isinstance(slot, int) for slot in traced.slots)
+        or len(traced.slots) != traced.graph.operands
+    ):
         raise ValueError(
             f"slots must be {traced.graph.operands} numbers of operands; got {slots!r}",
         )
@@ -252,7 +282,9 @@ class FromMod(_OfFunction):
             name_of(self.fn),
         ), operands
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         if _are_scalars(b, h, q, kv):  # FlexAttention calls a mask_mod with scalars, under vmap
             allowed = self.fn(b, h, q, kv)
         else:
@@ -299,7 +331,9 @@ class _OfHead:
     head: int
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return self.fn(b, torch.full_like(h, self.head), q, kv)  # a constant, so that the graph reads no head
+        return self.fn(
+            b, torch.full_like(h, self.head), q, kv
+        )  # a constant, so that the graph reads no head
 
 
 def from_mod(fn: MaskMod, within: Mask | None = None) -> Mask:

@@ -33,7 +33,9 @@ class GlobalPositions(Mask):
     positions: tuple[int, ...]
     table: Any = field(default=None, compare=False)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return self._contains(q) | self._contains(kv)
 
     def _contains(self, x: Positions) -> Any:
@@ -54,7 +56,9 @@ class GlobalPositions(Mask):
 
         Counted over first .. last of a region, gaps included, which is sound.
         """
-        count = np.searchsorted(self._listed, side.last, side="right") - np.searchsorted(self._listed, side.first)
+        count = np.searchsorted(self._listed, side.last, side="right") - np.searchsorted(
+            self._listed, side.first
+        )
         return np.where(
             count == 0,
             EMPTY,
@@ -100,7 +104,9 @@ class GlobalPositions(Mask):
     def __str__(self) -> str:
         if not isinstance(self.positions, tuple):  # they travel beside the text
             return repr(self)
-        return f"global_tokens(positions={brief(self.positions, 'positions', repr(self.positions))})"
+        return (
+            f"global_tokens(positions={brief(self.positions, 'positions', repr(self.positions))})"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,7 +119,9 @@ class GlobalData(OfFlags):
     def query_names(self) -> tuple[str, ...]:
         return (self.name,)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         flags = self.tensor(data)
         row = row_of(flags, b)
         return flags[row, q] | flags[row, kv]

@@ -66,7 +66,9 @@ class Axis:
         """Number of visible pairs of coordinates."""
         # The first `longer` residue classes have one member more.
         shorter, longer = divmod(self.size, self.dilation)
-        return longer * self._pairs_of_lane(shorter + 1) + (self.dilation - longer) * self._pairs_of_lane(shorter)
+        return longer * self._pairs_of_lane(shorter + 1) + (
+            self.dilation - longer
+        ) * self._pairs_of_lane(shorter)
 
     def _pairs_of_lane(self, members: int) -> int:
         if self.shift and not self.causal:
@@ -85,7 +87,10 @@ class Axis:
     def classify(self, q: Span, kv: Span) -> Verdicts:
         step = np.gcd(q.step, kv.step)
         if not self.shift or self.causal:
-            back, ahead = self.radius * self.dilation, 0 if self.causal else self.radius * self.dilation
+            back, ahead = (
+                self.radius * self.dilation,
+                0 if self.causal else self.radius * self.dilation,
+            )
             return classify_difference(
                 kv.low - q.high,
                 kv.high - q.low,
@@ -227,7 +232,9 @@ class Neighborhood(Mask):
             out.append(Axis(size, min(radius, -(-size // step)), step, causal, shift))
         return tuple(out)
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         q_at, kv_at = coordinates(self.grid, q), coordinates(self.grid, kv)
         out = self.axes[0].allows(q_at[0], kv_at[0])
         for axis, q_c, kv_c in zip(self.axes[1:], q_at[1:], kv_at[1:], strict=True):
@@ -235,7 +242,10 @@ class Neighborhood(Mask):
         return out
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        answers = [axis.classify(a, b) for axis, a, b in zip(self.axes, spans(self.grid, q), spans(self.grid, kv), strict=True)]
+        answers = [
+            axis.classify(a, b)
+            for axis, a, b in zip(self.axes, spans(self.grid, q), spans(self.grid, kv), strict=True)
+        ]
         return np.asarray(np.minimum.reduce(answers), dtype=np.uint8)
 
     @property
@@ -341,7 +351,9 @@ class PlacedNeighborhood(Mask):
         """Positions of the grid's tokens."""
         return range(self.offset, self.offset + math.prod(self.neighborhood.grid))
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         first, stop = self.tokens.start, self.tokens.stop
         inside = (q >= first) & (q < stop) & (kv >= first) & (kv < stop)
         return inside & self.neighborhood.allows(b, h, q - first, kv - first, data)
@@ -371,7 +383,9 @@ class PlacedNeighborhood(Mask):
         extent[:, 0], stride[:, 0] = np.where(outside, 1, (high - low) // step + 1), step
         unchanged = complete[:, None]
         cells = Regions(
-            np.where(outside, 0, low), np.where(unchanged, side.extent, extent), np.where(unchanged, side.stride, stride)
+            np.where(outside, 0, low),
+            np.where(unchanged, side.extent, extent),
+            np.where(unchanged, side.stride, stride),
         )
         return cells, complete, outside
 
@@ -382,7 +396,9 @@ class PlacedNeighborhood(Mask):
     def expanded(self) -> Mask:
         first, stop = self.tokens.start, self.tokens.stop
         inside = LeadingQueries(stop) & Sinks(stop) & ~LeadingQueries(first) & ~Sinks(first)
-        limited = [number for number, axis in enumerate(self.neighborhood.axes) if not axis.is_whole]
+        limited = [
+            number for number, axis in enumerate(self.neighborhood.axes) if not axis.is_whole
+        ]
         return conjunction((*conjuncts(inside), *(_AlongAxis(self, number) for number in limited)))
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
@@ -426,7 +442,9 @@ class _AlongAxis(Mask):
     def axis(self) -> Axis:
         return self.placed.neighborhood.axes[self.number]
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return self.axis.allows(
             *(coordinates(self.grid, side - self.placed.offset)[self.number] for side in (q, kv)),
         )

@@ -18,7 +18,9 @@ class Sinks(Mask):
 
     count: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return (kv < self.count) & (q == q)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -59,7 +61,9 @@ class LeadingQueries(Mask):
 
     count: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return (q < self.count) & (kv == kv)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -86,7 +90,9 @@ class Prefix(Mask):
 
     count: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return (q < self.count) & (kv < self.count)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
@@ -128,7 +134,9 @@ class GlobalTokens(Mask):
 
     count: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return (q < self.count) | (kv < self.count)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:

@@ -44,7 +44,10 @@ def runs(ascending: IntArray, unit: int = 1) -> list[range]:
         ascending[np.append(0, cuts + 1)],
         ascending[np.append(cuts, len(ascending) - 1)],
     )
-    return [range(first * unit, (last + 1) * unit) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+    return [
+        range(first * unit, (last + 1) * unit)
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+    ]
 
 
 def as_tensor(table: tuple[int, ...], device: Any) -> Any:

@@ -16,7 +16,9 @@ class Segments(Mask):
 
     length: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
         return q // self.length == kv // self.length
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:

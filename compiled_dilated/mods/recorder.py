@@ -375,7 +375,9 @@ def name_of(fn: object) -> str:
 
 def _is_composite(func: Any) -> bool:
     """Whether an operator is defined by others, into which torch decomposes it."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
 
 
 def _without_like(func: Any, name: str, args: list[Any], out: Tensor) -> tuple[Any, list[Any]]:

@@ -25,7 +25,15 @@ import torch
 from .cache import BUILDING, digest_file, folder, is_intact, locked, tidy
 from .recipes import NativeUnavailable, Recipe, optimisation_level, recipe
 
-__all__ = ["SOURCES", "NativeUnavailable", "available", "check_switch", "library", "load", "load_part"]
+__all__ = [
+    "SOURCES",
+    "NativeUnavailable",
+    "available",
+    "check_switch",
+    "library",
+    "load",
+    "load_part",
+]
 
 SOURCES = Path(__file__).parent / "src"
 

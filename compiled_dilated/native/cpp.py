@@ -38,7 +38,10 @@ def write(library: Path, isa: str) -> dict[str, Path]:
     libraries = {".so": build.library(build.SOURCES / "door", defines, isa="any")}
     for kernels in kernels_for(isa):
         libraries[f".{kernels}.so"] = build.library(part="forward", isa=kernels)
-    return {suffix: Path(shutil.copyfile(path, library.with_suffix(suffix))) for suffix, path in libraries.items()}
+    return {
+        suffix: Path(shutil.copyfile(path, library.with_suffix(suffix)))
+        for suffix, path in libraries.items()
+    }
 
 
 def best_kernels(isa: str) -> str | None:

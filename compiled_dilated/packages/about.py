@@ -62,9 +62,13 @@ class About:
     def check_machine(self) -> None:
         """Raise ValueError unless this torch, this compiled_dilated and this CPU run the package."""
         if torch.__version__.partition("+")[0] != self.torch:
-            raise ValueError(f"the package is for torch {self.torch}; this is {torch.__version__}. Export it again with this one")
+            raise ValueError(
+                f"the package is for torch {self.torch}; this is {torch.__version__}. Export it again with this one"
+            )
         if platform.machine() != self.machine:
-            raise ValueError(f"the package is for {self.machine}; this machine is {platform.machine()}. Export it there")
+            raise ValueError(
+                f"the package is for {self.machine}; this machine is {platform.machine()}. Export it there"
+            )
         here = torch.backends.cpu.get_cpu_capability()
         if self.isa == "native" and here != self.cpu:
             raise ValueError(
@@ -84,10 +88,17 @@ class About:
 
     def metadata(self) -> dict[str, str]:
         """What the .pt2 itself says of this, for `get_metadata()` in C++: texts by name."""
-        texts = {"name": self.name, "isa": self.isa, "compiled_dilated": self.compiled_dilated, "kernel": self.kernel}
+        texts = {
+            "name": self.name,
+            "isa": self.isa,
+            "compiled_dilated": self.compiled_dilated,
+            "kernel": self.kernel,
+        }
         for name, entry in self.entries.items():
             texts |= {f"{name}.inputs": "; ".join(map(str, entry.inputs))}
-            texts |= {f"{name}.{size}": f"{least},{most}" for size, (least, most) in entry.ranges.items()}
+            texts |= {
+                f"{name}.{size}": f"{least},{most}" for size, (least, most) in entry.ranges.items()
+            }
         return texts
 
     def __str__(self) -> str:
@@ -96,7 +107,9 @@ class About:
             lines.append(f"  {name}")
             lines += [f"    {line}" for line in entry.lines()]
         code = "AVX2" if self.isa == "avx2" else f"the CPU that exported it, {self.cpu}"
-        lines.append(f"  torch {self.torch}, compiled_dilated {self.compiled_dilated}, {self.machine}, code for {code}")
+        lines.append(
+            f"  torch {self.torch}, compiled_dilated {self.compiled_dilated}, {self.machine}, code for {code}"
+        )
         lines += [f"  {suffix}: sha256 {value}" for suffix, value in self.files.items()]
         return "\n".join(lines)
 
@@ -108,7 +121,9 @@ def inspect(path: str | os.PathLike[str]) -> About:
     """
     beside = about_path(Path(path))
     if not beside.exists():
-        raise FileNotFoundError(f"{beside} is missing: the files of a package are written together by compiled_dilated.export")
+        raise FileNotFoundError(
+            f"{beside} is missing: the files of a package are written together by compiled_dilated.export"
+        )
     try:
         fields = json.loads(beside.read_text())
         if fields["format"] != FORMAT:
@@ -116,7 +131,9 @@ def inspect(path: str | os.PathLike[str]) -> About:
         fields["entries"] = {name: _entry(entry) for name, entry in fields["entries"].items()}
         return About(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{beside} does not describe a package: {error}. Export it again") from error
+        raise ValueError(
+            f"{beside} does not describe a package: {error}. Export it again"
+        ) from error
 
 
 def _entry(fields: dict[str, Any]) -> Entry:

@@ -14,7 +14,18 @@ from torch import Tensor
 
 # Sizes that vary, and the dtypes of inputs: in native/src/inputs.cpp they have the same numbers.
 NAMES = TOKENS, BATCH, QUERIES = "tokens", "batch", "queries"
-DTYPES = ("float32", "float64", "float16", "bfloat16", "bool", "int8", "int16", "int32", "int64", "uint8")
+DTYPES = (
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+)
 
 
 def dtype_of(x: Tensor) -> str:
@@ -63,14 +74,18 @@ class Entry:
                 raise TypeError(f"input {number} must be a tensor; got {type(x).__name__}")
             if dtype_of(x) != expected.dtype or x.device.type != "cpu":
                 device = "a CPU" if x.device.type == "cpu" else "another device"
-                raise TypeError(f"input {number} must be {expected.dtype} on a CPU; got {dtype_of(x)} on {device}")
+                raise TypeError(
+                    f"input {number} must be {expected.dtype} on a CPU; got {dtype_of(x)} on {device}"
+                )
             # A size with a name is what the first input has, and the same in all others.
             fits = x.dim() == len(expected.shape) and all(
                 size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
                 for size, axis in zip(x.shape, expected.shape, strict=True)
             )
             if not fits:
-                raise ValueError(f"input {number} must have the shape {shown(expected.shape)}; got {shown(x.shape)}")
+                raise ValueError(
+                    f"input {number} must have the shape {shown(expected.shape)}; got {shown(x.shape)}"
+                )
         self._check_ranges(sizes)
 
     def _check_ranges(self, sizes: Mapping[str, int]) -> None:
@@ -92,12 +107,17 @@ class Entry:
         numbers.append(int(self.queries_last))
         for expected in self.inputs:
             numbers += [DTYPES.index(expected.dtype), int(expected.contiguous), len(expected.shape)]
-            numbers += [-1 - NAMES.index(size) if isinstance(size, str) else size for size in expected.shape]
+            numbers += [
+                -1 - NAMES.index(size) if isinstance(size, str) else size for size in expected.shape
+            ]
         return numbers
 
     def laid_out(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The inputs, copied where generated code reads them and they lie in another order."""
-        return [x.contiguous() if expected.contiguous else x for x, expected in zip(inputs, self.inputs, strict=True)]
+        return [
+            x.contiguous() if expected.contiguous else x
+            for x, expected in zip(inputs, self.inputs, strict=True)
+        ]
 
     def lines(self) -> list[str]:
         """What a user reads of it."""

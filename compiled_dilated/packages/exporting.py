@@ -84,12 +84,18 @@ class _Source:
     entry: Entry
 
 
-def _sources_of(model: object, example_inputs: Any, ranges: Ranges, decode: object) -> dict[str, _Source]:
+def _sources_of(
+    model: object, example_inputs: Any, ranges: Ranges, decode: object
+) -> dict[str, _Source]:
     """The entries' modules and examples, by name."""
     if isinstance(model, Attend):
-        raise TypeError("export takes the program itself: export(program, ...), not compile(program)")
+        raise TypeError(
+            "export takes the program itself: export(program, ...), not compile(program)"
+        )
     if not isinstance(model, (nn.Module, Program, Mask)):
-        raise TypeError(f"model must be a torch.nn.Module, a program or a mask; got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, a program or a mask; got {type(model).__name__}"
+        )
     inputs = tensors_of("example_inputs", example_inputs)
     entry = entry_of("example_inputs", inputs, ranges, False)
     module = model if isinstance(model, nn.Module) else Attention(model)
@@ -101,14 +107,20 @@ def _sources_of(model: object, example_inputs: Any, ranges: Ranges, decode: obje
     return sources
 
 
-def _decode_source(model: nn.Module | Program | Mask, inputs: tuple[Tensor, ...], ranges: Ranges, decode: object) -> _Source:
+def _decode_source(
+    model: nn.Module | Program | Mask, inputs: tuple[Tensor, ...], ranges: Ranges, decode: object
+) -> _Source:
     if not isinstance(model, nn.Module):
         arguments.flag("decode", decode)
         if inputs[0].shape[2] < 3:
-            raise ValueError(f"example_inputs must have at least 3 tokens for decode=True; got {inputs[0].shape[2]}")
+            raise ValueError(
+                f"example_inputs must have at least 3 tokens for decode=True; got {inputs[0].shape[2]}"
+            )
         # Two queries stand for any number of them.
         shorter = (inputs[0][:, :, -2:].contiguous(), *inputs[1:])
-        return _Source(Attention(model, True), shorter, entry_of("example_inputs", shorter, ranges, True, True))
+        return _Source(
+            Attention(model, True), shorter, entry_of("example_inputs", shorter, ranges, True, True)
+        )
     if not (isinstance(decode, tuple) and len(decode) == 2 and isinstance(decode[0], nn.Module)):
         raise TypeError(
             "decode must be (module, example inputs) for a model, a module that takes and returns the tensors of its cache; "
@@ -148,7 +160,10 @@ def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About
         graphs = {name: _capture(source) for name, source in sources.items()}
         about = replace(about, entries={name: entry for name, (_, entry) in graphs.items()})
         _compile({name: exported for name, (exported, _) in graphs.items()}, unfinished, about)
-        files = {".pt2": unfinished, **{f".pt2{suffix}": file for suffix, file in libraries.items()}}
+        files = {
+            ".pt2": unfinished,
+            **{f".pt2{suffix}": file for suffix, file in libraries.items()},
+        }
         about = replace(about, files={suffix: digest(file) for suffix, file in files.items()})
         about_path(unfinished).write_text(json.dumps(about.to_json(), indent=1) + "\n")
         for file in (*files.values(), about_path(unfinished)):
@@ -162,7 +177,9 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
     try:
         with torch.no_grad():
             exported = torch.export.export(
-                Checked(module.eval(), source.entry.code), source.inputs, dynamic_shapes=(dims_of(source.entry),)
+                Checked(module.eval(), source.entry.code),
+                source.inputs,
+                dynamic_shapes=(dims_of(source.entry),),
             )
             attention = attention_of(exported)
             # Traced once more, now for a forward alone.
@@ -171,22 +188,32 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
         module.train(training)
     check_graph(exported)
     contiguous = read_by_code(exported)
-    inputs = tuple(replace(x, contiguous=by_code) for x, by_code in zip(source.entry.inputs, contiguous, strict=True))
+    inputs = tuple(
+        replace(x, contiguous=by_code)
+        for x, by_code in zip(source.entry.inputs, contiguous, strict=True)
+    )
     entry = replace(source.entry, inputs=inputs, attention=attention)
     for number, (x, expected) in enumerate(zip(source.inputs, inputs, strict=True)):
         if expected.contiguous and not x.is_contiguous():
-            raise ValueError(f"input {number} of the example must be contiguous, as generated code reads it; call contiguous()")
+            raise ValueError(
+                f"input {number} of the example must be contiguous, as generated code reads it; call contiguous()"
+            )
     Checked.set_code(exported, entry.code)
     return exported, entry
 
 
-def _compile(exported: Mapping[str, torch.export.ExportedProgram], path: Path, about: About) -> None:
+def _compile(
+    exported: Mapping[str, torch.export.ExportedProgram], path: Path, about: About
+) -> None:
     """Write the .pt2 of all entries."""
     # It imports the compiler, which takes longer than all of this package.
     from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
-    options: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.metadata": about.metadata()}
+    options: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "aot_inductor.metadata": about.metadata(),
+    }
     if about.isa == "avx2":
         options |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
     # In a cache of its own: two processes that export the same would write into each other's files.
@@ -195,5 +222,7 @@ def _compile(exported: Mapping[str, torch.export.ExportedProgram], path: Path, a
         for name, program in exported.items():
             inputs, keywords = program.example_inputs
             graph = program.module(check_guards=False)
-            files[name] = torch._inductor.aot_compile(graph, inputs, keywords, options=dict(options))
+            files[name] = torch._inductor.aot_compile(
+                graph, inputs, keywords, options=dict(options)
+            )
         package_aoti(str(path), files)

@@ -44,7 +44,11 @@ class Checked(nn.Module):
     @staticmethod
     def set_code(exported: torch.export.ExportedProgram, code: Sequence[int]) -> None:
         """Put another check in the place of a graph's."""
-        (node,) = [node for node in exported.graph.nodes if node.target is torch.ops.compiled_dilated.check_inputs.default]
+        (node,) = [
+            node
+            for node in exported.graph.nodes
+            if node.target is torch.ops.compiled_dilated.check_inputs.default
+        ]
         node.args = (node.args[0], [*code])
         exported.graph_module.recompile()
 
@@ -57,9 +61,13 @@ def attention_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
             continue
         q, k, v = (node.args[number].meta["val"].shape for number in range(3))
         program, *_, score, _ = json.loads(node.args[5])
-        heads = f"{q[1]} query heads on {k[1]} of keys, width {q[3]}" + (f", values {v[3]}" if v[3] != q[3] else "")
+        heads = f"{q[1]} query heads on {k[1]} of keys, width {q[3]}" + (
+            f", values {v[3]}" if v[3] != q[3] else ""
+        )
         mod = "" if score is None else ", with a score_mod"
-        lines.append(f"{program}{mod}; {heads}; one call of the native kernel, tiles found at the call")
+        lines.append(
+            f"{program}{mod}; {heads}; one call of the native kernel, tiles found at the call"
+        )
     return tuple(lines)
 
 

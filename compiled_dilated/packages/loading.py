@@ -29,7 +29,9 @@ class Loaded:
     def decode(self, *inputs: Tensor) -> Any:
         """Run the entry "decode": some queries against a cache. Raises as a call does, and where there is no such entry."""
         if "decode" not in self._runs:
-            raise ValueError(f"the package of {self.about.name} has no entry for decoding; export it with decode=True")
+            raise ValueError(
+                f"the package of {self.about.name} has no entry for decoding; export it with decode=True"
+            )
         return _run(self.about.entries["decode"], self._runs["decode"], inputs)
 
     def __repr__(self) -> str:
@@ -55,9 +57,13 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     for suffix, expected in about.files.items():
         file = package.with_suffix(suffix)
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: the files of a package are written together by compiled_dilated.export")
+            raise FileNotFoundError(
+                f"{file} is missing: the files of a package are written together by compiled_dilated.export"
+            )
         if digest(file) != expected:
-            raise ValueError(f"{file} is not the file that was written: its digest differs. Export it again")
+            raise ValueError(
+                f"{file} is not the file that was written: its digest differs. Export it again"
+            )
     about.check_machine()
     _open_operators(package, about)
     return Loaded(about, {name: _function(package, name) for name in about.entries})
@@ -70,7 +76,9 @@ def _open_operators(package: Path, about: About) -> None:
         build.load()
     except build.NativeUnavailable:
         if not torch._C._dispatch_has_kernel_for_dispatch_key("compiled_dilated::native", "CPU"):
-            torch.ops.load_library(str(package.with_suffix(f".pt2.{cpp.best_kernels(about.isa)}.so")))
+            torch.ops.load_library(
+                str(package.with_suffix(f".pt2.{cpp.best_kernels(about.isa)}.so"))
+            )
 
 
 def _function(package: Path, entry: str) -> Callable[..., Any]:

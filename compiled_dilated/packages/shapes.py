@@ -22,7 +22,9 @@ def ranges_of(lengths: object, batches: object) -> Ranges:
             continue
         numbers = arguments.integers(argument, value, 1)
         if len(numbers) != 2 or numbers[0] > numbers[1]:
-            raise ValueError(f"{argument} must be the least and the most, as (1, 65536); got {value!r}")
+            raise ValueError(
+                f"{argument} must be the least and the most, as (1, 65536); got {value!r}"
+            )
         ranges[name] = (numbers[0], numbers[1])
     return ranges
 
@@ -39,17 +41,34 @@ def tensors_of(argument: str, inputs: Any) -> tuple[Tensor, ...]:
             kind = f"one on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{argument}[{number}] must be a tensor on a CPU; got {kind}")
         if dtype_of(x) not in DTYPES:
-            raise TypeError(f"{argument}[{number}] must have one of the dtypes {', '.join(DTYPES)}; got {dtype_of(x)}")
+            raise TypeError(
+                f"{argument}[{number}] must have one of the dtypes {', '.join(DTYPES)}; got {dtype_of(x)}"
+            )
         if x.dim() < 2:
-            raise ValueError(f"{argument}[{number}] must have a batch and tokens; got the shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{argument}[{number}] must have a batch and tokens; got the shape {tuple(x.shape)}"
+            )
     # torch.export makes one input of a tensor that comes twice.
-    return tuple(x.clone() if any(x is y for y in tensors[:number]) else x for number, x in enumerate(tensors))
+    return tuple(
+        x.clone() if any(x is y for y in tensors[:number]) else x
+        for number, x in enumerate(tensors)
+    )
 
 
-def entry_of(argument: str, inputs: Sequence[Tensor], ranges: Ranges, decodes: bool, queries_last: bool = False) -> Entry:
+def entry_of(
+    argument: str,
+    inputs: Sequence[Tensor],
+    ranges: Ranges,
+    decodes: bool,
+    queries_last: bool = False,
+) -> Entry:
     """An entry for tensors like these. decodes: whether some of them have fewer tokens than the cache, the queries'."""
     ranges = dict(ranges)
-    names = {name: _sizes_of(argument, name, inputs, decodes and name == TOKENS) for name in (TOKENS, BATCH) if name in ranges}
+    names = {
+        name: _sizes_of(argument, name, inputs, decodes and name == TOKENS)
+        for name in (TOKENS, BATCH)
+        if name in ranges
+    }
     fewer = min(names[TOKENS].values()) if decodes else 0
     # One query at a time is a size that does not vary: torch.export takes a size of 1 for a constant.
     if decodes and fewer > 1:
@@ -83,7 +102,9 @@ def _sizes_of(argument: str, name: str, inputs: Sequence[Tensor], decodes: bool)
         return sizes
     for number, size in sizes.items():
         if size != sizes[0]:
-            raise ValueError(f"all inputs must have as many {name} as the first, {sizes[0]}; {argument}[{number}] has {size}")
+            raise ValueError(
+                f"all inputs must have as many {name} as the first, {sizes[0]}; {argument}[{number}] has {size}"
+            )
     return sizes
 
 
@@ -97,5 +118,11 @@ def _check_example(argument: str, name: str, size: int, bounds: tuple[int, int])
 
 def dims_of(entry: Entry) -> tuple[Any, ...]:
     """torch.export's dynamic shapes of an entry's inputs."""
-    dims = {name: torch.export.Dim(name, min=least, max=most) for name, (least, most) in entry.ranges.items()}
-    return tuple({axis: dims[size] for axis, size in enumerate(x.shape) if isinstance(size, str)} for x in entry.inputs)
+    dims = {
+        name: torch.export.Dim(name, min=least, max=most)
+        for name, (least, most) in entry.ranges.items()
+    }
+    return tuple(
+        {axis: dims[size] for axis, size in enumerate(x.shape) if isinstance(size, str)}
+        for x in entry.inputs
+    )

@@ -24,9 +24,15 @@ _DIGITS = "·123456789"
 def text(figure: Figure, columns: int, unicode: bool) -> str:
     """Heading, and the caption and picture of each panel, in at most so many columns."""
     width = max(columns, 20)
-    blocks = ["\n".join(textwrap.wrap(figure.heading, width) + textwrap.wrap(figure.subheading, width))]
+    blocks = [
+        "\n".join(textwrap.wrap(figure.heading, width) + textwrap.wrap(figure.subheading, width))
+    ]
     for panel in figure.panels:
-        title = f"{panel.title}: {panel.caption}" if figure.kinds > 1 or len(figure.panels) > 1 else panel.caption
+        title = (
+            f"{panel.title}: {panel.caption}"
+            if figure.kinds > 1 or len(figure.panels) > 1
+            else panel.caption
+        )
         blocks.append("\n".join([*textwrap.wrap(title, width), *_picture(panel, width, unicode)]))
     return "\n\n".join(blocks)
 
@@ -61,5 +67,7 @@ def _shaded(pixels: Pixels, columns: int, glyphs: str, branches: int) -> list[st
     lines = ["".join(row) for row in np.array([glyph * 2 for glyph in glyphs])[level]]
     height, width = cells.size
     of = "pairs" if branches < 2 else "pairs of all branches"
-    legend = f"{' '.join(glyphs)}  {_MEANING} of a cell's {of}; a cell is {height:,} x {width:,} tokens"
+    legend = (
+        f"{' '.join(glyphs)}  {_MEANING} of a cell's {of}; a cell is {height:,} x {width:,} tokens"
+    )
     return [*lines, *textwrap.wrap(legend, columns)]

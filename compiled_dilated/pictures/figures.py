@@ -66,7 +66,11 @@ class Figure:
     @property
     def heading(self) -> str:
         """The program, cut to one line."""
-        return self.program if len(self.program) <= _MOST_CHARACTERS else self.program[: _MOST_CHARACTERS - 3] + "..."
+        return (
+            self.program
+            if len(self.program) <= _MOST_CHARACTERS
+            else self.program[: _MOST_CHARACTERS - 3] + "..."
+        )
 
     @property
     def subheading(self) -> str:
@@ -76,9 +80,19 @@ class Figure:
         if queries == keys:
             tokens = f"{keys:,} token{'s' * (keys != 1)}"
         else:
-            tokens = f"{queries:,} quer{'ies' if queries != 1 else 'y'}, {keys:,} key{'s' * (keys != 1)}"
-        size = "a pixel is one pair" if first.is_single else f"a pixel is {first.size[0]:,} x {first.size[1]:,} tokens"
-        kinds = "all heads alike" if self.kinds == 1 else f"{self.kinds} kinds of heads among {self.heads}"
+            tokens = (
+                f"{queries:,} quer{'ies' if queries != 1 else 'y'}, {keys:,} key{'s' * (keys != 1)}"
+            )
+        size = (
+            "a pixel is one pair"
+            if first.is_single
+            else f"a pixel is {first.size[0]:,} x {first.size[1]:,} tokens"
+        )
+        kinds = (
+            "all heads alike"
+            if self.kinds == 1
+            else f"{self.kinds} kinds of heads among {self.heads}"
+        )
         return f"{tokens}; {kinds}; {size}"
 
     @property
@@ -90,7 +104,10 @@ class Figure:
     @cached_property
     def shades(self) -> Shades:
         """The colours, the same in all panels."""
-        return Shades(max(1, *(panel.branches for panel in self.panels)), all(panel.pixels.is_single for panel in self.panels))
+        return Shades(
+            max(1, *(panel.branches for panel in self.panels)),
+            all(panel.pixels.is_single for panel in self.panels),
+        )
 
     def text(self, columns: int = 80, unicode: bool = True) -> str:
         """The figure in at most so many columns of a terminal."""
@@ -189,14 +206,21 @@ def show(
     program = as_program(program)
     q_len = arguments.integer("q_len", q_len, 1)
     kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
-    heads, q_offset = arguments.integer("heads", heads, 1), arguments.integer("q_offset", q_offset, 0)
+    heads, q_offset = (
+        arguments.integer("heads", heads, 1),
+        arguments.integer("q_offset", q_offset, 0),
+    )
     if head is not None and arguments.integer("head", head, 0) >= heads:
-        raise ValueError(f"head must be one of {heads} heads, 0 to {heads - 1}; got {head}. Say how many there are by heads=")
+        raise ValueError(
+            f"head must be one of {heads} heads, 0 to {heads - 1}; got {head}. Say how many there are by heads="
+        )
     arguments.flag("branches", branches)
     order = _order(order)
     # The branches' own orders are what a call would check; a picture's order is checked like them.
     program.check(q_len, kv_len, q_offset)
-    Program(tuple(replace(branch, order=order) for branch in program.branches)).check(q_len, kv_len, q_offset)
+    Program(tuple(replace(branch, order=order) for branch in program.branches)).check(
+        q_len, kv_len, q_offset
+    )
     tensors = _data(program, data, q_offset + q_len, kv_len, batch)
 
     operands: list[Tensor] = []  # what functions capture: it lives while they are asked
@@ -215,8 +239,12 @@ def show(
         title = _title(alike, heads, len(kinds))
         seen = _branches(traced, alike[0], heads)
         if branches and len(seen) > 1:
-            panels += [panel(f"branch {number}: {_cut(str(mask))}", [mask]) for number, mask in seen]
-        panels.append(panel(title if seen else f"{title}: in no branch", [mask for _, mask in seen]))
+            panels += [
+                panel(f"branch {number}: {_cut(str(mask))}", [mask]) for number, mask in seen
+            ]
+        panels.append(
+            panel(title if seen else f"{title}: in no branch", [mask for _, mask in seen])
+        )
     return Figure(_name(program), tuple(panels), heads, len(kinds), order)
 
 
@@ -224,16 +252,28 @@ def _order(order: object) -> Order:
     if order is None:
         return identity()
     if not isinstance(order, Order):
-        raise TypeError(f"order must be an order; got {type(order).__name__} {order!r}. Use one of compiled_dilated.orders")
+        raise TypeError(
+            f"order must be an order; got {type(order).__name__} {order!r}. Use one of compiled_dilated.orders"
+        )
     return order
 
 
-def _data(program: Program, data: Mapping[str, Tensor] | None, q_end: int, kv_len: int, batch: object) -> dict[str, Tensor]:
+def _data(
+    program: Program, data: Mapping[str, Tensor] | None, q_end: int, kv_len: int, batch: object
+) -> dict[str, Tensor]:
     """The data tensors on the CPU, checked as at a call."""
     entry = arguments.integer("batch", batch, 0)
     is_mapping = isinstance(data, Mapping)
-    tensors = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in data.items()} if is_mapping and data else data
-    sizes = [x.shape[0] for x in (tensors or {}).values() if isinstance(x, Tensor) and x.dim()] if is_mapping else []
+    tensors = (
+        {name: x.cpu() if isinstance(x, Tensor) else x for name, x in data.items()}
+        if is_mapping and data
+        else data
+    )
+    sizes = (
+        [x.shape[0] for x in (tensors or {}).values() if isinstance(x, Tensor) and x.dim()]
+        if is_mapping
+        else []
+    )
     entries = max(sizes, default=1)
     shape = checks.Shape(entries, q_end, kv_len, torch.device("cpu"))
     checks.data(program.names, query_names_of(program), tensors, shape)
@@ -279,7 +319,9 @@ def _name(program: Program) -> str:
 
 
 def _cut(words: str) -> str:
-    return words if len(words) <= _MOST_CHARACTERS // 2 else words[: _MOST_CHARACTERS // 2 - 3] + "..."
+    return (
+        words if len(words) <= _MOST_CHARACTERS // 2 else words[: _MOST_CHARACTERS // 2 - 3] + "..."
+    )
 
 
 def _page(title: str, body: str) -> str:

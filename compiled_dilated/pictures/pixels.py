@@ -57,12 +57,20 @@ class Pixels:
 
     def merged(self, rows: int, columns: int) -> Pixels:
         """The same in at most so many rows and columns."""
-        factors = [-(-size // most) for size, most in zip(self.counts.shape, (rows, columns), strict=True)]
+        factors = [
+            -(-size // most) for size, most in zip(self.counts.shape, (rows, columns), strict=True)
+        ]
         if self.size[0] == self.size[1]:  # square cells stay square
             factors = [max(factors)] * 2
-        q_at, kv_at = (np.arange(0, size, factor) for size, factor in zip(self.counts.shape, factors, strict=True))
+        q_at, kv_at = (
+            np.arange(0, size, factor)
+            for size, factor in zip(self.counts.shape, factors, strict=True)
+        )
         counts = np.add.reduceat(np.add.reduceat(self.counts, q_at, axis=0), kv_at, axis=1)
-        q_cuts, kv_cuts = (np.append(cuts[at], cuts[-1]) for cuts, at in ((self.q_cuts, q_at), (self.kv_cuts, kv_at)))
+        q_cuts, kv_cuts = (
+            np.append(cuts[at], cuts[-1])
+            for cuts, at in ((self.q_cuts, q_at), (self.kv_cuts, kv_at))
+        )
         return Pixels(counts, q_cuts, kv_cuts, self.pairs)
 
 
@@ -110,7 +118,9 @@ class _Placed(Mask):
         """The positions at runs of places, each different run looked up once."""
         ends = np.stack([places.first, places.last + 1], axis=1)
         distinct, which = np.unique(ends, axis=0, return_inverse=True)
-        return self.order.regions(distinct[:, 0], distinct[:, 1], len(self.permutation))[which.reshape(-1)]
+        return self.order.regions(distinct[:, 0], distinct[:, 1], len(self.permutation))[
+            which.reshape(-1)
+        ]
 
     @property
     def period(self) -> int | None:

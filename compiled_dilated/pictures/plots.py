@@ -40,7 +40,10 @@ def draw(figure: Figure, kind: str) -> bytes:
     panels = figure.panels
     columns = len(panels) if len(panels) <= _MOST_IN_A_ROW else -(-len(panels) // 2)
     rows = -(-len(panels) // columns)
-    canvas = Canvas(figsize=(max(6.2, columns * (_SIDE + 1.1)), rows * (_SIDE + 1.2) + 1.1), layout="constrained")
+    canvas = Canvas(
+        figsize=(max(6.2, columns * (_SIDE + 1.1)), rows * (_SIDE + 1.2) + 1.1),
+        layout="constrained",
+    )
     axes = canvas.subplots(rows, columns, squeeze=False).reshape(-1)
     for panel, ax in zip(panels, axes, strict=False):
         _panel(figure, panel, ax)
@@ -49,7 +52,10 @@ def draw(figure: Figure, kind: str) -> bytes:
     width = int(12.5 * canvas.get_figwidth())
     lines = [*textwrap.wrap(figure.heading, width), *textwrap.wrap(figure.subheading, width)]
     canvas.suptitle("\n".join(lines), fontsize=9, color=INK)
-    handles = [Patch(facecolor=color, edgecolor=INK, linewidth=0.5, label=name) for name, color in figure.shades.legend]
+    handles = [
+        Patch(facecolor=color, edgecolor=INK, linewidth=0.5, label=name)
+        for name, color in figure.shades.legend
+    ]
     legend = canvas.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False, labelcolor=INK,
         title=figure.shades.meaning or None, title_fontsize=8,
@@ -68,11 +74,18 @@ def _panel(figure: Figure, panel: Panel, ax: Axes) -> None:
     pixels = panel.pixels
     image = figure.shades.image(pixels.means)
     # A last pixel may be short: the image reaches past it, the axes do not.
-    height, width = (size * count for size, count in zip(pixels.size, pixels.counts.shape, strict=True))
+    height, width = (
+        size * count for size, count in zip(pixels.size, pixels.counts.shape, strict=True)
+    )
     left, top = int(pixels.kv_cuts[0]), int(pixels.q_cuts[0])
     queries, keys = (int(cuts[-1] - cuts[0]) for cuts in (pixels.q_cuts, pixels.kv_cuts))
     stretch = min(max(queries / keys, 1 / _MOST_STRETCH), _MOST_STRETCH)
-    ax.imshow(image, extent=(left, left + width, top + height, top), interpolation="nearest", aspect=stretch * keys / queries)
+    ax.imshow(
+        image,
+        extent=(left, left + width, top + height, top),
+        interpolation="nearest",
+        aspect=stretch * keys / queries,
+    )
     q_name, kv_name = figure.axes
     ax.set(xlim=(left, left + keys), ylim=(top + queries, top))
     ax.set_xlabel(kv_name, fontsize=8, color=INK)

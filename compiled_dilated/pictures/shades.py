@@ -44,7 +44,13 @@ class Shades:
     def palette(self) -> list[str]:
         """Colours by level."""
         steps = self.branches if self.is_single else _STEPS
-        return [EMPTY, *(_between(0.1 + 0.9 * step / steps) if steps > 1 else _STOPS[-1] for step in range(1, steps + 1))]
+        return [
+            EMPTY,
+            *(
+                _between(0.1 + 0.9 * step / steps) if steps > 1 else _STOPS[-1]
+                for step in range(1, steps + 1)
+            ),
+        ]
 
     def image(self, means: Counts) -> Rgb:
         """(rows, columns, 3)"""
@@ -54,18 +60,37 @@ class Shades:
     def legend(self) -> list[tuple[str, str]]:
         """Words and the colour of each."""
         if self.is_single:
-            names = ["no pair", "allowed"] if self.branches < 2 else [f"{number}" for number in range(self.branches + 1)]
+            names = (
+                ["no pair", "allowed"]
+                if self.branches < 2
+                else [f"{number}" for number in range(self.branches + 1)]
+            )
             return list(zip(names, self.palette[: len(names)], strict=True))
         levels = self.levels(np.array(_SHARES) * self.branches)
-        names = [f"{share:.1%}".replace(".0%", "%") if self.branches < 2 else f"{share * self.branches:.3g}" for share in _SHARES]
-        return [("0", EMPTY), *((name, self.palette[level]) for name, level in zip(names, levels.tolist(), strict=True))]
+        names = [
+            f"{share:.1%}".replace(".0%", "%")
+            if self.branches < 2
+            else f"{share * self.branches:.3g}"
+            for share in _SHARES
+        ]
+        return [
+            ("0", EMPTY),
+            *(
+                (name, self.palette[level])
+                for name, level in zip(names, levels.tolist(), strict=True)
+            ),
+        ]
 
     @property
     def meaning(self) -> str:
         """What the legend counts."""
         if self.is_single:
             return "" if self.branches < 2 else "branches that link the pair, as often it counts"
-        return "share of the pixel's pairs allowed" if self.branches < 2 else "branches that link a pair, mean over the pixel"
+        return (
+            "share of the pixel's pairs allowed"
+            if self.branches < 2
+            else "branches that link a pair, mean over the pixel"
+        )
 
 
 def _between(place: float) -> str:

@@ -56,7 +56,10 @@ def _panel(figure: Figure, panel: Panel, x: int, y: int, titled: bool) -> list[s
     height, width = _shape(panel.pixels)
     title = f"{panel.title}: {panel.caption}" if titled else panel.caption
     lines = _fit(title, int(width) + _LEFT - 8)[:2]
-    out = [_text(x, y - 6 - _LINE * (len(lines) - 1 - number), line) for number, line in enumerate(lines)]
+    out = [
+        _text(x, y - 6 - _LINE * (len(lines) - 1 - number), line)
+        for number, line in enumerate(lines)
+    ]
     queries, keys = (cuts - cuts[0] for cuts in (panel.pixels.q_cuts, panel.pixels.kv_cuts))
     levels = figure.shades.levels(panel.pixels.means)
     scale = f"{_number(width / keys[-1])} {_number(height / queries[-1])}"
@@ -75,11 +78,15 @@ def _panel(figure: Figure, panel: Panel, x: int, y: int, titled: bool) -> list[s
         out.append(_text(x - 4, y + (8 if share == 0 else height), f"{at:,}", "end"))
     out.append(_text(x + width / 2, y + height + 26, kv_name, "middle"))
     middle = f"{_number(x - 12)} {_number(y + height / 2)}"
-    out.append(f'<text transform="translate({middle}) rotate(-90)" text-anchor="middle">{html.escape(q_name)}</text>')
+    out.append(
+        f'<text transform="translate({middle}) rotate(-90)" text-anchor="middle">{html.escape(q_name)}</text>'
+    )
     return out
 
 
-def _runs(seen: npt.NDArray[np.bool_], queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> str:
+def _runs(
+    seen: npt.NDArray[np.bool_], queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]
+) -> str:
     """Pixels as rectangles: neighbours in a row as one, and rows that are alike as one."""
     out = []
     rows = len(seen)
@@ -91,7 +98,9 @@ def _runs(seen: npt.NDArray[np.bool_], queries: npt.NDArray[np.int64], keys: npt
         edges = np.flatnonzero(np.diff(np.concatenate([[0], seen[row].astype(np.int8), [0]])))
         high = queries[last + 1] - queries[row]
         for start, stop in edges.reshape(-1, 2).tolist():
-            out.append(f"M{keys[start]} {queries[row]}h{keys[stop] - keys[start]}v{high}H{keys[start]}z")
+            out.append(
+                f"M{keys[start]} {queries[row]}h{keys[stop] - keys[start]}v{high}H{keys[start]}z"
+            )
         row = last + 1
     return "".join(out)
 
@@ -101,7 +110,9 @@ def _legend(figure: Figure, x: int, y: float) -> list[str]:
     out = []
     at = float(x)
     for name, color in figure.shades.legend:
-        out.append(f'<path fill="{color}" stroke="{INK}" stroke-width=".5" d="M{_number(at)} {_number(y - 8)}h9v9h-9z"/>')
+        out.append(
+            f'<path fill="{color}" stroke="{INK}" stroke-width=".5" d="M{_number(at)} {_number(y - 8)}h9v9h-9z"/>'
+        )
         out.append(_text(at + 13, y, name))
         at += 24 + _CHARACTER * len(name)
     if figure.shades.meaning:

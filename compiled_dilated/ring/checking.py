@@ -40,7 +40,10 @@ def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale
                     torch.tensor(row),
                     at,
                 ).expand(batch, len(at))
-                keys, values = (sources.read(x, HeadRange(head // group, 1, 1), part)[:, 0].double() for x in (k, v))
+                keys, values = (
+                    sources.read(x, HeadRange(head // group, 1, 1), part)[:, 0].double()
+                    for x in (k, v)
+                )
                 scores = torch.einsum("bd,bnd->bn", query, keys) * scale
                 scores = scores.masked_fill(~allowed, -math.inf)
                 # Online softmax: rescale the sums by the change of the maximum.

@@ -60,7 +60,9 @@ class _Exchange:
             self._works = dist.batch_isend_irecv(sends + receives) if sends or receives else []
 
     def wait(self) -> list[Tensor]:
-        with _transport_errors(f"waited in vain for rank {self._peers[0]}, or for rank {self._peers[1]} to receive"):
+        with _transport_errors(
+            f"waited in vain for rank {self._peers[0]}, or for rank {self._peers[1]} to receive"
+        ):
             for work in self._works:
                 work.wait()
         self._sent = []
@@ -186,7 +188,9 @@ class Distributed:
             if step is not None:
                 outgoing[schedule.distance(target, rank)] = step.messages
         return [
-            _Round(distance, steps.get(distance), (rank + distance) % size, outgoing.get(distance, ()))
+            _Round(
+                distance, steps.get(distance), (rank + distance) % size, outgoing.get(distance, ())
+            )
             for distance in sorted({0, *steps, *outgoing})
         ]
 

@@ -25,7 +25,8 @@ def input_file(name: str, value: object) -> Path:
     path = _path(name, value)
     if not _is_there(name, path):
         raise FileNotFoundError(
-            errno.ENOENT, f"{name} must be a file; there is none at {str(path)!r}. Write it with numpy.save, or correct the path"
+            errno.ENOENT,
+            f"{name} must be a file; there is none at {str(path)!r}. Write it with numpy.save, or correct the path",
         )
     return path
 
@@ -39,7 +40,8 @@ def output_file(name: str, value: object) -> Path:
     path = _path(name, value)
     if not _is_there(name, path) and not path.parent.is_dir():
         raise FileNotFoundError(
-            errno.ENOENT, f"{name}={str(path)!r} is in a directory that does not exist. Create {str(path.parent)!r} first"
+            errno.ENOENT,
+            f"{name}={str(path)!r} is in a directory that does not exist. Create {str(path.parent)!r} first",
         )
     return path
 
@@ -89,7 +91,11 @@ def opening(name: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "Make room" if error.errno in NO_ROOM else "Change its permissions, or pass another file"
+        remedy = (
+            "Make room"
+            if error.errno in NO_ROOM
+            else "Change its permissions, or pass another file"
+        )
         raise OSError(
             error.errno,
             f"{name}={str(path)!r} cannot be used: {error.strerror}. {remedy}",
@@ -111,7 +117,9 @@ def created_whole(path: Path) -> Iterator[BinaryIO]:
     after any error, an interrupt too. Its content and its name are on the disk when this returns.
     """
     unfinished = path.with_name(f"unfinished-{secrets.token_hex(8)}")
-    with unfinished.open("xb") as file:  # O_EXCL: fails where anything has this name, a link to nothing too
+    with unfinished.open(
+        "xb"
+    ) as file:  # O_EXCL: fails where anything has this name, a link to nothing too
         try:
             yield file
             file.flush()

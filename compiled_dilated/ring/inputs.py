@@ -18,7 +18,9 @@ def source(name: str, value: Any) -> Source:
     """Open a .npy file for reading, or check that an object is a source."""
     if isinstance(value, (str, os.PathLike)):
         return FileSource(value, name)
-    absent = [attribute for attribute in ("shape", "dtype", "read_into") if not hasattr(value, attribute)]
+    absent = [
+        attribute for attribute in ("shape", "dtype", "read_into") if not hasattr(value, attribute)
+    ]
     if absent or not callable(value.read_into):
         raise TypeError(
             f"{name} must be the path of a .npy file, or a source with shape, dtype and read_into; "
@@ -36,7 +38,9 @@ def source(name: str, value: Any) -> Source:
 
 def sink_path(value: Any) -> Path | None:
     """Check that an object is a sink, and return the path of its file where that is known."""
-    absent = [method for method in ("write", "held", "sync") if not callable(getattr(value, method, None))]
+    absent = [
+        method for method in ("write", "held", "sync") if not callable(getattr(value, method, None))
+    ]
     if absent:
         raise TypeError(
             f"out must be the path of a .npy file, or a sink with write, held and sync; got {type(value).__name__} without "
@@ -51,7 +55,10 @@ def sink(value: Any, shape: Sequence[int], dtype: torch.dtype) -> Sink:
     """Open or create the output, or check the shape and dtype of a sink."""
     if isinstance(value, (str, os.PathLike)):
         return FileSink(value, shape, dtype, "out")
-    if isinstance(value, (FileSink, SampleSink)) and (value.shape, value.dtype) != (tuple(shape), dtype):
+    if isinstance(value, (FileSink, SampleSink)) and (value.shape, value.dtype) != (
+        tuple(shape),
+        dtype,
+    ):
         raise ValueError(
             f"out is a {type(value).__name__} for {value.shape} of {value.dtype}; the output is {tuple(shape)} of {dtype}. "
             "Create it with that shape and dtype"
@@ -62,7 +69,11 @@ def sink(value: Any, shape: Sequence[int], dtype: torch.dtype) -> Sink:
 
 def check_distinct(sources: Sequence[Source], output: Path | None, journal: Path | None) -> None:
     """Raise if a written file is also another argument, by any path or link."""
-    paths = {name: origin.path for name, origin in zip("qkv", sources, strict=True) if isinstance(origin, FileSource)}
+    paths = {
+        name: origin.path
+        for name, origin in zip("qkv", sources, strict=True)
+        if isinstance(origin, FileSource)
+    }
     for name, path in (("out", output), ("journal", journal)):
         if path is None:
             continue

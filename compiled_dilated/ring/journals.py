@@ -43,7 +43,9 @@ class JournalError(ValueError):
 
     def remedy(self, argument: str) -> str:
         """What to do, for the named argument. Files that are not journals are never removed."""
-        return f"Name another {argument}" + (f", or remove {self.path} to start again" if self.removable else "")
+        return f"Name another {argument}" + (
+            f", or remove {self.path} to start again" if self.removable else ""
+        )
 
 
 class Journal:

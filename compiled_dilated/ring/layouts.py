@@ -80,7 +80,10 @@ class Contiguous(Layout):
     def owners(self, places: range) -> Iterator[int]:
         places = clip(places, 0, self.tokens)
         if places:
-            yield from range(_holder(self.tokens, self.ranks, places[0]), _holder(self.tokens, self.ranks, places[-1]) + 1)
+            yield from range(
+                _holder(self.tokens, self.ranks, places[0]),
+                _holder(self.tokens, self.ranks, places[-1]) + 1,
+            )
 
     @property
     def order(self) -> Order:
@@ -161,7 +164,10 @@ class ByResidue(Layout):
     rate: int
 
     def runs(self, rank: int) -> tuple[range, ...]:
-        start, stop = _share(self.tokens, self.ranks, rank), _share(self.tokens, self.ranks, rank + 1)
+        start, stop = (
+            _share(self.tokens, self.ranks, rank),
+            _share(self.tokens, self.ranks, rank + 1),
+        )
         out, before = [], 0
         for residue in range(self.rate):
             members = range(residue, self.tokens, self.rate)
@@ -176,7 +182,9 @@ class ByResidue(Layout):
             members = range(residue, self.tokens, self.rate)
             common = intersection(clip(places, 0, self.tokens), members) if members else range(0)
             if common:
-                first, last = (before + (at - residue) // self.rate for at in (common[0], common[-1]))
+                first, last = (
+                    before + (at - residue) // self.rate for at in (common[0], common[-1])
+                )
                 owners.update(
                     range(
                         _holder(self.tokens, self.ranks, first),

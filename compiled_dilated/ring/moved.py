@@ -43,8 +43,13 @@ class Moved(Mask):
     order: Order
     tokens: int
 
-    def allows(self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None) -> Any:
-        q, kv = self._positions(q, self.q_start, self.q_step), self._positions(kv, self.kv_start, self.kv_step)
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
+        q, kv = (
+            self._positions(q, self.q_start, self.q_step),
+            self._positions(kv, self.kv_start, self.kv_step),
+        )
         return self.mask.allows(b, h, q, kv, data)
 
     def _positions(self, at: Positions, start: int, step: int) -> Positions:
@@ -52,7 +57,10 @@ class Moved(Mask):
         return positions(wide * step + start, self.order, self.tokens)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        queries, keys = self._regions(q, self.q_start, self.q_step), self._regions(kv, self.kv_start, self.kv_step)
+        queries, keys = (
+            self._regions(q, self.q_start, self.q_step),
+            self._regions(kv, self.kv_start, self.kv_step),
+        )
         if queries is None or keys is None:
             return np.full(len(q), PARTIAL)
         return self.mask.classify(queries, keys)
@@ -81,6 +89,4 @@ class Moved(Mask):
         return replace(self, mask=change(self.mask))
 
     def __repr__(self) -> str:
-        return (
-            f"Moved({self.mask!r}, {self.q_start}, {self.q_step}, {self.kv_start}, {self.kv_step}, {self.order!r}, {self.tokens})"
-        )
+        return f"Moved({self.mask!r}, {self.q_start}, {self.q_step}, {self.kv_start}, {self.kv_step}, {self.order!r}, {self.tokens})"

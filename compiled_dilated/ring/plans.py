@@ -66,9 +66,19 @@ def load(schedule: Schedule, problem: Problem, rank: int) -> Load:
     for step in steps:
         for block in step.blocks:
             cost = blocks.plan_of(
-                block, problem.batch, problem.head_dim, problem.value_dim, problem.dtype, problem.device, problem.scores
+                block,
+                problem.batch,
+                problem.head_dim,
+                problem.value_dim,
+                problem.dtype,
+                problem.device,
+                problem.scores,
             ).cost
-            pairs, flops, working = pairs + cost.pairs, flops + cost.dense_flops, max(working, cost.peak_bytes)
+            pairs, flops, working = (
+                pairs + cost.pairs,
+                flops + cost.dense_flops,
+                max(working, cost.peak_bytes),
+            )
     tokens = layout.count(rank)
     shards = problem.batch * tokens * (problem.heads + problem.kv_heads) * width * problem.itemsize
     # Two steps' messages: one is computed while the next arrives.
@@ -129,7 +139,10 @@ class RingPlan:
             "ranks": layout.ranks,
             "layout": layout.name,
             "reason": self.reason,
-            "layouts": [_row(layout, loads) | {"chosen": layout == self.schedule.layout} for layout, loads in self.weighed],
+            "layouts": [
+                _row(layout, loads) | {"chosen": layout == self.schedule.layout}
+                for layout, loads in self.weighed
+            ],
         }
 
     def explain(self) -> str:
@@ -191,7 +204,9 @@ def _row(layout: Layout, loads: tuple[Load, ...]) -> dict[str, Any]:
         "received_mib_mean": sum(load.received_bytes for load in loads) / len(loads) / 2**20,
         "received_mib_max": max(load.received_bytes for load in loads) / 2**20,
         "dense_gflop_max": max(load.dense_flops for load in loads) / 1e9,
-        "work_max_over_mean": max(load.dense_flops for load in loads) / mean_flops if mean_flops else 1.0,
+        "work_max_over_mean": max(load.dense_flops for load in loads) / mean_flops
+        if mean_flops
+        else 1.0,
         "peak_mib": max(load.peak_bytes for load in loads) / 2**20,
     }
 
@@ -247,7 +262,11 @@ def _grid_order(program: Program, leaves: list[Mask], tokens: int) -> Order | No
     orders = {branch.order for branch in program.branches} - {Identity()}
     if len(orders) == 1:
         return orders.pop()
-    grids = {leaf.grid for leaf in leaves if isinstance(leaf, Neighborhood) and math.prod(leaf.grid) == tokens}
+    grids = {
+        leaf.grid
+        for leaf in leaves
+        if isinstance(leaf, Neighborhood) and math.prod(leaf.grid) == tokens
+    }
     if len(grids) == 1 and all(len(grid) in (2, 3) for grid in grids):
         return hilbert(*grids.pop())
     return None
@@ -276,8 +295,14 @@ def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
         key=lambda pair: sum(candidate.received_bytes for candidate in pair[1]),
     )
     slowest = max(loads, key=lambda candidate: candidate.time)
-    bound = "what it receives" if slowest.received_bytes * _FLOPS_PER_BYTE > slowest.dense_flops else "what it computes"
-    reason = "as asked" if layout != "auto" else f"the slowest rank, bound by {bound}, is done soonest"
+    bound = (
+        "what it receives"
+        if slowest.received_bytes * _FLOPS_PER_BYTE > slowest.dense_flops
+        else "what it computes"
+    )
+    reason = (
+        "as asked" if layout != "auto" else f"the slowest rank, bound by {bound}, is done soonest"
+    )
     if layout == "auto" and len(close) > 1:
         reason += "; of those as soon, it moves least"
     return RingPlan(

@@ -105,7 +105,11 @@ class Schedule:
         for branch in self.program.branches:
             for mask, heads, kv_heads in head_groups(branch, self.heads, self.kv_heads):
                 for part in disjoint(mask):
-                    there = part if order == identity() else Moved(part, 0, 1, 0, 1, order, self.layout.tokens)
+                    there = (
+                        part
+                        if order == identity()
+                        else Moved(part, 0, 1, 0, 1, order, self.layout.tokens)
+                    )
                     out.append((there, heads, kv_heads))
         return tuple(out)
 
@@ -200,7 +204,11 @@ class Schedule:
         """A rank, and all ranks whose steps equal its steps up to a shift."""
         layout, periods = self.layout, [mask.period for mask, _, _ in self.groups]
         finite = [period for period in periods if period is not None]
-        if not isinstance(layout, Contiguous) or layout.tokens % layout.ranks or len(finite) < len(periods):
+        if (
+            not isinstance(layout, Contiguous)
+            or layout.tokens % layout.ranks
+            or len(finite) < len(periods)
+        ):
             return
         size = layout.tokens // layout.ranks
         period = math.lcm(*finite)
@@ -292,14 +300,22 @@ def _trimmed(mask: Mask, q: range, kv: range, of_queries: bool) -> range:
     size = -(-len(run) // _PARTS)
     parts = [run[at : at + size] for at in range(0, len(run), size)]
     sides = (parts, [kv] * len(parts)) if of_queries else ([q] * len(parts), parts)
-    visible = [part for part, verdict in zip(parts, mask.classify(*map(regions, sides)), strict=True) if verdict != EMPTY]
+    visible = [
+        part
+        for part, verdict in zip(parts, mask.classify(*map(regions, sides)), strict=True)
+        if verdict != EMPTY
+    ]
     if visible:
         return range(visible[0].start, visible[-1].stop, run.step)
     return range(0)
 
 
 def _within(inner: range, outer: range) -> bool:
-    return inner[0] in outer and inner[-1] in outer and (len(inner) == 1 or inner.step % outer.step == 0)
+    return (
+        inner[0] in outer
+        and inner[-1] in outer
+        and (len(inner) == 1 or inner.step % outer.step == 0)
+    )
 
 
 def _messages(blocks: Sequence[Block], runs: Sequence[range]) -> tuple[Message, ...]:
@@ -315,7 +331,11 @@ def _messages(blocks: Sequence[Block], runs: Sequence[range]) -> tuple[Message, 
     for head, spans in rows_of.items():
         for rows in _union(spans, runs):
             heads_of[rows].append(head)
-    return tuple(Message(heads, rows) for rows, same in heads_of.items() for heads, _ in head_ranges(tuple(sorted(same)), 1))
+    return tuple(
+        Message(heads, rows)
+        for rows, same in heads_of.items()
+        for heads, _ in head_ranges(tuple(sorted(same)), 1)
+    )
 
 
 def _union(spans: Sequence[range], runs: Sequence[range]) -> list[range]:

@@ -130,7 +130,11 @@ class _Npy:
 
     def _read(self, b: int, head: int, rows: range, into: Numbers) -> None:
         """Read rows; rows skipped by the step are read too, and dropped."""
-        span = into if rows.step == 1 else np.empty((rows[-1] + 1 - rows.start, self.shape[3]), self.dtype)
+        span = (
+            into
+            if rows.step == 1
+            else np.empty((rows[-1] + 1 - rows.start, self.shape[3]), self.dtype)
+        )
         room = _bytes(span)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._at(b, head, rows.start))
@@ -175,7 +179,9 @@ class FileSource:
         # Names the content, as well as a journal can: a run does not go on with another file of the
         # same name.
         state = self.path.stat()
-        return f"FileSource({str(self.path)!r}) of {state.st_size} bytes, modified {state.st_mtime_ns}"
+        return (
+            f"FileSource({str(self.path)!r}) of {state.st_size} bytes, modified {state.st_mtime_ns}"
+        )
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,11 @@ class FileSink:
         name: str = "path",
     ) -> None:
         """name: the argument's name, for errors."""
-        self.path, self.shape, self.dtype = files.output_file(name, path), sizes("shape", shape), dtype
+        self.path, self.shape, self.dtype = (
+            files.output_file(name, path),
+            sizes("shape", shape),
+            dtype,
+        )
         kind = _kind(dtype)
         if not self.path.exists():
             _create(self.path, self.shape, kind, name)
@@ -273,7 +283,9 @@ class FileSink:
                 "Choose another file, or remove this one"
             )
         with files.opening(name, self.path):
-            self.path.open("r+b").close()  # a file that may not be written to fails here, not after the first rank
+            self.path.open(
+                "r+b"
+            ).close()  # a file that may not be written to fails here, not after the first rank
 
     def write(self, rows: range, part: Tensor) -> memoryview:
         """Write rows to the file; on disk after `sync`."""
@@ -329,7 +341,12 @@ class SampleSink:
     """Stores some rows of an output in a .npy file (B, H, samples, D)."""
 
     def __init__(
-        self, path: str | os.PathLike[str], shape: Sequence[int], samples: Sequence[int], dtype: torch.dtype, name: str = "path"
+        self,
+        path: str | os.PathLike[str],
+        shape: Sequence[int],
+        samples: Sequence[int],
+        dtype: torch.dtype,
+        name: str = "path",
     ) -> None:
         """name: the argument's name, for errors."""
         batch, heads, tokens, width = self.shape = sizes("shape", shape)
@@ -343,7 +360,9 @@ class SampleSink:
     def _kept(self, rows: range) -> tuple[range, list[int]]:
         """Indices of the samples among some rows, and their indices within these rows."""
         first, last = np.searchsorted(self.samples, [rows.start, rows[-1] + 1])
-        return range(int(first), int(last)), [rows.index(int(sample)) for sample in self.samples[first:last]]
+        return range(int(first), int(last)), [
+            rows.index(int(sample)) for sample in self.samples[first:last]
+        ]
 
     def write(self, rows: range, part: Tensor) -> bytes | memoryview:
         """Write the samples among the rows."""

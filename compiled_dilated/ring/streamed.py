@@ -93,7 +93,11 @@ class Streamed:
         ranks: int,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.program, self.ranks, self.device = program, arguments.integer("ranks", ranks, 1), inputs.device(device)
+        self.program, self.ranks, self.device = (
+            program,
+            arguments.integer("ranks", ranks, 1),
+            inputs.device(device),
+        )
         if program.names:
             raise ValueError(
                 f"a streamed program takes no data tensors; this one reads {list(program.names)}. "
@@ -126,7 +130,11 @@ class Streamed:
         """
         checks.no_options_of_sdpa(options)
         sources = (inputs.source("q", q), inputs.source("k", k), inputs.source("v", v))
-        sink_path = files.output_file("out", out) if isinstance(out, (str, os.PathLike)) else inputs.sink_path(out)
+        sink_path = (
+            files.output_file("out", out)
+            if isinstance(out, (str, os.PathLike))
+            else inputs.sink_path(out)
+        )
         journal_path = None if journal is None else files.output_file("journal", journal)
         inputs.check_distinct(sources, sink_path, journal_path)
         inputs.check_callback(on_progress)
@@ -249,7 +257,13 @@ class _Run:
         limit_seconds: float | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.schedule, self.layout, self.call, self.sink, self.journal = schedule, schedule.layout, call, sink, journal
+        self.schedule, self.layout, self.call, self.sink, self.journal = (
+            schedule,
+            schedule.layout,
+            call,
+            sink,
+            journal,
+        )
         self.q, self.k, self.v = sources
         self.device = device
         self.limit, self.tell = limit_seconds, on_progress
@@ -263,9 +277,16 @@ class _Run:
         )
         resumed = len(self.journal.done)
         self.tokens = resumed_tokens = sum(self.layout.count(rank) for rank in self.journal.done)
-        todo = (rank for rank in range(self.layout.ranks) if rank not in self.journal.done and self.layout.count(rank))
+        todo = (
+            rank
+            for rank in range(self.layout.ranks)
+            if rank not in self.journal.done and self.layout.count(rank)
+        )
         complete = True
-        with ThreadPoolExecutor(1, "read ahead") as reader, ThreadPoolExecutor(1, "write behind") as writer:
+        with (
+            ThreadPoolExecutor(1, "read ahead") as reader,
+            ThreadPoolExecutor(1, "write behind") as writer,
+        ):
             writing: Future[Tensor] | None = None
             try:
                 for read in _ahead(reader, self._read, todo):
@@ -298,7 +319,15 @@ class _Run:
                         self._sync()
         finished, seconds = frozenset(self.journal.done), time.monotonic() - self.began
         return Report(
-            self.tokens, self.layout.ranks, finished, resumed_tokens, resumed, tuple(torn), seconds, complete, self.ledger
+            self.tokens,
+            self.layout.ranks,
+            finished,
+            resumed_tokens,
+            resumed,
+            tuple(torn),
+            seconds,
+            complete,
+            self.ledger,
         )
 
     @property
@@ -311,8 +340,14 @@ class _Run:
 
     def _read(self, rank: int) -> _Read:
         rows = self._rows(rank)
-        shards = tuple(self._rows_of(source, HeadRange(0, 1, source.shape[1]), rows) for source in (self.q, self.k, self.v))
-        steps = [(step, [self._message(message) for message in step.messages]) for step in self.schedule.steps(rank)]
+        shards = tuple(
+            self._rows_of(source, HeadRange(0, 1, source.shape[1]), rows)
+            for source in (self.q, self.k, self.v)
+        )
+        steps = [
+            (step, [self._message(message) for message in step.messages])
+            for step in self.schedule.steps(rank)
+        ]
         return _Read(rank, (shards[0], shards[1], shards[2]), steps)
 
     def _message(self, message: Message) -> KeysAndValues:
@@ -363,7 +398,11 @@ class _Run:
         try:
             yield
         except OSError as error:
-            remedy = "make room, and call again" if error.errno in files.NO_ROOM else "mend that, and call again"
+            remedy = (
+                "make room, and call again"
+                if error.errno in files.NO_ROOM
+                else "mend that, and call again"
+            )
             raise OSError(
                 error.errno,
                 f"cannot write {part}: {error.strerror}. {len(self.journal.done)} of {self.layout.ranks} ranks are finished "

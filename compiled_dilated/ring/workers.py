@@ -39,7 +39,9 @@ class Worker:
 
     def outgoing(self, message: Message) -> KeysAndValues:
         """K and V rows of a message to another rank: contiguous copies."""
-        return self._rows_of(message, self.k).contiguous(), self._rows_of(message, self.v).contiguous()
+        return self._rows_of(message, self.k).contiguous(), self._rows_of(
+            message, self.v
+        ).contiguous()
 
     def _rows_of(self, message: Message, x: Tensor) -> Tensor:
         return blocks.held(x, message.kv_heads, blocks.rows(self.runs, message.rows))
@@ -57,7 +59,14 @@ class Forward(Worker):
     """Partial results (out, lse) of a rank's queries, complete after its last step."""
 
     def __init__(
-        self, schedule: Schedule, rank: int, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
+        self,
+        schedule: Schedule,
+        rank: int,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None = None,
     ) -> None:
         """out: buffer for the result, overwritten."""
         super().__init__(schedule, rank, call, q, k, v)
@@ -87,7 +96,9 @@ class Backward(Worker):
     def __init__(self, schedule: Schedule, rank: int, call: Call, saved: Saved) -> None:
         q, k, v = saved.q, saved.k, saved.v
         super().__init__(schedule, rank, call, q, k, v)
-        self.grad_q, self.grad_k, self.grad_v = (torch.zeros_like(x, dtype=lse_dtype(x.dtype)) for x in (q, k, v))
+        self.grad_q, self.grad_k, self.grad_v = (
+            torch.zeros_like(x, dtype=lse_dtype(x.dtype)) for x in (q, k, v)
+        )
         self.queries = Queries(
             self.runs,
             q,
@@ -139,4 +150,8 @@ class Backward(Worker):
     @property
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the shards, in their dtype."""
-        return self.grad_q.to(self.q.dtype), self.grad_k.to(self.k.dtype), self.grad_v.to(self.v.dtype)
+        return (
+            self.grad_q.to(self.q.dtype),
+            self.grad_k.to(self.k.dtype),
+            self.grad_v.to(self.v.dtype),
+        )

@@ -63,9 +63,13 @@ class Attention:
         attn_mask: one that was not read. captured: tensors that the structure reads.
         """
         if dropout_p:
-            raise NotImplementedError(f"dropout of attention weights ({dropout_p}) is not computed{self.line}. Set it to 0")
+            raise NotImplementedError(
+                f"dropout of attention weights ({dropout_p}) is not computed{self.line}. Set it to 0"
+            )
         if key.shape[-3:-2] != query.shape[-3:-2] and not enable_gqa:
-            raise ValueError(f"{query.shape[-3]} query heads and {key.shape[-3]} key heads need enable_gqa=True{self.line}")
+            raise ValueError(
+                f"{query.shape[-3]} query heads and {key.shape[-3]} key heads need enable_gqa=True{self.line}"
+            )
         if key.shape[:-3] != query.shape[:-3] or value.shape[:-3] != query.shape[:-3]:
             raise ValueError(
                 f"query, key and value must have the same leading dimensions; got {tuple(query.shape)}, {tuple(key.shape)} and "
@@ -73,11 +77,24 @@ class Attention:
             )
         q, k, v = (_four(x) for x in (query, key, value))
         whole = None if attn_mask is None else _four_of_mask(attn_mask, query)
-        said = [part for part in ("causal()" if is_causal else "", str(self.structure)) if part not in ("", "full()")]
+        said = [
+            part
+            for part in ("causal()" if is_causal else "", str(self.structure))
+            if part not in ("", "full()")
+        ]
         if whole is not None:
             said.append("a mask" if whole.dtype == torch.bool else "a bias")
         score_mod = None if whole is None else added(whole)
-        out = self.attend(q, k, v, " & ".join(said) or "full()", captured, score_mod, is_causal=is_causal, scale=scale)
+        out = self.attend(
+            q,
+            k,
+            v,
+            " & ".join(said) or "full()",
+            captured,
+            score_mod,
+            is_causal=is_causal,
+            scale=scale,
+        )
         result: Tensor = out.reshape(*query.shape[:-1], value.shape[-1])
         return result
 
@@ -109,7 +126,10 @@ class Attention:
     def _data(self, names: Sequence[str], captured: Sequence[Any], k: Tensor) -> dict[str, Tensor]:
         """The data tensors (B or 1, M) that masks read."""
         batch, keys = k.shape[0], k.shape[2]
-        places = {"b": torch.arange(batch, device=k.device)[:, None], "kv": torch.arange(keys, device=k.device)[None]}
+        places = {
+            "b": torch.arange(batch, device=k.device)[:, None],
+            "kv": torch.arange(keys, device=k.device)[None],
+        }
         data = {}
         for name in names:
             entry = self.structure.data[name]
@@ -142,7 +162,10 @@ def _implied(mask: Mask, conjuncts: Sequence[Mask]) -> bool:
 
 
 def with_structure(
-    score_mod: ScoreMod | None, structure: Structure, conditions: Sequence[Condition], captured: Sequence[Any]
+    score_mod: ScoreMod | None,
+    structure: Structure,
+    conditions: Sequence[Condition],
+    captured: Sequence[Any],
 ) -> ScoreMod | None:
     """A score_mod that also adds and hides what a structure says pair by pair; None where nothing does."""
     if score_mod is None and structure.bias is None and structure.pairs == TRUE and not conditions:

@@ -79,10 +79,16 @@ def _where(condition: Tensor, x: Any, y: Any) -> Tensor:
 
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {
-    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "abs", "pow")},
+    **{
+        name: getattr(operator, name)
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "abs", "pow")
+    },
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     **{name: getattr(operator, f"{name}_") for name in ("and", "or")},
-    **{name: getattr(torch, name) for name in ("log", "exp", "sqrt", "square", "sign", "floor", "ceil", "tanh")},
+    **{
+        name: getattr(torch, name)
+        for name in ("log", "exp", "sqrt", "square", "sign", "floor", "ceil", "tanh")
+    },
     "xor": operator.xor,
     "not": _inverse,
     "minimum": _pairwise(torch.minimum),
@@ -138,7 +144,11 @@ def apply(name: str, operands: Sequence[Expression], dtype: torch.dtype) -> Expr
         return _converted(operands[0], dtype)
     if name in _MIRRORED and isinstance(operands[0], Number):
         return apply(_MIRRORED[name], operands[::-1], dtype)
-    if dtype == torch.bool and name in _OF_CONDITIONS and all(x.dtype == torch.bool for x in operands):
+    if (
+        dtype == torch.bool
+        and name in _OF_CONDITIONS
+        and all(x.dtype == torch.bool for x in operands)
+    ):
         name = _OF_CONDITIONS[name]
     if name in ("and", "or") and dtype == torch.bool:
         return _joined(name, *operands)
@@ -149,7 +159,9 @@ def apply(name: str, operands: Sequence[Expression], dtype: torch.dtype) -> Expr
         if isinstance(condition, Number):
             return apply("to", (x if condition.value else y,), dtype)
         if dtype == torch.bool:
-            return _joined("or", _joined("and", condition, x), _joined("and", negated(condition), y))
+            return _joined(
+                "or", _joined("and", condition, x), _joined("and", negated(condition), y)
+            )
     if name in _MIRRORED and isinstance(operands[1], Number):
         compared = _compared(name, operands[0], operands[1])
         if compared is not None:
@@ -159,7 +171,11 @@ def apply(name: str, operands: Sequence[Expression], dtype: torch.dtype) -> Expr
 
 def _folded(name: str, operands: Sequence[Expression], dtype: torch.dtype) -> Number:
     with _disable_current_modes():
-        values = [torch.tensor(operand.value, dtype=operand.dtype) for operand in operands if isinstance(operand, Number)]
+        values = [
+            torch.tensor(operand.value, dtype=operand.dtype)
+            for operand in operands
+            if isinstance(operand, Number)
+        ]
         return Number(OPERATORS[name](*values).to(dtype).item(), dtype)
 
 
@@ -192,7 +208,9 @@ def _opposite(condition: Apply) -> Expression:
     """`not condition`: of a comparison of whole numbers the opposite one, as NaN is none of them."""
     if condition.operator == "not":
         return condition.operands[0]
-    if condition.operator in _OPPOSITE and not any(x.dtype.is_floating_point for x in condition.operands):
+    if condition.operator in _OPPOSITE and not any(
+        x.dtype.is_floating_point for x in condition.operands
+    ):
         return Apply(_OPPOSITE[condition.operator], condition.operands, torch.bool)
     return Apply("not", (condition,), torch.bool)
 
@@ -252,7 +270,9 @@ def _cases(expression: Apply) -> list[tuple[float, Expression]] | None:
     ]
 
 
-def _case(expression: Apply, sides: Sequence[Expression], case: Sequence[tuple[float, Expression]]) -> tuple[float, Expression]:
+def _case(
+    expression: Apply, sides: Sequence[Expression], case: Sequence[tuple[float, Expression]]
+) -> tuple[float, Expression]:
     """One combination of values of the operands: the value of the expression, and when that is."""
     under: Expression = TRUE
     for _, condition in case:
@@ -274,9 +294,17 @@ def slots_of(expression: Expression) -> frozenset[int]:
 def renumbered(expression: Expression, slots: Mapping[int, int]) -> Expression:
     """The same expression with other numbers of slots."""
     if isinstance(expression, Entry):
-        return Entry(slots[expression.slot], tuple(renumbered(x, slots) for x in expression.indices), expression.dtype)
+        return Entry(
+            slots[expression.slot],
+            tuple(renumbered(x, slots) for x in expression.indices),
+            expression.dtype,
+        )
     if isinstance(expression, Apply):
-        return Apply(expression.operator, tuple(renumbered(x, slots) for x in expression.operands), expression.dtype)
+        return Apply(
+            expression.operator,
+            tuple(renumbered(x, slots) for x in expression.operands),
+            expression.dtype,
+        )
     return expression
 
 

@@ -57,7 +57,9 @@ class _Training:
 
 def _on_known_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"attention is computed on a CPU or a CUDA device; got query on {query.device.type}")
+        raise ValueError(
+            f"attention is computed on a CPU or a CUDA device; got query on {query.device.type}"
+        )
 
 
 training = _Training()
@@ -69,7 +71,9 @@ class FlexCall:
     def __init__(self, part: GraphModule, node: Node) -> None:
         self.part, self.node = part, node
         arguments: tuple[Any, ...] = node.args
-        self.query, self.key, self.value, score_mod, self.block_mask, self.scale, options = arguments[:7]
+        self.query, self.key, self.value, score_mod, self.block_mask, self.scale, options = (
+            arguments[:7]
+        )
         self.score_tensors, self.mask_tensors = arguments[7:9]
         self.score_graph = getattr(part, score_mod.target)
         self.mask_graph = getattr(part, self.block_mask[-1].target)
@@ -77,7 +81,11 @@ class FlexCall:
 
     def _check(self, options: dict[str, Any]) -> None:
         line = line_of(self.node)
-        others = {name: value for name, value in options.items() if name not in _OUTPUTS and _PLAIN_OPTIONS.get(name) != value}
+        others = {
+            name: value
+            for name, value in options.items()
+            if name not in _OUTPUTS and _PLAIN_OPTIONS.get(name) != value
+        }
         if others:
             raise NotImplementedError(
                 f"kernel_options {', '.join(sorted(others))} of flex_attention are for torch's own kernel{line}. Leave them out"
@@ -135,8 +143,15 @@ class Flex:
     score_mod: the graph of its score_mod, None of none. mask_mod: that of a mask_mod which was not read, asked pair by pair.
     """
 
-    def __init__(self, attention: Attention, score_mod: Any, mask_mod: Any, wants_lse: bool) -> None:
-        self.attention, self.score_mod, self.mask_mod, self.wants_lse = attention, score_mod, mask_mod, wants_lse
+    def __init__(
+        self, attention: Attention, score_mod: Any, mask_mod: Any, wants_lse: bool
+    ) -> None:
+        self.attention, self.score_mod, self.mask_mod, self.wants_lse = (
+            attention,
+            score_mod,
+            mask_mod,
+            wants_lse,
+        )
         graphs = [None if graph is None else graph.code for graph in (score_mod, mask_mod)]
         self.__name__ = f"flex_{attention.__name__}_{digest(*graphs)}"
 
@@ -162,7 +177,15 @@ class Flex:
         score_mod = None if self.score_mod is None else _with(self.score_mod, score_tensors)
         conditions = [] if self.mask_mod is None else [_with(self.mask_mod, mask_tensors)]
         found = attention.attend(
-            query, key, value, said, captured, score_mod, conditions=conditions, scale=scale, return_lse=self.wants_lse
+            query,
+            key,
+            value,
+            said,
+            captured,
+            score_mod,
+            conditions=conditions,
+            scale=scale,
+            return_lse=self.wants_lse,
         )
         empty = query.new_empty(0)
         if self.wants_lse:

@@ -39,7 +39,16 @@ _SDPA = (
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
-_SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SDPA_PARAMETERS = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+)
 # The pair's indices along a mask, by the dimensions of the query.
 _SDPA_INDICES = {
     2: (Index("q"), Index("kv")),
@@ -58,7 +67,9 @@ _CHECKPOINTS = ("tag_activation_checkpoint",)
 Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
-def wrap(model: nn.Module, attention: Choice, dynamic: bool | None, backend: Backend | None = None) -> nn.Module:
+def wrap(
+    model: nn.Module, attention: Choice, dynamic: bool | None, backend: Backend | None = None
+) -> nn.Module:
     """The model, its forward compiled in place with attention by programs.
 
     attention: as in `compile`; a path is that of the module which calls the attention, path#2 of its second call.
@@ -72,11 +83,17 @@ def wrap(model: nn.Module, attention: Choice, dynamic: bool | None, backend: Bac
     """
     check_choice(attention)
     names = [name for name, _ in model.named_modules()]
-    patterns = {pattern.partition("#")[0]: None for pattern in attention} if isinstance(attention, Mapping) else attention
+    patterns = (
+        {pattern.partition("#")[0]: None for pattern in attention}
+        if isinstance(attention, Mapping)
+        else attention
+    )
     check_patterns(patterns, names)
     for name, module in model.named_modules():
         if module is not model and _wrapped_of(module) is not None:
-            raise ValueError(f"{name} of {type(model).__name__} is wrapped already. Wrap the whole model alone")
+            raise ValueError(
+                f"{name} of {type(model).__name__} is wrapped already. Wrap the whole model alone"
+            )
     _leave_fast_paths(model)
     put_sites(model, [])
     before = _wrapped_of(model)
@@ -97,9 +114,20 @@ class _Wrapped:
     """
 
     def __init__(
-        self, model: nn.Module, forward: Callable[..., Any] | None, attention: Choice, dynamic: bool | None, backend: Backend
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any] | None,
+        attention: Choice,
+        dynamic: bool | None,
+        backend: Backend,
     ) -> None:
-        self.model, self.forward, self.attention, self.dynamic, self.backend = model, forward, attention, dynamic, backend
+        self.model, self.forward, self.attention, self.dynamic, self.backend = (
+            model,
+            forward,
+            attention,
+            dynamic,
+            backend,
+        )
         self._compiled: Callable[..., Any] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +150,9 @@ class _Wrapped:
 
     def _compile(self) -> Callable[..., Any]:
         model, own = self.model, self.forward
-        forward: Callable[..., Any] = functools.partial(type(model).forward, model) if own is None else own
+        forward: Callable[..., Any] = (
+            functools.partial(type(model).forward, model) if own is None else own
+        )
 
         def traced(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
@@ -133,7 +163,9 @@ class _Wrapped:
             return forward(*args, **kwargs)
 
         # A code object of its own: Dynamo counts graphs by code, and those of all wrapped models would be one too many.
-        alone = FunctionType(traced.__code__.replace(), traced.__globals__, "traced", None, traced.__closure__)
+        alone = FunctionType(
+            traced.__code__.replace(), traced.__globals__, "traced", None, traced.__closure__
+        )
         rewriting = _Rewriting(model, self.attention, self.backend)
         return torch.compile(alone, backend=rewriting, dynamic=self.dynamic, fullgraph=True)
 
@@ -178,16 +210,22 @@ class _Rewriting:
         compiled = self.backend(graph, inputs)
         missed = [site.path for site in self.sites.values() if site.last is None]
         if missed:
-            raise RuntimeError(f"attention of {', '.join(missed)} was not replaced, though it was found; please report this")
+            raise RuntimeError(
+                f"attention of {', '.join(missed)} was not replaced, though it was found; please report this"
+            )
         return compiled
 
-    def _rewrite(self, part: GraphModule, calls: Counter[str], callers: Mapping[GraphModule, Scope]) -> None:
+    def _rewrite(
+        self, part: GraphModule, calls: Counter[str], callers: Mapping[GraphModule, Scope]
+    ) -> None:
         """Replace the calls of one graph. calls: how many each module has made so far. callers: of graphs inside of graphs."""
         for node in list(part.graph.nodes):
             if node.op != "call_function":
                 continue
             if node.target in _CLOSED:
-                raise NotImplementedError(f"{_CLOSED[node.target]} is not replaced{line_of(node)}. {_WAY_OUT}")
+                raise NotImplementedError(
+                    f"{_CLOSED[node.target]} is not replaced{line_of(node)}. {_WAY_OUT}"
+                )
             rewrite = {MULTIHEAD: self._multihead, FLEX: self._flex}.get(node.target)
             if rewrite is None and node.target in _SDPA:
                 rewrite = self._scaled_dot_product
@@ -205,14 +243,28 @@ class _Rewriting:
     def _site(self, path: str, kind: str, causal: object, heads: int | None, node: Node) -> Site:
         """The site of a call, with the user's program for it."""
         if not isinstance(causal, bool):
-            raise NotImplementedError(f"is_causal of {path} varies in the graph{line_of(node)}. Pass True or False")
-        site = Site(path, kind, program_of(self.attention, Layer(path, kind, None, causal, None, heads, heads, None)))
+            raise NotImplementedError(
+                f"is_causal of {path} varies in the graph{line_of(node)}. Pass True or False"
+            )
+        site = Site(
+            path,
+            kind,
+            program_of(self.attention, Layer(path, kind, None, causal, None, heads, heads, None)),
+        )
         self.sites[path] = site
         return site
 
-    def _scaled_dot_product(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
+    def _scaled_dot_product(
+        self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]
+    ) -> _Replacement:
         bound: dict[str, Any] = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
-        site = self._site(path, "scaled_dot_product_attention", bound.get("is_causal", False), _heads_of(bound["query"]), node)
+        site = self._site(
+            path,
+            "scaled_dot_product_attention",
+            bound.get("is_causal", False),
+            _heads_of(bound["query"]),
+            node,
+        )
         reader, scope = Reader(), scope_of(part, node, callers)
         query, mask = bound["query"], bound.get("attn_mask")
         said = None
@@ -222,22 +274,34 @@ class _Rewriting:
         structure, captured = _structure(said, reader, scope, bound["query"], bound["key"], -2)
         return Attention(site, line_of(node), structure), bound | {"captured": captured}
 
-    def _multihead(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
+    def _multihead(
+        self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]
+    ) -> _Replacement:
         bound = bound_arguments(node)
-        site = self._site(path, "multi_head_attention_forward", bound.get("is_causal", False), bound["num_heads"], node)
+        site = self._site(
+            path,
+            "multi_head_attention_forward",
+            bound.get("is_causal", False),
+            bound["num_heads"],
+            node,
+        )
         reader, scope = Reader(), scope_of(part, node, callers)
         said = read_masks(bound, reader, scope)
         structure, captured = _structure(said, reader, scope, bound["query"], bound["key"], 0)
         return multihead(Attention(site, line_of(node), structure)), bound | {"captured": captured}
 
-    def _flex(self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]) -> _Replacement:
+    def _flex(
+        self, part: GraphModule, node: Node, path: str, callers: Mapping[GraphModule, Scope]
+    ) -> _Replacement:
         call = FlexCall(part, node)
         site = self._site(path, "flex_attention", False, _heads_of(call.query), node)
         reader, scope = Reader(), scope_of(part, node, callers)
         said = call.read_mask(reader, scope)
         call.check_tiles(said)
         structure, captured = _structure(said, reader, scope, call.query, call.key, -2)
-        return call.replacement(Attention(site, line_of(node), structure), said is not None), call.arguments(captured)
+        return call.replacement(
+            Attention(site, line_of(node), structure), said is not None
+        ), call.arguments(captured)
 
 
 _Replacement = tuple[Callable[..., Any], dict[str, Any]]
@@ -257,7 +321,9 @@ def _structure(
     return structure_of(said, q_len, kv_len), tuple(bring(captured, scope))
 
 
-def _replace(part: GraphModule, node: Node, target: Callable[..., Any], arguments: dict[str, Any]) -> None:
+def _replace(
+    part: GraphModule, node: Node, target: Callable[..., Any], arguments: dict[str, Any]
+) -> None:
     """Put a call in the place of another."""
     with part.graph.inserting_before(node):
         ours = part.graph.call_function(target, (), arguments)

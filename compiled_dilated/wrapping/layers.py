@@ -62,7 +62,9 @@ def check_choice(attention: object) -> None:
     if isinstance(attention, Mapping):
         for pattern in attention:
             if not isinstance(pattern, str):
-                raise TypeError(f"attention's patterns must be text, as '*.layers.0.*'; got {pattern!r}")
+                raise TypeError(
+                    f"attention's patterns must be text, as '*.layers.0.*'; got {pattern!r}"
+                )
     elif not (attention is None or isinstance(attention, (Program, Mask)) or callable(attention)):
         raise TypeError(
             "attention must be a program, a mask, a function of a layer or {pattern: program}; got "
@@ -74,13 +76,18 @@ def program_of(attention: Choice, layer: Layer) -> Program | None:
     """A layer's program, checked; None: what the model says stays."""
     choice: Any = attention
     if isinstance(attention, Mapping):
-        choice = next((value for pattern, value in attention.items() if fnmatchcase(layer.path, pattern)), None)
+        choice = next(
+            (value for pattern, value in attention.items() if fnmatchcase(layer.path, pattern)),
+            None,
+        )
     elif callable(attention) and not isinstance(attention, (Program, Mask)):
         choice = attention(layer)
     if choice is None:
         return None
     if not isinstance(choice, (Program, Mask)):
-        raise TypeError(f"attention of {layer.path} must be a program, a mask or None; got {type(choice).__name__} {choice!r}")
+        raise TypeError(
+            f"attention of {layer.path} must be a program, a mask or None; got {type(choice).__name__} {choice!r}"
+        )
     program = as_program(choice)
     _check(layer, program)
     return program

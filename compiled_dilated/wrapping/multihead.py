@@ -41,7 +41,12 @@ def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expressio
     more_keys = bound["bias_k"] is not None or bound["add_zero_attn"]
     # Torch takes the word of is_causal where there is no padding.
     told_causal = bound.get("is_causal", False) and padding is None
-    if more_keys or told_causal or bound.get("static_k") is not None or (mask is None and padding is None):
+    if (
+        more_keys
+        or told_causal
+        or bound.get("static_k") is not None
+        or (mask is None and padding is None)
+    ):
         return None
     dtype = example_of(bound["query"]).dtype
     parts = []
@@ -52,7 +57,9 @@ def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expressio
     bound |= {"attn_mask": None, "key_padding_mask": None, "is_causal": False}
     if all(part.dtype == torch.bool for part in parts):
         return functools.reduce(lambda x, y: apply("and", (x, y), torch.bool), map(negated, parts))
-    return functools.reduce(lambda x, y: apply("add", (x, y), dtype), (_added(part, dtype) for part in parts))
+    return functools.reduce(
+        lambda x, y: apply("add", (x, y), dtype), (_added(part, dtype) for part in parts)
+    )
 
 
 def _indices_of(mask: Node, heads: int) -> tuple[Expression, ...]:
@@ -80,7 +87,13 @@ def multihead(attention: Attention) -> Callable[..., Any]:
             # Tensors of a trace would send the call on to the original.
             "has_torch_function": lambda tensors: False,
         }
-        copy = FunctionType(MULTIHEAD.__code__, names, "multi_head_attention", MULTIHEAD.__defaults__, MULTIHEAD.__closure__)
+        copy = FunctionType(
+            MULTIHEAD.__code__,
+            names,
+            "multi_head_attention",
+            MULTIHEAD.__defaults__,
+            MULTIHEAD.__closure__,
+        )
         copy.__kwdefaults__ = MULTIHEAD.__kwdefaults__
         return copy(**arguments)
 
@@ -95,9 +108,13 @@ def _leave_out_weights(node: Node, bound: dict[str, Any]) -> None:
     for user in node.users:
         is_item = user.target is getitem and user.args[1] == 1
         if is_item and user.users:
-            raise NotImplementedError(f"attention weights as a result are not made{line_of(node)}. Pass need_weights=False")
+            raise NotImplementedError(
+                f"attention weights as a result are not made{line_of(node)}. Pass need_weights=False"
+            )
         if user.op == "output" or (user.target is not getitem):
-            raise NotImplementedError(f"attention weights as a result are not made{line_of(node)}. Pass need_weights=False")
+            raise NotImplementedError(
+                f"attention weights as a result are not made{line_of(node)}. Pass need_weights=False"
+            )
     bound["need_weights"] = False
     # A hint so far: without weights torch's code would take it for the mask.
     bound["is_causal"] = False

@@ -19,7 +19,11 @@ def path_of(node: Node, model: nn.Module) -> str:
 def _path(written: str, model: nn.Module) -> str:
     """The path of a module as Dynamo writes it: L['self']._modules['layers']._modules['0'], or L['self'].layers[0]."""
     words = [word for word in re.findall(r"\w+", written) if word != "_modules"]
-    names = [name for name, _ in model.named_modules() if words[-len(name.split(".")) :] == name.split(".")]
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if words[-len(name.split(".")) :] == name.split(".")
+    ]
     return max(names, key=len, default="")
 
 

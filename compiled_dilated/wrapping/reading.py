@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .expressions import Apply, Entry, Expression, Index, Number, apply, constant, renumbered, size_of, slots_of
+from .expressions import (
+    Apply,
+    Entry,
+    Expression,
+    Index,
+    Number,
+    apply,
+    constant,
+    renumbered,
+    size_of,
+    slots_of,
+)
 from .writes import Written, written
 
 # Larger expressions are captured as tensors: they would be slower pair by pair than the tensor is to read.
@@ -59,7 +70,9 @@ class Reader:
         self.captured: list[tuple[Scope, Node]] = []
         self._written: dict[Node, Written] = {}
 
-    def mask(self, node: Node, scope: Scope, dims: Sequence[Expression] | None = None) -> Expression:
+    def mask(
+        self, node: Node, scope: Scope, dims: Sequence[Expression] | None = None
+    ) -> Expression:
         """The entry of a mask for a pair.
 
         dims: the indices of the pair along the mask's dimensions; by default the last of (b, h, q, kv).
@@ -77,9 +90,16 @@ class Reader:
             return self._capture(x, scope, ())
         own = indices[len(indices) - example.dim() :]
         # Along a dimension of one entry there is no index but 0.
-        at = tuple(constant(0, torch.int64) if is_one(size) else i for size, i in zip(example.shape, own, strict=True))
+        at = tuple(
+            constant(0, torch.int64) if is_one(size) else i
+            for size, i in zip(example.shape, own, strict=True)
+        )
         found = self._by_rule(x, scope, at)
-        return self._capture(x, scope, at) if found is None or size_of(found) > _MOST_OPERATORS else found
+        return (
+            self._capture(x, scope, at)
+            if found is None or size_of(found) > _MOST_OPERATORS
+            else found
+        )
 
     def used(self, expression: Expression) -> tuple[Expression, list[tuple[Scope, Node]]]:
         """An expression with slots for what it reads alone, and that."""
@@ -141,11 +161,18 @@ class Call:
 
     def apply(self, name: str, *operands: Expression) -> Expression:
         """An operator with the dtype of the result."""
-        dtypes = [operand.dtype for operand in operands if not isinstance(operand, Number) and operand.dtype.is_floating_point]
+        dtypes = [
+            operand.dtype
+            for operand in operands
+            if not isinstance(operand, Number) and operand.dtype.is_floating_point
+        ]
         if dtypes:
             # A number beside a floating tensor is rounded to its dtype.
             operands = tuple(
-                constant(x.value, dtypes[0]) if isinstance(x, Number) and x.dtype == torch.float64 else x for x in operands
+                constant(x.value, dtypes[0])
+                if isinstance(x, Number) and x.dtype == torch.float64
+                else x
+                for x in operands
             )
         return apply(name, operands, self.dtype)
 
@@ -185,13 +212,21 @@ def callers_of(graph: GraphModule, operators: Sequence[str]) -> dict[GraphModule
     waiting = [graph]
     while waiting:
         part = waiting.pop()
-        nodes = [node for node in part.graph.nodes if node.op == "call_function" and _body_of(node) is not None]
+        nodes = [
+            node
+            for node in part.graph.nodes
+            if node.op == "call_function" and _body_of(node) is not None
+        ]
         calls = Counter(_body_of(node) for node in nodes)
         for node in nodes:
             body = _body_of(node)
             inner = getattr(part, str(body))
             places = inner.graph.find_nodes(op="placeholder")
-            if node.target.__name__ in operators and calls[body] == 1 and len(places) == len(node.args) - 1:
+            if (
+                node.target.__name__ in operators
+                and calls[body] == 1
+                and len(places) == len(node.args) - 1
+            ):
                 callers[inner] = scope_of(part, node, callers)
                 waiting.append(inner)
     return callers

@@ -26,7 +26,11 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         for name in names:
-            targets = [name, f"{name}_", *(getattr(space, name, None) for space in (torch, torch.Tensor, F, operator))]
+            targets = [
+                name,
+                f"{name}_",
+                *(getattr(space, name, None) for space in (torch, torch.Tensor, F, operator)),
+            ]
             RULES.update({target: rule for target in targets if target is not None})
         return rule
 
@@ -125,7 +129,9 @@ def _reshape(call: Call, at: At, x: Any, *shape: Any) -> Expression | None:
     if [size for size in own if not is_one(size)] != [size for size in new if not is_one(size)]:
         return None
     places = iter(indices)
-    return call.at(x, tuple(constant(0, torch.int64) if is_one(size) else next(places) for size in own))
+    return call.at(
+        x, tuple(constant(0, torch.int64) if is_one(size) else next(places) for size in own)
+    )
 
 
 @_rule("getitem")
@@ -164,14 +170,20 @@ def _part(call: Call, item: Any, size: Any, rest: Any) -> Expression | None:
     start, step = item.start or 0, 1 if item.step is None else item.step
     if not isinstance(start, int) or not isinstance(step, int) or start < 0:
         return None
-    scaled = apply("mul", (next(rest), constant(step, torch.int64)), torch.int64) if step != 1 else next(rest)
+    scaled = (
+        apply("mul", (next(rest), constant(step, torch.int64)), torch.int64)
+        if step != 1
+        else next(rest)
+    )
     return apply("add", (scaled, constant(start, torch.int64)), torch.int64) if start else scaled
 
 
 def _looked_up(call: Call, at: At, x: Node, items: Sequence[Any]) -> Expression | None:
     """table[i, j] with tensors of indices that broadcast; whole dimensions may follow."""
     tensors = [item for item in items if isinstance(item, Node)]
-    if len(tensors) < len(items) or any(example_of(item).dtype.is_floating_point for item in tensors):
+    if len(tensors) < len(items) or any(
+        example_of(item).dtype.is_floating_point for item in tensors
+    ):
         return None
     if any(example_of(item).dtype == torch.bool for item in tensors):
         return None
@@ -180,7 +192,9 @@ def _looked_up(call: Call, at: At, x: Node, items: Sequence[Any]) -> Expression 
 
 
 @_rule("embedding")
-def _embedding(call: Call, at: At, x: Any, weight: Any, *arguments: Any, **options: Any) -> Expression | None:
+def _embedding(
+    call: Call, at: At, x: Any, weight: Any, *arguments: Any, **options: Any
+) -> Expression | None:
     # Options scale gradients and weights; F.embedding and torch.embedding take the operands in different orders.
     if call.node.target is not F.embedding or any(arguments) or any(options.values()):
         return None
@@ -190,8 +204,14 @@ def _embedding(call: Call, at: At, x: Any, weight: Any, *arguments: Any, **optio
 # Elementwise ------------------------------------------------------------------------------------------------------------------
 
 # By the name in OPERATORS those in torch, of methods and in operator.
-_UNARY = {"neg": ("neg", "negative"), "abs": ("abs", "absolute"), "not": ("logical_not", "bitwise_not", "invert", "inv")}
-_UNARY |= {name: (name,) for name in ("log", "exp", "sqrt", "square", "sign", "floor", "ceil", "tanh")}
+_UNARY = {
+    "neg": ("neg", "negative"),
+    "abs": ("abs", "absolute"),
+    "not": ("logical_not", "bitwise_not", "invert", "inv"),
+}
+_UNARY |= {
+    name: (name,) for name in ("log", "exp", "sqrt", "square", "sign", "floor", "ceil", "tanh")
+}
 _BINARY = {
     "add": ("add",),
     "sub": ("sub", "subtract"),
@@ -253,7 +273,11 @@ def _rsub(call: Call, at: At, x: Any, y: Any) -> Expression:
 @_rule("div", "divide")
 def _div(call: Call, at: At, x: Any, y: Any, rounding_mode: str | None = None) -> Expression | None:
     names = {None: "truediv", "floor": "floordiv"}
-    return call.apply(names[rounding_mode], call.at(x, at), call.at(y, at)) if rounding_mode in names else None
+    return (
+        call.apply(names[rounding_mode], call.at(x, at), call.at(y, at))
+        if rounding_mode in names
+        else None
+    )
 
 
 @_rule("clamp", "clip")
@@ -270,7 +294,9 @@ def _where(call: Call, at: At, condition: Any, x: Any, y: Any) -> Expression | N
     if call.node.op == "call_method":
         condition, x = x, condition
     sides = (call.at(x, at), call.at(y, at))
-    return call.apply("where", call.at(condition, at), *(apply("to", (side,), call.dtype) for side in sides))
+    return call.apply(
+        "where", call.at(condition, at), *(apply("to", (side,), call.dtype) for side in sides)
+    )
 
 
 @_rule("masked_fill")

@@ -99,11 +99,29 @@ class Sites(list[Site]):
             counts = ["not called yet"] + [""] * 3
             if "pairs" in row:
                 units = {"pairs": 1e6, "flops": 1e9, "bytes": 2**20}
-                changes = [f"{row[f'{name}_eager'] / unit:.3g} -> {row[name] / unit:.3g}" for name, unit in units.items()]
+                changes = [
+                    f"{row[f'{name}_eager'] / unit:.3g} -> {row[name] / unit:.3g}"
+                    for name, unit in units.items()
+                ]
                 counts = [row["lowering"], *changes]
             program = site.program if site.last is None else site.last.attend.program
-            rows.append([row["path"], row["model"] or "", "" if program is None else _shown(program), *counts])
-        headers = ["layer", "the model says", "computed", "lowering", "million pairs", "GFLOP", "MiB held"]
+            rows.append(
+                [
+                    row["path"],
+                    row["model"] or "",
+                    "" if program is None else _shown(program),
+                    *counts,
+                ]
+            )
+        headers = [
+            "layer",
+            "the model says",
+            "computed",
+            "lowering",
+            "million pairs",
+            "GFLOP",
+            "MiB held",
+        ]
         return str(tabulate(rows, headers, disable_numparse=True))
 
 
@@ -141,5 +159,7 @@ def sites(model: nn.Module) -> Sites:
         wrapped = wrapped or own is not None
         of_model += own or []
     if not wrapped:
-        raise ValueError(f"{type(model).__name__} has no sites; wrap it first: compiled_dilated.compile(model, attention=...)")
+        raise ValueError(
+            f"{type(model).__name__} has no sites; wrap it first: compiled_dilated.compile(model, attention=...)"
+        )
     return of_model

@@ -22,7 +22,20 @@ from ..masks.bands import Causal, Window
 from ..masks.blocks import BlockWindow
 from ..masks.functions import MOST_PAIRS_WITHOUT_WITHIN
 from ..masks.leading import LeadingQueries
-from .expressions import TRUE, Apply, Entry, Expression, Index, Number, apply, evaluate, indices_of, negated, slots_of, values_of
+from .expressions import (
+    TRUE,
+    Apply,
+    Entry,
+    Expression,
+    Index,
+    Number,
+    apply,
+    evaluate,
+    indices_of,
+    negated,
+    slots_of,
+    values_of,
+)
 
 # A window without an end, beyond any sequence.
 FAR = 2**30
@@ -72,7 +85,11 @@ def structure_of(mask: Expression, q_len: Any, kv_len: Any) -> Structure:
         said.masks.append(found)
     # Those of positions first.
     said.masks = sorted(merged(said.masks), key=lambda mask: bool(mask.names))
-    if isinstance(q_len, int) and isinstance(kv_len, int) and q_len * kv_len <= MOST_PAIRS_WITHOUT_WITHIN:
+    if (
+        isinstance(q_len, int)
+        and isinstance(kv_len, int)
+        and q_len * kv_len <= MOST_PAIRS_WITHOUT_WITHIN
+    ):
         _plan_arithmetic(said)
     return said
 
@@ -125,17 +142,26 @@ def _split(mask: Expression, square: bool) -> tuple[Expression, Expression | Non
     values = values_of(mask)
     if values is not None and values.keys() <= {0.0, -math.inf}:
         return values.get(0.0, negated(TRUE)), None
-    if values is not None and values.keys() <= {0.0, _least(mask.dtype)} and _shows_itself(values.get(0.0, TRUE), square):
+    if (
+        values is not None
+        and values.keys() <= {0.0, _least(mask.dtype)}
+        and _shows_itself(values.get(0.0, TRUE), square)
+    ):
         # Each row has a key at 0, beside which the least number of a dtype is as good as -inf.
         return values.get(0.0, TRUE), None
     if isinstance(mask, Apply) and mask.operator == "add":
         (first, one), (second, other) = (_split(operand, square) for operand in mask.operands)
         biases = [bias for bias in (one, other) if bias is not None]
-        bias = apply("add", biases, mask.dtype) if len(biases) == 2 else biases[0] if biases else None
+        bias = (
+            apply("add", biases, mask.dtype) if len(biases) == 2 else biases[0] if biases else None
+        )
         return apply("and", (first, second), torch.bool), bias
     if isinstance(mask, Apply) and mask.operator == "where":
         condition, *sides = mask.operands
-        for side, other, seen in ((sides[1], sides[0], condition), (sides[0], sides[1], negated(condition))):
+        for side, other, seen in (
+            (sides[1], sides[0], condition),
+            (sides[0], sides[1], negated(condition)),
+        ):
             if isinstance(side, Number) and side.value == -math.inf:
                 inner, bias = _split(other, square)
                 return apply("and", (seen, inner), torch.bool), bias
@@ -219,14 +245,28 @@ def _equal(x: Expression, y: Expression, joins: _Joins) -> Mask | None:
     if difference is None:
         return None
     terms, number = difference
-    blocks = [term.operands[1] for term in terms if isinstance(term, Apply) and term.operator == "floordiv"]
-    if len(blocks) == 2 and number == 0 and terms == {_block("q", blocks[0]): 1, _block("kv", blocks[0]): -1}:
+    blocks = [
+        term.operands[1]
+        for term in terms
+        if isinstance(term, Apply) and term.operator == "floordiv"
+    ]
+    if (
+        len(blocks) == 2
+        and number == 0
+        and terms == {_block("q", blocks[0]): 1, _block("kv", blocks[0]): -1}
+    ):
         return masks.segments(int(_value(blocks[0])))
-    if len(blocks) == 2 and number == 0 and terms == {_block("q", blocks[0]): -1, _block("kv", blocks[0]): 1}:
+    if (
+        len(blocks) == 2
+        and number == 0
+        and terms == {_block("q", blocks[0]): -1, _block("kv", blocks[0]): 1}
+    ):
         return masks.segments(int(_value(blocks[0])))
     least = _not_negative(terms, number)
     most = _not_negative({term: -factor for term, factor in terms.items()}, -number)
-    return None if least is None or most is None else masks.conjunction(tuple(merged([least, most])))
+    return (
+        None if least is None or most is None else masks.conjunction(tuple(merged([least, most])))
+    )
 
 
 def _documents(x: Expression, y: Expression, joins: _Joins) -> Mask | None:
@@ -277,11 +317,18 @@ def _sum_of(x: Expression) -> tuple[dict[Expression, int], int] | None:
         return {}, int(x.value)
     if isinstance(x, Index):
         return {x: 1}, 0
-    if not isinstance(x, Apply) or x.dtype not in (torch.int32, torch.int64):  # narrower numbers may overflow
+    if not isinstance(x, Apply) or x.dtype not in (
+        torch.int32,
+        torch.int64,
+    ):  # narrower numbers may overflow
         return None
     if x.operator == "to":
         return _sum_of(x.operands[0]) if not x.operands[0].dtype.is_floating_point else None
-    if x.operator == "floordiv" and isinstance(x.operands[0], Index) and isinstance(x.operands[1], Number):
+    if (
+        x.operator == "floordiv"
+        and isinstance(x.operands[0], Index)
+        and isinstance(x.operands[1], Number)
+    ):
         block = Apply("floordiv", x.operands, torch.int64)  # one term, whatever the dtype
         return ({block: 1}, 0) if x.operands[1].value >= 1 else None
     if x.operator == "abs":
@@ -292,7 +339,9 @@ def _sum_of(x: Expression) -> tuple[dict[Expression, int], int] | None:
     return _joined(x.operator, [each for each in sums if each is not None])
 
 
-def _joined(name: str, sums: list[tuple[dict[Expression, int], int]]) -> tuple[dict[Expression, int], int] | None:
+def _joined(
+    name: str, sums: list[tuple[dict[Expression, int], int]]
+) -> tuple[dict[Expression, int], int] | None:
     if name == "neg":
         return {term: -factor for term, factor in sums[0][0].items()}, -sums[0][1]
     (one, number), (two, other) = sums
@@ -341,15 +390,27 @@ def _from(number: int) -> Mask:
 
 def _of_blocks(terms: Terms, number: int) -> Mask | None:
     """Differences of q // block and kv // block."""
-    blocks = {term.operands[1] for term in terms if isinstance(term, Apply) and term.operator == "floordiv"}
+    blocks = {
+        term.operands[1]
+        for term in terms
+        if isinstance(term, Apply) and term.operator == "floordiv"
+    }
     if len(terms) != 2 or len(blocks) != 1:
         return None
     (size,) = blocks
     block = int(_value(size))
     if terms == {_block("q", size): 1, _block("kv", size): -1}:
-        return masks.block_window(block, FAR, number) if number >= 0 else ~masks.block_window(block, -number - 1, FAR)
+        return (
+            masks.block_window(block, FAR, number)
+            if number >= 0
+            else ~masks.block_window(block, -number - 1, FAR)
+        )
     if terms == {_block("q", size): -1, _block("kv", size): 1}:
-        return masks.block_window(block, number, FAR) if number >= 0 else ~masks.block_window(block, FAR, -number - 1)
+        return (
+            masks.block_window(block, number, FAR)
+            if number >= 0
+            else ~masks.block_window(block, FAR, -number - 1)
+        )
     return None
 
 
@@ -361,7 +422,10 @@ def _of_distance(terms: Terms, number: int) -> Mask | None:
     inner = _sum_of(term.operands[0])
     if inner is None:
         return None
-    signed = [({each: sign * times for each, times in inner[0].items()}, number + sign * inner[1]) for sign in (factor, -factor)]
+    signed = [
+        ({each: sign * times for each, times in inner[0].items()}, number + sign * inner[1])
+        for sign in (factor, -factor)
+    ]
     first, second = (_not_negative(*each) for each in signed)
     if first is None or second is None:
         return None

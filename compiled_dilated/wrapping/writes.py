@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-_AUGMENTED = frozenset(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "and", "or", "xor", "floordiv"))
+_AUGMENTED = frozenset(
+    getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "and", "or", "xor", "floordiv")
+)
 # Calls whose result shares no memory with an operand, so that a change of it changes nothing else.
 _FRESH = frozenset(
     ("arange", "ones", "zeros", "full", "empty", "ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros",
@@ -38,7 +41,11 @@ class Written:
         """The arguments of a node, each as it is when the node reads it."""
 
         def now(x: Node) -> Node:
-            while x in self.last and self.last[x] is not node and self.order[self.last[x]] < self.order[node]:
+            while (
+                x in self.last
+                and self.last[x] is not node
+                and self.order[self.last[x]] < self.order[node]
+            ):
                 x = self.last[x]
             return x
 
@@ -62,7 +69,12 @@ def written(graph: Graph, before: Node) -> Written:
         if not writes(node):
             continue
         base = node.args[0] if node.args and "out" not in node.kwargs else None
-        if isinstance(base, Node) and base not in last and base not in unclear and _is_plain(node, base, order):
+        if (
+            isinstance(base, Node)
+            and base not in last
+            and base not in unclear
+            and _is_plain(node, base, order)
+        ):
             last[base] = node
         else:
             unclear |= _touched(node)
@@ -108,8 +120,17 @@ def writes(node: Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
     name = _name(node)
-    in_place = name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != "_operator"
-    return in_place or node.target in _AUGMENTED or node.target is operator.setitem or "out" in node.kwargs
+    in_place = (
+        name.endswith("_")
+        and not name.endswith("__")
+        and getattr(node.target, "__module__", "") != "_operator"
+    )
+    return (
+        in_place
+        or node.target in _AUGMENTED
+        or node.target is operator.setitem
+        or "out" in node.kwargs
+    )
 
 
 def _name(node: Node) -> str:

@@ -93,7 +93,9 @@ def run(folder: Path, tokens: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Work in a folder, a temporary one if none is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="a prompt of 1,000 bytes, not 20,000")
     parser.add_argument("--folder", type=Path, help="where package and program stay afterwards")
     options = parser.parse_args(arguments)

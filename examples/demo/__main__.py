@@ -59,14 +59,28 @@ QUICK = Scale(
 
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", "-o", file_okay=False, help="Folder for mask.png, loss.png and summary.json.")
+        Path,
+        typer.Option(
+            "--out", "-o", file_okay=False, help="Folder for mask.png, loss.png and summary.json."
+        ),
     ] = Path("demo-out"),
     seconds: Annotated[
-        float | None, typer.Option(min=1.0, help="About how long all of it may take; 230, or 9 with --quick.")
+        float | None,
+        typer.Option(min=1.0, help="About how long all of it may take; 230, or 9 with --quick."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller model and shorter sequences, to see that it works.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A smaller model and shorter sequences, to see that it works."
+        ),
+    ] = False,
     text: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of .py files to learn, not the standard library.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of .py files to learn, not the standard library.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -75,7 +89,9 @@ def demo(
     Exit code 1 if attention differs from the float64 reference, or the loss does not fall well below the unigram entropy.
     """
     if not pictures.can_draw():
-        raise typer.BadParameter("the demo draws its results by matplotlib; install it with pip install 'compiled-dilated[show]'")
+        raise typer.BadParameter(
+            "the demo draws its results by matplotlib; install it with pip install 'compiled-dilated[show]'"
+        )
     say: Callable[[str], None] = (lambda line: typer.echo(line, err=True)) if json else typer.echo
     with bad_usage():
         source = read(text)
@@ -85,14 +101,18 @@ def demo(
     raise typer.Exit(0 if record["ok"] else 1)
 
 
-def _run(scale: Scale, seconds: float | None, source: Text, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _run(
+    scale: Scale, seconds: float | None, source: Text, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Everything in turn: train, sample, check, compare, draw. Returns the summary, which is also written to `out`."""
     started, seconds = time.perf_counter(), seconds or scale.seconds
     random = torch.Generator().manual_seed(_SEED)
     torch.manual_seed(_SEED)
     program = longnet(scale.segment_lengths, scale.dilation_rates, causal=True)
     hardware = measure.hardware()
-    say(f"{hardware['cpu']}, {hardware['threads']} threads, torch {hardware['torch']}, Python {hardware['python']}\n")
+    say(
+        f"{hardware['cpu']}, {hardware['threads']} threads, torch {hardware['torch']}, Python {hardware['python']}\n"
+    )
     say(report.of_text(source))
     shape = (1, scale.heads, scale.context, scale.width // scale.heads)
     say(f"attention {report.code(scale.segment_lengths, scale.dilation_rates)}\n")
@@ -109,7 +129,9 @@ def _run(scale: Scale, seconds: float | None, source: Text, out: Path, say: Call
     cells = _compare(scale, seconds * _TABLE_SHARE)
     say(report.of_comparison(cells, report.code(*_COMPARED), _COMPARED_HEADS, _COMPARED_HEAD_DIM))
 
-    mask = report.mask_picture(scale.segment_lengths, scale.dilation_rates, scale.context, scale.heads)
+    mask = report.mask_picture(
+        scale.segment_lengths, scale.dilation_rates, scale.context, scale.heads
+    )
     measure.write(out / "mask.png", mask)
     measure.write(out / "loss.png", report.loss_picture(training, source))
     ok = checked.ok and training.fell_to(scale.must_fall_to, source)
@@ -123,16 +145,24 @@ def _run(scale: Scale, seconds: float | None, source: Text, out: Path, say: Call
         "training": training.to_json(),
         "sample": sample,
         "check": asdict(checked) | {"ok": checked.ok},
-        "compared": {"program": report.code(*_COMPARED), "heads": _COMPARED_HEADS, "head_dim": _COMPARED_HEAD_DIM},
+        "compared": {
+            "program": report.code(*_COMPARED),
+            "heads": _COMPARED_HEADS,
+            "head_dim": _COMPARED_HEAD_DIM,
+        },
         "comparison": [asdict(cell) for cell in cells],
     }
     measure.write_json(out / "summary.json", record)
-    say(f"wrote     {', '.join(str(out / name) for name in ('mask.png', 'loss.png', 'summary.json'))}")
+    say(
+        f"wrote     {', '.join(str(out / name) for name in ('mask.png', 'loss.png', 'summary.json'))}"
+    )
     say(f"{'passed' if ok else 'FAILED'} in {record['seconds']:.0f} s")
     return record
 
 
-def _train(model: LanguageModel, text: Text, scale: Scale, seconds: float, random: torch.Generator) -> Training:
+def _train(
+    model: LanguageModel, text: Text, scale: Scale, seconds: float, random: torch.Generator
+) -> Training:
     """Trains with a bar on stderr, and a line now and then that stays."""
     lines = 8
     with _bar("training", seconds) as (advance, line):
@@ -154,14 +184,18 @@ def _compare(scale: Scale, seconds: float) -> list[Cell]:
     cells: list[Cell] = []
     program, tokens = longnet(*_COMPARED, causal=True), scale.compared_tokens
     with _bar("one call", 3 * len(tokens)) as (advance, _):
-        for cell in compare(program, tokens, _COMPARED_HEADS, _COMPARED_HEAD_DIM, seconds, scale.with_flex):
+        for cell in compare(
+            program, tokens, _COMPARED_HEADS, _COMPARED_HEAD_DIM, seconds, scale.with_flex
+        ):
             cells.append(cell)
             advance(len(cells), f"{cell.system} at {cell.tokens:,} tokens")
     return cells
 
 
 @contextmanager
-def _bar(name: str, total: float) -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
+def _bar(
+    name: str, total: float
+) -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
     """A progress bar on stderr: (advance(done, description), a line that stays)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -170,12 +204,16 @@ def _bar(name: str, total: float) -> Iterator[tuple[Callable[[float, str], None]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=total)
         yield (
-            lambda done, description: progress.update(task, completed=done, description=f"{name}: {description}"),
+            lambda done, description: progress.update(
+                task, completed=done, description=f"{name}: {description}"
+            ),
             lambda line: progress.console.print(line, markup=False, highlight=False),
         )
 
 
-application = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+application = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 application.command(context_settings={"help_option_names": ["-h", "--help"]})(demo)
 
 if __name__ == "__main__":

@@ -55,16 +55,24 @@ def check(program: Program, q: Tensor, k: Tensor, v: Tensor) -> Check:
 
     truth = run(true)
     ours = _errors(run(compile(program)), truth)
-    dense = _errors(run(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias)), truth)
+    dense = _errors(
+        run(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias)), truth
+    )
     rounding = torch.finfo(q.dtype).eps
-    most = [2 * error + rounding * float(value.abs().max()) for error, value in zip(dense, truth, strict=True)]
+    most = [
+        2 * error + rounding * float(value.abs().max())
+        for error, value in zip(dense, truth, strict=True)
+    ]
     # The gradients of q, k and v differ in size: the one that comes nearest to its bound speaks for all.
     worst = max((1, 2, 3), key=lambda each: ours[each] / most[each])
     return Check(q.shape[2], ours[0], most[0], ours[worst], most[worst])
 
 
 def _errors(values: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [float((value.double() - true).abs().max()) for value, true in zip(values, truth, strict=True)]
+    return [
+        float((value.double() - true).abs().max())
+        for value, true in zip(values, truth, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,12 @@ class Cell:
 
 
 def compare(
-    program: Program, tokens: Iterable[int], heads: int, head_dim: int, seconds: float, with_flex: bool
+    program: Program,
+    tokens: Iterable[int],
+    heads: int,
+    head_dim: int,
+    seconds: float,
+    with_flex: bool,
 ) -> Iterator[Cell]:
     """One forward call, float32: ours, causal dense SDPA, compiled FlexAttention over the union of the branches.
 
@@ -89,7 +102,9 @@ def compare(
     """
     ends, last = time.perf_counter() + seconds, dict[str, Cell]()
     for count in tokens:
-        q, k, v = torch.randn(3, 1, heads, count, head_dim, generator=torch.Generator().manual_seed(0))
+        q, k, v = torch.randn(
+            3, 1, heads, count, head_dim, generator=torch.Generator().manual_seed(0)
+        )
         useful_pairs = plan(program, q.shape).useful_pairs
         assert useful_pairs is not None  # no mask of the demo reads data
         flops = 4 * head_dim * useful_pairs
@@ -103,7 +118,11 @@ def compare(
             if system == "FlexAttention" and not with_flex:
                 yield Cell(count, system, note="left out: it takes a while to compile")
             elif expected > left and system != "compiled_dilated":
-                why = f"would take about {expected:.0f} s, judged by the length before" if expected >= 1 else "its time is over"
+                why = (
+                    f"would take about {expected:.0f} s, judged by the length before"
+                    if expected >= 1
+                    else "its time is over"
+                )
                 yield Cell(count, system, note=f"left out: {why}")
             else:
                 last[system] = _measured(system, make, q, k, v, flops, last.get(system))
@@ -125,7 +144,9 @@ def flex(program: Program, tokens: int, heads: int) -> Attention:
             allowed = allowed | mask.allows(b, h, q, kv)
         return allowed
 
-    block_mask = torch.compile(create_block_mask, dynamic=False)(mask_mod, None, heads, tokens, tokens, device="cpu")
+    block_mask = torch.compile(create_block_mask, dynamic=False)(
+        mask_mod, None, heads, tokens, tokens, device="cpu"
+    )
     return partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
 
 
@@ -144,7 +165,13 @@ def _ready(before: Cell | None) -> bool:
 
 
 def _measured(
-    system: str, make: Callable[[], Attention], q: Tensor, k: Tensor, v: Tensor, flops: float, before: Cell | None
+    system: str,
+    make: Callable[[], Attention],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    flops: float,
+    before: Cell | None,
 ) -> Cell:
     """The first call plans and compiles, the next is watched for memory, up to three more are timed; of a long call, none."""
     with torch.no_grad():
@@ -158,6 +185,8 @@ def _measured(
         peak = measure.peak_bytes(call)
         elapsed = time.perf_counter() - watched
         if elapsed <= _LONG_SECONDS:
-            elapsed = measure.median(measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)[system])
+            elapsed = measure.median(
+                measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)[system]
+            )
     ready = 0.0 if _ready(before) else max(0.0, ready - elapsed)
     return Cell(q.shape[2], system, elapsed, flops / elapsed / 1e9, peak, ready)

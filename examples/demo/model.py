@@ -24,7 +24,9 @@ class Embedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.byte = nn.Embedding(BYTES, width)
-        self.grams = nn.ModuleList(nn.Embedding(_GRAM_SLOTS, width) for _ in range(_LONGEST_GRAM - 1))
+        self.grams = nn.ModuleList(
+            nn.Embedding(_GRAM_SLOTS, width) for _ in range(_LONGEST_GRAM - 1)
+        )
         for table in self.grams:
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
 

@@ -56,9 +56,19 @@ def of_comparison(cells: Sequence[Cell], program: str, heads: int, head_dim: int
     """The table of single calls."""
     from tabulate import tabulate
 
-    headers = ["tokens", "attention", "ms", "useful GFLOP/s", "MiB beyond q, k, v", "s to prepare", ""]
+    headers = [
+        "tokens",
+        "attention",
+        "ms",
+        "useful GFLOP/s",
+        "MiB beyond q, k, v",
+        "s to prepare",
+        "",
+    ]
     alignment = ("right", "left", "right", "right", "right", "right", "left")
-    table = tabulate([_row(cell) for cell in cells], headers=headers, disable_numparse=True, colalign=alignment)
+    table = tabulate(
+        [_row(cell) for cell in cells], headers=headers, disable_numparse=True, colalign=alignment
+    )
     return (
         f"one call of {program}, {heads} heads of {head_dim}, float32, forward\n{table}\n"
         "useful: the program's own pairs. Dense SDPA sees all earlier keys; FlexAttention counts a pair of two branches once.\n"
@@ -82,7 +92,9 @@ def mask_picture(lengths: Sequence[int], rates: Sequence[int], tokens: int, head
     """PNG of a program as one head sees it, all lengths divided by what makes each pair visible."""
     smaller = max(1, tokens // _DRAWN_TOKENS)
     lengths, tokens = [length // smaller for length in lengths], tokens // smaller
-    figure = pictures.show(longnet(lengths, rates, causal=True), tokens, heads=heads, head=0, branches=True)
+    figure = pictures.show(
+        longnet(lengths, rates, causal=True), tokens, heads=heads, head=0, branches=True
+    )
     title = f"{code(lengths, rates)}: the model's mask at 1/{smaller} of its size"
     return replace(figure, program=title).png()
 
@@ -95,11 +107,25 @@ def loss_picture(training: Training, text: Text) -> bytes:
     ax = figure.subplots()
     seen = [(step + 1) * training.tokens_per_step / 1e6 for step in range(len(training.losses))]
     bits = [value / math.log(2) for value in training.losses]
-    smooth = [sum(bits[max(0, step - 9) : step + 1]) / len(bits[max(0, step - 9) : step + 1]) for step in range(len(bits))]
+    smooth = [
+        sum(bits[max(0, step - 9) : step + 1]) / len(bits[max(0, step - 9) : step + 1])
+        for step in range(len(bits))
+    ]
     ax.plot(seen, bits, color="#1f77b4", linewidth=0.7, alpha=0.35, label="training, each step")
     ax.plot(seen, smooth, color="#1f77b4", linewidth=1.6, label="mean of ten steps")
-    ax.axhline(text.unigram_bits, color="gray", linestyle="--", label=f"unigram entropy {text.unigram_bits:.2f}")
-    ax.plot(seen[-1:], [training.held_out_bits], "o", color="#d2691e", label=f"held-out files {training.held_out_bits:.2f}")
+    ax.axhline(
+        text.unigram_bits,
+        color="gray",
+        linestyle="--",
+        label=f"unigram entropy {text.unigram_bits:.2f}",
+    )
+    ax.plot(
+        seen[-1:],
+        [training.held_out_bits],
+        "o",
+        color="#d2691e",
+        label=f"held-out files {training.held_out_bits:.2f}",
+    )
     ax.set(xlabel="million bytes seen", ylabel="bits a byte", ylim=(0, 8.2))
     ax.set_title(f"{training.parameters:,} parameters, {training.seconds:.0f} s")
     ax.legend(frameon=False)

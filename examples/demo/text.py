@@ -35,12 +35,19 @@ class Text:
     def to_json(self) -> dict[str, Any]:
         """What it is, without the text itself."""
         sizes = {"training_bytes": len(self.training), "validation_bytes": len(self.validation)}
-        return {"folder": self.folder, "files": self.files, **sizes, "unigram_bits": self.unigram_bits}
+        return {
+            "folder": self.folder,
+            "files": self.files,
+            **sizes,
+            "unigram_bits": self.unigram_bits,
+        }
 
     def windows(self, tokens: int, count: int, random: torch.Generator) -> Tensor:
         """(count, tokens + 1) bytes from random places of the training text, int64."""
         starts = torch.randint(len(self.training) - tokens, (count,), generator=random)
-        return torch.stack([self.training[start : start + tokens + 1] for start in starts.tolist()]).long()
+        return torch.stack(
+            [self.training[start : start + tokens + 1] for start in starts.tolist()]
+        ).long()
 
     def held_out(self, tokens: int, count: int) -> Tensor:
         """(count or fewer, tokens + 1) bytes from the start of the validation text, int64."""
@@ -63,7 +70,9 @@ def read(folder: Path | None = None) -> Text:
             f"{folder} holds {len(training) + len(validation):,} bytes of Python sources; the demo needs {_LEAST_BYTES:,}. "
             "Give it a folder with more: --text FOLDER"
         )
-    train, held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (training, validation))
+    train, held_out = (
+        torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (training, validation)
+    )
     return Text(train, held_out, sum(map(len, parts)), str(folder))
 
 

@@ -57,12 +57,21 @@ class Training:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        steps = {"steps": len(self.losses), "tokens_per_second": self.tokens_per_second, "held_out_bits": self.held_out_bits}
+        steps = {
+            "steps": len(self.losses),
+            "tokens_per_second": self.tokens_per_second,
+            "held_out_bits": self.held_out_bits,
+        }
         return asdict(self) | steps
 
 
 def train(
-    model: LanguageModel, text: Text, context: int, seconds: float, random: torch.Generator, report: Callable[[Training], None]
+    model: LanguageModel,
+    text: Text,
+    context: int,
+    seconds: float,
+    random: torch.Generator,
+    report: Callable[[Training], None],
 ) -> Training:
     """Steps of one window of `context` bytes each until the time is over, at least 20; the learning rate falls with it.
 
@@ -99,9 +108,13 @@ def _decay(passed: float) -> float:
 def _optimizers(model: LanguageModel) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, which learns from fewer steps than Adam; AdamW for the rest."""
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
-    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
+    others = [
+        weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)
+    ]
     return [
-        torch.optim.Muon(matrices, lr=_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(others, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

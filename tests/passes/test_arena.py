@@ -27,7 +27,9 @@ from tests.graphs import CASES, Traced, interpreted, measured_peak
 DATA = Path(__file__).parents[1] / "data" / "arena"
 CAPACITY = 2**20
 
-lifetimes = st.tuples(st.integers(0, 12), st.integers(1, 6), st.integers(0, 20)).map(lambda t: Buffer(t[0], t[0] + t[1], t[2]))
+lifetimes = st.tuples(st.integers(0, 12), st.integers(1, 6), st.integers(0, 20)).map(
+    lambda t: Buffer(t[0], t[0] + t[1], t[2])
+)
 
 
 def meet(a: Buffer, b: Buffer) -> bool:
@@ -49,7 +51,14 @@ def lowest(buffers: Sequence[Buffer]) -> int:
         placed: list[tuple[Buffer, int]] = []
         for buffer in order:
             # Nothing below the highest of those it meets: a buffer in a gap comes earlier in another order.
-            placed.append((buffer, max((at + other.size for other, at in placed if meet(buffer, other)), default=0)))
+            placed.append(
+                (
+                    buffer,
+                    max(
+                        (at + other.size for other, at in placed if meet(buffer, other)), default=0
+                    ),
+                )
+            )
         return max((at + buffer.size for buffer, at in placed), default=0)
 
     return min(map(dropped, itertools.permutations(buffers)))
@@ -57,7 +66,10 @@ def lowest(buffers: Sequence[Buffer]) -> int:
 
 def problem(name: str) -> list[Buffer]:
     with (DATA / f"{name}.csv").open() as file:
-        return [Buffer(int(row["lower"]), int(row["upper"]), int(row["size"])) for row in csv.DictReader(file)]
+        return [
+            Buffer(int(row["lower"]), int(row["upper"]), int(row["size"]))
+            for row in csv.DictReader(file)
+        ]
 
 
 @given(st.lists(lifetimes, max_size=30), st.sampled_from((1, 4, 64)))
@@ -74,7 +86,9 @@ def test_tiny_problems_are_solved_to_the_optimum(buffers: list[Buffer]) -> None:
 
 
 @given(st.lists(lifetimes, min_size=2, max_size=20), st.data())
-def test_the_validator_finds_what_every_pair_finds(buffers: list[Buffer], data: st.DataObject) -> None:
+def test_the_validator_finds_what_every_pair_finds(
+    buffers: list[Buffer], data: st.DataObject
+) -> None:
     placement = arena.solve(buffers, seconds=0.2)
     at = data.draw(st.integers(0, len(buffers) - 1))
     offset = data.draw(st.integers(0, placement.height))
@@ -108,9 +122,15 @@ def test_seconds_are_a_limit() -> None:
 
 FAULTS: list[tuple[Placement, str]] = [
     (Placement((0, 2, 0), 8, 6), "buffers 0 and 2 live together and overlap"),
-    (Placement((0, 0, -2), 8, 6), "buffer 2, Buffer(lower=0, upper=2, size=4), is at the negative offset -2"),
+    (
+        Placement((0, 0, -2), 8, 6),
+        "buffer 2, Buffer(lower=0, upper=2, size=4), is at the negative offset -2",
+    ),
     (Placement((0, 0, 2), 5, 6), "at offset 2 ends at 6, beyond the height 5"),
-    (Placement((0, 0, 2), 6, 6, alignment=4), "buffer 2, Buffer(lower=0, upper=2, size=4), is at offset 2, not a multiple of"),
+    (
+        Placement((0, 0, 2), 6, 6, alignment=4),
+        "buffer 2, Buffer(lower=0, upper=2, size=4), is at offset 2, not a multiple of",
+    ),
     (Placement((0, 0), 6, 6), "one offset for each of 3 buffers; got 2"),
     (Placement((0, 0, 2), 6, 5), "lower_bound must be 6, the most bytes that live at once; got 5"),
 ]
@@ -198,8 +218,15 @@ def test_nothing_but_copied_results_is_allocated_beside_the_arena() -> None:
         module, inputs = case.made
         executor = arena.Executor(module, inputs)
         beside = measured_peak(lambda run=executor, given=inputs: run(*given))
-        made = [each for each in liveness.lifetimes(module).storages if each.name.partition("[")[0] in executor.copied]
-        largest = max((sum(other.size for other in made if other.lower == each.lower) for each in made), default=0)
+        made = [
+            each
+            for each in liveness.lifetimes(module).storages
+            if each.name.partition("[")[0] in executor.copied
+        ]
+        largest = max(
+            (sum(other.size for other in made if other.lower == each.lower) for each in made),
+            default=0,
+        )
         if case.exact:
             assert beside <= largest * 1.02, case
         if not executor.copied:
@@ -213,7 +240,10 @@ def test_outputs_lie_in_the_arena() -> None:
     begin = executor.arena.data_ptr()
     assert begin <= first.data_ptr() < begin + executor.height
     assert first.data_ptr() == second.data_ptr()
-    assert repr(executor) == "Executor(3 buffers in 1,048,576 bytes, the lower bound, 0 of 9 nodes copied)"
+    assert (
+        repr(executor)
+        == "Executor(3 buffers in 1,048,576 bytes, the lower bound, 0 of 9 nodes copied)"
+    )
 
 
 @pytest.mark.slow

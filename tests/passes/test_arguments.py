@@ -41,7 +41,9 @@ def lifetimes() -> Lifetimes:
 
 
 def estimate(inputs: Any, model: Any = None, **options: Any) -> Any:
-    return passes.estimate(Gelu() if model is None else model, inputs, **({"train": False, "passes": [()]} | options))
+    return passes.estimate(
+        Gelu() if model is None else model, inputs, **({"train": False, "passes": [()]} | options)
+    )
 
 
 def compiled(**options: Any) -> Any:
@@ -50,7 +52,9 @@ def compiled(**options: Any) -> Any:
 
 def placed(*offsets: Any, **fields: Any) -> Any:
     """A placement of one buffer of two bytes."""
-    arena.validate([Buffer(0, 1, 2)], Placement(offsets, **({"height": 2, "lower_bound": 2} | fields)))
+    arena.validate(
+        [Buffer(0, 1, 2)], Placement(offsets, **({"height": 2, "lower_bound": 2} | fields))
+    )
 
 
 # An act, and how its message begins: that names the argument.
@@ -149,7 +153,11 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
 ]  # fmt: skip
 
 
-CASES = [(act, error, message) for error, table in ((TypeError, TYPES), (ValueError, VALUES)) for act, message in table]
+CASES = [
+    (act, error, message)
+    for error, table in ((TypeError, TYPES), (ValueError, VALUES))
+    for act, message in table
+]
 
 
 def error_of(act: Callable[[], Any]) -> Exception | None:
@@ -160,7 +168,9 @@ def error_of(act: Callable[[], Any]) -> Exception | None:
     return None
 
 
-@pytest.mark.parametrize(("act", "error", "message"), CASES, ids=[message for _, _, message in CASES])
+@pytest.mark.parametrize(
+    ("act", "error", "message"), CASES, ids=[message for _, _, message in CASES]
+)
 def test_bad_input_is_named(act: Callable[[], Any], error: type[Exception], message: str) -> None:
     raised = error_of(act)
     assert type(raised) is error
@@ -190,7 +200,15 @@ def test_a_report_checks_inputs_before_it_runs_the_step(inputs: Any) -> None:
     assert model.runs == runs
 
 
-ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.lists(st.integers())
+ANYTHING = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.lists(st.integers())
+)
 
 
 @given(ANYTHING | st.from_regex(r"\s*\d{1,30}(\.\d{1,30})?\s*[KMGT]?i?B\s*", fullmatch=True))

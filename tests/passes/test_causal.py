@@ -46,12 +46,16 @@ CAUSAL: dict[str, Callable[[], Tensor]] = {
     "by their difference": lambda: positions()[0] - positions()[1] >= 0,
     "not what is ahead": lambda: ~(positions()[1] > positions()[0]),
     "transformers": from_transformers,
-    "and a window as long": lambda: both(positions()[1] <= positions()[0], positions()[1] > positions()[0] - Q),
+    "and a window as long": lambda: both(
+        positions()[1] <= positions()[0], positions()[1] > positions()[0] - Q
+    ),
     "tril": lambda: torch.ones(Q, K, dtype=torch.bool).tril(),
     "tril of full": lambda: torch.tril(torch.full((Q, K), True)).bool(),
     "not triu": lambda: torch.triu(torch.ones(Q, K, dtype=torch.bool), diagonal=1).logical_not(),
     "viewed": lambda: torch.arange(Q).view(-1, 1) >= torch.arange(K).reshape(1, K),
-    "unsqueezed": lambda: torch.arange(K).unsqueeze(0) <= torch.arange(Q, dtype=torch.int32).unsqueeze(-1).long(),
+    "unsqueezed": lambda: (
+        torch.arange(K).unsqueeze(0) <= torch.arange(Q, dtype=torch.int32).unsqueeze(-1).long()
+    ),
     "from three on": lambda: torch.arange(3, 3 + K)[None] <= torch.arange(3, 3 + Q)[:, None],
 }
 OTHER: dict[str, Callable[[], Tensor]] = {
@@ -68,7 +72,9 @@ OTHER: dict[str, Callable[[], Tensor]] = {
     "a triangle and its diagonal": lambda: torch.ones(Q, K, dtype=torch.bool).tril().triu(-2),
     "blocks": lambda: positions()[1] // 4 == positions()[0] // 4,
     "either": lambda: (positions()[1] <= positions()[0]) | (positions()[1] < 2),
-    "by heads": lambda: positions()[1][None] <= positions()[0][None] + torch.arange(2)[:, None, None],
+    "by heads": lambda: (
+        positions()[1][None] <= positions()[0][None] + torch.arange(2)[:, None, None]
+    ),
     "turned": lambda: (positions(K, Q)[1] <= positions(K, Q)[0]).t(),
     "halves": lambda: positions()[1] * 0.5 <= positions()[0],
 }
@@ -86,7 +92,10 @@ def changed_by_a_view() -> Tensor:
     return mask.tril()
 
 
-WRITTEN: dict[str, Callable[[], Tensor]] = {"changed in place": changed_in_place, "changed by a view": changed_by_a_view}
+WRITTEN: dict[str, Callable[[], Tensor]] = {
+    "changed in place": changed_in_place,
+    "changed by a view": changed_by_a_view,
+}
 
 
 class Attend(nn.Module):
@@ -106,7 +115,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def dynamo(model: nn.Module) -> GraphModule:
     found: list[GraphModule] = []
     torch._dynamo.reset()
-    torch.compile(model, backend=lambda module, _: found.append(module) or module.forward, fullgraph=True)(*inputs())
+    torch.compile(
+        model, backend=lambda module, _: found.append(module) or module.forward, fullgraph=True
+    )(*inputs())
     return found[0]
 
 
@@ -130,7 +141,10 @@ def test_masks_are_read(name: str, traced: Callable[[nn.Module], GraphModule]) -
         truth = make().expand(*example_value(mask).shape)
         for index in itertools.product(*map(range, truth.shape)):
             at = dict(enumerate(reversed(index), start=1))
-            sums = (each.constant + sum(step * at[axis] for axis, step in each.steps.items()) for each in said)
+            sums = (
+                each.constant + sum(step * at[axis] for axis, step in each.steps.items())
+                for each in said
+            )
             assert bool(truth[index]) == all(each >= 0 for each in sums)
     lines = Causal()(module.graph)
     assert len(lines) == (name in CAUSAL)
@@ -148,7 +162,9 @@ class Model(nn.Module):
         self.qkv = nn.Linear(32, 96)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each.unflatten(-1, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (
+            each.unflatten(-1, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=-1)
+        )
         place = torch.arange(x.shape[1])
         mask = place[:, None] >= place
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -165,6 +181,9 @@ def test_a_compiled_step_makes_no_mask(dynamic: bool) -> None:
         with torch.no_grad():
             torch.testing.assert_close(step(x), model(x))
             assert measured_peak(partial(step, x)) < 9 * x.nbytes  # a mask of floats takes 16
-        grads = [torch.autograd.grad(run(x).square().sum(), list(model.parameters())) for run in (step, model)]
+        grads = [
+            torch.autograd.grad(run(x).square().sum(), list(model.parameters()))
+            for run in (step, model)
+        ]
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -59,7 +59,9 @@ def test_a_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     again = _choose(tight)
     assert (again.chosen, again.estimates) == (first.chosen, first.estimates)
     assert again.traced.passes == first.traced.passes
-    assert [change.lines for change in again.traced.changes] == [change.lines for change in first.traced.changes]
+    assert [change.lines for change in again.traced.changes] == [
+        change.lines for change in first.traced.changes
+    ]
 
 
 OTHER: dict[str, Callable[[], Choice]] = {
@@ -67,7 +69,9 @@ OTHER: dict[str, Callable[[], Choice]] = {
     "candidates": lambda: _choose(Pipeline(2**30, ((), (Spill(least_bytes=2**13),)))),
     "tokens": lambda: _choose(Pipeline(2**30, CANDIDATES), tokens=65),
     "model": lambda: _choose(Pipeline(2**30, CANDIDATES), model=nn.Sequential(Gelu(), nn.ReLU())),
-    "option": lambda: config.patch(epilogue_fusion=not config.epilogue_fusion)(_choose)(Pipeline(2**30, CANDIDATES)),
+    "option": lambda: config.patch(epilogue_fusion=not config.epilogue_fusion)(_choose)(
+        Pipeline(2**30, CANDIDATES)
+    ),
 }
 
 
@@ -80,7 +84,9 @@ def test_what_has_changed_is_planned_anew(other: str, monkeypatch: pytest.Monkey
     _choose(Pipeline(2**30, CANDIDATES))
 
 
-def test_operators_that_say_otherwise_what_they_hold_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_that_say_otherwise_what_they_hold_are_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The packages of those who tell are part of the name."""
     (tmp_path / "telling").mkdir()
     source = tmp_path / "telling" / "__init__.py"
@@ -128,8 +134,16 @@ def test_a_foreign_file_counts_as_not_there(content: str) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([repr(SPILL), 0, -1, 99, 10**400]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["estimates", "chosen", "passes"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([repr(SPILL), 0, -1, 99, 10**400]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["estimates", "chosen", "passes"]), inner)
+    ),
     max_leaves=8,
 )
 
@@ -153,7 +167,9 @@ def damaged(draw: Any, whole: Any) -> Any:
     return copy
 
 
-def test_any_json_is_a_choice_that_may_be_made_or_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_json_is_a_choice_that_may_be_made_or_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Damage that leaves a plan, as other bytes, is taken for one; it fits the budget, and its passes are among those offered."""
     pipeline = Pipeline(2**30, CANDIDATES)
 

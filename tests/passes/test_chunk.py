@@ -85,12 +85,16 @@ class Tied(nn.Module):
         self.second.up.weight = self.first.up.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.first.down(F.gelu(F.linear(x, self.first.up.weight)) * F.linear(x, self.first.up.weight))
+        x = x + self.first.down(
+            F.gelu(F.linear(x, self.first.up.weight)) * F.linear(x, self.first.up.weight)
+        )
         return x + self.second(x)
 
 
 def sequential(activation: nn.Module, *after: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), activation, *after, nn.Linear(4 * WIDTH, WIDTH, bias=False))
+    return nn.Sequential(
+        nn.Linear(WIDTH, 4 * WIDTH), activation, *after, nn.Linear(4 * WIDTH, WIDTH, bias=False)
+    )
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -105,9 +109,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "layer norm": (lambda: Residual(nn.LayerNorm(WIDTH), Gelu(WIDTH)), 1),
     "rms norm": (lambda: Residual(nn.RMSNorm(WIDTH), Swiglu(WIDTH)), 1),
     "llama": (lambda: Residual(Rms(WIDTH), Swiglu(WIDTH)), 1),
-    "norm after": (lambda: nn.Sequential(Residual(nn.Identity(), Gelu(WIDTH)), nn.LayerNorm(WIDTH)), 1),
+    "norm after": (
+        lambda: nn.Sequential(Residual(nn.Identity(), Gelu(WIDTH)), nn.LayerNorm(WIDTH)),
+        1,
+    ),
     "scaled": (Scaled, 1),
-    "two of them": (lambda: nn.Sequential(*(Residual(nn.LayerNorm(WIDTH), Gelu(WIDTH)) for _ in range(2))), 2),
+    "two of them": (
+        lambda: nn.Sequential(*(Residual(nn.LayerNorm(WIDTH), Gelu(WIDTH)) for _ in range(2))),
+        2,
+    ),
     "tied": (Tied, 2),
     "blocks": (lambda: nn.Sequential(Block(Gelu(16), 16), Block(Gelu(16), 16)), 2),
     "argmax": (lambda: Head(lambda logits: logits.argmax(-1)), 1),
@@ -131,7 +141,12 @@ def assert_same(step: Callable[..., Any], model: nn.Module, x: Tensor) -> None:
     if expected.requires_grad:
         leaves = [each for each in (x, *model.parameters()) if each.requires_grad]
         grad = torch.randn_like(expected)
-        torch.testing.assert_close(*(torch.autograd.grad(out, leaves, grad, allow_unused=True) for out in (found, expected)))
+        torch.testing.assert_close(
+            *(
+                torch.autograd.grad(out, leaves, grad, allow_unused=True)
+                for out in (found, expected)
+            )
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,7 +154,11 @@ def test_graphs_of_dynamo(name: str) -> None:
     model = made(name)
     step, lines = captured(model, Chunk(rows=3))
     for length in (7, 8, 3, 1):
-        assert_same(step, model, torch.randn(2, length, width(name), dtype=torch.float64, requires_grad=True))
+        assert_same(
+            step,
+            model,
+            torch.randn(2, length, width(name), dtype=torch.float64, requires_grad=True),
+        )
     assert len(lines) % MODELS[name][1] == 0
     assert len(lines) >= MODELS[name][1]
     assert all("in chunks of 3 rows: " in line for line in lines)
@@ -163,14 +182,18 @@ def test_as_many_rows_as_features(name: str) -> None:
         if name == "blocks" and len(lead) == 1:
             continue
         step, lines = captured(model, Chunk(rows=3), dynamic=False)
-        assert_same(step, model, torch.randn(*lead, features, dtype=torch.float64, requires_grad=True))
+        assert_same(
+            step, model, torch.randn(*lead, features, dtype=torch.float64, requires_grad=True)
+        )
         assert len(lines) == MODELS[name][1]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_batch_as_large_as_a_weight(training: bool) -> None:
     """A weight and what is multiplied by it have one shape, (256, 256)."""
-    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)).double()
+    model = nn.Sequential(
+        nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)
+    ).double()
     step, lines = captured(model, Chunk(rows=100), dynamic=False)
     with torch.set_grad_enabled(training):
         assert_same(step, model, torch.randn(256, 64, dtype=torch.float64))
@@ -178,7 +201,10 @@ def test_a_batch_as_large_as_a_weight(training: bool) -> None:
 
 
 def test_rows_come_from_the_bytes_of_a_chunk() -> None:
-    for training, values in ((True, 9), (False, 5)):  # hidden, activated, result; activated lies where hidden did
+    for training, values in (
+        (True, 9),
+        (False, 5),
+    ):  # hidden, activated, result; activated lies where hidden did
         for chunk_bytes, rows in ((1, 1), (values * WIDTH * 8, 1), (values * WIDTH * 8 * 5, 5)):
             step, lines = captured(made("gelu"), Chunk(chunk_bytes=chunk_bytes))
             with torch.set_grad_enabled(training):
@@ -204,8 +230,13 @@ def test_weights_of_16_bits_sum_their_gradients_in_32() -> None:
     step, lines = captured(plain, Chunk(rows=1))
     expected = torch.autograd.grad(exact(x.double()), [*exact.parameters()], grad.double())
     errors = [
-        max(float((got - want).norm() / want.norm()) for got, want in zip(found, expected, strict=True))
-        for found in (torch.autograd.grad(run(x), [*plain.parameters()], grad) for run in (step, plain))
+        max(
+            float((got - want).norm() / want.norm())
+            for got, want in zip(found, expected, strict=True)
+        )
+        for found in (
+            torch.autograd.grad(run(x), [*plain.parameters()], grad) for run in (step, plain)
+        )
     ]
     assert len(lines) == 1
     assert errors[0] <= 1.5 * errors[1]
@@ -313,8 +344,13 @@ def test_compiled_by_inductor() -> None:
     model = made("llama")
     step, lines = compiled(model, Chunk(rows=3))
     for length in (7, 2, 1):
-        assert_same(step, model, torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True))
-    assert any("to, pow, mean, add, rsqrt, mul, to, mul, linear, silu, linear, mul, linear, add" in line for line in lines)
+        assert_same(
+            step, model, torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
+        )
+    assert any(
+        "to, pow, mean, add, rsqrt, mul, to, mul, linear, silu, linear, mul, linear, add" in line
+        for line in lines
+    )
 
 
 def test_an_exported_package(tmp_path: Path) -> None:
@@ -324,10 +360,14 @@ def test_an_exported_package(tmp_path: Path) -> None:
     model, hook = made("layer norm"), Hook(Chunk(rows=3))
     with torch.no_grad():
         program = torch.export.export(
-            model, (torch.randn(2, 7, WIDTH, dtype=torch.float64),), dynamic_shapes=({1: torch.export.Dim.AUTO},)
+            model,
+            (torch.randn(2, 7, WIDTH, dtype=torch.float64),),
+            dynamic_shapes=({1: torch.export.Dim.AUTO},),
         )
         package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2"), inductor_configs={"pre_grad_custom_pass": hook}
+            program,
+            package_path=str(tmp_path / "model.pt2"),
+            inductor_configs={"pre_grad_custom_pass": hook},
         )
         run = torch._inductor.aoti_load_package(package)
         for length in (7, 2, 20):
@@ -380,7 +420,10 @@ def test_peak_of_a_training_step(mlp: Callable[..., nn.Module]) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"rows": 0}, "rows must be at least 1; got 0"),
     ({"chunk_bytes": -5}, "chunk_bytes must be at least 1; got -5"),
-    ({"rows": 1, "chunk_bytes": 1}, "rows or chunk_bytes, not both; got Chunk(rows=1, chunk_bytes=1)"),
+    (
+        {"rows": 1, "chunk_bytes": 1},
+        "rows or chunk_bytes, not both; got Chunk(rows=1, chunk_bytes=1)",
+    ),
 ]
 
 

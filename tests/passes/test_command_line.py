@@ -55,7 +55,13 @@ def test_the_report_and_the_timeline(tmp_path: Path) -> None:
     picture = tmp_path / "memory.png"
     result = run(f"{__name__}:small", "--png", str(picture))
     assert result.exit_code == 0, result.output
-    for expected in ("graph 0, inference: predicted peak ", "no pass", "seconds (model)", "(inputs)", "darkest at the peak"):
+    for expected in (
+        "graph 0, inference: predicted peak ",
+        "no pass",
+        "seconds (model)",
+        "(inputs)",
+        "darkest at the peak",
+    ):
         assert expected in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -77,20 +83,41 @@ def test_a_budget_that_nothing_fits_exits_with_1() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "MODULE:FACTORY must name a module and a function of it, as models.llama:small; got 'nowhere'"),
+        (
+            ["nowhere"],
+            "MODULE:FACTORY must name a module and a function of it, as models.llama:small; got 'nowhere'",
+        ),
         (["no_such_module:f"], "No module named 'no_such_module'"),
         ([f"{__name__}:missing"], "has no function 'missing'"),
-        ([f"{__name__}:broken"], "must return (model, example_inputs), the inputs a tuple; got int"),
-        (["..:small"], "MODULE:FACTORY must name a module and a function of it, as models.llama:small; got '..:small'"),
-        ([f"{__name__}:bare"], "example_inputs must be a tuple or a list of inputs of the model; got a tensor of shape (4, 64)"),
-        ([f"{__name__}:many"], "example_inputs must be what the model takes, (x: 'Tensor') -> 'Tensor'; got 2 inputs: too many"),
+        (
+            [f"{__name__}:broken"],
+            "must return (model, example_inputs), the inputs a tuple; got int",
+        ),
+        (
+            ["..:small"],
+            "MODULE:FACTORY must name a module and a function of it, as models.llama:small; got '..:small'",
+        ),
+        (
+            [f"{__name__}:bare"],
+            "example_inputs must be a tuple or a list of inputs of the model; got a tensor of shape (4, 64)",
+        ),
+        (
+            [f"{__name__}:many"],
+            "example_inputs must be what the model takes, (x: 'Tensor') -> 'Tensor'; got 2 inputs: too many",
+        ),
         (
             [f"{__name__}:narrow"],
             "example_inputs must be inputs that the model can compute with; got a tensor of shape (4, 63): ",
         ),
-        ([f"{__name__}:unmade"], "model must be a torch.nn.Module or a function; got the class Gelu"),
+        (
+            [f"{__name__}:unmade"],
+            "model must be a torch.nn.Module or a function; got the class Gelu",
+        ),
         ([f"{__name__}:small", "--budget", "much"], "--budget must be a number and one of B, KiB"),
-        ([f"{__name__}:small", "--budget", "9" * 400 + "B"], "--budget must be less than 8,388,608 TiB; got '999"),
+        (
+            [f"{__name__}:small", "--budget", "9" * 400 + "B"],
+            "--budget must be less than 8,388,608 TiB; got '999",
+        ),
         ([f"{__name__}:unused", "--png", "memory.doc"], "--png must end in one of "),
         (
             [f"{__name__}:unused", "--png", "nowhere/memory.png"],

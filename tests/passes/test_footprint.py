@@ -40,7 +40,9 @@ class Custom(nn.Module):
 def compiled(case: Traced) -> tuple[Footprint, int]:
     module, inputs = case.made
     made: list[Callable[..., object]] = []
-    (graph,) = lowered(lambda: (made.append(torch._inductor.compile(module, list(inputs))), made[0](*inputs)))
+    (graph,) = lowered(
+        lambda: (made.append(torch._inductor.compile(module, list(inputs))), made[0](*inputs))
+    )
     return footprint.of_graph(graph), measured_peak(lambda: made[0](*inputs))
 
 
@@ -54,7 +56,11 @@ def test_inference_takes_what_was_foretold(case: Traced) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [each for each in CASES if each.name not in (*QUICK, "branches", "while loop", "map")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [each for each in CASES if each.name not in (*QUICK, "branches", "while loop", "map")],
+    ids=str,
+)
 def test_all_graphs_take_what_was_foretold(case: Traced) -> None:
     test_inference_takes_what_was_foretold(case)
 
@@ -72,22 +78,33 @@ def test_a_custom_operator_is_counted_and_its_workspace_told() -> None:
 def test_a_training_step_takes_what_was_foretold_at_any_length() -> None:
     """Traced at one length, foretold for others, measured there."""
     torch.manual_seed(0)
-    (forward, backward), measure = trained(Loss(Block(Gelu())), torch.randn(1, LENGTH, WIDTH), dynamic=True)
-    symbol = next(str(node.meta["val"]) for node in forward.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt))
+    (forward, backward), measure = trained(
+        Loss(Block(Gelu())), torch.randn(1, LENGTH, WIDTH), dynamic=True
+    )
+    symbol = next(
+        str(node.meta["val"])
+        for node in forward.graph.nodes
+        if isinstance(node.meta.get("val"), torch.SymInt)
+    )
     for length in (LENGTH, 1000, 4099):
         foretold = footprint.of_step(forward, backward, sizes={symbol: length}).added_bytes
         assert foretold == pytest.approx(measure(torch.randn(1, length, WIDTH)), rel=0.03)
 
 
 # On torch 2.11 a trace has the wrong dtype for the logsumexp of float64.
-FLOAT64 = pytest.param(torch.float64, marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="traces have another lse"))
+FLOAT64 = pytest.param(
+    torch.float64,
+    marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="traces have another lse"),
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FLOAT64]
 ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTEND_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (100, 32), (767, 31), (1000, 32), (1025, 33)])
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(1, 32), (100, 32), (767, 31), (1000, 32), (1025, 33)]
+)
 def test_the_workspace_of_attention_is_known(tokens: int, width: int, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 2, tokens, width, dtype=dtype) for _ in range(3))
     module = make_fx(lambda *each: ATTEND(*each), tracing_mode="fake")(q, k, v)
@@ -104,13 +121,19 @@ def test_the_workspace_of_attentions_gradient_is_known(tokens: int, dtype: torch
     module = make_fx(lambda *each: ATTEND_BACKWARD(*each, 0.0, False), tracing_mode="fake")(*given)
     foretold = footprint.of_graph(module).added_bytes
     with torch.backends.mkldnn.flags(enabled=False):
-        assert foretold == pytest.approx(measured_peak(lambda: ATTEND_BACKWARD(*given, 0.0, False)), rel=0.01)
+        assert foretold == pytest.approx(
+            measured_peak(lambda: ATTEND_BACKWARD(*given, 0.0, False)), rel=0.01
+        )
     taken = measured_peak(lambda: ATTEND_BACKWARD(*given, 0.0, False)) - foretold
-    assert abs(taken) <= 0.01 * foretold + (torch.get_num_threads() * 2**20 if dtype.itemsize == 2 else 0)
+    assert abs(taken) <= 0.01 * foretold + (
+        torch.get_num_threads() * 2**20 if dtype.itemsize == 2 else 0
+    )
 
 
 def test_donated_inputs_are_freed_by_the_program() -> None:
-    module = make_fx(lambda x, y: (x @ y).sin() @ y, tracing_mode="fake")(torch.ones(64, 64), torch.ones(64, 64))
+    module = make_fx(lambda x, y: (x @ y).sin() @ y, tracing_mode="fake")(
+        torch.ones(64, 64), torch.ones(64, 64)
+    )
     nbytes = 64 * 64 * 4
     assert footprint.of_graph(module) == Footprint(4 * nbytes, 2 * nbytes)
     assert footprint.of_graph(module, donated=["x_1"]) == Footprint(3 * nbytes, 2 * nbytes)
@@ -144,7 +167,9 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("act", "error", "message"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])
+@pytest.mark.parametrize(
+    ("act", "error", "message"), [each[1:] for each in BAD], ids=[each[0] for each in BAD]
+)
 def test_bad_input_is_named(act: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         act()

@@ -29,5 +29,7 @@ def test_a_changed_byte_in_any_file_changes_the_identity(monkeypatch: pytest.Mon
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_bytes", read)
-            assert identity(()) != unchanged, f"{changed.relative_to(FOLDER)} is not part of the identity"
+            assert identity(()) != unchanged, (
+                f"{changed.relative_to(FOLDER)} is not part of the identity"
+            )
     assert identity(()) == unchanged

@@ -21,24 +21,37 @@ from tests.graphs import measured_peak
 from tests.hooked import captured, compiled, exported
 
 WIDTH, CLASSES = 8, 11
-HAS_TORCHS = pytest.mark.skipif(not HAS_LINEAR_CROSS_ENTROPY, reason="torch 2.11 has no such operator")
+HAS_TORCHS = pytest.mark.skipif(
+    not HAS_LINEAR_CROSS_ENTROPY, reason="torch 2.11 has no such operator"
+)
 OPERATORS = [pytest.param(True, id="own"), pytest.param(False, id="torch's", marks=HAS_TORCHS)]
 
 
 class Model(nn.Module):
     """A head and its loss. shifted: each token predicts the next, as transformers' code spelled it."""
 
-    def __init__(self, *, bias: bool = False, shifted: bool = False, convert: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *, bias: bool = False, shifted: bool = False, convert: bool = False, **options: Any
+    ) -> None:
         super().__init__()
-        self.head, self.shifted, self.convert, self.options = nn.Linear(WIDTH, CLASSES, bias), shifted, convert, options
-        self.register_buffer("class_weight", torch.rand(CLASSES) if options.pop("weighted", False) else None)
+        self.head, self.shifted, self.convert, self.options = (
+            nn.Linear(WIDTH, CLASSES, bias),
+            shifted,
+            convert,
+            options,
+        )
+        self.register_buffer(
+            "class_weight", torch.rand(CLASSES) if options.pop("weighted", False) else None
+        )
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         logits = self.head(x)
         logits = logits.float() if self.convert else logits
         if self.shifted:
             logits, target = logits[..., :-1, :].contiguous(), target[..., 1:].contiguous()
-        return F.cross_entropy(logits.view(-1, CLASSES), target.view(-1), weight=self.class_weight, **self.options)
+        return F.cross_entropy(
+            logits.view(-1, CLASSES), target.view(-1), weight=self.class_weight, **self.options
+        )
 
 
 BY_BOTH: dict[str, dict[str, Any]] = {
@@ -51,7 +64,12 @@ BY_BOTH: dict[str, dict[str, Any]] = {
 }
 BY_OURS: dict[str, dict[str, Any]] = {
     "smoothed": {"label_smoothing": 0.1},
-    "smoothed and weighted": {"label_smoothing": 0.3, "weighted": True, "ignore_index": 3, "bias": True},
+    "smoothed and weighted": {
+        "label_smoothing": 0.3,
+        "weighted": True,
+        "ignore_index": 3,
+        "bias": True,
+    },
     "smoothed, each": {"label_smoothing": 0.1, "reduction": "none", "ignore_index": 3},
 }
 
@@ -105,7 +123,9 @@ def test_as_many_tokens_as_classes_and_features(own: bool, shifted: bool) -> Non
         step, lines = captured(loss, LinearCrossEntropy(rows=2, own=own), dynamic=False)
         found, expected = step(x, weight, target), loss(x, weight, target)
         torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(*(torch.autograd.grad(each, [x, weight]) for each in (found, expected)))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(each, [x, weight]) for each in (found, expected))
+        )
         assert len(lines) == 1
 
     check()
@@ -113,19 +133,35 @@ def test_as_many_tokens_as_classes_and_features(own: bool, shifted: bool) -> Non
 
 @pytest.mark.parametrize("name", [*BY_BOTH, *BY_OURS])
 def test_the_own_operators_derivative(name: str) -> None:
-    options = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, **(BY_BOTH | BY_OURS)[name]}
+    options = {
+        "reduction": "mean",
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        **(BY_BOTH | BY_OURS)[name],
+    }
     x, weight, bias = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, WIDTH), (CLASSES, WIDTH), (CLASSES,))
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, WIDTH), (CLASSES, WIDTH), (CLASSES,))
     )
     target, class_weight = torch.tensor([3, 0, 10, 3, 7]), torch.rand(CLASSES, dtype=torch.float64)
 
     def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        settings = (options["reduction"], options["ignore_index"], options["label_smoothing"], False, 2)
-        return linear_cross_entropy(x, weight, target, bias, class_weight if "weighted" in options else None, *settings)
+        settings = (
+            options["reduction"],
+            options["ignore_index"],
+            options["label_smoothing"],
+            False,
+            2,
+        )
+        return linear_cross_entropy(
+            x, weight, target, bias, class_weight if "weighted" in options else None, *settings
+        )
 
     assert torch.autograd.gradcheck(loss, (x, weight, bias), fast_mode=True)
     torch.library.opcheck(
-        linear_cross_entropy, (x, weight, target, None, None, "mean", 3, 0.1, False, 2), test_utils="test_faketensor"
+        linear_cross_entropy,
+        (x, weight, target, None, None, "mean", 3, 0.1, False, 2),
+        test_utils="test_faketensor",
     )
 
 
@@ -135,8 +171,14 @@ def test_all_ignored(own: bool) -> None:
     x, weight, target = torch.randn(4, WIDTH), torch.randn(CLASSES, WIDTH), torch.full((4,), -100)
     given = (x, weight, target, None, None)
     for reduction in ("mean", "sum", "none"):
-        found = linear_cross_entropy(*given, reduction, -100, 0.0, False, 2) if own else by_torch(*given, reduction, -100, 2)
-        torch.testing.assert_close(found, F.cross_entropy(x @ weight.t(), target, reduction=reduction), equal_nan=True)
+        found = (
+            linear_cross_entropy(*given, reduction, -100, 0.0, False, 2)
+            if own
+            else by_torch(*given, reduction, -100, 2)
+        )
+        torch.testing.assert_close(
+            found, F.cross_entropy(x @ weight.t(), target, reduction=reduction), equal_nan=True
+        )
 
 
 def test_converted_logits_keep_a_loss_in_32_bits() -> None:
@@ -152,7 +194,10 @@ def test_converted_logits_keep_a_loss_in_32_bits() -> None:
     x_exact = x.detach().double().requires_grad_()
     wanted = gradients(exact(x_exact, target), x_exact, exact)
     errors = [
-        max(float((got - want).norm() / want.norm()) for got, want in zip(gradients(loss, x, model), wanted, strict=True))
+        max(
+            float((got - want).norm() / want.norm())
+            for got, want in zip(gradients(loss, x, model), wanted, strict=True)
+        )
         for loss in (found, expected)
     ]
     assert errors[0] <= 1.5 * errors[1]
@@ -212,7 +257,11 @@ def autocast(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 )
 @pytest.mark.filterwarnings("ignore:size_average")
 def test_left_alone(function: Callable[..., Any], own: bool) -> None:
-    given = torch.randn(6, WIDTH, dtype=torch.float64), torch.randn(CLASSES, WIDTH, dtype=torch.float64), torch.arange(6)
+    given = (
+        torch.randn(6, WIDTH, dtype=torch.float64),
+        torch.randn(CLASSES, WIDTH, dtype=torch.float64),
+        torch.arange(6),
+    )
     step, lines = captured(function, LinearCrossEntropy(rows=3, own=own))
     torch.testing.assert_close(step(*given), function(*given), rtol=0, atol=0)
     assert lines == []
@@ -225,7 +274,10 @@ TOKENS, FEATURES, VOCABULARY = 4096, 128, 4096
 @pytest.mark.parametrize("own", OPERATORS)
 def test_peak_of_a_training_step(own: bool) -> None:
     """Against torch's operator called by hand, and compiled by inductor with a length that may change."""
-    x, target = torch.randn(TOKENS, FEATURES, requires_grad=True), torch.randint(VOCABULARY, (TOKENS,))
+    x, target = (
+        torch.randn(TOKENS, FEATURES, requires_grad=True),
+        torch.randint(VOCABULARY, (TOKENS,)),
+    )
     head = nn.Linear(FEATURES, VOCABULARY, bias=False)
 
     def with_logits(x: Tensor, target: Tensor) -> Tensor:
@@ -237,7 +289,11 @@ def test_peak_of_a_training_step(own: bool) -> None:
 
     step, lines = compiled(with_logits, LinearCrossEntropy(rows=256, own=own))
     torch.testing.assert_close(train(step), train(with_logits))
-    by_hand = measured_peak(partial(train, lambda x, target: by_torch(x, head.weight, target, None, None, "mean", -100, 256)))
+    by_hand = measured_peak(
+        partial(
+            train, lambda x, target: by_torch(x, head.weight, target, None, None, "mean", -100, 256)
+        )
+    )
     assert len(lines) == 1
     assert measured_peak(partial(train, step)) <= 1.05 * by_hand
     assert by_hand < 0.25 * measured_peak(partial(train, with_logits))
@@ -258,7 +314,10 @@ def test_compiled_by_inductor() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"rows": 0}, "rows must be at least 1; got 0"),
     ({"chunk_bytes": 0}, "chunk_bytes must be at least 1; got 0"),
-    ({"rows": 1, "chunk_bytes": 1}, "rows or chunk_bytes, not both; got LinearCrossEntropy(rows=1, chunk_bytes=1, own=None)"),
+    (
+        {"rows": 1, "chunk_bytes": 1},
+        "rows or chunk_bytes, not both; got LinearCrossEntropy(rows=1, chunk_bytes=1, own=None)",
+    ),
 ]
 
 

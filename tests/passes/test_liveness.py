@@ -18,7 +18,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.analysis import peak
 from passes.analysis.liveness import Lifetimes, Storage, lifetimes
-from tests.graphs import CASES, Branches, Gelu, Traced, exported, interpreted, measured_peak, random_dag
+from tests.graphs import (
+    CASES,
+    Branches,
+    Gelu,
+    Traced,
+    exported,
+    interpreted,
+    measured_peak,
+    random_dag,
+)
 
 aten = torch.ops.aten
 X = torch.ones(4, 8)
@@ -37,7 +46,9 @@ def named(found: Lifetimes, name: str) -> Storage:
 def test_the_peak_is_what_running_it_takes(case: Traced) -> None:
     module, inputs = case.made
     predicted = peak.find(lifetimes(module)).added_bytes
-    assert predicted == pytest.approx(measured_peak(interpreted(module, inputs)), rel=0.02 if case.exact else 0.05)
+    assert predicted == pytest.approx(
+        measured_peak(interpreted(module, inputs)), rel=0.02 if case.exact else 0.05
+    )
 
 
 @pytest.mark.slow
@@ -106,7 +117,10 @@ def test_a_value_that_nobody_uses_dies_where_it_is_made() -> None:
     graph.output(x)
     for node in (x, unused):
         node.meta["val"] = torch.empty(4, device="meta")
-    assert (named(lifetimes(graph), "sin_default").lower, named(lifetimes(graph), "sin_default").upper) == (1, 2)
+    assert (
+        named(lifetimes(graph), "sin_default").lower,
+        named(lifetimes(graph), "sin_default").upper,
+    ) == (1, 2)
 
 
 def test_schemas_stand_in_where_metadata_does_not_tell() -> None:
@@ -167,11 +181,16 @@ def test_symbols_take_the_sizes_given_or_their_hints() -> None:
     def dynamic() -> GraphModule:
         length = torch.export.Dim("length", min=2)
         with torch.no_grad():
-            return torch.export.export(Gelu(), (torch.randn(16, 64),), dynamic_shapes=({0: length},)).graph_module
+            return torch.export.export(
+                Gelu(), (torch.randn(16, 64),), dynamic_shapes=({0: length},)
+            ).graph_module
 
     module = dynamic()
     symbol = str(next(node for node in module.graph.nodes if node.name == "x").meta["val"].shape[0])
-    hidden = [peak.find(lifetimes(module, sizes=sizes)).added_bytes for sizes in (None, {symbol: 16}, {symbol: 1600})]
+    hidden = [
+        peak.find(lifetimes(module, sizes=sizes)).added_bytes
+        for sizes in (None, {symbol: 16}, {symbol: 1600})
+    ]
     assert hidden == [2 * 16 * 256 * 4, 2 * 16 * 256 * 4, 2 * 1600 * 256 * 4]
 
 
@@ -196,7 +215,9 @@ def test_flex_attention_is_counted() -> None:
     out, statistics = 2 * 128 * 16 * 4, 2 * 128 * 4
     assert out + statistics <= peak.find(found).added_bytes <= out + 3 * statistics
     with pytest.raises(ValueError, match=r"not one strided storage.*run_decompositions"):
-        lifetimes(program.graph_module)  # block masks are made by vmap, which stands in this graph as it is
+        lifetimes(
+            program.graph_module
+        )  # block masks are made by vmap, which stands in this graph as it is
 
 
 def test_the_report_names_lines_and_bytes() -> None:
@@ -205,14 +226,23 @@ def test_the_report_names_lines_and_bytes() -> None:
     assert (found.node, found.peak_bytes - found.input_bytes) == ("gelu", 16 * 2**20)
     assert [each.name for each in found.live if not each.is_input] == ["addmm", "gelu"]
     lines = str(found).splitlines()
-    assert re.fullmatch(r"peak 18\.1 MiB at step \d+ of 15, gelu: 16\.0 MiB beyond 2\.1 MiB of inputs", lines[0])
-    assert re.fullmatch(r" +8\.0 MiB  addmm  \[7, 10\) +graphs\.py:\d+ in forward: return self\.down\(F\.gelu.*", lines[1])
+    assert re.fullmatch(
+        r"peak 18\.1 MiB at step \d+ of 15, gelu: 16\.0 MiB beyond 2\.1 MiB of inputs", lines[0]
+    )
+    assert re.fullmatch(
+        r" +8\.0 MiB  addmm  \[7, 10\) +graphs\.py:\d+ in forward: return self\.down\(F\.gelu.*",
+        lines[1],
+    )
 
 
 def test_timeline() -> None:
     found = Lifetimes(
         ("x", "a", "b", "output"),
-        (Storage("x", 4, 0, 4, ("x",), is_input=True), Storage("a", 8, 1, 3, ("a",)), Storage("b", 2, 2, 4, ("b",))),
+        (
+            Storage("x", 4, 0, 4, ("x",), is_input=True),
+            Storage("a", 8, 1, 3, ("a",)),
+            Storage("b", 2, 2, 4, ("b",)),
+        ),
         (0, 0, 0, 0),
     )
     assert peak.timeline(found).splitlines() == [
@@ -231,7 +261,10 @@ def test_picture(tmp_path: Path) -> None:
 @given(st.integers(0, 10**6))
 def test_bytes_at_is_the_sum_of_what_lives(seed: int) -> None:
     storages = tuple(
-        Storage(str(i), (seed >> i) % 50, lower := (seed >> i) % 7, lower + 1 + (seed >> 2 * i) % 3, ()) for i in range(6)
+        Storage(
+            str(i), (seed >> i) % 50, lower := (seed >> i) % 7, lower + 1 + (seed >> 2 * i) % 3, ()
+        )
+        for i in range(6)
     )
     found = Lifetimes(tuple("abcdefghi"), storages, (0,) * 9)
     for step, held in enumerate(found.bytes_at):

@@ -47,8 +47,15 @@ def held_by(steps: Steps, order: tuple[int, ...]) -> int:
     there = [storage for storage in upper if storage not in lower]
     peak = 0
     for at, step in enumerate(order):
-        live = [s for s in upper if lower.get(s, 0) <= at and (at <= upper[s] or s in steps.permanent)]
-        peak = max(peak, sum(steps.sizes[s] for s in live) + steps.workspace[step] - sum(steps.sizes[s] for s in there))
+        live = [
+            s for s in upper if lower.get(s, 0) <= at and (at <= upper[s] or s in steps.permanent)
+        ]
+        peak = max(
+            peak,
+            sum(steps.sizes[s] for s in live)
+            + steps.workspace[step]
+            - sum(steps.sizes[s] for s in there),
+        )
     return max(peak, 0)
 
 
@@ -81,13 +88,18 @@ def test_many_steps_are_never_worse_and_legal(seed: int) -> None:
     found = search(steps, width=4)
     assert steps.peak(found) <= steps.peak(range(60))
     assert sorted(found) == list(range(60))
-    assert all(found.index(each) < found.index(step) for step in range(60) for each in steps.before[step])
+    assert all(
+        found.index(each) < found.index(step) for step in range(60) for each in steps.before[step]
+    )
 
 
 def test_branches_are_finished_one_after_the_other() -> None:
     """Two wide steps first, then what narrows them, is what a breadth-first trace gives."""
     wide = Steps(
-        (8, 8, 1, 1, 1), ((0,), (1,), (2,), (3,), (4,)), ((0,), (1,), (0, 2), (1, 3), (2, 3, 4)), ((), (), (0,), (1,), (2, 3))
+        (8, 8, 1, 1, 1),
+        ((0,), (1,), (2,), (3,), (4,)),
+        ((0,), (1,), (0, 2), (1, 3), (2, 3, 4)),
+        ((), (), (0,), (1,), (2, 3)),
     )
     assert wide.peak(range(5)) == 17
     assert wide.peak(search(wide)) == 10

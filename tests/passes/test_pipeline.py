@@ -42,7 +42,11 @@ class Doubled:
     keeps_bits: ClassVar[bool] = True
 
     def __call__(self, graph: Graph) -> Sequence[str]:
-        found = [node for node in graph.find_nodes(op="call_function", target=aten.mul.Tensor) if node.args[1] == 2]
+        found = [
+            node
+            for node in graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+            if node.args[1] == 2
+        ]
         for node in found:
             node.target, node.args = aten.add.Tensor, (node.args[0], node.args[0])
         self.runs.append(str(graph))
@@ -77,7 +81,9 @@ def new_start() -> None:
 @pytest.fixture(scope="module")
 def estimates() -> tuple[Estimate, ...]:
     """Of the training candidates above, at 1024 tokens."""
-    return passes.estimate(mlp(), [torch.empty(1024, 64, device="meta")], train=True, passes=TRAINING)
+    return passes.estimate(
+        mlp(), [torch.empty(1024, 64, device="meta")], train=True, passes=TRAINING
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,11 +115,16 @@ def test_a_budget_is_kept_at_every_length(estimates: tuple[Estimate, ...]) -> No
             inputs = x.nbytes + sum(each.nbytes for each in parameters)
             train(step, parameters, x)
             assert measured_peak(partial(train, step, parameters, x)) + inputs <= 1.03 * budget
-        with pytest.raises(BudgetError, match=r"at least .* for sizes \{'s\d+': 1100\} under the plan made for earlier ones"):
+        with pytest.raises(
+            BudgetError,
+            match=r"at least .* for sizes \{'s\d+': 1100\} under the plan made for earlier ones",
+        ):
             step(torch.randn(1100, 64))
 
 
-def test_the_cheapest_that_fits_is_chosen_and_the_least_budget_is_told(estimates: tuple[Estimate, ...]) -> None:
+def test_the_cheapest_that_fits_is_chosen_and_the_least_budget_is_told(
+    estimates: tuple[Estimate, ...],
+) -> None:
     plain, spilled = estimates
     assert (plain.passes, spilled.passes) == ((), (SPILL,))
     assert plain.seconds < spilled.seconds
@@ -161,10 +172,14 @@ def test_estimates_are_what_a_step_takes(estimates: tuple[Estimate, ...]) -> Non
     parameters = list(model.parameters())
     step = passes.compile(model, passes=[SPILL], dynamic=False)
     got = train(step, parameters, x)
-    for one, other in zip(got, train(model.double(), list(model.parameters()), x.double()), strict=True):
+    for one, other in zip(
+        got, train(model.double(), list(model.parameters()), x.double()), strict=True
+    ):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-7)
     model.float()
-    assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(estimates[1].added_bytes, rel=0.03)
+    assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(
+        estimates[1].added_bytes, rel=0.03
+    )
 
 
 class Kept(nn.Module):
@@ -216,11 +231,19 @@ def test_operators_in_chunks_are_rehearsed() -> None:
     """What they hold inside stands in no graph."""
     torch.manual_seed(0)
     model, x = Head(), torch.randn(2048, 64)
-    parameters, chunked = list(model.parameters()), [Chunk(rows=256), LinearCrossEntropy(chunk_bytes=2**20)]
-    plain, found = sorted(passes.estimate(model, [x], train=True, passes=[[], chunked]), key=lambda each: -each.peak_bytes)
+    parameters, chunked = (
+        list(model.parameters()),
+        [Chunk(rows=256), LinearCrossEntropy(chunk_bytes=2**20)],
+    )
+    plain, found = sorted(
+        passes.estimate(model, [x], train=True, passes=[[], chunked]),
+        key=lambda each: -each.peak_bytes,
+    )
     step = passes.compile(model, passes=chunked, dynamic=False)
     train(step, parameters, x)
-    assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(found.added_bytes, rel=0.01)
+    assert measured_peak(partial(train, step, parameters, x)) == pytest.approx(
+        found.added_bytes, rel=0.01
+    )
     assert found.added_bytes < plain.added_bytes / 4
 
 
@@ -230,7 +253,9 @@ def test_estimating_takes_no_memory_for_the_inputs() -> None:
 
     found: list[Estimate] = []
     inputs = [torch.empty(2**24, 64, device="meta")]
-    taken = peak_bytes(lambda: found.extend(passes.estimate(mlp(), inputs, train=False, passes=[()])))
+    taken = peak_bytes(
+        lambda: found.extend(passes.estimate(mlp(), inputs, train=False, passes=[()]))
+    )
     assert found[0].peak_bytes > 2**34
     assert taken < 2**29
 
@@ -252,8 +277,13 @@ def test_a_users_own_pass_runs_and_a_warm_cache_keeps_the_report() -> None:
     assert "Doubled()\n  mul is a sum" in texts[0]
 
 
-def test_the_name_in_the_cache_tells_options_and_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    names = {inductor_hooks.identity(each) for each in ((), (Spill(),), (SPILL,), (Doubled(),), (SPILL, Doubled()))}
+def test_the_name_in_the_cache_tells_options_and_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    names = {
+        inductor_hooks.identity(each)
+        for each in ((), (Spill(),), (SPILL,), (Doubled(),), (SPILL, Doubled()))
+    }
     assert len(names) == 5
     assert inductor_hooks.identity((SPILL,)) == inductor_hooks.identity((Spill(least_bytes=2**12),))
     before, copy = inductor_hooks.identity((Doubled(),)), tmp_path / "copy.py"
@@ -269,7 +299,14 @@ def test_the_report_tells_peaks_changes_and_lines() -> None:
     report = passes.report(step, [x])
     assert report.measured_bytes == pytest.approx(report.choices[0].chosen.added_bytes, rel=0.05)
     text = str(report)
-    for expected in ("graph 0, training: predicted peak ", "no pass", "(inputs)", "waits on disk", "graphs.py:", "measured: "):
+    for expected in (
+        "graph 0, training: predicted peak ",
+        "no pass",
+        "(inputs)",
+        "waits on disk",
+        "graphs.py:",
+        "measured: ",
+    ):
         assert expected in text
     (graph,) = report.to_json()["graphs"]
     assert graph["chosen"]["peak_bytes"] < graph["plain"]["peak_bytes"]
@@ -281,9 +318,13 @@ def test_the_report_tells_peaks_changes_and_lines() -> None:
 def test_a_package_of_aotinductor_has_the_passes(tmp_path: Any) -> None:
     x = torch.randn(64, 64)
     Doubled.runs.clear()
-    program = torch.export.export(Twice(), (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    program = torch.export.export(
+        Twice(), (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},)
+    )
     path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "m.pt2"), inductor_configs=passes.inductor_configs([Doubled()])
+        program,
+        package_path=str(tmp_path / "m.pt2"),
+        inductor_configs=passes.inductor_configs([Doubled()]),
     )
     assert len(Doubled.runs) == 1
     run = torch._inductor.aoti_load_package(path)
@@ -302,26 +343,42 @@ def images(count: int) -> Tensor:
 
 
 def stack(numbers: random.Random) -> nn.Module:
-    return compiling.Loss(*(numbers.choice((Gelu, Swiglu))() for _ in range(numbers.randrange(1, 4))))
+    return compiling.Loss(
+        *(numbers.choice((Gelu, Swiglu))() for _ in range(numbers.randrange(1, 4)))
+    )
 
 
 def blocks(numbers: random.Random) -> nn.Module:
-    return compiling.Loss(*(Block(numbers.choice((Gelu, Swiglu))()) for _ in range(numbers.randrange(1, 4))))
+    return compiling.Loss(
+        *(Block(numbers.choice((Gelu, Swiglu))()) for _ in range(numbers.randrange(1, 4)))
+    )
 
 
 def longnet(numbers: random.Random) -> nn.Module:
     attend = cd.compile(cd.longnet((numbers.choice((128, 200)), 512), (1, 2), causal=True))
-    return compiling.Loss(*(Block(numbers.choice((Gelu, Swiglu))(), attend=attend) for _ in range(numbers.randrange(1, 4))))
+    return compiling.Loss(
+        *(
+            Block(numbers.choice((Gelu, Swiglu))(), attend=attend)
+            for _ in range(numbers.randrange(1, 4))
+        )
+    )
 
 
 # A model, the inputs of a size for it, the largest size, and how many runs: of images of new sizes torch compiles each anew.
-RANDOM: dict[str, tuple[Callable[[random.Random], nn.Module], Callable[[int], Tensor], int, int]] = {
+RANDOM: dict[
+    str, tuple[Callable[[random.Random], nn.Module], Callable[[int], Tensor], int, int]
+] = {
     "mlps": (stack, tokens, 3000, 20),
     "blocks": (blocks, tokens, 3000, 20),
     "longnet": (longnet, tokens, 3000, 20),
     "llama": (lambda _: compiling.Loss(Llama()), tokens, 1500, 20),
     "vit": (lambda _: compiling.Loss(Vit()), images, 2000, 20),
-    "unet": (lambda _: compiling.Loss(Unet()).to(memory_format=torch.channels_last), images, 2000, 6),
+    "unet": (
+        lambda _: compiling.Loss(Unet()).to(memory_format=torch.channels_last),
+        images,
+        2000,
+        6,
+    ),
 }
 
 

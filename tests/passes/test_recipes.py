@@ -42,7 +42,10 @@ def operands(
 
 def used(text: str, rows: list[Tensor], shared: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The first of each up to the last that a recipe names, so that every gradient is one."""
-    count = {kind: max((int(each) for each in re.findall(rf"\b{kind}(\d+)", text)), default=-1) + 1 for kind in "xw"}
+    count = {
+        kind: max((int(each) for each in re.findall(rf"\b{kind}(\d+)", text)), default=-1) + 1
+        for kind in "xw"
+    }
     return rows[: count["x"]], shared[: count["w"]]
 
 
@@ -52,7 +55,9 @@ SIZES = [(5, 4 * WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, 4 * WIDTH), (5, WIDTH),
 
 @pytest.mark.parametrize(("count", "hidden"), SIZES)
 @pytest.mark.parametrize("text", RECIPES)
-def test_the_operator_is_its_recipe_and_its_backward_the_derivative(text: str, count: int, hidden: int) -> None:
+def test_the_operator_is_its_recipe_and_its_backward_the_derivative(
+    text: str, count: int, hidden: int
+) -> None:
     rows, shared = used(text, *operands(lead=(count,), hidden=hidden))
     assert str(Recipe.parse(text)) == text
     whole = Recipe.parse(text).run(rows, shared)
@@ -67,13 +72,20 @@ def test_the_operator_is_its_recipe_and_its_backward_the_derivative(text: str, c
 
 def test_every_primitive_with_a_gradient_is_in_a_recipe() -> None:
     tested = {step.primitive for text in RECIPES for step in Recipe.parse(text).steps}
-    assert tested == {name for name, primitive in PRIMITIVES.items() if primitive.backward is not None}
+    assert tested == {
+        name for name, primitive in PRIMITIVES.items() if primitive.backward is not None
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep what is freed")
 def test_what_chunks_took_leaves_the_process() -> None:
-    rows, shared = [torch.randn(2**15, 64)], [torch.randn(1024, 64), torch.randn(1024), torch.randn(64, 1024)]
-    chunked(rows, shared, RECIPES[0], 2048)  # loads libraries, and sets the size below which glibc keeps what is freed
+    rows, shared = (
+        [torch.randn(2**15, 64)],
+        [torch.randn(1024, 64), torch.randn(1024), torch.randn(64, 1024)],
+    )
+    chunked(
+        rows, shared, RECIPES[0], 2048
+    )  # loads libraries, and sets the size below which glibc keeps what is freed
     give_back_freed_memory()
     before = Process().memory_info().rss
     out = chunked(rows, shared, RECIPES[0], 2048)
@@ -98,7 +110,9 @@ def test_the_operator_keeps_torchs_rules() -> None:
     with torch.no_grad():
         grad = torch.randn(2, 3, WIDTH, dtype=torch.float64)
         wanted = [True, True, False, True, False]
-        torch.library.opcheck(chunked_backward, (grad, rows, shared, RECIPES[1], 4, wanted), test_utils="test_schema")
+        torch.library.opcheck(
+            chunked_backward, (grad, rows, shared, RECIPES[1], 4, wanted), test_utils="test_schema"
+        )
 
 
 def test_backward_computes_again_what_it_reads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +125,8 @@ def test_backward_computes_again_what_it_reads_alone(monkeypatch: pytest.MonkeyP
         return linear(x, *weights)
 
     monkeypatch.setattr(
-        "passes.rewrites.rows.recipes.PRIMITIVES", {**PRIMITIVES, "linear": type(PRIMITIVES["linear"])(counting, None)}
+        "passes.rewrites.rows.recipes.PRIMITIVES",
+        {**PRIMITIVES, "linear": type(PRIMITIVES["linear"])(counting, None)},
     )
     rows, shared = used(RECIPES[0], *operands())
     out = chunked(rows, shared, RECIPES[0], 5)
@@ -120,7 +135,9 @@ def test_backward_computes_again_what_it_reads_alone(monkeypatch: pytest.MonkeyP
     assert calls == [4 * WIDTH]
 
 
-@pytest.mark.parametrize("text", RECIPES[:-1])  # the last one's logsumexp takes more in backward too
+@pytest.mark.parametrize(
+    "text", RECIPES[:-1]
+)  # the last one's logsumexp takes more in backward too
 def test_a_chunk_takes_what_was_said(text: str) -> None:
     """Forward what it holds at once, backward twice the bytes of all its values, beyond the result and the gradients."""
     rows, shared = used(text, *operands(torch.float32, (8192,)))
@@ -130,7 +147,9 @@ def test_a_chunk_takes_what_was_said(text: str) -> None:
     out = chunked(rows, shared, text, 2048)
     forward = measured_peak(lambda: chunked(rows, shared, text, 2048))
     leaves, grad = [*rows, *shared], torch.ones_like(out)
-    backward = measured_peak(lambda: chunked_backward(grad, rows, shared, text, 2048, [True] * len(leaves)))
+    backward = measured_peak(
+        lambda: chunked_backward(grad, rows, shared, text, 2048, [True] * len(leaves))
+    )
     slack = 4096 * len(leaves)
     assert forward <= out.nbytes + chunk_bytes + slack
     if "logsumexp" not in text:  # its kernel holds exponentials of its own

@@ -27,7 +27,10 @@ from tests.graphs import WIDTH, Block, Gelu, Swiglu, measured_peak
 
 
 def drawn(sizes: list[tuple[int, int, int]], steps: int) -> list[Value]:
-    return [Value(size, born % steps, min(born % steps + length, steps - 1)) for size, born, length in sizes]
+    return [
+        Value(size, born % steps, min(born % steps + length, steps - 1))
+        for size, born, length in sizes
+    ]
 
 
 def bytes_kept(values: list[Value], cuts: tuple[int, ...]) -> int:
@@ -49,7 +52,9 @@ def fits(values: list[Value], steps: int, cuts: tuple[int, ...], bound: int) -> 
 )
 def test_no_cuts_keep_less(sizes: list[tuple[int, int, int]], steps: int, bound: int) -> None:
     values = drawn(sizes, steps)
-    every = (cuts for count in range(steps) for cuts in itertools.combinations(range(1, steps), count))
+    every = (
+        cuts for count in range(steps) for cuts in itertools.combinations(range(1, steps), count)
+    )
     least = min(bytes_kept(values, cuts) for cuts in every if fits(values, steps, cuts, bound))
     assert sum(values[number].size for number in values_to_keep(values, steps, bound)) == least
 
@@ -59,7 +64,10 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.frozen = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.one, self.frozen = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH).requires_grad_(False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.one(self.frozen(self.one(x).relu()).sin()).exp()
@@ -79,7 +87,9 @@ def _keep(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     context.save_for_backward(*inputs)
 
 
-square.register_autograd(lambda context, grad: 2 * grad * context.saved_tensors[0], setup_context=_keep)
+square.register_autograd(
+    lambda context, grad: 2 * grad * context.saved_tensors[0], setup_context=_keep
+)
 
 
 class Custom(nn.Module):
@@ -105,7 +115,9 @@ def gradients_of(choice: Choice, inputs: list[Tensor]) -> list[Any]:
     names = [node.name for node in (*forward.graph.find_nodes(op="placeholder"), *results)]
     made = Interpreter(forward).run(*inputs[:-1])
     known = dict(zip(names, (*inputs[:-1], *made), strict=True))
-    given = [known.get(node.name, inputs[-1]) for node in backward.graph.find_nodes(op="placeholder")]
+    given = [
+        known.get(node.name, inputs[-1]) for node in backward.graph.find_nodes(op="placeholder")
+    ]
     return [made[0], *Interpreter(backward).run(*given)]
 
 
@@ -113,8 +125,14 @@ def gradients_of(choice: Choice, inputs: list[Tensor]) -> list[Any]:
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_every_choice_gives_the_results_of_the_joint_graph(name: str, tokens: int) -> None:
     torch.manual_seed(0)
-    module = joint(MODELS[name]().double(), torch.randn(1, tokens, WIDTH, dtype=torch.float64, requires_grad=True))
-    inputs = [torch.randn(node.meta["val"].shape, dtype=torch.float64) / 8 for node in module.graph.find_nodes(op="placeholder")]
+    module = joint(
+        MODELS[name]().double(),
+        torch.randn(1, tokens, WIDTH, dtype=torch.float64, requires_grad=True),
+    )
+    inputs = [
+        torch.randn(node.meta["val"].shape, dtype=torch.float64) / 8
+        for node in module.graph.find_nodes(op="placeholder")
+    ]
     expected = pytree.tree_leaves(Interpreter(module).run(*inputs), lambda leaf: leaf is None)
     found = choices(module)
     assert len(found) > 3
@@ -140,16 +158,22 @@ class Foretold:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=8
+    ),
     st.integers(0, 45),
     st.integers(0, 45),
 )
-def test_less_budget_never_takes_more_and_never_more_than_torch(drawn: list[tuple[int, int, int]], one: int, other: int) -> None:
+def test_less_budget_never_takes_more_and_never_more_than_torch(
+    drawn: list[tuple[int, int, int]], one: int, other: int
+) -> None:
     options: list[Any] = [Foretold(cost, saved, saved + more) for cost, saved, more in drawn]
     low, high = (Remat(budget)._best(options) for budget in sorted((one, other)))
     assert low.peak_bytes <= high.peak_bytes
     assert high.peak_bytes <= max(options[0].peak_bytes, one, other)
-    assert high.cost == min((each.cost for each in options if each.peak_bytes <= max(one, other)), default=high.cost)
+    assert high.cost == min(
+        (each.cost for each in options if each.peak_bytes <= max(one, other)), default=high.cost
+    )
 
 
 def tagged(graph: Graph) -> list[str]:
@@ -178,7 +202,10 @@ def test_it_is_a_pass() -> None:
     assert eval(repr(Remat(7))) == Remat(7) != Remat(8)
 
 
-@pytest.mark.parametrize(("budget", "error"), [(-1, ValueError), (1.5, TypeError), ("6GiB", TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("budget", "error"),
+    [(-1, ValueError), (1.5, TypeError), ("6GiB", TypeError), (True, TypeError)],
+)
 def test_bad_budgets_are_named(budget: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"budget_bytes must be (at least 0|a whole number); got"):
         Remat(budget)
@@ -193,7 +220,14 @@ class Step:
     lines: list[str]
 
 
-def step(model: nn.Module, x: Tensor, *, budget: int | None = None, lengths: tuple[int, ...] = (), **options: Any) -> Step:
+def step(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    budget: int | None = None,
+    lengths: tuple[int, ...] = (),
+    **options: Any,
+) -> Step:
     """Compiled with the pass or without; at other lengths of x too, whose gradients follow."""
     lines: list[str] = []
 
@@ -247,7 +281,9 @@ def test_what_dropped_out_is_dropped_again(monkeypatch: pytest.MonkeyPatch) -> N
     plain, ours = (step(model, x, budget=budget) for budget in (None, 0))
     assert len(ours.lines) == 1
     assert ours.peak_bytes < plain.peak_bytes
-    assert all(torch.equal(got, due) for got, due in zip(ours.gradients, plain.gradients, strict=True))
+    assert all(
+        torch.equal(got, due) for got, due in zip(ours.gradients, plain.gradients, strict=True)
+    )
 
 
 class PerBlock(nn.Module):

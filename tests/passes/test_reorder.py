@@ -33,7 +33,9 @@ class Products(nn.Module):
         super().__init__()
         draw = random.Random(seed)
         self.plan = [(draw.randrange(i + 1), draw.choice((16, 64, 256))) for i in range(14)]
-        self.weights = nn.ParameterDict({f"{a}_{b}": torch.randn(a, b) / a**0.5 for a in (16, 64, 256) for b in (16, 64, 256)})
+        self.weights = nn.ParameterDict(
+            {f"{a}_{b}": torch.randn(a, b) / a**0.5 for a in (16, 64, 256) for b in (16, 64, 256)}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x]
@@ -42,10 +44,15 @@ class Products(nn.Module):
         unused = set(range(len(values))) - {source for source, _ in self.plan}
         total = torch.stack([values[i].sum() for i in sorted(unused)]).sum()
         pairs = list(zip(self.plan, values[1:], strict=True))[::3]
-        return total + torch.stack([(made.t() @ values[source]).sum() for (source, _), made in pairs]).sum()
+        return (
+            total
+            + torch.stack([(made.t() @ values[source]).sum() for (source, _), made in pairs]).sum()
+        )
 
 
-def layers(mlp: Callable[[], nn.Module] = Gelu, count: int = 4, tokens: int = 1024) -> tuple[nn.Module, Tensor]:
+def layers(
+    mlp: Callable[[], nn.Module] = Gelu, count: int = 4, tokens: int = 1024
+) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return nn.Sequential(*(Block(mlp()) for _ in range(count))), torch.randn(1, tokens, WIDTH)
 
@@ -53,7 +60,10 @@ def layers(mlp: Callable[[], nn.Module] = Gelu, count: int = 4, tokens: int = 10
 def legally_random(graph: Graph, seed: int) -> list:
     """Any order that the precedences allow."""
     before = precedences(graph, lifetimes(graph))
-    draw, order = random.Random(seed), [node for node in graph.nodes if node.op != "call_function" and node.op != "output"]
+    draw, order = (
+        random.Random(seed),
+        [node for node in graph.nodes if node.op != "call_function" and node.op != "output"],
+    )
     left = list(before)
     while left:
         node = draw.choice([each for each in left if before[each] <= set(order)])
@@ -90,13 +100,18 @@ def test_any_legal_order_gives_the_same_bits(seed: int) -> None:
 def test_precedences_allow_other_orders_at_all() -> None:
     module = make_fx(in_place, tracing_mode="fake")(torch.randn(8, 16))
     given = [node.name for node in module.graph.nodes]
-    assert any([node.name for node in legally_random(module.graph, seed)] != given for seed in range(10))
+    assert any(
+        [node.name for node in legally_random(module.graph, seed)] != given for seed in range(10)
+    )
 
 
 def test_collectives_and_custom_operators_keep_their_turn() -> None:
     graph = Graph()
     x = graph.placeholder("x")
-    gathered = [graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0")) for _ in range(3)]
+    gathered = [
+        graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0"))
+        for _ in range(3)
+    ]
     sines = [graph.call_function(aten.sin.default, (x,)) for _ in range(2)]
     graph.output((gathered, sines))
     for node in graph.nodes:
@@ -107,7 +122,9 @@ def test_collectives_and_custom_operators_keep_their_turn() -> None:
     assert not before[sines[1]]
 
 
-@pytest.mark.parametrize("case", [each for each in CASES if each.name not in ("branches", "while loop", "map")], ids=str)
+@pytest.mark.parametrize(
+    "case", [each for each in CASES if each.name not in ("branches", "while loop", "map")], ids=str
+)
 def test_the_search_counts_as_liveness_does(case: Traced) -> None:
     """The peak of the steps is that of the graph, in the given order and in the one found."""
     module, inputs = case.made
@@ -122,7 +139,9 @@ def test_the_search_counts_as_liveness_does(case: Traced) -> None:
     placed = [*first, *(calls[step] for step in order), *module.graph.find_nodes(op="output")]
     rearrange(trial.graph, [twins[node] for node in placed])
     assert peak.find(lifetimes(trial)).added_bytes == steps.peak(order)
-    for got, due in zip(Interpreter(trial).run(*inputs), Interpreter(module).run(*inputs), strict=True):
+    for got, due in zip(
+        Interpreter(trial).run(*inputs), Interpreter(module).run(*inputs), strict=True
+    ):
         assert torch.equal(got, due)
 
 
@@ -146,11 +165,15 @@ def test_less_is_measured_and_the_bits_are_the_same() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mlp", "plain", "less"), [(Gelu, 11.0, 9.0), (Swiglu, 15.0, 13.0)], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize(
+    ("mlp", "plain", "less"), [(Gelu, 11.0, 9.0), (Swiglu, 15.0, 13.0)], ids=["gelu", "swiglu"]
+)
 def test_four_layers(mlp: Callable[[], nn.Module], plain: float, less: float) -> None:
     """In units of x; so many tokens that the workspace of attention stays below what the MLP holds."""
     model, x = layers(mlp, tokens=8192)
-    found = [compiled(model, x, passes=each) for each in ([], [Reorder()], [Materialize(), Reorder()])]
+    found = [
+        compiled(model, x, passes=each) for each in ([], [Reorder()], [Materialize(), Reorder()])
+    ]
     units = [each.peak_bytes / x.nbytes for each in found]
     assert units[0] > plain
     assert units[1] <= less
@@ -177,7 +200,11 @@ def test_graphs_that_cannot_be_counted_stay(each: Pass) -> None:
             y = x.sin() + x
             return (y.cos() @ y)[y.sum(1).nonzero()[:, 0]] * 2
 
-    module = torch.export.export(Nonzero(), (torch.randn(4, 4),)).run_decompositions(select_decomp_table()).graph_module
+    module = (
+        torch.export.export(Nonzero(), (torch.randn(4, 4),))
+        .run_decompositions(select_decomp_table())
+        .graph_module
+    )
     before = str(module.graph)
     assert each(module.graph) == ()
     assert str(module.graph) == before

@@ -24,7 +24,18 @@ from passes import Chunk, Materialize, Pass, Remat, Reorder, Spill
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 ACTIVATIONS = [F.gelu, F.silu, torch.tanh, torch.sigmoid, torch.square, torch.relu]
 ELEMENTWISE = [torch.add, torch.mul, torch.sub, operator.mul]
-KINDS = ["linear", "linear", "elementwise", "elementwise", "activation", "norm", "reduction", "view", "parts", "nothing"]
+KINDS = [
+    "linear",
+    "linear",
+    "elementwise",
+    "elementwise",
+    "activation",
+    "norm",
+    "reduction",
+    "view",
+    "parts",
+    "nothing",
+]
 
 
 def value(node: Node) -> Any:
@@ -73,7 +84,9 @@ class Writer:
             self.call(self.draw(st.sampled_from([F.layer_norm, F.rms_norm])), x, shape[-1:], weight)
         elif kind == "reduction":
             reduction = self.draw(st.sampled_from([torch.logsumexp, torch.mean]))
-            self.call(reduction, x, self.draw(st.sampled_from([-1, 0])), keepdim=self.draw(st.booleans()))
+            self.call(
+                reduction, x, self.draw(st.sampled_from([-1, 0])), keepdim=self.draw(st.booleans())
+            )
         elif kind == "view":
             self.call(torch.transpose, x, *self.draw(st.sampled_from([(0, 1), (-1, -2)])))
         elif kind == "parts":
@@ -85,15 +98,25 @@ class Writer:
     def linear(self, x: Node | None, fits: Callable[[Tensor], bool]) -> None:
         if x is None:
             return
-        weight = self.operand(lambda tensor: tensor.ndim == 2 and tensor.shape[-1] == value(x).shape[-1] and fits(tensor))
+        weight = self.operand(
+            lambda tensor: (
+                tensor.ndim == 2 and tensor.shape[-1] == value(x).shape[-1] and fits(tensor)
+            )
+        )
         if weight is not None:
-            bias = self.operand(lambda tensor: tensor.shape == value(weight).shape[:1]) if self.draw(st.booleans()) else None
+            bias = (
+                self.operand(lambda tensor: tensor.shape == value(weight).shape[:1])
+                if self.draw(st.booleans())
+                else None
+            )
             self.call(F.linear, x, weight, bias)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     """Whether a tensor of one shape can be expanded to another."""
-    return len(shape) <= len(to) and all(size in (1, other) for size, other in zip(reversed(shape), reversed(to), strict=False))
+    return len(shape) <= len(to) and all(
+        size in (1, other) for size, other in zip(reversed(shape), reversed(to), strict=False)
+    )
 
 
 @st.composite
@@ -103,17 +126,34 @@ def graphs(draw: Draw) -> tuple[Graph, list[Tensor]]:
     hidden = draw(st.sampled_from([3 * features, 2 * features + 1]))
     sizes = st.sampled_from([features, hidden, 1, 2])
     lead = tuple(draw(sizes) for _ in range(draw(st.sampled_from([1, 1, 2]))))
-    shapes = [(*lead, features), (hidden, features), (features, hidden), (features, features), (features,), (hidden,), ()]
+    shapes = [
+        (*lead, features),
+        (hidden, features),
+        (features, hidden),
+        (features, features),
+        (features,),
+        (hidden,),
+        (),
+    ]
     torch.manual_seed(0)
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (*shapes, shapes[0])]
+    inputs = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in (*shapes, shapes[0])
+    ]
     writer = Writer(draw, inputs)
     steps = st.lists(st.sampled_from(KINDS), max_size=3)
     for kind in draw(steps):
         writer.step(kind)
-    writer.linear(writer.operand(lambda x: x.ndim >= 2 and x.shape[-1] == features), lambda weight: len(weight) == hidden)
+    writer.linear(
+        writer.operand(lambda x: x.ndim >= 2 and x.shape[-1] == features),
+        lambda weight: len(weight) == hidden,
+    )
     for kind in draw(steps):
         writer.step(kind)
-    writer.linear(writer.operand(lambda x: x.ndim >= 2 and x.shape[-1] == hidden), lambda weight: len(weight) < hidden)
+    writer.linear(
+        writer.operand(lambda x: x.ndim >= 2 and x.shape[-1] == hidden),
+        lambda weight: len(weight) < hidden,
+    )
     for kind in draw(steps)[:2]:
         writer.step(kind)
     writer.graph.output(writer.nodes[-1])
@@ -150,12 +190,18 @@ def test_sizes_decide_nothing_in_random_graphs(training: bool) -> None:
     assert chunked > 50
 
 
-@pytest.mark.parametrize("chosen", [(Remat(0),), (Spill(least_bytes=1),), (Materialize(), Reorder())], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [(Remat(0),), (Spill(least_bytes=1),), (Materialize(), Reorder())], ids=str
+)
 def test_passes_on_sizes_that_are_all_equal(chosen: Sequence[Pass]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+    )
     x = torch.randn(8, 8, requires_grad=True)
     leaves = [x, *model.parameters()]
     step = passes.compile(model, passes=chosen, dynamic=False)
-    found, expected = ([out, *torch.autograd.grad(out.square().sum(), leaves)] for out in (step(x), model(x)))
+    found, expected = (
+        [out, *torch.autograd.grad(out.square().sum(), leaves)] for out in (step(x), model(x))
+    )
     torch.testing.assert_close(found, expected)

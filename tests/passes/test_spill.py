@@ -55,7 +55,9 @@ class Rectified(nn.Module):
 
 
 def compiled(model: nn.Module, *passes: Any, dynamic: bool = True) -> Callable[..., Any]:
-    return torch.compile(model, backend=partial(compile_fx, config_patches=inductor_configs(passes)), dynamic=dynamic)
+    return torch.compile(
+        model, backend=partial(compile_fx, config_patches=inductor_configs(passes)), dynamic=dynamic
+    )
 
 
 def step(function: Callable[..., Any], model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -66,7 +68,9 @@ def step(function: Callable[..., Any], model: nn.Module, x: Tensor) -> list[Tens
 
 def held_after(run: Callable[[], Any]) -> int:
     """Bytes that torch's allocator holds for what `run` returns, by the profiler's memory events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         kept = run()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = sum(event.nbytes() for event in events if event.name() == "[memory]")
@@ -109,8 +113,14 @@ def test_gradients_are_those_of_float64(block: Any) -> None:
 def test_little_is_held_and_the_peak_falls(block: Any) -> None:
     model, plain, spilled = block
     x = torch.randn(1, 1024, WIDTH)
-    held = {name: held_after(lambda each=each: each(x).sum()) for name, each in (("plain", plain), ("spilled", spilled))}
-    peak = {name: measured_peak(partial(step, each, model, x)) for name, each in (("plain", plain), ("spilled", spilled))}
+    held = {
+        name: held_after(lambda each=each: each(x).sum())
+        for name, each in (("plain", plain), ("spilled", spilled))
+    }
+    peak = {
+        name: measured_peak(partial(step, each, model, x))
+        for name, each in (("plain", plain), ("spilled", spilled))
+    }
     assert held["plain"] > 15 * U
     assert held["spilled"] < 0.6 * U
     assert peak["spilled"] < peak["plain"]
@@ -132,7 +142,9 @@ def test_several_steps_may_be_under_way(block: Any) -> None:
     inputs = [torch.randn(1, tokens, WIDTH) for tokens in (512, 700)]
     losses = [spilled(x).square().sum() for x in inputs]
     for x, loss in reversed(list(zip(inputs, losses, strict=True))):
-        for one, other in zip(step(plain, model, x), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        for one, other in zip(
+            step(plain, model, x), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
             assert torch.equal(one, other)
 
 
@@ -149,7 +161,10 @@ def test_a_graph_dropped_or_failed_gives_its_files_up(block: Any) -> None:
 def test_a_second_backward_is_refused(block: Any) -> None:
     """By torch where it gives the saved tensors to the backward; else by the handle, whose store is gone."""
     _, _, spilled = block
-    for retain, message in ((True, "requires create_graph=False and retain_graph=False"), (False, "graph a second time")):
+    for retain, message in (
+        (True, "requires create_graph=False and retain_graph=False"),
+        (False, "graph a second time"),
+    ):
         loss = spilled(torch.randn(1, 512, WIDTH)).sum()
         with pytest.raises(RuntimeError, match=message):
             list(map(partial(loss.backward, None), [retain, retain]))
@@ -158,7 +173,8 @@ def test_a_second_backward_is_refused(block: Any) -> None:
     handle = written(write(x, ""), x)
     fetch(handle, None, x, x.shape, x.dtype, x.device)
     with pytest.raises(
-        RuntimeError, match=r"was fetched by an earlier backward.*run the forward again, or compile without Spill"
+        RuntimeError,
+        match=r"was fetched by an earlier backward.*run the forward again, or compile without Spill",
     ):
         fetch(handle, None, x, x.shape, x.dtype, x.device)
 
@@ -169,7 +185,10 @@ def test_a_full_disk_is_told_and_leaves_nothing(block: Any) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"131,072 bytes cannot be spilled to .* bytes are free: .*Pass another place"):
+        with pytest.raises(
+            OSError,
+            match=r"131,072 bytes cannot be spilled to .* bytes are free: .*Pass another place",
+        ):
             spilled(x)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -187,8 +206,13 @@ for i in range(10**6):
     handles = handles[-50:]
     print(i, flush=True)
 """
-    for sent, returned in ((signal.SIGINT, (1, 130, -signal.SIGINT)), (signal.SIGKILL, (-signal.SIGKILL,))):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for sent, returned in (
+        (signal.SIGINT, (1, 130, -signal.SIGINT)),
+        (signal.SIGKILL, (-signal.SIGKILL,)),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         while process.stdout.readline().strip() != "60":
             assert process.poll() is None
@@ -216,7 +240,15 @@ def test_masks_and_parts_of_others_travel_too(make: type[nn.Module]) -> None:
 
 def layouts() -> Iterator[tuple[str, Tensor]]:
     base = torch.arange(6 * 10 * 8).reshape(6, 10, 8)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn):
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float64,
+        torch.bool,
+        torch.int8,
+        torch.complex64,
+        torch.float8_e4m3fn,
+    ):
         yield str(dtype), base.to(dtype)
     yield "transposed", base.transpose(0, 2)
     yield "part", base[:, 2:7, ::2]
@@ -261,7 +293,9 @@ def test_graphs_without_a_backward_are_left_alone() -> None:
     assert str(graph) == text
 
 
-@pytest.mark.parametrize("passes", [Spill(least_bytes=2**40), Spill(to="host", least_bytes=1)], ids=str)
+@pytest.mark.parametrize(
+    "passes", [Spill(least_bytes=2**40), Spill(to="host", least_bytes=1)], ids=str
+)
 def test_nothing_large_enough_or_no_gpu_changes_nothing(passes: Spill) -> None:
     model, before = nn.Sequential(nn.Linear(8, 8), nn.GELU()), usage().written_bytes
     step(compiled(model, passes, dynamic=False), model, torch.randn(4, 8))
@@ -270,8 +304,14 @@ def test_nothing_large_enough_or_no_gpu_changes_nothing(passes: Spill) -> None:
 
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: Spill(to="tape"), "to must be 'disk' or 'host'; got 'tape'"),  # type: ignore[arg-type]
-    (lambda: Spill(to="host", directory="/tmp"), "directory is for to='disk'; got '/tmp' with to='host'"),
-    (lambda: Spill(directory="/nowhere"), "directory must be one that can be written to; got '/nowhere'. Make it first"),
+    (
+        lambda: Spill(to="host", directory="/tmp"),
+        "directory is for to='disk'; got '/tmp' with to='host'",
+    ),
+    (
+        lambda: Spill(directory="/nowhere"),
+        "directory must be one that can be written to; got '/nowhere'. Make it first",
+    ),
     (lambda: Spill(least_bytes=0), "least_bytes must be at least 1; got 0"),
 ]
 

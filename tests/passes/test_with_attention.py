@@ -30,7 +30,9 @@ PROGRAMS: dict[str, Any] = {
 LEFT_ALONE: dict[str, Callable[[], Callable[..., Any]]] = {
     "along a curve": lambda: cd.compile(cd.hilbert_window((8, 8), 2)),
     "in ranks": lambda: cd.compile(PROGRAMS["longnet"], ranks=2),
-    "with a score_mod": lambda: partial(cd.compile(masks.causal()), score_mod=lambda score, b, h, q, kv: score + q - kv),
+    "with a score_mod": lambda: partial(
+        cd.compile(masks.causal()), score_mod=lambda score, b, h, q, kv: score + q - kv
+    ),
     "by another lowering": lambda: cd.compile(masks.causal(), lowering="tiled"),
     "with an offset": lambda: partial(cd.compile(masks.causal()), q_offset=3),
     "with its lse": lambda: WithLse(),
@@ -47,7 +49,9 @@ class WithLse:
 
 
 class Layer(nn.Module):
-    def __init__(self, attend: Callable[..., Any], width: int = WIDTH, kv_heads: int = HEADS) -> None:
+    def __init__(
+        self, attend: Callable[..., Any], width: int = WIDTH, kv_heads: int = HEADS
+    ) -> None:
         super().__init__()
         self.attend, self.heads = attend, (HEADS, kv_heads, kv_heads)
         self.each = width // HEADS
@@ -57,7 +61,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.before(x)
-        q, k, v = (make(h).unflatten(-1, (-1, self.each)).transpose(1, 2) for make in (self.q, self.k, self.v))
+        q, k, v = (
+            make(h).unflatten(-1, (-1, self.each)).transpose(1, 2)
+            for make in (self.q, self.k, self.v)
+        )
         x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
 
@@ -87,7 +94,10 @@ def test_what_needs_all_queries_is_left_alone(name: str) -> None:
 @torch.no_grad()
 def test_peak_of_a_block() -> None:
     """Keys, values and the result are three activations."""
-    model, x = Layer(cd.compile(cd.longnet((512, 1024), (1, 2), causal=True)), 128).eval(), torch.randn(1, 8192, 128)
+    model, x = (
+        Layer(cd.compile(cd.longnet((512, 1024), (1, 2), causal=True)), 128).eval(),
+        torch.randn(1, 8192, 128),
+    )
     step, lines = compiled(model, StreamQKV(rows=128), dynamic=False)
     step(x)
     assert len(lines) == 1
@@ -99,7 +109,10 @@ def test_a_streamed_block_is_foretold_whatever_a_bias_asks_of_its_data() -> None
     """Its peak, where a bias that is kept counts though it is made once; its time, by the pairs that its mask lets be seen."""
     model, x = Layer(cd.compile(PROGRAMS["window or sinks"]), 128).eval(), torch.randn(1, 4096, 128)
     candidate = StreamQKV(rows=512)
-    plain, found = sorted(passes.estimate(model, [x], train=False, passes=[(), (candidate,)]), key=lambda each: each.changed)
+    plain, found = sorted(
+        passes.estimate(model, [x], train=False, passes=[(), (candidate,)]),
+        key=lambda each: each.changed,
+    )
     step = passes.compile(model, passes=[candidate], dynamic=False)
     torch.testing.assert_close(step(x), model(x))
     held = measured_peak(partial(step, x))

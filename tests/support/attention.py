@@ -21,7 +21,9 @@ def tensors(
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (batch, heads, n, dim), (batch, kv_heads, n, dim), (batch, kv_heads, n, value_dim)
-    q, k, v = (torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
+    q, k, v = (
+        torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
+    )
     return q, k, v
 
 

@@ -21,10 +21,15 @@ def same(got: Any, want: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-def tensors(n: int = N, kv_heads: int = HEADS, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def tensors(
+    n: int = N, kv_heads: int = HEADS, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
     """q (2, HEADS, n, 8), k and v (2, kv_heads, n, 8)."""
     generator = torch.Generator().manual_seed(n)
-    return tuple(torch.randn(2, h, n, 8, generator=generator, dtype=torch.float64).to(dtype) for h in (HEADS, kv_heads, kv_heads))
+    return tuple(
+        torch.randn(2, h, n, 8, generator=generator, dtype=torch.float64).to(dtype)
+        for h in (HEADS, kv_heads, kv_heads)
+    )
 
 
 class Plain(nn.Module):
@@ -84,7 +89,9 @@ class Closures(nn.Module):
 
 def many_tiles() -> Mask:
     """3,600 tiles of one token."""
-    return masks.tiles([(i, j) for i in range(120) for j in range(120) if (i * 7 + j) % 4 == 0 or i == j], block=1)
+    return masks.tiles(
+        [(i, j) for i in range(120) for j in range(120) if (i * 7 + j) % 4 == 0 or i == j], block=1
+    )
 
 
 def many_documents() -> Mask:
@@ -117,7 +124,9 @@ MODELS: dict[str, Model] = {
     "data": Model(WithData, with_data),
     "many tiles": Model(lambda: Plain(many_tiles())),
     "many documents": Model(lambda: Plain(many_documents())),
-    "grouped heads": Model(lambda: Plain(cd.longnet((8, 24), (2, 4))), lambda n: tensors(n, kv_heads=2)),
+    "grouped heads": Model(
+        lambda: Plain(cd.longnet((8, 24), (2, 4))), lambda n: tensors(n, kv_heads=2)
+    ),
     "parameters": Model(Learned),
     "closures": Model(Closures),
     "variant": Model(lambda: cd.variant("BlockSparse_LocalWindow_0.95"), tokens_first),

@@ -51,4 +51,8 @@ def check_classify(mask: Mask, truth: Any, q: Regions, kv: Regions, exact: bool 
     assert verdicts.shape == rows.shape
     for row, column, verdict in zip(rows, columns, verdicts, strict=True):
         seen = truth[np.ix_(q.positions(row), kv.positions(column))]
-        assert verdict in ((verdict_of(seen),) if exact else (verdict_of(seen), PARTIAL)), (mask, q[[row]], kv[[column]])
+        assert verdict in ((verdict_of(seen),) if exact else (verdict_of(seen), PARTIAL)), (
+            mask,
+            q[[row]],
+            kv[[column]],
+        )

@@ -17,11 +17,16 @@ from compiled_dilated.masks import Mask
 N, HEADS = 40, 4
 
 
-def tensors(n: int = N, dtype: torch.dtype = torch.float64, heads: int = HEADS, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    n: int = N, dtype: torch.dtype = torch.float64, heads: int = HEADS, seed: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """q (2, heads, n, 6), k and v (2, heads // 2, n, 6), leaves."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (2, heads, n, 6), (2, heads // 2, n, 6), (2, heads // 2, n, 6)
-    q, k, v = (torch.randn(x, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for x in shapes)
+    q, k, v = (
+        torch.randn(x, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for x in shapes
+    )
     return q, k, v
 
 
@@ -33,21 +38,38 @@ def gradients(results: tuple[Tensor, Tensor], leaves: Sequence[Tensor]) -> list[
     """Of a loss of out and lse; zeros for what the results do not depend on."""
     out, lse = results
     lse = torch.where(lse == -torch.inf, 0.0, lse)  # of rows that see nothing
-    loss = (out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)).sum() + lse.sin().sum()
+    loss = (
+        out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
+    ).sum() + lse.sin().sum()
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
 def same_as_reference(
-    attention: Callable[..., Any], program: Program | Mask, inputs: Sequence[Tensor], learned: Sequence[Tensor], **options: Any
+    attention: Callable[..., Any],
+    program: Program | Mask,
+    inputs: Sequence[Tensor],
+    learned: Sequence[Tensor],
+    **options: Any,
 ) -> None:
     """out, lse and the gradients of q, k, v and of what functions capture, in float64."""
     leaves = (*inputs, *learned)
-    got, want = attention(*inputs, **options), cd.reference(program, *inputs, return_lse=True, **options)
+    got, want = (
+        attention(*inputs, **options),
+        cd.reference(program, *inputs, return_lse=True, **options),
+    )
     for name, x, y in zip(("out", "lse"), got, want, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10, msg=lambda message, name=name: f"{name}: {message}")
-    for number, (x, y) in enumerate(zip(gradients(got, leaves), gradients(want, leaves), strict=True)):
         torch.testing.assert_close(
-            x, y, rtol=1e-10, atol=1e-10, msg=lambda message, number=number: f"gradient {number}: {message}"
+            x, y, rtol=1e-10, atol=1e-10, msg=lambda message, name=name: f"{name}: {message}"
+        )
+    for number, (x, y) in enumerate(
+        zip(gradients(got, leaves), gradients(want, leaves), strict=True)
+    ):
+        torch.testing.assert_close(
+            x,
+            y,
+            rtol=1e-10,
+            atol=1e-10,
+            msg=lambda message, number=number: f"gradient {number}: {message}",
         )
 
 
@@ -76,5 +98,7 @@ def reductions(rows: Tensor) -> dict[str, Callable[..., Any]]:
         "matmul": lambda s, b, h, i, j: s + rows[i] @ rows[j],
         "mean": lambda s, b, h, i, j: s + (rows[i] - rows[j]).abs().mean(dim=-1),
         "norm": lambda s, b, h, i, j: s - (rows[i] - rows[j] + 0.1).norm(),
-        "logsumexp": lambda s, b, h, i, j: torch.logsumexp(torch.stack([s, rows[i, 0], rows[j, 0]]), 0),
+        "logsumexp": lambda s, b, h, i, j: torch.logsumexp(
+            torch.stack([s, rows[i, 0], rows[j, 0]]), 0
+        ),
     }

@@ -33,7 +33,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 def work_of(program: Program | Mask, heads: int, like: Tensor | None = None) -> Work:
     """What the kernel reads of a program; `like`: queries, for programs with functions, which are traced first."""
     program = as_program(program)
-    if any(isinstance(part, masks.functions.FromMod) for branch in program.branches for part in _parts(branch.mask)):
+    if any(
+        isinstance(part, masks.functions.FromMod)
+        for branch in program.branches
+        for part in _parts(branch.mask)
+    ):
         assert like is not None
         x = like.detach().double().requires_grad_()
         chosen: Work = cd.compile(program, lowering="native").plan(x, x, x).chosen[0].work[0]
@@ -62,7 +66,16 @@ class Problem:
 
     def forward(self, by_token: bool = False) -> tuple[Tensor, Tensor]:
         out, lse = ops.native(
-            self.q, self.k, self.v, self.data, None, self.work.code, self.scale, self.q_offset, self.offsets, by_token
+            self.q,
+            self.k,
+            self.v,
+            self.data,
+            None,
+            self.work.code,
+            self.scale,
+            self.q_offset,
+            self.offsets,
+            by_token,
         )
         return out, lse
 
@@ -76,20 +89,28 @@ class Problem:
         return [out, lse, *grads[:3]]
 
 
-def problem_of(case: Case, n: int, dtype: torch.dtype, shape: tuple[int, int, int] | None = None) -> tuple[Problem, Inputs]:
+def problem_of(
+    case: Case, n: int, dtype: torch.dtype, shape: tuple[int, int, int] | None = None
+) -> tuple[Problem, Inputs]:
     """A case of the table as a call of the operators; shape: (q_len, kv_len, q_offset)."""
     q_len, kv_len, q_offset = shape or (n, n, 0)
     inputs = case.inputs(n, dtype, q_len, kv_len)
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     work = work_of(case.program(n), case.heads, case.inputs(n, dtype).q)
     data = [inputs.data[name] for name in work.names] or None
-    return Problem(work, q, k, v, inputs.grad_out, inputs.grad_lse, data, q.shape[3] ** -0.5, q_offset), inputs
+    return Problem(
+        work, q, k, v, inputs.grad_out, inputs.grad_lse, data, q.shape[3] ** -0.5, q_offset
+    ), inputs
 
 
-def expected(program: Program | Mask, problem: Problem, data: dict[str, Tensor] | None = None) -> list[Tensor]:
+def expected(
+    program: Program | Mask, problem: Problem, data: dict[str, Tensor] | None = None
+) -> list[Tensor]:
     """The reference's results of the same, in float64; a gradient of an lse of -inf is none."""
     q, k, v = (x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v))
-    out, lse = cd.reference(program, q, k, v, scale=problem.scale, q_offset=problem.q_offset, data=data, return_lse=True)
+    out, lse = cd.reference(
+        program, q, k, v, scale=problem.scale, q_offset=problem.q_offset, data=data, return_lse=True
+    )
     results, into = [out], [problem.grad_out.double()]
     if problem.grad_lse is not None:
         alive = lse != -math.inf
@@ -108,20 +129,31 @@ def assert_near(got: list[Tensor], want: list[Tensor], what: object = "") -> Non
         allowed = tolerance(mine.dtype if name != "lse" else got[0].dtype)
         assert mine.shape == theirs.shape, f"{what} {name}"
         finite = theirs.isfinite()
-        assert torch.equal(mine.isfinite(), finite), f"{what} {name}: other entries are infinite or NaN"
+        assert torch.equal(mine.isfinite(), finite), (
+            f"{what} {name}: other entries are infinite or NaN"
+        )
         torch.testing.assert_close(mine[~finite].double(), theirs[~finite], equal_nan=True)
         if finite.any():
             error = (mine[finite] - theirs[finite]).abs().max().item()
             largest = theirs[finite].abs().max().item()
-            assert error <= allowed * max(largest, 1e-3), f"{what} {name}: off by {error:.2e}, largest entry {largest:.2e}"
+            assert error <= allowed * max(largest, 1e-3), (
+                f"{what} {name}: off by {error:.2e}, largest entry {largest:.2e}"
+            )
 
 
 def assert_same_bits(got: list[Tensor], want: list[Tensor], what: object = "") -> None:
     for name, mine, theirs in zip(NAMES, got, want, strict=False):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True, msg=f"{what} {name}: other bits")
+        torch.testing.assert_close(
+            mine, theirs, rtol=0, atol=0, equal_nan=True, msg=f"{what} {name}: other bits"
+        )
 
 
-def check_threads(problem: Problem, threads: Callable[[int], None], counts: tuple[int, ...] = (2, 7), runs: int = 2) -> None:
+def check_threads(
+    problem: Problem,
+    threads: Callable[[int], None],
+    counts: tuple[int, ...] = (2, 7),
+    runs: int = 2,
+) -> None:
     """The same bits for all numbers of threads."""
     threads(1)
     want = problem.results()
@@ -157,8 +189,19 @@ FEW_HEADS: dict[str, Callable[[int], Program | Mask]] = {
 def counts_of(problem: Problem) -> list[int]:
     """What native_counts says: pairs computed, pairs asked about, blocks, tiles."""
     q, v = problem.q, problem.v
-    sizes = [q.shape[0], q.shape[1], problem.k.shape[1], q.shape[2], v.shape[2], q.shape[3], v.shape[3], _TYPES[str(q.dtype)[6:]]]
-    numbers = ops.native_counts(problem.data, None, problem.work.code, sizes, problem.q_offset, problem.offsets)
+    sizes = [
+        q.shape[0],
+        q.shape[1],
+        problem.k.shape[1],
+        q.shape[2],
+        v.shape[2],
+        q.shape[3],
+        v.shape[3],
+        _TYPES[str(q.dtype)[6:]],
+    ]
+    numbers = ops.native_counts(
+        problem.data, None, problem.work.code, sizes, problem.q_offset, problem.offsets
+    )
     return list(map(int, numbers))
 
 
@@ -172,14 +215,28 @@ def executed(problem: Problem) -> list[int]:
 
 
 def ragged(
-    dtype: torch.dtype, head_dim: int, value_dim: int, q_len: int, kv_len: int, q_offset: int = 0, mask: Mask | None = None
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    q_len: int,
+    kv_len: int,
+    q_offset: int = 0,
+    mask: Mask | None = None,
 ) -> tuple[Mask, Problem]:
     """Two entries, four heads that share two; the mask needs pairs hidden one by one."""
     mask = masks.window(33, 7) | masks.sinks(2) if mask is None else mask
-    q, grad_out = normal(2, 4, q_len, head_dim, dtype=dtype, seed=1), normal(2, 4, q_len, value_dim, dtype=dtype, seed=2)
-    k, v = normal(2, 2, kv_len, head_dim, dtype=dtype, seed=3), normal(2, 2, kv_len, value_dim, dtype=dtype, seed=4)
+    q, grad_out = (
+        normal(2, 4, q_len, head_dim, dtype=dtype, seed=1),
+        normal(2, 4, q_len, value_dim, dtype=dtype, seed=2),
+    )
+    k, v = (
+        normal(2, 2, kv_len, head_dim, dtype=dtype, seed=3),
+        normal(2, 2, kv_len, value_dim, dtype=dtype, seed=4),
+    )
     grad_lse = normal(2, 4, q_len, dtype=torch.promote_types(dtype, torch.float32), seed=5)
-    return mask, Problem(work_of(mask, 4), q, k, v, grad_out, grad_lse, scale=head_dim**-0.5, q_offset=q_offset)
+    return mask, Problem(
+        work_of(mask, 4), q, k, v, grad_out, grad_lse, scale=head_dim**-0.5, q_offset=q_offset
+    )
 
 
 def by_token(x: Tensor) -> Tensor:

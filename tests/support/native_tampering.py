@@ -16,7 +16,26 @@ from tests.support.native_tampering import tamper
 tamper(int(sys.argv[1]), int(sys.argv[2]))
 print("alive")
 """
-EXTREMES = (0, 1, -1, 2, 3, 16, 255, 2**15, 2**30, 2**30 + 1, -(2**30), 2**31, -(2**31), 2**32, 2**60, 2**62, 2**63 - 1, -(2**63))
+EXTREMES = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    16,
+    255,
+    2**15,
+    2**30,
+    2**30 + 1,
+    -(2**30),
+    2**31,
+    -(2**31),
+    2**32,
+    2**60,
+    2**62,
+    2**63 - 1,
+    -(2**63),
+)
 
 
 def tamper(seed: int, count: int) -> None:
@@ -50,7 +69,13 @@ def tamper(seed: int, count: int) -> None:
                 code[at] = rng.choice(code)
         code = [min(2**63 - 1, max(-(2**63), number)) for number in code]
         changed = Problem(
-            Work(tuple(code), problem.work.names, ()), problem.q, problem.k, problem.v, problem.grad_out, None, problem.data
+            Work(tuple(code), problem.work.names, ()),
+            problem.q,
+            problem.k,
+            problem.v,
+            problem.grad_out,
+            None,
+            problem.data,
         )
         try:
             changed.results()

@@ -95,7 +95,13 @@ class Array(ctypes.Structure):
 
     @staticmethod
     def of(x: Tensor) -> Array:
-        return Array(x.data_ptr(), TYPES[x.dtype], x.dim(), (ctypes.c_int64 * 8)(*x.shape), (ctypes.c_int64 * 8)(*x.stride()))
+        return Array(
+            x.data_ptr(),
+            TYPES[x.dtype],
+            x.dim(),
+            (ctypes.c_int64 * 8)(*x.shape),
+            (ctypes.c_int64 * 8)(*x.stride()),
+        )
 
 
 class Native:
@@ -105,12 +111,16 @@ class Native:
         self.library = library
         library.error_text.restype = ctypes.c_char_p
 
-    def __call__(self, name: str, code: Sequence[int], operands: Sequence[Tensor], *arguments: Any) -> None:
+    def __call__(
+        self, name: str, code: Sequence[int], operands: Sequence[Tensor], *arguments: Any
+    ) -> None:
         numbers = (ctypes.c_int64 * len(code))(*code)
         arrays = (Array * max(1, len(operands)))(*map(Array.of, operands))
         passed = [numbers, ctypes.c_int64(len(code)), arrays, ctypes.c_int64(len(operands))]
         for argument in arguments:
-            passed.append(ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument)
+            passed.append(
+                ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument
+            )
         if getattr(self.library, name)(*passed):
             raise RuntimeError(self.library.error_text().decode())
 
@@ -124,23 +134,51 @@ class Native:
         assert seen.max() <= 1
         return seen.bool().T
 
-    def score(self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def score(
+        self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, q: Tensor, k: Tensor
+    ) -> Tensor:
         """Of scores (queries, keys) the new ones."""
         padded = torch.full((len(k), len(q) + 3), 5.0, dtype=scores.dtype)
         padded[:, : len(q)] = scores.T
-        self(f"run_score_{kind(scores)}", encode(graph, operands), operands, *self.tile(q, k), padded, len(q) + 3)
+        self(
+            f"run_score_{kind(scores)}",
+            encode(graph, operands),
+            operands,
+            *self.tile(q, k),
+            padded,
+            len(q) + 3,
+        )
         assert (padded[:, len(q) :] == 5).all()
         return padded[:, : len(q)].T
 
     def backward(
-        self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, grad: Tensor, q: Tensor, k: Tensor
+        self,
+        graph: Graph,
+        operands: Sequence[Tensor],
+        scores: Tensor,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the scores, and of the operands that learn."""
         transposed, grads = scores.T.contiguous(), grad.T.contiguous()
-        sums = [torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None for x in operands]
-        places = (ctypes.c_void_p * max(1, len(sums)))(*(None if x is None else x.data_ptr() for x in sums))
+        sums = [
+            torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None for x in operands
+        ]
+        places = (ctypes.c_void_p * max(1, len(sums)))(
+            *(None if x is None else x.data_ptr() for x in sums)
+        )
         code = encode(graph, operands)
-        self(f"run_backward_{kind(scores)}", code, operands, *self.tile(q, k), transposed, grads, len(q), places)
+        self(
+            f"run_backward_{kind(scores)}",
+            code,
+            operands,
+            *self.tile(q, k),
+            transposed,
+            grads,
+            len(q),
+            places,
+        )
         return grads.T, sums
 
     def classify(self, graph: Graph, operands: Sequence[Tensor], q: range, k: range) -> int:
@@ -157,7 +195,12 @@ def kind(x: Tensor) -> str:
 def positions(count: int, seed: int, n: int = N) -> Tensor:
     """Ascending positions, some more than once."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, n, (count,), generator=generator).sort().values.to(torch.int32).contiguous()
+    return (
+        torch.randint(0, n, (count,), generator=generator)
+        .sort()
+        .values.to(torch.int32)
+        .contiguous()
+    )
 
 
 def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +209,14 @@ def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
 
 
 def same(got: Tensor, want: Tensor, tolerance: float, why: str = "") -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda message: f"{why}: {message}")
+    torch.testing.assert_close(
+        got,
+        want,
+        rtol=tolerance,
+        atol=tolerance,
+        equal_nan=True,
+        msg=lambda message: f"{why}: {message}",
+    )
 
 
 def close(dtype: torch.dtype) -> float:
@@ -207,7 +257,9 @@ def compare_scores(
     inputs = [x, *(operand for operand in operands if operand.requires_grad)]
     expected_grads = [torch.zeros_like(leaf) for leaf in inputs]
     if expected.requires_grad:
-        expected_grads = list(torch.autograd.grad(expected, inputs, grad, allow_unused=True, materialize_grads=True))
+        expected_grads = list(
+            torch.autograd.grad(expected, inputs, grad, allow_unused=True, materialize_grads=True)
+        )
     of_scores, sums = native.backward(graph, operands, scores, grad, q, k)
     same(of_scores, expected_grads[0], tolerance, "gradient of the scores")
     totals = [total for total in sums if total is not None]
@@ -220,7 +272,9 @@ def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int
     """Answers for pairs are the graph's; verdicts on blocks agree with them. Returns how many blocks are decided."""
     graph, operands = trace_mask_mod(mod)
     q, k = positions(lanes, 0), positions(keys, 1)
-    want = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k)).broadcast_to(lanes, keys)
+    want = over_pairs(
+        lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k)
+    ).broadcast_to(lanes, keys)
     assert torch.equal(native.mask(graph, operands, q, k), want)
     whole = torch.arange(N, dtype=torch.int32)
     everywhere = native.mask(graph, operands, whole, whole)
@@ -248,6 +302,16 @@ def build_driver(folder: Path) -> Native:
     names = ("functions.cpp", "function_bounds.cpp", "function_loops.cpp")
     units = [folder / "driver.cpp", *(SOURCES / name for name in names)]
     warnings = ("-Wall", "-Wextra", "-Werror")
-    command = [*compiler, "-O3", *FLAGS, *warnings, f"-I{SOURCES}", "-shared", *units, "-o", library]
+    command = [
+        *compiler,
+        "-O3",
+        *FLAGS,
+        *warnings,
+        f"-I{SOURCES}",
+        "-shared",
+        *units,
+        "-o",
+        library,
+    ]
     subprocess.run(list(map(str, command)), check=True)
     return Native(ctypes.CDLL(str(library)))

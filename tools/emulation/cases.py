@@ -41,12 +41,17 @@ class Case:
 
 def _documents() -> dict[str, Any]:
     ids = torch.randint(0, 3, (2, TOKENS)).sort()[0]
-    return {"data": {"ids": ids, "pad": torch.arange(TOKENS)[None] < torch.tensor([[TOKENS], [250]])}}
+    return {
+        "data": {"ids": ids, "pad": torch.arange(TOKENS)[None] < torch.tensor([[TOKENS], [250]])}
+    }
 
 
 def _slopes() -> dict[str, Any]:
     slopes = torch.rand(2, requires_grad=True)
-    return {"score_mod": lambda score, b, h, q, kv: score + slopes[h] * (q - kv).abs() / 64, "learned": [slopes]}
+    return {
+        "score_mod": lambda score, b, h, q, kv: score + slopes[h] * (q - kv).abs() / 64,
+        "learned": [slopes],
+    }
 
 
 _WINDOW = masks.causal() & masks.window(60)
@@ -112,7 +117,9 @@ def error_of(case: Case) -> str | None:
     of_keys = batch, case.kv_heads or heads, case.keys or queries
     q = torch.randn(case.shape, dtype=case.dtype, requires_grad=case.backward)
     k = torch.randn(*of_keys, head_dim, dtype=case.dtype, requires_grad=case.backward)
-    v = torch.randn(*of_keys, case.value_dim or head_dim, dtype=case.dtype, requires_grad=case.backward)
+    v = torch.randn(
+        *of_keys, case.value_dim or head_dim, dtype=case.dtype, requires_grad=case.backward
+    )
     options = case.options()
     inputs = [q, k, v, *options.pop("learned", [])]
     limits = tiles._ALWAYS_FITS, tiles._MOST_PADDING
@@ -130,9 +137,14 @@ def error_of(case: Case) -> str | None:
             if case.backward:
                 weights = torch.randn_like(out), torch.where(seen, torch.randn_like(lse), 0)
                 ours = torch.autograd.grad((out, lse), inputs, weights)
-                theirs = torch.autograd.grad((true, true_lse), inputs, [x.double() for x in weights])
+                theirs = torch.autograd.grad(
+                    (true, true_lse), inputs, [x.double() for x in weights]
+                )
                 names = ("grad q", "grad k", "grad v", *("grad of an operand" for _ in inputs[3:]))
-                pairs |= {f"{name} {number}": pair for number, (name, *pair) in enumerate(zip(names, ours, theirs, strict=True))}
+                pairs |= {
+                    f"{name} {number}": pair
+                    for number, (name, *pair) in enumerate(zip(names, ours, theirs, strict=True))
+                }
     finally:
         tiles._ALWAYS_FITS, tiles._MOST_PADDING = limits
     return _worst(pairs, case.dtype)

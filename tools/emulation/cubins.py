@@ -34,10 +34,21 @@ class Cubin:
     def report(self) -> dict[str, int]:
         """Its numbers, and how many products its tensor cores do."""
         wgmma = self.ptx.count("wgmma.mma_async")
-        return {"shared": self.shared, "spilled": self.spilled, "registers": self.registers, "wgmma": wgmma}
+        return {
+            "shared": self.shared,
+            "spilled": self.spilled,
+            "registers": self.registers,
+            "wgmma": wgmma,
+        }
 
 
-def compiled(function: Any, signature: dict[str, str], constants: dict[Any, Any], attributes: Any, **options: Any) -> Cubin:
+def compiled(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[Any, Any],
+    attributes: Any,
+    **options: Any,
+) -> Cubin:
     """A Triton function as machine code of the pretended GPU. options: num_warps, num_stages."""
     source = triton.compiler.ASTSource(function, signature, constants, attributes)
     log = io.StringIO()
@@ -46,7 +57,9 @@ def compiled(function: Any, signature: dict[str, str], constants: dict[Any, Any]
     spills, registers = _SPILLS.search(log.getvalue()), _REGISTERS.search(log.getvalue())
     if spills is None or registers is None:
         raise RuntimeError(f"ptxas said nothing of spills or registers: {log.getvalue()!r}")
-    return Cubin(kernel.metadata.shared, sum(map(int, spills.groups())), int(registers[1]), kernel.asm["ptx"])
+    return Cubin(
+        kernel.metadata.shared, sum(map(int, spills.groups())), int(registers[1]), kernel.asm["ptx"]
+    )
 
 
 def of_inductor(name: str, source: str) -> Cubin:
@@ -58,7 +71,14 @@ def of_inductor(name: str, source: str) -> Cubin:
     signature = {**meta["signature"], **{key: "constexpr" for key in constants if key in names}}
     places = {(names.index(key),): value for key, value in constants.items()}
     attributes = meta["configs"][0] if meta.get("configs") else None
-    return compiled(kernel.fn, signature, places, attributes, num_warps=config.num_warps, num_stages=config.num_stages)
+    return compiled(
+        kernel.fn,
+        signature,
+        places,
+        attributes,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def flex(dtype: torch.dtype, head_dim: int, backward: bool = True) -> dict[str, Cubin]:
@@ -68,8 +88,13 @@ def flex(dtype: torch.dtype, head_dim: int, backward: bool = True) -> dict[str, 
     out = cd.compile(masks.window(256), lowering="flex")(*x)
     if backward:
         torch.autograd.grad(out.sum(), x)
-    written = dict(name_and_source for name_and_source in pretended.KERNELS if "_tem_" in name_and_source[0])
-    kinds = {("backward" if "backward" in name else "forward"): (name, source) for name, source in written.items()}
+    written = dict(
+        name_and_source for name_and_source in pretended.KERNELS if "_tem_" in name_and_source[0]
+    )
+    kinds = {
+        ("backward" if "backward" in name else "forward"): (name, source)
+        for name, source in written.items()
+    }
     return {kind: of_inductor(*kernel) for kind, kernel in kinds.items()}
 
 
@@ -82,9 +107,15 @@ def lanes(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
     from compiled_dilated.lowerings.lanes import kernels, running
 
     width = running.padded(head_dim)
-    forward, backward = running.forward_blocks(width, dtype.itemsize), running.backward_blocks(width, dtype.itemsize)
+    forward, backward = (
+        running.forward_blocks(width, dtype.itemsize),
+        running.backward_blocks(width, dtype.itemsize),
+    )
     blocks = {"forward": forward, "grad_queries": backward, "grad_keys": backward}
-    return {name: _of_lanes(getattr(kernels, name), dtype, head_dim, width, blocks[name]) for name in blocks}
+    return {
+        name: _of_lanes(getattr(kernels, name), dtype, head_dim, width, blocks[name])
+        for name in blocks
+    }
 
 
 def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, blocks: Any) -> Cubin:
@@ -100,9 +131,15 @@ def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, bloc
     signature = {name: _kind(name, dtype) for name in names} | dict.fromkeys(constants, "constexpr")
     places = {(names.index(name),): value for name, value in constants.items()}
     # Tensors that torch allocates, and strides of heads and tokens of usual widths.
-    divisible = [name for name in names if signature[name].startswith("*") or (len(name) == 2 and name != "lb" and name != "lh")]
+    divisible = [
+        name
+        for name in names
+        if signature[name].startswith("*") or (len(name) == 2 and name != "lb" and name != "lh")
+    ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    return compiled(function, signature, places, attributes, num_warps=blocks.warps, num_stages=blocks.stages)
+    return compiled(
+        function, signature, places, attributes, num_warps=blocks.warps, num_stages=blocks.stages
+    )
 
 
 def _kind(name: str, dtype: torch.dtype) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("COMPILED_DILATED_EMULATION_VENV", ROOT / ".venv-gpu-emulated"))
-_TORCH_INDEX = os.environ.get("COMPILED_DILATED_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+_TORCH_INDEX = os.environ.get(
+    "COMPILED_DILATED_TORCH_INDEX", "https://download.pytorch.org/whl/cpu"
+)
 # numpy 2.4 breaks the interpreter of Triton 3.6. What the project imports beside them comes at the versions of constraints.txt.
 _PINNED = {"torch": "2.13.0", "triton": "3.6.0", "numpy": "2.2.6"}
 _OTHERS = ("lazy-loader", "psutil", "tabulate", "setuptools")
@@ -27,7 +29,17 @@ def python() -> Path:
     pip = [str(executable), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     pinned = [f"{name}=={version}" for name, version in _PINNED.items()]
     # The CPU build of torch; where its index is out of reach, pip's own index.
-    from_index = [*pip, "--retries", "1", "--timeout", "10", "--no-deps", "--index-url", _TORCH_INDEX, pinned[0]]
+    from_index = [
+        *pip,
+        "--retries",
+        "1",
+        "--timeout",
+        "10",
+        "--no-deps",
+        "--index-url",
+        _TORCH_INDEX,
+        pinned[0],
+    ]
     if subprocess.run(from_index).returncode:
         print("gpu_emulated: PyTorch's index does not give torch; pip's own will", flush=True)
     subprocess.run([*pip, *pinned, *_constrained()], check=True)

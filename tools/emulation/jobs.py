@@ -12,7 +12,12 @@ _SHORT_COMPILED = ("flex bfloat16 64", "lanes bfloat16 64", "lanes bfloat16 128"
 
 def names(short: bool) -> list[str]:
     """All jobs, or those of the short half."""
-    compiled = [f"{way} {dtype} {width}" for dtype, widths in _WIDTHS.items() for width in widths for way in ("flex", "lanes")]
+    compiled = [
+        f"{way} {dtype} {width}"
+        for dtype, widths in _WIDTHS.items()
+        for width in widths
+        for way in ("flex", "lanes")
+    ]
     return [
         *(f"{RUN}: {name}" for name, is_short in _cases().items() if is_short or not short),
         *(f"{COMPILE}: {name}" for name in compiled if name in _SHORT_COMPILED or not short),
@@ -31,7 +36,11 @@ def batches(chosen: list[str], at_once: int = 4) -> list[list[str]]:
 def _cases() -> dict[str, bool]:
     """The names of the cases and whether each is of the short half, read from their source: importing it needs torch."""
     tree = ast.parse((Path(__file__).parent / "cases.py").read_text())
-    table = next(node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "CASES")
+    table = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "CASES"
+    )
     assert isinstance(table, ast.Dict)
     out = {}
     for key, value in zip(table.keys, table.values, strict=True):

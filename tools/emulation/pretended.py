@@ -124,7 +124,18 @@ def _register_guard() -> None:
         "    c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());\n"
     )
     include, libraries = f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"
-    command = ["g++", "-std=c++20", "-fPIC", "-shared", str(source), include, libraries, "-lc10", "-o", str(library)]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-fPIC",
+        "-shared",
+        str(source),
+        include,
+        libraries,
+        "-lc10",
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     ctypes.CDLL(str(library))
 
@@ -140,14 +151,24 @@ def _pretend_device() -> None:
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(cuda, name, lambda *arguments, _answer=answer, **options: _answer)
-    for name in ("_lazy_init", "_lazy_call", "manual_seed", "manual_seed_all", "set_device", "synchronize", "set_rng_state"):
+    for name in (
+        "_lazy_init",
+        "_lazy_call",
+        "manual_seed",
+        "manual_seed_all",
+        "set_device",
+        "synchronize",
+        "set_rng_state",
+    ):
         setattr(cuda, name, nothing)
     cuda._cached_device_count = 1
     cuda.get_rng_state = lambda *arguments: torch.zeros(16, dtype=torch.uint8)
     cuda._DeviceGuard = cuda.device = _NoGuard
     torch._C._cuda_getCurrentRawStream = lambda *arguments: 0
     torch._C._cuda_getDevice = lambda: 0
-    torch._C._dynamo.guards._empty_strided_cuda = _zeros  # what no kernel fills, where kernels are compiled alone, is no NaN
+    torch._C._dynamo.guards._empty_strided_cuda = (
+        _zeros  # what no kernel fills, where kernels are compiled alone, is no NaN
+    )
     fake_tensor.init_gpu_context = nothing
     interface = device_interface.CudaInterface
     interface.device = _NoGuard
@@ -161,7 +182,9 @@ def _pretend_device() -> None:
         "get_compute_capability": 90,
     }  # fmt: skip
     for name, answer in of_interface.items():
-        setattr(interface, name, staticmethod(lambda *arguments, _answer=answer, **options: _answer))
+        setattr(
+            interface, name, staticmethod(lambda *arguments, _answer=answer, **options: _answer)
+        )
 
 
 def _mend_interpreter() -> None:
@@ -176,7 +199,9 @@ def _mend_interpreter() -> None:
     def wide(x: Any) -> Any:
         if x.dtype.scalar != tl.bfloat16:
             return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return interpreter.TensorHandle(
+            (x.data.astype(np.uint32) << 16).view(np.float32), tl.float32
+        )
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         return product(self, wide(a), wide(b), d, *rest)
@@ -197,7 +222,9 @@ def _pretend_inductor() -> None:
         KERNELS.append((kernel_name, source_code))
         if MODE == "interpret":
             return make(self, kernel_name, source_code, device_str)
-        return types.SimpleNamespace(run=lambda *arguments, **options: None, kernel_name=kernel_name)
+        return types.SimpleNamespace(
+            run=lambda *arguments, **options: None, kernel_name=kernel_name
+        )
 
     async_compile.AsyncCompile.triton = of_source
     compile_graph, compile_inner = compile_fx.compile_fx, compile_fx.compile_fx_inner
@@ -223,7 +250,9 @@ def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any
 
     def change(module: fx.GraphModule) -> None:
         for node in module.graph.nodes:
-            node.args = fx.node.map_aggregate(node.args, lambda x: DEVICE if isinstance(x, torch.device) else x)
+            node.args = fx.node.map_aggregate(
+                node.args, lambda x: DEVICE if isinstance(x, torch.device) else x
+            )
             if isinstance(node.kwargs.get("device"), torch.device):
                 node.kwargs = {**node.kwargs, "device": DEVICE}
             for key in ("val", "example_value"):

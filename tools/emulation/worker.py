@@ -20,7 +20,10 @@ def main(names: list[str]) -> None:
             report = _result(name)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
-            report = {"error": f"{type(error).__name__}: {first[:300]}", "traceback": traceback.format_exc(limit=-12)}
+            report = {
+                "error": f"{type(error).__name__}: {first[:300]}",
+                "traceback": traceback.format_exc(limit=-12),
+            }
         report = {"job": name, "seconds": round(time.monotonic() - started, 1), **report}
         print(json.dumps(report), flush=True)
 
@@ -36,7 +39,10 @@ def _result(name: str) -> dict[str, Any]:
 
     lowering, dtype, head_dim = what.split()
     built = getattr(cubins, lowering)(getattr(cubins.torch, dtype), int(head_dim))
-    return {"error": None, "kernels": {f"{what} {part}": cubin.report for part, cubin in built.items()}}
+    return {
+        "error": None,
+        "kernels": {f"{what} {part}": cubin.report for part, cubin in built.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -25,16 +25,24 @@ def billion(
     tokens: Annotated[int, typer.Option(min=1, help="Length of the sequence.")] = 2**30,
     heads: Annotated[int, typer.Option(min=1, help="Query, key and value heads.")] = 1,
     dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 16,
-    program: Annotated[str, typer.Option(help="A program or mask as code.")] = "longnet((2048, 4096, 8192), (1, 2, 4))",
-    ranks: Annotated[int | None, typer.Option(min=1, help="One for each 4096 tokens if not given.")] = None,
-    directory: Annotated[Path, typer.Option(file_okay=False, help="Where the journal and the checked rows are kept.")] = Path(
-        "billion"
-    ),
+    program: Annotated[
+        str, typer.Option(help="A program or mask as code.")
+    ] = "longnet((2048, 4096, 8192), (1, 2, 4))",
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="One for each 4096 tokens if not given.")
+    ] = None,
+    directory: Annotated[
+        Path, typer.Option(file_okay=False, help="Where the journal and the checked rows are kept.")
+    ] = Path("billion"),
     rows: Annotated[int, typer.Option(min=1, help="Random rows to check against float64.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of q, k, v and of the rows to check.")] = 0,
-    limit_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the rank under way then.")] = None,
+    limit_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Stop after the rank under way then.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where blocks are computed.")] = Device.cpu,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compute attention over a sequence from a counter-based generator, rank by rank, and check random rows against float64.
@@ -54,12 +62,28 @@ def billion(
         directory.mkdir(parents=True, exist_ok=True)
         chosen = np.random.default_rng(seed).choice(tokens, size=min(rows, tokens), replace=False)
         sink = _sink(directory, shape, [int(row) for row in chosen])
-    with stoppable("--directory"), token_bar(f"{ranks:,} ranks", tokens) as tell, measure.resident_peak() as peak:
-        report = run(q, k, v, sink, journal=directory / "journal", limit_seconds=limit_seconds, on_progress=tell)
+    with (
+        stoppable("--directory"),
+        token_bar(f"{ranks:,} ranks", tokens) as tell,
+        measure.resident_peak() as peak,
+    ):
+        report = run(
+            q,
+            k,
+            v,
+            sink,
+            journal=directory / "journal",
+            limit_seconds=limit_seconds,
+            on_progress=tell,
+        )
         peak_bytes = peak()
     found, errors = sink.read(), []
     layout = run.schedule(q, k, v)[0].layout
-    done = [i for i, row in enumerate(sink.samples) if next(layout.owners(range(row, row + 1))) in report.finished]
+    done = [
+        i
+        for i, row in enumerate(sink.samples)
+        if next(layout.owners(range(row, row + 1))) in report.finished
+    ]
     for i in done:
         wanted = exact_row(code, q, k, v, int(sink.samples[i]), dim**-0.5)
         errors.append((found[:, :, i].double() - wanted).abs().max().item())

@@ -20,13 +20,25 @@ from ..arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
 from .billion import billion
 from .progress import stoppable, token_bar
 
-app = typer.Typer(help="Attention over many ranks: plan it, simulate it, stream it from files, launch it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Attention over many ranks: plan it, simulate it, stream it from files, launch it.",
+    no_args_is_help=True,
+)
 app.command()(billion)
 
-Shape = Annotated[str, typer.Option(metavar="B,H,N,D", help="Batch, query heads, tokens of all ranks, width of a head.")]
-KvHeads = Annotated[int | None, typer.Option(help="Key and value heads, a divisor of H; H if not given.")]
+Shape = Annotated[
+    str,
+    typer.Option(
+        metavar="B,H,N,D", help="Batch, query heads, tokens of all ranks, width of a head."
+    ),
+]
+KvHeads = Annotated[
+    int | None, typer.Option(help="Key and value heads, a divisor of H; H if not given.")
+]
 Ranks = Annotated[int, typer.Option(min=1, help="How many ranks share the sequence.")]
-LayoutName = Annotated[str, typer.Option(help=f"Which tokens each rank holds: {', '.join(LAYOUTS)}.")]
+LayoutName = Annotated[
+    str, typer.Option(help=f"Which tokens each rank holds: {', '.join(LAYOUTS)}.")
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of q, k and v.")]
 
 
@@ -72,11 +84,16 @@ def simulate(
     """
     with bad_usage():
         code, sizes = read_program(program), numbers("--shape", shape)
-        found = compiler.plan(code, sizes, kv_heads, dtype=getattr(torch, dtype), ranks=ranks, layout=layout)
+        found = compiler.plan(
+            code, sizes, kv_heads, dtype=getattr(torch, dtype), ranks=ranks, layout=layout
+        )
         ring, alone = compiler.compile(code, ranks=ranks, layout=layout), compiler.compile(code)
     random = torch.Generator().manual_seed(0)
     kv_shape = (sizes[0], sizes[1] if kv_heads is None else kv_heads, *sizes[2:])
-    q, k, v = (torch.randn(each, generator=random).to(getattr(torch, dtype)) for each in (sizes, kv_shape, kv_shape))
+    q, k, v = (
+        torch.randn(each, generator=random).to(getattr(torch, dtype))
+        for each in (sizes, kv_shape, kv_shape)
+    )
     with torch.no_grad():
         results: list[torch.Tensor] = []
         seconds = measure.timed(lambda: results.append(ring(q, k, v)))
@@ -103,13 +120,29 @@ def simulate(
 @app.command()
 def stream(
     program: ProgramText,
-    q: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Queries, a .npy file (B, H, N, D).")],
-    k: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Keys, a .npy file (B, Hkv, N, D).")],
-    v: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Values, a .npy file (B, Hkv, N, Dv).")],
-    out: Annotated[Path, typer.Argument(dir_okay=False, help="The output, a .npy file; made, or gone on with.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Parts that the sequence is cut into; one or two are in memory.")] = 16,
-    journal: Annotated[Path | None, typer.Option(help="What is done, so that a stopped run goes on; OUT.journal.")] = None,
-    limit_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the part under way then.")] = None,
+    q: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Queries, a .npy file (B, H, N, D).")
+    ],
+    k: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Keys, a .npy file (B, Hkv, N, D).")
+    ],
+    v: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, help="Values, a .npy file (B, Hkv, N, Dv)."),
+    ],
+    out: Annotated[
+        Path, typer.Argument(dir_okay=False, help="The output, a .npy file; made, or gone on with.")
+    ],
+    ranks: Annotated[
+        int,
+        typer.Option(min=1, help="Parts that the sequence is cut into; one or two are in memory."),
+    ] = 16,
+    journal: Annotated[
+        Path | None, typer.Option(help="What is done, so that a stopped run goes on; OUT.journal.")
+    ] = None,
+    limit_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Stop after the part under way then.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compute attention from files to a file, part by part; the same command goes on after any stop.
@@ -121,7 +154,9 @@ def stream(
         run = compiler.compile(read_program(program), ranks=ranks, transport="streamed")
         queries = FileSource(q, "q")
         with token_bar(q.name, queries.shape[2]) as tell:
-            report = run(queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell)
+            report = run(
+                queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell
+            )
     if json:
         print_json(as_record(report))
     else:
@@ -144,7 +179,9 @@ def said(report: Report, out: Path, journal: Path) -> str:
     if report.resumed_ranks:
         lines.append(f"{report.resumed_ranks} of {report.ranks} parts were done before")
     if report.torn:
-        lines.append(f"parts {list(report.torn)} were not on the disk as they had been written, and were computed again")
+        lines.append(
+            f"parts {list(report.torn)} were not on the disk as they had been written, and were computed again"
+        )
     lines.append(f"a part held {report.ledger.most_held_bytes / 2**20:,.2f} MiB at most")
     if not report.complete:
         lines.append(f"the time was up; the same command goes on ({journal})")
@@ -167,7 +204,9 @@ def launch(
     Exit code 1 if a bit differs, or a process fails.
     """
     with bad_usage():
-        compiler.plan(read_program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout)
+        compiler.plan(
+            read_program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout
+        )
     settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python",
                sys.executable, "-m", f"{__package__}.rank", *settings]  # fmt: skip

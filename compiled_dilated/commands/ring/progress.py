@@ -16,7 +16,12 @@ def token_bar(name: str, tokens: int | None = None) -> Iterator[Callable[[Progre
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=tokens, rate="")
         resumed = 0
@@ -26,7 +31,9 @@ def token_bar(name: str, tokens: int | None = None) -> Iterator[Callable[[Progre
             if progress.resumed_ranks and not resumed:
                 resumed = progress.tokens
             rate = (progress.tokens - resumed) / max(progress.seconds, 1e-9)
-            bar.update(task, completed=progress.tokens, rate=f"{progress.tokens:,} tokens, {rate:,.0f}/s")
+            bar.update(
+                task, completed=progress.tokens, rate=f"{progress.tokens:,} tokens, {rate:,.0f}/s"
+            )
 
         yield tell
 

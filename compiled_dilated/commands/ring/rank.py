@@ -17,7 +17,9 @@ def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style
     """Compare this rank's share with the simulated ring; 0 if all ranks agree to the bit."""
     dist.init_process_group("gloo")
     try:
-        table, layout_name = _shares(program, numbers("--shape", shape), int(kv_heads), layout, getattr(torch, dtype))
+        table, layout_name = _shares(
+            program, numbers("--shape", shape), int(kv_heads), layout, getattr(torch, dtype)
+        )
         is_first_rank = dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
@@ -45,7 +47,10 @@ def _shares(
     positions = plan.positions(rank)
     # The same numbers on every rank, so that each can run the whole simulated ring.
     generator = torch.Generator().manual_seed(0)
-    q, k, v, out_grad = (torch.randn(shape, generator=generator).to(dtype) for shape in (q_shape, kv_shape, kv_shape, q_shape))
+    q, k, v, out_grad = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in (q_shape, kv_shape, kv_shape, q_shape)
+    )
     shards = [x[:, :, positions].requires_grad_() for x in (q, k, v)]
     ring = compiler.compile(code, mesh=dist.group.WORLD, layout=layout)
     assert ring.ring is not None
@@ -67,9 +72,17 @@ def _shares(
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = simulated(*inputs)
     whole = (out, *torch.autograd.grad(out, inputs, out_grad))
-    same_bits = all(torch.equal(share, x[:, :, positions]) for share, x in zip(results[0], whole, strict=True))
+    same_bits = all(
+        torch.equal(share, x[:, :, positions]) for share, x in zip(results[0], whole, strict=True)
+    )
     table: list[dict[str, object]] = [{}] * ranks
-    row = {"rank": rank, "tokens": len(positions), "seconds": seconds, "received_bytes": received, "same_bits": same_bits}
+    row = {
+        "rank": rank,
+        "tokens": len(positions),
+        "seconds": seconds,
+        "received_bytes": received,
+        "same_bits": same_bits,
+    }
     dist.all_gather_object(table, row)
     return table, plan.schedule.layout.name
 

@@ -42,9 +42,13 @@ class Work:
 
     classes: tuple[tuple[Lane, ...], ...]
     class_of: tuple[int, ...]
-    kept: dict[tuple[Tiling, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    kept: dict[tuple[Tiling, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict, repr=False
+    )
 
-    def lists(self, problem: Problem, rows: int, columns: int, transposed: bool, device: torch.device) -> tuple[Tensor, ...]:
+    def lists(
+        self, problem: Problem, rows: int, columns: int, transposed: bool, device: torch.device
+    ) -> tuple[Tensor, ...]:
         """Tiles, runs and classes of heads as tensors; over keys where transposed, else over queries."""
         key = Tiling(rows, columns, lists.step_of(self.classes)), transposed, device
         if key not in self.kept:
@@ -96,7 +100,11 @@ def _work(problem: Problem) -> Work:
     classes: dict[tuple[Any, ...], int] = {}
     class_of = []
     for head in range(problem.heads):
-        branches = [branch for branch in problem.program.branches if head in branch.head_range(problem.heads)]
+        branches = [
+            branch
+            for branch in problem.program.branches
+            if head in branch.head_range(problem.heads)
+        ]
         masks = tuple(branch.mask_at(head, problem.heads) for branch in branches)
         class_of.append(classes.setdefault(masks, len(classes)))
     lanes = tuple(tuple(lane for mask in masks for lane in lanes_of(mask)) for masks in classes)
@@ -121,7 +129,9 @@ def _cost(work: Work, problem: Problem) -> Cost:
     return Cost(full + partial, width * (full + partial), 0, 1, 0, dense_flops, delta)
 
 
-def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N)."""
     from . import running
 
@@ -130,13 +140,19 @@ def forward(work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: T
         out, lse = forward(work, problem, call, q, k, v[..., :_WIDEST])
         rest, _ = forward(work, problem, call, q, k, v[..., _WIDEST:])
         return torch.cat([out, rest], dim=-1), lse
-    blocks = running.forward_blocks(max(running.padded(q.shape[3]), running.padded(v.shape[3])), q.element_size())
+    blocks = running.forward_blocks(
+        max(running.padded(q.shape[3]), running.padded(v.shape[3])), q.element_size()
+    )
     tables = work.lists(problem, blocks.rows, blocks.columns, False, q.device)
-    result: tuple[Tensor, Tensor] = running.forward(q, k, v, *tables, call.scale, call.q_offset, is_by_token(q))
+    result: tuple[Tensor, Tensor] = running.forward(
+        q, k, v, *tables, call.scale, call.q_offset, is_by_token(q)
+    )
     return result
 
 
-def backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    work: Work, problem: Problem, call: Call, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from the merged out and lse, which is +inf in rows that see nothing."""
     from . import running
 
@@ -144,7 +160,9 @@ def backward(work: Work, problem: Problem, call: Call, saved: Saved) -> tuple[Te
     delta = (saved.out.float() * grad_out.float()).sum(dim=-1)
     if saved.grad_lse is not None:
         delta -= saved.grad_lse
-    blocks = running.backward_blocks(max(running.padded(q.shape[3]), running.padded(v.shape[3])), q.element_size())
+    blocks = running.backward_blocks(
+        max(running.padded(q.shape[3]), running.padded(v.shape[3])), q.element_size()
+    )
     saved_tensors = q, k, v, grad_out, saved.lse.contiguous(), delta.contiguous()
     numbers = call.scale, call.q_offset
     of_queries = work.lists(problem, blocks.rows, blocks.columns, False, q.device)

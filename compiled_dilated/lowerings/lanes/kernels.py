@@ -11,7 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(base, positions, stride, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _load(
+    base, positions, stride, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
     """Rows of (tokens, WIDTH) at some positions as a block BLOCK numbers wide; 0 where not seen and past the width."""
     d = tl.arange(0, BLOCK)
     places = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
@@ -86,16 +88,56 @@ def forward(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     acc, peak, total = _forward_runs(
-        q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, middle, D, DV, BLOCK_D, BLOCK_V, COLUMNS, False
+        q,
+        q_at,
+        i,
+        acc,
+        peak,
+        total,
+        K,
+        V,
+        kn,
+        vn,
+        scale,
+        RUNS,
+        start,
+        middle,
+        D,
+        DV,
+        BLOCK_D,
+        BLOCK_V,
+        COLUMNS,
+        False,
     )
     acc, peak, total = _forward_runs(
-        q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, middle, stop, D, DV, BLOCK_D, BLOCK_V, COLUMNS, True
+        q,
+        q_at,
+        i,
+        acc,
+        peak,
+        total,
+        K,
+        V,
+        kn,
+        vn,
+        scale,
+        RUNS,
+        middle,
+        stop,
+        D,
+        DV,
+        BLOCK_D,
+        BLOCK_V,
+        COLUMNS,
+        True,
     )
     # A row whose scores are all -inf has seen nothing.
     dead = total == 0.0
     out = acc / tl.where(dead, 1.0, total)[:, None]
     _store(OUT + batch * ob + head * oh, q_at - q_offset, on, out, alive, DV, BLOCK_V)
-    lse = tl.where(dead, -float("inf"), (peak + tl.math.log2(tl.where(dead, 1.0, total))) * 0.6931471805599453)
+    lse = tl.where(
+        dead, -float("inf"), (peak + tl.math.log2(tl.where(dead, 1.0, total))) * 0.6931471805599453
+    )
     tl.store(LSE + batch * lb + head * lh + q_at - q_offset, lse, mask=alive)
 
 
@@ -138,8 +180,13 @@ def grad_queries(
     i = tl.arange(0, ROWS)
     q_at, alive = first + step * i, i < count
     q = _load(Q + batch * qb + head * qh, q_at - q_offset, qn, alive, D, BLOCK_D, True)
-    grad_out = _load(GRAD_OUT + batch * gb + head * gh, q_at - q_offset, gn, alive, DV, BLOCK_V, True)
-    lse = tl.load(LSE + batch * lb + head * lh + q_at - q_offset, mask=alive, other=float("inf")) * 1.4426950408889634
+    grad_out = _load(
+        GRAD_OUT + batch * gb + head * gh, q_at - q_offset, gn, alive, DV, BLOCK_V, True
+    )
+    lse = (
+        tl.load(LSE + batch * lb + head * lh + q_at - q_offset, mask=alive, other=float("inf"))
+        * 1.4426950408889634
+    )
     delta = tl.load(DELTA + batch * lb + head * lh + q_at - q_offset, mask=alive, other=0.0)
     K += batch * kb + head // group * kh
     V += batch * vb + head // group * vh
@@ -170,7 +217,9 @@ def _key_runs(
             q_at, inside = first + step * j, j < count
             q = _load(Q, q_at - q_offset, q_stride, inside, D, BLOCK_D, MASKED)
             grad_out = _load(GRAD_OUT, q_at - q_offset, g_stride, inside, DV, BLOCK_V, MASKED)
-            lse = tl.load(LSE + q_at - q_offset, mask=inside, other=float("inf")) * 1.4426950408889634
+            lse = (
+                tl.load(LSE + q_at - q_offset, mask=inside, other=float("inf")) * 1.4426950408889634
+            )
             delta = tl.load(DELTA + q_at - q_offset, mask=inside, other=0.0)
             # (keys, queries)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
@@ -191,7 +240,10 @@ def grad_keys(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values of a key head, summed over its query heads."""
-    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    batch, kv_head = (
+        (tl.program_id(1) // kv_heads).to(tl.int64),
+        (tl.program_id(1) % kv_heads).to(tl.int64),
+    )
     i = tl.arange(0, ROWS)
     # Tiles have the same rows in all classes.
     tile = TILES + tl.program_id(0).to(tl.int64) * 6

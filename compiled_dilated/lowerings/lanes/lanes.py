@@ -112,7 +112,9 @@ class Lane:
     @property
     def periods(self) -> tuple[int, ...]:
         """Steps of rows at which what a row sees by residue stays the same, within a group."""
-        moduli = [residue.modulus for side in (self.rows, self.columns) for residue in side.residues]
+        moduli = [
+            residue.modulus for side in (self.rows, self.columns) for residue in side.residues
+        ]
         return (self.dilation, *moduli)
 
 
@@ -120,7 +122,9 @@ def lanes_of(mask: Mask) -> tuple[Lane, ...]:
     """Lanes without common pairs whose union is the mask of one head. Raises Inexpressible."""
     lanes = _lanes(mask)
     if len(lanes) > _MOST_LANES:
-        raise Inexpressible(f"{mask!r} falls into {len(lanes)} lanes; at most {_MOST_LANES} are computed")
+        raise Inexpressible(
+            f"{mask!r} falls into {len(lanes)} lanes; at most {_MOST_LANES} are computed"
+        )
     return tuple(lane for lane in lanes if lane.least <= lane.most)
 
 
@@ -133,7 +137,11 @@ def _lanes(mask: Mask) -> list[Lane]:
     if isinstance(mask, Or):
         # Each part less the parts before it.
         first, *rest = mask.masks
-        others = _lanes(And((Or(tuple(rest)) if len(rest) > 1 else rest[0], _negated(first)))) if rest else []
+        others = (
+            _lanes(And((Or(tuple(rest)) if len(rest) > 1 else rest[0], _negated(first))))
+            if rest
+            else []
+        )
         return _lanes(first) + others
     if isinstance(mask, (Prefix, GlobalTokens)):
         return _lanes(mask.expanded())

@@ -72,7 +72,9 @@ def build(classes: Sequence[Sequence[Lane]], rows: range, columns: range, tiling
     return Lists(np.array(tiles, dtype=np.int32).reshape(shape), of_runs)
 
 
-def computed_pairs(lanes: Sequence[Lane], rows: range, columns: range, tiling: Tiling, most: int = 128) -> tuple[int, int]:
+def computed_pairs(
+    lanes: Sequence[Lane], rows: range, columns: range, tiling: Tiling, most: int = 128
+) -> tuple[int, int]:
     """Pairs of FULL and of PARTIAL blocks that a kernel computes for a class: of all tiles, or about so from `most` of them."""
     count = tiling.count(rows)
     stride = max(1, count // most)
@@ -90,7 +92,9 @@ def computed_pairs(lanes: Sequence[Lane], rows: range, columns: range, tiling: T
     return round(full * scale), round(partial * scale)
 
 
-def _runs_of_tile(lanes: Sequence[Lane], tile: range, columns: range, block: int) -> tuple[list[Run], list[Run]]:
+def _runs_of_tile(
+    lanes: Sequence[Lane], tile: range, columns: range, block: int
+) -> tuple[list[Run], list[Run]]:
     """FULL runs, of whole blocks that every row sees, and PARTIAL ones."""
     full: list[Run] = []
     partial: list[Run] = []
@@ -108,7 +112,11 @@ def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
     while low < len(tile):
         position = tile[low]
         stops = [grouping.group_of(position)[1] for grouping in lane.groupings]
-        stops += [(position // residue.within + 1) * residue.within for residue in lane.rows.residues if residue.within]
+        stops += [
+            (position // residue.within + 1) * residue.within
+            for residue in lane.rows.residues
+            if residue.within
+        ]
         high = min([len(tile), *(-(-(stop - tile.start) // tile.step) for stop in stops)])
         first = max(low, -(-(lane.rows.start - tile.start) // tile.step))
         last = min(high, -(-(lane.rows.stop - tile.start) // tile.step))
@@ -135,7 +143,9 @@ def _columns(lane: Lane, rows: range, columns: range) -> Iterator[range]:
     if lane.dilation > 1:
         runs = [intersection(runs[0], range(rows[0] % lane.dilation, stop, lane.dilation))]
     for residue in lane.columns.residues:
-        runs = [intersection(run, lattice) for run in runs if run for lattice in _lattices(residue, run)]
+        runs = [
+            intersection(run, lattice) for run in runs if run for lattice in _lattices(residue, run)
+        ]
     yield from (run for run in runs if run)
 
 
@@ -145,10 +155,14 @@ def _lattices(residue: Residue, run: range) -> Iterator[range]:
         yield range(residue.offset, run[-1] + 1, residue.modulus)
         return
     for start in range(run[0] // residue.within * residue.within, run[-1] + 1, residue.within):
-        yield range(start + residue.offset, min(start + residue.within, run[-1] + 1), residue.modulus)
+        yield range(
+            start + residue.offset, min(start + residue.within, run[-1] + 1), residue.modulus
+        )
 
 
-def _cut(lane: Lane, tile: range, low: int, high: int, seen: range, block: int) -> Iterator[tuple[Run, bool]]:
+def _cut(
+    lane: Lane, tile: range, low: int, high: int, seen: range, block: int
+) -> Iterator[tuple[Run, bool]]:
     """A run as PARTIAL, FULL and PARTIAL ones; FULL ones are whole blocks that every row of the tile sees."""
     start = stop = 0
     if low == 0 and high == len(tile):

@@ -31,7 +31,13 @@ class Blocks:
 def forward_blocks(width: int, itemsize: int) -> Blocks:
     """Blocks of the forward for heads of a width, a power of two: what fits 227 KiB without spills."""
     if itemsize == 4:
-        return Blocks(32, 32, 4, 2) if width <= 64 else Blocks(32, 16, 4, 2) if width <= 128 else Blocks(16, 16, 4, 1)
+        return (
+            Blocks(32, 32, 4, 2)
+            if width <= 64
+            else Blocks(32, 16, 4, 2)
+            if width <= 128
+            else Blocks(16, 16, 4, 1)
+        )
     return Blocks(128, 64, 4, 3) if width <= 64 else Blocks(128, 64, 8, 2)
 
 
@@ -39,7 +45,13 @@ def backward_blocks(width: int, itemsize: int) -> Blocks:
     """Blocks of both kernels of the backward."""
     if itemsize == 4:
         return Blocks(32, 16, 4, 1) if width <= 64 else Blocks(16, 16, 4, 1)
-    return Blocks(64, 64, 4, 2) if width <= 64 else Blocks(64, 64, 8, 2) if width <= 128 else Blocks(64, 32, 8, 1)
+    return (
+        Blocks(64, 64, 4, 2)
+        if width <= 64
+        else Blocks(64, 64, 8, 2)
+        if width <= 128
+        else Blocks(64, 32, 8, 1)
+    )
 
 
 def padded(width: int) -> int:
@@ -76,7 +88,15 @@ def _width(q: Tensor, v: Tensor) -> int:
     schema=f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_NUMBERS}, bool by_token) -> (Tensor, Tensor)",
 )
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, runs: Tensor, classes: Tensor, scale: float, q_offset: int, by_token: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    runs: Tensor,
+    classes: Tensor,
+    scale: float,
+    q_offset: int,
+    by_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of lists over queries."""
     batch, heads = q.shape[:2]

@@ -91,9 +91,12 @@ def _tiles(
     if not batch.masks and call.score_mod is None:
         return tiles
     # (B * tiles, 1, rows or 1, columns or 1), of 64 bits, as a function may multiply positions.
-    b = torch.tensor(entries, device=device).repeat_interleave(batch.queries.count)[:, None, None, None]
+    b = torch.tensor(entries, device=device).repeat_interleave(batch.queries.count)[
+        :, None, None, None
+    ]
     q, kv = (
-        torch.from_numpy(rows.positions()).to(device).repeat(len(entries), 1)[:, None] for rows in (batch.queries, batch.keys)
+        torch.from_numpy(rows.positions()).to(device).repeat(len(entries), 1)[:, None]
+        for rows in (batch.queries, batch.keys)
     )
     q, kv = q[:, :, :, None], kv[:, :, None, :]
     if batch.masks:
@@ -170,7 +173,11 @@ def backward(batch: Batch, call: Call, entries: range, saved: Saved, into: Sums)
 
     lse is +inf in rows that see nothing.
     """
-    unit, shift, dtype = slice(entries.start, entries.stop), call.q_offset, kernels.backward_dtype(saved.q)
+    unit, shift, dtype = (
+        slice(entries.start, entries.stop),
+        call.q_offset,
+        kernels.backward_dtype(saved.q),
+    )
 
     def of_queries(x: Tensor) -> Tensor:
         return batch.queries.read(batch.heads.of(x[unit]), shift)

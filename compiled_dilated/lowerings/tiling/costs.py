@@ -30,7 +30,13 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
     """Bytes per tile: rows, results, bias, scores of a score_mod; gradients in a backward."""
     heads, rows, columns = batch.heads.count, batch.queries.size, batch.keys.size
     itemsize = max(4, problem.itemsize)
-    size = heads * (rows + columns) * (problem.head_dim + problem.value_dim) * itemsize * (3 if backward else 1)
+    size = (
+        heads
+        * (rows + columns)
+        * (problem.head_dim + problem.value_dim)
+        * itemsize
+        * (3 if backward else 1)
+    )
     if problem.scores:
         size += heads * rows * columns * itemsize * (6 if backward else 4)
     return size + batch.asked // batch.queries.count * _BYTES_PER_ASKED_PAIR
@@ -63,7 +69,12 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
     copied = sum(_moved_bytes(batch, problem) for batch in batches) * problem.batch
     calls = sum(_calls(batch, problem) for batch in batches)
     of_device = constants(problem.device)
-    flops = sum(batch.pairs / _rate(batch) for batch in batches) * problem.batch * width / of_device.tiles
+    flops = (
+        sum(batch.pairs / _rate(batch) for batch in batches)
+        * problem.batch
+        * width
+        / of_device.tiles
+    )
     sums = 2 * problem.tensor_bytes if problem.itemsize < 4 else 0
     return Cost(
         pairs=pairs,
@@ -72,7 +83,8 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
         calls=calls,
         peak_bytes=max((_held_bytes(batch, problem, False) for batch in batches), default=0),
         dense_flops=flops + copied * of_device.flops_per_byte + calls * of_device.flops_per_call,
-        backward_bytes=max((_held_bytes(batch, problem, True) for batch in batches), default=0) + sums,
+        backward_bytes=max((_held_bytes(batch, problem, True) for batch in batches), default=0)
+        + sums,
     )
 
 
@@ -110,6 +122,11 @@ def _moved_bytes(batch: Batch, problem: Problem) -> int:
     tokens = batch.queries.count * batch.queries.size
     moved = 3 * batch.heads.count * tokens * problem.value_dim
     if isinstance(batch.keys, Table):
-        gathered = batch.kv_heads.count * batch.keys.count * batch.keys.size * (problem.head_dim + problem.value_dim)
+        gathered = (
+            batch.kv_heads.count
+            * batch.keys.count
+            * batch.keys.size
+            * (problem.head_dim + problem.value_dim)
+        )
         moved += 2 * (batch.heads.count * tokens * problem.head_dim + gathered)
     return moved * problem.itemsize + batch.asked * _BYTES_PER_ASKED_PAIR

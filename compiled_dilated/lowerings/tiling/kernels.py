@@ -48,7 +48,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
 
 
 def attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
@@ -123,8 +130,19 @@ class FlashCPU:
     def backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, tiles.causal, attn_mask=tiles.bias, scale=tiles.scale
+        grads: tuple[Tensor, Tensor, Tensor] = (
+            aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                0.0,
+                tiles.causal,
+                attn_mask=tiles.bias,
+                scale=tiles.scale,
+            )
         )
         return grads
 
@@ -166,7 +184,14 @@ class EfficientCUDA:
 
     @classmethod
     def backward(
-        cls, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+        cls,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tiles: Tiles,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, groups = q.dtype, q.shape[1] // k.shape[1]
         grad_out, q, k, v, out = cls._as_precise(tiles, grad_out, q, k, v, out)
@@ -177,7 +202,11 @@ class EfficientCUDA:
             grad_out, q, wide_k, wide_v, cls._expanded(tiles, q, k), out, lse, seed, seed, 0.0,
             [True, True, True, False], tiles.causal, scale=tiles.scale,
         )  # fmt: skip
-        return grad_q.to(dtype), _summed(grad_k, groups).to(dtype), _summed(grad_v, groups).to(dtype)
+        return (
+            grad_q.to(dtype),
+            _summed(grad_k, groups).to(dtype),
+            _summed(grad_v, groups).to(dtype),
+        )
 
 
 class Math:
@@ -211,7 +240,14 @@ class Math:
 
     @classmethod
     def backward(
-        cls, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tiles
+        cls,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tiles: Tiles,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, groups = q.dtype, q.shape[1] // k.shape[1]
         grad_out, out, q = _exact(grad_out), _exact(out), _exact(q)
@@ -228,7 +264,11 @@ class Math:
             grad_scores = pull(grad_scores).masked_fill(weights == 0, 0.0)
         grad_q = grad_scores @ wide_k * tiles.scale
         grad_k = grad_scores.transpose(-1, -2) @ q * tiles.scale
-        return grad_q.to(dtype), _summed(grad_k, groups).to(dtype), _summed(grad_v, groups).to(dtype)
+        return (
+            grad_q.to(dtype),
+            _summed(grad_k, groups).to(dtype),
+            _summed(grad_v, groups).to(dtype),
+        )
 
 
 Kernel = type[FlashCPU] | type[EfficientCUDA] | type[Math]

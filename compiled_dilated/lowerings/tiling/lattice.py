@@ -32,7 +32,11 @@ class Lattice:
 
     def positions(self) -> IntArray:
         """(tiles, rows)"""
-        return self.start + np.arange(self.count)[:, None] * self.stride + np.arange(self.size) * self.step
+        return (
+            self.start
+            + np.arange(self.count)[:, None] * self.stride
+            + np.arange(self.size) * self.step
+        )
 
     def select(self, start: int, stop: int) -> Lattice:
         """Tiles [start, stop)."""
@@ -119,10 +123,14 @@ class Table:
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
         """A copy of the tiles."""
-        tokens: Tensor = x.index_select(2, self._index(x, shift)).unflatten(2, (self.count, self.size))
+        tokens: Tensor = x.index_select(2, self._index(x, shift)).unflatten(
+            2, (self.count, self.size)
+        )
         return tokens.transpose(1, 2).flatten(0, 1)
 
-    def merge(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, shift: int = 0) -> None:
+    def merge(
+        self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, shift: int = 0
+    ) -> None:
         """Merge a part, laid out as `read` does; no position may be in two tiles."""
         index, batch = self._index(out, shift), out.shape[0]
         joint_out, joint_lse = out.index_select(2, index), lse.index_select(2, index)

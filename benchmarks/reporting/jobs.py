@@ -1,0 +1,300 @@
+"""One measurement of the report: what is called, on which inputs, and the row that it gives."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import compiled_dilated as cd
+from compiled_dilated import measure, text
+from compiled_dilated.heads import HeadRange
+from compiled_dilated.ring.checking import exact_row
+from compiled_dilated.variants import variant
+
+from .peers import PEERS, RATES, SEGMENTS
+
+Row = dict[str, Any]
+
+# Up to so many tokens every row is compared with float64, beyond it so many of them.
+_WHOLE_REFERENCE_TOKENS, _SAMPLED_ROWS = 2048, 16
+# The largest error of a right result, as a share of the largest number of the result.
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement.
+
+    suite: the question that it belongs to.
+    kind: "variant" (a name of the older reports), "program" (an expression under cd.compile),
+        "peer" (a name of PEERS), or "billion" (`compiled-dilated ring billion`).
+    way: the variant's, peer's or row's name.
+    program: the expression of kind "program" and "billion".
+    tokens, batch, heads, head_dim, dtype: of q, k and v.
+    ranks: of a simulated ring; 1 for none. A variant's name states its own.
+    settings: keyword arguments of a peer.
+    backward: whether gradients of q, k and v are computed as well.
+    turns, seconds: no further call starts after `turns` calls or this time.
+    """
+
+    suite: str
+    kind: str
+    way: str
+    tokens: int
+    program: str = ""
+    batch: int = 1
+    heads: int = 8
+    head_dim: int = 64
+    dtype: str = "float32"
+    ranks: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    backward: bool = False
+    turns: int = 5
+    seconds: float = 20.0
+    threads: int = 2
+
+    @property
+    def name(self) -> str:
+        """The row's name in progress and tables."""
+        passes = "forward + backward" if self.backward else "forward"
+        return f"{self.way}, {self.tokens:,} tokens, {self.dtype}, {passes}"
+
+    @property
+    def key(self) -> str:
+        """The job as text, equal for equal jobs."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, head_dim) of q, k and v."""
+        return self.batch, self.heads, self.tokens, self.head_dim
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a job calls.
+
+    inputs: q, k and v as the call takes them, or the one input of a multihead module.
+    call: computes the output from the inputs.
+    program: the program that the output is compared with; None where it is compared otherwise.
+    bhnd: brings a tensor of the call to (batch, heads, tokens, head_dim).
+    exact: computes the output in float64, all rows; None to compute it from the program.
+    """
+
+    inputs: list[Tensor]
+    call: Callable[..., Tensor]
+    program: cd.Program | None
+    bhnd: Callable[[Tensor], Tensor]
+    exact: Callable[[], Tensor] | None = None
+
+
+def row_of(job: Job) -> Row:
+    """Measure a job in this process: seconds, peak, error against float64, and the plan's counts."""
+    torch.set_num_threads(job.threads)
+    if job.kind == "billion":
+        return _billion(job)
+    subject = _subject(job)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return subject.call(*subject.inputs)
+
+    def both() -> None:
+        out = subject.call(*subject.inputs)
+        torch.autograd.grad(out.sum(), subject.inputs)
+
+    if job.backward:
+        for x in subject.inputs:
+            x.requires_grad_()
+    call = both if job.backward else forward
+    row: Row = {"first_seconds": measure.timed(call), "peak_bytes": measure.peak_bytes(call)}
+    row["seconds"] = _times(call, job)
+    row |= _error(job, subject, forward())
+    if subject.program is not None:
+        row |= _counts(job, subject.program)
+    return row
+
+
+def _times(call: Callable[[], object], job: Job) -> list[float]:
+    """Seconds of each call, until the job's turns or its time are used up."""
+    started = time.perf_counter()
+    times = [measure.timed(call)]
+    while len(times) < job.turns and time.perf_counter() - started < job.seconds:
+        times.append(measure.timed(call))
+    return times
+
+
+# What is called -----------------------------------------------------------------------------
+
+
+def _subject(job: Job) -> Subject:
+    """The call of a job and its inputs, the same numbers in every process."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, job.dtype)
+    if job.kind == "variant" and "Multihead" in job.way:
+        shape = (job.batch, job.tokens, job.heads * job.head_dim)
+        return _multihead(job, torch.randn(shape, generator=generator).to(dtype))
+    q, k, v = (torch.randn(job.shape, generator=generator).to(dtype) for _ in range(3))
+    if job.kind == "variant":
+        module = variant(job.way, **_arguments(job))
+        inputs = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        return Subject(inputs, module, module.program(job.tokens), _swapped)
+    if job.kind == "peer":
+        peer = PEERS[job.way]
+        call, program = peer.build(job.tokens, job.head_dim, **job.settings)
+        return Subject([q, k, v], call, program, _same)
+    program = text.read_program(job.program)
+    call = cd.compile(program, ranks=job.ranks) if job.ranks > 1 else cd.compile(program)
+    return Subject([q, k, v], call, program, _same)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _swapped(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _arguments(job: Job) -> dict[str, Any]:
+    """The constructor's arguments of a variant."""
+    if "BlockSparse" in job.way:
+        return dict(job.settings)
+    return {"segment_lengths": SEGMENTS, "dilation_rates": RATES} | job.settings
+
+
+def _multihead(job: Job, x: Tensor) -> Subject:
+    """A module with projections; in float64 its attention is the reference."""
+    torch.manual_seed(0)
+    arguments = _arguments(job) | {"embed_dim": x.shape[2], "num_heads": job.heads}
+    module = variant(job.way, **arguments).to(x.dtype)
+    program = module.attention.program(job.tokens)
+
+    def exact() -> Tensor:
+        judge = copy.deepcopy(module).double()
+        judge.attention = _Reference(program)
+        with torch.no_grad():
+            return judge(*[x.double()] * 3)[0].unflatten(2, (job.heads, -1)).transpose(1, 2)
+
+    def bhnd(out: Tensor) -> Tensor:
+        return out.unflatten(2, (job.heads, -1)).transpose(1, 2)
+
+    return Subject([x], lambda x: module(x, x, x)[0], program, bhnd, exact)
+
+
+class _Reference(nn.Module):
+    """The dense float64 reference in the place of a module's attention."""
+
+    def __init__(self, program: cd.Program) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention over (batch, tokens, heads, head_dim)."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return cd.reference(self.program, q, k, v).transpose(1, 2)
+
+
+# What the output is compared with -----------------------------------------------------------
+
+
+class _Rows:
+    """A tensor as the source of rows that `exact_row` reads."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.shape, self.dtype = x.detach(), tuple(x.shape), x.dtype
+
+    def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
+        """Copy some rows."""
+        index = torch.arange(rows.start, rows.stop, rows.step)
+        out.copy_(self.x[:, list(heads)][:, :, index])
+
+
+def _error(job: Job, subject: Subject, out: Tensor) -> Row:
+    """The largest difference from float64, as a share of the largest number, and of which rows."""
+    out = subject.bhnd(out.detach()).double()
+    if job.tokens <= _WHOLE_REFERENCE_TOKENS and subject.exact is not None:
+        return _difference(out, subject.exact(), "all rows")
+    if subject.program is None or subject.exact is not None:
+        return {"error": None, "compared": "nothing"}
+    q, k, v = (subject.bhnd(x.detach()) for x in subject.inputs)
+    if job.tokens <= _WHOLE_REFERENCE_TOKENS:
+        exact = cd.reference(subject.program, *(x.double() for x in (q, k, v)))
+        return _difference(out, exact, "all rows")
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(job.tokens, (_SAMPLED_ROWS,), generator=generator).tolist()
+    sources = [_Rows(x) for x in (q, k, v)]
+    scale = job.head_dim**-0.5
+    exact = torch.stack([exact_row(subject.program, *sources, row, scale) for row in rows], dim=2)
+    return _difference(out[:, :, rows], exact, f"{len(rows)} rows")
+
+
+def _difference(out: Tensor, exact: Tensor, compared: str) -> Row:
+    difference = (out - exact).abs().max().item() / exact.abs().max().item()
+    # A result with NaN is no number of JSON.
+    error = difference if math.isfinite(difference) else None
+    return {"error": error, "has_nan": not math.isfinite(difference), "compared": compared}
+
+
+def _counts(job: Job, program: cd.Program) -> Row:
+    """What the plan counts: pairs, tiles, operations and bytes; of a ring also its messages."""
+    plan = cd.plan(program, job.shape, dtype=getattr(torch, job.dtype)).to_json()
+    row: Row = {
+        "program": plan["program"],
+        "lowering": plan["lowering"],
+        "pairs": plan["useful_pairs"],
+        "computed_pairs": plan["computed_pairs"],
+        "tiles": plan["tiles"],
+        "flops": 4 * job.head_dim * job.batch * plan["useful_pairs"],
+        "tensor_bytes": plan["tensor_bytes"],
+        "planned_bytes": plan["peak_bytes"],
+    }
+    ranks = _ranks(job)
+    if ranks > 1:
+        ring = cd.plan(program, job.shape, dtype=getattr(torch, job.dtype), ranks=ranks)
+        chosen = next(layout for layout in ring.to_json()["layouts"] if layout["chosen"])
+        row["ring"] = {"ranks": ranks, **chosen}
+    return row
+
+
+def _ranks(job: Job) -> int:
+    """The ring size of a job: its own, or the one that a variant's name ends with."""
+    suffix = job.way.rpartition("_r")[2]
+    return int(suffix) if job.kind == "variant" and suffix.isdigit() else job.ranks
+
+
+# A sequence that is never in memory ---------------------------------------------------------
+
+
+def _billion(job: Job) -> Row:
+    """Run `compiled-dilated ring billion`, every step of every rank; the row of what it counted."""
+    from typer.testing import CliRunner
+
+    from compiled_dilated.cli import app
+
+    with tempfile.TemporaryDirectory() as directory:
+        options = ["--tokens", job.tokens, "--heads", job.heads, "--dim", job.head_dim]
+        options += ["--ranks", job.ranks, "--program", job.program, "--rows", 100]
+        options += ["--directory", directory, "--threads", job.threads, "--json"]
+        started = time.perf_counter()
+        result = CliRunner().invoke(app, ["ring", "billion", *map(str, options)])
+        seconds = time.perf_counter() - started
+    if result.exit_code != 0:
+        raise RuntimeError(result.output)
+    counted = json.loads(result.stdout)
+    return {
+        "seconds": [seconds],
+        "error": counted["most_error"],
+        "has_nan": False,
+        "compared": f"{counted['rows_checked']} rows",
+        "counted": counted,
+    }

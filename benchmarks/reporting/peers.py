@@ -1,0 +1,253 @@
+"""What people use today: each peer's call, and the program that it claims to compute.
+
+A peer that is not installed is a row that says so. `build` imports it, so that a process pays
+for one peer alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from harness.problems import Problem, flex, sdpa
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compiled_dilated as cd
+from compiled_dilated import masks
+from compiled_dilated.programs import as_program
+from compiled_dilated.text import read_program
+
+# The segments and rates of every dilated way; shorter sequences have one segment.
+SEGMENTS, RATES = (2048, 4096, 8192), (1, 2, 4)
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+Built = tuple[Call, cd.Program]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to compute attention that is not ours.
+
+    package: the module without which the row says "not installed".
+    build: maps (tokens, head_dim, **settings) to the call over (batch, heads, tokens, head_dim)
+        and the program that the output is compared with.
+    note: what the table says beside it.
+    """
+
+    package: str
+    build: Callable[..., Built]
+    note: str = ""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package can be imported."""
+        try:
+            return importlib.util.find_spec(self.package) is not None
+        except ModuleNotFoundError:  # a parent package
+            return False
+
+
+def _sdpa(tokens: int, head_dim: int, program: str = "full()") -> Built:
+    """SDPA: dense, or with a dense mask of the program."""
+    problem = Problem(_first_mask(program), tokens, head_dim=head_dim)
+    return sdpa(problem), as_program(problem.program)
+
+
+def _flex(tokens: int, head_dim: int, program: str = "full()") -> Built:
+    """FlexAttention under torch.compile, its BlockMask made once by create_block_mask."""
+    problem = Problem(_first_mask(program), tokens, head_dim=head_dim)
+    return flex(problem), as_program(problem.program)
+
+
+def _first_mask(program: str) -> masks.Mask:
+    """The mask of an expression of one branch, in which no pair has a multiplicity."""
+    (branch,) = read_program(program).branches
+    return branch.mask
+
+
+def _local_attention(tokens: int, head_dim: int, window: int) -> Built:
+    """local-attention with exact_windowsize: a causal window of window + 1 keys."""
+    from local_attention import LocalAttention
+
+    module = LocalAttention(
+        window_size=window,
+        causal=True,
+        look_backward=1,
+        exact_windowsize=True,
+        autopad=True,
+        use_rotary_pos_emb=False,
+    )
+    return module, as_program(masks.causal() & masks.window(window))
+
+
+def _ring_attention(tokens: int, head_dim: int) -> Built:
+    """ring-attention-pytorch's flash attention for a CPU, on one rank, causal."""
+    from ring_attention_pytorch import ring_flash_attn
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: Tensor = ring_flash_attn(q, k, v, causal=True, bucket_size=512)
+        return out.transpose(1, 2)
+
+    return call, as_program(masks.causal())
+
+
+def _first_port(tokens: int, head_dim: int) -> Built:
+    """The first LongNet port from PyPI, with SDPA for the kernel of xformers that it calls."""
+    _substitute_xformers()
+    from dilated_attention_pytorch.dilated_attention import DilatedAttention
+
+    module = DilatedAttention(list(SEGMENTS), list(RATES))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = module(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2)
+
+    return call, cd.longnet(SEGMENTS, RATES)
+
+
+def _substitute_xformers() -> None:
+    """Register a module `xformers.ops` with the one function that the port calls.
+
+    The port asks for xformers of 2023, whose kernels need a GPU and a torch of that time.
+    """
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        is_causal = options.get("attn_bias") is not None
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2)
+
+    package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = attention  # type: ignore[attr-defined]
+    ops.AttentionOp = object  # type: ignore[attr-defined]
+    ops.LowerTriangularMask = object  # type: ignore[attr-defined]
+    package.ops = ops  # type: ignore[attr-defined]
+    sys.modules |= {"xformers": package, "xformers.ops": ops}
+
+
+def _natten(tokens: int, head_dim: int, side: int, kernel: int) -> Built:
+    """NATTEN's neighbourhood attention over a square grid, by its FlexAttention backend."""
+    import natten
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2).unflatten(1, (side, side)) for x in (q, k, v))
+        out: Tensor = natten.na2d(q, k, v, kernel_size=kernel, backend="flex-fna")
+        return out.flatten(1, 2).transpose(1, 2)
+
+    grid = masks.neighborhood((side, side), kernel // 2, edges="shift")
+    return call, as_program(grid)
+
+
+def _longformer(tokens: int, head_dim: int, window: int) -> Built:
+    """The self-attention of transformers' Longformer without global tokens.
+
+    Its projections are replaced by q, k and v themselves.
+    """
+    from transformers import LongformerConfig
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+    config = LongformerConfig(
+        hidden_size=8 * head_dim,
+        num_attention_heads=8,
+        attention_window=[2 * window],
+        attention_probs_dropout_prob=0.0,
+    )
+    layer = LongformerSelfAttention(config, 0).eval()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for name, x in {"query": q, "key": k, "value": v}.items():
+            setattr(layer, name, _Constant(x))
+        hidden = torch.zeros(q.shape[0], tokens, 8 * head_dim)
+        nothing = torch.zeros(q.shape[0], tokens)
+        out: Tensor = layer(
+            hidden,
+            attention_mask=nothing,
+            is_index_masked=nothing > 0,
+            is_index_global_attn=nothing > 0,
+            is_global_attn=False,
+        )[0]
+        return out.unflatten(2, (8, head_dim)).transpose(1, 2)
+
+    return call, as_program(masks.window(window))
+
+
+def _big_bird(tokens: int, head_dim: int, block: int) -> Built:
+    """The block-sparse attention of transformers' BigBird in eval mode, three random blocks.
+
+    Compared with its window and global blocks: in eval mode all random blocks are the first block,
+    whose keys are counted again for each.
+    """
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
+
+    config = BigBirdConfig(
+        hidden_size=8 * head_dim,
+        num_attention_heads=8,
+        block_size=block,
+        num_random_blocks=3,
+        max_position_embeddings=tokens,
+    )
+    layer = BigBirdBlockSparseAttention(config).eval()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for name, x in {"query": q, "key": k, "value": v}.items():
+            setattr(layer, name, _Constant(x))
+        ones = torch.ones(q.shape[0], tokens)
+        blocks = ones.unflatten(1, (-1, block))
+        shifted = [blocks[:, 1:-3], blocks[:, 2:-2], blocks[:, 3:-1]]
+        band = torch.einsum("blq,blk->blqk", blocks[:, 2:-2], torch.cat(shifted, dim=2))
+        out: Tensor = layer(
+            torch.zeros(q.shape[0], tokens, 8 * head_dim),
+            band_mask=band[:, None],
+            from_mask=ones[:, None, :, None],
+            to_mask=ones[:, None, None, :],
+            from_blocked_mask=blocks,
+            to_blocked_mask=blocks,
+        )[0]
+        return out.unflatten(2, (8, head_dim)).transpose(1, 2)
+
+    return call, read_program(big_bird_text(tokens, block))
+
+
+def big_bird_text(tokens: int, block: int) -> str:
+    """BigBird without random blocks: a window of three blocks; the first and last block global."""
+    positions = (*range(block), *range(tokens - block, tokens))
+    return f"block_window({block}, 1) | global_tokens(positions={positions})"
+
+
+def _absent(tokens: int, head_dim: int) -> Built:
+    """torchscale's dilated attention, which no release on PyPI has."""
+    raise ImportError("no release of torchscale on PyPI has dilated_attention")
+
+
+class _Constant(nn.Module):
+    """A projection that returns one tensor, (batch, heads, tokens, head_dim), as (B, N, E)."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x.transpose(1, 2).flatten(2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The tensor, whatever the input."""
+        return self.x
+
+
+PEERS: dict[str, Peer] = {
+    "SDPA": Peer("torch", _sdpa),
+    "FlexAttention": Peer("torch", _flex, "forward alone on a CPU"),
+    "local-attention": Peer("local_attention", _local_attention),
+    "ring-attention-pytorch": Peer("ring_attention_pytorch", _ring_attention, "one rank"),
+    "first LongNet port": Peer(
+        "dilated_attention_pytorch", _first_port, "SDPA in place of xformers"
+    ),
+    "NATTEN": Peer("natten", _natten, "its FlexAttention backend"),
+    "Longformer of transformers": Peer("transformers", _longformer, "no global tokens"),
+    "BigBird of transformers": Peer("transformers", _big_bird, "eval mode"),
+    "torchscale": Peer("torchscale.component.dilated_attention", _absent, "absent from PyPI's 0.3"),
+}

@@ -1,0 +1,145 @@
+"""Run suites: each case in a process of its own, its row written at once, resumed where it stopped."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness.apart import row_of
+from harness.reports import commit
+
+from compiled_dilated import measure
+
+from .jobs import TOLERANCES, Job
+from .peers import PEERS
+from .suites import Suite
+
+Row = dict[str, Any]
+
+
+def run(
+    suites: Sequence[Suite],
+    directory: Path,
+    script: str,
+    *,
+    quick: bool,
+    only: Sequence[str],
+    limit_bytes: int,
+    seconds: float,
+    anew: bool,
+) -> list[Row]:
+    """Measure the suites' jobs and write <directory>/<suite>.json after each.
+
+    script: computes one job when it is called with --job JSON.
+    quick: the short form of the suites.
+    only: texts, one of which a job's name has to contain; all jobs if there are none.
+    limit_bytes, seconds: memory and time of one job's process.
+    anew: whether to measure jobs again whose rows are in the files.
+
+    Returns the rows of all jobs, those of earlier runs included.
+    """
+    jobs = {suite.name: _chosen(suite.jobs(quick), only) for suite in suites}
+    progress = _Progress(sum(len(of_suite) for of_suite in jobs.values()))
+    rows: list[Row] = []
+    for suite in suites:
+        path = directory / f"{suite.name}.json"
+        earlier = {} if anew else _earlier_rows(path)
+        record = _header(suite)
+        for job in jobs[suite.name]:
+            row = earlier.pop(job.key, None)
+            if row is None:
+                progress.start(job)
+                row = _row(job, script, limit_bytes, seconds)
+                progress.end(summary(row))
+            else:
+                progress.skip()
+            record["rows"].append(row)
+            # Rows of other forms stay: a short run after a whole one loses nothing.
+            whole = record | {"rows": [*record["rows"], *earlier.values()]}
+            measure.write_json(path, whole)
+            rows.append(row)
+    return rows
+
+
+def _chosen(jobs: Iterable[Job], only: Sequence[str]) -> list[Job]:
+    return [job for job in jobs if not only or any(part in job.name for part in only)]
+
+
+def _header(suite: Suite) -> Row:
+    return {
+        "suite": suite.name,
+        "question": suite.question,
+        "hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()},
+        "command": sys.argv[1:],
+        "rows": [],
+    }
+
+
+def _earlier_rows(path: Path) -> dict[str, Row]:
+    """The rows of an earlier run by their jobs' keys."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {Job(**row["job"]).key: row for row in rows}
+
+
+def _row(job: Job, script: str, limit_bytes: int, seconds: float) -> Row:
+    """Measure one job in a process of its own."""
+    row: Row = {
+        "job": asdict(job),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    if job.kind == "peer" and not PEERS[job.way].is_installed:
+        return row | {"failed": "not installed"}
+    row |= row_of(script, asdict(job), limit_bytes, seconds)
+    if "failed" not in row:
+        row["is_right"] = _is_right(job, row)
+    return row
+
+
+def _is_right(job: Job, row: Row) -> bool | None:
+    """Whether the error is within the dtype's tolerance; None where nothing was compared."""
+    if row["compared"] == "nothing":
+        return None
+    return not row["has_nan"] and row["error"] <= TOLERANCES[job.dtype]
+
+
+def summary(row: Row) -> str:
+    """One row for a person who watches."""
+    if "failed" in row:
+        return str(row["failed"])
+    seconds = measure.median(row["seconds"])
+    right = {True: "right", False: "WRONG", None: "not compared"}[row["is_right"]]
+    rate = row["job"]["tokens"] * row["job"]["batch"] / seconds
+    return f"{seconds:.4g} s, {rate:,.0f} tokens/s, {right}"
+
+
+class _Progress:
+    """Lines about what is measured, with an estimate of the time left."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.done, self.measured = count, 0, 0
+        self.started = time.perf_counter()
+
+    def start(self, job: Job) -> None:
+        """A job's process starts."""
+        print(f"[{self.done + 1}/{self.count}] {job.suite}: {job.name} ...", flush=True)
+
+    def end(self, line: str) -> None:
+        """A job's row is there."""
+        self.done, self.measured = self.done + 1, self.measured + 1
+        elapsed = time.perf_counter() - self.started
+        left = elapsed / self.measured * (self.count - self.done)
+        print(f"    {line}; about {left / 60:.0f} min left", flush=True)
+
+    def skip(self) -> None:
+        """A job's row was there before."""
+        self.done += 1

@@ -1,0 +1,216 @@
+"""The questions of the report, and the measurements that answer them.
+
+Each suite lists its jobs in a short form (minutes for all suites together) and a whole one
+(hours). The names of ways are those of the older reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compiled_dilated.variants import TABLE
+
+from .jobs import Job
+from .peers import big_bird_text
+
+KI, MI = 2**10, 2**20
+LONGNET = "longnet((2048, 4096, 8192), (1, 2, 4))"
+WINDOW = "causal() & window(256)"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A question of the report.
+
+    name: of the command line and of the file of records.
+    question: the heading of its tables.
+    jobs: maps whether the short form is asked for to the jobs.
+    """
+
+    name: str
+    question: str
+    jobs: Callable[[bool], list[Job]]
+
+
+def _variants(
+    suite: str, ways: Sequence[str], lengths: Sequence[int], **settings: Any
+) -> list[Job]:
+    """One job for each name and length."""
+    jobs = []
+    for way in ways:
+        for tokens in lengths:
+            jobs.append(Job(suite, "variant", way, tokens, **settings))
+    return jobs
+
+
+def _all(quick: bool) -> list[Job]:
+    """Every name of the variants' table at short lengths, beside dense SDPA."""
+    names = [row.name for row in TABLE]
+    lengths = (KI,) if quick else (KI, 2 * KI)
+    jobs = []
+    for backward in (False,) if quick else (False, True):
+        jobs += [Job("all", "peer", "SDPA", tokens, backward=backward) for tokens in lengths]
+        jobs += _variants("all", names, lengths, backward=backward)
+    return jobs
+
+
+def _long(quick: bool) -> list[Job]:
+    """The three names that the older report ran at length, beside dense SDPA."""
+    ways = ("ImprovedDilatedAttention", "RingDilatedAttention", "BlockSparseRingDilatedAttention")
+    lengths = (8 * KI,) if quick else (8 * KI, 16 * KI, 32 * KI, 64 * KI)
+    jobs = []
+    for backward in (False,) if quick else (False, True):
+        jobs += [Job("long", "peer", "SDPA", tokens, backward=backward) for tokens in lengths]
+        jobs += _variants("long", ways, lengths, backward=backward)
+    return jobs
+
+
+def _extreme(quick: bool) -> list[Job]:
+    """From 128K tokens to a million and beyond, in half precision as the older report."""
+    if quick:
+        return _variants("extreme", ("DilatedAttention",), (128 * KI,), dtype="bfloat16", turns=1)
+    dilated = (128 * KI, 256 * KI, 512 * KI, 768 * KI, MI, 2 * MI, 4 * MI, 8 * MI)
+    blocks = (128 * KI, 256 * KI)
+    jobs = _variants("extreme", ("DilatedAttention",), dilated, dtype="bfloat16", turns=3)
+    ways = ("BlockSparseRingDilatedAttention",)
+    return jobs + _variants("extreme", ways, blocks, dtype="bfloat16", turns=1)
+
+
+def _ring(quick: bool) -> list[Job]:
+    """The rings and windows of the older reports, by ring size and length."""
+    rings = []
+    for name in ("RingDilatedAttentionV2", "RingDilatedAttentionProduction"):
+        rings += [f"{name}_r{ranks}" for ranks in (1, 4, 8, 16)]
+    windows = ("BlockSparse_LocalWindow_0.9", "BlockSparse_LocalWindow_0.95")
+    if quick:
+        few = (rings[0], rings[3], windows[1])
+        return _variants("ring", few, (4 * KI, 16 * KI), turns=2)
+    lengths = (4 * KI, 8 * KI, 16 * KI, 32 * KI, 64 * KI, 128 * KI, 256 * KI)
+    jobs = _variants("ring", rings, lengths, turns=3)
+    return jobs + _variants("ring", windows, lengths[:5], turns=3)
+
+
+def _single(quick: bool) -> list[Job]:
+    """The four standardized ring attentions on one machine, at most 4K tokens."""
+    ways = (
+        "StandardRingAttention",
+        "DistributedRingAttention",
+        "HilbertRingAttention",
+        "BlockSparseRingAttention",
+    )
+    lengths = (KI,) if quick else (KI, 2 * KI, 4 * KI)
+    return _variants("single", ways, lengths)
+
+
+def _memory(quick: bool) -> list[Job]:
+    """Bytes beyond the inputs, by length, of forward + backward."""
+    lengths = (4 * KI, 16 * KI) if quick else tuple(512 * 2**i for i in range(8))
+    ways = ("DilatedAttention", "BlockSparse_LocalWindow_0.95")
+    if not quick:
+        ways += ("HilbertRingAttention", "StandardRingAttention")
+    jobs = []
+    for backward in (False, True):
+        # A window of a share of all pairs costs N^2: its longest lengths take minutes.
+        jobs += _variants("memory", ways, lengths, backward=backward, turns=1)
+        jobs += [
+            Job("memory", "peer", "SDPA", tokens, backward=backward, turns=1)
+            for tokens in lengths
+            if tokens <= 32 * KI
+        ]
+    return jobs
+
+
+def _billion(quick: bool) -> list[Job]:
+    """Sequences that are in no memory, through the ring sizes of the older report."""
+    sizes = [(8 * KI, 1), (128 * KI, 32)]
+    if not quick:
+        sizes += [(MI, 256), (16 * MI, 4096), (64 * MI, 16384)]
+    settings: dict[str, Any] = {"heads": 1, "head_dim": 16, "program": LONGNET}
+    return [
+        Job("billion", "billion", f"ring of {ranks:,}", tokens, ranks=ranks, **settings)
+        for tokens, ranks in sizes
+    ]
+
+
+def _hilbert(quick: bool) -> list[Job]:
+    """A window on a grid whose tokens come by rows, and along a Hilbert curve."""
+    jobs = []
+    for side in (64,) if quick else (64, 256):
+        programs = {
+            "row-major": f"neighborhood(({side}, {side}), 12)",
+            "Hilbert": f"hilbert_window(({side}, {side}), 12)",
+        }
+        for backward in (False,) if quick else (False, True):
+            for way, program in programs.items():
+                job = Job("hilbert", "program", way, side**2, program, backward=backward)
+                jobs.append(job)
+    return jobs
+
+
+def _dtypes(quick: bool) -> list[Job]:
+    """LongNet and a window in every dtype."""
+    jobs = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        for way, program in {"LongNet": LONGNET, "window 256": WINDOW}.items():
+            for backward in (False,) if quick else (False, True):
+                tokens = 4 * KI if quick else 16 * KI
+                job = Job("dtypes", "program", way, tokens, program, dtype=dtype, backward=backward)
+                jobs.append(job)
+    return jobs
+
+
+def _peers(quick: bool) -> list[Job]:
+    """What people use today and ours on the same program and inputs."""
+    jobs = []
+    for tokens in (4 * KI,) if quick else (4 * KI, 16 * KI):
+        side = 64 if tokens == 4 * KI else 128
+        questions: list[tuple[str, dict[str, dict[str, Any]]]] = [
+            (
+                "causal()",
+                {
+                    "SDPA": {"program": "causal()"},
+                    "FlexAttention": {"program": "causal()"},
+                    "ring-attention-pytorch": {},
+                },
+            ),
+            (
+                WINDOW,
+                {
+                    "SDPA": {"program": WINDOW},
+                    "FlexAttention": {"program": WINDOW},
+                    "local-attention": {"window": 256},
+                },
+            ),
+            ("window(256)", {"Longformer of transformers": {"window": 256}}),
+            (LONGNET, {"first LongNet port": {}, "torchscale": {}}),
+            (
+                f"neighborhood(({side}, {side}), 6, edges='shift')",
+                {"NATTEN": {"side": side, "kernel": 13}},
+            ),
+            (big_bird_text(tokens, 64), {"BigBird of transformers": {"block": 64}}),
+        ]
+        for program, ways in questions:
+            jobs.append(Job("peers", "program", "ours", tokens, program, turns=3))
+            for way, settings in ways.items():
+                job = Job("peers", "peer", way, tokens, program, settings=settings, turns=3)
+                jobs.append(job)
+    return jobs
+
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite("all", "Every name at short lengths", _all),
+        Suite("single", "The standardized ring attentions on one machine", _single),
+        Suite("long", "Long sequences", _long),
+        Suite("extreme", "Extreme sequences", _extreme),
+        Suite("ring", "Rings and windows by length", _ring),
+        Suite("memory", "Memory by length", _memory),
+        Suite("billion", "Sequences that are in no memory", _billion),
+        Suite("hilbert", "Tokens of a grid by rows and along a Hilbert curve", _hilbert),
+        Suite("dtypes", "Precisions", _dtypes),
+        Suite("peers", "What people use today", _peers),
+    )
+}

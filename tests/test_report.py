@@ -1,0 +1,259 @@
+"""The report: rows from work that was done, resumed runs, tables, charts and the page."""
+
+from __future__ import annotations
+
+import html.parser
+import importlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from compiled_dilated import cli
+from compiled_dilated.commands import report as command
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def reporting(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`reporting("jobs")` imports a module of benchmarks/reporting."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return lambda name: importlib.import_module(f"reporting.{name}")
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Any:
+    """As many threads after a job as before it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+SETTINGS = {"suite": "test", "tokens": 100, "heads": 2, "head_dim": 16, "turns": 2}
+WAYS = [
+    ("variant", "DilatedAttention", {}),
+    ("variant", "RingDilatedAttentionV2_r4", {}),
+    ("variant", "BlockSparse_LocalWindow_0.9", {}),
+    ("variant", "MultiheadDilatedAttention", {}),
+    ("program", "window", {"program": "causal() & window(9)"}),
+    ("program", "ring", {"program": "causal() & window(9)", "ranks": 3}),
+    ("peer", "SDPA", {"settings": {"program": "causal()"}}),
+]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("kind", "way", "settings"), WAYS, ids=[way[1] for way in WAYS])
+def test_rows_are_right(
+    reporting: Any, kind: str, way: str, settings: dict[str, Any], backward: bool
+) -> None:
+    jobs = reporting("jobs")
+    job = jobs.Job(kind=kind, way=way, backward=backward, **SETTINGS, **settings)
+    row = jobs.row_of(job)
+    assert row["compared"] == "all rows"
+    assert row["error"] < jobs.TOLERANCES["float32"]
+    assert len(row["seconds"]) == 2
+    assert row["pairs"] > 0
+    assert ("ring" in row) == (way in ("RingDilatedAttentionV2_r4", "ring"))
+    json.dumps(row, allow_nan=False)
+
+
+def test_sampled_rows_find_a_wrong_result(reporting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = reporting("jobs")
+    monkeypatch.setattr(jobs, "_WHOLE_REFERENCE_TOKENS", 10)
+    job = jobs.Job(kind="program", way="window", program="window(9)", **SETTINGS)
+    assert jobs.row_of(job)["error"] < jobs.TOLERANCES["float32"]
+    subject = jobs._subject(job)
+    out = subject.call(*subject.inputs)
+    assert jobs._error(job, subject, out * 1.01)["error"] > 1e-3
+    assert jobs._error(job, subject, out * math.nan)["has_nan"]
+
+
+def test_a_billion_is_executed(reporting: Any) -> None:
+    jobs = reporting("jobs")
+    settings = SETTINGS | {"tokens": 5000, "heads": 1}
+    job = jobs.Job(kind="billion", way="ring of 3", ranks=3, program="window(64)", **settings)
+    row = jobs.row_of(job)
+    assert row["counted"]["tokens_computed_now"] == 5000
+    assert row["error"] < 1e-6
+
+
+def test_every_suite_has_jobs_of_other_names(reporting: Any) -> None:
+    for suite in reporting("suites").SUITES.values():
+        for quick in (True, False):
+            jobs = suite.jobs(quick)
+            assert len({job.key for job in jobs}) == len(jobs) > 0
+            assert {job.suite for job in jobs} == {suite.name}
+        assert len(suite.jobs(True)) <= len(suite.jobs(False))
+
+
+def rows_of(reporting: Any, run: Any, directory: Path, **options: Any) -> list[dict[str, Any]]:
+    """Run the suite `single` in its short form with a function in the place of processes."""
+    running, suites = reporting("running"), reporting("suites")
+    settings = {"quick": True, "only": (), "limit_bytes": 2**30, "seconds": 1.0, "anew": False}
+    running.row_of = run
+    chosen = [suites.SUITES["single"]]
+    rows: list[dict[str, Any]] = running.run(chosen, directory, "script", **(settings | options))
+    return rows
+
+
+def test_a_run_goes_on_where_it_stopped(
+    reporting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting("running"), "row_of", None)  # restored at the end
+    calls: list[str] = []
+
+    def measured(script: str, job: dict[str, Any], limit: int, seconds: float) -> dict[str, Any]:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(job["way"])
+        figures = {"seconds": [1.0], "error": 0.0, "has_nan": False, "compared": "all rows"}
+        return figures | {"peak_bytes": 1}
+
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(reporting, measured, tmp_path)
+    record = json.loads((tmp_path / "single.json").read_text())
+    assert [row["job"]["way"] for row in record["rows"]] == calls
+    first = list(calls)
+    calls.append("so that nothing stops it again")
+    rows = rows_of(reporting, measured, tmp_path)
+    assert len(rows) == 4
+    assert not set(first) & set(calls[3:])
+    assert len(calls) == 5
+    # A choice of cases leaves the rows of others in the file.
+    rows_of(reporting, measured, tmp_path, only=("Hilbert",), anew=True)
+    assert len(json.loads((tmp_path / "single.json").read_text())["rows"]) >= 1
+
+
+def test_a_peer_that_is_absent_is_a_row(reporting: Any) -> None:
+    running, jobs = reporting("running"), reporting("jobs")
+    job = jobs.Job(kind="peer", way="torchscale", **SETTINGS)
+    assert running._row(job, "script", 2**30, 1.0)["failed"] == "not installed"
+
+
+# Rendering ----------------------------------------------------------------------------------
+
+
+def record(suite: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    hardware = {"cpu": "a CPU", "isa": "AVX2", "torch": "2"}
+    return {"suite": suite, "question": "A question", "hardware": hardware, "rows": rows}
+
+
+def row(way: str, tokens: int, seconds: float, **figures: Any) -> dict[str, Any]:
+    job = {"suite": "long", "kind": "variant", "way": way, "tokens": tokens, "batch": 1}
+    job |= {"dtype": "float32", "backward": False, "ranks": 1, "program": "", "head_dim": 64}
+    job["suite"] = figures.pop("suite", "long")
+    done = {"seconds": [seconds], "peak_bytes": 1000 * tokens, "flops": 10**9, "error": 1e-7}
+    done |= {"is_right": True, "has_nan": False, "compared": "all rows"}
+    return {"job": job, "commit": "0123456789abc", "date": "2026-01-02"} | done | figures
+
+
+def test_tables(reporting: Any) -> None:
+    tables = reporting("tables")
+    rows = [
+        row("SDPA", 1024, 2.0),
+        row("SDPA", 4096, 32.0),
+        row("DilatedAttention", 1024, 1.0),
+        row("DilatedAttention", 4096, 0.25, is_right=False),
+        {**row("slow", 1024, 0), "failed": "out of 8 GiB of memory"},
+    ]
+    by_heading = {
+        section.heading: section for section in tables.sections({"long": record("long", rows)})
+    }
+    times = by_heading["Execution time: long, forward, float32"]
+    assert list(times.headers) == ["way", "1K", "4K"]
+    assert times.rows == [
+        ["SDPA", "2 s", "32 s"],
+        ["DilatedAttention", "1 s", "250 ms (WRONG)"],
+        ["slow", "out of 8 GiB of memory", "-"],
+    ]
+    # A wrong result is recommended nowhere, however fast it is.
+    best = by_heading["Which to use when"]
+    assert best.rows == [
+        ["long, forward, float32", "1K", "DilatedAttention (1 s)", "SDPA (1 MiB)"]
+    ] or (best.rows[0][2] == "DilatedAttention (1 s)" and len(best.rows) == 1)
+
+
+def test_growth_is_fitted(reporting: Any) -> None:
+    rows = [
+        row("quadratic", tokens, 1.0, suite="memory", peak_bytes=3 * tokens**2)
+        for tokens in (1024, 2048, 4096)
+    ]
+    sections = reporting("tables").sections({"memory": record("memory", rows)})
+    growth = next(section for section in sections if section.heading == "How memory grows")
+    assert growth.rows[0][:3] == ["memory, forward, float32", "quadratic", "2.00"]
+
+
+class Page(html.parser.HTMLParser):
+    """The ids and links of a page, and whether its tags are balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.ids |= {values["id"] or ""} if "id" in values else set()
+        self.links += [values["href"] or ""] if "href" in values else []
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_alone(reporting: Any) -> None:
+    tables, page = reporting("tables"), reporting("page")
+    rows = [row("a <b> way", 1024, 1.0), row("a <b> way", 8192, 2.0), row("SDPA", 1024, 1.0)]
+    records = {"long": record("long", rows)}
+    text = page.html_page(records, tables.sections(records))
+    parsed = Page(text)
+    assert not parsed.open
+    assert parsed.links
+    assert all(link[1:] in parsed.ids for link in parsed.links)
+    assert "a &lt;b&gt; way" in text
+    assert "<b>" not in text
+    assert not re.search(r"https?://|<script|<img|@import", text)
+    assert text.count("<svg viewBox") > 0
+    assert "prefers-color-scheme: dark" in text
+    assert "NaN" not in text
+    markdown = page.markdown(records, tables.sections(records))
+    assert "| a <b> way |" in markdown.replace("  ", "")
+    assert markdown.count("\n## ") == text.count("<h2>")
+
+
+# The command --------------------------------------------------------------------------------
+
+
+def test_the_command_runs_and_renders(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def call(*arguments: str) -> int:
+        return CliRunner().invoke(cli.app, ["report", *arguments]).exit_code
+
+    directory = str(tmp_path / "records")
+    only = ["--only", "StandardRingAttention"]
+    assert call("run", "single", "--quick", *only, "--directory", directory) == 0
+    said = capfd.readouterr().out
+    assert "[1/1] single: StandardRingAttention, 1,024 tokens" in said
+    assert "right" in said
+    files = ["--html", str(tmp_path / "a.html"), "--markdown", str(tmp_path / "a.md")]
+    assert call("render", "--directory", directory, *files) == 0
+    assert "StandardRingAttention" in (tmp_path / "a.md").read_text()
+    assert call("run", "unknown", "--directory", directory) == 2
+    assert "no suite is named 'unknown'; there are all, single" in capfd.readouterr().err
+    assert call("render", "--directory", str(tmp_path / "none")) == 2
+    assert "make some with `compiled-dilated report run`" in capfd.readouterr().err
+
+
+def test_an_installed_package_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_SCRIPT", Path("nowhere/report.py"))
+    result = CliRunner().invoke(cli.app, ["report", "run"])
+    assert result.exit_code == 2
+    assert "Get the source" in " ".join(result.stderr.split())

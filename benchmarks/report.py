@@ -3,10 +3,11 @@
 python benchmarks/report.py run [SUITE ...] [--quick] [--directory report]
 python benchmarks/report.py render [--directory report] [--html FILE] [--markdown FILE]
 
-`run` measures each case in a process of its own under a limit of memory and time, writes its row at
-once to <directory>/<suite>.json and prints the time that is left; a case whose row is there is not
-measured again. All suites take under 10 minutes with --quick and hours without. Needs a quiet machine.
-Exit code 1 if a result of this library is wrong or a case of it failed with an error; 130 after Ctrl-C.
+`run` measures each case in a process of its own under a limit of memory and time. It writes the row
+at once to <directory>/<suite>.json and prints the time that is left. A case whose row is there is
+not measured again. All suites take under 10 minutes with --quick, and hours without it; the machine
+has to be quiet. Exit code 1 if a result of this library is wrong or one of its cases ended with an
+error, 130 after Ctrl-C.
 
 `render` writes one self-contained HTML page and Markdown from the directory's records.
 """

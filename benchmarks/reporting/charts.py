@@ -1,4 +1,4 @@
-"""Line charts as SVG: logarithmic axes, lines that differ by dash and mark, colours from the page."""
+"""Line charts as SVG with logarithmic axes; lines differ by dash and mark, not by colour alone."""
 
 from __future__ import annotations
 

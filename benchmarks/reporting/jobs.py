@@ -98,7 +98,7 @@ class Subject:
 
 
 def row_of(job: Job) -> Row:
-    """Measure a job in this process: seconds, peak, error against float64, and the plan's counts."""
+    """Measure a job here: seconds, peak bytes, error against float64, and the plan's counts."""
     torch.set_num_threads(job.threads)
     if job.kind == "billion":
         return _billion(job)

@@ -1,4 +1,4 @@
-"""Run suites: each case in a process of its own, its row written at once, resumed where it stopped."""
+"""Run suites: each case in a process of its own, its row written at once; resume them."""
 
 from __future__ import annotations
 

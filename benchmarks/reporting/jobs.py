@@ -216,7 +216,8 @@ class _Rows:
     def read_into(self, out: Tensor, heads: HeadRange, rows: range) -> None:
         """Copy some rows."""
         index = torch.arange(rows.start, rows.stop, rows.step)
-        out.copy_(self.x[:, list(heads)][:, :, index])
+        of_heads = self.x[:, heads.start :: heads.step][:, : heads.count]
+        out.copy_(of_heads[:, :, index])
 
 
 def _error(job: Job, subject: Subject, out: Tensor) -> Row:

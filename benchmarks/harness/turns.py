@@ -169,21 +169,13 @@ def _rival(case: Case, name: str, backward: bool) -> _Rival | str:
     """A rival after its first call; or why it takes no part."""
     started = time.perf_counter()
     try:
-<<<<<<< HEAD
-        call = case.problem.call(WAYS[name](case.problem), backward)
-        first = measure.timed(call)
-    except (
-        Exception
-    ) as error:  # what another library refuses is a finding, not a failure of this one
-=======
         with _stopped_after(_MOST_COMPILING_SECONDS):
             call = case.problem.call(WAYS[name](case.problem), backward)
             first = measure.timed(call)
-    except Exception as error:  # what another library refuses is a finding, not a failure of this one
+    except Exception as error:  # what another library refuses is a finding, no failure of ours
         # The compiler wraps the timer's exception in its own.
         if time.perf_counter() - started > _MOST_COMPILING_SECONDS:
             return f"stopped after {_MOST_COMPILING_SECONDS:.0f} s of compilation"
->>>>>>> aaecdf16a2ebb104c4ad39eaec325696cf5933b3
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     return _Rival(call, first, name != "flex" and first > _SLOW_SECONDS)
 

@@ -103,7 +103,9 @@ def _first_port(tokens: int, head_dim: int) -> Built:
     _substitute_xformers()
     from dilated_attention_pytorch.dilated_attention import DilatedAttention
 
-    module = DilatedAttention(list(SEGMENTS), list(RATES))
+    # The port takes no segment that is longer than the sequence.
+    segments = [min(segment, tokens) for segment in SEGMENTS]
+    module = DilatedAttention(segments, list(RATES))
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = module(*(x.transpose(1, 2) for x in (q, k, v)))

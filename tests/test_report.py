@@ -229,6 +229,19 @@ def test_the_page_is_whole_and_alone(reporting: Any) -> None:
     assert markdown.count("\n## ") == text.count("<h2>")
 
 
+def test_the_committed_page_is_that_of_the_committed_records(reporting: Any) -> None:
+    tables, page = reporting("tables"), reporting("page")
+    records = tables.read(BENCHMARKS / "results" / "report")
+    sections = tables.sections(records)
+    docs = BENCHMARKS.parent / "docs"
+    remedy = (
+        "render anew: compiled-dilated report render --directory benchmarks/results/report "
+        "--html docs/report.html --markdown docs/report.md"
+    )
+    assert (docs / "report.md").read_text() == page.markdown(records, sections), remedy
+    assert (docs / "report.html").read_text() == page.html_page(records, sections), remedy
+
+
 # The command --------------------------------------------------------------------------------
 
 

@@ -12,6 +12,14 @@ from .tables import Records, Section
 
 TITLE = "Attention by compiled_dilated: measurements"
 
+# How a reader measures the same.
+_COMMANDS = """
+    pip install ".[peers]"
+    pip install --no-deps --no-build-isolation natten==0.21.7 dilated-attention-pytorch==0.2.0
+    compiled-dilated report run
+    compiled-dilated report render
+"""
+
 # Colours by scheme; lines differ by dash and mark as well.
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --soft: #57606a; --rule: #d0d7de;
@@ -48,7 +56,7 @@ figure > svg { height: auto; max-width: 45rem; width: 100%; }
 
 def markdown(records: Records, sections: Sequence[Section]) -> str:
     """All sections as Markdown; charts are in the HTML alone."""
-    parts = [f"# {TITLE}", _sources(records)]
+    parts = [f"# {TITLE}", _sources(records), _COMMANDS.strip("\n")]
     for section in sections:
         table = tabulate(section.rows, section.headers, tablefmt="pipe", disable_numparse=True)
         parts.append(f"## {section.heading}\n\n{section.text}\n\n{table}")
@@ -104,5 +112,5 @@ def _sources(records: Records) -> str:
     return (
         f"Suites: {suites}. Machine: {'; '.join(sorted(machines))}. "
         f"Commits: {', '.join(sorted(commits))}. Measured: {min(dates)} to {max(dates)}. "
-        "Command: compiled-dilated report run."
+        "A row of another package is `not installed` where that package is absent."
     )

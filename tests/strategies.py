@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from compiled_dilated import masks, orders
+from compiled_dilated import Branch, Program, masks, orders
 from compiled_dilated.masks import Mask
 from compiled_dilated.masks.grids import Neighborhood
 from compiled_dilated.orders import Order
@@ -148,6 +148,27 @@ def masks_and_orders(draw: st.DrawFn, most: int = 64) -> tuple[Mask, Order, int]
         )
     )
     return draw(expressions(st.one_of(*leaves))), order, n
+
+
+def line_expressions(most: int = 64) -> st.SearchStrategy[Mask]:
+    """Expressions of masks for any length, functions among them."""
+    return expressions(line_masks(most) | mods())
+
+
+@st.composite
+def programs(draw: st.DrawFn, most: int = 150) -> tuple[Program, int]:
+    """A program of 3 heads, and a length.
+
+    One to three branches, with a mask, heads and an order each.
+    """
+    mask, order, n = draw(masks_and_orders(most))
+    heads = st.sampled_from([None, (0, 2), (1, 3), (2, 3), (1, 1), "0/2", "1/2"])
+    residues = st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, 60))
+    branches = [Branch(mask, draw(heads), order)]
+    for _ in range(draw(st.integers(0, 2))):
+        order = draw(residues | st.just(orders.identity()))
+        branches.append(Branch(draw(line_expressions(most)), draw(heads), order))
+    return Program(tuple(branches)), n
 
 
 @st.composite

@@ -9,111 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import compiled_dilated as cd
 from compiled_dilated import masks, operators, orders
 from compiled_dilated.lowerings import dense, tiled
 from compiled_dilated.lowerings.tiling import costs
 from compiled_dilated.programs import as_program
-from compiled_dilated.reference import multiplicity
 from tests import caches
-from tests.cases import CASES, LOWERINGS, Case, Inputs, by_name, in_order
-
-TOLERANCE = 1e-10
-
-
-@dataclass(frozen=True)
-class Result:
-    """What attention gives, and what its gradients are: of q, k and v. `frozen`: (out, lse) where nothing is to be trained."""
-
-    out: Tensor
-    lse: Tensor
-    grads: tuple[Tensor, ...]
-    frozen: tuple[Tensor, Tensor]
-
-
-def run(attention: Any, inputs: Inputs, with_lse: bool = True, **options: Any) -> Result:
-    """Forward and backward; with_lse: a gradient comes in through the lse too."""
-    out, lse = attention(inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True, **options)
-    results, into = (
-        ((out, lse), (inputs.grad_out, inputs.grad_lse))
-        if with_lse
-        else ((out,), (inputs.grad_out,))
-    )
-    into = tuple(each.to(result.dtype) for each, result in zip(into, results, strict=True))
-    grads = torch.autograd.grad(results, (inputs.q, inputs.k, inputs.v), into)
-    with torch.no_grad():
-        frozen = attention(
-            inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True, **options
-        )
-    return Result(out.detach(), lse.detach(), grads, frozen)
-
-
-Shape = tuple[int, int, int]
-
-
-@lru_cache(maxsize=8)
-def truth(
-    case: Case, n: int, dtype: torch.dtype, with_lse: bool = True, shape: Shape | None = None
-) -> tuple[Inputs, Result]:
-    """The inputs and what the reference makes of them; shape: (q_len, kv_len, q_offset)."""
-    q_len, kv_len, q_offset = (n, n, 0) if shape is None else shape
-    inputs = case.inputs(n, dtype, q_len, kv_len)
-    program = case.program(n)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return cd.reference(program, q, k, v, q_offset=q_offset, **options)
-
-    return inputs, run(attention, inputs, with_lse)
+from tests.cases import CASES, LOWERINGS, Case, by_name, in_order
+from tests.support.results import (
+    assert_same,
+    dead_rows_are_zero,
+    dense_attention,
+    no_worse_than_dense,
+    run,
+    truth,
+)
 
 
 def lowerings_of(case: Case, lowerings: tuple[str, ...] = LOWERINGS) -> tuple[str, ...]:
     """Those that compute the case; what strided refuses has a test of its own."""
     return tuple(lowering for lowering in lowerings if lowering != "strided" or not case.refused)
-
-
-def assert_close(name: str, got: Tensor, want: Tensor) -> None:
-    """Equal where either is infinite, else to 1e-10 of the largest finite entry."""
-    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
-    finite = want.isfinite()
-    assert torch.equal(got.isfinite(), finite), f"{name}: other entries are infinite or NaN"
-    assert torch.equal(got[~finite], want[~finite]), name
-    if finite.any():
-        error, largest = (
-            (got[finite] - want[finite]).abs().max().item(),
-            want[finite].abs().max().item(),
-        )
-        assert error <= TOLERANCE * largest, (
-            f"{name}: off by {error:.2e}, largest entry {largest:.2e}"
-        )
-
-
-def assert_same(got: Result, want: Result) -> None:
-    assert_close("out", got.out, want.out)
-    assert_close("lse", got.lse, want.lse)
-    assert_close("out without grad", got.frozen[0], want.out)
-    assert_close("lse without grad", got.frozen[1], want.lse)
-    for name, mine, theirs in zip(
-        ("grad_q", "grad_k", "grad_v"), got.grads, want.grads, strict=True
-    ):
-        assert_close(name, mine, theirs)
-    dead_rows_are_zero(got, want)
-
-
-def dead_rows_are_zero(got: Result, want: Result) -> None:
-    dead = want.lse == -math.inf
-    assert (got.lse[dead] == -math.inf).all()
-    assert (got.out[dead] == 0).all()
-    assert (got.grads[0][dead] == 0).all()
-    assert all(x.isfinite().all() for x in (got.out, *got.grads))
 
 
 def everywhere() -> list[Any]:
@@ -300,41 +220,6 @@ def compare_with_dense(case: Case, n: int, dtype: torch.dtype, lowerings: tuple[
             # A softmax over one key has no gradient: what comes out is what cancellation leaves.
             if n > 1 or name not in ("grad 0", "grad 1"):
                 no_worse_than_dense(f"{name} of {lowering}", mine, dense_one, exact)
-
-
-def no_worse_than_dense(name: str, mine: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    alive = exact.isfinite()
-    if alive.any():
-        error, of_dense, largest = (
-            x[alive].double().abs().max().item() for x in (mine - exact, theirs - exact, exact)
-        )
-        # The largest of a few thousand errors varies from seed to seed; test_native_accuracy.py compares their means.
-        allowed = 2.5 * of_dense + torch.finfo(mine.dtype).eps * largest
-        assert error <= allowed, (
-            f"{name}: error {error:.2e}; 2.5 times that of dense attention and a rounding are {allowed:.2e}"
-        )
-
-
-def dense_attention(program: cd.Program, inputs: Inputs, want: Result) -> Result:
-    """torch's own fused attention over the same pairs, log c as a bias. Dead rows see everything here, and send no gradient."""
-    counts = multiplicity(program, inputs.q, inputs.k, data=inputs.data)
-    dead = want.lse == -math.inf
-    bias = torch.where(dead[..., None], 0.0, counts.float().log())
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            inputs.q, inputs.k, inputs.v, attn_mask=bias, enable_gqa=True
-        )
-    grads = torch.autograd.grad(
-        out, (inputs.q, inputs.k, inputs.v), inputs.grad_out.masked_fill(dead[..., None], 0.0)
-    )
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    lse = (
-        kernel(inputs.q, inputs.k, inputs.v, attn_mask=bias)[1]
-        .detach()
-        .masked_fill(dead, -math.inf)
-    )
-    out = out.detach().masked_fill(dead[..., None], 0.0)
-    return Result(out, lse, grads, (out, lse))
 
 
 # Short sequences of many tiles

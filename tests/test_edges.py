@@ -19,7 +19,7 @@ import compiled_dilated as cd
 from compiled_dilated import Branch, Program, masks
 from tests import caches
 from tests.comparing import assert_close, leaves, normal, results_and_gradients
-from tests.test_hidden_keys import STRIDED, WAYS, names
+from tests.support.attention import STRIDED, WAYS, way_name
 
 CAUSAL_LONGNET = cd.longnet((8, 16), (1, 2), causal=True)
 
@@ -28,7 +28,7 @@ CAUSAL_LONGNET = cd.longnet((8, 16), (1, 2), causal=True)
 @pytest.mark.parametrize(
     "program", [masks.causal(), CAUSAL_LONGNET, masks.window(4), masks.full()], ids=str
 )
-@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=names)
+@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=way_name)
 def test_scales_of_any_sign(
     way: dict[str, Any], program: Program | masks.Mask, scale: float
 ) -> None:
@@ -137,7 +137,7 @@ def test_sinks_of_minus_infinity_beside_rows_that_see_nothing() -> None:
     assert all(grad.isfinite().all() for grad in results[2:])
 
 
-@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=names)
+@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=way_name)
 def test_score_mods_of_minus_infinity(way: dict[str, Any]) -> None:
     """Rows whose scores are all -inf are 0, their lse -inf, their gradients 0."""
     inputs = leaves(*normal((1, 2, 12, 4), (1, 2, 12, 4), (1, 2, 12, 4)))

@@ -15,22 +15,10 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.programs import Program
 from tests.comparing import assert_close, leaves, normal, results_and_gradients
-from tests.test_random_programs import programs
+from tests.strategies import programs
+from tests.support.attention import STRIDED, WAYS, way_name
 
-WAYS: tuple[dict[str, Any], ...] = (
-    {"lowering": "dense"},
-    {"lowering": "tiled"},
-    {"lowering": "auto"},
-    {"ranks": 2},
-    {"ranks": 3, "layout": "striped"},
-)
-# Segments, residue classes and causal() alone.
-STRIDED = {"lowering": "strided"}
 BAD = (math.nan, math.inf, -math.inf)
-
-
-def names(way: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in way.items())
 
 
 @pytest.mark.parametrize("queries", [8, 1])
@@ -43,7 +31,7 @@ def test_prefill_of_a_cache_that_is_not_written_yet(lowering: str, queries: int)
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
 def test_queries_that_see_a_bad_key_and_no_others_are_nan(way: dict[str, Any], bad: float) -> None:
     q, k, v = normal((2, 4, 50, 8), (2, 2, 50, 8), (2, 2, 50, 8))
     k[:, 1, 20, 3] = bad
@@ -56,7 +44,7 @@ def test_queries_that_see_a_bad_key_and_no_others_are_nan(way: dict[str, Any], b
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
 def test_a_bad_value_spoils_its_column_alone(way: dict[str, Any], bad: float) -> None:
     q, k, v = normal((2, 4, 50, 8), (2, 2, 50, 8), (2, 2, 50, 8))
     v[:, 0, 20, 3] = bad
@@ -69,7 +57,7 @@ def test_a_bad_value_spoils_its_column_alone(way: dict[str, Any], bad: float) ->
     assert lse.isfinite().all()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
 def test_gradients_of_hidden_keys_are_zero_whatever_they_hold(way: dict[str, Any]) -> None:
     q, k, v = normal((1, 4, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))
     padding = torch.zeros(1, 48, dtype=torch.bool)
@@ -85,7 +73,7 @@ def test_gradients_of_hidden_keys_are_zero_whatever_they_hold(way: dict[str, Any
     assert_close(spoiled, clean)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
 def test_gradients_are_nan_where_a_bad_key_is_seen_and_right_elsewhere(way: dict[str, Any]) -> None:
     """Row i of window(3, 0) sees keys i - 3 to i: rows 20 to 23 see key 20, and reach keys 17 to 23."""
     q, k, v = normal((1, 2, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))

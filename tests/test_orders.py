@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from compiled_dilated import orders
 from compiled_dilated.orders import Order
 from tests import strategies
+from tests.support.orders import RoundTrip
 
 
 def residue_positions(n: int, rate: int, period: int | None) -> list[int]:
@@ -155,28 +156,17 @@ def test_gradients_are_permuted_back(order: Order) -> None:
     assert torch.autograd.gradcheck(order.invert, (x,))
 
 
-class Round(torch.nn.Module):
-    """There for q and k, and back."""
-
-    def __init__(self, order: Order) -> None:
-        super().__init__()
-        self.order = order
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return self.order.invert(self.order.permute(q) * self.order.permute(k).sin())
-
-
 @pytest.mark.parametrize("order", CASES, ids=repr)
 def test_under_compile(order: Order) -> None:
     q, k = torch.randn(2, 64, 3), torch.randn(2, 64, 3)
-    compiled = torch.compile(Round(order), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(RoundTrip(order), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k), q * k.sin())
 
 
 @pytest.mark.parametrize("order", CASES, ids=repr)
 def test_under_export(order: Order) -> None:
     q, k = torch.randn(2, 64, 3), torch.randn(2, 64, 3)
-    exported = torch.export.export(Round(order), (q, k))
+    exported = torch.export.export(RoundTrip(order), (q, k))
     torch.testing.assert_close(exported.module()(q, k), q * k.sin())
     # Nothing made while tracing may stay behind.
     torch.testing.assert_close(order.permute(order.invert(q)), q)
@@ -186,7 +176,7 @@ def test_residue_of_dynamic_length() -> None:
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        Round(orders.residue(3, period=9)), fullgraph=True, dynamic=True, backend=graphs
+        RoundTrip(orders.residue(3, period=9)), fullgraph=True, dynamic=True, backend=graphs
     )
     for n in (18, 20, 7, 1, 133, 81, 9, 2, 64):
         q, k = torch.randn(2, n, 3), torch.randn(2, n, 3)

@@ -23,7 +23,7 @@ from compiled_dilated.tiles import TileMap
 from tests import strategies
 from tests.comparing import assert_close, normal
 from tests.strategies import dense
-from tests.test_orders import Round
+from tests.support.orders import RoundTrip
 
 
 @given(st.data())
@@ -132,7 +132,9 @@ def test_orders_are_values(order: Order) -> None:
 def test_orders_under_compile(dynamic: bool | None) -> None:
     """Of other lengths too, which makes the length vary in the graph."""
     torch.compiler.reset()
-    compiled = torch.compile(Round(ORDERS[1]), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(
+        RoundTrip(ORDERS[1]), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     for n in (61, 70, 75):
         q, k = torch.randn(2, n, 3), torch.randn(2, n, 3)
         torch.testing.assert_close(compiled(q, k), q * k.sin())

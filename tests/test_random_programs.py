@@ -11,33 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compiled_dilated as cd
-from compiled_dilated import Branch, Program, masks, orders
+from compiled_dilated import Branch, Program, masks
 from compiled_dilated.lowerings import tiled
 from compiled_dilated.lowerings.tiling import costs
 from compiled_dilated.masks import Mask, conjunction
 from tests import caches, strategies
 from tests.support.attention import TRAINS, same, tensors
-
-
-@st.composite
-def programs(draw: st.DrawFn) -> tuple[Program, int]:
-    """One to three branches with masks, heads and orders of their own, of 3 heads; and a length."""
-    mask, order, n = draw(strategies.masks_and_orders(150))
-    heads = st.sampled_from([None, (0, 2), (1, 3), (2, 3), (1, 1), "0/2", "1/2"])
-    branches = [Branch(mask, draw(heads), order)]
-    for _ in range(draw(st.integers(0, 2))):
-        own = draw(
-            st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, 60))
-            | st.just(orders.identity())
-        )
-        branches.append(
-            Branch(
-                draw(strategies.expressions(strategies.line_masks(150) | strategies.mods())),
-                draw(heads),
-                own,
-            )
-        )
-    return Program(tuple(branches)), n
 
 
 def agree(program: Program, q: Tensor, k: Tensor, v: Tensor, lowering: str, **options: Any) -> None:
@@ -60,7 +39,7 @@ def agree(program: Program, q: Tensor, k: Tensor, v: Tensor, lowering: str, **op
 
 @pytest.mark.parametrize("lowering", TRAINS)
 @settings(max_examples=25)
-@given(drawn=programs())
+@given(drawn=strategies.programs())
 def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
     program, n = drawn
     agree(program, *tensors(3, 1, n, 3, 3, batch=2), lowering)
@@ -69,7 +48,7 @@ def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
 @pytest.mark.parametrize("lowering", TRAINS)
 @settings(max_examples=25)
 @given(
-    mask=strategies.expressions(strategies.line_masks(150) | strategies.mods()),
+    mask=strategies.line_expressions(150),
     q_len=st.integers(1, 150),
     kv_len=st.integers(1, 150),
     q_offset=st.integers(0, 150),

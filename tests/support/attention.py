@@ -9,6 +9,21 @@ from torch import Tensor
 
 TAKE_ANY_MASK = ("dense", "tiled", "auto")
 TRAINS = (*TAKE_ANY_MASK, "strided")
+# Options of `compile` that take any mask: lowerings and rings.
+WAYS: tuple[dict[str, Any], ...] = (
+    {"lowering": "dense"},
+    {"lowering": "tiled"},
+    {"lowering": "auto"},
+    {"ranks": 2},
+    {"ranks": 3, "layout": "striped"},
+)
+# For masks of segments, residue classes and causal() only.
+STRIDED = {"lowering": "strided"}
+
+
+def way_name(way: dict[str, Any]) -> str:
+    """The options of a way as a test's id."""
+    return " ".join(f"{name}={value}" for name, value in way.items())
 
 
 def tensors(

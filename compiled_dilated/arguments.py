@@ -26,7 +26,7 @@ def integer(name: str, value: object, least: int | None = None) -> int:
         raise ValueError(f"{name} must be at least {least}; got {_shown(number)}")
     if not -MOST <= number <= MOST:
         raise ValueError(
-            f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}",
+            f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}"
         )
     return number
 

@@ -32,16 +32,13 @@ class Attend:
     """
 
     def __init__(
-        self,
-        program: Program | Mask | PerLength,
-        lowering: str = "auto",
-        ring: Ring | None = None,
+        self, program: Program | Mask | PerLength, lowering: str = "auto", ring: Ring | None = None
     ) -> None:
         self.program = program if isinstance(program, PerLength) else as_program(program)
         self.lowering = arguments.choice("lowering", lowering, planner.LOWERINGS)
         if ring is not None and lowering != "auto":
             raise ValueError(
-                f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'",
+                f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'"
             )
         self.ring, self._names = ring, self.program.names
         self._query_names = query_names_of(self.program)
@@ -100,15 +97,7 @@ class Attend:
                 checks.no_onnx_export()
             checks.no_options_of_sdpa(options)
             tensors = self._checked(
-                q,
-                k,
-                v,
-                scale,
-                q_offset,
-                data,
-                score_mod,
-                sink_logits,
-                return_lse,
+                q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse
             )
             bound = self._bound(q, score_mod)
         except Exception as error:  # from a user's function too: the other ranks must not wait
@@ -253,14 +242,7 @@ def attend_in_graph(
     wants_lse = sink_logits is not None
     if score_mod is None:
         out, lse = autograd.attend_bound(
-            Bound(rule, ()),
-            q,
-            k,
-            v,
-            tensors,
-            number,
-            q_offset,
-            wants_lse,
+            Bound(rule, ()), q, k, v, tensors, number, q_offset, wants_lse
         )
     else:
         attend_with_functions = _attend_with_functions()

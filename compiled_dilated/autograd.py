@@ -97,14 +97,7 @@ class _Attention(torch.autograd.Function):
         if are_plain(q, k, v, *tensors):
             return run(q, k, v, data, operands, options)
         return attend_operator(
-            q,
-            k,
-            v,
-            data,
-            operands,
-            *options.plain,
-            options.training,
-            is_by_token(q),
+            q, k, v, data, operands, *options.plain, options.training, is_by_token(q)
         )
 
     @staticmethod
@@ -190,11 +183,7 @@ def _vmapped_first(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _fold_data(
-    options: Options,
-    tensors: Sequence[Tensor],
-    dims: Sequence[int | None],
-    size: int,
-    batch: int,
+    options: Options, tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int
 ) -> list[Tensor]:
     """Data folded like q, k and v, and operands unchanged.
 
@@ -209,11 +198,7 @@ def _fold_data(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: Options,
-    *tensors: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable.
 
@@ -223,14 +208,7 @@ def attend(
         data, operands = options.split(tensors)
         if is_compiling():
             out, lse = attend_operator(
-                q,
-                k,
-                v,
-                data,
-                operands,
-                *options.plain,
-                False,
-                is_by_token(q),
+                q, k, v, data, operands, *options.plain, False, is_by_token(q)
             )
             return out, lse
         if are_plain(q, k, v, *tensors):

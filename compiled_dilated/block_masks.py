@@ -74,7 +74,7 @@ def block_masks(
         arguments.integer("heads", heads, 1)
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks",
+            f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks"
         )
     whole = mask if heads is None else mask.for_heads(heads)
     _check_data(whole, q_len + arguments.integer("q_offset", q_offset, 0), kv_len, data, device)
@@ -181,7 +181,7 @@ def _union(maps: list[TileMap]) -> TileMap:
             [
                 tile_map.row_of.astype(np.int64) * tile_map.columns + tile_map.indices
                 for tile_map in maps
-            ],
+            ]
         )
     )
     row, column = keys // first.columns, keys % first.columns
@@ -189,12 +189,8 @@ def _union(maps: list[TileMap]) -> TileMap:
         first,
         **vars(
             TileLists.of(
-                first.rows,
-                first.columns,
-                row,
-                column,
-                np.zeros(len(keys), dtype=np.bool_),
-            ),
+                first.rows, first.columns, row, column, np.zeros(len(keys), dtype=np.bool_)
+            )
         ),
     )
 
@@ -214,9 +210,7 @@ def _part(
     batch = _batch(mask, data)
     kv_num, kv, full_kv_num, full_kv = _rectangular(heads, batch, device)
     q_num, q, full_q_num, full_q = _rectangular(
-        [lists.transpose() for lists in heads],
-        batch,
-        device,
+        [lists.transpose() for lists in heads], batch, device
     )
     block_mask = BlockMask(
         seq_lengths=(part.q_len, part.kv_len),
@@ -246,9 +240,7 @@ def _cautious(tile_map: TileMap) -> TileMap:
 
 
 def _rectangular(
-    heads: Sequence[TileLists],
-    batch: int,
-    device: torch.device | str,
+    heads: Sequence[TileLists], batch: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts and indices of partial and of full tiles, int32.
 
@@ -261,7 +253,7 @@ def _rectangular(
         [
             [_row_counts(lists, kind) for kind in pair]
             for lists, pair in zip(heads, kinds, strict=True)
-        ],
+        ]
     )
     width = max(1, int(counts.max()))
     out: list[Tensor] = []
@@ -346,17 +338,14 @@ def tile_map(block_mask: BlockMask, batch: int = 0, head: int = 0) -> TileMap:
     entries = block_mask.kv_num_blocks.shape
     if not (0 <= batch < entries[0] and 0 <= head < entries[1]):
         raise ValueError(
-            f"asked for batch entry {batch} and head {head} of a block mask of {entries[0]} and {entries[1]}",
+            f"asked for batch entry {batch} and head {head} of a block mask of {entries[0]} and {entries[1]}"
         )
     (q_len, kv_len), (q_tile, kv_tile) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
     rows, columns = -(-q_len // q_tile), -(-kv_len // kv_tile)
     kinds_of_tiles: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []
     kinds = (
         (block_mask.kv_num_blocks, block_mask.kv_indices),
-        (
-            block_mask.full_kv_num_blocks,
-            block_mask.full_kv_indices,
-        ),
+        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
     )
     for kind, (num, index) in enumerate(kinds):
         if num is None or index is None:

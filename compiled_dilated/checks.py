@@ -88,16 +88,16 @@ def tensor(name: str, x: Any, layout: Layout = HEADS_FIRST) -> None:
     """Raise unless x is a dense 4-D tensor of a supported dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor",
+            f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor"
         )
     if x.layout != torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout)
         raise TypeError(
-            f"{name} must be a dense tensor; got a {kind} one. Pad it, or concatenate it with masks.documents(...)",
+            f"{name} must be a dense tensor; got a {kind} one. Pad it, or concatenate it with masks.documents(...)"
         )
     if x.dim() != 4:
         raise ValueError(
-            f"{name} must be {layout.shape}; got shape {tuple(x.shape)}. {layout.hint}",
+            f"{name} must be {layout.shape}; got shape {tuple(x.shape)}. {layout.hint}"
         )
     dtype(name, x.dtype)
 
@@ -114,17 +114,14 @@ def dtypes(q: torch.dtype, k: torch.dtype, v: torch.dtype, layout: Layout = HEAD
 
 
 def shapes(
-    q: Sequence[int],
-    k: Sequence[int],
-    v: Sequence[int],
-    layout: Layout = HEADS_FIRST,
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], layout: Layout = HEADS_FIRST
 ) -> None:
     """Raise unless the shapes of q, k and v fit together."""
     of_q, of_k, of_v = layout.names
     batch, heads, tokens, width = layout.axes
     if any(k[axis] != v[axis] for axis in (batch, heads, tokens)):
         raise ValueError(
-            f"{of_k} and {of_v} must agree in batch, heads and tokens; got {of_k} {tuple(k)} and {of_v} {tuple(v)}",
+            f"{of_k} and {of_v} must agree in batch, heads and tokens; got {of_k} {tuple(k)} and {of_v} {tuple(v)}"
         )
     if q[batch] != k[batch]:
         raise ValueError(
@@ -132,7 +129,7 @@ def shapes(
         )
     if q[width] != k[width]:
         raise ValueError(
-            f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}",
+            f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}"
         )
     groups(q[heads], k[heads])
 
@@ -156,7 +153,7 @@ def dtype(name: str, value: object) -> None:
     """Raise unless attention is computed in this dtype."""
     if value not in DTYPES:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first",
+            f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first"
         )
 
 
@@ -164,7 +161,7 @@ def groups(heads: int, kv_heads: int) -> None:
     """Raise unless the number of query heads is a multiple of that of key heads."""
     if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads):
         raise ValueError(
-            f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly",
+            f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly"
         )
 
 
@@ -197,7 +194,7 @@ def number(name: str, value: object) -> None:
     )
     if not finite:
         raise ValueError(
-            f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)",
+            f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)"
         )
 
 
@@ -228,7 +225,7 @@ def data(
     """
     if values is not None and not isinstance(values, Mapping):
         raise TypeError(
-            f"data must be a dict of tensors by name; got {type(values).__name__}. Pass data={{name: tensor}}",
+            f"data must be a dict of tensors by name; got {type(values).__name__}. Pass data={{name: tensor}}"
         )
     passed = values or {}
     if set(passed) != set(names):
@@ -250,7 +247,7 @@ def _data_tensor(name: str, x: object, tokens: int, shape: Shape) -> None:
         raise TypeError(f"data[{name!r}] must be a bool or integer tensor; got {came}")
     if x.layout != torch.strided:
         raise TypeError(
-            f"data[{name!r}] must be a dense tensor; got a {x.layout} one. Convert it with .to_dense()",
+            f"data[{name!r}] must be a dense tensor; got a {x.layout} one. Convert it with .to_dense()"
         )
     if x.dim() != 2 or x.shape[0] not in (1, shape.batch) or x.shape[1] < tokens:
         raise ValueError(
@@ -268,7 +265,7 @@ def captured(operands: Sequence[Tensor], device: torch.device) -> None:
     for x in operands:
         if x.layout != torch.strided:
             raise TypeError(
-                f"a function captures a {x.layout} tensor of shape {tuple(x.shape)}; convert it with .to_dense()",
+                f"a function captures a {x.layout} tensor of shape {tuple(x.shape)}; convert it with .to_dense()"
             )
         if x.device.type != device.type and (x.dim() > 0 or "meta" in (x.device.type, device.type)):
             raise ValueError(
@@ -291,15 +288,15 @@ def sinks(sink_logits: object, heads: int, device: torch.device) -> None:
             else type(sink_logits).__name__
         )
         raise ValueError(
-            f"sink_logits must be a tensor of one logit per query head, shape ({heads},); got {came}",
+            f"sink_logits must be a tensor of one logit per query head, shape ({heads},); got {came}"
         )
     if not sink_logits.dtype.is_floating_point:
         raise TypeError(
-            f"sink_logits must be real numbers; got {sink_logits.dtype}. Cast with .float()",
+            f"sink_logits must be real numbers; got {sink_logits.dtype}. Cast with .float()"
         )
     if sink_logits.device != device:
         raise ValueError(
-            f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it",
+            f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it"
         )
 
 

@@ -81,11 +81,7 @@ class Decoder:
         seen = slice(keys.start, keys.stop, keys.step)
         is_grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(
-            q,
-            k[:, :, seen],
-            v[:, :, seen],
-            scale=scale,
-            enable_gqa=is_grouped,
+            q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=is_grouped
         )
 
 

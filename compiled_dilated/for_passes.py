@@ -97,14 +97,7 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *, rule: str, scale: float) -> float
 
 
 def _part(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: int,
-    first: int,
-    *,
-    rule: str,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, rule: str, scale: float
 ) -> Tensor:
     assert first == 0  # masks count keys from the first
     return autograd.part(q, k, v, start, rule, scale)

@@ -61,9 +61,7 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
 
 
 def head_groups(
-    branch: Branch,
-    heads: int,
-    kv_heads: int,
+    branch: Branch, heads: int, kv_heads: int
 ) -> list[tuple[Mask, HeadRange, HeadRange]]:
     """Heads of a branch with equal masks, as ranges of query heads and key heads."""
     groups: dict[Mask, tuple[int, ...]] = {}

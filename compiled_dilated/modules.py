@@ -138,7 +138,7 @@ class DilatedAttention(Attention):
     ) -> None:
         programs = {
             is_causal: self._ordered(
-                longnet(segment_lengths, dilation_rates, is_causal, offsets, heads),
+                longnet(segment_lengths, dilation_rates, is_causal, offsets, heads)
             )
             for is_causal in (False, True)
         }
@@ -194,12 +194,12 @@ class Multihead(nn.Module):
         self.num_heads = arguments.integer("num_heads", num_heads, 1)
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}",
+                f"embed_dim must be a multiple of num_heads; got {embed_dim} and {num_heads}"
             )
         _refuse_dropout("dropout", dropout)
         if not _is_finite_number(gamma_init):
             raise ValueError(
-                f"gamma_init must be a finite number, the gain of v_proj and out_proj; got {gamma_init!r}",
+                f"gamma_init must be a finite number, the gain of v_proj and out_proj; got {gamma_init!r}"
             )
         arguments.flag("bias", bias)
         self.gamma_init = gamma_init
@@ -256,11 +256,11 @@ class Multihead(nn.Module):
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
                 raise TypeError(
-                    f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor",
+                    f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor"
                 )
             if x.dim() != 3 or x.shape[2] != self.embed_dim:
                 raise ValueError(
-                    f"{name} must be (batch, tokens, embed_dim={self.embed_dim}); got shape {tuple(x.shape)}",
+                    f"{name} must be (batch, tokens, embed_dim={self.embed_dim}); got shape {tuple(x.shape)}"
                 )
         x = self.attention(
             self._heads(self.q_proj(query)),

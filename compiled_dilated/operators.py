@@ -69,8 +69,7 @@ class Options:
         return self.rule, self.scale, self.q_offset
 
     def split(
-        self,
-        tensors: Sequence[Tensor],
+        self, tensors: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
         """Data and operands; None for an empty list, which AOTInductor cannot express."""
         return tensors[: self.data] or None, tensors[self.data :] or None
@@ -110,13 +109,7 @@ def _program_at(rule: Rule, tokens: int) -> Program:
 
 
 def ring_problem(
-    rule: Rule,
-    written: str,
-    ring: Ring,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: Call | None = None,
+    rule: Rule, written: str, ring: Ring, q: Tensor, k: Tensor, v: Tensor, call: Call | None = None
 ) -> Problem:
     """The problem of all ranks together, the same forward and backward.
 
@@ -244,10 +237,7 @@ def run(
 
 
 def run_backward(
-    saved: Saved,
-    data: Sequence[Tensor] | None,
-    operands: Sequence[Tensor] | None,
-    options: Options,
+    saved: Saved, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Contiguous gradients of q, k and v, and of the learned operands as one vector."""
     with _own_modes():
@@ -343,15 +333,7 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         # Behind the program's data may come one position for each sequence.
         offsets = data[-1].squeeze(1) if len(data or ()) > len(work.names) else None
         return torch.ops.compiled_dilated.native.default(
-            q,
-            k,
-            v,
-            *inputs,
-            work.code,
-            scale,
-            q_offset,
-            offsets,
-            by_token,
+            q, k, v, *inputs, work.code, scale, q_offset, offsets, by_token
         )
 
 

@@ -82,17 +82,10 @@ class Saved:
     def map(self, change: Callable[[Tensor], Tensor]) -> Saved:
         """Apply `change` to every tensor."""
         q, k, v, out, lse, grad_out = map(
-            change,
-            (self.q, self.k, self.v, self.out, self.lse, self.grad_out),
+            change, (self.q, self.k, self.v, self.out, self.lse, self.grad_out)
         )
         return Saved(
-            q,
-            k,
-            v,
-            out,
-            lse,
-            grad_out,
-            None if self.grad_lse is None else change(self.grad_lse),
+            q, k, v, out, lse, grad_out, None if self.grad_lse is None else change(self.grad_lse)
         )
 
 

@@ -135,7 +135,7 @@ def counted(plan: Plan) -> Plan:
     pairs: int | None = 0
     for number, branch in enumerate(problem.program.branches):
         for group, (mask, heads, _) in enumerate(
-            head_groups(branch, problem.heads, problem.kv_heads),
+            head_groups(branch, problem.heads, problem.kv_heads)
         ):
             if group == 0:
                 tiles.append(
@@ -144,7 +144,7 @@ def counted(plan: Plan) -> Plan:
                         "heads": list(heads.indices()),
                         "tile": _TILE,
                         **_tiles(mask, branch, problem),
-                    },
+                    }
                 )
             per_head = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
             pairs = (
@@ -158,12 +158,7 @@ def counted(plan: Plan) -> Plan:
 def _tiles(mask: Mask, branch: Branch, problem: Problem) -> dict[str, int | None]:
     """FULL and PARTIAL tiles and the bytes of their map; None if too many differ."""
     counts = counting.tiles(
-        mask,
-        problem.q_len,
-        problem.kv_len,
-        _TILE,
-        branch.order,
-        problem.q_offset,
+        mask, problem.q_len, problem.kv_len, _TILE, branch.order, problem.q_offset
     )
     if counts is None:
         return {"full": None, "partial": None, "bytes": None}

@@ -161,12 +161,7 @@ def multiplicity(
 
 
 def _indices(
-    batch: int,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    q_offset: int | Tensor,
-    device: torch.device,
+    batch: int, heads: int, q_len: int, kv_len: int, q_offset: int | Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """b, h, q and kv, which broadcast to (B, H, N, M)."""
     b = torch.arange(batch, device=device)[:, None, None, None]

@@ -82,8 +82,7 @@ class Regions:
         return len(self.base)
 
     def __getitem__(
-        self,
-        rows: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | slice,
+        self, rows: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | slice
     ) -> Regions:
         return Regions(self.base[rows], self.extent[rows], self.stride[rows])
 

@@ -166,7 +166,7 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
     tensors = operands or ()
     if any(not 0 <= slot < len(tensors) for slot in frame.slots):
         raise text.ExpressionError(
-            f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}",
+            f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}"
         )
     if frame.complete is not None:
         return frame.complete
@@ -210,7 +210,7 @@ def _frame(rule: str) -> _Frame:
             raise ValueError("its program must be a text and its slots numbers")
         if graph is not None and graph.operands != len(parts[3]):
             raise ValueError(
-                f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named",
+                f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named"
             )
     except (ValueError, TypeError, RecursionError) as error:
         raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None

@@ -65,10 +65,9 @@ class TileLists:
         dtype = np.int32 if 2 * rows * columns < 2**31 else np.int64
         tile = np.multiply(row, columns, dtype=dtype) + column
         keys = np.sort(tile * 2 + full)
-        offsets = np.searchsorted(
-            keys,
-            np.arange(rows + 1, dtype=np.int64) * (2 * columns),
-        ).astype(np.int64)
+        offsets = np.searchsorted(keys, np.arange(rows + 1, dtype=np.int64) * (2 * columns)).astype(
+            np.int64
+        )
         indices = ((keys >> 1) % max(columns, 1)).astype(np.int32)
         return TileLists(offsets, indices, (keys & 1).astype(np.bool_), columns)
 
@@ -203,10 +202,7 @@ class TileMap(TileLists):
         )
         lists = TileLists.of(rows, columns, row, column, full == inside)
         return replace(
-            self,
-            **vars(lists),
-            q_tile=self.q_tile * q_factor,
-            kv_tile=self.kv_tile * kv_factor,
+            self, **vars(lists), q_tile=self.q_tile * q_factor, kv_tile=self.kv_tile * kv_factor
         )
 
     def __repr__(self) -> str:
@@ -223,10 +219,7 @@ def _regions(order: Order, n: int, tile: int) -> Regions:
 
 
 def _covering(
-    mask: Mask,
-    rows: int,
-    columns: int,
-    regions_of: Callable[[int], tuple[Regions, Regions]],
+    mask: Mask, rows: int, columns: int, regions_of: Callable[[int], tuple[Regions, Regions]]
 ) -> TileLists:
     """Tiles of rows x columns that are not EMPTY, by refinement from super tiles."""
     side = 1
@@ -259,10 +252,7 @@ def _covering(
 
 
 def _split(
-    row: TileIndices,
-    column: TileIndices,
-    rows: int,
-    columns: int,
+    row: TileIndices, column: TileIndices, rows: int, columns: int
 ) -> tuple[TileIndices, TileIndices]:
     """Tiles within each super tile, without those past the last row or column."""
     within = np.arange(_SPLIT, dtype=np.int32)
@@ -288,12 +278,7 @@ def _runs(
 
 
 def _joined(
-    rows: int,
-    columns: int,
-    row: TileIndices,
-    first: TileIndices,
-    length: TileIndices,
-    full: Flags,
+    rows: int, columns: int, row: TileIndices, first: TileIndices, length: TileIndices, full: Flags
 ) -> TileLists:
     """Lists from disjoint runs of columns in any order."""
     by_place = np.argsort(row.astype(np.int64) * columns + first)
@@ -306,21 +291,15 @@ def _joined(
 
 
 def _check(
-    mask: Mask,
-    q_len: int,
-    kv_len: int,
-    q_tile: int,
-    kv_tile: int,
-    order: Order,
-    q_offset: int,
+    mask: Mask, q_len: int, kv_len: int, q_tile: int, kv_tile: int, order: Order, q_offset: int
 ) -> None:
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks",
+            f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks"
         )
     if not isinstance(order, Order):
         raise TypeError(
-            f"order must be an order; got {type(order).__name__} {order!r}. Use one of compiled_dilated.orders",
+            f"order must be an order; got {type(order).__name__} {order!r}. Use one of compiled_dilated.orders"
         )
     for name, value, least in (
         ("q_len", q_len, 0),

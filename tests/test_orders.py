@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from compiled_dilated import orders
-from compiled_dilated.orders import Order
+from compiled_dilated.orders import Order, curves, indices
 from tests import strategies
 from tests.support.orders import RoundTrip
 
@@ -129,8 +129,8 @@ def test_large_hilbert_curves_are_int32() -> None:
     order = orders.hilbert(1024, 1024)
     x = torch.arange(2**20, dtype=torch.int32)[None, :, None]
     assert torch.equal(order.invert(order.permute(x)), x)
-    assert orders._curve((1024, 1024)).dtype == np.int32
-    assert all(index.dtype == torch.int32 for index in vars(orders._INDICES).values())
+    assert curves.curve((1024, 1024)).dtype == np.int32
+    assert all(index.dtype == torch.int32 for index in vars(indices.INDICES).values())
 
 
 def test_curves_beyond_int32() -> None:
@@ -186,7 +186,7 @@ def test_residue_of_dynamic_length() -> None:
 
 
 def test_hilbert_first_used_in_inference_mode() -> None:
-    vars(orders._INDICES).clear()
+    vars(indices.INDICES).clear()
     order = orders.hilbert(4, 8)
     with torch.inference_mode():
         order.permute(torch.randn(1, 32, 2))
@@ -198,7 +198,7 @@ def test_hilbert_first_used_in_inference_mode() -> None:
 def test_the_index_cache_is_bounded() -> None:
     for rows in range(2, 40):
         orders.hilbert(rows, 2).permute(torch.randn(rows * 2, 1))
-    assert len(vars(orders._INDICES)) <= orders._MOST_INDICES
+    assert len(vars(indices.INDICES)) <= indices.MOST_INDICES
 
 
 @pytest.mark.parametrize("order", [*CASES, orders.hilbert(2, 3, 4)], ids=repr)

@@ -38,7 +38,8 @@ class Attend:
         self.lowering = arguments.choice("lowering", lowering, planner.LOWERINGS)
         if ring is not None and lowering != "auto":
             raise ValueError(
-                f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'"
+                f"each block of a ring is lowered as it is best; got lowering={lowering!r}. "
+                "Leave it at 'auto'"
             )
         self.ring, self._names = ring, self.program.names
         self._query_names = query_names_of(self.program)

@@ -64,8 +64,9 @@ def block_masks(
     missing or not read.
 
     >>> from compiled_dilated import masks
-    >>> [(part.queries, part.keys) for part in block_masks(masks.window(256) | masks.sinks(4), 2**20, 2**20)]
-    [(range(0, 1048576), range(0, 128)), (range(0, 1048576), range(128, 1048576))]
+    >>> parts = block_masks(masks.window(256) | masks.sinks(4), 2**20, 2**20)
+    >>> [part.keys for part in parts]
+    [range(0, 128), range(128, 1048576)]
     """
     arguments.integer("q_len", q_len, 1)
     arguments.integer("kv_len", kv_len, 1)
@@ -74,7 +75,8 @@ def block_masks(
         arguments.integer("heads", heads, 1)
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks"
+            f"mask must be a mask; got {type(mask).__name__} {mask!r}. "
+            "Use one of compiled_dilated.masks"
         )
     whole = mask if heads is None else mask.for_heads(heads)
     _check_data(whole, q_len + arguments.integer("q_offset", q_offset, 0), kv_len, data, device)
@@ -93,23 +95,24 @@ def build(
     data: Mapping[str, Tensor] | None,
 ) -> tuple[BlockMaskPart, ...]:
     """The parts, for checked arguments; data may contain operands of traced functions."""
+    # 1. One map of tiles for each different mask of a head.
     per_head = [mask] if heads is None else [mask.at_head(head, heads) for head in range(heads)]
-    maps = {
-        masked: TileMap.build(
-            masked, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset
+    maps: dict[Mask, TileMap] = {}
+    for head_mask in dict.fromkeys(per_head):
+        maps[head_mask] = TileMap.build(
+            head_mask, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset
         )
-        for masked in dict.fromkeys(per_head)
-    }
+    # 2. Lists without a head dimension where all heads are alike.
     if len(maps) == 1:
         mask, per_head = per_head[0], per_head[:1]
     elif heads is not None:
         mask = mask.for_heads(heads)
-    position, parts = _positions(order, q_len, device), split(_union(list(maps.values())))
+    # 3. Rectangles that suit the union of the maps, so that all heads have the same parts.
+    position = _positions(order, q_len, device)
     mask = mask.on(device)
-    return tuple(
-        _part(mask, [maps[masked] for masked in per_head], part, position, device, data)
-        for part in parts
-    )
+    head_maps = [maps[head_mask] for head_mask in per_head]
+    parts = split(_union(list(maps.values())))
+    return tuple(_part(mask, head_maps, part, position, device, data) for part in parts)
 
 
 def block_mask(
@@ -127,8 +130,9 @@ def block_mask(
     parts = block_masks(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
     if len(parts) > 1:
         raise ValueError(
-            f"{mask} at {q_len} x {kv_len} tokens takes {len(parts)} block masks: a few of its rows or columns of tiles "
-            "are far heavier than the others and would widen every list. Call block_masks(...) and merge the parts by their lse"
+            f"{mask} at {q_len} x {kv_len} tokens takes {len(parts)} block masks: a few of its "
+            "rows or columns of tiles are far heavier than the others and would widen every list. "
+            "Call block_masks(...) and merge the parts by their lse"
         )
     return parts[0].block_mask
 
@@ -140,13 +144,10 @@ def _check_data(
     data: Mapping[str, Tensor] | None,
     device: torch.device | str,
 ) -> None:
-    target = torch.empty(0, device=device).device
-    checks.data(
-        mask.names,
-        mask.query_names,
-        data,
-        checks.Shape(_batch(mask, data), query_tokens, key_tokens, target),
-    )
+    """Raise for data that does not fit, and for a mask that cannot be evaluated."""
+    index_device = torch.empty(0, device=device).device  # with the index of the device
+    shape = checks.Shape(_batch(mask, data), query_tokens, key_tokens, index_device)
+    checks.data(mask.names, mask.query_names, data, shape)
     # Evaluate one pair: a mask that cannot be evaluated (a rule over an unknown number of heads)
     # raises here.
     if not functions_of(mask):
@@ -156,15 +157,15 @@ def _check_data(
 
 def _batch(mask: Mask, data: Mapping[str, Tensor] | None) -> int:
     """Batch size of the data; 1 without data."""
-    tensors = [
-        x
-        for name, x in (data or {}).items()
-        if name in mask.names and isinstance(x, Tensor) and x.dim() == 2
-    ]
-    return max((x.shape[0] for x in tensors), default=1)
+    batch = 1
+    for name, x in (data or {}).items():
+        if name in mask.names and isinstance(x, Tensor) and x.dim() == 2:
+            batch = max(batch, x.shape[0])
+    return batch
 
 
 def _positions(order: Order, n: int, device: torch.device | str) -> Tensor | None:
+    """Position of each place, int32 (n,); None for the identity."""
     permutation = order.permutation(n)
     if permutation is None:
         return None
@@ -176,23 +177,16 @@ def _union(maps: list[TileMap]) -> TileMap:
     if len(maps) == 1:
         return maps[0]
     first = maps[0]
-    keys = np.unique(
-        np.concatenate(
-            [
-                tile_map.row_of.astype(np.int64) * tile_map.columns + tile_map.indices
-                for tile_map in maps
-            ]
-        )
-    )
+    # Tiles as numbers, row by row.
+    numbers = []
+    for tile_map in maps:
+        row = tile_map.row_of.astype(np.int64)
+        numbers.append(row * tile_map.columns + tile_map.indices)
+    keys = np.unique(np.concatenate(numbers))
     row, column = keys // first.columns, keys % first.columns
-    return replace(
-        first,
-        **vars(
-            TileLists.of(
-                first.rows, first.columns, row, column, np.zeros(len(keys), dtype=np.bool_)
-            )
-        ),
-    )
+    full = np.zeros(len(keys), dtype=np.bool_)
+    lists = TileLists.of(first.rows, first.columns, row, column, full)
+    return replace(first, **vars(lists))
 
 
 def _part(
@@ -204,14 +198,13 @@ def _part(
     data: Mapping[str, Tensor] | None,
 ) -> BlockMaskPart:
     """One rectangle of each head's map as a BlockMask."""
-    rows = range(part.q_start // part.q_tile, part.q_start // part.q_tile + part.rows)
-    columns = range(part.kv_start // part.kv_tile, part.kv_start // part.kv_tile + part.columns)
+    row, column = part.q_start // part.q_tile, part.kv_start // part.kv_tile
+    rows, columns = range(row, row + part.rows), range(column, column + part.columns)
     heads = [_cautious(tile_map.restrict(rows, columns)) for tile_map in maps]
     batch = _batch(mask, data)
     kv_num, kv, full_kv_num, full_kv = _rectangular(heads, batch, device)
-    q_num, q, full_q_num, full_q = _rectangular(
-        [lists.transpose() for lists in heads], batch, device
-    )
+    transposed = [lists.transpose() for lists in heads]
+    q_num, q, full_q_num, full_q = _rectangular(transposed, batch, device)
     block_mask = BlockMask(
         seq_lengths=(part.q_len, part.kv_len),
         kv_num_blocks=kv_num,
@@ -233,10 +226,9 @@ def _cautious(tile_map: TileMap) -> TileMap:
 
     Kernels compute complete tiles and skip mask_mod in FULL ones; torch marks them PARTIAL too.
     """
-    short = (tile_map.row_of == tile_map.q_len // tile_map.q_tile) | (
-        tile_map.indices == tile_map.kv_len // tile_map.kv_tile
-    )
-    return replace(tile_map, full=tile_map.full & ~short)
+    in_short_row = tile_map.row_of == tile_map.q_len // tile_map.q_tile
+    in_short_column = tile_map.indices == tile_map.kv_len // tile_map.kv_tile
+    return replace(tile_map, full=tile_map.full & ~(in_short_row | in_short_column))
 
 
 def _rectangular(
@@ -248,27 +240,27 @@ def _rectangular(
     and kernels need the batch dimension. One width for both kinds, since torch's decoding kernel
     reads both lists by the strides of the first.
     """
-    kinds = [(~tile_list.full, tile_list.full) for tile_list in heads]
-    counts = np.stack(
-        [
-            [_row_counts(lists, kind) for kind in pair]
-            for lists, pair in zip(heads, kinds, strict=True)
-        ]
-    )
+    counts_of_heads = []
+    for lists in heads:
+        counts_of_heads.append([_row_counts(lists, kind) for kind in (~lists.full, lists.full)])
+    counts = np.stack(counts_of_heads)  # (heads, kinds, rows)
     width = max(1, int(counts.max()))
     out: list[Tensor] = []
     for number in (0, 1):
         indices = np.zeros((1, len(heads), heads[0].rows, width), dtype=np.int32)
-        for head, (lists, pair) in enumerate(zip(heads, kinds, strict=True)):
+        for head, lists in enumerate(heads):
+            kind = lists.full if number else ~lists.full
             count = counts[head, number]
+            # The place of each entry within its row.
             place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-            indices[0, head, lists.row_of[pair[number]], place] = lists.indices[pair[number]]
-        tables = counts[None, :, number].astype(np.int32), indices
-        out += [torch.from_numpy(np.repeat(table, batch, axis=0)).to(device) for table in tables]
+            indices[0, head, lists.row_of[kind], place] = lists.indices[kind]
+        for table in (counts[None, :, number].astype(np.int32), indices):
+            out.append(torch.from_numpy(np.repeat(table, batch, axis=0)).to(device))
     return out[0], out[1], out[2], out[3]
 
 
 def _row_counts(lists: TileLists, kind: Flags) -> IntArray:
+    """Listed tiles of a kind per row, (rows,)."""
     return np.bincount(lists.row_of[kind], minlength=lists.rows).astype(np.int64)
 
 
@@ -338,23 +330,23 @@ def tile_map(block_mask: BlockMask, batch: int = 0, head: int = 0) -> TileMap:
     entries = block_mask.kv_num_blocks.shape
     if not (0 <= batch < entries[0] and 0 <= head < entries[1]):
         raise ValueError(
-            f"asked for batch entry {batch} and head {head} of a block mask of {entries[0]} and {entries[1]}"
+            f"batch entry {batch} and head {head} are not in a block mask of {entries[0]} batch "
+            f"entries and {entries[1]} heads"
         )
     (q_len, kv_len), (q_tile, kv_tile) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
     rows, columns = -(-q_len // q_tile), -(-kv_len // kv_tile)
-    kinds_of_tiles: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []
-    kinds = (
-        (block_mask.kv_num_blocks, block_mask.kv_indices),
-        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
-    )
-    for kind, (num, index) in enumerate(kinds):
+    partial = block_mask.kv_num_blocks, block_mask.kv_indices
+    full = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+    tiles: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []
+    for is_full, (num, index) in ((False, partial), (True, full)):
         if num is None or index is None:
             continue
         counts, table = num[batch, head].cpu().numpy(), index[batch, head].cpu().numpy()
+        # Entries past a row's count are padding.
         listed = np.arange(table.shape[-1]) < counts[:, None]
         row = np.repeat(np.arange(rows, dtype=np.int32), counts)
-        kinds_of_tiles.append((row, table[listed], np.full(len(row), bool(kind))))
-    lists = TileLists.of(rows, columns, *map(np.concatenate, zip(*kinds_of_tiles, strict=True)))
+        tiles.append((row, table[listed], np.full(len(row), is_full)))
+    lists = TileLists.of(rows, columns, *map(np.concatenate, zip(*tiles, strict=True)))
     return TileMap(
         **vars(lists),
         q_len=q_len,

@@ -199,7 +199,8 @@ class Multihead(nn.Module):
         _refuse_dropout("dropout", dropout)
         if not _is_finite_number(gamma_init):
             raise ValueError(
-                f"gamma_init must be a finite number, the gain of v_proj and out_proj; got {gamma_init!r}"
+                "gamma_init must be a finite number, the gain of v_proj and out_proj; "
+                f"got {gamma_init!r}"
             )
         arguments.flag("bias", bias)
         self.gamma_init = gamma_init
@@ -256,11 +257,13 @@ class Multihead(nn.Module):
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
                 raise TypeError(
-                    f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor"
+                    f"{name} must be a torch.Tensor; got {type(x).__name__}. "
+                    "Convert it with torch.as_tensor"
                 )
             if x.dim() != 3 or x.shape[2] != self.embed_dim:
                 raise ValueError(
-                    f"{name} must be (batch, tokens, embed_dim={self.embed_dim}); got shape {tuple(x.shape)}"
+                    f"{name} must be (batch, tokens, embed_dim={self.embed_dim}); "
+                    f"got shape {tuple(x.shape)}"
                 )
         x = self.attention(
             self._heads(self.q_proj(query)),
@@ -381,6 +384,7 @@ def _check_padding(key_padding_mask: Tensor, key: Tensor) -> Tensor:
         )
     if key_padding_mask.shape != key.shape[:2]:
         raise ValueError(
-            f"key_padding_mask must be (batch, tokens) of the key, {tuple(key.shape[:2])}; got {tuple(key_padding_mask.shape)}"
+            f"key_padding_mask must be (batch, tokens) of the key, {tuple(key.shape[:2])}; "
+            f"got {tuple(key_padding_mask.shape)}"
         )
     return key_padding_mask

@@ -131,7 +131,8 @@ def ring_problem(
     for name, x in data.items():
         if name in rule.names and x.shape[1] < tokens:
             raise ValueError(
-                f"data[{name!r}] must hold all {tokens} tokens of the ring's sequence on every rank; "
+                f"data[{name!r}] must hold all {tokens} tokens of the ring's sequence on every "
+                "rank; "
                 f"got shape {tuple(x.shape)}. "
                 "Pass the data of the whole sequence, not that of a shard"
             )

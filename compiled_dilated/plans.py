@@ -233,7 +233,8 @@ class Plan:
         lines = [
             f"program   {problem.program}",
             f"problem   q ({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim}), "
-            f"{problem.kv_heads} key heads of {problem.kv_len} tokens, {problem.dtype} on {problem.device}",
+            f"{problem.kv_heads} key heads of {problem.kv_len} tokens, "
+            f"{problem.dtype} on {problem.device}",
             f"chosen    {self.lowering}: {self.reason}",
         ]
         if self.untried:
@@ -268,7 +269,8 @@ class Plan:
         cost = self.cost
         most = "at most " if self._reads_data else ""
         return (
-            f"work      {most}{cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel call{'s' * (cost.calls != 1)}, "
+            f"work      {most}{cost.kernel_flops / 1e9:,.1f} GFLOP in {cost.calls} kernel "
+            f"call{'s' * (cost.calls != 1)}, "
             f"{cost.copied_bytes / 2**20:,.1f} MiB moved beside them"
         )
 
@@ -278,7 +280,8 @@ class Plan:
             return f"time      no estimate: no rate was measured for {problem.dtype} on {problem.device}"
         about, what = self._about, "forward and backward" if problem.training else "forward"
         return (
-            f"time      {about} {_milliseconds(time)} ms {what}, an estimate by rates of {rates.MACHINE}\n"
+            f"time      {about} {_milliseconds(time)} ms {what}, "
+            f"an estimate by rates of {rates.MACHINE}\n"
             f"          ({rates.FILES})"
         )
 

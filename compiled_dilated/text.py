@@ -80,7 +80,8 @@ def read_program(text: str, function_named: Callable[[str], MaskMod] | None = No
     value = _value(text, names)
     if not isinstance(value, (Program, Mask)):
         raise ExpressionError(
-            f"{text!r} is {_kind(value)}, and a program or a mask is needed, such as causal() & window(256)"
+            f"{text!r} is {_kind(value)}, and a program or a mask is needed, "
+            "such as causal() & window(256)"
         )
     return programs.as_program(value)
 
@@ -94,7 +95,8 @@ def read_order(text: str) -> Order:
     value = _value(text, NAMES)
     if not isinstance(value, Order):
         raise ExpressionError(
-            f"{text!r} is {_kind(value)}, and an order is needed: identity(), residue(4) or hilbert(64, 64)"
+            f"{text!r} is {_kind(value)}, and an order is needed: identity(), "
+            "residue(4) or hilbert(64, 64)"
         )
     return value
 

@@ -207,8 +207,10 @@ class TileMap(TileLists):
 
     def __repr__(self) -> str:
         return (
-            f"TileMap({self.rows} x {self.columns} tiles of {self.q_tile} x {self.kv_tile}, {len(self.indices):,} seen, "
-            f"{int(self.full.sum()):,} full, queries {self.queries}, keys {self.keys}, {self.order!r})"
+            f"TileMap({self.rows} x {self.columns} tiles of {self.q_tile} x {self.kv_tile}, "
+            f"{len(self.indices):,} seen, "
+            f"{int(self.full.sum()):,} full, queries {self.queries}, keys {self.keys}, "
+            f"{self.order!r})"
         )
 
 
@@ -238,8 +240,10 @@ def _covering(
         listed += int(full.sum()) * side**2
         if max(rows, columns, listed + int(partial.sum())) > _MOST_LISTED:
             raise ValueError(
-                f"{mask} of {rows} x {columns} tiles takes a list of more than {_MOST_LISTED:,} tiles. "
-                "Use fewer tokens, or a mask of segments, windows, causal() and congruent(), which needs no list"
+                f"{mask} of {rows} x {columns} tiles takes a list of more than {_MOST_LISTED:,} "
+                "tiles. "
+                "Use fewer tokens, or a mask of segments, windows, causal() and congruent(), "
+                "which needs no list"
             )
         # FULL super tiles are done; PARTIAL ones are split, or listed at the smallest size.
         runs.append(_runs(row[full], column[full], side, rows, columns, full=True))
@@ -295,11 +299,13 @@ def _check(
 ) -> None:
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a mask; got {type(mask).__name__} {mask!r}. Use one of compiled_dilated.masks"
+            f"mask must be a mask; got {type(mask).__name__} {mask!r}. "
+            "Use one of compiled_dilated.masks"
         )
     if not isinstance(order, Order):
         raise TypeError(
-            f"order must be an order; got {type(order).__name__} {order!r}. Use one of compiled_dilated.orders"
+            f"order must be an order; got {type(order).__name__} {order!r}. "
+            "Use one of compiled_dilated.orders"
         )
     for name, value, least in (
         ("q_len", q_len, 0),
@@ -312,7 +318,8 @@ def _check(
     if not isinstance(order, Identity):
         if q_len != kv_len or q_offset:
             raise ValueError(
-                f"{order!r} permutes queries and keys alike, so it needs q_len == kv_len and q_offset 0; "
+                f"{order!r} permutes queries and keys alike, "
+                "so it needs q_len == kv_len and q_offset 0; "
                 f"got q_len {q_len}, kv_len {kv_len}, q_offset {q_offset}. Use orders.identity()"
             )
         order.check(q_len)

@@ -2,13 +2,13 @@
 
 problems   Problem: a program and the shapes of a call
 proposals  Proposal or Refusal of a lowering, with its Cost
-chosen     Plan: the chosen proposals and all that were weighed
+plan       Plan: the chosen proposals and all that were weighed
 printing   the parts of a printed plan
 cache      PlanCache: plans by value
 """
 
 from .cache import PlanCache
-from .chosen import Plan
+from .plan import Plan
 from .problems import Problem, Scores, problem_of
 from .proposals import Cost, Proposal, Refusal
 

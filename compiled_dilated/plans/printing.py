@@ -7,8 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-_HEADERS = "|lowering|branch|GFLOP|as dense GFLOP|est. ms|calls|peak MiB|refused because".split("|")
+_COLUMNS = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "est. ms", "calls", "peak MiB"]
 _ALIGNMENT = ("left", "left", *["right"] * 6, "left")
+_REASON = "refused because"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -17,7 +18,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     rows: as `Plan.to_json` lists them.
     """
     cells = [_cells(row) for row in rows]
-    text: str = tabulate(cells, headers=_HEADERS, disable_numparse=True, colalign=_ALIGNMENT)
+    headers = [*_COLUMNS, _REASON]
+    text: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=_ALIGNMENT)
     legend = "as dense GFLOP: what dense attention would compute in the same time"
     proposed = sum("refused" not in row for row in rows)
     if proposed > sum(row["chosen"] for row in rows):

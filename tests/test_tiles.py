@@ -15,7 +15,7 @@ from compiled_dilated import masks, orders, tiles
 from compiled_dilated.masks import Mask
 from compiled_dilated.orders import Order
 from compiled_dilated.regions import EMPTY, FULL, PARTIAL
-from compiled_dilated.tiles import TileMap
+from compiled_dilated.tiles import TileMap, refinement, splitting
 from tests import strategies
 from tests.strategies import dense
 
@@ -26,9 +26,9 @@ MILLION = 2**20
 def small_limits() -> Iterator[None]:
     """Refinement over several levels, and splitting, already in small maps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_FIRST_SUPER_TILES", 2)
-        patch.setattr(tiles, "_ALWAYS_FITS", 1)
-        patch.setattr(tiles, "_MOST_PADDING", 2)
+        patch.setattr(refinement, "_FIRST_SUPER_TILES", 2)
+        patch.setattr(splitting, "_ALWAYS_FITS", 1)
+        patch.setattr(splitting, "_MOST_PADDING", 2)
         yield
 
 

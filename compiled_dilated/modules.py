@@ -1,7 +1,8 @@
 """Attention as torch modules, with the signatures and state dicts of the first public LongNet port.
 
     DilatedAttention            (B, N, H, D) -> (B, N, H, D)     no parameters
-    MultiheadDilatedAttention   (B, N, E) -> ((B, N, E), None)   q_proj, k_proj, v_proj -> attention -> norm -> out_proj
+    MultiheadDilatedAttention   (B, N, E) -> ((B, N, E), None)   projections -> attention -> norm
+                                                                 -> output projection
 
 The core works on (B, H, N, D): inputs and the output are transposed as views.
 """
@@ -108,7 +109,7 @@ class Attention(nn.Module):
 
 
 class DilatedAttention(Attention):
-    """LongNet's dilated attention (arXiv 2307.02486), a drop-in for the first port's module of this name.
+    """LongNet's dilated attention (arXiv 2307.02486), a drop-in for the first port's module.
 
     segment_lengths: in tokens, one per branch; the sequence need not be divisible by them.
     dilation_rates: in tokens, one per branch.
@@ -291,7 +292,8 @@ class MultiheadDilatedAttention(Multihead):
     As in that port dilation_rates comes before segment_lengths. The other arguments are those of
     `Multihead` and `DilatedAttention`.
 
-    >>> attention = MultiheadDilatedAttention(512, 8, dilation_rates=(1, 2), segment_lengths=(2048, 4096))
+    >>> lengths, rates = (2048, 4096), (1, 2)
+    >>> attention = MultiheadDilatedAttention(512, 8, dilation_rates=rates, segment_lengths=lengths)
     >>> out, none = attention(x, x, x, is_causal=True)
     """
 

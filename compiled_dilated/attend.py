@@ -94,14 +94,15 @@ class Attend:
         # 2. Checks, and in eager mode the tracing of functions.
         q, k, v = _autocast(q, k, v)
         try:
-            if not is_compiling():  # what traces that meets the operator, which asks too
+            if not is_compiling():  # a trace runs the operator's own check
                 checks.no_onnx_export()
             checks.no_options_of_sdpa(options)
             tensors = self._checked(
                 q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse
             )
             bound = self._bound(q, score_mod)
-        except Exception as error:  # from a user's function too: the other ranks must not wait
+        except Exception as error:
+            # Also of a user's function. The other ranks must not wait for this one.
             if self.ring is not None and not is_compiling():
                 self.ring.transport.refuse(error)
             raise
@@ -232,7 +233,7 @@ def attend_in_graph(
     frame, rule: of a `Skeleton` without functions and literals.
     data: the tensors that its masks read, in the order of their names.
 
-    The other arguments are those of `Attend`. Nothing is checked: the caller is responsible.
+    The other arguments are those of `Attend`. Nothing is checked here.
     """
     q, k, v = _autocast(q, k, v)
     q, number = _scaled(q, scale)
@@ -259,7 +260,8 @@ def _with_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, 
 
 
 def _attend_with_functions() -> Callable[..., tuple[Tensor, Tensor]]:
-    # A late import: it loads the compiler, which takes longer than all of this package.
+    """The operator for functions that Dynamo traces."""
+    # Imported here: it imports torch's compiler, which takes longer than all of this package.
     from .dynamo import attend_with_functions
 
     return attend_with_functions
@@ -302,7 +304,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # What is no tensor is refused by the checks that follow.
+    # Values that are no tensors are refused by the checks that follow.
     if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return x.to(dtype)
     return x

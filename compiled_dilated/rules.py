@@ -78,10 +78,11 @@ class Rule:
             by_name |= {slot_name(slot): operands[slot] for slot in self.mask_slots}
         if self.score_mod is None:
             return Call(scale, q_offset, by_name, offsets=offsets)
-        own = tuple(operands[slot] for slot in self.slots)
         # The score_mod numbers its own operands.
+        score_operands = tuple(operands[slot] for slot in self.slots)
         numbers = tuple(self.slots.index(slot) for slot in learned)
-        score_mod = Mod(self.score_mod, own, numbers, zero_sums(own, numbers))
+        sums = zero_sums(score_operands, numbers)
+        score_mod = Mod(self.score_mod, score_operands, numbers, sums)
         return Call(scale, q_offset, by_name, score_mod, offsets)
 
 
@@ -96,10 +97,10 @@ class Skeleton:
 
     def __init__(self, program: Program | PerLength, lowering: str, ring: Ring | None) -> None:
         literals: list[Tensor] = []
-        written = text.write(program, literals)
+        program_text = text.write(program, literals)
         self.literals = tuple(literals)
         self.mask_mods = mask_mods_of(program)
-        self.frame = json.dumps([written, lowering, None if ring is None else ring.written])
+        self.frame = json.dumps([program_text, lowering, None if ring is None else ring.written])
         rule = "" if self.mask_mods else bind(self.frame, (), (), None, torch.float32).rule
         self.plain = Bound(rule, self.literals)
 
@@ -152,6 +153,7 @@ _NOT_FOR_FLEX = (
 
 
 def _check_flex(program: str, operands: Sequence[Tensor]) -> None:
+    """Raise ValueError for functions that torch's template does not compile."""
     for mask in masks_of(text.read(program, operands)):
         if any(not part.graph.is_elementwise for part in traced_parts(mask)):
             raise ValueError(_NOT_FOR_FLEX.format("mask_mod"))
@@ -201,6 +203,7 @@ class _Frame:
 
 @lru_cache(maxsize=256)
 def _frame(rule: str) -> _Frame:
+    """The checked parts of a rule's text."""
     try:
         program, lowering, ring, score_mod, slots = json.loads(rule)
         graph = None if score_mod is None else Graph(score_mod).check()
@@ -219,8 +222,9 @@ def _frame(rule: str) -> _Frame:
     return _Frame(program, *parts, Rule(text.read(program, ()), *parts))
 
 
-def _ring(written: Any) -> Ring | None:
-    if written is None:
+def _ring(fields: Any) -> Ring | None:
+    """The ring of its three fields in a rule's text."""
+    if fields is None:
         return None
-    ranks, layout, group = written
+    ranks, layout, group = fields
     return Ring(ranks, layout, None if group is None else Distributed(group))

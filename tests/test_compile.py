@@ -187,10 +187,7 @@ def slopes(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor
     return score - abs(q - kv) * (h + 1) / 64
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "score_mod": {"score_mod": slopes},
-    "scale": {"scale": 0.3},
-}
+OPTIONS: dict[str, dict[str, Any]] = {"score_mod": {"score_mod": slopes}, "scale": {"scale": 0.3}}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

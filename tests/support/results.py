@@ -1,4 +1,4 @@
-"""Results and gradients of attention, compared with the float64 reference and with dense attention."""
+"""Results and gradients of attention, compared with the reference and with dense attention."""
 
 from __future__ import annotations
 

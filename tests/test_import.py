@@ -83,7 +83,8 @@ def test_import_is_light(imported: dict[str, Any]) -> None:
     new = set(imported["new"])
     assert new & ON_FIRST_USE == set()
     foreign = {name for name in new if name.partition(".")[0] not in ("compiled_dilated", "passes")}
-    assert len(foreign) <= 20, sorted(foreign)
+    # Eight of them are torch.distributed.nn, which transports import before a process group exists.
+    assert len(foreign) <= 24, sorted(foreign)
 
 
 def test_import_starts_nothing(imported: dict[str, Any]) -> None:

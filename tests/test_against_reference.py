@@ -157,7 +157,7 @@ def test_an_order_changes_nothing(case: Case, order: orders.Order) -> None:
 def test_a_causal_mask_does_not_leak_in_any_order(
     order: orders.Order, lowering: str, dtype: torch.dtype
 ) -> None:
-    """To the last bit: later tokens do not enter the sums of a row, wherever the order puts them."""
+    """To the last bit: later tokens do not enter the sums of a row, in any order."""
     attend = cd.compile(in_order(masks.causal() & masks.window(200), order), lowering=lowering)
     inputs = by_name("causal").inputs(384, dtype)
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
@@ -320,7 +320,7 @@ def test_two_runs_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["rows dead in one branch", "documents by ids in hilbert order"])
 def test_flex_forward(name: str) -> None:
-    """Multiplicities, rows without keys, an order, grouped heads and data: few, as each compiles."""
+    """Multiplicities, rows without keys, an order, grouped heads, data: few cases, compiled."""
     case, n = by_name(name), 300
     inputs, expected = truth(case, n, torch.float32, with_lse=False)
     program = as_program(case.program(n))

@@ -247,7 +247,7 @@ LINE: list[tuple[Mask, Callable[[int], int]]] = [
 def test_counts_of_two_billion_tokens_take_few_rectangles(
     mask: Mask, expected: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few rectangles are classified, in little memory: 2**31 + 1 tokens have 2**24 rows of tiles."""
+    """Few rectangles are classified, in little memory: there are 2**24 rows of tiles."""
     classified = 0
     classify = type(mask).classify
 

@@ -116,7 +116,7 @@ class Attend:
         return (out, lse) if return_lse else out
 
     def _bound(self, q: Tensor, score_mod: ScoreMod | None) -> Bound | None:
-        """The rule of a call with its functions traced; None where Dynamo will trace them."""
+        """The rule with its functions traced; None if Dynamo traces them."""
         skeleton = self._skeleton
         if score_mod is None and not skeleton.mask_mods:
             return skeleton.plain
@@ -139,7 +139,10 @@ class Attend:
         score_mod: ScoreMod | None,
         wants_lse: bool,
     ) -> tuple[Tensor, Tensor]:
-        """out and lse. tensors: the data, and the offset if that is a tensor."""
+        """out and lse of checked arguments.
+
+        tensors: the data, and the offset if that is a tensor.
+        """
         q, number = _scaled(q, scale)
         q_offset = 0 if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
         if bound is None:
@@ -165,7 +168,7 @@ class Attend:
         sink_logits: object,
         return_lse: object,
     ) -> list[Tensor]:
-        """Check all arguments; returns the data tensors, then the offset if that is a tensor."""
+        """Check all arguments; returns the data, then a tensor offset."""
         if scale is not None:
             checks.scale("scale", scale)
         arguments.flag("return_lse", return_lse)
@@ -195,7 +198,7 @@ class Attend:
         return [*tensors, q_offset[:, None]] if isinstance(q_offset, Tensor) else tensors
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Any:
-        """The `Plan` of a call with these tensors; the `RingPlan` where there are ranks."""
+        """The `Plan` of a call with these tensors; a `RingPlan` for ranks."""
         checks.tensors(q, k, v)
         skeleton = self._skeleton
         literals, mask_mods = skeleton.literals, skeleton.mask_mods
@@ -228,7 +231,7 @@ def attend_in_graph(
     score_mod: ScoreMod | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attention by a rule as text, for a trace of torch.compile that cannot construct an `Attend`.
+    """Attention by a rule as text, for graphs that cannot construct an `Attend`.
 
     frame, rule: of a `Skeleton` without functions and literals.
     data: the tensors that its masks read, in the order of their names.
@@ -294,7 +297,7 @@ def _varies(number: float) -> bool:
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the precision of autocast, as torch's own attention casts them."""
+    """q, k and v in the precision of autocast, as in SDPA."""
     if not isinstance(q, Tensor) or q.device.type == "meta":
         return q, k, v
     if not torch.is_autocast_enabled(q.device.type):

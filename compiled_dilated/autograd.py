@@ -31,7 +31,7 @@ def _apply(function: Any, *inputs: Any) -> Any:
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward as an autograd function, whose own backward raises instead of giving zeros."""
+    """The backward as an autograd function, whose own backward raises."""
 
     @staticmethod
     def forward(options: Options, *tensors: Tensor) -> Any:
@@ -160,7 +160,7 @@ def _operands_vary(options: Options, dims: Sequence[int | None]) -> bool:
 
 
 def _one_by_one(function: Any, size: int, dims: Sequence[Any], inputs: Sequence[Any]) -> Any:
-    """Call the function on every entry of the vmapped dimension and stack the results."""
+    """Call the function per entry of the vmapped dimension; stack the results."""
     results = []
     for entry in range(size):
         arguments = []

@@ -144,7 +144,7 @@ def _check_data(
     data: Mapping[str, Tensor] | None,
     device: torch.device | str,
 ) -> None:
-    """Raise for data that does not fit, and for a mask that cannot be evaluated."""
+    """Raise for data that do not fit and masks that cannot be evaluated."""
     index_device = torch.empty(0, device=device).device  # with the index of the device
     shape = checks.Shape(_batch(mask, data), query_tokens, key_tokens, index_device)
     checks.data(mask.names, mask.query_names, data, shape)
@@ -265,7 +265,7 @@ def _row_counts(lists: TileLists, kind: Flags) -> IntArray:
 
 
 class _MaskMod(torch.nn.Module):
-    """A mask_mod over indices of a slice that starts at places q_first and kv_first.
+    """A mask_mod over a slice that starts at places q_first and kv_first.
 
     position: position of each place; None for the identity. A module, since torch.compile treats
     its numbers as constants; with dynamic=True it would make other numbers symbolic, with which
@@ -294,7 +294,7 @@ class _MaskMod(torch.nn.Module):
 
 
 def widen(block_mask: BlockMask) -> BlockMask:
-    """The same BlockMask with lists as wide as there are tiles, for the CPU kernel.
+    """The BlockMask with lists of full width, for the CPU kernel.
 
     Lists are views of the narrow ones: a row's view continues into the next rows, and entries past
     a row's count are never read.
@@ -326,7 +326,7 @@ def _widened(indices: Tensor | None, width: int) -> Any:
 
 
 def tile_map(block_mask: BlockMask, batch: int = 0, head: int = 0) -> TileMap:
-    """The tiles of a BlockMask, narrow or wide, for one batch entry and head."""
+    """The tiles of a BlockMask for one batch entry and head."""
     entries = block_mask.kv_num_blocks.shape
     if not (0 <= batch < entries[0] and 0 <= head < entries[1]):
         raise ValueError(

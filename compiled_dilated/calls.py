@@ -12,7 +12,7 @@ from .mods import Mod
 
 @dataclass(frozen=True)
 class Call:
-    """The options of one call, the same for all its tiles, blocks and ranks.
+    """The options of one call, for all tiles, blocks and ranks.
 
     scale: of q . k, of any sign.
     q_offset: position of the first query.

@@ -67,7 +67,7 @@ def no_options_of_sdpa(options: Iterable[str]) -> None:
 
 
 def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
-    """Raise unless types, shapes, dtypes and devices of q, k and v fit together."""
+    """Raise unless q, k and v fit together in type, shape, dtype, device."""
     for name, x in zip(layout.names, (q, k, v), strict=True):
         tensor(name, x, layout)
     dtypes(q.dtype, k.dtype, v.dtype, layout)
@@ -167,7 +167,7 @@ def dtype(name: str, value: object) -> None:
 
 
 def groups(heads: int, kv_heads: int) -> None:
-    """Raise unless the number of query heads is a multiple of that of key heads."""
+    """Raise unless query heads are a multiple of key heads."""
     if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads):
         raise ValueError(
             f"the {heads} query heads must be a multiple of the {kv_heads} key heads, "
@@ -176,7 +176,7 @@ def groups(heads: int, kv_heads: int) -> None:
 
 
 def scale(name: str, value: object) -> None:
-    """Raise unless a scale is a finite number or a tensor with one number."""
+    """Raise unless a scale is a finite number or a scalar tensor."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(
@@ -232,7 +232,7 @@ def data(
     values: Mapping[str, Tensor] | None,
     shape: Shape,
 ) -> list[Tensor]:
-    """The checked data tensors in the order of `names`, each (batch or 1, tokens).
+    """The checked data tensors, (batch or 1, tokens), in the order of `names`.
 
     query_names: tensors that are read at query positions too.
 
@@ -279,7 +279,7 @@ def _data_tensor(name: str, x: object, tokens: int, shape: Shape) -> None:
 
 
 def captured(operands: Sequence[Tensor], device: torch.device) -> None:
-    """Raise unless captured tensors can be used on a device; scalars may be elsewhere."""
+    """Raise unless captured tensors can be used on a device."""
     for x in operands:
         if x.layout != torch.strided:
             raise TypeError(

@@ -133,7 +133,7 @@ def compile(
 def _check_transport(
     transport: str | None, ranks: int | None, mesh: DeviceMesh | ProcessGroup | None
 ) -> None:
-    """Raise ValueError unless a transport comes with the ranks or the mesh that it needs."""
+    """Raise ValueError unless a transport has its ranks or mesh."""
     if transport is None:
         return
     arguments.choice("transport", transport, TRANSPORTS)

@@ -62,7 +62,7 @@ class Decoder:
                 self._masks[kind] = mask, mask.is_bounded
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
-        """out (B, Hq, 1, D); None where checks are needed or the keys are not one range."""
+        """out (B, Hq, 1, D); None if SDPA on a slice does not suffice."""
         if type(q_offset) is not int or not 0 <= q_offset <= MOST:
             return None
         if not _is_plain_scale(scale) or not _are_plain(q, k, v):

@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def _cost_of_call(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[str, Any]) -> Cost:
-    """The cost of a call of the operator or of its backward, which is planned for training."""
+    """The cost of a call of the operator or of its backward."""
     arguments = dict(named)
     for parameter, value in zip(op._schema.arguments, call, strict=False):
         arguments.setdefault(parameter.name, value)
@@ -52,7 +52,7 @@ def _cost_of_call(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[st
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, rule: Rule, q_offset: int, training: bool) -> Cost:
-    """The cost of the plan; zero for a ring, whose ranks plan every step."""
+    """The cost of the plan; zero for a ring."""
     if rule.ring is not None or not (q.numel() and k.numel() and v.numel()):
         return Cost(0, 0, 0, 0, 0, 0.0)
     return operators.plan_of(rule, q, k, v, q_offset, training).cost
@@ -70,7 +70,7 @@ def _read(
     training: bool,
     by_token: bool,
 ) -> dict[str, Any] | None:
-    """Options with which a call can be computed by rows; None if it needs all queries.
+    """Options of a call by rows; None if it needs all queries.
 
     Orders, rings, functions, data, long lists, an explicit lowering or an offset need all.
     """

@@ -49,7 +49,7 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
 
 
 def _as_ranges(heads: tuple[int, ...], group: int) -> tuple[HeadRange, HeadRange] | None:
-    """Query heads and their key heads as one range each; None if they are not."""
+    """Query heads and their key heads, if both are one range."""
     step = heads[1] - heads[0] if len(heads) > 1 else 1
     if any(b - a != step for a, b in itertools.pairwise(heads)):
         return None
@@ -68,7 +68,7 @@ def _as_ranges(heads: tuple[int, ...], group: int) -> tuple[HeadRange, HeadRange
 def head_groups(
     branch: Branch, heads: int, kv_heads: int
 ) -> list[tuple[Mask, HeadRange, HeadRange]]:
-    """Heads of a branch with equal masks, as ranges of query heads and key heads."""
+    """Ranges of query heads and key heads with equal masks, per branch."""
     groups: dict[Mask, tuple[int, ...]] = {}
     for head in branch.head_range(heads):
         mask = branch.mask_at(head, heads)

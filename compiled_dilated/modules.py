@@ -216,7 +216,7 @@ class Multihead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-normal weights, gain 1 for q and k and `gamma_init` for v and out; biases 0."""
+        """Xavier-normal weights, with gain `gamma_init` for v and out; zero biases."""
         for projection, gain in (
             (self.q_proj, 1.0),
             (self.k_proj, 1.0),

@@ -87,7 +87,7 @@ def plan_of(
     training: bool,
     score_mod: Mod | None = None,
 ) -> Plan:
-    """The plan for tensors of these shapes, from the cache after the first call.
+    """The plan for tensors of these shapes, from the cache.
 
     training: whether a backward may follow.
     score_mod: of the call.
@@ -252,7 +252,7 @@ def run_backward(
 
 
 def _backward(rule: Rule, call: Call, saved: Saved, options: Options) -> list[Tensor]:
-    """Gradients of q, k and v; those of operands are added to the call's sums."""
+    """Gradients of q, k and v; adds those of operands in place."""
     q, k, v = saved.q, saved.k, saved.v
     ring = rule.ring if options.ring is None else options.ring
     whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
@@ -327,7 +327,10 @@ def _(
 
 @attend_operator.register_torch_dispatch(ProxyTorchDispatchMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Trace the native operator where it computes the rule: such a graph runs without Python."""
+    """Trace the native operator if it computes the rule.
+
+    Such a graph runs without Python.
+    """
     checks.no_onnx_export()
     q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
     work = None

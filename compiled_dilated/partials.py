@@ -37,7 +37,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 
 def _merge_rounded_(out: Tensor, part_out: Tensor, share: Tensor) -> None:
-    """Merge into a low-precision `out`, rounded once; some rows at a time to bound memory."""
+    """Merge into a low-precision `out`, rounded once, some rows at a time."""
     rows = out.shape[-2]
     at_once = max(1, _MOST_WIDE // max(1, out.numel() // max(1, rows)))
     for start in range(0, rows, at_once):

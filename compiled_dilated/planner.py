@@ -124,7 +124,7 @@ def _name(way: Sequence[Proposal]) -> str:
 
 
 def counted(plan: Plan) -> Plan:
-    """The plan with its allowed pairs and the tiles of the first heads of each branch.
+    """The plan with counts of its allowed pairs and tiles.
 
     For `explain`. Counts are exact; None for masks that read data, and for too many different
     tiles.

@@ -15,7 +15,7 @@ FILES = "benchmarks/results/attention-cpu-2026-11-28.json, attention-more-cpu-20
 def seconds(
     lowering: str, dtype: str, device: str, dense_flops: float, training: bool
 ) -> float | None:
-    """Estimated seconds of a forward, or of a forward and backward; None for unmeasured rates.
+    """Estimated seconds of a forward, or a training step; None if unmeasured.
 
     dense_flops: flops of a dense kernel in the time of a forward.
     """

@@ -97,7 +97,7 @@ def _check(
     return_lse: object,
     options: Mapping[str, object],
 ) -> None:
-    """Raise the errors of a compiled program; q, k and v may differ in dtype."""
+    """Raise the errors of a compiled program, but for different dtypes."""
     checks.no_options_of_sdpa(options)
     if scale is not None:
         checks.scale("scale", scale)

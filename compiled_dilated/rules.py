@@ -87,7 +87,9 @@ class Rule:
 
 
 class Skeleton:
-    """A rule's text with placeholders for its functions, which are traced anew at every call.
+    """A rule's text with placeholders for its functions.
+
+    Functions are traced anew at every call.
 
     frame: program, lowering and ring as text.
     literals: operands with the program's long lists.
@@ -177,12 +179,12 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
 
 
 def reads_contents(rule: str) -> bool:
-    """Whether the rule depends on contents of its operands: long lists are stored in them."""
+    """Whether the rule depends on the contents of its operands."""
     return "stored(" in _frame(rule).program
 
 
 def score_slots(rule: str) -> tuple[int, ...]:
-    """Numbers of the operands that the rule's score_mod reads; their contents are not used."""
+    """Numbers of the operands that the rule's score_mod reads."""
     return _frame(rule).slots
 
 

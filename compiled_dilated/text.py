@@ -58,7 +58,7 @@ _SHOWN_CHARACTERS = 100
 
 
 class ExpressionError(ValueError):
-    """Text that is no program, mask or order; the message has the place and the reason."""
+    """Text that is no program, mask or order, with place and reason."""
 
 
 def read_program(text: str, function_named: Callable[[str], MaskMod] | None = None) -> Program:
@@ -293,7 +293,7 @@ def _value(
 
 
 def _pointer(text: str, column: int) -> str:
-    """The text with a mark below a column; a long one cut to what is around it."""
+    """The text around a column, with a mark below it."""
     first = max(0, column - _SHOWN_CHARACTERS // 2)
     return f"\n  {text[first : first + _SHOWN_CHARACTERS]}\n  {' ' * (column - first)}^"
 

@@ -45,7 +45,7 @@ _MOST_MAPPED_TOKENS = 2**22
 
 @dataclass(frozen=True, eq=False)
 class TileCounts:
-    """Numbers of FULL and PARTIAL tiles, and the bytes of a `TileMap` that lists them."""
+    """Numbers of FULL and PARTIAL tiles, and bytes of their `TileMap`."""
 
     full: int
     partial: int
@@ -65,9 +65,10 @@ class CellCounts:
 
 
 def pairs(mask: Mask, q_len: int, kv_len: int, q_offset: int = 0) -> int | None:
-    """Number of allowed pairs of queries q_offset .. q_offset + q_len - 1 and keys 0 .. kv_len - 1.
+    """Number of allowed pairs; None if they cannot be counted.
 
-    None for masks that read data, and for too many different rectangles.
+    Queries are at positions q_offset .. q_offset + q_len - 1, keys at 0 .. kv_len - 1. Masks that
+    read data, and too many different rectangles, cannot be counted.
     """
     if mask.per_call:
         return None

@@ -21,7 +21,7 @@ _LEAST_DRAWN = 16
 
 
 def add_pairs(mask: Mask, rectangles: Rectangles, totals: Any) -> None:
-    """Evaluate the mask at all pairs, and add the allowed ones to their owners' totals in place."""
+    """Evaluate the mask at all pairs; add the allowed ones in place."""
     mask = mask.on("cpu")  # its tables as tensors once, not at each chunk
     # Rectangles of one shape together, some of them at a time.
     shapes = np.stack([rectangles.rows, rectangles.columns], axis=1)
@@ -38,7 +38,7 @@ def add_pairs(mask: Mask, rectangles: Rectangles, totals: Any) -> None:
 
 
 def add_estimates(mask: Mask, rectangles: Rectangles, totals: Any) -> Any:
-    """The totals with pairs estimated from a sample of each rectangle, the same at every call."""
+    """The totals with pairs estimated from a repeatable sample."""
     mask = mask.on("cpu")
     drawn = max(_LEAST_DRAWN, _MOST_DRAWN // len(rectangles))
     estimates = np.zeros(len(totals), dtype=np.float64)

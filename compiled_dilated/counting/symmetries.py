@@ -22,7 +22,7 @@ _LEAST_PAIRS_OF_FORMULA = 64
 
 
 def alignment(mask: Mask, tile: int) -> int:
-    """The multiple of `tile` tokens by which the mask repeats; `tile` if it is not known."""
+    """The multiple of `tile` tokens by which the mask repeats, if known."""
     periods = [leaf.period for leaf in leaves(mask)]
     multiple = math.lcm(tile, *(period for period in periods if period is not None))
     return multiple if multiple <= _LONGEST_PERIOD else tile
@@ -39,7 +39,7 @@ def leaves(mask: Mask) -> list[Mask]:
 
 
 def evaluated(mask: Mask, verdicts: Mapping[Mask, Any]) -> Any:
-    """The verdict of an expression, or an array of them, from those of its leaves."""
+    """The verdict of an expression from those of its leaves."""
     if isinstance(mask, Not):
         return negate(evaluated(mask.mask, verdicts))
     if not isinstance(mask, (And, Or)):
@@ -122,7 +122,7 @@ def duplicates(rectangles: Rectangles, undecided: list[Mask]) -> tuple[IntArray,
 
 
 def _normalized(rectangles: Rectangles, undecided: list[Mask]) -> tuple[IntArray, IntArray]:
-    """Starts of queries and keys, translated to the least positions with the same verdicts."""
+    """Starts translated to the least positions with the same verdicts."""
     joint_period = _common(leaf.period for leaf in undecided)
     q_period = _common(leaf.side_periods[0] for leaf in undecided)
     kv_period = _common(leaf.side_periods[1] for leaf in undecided)
@@ -143,7 +143,7 @@ def _normalized(rectangles: Rectangles, undecided: list[Mask]) -> tuple[IntArray
 
 
 def _common(periods: Iterable[int | None]) -> int | None:
-    """The least common multiple; None if one is None, or if it is longer than any sequence."""
+    """The least common multiple; None if unknown, or beyond any sequence."""
     common = 1
     for period in periods:
         if period is None:

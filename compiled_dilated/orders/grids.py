@@ -70,7 +70,7 @@ class Hilbert(Order):
 
 @dataclass(frozen=True, repr=False)
 class PlacedHilbert(Order):
-    """A Hilbert curve on a grid that starts at position `offset`; other tokens stay in place.
+    """A Hilbert curve on a grid at position `offset`; other tokens stay.
 
     offset 1, grid (2, 2), 6 tokens:  0  1 2 4 3  5
     """
@@ -116,7 +116,7 @@ class PlacedHilbert(Order):
         return torch.cat([before, inside, after], dim)
 
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
-        """Boxes as of `Hilbert`; a run across the grid's border becomes one contiguous range."""
+        """Boxes as of `Hilbert`; contiguous ranges for runs across the border."""
         self.check(n)
         start, stop = _runs(starts, stops)
         shape = len(start), len(self.hilbert.grid)

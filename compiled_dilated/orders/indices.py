@@ -20,7 +20,10 @@ MOST_INDICES = 16
 
 
 def index(grid: tuple[int, ...], inverted: bool, device: torch.device) -> torch.Tensor:
-    """Index tensor of the curve or its inverse; an input of the graph under torch.compile."""
+    """Index tensor of the curve or its inverse.
+
+    Under torch.compile it is an input of the graph.
+    """
     name = f"{'inverse of ' if inverted else ''}{grid} on {device}"
     _provide(name, grid, inverted, str(device))
     tensor: torch.Tensor = getattr(INDICES, name)
@@ -28,7 +31,7 @@ def index(grid: tuple[int, ...], inverted: bool, device: torch.device) -> torch.
 
 
 def _provide(name: str, grid: tuple[int, ...], inverted: bool, device: str) -> None:
-    """Add the tensor to the cache unless it is there, dropping the oldest of a full cache."""
+    """Add the tensor to the cache, dropping the oldest if it is full."""
     if hasattr(INDICES, name):
         return
     cache = vars(INDICES)

@@ -21,7 +21,7 @@ Reorder = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 @dataclass(frozen=True, repr=False)
 class Residue(Order):
-    """Residue classes of position % rate, one after the other, in each run of `period` tokens."""
+    """Residue classes of position % rate, in each run of `period` tokens."""
 
     rate: int
     period: int | None
@@ -99,7 +99,7 @@ class Residue(Order):
         return block * period + class_ * rows + least(class_, longer) + within // self.rate
 
     def _by_period(self, x: torch.Tensor, dim: int, reorder: Reorder) -> torch.Tensor:
-        """Apply `reorder(x, dim, rate)` to all complete periods at once, and to the last one."""
+        """Apply `reorder` to all complete periods at once, and to the last."""
         dim, n = dim % x.ndim, x.shape[dim]
         period = self.period or max(n, 1)
         # Not divmod, which tracing cannot do on a symbolic length.

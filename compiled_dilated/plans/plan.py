@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
-        """The cost of the chosen proposals, which run one after the other: peaks do not add up."""
+        """The cost of the chosen proposals; their peaks do not add up."""
         costs = [proposal.cost for proposal in self.chosen]
         return Cost(
             pairs=sum(cost.pairs for cost in costs),

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a proposal for the complete problem, of the forward unless stated otherwise.
+    """The cost of a proposal for the complete problem, in the forward.
 
     pairs: query-key pairs computed, over batch and heads.
     kernel_flops: 2 D + 2 Dv per pair.

@@ -31,7 +31,7 @@ class NoMask:
 
 @dataclass(frozen=True, repr=False)
 class Branch(NoMask):
-    """Some heads, their mask, and the order of execution, which never changes a result.
+    """Some heads, their mask, and the order of execution.
 
     heads: None for all, (start, stop), or "i/k": the i-th of k shares of the heads. A share has
         heads // k heads; the first heads % k shares have one more.
@@ -160,7 +160,7 @@ class Program(NoMask):
 
 
 def _shown(value: object) -> str:
-    """A value in place of branches, as the error shows it: masks by `str`."""
+    """A wrong value of branches in an error, masks by `str`."""
     if isinstance(value, tuple) and value:
         return f"({', '.join(map(str, value))},)"
     return repr(value)

@@ -20,7 +20,9 @@ def block_sparse(
     tiles: Sequence[tuple[int, int]] | None = None,
     causal: bool = False,
 ) -> Program:
-    """A mask that keeps the share `density` of all pairs: "0.9 sparse" is density 0.1.
+    """A mask that keeps the share `density` of all pairs.
+
+    "0.9 sparse" is density 0.1.
 
     density: share of the pairs, before `causal`; met to within one token of window.
     kind: "local": a window; "global_local": the first `block` tokens are global, and a window keeps

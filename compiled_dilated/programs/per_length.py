@@ -17,7 +17,7 @@ BUILDERS: dict[str, Callable[..., Program]] = {}
 
 
 def builder(build: Builder) -> Builder:
-    """Register a function by name, so that a `PerLength` of it can be written as text."""
+    """Register a function by name, for `PerLength` as text."""
     BUILDERS[build.__name__] = build
     return build
 
@@ -91,7 +91,7 @@ def check_data(program: Program | PerLength, data: Mapping[str, Any]) -> None:
 
 
 def masks_of(program: Program | PerLength) -> tuple[Mask, ...]:
-    """Masks of the branches in order; for a `PerLength`, those of programs in its settings."""
+    """Masks of the branches in order, of a `PerLength` those of its settings."""
     if isinstance(program, Program):
         return tuple(branch.mask for branch in program.branches)
     masks: list[Mask] = []

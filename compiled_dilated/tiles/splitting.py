@@ -44,7 +44,7 @@ def split(tile_map: TileMap) -> tuple[TileMap, ...]:
 
 
 def _heavy_and_light(counts: IntArray) -> list[range]:
-    """Runs of heavy and of light rows, with the threshold of least total padding."""
+    """Runs of heavy and of light rows, with the least padding."""
     ascending = np.sort(counts)
     light = np.arange(1, len(counts) + 1)
     entries = light * ascending + (len(counts) - light) * ascending[-1]

@@ -100,7 +100,7 @@ def block_sparse_at(density: float, kind: str, block: int, is_causal: bool, toke
 
 
 class RingAttention(nn.Module):
-    """An attention computed by a ring of devices; the result is the same for every ring size.
+    """An attention computed by a ring of devices, of any size.
 
     execution: "ring", all devices simulated one after the other in this process, or "distributed
         ring", one process of torch.distributed per device with a contiguous shard of the tokens.

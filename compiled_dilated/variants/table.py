@@ -50,7 +50,7 @@ class Variant:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its names in the reports: name and alias, with every suffix of ring size or sparsity."""
+        """Names in the reports, with every suffix of ring size or sparsity."""
         suffixes = [""]
         suffixes += [f"_r{size}" for size in self.ring_sizes]
         suffixes += [f"_{sparsity}" for sparsity in self.sparsities]

@@ -1,28 +1,19 @@
-"""FlexAttention's BlockMask from a mask expression, and back.
-
-A BlockMask has rectangular lists, as wide as its widest row. A mask with a few very wide rows is
-split into disjoint parts. Triton kernels accept these narrow lists; the CPU kernels need `widen`.
-Eager FlexAttention only evaluates mask_mod, which is complete.
-"""
+"""One BlockMask for each rectangle of tiles, built without pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from . import arguments, checks
-from .masks import Mask
-from .masks.functions import functions_of
-from .orders import Order, identity
-from .regions import IntArray
-from .tiles import Flags, TileLists, TileMap, split
+from ..masks import Mask
+from ..orders import Order
+from ..regions import IntArray
+from ..tiles import Flags, TileLists, TileMap, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,52 +26,6 @@ class BlockMaskPart:
     block_mask: BlockMask
     queries: range
     keys: range
-
-
-def block_masks(
-    mask: Mask,
-    q_len: int,
-    kv_len: int,
-    device: torch.device | str = "cpu",
-    heads: int | None = None,
-    tile: int = 128,
-    order: Order = identity(),
-    q_offset: int = 0,
-    data: Mapping[str, Tensor] | None = None,
-) -> tuple[BlockMaskPart, ...]:
-    """The mask as disjoint BlockMasks, built without q_len x kv_len pairs or tiles.
-
-    Most masks give one part; several if a few rows (global tokens) or columns (sinks) are far
-    heavier than the others. Rows in no part see nothing. Lists are (B, 1, ...), B the batch size of
-    the data (1 without data), or (B, heads, ...) if `heads` is passed and heads see different
-    pairs.
-
-    tile: queries and keys per block.
-    order: q, k and v must be permuted by it first.
-    q_offset: position of the first query.
-    data: the data tensors that the mask reads, captured by its mask_mod.
-
-    Raises ValueError for a length of 0, positions for which the mask is undefined, or data that is
-    missing or not read.
-
-    >>> from compiled_dilated import masks
-    >>> parts = block_masks(masks.window(256) | masks.sinks(4), 2**20, 2**20)
-    >>> [part.keys for part in parts]
-    [range(0, 128), range(128, 1048576)]
-    """
-    arguments.integer("q_len", q_len, 1)
-    arguments.integer("kv_len", kv_len, 1)
-    arguments.integer("tile", tile, 1)
-    if heads is not None:
-        arguments.integer("heads", heads, 1)
-    if not isinstance(mask, Mask):
-        raise TypeError(
-            f"mask must be a mask; got {type(mask).__name__} {mask!r}. "
-            "Use one of compiled_dilated.masks"
-        )
-    whole = mask if heads is None else mask.for_heads(heads)
-    _check_data(whole, q_len + arguments.integer("q_offset", q_offset, 0), kv_len, data, device)
-    return build(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
 
 
 def build(
@@ -115,47 +60,7 @@ def build(
     return tuple(_part(mask, head_maps, part, position, device, data) for part in parts)
 
 
-def block_mask(
-    mask: Mask,
-    q_len: int,
-    kv_len: int,
-    device: torch.device | str = "cpu",
-    heads: int | None = None,
-    tile: int = 128,
-    order: Order = identity(),
-    q_offset: int = 0,
-    data: Mapping[str, Tensor] | None = None,
-) -> BlockMask:
-    """The mask as one BlockMask; ValueError if it needs several parts. See `block_masks`."""
-    parts = block_masks(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
-    if len(parts) > 1:
-        raise ValueError(
-            f"{mask} at {q_len} x {kv_len} tokens takes {len(parts)} block masks: a few of its "
-            "rows or columns of tiles are far heavier than the others and would widen every list. "
-            "Call block_masks(...) and merge the parts by their lse"
-        )
-    return parts[0].block_mask
-
-
-def _check_data(
-    mask: Mask,
-    query_tokens: int,
-    key_tokens: int,
-    data: Mapping[str, Tensor] | None,
-    device: torch.device | str,
-) -> None:
-    """Raise for data that do not fit and masks that cannot be evaluated."""
-    index_device = torch.empty(0, device=device).device  # with the index of the device
-    shape = checks.Shape(_batch(mask, data), query_tokens, key_tokens, index_device)
-    checks.data(mask.names, mask.query_names, data, shape)
-    # Evaluate one pair: a mask that cannot be evaluated (a rule over an unknown number of heads)
-    # raises here.
-    if not functions_of(mask):
-        first = torch.zeros((), dtype=torch.int64, device=device)
-        mask.allows(first, first, first, first, data)
-
-
-def _batch(mask: Mask, data: Mapping[str, Tensor] | None) -> int:
+def batch_size(mask: Mask, data: Mapping[str, Tensor] | None) -> int:
     """Batch size of the data; 1 without data."""
     batch = 1
     for name, x in (data or {}).items():
@@ -201,7 +106,7 @@ def _part(
     row, column = part.q_start // part.q_tile, part.kv_start // part.kv_tile
     rows, columns = range(row, row + part.rows), range(column, column + part.columns)
     heads = [_cautious(tile_map.restrict(rows, columns)) for tile_map in maps]
-    batch = _batch(mask, data)
+    batch = batch_size(mask, data)
     kv_num, kv, full_kv_num, full_kv = _rectangular(heads, batch, device)
     transposed = [lists.transpose() for lists in heads]
     q_num, q, full_q_num, full_q = _rectangular(transposed, batch, device)
@@ -291,68 +196,3 @@ class _MaskMod(torch.nn.Module):
             q, kv = self.position[q], self.position[kv]
         allowed: Tensor = self.mask.allows(b, h, q, kv, self.data)
         return allowed
-
-
-def widen(block_mask: BlockMask) -> BlockMask:
-    """The BlockMask with lists of full width, for the CPU kernel.
-
-    Lists are views of the narrow ones: a row's view continues into the next rows, and entries past
-    a row's count are never read.
-    """
-    rows, columns = (
-        -(-length // size)
-        for length, size in zip(block_mask.seq_lengths, block_mask.BLOCK_SIZE, strict=True)
-    )
-    return BlockMask(
-        seq_lengths=block_mask.seq_lengths,
-        kv_num_blocks=block_mask.kv_num_blocks,
-        kv_indices=_widened(block_mask.kv_indices, columns),
-        full_kv_num_blocks=block_mask.full_kv_num_blocks,
-        full_kv_indices=_widened(block_mask.full_kv_indices, columns),
-        q_num_blocks=block_mask.q_num_blocks,
-        q_indices=_widened(block_mask.q_indices, rows),
-        full_q_num_blocks=block_mask.full_q_num_blocks,
-        full_q_indices=_widened(block_mask.full_q_indices, rows),
-        BLOCK_SIZE=block_mask.BLOCK_SIZE,
-        mask_mod=block_mask.mask_mod,
-    )
-
-
-def _widened(indices: Tensor | None, width: int) -> Any:
-    if indices is None or indices.shape[-1] >= width:
-        return indices
-    flat = torch.cat([indices.reshape(-1), indices.new_zeros(width)])
-    return flat.as_strided((*indices.shape[:-1], width), indices.contiguous().stride())
-
-
-def tile_map(block_mask: BlockMask, batch: int = 0, head: int = 0) -> TileMap:
-    """The tiles of a BlockMask for one batch entry and head."""
-    entries = block_mask.kv_num_blocks.shape
-    if not (0 <= batch < entries[0] and 0 <= head < entries[1]):
-        raise ValueError(
-            f"batch entry {batch} and head {head} are not in a block mask of {entries[0]} batch "
-            f"entries and {entries[1]} heads"
-        )
-    (q_len, kv_len), (q_tile, kv_tile) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
-    rows, columns = -(-q_len // q_tile), -(-kv_len // kv_tile)
-    partial = block_mask.kv_num_blocks, block_mask.kv_indices
-    full = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-    tiles: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Flags]] = []
-    for is_full, (num, index) in ((False, partial), (True, full)):
-        if num is None or index is None:
-            continue
-        counts, table = num[batch, head].cpu().numpy(), index[batch, head].cpu().numpy()
-        # Entries past a row's count are padding.
-        listed = np.arange(table.shape[-1]) < counts[:, None]
-        row = np.repeat(np.arange(rows, dtype=np.int32), counts)
-        tiles.append((row, table[listed], np.full(len(row), is_full)))
-    lists = TileLists.of(rows, columns, *map(np.concatenate, zip(*tiles, strict=True)))
-    return TileMap(
-        **vars(lists),
-        q_len=q_len,
-        kv_len=kv_len,
-        q_tile=q_tile,
-        kv_tile=kv_tile,
-        order=identity(),
-        q_offset=0,
-    )

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.errors_of_calls import BLOCK_MASKS, COMPILE, PLAN, REFERENCE, RING
+from tests.support.errors_of_calls import BLOCK_MASKS, PLAN, REFERENCE, RING
+from tests.support.errors_of_compile import COMPILE
 from tests.support.errors_of_programs import MASKS, ORDERS, PROGRAMS
 
 TABLE = {

@@ -113,6 +113,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         options, (q, k, v, out, lse, *tensors) = ctx.options, ctx.saved_tensors
+        # Only the lse has a gradient.
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if not options.wants_lse:
@@ -210,6 +211,7 @@ def attend(
 
     tensors: data, then operands.
     """
+    # Without a gradient: the operator itself, or past its dispatch.
     if not options.training:
         data, operands = options.split(tensors)
         if is_compiling():

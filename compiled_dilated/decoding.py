@@ -45,6 +45,7 @@ class Decoder:
         kind = _kind(q, k, v)
         if kind is None or kind in self._masks:
             return
+        # The cache is bounded: a new kind in a full one drops all, which only costs their checks.
         if len(self._masks) >= _MOST_KINDS:
             self._masks.clear()
         program = self._program
@@ -72,11 +73,13 @@ class Decoder:
             return None
         mask, is_bounded = entry
         kv_len = k.shape[2]
+        # The only check that depends on the position and on the length of the cache.
         if is_bounded:
             mask.check(range(q_offset, q_offset + 1), kv_len)
         ranges = mask.keys_of(q_offset, kv_len)
         if ranges is None or len(ranges) != 1 or not ranges[0]:
             return None
+        # A strided range is a view of the cache too.
         (keys,) = ranges
         seen = slice(keys.start, keys.stop, keys.step)
         is_grouped = q.shape[1] != k.shape[1]

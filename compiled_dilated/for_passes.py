@@ -80,6 +80,7 @@ def _read(
     program = parsed.program
     if parsed.ring is not None or parsed.score_mod is not None or isinstance(program, PerLength):
         return None
+    # Rows of an order are not consecutive queries.
     if any(branch.order != identity() for branch in program.branches):
         return None
     if parsed.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0:

@@ -52,6 +52,7 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple
     Learned sink logits are joined as a partial of value 0. Rows without keys on both sides are
     (0, -inf) with zero gradients.
     """
+    # Finite numbers in place of -inf and 0, so that empty rows have gradients of 0 and not NaN.
     peak = torch.maximum(lse, part_lse).detach()
     peak = torch.where(peak == -math.inf, 0.0, peak)
     old, new = (lse - peak).exp(), (part_lse - peak).exp()

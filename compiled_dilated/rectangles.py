@@ -121,9 +121,12 @@ def _halves(
 
     The second part is empty for a side of at most `least`, or shorter than half of the side across.
     """
+    # The first part is the largest power of two of steps below the length, so that parts of equal
+    # sides coincide after a translation.
     step = np.where(length > alignment, alignment, least)
     power = np.frexp(((length - 1) // step).clip(1).astype(np.float64))[1].astype(np.int64) - 1
     first = step << power
     first = np.where(first >= length, first >> 1, first)  # where a float rounded up
+    # Narrow rectangles are halved along their long side only.
     first = np.where((length <= least) | (2 * length < across), length, first)
     return [(start, first), (start + first, length - first)]

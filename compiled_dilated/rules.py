@@ -70,6 +70,7 @@ class Rule:
         """
         tensors = tuple(data or ())
         operands = operands or ()
+        # One tensor more than the program reads: the positions of the first queries.
         offsets = None
         if len(tensors) == len(self.names) + 1:
             tensors, offsets = tensors[:-1], tensors[-1].squeeze(1)
@@ -132,6 +133,7 @@ def bind(
     mask_mods: in the order of their placeholders.
     dtype: of the scores.
     """
+    # 1. The program's functions, whose captured tensors follow the literals.
     program, lowering, ring = json.loads(frame)
     operands = list(literals)
     program = text.fill(program, mask_mods, operands)
@@ -139,6 +141,7 @@ def bind(
         _check_flex(program, operands)
     if score_mod is None:
         return Bound(json.dumps([program, lowering, ring, None, ()]), tuple(operands))
+    # 2. The score_mod, whose captured tensors are the last operands.
     graph, captured = trace_score_mod(score_mod, dtype)
     if lowering == "flex" and not graph.is_elementwise:
         raise ValueError(_NOT_FOR_FLEX.format("score_mod"))
@@ -172,6 +175,7 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
         raise text.ExpressionError(
             f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}"
         )
+    # Without operands the rule was parsed once, with the text.
     if frame.complete is not None:
         return frame.complete
     program = text.read(frame.program, tensors).map(lambda mask: with_contents(mask, tensors))
@@ -207,6 +211,7 @@ class _Frame:
 def _frame(rule: str) -> _Frame:
     """The checked parts of a rule's text."""
     try:
+        # The text may come from a file: every field is checked before it is used.
         program, lowering, ring, score_mod, slots = json.loads(rule)
         graph = None if score_mod is None else Graph(score_mod).check()
         arguments.choice("lowering", lowering, planner.LOWERINGS)

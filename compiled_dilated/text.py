@@ -234,6 +234,7 @@ def _numbers(operand: Tensor) -> bytes:
 
 @lru_cache(maxsize=256)
 def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLength:
+    # The numbers that the text's placeholders name.
     lists: dict[int, tuple[int, ...]] = {}
     for slot, numbers in stored:
         lists[slot] = tuple(np.frombuffer(numbers, dtype=np.int64).tolist())
@@ -245,6 +246,7 @@ def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLeng
         "stored": lambda slot: lists.get(slot, ()),
         "tiles_of": Tiles,
     }
+    # Text of `write` is longer than a person's, of graphs and long conjunctions.
     value = _value(text, names, _MOST_WRITTEN_CHARACTERS, _MOST_WRITTEN_DEPTH)
     if not isinstance(value, (Program, PerLength)):
         raise ExpressionError(f"the text is {_kind(value)}, and a program is needed")

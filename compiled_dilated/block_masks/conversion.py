@@ -42,6 +42,7 @@ def widen(block_mask: BlockMask) -> BlockMask:
 def _widened(indices: Tensor | None, width: int) -> Any:
     if indices is None or indices.shape[-1] >= width:
         return indices
+    # The last row's view needs `width` entries after its own.
     flat = torch.cat([indices.reshape(-1), indices.new_zeros(width)])
     return flat.as_strided((*indices.shape[:-1], width), indices.contiguous().stride())
 

@@ -35,6 +35,7 @@ class Attention(nn.Module):
         refuse_dropout("attention_dropout", attention_dropout)
         self.softmax_scale = softmax_scale
         self.lowering = lowering
+        # By (is_causal, whether there is padding).
         self._attends: dict[tuple[bool, bool], Attend] = {}
         for is_causal, program in programs.items():
             self._attends[is_causal, False] = Attend(program, lowering, ring)
@@ -86,6 +87,7 @@ class Attention(nn.Module):
         data = None
         if key_padding_mask is not None:
             data = {"padding": checked_padding(key_padding_mask, key)}
+        # Views: the core takes heads before tokens.
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out: Tensor = attend(q, k, v, scale=self.softmax_scale, data=data)
         return out.transpose(1, 2)

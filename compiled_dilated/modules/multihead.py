@@ -54,6 +54,7 @@ class Multihead(nn.Module):
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
         self.attention = attention
+        # MAGNETO's norm between the attention and the output projection.
         self.norm = None
         if arguments.flag("layer_norm", layer_norm):
             self.norm = nn.LayerNorm(embed_dim, layer_norm_eps, device=device, dtype=dtype)
@@ -111,6 +112,7 @@ class Multihead(nn.Module):
                     f"{name} must be (batch, tokens, embed_dim={self.embed_dim}); "
                     f"got shape {tuple(x.shape)}"
                 )
+        # The heads are views of the projections, which the attention reads in place.
         x = self.attention(
             self._heads(self.q_proj(query)),
             self._heads(self.k_proj(key)),

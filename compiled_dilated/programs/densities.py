@@ -88,6 +88,7 @@ def _dilated(density: float, block: int) -> Mask:
     """Every n-th block, for a density of 1 / n."""
     if density < 1 / arguments.MOST:
         raise ValueError(f"density must be at least 2**-60 for kind='dilated'; got {density!r}")
+    # The mask keeps 1 / stride of the pairs: other densities have no stride.
     stride = round(1 / density)
     if abs(1 / stride - density) > 0.01 * density:
         near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})
@@ -100,6 +101,7 @@ def _dilated(density: float, block: int) -> Mask:
 
 def _global_local(density: float, count: int, tokens: int) -> Mask:
     """`count` global tokens, and a window over the others that meets the density."""
+    # The pairs that are left for the window: all less those of global rows and columns.
     pairs = density * tokens**2 - (2 * count * tokens - count**2)
     if pairs < tokens - count:
         raise ValueError(
@@ -111,6 +113,7 @@ def _global_local(density: float, count: int, tokens: int) -> Mask:
 
 def _window_for(pairs: float, tokens: int) -> int:
     """The window w whose tokens + 2 w tokens - w (w + 1) pairs are nearest to `pairs`."""
+    # The smaller root of w**2 - 2 (tokens - 1 / 2) w + pairs - tokens = 0.
     half = tokens - 0.5
     root = half - math.sqrt(max(half**2 - max(pairs - tokens, 0), 0))
     return max(min(round(root), tokens - 1), 0)

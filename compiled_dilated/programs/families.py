@@ -45,6 +45,7 @@ def longnet(
     branches = []
     for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
         parts: tuple[Mask, ...] = (masks.segments(length),)
+        # A rate of 1 has one residue class, which hides nothing.
         if rate > 1:
             offset: int | str = i % rate if is_split else offsets
             parts += (masks.congruent(rate, offset, period=length),)
@@ -88,6 +89,7 @@ def hilbert_window(
     if len(shape) not in (2, 3):
         raise ValueError(f"grid must have 2 or 3 axes; got {shape!r}")
     mask = masks.neighborhood(shape, radius, edges=edges, offset=offset)
+    # In Hilbert order a tile is a box of cells, which sees few other boxes.
     return Program((Branch(mask, order=hilbert(*shape, offset=offset)),))
 
 

@@ -115,6 +115,7 @@ class TileMap(TileLists):
         """
         q_factor, kv_factor = (factor, factor) if isinstance(factor, int) else factor
         rows, columns = -(-self.rows // q_factor), -(-self.columns // kv_factor)
+        # The number of the coarse tile of each listed tile.
         keys = self.row_of.astype(np.int64) // q_factor * columns + self.indices // kv_factor
         coarse, group = np.unique(keys, return_inverse=True)
         full = np.bincount(group, weights=self.full, minlength=len(coarse))

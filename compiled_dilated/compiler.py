@@ -76,7 +76,7 @@ def compile(
         which is used or refused.
     ranks: number of ranks of a ring (arXiv 2310.01889).
     transport: "simulated" (default), all ranks one after the other in this process, each step
-        executed on what its rank may hold; "streamed", out of core: a `Streamed`, which reads and
+        executed on its rank's own tensors; "streamed", out of core: a `Streamed`, which reads and
         writes files and computes on `device`; "distributed", over torch.distributed.
     mesh: a DeviceMesh of one dimension or a process group, for transport "distributed". Each
         process passes its own shards, the tokens `plan(..., ranks=...).positions(rank)`, and gets

@@ -155,10 +155,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _is_empty(whole: Problem | None, *tensors: Tensor) -> bool:
+def _is_empty(joint: Problem | None, *tensors: Tensor) -> bool:
     """Whether the problem of all ranks, or these tensors, are empty."""
-    if whole is not None:
-        return whole.empty
+    if joint is not None:
+        return joint.empty
     return not all(x.numel() for x in tensors)
 
 
@@ -197,13 +197,13 @@ def _forward(
     ring = rule.ring if options.ring is None else options.ring
     call = rule.call(data, operands, options.scale, options.q_offset)
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
-    whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
-    if _is_empty(whole, q, k, v):
+    joint = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
+    if _is_empty(joint, q, k, v):
         lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
         return empty_out(q, v, is_by_token(q)).zero_(), lse
     q, k, v = _rows(q), _rows(k), _rows(v)
-    if ring is not None and whole is not None:
-        return ring.forward(whole, call, q, k, v)
+    if ring is not None and joint is not None:
+        return ring.forward(joint, call, q, k, v)
     plan = plan_of(rule, q, k, v, options.q_offset, options.training, call.score_mod)
     _check_offsets(plan, call)
     return execute.forward(plan, call, q, k, v)
@@ -255,11 +255,11 @@ def _backward(rule: Rule, call: Call, saved: Saved, options: Options) -> list[Te
     """Gradients of q, k and v; adds those of operands in place."""
     q, k, v = saved.q, saved.k, saved.v
     ring = rule.ring if options.ring is None else options.ring
-    whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
-    if _is_empty(whole, q, k, v):
+    joint = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
+    if _is_empty(joint, q, k, v):
         return [torch.zeros_like(x) for x in (q, k, v)]
-    if ring is not None and whole is not None:
-        return [*ring.backward(whole, call, saved)]
+    if ring is not None and joint is not None:
+        return [*ring.backward(joint, call, saved)]
     plan = plan_of(rule, q, k, v, options.q_offset, True, call.score_mod)
     return [*execute.backward(plan, call, saved)]
 

@@ -18,7 +18,7 @@ from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
 
 LOWERINGS = ("auto", *registry.NAMES)
-# A lowering's answer for a whole program: one for all branches, or one per branch.
+# A lowering's answer for a program: one for all branches, or one per branch.
 Way = Sequence[Proposal | Refusal]
 # Tokens per side of the tiles that `counted` counts.
 _TILE = 128

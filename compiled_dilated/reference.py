@@ -57,7 +57,7 @@ def reference(
     program = as_program(program)
     _check(program, q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse, options)
     counts = multiplicity(program, q, k, q_offset=q_offset, data=data)
-    # 1. Heads of k and v repeated for their query heads; what is not finite set aside.
+    # 1. Heads of k and v repeated for their query heads; numbers that are not finite set aside.
     group_size = q.shape[1] // max(1, k.shape[1])
     q = q.double()
     k = k.double().repeat_interleave(group_size, dim=1)

@@ -184,16 +184,16 @@ class _Numbered(FromMod):
 
 def _shortened(mask: Mask, operands: list[Tensor], numbers: Iterator[int]) -> Mask:
     """The mask with long lists stored as operands, and functions numbered."""
-    whole = mask._map(lambda part: _shortened(part, operands, numbers))
-    if isinstance(whole, FromMod):
-        return _Numbered(whole.fn, whole.within, next(numbers))
-    if isinstance(whole, DocumentLengths) and len(whole.lengths) > _MOST_NUMBERS:
-        return replace(whole, lengths=_store(whole.lengths, operands))
-    if isinstance(whole, GlobalPositions) and len(whole.positions) > _MOST_NUMBERS:
-        return replace(whole, positions=_store(whole.positions, operands))
-    if isinstance(whole, Tiles) and len(whole.keys) > _MOST_NUMBERS and not whole.code:
-        return _StoredTiles(whole.block, whole.columns, _store(whole.keys, operands))
-    return whole
+    mask = mask._map(lambda part: _shortened(part, operands, numbers))
+    if isinstance(mask, FromMod):
+        return _Numbered(mask.fn, mask.within, next(numbers))
+    if isinstance(mask, DocumentLengths) and len(mask.lengths) > _MOST_NUMBERS:
+        return replace(mask, lengths=_store(mask.lengths, operands))
+    if isinstance(mask, GlobalPositions) and len(mask.positions) > _MOST_NUMBERS:
+        return replace(mask, positions=_store(mask.positions, operands))
+    if isinstance(mask, Tiles) and len(mask.keys) > _MOST_NUMBERS and not mask.code:
+        return _StoredTiles(mask.block, mask.columns, _store(mask.keys, operands))
+    return mask
 
 
 def _store(numbers: Sequence[int], operands: list[Tensor]) -> Any:

@@ -56,8 +56,9 @@ def block_masks(
             f"mask must be a mask; got {type(mask).__name__} {mask!r}. "
             "Use one of compiled_dilated.masks"
         )
-    whole = mask if heads is None else mask.for_heads(heads)
-    _check_data(whole, q_len + arguments.integer("q_offset", q_offset, 0), kv_len, data, device)
+    query_tokens = q_len + arguments.integer("q_offset", q_offset, 0)
+    all_heads = mask if heads is None else mask.for_heads(heads)
+    _check_data(all_heads, query_tokens, kv_len, data, device)
     return build(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
 
 

@@ -47,7 +47,7 @@ def build(
         maps[head_mask] = TileMap.build(
             head_mask, q_len, kv_len, q_tile=tile, kv_tile=tile, order=order, q_offset=q_offset
         )
-    # 2. Lists without a head dimension where all heads are alike.
+    # 2. Lists without a head dimension if all heads are equal.
     if len(maps) == 1:
         mask, per_head = per_head[0], per_head[:1]
     elif heads is not None:

@@ -98,7 +98,7 @@ class Multihead(nn.Module):
         if need_weights:
             raise ValueError(
                 "need_weights=True asks for the attention weights, queries x keys of them, "
-                "which are never held. Leave it out; "
+                "which are never in memory. Leave it out; "
                 "for short sequences compiled_dilated.reference is dense and written to be read"
             )
         for name, x in (("query", query), ("key", key), ("value", value)):

@@ -89,7 +89,7 @@ class Plan:
         }
 
     def explain(self) -> str:
-        """What was tried, what was chosen and why, as text."""
+        """The choice, its reason and the candidates, as text."""
         problem = self.problem
         q_shape = f"({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim})"
         lines = [

@@ -1,4 +1,4 @@
-"""What a lowering answers to a problem: a proposal with its cost, or a refusal."""
+"""The answers of a lowering to a problem: a proposal with its cost, or a refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs that depend on the number of tokens, and what both kinds of program read."""
+"""Programs that depend on the number of tokens; masks and data of both kinds of program."""
 
 from __future__ import annotations
 

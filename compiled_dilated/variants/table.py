@@ -1,4 +1,4 @@
-"""The table of the reports' systems: what they computed there, and what the variants compute."""
+"""The table of the reports' systems, with the computations of the fork and of the variants."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Variant:
 
     attention: the module that computes its program.
     execution: "single" device, "ring" of devices, or "distributed ring" over torch.distributed.
-    there: what the fork's system of this name computed.
-    here: what this variant computes.
+    there: the computation of the fork's system of this name.
+    here: the computation of this variant.
     multihead: whether it has projections.
     ring_sizes: of the reports; the default is 1.
     sparsities: of the reports; the default is the first.
@@ -87,7 +87,7 @@ def _parameters(module: type[nn.Module]) -> dict[str, bool]:
 
 _LONGNET = "the LongNet program, one softmax over all branches"
 _SAME = f"{_LONGNET}; the same numbers for every ring size"
-_WINDOW = "a window that holds the stated share of all pairs, one softmax"
+_WINDOW = "a window that keeps the stated share of all pairs, one softmax"
 _BLOCKS = f"{_WINDOW}; the same numbers for every ring size"
 _CHUNKED = (
     "in one process no attention crosses the chunks that q, k and v are cut into; causal leaks; "

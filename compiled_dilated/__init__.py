@@ -1,4 +1,4 @@
-"""Sparse attention over long sequences: write what may attend to what, and let the library plan and compile it."""
+"""Sparse attention over long sequences: masks as expressions, planned and compiled."""
 
 from . import hf, masks, orders
 from .attend import Attend

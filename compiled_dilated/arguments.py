@@ -26,7 +26,7 @@ def integer(name: str, value: object, least: int | None = None) -> int:
         raise ValueError(f"{name} must be at least {least}; got {_shown(number)}")
     if not -MOST <= number <= MOST:
         raise ValueError(
-            f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}",
+            f"{name} must be at most 2**60, so that positions fit 64 bits; got {_shown(number)}"
         )
     return number
 
@@ -38,7 +38,8 @@ def _index(name: str, value: object) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
-            f"{name} must be an integer; got {type(value).__name__} {value!r}. Pass a whole number of tokens"
+            f"{name} must be an integer; got {type(value).__name__} {value!r}. "
+            "Pass a whole number of tokens"
         ) from None
 
 
@@ -58,7 +59,8 @@ def integers(name: str, values: Any, least: int | None = None) -> tuple[int, ...
     """A non-empty sequence of integers as a tuple."""
     if isinstance(values, (str, bytes)) or not is_iterable(values):
         raise TypeError(
-            f"{name} must be a sequence of integers; got {type(values).__name__} {values!r}. Write a tuple, as in ({values!r},)"
+            f"{name} must be a sequence of integers; got {type(values).__name__} {values!r}. "
+            f"Write a tuple, as in ({values!r},)"
         )
     out = tuple(integer(f"{name}[{i}]", value, least) for i, value in enumerate(values))
     if not out:

@@ -32,16 +32,14 @@ class Attend:
     """
 
     def __init__(
-        self,
-        program: Program | Mask | PerLength,
-        lowering: str = "auto",
-        ring: Ring | None = None,
+        self, program: Program | Mask | PerLength, lowering: str = "auto", ring: Ring | None = None
     ) -> None:
         self.program = program if isinstance(program, PerLength) else as_program(program)
         self.lowering = arguments.choice("lowering", lowering, planner.LOWERINGS)
         if ring is not None and lowering != "auto":
             raise ValueError(
-                f"each block of a ring is lowered as it is best; got lowering={lowering!r}. Leave it at 'auto'",
+                f"each block of a ring is lowered as it is best; got lowering={lowering!r}. "
+                "Leave it at 'auto'"
             )
         self.ring, self._names = ring, self.program.names
         self._query_names = query_names_of(self.program)
@@ -96,22 +94,15 @@ class Attend:
         # 2. Checks, and in eager mode the tracing of functions.
         q, k, v = _autocast(q, k, v)
         try:
-            if not is_compiling():  # what traces that meets the operator, which asks too
+            if not is_compiling():  # a trace runs the operator's own check
                 checks.no_onnx_export()
             checks.no_options_of_sdpa(options)
             tensors = self._checked(
-                q,
-                k,
-                v,
-                scale,
-                q_offset,
-                data,
-                score_mod,
-                sink_logits,
-                return_lse,
+                q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse
             )
             bound = self._bound(q, score_mod)
-        except Exception as error:  # from a user's function too: the other ranks must not wait
+        except Exception as error:
+            # Also of a user's function. The other ranks must not wait for this one.
             if self.ring is not None and not is_compiling():
                 self.ring.transport.refuse(error)
             raise
@@ -125,7 +116,7 @@ class Attend:
         return (out, lse) if return_lse else out
 
     def _bound(self, q: Tensor, score_mod: ScoreMod | None) -> Bound | None:
-        """The rule of a call with its functions traced; None where Dynamo will trace them."""
+        """The rule with its functions traced; None if Dynamo traces them."""
         skeleton = self._skeleton
         if score_mod is None and not skeleton.mask_mods:
             return skeleton.plain
@@ -148,7 +139,10 @@ class Attend:
         score_mod: ScoreMod | None,
         wants_lse: bool,
     ) -> tuple[Tensor, Tensor]:
-        """out and lse. tensors: the data, and the offset if that is a tensor."""
+        """out and lse of checked arguments.
+
+        tensors: the data, and the offset if that is a tensor.
+        """
         q, number = _scaled(q, scale)
         q_offset = 0 if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
         if bound is None:
@@ -174,7 +168,7 @@ class Attend:
         sink_logits: object,
         return_lse: object,
     ) -> list[Tensor]:
-        """Check all arguments; returns the data tensors, then the offset if that is a tensor."""
+        """Check all arguments; returns the data, then a tensor offset."""
         if scale is not None:
             checks.scale("scale", scale)
         arguments.flag("return_lse", return_lse)
@@ -204,7 +198,7 @@ class Attend:
         return [*tensors, q_offset[:, None]] if isinstance(q_offset, Tensor) else tensors
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Any:
-        """The `Plan` of a call with these tensors; the `RingPlan` where there are ranks."""
+        """The `Plan` of a call with these tensors; a `RingPlan` for ranks."""
         checks.tensors(q, k, v)
         skeleton = self._skeleton
         literals, mask_mods = skeleton.literals, skeleton.mask_mods
@@ -237,12 +231,12 @@ def attend_in_graph(
     score_mod: ScoreMod | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attention by a rule as text, for a trace of torch.compile that cannot construct an `Attend`.
+    """Attention by a rule as text, for graphs that cannot construct an `Attend`.
 
     frame, rule: of a `Skeleton` without functions and literals.
     data: the tensors that its masks read, in the order of their names.
 
-    The other arguments are those of `Attend`. Nothing is checked: the caller is responsible.
+    The other arguments are those of `Attend`. Nothing is checked here.
     """
     q, k, v = _autocast(q, k, v)
     q, number = _scaled(q, scale)
@@ -253,14 +247,7 @@ def attend_in_graph(
     wants_lse = sink_logits is not None
     if score_mod is None:
         out, lse = autograd.attend_bound(
-            Bound(rule, ()),
-            q,
-            k,
-            v,
-            tensors,
-            number,
-            q_offset,
-            wants_lse,
+            Bound(rule, ()), q, k, v, tensors, number, q_offset, wants_lse
         )
     else:
         attend_with_functions = _attend_with_functions()
@@ -276,7 +263,8 @@ def _with_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, 
 
 
 def _attend_with_functions() -> Callable[..., tuple[Tensor, Tensor]]:
-    # A late import: it loads the compiler, which takes longer than all of this package.
+    """The operator for functions that Dynamo traces."""
+    # Imported here: it imports torch's compiler, which takes longer than all of this package.
     from .dynamo import attend_with_functions
 
     return attend_with_functions
@@ -309,7 +297,7 @@ def _varies(number: float) -> bool:
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the precision of autocast, as torch's own attention casts them."""
+    """q, k and v in the precision of autocast, as in SDPA."""
     if not isinstance(q, Tensor) or q.device.type == "meta":
         return q, k, v
     if not torch.is_autocast_enabled(q.device.type):
@@ -319,7 +307,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # What is no tensor is refused by the checks that follow.
+    # Values that are no tensors are refused by the checks that follow.
     if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return x.to(dtype)
     return x

@@ -26,12 +26,12 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _apply(function: Any, *inputs: Any) -> Any:
-    """function.apply, which torch leaves untyped."""
+    """Call function.apply, which is untyped in torch."""
     return function.apply(*inputs)
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward as an autograd function, whose own backward raises instead of giving zeros."""
+    """The backward as an autograd function, whose own backward raises."""
 
     @staticmethod
     def forward(options: Options, *tensors: Tensor) -> Any:
@@ -61,8 +61,8 @@ class _Gradients(torch.autograd.Function):
         folded = []
         for x, dim in zip(tensors[:7], in_dims[1:8], strict=True):
             folded.append(None if x is None else _fold(x, dim, info.batch_size))
-        others = _fold_data(options, tensors[7:], in_dims[8:], info.batch_size, batch)
-        *grads, learned = _apply(_Gradients, options, *folded, *others)
+        extra = _fold_data(options, tensors[7:], in_dims[8:], info.batch_size, batch)
+        *grads, learned = _apply(_Gradients, options, *folded, *extra)
         unfolded = [x.unflatten(0, (info.batch_size, -1)) for x in grads]
         return (*unfolded, learned), (0, 0, 0, None)
 
@@ -78,6 +78,10 @@ def _gradients(
     lse: Tensor,
     *tensors: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, and of the learned operands as one vector.
+
+    tensors: data, then operands.
+    """
     data, operands = options.split(tensors)
     if are_plain(grad_out, q, k, v, *tensors):
         return run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), data, operands, options)
@@ -97,14 +101,7 @@ class _Attention(torch.autograd.Function):
         if are_plain(q, k, v, *tensors):
             return run(q, k, v, data, operands, options)
         return attend_operator(
-            q,
-            k,
-            v,
-            data,
-            operands,
-            *options.plain,
-            options.training,
-            is_by_token(q),
+            q, k, v, data, operands, *options.plain, options.training, is_by_token(q)
         )
 
     @staticmethod
@@ -116,20 +113,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         options, (q, k, v, out, lse, *tensors) = ctx.options, ctx.saved_tensors
+        # Only the lse has a gradient.
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if not options.wants_lse:
             grad_lse = None
         inputs = (options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
-        if is_compiling():  # torch.compile itself refuses second derivatives
+        if is_compiling():  # torch.compile refuses second derivatives on its own
             *grads, vector = _gradients(*inputs)
         else:
             *grads, vector = _apply(_Gradients, *inputs)
-        others: list[Tensor | None] = [None] * len(tensors)
+        # Of the data and operands only the learned operands have gradients.
+        extra: list[Tensor | None] = [None] * len(tensors)
         learned_grads = unflat(vector, tensors[options.data :], options.learned)
         for number, grad in zip(options.learned, learned_grads, strict=True):
-            others[options.data + number] = grad
-        return None, *grads, *others
+            extra[options.data + number] = grad
+        return None, *grads, *extra
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
@@ -140,8 +139,8 @@ class _Attention(torch.autograd.Function):
             return _one_by_one(_Attention, size, in_dims, inputs)
         batch = _batch_size(q, in_dims[1])
         folded = [_fold(x, dim, size) for x, dim in zip((q, k, v), in_dims[1:4], strict=True)]
-        others = _fold_data(options, tensors, in_dims[4:], size, batch)
-        out, lse = _apply(_Attention, options, *folded, *others)
+        extra = _fold_data(options, tensors, in_dims[4:], size, batch)
+        out, lse = _apply(_Attention, options, *folded, *extra)
         return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
@@ -162,7 +161,7 @@ def _operands_vary(options: Options, dims: Sequence[int | None]) -> bool:
 
 
 def _one_by_one(function: Any, size: int, dims: Sequence[Any], inputs: Sequence[Any]) -> Any:
-    """Call the function on every entry of the vmapped dimension and stack the results."""
+    """Call the function per entry of the vmapped dimension; stack the results."""
     results = []
     for entry in range(size):
         arguments = []
@@ -184,17 +183,14 @@ def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _vmapped_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """x (size, ...): the vmapped dimension first, expanded if there is none."""
     if dim is None:
         return x.unsqueeze(0).expand(size, *x.shape)
     return x.movedim(dim, 0)
 
 
 def _fold_data(
-    options: Options,
-    tensors: Sequence[Tensor],
-    dims: Sequence[int | None],
-    size: int,
-    batch: int,
+    options: Options, tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int
 ) -> list[Tensor]:
     """Data folded like q, k and v, and operands unchanged.
 
@@ -209,28 +205,18 @@ def _fold_data(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: Options,
-    *tensors: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable.
 
     tensors: data, then operands.
     """
+    # Without a gradient: the operator itself, or past its dispatch.
     if not options.training:
         data, operands = options.split(tensors)
         if is_compiling():
             out, lse = attend_operator(
-                q,
-                k,
-                v,
-                data,
-                operands,
-                *options.plain,
-                False,
-                is_by_token(q),
+                q, k, v, data, operands, *options.plain, False, is_by_token(q)
             )
             return out, lse
         if are_plain(q, k, v, *tensors):
@@ -305,10 +291,10 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def are_plain(*tensors: Tensor) -> bool:
     """Whether `is_plain_call` is true of all tensors, and they have data."""
-    q, k, v, *others = tensors
+    q, k, v, *extra = tensors
     if not is_plain_call(q, k, v) or q.device.type == "meta":
         return False
-    return all(type(x) in _PLAIN for x in others)
+    return all(type(x) in _PLAIN for x in extra)
 
 
 def part(q: Tensor, k: Tensor, v: Tensor, q_offset: int, rule: str, scale: float) -> Tensor:

@@ -12,12 +12,13 @@ from .mods import Mod
 
 @dataclass(frozen=True)
 class Call:
-    """The options of one call, the same for all its tiles, blocks and ranks.
+    """The options of one call, for all tiles, blocks and ranks.
 
-    scale: of q . k, of any sign. q_offset: the position of the first query. data: the tensors that
-    masks read, by name: those that the user names, and the operands of traced functions. score_mod:
-    bound to its operands. offsets: the position of the first query of each entry of the batch,
-    (B,), in place of q_offset.
+    scale: of q . k, of any sign.
+    q_offset: position of the first query.
+    data: tensors that masks read, by name: the user's, and operands of traced functions.
+    score_mod: bound to its operands.
+    offsets: position of the first query of each batch entry, (B,), in place of q_offset.
     """
 
     scale: float

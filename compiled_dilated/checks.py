@@ -24,9 +24,12 @@ _LARGEST = sys.float_info.max
 # SDPA's options, and what to write here in their place.
 _OF_SDPA = {
     "is_causal": "write it into the program: masks.causal() & mask",
-    "attn_mask": "write it as a mask, as masks.from_mod(...) or masks.padding(); a bias to the scores is a score_mod",
-    "attn_bias": "write it as score_mod=lambda score, b, h, q_idx, kv_idx: score + bias[q_idx, kv_idx]",
-    "dropout_p": "there is no dropout of attention weights; put torch.nn.Dropout behind the attention",
+    "attn_mask": "write it as a mask, as masks.from_mod(...) or masks.padding(); "
+    "a bias to the scores is a score_mod",
+    "attn_bias": "write it as score_mod=lambda score, b, h, q_idx, kv_idx: "
+    "score + bias[q_idx, kv_idx]",
+    "dropout_p": "there is no dropout of attention weights; "
+    "put torch.nn.Dropout behind the attention",
     "enable_gqa": "leave it out: key heads are shared whenever k has fewer heads than q",
     "block_mask": "write it as a mask: masks.from_mod(mask_mod)",
     "score_mod": "scores cannot be changed out of core; compile without transport='streamed'",
@@ -64,7 +67,7 @@ def no_options_of_sdpa(options: Iterable[str]) -> None:
 
 
 def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
-    """Raise unless types, shapes, dtypes and devices of q, k and v fit together."""
+    """Raise unless q, k and v fit together in type, shape, dtype, device."""
     for name, x in zip(layout.names, (q, k, v), strict=True):
         tensor(name, x, layout)
     dtypes(q.dtype, k.dtype, v.dtype, layout)
@@ -79,7 +82,8 @@ def devices(q: Tensor, k: Tensor, v: Tensor, layout: Layout = HEADS_FIRST) -> No
     for name, x in ((of_k, k), (of_v, v)):
         if x.device != q.device:
             raise ValueError(
-                f"{of_q}, {of_k} and {of_v} must be on one device; got {of_q} on {q.device} and {name} on {x.device}. "
+                f"{of_q}, {of_k} and {of_v} must be on one device; "
+                f"got {of_q} on {q.device} and {name} on {x.device}. "
                 f"Move it with {name}.to({of_q}.device)"
             )
 
@@ -87,17 +91,19 @@ def devices(q: Tensor, k: Tensor, v: Tensor, layout: Layout = HEADS_FIRST) -> No
 def tensor(name: str, x: Any, layout: Layout = HEADS_FIRST) -> None:
     """Raise unless x is a dense 4-D tensor of a supported dtype."""
     if not isinstance(x, Tensor):
+        kind = type(x).__name__
         raise TypeError(
-            f"{name} must be a torch.Tensor; got {type(x).__name__}. Convert it with torch.as_tensor",
+            f"{name} must be a torch.Tensor; got {kind}. Convert it with torch.as_tensor"
         )
     if x.layout != torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout)
         raise TypeError(
-            f"{name} must be a dense tensor; got a {kind} one. Pad it, or concatenate it with masks.documents(...)",
+            f"{name} must be a dense tensor; got a {kind} one. "
+            "Pad it, or concatenate it with masks.documents(...)"
         )
     if x.dim() != 4:
         raise ValueError(
-            f"{name} must be {layout.shape}; got shape {tuple(x.shape)}. {layout.hint}",
+            f"{name} must be {layout.shape}; got shape {tuple(x.shape)}. {layout.hint}"
         )
     dtype(name, x.dtype)
 
@@ -105,34 +111,34 @@ def tensor(name: str, x: Any, layout: Layout = HEADS_FIRST) -> None:
 def dtypes(q: torch.dtype, k: torch.dtype, v: torch.dtype, layout: Layout = HEADS_FIRST) -> None:
     """Raise unless all three are one dtype."""
     of_q, of_k, of_v = layout.names
-    for name, other in ((of_k, k), (of_v, v)):
-        if other != q:
+    for name, value in ((of_k, k), (of_v, v)):
+        if value != q:
             raise TypeError(
-                f"{of_q}, {of_k} and {of_v} must have one dtype; got {of_q} {q} and {name} {other}. "
+                f"{of_q}, {of_k} and {of_v} must have one dtype; "
+                f"got {of_q} {q} and {name} {value}. "
                 f"Cast with {name}.to({of_q}.dtype)"
             )
 
 
 def shapes(
-    q: Sequence[int],
-    k: Sequence[int],
-    v: Sequence[int],
-    layout: Layout = HEADS_FIRST,
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], layout: Layout = HEADS_FIRST
 ) -> None:
     """Raise unless the shapes of q, k and v fit together."""
     of_q, of_k, of_v = layout.names
     batch, heads, tokens, width = layout.axes
     if any(k[axis] != v[axis] for axis in (batch, heads, tokens)):
         raise ValueError(
-            f"{of_k} and {of_v} must agree in batch, heads and tokens; got {of_k} {tuple(k)} and {of_v} {tuple(v)}",
+            f"{of_k} and {of_v} must agree in batch, heads and tokens; "
+            f"got {of_k} {tuple(k)} and {of_v} {tuple(v)}"
         )
     if q[batch] != k[batch]:
         raise ValueError(
-            f"{of_q} and {of_k} must have one batch size; got {of_q} {tuple(q)} and {of_k} {tuple(k)}. Expand the smaller one"
+            f"{of_q} and {of_k} must have one batch size; "
+            f"got {of_q} {tuple(q)} and {of_k} {tuple(k)}. Expand the smaller one"
         )
     if q[width] != k[width]:
         raise ValueError(
-            f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}",
+            f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}"
         )
     groups(q[heads], k[heads])
 
@@ -142,12 +148,12 @@ def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
     heads, tokens = q.shape[layout.axes[1]], q.shape[layout.axes[2]]
     if is_compiling() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):
         return
-    other = "compiled_dilated.DilatedAttention takes (batch, tokens, heads, head_dim)"
+    alternative = "compiled_dilated.DilatedAttention takes (batch, tokens, heads, head_dim)"
     if layout is TOKENS_FIRST:
-        other = "compiled_dilated.compile(program) takes (batch, heads, tokens, head_dim)"
+        alternative = "compiled_dilated.compile(program) takes (batch, heads, tokens, head_dim)"
     warnings.warn(
-        f"{layout.names[0]} is {layout.shape}, so {tuple(q.shape)} has {heads} heads of {tokens} tokens. "
-        f"If these are {heads} tokens, transpose with .transpose(1, 2); {other}",
+        f"{layout.names[0]} is {layout.shape}, so {tuple(q.shape)} has {heads} heads of {tokens} "
+        f"tokens. If these are {heads} tokens, transpose with .transpose(1, 2); {alternative}",
         stacklevel=4,
     )
 
@@ -156,24 +162,26 @@ def dtype(name: str, value: object) -> None:
     """Raise unless attention is computed in this dtype."""
     if value not in DTYPES:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first",
+            f"{name} must be float16, bfloat16, float32 or float64; got {value}. Cast it first"
         )
 
 
 def groups(heads: int, kv_heads: int) -> None:
-    """Raise unless the number of query heads is a multiple of that of key heads."""
+    """Raise unless query heads are a multiple of key heads."""
     if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads):
         raise ValueError(
-            f"the {heads} query heads must be a multiple of the {kv_heads} key heads, so that they share evenly",
+            f"the {heads} query heads must be a multiple of the {kv_heads} key heads, "
+            "so that they share evenly"
         )
 
 
 def scale(name: str, value: object) -> None:
-    """Raise unless a scale is a finite number or a tensor with one number."""
+    """Raise unless a scale is a finite number or a scalar tensor."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(
-                f"{name} must be a finite number or a tensor of one; got shape {tuple(value.shape)} of {value.dtype}. "
+                f"{name} must be a finite number or a tensor of one; "
+                f"got shape {tuple(value.shape)} of {value.dtype}. "
                 "A scale for each head is a score_mod"
             )
         return
@@ -184,20 +192,24 @@ def scale(name: str, value: object) -> None:
 
 def number(name: str, value: object) -> None:
     """Raise unless a value is a finite number."""
+    # Dynamo traces int and float only.
     if isinstance(value, bool) or not (
         isinstance(value, int | float) or (not is_compiling() and isinstance(value, Real))
     ):
         raise TypeError(
-            f"{name} must be a finite number; got {type(value).__name__} {value!r}. Leave it out for 1 / sqrt(head_dim)"
+            f"{name} must be a finite number; got {type(value).__name__} {value!r}. "
+            "Leave it out for 1 / sqrt(head_dim)"
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
     comparable = value if isinstance(value, int | float) else float(value)
-    finite = -math.inf < comparable < math.inf and (
-        is_compiling() or -_LARGEST <= comparable <= _LARGEST
-    )
-    if not finite:
+    if is_compiling():
+        is_finite = -math.inf < comparable < math.inf
+    else:  # integers too large for a float are refused as well
+        is_finite = -_LARGEST <= comparable <= _LARGEST
+    if not is_finite:
         raise ValueError(
-            f"{name} must be a finite number; got {str(value)[:40]}. Leave it out for 1 / sqrt(head_dim)",
+            f"{name} must be a finite number; got {str(value)[:40]}. "
+            "Leave it out for 1 / sqrt(head_dim)"
         )
 
 
@@ -220,7 +232,7 @@ def data(
     values: Mapping[str, Tensor] | None,
     shape: Shape,
 ) -> list[Tensor]:
-    """The checked data tensors in the order of `names`, each (batch or 1, tokens).
+    """The checked data tensors, (batch or 1, tokens), in the order of `names`.
 
     query_names: tensors that are read at query positions too.
 
@@ -228,7 +240,8 @@ def data(
     """
     if values is not None and not isinstance(values, Mapping):
         raise TypeError(
-            f"data must be a dict of tensors by name; got {type(values).__name__}. Pass data={{name: tensor}}",
+            f"data must be a dict of tensors by name; got {type(values).__name__}. "
+            f"Pass data={{name: tensor}}"
         )
     passed = values or {}
     if set(passed) != set(names):
@@ -250,65 +263,72 @@ def _data_tensor(name: str, x: object, tokens: int, shape: Shape) -> None:
         raise TypeError(f"data[{name!r}] must be a bool or integer tensor; got {came}")
     if x.layout != torch.strided:
         raise TypeError(
-            f"data[{name!r}] must be a dense tensor; got a {x.layout} one. Convert it with .to_dense()",
+            f"data[{name!r}] must be a dense tensor; got a {x.layout} one. "
+            "Convert it with .to_dense()"
         )
     if x.dim() != 2 or x.shape[0] not in (1, shape.batch) or x.shape[1] < tokens:
         raise ValueError(
-            f"data[{name!r}] must be (batch or 1, tokens) with batch {shape.batch} and at least {tokens} tokens; "
-            f"got shape {tuple(x.shape)}"
+            f"data[{name!r}] must be (batch or 1, tokens) with batch {shape.batch} and "
+            f"at least {tokens} tokens; got shape {tuple(x.shape)}"
         )
     if x.device != shape.device:
         raise ValueError(
-            f"data[{name!r}] must be on the device of q, {shape.device}; got {x.device}. Move it with .to({str(shape.device)!r})"
+            f"data[{name!r}] must be on the device of q, {shape.device}; got {x.device}. "
+            f"Move it with .to({str(shape.device)!r})"
         )
 
 
 def captured(operands: Sequence[Tensor], device: torch.device) -> None:
-    """Raise unless captured tensors can be used on a device; scalars may be elsewhere."""
+    """Raise unless captured tensors can be used on a device."""
     for x in operands:
         if x.layout != torch.strided:
             raise TypeError(
-                f"a function captures a {x.layout} tensor of shape {tuple(x.shape)}; convert it with .to_dense()",
+                f"a function captures a {x.layout} tensor of shape {tuple(x.shape)}; "
+                "convert it with .to_dense()"
             )
         if x.device.type != device.type and (x.dim() > 0 or "meta" in (x.device.type, device.type)):
             raise ValueError(
-                f"a function captures a tensor of shape {tuple(x.shape)} on {x.device}; q is on {device}. "
-                "Move it with .to(q.device)"
+                f"a function captures a tensor of shape {tuple(x.shape)} on {x.device}; "
+                f"q is on {device}. Move it with .to(q.device)"
             )
         if x.is_complex() and x.requires_grad and torch.is_grad_enabled():
             raise TypeError(
-                f"a function captures a {x.dtype} tensor of shape {tuple(x.shape)} that requires grad, and complex operands get "
-                "none. Detach it, or capture its real and imaginary parts"
+                f"a function captures a {x.dtype} tensor of shape {tuple(x.shape)} that requires "
+                "grad, and complex operands get none. "
+                "Detach it, or capture its real and imaginary parts"
             )
 
 
 def sinks(sink_logits: object, heads: int, device: torch.device) -> None:
     """Raise unless there is one real logit per query head."""
     if not isinstance(sink_logits, Tensor) or tuple(sink_logits.shape) != (heads,):
-        came = (
-            tuple(sink_logits.shape)
-            if isinstance(sink_logits, Tensor)
-            else type(sink_logits).__name__
-        )
+        came: object = type(sink_logits).__name__
+        if isinstance(sink_logits, Tensor):
+            came = tuple(sink_logits.shape)
         raise ValueError(
-            f"sink_logits must be a tensor of one logit per query head, shape ({heads},); got {came}",
+            f"sink_logits must be a tensor of one logit per query head, shape ({heads},); "
+            f"got {came}"
         )
     if not sink_logits.dtype.is_floating_point:
         raise TypeError(
-            f"sink_logits must be real numbers; got {sink_logits.dtype}. Cast with .float()",
+            f"sink_logits must be real numbers; got {sink_logits.dtype}. Cast with .float()"
         )
     if sink_logits.device != device:
         raise ValueError(
-            f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it",
+            f"sink_logits must be on the device of q, {device}; got {sink_logits.device}. Move it"
         )
 
 
 def no_onnx_export() -> None:
-    """Raise NotImplementedError in an ONNX export, which would write a custom operator that no ONNX runtime has."""
+    """Raise NotImplementedError in an ONNX export.
+
+    The export would write a custom operator that no ONNX runtime has.
+    """
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         raise NotImplementedError(
-            "attention by a program is no ONNX operator: its tiles are found at the call, which a graph of ONNX operators does "
-            "not express. Use compiled_dilated.export, whose package runs from Python and C++, or torch.export"
+            "attention by a program is no ONNX operator: its tiles are found at the call, "
+            "which a graph of ONNX operators does not express. "
+            "Use compiled_dilated.export, whose package runs from Python and C++, or torch.export"
         )
 
 
@@ -333,7 +353,8 @@ def last_offset(value: object, batch: int, device: torch.device) -> Any:
         or value.device != device
     ):
         raise ValueError(
-            f"q_offset as a tensor must be int64 of shape ({batch},) on {device}, one position for each sequence of the batch; "
+            f"q_offset as a tensor must be int64 of shape ({batch},) on {device}, one position "
+            "for each sequence of the batch; "
             f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
         )
     is_fake = isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta"

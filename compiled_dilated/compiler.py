@@ -1,4 +1,4 @@
-"""The two front doors: `compile` gives a callable, `plan` says how it would compute, and why."""
+"""The two entry points: `compile` returns a callable, `plan` its plan and the reasons for it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .ring.plans import RingPlan
 from .ring.rings import Ring
 from .ring.streamed import Streamed
 
-# `attention=None` says something: the model's own masks.
-_NOTHING_SAID: Any = object()
+# Not None, which is a value of `attention`: the model's own masks.
+_NOT_PASSED: Any = object()
 TRANSPORTS = ("simulated", "streamed", "distributed")
 
 
@@ -62,97 +62,127 @@ def compile(
     layout: str | None = None,
     transport: str | None = None,
     device: str | torch.device | None = None,
-    attention: Any = _NOTHING_SAID,
+    attention: Any = _NOT_PASSED,
     memory_budget: int | str | None = None,
     dynamic: bool | None = None,
 ) -> Attend | Streamed | Any:
-    """A callable that computes attention by `program` (or a bare mask, a program of one branch).
+    """A callable that computes attention by `program`, or a model that does.
 
-    lowering: "auto" takes the cheapest by `plan`; "native", "dense", "strided", "tiled" and "flex" are used or refused.
-    ranks: compute as a ring of so many ranks (arXiv 2310.01889). transport: "simulated" (the default), all ranks in this process
-    one after the other, every step of each executed on what that rank may hold; or "streamed", out of core: a `Streamed`, which
-    reads and writes files and computes on `device`.
-    mesh: a DeviceMesh of one dimension, or a process group, of torch.distributed (transport "distributed"): each process passes
-    its own shards, whose tokens are those that `plan(..., ranks=...).positions(rank)` names, and gets its own rows of the output.
-    layout: which tokens each rank holds; "auto" (the default), "contiguous", "zigzag", "striped", "residue" or "hilbert".
+    program: a program, a bare mask (a program of one branch), or a model.
 
-    A model instead of a program:
-    attention: transformers' model computes its attention here, in place: by a program for all layers, by {pattern of layer paths:
-    program}, by a function of a `wrapping.layers.Layer`, or, with None, by its own masks. `print(sites(model))` after a call
-    shows what became of each layer.
-    memory_budget: "6GiB", or bytes, for the peak of a step: torch.compile of the model by the passes of `passes.compile`, which
-    says more; dynamic as in torch.compile.
+    Arguments of a program:
+
+    lowering: "auto", the cheapest by `plan`; or "native", "dense", "strided", "tiled" or "flex",
+        which is used or refused.
+    ranks: number of ranks of a ring (arXiv 2310.01889).
+    transport: "simulated" (default), all ranks one after the other in this process, each step
+        executed on its rank's own tensors; "streamed", out of core: a `Streamed`, which reads and
+        writes files and computes on `device`; "distributed", over torch.distributed.
+    mesh: a DeviceMesh of one dimension or a process group, for transport "distributed". Each
+        process passes its own shards, the tokens `plan(..., ranks=...).positions(rank)`, and gets
+        the output's rows of them.
+    layout: how ranks share the tokens: "auto" (default), "contiguous", "zigzag", "striped",
+        "residue" or "hilbert".
+    device: of transport "streamed".
+
+    Arguments of a model:
+
+    attention: the program of all layers, {pattern of layer paths: program}, a function of a
+        `wrapping.layers.Layer`, or None for the model's own masks. It is replaced in place in a
+        transformers model. After a call `print(sites(model))` shows each layer's program.
+    memory_budget: "6GiB", or bytes, for the peak of a step: torch.compile of the model by the
+        passes of `passes.compile`.
+    dynamic: as in torch.compile.
 
     >>> attend = compile(masks.causal() & masks.window(256))
     >>> out = attend(q, k, v)
     """
     if isinstance(program, nn.Module):
-        others = {
+        of_programs = {
             "ranks": ranks,
             "mesh": mesh,
             "layout": layout,
             "transport": transport,
             "device": device,
         }
-        given = [name for name, value in others.items() if value is not None] + ["lowering"] * (
-            lowering != "auto"
-        )
-        if given or (memory_budget is None and attention is _NOTHING_SAID):
-            raise ValueError(
-                f"a model is compiled with attention=..., memory_budget=... or both; got {', '.join(given) or 'neither'}. "
-                "Without them use torch.compile"
-            )
-        if attention is _NOTHING_SAID or hf.is_transformers_model(program):
-            model = (
-                program
-                if attention is _NOTHING_SAID
-                else _of_transformers(program, attention, memory_budget, dynamic)
-            )
-            return model if memory_budget is None else _under_budget(model, memory_budget, dynamic)
-        return _wrapped(program, attention, memory_budget, dynamic)
-    if memory_budget is not None or dynamic is not None or attention is not _NOTHING_SAID:
+        unused = [name for name, value in of_programs.items() if value is not None]
+        if lowering != "auto":
+            unused.append("lowering")
+        return _compiled_model(program, unused, attention, memory_budget, dynamic)
+    if memory_budget is not None or dynamic is not None or attention is not _NOT_PASSED:
         raise ValueError(
-            "attention, memory_budget and dynamic are for models; a program is planned for every call. Leave them out"
+            "attention, memory_budget and dynamic are for models; a program is planned for every "
+            "call. Leave them out"
         )
-    if transport is not None:
-        arguments.choice("transport", transport, TRANSPORTS)
-        if transport == "distributed" and mesh is None:
-            raise ValueError(
-                "transport='distributed' needs a mesh, mesh=DeviceMesh(...) or a process group"
-            )
-        if transport != "distributed" and (ranks is None or mesh is not None):
-            raise ValueError(
-                f"transport={transport!r} needs ranks, and no mesh; got ranks={ranks!r} and mesh={mesh!r}"
-            )
+    _check_transport(transport, ranks, mesh)
     if transport == "streamed" and ranks is not None:
         if layout not in (None, "contiguous") or lowering != "auto":
             raise ValueError(
-                f"a streamed ring is contiguous and lowers each block as it is best; got layout={layout!r} and "
-                f"lowering={lowering!r}. Leave them out"
+                "a streamed ring is contiguous and lowers each block as it is best; "
+                f"got layout={layout!r} and lowering={lowering!r}. Leave them out"
             )
         return Streamed(as_program(program), ranks, "cpu" if device is None else device)
     if device is not None:
         raise ValueError(
-            f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device computes"
+            f"device={device!r} is for transport='streamed'; elsewhere the tensors' own device "
+            "computes"
         )
     return Attend(program, lowering, _ring(ranks, layout, mesh))
 
 
-def _of_transformers(
-    model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None
-) -> nn.Module:
-    if memory_budget is None and dynamic is not None:
+def _check_transport(
+    transport: str | None, ranks: int | None, mesh: DeviceMesh | ProcessGroup | None
+) -> None:
+    """Raise ValueError unless a transport has its ranks or mesh."""
+    if transport is None:
+        return
+    arguments.choice("transport", transport, TRANSPORTS)
+    if transport == "distributed" and mesh is None:
         raise ValueError(
-            "dynamic goes with memory_budget here; without one compile the wrapped model yourself: torch.compile(model)"
+            "transport='distributed' needs a mesh, mesh=DeviceMesh(...) or a process group"
         )
-    wrapped: nn.Module = hf.wrap(model, attention)
-    return wrapped
+    if transport != "distributed" and (ranks is None or mesh is not None):
+        raise ValueError(
+            f"transport={transport!r} needs ranks, and no mesh; "
+            f"got ranks={ranks!r} and mesh={mesh!r}"
+        )
+
+
+def _compiled_model(
+    model: nn.Module,
+    unused: list[str],
+    attention: Any,
+    memory_budget: int | str | None,
+    dynamic: bool | None,
+) -> Any:
+    """The model with its attention replaced, compiled under a budget, or both.
+
+    unused: arguments that only programs have.
+    """
+    if unused or (memory_budget is None and attention is _NOT_PASSED):
+        raise ValueError(
+            "a model is compiled with attention=..., memory_budget=... or both; "
+            f"got {', '.join(unused) or 'neither'}. Without them use torch.compile"
+        )
+    if attention is not _NOT_PASSED and not hf.is_transformers_model(model):
+        return _wrapped(model, attention, memory_budget, dynamic)
+    if attention is not _NOT_PASSED:
+        if memory_budget is None and dynamic is not None:
+            raise ValueError(
+                "dynamic goes with memory_budget here; without one compile the wrapped model "
+                "yourself: torch.compile(model)"
+            )
+        model = hf.wrap(model, attention)
+    if memory_budget is None:
+        return model
+    return _under_budget(model, memory_budget, dynamic)
 
 
 def _wrapped(
     model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None
 ) -> nn.Module:
-    # They import the compiler, which takes longer than all of this package.
+    """The model with the attention of its graphs replaced."""
+    # Imported here: it imports torch's compiler, which takes longer than all of this package.
     from .wrapping import graphs
 
     if memory_budget is None:
@@ -163,7 +193,7 @@ def _wrapped(
 
 
 def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | None) -> Any:
-    # It imports the compiler, which takes longer than all of this package.
+    # Imported here: it imports torch's compiler, which takes longer than all of this package.
     import passes
 
     return passes.compile(model, memory_budget=memory_budget, dynamic=dynamic)
@@ -172,11 +202,13 @@ def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | No
 def _ring(
     ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None
 ) -> Ring | None:
+    """The ring of these arguments; None for one device."""
     if mesh is not None:
         group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
         if not isinstance(group, ProcessGroup):
             raise TypeError(
-                f"mesh must be a DeviceMesh of one dimension or a process group; got {type(mesh).__name__}"
+                "mesh must be a DeviceMesh of one dimension or a process group; "
+                f"got {type(mesh).__name__}"
             )
         if ranks not in (None, group.size()):
             raise ValueError(
@@ -186,7 +218,8 @@ def _ring(
     if ranks is None:
         if layout is not None:
             raise ValueError(
-                f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or mesh=..."
+                f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or "
+                "mesh=..."
             )
         return None
     return Ring(ranks, "auto" if layout is None else layout)
@@ -195,8 +228,9 @@ def _ring(
 def _device_type(device: object) -> str:
     """The type of a device, as "cpu"; the device need not be there."""
     if not isinstance(device, (str, torch.device)):
+        kind = type(device).__name__
         raise TypeError(
-            f"device must be a torch.device or its name, as 'cpu'; got {type(device).__name__} {device!r}"
+            f"device must be a torch.device or its name, as 'cpu'; got {kind} {device!r}"
         )
     try:
         return torch.device(device).type
@@ -253,11 +287,18 @@ def plan(
     ranks: int | None = None,
     layout: str | None = None,
 ) -> Plan | RingPlan:
-    """How attention of this shape would be computed, and why; nothing is computed. `print(plan(...).explain())`.
+    """How attention of this shape would be computed, and why; nothing is computed.
 
-    q_shape: (B, Hq, N, D). kv_heads, kv_len, value_dim: of k and v, those of q by default.
-    ranks, layout: as in `compile`; then the plan says what each rank receives, computes and holds, under every layout.
+    `print(plan(...).explain())` prints it.
+
+    q_shape: (B, Hq, N, D).
+    kv_heads, kv_len, value_dim: of k and v; those of q by default.
+    training: plan a forward with its backward.
+    q_offset: position of the first query.
+    ranks, layout: as in `compile`; the plan is then that of a ring: what each rank receives,
+        computes and holds, under every layout.
     """
+    # 1. Shapes and options, checked.
     shape = arguments.integers("q_shape", q_shape, 1)
     if len(shape) != 4:
         raise ValueError(
@@ -270,24 +311,29 @@ def plan(
     value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
-            f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. Write torch.float32, say"
+            f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. "
+            "Write torch.float32, say"
         )
     checks.dtype("dtype", dtype)
     arguments.flag("training", training)
     arguments.choice("lowering", lowering, planner.LOWERINGS)
     k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
-    operands: list[Tensor] = []  # what functions capture: it lives while they are asked
+    # 2. The program with its functions as graphs; `operands`, which the functions capture, must
+    # live as long as the graphs are evaluated.
+    operands: list[Tensor] = []
     _, traced = text.traced(as_program(program), operands)
     problem = problem_of(
         traced, shape, k_shape, v_shape, dtype, _device_type(device), q_offset, training
     )
+    # 3. The plan, of a ring or of one device.
     ring = _ring(ranks, layout)
-    if ring is not None:
-        if q_len != kv_len or q_offset or lowering != "auto":
-            raise ValueError(
-                f"a ring deals out one sequence and lowers each block as it is best; got {q_len} queries at offset {q_offset}, "
-                f"{kv_len} keys and lowering={lowering!r}. Leave out ranks, or these"
-            )
-        return replace(ring.plan(problem), operands=tuple(operands))
-    return planner.counted(planner.plan_for(problem, lowering))
+    if ring is None:
+        return planner.counted(planner.plan_for(problem, lowering))
+    if q_len != kv_len or q_offset or lowering != "auto":
+        raise ValueError(
+            "a ring deals out one sequence and lowers each block as it is best; "
+            f"got {q_len} queries at offset {q_offset}, {kv_len} keys and lowering={lowering!r}. "
+            "Leave out ranks, or these"
+        )
+    return replace(ring.plan(problem), operands=tuple(operands))

@@ -45,6 +45,7 @@ class Decoder:
         kind = _kind(q, k, v)
         if kind is None or kind in self._masks:
             return
+        # The cache is bounded: a new kind in a full one drops all, which only costs their checks.
         if len(self._masks) >= _MOST_KINDS:
             self._masks.clear()
         program = self._program
@@ -62,7 +63,7 @@ class Decoder:
                 self._masks[kind] = mask, mask.is_bounded
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
-        """out (B, Hq, 1, D); None where checks are needed or the keys are not one range."""
+        """out (B, Hq, 1, D); None if SDPA on a slice does not suffice."""
         if type(q_offset) is not int or not 0 <= q_offset <= MOST:
             return None
         if not _is_plain_scale(scale) or not _are_plain(q, k, v):
@@ -72,20 +73,18 @@ class Decoder:
             return None
         mask, is_bounded = entry
         kv_len = k.shape[2]
+        # The only check that depends on the position and on the length of the cache.
         if is_bounded:
             mask.check(range(q_offset, q_offset + 1), kv_len)
         ranges = mask.keys_of(q_offset, kv_len)
         if ranges is None or len(ranges) != 1 or not ranges[0]:
             return None
+        # A strided range is a view of the cache too.
         (keys,) = ranges
         seen = slice(keys.start, keys.stop, keys.step)
         is_grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(
-            q,
-            k[:, :, seen],
-            v[:, :, seen],
-            scale=scale,
-            enable_gqa=is_grouped,
+            q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=is_grouped
         )
 
 

@@ -48,7 +48,7 @@ class _AttendWithFunctions(HigherOrderOperator):
     ) -> tuple[Tensor, Tensor]:
         """out and lse of the rule with its functions.
 
-        captured: tensors and numbers that Dynamo lifted out of every function, the score_mod's last.
+        captured: tensors and numbers that Dynamo lifted out of each function, the score_mod's last.
         """
         if captured:
             functions = []

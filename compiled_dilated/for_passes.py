@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def _cost_of_call(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[str, Any]) -> Cost:
-    """The cost of a call of the operator or of its backward, which is planned for training."""
+    """The cost of a call of the operator or of its backward."""
     arguments = dict(named)
     for parameter, value in zip(op._schema.arguments, call, strict=False):
         arguments.setdefault(parameter.name, value)
@@ -52,7 +52,7 @@ def _cost_of_call(op: torch._ops.OpOverload, call: Sequence[Any], named: dict[st
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, rule: Rule, q_offset: int, training: bool) -> Cost:
-    """The cost of the plan; zero for a ring, whose ranks plan every step."""
+    """The cost of the plan; zero for a ring."""
     if rule.ring is not None or not (q.numel() and k.numel() and v.numel()):
         return Cost(0, 0, 0, 0, 0, 0.0)
     return operators.plan_of(rule, q, k, v, q_offset, training).cost
@@ -70,7 +70,7 @@ def _read(
     training: bool,
     by_token: bool,
 ) -> dict[str, Any] | None:
-    """Options with which a call can be computed by rows; None if it needs all queries.
+    """Options of a call by rows; None if it needs all queries.
 
     Orders, rings, functions, data, long lists, an explicit lowering or an offset need all.
     """
@@ -80,6 +80,7 @@ def _read(
     program = parsed.program
     if parsed.ring is not None or parsed.score_mod is not None or isinstance(program, PerLength):
         return None
+    # Rows of an order are not consecutive queries.
     if any(branch.order != identity() for branch in program.branches):
         return None
     if parsed.lowering != "auto" or not isinstance(q_offset, int) or q_offset != 0:
@@ -97,14 +98,7 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *, rule: str, scale: float) -> float
 
 
 def _part(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: int,
-    first: int,
-    *,
-    rule: str,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, start: int, first: int, *, rule: str, scale: float
 ) -> Tensor:
     assert first == 0  # masks count keys from the first
     return autograd.part(q, k, v, start, rule, scale)

@@ -24,6 +24,7 @@ class HeadRange:
         return x[:, self.start : self.start + (self.count - 1) * self.step + 1 : self.step]
 
     def indices(self) -> range:
+        """Numbers of the heads."""
         return range(self.start, self.start + self.count * self.step, self.step)
 
 
@@ -35,43 +36,45 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
     heads: query heads, ascending.
     group: query heads per key head.
     """
-    # Greedily take the longest prefix that is one range on both sides.
-    for length in range(len(heads), 0, -1):
-        prefix = heads[:length]
-        step = prefix[1] - prefix[0] if length > 1 else 1
-        if any(b - a != step for a, b in itertools.pairwise(prefix)):
-            continue
-        keys = [head // group for head in prefix]
-        distinct = sorted(set(keys))
-        shared, uneven = divmod(length, len(distinct))
-        key_step = distinct[1] - distinct[0] if len(distinct) > 1 else 1
-        even = not uneven and all(
-            key == distinct[0] + i // shared * key_step for i, key in enumerate(keys)
-        )
-        if even:
-            rest = head_ranges(heads[length:], group)
-            return [
-                (
-                    HeadRange(prefix[0], step, length),
-                    HeadRange(distinct[0], key_step, len(distinct)),
-                ),
-                *rest,
-            ]
-    return []
+    ranges = []
+    while heads:
+        # Greedily take the longest prefix that is one range on both sides; one head always is.
+        for length in range(len(heads), 0, -1):
+            pair = _as_ranges(heads[:length], group)
+            if pair is not None:
+                ranges.append(pair)
+                heads = heads[length:]
+                break
+    return ranges
+
+
+def _as_ranges(heads: tuple[int, ...], group: int) -> tuple[HeadRange, HeadRange] | None:
+    """Query heads and their key heads, if both are one range."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if any(b - a != step for a, b in itertools.pairwise(heads)):
+        return None
+    keys = [head // group for head in heads]
+    distinct = sorted(set(keys))
+    key_step = distinct[1] - distinct[0] if len(distinct) > 1 else 1
+    # Every key head must serve the same number of query heads, in order.
+    shared, uneven = divmod(len(heads), len(distinct))
+    expected = [distinct[0] + i // shared * key_step for i in range(len(heads))]
+    if uneven or keys != expected:
+        return None
+    key_heads = HeadRange(distinct[0], key_step, len(distinct))
+    return HeadRange(heads[0], step, len(heads)), key_heads
 
 
 def head_groups(
-    branch: Branch,
-    heads: int,
-    kv_heads: int,
+    branch: Branch, heads: int, kv_heads: int
 ) -> list[tuple[Mask, HeadRange, HeadRange]]:
-    """Heads of a branch with equal masks, as ranges of query heads and key heads."""
+    """Ranges of query heads and key heads with equal masks, per branch."""
     groups: dict[Mask, tuple[int, ...]] = {}
     for head in branch.head_range(heads):
         mask = branch.mask_at(head, heads)
         groups[mask] = (*groups.get(mask, ()), head)
-    return [
-        (mask, *ranges)
-        for mask, same in groups.items()
-        for ranges in head_ranges(same, heads // kv_heads)
-    ]
+    masks_and_ranges = []
+    for mask, same_heads in groups.items():
+        for query_heads, key_heads in head_ranges(same_heads, heads // kv_heads):
+            masks_and_ranges.append((mask, query_heads, key_heads))
+    return masks_and_ranges

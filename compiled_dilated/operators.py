@@ -69,8 +69,7 @@ class Options:
         return self.rule, self.scale, self.q_offset
 
     def split(
-        self,
-        tensors: Sequence[Tensor],
+        self, tensors: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
         """Data and operands; None for an empty list, which AOTInductor cannot express."""
         return tensors[: self.data] or None, tensors[self.data :] or None
@@ -88,7 +87,7 @@ def plan_of(
     training: bool,
     score_mod: Mod | None = None,
 ) -> Plan:
-    """The plan for tensors of these shapes, from the cache after the first call.
+    """The plan for tensors of these shapes, from the cache.
 
     training: whether a backward may follow.
     score_mod: of the call.
@@ -104,29 +103,26 @@ def plan_of(
 
 
 def _program_at(rule: Rule, tokens: int) -> Program:
+    """The rule's program for this many tokens."""
     if isinstance(rule.program, PerLength):
         return rule.program.at(tokens)
     return rule.program
 
 
 def ring_problem(
-    rule: Rule,
-    written: str,
-    ring: Ring,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: Call | None = None,
+    rule: Rule, text: str, ring: Ring, q: Tensor, k: Tensor, v: Tensor, call: Call | None = None
 ) -> Problem:
     """The problem of all ranks together, the same forward and backward.
 
-    written: the rule as text.
+    text: the rule as text.
     q, k, v: the tensors of this process.
     call: options that the ranks must agree on too.
 
     Raises ValueError, on every rank, where the ranks disagree.
     """
-    about = {"the program, the layout or a function": f"{rule.program!r} over {ring!r}: {written}"}
+    # 1. Everything that the ranks must agree on, by name.
+    program = f"{rule.program!r} over {ring!r}: {text}"
+    about = {"the program, the layout or a function": program}
     data = {} if call is None else call.data
     if ring.sharded and call is not None:
         about["the scale"] = str(call.scale)
@@ -134,29 +130,24 @@ def ring_problem(
             about[f"data[{name!r}] (of the whole sequence)"] = digest(x)
         captured = () if call.score_mod is None else call.score_mod.operands
         about["what the score_mod captures"] = str([digest(x) for x in captured])
+    # 2. The tokens of all ranks, which the data must cover.
     tokens = ring.transport.tokens(q, k, v, about)
     for name, x in data.items():
         if name in rule.names and x.shape[1] < tokens:
             raise ValueError(
-                f"data[{name!r}] must hold all {tokens} tokens of the ring's sequence on every rank; "
-                f"got shape {tuple(x.shape)}. "
+                f"data[{name!r}] must hold all {tokens} tokens of the ring's sequence on every "
+                f"rank; got shape {tuple(x.shape)}. "
                 "Pass the data of the whole sequence, not that of a shard"
             )
-    # The shapes of the whole sequence: q, k and v of this process may be a shard.
+    # 3. The shapes of the whole sequence: q, k and v of this process may be a shard.
     q_shape, k_shape, v_shape = [(*x.shape[:2], tokens, x.shape[3]) for x in (q, k, v)]
     device = q.device.type
     scores = None if call is None else Scores.of(call.score_mod)
-    program = _program_at(rule, tokens)
-    return problem_of(program, q_shape, k_shape, v_shape, q.dtype, device, 0, False, scores)
+    shapes = q_shape, k_shape, v_shape
+    return problem_of(_program_at(rule, tokens), *shapes, q.dtype, device, 0, False, scores)
 
 
-# Explicit schemas: torch infers no optional lists of tensors, which AOTInductor makes of empty ones.
-_OTHERS = "Tensor[]? data, Tensor[]? operands, str rule, float scale, SymInt q_offset"
-_INPUTS = f"Tensor q, Tensor k, Tensor v, {_OTHERS}"
-_SAVED = f"Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OTHERS}"
-
-
-# The operator -------------------------------------------------------------------------------
+# Forward and backward -----------------------------------------------------------------------
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -164,20 +155,17 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _is_empty(whole: Problem | None, *tensors: Tensor) -> bool:
+def _is_empty(joint: Problem | None, *tensors: Tensor) -> bool:
     """Whether the problem of all ranks, or these tensors, are empty."""
-    if whole is not None:
-        return whole.empty
+    if joint is not None:
+        return joint.empty
     return not all(x.numel() for x in tensors)
 
 
 # Dispatch keys of torch.vmap. A dispatch mode of the caller excludes them, such as the one around
 # the first run of a compiled graph.
-_VMAP_KEYS = tuple(
-    key
-    for name, key in DispatchKey.__members__.items()
-    if name.startswith("FuncTorch") or name in ("ADInplaceOrView", "PythonTLSSnapshot")
-)
+_VMAP_KEYS = [DispatchKey.ADInplaceOrView, DispatchKey.PythonTLSSnapshot]
+_VMAP_KEYS += [key for name, key in DispatchKey.__members__.items() if name.startswith("FuncTorch")]
 
 
 @contextmanager
@@ -204,23 +192,25 @@ def _forward(
     operands: Sequence[Tensor] | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
+    """out and lse, by the plan of this process or by its ring."""
     rule = read_rule(options.rule, operands)
     ring = rule.ring if options.ring is None else options.ring
     call = rule.call(data, operands, options.scale, options.q_offset)
     # A rank without tokens takes part in a ring: its problem is that of all ranks.
-    whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
-    if _is_empty(whole, q, k, v):
+    joint = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
+    if _is_empty(joint, q, k, v):
         lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
         return empty_out(q, v, is_by_token(q)).zero_(), lse
     q, k, v = _rows(q), _rows(k), _rows(v)
-    if ring is not None and whole is not None:
-        return ring.forward(whole, call, q, k, v)
+    if ring is not None and joint is not None:
+        return ring.forward(joint, call, q, k, v)
     plan = plan_of(rule, q, k, v, options.q_offset, options.training, call.score_mod)
     _check_offsets(plan, call)
     return execute.forward(plan, call, q, k, v)
 
 
 def _check_offsets(plan: Plan, call: Call) -> None:
+    """Raise ValueError for offsets per sequence that the plan's lowering cannot compute."""
     if call.offsets is not None and plan.lowering != "native":
         raise ValueError(
             "q_offset as a tensor, one position for each sequence, is computed by the lowering "
@@ -244,10 +234,7 @@ def run(
 
 
 def run_backward(
-    saved: Saved,
-    data: Sequence[Tensor] | None,
-    operands: Sequence[Tensor] | None,
-    options: Options,
+    saved: Saved, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Contiguous gradients of q, k and v, and of the learned operands as one vector."""
     with _own_modes():
@@ -265,16 +252,26 @@ def run_backward(
 
 
 def _backward(rule: Rule, call: Call, saved: Saved, options: Options) -> list[Tensor]:
-    """Gradients of q, k and v; those of operands are added to the call's sums."""
+    """Gradients of q, k and v; adds those of operands in place."""
     q, k, v = saved.q, saved.k, saved.v
     ring = rule.ring if options.ring is None else options.ring
-    whole = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
-    if _is_empty(whole, q, k, v):
+    joint = None if ring is None else ring_problem(rule, options.rule, ring, q, k, v, call)
+    if _is_empty(joint, q, k, v):
         return [torch.zeros_like(x) for x in (q, k, v)]
-    if ring is not None and whole is not None:
-        return [*ring.backward(whole, call, saved)]
+    if ring is not None and joint is not None:
+        return [*ring.backward(joint, call, saved)]
     plan = plan_of(rule, q, k, v, options.q_offset, True, call.score_mod)
     return [*execute.backward(plan, call, saved)]
+
+
+# The operators -----------------------------------------------------------------------------
+
+# Explicit schemas: torch infers no optional lists of tensors, and AOTInductor writes empty lists
+# as such.
+_OPTIONS = "Tensor[]? data, Tensor[]? operands, str rule, float scale, SymInt q_offset"
+_INPUTS = f"Tensor q, Tensor k, Tensor v, {_OPTIONS}"
+_SAVED = f"Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}"
+_GRADIENTS = "Tensor grad_out, Tensor? grad_lse"
 
 
 @torch.library.custom_op(
@@ -283,7 +280,8 @@ def _backward(rule: Rule, call: Call, saved: Saved, options: Options) -> list[Te
     schema=f"({_INPUTS}, bool training, bool by_token) -> (Tensor, Tensor)",
 )
 def attend_operator(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor,
+    data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
     rule: str, scale: float, q_offset: int, training: bool, by_token: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     options = Options(rule, scale, q_offset, training, True, (), len(data or ()))
@@ -293,7 +291,8 @@ def attend_operator(
 
 @attend_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor,
+    data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
     rule: str, scale: float, q_offset: int, training: bool, by_token: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_out(q, v, by_token), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
@@ -302,10 +301,11 @@ def _(
 @torch.library.custom_op(
     "compiled_dilated::attend_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor? grad_lse, {_SAVED}, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_GRADIENTS}, {_SAVED}, int[] learned) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def attend_backward_operator(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
     rule: str, scale: float, q_offset: int, learned: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -315,7 +315,8 @@ def attend_backward_operator(
 
 @attend_backward_operator.register_fake
 def _(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None,
     rule: str, scale: float, q_offset: int, learned: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -326,42 +327,39 @@ def _(
 
 @attend_operator.register_torch_dispatch(ProxyTorchDispatchMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Trace the native operator where it computes the rule: such a graph runs without Python."""
+    """Trace the native operator if it computes the rule.
+
+    Such a graph runs without Python.
+    """
     checks.no_onnx_export()
     q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
     work = None
     # Contents of operands, as long lists stored in them, have no values in a trace.
     if not reads_contents(rule):
-        meaning = read_rule(rule, operands)
-        scores = Scores.of(meaning.call(data, operands, scale, 0).score_mod)
-        if meaning.ring is None:
-            work = native.work_of_graph(meaning.program, meaning.lowering, scores, q, k, v)
+        parsed = read_rule(rule, operands)
+        scores = Scores.of(parsed.call(data, operands, scale, 0).score_mod)
+        if parsed.ring is None:
+            work = native.work_of_graph(parsed.program, parsed.lowering, scores, q, k, v)
     if work is None:
         return mode.__torch_dispatch__(func, types, args, kwargs)
     with mode:
         inputs = work.of_operator(data, operands, score_slots(rule))
-        # Behind the program's data may come one position for each sequence.
+        # The last data tensor may be the positions, one for each sequence.
         offsets = data[-1].squeeze(1) if len(data or ()) > len(work.names) else None
         return torch.ops.compiled_dilated.native.default(
-            q,
-            k,
-            v,
-            *inputs,
-            work.code,
-            scale,
-            q_offset,
-            offsets,
-            by_token,
+            q, k, v, *inputs, work.code, scale, q_offset, offsets, by_token
         )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save the inputs and results of the operator for its gradient."""
     q, k, v, data, operands, ctx.rule, ctx.scale, ctx.q_offset, _, _ = inputs
     ctx.data, ctx.operands = len(data or ()), len(operands or ())
     ctx.save_for_backward(q, k, v, *output, *(data or ()), *(operands or ()))
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    """Gradients of the operator's inputs; None for those that have none."""
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     data, operands = tensors[: ctx.data], tensors[ctx.data :]
     needs_grad = ctx.needs_input_grad[4] if operands else ()

@@ -5,8 +5,8 @@ and commutative up to rounding:
 
     lse = log(exp(lse_a) + exp(lse_b)),    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
-passes/rewrites/rows/attentions.py merges two parts of SDPA by the same formula: passes import nothing from here, and their
-parts have no empty rows.
+passes/rewrites/rows/attentions.py merges two parts of SDPA by the same formula: passes import
+nothing of compiled_dilated, and their parts have no empty rows.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 
 def _merge_rounded_(out: Tensor, part_out: Tensor, share: Tensor) -> None:
-    """Merge into a low-precision `out`, rounded once; some rows at a time to bound memory."""
+    """Merge into a low-precision `out`, rounded once, some rows at a time."""
     rows = out.shape[-2]
     at_once = max(1, _MOST_WIDE // max(1, out.numel() // max(1, rows)))
     for start in range(0, rows, at_once):
-        to, of, weight = (x[..., start : start + at_once, :] for x in (out, part_out, share))
-        to.copy_(to.to(weight.dtype).lerp_(of.to(weight.dtype), weight))
+        merged, part, weight = (x[..., start : start + at_once, :] for x in (out, part_out, share))
+        wide = merged.to(weight.dtype)
+        merged.copy_(wide.lerp_(part.to(weight.dtype), weight))
 
 
 def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,7 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple
     Learned sink logits are joined as a partial of value 0. Rows without keys on both sides are
     (0, -inf) with zero gradients.
     """
+    # Finite numbers in place of -inf and 0, so that empty rows have gradients of 0 and not NaN.
     peak = torch.maximum(lse, part_lse).detach()
     peak = torch.where(peak == -math.inf, 0.0, peak)
     old, new = (lse - peak).exp(), (part_lse - peak).exp()
@@ -81,19 +83,10 @@ class Saved:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Saved:
         """Apply `change` to every tensor."""
-        q, k, v, out, lse, grad_out = map(
-            change,
-            (self.q, self.k, self.v, self.out, self.lse, self.grad_out),
-        )
-        return Saved(
-            q,
-            k,
-            v,
-            out,
-            lse,
-            grad_out,
-            None if self.grad_lse is None else change(self.grad_lse),
-        )
+        tensors = self.q, self.k, self.v, self.out, self.lse, self.grad_out
+        grad_lse = None if self.grad_lse is None else change(self.grad_lse)
+        q, k, v, out, lse, grad_out = map(change, tensors)
+        return Saved(q, k, v, out, lse, grad_out, grad_lse)
 
 
 def is_by_token(q: Tensor) -> bool:

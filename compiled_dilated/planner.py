@@ -18,7 +18,7 @@ from .plans import Plan, PlanCache, Problem, Proposal, Refusal
 from .programs import Branch
 
 LOWERINGS = ("auto", *registry.NAMES)
-# A lowering's answer for a whole program: one for all branches, or one per branch.
+# A lowering's answer for a program: one for all branches, or one per branch.
 Way = Sequence[Proposal | Refusal]
 # Tokens per side of the tiles that `counted` counts.
 _TILE = 128
@@ -26,16 +26,14 @@ _TILE = 128
 _LONGEST_CACHE = 2**30
 
 
-# The only cache of plans: of calls, of a ring's blocks, and of rings.
+# The only cache of plans: for calls, for a ring's blocks, and for rings.
 PLANS = PlanCache(most=512)
 
 
 def plan_for(problem: Problem, lowering: str = "auto") -> Plan:
     """The plan of a problem, from the cache; see `choose`."""
-    if (
-        takes_any_offset(problem.q_len, problem.training, lowering)
-        and max(problem.kv_len, problem.q_offset) < _LONGEST_CACHE
-    ):
+    is_short = max(problem.kv_len, problem.q_offset) < _LONGEST_CACHE
+    if is_short and takes_any_offset(problem.q_len, problem.training, lowering):
         # Decoding: the native kernel finds its keys itself, so one plan serves all positions and
         # all lengths of the cache.
         key = replace(problem, kv_len=0, q_offset=0)
@@ -83,13 +81,12 @@ def _weighed(problem: Problem) -> list[Way]:
         if lowering.decides and _proposals(way) is not None:
             return [way]
         ways[lowering.name] = way
-    fused = [
-        name
-        for name, way in ways.items()
-        if registry.named(name).is_fused and _proposals(way) is not None
-    ]
+    is_fused = False
+    for name, way in ways.items():
+        is_fused |= registry.named(name).is_fused and _proposals(way) is not None
+    # Without a fused kernel: branches that strided refuses by tiles, the others by slices.
     regular = ways["strided"]
-    if not fused and _proposals(regular) is None:
+    if not is_fused and _proposals(regular) is None:
         ways["strided and tiled"] = per_branch.with_tiles(problem, regular)
     return list(ways.values())
 
@@ -103,21 +100,23 @@ def _proposals(way: Way) -> list[Proposal] | None:
 
 
 def _dense_flops(way: Sequence[Proposal]) -> float:
+    """The cost by which ways are compared."""
     return sum(proposal.cost.dense_flops for proposal in way)
 
 
 def _reason(best: Sequence[Proposal], possible: Sequence[Sequence[Proposal]], lowering: str) -> str:
+    """Why the best way was chosen, in words."""
     if lowering != "auto":
         return f"as asked by lowering={lowering!r}"
     if best[0].lowering == "native":
         return "one kernel that finds its tiles at each call, whatever the mask and the length"
-    others = ", ".join(
-        f"{_name(way)} {_dense_flops(way) / 1e9:,.1f}" for way in possible if way is not best
-    )
-    return (
-        f"takes as long as {_dense_flops(best) / 1e9:,.1f} GFLOP of dense attention; "
-        f"{others or 'what else was tried is refused, see below'}"
-    )
+    alternatives = []
+    for way in possible:
+        if way is not best:
+            alternatives.append(f"{_name(way)} {_dense_flops(way) / 1e9:,.1f}")
+    compared = ", ".join(alternatives) or "what else was tried is refused, see below"
+    gflop = _dense_flops(best) / 1e9
+    return f"takes as long as {gflop:,.1f} GFLOP of dense attention; {compared}"
 
 
 def _name(way: Sequence[Proposal]) -> str:
@@ -125,7 +124,7 @@ def _name(way: Sequence[Proposal]) -> str:
 
 
 def counted(plan: Plan) -> Plan:
-    """The plan with its allowed pairs and the tiles of the first heads of each branch.
+    """The plan with counts of its allowed pairs and tiles.
 
     For `explain`. Counts are exact; None for masks that read data, and for too many different
     tiles.
@@ -134,37 +133,24 @@ def counted(plan: Plan) -> Plan:
     tiles: list[dict[str, Any]] = []
     pairs: int | None = 0
     for number, branch in enumerate(problem.program.branches):
-        for group, (mask, heads, _) in enumerate(
-            head_groups(branch, problem.heads, problem.kv_heads),
-        ):
-            if group == 0:
-                tiles.append(
-                    {
-                        "branch": number,
-                        "heads": list(heads.indices()),
-                        "tile": _TILE,
-                        **_tiles(mask, branch, problem),
-                    },
-                )
-            per_head = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
-            pairs = (
-                None
-                if pairs is None or per_head is None
-                else pairs + per_head * heads.count * problem.batch
-            )
+        groups = head_groups(branch, problem.heads, problem.kv_heads)
+        for mask, heads, _ in groups[:1]:
+            row: dict[str, Any] = {"branch": number, "heads": list(heads.indices())}
+            row["tile"] = _TILE
+            tiles.append(row | _tiles(mask, branch, problem))
+        for mask, heads, _ in groups:
+            count = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
+            if count is None or pairs is None:
+                pairs = None
+            else:
+                pairs += count * heads.count * problem.batch
     return replace(plan, useful_pairs=pairs, tiles=tuple(tiles))
 
 
 def _tiles(mask: Mask, branch: Branch, problem: Problem) -> dict[str, int | None]:
     """FULL and PARTIAL tiles and the bytes of their map; None if too many differ."""
-    counts = counting.tiles(
-        mask,
-        problem.q_len,
-        problem.kv_len,
-        _TILE,
-        branch.order,
-        problem.q_offset,
-    )
+    q_len, kv_len, q_offset = problem.q_len, problem.kv_len, problem.q_offset
+    counts = counting.tiles(mask, q_len, kv_len, _TILE, branch.order, q_offset)
     if counts is None:
         return {"full": None, "partial": None, "bytes": None}
     return {"full": counts.full, "partial": counts.partial, "bytes": counts.nbytes}

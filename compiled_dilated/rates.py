@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-# Flops a second, of a forward, and of a forward with its backward, whose products are two and a half times the forward's.
-# Two cores of a virtual machine with AVX-512 and AMX, 8 heads of 64; medians of FILES.
+# Flops per second of a forward, and of a forward with its backward, which has 2.5 times the
+# products of the forward. Two cores of a virtual machine with AVX-512 and AMX, 8 heads of 64;
+# medians of FILES.
 _FORWARD_AND_BACKWARD = 3.5
 _DENSE = {"float32": (212e9, 214e9), "bfloat16": (637e9, 318e9)}
 _NATIVE = {"float32": (222e9, 217e9), "bfloat16": (662e9, 489e9), "float16": (165e9, 165e9)}
@@ -14,11 +15,14 @@ FILES = "benchmarks/results/attention-cpu-2026-11-28.json, attention-more-cpu-20
 def seconds(
     lowering: str, dtype: str, device: str, dense_flops: float, training: bool
 ) -> float | None:
-    """Expected time of a forward, or of a forward and backward; None where no rate was measured.
+    """Estimated seconds of a forward, or a training step; None if unmeasured.
 
-    dense_flops: what a dense kernel would compute in the time of a forward.
+    dense_flops: flops of a dense kernel in the time of a forward.
     """
-    rates = (_NATIVE if lowering == "native" else _DENSE).get(dtype)
-    if device != "cpu" or rates is None:
+    table = _NATIVE if lowering == "native" else _DENSE
+    if device != "cpu" or dtype not in table:
         return None
-    return dense_flops * _FORWARD_AND_BACKWARD / rates[1] if training else dense_flops / rates[0]
+    forward_rate, training_rate = table[dtype]
+    if training:
+        return dense_flops * _FORWARD_AND_BACKWARD / training_rate
+    return dense_flops / forward_rate

@@ -1,4 +1,4 @@
-"""Rectangles of pairs: many at once, cut in two, and how many others each stands for."""
+"""Arrays of rectangles of pairs, with multiplicities, which can be halved."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .tiles import Flags
 
 @dataclass(frozen=True, eq=False)
 class Rectangles:
-    """Pairs of queries q .. q + rows - 1 and keys kv .. kv + columns - 1.
+    """n rectangles: queries q .. q + rows - 1 and keys kv .. kv + columns - 1.
 
-    times: how many rectangles each stands for, as Python's integers: all pairs of a long sequence are more than an int64 holds.
-    owner: the number of the cell that each is a part of, where pairs of several cells are counted at once.
+    q, kv, rows, columns: (n,).
+    times: multiplicity of each, (n,) Python integers: the pairs of a long sequence exceed int64.
+    owner: number of the raster's cell that each is a part of, (n,).
     """
 
     q: IntArray
@@ -28,14 +29,17 @@ class Rectangles:
 
     @staticmethod
     def whole(q_len: int, kv_len: int, q_offset: int) -> Rectangles:
-        if not q_len or not kv_len:
-            q_len = kv_len = 0
-        ends = np.array([q_offset, q_offset + q_len]), np.array([0, kv_len])
-        return Rectangles.cells(*ends) if q_len else Rectangles.cells(*ends)[:0]
+        """All pairs as one rectangle; none if there are no pairs."""
+        q_cuts, kv_cuts = np.array([q_offset, q_offset + q_len]), np.array([0, kv_len])
+        count = 1 if q_len and kv_len else 0
+        return Rectangles.cells(q_cuts, kv_cuts)[:count]
 
     @staticmethod
     def cells(q_cuts: IntArray, kv_cuts: IntArray) -> Rectangles:
-        """All cells of a raster, row by row; the cuts are its borders, the first and the last of them included."""
+        """All cells of a raster, row by row.
+
+        q_cuts, kv_cuts: ascending borders, the first and the last included.
+        """
         rows, columns = len(q_cuts) - 1, len(kv_cuts) - 1
         row, column = (axis.reshape(-1) for axis in np.indices((rows, columns)))
         times = np.ones(rows * columns, dtype=object)
@@ -51,28 +55,28 @@ class Rectangles:
     def __len__(self) -> int:
         return len(self.q)
 
-    def __getitem__(self, which: IntArray | Flags | slice) -> Rectangles:
-        return Rectangles(*(array[which] for array in vars(self).values()))
+    def __getitem__(self, selected: IntArray | Flags | slice) -> Rectangles:
+        return Rectangles(*(array[selected] for array in vars(self).values()))
 
     @property
     def regions(self) -> tuple[Regions, Regions]:
-        return Regions.contiguous(self.q, self.q + self.rows), Regions.contiguous(
-            self.kv, self.kv + self.columns
-        )
+        """The positions of queries and of keys."""
+        queries = Regions.contiguous(self.q, self.q + self.rows)
+        return queries, Regions.contiguous(self.kv, self.kv + self.columns)
 
     @property
     def areas(self) -> Any:
-        """Pairs of each, as Python's integers."""
+        """Pairs of each rectangle, (n,) Python integers."""
         return self.rows.astype(object) * self.columns.astype(object)
 
     @property
     def pairs(self) -> Any:
-        """Pairs of all rectangles that each stands for, as Python's integers."""
+        """Pairs of each rectangle times its multiplicity, (n,) Python integers."""
         return self.areas * self.times
 
     @property
     def different_pairs(self) -> int:
-        """Pairs of these rectangles alone."""
+        """Pairs of the rectangles, each counted once."""
         return int(self.areas.sum())
 
     @property
@@ -81,44 +85,48 @@ class Rectangles:
         return int(max(self.rows.max(initial=0), self.columns.max(initial=0)))
 
     def tiles(self, tile: int) -> int:
-        """Tiles of all rectangles that these stand for."""
+        """Tiles of all rectangles, times their multiplicities."""
         return int((-(-self.rows // tile) * -(-self.columns // tile) * self.times).sum())
 
     def is_within(self, tile: int) -> Flags:
+        """Whether each rectangle is no larger than a tile."""
         return np.asarray((self.rows <= tile) & (self.columns <= tile))
 
     def split(self, alignment: int, least: int) -> Rectangles:
-        """Cut sides in two, at a power of two times `alignment`, or times `least` where they are no longer than it."""
-        by_rows = _cut(self.q, self.rows, self.columns, alignment, least)
-        parts = [
-            (rows, side)
-            for rows in by_rows
-            for side in _cut(self.kv, self.columns, self.rows, alignment, least)
-        ]
-        pieces = [
-            Rectangles(q, kv, rows, columns, self.times, self.owner)
-            for (q, rows), (kv, columns) in parts
-        ]
-        out = concatenated(pieces)
+        """Halve sides, at a power of two times `alignment`.
+
+        Sides of at most `alignment` are halved at a power of two times `least`; sides of at most
+        `least` are not.
+        """
+        row_halves = _halves(self.q, self.rows, self.columns, alignment, least)
+        column_halves = _halves(self.kv, self.columns, self.rows, alignment, least)
+        parts = []
+        for q, rows in row_halves:
+            for kv, columns in column_halves:
+                parts.append(Rectangles(q, kv, rows, columns, self.times, self.owner))
+        out = concatenated(parts)
         return out[(out.rows > 0) & (out.columns > 0)]
 
 
 def concatenated(parts: list[Rectangles]) -> Rectangles:
-    return Rectangles(
-        *(
-            np.concatenate(arrays)
-            for arrays in zip(*(vars(part).values() for part in parts), strict=True)
-        )
-    )
+    """The rectangles of all parts."""
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Rectangles(*(np.concatenate(arrays) for arrays in fields))
 
 
-def _cut(
-    start: IntArray, length: IntArray, other: IntArray, alignment: int, least: int
+def _halves(
+    start: IntArray, length: IntArray, across: IntArray, alignment: int, least: int
 ) -> list[tuple[IntArray, IntArray]]:
-    """Two parts (start, length) of each side; the second is empty where the side is short, or shorter than half the other."""
+    """Two parts (start, length) of each side.
+
+    The second part is empty for a side of at most `least`, or shorter than half of the side across.
+    """
+    # The first part is the largest power of two of steps below the length, so that parts of equal
+    # sides coincide after a translation.
     step = np.where(length > alignment, alignment, least)
     power = np.frexp(((length - 1) // step).clip(1).astype(np.float64))[1].astype(np.int64) - 1
     first = step << power
     first = np.where(first >= length, first >> 1, first)  # where a float rounded up
-    first = np.where((length <= least) | (2 * length < other), length, first)
+    # Narrow rectangles are halved along their long side only.
+    first = np.where((length <= least) | (2 * length < across), length, first)
     return [(start, first), (start + first, length - first)]

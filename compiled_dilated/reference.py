@@ -57,7 +57,7 @@ def reference(
     program = as_program(program)
     _check(program, q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse, options)
     counts = multiplicity(program, q, k, q_offset=q_offset, data=data)
-    # 1. Heads of k and v repeated for their query heads; what is not finite set aside.
+    # 1. Heads of k and v repeated for their query heads; numbers that are not finite set aside.
     group_size = q.shape[1] // max(1, k.shape[1])
     q = q.double()
     k = k.double().repeat_interleave(group_size, dim=1)
@@ -97,7 +97,7 @@ def _check(
     return_lse: object,
     options: Mapping[str, object],
 ) -> None:
-    """Raise the errors of a compiled program; q, k and v may differ in dtype."""
+    """Raise the errors of a compiled program, but for different dtypes."""
     checks.no_options_of_sdpa(options)
     if scale is not None:
         checks.scale("scale", scale)
@@ -161,12 +161,7 @@ def multiplicity(
 
 
 def _indices(
-    batch: int,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    q_offset: int | Tensor,
-    device: torch.device,
+    batch: int, heads: int, q_len: int, kv_len: int, q_offset: int | Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """b, h, q and kv, which broadcast to (B, H, N, M)."""
     b = torch.arange(batch, device=device)[:, None, None, None]

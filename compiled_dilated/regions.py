@@ -6,7 +6,7 @@ A `Regions` value is an array of sets, one per row, each a box of a lattice:
 
     contiguous   base 512, extent (128,),    stride (1,)        tokens 512 .. 639
     residue      base 3,   extent (128,),    stride (4,)        tokens 3, 7, 11, ...
-    grid box     base 70,  extent (16, 16),  stride (64, 1)     a 16 x 16 box of a grid of 64 columns
+    grid box     base 70,  extent (16, 16),  stride (64, 1)     16 x 16 cells, 64 columns
 
 A region may be larger than its tile (a bounding box): EMPTY and FULL of the larger set are also
 true of the smaller one.
@@ -82,8 +82,7 @@ class Regions:
         return len(self.base)
 
     def __getitem__(
-        self,
-        rows: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | slice,
+        self, rows: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_] | slice
     ) -> Regions:
         return Regions(self.base[rows], self.extent[rows], self.stride[rows])
 

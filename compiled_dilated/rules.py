@@ -70,6 +70,7 @@ class Rule:
         """
         tensors = tuple(data or ())
         operands = operands or ()
+        # One tensor more than the program reads: the positions of the first queries.
         offsets = None
         if len(tensors) == len(self.names) + 1:
             tensors, offsets = tensors[:-1], tensors[-1].squeeze(1)
@@ -78,15 +79,18 @@ class Rule:
             by_name |= {slot_name(slot): operands[slot] for slot in self.mask_slots}
         if self.score_mod is None:
             return Call(scale, q_offset, by_name, offsets=offsets)
-        own = tuple(operands[slot] for slot in self.slots)
         # The score_mod numbers its own operands.
+        score_operands = tuple(operands[slot] for slot in self.slots)
         numbers = tuple(self.slots.index(slot) for slot in learned)
-        score_mod = Mod(self.score_mod, own, numbers, zero_sums(own, numbers))
+        sums = zero_sums(score_operands, numbers)
+        score_mod = Mod(self.score_mod, score_operands, numbers, sums)
         return Call(scale, q_offset, by_name, score_mod, offsets)
 
 
 class Skeleton:
-    """A rule's text with placeholders for its functions, which are traced anew at every call.
+    """A rule's text with placeholders for its functions.
+
+    Functions are traced anew at every call.
 
     frame: program, lowering and ring as text.
     literals: operands with the program's long lists.
@@ -96,10 +100,10 @@ class Skeleton:
 
     def __init__(self, program: Program | PerLength, lowering: str, ring: Ring | None) -> None:
         literals: list[Tensor] = []
-        written = text.write(program, literals)
+        program_text = text.write(program, literals)
         self.literals = tuple(literals)
         self.mask_mods = mask_mods_of(program)
-        self.frame = json.dumps([written, lowering, None if ring is None else ring.written])
+        self.frame = json.dumps([program_text, lowering, None if ring is None else ring.written])
         rule = "" if self.mask_mods else bind(self.frame, (), (), None, torch.float32).rule
         self.plain = Bound(rule, self.literals)
 
@@ -129,6 +133,7 @@ def bind(
     mask_mods: in the order of their placeholders.
     dtype: of the scores.
     """
+    # 1. The program's functions, whose captured tensors follow the literals.
     program, lowering, ring = json.loads(frame)
     operands = list(literals)
     program = text.fill(program, mask_mods, operands)
@@ -136,6 +141,7 @@ def bind(
         _check_flex(program, operands)
     if score_mod is None:
         return Bound(json.dumps([program, lowering, ring, None, ()]), tuple(operands))
+    # 2. The score_mod, whose captured tensors are the last operands.
     graph, captured = trace_score_mod(score_mod, dtype)
     if lowering == "flex" and not graph.is_elementwise:
         raise ValueError(_NOT_FOR_FLEX.format("score_mod"))
@@ -152,6 +158,7 @@ _NOT_FOR_FLEX = (
 
 
 def _check_flex(program: str, operands: Sequence[Tensor]) -> None:
+    """Raise ValueError for functions that torch's template does not compile."""
     for mask in masks_of(text.read(program, operands)):
         if any(not part.graph.is_elementwise for part in traced_parts(mask)):
             raise ValueError(_NOT_FOR_FLEX.format("mask_mod"))
@@ -166,8 +173,9 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
     tensors = operands or ()
     if any(not 0 <= slot < len(tensors) for slot in frame.slots):
         raise text.ExpressionError(
-            f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}",
+            f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}"
         )
+    # Without operands the rule was parsed once, with the text.
     if frame.complete is not None:
         return frame.complete
     program = text.read(frame.program, tensors).map(lambda mask: with_contents(mask, tensors))
@@ -175,12 +183,12 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
 
 
 def reads_contents(rule: str) -> bool:
-    """Whether the rule depends on contents of its operands: long lists are stored in them."""
+    """Whether the rule depends on the contents of its operands."""
     return "stored(" in _frame(rule).program
 
 
 def score_slots(rule: str) -> tuple[int, ...]:
-    """Numbers of the operands that the rule's score_mod reads; their contents are not used."""
+    """Numbers of the operands that the rule's score_mod reads."""
     return _frame(rule).slots
 
 
@@ -201,7 +209,9 @@ class _Frame:
 
 @lru_cache(maxsize=256)
 def _frame(rule: str) -> _Frame:
+    """The checked parts of a rule's text."""
     try:
+        # The text may come from a file: every field is checked before it is used.
         program, lowering, ring, score_mod, slots = json.loads(rule)
         graph = None if score_mod is None else Graph(score_mod).check()
         arguments.choice("lowering", lowering, planner.LOWERINGS)
@@ -210,7 +220,7 @@ def _frame(rule: str) -> _Frame:
             raise ValueError("its program must be a text and its slots numbers")
         if graph is not None and graph.operands != len(parts[3]):
             raise ValueError(
-                f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named",
+                f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named"
             )
     except (ValueError, TypeError, RecursionError) as error:
         raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
@@ -219,8 +229,9 @@ def _frame(rule: str) -> _Frame:
     return _Frame(program, *parts, Rule(text.read(program, ()), *parts))
 
 
-def _ring(written: Any) -> Ring | None:
-    if written is None:
+def _ring(fields: Any) -> Ring | None:
+    """The ring of its three fields in a rule's text."""
+    if fields is None:
         return None
-    ranks, layout, group = written
+    ranks, layout, group = fields
     return Ring(ranks, layout, None if group is None else Distributed(group))

@@ -1,7 +1,7 @@
 """Masks, orders and programs as text, and back: parsed by a whitelist, never evaluated as Python.
 
-read_program, read_order     what a person writes on a command line
-write, read                  what an operator's argument holds: long literals beside the text, as tensors
+read_program, read_order     text of a command line
+write, read                  text of an operator's argument, with long literals as tensors beside it
 """
 
 from __future__ import annotations
@@ -30,42 +30,44 @@ from .mods import MaskMod, name_of, trace_mask_mod
 from .orders import Order
 from .programs import PerLength, Program
 
-# `from_mod` takes a Python function, which text cannot name.
-_NOT_CALLED = {
-    "And", "Full", "Mask", "Not", "OFFSET_RULES", "Or", "Padding", "Tiles", "conjunction", "conjuncts", "disjoint", "from_mod",
-    "narrowed",
-}  # fmt: skip
-NAMES: Mapping[str, Callable[..., Any]] = {
-    **{name: getattr(masks, name) for name in masks.__all__ if name not in _NOT_CALLED},
-    **{each.__name__: each for each in (orders.identity, orders.residue, orders.hilbert)},
-    **{each.__name__: each for each in (programs.Branch, programs.Program)},
-    **{
-        each.__name__: each
-        for each in (
-            programs.longnet,
-            programs.local_window,
-            programs.hilbert_window,
-            programs.block_sparse,
-            programs.big_bird,
-        )
-    },
-}
+# Names of `masks` that an expression cannot call; `from_mod` takes a Python function.
+_CLASSES = {"And", "Full", "Mask", "Not", "Or", "Padding", "Tiles"}
+_HELPERS = {"OFFSET_RULES", "conjunction", "conjuncts", "disjoint", "from_mod", "narrowed"}
+
+
+def _functions_by_name() -> dict[str, Callable[..., Any]]:
+    """The functions that an expression may call."""
+    names = [name for name in masks.__all__ if name not in _CLASSES | _HELPERS]
+    functions: list[Callable[..., Any]] = [
+        *(getattr(masks, name) for name in names),
+        *(orders.identity, orders.residue, orders.hilbert),
+        *(programs.Branch, programs.Program),
+        *(programs.longnet, programs.local_window, programs.hilbert_window),
+        *(programs.block_sparse, programs.big_bird),
+    ]
+    return {function.__name__: function for function in functions}
+
+
+NAMES: Mapping[str, Callable[..., Any]] = _functions_by_name()
 _MOST_CHARACTERS, _MOST_DEPTH = 10_000, 50
-# What travels was written by `write`: of graphs and of long conjunctions too.
-_MOST_TRAVELLING_CHARACTERS, _MOST_TRAVELLING_DEPTH = 2**22, 200
-# Longer lists of numbers travel as tensors.
+# Limits of text that `write` wrote, of graphs and long conjunctions too.
+_MOST_WRITTEN_CHARACTERS, _MOST_WRITTEN_DEPTH = 2**22, 200
+# Longer lists of numbers are stored as tensors.
 _MOST_NUMBERS = 32
 _SHOWN_CHARACTERS = 100
 
 
 class ExpressionError(ValueError):
-    """Text that is no program, mask or order; the message shows where and why."""
+    """Text that is no program, mask or order, with place and reason."""
 
 
 def read_program(text: str, function_named: Callable[[str], MaskMod] | None = None) -> Program:
-    """The program that the text writes; a mask is a program of one branch. ExpressionError if it is neither.
+    """The program of a text; a mask is a program of one branch.
 
-    function_named: the function that `from_mod('name')` means. Without it text has no functions: naming one runs code.
+    function_named: the function of a name, for `from_mod('name')`. None to refuse functions: to
+        look one up runs code.
+
+    Raises ExpressionError for text that is neither.
 
     >>> read_program("causal() & window(256)")
     Program((Branch(causal() & window(256)),))
@@ -80,13 +82,16 @@ def read_program(text: str, function_named: Callable[[str], MaskMod] | None = No
     value = _value(text, names)
     if not isinstance(value, (Program, Mask)):
         raise ExpressionError(
-            f"{text!r} is {_kind(value)}, and a program or a mask is needed, such as causal() & window(256)"
+            f"{text!r} is {_kind(value)}, and a program or a mask is needed, "
+            "such as causal() & window(256)"
         )
     return programs.as_program(value)
 
 
 def read_order(text: str) -> Order:
-    """The order that the text writes. ExpressionError if it is none.
+    """The order of a text.
+
+    Raises ExpressionError for text that is none.
 
     >>> read_order("hilbert(64, 64)")
     hilbert(64, 64)
@@ -94,14 +99,18 @@ def read_order(text: str) -> Order:
     value = _value(text, NAMES)
     if not isinstance(value, Order):
         raise ExpressionError(
-            f"{text!r} is {_kind(value)}, and an order is needed: identity(), residue(4) or hilbert(64, 64)"
+            f"{text!r} is {_kind(value)}, and an order is needed: "
+            "identity(), residue(4) or hilbert(64, 64)"
         )
     return value
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Stands for numbers that travel as the operand of a number, a tensor."""
+    """A placeholder for numbers that are stored in an operand, a tensor.
+
+    slot: number of the operand.
+    """
 
     slot: int
 
@@ -111,36 +120,36 @@ class Stored:
 
 @dataclass(frozen=True, repr=False)
 class _StoredTiles(Tiles):
-    """Tiles whose keys travel as a tensor."""
+    """Tiles whose keys are stored in an operand."""
 
     def __repr__(self) -> str:
         return f"tiles_of({self.block}, {self.columns}, {self.keys!r})"
 
 
 def write(program: Program | PerLength, operands: list[Tensor]) -> str:
-    """The program as text; long lists of numbers are appended to `operands`, where the text names them.
+    """The program as text; its long lists of numbers are appended to `operands`.
 
-    Functions (`from_mod`) are written as function(0), function(1), ...; `fill` puts their graphs there.
+    Functions (`from_mod`) are written as function(0), function(1), ...; `fill` replaces them by
+    their graphs.
     """
     numbers = itertools.count()
     return repr(program.map(lambda mask: _shortened(mask, operands, numbers)))
 
 
 def fill(text: str, functions: Sequence[MaskMod], operands: list[Tensor]) -> str:
-    """The text with the graphs of functions, as they are now, in their places.
+    """The text with functions replaced by their current graphs.
 
-    What they capture is appended to `operands`; the text says which of them a graph reads, and the function's name for people.
+    Their captured tensors are appended to `operands`. A graph is written with the numbers of the
+    operands that it reads, and with the function's name for printing.
     """
+    if not functions:
+        return text
     graphs: list[str] = []
     for function in functions:
         graph, captured = trace_mask_mod(function)
         slots = append(captured, operands)
         graphs.append(f"traced({graph.text!r}, {slots!r}, {name_of(function)!r}")
-    return (
-        re.sub(r"\bfunction\((\d+)", lambda match: graphs[int(match[1])], text)
-        if functions
-        else text
-    )
+    return re.sub(r"\bfunction\((\d+)", lambda match: graphs[int(match[1])], text)
 
 
 def append(tensors: Sequence[Tensor], operands: list[Tensor]) -> tuple[int, ...]:
@@ -153,7 +162,8 @@ def append(tensors: Sequence[Tensor], operands: list[Tensor]) -> tuple[int, ...]
 def traced(program: Program, operands: list[Tensor]) -> tuple[str, Program]:
     """The program as text, and with its functions as graphs.
 
-    What they capture is appended to `operands`, which has to live as long as the graphs are asked.
+    Their captured tensors are appended to `operands`, which must live as long as the graphs are
+    evaluated.
     """
     text = fill(write(program, operands), programs.mask_mods_of(program), operands)
     graphs = read(text, operands)
@@ -168,34 +178,37 @@ class _Numbered(FromMod):
     number: int = 0
 
     def __repr__(self) -> str:
-        return (
-            f"function({self.number}{'' if self.within is None else f', within={self.within!r}'})"
-        )
+        within = "" if self.within is None else f", within={self.within!r}"
+        return f"function({self.number}{within})"
 
 
 def _shortened(mask: Mask, operands: list[Tensor], numbers: Iterator[int]) -> Mask:
-    """The mask with the numbers of its long lists stored as operands, and its functions numbered."""
-    whole = mask._map(lambda part: _shortened(part, operands, numbers))
-    if isinstance(whole, FromMod):
-        return _Numbered(whole.fn, whole.within, next(numbers))
-    if isinstance(whole, DocumentLengths) and len(whole.lengths) > _MOST_NUMBERS:
-        return replace(whole, lengths=_store(whole.lengths, operands))
-    if isinstance(whole, GlobalPositions) and len(whole.positions) > _MOST_NUMBERS:
-        return replace(whole, positions=_store(whole.positions, operands))
-    if isinstance(whole, Tiles) and len(whole.keys) > _MOST_NUMBERS and not whole.code:
-        return _StoredTiles(whole.block, whole.columns, _store(whole.keys, operands))
-    return whole
+    """The mask with long lists stored as operands, and functions numbered."""
+    mask = mask._map(lambda part: _shortened(part, operands, numbers))
+    if isinstance(mask, FromMod):
+        return _Numbered(mask.fn, mask.within, next(numbers))
+    if isinstance(mask, DocumentLengths) and len(mask.lengths) > _MOST_NUMBERS:
+        return replace(mask, lengths=_store(mask.lengths, operands))
+    if isinstance(mask, GlobalPositions) and len(mask.positions) > _MOST_NUMBERS:
+        return replace(mask, positions=_store(mask.positions, operands))
+    if isinstance(mask, Tiles) and len(mask.keys) > _MOST_NUMBERS and not mask.code:
+        return _StoredTiles(mask.block, mask.columns, _store(mask.keys, operands))
+    return mask
 
 
 def _store(numbers: Sequence[int], operands: list[Tensor]) -> Any:
+    """Append numbers to the operands as a tensor; returns their placeholder."""
     operands.append(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
     return Stored(len(operands) - 1)
 
 
 def read(text: str, operands: Sequence[Tensor]) -> Program | PerLength:
-    """The program that `write` wrote. ExpressionError if the text is none.
+    """The program that `write` wrote.
 
-    Masks of functions come without the contents of their operands (`masks.functions.with_contents`).
+    Masks of functions are without the contents of their operands: see
+    `masks.functions.with_contents`.
+
+    Raises ExpressionError for text that is no program.
     """
     slots = _slots(text)
     if slots and slots[-1] >= len(operands):
@@ -204,25 +217,27 @@ def read(text: str, operands: Sequence[Tensor]) -> Program | PerLength:
 
 
 def needs_operands(text: str) -> bool:
-    """Whether a program in text cannot be read, or not asked, without operands."""
+    """Whether a program in text cannot be read or evaluated without operands."""
     return "stored(" in text or "traced(" in text
 
 
 @lru_cache(maxsize=256)
 def _slots(text: str) -> tuple[int, ...]:
-    """The operands that hold stored numbers."""
+    """Numbers of the operands with stored numbers."""
     return tuple(sorted({int(number) for number in re.findall(r"\bstored\((\d+)\)", text)}))
 
 
 def _numbers(operand: Tensor) -> bytes:
+    """The stored numbers as bytes, which are hashable."""
     return operand.detach().to(device="cpu", dtype=torch.int64).contiguous().numpy().tobytes()
 
 
 @lru_cache(maxsize=256)
 def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLength:
-    lists = {
-        slot: tuple(np.frombuffer(numbers, dtype=np.int64).tolist()) for slot, numbers in stored
-    }
+    # The numbers that the text's placeholders name.
+    lists: dict[int, tuple[int, ...]] = {}
+    for slot, numbers in stored:
+        lists[slot] = tuple(np.frombuffer(numbers, dtype=np.int64).tolist())
     names: dict[str, Callable[..., Any]] = {
         **NAMES,
         "traced": of_graph,
@@ -231,23 +246,25 @@ def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLeng
         "stored": lambda slot: lists.get(slot, ()),
         "tiles_of": Tiles,
     }
-    value = _value(text, names, _MOST_TRAVELLING_CHARACTERS, _MOST_TRAVELLING_DEPTH)
+    # Text of `write` is longer than a person's, of graphs and long conjunctions.
+    value = _value(text, names, _MOST_WRITTEN_CHARACTERS, _MOST_WRITTEN_DEPTH)
     if not isinstance(value, (Program, PerLength)):
         raise ExpressionError(f"the text is {_kind(value)}, and a program is needed")
     return value
 
 
 def _kind(value: object) -> str:
+    """The kind of a value, for errors."""
     kinds = {
         Mask: "a mask",
         Program: "a program",
         Order: "an order",
         programs.Branch: "a branch; write Program((Branch(...),))",
     }
-    return next(
-        (name for kind, name in kinds.items() if isinstance(value, kind)),
-        f"the {type(value).__name__} {value!r}",
-    )
+    for kind, name in kinds.items():
+        if isinstance(value, kind):
+            return name
+    return f"the {type(value).__name__} {value!r}"
 
 
 def _value(
@@ -256,6 +273,11 @@ def _value(
     most_characters: int = _MOST_CHARACTERS,
     most_depth: int = _MOST_DEPTH,
 ) -> Any:
+    """The value of an expression.
+
+    names: the functions that it may call.
+    most_characters, most_depth: limits of the text and of its nesting.
+    """
     if len(text) > most_characters:
         raise ExpressionError(
             f"an expression may have {most_characters:,} characters; got {len(text):,}"
@@ -273,18 +295,22 @@ def _value(
 
 
 def _pointer(text: str, column: int) -> str:
-    """The text with a mark below a column; a long one cut to what is around it."""
+    """The text around a column, with a mark below it."""
     first = max(0, column - _SHOWN_CHARACTERS // 2)
     return f"\n  {text[first : first + _SHOWN_CHARACTERS]}\n  {' ' * (column - first)}^"
 
 
 class _Reader:
-    """Builds values from a syntax tree: calls of known names, literals, `&`, `|`, `~`, and nothing else."""
+    """Builds values from a syntax tree.
+
+    It accepts calls of `names`, literals, `&`, `|` and `~`.
+    """
 
     def __init__(self, text: str, names: Mapping[str, Callable[..., Any]], most_depth: int) -> None:
         self.text, self.names, self.most_depth = text, names, most_depth
 
     def read(self, node: ast.expr, depth: int = 0) -> Any:
+        """The value of a node."""
         if depth > self.most_depth:
             raise self.error(node, f"the expression is nested more than {self.most_depth} deep")
         match node:
@@ -309,17 +335,17 @@ class _Reader:
             case ast.Name(id=name):
                 raise self.error(node, _unknown(name, self.names))
             case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
-                raise self.error(
-                    node, "masks are joined by `&`, `|` and `~`, not by `and`, `or` and `not`"
-                )
-        raise self.error(
-            node,
-            "only calls of masks, orders and programs, literals, `&`, `|` and `~` can stand here",
+                message = "masks are joined by `&`, `|` and `~`, not by `and`, `or` and `not`"
+                raise self.error(node, message)
+        message = (
+            "only calls of masks, orders and programs, literals, `&`, `|` and `~` can stand here"
         )
+        raise self.error(node, message)
 
     def joined(
         self, node: ast.expr, operator: Callable[..., Any], *operands: ast.expr, depth: int
     ) -> Any:
+        """The operator applied to the masks of its operands."""
         values = [self.read(operand, depth + 1) for operand in operands]
         for operand, value in zip(operands, values, strict=True):
             if not isinstance(value, Mask):
@@ -327,25 +353,33 @@ class _Reader:
         return operator(*values)
 
     def call(self, node: ast.Call, name: str, depth: int) -> Any:
+        """The result of a call; errors of the function point to the call."""
         if name not in self.names:
             raise self.error(node, _unknown(name, self.names))
-        if any(isinstance(each, ast.Starred) for each in node.args) or any(
-            each.arg is None for each in node.keywords
-        ):
-            raise self.error(node, "`*` and `**` cannot stand here; write the arguments out")
-        positional = [self.read(each, depth + 1) for each in node.args]
-        named = {each.arg: self.read(each.value, depth + 1) for each in node.keywords if each.arg}
+        starred = "`*` and `**` cannot stand here; write the arguments out"
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for argument in node.args:
+            if isinstance(argument, ast.Starred):
+                raise self.error(node, starred)
+            positional.append(self.read(argument, depth + 1))
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise self.error(node, starred)
+            named[keyword.arg] = self.read(keyword.value, depth + 1)
         try:
             return self.names[name](*positional, **named)
         except (TypeError, ValueError) as error:
             raise self.error(node, str(error)) from None
 
     def error(self, node: ast.expr, message: str) -> ExpressionError:
+        """The message, with the text and a mark below the node."""
         column = len(self.text.encode()[: node.col_offset].decode())  # ast counts bytes of UTF-8
         return ExpressionError(f"{message}{_pointer(self.text, column)}")
 
 
 def _unknown(name: str, names: Mapping[str, Any]) -> str:
+    """The message for an unknown name, with a similar one or all."""
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(sorted(names))}"
     return f"no mask, order or program is called {name!r}{hint}"

@@ -1,4 +1,4 @@
-"""Comparing attention with the reference: results and gradients, infinities and NaN in their places."""
+"""Attention compared with the reference: results and gradients, infinities and NaN too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 def normal(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    """Tensors of normal numbers in float64, the same in every run."""
+    """Tensors of normal numbers in float64, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
@@ -35,7 +35,10 @@ def assert_close(
 def results_and_gradients(
     attention: Any, inputs: Sequence[Tensor], learned: Sequence[Tensor] = (), **options: Any
 ) -> list[Tensor]:
-    """out, lse, and the gradients of inputs and of learned tensors, from weights that differ from entry to entry."""
+    """out, lse, and the gradients of inputs and of learned tensors.
+
+    The loss weighs every entry differently.
+    """
     q, k, v = inputs
     out, lse = attention(q, k, v, return_lse=True, **options)
     alive = torch.where(lse.isfinite(), lse, 0.0)

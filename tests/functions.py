@@ -1,6 +1,6 @@
-"""score_mods and mask_mods as users write them: bodies from a grammar, wrapped in every kind of function that Python has.
+"""score_mods and mask_mods: bodies, their compositions, and every kind of Python function.
 
-parameters = Parameters.of(heads, n, dtype)            the tensors and numbers that the functions capture
+parameters = Parameters.of(heads, n, dtype)      the tensors and numbers that the functions capture
 fn = WRAPPINGS["bound method"](score_mod(("alibi", "soft cap"), parameters))
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ Mod = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Parameters:
-    """What functions capture; the float tensors are leaves.
+    """The values that functions capture; the float tensors are leaves.
 
-    table (N, N), rows (N, 3), slopes (H,), relative (H, 2 N - 1), buckets (8, H), gain (); segments (N,) and allowed (N, N)
-    learn nothing.
+    table: (N, N).
+    rows: (N, 3).
+    slopes: (H,).
+    relative: (H, 2 N - 1).
+    buckets: (8, H).
+    gain: ().
+    segments: (N,), int64.
+    allowed: (N, N), bool.
     """
 
     table: Tensor
@@ -42,42 +49,43 @@ class Parameters:
     def of(
         heads: int, n: int, dtype: torch.dtype = torch.float64, seed: int = 0, number: float = 0.3
     ) -> Parameters:
-        """Random ones, the same for the same seed."""
+        """Random parameters, the same for the same seed."""
         generator = torch.Generator().manual_seed(seed)
 
         def learned(*shape: int) -> Tensor:
-            return (
-                torch.randn(shape, generator=generator, dtype=torch.float64)
-                .to(dtype)
-                .requires_grad_()
-            )
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return x.to(dtype).requires_grad_()
 
         allowed = torch.rand(n, n, generator=generator) > 0.4
         segments = torch.randint(0, 3, (n,), generator=generator)
         return Parameters(
-            learned(n, n), learned(n, 3), learned(heads), learned(heads, 2 * n - 1), learned(8, heads), learned(),
-            segments, allowed | torch.eye(n, dtype=torch.bool), number,
-        )  # fmt: skip
-
-    @property
-    def detached(self) -> Parameters:
-        """The same without gradients."""
-        return replace(
-            self,
-            **{
-                field.name: x.detach()
-                for field in fields(self)
-                if isinstance(x := getattr(self, field.name), Tensor)
-            },
+            table=learned(n, n),
+            rows=learned(n, 3),
+            slopes=learned(heads),
+            relative=learned(heads, 2 * n - 1),
+            buckets=learned(8, heads),
+            gain=learned(),
+            segments=segments,
+            allowed=allowed | torch.eye(n, dtype=torch.bool),
+            number=number,
         )
 
     @property
+    def detached(self) -> Parameters:
+        """The parameters without gradients."""
+        tensors = {}
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                tensors[name] = x.detach()
+        return replace(self, **tensors)
+
+    @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """The tensors that learn."""
+        """The tensors that get gradients."""
         return self.table, self.rows, self.slopes, self.relative, self.buckets, self.gain
 
 
-# Bodies: each makes a closure over what it names. ---------------------------------------------------------------------------
+# Bodies: closures over parameters
 
 
 def alibi(p: Parameters) -> Mod:
@@ -241,7 +249,7 @@ def _near(rows: Tensor) -> Mod:
 
 
 def score_mod(names: Sequence[str], parameters: Parameters) -> Mod:
-    """Those bodies one after the other, -inf last, as its product with a number may be NaN."""
+    """The bodies of these names one after the other; -inf last, as its products may be NaN."""
     mods = [SCORE_MODS[name](parameters) for name in sorted(names, key="-inf".__eq__)]
 
     def mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -253,23 +261,24 @@ def score_mod(names: Sequence[str], parameters: Parameters) -> Mod:
 
 
 def mask_mod(names: Sequence[str], parameters: Parameters, join: str = "and") -> Mod:
-    """Those bodies, joined by "and" or "or"."""
+    """The bodies of these names, joined by "and" or "or"."""
     mods = [MASK_MODS[name](parameters) for name in names]
+    operators = {"and": operator.and_, "or": operator.or_}
 
     def mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         allowed = mods[0](b, h, i, j)
         for inner in mods[1:]:
-            allowed = allowed & inner(b, h, i, j) if join == "and" else allowed | inner(b, h, i, j)
+            allowed = operators[join](allowed, inner(b, h, i, j))
         return allowed
 
     return mod
 
 
-# Wrappings ------------------------------------------------------------------------------------------------------------------
+# Kinds of functions
 
 
-class Holder:
-    """A plain object whose method or call is the function."""
+class CallableObject:
+    """An object with the function as a method and as its call."""
 
     def __init__(self, inner: Mod) -> None:
         self.inner = inner
@@ -280,8 +289,8 @@ class Holder:
     __call__ = method
 
 
-class HolderModule(nn.Module):
-    """The same as a module."""
+class FunctionModule(nn.Module):
+    """A module with the function as a method and as its forward."""
 
     def __init__(self, inner: Mod) -> None:
         super().__init__()
@@ -294,7 +303,7 @@ class HolderModule(nn.Module):
 
 
 def with_default(inner: Mod) -> Mod:
-    """A function whose default argument holds the other; of four arguments and of five."""
+    """A function with the body as a default argument."""
 
     def of_mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor, inner: Mod = inner) -> Tensor:
         return inner(b, h, i, j)
@@ -308,7 +317,7 @@ def with_default(inner: Mod) -> Mod:
 
 
 def partial_of(inner: Mod) -> Mod:
-    """functools.partial with a bound first argument and one by name."""
+    """functools.partial with a bound first argument and a bound keyword."""
 
     def with_more(number: float, *arguments: Tensor, factor: float) -> Tensor:
         result = inner(*arguments)
@@ -329,10 +338,10 @@ def nested(inner: Mod) -> Mod:
 WRAPPINGS: dict[str, Callable[[Mod], Mod]] = {
     "closure": lambda inner: inner,
     "nested closure": nested,
-    "bound method": lambda inner: Holder(inner).method,
-    "callable object": Holder,
-    "bound method of a module": lambda inner: HolderModule(inner).method,
-    "module": HolderModule,
+    "bound method": lambda inner: CallableObject(inner).method,
+    "callable object": CallableObject,
+    "bound method of a module": lambda inner: FunctionModule(inner).method,
+    "module": FunctionModule,
     "functools.partial": partial_of,
     "default argument": with_default,
 }

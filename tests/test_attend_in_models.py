@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import compiled_dilated as cd
 from compiled_dilated import Program, masks
 from compiled_dilated.masks import Mask
-from tests.cases import by_name
-from tests.support.attention import TRAINS, same, tensors
-
+from tests.cases import Case, by_name
+from tests.support.attention import in_every_lowering, same, same_gradients, tensors
 
 # Export, autocast, modes
+
+
 class Model(nn.Module):
     """Attention inside a user's module."""
 
@@ -29,22 +30,18 @@ class Model(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for each in self.qkv(x).chunk(3, dim=-1)
-        )
+        projections = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projections)
         out: Tensor = self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 
 def test_export() -> None:
     model, x = Model(cd.longnet((8, 24), (1, 3), causal=True)), torch.randn(2, 40, 8)
-    exported = torch.export.export(
-        model, (x,), dynamic_shapes={"x": {1: torch.export.Dim("tokens", min=2, max=4096)}}
-    )
-    assert [node.target for node in exported.graph.nodes if "attend" in str(node.target)] == [
-        torch.ops.compiled_dilated.attend.default
-    ]
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {1: tokens}})
+    targets = [node.target for node in exported.graph.nodes]
+    assert targets.count(torch.ops.compiled_dilated.attend.default) == 1
     for n in (40, 2, 131):
         x = torch.randn(2, n, 8)
         same(exported.module()(x), model(x), 1e-6)
@@ -56,7 +53,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     q, k, v = tensors(dtype=torch.float32)
     with torch.autocast("cpu", dtype):
         out = attend(q, k, v)
-        mixed = attend(q.to(dtype), k, v)  # what a projection gives beside a float32 cache
+        mixed = attend(q.to(dtype), k, v)  # a projection beside a float32 cache
     assert out.dtype == mixed.dtype == dtype
     assert torch.equal(out, mixed)
     assert torch.equal(out, attend(*(x.to(dtype) for x in (q, k, v))))
@@ -77,21 +74,23 @@ def test_without_gradients(mode: Callable[[], Any]) -> None:
         out = attend(q, k, v)
     assert not out.requires_grad
     same(out, cd.reference(program, q, k, v).detach())
-    # Nothing that was cached there stands in the way of training.
+    # Caches filled in that mode serve training too.
     attend(q, k, v).sum().backward()
     assert q.grad is not None
 
 
 def test_a_model_goes_to_other_precisions_and_is_copied() -> None:
     model, x = Model(cd.longnet((8, 24), (1, 3))), torch.randn(2, 40, 8)
-    want = model(x)
-    same(copy.deepcopy(model)(x), want, 0)
-    same(pickle.loads(pickle.dumps(model))(x), want, 0)
-    same(model.double()(x.double()).float(), want, 1e-5)
+    expected = model(x)
+    same(copy.deepcopy(model)(x), expected, 0)
+    same(pickle.loads(pickle.dumps(model))(x), expected, 0)
+    same(model.double()(x.double()).float(), expected, 1e-5)
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 # Layouts and shapes
+
+
 def from_bnhd(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -104,7 +103,7 @@ def from_transposed(x: Tensor) -> Tensor:
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
-def every_other_token(x: Tensor) -> Tensor:
+def every_second_token(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, dim=2)[:, :, ::2]
 
 
@@ -112,30 +111,23 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1].expand(x.shape)
 
 
-LAYOUTS = (from_bnhd, from_packed, from_transposed, every_other_token, expanded)
+LAYOUTS = (from_bnhd, from_packed, from_transposed, every_second_token, expanded)
 
 
-@pytest.mark.parametrize("lowering", TRAINS)
+LAID_OUT = ("longnet causal", "hilbert window", "window or sinks", "full", "causal")
+
+
+@pytest.mark.parametrize(("case", "lowering"), in_every_lowering(LAID_OUT))
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "name", ["longnet causal", "hilbert window", "window or sinks", "full", "causal"]
-)
-def test_layouts(name: str, layout: Callable[[Tensor], Tensor], lowering: str) -> None:
-    case = by_name(name)
-    if lowering == "strided" and case.refused:
-        return
+def test_layouts(case: Case, lowering: str, layout: Callable[[Tensor], Tensor]) -> None:
     inputs, program = case.inputs(331, torch.float64), case.program(331)
     leaves = (inputs.q, inputs.k, inputs.v)
-    laid = tuple(layout(x) for x in leaves)
-    assert any(not x.is_contiguous() for x in laid)
-    out = cd.compile(program, lowering=lowering)(*laid)
-    want = cd.reference(program, *laid)
-    same(out, want)
-    back = layout(inputs.grad_out)
-    for mine, theirs in zip(
-        torch.autograd.grad(out, leaves, back), torch.autograd.grad(want, leaves, back), strict=True
-    ):
-        same(mine, theirs)
+    views = tuple(layout(x) for x in leaves)
+    assert any(not x.is_contiguous() for x in views)
+    out = cd.compile(program, lowering=lowering)(*views)
+    expected = cd.reference(program, *views)
+    same(out, expected)
+    same_gradients(out, expected, leaves, layout(inputs.grad_out))
 
 
 @pytest.mark.parametrize(
@@ -146,12 +138,10 @@ def test_layouts(name: str, layout: Callable[[Tensor], Tensor], lowering: str) -
 def test_heads_of_a_models_tokens_are_joined_without_a_copy(
     name: str, ranks: int | None, call: Callable[[cd.Attend], Callable[..., Tensor]]
 ) -> None:
-    """out lies token by token where q does, head by head where q does."""
+    """out has the layout of q: token by token, or head by head."""
     case = by_name(name)
-    inputs, attend = (
-        case.inputs(331, torch.float32),
-        call(cd.compile(case.program(331), ranks=ranks)),
-    )
+    inputs = case.inputs(331, torch.float32)
+    attend = call(cd.compile(case.program(331), ranks=ranks))
     q, k, v = (from_bnhd(x) for x in (inputs.q, inputs.k, inputs.v))
     joined = attend(q, k, v).transpose(1, 2)
     assert joined.flatten(2).data_ptr() == joined.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,19 @@ from torch import Tensor
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.cases import by_name
-from tests.support.attention import TAKE_ANY_MASK, TRAINS, same, tensors
-
+from tests.cases import Case
+from tests.support.attention import (
+    TAKE_ANY_MASK,
+    TRAINS,
+    in_every_lowering,
+    same,
+    same_gradients,
+    tensors,
+)
 
 # Options
+
+
 @pytest.mark.parametrize("lowering", TRAINS)
 @pytest.mark.parametrize("scale", [0.0, -1.5, 2, 1e-3])
 def test_scale(scale: float, lowering: str) -> None:
@@ -25,28 +34,19 @@ def test_scale(scale: float, lowering: str) -> None:
     )
 
 
-@pytest.mark.parametrize("lowering", TRAINS)
-@pytest.mark.parametrize(
-    "name", ["longnet causal", "window or sinks", "nothing", "congruent", "padding of everything"]
-)
-def test_sink_logits(name: str, lowering: str) -> None:
-    case = by_name(name)
-    if lowering == "strided" and case.refused:
-        return
+WITH_SINKS = ("longnet causal", "window or sinks", "nothing", "congruent", "padding of everything")
+
+
+@pytest.mark.parametrize(("case", "lowering"), in_every_lowering(WITH_SINKS))
+def test_sink_logits(case: Case, lowering: str) -> None:
     inputs, program = case.inputs(129, torch.float64), case.program(129)
     logits = torch.tensor([0.5, -4.0, 3.0, 0.0], dtype=torch.float64, requires_grad=True)
-    leaves = (inputs.q, inputs.k, inputs.v, logits)
-    got = cd.compile(program, lowering=lowering)(
-        *leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True
-    )
-    want = cd.reference(program, *leaves[:3], data=inputs.data, sink_logits=logits, return_lse=True)
-    back = (inputs.grad_out, inputs.grad_lse)
-    for mine, theirs in zip(
-        (*got, *torch.autograd.grad(got, leaves, back)),
-        (*want, *torch.autograd.grad(want, leaves, back)),
-        strict=True,
-    ):
-        same(mine, theirs)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    options: dict[str, Any] = {"data": inputs.data, "sink_logits": logits, "return_lse": True}
+    actual = cd.compile(program, lowering=lowering)(q, k, v, **options)
+    expected = cd.reference(program, q, k, v, **options)
+    same(actual, expected)
+    same_gradients(actual, expected, (q, k, v, logits), (inputs.grad_out, inputs.grad_lse))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -54,14 +54,14 @@ def test_sink_logits_in_lower_precision(dtype: torch.dtype) -> None:
     q, k, v = (x.detach() for x in tensors(dtype=dtype))
     logits = torch.tensor([0.5, -4.0, 3.0, -math.inf])
     out, lse = cd.compile(masks.congruent(4, 1))(q, k, v, sink_logits=logits, return_lse=True)
-    want, want_lse = cd.reference(
+    expected, expected_lse = cd.reference(
         masks.congruent(4, 1), q, k, v, sink_logits=logits, return_lse=True
     )
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     # Two roundings: of attention, and of its share of the softmax.
-    assert (out - want).abs().max() <= 2 * torch.finfo(dtype).eps * v.abs().max()
-    same(lse.double(), want_lse, 1e-3)
+    assert (out - expected).abs().max() <= 2 * torch.finfo(dtype).eps * v.abs().max()
+    same(lse.double(), expected_lse, 1e-3)
 
 
 MODIFIED = (
@@ -74,31 +74,23 @@ MODIFIED = (
 )
 
 
-@pytest.mark.parametrize("lowering", TRAINS)
-@pytest.mark.parametrize("name", MODIFIED)
-def test_score_mod(name: str, lowering: str) -> None:
-    case = by_name(name)
-    if lowering == "strided" and case.refused:
-        return
+@pytest.mark.parametrize(("case", "lowering"), in_every_lowering(MODIFIED))
+def test_score_mod(case: Case, lowering: str) -> None:
     inputs, program = case.inputs(331, torch.float64), case.program(331)
     slopes = torch.linspace(0.01, 0.1, case.heads, dtype=torch.float64)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return 20 * torch.tanh(score / 20) - slopes[h] * abs(q - kv) + b / 8
 
-    leaves, back = (inputs.q, inputs.k, inputs.v), (inputs.grad_out, inputs.grad_lse)
-    got = cd.compile(program, lowering=lowering)(*leaves, score_mod=score_mod, return_lse=True)
-    want = cd.reference(program, *leaves, score_mod=score_mod, return_lse=True)
-    for mine, theirs in zip(
-        (*got, *torch.autograd.grad(got, leaves, back)),
-        (*want, *torch.autograd.grad(want, leaves, back)),
-        strict=True,
-    ):
-        same(mine, theirs)
+    leaves = (inputs.q, inputs.k, inputs.v)
+    actual = cd.compile(program, lowering=lowering)(*leaves, score_mod=score_mod, return_lse=True)
+    expected = cd.reference(program, *leaves, score_mod=score_mod, return_lse=True)
+    same(actual, expected)
+    same_gradients(actual, expected, leaves, (inputs.grad_out, inputs.grad_lse))
 
 
 def test_score_mods_at_the_same_address_share_no_result() -> None:
-    """Functions that come and go may come to lie at the same address."""
+    """A new function may get the address of a deleted one."""
     q, k, v = (x.detach() for x in tensors())
     attend = cd.compile(masks.causal())
     for shift in range(20):
@@ -108,57 +100,48 @@ def test_score_mods_at_the_same_address_share_no_result() -> None:
 
 
 def test_programs_of_equal_repr_share_no_result() -> None:
-    """Two functions may print alike inside from_mod."""
+    """Different functions have the same repr inside from_mod."""
     q, k, v = (x.detach() for x in tensors())
     for reach in (1, 5):
         mask = masks.from_mod(lambda b, h, q, kv, reach=reach: abs(q - kv) <= reach)
         same(cd.compile(mask)(q, k, v), cd.reference(masks.window(reach), q, k, v))
 
 
-@pytest.mark.parametrize("lowering", TRAINS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "longnet causal",
-        "window causal",
-        "congruent cyclic",
-        "segments",
-        "window dilated",
-        "documents by ids, causal",
-        "padding causal",
-    ],
+DECODED = (
+    "longnet causal",
+    "window causal",
+    "congruent cyclic",
+    "segments",
+    "window dilated",
+    "documents by ids, causal",
+    "padding causal",
 )
-def test_decoding_is_a_slice_of_the_full_result(name: str, lowering: str) -> None:
-    """A query at position p sees keys as position p, one at a time or a few, with gradients or without."""
-    case, n = by_name(name), 200
-    if lowering == "strided" and case.refused:
-        return
-    inputs, attend = case.inputs(n, torch.float64), cd.compile(case.program(n), lowering=lowering)
-    whole, lse = cd.reference(
-        case.program(n), inputs.q, inputs.k, inputs.v, data=inputs.data, return_lse=True
-    )
+
+
+@pytest.mark.parametrize(("case", "lowering"), in_every_lowering(DECODED))
+def test_decoding_is_a_slice_of_the_full_result(case: Case, lowering: str) -> None:
+    """One query or a few, at any position, with and without gradients."""
+    n = 200
+    inputs, program = case.inputs(n, torch.float64), case.program(n)
+    attend, options = cd.compile(program, lowering=lowering), {"data": inputs.data}
+    out, lse = cd.reference(program, inputs.q, inputs.k, inputs.v, **options, return_lse=True)
     for start, stop in ((0, 1), (63, 64), (199, 200), (64, 67), (190, 200), (1, 200)):
-        for keys in (n, stop):
-            if keys < n and not name.endswith("causal"):
-                continue
-            k, v = inputs.k[:, :, :keys], inputs.v[:, :, :keys]
+        expected = out[:, :, start:stop].detach(), lse[:, :, start:stop].detach()
+        # A causal mask needs no keys after the last query.
+        for keys in (n, stop) if case.name.endswith("causal") else (n,):
+            k, v = inputs.k[:, :, :keys].detach(), inputs.v[:, :, :keys].detach()
             for q in (inputs.q[:, :, start:stop], inputs.q[:, :, start:stop].detach()):
-                got = attend(
-                    q, k.detach(), v.detach(), data=inputs.data, q_offset=start, return_lse=True
-                )
-                same(got[0].detach(), whole[:, :, start:stop].detach())
-                same(got[1].detach(), lse[:, :, start:stop].detach())
+                row, row_lse = attend(q, k, v, **options, q_offset=start, return_lse=True)
+                same((row.detach(), row_lse.detach()), expected)
 
 
 def test_decoding_token_by_token_plans_once() -> None:
-    attend, (q, k, v) = (
-        cd.compile(cd.longnet((8, 24), (1, 3), causal=True)),
-        (x.detach() for x in tensors(n=64)),
-    )
-    whole = cd.reference(attend.program, q, k, v)
+    attend = cd.compile(cd.longnet((8, 24), (1, 3), causal=True))
+    q, k, v = (x.detach() for x in tensors(n=64))
+    expected = cd.reference(attend.program, q, k, v)
     plans = {id(attend.plan(q[:, :, p : p + 1], k, v, q_offset=p)) for p in range(64)}
     for p in range(64):
-        same(attend(q[:, :, p : p + 1], k, v, q_offset=p), whole[:, :, p : p + 1])
+        same(attend(q[:, :, p : p + 1], k, v, q_offset=p), expected[:, :, p : p + 1])
     assert len(plans) == 1
 
 
@@ -168,8 +151,8 @@ def test_decoding_token_by_token_plans_once() -> None:
 def test_data_of_any_integer_type_shared_by_the_batch(dtype: torch.dtype, lowering: str) -> None:
     mask, (q, k, v) = masks.documents(ids="ids") & masks.causal(), tensors()
     ids = torch.randint(0, 2, (1, 40)).to(dtype)
-    got = cd.compile(mask, lowering=lowering)(q, k, v, data={"ids": ids})
-    same(got, cd.reference(mask, q, k, v, data={"ids": ids.expand(2, 40)}))
+    out = cd.compile(mask, lowering=lowering)(q, k, v, data={"ids": ids})
+    same(out, cd.reference(mask, q, k, v, data={"ids": ids.expand(2, 40)}))
 
 
 @pytest.mark.parametrize("lowering", TAKE_ANY_MASK)
@@ -187,7 +170,7 @@ def test_new_data_gives_a_new_result(lowering: str) -> None:
 
 @pytest.mark.parametrize("lowering", TAKE_ANY_MASK)
 def test_padding_is_as_long_as_the_keys(lowering: str) -> None:
-    """More queries than keys: what is padding is said of keys alone."""
+    """There may be more queries than keys: padding concerns keys only."""
     mask, (q, k, v) = masks.padding() & masks.causal(), tensors()
     k, v, padding = k[:, :, :7], v[:, :, :7], torch.rand(2, 7) > 0.5
     same(

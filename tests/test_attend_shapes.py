@@ -9,28 +9,23 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.support.attention import TRAINS, same, tensors
+from tests.support.attention import TRAINS, same, same_gradients, tensors
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 3), (6, 2), (6, 1), (12, 4)])
 def test_grouped_heads(heads: int, kv_heads: int, lowering: str) -> None:
-    """Per-head offsets and shares of heads cut across the groups."""
+    """Offsets per head, and shares of heads, cut across the groups."""
     for program in (
         cd.longnet((8, 24), (2, 3)),
         cd.longnet((8, 24, 40), (1, 2, 5), heads="split"),
         masks.congruent(4, "grouped"),
     ):
         leaves = tensors(heads, kv_heads)
-        out, want = cd.compile(program, lowering=lowering)(*leaves), cd.reference(program, *leaves)
-        same(out, want)
-        back = torch.randn_like(out)
-        for mine, theirs in zip(
-            torch.autograd.grad(out, leaves, back),
-            torch.autograd.grad(want, leaves, back),
-            strict=True,
-        ):
-            same(mine, theirs)
+        out = cd.compile(program, lowering=lowering)(*leaves)
+        expected = cd.reference(program, *leaves)
+        same(out, expected)
+        same_gradients(out, expected, leaves, torch.randn_like(out))
 
 
 @pytest.mark.parametrize(
@@ -42,9 +37,7 @@ def test_empty_inputs(batch: int, heads: int, n: int, dim: int, value_dim: int) 
     leaves = tensors(heads, heads, n, dim, value_dim, batch)
     for program in (masks.causal(), cd.longnet((4, 8), (1, 2))):
         out, lse = cd.compile(program)(*leaves, return_lse=True)
-        want, want_lse = cd.reference(program, *leaves, return_lse=True)
-        same(out, want)
-        same(lse, want_lse)
+        same((out, lse), cd.reference(program, *leaves, return_lse=True))
         for x, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
             assert grad.shape == x.shape
 
@@ -63,15 +56,15 @@ def test_empty_queries_or_keys(q_len: int, kv_len: int) -> None:
 
 
 def test_contents_of_padding_have_no_effect() -> None:
-    """What padding holds, and what documents hide, reaches no result and gets no gradient."""
+    """Padded keys and values affect no result and get no gradient."""
     mask, (q, k, v) = masks.padding() & masks.window(30), tensors(dtype=torch.float32)
     padding = torch.arange(40).expand(2, 40) >= 30
     attend = cd.compile(mask)
-    want = attend(q, k, v, data={"padding": padding})
-    filled = [
-        x.detach().masked_fill(padding[:, None, :, None], 1e30).requires_grad_() for x in (k, v)
-    ]
-    got = attend(q, *filled, data={"padding": padding})
-    assert torch.equal(got, want)
-    for grad in torch.autograd.grad(got.sum(), filled):
+    expected = attend(q, k, v, data={"padding": padding})
+    filled = []
+    for x in (k, v):
+        filled.append(x.detach().masked_fill(padding[:, None, :, None], 1e30).requires_grad_())
+    out = attend(q, *filled, data={"padding": padding})
+    assert torch.equal(out, expected)
+    for grad in torch.autograd.grad(out.sum(), filled):
         assert (grad[:, :, 30:] == 0).all()

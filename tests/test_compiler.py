@@ -1,4 +1,4 @@
-"""The front door for models: a budget goes to passes, whatever belongs to a program is refused, and the other way round."""
+"""`compile` of models: a budget goes to passes, and arguments of programs are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_model_under_a_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "options", "message"),
+    ("target", "options", "message"),
     [
         (Gelu(), {}, "got neither"),
         (Gelu(), {"memory_budget": "1GiB", "ranks": 2}, "got ranks"),
@@ -34,13 +34,15 @@ def test_a_model_under_a_budget() -> None:
         (masks.causal(), {"dynamic": True}, "memory_budget and dynamic are for models"),
     ],
 )
-def test_what_is_refused(what: Any, options: dict[str, Any], message: str) -> None:
+def test_arguments_of_the_wrong_target_are_refused(
+    target: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        cd.compile(what, **options)
+        cd.compile(target, **options)
 
 
 def test_the_command_is_that_of_passes() -> None:
-    told = CliRunner().invoke(app, ["memory", "--help"])
-    assert told.exit_code == 0
-    assert "--budget" in told.output
+    result = CliRunner().invoke(app, ["memory", "--help"])
+    assert result.exit_code == 0
+    assert "--budget" in result.output
     assert CliRunner().invoke(app, ["memory", "nowhere"]).exit_code == 2

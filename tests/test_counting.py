@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiled_dilated import counting, masks, orders
+from compiled_dilated.counting import counts, symmetries
 from compiled_dilated.masks import Mask
 from compiled_dilated.masks.leading import LeadingQueries
-from compiled_dilated.regions import EMPTY, FULL, PARTIAL
 from compiled_dilated.tiles import TileMap
 from tests import strategies
 from tests.strategies import dense
@@ -26,10 +26,11 @@ LONG = 2**31 + 1
 
 @contextmanager
 def deep_halving() -> Iterator[None]:
-    """Rectangles are halved down to single pairs, also in short sequences."""
+    """Halve rectangles down to single pairs, in short sequences too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting, "_FEW_PAIRS", 0)
-        patch.setattr(counting, "_SMALLEST", 1)
+        patch.setattr(counts, "_FEW_PAIRS", 0)
+        patch.setattr(counts, "_SMALLEST", 1)
+        patch.setattr(symmetries, "_LEAST_PAIRS_OF_FORMULA", 1)
         yield
 
 
@@ -47,11 +48,9 @@ def test_pairs_are_those_of_the_dense_mask(
     mask: Mask, q_len: int, kv_len: int, q_offset: int
 ) -> None:
     mask = mask.at_head(0, 3)
+    expected = dense(mask, q_len, kv_len, q_offset).sum()
     with deep_halving():
-        assert (
-            counting.pairs(mask, q_len, kv_len, q_offset)
-            == dense(mask, q_len, kv_len, q_offset).sum()
-        )
+        assert counting.pairs(mask, q_len, kv_len, q_offset) == expected
 
 
 @given(st.data())
@@ -82,9 +81,11 @@ def test_cells_are_sums_of_the_dense_mask(mask: Mask, data: st.DataObject, q_off
     assert (counted.pairs == expected).all()
 
 
-def test_cells_that_are_estimated_say_so_and_come_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "_MOST_PAIRS_OF_CELLS", 0)
-    monkeypatch.setattr(counting, "_MOST_DIFFERENT_OF_CELLS", 0)
+def test_estimated_cells_are_marked_and_near_the_exact_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(counts, "_MOST_PAIRS_OF_CELLS", 0)
+    monkeypatch.setattr(counts, "_MOST_DIFFERENT_OF_CELLS", 0)
     mask = masks.from_mod(lambda b, h, q, kv: (q * 7 + kv * 3) % 10 < 4, within=masks.window(500))
     cuts = np.arange(0, 1025, 128)
     counted = counting.cells(mask, cuts, cuts)
@@ -99,16 +100,16 @@ def test_cells_that_are_estimated_say_so_and_come_near(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "rest", [masks.full(), masks.causal(), masks.window(3, 1), masks.window(9, dilation=2)], ids=str
+    "within",
+    [masks.full(), masks.causal(), masks.window(3, 1), masks.window(9, dilation=2)],
+    ids=str,
 )
 @pytest.mark.parametrize("q_offset", [0, 7])
-def test_documents_are_counted_one_by_one(rest: Mask, q_offset: int) -> None:
-    mask = masks.documents(lengths=(3, 20, 0, 1, 20, 5)) & rest
+def test_documents_are_counted_as_the_dense_mask(within: Mask, q_offset: int) -> None:
+    mask = masks.documents(lengths=(3, 20, 0, 1, 20, 5)) & within
     for q_len, kv_len in ((60, 60), (30, 44), (1, 12), (49, 49)):
-        assert (
-            counting.pairs(mask, q_len, kv_len, q_offset)
-            == dense(mask, q_len, kv_len, q_offset).sum()
-        )
+        expected = dense(mask, q_len, kv_len, q_offset).sum()
+        assert counting.pairs(mask, q_len, kv_len, q_offset) == expected
 
 
 @settings(max_examples=300)
@@ -140,7 +141,7 @@ def test_expanded_masks_allow_the_same_pairs(mask: Mask, data: st.DataObject) ->
 
 @given(mask=leaves(12))
 def test_masks_are_invariant_under_their_side_periods(mask: Mask) -> None:
-    for leaf in counting._leaves(mask.expanded()):
+    for leaf in symmetries.leaves(mask.expanded()):
         for axis, period in enumerate(leaf.side_periods):
             if period is not None and period <= 200:
                 moved = dense(leaf, 40 + period, 40 + period).take(range(period, 40 + period), axis)
@@ -160,11 +161,11 @@ def test_tiles_are_those_of_the_map(
 ) -> None:
     mask = mask.at_head(0, 3)
     tile_map = TileMap.build(mask, q_len, kv_len, q_tile=tile, kv_tile=tile, q_offset=q_offset)
-    counts = counting.tiles(mask, q_len, kv_len, tile, orders.identity(), q_offset)
-    assert counts is not None
-    listed = len(tile_map.indices)
-    assert (counts.full, counts.partial) == (tile_map.full.sum(), listed - tile_map.full.sum())
-    assert counts.nbytes == tile_map.nbytes
+    counted = counting.tiles(mask, q_len, kv_len, tile, orders.identity(), q_offset)
+    assert counted is not None
+    full, listed = tile_map.full.sum(), len(tile_map.indices)
+    assert (counted.full, counted.partial) == (full, listed - full)
+    assert counted.nbytes == tile_map.nbytes
 
 
 @pytest.mark.parametrize("tile", [1, 4, 7])
@@ -184,27 +185,25 @@ def test_tiles_are_those_of_the_map(
     ids=repr,
 )
 def test_tiles_are_those_of_the_dense_mask(mask: Mask, tile: int) -> None:
-    counts = counting.tiles(mask, 48, 41, tile, orders.identity())
-    truth = dense(mask, 48, 41)
-    verdicts = [
-        FULL if part.all() else PARTIAL if part.any() else EMPTY
-        for row in range(0, 48, tile)
-        for column in range(0, 41, tile)
-        for part in [truth[row : row + tile, column : column + tile]]
-    ]
-    assert counts is not None
-    assert (counts.full, counts.partial) == (verdicts.count(FULL), verdicts.count(PARTIAL))
+    counted = counting.tiles(mask, 48, 41, tile, orders.identity())
+    allowed = dense(mask, 48, 41)
+    full = partial = 0
+    for row in range(0, 48, tile):
+        for column in range(0, 41, tile):
+            pairs = allowed[row : row + tile, column : column + tile]
+            full += pairs.all()
+            partial += pairs.any() and not pairs.all()
+    assert counted is not None
+    assert (counted.full, counted.partial) == (full, partial)
 
 
 def test_tiles_in_an_order_are_those_of_its_map() -> None:
     mask, order = masks.neighborhood((16, 16), 2), orders.hilbert(16, 16)
     tile_map = TileMap.build(mask, 256, 256, q_tile=16, kv_tile=16, order=order)
-    counts = counting.tiles(mask, 256, 256, 16, order)
-    assert counts is not None
-    assert (counts.full, counts.full + counts.partial) == (
-        tile_map.full.sum(),
-        len(tile_map.indices),
-    )
+    counted = counting.tiles(mask, 256, 256, 16, order)
+    assert counted is not None
+    assert counted.full == tile_map.full.sum()
+    assert counted.full + counted.partial == len(tile_map.indices)
     assert counting.tiles(mask, 2**23, 2**23, 128, orders.residue(2)) is None
 
 
@@ -245,16 +244,16 @@ LINE: list[tuple[Mask, Callable[[int], int]]] = [
 @pytest.mark.parametrize(
     ("mask", "expected"), LINE, ids=lambda value: repr(value) if isinstance(value, Mask) else ""
 )
-def test_two_thousand_million_tokens(
+def test_counts_of_two_billion_tokens_take_few_rectangles(
     mask: Mask, expected: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few rectangles are looked at, and little memory is taken; at 2**31 + 1 tokens there are 2**24 rows of tiles."""
-    looked_at = 0
+    """Few rectangles are classified, in little memory: there are 2**24 rows of tiles."""
+    classified = 0
     classify = type(mask).classify
 
     def counted(self: Mask, q: Any, kv: Any) -> Any:
-        nonlocal looked_at
-        looked_at += len(q)
+        nonlocal classified
+        classified += len(q)
         return classify(self, q, kv)
 
     monkeypatch.setattr(type(mask), "classify", counted)
@@ -267,24 +266,23 @@ def test_two_thousand_million_tokens(
     assert tiles is not None
     assert pairs <= (tiles.full + tiles.partial) * 128**2
     assert tiles.full * 128**2 <= pairs + 2 * 128 * LONG
-    assert looked_at <= 20_000
+    assert classified <= 20_000
     assert peak <= 4 * 2**20
 
 
-def test_segments_that_no_tile_divides() -> None:
-    """Every tile of a period of 10007 tiles is another one; still, no row of the sequence is walked over."""
+def test_segments_that_no_tile_divides_take_little_memory() -> None:
+    """All tiles of a period of 10007 tiles differ; the memory does not grow with the rows."""
     mask = masks.segments(10007) & masks.congruent(4, 1, period=10007)
+    expected = LONG // 10007 * 2502**2 + ((LONG % 10007 + 2) // 4) ** 2
     tracemalloc.start()
-    assert (
-        counting.pairs(mask, LONG, LONG) == LONG // 10007 * 2502**2 + ((LONG % 10007 + 2) // 4) ** 2
-    )
+    assert counting.pairs(mask, LONG, LONG) == expected
     assert counting.tiles(masks.segments(10007), LONG, LONG, 128, orders.identity()) is not None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak <= 32 * 2**20
 
 
-def test_the_last_positions_that_are_allowed_do_not_overflow() -> None:
+def test_counts_near_the_limit_of_positions_do_not_overflow() -> None:
     n = 2**60
     assert counting.pairs(masks.causal() & masks.window(3), n, n) == 4 * n - 6
     assert counting.pairs(masks.causal() & masks.window(3), 8, n, n - 8) == 32
@@ -294,7 +292,7 @@ def test_the_last_positions_that_are_allowed_do_not_overflow() -> None:
     assert counting.pairs(masks.causal() & masks.window(n, n, n - 1), 8, n, n - 8) == 8 + 1
 
 
-def test_uncountable_masks_give_none() -> None:
+def test_masks_that_cannot_be_counted_give_none() -> None:
     assert counting.pairs(masks.padding(), 8, 8) is None
     scattered = masks.tiles([(i, i * i % 1021) for i in range(1024)], block=64) & masks.causal()
     assert counting.pairs(scattered, 2**16, 2**16) is not None

@@ -1,4 +1,4 @@
-"""One query against a cache: the ranges of keys that a mask names, the results, and that nothing is planned per token."""
+"""One query against a cache: a mask's ranges of keys, the results, one plan for all tokens."""
 
 from __future__ import annotations
 
@@ -10,33 +10,8 @@ import compiled_dilated as cd
 from compiled_dilated import autograd, masks, operators
 from compiled_dilated.masks.core import intersection
 from compiled_dilated.native import build
-
-CAUSAL, WINDOW = masks.causal, masks.window
-GRID = (5, 9)
-MASKS = [
-    masks.full(),
-    CAUSAL(),
-    WINDOW(5),
-    WINDOW(3, 7),
-    WINDOW(9, 9, 3),
-    masks.segments(7),
-    masks.congruent(3, 1),
-    masks.congruent(3, 2, period=10),
-    masks.documents(lengths=(4, 0, 9, 20)),
-    masks.sinks(3),
-    masks.prefix(5),
-    masks.global_tokens(4),
-    masks.neighborhood(GRID, (1, 2)),
-    masks.neighborhood(GRID, 2, edges="shift"),
-    masks.neighborhood(GRID, (1, 2), dilation=2, edges="shift", causal=(True, False)),
-    masks.neighborhood((3, 3, 5), 1, dilation=2),
-    masks.dilated_blocks(4, 3),
-    CAUSAL() & (WINDOW(5) | masks.sinks(3)),
-    ~(CAUSAL() & WINDOW(5)),
-    masks.segments(12) & masks.congruent(3, 1, period=12) & CAUSAL(),
-    WINDOW(20, 20, 4) & masks.congruent(6, 2),
-    ~masks.neighborhood(GRID, 1),
-]
+from tests.support.attention import same
+from tests.support.decoding import CAUSAL, MASKS, WINDOW
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
@@ -51,7 +26,7 @@ def test_ranges_are_the_allowed_keys(mask: masks.Mask) -> None:
             assert sorted(key for span in spans for key in span) == keys[allowed].tolist()
 
 
-def test_masks_without_few_ranges_say_so() -> None:
+def test_masks_without_few_ranges_give_none() -> None:
     assert (WINDOW(9, 9, 3) | masks.sinks(2)).keys_of(20, 45) is None
     assert masks.documents(ids="ids").keys_of(20, 45) is None
     assert masks.dilated_blocks(1, 2).keys_of(0, 10_000) is None
@@ -73,6 +48,7 @@ def test_intersection_of_progressions() -> None:
 
 
 def _cache(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of this many tokens."""
     return (
         torch.randn(2, 4, tokens, 16, dtype=torch.float64),
         torch.randn(2, 2, tokens, 16, dtype=torch.float64),
@@ -96,20 +72,16 @@ PADDING[0, 30:90] = True
     ],
     ids=["causal", "sinks", "longnet", "split", "padding", "from_mod"],
 )
-def test_a_query_alone_gets_its_row_of_the_whole(
+def test_one_query_gets_its_row_of_the_full_result(
     program: cd.Program | masks.Mask, data: dict[str, torch.Tensor]
 ) -> None:
     q, k, v = _cache(300)
     attend = cd.compile(program)
     out, lse = attend(q, k, v, data=data, return_lse=True)
     for position in (0, 1, 63, 64, 150, 299):
-        row, row_lse = attend(
-            q[:, :, position : position + 1], k, v, q_offset=position, data=data, return_lse=True
-        )
-        torch.testing.assert_close(row, out[:, :, position : position + 1], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(
-            row_lse, lse[:, :, position : position + 1], rtol=1e-10, atol=1e-10
-        )
+        query = slice(position, position + 1)
+        row = attend(q[:, :, query], k, v, q_offset=position, data=data, return_lse=True)
+        same(row, (out[:, :, query], lse[:, :, query]))
 
 
 def test_a_score_mod_is_honoured() -> None:
@@ -120,12 +92,11 @@ def test_a_score_mod_is_honoured() -> None:
 
     program = CAUSAL() & WINDOW(30)
     row = cd.compile(program)(q[:, :, 70:71], k, v, q_offset=70, score_mod=score_mod)
-    truth = cd.reference(program, q[:, :, 70:71], k, v, q_offset=70, score_mod=score_mod)
-    torch.testing.assert_close(row, truth, rtol=1e-10, atol=1e-10)
+    same(row, cd.reference(program, q[:, :, 70:71], k, v, q_offset=70, score_mod=score_mod))
 
 
 def test_tokens_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a new position nor a longer cache plans anew, where one kernel computes any."""
+    """The native kernel's plan serves every position and every length of the cache."""
     if build.available() is not None:
         pytest.skip(f"no native kernel here: {build.available()}")
     q, k, v = _cache(120)
@@ -140,11 +111,10 @@ def test_tokens_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         attend(q[:, :, :1], k[:, :, : position + 1], v[:, :, : position + 1], q_offset=position)
 
 
-def test_a_query_that_sees_nothing() -> None:
+def test_a_query_that_sees_nothing_gets_zero() -> None:
     q, k, v = _cache(20)
-    out, lse = cd.compile(masks.documents(lengths=(4, 5)))(
-        q[:, :, :1], k, v, q_offset=15, return_lse=True
-    )
+    attend = cd.compile(masks.documents(lengths=(4, 5)))
+    out, lse = attend(q[:, :, :1], k, v, q_offset=15, return_lse=True)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
 
@@ -155,31 +125,32 @@ def test_a_query_that_sees_nothing() -> None:
     [CAUSAL(), CAUSAL() & WINDOW(20), CAUSAL() & masks.segments(64), WINDOW(30, 30, 3)],
     ids=repr,
 )
-def test_the_next_token_asks_the_kernel_alone(
+def test_tokens_after_the_first_call_sdpa_only(
     mask: masks.Mask, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the first token, for every position and cache: the same as by the whole way, without going it."""
+    """The results are those of the operator, which is not called again."""
     q, k, _ = (x.to(dtype) for x in _cache(300))
     v = torch.randn_like(k)
-    attend, whole = cd.compile(mask), {}
+    attend, expected = cd.compile(mask), {}
     for position in (0, 1, 63, 64, 150, 299):
         row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
-        whole[position] = attend(
+        # With the lse no call is a candidate for SDPA.
+        expected[position], _ = attend(
             row, k[:, :, seen], v[:, :, seen], q_offset=position, return_lse=True
-        )[0]
+        )
     attend(q[:, :, :1], k, v)
 
-    def another_way(*arguments: object) -> None:
+    def operator(*arguments: object) -> None:
         raise AssertionError("checked and planned again")
 
-    monkeypatch.setattr(autograd, "attend", another_way)
-    for position, truth in whole.items():
+    monkeypatch.setattr(autograd, "attend", operator)
+    for position, value in expected.items():
         row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
         out = attend(row, k[:, :, seen], v[:, :, seen], q_offset=position)
-        assert (out - truth).abs().max() <= 16 * torch.finfo(dtype).eps * truth.abs().max()
+        assert (out - value).abs().max() <= 16 * torch.finfo(dtype).eps * value.abs().max()
 
 
-def test_what_was_not_checked_before_is_checked() -> None:
+def test_calls_of_another_kind_are_checked_after_the_first_token() -> None:
     q, k, v = _cache(40)
     v, row = torch.randn_like(k), q[:, :, :1]
     attend = cd.compile(masks.neighborhood((40,), 5))
@@ -208,14 +179,12 @@ def test_what_was_not_checked_before_is_checked() -> None:
     assert torch.isfinite(trained.grad).all()
 
 
-def test_heads_that_see_other_keys_are_told_apart() -> None:
-    """A mask whose ranges depend on the head is no one range, however often it is asked."""
+def test_masks_that_differ_between_heads_are_computed_per_head() -> None:
+    """Their keys are not one range, in the first call and in later ones."""
     q, k, _ = _cache(60)
     v = torch.randn_like(k)
     mask = CAUSAL() & masks.congruent(3, (0, 1, 2, 0))
     attend = cd.compile(mask)
-    truth = cd.reference(mask, q[:, :, 50:51], k, v, q_offset=50)
+    expected = cd.reference(mask, q[:, :, 50:51], k, v, q_offset=50)
     for _ in range(3):
-        torch.testing.assert_close(
-            attend(q[:, :, 50:51], k, v, q_offset=50), truth, rtol=1e-10, atol=1e-10
-        )
+        same(attend(q[:, :, 50:51], k, v, q_offset=50), expected)

@@ -1,11 +1,9 @@
-"""Numbers at the edges: scales of any sign, queries past the last key, sinks and scores of -inf, modes of the caller."""
+"""Edge cases: scales, queries past the last key, sinks and scores of -inf, modes of the caller."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,9 +15,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_dilated as cd
 from compiled_dilated import Branch, Program, masks
-from tests import caches
 from tests.comparing import assert_close, leaves, normal, results_and_gradients
-from tests.test_hidden_keys import STRIDED, WAYS, names
+from tests.support.attention import STRIDED, WAYS, way_name
 
 CAUSAL_LONGNET = cd.longnet((8, 16), (1, 2), causal=True)
 
@@ -28,12 +25,12 @@ CAUSAL_LONGNET = cd.longnet((8, 16), (1, 2), causal=True)
 @pytest.mark.parametrize(
     "program", [masks.causal(), CAUSAL_LONGNET, masks.window(4), masks.full()], ids=str
 )
-@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=names)
+@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=way_name)
 def test_scales_of_any_sign(
     way: dict[str, Any], program: Program | masks.Mask, scale: float
 ) -> None:
     if way == STRIDED and program == masks.window(4):
-        pytest.skip("not made of regular blocks: refused, see test_lowerings")
+        pytest.skip("strided refuses masks that are not regular blocks")
     inputs = leaves(*normal((2, 4, 21, 8), (2, 2, 21, 8), (2, 2, 21, 4)))
     results = results_and_gradients(cd.compile(program, **way), inputs, scale=scale)
 
@@ -44,16 +41,14 @@ def test_scales_of_any_sign(
 
 
 @pytest.mark.parametrize("scale", [0.4, -0.4])
-def test_a_query_alone_has_the_scale_that_it_is_given(scale: float) -> None:
-    """Token by token: the second call goes past the checks of the first."""
+def test_decoding_of_one_query_uses_its_scale(scale: float) -> None:
+    """Calls after the first are not checked again."""
     q, k, v = normal((1, 2, 1, 8), (1, 2, 40, 8), (1, 2, 40, 8))
-    attend = cd.compile(masks.causal() & masks.window(9))
+    mask = masks.causal() & masks.window(9)
+    attend = cd.compile(mask)
     for position in (30, 31, 32):
         out = attend(q, k, v, q_offset=position, scale=scale)
-        expected = cd.reference(
-            masks.causal() & masks.window(9), q, k, v, q_offset=position, scale=scale
-        )
-        assert_close([out], [expected])
+        assert_close([out], [cd.reference(mask, q, k, v, q_offset=position, scale=scale)])
 
 
 def test_a_scale_that_is_a_tensor_is_learned() -> None:
@@ -104,20 +99,19 @@ def test_queries_at_any_offset_of_residue_classes(
     lengths: tuple[int, int, int],
     lowering: str,
 ) -> None:
-    """Heads see classes of their own."""
+    """Each head has its own residue class."""
     q_len, kv_len, q_offset = lengths
-    program = cd.longnet(
-        *zip(*segments, strict=True), causal=True, offsets="grouped" if grouped else "cyclic"
-    )
+    segment_lengths, rates = zip(*segments, strict=True)
+    offsets = "grouped" if grouped else "cyclic"
+    program = cd.longnet(segment_lengths, rates, causal=True, offsets=offsets)
     q, k, v = normal((1, heads[0], q_len, 4), (1, heads[1], kv_len, 4), (1, heads[1], kv_len, 4))
     inputs = leaves(q, k, v)
 
     def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return cd.reference(program, q, k, v, **options)
 
-    results = results_and_gradients(
-        cd.compile(program, lowering=lowering), inputs, q_offset=q_offset
-    )
+    attend = cd.compile(program, lowering=lowering)
+    results = results_and_gradients(attend, inputs, q_offset=q_offset)
     assert_close(results, results_and_gradients(reference, inputs, q_offset=q_offset))
 
 
@@ -137,7 +131,7 @@ def test_sinks_of_minus_infinity_beside_rows_that_see_nothing() -> None:
     assert all(grad.isfinite().all() for grad in results[2:])
 
 
-@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=names)
+@pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=way_name)
 def test_score_mods_of_minus_infinity(way: dict[str, Any]) -> None:
     """Rows whose scores are all -inf are 0, their lse -inf, their gradients 0."""
     inputs = leaves(*normal((1, 2, 12, 4), (1, 2, 12, 4), (1, 2, 12, 4)))
@@ -150,9 +144,8 @@ def test_score_mods_of_minus_infinity(way: dict[str, Any]) -> None:
     def reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return cd.reference(masks.causal(), q, k, v, **options)
 
-    results = results_and_gradients(
-        cd.compile(masks.causal(), **way), inputs, score_mod=hides_early_rows
-    )
+    attend = cd.compile(masks.causal(), **way)
+    results = results_and_gradients(attend, inputs, score_mod=hides_early_rows)
     assert_close(results, results_and_gradients(reference, inputs, score_mod=hides_early_rows))
 
 
@@ -168,7 +161,7 @@ def test_keys_in_many_batches_are_merged(lowering: str) -> None:
 # Data and block masks
 
 
-def test_data_of_batch_one_speaks_for_all_at_every_door() -> None:
+def test_data_of_batch_one_serve_all_entries() -> None:
     q, k, v = normal((3, 2, 20, 4), (3, 2, 20, 4), (3, 2, 20, 4))
     ids = torch.arange(20)[None] // 5
     program = masks.documents(ids="ids")
@@ -180,7 +173,7 @@ def test_data_of_batch_one_speaks_for_all_at_every_door() -> None:
 
 
 @pytest.mark.parametrize("mask", [masks.documents(ids="ids") & masks.causal()], ids=str)
-def test_block_masks_of_data_compile_as_those_of_torch_do(mask: masks.Mask) -> None:
+def test_block_masks_of_data_compile(mask: masks.Mask) -> None:
     ids = torch.randint(0, 3, (2, 200), generator=torch.Generator().manual_seed(0))
     block_mask = cd.block_mask(mask, 200, 200, data={"ids": ids}, tile=64)
     assert block_mask.kv_num_blocks.shape[0] == 2
@@ -207,10 +200,8 @@ def test_flex_with_lookup_tables_in_several_branches(program: Program) -> None:
 
 def test_flex_with_functions_that_capture_tensors() -> None:
     q, k, v = (x.float() for x in normal((2, 2, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16)))
-    table, length = (
-        torch.randn(40, 40, generator=torch.Generator().manual_seed(2)),
-        torch.tensor(30),
-    )
+    table = torch.randn(40, 40, generator=torch.Generator().manual_seed(2))
+    length = torch.tensor(30)
     program = masks.from_mod(lambda b, h, i, j: (j <= i) & (j < length))
     options: dict[str, Any] = {"score_mod": lambda s, b, h, i, j: s + table[i, j]}
     out = cd.compile(program, lowering="flex")(q, k, v, **options)
@@ -222,126 +213,11 @@ def test_flex_with_functions_that_capture_tensors() -> None:
 # Layouts
 
 
-def test_swapped_heads_and_tokens_are_warned_of() -> None:
+def test_swapped_heads_and_tokens_raise_a_warning() -> None:
     q = torch.zeros(1, 512, 8, 4)
-    with pytest.warns(
-        UserWarning,
-        match=r"512 heads of 8 tokens.*DilatedAttention takes \(batch, tokens, heads, head_dim\)",
-    ):
+    layout = r"DilatedAttention takes \(batch, tokens, heads, head_dim\)"
+    with pytest.warns(UserWarning, match=f"512 heads of 8 tokens.*{layout}"):
         cd.compile(masks.causal())(q, q, q)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cd.compile(masks.causal())(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2))
-
-
-# Modes of the caller
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-MODES: dict[str, Any] = {
-    "default dtype float64": lambda: default_dtype(torch.float64),
-    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
-    "default device meta": lambda: torch.device("meta"),
-    "deterministic": deterministic,
-}
-EDGE_PROGRAMS: dict[str, Any] = {
-    "window": masks.window(9) | masks.sinks(2),
-    "longnet": cd.longnet((16, 32), (1, 2), causal=True),
-    "documents": masks.documents(lengths=(9, 20, 11)),
-    "from_mod": masks.from_mod(lambda b, h, i, j: (i * 7 + j * 3) % 4 != 1),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("program", EDGE_PROGRAMS)
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_modes_of_the_caller_change_nothing(mode: str, program: str, ranks: int | None) -> None:
-    q, k, v = (x.float() for x in normal((1, 4, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8)))
-    table = torch.randn(40, 40, generator=torch.Generator().manual_seed(5), requires_grad=True)
-
-    def learned(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + table[q_idx, kv_idx] - 0.03 * (q_idx - kv_idx).abs().float()
-
-    def both() -> list[Tensor]:
-        inputs = leaves(q, k, v)
-        out, lse = cd.compile(EDGE_PROGRAMS[program], ranks=ranks)(
-            *inputs, score_mod=learned, return_lse=True
-        )
-        plain = cd.compile(EDGE_PROGRAMS[program], ranks=ranks)(*inputs)
-        return [
-            out,
-            lse,
-            plain,
-            *torch.autograd.grad([out, plain], [*inputs, table], [out.detach(), plain.detach()]),
-        ]
-
-    expected = both()
-    caches.forget()
-    with MODES[mode]():
-        results = both()
-    for result, value in zip(results, expected, strict=True):
-        assert result.dtype == value.dtype
-        torch.testing.assert_close(result, value, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("lowering", ["auto", "dense", "strided", "tiled"])
-def test_autocast_casts_the_inputs_and_nothing_inside(lowering: str) -> None:
-    """As if q, k and v had been cast by hand; a float32 table and the lse stay float32."""
-    inputs = leaves(*(x.float() * 3 for x in normal((1, 2, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8))))
-    table = torch.randn(40, 40, generator=torch.Generator().manual_seed(5))
-
-    def biased(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + table[q_idx, kv_idx]
-
-    attend = cd.compile(masks.segments(9) & masks.causal(), lowering=lowering)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, lse = attend(*inputs, score_mod=biased, return_lse=True)
-        grads = torch.autograd.grad(out.float().sum(), inputs)
-    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    cast = [x.to(torch.bfloat16) for x in inputs]
-    out_by_hand, lse_by_hand = attend(*cast, score_mod=biased, return_lse=True)
-    grads_by_hand = torch.autograd.grad(out_by_hand.float().sum(), inputs)
-    for result, value in zip(
-        (out, lse, *grads), (out_by_hand, lse_by_hand, *grads_by_hand), strict=True
-    ):
-        assert torch.equal(result, value)
-
-
-def test_large_inputs_under_autocast_have_the_gradient_of_their_scores() -> None:
-    inputs = leaves(*(x.float() * 100 for x in normal((1, 1, 1, 4), (1, 1, 1, 4), (1, 1, 1, 4))))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, lse = cd.compile(masks.full())(
-            *inputs, score_mod=lambda s, b, h, i, j: s * 1.0, return_lse=True
-        )
-    assert lse.dtype == torch.float32
-    grads = torch.autograd.grad(out.float().sum(), inputs)
-    assert torch.equal(grads[2], torch.ones_like(grads[2]))
-
-
-def test_plans_made_in_inference_mode_serve_training() -> None:
-    inputs = leaves(*normal((1, 2, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8)))
-    caches.forget()
-    attend = cd.compile(masks.window(9) | masks.sinks(2))
-    with torch.inference_mode():
-        attend(*inputs)
-    out = attend(*inputs)
-    assert_close([out], [cd.reference(masks.window(9) | masks.sinks(2), *inputs)])
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), inputs))

@@ -1,4 +1,4 @@
-"""Bad input: the error, its message, and its type, by one table."""
+"""Bad input: the type and the message of the error, by one table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.errors_of_calls import BLOCK_MASKS, COMPILE, PLAN, REFERENCE, RING
+from tests.support.errors_of_calls import BLOCK_MASKS, PLAN, REFERENCE, RING
+from tests.support.errors_of_compile import COMPILE
 from tests.support.errors_of_programs import MASKS, ORDERS, PROGRAMS
 
 TABLE = {
@@ -22,14 +23,16 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "fragment"),
-    [
-        pytest.param(*row, id=f"{room}-{number}-{row[2]}")
-        for room, rows in TABLE.items()
-        for number, row in enumerate(rows)
-    ],
-)
+def rows() -> list[Any]:
+    """(call, error, fragment of the message) of all tables."""
+    parameters = []
+    for subject, table in TABLE.items():
+        for number, row in enumerate(table):
+            parameters.append(pytest.param(*row, id=f"{subject}-{number}-{row[2]}"))
+    return parameters
+
+
+@pytest.mark.parametrize(("call", "error", "fragment"), rows())
 def test_bad_input(call: Callable[[], Any], error: type[Exception], fragment: str) -> None:
     with pytest.raises(error) as raised:
         call()

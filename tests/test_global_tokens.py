@@ -1,22 +1,18 @@
-"""Global tokens at fixed positions and by data, windows of blocks, random blocks, and BigBird, which is made of all of them."""
+"""Global tokens by position and by data; their masks, and those of blocks, at all entry points."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_dilated as cd
-from compiled_dilated import counting, masks, text
+from compiled_dilated import masks, text
 from compiled_dilated.masks import Mask
-from compiled_dilated.masks.explicit import splitmix64
 from compiled_dilated.programs import as_program
 from compiled_dilated.tiles import TileMap
 from tests.comparing import assert_close, leaves, normal, results_and_gradients
@@ -29,11 +25,8 @@ SCATTERED = tuple(range(5, 4000, 97))
 
 def test_positions_are_a_set() -> None:
     mask = masks.global_tokens(positions=[17, 0, 900, 17])
-    assert (
-        mask
-        == masks.global_tokens(positions=np.array([0, 17, 900]))
-        == masks.global_tokens(positions=torch.tensor([900, 17, 0]))
-    )
+    assert mask == masks.global_tokens(positions=np.array([0, 17, 900]))
+    assert mask == masks.global_tokens(positions=torch.tensor([900, 17, 0]))
     assert repr(mask) == "global_tokens(positions=(0, 17, 900))"
     assert not dense(masks.global_tokens(positions=()), 9, 9).any()
     assert mask != masks.global_tokens(3)
@@ -47,24 +40,21 @@ def test_the_first_positions_are_the_first_tokens() -> None:
 
 def test_scattered_global_tokens_leave_most_tiles_empty() -> None:
     """Of 64 x 64 tiles, 3 rows and 3 columns."""
-    tiles = TileMap.build(
-        masks.global_tokens(positions=(0, 1700, 4095)), 4096, 4096, q_tile=64, kv_tile=64
-    )
+    mask = masks.global_tokens(positions=(0, 1700, 4095))
+    tiles = TileMap.build(mask, 4096, 4096, q_tile=64, kv_tile=64)
     assert len(tiles.indices) == 64 * 64 - 61 * 61
 
 
 def test_global_tokens_by_data_are_those_of_each_batch_entry() -> None:
     flags = torch.tensor([[True, False, False, False], [False, False, True, False]])
+    mask, head = masks.global_tokens(data="g"), torch.tensor(0)
     q, kv = torch.arange(4)[:, None], torch.arange(4)[None, :]
     for batch in range(2):
-        seen = masks.global_tokens(data="g").allows(
-            torch.tensor(batch), torch.tensor(0), q, kv, {"g": flags}
-        )
+        seen = mask.allows(torch.tensor(batch), head, q, kv, {"g": flags})
         assert torch.equal(seen, flags[batch][:, None] | flags[batch][None, :])
 
 
-def test_data_of_one_batch_entry_speaks_for_all_and_reaches_past_the_keys() -> None:
-    """Queries that stand past the last key read their own flags."""
+def test_data_of_batch_one_serves_all_entries_and_queries_past_the_last_key() -> None:
     program = masks.window(3) | masks.global_tokens(data="g")
     q, k, v = normal((2, 2, 10, 8), (2, 2, 20, 8), (2, 2, 20, 8))
     flags = torch.zeros(1, 35, dtype=torch.bool)
@@ -78,15 +68,13 @@ def test_data_of_one_batch_entry_speaks_for_all_and_reaches_past_the_keys() -> N
 
 def test_flags_are_bool() -> None:
     x = torch.zeros(1, 1, 4, 8)
-    for attention in (
-        cd.compile(masks.global_tokens(data="g")),
-        lambda *x, **o: cd.reference(masks.global_tokens(data="g"), *x, **o),
-    ):
-        with pytest.raises(
-            TypeError,
-            match=r"data\['g'\] must be a bool tensor, True where a token is global; got torch.int64.*== 1",
-        ):
-            attention(x, x, x, data={"g": torch.ones(1, 4, dtype=torch.int64)})
+    mask, flags = masks.global_tokens(data="g"), torch.ones(1, 4, dtype=torch.int64)
+    expected = "must be a bool tensor, True where a token is global"
+    message = rf"data\['g'\] {expected}; got torch.int64.*== 1"
+    with pytest.raises(TypeError, match=message):
+        cd.compile(mask)(x, x, x, data={"g": flags})
+    with pytest.raises(TypeError, match=message):
+        cd.reference(mask, x, x, x, data={"g": flags})
 
 
 def test_new_data_never_replans() -> None:
@@ -94,158 +82,13 @@ def test_new_data_never_replans() -> None:
     x = torch.randn(1, 2, 64, 8)
     plans = {id(attend.plan(x, x, x)) for _ in range(2)}
     for position in (3, 40):
-        flags = torch.arange(64)[None] == position
-        assert_close(
-            [attend(x, x, x, data={"g": flags})],
-            [cd.reference(attend.program, x, x, x, data={"g": flags}).float()],
-            1e-5,
-        )
+        data = {"g": torch.arange(64)[None] == position}
+        expected = cd.reference(attend.program, x, x, x, data=data)
+        assert_close([attend(x, x, x, data=data)], [expected.float()], 1e-5)
     assert {id(attend.plan(x, x, x))} == plans
 
 
-# Windows of blocks, tiles, random blocks
-
-
-def test_a_window_of_no_blocks_is_segments() -> None:
-    assert (dense(masks.block_window(7, 0), 50, 60) == dense(masks.segments(7), 50, 60)).all()
-
-
-@given(
-    block=st.integers(1, 9),
-    reach=st.tuples(st.integers(0, 4), st.integers(0, 4)),
-    q=st.integers(0, 60),
-    n=st.integers(1, 60),
-)
-def test_block_window(block: int, reach: tuple[int, int], q: int, n: int) -> None:
-    left, right = reach
-    seen = [key for key in range(n) if -left <= key // block - q // block <= right]
-    mask = masks.block_window(block, left, right)
-    assert np.flatnonzero(dense(mask, 1, n, q_offset=q)[0]).tolist() == seen
-    assert [key for span in mask.keys_of(q, n) or () for key in span] == seen
-
-
-@pytest.mark.parametrize("tile", [16, 32, 48, 128])
-def test_tiles_are_judged_exactly_over_several_rows(tile: int) -> None:
-    """A band of tiles of 16 tokens: query tiles of many rows are no more than what they hold."""
-    band = masks.tiles([(i, j) for i in range(40) for j in (i - 1, i) if j >= 0], block=16)
-    found = TileMap.build(band, 640, 640, q_tile=tile, kv_tile=16).verdicts()
-    truth = dense(band, 640, 640)
-    for row in range(len(found)):
-        for column in range(40):
-            seen = truth[row * tile : (row + 1) * tile, column * 16 : (column + 1) * 16]
-            assert found[row, column] == (2 if seen.all() else 1 if seen.any() else 0)
-
-
-def test_splitmix64_gives_the_published_numbers() -> None:
-    gamma = 0x9E3779B97F4A7C15
-    states = np.array([(1234567 + number * gamma) % 2**64 for number in range(5)], dtype=np.uint64)
-    assert splitmix64(states).tolist() == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
-    ]  # fmt: skip
-
-
-def next_number(state: int) -> int:
-    """SplitMix64 with Python's integers."""
-    z = (state + 0x9E3779B97F4A7C15) % 2**64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    return z ^ z >> 31
-
-
-def drawn(blocks: int, count: int, seed: int) -> set[tuple[int, int]]:
-    """The definition, draw by draw."""
-    out = set()
-    for row in range(blocks):
-        chosen: set[int] = set()
-        for draw in range(count):
-            last = blocks - count + draw
-            number = next_number(next_number(next_number(seed) ^ row) ^ draw) % (last + 1)
-            chosen.add(last if number in chosen else number)
-        out |= {(row, column) for column in chosen}
-    return out
-
-
-@given(
-    blocks=st.integers(1, 30),
-    share=st.floats(0, 1),
-    block=st.integers(1, 9),
-    seed=st.integers(0, 2**60),
-)
-def test_random_blocks_are_those_of_the_definition(
-    blocks: int, share: float, block: int, seed: int
-) -> None:
-    count = round(share * blocks)
-    mask = masks.random_blocks(block, count, blocks * block, seed)
-    tiles = drawn(blocks, count, seed)
-    assert len(tiles) == blocks * count
-    assert mask == masks.tiles(tiles, block, columns=blocks)
-    assert counting.pairs(mask, blocks * block, blocks * block) == blocks * count * block**2
-
-
-def test_random_blocks_never_change() -> None:
-    """What a checkpoint was trained with."""
-    assert masks.random_blocks(64, 2, tokens=400, seed=3) == masks.tiles(
-        TILES_OF_SEED_3, 64, columns=7
-    )
-    assert masks.random_blocks(64, 2, tokens=400) != masks.random_blocks(64, 2, tokens=400, seed=1)
-
-
-TILES_OF_SEED_3 = [
-    (0, 1), (0, 5), (1, 0), (1, 2), (2, 0), (2, 4), (3, 2), (3, 6), (4, 0), (4, 2), (5, 1), (5, 3), (6, 0), (6, 2),
-]  # fmt: skip
-
-
-def test_random_blocks_are_spread_evenly() -> None:
-    mask = masks.random_blocks(1, 8, tokens=2000)
-    columns = np.bincount(np.array(mask.keys) % mask.columns, minlength=2000)
-    # Poisson of mean 8.
-    assert abs(columns.var() - 8) < 1
-    assert columns.max() < 26
-
-
-def test_random_blocks_of_another_length() -> None:
-    """The last block may be short; a shorter sequence sees what is left, and queries past the last block see nothing."""
-    mask = masks.random_blocks(8, 2, tokens=37, seed=1)
-    truth = dense(mask, 60, 60)
-    assert not truth[40:].any()
-    assert not truth[:, 40:].any()
-    assert (dense(mask, 20, 20) == truth[:20, :20]).all()
-    assert (truth[:40].sum(axis=1) == 16).all()
-
-
-# BigBird
-
-
-def test_big_bird() -> None:
-    program = cd.big_bird(64, 128, 3, 64, tokens=4096, seed=5)
-    expected = (
-        masks.block_window(64, 1)
-        | masks.global_tokens(128)
-        | masks.random_blocks(64, 3, 4096, seed=5)
-    )
-    assert program == as_program(expected)
-    assert (
-        eval(repr(program), {**vars(masks), "Program": cd.Program, "Branch": cd.Branch}) == program
-    )
-
-
-def test_big_bird_is_made_of_whole_tiles() -> None:
-    tiles = TileMap.build(
-        cd.big_bird(64, 128, 3, 64, tokens=4096).branches[0].mask, 4096, 4096, q_tile=64, kv_tile=64
-    )
-    assert tiles.full.all()
-    assert 64 * 5 < len(tiles.indices) < 64 * 8 + 2 * 64
-
-
-def test_big_bird_at_a_million_tokens() -> None:
-    start = time.perf_counter()
-    mask = cd.big_bird(64, 64, 3, 64, tokens=2**20).branches[0].mask
-    tiles = TileMap.build(mask, 2**20, 2**20, q_tile=64, kv_tile=64)
-    assert tiles.full.all()
-    assert time.perf_counter() - start < 20
-
-
-# Doors
+# All entry points
 
 MASKS: dict[str, Mask] = {
     "positions": masks.window(9) | masks.global_tokens(positions=(3, 130)),
@@ -257,6 +100,7 @@ MASKS: dict[str, Mask] = {
 
 
 def flags_of(mask: Mask, n: int) -> dict[str, torch.Tensor] | None:
+    """Data for the masks that read any."""
     return {"is_global": torch.arange(n)[None] % 50 == 7} if mask.names else None
 
 
@@ -264,10 +108,10 @@ def flags_of(mask: Mask, n: int) -> dict[str, torch.Tensor] | None:
 def test_text_round_trip(name: str) -> None:
     program = as_program(MASKS[name])
     operands: list[torch.Tensor] = []
-    written = text.write(program, operands)
-    assert len(written) < 300
+    program_text = text.write(program, operands)
+    assert len(program_text) < 300
     assert len(operands) == (name == "many positions")
-    assert text.read(written, operands) == program
+    assert text.read(program_text, operands) == program
     assert text.read_program(repr(program)) == program
 
 
@@ -280,15 +124,17 @@ def test_ring_decoding_and_gradients(name: str) -> None:
     def reference(q: Any, k: Any, v: Any, **options: Any) -> Any:
         return cd.reference(mask, q, k, v, **options)
 
-    want = results_and_gradients(reference, inputs, data=data)
+    expected = results_and_gradients(reference, inputs, data=data)
     for options in ({}, {"ranks": 3}, {"lowering": "tiled"}):
-        assert_close(results_and_gradients(cd.compile(mask, **options), inputs, data=data), want)
+        attend = cd.compile(mask, **options)
+        assert_close(results_and_gradients(attend, inputs, data=data), expected)
     with torch.no_grad():
         q, k, v = inputs
-        attend = cd.compile(mask)
+        attend, out = cd.compile(mask), reference(q, k, v, data=data)
         for position in (3, 4, 57, 149):
-            got = attend(q[:, :, position : position + 1], k, v, q_offset=position, data=data)
-            assert_close([got], [reference(q, k, v, data=data)[:, :, position : position + 1]])
+            query = slice(position, position + 1)
+            row = attend(q[:, :, query], k, v, q_offset=position, data=data)
+            assert_close([row], [out[:, :, query]])
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -297,9 +143,8 @@ def test_block_masks(name: str) -> None:
     q, k, v = normal((1, 2, n, 8), (1, 2, n, 8), (1, 2, n, 8))
     data = flags_of(mask, n)
     block_mask = cd.block_mask(mask, n, n, tile=32, data=data)
-    assert_close(
-        [flex_attention(q, k, v, block_mask=block_mask)], [cd.reference(mask, q, k, v, data=data)]
-    )
+    out = flex_attention(q, k, v, block_mask=block_mask)
+    assert_close([out], [cd.reference(mask, q, k, v, data=data)])
 
 
 @pytest.mark.parametrize("name", ["positions", "many positions", "big bird"])
@@ -313,19 +158,19 @@ def test_models_are_exported_and_compiled(name: str) -> None:
             return self.attend(q, k, v)
 
     inputs = normal((1, 2, 150, 8), (1, 2, 150, 8), (1, 2, 150, 8))
-    want = cd.reference(MASKS[name], *inputs)
-    assert_close([torch.export.export(Model(), tuple(inputs)).module()(*inputs)], [want])
+    expected = cd.reference(MASKS[name], *inputs)
+    exported = torch.export.export(Model(), tuple(inputs)).module()
+    assert_close([exported(*inputs)], [expected])
     torch.compiler.reset()
-    assert_close([torch.compile(Model(), backend="aot_eager", fullgraph=True)(*inputs)], [want])
+    compiled = torch.compile(Model(), backend="aot_eager", fullgraph=True)
+    assert_close([compiled(*inputs)], [expected])
 
 
 def test_a_picture_of_many_tiles_has_a_short_heading() -> None:
-    figure = cd.show(cd.big_bird(64, 64, 3, 64, 4096), 4096)
+    program = cd.big_bird(64, 64, 3, 64, 4096)
+    figure = cd.show(program, 4096)
     assert len(figure.heading) < 100
-    assert (
-        figure.panels[0].pixels.pairs
-        == cd.plan(cd.big_bird(64, 64, 3, 64, 4096), (1, 1, 4096, 16)).useful_pairs
-    )
+    assert figure.panels[0].pixels.pairs == cd.plan(program, (1, 1, 4096, 16)).useful_pairs
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""What keys hold that a query does not see reaches neither its result nor a gradient: NaN, infinities, unwritten memory."""
+"""Hidden keys and values affect no result and no gradient: NaN, infinities, unwritten memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -15,27 +16,15 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.programs import Program
 from tests.comparing import assert_close, leaves, normal, results_and_gradients
-from tests.test_random_programs import programs
+from tests.strategies import programs
+from tests.support.attention import STRIDED, WAYS, way_name
 
-WAYS: tuple[dict[str, Any], ...] = (
-    {"lowering": "dense"},
-    {"lowering": "tiled"},
-    {"lowering": "auto"},
-    {"ranks": 2},
-    {"ranks": 3, "layout": "striped"},
-)
-# Segments, residue classes and causal() alone.
-STRIDED = {"lowering": "strided"}
 BAD = (math.nan, math.inf, -math.inf)
-
-
-def names(way: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in way.items())
 
 
 @pytest.mark.parametrize("queries", [8, 1])
 @pytest.mark.parametrize("lowering", ["dense", "strided", "tiled", "auto"])
-def test_prefill_of_a_cache_that_is_not_written_yet(lowering: str, queries: int) -> None:
+def test_prefill_of_a_cache_that_is_not_written(lowering: str, queries: int) -> None:
     q, k, v = normal((1, 2, queries, 16), (1, 2, 64, 16), (1, 2, 64, 16))
     k[:, :, 8:], v[:, :, 8:] = math.nan, math.inf
     out = cd.compile(masks.causal(), lowering=lowering)(q, k, v)
@@ -43,51 +32,44 @@ def test_prefill_of_a_cache_that_is_not_written_yet(lowering: str, queries: int)
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("way", WAYS, ids=names)
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
 def test_queries_that_see_a_bad_key_and_no_others_are_nan(way: dict[str, Any], bad: float) -> None:
     q, k, v = normal((2, 4, 50, 8), (2, 2, 50, 8), (2, 2, 50, 8))
     k[:, 1, 20, 3] = bad
     program = masks.window(3, 0)
     out, lse = cd.compile(program, **way)(q, k, v, return_lse=True)
     assert_close([out, lse], cd.reference(program, q, k, v, return_lse=True))
-    assert lse[0].isnan().nonzero().tolist() == [
-        [head, row] for head in (2, 3) for row in range(20, 24)
-    ]
+    expected = list(itertools.product((2, 3), range(20, 24)))
+    assert [tuple(index) for index in lse[0].isnan().nonzero().tolist()] == expected
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("way", WAYS, ids=names)
-def test_a_bad_value_spoils_its_column_alone(way: dict[str, Any], bad: float) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
+def test_a_bad_value_makes_its_column_nan(way: dict[str, Any], bad: float) -> None:
     q, k, v = normal((2, 4, 50, 8), (2, 2, 50, 8), (2, 2, 50, 8))
     v[:, 0, 20, 3] = bad
     program = masks.window(3, 0)
     out, lse = cd.compile(program, **way)(q, k, v, return_lse=True)
     assert_close([out, lse], cd.reference(program, q, k, v, return_lse=True))
-    assert out[0].isnan().nonzero().tolist() == [
-        [head, row, 3] for head in (0, 1) for row in range(20, 24)
-    ]
+    expected = list(itertools.product((0, 1), range(20, 24), (3,)))
+    assert [tuple(index) for index in out[0].isnan().nonzero().tolist()] == expected
     assert lse.isfinite().all()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
-def test_gradients_of_hidden_keys_are_zero_whatever_they_hold(way: dict[str, Any]) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
+def test_gradients_of_hidden_keys_do_not_depend_on_their_contents(way: dict[str, Any]) -> None:
     q, k, v = normal((1, 4, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))
     padding = torch.zeros(1, 48, dtype=torch.bool)
     padding[:, 30:] = True
-    program = masks.padding() & masks.window(9)
-    clean = results_and_gradients(
-        cd.compile(program, **way), leaves(q, k, v), data={"padding": padding}
-    )
+    attend, data = cd.compile(masks.padding() & masks.window(9), **way), {"padding": padding}
+    expected = results_and_gradients(attend, leaves(q, k, v), data=data)
     k[:, :, 33], v[:, :, 40] = math.nan, math.inf
-    spoiled = results_and_gradients(
-        cd.compile(program, **way), leaves(q, k, v), data={"padding": padding}
-    )
-    assert_close(spoiled, clean)
+    assert_close(results_and_gradients(attend, leaves(q, k, v), data=data), expected)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=names)
-def test_gradients_are_nan_where_a_bad_key_is_seen_and_right_elsewhere(way: dict[str, Any]) -> None:
-    """Row i of window(3, 0) sees keys i - 3 to i: rows 20 to 23 see key 20, and reach keys 17 to 23."""
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
+def test_gradients_are_nan_only_where_a_bad_key_is_seen(way: dict[str, Any]) -> None:
+    """Of window(3, 0): rows 20 to 23 see key 20, and keys 17 to 23 together."""
     q, k, v = normal((1, 2, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))
     clean = leaves(q, k, v)
     k[:, :, 20] = math.nan
@@ -97,10 +79,10 @@ def test_gradients_are_nan_where_a_bad_key_is_seen_and_right_elsewhere(way: dict
     weights[:, :, 20:24] = 0
     expected = torch.autograd.grad(cd.reference(masks.window(3, 0), *clean), clean, weights)
     rows = (range(20, 24), range(17, 24), range(17, 24))
-    for grad, right, reached in zip(grads, expected, rows, strict=True):
-        assert grad[:, :, list(reached)].isnan().all()
-        others = [row for row in range(48) if row not in reached]
-        assert_close([grad[:, :, others]], [right[:, :, others]])
+    for grad, value, affected in zip(grads, expected, rows, strict=True):
+        assert grad[:, :, list(affected)].isnan().all()
+        unaffected = [row for row in range(48) if row not in affected]
+        assert_close([grad[:, :, unaffected]], [value[:, :, unaffected]])
 
 
 def test_a_learned_table_of_a_row_that_sees_a_bad_key_gets_nan() -> None:
@@ -156,7 +138,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 
 def test_results_too_large_for_their_dtype_are_not_taken_for_bad_keys() -> None:
-    """A gradient that overflows float16 is infinite, as ever, and the others stay."""
+    """A gradient that overflows float16 is infinite, and the others are unchanged."""
     q, k, v = (x.half() * 10 for x in normal((1, 1, 20, 4), (1, 1, 20, 4), (1, 1, 20, 4)))
     inputs = leaves(q, k, v)
     out = cd.compile(masks.window(4))(*inputs)

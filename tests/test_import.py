@@ -1,4 +1,4 @@
-"""`import compiled_dilated` offers what it promises and brings little with it beyond torch."""
+"""`import compiled_dilated`: its public names, and few modules beyond torch's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 import compiled_dilated
 
-PROMISED = {
+PUBLIC = {
     "Attend",
     "Branch",
     "DilatedAttention",
@@ -39,7 +39,8 @@ PROMISED = {
     "variant",
 }
 
-# Each is a cost that only some uses have, so that it comes with its first use. torch imports some of them in some versions.
+# Imported with their first use, since few uses need them. Some versions of torch import some of
+# these.
 ON_FIRST_USE = {
     "matplotlib",
     "rich",
@@ -59,22 +60,22 @@ print(json.dumps({
     "new": sorted(set(sys.modules) - before),
     "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
     "gpu in use": torch.cuda.is_initialized(),
-    "threads kept": torch.get_num_threads() == threads,
+    "threads unchanged": torch.get_num_threads() == threads,
 }))
 """
 
 
 @pytest.fixture
 def imported(fresh_python: Any) -> dict[str, Any]:
-    """What an interpreter that had torch holds after `import compiled_dilated`."""
+    """The state of an interpreter after `import torch` and `import compiled_dilated`."""
     run = fresh_python("-c", PROBE)
     assert run.returncode == 0, run.stderr
     return dict(json.loads(run.stdout))
 
 
-def test_exports_what_it_promises() -> None:
-    assert set(compiled_dilated.__all__) == PROMISED
-    for name in PROMISED:
+def test_public_names_exist() -> None:
+    assert set(compiled_dilated.__all__) == PUBLIC
+    for name in PUBLIC:
         assert getattr(compiled_dilated, name) is not None
 
 
@@ -82,10 +83,11 @@ def test_import_is_light(imported: dict[str, Any]) -> None:
     new = set(imported["new"])
     assert new & ON_FIRST_USE == set()
     foreign = {name for name in new if name.partition(".")[0] not in ("compiled_dilated", "passes")}
-    assert len(foreign) <= 20, sorted(foreign)
+    # Eight of them are torch.distributed.nn, which transports import before a process group exists.
+    assert len(foreign) <= 24, sorted(foreign)
 
 
 def test_import_starts_nothing(imported: dict[str, Any]) -> None:
     assert not imported["process group"]
     assert not imported["gpu in use"]
-    assert imported["threads kept"]
+    assert imported["threads unchanged"]

@@ -1,6 +1,8 @@
-"""Layouts deal every token to one rank, evenly, and never forget who holds what."""
+"""Layouts assign every token to one rank, evenly, and find the owners of any places."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -15,31 +17,25 @@ from compiled_dilated.ring.plans import layouts_of
 
 @st.composite
 def layouts(draw: st.DrawFn, most: int = 200) -> Layout:
-    """Any layout, of tokens and ranks that need not divide each other; more ranks than tokens too."""
+    """A layout of tokens and ranks that need not divide each other; ranks may exceed tokens."""
     tokens, ranks = draw(st.integers(1, most)), draw(st.integers(1, 40))
-    group = draw(st.sampled_from([each for each in range(1, ranks + 1) if ranks % each == 0]))
-    return draw(
-        st.sampled_from(
-            (
-                Contiguous(tokens, ranks),
-                Zigzag(tokens, ranks, group),
-                Striped(tokens, ranks),
-                ByResidue(tokens, ranks, draw(st.integers(1, 12))),
-            )
-        )
-    )
+    group = draw(st.sampled_from([size for size in range(1, ranks + 1) if ranks % size == 0]))
+    residues = ByResidue(tokens, ranks, draw(st.integers(1, 12)))
+    contiguous, striped = Contiguous(tokens, ranks), Striped(tokens, ranks)
+    return draw(st.sampled_from((contiguous, Zigzag(tokens, ranks, group), striped, residues)))
 
 
-def owner_of(layout: Layout) -> dict[int, int]:
-    return {
-        place: rank for rank in range(layout.ranks) for run in layout.runs(rank) for place in run
-    }
+def shard(layout: Layout, rank: int) -> tuple[int, ...]:
+    """The places of a rank."""
+    return tuple(itertools.chain(*layout.runs(rank)))
 
 
-def check_deal(layout: Layout) -> None:
-    places = [place for rank in range(layout.ranks) for run in layout.runs(rank) for place in run]
-    assert sorted(places) == list(range(layout.tokens))
-    assert all(run and run.step >= 1 for rank in range(layout.ranks) for run in layout.runs(rank))
+def check_partition(layout: Layout) -> None:
+    """Every token has one rank, and ranks have nearly equally many."""
+    shards = [shard(layout, rank) for rank in range(layout.ranks)]
+    assert sorted(itertools.chain(*shards)) == list(range(layout.tokens))
+    for rank in range(layout.ranks):
+        assert all(run and run.step >= 1 for run in layout.runs(rank))
     counts = [layout.count(rank) for rank in range(layout.ranks)]
     assert max(counts) - min(counts) <= (2 if isinstance(layout, Zigzag) else 1)
 
@@ -47,7 +43,7 @@ def check_deal(layout: Layout) -> None:
 @settings(max_examples=300)
 @given(layouts())
 def test_layouts_partition_tokens_evenly(layout: Layout) -> None:
-    check_deal(layout)
+    check_partition(layout)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16, 31, 128])
@@ -59,20 +55,19 @@ def test_few_tokens_primes_and_more_ranks_than_tokens(tokens: int, ranks: int) -
         Striped(tokens, ranks),
         ByResidue(tokens, ranks, 4),
     ):
-        check_deal(layout)
+        check_partition(layout)
 
 
 @settings(max_examples=300)
 @given(layouts(), st.integers(-5, 200), st.integers(0, 200), st.integers(1, 50))
 def test_owners_contain_every_owner(layout: Layout, start: int, size: int, step: int) -> None:
     places = range(max(0, start), min(layout.tokens, start + size), step)
-    told = list(layout.owners(places))
-    holder = owner_of(layout)
-    owners = {holder[place] for place in places}
-    assert told == sorted(set(told))
-    assert owners <= set(told) <= set(range(layout.ranks))
+    listed = list(layout.owners(places))
+    owners = {rank for rank in range(layout.ranks) if set(shard(layout, rank)) & set(places)}
+    assert listed == sorted(set(listed))
+    assert owners <= set(listed) <= set(range(layout.ranks))
     if step == 1 or isinstance(layout, Striped):
-        assert owners == set(told)
+        assert owners == set(listed)
 
 
 def test_owners_of_places_beyond_the_sequence() -> None:
@@ -82,42 +77,38 @@ def test_owners_of_places_beyond_the_sequence() -> None:
 
 
 def test_the_figure() -> None:
-    """What the module's docstring draws."""
-    drawn = {
+    """The shards that the module's docstring draws."""
+    figure = {
         Contiguous(16, 4): ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)),
         Zigzag(16, 4, 4): ((0, 1, 14, 15), (2, 3, 12, 13), (4, 5, 10, 11), (6, 7, 8, 9)),
         Striped(16, 4): ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)),
         ByResidue(16, 4, 2): ((0, 2, 4, 6), (8, 10, 12, 14), (1, 3, 5, 7), (9, 11, 13, 15)),
     }
-    for layout, shards in drawn.items():
-        assert (
-            tuple(tuple(place for run in layout.runs(rank) for place in run) for rank in range(4))
-            == shards
-        )
+    for layout, shards in figure.items():
+        assert tuple(shard(layout, rank) for rank in range(4)) == shards
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
 def test_zigzag_groups_are_contiguous_and_balance_causal_work(group: int) -> None:
-    layout, holds = Zigzag(96, 6, group), 96 // 6 * group
+    layout, tokens = Zigzag(96, 6, group), 96 // 6 * group
     for first in range(0, 6, group):
-        stretch = range(first * 16, first * 16 + holds)
-        shards = [
-            [place for run in layout.runs(rank) for place in run]
-            for rank in range(first, first + group)
-        ]
-        assert sorted(place for shard in shards for place in shard) == list(stretch)
-        assert len({sum(place - stretch.start + 1 for place in shard) for shard in shards}) == 1
+        start = first * 16
+        shards = [shard(layout, rank) for rank in range(first, first + group)]
+        assert sorted(itertools.chain(*shards)) == list(range(start, start + tokens))
+        # A causal query at place p of the group sees p + 1 of its keys.
+        work = {sum(place - start + 1 for place in places) for places in shards}
+        assert len(work) == 1
 
 
 @pytest.mark.parametrize("order", [orders.residue(3), hilbert(8, 6)], ids=repr)
 def test_contiguous_along_an_order(order: orders.Order) -> None:
     layout = Contiguous(48, 5, order)
-    check_deal(layout)
+    check_partition(layout)
     assert layout.order == order
     assert layout.name == repr(order)
 
 
-# Which layouts a program asks for
+# Candidate layouts of a program
 
 LONGNET = cd.longnet((16, 32), (1, 2), causal=True)
 
@@ -141,9 +132,9 @@ LONGNET = cd.longnet((16, 32), (1, 2), causal=True)
 )
 def test_candidate_layouts(program: Program | masks.Mask, names: list[str]) -> None:
     program = program if isinstance(program, Program) else Program((Branch(program),))
-    found = layouts_of(program, 128, 8)
-    assert [layout.name for layout in found] == names
-    assert all((layout.tokens, layout.ranks) == (128, 8) for layout in found)
+    candidates = layouts_of(program, 128, 8)
+    assert [layout.name for layout in candidates] == names
+    assert all((layout.tokens, layout.ranks) == (128, 8) for layout in candidates)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +155,12 @@ def test_a_layout_by_name(name: str, kind: type[Layout]) -> None:
         ),
         (
             "hilbert",
-            r"layout 'hilbert' needs a program over a grid of \d+ cells; .* names none. Use layout='auto'",
+            r"layout 'hilbert' needs a program over a grid of \d+ cells; .* names none. "
+            "Use layout='auto'",
         ),
         (
             "snake",
-            r"layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; got 'snake'",
+            r"layout must be one of 'auto', 'contiguous', .*, 'hilbert'; got 'snake'",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Orders: exact round trips, regions that hold what they should, and the same under tracing."""
+"""Orders: exact round trips, regions that contain their runs, and the same under tracing."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from compiled_dilated import orders
-from compiled_dilated.orders import Order
+from compiled_dilated.orders import Order, curves, indices
 from tests import strategies
+from tests.support.orders import RoundTrip
 
 
 def residue_positions(n: int, rate: int, period: int | None) -> list[int]:
-    """The definition, token by token."""
+    """Residue classes by their definition, in each period."""
     length = period or max(n, 1)
-    starts = range(0, n, length)
-    return [
-        i
-        for start in starts
-        for c in range(rate)
-        for i in range(start, min(start + length, n))
-        if (i - start) % rate == c
-    ]
+    positions: list[int] = []
+    for start in range(0, n, length):
+        for first in range(start, start + rate):
+            positions += range(first, min(start + length, n), rate)
+    return positions
 
 
 def check_round_trip(order: Order, n: int) -> None:
@@ -44,7 +42,7 @@ def check_round_trip(order: Order, n: int) -> None:
 
 
 @given(st.integers(0, 80), st.integers(1, 9), st.none() | st.integers(1, 40))
-def test_residue(n: int, rate: int, period: int | None) -> None:
+def test_residue_is_its_definition(n: int, rate: int, period: int | None) -> None:
     order = orders.residue(rate, period)
     permutation = order.permutation(n)
     assert permutation is not None
@@ -57,7 +55,7 @@ def test_hilbert_round_trip(grid: tuple[int, ...]) -> None:
     check_round_trip(orders.hilbert(*grid), math.prod(grid))
 
 
-def test_identity() -> None:
+def test_identity_changes_nothing() -> None:
     x = torch.randn(2, 5, 3)
     assert orders.identity().permutation(5) is None
     assert orders.identity().permute(x) is x
@@ -67,7 +65,7 @@ def test_identity() -> None:
 @pytest.mark.parametrize(
     "grid", [(2, 2), (4, 4), (16, 16), (64, 64), (2, 2, 2), (8, 8, 8), (1, 8, 8), (16, 1, 16)]
 )
-def test_hilbert_steps_to_a_neighbour(grid: tuple[int, ...]) -> None:
+def test_hilbert_steps_to_a_neighbor(grid: tuple[int, ...]) -> None:
     cells = np.stack(np.unravel_index(orders.hilbert(*grid).permutation(math.prod(grid)), grid))
     assert (np.abs(np.diff(cells, axis=1)).sum(axis=0) == 1).all()
 
@@ -82,7 +80,8 @@ def test_hilbert_of_other_sizes_rarely_jumps(grid: tuple[int, ...]) -> None:
     assert np.mean(steps) < 1.2
     starts = np.arange(0, n - 63, 64)
     boxes = orders.hilbert(*grid).regions(starts, starts + 64, n)
-    # A run of 64 cells in row-major order spans whole rows; here its bounding box stays within a few times the run.
+    # A run of 64 cells in row-major order spans complete rows; here its bounding box has at most
+    # 2.5 times its cells.
     assert np.mean(np.prod(boxes.extent, axis=1)) < 2.5 * 64
 
 
@@ -101,35 +100,32 @@ def test_aligned_hilbert_runs_are_boxes(grid: tuple[int, ...], run: int) -> None
 @given(st.data())
 def test_regions_contain_their_runs(data: st.DataObject) -> None:
     _, order, n = data.draw(strategies.masks_and_orders())
-    runs = data.draw(
-        st.lists(
-            st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(
-                lambda r: (r[0], min(n, r[0] + r[1]))
-            ),
-            min_size=1,
-        )
-    )
+    starts_and_lengths = st.tuples(st.integers(0, n - 1), st.integers(1, n))
+    runs = []
+    for start, length in data.draw(st.lists(starts_and_lengths, min_size=1)):
+        runs.append((start, min(n, start + length)))
     starts, stops = np.array(runs).T
     permutation = order.permutation(n)
     positions = np.arange(n) if permutation is None else permutation
     regions = order.regions(starts, stops, n)
     for row, (start, stop) in enumerate(runs):
-        held, run = set(regions.positions(row).tolist()), set(positions[start:stop].tolist())
-        assert run <= held
-        assert max(held) < n
-        assert min(held) >= 0
+        region, run = set(regions.positions(row).tolist()), set(positions[start:stop].tolist())
+        assert run <= region
+        assert max(region) < n
+        assert min(region) >= 0
         if isinstance(order, orders.Residue):
+            # The region of a run within one residue class is exact.
             period = order.period or n
             if len({(p // period, p % period % order.rate) for p in run}) == 1:
-                assert held == run
+                assert region == run
 
 
 def test_large_hilbert_curves_are_int32() -> None:
     order = orders.hilbert(1024, 1024)
     x = torch.arange(2**20, dtype=torch.int32)[None, :, None]
     assert torch.equal(order.invert(order.permute(x)), x)
-    assert orders._curve((1024, 1024)).dtype == np.int32
-    assert all(index.dtype == torch.int32 for index in vars(orders._INDICES).values())
+    assert curves.curve((1024, 1024)).dtype == np.int32
+    assert all(index.dtype == torch.int32 for index in vars(indices.INDICES).values())
 
 
 def test_curves_beyond_int32() -> None:
@@ -155,30 +151,19 @@ def test_gradients_are_permuted_back(order: Order) -> None:
     assert torch.autograd.gradcheck(order.invert, (x,))
 
 
-class Round(torch.nn.Module):
-    """There for q and k, and back."""
-
-    def __init__(self, order: Order) -> None:
-        super().__init__()
-        self.order = order
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return self.order.invert(self.order.permute(q) * self.order.permute(k).sin())
-
-
 @pytest.mark.parametrize("order", CASES, ids=repr)
 def test_under_compile(order: Order) -> None:
     q, k = torch.randn(2, 64, 3), torch.randn(2, 64, 3)
-    compiled = torch.compile(Round(order), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(RoundTrip(order), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k), q * k.sin())
 
 
 @pytest.mark.parametrize("order", CASES, ids=repr)
 def test_under_export(order: Order) -> None:
     q, k = torch.randn(2, 64, 3), torch.randn(2, 64, 3)
-    exported = torch.export.export(Round(order), (q, k))
+    exported = torch.export.export(RoundTrip(order), (q, k))
     torch.testing.assert_close(exported.module()(q, k), q * k.sin())
-    # Nothing made while tracing may stay behind.
+    # No tensor of the trace may remain in the cache.
     torch.testing.assert_close(order.permute(order.invert(q)), q)
 
 
@@ -186,17 +171,17 @@ def test_residue_of_dynamic_length() -> None:
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        Round(orders.residue(3, period=9)), fullgraph=True, dynamic=True, backend=graphs
+        RoundTrip(orders.residue(3, period=9)), fullgraph=True, dynamic=True, backend=graphs
     )
     for n in (18, 20, 7, 1, 133, 81, 9, 2, 64):
         q, k = torch.randn(2, n, 3), torch.randn(2, n, 3)
         torch.testing.assert_close(compiled(q, k), q * k.sin())
-    # Whole periods (one or many), the others, and a single token.
+    # Complete periods (one or many), other lengths, and a single token.
     assert graphs.frame_count <= 4
 
 
 def test_hilbert_first_used_in_inference_mode() -> None:
-    vars(orders._INDICES).clear()
+    vars(indices.INDICES).clear()
     order = orders.hilbert(4, 8)
     with torch.inference_mode():
         order.permute(torch.randn(1, 32, 2))
@@ -208,14 +193,14 @@ def test_hilbert_first_used_in_inference_mode() -> None:
 def test_the_index_cache_is_bounded() -> None:
     for rows in range(2, 40):
         orders.hilbert(rows, 2).permute(torch.randn(rows * 2, 1))
-    assert len(vars(orders._INDICES)) <= orders._MOST_INDICES
+    assert len(vars(indices.INDICES)) <= indices.MOST_INDICES
 
 
 @pytest.mark.parametrize("order", [*CASES, orders.hilbert(2, 3, 4)], ids=repr)
-def test_values(order: Order) -> None:
-    again = eval(repr(order), vars(orders))
-    assert again == order
-    assert hash(again) == hash(order)
+def test_orders_are_values(order: Order) -> None:
+    evaluated = eval(repr(order), vars(orders))
+    assert evaluated == order
+    assert hash(evaluated) == hash(order)
     assert len({*CASES}) == len(CASES)
 
 

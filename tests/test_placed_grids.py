@@ -1,4 +1,4 @@
-"""Grids with other tokens before and after them: a neighbourhood, and a Hilbert order, from a position on."""
+"""Neighborhoods and Hilbert orders on grids with other tokens before and after them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from compiled_dilated.tiles import TileMap
 from tests import strategies
 from tests.comparing import assert_close, normal
 from tests.strategies import dense
-from tests.test_orders import Round
+from tests.support.orders import RoundTrip
 
 
 @given(st.data())
-def test_a_placed_neighborhood_is_the_plain_one_framed_by_nothing(data: st.DataObject) -> None:
+def test_a_placed_neighborhood_is_the_plain_one_between_empty_rows(data: st.DataObject) -> None:
     grid = data.draw(strategies.grids())
     plain = data.draw(strategies.grid_masks(grid))
     before, after = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9))
@@ -43,7 +43,7 @@ def test_a_placed_neighborhood_is_the_plain_one_framed_by_nothing(data: st.DataO
     assert counting.pairs(mask, shorter, shorter) == expected[:shorter, :shorter].sum()
 
 
-def test_any_length_is_allowed_where_an_offset_is_given() -> None:
+def test_neighborhoods_with_an_offset_accept_any_length() -> None:
     for offset in (0, 3):
         mask = masks.neighborhood((4, 5), 1, offset=offset)
         assert not mask.is_bounded
@@ -52,46 +52,37 @@ def test_any_length_is_allowed_where_an_offset_is_given() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
-def test_boxes_of_a_placed_grid_are_judged_as_those_of_a_plain_one(offset: int) -> None:
+def test_verdicts_of_a_placed_grid_are_those_of_a_plain_one(offset: int) -> None:
     plain, placed = masks.neighborhood((32, 32), 3), masks.neighborhood((32, 32), 3, offset=offset)
-    boxes = orders.hilbert(32, 32).regions(np.arange(0, 1024, 64), np.arange(64, 1088, 64), 1024)
-    moved = orders.hilbert(32, 32, offset=offset).regions(
-        np.arange(offset, 1024 + offset, 64), np.arange(offset + 64, 1088 + offset, 64), 1030
-    )
+    starts = np.arange(0, 1024, 64)
+    boxes = orders.hilbert(32, 32).regions(starts, starts + 64, 1024)
+    starts = starts + offset
+    placed_boxes = orders.hilbert(32, 32, offset=offset).regions(starts, starts + 64, 1030)
+    assert (placed_boxes.base - offset == boxes.base).all()
     rows, columns = (axis.reshape(-1) for axis in np.indices((16, 16)))
-    assert (moved.base - offset == boxes.base).all()
-    assert (
-        placed.classify(moved[rows], moved[columns]) == plain.classify(boxes[rows], boxes[columns])
-    ).all()
+    expected = plain.classify(boxes[rows], boxes[columns])
+    assert (placed.classify(placed_boxes[rows], placed_boxes[columns]) == expected).all()
 
 
 def test_a_class_token_costs_few_tiles() -> None:
     """An image of 64 x 64 patches and one token before it."""
+    plain = masks.neighborhood((64, 64), 7)
     mask = masks.neighborhood((64, 64), 7, offset=1) | masks.global_tokens(1)
     order = orders.hilbert(64, 64, offset=1)
     with_token = TileMap.build(mask, 4097, 4097, q_tile=128, kv_tile=128, order=order)
-    without = TileMap.build(
-        masks.neighborhood((64, 64), 7),
-        4096,
-        4096,
-        q_tile=128,
-        kv_tile=128,
-        order=orders.hilbert(64, 64),
-    )
+    order = orders.hilbert(64, 64)
+    without = TileMap.build(plain, 4096, 4096, q_tile=128, kv_tile=128, order=order)
     assert len(with_token.indices) < 1.5 * len(without.indices)
-    assert (
-        counting.pairs(mask, 4097, 4097)
-        == counting.pairs(masks.neighborhood((64, 64), 7), 4096, 4096) + 2 * 4097 - 1
-    )
+    pairs = counting.pairs(plain, 4096, 4096)
+    assert counting.pairs(mask, 4097, 4097) == pairs + 2 * 4097 - 1
 
 
 def test_pairs_of_a_large_placed_grid_beside_global_tokens_are_counted() -> None:
     plain, n = masks.neighborhood((1024, 1024), 5), 2**20
-    whole = plain.pairs(range(n), range(n))
-    assert whole is not None
-    assert counting.pairs(
-        masks.neighborhood((1024, 1024), 5, offset=4) | masks.global_tokens(4), n + 4, n + 4
-    ) == (whole + 2 * 4 * (n + 4) - 16)
+    pairs = plain.pairs(range(n), range(n))
+    assert pairs is not None
+    mask = masks.neighborhood((1024, 1024), 5, offset=4) | masks.global_tokens(4)
+    assert counting.pairs(mask, n + 4, n + 4) == pairs + 2 * 4 * (n + 4) - 16
 
 
 # Orders
@@ -132,7 +123,9 @@ def test_orders_are_values(order: Order) -> None:
 def test_orders_under_compile(dynamic: bool | None) -> None:
     """Of other lengths too, which makes the length vary in the graph."""
     torch.compiler.reset()
-    compiled = torch.compile(Round(ORDERS[1]), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(
+        RoundTrip(ORDERS[1]), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     for n in (61, 70, 75):
         q, k = torch.randn(2, n, 3), torch.randn(2, n, 3)
         torch.testing.assert_close(compiled(q, k), q * k.sin())
@@ -149,13 +142,13 @@ def test_hilbert_window_within() -> None:
 
 @pytest.mark.parametrize("lowering", ["auto", "tiled", "dense"])
 def test_an_image_with_registers(lowering: str) -> None:
-    """Registers see all and are seen by all; in Hilbert order it is the same."""
+    """Registers are global tokens; the Hilbert order changes no result."""
     mask = masks.neighborhood((9, 12), 2, offset=4) | masks.global_tokens(4)
     inputs = normal((2, 2, 114, 8), (2, 1, 114, 8), (2, 1, 114, 8))
-    want = cd.reference(mask, *inputs)
-    assert_close([cd.compile(mask, lowering=lowering)(*inputs)], [want])
+    expected = cd.reference(mask, *inputs)
+    assert_close([cd.compile(mask, lowering=lowering)(*inputs)], [expected])
     ordered = Program((Branch(mask, order=orders.hilbert(9, 12, offset=4)),))
-    assert_close([cd.compile(ordered, lowering=lowering)(*inputs)], [want])
+    assert_close([cd.compile(ordered, lowering=lowering)(*inputs)], [expected])
 
 
 @pytest.mark.parametrize(
@@ -164,42 +157,36 @@ def test_an_image_with_registers(lowering: str) -> None:
     ids=repr,
 )
 def test_texts_padding_pictures_and_block_masks(program: Any) -> None:
-    whole = as_program(program)
+    program = as_program(program)
     operands: list[torch.Tensor] = []
-    assert text.read(text.write(whole, operands), operands) == whole
-    assert text.read_program(repr(whole)) == whole
+    assert text.read(text.write(program, operands), operands) == program
+    assert text.read_program(repr(program)) == program
     x = torch.randn(1, 2, 40, 8, dtype=torch.float64)
-    padding = torch.arange(40)[None] > 25
-    padded = visible(whole)
-    assert_close(
-        [cd.compile(padded)(x, x, x, data={"padding": padding})],
-        [cd.reference(padded, x, x, x, data={"padding": padding})],
-    )
-    (panel,) = cd.show(whole, 40).panels
-    branch = whole.branches[0]
+    padded, data = visible(program), {"padding": torch.arange(40)[None] > 25}
+    out = cd.compile(padded)(x, x, x, data=data)
+    assert_close([out], [cd.reference(padded, x, x, x, data=data)])
+    (panel,) = cd.show(program, 40).panels
+    branch = program.branches[0]
     assert panel.pixels.pairs == dense(branch.mask, 40, 40).sum()
     block_mask = cd.block_mask(branch.mask, 40, 40, tile=8, order=branch.order)
     y = branch.order.permute(x)
-    assert_close(
-        [branch.order.invert(flex_attention(y, y, y, block_mask=block_mask))],
-        [cd.reference(program, x, x, x)],
-    )
+    out = branch.order.invert(flex_attention(y, y, y, block_mask=block_mask))
+    assert_close([out], [cd.reference(program, x, x, x)])
 
 
 @pytest.mark.parametrize("join", [operator.or_, operator.and_], ids=["or", "and"])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("reversed_operands", [False, True])
 @pytest.mark.parametrize(
     "value", [cd.hilbert_window((4, 4), 1), Branch(masks.causal())], ids=["program", "branch"]
 )
 def test_programs_say_how_masks_are_joined(
-    join: Callable[[Any, Any], Any], turned: bool, value: Any
+    join: Callable[[Any, Any], Any], reversed_operands: bool, value: Any
 ) -> None:
-    for other in (masks.global_tokens(16), value):
-        with pytest.raises(
-            TypeError,
-            match=r"got (Program|Branch) .*Join masks before a program is made of them, as masks\.",
-        ):
-            join(*((other, value) if turned else (value, other)))
+    message = r"got (Program|Branch) .*Join masks before a program is made of them, as masks\."
+    for operand in (masks.global_tokens(16), value):
+        operands = (operand, value) if reversed_operands else (value, operand)
+        with pytest.raises(TypeError, match=message):
+            join(*operands)
     with pytest.raises(TypeError, match="Join masks before a program is made"):
         operator.invert(value)
 
@@ -225,7 +212,7 @@ def test_programs_say_how_masks_are_joined(
         (
             lambda: as_program(masks.neighborhood((4, 4), 1)).check(17, 17),
             ValueError,
-            "a grid of 16 tokens; got positions up to 17.*say where it starts: offset=0, or offset=1",
+            "a grid of 16 tokens; got positions up to 17.*offset=0, or offset=1",
         ),
         (
             lambda: cd.hilbert_window((4, 4), 1).check(17, 17),
@@ -240,7 +227,7 @@ def test_programs_say_how_masks_are_joined(
         (
             lambda: cd.hilbert_window((4, 4), 1, offset=1).check(16, 16),
             ValueError,
-            r"hilbert\(4, 4, offset=1\) orders the 16 cells of its grid from position 1 on; got 16 tokens",
+            r"hilbert\(4, 4, offset=1\) orders the 16 cells .* from position 1 on; got 16 tokens",
         ),
         (lambda: orders.hilbert(4, 4, offset=-2), ValueError, "offset must be at least 0; got -2"),
         (

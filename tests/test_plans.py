@@ -1,4 +1,4 @@
-"""Plans: what auto chooses, what a plan counts and tells, how lowerings share a program."""
+"""Plans: what auto chooses, what a plan counts and prints, how lowerings share a program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
 from tests import caches, strategies
 from tests.cases import CASES, Case
-from tests.support.attention import same, tensors
+from tests.support.attention import same, same_gradients, tensors
 
 
 @given(mask=strategies.expressions(strategies.line_masks(40)))
@@ -36,18 +36,11 @@ def test_auto_mixes_lowerings_between_branches(monkeypatch: pytest.MonkeyPatch) 
     attend = cd.compile(program)
     assert attend.plan(q, k, v).lowering == "strided+tiled"
     tiled = cd.compile(program, lowering="tiled")
-    back = (
-        torch.randn(1, 1, 4096, 4, dtype=torch.float64),
-        torch.randn(1, 1, 4096, dtype=torch.float64),
-    )
-    for mine, theirs in zip(
-        *(
-            torch.autograd.grad(each(q, k, v, return_lse=True), (q, k, v), back)
-            for each in (attend, tiled)
-        ),
-        strict=True,
-    ):
-        same(mine, theirs)
+    grad_out = torch.randn(1, 1, 4096, 4, dtype=torch.float64)
+    grad_lse = torch.randn(1, 1, 4096, dtype=torch.float64)
+    mixed, expected = attend(q, k, v, return_lse=True), tiled(q, k, v, return_lse=True)
+    same(mixed, expected)
+    same_gradients(mixed, expected, (q, k, v), (grad_out, grad_lse))
     caches.forget()
 
 
@@ -60,7 +53,7 @@ def test_auto_is_native_on_a_cpu() -> None:
         assert "whatever the mask and the length" in plan.explain()
 
 
-def test_a_plan_tells_what_it_weighed() -> None:
+def test_a_plan_lists_its_candidates() -> None:
     plan = cd.plan(
         cd.longnet((64, 128), (1, 2)),
         (1, 4, 512, 16),
@@ -69,10 +62,10 @@ def test_a_plan_tells_what_it_weighed() -> None:
         training=True,
         device="cuda",
     )
-    told = plan.to_json()
-    assert told["program"] == repr(plan.problem.program)
-    assert {row["lowering"] for row in told["candidates"]} >= {"dense", "strided", "flex"}
-    assert any(row["chosen"] for row in told["candidates"])
+    values = plan.to_json()
+    assert values["program"] == repr(plan.problem.program)
+    assert {row["lowering"] for row in values["candidates"]} >= {"dense", "strided", "flex"}
+    assert any(row["chosen"] for row in values["candidates"])
     for word in ("segments(64)", "chosen", plan.lowering, "refused because", "MiB"):
         assert word in plan.explain()
 
@@ -91,12 +84,10 @@ def test_a_plan_counts_its_pairs(case: Case) -> None:
             training=True,
         )
         assert plan.cost.pairs >= int((counts > 0).sum())
-        # Pairs that two branches link are two; masks that read data cannot be counted.
-        assert plan.useful_pairs == (
-            None
-            if any(branch.mask.per_call for branch in plan.problem.program.branches)
-            else int(counts.sum())
-        )
+        # Pairs that two branches link count twice; masks that read data cannot be counted.
+        branches = plan.problem.program.branches
+        reads_data = any(branch.mask.per_call for branch in branches)
+        assert plan.useful_pairs == (None if reads_data else int(counts.sum()))
 
 
 LONG = 2**31 + 1
@@ -113,8 +104,8 @@ LONG = 2**31 + 1
     ],
     ids=str,
 )
-def test_a_plan_of_two_thousand_million_tokens(program: cd.Program | Mask) -> None:
-    """Neither the plan nor what it counts has an entry for each of 2**24 rows of tiles."""
+def test_a_plan_of_two_billion_tokens_is_small(program: cd.Program | Mask) -> None:
+    """Neither the plan nor its counts have an entry per row of tiles, of which there are 2**24."""
     tracemalloc.start()
     plan = cd.plan(program, (1, 4, LONG, 16))
     text, values = plan.explain(), plan.to_json()
@@ -128,7 +119,7 @@ def test_a_plan_of_two_thousand_million_tokens(program: cd.Program | Mask) -> No
     assert values["useful_pairs"] == plan.useful_pairs
 
 
-def test_what_is_not_counted_is_said() -> None:
+def test_a_plan_says_what_it_does_not_count() -> None:
     plan = cd.plan(masks.causal() & masks.padding(), (1, 1, 512, 16))
     assert "how many are allowed depends on data" in plan.explain()
     assert "at most" in plan.explain()

@@ -1,7 +1,8 @@
-"""Programs: which heads a branch has, what the named ones are made of, the density that block_sparse keeps."""
+"""Programs: the heads of a branch, the published programs, the density of block_sparse."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -56,45 +57,42 @@ def test_head_ranges(heads: Any, of: int, expected: range) -> None:
 
 
 @given(heads=st.integers(0, 64), shares=st.integers(1, 9))
-def test_shares_deal_out_every_head_once(heads: int, shares: int) -> None:
-    dealt = [list(Branch(masks.full(), f"{i}/{shares}").head_range(heads)) for i in range(shares)]
-    assert [head for share in dealt for head in share] == list(range(heads))
-    sizes = [len(share) for share in dealt]
+def test_shares_have_every_head_once(heads: int, shares: int) -> None:
+    ranges = [Branch(masks.full(), f"{i}/{shares}").head_range(heads) for i in range(shares)]
+    assert list(itertools.chain(*ranges)) == list(range(heads))
+    sizes = [len(heads_of_share) for heads_of_share in ranges]
     assert sizes == sorted(sizes, reverse=True)
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_the_mask_of_a_head_is_the_same_value_for_heads_that_see_the_same() -> None:
+def test_heads_with_equal_offsets_have_equal_masks() -> None:
     (branch,) = longnet((8,), (3,)).branches
-    seen = [branch.mask_at(head, 7) for head in range(7)]
-    assert seen[0] == seen[3] == seen[6]
-    assert len(set(seen)) == 3
+    cyclic = [branch.mask_at(head, 7) for head in range(7)]
+    assert cyclic[0] == cyclic[3] == cyclic[6]
+    assert len(set(cyclic)) == 3
     (branch,) = longnet((8,), (3,), offsets="grouped").branches
-    assert [branch.mask_at(head, 7) for head in range(7)] == [
-        seen[i] for i in (0, 0, 0, 1, 1, 1, 2)
-    ]
+    grouped = [branch.mask_at(head, 7) for head in range(7)]
+    assert grouped == [cyclic[offset] for offset in (0, 0, 0, 1, 1, 1, 2)]
 
 
-# Values: equal, hashable, printed as code ---------------------------------------------------------------------------------------
+# Values: equal, hashable, printed as code
 
-# What the tables' checkered masks and functions need beside the library's names.
-NAMES = {
-    "Program": Program, "Branch": Branch, "identity": identity, "residue": residue, "hilbert": hilbert,
-    **{name: getattr(masks, name) for name in masks.__all__},
-}  # fmt: skip
+NAMES = {name: getattr(masks, name) for name in masks.__all__}
+NAMES |= {"Program": Program, "Branch": Branch}
+NAMES |= {"identity": identity, "residue": residue, "hilbert": hilbert}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "from_mod" not in case.name], ids=str)
-def test_programs_print_as_the_code_that_makes_them(case: Case) -> None:
+def test_programs_print_as_their_code(case: Case) -> None:
     n = case.lengths[-1]
     program = as_program(case.program(n))
-    again = eval(repr(program), dict(NAMES))
-    assert again == program == as_program(case.program(n))
-    assert hash(again) == hash(program)
-    assert repr(again) == repr(program)
+    evaluated = eval(repr(program), dict(NAMES))
+    assert evaluated == program == as_program(case.program(n))
+    assert hash(evaluated) == hash(program)
+    assert repr(evaluated) == repr(program)
 
 
-def test_programs_differ_by_what_they_say() -> None:
+def test_programs_of_other_arguments_differ() -> None:
     programs = [
         longnet((8, 16), (1, 2)),
         longnet((8, 16), (1, 2), causal=True),
@@ -108,14 +106,14 @@ def test_programs_differ_by_what_they_say() -> None:
     assert len(set(programs)) == len(programs)
 
 
-def test_an_attend_prints_as_code_too() -> None:
+def test_an_attend_prints_as_its_code() -> None:
     attend = cd.compile(causal() & window(9), lowering="tiled")
     assert repr(attend) == "compile(Program((Branch(causal() & window(9)),)), lowering='tiled')"
     assert eval(repr(attend), {**NAMES, "compile": cd.compile}).program == attend.program
     assert repr(cd.compile(window(3))) == "compile(Program((Branch(window(3)),)))"
 
 
-# The named programs
+# Published programs
 
 
 def test_longnet() -> None:
@@ -135,11 +133,8 @@ def test_longnet() -> None:
 
 @pytest.mark.parametrize("offsets", ["cyclic", "grouped"])
 @pytest.mark.parametrize("rates", [(1, 2, 4), (3, 5, 7)])
-def test_every_token_keeps_itself_in_some_head(rates: tuple[int, ...], offsets: str) -> None:
-    """With at least as many heads as the rate, cyclic offsets reach every residue.
-
-    And no query of the whole model is without a key.
-    """
+def test_every_token_sees_itself_in_some_head(rates: tuple[int, ...], offsets: str) -> None:
+    """There are as many heads as the largest rate: together their offsets are all residues."""
     program = longnet((16, 32, 64), rates, causal=True, offsets=offsets)
     q = torch.zeros(1, 7, 100, 1)
     counts = multiplicity(program, q, q)
@@ -163,15 +158,16 @@ def test_hilbert_window() -> None:
 
 
 def density_of(program: Program, tokens: int) -> float:
+    """The share of pairs that the program links."""
     q = torch.zeros(1, 1, tokens, 1)
     return float(multiplicity(program, q, q).double().mean())
 
 
 @given(tokens=st.integers(1, 200), density=st.floats(0.0, 1.0, exclude_min=True))
 def test_a_local_block_sparse_program_keeps_its_density(tokens: int, density: float) -> None:
-    kept = density_of(block_sparse(density, tokens=tokens), tokens)
-    # One token of window more or less is up to 2 * tokens pairs; the diagonal always stays.
-    assert abs(kept - max(density, 1 / tokens)) <= 1 / tokens + 1e-12
+    share = density_of(block_sparse(density, tokens=tokens), tokens)
+    # One token of window more or less is up to 2 * tokens pairs; the diagonal is always visible.
+    assert abs(share - max(density, 1 / tokens)) <= 1 / tokens + 1e-12
 
 
 @given(tokens=st.integers(20, 200), density=st.floats(0.3, 1.0), block=st.integers(1, 5))
@@ -204,16 +200,14 @@ def test_tiles_keep_their_density() -> None:
     assert program == as_program(tiles([(0, 0), (1, 3), (3, 1)], 8))
     assert math.isclose(density_of(program, 32), 3 / 16)
     # The last tile is short: 8 x 8 and 2 x 2 pairs of 10 x 10.
-    assert math.isclose(
-        density_of(block_sparse(0.68, "tiles", block=8, tokens=10, tiles=[(0, 0), (1, 1)]), 10),
-        0.68,
-    )
+    program = block_sparse(0.68, "tiles", block=8, tokens=10, tiles=[(0, 0), (1, 1)])
+    assert math.isclose(density_of(program, 10), 0.68)
 
 
-def test_causal_halves_what_density_says() -> None:
-    both, past = block_sparse(0.2, tokens=100), block_sparse(0.2, tokens=100, causal=True)
-    assert past == as_program(masks.conjunction((both.branches[0].mask, causal())))
-    assert density_of(past, 100) < 0.6 * density_of(both, 100)
+def test_density_is_that_before_causal() -> None:
+    full, past = block_sparse(0.2, tokens=100), block_sparse(0.2, tokens=100, causal=True)
+    assert past == as_program(masks.conjunction((full.branches[0].mask, causal())))
+    assert density_of(past, 100) < 0.6 * density_of(full, 100)
 
 
 # Checks
@@ -231,13 +225,11 @@ def test_names_are_those_of_all_branches() -> None:
     assert longnet((4,), (1,)).names == ()
 
 
-def test_check() -> None:
+def test_lengths_that_do_not_fit_are_refused() -> None:
     grid = hilbert_window((4, 5), 1)
     grid.check(20, 20)
-    with pytest.raises(
-        ValueError,
-        match=r"hilbert\(4, 5\) orders one sequence; got 1 queries at offset 19 and 20 keys",
-    ):
+    message = r"hilbert\(4, 5\) orders one sequence; got 1 queries at offset 19 and 20 keys"
+    with pytest.raises(ValueError, match=message):
         grid.check(1, 20, q_offset=19)
     with pytest.raises(ValueError, match="orders the 20 cells of its grid; got 19 tokens"):
         Program((Branch(window(3), order=hilbert(4, 5)),)).check(19, 19)

@@ -1,7 +1,9 @@
-"""Random programs, masks, offsets and lengths: every lowering agrees with the reference in float64, or refuses."""
+"""Random programs, masks, offsets and lengths: every lowering is the reference in float64."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,65 +13,48 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compiled_dilated as cd
-from compiled_dilated import Branch, Program, masks, orders
+from compiled_dilated import Branch, Program, masks
 from compiled_dilated.lowerings import tiled
 from compiled_dilated.lowerings.tiling import costs
 from compiled_dilated.masks import Mask, conjunction
 from tests import caches, strategies
-from tests.support.attention import TRAINS, same, tensors
+from tests.support.attention import TRAINS, same, same_gradients, tensors
 
 
-@st.composite
-def programs(draw: st.DrawFn) -> tuple[Program, int]:
-    """One to three branches with masks, heads and orders of their own, of 3 heads; and a length."""
-    mask, order, n = draw(strategies.masks_and_orders(150))
-    heads = st.sampled_from([None, (0, 2), (1, 3), (2, 3), (1, 1), "0/2", "1/2"])
-    branches = [Branch(mask, draw(heads), order)]
-    for _ in range(draw(st.integers(0, 2))):
-        own = draw(
-            st.builds(orders.residue, st.integers(1, 6), st.none() | st.integers(1, 60))
-            | st.just(orders.identity())
-        )
-        branches.append(
-            Branch(
-                draw(strategies.expressions(strategies.line_masks(150) | strategies.mods())),
-                draw(heads),
-                own,
-            )
-        )
-    return Program(tuple(branches)), n
-
-
-def agree(program: Program, q: Tensor, k: Tensor, v: Tensor, lowering: str, **options: Any) -> None:
+def agree(program: Program, inputs: Sequence[Tensor], lowering: str, **options: Any) -> None:
+    """Results and gradients are the reference's, unless strided refuses the program."""
+    options["return_lse"] = True
     try:
-        got = cd.compile(program, lowering=lowering)(q, k, v, return_lse=True, **options)
+        actual = cd.compile(program, lowering=lowering)(*inputs, **options)
     except ValueError as error:
         if "lowering 'strided' refuses" in str(error):
             return
         raise
-    want = cd.reference(program, q, k, v, return_lse=True, **options)
-    same(got, want)
-    back = torch.ones_like(got[0]), torch.ones_like(got[1])
-    for mine, theirs in zip(
-        torch.autograd.grad(got, (q, k, v), back),
-        torch.autograd.grad(want, (q, k, v), back),
-        strict=True,
-    ):
-        same(mine, theirs)
+    expected = cd.reference(program, *inputs, **options)
+    same(actual, expected)
+    incoming = torch.ones_like(actual[0]), torch.ones_like(actual[1])
+    same_gradients(actual, expected, inputs, incoming)
+
+
+def cross_attention(q_len: int, kv_len: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaves q, k and v of these lengths, at most 150."""
+    q, k, v = (x.detach() for x in tensors(2, 1, 150, 3, 3, batch=batch))
+    q, k, v = q[:, :, :q_len], k[:, :, :kv_len], v[:, :, :kv_len]
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
 @settings(max_examples=25)
-@given(drawn=programs())
+@given(drawn=strategies.programs())
 def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
     program, n = drawn
-    agree(program, *tensors(3, 1, n, 3, 3, batch=2), lowering)
+    agree(program, tensors(3, 1, n, 3, 3, batch=2), lowering)
 
 
 @pytest.mark.parametrize("lowering", TRAINS)
 @settings(max_examples=25)
 @given(
-    mask=strategies.expressions(strategies.line_masks(150) | strategies.mods()),
+    mask=strategies.line_expressions(150),
     q_len=st.integers(1, 150),
     kv_len=st.integers(1, 150),
     q_offset=st.integers(0, 150),
@@ -77,43 +62,32 @@ def test_any_program(lowering: str, drawn: tuple[Program, int]) -> None:
 def test_any_mask_at_any_offset(
     lowering: str, mask: Mask, q_len: int, kv_len: int, q_offset: int
 ) -> None:
-    q, k, v = tensors(2, 1, 150, 3, 3, batch=1)
-    q, k, v = (
-        x[:, :, :size].detach().requires_grad_()
-        for x, size in ((q, q_len), (k, kv_len), (v, kv_len))
-    )
-    program = Program((Branch(mask),))
-    agree(program, q, k, v, lowering, q_offset=q_offset)
+    inputs, program = cross_attention(q_len, kv_len), Program((Branch(mask),))
+    agree(program, inputs, lowering, q_offset=q_offset)
+    options: dict[str, Any] = {"q_offset": q_offset, "return_lse": True}
     with torch.no_grad():
-        for got, want in zip(*(
-            attention(q, k, v, q_offset=q_offset, return_lse=True)
-            for attention in (cd.compile(program), lambda *x, **o: cd.reference(program, *x, **o))
-        ), strict=True):  # fmt: skip
-            same(got, want)
+        same(cd.compile(program)(*inputs, **options), cd.reference(program, *inputs, **options))
 
 
-def parts(most: int) -> st.SearchStrategy[list[Mask]]:
-    """What a conjunction of regular blocks is made of."""
-    length = st.integers(1, most)
-    return st.lists(
-        st.one_of(
-            st.just(masks.causal()),
-            st.builds(masks.segments, length),
-            st.builds(lambda length, more: masks.segments(length * more), st.integers(1, 12), st.integers(1, 5)),
-            st.builds(lambda rate, offset: masks.congruent(rate, offset % rate), st.integers(1, 6), st.integers(0, 5)),
-            st.builds(
-                lambda rate, offset, period: masks.congruent(rate, offset % rate, period=period),
-                st.integers(1, 6), st.integers(0, 5), length,
-            ),
-        ),
-        min_size=1,
-        max_size=3,
-    )  # fmt: skip
+def regular_parts(most: int) -> st.SearchStrategy[list[Mask]]:
+    """Masks of which the conjunction may be regular blocks."""
+    length, rate, offset = st.integers(1, most), st.integers(1, 6), st.integers(0, 5)
+    multiples = st.builds(operator.mul, st.integers(1, 12), st.integers(1, 5))
+
+    def congruent(rate: int, offset: int, period: int | None) -> Mask:
+        return masks.congruent(rate, offset % rate, period)
+
+    part = st.one_of(
+        st.just(masks.causal()),
+        st.builds(masks.segments, length | multiples),
+        st.builds(congruent, rate, offset, st.none() | length),
+    )
+    return st.lists(part, min_size=1, max_size=3)
 
 
 @settings(max_examples=150)
 @given(
-    parts=parts(40),
+    parts=regular_parts(40),
     q_len=st.integers(1, 150),
     kv_len=st.integers(1, 150),
     q_offset=st.integers(0, 150),
@@ -122,22 +96,16 @@ def parts(most: int) -> st.SearchStrategy[list[Mask]]:
 def test_any_conjunction_by_slices(
     parts: list[Mask], q_len: int, kv_len: int, q_offset: int, batch: int
 ) -> None:
-    """The strided lowering sorts what a conjunction is made of: every combination is right, or refused."""
-    q, k, v = tensors(2, 1, 150, 3, 3, batch=batch)
-    q, k, v = (
-        x[:, :, :size].detach().requires_grad_()
-        for x, size in ((q, q_len), (k, kv_len), (v, kv_len))
-    )
-    agree(Program((Branch(conjunction(tuple(parts))),)), q, k, v, "strided", q_offset=q_offset)
+    """The strided lowering computes every combination of parts right, or refuses it."""
+    program = Program((Branch(conjunction(tuple(parts))),))
+    agree(program, cross_attention(q_len, kv_len, batch), "strided", q_offset=q_offset)
 
 
+COUNT = st.integers(0, 60)
 BANDS = st.one_of(
     st.just(masks.causal()),
-    st.builds(masks.window, st.integers(0, 60), st.integers(0, 60)),
-    *(
-        st.builds(make, st.integers(0, 60))
-        for make in (masks.sinks, masks.prefix, masks.global_tokens)
-    ),
+    st.builds(masks.window, COUNT, COUNT),
+    *(st.builds(leading, COUNT) for leading in (masks.sinks, masks.prefix, masks.global_tokens)),
     st.builds(masks.segments, st.integers(1, 60)),
     st.builds(masks.dilated_blocks, st.integers(1, 9), st.integers(1, 4)),
 )
@@ -156,21 +124,17 @@ BANDS = st.one_of(
 def test_bands_and_leading_tokens_in_many_small_tiles(
     mask: Mask, q_len: int, kv_len: int, q_offset: int
 ) -> None:
-    """As of sequences that are longer than many of the largest tiles."""
+    """Short sequences with small tiles, as long sequences with the largest tiles."""
     caches.forget()
-    q, k, v = tensors(2, 1, 150, 3, 3, batch=1)
-    q, k, v = (
-        x[:, :, :size].detach().requires_grad_()
-        for x, size in ((q, q_len), (k, kv_len), (v, kv_len))
-    )
+    inputs = cross_attention(q_len, kv_len)
     with pytest.MonkeyPatch.context() as patch:
-        for room, name, value in (
+        for module, name, value in (
             (tiled, "_Q_TILE", 16),
             (tiled, "_KV_TILE", 8),
             (tiled, "_MOST_GATHERED", 2),
             (costs, "_LEAST_BYTES", 1),
             (costs, "_SHARE", 0.0),
         ):
-            patch.setattr(room, name, value)
-        agree(Program((Branch(mask),)), q, k, v, "tiled", q_offset=q_offset)
+            patch.setattr(module, name, value)
+        agree(Program((Branch(mask),)), inputs, "tiled", q_offset=q_offset)
     caches.forget()

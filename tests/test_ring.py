@@ -22,7 +22,8 @@ from compiled_dilated.attend import Attend
 from compiled_dilated.programs import as_program
 from compiled_dilated.ring.plans import RingPlan, layouts_of
 from tests.cases import CASES, Case, Inputs, by_name
-from tests.test_against_reference import (
+from tests.strategies import programs
+from tests.support.results import (
     assert_same,
     dead_rows_are_zero,
     dense_attention,
@@ -30,7 +31,6 @@ from tests.test_against_reference import (
     run,
     truth,
 )
-from tests.test_random_programs import programs
 
 RANKS = (1, 2, 3, 4, 8, 16)
 

@@ -24,7 +24,7 @@ from compiled_dilated.ring.plans import layouts_of
 from compiled_dilated.ring.schedules import Block, Schedule, regions
 from tests import strategies
 from tests.cases import grid_of
-from tests.test_decoding import MASKS
+from tests.support.decoding import MASKS
 
 HEADS, KV_HEADS = 4, 2
 

@@ -1,7 +1,8 @@
-"""Tile maps cover exactly the allowed pairs, stay small at a million tokens, and split where rows or columns are heavy."""
+"""Tile maps cover the allowed pairs, are small at a million tokens, and split at heavy rows."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from compiled_dilated import masks, orders, tiles
 from compiled_dilated.masks import Mask
 from compiled_dilated.orders import Order
-from compiled_dilated.regions import EMPTY, FULL, PARTIAL
-from compiled_dilated.tiles import TileMap
+from compiled_dilated.regions import EMPTY, FULL
+from compiled_dilated.tiles import TileMap, refinement, splitting
 from tests import strategies
 from tests.strategies import dense
 
@@ -24,37 +25,36 @@ MILLION = 2**20
 
 @contextmanager
 def small_limits() -> Iterator[None]:
-    """Refinement over several levels, and splitting, already in small maps."""
+    """Refine over several levels, and split, in small maps too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_FIRST_SUPER_TILES", 2)
-        patch.setattr(tiles, "_ALWAYS_FITS", 1)
-        patch.setattr(tiles, "_MOST_PADDING", 2)
+        patch.setattr(refinement, "_FIRST_SUPER_TILES", 2)
+        patch.setattr(splitting, "_ALWAYS_FITS", 1)
+        patch.setattr(splitting, "_MOST_PADDING", 2)
         yield
 
 
-def truth_of(tile_map: TileMap, whole: Any) -> Any:
-    """The pairs that the map speaks of, in its order, out of all pairs by position."""
-    permutation = tile_map.order.permutation(len(whole))
-    ordered = whole if permutation is None else whole[np.ix_(permutation, permutation)]
+def pairs_of(tile_map: TileMap, allowed: Any) -> Any:
+    """The pairs of the map, in its order.
+
+    allowed: all pairs by position.
+    """
+    permutation = tile_map.order.permutation(len(allowed))
+    ordered = allowed if permutation is None else allowed[np.ix_(permutation, permutation)]
     return ordered[np.ix_(tile_map.queries, tile_map.keys)]
 
 
-def check_covers(tile_map: TileMap, whole: Any) -> None:
-    truth = truth_of(tile_map, whole)
-    assert truth.shape == (tile_map.q_len, tile_map.kv_len)
-    verdicts = tile_map.verdicts()
-    assert verdicts.shape == (
-        -(-tile_map.q_len // tile_map.q_tile),
-        -(-tile_map.kv_len // tile_map.kv_tile),
-    )
+def check_covers(tile_map: TileMap, allowed: Any) -> None:
+    """Verdicts are true of the pairs, and columns ascend in each row."""
+    pairs = pairs_of(tile_map, allowed)
+    assert pairs.shape == (tile_map.q_len, tile_map.kv_len)
+    verdicts, q_tile, kv_tile = tile_map.verdicts(), tile_map.q_tile, tile_map.kv_tile
+    assert verdicts.shape == (-(-tile_map.q_len // q_tile), -(-tile_map.kv_len // kv_tile))
     assert tile_map.indices.dtype == np.int32
-    for row, first, last in zip(
-        range(tile_map.rows), tile_map.offsets[:-1], tile_map.offsets[1:], strict=True
-    ):
+    for row, (first, last) in enumerate(itertools.pairwise(tile_map.offsets)):
         assert (np.diff(tile_map.indices[first:last]) > 0).all()
         for column in range(tile_map.columns):
-            queries, keys = row * tile_map.q_tile, column * tile_map.kv_tile
-            seen = truth[queries : queries + tile_map.q_tile, keys : keys + tile_map.kv_tile]
+            queries, keys = row * q_tile, column * kv_tile
+            seen = pairs[queries : queries + q_tile, keys : keys + kv_tile]
             assert seen.size
             assert not (verdicts[row, column] == EMPTY and seen.any())
             assert not (verdicts[row, column] == FULL and not seen.all())
@@ -62,7 +62,7 @@ def check_covers(tile_map: TileMap, whole: Any) -> None:
 
 @st.composite
 def maps(draw: st.DrawFn, most: int = 64) -> tuple[TileMap, Any]:
-    """A map, found over several levels, and all its pairs by position."""
+    """A map of several levels of refinement, and all pairs by position."""
     mask, order, n = draw(strategies.masks_and_orders(most))
     q_len, q_offset = n, 0
     if order == orders.identity():
@@ -87,62 +87,58 @@ def test_transpose(case: tuple[TileMap, Any]) -> None:
     transposed = tile_map.transpose()
     assert (transposed.verdicts() == tile_map.verdicts().T).all()
     assert (transposed.rows, transposed.columns) == (tile_map.columns, tile_map.rows)
-    for first, last in zip(transposed.offsets[:-1], transposed.offsets[1:], strict=True):
+    for first, last in itertools.pairwise(transposed.offsets):
         assert (np.diff(transposed.indices[first:last]) > 0).all()
 
 
 @given(maps(), st.data())
 def test_restrict(case: tuple[TileMap, Any], data: st.DataObject) -> None:
-    tile_map, whole = case
-    rows, columns = (
-        range(*sorted((data.draw(st.integers(0, size)), data.draw(st.integers(0, size)))))
-        for size in (tile_map.rows, tile_map.columns)
-    )
+    tile_map, allowed = case
+    ranges = []
+    for size in (tile_map.rows, tile_map.columns):
+        ends = data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))
+        ranges.append(range(*sorted(ends)))
+    rows, columns = ranges
     part = tile_map.restrict(rows, columns)
     assert (part.verdicts() == tile_map.verdicts()[np.ix_(rows, columns)]).all()
-    check_covers(part, whole)
+    check_covers(part, allowed)
     inner = part.restrict(range(len(rows) // 2, len(rows)), range(len(columns) // 2))
-    check_covers(inner, whole)
+    check_covers(inner, allowed)
 
 
 @given(maps(), st.integers(1, 4), st.integers(1, 4))
 def test_coarsen(case: tuple[TileMap, Any], q_factor: int, kv_factor: int) -> None:
-    tile_map, whole = case
+    tile_map, allowed = case
     coarse = tile_map.coarsen((q_factor, kv_factor))
-    assert (coarse.q_tile, coarse.kv_tile) == (
-        tile_map.q_tile * q_factor,
-        tile_map.kv_tile * kv_factor,
-    )
-    check_covers(coarse, whole)
+    assert coarse.q_tile == tile_map.q_tile * q_factor
+    assert coarse.kv_tile == tile_map.kv_tile * kv_factor
+    check_covers(coarse, allowed)
     fine = tile_map.verdicts()
     for row in range(coarse.rows):
+        rows = fine[row * q_factor : (row + 1) * q_factor]
         for column in range(coarse.columns):
-            inside = fine[
-                row * q_factor : (row + 1) * q_factor, column * kv_factor : (column + 1) * kv_factor
-            ]
-            assert coarse.verdicts()[row, column] == (
-                EMPTY if not inside.any() else FULL if (inside == FULL).all() else PARTIAL
-            )
+            inside = rows[:, column * kv_factor : (column + 1) * kv_factor]
+            verdict = coarse.verdicts()[row, column]
+            assert (verdict == FULL) == (inside == FULL).all()
+            assert (verdict == EMPTY) == (inside == EMPTY).all()
     assert (tile_map.coarsen(2).verdicts() == tile_map.coarsen((2, 2)).verdicts()).all()
 
 
 @given(maps())
 def test_split_is_a_partition(case: tuple[TileMap, Any]) -> None:
-    tile_map, whole = case
+    tile_map, allowed = case
     with small_limits():
         parts = tiles.split(tile_map)
-    together = np.full((tile_map.rows, tile_map.columns), EMPTY)
-    taken = np.zeros(together.shape, dtype=int)
+    verdicts = np.full((tile_map.rows, tile_map.columns), EMPTY)
+    covered = np.zeros(verdicts.shape, dtype=int)
     for part in parts:
-        check_covers(part, whole)
-        at = np.ix_(
-            range(part.q_start // part.q_tile, part.q_start // part.q_tile + part.rows),
-            range(part.kv_start // part.kv_tile, part.kv_start // part.kv_tile + part.columns),
-        )
-        together[at] += part.verdicts()
-        taken[at] += 1
-    assert (together == tile_map.verdicts()).all()
-    assert taken.max(initial=0) <= 1
+        check_covers(part, allowed)
+        row, column = part.q_start // part.q_tile, part.kv_start // part.kv_tile
+        tiles_of_part = np.ix_(range(row, row + part.rows), range(column, column + part.columns))
+        verdicts[tiles_of_part] += part.verdicts()
+        covered[tiles_of_part] += 1
+    assert (verdicts == tile_map.verdicts()).all()
+    assert covered.max(initial=0) <= 1
 
 
 HEAVY = [
@@ -160,10 +156,9 @@ def test_heavy_rows_and_columns_become_parts(mask: Mask) -> None:
     parts = tiles.split(tile_map)
     assert 2 <= len(parts) <= 5
     assert sum(len(part.indices) for part in parts) == len(tile_map.indices)
-    padded = sum(
-        part.rows * part.counts.max() + part.columns * part.transpose().counts.max()
-        for part in parts
-    )
+    padded = 0
+    for part in parts:
+        padded += part.rows * part.counts.max() + part.columns * part.transpose().counts.max()
     assert padded <= 2 * 4 * len(tile_map.indices)
     if len(tile_map.indices) < 200_000:
         assert 4 * padded <= 4 * 2**20
@@ -183,11 +178,11 @@ def test_small_maps_are_not_split() -> None:
 
 
 def test_scattered_heavy_rows_are_not_split() -> None:
-    """More parts than lists are worth: the lists are wide then."""
-    every = [(row, 0) for row in range(600)] + [
-        (row, column) for row in range(0, 600, 20) for column in range(1, 600)
-    ]
-    tile_map = TileMap.build(masks.tiles(every, block=2), 1200, 1200, q_tile=2, kv_tile=2)
+    """They would take too many parts."""
+    first_column = [(row, 0) for row in range(600)]
+    heavy_rows = list(itertools.product(range(0, 600, 20), range(1, 600)))
+    mask = masks.tiles(first_column + heavy_rows, block=2)
+    tile_map = TileMap.build(mask, 1200, 1200, q_tile=2, kv_tile=2)
     assert sum(part.rows == 600 for part in tiles.split(tile_map)) >= 1
 
 
@@ -207,8 +202,8 @@ LARGE = [
 
 
 @pytest.mark.parametrize(("mask", "order"), LARGE, ids=lambda value: repr(value)[:48])
-def test_a_million_tokens(mask: Mask, order: Order) -> None:
-    """At most 4 MB, and sampled rows of tiles hold exactly the key tiles that their queries see."""
+def test_maps_of_a_million_tokens_are_small_and_right(mask: Mask, order: Order) -> None:
+    """At most 4 MB; sampled rows list exactly the key tiles that their queries see."""
     tile_map = TileMap.build(mask, MILLION, MILLION, order=order)
     assert tile_map.nbytes <= 4e6
     permutation = order.permutation(MILLION)
@@ -216,9 +211,9 @@ def test_a_million_tokens(mask: Mask, order: Order) -> None:
     for row in np.random.default_rng(0).integers(0, tile_map.rows, 3):
         queries = keys[row * 128 : (row + 1) * 128]
         counts = np.zeros(tile_map.columns, dtype=np.int64)
-        for some in np.array_split(queries, 8):
-            seen = mask.allows(np.int64(0), np.int64(0), some[:, None], keys[None, :])
-            counts += np.count_nonzero(seen.reshape(len(some), -1, 128), axis=(0, 2))
+        for chunk in np.array_split(queries, 8):
+            seen = mask.allows(np.int64(0), np.int64(0), chunk[:, None], keys[None, :])
+            counts += np.count_nonzero(seen.reshape(len(chunk), -1, 128), axis=(0, 2))
         listed = slice(tile_map.offsets[row], tile_map.offsets[row + 1])
         assert tile_map.indices[listed].tolist() == np.flatnonzero(counts).tolist()
         assert tile_map.full[listed].tolist() == (counts[counts > 0] == 128 * 128).tolist()
@@ -234,34 +229,21 @@ def test_the_figure() -> None:
     tile_map = TileMap.build(masks.window(2), 8, 8, q_tile=2, kv_tile=2)
     assert tile_map.offsets.tolist() == [0, 2, 5, 8, 10]
     assert tile_map.indices.tolist() == [0, 1, 0, 1, 2, 1, 2, 3, 2, 3]
-    assert tile_map.full.tolist() == [
-        True,
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
+    assert np.flatnonzero(tile_map.full).tolist() == [0, 3, 6, 9]
     assert tile_map.counts.tolist() == [2, 3, 3, 2]
     assert tile_map.nbytes == 5 * 8 + 10 * 4 + 10
-    assert (
-        repr(tile_map)
-        == "TileMap(4 x 4 tiles of 2 x 2, 10 seen, 4 full, queries range(0, 8), keys range(0, 8), identity())"
+    counts, places = (
+        "4 x 4 tiles of 2 x 2, 10 seen, 4 full",
+        "queries range(0, 8), keys range(0, 8)",
     )
+    assert repr(tile_map) == f"TileMap({counts}, {places}, identity())"
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
-def test_empty(q_len: int, kv_len: int) -> None:
+def test_maps_without_queries_or_keys(q_len: int, kv_len: int) -> None:
     tile_map = TileMap.build(masks.full(), q_len, kv_len, q_tile=2, kv_tile=2)
-    assert (tile_map.rows, tile_map.columns, len(tile_map.indices)) == (
-        -(-q_len // 2),
-        -(-kv_len // 2),
-        0,
-    )
+    assert (tile_map.rows, tile_map.columns) == (-(-q_len // 2), -(-kv_len // 2))
+    assert len(tile_map.indices) == 0
     assert tile_map.transpose().rows == tile_map.columns
     assert len(tile_map.coarsen(2).indices) == 0
     assert tiles.split(tile_map) == (tile_map,)

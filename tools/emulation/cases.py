@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .project import cd, pretended
 
-from compiled_dilated import masks, tiles  # isort: skip
+from compiled_dilated import masks  # isort: skip
+from compiled_dilated.tiles import splitting  # isort: skip
 
 TOKENS = 300
 
@@ -122,9 +123,9 @@ def error_of(case: Case) -> str | None:
     )
     options = case.options()
     inputs = [q, k, v, *options.pop("learned", [])]
-    limits = tiles._ALWAYS_FITS, tiles._MOST_PADDING
+    limits = splitting._ALWAYS_FITS, splitting._MOST_PADDING
     if case.narrow:
-        tiles._ALWAYS_FITS, tiles._MOST_PADDING = 0, 1
+        splitting._ALWAYS_FITS, splitting._MOST_PADDING = 0, 1
     try:
         with torch.set_grad_enabled(case.backward):
             attend = cd.compile(case.program, lowering=case.lowering)
@@ -146,7 +147,7 @@ def error_of(case: Case) -> str | None:
                     for number, (name, *pair) in enumerate(zip(names, ours, theirs, strict=True))
                 }
     finally:
-        tiles._ALWAYS_FITS, tiles._MOST_PADDING = limits
+        splitting._ALWAYS_FITS, splitting._MOST_PADDING = limits
     return _worst(pairs, case.dtype)
 
 

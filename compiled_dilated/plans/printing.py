@@ -1,0 +1,60 @@
+"""The parts of a printed plan: the table of candidates, tiles and times in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+_COLUMNS = ["", "lowering", "branch", "GFLOP", "as dense GFLOP", "est. ms", "calls", "peak MiB"]
+_ALIGNMENT = ("left", "left", *["right"] * 6, "left")
+_REASON = "refused because"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The candidates of a plan, a row for each, and the meaning of the columns.
+
+    rows: as `Plan.to_json` lists them.
+    """
+    cells = [_cells(row) for row in rows]
+    headers = [*_COLUMNS, _REASON]
+    text: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=_ALIGNMENT)
+    legend = "as dense GFLOP: what dense attention would compute in the same time"
+    proposed = sum("refused" not in row for row in rows)
+    if proposed > sum(row["chosen"] for row in rows):
+        legend += "; the least sum is chosen"
+    return f"{text}\n{legend}"
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    branch = "all" if row["branch"] is None else row["branch"]
+    cells = ["*" if row["chosen"] else "", row["lowering"], branch]
+    if "refused" in row:
+        return [*cells, *[""] * 5, row["refused"]]
+    seconds = row["estimated_seconds"]
+    return [
+        *cells,
+        f"{row['kernel_gflop']:,.1f}",
+        f"{row['dense_gflop']:,.1f}",
+        "" if seconds is None else milliseconds(seconds),
+        row["calls"],
+        f"{row['peak_bytes'] / 2**20:,.1f}",
+        "",
+    ]
+
+
+def tile_counts(row: dict[str, Any]) -> str:
+    """The tiles of a branch in words."""
+    size = f"{row['tile']} x {row['tile']} tokens"
+    if row["full"] is None:
+        return f"of {size}, too many different ones to count"
+    return (
+        f"{row['full']:,} full and {row['partial']:,} partial of {size}; "
+        f"a list of them takes {row['bytes'] / 2**20:,.3f} MiB"
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in ms with three digits: it is an estimate."""
+    return f"{float(f'{seconds * 1e3:.3g}'):,.10g}"

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import AuxOutput
 
 import compiled_dilated as cd
 from compiled_dilated import masks, operators
-from compiled_dilated.lowerings import flex
+from compiled_dilated.lowerings.flex import running
 from compiled_dilated.lowerings.tiling.kernels import EfficientCUDA, Tiles
 
 PROGRAM = cd.longnet((64, 128), (1, 2), causal=True)
@@ -66,9 +66,9 @@ def test_lengths_past_offsets_of_32_bits_are_refused() -> None:
 
 def test_far_apart_tokens_are_copied_together() -> None:
     far = torch.empty_strided((1, 1, 2, 4), (2**32, 2**32, 2**31, 1), device="meta")
-    assert flex._addressable(far).stride(2) == 4
+    assert running._addressable(far).stride(2) == 4
     near = torch.zeros(1, 2, 8, 4)
-    assert flex._addressable(near) is near
+    assert running._addressable(near) is near
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_kernel_for_decoding_is_avoided_where_it_has_no_tile(
         lowering="flex",
     )
     part = next(iter(plan.chosen[0].work[0].parts(plan.problem, torch.device("cpu"), {})))
-    assert (flex._kernel_options(plan.problem, part) == {"BACKEND": "TRITON"}) is own
+    assert (running._kernel_options(plan.problem, part) == {"BACKEND": "TRITON"}) is own
 
 
 @pytest.mark.slow
@@ -112,8 +112,8 @@ def test_compiled_kernels_are_bounded_and_shared_by_equal_problems(
         count.append(1)
         return lambda *tensors, **options: tensors[2]
 
-    monkeypatch.setattr(flex, "_KERNELS", type(flex._KERNELS)(most=4))
-    monkeypatch.setattr(flex, "_compiled", counted)
+    monkeypatch.setattr(running, "_KERNELS", type(running._KERNELS)(most=4))
+    monkeypatch.setattr(running, "_compiled", counted)
     for tokens in (128, 256, 128, 384, 256):
         x = torch.randn(1, 2, tokens, 16)
         cd.compile(masks.window(7), lowering="flex")(x, x, x)
@@ -121,7 +121,7 @@ def test_compiled_kernels_are_bounded_and_shared_by_equal_problems(
     for tokens in range(128, 137):
         x = torch.randn(1, 2, tokens, 16)
         cd.compile(masks.window(7), lowering="flex")(x, x, x)
-    assert len(flex._KERNELS) == 4
+    assert len(running._KERNELS) == 4
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, AuxOutput]:
@@ -149,8 +149,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     monkeypatch.setattr("compiled_dilated.attend.gives_lse", lambda device: True)
-    monkeypatch.setattr(flex, "_compiled", lambda: dense)
-    monkeypatch.setattr(flex, "_KERNELS", type(flex._KERNELS)(most=8))
+    monkeypatch.setattr(running, "_compiled", lambda: dense)
+    monkeypatch.setattr(running, "_KERNELS", type(running._KERNELS)(most=8))
 
 
 @pytest.mark.usefixtures("on_a_gpu")

@@ -13,12 +13,15 @@ from ..plans import Problem, Proposal, Refusal
 
 
 class Lowering(Protocol):
-    """A way to compute programs. Add one by a file with its class and a line in `registry.LOWERINGS`.
+    """A way to compute programs.
 
-    name: as users write it, and as `explain` prints it. keeps_hidden_out: NaN and infinity in
-    hidden keys never reach a merged result; others clean the keys first. is_fused: one kernel
-    computes all branches; where it can, `auto` does not weigh gathered tiles. decides: where it can
-    compute a problem, `auto` weighs no other lowering.
+    Add one by a file with its class and a line in `registry.LOWERINGS`.
+
+    name: as users write it, and as `explain` prints it.
+    keeps_hidden_out: NaN and infinity in hidden keys never reach a merged result; the keys of
+        other lowerings are cleaned first.
+    is_fused: one kernel computes all branches; where it can, `auto` does not weigh gathered tiles.
+    decides: where it can compute a problem, `auto` weighs no other lowering.
     """
 
     @property
@@ -34,7 +37,7 @@ class Lowering(Protocol):
     def decides(self) -> bool: ...
 
     def is_weighed(self, device: str) -> bool:
-        """Whether `auto` considers it for tensors on this kind of device."""
+        """Whether `auto` considers it for tensors on a kind of device."""
         ...
 
     def propose(self, problem: Problem) -> Sequence[Proposal | Refusal]:
@@ -74,11 +77,7 @@ class Lowering(Protocol):
         ...
 
     def backward(
-        self,
-        chosen: Sequence[Proposal],
-        problem: Problem,
-        call: Call,
-        saved: Saved,
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their dtypes.
 

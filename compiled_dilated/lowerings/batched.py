@@ -75,7 +75,10 @@ class Batched:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge the batches into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+        """Merge all batches into out and lse, in place.
+
+        out: (B, Hq, N, Dv). lse: (B, Hq, N).
+        """
         for batch in _batches(chosen):
             for piece, entries in costs.pieces(batch, problem, backward=False):
                 batches.forward(piece, call, entries, q, k, v, out, lse)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constants:
-    """Constants of a kind of device; rates are shares of the rate of its dense kernel.
+    """Constants of a kind of device. Rates are shares of its dense kernel's.
 
     flops_per_byte: flops of a dense kernel in the time to copy one byte.
     flops_per_call: flops of a dense kernel in the time to launch one kernel.
@@ -36,5 +36,5 @@ HOPPER = Constants(230.0, 1e10, 0.3, 0.6, 0.1, 0.8, 0.6, measured=False)
 
 
 def constants(device: str) -> Constants:
-    """Constants of a device type; those of a GPU for every device other than a CPU."""
+    """Constants of a device type; all but a CPU have those of a GPU."""
     return CPU if device == "cpu" else HOPPER

@@ -22,9 +22,9 @@ Backward = Callable[[Call, Saved], tuple[Tensor, Tensor, Tensor]]
 
 
 def has_nan(x: Tensor) -> bool:
-    """Whether a tensor has a NaN, or infinities of both signs. One pass, no copy.
+    """Whether a tensor has a NaN, or infinities of both signs.
 
-    Hidden numbers always leave NaN: weight 0 times infinity is NaN.
+    One pass without a copy. Hidden numbers always leave NaN: weight 0 times infinity is NaN.
     """
     return math.isnan(x.sum().item())
 
@@ -121,7 +121,10 @@ def _spoiled_rows(saved: Saved) -> Tensor:
 
 
 def _without_rows(saved: Saved, rows: Tensor) -> Saved:
-    """The same without gradients from some rows: lse = +inf makes all their weights 0."""
+    """The same without gradients from some rows.
+
+    lse = +inf makes all of their weights 0.
+    """
     tensors = (saved.q, saved.out, saved.grad_out)
     q, out, grad_out = (x.masked_fill(rows[..., None], 0.0) for x in tensors)
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(rows, 0.0)

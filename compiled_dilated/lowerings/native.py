@@ -90,7 +90,7 @@ def work_of_graph(
     k: Tensor,
     v: Tensor,
 ) -> Work | None:
-    """Work for a graph of tensors of any length; None if the plan depends on the length."""
+    """Work for tensors of any length; None if the plan depends on it."""
     if isinstance(program, PerLength) or lowering not in ("auto", "native"):
         return None
     # Heads, widths and shapes of operands are constants of the encoded program.
@@ -150,7 +150,10 @@ def _work(program: Program, heads: int, scores: Scores | None) -> Work:
 
 
 def _cost(work: Work, problem: Problem) -> Cost:
-    """Cost from the kernel's own tile counts; with data, every pair may be visible."""
+    """Cost by the kernel's own tile counts.
+
+    Programs that read data are counted as if every pair were visible.
+    """
     width = 2 * (problem.head_dim + problem.value_dim)
     pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
     if not work.names and not work.slots:
@@ -252,7 +255,10 @@ class Native:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge the pairs of these tensors into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+        """Merge the pairs of these tensors into out and lse, in place.
+
+        out: (B, Hq, N, Dv). lse: (B, Hq, N).
+        """
         work: Work = chosen[0].work[0]
         data, operands = work.inputs(call)
         library.operators.native_merge.default(

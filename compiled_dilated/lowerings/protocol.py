@@ -70,9 +70,11 @@ class Lowering(Protocol):
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), in place.
+        """Merge a part of a larger softmax into out and lse, in place.
 
         A lowering that cannot refuses problems with `partial`.
+
+        out: (B, Hq, N, Dv). lse: (B, Hq, N).
         """
         ...
 

@@ -59,7 +59,7 @@ def propose(problem: Problem) -> list[Proposal | Refusal]:
 
 
 def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
-    """A proposal for all heads of a branch, or a refusal of its mask."""
+    """A proposal for all heads of a branch, or a refusal."""
     batches: list[Batch] = []
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
         try:
@@ -78,7 +78,10 @@ class _Irregular(ValueError):
 
 
 def _pieces(mask: Mask) -> Pieces:
-    """The role of each part of a conjunction. Raises _Irregular if there is none."""
+    """The roles of a conjunction's parts.
+
+    Raises _Irregular if a part has none.
+    """
     parts = conjuncts(mask)
     for part in parts:
         if not isinstance(part, (Causal, Congruent, Segments)):
@@ -100,7 +103,7 @@ def _pieces(mask: Mask) -> Pieces:
 
 
 def _check_residues(congruent: Congruent, length: int | None) -> None:
-    """Raise unless a class is the same in every segment, or starts anew with each.
+    """Raise unless a residue class is equal or anew in every segment.
 
     length: length of the segments, None without segments.
     """
@@ -154,8 +157,8 @@ def _stretches(length: int | None, problem: Problem) -> Iterator[Stretch]:
             # All segments up to the next clipped one are complete.
             count = min([clip for clip in clipped if clip > segment] + [stop]) - segment
         start = segment * length
-        own = [_between(tokens, start, start + length) for tokens in (queries, keys)]
-        yield Stretch(count, length, start, *own)
+        parts = [_between(tokens, start, start + length) for tokens in (queries, keys)]
+        yield Stretch(count, length, start, *parts)
         segment += count
 
 
@@ -170,7 +173,7 @@ def _congruent(tokens: range, first: int, rate: int) -> range:
 
 
 def _causal(queries: range, keys: range) -> Iterator[tuple[range, range, bool]]:
-    """A dense block of the keys before the first query, and a causal triangle.
+    """A dense block of keys before the first query, and a causal triangle.
 
     queries, keys: ranges of equal steps on one lattice. Queries before the first key see no key
         and are in no block.

@@ -113,7 +113,7 @@ def _by_shape(tile_map: TileMap) -> dict[_Shape, tuple[list[int], list[TileIndic
 
 
 def _key_tiles(tile_map: TileMap, row: int) -> tuple[TileIndices, int]:
-    """Key tiles of a query tile, FULL ones first, and the number of FULL ones.
+    """Key tiles of a query tile, FULL ones first, and their number.
 
     A short last key tile comes last.
     """

@@ -56,7 +56,7 @@ def propose(problem: Problem) -> Proposal | Refusal:
 
 
 def _refusal(problem: Problem) -> Refusal | None:
-    """Why torch does not compute a problem by FlexAttention, whatever its mask; None if it does."""
+    """The refusal of a problem for other reasons than its mask, or None."""
     if problem.device == "cpu" and problem.training:
         reason = "torch has no backward of FlexAttention on a CPU"
         return Refusal("flex", None, reason, f"{_OTHERS} to train")
@@ -74,7 +74,7 @@ def _refusal(problem: Problem) -> Refusal | None:
 
 
 def _unfit_for_triton(problem: Problem) -> str | None:
-    """Why torch's Triton kernels do not take these widths or lengths; None if they do."""
+    """Why Triton's kernels do not take these widths or lengths, or None."""
     narrowest, widest = sorted((problem.head_dim, problem.value_dim))
     if narrowest < _NARROWEST:
         least = f"heads of at least {_NARROWEST} numbers on a GPU"
@@ -104,7 +104,10 @@ def _tile_map(mask: Mask, order: Order, problem: Problem) -> TileMap:
 
 
 def _cost(problem: Problem, pairs: int, order: Order) -> Cost:
-    """Cost of computing these pairs of full tiles; an order copies q, k, v and out."""
+    """Cost of computing these pairs.
+
+    Any order but the identity copies q, k, v and out.
+    """
     device = constants(problem.device)
     flops = pairs * 2 * (problem.head_dim + problem.value_dim)
     copied = problem.tensor_bytes if order != identity() else 0

@@ -56,7 +56,7 @@ def _kernel(problem: Problem, part: BlockMaskPart) -> Callable[..., Any]:
 
 
 def _compiled() -> Callable[..., Any]:
-    """A compiled FlexAttention that shares no graphs with another: its code object is a copy."""
+    """A compiled FlexAttention with graphs of its own: its code object is a copy."""
     alone = types.FunctionType(_flex.__code__.replace(), globals(), "flex")
     return torch.compile(alone, dynamic=True, fullgraph=True)
 
@@ -93,7 +93,10 @@ def _merged(
     score_mod: Any,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of all parts, merged out of place, as the backward records them."""
+    """out and lse of all parts, merged out of place.
+
+    The backward records the merges.
+    """
     q, k, v = (_addressable(x) for x in (q, k, v))
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
@@ -112,7 +115,7 @@ def _merged(
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x (B, H, N, D) with the tokens of a head within offsets of 32 bits; else a copy."""
+    """x (B, H, N, D), copied if a head exceeds offsets of 32 bits."""
     return x.contiguous() if x.shape[2] * x.stride(2) > MOST_OFFSET else x
 
 
@@ -125,7 +128,7 @@ def _part(
     score_mod: Any,
     scale: float,
 ) -> Any:
-    """out of a part; with an AuxOutput that holds the lse where the device gives one."""
+    """out of a part, and an AuxOutput with lse if the device has one."""
     queries, keys = (slice(span.start, span.stop) for span in (part.queries, part.keys))
     aux = AuxRequest(lse=True) if gives_lse(problem.device) else None
     # A mask's numbers are its structure: a kernel with them as variables is slower, and the CPU's
@@ -140,7 +143,10 @@ def _part(
 
 
 def _kernel_options(problem: Problem, part: BlockMaskPart) -> Any:
-    """Options of torch's kernels: on a GPU, avoid the decoding kernel where it has no tile."""
+    """Options of torch's kernels.
+
+    On a GPU, avoid the kernel for decoding where it has no tile.
+    """
     rows = len(part.queries) * (problem.heads // problem.kv_heads)
     if problem.device == "cpu" or rows <= _MOST_DECODED_ROWS:
         return None
@@ -154,9 +160,9 @@ def _score_mod(
 
     None if there is neither.
     """
-    own = call.score_mod
+    users_mod = call.score_mod
     overlapping = len(work.linked.program.branches) > 1
-    if own is None and not overlapping:
+    if users_mod is None and not overlapping:
         return None
     # Tables of masks are made here: a kernel can read them, not make them.
     linked = work.linked.for_heads(work.linked.heads).on(device)
@@ -169,8 +175,9 @@ def _score_mod(
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             # FlexAttention counts within the part.
             q, kv = q + q_first, kv + kv_first
-            if own is not None:
-                score = own.graph.scalar(own.operands, score, b, h, q, kv, subscripts=True)
+            if users_mod is not None:
+                operands = users_mod.operands
+                score = users_mod.graph.scalar(operands, score, b, h, q, kv, subscripts=True)
             if overlapping:
                 score = score + linked.count(b, h, q, kv, data).to(score.dtype).log()
             return score
@@ -219,7 +226,7 @@ def backward(
 
 
 def _with_leaves(call: Call) -> tuple[Call, list[Tensor]]:
-    """The call with the learned operands of its score_mod as leaves, and these leaves."""
+    """The call with learned operands as autograd leaves, and these leaves."""
     mod = call.score_mod
     if mod is None or not mod.learned:
         return call, []

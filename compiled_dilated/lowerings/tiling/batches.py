@@ -81,7 +81,7 @@ class Batch:
 def _tiles(
     batch: Batch, call: Call, entries: range, device: torch.device, dtype: torch.dtype
 ) -> kernels.Tiles:
-    """Inputs of the kernels beside q, k and v, for these entries of the batch."""
+    """Inputs of the kernels beside q, k and v, for some batch entries."""
     tiles = kernels.Tiles(call.scale, causal=batch.causal)
     if not batch.masks and call.score_mod is None:
         return tiles

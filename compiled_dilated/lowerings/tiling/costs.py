@@ -26,7 +26,7 @@ def budget(problem: Problem) -> int:
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    """Bytes per tile: rows, results, bias, scores of a score_mod; gradients in a backward."""
+    """Bytes of a tile in a kernel call: rows, results, bias, scores, gradients."""
     heads, rows, columns = batch.heads.count, batch.queries.size, batch.keys.size
     itemsize = max(4, problem.itemsize)
     size = heads * (rows + columns) * (problem.head_dim + problem.value_dim) * itemsize
@@ -38,7 +38,7 @@ def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
 
 
 def pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[tuple[Batch, range]]:
-    """Parts of a batch that fit the budget, with their entries of the batch dimension.
+    """Parts of a batch that fit the budget, with their batch entries.
 
     One key head at a time if a tile for all heads does not fit.
     """
@@ -83,7 +83,7 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
 
 
 def _rate(batch: Batch) -> float:
-    """Kernel rate on tiles of this many queries, as a share of the rate on large ones."""
+    """Kernel rate on tiles of a size, as a share of the largest."""
     rows = batch.queries.size
     if rows < 64:
         return 0.5

@@ -41,9 +41,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
     out, lse = kernel.forward(q, k, v, tiles)
     if tiles.bias is not None:
         # ATen's kernels give rows that see no key out 0 and lse 0; the right lse is -inf.
-        seen = tiles.bias != -math.inf
-        seen = seen.tril() if tiles.causal else seen
-        lse = lse.masked_fill(~seen.any(dim=-1), -math.inf)
+        visible = tiles.bias != -math.inf
+        if tiles.causal:
+            visible = visible.tril()
+        lse = lse.masked_fill(~visible.any(dim=-1), -math.inf)
     return (out if out.shape[-1] == width else out[..., :width]), lse
 
 
@@ -78,9 +79,10 @@ def attention_backward(
 
 
 def _positive(q: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles, float]:
-    """q and tiles with equal scores and a positive scale, and a factor for the gradient of q.
+    """q and tiles with equal scores and a positive scale.
 
-    ATen's kernels multiply hidden scores of -inf by the scale.
+    The third result is a factor for the gradient of q. ATen's kernels multiply hidden scores of
+    -inf by the scale.
     """
     if tiles.scale > 0:
         return q, tiles, 1.0
@@ -106,7 +108,7 @@ def _widen(x: Tensor, width: int) -> Tensor:
 
 
 def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v padded with zeros to a width that the kernel takes.
+    """q, k and v, zero-padded to a width that the kernel takes.
 
     Fused kernels need equal widths of keys and values. Zeros add nothing to a product.
     """
@@ -307,7 +309,7 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
-    """Keys (G, Hkv, S, D) for every query head, (G, Hkv * groups, S, D)."""
+    """Keys repeated for every query head, (G, Hkv * groups, S, D)."""
     if groups == 1:
         return x
     return x.repeat_interleave(groups, dim=1)

@@ -25,7 +25,10 @@ from ...regions import IntArray
 
 @dataclass(frozen=True)
 class Lattice:
-    """`count` tiles, `stride` apart, of `size` tokens, `step` apart; no token is in two tiles."""
+    """Tiles at equal distances, of tokens at equal distances.
+
+    `count` tiles, `stride` apart, of `size` tokens, `step` apart. No token is in two tiles.
+    """
 
     start: int
     count: int
@@ -51,7 +54,7 @@ class Lattice:
         return x.as_strided(shape, strides, x.storage_offset() + (self.start - shift) * token)
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """The tiles: a view if B or the number of tiles is 1, else a copy."""
+        """The tiles: a view for one batch entry or one tile, else a copy."""
         return self._view(x, shift).flatten(0, 1)
 
     def merge(
@@ -136,7 +139,10 @@ class Table:
         lse.index_copy_(2, index, joint_lse)
 
     def add(self, total: Tensor, part: Tensor, shift: int = 0) -> None:
-        """Add a part to total (B, H, N, ...); positions may be in several tiles."""
+        """Add a part to total (B, H, N, ...).
+
+        Positions may be in several tiles.
+        """
         flat = self._flat(part, total.shape[0]).to(total.dtype)
         total.index_add_(2, self._index(total, shift), flat)
 

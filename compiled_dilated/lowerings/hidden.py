@@ -39,13 +39,13 @@ class Bad:
     """Keys and values with non-finite numbers.
 
     k, v: with zeros in place of these numbers.
-    seen: (B, Hkv, M, Dv + 1), 1 where a query that sees the key gets NaN. Column d is for column d
-        of out, the last one for lse. A bad key spoils all columns, a bad value its own.
+    indicator: (B, Hkv, M, Dv + 1), 1 where a query that sees the key gets NaN. Column d is for
+        column d of out, the last one for lse. A bad key spoils all columns, a bad value its own.
     """
 
     k: Tensor
     v: Tensor
-    seen: Tensor
+    indicator: Tensor
 
     @staticmethod
     def of(k: Tensor, v: Tensor) -> Bad | None:
@@ -54,8 +54,8 @@ class Bad:
         if not bad_k.any() and not bad_v.any():
             return None
         rows = bad_k.any(dim=-1, keepdim=True)
-        seen = torch.cat([bad_v | rows, rows], dim=-1).to(torch.float32)
-        return Bad(k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0), seen)
+        indicator = torch.cat([bad_v | rows, rows], dim=-1).to(torch.float32)
+        return Bad(k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0), indicator)
 
 
 def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ def spoil(run: Forward, call: Call, q: Tensor, bad: Bad, out: Tensor, lse: Tenso
     """Set the results of queries that see bad numbers to NaN, in place."""
     # With zeros as q and k all scores are equal, and the result is the share of bad keys.
     zeros_q, zeros_k = (torch.zeros_like(x, dtype=torch.float32) for x in (q, bad.k))
-    share, _ = run(replace(call, score_mod=None), zeros_q, zeros_k, bad.seen)
+    share, _ = run(replace(call, score_mod=None), zeros_q, zeros_k, bad.indicator)
     out.masked_fill_(share[..., :-1] > 0, math.nan)
     lse.masked_fill_(share[..., -1] > 0, math.nan)
 
@@ -102,9 +102,9 @@ def backward(run: Backward, call: Call, saved: Saved) -> tuple[Tensor, Tensor, T
         saved = replace(saved, k=bad.k, v=bad.v)
     grad_q, grad_k, grad_v = run(call, _without_rows(saved, spoiled))
     if spoiled.any():
-        seen = _keys_seen(run, call, saved, spoiled)
+        keys = _visible_keys(run, call, saved, spoiled)
         grad_q = grad_q.masked_fill(spoiled[..., None], math.nan)
-        grad_k, grad_v = grad_k.masked_fill(seen, math.nan), grad_v.masked_fill(seen, math.nan)
+        grad_k, grad_v = grad_k.masked_fill(keys, math.nan), grad_v.masked_fill(keys, math.nan)
         for total in sums:
             total.fill_(math.nan)
     return grad_q, grad_k, grad_v
@@ -132,7 +132,7 @@ def _without_rows(saved: Saved, rows: Tensor) -> Saved:
     return Saved(q, saved.k, saved.v, out, lse, grad_out, grad_lse)
 
 
-def _keys_seen(run: Backward, call: Call, saved: Saved, rows: Tensor) -> Tensor:
+def _visible_keys(run: Backward, call: Call, saved: Saved, rows: Tensor) -> Tensor:
     """Keys that some rows see, (B, Hkv, M, 1).
 
     Computed as the gradient of values, from an indicator of the rows.

@@ -99,7 +99,7 @@ def work_of_graph(
         sizes += shape
     if not all(isinstance(size, int) for size in sizes):
         return None
-    # Lengths of 1 stand for any: positions are checked when the graph runs.
+    # Lengths of 1 replace any: positions are checked when the graph runs.
     dtype = str(q.dtype).removeprefix("torch.")
     problem = Problem(
         program, 1, q.shape[1], k.shape[1], 1, 1, q.shape[3], v.shape[3], dtype, q.device.type,

@@ -104,7 +104,7 @@ class Distributed:
         table = self._exchanged({"about": own, "rows": q.shape[2]})
         for name, value in own.items():
             values = [entry["about"].get(name) for entry in table]
-            odd = [rank for rank, there in enumerate(values) if there != value]
+            odd = [rank for rank, rank_value in enumerate(values) if rank_value != value]
             if odd:
                 raise ValueError(
                     "the ranks of a ring must compute the same; "

@@ -120,11 +120,10 @@ class Journal:
             )
         differences = []
         for key in dict.fromkeys((*self.about, *header)):
-            there, here = header.get(key), self.about.get(key)
-            if there != here:
-                differences.append(
-                    f"{key} is {_SHORT.repr(there)} there and {_SHORT.repr(here)} here"
-                )
+            recorded, current = header.get(key), self.about.get(key)
+            if recorded != current:
+                recorded, current = _SHORT.repr(recorded), _SHORT.repr(current)
+                differences.append(f"{key} is {recorded} there and {current} here")
         if differences:
             raise JournalError(
                 f"the journal {path} is of another run: {'; '.join(differences)}",

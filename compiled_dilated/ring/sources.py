@@ -124,15 +124,14 @@ class GeneratedSource:
 
     def _read(self, b: int, head: int, rows: range, out: Tensor) -> None:
         """Fill out, (len(rows), D), block by block."""
-        done = 0
+        filled = 0
         for number in range(rows.start // self.block, rows[-1] // self.block + 1):
             first = number * self.block
-            here = range(rows[done], min(rows.stop, first + self.block), rows.step)
+            part = range(rows[filled], min(rows.stop, first + self.block), rows.step)
             numbers = torch.from_numpy(self._block(b, head, number))
-            out[done : done + len(here)] = numbers[
-                here.start - first : here.stop - first : here.step
-            ]
-            done += len(here)
+            within = slice(part.start - first, part.stop - first, part.step)
+            out[filled : filled + len(part)] = numbers[within]
+            filled += len(part)
 
     def _block(self, b: int, head: int, number: int) -> Numbers:
         """All rows of a block, (block, D)."""

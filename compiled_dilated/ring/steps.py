@@ -87,8 +87,8 @@ def _union(spans: Sequence[range], runs: Sequence[range]) -> list[range]:
     """Few ranges that contain all of `spans`, each within a run."""
     out: list[range] = []
     for run in runs:
-        here = {span for span in spans if span[0] in run}
-        out += _joined(sorted(here, key=lambda span: (span.step, span[0], -len(span))))
+        spans_of_run = {span for span in spans if span[0] in run}
+        out += _joined(sorted(spans_of_run, key=lambda span: (span.step, span[0], -len(span))))
     return out
 
 

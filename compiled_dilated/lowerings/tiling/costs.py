@@ -12,7 +12,7 @@ from ..devices import constants
 from .batches import Batch
 from .lattice import Table
 
-# Bytes moved, and held, to evaluate a mask for a pair and to write the answer into a bias: about.
+# Bytes moved and allocated per pair, about, to evaluate a mask and to write a bias.
 _BYTES_PER_EVALUATED_PAIR = 24
 # The budget of a kernel call and its copies: a share of q, k, v and out, or this many bytes where
 # that is more.

@@ -150,26 +150,22 @@ def _work(program: Program, heads: int, scores: Scores | None) -> Work:
 
 
 def _cost(work: Work, problem: Problem) -> Cost:
-    """Cost by the kernel's own tile counts.
-
-    Programs that read data are counted as if every pair were visible.
-    """
+    """Cost from the kernel's own tile counts; with data, every pair may be visible."""
     width = 2 * (problem.head_dim + problem.value_dim)
     pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
     if not work.names and not work.slots:
         pairs = counts(work, problem)[0]
     itemsize = 8 if problem.dtype == "float64" else 4
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
-    # Each thread holds queries and results, keys and values, and scores.
-    workspace = torch.get_num_threads() * 3 * tile
+    room = torch.get_num_threads() * 3 * tile
     return Cost(
-        pairs=pairs,
-        kernel_flops=pairs * width,
-        copied_bytes=0,
-        calls=1,
-        peak_bytes=workspace,
-        dense_flops=float(pairs * width),
-        backward_bytes=2 * workspace + _sums_bytes(problem),
+        pairs,
+        pairs * width,
+        0,
+        1,
+        room,
+        float(pairs * width),
+        2 * room + _sums_bytes(problem),
     )
 
 

@@ -68,8 +68,8 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
     slowed_pairs = sum(batch.pairs / _rate(batch) for batch in batches)
     flops = slowed_pairs * problem.batch * width / device.tiles
     # Memory: the largest call; in low precision the float32 sums of a backward as well.
-    forward = max((_call_bytes(batch, problem, False) for batch in batches), default=0)
-    backward = max((_call_bytes(batch, problem, True) for batch in batches), default=0)
+    forward = max((_held_bytes(batch, problem, False) for batch in batches), default=0)
+    backward = max((_held_bytes(batch, problem, True) for batch in batches), default=0)
     sums = 2 * problem.tensor_bytes if problem.itemsize < 4 else 0
     return Cost(
         pairs=pairs,
@@ -95,7 +95,6 @@ def _rate(batch: Batch) -> float:
 
 
 def _calls(batch: Batch, problem: Problem) -> int:
-    """Number of kernel calls of a forward."""
     heads, part = 1, batch
     if tile_bytes(batch, problem, False) > budget(problem):
         # One key head at a time.
@@ -104,8 +103,7 @@ def _calls(batch: Batch, problem: Problem) -> int:
     return heads * -(-problem.batch // entries) * -(-batch.queries.count // tiles)
 
 
-def _call_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    """Bytes of the largest kernel call."""
+def _held_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
     part = batch
     if tile_bytes(batch, problem, backward) > budget(problem):
         part = next(batch.by_kv_head())

@@ -1,4 +1,4 @@
-"""Streamed runs of four ranks over small files in a directory of their own, and what becomes of the directory."""
+"""Streamed runs of four ranks over small files, in a directory of their own."""
 
 from __future__ import annotations
 
@@ -33,27 +33,30 @@ def enter(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stream(out: Any = "out.npy", **options: Any) -> Any:
-    """Run over the inputs of the working directory, or those among the options."""
+    """Run over the inputs of the working directory, or those that the options name."""
     inputs = {name: options.pop(name, f"{name}.npy") for name in ("q", "k", "v")}
     return RUN(*inputs.values(), out, **options)
 
 
 def reference(**options: Any) -> torch.Tensor:
-    """What `stream` computes."""
+    """The reference for `stream`."""
     q, k, v = (torch.from_numpy(np.load(f"{name}.npy")) for name in ("q", "k", "v"))
     return cd.reference(masks.causal(), q, k, v, **options)
 
 
 def snapshot(directory: Path) -> dict[str, bytes | str]:
     """The bytes of every file and the target of every link."""
-    paths = [path for path in directory.rglob("*") if path.is_symlink() or path.is_file()]
-    return {
-        path.name: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in paths
-    }
+    contents: dict[str, bytes | str] = {}
+    for path in directory.rglob("*"):
+        if path.is_symlink():
+            contents[path.name] = os.readlink(path)
+        elif path.is_file():
+            contents[path.name] = path.read_bytes()
+    return contents
 
 
 def error_of(call: Callable[[], object]) -> Exception | None:
-    """The TypeError, ValueError or OSError that a call raises, if it does; anything else is raised on."""
+    """The TypeError, ValueError or OSError that a call raises; None without an error."""
     try:
         call()
     except (TypeError, ValueError, OSError) as error:

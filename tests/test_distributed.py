@@ -1,6 +1,6 @@
-"""Rings of real processes over gloo: the bits of the simulated ring, training, and what happens when a rank is wrong or gone.
+"""Rings of real processes over gloo: the bits of the simulated ring, training, failed ranks.
 
-What the processes do stands in tests/distributed_worker.py.
+The processes run the scenarios of tests/distributed_worker.py.
 """
 
 from __future__ import annotations
@@ -30,21 +30,19 @@ Start = Callable[..., list[subprocess.Popen[str]]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """`start(size, *scenarios)` starts the ranks; whatever is left of them at the end of the test is killed."""
+    """`start(size, *scenarios)` starts the ranks; they are killed at the end of the test."""
     running: list[subprocess.Popen[str]] = []
 
     def begin(
         size: int, *scenarios: str, hosts: Hosts | None = None
     ) -> list[subprocess.Popen[str]]:
-        where = f"file://{tmp_path / 'meet'}" if hosts is None else hosts.where
+        url = f"file://{tmp_path / 'store'}" if hosts is None else hosts.url
         for rank in range(size):
+            command = [sys.executable, "-m", "tests.distributed_worker", url, *scenarios]
             environment = {"RANK": str(rank), "WORLD_SIZE": str(size)}
-            command = [sys.executable, "-m", "tests.distributed_worker", where, *scenarios]
             if hosts is not None:
-                command, environment = (
-                    hosts.on(rank, command),
-                    {**environment, "GLOO_SOCKET_IFNAME": hosts.interface(rank)},
-                )
+                command = hosts.on(rank, command)
+                environment["GLOO_SOCKET_IFNAME"] = hosts.interface(rank)
             running.append(popen(command, **environment))
         return running
 
@@ -54,112 +52,92 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def popen(command: list[str], **environment: str) -> subprocess.Popen[str]:
+def popen(command: list[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a command with these variables in its environment."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    output, errors = subprocess.PIPE, subprocess.STDOUT
     return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        command, cwd=ROOT, env=environment, text=True, stdout=output, stderr=errors
     )
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two hosts of one rank each, joined by a cable: network namespaces and a pair of virtual interfaces."""
+    """Two hosts of one rank each: network namespaces, joined by a pair of virtual interfaces."""
 
     name: str
     port: int
 
     def on(self, rank: int, command: list[str]) -> list[str]:
+        """The command that runs a command on a host."""
         return ["ip", "netns", "exec", f"{self.name}-{rank}", *command]
 
     def interface(self, rank: int) -> str:
         return f"{self.name}e{rank}"
 
     @property
-    def where(self) -> str:
+    def url(self) -> str:
         return f"tcp://10.77.0.1:{self.port}"
 
     def up(self) -> None:
-        _ip(
-            "link",
-            "add",
-            "name",
-            self.interface(0),
-            "type",
-            "veth",
-            "peer",
-            "name",
-            self.interface(1),
-        )
+        _ip(f"link add name {self.interface(0)} type veth peer name {self.interface(1)}")
         for rank in range(2):
             space, interface = f"{self.name}-{rank}", self.interface(rank)
-            _ip("netns", "add", space)
-            _ip("link", "set", "dev", interface, "netns", space)
-            _ip("-n", space, "address", "add", f"10.77.0.{rank + 1}/24", "dev", interface)
-            _ip("-n", space, "link", "set", "dev", interface, "up")
-            _ip("-n", space, "link", "set", "dev", "lo", "up")
+            _ip(f"netns add {space}")
+            _ip(f"link set dev {interface} netns {space}")
+            _ip(f"-n {space} address add 10.77.0.{rank + 1}/24 dev {interface}")
+            _ip(f"-n {space} link set dev {interface} up")
+            _ip(f"-n {space} link set dev lo up")
 
     def down(self) -> None:
-        # The interfaces go with their namespaces, or were never moved there.
-        for command in (
-            ("link", "delete", self.interface(0)),
-            *(("netns", "delete", f"{self.name}-{rank}") for rank in range(2)),
-        ):
-            subprocess.run(["ip", *command], capture_output=True, check=False)
+        """Delete all that `up` created, also after a part of it failed."""
+        # Interfaces are deleted with their namespaces, or were never moved there.
+        _ip(f"link delete {self.interface(0)}", check=False)
+        for rank in range(2):
+            _ip(f"netns delete {self.name}-{rank}", check=False)
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+def _ip(command: str, check: bool = True) -> None:
+    subprocess.run(["ip", *command.split()], check=check, capture_output=True, text=True)
 
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    made = Hosts(f"cd{os.getpid()}", 29411)
+    pair = Hosts(f"cd{os.getpid()}", 29411)
     try:
-        made.up()
-    except (OSError, subprocess.CalledProcessError) as refused:
-        made.down()
-        pytest.skip(
-            f"this machine makes no network namespaces: {getattr(refused, 'stderr', None) or refused}"
-        )
-    yield made
-    made.down()
+        pair.up()
+    except FileNotFoundError:
+        pytest.skip("this machine has no ip command")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pair.down()
+        reason = getattr(error, "stderr", None) or error
+        pytest.skip(f"this machine makes no network namespaces: {reason}")
+    yield pair
+    pair.down()
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What the ranks print; all must end well, together in `LONGEST_S`."""
+    """The output of each rank; all must exit with 0, together within `LONGEST_S`."""
     end = time.monotonic() + LONGEST_S
-    told = [
-        process.communicate(timeout=max(0.1, end - time.monotonic()))[0] for process in processes
-    ]
-    for rank, (process, text) in enumerate(zip(processes, told, strict=True)):
-        assert process.returncode == 0, (
-            f"rank {rank} ended with {process.returncode}:\n{text[-3000:]}"
-        )
-    return told
+    outputs = []
+    for process in processes:
+        output, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
+        outputs.append(output)
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        code = process.returncode
+        assert code == 0, f"rank {rank} ended with {code}:\n{output[-3000:]}"
+    return outputs
 
 
-# One start for several scenarios: importing torch takes longer than any of them.
+# Several scenarios per start: importing torch takes longer than any of them.
+TRAINING = ("training", "fully_sharded", "learned_operands")
+
+
 @pytest.mark.parametrize(
     ("size", "scenarios"),
     [
-        (
-            2,
-            (
-                "same_bits",
-                "variant",
-                "compiled",
-                "training",
-                "fully_sharded",
-                "learned_operands",
-                "mistakes",
-            ),
-        ),
+        (2, ("same_bits", "variant", "compiled", *TRAINING, "mistakes")),
         (4, ("same_bits", "two_rings", "training")),
         (3, ("refusals", "learned_operands", "mistakes")),
     ],
@@ -171,68 +149,57 @@ def test_real_processes(start: Start, size: int, scenarios: tuple[str, ...]) -> 
 
 def test_survivors_of_a_killed_rank_get_one_error(start: Start) -> None:
     *survivors, victim = start(3, "killed")
-    assert all("broke after" in told for told in finish(survivors))
+    assert all("broke after" in output for output in finish(survivors))
     assert victim.wait(LONGEST_S) == -signal.SIGKILL
 
 
-def test_a_rank_that_stands_still_is_noticed_at_the_timeout(start: Start) -> None:
-    *others, still = start(3, "stalled")
-    assert all("broke after" in told for told in finish(others))
-    assert still.poll() is None
+def test_a_stalled_rank_is_an_error_at_the_timeout(start: Start) -> None:
+    *others, stalled = start(3, "stalled")
+    assert all("broke after" in output for output in finish(others))
+    assert stalled.poll() is None
 
 
-@pytest.mark.parametrize("scenario", ["same_bits", "unplugged"])
-def test_two_hosts(start: Start, hosts: Hosts, scenario: str) -> None:
-    """Over a network of their own, and when its cable is pulled: then both ranks say so at the timeout."""
-    told = finish(start(2, scenario, hosts=hosts))
-    assert scenario == "same_bits" or all("broke after" in each for each in told)
+def test_two_hosts_give_the_same_bits(start: Start, hosts: Hosts) -> None:
+    finish(start(2, "same_bits", hosts=hosts))
 
 
-def test_torchrun_starts_a_killed_rank_again(tmp_path: Path) -> None:
-    """The training ends with the losses of one process, though a rank was killed in the middle of it."""
-    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.2"
-    command = [
-        sys.executable,
-        "-m",
-        *torchrun.split(),
-        "-m",
-        "tests.distributed_worker",
-        "env://",
-        "restarted",
-    ]
-    # Else the restarted ranks may read where the dead ones were: https://github.com/pytorch/pytorch/issues/135712
-    (told,) = finish(
-        [
-            popen(
-                command,
-                CHECKPOINT=str(tmp_path / "checkpoint"),
-                TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-            )
-        ]
-    )
-    assert told.count("goes on after 25 steps") == 2
+def test_two_hosts_without_a_connection_raise_at_the_timeout(start: Start, hosts: Hosts) -> None:
+    outputs = finish(start(2, "unplugged", hosts=hosts))
+    assert all("broke after" in output for output in outputs)
 
 
-# In this process alone
+def test_torchrun_restarts_a_killed_rank(tmp_path: Path) -> None:
+    """The training ends with the losses of one process."""
+    options = "--standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.2"
+    torchrun = ["torch.distributed.run", *options.split()]
+    worker = ["tests.distributed_worker", "env://", "restarted"]
+    variables = {
+        "CHECKPOINT": str(tmp_path / "checkpoint"),
+        # Without it new ranks may look for the dead ones (pytorch#135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    process = popen([sys.executable, "-m", *torchrun, "-m", *worker], **variables)
+    (output,) = finish([process])
+    assert output.count("goes on after 25 steps") == 2
 
 
-def test_a_ring_without_a_process_group_says_so() -> None:
+# In this process
+
+
+def test_a_ring_without_a_process_group_is_refused() -> None:
     module = cd.variant(
         "DistributedRingAttention", segment_lengths=(8,), dilation_rates=(1,), ring_size=2
     )
     x = torch.randn(1, 8, 2, 4)
-    with pytest.raises(
-        RuntimeError,
-        match=r"call torch.distributed.init_process_group\(\) first, in processes started by torchrun",
-    ):
+    message = r"call torch.distributed.init_process_group\(\) first, in processes started by"
+    with pytest.raises(RuntimeError, match=message):
         module(x, x, x)
     assert repr(pickle.loads(pickle.dumps(module))) == repr(module)
 
 
-def test_a_mesh_must_be_one() -> None:
-    with pytest.raises(
-        TypeError, match="mesh must be a DeviceMesh of one dimension or a process group; got int"
-    ):
+def test_other_objects_than_meshes_are_refused() -> None:
+    message = "mesh must be a DeviceMesh of one dimension or a process group; got int"
+    with pytest.raises(TypeError, match=message):
         cd.compile(masks.causal(), mesh=4)  # type: ignore[call-overload]
 
 
@@ -240,15 +207,16 @@ def test_no_thread_outlives_its_group(
     fresh_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     code = f"""
-        import os
+        from pathlib import Path
         import torch.distributed as dist
         import compiled_dilated
         dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
         import torch._dynamo
         dist.destroy_process_group()
-        print(*sorted(open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")))
+        for task in Path("/proc/self/task").iterdir():
+            print((task / "comm").read_text().strip())
     """
-    done = fresh_python("-c", textwrap.dedent(code))
-    assert done.returncode == 0, done.stderr
-    assert "python" in done.stdout
-    assert "gloo" not in done.stdout
+    run = fresh_python("-c", textwrap.dedent(code))
+    assert run.returncode == 0, run.stderr
+    assert "python" in run.stdout
+    assert "gloo" not in run.stdout

@@ -1,4 +1,4 @@
-"""Lines of a journal: torn ones are computed again, those that no run writes are refused, foreign files are left alone."""
+"""Lines of a journal: torn ones are computed again, lines that no run writes are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.ring import streamed
+from compiled_dilated.ring import pipeline
 from compiled_dilated.ring.journals import Journal, JournalError
 from tests.streaming import RANKS, enter, error_of, reference, snapshot, stream
 
@@ -24,15 +24,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter(tmp_path, monkeypatch)
 
 
-def journal_of_a_whole_run(home: Path) -> list[bytes]:
-    """The lines of the journal of a run that is complete."""
+def lines_of_a_complete_run(home: Path) -> list[bytes]:
+    """The lines of the journal of a complete run."""
     stream(journal="journal")
     return Path("journal").read_bytes().splitlines(keepends=True)
 
 
+def line_of(entry: Any) -> bytes:
+    """The line of a journal with this value."""
+    return json.dumps(entry).encode() + b"\n"
+
+
 @pytest.mark.parametrize("size", [0, 1, 10, -1])
 def test_a_first_line_that_was_cut_off_is_written_anew(home: Path, size: int) -> None:
-    header, *_ = journal_of_a_whole_run(home)
+    header, *_ = lines_of_a_complete_run(home)
     Path("journal").write_bytes(header[:size])
     report = stream(journal="journal")
     assert (report.complete, report.resumed_ranks) == (True, 0)
@@ -53,8 +58,8 @@ TORN = {
 
 
 @pytest.mark.parametrize("kind", TORN)
-def test_a_torn_line_of_a_journal_and_what_follows_is_computed_again(home: Path, kind: str) -> None:
-    header, first, second, *_ = journal_of_a_whole_run(home)
+def test_ranks_from_a_torn_line_on_are_computed_again(home: Path, kind: str) -> None:
+    header, first, second, *_ = lines_of_a_complete_run(home)
     out = Path("out.npy").read_bytes()
     Path("journal").write_bytes(header + first + TORN[kind] + second)
     report = stream(journal="journal")
@@ -63,58 +68,39 @@ def test_a_torn_line_of_a_journal_and_what_follows_is_computed_again(home: Path,
     assert stream(journal="journal").resumed_ranks == RANKS
 
 
+NO_RANKS = (-1, RANKS, 10**30, True, 1.0, "1", None, [1])
+NO_CHECKSUMS = (None, "0", "0000000g")
 FOREIGN = [
-    {},
-    None,
-    [],
-    7,
-    "rank",
-    {"rank": 1},
-    {"rank": -1, "checksum": "00000000"},
-    {"rank": RANKS, "checksum": "00000000"},
-    {"rank": 10**30, "checksum": "00000000"},
-    {"rank": True, "checksum": "00000000"},
-    {"rank": 1.0, "checksum": "00000000"},
-    {"rank": "1", "checksum": "00000000"},
-    {"rank": None, "checksum": "00000000"},
-    {"rank": [1], "checksum": "00000000"},
-    {"rank": 1, "checksum": None},
-    {"rank": 1, "checksum": "0"},
-    {"rank": 1, "checksum": "0000000g"},
-    {"rank": 1, "checksum": "00000000", "more": 1},
+    *({}, None, [], 7, "rank", {"rank": 1}, {"rank": 1, "checksum": "00000000", "more": 1}),
+    *({"rank": rank, "checksum": "00000000"} for rank in NO_RANKS),
+    *({"rank": 1, "checksum": checksum} for checksum in NO_CHECKSUMS),
 ]
 
 
 @pytest.mark.parametrize("entry", FOREIGN, ids=json.dumps)
 def test_a_line_of_a_journal_that_no_run_writes_is_refused(home: Path, entry: Any) -> None:
-    lines = journal_of_a_whole_run(home)
-    Path("journal").write_bytes(
-        b"".join([*lines[:3], json.dumps(entry).encode() + b"\n", *lines[3:]])
-    )
+    lines = lines_of_a_complete_run(home)
+    Path("journal").write_bytes(b"".join([*lines[:3], line_of(entry), *lines[3:]]))
     before = snapshot(home)
-    with pytest.raises(
-        ValueError,
-        match=r"line 4 of the journal journal is .* no run.* or remove journal to start again",
-    ):
+    message = r"line 4 of the journal journal is .* no run.* or remove journal to start again"
+    with pytest.raises(ValueError, match=message):
         stream(journal="journal")
     assert snapshot(home) == before
 
 
 def test_of_two_lines_on_a_rank_the_last_counts(home: Path) -> None:
-    lines = journal_of_a_whole_run(home)
-    older = {"rank": 2, "checksum": "00000000"}
-    Path("journal").write_bytes(
-        b"".join([lines[0], json.dumps(older).encode() + b"\n", *lines[1:]])
-    )
+    header, *lines = lines_of_a_complete_run(home)
+    older = line_of({"rank": 2, "checksum": "00000000"})
+    Path("journal").write_bytes(b"".join([header, older, *lines]))
     report = stream(journal="journal")
     assert (report.resumed_ranks, report.torn) == (RANKS, ())
 
 
-def test_a_rank_without_tokens_is_unknown_to_a_journal(home: Path) -> None:
+def test_a_rank_without_tokens_is_no_rank_of_a_journal(home: Path) -> None:
     run = cd.compile(masks.causal(), ranks=20, transport="streamed")
     assert run("q.npy", "k.npy", "v.npy", "out.npy", journal="journal").complete
-    with Path("journal").open("a") as file:
-        file.write('{"checksum": "00000000", "rank": 17}\n')
+    with Path("journal").open("ab") as file:
+        file.write(line_of({"checksum": "00000000", "rank": 17}))
     with pytest.raises(ValueError, match="line 18 of the journal journal"):
         run("q.npy", "k.npy", "v.npy", "out.npy", journal="journal")
 
@@ -132,35 +118,30 @@ def test_a_rank_without_tokens_is_unknown_to_a_journal(home: Path) -> None:
         b"[" * 10**6 + b"\n",
     ],
 )
-def test_a_file_that_is_no_journal_is_left_alone(home: Path, content: bytes) -> None:
+def test_a_file_that_is_no_journal_is_not_changed(home: Path, content: bytes) -> None:
     Path("journal").write_bytes(content)
     before = snapshot(home)
-    with pytest.raises(
-        ValueError,
-        match=r"journal is no journal of a streamed run: it begins with .* Name another journal$",
-    ):
+    message = r"is no journal of a streamed run: it begins with .* Name another journal$"
+    with pytest.raises(ValueError, match=message):
         stream(journal="journal")
     assert snapshot(home) == before
 
 
-def test_a_journal_of_a_run_with_more_to_say_is_of_another_run(home: Path) -> None:
-    header, *lines = journal_of_a_whole_run(home)
+def test_a_header_with_more_properties_is_of_another_run(home: Path) -> None:
+    header, *lines = lines_of_a_complete_run(home)
     more = json.loads(header) | {"window": [[[[1]]]] * 100}
-    Path("journal").write_bytes(json.dumps(more).encode() + b"\n" + b"".join(lines))
-    with pytest.raises(
-        ValueError,
-        match=r"is of another run: window is \[\[.* there and None here\. Name another journal, or remove",
-    ):
+    Path("journal").write_bytes(b"".join([line_of(more), *lines]))
+    message = r"another run: window is \[\[.* there and None here\. Name another journal, or remove"
+    with pytest.raises(ValueError, match=message):
         stream(journal="journal")
 
 
 def test_a_journal_of_another_run_stops_it_before_the_output_is_created(home: Path) -> None:
-    journal_of_a_whole_run(home)
+    lines_of_a_complete_run(home)
     os.unlink("out.npy")
     before = snapshot(home)
-    with pytest.raises(
-        ValueError, match=r"scale is .* Name another journal, or remove journal to start again"
-    ):
+    message = r"scale is .* Name another journal, or remove journal to start again"
+    with pytest.raises(ValueError, match=message):
         stream(journal="journal", scale=2)
     assert snapshot(home) == before
 
@@ -168,18 +149,17 @@ def test_a_journal_of_another_run_stops_it_before_the_output_is_created(home: Pa
 def test_a_journal_that_was_removed_meanwhile_is_an_error(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamed, "_SYNC_SECONDS", -1.0)
-    with pytest.raises(
-        OSError,
-        match=r"the journal .*journal was removed meanwhile.*call again with the same journal",
-    ):
-        stream(
-            journal="journal", on_progress=lambda progress: Path("journal").unlink(missing_ok=True)
-        )
+    def remove(progress: pipeline.Progress) -> None:
+        Path("journal").unlink(missing_ok=True)
+
+    monkeypatch.setattr(pipeline, "_SYNC_SECONDS", -1.0)
+    message = r"the journal .*journal was removed meanwhile.*call again with the same journal"
+    with pytest.raises(OSError, match=message):
+        stream(journal="journal", on_progress=remove)
     assert not Path("journal").exists()
 
 
-def test_a_line_of_a_journal_that_did_not_fit_is_taken_back(home: Path, fresh_python: Any) -> None:
+def test_a_line_of_a_journal_that_did_not_fit_is_removed(home: Path, fresh_python: Any) -> None:
     code = """
 import resource, signal
 from pathlib import Path
@@ -204,6 +184,16 @@ print(len(Journal(Path("journal"), {"a": 1}, range(9)).done))
     assert run.stdout.splitlines() == ["File too large", "9"], run.stderr
 
 
+def test_a_journal_without_a_path_stores_nothing(home: Path) -> None:
+    before = snapshot(home)
+    journal = Journal(None, {"a": 1}, range(4))
+    journal.begin()
+    journal.add(3, "x")
+    journal.sync()
+    assert journal.done == {3: "x"}
+    assert snapshot(home) == before
+
+
 def test_an_integer_beyond_the_ranks_is_no_rank(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path, {"a": 1}, range(3))
@@ -214,14 +204,13 @@ def test_an_integer_beyond_the_ranks_is_no_rank(tmp_path: Path) -> None:
         Journal(path, {"a": 1}, range(3))
 
 
-def test_no_room_for_a_journal_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_journal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(journal: Journal, lines: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Journal, "_append", fail)
-    with pytest.raises(
-        OSError, match=r"journal='journal' cannot be used: No space left on device\. Make room"
-    ):
+    message = r"journal='journal' cannot be used: No space left on device\. Make room"
+    with pytest.raises(OSError, match=message):
         stream(journal="journal")
 
 
@@ -235,13 +224,12 @@ JSON = st.recursive(
 )
 RANK = st.integers(0, RANKS - 1)
 CHECKSUM = st.text("0123456789abcdef", min_size=8, max_size=8)
-ENTRY = st.fixed_dictionaries({"rank": RANK | st.integers() | JSON, "checksum": CHECKSUM | JSON})
+ENTRY = st.fixed_dictionaries({"rank": RANK, "checksum": CHECKSUM})
+NEAR = st.fixed_dictionaries({"rank": RANK | st.integers() | JSON, "checksum": CHECKSUM | JSON})
 LINE = st.one_of(
     st.binary(max_size=20).map(lambda raw: raw + b"\n"),
-    (JSON | ENTRY).map(lambda value: json.dumps(value).encode() + b"\n"),
-    st.fixed_dictionaries({"rank": RANK, "checksum": CHECKSUM}).map(
-        lambda value: json.dumps(value).encode() + b"\n"
-    ),
+    (JSON | NEAR).map(line_of),
+    ENTRY.map(line_of),
     RANK,  # the line that the run itself wrote
 )
 
@@ -251,12 +239,13 @@ LINE = st.one_of(
 def test_any_lines_of_a_journal_are_refused_or_give_the_right_output(
     home: Path, lines: list[bytes | int], tail: bytes, has_header: bool
 ) -> None:
-    if not Path("whole").exists():
-        journal_of_a_whole_run(home)
-        Path("journal").rename("whole")
-    header, *own = Path("whole").read_bytes().splitlines(keepends=True)
-    written = [line if isinstance(line, bytes) else own[line] for line in lines]
-    Path("journal").write_bytes((header if has_header else b"") + b"".join(written) + tail)
+    if not Path("complete").exists():
+        lines_of_a_complete_run(home)
+        Path("journal").rename("complete")
+    header, *own = Path("complete").read_bytes().splitlines(keepends=True)
+    content = [header] if has_header else []
+    content += [line if isinstance(line, bytes) else own[line] for line in lines]
+    Path("journal").write_bytes(b"".join(content) + tail)
     before = snapshot(home)
     error = error_of(lambda: stream(journal="journal"))
     if error is None:
@@ -266,7 +255,6 @@ def test_any_lines_of_a_journal_are_refused_or_give_the_right_output(
         assert "Name another journal" in str(error)
         assert snapshot(home) == before
     np.testing.assert_allclose(np.load("out.npy"), reference().numpy(), rtol=1e-10, atol=1e-10)
-    inputs = {"q.npy", "k.npy", "v.npy"}
-    assert {name: snapshot(home)[name] for name in inputs} == {
-        name: before[name] for name in inputs
-    }
+    after = snapshot(home)
+    for name in ("q.npy", "k.npy", "v.npy"):
+        assert after[name] == before[name]

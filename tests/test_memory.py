@@ -1,18 +1,22 @@
-"""Peak memory at 64K tokens: what a call holds beyond its tensors, as the operating system sees it.
+"""Peak resident memory of a call at 64K tokens, beyond its inputs and outputs.
 
-Each measurement is a process of its own, and the judge is its ru_maxrss, the most memory that was ever resident:
+Each measurement is a process of its own, by its ru_maxrss (the largest resident memory ever):
 
-1. A program of the same kind runs on 2048 tokens first, so that code, thread stacks and the library's own tables are there.
-2. What counts as given is allocated and every page of it touched: q, k, v, and for the backward the output and its gradient.
-3. What the process holds but does not use goes back to the system: malloc_trim, and a fixed MALLOC_MMAP_THRESHOLD_, by which
-   every larger block goes as soon as it is freed. Ballast makes up for peaks of the past: none of the peak to come hides below.
-4. The call runs once, planning included. Its peak less what was resident before, less the bytes that it returns, is what it held.
+1. Warm up: a program of the same kind runs on 2048 tokens, which loads code, thread stacks and the
+   library's tables.
+2. Allocate the inputs and touch every page: q, k, v, and for the backward out and its gradient.
+3. Return unused memory to the system: malloc_trim, and a fixed MALLOC_MMAP_THRESHOLD_, by which
+   larger blocks are returned when they are freed. Ballast fills the difference to the peak of the
+   past, below which a new peak would be invisible.
+4. Run the call once, planning included. The result is its peak, minus the resident memory before,
+   minus the bytes that it returns.
 
 Shares are of q, k, v and out together: 512 MiB in float32 at 64K tokens, 8 heads of 64.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -21,7 +25,7 @@ from typing import Any
 import pytest
 
 TOKENS = 65536
-# Of q, k, v and out, for a forward beyond the output, for a backward beyond the gradients.
+# Shares of q, k, v and out: a forward beyond its output, a backward beyond the gradients.
 LIMITS = {"forward": 0.05, "backward": 0.15}
 
 MEASURE = """
@@ -34,13 +38,14 @@ dtype, backward, tokens = getattr(torch, sys.argv[3]), sys.argv[4] == "backward"
 torch.set_num_threads(2)
 
 def tensors(n):
-    return [torch.empty(1, 8, n, 64, dtype=dtype).normal_().requires_grad_(backward) for _ in range(3)]
+    shape = (1, 8, n, 64)
+    return [torch.randn(shape, dtype=dtype).requires_grad_(backward) for _ in range(3)]
 
 def resident():
     return psutil.Process().memory_info().rss
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 warm = tensors(2048)
 out = cd.compile(small)(*warm)
@@ -62,7 +67,8 @@ else:
     out = attend(*inputs)
     results = [out]
 held = peak() - before - sum(x.nbytes for x in results)
-print(json.dumps({"share": held / (sum(x.nbytes for x in inputs) + out.nbytes), "lowering": attend.plan(*inputs).lowering}))
+share = held / (sum(x.nbytes for x in inputs) + out.nbytes)
+print(json.dumps({"share": share, "lowering": attend.plan(*inputs).lowering}))
 """
 
 # A program, and one of its kind for 2048 tokens.
@@ -85,57 +91,42 @@ PROGRAMS = {
 QUICK = {("local window", "float32"), ("local window", "bfloat16"), ("hilbert window", "float32")}
 
 
-def measured() -> list[Any]:
+def measurements() -> list[Any]:
     """(program, dtype, forward or backward); slow unless quick."""
-    return [
-        pytest.param(
-            name,
-            dtype,
-            way,
-            marks=() if way == "forward" and (name, dtype) in QUICK else pytest.mark.slow,
-        )
-        for way in LIMITS
-        for dtype in ("float32", "bfloat16")
-        for name in PROGRAMS
-    ]
+    out = []
+    for way, dtype, name in itertools.product(LIMITS, ("float32", "bfloat16"), PROGRAMS):
+        is_quick = way == "forward" and (name, dtype) in QUICK
+        out.append(pytest.param(name, dtype, way, marks=() if is_quick else pytest.mark.slow))
+    return out
+
+
+def measure(fresh_python: Callable[..., Any], code: str, *arguments: str) -> dict[str, Any]:
+    """The printed record of a measurement in a process of its own."""
+    run = fresh_python("-c", code, *arguments, MALLOC_MMAP_THRESHOLD_="65536")
+    assert run.returncode == 0, run.stderr
+    record: dict[str, Any] = json.loads(run.stdout)
+    return record
 
 
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"),
     reason="glibc's malloc and Linux's count of resident pages",
 )
-@pytest.mark.parametrize(("name", "dtype", "way"), measured())
+@pytest.mark.parametrize(("name", "dtype", "way"), measurements())
 def test_peak_memory(fresh_python: Callable[..., Any], name: str, dtype: str, way: str) -> None:
-    run = fresh_python(
-        "-c", MEASURE, *PROGRAMS[name], dtype, way, str(TOKENS), MALLOC_MMAP_THRESHOLD_="65536"
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["share"] <= LIMITS[way], (
-        f"{name} by {found['lowering']}: {found['share']:.1%} of q, k, v and out"
+    record = measure(fresh_python, MEASURE, *PROGRAMS[name], dtype, way, str(TOKENS))
+    assert record["share"] <= LIMITS[way], (
+        f"{name} by {record['lowering']}: {record['share']:.1%} of q, k, v and out"
     )
 
 
-# The same accounting on something known: a measurement that cannot see 64 MiB proves nothing.
-
-
-def test_the_measurement_sees_what_is_held(fresh_python: Callable[..., Any]) -> None:
+def test_the_measurement_sees_64_mib(fresh_python: Callable[..., Any]) -> None:
     held = 64 * 2**20
-    spy = MEASURE.replace(
-        "    out = attend(*inputs)\n    results",
-        f"    out = attend(*inputs)\n    torch.ones({held}, dtype=torch.uint8)\n    results",
-    )
-    assert spy != MEASURE
-    run = fresh_python(
-        "-c",
-        spy,
-        *PROGRAMS["local window"],
-        "float32",
-        "forward",
-        "8192",
-        MALLOC_MMAP_THRESHOLD_="65536",
-    )
-    assert run.returncode == 0, run.stderr
-    share = json.loads(run.stdout)["share"]
-    tensors = 4 * 8 * 8192 * 64 * 4
-    assert held - 2**20 <= share * tensors <= held + 12 * 2**20
+    call = "    out = attend(*inputs)\n"
+    allocation = f"    torch.ones({held}, dtype=torch.uint8)\n"
+    code = MEASURE.replace(f"{call}    results", f"{call}{allocation}    results")
+    assert code != MEASURE
+    program = PROGRAMS["local window"]
+    record = measure(fresh_python, code, *program, "float32", "forward", "8192")
+    tensor_bytes = 4 * 8 * 8192 * 64 * 4
+    assert held - 2**20 <= record["share"] * tensor_bytes <= held + 12 * 2**20

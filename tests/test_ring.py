@@ -1,6 +1,6 @@
-"""Rings simulated in one process against the reference: forward, lse and gradients, over the one table of cases.
+"""Simulated rings against the reference: forward, lse and gradients, over the table of cases.
 
-Every step of every rank is executed, from the messages that it would receive. What the ledger counts is what the plan said.
+Every step of every rank is executed, from the messages that it would receive.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from compiled_dilated.attend import Attend
 from compiled_dilated.programs import as_program
 from compiled_dilated.ring.plans import RingPlan, layouts_of
 from tests.cases import CASES, Case, Inputs, by_name
+from tests.comparing import assert_close, leaves, normal
 from tests.strategies import programs
 from tests.support.results import (
     assert_same,
@@ -37,7 +39,7 @@ RANKS = (1, 2, 3, 4, 8, 16)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """A ring of few tokens is many small kernels, for each of which two threads wait longer than they compute."""
+    """Kernels on few tokens are faster with one thread than with two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +50,7 @@ def ring(case: Case, n: int, ranks: int, layout: str = "auto") -> Attend:
     return cd.compile(case.program(n), ranks=ranks, layout=layout)
 
 
-# All cases: at three ranks in every run, at every number of them and more lengths where there is time
+# All cases: three ranks in every run; more ranks and lengths in slow runs
 
 LENGTH_OF = {case: next((n for n in case.lengths if n >= 129), case.lengths[-1]) for case in CASES}
 
@@ -56,8 +58,8 @@ LENGTH_OF = {case: next((n for n in case.lengths if n >= 129), case.lengths[-1])
 @pytest.mark.parametrize("case", [case for case in CASES if LENGTH_OF[case] <= 331], ids=str)
 def test_every_case(case: Case) -> None:
     n = LENGTH_OF[case]
-    inputs, want = truth(case, n, torch.float64)
-    assert_same(run(ring(case, n, 3, "contiguous"), inputs), want)
+    inputs, expected = truth(case, n, torch.float64)
+    assert_same(run(ring(case, n, 3, "contiguous"), inputs), expected)
 
 
 @pytest.mark.slow
@@ -65,8 +67,8 @@ def test_every_case(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case_at_every_number_of_ranks(case: Case, ranks: int) -> None:
     for n in case.lengths:
-        inputs, want = truth(case, n, torch.float64)
-        assert_same(run(ring(case, n, ranks), inputs), want)
+        inputs, expected = truth(case, n, torch.float64)
+        assert_same(run(ring(case, n, ranks), inputs), expected)
 
 
 FEW = (
@@ -93,21 +95,22 @@ FEW = (
     [(name, ranks) for name in FEW for ranks in (1, 2, 4, 8) if name != "from_mod per head"]
     + [(name, 16) for name in ("causal", "padding and documents", "longnet split causal, uneven")],
 )
-def test_number_of_ranks(name: str, ranks: int) -> None:
-    """Fewer tokens than ranks among them."""
+def test_any_number_of_ranks_gives_the_reference(name: str, ranks: int) -> None:
+    """With fewer tokens than ranks too."""
+    case, layout = by_name(name), "auto" if ranks == 2 else "zigzag"
     for n in (1, 37):
-        inputs, want = truth(by_name(name), n, torch.float64)
-        assert_same(
-            run(ring(by_name(name), n, ranks, "auto" if ranks == 2 else "zigzag"), inputs), want
-        )
+        inputs, expected = truth(case, n, torch.float64)
+        assert_same(run(ring(case, n, ranks, layout), inputs), expected)
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_every_layout(name: str) -> None:
+def test_every_layout_gives_the_reference(name: str) -> None:
     case, n = by_name(name), 66
-    inputs, want = truth(case, n, torch.float64)
+    inputs, expected = truth(case, n, torch.float64)
     for layout in layouts_of(as_program(case.program(n)), n, 4):
-        assert_same(run(ring(case, n, 4, layout.name.split()[0].split("(")[0]), inputs), want)
+        # "residue 3" and "hilbert(8, 8)" are named "residue" and "hilbert".
+        layout_name = layout.name.split()[0].split("(")[0]
+        assert_same(run(ring(case, n, 4, layout_name), inputs), expected)
 
 
 @settings(max_examples=8)
@@ -118,16 +121,13 @@ def test_every_layout(name: str) -> None:
 )
 def test_any_program(drawn: tuple[Program, int], ranks: int, layout: str) -> None:
     program, n = drawn
-    generator = torch.Generator().manual_seed(n)
-    shapes = ((1, 3, n, 4), (1, 3, n, 4), (1, 3, n, 5), (1, 3, n, 5), (1, 3, n))
-    q, k, v, grad_out, grad_lse = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
-    )
-    inputs = Inputs(
-        q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), {}, grad_out, grad_lse
-    )
-    want = run(lambda *x, **options: cd.reference(program, *x, **options), inputs)
-    assert_same(run(cd.compile(program, ranks=ranks, layout=layout), inputs), want)
+    shapes = (1, 3, n, 4), (1, 3, n, 4), (1, 3, n, 5), (1, 3, n, 5), (1, 3, n)
+    q, k, v, grad_out, grad_lse = normal(*shapes, seed=n)
+    for x in (q, k, v):
+        x.requires_grad_()
+    inputs = Inputs(q, k, v, {}, grad_out, grad_lse)
+    expected = run(partial(cd.reference, program), inputs)
+    assert_same(run(cd.compile(program, ranks=ranks, layout=layout), inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -143,17 +143,15 @@ def test_any_program(drawn: tuple[Program, int], ranks: int, layout: str) -> Non
 )
 def test_lower_precision(name: str, dtype: torch.dtype) -> None:
     case, n = by_name(name), 127
-    inputs, want = truth(case, n, dtype, with_lse=False)
-    got, theirs = (
-        run(ring(case, n, 4, "zigzag"), inputs, with_lse=False),
-        dense_attention(as_program(case.program(n)), inputs, want),
-    )
-    assert (got.out.dtype, got.lse.dtype) == (dtype, torch.float32)
-    dead_rows_are_zero(got, want)
-    no_worse_than_dense("out", got.out, theirs.out, want.out)
-    no_worse_than_dense("lse", got.lse, theirs.lse, want.lse)
-    for x, dense, exact in zip(got.grads, theirs.grads, want.grads, strict=True):
-        no_worse_than_dense("a gradient", x, dense, exact)
+    inputs, exact = truth(case, n, dtype, with_lse=False)
+    result = run(ring(case, n, 4, "zigzag"), inputs, with_lse=False)
+    dense = dense_attention(as_program(case.program(n)), inputs, exact)
+    assert (result.out.dtype, result.lse.dtype) == (dtype, torch.float32)
+    dead_rows_are_zero(result, exact)
+    no_worse_than_dense("out", result.out, dense.out, exact.out)
+    no_worse_than_dense("lse", result.lse, dense.lse, exact.lse)
+    for grad, dense_grad, exact_grad in zip(result.grads, dense.grads, exact.grads, strict=True):
+        no_worse_than_dense("a gradient", grad, dense_grad, exact_grad)
 
 
 # Options of a call
@@ -165,25 +163,30 @@ def far_and_by_head(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("causal", "contiguous"), ("causal", "zigzag"), ("window dilated causal", "striped"), ("longnet split", "residue"),
-     ("hilbert window", "hilbert")],
-)  # fmt: skip
+    [
+        ("causal", "contiguous"),
+        ("causal", "zigzag"),
+        ("window dilated causal", "striped"),
+        ("longnet split", "residue"),
+        ("hilbert window", "hilbert"),
+    ],
+)
 def test_score_mod_reads_global_positions_and_heads(name: str, layout: str) -> None:
     case, n = by_name(name), 60
     inputs, program = case.inputs(n, torch.float64), case.program(n)
     options: dict[str, Any] = {"score_mod": far_and_by_head, "scale": 0.2}
-    want = run(lambda *x, **more: cd.reference(program, *x, **more), inputs, **options)
-    assert_same(run(ring(case, n, 3, layout), inputs, **options), want)
+    expected = run(partial(cd.reference, program), inputs, **options)
+    assert_same(run(ring(case, n, 3, layout), inputs, **options), expected)
 
 
-def test_sinks_of_logits() -> None:
+def test_sink_logits_join_the_denominator() -> None:
     inputs, program = by_name("causal").inputs(70, torch.float64), masks.causal()
     logits = torch.randn(4, dtype=torch.float64)
-    want = run(lambda *x, **more: cd.reference(program, *x, **more), inputs, sink_logits=logits)
-    assert_same(run(cd.compile(program, ranks=3), inputs, sink_logits=logits), want)
+    expected = run(partial(cd.reference, program), inputs, sink_logits=logits)
+    assert_same(run(cd.compile(program, ranks=3), inputs, sink_logits=logits), expected)
 
 
-# What torch does with it
+# torch.compile, torch.func, copies
 
 LONGNET = cd.longnet((16, 48), (1, 3), causal=True)
 
@@ -195,53 +198,46 @@ def tensors(*leading: int, n: int = 60) -> list[Tensor]:
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])
 def test_inside_torch_compile(layout: str) -> None:
     attend = cd.compile(LONGNET, ranks=4, layout=layout)
-    x = [each.requires_grad_() for each in tensors(2)]
-    want = attend(*x)
-    got = torch.compile(lambda *x: attend(*x), fullgraph=True, backend="aot_eager")(*x)
-    assert torch.equal(got, want)
-    torch.testing.assert_close(
-        torch.autograd.grad(got.sum(), x),
-        torch.autograd.grad(want.sum(), x),
-        rtol=1e-10,
-        atol=1e-10,
-    )
+    inputs = leaves(*tensors(2))
+    eager = attend(*inputs)
+    compiled = torch.compile(lambda *x: attend(*x), fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(compiled, eager)
+    eager_grads = torch.autograd.grad(eager.sum(), inputs)
+    assert_close(torch.autograd.grad(compiled.sum(), inputs), eager_grads)
 
 
 def test_transforms_of_torch_func() -> None:
     attend, single, many = cd.compile(LONGNET, ranks=3), cd.compile(LONGNET), tensors(3, 2)
-    torch.testing.assert_close(
-        torch.func.vmap(attend)(*many), torch.func.vmap(single)(*many), rtol=1e-10, atol=1e-10
-    )
+    assert_close(torch.func.vmap(attend)(*many), torch.func.vmap(single)(*many))
+    entry = [x[0] for x in many]
 
-    def gradients(f: Attend) -> Any:
-        return torch.func.grad(lambda q, k, v: f(q, k, v).square().sum(), (0, 1, 2))(
-            *(x[0] for x in many)
-        )
+    def gradients(function: Attend) -> Any:
+        def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return function(q, k, v).square().sum()
 
-    torch.testing.assert_close(gradients(attend), gradients(single), rtol=1e-10, atol=1e-10)
+        return torch.func.grad(loss, (0, 1, 2))(*entry)
+
+    assert_close(gradients(attend), gradients(single))
 
 
 def test_two_runs_give_the_same_bits() -> None:
     case = by_name("longnet causal")
     inputs, attend = case.inputs(129, torch.float32), ring(case, 129, 4, "zigzag")
     first, second = run(attend, inputs), run(attend, inputs)
-    for one, other in zip(
-        (first.out, first.lse, *first.grads), (second.out, second.lse, *second.grads), strict=True
-    ):
-        assert torch.equal(one, other)
+    assert torch.equal(first.out, second.out)
+    assert torch.equal(first.lse, second.lse)
+    for grad, grad_again in zip(first.grads, second.grads, strict=True):
+        assert torch.equal(grad, grad_again)
     assert torch.equal(first.frozen[0], first.out)
 
 
 def test_a_copy_computes_the_same() -> None:
     attend = cd.compile(LONGNET, ranks=4, layout="zigzag")
-    x = tensors(1)
+    q, k, v = tensors(1)
     copy = pickle.loads(pickle.dumps(attend))
-    assert (
-        repr(copy)
-        == repr(attend)
-        == f"compile({LONGNET!r}, Ring(4, layout='zigzag', transport=simulated))"
-    )
-    assert torch.equal(copy(*x), attend(*x))
+    code = f"compile({LONGNET!r}, Ring(4, layout='zigzag', transport=simulated))"
+    assert repr(copy) == repr(attend) == code
+    assert torch.equal(copy(q, k, v), attend(q, k, v))
 
 
 def test_nothing_leaks_backwards_in_any_layout() -> None:
@@ -253,19 +249,16 @@ def test_nothing_leaks_backwards_in_any_layout() -> None:
         assert torch.equal(attend(*changed)[:, :, :40], before[:, :, :40])
 
 
-# What the plan says, and what is done
+# Plans, and their execution
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "residue"])
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_the_ledger_equals_the_plan(ranks: int, layout: str) -> None:
-    attend, x = (
-        cd.compile(LONGNET, ranks=ranks, layout=layout),
-        [each.requires_grad_() for each in tensors(2)],
-    )
-    plan = attend.plan(*x)
-    out = attend(*x)
-    for _ in range(2):  # a backward receives what a forward does
+    attend = cd.compile(LONGNET, ranks=ranks, layout=layout)
+    inputs = leaves(*tensors(2))
+    plan, out = attend.plan(*inputs), attend(*inputs)
+    for _ in range(2):  # first of the forward, then of a backward, which receives as much
         assert attend.ring is not None
         ledger = attend.ring.ledger
         assert ledger.received_bytes == sum(load.received_bytes for load in plan.loads)
@@ -282,43 +275,38 @@ def planned(layout: str = "auto", ranks: int = 4, n: int = 100) -> RingPlan:
 @pytest.mark.parametrize(("n", "ranks"), [(100, 4), (3, 5), (17, 16)])
 def test_positions_partition_the_tokens(layout: str, n: int, ranks: int) -> None:
     plan = planned(layout, ranks, n)
-    assert torch.cat(
-        [plan.positions(rank) for rank in range(ranks)]
-    ).sort().values.tolist() == list(range(n))
+    positions = torch.cat([plan.positions(rank) for rank in range(ranks)])
+    assert sorted(positions.tolist()) == list(range(n))
 
 
 def test_positions_along_a_curve() -> None:
     plan = cd.plan(masks.neighborhood((8, 8), 2), (1, 1, 64, 8), ranks=4, layout="hilbert")
-    quarters = [
-        sorted({(at // 8 // 4, at % 8 // 4) for at in plan.positions(rank).tolist()})
-        for rank in range(4)
-    ]
-    assert sorted(quarters) == [[(0, 0)], [(0, 1)], [(1, 0)], [(1, 1)]]
+    # Each rank has one quarter of the grid of 8 x 8.
+    quarters = []
+    for rank in range(4):
+        rows, columns = plan.positions(rank) // 8, plan.positions(rank) % 8
+        (quarter,) = set(zip((rows // 4).tolist(), (columns // 4).tolist(), strict=True))
+        quarters.append(quarter)
+    assert sorted(quarters) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
-def test_the_plan_weighs_layouts_and_says_why() -> None:
+def test_the_plan_weighs_layouts_and_gives_its_reason() -> None:
     plan = planned()
-    told = json.loads(json.dumps(plan.to_json()))
-    assert (told["ranks"], told["layout"], told["kv_heads"]) == (4, plan.schedule.layout.name, 2)
-    assert [row["layout"] for row in told["layouts"] if row["chosen"]] == [told["layout"]]
-    assert [row["layout"] for row in told["layouts"]] == [
-        "contiguous",
-        "zigzag",
-        "striped",
-        "residue 3",
-    ]
+    record = json.loads(json.dumps(plan.to_json()))
+    assert (record["ranks"], record["kv_heads"]) == (4, 2)
+    assert record["layout"] == plan.schedule.layout.name
+    assert [row["layout"] for row in record["layouts"] if row["chosen"]] == [record["layout"]]
+    names = [row["layout"] for row in record["layouts"]]
+    assert names == ["contiguous", "zigzag", "striped", "residue 3"]
     text = plan.explain()
     assert str(plan) == text
-    assert f"chosen    {told['layout']}: the slowest rank, bound by what it " in text
+    assert f"chosen    {record['layout']}: the slowest rank, bound by what it " in text
     assert "over 4 ranks" in text
     assert "as asked" in planned("zigzag").explain()
 
 
 def test_the_layout_follows_the_mask() -> None:
-    """Windows stay where they are, causal work is evened out."""
-    shape = (1, 8, 65536, 64)
-    assert (
-        cd.plan(masks.causal() & masks.window(1024), shape, ranks=8).schedule.layout.name
-        == "contiguous"
-    )
+    """Contiguous for windows, which have few messages; even work for causal masks."""
+    shape, window = (1, 8, 65536, 64), masks.causal() & masks.window(1024)
+    assert cd.plan(window, shape, ranks=8).schedule.layout.name == "contiguous"
     assert cd.plan(masks.causal(), shape, ranks=8).schedule.layout.name in ("zigzag", "striped")

@@ -1,4 +1,4 @@
-"""Schedules as data: every allowed pair once, nothing sent without need or twice, and few steps for many ranks."""
+"""Schedules as data: every allowed pair once, no row sent without need or twice."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from compiled_dilated.masks import Mask
 from compiled_dilated.programs import as_program
 from compiled_dilated.regions import EMPTY, FULL, Regions
 from compiled_dilated.ring.blocks import in_place
+from compiled_dilated.ring.extents import regions
 from compiled_dilated.ring.layouts import Contiguous, Layout
 from compiled_dilated.ring.plans import layouts_of
-from compiled_dilated.ring.schedules import Block, Schedule, regions
+from compiled_dilated.ring.schedules import Schedule
+from compiled_dilated.ring.steps import Block
 from tests import strategies
 from tests.cases import grid_of
 from tests.support.decoding import MASKS
@@ -34,24 +36,31 @@ def inside(inner: range, outer: range) -> bool:
 
 
 def counts_of(schedule: Schedule) -> npt.NDArray[np.int64]:
-    """How many branches allow each pair of places, (heads, tokens, tokens), by definition."""
+    """Number of branches that allow each pair of places, (heads, tokens, tokens), by definition."""
     layout = schedule.layout
     permutation = layout.order.permutation(layout.tokens)
-    at = np.arange(layout.tokens) if permutation is None else permutation
+    positions = np.arange(layout.tokens) if permutation is None else permutation
     out = np.zeros((schedule.heads, layout.tokens, layout.tokens), dtype=np.int64)
     for branch in schedule.program.branches:
         for head in branch.head_range(schedule.heads):
             out[head] += branch.mask_at(head, schedule.heads).allows(
-                np.int64(0), np.int64(head), at[:, None], at[None, :]
+                np.int64(0), np.int64(head), positions[:, None], positions[None, :]
             )
     return out
 
 
-def scheduled(schedule: Schedule, blocks: Iterator[Block]) -> npt.NDArray[np.int64]:
-    """How often each pair is computed."""
+def blocks_of(schedule: Schedule) -> Iterator[Block]:
+    """The blocks of all steps of all ranks."""
+    for rank in range(schedule.layout.ranks):
+        for step in schedule.steps(rank):
+            yield from step.blocks
+
+
+def scheduled_counts_of(schedule: Schedule) -> npt.NDArray[np.int64]:
+    """Number of times that each pair is computed, (heads, tokens, tokens)."""
     tokens = schedule.layout.tokens
     out = np.zeros((schedule.heads, tokens, tokens), dtype=np.int64)
-    for block in blocks:
+    for block in blocks_of(schedule):
         queries, keys = np.array(block.queries), np.array(block.keys)
         allowed = block.mask.allows(np.int64(0), np.int64(0), queries[:, None], keys[None, :])
         for head in block.heads.indices():
@@ -60,80 +69,82 @@ def scheduled(schedule: Schedule, blocks: Iterator[Block]) -> npt.NDArray[np.int
 
 
 def check_steps(schedule: Schedule) -> None:
-    """Blocks and messages are about what their rank and their source hold; nothing is sent for nothing."""
-    layout, group = schedule.layout, schedule.heads // schedule.kv_heads
+    """Check that ranks compute their own queries, from keys that they have or receive."""
+    layout = schedule.layout
     for rank in range(layout.ranks):
         steps = list(schedule.steps(rank))
         distances = [schedule.distance(rank, step.source) for step in steps]
         assert distances == sorted(set(distances))
         for step in steps:
-            runs = layout.runs(step.source)
+            # Every message is read, sent once, and part of a run of its source.
             assert step.blocks
             assert set(step.messages) == {block.message for block in step.blocks} - {None}
             assert len(set(step.messages)) == len(step.messages)
-            assert all(any(inside(message.rows, run) for run in runs) for message in step.messages)
+            for message in step.messages:
+                assert any(inside(message.rows, run) for run in layout.runs(step.source))
             for block in step.blocks:
                 assert (block.message is None) == (step.source == rank)
                 assert any(inside(block.queries, run) for run in layout.runs(rank))
-                holders = runs if block.message is None else [block.message.rows]
-                assert any(inside(block.keys, holder) for holder in holders)
-                read = {head // group for head in block.heads.indices()}
-                assert set(block.kv_heads.indices()) == read
-                assert block.message is None or read <= set(block.message.kv_heads.indices())
+                check_keys(schedule, step.source, block)
+
+
+def check_keys(schedule: Schedule, source: int, block: Block) -> None:
+    """Check that a block's keys and key heads are in its message, or in the rank's own rows."""
+    group = schedule.heads // schedule.kv_heads
+    kv_heads = set(block.kv_heads.indices())
+    assert kv_heads == {head // group for head in block.heads.indices()}
+    if block.message is None:
+        assert any(inside(block.keys, run) for run in schedule.layout.runs(source))
+    else:
+        assert inside(block.keys, block.message.rows)
+        assert kv_heads <= set(block.message.kv_heads.indices())
 
 
 def check_peers(schedule: Schedule) -> None:
-    """Both ends of every transfer know of it: sources and targets leave out no step that there is."""
+    """Check that sources and targets name the peers of all steps, by distance."""
     ranks = range(schedule.layout.ranks)
-    needed = {
-        (rank, source)
-        for rank in ranks
-        for source in ranks
-        if schedule.step(rank, source) is not None
-    }
     for rank in ranks:
         sources, targets = schedule.sources(rank), schedule.targets(rank)
-        assert {source for at, source in needed if at == rank} <= set(sources)
-        assert {target for target, source in needed if source == rank} - {rank} <= set(targets)
-        assert [schedule.distance(rank, source) for source in sources] == sorted(
-            schedule.distance(rank, s) for s in set(sources)
-        )
-        assert [schedule.distance(t, rank) for t in targets] == sorted(
-            schedule.distance(t, rank) for t in set(targets)
-        )
+        for peer in ranks:
+            if schedule.step(rank, peer) is not None:
+                assert peer in sources
+            if peer != rank and schedule.step(peer, rank) is not None:
+                assert peer in targets
+        distances = [schedule.distance(rank, source) for source in sources]
+        assert distances == sorted(set(distances))
+        distances = [schedule.distance(target, rank) for target in targets]
+        assert distances == sorted(set(distances))
+
+
+def check(schedule: Schedule) -> None:
+    """Check counts, steps and peers of a schedule."""
+    assert (scheduled_counts_of(schedule) == counts_of(schedule)).all()
+    check_steps(schedule)
+    check_peers(schedule)
 
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    """One or two branches over a layout that is weighed for them, at most 30 tokens."""
+    """One or two branches over a candidate layout, at most 30 tokens."""
     mask, order, tokens = draw(strategies.masks_and_orders(30))
     heads = st.sampled_from([None, (0, 3), (1, 4), "1/2"])
     branches = [Branch(mask, draw(heads), order)]
     if draw(st.booleans()):
-        branches.append(
-            Branch(draw(strategies.expressions(strategies.line_masks(30))), draw(heads))
-        )
+        second_mask = draw(strategies.expressions(strategies.line_masks(30)))
+        branches.append(Branch(second_mask, draw(heads)))
     program = Program(tuple(branches))
-    layout = draw(
-        st.sampled_from(layouts_of(program, tokens, draw(st.sampled_from((1, 2, 3, 5, 8)))))
-    )
+    ranks = draw(st.sampled_from((1, 2, 3, 5, 8)))
+    layout = draw(st.sampled_from(layouts_of(program, tokens, ranks)))
     return Schedule(program, layout, HEADS, KV_HEADS)
 
 
 @settings(max_examples=30)
 @given(schedules())
 def test_every_pair_is_computed_once_for_each_branch_that_allows_it(schedule: Schedule) -> None:
-    blocks = (
-        block
-        for rank in range(schedule.layout.ranks)
-        for step in schedule.steps(rank)
-        for block in step.blocks
-    )
-    assert (scheduled(schedule, blocks) == counts_of(schedule)).all()
-    check_steps(schedule)
-    check_peers(schedule)
+    check(schedule)
 
 
+WINDOW = Branch(masks.window(4))
 PROGRAMS = [
     cd.longnet((8, 16, 32), (1, 2, 4)),
     cd.longnet((8, 16, 32), (1, 2, 4), causal=True),
@@ -142,13 +153,7 @@ PROGRAMS = [
     cd.hilbert_window(grid_of(63), 2),
     as_program(masks.causal() & (masks.window(6) | masks.sinks(3))),
     as_program(masks.from_mod(strategies.by_head, within=masks.window(8))),
-    Program(
-        (
-            Branch(masks.window(4)),
-            Branch(masks.causal(), order=orders.residue(3)),
-            Branch(masks.window(4)),
-        )
-    ),
+    Program((WINDOW, Branch(masks.causal(), order=orders.residue(3)), WINDOW)),
 ]
 
 
@@ -156,63 +161,59 @@ PROGRAMS = [
 @pytest.mark.parametrize("program", PROGRAMS, ids=repr)
 def test_schedules_of_named_programs(program: Program, ranks: int) -> None:
     for layout in layouts_of(program, 63, ranks):
-        schedule = Schedule(program, layout, HEADS, KV_HEADS)
-        blocks = (
-            block for rank in range(ranks) for step in schedule.steps(rank) for block in step.blocks
-        )
-        assert (scheduled(schedule, blocks) == counts_of(schedule)).all()
-        check_steps(schedule)
-        check_peers(schedule)
+        check(Schedule(program, layout, HEADS, KV_HEADS))
 
 
 @settings(max_examples=30)
 @given(schedules(), st.data())
 def test_a_block_in_place_is_the_same_block(schedule: Schedule, data: st.DataObject) -> None:
-    """A block's own mask says of counted queries and keys, and of tiles of them, what the whole mask says of their places."""
-    blocks = [
-        block
-        for rank in range(schedule.layout.ranks)
-        for step in schedule.steps(rank)
-        for block in step.blocks
-    ]
+    """Its mask over indices from 0 allows the pairs that the original one allows at its places."""
+    blocks = list(blocks_of(schedule))
     if not blocks:
         return
     block = data.draw(st.sampled_from(blocks))
     mask, offset = in_place(block.mask, block.queries, block.keys)
     q, kv = np.arange(len(block.queries)) + offset, np.arange(len(block.keys))
-    zero = np.int64(0)
-    got = np.broadcast_to(mask.allows(zero, zero, q[:, None], kv[None, :]), (len(q), len(kv)))
-    want = block.mask.allows(
-        zero, zero, np.array(block.queries)[:, None], np.array(block.keys)[None, :]
-    )
-    assert (got == want).all()
+    allowed = allowed_pairs(mask, q, kv)
+    places = np.array(block.queries), np.array(block.keys)
+    assert (allowed == allowed_pairs(block.mask, *places)).all()
+    # Verdicts on tiles agree with the pairs.
     for rows, columns in itertools.product(np.array_split(q, 2), np.array_split(kv, 2)):
         if len(rows) and len(columns):
-            tile = got[np.ix_(rows - offset, columns)]
+            tile = allowed[np.ix_(rows - offset, columns)]
             sides = (Regions.contiguous([run[0]], [run[-1] + 1]) for run in (rows, columns))
             verdict = mask.classify(*sides)[0]
             assert not (verdict == EMPTY and tile.any())
             assert not (verdict == FULL and not tile.all())
 
 
-# What a mask leaves of queries and keys
+def allowed_pairs(
+    mask: Mask, q: npt.NDArray[np.int64], kv: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Pairs that a mask allows, (queries, keys), for the first batch entry and head."""
+    zero = np.int64(0)
+    allowed = mask.allows(zero, zero, q[:, None], kv[None, :])
+    return np.broadcast_to(allowed, (len(q), len(kv)))
+
+
+# Queries and keys without those that a mask hides
 
 
 @st.composite
 def spans(draw: st.DrawFn, tokens: int) -> range:
     start = draw(st.integers(0, tokens - 1))
-    return range(
-        start, draw(st.integers(start + 1, tokens)), draw(st.sampled_from((1, 1, 2, 3, 6)))
-    )
+    stop = draw(st.integers(start + 1, tokens))
+    return range(start, stop, draw(st.sampled_from((1, 1, 2, 3, 6))))
 
 
 def check_shrink(mask: Mask, q: range, kv: range) -> None:
-    left_q, left_kv = mask.shrink(q, kv)
-    assert inside(left_q, q)
-    assert inside(left_kv, kv)
+    """Check that ranges are narrowed, and that no allowed pair is lost."""
+    narrow_q, narrow_kv = mask.shrink(q, kv)
+    assert inside(narrow_q, q)
+    assert inside(narrow_kv, kv)
     allowed = strategies.dense(mask, 45, 45)[np.ix_(q, kv)]
-    kept = np.isin(q, left_q)[:, None] & np.isin(kv, left_kv)[None, :]
-    assert not (allowed & ~kept).any()
+    remaining = np.isin(q, narrow_q)[:, None] & np.isin(kv, narrow_kv)[None, :]
+    assert not (allowed & ~remaining).any()
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
@@ -232,33 +233,27 @@ def test_shrink_of_any_expression_keeps_every_allowed_pair(mask: Mask, q: range,
     check_shrink(mask, q, kv)
 
 
-# What is sent
+# Messages
 
 
 def rows_received(schedule: Schedule, rank: int) -> Counter[tuple[int, int]]:
-    """(key head, place) of everything that a rank is sent."""
-    return Counter(
-        (head, place)
-        for step in schedule.steps(rank)
-        for message in step.messages
-        for head in message.kv_heads.indices()
-        for place in message.rows
-    )
+    """(key head, place) of all rows that a rank receives, counted."""
+    received: Counter[tuple[int, int]] = Counter()
+    for step in schedule.steps(rank):
+        for message in step.messages:
+            received.update(itertools.product(message.kv_heads.indices(), message.rows))
+    return received
 
 
-def layouts_for(program: Program, tokens: int, ranks: int) -> list[Any]:
-    return [
-        pytest.param(program, layout, id=f"{layout.name}-{program}")
-        for layout in layouts_of(program, tokens, ranks)
-    ]
+def programs_and_layouts() -> Iterator[Any]:
+    """Programs with nested rates, over all of their layouts."""
+    for causal in (False, True):
+        program = cd.longnet((16, 32, 64), (1, 2, 4), causal=causal)
+        for layout in layouts_of(program, 256, 8):
+            yield pytest.param(program, layout, id=f"{layout.name}-{program}")
 
 
-NESTED = cd.longnet((16, 32, 64), (1, 2, 4)), cd.longnet((16, 32, 64), (1, 2, 4), causal=True)
-
-
-@pytest.mark.parametrize(
-    ("program", "layout"), [each for program in NESTED for each in layouts_for(program, 256, 8)]
-)
+@pytest.mark.parametrize(("program", "layout"), programs_and_layouts())
 def test_nested_rates_receive_no_row_twice(program: Program, layout: Layout) -> None:
     for kv_heads in (HEADS, KV_HEADS):
         schedule = Schedule(program, layout, HEADS, kv_heads)
@@ -269,14 +264,10 @@ def test_nested_rates_receive_no_row_twice(program: Program, layout: Layout) -> 
 
 @pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 100, 200, 1000])
 def test_a_causal_window_receives_only_visible_keys(window: int) -> None:
-    """Rank p of shards of n tokens: the window's rows before its first token, in ceil(window / n) remote steps."""
+    """The rows of the window before a rank's first token, in ceil(window / n) remote steps."""
     n, ranks = 64, 8
-    schedule = Schedule(
-        as_program(masks.causal() & masks.window(window)),
-        Contiguous(n * ranks, ranks),
-        HEADS,
-        KV_HEADS,
-    )
+    program = as_program(masks.causal() & masks.window(window))
+    schedule = Schedule(program, Contiguous(n * ranks, ranks), HEADS, KV_HEADS)
     for rank in range(ranks):
         assert rows_received(schedule, rank).total() == KV_HEADS * min(window, rank * n)
         assert len(list(schedule.steps(rank))) == 1 + min(-(-window // n), rank)
@@ -284,11 +275,13 @@ def test_a_causal_window_receives_only_visible_keys(window: int) -> None:
 
 @pytest.mark.parametrize("ranks", [16, 64])
 def test_longnet_moves_what_nested_rates_need(ranks: int) -> None:
-    """A rank needs of each segment that is longer than its shard every r-th row, less those that a finer branch brought."""
+    """Every r-th row of segments longer than a shard, without the rows of the finer branches."""
     lengths, rates, tokens = (64, 256, 1024), (1, 4, 16), 4096
-    n = tokens // ranks
-    wider = zip(lengths, (n, *lengths[:-1]), rates, strict=True)
-    optimum = HEADS * sum(max(0, length - max(before, n)) // rate for length, before, rate in wider)
+    rows, covered = 0, tokens // ranks
+    for length, rate in zip(lengths, rates, strict=True):
+        rows += max(0, length - covered) // rate
+        covered = max(covered, length)
+    optimum = HEADS * rows
     schedule = Schedule(cd.longnet(lengths, rates), Contiguous(tokens, ranks), HEADS, HEADS)
     for rank in range(0, ranks, 5):
         assert optimum <= rows_received(schedule, rank).total() <= 1.1 * optimum
@@ -304,24 +297,25 @@ BILLION = cd.longnet((2048, 4096, 8192), (1, 2, 4))
 def test_a_billion_tokens_are_scheduled_rank_by_rank(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank asks for the steps of its own segment alone: two ranks of 4096 tokens hold one of 8192."""
+    """Only steps within its segment are computed: two ranks of 4096 tokens hold one of 8192."""
     (chosen,) = layouts_of(BILLION, TOKENS, MANY, layout)
     schedule = Schedule(BILLION, chosen, HEADS, KV_HEADS)
-    asked, blocks = set(), Schedule._blocks
+    computed, blocks = set(), Schedule._blocks
 
-    def noted(self: Schedule, rank: int, source: int) -> Iterator[Block]:
-        asked.add((rank, source))
+    def recording(self: Schedule, rank: int, source: int) -> Iterator[Block]:
+        computed.add((rank, source))
         return blocks(self, rank, source)
 
-    monkeypatch.setattr(Schedule, "_blocks", noted)
+    monkeypatch.setattr(Schedule, "_blocks", recording)
     for rank in (0, 1, 131_071, 131_072, MANY - 1):
-        asked.clear()
+        computed.clear()
         segment = {rank // 2 * 2, rank // 2 * 2 + 1}
         assert {step.source for step in schedule.steps(rank)} == segment
-        assert asked == {(rank, source) for source in segment}
+        assert computed == {(rank, source) for source in segment}
         assert set(schedule.targets(rank)) == segment - {rank}
 
 
 def test_regions_of_runs() -> None:
-    made = regions([range(3, 10), range(4, 20, 5)])
-    assert [(int(made.first[i]), int(made.last[i])) for i in range(2)] == [(3, 9), (4, 19)]
+    both = regions([range(3, 10), range(4, 20, 5)])
+    assert [int(first) for first in both.first] == [3, 4]
+    assert [int(last) for last in both.last] == [9, 19]

@@ -1,4 +1,4 @@
-"""Files of a streamed run: none is read and written, no link is followed to one that is created, a power cut tears none."""
+"""Files of a streamed run: no file is both read and written, and a power cut tears none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from compiled_dilated.ring import files, streamed
+from compiled_dilated.ring import files, pipeline
 from compiled_dilated.ring.journals import checksum
 from compiled_dilated.ring.sources import FileSink, FileSource, SampleSink
 from tests.streaming import RANKS, RUN, SHAPE, enter, snapshot, stream
@@ -56,10 +56,8 @@ def test_an_output_that_is_an_input_is_refused(
 ) -> None:
     path = way(f"{name}.npy")
     before = snapshot(home)
-    with pytest.raises(
-        ValueError,
-        match=rf"out='{path}' and {name}='{name}\.npy' are one file.* Pass another path as out",
-    ):
+    message = rf"out='{path}' and {name}='{name}\.npy' are one file.* Pass another path as out"
+    with pytest.raises(ValueError, match=message):
         stream(path)
     assert snapshot(home) == before
 
@@ -80,21 +78,17 @@ def test_a_journal_that_is_an_input_or_the_output_is_refused(
     stream()
     path = way(f"{name}.npy")
     before = snapshot(home)
-    with pytest.raises(
-        ValueError, match=rf"journal='{path}' and {name}='{name}\.npy' are one file"
-    ):
+    message = rf"journal='{path}' and {name}='{name}\.npy' are one file"
+    with pytest.raises(ValueError, match=message):
         stream(journal=path)
     assert snapshot(home) == before
 
 
-def test_a_journal_and_an_output_not_there_yet_are_told_apart_by_where_they_lead(
-    home: Path,
-) -> None:
+def test_new_files_are_compared_by_their_resolved_paths(home: Path) -> None:
     os.symlink(home, "link")
     before = snapshot(home)
-    with pytest.raises(
-        ValueError, match=r"journal='link/out\.npy' and out='out\.npy' are one file"
-    ):
+    message = r"journal='link/out\.npy' and out='out\.npy' are one file"
+    with pytest.raises(ValueError, match=message):
         stream(journal="link/out.npy")
     assert snapshot(home) == before
     assert stream("link/out.npy", journal="link/journal").complete
@@ -118,10 +112,8 @@ def test_sources_and_sinks_of_the_library_are_compared_by_their_files(home: Path
 def test_a_link_to_nothing_is_refused(home: Path, argument: str) -> None:
     os.symlink("elsewhere", "link")
     before = snapshot(home)
-    with pytest.raises(
-        ValueError,
-        match=f"{argument}='link' is a symbolic link to 'elsewhere', which does not exist",
-    ):
+    message = f"{argument}='link' is a symbolic link to 'elsewhere', which does not exist"
+    with pytest.raises(ValueError, match=message):
         stream(**{argument: "link"})
     assert snapshot(home) == before
 
@@ -155,7 +147,8 @@ def test_unfinished_outputs_have_names_that_differ(
     open_path = Path.open
 
     def recording(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        opened.extend([path.name] if mode == "xb" else [])
+        if mode == "xb":
+            opened.append(path.name)
         return open_path(path, mode, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", recording)
@@ -190,7 +183,12 @@ def test_the_output_has_the_permissions_of_other_new_files(home: Path) -> None:
 
 
 class Disk:
-    """What outlives a power cut: of a file its bytes at the last fsync, of a directory the paths in it then."""
+    """The state after a power cut: files and directories as they were at their last fsync.
+
+    files: bytes by name.
+    names: paths in the directories.
+    before_a_file: called before the fsync of a file.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.files, self.names, self._fsync = dict[str, bytes](), set[str](), os.fsync
@@ -207,13 +205,12 @@ class Disk:
             self.files[path.name] = path.read_bytes()
 
     def checksums(self) -> dict[int, str]:
-        """Of the output on the disk, by rank."""
+        """Checksums of the output on disk, by rank."""
         if "out.npy" not in self.files:
             return {}
         out = np.load(io.BytesIO(self.files["out.npy"]))
-        rows = out.shape[2] // RANKS
-        parts = {rank: out[:, :, rank * rows : (rank + 1) * rows] for rank in range(RANKS)}
-        return {rank: checksum(part.tobytes()) for rank, part in parts.items()}
+        parts = np.split(out, RANKS, axis=2)
+        return {rank: checksum(part.tobytes()) for rank, part in enumerate(parts)}
 
 
 def ranks_and_checksums(journal: bytes) -> dict[int, str]:
@@ -224,7 +221,7 @@ def ranks_and_checksums(journal: bytes) -> dict[int, str]:
 def test_a_journal_names_only_ranks_whose_output_was_fsynced(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before each fsync of a file too: the kernel may write a journal to the disk before it is asked to."""
+    """At any time: the kernel may write a journal to disk before its fsync."""
     disk, seen = Disk(monkeypatch), set[int]()
 
     def check() -> None:
@@ -234,17 +231,17 @@ def test_a_journal_names_only_ranks_whose_output_was_fsynced(
         seen.update(finished)
 
     disk.before_a_file = check
-    monkeypatch.setattr(streamed, "_SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(pipeline, "_SYNC_SECONDS", -1.0)
     stream(journal="journal", on_progress=lambda progress: check())
     assert seen == set(range(RANKS))
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 60.0])
-def test_a_finished_run_was_fsynced_whole(
+def test_all_files_of_a_finished_run_were_fsynced(
     home: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     disk = Disk(monkeypatch)
-    monkeypatch.setattr(streamed, "_SYNC_SECONDS", seconds)
+    monkeypatch.setattr(pipeline, "_SYNC_SECONDS", seconds)
     stream(journal="journal")
     for name in ("out.npy", "journal"):
         assert disk.files[name] == Path(name).read_bytes()
@@ -263,6 +260,9 @@ def test_a_disk_that_fails_at_the_end_is_named(home: Path, monkeypatch: pytest.M
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(FileSink, "sync", fail)
-    message = r"cannot write the end of the output: Input/output error\. 4 of 4 ranks .* call again with the same journal"
+    message = (
+        r"cannot write the end of the output: Input/output error\. "
+        r"4 of 4 ranks .* call again with the same journal"
+    )
     with pytest.raises(OSError, match=message):
         stream(journal="journal")

@@ -20,10 +20,10 @@ from .tiling.batches import Batch, Sums
 
 @dataclass(frozen=True)
 class Batched:
-    """A lowering by its way to propose; see `protocol.Lowering`.
+    """A lowering given by its `propose`; see `protocol.Lowering`.
 
     name: as users write it.
-    propose: a function of the problem, whose proposals have batches as their work.
+    propose: a function of the problem; the work of its proposals is batches.
     automatic: whether `auto` weighs it.
     """
 
@@ -75,17 +75,16 @@ class Batched:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge the batches into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+        """Merge all batches into out and lse, in place.
+
+        out: (B, Hq, N, Dv). lse: (B, Hq, N).
+        """
         for batch in _batches(chosen):
             for piece, entries in costs.pieces(batch, problem, backward=False):
                 batches.forward(piece, call, entries, q, k, v, out, lse)
 
     def backward(
-        self,
-        chosen: Sequence[Proposal],
-        problem: Problem,
-        call: Call,
-        saved: Saved,
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v.
 
@@ -94,18 +93,14 @@ class Batched:
         return hidden.backward(partial(self._backward, chosen, problem), call, saved)
 
     def _backward(
-        self,
-        chosen: Sequence[Proposal],
-        problem: Problem,
-        call: Call,
-        saved: Saved,
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (saved.q, saved.k, saved.v)
         sums = [torch.zeros(x.shape, dtype=lse_dtype(x.dtype), device=x.device) for x in inputs]
         for batch in _batches(chosen):
             for piece, entries in costs.pieces(batch, problem, backward=True):
                 batches.backward(piece, call, entries, saved, Sums(*sums))
-        # One after the other: a sum is freed as soon as it is rounded.
+        # Popped: each sum is freed as soon as it is rounded.
         grad_q, grad_k, grad_v = (sums.pop(0).to(x.dtype) for x in inputs)
         return grad_q, grad_k, grad_v
 

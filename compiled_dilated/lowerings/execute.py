@@ -14,18 +14,12 @@ from . import registry
 
 
 def keeps_hidden_out(plan: Plan) -> bool:
-    """Whether `merge_into` may be given keys with NaN or infinity that no query sees."""
+    """Whether `merge_into` takes keys with NaN or infinity that no query sees."""
     return registry.of(plan.chosen).keeps_hidden_out
 
 
 def merge_into(
-    plan: Plan,
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> None:
     """Merge a part of a larger softmax into out and lse, in place.
 
@@ -44,8 +38,8 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
 
     Gradients of a score_mod's operands are added to its sums.
     """
-    # Rows that see nothing: with lse = +inf every weight is exp(-inf) = 0, so they send no gradient
-    # and make no NaN.
+    # Rows that see no key get lse = +inf: every weight is exp(-inf) = 0, so their gradient is 0 and
+    # never NaN.
     dead = saved.lse == -math.inf
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(dead, 0.0)
     saved = replace(saved, lse=saved.lse.masked_fill(dead, math.inf), grad_lse=grad_lse)

@@ -2,8 +2,7 @@
 
 Kernels compute hidden pairs of a tile with weight 0, and 0 * NaN is NaN. If a result is not finite,
 keys and values are cleaned and the call is repeated. Rows that see a bad number are then set to
-NaN. These rows are found by attention itself: over an indicator of the bad numbers, with equal
-scores.
+NaN. Attention itself finds these rows: equal scores, and an indicator of the bad numbers as values.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ Backward = Callable[[Call, Saved], tuple[Tensor, Tensor, Tensor]]
 
 
 def has_nan(x: Tensor) -> bool:
-    """Whether a tensor has a NaN, or infinities of both signs. One pass, no copy.
+    """Whether a tensor has a NaN, or infinities of both signs.
 
-    Hidden numbers always leave NaN: weight 0 times infinity is NaN.
+    One pass without a copy. Hidden numbers always leave NaN: weight 0 times infinity is NaN.
     """
     return math.isnan(x.sum().item())
 
@@ -40,13 +39,13 @@ class Bad:
     """Keys and values with non-finite numbers.
 
     k, v: with zeros in place of these numbers.
-    seen: (B, Hkv, M, Dv + 1), 1 where a query that sees the key gets NaN; one column per column of its
-        result, the last for its lse. A bad key spoils all of them, a bad value its own column.
+    indicator: (B, Hkv, M, Dv + 1), 1 where a query that sees the key gets NaN. Column d is for
+        column d of out, the last one for lse. A bad key spoils all columns, a bad value its own.
     """
 
     k: Tensor
     v: Tensor
-    seen: Tensor
+    indicator: Tensor
 
     @staticmethod
     def of(k: Tensor, v: Tensor) -> Bad | None:
@@ -55,15 +54,18 @@ class Bad:
         if not bad_k.any() and not bad_v.any():
             return None
         rows = bad_k.any(dim=-1, keepdim=True)
-        seen = torch.cat([bad_v | rows, rows], dim=-1).to(torch.float32)
-        return Bad(k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0), seen)
+        indicator = torch.cat([bad_v | rows, rows], dim=-1).to(torch.float32)
+        return Bad(k.masked_fill(bad_k, 0.0), v.masked_fill(bad_v, 0.0), indicator)
 
 
 def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of run(call, q, k, v), unaffected by hidden keys."""
     out, lse = run(call, q, k, v)
     # ATen's kernel returns 0 for a query whose visible keys are all NaN, hence the check of k.
-    if (is_finite(k) and not has_nan(out)) or (bad := Bad.of(k, v)) is None:
+    if is_finite(k) and not has_nan(out):
+        return out, lse
+    bad = Bad.of(k, v)
+    if bad is None:
         return out, lse
     out, lse = run(call, q, bad.k, bad.v)
     spoil(run, call, q, bad, out, lse)
@@ -72,13 +74,9 @@ def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[
 
 def spoil(run: Forward, call: Call, q: Tensor, bad: Bad, out: Tensor, lse: Tensor) -> None:
     """Set the results of queries that see bad numbers to NaN, in place."""
-    same = torch.zeros_like(q, dtype=torch.float32)
-    share, _ = run(
-        replace(call, score_mod=None),
-        same,
-        torch.zeros_like(bad.k, dtype=torch.float32),
-        bad.seen,
-    )
+    # With zeros as q and k all scores are equal, and the result is the share of bad keys.
+    zeros_q, zeros_k = (torch.zeros_like(x, dtype=torch.float32) for x in (q, bad.k))
+    share, _ = run(replace(call, score_mod=None), zeros_q, zeros_k, bad.indicator)
     out.masked_fill_(share[..., :-1] > 0, math.nan)
     lse.masked_fill_(share[..., -1] > 0, math.nan)
 
@@ -86,33 +84,34 @@ def spoil(run: Forward, call: Call, q: Tensor, bad: Bad, out: Tensor, lse: Tenso
 def backward(run: Backward, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of run(call, saved), unaffected by hidden keys.
 
-    Rows with a non-finite query, result or gradient get NaN, and so do the keys that they see; no
-    others do.
+    Rows with a non-finite query, result or gradient get NaN, and so do the keys that they see; all
+    other gradients are finite.
     """
-    before = () if call.score_mod is None else tuple(total.clone() for total in call.score_mod.sums)
+    sums = () if call.score_mod is None else call.score_mod.sums
+    before = [total.clone() for total in sums]
     grads = run(call, saved)
     if not has_nan(grads[0]):
         return grads
     bad, spoiled = Bad.of(saved.k, saved.v), _spoiled_rows(saved)
     if bad is None and not spoiled.any():
         return grads
-    k, v = (saved.k, saved.v) if bad is None else (bad.k, bad.v)
-    if call.score_mod is not None:
-        for total, start in zip(call.score_mod.sums, before, strict=True):
-            total.copy_(start)
-    grad_q, grad_k, grad_v = run(call, _without_rows(replace(saved, k=k, v=v), spoiled))
+    # Repeat from the sums as they were, with clean keys and without the spoiled rows.
+    for total, start in zip(sums, before, strict=True):
+        total.copy_(start)
+    if bad is not None:
+        saved = replace(saved, k=bad.k, v=bad.v)
+    grad_q, grad_k, grad_v = run(call, _without_rows(saved, spoiled))
     if spoiled.any():
-        seen = _keys_seen(run, call, saved, spoiled)
+        keys = _visible_keys(run, call, saved, spoiled)
         grad_q = grad_q.masked_fill(spoiled[..., None], math.nan)
-        grad_k, grad_v = grad_k.masked_fill(seen, math.nan), grad_v.masked_fill(seen, math.nan)
-        if call.score_mod is not None:
-            for total in call.score_mod.sums:
-                total.fill_(math.nan)
+        grad_k, grad_v = grad_k.masked_fill(keys, math.nan), grad_v.masked_fill(keys, math.nan)
+        for total in sums:
+            total.fill_(math.nan)
     return grad_q, grad_k, grad_v
 
 
 def _spoiled_rows(saved: Saved) -> Tensor:
-    """Rows with a non-finite number, (B, Hq, N)."""
+    """Rows whose query, result or gradient is not finite, (B, Hq, N)."""
     spoiled = saved.lse.isnan()
     for x in (saved.q, saved.out, saved.grad_out):
         spoiled = spoiled | ~x.isfinite().all(dim=-1)
@@ -122,41 +121,27 @@ def _spoiled_rows(saved: Saved) -> Tensor:
 
 
 def _without_rows(saved: Saved, rows: Tensor) -> Saved:
-    """The same without gradients from some rows: lse = +inf makes all their weights 0."""
-    q, out, grad_out = (
-        x.masked_fill(rows[..., None], 0.0) for x in (saved.q, saved.out, saved.grad_out)
-    )
+    """The same without gradients from some rows.
+
+    lse = +inf makes all of their weights 0.
+    """
+    tensors = (saved.q, saved.out, saved.grad_out)
+    q, out, grad_out = (x.masked_fill(rows[..., None], 0.0) for x in tensors)
     grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(rows, 0.0)
-    return Saved(
-        q,
-        saved.k,
-        saved.v,
-        out,
-        saved.lse.masked_fill(rows, math.inf),
-        grad_out,
-        grad_lse,
-    )
+    lse = saved.lse.masked_fill(rows, math.inf)
+    return Saved(q, saved.k, saved.v, out, lse, grad_out, grad_lse)
 
 
-def _keys_seen(run: Backward, call: Call, saved: Saved, rows: Tensor) -> Tensor:
+def _visible_keys(run: Backward, call: Call, saved: Saved, rows: Tensor) -> Tensor:
     """Keys that some rows see, (B, Hkv, M, 1).
 
     Computed as the gradient of values, from an indicator of the rows.
     """
 
-    def zeros(x: Tensor) -> Tensor:
-        return torch.zeros_like(x, dtype=torch.float32)
-
-    v = zeros(saved.v[..., :1])
     grad_out = rows[..., None].to(torch.float32)
+    tensors = (saved.q, saved.k, saved.v[..., :1], grad_out)
+    q, k, v, out = (torch.zeros_like(x, dtype=torch.float32) for x in tensors)
+    # Weights are exp(0 - lse): 1 in the rows, 0 in all others.
     lse = torch.where(rows, 0.0, math.inf).to(torch.float32)
-    indicator = Saved(
-        zeros(saved.q),
-        zeros(saved.k),
-        v,
-        torch.zeros_like(grad_out),
-        lse,
-        grad_out,
-        None,
-    )
+    indicator = Saved(q, k, v, out, lse, grad_out, None)
     return run(replace(call, score_mod=None), indicator)[2] > 0

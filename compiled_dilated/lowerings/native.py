@@ -31,7 +31,7 @@ from . import hidden
 _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 _MOST_POSITIONS = 2**30
 _WIDEST = 256
-# Bytes of a thread's tile: its queries and results, a block of keys and values, scores.
+# Queries of a thread's tile, and keys of a block that it reads at once.
 _TILE_QUERIES, _BLOCK_KEYS = 64, 128
 # As heads_at_once in src/backward.h.
 _MOST_SUMS_BYTES = 16 * 2**20
@@ -64,10 +64,10 @@ class Work:
         score_slots: Sequence[int],
     ) -> tuple[Any, Any]:
         """Data and operands among an operator's arguments, in the kernel's order."""
-        places = (*self.slots, *score_slots)
-        return data[: len(self.names)] if data else None, [
-            operands[slot] for slot in places
-        ] if operands and places else None
+        slots = (*self.slots, *score_slots)
+        own_data = data[: len(self.names)] if data else None
+        own_operands = [operands[slot] for slot in slots] if operands and slots else None
+        return own_data, own_operands
 
 
 def propose(problem: Problem) -> Proposal | Refusal:
@@ -90,21 +90,21 @@ def work_of_graph(
     k: Tensor,
     v: Tensor,
 ) -> Work | None:
-    """Work for a graph of tensors of any length; None if the plan depends on the length."""
+    """Work for tensors of any length; None if the plan depends on it."""
     if isinstance(program, PerLength) or lowering not in ("auto", "native"):
         return None
-    # Positions are checked when the graph runs.
-    problem = Problem(
-        program, 1, q.shape[1], k.shape[1], 1, 1, q.shape[3], v.shape[3], str(q.dtype).removeprefix("torch."), q.device.type,
-        scores=scores,
-    )  # fmt: skip
-    sizes = (
-        *q.shape[1::2],
-        *v.shape[1::2],
-        *(size for _, shape in (scores.operands if scores else ()) for size in shape),
-    )
+    # Heads, widths and shapes of operands are constants of the encoded program.
+    sizes = [*q.shape[1::2], *v.shape[1::2]]
+    for _, shape in scores.operands if scores else ():
+        sizes += shape
     if not all(isinstance(size, int) for size in sizes):
         return None
+    # Lengths of 1 replace any: positions are checked when the graph runs.
+    dtype = str(q.dtype).removeprefix("torch.")
+    problem = Problem(
+        program, 1, q.shape[1], k.shape[1], 1, 1, q.shape[3], v.shape[3], dtype, q.device.type,
+        scores=scores,
+    )  # fmt: skip
     proposal = propose(problem)
     if isinstance(proposal, Refusal):
         return None
@@ -113,6 +113,7 @@ def work_of_graph(
 
 
 def _unfit(problem: Problem) -> str | None:
+    """Why the kernel does not compute a problem; None if it does."""
     if problem.device != "cpu":
         return f"it runs on a CPU, and these tensors are on {problem.device}"
     if problem.dtype not in _TYPES:
@@ -126,12 +127,15 @@ def _unfit(problem: Problem) -> str | None:
     ):
         return "a ring's queries before its keys have no place in lists and grids"
     if problem.partial and problem.scores is not None:
-        return "a score_mod counts positions along the whole sequence, and a ring's block along its own"
+        return (
+            "a score_mod counts positions along the whole sequence, "
+            "and a ring's block along its own"
+        )
     return None
 
 
 def _has_places(mask: Mask) -> bool:
-    """Whether the mask depends on absolute positions: lists or grids."""
+    """Whether the mask depends on absolute positions, by a list or a grid."""
     return (
         mask.period is None
         or isinstance(mask, Neighborhood)
@@ -172,10 +176,9 @@ def _sums_bytes(problem: Problem) -> int:
     """
     if problem.itemsize > 2:
         return 0
-    of_head = problem.kv_len * (problem.head_dim + problem.value_dim) * 4
-    return (
-        min(problem.batch * problem.kv_heads, max(_MOST_SUMS_BYTES // max(of_head, 1), 1)) * of_head
-    )
+    head_bytes = problem.kv_len * (problem.head_dim + problem.value_dim) * 4
+    fitting = max(_MOST_SUMS_BYTES // max(head_bytes, 1), 1)
+    return min(problem.batch * problem.kv_heads, fitting) * head_bytes
 
 
 def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[int, ...]:
@@ -184,17 +187,13 @@ def counts(work: Work, problem: Problem, data: Sequence[Tensor] = ()) -> tuple[i
     data: data tensors, in the order of `names`.
     """
     sizes = [
-        problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len, problem.head_dim, problem.value_dim,
-        _TYPES[problem.dtype],
+        problem.batch, problem.heads, problem.kv_heads, problem.q_len, problem.kv_len,
+        problem.head_dim, problem.value_dim, _TYPES[problem.dtype],
     ]  # fmt: skip
-    with _disable_current_modes():  # a cost may be asked for while a graph is traced
+    # A cost may be computed while a graph is traced, and the counts must be real numbers.
+    with _disable_current_modes():
         numbers = library.operators.native_counts(
-            list(data) or None,
-            None,
-            work.code,
-            sizes,
-            problem.q_offset,
-            None,
+            list(data) or None, None, work.code, sizes, problem.q_offset, None
         )
         return tuple(numbers.tolist())
 
@@ -252,7 +251,10 @@ class Native:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Continue from out and lse with the pairs of these tensors."""
+        """Merge the pairs of these tensors into out and lse, in place.
+
+        out: (B, Hq, N, Dv). lse: (B, Hq, N).
+        """
         work: Work = chosen[0].work[0]
         data, operands = work.inputs(call)
         library.operators.native_merge.default(
@@ -260,11 +262,7 @@ class Native:
         )
 
     def backward(
-        self,
-        chosen: Sequence[Proposal],
-        problem: Problem,
-        call: Call,
-        saved: Saved,
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v.
 
@@ -274,13 +272,10 @@ class Native:
 
 
 def _backward(
-    work: Work,
-    problem: Problem,
-    call: Call,
-    saved: Saved,
+    work: Work, problem: Problem, call: Call, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
     if call.score_mod is None and problem.scores is not None:
-        # `hidden` looks for the keys that rows see: a call without the score_mod.
+        # `hidden` finds the keys that rows see by a call without the score_mod.
         work = _work(problem.program, problem.heads, None)
     data, operands = work.inputs(call)
     mod = call.score_mod
@@ -289,15 +284,12 @@ def _backward(
         saved.grad_out, saved.grad_lse, saved.q, saved.k, saved.v, saved.out, saved.lse,
         data, operands, work.code, call.scale, call.q_offset, call.offsets, learned,
     )  # fmt: skip
-    if mod is not None:
-        _add(mod.sums, vector)
+    if mod is not None and mod.sums:
+        # The operator concatenates the gradients of learned operands into one vector.
+        parts = vector.split([total.numel() for total in mod.sums])
+        for total, part in zip(mod.sums, parts, strict=True):
+            total.add_(part.view(total.shape))
     return grad_q, grad_k, grad_v
-
-
-def _add(sums: Sequence[Tensor], vector: Any) -> None:
-    parts = vector.split([total.numel() for total in sums]) if sums else ()
-    for total, part in zip(sums, parts, strict=True):
-        total.add_(part.view(total.shape))
 
 
 LOWERING = Native()

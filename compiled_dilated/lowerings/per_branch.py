@@ -15,7 +15,7 @@ def with_tiles(problem: Problem, regular: Sequence[Proposal | Refusal]) -> list[
     """
     answers: list[Proposal | Refusal] = []
     for index, (answer, branch) in enumerate(zip(regular, problem.program.branches, strict=True)):
-        answers.append(
-            tiled.propose_branch(index, branch, problem) if isinstance(answer, Refusal) else answer,
-        )
+        if isinstance(answer, Refusal):
+            answer = tiled.propose_branch(index, branch, problem)
+        answers.append(answer)
     return answers

@@ -13,12 +13,15 @@ from ..plans import Problem, Proposal, Refusal
 
 
 class Lowering(Protocol):
-    """A way to compute programs. Add one by a file with its class and a line in `registry.LOWERINGS`.
+    """A way to compute programs.
 
-    name: as users write it, and as `explain` prints it. keeps_hidden_out: NaN and infinity in
-    hidden keys never reach a merged result; others clean the keys first. is_fused: one kernel
-    computes all branches; where it can, `auto` does not weigh gathered tiles. decides: where it can
-    compute a problem, `auto` weighs no other lowering.
+    Add one by a file with its class and a line in `registry.LOWERINGS`.
+
+    name: as users write it, and as `explain` prints it.
+    keeps_hidden_out: NaN and infinity in hidden keys never reach a merged result; the keys of
+        other lowerings are cleaned first.
+    is_fused: one kernel computes all branches; where it can, `auto` does not weigh gathered tiles.
+    decides: where it can compute a problem, `auto` weighs no other lowering.
     """
 
     @property
@@ -34,7 +37,7 @@ class Lowering(Protocol):
     def decides(self) -> bool: ...
 
     def is_weighed(self, device: str) -> bool:
-        """Whether `auto` considers it for tensors on this kind of device."""
+        """Whether `auto` considers it for tensors on a kind of device."""
         ...
 
     def propose(self, problem: Problem) -> Sequence[Proposal | Refusal]:
@@ -67,18 +70,16 @@ class Lowering(Protocol):
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge a part of a larger softmax into out (B, Hq, N, Dv) and lse (B, Hq, N), in place.
+        """Merge a part of a larger softmax into out and lse, in place.
 
         A lowering that cannot refuses problems with `partial`.
+
+        out: (B, Hq, N, Dv). lse: (B, Hq, N).
         """
         ...
 
     def backward(
-        self,
-        chosen: Sequence[Proposal],
-        problem: Problem,
-        call: Call,
-        saved: Saved,
+        self, chosen: Sequence[Proposal], problem: Problem, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their dtypes.
 

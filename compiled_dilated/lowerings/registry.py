@@ -26,5 +26,8 @@ def named(name: str) -> Lowering:
 
 
 def of(chosen: Sequence[Proposal]) -> Lowering:
-    """The lowering that runs these proposals; strided and tiled ones of different branches run alike."""
+    """The lowering that runs these proposals: that of the first.
+
+    Proposals of strided and tiled for different branches are run by the same code.
+    """
     return _BY_NAME[chosen[0].lowering]

@@ -7,7 +7,7 @@ other pairs are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..heads import head_groups
@@ -25,7 +25,10 @@ from .tiling.lattice import Lattice
 
 @dataclass(frozen=True)
 class Pieces:
-    """A conjunction that splits into dense problems. segments: their length, or None."""
+    """A conjunction that splits into dense problems.
+
+    segments: length of the segments; None without segments.
+    """
 
     segments: int | None
     congruent: Congruent | None
@@ -34,7 +37,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens of `count` segments, `stride` apart, that see only themselves.
+    """Tokens of `count` segments, `stride` apart; no pair crosses a segment's ends.
 
     start: position of the first segment.
     queries, keys: positions of the queries and keys of the first segment.
@@ -56,91 +59,111 @@ def propose(problem: Problem) -> list[Proposal | Refusal]:
 
 
 def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | Refusal:
-    """A proposal for all heads of a branch, or a refusal of its mask."""
+    """A proposal for all heads of a branch, or a refusal."""
     batches: list[Batch] = []
     for mask, heads, kv_heads in head_groups(branch, problem.heads, problem.kv_heads):
-        pieces = _sorted(mask)
-        if isinstance(pieces, str):
-            return Refusal("strided", index, pieces, "Use lowering='tiled' or 'auto'")
+        try:
+            pieces = _pieces(mask)
+        except _Irregular as error:
+            return Refusal("strided", index, str(error), "Use lowering='tiled' or 'auto'")
         batches += [
             Batch(heads, kv_heads, queries, keys, causal=causal)
-            for queries, keys, causal in _tilings(pieces, problem)
+            for queries, keys, causal in _lattices(pieces, problem)
         ]
     return Proposal("strided", index, costs.of(batches, problem), tuple(batches))
 
 
-def _sorted(mask: Mask) -> Pieces | str:
-    """The role of each part of a mask, or the reason why it is refused."""
+class _Irregular(ValueError):
+    """The reason why a mask does not split into dense problems."""
+
+
+def _pieces(mask: Mask) -> Pieces:
+    """The roles of a conjunction's parts.
+
+    Raises _Irregular if a part has none.
+    """
     parts = conjuncts(mask)
-    lengths = [part.length for part in parts if isinstance(part, Segments)]
-    congruent = [part for part in parts if isinstance(part, Congruent)]
     for part in parts:
         if not isinstance(part, (Causal, Congruent, Segments)):
-            return f"{part} is not made of regular blocks"
+            raise _Irregular(f"{part} is not made of regular blocks")
     # 1. Nested segments are equal to the shortest ones.
-    if any(length % min(lengths) for length in lengths):
-        return "segments of lengths that do not divide each other do not form regular blocks"
-    if len(congruent) > 1:
-        return "more than one congruent in one mask"
-    # 2. A residue class must be the same in every segment, or start anew with it.
+    lengths = [part.length for part in parts if isinstance(part, Segments)]
     length = min(lengths, default=None)
-    if congruent:
-        rate, period = congruent[0].modulus, congruent[0].period
-        if period != rate and period != length:
-            return f"{congruent[0]!r} starts anew where no segment does"
-        if period == rate and length is not None and length % rate:
-            return f"{congruent[0]!r} meets every segment of {length} at another residue"
-    return Pieces(length, congruent[0] if congruent else None, Causal() in parts)
+    if length is not None and any(longer % length for longer in lengths):
+        raise _Irregular(
+            "segments of lengths that do not divide each other do not form regular blocks"
+        )
+    # 2. At most one residue class, which fits the segments.
+    classes = [part for part in parts if isinstance(part, Congruent)]
+    if len(classes) > 1:
+        raise _Irregular("more than one congruent in one mask")
+    if classes:
+        _check_residues(classes[0], length)
+    return Pieces(length, classes[0] if classes else None, Causal() in parts)
 
 
-def _tilings(pieces: Pieces, problem: Problem) -> Iterator[tuple[Lattice, Lattice, bool]]:
+def _check_residues(congruent: Congruent, length: int | None) -> None:
+    """Raise unless a residue class is equal or anew in every segment.
+
+    length: length of the segments, None without segments.
+    """
+    rate, period = congruent.modulus, congruent.period
+    if period != rate and period != length:
+        raise _Irregular(f"{congruent!r} starts anew where no segment does")
+    if period == rate and length is not None and length % rate:
+        raise _Irregular(f"{congruent!r} meets every segment of {length} at another residue")
+
+
+def _lattices(pieces: Pieces, problem: Problem) -> Iterator[tuple[Lattice, Lattice, bool]]:
     """Queries and keys of each batch, and whether it is causal."""
     for stretch in _stretches(pieces.segments, problem):
         queries, keys = stretch.queries, stretch.keys
+        # 1. Keep one residue class.
         if pieces.congruent is not None:
             assert isinstance(pieces.congruent.offset, int)
             rate, period = pieces.congruent.modulus, pieces.congruent.period
             first = pieces.congruent.offset + (stretch.start if period != rate else 0)
             queries, keys = _congruent(queries, first, rate), _congruent(keys, first, rate)
-        for part_queries, part_keys, causal in (
-            _causal(queries, keys) if pieces.causal else ((queries, keys, False),)
-        ):
+        # 2. Split at the diagonal.
+        parts: Iterable[tuple[range, range, bool]] = ((queries, keys, False),)
+        if pieces.causal:
+            parts = _causal(queries, keys)
+        # 3. Repeat in all segments of the stretch.
+        for part_queries, part_keys, causal in parts:
             if part_queries and part_keys:
-                of_queries, of_keys = (
-                    Lattice(tokens.start, stretch.count, stretch.stride, len(tokens), tokens.step)
-                    for tokens in (part_queries, part_keys)
-                )
-                yield of_queries, of_keys, causal
+                yield _repeated(part_queries, stretch), _repeated(part_keys, stretch), causal
+
+
+def _repeated(tokens: range, stretch: Stretch) -> Lattice:
+    """Tokens of the first segment of a stretch, in each of its segments."""
+    return Lattice(tokens.start, stretch.count, stretch.stride, len(tokens), tokens.step)
 
 
 def _stretches(length: int | None, problem: Problem) -> Iterator[Stretch]:
-    """Complete segments together; segments cut by an end of queries or keys singly."""
+    """Complete segments together; segments cut by an end of queries or keys singly.
+
+    length: length of the segments, None without segments.
+    """
     queries, keys = range(problem.q_offset, problem.q_offset + problem.q_len), range(problem.kv_len)
     if length is None:
         yield Stretch(1, 0, 0, queries, keys)
         return
-    clipped = sorted(
-        {side // length for side in (queries.start, queries.stop - 1, keys.start, keys.stop)},
-    )
-    segment, end = queries.start // length, -(-queries.stop // length)
-    while segment < end:
-        count = (
-            1
-            if segment in clipped
-            else min([other for other in clipped if other > segment] + [end]) - segment
-        )
+    ends = (queries.start, queries.stop - 1, keys.start, keys.stop)
+    clipped = sorted({end // length for end in ends})
+    segment, stop = queries.start // length, -(-queries.stop // length)
+    while segment < stop:
+        count = 1
+        if segment not in clipped:
+            # All segments up to the next clipped one are complete.
+            count = min([clip for clip in clipped if clip > segment] + [stop]) - segment
         start = segment * length
-        yield Stretch(
-            count,
-            length,
-            start,
-            _meet(queries, start, start + length),
-            _meet(keys, start, start + length),
-        )
+        parts = [_between(tokens, start, start + length) for tokens in (queries, keys)]
+        yield Stretch(count, length, start, *parts)
         segment += count
 
 
-def _meet(tokens: range, start: int, stop: int) -> range:
+def _between(tokens: range, start: int, stop: int) -> range:
+    """Tokens of a contiguous range in [start, stop)."""
     return range(max(tokens.start, start), min(tokens.stop, stop))
 
 
@@ -150,10 +173,10 @@ def _congruent(tokens: range, first: int, rate: int) -> range:
 
 
 def _causal(queries: range, keys: range) -> Iterator[tuple[range, range, bool]]:
-    """A dense block of the keys before the first query, and a causal triangle.
+    """A dense block of keys before the first query, and a causal triangle.
 
-    Queries and keys have equal steps and lie on one lattice. Queries before the first key see
-    nothing.
+    queries, keys: ranges of equal steps on one lattice. Queries before the first key see no key
+        and are in no block.
     """
     queries = queries[len(range(queries.start, keys.start, queries.step)) :]
     before = keys[: len(range(keys.start, queries.start, keys.step))]

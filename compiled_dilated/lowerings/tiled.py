@@ -1,9 +1,9 @@
 """Any mask in any order: key tiles gathered per query tile, the mask on PARTIAL ones.
 
-    window(2), tiles of 4 queries and 2 keys        query tile 1 is computed against its five key tiles:
+    window(2), tiles of 4 queries and 2 keys      query tile 1 is computed with its five key tiles:
        0 1 2 3 4 5
-     0 # # +                                        # # # + +    FULL ones first, visible to every query;
-     1   + # # # +     # FULL  + PARTIAL            a bias hides pairs of the others
+     0 # # +                                      # # # + +    FULL ones first, seen by all queries;
+     1   + # # # +     # FULL  + PARTIAL          a bias hides pairs of the PARTIAL ones
 
 Query tiles with equally many key tiles form one batch.
 """
@@ -11,7 +11,7 @@ Query tiles with equally many key tiles form one batch.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,17 +26,20 @@ from .tiling import costs
 from .tiling.batches import Batch
 from .tiling.lattice import Table
 
-# Kernels are fast from 256 queries on; smaller key tiles have fewer hidden pairs. Key tiles past
-# `_MOST_GATHERED` go to further batches, which bounds the memory of a gather.
-_Q_TILE, _KV_TILE, _MOST_GATHERED = 256, 64, 32
+# Kernels are fast from 256 queries on; smaller key tiles have fewer hidden pairs.
+_Q_TILE, _KV_TILE = 256, 64
+# Key tiles of one gather, which bounds its memory; more key tiles go to further batches.
+_MOST_GATHERED = 32
 
 
 @dataclass(frozen=True)
 class _Shape:
     """Properties that all query tiles of a batch share.
 
-    rows: queries. columns: keys.
-    full, gathered: number of FULL key tiles, and of all.
+    rows: number of queries.
+    full: number of FULL key tiles.
+    gathered: number of all key tiles.
+    columns: number of keys.
     part: index of this run of `_MOST_GATHERED` key tiles.
     """
 
@@ -64,11 +67,7 @@ def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal:
 
 
 def _batches(
-    mask: Mask,
-    order: Order,
-    heads: HeadRange,
-    kv_heads: HeadRange,
-    problem: Problem,
+    mask: Mask, order: Order, heads: HeadRange, kv_heads: HeadRange, problem: Problem
 ) -> list[Batch]:
     """Batches of heads with equal masks."""
     tile_map = TileMap.build(
@@ -82,21 +81,15 @@ def _batches(
     )
     permutation = order.permutation(problem.kv_len)
     batches = []
-    for shape, (q_tiles, gathered) in _by_shape(tile_map).items():
-        queries = Table(
-            np.array(q_tiles, dtype=np.int32)[:, None],
-            tile_map.q_tile,
-            shape.rows,
-            permutation,
-            problem.q_offset,
-        )
-        keys = Table(np.stack(gathered), _KV_TILE, shape.columns, permutation)
+    for shape, (q_tiles, key_tiles) in _by_shape(tile_map).items():
+        small = np.array(q_tiles, dtype=np.int32)[:, None]
+        queries = Table(small, tile_map.q_tile, shape.rows, permutation, problem.q_offset)
+        keys = Table(np.stack(key_tiles), _KV_TILE, shape.columns, permutation)
+        batch = Batch(heads, kv_heads, queries, keys)
+        # Without PARTIAL tiles no pair is hidden, and the kernel needs no bias.
         if shape.full < shape.gathered:
-            batches.append(
-                Batch(heads, kv_heads, queries, keys, (mask,), open=shape.full * _KV_TILE),
-            )
-        else:
-            batches.append(Batch(heads, kv_heads, queries, keys))
+            batch = replace(batch, masks=(mask,), unmasked_columns=shape.full * _KV_TILE)
+        batches.append(batch)
     return batches
 
 
@@ -108,28 +101,29 @@ def _by_shape(tile_map: TileMap) -> dict[_Shape, tuple[list[int], list[TileIndic
         rows = min(tile_map.q_tile, tile_map.q_len - row * tile_map.q_tile)
         for start in range(0, len(visible), _MOST_GATHERED):
             gathered = visible[start : start + _MOST_GATHERED]
+            # A short last key tile comes last: the keys that it lacks are cut off at the end.
             last = (int(gathered[-1]) + 1) * _KV_TILE
             columns = len(gathered) * _KV_TILE - max(0, last - tile_map.kv_len)
             full_here = min(max(full - start, 0), len(gathered))
-            q_tiles, key_tiles = groups[
-                _Shape(rows, full_here, len(gathered), columns, start // _MOST_GATHERED)
-            ]
+            shape = _Shape(rows, full_here, len(gathered), columns, start // _MOST_GATHERED)
+            q_tiles, key_tiles = groups[shape]
             q_tiles.append(row)
             key_tiles.append(gathered)
     return groups
 
 
 def _key_tiles(tile_map: TileMap, row: int) -> tuple[TileIndices, int]:
-    """Key tiles of a query tile, FULL ones first, and the number of FULL ones.
+    """Key tiles of a query tile, FULL ones first, and their number.
 
     A short last key tile comes last.
     """
     span = slice(tile_map.offsets[row], tile_map.offsets[row + 1])
     indices, full = tile_map.indices[span], tile_map.full[span]
     if tile_map.kv_len % tile_map.kv_tile:
+        # The short tile counts as PARTIAL, so that it comes last.
         full = full & (indices != tile_map.columns - 1)
     return np.concatenate([indices[full], indices[~full]]), int(full.sum())
 
 
-# Weighed branch by branch, where no other lowering computes a branch.
+# `auto` weighs it branch by branch (per_branch.py), for branches that `strided` refuses.
 LOWERING = Batched("tiled", propose, automatic=False)

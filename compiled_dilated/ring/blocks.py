@@ -21,17 +21,18 @@ from ..partials import Saved
 from ..plans import Plan, Problem, Scores
 from ..programs import Branch, Program
 from ..regions import FULL
+from .extents import regions
 from .layouts import Layout
 from .moved import Moved, positions
-from .schedules import Block, regions
+from .steps import Block
 
 
 @lru_cache(maxsize=4096)
 def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
     """A block's mask over indices from 0, and the index of its first query.
 
-    The result is as simple as possible: parts that allow all pairs are dropped and periodic masks
-    are moved to their start, so that the blocks of many ranks share one plan.
+    The result is as simple as possible, so that the blocks of many ranks share one plan: parts that
+    allow all pairs are dropped, and periodic masks are shifted to their start.
 
     queries, keys: places of the order.
     """
@@ -39,30 +40,37 @@ def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
     parts = tuple(part for part in conjuncts(mask) if part.classify(q, kv)[0] != FULL)
     if not parts:
         return full(), 0
-    rest = conjunction(parts)
-    ahead = queries.start - keys.start
-    steps = {run.step for run in (queries, keys) if len(run) > 1}
-    # A single token has no step of its own; None: queries and keys have different steps.
-    step: int | None = 1
-    if steps:
-        step = steps.pop() if len(steps) == 1 else None
-    period = rest.period
-    # A shift by whole periods changes nothing.
-    if not rest.names and step == 1 and period is not None and keys.start % period == 0:
-        return rest, ahead
+    partial_mask = conjunction(parts)
+    ahead, step = queries.start - keys.start, _common_step(queries, keys)
+    if step is None:
+        return _moved(partial_mask, queries, keys), 0
+    # A shift by a multiple of the period changes nothing.
+    period = partial_mask.period
+    if not partial_mask.names and step == 1 and period is not None and keys.start % period == 0:
+        return partial_mask, ahead
     # Causal masks only compare places, whatever the step.
-    if step is not None and all(isinstance(part, Causal) for part in parts):
+    if all(isinstance(part, Causal) for part in parts):
         return causal(), ahead // step
     # Equal steps: count places in units of the step.
-    if step is not None and ahead % step == 0:
-        scaled = [_along(part, step, keys.start) for part in parts]
-        masks = tuple(part for part in scaled if part is not None)
-        if len(masks) == len(parts):
-            return conjunction(masks), ahead // step
-    return _moved(rest, queries, keys), 0
+    scaled = [_in_steps(part, step, keys.start) for part in parts]
+    masks = tuple(part for part in scaled if part is not None)
+    if ahead % step == 0 and len(masks) == len(parts):
+        return conjunction(masks), ahead // step
+    return _moved(partial_mask, queries, keys), 0
 
 
-def _along(mask: Mask, step: int, start: int) -> Mask | None:
+def _common_step(queries: range, keys: range) -> int | None:
+    """The step of queries and keys, or None.
+
+    A single token has any step.
+    """
+    steps = {run.step for run in (queries, keys) if len(run) > 1}
+    if len(steps) > 1:
+        return None
+    return steps.pop() if steps else 1
+
+
+def _in_steps(mask: Mask, step: int, start: int) -> Mask | None:
     """The mask over places start, start + step, ... counted from 0.
 
     None if that is not a mask of the same kind.
@@ -77,17 +85,12 @@ def _along(mask: Mask, step: int, start: int) -> Mask | None:
 
 
 def _moved(mask: Mask, queries: range, keys: range) -> Mask:
-    if isinstance(mask, Moved):  # a Moved mask with unit strides: replace its offsets, do not nest
-        return Moved(
-            mask.mask,
-            queries.start,
-            queries.step,
-            keys.start,
-            keys.step,
-            mask.order,
-            mask.tokens,
-        )
-    return Moved(mask, queries.start, queries.step, keys.start, keys.step, identity(), 0)
+    """The mask over indices from 0 of queries and keys."""
+    order, tokens = identity(), 0
+    if isinstance(mask, Moved):
+        # A Moved mask of a schedule has unit steps: replace its offsets instead of nesting.
+        order, tokens, mask = mask.order, mask.tokens, mask.mask
+    return Moved(mask, queries.start, queries.step, keys.start, keys.step, order, tokens)
 
 
 def plan_of(
@@ -103,31 +106,32 @@ def plan_of(
     mask, q_offset = in_place(block.mask, block.queries, block.keys)
     # training=True in a forward too: a plan for a single query cannot merge into a partial result.
     problem = Problem(
-        Program((Branch(mask),)), batch, block.heads.count, block.kv_heads.count, len(block.queries), len(block.keys),
-        head_dim, value_dim, dtype, device, q_offset, training=True, scores=scores, partial=True,
+        Program((Branch(mask),)), batch, block.heads.count, block.kv_heads.count,
+        len(block.queries), len(block.keys), head_dim, value_dim, dtype, device, q_offset,
+        training=True, scores=scores, partial=True,
     )  # fmt: skip
     return planner.plan_for(problem)
 
 
 def rows(runs: tuple[range, ...], places: range) -> slice:
-    """Slice of a rank's memory with the rows at some places of one run."""
+    """Slice of a rank's memory with some places of one run."""
     before = 0
     for run in runs:
         if places[0] in run:
             # Earlier runs come first in memory; places may skip rows of their run.
-            first, step = (places[0] - run.start) // run.step, max(1, places.step // run.step)
-            return slice(before + first, before + first + (len(places) - 1) * step + 1, step)
+            first, step = before + run.index(places[0]), max(1, places.step // run.step)
+            return slice(first, first + (len(places) - 1) * step + 1, step)
         before += len(run)
     raise AssertionError(f"{places} is in none of {runs}")
 
 
-def held(x: Tensor, heads: HeadRange, at: slice) -> Tensor:
+def view(x: Tensor, heads: HeadRange, at: slice) -> Tensor:
     """Rows of some heads of x (B, H, rows, ...), as a view."""
     return heads.of(x)[:, :, at]
 
 
 def _call(block: Block, layout: Layout, call: Call, plan: Plan) -> Call:
-    """The call with indices local to a block: its queries, keys and heads start at 0."""
+    """The call for a block, whose queries, keys and heads are counted from 0."""
     mod = call.score_mod
     if mod is not None:
         mod = replace(mod, places=partial(_places, block, layout, plan.problem.q_offset))
@@ -147,7 +151,11 @@ def _places(
 
 
 class Keys:
-    """K and V of a rank's own rows, or of a message, as blocks read them."""
+    """K and V of a rank's own rows, or of a message.
+
+    runs: places of the rows, in memory order.
+    kv_heads: the heads of k and v.
+    """
 
     def __init__(self, runs: tuple[range, ...], kv_heads: HeadRange, k: Tensor, v: Tensor) -> None:
         self.runs, self.kv_heads, self.k, self.v = runs, kv_heads, k, v
@@ -173,7 +181,7 @@ class Keys:
         heads, present = block.kv_heads, self.kv_heads
         step = max(1, heads.step // present.step)
         local = HeadRange((heads.start - present.start) // present.step, step, heads.count)
-        return held(x, local, rows(self.runs, block.keys))
+        return view(x, local, rows(self.runs, block.keys))
 
 
 @dataclass(frozen=True)
@@ -194,25 +202,32 @@ class Queries:
     def of(self, block: Block) -> Queries:
         """The rows of a block, as views."""
         at = rows(self.runs, block.queries)
-        tensors = (self.q, self.out, self.lse, self.grad_out, self.grad_lse, self.grad_q)
-        q, out, lse, *grads = (x if x is None else held(x, block.heads, at) for x in tensors)
-        assert q is not None
-        assert out is not None
-        assert lse is not None
-        return Queries((block.queries,), q, out, lse, *grads)
+
+        def part(x: Tensor) -> Tensor:
+            return view(x, block.heads, at)
+
+        grads = (self.grad_out, self.grad_lse, self.grad_q)
+        return Queries(
+            (block.queries,),
+            part(self.q),
+            part(self.out),
+            part(self.lse),
+            *(None if x is None else part(x) for x in grads),
+        )
 
 
 def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Keys) -> None:
     """Merge a block into a rank's out and lse."""
-    own, (k, v) = queries.of(block), keys.of(block)
-    plan = _plan(block, call, own.q, v)
+    part, (k, v) = queries.of(block), keys.of(block)
+    plan = _plan(block, call, part.q, v)
     local = _call(block, layout, call, plan)
     bad = None if execute.keeps_hidden_out(plan) else keys.bad_of(block)
     if bad is None:
-        execute.merge_into(plan, local, own.q, k, v, own.out, own.lse)
+        execute.merge_into(plan, local, part.q, k, v, part.out, part.lse)
         return
-    execute.merge_into(plan, local, own.q, bad.k, bad.v, own.out, own.lse)
-    hidden.spoil(partial(_alone, plan), local, own.q, bad, own.out, own.lse)
+    # A merge cannot be repeated: clean the keys first, then mark the rows that see bad ones.
+    execute.merge_into(plan, local, part.q, bad.k, bad.v, part.out, part.lse)
+    hidden.spoil(partial(_alone, plan), local, part.q, bad, part.out, part.lse)
 
 
 def _alone(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,32 +247,23 @@ def backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Add a block's gradients to grad_q of the rank, and to grad_k and grad_v.
+    """Add a block's gradients to the rank's grad_q, and to grad_k and grad_v.
 
     grad_k, grad_v: shaped as the keys and values.
     """
-    own, (k, v) = queries.of(block), keys.of(block)
-    assert own.grad_out is not None
-    plan = _plan(block, call, own.q, v)
-    saved = Saved(own.q, k, v, own.out, own.lse, own.grad_out, own.grad_lse)
+    part, (k, v) = queries.of(block), keys.of(block)
+    assert part.grad_out is not None
+    assert part.grad_q is not None
+    plan = _plan(block, call, part.q, v)
+    # With the merged out and lse the backward gives the block's share of the joint gradient.
+    saved = Saved(part.q, k, v, part.out, part.lse, part.grad_out, part.grad_lse)
+    totals = (part.grad_q, keys.view(block, grad_k), keys.view(block, grad_v))
     grads = execute.backward(plan, _call(block, layout, call, plan), saved)
-    for total, part in zip(
-        (own.grad_q, keys.view(block, grad_k), keys.view(block, grad_v)),
-        grads,
-        strict=True,
-    ):
-        assert total is not None
-        total.add_(part)
+    for total, grad in zip(totals, grads, strict=True):
+        total.add_(grad)
 
 
 def _plan(block: Block, call: Call, q: Tensor, v: Tensor) -> Plan:
-    dtype = str(q.dtype).removeprefix("torch.")
-    return plan_of(
-        block,
-        q.shape[0],
-        q.shape[3],
-        v.shape[3],
-        dtype,
-        q.device.type,
-        Scores.of(call.score_mod),
-    )
+    """The plan of a block, for the shapes of its tensors."""
+    dtype, scores = str(q.dtype).removeprefix("torch."), Scores.of(call.score_mod)
+    return plan_of(block, q.shape[0], q.shape[3], v.shape[3], dtype, q.device.type, scores)

@@ -2,8 +2,8 @@
 
 A call takes and returns shards. At distance d a rank receives from the rank d before it and sends
 to the rank d after it, as the schedule requires. Messages of the next step travel while this one is
-computed. In a backward the gradients of received keys return the same way. They are added in the
-order of distance, as the simulated transport adds them, so that both give the same bits.
+computed. In a backward the gradients of received keys return on the reverse path. They are added in
+the order of distance, as the simulated transport adds them, so that both give the same bits.
 
     distance 1      rank 0 -> rank 1 -> rank 2 -> rank 3 -> rank 0
     distance 2      rank 0 -> rank 2 -> rank 0,   rank 1 -> rank 3 -> rank 1
@@ -15,87 +15,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-
-# Its functions take the default group of the moment of import as their default argument. torch.compile imports it; after
-# init_process_group() it would keep that group's threads past destroy_process_group(), and they abort a process that exits.
-import torch.distributed.nn.functional
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from ..calls import Call
 from ..partials import Saved
+from .exchanges import Exchange, buffer, packed, transport_errors, unpacked
 from .ledgers import Ledger
-from .schedules import Message, Schedule, Step
+from .schedules import Schedule
+from .steps import Message, Step
 from .workers import Backward, Forward, KeysAndValues, Worker
 
 
 @dataclass(frozen=True)
 class _Round:
-    """The step that a rank computes at one distance, and the messages that it sends."""
+    """A rank's step at one distance, and the messages that it sends.
+
+    step: None if the rank receives nothing at this distance.
+    source, target: the ranks that many places before and after this one.
+    """
 
     distance: int
     step: Step | None
+    source: int
     target: int
     outgoing: tuple[Message, ...]
 
-
-class _Exchange:
-    """Messages in flight in both directions; `wait` returns the received ones."""
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        out: Sequence[Tensor],
-        target: int,
-        into: Sequence[Tensor],
-        source: int,
-    ) -> None:
-        self.into, self._sent = list(into), list(out)  # sent buffers must live until they arrive
-        self._peers = (source, target)
-        sends = [dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in out]
-        receives = [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for x in into]
-        with _transport_errors(f"could not reach rank {source} or rank {target}"):
-            self._works = dist.batch_isend_irecv(sends + receives) if sends or receives else []
-
-    def wait(self) -> list[Tensor]:
-        with _transport_errors(
-            f"waited in vain for rank {self._peers[0]}, or for rank {self._peers[1]} to receive"
-        ):
-            for work in self._works:
-                work.wait()
-        self._sent = []
-        return self.into
-
-
-class _transport_errors:
-    """Context that turns failures of the transport into one clear error."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            raise RuntimeError(
-                f"the ring broke: this rank {self.what} ({str(error).splitlines()[0]}). "
-                "A rank has died or stands still; start all ranks again (torchrun --max-restarts does), or set a longer timeout"
-            ) from error
+    @property
+    def incoming(self) -> tuple[Message, ...]:
+        """The messages of the step."""
+        return () if self.step is None else self.step.messages
 
 
 class Distributed:
-    """The transport: every rank passes and receives its own shards (B, H, rows, D).
+    """The transport of processes: calls take and return shards.
 
-    Rows are in the order of the layout's runs.
+    Shards are (B, H, rows, D). Rows are in the order of the layout's runs.
     """
 
     sharded = True
 
     def __init__(self, group: dist.ProcessGroup | str | None = None) -> None:
-        """group: a process group or its name; None or "" for the default one."""
+        """Create the transport; processes are first needed by a call.
+
+        group: a process group or its name; None or "" for the default one.
+        """
         self.group_name = group.group_name if isinstance(group, dist.ProcessGroup) else group or ""
         self._rows: list[int] = []  # per rank, from the last exchange
         self.ledger = Ledger()
@@ -105,7 +70,8 @@ class Distributed:
         """The process group, or the default one."""
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
-                "a distributed ring needs torch.distributed: call torch.distributed.init_process_group() first, "
+                "a distributed ring needs torch.distributed: "
+                "call torch.distributed.init_process_group() first, "
                 "in processes started by torchrun"
             )
         if self.group_name:
@@ -124,24 +90,33 @@ class Distributed:
 
         All ranks compare their calls before any data moves.
 
-        about: properties that must agree, by name: the rule, the data, captured tensors.
+        about: properties that must be equal, by name: the rule, the data, captured tensors.
         """
-        own = {"dtype": str(q.dtype), "batch": q.shape[0], "query heads": q.shape[1], "key heads": k.shape[1],
-               "head_dim": q.shape[3], "value_dim": v.shape[3], **about}  # fmt: skip
+        own = {
+            "dtype": str(q.dtype),
+            "batch": q.shape[0],
+            "query heads": q.shape[1],
+            "key heads": k.shape[1],
+            "head_dim": q.shape[3],
+            "value_dim": v.shape[3],
+            **about,
+        }
         table = self._exchanged({"about": own, "rows": q.shape[2]})
         for name, value in own.items():
-            odd = [rank for rank, entry in enumerate(table) if entry["about"].get(name) != value]
+            values = [entry["about"].get(name) for entry in table]
+            odd = [rank for rank, rank_value in enumerate(values) if rank_value != value]
             if odd:
-                other = table[odd[0]]["about"].get(name)
                 raise ValueError(
-                    f"the ranks of a ring must compute the same; ranks {odd} differ from rank {self.rank} in {name}: "
-                    f"{_short(value)} here, {_short(other)} there. Pass the same on every rank"
+                    "the ranks of a ring must compute the same; "
+                    f"ranks {odd} differ from rank {self.rank} in {name}: "
+                    f"{_short(value)} here, {_short(values[odd[0]])} there. "
+                    "Pass the same on every rank"
                 )
         self._rows = [entry["rows"] for entry in table]
         return sum(self._rows)
 
     def refuse(self, error: Exception) -> None:
-        """Report an invalid call of this rank to the ranks that wait for it."""
+        """Report an invalid call of this rank to all waiting ranks."""
         if not dist.is_available() or not dist.is_initialized():
             return
         message = str(error)
@@ -153,33 +128,40 @@ class Distributed:
     def _exchanged(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """Entries of all ranks; every rank raises if one rank's call is invalid."""
         table: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(self.group))]
-        with _transport_errors("could not greet the others"):
+        with transport_errors("could not compare its call with those of the other ranks"):
             dist.all_gather_object(table, entry, group=self.group)
-        wrong = {rank: entry_of for rank, entry_of in enumerate(table) if "error" in entry_of}
-        if self.rank in wrong:
-            return table  # it raises its own error
-        if wrong:
-            rank, entry_of = next(iter(wrong.items()))
-            kind = TypeError if entry_of["kind"] == "TypeError" else ValueError
-            raise kind(f"rank {rank} of the ring cannot compute: {entry_of['error']}")
+        wrong = [rank for rank, answer in enumerate(table) if "error" in answer]
+        # A rank whose own call is invalid raises its own error, in the caller of `refuse`.
+        if wrong and self.rank not in wrong:
+            answer = table[wrong[0]]
+            kind = TypeError if answer["kind"] == "TypeError" else ValueError
+            raise kind(f"rank {wrong[0]} of the ring cannot compute: {answer['error']}")
         return table
 
     def _check(self, schedule: Schedule) -> None:
-        """Check the row counts of all ranks, so that all refuse a wrong shard and none waits."""
+        """Check the row counts of all ranks.
+
+        Every rank refuses a wrong shard of any rank, so that none waits.
+        """
         layout = schedule.layout
         if layout.ranks != len(self._rows):
             raise ValueError(
-                f"the ring has {layout.ranks} ranks, the process group {len(self._rows)}; make them the same",
+                f"the ring has {layout.ranks} ranks, the process group {len(self._rows)}; "
+                "make them the same"
             )
         for rank, rows in enumerate(self._rows):
             if rows != layout.count(rank):
                 raise ValueError(
-                    f"rank {rank} of {layout.ranks} must hold {layout.count(rank)} of the {layout.tokens} tokens under the "
-                    f"layout {layout.name}; got {rows}. Take the rows that plan(...).positions({rank}) names"
+                    f"rank {rank} of {layout.ranks} must hold {layout.count(rank)} "
+                    f"of the {layout.tokens} tokens under the layout {layout.name}; got {rows}. "
+                    f"Take the rows that plan(...).positions({rank}) names"
                 )
 
     def _rounds(self, schedule: Schedule) -> list[_Round]:
-        """All distances at which this rank receives or sends; distance 0, its own keys, first."""
+        """The rounds in which this rank receives or sends, by distance.
+
+        Distance 0, its own keys, comes first.
+        """
         rank, size = self.rank, schedule.layout.ranks
         steps = {schedule.distance(rank, step.source): step for step in schedule.steps(rank)}
         outgoing: dict[int, tuple[Message, ...]] = {}
@@ -187,53 +169,53 @@ class Distributed:
             step = schedule.step(target, rank)
             if step is not None:
                 outgoing[schedule.distance(target, rank)] = step.messages
-        return [
-            _Round(
-                distance, steps.get(distance), (rank + distance) % size, outgoing.get(distance, ())
-            )
-            for distance in sorted({0, *steps, *outgoing})
-        ]
+        rounds = []
+        for distance in sorted({0, *steps, *outgoing}):
+            source, target = (rank - distance) % size, (rank + distance) % size
+            step, messages = steps.get(distance), outgoing.get(distance, ())
+            rounds.append(_Round(distance, step, source, target, messages))
+        return rounds
 
-    def _start(self, one: _Round, worker: Worker) -> _Exchange:
+    def _start(self, current: _Round, worker: Worker) -> Exchange:
         """Start sending and receiving the keys and values of a round.
 
         K and V of one message travel as one tensor.
         """
-        out = [_packed(*worker.outgoing(message)) for message in one.outgoing]
-        messages = () if one.step is None else one.step.messages
-        into = [_room(message, worker) for message in messages]
-        source = (self.rank - one.distance) % dist.get_world_size(self.group)
-        return _Exchange(self.group, out, one.target, into, source)
+        outgoing = [packed(*worker.outgoing(message)) for message in current.outgoing]
+        incoming = [buffer(message, worker) for message in current.incoming]
+        return Exchange(self.group, outgoing, current.target, incoming, current.source)
+
+    def _return(
+        self, current: _Round, worker: Backward, grads: Sequence[KeysAndValues]
+    ) -> Exchange:
+        """Start returning the gradients of a round's messages to their senders."""
+        outgoing = [packed(*pair) for pair in grads]
+        dtype = worker.grad_k.dtype
+        incoming = [buffer(message, worker, dtype) for message in current.outgoing]
+        return Exchange(self.group, outgoing, current.source, incoming, current.target)
 
     def forward(
-        self,
-        schedule: Schedule,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of this rank's queries."""
+        """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of a rank."""
         self._check(schedule)
         self.ledger = Ledger()
         worker = Forward(schedule, self.rank, call, q, k, v)
         rounds = self._rounds(schedule)
         in_flight = self._start(rounds[0], worker)
-        for i, one in enumerate(rounds):
+        for i, current in enumerate(rounds):
             received = in_flight.wait()
+            # The next messages travel while this step is computed.
             if i + 1 < len(rounds):
                 in_flight = self._start(rounds[i + 1], worker)
-            if one.step is not None:
-                pairs = [_unpacked(x, k.shape[3]) for x in received]
+            if current.step is not None:
+                pairs = [unpacked(x, k.shape[3]) for x in received]
                 self.ledger.note(pairs, (q, k, v, worker.out, worker.lse))
-                worker.compute(one.step, pairs)
+                worker.compute(current.step, pairs)
         return worker.out, worker.lse
 
     def backward(
-        self,
-        schedule: Schedule,
-        call: Call,
-        saved: Saved,
+        self, schedule: Schedule, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v."""
         self._check(schedule)
@@ -241,33 +223,25 @@ class Distributed:
         worker = Backward(schedule, self.rank, call, saved)
         rounds, size, head_dim = self._rounds(schedule), schedule.layout.ranks, saved.k.shape[3]
         in_flight = self._start(rounds[0], worker)
-        for i, one in enumerate(rounds):
+        for i, current in enumerate(rounds):
             received = in_flight.wait()
             following = rounds[i + 1] if i + 1 < len(rounds) else None
             # If this distance and the next add up to the number of ranks, the next keys and these
             # gradients travel between the same two ranks in the same direction. Both ends then
             # send gradients first, so that messages match.
-            crossing = following is not None and one.distance + following.distance == size
+            crossing = following is not None and current.distance + following.distance == size
             if following is not None and not crossing:
                 in_flight = self._start(following, worker)
             grads: list[KeysAndValues] = []
-            if one.step is not None:
-                pairs = [_unpacked(x, head_dim) for x in received]
+            if current.step is not None:
+                pairs = [unpacked(x, head_dim) for x in received]
                 self.ledger.note(pairs, worker.shards)
-                grads = worker.compute(one.step, pairs)
-            back = [_room(message, worker, worker.grad_k.dtype) for message in one.outgoing]
-            source = (self.rank - one.distance) % size
-            returning = _Exchange(
-                self.group,
-                [_packed(*pair) for pair in grads],
-                source,
-                back,
-                one.target,
-            )
+                grads = worker.compute(current.step, pairs)
+            returning = self._return(current, worker, grads)
             if following is not None and crossing:
                 in_flight = self._start(following, worker)
-            for message, x in zip(one.outgoing, returning.wait(), strict=True):
-                worker.add(message, _unpacked(x, head_dim))
+            for message, x in zip(current.outgoing, returning.wait(), strict=True):
+                worker.add(message, unpacked(x, head_dim))
         return worker.results
 
     def __repr__(self) -> str:
@@ -279,23 +253,3 @@ def _short(value: object) -> str:
     if len(shown) <= 200:
         return shown
     return f"{shown[:200]}..."
-
-
-def _packed(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values concatenated into one message."""
-    return torch.cat([k, v], dim=3)
-
-
-def _unpacked(x: Tensor, head_dim: int) -> KeysAndValues:
-    return x[..., :head_dim], x[..., head_dim:]
-
-
-def _room(message: Message, worker: Worker, dtype: torch.dtype | None = None) -> Tensor:
-    """Buffer for an incoming message."""
-    shape = (
-        worker.k.shape[0],
-        message.kv_heads.count,
-        len(message.rows),
-        worker.k.shape[3] + worker.v.shape[3],
-    )
-    return worker.k.new_empty(shape, dtype=dtype)

@@ -11,115 +11,120 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# Errors of a full disk, a used up quota, a file that would be too large.
+# Errors of a full disk, an exhausted quota, and a file that would be too large.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def input_file(name: str, value: object) -> Path:
     """Return the path of a regular file that exists.
 
-    name: the argument, for the error. Raises TypeError if `value` is no path, ValueError if no file
-    can have it or it leads to something else than a file, OSError if nothing is there or it cannot
-    be accessed.
+    name: the argument, for the error.
+
+    Raises TypeError if `value` is no path; ValueError if no file can have that path, or if it leads
+    to something other than a file; OSError if the file does not exist or cannot be accessed.
     """
     path = _path(name, value)
-    if not _is_there(name, path):
+    if not _exists(name, path):
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{name} must be a file; there is none at {str(path)!r}. Write it with numpy.save, or correct the path",
+            f"{name} must be a file; there is none at {str(path)!r}. "
+            "Write it with numpy.save, or correct the path",
         )
     return path
 
 
 def output_file(name: str, value: object) -> Path:
-    """Return the path of a regular file, or of none in an existing directory.
+    """Return the path of an existing or new regular file.
 
-    Raises as `input_file` does, and ValueError for a link to nothing, since a file would be created
-    where it leads.
+    The directory must exist. Raises as `input_file` does. A link to nothing is a ValueError: a file
+    would be created where it leads.
     """
     path = _path(name, value)
-    if not _is_there(name, path) and not path.parent.is_dir():
+    if not _exists(name, path) and not path.parent.is_dir():
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{name}={str(path)!r} is in a directory that does not exist. Create {str(path.parent)!r} first",
+            f"{name}={str(path)!r} is in a directory that does not exist. "
+            f"Create {str(path.parent)!r} first",
         )
     return path
 
 
 def _path(name: str, value: object) -> Path:
+    """Check that a value is a path that the file system can represent."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str):
         raise TypeError(
-            f"{name} must be a path, a str or pathlib.Path; got {type(value).__name__}. Pass the path of the file",
+            f"{name} must be a path, a str or pathlib.Path; got {type(value).__name__}. "
+            "Pass the path of the file"
         )
     if not text:
         raise ValueError(f"{name} must be a path; got an empty str. Pass the path of the file")
     try:
         unusable = b"\0" in os.fsencode(text)
-    except UnicodeEncodeError:  # a lone surrogate, which no file name can hold
+    except UnicodeEncodeError:  # a lone surrogate, which no file name can contain
         unusable = True
     if unusable:
         raise ValueError(
-            f"{name} must be a path; got {text!r}, which no file can be called. Pass the path of the file",
+            f"{name} must be a path; got {text!r}, which no file can be called. "
+            "Pass the path of the file"
         )
     return Path(text)
 
 
-def _is_there(name: str, path: Path) -> bool:
-    """Whether there is a regular file. Raises where there is something else, or a link to nothing."""
+def _exists(name: str, path: Path) -> bool:
+    """Whether a regular file exists.
+
+    Raises ValueError for anything else, and for a link to nothing.
+    """
     with opening(name, path):
         try:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             if path.is_symlink():
                 raise ValueError(
-                    f"{name}={str(path)!r} is a symbolic link to {os.readlink(path)!r}, which does not exist. "
-                    "Pass the file itself, or remove the link"
+                    f"{name}={str(path)!r} is a symbolic link to {os.readlink(path)!r}, "
+                    "which does not exist. Pass the file itself, or remove the link"
                 ) from None
             return False
     if not stat.S_ISREG(mode):
         kind = "directory" if stat.S_ISDIR(mode) else "device, pipe or socket"
         raise ValueError(
-            f"{name}={str(path)!r} is a {kind}; it must be a regular file. Pass the path of a file",
+            f"{name}={str(path)!r} is a {kind}; it must be a regular file. Pass the path of a file"
         )
     return True
 
 
 @contextlib.contextmanager
 def opening(name: str, path: Path) -> Iterator[None]:
-    """Name the argument in the error of a file that cannot be opened or begun."""
+    """Name the argument in errors of opening or creating its file."""
     try:
         yield
     except OSError as error:
-        remedy = (
-            "Make room"
-            if error.errno in NO_ROOM
-            else "Change its permissions, or pass another file"
-        )
+        remedy = "Change its permissions, or pass another file"
+        if error.errno in NO_ROOM:
+            remedy = "Make room"
         raise OSError(
-            error.errno,
-            f"{name}={str(path)!r} cannot be used: {error.strerror}. {remedy}",
+            error.errno, f"{name}={str(path)!r} cannot be used: {error.strerror}. {remedy}"
         ) from error
 
 
-def is_same(one: Path, other: Path) -> bool:
+def is_same(first: Path, second: Path) -> bool:
     """Return whether two paths lead to one file, through links as well."""
-    if one.exists() and other.exists():
-        return one.samefile(other)
-    return os.path.realpath(one) == os.path.realpath(other)
+    if first.exists() and second.exists():
+        return first.samefile(second)
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 @contextlib.contextmanager
 def created_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes the name `path` once it is complete.
+    """Open a new file that gets the name `path` once it is complete.
 
     Until then it has a random name in the same directory. It is created exclusively, and removed
-    after any error, an interrupt too. Its content and its name are on the disk when this returns.
+    after any error or interrupt. Its content and its name are on disk when this returns.
     """
     unfinished = path.with_name(f"unfinished-{secrets.token_hex(8)}")
-    with unfinished.open(
-        "xb"
-    ) as file:  # O_EXCL: fails where anything has this name, a link to nothing too
+    # O_EXCL: fails if anything has this name, even a link to nothing.
+    with unfinished.open("xb") as file:
         try:
             yield file
             file.flush()
@@ -132,7 +137,7 @@ def created_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names of new files to the disk: a file's own fsync does not."""
+    """Write a directory to disk: the fsync of a file omits its name."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

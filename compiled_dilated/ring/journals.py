@@ -13,9 +13,9 @@ from typing import Any
 
 from . import files
 
-# No journal has a longer first line; it is read no further.
+# No journal has a longer first line: of other files no more is read.
 _LONGEST_HEADER_BYTES = 2**24
-# An error shows at most this much of another program's first line.
+# Errors show at most this much of a value in another file's first line.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 1000
 
@@ -26,7 +26,8 @@ def checksum(stored: bytes | memoryview) -> str:
         return f"{zlib.crc32(stored):08x}"
     except TypeError:
         raise TypeError(
-            f"the methods write and held of a sink must return bytes, those it keeps of the rows; got {type(stored).__name__}"
+            "the methods write and held of a sink must return bytes, those it stores for the rows; "
+            f"got {type(stored).__name__}"
         ) from None
 
 
@@ -42,36 +43,42 @@ class JournalError(ValueError):
         super().__init__(f"{fault}. {self.remedy('journal')}")
 
     def remedy(self, argument: str) -> str:
-        """What to do, for the named argument. Files that are not journals are never removed."""
-        return f"Name another {argument}" + (
-            f", or remove {self.path} to start again" if self.removable else ""
-        )
+        """The next step for the user, for the named argument.
+
+        It never suggests to remove a file that is not a journal.
+        """
+        if self.removable:
+            return f"Name another {argument}, or remove {self.path} to start again"
+        return f"Name another {argument}"
 
 
 class Journal:
-    """Lines of JSON: the run, then its finished ranks. Without a path nothing is stored.
+    """Lines of JSON: the run, then its finished ranks.
 
     An existing journal is read as follows:
 
-        first line      of this run                                   the ranks below it are finished
-                        cut off, or the file is empty                 rewritten: the run stopped before its first rank
-                        of another run                                JournalError with the differences
-                        anything else                                 JournalError: not a journal; left unchanged
-        other lines     {"rank": number, "checksum": 8 hex digits}    the rank is finished; its last line counts
-                        not JSON, not UTF-8, too deep, no line end    torn by a crash: dropped with all lines after it
-                        other JSON, or no rank of this run            JournalError: no crash writes that
+        first line
+            of this run                                   the ranks below it are finished
+            cut off, or the file is empty                 rewritten: no rank was finished
+            of another run                                JournalError with the differences
+            anything else                                 JournalError: not a journal; not changed
+        other lines
+            {"rank": number, "checksum": 8 hex digits}    the rank is finished; its last line counts
+            not JSON, not UTF-8, too deep, no line end    torn by a crash: dropped, with the rest
+            other JSON, or no rank of this run            JournalError: no crash writes that
 
-    path: a regular file, or a new one; only read before `begin`.
-    about: the run.
+    path: a regular file, or a new one; only read before `begin`. None stores nothing.
+    about: properties that define the run, by name.
     ranks: all ranks that can finish.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any], ranks: Container[int]) -> None:
         self.path, self.about, self.ranks = path, dict(about), ranks
         self.done: dict[int, str] = {}
-        self._new: list[dict[str, Any]] = []
+        self._unsynced: list[dict[str, Any]] = []
         self._header = _as_lines([self.about])
-        self._whole_bytes = 0  # of the file, those that are kept
+        # Length of the file without torn lines; `begin` cuts it there.
+        self._intact_bytes = 0
         if path is not None and path.exists():
             with files.opening("journal", path):
                 self._read(path)
@@ -82,23 +89,25 @@ class Journal:
             if first != self._header and self._header.startswith(first):
                 return
             self._check_header(first, path)
-            self._whole_bytes = len(first)
+            self._intact_bytes = len(first)
             for number, line in enumerate(file, 2):
                 try:
                     entry = _parsed(line)
-                except ValueError:  # torn, as the class says
+                except ValueError:  # torn
                     break
-                if not self._is_ours(entry):
+                if not self._is_finished_rank(entry):
                     raise JournalError(
-                        f"line {number} of the journal {path} is {line[:80]!r}, which no run like this one wrote: "
+                        f"line {number} of the journal {path} is {line[:80]!r}, "
+                        "which no run like this one wrote: "
                         "it is not a rank of the run with the checksum of its rows",
                         path,
                         removable=True,
                     )
                 self.done[entry["rank"]] = entry["checksum"]
-                self._whole_bytes += len(line)
+                self._intact_bytes += len(line)
 
     def _check_header(self, line: bytes, path: Path) -> None:
+        """Raise JournalError unless a first line describes this run."""
         try:
             header = _parsed(line)
         except ValueError:
@@ -109,11 +118,12 @@ class Journal:
                 path,
                 removable=False,
             )
-        differences = [
-            f"{key} is {_SHORT.repr(header.get(key))} there and {_SHORT.repr(self.about.get(key))} here"
-            for key in (*self.about, *(key for key in header if key not in self.about))
-            if header.get(key) != self.about.get(key)
-        ]
+        differences = []
+        for key in dict.fromkeys((*self.about, *header)):
+            recorded, current = header.get(key), self.about.get(key)
+            if recorded != current:
+                recorded, current = _SHORT.repr(recorded), _SHORT.repr(current)
+                differences.append(f"{key} is {recorded} there and {current} here")
         if differences:
             raise JournalError(
                 f"the journal {path} is of another run: {'; '.join(differences)}",
@@ -121,7 +131,8 @@ class Journal:
                 removable=True,
             )
 
-    def _is_ours(self, entry: Any) -> bool:
+    def _is_finished_rank(self, entry: Any) -> bool:
+        """Whether a line's value is a rank of the run with a checksum."""
         if not isinstance(entry, dict) or entry.keys() != {"rank", "checksum"}:
             return False
         rank, digest = entry["rank"], entry["checksum"]
@@ -134,15 +145,19 @@ class Journal:
             return
         with files.opening("journal", self.path):
             if not self.path.exists():
-                self.path.open("xb").close()  # never through a link that came there meanwhile
+                # Exclusively: a link created meanwhile is not followed.
+                self.path.open("xb").close()
                 files.sync_directory(self.path.parent)
-            os.truncate(self.path, self._whole_bytes)
-            if not self._whole_bytes:
+            os.truncate(self.path, self._intact_bytes)
+            if not self._intact_bytes:
                 self._append(self._header)
 
-    def keep(self, holds: Callable[[int, str], bool]) -> list[int]:
-        """Drop finished ranks whose output does not match its checksum; returns them."""
-        torn = [rank for rank, digest in self.done.items() if not holds(rank, digest)]
+    def drop_torn(self, is_intact: Callable[[int, str], bool]) -> list[int]:
+        """Drop finished ranks whose stored rows are damaged; returns them.
+
+        is_intact: a function of a rank and its checksum.
+        """
+        torn = [rank for rank, digest in self.done.items() if not is_intact(rank, digest)]
         for rank in torn:
             del self.done[rank]
         return torn
@@ -150,13 +165,13 @@ class Journal:
     def add(self, rank: int, digest: str) -> None:
         """Mark a rank as finished; on disk after the next `sync`."""
         self.done[rank] = digest
-        self._new.append({"rank": rank, "checksum": digest})
+        self._unsynced.append({"rank": rank, "checksum": digest})
 
     def sync(self) -> None:
         """Append new lines. The output of their ranks must be on disk already."""
-        if self.path is not None and self._new:
-            self._append(_as_lines(self._new))
-        self._new = []
+        if self.path is not None and self._unsynced:
+            self._append(_as_lines(self._unsynced))
+        self._unsynced = []
 
     def _append(self, lines: bytes) -> None:
         """Append lines and fsync. After a failure none of them remains."""
@@ -174,9 +189,9 @@ class Journal:
 
 
 def _without_creating(path: str, flags: int) -> int:
-    """Open a file for appending.
+    """Open an existing file.
 
-    A journal that was removed meanwhile must not be created again without its first line.
+    A journal that was removed during the run must not be created again without its first line.
     """
     try:
         return os.open(path, flags & ~os.O_CREAT)

@@ -1,10 +1,10 @@
 """Layouts: the tokens of each rank, as runs of places of an order.
 
-16 tokens, 4 ranks      rank 0         rank 1         rank 2         rank 3
-contiguous              0  1  2  3     4  5  6  7     8  9 10 11     12 13 14 15
-zigzag                  0  1 14 15     2  3 12 13     4  5 10 11      6  7  8  9     causal work even
-striped                 0  4  8 12     1  5  9 13     2  6 10 14      3  7 11 15     (arXiv 2311.09431)
-residue 2               0  2  4  6     8 10 12 14     1  3  5  7      9 11 13 15     for dilated masks
+16 tokens, 4 ranks    rank 0         rank 1         rank 2         rank 3
+contiguous            0  1  2  3     4  5  6  7     8  9 10 11     12 13 14 15
+zigzag                0  1 14 15     2  3 12 13     4  5 10 11      6  7  8  9    causal work even
+striped               0  4  8 12     1  5  9 13     2  6 10 14      3  7 11 15    arXiv 2311.09431
+residue 2             0  2  4  6     8 10 12 14     1  3  5  7      9 11 13 15    dilated masks
 """
 
 from __future__ import annotations
@@ -48,42 +48,46 @@ class Layout(ABC):
         return sum(map(len, self.runs(rank)))
 
 
-def _some(*runs: range) -> tuple[range, ...]:
+def _non_empty(*runs: range) -> tuple[range, ...]:
     return tuple(run for run in runs if run)
 
 
-def _share(total: int, shares: int, i: int) -> int:
-    """Start of the i-th of `shares` even shares; sizes differ by at most one."""
+def _share(total: int, shares: int, i: int) -> range:
+    """The i-th of some even shares of places.
+
+    Sizes differ by at most one.
+    """
     size, longer = divmod(total, shares)
-    return i * size + min(i, longer)
+    return range(i * size + min(i, longer), (i + 1) * size + min(i + 1, longer))
 
 
-def _holder(total: int, shares: int, at: int) -> int:
+def _share_of(total: int, shares: int, place: int) -> int:
     """Index of the share that contains a place."""
     size, longer = divmod(total, shares)
-    if at < longer * (size + 1):
-        return at // (size + 1)
-    return longer + (at - longer * (size + 1)) // size
+    # The first `longer` shares have one place more than the others.
+    if place < longer * (size + 1):
+        return place // (size + 1)
+    return longer + (place - longer * (size + 1)) // size
+
+
+def _shares_of(total: int, shares: int, first: int, last: int) -> range:
+    """Indices of the shares that contain the places from `first` to `last`."""
+    return range(_share_of(total, shares, first), _share_of(total, shares, last) + 1)
 
 
 @dataclass(frozen=True)
 class Contiguous(Layout):
-    """Consecutive shards along an order: the sequence, or a Hilbert curve through a grid."""
+    """Consecutive shards along an order: the sequence, or a Hilbert curve."""
 
     along: Order = Identity()  # noqa: RUF009  a value
 
     def runs(self, rank: int) -> tuple[range, ...]:
-        return _some(
-            range(_share(self.tokens, self.ranks, rank), _share(self.tokens, self.ranks, rank + 1)),
-        )
+        return _non_empty(_share(self.tokens, self.ranks, rank))
 
     def owners(self, places: range) -> Iterator[int]:
         places = clip(places, 0, self.tokens)
         if places:
-            yield from range(
-                _holder(self.tokens, self.ranks, places[0]),
-                _holder(self.tokens, self.ranks, places[-1]) + 1,
-            )
+            yield from _shares_of(self.tokens, self.ranks, places[0], places[-1])
 
     @property
     def order(self) -> Order:
@@ -98,32 +102,28 @@ class Contiguous(Layout):
 
 @dataclass(frozen=True)
 class Zigzag(Layout):
-    """Rank i of a group holds chunks i and 2 * group - 1 - i: even causal work.
+    """Two chunks per rank, one from each end: even causal work.
+
+    Rank i of a group has chunks i and 2 * group - 1 - i.
 
     group: ranks that share a part of the sequence, such as one segment; divides `ranks`.
     """
 
     group: int
 
-    def _chunk(self, index: int) -> range:
-        return range(
-            _share(self.tokens, 2 * self.ranks, index),
-            _share(self.tokens, 2 * self.ranks, index + 1),
-        )
-
     def runs(self, rank: int) -> tuple[range, ...]:
-        first = rank // self.group * self.group
-        i = rank - first
-        return _some(self._chunk(2 * first + i), self._chunk(2 * first + 2 * self.group - 1 - i))
+        first, i = rank // self.group * self.group, rank % self.group
+        chunks = (2 * first + i, 2 * first + 2 * self.group - 1 - i)
+        return _non_empty(*(_share(self.tokens, 2 * self.ranks, chunk) for chunk in chunks))
 
     def owners(self, places: range) -> Iterator[int]:
         places = clip(places, 0, self.tokens)
         if places:
-            first = _holder(self.tokens, 2 * self.ranks, places[0])
-            last = _holder(self.tokens, 2 * self.ranks, places[-1])
-            yield from sorted({self._rank(chunk) for chunk in range(first, last + 1)})
+            chunks = _shares_of(self.tokens, 2 * self.ranks, places[0], places[-1])
+            yield from sorted({self._owner(chunk) for chunk in chunks})
 
-    def _rank(self, chunk: int) -> int:
+    def _owner(self, chunk: int) -> int:
+        """The rank that holds a chunk."""
         first, i = divmod(chunk, 2 * self.group)
         return first * self.group + min(i, 2 * self.group - 1 - i)
 
@@ -142,12 +142,13 @@ class Striped(Layout):
     """
 
     def runs(self, rank: int) -> tuple[range, ...]:
-        return _some(range(rank, self.tokens, self.ranks))
+        return _non_empty(range(rank, self.tokens, self.ranks))
 
     def owners(self, places: range) -> Iterator[int]:
         places = clip(places, 0, self.tokens)
-        if len(places) * math.gcd(places.step, self.ranks) >= self.ranks:
-            step = math.gcd(places.step, self.ranks)
+        # Enough places meet every rank that their step can reach.
+        step = math.gcd(places.step, self.ranks)
+        if len(places) * step >= self.ranks:
             yield from range(places.start % step, self.ranks, step)
         else:
             yield from sorted({place % self.ranks for place in places})
@@ -159,39 +160,41 @@ class Striped(Layout):
 
 @dataclass(frozen=True)
 class ByResidue(Layout):
-    """The residue classes of position % rate, one after the other, cut into shards."""
+    """The residue classes of positions, one after another, cut into shards.
+
+    rate: modulus of the classes.
+    """
 
     rate: int
 
-    def runs(self, rank: int) -> tuple[range, ...]:
-        start, stop = (
-            _share(self.tokens, self.ranks, rank),
-            _share(self.tokens, self.ranks, rank + 1),
-        )
-        out, before = [], 0
-        for residue in range(self.rate):
-            members = range(residue, self.tokens, self.rate)
-            out.append(members[max(0, start - before) : max(0, stop - before)])
-            before += len(members)
-        return _some(*out)
-
-    def owners(self, places: range) -> Iterator[int]:
-        owners: set[int] = set()
+    def _classes(self) -> Iterator[tuple[int, range]]:
+        """The non-empty residue classes, and the number of tokens before each."""
         before = 0
         for residue in range(self.rate):
             members = range(residue, self.tokens, self.rate)
-            common = intersection(clip(places, 0, self.tokens), members) if members else range(0)
-            if common:
-                first, last = (
-                    before + (at - residue) // self.rate for at in (common[0], common[-1])
-                )
-                owners.update(
-                    range(
-                        _holder(self.tokens, self.ranks, first),
-                        _holder(self.tokens, self.ranks, last) + 1,
-                    ),
-                )
+            if members:
+                yield before, members
             before += len(members)
+
+    def runs(self, rank: int) -> tuple[range, ...]:
+        share = _share(self.tokens, self.ranks, rank)
+        return _non_empty(
+            *(
+                members[max(0, share.start - before) : max(0, share.stop - before)]
+                for before, members in self._classes()
+            )
+        )
+
+    def owners(self, places: range) -> Iterator[int]:
+        places = clip(places, 0, self.tokens)
+        owners: set[int] = set()
+        for before, members in self._classes():
+            common = intersection(places, members)
+            if common:
+                # Indices along the classes, from which shares are cut.
+                first = before + members.index(common[0])
+                last = before + members.index(common[-1])
+                owners.update(_shares_of(self.tokens, self.ranks, first, last))
         yield from sorted(owners)
 
     @property

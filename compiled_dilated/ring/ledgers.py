@@ -1,4 +1,4 @@
-"""Counters of an executed ring, updated by the transports."""
+"""Counters of an executed ring, incremented by the transports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class Ledger:
     """Totals over all ranks, and the largest memory of one rank.
 
-    most_held_bytes: shards and messages that one rank held at once.
+    most_held_bytes: largest sum of the shards and messages of one rank at one time.
     """
 
     steps: int = 0
@@ -21,16 +21,16 @@ class Ledger:
     most_held_bytes: int = 0
 
     def note(
-        self,
-        received: Sequence[tuple[Tensor, Tensor]],
-        shards: Sequence[Tensor | None],
+        self, received: Sequence[tuple[Tensor, Tensor]], shards: Sequence[Tensor | None]
     ) -> None:
-        """Count a step of a rank that holds `shards`."""
+        """Count a step of a rank.
+
+        received: keys and values per message.
+        shards: all other tensors of the rank; None for absent ones.
+        """
         received_bytes = sum(x.nbytes for pair in received for x in pair)
+        shard_bytes = sum(x.nbytes for x in shards if x is not None)
         self.steps += 1
         self.messages += len(received)
         self.received_bytes += received_bytes
-        self.most_held_bytes = max(
-            self.most_held_bytes,
-            received_bytes + sum(x.nbytes for x in shards if x is not None),
-        )
+        self.most_held_bytes = max(self.most_held_bytes, received_bytes + shard_bytes)

@@ -30,7 +30,9 @@ def positions(places: Positions, order: Order, tokens: int) -> Positions:
 
 @dataclass(frozen=True, repr=False)
 class Moved(Mask):
-    """`mask` seen from query places q_start + q_step * i and key places kv_start + kv_step * j.
+    """A mask over indices of queries and keys, at places with a start and step.
+
+    Query i is at place q_start + q_step * i, key j at kv_start + kv_step * j.
 
     order, tokens: the order that places belong to, and its length.
     """
@@ -46,21 +48,20 @@ class Moved(Mask):
     def allows(
         self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
     ) -> Any:
-        q, kv = (
-            self._positions(q, self.q_start, self.q_step),
-            self._positions(kv, self.kv_start, self.kv_step),
-        )
+        q = self._positions(q, self.q_start, self.q_step)
+        kv = self._positions(kv, self.kv_start, self.kv_step)
         return self.mask.allows(b, h, q, kv, data)
 
-    def _positions(self, at: Positions, start: int, step: int) -> Positions:
-        wide = at.long() if hasattr(at, "long") else np.asarray(at, dtype=np.int64)
+    def _positions(self, indices: Positions, start: int, step: int) -> Positions:
+        """Positions in the complete sequence, of indices from 0."""
+        # 64 bits: tiles may have indices of 32.
+        is_tensor = hasattr(indices, "long")
+        wide = indices.long() if is_tensor else np.asarray(indices, dtype=np.int64)
         return positions(wide * step + start, self.order, self.tokens)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        queries, keys = (
-            self._regions(q, self.q_start, self.q_step),
-            self._regions(kv, self.kv_start, self.kv_step),
-        )
+        queries = self._regions(q, self.q_start, self.q_step)
+        keys = self._regions(kv, self.kv_start, self.kv_step)
         if queries is None or keys is None:
             return np.full(len(q), PARTIAL)
         return self.mask.classify(queries, keys)
@@ -83,10 +84,11 @@ class Moved(Mask):
         return (self.mask,)
 
     def check(self, queries: range, keys: int) -> None:
-        pass  # checked for the complete sequence; a part has no lengths of its own
+        """No check: masks are checked for the complete sequence, not for its parts."""
 
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         return replace(self, mask=change(self.mask))
 
     def __repr__(self) -> str:
-        return f"Moved({self.mask!r}, {self.q_start}, {self.q_step}, {self.kv_start}, {self.kv_step}, {self.order!r}, {self.tokens})"
+        places = f"{self.q_start}, {self.q_step}, {self.kv_start}, {self.kv_step}"
+        return f"Moved({self.mask!r}, {places}, {self.order!r}, {self.tokens})"

@@ -1,8 +1,7 @@
-"""Choice of a layout: bytes, work and memory per rank, computed from schedules."""
+"""Plans of a ring: candidate layouts, their loads, and the choice."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,83 +20,17 @@ from ..masks.segments import Segments
 from ..orders import Identity, Order, hilbert
 from ..plans import Problem
 from ..programs import Program
-from . import blocks
 from .layouts import ByResidue, Contiguous, Layout, Striped, Zigzag
+from .loads import Load, load_of, summary
 from .moved import positions
-from .schedules import Schedule, Step
+from .schedules import Schedule
 
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "residue", "hilbert")
-# Dense flops in the time of one byte on the wire.
-_FLOPS_PER_BYTE = 20.0
 # Loads are computed for at most this many ranks, evenly spaced.
 _SAMPLED = 16
 # Layouts within this factor of the fastest count as equally fast; the one that moves least is
 # chosen.
 _AS_SOON = 1.03
-
-
-@dataclass(frozen=True)
-class Load:
-    """Bytes received, work and peak memory of one rank.
-
-    dense_flops: flops of dense attention that take the same time.
-    """
-
-    rank: int
-    steps: int
-    messages: int
-    received_bytes: int
-    pairs: int
-    dense_flops: float
-    peak_bytes: int
-
-    @property
-    def time(self) -> float:
-        """Time in dense flops; messages arrive while the step before is computed."""
-        return max(self.dense_flops, self.received_bytes * _FLOPS_PER_BYTE)
-
-
-def load(schedule: Schedule, problem: Problem, rank: int) -> Load:
-    """Forward load of one rank: exact, except for the peak, which the kernels predict."""
-    layout, steps = schedule.layout, list(schedule.steps(rank))
-    width = problem.head_dim + problem.value_dim
-    received = [_bytes_of(step, problem) for step in steps]
-    pairs, flops, working = 0, 0.0, 0
-    for step in steps:
-        for block in step.blocks:
-            cost = blocks.plan_of(
-                block,
-                problem.batch,
-                problem.head_dim,
-                problem.value_dim,
-                problem.dtype,
-                problem.device,
-                problem.scores,
-            ).cost
-            pairs, flops, working = (
-                pairs + cost.pairs,
-                flops + cost.dense_flops,
-                max(working, cost.peak_bytes),
-            )
-    tokens = layout.count(rank)
-    shards = problem.batch * tokens * (problem.heads + problem.kv_heads) * width * problem.itemsize
-    # Two steps' messages: one is computed while the next arrives.
-    in_flight = max((a + b for a, b in itertools.pairwise([*received, 0])), default=0)
-    messages = sum(len(step.messages) for step in steps)
-    return Load(
-        rank,
-        len(steps),
-        messages,
-        sum(received),
-        pairs,
-        flops,
-        shards + in_flight + working,
-    )
-
-
-def _bytes_of(step: Step, problem: Problem) -> int:
-    rows = sum(message.kv_heads.count * len(message.rows) for message in step.messages)
-    return problem.batch * rows * (problem.head_dim + problem.value_dim) * problem.itemsize
 
 
 @dataclass(frozen=True)
@@ -131,6 +64,9 @@ class RingPlan:
     def to_json(self) -> dict[str, Any]:
         """The content of `explain` as plain values."""
         problem, layout = self.problem, self.schedule.layout
+        rows = []
+        for candidate, loads in self.weighed:
+            rows.append(summary(candidate, loads) | {"chosen": candidate == layout})
         return {
             "program": repr(problem.program),
             "q_shape": [problem.batch, problem.heads, problem.q_len, problem.head_dim],
@@ -139,83 +75,47 @@ class RingPlan:
             "ranks": layout.ranks,
             "layout": layout.name,
             "reason": self.reason,
-            "layouts": [
-                _row(layout, loads) | {"chosen": layout == self.schedule.layout}
-                for layout, loads in self.weighed
-            ],
+            "layouts": rows,
         }
 
     def explain(self) -> str:
         """Costs per layout, the choice and its reason, as text."""
         problem, layout = self.problem, self.schedule.layout
-        sampled = len(self.loads) < layout.ranks
+        q_shape = (problem.batch, problem.heads, problem.q_len, problem.head_dim)
+        sample = "a sample of" if len(self.loads) < layout.ranks else "all"
         lines = [
             f"program   {problem.program}",
-            f"problem   q ({problem.batch}, {problem.heads}, {problem.q_len}, {problem.head_dim}), {problem.kv_heads} key heads, "
+            f"problem   q {q_shape}, {problem.kv_heads} key heads, "
             f"{problem.dtype} on {problem.device}, over {layout.ranks} ranks",
             f"chosen    {layout.name}: {self.reason}",
-            f"ranks     {'a sample of ' if sampled else 'all '}{len(self.loads)}; a plain ring takes {layout.ranks} steps",
+            f"ranks     {sample} {len(self.loads)}; a plain ring takes {layout.ranks} steps",
         ]
+        return "\n".join(lines) + "\n\n" + self._table()
+
+    def _table(self) -> str:
+        """One row per layout; the chosen one has a star."""
         cells = []
-        for candidate, loads in self.weighed:
-            row = _row(candidate, loads)
-            cells.append(
-                [
-                    "*" if candidate == layout else "",
-                    row["layout"],
-                    f"{row['steps_mean']:.1f}",
-                    row["steps_max"],
-                    f"{row['received_mib_mean']:,.2f}",
-                    f"{row['received_mib_max']:,.2f}",
-                    f"{row['dense_gflop_max']:,.2f}",
-                    f"{row['work_max_over_mean']:.2f}",
-                    f"{row['peak_mib']:,.1f}",
-                ]
-            )
-        headers = [
-            "",
-            "layout",
-            "steps",
-            "most",
-            "MiB in",
-            "most",
-            "as dense GFLOP, most",
-            "most / mean",
-            "peak MiB",
-        ]
-        table: str = tabulate(
-            cells,
-            headers=headers,
-            disable_numparse=True,
-            colalign=("left", "left", *["right"] * 7),
-        )
-        return "\n".join(lines) + "\n\n" + table
+        for layout, loads in self.weighed:
+            row = summary(layout, loads)
+            numbers = [
+                f"{row['steps_mean']:.1f}",
+                row["steps_max"],
+                f"{row['received_mib_mean']:,.2f}",
+                f"{row['received_mib_max']:,.2f}",
+                f"{row['dense_gflop_max']:,.2f}",
+                f"{row['work_max_over_mean']:.2f}",
+                f"{row['peak_mib']:,.1f}",
+            ]
+            star = "*" if layout == self.schedule.layout else ""
+            cells.append([star, row["layout"], *numbers])
+        headers = ["", "layout", "steps", "most", "MiB in", "most"]
+        headers += ["as dense GFLOP, most", "most / mean", "peak MiB"]
+        alignment = ("left", "left", *["right"] * 7)
+        table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
+        return table
 
     def __str__(self) -> str:
         return self.explain()
-
-
-def _row(layout: Layout, loads: tuple[Load, ...]) -> dict[str, Any]:
-    mean_flops = sum(load.dense_flops for load in loads) / len(loads)
-    return {
-        "layout": layout.name,
-        "steps_mean": sum(load.steps for load in loads) / len(loads),
-        "steps_max": max(load.steps for load in loads),
-        "received_mib_mean": sum(load.received_bytes for load in loads) / len(loads) / 2**20,
-        "received_mib_max": max(load.received_bytes for load in loads) / 2**20,
-        "dense_gflop_max": max(load.dense_flops for load in loads) / 1e9,
-        "work_max_over_mean": max(load.dense_flops for load in loads) / mean_flops
-        if mean_flops
-        else 1.0,
-        "peak_mib": max(load.peak_bytes for load in loads) / 2**20,
-    }
-
-
-def _leaves(mask: Mask) -> Iterator[Mask]:
-    for part in mask.parts:
-        yield from _leaves(part)
-    if not mask.parts:
-        yield mask
 
 
 def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") -> list[Layout]:
@@ -224,49 +124,69 @@ def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") ->
     Raises ValueError if the named layout does not apply to the program.
     """
     arguments.choice("layout", name, LAYOUTS)
-    leaves = [leaf for branch in program.branches for leaf in _leaves(branch.mask)]
-    rates = [leaf.modulus for leaf in leaves if isinstance(leaf, Congruent) and leaf.modulus > 1]
+    if name != "auto":
+        return [_named(name, program, tokens, ranks)]
     out: list[Layout] = []
-    if name in ("auto", "contiguous"):
-        out.append(Contiguous(tokens, ranks))
-    if name in ("auto", "zigzag"):
-        segments = {leaf.length for leaf in leaves if isinstance(leaf, Segments)}
-        out.append(Zigzag(tokens, ranks, _group(max(segments, default=tokens), tokens, ranks)))
-    if name in ("auto", "striped"):
-        out.append(Striped(tokens, ranks))
-    if name == "residue" or (name == "auto" and rates):
-        if not rates:
-            raise ValueError(
-                f"layout 'residue' needs a dilated program; {program} names no residue. Use layout='auto'",
-            )
-        out.append(ByResidue(tokens, ranks, max(rates)))
-    order = _grid_order(program, leaves, tokens)
-    if name == "hilbert" or (name == "auto" and order is not None):
-        if order is None:
-            raise ValueError(
-                f"layout 'hilbert' needs a program over a grid of {tokens} cells; {program} names none. Use layout='auto'"
-            )
-        out.append(Contiguous(tokens, ranks, order))
+    for candidate in LAYOUTS[1:]:
+        layout = _layout(candidate, program, tokens, ranks)
+        if layout is not None:
+            out.append(layout)
     return out
 
 
-def _group(segment: int, tokens: int, ranks: int) -> int:
-    """Number of ranks per segment, if segments consist of complete ranks; else all ranks."""
-    group, rest = divmod(segment * ranks, tokens)
-    if not rest and group and ranks % group == 0:
+def _named(name: str, program: Program, tokens: int, ranks: int) -> Layout:
+    layout = _layout(name, program, tokens, ranks)
+    if layout is not None:
+        return layout
+    if name == "residue":
+        reason = f"needs a dilated program; {program} names no residue"
+    else:
+        reason = f"needs a program over a grid of {tokens} cells; {program} names none"
+    raise ValueError(f"layout {name!r} {reason}. Use layout='auto'")
+
+
+def _layout(name: str, program: Program, tokens: int, ranks: int) -> Layout | None:
+    """The named layout for a program; None if it does not apply."""
+    leaves = [leaf for branch in program.branches for leaf in _leaves(branch.mask)]
+    if name == "zigzag":
+        lengths = [leaf.length for leaf in leaves if isinstance(leaf, Segments)]
+        longest = max(lengths, default=tokens)
+        return Zigzag(tokens, ranks, _ranks_per_segment(longest, tokens, ranks))
+    if name == "striped":
+        return Striped(tokens, ranks)
+    if name == "residue":
+        rates = [leaf.modulus for leaf in leaves if isinstance(leaf, Congruent)]
+        rate = max(rates, default=1)
+        return ByResidue(tokens, ranks, rate) if rate > 1 else None
+    if name == "hilbert":
+        order = _grid_order(program, leaves, tokens)
+        return None if order is None else Contiguous(tokens, ranks, order)
+    return Contiguous(tokens, ranks)
+
+
+def _leaves(mask: Mask) -> Iterator[Mask]:
+    """The masks that an expression is made of."""
+    for part in mask.parts:
+        yield from _leaves(part)
+    if not mask.parts:
+        yield mask
+
+
+def _ranks_per_segment(segment: int, tokens: int, ranks: int) -> int:
+    """Number of ranks per segment; all ranks if segments cut some."""
+    group, uneven = divmod(segment * ranks, tokens)
+    if not uneven and group and ranks % group == 0:
         return group
     return ranks
 
 
 def _grid_order(program: Program, leaves: list[Mask], tokens: int) -> Order | None:
+    """The program's order, else a Hilbert curve through its grid, else None."""
     orders = {branch.order for branch in program.branches} - {Identity()}
     if len(orders) == 1:
         return orders.pop()
-    grids = {
-        leaf.grid
-        for leaf in leaves
-        if isinstance(leaf, Neighborhood) and math.prod(leaf.grid) == tokens
-    }
+    neighborhoods = [leaf for leaf in leaves if isinstance(leaf, Neighborhood)]
+    grids = {leaf.grid for leaf in neighborhoods if math.prod(leaf.grid) == tokens}
     if len(grids) == 1 and all(len(grid) in (2, 3) for grid in grids):
         return hilbert(*grids.pop())
     return None
@@ -286,35 +206,23 @@ def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
     weighed = []
     for candidate in layouts_of(problem.program, problem.q_len, ranks, layout):
         schedule = Schedule(problem.program, candidate, problem.heads, problem.kv_heads)
-        weighed.append((candidate, tuple(load(schedule, problem, rank) for rank in _sample(ranks))))
+        loads = tuple(load_of(schedule, problem, rank) for rank in _sample(ranks))
+        weighed.append((candidate, loads))
     # Among layouts about as fast as the fastest, the one that moves least.
-    soonest = min(_slowest(loads) for _, loads in weighed)
-    close = [pair for pair in weighed if _slowest(pair[1]) <= _AS_SOON * soonest]
-    best, loads = min(
-        close,
-        key=lambda pair: sum(candidate.received_bytes for candidate in pair[1]),
-    )
-    slowest = max(loads, key=lambda candidate: candidate.time)
-    bound = (
-        "what it receives"
-        if slowest.received_bytes * _FLOPS_PER_BYTE > slowest.dense_flops
-        else "what it computes"
-    )
-    reason = (
-        "as asked" if layout != "auto" else f"the slowest rank, bound by {bound}, is done soonest"
-    )
-    if layout == "auto" and len(close) > 1:
-        reason += "; of those as soon, it moves least"
-    return RingPlan(
-        problem,
-        Schedule(problem.program, best, problem.heads, problem.kv_heads),
-        tuple(weighed),
-        reason,
-    )
+    soonest = min(_slowest(loads).time for _, loads in weighed)
+    close = [pair for pair in weighed if _slowest(pair[1]).time <= _AS_SOON * soonest]
+    best, loads = min(close, key=lambda pair: sum(load.received_bytes for load in pair[1]))
+    reason = "as asked"
+    if layout == "auto":
+        reason = f"the slowest rank, bound by {_slowest(loads).bound}, is done soonest"
+        if len(close) > 1:
+            reason += "; of those as soon, it moves least"
+    schedule = Schedule(problem.program, best, problem.heads, problem.kv_heads)
+    return RingPlan(problem, schedule, tuple(weighed), reason)
 
 
-def _slowest(loads: tuple[Load, ...]) -> float:
-    return max(load.time for load in loads)
+def _slowest(loads: tuple[Load, ...]) -> Load:
+    return max(loads, key=lambda load: load.time)
 
 
 def _sample(ranks: int) -> list[int]:

@@ -18,7 +18,11 @@ from .simulated import Simulated
 
 
 class Transport(Protocol):
-    """Runs a schedule; its tensors are complete sequences or one rank's shards."""
+    """Runs schedules.
+
+    ledger: counters of the last forward or backward.
+    sharded: whether tensors are one rank's shards; else complete sequences.
+    """
 
     ledger: Ledger
     sharded: bool
@@ -26,13 +30,14 @@ class Transport(Protocol):
     def tokens(self, q: Tensor, k: Tensor, v: Tensor, about: Mapping[str, str]) -> int:
         """Length of the complete sequence of these tensors.
 
-        about: properties that all ranks must agree in, by name. Raises ValueError on every rank
-        otherwise.
+        about: properties that must be equal on all ranks, by name.
+
+        Raises ValueError on every rank if one of them differs.
         """
         ...
 
     def refuse(self, error: Exception) -> None:
-        """Report an invalid call of this rank to the ranks that wait for it."""
+        """Report an invalid call of this rank to all waiting ranks."""
         ...
 
     @property
@@ -41,34 +46,28 @@ class Transport(Protocol):
         ...
 
     def forward(
-        self,
-        schedule: Schedule,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """out and lse."""
         ...
 
     def backward(
-        self,
-        schedule: Schedule,
-        call: Call,
-        saved: Saved,
+        self, schedule: Schedule, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         ...
 
 
 class Ring:
-    """`ranks` ranks that compute a program together."""
+    """A number of ranks that compute a program together.
+
+    ranks: number of ranks.
+    layout: name of a layout, one of `plans.LAYOUTS`.
+    transport: None for all ranks in this process.
+    """
 
     def __init__(
-        self,
-        ranks: int,
-        layout: str = "auto",
-        transport: Transport | None = None,
+        self, ranks: int, layout: str = "auto", transport: Transport | None = None
     ) -> None:
         self.ranks = arguments.integer("ranks", ranks, 1)
         self.layout = arguments.choice("layout", layout, plans.LAYOUTS)
@@ -94,14 +93,12 @@ class Ring:
         return plans.plan_for(problem, self.ranks, self.layout)
 
     def forward(
-        self,
-        problem: Problem,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """out and lse; tensors as the transport takes them, `problem` for the complete sequence."""
+        """out and lse, for tensors as the transport takes them.
+
+        problem: that of the complete sequence.
+        """
         return self.transport.forward(self.plan(problem).schedule, call, q, k, v)
 
     def backward(self, problem: Problem, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:

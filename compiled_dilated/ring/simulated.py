@@ -15,23 +15,24 @@ from torch import Tensor
 from ..calls import Call
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from .ledgers import Ledger
-from .schedules import Schedule, Step
+from .schedules import Schedule
+from .steps import Step
 from .workers import Backward, Forward, KeysAndValues
 
 
-def taken(x: Tensor, runs: Sequence[range]) -> Tensor:
-    """A rank's shard of x (B, H, N, ...), in the order of the layout: a copy."""
+def shard_of(x: Tensor, runs: Sequence[range]) -> Tensor:
+    """A copy of a rank's shard of x (B, H, N, ...), in memory order."""
     if runs:
         return torch.cat([x[:, :, run.start : run.stop : run.step] for run in runs], dim=2)
     return x[:, :, :0]
 
 
-def put(x: Tensor, runs: Sequence[range], shard: Tensor) -> None:
+def write_shard(x: Tensor, runs: Sequence[range], shard: Tensor) -> None:
     """Write a rank's shard back into x."""
-    at = 0
+    start = 0
     for run in runs:
-        x[:, :, run.start : run.stop : run.step] = shard[:, :, at : at + len(run)]
-        at += len(run)
+        x[:, :, run.start : run.stop : run.step] = shard[:, :, start : start + len(run)]
+        start += len(run)
 
 
 class Simulated:
@@ -47,7 +48,7 @@ class Simulated:
         return q.shape[2]
 
     def refuse(self, error: Exception) -> None:
-        """No other process waits."""
+        """Nothing to report: no other process waits."""
 
     @property
     def group_name(self) -> str | None:
@@ -58,40 +59,26 @@ class Simulated:
         return "simulated"
 
     def forward(
-        self,
-        schedule: Schedule,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) and lse (B, Hq, N), rank after rank."""
         layout, self.ledger = schedule.layout, Ledger()
         q, k, v = (layout.order.permute(x, 2) for x in (q, k, v))
-        out, lse = (
-            empty_out(q, v, is_by_token(q)),
-            q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)),
-        )
+        out = empty_out(q, v, is_by_token(q))
+        lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
         for rank in range(layout.ranks):
-            worker = Forward(
-                schedule,
-                rank,
-                call,
-                *(taken(x, layout.runs(rank)) for x in (q, k, v)),
-            )
+            shards = (shard_of(x, layout.runs(rank)) for x in (q, k, v))
+            worker = Forward(schedule, rank, call, *shards)
             for step in schedule.steps(rank):
                 received = _received(step, k, v)
                 self.ledger.note(received, (worker.q, worker.k, worker.v, worker.out, worker.lse))
                 worker.compute(step, received)
-            put(out, worker.runs, worker.out)
-            put(lse, worker.runs, worker.lse)
+            write_shard(out, worker.runs, worker.out)
+            write_shard(lse, worker.runs, worker.lse)
         return layout.order.invert(out, 2), layout.order.invert(lse, 2)
 
     def backward(
-        self,
-        schedule: Schedule,
-        call: Call,
-        saved: Saved,
+        self, schedule: Schedule, call: Call, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v.
 
@@ -101,22 +88,21 @@ class Simulated:
         saved = saved.map(lambda x: order.permute(x, 2))
         workers = []
         for rank in range(layout.ranks):
-            shards = saved.map(partial(taken, runs=layout.runs(rank)))
+            shards = saved.map(partial(shard_of, runs=layout.runs(rank)))
             workers.append(Backward(schedule, rank, call, shards))
+        # By distance, as gradients arrive in other transports.
         steps = [(worker, step) for worker in workers for step in schedule.steps(worker.rank)]
-        for worker, step in sorted(
-            steps,
-            key=lambda item: schedule.distance(item[0].rank, item[1].source),
-        ):
+        steps.sort(key=lambda pair: schedule.distance(pair[0].rank, pair[1].source))
+        for worker, step in steps:
             received = _received(step, saved.k, saved.v)
             self.ledger.note(received, worker.shards)
             for message, grads in zip(step.messages, worker.compute(step, received), strict=True):
                 workers[step.source].add(message, grads)
-        results = [torch.empty_like(x) for x in (saved.q, saved.k, saved.v)]
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (saved.q, saved.k, saved.v))
         for worker in workers:
-            for x, shard in zip(results, worker.results, strict=True):
-                put(x, worker.runs, shard)
-        return order.invert(results[0], 2), order.invert(results[1], 2), order.invert(results[2], 2)
+            for x, shard in zip((grad_q, grad_k, grad_v), worker.results, strict=True):
+                write_shard(x, worker.runs, shard)
+        return order.invert(grad_q, 2), order.invert(grad_k, 2), order.invert(grad_v, 2)
 
 
 def _received(step: Step, k: Tensor, v: Tensor) -> list[KeysAndValues]:
@@ -124,10 +110,6 @@ def _received(step: Step, k: Tensor, v: Tensor) -> list[KeysAndValues]:
     out = []
     for message in step.messages:
         rows = slice(message.rows.start, message.rows.stop, message.rows.step)
-        out.append(
-            (
-                message.kv_heads.of(k)[:, :, rows].contiguous(),
-                message.kv_heads.of(v)[:, :, rows].contiguous(),
-            ),
-        )
+        part_k, part_v = (message.kv_heads.of(x)[:, :, rows].contiguous() for x in (k, v))
+        out.append((part_k, part_v))
     return out

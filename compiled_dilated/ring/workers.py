@@ -1,4 +1,4 @@
-"""A rank at work: its shards, the blocks of its steps, and its outgoing messages.
+"""The computation of one rank: its shards, the blocks of its steps, and its outgoing messages.
 
 Shards are (B, H, rows, ...) tensors, rows in the order of the layout's runs. Sending and receiving
 is the transport's part.
@@ -17,36 +17,35 @@ from ..heads import HeadRange
 from ..partials import Saved, empty_out, is_by_token, lse_dtype
 from . import blocks
 from .blocks import Keys, Queries
-from .schedules import Message, Schedule, Step
+from .schedules import Schedule
+from .steps import Message, Step
 
 KeysAndValues = tuple[Tensor, Tensor]
 
 
 class Worker:
-    """State that forward and backward share."""
+    """Common state of a rank's forward and backward.
+
+    q, k, v: the rank's shards.
+    """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        rank: int,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, schedule: Schedule, rank: int, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> None:
         self.schedule, self.rank, self.call, self.q, self.k, self.v = schedule, rank, call, q, k, v
         self.runs = schedule.layout.runs(rank)
 
     def outgoing(self, message: Message) -> KeysAndValues:
         """K and V rows of a message to another rank: contiguous copies."""
-        return self._rows_of(message, self.k).contiguous(), self._rows_of(
-            message, self.v
-        ).contiguous()
+        k, v = self._rows_of(message, self.k), self._rows_of(message, self.v)
+        return k.contiguous(), v.contiguous()
 
     def _rows_of(self, message: Message, x: Tensor) -> Tensor:
-        return blocks.held(x, message.kv_heads, blocks.rows(self.runs, message.rows))
+        """The rows and heads of a message, as a view of a shard."""
+        return blocks.view(x, message.kv_heads, blocks.rows(self.runs, message.rows))
 
     def _keys(self, step: Step, received: Sequence[KeysAndValues]) -> dict[Message | None, Keys]:
+        """Keys of a step by message; None for the rank's own."""
         keys: dict[Message | None, Keys] = {}
         if step.source == self.rank:
             keys[None] = Keys(self.runs, HeadRange(0, 1, self.schedule.kv_heads), self.k, self.v)
@@ -68,7 +67,10 @@ class Forward(Worker):
         v: Tensor,
         out: Tensor | None = None,
     ) -> None:
-        """out: buffer for the result, overwritten."""
+        """Start from an empty result.
+
+        out: buffer for the result, overwritten.
+        """
         super().__init__(schedule, rank, call, q, k, v)
         self.out = (empty_out(q, v, is_by_token(q)) if out is None else out).zero_()
         self.lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
@@ -77,14 +79,9 @@ class Forward(Worker):
     def compute(self, step: Step, received: Sequence[KeysAndValues] = ()) -> None:
         """Compute one step from its messages."""
         keys = self._keys(step, received)
+        layout = self.schedule.layout
         for block in step.blocks:
-            blocks.forward(
-                block,
-                self.schedule.layout,
-                self.call,
-                self.queries,
-                keys[block.message],
-            )
+            blocks.forward(block, layout, self.call, self.queries, keys[block.message])
 
 
 class Backward(Worker):
@@ -100,19 +97,13 @@ class Backward(Worker):
             torch.zeros_like(x, dtype=lse_dtype(x.dtype)) for x in (q, k, v)
         )
         self.queries = Queries(
-            self.runs,
-            q,
-            saved.out,
-            saved.lse,
-            saved.grad_out,
-            saved.grad_lse,
-            self.grad_q,
+            self.runs, q, saved.out, saved.lse, saved.grad_out, saved.grad_lse, self.grad_q
         )
 
     def compute(self, step: Step, received: Sequence[KeysAndValues] = ()) -> list[KeysAndValues]:
         """Compute one step; returns the gradients of its messages, for their sender."""
         keys = self._keys(step, received)
-        # Own keys are added to the rank's sums, those of a message to sums that travel back.
+        # Gradients of own keys go to the rank's sums, those of a message to sums that are returned.
         sums: dict[Message | None, KeysAndValues] = {None: (self.grad_k, self.grad_v)}
         for message in step.messages:
             k, v = keys[message].k, keys[message].v
@@ -121,8 +112,8 @@ class Backward(Worker):
         layout = self.schedule.layout
         for block in step.blocks:
             grad_k, grad_v = sums[block.message]
-            source = keys[block.message]
-            blocks.backward(block, layout, self.call, self.queries, source, grad_k, grad_v)
+            block_keys = keys[block.message]
+            blocks.backward(block, layout, self.call, self.queries, block_keys, grad_k, grad_v)
         return [sums[message] for message in step.messages]
 
     def add(self, message: Message, grads: KeysAndValues) -> None:

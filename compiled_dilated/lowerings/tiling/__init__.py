@@ -1,1 +1,1 @@
-"""Batches of dense tiles, which `dense`, `strided` and `tiled` are made of; knows no lowering."""
+"""Batches of dense tiles: the common parts of `dense`, `strided` and `tiled`."""

@@ -1,8 +1,8 @@
 """Batches: dense problems of one shape, computed by one kernel call.
 
-     keys                  queries.tile(i) sees keys.tile(i), except pairs that `masks` hide;
-. . # # # . . . .          a call computes as many tiles as fit the budget, for all heads of the batch,
-. . . . # # # . .          and its result is merged into the program's (out, lse).
+     keys              queries.tile(i) sees keys.tile(i), except pairs that `masks` hide;
+. . # # # . . . .      a call computes as many tiles as fit the budget, for all heads
+. . . . # # # . .      of the batch; its result is merged into the program's (out, lse).
 . . . . . . # # #
 
 The dense, strided and tiled lowerings create them.
@@ -32,7 +32,8 @@ class Batch:
 
     masks: a pair counts once per mask that allows it; () if every pair counts once.
     causal: row t sees columns 0 .. t.
-    open: number of leading columns that every row sees, whatever the masks allow.
+    unmasked_columns: number of leading columns for which masks are not evaluated: every row sees
+        them.
     """
 
     heads: HeadRange
@@ -41,7 +42,7 @@ class Batch:
     keys: Rows
     masks: tuple[Mask, ...] = ()
     causal: bool = False
-    open: int = 0
+    unmasked_columns: int = 0
 
     @property
     def pairs(self) -> int:
@@ -51,11 +52,11 @@ class Batch:
         return self.queries.count * per_tile * self.heads.count
 
     @property
-    def asked(self) -> int:
-        """Pairs for which masks are evaluated."""
-        if self.masks:
-            return self.queries.count * self.queries.size * (self.keys.size - self.open)
-        return 0
+    def evaluated_pairs(self) -> int:
+        """Pairs for which masks are evaluated, in all tiles."""
+        if not self.masks:
+            return 0
+        return self.queries.count * self.queries.size * (self.keys.size - self.unmasked_columns)
 
     def by_kv_head(self) -> Iterator[Batch]:
         """The same work, one key head at a time."""
@@ -73,32 +74,26 @@ class Batch:
         for start in range(0, self.queries.count, most):
             stop = start + most
             yield replace(
-                self,
-                queries=self.queries.select(start, stop),
-                keys=self.keys.select(start, stop),
+                self, queries=self.queries.select(start, stop), keys=self.keys.select(start, stop)
             )
 
 
 def _tiles(
-    batch: Batch,
-    call: Call,
-    entries: range,
-    device: torch.device,
-    dtype: torch.dtype,
+    batch: Batch, call: Call, entries: range, device: torch.device, dtype: torch.dtype
 ) -> kernels.Tiles:
-    """Inputs of the kernels beside q, k and v, for these entries of the batch."""
+    """Inputs of the kernels beside q, k and v, for some batch entries."""
     tiles = kernels.Tiles(call.scale, causal=batch.causal)
     if not batch.masks and call.score_mod is None:
         return tiles
-    # (B * tiles, 1, rows or 1, columns or 1), of 64 bits, as a function may multiply positions.
-    b = torch.tensor(entries, device=device).repeat_interleave(batch.queries.count)[
-        :, None, None, None
-    ]
+    # Indices of the tiles, (B * tiles, 1, rows or 1, columns or 1). In 64 bits: a function may
+    # multiply positions.
+    b = torch.tensor(entries, device=device).repeat_interleave(batch.queries.count)
+    b = b[:, None, None, None]
     q, kv = (
-        torch.from_numpy(rows.positions()).to(device).repeat(len(entries), 1)[:, None]
+        torch.from_numpy(rows.positions()).to(device).repeat(len(entries), 1)
         for rows in (batch.queries, batch.keys)
     )
-    q, kv = q[:, :, :, None], kv[:, :, None, :]
+    q, kv = q[:, None, :, None], kv[:, None, None, :]
     if batch.masks:
         tiles = replace(tiles, bias=_bias(batch, call, b, q, kv, dtype))
     if call.score_mod is not None:
@@ -112,8 +107,9 @@ def _bias(batch: Batch, call: Call, b: Tensor, q: Tensor, kv: Tensor, dtype: tor
 
     -inf for a hidden pair, else the log of its multiplicity.
     """
+    # All heads of a batch have equal masks: evaluate them for the first.
     head = torch.tensor(batch.heads.start, device=q.device)[None, None, None, None]
-    kv = kv[..., batch.open :]
+    kv = kv[..., batch.unmasked_columns :]
     allowed = [mask.allows(b, head, q, kv, call.data) for mask in batch.masks]
     shape = (len(q), 1, q.shape[2], kv.shape[3])
     if len(allowed) == 1:
@@ -122,8 +118,8 @@ def _bias(batch: Batch, call: Call, b: Tensor, q: Tensor, kv: Tensor, dtype: tor
         # log c does not survive bfloat16; the kernels compute as precisely as their bias.
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         bias = torch.stack([pairs.expand(shape) for pairs in allowed]).sum(dim=0, dtype=exact).log()
-    if batch.open:
-        return torch.nn.functional.pad(bias, (batch.open, 0))
+    if batch.unmasked_columns:
+        return torch.nn.functional.pad(bias, (batch.unmasked_columns, 0))
     return bias
 
 
@@ -141,20 +137,14 @@ def forward(
 
     out: (B, Hq, N, Dv). lse: (B, Hq, N).
     """
-    unit, shift = slice(entries.start, entries.stop), call.q_offset
-    q, out, lse = (batch.heads.of(x[unit]) for x in (q, out, lse))
-    k, v = (batch.kv_heads.of(x[unit]) for x in (k, v))
+    chosen, shift = slice(entries.start, entries.stop), call.q_offset
+    q, out, lse = (batch.heads.of(x[chosen]) for x in (q, out, lse))
+    k, v = (batch.kv_heads.of(x[chosen]) for x in (k, v))
     part_out, part_lse = kernels.attention(
         batch.queries.read(q, shift),
         batch.keys.read(k),
         batch.keys.read(v),
-        _tiles(
-            batch,
-            call,
-            entries,
-            q.device,
-            q.dtype,
-        ),
+        _tiles(batch, call, entries, q.device, q.dtype),
     )
     batch.queries.merge(out, lse, part_out, part_lse, shift)
 
@@ -168,22 +158,19 @@ class Sums:
     v: Tensor
 
 
-def backward(batch: Batch, call: Call, entries: range, saved: Saved, into: Sums) -> None:
+def backward(batch: Batch, call: Call, entries: range, saved: Saved, sums: Sums) -> None:
     """Add the gradients of some batch entries, from the merged out and lse.
 
     lse is +inf in rows that see nothing.
     """
-    unit, shift, dtype = (
-        slice(entries.start, entries.stop),
-        call.q_offset,
-        kernels.backward_dtype(saved.q),
-    )
+    chosen, shift = slice(entries.start, entries.stop), call.q_offset
+    dtype = kernels.backward_dtype(saved.q)
 
     def of_queries(x: Tensor) -> Tensor:
-        return batch.queries.read(batch.heads.of(x[unit]), shift)
+        return batch.queries.read(batch.heads.of(x[chosen]), shift)
 
     def of_keys(x: Tensor) -> Tensor:
-        return batch.keys.read(batch.kv_heads.of(x[unit])).to(dtype)
+        return batch.keys.read(batch.kv_heads.of(x[chosen])).to(dtype)
 
     grad_q, grad_k, grad_v = kernels.attention_backward(
         of_queries(saved.grad_out).to(dtype),
@@ -195,6 +182,6 @@ def backward(batch: Batch, call: Call, entries: range, saved: Saved, into: Sums)
         of_queries(saved.lse),
         _tiles(batch, call, entries, saved.q.device, dtype),
     )
-    batch.queries.add(batch.heads.of(into.q[unit]), grad_q, shift)
-    batch.keys.add(batch.kv_heads.of(into.k[unit]), grad_k)
-    batch.keys.add(batch.kv_heads.of(into.v[unit]), grad_v)
+    batch.queries.add(batch.heads.of(sums.q[chosen]), grad_q, shift)
+    batch.keys.add(batch.kv_heads.of(sums.k[chosen]), grad_k)
+    batch.keys.add(batch.kv_heads.of(sums.v[chosen]), grad_v)

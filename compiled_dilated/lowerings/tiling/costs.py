@@ -12,11 +12,10 @@ from ..devices import constants
 from .batches import Batch
 from .lattice import Table
 
-# Asking a mask about a pair, and writing the answer into a bias, moves and holds about so many
-# bytes.
-_BYTES_PER_ASKED_PAIR = 24
-# The most that one kernel call and what surrounds it may hold: a share of q, k, v and out, and
-# always so many bytes.
+# Bytes moved and allocated per pair, about, to evaluate a mask and to write a bias.
+_BYTES_PER_EVALUATED_PAIR = 24
+# The budget of a kernel call and its copies: a share of q, k, v and out, or this many bytes where
+# that is more.
 _SHARE = 0.05
 _LEAST_BYTES = 16 * 2**20
 
@@ -27,23 +26,19 @@ def budget(problem: Problem) -> int:
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    """Bytes per tile: rows, results, bias, scores of a score_mod; gradients in a backward."""
+    """Bytes of a tile in a kernel call: rows, results, bias, scores, gradients."""
     heads, rows, columns = batch.heads.count, batch.queries.size, batch.keys.size
     itemsize = max(4, problem.itemsize)
-    size = (
-        heads
-        * (rows + columns)
-        * (problem.head_dim + problem.value_dim)
-        * itemsize
-        * (3 if backward else 1)
-    )
+    size = heads * (rows + columns) * (problem.head_dim + problem.value_dim) * itemsize
+    if backward:
+        size *= 3  # out, its gradient, and the gradients of q, k and v
     if problem.scores:
         size += heads * rows * columns * itemsize * (6 if backward else 4)
-    return size + batch.asked // batch.queries.count * _BYTES_PER_ASKED_PAIR
+    return size + batch.evaluated_pairs // batch.queries.count * _BYTES_PER_EVALUATED_PAIR
 
 
 def pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[tuple[Batch, range]]:
-    """Parts of a batch that fit the budget, with their entries of the batch dimension.
+    """Parts of a batch that fit the budget, with their batch entries.
 
     One key head at a time if a tile for all heads does not fit.
     """
@@ -66,30 +61,29 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
     """The cost of running these batches."""
     width = 2 * (problem.head_dim + problem.value_dim)
     pairs = sum(batch.pairs for batch in batches) * problem.batch
-    copied = sum(_moved_bytes(batch, problem) for batch in batches) * problem.batch
+    copied = sum(_copied_bytes(batch, problem) for batch in batches) * problem.batch
     calls = sum(_calls(batch, problem) for batch in batches)
-    of_device = constants(problem.device)
-    flops = (
-        sum(batch.pairs / _rate(batch) for batch in batches)
-        * problem.batch
-        * width
-        / of_device.tiles
-    )
+    # Time: flops at the rates of the tiles' shapes, copies and kernel launches.
+    device = constants(problem.device)
+    slowed_pairs = sum(batch.pairs / _rate(batch) for batch in batches)
+    flops = slowed_pairs * problem.batch * width / device.tiles
+    # Memory: the largest call; in low precision the float32 sums of a backward as well.
+    forward = max((_held_bytes(batch, problem, False) for batch in batches), default=0)
+    backward = max((_held_bytes(batch, problem, True) for batch in batches), default=0)
     sums = 2 * problem.tensor_bytes if problem.itemsize < 4 else 0
     return Cost(
         pairs=pairs,
         kernel_flops=pairs * width,
         copied_bytes=copied,
         calls=calls,
-        peak_bytes=max((_held_bytes(batch, problem, False) for batch in batches), default=0),
-        dense_flops=flops + copied * of_device.flops_per_byte + calls * of_device.flops_per_call,
-        backward_bytes=max((_held_bytes(batch, problem, True) for batch in batches), default=0)
-        + sums,
+        peak_bytes=forward,
+        dense_flops=flops + copied * device.flops_per_byte + calls * device.flops_per_call,
+        backward_bytes=backward + sums,
     )
 
 
 def _rate(batch: Batch) -> float:
-    """Rate on tiles of so many queries, as a share of that on large ones."""
+    """Kernel rate on tiles of a size, as a share of the largest."""
     rows = batch.queries.size
     if rows < 64:
         return 0.5
@@ -117,16 +111,14 @@ def _held_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
     return entries * tiles * tile_bytes(part, problem, backward)
 
 
-def _moved_bytes(batch: Batch, problem: Problem) -> int:
-    """Bytes read and written around the kernel: the result merged, gathered tiles, biases."""
-    tokens = batch.queries.count * batch.queries.size
-    moved = 3 * batch.heads.count * tokens * problem.value_dim
+def _copied_bytes(batch: Batch, problem: Problem) -> int:
+    """Bytes read and written around the kernel: merged results, gathered tiles, biases."""
+    queries = batch.heads.count * batch.queries.count * batch.queries.size
+    # A merge reads the part and the total, and writes the total.
+    numbers = 3 * queries * problem.value_dim
     if isinstance(batch.keys, Table):
-        gathered = (
-            batch.kv_heads.count
-            * batch.keys.count
-            * batch.keys.size
-            * (problem.head_dim + problem.value_dim)
-        )
-        moved += 2 * (batch.heads.count * tokens * problem.head_dim + gathered)
-    return moved * problem.itemsize + batch.asked * _BYTES_PER_ASKED_PAIR
+        # A gather reads and writes queries, keys and values.
+        keys = batch.kv_heads.count * batch.keys.count * batch.keys.size
+        gathered = keys * (problem.head_dim + problem.value_dim)
+        numbers += 2 * (queries * problem.head_dim + gathered)
+    return numbers * problem.itemsize + batch.evaluated_pairs * _BYTES_PER_EVALUATED_PAIR

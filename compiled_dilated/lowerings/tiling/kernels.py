@@ -40,10 +40,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
     q, k, v = _padded(kernel, q, k, v)
     out, lse = kernel.forward(q, k, v, tiles)
     if tiles.bias is not None:
-        # ATen's kernels give rows that see no key out 0 and lse 0, and -inf is right.
-        seen = tiles.bias != -math.inf
-        seen = seen.tril() if tiles.causal else seen
-        lse = lse.masked_fill(~seen.any(dim=-1), -math.inf)
+        # ATen's kernels give rows that see no key out 0 and lse 0; the right lse is -inf.
+        visible = tiles.bias != -math.inf
+        if tiles.causal:
+            visible = visible.tril()
+        lse = lse.masked_fill(~visible.any(dim=-1), -math.inf)
     return (out if out.shape[-1] == width else out[..., :width]), lse
 
 
@@ -64,8 +65,8 @@ def attention_backward(
     head_dim, width = q.shape[-1], v.shape[-1]
     kernel = _kernel_of(q, tiles)
     if grad_lse is not None:
-        # One more value column holds the lse's gradient: grad_out . v is unchanged and sum(grad_out
-        # * out) loses grad_lse.
+        # One more value column holds the lse's gradient: grad_out . v is unchanged, and
+        # sum(grad_out * out) loses grad_lse.
         v = torch.nn.functional.pad(v, (0, 1))
         out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
         grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
@@ -78,9 +79,10 @@ def attention_backward(
 
 
 def _positive(q: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles, float]:
-    """q and tiles with equal scores and a positive scale, and a factor for the gradient of q.
+    """q and tiles with equal scores and a positive scale.
 
-    ATen's kernels multiply hidden scores of -inf by the scale.
+    The third result is a factor for the gradient of q. ATen's kernels multiply hidden scores of
+    -inf by the scale.
     """
     if tiles.scale > 0:
         return q, tiles, 1.0
@@ -106,7 +108,10 @@ def _widen(x: Tensor, width: int) -> Tensor:
 
 
 def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused kernels want one width for keys and values; zeros add nothing to a product."""
+    """q, k and v, zero-padded to a width that the kernel takes.
+
+    Fused kernels need equal widths of keys and values. Zeros add nothing to a product.
+    """
     width = max(q.shape[-1], v.shape[-1])
     width = -(-width // kernel.width_multiple) * kernel.width_multiple
     if not kernel.one_width or q.shape[-1] == v.shape[-1] == width:
@@ -115,7 +120,10 @@ def _padded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 class FlashCPU:
-    """ATen's flash attention on the CPU: any strides with a contiguous last dimension, grouped heads, float16 to float64."""
+    """ATen's flash attention on the CPU.
+
+    Takes any strides with a contiguous last dimension, grouped heads, and float16 to float64.
+    """
 
     one_width, width_multiple = True, 1
 
@@ -148,10 +156,10 @@ class FlashCPU:
 
 
 class EfficientCUDA:
-    """ATen's memory-efficient attention on CUDA: takes a bias, gives the lse, and knows no grouped heads.
+    """ATen's memory-efficient attention on CUDA.
 
-    It reads a bias in the dtype of q, and log c does not survive bfloat16: beside a more precise bias all
-    is computed as precisely.
+    Takes a bias and returns the lse; grouped heads are repeated. It reads a bias in the dtype of q,
+    and log c does not survive bfloat16: with a more precise bias all tensors get its dtype.
     """
 
     one_width, width_multiple = True, 8
@@ -165,9 +173,10 @@ class EfficientCUDA:
 
     @staticmethod
     def _expanded(tiles: Tiles, q: Tensor, k: Tensor) -> Tensor | None:
+        """The bias as (G, Hq, T, S), in the dtype of q."""
         if tiles.bias is None:
             return None
-        # The kernel wants rows aligned to 16 bytes: pad the storage, not the view.
+        # The kernel needs rows aligned to 16 bytes: pad the storage, not the view.
         keys = k.shape[2]
         padded = torch.nn.functional.pad(tiles.bias.to(q.dtype), (0, -keys % 8))[..., :keys]
         return padded.expand(q.shape[0], q.shape[1], q.shape[2], keys)
@@ -210,7 +219,10 @@ class EfficientCUDA:
 
 
 class Math:
-    """Plain products and sums: any device and dtype, score_mod; holds the scores of the tiles at hand."""
+    """Plain products and sums, for any device and dtype and for score_mods.
+
+    Memory holds all scores of the tiles.
+    """
 
     one_width, width_multiple = False, 1
 
@@ -221,7 +233,7 @@ class Math:
     @staticmethod
     def _hide(scores: Tensor, tiles: Tiles) -> Tensor:
         if tiles.bias is not None:
-            # Not added alone: a score_mod may make NaN or infinity of a hidden pair.
+            # A sum is not enough: a score_mod may make NaN or infinity of a hidden pair.
             scores = torch.where(tiles.bias == -math.inf, -math.inf, scores + tiles.bias)
         if tiles.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -235,8 +247,9 @@ class Math:
         scores = cls._scores(q, k, tiles)
         scores = cls._hide(scores if tiles.score_mod is None else tiles.score_mod(scores), tiles)
         lse = scores.logsumexp(dim=-1)
-        alive = torch.where(lse == -math.inf, 0.0, lse)
-        return ((scores - alive.unsqueeze(-1)).exp() @ v).to(dtype), lse
+        # Rows that see no key: exp(-inf - 0) is 0, exp(-inf - -inf) would be NaN.
+        finite_lse = torch.where(lse == -math.inf, 0.0, lse)
+        return ((scores - finite_lse.unsqueeze(-1)).exp() @ v).to(dtype), lse
 
     @classmethod
     def backward(
@@ -252,16 +265,20 @@ class Math:
         dtype, groups = q.dtype, q.shape[1] // k.shape[1]
         grad_out, out, q = _exact(grad_out), _exact(out), _exact(q)
         wide_k, wide_v = _repeated(_exact(k), groups), _repeated(_exact(v), groups)
+        # 1. The weights again, from the scores and the lse.
         scores = cls._scores(q, wide_k, tiles)
         pull = None
         if tiles.score_mod is not None:
             scores, pull = tiles.score_mod.pull(scores)
         weights = (cls._hide(scores, tiles) - lse.unsqueeze(-1)).exp()
+        # 2. Through the softmax to the scores.
         grad_v = weights.transpose(-1, -2) @ grad_out
         delta = (grad_out * out).sum(dim=-1, keepdim=True)
         grad_scores = weights * (grad_out @ wide_v.transpose(-1, -2) - delta)
         if pull is not None:
+            # A score_mod may have an infinite derivative at hidden pairs.
             grad_scores = pull(grad_scores).masked_fill(weights == 0, 0.0)
+        # 3. Through the products to q and k.
         grad_q = grad_scores @ wide_k * tiles.scale
         grad_k = grad_scores.transpose(-1, -2) @ q * tiles.scale
         return (
@@ -285,18 +302,21 @@ def _kernel_of(q: Tensor, tiles: Tiles) -> Kernel:
 
 
 def _exact(x: Tensor) -> Tensor:
+    """x in float64 if it is, else in float32."""
     if x.dtype == torch.float64:
         return x
     return x.float()
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
+    """Keys repeated for every query head, (G, Hkv * groups, S, D)."""
     if groups == 1:
         return x
     return x.repeat_interleave(groups, dim=1)
 
 
 def _summed(grad: Tensor, groups: int) -> Tensor:
+    """Gradients of repeated keys, summed over the query heads of each key head."""
     if groups == 1:
         return grad
     summed: Tensor = grad.unflatten(1, (-1, groups)).sum(dim=2)

@@ -89,7 +89,7 @@ def test_export_and_eager_runs_would_leave_the_program_out_and_are_refused() -> 
 
 
 class PartlyDisabled(nn.Module):
-    """A second call that torch.compile is told to skip."""
+    """A second call that torch.compile skips."""
 
     @torch.compiler.disable
     def second(self, q: Tensor) -> Tensor:

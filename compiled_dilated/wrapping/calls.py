@@ -157,9 +157,9 @@ def joined(program: Program, added_masks: Sequence[Mask]) -> Program:
     """A program under further masks, without those that a branch implies anyway."""
 
     def under_masks(mask: Mask) -> Mask:
-        own = masks.conjuncts(mask)
-        further = [extra for extra in added_masks if not _implied(extra, own)]
-        return masks.conjunction((*own, *further))
+        conjuncts = masks.conjuncts(mask)
+        further = [extra for extra in added_masks if not _implied(extra, conjuncts)]
+        return masks.conjunction((*conjuncts, *further))
 
     return program.map(under_masks) if added_masks else program
 
@@ -168,11 +168,11 @@ def _implied(mask: Mask, conjuncts: Sequence[Mask]) -> bool:
     """Whether masks together allow no pair outside of a further mask."""
     if mask in conjuncts:
         return True
-    windows = [own for own in conjuncts if isinstance(own, Window)]
+    windows = [conjunct for conjunct in conjuncts if isinstance(conjunct, Window)]
     if isinstance(mask, Causal):
-        return any(own.right == 0 for own in windows)
+        return any(window.right == 0 for window in windows)
     if isinstance(mask, Window) and mask.dilation == 1:
-        return any(own.left <= mask.left and own.right <= mask.right for own in windows)
+        return any(window.left <= mask.left and window.right <= mask.right for window in windows)
     return False
 
 

@@ -38,7 +38,7 @@ def wrap(
     paths = [path for path, _ in model.named_modules()]
     choice = attention
     if isinstance(attention, Mapping):
-        # The number of a call is known when it is traced.
+        # Calls of a module are counted in the trace.
         choice = {pattern.partition("#")[0]: None for pattern in attention}
     check_patterns(choice, paths)
     for path, module in model.named_modules():

@@ -48,7 +48,7 @@ _SDPA_INDICES = {
     3: (Index("b"), Index("q"), Index("kv")),
     4: (Index("b"), Index("h"), Index("q"), Index("kv")),
 }
-# Attention that is not replaced, by the names that users know.
+# Attention that is not replaced, with names for messages.
 _CLOSED = {
     torch._transformer_encoder_layer_fwd: "the fast path of nn.TransformerEncoderLayer",
     torch._native_multi_head_attention: "the fast path of nn.MultiheadAttention",

@@ -18,15 +18,7 @@ from ..programs import Program
 
 # The attribute of a layer, or of a model, with its sites.
 _ATTRIBUTE = "attention_sites"
-_HEADERS = (
-    "layer",
-    "the model says",
-    "computed",
-    "lowering",
-    "million pairs",
-    "GFLOP",
-    "MiB held",
-)
+_HEADERS = ("layer", "model's mask", "computed", "lowering", "million pairs", "GFLOP", "MiB")
 # The counts of a row, and the unit that the table prints them in.
 _UNITS = {"pairs": 1e6, "flops": 1e9, "bytes": 2**20}
 _LEGEND = "<=: the program reads data that only a call has; counted are all pairs it may allow"

@@ -98,7 +98,7 @@ class Reader:
             return None
         rule = self.rules[node.target]
         args, kwargs = writes.operands(node)
-        # Arguments that the rule does not take have a meaning that it does not know.
+        # A rule reads only calls whose arguments it takes.
         try:
             bound = inspect.signature(rule).bind(Call(self, scope, node), at, *args, **kwargs)
         except TypeError:

@@ -54,7 +54,7 @@ class Span:
 def merged(conjuncts: Sequence[Mask]) -> list[Mask]:
     """An equivalent list of masks: spans of one block merged, duplicates removed."""
     flat = dict.fromkeys(part for mask in conjuncts for part in masks.conjuncts(mask))
-    # By block the span so far, by any other mask itself: in the order of the first of each.
+    # Spans by block, other masks by themselves, in the order of their first appearance.
     spans: dict[int, Span] = {}
     result: dict[Mask | int, Mask] = {}
     for part in flat:

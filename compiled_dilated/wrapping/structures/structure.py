@@ -55,28 +55,28 @@ def structure_of(mask: Expression, q_len: Any, kv_len: Any) -> Structure:
     """
     square = bool(statically_known_true(q_len == kv_len))
     condition, bias = (mask, None) if mask.dtype == torch.bool else split(mask, square)
-    known: list[Mask] = []
-    rest: list[Expression] = []
+    joint: list[Mask] = []
+    per_pair: list[Expression] = []
     data = DataTensors(square)
     for part in conjuncts(condition):
         # Tensors of a part that turns out to be no mask are dropped with the copy.
         attempt = data.copy()
         part_mask = mask_of(part, attempt)
         if part_mask is None:
-            rest.append(part)
+            per_pair.append(part)
         else:
-            known.append(part_mask)
+            joint.append(part_mask)
             data = attempt
     # Masks of positions first, data behind them.
-    ordered = sorted(merged(known), key=lambda mask: bool(mask.names))
-    few = isinstance(q_len, int) and isinstance(kv_len, int)
-    if few and q_len * kv_len <= MOST_PAIRS_WITHOUT_WITHIN:
-        ordered, rest = _with_arithmetic(ordered, rest)
-    return Structure(ordered, data.entries, conjunction(rest), bias)
+    joint = sorted(merged(joint), key=lambda mask: bool(mask.names))
+    are_fixed = isinstance(q_len, int) and isinstance(kv_len, int)
+    if are_fixed and q_len * kv_len <= MOST_PAIRS_WITHOUT_WITHIN:
+        joint, per_pair = _with_arithmetic(joint, per_pair)
+    return Structure(joint, data.entries, conjunction(per_pair), bias)
 
 
 def _with_arithmetic(
-    known: list[Mask], conditions: Sequence[Expression]
+    joint: list[Mask], conditions: Sequence[Expression]
 ) -> tuple[list[Mask], list[Expression]]:
     """Conditions of positions only as one more mask, so that tiles without a pair are left out."""
     arithmetic = [
@@ -85,8 +85,8 @@ def _with_arithmetic(
         if not slots_of(condition) and "b" not in indices_of(condition)
     ]
     if not arithmetic:
-        return known, list(conditions)
-    within = masks.conjunction(tuple(known))
+        return joint, list(conditions)
+    within = masks.conjunction(tuple(joint))
     mask = masks.from_mod(MaskOfCall(conjunction(arithmetic)), within)
     return [mask], [condition for condition in conditions if condition not in arithmetic]
 

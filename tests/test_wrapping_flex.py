@@ -143,11 +143,10 @@ MASKS: dict[str, tuple[Callable[..., Tensor] | None, str]] = {
         "Program((Branch(full()),))",
     ),
 }
+SCORES = itertools.cycle(["", "slopes", "table"])
 
 
-@pytest.mark.parametrize(
-    ("name", "score"), zip(MASKS, itertools.cycle(["", "slopes", "table"]), strict=False)
-)
+@pytest.mark.parametrize(("name", "score"), list(zip(MASKS, SCORES, strict=False)))
 def test_mask_mods_and_score_mods(name: str, score: str) -> None:
     mask_mod, program = MASKS[name]
     assert program in check(Flexible(mask_mod, score))

@@ -91,14 +91,15 @@ class _Wrapped:
             self._compiled = self._compile()
         try:
             return self._compiled(*args, **kwargs)
-        except BackendCompilerFailed as failure:
-            # The rewriting's message to the user, without torch's frame around it.
-            if isinstance(failure.inner_exception, (NotImplementedError, TypeError, ValueError)):
-                raise failure.inner_exception from None
-            raise
-        finally:
+        except BaseException as failure:
             # A trace that failed has not restored it.
             device_check.restore()
+            if isinstance(failure, BackendCompilerFailed) and isinstance(
+                failure.inner_exception, (NotImplementedError, TypeError, ValueError)
+            ):
+                # The rewriting's message to the user, without torch's frame around it.
+                raise failure.inner_exception from None
+            raise
 
     def _compile(self) -> Callable[..., Any]:
         model, own = self.model, self.forward

@@ -76,8 +76,9 @@ def written(graph: Graph, before: Node) -> Written:
         if not writes(node):
             continue
         base = node.args[0] if node.args and "out" not in node.kwargs else None
-        is_first = isinstance(base, Node) and base not in last and base not in unclear
-        if is_first and _is_plain(node, base, order):
+        if not isinstance(base, Node) or base in last or base in unclear:
+            unclear |= _touched(node)
+        elif _is_plain(node, base, order):
             last[base] = node
         else:
             unclear |= _touched(node)

@@ -59,8 +59,8 @@ def sum_of(x: Expression) -> Sum | None:
         return None if x.operands[0].dtype.is_floating_point else sum_of(x.operands[0])
     size = block_of(x)
     if size is not None:
-        # One term for a block, whatever its dtype.
-        return Sum({block(x.operands[0], size): 1}, 0)
+        # One term for a block, whatever its dtype; blocks of 1 are the index itself.
+        return Sum({block(x.operands[0], size) if size > 1 else x.operands[0]: 1}, 0)
     if x.operator == "abs":
         return None if sum_of(x.operands[0]) is None else Sum({x: 1}, 0)
     return _arithmetic(x)

@@ -1,4 +1,4 @@
-"""Models of any kind with attention= under a memory_budget: the two compose."""
+"""Models of any kind with attention= under a memory_budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compiled_dilated.wrapping import graphs
 from passes.planning import choice_cache
 from passes.planning.tracing import captured
 from tests.graphs import WIDTH, Block, Gelu
-from tests.test_wrapping import gradients
+from tests.support.wrapped import gradients
 
 TOKENS = 1024
 WINDOW = masks.window(9)
@@ -50,66 +50,61 @@ def test_gradients_sites_report_and_budget() -> None:
     budget = refused.value.least_bytes
     torch._dynamo.reset()
     net = model()
-    ours = cd.compile(net, attention=WINDOW, memory_budget=budget)
-    assert ours is net
-    want = gradients(model(windowed), x)
-    assert (gradients(ours, x) - want).norm() <= 1e-5 * want.norm()
-    rows = [site.to_json() for site in cd.sites(ours)]
+    planned = cd.compile(net, attention=WINDOW, memory_budget=budget)
+    assert planned is net
+    expected = gradients(model(windowed), x)
+    assert (gradients(planned, x) - expected).norm() <= 1e-5 * expected.norm()
+    rows = [site.to_json() for site in cd.sites(planned)]
     assert [row["path"] for row in rows] == ["0", "1"]
-    assert all(row["program"] == "Program((Branch(window(9)),))" for row in rows)
-    assert all(
-        row["pairs"] < row["pairs_eager"] and row["flops"] < row["flops_eager"] for row in rows
-    )
-    report = passes.report(ours, [x])
+    for row in rows:
+        assert row["program"] == "Program((Branch(window(9)),))"
+        assert row["pairs"] < row["pairs_eager"]
+        assert row["flops"] < row["flops_eager"]
+    report = passes.report(planned, [x])
     assert report.choices[0].chosen.passes
-    held = x.nbytes + sum(weight.nbytes for weight in ours.parameters())
+    inputs_bytes = x.nbytes + sum(weight.nbytes for weight in planned.parameters())
     assert report.measured_bytes is not None
-    assert report.measured_bytes + held <= 1.03 * budget
-    assert re.search(
-        r"graph 0, training: predicted peak .* graphs.py:\d+ in forward", str(report), re.DOTALL
-    )
+    assert report.measured_bytes + inputs_bytes <= 1.03 * budget
+    line = r"graph 0, training: predicted peak .* graphs.py:\d+ in forward"
+    assert re.search(line, str(report), re.DOTALL)
 
 
 def test_a_budget_that_nothing_fits_names_the_least() -> None:
     torch._dynamo.reset()
-    ours = cd.compile(model(), attention=WINDOW, memory_budget="100KiB")
+    planned = cd.compile(model(), attention=WINDOW, memory_budget="100KiB")
     with pytest.raises(passes.BudgetError, match=r"memory_budget must be at least .* Raise it"):
-        ours(inputs())
+        planned(inputs())
 
 
 def test_copies_are_planned_anew() -> None:
     torch._dynamo.reset()
-    ours = cd.compile(model(), attention=WINDOW, memory_budget="1GiB")
-    out = ours(inputs())
-    again = copy.deepcopy(ours)
+    planned = cd.compile(model(), attention=WINDOW, memory_budget="1GiB")
+    out = planned(inputs())
+    copied = copy.deepcopy(planned)
     with pytest.raises(ValueError, match="must have been called once"):
-        passes.report(again)
-    assert torch.equal(again(inputs()), out)
-    assert len(passes.report(again).choices) == 1
+        passes.report(copied)
+    assert torch.equal(copied(inputs()), out)
+    assert len(passes.report(copied).choices) == 1
 
 
-def test_what_is_remembered_of_one_program_is_not_taken_for_another() -> None:
-    """The graphs differ in their attention alone, and so do their names."""
+def test_choices_of_one_program_are_not_found_for_another() -> None:
+    """The graphs differ only in the names of their attention."""
     names = []
-    x = inputs()
 
-    def named(graph: GraphModule, given: Any) -> Any:
-        names.append(choice_cache.name_of(captured(graph, given), "", ()))
+    def name(graph: GraphModule, example_inputs: Any) -> Any:
+        names.append(choice_cache.name_of(captured(graph, example_inputs), "", ()))
         return graph.forward
 
     for program in (WINDOW, masks.window(10), WINDOW):
         torch._dynamo.reset()
-        with fresh_cache(), torch.no_grad():
-            ours = graphs.wrap(model(), program, None, named)
-            with contextlib.suppress(
-                RuntimeError
-            ):  # that nothing was replaced, for `named` runs nothing
-                ours(x)
+        # The backend runs nothing, so wrapping reports that nothing was replaced.
+        with fresh_cache(), torch.no_grad(), contextlib.suppress(RuntimeError):
+            graphs.wrap(model(), program, None, name)(inputs())
     assert names[0] == names[2] != names[1]
 
 
 def test_modules_of_torch_have_lines() -> None:
-    """Dynamo keeps no lines of torch's own modules: the report names the module, and where its forward is."""
+    """Dynamo records no lines of torch's own modules: the report names module and forward."""
     torch._dynamo.reset()
     x = torch.randn(2, 32, WIDTH)
     step = cd.compile(

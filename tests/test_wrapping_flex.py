@@ -1,4 +1,7 @@
-"""FlexAttention in a model's graph becomes ours: score_mods, mask_mods, what they capture, grouped heads, the log-sum-exp."""
+"""flex_attention in a model's graph, against every pair in float64.
+
+score_mods, mask_mods and what they capture, grouped heads, the log-sum-exp.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -19,7 +23,13 @@ from torch.nn.attention.flex_attention import (
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.wrapping import graphs
-from tests.test_wrapping_masks import graphs_of, pairs_made
+from tests.support.wrapped import (
+    aot_eager,
+    assert_close,
+    assert_gradients,
+    recording,
+    tensors_of_pairs,
+)
 
 B, HEADS, N, D = 2, 4, 37, 16
 IDS = torch.arange(N)[None] // torch.tensor([[9], [14]])
@@ -30,17 +40,20 @@ def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
 
 
 class Flexible(nn.Module):
-    """flex_attention with a learned bias of heads, a table of distances, a mask_mod, all of them or none."""
+    """flex_attention with a mask_mod and a score_mod, or without.
+
+    mask_mod: (b, h, q, kv) to bool.
+    score: "slopes", a learned slope per head; "table", a learned table of distances; or "".
+    """
 
     def __init__(
         self, mask_mod: Any = None, score: str = "", kv_heads: int = HEADS, **options: Any
     ) -> None:
         super().__init__()
         self.mask_mod, self.score, self.kv_heads, self.options = mask_mod, score, kv_heads, options
+        numbers = torch.randn(HEADS, 2 * N - 1, generator=torch.Generator().manual_seed(5))
         self.slopes = nn.Parameter(torch.tensor([0.5, 0.25, 0.125, 0.1]))
-        self.table = nn.Parameter(
-            torch.randn(HEADS, 2 * N - 1, generator=torch.Generator().manual_seed(5))
-        )
+        self.table = nn.Parameter(numbers)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         def by_slopes(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -50,20 +63,19 @@ class Flexible(nn.Module):
             return torch.tanh(score + self.table[h, q - kv + N - 1])
 
         score_mod = {"": None, "slopes": by_slopes, "table": by_table}[self.score]
-        tiles = (
-            None
-            if self.mask_mod is None
-            else create_block_mask(self.mask_mod, B, HEADS, N, N, device="cpu")
-        )
-        return flex_attention(
-            q, k, v, score_mod, tiles, enable_gqa=self.kv_heads != HEADS, **self.options
-        )
+        block_mask = None
+        if self.mask_mod is not None:
+            block_mask = create_block_mask(self.mask_mod, B, HEADS, N, N, device="cpu")
+        enable_gqa = self.kv_heads != HEADS
+        return flex_attention(q, k, v, score_mod, block_mask, enable_gqa=enable_gqa, **self.options)
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor, more: Any = None) -> Tensor:
-        """Every pair in float64."""
-        b, h, i, j = torch.meshgrid(
-            *(torch.arange(size) for size in (B, HEADS, N, N)), indexing="ij"
-        )
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, joined_mask: Any = None) -> Tensor:
+        """Every pair in float64.
+
+        joined_mask: a further mask_mod.
+        """
+        sizes = (torch.arange(size) for size in (B, HEADS, N, N))
+        b, h, i, j = torch.meshgrid(*sizes, indexing="ij")
         k, v = (x.double().repeat_interleave(HEADS // self.kv_heads, 1) for x in (k, v))
         scores = q.double() @ k.transpose(-2, -1) * self.options.get("scale", D**-0.5)
         if self.score == "slopes":
@@ -71,10 +83,16 @@ class Flexible(nn.Module):
         if self.score == "table":
             scores = torch.tanh(scores + self.table[h, i - j + N - 1])
         seen = torch.ones(B, HEADS, N, N, dtype=torch.bool)
-        for mask_mod in (self.mask_mod, more):
-            seen = seen if mask_mod is None else seen & mask_mod(b, h, i, j)
+        for mask_mod in (self.mask_mod, joined_mask):
+            if mask_mod is not None:
+                seen = seen & mask_mod(b, h, i, j)
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
         return weights @ v
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """The parameters that the score_mod reads."""
+        return {"": [], "slopes": [self.slopes], "table": [self.table]}[self.score]
 
 
 def operands(kv_heads: int = HEADS) -> list[Tensor]:
@@ -84,22 +102,21 @@ def operands(kv_heads: int = HEADS) -> list[Tensor]:
     ]
 
 
-def check(model: Flexible, attention: Any = None, more: Any = None) -> str:
-    """The result and all gradients are those of every pair in float64, and nothing is made for each; the program."""
+def check(model: Flexible, attention: Any = None, joined_mask: Any = None) -> str:
+    """The program of a model; results and gradients are the reference's, without tensors of pairs.
+
+    joined_mask: the program `attention` as a mask_mod.
+    """
     torch._dynamo.reset()
-    found: list[Any] = []
+    graphs_run: list[GraphModule] = []
     inputs = operands(model.kv_heads)
-    want = model.reference(*inputs, more)
-    ours = graphs.wrap(model, attention, None, graphs_of(found))
-    out = ours(*inputs)
-    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
-    learned = [*inputs, *({"slopes": [model.slopes], "table": [model.table]}.get(model.score, []))]
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    gradients = (torch.autograd.grad((x * weights).sum(), learned) for x in (out, want))
-    for got, grad in zip(*gradients, strict=True):
-        torch.testing.assert_close(got.double(), grad.double(), rtol=1e-4, atol=1e-5)
-    assert pairs_made(found) == []
-    (site,) = cd.sites(ours)
+    expected = model.reference(*inputs, joined_mask)
+    wrapped = graphs.wrap(model, attention, None, recording(graphs_run))
+    out = wrapped(*inputs)
+    assert_close(out.double(), expected)
+    assert_gradients(out, expected, [*inputs, *model.learned])
+    assert tensors_of_pairs(graphs_run, N, N) == []
+    (site,) = cd.sites(wrapped)
     row = site.to_json()
     assert row["kind"] == "flex_attention"
     return str(row["program"])
@@ -126,11 +143,10 @@ MASKS: dict[str, tuple[Callable[..., Tensor] | None, str]] = {
         "Program((Branch(full()),))",
     ),
 }
+SCORES = itertools.cycle(["", "slopes", "table"])
 
 
-@pytest.mark.parametrize(
-    ("name", "score"), zip(MASKS, itertools.cycle(["", "slopes", "table"]), strict=False)
-)
+@pytest.mark.parametrize(("name", "score"), list(zip(MASKS, SCORES, strict=False)))
 def test_mask_mods_and_score_mods(name: str, score: str) -> None:
     mask_mod, program = MASKS[name]
     assert program in check(Flexible(mask_mod, score))
@@ -138,14 +154,32 @@ def test_mask_mods_and_score_mods(name: str, score: str) -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_heads_and_scale(kv_heads: int) -> None:
-    check(Flexible(causal, "slopes", kv_heads, scale=0.3))
+    assert "causal()" in check(Flexible(causal, "slopes", kv_heads, scale=0.3))
 
 
 def test_a_program_is_joined_with_a_mask_mod() -> None:
-    program = check(
-        Flexible(causal, "slopes"), masks.window(5), lambda b, h, q, kv: (q - kv).abs() <= 5
-    )
+    def window(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (q - kv).abs() <= 5
+
+    program = check(Flexible(causal, "slopes"), masks.window(5), window)
     assert program == "Program((Branch(window(5) & causal()),))"
+
+
+def test_gradients_on_a_cpu_need_no_new_graph_at_later_calls() -> None:
+    """Torch's check of devices, which refuses them, is replaced only while the model is traced."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = graphs.wrap(Flexible(causal, "slopes"), None, None, counter)
+    for _ in range(3):
+        model(*operands()).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_gradients_of_torchs_own_flex_attention_on_a_cpu_are_still_refused() -> None:
+    torch._dynamo.reset()
+    graphs.wrap(Flexible(causal), None, None, aot_eager)(*operands())
+    with pytest.raises(Exception, match="does not support backward on CPU"):
+        torch.compile(flex_attention, backend="aot_eager", fullgraph=True)(*operands())
 
 
 class WithLse(nn.Module):
@@ -159,17 +193,12 @@ class WithLse(nn.Module):
 def test_the_log_sum_exp_and_its_gradient() -> None:
     torch._dynamo.reset()
     q, k, v = operands()
-    out, lse = graphs.wrap(WithLse(), None, None, graphs_of([]))(q, k, v)
+    out, lse = graphs.wrap(WithLse(), None, None, recording([]))(q, k, v)
     scores = q.double() @ k.double().transpose(-2, -1) * D**-0.5
-    want = scores.logsumexp(-1)
-    torch.testing.assert_close(lse.double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        out.double(), torch.softmax(scores, -1) @ v.double(), rtol=1e-5, atol=1e-5
-    )
-    for got, grad in zip(
-        *(torch.autograd.grad(x.square().sum(), (q, k)) for x in (lse, want)), strict=True
-    ):
-        torch.testing.assert_close(got.double(), grad.double(), rtol=1e-4, atol=1e-5)
+    expected = scores.logsumexp(-1)
+    assert_close(lse.double(), expected)
+    assert_close(out.double(), torch.softmax(scores, -1) @ v.double())
+    assert_gradients(lse, expected, [q, k])
 
 
 class Tuned(nn.Module):
@@ -179,28 +208,29 @@ class Tuned(nn.Module):
 
 class OfTiles(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        one = torch.ones(1, 1, 1, dtype=torch.int32)
+        counts = torch.ones(1, 1, 1, dtype=torch.int32)
         tiles = BlockMask.from_kv_blocks(
-            one, one[..., None] * 0, BLOCK_SIZE=128, seq_lengths=(N, N)
+            counts, counts[..., None] * 0, BLOCK_SIZE=128, seq_lengths=(N, N)
         )
         return flex_attention(q, k, v, block_mask=tiles)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            Tuned(),
-            r"kernel_options BLOCK_M of flex_attention .*\(File .*test_wrapping_flex.*Leave them out",
-        ),
-        (
-            OfTiles(),
-            r"a BlockMask of tiles alone is not read \(File .*test_wrapping_flex.*give it a mask_mod",
-        ),
-    ],
-    ids=["kernel_options", "tiles"],
-)
-def test_what_is_not_computed_is_refused_with_its_line(model: nn.Module, message: str) -> None:
+HERE = r"\(File .*test_wrapping_flex.*"
+REFUSED = {
+    "kernel_options": (
+        Tuned(),
+        f"kernel_options BLOCK_M of flex_attention .*{HERE}Leave them out",
+    ),
+    "tiles": (
+        OfTiles(),
+        f"a BlockMask of tiles alone is not read {HERE}give it a mask_mod",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_computed_is_refused_with_its_line(case: str) -> None:
     torch._dynamo.reset()
+    model, message = REFUSED[case]
     with pytest.raises(NotImplementedError, match=message):
-        graphs.wrap(model, None, None, graphs_of([]))(*operands())
+        graphs.wrap(model, None, None, recording([]))(*operands())

@@ -1,4 +1,4 @@
-"""Attention of transformers' models: by name, or with programs of a user's own.
+"""Attention of transformers' models: by name, or with the user's programs.
 
     import compiled_dilated as cd
 
@@ -7,8 +7,8 @@
 
 transformers calls two functions under that name:
 
-    masking.mask            what a kind of layer may see, as a `Visible` in place of a mask of N x N
-    attention.attention     attention of one layer, by its `Visible` and by the layer's own program where `wrap` gave it one
+masking.mask           the mask of a kind of layer, as a `Visible` in place of a tensor of N x N
+attention.attention    attention of one layer, by its `Visible` and, after `wrap`, its own program
 
 `compiled_dilated.compile(model, attention=...)` registers and wraps. Needs transformers >= 5.4:
 `pip install compiled-dilated[hf]`.
@@ -26,9 +26,9 @@ _INSTALL = "pip install compiled-dilated[hf]"
 
 
 def register() -> None:
-    """Register attention and masks under the name "compiled_dilated"; a second call changes nothing.
+    """Register attention and masks under the name "compiled_dilated". Idempotent.
 
-    Raises ImportError where transformers is not installed, or is older than version 5.4.
+    Raises ImportError without transformers, or with one older than version 5.4.
     """
     oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
     try:
@@ -39,7 +39,8 @@ def register() -> None:
         ) from error
     if _release_of(transformers.__version__) < OLDEST_TRANSFORMERS:
         raise ImportError(
-            f"compiled_dilated.hf needs transformers >= {oldest}; got {transformers.__version__}. Install a newer one: {_INSTALL}"
+            f"compiled_dilated.hf needs transformers >= {oldest}; got {transformers.__version__}. "
+            f"Install a newer one: {_INSTALL}"
         )
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -47,17 +48,17 @@ def register() -> None:
     from .masking import mask
 
     AttentionInterface.register(NAME, attention)
-    # Without a mask function transformers would pass no mask at all: causal and padding would be dropped.
+    # Without a mask function transformers passes no mask: causal and padding would be dropped.
     AttentionMaskInterface.register(NAME, mask)
 
 
 def _release_of(version: str) -> tuple[int, ...]:
-    """Major and minor number of a version, as (5, 23) of "5.23.0.dev0"."""
+    """Major and minor number of a version: (5, 23) of "5.23.0.dev0"."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def wrap(model: Any, attention: Any = None) -> Any:
-    """Give a transformers model this attention in place; `compiled_dilated.compile(model, attention=...)` says more."""
+    """Give a transformers model this attention in place; see `compiled_dilated.compile`."""
     register()
     from .wrapping import wrap
 

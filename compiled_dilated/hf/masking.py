@@ -1,7 +1,8 @@
 """transformers' masks as masks of this library, exactly or not at all.
 
-transformers describes a mask by functions of indices that it nests: read_function reads them where Python runs. In a graph that
-torch.compile traces their captured values cannot be read, and read_keywords takes what else transformers says.
+transformers describes a mask by nested functions of indices. Where Python runs, `_read_function`
+reads these. In a graph that torch.compile traces, the values that they capture cannot be read:
+`_read_keywords` uses the keywords of the call.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from transformers import masking_utils
 
+from ..wrapping.structures.spans import FAR
 from .visible import CHUNKS, PACKED, PADDING, Visible
 
-# A window without an end, beyond any sequence.
-_FAR = 2**30
-_WAY_OUT = "Use attn_implementation='sdpa' or 'eager' for this model"
+_REMEDY = "Use attn_implementation='sdpa' or 'eager' for this model"
 
 
 @dataclass
 class _Description:
-    """What has been read so far: masks as text that a program replaces, data that joins every program, and their tensors."""
+    """A `Visible` while it is read.
+
+    structure: masks as text, which a layer's own program replaces.
+    joined: names of data that joins every program.
+    data: tensors by name.
+    causal, merged: as in `Visible`.
+    """
 
     structure: list[str] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
@@ -34,23 +40,18 @@ class _Description:
     merged: bool = False
 
     def visible(self, q_offset: int | Tensor, cut: bool) -> Visible:
+        """The description as a `Visible`."""
         structure = " & ".join(self.structure) or "full()"
-        return Visible(
-            structure,
-            tuple(sorted(self.joined)),
-            self.data,
-            q_offset,
-            self.causal,
-            cut,
-            self.merged,
-        )
+        joined = tuple(sorted(self.joined))
+        return Visible(structure, joined, self.data, q_offset, self.causal, cut, self.merged)
 
 
 @dataclass(frozen=True)
 class _Neighbours:
-    """A traced mask function, which can be asked of pairs and not be read.
+    """A traced mask function: it can be called for pairs of neighbours, but not read.
 
-    positions: of the keys, (1, keys). packed: whether the keys may be those of several sequences.
+    positions: of the keys, (1, keys).
+    packed: whether the keys may belong to several sequences.
     """
 
     function: Callable[..., Any]
@@ -59,7 +60,7 @@ class _Neighbours:
     packed: bool
 
     def ids(self) -> Tensor:
-        """Ids (batch, keys), one more wherever a key does not see the one before it; O(keys)."""
+        """Ids (batch, keys): one more wherever a key does not see the one before it. O(keys)."""
         keys = self.positions()
         rows = torch.arange(self.batch, device=keys.device)[:, None]
         same = self.function(rows, torch.zeros_like(keys), keys, (keys - 1).clamp(min=0))
@@ -79,20 +80,23 @@ def mask(
     config: Any = None,
     use_vmap: bool = False,
     device: Any = "cpu",
-    **others: Any,
+    **options: Any,
 ) -> Visible:
-    """transformers' mask function: what a kind of layer may see.
+    """transformers' mask function: the mask of a kind of layer.
 
-    q_offset, kv_offset: the positions of the first query and of the first key. attention_mask: (batch, tokens), True for tokens.
-    local_size: of a window or of chunks. The rest is how other implementations build their tensors.
+    q_offset, kv_offset: positions of the first query and of the first key.
+    attention_mask: (batch, tokens), True for tokens.
+    local_size: tokens of a window or of chunks.
+    options: for implementations that build a tensor.
 
-    Raises NotImplementedError, by name, for a mask that it does not know.
+    Raises NotImplementedError, by name, for an unknown mask function.
     """
+    # With a static cache generate() makes the mask, and passes it to the model.
     if isinstance(attention_mask, Visible):
-        return attention_mask  # generate() with a static cache makes the mask before the model does
+        return attention_mask
     if use_vmap:
         raise NotImplementedError(
-            f"compiled_dilated reads no mask function of a user's own (or_mask_function). {_WAY_OUT}"
+            f"compiled_dilated reads no mask function of a user's own (or_mask_function). {_REMEDY}"
         )
     description = _Description()
 
@@ -100,13 +104,12 @@ def mask(
         return (torch.arange(kv_length, device=device) + kv_offset)[None]
 
     if is_compiling():
-        # transformers packs causal sequences alone, without a cache and without an attention_mask.
+        # transformers packs only causal sequences, without a cache and without attention_mask.
         packed = attention_mask is None and q_length == kv_length
-        # An argument of masks without a direction alone.
-        causal = "allow_is_bidirectional_skip" not in others
-        chunked = local_size is not None and local_size == getattr(
-            config, "attention_chunk_size", None
-        )
+        # This option is only passed for masks without a direction.
+        causal = "allow_is_bidirectional_skip" not in options
+        chunk_size = getattr(config, "attention_chunk_size", None)
+        chunked = local_size is not None and local_size == chunk_size
         neighbours = _Neighbours(mask_function, batch_size, positions, packed)
         _read_keywords(description, neighbours, local_size, causal, chunked)
     else:
@@ -123,11 +126,12 @@ def mask(
 def _join_padding(
     description: _Description, attention_mask: Tensor, kv_length: int, kv_offset: int
 ) -> None:
-    missing = kv_offset + kv_length - attention_mask.shape[1]
-    # Places of a static cache that are not filled yet are hidden. In a graph the length is not asked: it may vary.
-    tokens = (
-        F.pad(attention_mask, (0, missing)) if is_compiling() or missing > 0 else attention_mask
-    )
+    """Add padding; the unfilled places of a static cache are hidden too."""
+    tokens = attention_mask
+    missing = kv_offset + kv_length - tokens.shape[1]
+    # In a graph the length may vary: no branch on it.
+    if is_compiling() or missing > 0:
+        tokens = F.pad(tokens, (0, missing))
     tokens = tokens[:, kv_offset : kv_offset + kv_length]
     if not is_compiling() and bool(tokens.all()):
         return
@@ -138,44 +142,54 @@ def _join_padding(
 def _read_function(
     description: _Description, function: Callable[..., Any], positions: Callable[[], Tensor]
 ) -> None:
-    """Read one of transformers' mask functions and those that it joins. positions: of the keys, (batch or 1, keys)."""
+    """Read one of transformers' mask functions, and those that it joins.
+
+    positions: of the keys, (batch or 1, keys).
+    """
     if function is masking_utils.causal_mask_function:
         description.structure.append("causal()")
         description.causal = True
         return
     if function is masking_utils.bidirectional_mask_function:
         return
-    captured = {}
-    if function.__closure__ is not None:
-        cells = (cell.cell_contents for cell in function.__closure__)
-        captured = dict(zip(function.__code__.co_freevars, cells, strict=True))
-    maker = (
-        function.__qualname__.partition(".")[0]
-        if function.__module__ == masking_utils.__name__
-        else ""
-    )
-    if maker == "and_masks":
+    captured = _captured_by(function)
+    factory = function.__qualname__.partition(".")[0]
+    if function.__module__ != masking_utils.__name__:
+        factory = ""
+    if factory == "and_masks":
         for part in captured["mask_functions"]:
             _read_function(description, part, positions)
-    elif maker == "sliding_window_overlay":
-        description.structure.append(f"window({captured['sliding_window'] - 1}, {_FAR})")
-    elif maker == "sliding_window_bidirectional_overlay":
+    elif factory == "sliding_window_overlay":
+        description.structure.append(f"window({captured['sliding_window'] - 1}, {FAR})")
+    elif factory == "sliding_window_bidirectional_overlay":
         description.structure.append(f"window({captured['sliding_window']})")
-    elif maker == "chunked_overlay":
+    elif factory == "chunked_overlay":
         places = positions() - captured["left_padding"][:, None]
         chunks = places.div(captured["chunk_size"], rounding_mode="floor")
         description.structure.append(f"documents(ids={CHUNKS!r})")
         description.data[CHUNKS] = chunks.to(torch.int32)
-    elif maker == "packed_sequence_mask_function":
+    elif factory == "packed_sequence_mask_function":
         description.joined.append(PACKED)
         description.data[PACKED] = captured["packed_sequence_mask"].to(torch.int32)
-    elif maker == "remap_positions_for_packed_sequence":
-        # Differences of positions inside of a sequence stay what they are; chunks count from its start.
+    elif factory == "remap_positions_for_packed_sequence":
+        # Distances within a sequence are unchanged; chunks count from the sequence's start.
         _read_function(description, captured["mask_function"], lambda: captured["position_ids"])
     else:
-        raise NotImplementedError(
-            f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}"
-        )
+        raise _unknown(function)
+
+
+def _captured_by(function: Callable[..., Any]) -> dict[str, Any]:
+    """The values that a function captures, by name."""
+    if function.__closure__ is None:
+        return {}
+    values = (cell.cell_contents for cell in function.__closure__)
+    return dict(zip(function.__code__.co_freevars, values, strict=True))
+
+
+def _unknown(function: Callable[..., Any]) -> NotImplementedError:
+    return NotImplementedError(
+        f"compiled_dilated does not know the mask function {function.__qualname__}. {_REMEDY}"
+    )
 
 
 def _read_keywords(
@@ -185,9 +199,10 @@ def _read_keywords(
     causal: bool,
     chunked: bool,
 ) -> None:
-    """Take a mask from the keywords of a traced call; of packed sequences and chunks neighbours are asked.
+    """Read a mask from the keywords of a traced call; packed sequences and chunks by neighbours.
 
-    local_size: of a window, or of chunks where `chunked`. causal: whether later keys are hidden.
+    local_size: tokens of a window, or of chunks if `chunked`.
+    causal: whether later keys are hidden.
     """
     function = neighbours.function
     if function is masking_utils.bidirectional_mask_function:
@@ -197,9 +212,7 @@ def _read_keywords(
         description.causal = True
         return
     if not function.__qualname__.startswith("and_masks"):
-        raise NotImplementedError(
-            f"compiled_dilated does not know the mask function {function.__qualname__}. {_WAY_OUT}"
-        )
+        raise _unknown(function)
     description.causal = causal
     if causal:
         description.structure.append("causal()")
@@ -209,9 +222,8 @@ def _read_keywords(
         description.merged = neighbours.packed
         return
     if local_size is not None:
-        description.structure.append(
-            f"window({local_size - 1}, 0)" if causal else f"window({local_size})"
-        )
+        window = f"window({local_size - 1}, 0)" if causal else f"window({local_size})"
+        description.structure.append(window)
     if causal and neighbours.packed:
         description.joined.append(PACKED)
         description.data[PACKED] = neighbours.ids()

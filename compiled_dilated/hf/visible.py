@@ -1,4 +1,4 @@
-"""What a kind of layer may see, as transformers hands it from its mask function to its attention function."""
+"""The mask of a kind of layer, as transformers passes it to its attention function."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from ..programs import Program
 
 # Names of data tensors.
 PADDING, PACKED, CHUNKS = "padding", "packed", "chunks"
+_EAGER = "Use attn_implementation='eager' for models that compute with their masks"
 
 
 class Visible:
-    """In place of a mask of N x N.
+    """A mask without a tensor of N x N.
 
-    structure: a mask as text, as `causal() & window(15, 0)`, which a layer's own program replaces.
-    joined: the names, sorted, of data that joins a layer's own program too: PADDING (True where a key is hidden) and PACKED
-        (document ids).
+    structure: masks as text, as `causal() & window(15, 0)`; a layer's own program replaces them.
+    joined: sorted names of data that also joins a layer's own program: PADDING (True where a key
+        is hidden) and PACKED (document ids).
     data: tensors (batch, keys) by name.
-    q_offset: the first query's place among the keys; a tensor (batch,) where a static cache counts on the device.
-    causal: whether the model hides later keys. cut: whether a sliding cache has dropped the first keys.
-    merged: whether the chunks of the structure may be those of packed sequences too.
+    q_offset: the first query's position among the keys; a tensor (batch,) where a static cache
+        counts on the device.
+    causal: whether the model hides later keys.
+    cut: whether a sliding cache has dropped the first keys.
+    merged: whether the structure's chunks may also be those of packed sequences.
     """
 
-    # What models ask of a mask; one of four dimensions they leave alone.
+    # Models look at a mask's shape, and leave one of four dimensions unchanged.
     shape = (0, 0, 0, 0)
     ndim = 4
 
@@ -55,14 +58,14 @@ class Visible:
 
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(
-            "this model takes parts of its mask, and with compiled_dilated a mask is no tensor. Use "
-            "attn_implementation='eager' for models that compute with their masks"
+            "this model takes parts of its mask, and with compiled_dilated a mask is no tensor. "
+            f"{_EAGER}"
         )
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"this model asks its mask for {name!r}, and with compiled_dilated a mask is no tensor. Use "
-            "attn_implementation='eager' for models that compute with their masks"
+            f"this model asks its mask for {name!r}, and with compiled_dilated a mask is no "
+            f"tensor. {_EAGER}"
         )
 
     def __repr__(self) -> str:
@@ -71,27 +74,31 @@ class Visible:
 
 def _flatten(visible: Visible) -> tuple[list[Any], tuple[Any, ...]]:
     names = tuple(sorted(visible.data))
-    return [*(visible.data[name] for name in names), visible.q_offset], (
-        visible.structure, visible.joined, names, visible.causal, visible.cut, visible.merged,
-    )  # fmt: skip
+    leaves = [*(visible.data[name] for name in names), visible.q_offset]
+    flags = visible.causal, visible.cut, visible.merged
+    return leaves, (visible.structure, visible.joined, names, *flags)
 
 
 def _unflatten(leaves: Any, context: tuple[Any, ...]) -> Visible:
     structure, joined, names, causal, cut, merged = context
     *tensors, q_offset = leaves
-    return Visible(
-        structure, joined, dict(zip(names, tensors, strict=True)), q_offset, causal, cut, merged
-    )
+    data = dict(zip(names, tensors, strict=True))
+    return Visible(structure, joined, data, q_offset, causal, cut, merged)
 
 
-# So that a compiled graph may take one as an input.
+# Compiled graphs take one as an input.
 pytree.register_pytree_node(
     Visible, _flatten, _unflatten, serialized_type_name="compiled_dilated.hf.Visible"
 )
 
 
 def joined_with(program: Program, joined: tuple[str, ...]) -> Program:
-    """The program under the masks of data that hides keys from every layer."""
-    makers = {PADDING: masks.padding, PACKED: lambda name: masks.documents(ids=name)}
-    parts = tuple(makers[name](name) for name in joined)
-    return program.map(lambda mask: masks.conjunction((mask, *parts))) if parts else program
+    """The program under data that hides keys from every layer.
+
+    joined: names of the data, PADDING or PACKED.
+    """
+    masks_of_data = {PADDING: masks.padding, PACKED: lambda name: masks.documents(ids=name)}
+    further = tuple(masks_of_data[name](name) for name in joined)
+    if not further:
+        return program
+    return program.map(lambda mask: masks.conjunction((mask, *further)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,10 @@ from .visible import PACKED, PADDING, Visible, joined_with
 
 
 class LayerSite(Site):
-    """An attention layer of transformers."""
+    """An attention layer of transformers.
+
+    heads: the layer's query heads.
+    """
 
     def __init__(self, path: str, kind: str, program: Program | None, heads: int) -> None:
         super().__init__(path, kind, program)
@@ -26,71 +30,83 @@ class LayerSite(Site):
         if program is None:
             return
         self._sees_later = sees_later(program, heads)
-        # All of them now: none may be made in a trace.
+        # Made in advance: none may be made in a trace.
         for joined in ((), (PADDING,), (PACKED,), (PACKED, PADDING)):
             self._attends[joined] = Attend(joined_with(program, joined))
 
     def check(self, visible: Visible) -> None:
-        """Raise ValueError where the layer's program does not go with a call."""
+        """Raise ValueError or NotImplementedError if the layer's program does not fit a call."""
         if visible.causal and self._sees_later:
             raise ValueError(
-                f"the mask of {self.path} is causal, and its program shows later keys to queries. Write masks.causal() & ..., or "
-                "causal=True in a program that takes it"
+                f"the mask of {self.path} is causal, and its program shows later keys to queries. "
+                "Write masks.causal() & ..., or causal=True in a program that takes it"
             )
         if visible.merged:
             raise NotImplementedError(
-                f"in a graph of torch.compile the packed sequences of {self.path} and its chunks are one mask, of which a "
-                "program would replace the chunks alone. Pass attention_mask of shape (batch, tokens), or call the model eagerly"
+                f"in a graph of torch.compile the packed sequences of {self.path} and its chunks "
+                "are one mask, of which a program would replace the chunks alone. "
+                "Pass attention_mask of shape (batch, tokens), or call the model eagerly"
             )
         if visible.cut:
             raise ValueError(
-                f"the sliding cache of {self.path} has dropped keys that its program counts. Pass use_cache=False, or build "
-                "the model without sliding layers (sliding_window=None, layer_types of 'full_attention')"
+                f"the sliding cache of {self.path} has dropped keys that its program counts. "
+                "Pass use_cache=False, or build the model without sliding layers "
+                "(sliding_window=None, layer_types of 'full_attention')"
             )
 
     def attend(self, joined: tuple[str, ...]) -> Attend:
-        """Attention by the layer's own program and by data of a call."""
+        """Attention by the layer's own program under data of a call.
+
+        joined: sorted names of the data.
+        """
         return self._attends[joined]
 
 
 def wrap(model: Any, attention: Choice = None) -> Any:
     """The model with this library's attention, in place.
 
-    attention: a program or mask for all layers; a function of a `Layer`; or {pattern of paths: program}, as
-    {"*.layers.0.*": program}, the first that matches. None, or None for a layer: the model's own masks stay. A program takes the
-    place of the model's structure (causal, windows, chunks) and is joined with a call's data (padding, packed sequences).
+    attention: a program or mask for all layers; a function of a `Layer`; or {pattern of paths:
+        program}, as {"*.layers.0.*": program}, of which the first match counts. None, or None for
+        a layer: the model's own masks stay. A program replaces the model's structure (causal,
+        windows, chunks) and is joined with a call's data (padding, packed sequences).
 
-    Raises ValueError where there is no layer, a pattern matches none, or a program shows later keys to a causal layer.
+    Raises ValueError if there is no layer, a pattern matches none, or a program shows later keys
+    to a causal layer.
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
-            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface. Rewrite it to, or wrap "
-            "its inner layers"
+            f"{type(model).__name__} does not take its attention from transformers' "
+            "AttentionInterface. Rewrite it to, or wrap its inner layers"
         )
     check_choice(attention)
-    layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
-    if not layers:
+    modules = {path: module for path, module in model.named_modules() if _is_attention(module)}
+    if not modules:
         raise ValueError(
-            f"{type(model).__name__} has no attention layer that calls transformers' AttentionInterface: build it with "
-            f"attn_implementation={NAME!r} where the model's own masks will do"
+            f"{type(model).__name__} has no attention layer that calls transformers' "
+            f"AttentionInterface: build it with attn_implementation={NAME!r} where the model's "
+            "own masks will do"
         )
-    described = {path: _layer_of(path, module, model) for path, module in layers.items()}
+    layers = {path: _layer_of(path, module, model) for path, module in modules.items()}
+    _check_cross_attention(model, attention, layers)
+    programs = programs_of(attention, layers)
+    model.set_attn_implementation(NAME)
+    for path, module in modules.items():
+        layer = layers[path]
+        put_sites(module, [LayerSite(path, layer.kind, programs[path], layer.heads or 1)])
+    return model
+
+
+def _check_cross_attention(model: Any, attention: Choice, layers: Mapping[str, Layer]) -> None:
+    """Raise ValueError for one program for self and cross attention."""
     crosses = getattr(model.config, "is_encoder_decoder", False) or any(
-        "Cross" in layer.kind for layer in described.values()
+        "Cross" in layer.kind for layer in layers.values()
     )
     if isinstance(attention, (Program, Mask)) and crosses:
         raise ValueError(
-            f"one program for all layers of {type(model).__name__} would be that of its cross attention too. Name the layers: "
-            f"{{pattern: program}}. They are {', '.join(layers)}"
+            f"one program for all layers of {type(model).__name__} would be that of its cross "
+            "attention too. Name the layers: {pattern: program}. "
+            f"They are {', '.join(layers)}"
         )
-    programs = programs_of(attention, described)
-    model.set_attn_implementation(NAME)
-    for path, module in layers.items():
-        put_sites(
-            module,
-            [LayerSite(path, type(module).__name__, programs[path], described[path].heads or 1)],
-        )
-    return model
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -99,7 +115,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _calls_interface(kind: type[nn.Module]) -> bool:
-    """Whether a class looks up its attention by name; cross attention of some models does not say is_causal."""
+    """Whether a class looks up its attention by name, as cross attention without is_causal does."""
     forward: Any = inspect.unwrap(kind.forward)
     return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
@@ -108,9 +124,14 @@ def _layer_of(path: str, module: nn.Module, model: Any) -> Layer:
     config = getattr(module, "config", model.config)
     index = getattr(module, "layer_idx", None)
     types = getattr(config, "layer_types", None)
-    layer_type = types[index] if types and index is not None else None
     heads = getattr(config, "num_attention_heads", None)
     return Layer(
-        path, type(module).__name__, index, bool(getattr(module, "is_causal", False)), layer_type, heads,
-        getattr(config, "num_key_value_heads", heads), getattr(module, "head_dim", None),
-    )  # fmt: skip
+        path,
+        type(module).__name__,
+        index,
+        causal=bool(getattr(module, "is_causal", False)),
+        layer_type=types[index] if types and index is not None else None,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", heads),
+        head_dim=getattr(module, "head_dim", None),
+    )

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..calls import Call
 from ..masks import Mask
+from ..masks.bounds import upper_bound
 from ..masks.functions import slot_name
 from ..masks.grids import Neighborhood
 from ..native import build, library
@@ -150,11 +151,12 @@ def _work(program: Program, heads: int, scores: Scores | None) -> Work:
 
 
 def _cost(work: Work, problem: Problem) -> Cost:
-    """Cost from the kernel's own tile counts; with data, every pair may be visible."""
+    """Cost from the kernel's own tile counts; of masks of data, by an upper bound of them."""
     width = 2 * (problem.head_dim + problem.value_dim)
-    pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
-    if not work.names and not work.slots:
-        pairs = counts(work, problem)[0]
+    if work.names or work.slots:
+        bound = problem.program.map(upper_bound)
+        work = Work(encode(bound, problem.heads, None), (), ())
+    pairs = counts(work, problem)[0]
     itemsize = 8 if problem.dtype == "float64" else 4
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
     room = torch.get_num_threads() * 3 * tile

@@ -1,4 +1,4 @@
-"""Calls of FlexAttention in a graph: the mask_mod of their BlockMask as masks of ours, the score_mod as ours."""
+"""flex_attention in a graph, replaced: its mask_mod as masks, its score_mod as a score_mod."""
 
 from __future__ import annotations
 
@@ -13,67 +13,77 @@ from torch.fx import GraphModule, Node
 from torch.nn.attention import flex_attention as torch_flex
 
 from .calls import Attention, digest
-from .expressions import TRUE, Expression, Index
 from .places import line_of
-from .reading import Reader, Scope
+from .reading.expressions import TRUE, Expression, Index
+from .reading.reader import Reader
+from .reading.scopes import Scope
 
 FLEX = flex_attention
-# What torch's own wrapper passes where its caller says nothing.
-_PLAIN_OPTIONS = {
+# The options that torch's own wrapper passes by default.
+_DEFAULT_OPTIONS = {
     "BACKEND": "AUTO",
     "PRESCALE_QK": False,
     "ROWS_GUARANTEED_SAFE": False,
     "BLOCKS_ARE_CONTIGUOUS": False,
     "WRITE_DQ": True,
 }
-# Said by return_lse and return_aux, for which the results that are read speak.
+# Set by return_lse and return_aux; which results are read shows in the graph.
 _OUTPUTS = ("OUTPUT_LOGSUMEXP", "OUTPUT_MAX")
-# The block of a BlockMask that stands for none.
+# The block size of a BlockMask without blocks.
 _NO_BLOCKS = 2**30
 _LOG_2 = math.log(2.0)
 
 
-class _Training:
-    """Lets torch's flex_attention take inputs with gradients on a CPU while a wrapped model runs.
+class _DeviceCheck:
+    """Torch's check of devices, replaced while a wrapped model is traced.
 
-    Torch refuses them there, for its own kernel has no backward; ours, which takes its place, has one.
+    Torch refuses CPU inputs with gradients, as its own kernel has no backward there; this
+    library's, which takes its place, has one. Dynamo traces one model at a time, under its lock.
     """
 
     def __init__(self) -> None:
-        self._lock, self._running = threading.Lock(), 0
-        self._check = torch_flex._validate_device
+        self._original = torch_flex._validate_device
+        self._lock = threading.Lock()
+        self._thread: int | None = None
 
-    def __enter__(self) -> None:
+    def replace(self) -> None:
+        """Replace the check for the trace of this thread; again has no further effect."""
         with self._lock:
-            self._running += 1
-            torch_flex._validate_device = _on_known_devices
+            self._thread = threading.get_ident()
+            torch_flex._validate_device = _check_device
 
-    def __exit__(self, *exception: object) -> None:
+    def restore(self) -> None:
+        """Restore the check if this thread has replaced it."""
+        if self._thread != threading.get_ident():
+            return
         with self._lock:
-            self._running -= 1
-            if not self._running:
-                torch_flex._validate_device = self._check
+            # Unless another thread has begun a trace since.
+            if self._thread == threading.get_ident():
+                self._thread = None
+                torch_flex._validate_device = self._original
 
 
-def _on_known_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_device(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"attention is computed on a CPU or a CUDA device; got query on {query.device.type}"
         )
 
 
-training = _Training()
+device_check = _DeviceCheck()
 
 
 class FlexCall:
-    """A call of FlexAttention in a graph. Raises NotImplementedError, with the source line, for what is not computed."""
+    """A call of flex_attention in a graph.
+
+    Raises NotImplementedError, with the source line, for what is not computed.
+    """
 
     def __init__(self, part: GraphModule, node: Node) -> None:
         self.part, self.node = part, node
         arguments: tuple[Any, ...] = node.args
-        self.query, self.key, self.value, score_mod, self.block_mask, self.scale, options = (
-            arguments[:7]
-        )
+        self.query, self.key, self.value, score_mod = arguments[:4]
+        self.block_mask, self.scale, options = arguments[4:7]
         self.score_tensors, self.mask_tensors = arguments[7:9]
         self.score_graph = getattr(part, score_mod.target)
         self.mask_graph = getattr(part, self.block_mask[-1].target)
@@ -81,51 +91,63 @@ class FlexCall:
 
     def _check(self, options: dict[str, Any]) -> None:
         line = line_of(self.node)
-        others = {
-            name: value
+        tuned = [
+            name
             for name, value in options.items()
-            if name not in _OUTPUTS and _PLAIN_OPTIONS.get(name) != value
-        }
-        if others:
+            if name not in _OUTPUTS and _DEFAULT_OPTIONS.get(name) != value
+        ]
+        if tuned:
             raise NotImplementedError(
-                f"kernel_options {', '.join(sorted(others))} of flex_attention are for torch's own kernel{line}. Leave them out"
+                f"kernel_options {', '.join(sorted(tuned))} of flex_attention are for torch's own "
+                f"kernel{line}. Leave them out"
             )
-        if any(user.args[1] == 2 and user.users for user in self.node.users):
+        if self._reads(2):
             raise NotImplementedError(
-                f"max_scores of flex_attention are not computed{line}. Leave them out of return_aux=AuxRequest(...)"
+                f"max_scores of flex_attention are not computed{line}. "
+                "Leave them out of return_aux=AuxRequest(...)"
             )
 
     def check_tiles(self, mask: Expression | None) -> None:
-        """Raise NotImplementedError where a BlockMask says by its tiles what its mask_mod does not."""
+        """Raise NotImplementedError for a BlockMask whose tiles hide more than its mask_mod."""
         sizes = [size for size in self.block_mask if isinstance(size, int)][-2:]
         if mask == TRUE and min(sizes) < _NO_BLOCKS:
             raise NotImplementedError(
-                f"a BlockMask of tiles alone is not read{line_of(self.node)}: give it a mask_mod that says the same, "
-                "BlockMask.from_kv_blocks(..., mask_mod=...)"
+                f"a BlockMask of tiles alone is not read{line_of(self.node)}: give it a mask_mod "
+                "that says the same, BlockMask.from_kv_blocks(..., mask_mod=...)"
             )
 
     @property
-    def wants_lse(self) -> bool:
+    def returns_lse(self) -> bool:
         """Whether the log-sum-exp is read."""
-        return any(user.args[1] == 1 and user.users for user in self.node.users)
+        return self._reads(1)
+
+    def _reads(self, result: int) -> bool:
+        """Whether one of the three results is read: out, log-sum-exp, maxima."""
+        return any(user.args[1] == result and user.users for user in self.node.users)
 
     def read_mask(self, reader: Reader, outer: Scope) -> Expression | None:
-        """The mask_mod as an expression; None where parts of it are read by no rule."""
+        """The mask_mod as an expression; None where a part of it has no rule."""
         (output,) = self.mask_graph.graph.find_nodes(op="output")
         operands = (*(Index(name) for name in ("b", "h", "q", "kv")), *self.mask_tensors)
         scope = Scope(self.mask_graph, output, outer, operands)
-        (result,) = output.args if not isinstance(output.args[0], (tuple, list)) else output.args[0]
-        mask = reader.value(result, scope, ())
+        mask = reader.value(_result_of(self.mask_graph), scope, ())
+        # Values inside of the mask_mod exist for single pairs only: they cannot be captured.
         _, captured = reader.used(mask)
         return None if any(origin is scope for origin, _ in captured) else mask
 
     def replacement(self, attention: Attention, is_read: bool) -> Flex:
-        """What stands in the graph for the call. is_read: whether the structure of `attention` says its mask."""
+        """The replacement of the call.
+
+        is_read: whether the structure of `attention` contains the mask_mod.
+        """
         score_mod = None if _is_identity(self.score_graph) else self.score_graph
-        return Flex(attention, score_mod, None if is_read else self.mask_graph, self.wants_lse)
+        return Flex(attention, score_mod, None if is_read else self.mask_graph, self.returns_lse)
 
     def arguments(self, captured: Sequence[Node]) -> dict[str, Any]:
-        """The arguments of the replacement. captured: what the structure reads."""
+        """The arguments of the replacement.
+
+        captured: nodes that the structure reads.
+        """
         return {
             "query": self.query,
             "key": self.key,
@@ -138,20 +160,18 @@ class FlexCall:
 
 
 class Flex:
-    """What stands in a graph for flex_attention.
+    """flex_attention by an `Attention`.
 
-    score_mod: the graph of its score_mod, None of none. mask_mod: that of a mask_mod which was not read, asked pair by pair.
+    score_mod: its graph, if any.
+    mask_mod: graph of a mask_mod that was not read and is evaluated per pair, if any.
+    returns_lse: whether the log-sum-exp is read.
     """
 
     def __init__(
-        self, attention: Attention, score_mod: Any, mask_mod: Any, wants_lse: bool
+        self, attention: Attention, score_mod: Any, mask_mod: Any, returns_lse: bool
     ) -> None:
-        self.attention, self.score_mod, self.mask_mod, self.wants_lse = (
-            attention,
-            score_mod,
-            mask_mod,
-            wants_lse,
-        )
+        self.attention, self.score_mod, self.mask_mod = attention, score_mod, mask_mod
+        self.returns_lse = returns_lse
         graphs = [None if graph is None else graph.code for graph in (score_mod, mask_mod)]
         self.__name__ = f"flex_{attention.__name__}_{digest(*graphs)}"
 
@@ -165,37 +185,37 @@ class Flex:
         mask_tensors: Sequence[Any],
         captured: Sequence[Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """out, the log-sum-exp to base 2 as torch's operator gives it (empty if nobody reads it), and no maxima."""
+        """The three results of torch's operator: out, log-sum-exp to base 2, and no maxima.
+
+        The log-sum-exp is empty if it is not read.
+        """
         if key.shape[0] != query.shape[0]:
             key, value = (x.expand(query.shape[0], *x.shape[1:]) for x in (key, value))
-        attention = self.attention
-        said = str(attention.structure)
-        if self.mask_mod is not None:
-            said = "a mask_mod"
-        if self.score_mod is not None:
-            said += " with a score_mod"
-        score_mod = None if self.score_mod is None else _with(self.score_mod, score_tensors)
-        conditions = [] if self.mask_mod is None else [_with(self.mask_mod, mask_tensors)]
-        found = attention.attend(
+        result = self.attention.attend(
             query,
             key,
             value,
-            said,
+            self._model_mask(),
             captured,
-            score_mod,
-            conditions=conditions,
+            None if self.score_mod is None else _with(self.score_mod, score_tensors),
+            conditions=[] if self.mask_mod is None else [_with(self.mask_mod, mask_tensors)],
             scale=scale,
-            return_lse=self.wants_lse,
+            return_lse=self.returns_lse,
         )
         empty = query.new_empty(0)
-        if self.wants_lse:
-            out, lse = found
-            return out, lse / _LOG_2, empty
-        return found, empty, empty
+        if not self.returns_lse:
+            return result, empty, empty
+        out, lse = result
+        return out, lse / _LOG_2, empty
+
+    def _model_mask(self) -> str:
+        """The call's mask and score_mod as text, for the table of sites."""
+        mask = str(self.attention.structure) if self.mask_mod is None else "a mask_mod"
+        return mask if self.score_mod is None else f"{mask} with a score_mod"
 
 
 def _with(graph: Any, tensors: Sequence[Any]) -> Any:
-    """A graph as a function of scalars, what it captures behind them."""
+    """A graph as a function of scalars; captured tensors are its further operands."""
 
     def function(*scalars: Tensor) -> Any:
         result = graph(*scalars, *tensors)
@@ -211,5 +231,5 @@ def _result_of(graph: GraphModule) -> Any:
 
 
 def _is_identity(score_graph: GraphModule) -> bool:
-    """Whether a score_mod returns the score as it is."""
+    """Whether a score_mod returns the score unchanged."""
     return _result_of(score_graph) is score_graph.graph.find_nodes(op="placeholder")[0]

@@ -1,4 +1,7 @@
-"""Calls of F.multi_head_attention_forward, to which nn.MultiheadAttention comes down: the same code over our attention."""
+"""F.multi_head_attention_forward in a graph, replaced: torch's own code over this attention.
+
+nn.MultiheadAttention and all layers of nn.Transformer call that function.
+"""
 
 from __future__ import annotations
 
@@ -15,38 +18,54 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .calls import Attention
-from .expressions import Apply, Expression, Index, Number, apply, constant, negated
 from .places import line_of
-from .reading import Reader, Scope, example_of
+from .reading.expressions import Apply, Expression, Index, Number, constant
+from .reading.reader import Reader
+from .reading.scopes import Scope, example_of
+from .reading.simplify import apply, conjunction, negated
 
 MULTIHEAD = F.multi_head_attention_forward
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call by name, weights left out where nobody reads them.
+    """The arguments of a call by name, without weights as a result.
 
-    Raises NotImplementedError where somebody does.
+    Raises NotImplementedError where the weights are read.
     """
     bound = dict(inspect.signature(MULTIHEAD).bind(*node.args, **node.kwargs).arguments)
     _leave_out_weights(node, bound)
     return bound
 
 
-def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expression | None:
-    """What the masks of a call say together; None where it has none, or where it makes keys that no mask speaks of.
+def _leave_out_weights(node: Node, bound: dict[str, Any]) -> None:
+    if not bound.get("need_weights", True):
+        return
+    for user in node.users:
+        takes_output = user.target is getitem and user.args[1] != 1
+        takes_unused_weights = user.target is getitem and not user.users
+        if not takes_output and not takes_unused_weights:
+            raise NotImplementedError(
+                f"attention weights as a result are not made{line_of(node)}. "
+                "Pass need_weights=False"
+            )
+    bound["need_weights"] = False
+    # With weights is_causal is a hint; without, torch's code would use it in place of the mask.
+    bound["is_causal"] = False
 
-    Masks that are read are left out of the arguments.
+
+def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expression | None:
+    """The masks of a call as one expression, and remove them from its arguments.
+
+    None without masks, or where a mask does not cover all keys or torch ignores it.
     """
     mask, padding = bound.get("attn_mask"), bound.get("key_padding_mask")
-    more_keys = bound["bias_k"] is not None or bound["add_zero_attn"]
-    # Torch takes the word of is_causal where there is no padding.
-    told_causal = bound.get("is_causal", False) and padding is None
-    if (
-        more_keys
-        or told_causal
-        or bound.get("static_k") is not None
-        or (mask is None and padding is None)
-    ):
+    if mask is None and padding is None:
+        return None
+    # Torch appends keys that the masks do not cover.
+    if bound["bias_k"] is not None or bound["add_zero_attn"] or bound.get("static_k") is not None:
+        return None
+    # Without padding torch takes is_causal in place of the mask.
+    if bound.get("is_causal", False) and padding is None:
         return None
     dtype = example_of(bound["query"]).dtype
     parts = []
@@ -55,11 +74,11 @@ def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expressio
     if padding is not None:
         parts.append(reader.mask(padding, scope, (Index("b"), Index("kv"))))
     bound |= {"attn_mask": None, "key_padding_mask": None, "is_causal": False}
+    # Masks of bool are True where they hide.
     if all(part.dtype == torch.bool for part in parts):
-        return functools.reduce(lambda x, y: apply("and", (x, y), torch.bool), map(negated, parts))
-    return functools.reduce(
-        lambda x, y: apply("add", (x, y), dtype), (_added(part, dtype) for part in parts)
-    )
+        return conjunction([negated(part) for part in parts])
+    biases = [_as_bias(part, dtype) for part in parts]
+    return functools.reduce(lambda x, y: apply("add", (x, y), dtype), biases)
 
 
 def _indices_of(mask: Node, heads: int) -> tuple[Expression, ...]:
@@ -70,51 +89,30 @@ def _indices_of(mask: Node, heads: int) -> tuple[Expression, ...]:
     return Apply("add", (of_batch, Index("h")), torch.int64), Index("q"), Index("kv")
 
 
-def _added(mask: Expression, dtype: torch.dtype) -> Expression:
-    """A mask as numbers that are added to scores: one of bool is True where it hides."""
+def _as_bias(mask: Expression, dtype: torch.dtype) -> Expression:
+    """A mask as numbers that are added to scores."""
     if mask.dtype != torch.bool:
         return mask
     return apply("where", (mask, Number(-math.inf, dtype), Number(0.0, dtype)), dtype)
 
 
 def multihead(attention: Attention) -> Callable[..., Any]:
-    """F.multi_head_attention_forward over another scaled_dot_product_attention: the same code with one name changed."""
+    """F.multi_head_attention_forward with another scaled_dot_product_attention.
+
+    A copy of torch's function with one global name replaced.
+    """
 
     def multi_head_attention(*, captured: Sequence[Any] = (), **arguments: Any) -> Any:
         names = {
             **MULTIHEAD.__globals__,
             "scaled_dot_product_attention": functools.partial(attention, captured=captured),
-            # Tensors of a trace would send the call on to the original.
+            # For tensors of a trace the original would dispatch to itself.
             "has_torch_function": lambda tensors: False,
         }
-        copy = FunctionType(
-            MULTIHEAD.__code__,
-            names,
-            "multi_head_attention",
-            MULTIHEAD.__defaults__,
-            MULTIHEAD.__closure__,
-        )
+        name, code = "multi_head_attention", MULTIHEAD.__code__
+        copy = FunctionType(code, names, name, MULTIHEAD.__defaults__, MULTIHEAD.__closure__)
         copy.__kwdefaults__ = MULTIHEAD.__kwdefaults__
         return copy(**arguments)
 
     multi_head_attention.__name__ = f"multi_head_{attention.__name__}"
     return multi_head_attention
-
-
-def _leave_out_weights(node: Node, bound: dict[str, Any]) -> None:
-    """Ask for no weights where nobody reads them; raise NotImplementedError where somebody does."""
-    if not bound.get("need_weights", True):
-        return
-    for user in node.users:
-        is_item = user.target is getitem and user.args[1] == 1
-        if is_item and user.users:
-            raise NotImplementedError(
-                f"attention weights as a result are not made{line_of(node)}. Pass need_weights=False"
-            )
-        if user.op == "output" or (user.target is not getitem):
-            raise NotImplementedError(
-                f"attention weights as a result are not made{line_of(node)}. Pass need_weights=False"
-            )
-    bound["need_weights"] = False
-    # A hint so far: without weights torch's code would take it for the mask.
-    bound["is_causal"] = False

@@ -1,4 +1,4 @@
-"""Where in a model, and in its source, a node of a graph comes from."""
+"""Where a node of a graph comes from: the module of the model, and the line of source."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ def path_of(node: Node, model: nn.Module) -> str:
     return _path(next(reversed(stack.values()))[0], model) if stack else ""
 
 
-def _path(written: str, model: nn.Module) -> str:
-    """The path of a module as Dynamo writes it: L['self']._modules['layers']._modules['0'], or L['self'].layers[0]."""
-    words = [word for word in re.findall(r"\w+", written) if word != "_modules"]
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if words[-len(name.split(".")) :] == name.split(".")
+def _path(name: str, model: nn.Module) -> str:
+    """The path of a module by Dynamo's name for it.
+
+    name: L['self']._modules['layers']._modules['0'], or L['self'].layers[0].
+    """
+    words = [word for word in re.findall(r"\w+", name) if word != "_modules"]
+    paths = [
+        path
+        for path, _ in model.named_modules()
+        if words[-len(path.split(".")) :] == path.split(".")
     ]
-    return max(names, key=len, default="")
+    return max(paths, key=len, default="")
 
 
 def line_of(node: Node) -> str:
-    """Where the user's code makes a call, for messages."""
+    """The source line that makes a call, in parentheses, for messages."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    # Innermost outside of torch, whose folder every installation has somewhere else.
+    # The innermost frame outside of torch, wherever that is installed.
     torch_folder = os.path.dirname(torch.__file__)
-    places = [line for line in lines if line.startswith("File") and torch_folder not in line]
-    if places:
-        return f" ({places[-1]})"
-    # Dynamo keeps no lines of torch's own modules.
+    frames = [line for line in lines if line.startswith("File") and torch_folder not in line]
+    if frames:
+        return f" ({frames[-1]})"
+    # Dynamo records no lines of torch's own modules.
     stack = node.meta.get("nn_module_stack") or {}
     words = re.findall(r"\w+", next(reversed(stack.values()))[0])[2:] if stack else []
     path = ".".join(word for word in words if word != "_modules")
@@ -43,18 +46,18 @@ def line_of(node: Node) -> str:
 
 
 def leave_out_own(graph: GraphModule, file: str, model: nn.Module) -> None:
-    """Let nodes say that they come from a model alone, without what runs its forward.
+    """Remove this library's frames and module names from where nodes come from.
 
-    file: whose frames are left out of their stacks. Modules are named from the model on.
+    file: its frames are removed from stack traces. Modules are named from the model on.
     """
-    written: dict[str, str] = {}
+    names: dict[str, str] = {}
     for node in graph.graph.nodes:
         frames = re.split(r'(?m)^(?= *File ")', node.meta.get("stack_trace") or "")
-        kept = "".join(frame for frame in frames if f'File "{file}"' not in frame)
-        if kept != "".join(frames):
-            node.meta["stack_trace"] = kept
+        users = [frame for frame in frames if f'File "{file}"' not in frame]
+        if len(users) < len(frames):
+            node.meta["stack_trace"] = "".join(users)
         stack = node.meta.get("nn_module_stack") or {}
         for key, (name, kind) in stack.items():
-            if name not in written:
-                written[name] = f"L['self'].{_path(name, model)}"
-            stack[key] = (written[name], kind)
+            if name not in names:
+                names[name] = f"L['self'].{_path(name, model)}"
+            stack[key] = (names[name], kind)

@@ -1,4 +1,4 @@
-"""Where a model computes attention: the programs there, and what the last calls computed."""
+"""Sites: where a model computes attention, by which program, and what the last call computed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from torch import Tensor, nn
 
 from .. import planner, text
 from ..attend import Attend
+from ..masks.bounds import upper_bound
 from ..plans import Plan, problem_of
 from ..programs import Program
 
-# The attribute of a layer, or of a model, that holds its sites.
+# The attribute of a layer, or of a model, with its sites.
 _ATTRIBUTE = "attention_sites"
+_HEADERS = ("layer", "model's mask", "computed", "lowering", "million pairs", "GFLOP", "MiB")
+# The counts of a row, and the unit that the table prints them in.
+_UNITS = {"pairs": 1e6, "flops": 1e9, "bytes": 2**20}
+_LEGEND = "<=: the program reads data that only a call has; counted are all pairs it may allow"
+_LONGEST_MASKS = 60
 
 
 @dataclass(frozen=True)
 class _Call:
-    """Shapes of a call, and what it computed."""
+    """Shapes of a call, and its program."""
 
     attend: Attend
-    said: str
+    model_mask: str
     q_offset: int
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
@@ -33,9 +39,11 @@ class _Call:
     device: str
 
     def plan(self) -> Plan:
+        """The plan of the call."""
         operands: list[Tensor] = []
         program = self.attend.program
-        assert isinstance(program, Program)  # of a length alone are variants, which no layer has
+        # Programs per length are only made by variants, which no layer has.
+        assert isinstance(program, Program)
         _, program = text.traced(program, operands)
         shapes = self.q_shape, self.k_shape, self.v_shape
         problem = problem_of(program, *shapes, self.dtype, self.device, self.q_offset, False)
@@ -45,7 +53,9 @@ class _Call:
 class Site:
     """One attention layer.
 
-    path: of its module in the model. kind: the name of its class. program: its own; None: the model's structure stays.
+    path: of its module in the model.
+    kind: name of the module's class.
+    program: the layer's own; None where the model's mask stays.
     """
 
     def __init__(self, path: str, kind: str, program: Program | None) -> None:
@@ -53,18 +63,33 @@ class Site:
         self.last: _Call | None = None
 
     def note(
-        self, attend: Attend, said: str, q_offset: int, q_shape: Sequence[Any], k_shape: Sequence[Any], v_shape: Sequence[Any],
-        dtype: torch.dtype, device: str,
-    ) -> None:  # fmt: skip
-        """Remember a call for the table: `said` is what the model says of its mask; of varying sizes those of an example."""
+        self,
+        attend: Attend,
+        model_mask: str,
+        q_offset: int,
+        q_shape: Sequence[Any],
+        k_shape: Sequence[Any],
+        v_shape: Sequence[Any],
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        """Record a call for the table; symbolic sizes by their example.
+
+        model_mask: the model's own mask, as text.
+        """
         q, k, v = [tuple(map(_example, shape)) for shape in (q_shape, k_shape, v_shape)]
-        self.last = _Call(attend, said, q_offset, q, k, v, dtype, device)
+        self.last = _Call(attend, model_mask, q_offset, q, k, v, dtype, device)
 
     def to_json(self) -> dict[str, Any]:
         """A row of the table; without counts before the first call.
 
-        pairs: computed over batch and heads; share: of all pairs; flops: of a forward; bytes: held beside q, k, v and out.
-        pairs_eager, flops_eager, bytes_eager: of an eager layer, which computes all pairs and holds their scores.
+        model, program: the model's own mask, and the program that was computed.
+        pairs: computed, over batch and heads.
+        share: `pairs` divided by all pairs.
+        at_most: whether the program reads data, so that pairs, share and flops are upper bounds.
+        flops: of a forward.
+        bytes: allocated beside q, k, v and out.
+        pairs_eager, flops_eager, bytes_eager: of eager attention, with all pairs and their scores.
         """
         row: dict[str, Any] = {"path": self.path, "kind": self.kind, "model": None, "program": None}
         if self.program is not None:
@@ -72,94 +97,89 @@ class Site:
         if self.last is None:
             return row
         plan = self.last.plan()
-        batch, heads, q_len, _ = self.last.q_shape
+        program = plan.problem.program
+        batch, heads, q_len, head_dim = self.last.q_shape
         dense = batch * heads * q_len * self.last.k_shape[2]
-        row |= {
-            "model": self.last.said,
+        return row | {
+            "model": self.last.model_mask,
             "program": repr(self.last.attend.program),
             "lowering": plan.lowering,
             "pairs": plan.cost.pairs,
             "share": plan.cost.pairs / dense if dense else 0.0,
+            "at_most": program.map(upper_bound) != program,
             "flops": plan.cost.kernel_flops,
             "bytes": plan.cost.peak_bytes,
             "pairs_eager": dense,
-            "flops_eager": 2 * dense * (self.last.q_shape[3] + self.last.v_shape[3]),
+            "flops_eager": 2 * dense * (head_dim + self.last.v_shape[3]),
             "bytes_eager": dense * plan.problem.itemsize,
         }
-        return row
 
 
 class Sites(list[Site]):
-    """A model's sites; prints as a table: of an eager layer -> computed here."""
+    """A model's sites; prints as a table of counts: eager attention -> computed here."""
 
     def __repr__(self) -> str:
-        rows = []
-        for site in self:
-            row = site.to_json()
-            counts = ["not called yet"] + [""] * 3
-            if "pairs" in row:
-                units = {"pairs": 1e6, "flops": 1e9, "bytes": 2**20}
-                changes = [
-                    f"{row[f'{name}_eager'] / unit:.3g} -> {row[name] / unit:.3g}"
-                    for name, unit in units.items()
-                ]
-                counts = [row["lowering"], *changes]
-            program = site.program if site.last is None else site.last.attend.program
-            rows.append(
-                [
-                    row["path"],
-                    row["model"] or "",
-                    "" if program is None else _shown(program),
-                    *counts,
-                ]
-            )
-        headers = [
-            "layer",
-            "the model says",
-            "computed",
-            "lowering",
-            "million pairs",
-            "GFLOP",
-            "MiB held",
+        rows = [site.to_json() for site in self]
+        cells = [
+            [row["path"], row["model"] or "", _masks_of(site), *_counts(row)]
+            for site, row in zip(self, rows, strict=True)
         ]
-        return str(tabulate(rows, headers, disable_numparse=True))
+        table = str(tabulate(cells, _HEADERS, disable_numparse=True))
+        return f"{table}\n{_LEGEND}" if any(row.get("at_most") for row in rows) else table
 
 
-def _shown(program: Any, most: int = 60) -> str:
-    """A program's masks, one after the other, cut to so many characters."""
-    written = "; ".join(repr(branch.mask) for branch in program.branches)
-    return written if len(written) <= most else written[: most - 3] + "..."
+def _counts(row: dict[str, Any]) -> list[str]:
+    """The lowering, and counts of eager attention and of what was computed."""
+    if "pairs" not in row:
+        return ["not called yet", *[""] * len(_UNITS)]
+    cells = [row["lowering"]]
+    for name, unit in _UNITS.items():
+        bound = "<= " if row["at_most"] and name != "bytes" else ""
+        cells.append(f"{row[f'{name}_eager'] / unit:.3g} -> {bound}{row[name] / unit:.3g}")
+    return cells
+
+
+def _masks_of(site: Site) -> str:
+    """The masks of a site's branches, shortened."""
+    program = site.program if site.last is None else site.last.attend.program
+    if not isinstance(program, Program):
+        return ""
+    masks = "; ".join(str(branch.mask) for branch in program.branches)
+    return masks if len(masks) <= _LONGEST_MASKS else masks[: _LONGEST_MASKS - 3] + "..."
 
 
 def _example(size: Any) -> int:
+    """A size, or the value that a symbolic size was traced with."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
 def put_sites(module: nn.Module, of_module: Sequence[Site]) -> None:
-    """Keep sites at a layer, or at a model that has them all."""
+    """Attach sites to a layer, or to a model that has them all."""
     setattr(module, _ATTRIBUTE, Sites(of_module))
 
 
 def sites_of(module: nn.Module) -> Sites | None:
-    """The sites that a module has itself."""
+    """The sites that are attached to a module itself."""
     return getattr(module, _ATTRIBUTE, None)
 
 
 def sites(model: nn.Module) -> Sites:
-    """The attention layers of a wrapped model; `print(sites(model))` after a call is a table of what they computed.
+    """The attention layers of a wrapped model; printed, a table of what the last call computed.
 
     Raises ValueError for a model that was not wrapped.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     of_model = Sites()
-    wrapped = False
+    is_wrapped = False
     for module in model.modules():
-        own = sites_of(module)
-        wrapped = wrapped or own is not None
-        of_model += own or []
-    if not wrapped:
+        of_module = sites_of(module)
+        if of_module is not None:
+            is_wrapped = True
+            of_model += of_module
+    if not is_wrapped:
         raise ValueError(
-            f"{type(model).__name__} has no sites; wrap it first: compiled_dilated.compile(model, attention=...)"
+            f"{type(model).__name__} has no sites; wrap it first: "
+            "compiled_dilated.compile(model, attention=...)"
         )
     return of_model

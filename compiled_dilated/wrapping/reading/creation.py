@@ -1,0 +1,48 @@
+"""Rules for tensors of constants and of positions.
+
+A rule gets the `Call`, the indices of an entry of its result, and the arguments of the node. It
+returns the entry, or None for what it does not read; the node is then captured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .expressions import Expression, Number, constant
+from .reader import Call, Rule
+from .simplify import apply
+
+At = tuple[Expression, ...]
+
+
+def arange(call: Call, at: At, *bounds: Any, **options: Any) -> Expression | None:
+    """start + step * index, of integers."""
+    start = call.at(bounds[0] if len(bounds) > 1 else options.get("start", 0), ())
+    step = call.at(bounds[2] if len(bounds) > 2 else options.get("step", 1), ())
+    if "out" in options or start.dtype != torch.int64 or step.dtype != torch.int64:
+        return None
+    entry: Expression = at[0]
+    if step != Number(1, torch.int64):
+        entry = apply("mul", (step, entry), step.dtype)
+    if start != Number(0, torch.int64):
+        entry = apply("add", (start, entry), step.dtype)
+    return apply("to", (entry,), call.dtype) if call.dtype.is_floating_point else entry
+
+
+def _filled(fill: bool) -> Rule:
+    return lambda call, at, *sizes, **options: constant(fill, call.dtype)
+
+
+ones, zeros = _filled(True), _filled(False)
+
+
+def full(call: Call, at: At, shape: Any, fill_value: Any, **options: Any) -> Expression:
+    """fill_value everywhere."""
+    return apply("to", (call.at(fill_value, ()),), call.dtype)
+
+
+def tensor(call: Call, at: At, data: Any, **options: Any) -> Expression | None:
+    """A tensor of one number."""
+    return constant(data, call.dtype) if isinstance(data, (bool, int, float)) else None

@@ -1,0 +1,215 @@
+"""A backend of torch.compile that replaces attention in a graph before another one compiles it.
+
+    scaled_dot_product_attention      replaced (calls.py)
+    F.multi_head_attention_forward    torch's code over a replaced call (multihead.py)
+    flex_attention                    replaced, with its score_mod and mask_mod (flex.py)
+
+Graphs inside of graphs (checkpoints) too. A call's mask is read from the graph that makes it
+(reading/) and joins the site's program (structures/), so a mask that is "causal, and no padding"
+is never made as a tensor. Nothing that a mask hides becomes visible.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from .calls import Attention
+from .flex import FLEX, FlexCall
+from .layers import Choice, Layer, program_of
+from .multihead import MULTIHEAD, bound_arguments, multihead, read_masks
+from .places import leave_out_own, line_of, path_of
+from .reading.expressions import Expression, Index
+from .reading.reader import Reader
+from .reading.rules import RULES
+from .reading.scopes import Scope, bring, callers_of, example_of, scope_of
+from .sites import Site, put_sites
+from .structures.structure import Structure, structure_of
+
+_SDPA = (
+    F.scaled_dot_product_attention,
+    torch._C._nn.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+_SDPA_PARAMETERS = (
+    *("query", "key", "value", "attn_mask"),
+    *("dropout_p", "is_causal", "scale", "enable_gqa"),
+)
+# The pair's indices along a mask, by the dimensions of the query.
+_SDPA_INDICES = {
+    2: (Index("q"), Index("kv")),
+    3: (Index("b"), Index("q"), Index("kv")),
+    4: (Index("b"), Index("h"), Index("q"), Index("kv")),
+}
+# Attention that is not replaced, with names for messages.
+_CLOSED = {
+    torch._transformer_encoder_layer_fwd: "the fast path of nn.TransformerEncoderLayer",
+    torch._native_multi_head_attention: "the fast path of nn.MultiheadAttention",
+}
+# Operators that run a graph again in the backward, and pass their other operands on to it.
+_CHECKPOINTS = ("tag_activation_checkpoint",)
+
+Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+# A function in place of an operator, and its arguments by name.
+_Replacement = tuple[Callable[..., Any], dict[str, Any]]
+
+
+class Rewriting:
+    """The backend for one model.
+
+    model: its sites are set.
+    attention: a program, by layer or for all; see `layers`.
+    backend: compiles the rewritten graphs.
+    own_file: a file whose frames are removed from where nodes come from.
+    """
+
+    def __init__(
+        self, model: nn.Module, attention: Choice, backend: Backend, own_file: str
+    ) -> None:
+        self.model, self.attention, self.backend = model, attention, backend
+        self.own_file = own_file
+        self.sites: dict[str, Site] = {}
+
+    def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Rewrite and compile a graph."""
+        calls: Counter[str] = Counter()
+        callers = callers_of(graph, _CHECKPOINTS)
+        for part in graph.modules():
+            if isinstance(part, GraphModule):
+                leave_out_own(part, self.own_file, self.model)
+                self._rewrite(part, calls, callers)
+        if not self.sites:
+            raise ValueError(
+                f"{type(self.model).__name__} called no scaled_dot_product_attention, no "
+                "nn.MultiheadAttention and no flex_attention: there is no attention to replace. "
+                "Build its own of compiled_dilated.compile(program)"
+            )
+        put_sites(self.model, list(self.sites.values()))
+        compiled = self.backend(graph, inputs)
+        # Tracing the replacements has recorded a call at every site.
+        missed = [site.path for site in self.sites.values() if site.last is None]
+        if missed:
+            raise RuntimeError(
+                f"attention of {', '.join(missed)} was not replaced, though it was found; "
+                "please report this"
+            )
+        return compiled
+
+    def _rewrite(
+        self, part: GraphModule, calls: Counter[str], callers: Mapping[GraphModule, Scope]
+    ) -> None:
+        """Replace the calls of one graph.
+
+        calls: number of calls of every module so far, by path.
+        callers: scopes of the calls of inner graphs.
+        """
+        for node in list(part.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in _CLOSED:
+                raise NotImplementedError(
+                    f"{_CLOSED[node.target]} is not replaced{line_of(node)}. "
+                    "Call compiled_dilated.compile(program) there"
+                )
+            replacement = {MULTIHEAD: self._multihead, FLEX: self._flex}.get(node.target)
+            if replacement is None and node.target in _SDPA:
+                replacement = self._scaled_dot_product
+            if replacement is not None:
+                path = self._path(node, calls)
+                target, arguments = replacement(node, path, scope_of(part, node, callers))
+                _replace(part, node, target, arguments)
+        part.recompile()
+
+    def _path(self, node: Node, calls: Counter[str]) -> str:
+        """The path of a call's module; of its second call path#2."""
+        path = path_of(node, self.model)
+        calls[path] += 1
+        return path if calls[path] == 1 else f"{path}#{calls[path]}"
+
+    def _site(self, path: str, kind: str, causal: object, heads: int | None, node: Node) -> Site:
+        """The site of a call, with the user's program for it."""
+        if not isinstance(causal, bool):
+            raise NotImplementedError(
+                f"is_causal of {path} varies in the graph{line_of(node)}. Pass True or False"
+            )
+        layer = Layer(path, kind, None, causal, None, heads, heads, None)
+        site = Site(path, kind, program_of(self.attention, layer))
+        self.sites[path] = site
+        return site
+
+    def _scaled_dot_product(self, node: Node, path: str, scope: Scope) -> _Replacement:
+        bound: dict[str, Any] = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | node.kwargs
+        query, mask = bound["query"], bound.get("attn_mask")
+        causal = bound.get("is_causal", False)
+        site = self._site(path, "scaled_dot_product_attention", causal, _heads_of(query), node)
+        reader = Reader(RULES)
+        dims = example_of(query).dim()
+        expression = None
+        if mask is not None and dims in _SDPA_INDICES:
+            expression = reader.mask(mask, scope, _SDPA_INDICES[dims])
+            bound["attn_mask"] = None
+        lengths = _lengths(query, bound["key"], -2)
+        structure, captured = _structure(expression, reader, scope, lengths)
+        return Attention(site, line_of(node), structure), bound | {"captured": captured}
+
+    def _multihead(self, node: Node, path: str, scope: Scope) -> _Replacement:
+        bound = bound_arguments(node)
+        causal, heads = bound.get("is_causal", False), bound["num_heads"]
+        site = self._site(path, "multi_head_attention_forward", causal, heads, node)
+        reader = Reader(RULES)
+        expression = read_masks(bound, reader, scope)
+        lengths = _lengths(bound["query"], bound["key"], 0)
+        structure, captured = _structure(expression, reader, scope, lengths)
+        return multihead(Attention(site, line_of(node), structure)), bound | {"captured": captured}
+
+    def _flex(self, node: Node, path: str, scope: Scope) -> _Replacement:
+        call = FlexCall(scope.part, node)
+        site = self._site(path, "flex_attention", False, _heads_of(call.query), node)
+        reader = Reader(RULES)
+        expression = call.read_mask(reader, scope)
+        call.check_tiles(expression)
+        lengths = _lengths(call.query, call.key, -2)
+        structure, captured = _structure(expression, reader, scope, lengths)
+        attention = Attention(site, line_of(node), structure)
+        return call.replacement(attention, expression is not None), call.arguments(captured)
+
+
+def _lengths(query: Node, key: Node, dim: int) -> tuple[Any, Any]:
+    """Tokens of the query and of the key, along a dimension."""
+    return example_of(query).shape[dim], example_of(key).shape[dim]
+
+
+def _structure(
+    mask: Expression | None, reader: Reader, scope: Scope, lengths: tuple[Any, Any]
+) -> tuple[Structure | None, tuple[Node, ...]]:
+    """The structure of a mask, if there is one, and the nodes that it captures.
+
+    lengths: tokens of the query and of the key.
+    """
+    if mask is None:
+        return None, ()
+    mask, captured = reader.used(mask)
+    return structure_of(mask, *lengths), tuple(bring(captured, scope))
+
+
+def _replace(
+    part: GraphModule, node: Node, target: Callable[..., Any], arguments: dict[str, Any]
+) -> None:
+    """Replace a node by a call of `target`."""
+    with part.graph.inserting_before(node):
+        replacement = part.graph.call_function(target, (), arguments)
+    replacement.meta = dict(node.meta)
+    node.replace_all_uses_with(replacement)
+    part.graph.erase_node(node)
+
+
+def _heads_of(query: Any) -> int | None:
+    example = example_of(query) if isinstance(query, Node) else None
+    return None if example is None or example.dim() < 4 else int(example.shape[-3])

@@ -251,6 +251,8 @@ class Plan:
 
     def _pairs_line(self) -> str:
         cost = self.cost
+        if self.useful_pairs is not None and self._reads_data:
+            return f"pairs     {self.useful_pairs:,} allowed, at most {cost.pairs:,} computed"
         if self.useful_pairs is not None:
             share = self.useful_pairs / cost.pairs if cost.pairs else 1.0
             return f"pairs     {self.useful_pairs:,} allowed, {cost.pairs:,} computed ({share:.0%} useful)"

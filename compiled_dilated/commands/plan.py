@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated
 
-import torch
 import typer
-from torch import Tensor
 
-from .. import checks, compiler, counting, text
-from ..heads import head_groups
-from ..masks.binding import with_data
-from ..masks.functions import traced_parts
-from ..plans import Plan
-from ..programs import Program, check_data, query_names_of
+from .. import compiler
 from .arguments import (
     DataFiles,
     Device,
@@ -30,6 +21,7 @@ from .arguments import (
     print_json,
     program_of_functions,
 )
+from .plan_with_data import counted_with_data
 
 
 def plan(
@@ -58,8 +50,8 @@ def plan(
 ) -> None:
     """Print how attention by PROGRAM would be computed, and why.
 
-    That is: candidates, pairs, FLOPs, bytes, time and peak memory. A plan never depends on the
-    data that masks read; with --data the pairs that the data allow are counted.
+    That is: candidates, pairs, FLOPs, bytes, time and peak memory. The choice never depends on the
+    data that masks read; with --data pairs, tiles and work are those of a call with these data.
 
     Exit code 2 if PROGRAM is none, cannot be computed as requested, or the data do not fit it.
     """
@@ -79,7 +71,7 @@ def plan(
             q_offset=q_offset,
         )
         if data:
-            result = replace(result, useful_pairs=pairs_of_data(parsed, result, tensors))
+            result = counted_with_data(parsed, result, tensors)
     if json:
         shapes = {name: list(x.shape) for name, x in tensors.items()}
         print_json(result.to_json() | {"data": shapes})
@@ -87,40 +79,3 @@ def plan(
     typer.echo(result.explain())
     if data and result.useful_pairs is None:
         typer.echo("\nthe data allow too many different pairs to count in seconds")
-
-
-def pairs_of_data(program: Program, plan: Plan, data: Mapping[str, Tensor]) -> int | None:
-    """Count the allowed pairs of a call with these data, over batch and heads.
-
-    data: tensors (batch or 1, tokens) by name.
-
-    None if there are too many different ones. Raises TypeError or ValueError for data that a call
-    would refuse.
-    """
-    problem = plan.problem
-    q_end = problem.q_offset + problem.q_len
-    shape = checks.Shape(problem.batch, q_end, problem.kv_len, torch.device("cpu"))
-    checks.data(program.names, query_names_of(program), data, shape)
-    check_data(program, data)
-    # The tensors that the program's functions capture: alive until their pairs are counted.
-    operands: list[Tensor] = []
-    _, traced = text.traced(program, operands)
-    entries = problem.batch if _differs_by_batch(traced, data) else 1
-    total = 0
-    for branch in traced.branches:
-        for mask, heads, _ in head_groups(branch, problem.heads, problem.kv_heads):
-            for entry in range(entries):
-                bound = with_data(mask, data, entry)
-                pairs = counting.pairs(bound, problem.q_len, problem.kv_len, problem.q_offset)
-                if pairs is None:
-                    return None
-                total += pairs * heads.count * (problem.batch // entries)
-    return total
-
-
-def _differs_by_batch(program: Program, data: Mapping[str, Tensor]) -> bool:
-    """Whether the entries of a batch may allow different pairs."""
-    if any(x.shape[0] > 1 for x in data.values()):
-        return True
-    functions = [part for branch in program.branches for part in traced_parts(branch.mask)]
-    return any(function.graph.reads("b") for function in functions)

@@ -131,7 +131,7 @@ AVX2_CASES = (
 
 
 def with_avx2(arguments: list[str]) -> int:
-    """Run this script in a process where torch, MKL and our kernels are limited to AVX2."""
+    """Run this script with torch, MKL and our kernels limited to AVX2."""
     with tempfile.TemporaryDirectory() as folder:
         # A wrapper of the compiler, whose last option overrides -march=native.
         compiler = Path(folder, "c++")

@@ -28,7 +28,10 @@ PROGRAMS = {
 
 
 def rows_of(x: Tensor, spans: tuple[range, ...]) -> Tensor:
-    """The rows of a cache (B, H, M, D) in some ranges: a view of one range, a copy of several."""
+    """Rows of a cache in some ranges; a copy if there are several.
+
+    x: (B, H, M, D).
+    """
     parts = [x[:, :, span.start : span.stop] for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

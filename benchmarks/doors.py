@@ -27,7 +27,7 @@ PROGRAMS = {
 
 
 def times(program: object, inputs: list[Tensor], backward: bool) -> dict[str, float]:
-    """Median seconds of a call with the search for NaN, without it, and with NaN in a key."""
+    """Median seconds of a call: with the search, without, with NaN."""
     attend = cd.compile(program)  # type: ignore[call-overload]
     q, k, v = inputs
     nan_k = k.detach().clone()

@@ -167,7 +167,7 @@ def measure_case(
 
 
 def export_case(case: Case, path: Path) -> float:
-    """Export the model of a case; returns seconds, 0 if an earlier case exported it."""
+    """Export a case; its seconds, 0 if an earlier case exported it."""
     if path.exists():
         return 0.0
     path.parent.mkdir()
@@ -178,7 +178,7 @@ def export_case(case: Case, path: Path) -> float:
 
 
 def first_results(path: Path, threads: int, turns: int) -> list[dict[str, Any]]:
-    """Measure from the import of torch to the first result, each turn in a fresh process."""
+    """Measure the first results in fresh processes."""
     code = CHILD.format(threads=threads, heads=HEADS, head_dim=HEAD_DIM)
     rows = []
     for way in ("package", "package, alone", "compiled"):

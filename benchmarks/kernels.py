@@ -27,7 +27,10 @@ DENSE = (4096, 4096)
 
 
 def call(shape: tuple[int, int], with_bias: bool, dtype: torch.dtype) -> Callable[[], object]:
-    """A call of the kernel on as many tiles (queries, keys) as have `PAIRS` pairs."""
+    """A call of the kernel on tiles with `PAIRS` pairs in all.
+
+    shape: queries and keys of a tile.
+    """
     queries, keys = shape
     q, k, v = (
         torch.randn(tiles_of(shape), HEADS, length, HEAD_DIM, dtype=dtype)

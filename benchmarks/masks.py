@@ -34,7 +34,10 @@ FAMILIES = {"bigbird": 1 / 1.1, "bigbird-window": 1 / 1.1}
 
 
 def rivals_at(tokens: int) -> tuple[str, ...]:
-    """SDPA where its dense mask fits; the fallback evaluates all pairs, minutes at 64K."""
+    """The rivals at a length: SDPA and the fallback only up to 8192.
+
+    SDPA's dense mask would not fit; the fallback evaluates all pairs, for minutes at 64K.
+    """
     return ("flex", "fallback", "SDPA") if tokens <= MOST_DENSE_TOKENS else ("flex",)
 
 
@@ -223,7 +226,7 @@ def soft_cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor)
 
 
 def score_cases() -> list[Case]:
-    """Causal with a score_mod; at 64K, where causal takes a minute, over a window of 1024."""
+    """Causal masks with a score_mod; at 64K with a window of 1024."""
     out = []
     mod, bias = alibi(Problem.heads)
     for tokens in LENGTHS:

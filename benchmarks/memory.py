@@ -245,7 +245,7 @@ def _row(way: str, tokens: int, figures: Row) -> Row:
 
 
 def longest(*_: Any) -> list[Row]:
-    """The most tokens in the limit, by the secant method on the peak of the process."""
+    """The most tokens within the limit, by the secant method."""
     rows = []
     for way in ("plain", "checkpoints", "built-in", "passes"):
         points: list[tuple[int, int]] = []

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from harness.apart import row_of
-from harness.reports import commit
+from harness.reports import commit, print_names
 from tabulate import tabulate
 
 import compiled_dilated as cd
@@ -249,16 +249,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure the chosen cases, print the table, write the file; returns the exit code."""
+    """Measure cases, print the table, write the file; the exit code."""
     quick = {"width": 128, "layers": 2, "new": 9, "repeats": 2} if options.quick else {}
     lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)
     jobs = jobs_of(lengths, threads=options.threads, **quick)
     if options.only:
         jobs = [job for job in jobs if any(text in job.name for text in options.only)]
     if options.list or not jobs:
-        names = "\n".join(job.name for job in jobs)
-        print(names or f"no case's name contains {options.only}; see --list")
-        return 0 if jobs else 2
+        return print_names([job.name for job in jobs], options.only)
     record: Row = {"hardware": _hardware(), "commit": commit(), "command": sys.argv[1:]}
     record |= {"complete": False, "rows": []}
     limit_bytes = int(options.limit * 2**30)

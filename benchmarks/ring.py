@@ -127,7 +127,10 @@ def peak() -> list[Row]:
 
 
 def execute(schedule: Schedule, rank: int, tokens: int, ledger: Ledger) -> None:
-    """Execute all steps of a rank, on tensors of a generator; `ledger` counts their bytes."""
+    """Execute all steps of a rank, on generated tensors.
+
+    ledger: counts the bytes of steps.
+    """
     q, k, v = (GeneratedSource((1, 1, tokens, 16), 0, stream) for stream in range(3))
     rows = schedule.layout.runs(rank)[0]
     shards = [sources.read(source, HeadRange(0, 1, 1), rows) for source in (q, k, v)]

@@ -48,7 +48,7 @@ def model_of(tokens: int) -> BertForMaskedLM:
 
 
 def largest_difference(model: BertForMaskedLM, program: cd.Program, ids: Tensor) -> float:
-    """The largest difference of the model's logits from those of the dense float64 reference."""
+    """The largest difference of the model's logits from the reference's."""
 
     def dense(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any

@@ -86,7 +86,7 @@ def losses_of(model: nn.Module, ids: Tensor, targets: Tensor, steps: int) -> Ten
 
 
 def train(tokens: int, steps: int) -> None:
-    """Train as one of the processes; the first compares with training in one process."""
+    """Train as one process; the first compares with training alone."""
     mesh = init_device_mesh("cpu", (RING, SHARDS), mesh_dim_names=("ring", "shards"))
     ring, shards = mesh["ring"], mesh["shards"]
     ids, targets = text_of(tokens)

@@ -51,7 +51,7 @@ def model_of(tokens: int) -> LlamaForCausalLM:
 
 
 def main(arguments: list[str] | None = None) -> bool:
-    """Generate; returns whether every token is the one that a forward over the whole text gives."""
+    """Generate; returns whether all tokens are those of one forward."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -84,7 +84,7 @@ def largest_difference(model: LlamaForCausalLM, ids: Tensor) -> float:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Train; returns the losses, the difference from the reference and the table of layers."""
+    """Train; returns losses, the largest difference and the table of layers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

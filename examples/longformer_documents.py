@@ -38,7 +38,10 @@ def text_of(module: str) -> bytes:
 def batch_of(
     texts: list[bytes], tokens: int, size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and global flags (size, tokens) of random pieces, and their modules (size,)."""
+    """Random pieces of texts.
+
+    Returns ids and global flags, (size, tokens), and the numbers of their modules, (size,).
+    """
     labels = torch.randint(len(texts), (size,), generator=generator)
     ids = torch.full((size, tokens), CLASS_TOKEN)
     is_global = torch.zeros(size, tokens, dtype=torch.bool)

@@ -51,7 +51,7 @@ def model_of(longest: int) -> LlamaForCausalLM:
 
 
 def loss_of_separate(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
-    """The loss of all next bytes, summed; one call of the model for each document."""
+    """The summed loss of next bytes, one call for each document."""
     losses = []
     for text in texts:
         logits = model(text[None], use_cache=False).logits[0]
@@ -60,7 +60,7 @@ def loss_of_separate(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
 
 
 def loss_of_packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
-    """The loss of all next bytes, summed; one call for a row of all documents."""
+    """The summed loss of next bytes, one call for all documents."""
     row = torch.cat(texts)[None]
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     logits = model(row, position_ids=positions, use_cache=False).logits[0]
@@ -72,7 +72,7 @@ def loss_of_packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
 def step(
     model: LlamaForCausalLM, texts: list[Tensor], loss_of: Callable[..., Tensor]
 ) -> tuple[float, Tensor, float]:
-    """Loss per byte, all gradients as one vector, and seconds of a forward and a backward."""
+    """Loss per byte, gradients as one vector, and seconds of a step."""
     model.zero_grad()
     start = time.perf_counter()
     loss = loss_of(model, texts) / sum(len(text) - 1 for text in texts)

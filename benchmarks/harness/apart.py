@@ -25,7 +25,7 @@ _OUT_OF_MEMORY = (
 
 
 def row_of(script: str, job: Mapping[str, Any], limit_bytes: int, seconds: float) -> Row:
-    """Run `script --job JSON`, which prints its figures as JSON in its last line.
+    """Run `script --job JSON`, whose last line is its figures as JSON.
 
     limit_bytes: private memory of the process.
     seconds: time of the process.

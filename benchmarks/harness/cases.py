@@ -61,7 +61,7 @@ def same_work(problem: Problem, name: str) -> Baseline:
 
 
 def in_time_of_dense(problem: Problem) -> Baseline:
-    """Dense SDPA over all pairs, with the problem's useful pairs: shares are ratios of times."""
+    """Dense SDPA over all pairs, so that shares are ratios of times."""
     full = Problem(
         masks.full(), problem.tokens, problem.heads, head_dim=problem.head_dim, dtype=problem.dtype
     )

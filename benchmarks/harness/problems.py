@@ -82,7 +82,7 @@ class Problem:
         return x.transpose(1, 2) if self.by_token else x
 
     def call(self, attention: Attention, backward: bool) -> Call:
-        """A call without arguments of one forward, or of a forward and its backward."""
+        """A call of one forward, or of a forward and its backward."""
         q, k, v = self.tensors(backward)
         if not backward:
             return lambda: attention(q, k, v)
@@ -211,7 +211,7 @@ WAYS: Mapping[str, Callable[[Problem], Attention]] = {
 
 
 def computed_pairs(problem: Problem) -> int | None:
-    """Pairs that our kernel computes, by its own count; None if that depends on operands."""
+    """Pairs that our kernel computes; None if that depends on operands."""
     q, k, v = problem.tensors(backward=False)
     plan = cd.compile(problem.program).plan(q, k, v)
     if plan.lowering != "native" or problem.data is None:

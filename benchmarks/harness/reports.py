@@ -50,15 +50,13 @@ def parser(
 
 
 def run(options: argparse.Namespace, cases: Sequence[Case], bars: Mapping[str, float]) -> int:
-    """Measure the chosen cases, print the table, write the file; returns the exit code.
+    """Measure cases, print the table, write the file; the exit code.
 
     bars: the least speed of a family's worst length, in tokens a second, as a share of its first.
     """
     chosen = _chosen(options, cases)
     if options.list or not chosen:
-        names = "\n".join(case.name for case in chosen)
-        print(names or f"no case's name contains {options.only}; see --list")
-        return 0 if chosen else 2
+        return print_names([case.name for case in chosen], options.only)
     torch.set_num_threads(options.threads)
     settings = _settings(options)
     record: dict[str, Any] = {
@@ -85,6 +83,12 @@ def run(options: argparse.Namespace, cases: Sequence[Case], bars: Mapping[str, f
     if missed:
         print(f"\nmissed: {'; '.join(missed)}")
     return int(options.check and bool(missed))
+
+
+def print_names(names: Sequence[str], only: Sequence[str] | None) -> int:
+    """Print the names of the chosen cases; exit code 2 if there are none."""
+    print("\n".join(names) or f"no case's name contains {only}; see --list")
+    return 0 if names else 2
 
 
 def _chosen(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
@@ -196,7 +200,7 @@ def _range(middle: float, ends: Sequence[float] | None) -> str:
 
 
 def commit() -> str | None:
-    """The measured commit, marked as dirty if files differ from it; None outside a checkout."""
+    """The measured commit, marked if files differ; None outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     return run.stdout.strip() or None

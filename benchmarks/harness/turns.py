@@ -82,7 +82,7 @@ class _Block:
 
 
 def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]) -> Row:
-    """Measure the useful rate of ours and of its rivals, as shares of the baseline's."""
+    """Measure useful rates of ours and rivals as shares of the baseline's."""
     row = _head(case, backward)
     reason = case.problem.lacks_memory(backward)
     if reason:
@@ -110,7 +110,10 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
 def _times(
     case: Case, backward: bool, settings: Settings, rivals: Mapping[str, _Rival | str]
 ) -> dict[str, list[float]]:
-    """Seconds of baseline, ours and rivals, turn by turn; rivals that refused take no part."""
+    """Seconds of baseline, ours and rivals, turn by turn.
+
+    rivals: those that refused, as a reason, take no part.
+    """
     ours, baseline = _blocks(case, backward, settings.block_seconds)
     running = {name: rival for name, rival in rivals.items() if isinstance(rival, _Rival)}
     times: dict[str, list[float]] = {name: [] for name in ("baseline", "ours", *running)}
@@ -154,7 +157,7 @@ def _head(case: Case, backward: bool) -> Row:
 
 
 def _blocks(case: Case, backward: bool, least_seconds: float) -> tuple[_Block, _Block]:
-    """Ours and its baseline, which is repeated for an eighth of our time at least."""
+    """Ours, and its baseline, repeated for at least an eighth of our time."""
     ours = _Block.of(case.problem.call(WAYS["ours"](case.problem), backward), least_seconds)
     baseline = case.baseline
     call = baseline.problem.call(WAYS[baseline.way](baseline.problem), backward)
@@ -200,7 +203,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def family_rows(rows: list[Row], bars: Mapping[str, float]) -> list[Row]:
-    """Compare the lengths of each family and pass: its worst length against its first.
+    """Compare the worst length of each family and pass with its first.
 
     The bar is for time per token and head, as a share of the first's rate. The useful rate is
     reported too: on a grid, and under a window, tokens near an end see fewer keys, so that longer

@@ -69,7 +69,7 @@ class Device(StrEnum):
 
 @contextlib.contextmanager
 def bad_usage() -> Iterator[None]:
-    """Turn the library's TypeError and ValueError into bad usage: exit code 2, no traceback."""
+    """Turn the library's errors into bad usage: exit code 2, no traceback."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -100,10 +100,12 @@ def _function_named(target: str) -> Any:
 
 
 def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Tensor]:
-    """Load the arrays of `--data`, (batch, tokens), by name; bad usage if one cannot be loaded.
+    """Load the arrays of `--data`, (batch, tokens), by name.
 
     entries: NAME=FILE.npy each.
     names: the data tensors that the program reads; all are required.
+
+    Raises bad usage for a file without such an array.
     """
     tensors: dict[str, Tensor] = {}
     for entry in entries or ():
@@ -125,7 +127,7 @@ def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Ten
 
 
 def _loaded(name: str, path: str) -> Tensor:
-    """The array of a file, (batch, tokens); bad usage if it is not one."""
+    """The array of a file, (batch, tokens)."""
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -149,7 +151,7 @@ def _loaded(name: str, path: str) -> Tensor:
 
 
 def print_json(record: Mapping[str, Any]) -> None:
-    """Print a record, the only output on stdout of a command run with --json."""
+    """Print a record as JSON, the only output on stdout."""
     typer.echo(json.dumps(record, indent=1))
 
 

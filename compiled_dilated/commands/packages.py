@@ -53,7 +53,7 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a package that runs where this library is not installed, from Python and from C++.
+    """Write a package that runs without this library, from Python and C++.
 
     Exit code 2 if the factory is missing or does not fit; its own errors keep their traceback.
     """

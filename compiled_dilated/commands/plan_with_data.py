@@ -20,7 +20,7 @@ from ..programs import Branch, Program, check_data, query_names_of
 
 
 def counted_with_data(program: Program, plan: Plan, data: Mapping[str, Tensor]) -> Plan:
-    """The plan with pairs, tiles and work of a call with these data, over batch and heads.
+    """The plan with pairs, tiles and work of a call with data.
 
     program: as the plan was made for.
     data: tensors (batch or 1, tokens) by name.
@@ -71,7 +71,7 @@ def _pairs(masks: Sequence[Mask], problem: Problem) -> int | None:
 
 
 def _tiles(masks: Sequence[Mask], branch: Branch, tile: int, problem: Problem) -> dict[str, Any]:
-    """FULL and PARTIAL tiles of all masks, and bytes of their lists; None if too many differ."""
+    """Tiles of all masks and bytes of their lists; None if too many differ."""
     full = partial = nbytes = 0
     for mask in masks:
         counts = counting.tiles(
@@ -86,7 +86,10 @@ def _tiles(masks: Sequence[Mask], branch: Branch, tile: int, problem: Problem) -
 
 
 def _with_computed_pairs(plan: Plan, data: Mapping[str, Tensor]) -> Plan:
-    """The plan with the native kernel's own count of pairs; other lowerings ignore the data."""
+    """The plan with the pairs that the native kernel computes for these data.
+
+    Plans of other lowerings do not depend on the data.
+    """
     if plan.lowering != "native":
         return plan
     (proposal,) = plan.chosen

@@ -63,7 +63,7 @@ def show(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Draw which keys each query sees by PROGRAM: as text here, and as files.
+    """Draw which keys each query sees: as text, and as files.
 
     Up to 256 tokens every pair is drawn; beyond, blocks of pairs by the share that is allowed.
     A million tokens take seconds.
@@ -103,7 +103,7 @@ def show(
 
 
 def _file(kind: str, path: Path) -> Path:
-    """Check the path of a file to write; bad usage for another ending or a missing folder."""
+    """The path of a file to write; bad usage if it is unfit."""
     if path.suffix.lower() != f".{kind}":
         raise typer.BadParameter(f"--{kind} takes a path that ends in .{kind}; got {str(path)!r}")
     if not path.parent.is_dir():

@@ -124,7 +124,10 @@ class Entry:
 
 
 def _fits(shape: torch.Size, expected: Sequence[int | str], sizes: dict[str, int]) -> bool:
-    """Whether a shape is the expected one; varying sizes seen first are added to `sizes`."""
+    """Whether a shape is the expected one.
+
+    sizes: varying sizes by name; those of a first input are added.
+    """
     if len(shape) != len(expected):
         return False
     for size, axis in zip(shape, expected, strict=True):

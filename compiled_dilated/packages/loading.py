@@ -23,7 +23,10 @@ class Loaded:
         self.about, self._runs = about, runs
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run the entry "model". Raises TypeError or ValueError for inputs that do not fit."""
+        """Run the entry "model".
+
+        Raises TypeError or ValueError for inputs that do not fit.
+        """
         return _run(self.about.entries["model"], self._runs["model"], inputs)
 
     def decode(self, *inputs: Tensor) -> Any:

@@ -95,14 +95,17 @@ def entry_of(
 
 
 def _axis(name: str, x: Tensor) -> int:
-    """The dimension of a varying size, of (batch, tokens) or (batch, ..., tokens, width)."""
+    """The dimension of a varying size.
+
+    x: (batch, tokens) or (batch, ..., tokens, width).
+    """
     if name == BATCH:
         return 0
     return 1 if x.dim() == 2 else x.dim() - 2
 
 
 def _sizes_of(argument: str, name: str, inputs: Sequence[Tensor], decodes: bool) -> dict[int, int]:
-    """A size of each input by its number: all equal, or two sizes when decoding."""
+    """One size of all inputs by number: equal, or two when decoding."""
     sizes = {number: x.shape[_axis(name, x)] for number, x in enumerate(inputs)}
     if decodes:
         distinct = sorted(set(sizes.values()))

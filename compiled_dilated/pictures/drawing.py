@@ -162,7 +162,10 @@ def _kinds(program: Program, heads: int) -> list[tuple[int, ...]]:
 
 
 def _panels(view: _View, title: str, branches: Branches, is_split: bool) -> list[Panel]:
-    """The panel of a kind of heads; with `is_split` after one for each branch."""
+    """The panel of a kind of heads.
+
+    is_split: whether a panel for each branch is in front of it.
+    """
     panels = []
     if is_split and len(branches) > 1:
         for number, mask in branches:
@@ -181,7 +184,7 @@ def _title(kind: tuple[int, ...], heads: int, kinds: int) -> str:
 
 
 def _heading(program: Program) -> str:
-    """The branches joined by +, as their pairs add up; a heading, not code."""
+    """The branches joined by +: a heading, not code."""
     names = []
     for branch in program.branches:
         heads = "" if branch.heads is None else f" for heads {branch.heads}"

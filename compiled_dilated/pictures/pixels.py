@@ -48,7 +48,7 @@ class Pixels:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a pixel in tokens; the last ones may be smaller."""
+        """Height and width of all but the last pixels, in tokens."""
         height = int(np.diff(self.q_cuts).max(initial=1))
         width = int(np.diff(self.kv_cuts).max(initial=1))
         return height, width

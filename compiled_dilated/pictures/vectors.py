@@ -51,7 +51,10 @@ def _shape(pixels: Pixels) -> tuple[float, float]:
 
 
 def _panel(figure: Figure, panel: Panel, x: int, y: int) -> list[str]:
-    """A panel with caption and axes; its picture's upper left corner is at x, y."""
+    """A panel with caption and axes.
+
+    x, y: upper left corner of the picture.
+    """
     has_titles = len(figure.panels) > 1 or figure.kinds > 1
     caption = f"{panel.title}: {panel.caption}" if has_titles else panel.caption
     height, width = _shape(panel.pixels)

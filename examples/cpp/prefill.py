@@ -28,7 +28,7 @@ PROGRAM = masks.causal() & (masks.window(128) | masks.sinks(4))
 
 
 def model_of(longest: int) -> LlamaForCausalLM:
-    """A Llama of two layers over bytes, with random weights, its attention by the program."""
+    """A Llama of two layers over bytes, with attention by the program."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=64,

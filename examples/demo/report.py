@@ -87,7 +87,7 @@ def _row(cell: Cell) -> list[str]:
 
 
 def mask_picture(lengths: Sequence[int], rates: Sequence[int], tokens: int, heads: int) -> bytes:
-    """PNG of a program's mask for one head, scaled down so that each pair is visible."""
+    """PNG of a scaled-down mask of one head."""
     scale = max(1, tokens // _DRAWN_TOKENS)
     lengths = [length // scale for length in lengths]
     program = longnet(lengths, rates, causal=True)
@@ -97,7 +97,7 @@ def mask_picture(lengths: Sequence[int], rates: Sequence[int], tokens: int, head
 
 
 def loss_picture(training: Training, text: Text) -> bytes:
-    """PNG of the loss in bits a byte over the training text in millions of bytes."""
+    """PNG of the loss, in bits a byte, over millions of bytes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

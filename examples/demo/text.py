@@ -55,13 +55,16 @@ class Text:
         return torch.stack(windows).long()
 
     def held_out(self, tokens: int, count: int) -> Tensor:
-        """The first windows of the validation text, (count or fewer, tokens + 1) int64."""
+        """The first windows of the validation text, (count, tokens + 1) int64.
+
+        count: fewer if the text is too short.
+        """
         count = min(count, len(self.validation) // (tokens + 1))
         return self.validation[: count * (tokens + 1)].view(count, tokens + 1).long()
 
 
 def read(folder: Path | None = None) -> Text:
-    """Read the .py files of a folder in UTF-8, in the order of their paths.
+    """Read the .py files of a folder, in the order of their paths.
 
     folder: None for the standard library's.
 
@@ -87,7 +90,7 @@ def _bytes(content: bytes) -> Tensor:
 
 
 def _sources(folder: Path) -> Iterator[bytes]:
-    """Contents of the .py files of a folder that are UTF-8, in the order of their paths."""
+    """Contents of a folder's .py files in UTF-8, by path."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
     for name in sorted(paths):
         if not _LEFT_OUT & set(name.split("/")):

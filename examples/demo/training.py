@@ -53,7 +53,7 @@ class Training:
         return self.held_out_nats / math.log(2)
 
     def fell_to(self, share: float, text: Text) -> bool:
-        """Whether the loss on held-out text reached a share of the text's unigram entropy."""
+        """Whether the held-out loss reached a share of the unigram entropy."""
         return self.held_out_bits <= share * text.unigram_bits
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def train(
     random: torch.Generator,
     report: Callable[[Training], None],
 ) -> Training:
-    """Train for a time, at least 20 steps; the learning rate falls with the time.
+    """Train for a time, and for at least 20 steps.
 
     context: bytes of a step's window.
     seconds: the time.
@@ -106,12 +106,12 @@ def train(
 
 
 def _decay(progress: float) -> float:
-    """The learning rate's factor: 1 for the first half of the time, then linear to 0."""
+    """The learning rate's factor: 1 until half time, then linear to 0."""
     return min(1.0, 2.0 * max(0.0, 1.0 - progress))
 
 
 def _optimizers(model: LanguageModel) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, which takes fewer steps than Adam; AdamW for other weights."""
+    """Muon for the blocks' matrices, AdamW for all other weights."""
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     distinct = set(matrices)
     weights = [weight for weight in model.parameters() if weight not in distinct]

@@ -95,7 +95,10 @@ def billion(
 
 
 def _sink(directory: Path, shape: tuple[int, int, int, int], rows: int, seed: int) -> SampleSink:
-    """A file of random rows of the output; ValueError if the folder has rows of another run."""
+    """A file of random rows of the output.
+
+    Raises ValueError if the folder has the rows of another run.
+    """
     tokens = shape[2]
     samples = np.random.default_rng(seed).choice(tokens, size=min(rows, tokens), replace=False)
     try:

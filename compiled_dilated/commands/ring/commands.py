@@ -77,7 +77,9 @@ def simulate(
     dtype: DtypeName = "float32",
     json: Json = False,
 ) -> None:
-    """Execute every step of every rank here, on random numbers, and compare with one device.
+    """Execute all steps of all ranks here, and compare with one device.
+
+    Inputs are random numbers.
 
     Exit code 1 if the results differ by more than rounding.
     """
@@ -152,7 +154,9 @@ def stream(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compute attention from files to a file, part by part; run it again to continue.
+    """Compute attention from files to a file, part by part.
+
+    The same command continues an interrupted run.
 
     Exit code 1 if the time was up before the end, 130 after Ctrl-C.
     """
@@ -209,7 +213,9 @@ def launch(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
     json: Json = False,
 ) -> None:
-    """Run one process per rank by torchrun over gloo, and compare with the simulated ring.
+    """Run one process per rank, and compare with the simulated ring.
+
+    The processes are started by torchrun and exchange messages over gloo.
 
     Exit code 1 if a bit of the output or of a gradient differs, or a process fails.
     """

@@ -11,7 +11,7 @@ from ...ring.streamed import Progress
 
 @contextlib.contextmanager
 def token_bar(name: str, tokens: int | None = None) -> Iterator[Callable[[Progress], None]]:
-    """Show a bar of tokens, rate and time left on stderr; yields its `on_progress` callback.
+    """Show a progress bar on stderr; yields its `on_progress` callback.
 
     name: the bar's label.
     tokens: length of the sequence.

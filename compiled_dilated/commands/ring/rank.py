@@ -16,7 +16,10 @@ from ..arguments import dtype_of, numbers, print_json
 
 
 def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style: str) -> int:
-    """Compare this rank's shard with the simulated ring; 0 if all ranks agree to the bit."""
+    """Compare this rank's shard with the simulated ring.
+
+    Returns the exit code: 0 if the bits of all ranks are equal.
+    """
     dist.init_process_group("gloo")
     try:
         table, layout_name = _compared(
@@ -38,7 +41,7 @@ def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style
 def _compared(
     program: str, q_shape: tuple[int, ...], kv_heads: int, layout: str, dtype: torch.dtype
 ) -> tuple[list[dict[str, object]], str]:
-    """Compute this rank's shard, forward and backward, and compare it with the simulated ring.
+    """Compute this rank's shard; compare it with the simulated ring.
 
     Returns a row for each rank (tokens, seconds, bytes received, whether all bits are equal), and
     the layout's name.

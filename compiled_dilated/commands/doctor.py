@@ -48,7 +48,7 @@ class Finding:
 
 
 def doctor(json: Json = False) -> None:
-    """Check this machine: one line per component, with the remedy for a failure.
+    """Check this machine's installation, with remedies.
 
     Exit code 1 if something essential fails: Python, torch, attention itself, or the C++ compiler
     that torch.compile needs.

@@ -12,7 +12,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 
 def memory(context: typer.Context) -> None:
-    """Print the peak memory of a model's step under each candidate of passes.
+    """Print a model's peak memory under candidates of passes.
 
     Arguments: MODULE:FACTORY, --train, --budget, --json, --png.
     """

@@ -53,7 +53,9 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a package that runs without this library, from Python and C++.
+    """Write a package that runs without this library.
+
+    It is loaded from Python or C++.
 
     Exit code 2 if the factory is missing or does not fit; its own errors keep their traceback.
     """
@@ -91,9 +93,9 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE.pt2", help="A package.")],
     json: Json = False,
 ) -> None:
-    """Print a package's inputs, versions and files, without executing it.
+    """Print a package's inputs, versions and files.
 
-    Exit code 2 if FILE.pt2 is no package.
+    Nothing of it is executed. Exit code 2 if FILE.pt2 is no package.
     """
     try:
         with bad_usage():

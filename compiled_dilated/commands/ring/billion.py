@@ -35,14 +35,14 @@ def billion(
         int | None, typer.Option(min=1, help="One for each 4096 tokens if not given.")
     ] = None,
     directory: Annotated[
-        Path, typer.Option(file_okay=False, help="Where the journal and the checked rows are kept.")
+        Path, typer.Option(file_okay=False, help="Folder of the journal and the checked rows.")
     ] = Path("billion"),
     rows: Annotated[int, typer.Option(min=1, help="Random rows to check against float64.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of q, k, v and of the rows to check.")] = 0,
     limit_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Stop after the rank under way then.")
+        float | None, typer.Option(min=0, help="Start no further rank after this time.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where blocks are computed.")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="Device that computes blocks.")] = Device.cpu,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")
     ] = None,

@@ -21,7 +21,7 @@ from .billion import billion
 from .progress import stoppable, token_bar
 
 app = typer.Typer(
-    help="Attention over many ranks: plan it, simulate it, stream it from files, launch it.",
+    help="Attention over many ranks: plan, simulate, stream, launch.",
     no_args_is_help=True,
 )
 app.command()(billion)
@@ -140,17 +140,17 @@ def stream(
         typer.Argument(exists=True, dir_okay=False, help="Values, a .npy file (B, Hkv, N, Dv)."),
     ],
     out: Annotated[
-        Path, typer.Argument(dir_okay=False, help="The output, a .npy file; made, or gone on with.")
+        Path, typer.Argument(dir_okay=False, help="The output, a .npy file; new, or continued.")
     ],
     ranks: Annotated[
         int,
-        typer.Option(min=1, help="Parts that the sequence is cut into; one or two are in memory."),
+        typer.Option(min=1, help="Parts of the sequence; one or two are in memory at a time."),
     ] = 16,
     journal: Annotated[
-        Path | None, typer.Option(help="What is done, so that a stopped run goes on; OUT.journal.")
+        Path | None, typer.Option(help="Record of finished parts; OUT.journal if not given.")
     ] = None,
     limit_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Stop after the part under way then.")
+        float | None, typer.Option(min=0, help="Start no further part after this time.")
     ] = None,
     json: Json = False,
 ) -> None:

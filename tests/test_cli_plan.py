@@ -13,7 +13,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from compiled_dilated import compile, counting, longnet, plan, planner
+from compiled_dilated.arguments import BYTES
 from compiled_dilated.cli import app
+from compiled_dilated.commands.arguments import Dtype
 from compiled_dilated.lowerings import native
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
@@ -74,6 +76,10 @@ def test_plan_as_json() -> None:
     assert values["dtype"] == "bfloat16"
     assert values["lowering"] == "tiled"
     assert values["data"] == {}
+
+
+def test_dtypes_are_those_of_the_library() -> None:
+    assert {dtype.value for dtype in Dtype} == set(BYTES)
 
 
 def test_plan_lists_and_takes_every_lowering() -> None:
@@ -159,7 +165,7 @@ def test_too_many_pairs_to_count_are_reported(monkeypatch: pytest.MonkeyPatch) -
         (("causal()", "--shape", "a,b"), "--shape takes integers joined by commas"),
         (("causal()", "--kv-heads", "3"), "must be a multiple of the 3 key heads"),
         (("neighborhood((4, 4), 1)", "--shape", "1,1,17,8"), "speaks of a grid of 16 tokens"),
-        (("causal()", "--dtype", "int8"), "--dtype must be one of 'float64', 'float32'"),
+        (("causal()", "--dtype", "int8"), "'int8' is not one of 'float32', 'bfloat16'"),
         (("causal()", "--lowering", "fast"), "lowering must be one of 'auto', 'native', 'dense'"),
         ((), "PROGRAM"),
         (("causal()", "--data", "d=ids.npy"), "the program reads no data; got --data for d"),

@@ -180,11 +180,11 @@ def test_launch() -> None:
     [
         (("plan", "longnet(", "--ranks", 2), "was never closed"),
         (("plan", "causal()", "--layout", "residue"), "layout 'residue' needs a dilated program"),
-        (("plan", "causal()", "--dtype", "int8"), "--dtype must be one of 'float64', 'float32'"),
+        (("plan", "causal()", "--dtype", "int8"), "'int8' is not one of 'float32'"),
         (("simulate", "causal()", "--layout", "round"), "layout must be one of 'auto'"),
         (("simulate", "causal()", "--shape", "1,2,3"), "q_shape must be (batch, heads, tokens"),
         (("launch", "causal()", "--shape", "1,3,64,8", "--kv-heads", 2), "of the 2 key heads"),
-        (("launch", "causal()", "--dtype", "half"), "--dtype must be one of 'float64'"),
+        (("launch", "causal()", "--dtype", "half"), "'half' is not one of 'float32'"),
         (("billion", "--program", "documents(ids='x')"), "takes no data tensors"),
         (("plan", "causal()", "--ranks", 0), "Invalid value for '--ranks'"),
     ],

@@ -16,7 +16,6 @@ from torch import Tensor
 from passes import factories
 
 from .. import planner
-from ..arguments import BYTES, choice
 from ..programs import Program
 from ..text import read_program
 
@@ -55,9 +54,15 @@ LoweringName = Annotated[
         help="Used or refused, never replaced; auto takes the cheapest.",
     ),
 ]
-DtypeName = Annotated[
-    str, typer.Option("--dtype", metavar="|".join(BYTES), help="Dtype of q, k and v.")
-]
+
+
+class Dtype(StrEnum):
+    """Dtype of q, k, v and out."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
 
 
 class Device(StrEnum):
@@ -74,12 +79,6 @@ def bad_usage() -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of `--dtype`. Raises ValueError for a name of none."""
-    dtype: torch.dtype = getattr(torch, choice("--dtype", name, tuple(BYTES)))
-    return dtype
 
 
 def program_of_functions(text: str) -> Program:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 import typer
 
 from .. import compiler
 from .arguments import (
     DataFiles,
     Device,
-    DtypeName,
+    Dtype,
     Json,
     LoweringName,
     ProgramOfFunctions,
     bad_usage,
     data_files,
-    dtype_of,
     numbers,
     print_json,
     program_of_functions,
@@ -36,7 +36,7 @@ def plan(
     value_dim: Annotated[
         int | None, typer.Option(help="Width of a value head; D if not given.")
     ] = None,
-    dtype: DtypeName = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = Dtype.float32,
     device: Annotated[
         Device, typer.Option(help="Need not be present: nothing is computed.")
     ] = Device.cpu,
@@ -64,7 +64,7 @@ def plan(
             kv_heads=kv_heads,
             kv_len=kv_len,
             value_dim=value_dim,
-            dtype=dtype_of(dtype),
+            dtype=getattr(torch, dtype),
             device=device.value,
             training=training,
             lowering=lowering,

@@ -16,7 +16,7 @@ from ...ring.plans import LAYOUTS
 from ...ring.sources import FileSource
 from ...ring.streamed import Report
 from ...text import read_program
-from ..arguments import DtypeName, Json, ProgramText, bad_usage, dtype_of, numbers, print_json
+from ..arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
 from .billion import billion
 from .progress import stoppable, token_bar
 
@@ -39,6 +39,7 @@ Ranks = Annotated[int, typer.Option(min=1, help="How many ranks share the sequen
 LayoutName = Annotated[
     str, typer.Option(help=f"Which tokens each rank holds: {', '.join(LAYOUTS)}.")
 ]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of q, k and v.")]
 
 
 @app.command()
@@ -48,7 +49,7 @@ def plan(
     kv_heads: KvHeads = None,
     ranks: Ranks = 8,
     layout: LayoutName = "auto",
-    dtype: DtypeName = "float32",
+    dtype: DtypeOption = Dtype.float32,
     json: Json = False,
 ) -> None:
     """Print what each rank would receive, compute and hold, under every layout."""
@@ -57,7 +58,7 @@ def plan(
             read_program(program),
             numbers("--shape", shape),
             kv_heads,
-            dtype=dtype_of(dtype),
+            dtype=getattr(torch, dtype),
             ranks=ranks,
             layout=layout,
         )
@@ -74,7 +75,7 @@ def simulate(
     kv_heads: KvHeads = None,
     ranks: Ranks = 8,
     layout: LayoutName = "auto",
-    dtype: DtypeName = "float32",
+    dtype: DtypeOption = Dtype.float32,
     json: Json = False,
 ) -> None:
     """Execute all steps of all ranks here, and compare with one device.
@@ -84,7 +85,8 @@ def simulate(
     Exit code 1 if the results differ by more than rounding.
     """
     with bad_usage():
-        code, sizes, torch_dtype = read_program(program), numbers("--shape", shape), dtype_of(dtype)
+        code, sizes = read_program(program), numbers("--shape", shape)
+        torch_dtype: torch.dtype = getattr(torch, dtype)
         ring_plan = compiler.plan(
             code, sizes, kv_heads, dtype=torch_dtype, ranks=ranks, layout=layout
         )
@@ -209,7 +211,7 @@ def launch(
     kv_heads: KvHeads = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 2,
     layout: LayoutName = "auto",
-    dtype: DtypeName = "float32",
+    dtype: DtypeOption = Dtype.float32,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
     json: Json = False,
 ) -> None:
@@ -225,12 +227,12 @@ def launch(
             read_program(program),
             numbers("--shape", shape),
             kv_heads,
-            dtype=dtype_of(dtype),
+            dtype=getattr(torch, dtype),
             ranks=ranks,
             layout=layout,
         )
     torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
-    settings = [program, shape, str(kv_heads or 0), layout, dtype, "json" if json else "text"]
+    settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
     rank = [sys.executable, "-m", f"{__package__}.rank", *settings]
     command = [sys.executable, "-m", *torchrun, *rank]
     run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import compiler, measure
 from ...attend import Attend
 from ...text import read_program
-from ..arguments import dtype_of, numbers, print_json
+from ..arguments import numbers, print_json
 
 
 def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style: str) -> int:
@@ -23,7 +23,7 @@ def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style
     dist.init_process_group("gloo")
     try:
         table, layout_name = _compared(
-            program, numbers("--shape", shape), int(kv_heads), layout, dtype_of(dtype)
+            program, numbers("--shape", shape), int(kv_heads), layout, getattr(torch, dtype)
         )
         is_first_rank = dist.get_rank() == 0
     finally:

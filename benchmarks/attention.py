@@ -1,9 +1,10 @@
-"""How fast attention is: useful rates as shares of dense SDPA's over 4096 tokens, with compiled FlexAttention in the same run.
+"""Measure attention: useful rates as shares of dense SDPA's over 4096 tokens.
 
 python benchmarks/attention.py [--json FILE] [--quick] [--busy | --avx2] [--threads 2] [--only TEXT]
 
-A useful rate is allowed pairs over time. Short causal and full cases are ratios of times to one SDPA of the same problem, float16
-to our own float32. `fallback` is what runs where no compiler is. Needs a quiet machine for half an hour.
+A useful rate is allowed pairs over time. Short causal and full cases are compared with one SDPA of
+the same problem, float16 with our own float32. `fallback` runs where there is no compiler, `flex`
+is compiled FlexAttention. Needs a quiet machine for half an hour.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from compiled_dilated import masks
 
 WINDOW = masks.window(256)
 RADIUS = 12
-# In bfloat16, forward.
+# Bars of the forward in bfloat16.
 LOW_BARS = {"window-16k": 1.0, "longnet-16k": 1.0, "hilbert-64x64": 0.6}
 SHORT = (512, 1024, 2048)
 LENGTHS = (2**13, 2**15, 2**17, 2**20)
-# Tensors of a million tokens take 0.5 GiB each with so many heads.
+# With this many tokens x heads a tensor takes 0.5 GiB.
 MOST_TOKEN_HEADS = 2**21
-# Time per token within 10%.
+# Bars of families: time per token within 10%.
 FAMILIES = {"window": 1 / 1.1, "hilbert": 1 / 1.1}
 
 
 def window(tokens: int, **settings: Any) -> Problem:
-    """256 tokens to each side."""
+    """A window of 256 tokens to each side."""
     return Problem(WINDOW, tokens, **settings)
 
 
 def grid(rows: int, columns: int, row_major: bool = False, **settings: Any) -> Problem:
-    """Neighbours within 12 on both axes, in Hilbert order or as they come."""
+    """Neighbours within 12 on both axes, in Hilbert or row-major order."""
     shape = (rows, columns)
     program = masks.neighborhood(shape, RADIUS) if row_major else cd.hilbert_window(shape, RADIUS)
 
@@ -53,7 +54,7 @@ def grid(rows: int, columns: int, row_major: bool = False, **settings: Any) -> P
 
 
 def longnet(tokens: int, **settings: Any) -> Problem:
-    """The segments and dilation rates of the paper."""
+    """LongNet with the segments and dilation rates of all benchmarks."""
     return Problem(LONGNET, tokens, **settings)
 
 
@@ -87,34 +88,24 @@ def low_precision_cases() -> list[Case]:
     for case in rate_cases():
         if case.name in LOW_BARS:
             low, half = (replace(case.problem, dtype=dtype) for dtype in ("bfloat16", "float16"))
-            out.append(
-                Case(
-                    f"{case.name}-bfloat16",
-                    low,
-                    (LOW_BARS[case.name], None),
-                    quick=case.name == "window-16k",
-                )
-            )
-            out.append(
-                Case(f"{case.name}-float16", half, (0.5, 0.5), ours_of(case.problem, "float32"))
-            )
+            bars, is_quick = (LOW_BARS[case.name], None), case.name == "window-16k"
+            out.append(Case(f"{case.name}-bfloat16", low, bars, quick=is_quick))
+            baseline = ours_of(case.problem, "float32")
+            out.append(Case(f"{case.name}-float16", half, (0.5, 0.5), baseline))
     return out
 
 
 def short_cases() -> list[Case]:
     """Never slower than one SDPA of the same problem."""
-    return [
-        Case(
-            f"{name}-{label(tokens)}",
-            problem,
-            (1.0, 1.0),
-            same_work(problem, "SDPA"),
-            quick=tokens == 512,
-        )
-        for name, mask in (("full", masks.full()), ("causal", masks.causal()))
-        for tokens in SHORT
-        for problem in (Problem(mask, tokens),)
-    ]
+    out = []
+    for name, mask in (("full", masks.full()), ("causal", masks.causal())):
+        for tokens in SHORT:
+            problem = Problem(mask, tokens)
+            baseline, is_quick = same_work(problem, "SDPA"), tokens == 512
+            out.append(
+                Case(f"{name}-{label(tokens)}", problem, (1.0, 1.0), baseline, quick=is_quick)
+            )
+    return out
 
 
 def length_cases() -> list[Case]:
@@ -122,22 +113,13 @@ def length_cases() -> list[Case]:
     out = []
     for tokens in LENGTHS:
         heads = min(8, MOST_TOKEN_HEADS // tokens)
-        out.append(
-            Case(
-                f"length-window-{label(tokens)}",
-                window(tokens, heads=heads),
-                rivals=(),
-                family="window",
-            )
-        )
-        out.append(
-            Case(
-                f"length-hilbert-{label(tokens)}",
-                grid(*near_square(tokens), heads=heads),
-                rivals=(),
-                family="hilbert",
-            )
-        )
+        problems = {
+            "window": window(tokens, heads=heads),
+            "hilbert": grid(*near_square(tokens), heads=heads),
+        }
+        for family, problem in problems.items():
+            name = f"length-{family}-{label(tokens)}"
+            out.append(Case(name, problem, rivals=(), family=family))
     return out
 
 
@@ -149,31 +131,28 @@ AVX2_CASES = (
 
 
 def with_avx2(arguments: list[str]) -> int:
-    """This run in a process where torch, MKL and our kernels are held to AVX2."""
+    """Run this script with torch, MKL and our kernels limited to AVX2."""
     with tempfile.TemporaryDirectory() as folder:
+        # A wrapper of the compiler, whose last option overrides -march=native.
         compiler = Path(folder, "c++")
         chosen = os.environ.get("CXX", "g++")
         compiler.write_text(f'#!/bin/sh\nexec {chosen} "$@" -march=haswell\n')
         compiler.chmod(0o700)
-        held = {
+        limits = {
             "CXX": str(compiler),
             "COMPILED_DILATED_CACHE": str(Path(folder, "cache")),
             "ATEN_CPU_CAPABILITY": "avx2",
             "MKL_ENABLE_INSTRUCTIONS": "AVX2",
             "ONEDNN_MAX_CPU_ISA": "AVX2",
         }
-        return subprocess.run(
-            [sys.executable, __file__, *arguments], env={**os.environ, **held}
-        ).returncode
+        command = [sys.executable, __file__, *arguments]
+        return subprocess.run(command, env={**os.environ, **limits}).returncode
 
 
 def main() -> int:
     parser = reports.parser(__doc__, CASES, ("flex", "fallback", "SDPA"))
-    parser.add_argument(
-        "--avx2",
-        action="store_true",
-        help="only window and Hilbert, all held to AVX2, on one thread",
-    )
+    text = "only window and Hilbert, all limited to AVX2, on one thread"
+    parser.add_argument("--avx2", action="store_true", help=text)
     options = parser.parse_args()
     if not options.avx2:
         return reports.run(options, CASES, FAMILIES)

@@ -1,4 +1,4 @@
-"""What the checks of a call cost: looking for NaN that hidden keys hold, and tracing a function at every call.
+"""Measure the checks of a call: the search for NaN in hidden keys, and tracing a function.
 
 python benchmarks/doors.py [--json FILE] [--tokens N]
 """
@@ -27,11 +27,11 @@ PROGRAMS = {
 
 
 def times(program: object, inputs: list[Tensor], backward: bool) -> dict[str, float]:
-    """Median seconds of a call with the look for NaN, without it, and where hidden keys hold NaN."""
+    """Median seconds of a call: with the search, without, with NaN."""
     attend = cd.compile(program)  # type: ignore[call-overload]
     q, k, v = inputs
-    spoiled_k = k.detach().clone()
-    spoiled_k[:, :, 0] = torch.nan  # seen by the first rows
+    nan_k = k.detach().clone()
+    nan_k[:, :, 0] = torch.nan  # a key that the first rows see
     grad = torch.ones_like(q)
 
     def run(key: Tensor) -> None:
@@ -39,23 +39,21 @@ def times(program: object, inputs: list[Tensor], backward: bool) -> dict[str, fl
         if backward:
             torch.autograd.grad(out, [q, v], grad)
 
-    def without() -> None:
+    def run_unchecked() -> None:
         with mock.patch.object(hidden, "has_nan", return_value=False):
             run(k)
 
     functions = {
         "checked": lambda: run(k),
-        "unchecked": without,
-        "with NaN": lambda: run(spoiled_k),
+        "unchecked": run_unchecked,
+        "with NaN": lambda: run(nan_k),
     }
-    return {
-        name: measure.median(seconds)
-        for name, seconds in measure.interleaved(functions, repeats=15, seconds=14.0).items()
-    }
+    seconds = measure.interleaved(functions, repeats=15, seconds=14.0)
+    return {name: measure.median(values) for name, values in seconds.items()}
 
 
 def bias(table: Tensor) -> mods.ScoreMod:
-    """A learned bias, as users write it."""
+    """A learned bias as a score_mod."""
     return lambda score, b, h, q_idx, kv_idx: score + table[q_idx, kv_idx]
 
 
@@ -74,33 +72,33 @@ def main() -> None:
         for backward in (False, True):
             with torch.set_grad_enabled(backward):
                 seconds = times(program, inputs, backward)
-            rows.append(
-                {
-                    "program": name,
-                    "pass": "forward + backward" if backward else "forward",
-                    "ms": seconds["checked"] * 1e3,
-                    "check": seconds["checked"] / seconds["unchecked"],
-                    "with NaN": seconds["with NaN"] / seconds["unchecked"],
-                }
-            )
-            print(f"{name}: {rows[-1]['pass']} done", flush=True)
-    table = torch.randn(64, 64)
-    tracing = measure.interleaved(
-        {"trace": lambda: [mods.trace_score_mod(bias(table), torch.float32) for _ in range(100)]},
-        repeats=15,
-        seconds=10.0,
-    )
-    trace_ms = measure.median(tracing["trace"]) * 10
+            row = {
+                "program": name,
+                "pass": "forward + backward" if backward else "forward",
+                "ms": seconds["checked"] * 1e3,
+                "check": seconds["checked"] / seconds["unchecked"],
+                "with NaN": seconds["with NaN"] / seconds["unchecked"],
+            }
+            rows.append(row)
+            print(f"{name}: {row['pass']} done", flush=True)
+    trace_ms = trace_milliseconds()
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
     print(f"\ntracing a score_mod: {trace_ms:.2f} ms a call")
     if options.json:
-        record = {
-            "hardware": measure.hardware(),
-            "tokens": options.tokens,
-            "rows": rows,
-            "trace_ms": trace_ms,
-        }
-        measure.write_json(options.json, record)
+        record = {"hardware": measure.hardware(), "tokens": options.tokens}
+        measure.write_json(options.json, record | {"rows": rows, "trace_ms": trace_ms})
+
+
+def trace_milliseconds() -> float:
+    """Median milliseconds to trace a score_mod."""
+    table = torch.randn(64, 64)
+
+    def trace() -> None:
+        for _ in range(100):
+            mods.trace_score_mod(bias(table), torch.float32)
+
+    seconds = measure.interleaved({"trace": trace}, repeats=15, seconds=10.0)
+    return measure.median(seconds["trace"]) / 100 * 1e3
 
 
 if __name__ == "__main__":

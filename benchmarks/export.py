@@ -1,4 +1,4 @@
-"""Packages of cd.export against the same by cd.compile: time, memory, numbers at 20 lengths, size, time to export and to load.
+"""Measure packages of cd.export: time, memory, errors and size, against cd.compile.
 
 python benchmarks/export.py [--json FILE] [--quick] [--check]
 
@@ -6,9 +6,10 @@ program  LongNet attention of 8 heads of 64
 window   a causal window of 1024 tokens and four sinks; decode: one query of it against a cache
 model    two layers of LongNet attention and an MLP, 512 wide, against torch.compile of the same
 
-Time and memory are shares of cd.compile, called in turns with the package in one process. "first result" is measured in fresh
-processes that have imported torch: from there to the first result, by a package, by a package without this library, and by
-cd.compile, whose kernel is in its cache.
+Time and memory are shares of cd.compile, called in turns with the package in one process; results
+are compared at 20 lengths. "first result" is measured in fresh processes, from after the import of
+torch to the first result: by a package, by a package without this library, and by cd.compile, whose
+kernel is in its cache.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks, measure
 
 HEADS, HEAD_DIM, WIDTH = 8, 64, 512
-# The most time and memory of a package, as shares of cd.compile; and the largest difference of their results.
+# The most time and memory of a package, as shares of cd.compile; the largest error of its results.
 MOST, MOST_DIFFERENCE = 1.1, 1e-5
 LONGNET = cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)
 WINDOW = masks.causal() & (masks.window(1024) | masks.sinks(4))
@@ -50,7 +51,8 @@ if way == "package, alone":
     run = torch._inductor.aoti_load_package(path)
 else:
     import compiled_dilated as cd
-    run = cd.load(path) if way == "package" else cd.compile(cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True))
+    longnet = cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True)
+    run = cd.load(path) if way == "package" else cd.compile(longnet)
 run(*inputs)
 print(json.dumps(time.perf_counter() - started))
 """
@@ -80,12 +82,13 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """Something to export.
+    """An entry of a package.
 
-    package: its name, the same where two cases are entries of one.
-    model, inputs: what is exported, and its inputs of some tokens.
-    compiled: the same by cd.compile.
-    decode: whether the entry "decode" is measured; its package is an earlier case's.
+    package: the package's name; two cases may be entries of one package.
+    model: the exported model.
+    inputs: the entry's inputs for a number of tokens.
+    compiled: the same model by cd.compile.
+    decode: whether the entry is "decode"; its package is an earlier case's.
     """
 
     name: str
@@ -97,15 +100,13 @@ class Case:
 
 
 def qkv(tokens: int, queries: int | None = None) -> tuple[Tensor, ...]:
-    """q, k and v."""
-    return tuple(
-        torch.randn(1, HEADS, size, HEAD_DIM)
-        for size in (tokens if queries is None else queries, tokens, tokens)
-    )
+    """q, k and v, of as many queries as tokens by default."""
+    sizes = (tokens if queries is None else queries, tokens, tokens)
+    return tuple(torch.randn(1, HEADS, size, HEAD_DIM) for size in sizes)
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     model, window = nn.Sequential(Layer(), Layer()).eval(), cd.compile(WINDOW)
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,16 +125,19 @@ def cases() -> list[Case]:
 def measure_case(
     case: Case, path: Path, lengths: Sequence[int], most: int, turns: int
 ) -> dict[str, Any]:
-    """A row: the package against cd.compile at the greatest length, their results at all."""
+    """Measure a package against cd.compile.
+
+    lengths: numbers of tokens at which results are compared.
+    most: tokens of the calls that are timed.
+    """
     run = cd.load(path)
     package = run.decode if case.decode else run
     difference = 0.0
     for tokens in lengths:
         inputs = case.inputs(tokens)
         expected = case.compiled(*inputs)
-        difference = max(
-            difference, float((package(*inputs) - expected).abs().max() / expected.abs().max())
-        )
+        error = (package(*inputs) - expected).abs().max() / expected.abs().max()
+        difference = max(difference, float(error))
     inputs = case.inputs(most)
     functions: dict[str, Callable[[], object]] = {
         "package": lambda: package(*inputs),
@@ -141,11 +145,10 @@ def measure_case(
     }
     times = measure.interleaved(functions, repeats=turns, warmup=2, seconds=60.0)
     peaks = {name: measure.peak_bytes(function) for name, function in functions.items()}
-    shares = [
-        ours / theirs for ours, theirs in zip(times["package"], times["compiled"], strict=True)
-    ]
-    share, memory = measure.median(shares), peaks["package"] / max(peaks["compiled"], 1)
-    # Of a single query's memory both have next to nothing.
+    turns = zip(times["package"], times["compiled"], strict=True)
+    share = measure.median([package / compiled for package, compiled in turns])
+    memory = peaks["package"] / max(peaks["compiled"], 1)
+    # A single query takes next to no memory: its ratio means nothing.
     fits = share <= MOST and (case.decode or memory <= MOST) and difference <= MOST_DIFFERENCE
     return {
         "case": case.name,
@@ -164,97 +167,74 @@ def measure_case(
 
 
 def export_case(case: Case, path: Path) -> float:
-    """Export what a case is about, in seconds; nothing where another case has done so."""
+    """Export a case; its seconds, 0 if an earlier case exported it."""
     if path.exists():
         return 0.0
     path.parent.mkdir()
+    is_program = not isinstance(case.model, nn.Module)
     started = time.perf_counter()
-    cd.export(
-        case.model,
-        case.inputs(64),
-        path,
-        lengths=(2, 2**20),
-        decode=not isinstance(case.model, nn.Module),
-    )
+    cd.export(case.model, case.inputs(64), path, lengths=(2, 2**20), decode=is_program)
     return time.perf_counter() - started
 
 
 def first_results(path: Path, threads: int, turns: int) -> list[dict[str, Any]]:
-    """Rows: seconds from torch to the first result, each turn in a fresh process."""
+    """Measure the first results in fresh processes."""
     code = CHILD.format(threads=threads, heads=HEADS, head_dim=HEAD_DIM)
     rows = []
     for way in ("package", "package, alone", "compiled"):
+        command = [sys.executable, "-c", code, str(path), way]
         seconds = []
         for turn in range(turns):
-            done = subprocess.run(
-                [sys.executable, "-c", code, str(path), way],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            seconds.append(json.loads(done.stdout))
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            seconds.append(json.loads(run.stdout))
             print(f"[{turn + 1}/{turns}] first result, {way}: {seconds[-1]:.2f} s", flush=True)
         rows.append({"first result": way, "s": measure.median(seconds), "seconds": seconds})
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A table without the single measurements."""
-    return tabulate(
-        [{key: row[key] for key in row if key not in ("seconds", "peak_bytes")} for row in rows],
-        headers="keys", floatfmt=("", "", ".2f", ".2f", ".2f", ".2f", "", ".1e", ".1f", ".1f"), missingval="-",
-    )  # fmt: skip
+def without(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Rows without some columns."""
+    return [{key: value for key, value in row.items() if key not in names} for row in rows]
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = out.add_argument
+    option("--json", type=Path, metavar="FILE", help="where to write the figures")
+    option("--quick", action="store_true", help="2048 tokens and few turns, to test the script")
+    option("--turns", type=int, default=31, help="calls of each case (%(default)s)")
+    option("--tokens", type=int, default=16384, help="of the calls that are timed (%(default)s)")
+    option("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    option("--check", action="store_true", help="exit with 1 if a bar is missed")
+    return out
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a sequence of 2048 tokens, few turns: whether it works",
-    )
-    parser.add_argument("--turns", type=int, default=31, help="calls of each case (%(default)s)")
-    parser.add_argument(
-        "--tokens", type=int, default=16384, help="of the calls that are timed (%(default)s)"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
-    options = parser.parse_args()
+    options = parser().parse_args()
     torch.set_num_threads(options.threads)
     tokens, turns, processes = (2048, 3, 1) if options.quick else (options.tokens, options.turns, 5)
-    # Twenty lengths, multiples of nothing and powers of two.
+    # Twenty lengths: around multiples of tiles, and multiples of nothing.
     lengths = [2, 3, 17, 63, 64, 65, *(tokens * share // 14 + 1 for share in range(1, 14)), tokens]
     rows, all_cases = [], cases()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for number, case in enumerate(all_cases, 1):
             path = Path(folder, case.package, "model.pt2")
             seconds = export_case(case, path)
-            print(
-                f"[{number}/{len(all_cases)}] {case.name}: exported in {seconds:.1f} s", flush=True
-            )
+            progress = f"[{number}/{len(all_cases)}] {case.name}"
+            print(f"{progress}: exported in {seconds:.1f} s", flush=True)
             rows.append(measure_case(case, path, lengths, tokens, turns) | {"export s": seconds})
             print(f"    {rows[-1]['time']:.2f} of the time of cd.compile", flush=True)
         first = first_results(Path(folder, "program", "model.pt2"), options.threads, processes)
-    print("\n" + table(rows))
-    print(
-        "\n"
-        + tabulate(
-            [{key: row[key] for key in row if key != "seconds"} for row in first],
-            headers="keys",
-            floatfmt=".2f",
-        )
-    )
+    formats = ("", "", ".2f", ".2f", ".2f", ".2f", "", ".1e", ".1f", ".1f")
+    table = without(rows, "seconds", "peak_bytes")
+    print("\n" + tabulate(table, headers="keys", floatfmt=formats, missingval="-"))
+    print("\n" + tabulate(without(first, "seconds"), headers="keys", floatfmt=".2f"))
     if options.json:
-        record = {
-            "hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()},
-            "commit": commit(),
-        }
-        measure.write_json(
-            options.json, record | {"command": sys.argv[1:], "rows": rows, "first_results": first}
-        )
+        hardware = measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()}
+        record = {"hardware": hardware, "commit": commit(), "command": sys.argv[1:]}
+        measure.write_json(options.json, record | {"rows": rows, "first_results": first})
     return int(options.check and not all(row["met"] for row in rows))
 
 

@@ -1,11 +1,9 @@
 """Measure the first call: the kernel built on an empty cache, and loaded from it.
 
-Each in a fresh process.
-
 python benchmarks/first_call.py [--json FILE] [--turns 3] [--check]
 
-Seconds of `import compiled_dilated`, of the first call, and of the second, which is subtracted. torch has been imported and has
-multiplied matrices by then.
+Each in a fresh process that has imported torch and multiplied matrices. Seconds of `import
+compiled_dilated`, of the first call (the second is subtracted), and of the second.
 """
 
 from __future__ import annotations
@@ -56,7 +54,8 @@ def seconds(cache: Path, threads: int) -> dict[str, float]:
     lowering, imported, first, second = json.loads(done.stdout)
     if lowering != "native":
         raise SystemExit(
-            f"a window is computed by {lowering!r} here, not by the native kernel; see compiled-dilated doctor"
+            f"a window is computed by {lowering!r} here, not by the native kernel; "
+            "see compiled-dilated doctor"
         )
     return {"import": imported, "first": first - second, "second": second}
 
@@ -66,51 +65,35 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument(
-        "--turns", type=int, default=3, help="empty caches, each filled and then used (%(default)s)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=2, help="CPU threads of the calls (%(default)s)"
-    )
+    text = "empty caches, each filled and then used (%(default)s)"
+    parser.add_argument("--turns", type=int, default=3, help=text)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    # The first process of a turn fills the cache of the second.
     times: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for turn in range(options.turns):
         with tempfile.TemporaryDirectory() as folder:
-            for cache, measured in times.items():
-                measured.append(seconds(Path(folder, "cache"), options.threads))
-                print(
-                    f"[{turn + 1}/{options.turns}] {cache}: first call {measured[-1]['first']:.2f} s",
-                    flush=True,
-                )
-    rows: list[dict[str, Any]] = []
-    for cache, measured in times.items():
-        each = {name: [turn[name] for turn in measured] for name in measured[0]}
-        first = measure.median(each["first"])
-        row = {f"{name} s": measure.median(values) for name, values in each.items()}
-        rows.append(
-            {
-                "cache": cache,
-                **row,
-                "most s": MOST[cache],
-                "met": first <= MOST[cache],
-                "seconds": each,
-            }
-        )
-    print(
-        "\n"
-        + tabulate(
-            [{key: row[key] for key in row if key != "seconds"} for row in rows],
-            headers="keys",
-            floatfmt=".3f",
-        )
-    )
+            for cache, turns in times.items():
+                turns.append(seconds(Path(folder, "cache"), options.threads))
+                first = f"first call {turns[-1]['first']:.2f} s"
+                print(f"[{turn + 1}/{options.turns}] {cache}: {first}", flush=True)
+    rows = [row(cache, turns) for cache, turns in times.items()]
+    table = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    print("\n" + tabulate(table, headers="keys", floatfmt=".3f"))
     if options.json:
-        measure.write_json(
-            options.json, {"hardware": measure.hardware(), "commit": commit(), "rows": rows}
-        )
+        record = {"hardware": measure.hardware(), "commit": commit(), "rows": rows}
+        measure.write_json(options.json, record)
     return int(options.check and not all(row["met"] for row in rows))
+
+
+def row(cache: str, turns: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians of the turns with a cold or a warm cache."""
+    times = {name: [turn[name] for turn in turns] for name in turns[0]}
+    medians = {f"{name} s": measure.median(values) for name, values in times.items()}
+    met = medians["first s"] <= MOST[cache]
+    return {"cache": cache, **medians, "most s": MOST[cache], "met": met, "seconds": times}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What share of its rate on dense 4096 x 4096 a CPU's flash kernel keeps on many small problems.
+"""Measure ATen's CPU flash kernel on many small tiles, as shares of its rate on 4096 x 4096.
 
-The figures behind lowerings/costs.py.
+The figures behind lowerings/tiling/costs.py.
 
     python benchmarks/kernels.py [--dtype float32] [--json FILE]
 """
@@ -8,69 +8,68 @@ The figures behind lowerings/costs.py.
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
 from compiled_dilated import measure
+from compiled_dilated.arguments import BYTES
 from compiled_dilated.lowerings.tiling.kernels import Tiles, attention
 
 HEADS, HEAD_DIM, PAIRS = 8, 64, 2**24
-SHAPES = [
-    (rows, columns)
-    for rows in (32, 64, 128, 192, 256, 512, 768, 1024)
-    for columns in (128, 256, 512, 1024, 2048)
-]
+QUERIES, KEYS = (32, 64, 128, 192, 256, 512, 768, 1024), (128, 256, 512, 1024, 2048)
+SHAPES = tuple(itertools.product(QUERIES, KEYS))
+DENSE = (4096, 4096)
+
+
+def call(shape: tuple[int, int], with_bias: bool, dtype: torch.dtype) -> Callable[[], object]:
+    """A call of the kernel on tiles with `PAIRS` pairs in all.
+
+    shape: queries and keys of a tile.
+    """
+    queries, keys = shape
+    q, k, v = (
+        torch.randn(tiles_of(shape), HEADS, length, HEAD_DIM, dtype=dtype)
+        for length in (queries, keys, keys)
+    )
+    bias = torch.zeros(queries, keys, dtype=dtype) if with_bias else None
+    return partial(attention, q, k, v, Tiles(HEAD_DIM**-0.5, bias))
+
+
+def tiles_of(shape: tuple[int, int]) -> int:
+    """The number of tiles of a call."""
+    queries, keys = shape
+    return max(1, PAIRS // (queries * keys * HEADS))
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"]
-    )
+    arguments.add_argument("--dtype", default="float32", choices=BYTES)
     arguments.add_argument("--json", type=Path, help="where to write the figures")
     options = arguments.parse_args()
     torch.set_num_threads(2)
     dtype = getattr(torch, options.dtype)
-
-    def call(rows: int, columns: int, masked: bool):  # type: ignore[no-untyped-def]
-        count = max(1, PAIRS // (rows * columns * HEADS))
-        q, k, v = (
-            torch.randn(count, HEADS, length, HEAD_DIM, dtype=dtype)
-            for length in (rows, columns, columns)
-        )
-        tiles = Tiles(HEAD_DIM**-0.5, torch.zeros(rows, columns, dtype=dtype) if masked else None)
-        return lambda: attention(q, k, v, tiles), count * HEADS * rows * columns
-
-    calls = {(4096, 4096, False): call(4096, 4096, False)}
-    calls |= {
-        (*shape, masked): call(*shape, masked) for shape in SHAPES for masked in (False, True)
-    }
-    times = measure.interleaved({key: run for key, (run, _) in calls.items()}, repeats=9)
-    rate = {key: calls[key][1] / measure.median(seconds) for key, seconds in times.items()}
-    dense = rate[4096, 4096, False]
-    rows = [
-        {
-            "queries": q,
-            "keys": kv,
-            "share": rate[q, kv, False] / dense,
-            "share with a bias": rate[q, kv, True] / dense,
-        }
-        for q, kv in SHAPES
-    ]
+    keys = [(DENSE, False), *itertools.product(SHAPES, (False, True))]
+    times = measure.interleaved({key: call(*key, dtype) for key in keys}, repeats=9)
+    # Pairs a second, by shape and bias.
+    rate = {}
+    for (shape, with_bias), seconds in times.items():
+        pairs = tiles_of(shape) * HEADS * shape[0] * shape[1]
+        rate[shape, with_bias] = pairs / measure.median(seconds)
+    dense = rate[DENSE, False]
+    rows = []
+    for shape in SHAPES:
+        row = {"queries": shape[0], "keys": shape[1], "share": rate[shape, False] / dense}
+        rows.append(row | {"share with a bias": rate[shape, True] / dense})
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
     if options.json:
-        gflops = 4 * HEAD_DIM * dense / 1e9
-        measure.write_json(
-            options.json,
-            {
-                "hardware": measure.hardware(),
-                "dtype": options.dtype,
-                "dense_gflops": gflops,
-                "rows": rows,
-            },
-        )
+        record = {"hardware": measure.hardware(), "dtype": options.dtype}
+        record |= {"dense_gflops": 4 * HEAD_DIM * dense / 1e9, "rows": rows}
+        measure.write_json(options.json, record)
 
 
 if __name__ == "__main__":

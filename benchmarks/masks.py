@@ -1,9 +1,10 @@
-"""Masks of data, tiles, functions and score_mods: against SDPA with a dense mask and compiled FlexAttention, in the same run.
+"""Measure masks of data, tiles, functions and score_mods, with SDPA and FlexAttention.
 
 python benchmarks/masks.py [--json FILE] [--quick] [--busy] [--threads 2] [--only TEXT]
 
-Figures are useful rates as shares of dense SDPA's over 4096 tokens, or of what `share of` names. SDPA takes part up to 8192
-tokens, where its mask fits. Documents are 512 tokens long on average. Needs a quiet machine for most of an hour.
+Figures are useful rates as shares of dense SDPA's over 4096 tokens, or of the baseline in `share
+of`. SDPA takes part up to 8192 tokens, where its dense mask fits. Documents are 512 tokens long on
+average. Needs a quiet machine for most of an hour.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 
 LENGTHS = (2**11, 2**13, 2**16)
-# SDPA's mask of so many tokens takes 64 MiB, 2 GiB as numbers for 8 heads.
+# At this length SDPA's mask takes 64 MiB, and a bias for 8 heads 2 GiB.
 MOST_DENSE_TOKENS = 2**13
 DOCUMENT_TOKENS = 512
 TILE_TOKENS, BAND_BLOCKS = 4096, (16, 64, 100, 128)
@@ -33,7 +34,10 @@ FAMILIES = {"bigbird": 1 / 1.1, "bigbird-window": 1 / 1.1}
 
 
 def rivals_at(tokens: int) -> tuple[str, ...]:
-    """SDPA where its dense mask fits; the fallback asks about every pair, which takes minutes at 64K."""
+    """The rivals at a length: SDPA and the fallback only up to 8192.
+
+    SDPA's dense mask would not fit; the fallback evaluates all pairs, for minutes at 64K.
+    """
     return ("flex", "fallback", "SDPA") if tokens <= MOST_DENSE_TOKENS else ("flex",)
 
 
@@ -44,11 +48,11 @@ def case(name: str, problem: Problem, **settings: Any) -> Case:
     )
 
 
-# Documents and padding ------------------------------------------------------------------------------------------------------
+# Documents and padding
 
 
 def document_lengths(tokens: int) -> tuple[int, ...]:
-    """Uneven ones, the same in every run."""
+    """Uneven lengths, the same in every run."""
     count = tokens // DOCUMENT_TOKENS
     cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(2))[: count - 1] + 1
     ends = [0, *sorted(cuts.tolist()), tokens]
@@ -56,95 +60,74 @@ def document_lengths(tokens: int) -> tuple[int, ...]:
 
 
 def documents(tokens: int, form: str, causal: bool = False) -> Problem:
-    """form: "lengths", "sorted" ids or "shuffled" ids."""
+    """Uneven documents.
+
+    form: "lengths", "sorted" ids or "shuffled" ids.
+    """
     lengths = document_lengths(tokens)
-    of_document = (
-        masks.documents(lengths=lengths) if form == "lengths" else masks.documents(ids="documents")
-    )
-    # Shuffling moves pairs, and of two tokens of a document one still comes first.
+    by_lengths = form == "lengths"
+    mask = masks.documents(lengths=lengths) if by_lengths else masks.documents(ids="documents")
+    # Shuffling does not change the number: of two tokens of a document one still comes first.
     pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
     data = None
-    if form != "lengths":
+    if not by_lengths:
         ids = torch.repeat_interleave(torch.tensor(lengths))
-        order = (
-            torch.randperm(tokens, generator=torch.Generator().manual_seed(3))
-            if form == "shuffled"
-            else torch.arange(tokens)
-        )
-        data = {"documents": ids[order][None]}
-    return Problem(
-        masks.causal() & of_document if causal else of_document,
-        tokens,
-        data=data,
-        pairs_per_head=lambda: pairs,
-    )
+        if form == "shuffled":
+            ids = ids[torch.randperm(tokens, generator=torch.Generator().manual_seed(3))]
+        data = {"documents": ids[None]}
+    program = masks.causal() & mask if causal else mask
+    return Problem(program, tokens, data=data, pairs_per_head=lambda: pairs)
 
 
 def document_cases() -> list[Case]:
-    """Ids within 1.15 times of the time of lengths, where they are sorted."""
+    """Sorted ids within 1.15 times the time of lengths."""
     out = []
     for tokens in LENGTHS:
         lengths = documents(tokens, "lengths")
         out.append(case("documents-lengths", lengths))
         out.append(case("documents-sorted", documents(tokens, "sorted"), quick=tokens == 2**11))
-        if tokens <= MOST_DENSE_TOKENS:  # every block of keys is seen: all pairs are asked about
+        # No block of keys is empty when ids are shuffled: all pairs are evaluated.
+        if tokens <= MOST_DENSE_TOKENS:
             out.append(case("documents-shuffled", documents(tokens, "shuffled")))
     ids, lengths = (documents(2**13, form, causal=True) for form in ("sorted", "lengths"))
-    most = 1 / 1.15
-    return [
-        *out,
-        case(
-            "causal-documents", ids, bars=(most, most), of=ours_of(lengths, "lengths"), quick=True
-        ),
-    ]
+    bars, baseline = (1 / 1.15, 1 / 1.15), ours_of(lengths, "lengths")
+    out.append(case("causal-documents", ids, bars=bars, of=baseline, quick=True))
+    return out
 
 
 def padding(tokens: int, padded: int, causal: bool = False) -> Problem:
     """The last `padded` keys are padding."""
     flags = torch.arange(tokens)[None] >= tokens - padded
-    kept = tokens - padded
-    pairs = sum(tokens - key for key in range(kept)) if causal else tokens * kept
+    keys = tokens - padded
+    pairs = sum(tokens - key for key in range(keys)) if causal else tokens * keys
     mask = masks.causal() & masks.padding() if causal else masks.padding()
     return Problem(mask, tokens, data={"padding": flags}, pairs_per_head=lambda: pairs)
 
 
 def padding_cases() -> list[Case]:
-    """Padding without a padded key within 1.05 times of the time of causal alone."""
+    """Padding without a padded key within 1.05 times the time of causal alone."""
     out = []
     for tokens in LENGTHS[:2]:  # at 64K all pairs take a minute
         out.append(case("padding-none", padding(tokens, 0)))
         out.append(case("padding-some", padding(tokens, tokens // 5)))
-    most = 1 / 1.05
-    causal = Problem(masks.causal(), 2**13)
-    of = ours_of(causal, "causal")
-    return [
-        *out,
-        case(
-            "causal-padding-none",
-            padding(2**13, 0, causal=True),
-            bars=(most, most),
-            of=of,
-            quick=True,
-        ),
-    ]
+    bars, baseline = (1 / 1.05, 1 / 1.05), ours_of(Problem(masks.causal(), 2**13), "causal")
+    problem = padding(2**13, 0, causal=True)
+    out.append(case("causal-padding-none", problem, bars=bars, of=baseline, quick=True))
+    return out
 
 
-# Tiles, BigBird, Longformer -------------------------------------------------------------------------------------------------
+# Tiles, BigBird, Longformer
 
 
 def band(block: int, tokens: int) -> Problem:
-    """Each block sees the one before it and itself."""
+    """Each block sees itself and the block before it."""
     rows = range(-(-tokens // block))
-    return Problem(
-        masks.tiles(
-            [(row, column) for row in rows for column in (row - 1, row) if column >= 0], block
-        ),
-        tokens,
-    )
+    tiles = [(row, column) for row in rows for column in (row - 1, row) if column >= 0]
+    return Problem(masks.tiles(tiles, block), tokens)
 
 
 def tile_cases() -> list[Case]:
-    """Explicit tiles of any size; how many of the computed pairs are useful is what counts."""
+    """Explicit tiles of any size."""
     return [
         case(f"tiles-{block}", band(block, TILE_TOKENS), quick=block == 64) for block in BAND_BLOCKS
     ]
@@ -157,18 +140,17 @@ def big_bird_cases() -> list[Case]:
         blocks = cd.big_bird(window=64, global_tokens=64, random=3, block=64, tokens=tokens)
         single = masks.window(96) | masks.global_tokens(64) | masks.random_blocks(64, 3, tokens)
         for name, program in (("bigbird", blocks), ("bigbird-window", single)):
-            out.append(
-                case(name, Problem(program, tokens), family=name, quick=tokens == TILE_TOKENS)
-            )
-    in_time = [
-        Case(f"{each.name}-in-time", each.problem, (1.0, 1.0), in_time_of_dense(each.problem), ())
-        for each in out[:2]
-    ]
-    return [*out, *in_time]
+            is_quick = tokens == TILE_TOKENS
+            out.append(case(name, Problem(program, tokens), family=name, quick=is_quick))
+    # The shortest of both, compared with the time of dense attention.
+    for shortest in out[:2]:
+        baseline = in_time_of_dense(shortest.problem)
+        out.append(Case(f"{shortest.name}-in-time", shortest.problem, (1.0, 1.0), baseline, ()))
+    return out
 
 
 def longformer_cases() -> list[Case]:
-    """A window, and 16 scattered tokens that see all and are seen by all."""
+    """A window, and 16 scattered global tokens."""
     out = []
     for tokens in LENGTHS:
         scattered = torch.randperm(tokens, generator=torch.Generator().manual_seed(4))[:16].tolist()
@@ -177,7 +159,7 @@ def longformer_cases() -> list[Case]:
     return out
 
 
-# Functions ------------------------------------------------------------------------------------------------------------------
+# Functions
 
 
 def scattered_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -186,7 +168,7 @@ def scattered_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor
 
 
 def near_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """A window, as a user writes it."""
+    """A window as a mask_mod."""
     return (q_idx - kv_idx).abs() <= 256
 
 
@@ -195,54 +177,45 @@ def mod_cases() -> list[Case]:
     out = []
     for tokens in LENGTHS:
         if tokens <= MOST_DENSE_TOKENS:
-            out.append(
-                case(
-                    "mod-scattered",
-                    Problem(
-                        masks.from_mod(scattered_mod), tokens, pairs_per_head=partial(asked, tokens)
-                    ),
-                )
-            )
-            near = Problem(
-                masks.from_mod(near_mod), tokens, pairs_per_head=partial(pairs_within, tokens, 256)
-            )
+            out.append(case("mod-scattered", scattered(tokens)))
+            pairs = partial(pairs_within, tokens, 256)
+            near = Problem(masks.from_mod(near_mod), tokens, pairs_per_head=pairs)
             out.append(case("mod-near", near, quick=tokens == 2**11))
-        within = masks.from_mod(scattered_mod, within=masks.window(256))
-        out.append(
-            case(
-                "mod-scattered-within",
-                Problem(within, tokens, pairs_per_head=partial(asked, tokens, 256)),
-            )
-        )
+        out.append(case("mod-scattered-within", scattered(tokens, 256)))
     return out
 
 
-def asked(tokens: int, reach: int | None = None) -> int:
-    """Pairs that `scattered_mod` allows, no further apart than `reach`."""
-    none, keys, total = torch.zeros(()), torch.arange(tokens), 0
+def scattered(tokens: int, reach: int | None = None) -> Problem:
+    """`scattered_mod`, if `reach` is given within a window."""
+    within = None if reach is None else masks.window(reach)
+    mask = masks.from_mod(scattered_mod, within=within)
+    return Problem(mask, tokens, pairs_per_head=partial(scattered_pairs, tokens, reach))
+
+
+def scattered_pairs(tokens: int, reach: int | None = None) -> int:
+    """Count the pairs that `scattered_mod` allows, at most `reach` apart."""
+    zero, keys, total = torch.zeros(()), torch.arange(tokens), 0
     for rows in torch.arange(tokens).split(256):
-        near = (
-            keys
-            if reach is None
-            else keys[max(0, int(rows[0]) - reach) : int(rows[-1]) + reach + 1]
-        )
-        seen = scattered_mod(none, none, rows[:, None], near)
+        near = keys
         if reach is not None:
-            seen &= (rows[:, None] - near).abs() <= reach
-        total += int(seen.sum())
+            near = keys[max(0, int(rows[0]) - reach) : int(rows[-1]) + reach + 1]
+        allowed = scattered_mod(zero, zero, rows[:, None], near)
+        if reach is not None:
+            allowed &= (rows[:, None] - near).abs() <= reach
+        total += int(allowed.sum())
     return total
 
 
 def alibi(heads: int) -> tuple[Callable[..., Tensor], Callable[[int], Tensor]]:
-    """Its score_mod, and what that adds as a tensor (heads, N, N)."""
+    """ALiBi as a score_mod, and as a bias (heads, N, N) for N tokens."""
     slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + slopes[h] * (kv_idx - q_idx)
 
     def bias(tokens: int) -> Tensor:
-        at = torch.arange(tokens)
-        return slopes[:, None, None] * (at - at[:, None])
+        index = torch.arange(tokens)
+        return slopes[:, None, None] * (index - index[:, None])
 
     return score_mod, bias
 
@@ -253,22 +226,21 @@ def soft_cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor)
 
 
 def score_cases() -> list[Case]:
-    """Causal with a score_mod; at 64K, where causal takes a minute, over a window of 1024."""
+    """Causal masks with a score_mod; at 64K with a window of 1024."""
     out = []
     mod, bias = alibi(Problem.heads)
     for tokens in LENGTHS:
-        mask = (
-            masks.causal() if tokens <= MOST_DENSE_TOKENS else masks.causal() & masks.window(1024)
-        )
-        out.append(
-            case("alibi", Problem(mask, tokens, score_mod=mod, bias=bias), quick=tokens == 2**11)
-        )
+        mask = masks.causal()
+        if tokens > MOST_DENSE_TOKENS:
+            mask = masks.causal() & masks.window(1024)
+        problem = Problem(mask, tokens, score_mod=mod, bias=bias)
+        out.append(case("alibi", problem, quick=tokens == 2**11))
         out.append(case("soft-cap", Problem(mask, tokens, score_mod=soft_cap)))
     return out
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     return [
         *document_cases(),
         *padding_cases(),

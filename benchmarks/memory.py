@@ -1,18 +1,21 @@
-"""What a model takes under plain torch.compile and under passes.compile: peak, time, the longest sequence, a million tokens.
+"""Measure a model under plain torch.compile and under passes.compile: memory and time.
 
-python benchmarks/memory.py [--json FILE] [--only headline|longest|million|order] [--tokens 65536] [--step training|inference]
+python benchmarks/memory.py [--json FILE] [--only headline|longest|million|order]
+                            [--tokens 65536] [--step training|inference]
 
-headline  a training step and an inference of four layers, a vocabulary of 32K, as shares of plain torch.compile
-longest   the most tokens that one training step takes in a process of 8 GiB: plain, eager with a checkpoint for each block,
-          torch's own activation_memory_budget, ours
+headline  a training step and an inference of four layers, a vocabulary of 32K, as shares of plain
+          torch.compile
+longest   the most tokens of one training step in a process of 8 GiB: plain, eager with a checkpoint
+          for each block, torch's own activation_memory_budget, ours
 million   bfloat16 inference of 2^20 tokens, width 256, four layers, plain and ours
-order     of each two candidates of passes.compile whose times differ (in every turn, and by more than a twentieth), whether the
-          estimate has the faster one right
+order     pairs of candidates of passes.compile whose times differ (in every turn, and by more than
+          5%): whether the estimate has the same order
 
-The model: an embedding, blocks of LongNet attention and a SwiGLU MLP behind norms, a projection to the vocabulary and its loss.
-Every figure comes from a process of its own: freed memory that an allocator keeps would hide what the next one takes. Peaks are
-resident bytes, the kernel's high-water mark: beyond what was there before the step, in `longest` and `million` those of the
-whole process, with what compiling took.
+The model: an embedding, blocks of LongNet attention and a SwiGLU MLP behind norms, a projection to
+the vocabulary and its loss. Every figure is from a process of its own, as freed memory in an
+allocator's cache would hide the needs of the next step. Peaks are resident bytes, the kernel's
+high-water mark: beyond those before the step; in `longest` and `million` those of the whole
+process, with its compilation.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,70 +45,71 @@ from compiled_dilated import measure
 
 HEADS, LAYERS, VOCABULARY = 8, 4, 32768
 ATTEND = cd.compile(cd.longnet((2048, 4096, 8192), (1, 2, 4), causal=True))
-# As shares of plain torch.compile: (peak, time).
-WANTED = {"training": (0.25, 1.15), "inference": (0.4, 1.05)}
+# Bars of peak and time, as shares of plain torch.compile.
+BARS = {"training": (0.25, 1.15), "inference": (0.4, 1.05)}
 _LIMIT_BYTES = 8 * 2**30
 _PROBES = (8192, 16384)
 _REPEATS = 3
-# Width and tokens of the models whose candidates are put in order, and by how much two times differ that are not the same.
+# Width and tokens of the models of `order`, and the ratio from which two times differ.
 _ORDERED = ((256, 2048), (512, 4096))
 _SAME = 1.05
-# Of torch's own budgets the one whose peak is least on four layers: 0.1 of what would be saved.
+# The value of torch's activation_memory_budget with the least peak on four layers.
 _BUILT_IN_BUDGET = 0.1
 
 Row = dict[str, Any]
 
 
 class Block(nn.Module):
+    """Attention and a SwiGLU MLP, each behind a norm."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
+        linear = partial(nn.Linear, bias=False)
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = (
-            nn.Linear(width, 3 * width, bias=False),
-            nn.Linear(width, width, bias=False),
-        )
-        self.gate, self.up = (nn.Linear(width, 4 * width, bias=False) for _ in range(2))
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.qkv, self.out = linear(width, 3 * width), linear(width, width)
+        self.gate, self.up = linear(width, 4 * width), linear(width, 4 * width)
+        self.down = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            each.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for each in self.qkv(self.before(x)).chunk(3, dim=-1)
-        )
+        qkv = self.qkv(self.before(x)).chunk(3, dim=-1)
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in qkv)
         x = x + self.out(ATTEND(q, k, v).transpose(1, 2).flatten(2))
         h = self.between(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class Model(nn.Module):
-    """checkpointed: blocks keep their input alone, and are computed again in backward."""
+    """A language model over a vocabulary of 32K.
+
+    checkpointed: whether activations of blocks are computed again in backward.
+    """
 
     def __init__(self, width: int, checkpointed: bool = False) -> None:
         super().__init__()
-        self.embedding, self.head = (
-            nn.Embedding(VOCABULARY, width),
-            nn.Linear(width, VOCABULARY, bias=False),
-        )
-        self.blocks, self.checkpointed = (
-            nn.ModuleList(Block(width) for _ in range(LAYERS)),
-            checkpointed,
-        )
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(LAYERS))
+        self.checkpointed = checkpointed
 
-    def forward(self, tokens: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
-        return (
-            x if wanted is None else F.cross_entropy(self.head(x).flatten(0, 1), wanted.flatten())
-        )
+        if targets is None:
+            return x
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
 
 
 @dataclass(frozen=True)
 class Job:
-    """Steps in a process of its own. kind: training or inference; ways: of plain, checkpoints, built-in and passes.
+    """Steps in a process of its own.
 
-    share: the budget of passes, as a share of plain's estimate beyond its inputs; where nothing fits, the least that does.
-    peaks: whether to measure what each step holds. repeats: steps of each in turn, for their time, after the first.
+    kind: training or inference.
+    ways: plain, checkpoints, built-in, passes, or some of them.
+    share: the budget of passes, as a share of plain's estimate beyond its inputs; if nothing fits,
+        the least possible budget is taken.
+    peaks: whether the peak of each step is measured.
+    repeats: steps of each way in turn, for their time.
     """
 
     kind: str
@@ -117,48 +122,46 @@ class Job:
     repeats: int = 0
 
     def apart(self) -> dict[str, Row]:
-        """Figures by way. Raises CalledProcessError where the process dies, as it does when memory runs out."""
-        print(
-            f"{self.kind} of {self.tokens:,} tokens: {' and '.join(self.ways)} ...",
-            file=sys.stderr,
-            flush=True,
-        )
+        """Run in a process of its own; figures by way.
+
+        Raises CalledProcessError if the process dies, as it does when memory is exhausted.
+        """
+        log(f"{self.kind} of {self.tokens:,} tokens: {' and '.join(self.ways)} ...")
         command = [sys.executable, __file__, "--job", json.dumps(asdict(self))]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found: dict[str, Row] = json.loads(run.stdout.splitlines()[-1])
-        for way, row in found.items():
-            held, seconds = row["process_bytes"] / 2**30, row["first_seconds"]
-            print(
-                f"    {way}: {held:.2f} GiB in the process, {seconds:.0f} s to compile and step",
-                file=sys.stderr,
-                flush=True,
-            )
-        return found
+        rows: dict[str, Row] = json.loads(run.stdout.splitlines()[-1])
+        for way, row in rows.items():
+            peak = f"{row['process_bytes'] / 2**30:.2f} GiB in the process"
+            log(f"    {way}: {peak}, {row['first_seconds']:.0f} s to compile and step")
+        return rows
 
     def here(self) -> dict[str, Row]:
-        """The same, of this process."""
+        """Run in this process; figures by way."""
         steps = {way: Step(self, way) for way in self.ways}
         rows = {way: step.first() for way, step in steps.items()}
-        for way, step in steps.items():
-            if self.peaks:
+        if self.peaks:
+            for way, step in steps.items():
                 rows[way] |= step.peak()
-        for way, seconds in measure.interleaved(
-            {way: step.run for way, step in steps.items()}, self.repeats, warmup=0
-        ).items():
+        runs = {way: step.run for way, step in steps.items()}
+        for way, seconds in measure.interleaved(runs, self.repeats, warmup=0).items():
             if seconds:
                 rows[way]["seconds"] = measure.median(seconds)
         return rows
 
 
+def log(line: str) -> None:
+    """Print progress on stderr; stdout is read by other processes."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Step:
-    """One way of a job, ready to run."""
+    """A step of a model, compiled one way."""
 
     def __init__(self, job: Job, way: str) -> None:
         torch.manual_seed(0)
         self.way, self.training = way, job.kind == "training"
-        self.model = Model(job.width, checkpointed=way == "checkpoints").to(
-            getattr(torch, job.dtype)
-        )
+        model = Model(job.width, checkpointed=way == "checkpoints")
+        self.model = model.to(getattr(torch, job.dtype))
         tokens = torch.randint(VOCABULARY, (1, job.tokens))
         self.inputs = (tokens, tokens) if self.training else (tokens,)
         self.compiled: Callable[..., Any] = self.model
@@ -185,7 +188,7 @@ class Step:
                 torch.autograd.grad(out, list(self.model.parameters()))
 
     def first(self) -> Row:
-        """Compiles and runs; the most that the whole process held meanwhile."""
+        """Compile and run; the peak of the whole process."""
         with measure.resident_peak() as resident:
             try:
                 seconds = measure.timed(self.run)
@@ -197,123 +200,111 @@ class Step:
             row: Row = {"process_bytes": resident(), "first_seconds": seconds, "passes": ""}
         if self.way == "passes":
             chosen = passes.report(self.compiled).choices[0].chosen
-            row |= {
-                "predicted_bytes": chosen.added_bytes,
-                "passes": ", ".join(map(repr, chosen.passes)),
-            }
+            names = ", ".join(map(repr, chosen.passes))
+            row |= {"predicted_bytes": chosen.added_bytes, "passes": names}
         return row
 
     def peak(self) -> Row:
-        """What one step holds, and its time."""
+        """Peak and time of one step."""
         times: list[float] = []
-        held = measure.peak_bytes(lambda: times.append(measure.timed(self.run)))
-        return {"peak_bytes": held, "seconds": times[0]}
+        peak = measure.peak_bytes(lambda: times.append(measure.timed(self.run)))
+        return {"peak_bytes": peak, "seconds": times[0]}
 
 
 def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
     """Peaks each in a process of its own, times in turn in one process."""
     rows = []
     for kind in kinds:
-        memory_wanted, time_wanted = WANTED[kind]
-        job = Job(
-            kind, ("plain", "passes"), tokens, share=share if kind == "training" else memory_wanted
-        )
-        plain, ours = (replace(job, ways=(way,), peaks=True).apart()[way] for way in job.ways)
+        memory_bar, time_bar = BARS[kind]
+        budget = share if kind == "training" else memory_bar
+        job = Job(kind, ("plain", "passes"), tokens, share=budget)
+        peaks = {way: replace(job, ways=(way,), peaks=True).apart()[way] for way in job.ways}
+        plain, reduced = peaks["plain"], peaks["passes"]
         times = replace(job, repeats=_REPEATS).apart()
-        rows.append(
-            {
-                "step": kind,
-                "tokens": tokens,
-                "plain MiB": plain["peak_bytes"] / 2**20,
-                "ours MiB": ours["peak_bytes"] / 2**20,
-                "predicted MiB": ours["predicted_bytes"] / 2**20,
-                "of plain": ours["peak_bytes"] / plain["peak_bytes"],
-                "wanted": memory_wanted,
-                "plain s": times["plain"]["seconds"],
-                "time of plain": times["passes"]["seconds"] / times["plain"]["seconds"],
-                "time wanted": time_wanted,
-                "passes": ours["passes"],
-            }
-        )
+        row = {
+            "step": kind,
+            "tokens": tokens,
+            "plain MiB": plain["peak_bytes"] / 2**20,
+            "ours MiB": reduced["peak_bytes"] / 2**20,
+            "predicted MiB": reduced["predicted_bytes"] / 2**20,
+            "of plain": reduced["peak_bytes"] / plain["peak_bytes"],
+            "bar": memory_bar,
+            "plain s": times["plain"]["seconds"],
+            "time of plain": times["passes"]["seconds"] / times["plain"]["seconds"],
+            "time bar": time_bar,
+            "passes": reduced["passes"],
+        }
+        rows.append(row)
     return rows
 
 
-def _whole(way: str, tokens: int, found: Row) -> Row:
-    """A row of what the whole process held, and of its only step."""
-    row = {"way": way, "tokens": tokens, "process GiB": found["process_bytes"] / 2**30}
-    return row | {"compile and step s": found["first_seconds"], "passes": found["passes"]}
+def _row(way: str, tokens: int, figures: Row) -> Row:
+    """The row of a whole process with one step."""
+    row = {"way": way, "tokens": tokens, "process GiB": figures["process_bytes"] / 2**30}
+    return row | {"compile and step s": figures["first_seconds"], "passes": figures["passes"]}
 
 
 def longest(*_: Any) -> list[Row]:
-    """By a line through two short lengths; where that takes more than the limit, by a line through the last two."""
+    """The most tokens within the limit, by the secant method."""
     rows = []
     for way in ("plain", "checkpoints", "built-in", "passes"):
-        points, found = list[tuple[int, int]](), Row()
+        points: list[tuple[int, int]] = []
         for tokens in _PROBES:
-            points.append((tokens, Job("training", (way,), tokens).apart()[way]["process_bytes"]))
-        while points[-1][1] > _LIMIT_BYTES or not found:
+            peak = Job("training", (way,), tokens).apart()[way]["process_bytes"]
+            points.append((tokens, peak))
+        figures = Row()
+        while points[-1][1] > _LIMIT_BYTES or not figures:
+            # The length on the line through the last two points, a multiple of 256 tokens.
             (low, less), (high, more) = points[-2:]
-            tokens = (
-                high + int((0.99 * _LIMIT_BYTES - more) * (high - low) / (more - less)) // 256 * 256
-            )
-            found = Job("training", (way,), tokens).apart()[way]
-            points.append((tokens, found["process_bytes"]))
-        rows.append(_whole(way, tokens, found))
+            step = (0.99 * _LIMIT_BYTES - more) * (high - low) / (more - less)
+            tokens = high + int(step) // 256 * 256
+            figures = Job("training", (way,), tokens).apart()[way]
+            points.append((tokens, figures["process_bytes"]))
+        rows.append(_row(way, tokens, figures))
     return rows
 
 
 def million(*_: Any) -> list[Row]:
-    job, ways = (
-        Job("inference", (), 2**20, width=256, dtype="bfloat16", share=WANTED["inference"][0]),
-        ("plain", "passes"),
-    )
-    return [_whole(way, job.tokens, replace(job, ways=(way,)).apart()[way]) for way in ways]
-
-
-def order(*_: Any) -> list[Row]:
-    """The candidates in the order of the estimate; of those that are estimated alike, for their passes find nothing, one."""
+    """Inference of 2^20 tokens."""
+    budget = BARS["inference"][0]
+    job = Job("inference", (), 2**20, width=256, dtype="bfloat16", share=budget)
     rows = []
-    for kind, (width, tokens) in itertools.product(WANTED, _ORDERED):
-        print(
-            f"{kind} of {tokens:,} tokens, width {width}: every candidate ...",
-            file=sys.stderr,
-            flush=True,
-        )
-        torch._dynamo.reset()
-        step = Step(Job(kind, ("plain",), tokens, width), "plain")
-        distinct: dict[tuple[float, int], Any] = {}
-        for each in passes.estimate(step.model, step.inputs, train=step.training):
-            distinct.setdefault((each.seconds, each.peak_bytes), each)
-        estimates = list(distinct.values())
-        steps = {repr(each.passes): step.under(each.passes).run for each in estimates}
-        turns = [*measure.interleaved(steps, _REPEATS).values()]
-        times = [measure.median(seconds) for seconds in turns]
-        predicted = [each.seconds for each in estimates]
-        pairs = [
-            (i, j)
-            for i, j in itertools.combinations(range(len(times)), 2)
-            if _differ(turns[i], turns[j])
-        ]
-        rows.append(
-            {
-                "step": kind,
-                "width": width,
-                "tokens": tokens,
-                "candidates": [*steps],
-                "predicted s": predicted,
-                "measured s": times,
-                "pairs": len(pairs),
-                "right": sum(
-                    (predicted[i] < predicted[j]) == (times[i] < times[j]) for i, j in pairs
-                ),
-            }
-        )
+    for way in ("plain", "passes"):
+        rows.append(_row(way, job.tokens, replace(job, ways=(way,)).apart()[way]))
     return rows
 
 
-def _differ(these: Sequence[float], those: Sequence[float]) -> bool:
-    """Whether one is slower than the other beyond the machine's noise."""
-    less, more = sorted((these, those), key=measure.median)
+def order(*_: Any) -> list[Row]:
+    """Compare the order of estimated times with that of measured ones."""
+    rows = []
+    for kind, (width, tokens) in itertools.product(BARS, _ORDERED):
+        log(f"{kind} of {tokens:,} tokens, width {width}: every candidate ...")
+        torch._dynamo.reset()
+        step = Step(Job(kind, ("plain",), tokens, width), "plain")
+        # Candidates with equal estimates have passes that change nothing: one of them is measured.
+        distinct: dict[tuple[float, int], Any] = {}
+        for estimate in passes.estimate(step.model, step.inputs, train=step.training):
+            distinct.setdefault((estimate.seconds, estimate.peak_bytes), estimate)
+        steps = {}
+        for estimate in distinct.values():
+            steps[repr(estimate.passes)] = step.under(estimate.passes).run
+        turns = [*measure.interleaved(steps, _REPEATS).values()]
+        times = [measure.median(seconds) for seconds in turns]
+        predicted = [estimate.seconds for estimate in distinct.values()]
+        pairs = right = 0
+        for i, j in itertools.combinations(range(len(times)), 2):
+            if _differ(turns[i], turns[j]):
+                pairs += 1
+                right += (predicted[i] < predicted[j]) == (times[i] < times[j])
+        row = {"step": kind, "width": width, "tokens": tokens, "candidates": [*steps]}
+        row |= {"predicted s": predicted, "measured s": times, "pairs": pairs, "right": right}
+        rows.append(row)
+    return rows
+
+
+def _differ(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether times differ in every turn, and their medians by more than `_SAME`."""
+    less, more = sorted((a, b), key=measure.median)
     return max(less) < min(more) and measure.median(more) > _SAME * measure.median(less)
 
 
@@ -324,28 +315,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument(
-        "--only", choices=TABLES, action="append", help="tables to measure; headline if not given"
-    )
-    parser.add_argument("--tokens", type=int, default=65536, help="of headline")
-    parser.add_argument(
-        "--step", choices=WANTED, action="append", help="of headline; both if not given"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=0.25,
-        help="of the training in headline, as a share of plain's estimate",
-    )
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    option = parser.add_argument
+    option("--json", type=Path, help="where to write the figures")
+    text = "tables to measure; headline if not given"
+    option("--only", choices=TABLES, action="append", help=text)
+    option("--tokens", type=int, default=65536, help="of headline")
+    option("--step", choices=BARS, action="append", help="of headline; both if not given")
+    text = "of the training in headline, as a share of plain's estimate"
+    option("--budget", type=float, default=0.25, help=text)
+    option("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
         print(json.dumps(Job(**json.loads(arguments.job)).here()))
         return
     tables = {}
     for name in arguments.only or ["headline"]:
-        tables[name] = TABLES[name](arguments.tokens, arguments.budget, arguments.step or [*WANTED])
+        tables[name] = TABLES[name](arguments.tokens, arguments.budget, arguments.step or [*BARS])
         print(f"\n{name}\n{tabulate(tables[name], headers='keys', floatfmt='.3g')}", flush=True)
     if arguments.json:
         measure.write_json(arguments.json, {"hardware": measure.hardware(), "tables": tables})

@@ -1,15 +1,16 @@
-"""A small Llama of transformers, whole: prefill, decode and train step against sdpa, eager and flex_attention.
+"""Measure a small Llama of transformers: prefill, decode, train step, with sdpa, eager and flex.
 
 python benchmarks/models.py [--json FILE] [--quick] [--only TEXT] [--limit 8]
 
 prefill    one forward over all tokens, no cache
-decode     greedy generate() behind a prompt of so many tokens, with a dynamic and a static cache
+decode     greedy generate() behind a prompt of these tokens, with a dynamic and a static cache
 train      forward with labels and backward
-compiled   prefill under torch.compile(model, fullgraph=True), with the graphs of three lengths counted
+compiled   prefill under torch.compile(model, fullgraph=True); graphs of three lengths are counted
 
-The rivals compute plain causal attention, and so does `ours` without a program: the same work. A window and LongNet are what a
-program of ours makes of the same model; their ratios are against plain sdpa. Each case is a process of its own under a limit of
-memory and time. Results of plain ways are compared with those of sdpa. Needs a quiet machine for an hour or two.
+The rivals compute plain causal attention, and so does `ours` without a program: the same work. A
+window and LongNet are programs of ours for the same model; their ratios are against plain sdpa.
+Each case is a process of its own with limits of memory and time. Results of plain ways are compared
+with those of sdpa. Needs a quiet machine for an hour or two.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from harness.apart import row_of
-from harness.reports import commit
+from harness.reports import commit, print_names
 from tabulate import tabulate
 
 import compiled_dilated as cd
@@ -41,13 +42,19 @@ PROGRAMS = {
 RIVALS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
 WORKS = ("prefill", "decode dynamic", "decode static", "train", "compiled")
 LENGTHS, QUICK_LENGTHS = (4096, 16384, 65536), (2048,)
-# What the results of two ways may differ by, as a share of the largest number.
+# The largest difference of two ways' results, as a share of the largest number.
 MOST_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case. program: of PROGRAMS, or "plain". new: tokens that decode generates. repeats: calls after the first."""
+    """One case.
+
+    program: a name of PROGRAMS, or "plain".
+    way: "ours", or a name of RIVALS.
+    new: tokens that decode generates.
+    repeats: calls after the first.
+    """
 
     work: str
     tokens: int
@@ -64,7 +71,7 @@ class Job:
         return f"{self.work}, {self.tokens:,} tokens, {self.program}, {self.way}"
 
     def here(self) -> Row:
-        """Figures of this process."""
+        """Measure the case in this process."""
         torch.set_num_threads(self.threads)
         model, ids = self._model(), self._ids(self.tokens)
         torch._dynamo.utils.counters.clear()
@@ -109,7 +116,7 @@ class Job:
         return torch.randint(1, 4096, (1, tokens), generator=torch.Generator().manual_seed(tokens))
 
     def _call(self, model: Any, ids: torch.Tensor) -> Callable[[], list[float]]:
-        """A call that returns some numbers of its result."""
+        """A call of the model that returns some numbers of its result."""
 
         def forward() -> list[float]:
             with torch.no_grad():
@@ -126,7 +133,7 @@ class Job:
         return train if self.work == "train" else forward
 
     def _decode(self, model: Any, ids: torch.Tensor) -> Row:
-        """Seconds between tokens behind the prompt, as generate() hands them out."""
+        """Measure the seconds between tokens behind the prompt, as generate() streams them."""
         cache = "static" if self.work.endswith("static") else None
         options = {
             "attention_mask": torch.ones_like(ids),
@@ -136,35 +143,32 @@ class Job:
         }
 
         def generate(new: int, clock: Clock | None = None) -> list[int]:
-            text: list[int] = model.generate(ids, max_new_tokens=new, streamer=clock, **options)[
-                0, ids.shape[1] :
-            ].tolist()
-            return text
+            text = model.generate(ids, max_new_tokens=new, streamer=clock, **options)
+            tokens: list[int] = text[0, ids.shape[1] :].tolist()
+            return tokens
 
         row: Row = {"first_seconds": measure.timed(lambda: generate(2))}
-        # Watching memory slows short calls: the time is that of another run.
+        # Sampling memory slows short calls: the time is measured in a run of its own.
         row["peak_bytes"] = measure.peak_bytes(lambda: generate(2))
         clock = Clock()
-        result = generate(self.new, clock)
+        row["result"] = generate(self.new, clock)[:8]
         row["seconds"] = clock.between
-        return row | {
-            "result": result[:8],
-            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        }
+        row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return row
 
 
 class Clock:
-    """A streamer of generate() that notes when each token comes."""
+    """A streamer of generate() that records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: object) -> None:
-        """Note the time: of the prompt first, then of each token."""
+        """Record the time: of the prompt first, then of each token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to write."""
+        """Required of a streamer; there is nothing to flush."""
 
     @property
     def between(self) -> list[float]:
@@ -173,51 +177,36 @@ class Clock:
 
 
 def jobs_of(lengths: Sequence[int], **settings: int) -> list[Job]:
-    """All cases; sdpa first, which the others are compared with."""
+    """All cases; sdpa first, with which the other ways are compared."""
+    ways = [("plain", "sdpa"), ("plain", "ours")]
+    ways += [(program, "ours") for program in PROGRAMS]
+    ways += [("plain", "eager"), ("plain", "flex")]
     out = []
-    for work in WORKS:
-        for tokens in lengths:
-            ways = [
-                ("plain", "sdpa"),
-                ("plain", "ours"),
-                *((program, "ours") for program in PROGRAMS),
-            ]
-            ways += [("plain", "eager"), ("plain", "flex")]
-            out += [Job(work, tokens, program, way, **settings) for program, way in ways]
+    for work, tokens in itertools.product(WORKS, lengths):
+        out += [Job(work, tokens, program, way, **settings) for program, way in ways]
     return out
 
 
 def judged(row: Row, base: Row | None) -> Row:
-    """The row with its ratios to sdpa's; "failed" where a plain way gives another result."""
+    """Add the ratios to sdpa's; "failed" if a plain way computes another result."""
     if "failed" in row or base is None or "failed" in base:
         return row
     row["time_of_sdpa"] = measure.median(row["seconds"]) / measure.median(base["seconds"])
     row["peak_of_sdpa"] = row["peak_bytes"] / max(1, base["peak_bytes"])
-    if row["program"] == "plain" and not _same(row["result"], base["result"]):
+    if row["program"] == "plain" and not _is_close(row["result"], base["result"]):
         row["failed"] = f"another result than sdpa's: {row['result'][:3]} for {base['result'][:3]}"
     return row
 
 
-def _same(these: Sequence[float], those: Sequence[float]) -> bool:
-    most = max(abs(number) for number in those)
-    return all(abs(a - b) <= MOST_DIFFERENCE * most for a, b in zip(these, those, strict=True))
+def _is_close(numbers: Sequence[float], expected: Sequence[float]) -> bool:
+    bound = MOST_DIFFERENCE * max(abs(number) for number in expected)
+    return all(abs(a - b) <= bound for a, b in zip(numbers, expected, strict=True))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The figures for a person, and below them why cases failed."""
-    headers = [
-        "work",
-        "tokens",
-        "program",
-        "way",
-        "s",
-        "tokens/s",
-        "of sdpa",
-        "peak MiB",
-        "of sdpa",
-        "first s",
-        "graphs",
-    ]
+    """The figures as a table, and below it why cases failed."""
+    figures = ["s", "tokens/s", "of sdpa", "peak MiB", "of sdpa", "first s", "graphs"]
+    headers = ["work", "tokens", "program", "way", *figures]
     body, notes = [], []
     for row in rows:
         start = [row["work"], f"{row['tokens']:,}", row["program"], row["way"]]
@@ -230,80 +219,53 @@ def table(rows: Sequence[Row]) -> str:
         time_ratio, peak_ratio = (
             f"{row[key]:.2f}" if key in row else "" for key in ("time_of_sdpa", "peak_of_sdpa")
         )
-        peak = f"{row['peak_bytes'] / 2**20:.0f}"
-        first = f"{row['first_seconds']:.1f}"
-        rate = f"{tokens / seconds:.4g}"
-        body.append(
-            [*start, f"{seconds:.4g}", rate, time_ratio, peak, peak_ratio, first, row["graphs"]]
-        )
-    return "\n\n".join(
-        [
-            tabulate(body, headers=headers, disable_numparse=True),
-            *(["\n".join(notes)] if notes else []),
-        ]
-    )
+        times = [f"{seconds:.4g}", f"{tokens / seconds:.4g}", time_ratio]
+        peaks = [f"{row['peak_bytes'] / 2**20:.0f}", peak_ratio]
+        body.append([*start, *times, *peaks, f"{row['first_seconds']:.1f}", row["graphs"]])
+    text: str = tabulate(body, headers=headers, disable_numparse=True)
+    if notes:
+        text += "\n\n" + "\n".join(notes)
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    out.add_argument(
-        "--quick", action="store_true", help="a smaller model over 2,048 tokens, some minutes"
-    )
-    out.add_argument(
-        "--only",
-        action="append",
-        metavar="TEXT",
-        help="cases whose name holds the text; may be repeated",
-    )
-    out.add_argument("--lengths", type=int, nargs="+", help=f"tokens {LENGTHS}")
-    out.add_argument(
-        "--limit",
-        type=float,
-        default=8.0,
-        metavar="GIB",
-        help="memory of a case's process (%(default)s)",
-    )
-    out.add_argument(
-        "--seconds", type=float, default=900.0, help="time of a case's process (%(default)s)"
-    )
-    out.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
-    out.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    out.add_argument("--job", help=argparse.SUPPRESS)
+    option = out.add_argument
+    option("--json", type=Path, metavar="FILE", help="where to write the figures")
+    option("--quick", action="store_true", help="a smaller model, 2,048 tokens, some minutes")
+    text = "cases whose name contains the text; may be repeated"
+    option("--only", action="append", metavar="TEXT", help=text)
+    option("--lengths", type=int, nargs="+", help=f"tokens {LENGTHS}")
+    text = "memory of a case's process (%(default)s)"
+    option("--limit", type=float, default=8.0, metavar="GIB", help=text)
+    text = "time of a case's process (%(default)s)"
+    option("--seconds", type=float, default=900.0, help=text)
+    option("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    option("--list", action="store_true", help="print the names of the cases and stop")
+    option("--job", help=argparse.SUPPRESS)
     return out
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure the chosen cases, print the table, write the file; the exit code."""
+    """Measure cases, print the table, write the file; the exit code."""
     quick = {"width": 128, "layers": 2, "new": 9, "repeats": 2} if options.quick else {}
     lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)
-    jobs = [
-        job
-        for job in jobs_of(lengths, threads=options.threads, **quick)
-        if _chosen(job, options.only)
-    ]
+    jobs = jobs_of(lengths, threads=options.threads, **quick)
+    if options.only:
+        jobs = [job for job in jobs if any(text in job.name for text in options.only)]
     if options.list or not jobs:
-        print(
-            "\n".join(job.name for job in jobs)
-            or f"no case's name holds {options.only}; see --list"
-        )
-        return 0 if jobs else 2
-    record: Row = {
-        "hardware": _hardware(),
-        "commit": commit(),
-        "command": sys.argv[1:],
-        "complete": False,
-        "rows": [],
-    }
+        return print_names([job.name for job in jobs], options.only)
+    record: Row = {"hardware": _hardware(), "commit": commit(), "command": sys.argv[1:]}
+    record |= {"complete": False, "rows": []}
+    limit_bytes = int(options.limit * 2**30)
     bases: dict[tuple[str, int], Row] = {}
     started = time.perf_counter()
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job.name} ...", flush=True)
-        row = asdict(job) | row_of(
-            __file__, asdict(job), int(options.limit * 2**30), options.seconds
-        )
+        row = asdict(job) | row_of(__file__, asdict(job), limit_bytes, options.seconds)
+        # The first case of each work and length is sdpa's.
         if job.way == "sdpa":
             bases[job.work, job.tokens] = row
         row = judged(row, bases.get((job.work, job.tokens)))
@@ -312,13 +274,9 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             measure.write_json(options.json, record)
         left = (time.perf_counter() - started) / number * (len(jobs) - number)
-        print(f"    {_said(row)}; about {left / 60:.0f} min left", flush=True)
+        print(f"    {_summary(row)}; about {left / 60:.0f} min left", flush=True)
     print("\n" + table(record["rows"]))
     return int(any("another result" in row.get("failed", "") for row in record["rows"]))
-
-
-def _chosen(job: Job, only: Sequence[str] | None) -> bool:
-    return not only or any(text in job.name for text in only)
 
 
 def _hardware() -> Row:
@@ -330,7 +288,7 @@ def _hardware() -> Row:
     }
 
 
-def _said(row: Row) -> str:
+def _summary(row: Row) -> str:
     return str(row["failed"]) if "failed" in row else f"{measure.median(row['seconds']):.4g} s"
 
 

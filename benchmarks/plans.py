@@ -1,8 +1,8 @@
-"""How long it takes to find the tiles of a million tokens, how many bytes they are, and whether they are right.
+"""Measure the tile maps of a million tokens: time, bytes, and correctness.
 
     python benchmarks/plans.py [--json FILE]
 
-Counts are checked against sampled rows of tiles, each classified against every key tile directly.
+Counts are checked on sampled rows of tiles, each classified against every key tile directly.
 """
 
 from __future__ import annotations
@@ -23,17 +23,14 @@ from compiled_dilated.tiles import TileMap
 TOKENS, TILE, SIDE = 2**20, 128, 1024
 LONGNET = masks.segments(8192) & masks.congruent(4, 1, period=8192)
 
-# (name, mask, order, seconds allowed)
+GRID, CURVE = masks.neighborhood((SIDE, SIDE), 12), orders.hilbert(SIDE, SIDE)
+
+# (name, mask, order, the most seconds)
 CASES: tuple[tuple[str, Mask, Order, float], ...] = (
     ("window 256", masks.window(256), orders.identity(), 0.1),
     ("LongNet branch 8192/4, residue order", LONGNET, orders.residue(4, period=8192), 0.1),
     ("LongNet branch 2048/1", masks.segments(2048), orders.identity(), 0.1),
-    (
-        "Hilbert window radius 12, 1024 x 1024",
-        masks.neighborhood((SIDE, SIDE), 12),
-        orders.hilbert(SIDE, SIDE),
-        1.0,
-    ),
+    ("Hilbert window radius 12, 1024 x 1024", GRID, CURVE, 1.0),
 )
 MOST_BYTES = 4 * 2**20
 IN_PARTS = {
@@ -61,30 +58,28 @@ def _map(name: str, mask: Mask, order: Order, allowed: float) -> dict[str, objec
         for cached in (curves.curve, curves.curve_coordinates):
             cached.cache_clear()
         start = time.perf_counter()
-        found = TileMap.build(mask, TOKENS, TOKENS, q_tile=TILE, kv_tile=TILE, order=order)
+        tile_map = TileMap.build(mask, TOKENS, TOKENS, q_tile=TILE, kv_tile=TILE, order=order)
         seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
-    transposed = found.transpose()
-    both = measure.median(seconds) + time.perf_counter() - start
-    right = all(
-        _row(mask, order, row) == found.counts[row]
-        for row in range(0, found.rows, found.rows // 64)
-    )
-    size = max(found.nbytes, transposed.nbytes)
+    transposed = tile_map.transpose()
+    with_transpose = measure.median(seconds) + time.perf_counter() - start
+    sample = range(0, tile_map.rows, tile_map.rows // 64)
+    is_right = all(_row(mask, order, row) == tile_map.counts[row] for row in sample)
+    size = max(tile_map.nbytes, transposed.nbytes)
     return {
         "mask": name,
         "seconds": measure.median(seconds),
         "allowed": allowed,
-        "with transpose": both,
-        "tiles": len(found.indices),
+        "with transpose": with_transpose,
+        "tiles": len(tile_map.indices),
         "MiB": size / 2**20,
-        "counts right": right,
-        "ok": measure.median(seconds) <= allowed and size <= MOST_BYTES and right,
+        "counts right": is_right,
+        "ok": measure.median(seconds) <= allowed and size <= MOST_BYTES and is_right,
     }
 
 
 def _row(mask: Mask, order: Order, row: int) -> int:
-    """How many key tiles one query tile sees, asked one by one."""
+    """Count the key tiles of one query tile by classifying them one by one."""
     starts = np.arange(0, TOKENS, TILE)
     kv = order.regions(starts, starts + TILE, TOKENS)
     return int((mask.classify(kv[np.full(len(starts), row)], kv) > 0).sum())
@@ -94,13 +89,14 @@ def _parts(name: str, mask: Mask) -> dict[str, object]:
     start = time.perf_counter()
     parts = block_masks(mask, TOKENS, TOKENS, tile=TILE)
     seconds = time.perf_counter() - start
-    lists = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    both = [*lists, *(each.replace("kv", "q") for each in lists)]
-    size = sum(getattr(part.block_mask, each).nbytes for part in parts for each in both)
-    tiles = sum(
-        int(part.block_mask.kv_num_blocks.sum() + part.block_mask.full_kv_num_blocks.sum())
-        for part in parts
-    )
+    # A block mask has its lists by query tile and by key tile.
+    by_query = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    lists = [*by_query, *(name.replace("kv", "q") for name in by_query)]
+    size = tiles = 0
+    for part in parts:
+        block_mask = part.block_mask
+        size += sum(getattr(block_mask, name).nbytes for name in lists)
+        tiles += int(block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum())
     return {
         "mask": f"{name}, {len(parts)} block masks",
         "seconds": seconds,

@@ -1,9 +1,10 @@
-"""What each pass makes of the model that it is for: peak in units of one activation of the residual stream, time turn by turn.
+"""Measure each pass on the model that it is for: peak memory and time.
 
 python benchmarks/single_passes.py [--json FILE] [--repeats 3] [--only NAME]
 
-Attention is SDPA, numbers are float32. Peaks are torch's own allocations beyond the inputs, gradients of parameters included.
-`before` is plain torch.compile; for Remat it is a checkpoint for each block, compiled.
+Attention is SDPA, in float32. Peaks are torch's allocations beyond the inputs, with gradients of
+parameters, in units U of one activation of the residual stream. `before` is plain torch.compile;
+for Remat it is a checkpoint for each block, compiled.
 """
 
 from __future__ import annotations
@@ -67,14 +68,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for each in self.qkv(x).chunk(3, dim=-1)
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1)
         )
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Checkpointed(nn.Module):
-    """Blocks that keep their input alone."""
+    """Blocks whose activations are computed again in backward."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class Head(nn.Module):
         self.head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        wanted = torch.zeros(x.shape[1], dtype=torch.int64)
-        return F.cross_entropy(self.head(x).flatten(0, 1), wanted)
+        targets = torch.zeros(x.shape[1], dtype=torch.int64)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets)
 
 
 def block(mlp: type[nn.Module], width: int) -> nn.Module:
@@ -119,9 +119,14 @@ def training(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
 
 @dataclass(frozen=True)
 class Case:
-    """make: the model of a width. chosen: passes, for one activation's bytes. most_units, most_time: what is wanted, if anything.
+    """A model, and passes for it.
 
-    checkpointed: what stands before is a checkpoint for each of the model's blocks.
+    make: makes the model of a width.
+    chosen: the passes, for the bytes of one activation.
+    trains: whether a step is forward and backward.
+    most_units: bar of the peak, in units of one activation.
+    most_time: bar of the time, as a share of the time before.
+    checkpointed: whether `before` is a checkpoint for each block, instead of plain torch.compile.
     """
 
     make: Callable[[int], nn.Module]
@@ -134,7 +139,7 @@ class Case:
     checkpointed: bool = False
 
     def row(self, name: str, repeats: int) -> dict[str, Any]:
-        """Both ways in turn, in this process."""
+        """Measure before and after in turn, in this process."""
         torch.manual_seed(0)
         torch._dynamo.reset()
         model, x = self.make(self.width), torch.randn(1, self.tokens, self.width)
@@ -144,12 +149,10 @@ class Case:
             "before": torch.compile(before, dynamic=False),
             "after": passes.compile(model, passes=chosen, dynamic=False),
         }
-        runs = {
-            way: partial(self._run, step, [*model.parameters()], x) for way, step in steps.items()
-        }
-        seconds = {
-            way: measure.median(each) for way, each in measure.interleaved(runs, repeats).items()
-        }
+        parameters = [*model.parameters()]
+        runs = {way: partial(self._run, step, parameters, x) for way, step in steps.items()}
+        times = measure.interleaved(runs, repeats)
+        seconds = {way: measure.median(values) for way, values in times.items()}
         units = {way: allocated_bytes(run) / x.nbytes for way, run in runs.items()}
         return {
             "step": name,
@@ -158,10 +161,10 @@ class Case:
             "passes": ", ".join(map(repr, chosen)),
             "before U": units["before"],
             "U": units["after"],
-            "wanted U": self.most_units,
+            "bar U": self.most_units,
             "before s": seconds["before"],
             "time of before": seconds["after"] / seconds["before"],
-            "wanted time": self.most_time,
+            "bar time": self.most_time,
         }
 
     def _run(self, step: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> object:
@@ -170,57 +173,36 @@ class Case:
             return torch.autograd.grad(result, parameters) if self.trains else result
 
 
+def residual(mlp: type[nn.Module], width: int) -> nn.Module:
+    return Residual(mlp(width), width)
+
+
+def chunked(unit: int) -> list[passes.Pass]:
+    return [Chunk()]
+
+
+def streamed(unit: int) -> list[passes.Pass]:
+    return [StreamQKV(chunk_bytes=unit // 16)]
+
+
+GELU_MLP, SWIGLU_MLP = training(partial(residual, Gelu)), training(partial(residual, Swiglu))
+GELU_BLOCK, SWIGLU_BLOCK = partial(block, Gelu), partial(block, Swiglu)
+LAYERS, LAYERS_TRAIN = partial(layers, Gelu), training(partial(layers, Gelu))
+# model, passes, tokens, width
 CASES = {
-    "a GELU MLP trains": Case(
-        training(lambda width: Residual(Gelu(width), width)),
-        lambda _: [Chunk()],
-        32768,
-        512,
-        True,
-        5.3,
-        1.2,
-    ),
-    "a SwiGLU MLP trains": Case(
-        training(lambda width: Residual(Swiglu(width), width)),
-        lambda _: [Chunk()],
-        32768,
-        512,
-        True,
-        5.3,
-        1.2,
-    ),
-    "a GELU block": Case(partial(block, Gelu), lambda _: [Chunk()], 8192, 512, most_units=4.1),
-    "a SwiGLU block": Case(partial(block, Swiglu), lambda _: [Chunk()], 8192, 512, most_units=4.1),
-    "a GELU block, streamed": Case(
-        partial(block, Gelu),
-        lambda unit: [StreamQKV(chunk_bytes=unit // 16)],
-        16384,
-        512,
-        most_units=3.2,
-    ),
-    "a SwiGLU block, streamed": Case(
-        partial(block, Swiglu),
-        lambda unit: [StreamQKV(chunk_bytes=unit // 16)],
-        16384,
-        512,
-        most_units=3.2,
-    ),
+    "a GELU MLP trains": Case(GELU_MLP, chunked, 32768, 512, True, 5.3, 1.2),
+    "a SwiGLU MLP trains": Case(SWIGLU_MLP, chunked, 32768, 512, True, 5.3, 1.2),
+    "a GELU block": Case(GELU_BLOCK, chunked, 8192, 512, most_units=4.1),
+    "a SwiGLU block": Case(SWIGLU_BLOCK, chunked, 8192, 512, most_units=4.1),
+    "a GELU block, streamed": Case(GELU_BLOCK, streamed, 16384, 512, most_units=3.2),
+    "a SwiGLU block, streamed": Case(SWIGLU_BLOCK, streamed, 16384, 512, most_units=3.2),
     "four GELU layers": Case(
-        partial(layers, Gelu), lambda _: [Materialize(), Reorder()], 8192, 256, most_units=9.0
+        LAYERS, lambda _: [Materialize(), Reorder()], 8192, 256, most_units=9.0
     ),
     "four GELU layers train, against checkpoints": Case(
-        training(partial(layers, Gelu)),
-        lambda unit: [Remat(28 * unit)],
-        8192,
-        256,
-        True,
-        28.0,
-        1.0,
-        checkpointed=True,
+        LAYERS_TRAIN, lambda unit: [Remat(28 * unit)], 8192, 256, True, 28.0, 1.0, checkpointed=True
     ),
-    "four GELU layers train, spilled": Case(
-        training(partial(layers, Gelu)), lambda _: [Spill()], 8192, 256, True
-    ),
+    "four GELU layers train, spilled": Case(LAYERS_TRAIN, lambda _: [Spill()], 8192, 256, True),
     "a head and its loss train": Case(Head, lambda _: [LinearCrossEntropy()], 8192, 256, True),
 }
 
@@ -238,11 +220,10 @@ def main() -> None:
     rows = []
     for name in arguments.only or CASES:
         print(f"{name} ...", flush=True)
-        rows.append(row := CASES[name].row(name, arguments.repeats))
-        print(
-            f"    {row['before U']:.1f} U -> {row['U']:.1f} U in {row['time of before']:.2f} of the time",
-            flush=True,
-        )
+        row = CASES[name].row(name, arguments.repeats)
+        rows.append(row)
+        peaks = f"{row['before U']:.1f} U -> {row['U']:.1f} U"
+        print(f"    {peaks} in {row['time of before']:.2f} of the time", flush=True)
     print(f"\n{tabulate(rows, headers='keys', floatfmt='.3g')}")
     if arguments.json:
         measure.write_json(arguments.json, {"hardware": measure.hardware(), "passes": rows})

@@ -15,7 +15,8 @@ from .commands import doctor, memory, packages, plan, report, ring, show
 
 app = typer.Typer(
     name="compiled-dilated",
-    help="Sparse attention for long sequences: write what may attend to what; see it planned, drawn and run.",
+    help="Sparse attention for long sequences: write what may attend to what; plan it, draw it, "
+    "run it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,11 +25,10 @@ app = typer.Typer(
 )
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
-        typer.echo(
-            f"compiled-dilated {importlib.metadata.version('compiled-dilated')}, torch {torch.__version__}"
-        )
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        version = importlib.metadata.version("compiled-dilated")
+        typer.echo(f"compiled-dilated {version}, torch {torch.__version__}")
         raise typer.Exit
 
 

@@ -1,10 +1,10 @@
-"""A BERT with BigBird's attention fills in masked bytes of Python's own sources, 4,096 at a time.
+"""Train a BERT with BigBird's attention to fill in masked bytes of Python's own sources.
 
 python examples/big_bird_bert.py [--short]
 
-BigBird (arXiv 2007.14062): each block of 64 tokens sees its neighbours, 3 random blocks and the first
-64 tokens, which see all. Any encoder of transformers takes it the same way.
-Needs `pip install -e .[hf]`; half a minute on two cores.
+BigBird (arXiv 2007.14062): each block of 64 tokens sees its neighbours, 3 random blocks and the
+first 64 tokens, which see all tokens. A text has 4,096 tokens, one a byte. Other encoders of
+transformers are compiled the same way. Needs `pip install -e .[hf]`; half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def pieces_of_python(tokens: int) -> Tensor:
     """Python's own sources, one token a byte, (pieces, tokens)."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     text = bytearray(b"".join(file.read_bytes() for file in files))
-    whole = len(text) // tokens * tokens
-    return torch.frombuffer(text, dtype=torch.uint8)[:whole].long().view(-1, tokens)
+    # Bytes behind the last full piece are left out.
+    used = len(text) // tokens * tokens
+    return torch.frombuffer(text, dtype=torch.uint8)[:used].long().view(-1, tokens)
 
 
 def model_of(tokens: int) -> BertForMaskedLM:
@@ -47,7 +48,7 @@ def model_of(tokens: int) -> BertForMaskedLM:
 
 
 def largest_difference(model: BertForMaskedLM, program: cd.Program, ids: Tensor) -> float:
-    """The largest difference of the model's logits from those of the dense float64 reference."""
+    """The largest difference of the model's logits from the reference's."""
 
     def dense(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
@@ -56,12 +57,12 @@ def largest_difference(model: BertForMaskedLM, program: cd.Program, ids: Tensor)
         return out.transpose(1, 2).to(query.dtype), None
 
     AttentionInterface.register("dense", dense)
-    judge = model_of(model.config.max_position_embeddings)
-    judge.load_state_dict(model.state_dict())
-    judge.set_attn_implementation("dense")
+    reference = model_of(model.config.max_position_embeddings)
+    reference.load_state_dict(model.state_dict())
+    reference.set_attn_implementation("dense")
     with torch.no_grad():
-        ours, truth = (each(ids).logits for each in (model, judge))
-    return float((ours - truth).abs().max())
+        difference = model(ids).logits - reference(ids).logits
+    return float(difference.abs().max())
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
@@ -74,17 +75,17 @@ def main(arguments: list[str] | None = None) -> list[float]:
     tokens, steps = (1024, 5) if short else (4096, 20)
 
     torch.manual_seed(0)
-    # Random blocks are drawn once, for this length; shorter texts see those that fall within them.
+    # Random blocks are drawn once, for this length; shorter texts use those within their length.
     program = cd.big_bird(window=64, global_tokens=64, random=3, block=64, tokens=tokens)
     model = cd.compile(model_of(tokens), attention=program)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     pieces, losses = pieces_of_python(tokens), []
     for step in range(steps):
         ids = pieces[step % len(pieces)][None]
-        hidden = torch.rand(ids.shape) < MASKED_SHARE
-        # -100: no loss where the byte can be read.
-        labels = ids.masked_fill(~hidden, -100)
-        loss = model(ids.masked_fill(hidden, MASK_TOKEN), labels=labels).loss
+        is_masked = torch.rand(ids.shape) < MASKED_SHARE
+        # -100: no loss for a byte that is not masked.
+        labels = ids.masked_fill(~is_masked, -100)
+        loss = model(ids.masked_fill(is_masked, MASK_TOKEN), labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,9 +94,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     difference = largest_difference(model, program, pieces[0][None, :1024])
     print(f"loss of masked bytes {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps")
-    print(
-        f"logits of 1,024 tokens differ from the dense float64 reference by {difference:.1e} at most"
-    )
+    print(f"logits of 1,024 tokens differ from the float64 reference by {difference:.1e} at most")
     print(cd.sites(model))
     if difference > 1e-4 or losses[-1] >= losses[0]:
         raise SystemExit("the logits are wrong, or the loss did not fall")

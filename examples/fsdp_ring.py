@@ -45,13 +45,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, HEADS, -1)).unbind(2)
-        seen = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
 
 
 class Model(nn.Module):
-    """Bytes in, the mean loss of the bytes that follow them out."""
+    """The mean loss of predicting the next byte."""
 
     def __init__(self, attend: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class Model(nn.Module):
 
 
 def text_of(tokens: int) -> tuple[Tensor, Tensor]:
-    """Token ids and the tokens that follow them, both (BATCH, tokens)."""
+    """Token ids and the next tokens, both (BATCH, tokens)."""
     source = Path(argparse.__file__).read_bytes()[: BATCH * (tokens + 1)]
     ids = torch.tensor(list(source)).view(BATCH, tokens + 1)
     return ids[:, :-1], ids[:, 1:]
 
 
 def losses_of(model: nn.Module, ids: Tensor, targets: Tensor, steps: int) -> Tensor:
-    """The mean loss of each training step; of this process's tokens alone."""
+    """The mean loss of this process's tokens, for each training step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
@@ -86,7 +86,7 @@ def losses_of(model: nn.Module, ids: Tensor, targets: Tensor, steps: int) -> Ten
 
 
 def train(tokens: int, steps: int) -> None:
-    """What each process does; the first one compares with a process that has everything."""
+    """Train as one process; the first compares with training alone."""
     mesh = init_device_mesh("cpu", (RING, SHARDS), mesh_dim_names=("ring", "shards"))
     ring, shards = mesh["ring"], mesh["shards"]
     ids, targets = text_of(tokens)
@@ -95,12 +95,12 @@ def train(tokens: int, steps: int) -> None:
     alone = Model(cd.compile(PROGRAM))
     model = Model(cd.compile(PROGRAM, mesh=ring, layout="zigzag"))
     model.load_state_dict(alone.state_dict())
-    # Parameters are sharded over "shards" and the same over "ring"; gradients are averaged over all.
+    # Parameters are sharded over "shards", replicated over "ring"; gradients are averaged over all.
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    # Of the batch this process takes the sequences of its shard, of these the tokens of its rank.
+    # The sequences of this process's shard, and of these the tokens of its rank.
     shape = (BATCH // SHARDS, HEADS, tokens, WIDTH // HEADS)
     plan = cd.plan(PROGRAM, shape, ranks=RING, layout="zigzag")
     rows = slice(shards.get_local_rank(), None, SHARDS)
@@ -112,19 +112,18 @@ def train(tokens: int, steps: int) -> None:
 
     if dist.get_rank() > 0:
         return
-    truth = losses_of(alone, ids, targets, steps)
-    for step, (distributed, single) in enumerate(zip(losses.tolist(), truth.tolist(), strict=True)):
-        print(
-            f"step {step + 1}: loss {distributed:.6f} of {RING * SHARDS} processes, {single:.6f} of one"
-        )
+    # The first process trains alone on all tokens, and compares.
+    expected = losses_of(alone, ids, targets, steps)
+    for step in range(steps):
+        distributed = f"{float(losses[step]):.6f} of {RING * SHARDS} processes"
+        print(f"step {step + 1}: loss {distributed}, {float(expected[step]):.6f} of one")
     parameters = sum(weight.numel() for weight in alone.parameters())
     local = sum(weight.to_local().numel() for weight in model.parameters())
-    print(
-        f"a process has {local:,} of {parameters:,} parameters and {len(positions)} of {tokens} tokens"
-    )
-    difference = float((losses - truth).abs().max())
+    tokens_share = f"{len(positions)} of {tokens} tokens"
+    print(f"a process has {local:,} of {parameters:,} parameters and {tokens_share}")
+    difference = float((losses - expected).abs().max())
     print(f"losses differ by {difference:.1e} at most")
-    if difference > 1e-4 or truth[-1] >= truth[0]:
+    if difference > 1e-4 or expected[-1] >= expected[0]:
         raise SystemExit("the losses are wrong, or did not fall")
 
 

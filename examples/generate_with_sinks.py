@@ -1,11 +1,12 @@
-"""Generate long text with a Llama whose layers see a window and the first tokens alone.
+"""Generate text with a Llama whose layers see a window and the first tokens alone.
 
 python examples/generate_with_sinks.py [--short]
 
 The first tokens ("attention sinks") keep a model with a window stable far beyond the window:
-StreamingLLM, arXiv 2309.17453. The prompt is 16,384 bytes of Python's own sources. Random weights,
-so that the text is noise: what is shown is how fast tokens come, and that each is the token that one
-forward over the whole text gives. Needs `pip install -e .[hf]`; a quarter of a minute on two cores.
+StreamingLLM, arXiv 2309.17453. The prompt is 16,384 bytes of Python's own sources. The weights are
+random and the text is noise: the example measures the time of a token, and checks that generated
+tokens equal those of one forward over the whole text. Needs `pip install -e .[hf]`; a quarter of a
+minute on two cores.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def model_of(tokens: int) -> LlamaForCausalLM:
 
 
 def main(arguments: list[str] | None = None) -> bool:
-    """Generate; returns whether every token is the one that a forward over the whole text gives."""
+    """Generate; returns whether all tokens are those of one forward."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,29 +61,28 @@ def main(arguments: list[str] | None = None) -> bool:
     torch.manual_seed(0)
     model = cd.compile(model_of(context + new), attention=PROGRAM)
     prompt = prompt_of(context)
-    seen = torch.ones_like(prompt)
-    options = {"attention_mask": seen, "do_sample": False}
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+    # The time of the prompt alone is subtracted from that of prompt and tokens.
     start = time.perf_counter()
     model.generate(prompt, **options, max_new_tokens=1)
     prefilled = time.perf_counter()
     text = model.generate(prompt, **options, max_new_tokens=new)
     end = time.perf_counter()
     prefill, decode = prefilled - start, (end - prefilled) - (prefilled - start)
-    print(
-        f"prompt of {context:,} tokens: {prefill:.2f} s, the first call's preparations among them"
-    )
+    print(f"prompt of {context:,} tokens: {prefill:.2f} s, with the preparations of a first call")
     print(f"{new} tokens behind it: {1e3 * max(decode, 0.0) / (new - 1):.1f} ms a token")
 
+    # One forward without a cache: its likeliest tokens are the generated ones.
     with torch.no_grad():
         logits = model(text[:, :-1], use_cache=False).logits
-    whole = logits[:, context - 1 :].argmax(-1)
-    same = bool((whole == text[:, context:]).all())
-    given = "the same tokens" if same else "OTHER tokens"
-    print(f"one forward over all {text.shape[1]:,} tokens gives {given}")
+    expected = logits[:, context - 1 :].argmax(-1)
+    is_same = bool((expected == text[:, context:]).all())
+    verdict = "the same tokens" if is_same else "OTHER tokens"
+    print(f"one forward over all {text.shape[1]:,} tokens gives {verdict}")
     print(cd.sites(model))
-    if not same:
+    if not is_same:
         raise SystemExit("generated tokens differ from those of one forward")
-    return same
+    return is_same
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Fine-tune a small Llama with LongNet attention on 16,384 bytes of Python at a time, with the Trainer.
+"""Fine-tune a small Llama with LongNet attention on texts of 16,384 bytes, with the Trainer.
 
 python examples/llama_longnet.py [--short]
 
-Needs `pip install -e .[hf]` and accelerate. The weights start at random here; put
-`LlamaForCausalLM.from_pretrained(name)` in place of `model_of(...)` to fine-tune a model that you have.
-About a minute on two cores; --short takes a few steps on 2,048 bytes.
+Needs `pip install -e .[hf]` and accelerate. The weights are random here; replace `model_of(...)`
+by `LlamaForCausalLM.from_pretrained(name)` to fine-tune a trained model. About a minute on two
+cores; --short takes a few steps on 2,048 bytes.
 """
 
 from __future__ import annotations
@@ -64,15 +64,9 @@ def model_of(tokens: int) -> LlamaForCausalLM:
 
 
 def dense(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    scaling: float,
-    **options: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention by the dense float64 reference, called as transformers calls it."""
+    """Attention by the dense float64 reference, with transformers' signature."""
     out = cd.reference(PROGRAM, query, key, value, scale=scaling)
     return out.transpose(1, 2).to(query.dtype), None
 
@@ -80,16 +74,17 @@ def dense(
 def largest_difference(model: LlamaForCausalLM, ids: Tensor) -> float:
     """The largest difference of the model's logits from those of the dense reference."""
     AttentionInterface.register("dense", dense)
-    judge = model_of(model.config.max_position_embeddings)
-    judge.load_state_dict(model.state_dict())
-    judge.set_attn_implementation("dense")
+    reference = model_of(model.config.max_position_embeddings)
+    reference.load_state_dict(model.state_dict())
+    reference.set_attn_implementation("dense")
     with torch.no_grad():
-        ours, truth = (each(ids.to(each.device), use_cache=False).logits for each in (model, judge))
-    return float((ours.cpu() - truth).abs().max())
+        logits = model(ids.to(model.device), use_cache=False).logits.cpu()
+        expected = reference(ids, use_cache=False).logits
+    return float((logits - expected).abs().max())
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Train; returns the losses, the difference from the reference and the table of layers."""
+    """Train; returns losses, the largest difference and the table of layers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,13 +111,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         trainer.train()
 
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    print(
-        f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} after {steps} steps of {tokens:,} tokens"
-    )
+    after = f"after {steps} steps of {tokens:,} tokens"
+    print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} {after}")
     difference = largest_difference(model, data[0]["input_ids"][None, :1024])
-    print(
-        f"logits of 1,024 tokens differ from the dense float64 reference by {difference:.1e} at most"
-    )
+    print(f"logits of 1,024 tokens differ from the float64 reference by {difference:.1e} at most")
     sites = cd.sites(model)
     print(sites)
     if difference > 1e-4 or losses[-1] >= losses[0]:

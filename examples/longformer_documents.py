@@ -1,11 +1,11 @@
-"""Longformer's attention in a model of your own: a window, and global tokens that each call names.
+"""Train a classifier with Longformer's attention: a window, and global tokens as data of a call.
 
 python examples/longformer_documents.py [--short]
 
-Longformer (arXiv 2004.05150): each token sees a window; a few tokens see all and are seen by all.
-Which tokens these are differs from text to text, so they are data of a call: a bool tensor
-(batch, tokens). Here they are a class token and the lines that begin a function or a class. The model
-says which of four modules of Python a text is from. Half a minute on two cores.
+Longformer (arXiv 2004.05150): each token sees a window; a few global tokens see all tokens and are
+seen by all. Each text has its own global tokens, given by a bool tensor (batch, tokens): here a
+class token and the lines that begin a function or a class. The model decides from which of four
+modules of Python a text is. Half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def text_of(module: str) -> bytes:
 def batch_of(
     texts: list[bytes], tokens: int, size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and global flags (size, tokens) of random pieces, and their modules (size,)."""
+    """Random pieces of texts.
+
+    Returns ids and global flags, (size, tokens), and the numbers of their modules, (size,).
+    """
     labels = torch.randint(len(texts), (size,), generator=generator)
     ids = torch.full((size, tokens), CLASS_TOKEN)
     is_global = torch.zeros(size, tokens, dtype=torch.bool)
@@ -70,8 +73,8 @@ class Layer(nn.Module):
         q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         # (batch, tokens, heads, width) to (batch, heads, tokens, width).
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        seen = self.attend(q, k, v, data={"is_global": is_global})
-        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        attended = self.attend(q, k, v, data={"is_global": is_global})
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
 
 

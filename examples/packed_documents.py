@@ -1,10 +1,10 @@
-"""Pack documents of different lengths into one row: no padding, and the loss of separate documents.
+"""Pack documents of different lengths into one row: no padding, the same loss as separately.
 
 python examples/packed_documents.py [--short]
 
-Positions that start again at 0 mark where a document begins; no token sees another document's. The
-documents are functions of Python's own sources, the model a Llama whose layers see a window of 256.
-Needs `pip install -e .[hf]`; half a minute on two cores.
+Positions that start again at 0 mark the beginning of a document; tokens of different documents do
+not see each other. The documents are functions of Python's own sources, the model is a Llama whose
+layers see a window of 256. Needs `pip install -e .[hf]`; half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ PROGRAM = masks.causal() & masks.window(256)
 
 def documents(count: int) -> list[Tensor]:
     """Functions of Python's own sources, one token a byte."""
-    names = [name for name, _ in inspect.getmembers(textwrap, inspect.isfunction)]
-    sources = [inspect.getsource(getattr(textwrap, name)) for name in sorted(names)]
-    sources += [inspect.getsource(each) for _, each in inspect.getmembers(ast, inspect.isfunction)]
+    sources = []
+    for module in (textwrap, ast):
+        for _, function in inspect.getmembers(module, inspect.isfunction):
+            sources.append(inspect.getsource(function))
     return [torch.tensor(list(source.encode())) for source in sources[:count]]
 
 
@@ -50,7 +51,7 @@ def model_of(longest: int) -> LlamaForCausalLM:
 
 
 def loss_of_separate(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
-    """The loss of all next bytes, summed, one call of the model a document."""
+    """The summed loss of next bytes, one call for each document."""
     losses = []
     for text in texts:
         logits = model(text[None], use_cache=False).logits[0]
@@ -59,7 +60,7 @@ def loss_of_separate(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
 
 
 def loss_of_packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
-    """The same of one row that has all documents, one behind the other."""
+    """The summed loss of next bytes, one call for all documents."""
     row = torch.cat(texts)[None]
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     logits = model(row, position_ids=positions, use_cache=False).logits[0]
@@ -71,7 +72,7 @@ def loss_of_packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Tensor:
 def step(
     model: LlamaForCausalLM, texts: list[Tensor], loss_of: Callable[..., Tensor]
 ) -> tuple[float, Tensor, float]:
-    """Loss per byte, all gradients as one vector, and seconds of a forward and a backward."""
+    """Loss per byte, gradients as one vector, and seconds of a step."""
     model.zero_grad()
     start = time.perf_counter()
     loss = loss_of(model, texts) / sum(len(text) - 1 for text in texts)

@@ -1,9 +1,9 @@
-"""A vision transformer whose patches see their neighbours on the grid; a class token sees all.
+"""Train a vision transformer whose patches see their neighbours; a class token sees all patches.
 
 python examples/vit_neighborhoods.py [--short]
 
-Needs `pip install -e .[hf]`. Trains on random stripes, vertical or horizontal, until it can say which;
-half a minute on two cores.
+The task: images of random stripes, vertical or horizontal. Needs `pip install -e .[hf]`; half a
+minute on two cores.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from compiled_dilated import masks
 
 SIDE, PATCH, RADIUS = 96, 4, 3
 GRID = (SIDE // PATCH, SIDE // PATCH)
-# Token 0 is the class token, which sees all and is seen by all; the grid of patches starts behind it.
+# Token 0 is the class token, which sees all tokens and is seen by all; the patches follow it.
 PROGRAM = masks.neighborhood(GRID, RADIUS, offset=1) | masks.global_tokens(1)
 
 
 def stripes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images (count, 3, 96, 96) of noisy stripes, and whether these are vertical."""
     vertical = torch.randint(2, (count,), generator=generator)
-    places = torch.arange(SIDE) * 0.7 + 6 * torch.rand(count, 1, generator=generator)
-    waves = torch.sin(places)
+    phases = torch.arange(SIDE) * 0.7 + 6 * torch.rand(count, 1, generator=generator)
+    waves = torch.sin(phases)
     images = torch.where(vertical[:, None, None] == 1, waves[:, None, :], waves[:, :, None])
     noise = torch.randn(count, 3, SIDE, SIDE, generator=generator)
     return images[:, None] + noise, vertical
@@ -51,15 +51,9 @@ def model_of() -> ViTForImageClassification:
 
 
 def dense(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    scaling: float,
-    **options: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention by the dense float64 reference, called as transformers calls it."""
+    """Attention by the dense float64 reference, with transformers' signature."""
     out = cd.reference(PROGRAM, query, key, value, scale=scaling)
     return out.transpose(1, 2).to(query.dtype), None
 
@@ -67,12 +61,12 @@ def dense(
 def largest_difference(model: ViTForImageClassification, images: Tensor) -> float:
     """The largest difference of the model's logits from those of the dense reference."""
     AttentionInterface.register("dense", dense)
-    judge = model_of()
-    judge.load_state_dict(model.state_dict())
-    judge.set_attn_implementation("dense")
+    reference = model_of()
+    reference.load_state_dict(model.state_dict())
+    reference.set_attn_implementation("dense")
     with torch.no_grad():
-        ours, truth = (each(pixel_values=images).logits for each in (model, judge))
-    return float((ours - truth).abs().max())
+        difference = model(pixel_values=images).logits - reference(pixel_values=images).logits
+    return float(difference.abs().max())
 
 
 def main(arguments: list[str] | None = None) -> float:

@@ -1,4 +1,4 @@
-"""What the code blocks of the pages need to run: names that a reader has at hand, by page."""
+"""Names that the code blocks of pages use without defining them, by page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 model, other_model = Attention(), Attention()
@@ -33,7 +34,8 @@ _MESH = """
 import torch.distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 device_mesh = init_device_mesh("cpu", (1,))
 """
 
@@ -52,7 +54,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 name = "tiny-llama"
 config = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
 )
 LlamaForCausalLM(config).save_pretrained(name)
 """

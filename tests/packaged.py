@@ -18,14 +18,14 @@ SUFFIXES = ("", ".so", ".avx512.so", ".avx2.so", ".json")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported, and what came of it."""
+    """An exported model, the path of its package, and its description."""
 
     model: Any
     path: Path
     about: cd.packages.About
 
     def copied(self, folder: Path) -> Path:
-        """The path of a copy."""
+        """Copy the files of the package; the path of the copy."""
         for suffix in SUFFIXES:
             shutil.copy(f"{self.path}{suffix}", folder / f"model.pt2{suffix}")
         return folder / "model.pt2"
@@ -34,13 +34,14 @@ class Exported:
 def qkv(
     tokens: int, batch: int = 2, heads: int = 4, kv_heads: int = 2, queries: int | None = None
 ) -> tuple[Tensor, ...]:
-    """q, k and v of 16 numbers a head. queries: fewer than tokens."""
+    """q, k and v, (batch, heads, tokens, 16).
+
+    queries: tokens of q; None: as many as of k and v.
+    """
     generator = torch.Generator().manual_seed(tokens)
-    sizes = (
-        (heads, tokens if queries is None else queries),
-        (kv_heads, tokens),
-        (kv_heads, tokens),
-    )
+    q_size = (heads, tokens if queries is None else queries)
+    kv_size = (kv_heads, tokens)
+    sizes = (q_size, kv_size, kv_size)
     return tuple(torch.randn(batch, *size, 16, generator=generator) for size in sizes)
 
 
@@ -66,12 +67,12 @@ class Model(nn.Module):
 def of_model(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor]:
     """Inputs of `Model`."""
     generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(batch, tokens, 32, generator=generator), torch.rand(
-        batch, tokens, generator=generator
-    ) < 0.2
+    x = torch.randn(batch, tokens, 32, generator=generator)
+    return x, torch.rand(batch, tokens, generator=generator) < 0.2
 
 
-# A process in which this library cannot be imported: the package's library, then code with `path` and `load(entry)`.
+# The beginning of a script that cannot import this library: it loads the package's library, and
+# defines `path`, `load(entry)` and `opened()`.
 WITHOUT = """
 import sys
 sys.modules["compiled_dilated"] = None
@@ -81,7 +82,9 @@ torch.ops.load_library(path + ".so")
 
 def load(entry):
     from torch._inductor.package import load_package
-    return torch._inductor.aoti_load_package(path) if entry == "model" else load_package(path, entry)
+    if entry == "model":
+        return torch._inductor.aoti_load_package(path)
+    return load_package(path, entry)
 
 def opened():
     with open("/proc/self/maps") as lines:

@@ -1,4 +1,4 @@
-"""benchmarks/models.py: what does not fit is a row; plain ways that compute something else are named; the table reads."""
+"""benchmarks/models.py: failures are rows, wrong results are reported, names of cases differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print(json.dumps({"seconds": [1.0]}))
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`benchmarks("models")` imports a script as it stands among its neighbours."""
+    """`benchmarks("models")` imports a script of benchmarks/ and its neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
@@ -55,34 +55,29 @@ def test_a_case_in_a_process_of_its_own(
 
 
 def test_a_reason_is_the_exceptions_own_line(benchmarks: Any) -> None:
-    said = "Traceback:\n  File x\ntorch._dynamo.exc.Unsupported: a call\n  Hint: none\n\nSet TORCHDYNAMO_VERBOSE=1 for more\n"
+    error = "torch._dynamo.exc.Unsupported: a call"
+    stderr = f"Traceback:\n  File x\n{error}\n  Hint: none\n\nSet TORCHDYNAMO_VERBOSE=1 for more\n"
     apart = benchmarks("harness.apart")
-    assert apart.reason_of(1, said, 2**30) == "torch._dynamo.exc.Unsupported: a call"
+    assert apart.reason_of(1, stderr, 2**30) == error
     assert apart.reason_of(-9, "", 2**30) == "out of 1 GiB of memory"
     assert apart.reason_of(-11, "", 2**30) == "ended by SIGSEGV"
 
 
-def row_of(way: str, result: list[float], **others: Any) -> dict[str, Any]:
-    row = {
-        "work": "prefill",
-        "tokens": 512,
-        "program": "plain",
-        "way": way,
-        "seconds": [2.0],
-        "peak_bytes": 2**21,
-    }
-    return row | {"first_seconds": 3.0, "graphs": 0, "result": result, **others}
+def row_of(way: str, result: list[float], seconds: float = 2.0) -> dict[str, Any]:
+    case = {"work": "prefill", "tokens": 512, "program": "plain", "way": way}
+    times = {"seconds": [seconds], "first_seconds": 3.0}
+    return case | times | {"peak_bytes": 2**21, "graphs": 0, "result": result}
 
 
 def test_rows_are_compared_with_sdpa(benchmarks: Any) -> None:
     models = benchmarks("models")
     base = row_of("sdpa", [1.0, -2.0])
-    same = models.judged(row_of("ours", [1.0, -2.0001], seconds=[1.0]), base)
-    other = models.judged(row_of("eager", [1.0, -2.1]), base)
-    assert (same["time_of_sdpa"], same["peak_of_sdpa"]) == (0.5, 1.0)
-    assert "failed" not in same
-    assert other["failed"].startswith("another result than sdpa's")
-    printed = models.table([base, same, other])
+    close = models.judged(row_of("ours", [1.0, -2.0001], seconds=1.0), base)
+    wrong = models.judged(row_of("eager", [1.0, -2.1]), base)
+    assert (close["time_of_sdpa"], close["peak_of_sdpa"]) == (0.5, 1.0)
+    assert "failed" not in close
+    assert wrong["failed"].startswith("another result than sdpa's")
+    printed = models.table([base, close, wrong])
     assert "prefill, 512, plain, eager: another result than sdpa's" in printed
     assert "0.50" in printed
 
@@ -91,26 +86,19 @@ def test_names_of_cases_differ_and_sdpa_comes_first(benchmarks: Any) -> None:
     models = benchmarks("models")
     jobs = models.jobs_of(models.LENGTHS)
     assert len({job.name for job in jobs}) == len(jobs)
-    seen = set()
+    bases = set()
     for job in jobs:
-        assert job.way == "sdpa" or (job.work, job.tokens) in seen
+        assert job.way == "sdpa" or (job.work, job.tokens) in bases
         if job.way == "sdpa":
-            seen.add((job.work, job.tokens))
+            bases.add((job.work, job.tokens))
 
 
 @pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    command = [
-        sys.executable,
-        "benchmarks/models.py",
-        "--quick",
-        "--lengths",
-        "64",
-        "--only",
-        "64 tokens, plain, sdpa",
-    ]
-    command += ["--only", "64 tokens, plain, ours", "--json", str(target)]
+    cases = ["--only", "64 tokens, plain, sdpa", "--only", "64 tokens, plain, ours"]
+    options = ["--quick", "--lengths", "64", *cases, "--json", str(target)]
+    command = [sys.executable, "benchmarks/models.py", *options]
     run = subprocess.run(
         command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False
     )

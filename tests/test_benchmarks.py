@@ -1,4 +1,4 @@
-"""The harness of benchmarks/attention.py and masks.py: shares, bars, families of lengths, a busy neighbour, what is written."""
+"""The harness of benchmarks/attention.py and masks.py: shares, bars, families, reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The package, as the scripts beside it import it; afterwards as many threads as before."""
+    """The package, imported as by the scripts beside it; restores the number of threads."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     threads = torch.get_num_threads()
     package = importlib.import_module("harness")
@@ -43,14 +43,13 @@ def test_rates_a_case_and_its_rivals(harness: Any) -> None:
     settings = harness.turns.Settings(
         turns=4, least=2, seconds=0.0, rival_turns=1, block_seconds=0.0
     )
-    forward, both = (
-        harness.turns.rate(case, backward, settings, ("fallback", "SDPA"))
-        for backward in (False, True)
-    )
+    rivals = ("fallback", "SDPA")
+    forward = harness.turns.rate(case, False, settings, rivals)
+    training = harness.turns.rate(case, True, settings, rivals)
     assert len(forward["seconds"]) == len(forward["baseline_seconds"]) == 2
-    assert (forward["met"], both["met"]) == (True, False)
-    assert {"fallback", "SDPA"} == set(forward["rivals"])
-    assert all(rival["share"] > 0 for rival in both["rivals"].values())
+    assert (forward["met"], training["met"]) == (True, False)
+    assert set(rivals) == set(forward["rivals"])
+    assert all(rival["share"] > 0 for rival in training["rivals"].values())
     assert 0 < forward["useful_of_computed"] <= 1
 
 
@@ -70,26 +69,20 @@ def test_all_ways_agree(harness: Any) -> None:
         mask, 64, heads=2, kv_heads=1, head_dim=8, data=data, by_token=True
     )
     tensors = problem.tensors(False)
-    ours, fallback, sdpa = (
-        harness.problems.WAYS[name](problem)(*tensors) for name in ("ours", "fallback", "SDPA")
-    )
-    torch.testing.assert_close(ours, sdpa)
-    torch.testing.assert_close(fallback, sdpa)
+    expected = harness.problems.WAYS["SDPA"](problem)(*tensors)
+    for name in ("ours", "fallback"):
+        torch.testing.assert_close(harness.problems.WAYS[name](problem)(*tensors), expected)
 
 
 def test_compares_lengths_of_a_family(harness: Any) -> None:
-    row = {
-        "family": "window",
-        "pass": "forward",
-        "dtype": "float32",
-        "heads": 8,
-        "baseline_seconds": [1.0],
-    }
+    row = {"family": "window", "pass": "forward", "dtype": "float32", "heads": 8}
+    row |= {"baseline_seconds": [1.0]}
     rows = [
         row | {"tokens": 100, "seconds": [1.0], "share": 0.8},
         row | {"tokens": 1000, "seconds": [12.5], "share": 0.6},
     ]
     per_token, useful = harness.turns.family_rows(rows, {"window": 0.9})
+    assert per_token["case"] == "window, 100 to 1000: tokens a second"
     assert (per_token["share"], per_token["met"]) == (0.8, False)
     assert (useful["share"], useful["met"]) == (pytest.approx(0.75), None)
 

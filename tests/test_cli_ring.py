@@ -26,7 +26,7 @@ def printed_json(result: Result) -> dict[str, Any]:
 
 
 def unwrapped(text: str) -> str:
-    """A message without the frame that it is printed in, on one line."""
+    """A message on one line, without its frame."""
     return " ".join(text.replace("│", " ").split())
 
 
@@ -52,23 +52,14 @@ def test_plan() -> None:
 
 
 def test_simulate() -> None:
-    result = run(
-        "simulate",
-        "causal() & window(100)",
-        "--shape",
-        "1,2,1000,16",
-        "--ranks",
-        4,
-        "--layout",
-        "contiguous",
-        "--json",
-    )
+    command = ("simulate", "causal() & window(100)", "--shape", "1,2,1000,16", "--ranks", 4)
+    result = run(*command, "--layout", "contiguous", "--json")
     assert result.exit_code == 0
     record = printed_json(result)
     assert (record["steps"], record["messages"]) == (7, 3)
     assert record["received_bytes"] == 3 * 100 * 2 * 2 * 16 * 4
     assert record["ok"]
-    text = run("simulate", "causal() & window(100)", "--shape", "1,2,1000,16", "--ranks", 4)
+    text = run(*command)
     assert "7 steps executed (a plain ring takes 16)" in text.stdout
     assert "the same as one device" in text.stdout
 
@@ -84,18 +75,21 @@ def test_stream(tmp_path: Path) -> None:
     result = run("stream", LONGNET, *paths, "--ranks", 6)
     assert result.exit_code == 0
     assert "700 tokens" in result.stdout
-    wanted = cd.reference(
-        cd.longnet((64, 128), (1, 2), causal=True),
-        *(torch.from_numpy(np.load(path)) for path in paths[:3]),
-    )
-    np.testing.assert_allclose(np.load(paths[3]), wanted.numpy(), rtol=1e-10, atol=1e-10)
-    other = run("stream", LONGNET, *paths, "--ranks", 5)
-    assert other.exit_code == 2
-    said = unwrapped(other.stderr)
-    assert (
-        "is of another run: ranks is 6 there and 5 here. Name another --journal, or remove" in said
-    )
-    assert "out.npy.journal to start again" in said
+    q, k, v = (torch.from_numpy(np.load(path)) for path in paths[:3])
+    expected = cd.reference(cd.longnet((64, 128), (1, 2), causal=True), q, k, v)
+    np.testing.assert_allclose(np.load(paths[3]), expected.numpy(), rtol=1e-10, atol=1e-10)
+
+
+def test_stream_refuses_the_journal_of_another_run(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.npy" for name in ("q", "k", "v", "out")]
+    for path in paths[:3]:
+        np.save(path, np.zeros((1, 2, 64, 8)))
+    assert run("stream", "causal()", *paths, "--ranks", 6).exit_code == 0
+    result = run("stream", "causal()", *paths, "--ranks", 5)
+    assert result.exit_code == 2
+    error = unwrapped(result.stderr)
+    assert "is of another run: ranks is 6 there and 5 here. Name another --journal" in error
+    assert "out.npy.journal to start again" in error
 
 
 def test_stream_refuses_an_output_that_is_an_input(tmp_path: Path) -> None:
@@ -104,11 +98,10 @@ def test_stream_refuses_an_output_that_is_an_input(tmp_path: Path) -> None:
     before = path.read_bytes()
     result = run("stream", "causal()", path, path, path, path)
     assert result.exit_code == 2
-    assert "are one file, which the run would overwrite. Pass another path as out" in unwrapped(
-        result.stderr
-    )
+    message = "are one file, which the run would overwrite. Pass another path as out"
+    assert message in unwrapped(result.stderr)
     assert path.read_bytes() == before
-    assert [found.name for found in tmp_path.iterdir()] == ["q.npy"]
+    assert [file.name for file in tmp_path.iterdir()] == ["q.npy"]
 
 
 def test_stream_refuses_bad_input_as_bad_usage(tmp_path: Path) -> None:
@@ -130,47 +123,30 @@ def test_billion_names_its_directory_where_another_run_left_files(tmp_path: Path
     assert run(*settings, "--ranks", 3, "--rows", 20).exit_code == 0
     result = run(*settings, "--ranks", 4, "--rows", 20)
     assert result.exit_code == 2
-    said = unwrapped(result.stderr)
-    assert (
-        "is of another run: ranks is 3 there and 4 here. Name another --directory, or remove"
-        in said
-    )
-    assert "journal to start again" in said
+    error = unwrapped(result.stderr)
+    assert "is of another run: ranks is 3 there and 4 here. Name another --directory" in error
+    assert "journal to start again" in error
     result = run(*settings, "--ranks", 3, "--rows", 21)
     assert result.exit_code == 2
-    assert "Choose another file, or remove this one; or name another --directory" in unwrapped(
-        result.stderr
-    )
+    message = "Choose another file, or remove this one; or name another --directory"
+    assert message in unwrapped(result.stderr)
 
 
 def test_billion_computes_what_it_counts(tmp_path: Path) -> None:
-    settings = (
-        "--tokens",
-        20_000,
-        "--ranks",
-        10,
-        "--dim",
-        8,
-        "--rows",
-        50,
-        "--directory",
-        tmp_path / "billion",
-    )
+    sizes = ("--tokens", 20_000, "--ranks", 10, "--dim", 8, "--rows", 50)
+    settings = (*sizes, "--directory", tmp_path / "billion")
     result = run("billion", *settings, "--json")
     assert result.exit_code == 0
     record = printed_json(result)
-    assert (record["tokens_done"], record["tokens_computed_now"], record["rows_checked"]) == (
-        20_000,
-        20_000,
-        50,
-    )
+    assert record["tokens_done"] == record["tokens_computed_now"] == 20_000
+    assert record["rows_checked"] == 50
     assert record["steps"] > 10
     assert record["most_error"] < 1e-6
+    # The same command continues: all is done.
     again = run("billion", *settings)
     assert again.exit_code == 0
-    assert (
-        "20,000 of 20,000 tokens done, 0 of them now: 0 steps of 10 ranks executed" in again.stdout
-    )
+    text = "20,000 of 20,000 tokens done, 0 of them now: 0 steps of 10 ranks executed"
+    assert text in again.stdout
     assert "50 random rows differ from float64 by" in again.stdout
 
 
@@ -189,7 +165,7 @@ def test_billion_finds_a_wrong_row(tmp_path: Path) -> None:
     rows[0, 0, 3] += 1
     np.save(tmp_path / "rows.npy", rows)
     result = run("billion", *settings, "--json")
-    # The rank that holds the row is not believed, and computed again.
+    # The row's digest differs from the journal's: its rank is computed again.
     assert result.exit_code == 0
     assert printed_json(result)["tokens_computed_now"] > 0
 
@@ -204,18 +180,11 @@ def test_launch() -> None:
     [
         (("plan", "longnet(", "--ranks", 2), "was never closed"),
         (("plan", "causal()", "--layout", "residue"), "layout 'residue' needs a dilated program"),
-        (
-            ("simulate", "causal()", "--layout", "round"),
-            "layout must be one of 'auto', 'contiguous'",
-        ),
-        (
-            ("simulate", "causal()", "--shape", "1,2,3"),
-            "q_shape must be (batch, heads, tokens, head_dim)",
-        ),
-        (
-            ("launch", "causal()", "--shape", "1,3,64,8", "--kv-heads", 2),
-            "must be a multiple of the 2 key heads",
-        ),
+        (("plan", "causal()", "--dtype", "int8"), "'int8' is not one of 'float32'"),
+        (("simulate", "causal()", "--layout", "round"), "layout must be one of 'auto'"),
+        (("simulate", "causal()", "--shape", "1,2,3"), "q_shape must be (batch, heads, tokens"),
+        (("launch", "causal()", "--shape", "1,3,64,8", "--kv-heads", 2), "of the 2 key heads"),
+        (("launch", "causal()", "--dtype", "half"), "'half' is not one of 'float32'"),
         (("billion", "--program", "documents(ids='x')"), "takes no data tensors"),
         (("plan", "causal()", "--ranks", 0), "Invalid value for '--ranks'"),
     ],

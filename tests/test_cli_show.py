@@ -1,4 +1,4 @@
-"""`compiled-dilated show` and functions on a command line: what they print and write, what they refuse."""
+"""`compiled-dilated show`, and functions on a command line: output, files, refusals."""
 
 from __future__ import annotations
 
@@ -41,22 +41,15 @@ def printed(result: Result) -> dict[str, Any]:
 def test_it_prints_the_figure() -> None:
     result = run("show", "longnet((16, 32), (1, 2), causal=True)", "--tokens", "48", "--head", "1")
     assert result.exit_code == 0
-    assert (
-        result.stdout
-        == cd.show(cd.longnet((16, 32), (1, 2), causal=True), 48, head=1).text() + "\n"
-    )
+    figure = cd.show(cd.longnet((16, 32), (1, 2), causal=True), 48, head=1)
+    assert result.stdout == figure.text() + "\n"
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_it_writes_files_and_nothing_else(tmp_path: Path) -> None:
     files = {kind: str(tmp_path / f"mask.{kind}") for kind in ("png", "svg", "html")}
-    result = run(
-        "show",
-        "window(3)",
-        "-n",
-        "20",
-        *(word for kind, path in files.items() for word in (f"--{kind}", path)),
-    )
+    options = [word for kind, path in files.items() for word in (f"--{kind}", path)]
+    result = run("show", "window(3)", "-n", "20", *options)
     assert result.exit_code == 0
     figure = cd.show(masks.window(3), 20)
     assert Path(files["png"]).read_bytes() == figure.png()
@@ -76,15 +69,11 @@ def test_it_prints_json(tmp_path: Path) -> None:
     assert values["pixel"] == [4096, 4096]
 
 
-def test_it_reads_data(tmp_path: Path) -> None:
-    np.save(tmp_path / "ids.npy", np.array([[0] * 3 + [1] * 5, [0] * 8]))
-    np.save(tmp_path / "padding.npy", np.arange(8) >= 6)
-    data = (
-        "--data",
-        f"ids={tmp_path / 'ids.npy'}",
-        "--data",
-        f"padding={tmp_path / 'padding.npy'}",
-    )
+def test_it_reads_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("ids.npy", np.array([[0] * 3 + [1] * 5, [0] * 8]))
+    np.save("padding.npy", np.arange(8) >= 6)
+    data = ("--data", "ids=ids.npy", "--data", "padding=padding.npy")
     program = "documents(ids='ids') & padding()"
     for batch, pairs in (("0", 9 + 15), ("1", 48)):
         values = printed(run("show", program, "-n", "8", *data, "--batch", batch, "--json"))
@@ -95,10 +84,8 @@ def test_functions_are_named_by_their_module() -> None:
     program = f"from_mod('{MODS}', within=window(4)) | sinks(1)"
     mask = masks.from_mod(checkered, within=masks.window(4)) | masks.sinks(1)
     assert run("show", program, "-n", "20").stdout == cd.show(mask, 20).text() + "\n"
-    assert (
-        run("plan", program, "--shape", "1,2,300,16").stdout
-        == cd.plan(mask, (1, 2, 300, 16)).explain() + "\n"
-    )
+    explanation = cd.plan(mask, (1, 2, 300, 16)).explain()
+    assert run("plan", program, "--shape", "1,2,300,16").stdout == explanation + "\n"
 
 
 def test_cross_attention_decoding_and_orders() -> None:
@@ -111,39 +98,55 @@ def test_cross_attention_decoding_and_orders() -> None:
     assert [panel["branches"] for panel in values["panels"]] == [1, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("causal()", "-n", "8", "--head", "8"), "head must be one of 8 heads, 0 to 7; got 8"),
-        (("causal()", "-n", "0"), "--tokens"),
-        (("causal()", "-n", "8", "--order", "hilbert(2, 2)"), "orders the 4 cells of its grid"),
-        (("causal()", "-n", "8", "--order", "causal()"), "an order is needed"),
-        (("causal()", "-n", "8", "--png", "mask.txt"), "--png takes a path that ends in .png; got 'mask.txt'"),
-        (("causal()", "-n", "8", "--svg", "nowhere/mask.svg"), "--svg: no folder 'nowhere'"),
-        (("padding()", "-n", "8"), "the program reads padding; got --data for nothing. Pass --data NAME=FILE.npy"),
-        (("causal()", "-n", "8", "--data", "ids=ids.npy"), "the program reads no data; got --data for ids"),
-        (("padding()", "-n", "8", "--data", "padding"), "--data takes NAME=FILE.npy, as documents=ids.npy; got 'padding'"),
-        (("padding()", "-n", "8", "--data", "padding=none.npy"), "--data padding: no file 'none.npy'"),
-        (("padding()", "-n", "8", "--data", "padding=text.npy"), "is no array of numbers that numpy.save wrote"),
-        (("padding()", "-n", "8", "--data", "padding=cube.npy"), "(batch, tokens) or (tokens); got shape (2, 2, 2)"),
-        (("padding()", "-n", "8", "--data", "padding=words.npy"), "must hold integers or bools"),
-        (("padding()", "-n", "8", "--data", "padding=ids.npy"), "must be a bool tensor, True where a key is padding"),
-        (("documents(ids='x')", "-n", "9", "--data", "x=ids.npy"), "at least 9 tokens; got shape (1, 8)"),
-        (("padding()", "-n", "8", "--data", "padding=ids.npy", "--data", "padding=ids.npy"), "names 'padding' twice"),
-        (("from_mod('checkered')", "-n", "8"), "from_mod takes 'MODULE:FUNCTION' here"),
-        (("from_mod(3)", "-n", "8"), "from_mod takes 'MODULE:FUNCTION' here"),
-        (("from_mod('no_such_module:f')", "-n", "8"), "No module named 'no_such_module'"),
-        ((f"from_mod('{__name__}:nothing')", "-n", "8"), "has no function 'nothing'"),
-        ((f"from_mod('{__name__}:number')", "-n", "8"), "has no function 'number'"),
-        ((f"from_mod('{__name__}:raises')", "-n", "8"), "mask_mod raises reads the value of a score or an index"),
-        (("from_mud(3)", "-n", "8"), "did you mean from_mod?"),
-    ],
-)  # fmt: skip
+# Programs that cannot be shown, at 8 tokens.
+PROGRAMS = {
+    "from_mod('checkered')": "from_mod takes 'MODULE:FUNCTION' here",
+    "from_mod(3)": "from_mod takes 'MODULE:FUNCTION' here",
+    "from_mod('no_such_module:f')": "No module named 'no_such_module'",
+    f"from_mod('{__name__}:nothing')": "has no function 'nothing'",
+    f"from_mod('{__name__}:number')": "has no function 'number'",
+    f"from_mod('{__name__}:raises')": "mask_mod raises reads the value of a score or an index",
+    "from_mud(3)": "did you mean from_mod?",
+    "padding()": "the program reads padding; got --data for nothing. Pass --data NAME=FILE.npy",
+}
+# Options that do not fit causal() at 8 tokens.
+OPTIONS = {
+    "--head 8": "head must be one of 8 heads, 0 to 7; got 8",
+    "--tokens 0": "--tokens",
+    "--order hilbert(2,2)": "orders the 4 cells of its grid",
+    "--order causal()": "an order is needed",
+    "--png mask.txt": "--png takes a path that ends in .png; got 'mask.txt'",
+    "--svg nowhere/mask.svg": "--svg: no folder 'nowhere'",
+    "--data ids=ids.npy": "the program reads no data; got --data for ids",
+}
+# Data that do not fit padding('p') at 8 tokens.
+DATA = {
+    "p": "--data takes NAME=FILE.npy, as documents=ids.npy; got 'p'",
+    "p=none.npy": "--data p: no file 'none.npy'",
+    "p=text.npy": "is no array of numbers that numpy.save wrote",
+    "p=cube.npy": "(batch, tokens) or (tokens); got shape (2, 2, 2)",
+    "p=words.npy": "must hold integers or bools",
+    "p=ids.npy": "must be a bool tensor, True where a key is padding",
+    "p=short.npy": "at least 8 tokens; got shape (1, 7)",
+    "p=ids.npy --data p=ids.npy": "names 'p' twice",
+}
+REFUSED = [
+    *(((program, "-n", "8"), message) for program, message in PROGRAMS.items()),
+    *((("causal()", "-n", "8", *words.split()), message) for words, message in OPTIONS.items()),
+    *(
+        (("padding('p')", "-n", "8", "--data", *words.split()), message)
+        for words, message in DATA.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_show_refuses(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("ids.npy", np.arange(8))
+    np.save("short.npy", np.arange(7) > 3)
     np.save("cube.npy", np.zeros((2, 2, 2), dtype=bool))
     np.save("words.npy", np.array(["a"] * 8))
     Path("text.npy").write_text("no array")
@@ -163,7 +166,6 @@ def test_a_png_without_matplotlib_is_bad_usage(
     assert result.exit_code == 2
     assert "install it with pip install 'compiled-dilated[show]'" in " ".join(result.stderr.split())
     assert run("show", "causal()", "-n", "8", "--svg", str(tmp_path / "mask.svg")).exit_code == 0
-    assert run("demo", "--quick", "--out", str(tmp_path / "out")).exit_code == 2
 
 
 def test_text_alone_has_no_functions() -> None:

@@ -1,4 +1,4 @@
-"""The demo: it trains, checks its attention, compares and draws; it ends cleanly when interrupted."""
+"""The demo: training, check, comparison and pictures; interruption."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from compiled_dilated import longnet
+from compiled_dilated import compile, longnet, masks, pictures
+from examples.demo import comparison
 from examples.demo.__main__ import application
-from examples.demo.comparison import Check, check
 from examples.demo.model import LanguageModel, loss
 from examples.demo.text import read
 from examples.demo.training import continuation
@@ -47,20 +48,27 @@ def test_demo_trains_checks_and_draws(tmp_path: Path) -> None:
     assert record["check"]["ok"]
     assert record["training"]["held_out_bits"] < record["text"]["unigram_bits"]
     assert record["training"]["tokens_per_second"] > 0
-    assert [cell["system"] for cell in record["comparison"][:3]] == [
-        "compiled_dilated",
-        "dense SDPA",
-        "FlexAttention",
-    ]
+    systems = [cell["system"] for cell in record["comparison"][:3]]
+    assert systems == ["compiled_dilated", "dense SDPA", "FlexAttention"]
     assert sorted(os.listdir(tmp_path / "out")) == ["loss.png", "mask.png", "summary.json"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == record
 
 
-def test_demo_says_what_text_it_needs(tmp_path: Path) -> None:
+def test_demo_refuses_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text("print(1)\n")
     result = run("--quick", "--text", str(tmp_path), "--out", str(tmp_path / "out"))
     assert result.exit_code == 2
     assert "holds 9 bytes of Python sources; the demo needs 262,144" in result.stderr
+
+
+def test_demo_refuses_to_run_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "can_draw", lambda: False)
+    result = run("--quick", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "install it with pip install 'compiled-dilated[show]'" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_text_is_split_by_file(tmp_path: Path) -> None:
@@ -90,26 +98,25 @@ def test_demo_model_is_causal_and_starts_at_chance() -> None:
     assert len(continuation(fresh, b"ab", 5, torch.Generator().manual_seed(0))) == 5
 
 
-def test_demo_check_fails_for_another_program() -> None:
+def test_demo_check_fails_for_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(3, 1, 2, 100, 16)
-    checked = check(longnet((16, 32), (1, 2), causal=True), q, k, v)
-    assert checked.ok
-    assert not Check(100, 2e-6, 1e-6, 0.0, 1.0).ok
+    program = longnet((16, 32), (1, 2), causal=True)
+    assert comparison.check(program, q, k, v).ok
+    compile_causal = partial(compile, masks.causal())
+    monkeypatch.setattr(comparison, "compile", lambda program: compile_causal())
+    assert not comparison.check(program, q, k, v).ok
 
 
-def test_ctrl_c_ends_the_demo_without_a_trace(tmp_path: Path) -> None:
+def test_demo_check_fails_for_wrong_gradients() -> None:
+    assert comparison.Check(100, 1e-7, 1e-6, 1e-7, 1e-6).ok
+    assert not comparison.Check(100, 1e-7, 1e-6, 2e-6, 1e-6).ok
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [
-        sys.executable,
-        "-m",
-        "examples.demo",
-        "--seconds",
-        "600",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    options = ["--seconds", "600", "--out", str(tmp_path / "out")]
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "examples.demo", *options],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
@@ -117,14 +124,13 @@ def test_ctrl_c_ends_the_demo_without_a_trace(tmp_path: Path) -> None:
         text=True,
     ) as process:
         assert process.stdout
-        while not process.stdout.readline().startswith(
-            "memory"
-        ):  # the plan is printed, training begins
+        # The last line of the plan is printed before training begins.
+        while not process.stdout.readline().startswith("memory"):
             assert process.poll() is None
         time.sleep(1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    # Where the signal found Python inside exec() of a string, Python ends by the signal; a shell reports that as 130 too.
+    # Inside exec() of a string Python ends by the signal, which a shell reports as 130 too.
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()

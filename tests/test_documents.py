@@ -1,4 +1,4 @@
-"""README and docs: short, and of figures, links and names that exist."""
+"""README and docs: length, links, code blocks, figures and examples of docstrings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from compiled_dilated import masks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted(
-    [
-        ROOT / "README.md",
-        *(ROOT / "docs").glob("**/*.md"),
-        *ROOT.glob("C*.md"),
-        *(ROOT / "examples").glob("*.md"),
-    ]
-)
+PAGES = [ROOT / "README.md", *ROOT.glob("C*.md")]
+PAGES += [*(ROOT / "docs").glob("**/*.md"), *(ROOT / "examples").glob("*.md")]
+PAGES.sort()
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MODULES_WITH_EXAMPLES = [
@@ -37,7 +32,7 @@ MODULES_WITH_EXAMPLES = [
 ]
 
 
-def test_the_readme_is_a_door() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 120
     assert len(README.split()) <= 800
 
@@ -46,10 +41,9 @@ def test_the_picture_of_the_readme_is_its_mask() -> None:
     lines = [line[30:] for line in README.splitlines() if "█" in line]
     positions = torch.arange(len(lines))
     mask = masks.causal() & (masks.window(3) | masks.sinks(1))
-    seen = mask.allows(0, 0, positions[:, None], positions)
-    assert lines == [
-        "".join("█" if pair else " " for pair in row).rstrip() for row in seen.tolist()
-    ]
+    allowed = mask.allows(0, 0, positions[:, None], positions).tolist()
+    rows = ["".join("█" if pair else " " for pair in row) for row in allowed]
+    assert lines == [row.rstrip() for row in rows]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -64,24 +58,20 @@ def test_links_lead_to_files(page: Path) -> None:
 )
 def test_code_of_pages_runs(page: Path, tmp_path: Path) -> None:
     blocks = BLOCK.findall(page.read_text())
-    # Where this library is not installed: a process without it, after the others.
-    elsewhere = [block for block in blocks if "load_library(" in block]
-    here = [block for block in blocks if block not in elsewhere]
-    run_code("\n".join([SHARED, PRELUDES.get(page.name, ""), *here]), tmp_path)
-    for block in elsewhere:
+    # Blocks for machines without this library run in processes of their own, after all others.
+    without_library = [block for block in blocks if "load_library(" in block]
+    blocks = [block for block in blocks if block not in without_library]
+    run_code("\n".join([SHARED, PRELUDES.get(page.name, ""), *blocks]), tmp_path)
+    for block in without_library:
         run_code("import torch\n" + block, tmp_path)
 
 
 def run_code(code: str, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES, ids=str)
@@ -90,21 +80,15 @@ def test_examples_of_docstrings_run(module: str) -> None:
     names = {"masks": masks, "global_tokens": masks.global_tokens, "q": q, "k": q, "v": q}
     # Modules take (B, N, H, D) and (B, N, E).
     query, x = torch.randn(1, 256, 8, 64), torch.randn(1, 256, 512)
-    names |= {
-        "query": query,
-        "key": query,
-        "value": query,
-        "x": x,
-        "attend": cd.compile(masks.causal()),
-    }
-    results = doctest.testmod(
-        importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE, extraglobs=names
-    )
+    names |= {"query": query, "key": query, "value": query, "x": x}
+    names |= {"attend": cd.compile(masks.causal())}
+    flags = doctest.NORMALIZE_WHITESPACE
+    results = doctest.testmod(importlib.import_module(module), optionflags=flags, extraglobs=names)
     assert results.attempted
     assert not results.failed
 
 
 def test_figures_are_those_of_the_results() -> None:
     command = [sys.executable, str(ROOT / "tools" / "measured"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

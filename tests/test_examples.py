@@ -1,4 +1,4 @@
-"""The examples run as they stand, in their short forms, and say so where their own checks fail."""
+"""The examples run in their short forms, and exit with an error if their checks fail."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# What each prints when it has done its work; each checks its numbers itself, and exits with an error.
+# Text of each example's output. Each checks its own numbers, and exits with an error.
 PRINTED = {
-    "big_bird_bert": "logits of 1,024 tokens differ from the dense float64 reference by",
+    "big_bird_bert": "logits of 1,024 tokens differ from the float64 reference by",
     "cpp/prefill": "C++ and Python agree",
     "fsdp_ring": "losses differ by",
     "generate_with_sinks": "gives the same tokens",
@@ -24,19 +24,17 @@ PRINTED = {
     "packed_documents": "a padded batch would have",
     "vit_neighborhoods": "of new images classified right",
 }
-# Of other processes, or of minutes of compiling.
+# Examples that start processes, or compile for minutes.
 APART = ("cpp/prefill", "fsdp_ring")
 
 
 def test_every_example_is_run_and_listed() -> None:
-    files = {
-        path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.py")
-    }
+    paths = [path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.rglob("*.py")]
     # The demo has tests of its own.
-    files = {name for name in files if not name.startswith("demo/")}
-    assert files == set(PRINTED)
-    listed = (EXAMPLES / "README.md").read_text()
-    assert all(f"`python examples/{name}.py`" in listed for name in PRINTED)
+    names = {path.as_posix() for path in paths if path.parts[0] != "demo"}
+    assert names == set(PRINTED)
+    readme = (EXAMPLES / "README.md").read_text()
+    assert all(f"`python examples/{name}.py`" in readme for name in PRINTED)
 
 
 def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -47,7 +45,7 @@ def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in PRINTED if name not in APART])
-def test_an_example_does_its_work(
+def test_an_example_runs(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_here(name, monkeypatch, "--short")
@@ -58,19 +56,17 @@ def test_an_example_does_its_work(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APART)
-def test_an_example_of_several_processes_does_its_work(
-    name: str, fresh_python: Callable[..., Any]
-) -> None:
+def test_an_example_of_several_processes_runs(name: str, fresh_python: Callable[..., Any]) -> None:
     run = fresh_python(str(EXAMPLES / f"{name}.py"), "--short")
     assert run.returncode == 0, run.stderr
     assert PRINTED[name] in run.stdout
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_an_example_explains_itself(
+def test_every_example_has_help(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as end:
         run_here(name, monkeypatch, "--help")
-    assert ended.value.code == 0
+    assert end.value.code == 0
     assert "--short" in capsys.readouterr().out

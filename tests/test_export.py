@@ -28,16 +28,19 @@ def exported(name: str, strict: bool = False) -> torch.export.ExportedProgram:
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_models_compute_the_same(name: str, strict: bool) -> None:
-    """After what they were made from is gone from every table."""
+    """With emptied caches."""
     model = MODELS[name]
-    want = model.make()(*model.inputs(N))
+    expected = model.make()(*model.inputs(N))
     program = exported(name, strict)
     forget()
-    same(program.module()(*model.inputs(N)), want)
-    targets = [
-        str(node.target) for node in program.graph.nodes if "compiled_dilated" in str(node.target)
-    ]
+    same(program.module()(*model.inputs(N)), expected)
+    targets = [str(node.target) for node in attention_nodes(program)]
     assert targets == ["compiled_dilated.attend.default"]
+
+
+def attention_nodes(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+    """The nodes that call operators of this library."""
+    return [node for node in program.graph.nodes if "compiled_dilated" in str(node.target)]
 
 
 LOADS = """
@@ -45,13 +48,14 @@ import sys, pathlib, torch
 import compiled_dilated
 {before}
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt2")):
-    inputs, want = torch.load(path.with_suffix(".pt"))
-    got = torch.export.load(path).module()(*inputs)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda message: path.stem + message)
+    inputs, expected = torch.load(path.with_suffix(".pt"))
+    out = torch.export.load(path).module()(*inputs)
+    named = lambda message: path.stem + message
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10, msg=named)
     print(path.stem)
 """
-# Another mask_mod and another score_mod of the names that the exported ones have, compiled and exported first.
-OTHERS = """
+# Functions with the names of the exported ones, compiled and exported first.
+SAME_NAMES = """
 def rule(b, h, i, j): return j >= i
 def mod(score, b, h, i, j): return score * 0
 q = torch.randn(2, 4, 48, 8, dtype=torch.float64)
@@ -78,12 +82,12 @@ KINDS["programs"] = tuple(
 def test_exported_models_run_in_a_fresh_process(
     kind: str, tmp_path: Path, fresh_python: Python
 ) -> None:
-    """Which imports the package and nothing else."""
+    """The process imports compiled_dilated and nothing else of the model."""
     for name in KINDS[kind]:
         save(tmp_path, name, MODELS[name].make(), MODELS[name].inputs(N))
-    ran = fresh_python("-c", LOADS.format(before=""), str(tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split("\n")[:-1] == list(KINDS[kind])
+    run = fresh_python("-c", LOADS.format(before=""), str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[:-1] == list(KINDS[kind])
 
 
 def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -103,31 +107,27 @@ def test_exported_models_run_beside_functions_of_the_same_names(
     tmp_path: Path, fresh_python: Python
 ) -> None:
     save(tmp_path, "named", Named(), tensors())
-    ran = fresh_python("-c", LOADS.format(before=OTHERS), str(tmp_path))
-    assert ran.returncode == 0, ran.stderr
+    run = fresh_python("-c", LOADS.format(before=SAME_NAMES), str(tmp_path))
+    assert run.returncode == 0, run.stderr
 
 
-def test_exported_text_needs_no_process() -> None:
-    """What two exports of equal models say is equal."""
+def test_exports_of_equal_models_have_equal_texts() -> None:
     texts = []
     for _ in range(2):
         forget()
-        nodes = [
-            node
-            for node in exported("parameters").graph.nodes
-            if "compiled_dilated" in str(node.target)
-        ]
-        texts.append([x for x in (*nodes[0].args, *nodes[0].kwargs.values()) if isinstance(x, str)])
+        node = attention_nodes(exported("parameters"))[0]
+        arguments = (*node.args, *node.kwargs.values())
+        texts.append([value for value in arguments if isinstance(value, str)])
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_exported_models_train(saved: bool, strict: bool, tmp_path: Path) -> None:
-    """Gradients of the parameters that a score_mod reads, and of q, k and v; of the saved and loaded model too."""
+    """Gradients of q, k and v, and of the parameters that a score_mod reads."""
     model, inputs = Learned(), tuple(x.requires_grad_() for x in tensors())
     leaves = (*inputs, model.slopes, model.rows)
-    want = torch.autograd.grad(model(*inputs).sin().sum(), leaves)
+    expected = torch.autograd.grad(model(*inputs).sin().sum(), leaves)
     program = torch.export.export(model, inputs, strict=strict)
     if saved:
         torch.export.save(program, tmp_path / "model.pt2")
@@ -136,23 +136,15 @@ def test_exported_models_train(saved: bool, strict: bool, tmp_path: Path) -> Non
     forget()
     out = loaded(*inputs)
     forget()
-    names = dict(loaded.named_parameters())
-    same(torch.autograd.grad(out.sin().sum(), (*inputs, names["slopes"], names["rows"])), want)
+    parameters = dict(loaded.named_parameters())
+    leaves = (*inputs, parameters["slopes"], parameters["rows"])
+    same(torch.autograd.grad(out.sin().sum(), leaves), expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "longnet",
-        "tiled",
-        "data",
-        "grouped heads",
-        "parameters",
-        "closures",
-        "variant",
-        "many documents",
-    ],
-)
+COMPILED = ("longnet", "data", "parameters", "closures", "many documents", "grouped heads")
+
+
+@pytest.mark.parametrize("name", [*COMPILED, "tiled", "variant"])
 def test_exported_models_take_any_length(name: str) -> None:
     model = MODELS[name]
     built, inputs = model.make(), model.inputs(N)
@@ -165,17 +157,13 @@ def test_exported_models_take_any_length(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["longnet", "data", "parameters", "closures", "many documents", "grouped heads"]
-)
+@pytest.mark.parametrize("name", COMPILED)
 def test_aot_inductor(name: str, tmp_path: Path) -> None:
-    model = MODELS[name]
+    model, path = MODELS[name], str(tmp_path / "model.pt2")
     with torch.no_grad():
         built, inputs = model.make(), model.inputs(N)
-        want = built(*inputs)
+        expected = built(*inputs)
         program = torch.export.export(built, inputs)
-        package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
+        package = torch._inductor.aoti_compile_and_package(program, package_path=path)
         forget()
-        same(torch._inductor.aoti_load_package(package)(*inputs), want, 1e-6)
+        same(torch._inductor.aoti_load_package(package)(*inputs), expected, 1e-6)

@@ -19,17 +19,17 @@ CACHED = ("longnet", "ring", "tiled", "data", "parameters", "closures")
 
 @pytest.mark.parametrize("name", [*CACHED, "many documents"])
 def test_exported_models_work_with_emptied_caches(name: str) -> None:
-    """Between forward and backward, between any two calls."""
-    check_without_tables(name, "eager")
+    """Between forward and backward, and between calls."""
+    check_with_emptied_caches(name, "eager")
 
 
 @pytest.mark.parametrize("name", [*CACHED, "many documents"])
 def test_compiled_models_work_with_emptied_caches(name: str) -> None:
     """Between compiling and running too."""
-    check_without_tables(name, "aot_eager")
+    check_with_emptied_caches(name, "aot_eager")
 
 
-def check_without_tables(name: str, how: str) -> None:
+def check_with_emptied_caches(name: str, how: str) -> None:
     model = MODELS[name]
     built = model.make()
     inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in model.inputs(N)]
@@ -47,7 +47,7 @@ def check_without_tables(name: str, how: str) -> None:
             forget()
         return [*out, *grads]
 
-    want = results(built, empty=False)
+    expected = results(built, empty=False)
 
     def emptying(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         forget()
@@ -58,4 +58,4 @@ def check_without_tables(name: str, how: str) -> None:
     run = built if how == "eager" else torch.compile(built, backend=emptying, fullgraph=True)
     forget()
     for _ in range(3):
-        same(results(run, empty=True), want)
+        same(results(run, empty=True), expected)

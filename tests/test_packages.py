@@ -1,9 +1,8 @@
-"""Packages: the numbers of the model at every length; what is missing, altered or unfit is refused."""
+"""Packages: the model's numbers at every length; missing, altered or unfit files are refused."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ import pytest
 import torch
 from packaged import SUFFIXES, Exported, Model, of_model, qkv
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.cli import app
 from compiled_dilated.native import build
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 100, 257, 1000)
@@ -26,10 +23,9 @@ LENGTHS = (1, 2, 3, 7, 63, 64, 65, 100, 257, 1000)
 def longnet(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     program, path = cd.longnet((16, 64), (1, 4)), tmp_path_factory.mktemp("longnet") / "model.pt2"
     q, k, _ = qkv(100)
-    # One tensor as keys and values: torch.export would make one input of it.
-    return Exported(
-        program, path, cd.export(program, (q, k, k), path, lengths=(1, 2**20), batches=(1, 8))
-    )
+    # One tensor as keys and values: torch.export would merge the two inputs.
+    about = cd.export(program, (q, k, k), path, lengths=(1, 2**20), batches=(1, 8))
+    return Exported(program, path, about)
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +55,17 @@ def test_a_model_with_data_and_a_function(whole: Exported) -> None:
 
 def test_inputs_in_any_layout(longnet: Exported, whole: Exported) -> None:
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(65)]
-    torch.testing.assert_close(
-        cd.load(longnet.path)(*by_token), cd.compile(longnet.model)(*by_token), rtol=1e-6, atol=1e-6
-    )
+    expected = cd.compile(longnet.model)(*by_token)
+    torch.testing.assert_close(cd.load(longnet.path)(*by_token), expected, rtol=1e-6, atol=1e-6)
     x, padding = of_model(65)
-    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(
-            cd.load(whole.path)(turned, padding), whole.model(x, padding), rtol=1e-5, atol=1e-6
-        )
+        expected = whole.model(x, padding)
+    out = cd.load(whole.path)(strided, padding)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_inspect_says_what_was_exported(longnet: Exported, whole: Exported) -> None:
+def test_inspect_describes_the_export(longnet: Exported, whole: Exported) -> None:
     about = cd.inspect(longnet.path)
     assert about == longnet.about
     assert about.name == repr(longnet.model)
@@ -95,107 +90,50 @@ def test_inspect_opens_one_file(longnet: Exported, tmp_path: Path) -> None:
     assert cd.inspect(path) == longnet.about
 
 
-# The command line -------------------------------------------------------------------------------------------------------------
+# Refusals
 
-
-def run_command(*arguments: str) -> Any:
-    return CliRunner().invoke(app, arguments)
-
-
-def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "made_here.py").write_text(
-        "import torch\n"
-        "from compiled_dilated import masks\n"
-        "def make():\n"
-        "    return masks.causal() & masks.window(8), tuple(torch.randn(1, 2, 20, 8) for _ in range(3))\n"
-        "def wrong():\n"
-        "    return 3\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    done = run_command("export", "made_here:make", "model.pt2", "--lengths", "1,4096", "--json")
-    assert done.exit_code == 0, done.output
-    shown = run_command("inspect", "model.pt2")
-    assert "tokens: 1 to 4,096" in shown.stdout
-    assert json.loads(run_command("inspect", "model.pt2", "--json").stdout) == json.loads(
-        done.stdout[done.stdout.index("{") :]
-    )
-    q, k, v = (torch.randn(1, 2, 33, 8) for _ in range(3))
-    want = cd.compile(masks.causal() & masks.window(8))(q, k, v)
-    torch.testing.assert_close(cd.load("model.pt2")(q, k, v), want, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("inspect", "none.pt2"), "none.pt2.json is missing"),
-        (("export", "nowhere:make", "model.pt2"), "No module named 'nowhere'"),
-        (
-            ("export", "json:nothing", "model.pt2"),
-            "MODULE:FACTORY must name a function; json has no function 'nothing'",
-        ),
-        (
-            ("export", "time:time", "model.pt2"),
-            "must return (model or program, example inputs); got float",
-        ),
-        (("export", "time:time", "model.pt2", "--lengths", "3"), "must return"),
-    ],
-)
-def test_bad_usage_of_the_commands(
-    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.path", list(sys.path))
-    done = run_command(*arguments)
-    assert done.exit_code == 2
-    assert message in " ".join(done.output.replace("│", " ").split())
-
-
-# Refusals ---------------------------------------------------------------------------------------------------------------------
-
+# Inputs that do not fit the package of `longnet`, and the message.
 UNFIT = [
-    (
-        lambda: [x.double() for x in qkv(50)],
-        TypeError,
-        "input 0 must be float32 on a CPU; got float64 on a CPU",
-    ),
-    (
-        lambda: qkv(50, batch=9),
-        ValueError,
-        "batch must be from 1 to 8, for which the package was made; got 9",
-    ),
+    (lambda: qkv(50, batch=9), "batch must be from 1 to 8, for which the package was made; got 9"),
     (
         lambda: qkv(0),
-        ValueError,
         "tokens must be from 1 to 1,048,576, for which the package was made; got 0",
     ),
     (
         lambda: qkv(50, heads=8),
-        ValueError,
         "input 0 must have the shape (batch, 4, tokens, 16); got (2, 8, 50, 16)",
     ),
     (
         lambda: (*qkv(50)[:2], qkv(51)[2]),
-        ValueError,
         "input 2 must have the shape (batch, 2, tokens, 16); got (2, 2, 51, 16)",
     ),
     (
         lambda: [x[0] for x in qkv(50)],
-        ValueError,
         "input 0 must have the shape (batch, 4, tokens, 16); got (4, 50, 16)",
     ),
 ]
 
 
-@pytest.mark.parametrize(("inputs", "error", "message"), UNFIT)
+@pytest.mark.parametrize(("inputs", "message"), UNFIT)
 def test_unfit_inputs_are_refused(
-    longnet: Exported, inputs: Callable[[], Any], error: type[Exception], message: str
+    longnet: Exported, inputs: Callable[[], Any], message: str
 ) -> None:
-    """By a loaded package and, in the same words, by its graph."""
+    """By a loaded package and, with the same message, by its graph."""
+    check_refusal(longnet, inputs(), ValueError, message)
+
+
+def test_another_dtype_is_refused(longnet: Exported) -> None:
+    inputs = [x.double() for x in qkv(50)]
+    message = "input 0 must be float32 on a CPU; got float64 on a CPU"
+    check_refusal(longnet, inputs, TypeError, message)
+
+
+def check_refusal(package: Exported, inputs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as loaded:
-        cd.load(longnet.path)(*inputs())
+        cd.load(package.path)(*inputs)
     assert str(loaded.value) == message
     with pytest.raises(RuntimeError) as raw:
-        torch._inductor.aoti_load_package(str(longnet.path))(*inputs())
+        torch._inductor.aoti_load_package(str(package.path))(*inputs)
     assert str(raw.value).splitlines()[0] == message
 
 
@@ -206,23 +144,23 @@ def test_unfit_inputs_are_refused(
         (lambda: (1, 2, 3), "input 0 must be a tensor; got int"),
     ],
 )
-def test_what_is_no_tensor_is_refused(
+def test_other_arguments_are_refused(
     longnet: Exported, inputs: Callable[[], Any], message: str
 ) -> None:
     with pytest.raises(TypeError, match=message):
         cd.load(longnet.path)(*inputs())
 
 
-def test_a_package_without_decoding_says_so(longnet: Exported) -> None:
+def test_decoding_by_a_package_without_it_is_refused(longnet: Exported) -> None:
     with pytest.raises(ValueError, match="has no entry for decoding; export it with decode=True"):
         cd.load(longnet.path).decode(*qkv(50, queries=1))
 
 
-def test_generated_code_takes_no_other_layout(whole: Exported) -> None:
+def test_a_raw_package_refuses_other_strides_of_generated_code(whole: Exported) -> None:
     x, padding = of_model(65)
-    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="input 0 must be contiguous"):
-        torch._inductor.aoti_load_package(str(whole.path))(turned, padding)
+        torch._inductor.aoti_load_package(str(whole.path))(strided, padding)
 
 
 @pytest.fixture
@@ -251,84 +189,70 @@ def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
     ("fields", "message"),
     [
         ({"torch": "2.10.0"}, "the package is for torch 2.10.0; this is"),
-        (
-            {"isa": "native", "cpu": "VSX"},
-            "the package is for CPUs with VSX alone, as isa='native' makes it; this one has",
-        ),
+        ({"isa": "native", "cpu": "VSX"}, "for CPUs with VSX alone, as isa='native' makes it;"),
         ({"machine": "s390x"}, "the package is for s390x; this machine is"),
-        (
-            {"kernel": "0" * 64},
-            "for the kernel of another version of compiled_dilated. Export it again with this one",
-        ),
+        ({"kernel": "0" * 64}, "for the kernel of another version of compiled_dilated. Export it"),
         ({"format": 1}, "its format is 1, and this version reads 2"),
         ({"entries": None}, "does not describe a package"),
         ({"entries": {"model": {}}}, "does not describe a package"),
-        (None, "does not describe a package"),
     ],
 )
 def test_another_machine_or_version_is_refused(
-    copied: Path, fields: dict[str, Any] | None, message: str
+    copied: Path, fields: dict[str, Any], message: str
 ) -> None:
-    beside = copied.with_name("model.pt2.json")
-    beside.write_text(
-        "{" if fields is None else json.dumps({**json.loads(beside.read_text()), **fields})
-    )
+    description = copied.with_name("model.pt2.json")
+    description.write_text(json.dumps({**json.loads(description.read_text()), **fields}))
     with pytest.raises(ValueError, match=message):
         cd.load(copied)
 
 
+def test_a_description_that_is_no_json_is_refused(copied: Path) -> None:
+    copied.with_name("model.pt2.json").write_text("{")
+    with pytest.raises(ValueError, match="does not describe a package"):
+        cd.load(copied)
+
+
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"path": "model.so"}, ValueError, r"path must end with .pt2; got 'model.so'"),
-        ({"model": 3}, TypeError, "model must be a torch.nn.Module, a program or a mask; got int"),
-        ({"model": cd.compile(masks.causal())}, TypeError, "export takes the program itself"),
-        (
-            {"lengths": (9, 3)},
-            ValueError,
-            r"lengths must be the least and the most, as \(1, 65536\); got \(9, 3\)",
-        ),
-        (
-            {"lengths": (1, 30)},
-            ValueError,
-            r"example_inputs must have tokens within the range \(1, 30\); got 50",
-        ),
-        (
-            {"example_inputs": qkv(1), "lengths": (1, 30)},
-            ValueError,
-            "must have at least 2 tokens where that varies; got 1",
-        ),
-        (
-            {"example_inputs": (1, 2, 3)},
-            TypeError,
-            r"example_inputs\[0\] must be a tensor on a CPU; got int",
-        ),
-        (
-            {"example_inputs": qkv(9)[0]},
-            TypeError,
-            "example_inputs must be a sequence of tensors; got Tensor",
-        ),
-        ({"example_inputs": ()}, ValueError, "example_inputs is empty"),
-        (
-            {"example_inputs": [x.cfloat() for x in qkv(9)]},
-            TypeError,
-            "must have one of the dtypes float32, .*; got complex64",
-        ),
-        ({"isa": "sse"}, ValueError, "isa must be one of 'avx2', 'native'; got 'sse'"),
+        ({"path": "model.so"}, r"path must end with .pt2; got 'model.so'"),
+        ({"lengths": (9, 3)}, r"lengths must be the least and the most, as .*; got \(9, 3\)"),
+        ({"lengths": (1, 30)}, r"must have tokens within the range \(1, 30\); got 50"),
+        ({"example_inputs": qkv(1), "lengths": (1, 30)}, "at least 2 tokens where that varies"),
+        ({"example_inputs": ()}, "example_inputs is empty"),
+        ({"isa": "sse"}, "isa must be one of 'avx2', 'native'; got 'sse'"),
     ],
 )
-def test_bad_exports_are_refused(
-    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+def test_bad_values_of_export_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {
-        "model": masks.causal(),
-        "example_inputs": qkv(50),
-        "path": tmp_path / "model.pt2",
-        **options,
-    }
-    with pytest.raises(error, match=message):
-        cd.export(**settings)
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": 3}, "model must be a torch.nn.Module, a program or a mask; got int"),
+        ({"model": cd.compile(masks.causal())}, "export takes the program itself"),
+        ({"example_inputs": (1, 2, 3)}, r"example_inputs\[0\] must be a tensor on a CPU; got int"),
+        ({"example_inputs": qkv(9)[0]}, "must be a sequence of tensors; got Tensor"),
+        ({"example_inputs": [x.cfloat() for x in qkv(9)]}, "the dtypes float32, .*; got complex64"),
+    ],
+)
+def test_bad_types_of_export_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        export(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def export(folder: Path, **options: Any) -> None:
+    """Export a causal mask, with some arguments replaced."""
+    settings = {"model": masks.causal(), "example_inputs": qkv(50), "path": folder / "model.pt2"}
+    cd.export(**{**settings, **options})
 
 
 class OfTiles(nn.Module):
@@ -343,28 +267,23 @@ class OfTiles(nn.Module):
         return out
 
 
-def test_what_needs_python_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError,
-        match="the graph holds attention that the native kernel does not compute for all lengths",
-    ):
+def test_attention_that_needs_python_is_refused(tmp_path: Path) -> None:
+    message = "the graph holds attention that the native kernel does not compute for all lengths"
+    with pytest.raises(ValueError, match=message):
         cd.export(OfTiles(), qkv(50), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(
-        build.NativeUnavailable,
-        match="CXX='no-such-compiler' names no program that can be found; set CXX",
-    ):
-        cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
+    message = "CXX='no-such-compiler' names no program that can be found; set CXX"
+    with pytest.raises(build.NativeUnavailable, match=message):
+        export(tmp_path)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(
-        build.NativeUnavailable, match=r"no C\+\+ compiler is on PATH; install g\+\+"
-    ):
-        cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
+    message = r"no C\+\+ compiler is on PATH; install g\+\+"
+    with pytest.raises(build.NativeUnavailable, match=message):
+        export(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -377,14 +296,9 @@ def test_models_of_transformers(name: str, attention: Any, tmp_path: Path) -> No
     from transformers_models import inputs_of, model_of
 
     model = cd.compile(model_of(name, "eager", use_cache=False), attention=attention)
-    cd.export(
-        model,
-        (inputs_of(name)["input_ids"],),
-        tmp_path / "model.pt2",
-        lengths=(2, 512),
-        batches=(1, 8),
-    )
-    run = cd.load(tmp_path / "model.pt2")
+    path, ids = tmp_path / "model.pt2", inputs_of(name)["input_ids"]
+    cd.export(model, (ids,), path, lengths=(2, 512), batches=(1, 8))
+    run = cd.load(path)
     for tokens in (2, 50, 101):
         ids = inputs_of(name, tokens, batch=3)["input_ids"]
         with torch.no_grad():

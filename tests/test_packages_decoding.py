@@ -1,7 +1,8 @@
-"""Packages that decode: prefill and some queries against a cache of any length, as entries of one file."""
+"""Packages that decode: prefill, and queries against a cache of any length, in one file."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,36 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     program = masks.causal() & (masks.window(20) | masks.sinks(2)) & masks.padding("padding")
     path = tmp_path_factory.mktemp("window") / "model.pt2"
     inputs = (*qkv(50), torch.zeros(2, 50, dtype=torch.bool))
-    return Exported(
-        program,
-        path,
-        cd.export(program, inputs, path, lengths=(1, 2**20), batches=(1, 8), decode=True),
-    )
+    about = cd.export(program, inputs, path, lengths=(1, 2**20), batches=(1, 8), decode=True)
+    return Exported(program, path, about)
 
 
 def padding(tokens: int, batch: int = 2) -> Tensor:
-    """Some keys hidden."""
+    """Every fifth key is padding."""
     return torch.arange(tokens).expand(batch, -1) % 5 == 3
 
 
 def test_queries_are_the_last_of_the_cache(window: Exported) -> None:
     run, attend = cd.load(window.path), cd.compile(window.model)
-    for tokens in (1, 2, 19, 64, 65, 300, 4096):
-        for queries in (1, 2, 7, 64):
-            if queries <= tokens:
-                inputs, data = qkv(tokens, queries=queries), padding(tokens)
-                expected = attend(*inputs, q_offset=tokens - queries, data={"padding": data})
-                torch.testing.assert_close(
-                    run.decode(*inputs, data), expected, rtol=1e-6, atol=1e-6
-                )
+    for tokens, queries in itertools.product((1, 2, 19, 64, 65, 300, 4096), (1, 2, 7, 64)):
+        if queries <= tokens:
+            inputs, data = qkv(tokens, queries=queries), padding(tokens)
+            expected = attend(*inputs, q_offset=tokens - queries, data={"padding": data})
+            out = run.decode(*inputs, data)
+            torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_tokens_one_by_one_are_the_whole_sequence(window: Exported) -> None:
     run, (q, k, v), data = cd.load(window.path), qkv(40), padding(40)
     steps = [run(*(x[:, :, :30] for x in (q, k, v)), data[:, :30])]
-    # Slices of one allocated cache, which are no copies.
-    steps += [
-        run.decode(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], data[:, : i + 1])
-        for i in range(30, 40)
-    ]
+    # Slices of one allocated cache, without copies.
+    for i in range(30, 40):
+        query, keys, values = q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]
+        steps.append(run.decode(query, keys, values, data[:, : i + 1]))
     torch.testing.assert_close(torch.cat(steps, dim=2), run(q, k, v, data), rtol=1e-6, atol=1e-6)
 
 
-def test_a_cache_is_read_where_it_lies(window: Exported) -> None:
+def test_a_cache_needs_no_copy(window: Exported) -> None:
     assert not any(x.contiguous for x in window.about.entries["decode"].inputs)
 
 
@@ -78,7 +73,7 @@ def test_queries_out_of_range_are_refused(
 
 
 class Prefill(nn.Module):
-    """A layer over a whole sequence. Returns its output, keys and values."""
+    """A layer over a whole sequence, which returns its output, keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +93,7 @@ class Prefill(nn.Module):
 
 
 class Step(nn.Module):
-    """The same layer over new tokens behind a cache of keys and values, which it returns longer."""
+    """The same layer over new tokens; it returns the cache of keys and values extended."""
 
     def __init__(self, layer: Prefill) -> None:
         super().__init__()
@@ -113,14 +108,13 @@ class Step(nn.Module):
 
 @pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_model_with_a_cache(tmp_path: Path, queries: int) -> None:
-    """An example of one query makes an entry for one; of more, for any number of them."""
-    layer, cache = Prefill(), torch.zeros(2, 4, 9, 8)
+    """An example of one query makes an entry for one; of two, for any number of them."""
+    path, layer, cache = tmp_path / "model.pt2", Prefill(), torch.zeros(2, 4, 9, 8)
     decode = (Step(layer), (torch.zeros(2, queries, 32), cache, cache))
-    about = cd.export(
-        layer, (torch.zeros(2, 50, 32),), tmp_path / "model.pt2", lengths=(2, 4096), decode=decode
-    )
+    example = (torch.zeros(2, 50, 32),)
+    about = cd.export(layer, example, path, lengths=(2, 4096), decode=decode)
     assert about.entries["decode"].inputs[0].shape == (2, 1 if queries == 1 else "queries", 32)
-    run, x = cd.load(tmp_path / "model.pt2"), torch.randn(2, 60, 32)
+    run, x = cd.load(path), torch.randn(2, 60, 32)
     out, keys, values = run(x[:, :40])
     outs, step = [out], 1 if queries == 1 else 5
     for i in range(40, 60, step):
@@ -130,46 +124,49 @@ def test_a_model_with_a_cache(tmp_path: Path, queries: int) -> None:
         torch.testing.assert_close(torch.cat(outs, dim=1), layer(x)[0], rtol=1e-5, atol=1e-6)
 
 
+LAYER = Prefill()
+ONE_SIZE = (torch.zeros(2, 9, 32),) * 3
+
+
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
+        ({"decode": True, "lengths": None}, "decode needs lengths, the range of the cache's"),
+        ({"decode": True, "example_inputs": qkv(2)}, "at least 3 tokens for decode=True; got 2"),
         (
-            {"decode": True, "lengths": None},
-            ValueError,
-            "decode needs lengths, the range of the cache's tokens",
+            {"model": LAYER, "decode": (Step(LAYER), ONE_SIZE)},
+            r"decode\[1\] must have two sizes of tokens, .*; got \[9\]",
         ),
-        ({"decode": 1}, TypeError, "decode must be True or False; got int 1"),
+    ],
+)
+def test_bad_values_of_decode_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": 1}, "decode must be True or False; got int 1"),
+        ({"model": LAYER, "decode": True}, r"must be \(module, example inputs\) .* got bool"),
         (
-            {"decode": True, "example_inputs": qkv(2)},
-            ValueError,
-            "must have at least 3 tokens for decode=True; got 2",
-        ),
-        (
-            {"decode": True, "model": Prefill()},
-            TypeError,
-            r"decode must be \(module, example inputs\) for a model, .* got bool",
-        ),
-        (
-            {"model": Prefill(), "decode": (Step(Prefill()), (torch.zeros(2, 9, 32),) * 3)},
-            ValueError,
-            r"decode\[1\] must have two sizes of tokens, that of the queries and that of the cache.*; got \[9\]",
-        ),
-        (
-            {"model": Prefill(), "decode": (Step(Prefill()), 3)},
-            TypeError,
+            {"model": LAYER, "decode": (Step(LAYER), 3)},
             r"decode\[1\] must be a sequence of tensors; got int",
         ),
     ],
 )
-def test_bad_decodes_are_refused(
-    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+def test_bad_types_of_decode_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {
-        "model": masks.causal(),
-        "example_inputs": qkv(50),
-        "lengths": (1, 99),
-        **options,
-    }
-    with pytest.raises(error, match=message):
-        cd.export(path=tmp_path / "model.pt2", **settings)
+    with pytest.raises(TypeError, match=message):
+        export(tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def export(folder: Path, **options: Any) -> None:
+    """Export a causal mask of a range of lengths, with some arguments replaced."""
+    settings = {"model": masks.causal(), "example_inputs": qkv(50), "lengths": (1, 99)}
+    cd.export(path=folder / "model.pt2", **{**settings, **options})

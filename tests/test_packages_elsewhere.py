@@ -1,4 +1,4 @@
-"""Packages on other machines: without this library, without a compiler, on CPUs with less, from C++; other formats of export."""
+"""Packages on other machines: without this library or a compiler, on other CPUs, from C++."""
 
 from __future__ import annotations
 
@@ -22,20 +22,15 @@ from compiled_dilated.native import cpp
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    program, path = (
-        masks.causal() & (masks.window(20) | masks.sinks(2)),
-        tmp_path_factory.mktemp("window") / "model.pt2",
-    )
-    return Exported(
-        program,
-        path,
-        cd.export(program, qkv(50), path, lengths=(2, 5000), batches=(1, 8), decode=True),
-    )
+    program = masks.causal() & (masks.window(20) | masks.sinks(2))
+    path = tmp_path_factory.mktemp("window") / "model.pt2"
+    about = cd.export(program, qkv(50), path, lengths=(2, 5000), batches=(1, 8), decode=True)
+    return Exported(program, path, about)
 
 
-# Without this library ---------------------------------------------------------------------------------------------------------
+# Without this library
 
-BOTH = """
+BOTH_ENTRIES = """
 runs = {entry: load(entry) for entry in ("model", "decode")}
 inputs = torch.load(path + ".inputs")
 torch.save([runs[entry](*x) for entry, x in inputs], path + ".out")
@@ -55,7 +50,7 @@ for tokens, batch in ((1, 1), (5001, 1), (9, 9)):
 def test_without_this_library(
     window: Exported, tmp_path: Path, fresh_python: Any, capability: str, kernels: str
 ) -> None:
-    """The kernels that a CPU with this capability runs, both entries, what the package says, and what it refuses."""
+    """Kernels by the CPU's capability, both entries, metadata and refusals."""
     path = window.copied(tmp_path)
     inputs = [
         ("model", qkv(65)),
@@ -64,14 +59,14 @@ def test_without_this_library(
         ("decode", qkv(64, queries=9)),
     ]
     torch.save(inputs, f"{path}.inputs")
-    done = fresh_python("-c", WITHOUT + BOTH, str(path), ATEN_CPU_CAPABILITY=capability)
-    assert done.returncode == 0, done.stderr
+    code = WITHOUT + BOTH_ENTRIES
+    run = fresh_python("-c", code, str(path), ATEN_CPU_CAPABILITY=capability)
+    assert run.returncode == 0, run.stderr
     attend = cd.compile(window.model)
-    for (_, x), out in zip(inputs, torch.load(f"{path}.out"), strict=True):
-        torch.testing.assert_close(
-            out, attend(*x, q_offset=x[1].shape[2] - x[0].shape[2]), rtol=1e-6, atol=1e-6
-        )
-    assert done.stdout.splitlines() == [
+    for (_, (q, k, v)), out in zip(inputs, torch.load(f"{path}.out"), strict=True):
+        expected = attend(q, k, v, q_offset=k.shape[2] - q.shape[2])
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    assert run.stdout.splitlines() == [
         f"model.pt2.{kernels}.so model.pt2.so",
         f"{window.about.name} 2,5000",
         "tokens must be from 2 to 5,000, for which the package was made; got 1",
@@ -91,11 +86,9 @@ except RuntimeError as error:
 def test_a_cpu_with_less_is_refused_without_this_library(
     window: Exported, fresh_python: Any
 ) -> None:
-    done = fresh_python("-c", WITHOUT + REFUSED, str(window.path), ATEN_CPU_CAPABILITY="default")
-    assert (
-        done.stdout
-        == "compiled_dilated: the package needs a CPU with AVX2, and this one has none\n"
-    ), done.stderr
+    run = fresh_python("-c", WITHOUT + REFUSED, str(window.path), ATEN_CPU_CAPABILITY="default")
+    message = "compiled_dilated: the package needs a CPU with AVX2, and this one has none\n"
+    assert run.stdout == message, run.stderr
 
 
 def test_a_missing_kernel_is_named_without_this_library(
@@ -104,13 +97,12 @@ def test_a_missing_kernel_is_named_without_this_library(
     path = window.copied(tmp_path)
     for kernels in ("avx512", "avx2"):
         path.with_name(f"model.pt2.{kernels}.so").unlink()
-    done = fresh_python("-c", WITHOUT + REFUSED, str(path))
-    assert (
-        done.stdout == "compiled_dilated: no kernels for this CPU beside the package's library:\n"
-    ), done.stderr
+    run = fresh_python("-c", WITHOUT + REFUSED, str(path))
+    message = "compiled_dilated: no kernels for this CPU beside the package's library:\n"
+    assert run.stdout == message, run.stderr
 
 
-# On other CPUs ----------------------------------------------------------------------------------------------------------------
+# On other CPUs
 
 
 @pytest.mark.parametrize(
@@ -132,17 +124,13 @@ def test_a_cpu_with_less_is_refused(window: Exported, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(
     shutil.which("objdump") is None, reason="needs objdump (Debian: apt install binutils)"
 )
-def test_code_for_avx2_holds_nothing_of_avx512(window: Exported, tmp_path: Path) -> None:
+def test_code_for_avx2_has_no_instruction_of_avx512(window: Exported, tmp_path: Path) -> None:
     shutil.unpack_archive(window.path, tmp_path, "zip")
     files = [f"{window.path}.so", f"{window.path}.avx2.so", *map(str, tmp_path.rglob("*.so"))]
     assert len(files) == 4
     for file in [*files, f"{window.path}.avx512.so"]:
-        code = subprocess.run(
-            ["objdump", "-d", "--no-show-raw-insn", file],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        command = ["objdump", "-d", "--no-show-raw-insn", file]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert ("%zmm" in code or "%k1" in code) == file.endswith(".avx512.so"), file
 
 
@@ -153,15 +141,13 @@ def test_code_for_this_cpu_alone(
     path = tmp_path / "model.pt2"
     about = cd.export(masks.causal(), qkv(50), path, lengths=(2, 5000), isa="native")
     assert set(about.files) == {".pt2", ".pt2.so", ".pt2.native.so"}
-    torch.testing.assert_close(
-        cd.load(path)(*qkv(65)), cd.compile(masks.causal())(*qkv(65)), rtol=1e-6, atol=1e-6
-    )
+    expected = cd.compile(masks.causal())(*qkv(65))
+    torch.testing.assert_close(cd.load(path)(*qkv(65)), expected, rtol=1e-6, atol=1e-6)
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return
-    done = fresh_python("-c", WITHOUT + REFUSED, str(path), ATEN_CPU_CAPABILITY="default")
-    assert (
-        "uses the instructions of the CPU that exported it, and this one has fewer" in done.stdout
-    ), done.stderr
+    run = fresh_python("-c", WITHOUT + REFUSED, str(path), ATEN_CPU_CAPABILITY="default")
+    message = "uses the instructions of the CPU that exported it, and this one has fewer"
+    assert message in run.stdout, run.stderr
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(ValueError, match="alone, as isa='native' makes it; this one has DEFAULT"):
         cd.load(path)
@@ -172,8 +158,8 @@ import sys
 import torch
 import compiled_dilated as cd
 path = sys.argv[1]
-run = cd.load(path)
-torch.save([run(*torch.load(path + ".inputs")), run.decode(*torch.load(path + ".inputs"))], path + ".out")
+run, inputs = cd.load(path), torch.load(path + ".inputs")
+torch.save([run(*inputs), run.decode(*inputs)], path + ".out")
 with open("/proc/self/maps") as lines:
     print(*sorted({line.split()[-1].rpartition("/")[2] for line in lines if path + "." in line}))
 print(cd.compile(cd.masks.causal()).plan(*torch.zeros(3, 1, 1, 9, 16)).lowering == "native")
@@ -181,21 +167,18 @@ print(cd.compile(cd.masks.causal()).plan(*torch.zeros(3, 1, 1, 9, 16)).lowering 
 
 
 def test_load_without_a_compiler(window: Exported, tmp_path: Path, fresh_python: Any) -> None:
-    """The package's own kernels compute, and eager calls do without the native kernel as before."""
+    """The package's own kernels compute; eager calls use no native kernel."""
     path = window.copied(tmp_path)
     torch.save(qkv(65), f"{path}.inputs")
-    nothing = {
-        "CXX": "no-compiler-has-this-name",
-        "COMPILED_DILATED_CACHE": str(tmp_path / "cache"),
-    }
-    done = fresh_python("-c", LOADED, str(path), **nothing, ATEN_CPU_CAPABILITY="avx2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["model.pt2.avx2.so", "False"]
+    settings = {"CXX": "no-such-compiler", "COMPILED_DILATED_CACHE": str(tmp_path / "cache")}
+    run = fresh_python("-c", LOADED, str(path), **settings, ATEN_CPU_CAPABILITY="avx2")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["model.pt2.avx2.so", "False"]
     for out in torch.load(f"{path}.out"):
         torch.testing.assert_close(out, cd.compile(window.model)(*qkv(65)), rtol=1e-6, atol=1e-6)
 
 
-# From C++ ---------------------------------------------------------------------------------------------------------------------
+# From C++
 
 MAIN = """
 #include <ATen/ATen.h>
@@ -205,12 +188,14 @@ MAIN = """
 #include <iostream>
 
 std::vector<at::Tensor> inputs(int64_t queries, int64_t tokens) {
-  const auto v = at::arange(tokens).to(at::kFloat).view({1, 1, tokens, 1}).expand({1, 2, tokens, 16}).contiguous();
+  const auto numbers = at::arange(tokens).to(at::kFloat).view({1, 1, tokens, 1});
+  const auto v = numbers.expand({1, 2, tokens, 16}).contiguous();
   return {at::ones({1, 4, queries, 16}), at::ones({1, 2, tokens, 16}), v};
 }
 
 int main(int, char** argv) {
-  if (!dlopen((std::string(argv[1]) + ".so").c_str(), RTLD_NOW | RTLD_GLOBAL)) return std::cerr << dlerror() << "\\n", 1;
+  const std::string library = std::string(argv[1]) + ".so";
+  if (!dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL)) return std::cerr << dlerror() << "\\n", 1;
   c10::InferenceMode guard;
   torch::inductor::AOTIModelPackageLoader model(argv[1]), decode(argv[1], "decode");
   std::cout << model.get_metadata()["model.tokens"] << "\\n";
@@ -233,45 +218,45 @@ int main(int, char** argv) {
 
 @pytest.mark.slow
 def test_from_cpp(window: Exported, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [program_of(MAIN, tmp_path), str(window.path)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0] == "2,5000"
-    attend, numbers = cd.compile(window.model), iter(said[1:7])
+    command = [program_of(MAIN, tmp_path), str(window.path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0] == "2,5000"
+    # For each length the sums of the entries "model" and "decode".
+    attend, sums = cd.compile(window.model), iter(map(float, lines[1:7]))
     for tokens in (2, 65, 1000):
-        x = torch.ones(1, 4, tokens, 16)
-        out = attend(
-            x, x[:, :2], torch.arange(tokens).float().view(1, 1, tokens, 1).expand(1, 2, tokens, 16)
-        )
-        assert float(next(numbers)) == pytest.approx(float(out.sum()), rel=1e-4)
-        assert float(next(numbers)) == pytest.approx(float(out[:, :, -1].sum()), rel=1e-4)
+        q, k = torch.ones(1, 4, tokens, 16), torch.ones(1, 2, tokens, 16)
+        v = torch.arange(tokens).float().view(1, 1, tokens, 1).expand(1, 2, tokens, 16)
+        out = attend(q, k, v)
+        assert next(sums) == pytest.approx(float(out.sum()), rel=1e-4)
+        assert next(sums) == pytest.approx(float(out[:, :, -1].sum()), rel=1e-4)
     refusal = "tokens must be from 2 to 5,000, for which the package was made; got"
-    assert said[7:] == [f"{refusal} 1", f"{refusal} 5,001"]
+    assert lines[7:] == [f"{refusal} 1", f"{refusal} 5,001"]
 
 
-# Other formats ----------------------------------------------------------------------------------------------------------------
+# Other formats
 
 SAVED = """
 import sys
 import torch
 import compiled_dilated
-exported = torch.export.load(sys.argv[1])
-torch.save([exported.module()(*x) for x in torch.load(sys.argv[1] + ".inputs")], sys.argv[1] + ".out")
+path = sys.argv[1]
+model = torch.export.load(path).module()
+torch.save([model(*inputs) for inputs in torch.load(path + ".inputs")], path + ".out")
 """
 
 
 def saved_and_loaded(
     model: Any, inputs: list[tuple[Tensor, ...]], path: Path, fresh_python: Any
 ) -> list[Tensor]:
-    """What another process computes from a graph of torch.export.save."""
+    """The outputs that another process computes from a graph of torch.export.save."""
     length = torch.export.Dim("length", min=2, max=5000)
     dynamic = tuple({x.dim() - 2 if x.dim() > 2 else 1: length} for x in inputs[0])
     torch.export.save(torch.export.export(model, inputs[0], dynamic_shapes=dynamic), path)
     torch.save(inputs, f"{path}.inputs")
-    done = fresh_python("-c", SAVED, str(path))
-    assert done.returncode == 0, done.stderr
+    run = fresh_python("-c", SAVED, str(path))
+    assert run.returncode == 0, run.stderr
     outs: list[Tensor] = torch.load(f"{path}.out")
     return outs
 
@@ -295,12 +280,9 @@ def test_torch_export_saves_and_loads(
     model = make()
     examples = [inputs(tokens) for tokens in (50, 2, 65, 1000)]
     with torch.no_grad():
-        for out, x in zip(
-            saved_and_loaded(model, examples, tmp_path / "graph.pt2", fresh_python),
-            examples,
-            strict=True,
-        ):
-            torch.testing.assert_close(out, model(*x), rtol=1e-5, atol=1e-6)
+        outs = saved_and_loaded(model, examples, tmp_path / "graph.pt2", fresh_python)
+        for out, example in zip(outs, examples, strict=True):
+            torch.testing.assert_close(out, model(*example), rtol=1e-5, atol=1e-6)
 
 
 ONNX = "attention by a program is no ONNX operator: .* Use compiled_dilated.export"
@@ -312,7 +294,7 @@ def test_an_onnx_export_by_tracing_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_onnx_export_of_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.onnx.export(dynamo=True) does it, which needs onnxscript: capture, then decompositions."""
+    """The steps of torch.onnx.export(dynamo=True), which needs onnxscript, one by one."""
     exported = torch.export.export(OfProgram(), qkv(50))
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with pytest.raises(NotImplementedError, match=ONNX):
@@ -325,10 +307,7 @@ def test_an_onnx_export_is_refused(tmp_path: Path) -> None:
         torch.onnx.export(OfProgram(), qkv(50), str(tmp_path / "model.onnx"), dynamo=True)
 
 
-def test_the_description_is_json_alone(window: Exported) -> None:
+def test_the_description_is_json(window: Exported) -> None:
     fields = json.loads(window.path.with_name("model.pt2.json").read_text())
-    assert fields["entries"]["decode"]["ranges"] == {
-        "tokens": [2, 5000],
-        "batch": [1, 8],
-        "queries": [1, 5000],
-    }
+    ranges = fields["entries"]["decode"]["ranges"]
+    assert ranges == {"tokens": [2, 5000], "batch": [1, 8], "queries": [1, 5000]}

@@ -50,11 +50,9 @@ def in_blocks(pairs: Grid, rows: int, columns: int) -> Grid:
 
 def heads_of(title: str, heads: int) -> list[int]:
     """The heads that a panel's title lists."""
-    return (
-        list(range(heads))
-        if title.startswith("every")
-        else [int(x) for x in re.findall(r"\d+", title.partition(" of ")[0])]
-    )
+    if title.startswith("every"):
+        return list(range(heads))
+    return [int(number) for number in re.findall(r"\d+", title.partition(" of ")[0])]
 
 
 # Pixels
@@ -64,22 +62,22 @@ def heads_of(title: str, heads: int) -> list[int]:
 def test_pixels_of_few_tokens_are_the_dense_mask(case: Case) -> None:
     program, data = case.program(SMALL), case.inputs(SMALL, torch.float32).data
     expected = dense(program, case.heads, SMALL, SMALL, data)
-    seen = 0
+    checked = 0
     for batch in (0, 1) if data else (0,):
         options: dict[str, Any] = {"data": data or None, "heads": case.heads, "batch": batch}
         panels = cd.show(program, SMALL, **options).panels
-        if len(panels) == 1:  # of many kinds of heads one is drawn
-            panels = tuple(
-                cd.show(program, SMALL, head=head, **options).panels[0]
-                for head in range(case.heads)
-            )
+        # Of more than four kinds of heads only one is drawn.
+        if len(panels) == 1:
+            heads = range(case.heads)
+            figures = [cd.show(program, SMALL, head=head, **options) for head in heads]
+            panels = tuple(figure.panels[0] for figure in figures)
         for panel in panels:
             assert panel.pixels.is_single
             for head in heads_of(panel.title, case.heads):
                 assert (panel.pixels.counts == expected[batch, head]).all()
                 assert panel.pixels.pairs == expected[batch, head].sum()
-                seen += 1
-    assert seen >= case.heads
+                checked += 1
+    assert checked >= case.heads
 
 
 @pytest.mark.parametrize(
@@ -88,16 +86,15 @@ def test_pixels_of_few_tokens_are_the_dense_mask(case: Case) -> None:
 def test_pixels_of_many_tokens_are_sums_of_the_dense_mask(case: Case) -> None:
     n = max(case.lengths)
     program, data = case.program(n), case.inputs(n, torch.float32).data
-    expected = dense(program, case.heads, n, n, data)
-    figure = cd.show(
-        program, n, data=data or None, heads=case.heads, head=case.heads - 1, batch=1 if data else 0
-    )
+    batch, heads = 1 if data else 0, case.heads
+    expected = dense(program, heads, n, n, data)[batch, -1]
+    figure = cd.show(program, n, data=data or None, heads=heads, head=heads - 1, batch=batch)
     (panel,) = figure.panels
     size = int(cuts(n)[1])
     assert panel.pixels.size == (size, size)
     assert size > 1
-    assert (panel.pixels.counts == in_blocks(expected[1 if data else 0, -1], size, size)).all()
-    assert panel.pixels.pairs == expected[1 if data else 0, -1].sum()
+    assert (panel.pixels.counts == in_blocks(expected, size, size)).all()
+    assert panel.pixels.pairs == expected.sum()
 
 
 @pytest.mark.parametrize(
@@ -107,10 +104,8 @@ def test_pixels_of_many_tokens_are_sums_of_the_dense_mask(case: Case) -> None:
 def test_queries_and_keys_of_different_number(q_len: int, kv_len: int, q_offset: int) -> None:
     mask = masks.causal() & (masks.window(30) | masks.sinks(2))
     pixels = cd.show(mask, q_len, kv_len, q_offset=q_offset).panels[0].pixels
-    assert (
-        pixels.counts
-        == in_blocks(dense(mask, 8, q_len, kv_len, None, q_offset)[0, 0], *pixels.size)
-    ).all()
+    expected = dense(mask, 8, q_len, kv_len, None, q_offset)[0, 0]
+    assert (pixels.counts == in_blocks(expected, *pixels.size)).all()
 
 
 @pytest.mark.parametrize("n", [36, 324])
@@ -126,9 +121,8 @@ def test_an_order_draws_its_places(n: int, name: str) -> None:
     places = order.permutation(n)
     assert places is not None
     pixels = cd.show(mask, n, order=order).panels[0].pixels
-    assert (
-        pixels.counts == in_blocks(dense(mask, 1, n, n)[0, 0][places][:, places], *pixels.size)
-    ).all()
+    expected = dense(mask, 1, n, n)[0, 0][places][:, places]
+    assert (pixels.counts == in_blocks(expected, *pixels.size)).all()
 
 
 def test_branches_orders_do_not_move_what_is_drawn() -> None:
@@ -148,18 +142,13 @@ def test_consecutive_documents_are_counted_at_a_million_tokens() -> None:
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_data_of_an_entry_of_the_batch(batch: int) -> None:
-    data = (
-        document_ids(2, 600)
-        | some_padding(2, 600)
-        | {"is_global": (torch.arange(600) % 97 == 5)[None]}
-    )
-    mask = (masks.documents(ids="documents") & masks.padding()) | masks.global_tokens(
-        data="is_global"
-    )
+    data = document_ids(2, 600) | some_padding(2, 600)
+    data |= {"is_global": (torch.arange(600) % 97 == 5)[None]}
+    mask = masks.documents(ids="documents") & masks.padding()
+    mask = mask | masks.global_tokens(data="is_global")
     pixels = cd.show(mask, 600, data=data, batch=batch).panels[0].pixels
-    assert (
-        pixels.counts == in_blocks(dense(mask, 1, 600, 600, data)[batch, 0], *pixels.size)
-    ).all()
+    expected = dense(mask, 1, 600, 600, data)[batch, 0]
+    assert (pixels.counts == in_blocks(expected, *pixels.size)).all()
 
 
 # Kinds of heads
@@ -168,15 +157,12 @@ def test_data_of_an_entry_of_the_batch(batch: int) -> None:
 def test_up_to_four_kinds_of_heads_are_drawn_side_by_side() -> None:
     figure = cd.show(masks.congruent(3, "cyclic"), 24, heads=7)
     assert figure.kinds == 3
-    assert [panel.title for panel in figure.panels] == [
-        "heads 0, 3, 6 of 7",
-        "heads 1, 4 of 7",
-        "heads 2, 5 of 7",
-    ]
+    titles = [panel.title for panel in figure.panels]
+    assert titles == ["heads 0, 3, 6 of 7", "heads 1, 4 of 7", "heads 2, 5 of 7"]
     assert "3 kinds of heads among 7" in figure.subheading
 
 
-def test_of_more_kinds_head_0_is_drawn_and_their_number_said() -> None:
+def test_head_0_is_drawn_of_more_than_four_kinds() -> None:
     figure = cd.show(masks.congruent(8, "cyclic"), 24)
     assert [panel.title for panel in figure.panels] == ["head 0 of 8"]
     assert "8 kinds of heads among 8" in str(figure)
@@ -186,21 +172,17 @@ def test_of_more_kinds_head_0_is_drawn_and_their_number_said() -> None:
 
 
 def test_a_head_in_no_branch_sees_nothing() -> None:
-    (nothing, something) = cd.show(
-        Program((Branch(masks.causal(), heads=(1, 2)),)), 8, heads=2
-    ).panels
-    assert nothing.title == "head 0 of 2: in no branch"
-    assert nothing.pixels.pairs == 0
-    assert something.pixels.pairs == 36
+    program = Program((Branch(masks.causal(), heads=(1, 2)),))
+    first, second = cd.show(program, 8, heads=2).panels
+    assert first.title == "head 0 of 2: in no branch"
+    assert first.pixels.pairs == 0
+    assert second.pixels.pairs == 36
 
 
 def test_branches_alone_and_their_sum() -> None:
     panels = cd.show(cd.longnet((4, 8), (1, 2)), 16, branches=True).panels
-    assert [panel.title.partition(":")[0] for panel in panels] == [
-        "branch 0",
-        "branch 1",
-        "heads 0, 2, 4, 6 of 8",
-    ]
+    titles = [panel.title.partition(":")[0] for panel in panels]
+    assert titles == ["branch 0", "branch 1", "heads 0, 2, 4, 6 of 8"]
     assert (panels[0].pixels.counts + panels[1].pixels.counts == panels[2].pixels.counts).all()
     assert panels[2].pixels.counts.max() == 2
 
@@ -221,7 +203,7 @@ def test_branches_alone_and_their_sum() -> None:
     ids=["sinks", "longnet", "documents", "random blocks", "grid", "function"],
 )
 def test_a_million_tokens_take_little_memory(program: Program | Mask) -> None:
-    """Of pixels, not of pairs: the dense mask has 10**12."""
+    """The dense mask would have 10**12 pairs."""
     tracemalloc.start()
     figure = cd.show(program, 10**6, head=0)
     _, peak = tracemalloc.get_traced_memory()
@@ -229,18 +211,16 @@ def test_a_million_tokens_take_little_memory(program: Program | Mask) -> None:
     (panel,) = figure.panels
     assert peak <= 128 * 2**20
     assert panel.pixels.counts.shape == (245, 245)
-    counted = [
-        counting.pairs(branch.mask_at(0, 8), 10**6, 10**6)
-        for branch in as_program(program).branches
-    ]
+    branches = as_program(program).branches
+    pairs = [counting.pairs(branch.mask_at(0, 8), 10**6, 10**6) for branch in branches]
+    # A function has too many pairs to be counted: its pixels are estimated.
     if panel.pixels.pairs is None:
         assert "estimated from a sample" in panel.caption
-        if None not in counted:
-            assert panel.pixels.counts.sum() == pytest.approx(
-                sum(x or 0 for x in counted), rel=0.02
-            )
+        if None not in pairs:
+            total = sum(number or 0 for number in pairs)
+            assert panel.pixels.counts.sum() == pytest.approx(total, rel=0.02)
     else:
-        assert panel.pixels.pairs == sum(x or 0 for x in counted)
+        assert panel.pixels.pairs == sum(number or 0 for number in pairs)
 
 
 # Formats
@@ -255,8 +235,10 @@ def rasterized(svg: str) -> tuple[Grid, list[str]]:
     image = np.zeros((int(size[2]), int(size[1])), dtype=np.int64)
     for number, (_, path) in enumerate(layers, 1):
         rectangles = re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)H(\d+)z", path)
-        assert "".join("M{} {}h{}v{}H{}z".format(*each) for each in rectangles) == path
-        for x, y, width, height, back in (map(int, each) for each in rectangles):
+        drawn = ["M{} {}h{}v{}H{}z".format(*rectangle) for rectangle in rectangles]
+        assert "".join(drawn) == path
+        for rectangle in rectangles:
+            x, y, width, height, back = map(int, rectangle)
             assert x == back
             assert not image[y : y + height, x : x + width].any()
             image[y : y + height, x : x + width] = number
@@ -281,15 +263,20 @@ def test_png_is_the_dense_mask() -> None:
     program = cd.longnet((8, 16), (1, 2), causal=True)
     figure = cd.show(program, 32, head=0)
     image = np.rint(imread(io.BytesIO(figure.png()))[..., :3] * 255).astype(int)
-    palette = np.array(
-        [[int(color[at : at + 2], 16) for at in (1, 3, 5)] for color in figure.shades.palette]
-    )
+    palette = np.array([rgb_of(color) for color in figure.shades.palette])
     distance = abs(image[:, :, None, :] - palette).sum(axis=-1)
-    # The card: rows and columns of the file that are mostly of the palette's colours.
-    is_card = distance.min(axis=-1) == 0
-    rows, columns = (np.flatnonzero(is_card.mean(axis=axis) > 0.5) for axis in (1, 0))
-    at = [np.linspace(side[0], side[-1] + 1, 65)[1::2].astype(int) for side in (rows, columns)]
-    assert (distance[at[0]][:, at[1]].argmin(axis=-1) == dense(program, 8, 32, 32)[0, 0]).all()
+    # The picture: rows and columns of the file that are mostly of the palette's colours.
+    is_picture = distance.min(axis=-1) == 0
+    sides = [np.flatnonzero(is_picture.mean(axis=axis) > 0.5) for axis in (1, 0)]
+    # The dots at the middles of its 32 x 32 pixels.
+    rows, columns = (np.linspace(side[0], side[-1] + 1, 65)[1::2].astype(int) for side in sides)
+    colors = distance[rows][:, columns].argmin(axis=-1)
+    assert (colors == dense(program, 8, 32, 32)[0, 0]).all()
+
+
+def rgb_of(color: str) -> list[int]:
+    """The parts of a colour "#rrggbb"."""
+    return [int(color[start : start + 2], 16) for start in (1, 3, 5)]
 
 
 def test_every_pixel_of_a_png_is_more_than_a_dot() -> None:
@@ -308,14 +295,12 @@ def test_colours_say_how_many() -> None:
     large = Shades(1, is_single=False)
     levels = large.levels(np.array([0, 1e-9, 0.001, 0.1, 0.5, 1.0]))
     assert levels[0] == 0
-    assert levels[1] > 0  # a single pair of a large pixel is seen
+    assert levels[1] > 0  # a single pair of a large pixel is visible
     assert (np.diff(levels) >= 0).all()
     assert levels[-1] == len(large.palette) - 1
-    lightness = [
-        sum(w * int(c[at : at + 2], 16) for w, at in ((0.3, 1), (0.59, 3), (0.11, 5)))
-        for c in large.palette[1:]
-    ]
-    assert (np.diff(lightness) < 0).all()  # reads in grey
+    # Readable in grey: each shade is darker than the one before it.
+    lightness = [np.dot((0.3, 0.59, 0.11), rgb_of(color)) for color in large.palette[1:]]
+    assert (np.diff(lightness) < 0).all()
     assert large.palette[0] == EMPTY
 
 
@@ -324,12 +309,8 @@ def test_text_of_one_mask() -> None:
     assert lines[0] == "causal()"
     assert lines[1] == "4 tokens; all heads alike; a pixel is one pair"
     assert lines[-3:] == ["10 pairs allowed (62.500% of 16)", "█▄  ", "███▄"]
-    assert cd.show(masks.causal(), 4).text(unicode=False).splitlines()[-4:] == [
-        "#...",
-        "##..",
-        "###.",
-        "####",
-    ]
+    lines = cd.show(masks.causal(), 4).text(unicode=False).splitlines()
+    assert lines[-4:] == ["#...", "##..", "###.", "####"]
 
 
 def test_text_counts_branches_by_digits() -> None:
@@ -361,9 +342,8 @@ def test_it_is_saved_by_its_ending(tmp_path: Path) -> None:
     assert (tmp_path / "mask.svg").read_text().startswith("<svg")
     assert figure._repr_html_() in (tmp_path / "mask.html").read_text()
     assert (tmp_path / "mask.txt").read_text() == f"{figure}\n"
-    with pytest.raises(
-        ValueError, match=r"path must end in one of .png, .pdf, .svg, .html, .txt; got 'mask.doc'"
-    ):
+    message = r"path must end in one of .png, .pdf, .svg, .html, .txt; got 'mask.doc'"
+    with pytest.raises(ValueError, match=message):
         figure.save("mask.doc")
 
 
@@ -372,10 +352,8 @@ def test_without_matplotlib_it_is_refused_by_name(
 ) -> None:
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     figure = cd.show(masks.window(2), 12)
-    with pytest.raises(
-        ImportError,
-        match=r"needs matplotlib; install it with pip install 'compiled-dilated\[show\]'",
-    ):
+    message = r"needs matplotlib; install it with pip install 'compiled-dilated\[show\]'"
+    with pytest.raises(ImportError, match=message):
         figure.save(tmp_path / "mask.png")
     assert not list(tmp_path.iterdir())
     assert figure._repr_png_() is None
@@ -403,27 +381,41 @@ def test_headings_are_short() -> None:
 
 # Bad input
 
+CAUSAL, IDS, PADDING = masks.causal(), masks.documents(ids="ids"), masks.padding()
+INTEGERS, FLAGS = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.bool)
+GRID = masks.neighborhood((4, 4), 1)
+
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
+    ("arguments", "options", "message"),
     [
-        ((3, 4), {}, TypeError, "expected a Program or a mask; got int"),
-        ((masks.causal(), 0), {}, ValueError, "q_len must be at least 1; got 0"),
-        ((masks.causal(), 4, 0), {}, ValueError, "kv_len must be at least 1; got 0"),
-        ((masks.causal(), 4), {"head": 8}, ValueError, "head must be one of 8 heads, 0 to 7; got 8"),
-        ((masks.causal(), 4), {"order": "hilbert"}, TypeError, "order must be an order; got str 'hilbert'"),
-        ((masks.causal(), 5), {"order": orders.hilbert(2, 2)}, ValueError, "orders the 4 cells of its grid; got 5 tokens"),
-        ((masks.causal(), 4), {"branches": 1}, TypeError, "branches must be True or False"),
-        ((masks.neighborhood((4, 4), 1), 17), {}, ValueError, "speaks of a grid of 16 tokens"),
-        ((masks.documents(ids="ids"), 4), {}, ValueError, r"reads the data tensors \['ids'\]; got \[\]"),
-        ((masks.causal(), 4), {"data": {"ids": torch.zeros(1, 4).long()}}, ValueError, r"tensors \[\]; got \['ids'\]"),
-        ((masks.documents(ids="ids"), 4), {"data": {"ids": torch.zeros(1, 3).long()}}, ValueError, "at least 4 tokens"),
-        ((masks.documents(ids="ids"), 4), {"data": {"ids": [[1]]}}, TypeError, "must be a bool or integer tensor"),
-        ((masks.padding(), 4), {"data": {"padding": torch.zeros(1, 4).long()}}, TypeError, "must be a bool tensor"),
-        ((masks.padding(), 4), {"data": {"padding": torch.zeros(2, 4) > 0}, "batch": 2}, ValueError, "0 to 1; got 2"),
-        ((masks.padding(), 4), {"data": torch.zeros(1, 4) > 0}, TypeError, "data must be a dict of tensors"),
+        ((CAUSAL, 0), {}, "q_len must be at least 1; got 0"),
+        ((CAUSAL, 4, 0), {}, "kv_len must be at least 1; got 0"),
+        ((CAUSAL, 4), {"head": 8}, "head must be one of 8 heads, 0 to 7; got 8"),
+        ((CAUSAL, 5), {"order": orders.hilbert(2, 2)}, "the 4 cells of its grid; got 5 tokens"),
+        ((GRID, 17), {}, "speaks of a grid of 16 tokens"),
+        ((IDS, 4), {}, r"reads the data tensors \['ids'\]; got \[\]"),
+        ((CAUSAL, 4), {"data": {"ids": INTEGERS}}, r"tensors \[\]; got \['ids'\]"),
+        ((IDS, 4), {"data": {"ids": INTEGERS[:, :3]}}, "at least 4 tokens"),
+        ((PADDING, 4), {"data": {"padding": FLAGS}, "batch": 2}, "0 to 1; got 2"),
     ],
-)  # fmt: skip
-def test_bad_input(arguments: Any, options: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+)
+def test_bad_values_are_refused(arguments: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cd.show(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((3, 4), {}, "expected a Program or a mask; got int"),
+        ((CAUSAL, 4), {"order": "hilbert"}, "order must be an order; got str 'hilbert'"),
+        ((CAUSAL, 4), {"branches": 1}, "branches must be True or False"),
+        ((IDS, 4), {"data": {"ids": [[1]]}}, "must be a bool or integer tensor"),
+        ((PADDING, 4), {"data": {"padding": INTEGERS}}, "must be a bool tensor"),
+        ((PADDING, 4), {"data": FLAGS}, "data must be a dict of tensors"),
+    ],
+)
+def test_bad_types_are_refused(arguments: Any, options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         cd.show(*arguments, **options)

@@ -1,4 +1,4 @@
-"""The scripts in tools/ say what is missing, and fail; those in benchmarks/ start."""
+"""The scripts in tools/ report missing programs, and fail; those in benchmarks/ start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ USED_BY_SETUP = ("bash", "cat", "cksum", "dirname", "env", "head", "rm")
 
 @pytest.fixture
 def setup_on(tmp_path: Path) -> Any:
-    """`setup_on(python3="exit 0")`: runs tools/setup where only these programs (bodies of sh scripts) are on PATH."""
+    """A function that runs tools/setup with only some programs on PATH.
+
+    setup_on(python3="exit 0"): the programs, as bodies of sh scripts.
+    """
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for tool in USED_BY_SETUP:
@@ -30,55 +33,53 @@ def setup_on(tmp_path: Path) -> Any:
             file.write_text(f"#!/bin/sh\n{body}\n")
             file.chmod(file.stat().st_mode | stat.S_IXUSR)
         environment = {"PATH": str(bin_folder), "COMPILED_DILATED_VENV": str(tmp_path / "venv")}
-        return subprocess.run(
-            [str(ROOT / "tools/setup"), *arguments], env=environment, capture_output=True, text=True
-        )
+        command = [str(ROOT / "tools/setup"), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return run
 
 
-def python_where(code: str) -> str:
-    """A python3 that differs from this one by `code`, as far as tools/setup can tell."""
+def python_after(code: str) -> str:
+    """This Python as a script, which executes `code` before that of tools/setup."""
     return f'exec {sys.executable} -c "import sys, os; {code}; exec(sys.argv[1])" "$2"'
 
 
-GXX = {"g++": "exit 0"}
-THIS = f"python3.{sys.version_info.minor}"
+PYTHON = f"python3.{sys.version_info.minor}"
+# By id: python3 on PATH (None: no python3), and the message; g++ is there in all cases.
+MISSING = {
+    "no python": (None, "3.11 or newer with venv and its C headers is needed. Found: none"),
+    "old python": (
+        python_after("sys.version_info = (3, 9)"),
+        "python3 is Python 3.9; 3.11 or newer is needed",
+    ),
+    "launcher without a python": (
+        "echo 'no such version'; exit 127",
+        "python3 no such version",
+    ),
+    "no venv": (
+        python_after("sys.modules['venv'] = None"),
+        f"python3 cannot make virtual environments; Debian, Ubuntu: apt install {PYTHON}-venv",
+    ),
+    "no headers": (
+        python_after("os.path.exists = lambda path: False"),
+        "python3 has no Python.h, which torch.compile needs; "
+        f"Debian, Ubuntu: apt install {PYTHON}-dev",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("programs", "message"),
-    [
-        pytest.param({}, "no C++ compiler 'g++' on PATH", id="no compiler"),
-        pytest.param(
-            GXX, "3.11 or newer with venv and its C headers is needed. Found: none", id="no python"
-        ),
-        pytest.param(
-            GXX | {"python3": python_where("sys.version_info = (3, 9)")},
-            "python3 is Python 3.9; 3.11 or newer is needed",
-            id="old python",
-        ),
-        pytest.param(
-            GXX | {"python3": "echo 'no such version'; exit 127"},
-            "python3 no such version",
-            id="launcher without a python",
-        ),
-        pytest.param(
-            GXX | {"python3": python_where("sys.modules['venv'] = None")},
-            f"python3 cannot make virtual environments; Debian, Ubuntu: apt install {THIS}-venv",
-            id="no venv",
-        ),
-        pytest.param(
-            GXX | {"python3": python_where("os.path.exists = lambda path: False")},
-            f"python3 has no Python.h, which torch.compile needs; Debian, Ubuntu: apt install {THIS}-dev",
-            id="no headers",
-        ),
-    ],
-)
-def test_setup_says_what_is_missing(
-    setup_on: Any, tmp_path: Path, programs: dict[str, str], message: str
+def test_setup_needs_a_compiler(setup_on: Any, tmp_path: Path) -> None:
+    run = setup_on()
+    assert run.returncode == 1
+    assert "no C++ compiler 'g++' on PATH" in run.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(("python", "message"), MISSING.values(), ids=list(MISSING))
+def test_setup_needs_a_usable_python(
+    setup_on: Any, tmp_path: Path, python: str | None, message: str
 ) -> None:
-    run = setup_on(**programs)
+    run = setup_on(**{"g++": "exit 0"}, **({} if python is None else {"python3": python}))
     assert run.returncode == 1
     assert message in run.stderr
     assert not (tmp_path / "venv").exists()
@@ -91,19 +92,16 @@ def test_setup_refuses_an_unknown_argument(setup_on: Any) -> None:
 
 
 def test_gpu_check_without_a_gpu(fresh_python: Any, tmp_path: Path) -> None:
-    run = fresh_python(
-        "tools/gpu_check", "--json", str(tmp_path / "out.json"), CUDA_VISIBLE_DEVICES=""
-    )
+    target = str(tmp_path / "out.json")
+    run = fresh_python("tools/gpu_check", "--json", target, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 2
-    assert (
-        "finds no GPU (torch.cuda.is_available() is False). Run this on a machine with a GPU"
-        in run.stderr
-    )
+    message = "finds no GPU (torch.cuda.is_available() is False). Run this on a machine with a GPU"
+    assert message in run.stderr
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
-def test_benchmarks_say_what_they_measure(fresh_python: Any, script: str) -> None:
+def test_benchmarks_have_help(fresh_python: Any, script: str) -> None:
     run = fresh_python(f"benchmarks/{script}", "--help")
     assert run.returncode == 0, run.stderr
     assert "--json" in run.stdout

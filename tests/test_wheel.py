@@ -1,4 +1,4 @@
-"""The wheel: it holds the library alone, and runs where nothing of the checkout is."""
+"""The wheel: it contains the two packages alone, and runs without the checkout."""
 
 from __future__ import annotations
 
@@ -22,34 +22,18 @@ print(cd.__file__, passes.__file__)
 
 @pytest.mark.slow
 def test_the_wheel_runs_by_itself(tmp_path: Path) -> None:
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
-        "compiled_dilated",
-        "passes",
-    }
+    packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert packages == {"compiled_dilated", "passes"}
     assert "compiled_dilated/native/src/operators.cpp" in names
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-c", USE],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+    command = [sys.executable, "-c", USE]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert all(path.startswith(str(tmp_path)) for path in done.stdout.split())
+    assert all(path.startswith(str(tmp_path)) for path in run.stdout.split())

@@ -1,6 +1,7 @@
 """Docstrings as Markdown for mkdocs: arguments as a list, doctests as code.
 
-A line `name: text` that begins a line of a docstring starts an item; `>>>` starts a block of code up to the next empty line.
+A line of the form `name: text` starts an item of a list, `>>>` a block of code up to the next
+empty line.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ _ARGUMENT = re.compile(r"^(\w+(?:, \w+)*): ")
 
 
 def markdown(text: str) -> str:
-    """The docstring with Markdown's own marks for lists and code."""
+    """A docstring with Markdown's marks for lists and code."""
     lines: list[str] = []
     in_code = in_list = False
     for line in text.splitlines():
-        if line.startswith(">>>") and not in_code:
-            lines += ["", "```python"]
-            in_code, in_list = True, False
-        elif not line.strip():
-            if in_code:
-                lines.append("```")
-            in_code = in_list = False
-        elif not in_code and (argument := _ARGUMENT.match(line)):
+        argument = None if in_code else _ARGUMENT.match(line)
+        if argument:
+            # Markdown needs an empty line before a list.
             if not in_list:
                 lines.append("")
             lines.append(f"- **{argument[1]}**: {line[argument.end() :]}")
             in_list = True
             continue
-        # The next lines of an argument's text belong to its item.
+        if line.startswith(">>>") and not in_code:
+            lines += ["", "```python"]
+            in_code, in_list = True, False
+        elif not line.strip():
+            # An empty line ends a block of code, and a list.
+            if in_code:
+                lines.append("```")
+            in_code = in_list = False
+        # Further lines of an argument's text belong to its item.
         lines.append(f"  {line}" if in_list and line.strip() else line)
     if in_code:
         lines.append("```")
@@ -39,7 +43,7 @@ def markdown(text: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Rewrite every docstring when it is read."""
+    """Extension of griffe that rewrites every docstring."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:

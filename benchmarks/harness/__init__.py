@@ -1,7 +1,8 @@
 """The harness of benchmarks/attention.py and benchmarks/masks.py.
 
 problems    attention to compute: a program, lengths, dtype, data; and the ways to compute it
-cases       a problem, what it is a share of, and the least share
-turns       calls in turn, so that a drift of the machine hits all alike; slow-downs beside a busy process
+cases       a problem, its baseline, and the least share of the baseline's rate
+turns       calls in turn, so that a drift of the machine affects all; slow-downs by other load
 reports     options, progress, the table, the JSON file
+apart       a case in a process of its own, with limits of memory and time
 """

@@ -1,4 +1,4 @@
-"""One case in a process of its own, under a limit of memory and of time: what does not fit is a row, not a crash."""
+"""A case in a process of its own, with limits of memory and time; a failure is a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 Row = dict[str, Any]
 _MOST_CHARACTERS = 160
 
-# What torch and the C++ runtime say where memory runs out.
+# Messages of torch and the C++ runtime for exhausted memory.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -25,9 +25,12 @@ _OUT_OF_MEMORY = (
 
 
 def row_of(script: str, job: Mapping[str, Any], limit_bytes: int, seconds: float) -> Row:
-    """The figures that `script --job JSON` prints as JSON in its last line, or {"failed": reason}.
+    """Run `script --job JSON`, whose last line is its figures as JSON.
 
-    limit_bytes: of private memory that the process may take. seconds: after which it is stopped.
+    limit_bytes: private memory of the process.
+    seconds: time of the process.
+
+    Returns the figures, or {"failed": reason}.
     """
 
     def limit() -> None:
@@ -47,12 +50,12 @@ def row_of(script: str, job: Mapping[str, Any], limit_bytes: int, seconds: float
 
 
 def reason_of(returncode: int, stderr: str, limit_bytes: int) -> str:
-    """Why a process ended: out of memory, a signal, or the last line of its error."""
+    """The reason why a process failed: out of memory, a signal, or its exception."""
     if returncode == -signal.SIGKILL or any(words in stderr for words in _OUT_OF_MEMORY):
         return f"out of {limit_bytes / 2**30:.3g} GiB of memory"
     if returncode < 0:
         return f"ended by {signal.Signals(-returncode).name}"
-    # An exception's own line starts at the margin: "torch._dynamo.exc.Unsupported: ...".
+    # The line of an exception is not indented: "torch._dynamo.exc.Unsupported: ...".
     errors = re.findall(r"^(?:\w+\.)*[A-Z]\w*(?:: .*)?$", stderr, re.MULTILINE)
     last = errors or stderr.strip().splitlines() or [f"exit code {returncode}"]
     return last[-1].strip()[:_MOST_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Cases: a problem, what its useful rate is a share of, the least that this share may be, and what else is measured beside it."""
+"""Cases: a problem, the baseline of its rate, the least share of it, and rivals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ DENSE_TOKENS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """The problem whose rate is 1, and the way to compute it, one of `WAYS`."""
+    """The problem whose rate is 1.
+
+    name: as printed in the column `share of`.
+    way: how it is computed, one of `WAYS`.
+    """
 
     name: str
     problem: Problem
@@ -24,9 +28,11 @@ class Baseline:
 class Case:
     """One measurement and its bars.
 
-    bars: the least share, forward and forward + backward. of: dense SDPA over 4096 tokens in the same dtype if None.
-    rivals: other ways to compute the same. family: cases whose time per token is compared to that of the first of them.
-    quick: a part of the short run.
+    bars: the least share, forward and forward + backward.
+    of: the baseline; None: dense SDPA over 4096 tokens in the same dtype.
+    rivals: other ways to compute the same problem.
+    family: cases whose time per token is compared with the first of them.
+    quick: whether it is part of the short run.
     """
 
     name: str
@@ -44,26 +50,23 @@ class Case:
 
 
 def dense(problem: Problem, tokens: int = DENSE_TOKENS) -> Baseline:
-    """One dense SDPA of a problem's dtype."""
-    return Baseline(
-        f"dense {tokens}",
-        Problem(masks.full(), tokens, head_dim=problem.head_dim, dtype=problem.dtype),
-    )
+    """Dense SDPA in a problem's dtype."""
+    full = Problem(masks.full(), tokens, head_dim=problem.head_dim, dtype=problem.dtype)
+    return Baseline(f"dense {tokens}", full)
 
 
 def same_work(problem: Problem, name: str) -> Baseline:
-    """SDPA for the same problem, so that shares are ratios of times."""
+    """SDPA of the same problem, so that shares are ratios of times."""
     return Baseline(name, problem)
 
 
 def in_time_of_dense(problem: Problem) -> Baseline:
-    """Dense SDPA over all pairs, as if it did no more than the problem's: shares are ratios of times."""
+    """Dense SDPA over all pairs, so that shares are ratios of times."""
     full = Problem(
         masks.full(), problem.tokens, problem.heads, head_dim=problem.head_dim, dtype=problem.dtype
     )
-    return Baseline(
-        "time of dense", replace(full, pairs_per_head=lambda: problem.pairs // problem.heads)
-    )
+    useful = replace(full, pairs_per_head=lambda: problem.pairs // problem.heads)
+    return Baseline("time of dense", useful)
 
 
 def ours_of(problem: Problem, name: str) -> Baseline:
@@ -72,7 +75,7 @@ def ours_of(problem: Problem, name: str) -> Baseline:
 
 
 def label(tokens: int) -> str:
-    """4096 as 4k, 2**20 as 1m; 512 as it is."""
+    """A number of tokens in names of cases: 4096 as 4k, 2**20 as 1m."""
     for size, letter in ((2**20, "m"), (2**10, "k")):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{letter}"

@@ -1,11 +1,14 @@
-"""Attention to compute, and the ways to: ours with and without its kernel, torch's SDPA, stock compiled FlexAttention."""
+"""Attention problems, and the ways to compute them.
+
+Ours with and without its native kernel, torch's SDPA, stock compiled FlexAttention.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -32,8 +35,11 @@ Call = Callable[[], object]
 class Problem:
     """A program over random normal tensors of batch 1.
 
-    kv_heads: as many as heads if None. by_token: tensors are views of (B, N, H, D). data: what masks read. score_mod: if any.
-    bias: what the score_mod adds, (heads, N, N), for SDPA. pairs_per_head: allowed pairs, where a plan cannot count them.
+    kv_heads: key heads; None: as many as heads.
+    by_token: whether tensors are views of (B, N, H, D).
+    data: tensors that masks read.
+    bias: the score_mod as a tensor (heads, N, N) for N tokens, for SDPA.
+    pairs_per_head: allowed pairs, where a plan cannot count them.
     """
 
     program: Program | Mask
@@ -50,35 +56,33 @@ class Problem:
 
     @cached_property
     def pairs(self) -> int:
-        """Allowed pairs over all heads; one that two branches allow counts twice."""
+        """Allowed pairs over all heads; a pair of two branches counts twice."""
         if self.pairs_per_head is not None:
             return self.pairs_per_head() * self.heads
-        counted = cd.plan(self.program, (1, self.heads, self.tokens, self.head_dim)).useful_pairs
-        assert counted is not None, f"the pairs of {self.program!r} must be given"
-        return counted
+        pairs = cd.plan(self.program, (1, self.heads, self.tokens, self.head_dim)).useful_pairs
+        assert pairs is not None, f"{self.program!r} needs pairs_per_head"
+        return pairs
 
     def flops(self, backward: bool) -> float:
         """Useful floating point operations."""
         return 4 * self.head_dim * self.pairs * (1 + BACKWARD if backward else 1)
 
     def tensors(self, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, the same in every run."""
+        """q, k and v, (1, heads, tokens, head_dim), the same in every run."""
         random = torch.Generator().manual_seed(0)
         kv_heads = self.kv_heads or self.heads
         q, k, v = (self._normal(heads, random) for heads in (self.heads, kv_heads, kv_heads))
         return q.requires_grad_(backward), k.requires_grad_(backward), v.requires_grad_(backward)
 
     def _normal(self, heads: int, random: torch.Generator) -> Tensor:
-        shape = (
-            (1, self.tokens, heads, self.head_dim)
-            if self.by_token
-            else (1, heads, self.tokens, self.head_dim)
-        )
+        shape = (1, heads, self.tokens, self.head_dim)
+        if self.by_token:
+            shape = (1, self.tokens, heads, self.head_dim)
         x = torch.randn(shape, generator=random).to(getattr(torch, self.dtype))
         return x.transpose(1, 2) if self.by_token else x
 
     def call(self, attention: Attention, backward: bool) -> Call:
-        """One forward, or a forward and its backward."""
+        """A call of one forward, or of a forward and its backward."""
         q, k, v = self.tensors(backward)
         if not backward:
             return lambda: attention(q, k, v)
@@ -86,26 +90,23 @@ class Problem:
         return lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), grad_out)
 
     def lacks_memory(self, backward: bool) -> str | None:
-        """Why it does not fit, or None."""
+        """The reason why the tensors do not fit in memory; None if they fit."""
         import psutil
 
-        rows = self.heads * (5 if backward else 2) + (self.kv_heads or self.heads) * (
-            4 if backward else 2
-        )
-        wanted = 1.25 * rows * self.tokens * self.head_dim * getattr(torch, self.dtype).itemsize
+        # q and out, in a backward also both gradients and the given one; k and v, and gradients.
+        q_tensors, kv_tensors = (5, 4) if backward else (2, 2)
+        rows = self.heads * q_tensors + (self.kv_heads or self.heads) * kv_tensors
+        needed = 1.25 * rows * self.tokens * self.head_dim * getattr(torch, self.dtype).itemsize
         free = psutil.virtual_memory().available
-        return (
-            None
-            if wanted < free
-            else f"needs {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
-        )
+        if needed < free:
+            return None
+        return f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Whether any branch allows a pair: FlexAttention's mask_mod."""
-        seen: Tensor = reduce(
-            operator.or_, (mask.allows(b, h, q, kv, self.data) for mask in self._masks)
-        )
-        return seen
+        by_branch = (mask.allows(b, h, q, kv, self.data) for mask in self._masks)
+        allowed: Tensor = reduce(operator.or_, by_branch)
+        return allowed
 
     @cached_property
     def _masks(self) -> list[Mask]:
@@ -136,64 +137,59 @@ def pairs_within(size: int, radius: int) -> int:
 def ours(problem: Problem, lowering: str = "auto") -> Attention:
     """This library."""
     attend = cd.compile(problem.program, lowering=lowering)
-    options: dict[str, Any] = {"data": problem.data, "score_mod": problem.score_mod}
-    return lambda q, k, v: attend(
-        q, k, v, **{name: value for name, value in options.items() if value is not None}
-    )
+    options: dict[str, Any] = {}
+    if problem.data is not None:
+        options["data"] = problem.data
+    if problem.score_mod is not None:
+        options["score_mod"] = problem.score_mod
+    return lambda q, k, v: attend(q, k, v, **options)
 
 
 def fallback(problem: Problem) -> Attention:
-    """This library without its native kernel: `strided` where it can, else `tiled`."""
+    """This library without its native kernel: `strided` if it applies, else `tiled`."""
     if problem.score_mod is not None:
         return ours(problem, "tiled")
+    shape = (1, problem.heads, problem.tokens, problem.head_dim)
     try:
-        cd.plan(
-            problem.program,
-            (1, problem.heads, problem.tokens, problem.head_dim),
-            problem.kv_heads,
-            lowering="strided",
-        )
+        cd.plan(problem.program, shape, problem.kv_heads, lowering="strided")
     except ValueError:
         return ours(problem, "tiled")
     return ours(problem, "strided")
 
 
 def sdpa(problem: Problem) -> Attention:
-    """SDPA, with a dense mask where it has no better way to say what is allowed."""
+    """SDPA, with a dense mask unless the program is full or causal."""
     gqa = problem.kv_heads is not None
     if problem.program in (masks.full(), masks.causal()) and problem.score_mod is None:
         is_causal = problem.program == masks.causal()
-        return lambda q, k, v: scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, enable_gqa=gqa
-        )
+        return partial(scaled_dot_product_attention, is_causal=is_causal, enable_gqa=gqa)
     if problem.score_mod is not None and problem.bias is None:
         raise ValueError("SDPA has no such score_mod")
-    at, zero = torch.arange(problem.tokens), torch.zeros((), dtype=torch.int64)
-    mask = problem.allowed(zero, zero, at[:, None], at).broadcast_to(problem.tokens, problem.tokens)
+    index, zero = torch.arange(problem.tokens), torch.zeros((), dtype=torch.int64)
+    mask = problem.allowed(zero, zero, index[:, None], index)
+    mask = mask.broadcast_to(problem.tokens, problem.tokens)
     if problem.bias is not None:
-        mask = (
-            problem.bias(problem.tokens)
-            .masked_fill(~mask, -torch.inf)[None]
-            .to(getattr(torch, problem.dtype))
-        )
-    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        bias = problem.bias(problem.tokens).masked_fill(~mask, -torch.inf)
+        mask = bias[None].to(getattr(torch, problem.dtype))
+    return partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=gqa)
 
 
 def flex(problem: Problem) -> Attention:
-    """Stock FlexAttention as its manual has it: compiled, its block mask by a compiled `create_block_mask`.
+    """Stock FlexAttention, compiled as its manual recommends, with a compiled block mask.
 
-    It knows no multiplicities, so that a pair in two branches counts once: less work than the program asks for.
+    A pair of two branches counts once: less work than the program defines.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch.compiler.reset()  # too many compiled masks of one function, and torch falls back to dense without a word
+    # After too many compiled masks of one function, torch silently falls back to dense.
+    torch.compiler.reset()
     heads = problem.heads if problem.differs_by_head else None
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return problem.allowed(b, h, q, kv)
 
-    made = torch.compile(create_block_mask, dynamic=False)
-    block_mask = made(mask_mod, None, heads, problem.tokens, problem.tokens, device="cpu")
+    create = torch.compile(create_block_mask, dynamic=False)
+    block_mask = create(mask_mod, None, heads, problem.tokens, problem.tokens, device="cpu")
     compiled = torch.compile(flex_attention, dynamic=False)
     gqa = problem.kv_heads is not None
 
@@ -205,7 +201,7 @@ def flex(problem: Problem) -> Attention:
     return attention
 
 
-# By the name of their column.
+# By the name of their column in tables.
 WAYS: Mapping[str, Callable[[Problem], Attention]] = {
     "ours": ours,
     "fallback": fallback,
@@ -215,7 +211,7 @@ WAYS: Mapping[str, Callable[[Problem], Attention]] = {
 
 
 def computed_pairs(problem: Problem) -> int | None:
-    """Pairs that our kernel computes, by its own count; None where that depends on what operands hold."""
+    """Pairs that our kernel computes; None if that depends on operands."""
     q, k, v = problem.tensors(backward=False)
     plan = cd.compile(problem.program).plan(q, k, v)
     if plan.lowering != "native" or problem.data is None:

@@ -1,6 +1,8 @@
-"""Calls in turn, and what becomes of them: a machine that others use as well changes its speed from second to second.
+"""Calls in turn, so that a change of the machine's speed affects all of them.
 
-turn:  baseline  ours  baseline  flex  fallback     a share is of the two baselines of its turn, and the median of turns counts
+turn:  baseline  ours  baseline  flex  fallback
+
+A share is of the mean of the two baselines of its turn; the median of turns is reported.
 """
 
 from __future__ import annotations
@@ -34,7 +36,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """turns: at most; none starts after `seconds`, but the first `least`. block_seconds: short calls are repeated up to it."""
+    """Numbers and times of turns.
+
+    turns: the most turns.
+    least: the least turns.
+    seconds: time after which no further turn starts.
+    rival_turns: the most turns of rivals.
+    block_seconds: time up to which a short call is repeated.
+    """
 
     turns: int = 9
     least: int = 3
@@ -52,18 +61,17 @@ class _Block:
 
     @staticmethod
     def of(call: Call, least_seconds: float) -> _Block:
-        """After one call, which is its warm-up."""
+        """The block of a call, which is called twice: warm-up, and measurement."""
         call()
         seconds = measure.timed(call)
-        return _Block(
-            call, min(_MOST_REPEATS, max(1, math.ceil(least_seconds / max(seconds, 1e-6))))
-        )
+        repeats = math.ceil(least_seconds / max(seconds, 1e-6))
+        return _Block(call, min(_MOST_REPEATS, max(1, repeats)))
 
     def seconds(self) -> float:
-        """Time one call, in seconds, after one that is not counted.
+        """Seconds of one call, measured after a call that does not count.
 
-        What others did in between took the caches, and a virtual machine's host takes back memory that is free for a second: the
-        first call after it paid for both, up to half of its time.
+        Other functions evict the caches, and a virtual machine's host reclaims memory that is free
+        for a second: the first call afterwards is slower, up to half of its time.
         """
         self.call()
 
@@ -75,63 +83,64 @@ class _Block:
 
 
 def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]) -> Row:
-    """The useful rate of ours and of its rivals, as shares of the baseline's."""
+    """Measure useful rates of ours and rivals as shares of the baseline's."""
     row = _head(case, backward)
-    if lacking := case.problem.lacks_memory(backward):
-        return row | {"skipped": lacking}
+    reason = case.problem.lacks_memory(backward)
+    if reason:
+        return row | {"skipped": reason}
     # FlexAttention has no backward on a CPU.
-    made = {
-        name: _rival(case, name, backward) for name in rivals if not (backward and name == "flex")
-    }
-    others = {name: rival for name, rival in made.items() if isinstance(rival, _Rival)}
-    ours, baseline = _blocks(case, backward, settings.block_seconds)
-    times: dict[str, list[float]] = {name: [] for name in ("baseline", "ours", *others)}
-    started = time.perf_counter()
-    for turn in range(settings.turns):
-        late = time.perf_counter() - started > settings.seconds
-        if late and turn >= settings.least:
-            break
-        before = baseline.seconds()
-        times["ours"].append(ours.seconds())
-        times["baseline"].append((before + baseline.seconds()) / 2)
-        for name, rival in others.items():
-            if turn < settings.rival_turns and not (late and turn) and not (rival.is_slow and turn):
-                times[name].append(
-                    rival.first_seconds if rival.is_slow else _Block(rival.call, 1).seconds()
-                )
-    shares = {
-        name: _shares(case, seconds, times["baseline"])
-        for name, seconds in times.items()
-        if name != "baseline"
-    }
+    names = [name for name in rivals if not (backward and name == "flex")]
+    ready = {name: _rival(case, name, backward) for name in names}
+    times = _times(case, backward, settings, ready)
+    shares = _shares(case, times["ours"], times["baseline"])
     computed = computed_pairs(case.problem)
-    share = median(shares["ours"])
-    bar = case.bars[backward]
+    share, bar = median(shares), case.bars[backward]
     return row | {
         "seconds": times["ours"],
         "baseline_seconds": times["baseline"],
         "useful_gflops": case.problem.flops(backward) / median(times["ours"]) / 1e9,
         "useful_of_computed": None if computed is None else case.problem.pairs / max(computed, 1),
         "share": share,
-        "spread": spread(shares["ours"]),
+        "spread": spread(shares),
         "bar": bar,
         "met": None if bar is None else share >= bar,
-        "rivals": {
-            **{
-                name: {"refused": reason}
-                for name, reason in made.items()
-                if isinstance(reason, str)
-            },
-            **{
-                name: {
-                    "seconds": times[name],
-                    "share": median(shares[name]),
-                    "spread": spread(shares[name]),
-                }
-                for name in others
-            },
-        },
+        "rivals": {name: _rival_row(case, rival, name, times) for name, rival in ready.items()},
     }
+
+
+def _times(
+    case: Case, backward: bool, settings: Settings, rivals: Mapping[str, _Rival | str]
+) -> dict[str, list[float]]:
+    """Seconds of baseline, ours and rivals, turn by turn.
+
+    rivals: those that refused, as a reason, take no part.
+    """
+    ours, baseline = _blocks(case, backward, settings.block_seconds)
+    running = {name: rival for name, rival in rivals.items() if isinstance(rival, _Rival)}
+    times: dict[str, list[float]] = {name: [] for name in ("baseline", "ours", *running)}
+    started = time.perf_counter()
+    for turn in range(settings.turns):
+        is_late = time.perf_counter() - started > settings.seconds
+        if is_late and turn >= settings.least:
+            break
+        before = baseline.seconds()
+        times["ours"].append(ours.seconds())
+        times["baseline"].append((before + baseline.seconds()) / 2)
+        for name, rival in running.items():
+            # Every rival is measured once: a slow one by its first call, others in more turns.
+            if turn and (is_late or rival.is_slow or turn >= settings.rival_turns):
+                continue
+            seconds = rival.first_seconds if rival.is_slow else _Block(rival.call, 1).seconds()
+            times[name].append(seconds)
+    return times
+
+
+def _rival_row(case: Case, rival: _Rival | str, name: str, times: Mapping[str, list[float]]) -> Row:
+    """The figures of a rival, or why it refused."""
+    if isinstance(rival, str):
+        return {"refused": rival}
+    shares = _shares(case, times[name], times["baseline"])
+    return {"seconds": times[name], "share": median(shares), "spread": spread(shares)}
 
 
 def _head(case: Case, backward: bool) -> Row:
@@ -149,16 +158,16 @@ def _head(case: Case, backward: bool) -> Row:
 
 
 def _blocks(case: Case, backward: bool, least_seconds: float) -> tuple[_Block, _Block]:
-    """Ours and its baseline, which takes an eighth of our time at least, twice a turn."""
+    """Ours, and its baseline, repeated for at least an eighth of our time."""
     ours = _Block.of(case.problem.call(WAYS["ours"](case.problem), backward), least_seconds)
-    against = case.baseline
-    call = against.problem.call(WAYS[against.way](against.problem), backward)
+    baseline = case.baseline
+    call = baseline.problem.call(WAYS[baseline.way](baseline.problem), backward)
     return ours, _Block.of(call, max(least_seconds, measure.timed(ours.call) / 8))
 
 
 @dataclass(frozen=True, eq=False)
 class _Rival:
-    """Another way, after its first call."""
+    """Another way to compute the problem, after its first call."""
 
     call: Call
     first_seconds: float
@@ -166,7 +175,7 @@ class _Rival:
 
 
 def _rival(case: Case, name: str, backward: bool) -> _Rival | str:
-    """A rival after its first call; or why it takes no part."""
+    """A rival after its first call, or the reason why it refused."""
     started = time.perf_counter()
     try:
         with _stopped_after(_MOST_COMPILING_SECONDS):
@@ -199,11 +208,12 @@ def _stopped_after(seconds: float) -> Iterator[None]:
 def _shares(case: Case, seconds: list[float], baseline_seconds: list[float]) -> list[float]:
     """Useful rates as shares of the baseline's, turn by turn."""
     work = case.problem.pairs / case.baseline.problem.pairs
-    return [work * theirs / mine for mine, theirs in zip(seconds, baseline_seconds, strict=False)]
+    turns = zip(seconds, baseline_seconds, strict=False)
+    return [work * baseline / own for own, baseline in turns]
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """The quartiles; of few values the ends."""
+    """The quartiles; of fewer than four values the least and the greatest."""
     if len(values) < 4:
         return min(values), max(values)
     first, _, third = quantiles(values, n=4, method="inclusive")
@@ -211,57 +221,61 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def family_rows(rows: list[Row], bars: Mapping[str, float]) -> list[Row]:
-    """How the time per token and head changes with the length, for each family and pass: its worst length against its first.
+    """Compare the worst length of each family and pass with its first.
 
-    Judged is time per token, as a share of the first's rate. The useful rate is shown too: on a grid, and under a window, tokens
-    near an end see fewer keys, so that more tokens mean more pairs a token.
+    The bar is for time per token and head, as a share of the first's rate. The useful rate is
+    reported too: on a grid, and under a window, tokens near an end see fewer keys, so that longer
+    sequences have more pairs a token.
     """
     out = []
     for family in dict.fromkeys(row["family"] for row in rows if row["family"]):
-        for which in PASSES:
-            members = [
-                row
-                for row in rows
-                if row["family"] == family and row["pass"] == which and "share" in row
-            ]
-            if len(members) < 2:
+        members = [row for row in rows if row["family"] == family and "share" in row]
+        for name in PASSES:
+            of_pass = [row for row in members if row["pass"] == name]
+            if len(of_pass) < 2:
                 continue
-            tokens = [
-                row["tokens"]
-                * row["heads"]
-                / median(row["seconds"])
-                * median(row["baseline_seconds"])
-                for row in members
-            ]
-            ratios = {label: [each / values[0] for each in values] for label, values in (
-                ("tokens a second", tokens), ("useful rate", [row["share"] for row in members]),
-            )}  # fmt: skip
-            lengths = f"{members[0]['tokens']} to {members[-1]['tokens']}"
-            for label, each in ratios.items():
-                bar = (
-                    bars.get(family) if label == "tokens a second" and which == "forward" else None
-                )
-                out.append(
-                    {
-                        "case": f"{family}, {lengths}: {label}",
-                        "pass": which,
-                        "dtype": members[0]["dtype"],
-                        "of": f"its own at {members[0]['tokens']}",
-                        "share": min(each),
-                        "of_each": {
-                            str(row["tokens"]): ratio
-                            for row, ratio in zip(members, each, strict=True)
-                        },
-                        "bar": bar,
-                        "met": None if bar is None else min(each) >= bar,
-                    }
-                )
+            bar = bars.get(family) if name == "forward" else None
+            speeds = [_tokens_rate(row) for row in of_pass]
+            out.append(_family_row("tokens a second", of_pass, speeds, bar))
+            rates = [row["share"] for row in of_pass]
+            out.append(_family_row("useful rate", of_pass, rates, None))
     return out
 
 
+def _tokens_rate(row: Row) -> float:
+    """Tokens and heads per time of the baseline."""
+    rate: float = row["tokens"] * row["heads"] / median(row["seconds"])
+    return rate * median(row["baseline_seconds"])
+
+
+def _family_row(figure: str, members: list[Row], values: list[float], bar: float | None) -> Row:
+    """The row of a family for one figure.
+
+    figure: its name.
+    members: rows of the family and pass, by ascending length.
+    values: the figure of each member.
+    """
+    first, last = members[0], members[-1]
+    ratios = [value / values[0] for value in values]
+    worst = min(ratios)
+    return {
+        "case": f"{first['family']}, {first['tokens']} to {last['tokens']}: {figure}",
+        "pass": first["pass"],
+        "dtype": first["dtype"],
+        "of": f"its own at {first['tokens']}",
+        "share": worst,
+        "of_each": {str(row["tokens"]): x for row, x in zip(members, ratios, strict=True)},
+        "bar": bar,
+        "met": None if bar is None else worst >= bar,
+    }
+
+
 def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
-    """How much slower ours and the baseline are beside one busy process, quiet turns and busy ones by turns."""
-    # A share of ours says nothing here.
+    """Measure the slow-down of ours and of the baseline beside one busy process.
+
+    Turns with the process suspended and running alternate.
+    """
+    # A baseline of ours would be slowed down the same: dense SDPA takes its place.
     case = case if case.baseline.way == "SDPA" else replace(case, of=None)
     ours, baseline = _blocks(case, backward, settings.block_seconds)
     functions: dict[str, Callable[[], float]] = {"ours": ours.seconds, "baseline": baseline.seconds}
@@ -276,27 +290,22 @@ def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
                 change()
                 for name, function in functions.items():
                     times[name].append(function())
+    ratios: dict[str, list[float]] = {}
+    for name in functions:
+        turns = zip(busy[name], quiet[name], strict=True)
+        ratios[name] = [loaded / calm for loaded, calm in turns]
+    share = median(ratios["baseline"]) / median(ratios["ours"])
     slower = {
-        name: [loaded / calm for loaded, calm in zip(busy[name], quiet[name], strict=True)]
-        for name in functions
+        name: {"median": median(values), "spread": spread(values)}
+        for name, values in ratios.items()
     }
-    share = median(slower["baseline"]) / median(slower["ours"])
-    return _head(case, backward) | {
-        "quiet_seconds": quiet,
-        "busy_seconds": busy,
-        "slower": {
-            name: {"median": median(values), "spread": spread(values)}
-            for name, values in slower.items()
-        },
-        "share": share,
-        "bar": 1.0,
-        "met": share >= 1.0,
-    }
+    figures = {"quiet_seconds": quiet, "busy_seconds": busy, "slower": slower, "share": share}
+    return _head(case, backward) | figures | {"bar": 1.0, "met": share >= 1.0}
 
 
 @contextlib.contextmanager
 def busy_process() -> Iterator[psutil.Process]:
-    """One Python process that computes without end, suspended at first."""
+    """One Python process in an endless loop, suspended at first."""
     with subprocess.Popen([sys.executable, "-c", _BUSY]) as started:
         process = psutil.Process(started.pid)
         try:

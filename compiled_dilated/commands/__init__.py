@@ -1,1 +1,1 @@
-"""What `compiled-dilated` can do, one file per command."""
+"""The commands of `compiled-dilated`, one file each."""

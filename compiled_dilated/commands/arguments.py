@@ -1,4 +1,4 @@
-"""What the commands share: arguments that are read alike, errors that end a command."""
+"""Arguments that commands share, and errors that end a command."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from passes import factories
 
+from .. import planner
 from ..programs import Program
 from ..text import read_program
 
@@ -22,16 +23,17 @@ ProgramText = Annotated[
     str,
     typer.Argument(
         metavar="PROGRAM",
-        help="A program or mask as code: 'longnet((2048, 4096), (1, 2), causal=True)', 'causal() & (window(256) | sinks(4))'.",
+        help="A program or mask as code: 'longnet((2048, 4096), (1, 2), causal=True)', "
+        "'causal() & (window(256) | sinks(4))'.",
     ),
 ]
-# Of commands that read functions too.
+# For commands that accept functions too.
 ProgramOfFunctions = Annotated[
     str,
     typer.Argument(
         metavar="PROGRAM",
-        help="A program or mask as code: 'causal() & (window(256) | sinks(4))'. A mask_mod by module and name: "
-        "\"from_mod('my_masks:checkered', within=window(256))\".",
+        help="A program or mask as code: 'causal() & (window(256) | sinks(4))'. A mask_mod by "
+        "module and name: \"from_mod('my_masks:checkered', within=window(256))\".",
     ),
 ]
 DataFiles = Annotated[
@@ -43,10 +45,19 @@ DataFiles = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+# Names are checked by the library, which knows its lowerings; its error is bad usage.
+LoweringName = Annotated[
+    str,
+    typer.Option(
+        "--lowering",
+        metavar="|".join(planner.LOWERINGS),
+        help="Used or refused, never replaced; auto takes the cheapest.",
+    ),
+]
 
 
 class Dtype(StrEnum):
-    """Of q, k, v and out."""
+    """Dtype of q, k, v and out."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -54,20 +65,8 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
-class Lowering(StrEnum):
-    """How attention is computed."""
-
-    auto = "auto"
-    native = "native"
-    dense = "dense"
-    strided = "strided"
-    tiled = "tiled"
-    flex = "flex"
-    lanes = "lanes"
-
-
 class Device(StrEnum):
-    """What attention runs on."""
+    """Type of the device that computes attention."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -75,7 +74,7 @@ class Device(StrEnum):
 
 @contextlib.contextmanager
 def bad_usage() -> Iterator[None]:
-    """What the library refuses is bad usage here: its message and exit code 2, no traceback."""
+    """Turn the library's errors into bad usage: exit code 2, no traceback."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -83,29 +82,29 @@ def bad_usage() -> Iterator[None]:
 
 
 def program_of_functions(text: str) -> Program:
-    """The program, functions that it names imported."""
+    """Parse a program, importing the functions that it names."""
     return read_program(text, _function_named)
 
 
 def _function_named(target: str) -> Any:
+    usage = "from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered')"
     if not isinstance(target, str):
-        raise TypeError(
-            f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}"
-        )
+        raise TypeError(f"{usage}; got {target!r}")
     try:
         return factories.load(*factories.named(target))
     except factories.NoFactory as error:
         raise ValueError(str(error).removeprefix("MODULE:FACTORY must name a function; ")) from None
     except ValueError:
-        raise ValueError(
-            f"from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered'); got {target!r}"
-        ) from None
+        raise ValueError(f"{usage}; got {target!r}") from None
 
 
 def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Tensor]:
-    """The arrays of `--data` by name, (batch, tokens); bad usage for what is no file of one.
+    """Load the arrays of `--data`, (batch, tokens), by name.
 
-    names: those that the program reads, all of which are needed.
+    entries: NAME=FILE.npy each.
+    names: the data tensors that the program reads; all are required.
+
+    Raises bad usage for a file without such an array.
     """
     tensors: dict[str, Tensor] = {}
     for entry in entries or ():
@@ -116,46 +115,49 @@ def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Ten
             )
         if name in tensors:
             raise typer.BadParameter(f"--data names {name!r} twice")
-        try:
-            array = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise typer.BadParameter(f"--data {name}: no file {path!r}") from None
-        except (OSError, ValueError, EOFError):
-            raise typer.BadParameter(
-                f"--data {name}: {path!r} is no array of numbers that numpy.save wrote"
-            ) from None
-        if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
-            came = (
-                f"shape {array.shape}"
-                if isinstance(array, np.ndarray)
-                else "an archive of several arrays"
-            )
-            raise typer.BadParameter(
-                f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {came}"
-            )
-        try:
-            tensors[name] = torch.from_numpy(np.atleast_2d(array))
-        except TypeError:
-            raise typer.BadParameter(
-                f"--data {name}: {path!r} must hold integers or bools; got {array.dtype}"
-            ) from None
+        tensors[name] = _loaded(name, path)
     if set(tensors) != set(names):
         reads = f"reads {', '.join(names)}" if names else "reads no data"
         raise typer.BadParameter(
-            f"the program {reads}; got --data for {', '.join(tensors) or 'nothing'}. Pass --data NAME=FILE.npy for exactly those"
+            f"the program {reads}; got --data for {', '.join(tensors) or 'nothing'}. "
+            "Pass --data NAME=FILE.npy for exactly those"
         )
     return tensors
 
 
+def _loaded(name: str, path: str) -> Tensor:
+    """The array of a file, (batch, tokens)."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise typer.BadParameter(f"--data {name}: no file {path!r}") from None
+    except (OSError, ValueError, EOFError):
+        raise typer.BadParameter(
+            f"--data {name}: {path!r} is no array of numbers that numpy.save wrote"
+        ) from None
+    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
+        is_array = isinstance(array, np.ndarray)
+        came = f"shape {array.shape}" if is_array else "an archive of several arrays"
+        raise typer.BadParameter(
+            f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {came}"
+        )
+    try:
+        return torch.from_numpy(np.atleast_2d(array))
+    except TypeError:
+        raise typer.BadParameter(
+            f"--data {name}: {path!r} must hold integers or bools; got {array.dtype}"
+        ) from None
+
+
 def print_json(record: Mapping[str, Any]) -> None:
-    """The one thing on stdout of a command run with --json."""
+    """Print a record as JSON, the only output on stdout."""
     typer.echo(json.dumps(record, indent=1))
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
-    """'1,8,65536,64' as a tuple; bad usage for anything else."""
+    """Parse '1,8,65536,64'; bad usage for anything else."""
     try:
-        # int() takes the digits of every script.
+        # int() accepts the digits of every script.
         return tuple(int(number.encode("ascii")) for number in text.replace("_", "").split(","))
     except ValueError:
         raise typer.BadParameter(

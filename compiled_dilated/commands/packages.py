@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,8 @@ def export(
         str,
         typer.Argument(
             metavar="MODULE:FACTORY",
-            help="A function without arguments that returns (model or program, example inputs); MODULE as `python -m` finds it.",
+            help="A function without arguments that returns (model or program, example inputs); "
+            "MODULE as `python -m` finds it.",
         ),
     ],
     path: Annotated[
@@ -52,24 +53,17 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a package that runs where this library is not installed, from Python and from C++.
+    """Write a package that runs without this library.
 
-    Exit code 2 if the factory is not there or does not fit; what it raises itself keeps its traceback.
+    It is loaded from Python or C++.
+
+    Exit code 2 if the factory is missing or does not fit; its own errors keep their traceback.
     """
-    try:
-        with bad_usage():
-            module, name = factories.named(factory)
-        make = factories.load(module, name)
-    except factories.NoFactory as error:
-        raise typer.BadParameter(str(error)) from None
-    result = make()
+    model, inputs = _call_factory(factory)
     with bad_usage():
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                f"{factory} must return (model or program, example inputs); got {type(result).__name__}"
-            )
         about = packages.export(
-            *result,
+            model,
+            inputs,
             path,
             lengths=_range("--lengths", lengths),
             batches=_range("--batches", batches),
@@ -79,11 +73,30 @@ def export(
     _print(about, json)
 
 
+def _call_factory(factory: str) -> tuple[Any, Any]:
+    """Call a factory, as MODULE:FACTORY: (model or program, example inputs)."""
+    try:
+        with bad_usage():
+            module, name = factories.named(factory)
+        make = factories.load(module, name)
+    except factories.NoFactory as error:
+        raise typer.BadParameter(str(error)) from None
+    result = make()
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise typer.BadParameter(
+            f"{factory} must return (model or program, example inputs); got {type(result).__name__}"
+        )
+    return result
+
+
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE.pt2", help="A package.")],
     json: Json = False,
 ) -> None:
-    """Print what a package takes and where it runs; nothing of it is executed. Exit code 2 if it is none."""
+    """Print a package's inputs, versions and files.
+
+    Nothing of it is executed. Exit code 2 if FILE.pt2 is no package.
+    """
     try:
         with bad_usage():
             about = packages.inspect(path)
@@ -100,9 +113,10 @@ def _print(about: packages.About, json: bool) -> None:
 
 
 def _range(name: str, text: str | None) -> tuple[int, int] | None:
+    """Parse LEAST,MOST; bad usage for anything else."""
     if text is None:
         return None
-    both = numbers(name, text)
-    if len(both) != 2:
+    bounds = numbers(name, text)
+    if len(bounds) != 2:
         raise typer.BadParameter(f"{name} takes LEAST,MOST, as in 1,65536; got {text!r}")
-    return both[0], both[1]
+    return bounds[0], bounds[1]

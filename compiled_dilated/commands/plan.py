@@ -9,16 +9,19 @@ import typer
 
 from .. import compiler
 from .arguments import (
+    DataFiles,
     Device,
     Dtype,
     Json,
-    Lowering,
+    LoweringName,
     ProgramOfFunctions,
     bad_usage,
+    data_files,
     numbers,
     print_json,
     program_of_functions,
 )
+from .plan_with_data import counted_with_data
 
 
 def plan(
@@ -35,35 +38,44 @@ def plan(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = Dtype.float32,
     device: Annotated[
-        Device, typer.Option(help="Need not be there: nothing is computed.")
+        Device, typer.Option(help="Need not be present: nothing is computed.")
     ] = Device.cpu,
     training: Annotated[bool, typer.Option("--training", help="A backward will follow.")] = False,
-    lowering: Annotated[
-        Lowering, typer.Option(help="Used or refused, never replaced; auto takes the cheapest.")
-    ] = Lowering.auto,
+    lowering: LoweringName = "auto",
     q_offset: Annotated[
         int, typer.Option(help="Position of the first query, for decoding against a cache.")
     ] = 0,
+    data: DataFiles = None,
     json: Json = False,
 ) -> None:
-    """Print how attention by PROGRAM would be computed, and why: candidates, pairs, FLOPs, bytes, peak memory.
+    """Print how attention by PROGRAM would be computed, and why.
 
-    Exit code 2 if PROGRAM is none, or cannot be computed as asked.
+    That is: candidates, pairs, FLOPs, bytes, time and peak memory. The choice never depends on the
+    data that masks read; with --data pairs, tiles and work are those of a call with these data.
+
+    Exit code 2 if PROGRAM is none, cannot be computed as requested, or the data do not fit it.
     """
     with bad_usage():
-        found = compiler.plan(
-            program_of_functions(program),
+        parsed = program_of_functions(program)
+        tensors = data_files(data, parsed.names) if data else {}
+        result = compiler.plan(
+            parsed,
             numbers("--shape", shape),
             kv_heads=kv_heads,
             kv_len=kv_len,
             value_dim=value_dim,
-            dtype=getattr(torch, dtype.value),
+            dtype=getattr(torch, dtype),
             device=device.value,
             training=training,
-            lowering=lowering.value,
+            lowering=lowering,
             q_offset=q_offset,
         )
+        if data:
+            result = counted_with_data(parsed, result, tensors)
     if json:
-        print_json(found.to_json())
-    else:
-        typer.echo(found.explain())
+        shapes = {name: list(x.shape) for name, x in tensors.items()}
+        print_json(result.to_json() | {"data": shapes})
+        return
+    typer.echo(result.explain())
+    if data and result.useful_pairs is None:
+        typer.echo("\nthe data allow too many different pairs to count in seconds")

@@ -63,23 +63,25 @@ def show(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Draw which keys PROGRAM lets each query see: as text here, and as files.
+    """Draw which keys each query sees: as text, and as files.
 
-    Up to 256 tokens every pair is drawn, past that blocks of pairs by the share that is allowed. A million tokens take seconds.
+    Up to 256 tokens every pair is drawn; beyond, blocks of pairs by the share that is allowed.
+    A million tokens take seconds.
+
     Exit code 2 if PROGRAM is none, or a file, a shape or a name does not fit it.
     """
     files = [
-        _file(name, path)
-        for name, path in (("png", png), ("svg", svg), ("html", html))
+        _file(kind, path)
+        for kind, path in (("png", png), ("svg", svg), ("html", html))
         if path is not None
     ]
     with bad_usage():
-        meaning = program_of_functions(program)
+        parsed = program_of_functions(program)
         figure = pictures.show(
-            meaning,
+            parsed,
             tokens,
             kv_len,
-            data=data_files(data, meaning.names) or None,
+            data=data_files(data, parsed.names) or None,
             head=head,
             heads=heads,
             batch=batch,
@@ -95,13 +97,13 @@ def show(
     if json:
         print_json(figure.to_json() | {"files": [str(path) for path in files]})
         return
-    typer.echo(figure.text(shutil.get_terminal_size().columns, unicode=_speaks_unicode()))
+    typer.echo(figure.text(shutil.get_terminal_size().columns, unicode=_prints_unicode()))
     if files:
         typer.echo(f"\nwrote {', '.join(map(str, files))}")
 
 
 def _file(kind: str, path: Path) -> Path:
-    """The path of a file to write; bad usage if it ends in another kind, or has no folder to lie in."""
+    """The path of a file to write; bad usage if it is unfit."""
     if path.suffix.lower() != f".{kind}":
         raise typer.BadParameter(f"--{kind} takes a path that ends in .{kind}; got {str(path)!r}")
     if not path.parent.is_dir():
@@ -109,7 +111,8 @@ def _file(kind: str, path: Path) -> Path:
     return path
 
 
-def _speaks_unicode() -> bool:
+def _prints_unicode() -> bool:
+    """Whether stdout's encoding has block characters."""
     try:
         "█▒·".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

@@ -1,13 +1,14 @@
 """Models and programs as files that run where this package is not installed.
 
-export  ->  model.pt2             the compiled graphs, by torch.export and AOTInductor: a model, and maybe a step of decoding
-            model.pt2.so          what programs without Python open: it opens that kernel below which the CPU runs
-            model.pt2.avx512.so   the native kernel, which attention in the graphs calls
+export  ->  model.pt2             compiled graphs (torch.export, AOTInductor): a model,
+                                  optionally a decoding step
+            model.pt2.so          loader for C++; opens the best kernel that the CPU runs
+            model.pt2.avx512.so   the native attention kernel, per instruction set
             model.pt2.avx2.so
-            model.pt2.json        what was exported: entries, inputs, ranges, versions, digests of the others
+            model.pt2.json        entries, inputs, ranges, versions, digests of the other files
 
-load    ->  a callable, once digests, versions and the CPU are those of the files; it checks inputs before it runs
-inspect ->  what the last file says; nothing is opened or run
+load    ->  a callable that checks its inputs; digests, versions and CPU are checked first
+inspect ->  the contents of the .json file; nothing is executed
 """
 
 from .about import About, inspect

@@ -39,13 +39,14 @@ def digest(path: Path) -> str:
 class About:
     """A package's description.
 
-    name: of what was exported, a program as text or a model's class.
-    entries: "model", and "decode" where there is one.
-    isa: the instructions that its code uses, "avx2" or "native".
-    cpu, machine: torch's names for the CPU that exported it.
-    torch, compiled_dilated: versions.
+    name: the exported program as text, or the model's class.
+    entries: "model", and "decode" if exported.
+    isa: instruction set of the generated code, "avx2" or "native".
+    cpu: torch's CPU capability at export.
+    machine: processor architecture at export.
+    torch, compiled_dilated: versions at export.
     kernel: SHA-256 of the native kernel's sources.
-    files: SHA-256 by suffix.
+    files: SHA-256 by file suffix.
     """
 
     name: str
@@ -60,45 +61,46 @@ class About:
     format: int = FORMAT
 
     def check_machine(self) -> None:
-        """Raise ValueError unless this torch, this compiled_dilated and this CPU run the package."""
+        """Raise ValueError unless this torch, compiled_dilated and CPU run the package."""
+        # AOTInductor's code calls torch's C interface, which changes between releases.
         if torch.__version__.partition("+")[0] != self.torch:
             raise ValueError(
-                f"the package is for torch {self.torch}; this is {torch.__version__}. Export it again with this one"
+                f"the package is for torch {self.torch}; this is {torch.__version__}. "
+                "Export it again with this one"
             )
         if platform.machine() != self.machine:
             raise ValueError(
-                f"the package is for {self.machine}; this machine is {platform.machine()}. Export it there"
+                f"the package is for {self.machine}; this machine is {platform.machine()}. "
+                "Export it there"
             )
-        here = torch.backends.cpu.get_cpu_capability()
-        if self.isa == "native" and here != self.cpu:
+        capability = torch.backends.cpu.get_cpu_capability()
+        if self.isa == "native" and capability != self.cpu:
             raise ValueError(
-                f"the package is for CPUs with {self.cpu} alone, as isa='native' makes it; this one has {here}. "
-                "Export it on such a CPU, or with isa='avx2'"
+                f"the package is for CPUs with {self.cpu} alone, as isa='native' makes it; "
+                f"this one has {capability}. Export it on such a CPU, or with isa='avx2'"
             )
         if cpp.best_kernels(self.isa) is None:
-            raise ValueError(f"the package needs a CPU with AVX2; this one has {here}")
+            raise ValueError(f"the package needs a CPU with AVX2; this one has {capability}")
+        # The graph's programs are encoded for one version of the kernel.
         if self.kernel != cpp.sources_digest():
             raise ValueError(
-                "the package's graph is for the kernel of another version of compiled_dilated. Export it again with this one, "
-                "or load it without importing compiled_dilated (docs/packages.md)"
+                "the package's graph is for the kernel of another version of compiled_dilated. "
+                "Export it again with this one, or load it without importing compiled_dilated "
+                "(docs/packages.md)"
             )
 
     def to_json(self) -> dict[str, Any]:
+        """All fields as plain values."""
         return asdict(self)
 
     def metadata(self) -> dict[str, str]:
-        """What the .pt2 itself says of this, for `get_metadata()` in C++: texts by name."""
-        texts = {
-            "name": self.name,
-            "isa": self.isa,
-            "compiled_dilated": self.compiled_dilated,
-            "kernel": self.kernel,
-        }
+        """Metadata of the .pt2, as `get_metadata()` returns it in C++."""
+        names = ("name", "isa", "compiled_dilated", "kernel")
+        texts: dict[str, str] = {name: getattr(self, name) for name in names}
         for name, entry in self.entries.items():
-            texts |= {f"{name}.inputs": "; ".join(map(str, entry.inputs))}
-            texts |= {
-                f"{name}.{size}": f"{least},{most}" for size, (least, most) in entry.ranges.items()
-            }
+            texts[f"{name}.inputs"] = "; ".join(map(str, entry.inputs))
+            for size, (least, most) in entry.ranges.items():
+                texts[f"{name}.{size}"] = f"{least},{most}"
         return texts
 
     def __str__(self) -> str:
@@ -107,32 +109,32 @@ class About:
             lines.append(f"  {name}")
             lines += [f"    {line}" for line in entry.lines()]
         code = "AVX2" if self.isa == "avx2" else f"the CPU that exported it, {self.cpu}"
-        lines.append(
-            f"  torch {self.torch}, compiled_dilated {self.compiled_dilated}, {self.machine}, code for {code}"
-        )
+        versions = f"torch {self.torch}, compiled_dilated {self.compiled_dilated}"
+        lines.append(f"  {versions}, {self.machine}, code for {code}")
         lines += [f"  {suffix}: sha256 {value}" for suffix, value in self.files.items()]
         return "\n".join(lines)
 
 
 def inspect(path: str | os.PathLike[str]) -> About:
-    """What a package says of itself; nothing of it is executed.
+    """Read a package's description, without executing anything of the package.
 
-    Raises FileNotFoundError where the description is missing, ValueError where it is none.
+    Raises FileNotFoundError if the description is missing, ValueError if it is invalid.
     """
-    beside = about_path(Path(path))
-    if not beside.exists():
+    description = about_path(Path(path))
+    if not description.exists():
         raise FileNotFoundError(
-            f"{beside} is missing: the files of a package are written together by compiled_dilated.export"
+            f"{description} is missing: the files of a package are written together by "
+            "compiled_dilated.export"
         )
     try:
-        fields = json.loads(beside.read_text())
+        fields = json.loads(description.read_text())
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']}, and this version reads {FORMAT}")
         fields["entries"] = {name: _entry(entry) for name, entry in fields["entries"].items()}
         return About(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{beside} does not describe a package: {error}. Export it again"
+            f"{description} does not describe a package: {error}. Export it again"
         ) from error
 
 

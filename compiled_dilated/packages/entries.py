@@ -1,7 +1,7 @@
-"""An entry of a package: the tensors that it takes, in which ranges, and the check of both.
+"""Entries of a package: input tensors, ranges of sizes, and their check.
 
-The check is written twice, with the same words: here for a loaded package, whose errors are Python's, and in
-native/src/inputs.cpp for the graph itself, which refuses the same whoever runs it.
+The check exists twice, with the same messages: here for a package loaded by Python, and in
+native/src/inputs.cpp as the first operator of the graph, for every other caller.
 """
 
 from __future__ import annotations
@@ -12,20 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Sizes that vary, and the dtypes of inputs: in native/src/inputs.cpp they have the same numbers.
+# Varying sizes and dtypes, by the numbers that they have in native/src/inputs.cpp.
 NAMES = TOKENS, BATCH, QUERIES = "tokens", "batch", "queries"
-DTYPES = (
-    "float32",
-    "float64",
-    "float16",
-    "bfloat16",
-    "bool",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-)
+_FLOATS = ("float32", "float64", "float16", "bfloat16")
+DTYPES = (*_FLOATS, "bool", "int8", "int16", "int32", "int64", "uint8")
 
 
 def dtype_of(x: Tensor) -> str:
@@ -35,10 +25,11 @@ def dtype_of(x: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that an entry takes.
+    """An input tensor of an entry.
 
-    shape: numbers, or names of ranges.
-    contiguous: whether generated code reads it, in the order of its dimensions; attention takes any strides.
+    shape: sizes, or names of ranges.
+    contiguous: whether generated code reads it, assuming contiguous strides; attention alone
+        takes any strides.
     """
 
     dtype: str
@@ -46,17 +37,17 @@ class Input:
     contiguous: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype} {shown(self.shape)}{', contiguous' if self.contiguous else ''}"
+        return f"{self.dtype} {shape_text(self.shape)}{', contiguous' if self.contiguous else ''}"
 
 
 @dataclass(frozen=True)
 class Entry:
     """A function of a package.
 
-    inputs: in order.
-    ranges: (least, most) by name.
-    attention: what each attention of it computes, and by which plan.
-    queries_last: whether queries are the last of the tokens, so that there are at most as many.
+    inputs: input tensors, in order.
+    ranges: (least, most) of each varying size.
+    attention: descriptions of its attention calls.
+    queries_last: whether the queries are the last tokens of the cache.
     """
 
     inputs: tuple[Input, ...]
@@ -65,7 +56,7 @@ class Entry:
     queries_last: bool = False
 
     def check(self, inputs: Sequence[object]) -> None:
-        """Raise TypeError or ValueError unless the entry may run with these."""
+        """Raise TypeError or ValueError unless the inputs fit the entry."""
         if len(inputs) != len(self.inputs):
             raise TypeError(f"the package takes {len(self.inputs)} tensors; got {len(inputs)}")
         sizes: dict[str, int] = {}
@@ -75,57 +66,78 @@ class Entry:
             if dtype_of(x) != expected.dtype or x.device.type != "cpu":
                 device = "a CPU" if x.device.type == "cpu" else "another device"
                 raise TypeError(
-                    f"input {number} must be {expected.dtype} on a CPU; got {dtype_of(x)} on {device}"
+                    f"input {number} must be {expected.dtype} on a CPU; "
+                    f"got {dtype_of(x)} on {device}"
                 )
-            # A size with a name is what the first input has, and the same in all others.
-            fits = x.dim() == len(expected.shape) and all(
-                size == (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
-                for size, axis in zip(x.shape, expected.shape, strict=True)
-            )
-            if not fits:
+            if not _fits(x.shape, expected.shape, sizes):
                 raise ValueError(
-                    f"input {number} must have the shape {shown(expected.shape)}; got {shown(x.shape)}"
+                    f"input {number} must have the shape {shape_text(expected.shape)}; "
+                    f"got {shape_text(x.shape)}"
                 )
         self._check_ranges(sizes)
 
     def _check_ranges(self, sizes: Mapping[str, int]) -> None:
         for name in NAMES:
-            if name in sizes and not self.ranges[name][0] <= sizes[name] <= self.ranges[name][1]:
-                least, most = self.ranges[name]
+            if name not in sizes:
+                continue
+            least, most = self.ranges[name]
+            if not least <= sizes[name] <= most:
                 raise ValueError(
-                    f"{name} must be from {least:,} to {most:,}, for which the package was made; got {sizes[name]:,}"
+                    f"{name} must be from {least:,} to {most:,}, for which the package was made; "
+                    f"got {sizes[name]:,}"
                 )
         if self.queries_last and sizes[QUERIES] > sizes[TOKENS]:
             raise ValueError(
-                f"queries must be the last of the tokens; got {sizes[QUERIES]:,} queries of {sizes[TOKENS]:,} tokens"
+                f"queries must be the last of the tokens; "
+                f"got {sizes[QUERIES]:,} queries of {sizes[TOKENS]:,} tokens"
             )
 
     @property
     def code(self) -> list[int]:
-        """The same check as numbers, which the first operator of the graph reads."""
-        numbers = [bound for name in NAMES for bound in self.ranges.get(name, (0, 0))]
+        """The check as integers, for the first operator of the graph.
+
+        Ranges in the order of `NAMES`, queries_last, then for each input: dtype, contiguous, rank,
+        sizes; a varying size as -1 - its number in `NAMES`.
+        """
+        numbers: list[int] = []
+        for name in NAMES:
+            numbers += self.ranges.get(name, (0, 0))
         numbers.append(int(self.queries_last))
         for expected in self.inputs:
             numbers += [DTYPES.index(expected.dtype), int(expected.contiguous), len(expected.shape)]
-            numbers += [
-                -1 - NAMES.index(size) if isinstance(size, str) else size for size in expected.shape
-            ]
+            for size in expected.shape:
+                numbers.append(-1 - NAMES.index(size) if isinstance(size, str) else size)
         return numbers
 
-    def laid_out(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs, copied where generated code reads them and they lie in another order."""
+    def with_strides(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, made contiguous where generated code reads them."""
         return [
             x.contiguous() if expected.contiguous else x
             for x, expected in zip(inputs, self.inputs, strict=True)
         ]
 
     def lines(self) -> list[str]:
-        """What a user reads of it."""
+        """The entry as lines of text."""
         lines = [f"input {number}: {x}" for number, x in enumerate(self.inputs)]
         lines += [f"{name}: {least:,} to {most:,}" for name, (least, most) in self.ranges.items()]
         return lines + [f"attention {number}: {text}" for number, text in enumerate(self.attention)]
 
 
-def shown(shape: Sequence[int | str] | torch.Size) -> str:
-    """A shape as Python writes a tuple, with bare names."""
+def _fits(shape: torch.Size, expected: Sequence[int | str], sizes: dict[str, int]) -> bool:
+    """Whether a shape is the expected one.
+
+    sizes: varying sizes by name; those of a first input are added.
+    """
+    if len(shape) != len(expected):
+        return False
+    for size, axis in zip(shape, expected, strict=True):
+        # All inputs agree in a varying size; the first one defines it.
+        expected_size = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+        if size != expected_size:
+            return False
+    return True
+
+
+def shape_text(shape: Sequence[int | str] | torch.Size) -> str:
+    """A shape as Python writes a tuple, with names unquoted."""
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"

@@ -1,4 +1,4 @@
-"""From a model or a program to files, by torch.export and AOTInductor."""
+"""Packages from models and programs, by torch.export and AOTInductor."""
 
 from __future__ import annotations
 
@@ -39,45 +39,51 @@ def export(
 ) -> About:
     """Write a package: path, and beside it the native kernels and a description.
 
-    model: a program or mask, of q, k, v and its data; or a model of tensors that computes its attention by `compile(program)`.
-    example_inputs: tensors (batch, heads, tokens, width), (batch, tokens, width) or (batch, tokens).
-    lengths: the least and the most tokens; None: those of the example alone.
-    batches: the same of the batch.
-    decode: for a program True: a second entry, whose queries are the last of the tokens of k and v, one or more; `lengths` are
-        those of the cache. For a model: a module of its cache's tensors and example inputs, as (module, inputs).
-    isa: the instructions that its code uses. "avx2": it runs on every CPU with AVX2, and attention uses AVX-512 and AMX where
-        there are any. "native": those of this CPU. None: "avx2" where torch can do that.
+    model: a program or mask, called with q, k, v and its data; or a model whose attention is
+        computed by `compile(program)`.
+    example_inputs: tensors (batch, heads, tokens, width), (batch, tokens, width) or
+        (batch, tokens).
+    lengths: the least and the most tokens; None: the example's alone.
+    batches: the least and the most of the batch; None: the example's alone.
+    decode: True, for a program: a second entry whose queries, one or more, are the last tokens of
+        k and v; `lengths` are those of the cache. For a model: (module, example inputs), a module
+        that takes and returns the tensors of its cache.
+    isa: instruction set of the generated code. "avx2": any CPU with AVX2; attention uses AVX-512
+        and AMX where present. "native": this CPU's. None: "avx2" if torch supports it.
 
     The package computes a forward. It runs by `load`, or without this library:
 
-        torch.ops.load_library("model.pt2.so")                            C++: dlopen("model.pt2.so", RTLD_NOW | RTLD_GLOBAL)
-        model = torch._inductor.aoti_load_package("model.pt2")            C++: torch::inductor::AOTIModelPackageLoader
+        # C++: dlopen("model.pt2.so", RTLD_NOW | RTLD_GLOBAL)
+        torch.ops.load_library("model.pt2.so")
+        # C++: torch::inductor::AOTIModelPackageLoader
+        model = torch._inductor.aoti_load_package("model.pt2")
 
-    Raises TypeError or ValueError for bad arguments, native.build.NativeUnavailable without a compiler, and what torch.export
-    raises for a model that it cannot capture.
+    Raises TypeError or ValueError for bad arguments, native.build.NativeUnavailable without a
+    compiler, and the errors of torch.export for a model that it cannot capture.
     """
     package = Path(path)
     if package.suffix != ".pt2":
         raise ValueError(f"path must end with .pt2; got {str(path)!r}")
     isa = _isa_of(isa)
     sources = _sources_of(model, example_inputs, ranges_of(lengths, batches), decode)
+    is_program = isinstance(model, (Program, Mask))
     about = About(
-        repr(model) if isinstance(model, (Program, Mask)) else type(model).__name__,
-        {name: source.entry for name, source in sources.items()},
-        isa,
-        torch.backends.cpu.get_cpu_capability(),
-        platform.machine(),
-        torch.__version__.partition("+")[0],
-        _version(),
-        cpp.sources_digest(),
-        {},
+        name=repr(model) if is_program else type(model).__name__,
+        entries={name: source.entry for name, source in sources.items()},
+        isa=isa,
+        cpu=torch.backends.cpu.get_cpu_capability(),
+        machine=platform.machine(),
+        torch=torch.__version__.partition("+")[0],
+        compiled_dilated=_version(),
+        kernel=cpp.sources_digest(),
+        files={},
     )
     return _write(about, sources, package)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What becomes an entry."""
+    """A module to export, its example inputs and its entry."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
@@ -87,7 +93,7 @@ class _Source:
 def _sources_of(
     model: object, example_inputs: Any, ranges: Ranges, decode: object
 ) -> dict[str, _Source]:
-    """The entries' modules and examples, by name."""
+    """Check the arguments of `export`; the source of each entry by name."""
     if isinstance(model, Attend):
         raise TypeError(
             "export takes the program itself: export(program, ...), not compile(program)"
@@ -114,24 +120,24 @@ def _decode_source(
         arguments.flag("decode", decode)
         if inputs[0].shape[2] < 3:
             raise ValueError(
-                f"example_inputs must have at least 3 tokens for decode=True; got {inputs[0].shape[2]}"
+                "example_inputs must have at least 3 tokens for decode=True; "
+                f"got {inputs[0].shape[2]}"
             )
-        # Two queries stand for any number of them.
-        shorter = (inputs[0][:, :, -2:].contiguous(), *inputs[1:])
-        return _Source(
-            Attention(model, True), shorter, entry_of("example_inputs", shorter, ranges, True, True)
-        )
+        # An example of two queries: torch.export would make one query a constant.
+        example = (inputs[0][:, :, -2:].contiguous(), *inputs[1:])
+        entry = entry_of("example_inputs", example, ranges, decodes=True, queries_last=True)
+        return _Source(Attention(model, decodes=True), example, entry)
     if not (isinstance(decode, tuple) and len(decode) == 2 and isinstance(decode[0], nn.Module)):
         raise TypeError(
-            "decode must be (module, example inputs) for a model, a module that takes and returns the tensors of its cache; "
-            f"got {type(decode).__name__}. True is for a program"
+            "decode must be (module, example inputs) for a model, a module that takes and returns "
+            f"the tensors of its cache; got {type(decode).__name__}. True is for a program"
         )
     tensors = tensors_of("decode[1]", decode[1])
-    return _Source(decode[0], tensors, entry_of("decode[1]", tensors, ranges, True))
+    return _Source(decode[0], tensors, entry_of("decode[1]", tensors, ranges, decodes=True))
 
 
 def _isa_of(isa: object) -> str:
-    """The instructions of generated code. Raises ValueError where they cannot be had."""
+    """The instruction set of generated code; ValueError if torch cannot generate it here."""
     if isa is not None:
         arguments.choice("isa", isa, cpp.ISAS)
     if isa == "native":
@@ -152,8 +158,11 @@ def _version() -> str:
 
 
 def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About:
-    """Write all files of a package, and return its description with what was found out."""
-    # All in a folder of its own first: a stop leaves no half of a package.
+    """Write all files of a package; its description, completed.
+
+    about: without digests, attention and strides, which are known after the export.
+    """
+    # In a temporary folder first, so that an interruption leaves no incomplete package.
     with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
         unfinished = Path(folder, package.name)
         libraries = cpp.write(library_path(unfinished), about.isa)
@@ -172,7 +181,7 @@ def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About
 
 
 def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
-    """A module's graph, whose attention is the native operator, and its entry with what was found out."""
+    """Capture a module's graph; the entry completed by its attention and strides."""
     module, training = source.module, source.module.training
     try:
         with torch.no_grad():
@@ -182,7 +191,7 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
                 dynamic_shapes=(dims_of(source.entry),),
             )
             attention = attention_of(exported)
-            # Traced once more, now for a forward alone.
+            # Traced again without gradients: attention becomes the native operator.
             exported = exported.run_decompositions({})
     finally:
         module.train(training)
@@ -196,7 +205,8 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
     for number, (x, expected) in enumerate(zip(source.inputs, inputs, strict=True)):
         if expected.contiguous and not x.is_contiguous():
             raise ValueError(
-                f"input {number} of the example must be contiguous, as generated code reads it; call contiguous()"
+                f"input {number} of the example must be contiguous, as generated code reads it; "
+                "call contiguous()"
             )
     Checked.set_code(exported, entry.code)
     return exported, entry
@@ -205,8 +215,8 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
 def _compile(
     exported: Mapping[str, torch.export.ExportedProgram], path: Path, about: About
 ) -> None:
-    """Write the .pt2 of all entries."""
-    # It imports the compiler, which takes longer than all of this package.
+    """Compile the graphs of all entries and write the .pt2."""
+    # Imported late: they import inductor, which takes longer than all of this package.
     from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
@@ -216,7 +226,7 @@ def _compile(
     }
     if about.isa == "avx2":
         options |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
-    # In a cache of its own: two processes that export the same would write into each other's files.
+    # A separate cache: two processes that export the same graph would overwrite each other's files.
     with fresh_cache(), torch.no_grad():
         files: dict[str, Any] = {}
         for name, program in exported.items():

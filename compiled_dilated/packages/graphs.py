@@ -1,4 +1,4 @@
-"""Graphs of entries: the modules that torch.export captures, and what their graphs say."""
+"""Modules that torch.export captures, and checks of their graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from ..programs import Program
 
 
 class Attention(nn.Module):
-    """A program as a model of q, k, v and its data, in the order of names. decodes: q are the last of the tokens."""
+    """A program as a model of q, k, v and data tensors.
+
+    program: its data tensors follow v, in the order of `program.names`.
+    decodes: whether the queries are the last tokens of the cache.
+    """
 
     def __init__(self, program: Program | Mask, decodes: bool = False) -> None:
         super().__init__()
@@ -29,7 +33,10 @@ class Attention(nn.Module):
 
 
 class Checked(nn.Module):
-    """A model behind the check of its inputs, which is part of the graph. code: see Entry.code."""
+    """A model whose graph checks its inputs first.
+
+    code: the check, see `Entry.code`.
+    """
 
     def __init__(self, model: nn.Module, code: Sequence[int]) -> None:
         super().__init__()
@@ -43,46 +50,47 @@ class Checked(nn.Module):
 
     @staticmethod
     def set_code(exported: torch.export.ExportedProgram, code: Sequence[int]) -> None:
-        """Put another check in the place of a graph's."""
-        (node,) = [
-            node
-            for node in exported.graph.nodes
-            if node.target is torch.ops.compiled_dilated.check_inputs.default
-        ]
+        """Replace the check of a graph."""
+        check = torch.ops.compiled_dilated.check_inputs.default
+        (node,) = [node for node in exported.graph.nodes if node.target is check]
         node.args = (node.args[0], [*code])
         exported.graph_module.recompile()
 
 
 def attention_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """What each attention of a graph computes, and how."""
+    """Describe the attention calls of a graph: program, heads, kernel."""
     lines = []
     for node in exported.graph.nodes:
-        if node.op != "call_function" or not str(node.target).startswith("compiled_dilated.attend"):
+        if not _is_attend(node):
             continue
         q, k, v = (node.args[number].meta["val"].shape for number in range(3))
         program, *_, score, _ = json.loads(node.args[5])
-        heads = f"{q[1]} query heads on {k[1]} of keys, width {q[3]}" + (
-            f", values {v[3]}" if v[3] != q[3] else ""
-        )
+        heads = f"{q[1]} query heads on {k[1]} of keys, width {q[3]}"
+        if v[3] != q[3]:
+            heads += f", values {v[3]}"
         mod = "" if score is None else ", with a score_mod"
-        lines.append(
-            f"{program}{mod}; {heads}; one call of the native kernel, tiles found at the call"
-        )
+        kernel = "one call of the native kernel, tiles found at the call"
+        lines.append(f"{program}{mod}; {heads}; {kernel}")
     return tuple(lines)
 
 
 def check_graph(exported: torch.export.ExportedProgram) -> None:
-    """Raise ValueError where attention in a graph would need Python."""
-    for node in exported.graph.nodes:
-        if node.op == "call_function" and str(node.target).startswith("compiled_dilated.attend"):
-            raise ValueError(
-                "the graph holds attention that the native kernel does not compute for all lengths (a ring, another lowering, or "
-                "a function that reads what varies). Use lowering='auto' without ranks"
-            )
+    """Raise ValueError if attention in a graph would need Python."""
+    if any(_is_attend(node) for node in exported.graph.nodes):
+        raise ValueError(
+            "the graph holds attention that the native kernel does not compute for all lengths "
+            "(a ring, another lowering, or a function that reads what varies). "
+            "Use lowering='auto' without ranks"
+        )
+
+
+def _is_attend(node: torch.fx.Node) -> bool:
+    """Whether a node calls the attention operator that is implemented in Python."""
+    return node.op == "call_function" and str(node.target).startswith("compiled_dilated.attend")
 
 
 def read_by_code(exported: torch.export.ExportedProgram) -> list[bool]:
-    """For each input whether generated code reads it, which takes the strides of the example for granted."""
+    """For each input, whether generated code reads it with the example's strides."""
     names = exported.graph_signature.user_inputs
     native = torch.ops.compiled_dilated
     own = (native.native.default, native.check_inputs.default, torch.ops.aten.sym_size.int)

@@ -17,20 +17,27 @@ from .entries import Entry
 
 
 class Loaded:
-    """A package that runs: called with tensors as its entry "model" has them, it returns what the model returned."""
+    """A loaded package, called like the exported model."""
 
     def __init__(self, about: About, runs: Mapping[str, Callable[..., Any]]) -> None:
         self.about, self._runs = about, runs
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run once the inputs fit. Raises TypeError or ValueError where they do not."""
+        """Run the entry "model".
+
+        Raises TypeError or ValueError for inputs that do not fit.
+        """
         return _run(self.about.entries["model"], self._runs["model"], inputs)
 
     def decode(self, *inputs: Tensor) -> Any:
-        """Run the entry "decode": some queries against a cache. Raises as a call does, and where there is no such entry."""
+        """Run the entry "decode": queries against a cache.
+
+        Raises TypeError or ValueError for inputs that do not fit, ValueError without such an entry.
+        """
         if "decode" not in self._runs:
             raise ValueError(
-                f"the package of {self.about.name} has no entry for decoding; export it with decode=True"
+                f"the package of {self.about.name} has no entry for decoding; "
+                "export it with decode=True"
             )
         return _run(self.about.entries["decode"], self._runs["decode"], inputs)
 
@@ -41,14 +48,14 @@ class Loaded:
 def _run(entry: Entry, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
     entry.check(inputs)
     with torch.no_grad():
-        return run(*entry.laid_out(inputs))
+        return run(*entry.with_strides(inputs))
 
 
 def load(path: str | os.PathLike[str]) -> Loaded:
-    """A package that `export` wrote, checked.
+    """Load a package that `export` wrote.
 
-    Raises FileNotFoundError where one of its files is missing, and ValueError, before anything of it is opened, where their bytes
-    are not those that were written, or where torch, compiled_dilated or the CPU do not fit.
+    Raises FileNotFoundError if a file is missing, and ValueError if a digest differs or if torch,
+    compiled_dilated or the CPU do not fit. Both are raised before any code is opened.
     """
     package = Path(path)
     if not package.exists():
@@ -58,7 +65,8 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         file = package.with_suffix(suffix)
         if not file.exists():
             raise FileNotFoundError(
-                f"{file} is missing: the files of a package are written together by compiled_dilated.export"
+                f"{file} is missing: the files of a package are written together by "
+                "compiled_dilated.export"
             )
         if digest(file) != expected:
             raise ValueError(
@@ -70,21 +78,21 @@ def load(path: str | os.PathLike[str]) -> Loaded:
 
 
 def _open_operators(package: Path, about: About) -> None:
-    """Open this machine's own kernel; where it cannot be built, the package's for this CPU."""
+    """Load this machine's own kernel or, where it cannot be built, the package's."""
     build.check_switch()
     try:
         build.load()
     except build.NativeUnavailable:
+        # Another package may have registered the operator already.
         if not torch._C._dispatch_has_kernel_for_dispatch_key("compiled_dilated::native", "CPU"):
-            torch.ops.load_library(
-                str(package.with_suffix(f".pt2.{cpp.best_kernels(about.isa)}.so"))
-            )
+            kernel = package.with_suffix(f".pt2.{cpp.best_kernels(about.isa)}.so")
+            torch.ops.load_library(str(kernel))
 
 
 def _function(package: Path, entry: str) -> Callable[..., Any]:
-    """An entry as a function of its tensors, which returns what the model returned.
+    """An entry as a function of its tensors.
 
-    torch._inductor.aoti_load_package does the same, but first imports a compiler and runs it, to find out what this CPU has.
+    As torch._inductor.aoti_load_package, which would import and run a compiler to detect the CPU.
     """
     loader = torch._C._aoti.AOTIModelPackageLoader(str(package), entry, False, 1, -1)
     spec = pytree.treespec_loads(loader.get_call_spec()[1])

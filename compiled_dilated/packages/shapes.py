@@ -1,4 +1,4 @@
-"""From examples to entries: which sizes of which inputs vary."""
+"""Entries from example inputs: which sizes of which inputs vary."""
 
 from __future__ import annotations
 
@@ -42,17 +42,19 @@ def tensors_of(argument: str, inputs: Any) -> tuple[Tensor, ...]:
             raise TypeError(f"{argument}[{number}] must be a tensor on a CPU; got {kind}")
         if dtype_of(x) not in DTYPES:
             raise TypeError(
-                f"{argument}[{number}] must have one of the dtypes {', '.join(DTYPES)}; got {dtype_of(x)}"
+                f"{argument}[{number}] must have one of the dtypes {', '.join(DTYPES)}; "
+                f"got {dtype_of(x)}"
             )
         if x.dim() < 2:
             raise ValueError(
                 f"{argument}[{number}] must have a batch and tokens; got the shape {tuple(x.shape)}"
             )
-    # torch.export makes one input of a tensor that comes twice.
-    return tuple(
-        x.clone() if any(x is y for y in tensors[:number]) else x
-        for number, x in enumerate(tensors)
-    )
+    # torch.export merges inputs that are the same tensor: copy repetitions.
+    distinct: list[Tensor] = []
+    for x in tensors:
+        is_repeated = any(x is y for y in distinct)
+        distinct.append(x.clone() if is_repeated else x)
+    return tuple(distinct)
 
 
 def entry_of(
@@ -62,55 +64,69 @@ def entry_of(
     decodes: bool,
     queries_last: bool = False,
 ) -> Entry:
-    """An entry for tensors like these. decodes: whether some of them have fewer tokens than the cache, the queries'."""
+    """The entry of example inputs.
+
+    argument: the example's name in errors.
+    decodes: whether some inputs are queries, with fewer tokens than the cache.
+    queries_last: as in `Entry`.
+    """
     ranges = dict(ranges)
-    names = {
+    varying = {
         name: _sizes_of(argument, name, inputs, decodes and name == TOKENS)
         for name in (TOKENS, BATCH)
         if name in ranges
     }
-    fewer = min(names[TOKENS].values()) if decodes else 0
-    # One query at a time is a size that does not vary: torch.export takes a size of 1 for a constant.
-    if decodes and fewer > 1:
+    queries = min(varying[TOKENS].values()) if decodes else 0
+    # torch.export makes a size of 1 a constant: an example of one query fixes the size.
+    query_size: int | str = QUERIES if queries > 1 else 1
+    if queries > 1:
         ranges[QUERIES] = (1, ranges[TOKENS][1])
+    # Varying sizes become names, all others stay numbers.
     result = []
     for number, x in enumerate(inputs):
         shape: list[int | str] = list(x.shape)
-        for name, sizes in names.items():
-            is_query = decodes and name == TOKENS and sizes[number] == fewer
-            shape[_axis(name, x)] = (QUERIES if fewer > 1 else 1) if is_query else name
+        for name, sizes in varying.items():
+            is_query = decodes and name == TOKENS and sizes[number] == queries
+            shape[_axis(name, x)] = query_size if is_query else name
         result.append(Input(dtype_of(x), tuple(shape)))
-    for name, sizes in names.items():
+    for name, sizes in varying.items():
         _check_example(argument, name, max(sizes.values()), ranges[name])
     return Entry(tuple(result), ranges, queries_last=queries_last)
 
 
 def _axis(name: str, x: Tensor) -> int:
-    """The dimension of a size that varies."""
-    return 0 if name == BATCH else 1 if x.dim() == 2 else x.dim() - 2
+    """The dimension of a varying size.
+
+    x: (batch, tokens) or (batch, ..., tokens, width).
+    """
+    if name == BATCH:
+        return 0
+    return 1 if x.dim() == 2 else x.dim() - 2
 
 
 def _sizes_of(argument: str, name: str, inputs: Sequence[Tensor], decodes: bool) -> dict[int, int]:
-    """A size of each input by its number; all alike, or of two kinds where some are queries."""
+    """One size of all inputs by number: equal, or two when decoding."""
     sizes = {number: x.shape[_axis(name, x)] for number, x in enumerate(inputs)}
     if decodes:
-        if len(set(sizes.values())) != 2:
+        distinct = sorted(set(sizes.values()))
+        if len(distinct) != 2:
             raise ValueError(
-                f"{argument} must have two sizes of tokens, that of the queries and that of the cache, which is larger; "
-                f"got {sorted(set(sizes.values()))}"
+                f"{argument} must have two sizes of tokens, that of the queries and that of "
+                f"the cache, which is larger; got {distinct}"
             )
         return sizes
     for number, size in sizes.items():
         if size != sizes[0]:
             raise ValueError(
-                f"all inputs must have as many {name} as the first, {sizes[0]}; {argument}[{number}] has {size}"
+                f"all inputs must have as many {name} as the first, {sizes[0]}; "
+                f"{argument}[{number}] has {size}"
             )
     return sizes
 
 
 def _check_example(argument: str, name: str, size: int, bounds: tuple[int, int]) -> None:
     if size < 2:
-        # torch.export takes a size of 1 for a constant.
+        # torch.export makes a size of 1 a constant.
         raise ValueError(f"{argument} must have at least 2 {name} where that varies; got {size}")
     if not bounds[0] <= size <= bounds[1]:
         raise ValueError(f"{argument} must have {name} within the range {bounds}; got {size}")

@@ -1,12 +1,16 @@
-"""Pictures of masks: what may attend to what, exact for few tokens, shares of pairs for many.
+"""Pictures of masks: single pairs for few tokens, shares of allowed pairs for many.
 
-pixels       how many pairs each pixel holds, by counting
+pixels       allowed pairs of each pixel, by counting
 shades       colours and their legend
-characters, vectors, plots     a figure as text, as SVG, and drawn by matplotlib
-figures      `show`, and what it returns
+characters   a figure as text
+vectors      a figure as SVG
+plots        a figure as PNG or PDF, by matplotlib
+figures      the figure: captions, formats, files
+drawing      `show`: a figure from a program
 """
 
-from .figures import Figure, show
+from .drawing import show
+from .figures import Figure
 from .plots import is_installed as can_draw
 
 __all__ = ["Figure", "can_draw", "show"]

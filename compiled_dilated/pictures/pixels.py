@@ -1,4 +1,4 @@
-"""How many allowed pairs each pixel of a picture holds: single pairs for few tokens, counted blocks of them for many."""
+"""Allowed pairs of each pixel of a picture: single pairs, or counted blocks of pairs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from ..masks import Mask
 from ..orders import Order
 from ..regions import IntArray, Regions, Verdicts
 
-# Pixels a side; up to so many tokens each is one token wide.
+# Pixels per side. Up to this many tokens a pixel is one token wide.
 MOST_PIXELS = 256
 Counts = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """What one head sees.
+    """Allowed pairs of one head.
 
-    counts: (rows, columns), allowed pairs in each pixel; a pair counts as often as branches link it.
-    q_cuts, kv_cuts: the first query of each row, and of each column the first key, with the end as a last entry; places of an
-    order where the picture is drawn in one.
-    pairs: the sum of counts; None where some are estimated from a sample.
+    counts: (rows, columns), allowed pairs of each pixel; a pair counts once per branch that allows
+        it.
+    q_cuts: the first query of each row, and the end (positions, or places of an order).
+    kv_cuts: the first key of each column, and the end.
+    pairs: the sum of counts; None if some are estimated from a sample.
     """
 
     counts: Counts
@@ -37,18 +38,20 @@ class Pixels:
 
     @property
     def areas(self) -> IntArray:
-        """Pairs that each pixel stands for, allowed or not."""
+        """Pairs of each pixel, allowed or not."""
         return np.multiply.outer(np.diff(self.q_cuts), np.diff(self.kv_cuts))
 
     @property
     def means(self) -> Counts:
-        """The mean number of branches that link a pair of each pixel."""
+        """Branches that allow a pair, mean over each pixel."""
         return np.asarray(self.counts / self.areas, dtype=np.float64)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Tokens a pixel is high and wide; those at the end may be smaller."""
-        return tuple(int(np.diff(cuts).max(initial=1)) for cuts in (self.q_cuts, self.kv_cuts))  # type: ignore[return-value]
+        """Height and width of all but the last pixels, in tokens."""
+        height = int(np.diff(self.q_cuts).max(initial=1))
+        width = int(np.diff(self.kv_cuts).max(initial=1))
+        return height, width
 
     @property
     def is_single(self) -> bool:
@@ -56,26 +59,20 @@ class Pixels:
         return self.size == (1, 1)
 
     def merged(self, rows: int, columns: int) -> Pixels:
-        """The same in at most so many rows and columns."""
-        factors = [
-            -(-size // most) for size, most in zip(self.counts.shape, (rows, columns), strict=True)
-        ]
+        """Merge neighbouring pixels to at most this many rows and columns."""
+        height, width = self.counts.shape
+        q_factor, kv_factor = -(-height // rows), -(-width // columns)
         if self.size[0] == self.size[1]:  # square cells stay square
-            factors = [max(factors)] * 2
-        q_at, kv_at = (
-            np.arange(0, size, factor)
-            for size, factor in zip(self.counts.shape, factors, strict=True)
-        )
+            q_factor = kv_factor = max(q_factor, kv_factor)
+        q_at, kv_at = np.arange(0, height, q_factor), np.arange(0, width, kv_factor)
         counts = np.add.reduceat(np.add.reduceat(self.counts, q_at, axis=0), kv_at, axis=1)
-        q_cuts, kv_cuts = (
-            np.append(cuts[at], cuts[-1])
-            for cuts, at in ((self.q_cuts, q_at), (self.kv_cuts, kv_at))
-        )
+        q_cuts = np.append(self.q_cuts[q_at], self.q_cuts[-1])
+        kv_cuts = np.append(self.kv_cuts[kv_at], self.kv_cuts[-1])
         return Pixels(counts, q_cuts, kv_cuts, self.pairs)
 
 
 def cuts(tokens: int, first: int = 0) -> IntArray:
-    """Borders of at most MOST_PIXELS pixels, a power of two of tokens each."""
+    """Borders of at most MOST_PIXELS pixels, each a power of two tokens wide."""
     size = 1
     while size * MOST_PIXELS < tokens:
         size *= 2
@@ -83,7 +80,11 @@ def cuts(tokens: int, first: int = 0) -> IntArray:
 
 
 def pixels(masks: Sequence[Mask], q_len: int, kv_len: int, q_offset: int, order: Order) -> Pixels:
-    """Of a head that takes part in branches of these masks; drawn in the places of an order."""
+    """Count the pixels of a head.
+
+    masks: the head's masks, one per branch, with their data bound.
+    order: the order in whose places the pixels are drawn.
+    """
     q_cuts, kv_cuts = cuts(q_len, q_offset), cuts(kv_len)
     permutation = order.permutation(kv_len)
     places = None if permutation is None else torch.from_numpy(permutation.astype(np.int64))
@@ -115,12 +116,11 @@ class _Placed(Mask):
         return self.mask.classify(self._positions(q), self._positions(kv))
 
     def _positions(self, places: Regions) -> Regions:
-        """The positions at runs of places, each different run looked up once."""
+        """The positions at runs of places; equal runs are looked up once."""
         ends = np.stack([places.first, places.last + 1], axis=1)
-        distinct, which = np.unique(ends, axis=0, return_inverse=True)
-        return self.order.regions(distinct[:, 0], distinct[:, 1], len(self.permutation))[
-            which.reshape(-1)
-        ]
+        distinct, inverse = np.unique(ends, axis=0, return_inverse=True)
+        regions = self.order.regions(distinct[:, 0], distinct[:, 1], len(self.permutation))
+        return regions[inverse.reshape(-1)]
 
     @property
     def period(self) -> int | None:

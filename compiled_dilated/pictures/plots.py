@@ -1,4 +1,4 @@
-"""A figure drawn by matplotlib, which is an extra: PNG and PDF."""
+"""A figure as PNG or PDF, by matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .figures import Figure, Panel
 
 _DPI = 160
-# Of a panel, in inches: at this size every pixel of 256 is more than two dots wide.
+# Side of a panel in inches: each of 256 pixels is more than two dots wide.
 _SIDE = 4.2
 _MOST_STRETCH = 4
 _MOST_IN_A_ROW = 3
@@ -30,25 +30,26 @@ def draw(figure: Figure, kind: str) -> bytes:
     """The bytes of a PNG or PDF file."""
     if not is_installed():
         raise ImportError(
-            f"a {kind.upper()} of a mask needs matplotlib; install it with pip install 'compiled-dilated[show]', "
+            f"a {kind.upper()} of a mask needs matplotlib; install it with "
+            "pip install 'compiled-dilated[show]', "
             "or save as .svg, .html or .txt, which need nothing"
         )
-    # Slow to import. The figure is its own: no window, no state of pyplot's.
+    # Slow to import. A figure without pyplot: no window, no global state.
     from matplotlib.figure import Figure as Canvas
     from matplotlib.patches import Patch
 
+    # Up to three panels in one row, more in two.
     panels = figure.panels
     columns = len(panels) if len(panels) <= _MOST_IN_A_ROW else -(-len(panels) // 2)
     rows = -(-len(panels) // columns)
-    canvas = Canvas(
-        figsize=(max(6.2, columns * (_SIDE + 1.1)), rows * (_SIDE + 1.2) + 1.1),
-        layout="constrained",
-    )
+    size = (max(6.2, columns * (_SIDE + 1.1)), rows * (_SIDE + 1.2) + 1.1)
+    canvas = Canvas(figsize=size, layout="constrained")
     axes = canvas.subplots(rows, columns, squeeze=False).reshape(-1)
     for panel, ax in zip(panels, axes, strict=False):
         _panel(figure, panel, ax)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
+    # Headings above, one legend for all panels below.
     width = int(12.5 * canvas.get_figwidth())
     lines = [*textwrap.wrap(figure.heading, width), *textwrap.wrap(figure.subheading, width)]
     canvas.suptitle("\n".join(lines), fontsize=9, color=INK)
@@ -57,12 +58,12 @@ def draw(figure: Figure, kind: str) -> bytes:
         for name, color in figure.shades.legend
     ]
     legend = canvas.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False, labelcolor=INK,
-        title=figure.shades.meaning or None, title_fontsize=8,
+        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8,
+        frameon=False, labelcolor=INK, title=figure.shades.meaning or None, title_fontsize=8,
     )  # fmt: skip
     legend.get_title().set_color(INK)
     buffer = io.BytesIO()
-    # Nothing behind the card, so that the page shows, light or dark; no date, so that equal figures are equal files.
+    # Transparent, for light and dark pages; without a date, so that equal figures are equal files.
     metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
     canvas.savefig(buffer, format=kind, dpi=_DPI, transparent=True, metadata=metadata)
     return buffer.getvalue()
@@ -73,19 +74,14 @@ def _panel(figure: Figure, panel: Panel, ax: Axes) -> None:
 
     pixels = panel.pixels
     image = figure.shades.image(pixels.means)
-    # A last pixel may be short: the image reaches past it, the axes do not.
-    height, width = (
-        size * count for size, count in zip(pixels.size, pixels.counts.shape, strict=True)
-    )
+    # The last pixel may be short: the image extends beyond the axes' limits.
+    height = pixels.size[0] * pixels.counts.shape[0]
+    width = pixels.size[1] * pixels.counts.shape[1]
     left, top = int(pixels.kv_cuts[0]), int(pixels.q_cuts[0])
-    queries, keys = (int(cuts[-1] - cuts[0]) for cuts in (pixels.q_cuts, pixels.kv_cuts))
+    queries, keys = int(pixels.q_cuts[-1]) - top, int(pixels.kv_cuts[-1]) - left
     stretch = min(max(queries / keys, 1 / _MOST_STRETCH), _MOST_STRETCH)
-    ax.imshow(
-        image,
-        extent=(left, left + width, top + height, top),
-        interpolation="nearest",
-        aspect=stretch * keys / queries,
-    )
+    extent = (left, left + width, top + height, top)
+    ax.imshow(image, extent=extent, interpolation="nearest", aspect=stretch * keys / queries)
     q_name, kv_name = figure.axes
     ax.set(xlim=(left, left + keys), ylim=(top + queries, top))
     ax.set_xlabel(kv_name, fontsize=8, color=INK)
@@ -96,6 +92,6 @@ def _panel(figure: Figure, panel: Panel, ax: Axes) -> None:
     ax.tick_params(labelsize=7, colors=INK)
     for spine in ax.spines.values():
         spine.set_color(INK)
-    titled = len(figure.panels) > 1 or figure.kinds > 1
-    title = f"{panel.title}: {panel.caption}" if titled else panel.caption
-    ax.set_title(textwrap.fill(title, 62), fontsize=8, color=INK)
+    has_titles = len(figure.panels) > 1 or figure.kinds > 1
+    caption = f"{panel.title}: {panel.caption}" if has_titles else panel.caption
+    ax.set_title(textwrap.fill(caption, 62), fontsize=8, color=INK)

@@ -1,4 +1,4 @@
-"""A figure as SVG: the same bytes on every machine, read on light and dark pages."""
+"""A figure as SVG: the same bytes on every machine, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .shades import EMPTY, INK
 if TYPE_CHECKING:
     from .figures import Figure, Panel
 
-# Of a panel, and around it: left of it ticks and the name of the axis, above it titles, below it ticks, name and legend.
-_SIDE, _LEFT, _TOP, _BOTTOM, _GAP = 240, 58, 62, 84, 24
-# A long side is drawn at most so many times as long as a short one.
+# In pixels of the SVG: a panel's side; on its left ticks and the name of the axis; below it ticks,
+# name and legend; the gap on the right.
+_SIDE, _LEFT, _BOTTOM, _GAP = 240, 58, 84, 24
+# The greatest ratio of the long side to the short one.
 _MOST_STRETCH = 4
-_LINE = 13
-_CHARACTER = 5.6  # the width of one, at the font's size
+_LINE = 13  # height of a line of text
+_CHARACTER = 5.6  # mean width of a character
 
 
 def svg(figure: Figure) -> str:
@@ -28,19 +29,17 @@ def svg(figure: Figure) -> str:
     height = max(round(_shape(panel.pixels)[0]) for panel in figure.panels)
     width = len(figure.panels) * (_LEFT + _SIDE) + _GAP
     lines = _fit(figure.heading, width - _GAP) + _fit(figure.subheading, width - _GAP)
-    top = _LINE * len(lines) + 8
-    titled = len(figure.panels) > 1 or figure.kinds > 1
-    total = top + 2 * _LINE + height + _BOTTOM
-    words = html.escape(f"{figure.heading}; {figure.subheading}")
+    top = _LINE * len(lines) + 8 + 2 * _LINE
+    label = html.escape(f"{figure.heading}; {figure.subheading}")
+    box = f'viewBox="0 0 {width} {top + height + _BOTTOM}" width="{width}"'
+    font = f'font-family="sans-serif" font-size="10" fill="{INK}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" role="img" aria-label="{words}" '
-        f'font-family="sans-serif" font-size="10" fill="{INK}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{label}" {font}>'
     ]
     parts += [_text(6, _LINE * (number + 1), line) for number, line in enumerate(lines)]
     for number, panel in enumerate(figure.panels):
-        x = _LEFT + number * (_LEFT + _SIDE)
-        parts += _panel(figure, panel, x, top + 2 * _LINE, titled)
-    parts += _legend(figure, _LEFT, top + 2 * _LINE + height + 46)
+        parts += _panel(figure, panel, _LEFT + number * (_LEFT + _SIDE), top)
+    parts += _legend(figure, _LEFT, top + height + 46)
     return "\n".join([*parts, "</svg>"])
 
 
@@ -51,15 +50,20 @@ def _shape(pixels: Pixels) -> tuple[float, float]:
     return _SIDE * stretch, _SIDE
 
 
-def _panel(figure: Figure, panel: Panel, x: int, y: int, titled: bool) -> list[str]:
-    """The picture of some heads with its axes, its upper left corner at x, y."""
+def _panel(figure: Figure, panel: Panel, x: int, y: int) -> list[str]:
+    """A panel with caption and axes.
+
+    x, y: upper left corner of the picture.
+    """
+    has_titles = len(figure.panels) > 1 or figure.kinds > 1
+    caption = f"{panel.title}: {panel.caption}" if has_titles else panel.caption
     height, width = _shape(panel.pixels)
-    title = f"{panel.title}: {panel.caption}" if titled else panel.caption
-    lines = _fit(title, int(width) + _LEFT - 8)[:2]
-    out = [
-        _text(x, y - 6 - _LINE * (len(lines) - 1 - number), line)
-        for number, line in enumerate(lines)
-    ]
+    lines = _fit(caption, int(width) + _LEFT - 8)[:2]
+    # The caption's last line is just above the picture.
+    out = []
+    for number, line in enumerate(lines):
+        out.append(_text(x, y - 6 - _LINE * (len(lines) - 1 - number), line))
+    # The picture in units of tokens, one path for each colour.
     queries, keys = (cuts - cuts[0] for cuts in (panel.pixels.q_cuts, panel.pixels.kv_cuts))
     levels = figure.shades.levels(panel.pixels.means)
     scale = f"{_number(width / keys[-1])} {_number(height / queries[-1])}"
@@ -70,64 +74,76 @@ def _panel(figure: Figure, panel: Panel, x: int, y: int, titled: bool) -> list[s
         if path:
             out.append(f'<path fill="{color}" d="{path}"/>')
     out.append("</g>")
+    return out + _axes(figure, panel, x, y)
+
+
+def _axes(figure: Figure, panel: Panel, x: int, y: int) -> list[str]:
+    """Ticks at both ends of each axis, and the names of the axes."""
+    height, width = _shape(panel.pixels)
+    q_cuts, kv_cuts = panel.pixels.q_cuts, panel.pixels.kv_cuts
     q_name, kv_name = figure.axes
-    for share, anchor in ((0.0, "start"), (1.0, "end")):
-        at = int(panel.pixels.kv_cuts[0] + round(share * keys[-1]))
-        out.append(_text(x + share * width, y + height + 12, f"{at:,}", anchor))
-        at = int(panel.pixels.q_cuts[0] + round(share * queries[-1]))
-        out.append(_text(x - 4, y + (8 if share == 0 else height), f"{at:,}", "end"))
-    out.append(_text(x + width / 2, y + height + 26, kv_name, "middle"))
+    below, left = y + height + 12, x - 4
+    out = [
+        _text(x, below, f"{kv_cuts[0]:,}", "start"),
+        _text(left, y + 8, f"{q_cuts[0]:,}", "end"),
+        _text(x + width, below, f"{kv_cuts[-1]:,}", "end"),
+        _text(left, y + height, f"{q_cuts[-1]:,}", "end"),
+        _text(x + width / 2, below + 14, kv_name, "middle"),
+    ]
     middle = f"{_number(x - 12)} {_number(y + height / 2)}"
-    out.append(
-        f'<text transform="translate({middle}) rotate(-90)" text-anchor="middle">{html.escape(q_name)}</text>'
-    )
+    turned = f'transform="translate({middle}) rotate(-90)" text-anchor="middle"'
+    out.append(f"<text {turned}>{html.escape(q_name)}</text>")
     return out
 
 
 def _runs(
-    seen: npt.NDArray[np.bool_], queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]
+    is_drawn: npt.NDArray[np.bool_], queries: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]
 ) -> str:
-    """Pixels as rectangles: neighbours in a row as one, and rows that are alike as one."""
+    """Pixels as rectangles; neighbours in a row, and equal rows, are merged.
+
+    is_drawn: (rows, columns).
+    queries, keys: borders of rows and columns in tokens.
+    """
     out = []
-    rows = len(seen)
+    rows = len(is_drawn)
     row = 0
     while row < rows:
         last = row
-        while last + 1 < rows and (seen[last + 1] == seen[row]).all():
+        while last + 1 < rows and (is_drawn[last + 1] == is_drawn[row]).all():
             last += 1
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], seen[row].astype(np.int8), [0]])))
-        high = queries[last + 1] - queries[row]
+        # Columns at which a run of drawn pixels begins or ends.
+        padded = np.concatenate([[0], is_drawn[row].astype(np.int8), [0]])
+        edges = np.flatnonzero(np.diff(padded))
+        top, height = queries[row], queries[last + 1] - queries[row]
         for start, stop in edges.reshape(-1, 2).tolist():
-            out.append(
-                f"M{keys[start]} {queries[row]}h{keys[stop] - keys[start]}v{high}H{keys[start]}z"
-            )
+            left, width = keys[start], keys[stop] - keys[start]
+            out.append(f"M{left} {top}h{width}v{height}H{left}z")
         row = last + 1
     return "".join(out)
 
 
 def _legend(figure: Figure, x: int, y: float) -> list[str]:
-    """Colours and what they mean, in one line, and what is counted in a second one."""
+    """Colours with labels in one line, the legend's title in a second."""
     out = []
-    at = float(x)
+    left = float(x)
     for name, color in figure.shades.legend:
-        out.append(
-            f'<path fill="{color}" stroke="{INK}" stroke-width=".5" d="M{_number(at)} {_number(y - 8)}h9v9h-9z"/>'
-        )
-        out.append(_text(at + 13, y, name))
-        at += 24 + _CHARACTER * len(name)
+        square = f"M{_number(left)} {_number(y - 8)}h9v9h-9z"
+        out.append(f'<path fill="{color}" stroke="{INK}" stroke-width=".5" d="{square}"/>')
+        out.append(_text(left + 13, y, name))
+        left += 24 + _CHARACTER * len(name)
     if figure.shades.meaning:
         out.append(_text(x, y + 14, figure.shades.meaning))
     return out
 
 
 def _fit(words: str, width: int) -> list[str]:
-    """Words in lines that fit a width."""
+    """Wrap words to a width in pixels."""
     return textwrap.wrap(words, max(20, int(width / _CHARACTER)))
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
-    anchored = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text x="{_number(x)}" y="{_number(y)}"{anchored}>{html.escape(words)}</text>'
+    attribute = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    return f'<text x="{_number(x)}" y="{_number(y)}"{attribute}>{html.escape(words)}</text>'
 
 
 def _number(value: float) -> str:

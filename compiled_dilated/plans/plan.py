@@ -110,6 +110,8 @@ class Plan:
 
     def _pairs_line(self) -> str:
         computed = f"{self.cost.pairs:,} computed"
+        if self.useful_pairs is not None and self._reads_data:
+            return f"pairs     {self.useful_pairs:,} allowed, at most {computed}"
         if self.useful_pairs is not None:
             share = self.useful_pairs / self.cost.pairs if self.cost.pairs else 1.0
             return f"pairs     {self.useful_pairs:,} allowed, {computed} ({share:.0%} useful)"

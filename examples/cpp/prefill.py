@@ -2,10 +2,10 @@
 
 python examples/cpp/prefill.py [--short] [--folder FOLDER]
 
-The package runs without Python and without this library: prefill.cpp beside this file loads it, in
-forty lines, with the line that builds it. The model has random weights and layers that see a window
-of 128 and the first 4 tokens; the prompt is Python's own source. Needs `pip install -e .[hf]` and a
-C++ compiler (g++, or the one that CXX names); one to two minutes on two cores.
+The package runs without Python and without this library: prefill.cpp beside this file loads it in
+forty lines. The model has random weights, and layers that see a window of 128 and the first 4
+tokens; the prompt is Python's own source. Needs `pip install -e .[hf]` and a C++ compiler (g++, or
+the one in CXX); one to two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROGRAM = masks.causal() & (masks.window(128) | masks.sinks(4))
 
 
 def model_of(longest: int) -> LlamaForCausalLM:
-    """A Llama of two layers over bytes, with random weights, its attention by the program."""
+    """A Llama of two layers over bytes, with attention by the program."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=64,
@@ -43,7 +43,7 @@ def model_of(longest: int) -> LlamaForCausalLM:
 
 
 def build(folder: Path) -> Path:
-    """Compile prefill.cpp against this torch; the path of the program."""
+    """Compile prefill.cpp against this torch; returns the path of the program."""
     torch_folder = Path(torch.__file__).parent
     include, library = torch_folder / "include", torch_folder / "lib"
     program = folder / "prefill"
@@ -82,22 +82,24 @@ def run(folder: Path, tokens: int) -> None:
 
     expected = next_of(model, prompt.read_bytes())
     print("Python:  next:", *(f"{token} ({score:.4f})" for token, score in expected))
+    # The program prints "token (score)" three times.
     words = printed.partition("next:")[2].split()
-    computed = [int(token) for token in words[::2]]
+    tokens_of_cpp = [int(token) for token in words[::2]]
     scores = torch.tensor([float(score.strip("()")) for score in words[1::2]])
-    same = computed == [token for token, _ in expected]
-    if not same or (scores - torch.tensor([score for _, score in expected])).abs().max() > 1e-3:
+    expected_scores = torch.tensor([score for _, score in expected])
+    is_same = tokens_of_cpp == [token for token, _ in expected]
+    if not is_same or (scores - expected_scores).abs().max() > 1e-3:
         raise SystemExit("C++ and Python disagree")
     print("C++ and Python agree")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Work in a folder, a temporary one if none is named."""
+    """Run in a folder, by default a temporary one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="a prompt of 1,000 bytes, not 20,000")
-    parser.add_argument("--folder", type=Path, help="where package and program stay afterwards")
+    parser.add_argument("--folder", type=Path, help="where package and program are kept")
     options = parser.parse_args(arguments)
     tokens = 1000 if options.short else 20_000
     if options.folder is not None:

@@ -1,1 +1,1 @@
-"""A byte-level language model with LongNet attention, trained and compared in minutes: `python -m examples.demo`."""
+"""A byte-level language model with LongNet attention: `python -m examples.demo`."""

@@ -1,4 +1,7 @@
-"""Train a small language model with 8K context on real text, check its attention, compare it: `python -m examples.demo`."""
+"""Train a small language model on real text, check and compare its attention.
+
+python -m examples.demo
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,15 +28,25 @@ from .training import Training, continuation, train
 _SEED = 0
 _CHECKED_TOKENS = 1200
 _PROMPT = b"def main("
-# The table's program, at the width of the library's benchmark.
+# The program of the comparison, with the heads of the library's benchmarks.
 _COMPARED = (2048, 4096, 8192), (1, 2, 4)
 _COMPARED_HEADS, _COMPARED_HEAD_DIM = 8, 64
+# Shares of the time for training and for the comparison.
 _TRAINING_SHARE, _TABLE_SHARE = 0.47, 0.45
+_PICTURES = ("mask.png", "loss.png")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is. must_fall_to: the most loss at the end, as a share of the unigram entropy. seconds: for all."""
+    """Sizes of model, text and comparison.
+
+    context: bytes of a training window.
+    must_fall_to: the greatest held-out loss, as a share of the unigram entropy.
+    sampled_bytes: bytes of the sample.
+    compared_tokens: lengths of the comparison.
+    with_flex: whether FlexAttention takes part in it.
+    seconds: time for all of the demo.
+    """
 
     context: int
     width: int
@@ -48,12 +62,14 @@ class Scale:
 
 
 WHOLE = Scale(
-    context=8192, width=128, layers=3, heads=4, segment_lengths=(512, 2048, 8192), dilation_rates=(1, 2, 4),
-    must_fall_to=0.75, sampled_bytes=300, compared_tokens=(4096, 16384, 65536), with_flex=True, seconds=230,
+    context=8192, width=128, layers=3, heads=4,
+    segment_lengths=(512, 2048, 8192), dilation_rates=(1, 2, 4), must_fall_to=0.75,
+    sampled_bytes=300, compared_tokens=(4096, 16384, 65536), with_flex=True, seconds=230,
 )  # fmt: skip
 QUICK = Scale(
-    context=1024, width=64, layers=2, heads=4, segment_lengths=(128, 512, 1024), dilation_rates=(1, 2, 4),
-    must_fall_to=1.1, sampled_bytes=40, compared_tokens=(1024, 4096), with_flex=False, seconds=9,
+    context=1024, width=64, layers=2, heads=4,
+    segment_lengths=(128, 512, 1024), dilation_rates=(1, 2, 4), must_fall_to=1.1,
+    sampled_bytes=40, compared_tokens=(1024, 4096), with_flex=False, seconds=9,
 )  # fmt: skip
 
 
@@ -84,17 +100,20 @@ def demo(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train a small byte-level language model on real text, check its attention, and compare it, in a few minutes.
+    """Train a small byte-level language model, check and compare its attention, in minutes.
 
-    Exit code 1 if attention differs from the float64 reference, or the loss does not fall well below the unigram entropy.
+    Exit code 1 if attention differs from the float64 reference, or if the loss does not fall well
+    below the unigram entropy.
     """
     if not pictures.can_draw():
         raise typer.BadParameter(
-            "the demo draws its results by matplotlib; install it with pip install 'compiled-dilated[show]'"
+            "the demo draws its results by matplotlib; "
+            "install it with pip install 'compiled-dilated[show]'"
         )
-    say: Callable[[str], None] = (lambda line: typer.echo(line, err=True)) if json else typer.echo
     with bad_usage():
         source = read(text)
+    # Stdout has the JSON object alone.
+    say = partial(typer.echo, err=json)
     record = _run(QUICK if quick else WHOLE, seconds, source, out, say)
     if json:
         print_json(record)
@@ -104,18 +123,21 @@ def demo(
 def _run(
     scale: Scale, seconds: float | None, source: Text, out: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Everything in turn: train, sample, check, compare, draw. Returns the summary, which is also written to `out`."""
+    """Train, sample, check, compare and draw.
+
+    seconds: time for all; the scale's if None.
+    out: folder of the pictures and the summary.
+    say: prints a text.
+
+    Returns the summary.
+    """
     started, seconds = time.perf_counter(), seconds or scale.seconds
     random = torch.Generator().manual_seed(_SEED)
     torch.manual_seed(_SEED)
     program = longnet(scale.segment_lengths, scale.dilation_rates, causal=True)
     hardware = measure.hardware()
-    say(
-        f"{hardware['cpu']}, {hardware['threads']} threads, torch {hardware['torch']}, Python {hardware['python']}\n"
-    )
-    say(report.of_text(source))
+    _introduce(scale, source, hardware, say)
     shape = (1, scale.heads, scale.context, scale.width // scale.heads)
-    say(f"attention {report.code(scale.segment_lengths, scale.dilation_rates)}\n")
     say(plan(program, shape, training=True).explain() + "\n")
 
     model = LanguageModel(program, scale.width, scale.heads, scale.layers)
@@ -124,17 +146,15 @@ def _run(
     sample = continuation(model, _PROMPT, scale.sampled_bytes, random).decode(errors="replace")
     say("sample    " + (_PROMPT.decode() + sample).rstrip().replace("\n", "\n          ") + "\n")
 
-    checked = check(program, *model.first_projection(source.held_out(_CHECKED_TOKENS, 1)[:, :-1]))
-    say(report.of_check(checked))
+    # Attention's inputs on real text, and random ones of the benchmark's size.
+    result = check(program, *model.first_projection(source.held_out(_CHECKED_TOKENS, 1)[:, :-1]))
+    say(report.of_check(result))
     cells = _compare(scale, seconds * _TABLE_SHARE)
     say(report.of_comparison(cells, report.code(*_COMPARED), _COMPARED_HEADS, _COMPARED_HEAD_DIM))
 
-    mask = report.mask_picture(
-        scale.segment_lengths, scale.dilation_rates, scale.context, scale.heads
-    )
-    measure.write(out / "mask.png", mask)
-    measure.write(out / "loss.png", report.loss_picture(training, source))
-    ok = checked.ok and training.fell_to(scale.must_fall_to, source)
+    _draw(scale, training, source, out)
+    ok = result.ok and training.fell_to(scale.must_fall_to, source)
+    compared = {"heads": _COMPARED_HEADS, "head_dim": _COMPARED_HEAD_DIM}
     record = {
         "ok": ok,
         "seconds": time.perf_counter() - started,
@@ -144,49 +164,61 @@ def _run(
         "text": source.to_json(),
         "training": training.to_json(),
         "sample": sample,
-        "check": asdict(checked) | {"ok": checked.ok},
-        "compared": {
-            "program": report.code(*_COMPARED),
-            "heads": _COMPARED_HEADS,
-            "head_dim": _COMPARED_HEAD_DIM,
-        },
+        "check": asdict(result) | {"ok": result.ok},
+        "compared": {"program": report.code(*_COMPARED), **compared},
         "comparison": [asdict(cell) for cell in cells],
     }
     measure.write_json(out / "summary.json", record)
-    say(
-        f"wrote     {', '.join(str(out / name) for name in ('mask.png', 'loss.png', 'summary.json'))}"
-    )
+    say(f"wrote     {', '.join(str(out / name) for name in (*_PICTURES, 'summary.json'))}")
     say(f"{'passed' if ok else 'FAILED'} in {record['seconds']:.0f} s")
     return record
+
+
+def _introduce(
+    scale: Scale, text: Text, hardware: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Print machine, text and program."""
+    versions = f"torch {hardware['torch']}, Python {hardware['python']}"
+    say(f"{hardware['cpu']}, {hardware['threads']} threads, {versions}\n")
+    say(report.of_text(text))
+    say(f"attention {report.code(scale.segment_lengths, scale.dilation_rates)}\n")
+
+
+def _draw(scale: Scale, training: Training, text: Text, out: Path) -> None:
+    """Write the pictures of mask and loss."""
+    lengths, rates = scale.segment_lengths, scale.dilation_rates
+    mask = report.mask_picture(lengths, rates, scale.context, scale.heads)
+    loss = report.loss_picture(training, text)
+    for name, picture in zip(_PICTURES, (mask, loss), strict=True):
+        measure.write(out / name, picture)
 
 
 def _train(
     model: LanguageModel, text: Text, scale: Scale, seconds: float, random: torch.Generator
 ) -> Training:
-    """Trains with a bar on stderr, and a line now and then that stays."""
+    """Train with a progress bar on stderr, and eight lasting lines."""
     lines = 8
     with _bar("training", seconds) as (advance, line):
-        said = 0
+        printed = 0
 
         def show(training: Training) -> None:
-            nonlocal said
-            now = f"step {len(training.losses)}, {training.recent_bits:.2f} bits a byte"
-            advance(training.seconds, now)
-            if training.seconds >= seconds * (said + 1) / lines:
-                said = int(lines * training.seconds / seconds)
-                line(f"          {training.seconds:4.0f} s  {now}")
+            nonlocal printed
+            text = f"step {len(training.losses)}, {training.recent_bits:.2f} bits a byte"
+            advance(training.seconds, text)
+            if training.seconds >= seconds * (printed + 1) / lines:
+                printed = int(lines * training.seconds / seconds)
+                line(f"          {training.seconds:4.0f} s  {text}")
 
         return train(model, text, scale.context, seconds, random, show)
 
 
 def _compare(scale: Scale, seconds: float) -> list[Cell]:
-    """The table's cells, measured with a bar that counts them."""
+    """Measure the cells of the comparison, with a progress bar."""
     cells: list[Cell] = []
     program, tokens = longnet(*_COMPARED, causal=True), scale.compared_tokens
+    heads = _COMPARED_HEADS, _COMPARED_HEAD_DIM
     with _bar("one call", 3 * len(tokens)) as (advance, _):
-        for cell in compare(
-            program, tokens, _COMPARED_HEADS, _COMPARED_HEAD_DIM, seconds, scale.with_flex
-        ):
+        for cell in compare(program, tokens, *heads, seconds, scale.with_flex):
             cells.append(cell)
             advance(len(cells), f"{cell.system} at {cell.tokens:,} tokens")
     return cells
@@ -196,19 +228,21 @@ def _compare(scale: Scale, seconds: float) -> list[Cell]:
 def _bar(
     name: str, total: float
 ) -> Iterator[tuple[Callable[[float, str], None], Callable[[str], None]]]:
-    """A progress bar on stderr: (advance(done, description), a line that stays)."""
+    """Show a progress bar on stderr.
+
+    Yields advance(completed, description), and a function that prints a lasting line.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=total)
-        yield (
-            lambda done, description: progress.update(
-                task, completed=done, description=f"{name}: {description}"
-            ),
-            lambda line: progress.console.print(line, markup=False, highlight=False),
-        )
+
+        def advance(completed: float, description: str) -> None:
+            progress.update(task, completed=completed, description=f"{name}: {description}")
+
+        yield advance, partial(progress.console.print, markup=False, highlight=False)
 
 
 application = typer.Typer(

@@ -1,4 +1,4 @@
-"""The demo's evidence: attention against the float64 reference, and one call against dense SDPA and FlexAttention."""
+"""The demo's checks: errors against the reference, time against SDPA and FlexAttention."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from compiled_dilated.reference import multiplicity
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# A call this long is timed while its memory is watched, which a shorter one would feel.
+# A call this long is timed while its memory is measured, which would slow down a shorter one.
 _LONG_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """Largest errors against the reference, and the most that they may be."""
+    """Largest errors against the reference, and their bounds."""
 
     tokens: int
     error: float
@@ -36,48 +36,51 @@ class Check:
 
 
 def check(program: Program, q: Tensor, k: Tensor, v: Tensor) -> Check:
-    """Output and gradients against the float64 reference.
+    """Compare output and gradients with the float64 reference.
 
-    Each error may be twice that of dense SDPA in the same precision over the same pairs, plus one rounding of the result.
+    The bound of an error is twice that of dense SDPA in the same precision over the same pairs,
+    plus one rounding of the result.
+
+    q, k, v: (B, H, N, D).
     """
     tensors = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    # The logarithm of a multiplicity of 0 hides a pair; of 2 it doubles its weight.
     bias = multiplicity(program, q, k).to(q.dtype).log()
 
-    def true(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = reference(program, q, k, v)
-        assert isinstance(out, Tensor)
-        return out
-
-    def run(attention: Attention) -> list[Tensor]:
+    def run(attention: Callable[..., object]) -> list[Tensor]:
         out = attention(*tensors)
+        assert isinstance(out, Tensor)
         return [out.detach(), *torch.autograd.grad(out, tensors, grad_out.to(out.dtype))]
 
-    truth = run(true)
-    ours = _errors(run(compile(program)), truth)
-    dense = _errors(
-        run(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias)), truth
-    )
+    truth = run(partial(reference, program))
+    errors = _errors(run(compile(program)), truth)
+    dense_errors = _errors(run(partial(scaled_dot_product_attention, attn_mask=bias)), truth)
     rounding = torch.finfo(q.dtype).eps
-    most = [
-        2 * error + rounding * float(value.abs().max())
-        for error, value in zip(dense, truth, strict=True)
-    ]
-    # The gradients of q, k and v differ in size: the one that comes nearest to its bound speaks for all.
-    worst = max((1, 2, 3), key=lambda each: ours[each] / most[each])
-    return Check(q.shape[2], ours[0], most[0], ours[worst], most[worst])
+    bounds = []
+    for error, value in zip(dense_errors, truth, strict=True):
+        bounds.append(2 * error + rounding * float(value.abs().max()))
+    # Gradients of q, k and v differ in size: the one nearest to its bound is reported.
+    worst = max((1, 2, 3), key=lambda index: errors[index] / bounds[index])
+    return Check(q.shape[2], errors[0], bounds[0], errors[worst], bounds[worst])
 
 
 def _errors(values: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [
-        float((value.double() - true).abs().max())
-        for value, true in zip(values, truth, strict=True)
-    ]
+    """The largest error of each tensor."""
+    pairs = zip(values, truth, strict=True)
+    return [float((value.double() - expected).abs().max()) for value, expected in pairs]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One system at one length: what a call takes, memory beyond q, k and v, seconds to get ready; or why it was left out."""
+    """The figures of one system at one length.
+
+    seconds: time of a call.
+    useful_gflops: the program's floating point operations, in 10**9 a second.
+    memory_bytes: peak memory beyond q, k and v.
+    ready_seconds: time to prepare the first call.
+    note: the reason, if it was left out.
+    """
 
     tokens: int
     system: str
@@ -96,15 +99,18 @@ def compare(
     seconds: float,
     with_flex: bool,
 ) -> Iterator[Cell]:
-    """One forward call, float32: ours, causal dense SDPA, compiled FlexAttention over the union of the branches.
+    """Measure one forward call in float32 of three systems at each length.
 
-    A system is left out at a length where, judged by its time at the length before, it would take the time that is left.
+    The systems: this library, causal dense SDPA, compiled FlexAttention over the union of branches.
+
+    seconds: time for all; a system is left out if, by its time at the length before, it would take
+        longer than what is left.
+    with_flex: whether FlexAttention takes part.
     """
-    ends, last = time.perf_counter() + seconds, dict[str, Cell]()
+    end, last = time.perf_counter() + seconds, dict[str, Cell]()
     for count in tokens:
-        q, k, v = torch.randn(
-            3, 1, heads, count, head_dim, generator=torch.Generator().manual_seed(0)
-        )
+        random = torch.Generator().manual_seed(0)
+        q, k, v = torch.randn(3, 1, heads, count, head_dim, generator=random)
         useful_pairs = plan(program, q.shape).useful_pairs
         assert useful_pairs is not None  # no mask of the demo reads data
         flops = 4 * head_dim * useful_pairs
@@ -114,23 +120,30 @@ def compare(
             "FlexAttention": partial(flex, program, count, heads),
         }
         for system, make in makers.items():
-            left, expected = ends - time.perf_counter(), _expected(last.get(system), count)
-            if system == "FlexAttention" and not with_flex:
-                yield Cell(count, system, note="left out: it takes a while to compile")
-            elif expected > left and system != "compiled_dilated":
-                why = (
-                    f"would take about {expected:.0f} s, judged by the length before"
-                    if expected >= 1
-                    else "its time is over"
-                )
-                yield Cell(count, system, note=f"left out: {why}")
-            else:
-                last[system] = _measured(system, make, q, k, v, flops, last.get(system))
-                yield last[system]
+            note = _left_out(system, last.get(system), count, end, with_flex)
+            if note:
+                yield Cell(count, system, note=f"left out: {note}")
+                continue
+            last[system] = _measured(system, make, q, k, v, flops, last.get(system))
+            yield last[system]
+
+
+def _left_out(system: str, before: Cell | None, tokens: int, end: float, with_flex: bool) -> str:
+    """The reason why a system is not measured; empty if it is."""
+    if system == "compiled_dilated":
+        return ""
+    if system == "FlexAttention" and not with_flex:
+        return "it takes a while to compile"
+    expected = _expected(before, tokens)
+    if expected <= end - time.perf_counter():
+        return ""
+    if expected >= 1:
+        return f"would take about {expected:.0f} s, judged by the length before"
+    return "its time is over"
 
 
 def flex(program: Program, tokens: int, heads: int) -> Attention:
-    """Compiled FlexAttention over the union of the branches, its block mask by `create_block_mask`, compiled too.
+    """Compiled FlexAttention over the union of the branches, with a compiled block mask.
 
     A pair of two branches counts once: less work than the program defines.
     """
@@ -151,16 +164,20 @@ def flex(program: Program, tokens: int, heads: int) -> Attention:
 
 
 def _expected(before: Cell | None, tokens: int) -> float:
-    """Seconds until a system is measured at this length: calls that grow with its square, and what it takes to be ready."""
+    """Estimate the seconds to measure a system at this length.
+
+    before: its figures at the length before. Time of a call is taken to grow with the square of
+        the length.
+    """
     if before is None or before.seconds is None:
         return 0.0
     call = before.seconds * (tokens / before.tokens) ** 2
-    calls = (0 if _ready(before) else 1) + (1 if call > _LONG_SECONDS else 2)
+    calls = (0 if _is_ready(before) else 1) + (1 if call > _LONG_SECONDS else 2)
     return calls * call + before.ready_seconds
 
 
-def _ready(before: Cell | None) -> bool:
-    """Whether a system, by what it took at the length before, has nothing to prepare."""
+def _is_ready(before: Cell | None) -> bool:
+    """Whether a system had nothing to prepare at the length before."""
     return before is not None and before.ready_seconds < 0.001
 
 
@@ -173,20 +190,26 @@ def _measured(
     flops: float,
     before: Cell | None,
 ) -> Cell:
-    """The first call plans and compiles, the next is watched for memory, up to three more are timed; of a long call, none."""
+    """Measure a system at one length.
+
+    make: prepares the system.
+    flops: the program's floating point operations.
+    before: its figures at the length before.
+    """
     with torch.no_grad():
+        # The first call plans and compiles.
         started = time.perf_counter()
         attention = make()
         call = partial(attention, q, k, v)
-        if not _ready(before):
+        if not _is_ready(before):
             call()
         ready = time.perf_counter() - started
-        watched = time.perf_counter()
+        # The second is measured for its memory and, if it is long, for its time too.
+        started = time.perf_counter()
         peak = measure.peak_bytes(call)
-        elapsed = time.perf_counter() - watched
+        elapsed = time.perf_counter() - started
         if elapsed <= _LONG_SECONDS:
-            elapsed = measure.median(
-                measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)[system]
-            )
-    ready = 0.0 if _ready(before) else max(0.0, ready - elapsed)
+            times = measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)
+            elapsed = measure.median(times[system])
+    ready = 0.0 if _is_ready(before) else max(0.0, ready - elapsed)
     return Cell(q.shape[2], system, elapsed, flops / elapsed / 1e9, peak, ready)

@@ -1,6 +1,10 @@
-"""The demo's language model: bytes in, bytes out, attention by a LongNet program.
+"""The demo's language model over bytes, with LongNet attention.
 
-Bytes -> embedding of the last 1 to 4 -> [ + attention(norm) -> + swiglu(norm) ] x layers -> norm -> logits of the next byte
+bytes -> embeddings of the last 1 to 4 bytes
+      -> [ + attention(norm) -> + swiglu(norm) ] x layers
+      -> norm -> logits of the next byte
+
+Suffixes of tensors: B batch, N tokens, E width of the model, H heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ _LONGEST_GRAM, _GRAM_SLOTS = 4, 32749  # a prime, so that the remainder depends 
 
 
 class Embedding(nn.Module):
-    """(B, N) bytes to (B, N, width): each byte, and with it its last 2, 3 and 4 bytes as one, hashed (arXiv 2412.09871).
+    """Embeddings of each byte and of its last 2, 3 and 4 bytes, hashed (arXiv 2412.09871).
 
-    A model that sees a few million bytes learns more from tables of what it saw than from depth.
+    (B, N) bytes to (B, N, width). Over a few million bytes of text, tables of n-grams lower the
+    loss more than further layers.
     """
 
     def __init__(self, width: int) -> None:
@@ -32,17 +37,18 @@ class Embedding(nn.Module):
 
     def forward(self, text_BN: Tensor) -> Tensor:
         out_BNE: Tensor = self.byte(text_BN)
+        # The n-gram as a number, with the byte `distance` tokens earlier as its last digit.
         gram_BN = text_BN
-        for before, table in enumerate(self.grams, start=1):
-            gram_BN = gram_BN * BYTES + F.pad(text_BN, (before, 0))[:, : text_BN.shape[1]]
+        for distance, table in enumerate(self.grams, start=1):
+            gram_BN = gram_BN * BYTES + F.pad(text_BN, (distance, 0))[:, : text_BN.shape[1]]
             out_BNE = out_BNE + table(gram_BN % _GRAM_SLOTS)
         return out_BNE
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP, each on a normalised input and added to the stream (B, N, width).
+    """Attention and a gated MLP, each behind a norm, added to the stream (B, N, width).
 
-    Attention is told no positions: what stands just before a byte is in its embedding.
+    Without position embeddings: n-gram embeddings encode the order of neighbouring bytes.
     """
 
     def __init__(self, program: Program, width: int, heads: int) -> None:
@@ -73,7 +79,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Logits over the byte after each byte: (B, N) of integers to (B, N, 256)."""
+    """Logits of the next byte: (B, N) bytes to (B, N, 256)."""
 
     def __init__(self, program: Program, width: int = 128, heads: int = 4, layers: int = 3) -> None:
         super().__init__()
@@ -91,13 +97,13 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def first_projection(self, text_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of the first layer, each (B, H, N, D): attention's input on real text."""
+        """q, k and v of the first layer, each (B, H, N, D)."""
         block = self.blocks[0]
         assert isinstance(block, Block)
         return block.project(self.embedding(text_BN))
 
 
 def loss(model: nn.Module, text_BN: Tensor) -> Tensor:
-    """Mean nats a byte of predicting text[:, 1:] from what comes before."""
+    """Mean nats a byte of predicting text[:, 1:] from the preceding bytes."""
     logits = model(text_BN[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), text_BN[:, 1:].flatten())

@@ -1,4 +1,4 @@
-"""The demo's text: the sources of Python's own standard library, which is on any machine that runs this."""
+"""The demo's text: the sources of Python's standard library, present on every machine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Packages that somebody installed, and tests, which repeat themselves.
+# Installed packages, and tests, which are repetitive.
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+# Every 20th file is validation text.
 _EVERY_HELD_OUT = 20
 _LEAST_BYTES = 2**18
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Bytes (n,) uint8 to train on and, from other files, to validate on."""
+    """Training and validation text of different files.
+
+    training, validation: (bytes,) uint8.
+    files: number of files.
+    folder: their path.
+    """
 
     training: Tensor
     validation: Tensor
@@ -28,55 +34,63 @@ class Text:
 
     @property
     def unigram_bits(self) -> float:
-        """Bits a byte of the best guess that knows how often each byte occurs and nothing else."""
+        """Entropy of the distribution of single bytes, in bits a byte."""
         share = torch.bincount(self.training.int(), minlength=256).double() / len(self.training)
         return float(-(share[share > 0] * share[share > 0].log2()).sum())
 
     def to_json(self) -> dict[str, Any]:
-        """What it is, without the text itself."""
-        sizes = {"training_bytes": len(self.training), "validation_bytes": len(self.validation)}
+        """Sizes and folder, without the text itself."""
         return {
             "folder": self.folder,
             "files": self.files,
-            **sizes,
+            "training_bytes": len(self.training),
+            "validation_bytes": len(self.validation),
             "unigram_bits": self.unigram_bits,
         }
 
     def windows(self, tokens: int, count: int, random: torch.Generator) -> Tensor:
-        """(count, tokens + 1) bytes from random places of the training text, int64."""
+        """Random windows of the training text, (count, tokens + 1) int64."""
         starts = torch.randint(len(self.training) - tokens, (count,), generator=random)
-        return torch.stack(
-            [self.training[start : start + tokens + 1] for start in starts.tolist()]
-        ).long()
+        windows = [self.training[start : start + tokens + 1] for start in starts.tolist()]
+        return torch.stack(windows).long()
 
     def held_out(self, tokens: int, count: int) -> Tensor:
-        """(count or fewer, tokens + 1) bytes from the start of the validation text, int64."""
+        """The first windows of the validation text, (count, tokens + 1) int64.
+
+        count: fewer if the text is too short.
+        """
         count = min(count, len(self.validation) // (tokens + 1))
         return self.validation[: count * (tokens + 1)].view(count, tokens + 1).long()
 
 
 def read(folder: Path | None = None) -> Text:
-    """The .py files of a folder (None: the standard library's) by path, those that are UTF-8; every 20th is held out.
+    """Read the .py files of a folder, in the order of their paths.
 
-    Raises ValueError where there is too little text.
+    folder: None for the standard library's.
+
+    Raises ValueError if there is too little text.
     """
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for number, content in enumerate(_sources(folder)):
-        parts[number % _EVERY_HELD_OUT == 0].append(content)
-    training, validation = (b"\n".join(part) for part in parts)
+    files = list(_sources(folder))
+    training = b"\n".join(
+        content for number, content in enumerate(files) if number % _EVERY_HELD_OUT
+    )
+    validation = b"\n".join(files[::_EVERY_HELD_OUT])
     if min(len(training), len(validation) * _EVERY_HELD_OUT) < _LEAST_BYTES:
         raise ValueError(
-            f"{folder} holds {len(training) + len(validation):,} bytes of Python sources; the demo needs {_LEAST_BYTES:,}. "
-            "Give it a folder with more: --text FOLDER"
+            f"{folder} holds {len(training) + len(validation):,} bytes of Python sources; "
+            f"the demo needs {_LEAST_BYTES:,}. Give it a folder with more: --text FOLDER"
         )
-    train, held_out = (
-        torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (training, validation)
-    )
-    return Text(train, held_out, sum(map(len, parts)), str(folder))
+    return Text(_bytes(training), _bytes(validation), len(files), str(folder))
+
+
+def _bytes(content: bytes) -> Tensor:
+    """Bytes as a tensor (bytes,) uint8."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _sources(folder: Path) -> Iterator[bytes]:
+    """Contents of a folder's .py files in UTF-8, by path."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
     for name in sorted(paths):
         if not _LEFT_OUT & set(name.split("/")):

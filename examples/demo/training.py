@@ -1,4 +1,4 @@
-"""The demo's training: as many steps as fit a time, then the loss on held-out text and a sample."""
+"""The demo's training for a given time, its held-out loss, and sampling."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 512, 0.6
 
 @dataclass(eq=False)
 class Training:
-    """The course of a training.
+    """The results of a training.
 
-    losses: of each step, in nats a byte.
+    losses: loss of each step, in nats a byte.
     peak_bytes: the largest resident memory of the process.
+    held_out_nats: loss on held-out text, in nats a byte.
     """
 
     parameters: int
@@ -43,7 +44,7 @@ class Training:
 
     @property
     def recent_bits(self) -> float:
-        """Mean loss of the last steps, in bits a byte; single steps vary with their text."""
+        """Mean loss of the last ten steps, in bits a byte."""
         recent = self.losses[-_SMOOTHED_STEPS:]
         return sum(recent) / len(recent) / math.log(2)
 
@@ -52,17 +53,16 @@ class Training:
         return self.held_out_nats / math.log(2)
 
     def fell_to(self, share: float, text: Text) -> bool:
-        """Whether the loss on held-out text reached a share of the text's unigram entropy."""
+        """Whether the held-out loss reached a share of the unigram entropy."""
         return self.held_out_bits <= share * text.unigram_bits
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        steps = {
+        """All figures as plain values."""
+        return asdict(self) | {
             "steps": len(self.losses),
             "tokens_per_second": self.tokens_per_second,
             "held_out_bits": self.held_out_bits,
         }
-        return asdict(self) | steps
 
 
 def train(
@@ -73,23 +73,28 @@ def train(
     random: torch.Generator,
     report: Callable[[Training], None],
 ) -> Training:
-    """Steps of one window of `context` bytes each until the time is over, at least 20; the learning rate falls with it.
+    """Train for a time, and for at least 20 steps.
 
-    `report` is called after each step.
+    context: bytes of a step's window.
+    seconds: the time.
+    report: called after each step.
     """
     out = Training(sum(weight.numel() for weight in model.parameters()), context)
     optimizers = _optimizers(model)
-    full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     started = time.perf_counter()
     with measure.resident_peak() as peak:
-        while (passed := min(out.seconds / seconds, len(out.losses) / _LEAST_STEPS)) < 1:
-            share = min((len(out.losses) + 1) / _WARMUP_STEPS, 1.0) * _decay(passed)
-            for optimizer, rates in zip(optimizers, full_rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = share * rate
+        while True:
+            # The share of the training that is done, by time and by the least number of steps.
+            progress = min(out.seconds / seconds, len(out.losses) / _LEAST_STEPS)
+            if progress >= 1:
+                break
+            warmup = min((len(out.losses) + 1) / _WARMUP_STEPS, 1.0)
+            factor = warmup * _decay(progress)
             value = loss(model, text.windows(context, 1, random))
             value.backward()
             for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * _LEARNING_RATE
                 optimizer.step()
                 optimizer.zero_grad()
             out.losses.append(value.item())
@@ -100,23 +105,21 @@ def train(
     return out
 
 
-def _decay(passed: float) -> float:
-    """The learning rate's share: whole for the first half of the time, then straight to 0."""
-    return min(1.0, 2.0 * max(0.0, 1.0 - passed))
+def _decay(progress: float) -> float:
+    """The learning rate's factor: 1 until half time, then linear to 0."""
+    return min(1.0, 2.0 * max(0.0, 1.0 - progress))
 
 
 def _optimizers(model: LanguageModel) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, which learns from fewer steps than Adam; AdamW for the rest."""
+    """Muon for the blocks' matrices, AdamW for all other weights."""
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
-    others = [
-        weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)
-    ]
-    return [
-        torch.optim.Muon(
-            matrices, lr=_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    distinct = set(matrices)
+    weights = [weight for weight in model.parameters() if weight not in distinct]
+    muon = torch.optim.Muon(
+        matrices, lr=_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(weights, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    return [muon, adam]
 
 
 @torch.no_grad()
@@ -128,14 +131,14 @@ def _held_out(model: nn.Module, text: Text, context: int) -> float:
 
 @torch.no_grad()
 def continuation(model: nn.Module, prompt: bytes, count: int, random: torch.Generator) -> bytes:
-    """`count` more bytes, drawn from the model; prompt and all at most 512 bytes.
+    """Sample `count` bytes behind a prompt, 512 bytes in all at most.
 
-    The length is kept, so that one plan serves every byte: what stands behind a byte does not change its logits.
+    The model is causal: the text is padded to 512 bytes, so that all calls share one plan.
     """
     text = torch.zeros(1, _SAMPLE_TOKENS, dtype=torch.int64)
     text[0, : len(prompt)] = torch.tensor(list(prompt))
-    for place in range(len(prompt), len(prompt) + count):
-        logits: Tensor = model(text)[0, place - 1]
-        share = torch.softmax(logits / _SAMPLE_TEMPERATURE, dim=-1)
-        text[0, place] = torch.multinomial(share, 1, generator=random)[0]
+    for position in range(len(prompt), len(prompt) + count):
+        logits: Tensor = model(text)[0, position - 1]
+        probabilities = torch.softmax(logits / _SAMPLE_TEMPERATURE, dim=-1)
+        text[0, position] = torch.multinomial(probabilities, 1, generator=random)[0]
     return bytes(text[0, len(prompt) : len(prompt) + count].tolist())

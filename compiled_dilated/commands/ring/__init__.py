@@ -3,7 +3,7 @@
 commands    plan, simulate, stream and launch
 billion     2**30 tokens through the schedules of many ranks
 rank        one process of `launch`
-progress    a bar of tokens, and a stop by Ctrl-C
+progress    progress bar of tokens, and exit codes of interrupted runs
 """
 
 from .commands import app

@@ -1,4 +1,4 @@
-"""`compiled-dilated ring billion`: 2**30 tokens on one machine through the schedules of 262,144 ranks, every step executed."""
+"""`compiled-dilated ring billion`: every step of 262,144 ranks' schedules on one machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import torch
 import typer
 
 from ... import compiler, measure
+from ...programs import Program
 from ...ring.checking import exact_row
+from ...ring.layouts import Layout
 from ...ring.sources import GeneratedSource, SampleSink
+from ...ring.streamed import Report
 from ...text import read_program
 from ..arguments import Device, Json, print_json
 from .progress import stoppable, token_bar
 
 _TOKENS_PER_RANK = 4096
-# Of float32 results of unit variance sums over thousands of keys, against float64.
+# Largest error against float64 of float32 sums over thousands of keys of unit variance.
 _MOST_ERROR = 1e-5
 
 
@@ -32,23 +35,25 @@ def billion(
         int | None, typer.Option(min=1, help="One for each 4096 tokens if not given.")
     ] = None,
     directory: Annotated[
-        Path, typer.Option(file_okay=False, help="Where the journal and the checked rows are kept.")
+        Path, typer.Option(file_okay=False, help="Folder of the journal and the checked rows.")
     ] = Path("billion"),
     rows: Annotated[int, typer.Option(min=1, help="Random rows to check against float64.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of q, k, v and of the rows to check.")] = 0,
     limit_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Stop after the rank under way then.")
+        float | None, typer.Option(min=0, help="Start no further rank after this time.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where blocks are computed.")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="Device that computes blocks.")] = Device.cpu,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compute attention over a sequence from a counter-based generator, rank by rank, and check random rows against float64.
+    """Compute attention over a generated sequence, and check random rows against float64.
 
-    Nothing is extrapolated: every step of every rank is executed, and what was executed is printed. The same command goes on
-    where the last one stopped. Exit code 1 if the time was up before the end or a row is wrong, 130 after Ctrl-C.
+    Nothing is extrapolated: every step of every rank is executed, and the executed ones are
+    printed. The same command continues an interrupted run.
+
+    Exit code 1 if the time was up before the end or a row is wrong, 130 after Ctrl-C.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -60,59 +65,84 @@ def billion(
         q, k, v = (GeneratedSource(shape, seed, stream) for stream in range(3))
         code.check(tokens, tokens)
         directory.mkdir(parents=True, exist_ok=True)
-        chosen = np.random.default_rng(seed).choice(tokens, size=min(rows, tokens), replace=False)
-        sink = _sink(directory, shape, [int(row) for row in chosen])
-    with (
-        stoppable("--directory"),
-        token_bar(f"{ranks:,} ranks", tokens) as tell,
-        measure.resident_peak() as peak,
-    ):
+        sink = _sink(directory, shape, rows, seed)
+    bar = token_bar(f"{ranks:,} ranks", tokens)
+    with stoppable("--directory"), bar as update, measure.resident_peak() as peak:
+        journal = directory / "journal"
         report = run(
-            q,
-            k,
-            v,
-            sink,
-            journal=directory / "journal",
-            limit_seconds=limit_seconds,
-            on_progress=tell,
+            q, k, v, sink, journal=journal, limit_seconds=limit_seconds, on_progress=update
         )
         peak_bytes = peak()
-    found, errors = sink.read(), []
     layout = run.schedule(q, k, v)[0].layout
-    done = [
-        i
-        for i, row in enumerate(sink.samples)
-        if next(layout.owners(range(row, row + 1))) in report.finished
-    ]
-    for i in done:
-        wanted = exact_row(code, q, k, v, int(sink.samples[i]), dim**-0.5)
-        errors.append((found[:, :, i].double() - wanted).abs().max().item())
+    errors = _errors(code, (q, k, v), sink, layout, report)
+    computed, ledger = report.tokens - report.resumed_tokens, report.ledger
     worst = max(errors, default=0.0)
-    computed = report.tokens - report.resumed_tokens
     record: dict[str, Any] = {
-        "program": repr(code), "tokens": tokens, "tokens_done": report.tokens, "tokens_computed_now": computed, "ranks": ranks,
-        "heads": heads, "dim": dim, "steps": report.ledger.steps, "received_bytes": report.ledger.received_bytes,
-        "most_held_bytes": report.ledger.most_held_bytes, "process_peak_bytes": peak_bytes, "seconds": report.seconds,
-        "tokens_per_second": computed / report.seconds if report.seconds else 0.0, "complete": report.complete,
-        "rows_checked": len(done), "most_error": worst, "ok": report.complete and worst <= _MOST_ERROR,
-        "hardware": measure.hardware(),
+        "program": repr(code), "tokens": tokens, "tokens_done": report.tokens,
+        "tokens_computed_now": computed, "ranks": ranks, "heads": heads, "dim": dim,
+        "steps": ledger.steps, "received_bytes": ledger.received_bytes,
+        "most_held_bytes": ledger.most_held_bytes, "process_peak_bytes": peak_bytes,
+        "seconds": report.seconds,
+        "tokens_per_second": computed / report.seconds if report.seconds else 0.0,
+        "complete": report.complete, "rows_checked": len(errors), "most_error": worst,
+        "ok": report.complete and worst <= _MOST_ERROR, "hardware": measure.hardware(),
     }  # fmt: skip
     if json:
         print_json(record)
     else:
-        typer.echo(
-            f"{report.tokens:,} of {tokens:,} tokens done, {computed:,} of them now: {report.ledger.steps:,} steps of "
-            f"{ranks:,} ranks executed in {report.seconds:,.1f} s, {record['tokens_per_second']:,.0f} tokens/s\n"
-            f"a rank held {report.ledger.most_held_bytes / 2**20:,.2f} MiB at most, "
-            f"the whole process {peak_bytes / 2**20:,.0f} MiB\n"
-            f"{len(done):,} random rows differ from float64 by {worst:.1e} at most"
-            + ("" if report.complete else "\nthe time was up; the same command goes on")
-        )
+        typer.echo(_as_text(record))
     raise typer.Exit(0 if record["ok"] else 1)
 
 
-def _sink(directory: Path, shape: tuple[int, int, int, int], rows: list[int]) -> SampleSink:
+def _sink(directory: Path, shape: tuple[int, int, int, int], rows: int, seed: int) -> SampleSink:
+    """A file of random rows of the output.
+
+    Raises ValueError if the folder has the rows of another run.
+    """
+    tokens = shape[2]
+    samples = np.random.default_rng(seed).choice(tokens, size=min(rows, tokens), replace=False)
     try:
-        return SampleSink(directory / "rows.npy", shape, rows, torch.float32, "rows")
+        return SampleSink(directory / "rows.npy", shape, samples.tolist(), torch.float32, "rows")
     except ValueError as error:
         raise ValueError(f"{error}; or name another --directory") from None
+
+
+def _errors(
+    program: Program,
+    sources: tuple[GeneratedSource, GeneratedSource, GeneratedSource],
+    sink: SampleSink,
+    layout: Layout,
+    report: Report,
+) -> list[float]:
+    """The largest error against float64 of each sampled row that is computed.
+
+    sources: q, k and v.
+    layout: which rank computes which row.
+    """
+    rows = sink.read()
+    scale = sources[0].shape[3] ** -0.5
+    errors = []
+    for index, row in enumerate(sink.samples):
+        owner = next(layout.owners(range(row, row + 1)))
+        if owner not in report.finished:
+            continue
+        expected = exact_row(program, *sources, int(row), scale)
+        errors.append((rows[:, :, index].double() - expected).abs().max().item())
+    return errors
+
+
+def _as_text(record: dict[str, Any]) -> str:
+    """A record of a run as text."""
+    lines = [
+        f"{record['tokens_done']:,} of {record['tokens']:,} tokens done, "
+        f"{record['tokens_computed_now']:,} of them now: {record['steps']:,} steps of "
+        f"{record['ranks']:,} ranks executed in {record['seconds']:,.1f} s, "
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"a rank held {record['most_held_bytes'] / 2**20:,.2f} MiB at most, "
+        f"the whole process {record['process_peak_bytes'] / 2**20:,.0f} MiB",
+        f"{record['rows_checked']:,} random rows differ from float64 "
+        f"by {record['most_error']:.1e} at most",
+    ]
+    if not record["complete"]:
+        lines.append("the time was up; the same command goes on")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`compiled-dilated ring`: a program over many ranks, planned, simulated, streamed from files, or launched as processes."""
+"""`compiled-dilated ring`: a program over many ranks, planned, simulated, streamed or launched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .billion import billion
 from .progress import stoppable, token_bar
 
 app = typer.Typer(
-    help="Attention over many ranks: plan it, simulate it, stream it from files, launch it.",
+    help="Attention over many ranks: plan, simulate, stream, launch.",
     no_args_is_help=True,
 )
 app.command()(billion)
@@ -54,7 +54,7 @@ def plan(
 ) -> None:
     """Print what each rank would receive, compute and hold, under every layout."""
     with bad_usage():
-        found = compiler.plan(
+        result = compiler.plan(
             read_program(program),
             numbers("--shape", shape),
             kv_heads,
@@ -63,9 +63,9 @@ def plan(
             layout=layout,
         )
     if json:
-        print_json(found.to_json())
+        print_json(result.to_json())
     else:
-        typer.echo(found.explain())
+        typer.echo(result.explain())
 
 
 @app.command()
@@ -78,43 +78,54 @@ def simulate(
     dtype: DtypeOption = Dtype.float32,
     json: Json = False,
 ) -> None:
-    """Execute every step of every rank in this process, on random numbers, and compare with one device.
+    """Execute all steps of all ranks here, and compare with one device.
+
+    Inputs are random numbers.
 
     Exit code 1 if the results differ by more than rounding.
     """
     with bad_usage():
         code, sizes = read_program(program), numbers("--shape", shape)
-        found = compiler.plan(
-            code, sizes, kv_heads, dtype=getattr(torch, dtype), ranks=ranks, layout=layout
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        ring_plan = compiler.plan(
+            code, sizes, kv_heads, dtype=torch_dtype, ranks=ranks, layout=layout
         )
         ring, alone = compiler.compile(code, ranks=ranks, layout=layout), compiler.compile(code)
     random = torch.Generator().manual_seed(0)
     kv_shape = (sizes[0], sizes[1] if kv_heads is None else kv_heads, *sizes[2:])
     q, k, v = (
-        torch.randn(each, generator=random).to(getattr(torch, dtype))
-        for each in (sizes, kv_shape, kv_shape)
+        torch.randn(size, generator=random).to(torch_dtype) for size in (sizes, kv_shape, kv_shape)
     )
     with torch.no_grad():
         results: list[torch.Tensor] = []
         seconds = measure.timed(lambda: results.append(ring(q, k, v)))
         error = (results[0].double() - alone(q, k, v).double()).abs().max().item()
     assert ring.ring is not None
-    ledger, allowed = ring.ring.ledger, 4 * torch.finfo(getattr(torch, dtype)).eps * 8
+    ledger = ring.ring.ledger
     record: dict[str, Any] = {
-        "layout": found.schedule.layout.name, "ranks": ranks, "steps": ledger.steps, "messages": ledger.messages,
-        "received_bytes": ledger.received_bytes, "most_held_bytes": ledger.most_held_bytes, "seconds": seconds,
-        "most_difference": error, "ok": error <= allowed,
+        "layout": ring_plan.schedule.layout.name, "ranks": ranks, "steps": ledger.steps,
+        "messages": ledger.messages, "received_bytes": ledger.received_bytes,
+        "most_held_bytes": ledger.most_held_bytes, "seconds": seconds,
+        "most_difference": error, "ok": error <= 4 * torch.finfo(torch_dtype).eps * 8,
     }  # fmt: skip
     if json:
         print_json(record)
     else:
-        typer.echo(
-            f"{ranks} ranks, {record['layout']}: {ledger.steps} steps executed (a plain ring takes {ranks * ranks}), "
-            f"{ledger.received_bytes / 2**20:,.2f} MiB received in {ledger.messages} messages, "
-            f"at most {ledger.most_held_bytes / 2**20:,.2f} MiB held by a rank; {seconds:.2f} s\n"
-            f"{'the same as' if record['ok'] else 'NOT THE SAME AS'} one device: they differ by {error:.1e} at most"
-        )
+        typer.echo(_simulated_text(record))
     raise typer.Exit(0 if record["ok"] else 1)
+
+
+def _simulated_text(record: dict[str, Any]) -> str:
+    """A record of `simulate` as text."""
+    ranks = record["ranks"]
+    verdict = "the same as" if record["ok"] else "NOT THE SAME AS"
+    return (
+        f"{ranks} ranks, {record['layout']}: {record['steps']} steps executed "
+        f"(a plain ring takes {ranks * ranks}), {record['received_bytes'] / 2**20:,.2f} MiB "
+        f"received in {record['messages']} messages, at most "
+        f"{record['most_held_bytes'] / 2**20:,.2f} MiB held by a rank; {record['seconds']:.2f} s\n"
+        f"{verdict} one device: they differ by {record['most_difference']:.1e} at most"
+    )
 
 
 @app.command()
@@ -131,21 +142,23 @@ def stream(
         typer.Argument(exists=True, dir_okay=False, help="Values, a .npy file (B, Hkv, N, Dv)."),
     ],
     out: Annotated[
-        Path, typer.Argument(dir_okay=False, help="The output, a .npy file; made, or gone on with.")
+        Path, typer.Argument(dir_okay=False, help="The output, a .npy file; new, or continued.")
     ],
     ranks: Annotated[
         int,
-        typer.Option(min=1, help="Parts that the sequence is cut into; one or two are in memory."),
+        typer.Option(min=1, help="Parts of the sequence; one or two are in memory at a time."),
     ] = 16,
     journal: Annotated[
-        Path | None, typer.Option(help="What is done, so that a stopped run goes on; OUT.journal.")
+        Path | None, typer.Option(help="Record of finished parts; OUT.journal if not given.")
     ] = None,
     limit_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Stop after the part under way then.")
+        float | None, typer.Option(min=0, help="Start no further part after this time.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Compute attention from files to a file, part by part; the same command goes on after any stop.
+    """Compute attention from files to a file, part by part.
+
+    The same command continues an interrupted run.
 
     Exit code 1 if the time was up before the end, 130 after Ctrl-C.
     """
@@ -153,34 +166,37 @@ def stream(
     with stoppable("--journal"):
         run = compiler.compile(read_program(program), ranks=ranks, transport="streamed")
         queries = FileSource(q, "q")
-        with token_bar(q.name, queries.shape[2]) as tell:
+        with token_bar(q.name, queries.shape[2]) as update:
             report = run(
-                queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=tell
+                queries, k, v, out, journal=journal, limit_seconds=limit_seconds, on_progress=update
             )
     if json:
         print_json(as_record(report))
     else:
-        typer.echo(said(report, out, journal))
+        typer.echo(as_text(report, out, journal))
     raise typer.Exit(0 if report.complete else 1)
 
 
 def as_record(report: Report) -> dict[str, Any]:
     """A report as plain values."""
+    ledger = report.ledger
     return {
-        "tokens": report.tokens, "ranks": report.ranks, "resumed_ranks": report.resumed_ranks, "torn": list(report.torn),
-        "seconds": report.seconds, "complete": report.complete, "steps": report.ledger.steps,
-        "received_bytes": report.ledger.received_bytes, "most_held_bytes": report.ledger.most_held_bytes,
+        "tokens": report.tokens, "ranks": report.ranks, "resumed_ranks": report.resumed_ranks,
+        "torn": list(report.torn), "seconds": report.seconds, "complete": report.complete,
+        "steps": ledger.steps, "received_bytes": ledger.received_bytes,
+        "most_held_bytes": ledger.most_held_bytes,
     }  # fmt: skip
 
 
-def said(report: Report, out: Path, journal: Path) -> str:
+def as_text(report: Report, out: Path, journal: Path) -> str:
     """A report in a few lines."""
     lines = [f"{out}: {report.tokens:,} tokens, {report.seconds:.1f} s"]
     if report.resumed_ranks:
         lines.append(f"{report.resumed_ranks} of {report.ranks} parts were done before")
     if report.torn:
         lines.append(
-            f"parts {list(report.torn)} were not on the disk as they had been written, and were computed again"
+            f"parts {list(report.torn)} were not on the disk as they had been written, "
+            "and were computed again"
         )
     lines.append(f"a part held {report.ledger.most_held_bytes / 2**20:,.2f} MiB at most")
     if not report.complete:
@@ -199,16 +215,25 @@ def launch(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
     json: Json = False,
 ) -> None:
-    """Start one process a rank with torchrun, compute forward and backward over gloo, compare with the simulated ring.
+    """Run one process per rank, and compare with the simulated ring.
 
-    Exit code 1 if a bit differs, or a process fails.
+    The processes are started by torchrun and exchange messages over gloo.
+
+    Exit code 1 if a bit of the output or of a gradient differs, or a process fails.
     """
+    # Checked here once, instead of by every process.
     with bad_usage():
         compiler.plan(
-            read_program(program), numbers("--shape", shape), kv_heads, ranks=ranks, layout=layout
+            read_program(program),
+            numbers("--shape", shape),
+            kv_heads,
+            dtype=getattr(torch, dtype),
+            ranks=ranks,
+            layout=layout,
         )
+    torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
     settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python",
-               sys.executable, "-m", f"{__package__}.rank", *settings]  # fmt: skip
+    rank = [sys.executable, "-m", f"{__package__}.rank", *settings]
+    command = [sys.executable, "-m", *torchrun, *rank]
     run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
     raise typer.Exit(0 if run.returncode == 0 else 1)

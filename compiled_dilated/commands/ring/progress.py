@@ -1,4 +1,4 @@
-"""Long runs on the command line: a bar of tokens done, tokens per second and time left; and how they are stopped."""
+"""Progress bar and interruption of long runs on the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from ...ring.streamed import Progress
 
 @contextlib.contextmanager
 def token_bar(name: str, tokens: int | None = None) -> Iterator[Callable[[Progress], None]]:
-    """What `Streamed` tells its progress to."""
+    """Show a progress bar on stderr; yields its `on_progress` callback.
+
+    name: the bar's label.
+    tokens: length of the sequence.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -26,24 +30,25 @@ def token_bar(name: str, tokens: int | None = None) -> Iterator[Callable[[Progre
         task = bar.add_task(name, total=tokens, rate="")
         resumed = 0
 
-        def tell(progress: Progress) -> None:
+        def update(progress: Progress) -> None:
             nonlocal resumed
+            # Tokens of an earlier run do not count for the rate.
             if progress.resumed_ranks and not resumed:
                 resumed = progress.tokens
             rate = (progress.tokens - resumed) / max(progress.seconds, 1e-9)
-            bar.update(
-                task, completed=progress.tokens, rate=f"{progress.tokens:,} tokens, {rate:,.0f}/s"
-            )
+            text = f"{progress.tokens:,} tokens, {rate:,.0f}/s"
+            bar.update(task, completed=progress.tokens, rate=text)
 
-        yield tell
+        yield update
 
 
 @contextlib.contextmanager
 def stoppable(journal_option: str) -> Iterator[None]:
-    """End a command that the same command continues: exit code 130 after Ctrl-C, 1 for the disk.
+    """Turn errors of a resumable run into exit codes.
 
-    What the library refuses is bad usage, exit code 2. journal_option: the option that names the journal, for a journal that is
-    refused.
+    130 after Ctrl-C, 1 for an error of the disk, 2 for arguments or a journal that are refused.
+
+    journal_option: the option that names the journal, for the error message.
     """
     import typer
 

@@ -7,17 +7,22 @@ import sys
 import torch
 import torch.distributed as dist
 from tabulate import tabulate
+from torch import Tensor
 
 from ... import compiler, measure
+from ...attend import Attend
 from ...text import read_program
 from ..arguments import numbers, print_json
 
 
 def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style: str) -> int:
-    """Compare this rank's share with the simulated ring; 0 if all ranks agree to the bit."""
+    """Compare this rank's shard with the simulated ring.
+
+    Returns the exit code: 0 if the bits of all ranks are equal.
+    """
     dist.init_process_group("gloo")
     try:
-        table, layout_name = _shares(
+        table, layout_name = _compared(
             program, numbers("--shape", shape), int(kv_heads), layout, getattr(torch, dtype)
         )
         is_first_rank = dist.get_rank() == 0
@@ -33,12 +38,13 @@ def main(program: str, shape: str, kv_heads: str, layout: str, dtype: str, style
     return 0 if ok else 1
 
 
-def _shares(
+def _compared(
     program: str, q_shape: tuple[int, ...], kv_heads: int, layout: str, dtype: torch.dtype
 ) -> tuple[list[dict[str, object]], str]:
-    """Compute this rank's share, forward and backward.
+    """Compute this rank's shard; compare it with the simulated ring.
 
-    Returns a row of each rank (tokens, seconds, bytes received, same bits as the simulated ring's), and the layout's name.
+    Returns a row for each rank (tokens, seconds, bytes received, whether all bits are equal), and
+    the layout's name.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     code = read_program(program)
@@ -55,36 +61,33 @@ def _shares(
     ring = compiler.compile(code, mesh=dist.group.WORLD, layout=layout)
     assert ring.ring is not None
 
-    def step() -> tuple[torch.Tensor, ...]:
-        out = ring(*shards)
-        return out, *torch.autograd.grad(out, shards, out_grad[:, :, positions])
-
-    # The first step plans, and builds what the machine lacks.
-    step()
+    # The first step plans, and builds the native kernel.
+    shard_grad = out_grad[:, :, positions]
+    _step(ring, shards, shard_grad)
     dist.barrier()
-    results: list[tuple[torch.Tensor, ...]] = []
-    seconds = measure.timed(lambda: results.append(step()))
-    # The bytes of a forward alone.
+    results: list[list[Tensor]] = []
+    seconds = measure.timed(lambda: results.append(_step(ring, shards, shard_grad)))
+    # Bytes are reported for a forward alone.
     with torch.no_grad():
         ring(*shards)
     received = ring.ring.ledger.received_bytes
     simulated = compiler.compile(code, ranks=ranks, layout=layout)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = simulated(*inputs)
-    whole = (out, *torch.autograd.grad(out, inputs, out_grad))
-    same_bits = all(
-        torch.equal(share, x[:, :, positions]) for share, x in zip(results[0], whole, strict=True)
-    )
-    table: list[dict[str, object]] = [{}] * ranks
+    expected = _step(simulated, [x.requires_grad_() for x in (q, k, v)], out_grad)
+    pairs = zip(results[0], expected, strict=True)
+    same_bits = all(torch.equal(shard, x[:, :, positions]) for shard, x in pairs)
     row = {
-        "rank": rank,
-        "tokens": len(positions),
-        "seconds": seconds,
-        "received_bytes": received,
-        "same_bits": same_bits,
-    }
+        "rank": rank, "tokens": len(positions), "seconds": seconds,
+        "received_bytes": received, "same_bits": same_bits,
+    }  # fmt: skip
+    table: list[dict[str, object]] = [{}] * ranks
     dist.all_gather_object(table, row)
     return table, plan.schedule.layout.name
+
+
+def _step(attend: Attend, inputs: list[Tensor], out_grad: Tensor) -> list[Tensor]:
+    """The output of q, k and v, and their gradients."""
+    out = attend(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, out_grad)]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ protocol             Pass and Stage: what a pass is, and where in torch.compile 
 
 analysis/            measures of a graph, which they do not change
   effects              operators: in-place, elementwise, side effects
+  values               traced values of nodes, and sizes as numbers
+  schemas              views, by operators' schemas
+  sources              the source lines of nodes
   liveness             when each storage of a graph is allocated and freed
   peak                 the step with most live bytes, as a table, a timeline or a picture
   inductor_program     inductor's generated program, loaded without its kernels

@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 
 from .. import arguments
 from .inductor_program import copied, written
-from .liveness import number_of, value_of
 from .meter import Meter
+from .values import number_of, value_of
 from .workspaces import workspace
 
 __all__ = ["Footprint", "copied", "donated", "in_compilation", "of_graph", "of_step", "workspace"]

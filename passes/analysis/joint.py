@@ -6,7 +6,6 @@ import operator
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config
@@ -14,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .inductor_program import copied_graph
+from .schemas import is_view
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,6 @@ def base(node: Node) -> Node:
     while is_view(node) or (node.target is operator.getitem and is_view(node.all_input_nodes[0])):
         node = node.all_input_nodes[0]
     return node
-
-
-def is_view(node: Node) -> bool:
-    """Whether a node views its first operand, by its operator's schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    returns = node.target._schema.returns
-    if not returns or returns[0].alias_info is None:
-        return False
-    return not returns[0].alias_info.is_write
 
 
 def _returned(graph: Graph) -> list[object]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import arguments
 
 Operator = torch._ops.OpOverload
-_REGISTERED: dict[Operator, Callable[..., int]] = {}
+aten = torch.ops.aten
 
 
 def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
@@ -25,6 +25,11 @@ def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
         )
     arguments.function("bytes_of", bytes_of)
     _REGISTERED[op] = bytes_of
+
+
+def workspace_default(op: Operator, bytes_of: Callable[..., int]) -> None:
+    """Register the workspace of an operator unless it has one. bytes_of: as for `workspace`."""
+    _REGISTERED.setdefault(op, bytes_of)
 
 
 def registered() -> list[Callable[..., int]]:
@@ -123,6 +128,8 @@ def _even(count: int) -> int:
     return count + count % 2
 
 
-aten = torch.ops.aten
-workspace(aten._scaled_dot_product_flash_attention_for_cpu.default, _flash)
-workspace(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, _flash_backward)
+# The operators with a workspace. `workspace` adds to them.
+_REGISTERED: dict[Operator, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _flash,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
+}

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from .. import arguments
 from ..analysis.inductor_program import copied_graph
-from ..analysis.liveness import attribute, lifetimes, value_of
+from ..analysis.liveness import lifetimes
+from ..analysis.values import attribute, value_of
 from .placements import Buffer, Placement
 from .solver import solve
 

@@ -12,13 +12,10 @@ from ..analysis.costs import MACHINE, Machine
 from ..analysis.peak import mebibytes
 from ..protocol import Pass
 from ..rewrites.spill import Spill
-from . import budgets, choice_cache, operator_workspaces
+from . import budgets, choice_cache
 from .candidates import Passes, candidates, check_candidates, check_members, described
 from .estimates import Estimate, estimate, seconds
 from .tracing import Captured, Traced, busy, trace, without_idle
-
-# Estimates need to know what this package's operators allocate and compute.
-operator_workspaces.register_all()
 
 
 class BudgetError(ShortenTraceback, ValueError):

@@ -21,11 +21,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..analysis.liveness import source_of
+from ..analysis.sources import source_of
 from ..protocol import Stage
 from .rows.attentions import scaled_dot_product
+from .rows.calls import example_value
 from .rows.positions import Sum, conditions
-from .rows.readers import example_value
 
 # Queries i are the last axis but one, keys j the last.
 _NOTHING_AHEAD = Sum({2: 1, 1: -1})

@@ -17,8 +17,9 @@ from torch.fx import Graph
 
 from .rows import regions
 from .rows.chunks import InChunks, chunks, replace
+from .rows.gradients import zero_sum
 from .rows.readers import needs_gradient
-from .rows.recipes import Recipe, zero_sum
+from .rows.recipes import Recipe
 
 # Bytes of all values of a chunk by default: they fit in a last-level cache, and products are large.
 _CHUNK_BYTES = 16 * 2**20

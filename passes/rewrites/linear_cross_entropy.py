@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from .. import arguments
 from ..versions import HAS_LINEAR_CROSS_ENTROPY
+from .rows.calls import example_value
 from .rows.chunks import InChunks, replace
 from .rows.growing import is_interrupted
 from .rows.losses import OPERATOR
-from .rows.readers import example_value, primitive_of, read
+from .rows.readers import primitive_of, read
 
 aten = torch.ops.aten
 # Bytes of the logits of a chunk by default.

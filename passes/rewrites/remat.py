@@ -31,8 +31,9 @@ from .. import arguments
 from ..analysis import footprint
 from ..analysis.costs import MACHINE, Work
 from ..analysis.effects import has_effects
-from ..analysis.liveness import lifetimes, number_of, value_of
+from ..analysis.liveness import lifetimes
 from ..analysis.peak import mebibytes
+from ..analysis.values import number_of, value_of
 from ..protocol import Stage
 from .checkpoint_cuts import Value, values_to_keep
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import passes
 from passes import Causal
 from passes.rewrites.rows.positions import conditions
-from passes.rewrites.rows.readers import example_value
+from passes.rewrites.rows.calls import example_value
 from tests.graphs import measured_peak
 
 Q, K = 7, 11

@@ -125,7 +125,7 @@ def test_backward_computes_again_what_it_reads_alone(monkeypatch: pytest.MonkeyP
         return linear(x, *weights)
 
     monkeypatch.setattr(
-        "passes.rewrites.rows.recipes.PRIMITIVES",
+        "passes.rewrites.rows.steps.PRIMITIVES",
         {**PRIMITIVES, "linear": type(PRIMITIVES["linear"])(counting, None)},
     )
     rows, shared = used(RECIPES[0], *operands())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from ... import arguments
-from .readers import example_value
+from .calls import example_value
 
 aten = torch.ops.aten
 
@@ -47,9 +47,6 @@ class Attention:
     flops: Callable[..., float]
 
 
-_ATTENTIONS: dict[Any, Attention] = {}
-
-
 def all_pairs(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> float:
     """The flops of every query with every key."""
     pairs = query[..., 0].numel() * key.shape[-2]
@@ -78,12 +75,19 @@ def attention(
     for name, value in (("read", read), ("reach", reach), ("part", part), ("flops", flops)):
         arguments.function(name, value)
     registered = Attention(str(targets[0]), read, reach, part, flops)
+    _ATTENTIONS.update(_by_target(registered, targets))
+    return registered
+
+
+def _by_target(attention: Attention, targets: Sequence[Any]) -> dict[Any, Attention]:
+    """An attention by what graphs call, and by its name.
+
+    An operator is called by its overload or, in Dynamo's graphs, by its packet.
+    """
     packets = [
         target.overloadpacket for target in targets if isinstance(target, torch._ops.OpOverload)
     ]
-    for key in (*targets, *packets, registered.name):
-        _ATTENTIONS[key] = registered
-    return registered
+    return dict.fromkeys((*targets, *packets, attention.name), attention)
 
 
 @dataclass(frozen=True)
@@ -213,4 +217,7 @@ def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor
     return out.to(left[0].dtype)
 
 
-attention(*_SCALED_DOT_PRODUCT, read=_read, reach=_reach, part=_part)
+# The attentions by what graphs call. `attention` adds to them.
+_ATTENTIONS: dict[Any, Attention] = _by_target(
+    Attention(str(_SCALED_DOT_PRODUCT[0]), _read, _reach, _part, all_pairs), _SCALED_DOT_PRODUCT
+)

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from ... import arguments
 from ...allocators import give_back_freed_memory
-from ...analysis.liveness import source_of
+from ...analysis.sources import source_of
 from ...protocol import Stage
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...analysis.effects import writes
-from .readers import example_value, roles
+from .calls import example_value
+from .readers import roles
 from .recipes import Recipe
 
 # They change the meaning of the nodes after them.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .chunks import chunks
-from .recipes import add_product, zero_sum
+from .gradients import add_product, zero_sum
 
 
 @torch.library.custom_op("passes::linear_cross_entropy", mutates_args=())

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from .calls import example_value
 from .growing import (
     agrees,
     grow_back,
@@ -33,8 +34,9 @@ from .growing import (
     shared_operands,
     sizes_of,
 )
-from .readers import example_value, is_along_rows, primitive_of, read, roles, tensor_of
-from .recipes import Recipe, Step
+from .readers import is_along_rows, primitive_of, read, roles, tensor_of
+from .recipes import Recipe
+from .steps import Step
 
 # Primitives whose result is narrower than their operands: regions end there, or a little later.
 _ENDS = {"linear", "logsumexp", "argmax"}

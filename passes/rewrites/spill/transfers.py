@@ -24,9 +24,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ... import arguments
-from ...analysis.joint import Halves, base, is_view, split
-from ...analysis.liveness import source_of
+from ...analysis.joint import Halves, base, split
 from ...analysis.peak import mebibytes
+from ...analysis.schemas import is_view
+from ...analysis.sources import source_of
 from ...protocol import Stage
 from .operators import FETCH, HOST, WRITE, WRITTEN
 from .stores import INTEGERS

@@ -305,7 +305,7 @@ class _Walk:
             return 0
         if name in _UNCOUNTED_LOOPS:
             raise ValueError(
-                f"{node.name} is a {name}, and what it holds from turn to turn is not known. "
+                f"{node.name} is a {name}, and what it keeps between iterations is unknown. "
                 "Unroll it, or use while_loop"
             )
         most = 0
@@ -315,7 +315,7 @@ class _Walk:
                 inner = _Walk(module.graph, self.sizes, frozenset()).lifetimes()
                 most = max(most, int(inner.bytes_at.max(initial=0)) - inner.input_bytes)
         if name == "while_loop":
-            return most  # the last turn's carry is still live, as large as the results
+            return most  # the last iteration's carry is still live, as large as the results
         if name == "map_impl":
             return max(most, allocated)  # the pieces are live until they are stacked
         return max(0, most - allocated)

@@ -167,7 +167,7 @@ def check_picture(name: str, path: str | PathLike[str]) -> None:
         raise ValueError(f"{name} must end in one of {', '.join(suffixes)}; got {str(file)!r}")
     if not file.parent.is_dir():
         raise ValueError(
-            f"{name} must lie in a directory that is there; got {str(file)!r}. "
+            f"{name} must be in an existing directory; got {str(file)!r}. "
             f"Make {str(file.parent)!r} first"
         )
     if file.is_dir():

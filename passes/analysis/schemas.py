@@ -19,7 +19,7 @@ def check_memory(node: Node) -> None:
     """Raise ValueError for a node whose storages no schema describes."""
     if node.op not in ("placeholder", "get_attr", "call_function"):
         raise ValueError(
-            f"{node.name} is a {node.op} of {node.target}, and what that allocates stands in no "
+            f"{node.name} is a {node.op} of {node.target}, and what that allocates is in no "
             "schema. Trace down to operators: torch.export or make_fx"
         )
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -83,7 +83,7 @@ def options(passes: Sequence[Pass]) -> dict[str, Any]:
         for name, value in getattr(member, "options", {}).items():
             if merged.setdefault(name, value) != value:
                 raise ValueError(
-                    f"{member!r} wants {name}={value!r}, another pass wants {merged[name]!r}. "
+                    f"{member!r} sets {name}={value!r}, another pass {merged[name]!r}. "
                     "Leave one of them out"
                 )
     return merged

@@ -38,7 +38,7 @@ class Report:
         parts = [_printed(number, choice) for number, choice in enumerate(self.choices)]
         if self.measured_bytes is not None:
             measured = mebibytes(self.measured_bytes)
-            parts.append(f"measured: {measured} beyond what was there before the call")
+            parts.append(f"measured: {measured} beyond what was allocated before the call")
         return "\n\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Causal:
             call.arguments.update(attn_mask=None, is_causal=True)
             node.args, node.kwargs = call.args, call.kwargs
             shape = " x ".join(map(str, example_value(mask).shape))
-            line = f"{node.name} is causal, its mask of {shape} is not made  {source_of(node)}"
+            line = f"{node.name} is causal, without a mask of {shape}  {source_of(node)}"
             lines.append(line.rstrip())
         return lines
 

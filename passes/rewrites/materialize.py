@@ -51,7 +51,7 @@ class Materialize:
             return ()
         _mark(shared)
         peaks = f"peak {mebibytes(before)} -> {mebibytes(after)}"
-        return (f"{len(shared)} shared elementwise values are made: {peaks}",)
+        return (f"{len(shared)} shared elementwise values become buffers: {peaks}",)
 
 
 def _shared(graph: Graph) -> list[Node]:

@@ -83,7 +83,7 @@ class Remat:
         best.apply(graph)
         line = f"{best}: peak {mebibytes(options[0].peak_bytes)} -> {mebibytes(best.peak_bytes)}"
         if best.peak_bytes > self.budget_bytes:
-            line += f", above {mebibytes(self.budget_bytes)}: no choice holds less"
+            line += f", above {mebibytes(self.budget_bytes)}: no choice takes less"
         return (line,)
 
     def _best(self, options: Sequence[Choice]) -> Choice:

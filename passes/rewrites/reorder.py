@@ -65,7 +65,7 @@ class Reorder:
         moved = sum(now is not before for now, before in zip(orders[best], orders[0], strict=True))
         rearrange(graph, orders[best])
         change = f"peak {mebibytes(peaks[0])} -> {mebibytes(peaks[best])}"
-        return (f"{moved} of {len(orders[0])} nodes stand elsewhere: {change}",)
+        return (f"{moved} of {len(orders[0])} nodes moved: {change}",)
 
 
 def candidates(graph: Graph, *, width: int = 64) -> list[list[Node]]:

@@ -137,7 +137,7 @@ def parse(text: str) -> tuple[Attention, dict[str, Any]]:
     name, options = ast.literal_eval(text)
     if name not in _ATTENTIONS:
         raise KeyError(
-            f"{name} is no attention that stream_qkv knows. Import the module that registers it"
+            f"{name} is no attention registered for stream_qkv. Import the module that registers it"
         )
     return _ATTENTIONS[name], options
 

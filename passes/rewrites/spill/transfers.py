@@ -64,7 +64,7 @@ class Spill:
         got = arguments.shown(directory)
         if not isinstance(directory, str):
             raise TypeError(
-                f"directory must be a str, which stands in the graph; got {got}. "
+                f"directory must be a str, which the graph can contain; got {got}. "
                 "Write str(...) around a path"
             )
         if self.to == "host":
@@ -89,7 +89,7 @@ class Spill:
         transfers.rewire()
         lines: list[str] = []
         for node in spilled:
-            line = f"{node.name} waits on {self.to}: {mebibytes(_size(node))}  {source_of(node)}"
+            line = f"{node.name} is spilled to {self.to}: {mebibytes(_size(node))}  {source_of(node)}"
             lines.append(line.rstrip())
         return lines
 

@@ -166,9 +166,8 @@ def test_a_second_backward_is_refused(block: Any) -> None:
     x = torch.randn(8)
     handle = written(write(x, ""), x)
     fetch(handle, None, x, x.shape, x.dtype, x.device)
-    with pytest.raises(
-        RuntimeError, match=r"fetched by an earlier backward.*run the forward again"
-    ):
+    message = r"fetched by an earlier backward.*run the forward again, or compile without Spill"
+    with pytest.raises(RuntimeError, match=message):
         fetch(handle, None, x, x.shape, x.dtype, x.device)
 
 

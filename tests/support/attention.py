@@ -20,6 +20,7 @@ def tensors(
     batch: int = 2,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """q (batch, heads, n, dim), k and v (batch, kv_heads, n, dim or value_dim), leaves."""
     shapes = (batch, heads, n, dim), (batch, kv_heads, n, dim), (batch, kv_heads, n, value_dim)
     q, k, v = (
         torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
@@ -27,5 +28,5 @@ def tensors(
     return q, k, v
 
 
-def same(got: Any, want: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def same(results: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(results, expected, rtol=tolerance, atol=tolerance)

@@ -19,7 +19,8 @@ COMPILE: list[Row] = [
     (
         lambda: cd.compile(CAUSAL, lowering="fast"),
         ValueError,
-        "lowering must be one of 'auto', 'native', 'dense', 'strided', 'tiled', 'flex', 'lanes'; got 'fast'",
+        "lowering must be one of 'auto', 'native', 'dense', 'strided', 'tiled', 'flex', 'lanes'; "
+        "got 'fast'",
     ),
     (
         lambda: attend(q=[[1.0]]),
@@ -412,7 +413,8 @@ RING: list[Row] = [
     (
         lambda: cd.compile(CAUSAL, ranks=2, layout="ring"),
         ValueError,
-        "layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; got 'ring'",
+        "layout must be one of 'auto', 'contiguous', 'zigzag', 'striped', 'residue', 'hilbert'; "
+        "got 'ring'",
     ),
     (
         lambda: cd.compile(CAUSAL, layout="zigzag"),

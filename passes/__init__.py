@@ -1,4 +1,4 @@
-"""Memory planning for fx graphs: predict a step's peak, and rewrite the graph to lower it.
+"""Memory planning for fx graphs: predict a step's peak, and lower it.
 
 step = passes.compile(model, memory_budget="6GiB")     torch.compile with passes that fit a budget
 print(passes.report(step))                             predicted peaks, changes, live storages

@@ -18,7 +18,9 @@ from .schemas import is_view
 
 @dataclass(frozen=True)
 class Halves:
-    """The forward and the backward of a joint graph. A saved value has one name in both.
+    """The forward and the backward of a joint graph.
+
+    A saved value has one name in both.
 
     results: values that forward returns to the caller; the values saved for backward follow them
     """
@@ -59,7 +61,7 @@ class Halves:
 
     @cached_property
     def last_uses(self) -> dict[Node, Node]:
-        """For the base of each node of forward: the last node that reads or makes its memory."""
+        """The last node that uses the memory of each base in the forward."""
         last: dict[Node, Node] = {}
         for node in self.forward.nodes:
             if node.op == "output":
@@ -75,7 +77,7 @@ def split(graph: Graph) -> Halves | None:
     descriptions = pytree.arg_tree_leaves(output.meta.get("desc", ()))
     if not any(isinstance(description, GradAOTOutput) for description in descriptions):
         return None
-    # Gradients follow the results. One that nobody asked for has no description.
+    # Gradients follow the results. One that is not needed has no description.
     results = 0
     while not (descriptions[results] is None or isinstance(descriptions[results], GradAOTOutput)):
         results += 1

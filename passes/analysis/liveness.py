@@ -1,4 +1,4 @@
-"""Storage lifetimes of an fx graph: when each allocation is made and freed.
+"""Storage lifetimes of an fx graph: when each storage is allocated and freed.
 
 One storage per allocation, whatever names and views it has.
 
@@ -49,7 +49,7 @@ class Storage:
     """One allocation of `size` bytes, live during the steps [lower, upper).
 
     name: the node that allocates it, or "node[1]" for a later one of its results
-    aliases: the names of all nodes whose values lie in it, in the order of the graph
+    aliases: the names of all nodes whose values are in it, in the order of the graph
     is_input: it exists before the first step (arguments, parameters, constants)
     is_output: the graph returns it or a view of it
     source: the line of the user's code that allocates it, or ""
@@ -104,7 +104,7 @@ def lifetimes(
 
     The nodes have meta["val"], as those of torch.export, make_fx and inductor do.
 
-    A value that nobody uses is freed where it is made. Of a node's subgraphs (cond, ...) the one
+    An unused value is freed at its own step. Of a node's subgraphs (cond, ...) the one
     with the highest peak counts, once; a loop's counts together with what it carries.
 
     sizes: values of symbols, as in {"s77": 4096}; other symbols count as traced

@@ -11,7 +11,7 @@ from torch.fx import Node
 _REPLACE_STORAGE = {
     *("aten::set_", "aten::resize_", "aten::resize_as_", "inductor::resize_storage_bytes_"),
 }
-# A view by construction, though its schema says otherwise.
+# A view, though its schema has no alias.
 _UNDECLARED_VIEWS = {"aten::_unsafe_view"}
 
 
@@ -77,7 +77,7 @@ def _may_alias(argument: Any, result: Any) -> bool:
         return False
     if argument.before_set & result.before_set:
         return True
-    # An operator that returns a list of views says so at its argument only: Tensor(a -> *).
+    # For a list of views the schema annotates the argument only: Tensor(a -> *).
     return not result.before_set and "*" in argument.after_set
 
 

@@ -43,7 +43,10 @@ def _line_of(node: Node) -> str:
 
 
 def _module_of(node: Node) -> str:
-    """The module that a node was traced in: Dynamo keeps no lines of torch's own modules."""
+    """The module that a node was traced in.
+
+    Dynamo keeps no lines of torch's own modules.
+    """
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""

@@ -12,9 +12,11 @@ from torch.utils import _pytree as pytree
 
 
 def value_of(node: Node) -> Any:
-    """The traced value of a node in an aten graph: fake tensors, symbols, numbers, lists of them.
+    """The traced value of a node in an aten graph.
 
-    None for a node that returns nothing. Raises ValueError if the graph does not say.
+    Fake tensors, symbols, numbers, or lists of them; None for a node that returns nothing.
+
+    Raises ValueError if it was not traced.
     """
     if node.op == "get_attr":
         return node.meta.get("val", attribute(node))
@@ -30,8 +32,9 @@ def value_of(node: Node) -> Any:
 
 
 def number_of(size: int | SymInt, node: Node, sizes: Mapping[str, int]) -> int:
-    """A size as a number: by the values in `sizes`, else by the hints of the trace.
+    """A size as a number.
 
+    sizes: values of symbols by name; others have the hints of the trace
     node: the node that has the size, for the error
     """
     if isinstance(size, int):

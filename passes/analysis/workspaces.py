@@ -92,7 +92,10 @@ def _tile(query: Tensor, key: Tensor) -> tuple[int, int, int]:
 
 
 def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
-    """Whether a forward packs all keys and values for AMX: if they are read often enough."""
+    """Whether a forward packs keys and values for AMX.
+
+    It does if they are read often enough.
+    """
     is_bfloat16 = query.dtype == torch.bfloat16
     if is_bfloat16:
         has_amx = torch.cpu._is_amx_tile_supported()
@@ -111,7 +114,10 @@ def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
 
 
 def _packed_numbers(key: Tensor, rows: int, columns: int) -> int:
-    """Elements that a packing forward allocates: odd head dims and odd blocks are padded by one."""
+    """Elements that a packing forward allocates.
+
+    Odd head dims and odd blocks are padded by one.
+    """
     batch, heads, tokens, head_dim = key.shape
     full_blocks, last = (tokens - 1) // columns, (tokens - 1) % columns + 1
     padded_tokens = full_blocks * _even(columns) + _even(last)

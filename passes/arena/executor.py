@@ -1,4 +1,4 @@
-"""A graph that runs in one arena, allocated once: its memory is one number, known before it runs.
+"""A graph executed in one arena, of a size known before it runs.
 
 arena   |<------------------ height ------------------>|
 mm      [ a          ]                                     mm.out(x, w, out=a)
@@ -69,7 +69,7 @@ class Executor:
         if len(devices) > 1:
             raise ValueError(
                 f"graph_module must make tensors on one device; got {', '.join(devices)}. "
-                "Make an executor for each"
+                "Create an executor for each"
             )
         device = devices[0] if devices else "cpu"
         self.arena = torch.empty(self.height, dtype=torch.uint8, device=device)
@@ -143,7 +143,10 @@ class Executor:
         return copy
 
     def _places(self, node: Node, leaves: Sequence[Any]) -> list[Tensor | None]:
-        """The arena's tensor for each result of a node; None for a view or what is no tensor."""
+        """The arena's tensor for each result of a node.
+
+        None for a view, or for what is no tensor.
+        """
         # Results may share a storage, which has the name of the first of them.
         offsets: dict[int, int] = {}
         for number, leaf in enumerate(leaves):
@@ -167,9 +170,10 @@ def _tensor_at(arena: Tensor, offset: int, like: Tensor) -> Tensor:
 
 
 def _out_variant(op: Any, device: torch.device) -> tuple[Action, tuple[str, ...]] | None:
-    """The out-variant of an operator, and the names of its out arguments; None if it has none.
+    """The out-variant of an operator, and the names of its out arguments.
 
     Only one with a kernel for the device: those that torch generates compute elsewhere and copy.
+    None if there is none.
     """
     if not isinstance(op, torch._ops.OpOverload):
         return None
@@ -228,7 +232,10 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
 
 
 def _is_sized_by_data(node: Node) -> bool:
-    """Whether the number of elements of a result depends on data; of indexing, only with masks."""
+    """Whether the number of elements of a result depends on data.
+
+    Of indexing it does with masks only.
+    """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if torch.Tag.dynamic_output_shape not in node.target.tags:
@@ -253,7 +260,7 @@ def _check(placeholders: Sequence[Node], inputs: Sequence[Any], examples: Sequen
         if actual != expected:
             raise ValueError(
                 f"input {node.name} must be as in the example, {expected}; got {actual}. "
-                "The arena is laid out for the example: make another Executor"
+                "The arena is laid out for the example: create another Executor"
             )
 
 

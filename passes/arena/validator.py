@@ -1,4 +1,4 @@
-"""A check of placements by a sweep over the steps. Shares no code with what makes them."""
+"""A check of placements that shares no code with the solver."""
 
 from __future__ import annotations
 

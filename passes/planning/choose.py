@@ -1,4 +1,4 @@
-"""The choice of passes for a step: of the candidates that fit the budget, the fastest."""
+"""The choice of passes: the fastest candidate that fits the budget."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Pipeline:
     def choose(self, graph: Captured) -> Choice:
         """Choose the fastest candidate that fits.
 
-        A choice made before for such a graph, in another process too, is loaded.
+        A choice that is stored for such a graph is loaded instead.
 
         Raises BudgetError with the least budget that would do.
         """
@@ -77,6 +77,7 @@ class Pipeline:
         return choice
 
     def _chosen(self, graph: Captured) -> Choice:
+        """The fastest candidate that fits, by examining the groups in order."""
         plain = trace(graph, ())
         baseline = estimate(plain, self.machine)
         # By candidate: the estimates of those examined, the seconds of those traced.
@@ -95,7 +96,7 @@ class Pipeline:
             traced = self._traced(graph, plain, offered)
             for passes, step in traced.items():
                 seconds_of[passes] = seconds(step, self.machine)
-            # Time is known from tracing; the peak takes inductor's program. So the fastest first.
+            # Fastest first: the time follows from the trace, the peak takes inductor's program.
             for passes, step in sorted(traced.items(), key=lambda item: seconds_of[item[0]]):
                 if best is not None and seconds_of[passes] >= best.chosen.seconds:
                     break
@@ -118,6 +119,7 @@ class Pipeline:
         )
 
     def _groups(self, training: bool) -> Sequence[Sequence[Passes]]:
+        """The candidates, in groups; later ones cost more."""
         if self.candidates is not None:
             return [self.candidates]
         return candidates(training, self.budget_bytes)

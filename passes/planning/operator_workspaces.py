@@ -93,7 +93,10 @@ def _measured(
 def _chunked_work(
     rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, *options: Any, out: Any
 ) -> Work:
-    """All rows by all weights; every value once, at half cost, for it is in a cache."""
+    """All rows by all weights, and every value once.
+
+    Values cost half, for a chunk's are in a cache.
+    """
     count = rows[0].numel() // rows[0].shape[-1]
     weights = sum(operand.numel() for operand in shared if operand.dim() == 2)
     kinds = Recipe.parse(recipe).kinds(rows, shared)

@@ -26,7 +26,9 @@ _ROWS = 12
 
 @dataclass(frozen=True)
 class Report:
-    """The choice for each graph of a step. Prints as tables; to_json() has the same figures.
+    """The choice for each graph of a step.
+
+    Prints as tables; to_json() has the same figures.
 
     measured_bytes: the peak of a call beyond what was allocated before it; None if not measured
     """
@@ -167,9 +169,9 @@ def _printed(number: int, choice: Choice) -> str:
 
 
 def _live(traced: Traced) -> list[tuple[str, int, str]]:
-    """The storages live at the highest peak of a step's graphs: name, bytes and source line.
+    """The storages live at the highest peak of a step's graphs.
 
-    Largest first, after the inputs in one row.
+    Name, bytes and source line, largest first, after the inputs in one row.
     """
     peaks = [peak.find(graph) for graph in timelines(traced)]
     highest = max(peaks, key=lambda graph_peak: graph_peak.peak_bytes)

@@ -1,6 +1,6 @@
-"""The loss of a language model without its logits: linear and cross entropy as one, in chunks.
+"""The loss of a language model without its logits.
 
-    logits = F.linear(x, weight)            (tokens, classes), and its gradient: never whole
+    logits = F.linear(x, weight)            (tokens, classes), and its gradient: in chunks only
     loss = F.cross_entropy(logits.float().view(-1, classes), target)
 
 torch has an operator for it from 2.12 on; before, or with own=True, rows/losses.py has it.
@@ -125,7 +125,10 @@ class _Loss:
 
 
 def _loss(node: Node) -> _Loss | None:
-    """Read a node as a cross entropy of a linear; None if it is none that can be replaced."""
+    """Read a node as a cross entropy of a linear.
+
+    None if it is none that can be replaced.
+    """
     options = _arguments(node)
     if options is None or not _is_supported(options):
         return None

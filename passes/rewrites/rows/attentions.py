@@ -70,7 +70,7 @@ def attention(
     if not targets:
         raise ValueError(
             "targets must be what graphs call, at least one; got none. "
-            "Give an operator, as torch.ops.mine.attend.default"
+            "Give an operator, as torch.ops.example.attend.default"
         )
     for name, value in (("read", read), ("reach", reach), ("part", part), ("flops", flops)):
         arguments.function(name, value)

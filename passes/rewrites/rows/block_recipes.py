@@ -19,7 +19,7 @@ class Writer:
 
     joined: the node of the joined heads, an input of the result's recipe
     shared: inputs so far; extended
-    names: of the recipe's values, by the nodes that they stand for
+    names: of the recipe's values, by their nodes
     """
 
     dims: Dims
@@ -31,7 +31,7 @@ class Writer:
     names: dict[Node, str] = field(default_factory=dict)
 
     def write(self, node: Node) -> str | None:
-        """Write the steps that lead to a value, and return its name; None if there are none."""
+        """Write the steps of a value, and return its name; None if there are none."""
         if node in self.names:
             return self.names[node]
         if node in self.rows or node is self.joined:
@@ -69,7 +69,9 @@ class Writer:
         return f"w{self.shared.index(node)}"
 
     def _heads(self, node: Node, base: Node, start: int) -> str | None:
-        """Write heads as a view of rows; of a packed linear, only their part is computed.
+        """Write heads as a view of rows.
+
+        Of a packed linear only their part is computed.
 
         base: the rows
         start: where in the rows' features the heads begin

@@ -97,7 +97,7 @@ class _Search:
     def block(self) -> Block | None:
         # 1. From the attention forward, to its joined heads.
         joined = self._joined()
-        # 2. From the attention back, to the linears that make query, key and value.
+        # 2. From the attention back, to the linears of query, key and value.
         linears: list[int] = []
         for head in self.call.heads:
             for node in self._views_of_rows(head):
@@ -160,7 +160,7 @@ class _Search:
             takes_heads = any(map(self.dims.is_heads, inputs))
             if self.call.operator in members and is_narrow and not takes_heads:
                 best = members
-        # Of the cheap nodes before the first linear, keep as many as make the inputs narrowest.
+        # Before the first linear, cut where the inputs are narrowest.
         before = [node for node in best if self.order[node] < first]
         cuts = [best[start:] for start in range(len(before) + 1)]
         return min(cuts, key=lambda part: sum(map(_row_width, self._inputs(part))))
@@ -250,5 +250,5 @@ def _shared_operands(node: Node) -> Sequence[Node]:
 
 
 def _row_width(node: Node) -> int:
-    """Bytes of a row: the last dim of rows, of heads, and of values by token is their features."""
+    """Bytes of a row: the last dim of every value is its features."""
     return growing.row_width(node, row_dims=1)

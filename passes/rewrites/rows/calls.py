@@ -44,7 +44,7 @@ Reader = Callable[..., Read | None]
 
 
 def bound(reader: Reader, node: Node) -> Read | None:
-    """Read a call with a reader; None if it does not bind, or the reader refuses it."""
+    """Read a call with a reader; None if it does not bind, or is refused."""
     try:
         call = inspect.signature(reader).bind(*node.args, **node.kwargs)
     except TypeError:
@@ -53,7 +53,7 @@ def bound(reader: Reader, node: Node) -> Read | None:
 
 
 def example_value(node: Node) -> Any:
-    """The traced value of a node in a Dynamo or an aten graph; None if the graph does not say."""
+    """The traced value of a node in a Dynamo or an aten graph, or None."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
@@ -176,7 +176,7 @@ def _parts(input: Node, size: Any, dim: int = 0) -> Read | None:
 
 
 def _part(parts: Node, index: Any) -> Read | None:
-    """Read one of the parts that chunk or split makes, or x[..., start:stop]."""
+    """Read one of the parts of a chunk or split, or x[..., start:stop]."""
     if isinstance(index, tuple):
         return _slice(parts, index)
     if not isinstance(index, int) or parts.target not in _SPLITS:

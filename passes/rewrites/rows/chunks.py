@@ -1,4 +1,4 @@
-"""What passes that work in chunks of rows share: the size of a chunk, and replacing nodes."""
+"""Chunks of rows, and replacing nodes: what passes in chunks share."""
 
 from __future__ import annotations
 

@@ -54,9 +54,10 @@ class Dims:
         return isinstance(shape[1], int) and isinstance(shape[3], int)
 
     def is_by_token(self, node: Any) -> bool:
-        """Whether a value has the tokens as rows: (1, ..., tokens, features), or (batch, 1, ...).
+        """Whether a value has the tokens as rows.
 
-        It is the same for every batch entry and head, or for every head.
+        It is (1, ..., tokens, features), the same for every batch entry and head, or (batch, 1,
+        tokens, features), the same for every head.
         """
         shape = sizes_of(node)
         if len(shape) < 2 or shape[-2] != self.tokens or not isinstance(shape[-1], int):

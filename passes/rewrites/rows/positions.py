@@ -75,7 +75,7 @@ Rule = Callable[..., _Read]
 def conditions(mask: Node) -> Conditions | None:
     """Read a boolean mask as conditions.
 
-    None if it depends on anything but indices, or is computed in a way not known here.
+    None if it depends on anything but indices, or calls an operator that is not in the table.
     """
     read = _read(mask)
     return read if isinstance(read, tuple) and not _is_written_to(mask) else None
@@ -100,7 +100,7 @@ def _is_written_to(mask: Node) -> bool:
 
 
 def _read(node: Any) -> _Read:
-    """Read a node's value: integers as a Sum, a mask as Conditions; None for anything else."""
+    """Read integers as a Sum, a mask as Conditions, anything else as None."""
     if isinstance(node, int) and not isinstance(node, bool):
         return Sum({}, node)
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):

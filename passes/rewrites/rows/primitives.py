@@ -1,7 +1,7 @@
 """Row-wise primitives: the forward of each, its backward by hand, and what that backward reads.
 
-By hand, because a chunk inside a custom op runs below autograd, and because it says what need not
-be recomputed: a linear's backward reads its operands and never its result, so the last linear of an
+By hand, because a chunk inside a custom op runs below autograd, and because it determines what is
+recomputed: a linear's backward reads its operands and never its result, so the last linear of an
 MLP is not run again.
 
 A value is (..., features): no primitive mixes its leading dims, the rows. Operands are such values,

@@ -14,7 +14,9 @@ from .calls import READERS, Read, bound, example_value
 
 @dataclass(frozen=True)
 class Roles:
-    """The nodes among the operands of a primitive. A node may be in both: F.linear(x, x).
+    """The nodes among the operands of a primitive.
+
+    A node may be in both: F.linear(x, x).
 
     rows: values whose leading dims are the rows of the result
     shared: values that all rows are computed with
@@ -25,14 +27,20 @@ class Roles:
 
 
 def read(node: Node) -> Read | None:
-    """Read a node as a primitive; None if it is none, or has options that no primitive has."""
+    """Read a node as a primitive.
+
+    None if it is none, or has options that no primitive has.
+    """
     if node.op not in ("call_function", "call_method") or node.target not in READERS:
         return None
     return bound(READERS[node.target], node)
 
 
 def primitive_of(node: Node) -> str | None:
-    """The name of a node's primitive, "" if its value is its operand's; None if it is none."""
+    """The name of a node's primitive, or None.
+
+    "" if its value is its operand's.
+    """
     call = read(node)
     return None if call is None else call.primitive
 

@@ -65,23 +65,14 @@ class Recipe:
 
     def live_bytes(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> int:
         """The peak of `run` in bytes a row, its result included."""
-        kinds = self.kinds(rows, shared)
-        # 1. homes: for each result the value whose memory it is in: its own, or an operand's that
-        # it overwrites or views. An operand of the recipe is nobody's home: it is the caller's.
-        homes: dict[str, str] = {}
-        for step, name in zip(self.steps, self._over(rows, shared), strict=True):
-            if name is None and step.definition.is_view:
-                first = step.names[0]
-                is_copy = kinds[first].dtype != kinds[step.result].dtype  # a cast
-                name = None if is_copy else first
-            homes[step.result] = step.result if name is None else homes.get(name, name)
-        # 2. A home is free after the last step that uses a value in it.
+        kinds, homes = self.kinds(rows, shared), self._homes(rows, shared)
+        # 1. A home is free after the last step that uses a value in it.
         last: dict[str, int] = {}
         for number, step in enumerate(self.steps):
             for name in step.names:
                 if name in homes:
                     last[homes[name]] = number
-        # 3. Count.
+        # 2. Count.
         live = most = 0
         for number, step in enumerate(self.steps):
             if homes[step.result] == step.result:
@@ -118,7 +109,7 @@ class Recipe:
             for name in dying:
                 if name not in backward.read:
                     values.pop(name, None)
-        # 2. Back, step by step. A value that is not read is given as a meta tensor.
+        # 2. Back, step by step. A value that is not read is a meta tensor.
         grads = {self.result: grad}
         for step in reversed(self.steps):
             if step.result in backward.needed:
@@ -132,6 +123,22 @@ class Recipe:
                     grads[name] = grads[name] + piece if name in grads else piece
             values.pop(step.result, None)
         return [grads[name] for name in values_of(rows, ()) if name in needed]
+
+    def _homes(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> dict[str, str]:
+        """For each result the value whose memory it is in.
+
+        Its own, or that of an operand that it overwrites or views; not one of the recipe's
+        operands, which are the caller's.
+        """
+        kinds = self.kinds(rows, shared)
+        homes: dict[str, str] = {}
+        for step, name in zip(self.steps, self._over(rows, shared), strict=True):
+            if name is None and step.definition.is_view:
+                first = step.names[0]
+                is_cast = kinds[first].dtype != kinds[step.result].dtype
+                name = None if is_cast else first
+            homes[step.result] = step.result if name is None else homes.get(name, name)
+        return homes
 
     def _over(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[str | None]:
         """For each step the operand that its result overwrites, or None."""

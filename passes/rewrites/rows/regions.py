@@ -90,7 +90,7 @@ def find(graph: Graph) -> Iterator[Region]:
 
 
 def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region | None:
-    """The region around the result that node `number` makes narrow; None if there is none."""
+    """The region whose result node `number` narrows; None if there is none."""
     call = read(nodes[number])
     if call is None or call.primitive not in _ENDS or not is_rows(call.operands[0], None):
         return None

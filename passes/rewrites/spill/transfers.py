@@ -89,7 +89,8 @@ class Spill:
         transfers.rewire()
         lines: list[str] = []
         for node in spilled:
-            line = f"{node.name} is spilled to {self.to}: {mebibytes(_size(node))}  {source_of(node)}"
+            size = mebibytes(_size(node))
+            line = f"{node.name} is spilled to {self.to}: {size}  {source_of(node)}"
             lines.append(line.rstrip())
         return lines
 
@@ -108,7 +109,10 @@ class Spill:
 
 
 class _Transfers:
-    """Rewrites a joint graph. A node has the same name in it and in its halves."""
+    """Rewrites a joint graph.
+
+    A node has the same name in it and in its halves.
+    """
 
     def __init__(self, graph: Graph, halves: Halves) -> None:
         self.graph, self.halves = graph, halves
@@ -128,7 +132,9 @@ class _Transfers:
         self.after = self.by_name[halves.tangents[0].name]
 
     def write(self, saved: Node, directory: str) -> None:
-        """Write a saved value: begin after it is made, wait after forward's last use of its memory.
+        """Write a saved value.
+
+        Writing begins once it is computed, and ends after forward's last use of it.
 
         directory: as in operators.write
         """
@@ -152,7 +158,7 @@ class _Transfers:
         return node
 
     def rewire(self) -> None:
-        """Give the joint graph's backward the operands that its half has.
+        """Replace the operands of the joint graph's backward by those of its half.
 
         Fetches and recomputed values are inserted just before their first use.
         """
@@ -258,5 +264,5 @@ def _size(node: Node) -> int:
 
 
 def _hint(size: int | SymInt) -> int | None:
-    """A size as a number, a dynamic one as traced; None if it depends on data."""
+    """A size as a number, dynamic ones as traced; None if data-dependent."""
     return size if isinstance(size, int) else size.node.hint

@@ -207,7 +207,7 @@ class _Inputs:
             return number_of(value, node, self.sizes)
         if not isinstance(value, Tensor):
             return value
-
+        # One storage for all views of it in the trace.
         storage = value.untyped_storage()
         if storage._cdata not in self.storages:
             elements = number_of(storage.nbytes() // value.element_size(), node, self.sizes)

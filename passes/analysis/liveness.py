@@ -228,6 +228,7 @@ class _Walk:
     def _number(self, step: int, node: Node) -> Any:
         """A node's value with storage numbers for tensors; adds the storages that are new."""
         check_memory(node)
+        # An item has the storage that its list or tuple has at that place.
         if node.target is operator.getitem:
             numbers = self.numbers[_node(node.args[0])]
             if not isinstance(numbers, int):
@@ -255,6 +256,7 @@ class _Walk:
             return None
         is_input = node.op != "call_function"
         key = _identity(leaf, node)
+        # A storage that is none of the operands' is new, unless the schema says it is a view.
         if key not in existing:
             viewed = self._viewed(node, result)
             existing[key] = len(self.storages) if viewed is None else viewed

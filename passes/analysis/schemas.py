@@ -47,6 +47,7 @@ def viewed_operand(node: Node, result: int) -> Node | None:
         source = node.args[0]
         assert isinstance(source, Node)
         return source
+    # The result's alias set names the argument that it views or overwrites.
     returns = op._schema.returns
     alias = returns[result if len(returns) > 1 else 0].alias_info
     if alias is None or (_is_composite(op) and not alias.is_write):

@@ -39,6 +39,7 @@ def number_of(size: int | SymInt, node: Node, sizes: Mapping[str, int]) -> int:
     """
     if isinstance(size, int):
         return size
+    # Sizes of the call first, then the hints of the trace.
     symbolic = size.node
     values = {symbol: sizes.get(str(symbol)) for symbol in symbolic.expr.free_symbols}
     for symbol, value in values.items():

@@ -198,6 +198,7 @@ def _box_orders(part: Part) -> list[BoxOrder]:
     By the fullest step that a box is live at, its length and its area. The length counts steps at
     which some box begins or ends. Ties matter: the earlier box goes first.
     """
+    # live[number]: units live from one step at which a box begins or ends to the next
     change: dict[int, int] = {}
     for box in part.boxes:
         change[box.lower] = change.get(box.lower, 0) + box.size

@@ -177,6 +177,7 @@ def _out_variant(op: Any, device: torch.device) -> tuple[Action, tuple[str, ...]
     """
     if not isinstance(op, torch._ops.OpOverload):
         return None
+    # It takes the operator's arguments, and one out argument for each result.
     expected = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
     for name in op.overloadpacket.overloads():
         variant = getattr(op.overloadpacket, name)
@@ -242,6 +243,7 @@ def _is_sized_by_data(node: Node) -> bool:
         return False
     if node.target is not torch.ops.aten.index.Tensor:
         return True
+    # An index by numbers has their count, an index by a mask as many as are True.
     for index in pytree.tree_leaves(node.args[1]):
         if not isinstance(index, Node):
             continue

@@ -31,6 +31,7 @@ def solve(
     """
     _check(buffers, capacity, seconds, alignment)
     deadline = time.monotonic() + seconds
+    # 1. In units of the alignment.
     boxes = _boxes(buffers, alignment)
     bound = most_at_once(boxes)
     roof = None if capacity is None else capacity // alignment
@@ -39,6 +40,7 @@ def solve(
             f"capacity must be at least {bound * alignment:,}, the bytes that live at once; "
             f"got {capacity:,}"
         )
+    # 2. The search.
     offsets = _offsets(boxes, bound, roof, deadline)
     top = greedy.height(boxes, offsets)
     if roof is not None and top > roof:

@@ -62,6 +62,7 @@ class Pipeline:
 
         Raises BudgetError with the least budget that would do.
         """
+        # 1. The stored choice, if there is one.
         groups = self._groups(graph.training)
         offered = [(*passes, *self.extra) for group in groups for passes in group]
         by_repr = {repr(member): member for passes in offered for member in passes}
@@ -72,6 +73,7 @@ class Pipeline:
         if stored is not None:
             chosen, estimates = stored
             return Choice(chosen, estimates, trace(graph, chosen.passes))
+        # 2. Else a new one, which is stored.
         choice = self._chosen(graph)
         choice_cache.store(name, choice_cache.encoded(choice.chosen, choice.estimates))
         return choice
@@ -134,6 +136,7 @@ class Pipeline:
         is_default, result = self.candidates is None, dict[Passes, Traced]()
         distinct: dict[Passes, Traced] = {(): plain}
         for candidate in offered:
+            # What Stage.DYNAMO leaves alone is known before the trace, the rest after it.
             passes = (*candidate, *self.extra)
             if is_default:
                 passes = without_idle(graph, passes, required=self.extra)

@@ -151,13 +151,16 @@ def table(estimates: Sequence[Estimate], chosen: Estimate | None = None) -> str:
 
 def _printed(number: int, choice: Choice) -> str:
     """The report on one graph as text: peaks, candidates, changes, live storages."""
+    # Peaks and candidates.
     kind = "inference" if choice.traced.backward is None else "training"
     before, after = choice.estimates[0].peak_bytes, choice.chosen.peak_bytes
     lines = [f"graph {number}, {kind}: predicted peak {mebibytes(before)} -> {mebibytes(after)}"]
     lines.append(table(choice.estimates, choice.chosen))
+    # What each pass changed.
     for change in choice.traced.changes:
         lines.append(f"\n{change.by!r}" + ("" if change.lines else ": changed nothing"))
         lines += [f"  {line}" for line in change.lines]
+    # The largest storages.
     lines.append("\nlive at the peak, node by node before inductor fuses them:")
     live = _live(choice.traced)
     for name, size, source in live[:_ROWS]:

@@ -52,6 +52,7 @@ class Causal:
                 or not _is_causal(call.arguments["attn_mask"])
             ):
                 continue
+            # The mask's nodes stay, without users: dead code is eliminated later.
             mask = call.arguments["attn_mask"]
             call.arguments.update(attn_mask=None, is_causal=True)
             node.args, node.kwargs = call.args, call.kwargs

@@ -198,6 +198,7 @@ def _origin(logits: Node) -> tuple[tuple[Node, ...], tuple[Any, ...]] | None:
 def _arguments(node: Node) -> dict[str, Any] | None:
     """The arguments of a cross entropy by the names of F.cross_entropy; None for another call."""
 
+    # Functions with the signatures of torch's, for Python to bind the arguments.
     def functional(
         input: Any,
         target: Any,

@@ -213,6 +213,7 @@ def _values(graph: Graph, forward: Sequence[Node]) -> tuple[list[Value], list[st
     use_steps: dict[str, list[int]] = {}
     for node in graph.nodes:
         use_steps[node.name] = [step_of[user.name] for user in node.users if user.name in step_of]
+    # A value lasts until the last use of any view of its storage.
     values: list[Value] = []
     names: list[str] = []
     for storage in lifetimes(graph).storages:

@@ -82,6 +82,7 @@ def candidates(graph: Graph, *, width: int = 64) -> list[list[Node]]:
     inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     calls = [node for node in graph.nodes if node.op == "call_function"]
     before = precedences(graph, living)
+    # Node by node, then chains of elementwise nodes as one step.
     orders: list[list[Node]] = []
     for groups in ([[node] for node in calls], _chains(calls, before)):
         steps = steps_of(groups, living, before)

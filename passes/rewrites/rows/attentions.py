@@ -119,6 +119,7 @@ def call(result: Node) -> Call | None:
     attention = _ATTENTIONS.get(node.target) if node.op == "call_function" else None
     if attention is None or isinstance(example_value(node), Tensor) != (node is result):
         return None
+    # Its options, if all of them can be written as text.
     try:
         bound = inspect.signature(attention.read).bind(*node.args, **node.kwargs)
     except TypeError:

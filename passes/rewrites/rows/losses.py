@@ -43,6 +43,7 @@ def linear_cross_entropy(
     chunk_rows: tokens of a chunk
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    # 1. The loss of each token.
     losses = torch.empty(len(x), dtype=wide, device=x.device)
     class_weight = None if class_weight is None else class_weight.to(wide)
     for chunk in chunks(len(x), chunk_rows, x.device):
@@ -54,6 +55,7 @@ def linear_cross_entropy(
             reduction="none",
             label_smoothing=label_smoothing,
         )
+    # 2. The reduction: a mean is weighted by the classes' weights.
     if reduction == "mean":
         losses = losses.sum() / _token_weights(target, class_weight, ignore_index, wide).sum()
     elif reduction == "sum":

@@ -115,6 +115,7 @@ def _read(node: Any) -> _Read:
     except TypeError:
         return None
     read = rule(*bound.args, **bound.kwargs)
+    # Integers are sums, booleans are conditions: a rule may give either.
     if isinstance(read, Sum):
         return read.within(value.shape) if value.dtype != torch.bool else None
     if read is None or value.dtype != torch.bool:

@@ -189,6 +189,7 @@ def _overwritten(recipe: Recipe, rows: Signature, shared: Signature) -> Sequence
     An earlier result at its last use, of the same shape and dtype, that shares memory with no view.
     """
     kinds = _kinds(recipe, rows, shared)
+    # 1. Results that share memory with no view.
     unviewed: set[str] = set()
     for step in recipe.steps:
         if step.definition.is_view:
@@ -196,6 +197,7 @@ def _overwritten(recipe: Recipe, rows: Signature, shared: Signature) -> Sequence
         else:
             unviewed.add(step.result)
 
+    # 2. For each step the first operand that is free and has the result's kind.
     overwritten: list[str | None] = []
     for step, dying in zip(recipe.steps, recipe._last_uses, strict=True):
         result = kinds[step.result]

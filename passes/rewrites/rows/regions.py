@@ -130,6 +130,7 @@ def _grow_forward(members: list[Node], lead: Lead) -> list[Node]:
     """Append what is done to the result only, as a residual's add."""
     while members and len(members[-1].users) == 1:
         (user,) = members[-1].users
+        # A cheap call whose other operands the region has already, and that widens nothing.
         available = {*members, *row_inputs(members)}
         if primitive_of(user) in (None, "linear"):
             break

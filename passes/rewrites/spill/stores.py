@@ -131,6 +131,7 @@ class FileStore:
 
     def take(self, into: Tensor) -> None:
         host = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
+        # A read may return fewer bytes than asked for.
         rest = _bytes(host.view(INTEGERS[into.element_size()]).numpy())
         offset = 0
         while rest:

@@ -77,12 +77,14 @@ class Spill:
             )
 
     def __call__(self, graph: Graph) -> Sequence[str]:
+        # 1. The values that the partitioner saves, of those that may be spilled.
         halves = split(graph)
         if halves is None:
             return []
         spilled = [node for node in halves.saved if self._is_spilled(node, halves)]
         if not spilled:
             return []
+        # 2. Writes in the forward, fetches in the backward.
         transfers = _Transfers(graph, halves)
         for node in spilled:
             transfers.write(node, HOST if self.to == "host" else self.directory or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -145,7 +145,10 @@ class Mapped(nn.Module):
     """A function mapped over rows."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return map_rows(lambda row: row.sin().cos() + 1, x)
+        def function(row: Tensor, *_: Any) -> Tensor:
+            return row.sin().cos() + 1
+
+        return map_rows(function, x)
 
 
 def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,6 +194,11 @@ class Traced:
         return self.trace()
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """Convert the weights of a model's convolutions."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def exported(
     model: Callable[[], nn.Module], *shape: int, decomposed: bool = True
 ) -> tuple[GraphModule, Sequence[Any]]:
@@ -202,9 +210,9 @@ def exported(
     decomposed: to core operators
     """
     torch.manual_seed(0)
-    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    module = model().eval().to(memory_format=layout)
-    x = torch.randn(*shape).to(memory_format=layout)
+    module, x = model().eval(), torch.randn(*shape)
+    if len(shape) == 4:
+        module, x = channels_last(module), x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         program = torch.export.export(module, (x,))
         program = program.run_decompositions() if decomposed else program
@@ -294,7 +302,7 @@ CASES = [
     Traced("while loop", lambda: exported(Loop, 8, 64, WIDTH), exact=False),
     Traced("map", lambda: exported(Mapped, 8, 64, WIDTH), exact=False),
     Traced("in place", lambda: functional(in_place, torch.randn(256, WIDTH)), exact=False),
-    *(Traced(f"random {seed}", lambda seed=seed: random_dag(seed)) for seed in range(6)),
+    *(Traced(f"random {seed}", partial(random_dag, seed)) for seed in range(6)),
 ]
 
 

@@ -114,7 +114,7 @@ def test_a_torn_file_is_planned_anew() -> None:
 ESTIMATE = json.dumps(
     {"passes": ["Unknown()"], "peak_bytes": 1, "input_bytes": 1, "seconds": 1.0, "changed": True}
 )
-FOREIGN = {
+FOREIGN: dict[str, str | bytes] = {
     "an empty object": "{}",
     "a list": "[1]",
     "null": "null",

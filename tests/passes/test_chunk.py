@@ -208,9 +208,10 @@ def test_rows_come_from_the_bytes_of_a_chunk() -> None:
             assert f"in chunks of {rows} rows: linear, gelu, linear" in lines[0]
 
 
-def test_frozen_parameters() -> None:
-    model = model_of("layer norm").requires_grad_(False)
-    model.mlp.up.bias.requires_grad_()
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = model_of("layer norm")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "mlp.up.bias")
     step, lines = captured(model, Chunk(rows=3))
     assert_same(step, model, random_input(2, 7, WIDTH))
     assert len(lines) == 1

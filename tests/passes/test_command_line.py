@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from typer.testing import CliRunner
 
 from passes.__main__ import app
@@ -49,7 +48,7 @@ def failing() -> tuple[Any, Any]:
     raise ValueError("the factory's own")
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, [*arguments])
 
 

@@ -86,9 +86,10 @@ def test_a_training_step_peaks_as_predicted_at_any_length() -> None:
 
 
 # On torch 2.11 a trace has the wrong dtype for the logsumexp of float64.
+TORCH: Any = torch.__version__
 FLOAT64 = pytest.param(
     torch.float64,
-    marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="traces have another lse"),
+    marks=pytest.mark.skipif(TORCH < (2, 13), reason="traces have another lse"),
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FLOAT64]
 ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

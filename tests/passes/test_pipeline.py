@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import passes
 from compiled_dilated.measure import peak_bytes
-from passes import BudgetError, Chunk, LinearCrossEntropy, Spill
+from passes import BudgetError, Chunk, LinearCrossEntropy, Pass, Spill
 from passes.analysis import costs
 from passes.planning import budgets, choose
 from passes.planning.candidates import Passes, candidates
@@ -194,7 +194,7 @@ def test_estimates_include_the_workspace_of_operators_in_chunks() -> None:
     torch.manual_seed(0)
     model, x = Head(), torch.randn(2048, 64)
     parameters = list(model.parameters())
-    chunked = [Chunk(rows=256), LinearCrossEntropy(chunk_bytes=2**20)]
+    chunked: list[Pass] = [Chunk(rows=256), LinearCrossEntropy(chunk_bytes=2**20)]
     estimates = passes.estimate(model, [x], train=True, passes=[[], chunked])
     plain, estimate = sorted(estimates, key=lambda estimate: -estimate.peak_bytes)
     step = passes.compile(model, passes=chunked, dynamic=False)
@@ -253,9 +253,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (budgeted("6 Gib"), ValueError, f"{UNITS}; got '6 Gib'"),
     (budgeted("-1GiB"), ValueError, f"{UNITS}; got '-1GiB'"),
     (budgeted("much"), ValueError, f"{UNITS}; got 'much'"),
-    (lambda: passes.compile(Twice(), passes=[Spill]), TypeError,
+    (lambda: passes.compile(Twice(), passes=[Spill]), TypeError,  # type: ignore[list-item]
      "passes[0] must be a pass, with stage"),
-    (lambda: passes.compile(Twice(), passes=[SPILL, print]), TypeError,
+    (lambda: passes.compile(Twice(), passes=[SPILL, print]), TypeError,  # type: ignore[list-item]
      "passes[1] must be a pass, with stage"),
     (lambda: passes.compile(Twice(), passes=[], extra=[Unfrozen()]), TypeError,
      "extra[0] must be a frozen dataclass"),

@@ -15,7 +15,17 @@ import compiled_dilated as cd
 import passes
 from passes import BudgetError
 from tests.compiling import Loss, train
-from tests.graphs import WIDTH, Block, Gelu, Llama, Swiglu, Unet, Vit, measured_peak
+from tests.graphs import (
+    WIDTH,
+    Block,
+    Gelu,
+    Llama,
+    Swiglu,
+    Unet,
+    Vit,
+    channels_last,
+    measured_peak,
+)
 
 
 def tokens(count: int) -> Tensor:
@@ -53,7 +63,7 @@ def vit(numbers: random.Random) -> nn.Module:
 
 
 def unet(numbers: random.Random) -> nn.Module:
-    return Loss(Unet()).to(memory_format=torch.channels_last)
+    return channels_last(Loss(Unet()))
 
 
 @dataclass(frozen=True)

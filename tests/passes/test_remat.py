@@ -344,7 +344,7 @@ def test_fewer_products_are_recomputed_than_by_checkpoints_per_block() -> None:
     torch.manual_seed(0)
     blocks, x = [Block(Gelu(128), 128) for _ in range(4)], torch.randn(1, 4096, 128)
     module = joint(Loss(*blocks), x)
-    with config.patch(Remat(0).options):
+    with config.patch(dict(Remat(0).options)):
         best = Remat(28 * x.nbytes)._best(choices(module))
     forward, _ = best.halves
     assert sum("mm" in node.name for node in forward.graph.nodes) == 16

@@ -55,7 +55,7 @@ def check_classify(mask: Mask, dense: Any, q: Regions, kv: Regions, exact: bool 
     verdicts = mask.classify(q[rows], kv[columns])
     assert verdicts.dtype == np.uint8
     assert verdicts.shape == rows.shape
-    for row, column, verdict in zip(rows, columns, verdicts, strict=True):
+    for row, column, verdict in zip(rows.tolist(), columns.tolist(), verdicts, strict=True):
         expected = verdict_of(dense[np.ix_(q.positions(row), kv.positions(column))])
         is_right = verdict == expected or (verdict == PARTIAL and not exact)
-        assert is_right, (mask, q[[row]], kv[[column]])
+        assert is_right, (mask, q[row : row + 1], kv[column : column + 1])

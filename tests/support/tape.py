@@ -205,8 +205,9 @@ def same(result: Tensor, expected: Tensor, tolerance: float, what: str = "") -> 
     def message(text: str) -> str:
         return f"{what}: {text}"
 
-    limits = {"rtol": tolerance, "atol": tolerance}
-    torch.testing.assert_close(result, expected, **limits, equal_nan=True, msg=message)
+    torch.testing.assert_close(
+        result, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
+    )
 
 
 def close(dtype: torch.dtype) -> float:

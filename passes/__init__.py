@@ -1,4 +1,4 @@
-"""Memory planning for fx graphs: predict a step's peak, and rewrite the graph to lower it.
+"""Memory planning for fx graphs: predict a step's peak, and lower it.
 
 step = passes.compile(model, memory_budget="6GiB")     torch.compile with passes that fit a budget
 print(passes.report(step))                             predicted peaks, changes, live storages
@@ -8,6 +8,9 @@ protocol             Pass and Stage: what a pass is, and where in torch.compile 
 
 analysis/            measures of a graph, which they do not change
   effects              operators: in-place, elementwise, side effects
+  values               traced values of nodes, and sizes as numbers
+  schemas              views, by operators' schemas
+  sources              the source lines of nodes
   liveness             when each storage of a graph is allocated and freed
   peak                 the step with most live bytes, as a table, a timeline or a picture
   inductor_program     inductor's generated program, loaded without its kernels

@@ -47,14 +47,7 @@ def memory(
         if png is not None:
             peak.check_picture("--png", png)
         module, name = factories.named(target)
-    try:
-        factory = factories.load(module, name)
-    except factories.NoFactory as error:
-        raise _bad_usage(error) from error
-    # An exception of the factory is the user's own, and keeps its traceback.
-    result = factory()
-    with _usage():
-        model, inputs = _checked(target, result)
+    model, inputs = _built(target, module, name)
     try:
         choice: Choice = capture(model, inputs, Pipeline(limit).choose, train=train)
     except BudgetError as error:
@@ -73,8 +66,23 @@ def memory(
             peak.draw(graph, path)
 
 
+def _built(target: str, module: str, name: str) -> tuple[Any, tuple[Any, ...]]:
+    """Call a factory for the model and its inputs."""
+    try:
+        factory = factories.load(module, name)
+    except factories.NoFactory as error:
+        raise _bad_usage(error) from error
+    # An exception of the factory is the user's own, and keeps its traceback.
+    result = factory()
+    with _usage():
+        return _checked(target, result)
+
+
 def _checked(target: str, result: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The model and its inputs from a factory. Raises TypeError or ValueError if it has neither."""
+    """The model and its inputs from a factory's result.
+
+    Raises TypeError or ValueError if it has neither.
+    """
     if not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(
             f"{target} must return (model, example_inputs), the inputs a tuple; "
@@ -87,7 +95,10 @@ def _checked(target: str, result: Any) -> tuple[Any, tuple[Any, ...]]:
 
 @contextmanager
 def _usage() -> Iterator[None]:
-    """Turn a failed check into one line and exit code 2. For this package's own checks only."""
+    """Turn a failed check into one line and exit code 2.
+
+    For this package's own checks only.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:

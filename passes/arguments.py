@@ -67,7 +67,10 @@ def flag(name: str, value: object, *, or_none: bool = False) -> None:
 
 
 def sequence(name: str, value: object, of: str) -> Sequence[Any]:
-    """Return a tuple or a list; raise TypeError for anything else. of: what its members are."""
+    """Return a tuple or a list; raise TypeError for anything else.
+
+    of: what its members are, for the message
+    """
     if not isinstance(value, tuple | list):
         raise TypeError(
             f"{name} must be a tuple or a list of {of}; got {shown(value)}. "
@@ -83,7 +86,10 @@ def function(name: str, value: object) -> None:
 
 
 def kind(name: str, value: object, expected: type, hint: str) -> None:
-    """Raise TypeError unless `value` is of a class. hint: what to do, without a full stop."""
+    """Raise TypeError unless `value` is of a class.
+
+    hint: what to do, without a full stop
+    """
     if not isinstance(value, expected):
         raise TypeError(
             f"{name} must be a {expected.__name__}; "
@@ -153,7 +159,10 @@ def sizes(value: object) -> Mapping[str, int]:
 
 
 def names(name: str, value: object) -> frozenset[str]:
-    """Return names of nodes as a set. Raises TypeError for a single name and what is no string."""
+    """Return names of nodes as a set.
+
+    Raises TypeError for a single name, and for what is no string.
+    """
     if isinstance(value, tuple | list | set | frozenset) and all(
         isinstance(member, str) for member in value
     ):

@@ -19,7 +19,9 @@ class Stage(Enum):
 
 @runtime_checkable
 class Pass(Protocol):
-    """A rewriting of a graph, as a frozen dataclass: its repr and its source name it in the cache.
+    """A rewriting of a graph, as a frozen dataclass.
+
+    Its repr and its source name it in the compile cache.
 
     stage: when it runs
     keeps_bits: the results are the same bits as without it; else they may differ by rounding

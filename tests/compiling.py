@@ -1,4 +1,4 @@
-"""Compiling in tests of passes/: the graphs that inductor is given, with a pass or without, and what a training step takes."""
+"""Compiling in the tests of passes: the graphs that inductor lowers, and measured peaks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.graphs import measured_peak
 
 
 class Loss(nn.Module):
-    """A model whose step is one compiled graph, with its loss."""
+    """Layers and a loss, for steps of one graph."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -26,51 +26,54 @@ class Loss(nn.Module):
         return self.layers(x).square().mean()
 
 
-class _Enough(Exception):
-    """There is no need to go on compiling."""
+class _Stopped(Exception):
+    """Ends a compilation once its graph is captured."""
 
 
 def lowered(run: Callable[[], object], *, stop: bool = False) -> list[GraphModule]:
-    """The graphs that inductor is given while something is compiled; with `stop` the first one alone, and nothing is compiled."""
-    found: list[GraphModule] = []
+    """The graphs that inductor lowers during a run.
+
+    stop: only the first of them, and nothing is compiled
+    """
+    graphs: list[GraphModule] = []
 
     def keep(graph: Graph) -> None:
         assert graph.owning_module is not None
-        found.append(footprint.copied(graph.owning_module))
+        graphs.append(footprint.copied(graph.owning_module))
         if stop:
-            raise _Enough
+            raise _Stopped
 
     torch._dynamo.reset()
     with config.patch(post_grad_custom_post_pass=keep, force_disable_caches=True):
         try:
             run()
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            if not isinstance(error.inner_exception, _Enough):
+            if not isinstance(error.inner_exception, _Stopped):
                 raise
-    return found
+    return graphs
 
 
 def joint(model: nn.Module, *inputs: Tensor, **options: Any) -> GraphModule:
-    """The forward and backward of a model in one graph, as inductor is given it; nothing is compiled."""
-    found: list[GraphModule] = []
+    """The joint graph of a model's forward and backward; nothing is compiled."""
+    graphs: list[GraphModule] = []
 
     def keep(graph: Graph) -> None:
         assert graph.owning_module is not None
-        found.append(footprint.copied(graph.owning_module))
-        raise _Enough
+        graphs.append(footprint.copied(graph.owning_module))
+        raise _Stopped
 
     torch._dynamo.reset()
     with config.patch(joint_custom_post_pass=keep, force_disable_caches=True), torch.enable_grad():
         try:
             torch.compile(model, **options)(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            if not isinstance(error.inner_exception, _Enough):
+            if not isinstance(error.inner_exception, _Stopped):
                 raise
-    return found[0]
+    return graphs[0]
 
 
 def inference(model: nn.Module, *inputs: Tensor, **options: Any) -> GraphModule:
-    """The graph of a model that inductor is given; nothing is compiled."""
+    """The graph that inductor lowers for a model's inference; nothing is compiled."""
     with torch.no_grad():
         (graph,) = lowered(lambda: torch.compile(model, **options)(*inputs), stop=True)
     return graph
@@ -78,7 +81,7 @@ def inference(model: nn.Module, *inputs: Tensor, **options: Any) -> GraphModule:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled inference gives, the bytes it takes, and the lines of its passes."""
+    """A compiled inference: its result, its measured peak, the lines of its passes."""
 
     result: Any
     peak_bytes: int
@@ -86,32 +89,33 @@ class Compiled:
 
 
 def compiled(model: nn.Module, *inputs: Tensor, passes: Sequence[Any] = ()) -> Compiled:
-    """Compiles with passes at the lowered stage and what they ask for, and runs."""
+    """Compile a model with passes of Stage.LOWERED and their options, and run it."""
     lines: list[str] = []
-    options = {
-        name: value for each in passes for name, value in getattr(each, "options", {}).items()
-    }
 
     def apply(graph: Graph) -> None:
-        for each in passes:
-            lines.extend(each(graph))
+        for member in passes:
+            lines.extend(member(graph))
 
+    options: dict[str, Any] = {"post_grad_custom_post_pass": apply, "force_disable_caches": True}
+    for member in passes:
+        options |= getattr(member, "options", {})
     torch._dynamo.reset()
-    with (
-        config.patch(
-            {"post_grad_custom_post_pass": apply, "force_disable_caches": True, **options}
-        ),
-        torch.no_grad(),
-    ):
+    with config.patch(options), torch.no_grad():
         run = torch.compile(model)
         result = run(*inputs)
         return Compiled(result, measured_peak(lambda: run(*inputs)), lines)
 
 
+def train(step: Callable[..., Any], parameters: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """Run a step whose result is a loss, and return the parameters' gradients."""
+    with torch.enable_grad():
+        return torch.autograd.grad(step(x), parameters)
+
+
 def trained(
     model: nn.Module, x: Tensor, **options: Any
 ) -> tuple[list[GraphModule], Callable[[Tensor], int]]:
-    """The two graphs of a training step, and what measures the bytes that a step takes."""
+    """The two graphs of a training step, and a function that measures its peak."""
     step = torch.compile(model, **options)
 
     def run(x: Tensor) -> None:

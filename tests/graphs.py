@@ -1,18 +1,18 @@
-"""One table of graphs for the tests of passes/: models traced to operators, and the peak that running them really has."""
+"""Graphs for the tests of passes: models traced to operators, and the measured peak of a run."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops import map as map_rows
 from torch._higher_order_ops import while_loop
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
@@ -39,14 +39,14 @@ class Swiglu(nn.Module):
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         sizes = (width, 4 * width), (width, 4 * width), (4 * width, width)
-        self.gate, self.up, self.down = (nn.Linear(*each, bias=False) for each in sizes)
+        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """Attention and an MLP, both residual, both behind a norm."""
+    """Attention and an MLP, both residual and after a norm."""
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for each in self.qkv(self.before(x)).chunk(3, dim=-1)
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.before(x)).chunk(3, dim=-1)
         )
         x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
@@ -80,10 +80,11 @@ class Vit(nn.Module):
 
 
 class Llama(nn.Module):
-    """That of transformers, from a config, from embeddings to logits."""
+    """A small Llama of transformers, from embeddings to logits."""
 
     def __init__(self) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM  # seconds
+        # Imported here, because it takes seconds.
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
         self.model = LlamaForCausalLM(
@@ -104,7 +105,7 @@ class Llama(nn.Module):
 
 
 class Unet(nn.Module):
-    """Two levels down and up again, joined by concatenation."""
+    """A U-Net of two levels, joined by concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,19 +122,18 @@ class Unet(nn.Module):
 
 
 class Branches(nn.Module):
-    """A subgraph of which one of two runs; the first needs most, and so decides."""
+    """Two subgraphs of which one runs; the first has the higher peak."""
 
     def forward(self, x: Tensor) -> Tensor:
-        big = torch.cond(
-            x.sum() > -1e9,
-            lambda t: torch.cat([t, t, t, t]).sin().cos()[: t.shape[0]] + 1,
-            lambda t: t.cos(),
-            (x,),
-        )
-        return big * 2
+        def wide(t: Tensor) -> Tensor:
+            return torch.cat([t, t, t, t]).sin().cos()[: t.shape[0]] + 1
+
+        return torch.cond(x.sum() > -1e9, wide, lambda t: t.cos(), (x,)) * 2
 
 
 class Loop(nn.Module):
+    """Four iterations of a while_loop."""
+
     def forward(self, x: Tensor) -> Tensor:
         def body(i: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             return i + 1, (x.sin() + x.cos()).exp()
@@ -142,12 +142,17 @@ class Loop(nn.Module):
 
 
 class Mapped(nn.Module):
+    """A function mapped over rows."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return map_rows(lambda row: row.sin().cos() + 1, x)
+        def function(row: Tensor, *_: Any) -> Tensor:
+            return row.sin().cos() + 1
+
+        return map_rows(function, x)
 
 
 def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Views that are written to, results of which one alone is used, a mutated part of something larger."""
+    """Write to views and to parts of a tensor; use one of two results."""
     wide = x.repeat(1, 4)
     left, right = wide.split(x.shape[1] * 2, dim=1)
     left.relu_()
@@ -162,41 +167,54 @@ def weights() -> tuple[Tensor, Tensor]:
 
 
 def gradients(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-    """A training step without its update: the gradients of a residual MLP by all that it takes."""
-    given = [each.detach().requires_grad_() for each in (x, up, down)]
-    out = given[0] + F.gelu(given[0] @ given[1]) @ given[2]
-    return torch.autograd.grad(out.square().mean(), given)
+    """The gradients of a residual MLP by its input and weights."""
+    x, up, down = (tensor.detach().requires_grad_() for tensor in (x, up, down))
+    out = x + F.gelu(x @ up) @ down
+    return torch.autograd.grad(out.square().mean(), (x, up, down))
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph of operators and what it takes. exact: no kernel in it allocates for itself, so the count is the peak."""
+    """A graph of operators, by name.
+
+    trace: returns the graph and its inputs
+    exact: no kernel in it has workspace, so that liveness counts its peak exactly
+    """
 
     name: str
-    make: Callable[[], tuple[GraphModule, Sequence[Any]]]
+    trace: Callable[[], tuple[GraphModule, Sequence[Any]]]
     exact: bool = True
 
     def __str__(self) -> str:
         return self.name
 
     @cached_property
-    def made(self) -> tuple[GraphModule, Sequence[Any]]:
+    def example(self) -> tuple[GraphModule, Sequence[Any]]:
         """The graph and its inputs, for tests that change neither."""
-        return self.make()
+        return self.trace()
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Convert the weights of a model's convolutions."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def exported(
     model: Callable[[], nn.Module], *shape: int, decomposed: bool = True
 ) -> tuple[GraphModule, Sequence[Any]]:
-    """The graph of a model as torch.export gives it, its parameters inputs, after decomposition to core operators.
+    """The graph of a model by torch.export, with its parameters as inputs.
 
-    Images lie channels last: of others, oneDNN's convolutions make a copy for themselves.
+    Images are channels-last: oneDNN's convolutions copy any other layout.
+
+    shape: of the model's input
+    decomposed: to core operators
     """
     torch.manual_seed(0)
-    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    built, x = model().eval().to(memory_format=layout), torch.randn(*shape).to(memory_format=layout)
+    module, x = model().eval(), torch.randn(*shape)
+    if len(shape) == 4:
+        module, x = channels_last(module), x.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        program = torch.export.export(built, (x,))
+        program = torch.export.export(module, (x,))
         program = program.run_decompositions() if decomposed else program
     tensors = {**program.state_dict, **program.constants}
     targets = [spec.target for spec in program.graph_signature.input_specs]
@@ -206,7 +224,7 @@ def exported(
 
 
 def functional(function: Callable[..., Any], *inputs: Tensor) -> tuple[GraphModule, Sequence[Any]]:
-    """The graph of a function as make_fx gives it, operations in place included."""
+    """The graph of a function by make_fx, which keeps in-place operators."""
     return make_fx(function, tracing_mode="fake")(*inputs), inputs
 
 
@@ -219,53 +237,41 @@ def random_dag(seed: int, nodes: int = 30) -> tuple[GraphModule, Sequence[Any]]:
 
     graph = Graph()
     inputs = [torch.randn(32, 8 * (1 + number(8)), generator=generator) for _ in range(2)]
-    made = [(graph.placeholder(f"x{i}"), tuple(each.shape)) for i, each in enumerate(inputs)]
+    # The values so far, with their sizes.
+    values: list[tuple[Node, int, int]] = []
+    for place, tensor in enumerate(inputs):
+        values.append((graph.placeholder(f"x{place}"), *tensor.shape))
     for _ in range(nodes):
-        # Mostly a recent one, sometimes an old one that has to be kept for it.
-        at = max(0, len(made) - 1 - number(4)) if number(3) else number(len(made))
-        node, (rows, columns) = made[at]
-        kind = number(5)
-        if kind == 0:
-            made.append((graph.call_function(aten.sin.default, (node,)), (rows, columns)))
-        elif kind == 1:
-            made.append(
-                (graph.call_function(aten.cat.default, ([node, node], 1)), (rows, 2 * columns))
-            )
-        elif kind == 2:
-            made.append(
-                (
-                    graph.call_function(aten.slice.Tensor, (node, 1, 0, max(1, columns // 2))),
-                    (rows, max(1, columns // 2)),
-                )
-            )
-        elif kind == 3:
-            transposed = graph.call_function(aten.permute.default, (node, [1, 0]))
-            made.append(
-                (graph.call_function(aten.mm.default, (transposed, node)), (columns, columns))
-            )
-        else:
-            low, high = (
-                graph.call_function(
-                    operator.getitem,
-                    (graph.call_function(aten.aminmax.default, (node,), {"dim": 1}), i),
-                )
-                for i in (0, 1)
-            )
-            both = graph.call_function(aten.sub.Tensor, (high, low))
-            made.append(
-                (
-                    graph.call_function(
-                        aten.mul.Tensor,
-                        (node, graph.call_function(aten.unsqueeze.default, (both, 1))),
-                    ),
-                    (rows, columns),
-                )
-            )
-    graph.output(tuple(node for node, _ in made[-2:]))
+        # Mostly a recent value, sometimes an old one, which lives longer for it.
+        at = max(0, len(values) - 1 - number(4)) if number(3) else number(len(values))
+        values.append(_random_call(graph, *values[at], kind=number(5)))
+    graph.output(tuple(node for node, _, _ in values[-2:]))
     graph.eliminate_dead_code()
     module = GraphModule({}, graph)
     FakeTensorProp(module).propagate(*inputs)
     return module, inputs
+
+
+def _random_call(
+    graph: Graph, x: Node, rows: int, columns: int, kind: int
+) -> tuple[Node, int, int]:
+    """Append calls on a matrix x: the result and its sizes."""
+    call = graph.call_function
+    if kind == 0:
+        return call(aten.sin.default, (x,)), rows, columns
+    if kind == 1:
+        return call(aten.cat.default, ([x, x], 1)), rows, 2 * columns
+    if kind == 2:
+        half = max(1, columns // 2)
+        return call(aten.slice.Tensor, (x, 1, 0, half)), rows, half
+    if kind == 3:
+        transposed = call(aten.permute.default, (x, [1, 0]))
+        return call(aten.mm.default, (transposed, x)), columns, columns
+    # The range of each row, from two calls with two results each.
+    low = call(operator.getitem, (call(aten.aminmax.default, (x,), {"dim": 1}), 0))
+    high = call(operator.getitem, (call(aten.aminmax.default, (x,), {"dim": 1}), 1))
+    extent = call(aten.unsqueeze.default, (call(aten.sub.Tensor, (high, low)), 1))
+    return call(aten.mul.Tensor, (x, extent)), rows, columns
 
 
 CASES = [
@@ -296,16 +302,21 @@ CASES = [
     Traced("while loop", lambda: exported(Loop, 8, 64, WIDTH), exact=False),
     Traced("map", lambda: exported(Mapped, 8, 64, WIDTH), exact=False),
     Traced("in place", lambda: functional(in_place, torch.randn(256, WIDTH)), exact=False),
-    *(Traced(f"random {seed}", lambda seed=seed: random_dag(seed)) for seed in range(6)),
+    *(Traced(f"random {seed}", partial(random_dag, seed)) for seed in range(6)),
 ]
 
 
+def without_subgraphs(cases: Sequence[Traced]) -> list[Traced]:
+    """The graphs that call no subgraphs, which inductor and reordering do not take apart."""
+    return [case for case in cases if case.name not in ("branches", "while loop", "map")]
+
+
 def measured_peak(run: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator held at once during a run beyond those before it, by the profiler's memory events."""
+    """The peak of torch's allocator during a run beyond the bytes before it."""
     with torch.no_grad():
         return allocated_bytes(run)
 
 
 def interpreted(module: GraphModule, inputs: Sequence[Any]) -> Callable[[], object]:
-    """The graph run node by node, dead values freed at once."""
+    """A run of a graph node by node, which frees dead values at once."""
     return lambda: Interpreter(module, garbage_collect_values=True).run(*inputs)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from .. import arguments
-from .liveness import number_of
+from .values import number_of
 
 Operator = torch._ops.OpOverload
 aten = torch.ops.aten
@@ -63,7 +63,6 @@ class Machine:
 
 
 MACHINE = Machine()
-_REGISTERED: dict[Operator, Callable[..., Work]] = {}
 
 
 def register(op: Operator, work: Callable[..., Work]) -> None:
@@ -79,6 +78,11 @@ def register(op: Operator, work: Callable[..., Work]) -> None:
         )
     arguments.function("work", work)
     _REGISTERED[op] = work
+
+
+def register_default(op: Operator, work: Callable[..., Work]) -> None:
+    """Register the work of an operator unless it has one. work: as for `register`."""
+    _REGISTERED.setdefault(op, work)
 
 
 def of_graph(graph: Graph, *, sizes: Mapping[str, int] | None = None) -> Work:
@@ -155,5 +159,8 @@ def _attention(query_place: int, products: int) -> Callable[..., Work]:
     return work
 
 
-register(aten._scaled_dot_product_flash_attention_for_cpu.default, _attention(0, 2))
-register(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, _attention(1, 5))
+# The operators with a work of their own. `register` adds to them.
+_REGISTERED: dict[Operator, Callable[..., Work]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention(0, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention(1, 5),
+}

@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 
 from .. import arguments
 from .inductor_program import copied, written
-from .liveness import number_of, value_of
 from .meter import Meter
+from .values import number_of, value_of
 from .workspaces import workspace
 
 __all__ = ["Footprint", "copied", "donated", "in_compilation", "of_graph", "of_step", "workspace"]
@@ -99,7 +99,7 @@ def of_step(
     keeps the forward's inputs, and those outputs that the backward does not take.
     """
     for name, module in (("forward", forward), ("backward", backward)):
-        hint = "Give the two halves of a step, as a partitioner makes them"
+        hint = "Give the two halves of a step from a partitioner"
         arguments.kind(name, module, GraphModule, hint)
     sizes = arguments.sizes(sizes)
     first = _Program(forward, inference=False)
@@ -136,7 +136,7 @@ def donated(graph: Graph) -> list[str]:
     context = torch._guards.TracingContext.try_get()
     if context is None or context.fw_metadata is None:
         return []
-    # Only a backward takes tangents; AOTAutograd's partitioners too know them by that name.
+    # Only a backward takes tangents, which AOTAutograd's partitioners recognize by name too.
     if not any("tangents" in name for name in placeholders):
         return []
     return [placeholders[place] for place in context.fw_metadata.bw_donated_idxs or ()]
@@ -194,7 +194,7 @@ class _Program:
 
 
 class _Inputs:
-    """Makes tensors without data for placeholders; those of one storage in the trace share one."""
+    """Tensors without data for placeholders; those that share a storage in the trace share one."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
@@ -207,7 +207,7 @@ class _Inputs:
             return number_of(value, node, self.sizes)
         if not isinstance(value, Tensor):
             return value
-
+        # One storage for all views of it in the trace.
         storage = value.untyped_storage()
         if storage._cdata not in self.storages:
             elements = number_of(storage.nbytes() // value.element_size(), node, self.sizes)
@@ -223,19 +223,19 @@ class _Inputs:
 
 
 def _results(module: GraphModule) -> list[Any]:
-    """What a graph returns, flattened, None for a gradient that nobody asked for."""
+    """What a graph returns, flattened, None for a gradient that is not needed."""
     (results,) = module.graph.find_nodes(op="output")[0].args
     return pytree.tree_leaves(results, lambda value: value is None)
 
 
 def _donated(forward: GraphModule, backward: GraphModule) -> list[str]:
-    """Placeholders that the backward may free: made by the forward, and no result of the step."""
+    """Placeholders that the backward may free: from the forward, and no result of the step."""
     placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
     outputs = [node for node in _results(forward) if isinstance(node, Node)]
     # A value returned twice is both a result and saved: the caller has it too.
     times_returned = Counter(node.name for node in outputs)
     saved = {node.name for node in placeholders if times_returned[node.name] == 1}
-    # Storages that someone besides the backward refers to, by any view.
+    # Storages that are referred to from outside of the backward, by any view.
     shared = [node for node in forward.graph.nodes if node.op == "placeholder"]
     shared += [node for node in outputs if node.name not in saved]
     shared += [node for node in _results(backward) if isinstance(node, Node)]

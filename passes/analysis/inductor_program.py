@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule
 
 Program = Callable[[list[Any]], Sequence[Any]]
 
-# An estimate must neither time kernels nor start the passes that asked for it.
+# An estimate must neither time kernels nor run the passes that call it.
 _CONFIG = {
     "max_autotune": False,
     "max_autotune_gemm": False,
@@ -25,7 +25,7 @@ _CONFIG = {
     "coordinate_descent_tuning": False,
     "benchmark_harness": False,
     "cpp_wrapper": False,
-    # Scalar kernels: nobody reads them, and vectorizing takes as long as all the rest.
+    # Scalar kernels: they are not compiled, and vectorizing takes as long as all the rest.
     "cpp.simdlen": 1,
     "post_grad_custom_pre_pass": None,
     "post_grad_custom_post_pass": None,

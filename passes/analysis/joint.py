@@ -6,7 +6,6 @@ import operator
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config
@@ -14,11 +13,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .inductor_program import copied_graph
+from .schemas import is_view
 
 
 @dataclass(frozen=True)
 class Halves:
-    """The forward and the backward of a joint graph. A saved value has one name in both.
+    """The forward and the backward of a joint graph.
+
+    A saved value has one name in both.
 
     results: values that forward returns to the caller; the values saved for backward follow them
     """
@@ -59,7 +61,7 @@ class Halves:
 
     @cached_property
     def last_uses(self) -> dict[Node, Node]:
-        """For the base of each node of forward: the last node that reads or makes its memory."""
+        """The last node that uses the memory of each base in the forward."""
         last: dict[Node, Node] = {}
         for node in self.forward.nodes:
             if node.op == "output":
@@ -75,7 +77,7 @@ def split(graph: Graph) -> Halves | None:
     descriptions = pytree.arg_tree_leaves(output.meta.get("desc", ()))
     if not any(isinstance(description, GradAOTOutput) for description in descriptions):
         return None
-    # Gradients follow the results. One that nobody asked for has no description.
+    # Gradients follow the results. One that is not needed has no description.
     results = 0
     while not (descriptions[results] is None or isinstance(descriptions[results], GradAOTOutput)):
         results += 1
@@ -93,16 +95,6 @@ def base(node: Node) -> Node:
     while is_view(node) or (node.target is operator.getitem and is_view(node.all_input_nodes[0])):
         node = node.all_input_nodes[0]
     return node
-
-
-def is_view(node: Node) -> bool:
-    """Whether a node views its first operand, by its operator's schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    returns = node.target._schema.returns
-    if not returns or returns[0].alias_info is None:
-        return False
-    return not returns[0].alias_info.is_write
 
 
 def _returned(graph: Graph) -> list[object]:

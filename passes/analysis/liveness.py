@@ -1,4 +1,4 @@
-"""Storage lifetimes of an fx graph: when each allocation is made and freed.
+"""Storage lifetimes of an fx graph: when each storage is allocated and freed.
 
 One storage per allocation, whatever names and views it has.
 
@@ -18,7 +18,6 @@ A kernel's workspace, allocated and freed within one step, appears in no graph a
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,28 +26,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .. import arguments
+from .schemas import check_memory, viewed_operand
+from .sources import source_of
+from .values import attribute, number_of, symbols_of, value_of
 
 IntArray = npt.NDArray[np.int64]
 
-# These change which memory a tensor has, for every other name of it too.
-_REPLACE_STORAGE = {
-    *("aten::set_", "aten::resize_", "aten::resize_as_", "inductor::resize_storage_bytes_"),
-}
-# A view by construction, though its schema says otherwise.
-_UNDECLARED_VIEWS = {"aten::_unsafe_view"}
 # Loops that keep and join pieces in ways that their subgraphs do not show.
 _UNCOUNTED_LOOPS = {"associative_scan", "scan"}
 # Their subgraphs compute single scores; the rest is the kernel's workspace.
 _SCALAR_SUBGRAPHS = {"flex_attention", "flex_attention_backward"}
-# Operands of operands that are searched for a node's source.
-_MOST_VISITED = 32
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n +(.*)')
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Storage:
     """One allocation of `size` bytes, live during the steps [lower, upper).
 
     name: the node that allocates it, or "node[1]" for a later one of its results
-    aliases: the names of all nodes whose values lie in it, in the order of the graph
+    aliases: the names of all nodes whose values are in it, in the order of the graph
     is_input: it exists before the first step (arguments, parameters, constants)
     is_output: the graph returns it or a view of it
     source: the line of the user's code that allocates it, or ""
@@ -111,7 +104,7 @@ def lifetimes(
 
     The nodes have meta["val"], as those of torch.export, make_fx and inductor do.
 
-    A value that nobody uses is freed where it is made. Of a node's subgraphs (cond, ...) the one
+    An unused value is freed at its own step. Of a node's subgraphs (cond, ...) the one
     with the highest peak counts, once; a loop's counts together with what it carries.
 
     sizes: values of symbols, as in {"s77": 4096}; other symbols count as traced
@@ -149,78 +142,13 @@ def _check_symbols(graph: Graph, sizes: Mapping[str, int]) -> None:
     """Raise ValueError if a name is no symbol of the graph."""
     if not sizes:
         return
-    symbols = {str(symbol) for node in graph.nodes for symbol in _symbols(node)}
+    symbols = {str(symbol) for node in graph.nodes for symbol in symbols_of(node)}
     for name in sizes:
         if name not in symbols:
             raise ValueError(
                 f"sizes must name symbols of the graph; got {name!r}. "
                 f"It has {', '.join(sorted(symbols)) or 'none'}"
             )
-
-
-def _symbols(node: Node) -> Collection[Any]:
-    """The symbols of the sizes of a node's value."""
-    # Imports sympy, which a graph with symbols has imported already.
-    from torch.fx.experimental.symbolic_shapes import free_symbols
-
-    symbols = set[Any]()
-    for leaf in pytree.tree_leaves(node.meta.get("val")):
-        if isinstance(leaf, Tensor | SymInt):
-            symbols.update(free_symbols(leaf))
-    return symbols
-
-
-def value_of(node: Node) -> Any:
-    """The traced value of a node in an aten graph: fake tensors, symbols, numbers, lists of them.
-
-    None for a node that returns nothing. Raises ValueError if the graph does not say.
-    """
-    if node.op == "get_attr":
-        return node.meta.get("val", attribute(node))
-    if "val" in node.meta:
-        return node.meta["val"]
-    if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
-        return None
-    raise ValueError(
-        f'{node.name} ({node.op} {node.target}) has no meta["val"], so its size is unknown. Trace '
-        "with torch.export or make_fx, or run torch.fx.passes.fake_tensor_prop.FakeTensorProp on "
-        "the graph"
-    )
-
-
-def number_of(size: int | torch.SymInt, node: Node, sizes: Mapping[str, int]) -> int:
-    """A size as a number: by the values in `sizes`, else by the hints of the trace.
-
-    node: the node that has the size, for the error
-    """
-    if isinstance(size, int):
-        return size
-    symbolic = size.node
-    values = {symbol: sizes.get(str(symbol)) for symbol in symbolic.expr.free_symbols}
-    for symbol, value in values.items():
-        if value is not None:
-            continue
-        hint = symbolic.shape_env.backed_var_to_val.get(symbol)
-        if hint is None:
-            raise ValueError(
-                f"{node.name} takes {symbolic.expr} bytes, and nothing says what {symbol} is. "
-                f"Pass sizes={{{str(symbol)!r}: ...}}"
-            )
-        values[symbol] = int(hint)
-    return int(symbolic.expr.subs(values).doit())
-
-
-def attribute(node: Node) -> Any:
-    """The value that a get_attr node reads from its graph's module."""
-    value: Any = node.graph.owning_module
-    for name in str(node.target).split("."):
-        if not hasattr(value, name):
-            raise ValueError(
-                f"{node.name} reads {node.target!r}, which the graph's module does not have. "
-                "Pass the GraphModule itself"
-            )
-        value = getattr(value, name)
-    return value
 
 
 @dataclass
@@ -299,7 +227,8 @@ class _Walk:
 
     def _number(self, step: int, node: Node) -> Any:
         """A node's value with storage numbers for tensors; adds the storages that are new."""
-        _check_node(node)
+        check_memory(node)
+        # An item has the storage that its list or tuple has at that place.
         if node.target is operator.getitem:
             numbers = self.numbers[_node(node.args[0])]
             if not isinstance(numbers, int):
@@ -327,6 +256,7 @@ class _Walk:
             return None
         is_input = node.op != "call_function"
         key = _identity(leaf, node)
+        # A storage that is none of the operands' is new, unless the schema says it is a view.
         if key not in existing:
             viewed = self._viewed(node, result)
             existing[key] = len(self.storages) if viewed is None else viewed
@@ -360,28 +290,11 @@ class _Walk:
         return numbers
 
     def _viewed(self, node: Node, result: int) -> int | None:
-        """The operand's storage that a result views by the operator's schema; None if it is new.
-
-        A pass that adds nodes may give them fake tensors with storages of their own, so metadata
-        does not decide. Composite operators (reshape, contiguous) view or copy: their schema does
-        not decide either.
-        """
-        op = node.target
-        if not isinstance(op, torch._ops.OpOverload) or not op._schema.returns:
-            return None
-        if op._schema.name in _UNDECLARED_VIEWS:
-            return _only(self.numbers[_node(node.args[0])])
-        returns = op._schema.returns
-        alias = returns[result if len(returns) > 1 else 0].alias_info
-        if alias is None or (_is_composite(op) and not alias.is_write):
-            return None
-        for place, argument in enumerate(op._schema.arguments):
-            if _may_alias(argument.alias_info, alias):
-                named = node.kwargs.get(argument.name)
-                operand = node.args[place] if place < len(node.args) else named
-                if isinstance(operand, Node):
-                    return _only(self.numbers[operand])
-        return None
+        """The storage that a result views by the operator's schema; None if it is new."""
+        operand = viewed_operand(node, result)
+        numbers = None if operand is None else self.numbers[operand]
+        # A list of tensors has no one storage.
+        return numbers if isinstance(numbers, int) else None
 
     def _nested(self, node: Node, allocated: int) -> int:
         """Peak bytes of a node's subgraphs beyond its operands and results.
@@ -394,7 +307,7 @@ class _Walk:
             return 0
         if name in _UNCOUNTED_LOOPS:
             raise ValueError(
-                f"{node.name} is a {name}, and what it holds from turn to turn is not known. "
+                f"{node.name} is a {name}, and what it keeps between iterations is unknown. "
                 "Unroll it, or use while_loop"
             )
         most = 0
@@ -404,55 +317,10 @@ class _Walk:
                 inner = _Walk(module.graph, self.sizes, frozenset()).lifetimes()
                 most = max(most, int(inner.bytes_at.max(initial=0)) - inner.input_bytes)
         if name == "while_loop":
-            return most  # the last turn's carry is still live, as large as the results
+            return most  # the last iteration's carry is still live, as large as the results
         if name == "map_impl":
             return max(most, allocated)  # the pieces are live until they are stacked
         return max(0, most - allocated)
-
-
-def source_of(node: Node) -> str:
-    """The source of a node, as "file.py:12 in forward: return self.mlp(x)".
-
-    The innermost line outside of torch. For what torch.nn computes the module instead, as
-    "activation.py:1250 in MultiheadAttention of encoder.layers.0.self_attn". A node with neither,
-    such as a sum of gradients, has the source of its operands.
-    """
-    waiting, visited = [node], set[Node]()
-    while waiting and len(visited) < _MOST_VISITED:
-        candidate = waiting.pop(0)
-        visited.add(candidate)
-        source = _line_of(candidate) or _module_of(candidate)
-        if source:
-            return source
-        waiting += [operand for operand in candidate.all_input_nodes if operand not in visited]
-    return ""
-
-
-def _line_of(node: Node) -> str:
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return ""
-    # Frames of torch itself and of generated code count only if there are no others.
-    user_frames = [
-        frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith("<")
-    ]
-    file, line, function, code = (user_frames or frames)[-1]
-    return f"{file.rpartition('/')[2]}:{line} in {function}: {code.strip()}"
-
-
-def _module_of(node: Node) -> str:
-    """The module that a node was traced in: Dynamo keeps no lines of torch's own modules."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    written, kind = list(stack.values())[-1]
-    # As L['self']._modules['layers']._modules['0'], or L['self'].layers[0].
-    path = ".".join(word for word in re.findall(r"\w+", written)[2:] if word != "_modules")
-    code = getattr(getattr(kind, "forward", None), "__code__", None)
-    if code is None:
-        return ""
-    suffix = f" of {path}" if path else ""
-    return f"{code.co_filename.rpartition('/')[2]}:{code.co_firstlineno} in {kind.__name__}{suffix}"
 
 
 def _identity(tensor: Tensor, node: Node) -> int:
@@ -468,48 +336,13 @@ def _identity(tensor: Tensor, node: Node) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _check_node(node: Node) -> None:
-    """Raise ValueError for a node whose storages no schema describes."""
-    if node.op not in ("placeholder", "get_attr", "call_function"):
-        raise ValueError(
-            f"{node.name} is a {node.op} of {node.target}, and what that allocates stands in no "
-            "schema. Trace down to operators: torch.export or make_fx"
-        )
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    if node.target._schema.name in _REPLACE_STORAGE:
-        raise ValueError(
-            f"{node.name} ({node.target}) replaces a tensor's storage, which has no fixed "
-            "lifetime. Leave it out"
-        )
-
-
 def _leaves(numbers: Any) -> list[int]:
     """The storage numbers in a node's value."""
     return [number for number in pytree.tree_leaves(numbers) if number is not None]
 
 
-def _only(numbers: Any) -> int | None:
-    """The storage number of a single tensor; None for a list."""
-    return numbers if isinstance(numbers, int) else None
-
-
 def _is_none(value: Any) -> bool:
     return value is None
-
-
-def _may_alias(argument: Any, result: Any) -> bool:
-    """Whether a result's alias annotation refers to an argument's."""
-    if argument is None:
-        return False
-    if argument.before_set & result.before_set:
-        return True
-    # An operator that returns a list of views says so at its argument only: Tensor(a -> *).
-    return not result.before_set and "*" in argument.after_set
-
-
-def _is_composite(op: torch._ops.OpOverload) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 
 def _node(argument: Any) -> Node:

@@ -49,7 +49,7 @@ class Meter(TorchDispatchMode):
         self._storages.add(key)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        # The address may be reused once the storage is freed. Not at exit: nobody counts then.
+        # The address may be reused once the storage is freed. Not at exit, when nothing is counted.
         weakref.finalize(storage, self._forget, key, size).atexit = False
 
     def _forget(self, key: int, size: int) -> None:

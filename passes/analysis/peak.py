@@ -1,4 +1,4 @@
-"""The peak of a graph: the step at which most bytes are live, and which storages those are.
+"""The step of a graph at which most bytes are live, and its storages.
 
 print(peak.find(liveness.lifetimes(graph)))
 
@@ -29,7 +29,10 @@ _SHADES = " .:-=+*#%@"
 
 @dataclass(frozen=True)
 class Peak:
-    """The first step at which most bytes are live. Prints as a table of the live storages."""
+    """The first step at which most bytes are live.
+
+    Prints as a table of the live storages.
+    """
 
     lifetimes: Lifetimes
     step: int
@@ -93,7 +96,7 @@ def timeline(lifetimes: Lifetimes, *, rows: int = _ROWS, width: int = _WIDTH) ->
     Above them a curve of the live bytes beyond the inputs.
 
     rows: the largest storages that are not inputs, one a row
-    width: columns of the bars; a column stands for one step or more
+    width: columns of the bars; a column is one step or more
 
               10 B   %@:  beyond the inputs, darkest at the peak
                8 B   ##   a
@@ -167,7 +170,7 @@ def check_picture(name: str, path: str | PathLike[str]) -> None:
         raise ValueError(f"{name} must end in one of {', '.join(suffixes)}; got {str(file)!r}")
     if not file.parent.is_dir():
         raise ValueError(
-            f"{name} must lie in a directory that is there; got {str(file)!r}. "
+            f"{name} must be in an existing directory; got {str(file)!r}. "
             f"Make {str(file.parent)!r} first"
         )
     if file.is_dir():

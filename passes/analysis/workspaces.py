@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import arguments
 
 Operator = torch._ops.OpOverload
-_REGISTERED: dict[Operator, Callable[..., int]] = {}
+aten = torch.ops.aten
 
 
 def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
@@ -25,6 +25,11 @@ def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
         )
     arguments.function("bytes_of", bytes_of)
     _REGISTERED[op] = bytes_of
+
+
+def workspace_default(op: Operator, bytes_of: Callable[..., int]) -> None:
+    """Register the workspace of an operator unless it has one. bytes_of: as for `workspace`."""
+    _REGISTERED.setdefault(op, bytes_of)
 
 
 def registered() -> list[Callable[..., int]]:
@@ -87,7 +92,10 @@ def _tile(query: Tensor, key: Tensor) -> tuple[int, int, int]:
 
 
 def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
-    """Whether a forward packs all keys and values for AMX: if they are read often enough."""
+    """Whether a forward packs keys and values for AMX.
+
+    It does if they are read often enough.
+    """
     is_bfloat16 = query.dtype == torch.bfloat16
     if is_bfloat16:
         has_amx = torch.cpu._is_amx_tile_supported()
@@ -106,7 +114,10 @@ def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
 
 
 def _packed_numbers(key: Tensor, rows: int, columns: int) -> int:
-    """Elements that a packing forward allocates: odd head dims and odd blocks are padded by one."""
+    """Elements that a packing forward allocates.
+
+    Odd head dims and odd blocks are padded by one.
+    """
     batch, heads, tokens, head_dim = key.shape
     full_blocks, last = (tokens - 1) // columns, (tokens - 1) % columns + 1
     padded_tokens = full_blocks * _even(columns) + _even(last)
@@ -123,6 +134,8 @@ def _even(count: int) -> int:
     return count + count % 2
 
 
-aten = torch.ops.aten
-workspace(aten._scaled_dot_product_flash_attention_for_cpu.default, _flash)
-workspace(aten._scaled_dot_product_flash_attention_for_cpu_backward.default, _flash_backward)
+# The operators with a workspace. `workspace` adds to them.
+_REGISTERED: dict[Operator, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _flash,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
+}

@@ -28,7 +28,9 @@ BoxOrder = Callable[[Box], tuple[int, ...]]
 
 
 def fit(part: Part, roof: int, deadline: float) -> Offsets | None:
-    """Offsets of a part's boxes by number, all below a roof; None if there are none or time is up.
+    """Offsets of a part's boxes by number, all below a roof.
+
+    None if there are none, or time is up.
 
     roof: in units
     deadline: a time of time.monotonic()
@@ -191,11 +193,12 @@ def _by_area(box: Box) -> tuple[int, ...]:
 
 
 def _box_orders(part: Part) -> list[BoxOrder]:
-    """Orders of minimalloc: by the fullest step that a box is live at, its length and its area.
+    """Box orders of minimalloc.
 
-    The length counts steps at which some box begins or ends. Ties matter more than one would
-    expect; the earlier box goes first.
+    By the fullest step that a box is live at, its length and its area. The length counts steps at
+    which some box begins or ends. Ties matter: the earlier box goes first.
     """
+    # live[number]: units live from one step at which a box begins or ends to the next
     change: dict[int, int] = {}
     for box in part.boxes:
         change[box.lower] = change.get(box.lower, 0) + box.size

@@ -1,4 +1,4 @@
-"""A graph that runs in one arena, allocated once: its memory is one number, known before it runs.
+"""A graph executed in one arena, of a size known before it runs.
 
 arena   |<------------------ height ------------------>|
 mm      [ a          ]                                     mm.out(x, w, out=a)
@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from .. import arguments
 from ..analysis.inductor_program import copied_graph
-from ..analysis.liveness import attribute, lifetimes, value_of
+from ..analysis.liveness import lifetimes
+from ..analysis.values import attribute, value_of
 from .placements import Buffer, Placement
 from .solver import solve
 
@@ -68,7 +69,7 @@ class Executor:
         if len(devices) > 1:
             raise ValueError(
                 f"graph_module must make tensors on one device; got {', '.join(devices)}. "
-                "Make an executor for each"
+                "Create an executor for each"
             )
         device = devices[0] if devices else "cpu"
         self.arena = torch.empty(self.height, dtype=torch.uint8, device=device)
@@ -142,7 +143,10 @@ class Executor:
         return copy
 
     def _places(self, node: Node, leaves: Sequence[Any]) -> list[Tensor | None]:
-        """The arena's tensor for each result of a node; None for a view or what is no tensor."""
+        """The arena's tensor for each result of a node.
+
+        None for a view, or for what is no tensor.
+        """
         # Results may share a storage, which has the name of the first of them.
         offsets: dict[int, int] = {}
         for number, leaf in enumerate(leaves):
@@ -166,12 +170,14 @@ def _tensor_at(arena: Tensor, offset: int, like: Tensor) -> Tensor:
 
 
 def _out_variant(op: Any, device: torch.device) -> tuple[Action, tuple[str, ...]] | None:
-    """The out-variant of an operator, and the names of its out arguments; None if it has none.
+    """The out-variant of an operator, and the names of its out arguments.
 
     Only one with a kernel for the device: those that torch generates compute elsewhere and copy.
+    None if there is none.
     """
     if not isinstance(op, torch._ops.OpOverload):
         return None
+    # It takes the operator's arguments, and one out argument for each result.
     expected = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
     for name in op.overloadpacket.overloads():
         variant = getattr(op.overloadpacket, name)
@@ -227,13 +233,17 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
 
 
 def _is_sized_by_data(node: Node) -> bool:
-    """Whether the number of elements of a result depends on data; of indexing, only with masks."""
+    """Whether the number of elements of a result depends on data.
+
+    Of indexing it does with masks only.
+    """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if torch.Tag.dynamic_output_shape not in node.target.tags:
         return False
     if node.target is not torch.ops.aten.index.Tensor:
         return True
+    # An index by numbers has their count, an index by a mask as many as are True.
     for index in pytree.tree_leaves(node.args[1]):
         if not isinstance(index, Node):
             continue
@@ -252,7 +262,7 @@ def _check(placeholders: Sequence[Node], inputs: Sequence[Any], examples: Sequen
         if actual != expected:
             raise ValueError(
                 f"input {node.name} must be as in the example, {expected}; got {actual}. "
-                "The arena is laid out for the example: make another Executor"
+                "The arena is laid out for the example: create another Executor"
             )
 
 

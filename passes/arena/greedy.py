@@ -62,7 +62,7 @@ def _first_fit(ordered: Sequence[Box], floor: int) -> Offsets:
         # The placed boxes that are live at the same time, from below.
         others = np.flatnonzero((lower[:i] < box.upper) & (box.lower < upper[:i]))
         others = others[np.argsort(offset[others], kind="stable")]
-        # Below each of them the highest top of those before it: the gap lies between.
+        # The gap below each is above the highest top of those before it.
         tops = np.maximum.accumulate(np.concatenate([[floor], offset[others] + size[others]]))
         gaps = np.flatnonzero(offset[others] - tops[:-1] >= box.size)
         offset[i] = tops[gaps[0]] if len(gaps) else tops[-1]

@@ -24,18 +24,15 @@ def solve(
         within the capacity
     alignment: every offset is a multiple of it
 
-    Raises ValueError with the lowest height known if nothing fits into the capacity.
+    Raises ValueError with the lowest height so far if nothing fits into the capacity.
 
         >>> print(solve([Buffer(0, 4, 2), Buffer(4, 8, 5), Buffer(0, 2, 4), Buffer(2, 4, 2)]))
         4 buffers in 6 bytes, the lower bound
     """
     _check(buffers, capacity, seconds, alignment)
     deadline = time.monotonic() + seconds
-    boxes = [
-        Box(number, buffer.lower, buffer.upper, -(-buffer.size // alignment))
-        for number, buffer in enumerate(buffers)
-        if buffer.size
-    ]
+    # 1. In units of the alignment.
+    boxes = _boxes(buffers, alignment)
     bound = most_at_once(boxes)
     roof = None if capacity is None else capacity // alignment
     if roof is not None and bound > roof:
@@ -43,6 +40,7 @@ def solve(
             f"capacity must be at least {bound * alignment:,}, the bytes that live at once; "
             f"got {capacity:,}"
         )
+    # 2. The search.
     offsets = _offsets(boxes, bound, roof, deadline)
     top = greedy.height(boxes, offsets)
     if roof is not None and top > roof:
@@ -57,6 +55,16 @@ def solve(
         lower_bound=bound * alignment,
         alignment=alignment,
     )
+
+
+def _boxes(buffers: Sequence[Buffer], alignment: int) -> list[Box]:
+    """The buffers that take memory, in units of the alignment, rounded up."""
+    boxes: list[Box] = []
+    for number, buffer in enumerate(buffers):
+        if buffer.size:
+            units = -(-buffer.size // alignment)
+            boxes.append(Box(number, buffer.lower, buffer.upper, units))
+    return boxes
 
 
 def _offsets(boxes: Sequence[Box], bound: int, roof: int | None, deadline: float) -> greedy.Offsets:

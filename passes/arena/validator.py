@@ -1,4 +1,4 @@
-"""A check of placements by a sweep over the steps. Shares no code with what makes them."""
+"""A check of placements that shares no code with the solver."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def validate(buffers: Sequence[Buffer], placement: Placement) -> None:
     beyond its height; a wrong number of offsets; a wrong lower bound.
     """
     _check(buffers, placement)
+    # 1. Each buffer by itself.
     offsets, alignment = placement.offsets, placement.alignment
     if len(offsets) != len(buffers):
         raise ValueError(
@@ -37,6 +38,7 @@ def validate(buffers: Sequence[Buffer], placement: Placement) -> None:
                 f"buffer {number}, {buffer!r}, at offset {offset} ends at {end}, "
                 f"beyond the height {placement.height}"
             )
+    # 2. Buffers against each other.
     _sweep(buffers, placement)
 
 

@@ -25,8 +25,8 @@ from .tracing import Captured, capture, captured, trace, without_idle
 class Backend:
     """A backend of torch.compile: chooses passes for each graph and compiles it by inductor.
 
-    choices: one for each graph, in the order of compilation. They are made here and not in
-        inductor's hooks, which do not run if the compile cache is warm.
+    choices: one for each graph, in the order of compilation. Chosen here and not in inductor's
+        hooks, which do not run if the compile cache is warm.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -113,7 +113,7 @@ def compile(
     extra: a user's own passes besides
     dynamic, fullgraph: as in torch.compile
 
-    Plans are made at the first call, for its sizes. Raises BudgetError there if nothing fits, with
+    The first call plans, for its sizes. Raises BudgetError there if nothing fits, with
     the least budget that would do, and later if dynamic sizes grow beyond the plan.
     """
     if memory_budget is None and passes is None:
@@ -149,14 +149,12 @@ def choices(step: Any) -> tuple[Choice, ...]:
     if owner is None:
         raise ValueError(f"step must come from passes.compile; got {type(step).__name__}")
     if not owner.choices:
-        raise ValueError(
-            "step must have been called once: plans are made for the sizes of a first call"
-        )
+        raise ValueError("step must have been called once: the first call plans, for its sizes")
     return tuple(owner.choices)
 
 
 def _backend_of(step: Any) -> Backend | None:
-    """The backend of a step: of `compile`, or of a model whose forward was compiled in place."""
+    """The backend of a step, or of a model whose forward was compiled in place."""
     compiled = _backends.get(step)
     if compiled is not None:
         return compiled

@@ -72,7 +72,10 @@ def check_candidates(passes: Sequence[Sequence[Pass]]) -> None:
 
 
 def check_members(name: str, passes: Sequence[Pass]) -> None:
-    """Raise TypeError unless `passes` are a tuple or a list of hashable passes: keys of plans."""
+    """Raise TypeError unless `passes` are a tuple or a list of hashable passes.
+
+    They are keys of plans.
+    """
     inductor_hooks.check(name, passes)
     for place, member in enumerate(passes):
         try:

@@ -62,9 +62,9 @@ def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | Non
 
 
 def load(name: str) -> Any:
-    """The JSON value stored under a name; None if there is no file, or no JSON in it.
+    """The JSON value stored under a name.
 
-    Anyone may have written the file, so the value may be anything: `decoded` checks it.
+    None if there is no file, or no JSON in it. The file is not trusted: `decoded` checks the value.
     """
     try:
         return json.loads(_path(name).read_text())
@@ -88,9 +88,9 @@ def encoded(chosen: Estimate, estimates: Sequence[Estimate]) -> dict[str, Any]:
 def decoded(
     value: object, offered: Sequence[Passes], budget_bytes: int | None
 ) -> tuple[Estimate, tuple[Estimate, ...]] | None:
-    """The chosen estimate and all estimates, from a loaded value; None if it is not a choice.
+    """The chosen estimate and all estimates, from a loaded value.
 
-    A damaged file counts as missing, and is written anew.
+    None if it is not a choice: a damaged file counts as missing, and is written anew.
 
     offered: the candidates; passes are looked up among them by their repr
     """
@@ -117,7 +117,10 @@ def decoded(
 
 
 def _decoded_estimate(row: object, offered: Sequence[Passes]) -> Estimate | None:
-    """An estimate from its fields; None if one is invalid, or its passes were never offered."""
+    """An estimate from its fields.
+
+    None if one is invalid, or its passes were never offered.
+    """
     if not isinstance(row, dict):
         return None
     if row.keys() != {field.name for field in dataclasses.fields(Estimate)}:
@@ -136,7 +139,7 @@ def _decoded_estimate(row: object, offered: Sequence[Passes]) -> Estimate | None
 
 
 def _subset(reprs: object, passes: Passes) -> Passes | None:
-    """The passes with these reprs, in order; None if there is a repr without a pass."""
+    """The passes with these reprs, in order; None if one has no pass."""
     if not isinstance(reprs, list):
         return None
     rest = list(reprs)

@@ -1,4 +1,4 @@
-"""The choice of passes for a step: of the candidates that fit the budget, the fastest."""
+"""The choice of passes: the fastest candidate that fits the budget."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from ..analysis.costs import MACHINE, Machine
 from ..analysis.peak import mebibytes
 from ..protocol import Pass
 from ..rewrites.spill import Spill
-from . import budgets, choice_cache, operator_workspaces
+from . import budgets, choice_cache
 from .candidates import Passes, candidates, check_candidates, check_members, described
 from .estimates import Estimate, estimate, seconds
 from .tracing import Captured, Traced, busy, trace, without_idle
-
-# Estimates need to know what this package's operators allocate and compute.
-operator_workspaces.register_all()
 
 
 class BudgetError(ShortenTraceback, ValueError):
@@ -61,10 +58,11 @@ class Pipeline:
     def choose(self, graph: Captured) -> Choice:
         """Choose the fastest candidate that fits.
 
-        A choice made before for such a graph, in another process too, is loaded.
+        A choice that is stored for such a graph is loaded instead.
 
         Raises BudgetError with the least budget that would do.
         """
+        # 1. The stored choice, if there is one.
         groups = self._groups(graph.training)
         offered = [(*passes, *self.extra) for group in groups for passes in group]
         by_repr = {repr(member): member for passes in offered for member in passes}
@@ -75,11 +73,13 @@ class Pipeline:
         if stored is not None:
             chosen, estimates = stored
             return Choice(chosen, estimates, trace(graph, chosen.passes))
+        # 2. Else a new one, which is stored.
         choice = self._chosen(graph)
         choice_cache.store(name, choice_cache.encoded(choice.chosen, choice.estimates))
         return choice
 
     def _chosen(self, graph: Captured) -> Choice:
+        """The fastest candidate that fits, by examining the groups in order."""
         plain = trace(graph, ())
         baseline = estimate(plain, self.machine)
         # By candidate: the estimates of those examined, the seconds of those traced.
@@ -98,7 +98,7 @@ class Pipeline:
             traced = self._traced(graph, plain, offered)
             for passes, step in traced.items():
                 seconds_of[passes] = seconds(step, self.machine)
-            # Time is known from tracing; the peak takes inductor's program. So the fastest first.
+            # Fastest first: the time follows from the trace, the peak takes inductor's program.
             for passes, step in sorted(traced.items(), key=lambda item: seconds_of[item[0]]):
                 if best is not None and seconds_of[passes] >= best.chosen.seconds:
                     break
@@ -121,6 +121,7 @@ class Pipeline:
         )
 
     def _groups(self, training: bool) -> Sequence[Sequence[Passes]]:
+        """The candidates, in groups; later ones cost more."""
         if self.candidates is not None:
             return [self.candidates]
         return candidates(training, self.budget_bytes)
@@ -135,6 +136,7 @@ class Pipeline:
         is_default, result = self.candidates is None, dict[Passes, Traced]()
         distinct: dict[Passes, Traced] = {(): plain}
         for candidate in offered:
+            # What Stage.DYNAMO leaves alone is known before the trace, the rest after it.
             passes = (*candidate, *self.extra)
             if is_default:
                 passes = without_idle(graph, passes, required=self.extra)

@@ -18,6 +18,7 @@ from torch.fx import Graph
 
 from .. import arguments, package
 from ..protocol import Pass, Stage
+from .operator_workspaces import register_all
 
 _HOOKS = {
     Stage.DYNAMO: "pre_grad_custom_pass",
@@ -52,7 +53,8 @@ class StagePasses(CustomGraphPass):
 def inductor_configs(passes: Sequence[Pass], *, on_run: OnRun | None = None) -> dict[str, Any]:
     """Inductor's options to run passes, those of one stage in order.
 
-    For compile_fx(config_patches=...) and AOTInductor's inductor_configs=...
+    For compile_fx(config_patches=...) and AOTInductor's inductor_configs=... All passes run by
+    these options, so the workspaces of their operators are registered here.
 
     on_run: called with each pass and the lines that it returned
 
@@ -61,6 +63,7 @@ def inductor_configs(passes: Sequence[Pass], *, on_run: OnRun | None = None) -> 
     check("passes", passes)
     if on_run is not None:
         arguments.function("on_run", on_run)
+    register_all()
     # One hook for each stage that has passes: inductor compiles without a hook otherwise.
     configs = options(passes)
     for stage in Stage:
@@ -80,7 +83,7 @@ def options(passes: Sequence[Pass]) -> dict[str, Any]:
         for name, value in getattr(member, "options", {}).items():
             if merged.setdefault(name, value) != value:
                 raise ValueError(
-                    f"{member!r} wants {name}={value!r}, another pass wants {merged[name]!r}. "
+                    f"{member!r} sets {name}={value!r}, another pass {merged[name]!r}. "
                     "Leave one of them out"
                 )
     return merged

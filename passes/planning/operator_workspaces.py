@@ -1,4 +1,4 @@
-"""Workspace and work of this package's own operators, registered with the estimates.
+"""Workspace and work of this package's own operators: a table, registered with the estimates.
 
 The workspace of an operator written in Python is measured by running its body on tensors without
 data.
@@ -18,38 +18,34 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..analysis import costs, footprint
+from ..analysis import costs
 from ..analysis.costs import Work
 from ..analysis.meter import Meter
+from ..analysis.workspaces import workspace_default
 from ..rewrites.chunk import chunked, chunked_backward
 from ..rewrites.rows import attentions, losses
 from ..rewrites.rows.recipes import Recipe
+from ..rewrites.spill.operators import fetch, write, written
 from ..rewrites.stream_qkv import streamed
 from ..versions import HAS_LINEAR_CROSS_ENTROPY
 
 
 def register_all() -> None:
-    """Register every operator of this package."""
-    _register(chunked, lambda rows, shared, recipe, *_, out: _chunked_work(rows, shared, recipe))
-    _register(chunked_backward, _chunked_backward_work)
-    _register(streamed, _streamed_work)
-    _register(losses.linear_cross_entropy, _loss_work(1))
-    _register(losses.linear_cross_entropy_backward, _loss_work(3))
-    if HAS_LINEAR_CROSS_ENTROPY:
-        from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
-
-        # It computes its gradients in forward.
-        _register(_linear_cross_entropy_batch_chunked, _loss_work(3))
+    """Register every operator of the table that is not registered yet. Idempotent."""
+    for op, work in _with_workspace():
+        workspace_default(op._opoverload, _workspace_of(op))
+        costs.register_default(op._opoverload, work)
+    for op, work in _WITHOUT_WORKSPACE:
+        costs.register_default(op._opoverload, work)
 
 
-def _register(op: CustomOpDef, work: Callable[..., Work]) -> None:
-    """Register a custom operator written in Python."""
+def _workspace_of(op: CustomOpDef) -> Callable[..., int]:
+    """The workspace of an operator's calls, by its body in Python."""
 
     def workspace(*args: Any, **kwargs: Any) -> int:
         return body_workspace(op._init_fn, *args, *kwargs.values())
 
-    footprint.workspace(op._opoverload, workspace)
-    costs.register(op._opoverload, work)
+    return workspace
 
 
 def body_workspace(body: Callable[..., Any], *args: Any) -> int:
@@ -94,8 +90,13 @@ def _measured(
         return int(meter.peak_bytes - result_bytes)
 
 
-def _chunked_work(rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str) -> Work:
-    """All rows by all weights; every value once, at half cost, for it is in a cache."""
+def _chunked_work(
+    rows: Sequence[Tensor], shared: Sequence[Tensor], recipe: str, *options: Any, out: Any
+) -> Work:
+    """All rows by all weights, and every value once.
+
+    Values cost half, for a chunk's are in a cache.
+    """
     count = rows[0].numel() // rows[0].shape[-1]
     weights = sum(operand.numel() for operand in shared if operand.dim() == 2)
     kinds = Recipe.parse(recipe).kinds(rows, shared)
@@ -112,7 +113,7 @@ def _chunked_backward_work(
     out: Any,
 ) -> Work:
     """The forward again, and a gradient for either operand of every product."""
-    work = _chunked_work(rows, shared, recipe)
+    work = _chunked_work(rows, shared, recipe, out=out)
     return work + work + work
 
 
@@ -164,3 +165,31 @@ def _loss_work(products: int) -> Callable[..., Work]:
         return Work(flops=flops, memory_bytes=4.0 * logits)
 
     return work
+
+
+Works = tuple[tuple[CustomOpDef, Callable[..., Work]], ...]
+
+# Operators with their work. A pass with an operator of its own adds a line.
+_WITH_WORKSPACE: Works = (
+    (chunked, _chunked_work),
+    (chunked_backward, _chunked_backward_work),
+    (streamed, _streamed_work),
+    (losses.linear_cross_entropy, _loss_work(1)),
+    (losses.linear_cross_entropy_backward, _loss_work(3)),
+)
+# Writing and reading take the file's bandwidth; waiting is overlapped.
+_WITHOUT_WORKSPACE: Works = (
+    (write, lambda x, directory, out: Work(file_bytes=x.nbytes)),
+    (written, lambda handle, x, out: Work()),
+    (fetch, lambda *args, out: Work(file_bytes=out.nbytes)),
+)
+
+
+def _with_workspace() -> Works:
+    """The operators whose body is measured, torch's own loss among them if it has one."""
+    if not HAS_LINEAR_CROSS_ENTROPY:
+        return _WITH_WORKSPACE
+    from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked
+
+    # It computes its gradients in forward.
+    return (*_WITH_WORKSPACE, (_linear_cross_entropy_batch_chunked, _loss_work(3)))

@@ -26,7 +26,9 @@ _ROWS = 12
 
 @dataclass(frozen=True)
 class Report:
-    """The choice for each graph of a step. Prints as tables; to_json() has the same figures.
+    """The choice for each graph of a step.
+
+    Prints as tables; to_json() has the same figures.
 
     measured_bytes: the peak of a call beyond what was allocated before it; None if not measured
     """
@@ -38,7 +40,7 @@ class Report:
         parts = [_printed(number, choice) for number, choice in enumerate(self.choices)]
         if self.measured_bytes is not None:
             measured = mebibytes(self.measured_bytes)
-            parts.append(f"measured: {measured} beyond what was there before the call")
+            parts.append(f"measured: {measured} beyond what was allocated before the call")
         return "\n\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,13 +151,16 @@ def table(estimates: Sequence[Estimate], chosen: Estimate | None = None) -> str:
 
 def _printed(number: int, choice: Choice) -> str:
     """The report on one graph as text: peaks, candidates, changes, live storages."""
+    # Peaks and candidates.
     kind = "inference" if choice.traced.backward is None else "training"
     before, after = choice.estimates[0].peak_bytes, choice.chosen.peak_bytes
     lines = [f"graph {number}, {kind}: predicted peak {mebibytes(before)} -> {mebibytes(after)}"]
     lines.append(table(choice.estimates, choice.chosen))
+    # What each pass changed.
     for change in choice.traced.changes:
         lines.append(f"\n{change.by!r}" + ("" if change.lines else ": changed nothing"))
         lines += [f"  {line}" for line in change.lines]
+    # The largest storages.
     lines.append("\nlive at the peak, node by node before inductor fuses them:")
     live = _live(choice.traced)
     for name, size, source in live[:_ROWS]:
@@ -167,9 +172,9 @@ def _printed(number: int, choice: Choice) -> str:
 
 
 def _live(traced: Traced) -> list[tuple[str, int, str]]:
-    """The storages live at the highest peak of a step's graphs: name, bytes and source line.
+    """The storages live at the highest peak of a step's graphs.
 
-    Largest first, after the inputs in one row.
+    Name, bytes and source line, largest first, after the inputs in one row.
     """
     peaks = [peak.find(graph) for graph in timelines(traced)]
     highest = max(peaks, key=lambda graph_peak: graph_peak.peak_bytes)

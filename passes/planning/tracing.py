@@ -104,18 +104,22 @@ def capture(
     except _Stopped:
         return results[-1]
     except (TorchRuntimeError, Unsupported) as error:
-        # An operator has refused its operands. Anything else that Dynamo does not support has an
-        # error of its own that says where.
+        # Only errors of operators are converted. Others that Dynamo raises name the line.
         if isinstance(error, Unsupported) and not isinstance(error.__cause__, TypeError):
             raise
-        kinds = ", ".join(map(arguments.shown, inputs))
-        raise ValueError(
-            f"example_inputs must be inputs that the model can compute with; got {kinds}: "
-            f"{_innermost(error)}"
-        ) from error
+        raise _refused(inputs, error) from error
     finally:
         torch._dynamo.reset()
     raise ValueError(f"model must compute with tensors; got {model!r}, which has no graph")
+
+
+def _refused(inputs: Sequence[Any], error: BaseException) -> ValueError:
+    """The error for inputs that an operator of the model refuses."""
+    kinds = ", ".join(map(arguments.shown, inputs))
+    return ValueError(
+        f"example_inputs must be inputs that the model can compute with; got {kinds}: "
+        f"{_innermost(error)}"
+    )
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -162,7 +166,7 @@ def without_idle(
 ) -> tuple[Pass, ...]:
     """The passes without those of Stage.DYNAMO that have no effect on a graph.
 
-    That is known before the graph is differentiated and lowered.
+    Cheaper than `busy`: the graph need not be differentiated and lowered.
 
     required: passes that stay
     """

@@ -21,11 +21,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..analysis.liveness import source_of
+from ..analysis.sources import source_of
 from ..protocol import Stage
 from .rows.attentions import scaled_dot_product
+from .rows.calls import example_value
 from .rows.positions import Sum, conditions
-from .rows.readers import example_value
 
 # Queries i are the last axis but one, keys j the last.
 _NOTHING_AHEAD = Sum({2: 1, 1: -1})
@@ -52,11 +52,12 @@ class Causal:
                 or not _is_causal(call.arguments["attn_mask"])
             ):
                 continue
+            # The mask's nodes stay, without users: dead code is eliminated later.
             mask = call.arguments["attn_mask"]
             call.arguments.update(attn_mask=None, is_causal=True)
             node.args, node.kwargs = call.args, call.kwargs
             shape = " x ".join(map(str, example_value(mask).shape))
-            line = f"{node.name} is causal, its mask of {shape} is not made  {source_of(node)}"
+            line = f"{node.name} is causal, without a mask of {shape}  {source_of(node)}"
             lines.append(line.rstrip())
         return lines
 

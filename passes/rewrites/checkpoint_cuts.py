@@ -1,4 +1,4 @@
-"""Checkpoint cuts: the values of a forward to keep, so that the rest is recomputed in pieces.
+"""Checkpoint cuts: which values of a forward to keep.
 
     step      0    1    2  |  3    4  |  5    6        a cut after step 2 keeps the values made
     values    a----------->|--------->|                before it and used after it: a and c; the
@@ -44,7 +44,7 @@ def _cuts(values: Sequence[Value], steps: int, bound: int) -> list[int]:
     made_at: list[list[Value]] = [[] for _ in range(steps)]
     for value in values:
         made_at[value.first].append(value)
-    # least[end]: the fewest bytes kept by cuts up to one at `end`, -1 if not known yet
+    # least[end]: the fewest bytes kept by cuts up to one at `end`, -1 before any is tried
     # previous[end]: the cut before it, 0 if there is none
     least, previous = [0] + [-1] * steps, [0] * (steps + 1)
     for end in range(1, steps + 1):

@@ -1,8 +1,8 @@
-"""MLPs and wide heads in chunks of rows: what is wider than input and output is never whole.
+"""MLPs and wide heads in chunks of rows.
 
-Each becomes one operator with its own autograd. Forward saves its operands only; backward computes
-a chunk's values again (not its last linear), adds weight gradients to their sums in-place, and goes
-on to the next chunk.
+What is wider than input and output never exists for all rows. Each becomes one operator with its
+own autograd. Forward saves its operands only; backward computes a chunk's values again (not its
+last linear), adds weight gradients to their sums in-place, and goes on to the next chunk.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch.fx import Graph
 
 from .rows import regions
 from .rows.chunks import InChunks, chunks, replace
+from .rows.gradients import zero_sum
 from .rows.readers import needs_gradient
-from .rows.recipes import Recipe, zero_sum
+from .rows.recipes import Recipe
 
 # Bytes of all values of a chunk by default: they fit in a last-level cache, and products are large.
 _CHUNK_BYTES = 16 * 2**20
@@ -148,7 +149,10 @@ def _flat(rows: Sequence[Tensor]) -> list[Tensor]:
 def _needed(
     letter: str, operands: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> dict[str, Tensor]:
-    """The operands that need a gradient, by their names in a recipe: `letter` and a number."""
+    """The operands that need a gradient, by their names in a recipe.
+
+    letter: of the names, before a number
+    """
     needed: dict[str, Tensor] = {}
     for i, (operand, is_needed) in enumerate(zip(operands, needs_grad, strict=True)):
         if is_needed:

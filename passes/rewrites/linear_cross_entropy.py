@@ -1,6 +1,6 @@
-"""The loss of a language model without its logits: linear and cross entropy as one, in chunks.
+"""The loss of a language model without its logits.
 
-    logits = F.linear(x, weight)            (tokens, classes), and its gradient: never whole
+    logits = F.linear(x, weight)            (tokens, classes), and its gradient: in chunks only
     loss = F.cross_entropy(logits.float().view(-1, classes), target)
 
 torch has an operator for it from 2.12 on; before, or with own=True, rows/losses.py has it.
@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from .. import arguments
 from ..versions import HAS_LINEAR_CROSS_ENTROPY
+from .rows.calls import example_value
 from .rows.chunks import InChunks, replace
 from .rows.growing import is_interrupted
 from .rows.losses import OPERATOR
-from .rows.readers import example_value, primitive_of, read
+from .rows.readers import primitive_of, read
 
 aten = torch.ops.aten
 # Bytes of the logits of a chunk by default.
@@ -124,7 +125,10 @@ class _Loss:
 
 
 def _loss(node: Node) -> _Loss | None:
-    """Read a node as a cross entropy of a linear; None if it is none that can be replaced."""
+    """Read a node as a cross entropy of a linear.
+
+    None if it is none that can be replaced.
+    """
     options = _arguments(node)
     if options is None or not _is_supported(options):
         return None
@@ -194,6 +198,7 @@ def _origin(logits: Node) -> tuple[tuple[Node, ...], tuple[Any, ...]] | None:
 def _arguments(node: Node) -> dict[str, Any] | None:
     """The arguments of a cross entropy by the names of F.cross_entropy; None for another call."""
 
+    # Functions with the signatures of torch's, for Python to bind the arguments.
     def functional(
         input: Any,
         target: Any,

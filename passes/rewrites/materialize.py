@@ -21,7 +21,7 @@ from ..analysis.effects import is_elementwise
 from ..analysis.peak import mebibytes
 from ..protocol import Stage
 
-# Inductor makes a buffer, laid out as traced, of a node with this key in its meta.
+# A node with this key in its meta becomes a buffer of inductor, with the strides of the trace.
 _REALIZE = "inductor_realize_to_strides"
 
 
@@ -45,13 +45,13 @@ class Materialize:
         try:
             before = footprint.in_compilation(module)
             after = footprint.in_compilation(trial)
-        except ValueError:  # sizes or branches depend on data: no peak is known
+        except ValueError:  # sizes or branches depend on data: the peak is unknown
             return ()
         if after >= before:
             return ()
         _mark(shared)
         peaks = f"peak {mebibytes(before)} -> {mebibytes(after)}"
-        return (f"{len(shared)} shared elementwise values are made: {peaks}",)
+        return (f"{len(shared)} shared elementwise values become buffers: {peaks}",)
 
 
 def _shared(graph: Graph) -> list[Node]:

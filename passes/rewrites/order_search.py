@@ -1,4 +1,4 @@
-"""The order of steps with the lowest peak: a beam search over sets of done steps.
+"""A beam search for the order of steps with the lowest peak.
 
     done = {}  ->  {a}  ->  {a, b}  ->  ...     a state is a set of done steps; of two orders that
            ->  {b}  ->  {a, b}                  reach it, the one with the lower peak so far stays,
@@ -22,9 +22,9 @@ class Steps:
     """Steps numbered in a legal order, and the storages they use.
 
     sizes: bytes of each storage
-    allocated: the storages that each step allocates; a storage that no step makes is an input, and
-        matters only if it is freed
-    used: the storages that each step uses, those that it makes among them
+    allocated: the storages that each step allocates; a storage that no step allocates is an input,
+        and matters only if it is freed
+    used: the storages that each step uses, those that it allocates among them
     before: for each step, earlier steps that must precede it
     permanent: storages that are not freed
     workspace: bytes of each step itself, or () for none
@@ -78,7 +78,7 @@ class Steps:
         return change
 
     def after(self, step: int, done: int) -> list[int]:
-        """The steps that this one makes possible. done: as for change."""
+        """The steps that become possible after this one. done: as for change."""
         return [later for later in self._followers[step] if not self._needs[later] & ~done]
 
     def peak(self, order: Sequence[int]) -> int:
@@ -93,7 +93,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class _State:
-    """A set of done steps, and the best known order of them.
+    """A set of done steps, and the best order of them so far.
 
     done: a bit for each step
     ready: the steps that are possible next
@@ -119,7 +119,7 @@ class _State:
         )
 
     def settled(self, steps: Steps) -> _State:
-        """The state after all steps that cost nothing: no new peak, and no more bytes after.
+        """The state after all steps that raise neither the peak nor the bytes after them.
 
         Taking such a step at once is never worse than taking it later.
         """
@@ -164,7 +164,7 @@ def search(steps: Steps, *, width: int = 128) -> list[int]:
         best = sorted(states, key=lambda state: (state.peak, state.live, state.done))[:width]
         for state in best:
             for step in sorted(state.ready):
-                # Only orders below the known one are of interest.
+                # Only orders below the steps as numbered are of interest.
                 if state.live + steps.rise(step) >= bound:
                     continue
                 following = state.next(steps, step).settled(steps)

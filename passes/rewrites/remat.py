@@ -31,8 +31,9 @@ from .. import arguments
 from ..analysis import footprint
 from ..analysis.costs import MACHINE, Work
 from ..analysis.effects import has_effects
-from ..analysis.liveness import lifetimes, number_of, value_of
+from ..analysis.liveness import lifetimes
 from ..analysis.peak import mebibytes
+from ..analysis.values import number_of, value_of
 from ..protocol import Stage
 from .checkpoint_cuts import Value, values_to_keep
 
@@ -63,7 +64,10 @@ class Remat:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Without reuse: it keeps a dead buffer until one of its size is needed, perhaps never."""
+        """Options without reuse of buffers.
+
+        Reuse keeps a dead buffer until one of its size is needed, perhaps never.
+        """
         return {"allow_buffer_reuse": False}
 
     def __call__(self, graph: Graph) -> Sequence[str]:
@@ -75,20 +79,20 @@ class Remat:
             if options[0].peak_bytes <= self.budget_bytes:
                 return ()
             best = self._best(options)
-        except ValueError:  # sizes or branches depend on data: no peak is known
+        except ValueError:  # sizes or branches depend on data: the peak is unknown
             return ()
         if best is options[0]:
             return ()
         best.apply(graph)
         line = f"{best}: peak {mebibytes(options[0].peak_bytes)} -> {mebibytes(best.peak_bytes)}"
         if best.peak_bytes > self.budget_bytes:
-            line += f", above {mebibytes(self.budget_bytes)}: no choice holds less"
+            line += f", above {mebibytes(self.budget_bytes)}: no choice takes less"
         return (line,)
 
     def _best(self, options: Sequence[Choice]) -> Choice:
         """The fastest choice that fits, else the one with the lowest peak."""
-        # The bytes saved for backward are below the peak, and known before inductor's program is:
-        # they rule choices out first.
+        # The saved bytes are a lower bound of the peak, and need no program of inductor: they rule
+        # choices out first.
         for choice in sorted(options, key=lambda choice: choice.cost):
             if choice.saved_bytes <= self.budget_bytes and choice.peak_bytes <= self.budget_bytes:
                 return choice
@@ -209,6 +213,7 @@ def _values(graph: Graph, forward: Sequence[Node]) -> tuple[list[Value], list[st
     use_steps: dict[str, list[int]] = {}
     for node in graph.nodes:
         use_steps[node.name] = [step_of[user.name] for user in node.users if user.name in step_of]
+    # A value lasts until the last use of any view of its storage.
     values: list[Value] = []
     names: list[str] = []
     for storage in lifetimes(graph).storages:
@@ -232,7 +237,10 @@ def _is_joint(graph: Graph) -> bool:
 
 
 def _forward_results(graph: Graph) -> list[Any]:
-    """The forward's results in a joint graph; a gradient or None for each input follows them."""
+    """The forward's results in a joint graph.
+
+    A gradient or None for each input follows them.
+    """
     (results,) = graph.find_nodes(op="output")[0].args
     leaves = pytree.tree_leaves(results, lambda leaf: leaf is None)
     inputs = sum("primals" in node.name for node in graph.find_nodes(op="placeholder"))

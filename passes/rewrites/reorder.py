@@ -47,7 +47,10 @@ class Reorder:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Without reuse: it keeps a dead buffer until one of its size is needed, perhaps never."""
+        """Options without reuse of buffers.
+
+        Reuse keeps a dead buffer until one of its size is needed, perhaps never.
+        """
         return {"allow_buffer_reuse": False}
 
     def __call__(self, graph: Graph) -> Sequence[str]:
@@ -57,7 +60,7 @@ class Reorder:
                 return ()
             orders = [list(graph.nodes), *orders]
             peaks = [_peak(graph.owning_module, order) for order in orders]
-        except ValueError:  # sizes or branches depend on data: no peak is known
+        except ValueError:  # sizes or branches depend on data: the peak is unknown
             return ()
         best = peaks.index(min(peaks))
         if not best:
@@ -65,7 +68,7 @@ class Reorder:
         moved = sum(now is not before for now, before in zip(orders[best], orders[0], strict=True))
         rearrange(graph, orders[best])
         change = f"peak {mebibytes(peaks[0])} -> {mebibytes(peaks[best])}"
-        return (f"{moved} of {len(orders[0])} nodes stand elsewhere: {change}",)
+        return (f"{moved} of {len(orders[0])} nodes moved: {change}",)
 
 
 def candidates(graph: Graph, *, width: int = 64) -> list[list[Node]]:
@@ -79,6 +82,7 @@ def candidates(graph: Graph, *, width: int = 64) -> list[list[Node]]:
     inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     calls = [node for node in graph.nodes if node.op == "call_function"]
     before = precedences(graph, living)
+    # Node by node, then chains of elementwise nodes as one step.
     orders: list[list[Node]] = []
     for groups in ([[node] for node in calls], _chains(calls, before)):
         steps = steps_of(groups, living, before)
@@ -135,7 +139,7 @@ def steps_of(
 ) -> Steps:
     """Each group of calls as one step of the search.
 
-    A value that is made and used up within one group takes no memory: inductor fuses it away.
+    A value that is computed and used only within one group takes no memory: inductor fuses it.
 
     groups: of all calls, in order
     living: the lifetimes of the graph
@@ -144,7 +148,7 @@ def steps_of(
     group_of = {node: number for number, group in enumerate(groups) for node in group}
     by_name = {node.name: node for node in group_of}
     touched = _touched(groups[0][0].graph, living) if groups else {}
-    # 1. Which groups make, use and need what.
+    # 1. The storages that each group allocates and uses, and the groups before it.
     allocated: list[list[int]] = [[] for _ in groups]
     permanent = set[int]()
     for number, storage in enumerate(living.storages):

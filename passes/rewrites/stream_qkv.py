@@ -1,4 +1,6 @@
-"""Transformer blocks in inference, in chunks of tokens: only keys, values and the result are whole.
+"""Transformer blocks in inference, in chunks of tokens.
+
+Only keys, values and the result exist for all tokens.
 
     for each chunk of tokens:    key[chunk], value[chunk] = f(x[chunk])
     for each chunk of tokens:    result[chunk] = g(x[chunk], attention(h(x[chunk]), key, value))

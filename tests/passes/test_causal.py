@@ -1,4 +1,4 @@
-"""Masks read as conditions on positions: every element of each mask is checked; and attention that is told it is causal."""
+"""Masks as conditions on positions, checked pair by pair, and is_causal=True in their place."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import passes
 from passes import Causal
-from passes.rewrites.rows.positions import conditions
-from passes.rewrites.rows.readers import example_value
+from passes.rewrites.rows.calls import example_value
+from passes.rewrites.rows.positions import Sum, conditions
 from tests.graphs import measured_peak
 
 Q, K = 7, 11
@@ -27,16 +27,14 @@ def positions(queries: int = Q, keys: int = K) -> tuple[Tensor, Tensor]:
 
 
 def from_transformers() -> Tensor:
-    """As transformers.masking_utils makes it."""
+    """The causal mask of transformers.masking_utils."""
     q, k = torch.arange(Q) + 0, torch.arange(K) + 0
     return (k[None, None, None, :] <= q[None, None, :, None]).expand(1, -1, Q, K)
 
 
-def both(*masks: Tensor) -> Tensor:
-    result = masks[0].new_ones((), dtype=torch.bool)
-    for mask in masks:
-        result = result & mask
-    return result
+def both(first: Tensor, second: Tensor) -> Tensor:
+    """Their conjunction, which begins with a constant, as in transformers."""
+    return first.new_ones((), dtype=torch.bool) & first & second
 
 
 CAUSAL: dict[str, Callable[[], Tensor]] = {
@@ -58,7 +56,7 @@ CAUSAL: dict[str, Callable[[], Tensor]] = {
     ),
     "from three on": lambda: torch.arange(3, 3 + K)[None] <= torch.arange(3, 3 + Q)[:, None],
 }
-OTHER: dict[str, Callable[[], Tensor]] = {
+NOT_CAUSAL: dict[str, Callable[[], Tensor]] = {
     "itself left out": lambda: positions()[1] < positions()[0],
     "one ahead": lambda: positions()[1] <= positions()[0] + 1,
     "window": lambda: both(positions()[1] <= positions()[0], positions()[1] > positions()[0] - 3),
@@ -113,12 +111,15 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dynamo(model: nn.Module) -> GraphModule:
-    found: list[GraphModule] = []
+    graphs: list[GraphModule] = []
+
+    def backend(module: GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
     torch._dynamo.reset()
-    torch.compile(
-        model, backend=lambda module, _: found.append(module) or module.forward, fullgraph=True
-    )(*inputs())
-    return found[0]
+    torch.compile(model, backend=backend, fullgraph=True)(*inputs())
+    return graphs[0]
 
 
 def exported(model: nn.Module) -> GraphModule:
@@ -126,36 +127,44 @@ def exported(model: nn.Module) -> GraphModule:
 
 
 def mask_of(module: GraphModule) -> Any:
-    (node,) = (each for each in module.graph.nodes if "scaled_dot_product" in str(each.target))
-    return node, node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    """The mask argument of a graph's only attention."""
+    (call,) = (node for node in module.graph.nodes if "scaled_dot_product" in str(node.target))
+    return call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")
+
+
+def value_at(total: Sum, index: tuple[int, ...]) -> int:
+    """The value of a sum at an index; axes count from 1, the last."""
+    value = total.constant
+    for axis, step in total.steps.items():
+        value += step * index[-axis]
+    return value
 
 
 @pytest.mark.parametrize("traced", [dynamo, exported])
-@pytest.mark.parametrize("name", [*CAUSAL, *OTHER, *WRITTEN])
-def test_masks_are_read(name: str, traced: Callable[[nn.Module], GraphModule]) -> None:
-    make = {**CAUSAL, **OTHER, **WRITTEN}[name]
+@pytest.mark.parametrize("name", [*CAUSAL, *NOT_CAUSAL, *WRITTEN])
+def test_conditions_hold_where_the_mask_does(
+    name: str, traced: Callable[[nn.Module], GraphModule]
+) -> None:
+    make = {**CAUSAL, **NOT_CAUSAL, **WRITTEN}[name]
     module = traced(Attend(make))
-    _, mask = mask_of(module)
-    said = conditions(mask)
-    if said is not None:
-        truth = make().expand(*example_value(mask).shape)
-        for index in itertools.product(*map(range, truth.shape)):
-            at = dict(enumerate(reversed(index), start=1))
-            sums = (
-                each.constant + sum(step * at[axis] for axis, step in each.steps.items())
-                for each in said
-            )
-            assert bool(truth[index]) == all(each >= 0 for each in sums)
+    mask = mask_of(module)
+    # 1. Pair by pair, if the mask can be read.
+    sums = conditions(mask)
+    if sums is not None:
+        dense = make().expand(*example_value(mask).shape)
+        for index in itertools.product(*map(range, dense.shape)):
+            assert bool(dense[index]) == all(value_at(total, index) >= 0 for total in sums)
+    # 2. The pass replaces causal masks only, and the result stays.
     lines = Causal()(module.graph)
     assert len(lines) == (name in CAUSAL)
-    assert (mask_of(module)[1] is None) == (name in CAUSAL)
+    assert (mask_of(module) is None) == (name in CAUSAL)
     module.recompile()
     (out,) = module(*inputs())
     torch.testing.assert_close(out, Attend(make)(*inputs()))
 
 
 class Model(nn.Module):
-    """mask: none of it is made where attention is told that it is causal."""
+    """Attention with a mask computed from positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +172,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            each.unflatten(-1, (4, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, dim=-1)
+            part.unflatten(-1, (4, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
         )
         place = torch.arange(x.shape[1])
         mask = place[:, None] >= place
@@ -171,7 +180,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_step_makes_no_mask(dynamic: bool) -> None:
+def test_a_compiled_step_allocates_no_mask(dynamic: bool) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = Model()
@@ -185,5 +194,4 @@ def test_a_compiled_step_makes_no_mask(dynamic: bool) -> None:
             torch.autograd.grad(run(x).square().sum(), list(model.parameters()))
             for run in (step, model)
         ]
-        for one, other in zip(*grads, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)

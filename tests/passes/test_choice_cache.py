@@ -1,4 +1,4 @@
-"""Choices that were made before are made again without planning, and only where nothing that they depend on has changed."""
+"""Choices stored on disk: loaded if all that they depend on is the same, else planned anew."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _choose(pipeline: Pipeline, tokens: int = 64, model: nn.Module | None = None
     return capture(model or Gelu(), (torch.empty(1, tokens, 64),), pipeline.choose, train=True)
 
 
-def _refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fail_if_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(*arguments: Any) -> None:
         raise AssertionError("planned again")
 
@@ -50,21 +50,20 @@ def _files() -> list[Path]:
     return sorted(choice_cache._path("any").parent.glob("*"))
 
 
-def test_a_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = _choose(Pipeline(None, CANDIDATES)).chosen.peak_bytes
     tight = Pipeline(plain - 1, CANDIDATES)
     first = _choose(tight)
     assert first.chosen.passes == (SPILL,)
-    _refuse(monkeypatch)
+    _fail_if_planned(monkeypatch)
     again = _choose(tight)
     assert (again.chosen, again.estimates) == (first.chosen, first.estimates)
     assert again.traced.passes == first.traced.passes
-    assert [change.lines for change in again.traced.changes] == [
-        change.lines for change in first.traced.changes
-    ]
+    lines = [change.lines for change in first.traced.changes]
+    assert [change.lines for change in again.traced.changes] == lines
 
 
-OTHER: dict[str, Callable[[], Choice]] = {
+CHANGED: dict[str, Callable[[], Choice]] = {
     "budget": lambda: _choose(Pipeline(2**31, CANDIDATES)),
     "candidates": lambda: _choose(Pipeline(2**30, ((), (Spill(least_bytes=2**13),)))),
     "tokens": lambda: _choose(Pipeline(2**30, CANDIDATES), tokens=65),
@@ -75,28 +74,30 @@ OTHER: dict[str, Callable[[], Choice]] = {
 }
 
 
-@pytest.mark.parametrize("other", OTHER)
-def test_what_has_changed_is_planned_anew(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_changed_dependency_is_planned_anew(
+    changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _choose(Pipeline(2**30, CANDIDATES))
-    _refuse(monkeypatch)
+    _fail_if_planned(monkeypatch)
     with pytest.raises(BackendCompilerFailed, match="planned again"):
-        OTHER[other]()
+        CHANGED[changed]()
     _choose(Pipeline(2**30, CANDIDATES))
 
 
-def test_operators_that_say_otherwise_what_they_hold_are_asked_again(
+def test_changed_source_of_a_registered_workspace_is_planned_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The packages of those who tell are part of the name."""
-    (tmp_path / "telling").mkdir()
-    source = tmp_path / "telling" / "__init__.py"
-    source.write_text("def held(*args, **kwargs):\n    return 0\n")
+    """The packages that register workspaces are part of a choice's name."""
+    (tmp_path / "registering").mkdir()
+    source = tmp_path / "registering" / "__init__.py"
+    source.write_text("def bytes_of(*args, **kwargs):\n    return 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    held = importlib.import_module("telling").held
-    monkeypatch.setitem(workspaces._REGISTERED, torch.ops.aten.erf.default, held)
+    bytes_of = importlib.import_module("registering").bytes_of
+    monkeypatch.setitem(workspaces._REGISTERED, torch.ops.aten.erf.default, bytes_of)
     _choose(Pipeline(2**30, CANDIDATES))
-    source.write_text("def held(*args, **kwargs):\n    return 4096\n")
-    _refuse(monkeypatch)
+    source.write_text("def bytes_of(*args, **kwargs):\n    return 4096\n")
+    _fail_if_planned(monkeypatch)
     with pytest.raises(BackendCompilerFailed, match="planned again"):
         _choose(Pipeline(2**30, CANDIDATES))
 
@@ -109,9 +110,11 @@ def test_a_torn_file_is_planned_anew() -> None:
     assert choice_cache.load(file.stem) is not None
 
 
-# What json cannot read, and what it reads that no plan wrote.
-ESTIMATE = '{"passes": ["Elsewhere()"], "peak_bytes": 1, "input_bytes": 1, "seconds": 1.0, "changed": true}'
-FOREIGN = {
+# Files that json cannot read, and JSON that is no choice.
+ESTIMATE = json.dumps(
+    {"passes": ["Unknown()"], "peak_bytes": 1, "input_bytes": 1, "seconds": 1.0, "changed": True}
+)
+FOREIGN: dict[str, str | bytes] = {
     "an empty object": "{}",
     "a list": "[1]",
     "null": "null",
@@ -124,7 +127,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("content", FOREIGN)
-def test_a_foreign_file_counts_as_not_there(content: str) -> None:
+def test_a_foreign_file_counts_as_missing(content: str) -> None:
     first = _choose(Pipeline(2**30, CANDIDATES))
     (file,) = _files()
     own, foreign = file.read_bytes(), FOREIGN[content]
@@ -153,42 +156,42 @@ def damaged(draw: Any, whole: Any) -> Any:
     """A JSON value with one of its parts replaced, left out or doubled; or another value."""
     if not isinstance(whole, dict | list) or not whole or draw(st.integers(0, 3)) == 0:
         return draw(JSON)
-    copy = dict(whole) if isinstance(whole, dict) else list(whole)
+    copy: Any = dict(whole) if isinstance(whole, dict) else list(whole)
     place = draw(st.sampled_from([*whole] if isinstance(whole, dict) else range(len(whole))))
-    way = draw(st.sampled_from(["inside", "inside", "left out", "added"]))
-    if way == "left out":
+    damage = draw(st.sampled_from(["inside", "inside", "left out", "added"]))
+    if damage == "left out":
         del copy[place]
-    elif way == "added" and isinstance(copy, list):
+    elif damage == "added" and isinstance(copy, list):
         copy.append(copy[place])
-    elif way == "added":
+    elif damage == "added":
         copy["another"] = draw(JSON)
     else:
         copy[place] = draw(damaged(whole[place]))
     return copy
 
 
-def test_any_json_is_a_choice_that_may_be_made_or_not_there(
+def test_damaged_json_is_a_valid_choice_or_counts_as_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Damage that leaves a plan, as other bytes, is taken for one; it fits the budget, and its passes are among those offered."""
+    """Damage may leave a choice of other bytes: within the budget, of passes that are offered."""
     pipeline = Pipeline(2**30, CANDIDATES)
 
     def study(graph: Captured) -> None:
         first = pipeline.choose(graph)
         (file,) = _files()
         own = json.loads(file.read_text())
-        monkeypatch.setattr(choice_cache, "name_of", lambda *about: file.stem)
+        monkeypatch.setattr(choice_cache, "name_of", lambda *parts: file.stem)
         monkeypatch.setattr(choose, "trace", lambda graph, passes: first.traced)
         monkeypatch.setattr(Pipeline, "_chosen", lambda self, graph: first)
 
         @settings(max_examples=1000)
         @given(damaged(own))
-        def check(found: Any) -> None:
-            file.write_text(json.dumps(found))
+        def check(value: Any) -> None:
+            file.write_text(json.dumps(value))
             choice = pipeline.choose(graph)
             assert choice.chosen in choice.estimates
             assert choice.chosen.peak_bytes <= 2**30
-            assert all(each.passes in CANDIDATES for each in choice.estimates)
+            assert all(estimate.passes in CANDIDATES for estimate in choice.estimates)
             candidates.described(choice.chosen.passes)
             reports.table(choice.estimates, choice.chosen)
 
@@ -197,14 +200,13 @@ def test_any_json_is_a_choice_that_may_be_made_or_not_there(
     capture(Gelu(), (torch.empty(1, 64, 64),), study, train=True)
 
 
-def test_nothing_is_remembered_where_caches_are_off() -> None:
+def test_nothing_is_stored_if_caches_are_off() -> None:
     with config.patch(force_disable_caches=True):
         _choose(Pipeline(2**30, CANDIDATES))
     assert not _files()
 
 
-def test_own_candidates_come_back_as_what_they_did() -> None:
-    """Of ours, passes that found nothing to do are left out of the choice; also of one that is remembered."""
+def test_idle_passes_are_left_out_of_stored_choices_too() -> None:
     first, again = (_choose(Pipeline(2**30)) for _ in range(2))
     assert first.chosen == again.chosen
     assert LinearCrossEntropy() not in again.chosen.passes

@@ -1,4 +1,4 @@
-"""Work in chunks of rows against the same work whole: results and gradients in float64, peaks as measured, graphs left alone."""
+"""Row-wise work in chunks against the same work whole: results, gradients, measured peaks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from passes.rewrites.chunk import Chunk
 from tests.graphs import Block, Gelu, Swiglu, measured_peak
-from tests.hooked import captured, compiled, exported
+from tests.hooked import Hook, captured, compiled, exported
+from tests.support.accuracy import largest_error
 
 WIDTH = 8
 
 
 class Rms(nn.Module):
-    """RMSNorm as Llama's code spells it."""
+    """RMSNorm as in Llama's code."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -33,6 +34,8 @@ class Rms(nn.Module):
 
 
 class Residual(nn.Module):
+    """A residual branch with a norm."""
+
     def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.norm, self.mlp = norm, mlp
@@ -42,7 +45,7 @@ class Residual(nn.Module):
 
 
 class Packed(nn.Module):
-    """Gate and up in one linear."""
+    """A SwiGLU with gate and up in one linear."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class Packed(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A residual branch with a weight of its own, a squared ReLU, methods in place of functions."""
+    """A scaled residual branch, a squared ReLU, methods instead of functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class Scaled(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits of which one number a row is used."""
+    """Logits reduced to one number a row."""
 
     def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -77,7 +80,7 @@ class Head(nn.Module):
 
 
 class Tied(nn.Module):
-    """Up and down share a weight with themselves and with a second MLP."""
+    """Two MLPs that share a weight, used twice in the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,9 +88,8 @@ class Tied(nn.Module):
         self.second.up.weight = self.first.up.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.first.down(
-            F.gelu(F.linear(x, self.first.up.weight)) * F.linear(x, self.first.up.weight)
-        )
+        gate, up = F.linear(x, self.first.up.weight), F.linear(x, self.first.up.weight)
+        x = x + self.first.down(F.gelu(gate) * up)
         return x + self.second(x)
 
 
@@ -97,6 +99,7 @@ def sequential(activation: nn.Module, *after: nn.Module) -> nn.Module:
     )
 
 
+# Models, and how many regions of each are chunked.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "gelu": (lambda: sequential(nn.GELU()), 1),
     "gelu tanh": (lambda: sequential(nn.GELU(approximate="tanh")), 1),
@@ -125,7 +128,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def made(name: str) -> nn.Module:
+def model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
     return MODELS[name][0]().double()
 
@@ -135,65 +138,60 @@ def width(name: str) -> int:
 
 
 def assert_same(step: Callable[..., Any], model: nn.Module, x: Tensor) -> None:
-    """The same result, and the same gradients of the input and of all parameters that have them."""
-    found, expected = step(x), model(x)
-    torch.testing.assert_close(found, expected)
+    """Assert the same result and the same gradients of input and parameters."""
+    out, expected = step(x), model(x)
+    torch.testing.assert_close(out, expected)
     if expected.requires_grad:
-        leaves = [each for each in (x, *model.parameters()) if each.requires_grad]
+        leaves = [tensor for tensor in (x, *model.parameters()) if tensor.requires_grad]
         grad = torch.randn_like(expected)
-        torch.testing.assert_close(
-            *(
-                torch.autograd.grad(out, leaves, grad, allow_unused=True)
-                for out in (found, expected)
-            )
-        )
+        grads = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+        expected_grads = torch.autograd.grad(expected, leaves, grad, allow_unused=True)
+        torch.testing.assert_close(grads, expected_grads)
+
+
+def random_input(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_graphs_of_dynamo(name: str) -> None:
-    model = made(name)
+def test_chunks_of_dynamos_graph_agree(name: str) -> None:
+    model = model_of(name)
     step, lines = captured(model, Chunk(rows=3))
     for length in (7, 8, 3, 1):
-        assert_same(
-            step,
-            model,
-            torch.randn(2, length, width(name), dtype=torch.float64, requires_grad=True),
-        )
+        assert_same(step, model, random_input(2, length, width(name)))
+    # torch.compile captures a graph for each length that it cannot make dynamic.
     assert len(lines) % MODELS[name][1] == 0
     assert len(lines) >= MODELS[name][1]
     assert all("in chunks of 3 rows: " in line for line in lines)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_graphs_of_export(name: str) -> None:
-    model, x = made(name), torch.randn(2, 7, width(name), dtype=torch.float64)
-    length = torch.export.Dim("length", min=2)
-    module, lines = exported(model, Chunk(rows=3), x, dynamic=({1: length},))
+def test_chunks_of_an_exported_graph_agree(name: str) -> None:
+    model, x = model_of(name), torch.randn(2, 7, width(name), dtype=torch.float64)
+    dynamic = ({1: torch.export.Dim("length", min=2)},)
+    module, lines = exported(model, Chunk(rows=3), x, dynamic=dynamic)
     assert len(lines) == MODELS[name][1]
     for length in (7, 4, 20):
         assert_same(module, model, torch.randn(2, length, width(name), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_as_many_rows_as_features(name: str) -> None:
-    """Sizes are numbers in the graph here, and say nothing of what they count."""
-    model, features = made(name), width(name)
+def test_rows_are_recognized_if_sizes_coincide(name: str) -> None:
+    """As many rows as features, or as hidden features: static sizes do not identify a dim."""
+    model, features = model_of(name), width(name)
     for lead in ((features,), (4 * features,), (8 * features,), (features, features)):
         if name == "blocks" and len(lead) == 1:
             continue
         step, lines = captured(model, Chunk(rows=3), dynamic=False)
-        assert_same(
-            step, model, torch.randn(*lead, features, dtype=torch.float64, requires_grad=True)
-        )
+        assert_same(step, model, random_input(*lead, features))
         assert len(lines) == MODELS[name][1]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_batch_as_large_as_a_weight(training: bool) -> None:
-    """A weight and what is multiplied by it have one shape, (256, 256)."""
-    model = nn.Sequential(
-        nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)
-    ).double()
+    """A weight and its operand have the same shape, (256, 256)."""
+    linears = (nn.Linear(64, 256), nn.Linear(256, 256), nn.Linear(256, 64))
+    model = nn.Sequential(linears[0], nn.GELU(), linears[1], nn.GELU(), linears[2]).double()
     step, lines = captured(model, Chunk(rows=100), dynamic=False)
     with torch.set_grad_enabled(training):
         assert_same(step, model, torch.randn(256, 64, dtype=torch.float64))
@@ -201,27 +199,26 @@ def test_a_batch_as_large_as_a_weight(training: bool) -> None:
 
 
 def test_rows_come_from_the_bytes_of_a_chunk() -> None:
-    for training, values in (
-        (True, 9),
-        (False, 5),
-    ):  # hidden, activated, result; activated lies where hidden did
+    # Widths of hidden, activated and result; without a gradient, activated overwrites hidden.
+    for training, values in ((True, 9), (False, 5)):
         for chunk_bytes, rows in ((1, 1), (values * WIDTH * 8, 1), (values * WIDTH * 8 * 5, 5)):
-            step, lines = captured(made("gelu"), Chunk(chunk_bytes=chunk_bytes))
+            step, lines = captured(model_of("gelu"), Chunk(chunk_bytes=chunk_bytes))
             with torch.set_grad_enabled(training):
                 step(torch.randn(2, 3, WIDTH, dtype=torch.float64))
             assert f"in chunks of {rows} rows: linear, gelu, linear" in lines[0]
 
 
-def test_frozen_parameters() -> None:
-    model = made("layer norm").requires_grad_(False)
-    model.mlp.up.bias.requires_grad_()
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = model_of("layer norm")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "mlp.up.bias")
     step, lines = captured(model, Chunk(rows=3))
-    assert_same(step, model, torch.randn(2, 7, WIDTH, dtype=torch.float64, requires_grad=True))
+    assert_same(step, model, random_input(2, 7, WIDTH))
     assert len(lines) == 1
 
 
 def test_weights_of_16_bits_sum_their_gradients_in_32() -> None:
-    """Chunks of one row are the worst case; plain bf16, which adds inside one product, is the measure."""
+    """Chunks of one row are the worst case; the limit is the error of bfloat16 without chunks."""
     exact = Gelu(WIDTH).double()
     plain = Gelu(WIDTH).bfloat16()
     plain.load_state_dict(exact.state_dict())
@@ -229,17 +226,11 @@ def test_weights_of_16_bits_sum_their_gradients_in_32() -> None:
     x, grad = (torch.randn(64, WIDTH).bfloat16() for _ in range(2))
     step, lines = captured(plain, Chunk(rows=1))
     expected = torch.autograd.grad(exact(x.double()), [*exact.parameters()], grad.double())
-    errors = [
-        max(
-            float((got - want).norm() / want.norm())
-            for got, want in zip(found, expected, strict=True)
-        )
-        for found in (
-            torch.autograd.grad(run(x), [*plain.parameters()], grad) for run in (step, plain)
-        )
-    ]
+    parameters = [*plain.parameters()]
+    error = largest_error(torch.autograd.grad(step(x), parameters, grad), expected)
+    plain_error = largest_error(torch.autograd.grad(plain(x), parameters, grad), expected)
     assert len(lines) == 1
-    assert errors[0] <= 1.5 * errors[1]
+    assert error <= 1.5 * plain_error
 
 
 def dropped(x: Tensor, w: list[Tensor]) -> Tensor:
@@ -269,21 +260,21 @@ def written_between(x: Tensor, w: list[Tensor]) -> Tensor:
 
 def overwritten(x: Tensor, w: list[Tensor]) -> Tensor:
     hidden = F.linear(x, w[0])
-    other = F.relu(hidden, inplace=True)
-    return F.linear(other + hidden, w[1])
+    activated = F.relu(hidden, inplace=True)
+    return F.linear(activated + hidden, w[1])
 
 
 def bottleneck(x: Tensor, w: list[Tensor]) -> Tensor:
     return F.linear(F.gelu(F.linear(F.linear(x, w[0]), w[1])), w[2])
 
 
-def positions(x: Tensor, w: list[Tensor]) -> Tensor:
+def constant_by_position(x: Tensor, w: list[Tensor]) -> Tensor:
     hidden = F.linear(x, w[0])
     return F.linear(hidden + torch.ones(hidden.shape[1:], dtype=x.dtype), w[1])
 
 
 def laid_out_otherwise(x: Tensor, w: list[Tensor]) -> Tensor:
-    """A later view relies on the strides of what comes in."""
+    """A later view relies on the strides of the input."""
     x = x.transpose(0, 1)
     out = x + F.linear(F.gelu(F.linear(x, w[0])), w[1])
     return out.transpose(0, 1).view(-1)
@@ -304,22 +295,22 @@ LEFT_ALONE = [
     written_between,
     overwritten,
     bottleneck,
-    positions,
+    constant_by_position,
     laid_out_otherwise,
     switched,
 ]
 
 
 @pytest.mark.parametrize("function", LEFT_ALONE, ids=lambda function: function.__name__)
-def test_left_alone(function: Callable[..., Any]) -> None:
+def test_graphs_that_cannot_be_chunked_are_left_alone(function: Callable[..., Any]) -> None:
     shapes = [(4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, WIDTH)]
     weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     step, lines = captured(function, Chunk(rows=3))
     x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
     torch.manual_seed(1)
-    found = step(x, weights)
+    out = step(x, weights)
     torch.manual_seed(1)
-    torch.testing.assert_close(found, function(x, weights), rtol=0, atol=0)
+    torch.testing.assert_close(out, function(x, weights), rtol=0, atol=0)
     assert lines == []
 
 
@@ -334,30 +325,24 @@ def test_autocast_is_left_alone(inside: bool) -> None:
     step, lines = captured(function if inside else model, Chunk(rows=3))
     x = torch.randn(2, 7, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = step(x), model(x)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
+        out, expected = step(x), model(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
     assert lines == []
 
 
-def test_compiled_by_inductor() -> None:
-    model = made("llama")
+def test_chunks_compiled_by_inductor_agree() -> None:
+    model = model_of("llama")
     step, lines = compiled(model, Chunk(rows=3))
     for length in (7, 2, 1):
-        assert_same(
-            step, model, torch.randn(2, length, WIDTH, dtype=torch.float64, requires_grad=True)
-        )
-    assert any(
-        "to, pow, mean, add, rsqrt, mul, to, mul, linear, silu, linear, mul, linear, add" in line
-        for line in lines
-    )
+        assert_same(step, model, random_input(2, length, WIDTH))
+    primitives = "to, pow, mean, add, rsqrt, mul, to, mul, linear, silu, linear, mul, linear, add"
+    assert any(primitives in line for line in lines)
 
 
-def test_an_exported_package(tmp_path: Path) -> None:
-    """It runs where this package is imported: the operator is written in Python."""
-    from tests.hooked import Hook
-
-    model, hook = made("layer norm"), Hook(Chunk(rows=3))
+def test_a_package_of_aotinductor_agrees(tmp_path: Path) -> None:
+    """Such a package needs this one imported: the operator is written in Python."""
+    model, hook = model_of("layer norm"), Hook(Chunk(rows=3))
     with torch.no_grad():
         program = torch.export.export(
             model,
@@ -378,7 +363,7 @@ def test_an_exported_package(tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_thread() -> Any:
-    """Attention holds working memory for each thread."""
+    """One thread: attention has a workspace for each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -392,7 +377,7 @@ UNIT = TOKENS * FEATURES * 4
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("mlp", "plain"), [(Gelu, 6.0), (Swiglu, 10.0)])
-def test_peak_of_a_block(mlp: Callable[..., nn.Module], plain: float) -> None:
+def test_chunks_lower_the_peak_of_a_block(mlp: Callable[..., nn.Module], plain: float) -> None:
     model, x = Block(mlp(FEATURES), FEATURES, 2), torch.randn(1, TOKENS, FEATURES)
     for rewriting, most in ((None, plain + 0.1), (Chunk(rows=512), 4.1)):
         step, _ = compiled(model, rewriting)
@@ -403,7 +388,7 @@ def test_peak_of_a_block(mlp: Callable[..., nn.Module], plain: float) -> None:
 
 
 @pytest.mark.parametrize("mlp", [Gelu, pytest.param(Swiglu, marks=pytest.mark.slow)])
-def test_peak_of_a_training_step(mlp: Callable[..., nn.Module]) -> None:
+def test_chunks_lower_the_peak_of_a_training_step(mlp: Callable[..., nn.Module]) -> None:
     model = Residual(nn.LayerNorm(FEATURES), mlp(FEATURES))
     x = torch.randn(TOKENS, FEATURES, requires_grad=True)
     step, lines = compiled(model, Chunk(rows=256), dynamic=False)

@@ -1,4 +1,4 @@
-"""The loss without its logits against the loss with them, by torch's operator and by our own."""
+"""The loss without its logits against the loss with them, by either operator."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from passes.rewrites.rows.losses import linear_cross_entropy
 from passes.versions import HAS_LINEAR_CROSS_ENTROPY
 from tests.graphs import measured_peak
 from tests.hooked import captured, compiled, exported
+from tests.support.accuracy import largest_error
 
 WIDTH, CLASSES = 8, 11
 HAS_TORCHS = pytest.mark.skipif(
@@ -28,21 +29,29 @@ OPERATORS = [pytest.param(True, id="own"), pytest.param(False, id="torch's", mar
 
 
 class Model(nn.Module):
-    """A head and its loss. shifted: each token predicts the next, as transformers' code spelled it."""
+    """A head and its loss.
+
+    shifted: each token predicts the next, as in transformers' code
+    convert: logits to float32
+    weighted: with weights of classes
+    options: of F.cross_entropy
+    """
+
+    class_weight: Tensor | None
 
     def __init__(
-        self, *, bias: bool = False, shifted: bool = False, convert: bool = False, **options: Any
+        self,
+        *,
+        bias: bool = False,
+        shifted: bool = False,
+        convert: bool = False,
+        weighted: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.head, self.shifted, self.convert, self.options = (
-            nn.Linear(WIDTH, CLASSES, bias),
-            shifted,
-            convert,
-            options,
-        )
-        self.register_buffer(
-            "class_weight", torch.rand(CLASSES) if options.pop("weighted", False) else None
-        )
+        self.head = nn.Linear(WIDTH, CLASSES, bias)
+        self.shifted, self.convert, self.options = shifted, convert, options
+        self.register_buffer("class_weight", torch.rand(CLASSES) if weighted else None)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         logits = self.head(x)
@@ -62,15 +71,11 @@ BY_BOTH: dict[str, dict[str, Any]] = {
     "weighted": {"weighted": True, "ignore_index": 3},
     "shifted": {"shifted": True},
 }
-BY_OURS: dict[str, dict[str, Any]] = {
+WEIGHTED = {"weighted": True, "ignore_index": 3, "bias": True}
+BY_OWN: dict[str, dict[str, Any]] = {
     "smoothed": {"label_smoothing": 0.1},
-    "smoothed and weighted": {
-        "label_smoothing": 0.3,
-        "weighted": True,
-        "ignore_index": 3,
-        "bias": True,
-    },
-    "smoothed, each": {"label_smoothing": 0.1, "reduction": "none", "ignore_index": 3},
+    "smoothed and weighted": {"label_smoothing": 0.3, **WEIGHTED},
+    "smoothed by token": {"label_smoothing": 0.1, "reduction": "none", "ignore_index": 3},
 }
 
 
@@ -85,28 +90,26 @@ def gradients(loss: Tensor, x: Tensor, model: nn.Module) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("own", OPERATORS)
-@pytest.mark.parametrize("name", BY_BOTH | BY_OURS)
-def test_the_loss_and_its_gradients(name: str, own: bool) -> None:
-    model = Model(**(BY_BOTH | BY_OURS)[name]).double()
-    if model.options.get("ignore_index"):
-        model.options["ignore_index"] = 3
+@pytest.mark.parametrize("name", BY_BOTH | BY_OWN)
+def test_loss_and_gradients_are_the_same(name: str, own: bool) -> None:
+    model = Model(**(BY_BOTH | BY_OWN)[name]).double()
     step, lines = captured(model, LinearCrossEntropy(rows=3, own=own))
     for length in (7, 4, 5):
         x, target = batch(length)
         target = target.clamp(min=0) if "ignore_index" in model.options else target
-        found, expected = step(x, target), model(x, target)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(gradients(found, x, model), gradients(expected, x, model))
+        loss, expected = step(x, target), model(x, target)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradients(loss, x, model), gradients(expected, x, model))
     assert all("without its logits, 3 tokens at a time of 11 classes" in line for line in lines)
     assert bool(lines) == (own or name in BY_BOTH)
 
 
 @pytest.mark.parametrize("own", OPERATORS)
 @pytest.mark.parametrize("shifted", [True, False])
-def test_as_many_tokens_as_classes_and_features(own: bool, shifted: bool) -> None:
-    """Sizes are numbers in the graph here, and say nothing of what they count."""
+def test_classes_are_recognized_if_sizes_coincide(own: bool, shifted: bool) -> None:
+    """As many tokens as classes and features: static sizes do not identify a dim."""
 
-    def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def loss_of(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         logits = F.linear(x, weight)
         if shifted:
             logits, target = logits[..., :-1, :].contiguous(), target[..., 1:].contiguous()
@@ -120,42 +123,31 @@ def test_as_many_tokens_as_classes_and_features(own: bool, shifted: bool) -> Non
         x = torch.randn(sequences, tokens, features, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(classes, features, dtype=torch.float64, requires_grad=True)
         target = torch.randint(classes, (sequences, tokens))
-        step, lines = captured(loss, LinearCrossEntropy(rows=2, own=own), dynamic=False)
-        found, expected = step(x, weight, target), loss(x, weight, target)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(each, [x, weight]) for each in (found, expected))
-        )
+        step, lines = captured(loss_of, LinearCrossEntropy(rows=2, own=own), dynamic=False)
+        loss, expected = step(x, weight, target), loss_of(x, weight, target)
+        torch.testing.assert_close(loss, expected)
+        grads = torch.autograd.grad(loss, [x, weight])
+        torch.testing.assert_close(grads, torch.autograd.grad(expected, [x, weight]))
         assert len(lines) == 1
 
     check()
 
 
-@pytest.mark.parametrize("name", [*BY_BOTH, *BY_OURS])
-def test_the_own_operators_derivative(name: str) -> None:
-    options = {
-        "reduction": "mean",
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        **(BY_BOTH | BY_OURS)[name],
-    }
+@pytest.mark.parametrize("name", [*BY_BOTH, *BY_OWN])
+def test_the_own_operators_derivative_is_that_of_finite_differences(name: str) -> None:
+    options: dict[str, Any] = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0}
+    options |= (BY_BOTH | BY_OWN)[name]
     x, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((5, WIDTH), (CLASSES, WIDTH), (CLASSES,))
     )
     target, class_weight = torch.tensor([3, 0, 10, 3, 7]), torch.rand(CLASSES, dtype=torch.float64)
 
+    settings = (options["reduction"], options["ignore_index"], options["label_smoothing"], False, 2)
+    weights = class_weight if "weighted" in options else None
+
     def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        settings = (
-            options["reduction"],
-            options["ignore_index"],
-            options["label_smoothing"],
-            False,
-            2,
-        )
-        return linear_cross_entropy(
-            x, weight, target, bias, class_weight if "weighted" in options else None, *settings
-        )
+        return linear_cross_entropy(x, weight, target, bias, weights, *settings)
 
     assert torch.autograd.gradcheck(loss, (x, weight, bias), fast_mode=True)
     torch.library.opcheck(
@@ -166,45 +158,39 @@ def test_the_own_operators_derivative(name: str) -> None:
 
 
 @pytest.mark.parametrize("own", OPERATORS)
-def test_all_ignored(own: bool) -> None:
-    """As torch has it: nothing is the mean of nothing."""
+def test_a_loss_of_ignored_tokens_only_is_as_in_torch(own: bool) -> None:
+    """The mean of no tokens is NaN."""
     x, weight, target = torch.randn(4, WIDTH), torch.randn(CLASSES, WIDTH), torch.full((4,), -100)
-    given = (x, weight, target, None, None)
+    operands = (x, weight, target, None, None)
     for reduction in ("mean", "sum", "none"):
-        found = (
-            linear_cross_entropy(*given, reduction, -100, 0.0, False, 2)
-            if own
-            else by_torch(*given, reduction, -100, 2)
-        )
-        torch.testing.assert_close(
-            found, F.cross_entropy(x @ weight.t(), target, reduction=reduction), equal_nan=True
-        )
+        if own:
+            loss = linear_cross_entropy(*operands, reduction, -100, 0.0, False, 2)
+        else:
+            loss = by_torch(*operands, reduction, -100, 2)
+        expected = F.cross_entropy(x @ weight.t(), target, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
 
 
 def test_converted_logits_keep_a_loss_in_32_bits() -> None:
     model = Model(convert=True).bfloat16()
     step, lines = captured(model, LinearCrossEntropy(rows=3, own=True))
     x, target = batch(7, torch.bfloat16)
-    found, expected = step(x, target), model(x, target)
-    assert found.dtype == torch.float32
+    loss, plain_loss = step(x, target), model(x, target)
+    assert loss.dtype == torch.float32
     assert len(lines) == 1
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+    # The gradients' errors against float64, without logits and with them.
     exact = Model(convert=False).double()
     exact.load_state_dict(model.state_dict())
     x_exact = x.detach().double().requires_grad_()
-    wanted = gradients(exact(x_exact, target), x_exact, exact)
-    errors = [
-        max(
-            float((got - want).norm() / want.norm())
-            for got, want in zip(gradients(loss, x, model), wanted, strict=True)
-        )
-        for loss in (found, expected)
-    ]
-    assert errors[0] <= 1.5 * errors[1]
+    expected = gradients(exact(x_exact, target), x_exact, exact)
+    error = largest_error(gradients(loss, x, model), expected)
+    plain_error = largest_error(gradients(plain_loss, x, model), expected)
+    assert error <= 1.5 * plain_error
 
 
 @pytest.mark.parametrize("own", OPERATORS)
-def test_graphs_of_export(own: bool) -> None:
+def test_an_exported_loss_is_the_same(own: bool) -> None:
     model = Model(bias=True).double()
     x, target = batch(7)
     module, lines = exported(model, LinearCrossEntropy(rows=3, own=own), x, target)
@@ -256,14 +242,12 @@ def autocast(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     ids=lambda function: function.__name__,
 )
 @pytest.mark.filterwarnings("ignore:size_average")
-def test_left_alone(function: Callable[..., Any], own: bool) -> None:
-    given = (
-        torch.randn(6, WIDTH, dtype=torch.float64),
-        torch.randn(CLASSES, WIDTH, dtype=torch.float64),
-        torch.arange(6),
-    )
+def test_other_losses_are_left_alone(function: Callable[..., Any], own: bool) -> None:
+    x = torch.randn(6, WIDTH, dtype=torch.float64)
+    weight, target = torch.randn(CLASSES, WIDTH, dtype=torch.float64), torch.arange(6)
     step, lines = captured(function, LinearCrossEntropy(rows=3, own=own))
-    torch.testing.assert_close(step(*given), function(*given), rtol=0, atol=0)
+    expected = function(x, weight, target)
+    torch.testing.assert_close(step(x, weight, target), expected, rtol=0, atol=0)
     assert lines == []
 
 
@@ -272,16 +256,17 @@ TOKENS, FEATURES, VOCABULARY = 4096, 128, 4096
 
 @HAS_TORCHS
 @pytest.mark.parametrize("own", OPERATORS)
-def test_peak_of_a_training_step(own: bool) -> None:
-    """Against torch's operator called by hand, and compiled by inductor with a length that may change."""
-    x, target = (
-        torch.randn(TOKENS, FEATURES, requires_grad=True),
-        torch.randint(VOCABULARY, (TOKENS,)),
-    )
+def test_the_peak_of_a_training_step_is_that_of_torchs_operator(own: bool) -> None:
+    """Compiled by inductor with dynamic lengths, against torch's operator called by hand."""
+    x = torch.randn(TOKENS, FEATURES, requires_grad=True)
+    target = torch.randint(VOCABULARY, (TOKENS,))
     head = nn.Linear(FEATURES, VOCABULARY, bias=False)
 
     def with_logits(x: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(head(x), target)
+
+    def by_hand(x: Tensor, target: Tensor) -> Tensor:
+        return by_torch(x, head.weight, target, None, None, "mean", -100, 256)
 
     def train(loss: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -289,25 +274,21 @@ def test_peak_of_a_training_step(own: bool) -> None:
 
     step, lines = compiled(with_logits, LinearCrossEntropy(rows=256, own=own))
     torch.testing.assert_close(train(step), train(with_logits))
-    by_hand = measured_peak(
-        partial(
-            train, lambda x, target: by_torch(x, head.weight, target, None, None, "mean", -100, 256)
-        )
-    )
+    peak = measured_peak(partial(train, by_hand))
     assert len(lines) == 1
-    assert measured_peak(partial(train, step)) <= 1.05 * by_hand
-    assert by_hand < 0.25 * measured_peak(partial(train, with_logits))
+    assert measured_peak(partial(train, step)) <= 1.05 * peak
+    assert peak < 0.25 * measured_peak(partial(train, with_logits))
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor() -> None:
-    """With a module's float that torch.compile passes as a tensor first."""
+def test_a_loss_compiled_by_inductor_is_the_same() -> None:
+    """With a module's float, which torch.compile first passes as a tensor."""
     model = Model(label_smoothing=0.1, bias=True).double()
     step, lines = compiled(model, LinearCrossEntropy(rows=3, own=True))
     for length in (7, 4, 2):
         x, target = batch(length)
-        found, expected = step(x, target), model(x, target)
-        torch.testing.assert_close(gradients(found, x, model), gradients(expected, x, model))
+        loss, expected = step(x, target), model(x, target)
+        torch.testing.assert_close(gradients(loss, x, model), gradients(expected, x, model))
     assert len(lines) >= 1
 
 
@@ -327,7 +308,7 @@ def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
         LinearCrossEntropy(**options)
 
 
-def test_torch_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_is_the_default_if_torch_has_no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("passes.rewrites.linear_cross_entropy.HAS_LINEAR_CROSS_ENTROPY", False)
     with pytest.raises(ValueError, match="own=False asks for torch's operator, which torch"):
         LinearCrossEntropy(own=False)

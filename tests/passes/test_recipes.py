@@ -1,4 +1,4 @@
-"""The operator that runs a recipe in chunks of rows: its forward against the recipe run whole, its backward, what both hold."""
+"""Recipes in chunks of rows against recipes run whole: results, gradients, memory."""
 
 from __future__ import annotations
 
@@ -18,74 +18,123 @@ from tests.graphs import measured_peak
 
 WIDTH = 8
 RECIPES = [
-    "v0 = linear(x0, w0, w1)\nv1 = gelu(v0, approximate='none')\nv2 = linear(v1, w2, None)\nv3 = add(v2, x0)",
-    "v0 = linear(x0, w0, None)\nv1 = silu(v0)\nv2 = linear(x0, w0, w1)\nv3 = mul(v1, v2)\nv4 = linear(v3, w2, w3)",
-    "v0 = layer_norm(x0, w3, w4, eps=1e-05)\nv1 = linear(v0, w0, w1)\nv2 = gelu(v1, approximate='tanh')\nv3 = sub(v2, 2)",
-    "v0 = rms_norm(x0, w3, eps=None)\nv1 = linear(v0, w0, w1)\nv2 = relu(v1)\nv3 = pow(v2, exponent=2)\nv4 = linear(v3, w2, w4)",
-    "v0 = layer_norm(x0, None, None, eps=0.01)\nv1 = rms_norm(v0, None, eps=0.01)\nv2 = div(v1, 3.0)\nv3 = mul(v2, w5)",
-    "v0 = pow(x0, exponent=2)\nv1 = mean(v0)\nv2 = add(v1, 1e-06)\nv3 = rsqrt(v2)\nv4 = mul(x0, v3)\nv5 = mul(w3, v4)",
-    "v0 = narrow(x0, start=0, length=4)\nv1 = narrow(x0, start=4, length=4)\nv2 = sigmoid(v0)\nv3 = tanh(v1)\n"
-    "v4 = div(v2, v3)\nv5 = cat(v1, v4, x0)",
-    "v0 = linear(x0, w0, w1)\nv1 = sub(x1, v0)\nv2 = neg(v1)\nv3 = to(v2, dtype='float64')\nv4 = logsumexp(v3, keepdim=False)",
-    "v0 = linear(x0, w0, w1)\nv1 = logsumexp(v0, keepdim=True)\nv2 = sub(x0, v1)\nv3 = add(v2, w3)\nv4 = mul(v3, v1)",
+    """
+v0 = linear(x0, w0, w1)
+v1 = gelu(v0, approximate='none')
+v2 = linear(v1, w2, None)
+v3 = add(v2, x0)
+""",
+    """
+v0 = linear(x0, w0, None)
+v1 = silu(v0)
+v2 = linear(x0, w0, w1)
+v3 = mul(v1, v2)
+v4 = linear(v3, w2, w3)
+""",
+    """
+v0 = layer_norm(x0, w3, w4, eps=1e-05)
+v1 = linear(v0, w0, w1)
+v2 = gelu(v1, approximate='tanh')
+v3 = sub(v2, 2)
+""",
+    """
+v0 = rms_norm(x0, w3, eps=None)
+v1 = linear(v0, w0, w1)
+v2 = relu(v1)
+v3 = pow(v2, exponent=2)
+v4 = linear(v3, w2, w4)
+""",
+    """
+v0 = layer_norm(x0, None, None, eps=0.01)
+v1 = rms_norm(v0, None, eps=0.01)
+v2 = div(v1, 3.0)
+v3 = mul(v2, w5)
+""",
+    """
+v0 = pow(x0, exponent=2)
+v1 = mean(v0)
+v2 = add(v1, 1e-06)
+v3 = rsqrt(v2)
+v4 = mul(x0, v3)
+v5 = mul(w3, v4)
+""",
+    """
+v0 = narrow(x0, start=0, length=4)
+v1 = narrow(x0, start=4, length=4)
+v2 = sigmoid(v0)
+v3 = tanh(v1)
+v4 = div(v2, v3)
+v5 = cat(v1, v4, x0)
+""",
+    """
+v0 = linear(x0, w0, w1)
+v1 = sub(x1, v0)
+v2 = neg(v1)
+v3 = to(v2, dtype='float64')
+v4 = logsumexp(v3, keepdim=False)
+""",
+    """
+v0 = linear(x0, w0, w1)
+v1 = logsumexp(v0, keepdim=True)
+v2 = sub(x0, v1)
+v3 = add(v2, w3)
+v4 = mul(v3, v1)
+""",
 ]
+RECIPES = [text.strip() for text in RECIPES]
 
 
 def operands(
     dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = (5,), hidden: int = 4 * WIDTH
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of 8 and of `hidden` features; weights of all shapes that the recipes have."""
+    """Rows of WIDTH and of `hidden` features, and shared operands of all shapes in the recipes."""
     rows = [torch.randn(*lead, width, dtype=dtype, requires_grad=True) for width in (WIDTH, hidden)]
     shapes = [(hidden, WIDTH), (hidden,), (WIDTH, hidden), (WIDTH,), (WIDTH,), ()]
     return rows, [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def used(text: str, rows: list[Tensor], shared: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The first of each up to the last that a recipe names, so that every gradient is one."""
-    count = {
-        kind: max((int(each) for each in re.findall(rf"\b{kind}(\d+)", text)), default=-1) + 1
-        for kind in "xw"
-    }
-    return rows[: count["x"]], shared[: count["w"]]
+    """The operands up to the last that a recipe names."""
+    counts: list[int] = []
+    for letter in "xw":
+        numbers = map(int, re.findall(rf"\b{letter}(\d+)", text))
+        counts.append(max(numbers, default=-1) + 1)
+    return rows[: counts[0]], shared[: counts[1]]
 
 
-# As many rows as features, as hidden ones, as both.
+# Rows and hidden features; in some as many rows as features, or as hidden features.
 SIZES = [(5, 4 * WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, 4 * WIDTH), (5, WIDTH), (WIDTH, WIDTH)]
 
 
 @pytest.mark.parametrize(("count", "hidden"), SIZES)
 @pytest.mark.parametrize("text", RECIPES)
-def test_the_operator_is_its_recipe_and_its_backward_the_derivative(
-    text: str, count: int, hidden: int
-) -> None:
+def test_chunks_give_the_recipes_result_and_derivative(text: str, count: int, hidden: int) -> None:
     rows, shared = used(text, *operands(lead=(count,), hidden=hidden))
     assert str(Recipe.parse(text)) == text
     whole = Recipe.parse(text).run(rows, shared)
     for chunk_rows in (1, 2, 5, 7):
         torch.testing.assert_close(chunked(rows, shared, text, chunk_rows), whole)
 
-    def split(*given: Tensor) -> Tensor:
-        return chunked(list(given[: len(rows)]), list(given[len(rows) :]), text, 2)
+    def split(*tensors: Tensor) -> Tensor:
+        return chunked(list(tensors[: len(rows)]), list(tensors[len(rows) :]), text, 2)
 
     assert torch.autograd.gradcheck(split, (*rows, *shared), fast_mode=True)
 
 
 def test_every_primitive_with_a_gradient_is_in_a_recipe() -> None:
     tested = {step.primitive for text in RECIPES for step in Recipe.parse(text).steps}
-    assert tested == {
+    with_gradient = {
         name for name, primitive in PRIMITIVES.items() if primitive.backward is not None
     }
+    assert tested == with_gradient
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep what is freed")
-def test_what_chunks_took_leaves_the_process() -> None:
-    rows, shared = (
-        [torch.randn(2**15, 64)],
-        [torch.randn(1024, 64), torch.randn(1024), torch.randn(64, 1024)],
-    )
-    chunked(
-        rows, shared, RECIPES[0], 2048
-    )  # loads libraries, and sets the size below which glibc keeps what is freed
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep freed memory")
+def test_the_memory_of_chunks_is_returned_to_the_system() -> None:
+    rows = [torch.randn(2**15, 64)]
+    shared = [torch.randn(1024, 64), torch.randn(1024), torch.randn(64, 1024)]
+    # The first run loads libraries, and sets the size up to which glibc keeps freed blocks.
+    chunked(rows, shared, RECIPES[0], 2048)
     give_back_freed_memory()
     before = Process().memory_info().rss
     out = chunked(rows, shared, RECIPES[0], 2048)
@@ -93,30 +142,29 @@ def test_what_chunks_took_leaves_the_process() -> None:
 
 
 @pytest.mark.parametrize("lead", [(1,), (0,), (2, 3), (2, 0, 3)], ids=str)
-def test_any_leading_dims(lead: tuple[int, ...]) -> None:
+def test_any_leading_dims_are_rows(lead: tuple[int, ...]) -> None:
     rows, shared = used(RECIPES[0], *operands(lead=lead))
     whole = Recipe.parse(RECIPES[0]).run(rows, shared)
     split = chunked(rows, shared, RECIPES[0], 2)
     grad = torch.randn_like(whole)
     torch.testing.assert_close(split, whole)
-    found, expected = (torch.autograd.grad(out, [*rows, *shared], grad) for out in (split, whole))
-    torch.testing.assert_close(found, expected)
+    grads, expected = (torch.autograd.grad(out, [*rows, *shared], grad) for out in (split, whole))
+    torch.testing.assert_close(grads, expected)
 
 
-def test_the_operator_keeps_torchs_rules() -> None:
+def test_the_operators_pass_opcheck() -> None:
     """Schema, fake kernels, autograd registration, dynamic shapes."""
     rows, shared = used(RECIPES[1], *operands(lead=(2, 3)))
     torch.library.opcheck(chunked, (rows, shared, RECIPES[1], 4))
     with torch.no_grad():
         grad = torch.randn(2, 3, WIDTH, dtype=torch.float64)
-        wanted = [True, True, False, True, False]
-        torch.library.opcheck(
-            chunked_backward, (grad, rows, shared, RECIPES[1], 4, wanted), test_utils="test_schema"
-        )
+        needs_grad = [True, True, False, True, False]
+        arguments = (grad, rows, shared, RECIPES[1], 4, needs_grad)
+        torch.library.opcheck(chunked_backward, arguments, test_utils="test_schema")
 
 
-def test_backward_computes_again_what_it_reads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two linears the first; with frozen weights nothing but what the activation needs."""
+def test_backward_recomputes_only_values_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two linears the first."""
     calls: list[int] = []
     linear = PRIMITIVES["linear"].forward
 
@@ -125,7 +173,7 @@ def test_backward_computes_again_what_it_reads_alone(monkeypatch: pytest.MonkeyP
         return linear(x, *weights)
 
     monkeypatch.setattr(
-        "passes.rewrites.rows.recipes.PRIMITIVES",
+        "passes.rewrites.rows.steps.PRIMITIVES",
         {**PRIMITIVES, "linear": type(PRIMITIVES["linear"])(counting, None)},
     )
     rows, shared = used(RECIPES[0], *operands())
@@ -135,11 +183,10 @@ def test_backward_computes_again_what_it_reads_alone(monkeypatch: pytest.MonkeyP
     assert calls == [4 * WIDTH]
 
 
-@pytest.mark.parametrize(
-    "text", RECIPES[:-1]
-)  # the last one's logsumexp takes more in backward too
-def test_a_chunk_takes_what_was_said(text: str) -> None:
-    """Forward what it holds at once, backward twice the bytes of all its values, beyond the result and the gradients."""
+# The last recipe's logsumexp has more workspace in backward.
+@pytest.mark.parametrize("text", RECIPES[:-1])
+def test_a_chunk_takes_the_predicted_bytes(text: str) -> None:
+    """Beyond results: forward the values live at one time, backward at most all values twice."""
     rows, shared = used(text, *operands(torch.float32, (8192,)))
     recipe = Recipe.parse(text)
     chunk_bytes = 2048 * recipe.row_bytes(rows, shared)
@@ -152,6 +199,6 @@ def test_a_chunk_takes_what_was_said(text: str) -> None:
     )
     slack = 4096 * len(leaves)
     assert forward <= out.nbytes + chunk_bytes + slack
-    if "logsumexp" not in text:  # its kernel holds exponentials of its own
+    if "logsumexp" not in text:  # whose kernel allocates exponentials
         assert forward == pytest.approx(out.nbytes + live_bytes, abs=slack)
-    assert backward <= sum(each.nbytes for each in leaves) + 2 * chunk_bytes + slack
+    assert backward <= sum(leaf.nbytes for leaf in leaves) + 2 * chunk_bytes + slack

@@ -1,9 +1,9 @@
-"""Recomputing: what is kept, the same gradients, and the peak of a step, foretold and measured, against torch's own ways."""
+"""Recomputation: cuts, gradients, and peaks, against checkpoints and torch's own budget."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,51 +26,54 @@ from tests.compiling import Loss, inference, joint
 from tests.graphs import WIDTH, Block, Gelu, Swiglu, measured_peak
 
 
-def drawn(sizes: list[tuple[int, int, int]], steps: int) -> list[Value]:
-    return [
-        Value(size, born % steps, min(born % steps + length, steps - 1))
-        for size, born, length in sizes
-    ]
-
-
-def bytes_kept(values: list[Value], cuts: tuple[int, ...]) -> int:
-    return sum(each.size for each in values if any(each.first < cut <= each.last for cut in cuts))
+def saved_bytes(values: list[Value], cuts: tuple[int, ...]) -> int:
+    """Bytes of the values that are used across a cut."""
+    total = 0
+    for value in values:
+        if any(value.first < cut <= value.last for cut in cuts):
+            total += value.size
+    return total
 
 
 def fits(values: list[Value], steps: int, cuts: tuple[int, ...], bound: int) -> bool:
-    edges = (0, *cuts, steps)
-    return all(
-        high - low == 1 or sum(each.size for each in values if low <= each.first < high) <= bound
-        for low, high in itertools.pairwise(edges)
-    )
+    """Whether every piece of more than one step makes at most `bound` bytes."""
+    for start, end in itertools.pairwise((0, *cuts, steps)):
+        piece_bytes = sum(value.size for value in values if start <= value.first < end)
+        if end - start > 1 and piece_bytes > bound:
+            return False
+    return True
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 6), st.integers(0, 6)), max_size=8),
-    st.integers(1, 7),
-    st.integers(0, 30),
-)
-def test_no_cuts_keep_less(sizes: list[tuple[int, int, int]], steps: int, bound: int) -> None:
-    values = drawn(sizes, steps)
-    every = (
-        cuts for count in range(steps) for cuts in itertools.combinations(range(1, steps), count)
-    )
-    least = min(bytes_kept(values, cuts) for cuts in every if fits(values, steps, cuts, bound))
+def all_cuts(steps: int) -> Iterator[tuple[int, ...]]:
+    for count in range(steps):
+        yield from itertools.combinations(range(1, steps), count)
+
+
+# Size, first step and duration of a value.
+ANY_VALUE = st.tuples(st.integers(1, 9), st.integers(0, 6), st.integers(0, 6))
+
+
+@given(st.lists(ANY_VALUE, max_size=8), st.integers(1, 7), st.integers(0, 30))
+def test_no_cuts_save_less(numbers: list[tuple[int, int, int]], steps: int, bound: int) -> None:
+    values: list[Value] = []
+    for size, first, duration in numbers:
+        first %= steps
+        values.append(Value(size, first, min(first + duration, steps - 1)))
+    fitting = [cuts for cuts in all_cuts(steps) if fits(values, steps, cuts, bound)]
+    least = min(saved_bytes(values, cuts) for cuts in fitting)
     assert sum(values[number].size for number in values_to_keep(values, steps, bound)) == least
 
 
 class Tied(nn.Module):
-    """Two layers of one weight, another that is frozen."""
+    """A weight that is used twice, and one that is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.frozen = (
-            nn.Linear(WIDTH, WIDTH),
-            nn.Linear(WIDTH, WIDTH).requires_grad_(False),
-        )
+        self.shared = nn.Linear(WIDTH, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.one(self.frozen(self.one(x).relu()).sin()).exp()
+        return self.shared(self.frozen(self.shared(x).relu()).sin()).exp()
 
 
 @torch.library.custom_op("remat::square", mutates_args=())
@@ -83,16 +86,20 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _keep(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     context.save_for_backward(*inputs)
 
 
-square.register_autograd(
-    lambda context, grad: 2 * grad * context.saved_tensors[0], setup_context=_keep
-)
+def _differentiate(context: Any, grad: Tensor) -> Tensor:
+    return 2 * grad * context.saved_tensors[0]
+
+
+square.register_autograd(_differentiate, setup_context=_save)
 
 
 class Custom(nn.Module):
+    """Two MLPs with a custom operator between them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = Gelu(), Gelu()
@@ -109,38 +116,43 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def gradients_of(choice: Choice, inputs: list[Tensor]) -> list[Any]:
-    """What the two halves give, run node by node: the loss and the gradients."""
+    """The loss and the gradients of a choice's two halves, run node by node.
+
+    inputs: of the joint graph; the last is the gradient of the loss
+    """
     forward, backward = choice.halves
-    (results,) = forward.graph.find_nodes(op="output")[0].args
-    names = [node.name for node in (*forward.graph.find_nodes(op="placeholder"), *results)]
-    made = Interpreter(forward).run(*inputs[:-1])
-    known = dict(zip(names, (*inputs[:-1], *made), strict=True))
-    given = [
-        known.get(node.name, inputs[-1]) for node in backward.graph.find_nodes(op="placeholder")
-    ]
-    return [made[0], *Interpreter(backward).run(*given)]
+    *primals, tangent = inputs
+    # 1. The forward: its results and inputs by name.
+    (returned,) = forward.graph.find_nodes(op="output")[0].args
+    names = [node.name for node in (*forward.graph.find_nodes(op="placeholder"), *returned)]
+    results = Interpreter(forward).run(*primals)
+    values = dict(zip(names, (*primals, *results), strict=True))
+    # 2. The backward takes some of them, and the tangent.
+    placeholders = backward.graph.find_nodes(op="placeholder")
+    operands = [values.get(node.name, tangent) for node in placeholders]
+    return [results[0], *Interpreter(backward).run(*operands)]
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_every_choice_gives_the_results_of_the_joint_graph(name: str, tokens: int) -> None:
     torch.manual_seed(0)
-    module = joint(
-        MODELS[name]().double(),
-        torch.randn(1, tokens, WIDTH, dtype=torch.float64, requires_grad=True),
-    )
+    x = torch.randn(1, tokens, WIDTH, dtype=torch.float64, requires_grad=True)
+    module = joint(MODELS[name]().double(), x)
     inputs = [
         torch.randn(node.meta["val"].shape, dtype=torch.float64) / 8
         for node in module.graph.find_nodes(op="placeholder")
     ]
     expected = pytree.tree_leaves(Interpreter(module).run(*inputs), lambda leaf: leaf is None)
-    found = choices(module)
-    assert len(found) > 3
-    for choice in found:
-        for got, due in zip(gradients_of(choice, inputs), expected, strict=True):
-            assert (got is None) is (due is None)
-            if due is not None:
-                torch.testing.assert_close(got, due, rtol=1e-12, atol=1e-12)
+    options = choices(module)
+    assert len(options) > 3
+    for choice in options:
+        results = gradients_of(choice, inputs)
+        # None is the gradient of an input that needs none.
+        assert [value is None for value in results] == [value is None for value in expected]
+        computed = [value for value in results if value is not None]
+        joint_results = [value for value in expected if value is not None]
+        torch.testing.assert_close(computed, joint_results, rtol=1e-12, atol=1e-12)
 
 
 def test_custom_operators_run_once() -> None:
@@ -149,8 +161,8 @@ def test_custom_operators_run_once() -> None:
 
 
 @dataclass
-class Foretold:
-    """Stands for a choice whose cost and peak are known."""
+class Option:
+    """Replaces a choice: its cost and its peak are given."""
 
     cost: int
     saved_bytes: int
@@ -164,36 +176,38 @@ class Foretold:
     st.integers(0, 45),
     st.integers(0, 45),
 )
-def test_less_budget_never_takes_more_and_never_more_than_torch(
-    drawn: list[tuple[int, int, int]], one: int, other: int
+def test_a_smaller_budget_takes_no_more_memory(
+    numbers: list[tuple[int, int, int]], first_budget: int, second_budget: int
 ) -> None:
-    options: list[Any] = [Foretold(cost, saved, saved + more) for cost, saved, more in drawn]
-    low, high = (Remat(budget)._best(options) for budget in sorted((one, other)))
+    options: list[Any] = [Option(cost, saved, saved + more) for cost, saved, more in numbers]
+    small, large = sorted((first_budget, second_budget))
+    low, high = Remat(small)._best(options), Remat(large)._best(options)
     assert low.peak_bytes <= high.peak_bytes
-    assert high.peak_bytes <= max(options[0].peak_bytes, one, other)
-    assert high.cost == min(
-        (each.cost for each in options if each.peak_bytes <= max(one, other)), default=high.cost
-    )
+    # No more than torch's own choice or the budget, and the fastest that fits it.
+    assert high.peak_bytes <= max(options[0].peak_bytes, large)
+    costs = [option.cost for option in options if option.peak_bytes <= large]
+    assert high.cost == min(costs, default=high.cost)
 
 
-def tagged(graph: Graph) -> list[str]:
+def annotated(graph: Graph) -> list[str]:
+    """The nodes with a policy for the partitioner."""
     return [node.name for node in graph.nodes if "recompute" in node.meta]
 
 
-def test_a_budget_that_is_met_changes_nothing_and_a_small_one_is_said_to_be_missed() -> None:
+def test_a_large_budget_changes_nothing_and_a_line_says_that_a_small_one_is_exceeded() -> None:
     torch.manual_seed(0)
     module = joint(MODELS["tied and frozen"](), torch.randn(1, 512, WIDTH))
     assert Remat(10**9)(module.graph) == ()
-    assert not tagged(module.graph)
+    assert not annotated(module.graph)
     (line,) = Remat(0)(module.graph)
-    assert "no choice holds less" in line
-    assert tagged(module.graph)
+    assert "no choice takes less" in line
+    assert annotated(module.graph)
 
 
 def test_inference_is_left_alone() -> None:
     graph = inference(nn.Sequential(Gelu()), torch.randn(1, 64, WIDTH)).graph
     assert Remat(0)(graph) == ()
-    assert not tagged(graph)
+    assert not annotated(graph)
 
 
 def test_it_is_a_pass() -> None:
@@ -213,7 +227,7 @@ def test_bad_budgets_are_named(budget: Any, error: type[Exception]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step: its peak, the gradients, and the lines of the pass."""
+    """A training step: its peak, its gradients, the lines of the pass."""
 
     peak_bytes: int
     gradients: list[Tensor]
@@ -228,7 +242,12 @@ def step(
     lengths: tuple[int, ...] = (),
     **options: Any,
 ) -> Step:
-    """Compiled with the pass or without; at other lengths of x too, whose gradients follow."""
+    """Compile and run a training step.
+
+    budget: for the pass; None for a step without it
+    lengths: of x, to run after its own; their gradients follow the first
+    options: of torch.compile
+    """
     lines: list[str] = []
 
     def recompute(graph: Graph) -> None:
@@ -239,23 +258,31 @@ def step(
         model.zero_grad()
         torch.manual_seed(1)
         with torch.enable_grad():
-            made(x).backward()
+            compiled(x).backward()
+
+    def gradients() -> list[Tensor]:
+        grads = [parameter.grad for parameter in model.parameters()]
+        return [grad for grad in grads if grad is not None]
 
     torch._dynamo.reset()
-    asked = Remat(0).options if budget is not None else {}
-    with config.patch({"joint_custom_post_pass": recompute, "force_disable_caches": True, **asked}):
-        made = torch.compile(model, **options)
+    configs: dict[str, Any] = {"joint_custom_post_pass": recompute, "force_disable_caches": True}
+    if budget is not None:
+        configs |= Remat(0).options
+    with config.patch(configs):
+        compiled = torch.compile(model, **options)
         run(x)
         model.zero_grad()
         peak_bytes = measured_peak(lambda: run(x))
-        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        grads = gradients()
         for length in lengths:
             run(x[:, :length])
-            gradients += [each.grad for each in model.parameters() if each.grad is not None]
-    return Step(peak_bytes, gradients, lines)
+            grads += gradients()
+    return Step(peak_bytes, grads, lines)
 
 
 class Dropping(nn.Module):
+    """An MLP with dropout."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
@@ -264,29 +291,29 @@ class Dropping(nn.Module):
         return x + self.down(F.dropout(self.up(x).sin(), 0.3))
 
 
-def test_random_numbers_are_drawn_once() -> None:
+def test_random_numbers_are_not_recomputed() -> None:
     module = joint(Loss(Dropping(), Dropping()), torch.randn(1, 64, WIDTH), dynamic=True)
-    drawn = [node.name for node in module.graph.nodes if "seeds" in node.name]
-    assert drawn
+    seeds = {node.name for node in module.graph.nodes if "seeds" in node.name}
+    assert seeds
     for choice in choices(module):
-        assert not {node.name for node in choice.recomputed} & set(drawn)
+        assert not {node.name for node in choice.recomputed} & seeds
 
 
 @pytest.mark.slow
-def test_what_dropped_out_is_dropped_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_dropout_drops_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("passes.rewrites.remat._SHARES", (0.5,))
     monkeypatch.setattr(Remat, "_best", lambda self, options: options[-1])
     torch.manual_seed(0)
     model, x = Loss(Dropping(), Dropping()), torch.randn(1, 301, WIDTH)
-    plain, ours = (step(model, x, budget=budget) for budget in (None, 0))
-    assert len(ours.lines) == 1
-    assert ours.peak_bytes < plain.peak_bytes
-    assert all(
-        torch.equal(got, due) for got, due in zip(ours.gradients, plain.gradients, strict=True)
-    )
+    plain, recomputed = step(model, x), step(model, x, budget=0)
+    assert len(recomputed.lines) == 1
+    assert recomputed.peak_bytes < plain.peak_bytes
+    torch.testing.assert_close(recomputed.gradients, plain.gradients, rtol=0, atol=0)
 
 
 class PerBlock(nn.Module):
+    """A checkpoint for each block."""
+
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -298,29 +325,27 @@ class PerBlock(nn.Module):
 
 
 @pytest.mark.slow
-def test_four_layers_against_checkpoints_and_the_budget_of_torch() -> None:
-    """In units of x; 28.0 and 45.4 are what a checkpoint per block and torch's best budget took."""
+def test_four_layers_peak_below_checkpoints_and_torchs_budget() -> None:
+    """In units of x a checkpoint per block takes 28.0, torch's best budget 45.4."""
     torch.manual_seed(0)
     blocks, x = [Block(Gelu(128), 128) for _ in range(4)], torch.randn(1, 4096, 128)
-    ours = step(Loss(*blocks), x, budget=28 * x.nbytes)
+    recomputed = step(Loss(*blocks), x, budget=28 * x.nbytes)
     per_block = step(Loss(PerBlock(*blocks)), x)
     with functorch_config.patch(activation_memory_budget=0.1):
         built_in = step(Loss(*blocks), x)
-    assert ours.peak_bytes < 28.0 * x.nbytes
-    assert ours.peak_bytes < per_block.peak_bytes
-    assert ours.peak_bytes < built_in.peak_bytes
-    for got, due in zip(ours.gradients, per_block.gradients, strict=True):
-        torch.testing.assert_close(got, due, rtol=1e-3, atol=1e-6)
+    assert recomputed.peak_bytes < 28.0 * x.nbytes
+    assert recomputed.peak_bytes < per_block.peak_bytes
+    assert recomputed.peak_bytes < built_in.peak_bytes
+    torch.testing.assert_close(recomputed.gradients, per_block.gradients, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_fewer_products_than_a_checkpoint_per_block() -> None:
+def test_fewer_products_are_recomputed_than_by_checkpoints_per_block() -> None:
     torch.manual_seed(0)
     blocks, x = [Block(Gelu(128), 128) for _ in range(4)], torch.randn(1, 4096, 128)
     module = joint(Loss(*blocks), x)
-    with config.patch(Remat(0).options):
+    with config.patch(dict(Remat(0).options)):
         best = Remat(28 * x.nbytes)._best(choices(module))
-    every = {node.name for node in best.halves[0].graph.nodes}
-    products = [node for node in best.halves[0].graph.nodes if "mm" in node.name]
-    assert len(every) > len(products) == 16
+    forward, _ = best.halves
+    assert sum("mm" in node.name for node in forward.graph.nodes) == 16
     assert sum("mm" in node.name for node in best.recomputed) <= 12

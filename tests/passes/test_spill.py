@@ -1,4 +1,4 @@
-"""Saved activations wait in files between forward and backward: the same bits, nothing held, nothing left behind."""
+"""Spilled activations: the same gradients, less memory, no files left over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ U = 1024 * WIDTH * 4
 
 
 class Dropping(nn.Module):
-    """Dropout, a mask of one byte, a residual, and a saved value that is a view of a part of another."""
+    """Saved values of several kinds: a mask of one byte, and a view of a part of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Dropping(nn.Module):
 
 
 class Rectified(nn.Module):
-    """Two saved masks that the trace has in backward, where they are used first."""
+    """Saved masks that the trace first uses in backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,39 +55,43 @@ class Rectified(nn.Module):
 
 
 def compiled(model: nn.Module, *passes: Any, dynamic: bool = True) -> Callable[..., Any]:
-    return torch.compile(
-        model, backend=partial(compile_fx, config_patches=inductor_configs(passes)), dynamic=dynamic
-    )
+    backend = partial(compile_fx, config_patches=inductor_configs(passes))
+    return torch.compile(model, backend=backend, dynamic=dynamic)
 
 
 def step(function: Callable[..., Any], model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The gradients of the parameters."""
+    """Run a training step. Returns the parameters' gradients."""
     with torch.enable_grad():
         return list(torch.autograd.grad(function(x).square().sum(), list(model.parameters())))
 
 
-def held_after(run: Callable[[], Any]) -> int:
-    """Bytes that torch's allocator holds for what `run` returns, by the profiler's memory events."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        kept = run()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    del kept
-    return held
+def retained_bytes(run: Callable[[], Any]) -> int:
+    """Bytes allocated by a call that live as long as its result, by the profiler's events."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        result = run()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    size = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    del result  # not freed while the profiler ran
+    return int(size)
+
+
+def assert_same_bits(results: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
 def block() -> tuple[nn.Module, Callable[..., Any], Callable[..., Any]]:
-    """A transformer block, compiled without and with Spill."""
+    """A transformer block: eager, compiled, and compiled with Spill."""
     torch.manual_seed(0)
     model = Block(Gelu())
     return model, compiled(model), compiled(model, Spill(least_bytes=2**15))
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
+def no_files_stay() -> Iterator[None]:
+    """Every test ends without files."""
     yield
     assert (usage().files, usage().file_bytes) == (0, 0)
 
@@ -97,36 +101,28 @@ def test_gradients_are_the_same_bits(block: Any, tokens: int) -> None:
     model, plain, spilled = block
     x = torch.randn(1, tokens, WIDTH)
     before = usage().written_bytes
-    for one, other in zip(step(plain, model, x), step(spilled, model, x), strict=True):
-        assert torch.equal(one, other)
+    assert_same_bits(step(spilled, model, x), step(plain, model, x))
     assert usage().written_bytes - before == 15 * x.nbytes
 
 
 def test_gradients_are_those_of_float64(block: Any) -> None:
     model, _, spilled = block
     x = torch.randn(1, 77, WIDTH)
-    double = copy.deepcopy(model).double()
-    for one, other in zip(step(spilled, model, x), step(double, double, x.double()), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+    exact = copy.deepcopy(model).double()
+    grads = [grad.double() for grad in step(spilled, model, x)]
+    torch.testing.assert_close(grads, step(exact, exact, x.double()), rtol=1e-4, atol=1e-4)
 
 
-def test_little_is_held_and_the_peak_falls(block: Any) -> None:
+def test_little_memory_is_retained_and_the_peak_falls(block: Any) -> None:
     model, plain, spilled = block
     x = torch.randn(1, 1024, WIDTH)
-    held = {
-        name: held_after(lambda each=each: each(x).sum())
-        for name, each in (("plain", plain), ("spilled", spilled))
-    }
-    peak = {
-        name: measured_peak(partial(step, each, model, x))
-        for name, each in (("plain", plain), ("spilled", spilled))
-    }
-    assert held["plain"] > 15 * U
-    assert held["spilled"] < 0.6 * U
-    assert peak["spilled"] < peak["plain"]
+    assert retained_bytes(lambda: plain(x).sum()) > 15 * U
+    assert retained_bytes(lambda: spilled(x).sum()) < 0.6 * U
+    plain_peak = measured_peak(partial(step, plain, model, x))
+    assert measured_peak(partial(step, spilled, model, x)) < plain_peak
 
 
-def test_files_have_no_names_and_backward_gives_them_up(tmp_path: Path, block: Any) -> None:
+def test_files_have_no_names_and_backward_frees_them(tmp_path: Path, block: Any) -> None:
     model, _, _ = block
     spilled = compiled(model, Spill(directory=str(tmp_path), least_bytes=2**15))
     loss = spilled(torch.randn(1, 1024, WIDTH)).sum()
@@ -137,18 +133,16 @@ def test_files_have_no_names_and_backward_gives_them_up(tmp_path: Path, block: A
     model.zero_grad()
 
 
-def test_several_steps_may_be_under_way(block: Any) -> None:
+def test_steps_may_overlap(block: Any) -> None:
     model, plain, spilled = block
     inputs = [torch.randn(1, tokens, WIDTH) for tokens in (512, 700)]
     losses = [spilled(x).square().sum() for x in inputs]
+    parameters = list(model.parameters())
     for x, loss in reversed(list(zip(inputs, losses, strict=True))):
-        for one, other in zip(
-            step(plain, model, x), torch.autograd.grad(loss, list(model.parameters())), strict=True
-        ):
-            assert torch.equal(one, other)
+        assert_same_bits(list(torch.autograd.grad(loss, parameters)), step(plain, model, x))
 
 
-def test_a_graph_dropped_or_failed_gives_its_files_up(block: Any) -> None:
+def test_a_graph_dropped_or_failed_frees_its_files(block: Any) -> None:
     _, _, spilled = block
     loss = spilled(torch.randn(1, 512, WIDTH)).sum()
     assert usage().files == 9
@@ -159,7 +153,7 @@ def test_a_graph_dropped_or_failed_gives_its_files_up(block: Any) -> None:
 
 
 def test_a_second_backward_is_refused(block: Any) -> None:
-    """By torch where it gives the saved tensors to the backward; else by the handle, whose store is gone."""
+    """By torch if the backward owns the saved tensors; else by the handle, whose store is freed."""
     _, _, spilled = block
     for retain, message in (
         (True, "requires create_graph=False and retain_graph=False"),
@@ -172,23 +166,19 @@ def test_a_second_backward_is_refused(block: Any) -> None:
     x = torch.randn(8)
     handle = written(write(x, ""), x)
     fetch(handle, None, x, x.shape, x.dtype, x.device)
-    with pytest.raises(
-        RuntimeError,
-        match=r"was fetched by an earlier backward.*run the forward again, or compile without Spill",
-    ):
+    message = r"fetched by an earlier backward.*run the forward again, or compile without Spill"
+    with pytest.raises(RuntimeError, match=message):
         fetch(handle, None, x, x.shape, x.dtype, x.device)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(block: Any) -> None:
+def test_a_full_disk_raises_and_leaves_no_file(block: Any) -> None:
     model, plain, spilled = block
     x = torch.randn(1, 512, WIDTH)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(
-            OSError,
-            match=r"131,072 bytes cannot be spilled to .* bytes are free: .*Pass another place",
-        ):
+        message = r"131,072 bytes cannot be spilled to .* bytes are free: .*Pass another place"
+        with pytest.raises(OSError, match=message):
             spilled(x)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -196,7 +186,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(block: Any) -> None:
     assert torch.equal(step(plain, model, x)[0], step(spilled, model, x)[0])
 
 
-def test_interrupted_at_any_moment_nothing_is_left(tmp_path: Path) -> None:
+def test_an_interrupted_process_leaves_no_file(tmp_path: Path) -> None:
     code = f"""
 import torch
 from passes.rewrites.spill.operators import write, written
@@ -225,30 +215,26 @@ for i in range(10**6):
 
 
 @pytest.mark.parametrize("make", [Dropping, Rectified])
-def test_masks_and_parts_of_others_travel_too(make: type[nn.Module]) -> None:
+def test_masks_and_views_are_spilled_too(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = make(), torch.randn(4, 256, WIDTH)
-    grads = []
+    grads: list[list[Tensor]] = []
     for passes in ((), (Spill(least_bytes=2**10),)):
         torch._dynamo.reset()
         torch.manual_seed(1)
         before = usage().written_bytes
         grads.append(step(compiled(model, *passes), model, x))
     assert usage().written_bytes > before
-    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert_same_bits(*grads)
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn)
 
 
 def layouts() -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of several dtypes and layouts, with names."""
     base = torch.arange(6 * 10 * 8).reshape(6, 10, 8)
-    for dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float64,
-        torch.bool,
-        torch.int8,
-        torch.complex64,
-        torch.float8_e4m3fn,
-    ):
+    for dtype in (*FLOATS, torch.bool, torch.int8, torch.complex64):
         yield str(dtype), base.to(dtype)
     yield "transposed", base.transpose(0, 2)
     yield "part", base[:, 2:7, ::2]
@@ -259,7 +245,7 @@ def layouts() -> Iterator[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize("x", [pytest.param(x, id=name) for name, x in layouts()])
-def test_every_layout_comes_back(x: Tensor) -> None:
+def test_every_layout_is_fetched_as_written(x: Tensor) -> None:
     handle = written(write(x, ""), x)
     assert handle.nbytes == 8
     back = fetch(handle, None, x, x.shape, x.dtype, x.device)
@@ -267,9 +253,10 @@ def test_every_layout_comes_back(x: Tensor) -> None:
     assert torch.equal(back.flatten().view(torch.uint8), x.flatten().view(torch.uint8))
 
 
-def test_writing_does_not_hold_up_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """write returns while the thread is still at it; written waits for it."""
-    go, threads, real = threading.Event(), [], os.pwrite
+def test_writing_does_not_block_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """write returns before its thread has written; written waits for it."""
+    go, real = threading.Event(), os.pwrite
+    threads: list[str] = []
 
     def slow(file: int, data: Any, offset: int) -> int:
         threads.append(threading.current_thread().name)
@@ -281,7 +268,7 @@ def test_writing_does_not_hold_up_who_computes(monkeypatch: pytest.MonkeyPatch) 
     handle = write(x, "")
     go.set()
     handle = written(handle, x)
-    assert [each.startswith("spill") for each in threads] == [True]
+    assert [name.startswith("spill") for name in threads] == [True]
     monkeypatch.undo()
     assert torch.equal(fetch(handle, None, x, x.shape, x.dtype, x.device), x)
 
@@ -296,7 +283,7 @@ def test_graphs_without_a_backward_are_left_alone() -> None:
 @pytest.mark.parametrize(
     "passes", [Spill(least_bytes=2**40), Spill(to="host", least_bytes=1)], ids=str
 )
-def test_nothing_large_enough_or_no_gpu_changes_nothing(passes: Spill) -> None:
+def test_small_values_stay_in_memory_and_host_is_for_gpus_only(passes: Spill) -> None:
     model, before = nn.Sequential(nn.Linear(8, 8), nn.GELU()), usage().written_bytes
     step(compiled(model, passes, dynamic=False), model, torch.randn(4, 8))
     assert usage().written_bytes == before
@@ -305,8 +292,8 @@ def test_nothing_large_enough_or_no_gpu_changes_nothing(passes: Spill) -> None:
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: Spill(to="tape"), "to must be 'disk' or 'host'; got 'tape'"),  # type: ignore[arg-type]
     (
-        lambda: Spill(to="host", directory="/tmp"),
-        "directory is for to='disk'; got '/tmp' with to='host'",
+        lambda: Spill(to="host", directory="folder"),
+        "directory is for to='disk'; got 'folder' with to='host'",
     ),
     (
         lambda: Spill(directory="/nowhere"),
@@ -323,14 +310,16 @@ def test_bad_options_are_named(act: Callable[[], Any], message: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_layers_hold_less_than_one_and_a_half_activations() -> None:
+def test_four_layers_retain_less_than_one_and_a_half_activations() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(Gelu(128), 128) for _ in range(4)))
-    x, held = torch.randn(1, 8192, 128), []
-    for passes in ((), (Spill(),)):
+    x = torch.randn(1, 8192, 128)
+
+    def retained(*passes: Spill) -> float:
         torch._dynamo.reset()
         function = compiled(model, *passes, dynamic=False)
         step(function, model, x)
-        held.append(held_after(lambda function=function: function(x).sum()) / x.nbytes)
-    assert held[0] > 36
-    assert held[1] < 1.5
+        return retained_bytes(lambda: function(x).sum()) / x.nbytes
+
+    assert retained() > 36
+    assert retained(Spill()) < 1.5

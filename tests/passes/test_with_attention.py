@@ -1,4 +1,4 @@
-"""Blocks with the attention of compiled_dilated under passes.StreamQKV: the same results, queries some at a time."""
+"""Blocks with the attention of compiled_dilated under StreamQKV, and their estimates."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ LEFT_ALONE: dict[str, Callable[[], Callable[..., Any]]] = {
 
 
 class WithLse:
+    """An attention whose second result is used."""
+
     def __init__(self) -> None:
         self.attend = cd.compile(masks.causal())
 
@@ -49,21 +51,22 @@ class WithLse:
 
 
 class Layer(nn.Module):
+    """A transformer block with an attention of (q, k, v)."""
+
     def __init__(
         self, attend: Callable[..., Any], width: int = WIDTH, kv_heads: int = HEADS
     ) -> None:
         super().__init__()
-        self.attend, self.heads = attend, (HEADS, kv_heads, kv_heads)
-        self.each = width // HEADS
+        self.attend, self.head_dim = attend, width // HEADS
         self.before, self.between, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width), Gelu(width)
         self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.k, self.v = (nn.Linear(width, kv_heads * self.each) for _ in range(2))
+        self.k, self.v = (nn.Linear(width, kv_heads * self.head_dim) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.before(x)
         q, k, v = (
-            make(h).unflatten(-1, (-1, self.each)).transpose(1, 2)
-            for make in (self.q, self.k, self.v)
+            linear(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
         )
         x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.between(x))
@@ -72,7 +75,7 @@ class Layer(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_queries_some_at_a_time(name: str, kv_heads: int) -> None:
+def test_chunks_of_queries_agree(name: str, kv_heads: int) -> None:
     torch.manual_seed(0)
     model = Layer(cd.compile(PROGRAMS[name]), kv_heads=kv_heads).double().eval()
     step, lines = captured(model, StreamQKV(rows=7), dynamic=False)
@@ -83,7 +86,7 @@ def test_queries_some_at_a_time(name: str, kv_heads: int) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_needs_all_queries_is_left_alone(name: str) -> None:
+def test_attention_of_all_queries_is_left_alone(name: str) -> None:
     torch.manual_seed(0)
     model, x = Layer(LEFT_ALONE[name]()).eval(), torch.randn(1, 64, WIDTH)
     step, lines = captured(model, StreamQKV(rows=7), dynamic=False)
@@ -92,12 +95,10 @@ def test_what_needs_all_queries_is_left_alone(name: str) -> None:
 
 
 @torch.no_grad()
-def test_peak_of_a_block() -> None:
+def test_a_block_peaks_at_three_activations() -> None:
     """Keys, values and the result are three activations."""
-    model, x = (
-        Layer(cd.compile(cd.longnet((512, 1024), (1, 2), causal=True)), 128).eval(),
-        torch.randn(1, 8192, 128),
-    )
+    attend = cd.compile(cd.longnet((512, 1024), (1, 2), causal=True))
+    model, x = Layer(attend, 128).eval(), torch.randn(1, 8192, 128)
     step, lines = compiled(model, StreamQKV(rows=128), dynamic=False)
     step(x)
     assert len(lines) == 1
@@ -105,31 +106,30 @@ def test_peak_of_a_block() -> None:
 
 
 @torch.no_grad()
-def test_a_streamed_block_is_foretold_whatever_a_bias_asks_of_its_data() -> None:
-    """Its peak, where a bias that is kept counts though it is made once; its time, by the pairs that its mask lets be seen."""
+def test_estimates_of_a_streamed_block_include_its_cached_bias() -> None:
+    """Its peak has the bias, which only the first call allocates; its time the visible pairs."""
     model, x = Layer(cd.compile(PROGRAMS["window or sinks"]), 128).eval(), torch.randn(1, 4096, 128)
     candidate = StreamQKV(rows=512)
-    plain, found = sorted(
-        passes.estimate(model, [x], train=False, passes=[(), (candidate,)]),
-        key=lambda each: each.changed,
-    )
+    estimates = passes.estimate(model, [x], train=False, passes=[(), (candidate,)])
+    plain, streamed = sorted(estimates, key=lambda estimate: estimate.changed)
     step = passes.compile(model, passes=[candidate], dynamic=False)
     torch.testing.assert_close(step(x), model(x))
-    held = measured_peak(partial(step, x))
-    assert found.changed
-    assert found.seconds <= 1.2 * plain.seconds
-    indices = 4096  # positions and heads of a bias that is being made are not counted
-    assert held <= found.added_bytes + indices
-    assert found.added_bytes <= held + 8 * 2**20
+    measured = measured_peak(partial(step, x))
+    assert streamed.changed
+    assert streamed.seconds <= 1.2 * plain.seconds
+    # The positions and heads from which a bias is computed are not counted.
+    index_bytes = 4096
+    assert measured <= streamed.added_bytes + index_bytes
+    assert streamed.added_bytes <= measured + 8 * 2**20
 
 
 @pytest.mark.parametrize("name", ["longnet", "window"])
-def test_peaks_of_training_are_foretold(name: str) -> None:
-    """What attention holds in its backward is counted, and no gradient of a lse that nobody asked for is made there."""
+def test_peaks_of_training_are_predicted(name: str) -> None:
+    """With the workspace of attention's backward, and without a gradient of an unused lse."""
     program = cd.longnet((512, 1024), (1, 2), causal=True) if name == "longnet" else PROGRAMS[name]
     model, x = compiling.Loss(Layer(cd.compile(program), 128)), torch.randn(1, 8192, 128)
     parameters = list(model.parameters())
-    found = passes.estimate(model, [x], train=True, passes=[(Chunk(rows=512),)])[-1]
+    estimate = passes.estimate(model, [x], train=True, passes=[(Chunk(rows=512),)])[-1]
     step = passes.compile(model, passes=[Chunk(rows=512)], dynamic=False)
 
     def train() -> None:
@@ -137,4 +137,4 @@ def test_peaks_of_training_are_foretold(name: str) -> None:
             torch.autograd.grad(step(x), parameters)
 
     train()
-    assert 0.97 <= found.added_bytes / measured_peak(train) <= 1.15
+    assert 0.97 <= estimate.added_bytes / measured_peak(train) <= 1.15

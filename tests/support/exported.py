@@ -1,7 +1,8 @@
-"""Models that are exported, with their inputs."""
+"""Models to export, with their inputs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ from tests.functions import Parameters
 HEADS, N = 4, 48
 
 
-def same(got: Any, want: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def same(results: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(results, expected, rtol=tolerance, atol=tolerance)
 
 
 def tensors(
@@ -33,7 +34,7 @@ def tensors(
 
 
 class Plain(nn.Module):
-    """A program, as it is."""
+    """One compiled program."""
 
     def __init__(self, program: Program | Mask, **options: Any) -> None:
         super().__init__()
@@ -44,6 +45,8 @@ class Plain(nn.Module):
 
 
 class WithData(nn.Module):
+    """A program that reads data tensors."""
+
     def __init__(self) -> None:
         super().__init__()
         self.attend = cd.compile(masks.causal() & masks.documents(ids="ids") & masks.padding())
@@ -53,7 +56,9 @@ class WithData(nn.Module):
 
 
 class Learned(nn.Module):
-    """A score_mod and a mask_mod as bound methods of a module with parameters and buffers."""
+    """A score_mod and a mask_mod as methods that read parameters and buffers."""
+
+    kind: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +79,7 @@ class Learned(nn.Module):
 
 
 class Closures(nn.Module):
-    """Functions that capture a number and a tensor which is no part of the model."""
+    """Functions that capture a number and a tensor outside of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,9 +94,8 @@ class Closures(nn.Module):
 
 def many_tiles() -> Mask:
     """3,600 tiles of one token."""
-    return masks.tiles(
-        [(i, j) for i in range(120) for j in range(120) if (i * 7 + j) % 4 == 0 or i == j], block=1
-    )
+    pairs = itertools.product(range(120), repeat=2)
+    return masks.tiles([(i, j) for i, j in pairs if (i * 7 + j) % 4 == 0 or i == j], block=1)
 
 
 def many_documents() -> Mask:
@@ -101,18 +105,21 @@ def many_documents() -> Mask:
 
 @dataclass(frozen=True)
 class Model:
-    """What is exported, and its inputs at a length."""
+    """A model to export, and a function that returns its inputs at a length."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Tensor, ...]] = tensors
 
 
 def with_data(n: int) -> tuple[Tensor, ...]:
-    at = torch.arange(n)
-    return (*tensors(n), torch.stack([at // 7, at // 11]), torch.stack([at > n - 4, at % 5 == 1]))
+    """q, k, v, documents' ids and padding (2, n)."""
+    places = torch.arange(n)
+    ids = torch.stack([places // 7, places // 11])
+    return (*tensors(n), ids, torch.stack([places > n - 4, places % 5 == 1]))
 
 
 def tokens_first(n: int) -> tuple[Tensor, ...]:
+    """q, k and v in float32 as (batch, tokens, heads, head_dim)."""
     return tuple(x.transpose(1, 2).float().contiguous() for x in tensors(n))
 
 

@@ -1,4 +1,4 @@
-"""Inputs and comparisons of the tests of score_mods and mask_mods."""
+"""Inputs and comparisons for the tests of score_mods and mask_mods."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def tensors(
     generator = torch.Generator().manual_seed(seed)
     shapes = (2, heads, n, 6), (2, heads // 2, n, 6), (2, heads // 2, n, 6)
     q, k, v = (
-        torch.randn(x, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for x in shapes
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
     )
     return q, k, v
 
 
-def same(got: Any, want: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def same(results: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(results, expected, rtol=tolerance, atol=tolerance)
 
 
 def gradients(results: tuple[Tensor, Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Of a loss of out and lse; zeros for what the results do not depend on."""
+    """The gradients of a loss of out and lse; zeros for leaves that they do not depend on."""
     out, lse = results
-    lse = torch.where(lse == -torch.inf, 0.0, lse)  # of rows that see nothing
-    loss = (
-        out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
-    ).sum() + lse.sin().sum()
+    # The lse of a query without keys is -inf.
+    lse = torch.where(lse == -torch.inf, 0.0, lse)
+    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
+    loss = (out * weights).sum() + lse.sin().sum()
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
@@ -51,34 +51,23 @@ def same_as_reference(
     learned: Sequence[Tensor],
     **options: Any,
 ) -> None:
-    """out, lse and the gradients of q, k, v and of what functions capture, in float64."""
+    """Assert the reference's out, lse and gradients, in float64.
+
+    learned: tensors that functions of the program or options capture
+    """
     leaves = (*inputs, *learned)
-    got, want = (
-        attention(*inputs, **options),
-        cd.reference(program, *inputs, return_lse=True, **options),
-    )
-    for name, x, y in zip(("out", "lse"), got, want, strict=True):
-        torch.testing.assert_close(
-            x, y, rtol=1e-10, atol=1e-10, msg=lambda message, name=name: f"{name}: {message}"
-        )
-    for number, (x, y) in enumerate(
-        zip(gradients(got, leaves), gradients(want, leaves), strict=True)
-    ):
-        torch.testing.assert_close(
-            x,
-            y,
-            rtol=1e-10,
-            atol=1e-10,
-            msg=lambda message, number=number: f"gradient {number}: {message}",
-        )
+    results = attention(*inputs, **options)
+    expected: Any = cd.reference(program, *inputs, return_lse=True, **options)
+    same(results, expected)
+    same(gradients(results, leaves), gradients(expected, leaves))
 
 
 def flex(inputs: Sequence[Tensor], mod: Any, block_mask: BlockMask | None) -> Tensor:
     """torch's own attention, eager."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out: Any = flex_attention(*inputs, score_mod=mod, block_mask=block_mask, enable_gqa=True)
-    return out  # type: ignore[no-any-return]
+        attend: Any = flex_attention
+        return attend(*inputs, score_mod=mod, block_mask=block_mask, enable_gqa=True)
 
 
 def attend_in(way: str, program: Program | Mask) -> cd.Attend:
@@ -87,11 +76,12 @@ def attend_in(way: str, program: Program | Mask) -> cd.Attend:
 
 
 def whole(function: Any, backend: str = "aot_eager") -> Any:
-    """In one graph."""
+    """Compile a function as one graph."""
     return torch.compile(function, backend=backend, fullgraph=True)
 
 
 def reductions(rows: Tensor) -> dict[str, Callable[..., Any]]:
+    """Score_mods that reduce over the features of captured rows (tokens, features)."""
     return {
         "sum": lambda s, b, h, i, j: s + (rows[i] * rows[j]).sum(),
         "torch.dot": lambda s, b, h, i, j: s + torch.dot(rows[i], rows[j]),

@@ -25,33 +25,33 @@ NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers, the same in every run; other ones for each seed."""
+    """Normal numbers, the same in every run, by the seed."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def work_of(program: Program | Mask, heads: int, like: Tensor | None = None) -> Work:
-    """What the kernel reads of a program; `like`: queries, for programs with functions, which are traced first."""
+    """The kernel's work for a program.
+
+    like: queries, for programs with functions, which are traced
+    """
     program = as_program(program)
-    if any(
-        isinstance(part, masks.functions.FromMod)
-        for branch in program.branches
-        for part in _parts(branch.mask)
-    ):
-        assert like is not None
-        x = like.detach().double().requires_grad_()
-        chosen: Work = cd.compile(program, lowering="native").plan(x, x, x).chosen[0].work[0]
-        return chosen
-    return Work(encode(program, heads), program.names, ())
+    if not any(_has_function(branch.mask) for branch in program.branches):
+        return Work(encode(program, heads), program.names, ())
+    assert like is not None
+    x = like.detach().double().requires_grad_()
+    chosen: Work = cd.compile(program, lowering="native").plan(x, x, x).chosen[0].work[0]
+    return chosen
 
 
-def _parts(mask: Mask) -> list[Mask]:
-    return [mask, *(inner for part in mask.parts for inner in _parts(part))]
+def _has_function(mask: Mask) -> bool:
+    """Whether a part of a mask is a function."""
+    return isinstance(mask, masks.functions.FromMod) or any(map(_has_function, mask.parts))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors of one call of the operators, and what flows back."""
+    """Arguments of one call of the operators, and the gradients of its results."""
 
     work: Work
     q: Tensor
@@ -65,87 +65,90 @@ class Problem:
     offsets: Tensor | None = None
 
     def forward(self, by_token: bool = False) -> tuple[Tensor, Tensor]:
-        out, lse = ops.native(
-            self.q,
-            self.k,
-            self.v,
-            self.data,
-            None,
-            self.work.code,
-            self.scale,
-            self.q_offset,
-            self.offsets,
-            by_token,
-        )
+        out, lse = ops.native(*self._call(), by_token)
         return out, lse
+
+    def counted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """out, lse and the kernel's counts; see `executed`."""
+        out, lse, numbers = ops.native_counted(*self._call(), False)
+        return out, lse, numbers
 
     def results(self) -> list[Tensor]:
         """out, lse and the gradients of q, k and v."""
         out, lse = self.forward()
-        grads = ops.native_backward(
-            self.grad_out, self.grad_lse, self.q, self.k, self.v, out, lse, self.data, None, self.work.code, self.scale,
-            self.q_offset, self.offsets, [],
-        )  # fmt: skip
+        q, k, v, *rest = self._call()
+        grads = ops.native_backward(self.grad_out, self.grad_lse, q, k, v, out, lse, *rest, [])
         return [out, lse, *grads[:3]]
+
+    def _call(self) -> tuple[Any, ...]:
+        """The arguments that all operators share."""
+        qkv, code = (self.q, self.k, self.v), self.work.code
+        return (*qkv, self.data, None, code, self.scale, self.q_offset, self.offsets)
 
 
 def problem_of(
     case: Case, n: int, dtype: torch.dtype, shape: tuple[int, int, int] | None = None
 ) -> tuple[Problem, Inputs]:
-    """A case of the table as a call of the operators; shape: (q_len, kv_len, q_offset)."""
+    """A case of the table as a call of the operators.
+
+    shape: (q_len, kv_len, q_offset), by default (n, n, 0)
+    """
     q_len, kv_len, q_offset = shape or (n, n, 0)
     inputs = case.inputs(n, dtype, q_len, kv_len)
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     work = work_of(case.program(n), case.heads, case.inputs(n, dtype).q)
     data = [inputs.data[name] for name in work.names] or None
-    return Problem(
-        work, q, k, v, inputs.grad_out, inputs.grad_lse, data, q.shape[3] ** -0.5, q_offset
-    ), inputs
+    grads, scale = (inputs.grad_out, inputs.grad_lse), q.shape[3] ** -0.5
+    return Problem(work, q, k, v, *grads, data, scale, q_offset), inputs
 
 
 def expected(
     program: Program | Mask, problem: Problem, data: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
-    """The reference's results of the same, in float64; a gradient of an lse of -inf is none."""
+    """The reference's results in float64; an lse of -inf has no gradient."""
     q, k, v = (x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v))
     out, lse = cd.reference(
         program, q, k, v, scale=problem.scale, q_offset=problem.q_offset, data=data, return_lse=True
     )
-    results, into = [out], [problem.grad_out.double()]
+    results, grads = [out], [problem.grad_out.double()]
     if problem.grad_lse is not None:
         alive = lse != -math.inf
-        results, into = [out, lse[alive]], [*into, problem.grad_lse.double()[alive]]
-    return [out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), into)]
+        results.append(lse[alive])
+        grads.append(problem.grad_lse.double()[alive])
+    return [out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), grads)]
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of a result's largest entry: far above rounding and far below a wrong key."""
+    """Relative to the largest entry: far above rounding, far below the error of a wrong key."""
     return 1e-10 if dtype == torch.float64 else LOW[dtype]
 
 
-def assert_near(got: list[Tensor], want: list[Tensor], what: object = "") -> None:
-    """Infinite and NaN in the same places; elsewhere near."""
-    for name, mine, theirs in zip(NAMES, got, want, strict=False):
-        allowed = tolerance(mine.dtype if name != "lse" else got[0].dtype)
-        assert mine.shape == theirs.shape, f"{what} {name}"
-        finite = theirs.isfinite()
-        assert torch.equal(mine.isfinite(), finite), (
-            f"{what} {name}: other entries are infinite or NaN"
-        )
-        torch.testing.assert_close(mine[~finite].double(), theirs[~finite], equal_nan=True)
-        if finite.any():
-            error = (mine[finite] - theirs[finite]).abs().max().item()
-            largest = theirs[finite].abs().max().item()
-            assert error <= allowed * max(largest, 1e-3), (
-                f"{what} {name}: off by {error:.2e}, largest entry {largest:.2e}"
-            )
+def assert_near(results: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+    """Assert results within tolerance, with infinities and NaN in the same places.
+
+    what: the case, for the message
+    """
+    for name, result, exact in zip(NAMES, results, expected, strict=False):
+        where = f"{what} {name}"
+        assert result.shape == exact.shape, where
+        finite = exact.isfinite()
+        same_places = torch.equal(result.isfinite(), finite)
+        assert same_places, f"{where}: other entries are infinite or NaN"
+        torch.testing.assert_close(result[~finite].double(), exact[~finite], equal_nan=True)
+        if not finite.any():
+            continue
+        # An lse is wider than q; its error is that of the products of q's dtype.
+        allowed = tolerance(results[0].dtype if name == "lse" else result.dtype)
+        error = (result[finite] - exact[finite]).abs().max().item()
+        largest = exact[finite].abs().max().item()
+        message = f"{where}: error {error:.2e}, largest entry {largest:.2e}"
+        assert error <= allowed * max(largest, 1e-3), message
 
 
-def assert_same_bits(got: list[Tensor], want: list[Tensor], what: object = "") -> None:
-    for name, mine, theirs in zip(NAMES, got, want, strict=False):
-        torch.testing.assert_close(
-            mine, theirs, rtol=0, atol=0, equal_nan=True, msg=f"{what} {name}: other bits"
-        )
+def assert_same_bits(results: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+    for name, result, same in zip(NAMES, results, expected, strict=False):
+        message = f"{what} {name}: other bits"
+        torch.testing.assert_close(result, same, rtol=0, atol=0, equal_nan=True, msg=message)
 
 
 def check_threads(
@@ -154,20 +157,20 @@ def check_threads(
     counts: tuple[int, ...] = (2, 7),
     runs: int = 2,
 ) -> None:
-    """The same bits for all numbers of threads."""
+    """Assert the same bits for all numbers of threads."""
     threads(1)
-    want = problem.results()
+    expected = problem.results()
     for count in counts:
         threads(count)
         for run in range(runs):
-            assert_same_bits(problem.results(), want, f"{count} threads, run {run}")
+            assert_same_bits(problem.results(), expected, f"{count} threads, run {run}")
 
 
 def two_branches(n: int) -> Program:
     return Program((Branch(masks.window(70, 3)), Branch(masks.causal() & masks.congruent(3, 1))))
 
 
-# With one key head all threads wait for each other's turns: by one branch in order, by several, with a step, by boxes of a grid.
+# Programs for few key heads, where threads add to a key's gradient in turn.
 FEW_HEADS: dict[str, Callable[[int], Program | Mask]] = {
     "full": lambda n: masks.full(),
     "causal": lambda n: masks.causal(),
@@ -187,18 +190,11 @@ FEW_HEADS: dict[str, Callable[[int], Program | Mask]] = {
 
 
 def counts_of(problem: Problem) -> list[int]:
-    """What native_counts says: pairs computed, pairs asked about, blocks, tiles."""
-    q, v = problem.q, problem.v
-    sizes = [
-        q.shape[0],
-        q.shape[1],
-        problem.k.shape[1],
-        q.shape[2],
-        v.shape[2],
-        q.shape[3],
-        v.shape[3],
-        _TYPES[str(q.dtype)[6:]],
-    ]
+    """The predicted counts: pairs computed, pairs tested one by one, blocks, tiles."""
+    batch, heads, q_len, head_dim = problem.q.shape
+    _, kv_heads, kv_len, value_dim = problem.v.shape
+    dtype = _TYPES[str(problem.q.dtype).removeprefix("torch.")]
+    sizes = [batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype]
     numbers = ops.native_counts(
         problem.data, None, problem.work.code, sizes, problem.q_offset, problem.offsets
     )
@@ -206,10 +202,8 @@ def counts_of(problem: Problem) -> list[int]:
 
 
 def executed(problem: Problem) -> list[int]:
-    out, lse, numbers = ops.native_counted(
-        problem.q, problem.k, problem.v, problem.data, None, problem.work.code, problem.scale, problem.q_offset, problem.offsets,
-        False,
-    )  # fmt: skip
+    """The same counts by the kernel as it runs."""
+    out, lse, numbers = problem.counted()
     assert_same_bits([out, lse], list(problem.forward()))
     return list(map(int, numbers))
 
@@ -223,25 +217,22 @@ def ragged(
     q_offset: int = 0,
     mask: Mask | None = None,
 ) -> tuple[Mask, Problem]:
-    """Two entries, four heads that share two; the mask needs pairs hidden one by one."""
+    """A batch of two, four heads on two key heads, and a mask with partial blocks."""
     mask = masks.window(33, 7) | masks.sinks(2) if mask is None else mask
-    q, grad_out = (
-        normal(2, 4, q_len, head_dim, dtype=dtype, seed=1),
-        normal(2, 4, q_len, value_dim, dtype=dtype, seed=2),
-    )
-    k, v = (
-        normal(2, 2, kv_len, head_dim, dtype=dtype, seed=3),
-        normal(2, 2, kv_len, value_dim, dtype=dtype, seed=4),
-    )
+    q = normal(2, 4, q_len, head_dim, dtype=dtype, seed=1)
+    k = normal(2, 2, kv_len, head_dim, dtype=dtype, seed=3)
+    v = normal(2, 2, kv_len, value_dim, dtype=dtype, seed=4)
+    grad_out = normal(2, 4, q_len, value_dim, dtype=dtype, seed=2)
     grad_lse = normal(2, 4, q_len, dtype=torch.promote_types(dtype, torch.float32), seed=5)
-    return mask, Problem(
-        work_of(mask, 4), q, k, v, grad_out, grad_lse, scale=head_dim**-0.5, q_offset=q_offset
-    )
+    grads, scale = (grad_out, grad_lse), head_dim**-0.5
+    return mask, Problem(work_of(mask, 4), q, k, v, *grads, scale=scale, q_offset=q_offset)
 
 
 def by_token(x: Tensor) -> Tensor:
+    """The same tensor with the tokens outermost in memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def keep(x: Tensor) -> Tensor:
+    """The same tensor, contiguous."""
     return x.contiguous()

@@ -1,4 +1,4 @@
-"""The native functions of tapes over tensors, by a driver in C++."""
+"""The native functions of tapes, called on tensors by a driver in C++."""
 
 from __future__ import annotations
 
@@ -29,56 +29,65 @@ DRIVER = r"""
 #include "functions.h"
 using namespace native;
 static FunctionRoom room;
-static std::string said;
+static std::string error_message;
 template <class F> int guarded(const F& f) {
-  try { f(); return 0; } catch (const std::runtime_error& error) { said = error.what(); return 1; }
+  try {
+    f();
+    return 0;
+  } catch (const std::runtime_error& error) {
+    error_message = error.what();
+    return 1;
+  }
 }
-static Function read(const int64_t* code, int64_t count, const Array* operands, int64_t operand_count) {
+static Function read(const int64_t* code, int64_t count, const Array* operands,
+                     int64_t operand_count) {
   const int64_t* at = code;
   Function function = read_function(at, code + count);
   if (at != code + count) throw std::runtime_error("numbers are left over");
   check_operands(function, operands, operand_count);
   return function;
 }
-#define OF const int64_t* code, int64_t count, const Array* operands, int64_t operand_count, const int32_t* q, int lanes, \
-           const int32_t* k, int keys, int64_t b, int64_t h
+#define FUNCTION const int64_t* code, int64_t count, const Array* operands, int64_t operand_count
+#define POSITIONS const int32_t* q, int lanes, const int32_t* k, int keys, int64_t b, int64_t h
+#define READ read(code, count, operands, operand_count)
 #define TILE {b, h, q, lanes, k, keys}
 extern "C" {
 #define SHOWN __attribute__((visibility("default")))
-SHOWN const char* error_text() { return said.c_str(); }
-SHOWN int run_mask(OF, uint8_t* seen) {
-  return guarded([&] { mask(read(code, count, operands, operand_count), operands, TILE, seen, room); });
+SHOWN const char* error_text() { return error_message.c_str(); }
+SHOWN int run_mask(FUNCTION, POSITIONS, uint8_t* seen) {
+  return guarded([&] { mask(READ, operands, TILE, seen, room); });
 }
-SHOWN int run_score_f32(OF, float* scores, int ld) {
-  return guarded([&] { score(read(code, count, operands, operand_count), operands, TILE, scores, ld, room); });
+SHOWN int run_score_f32(FUNCTION, POSITIONS, float* scores, int ld) {
+  return guarded([&] { score(READ, operands, TILE, scores, ld, room); });
 }
-SHOWN int run_score_f64(OF, double* scores, int ld) {
-  return guarded([&] { score(read(code, count, operands, operand_count), operands, TILE, scores, ld, room); });
+SHOWN int run_score_f64(FUNCTION, POSITIONS, double* scores, int ld) {
+  return guarded([&] { score(READ, operands, TILE, scores, ld, room); });
 }
-SHOWN int run_backward_f32(OF, const float* scores, float* grads, int ld, float* const* sums) {
-  return guarded([&] {
-    score_backward(read(code, count, operands, operand_count), operands, TILE, scores, grads, ld, sums, room);
-  });
+SHOWN int run_backward_f32(FUNCTION, POSITIONS, const float* scores, float* grads, int ld,
+                           float* const* sums) {
+  return guarded([&] { score_backward(READ, operands, TILE, scores, grads, ld, sums, room); });
 }
-SHOWN int run_backward_f64(OF, const double* scores, double* grads, int ld, double* const* sums) {
-  return guarded([&] {
-    score_backward(read(code, count, operands, operand_count), operands, TILE, scores, grads, ld, sums, room);
-  });
+SHOWN int run_backward_f64(FUNCTION, POSITIONS, const double* scores, double* grads, int ld,
+                           double* const* sums) {
+  return guarded([&] { score_backward(READ, operands, TILE, scores, grads, ld, sums, room); });
 }
-SHOWN int run_classify(const int64_t* code, int64_t count, const Array* operands, int64_t operand_count, int64_t b, int64_t h,
-                       int64_t q0, int64_t q1, int64_t k0, int64_t k1, int* verdict) {
-  return guarded([&] { *verdict = classify(read(code, count, operands, operand_count), operands, b, h, q0, q1, k0, k1); });
+SHOWN int run_classify(FUNCTION, int64_t b, int64_t h, int64_t q0, int64_t q1, int64_t k0,
+                       int64_t k1, int* verdict) {
+  return guarded([&] { *verdict = classify(READ, operands, b, h, q0, q1, k0, k1); });
 }
-SHOWN void repeat_score(OF, float* scores, int ld, int times) {
-  const Function function = read(code, count, operands, operand_count);
+SHOWN void repeat_score(FUNCTION, POSITIONS, float* scores, int ld, int times) {
+  const Function function = READ;
   for (int i = 0; i < times; ++i) score(function, operands, TILE, scores, ld, room);
 }
-SHOWN void repeat_backward(OF, const float* scores, float* grads, int ld, float* const* sums, int times) {
-  const Function function = read(code, count, operands, operand_count);
-  for (int i = 0; i < times; ++i) score_backward(function, operands, TILE, scores, grads, ld, sums, room);
+SHOWN void repeat_backward(FUNCTION, POSITIONS, const float* scores, float* grads, int ld,
+                           float* const* sums, int times) {
+  const Function function = READ;
+  for (int i = 0; i < times; ++i) {
+    score_backward(function, operands, TILE, scores, grads, ld, sums, room);
+  }
 }
-SHOWN void repeat_mask(OF, uint8_t* seen, int times) {
-  const Function function = read(code, count, operands, operand_count);
+SHOWN void repeat_mask(FUNCTION, POSITIONS, uint8_t* seen, int times) {
+  const Function function = READ;
   for (int i = 0; i < times; ++i) mask(function, operands, TILE, seen, room);
 }
 }
@@ -89,23 +98,21 @@ class Array(ctypes.Structure):
     """native::Array."""
 
     _fields_ = (
-        ("data", ctypes.c_void_p), ("type", ctypes.c_int), ("dims", ctypes.c_int),
-        ("sizes", ctypes.c_int64 * 8), ("strides", ctypes.c_int64 * 8),
-    )  # fmt: skip
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        ("dims", ctypes.c_int),
+        ("sizes", ctypes.c_int64 * 8),
+        ("strides", ctypes.c_int64 * 8),
+    )
 
     @staticmethod
     def of(x: Tensor) -> Array:
-        return Array(
-            x.data_ptr(),
-            TYPES[x.dtype],
-            x.dim(),
-            (ctypes.c_int64 * 8)(*x.shape),
-            (ctypes.c_int64 * 8)(*x.stride()),
-        )
+        sizes, strides = (ctypes.c_int64 * 8)(*x.shape), (ctypes.c_int64 * 8)(*x.stride())
+        return Array(x.data_ptr(), TYPES[x.dtype], x.dim(), sizes, strides)
 
 
 class Native:
-    """The functions of the driver over tensors."""
+    """The functions of the driver, called on tensors."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -116,11 +123,12 @@ class Native:
     ) -> None:
         numbers = (ctypes.c_int64 * len(code))(*code)
         arrays = (Array * max(1, len(operands)))(*map(Array.of, operands))
-        passed = [numbers, ctypes.c_int64(len(code)), arrays, ctypes.c_int64(len(operands))]
+        passed: list[Any] = [numbers, ctypes.c_int64(len(code))]
+        passed += [arrays, ctypes.c_int64(len(operands))]
         for argument in arguments:
-            passed.append(
-                ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument
-            )
+            if isinstance(argument, Tensor):
+                argument = ctypes.c_void_p(argument.data_ptr())
+            passed.append(argument)
         if getattr(self.library, name)(*passed):
             raise RuntimeError(self.library.error_text().decode())
 
@@ -128,7 +136,7 @@ class Native:
         return q, len(q), k, len(k), ctypes.c_int64(b), ctypes.c_int64(h)
 
     def mask(self, graph: Graph, operands: Sequence[Tensor], q: Tensor, k: Tensor) -> Tensor:
-        """Of all pairs, (queries, keys)."""
+        """The mask of all pairs, (queries, keys)."""
         seen = torch.full((len(k), len(q)), 7, dtype=torch.uint8)
         self("run_mask", encode(graph, operands), operands, *self.tile(q, k), seen)
         assert seen.max() <= 1
@@ -137,17 +145,12 @@ class Native:
     def score(
         self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, q: Tensor, k: Tensor
     ) -> Tensor:
-        """Of scores (queries, keys) the new ones."""
+        """The new scores of all pairs, (queries, keys)."""
+        # Rows are padded by three numbers, which must stay.
         padded = torch.full((len(k), len(q) + 3), 5.0, dtype=scores.dtype)
         padded[:, : len(q)] = scores.T
-        self(
-            f"run_score_{kind(scores)}",
-            encode(graph, operands),
-            operands,
-            *self.tile(q, k),
-            padded,
-            len(q) + 3,
-        )
+        code, tile = encode(graph, operands), self.tile(q, k)
+        self(f"run_score_{kind(scores)}", code, operands, *tile, padded, len(q) + 3)
         assert (padded[:, len(q) :] == 5).all()
         return padded[:, : len(q)].T
 
@@ -168,20 +171,12 @@ class Native:
         places = (ctypes.c_void_p * max(1, len(sums)))(
             *(None if x is None else x.data_ptr() for x in sums)
         )
-        code = encode(graph, operands)
-        self(
-            f"run_backward_{kind(scores)}",
-            code,
-            operands,
-            *self.tile(q, k),
-            transposed,
-            grads,
-            len(q),
-            places,
-        )
+        code, buffers = encode(graph, operands), (transposed, grads, len(q), places)
+        self(f"run_backward_{kind(scores)}", code, operands, *self.tile(q, k), *buffers)
         return grads.T, sums
 
     def classify(self, graph: Graph, operands: Sequence[Tensor], q: range, k: range) -> int:
+        """The verdict on a block of pairs."""
         verdict = ctypes.c_int()
         bounds = map(ctypes.c_int64, (B, H, q[0], q[-1], k[0], k[-1]))
         self("run_classify", encode(graph, operands), operands, *bounds, ctypes.byref(verdict))
@@ -195,27 +190,23 @@ def kind(x: Tensor) -> str:
 def positions(count: int, seed: int, n: int = N) -> Tensor:
     """Ascending positions, some more than once."""
     generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randint(0, n, (count,), generator=generator)
-        .sort()
-        .values.to(torch.int32)
-        .contiguous()
-    )
+    numbers = torch.randint(0, n, (count,), generator=generator)
+    return numbers.sort().values.to(torch.int32).contiguous()
 
 
 def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    """b, h, q and kv as over_pairs takes them."""
+    """b, h, q and kv for over_pairs."""
     return torch.tensor([[B]]), torch.tensor([[H]]), q.long()[:, None], k.long()[None, :]
 
 
-def same(got: Tensor, want: Tensor, tolerance: float, why: str = "") -> None:
+def same(result: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """Assert that a result is within tolerance. what: its name, for the message."""
+
+    def message(text: str) -> str:
+        return f"{what}: {text}"
+
     torch.testing.assert_close(
-        got,
-        want,
-        rtol=tolerance,
-        atol=tolerance,
-        equal_nan=True,
-        msg=lambda message: f"{why}: {message}",
+        result, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
     )
 
 
@@ -249,8 +240,8 @@ def compare_scores(
     x = scores.clone().requires_grad_()
     expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k))
     expected = expected.broadcast_to(x.shape).to(dtype)
-    got = native.score(graph, operands, scores, q, k)
-    same(got, expected.detach(), tolerance, "scores")
+    computed = native.score(graph, operands, scores, q, k)
+    same(computed, expected.detach(), tolerance, "scores")
     # 2. Gradients of the scores and of the operands.
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
     grad[0, 0] = 0
@@ -269,17 +260,23 @@ def compare_scores(
 
 
 def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int) -> int:
-    """Answers for pairs are the graph's; verdicts on blocks agree with them. Returns how many blocks are decided."""
+    """Compare the mask with its graph's, and verdicts on blocks with the mask.
+
+    Returns how many blocks are decided: empty or full.
+    """
     graph, operands = trace_mask_mod(mod)
     q, k = positions(lanes, 0), positions(keys, 1)
-    want = over_pairs(
-        lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k)
-    ).broadcast_to(lanes, keys)
-    assert torch.equal(native.mask(graph, operands, q, k), want)
+    # 1. Pairs.
+    expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k))
+    computed = native.mask(graph, operands, q, k)
+    assert torch.equal(computed, expected.broadcast_to(lanes, keys))
+    # 2. Blocks of several sizes at all places.
     whole = torch.arange(N, dtype=torch.int32)
     everywhere = native.mask(graph, operands, whole, whole)
     decided = 0
-    blocks = [range(at, at + size) for size in (1, 2, 5, 8) for at in range(0, N, size)]
+    blocks: list[range] = []
+    for size in (1, 2, 5, 8):
+        blocks += [range(start, start + size) for start in range(0, N, size)]
     for rows, columns in itertools.product(blocks, blocks):
         if len(rows) != len(columns):
             continue
@@ -301,17 +298,7 @@ def build_driver(folder: Path) -> Native:
     library = folder / "driver.so"
     names = ("functions.cpp", "function_bounds.cpp", "function_loops.cpp")
     units = [folder / "driver.cpp", *(SOURCES / name for name in names)]
-    warnings = ("-Wall", "-Wextra", "-Werror")
-    command = [
-        *compiler,
-        "-O3",
-        *FLAGS,
-        *warnings,
-        f"-I{SOURCES}",
-        "-shared",
-        *units,
-        "-o",
-        library,
-    ]
+    flags = ("-O3", *FLAGS, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-shared")
+    command = [*compiler, *flags, *units, "-o", library]
     subprocess.run(list(map(str, command)), check=True)
     return Native(ctypes.CDLL(str(library)))

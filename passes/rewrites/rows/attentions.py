@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from ... import arguments
-from .readers import example_value
+from .calls import example_value
 
 aten = torch.ops.aten
 
@@ -47,9 +47,6 @@ class Attention:
     flops: Callable[..., float]
 
 
-_ATTENTIONS: dict[Any, Attention] = {}
-
-
 def all_pairs(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> float:
     """The flops of every query with every key."""
     pairs = query[..., 0].numel() * key.shape[-2]
@@ -73,17 +70,24 @@ def attention(
     if not targets:
         raise ValueError(
             "targets must be what graphs call, at least one; got none. "
-            "Give an operator, as torch.ops.mine.attend.default"
+            "Give an operator, as torch.ops.example.attend.default"
         )
     for name, value in (("read", read), ("reach", reach), ("part", part), ("flops", flops)):
         arguments.function(name, value)
     registered = Attention(str(targets[0]), read, reach, part, flops)
+    _ATTENTIONS.update(_by_target(registered, targets))
+    return registered
+
+
+def _by_target(attention: Attention, targets: Sequence[Any]) -> dict[Any, Attention]:
+    """An attention by what graphs call, and by its name.
+
+    An operator is called by its overload or, in Dynamo's graphs, by its packet.
+    """
     packets = [
         target.overloadpacket for target in targets if isinstance(target, torch._ops.OpOverload)
     ]
-    for key in (*targets, *packets, registered.name):
-        _ATTENTIONS[key] = registered
-    return registered
+    return dict.fromkeys((*targets, *packets, attention.name), attention)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def call(result: Node) -> Call | None:
     attention = _ATTENTIONS.get(node.target) if node.op == "call_function" else None
     if attention is None or isinstance(example_value(node), Tensor) != (node is result):
         return None
+    # Its options, if all of them can be written as text.
     try:
         bound = inspect.signature(attention.read).bind(*node.args, **node.kwargs)
     except TypeError:
@@ -133,7 +138,7 @@ def parse(text: str) -> tuple[Attention, dict[str, Any]]:
     name, options = ast.literal_eval(text)
     if name not in _ATTENTIONS:
         raise KeyError(
-            f"{name} is no attention that stream_qkv knows. Import the module that registers it"
+            f"{name} is no attention registered for stream_qkv. Import the module that registers it"
         )
     return _ATTENTIONS[name], options
 
@@ -213,4 +218,7 @@ def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor
     return out.to(left[0].dtype)
 
 
-attention(*_SCALED_DOT_PRODUCT, read=_read, reach=_reach, part=_part)
+# The attentions by what graphs call. `attention` adds to them.
+_ATTENTIONS: dict[Any, Attention] = _by_target(
+    Attention(str(_SCALED_DOT_PRODUCT[0]), _read, _reach, _part, all_pairs), _SCALED_DOT_PRODUCT
+)

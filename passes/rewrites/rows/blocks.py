@@ -6,8 +6,7 @@
         └────────────────────────────────────────────────────────────── add ┴───────── add ┘
 
 Everything but the attention becomes recipes: query, key and value from x and from what has the
-tokens as rows (a rotary embedding's angles); the result from those and the joined heads. Heads are
-recognized by a view's strides, however they were packed and split.
+tokens as rows (a rotary embedding's angles); the result from those and the joined heads.
 
 Which dims are batch, heads, tokens and features follows from the attention's call. From there a
 primitive keeps the dims of its operands, aligned from the last one on, a linear's weight has none
@@ -16,33 +15,18 @@ of them (readers.roles), and a view has those of its strides.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from . import attentions, growing
-from .growing import is_contiguous, is_interrupted, is_rows, is_static, row_inputs, sizes, sizes_of
-from .readers import example_value, is_along_rows, primitive_of, read, roles, tensor_of
-from .recipes import Recipe, Step
-
-aten = torch.ops.aten
-_TRANSPOSES = {"transpose", "swapaxes", torch.transpose, aten.transpose.int}
-_PERMUTES = {"permute", torch.permute, aten.permute.default}
-_RESHAPES = {
-    *("view", "reshape", "flatten", "contiguous", torch.reshape, torch.flatten),
-    *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default),
-}
-_SPLITS = {
-    *("chunk", "split", "unbind", "unflatten", "unsqueeze"),
-    *(torch.chunk, torch.split, torch.functional.split, torch.unbind, torch.unflatten),
-    *(aten.chunk.default, aten.split.Tensor, aten.unbind.int, aten.unflatten.int),
-    *(aten.select.int, operator.getitem, aten.slice.Tensor),
-}
-_VIEWS = _TRANSPOSES | _PERMUTES | _RESHAPES | _SPLITS
+from .block_recipes import Writer
+from .calls import example_value
+from .growing import is_contiguous, is_interrupted, is_static, row_inputs, sizes_of
+from .heads import RESHAPES, VIEWS, Dims, swaps_tokens_and_heads, viewed
+from .readers import primitive_of, read, roles
+from .recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ def find(graph: Graph) -> Iterator[Block]:
         if call is None or not _is_self_attention(call):
             continue
         batch, _, tokens, _ = sizes_of(node)
-        block = _Search(nodes, call, batch, tokens, claimed).block()
+        block = _Search(nodes, call, Dims(batch, tokens), claimed).block()
         if block is not None:
             claimed.update(block.nodes)
             yield block
@@ -98,14 +82,12 @@ def _is_self_attention(call: attentions.Call) -> bool:
 class _Search:
     """The search for a block around one attention.
 
-    batch, tokens: its sizes, as numbers or as sympy expressions
     claimed: nodes that belong to other blocks
     """
 
     nodes: list[Node]
     call: attentions.Call
-    batch: Any
-    tokens: Any
+    dims: Dims
     claimed: set[Node]
     order: dict[Node, int] = field(init=False)
 
@@ -115,11 +97,11 @@ class _Search:
     def block(self) -> Block | None:
         # 1. From the attention forward, to its joined heads.
         joined = self._joined()
-        # 2. From the attention back, to the linears that make query, key and value.
+        # 2. From the attention back, to the linears of query, key and value.
         linears: list[int] = []
         for head in self.call.heads:
             for node in self._views_of_rows(head):
-                base = self._base(node)
+                base = self.dims.base(node)
                 if base is not None:
                     linears.append(self.order[base[0]])
         if joined is None or not linears:
@@ -133,52 +115,31 @@ class _Search:
     def _joined(self) -> list[Node] | None:
         """The nodes from the attention to its heads joined: (batch, tokens, heads * features)."""
         _, heads, _, features = sizes_of(self.call.result)
-        shape = (self.batch, self.tokens, heads * features)
+        shape = (self.dims.batch, self.dims.tokens, heads * features)
         chain = [self.call.result]
         while len(chain[-1].users) == 1 and sizes_of(chain[-1]) != shape:
             (user,) = chain[-1].users
             is_expected = (
-                _swaps_tokens_and_heads(user) if len(chain) == 1 else user.target in _RESHAPES
+                swaps_tokens_and_heads(user) if len(chain) == 1 else user.target in RESHAPES
             )
             if not is_expected:
                 return None
             chain.append(user)
-        return chain if len(chain) > 2 and self._is_rows(chain[-1]) else None
+        return chain if len(chain) > 2 and self.dims.is_rows(chain[-1]) else None
 
     def _views_of_rows(self, node: Node) -> list[Node]:
         """The views of rows that a query, key or value is computed from.
 
         The node itself, or the operands of a rotary embedding.
         """
-        if self._base(node) is not None:
+        if self.dims.base(node) is not None:
             return [node]
         call = read(node)
         views: dict[Node, None] = {}
         for operand in () if call is None else call.operands:
-            if self._is_heads(operand):
+            if self.dims.is_heads(operand):
                 views.update(dict.fromkeys(self._views_of_rows(operand)))
         return list(views)
-
-    def _base(self, node: Node) -> tuple[Node, int] | None:
-        """The rows that a node views as heads, and its first feature."""
-        base: Any = node
-        while isinstance(base, Node) and base.target in _VIEWS:
-            base = _viewed(base)
-        # A view's strides identify its dims only if the rows are laid out as usual.
-        if not self._is_rows(base) or not self._is_heads(node) or not is_contiguous(base):
-            return None
-        view, rows = example_value(node), example_value(base)
-        if view.untyped_storage()._cdata != rows.untyped_storage()._cdata:
-            return None
-        features = sizes(rows.shape)[-1]
-        _, heads, _, head_features = sizes(view.shape)
-        (start,) = sizes([view.storage_offset() - rows.storage_offset()])
-        strides = (self.tokens * features, head_features, features, 1)
-        if not isinstance(start, int) or sizes(view.stride()) != strides:
-            return None
-        if start + heads * head_features > features:
-            return None
-        return base, start
 
     def _members(self, joined: Sequence[Node], first: int) -> list[Node]:
         """The nodes of the block, up to its last possible result.
@@ -191,15 +152,15 @@ class _Search:
         for end in self.nodes[self.order[joined[-1]] + 1 :]:
             if attentions.call(end) is not None:
                 break
-            if not self._is_rows(end) or not self._works(end):
+            if not self.dims.is_rows(end) or not self._works(end):
                 continue
             members = self._grown_back(end, first, inner)
             inputs = self._inputs(members)
             is_narrow = _row_width(end) <= max(map(_row_width, inputs))
-            takes_heads = any(map(self._is_heads, inputs))
+            takes_heads = any(map(self.dims.is_heads, inputs))
             if self.call.operator in members and is_narrow and not takes_heads:
                 best = members
-        # Of the cheap nodes before the first linear, keep as many as make the inputs narrowest.
+        # Before the first linear, cut where the inputs are narrowest.
         before = [node for node in best if self.order[node] < first]
         cuts = [best[start:] for start in range(len(before) + 1)]
         return min(cuts, key=lambda part: sum(map(_row_width, self._inputs(part))))
@@ -213,7 +174,7 @@ class _Search:
                 return True
             if self.order[node] < first:
                 return False
-            return works or node in inner or node.target in _VIEWS
+            return works or node in inner or node.target in VIEWS
 
         nodes = self.nodes[: self.order[end] + 1]
         return growing.grow_back(nodes, accepts, self.claimed, _shared_operands)
@@ -224,40 +185,40 @@ class _Search:
         Its other operands have the tokens as rows, or are shared by all tokens and static.
         """
         operands = roles(node)
-        if operands is None or not (self._is_rows(node) or self._is_heads(node)):
+        if operands is None or not (self.dims.is_rows(node) or self.dims.is_heads(node)):
             return False
-        is_same = self._is_rows if self._is_rows(node) else self._is_heads
+        is_same = self.dims.is_rows if self.dims.is_rows(node) else self.dims.is_heads
         if not any(map(is_same, operands.rows)) or not all(map(is_static, operands.shared)):
             return False
-        return all(is_same(row) or self._is_by_token(row) for row in operands.rows)
+        return all(is_same(row) or self.dims.is_by_token(row) for row in operands.rows)
 
     def _inputs(self, members: Sequence[Node]) -> list[Node]:
         """The row operands from outside, those of (batch, tokens, features) first."""
         inputs = row_inputs(members, self._row_operands)
-        return sorted(inputs, key=lambda node: not self._is_rows(node))
+        return sorted(inputs, key=lambda node: not self.dims.is_rows(node))
 
     def _row_operands(self, node: Node) -> Sequence[Node]:
         if node is self.call.operator:
             return self.call.heads
         if node is self.call.result:
             return ()
-        if node.target in _VIEWS:
-            viewed = _viewed(node)
-            return (viewed,) if isinstance(viewed, Node) else ()
+        if node.target in VIEWS:
+            operand = viewed(node)
+            return (operand,) if isinstance(operand, Node) else ()
         return growing.row_operands(node)
 
     def _written(self, members: list[Node], joined: Sequence[Node]) -> Block | None:
         """Write members as recipes; None if that is not possible."""
         rows = self._inputs(members)
-        if not rows or not self._is_rows(rows[0]):
+        if not rows or not self.dims.is_rows(rows[0]):
             return None
-        if not all(self._is_rows(node) or self._is_by_token(node) for node in rows):
+        if not all(self.dims.is_rows(node) or self.dims.is_by_token(node) for node in rows):
             return None
         # 1. One recipe for each of query, key, value and result. They share their inputs.
         shared: list[Node] = []
-        writers: list[_Writer] = []
+        writers: list[Writer] = []
         for target in (*self.call.heads, members[-1]):
-            writer = _Writer(self, members, rows, shared, joined[-1])
+            writer = Writer(self.dims, members, rows, shared, joined[-1])
             writers.append(writer)
             if writer.write(target) is None or not writer.steps:
                 return None
@@ -282,137 +243,12 @@ class _Search:
             row_bytes=max(live[1], live[2], live[0] + live[3]),
         )
 
-    def _is_rows(self, node: Any) -> bool:
-        """Whether a node's value is (batch, tokens, features)."""
-        return is_rows(node, (self.batch, self.tokens))
-
-    def _is_heads(self, node: Any) -> bool:
-        """Whether a node's value is (batch, heads, tokens, features)."""
-        shape = sizes_of(node)
-        if len(shape) != 4 or shape[::2] != (self.batch, self.tokens):
-            return False
-        return isinstance(shape[1], int) and isinstance(shape[3], int)
-
-    def _is_by_token(self, node: Any) -> bool:
-        """Whether a value has the tokens as rows: (1, ..., tokens, features), or (batch, 1, ...).
-
-        It is the same for every batch entry and head, or for every head.
-        """
-        shape = sizes_of(node)
-        if len(shape) < 2 or shape[-2] != self.tokens or not isinstance(shape[-1], int):
-            return False
-        if all(size == 1 for size in shape[:-2]):
-            return True
-        return len(shape) == 4 and shape[:2] == (self.batch, 1)
-
-
-@dataclass
-class _Writer:
-    """Writes the steps of one recipe.
-
-    joined: the node of the joined heads, an input of the result's recipe
-    shared: inputs so far; extended
-    names: of the recipe's values, by the nodes that they stand for
-    """
-
-    search: _Search
-    members: list[Node]
-    rows: list[Node]
-    shared: list[Node]
-    joined: Node
-    steps: list[Step] = field(default_factory=list)
-    names: dict[Node, str] = field(default_factory=dict)
-
-    def write(self, node: Node) -> str | None:
-        """Write the steps that lead to a value, and return its name; None if there are none."""
-        if node in self.names:
-            return self.names[node]
-        if node in self.rows or node is self.joined:
-            return f"x{[*self.rows, self.joined].index(node)}"
-        if node not in self.members:
-            return None
-        base = self.search._base(node)
-        if base is not None:
-            return self._heads(node, *base)
-        call = read(node)
-        if call is None:
-            return None
-        operands: list[Any] = []
-        for place, operand in enumerate(call.operands):
-            operands.append(self._operand(call.primitive, place, operand))
-            if operands[-1] is None and isinstance(operand, Node):
-                return None
-        if not call.primitive:  # its value is its operand's
-            return str(operands[0])
-        self.names[node] = self._step(call.primitive, operands, call.options)
-        return self.names[node]
-
-    def _operand(self, primitive: str, place: int, operand: Any) -> Any:
-        """The name of an operand by its role; a number or None as it is."""
-        if not isinstance(operand, Node):
-            return operand
-        source = tensor_of(operand)
-        if is_along_rows(primitive, place, source):
-            return self.write(source)
-        return self._shared(source)
-
-    def _shared(self, node: Node) -> str:
-        if node not in self.shared:
-            self.shared.append(node)
-        return f"w{self.shared.index(node)}"
-
-    def _heads(self, node: Node, base: Node, start: int) -> str | None:
-        """Write heads as a view of rows; of a packed linear, only their part is computed.
-
-        base: the rows
-        start: where in the rows' features the heads begin
-        """
-        _, heads, _, features = sizes_of(node)
-        call = read(base) if base in self.members else None
-        if call is not None and call.primitive == "linear":
-            primitive = "linear_part"
-            operands = [
-                self._operand("linear", place, operand)
-                for place, operand in enumerate(call.operands)
-            ]
-        else:
-            primitive, operands = "narrow", [self.write(base)]
-        if operands[0] is None:
-            return None
-        part = self._step(primitive, operands, {"start": start, "length": heads * features})
-        self.names[node] = self._step("split_heads", [part], {"heads": heads})
-        return self.names[node]
-
-    def _step(self, primitive: str, operands: list[Any], options: dict[str, Any]) -> str:
-        """Append a step, and return the name of its result."""
-        name = f"v{len(self.steps)}"
-        self.steps.append(Step(name, primitive, tuple(operands), tuple(options.items())))
-        return name
-
 
 def _shared_operands(node: Node) -> Sequence[Node]:
     """The operands that all tokens share; a view has none."""
-    return () if node.target in _VIEWS else growing.shared_operands(node)
-
-
-def _swaps_tokens_and_heads(node: Node) -> bool:
-    """Whether a call swaps dims 1 and 2 of 4."""
-    dims: Any = node.args[1:]
-    if len(dims) == 1 and isinstance(dims[0], (list, tuple)):
-        dims = dims[0]
-    if not all(isinstance(dim, int) for dim in dims):
-        return False
-    dims = [dim % 4 for dim in dims]
-    if node.target in _TRANSPOSES:
-        return sorted(dims) == [1, 2]
-    return node.target in _PERMUTES and dims == [0, 2, 1, 3]
-
-
-def _viewed(view: Node) -> Any:
-    """The operand of a view, which may be a keyword argument."""
-    return view.args[0] if view.args else view.kwargs.get("input")
+    return () if node.target in VIEWS else growing.shared_operands(node)
 
 
 def _row_width(node: Node) -> int:
-    """Bytes of a row: the last dim of rows, of heads, and of values by token is their features."""
+    """Bytes of a row: the last dim of every value is its features."""
     return growing.row_width(node, row_dims=1)

@@ -1,4 +1,4 @@
-"""What passes that work in chunks of rows share: the size of a chunk, and replacing nodes."""
+"""Chunks of rows, and replacing nodes: what passes in chunks share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from ... import arguments
 from ...allocators import give_back_freed_memory
-from ...analysis.liveness import source_of
+from ...analysis.sources import source_of
 from ...protocol import Stage
 
 

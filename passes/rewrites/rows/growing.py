@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...analysis.effects import writes
-from .readers import example_value, roles
+from .calls import example_value
+from .readers import roles
 from .recipes import Recipe
 
 # They change the meaning of the nodes after them.
@@ -92,9 +93,11 @@ def is_interrupted(nodes: Sequence[Node], members: Sequence[Node]) -> bool:
 def agrees(
     recipe: Recipe, rows: Sequence[Tensor], shared: Sequence[Tensor], names: Mapping[Node, str]
 ) -> bool:
-    """Whether a recipe's values have the features and dtypes of the trace; not under autocast, say.
+    """Whether a recipe's values have the features and dtypes of the trace.
 
-    names: of the recipe's values, by the nodes that they stand for
+    They do not if autocast converts operands.
+
+    names: of the recipe's values, by their nodes
     """
     try:
         kinds = recipe.kinds(rows, shared)
@@ -137,7 +140,7 @@ def is_contiguous(node: Node) -> bool:
 
 
 def sizes_of(node: Any) -> tuple[Any, ...]:
-    """The sizes of a node's tensor, as `sizes` gives them; () for any other value."""
+    """The sizes of a node's tensor, converted by `sizes`; () for any other value."""
     value = example_value(node) if isinstance(node, Node) else None
     return sizes(value.shape) if isinstance(value, Tensor) else ()
 

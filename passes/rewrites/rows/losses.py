@@ -1,6 +1,7 @@
-"""Linear and cross entropy as one operator in chunks of tokens: no logits of all tokens.
+"""Linear and cross entropy as one operator in chunks of tokens.
 
-Forward saves its operands only; backward computes a chunk's logits again. The gradient of a token
+The logits of all tokens never exist. Forward saves its operands only; backward computes a chunk's
+logits again. The gradient of a token
 of class t by its logits is, with weights w of classes and a share s of smoothing,
 
     (1 - s) w_t (softmax - onehot_t) + s / classes (softmax sum_c w_c - w)
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .chunks import chunks
-from .recipes import add_product, zero_sum
+from .gradients import add_product, zero_sum
 
 
 @torch.library.custom_op("passes::linear_cross_entropy", mutates_args=())
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     chunk_rows: tokens of a chunk
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    # 1. The loss of each token.
     losses = torch.empty(len(x), dtype=wide, device=x.device)
     class_weight = None if class_weight is None else class_weight.to(wide)
     for chunk in chunks(len(x), chunk_rows, x.device):
@@ -53,6 +55,7 @@ def linear_cross_entropy(
             reduction="none",
             label_smoothing=label_smoothing,
         )
+    # 2. The reduction: a mean is weighted by the classes' weights.
     if reduction == "mean":
         losses = losses.sum() / _token_weights(target, class_weight, ignore_index, wide).sum()
     elif reduction == "sum":
@@ -82,16 +85,16 @@ def linear_cross_entropy_backward(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     class_weight = None if class_weight is None else class_weight.to(wide)
+    # 1. The factors of a token's two terms, see the top of the file.
     token_weights = _token_weights(target, class_weight, ignore_index, wide)
     grad = grad.to(wide)
     if reduction == "mean":
         grad = grad / token_weights.sum()
-    # The factors of a token's two terms, see the top of the file.
     hard = token_weights * (1 - label_smoothing) * grad
     soft = (target != ignore_index) * (label_smoothing / len(weight)) * grad
     if class_weight is None:
         class_weight = torch.ones(len(weight), dtype=wide, device=x.device)
-
+    # 2. The gradients: of x chunk by chunk, of weight and bias as sums.
     x_grad = x.new_empty(x.shape) if needs_grad[0] else None
     weight_grad = zero_sum(weight) if needs_grad[1] else None
     bias_grad = zero_sum(weight[:, 0]) if needs_grad[2] else None

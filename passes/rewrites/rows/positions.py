@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...analysis.effects import writes
-from .readers import example_value
+from .calls import example_value
 
 aten = torch.ops.aten
 
@@ -68,13 +68,14 @@ class Sum:
 # A mask: True where all of these are at least 0. The empty one is True everywhere.
 Conditions = tuple[Sum, ...]
 _Read = Sum | Conditions | None
-_RULES: dict[Any, Callable[..., _Read]] = {}
+# Called with a node's traced value and arguments; a call that does not bind is not read.
+Rule = Callable[..., _Read]
 
 
 def conditions(mask: Node) -> Conditions | None:
     """Read a boolean mask as conditions.
 
-    None if it depends on anything but indices, or is computed in a way not known here.
+    None if it depends on anything but indices, or calls an operator that is not in the table.
     """
     read = _read(mask)
     return read if isinstance(read, tuple) and not _is_written_to(mask) else None
@@ -99,7 +100,7 @@ def _is_written_to(mask: Node) -> bool:
 
 
 def _read(node: Any) -> _Read:
-    """Read a node's value: integers as a Sum, a mask as Conditions; None for anything else."""
+    """Read integers as a Sum, a mask as Conditions, anything else as None."""
     if isinstance(node, int) and not isinstance(node, bool):
         return Sum({}, node)
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
@@ -114,6 +115,7 @@ def _read(node: Any) -> _Read:
     except TypeError:
         return None
     read = rule(*bound.args, **bound.kwargs)
+    # Integers are sums, booleans are conditions: a rule may give either.
     if isinstance(read, Sum):
         return read.within(value.shape) if value.dtype != torch.bool else None
     if read is None or value.dtype != torch.bool:
@@ -125,20 +127,6 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _rule(*targets: Any) -> Callable[[Callable[..., _Read]], Callable[..., _Read]]:
-    """Register a rule for calls of `targets`.
-
-    It is called with the node's traced value and arguments; a call that does not bind is not read.
-    """
-
-    def register(rule: Callable[..., _Read]) -> Callable[..., _Read]:
-        _RULES.update(dict.fromkeys(targets, rule))
-        return rule
-
-    return register
-
-
-@_rule(torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _arange(result: Tensor, *bounds: Any, **settings: Any) -> _Read:
     if {"start", "end", "step", "out"} & settings.keys():
         return None
@@ -149,33 +137,25 @@ def _arange(result: Tensor, *bounds: Any, **settings: Any) -> _Read:
     return Sum({1: step}, start)
 
 
-@_rule(torch.ones, aten.ones.default, "new_ones", aten.new_ones.default)
 def _ones(result: Tensor, *arguments: Any, **settings: Any) -> _Read:
     return ()
 
 
-@_rule(torch.full, aten.full.default)
 def _full(result: Tensor, size: Any, fill_value: Any, **settings: Any) -> _Read:
     return () if fill_value is True else None
 
 
-@_rule(
-    *("to", "long", "int", "bool", "contiguous", "clone", torch.clone),
-    *(aten.clone.default, aten._to_copy.default, aten.to.dtype),
-)
 def _same(result: Tensor, x: Any, *arguments: Any, **settings: Any) -> _Read:
     read = _read(x)
     # Not a conversion between integers and masks.
     return read if isinstance(read, tuple) == (result.dtype == torch.bool) else None
 
 
-@_rule("unsqueeze", torch.unsqueeze, aten.unsqueeze.default)
 def _unsqueeze(result: Tensor, x: Any, dim: int) -> _Read:
     new = result.ndim - dim % result.ndim
     return _moved(x, {axis: axis + (axis >= new) for axis in range(1, result.ndim)})
 
 
-@_rule(operator.getitem)
 def _getitem(result: Tensor, x: Any, index: Any) -> _Read:
     """Read an index of None, ":" and "..."."""
     items = list(index) if isinstance(index, tuple) else [index]
@@ -192,7 +172,6 @@ def _getitem(result: Tensor, x: Any, index: Any) -> _Read:
     return _moved(x, dict(enumerate(old_axes, start=1)))
 
 
-@_rule("view", "reshape", torch.reshape, aten.view.default, aten.reshape.default)
 def _reshape(result: Tensor, x: Any, *shape: Any) -> _Read:
     """Read a reshape that only adds axes of one element."""
     value = example_value(x)
@@ -202,7 +181,6 @@ def _reshape(result: Tensor, x: Any, *shape: Any) -> _Read:
     return _moved(x, {1: axes[0]})
 
 
-@_rule("expand", aten.expand.default, "expand_as", torch.broadcast_to, "broadcast_to")
 def _expand(result: Tensor, x: Any, *shape: Any, **settings: Any) -> _Read:
     return _read(x)
 
@@ -217,12 +195,10 @@ def _moved(x: Any, to: Mapping[int, int]) -> _Read:
     return tuple(condition.moved(to) for condition in read)
 
 
-@_rule(operator.add, torch.add, "add", aten.add.Tensor)
 def _add(result: Tensor, x: Any, y: Any) -> _Read:
     return _sum(x, y, 1)
 
 
-@_rule(operator.sub, torch.sub, "sub", aten.sub.Tensor)
 def _sub(result: Tensor, x: Any, y: Any) -> _Read:
     return _sum(x, y, -1)
 
@@ -235,26 +211,18 @@ def _sum(x: Any, y: Any, factor: int) -> Sum | None:
     return first + second.times(factor)
 
 
-# x OP y where factor * (x - y) - least >= 0.
-for _name, _factor, _least in (("ge", 1, 0), ("gt", 1, 1), ("le", -1, 0), ("lt", -1, 1)):
+def _comparison(factor: int, least: int) -> Rule:
+    """x OP y where factor * (x - y) - least >= 0."""
 
-    def _compare(
-        result: Tensor, x: Any, y: Any, factor: int = _factor, least: int = _least
-    ) -> _Read:
+    def rule(result: Tensor, x: Any, y: Any) -> _Read:
         difference = _sum(x, y, -1)
         if difference is None:
             return None
         return (difference.times(factor) + Sum({}, -least),)
 
-    _packet = getattr(aten, _name)
-    _functions = (getattr(operator, _name), getattr(torch, _name))
-    _rule(*_functions, _name, _packet.Tensor, _packet.Scalar)(_compare)
+    return rule
 
 
-@_rule(
-    operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", "bitwise_and", "__and__",
-    aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor,
-)  # fmt: skip
 def _and(result: Tensor, x: Any, y: Any) -> _Read:
     first, second = _read(x), _read(y)
     if not isinstance(first, tuple) or not isinstance(second, tuple):
@@ -262,10 +230,6 @@ def _and(result: Tensor, x: Any, y: Any) -> _Read:
     return first + second
 
 
-@_rule(
-    operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not",
-    aten.logical_not.default, aten.bitwise_not.default,
-)  # fmt: skip
 def _not(result: Tensor, x: Any) -> _Read:
     read = _read(x)
     # Of several conditions the negation is an "or", which no conditions express.
@@ -274,7 +238,6 @@ def _not(result: Tensor, x: Any) -> _Read:
     return (read[0].times(-1) + Sum({}, -1),)
 
 
-@_rule(torch.tril, "tril", aten.tril.default)
 def _tril(result: Tensor, x: Any, diagonal: Any = 0) -> _Read:
     read = _read(x)
     if not isinstance(read, tuple) or not isinstance(diagonal, int):
@@ -282,9 +245,36 @@ def _tril(result: Tensor, x: Any, diagonal: Any = 0) -> _Read:
     return (*read, Sum({2: 1, 1: -1}, diagonal))
 
 
-@_rule(torch.triu, "triu", aten.triu.default)
 def _triu(result: Tensor, x: Any, diagonal: Any = 0) -> _Read:
     read = _read(x)
     if not isinstance(read, tuple) or not isinstance(diagonal, int):
         return None
     return (*read, Sum({2: -1, 1: 1}, -diagonal))
+
+
+# Each rule with what graphs call: functions and operators, methods by name.
+_TABLE: tuple[tuple[Rule, tuple[Any, ...]], ...] = (
+    (_arange, (torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step)),
+    (_ones, (torch.ones, aten.ones.default, "new_ones", aten.new_ones.default)),
+    (_full, (torch.full, aten.full.default)),
+    (_same, ("to", "long", "int", "bool", aten._to_copy.default, aten.to.dtype)),
+    (_same, ("contiguous", "clone", torch.clone, aten.clone.default)),
+    (_unsqueeze, ("unsqueeze", torch.unsqueeze, aten.unsqueeze.default)),
+    (_getitem, (operator.getitem,)),
+    (_reshape, ("view", "reshape", torch.reshape, aten.view.default, aten.reshape.default)),
+    (_expand, ("expand", aten.expand.default, "expand_as", torch.broadcast_to, "broadcast_to")),
+    (_add, (operator.add, torch.add, "add", aten.add.Tensor)),
+    (_sub, (operator.sub, torch.sub, "sub", aten.sub.Tensor)),
+    (_comparison(1, 0), (operator.ge, torch.ge, "ge", aten.ge.Tensor, aten.ge.Scalar)),
+    (_comparison(1, 1), (operator.gt, torch.gt, "gt", aten.gt.Tensor, aten.gt.Scalar)),
+    (_comparison(-1, 0), (operator.le, torch.le, "le", aten.le.Tensor, aten.le.Scalar)),
+    (_comparison(-1, 1), (operator.lt, torch.lt, "lt", aten.lt.Tensor, aten.lt.Scalar)),
+    (_and, (operator.and_, "__and__", aten.__and__.Tensor)),
+    (_and, (torch.logical_and, "logical_and", aten.logical_and.default)),
+    (_and, (torch.bitwise_and, "bitwise_and", aten.bitwise_and.Tensor)),
+    (_not, (operator.invert, torch.logical_not, "logical_not", aten.logical_not.default)),
+    (_not, (torch.bitwise_not, "bitwise_not", aten.bitwise_not.default)),
+    (_tril, (torch.tril, "tril", aten.tril.default)),
+    (_triu, (torch.triu, "triu", aten.triu.default)),
+)
+_RULES: dict[Any, Rule] = {target: rule for rule, targets in _TABLE for target in targets}

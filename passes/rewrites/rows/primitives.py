@@ -1,7 +1,7 @@
 """Row-wise primitives: the forward of each, its backward by hand, and what that backward reads.
 
-By hand, because a chunk inside a custom op runs below autograd, and because it says what need not
-be recomputed: a linear's backward reads its operands and never its result, so the last linear of an
+By hand, because a chunk inside a custom op runs below autograd, and because it determines what is
+recomputed: a linear's backward reads its operands and never its result, so the last linear of an
 MLP is not run again.
 
 A value is (..., features): no primitive mixes its leading dims, the rows. Operands are such values,
@@ -62,7 +62,7 @@ def _layer_norm_backward(
     grad: Tensor, _: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
 ) -> Gradients:
     _, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-    # The kernel would sum the weight's and the bias's gradient over rows; recipes.py does.
+    # The kernel would sum the weight's and the bias's gradient over rows; gradients.py does.
     x_only = [True, False, False]
     x_grad, _, _ = aten.native_layer_norm_backward(
         grad, x, x.shape[-1:], mean, rstd, weight, bias, x_only
@@ -134,7 +134,7 @@ def _unary(
 
 
 def _linear_backward(*_: Any) -> Gradients:
-    raise AssertionError("recipes.py adds a linear's gradients to their sums in place")
+    raise AssertionError("gradients.py adds a linear's gradients to their sums in place")
 
 
 PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from .calls import example_value
 from .growing import (
     agrees,
     grow_back,
@@ -33,8 +34,9 @@ from .growing import (
     shared_operands,
     sizes_of,
 )
-from .readers import example_value, is_along_rows, primitive_of, read, roles, tensor_of
-from .recipes import Recipe, Step
+from .readers import is_along_rows, primitive_of, read, roles, tensor_of
+from .recipes import Recipe
+from .steps import Step
 
 # Primitives whose result is narrower than their operands: regions end there, or a little later.
 _ENDS = {"linear", "logsumexp", "argmax"}
@@ -88,7 +90,7 @@ def find(graph: Graph) -> Iterator[Region]:
 
 
 def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region | None:
-    """The region around the result that node `number` makes narrow; None if there is none."""
+    """The region whose result node `number` narrows; None if there is none."""
     call = read(nodes[number])
     if call is None or call.primitive not in _ENDS or not is_rows(call.operands[0], None):
         return None
@@ -128,6 +130,7 @@ def _grow_forward(members: list[Node], lead: Lead) -> list[Node]:
     """Append what is done to the result only, as a residual's add."""
     while members and len(members[-1].users) == 1:
         (user,) = members[-1].users
+        # A cheap call whose other operands the region has already, and that widens nothing.
         available = {*members, *row_inputs(members)}
         if primitive_of(user) in (None, "linear"):
             break

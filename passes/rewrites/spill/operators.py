@@ -21,8 +21,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...analysis import costs
-from ...analysis.costs import Work
 from .stores import FileStore, HostStore, Store
 
 HOST = ":host:"
@@ -127,11 +125,6 @@ def _(
 WRITE = torch.ops.passes.write.default
 WRITTEN = torch.ops.passes.written.default
 FETCH = torch.ops.passes.fetch.default
-
-# Writing and reading take the file's bandwidth; waiting is overlapped.
-costs.register(WRITE, lambda x, directory, out: Work(file_bytes=x.nbytes))
-costs.register(WRITTEN, lambda handle, x, out: Work())
-costs.register(FETCH, lambda *args, out: Work(file_bytes=out.nbytes))
 
 
 def _handle(number: int, entry: _Entry) -> Tensor:

@@ -1,8 +1,8 @@
-"""Stores of tensors outside memory: a file without a name, or the host's memory for a GPU's tensor.
+"""Stores of tensors: files without names, or host memory for a GPU's tensors.
 
-A file never has a name (O_TMPFILE, or unlinked at once): nobody else sees it, and the kernel frees
-it however the process ends. A thread writes it, with numpy: torch would start a second team of
-OpenMP threads there.
+A file never has a name (O_TMPFILE, or unlinked at once): no other process can open it, and the
+kernel frees it however the process ends. A thread writes it, with numpy: torch would start a second
+team of OpenMP threads there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ _usage = Usage()
 
 
 def usage() -> Usage:
-    """The files of spilled activations. Bytes count on the disk and in the kernel's cache alike."""
+    """The files of spilled activations.
+
+    Bytes count on the disk and in the kernel's cache alike.
+    """
     return _usage
 
 
@@ -122,12 +125,13 @@ class FileStore:
             raise self._explained(error) if isinstance(error, OSError) else error
 
     def prefetch(self) -> None:
-        """Ask the kernel to read the file into its own cache."""
+        """Advise the kernel to read the file into its page cache."""
         if self._release.alive and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def take(self, into: Tensor) -> None:
         host = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
+        # A read may return fewer bytes than asked for.
         rest = _bytes(host.view(INTEGERS[into.element_size()]).numpy())
         offset = 0
         while rest:
@@ -183,7 +187,10 @@ def _bytes(array: Array) -> memoryview:
 
 @functools.cache
 def _thread(_process: int) -> ThreadPoolExecutor:
-    """The thread that writes, one so that writes keep their order. A forked process has its own."""
+    """The thread that writes, one so that writes keep their order.
+
+    A forked process has its own.
+    """
     return ThreadPoolExecutor(1, thread_name_prefix="spill")
 
 

@@ -24,9 +24,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ... import arguments
-from ...analysis.joint import Halves, base, is_view, split
-from ...analysis.liveness import source_of
+from ...analysis.joint import Halves, base, split
 from ...analysis.peak import mebibytes
+from ...analysis.schemas import is_view
+from ...analysis.sources import source_of
 from ...protocol import Stage
 from .operators import FETCH, HOST, WRITE, WRITTEN
 from .stores import INTEGERS
@@ -63,7 +64,7 @@ class Spill:
         got = arguments.shown(directory)
         if not isinstance(directory, str):
             raise TypeError(
-                f"directory must be a str, which stands in the graph; got {got}. "
+                f"directory must be a str, which the graph can contain; got {got}. "
                 "Write str(...) around a path"
             )
         if self.to == "host":
@@ -76,19 +77,22 @@ class Spill:
             )
 
     def __call__(self, graph: Graph) -> Sequence[str]:
+        # 1. The values that the partitioner saves, of those that may be spilled.
         halves = split(graph)
         if halves is None:
             return []
         spilled = [node for node in halves.saved if self._is_spilled(node, halves)]
         if not spilled:
             return []
+        # 2. Writes in the forward, fetches in the backward.
         transfers = _Transfers(graph, halves)
         for node in spilled:
             transfers.write(node, HOST if self.to == "host" else self.directory or "")
         transfers.rewire()
         lines: list[str] = []
         for node in spilled:
-            line = f"{node.name} waits on {self.to}: {mebibytes(_size(node))}  {source_of(node)}"
+            size = mebibytes(_size(node))
+            line = f"{node.name} is spilled to {self.to}: {size}  {source_of(node)}"
             lines.append(line.rstrip())
         return lines
 
@@ -107,7 +111,10 @@ class Spill:
 
 
 class _Transfers:
-    """Rewrites a joint graph. A node has the same name in it and in its halves."""
+    """Rewrites a joint graph.
+
+    A node has the same name in it and in its halves.
+    """
 
     def __init__(self, graph: Graph, halves: Halves) -> None:
         self.graph, self.halves = graph, halves
@@ -127,7 +134,9 @@ class _Transfers:
         self.after = self.by_name[halves.tangents[0].name]
 
     def write(self, saved: Node, directory: str) -> None:
-        """Write a saved value: begin after it is made, wait after forward's last use of its memory.
+        """Write a saved value.
+
+        Writing begins once it is computed, and ends after forward's last use of it.
 
         directory: as in operators.write
         """
@@ -151,7 +160,7 @@ class _Transfers:
         return node
 
     def rewire(self) -> None:
-        """Give the joint graph's backward the operands that its half has.
+        """Replace the operands of the joint graph's backward by those of its half.
 
         Fetches and recomputed values are inserted just before their first use.
         """
@@ -257,5 +266,5 @@ def _size(node: Node) -> int:
 
 
 def _hint(size: int | SymInt) -> int | None:
-    """A size as a number, a dynamic one as traced; None if it depends on data."""
+    """A size as a number, dynamic ones as traced; None if data-dependent."""
     return size if isinstance(size, int) else size.node.hint

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, checks, hf, planner, text
+from . import arguments, checks, fitting, hf, planner, text
 from .attend import Attend
 from .masks import Mask
 from .plans import Plan, problem_of
@@ -221,6 +221,7 @@ def plan(
     *,
     ranks: None = ...,
     layout: None = ...,
+    memory_limit: int | str | None = ...,
 ) -> Plan: ...
 @overload
 def plan(
@@ -252,11 +253,14 @@ def plan(
     *,
     ranks: int | None = None,
     layout: str | None = None,
+    memory_limit: int | str | None = None,
 ) -> Plan | RingPlan:
     """How attention of this shape would be computed, and why; nothing is computed. `print(plan(...).explain())`.
 
     q_shape: (B, Hq, N, D). kv_heads, kv_len, value_dim: of k and v, those of q by default.
     ranks, layout: as in `compile`; then the plan says what each rank receives, computes and holds, under every layout.
+    memory_limit: "8GiB", or bytes, for the tensors and the workspace of a call. `plan.fit` has the
+        largest batch and the longest sequence within it; ValueError where no batch row fits.
     """
     shape = arguments.integers("q_shape", q_shape, 1)
     if len(shape) != 4:
@@ -277,6 +281,7 @@ def plan(
     arguments.choice("lowering", lowering, planner.LOWERINGS)
     k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
+    limit = None if memory_limit is None else fitting.read_limit("memory_limit", memory_limit, ranks)
     operands: list[Tensor] = []  # what functions capture: it lives while they are asked
     _, traced = text.traced(as_program(program), operands)
     problem = problem_of(
@@ -290,4 +295,8 @@ def plan(
                 f"{kv_len} keys and lowering={lowering!r}. Leave out ranks, or these"
             )
         return replace(ring.plan(problem), operands=tuple(operands))
-    return planner.counted(planner.plan_for(problem, lowering))
+    chosen = planner.plan_for(problem, lowering)
+    if chosen.problem != problem:  # one cached plan serves all positions of a decoder
+        chosen = planner.choose(problem, lowering)
+    fit = None if limit is None else fitting.fit(chosen, lowering, limit)
+    return replace(planner.counted(chosen), fit=fit)

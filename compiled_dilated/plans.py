@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from . import rates
 from .arguments import BYTES
+from .footprints import Fit, Footprint
 from .mods import Graph, Kind, Mod, kind_of
 from .programs import Program
 
@@ -80,6 +81,18 @@ class Problem:
         keys = self.kv_heads * self.kv_len * (self.head_dim + self.value_dim)
         return self.batch * (queries + keys) * self.itemsize
 
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes of the tensors of a call, and of what every backward copies of the lse."""
+        rows = self.batch * self.heads * self.q_len
+        output = rows * self.value_dim * self.itemsize
+        lse = rows * max(4, self.itemsize)
+        if not self.training:
+            return Footprint(self.tensor_bytes - output, output, lse, 0, 0)
+        # A backward copies the lse, and marks rows without keys by a byte each.
+        inputs = self.tensor_bytes - output
+        return Footprint(inputs, output, lse, self.tensor_bytes, lse + rows)
+
 
 def problem_of(
     program: Program,
@@ -124,12 +137,21 @@ class Proposal:
     """A lowering's way to compute a branch (or, `branch` None, the whole program). What `work` is only the lowering knows.
 
     counting: the cost, or a function that counts it.
+    workspace: peak_bytes and backward_bytes of the cost, where they need no counting.
     """
 
     lowering: str
     branch: int | None
     counting: Cost | Callable[[], Cost] = field(repr=False)
     work: Any = field(repr=False)
+    workspace: tuple[int, int] | None = field(default=None, repr=False)
+
+    @property
+    def workspaces(self) -> tuple[int, int]:
+        """Bytes beyond the tensors of a forward, and of a backward."""
+        if self.workspace is not None:
+            return self.workspace
+        return self.cost.peak_bytes, self.cost.backward_bytes
 
     @cached_property
     def cost(self) -> Cost:
@@ -156,6 +178,7 @@ class Plan:
     """The chosen proposals, in branch order, and everything that was weighed against them.
 
     untried: lowerings that neither proposed nor refused.
+    fit: the largest shapes within a memory limit, where one was given.
     """
 
     problem: Problem
@@ -165,6 +188,20 @@ class Plan:
     untried: tuple[str, ...] = ()
     useful_pairs: int | None = None
     tiles: tuple[dict[str, Any], ...] = ()
+    fit: Fit | None = None
+
+    @cached_property
+    def memory(self) -> Footprint:
+        """Bytes of a call at its peak; with `training`, of its forward and backward."""
+        tensors = self.problem.footprint
+        # Branches run one after the other.
+        workspaces = [proposal.workspaces for proposal in self.chosen]
+        forward = max((pair[0] for pair in workspaces), default=0)
+        if not self.problem.training:
+            return replace(tensors, workspace=forward)
+        backward = max((pair[1] for pair in workspaces), default=0) + tensors.workspace
+        # A forward has no gradients beside its workspace.
+        return replace(tensors, workspace=max(backward, forward - tensors.gradients))
 
     @cached_property
     def lowering(self) -> str:
@@ -220,6 +257,9 @@ class Plan:
             "kernel_calls": self.cost.calls,
             "peak_bytes": self.cost.peak_bytes,
             "tensor_bytes": problem.tensor_bytes,
+            "training": problem.training,
+            "memory": self.memory.to_json(),
+            "fit": None if self.fit is None else self.fit.to_json(),
             "tiles": list(self.tiles),
             "estimated_seconds": self.seconds_of(self.chosen),
             "rates": f"{rates.MACHINE}: {rates.FILES}",
@@ -247,6 +287,8 @@ class Plan:
             self._time_line(),
             self._memory_line(),
         ]
+        if self.fit is not None:
+            lines += self.fit.lines(problem.batch, problem.q_len)
         return "\n".join(lines) + "\n\n" + self._table()
 
     def _pairs_line(self) -> str:
@@ -292,10 +334,8 @@ class Plan:
         return "at most" if self._reads_data else "about"
 
     def _memory_line(self) -> str:
-        return (
-            f"memory    at most {self.cost.peak_bytes / 2**20:,.1f} MiB beyond q, k, v and out "
-            f"({self.problem.tensor_bytes / 2**20:,.1f} MiB)"
-        )
+        what = "forward and backward" if self.problem.training else "forward"
+        return f"memory    {what} at most {self.memory}"
 
     def _table(self) -> str:
         """What was tried, a row for each proposal and refusal, and what the columns mean."""

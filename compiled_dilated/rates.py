@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Flops a second, of a forward, and of a forward with its backward, whose products are two and a half times the forward's.
 # Two cores of a virtual machine with AVX-512 and AMX, 8 heads of 64; medians of FILES.
-_FORWARD_AND_BACKWARD = 3.5
+FORWARD_AND_BACKWARD = 3.5
 _DENSE = {"float32": (212e9, 214e9), "bfloat16": (637e9, 318e9)}
 _NATIVE = {"float32": (222e9, 217e9), "bfloat16": (662e9, 489e9), "float16": (165e9, 165e9)}
 MACHINE = "two cores with AVX-512 and AMX"
@@ -21,4 +21,4 @@ def seconds(
     rates = (_NATIVE if lowering == "native" else _DENSE).get(dtype)
     if device != "cpu" or rates is None:
         return None
-    return dense_flops * _FORWARD_AND_BACKWARD / rates[1] if training else dense_flops / rates[0]
+    return dense_flops * FORWARD_AND_BACKWARD / rates[1] if training else dense_flops / rates[0]

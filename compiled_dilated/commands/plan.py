@@ -44,6 +44,13 @@ def plan(
     q_offset: Annotated[
         int, typer.Option(help="Position of the first query, for decoding against a cache.")
     ] = 0,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Print the largest batch and the longest sequence within it, as 8GiB.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Print how attention by PROGRAM would be computed, and why: candidates, pairs, FLOPs, bytes, peak memory.
@@ -62,6 +69,7 @@ def plan(
             training=training,
             lowering=lowering.value,
             q_offset=q_offset,
+            memory_limit=memory_limit,
         )
     if json:
         print_json(found.to_json())

@@ -117,7 +117,6 @@ def test_nothing_fits() -> None:
 def test_the_longest_branch_of_longnet_has_all_tokens(tokens: int, causal: bool) -> None:
     named = {candidate.name: candidate.program for candidate in candidates(tokens, causal)}
     assert list(named) == ["dense", "longnet", "window"]
-    assert re.search(rf"segments\((\d+)\)", str(named["longnet"].branches[-1]))
     last = int(re.findall(r"segments\((\d+)\)", str(named["longnet"].branches[-1]))[0])
     assert last >= tokens
     assert last < 4 * tokens or last == 2048

@@ -31,24 +31,21 @@ class Candidate:
 
 def candidates(tokens: int, causal: bool) -> list[Candidate]:
     """Dense attention, LongNet and a window, in the order of what a token sees."""
-    dense = "causal()" if causal else "full()"
-    window = f"window({_WINDOW})"
-    if causal:
-        window = f"causal() & {window}"
-    lengths, branches = _segments(tokens), len(_segments(tokens))
+    lengths = _segments(tokens)
     rates = tuple(length // _SEGMENT for length in lengths)
-    longnet = f"longnet({lengths}, {rates}{', causal=True' if causal else ''})"
-    side = "before it" if causal else "on each side"
+    segments = f"its segment of {_SEGMENT:,} tokens"
+    if len(lengths) > 1:
+        segments += f", and of longer ones every {_GROWTH}th and fewer"
+    if causal:
+        return [
+            _candidate("dense", "causal()", "every token before it"),
+            _candidate("longnet", f"longnet({lengths}, {rates}, causal=True)", segments),
+            _candidate("window", f"causal() & window({_WINDOW})", f"{_WINDOW} tokens before it"),
+        ]
     return [
-        _candidate("dense", dense, "every token before it" if causal else "every token"),
-        _candidate(
-            "longnet",
-            longnet,
-            f"its segment of {_SEGMENT:,}, and of longer ones every {_GROWTH}th token and fewer",
-        )
-        if branches > 1
-        else _candidate("longnet", longnet, f"its segment of {_SEGMENT:,}"),
-        _candidate("window", window, f"{_WINDOW} tokens {side}"),
+        _candidate("dense", "full()", "every token"),
+        _candidate("longnet", f"longnet({lengths}, {rates})", segments),
+        _candidate("window", f"window({_WINDOW})", f"{_WINDOW} tokens on each side"),
     ]
 
 

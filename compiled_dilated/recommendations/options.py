@@ -63,10 +63,10 @@ def recommend(request: Request, pattern: str | None = None, causal: bool = False
 
 def _options(candidate: Candidate, request: Request) -> list[Option]:
     """A candidate in all ways worth a look."""
-    call, longest, found = ways(candidate.program, request)
+    call, longest, all_ways = ways(candidate.program, request)
     pairs = call.cost.pairs / (request.batch * request.heads * request.tokens**2)
     options = []
-    for way in found:
+    for way in all_ways:
         fits = way.peak_bytes <= request.limit
         is_fast = way.seconds is None or way.seconds <= request.seconds
         options.append(Option(candidate, way, fits, is_fast, pairs, longest))
@@ -95,7 +95,8 @@ def _reason(request: Request, options: list[Option], best: Option | None) -> str
         )
     sentences = []
     if best.candidate.name == "dense":
-        sentences.append(f"dense attention fits{_time(best, request)}: no pattern is needed")
+        end = "no pattern is needed" if best.is_fast else "no other program is faster"
+        sentences.append(f"dense attention fits{_time(best, request)}: {end}")
     else:
         sentences.append(f"dense attention {_shortfall(dense, request)}")
         sentences.append(

@@ -113,11 +113,12 @@ def ways(program: Program, request: Request) -> tuple[Plan, int, list[Way]]:
     call: Plan = request.plan(program)
     longest, _, _ = fitting.longest(call, "auto", request.limit)
     size, seconds = call.memory.total, request.time(call.lowering, call.cost.dense_flops)
-    found = [Way("call", 1, size, seconds)]
-    if size > request.limit:
-        found += _first_fitting(_streams(program, request, found[0]), request.limit)
-        found += _first_fitting(_rings(program, request, size), request.limit)
-    return call, longest, found
+    one_call = Way("call", 1, size, seconds)
+    if size <= request.limit:
+        return call, longest, [one_call]
+    streams = _first_fitting(_streams(program, request, one_call), request.limit)
+    rings = _first_fitting(_rings(program, request, size), request.limit)
+    return call, longest, [one_call, *streams, *rings]
 
 
 def _first_fitting(options: Iterator[Way], limit: int) -> list[Way]:
@@ -156,6 +157,10 @@ def _streams(program: Program, request: Request, call: Way) -> Iterator[Way]:
         ring: RingPlan = request.plan(program, ranks=parts, layout="contiguous")
         peak = max(_bytes_of_part(ring, load) for load in ring.loads)
         yield Way("stream", parts, peak, call.seconds)
+        # A part receives no less where there are more of them: dense attention needs all keys.
+        received = max(load.received_bytes for load in ring.loads)
+        if _PARTS_IN_MEMORY * received > request.limit:
+            return
 
 
 def _lowering(ring: RingPlan) -> str:

@@ -148,7 +148,7 @@ def test_the_measurement_sees_what_is_held(fresh_python: Callable[..., Any]) -> 
     measured = Measured(fresh_python, WINDOW, "float32", "auto", "forward")
     shape, more = (1, 2, 1024, 64), 64 * MIB
     tensors = measured.plan(shape, 100 * MIB).memory.total
-    assert more <= measured.peak(shape, more) <= more + tensors + 4 * MIB
+    assert more - MIB <= measured.peak(shape, more) <= more + tensors + 4 * MIB
 
 
 # What the plan counts

@@ -20,7 +20,7 @@ from compiled_dilated.cli import app
 from compiled_dilated.recommendations import Request, recommend
 from compiled_dilated.recommendations.candidates import candidates
 from compiled_dilated.recommendations.reports import as_text
-from compiled_dilated.recommendations.ways import ways
+from compiled_dilated.recommendations.ways import weigh
 from compiled_dilated.reference import multiplicity
 
 MIB, GIB = 2**20, 2**30
@@ -143,17 +143,18 @@ def test_numbers_are_those_of_the_plan() -> None:
 
 def test_a_rate_of_the_users_own_is_used() -> None:
     request = Request(tokens=5000, limit=GIB, flops=1e12)
-    call, _, (way,) = ways(cd.local_window(64), request)
-    assert way.seconds == call.cost.dense_flops / 1e12
-    _, _, (way,) = ways(cd.local_window(64), replace(request, training=True))
-    assert way.seconds == call.cost.dense_flops * rates.FORWARD_AND_BACKWARD / 1e12
+    flops = request.plan(cd.local_window(64)).cost.dense_flops
+    (way,) = weigh(cd.local_window(64), request).ways
+    assert way.seconds == flops / 1e12
+    (way,) = weigh(cd.local_window(64), replace(request, training=True)).ways
+    assert way.seconds == flops * rates.FORWARD_AND_BACKWARD / 1e12
 
 
 def test_a_rank_holds_no_more_than_is_said() -> None:
     """By the ledger of a simulated ring, which counts shards and messages."""
     program, tokens = cd.longnet((256, 1024), (1, 4), causal=True), 4096
     request = Request(tokens=tokens, limit=5 * MIB, heads=2, head_dim=16, training=True)
-    ring = next(way for way in ways(program, request)[2] if way.kind == "ring")
+    ring = next(way for way in weigh(program, request).ways if way.kind == "ring")
     attend = cd.compile(program, ranks=ring.ranks)
     q, k, v = (torch.randn(1, 2, tokens, 16, requires_grad=True) for _ in range(3))
     out = attend(q, k, v)
@@ -187,7 +188,7 @@ def test_a_stream_holds_no_more_than_is_said(
     """The peak of a streamed run in a process of its own."""
     program, tokens, limit = "cd.longnet((256, 1024), (1, 4))", 32768, 32 * MIB
     request = Request(tokens=tokens, limit=limit)
-    stream = next(way for way in ways(eval(program), request)[2] if way.kind == "stream")
+    stream = next(way for way in weigh(eval(program), request).ways if way.kind == "stream")
     rng = np.random.default_rng(0)
     for name in "qkv":
         x = rng.standard_normal((1, 8, tokens, 64), dtype=np.float32)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..text import read_program
 from .candidates import Candidate, candidates
-from .ways import Request, Way, ways
+from .ways import Request, Way, weigh
 
 # Preferred in this order: a ring needs more devices, a stream only files.
 _KINDS = ("call", "stream", "ring")
@@ -63,13 +63,12 @@ def recommend(request: Request, pattern: str | None = None, causal: bool = False
 
 def _options(candidate: Candidate, request: Request) -> list[Option]:
     """A candidate in all ways worth a look."""
-    call, longest, all_ways = ways(candidate.program, request)
-    pairs = call.cost.pairs / (request.batch * request.heads * request.tokens**2)
+    weighed = weigh(candidate.program, request)
     options = []
-    for way in all_ways:
+    for way in weighed.ways:
         fits = way.peak_bytes <= request.limit
         is_fast = way.seconds is None or way.seconds <= request.seconds
-        options.append(Option(candidate, way, fits, is_fast, pairs, longest))
+        options.append(Option(candidate, way, fits, is_fast, weighed.pairs, weighed.longest))
     return options
 
 

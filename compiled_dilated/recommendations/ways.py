@@ -14,6 +14,9 @@ from ..plans import Plan
 from ..programs import Program
 from ..ring.plans import Load, RingPlan
 
+# Pairs of a head whose tiles are counted in about a second. Past these the allowed pairs stand for
+# the computed ones, which differ little where most tiles are full, and no ring is planned.
+_MOST_COUNTED = 2**34
 # The most ranks of a ring, and parts of a stream, that are tried.
 _MOST_RANKS, _MOST_PARTS = 1024, 2**18
 # Parts of a stream in memory: computed, read ahead, written, and their buffers for the next.
@@ -105,20 +108,49 @@ class Way:
         return "cd.compile(program)(q, k, v)"
 
 
-def ways(program: Program, request: Request) -> tuple[Plan, int, list[Way]]:
-    """The plan of one call, its longest sequence, and all ways worth a look.
+@dataclass(frozen=True)
+class Weighed:
+    """A program for a request: what it computes, and the ways to run it, one call first.
 
-    A ring and a stream are considered where one call does not fit.
+    pairs: computed pairs as a share of all pairs.
+    longest: tokens of the longest sequence that fits in one call.
+    """
+
+    pairs: float
+    longest: int
+    ways: tuple[Way, ...]
+
+
+def weigh(program: Program, request: Request) -> Weighed:
+    """The ways of a program that are worth a look.
+
+    A stream and a ring are considered where one call does not fit.
     """
     call: Plan = request.plan(program)
+    size = call.memory.total
+    pairs, dense_flops = _work(call)
+    ways = [Way("call", 1, size, request.time(call.lowering, dense_flops))]
+    if size > request.limit and not _is_dense(call):
+        ways += _first_fitting(_streams(program, request, ways[0]), request.limit)
+        ways += _first_fitting(_rings(program, request, size), request.limit)
     longest, _, _ = fitting.longest(call, "auto", request.limit)
-    size, seconds = call.memory.total, request.time(call.lowering, call.cost.dense_flops)
-    one_call = Way("call", 1, size, seconds)
-    if size <= request.limit:
-        return call, longest, [one_call]
-    streams = _first_fitting(_streams(program, request, one_call), request.limit)
-    rings = _first_fitting(_rings(program, request, size), request.limit)
-    return call, longest, [one_call, *streams, *rings]
+    share = pairs / (request.batch * request.heads * request.tokens**2)
+    return Weighed(share, longest, tuple(ways))
+
+
+def _is_dense(call: Plan) -> bool:
+    """Whether so many pairs are allowed that their tiles are too many to count."""
+    problem = call.problem
+    most = _MOST_COUNTED * problem.batch * problem.heads
+    return call.useful_pairs is not None and call.useful_pairs > most
+
+
+def _work(call: Plan) -> tuple[int, float]:
+    """Pairs that a call computes, and the dense flops of its time."""
+    if call.lowering == "native" and call.useful_pairs is not None and _is_dense(call):
+        pairs = call.useful_pairs
+        return pairs, 2.0 * pairs * (call.problem.head_dim + call.problem.value_dim)
+    return call.cost.pairs, call.cost.dense_flops
 
 
 def _first_fitting(options: Iterator[Way], limit: int) -> list[Way]:

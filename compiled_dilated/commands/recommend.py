@@ -27,7 +27,7 @@ def recommend_program(
     ] = False,
     seconds: Annotated[
         float, typer.Option(min=0, help="Longest time of a call, of one layer.")
-    ] = 1.0,
+    ] = 10.0,
     batch: Annotated[int, typer.Option(min=1, help="Batch rows.")] = 1,
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
     kv_heads: Annotated[

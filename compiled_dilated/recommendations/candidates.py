@@ -9,9 +9,10 @@ from ..text import read_program
 
 # Tokens on each side of a window.
 _WINDOW = 256
-# LongNet's first segment, and the growth of segments and rates from branch to branch: each
-# branch sees as many keys as the one before, over a longer range.
-_SEGMENT, _GROWTH = 2048, 4
+# LongNet's first segment, the growth of segments and rates from branch to branch, the largest rate,
+# and the longest segment: a branch computes segment / rate**2 pairs for each token, here at most as
+# many as the first.
+_SEGMENT, _GROWTH, _MOST_RATE, _LONGEST = 2048, 4, 32, 2**21
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Candidate:
 def candidates(tokens: int, causal: bool) -> list[Candidate]:
     """Dense attention, LongNet and a window, in the order of what a token sees."""
     lengths = _segments(tokens)
-    rates = tuple(length // _SEGMENT for length in lengths)
+    rates = tuple(min(length // _SEGMENT, _MOST_RATE) for length in lengths)
     segments = f"its segment of {_SEGMENT:,} tokens"
     if len(lengths) > 1:
-        segments += f", and of longer ones every {_GROWTH}th and fewer"
+        segments += f", and every {_GROWTH}th to {rates[-1]}th of longer ones up to {lengths[-1]:,}"
     if causal:
         return [
             _candidate("dense", "causal()", "every token before it"),
@@ -50,9 +51,9 @@ def candidates(tokens: int, causal: bool) -> list[Candidate]:
 
 
 def _segments(tokens: int) -> tuple[int, ...]:
-    """Segment lengths up to the first that has all tokens."""
+    """Segment lengths up to the first that has all tokens, or to the longest."""
     lengths = [_SEGMENT]
-    while lengths[-1] < tokens:
+    while lengths[-1] < min(tokens, _LONGEST):
         lengths.append(lengths[-1] * _GROWTH)
     return tuple(lengths)
 

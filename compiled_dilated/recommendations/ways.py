@@ -45,7 +45,7 @@ class Request:
     dtype: str = "float32"
     device: str = "cpu"
     training: bool = False
-    seconds: float = 1.0
+    seconds: float = 10.0
     flops: float | None = None
 
     @property

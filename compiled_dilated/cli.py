@@ -1,4 +1,4 @@
-"""The command line: `compiled-dilated plan | show | doctor | export | inspect | memory | report | ring ...`.
+"""The command line: `compiled-dilated plan | recommend | show | doctor | report | ring ...`.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .commands import doctor, memory, packages, plan, report, ring, show
+from .commands import doctor, memory, packages, plan, recommend, report, ring, show
 
 app = typer.Typer(
     name="compiled-dilated",
@@ -46,6 +46,7 @@ def _options(
 
 for _command in (plan.plan, show.show, doctor.doctor, packages.export, packages.inspect):
     app.command()(_command)
+app.command(name="recommend")(recommend.recommend_program)
 for _command in (memory.memory, report.report):
     app.command(context_settings=memory.PASSED_ON)(_command)
 app.add_typer(ring.app, name="ring")

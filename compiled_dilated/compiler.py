@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, checks, hf, planner, text
+from . import arguments, checks, fitting, hf, planner, text
 from .attend import Attend
 from .masks import Mask
 from .plans import Plan, problem_of
@@ -255,6 +255,7 @@ def plan(
     *,
     ranks: None = ...,
     layout: None = ...,
+    memory_limit: int | str | None = ...,
 ) -> Plan: ...
 @overload
 def plan(
@@ -286,6 +287,7 @@ def plan(
     *,
     ranks: int | None = None,
     layout: str | None = None,
+    memory_limit: int | str | None = None,
 ) -> Plan | RingPlan:
     """How attention of this shape would be computed, and why; nothing is computed.
 
@@ -297,6 +299,8 @@ def plan(
     q_offset: position of the first query.
     ranks, layout: as in `compile`; the plan is then that of a ring: what each rank receives,
         computes and holds, under every layout.
+    memory_limit: "8GiB", or bytes, for the tensors and the workspace of a call. `plan.fit` has the
+        largest batch and the longest sequence within it; ValueError where no batch row fits.
     """
     # 1. Shapes and options, checked.
     shape = arguments.integers("q_shape", q_shape, 1)
@@ -319,6 +323,9 @@ def plan(
     arguments.choice("lowering", lowering, planner.LOWERINGS)
     k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
+    limit = None
+    if memory_limit is not None:
+        limit = fitting.read_limit("memory_limit", memory_limit, ranks)
     # 2. The program with its functions as graphs; `operands`, which the functions capture, must
     # live as long as the graphs are evaluated.
     operands: list[Tensor] = []
@@ -328,12 +335,17 @@ def plan(
     )
     # 3. The plan, of a ring or of one device.
     ring = _ring(ranks, layout)
-    if ring is None:
-        return planner.counted(planner.plan_for(problem, lowering))
-    if q_len != kv_len or q_offset or lowering != "auto":
-        raise ValueError(
-            "a ring deals out one sequence and lowers each block as it is best; "
-            f"got {q_len} queries at offset {q_offset}, {kv_len} keys and lowering={lowering!r}. "
-            "Leave out ranks, or these"
-        )
-    return replace(ring.plan(problem), operands=tuple(operands))
+    if ring is not None:
+        if q_len != kv_len or q_offset or lowering != "auto":
+            raise ValueError(
+                "a ring deals out one sequence and lowers each block as it is best; "
+                f"got {q_len} queries at offset {q_offset}, {kv_len} keys and "
+                f"lowering={lowering!r}. Leave out ranks, or these"
+            )
+        return replace(ring.plan(problem), operands=tuple(operands))
+    chosen = planner.plan_for(problem, lowering)
+    # One cached plan serves all positions of a decoder.
+    if chosen.problem != problem:
+        chosen = planner.choose(problem, lowering)
+    fit = None if limit is None else fitting.fit(chosen, lowering, limit)
+    return replace(planner.counted(chosen), fit=fit)

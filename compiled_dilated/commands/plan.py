@@ -46,6 +46,13 @@ def plan(
         int, typer.Option(help="Position of the first query, for decoding against a cache.")
     ] = 0,
     data: DataFiles = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Print the largest batch and the longest sequence within it, as 8GiB.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Print how attention by PROGRAM would be computed, and why.
@@ -69,6 +76,7 @@ def plan(
             training=training,
             lowering=lowering,
             q_offset=q_offset,
+            memory_limit=memory_limit,
         )
         if data:
             result = counted_with_data(parsed, result, tensors)

@@ -80,7 +80,8 @@ def propose(problem: Problem) -> Proposal | Refusal:
         work = _work(problem.program, problem.heads, problem.scores)
     except Untranslatable as error:
         return Refusal("native", None, str(error), "Use lowering='auto' or 'tiled'")
-    return Proposal("native", None, lambda: _cost(work, problem), (work,))
+    workspace = _workspace(problem)
+    return Proposal("native", None, lambda: _cost(work, problem), (work,), workspace)
 
 
 def work_of_graph(
@@ -157,18 +158,16 @@ def _cost(work: Work, problem: Problem) -> Cost:
         bound = problem.program.map(upper_bound)
         work = Work(encode(bound, problem.heads, None), (), ())
     pairs = counts(work, problem)[0]
+    forward, backward = _workspace(problem)
+    return Cost(pairs, pairs * width, 0, 1, forward, float(pairs * width), backward)
+
+
+def _workspace(problem: Problem) -> tuple[int, int]:
+    """Bytes that the threads of a forward, and of a backward, take beside the tensors."""
     itemsize = 8 if problem.dtype == "float64" else 4
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
     room = torch.get_num_threads() * 3 * tile
-    return Cost(
-        pairs,
-        pairs * width,
-        0,
-        1,
-        room,
-        float(pairs * width),
-        2 * room + _sums_bytes(problem),
-    )
+    return room, 2 * room + _sums_bytes(problem)
 
 
 def _sums_bytes(problem: Problem) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from .. import rates
+from ..footprints import Fit, Footprint
 from . import printing
 from .problems import Problem
 from .proposals import Cost, Proposal, Refusal
@@ -21,6 +22,7 @@ class Plan:
     untried: lowerings that neither proposed nor refused.
     useful_pairs: allowed pairs over batch and heads; None if they are not counted.
     tiles: counts of tiles, one dict per branch.
+    fit: the largest shapes within a memory limit; None without a limit.
     """
 
     problem: Problem
@@ -30,6 +32,20 @@ class Plan:
     untried: tuple[str, ...] = ()
     useful_pairs: int | None = None
     tiles: tuple[dict[str, Any], ...] = ()
+    fit: Fit | None = None
+
+    @cached_property
+    def memory(self) -> Footprint:
+        """Bytes of a call at its peak; with `training`, of its forward and backward."""
+        tensors = self.problem.footprint
+        # Branches run one after the other.
+        workspaces = [proposal.workspaces for proposal in self.chosen]
+        forward = max((pair[0] for pair in workspaces), default=0)
+        if not self.problem.training:
+            return replace(tensors, workspace=forward)
+        backward = max((pair[1] for pair in workspaces), default=0) + tensors.workspace
+        # A forward has no gradients beside its workspace.
+        return replace(tensors, workspace=max(backward, forward - tensors.gradients))
 
     @cached_property
     def lowering(self) -> str:
@@ -81,6 +97,9 @@ class Plan:
             "kernel_calls": cost.calls,
             "peak_bytes": cost.peak_bytes,
             "tensor_bytes": problem.tensor_bytes,
+            "training": problem.training,
+            "memory": self.memory.to_json(),
+            "fit": None if self.fit is None else self.fit.to_json(),
             "tiles": list(self.tiles),
             "estimated_seconds": self.seconds_of(self.chosen),
             "rates": f"{rates.MACHINE}: {rates.FILES}",
@@ -106,6 +125,8 @@ class Plan:
             branch = f"branch {row['branch']}, heads {row['heads']}"
             lines.append(f"tiles     {branch}: {printing.tile_counts(row)}")
         lines += [self._work_line(), self._time_line(), self._memory_line()]
+        if self.fit is not None:
+            lines += self.fit.lines(problem.batch, problem.q_len)
         return "\n".join(lines) + "\n\n" + printing.table(self._rows())
 
     def _pairs_line(self) -> str:
@@ -149,10 +170,8 @@ class Plan:
         )
 
     def _memory_line(self) -> str:
-        return (
-            f"memory    at most {self.cost.peak_bytes / 2**20:,.1f} MiB beyond q, k, v and out "
-            f"({self.problem.tensor_bytes / 2**20:,.1f} MiB)"
-        )
+        passes = "forward and backward" if self.problem.training else "forward"
+        return f"memory    {passes} at most {self.memory}"
 
     @property
     def _reads_data(self) -> bool:

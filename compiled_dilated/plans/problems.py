@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..arguments import BYTES
+from ..footprints import Footprint
 from ..mods import Graph, Kind, Mod, kind_of
 from ..programs import Program
 
@@ -65,6 +66,18 @@ class Problem:
         queries = self.heads * self.q_len * (self.head_dim + self.value_dim)
         keys = self.kv_heads * self.kv_len * (self.head_dim + self.value_dim)
         return self.batch * (queries + keys) * self.itemsize
+
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes of the tensors of a call, and of what every backward copies of the lse."""
+        rows = self.batch * self.heads * self.q_len
+        output = rows * self.value_dim * self.itemsize
+        inputs = self.tensor_bytes - output
+        lse = rows * max(4, self.itemsize)
+        if not self.training:
+            return Footprint(inputs, output, lse, 0, 0)
+        # A backward copies the lse, and marks rows without keys by a byte each.
+        return Footprint(inputs, output, lse, self.tensor_bytes, lse + rows)
 
 
 def problem_of(

@@ -37,12 +37,21 @@ class Proposal:
     branch: its number; None for the complete program.
     counting: the cost, or a function that counts it.
     work: opaque to all but the lowering.
+    workspace: peak_bytes and backward_bytes of the cost, where they need no counting.
     """
 
     lowering: str
     branch: int | None
     counting: Cost | Callable[[], Cost] = field(repr=False)
     work: Any = field(repr=False)
+    workspace: tuple[int, int] | None = field(default=None, repr=False)
+
+    @property
+    def workspaces(self) -> tuple[int, int]:
+        """Bytes beyond the tensors of a forward, and of a backward."""
+        if self.workspace is not None:
+            return self.workspace
+        return self.cost.peak_bytes, self.cost.backward_bytes
 
     @cached_property
     def cost(self) -> Cost:

@@ -10,6 +10,26 @@ from tests.support.errors_of_programs import CAUSAL, IDS, WINDOW, Row, x
 
 PLAN: list[Row] = [
     (
+        lambda: cd.plan(CAUSAL, (1, 8, 64, 64), memory_limit="8 gigs"),
+        ValueError,
+        "memory_limit must be a number and one of B, KiB",
+    ),
+    (
+        lambda: cd.plan(CAUSAL, (1, 8, 64, 64), memory_limit=0.5),
+        TypeError,
+        "memory_limit must be an int of bytes or a string as '6GiB'; got float 0.5",
+    ),
+    (
+        lambda: cd.plan(CAUSAL, (1, 8, 64, 64), memory_limit=100),
+        ValueError,
+        "memory_limit must be at least ",
+    ),
+    (
+        lambda: cd.plan(CAUSAL, (1, 8, 64, 64), ranks=4, memory_limit="8GiB"),
+        ValueError,
+        "memory_limit is for a call on one device; got ranks=4 too",
+    ),
+    (
         lambda: cd.plan(CAUSAL, (1, 8, 64)),
         ValueError,
         "q_shape must be (batch, heads, tokens, head_dim); got (1, 8, 64)",

@@ -1,0 +1,116 @@
+"""A recommendation as text, and as plain values."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+from tabulate import tabulate
+
+from .. import masks, orders
+from .options import Option, Recommendation, gib, in_seconds
+
+
+def as_text(recommendation: Recommendation) -> str:
+    """The request, the table of options, the choice, its reason and its code."""
+    best = recommendation.best
+    lines = [_request_line(recommendation), "", _table(recommendation), ""]
+    named = dict.fromkeys(option.candidate for option in recommendation.options)
+    lines += [f"{candidate.name:<12} {candidate.text}" for candidate in named]
+    lines += [
+        "",
+        "longest: tokens of the longest sequence that fits in one call. time: by the rates of the",
+        "device, without the time of files and messages. ring, parts: memory of one device.",
+        "",
+    ]
+    if best is None:
+        return "\n".join([*lines, *_clauses("recommended", recommendation.reason)])
+    lines += [
+        f"recommended  {best.candidate.name}, {best.way}",
+        *_clauses("because", recommendation.reason),
+        f"in Python    program = {_in_python(best.candidate.text)}",
+        f"             {best.way.code}",
+    ]
+    return "\n".join(lines)
+
+
+def to_json(recommendation: Recommendation) -> dict[str, Any]:
+    """The same as plain values."""
+    best = recommendation.best
+    return {
+        "request": asdict(recommendation.request),
+        "options": [_row(option) for option in recommendation.options],
+        "recommended": None if best is None else _row(best),
+        "reason": recommendation.reason,
+    }
+
+
+def _request_line(recommendation: Recommendation) -> str:
+    request = recommendation.request
+    keys = f", {request.kv_heads} key heads" if request.kv_heads else ""
+    way = "forward and backward" if request.training else "forward"
+    return (
+        f"{request.tokens:,} tokens, batch {request.batch}, {request.heads} heads of "
+        f"{request.head_dim}{keys}, {request.dtype} on {request.device}, {way}: "
+        f"within {gib(request.limit)} and {in_seconds(request.seconds)}"
+    )
+
+
+def _table(recommendation: Recommendation) -> str:
+    cells = []
+    for option in recommendation.options:
+        time = option.way.seconds
+        cells.append(
+            [
+                "*" if option is recommendation.best else "",
+                option.candidate.name,
+                str(option.way),
+                f"{option.pairs:.2%}",
+                gib(option.way.peak_bytes),
+                "yes" if option.fits else "no",
+                "unknown" if time is None else in_seconds(time),
+                "" if time is None else "yes" if option.is_fast else "no",
+                f"{option.longest:,}",
+            ]
+        )
+    headers = ["", "program", "way", "pairs", "memory", "fits", "time", "in time", "longest"]
+    alignment = ("left", "left", "left", "right", "right", "left", "right", "left", "right")
+    table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
+    return table
+
+
+def _clauses(name: str, reason: str) -> list[str]:
+    """A reason as lines, one for each clause."""
+    first, *others = reason.split("; ")
+    return [f"{name:<12} {first}", *[f"{'':<12} {clause}" for clause in others]]
+
+
+def _in_python(text: str) -> str:
+    """A program as code that imports the package as cd."""
+
+    def called(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in masks.__all__:
+            return f"cd.masks.{name}("
+        if name in orders.__all__:
+            return f"cd.orders.{name}("
+        return f"cd.{name}("
+
+    return re.sub(r"\b([A-Za-z_]+)\(", called, text)
+
+
+def _row(option: Option) -> dict[str, Any]:
+    return {
+        "program": option.candidate.name,
+        "pattern": option.candidate.text,
+        "way": option.way.kind,
+        "ranks": option.way.ranks,
+        "peak_bytes": option.way.peak_bytes,
+        "fits": option.fits,
+        "seconds": option.way.seconds,
+        "in_time": None if option.way.seconds is None else option.is_fast,
+        "pairs_share": option.pairs,
+        "longest_tokens": option.longest,
+        "code": option.way.code,
+    }

@@ -1,0 +1,303 @@
+"""Plans within a memory limit: the batch and the length that fit, verified by peaks of real calls.
+
+Each peak is measured in a process of its own, as in test_memory.py: after a small call of the same
+kind, freed memory goes back to the system, and ballast makes up for peaks of the past. Then inputs
+are allocated and the call runs; the peak counts from before the inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compiled_dilated as cd
+from compiled_dilated import fitting, masks
+
+MIB = 2**20
+# The promised size is filled to at least this share of the limit.
+CLOSE = 0.95
+
+MEASURE = """
+import ctypes, json, resource, sys
+import psutil, torch
+import compiled_dilated as cd
+
+program, small, lowering = eval(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
+shape, dtype = json.loads(sys.argv[4]), getattr(torch, sys.argv[5])
+training, ballast_bytes = sys.argv[6] == "training", int(sys.argv[7])
+torch.set_num_threads(2)
+
+def call(program, shape):
+    heads = shape[1] // 2
+    sizes = [shape, [shape[0], heads, *shape[2:]], [shape[0], heads, *shape[2:]]]
+    q, k, v = [torch.empty(size, dtype=dtype).normal_().requires_grad_(training) for size in sizes]
+    out = cd.compile(program, lowering=lowering)(q, k, v)
+    if training:
+        torch.autograd.grad(out, (q, k, v), torch.empty_like(out).normal_())
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+call(small, [1, *shape[1:2], 512, *shape[3:]])
+ctypes.CDLL(None).malloc_trim(0)
+ballast = torch.ones(max(1, peak() - resident()), dtype=torch.uint8)
+before = resident()
+call(program, shape)
+spy = torch.ones(ballast_bytes, dtype=torch.uint8)
+print(peak() - before)
+"""
+
+WINDOW = "cd.masks.window(64) & cd.masks.causal()"
+LONGNET = "cd.longnet((256, 512), (1, 2))"
+
+
+class Measured:
+    """Peaks of calls by one program, dtype, lowering and way, in fresh processes."""
+
+    def __init__(
+        self, run: Callable[..., Any], program: str, dtype: str, lowering: str, way: str
+    ) -> None:
+        self.run, self.program, self.dtype = run, program, dtype
+        self.lowering, self.training = lowering, way == "training"
+
+    def plan(self, shape: tuple[int, ...], limit: int) -> cd.Plan:
+        torch.set_num_threads(2)
+        return cd.plan(
+            eval(self.program),
+            shape,
+            kv_heads=shape[1] // 2,
+            dtype=getattr(torch, self.dtype),
+            training=self.training,
+            lowering=self.lowering,
+            memory_limit=limit,
+        )
+
+    def peak(self, shape: tuple[int, ...], ballast: int = 1) -> int:
+        way = "training" if self.training else "forward"
+        sizes = (json.dumps(shape), self.dtype, way, str(ballast))
+        arguments = ("-c", MEASURE, self.program, self.program, self.lowering, *sizes)
+        run = self.run(*arguments, MALLOC_MMAP_THRESHOLD_="65536")
+        assert run.returncode == 0, run.stderr
+        return int(run.stdout)
+
+
+def check(measured: Measured, shape: tuple[int, ...], limit: int) -> None:
+    """The promised batch and length peak within 5% below the limit, the next ones above it."""
+    plan = measured.plan(shape, limit)
+    fit = plan.fit
+    assert fit is not None
+    assert fit.tokens is not None
+    batch, heads, tokens, width = shape
+    promised = [(fit.batch, heads, tokens, width), (batch, heads, fit.tokens, width)]
+    # One token more cannot be measured: a twentieth is.
+    larger = [
+        (fit.batch + 1, heads, tokens, width),
+        (batch, heads, fit.tokens + fit.tokens // 20, width),
+    ]
+    for inside, outside in zip(promised, larger, strict=True):
+        peak = measured.peak(inside)
+        assert CLOSE * limit <= peak <= limit, f"{inside}: {peak / limit:.1%} of the limit"
+        assert measured.peak(outside) > limit, f"{outside} fits too"
+
+
+only_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="glibc's malloc and Linux's count of resident pages",
+)
+
+
+@only_linux
+@pytest.mark.parametrize(
+    ("program", "dtype", "way"),
+    [(WINDOW, "float32", "forward"), (LONGNET, "bfloat16", "training")],
+)
+def test_what_is_promised_fits_and_no_more(
+    fresh_python: Callable[..., Any], program: str, dtype: str, way: str
+) -> None:
+    measured = Measured(fresh_python, program, dtype, "auto", way)
+    check(measured, (4, 8, 1024, 64), 250 * MIB)
+
+
+@only_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["forward", "training"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("program", [WINDOW, LONGNET, "cd.masks.full()"])
+@pytest.mark.parametrize("lowering", ["auto", "tiled"])
+def test_large_limits(
+    fresh_python: Callable[..., Any], program: str, dtype: str, way: str, lowering: str
+) -> None:
+    measured = Measured(fresh_python, program, dtype, lowering, way)
+    check(measured, (2, 8, 4096, 64), 2000 * MIB)
+
+
+@only_linux
+def test_the_measurement_sees_what_is_held(fresh_python: Callable[..., Any]) -> None:
+    """A peak that does not see 64 MiB more proves nothing."""
+    measured = Measured(fresh_python, WINDOW, "float32", "auto", "forward")
+    shape, more = (1, 2, 1024, 64), 64 * MIB
+    tensors = measured.plan(shape, 100 * MIB).memory.total
+    assert more - MIB <= measured.peak(shape, more) <= more + tensors + 4 * MIB
+
+
+# What the plan counts
+
+
+def test_the_parts_of_a_footprint() -> None:
+    plan = cd.plan(masks.causal(), (2, 8, 100, 64), kv_heads=2, value_dim=32, lowering="tiled")
+    memory = plan.memory
+    assert memory.inputs == 4 * 2 * 100 * (8 * 64 + 2 * 64 + 2 * 32)
+    assert memory.output == 4 * 2 * 100 * 8 * 32
+    assert memory.lse == 4 * 2 * 100 * 8
+    assert memory.gradients == 0
+    assert memory.workspace == plan.cost.peak_bytes
+    assert memory.total == sum(value for name, value in memory.to_json().items() if name != "total")
+
+
+def test_a_backward_takes_gradients_and_a_copy_of_the_lse() -> None:
+    shape = (2, 8, 4096, 64)
+    forward = cd.plan(masks.causal(), shape, dtype=torch.bfloat16).memory
+    plan = cd.plan(masks.causal(), shape, dtype=torch.bfloat16, training=True)
+    assert plan.memory.gradients == plan.problem.tensor_bytes
+    assert plan.memory.inputs == forward.inputs
+    # The lse is float32, of two-byte inputs too.
+    assert forward.lse == 2 * 8 * 4096 * 4
+    rows = 2 * 8 * 4096
+    assert plan.memory.workspace == plan.cost.backward_bytes + forward.lse + rows
+
+
+def test_bytes_are_counted_without_pairs() -> None:
+    """Of a kernel that finds its own tiles the memory is known before its pairs are counted."""
+    proposals = cd.plan(masks.window(3), (1, 1, 64, 8)).chosen
+    for proposal in proposals:
+        assert proposal.workspaces == (proposal.cost.peak_bytes, proposal.cost.backward_bytes)
+
+
+# What fits
+
+
+def fit_of(program: Any, shape: tuple[int, ...], limit: int | str, **options: Any) -> Any:
+    return cd.plan(program, shape, memory_limit=limit, **options).fit
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("lowering", ["auto", "tiled", "strided"])
+def test_one_more_does_not_fit(lowering: str, training: bool) -> None:
+    program, shape, limit = cd.longnet((64, 128), (1, 2)), (3, 4, 500, 16), 24 * MIB
+    options: dict[str, Any] = {"lowering": lowering, "training": training}
+    fit = fit_of(program, shape, limit, **options)
+
+    def total(batch: int, tokens: int) -> int:
+        return cd.plan(program, (batch, 4, tokens, 16), **options).memory.total
+
+    assert total(fit.batch, 500) == fit.batch_bytes <= limit < total(fit.batch + 1, 500)
+    assert total(3, fit.tokens) == fit.tokens_bytes <= limit < total(3, fit.tokens + 1)
+    assert fit.tokens_end == "memory"
+
+
+def test_a_size_as_text_and_as_bytes() -> None:
+    assert fit_of(masks.full(), (1, 1, 64, 8), "1GiB") == fit_of(masks.full(), (1, 1, 64, 8), 2**30)
+
+
+def test_a_program_of_one_length_fits_at_that_length() -> None:
+    fit = fit_of(cd.hilbert_window((32, 32), 3), (1, 4, 1024, 16), "1GiB")
+    assert (fit.tokens, fit.tokens_end) == (1024, "program")
+    # A batch that is too large for the limit, and no shorter sequence.
+    plan = cd.plan(cd.hilbert_window((32, 32), 3), (9, 4, 1024, 16), memory_limit="6MiB")
+    assert plan.fit is not None
+    assert plan.fit.tokens == 0
+    assert "9 batch rows fit at no length of this program" in plan.explain()
+
+
+def test_a_grid_ends_the_longest_sequence() -> None:
+    fit = fit_of(masks.neighborhood((32, 32), 3), (1, 4, 500, 16), "1GiB")
+    assert (fit.tokens, fit.tokens_end) == (1024, "program")
+
+
+def test_a_batch_beyond_the_limit_is_planned_and_the_largest_named() -> None:
+    plan = cd.plan(masks.window(8), (64, 4, 1024, 16), memory_limit="8MiB")
+    assert plan.fit is not None
+    assert plan.problem.batch == 64
+    assert 1 <= plan.fit.batch < 64
+    assert plan.fit.tokens is not None
+    assert 1 <= plan.fit.tokens < 1024
+
+
+def test_decoding_has_a_largest_batch_and_no_length() -> None:
+    plan = cd.plan(masks.causal(), (1, 8, 1, 64), kv_len=4096, q_offset=4095, memory_limit="100MiB")
+    assert plan.fit is not None
+    assert plan.fit.tokens is None
+    row = 2 * 8 * 4096 * 64 * 4
+    assert plan.fit.batch == 100 * MIB // row - 1 or plan.fit.batch == 100 * MIB // row
+    assert plan.memory.inputs >= row
+
+
+def test_explain_prints_the_limit() -> None:
+    plan = cd.plan(masks.window(8), (1, 4, 1024, 16), memory_limit="64MiB", training=True)
+    text, fit = plan.explain(), plan.fit
+    assert fit is not None
+    assert f"limit     64.0 MiB: at most {fit.batch:,} batch rows of 1,024 tokens" in text
+    assert f"1 batch row of at most {fit.tokens:,} tokens" in text
+    assert re.search(r"memory    forward and backward at most [\d.]+ MiB \(q, k and v 0.8, ", text)
+    assert json.loads(json.dumps(plan.to_json()))["fit"]["batch"] == fit.batch
+    assert cd.plan(masks.window(8), (1, 4, 1024, 16)).to_json()["fit"] is None
+
+
+def test_what_does_not_fit_says_what_a_row_takes() -> None:
+    with pytest.raises(ValueError, match="memory_limit must be at least") as raised:
+        cd.plan(masks.window(8), (2, 4, 1024, 16), memory_limit="512KiB")
+    message = str(raised.value)
+    memory = cd.plan(masks.window(8), (1, 4, 1024, 16)).memory
+    assert f"at least {memory.total:,} bytes: one batch row, q of (1, 4, 1024, 16)" in message
+    assert "got 524,288 bytes (0.5 MiB)" in message
+    found = re.search(r"at most ([\d,]+) tokens", message)
+    # The length that the message names fits, if no workspace is larger than the limit itself.
+    if found is not None:
+        tokens = int(found[1].replace(",", ""))
+        total = cd.plan(masks.window(8), (1, 4, tokens, 16)).memory.total
+        assert total <= 512 * 1024
+    # At the bytes that the message names one row fits.
+    assert fit_of(masks.window(8), (2, 4, 1024, 16), memory.total).batch == 1
+
+
+@given(
+    fixed=st.integers(0, 10**6),
+    slope=st.integers(1, 1000),
+    step=st.integers(1, 50),
+    limit=st.integers(1, 10**8),
+    start=st.integers(1, 10**6),
+    end=st.integers(1, 10**6),
+)
+def test_the_search_ends_at_the_largest(
+    fixed: int, slope: int, step: int, limit: int, start: int, end: int
+) -> None:
+    """Of sizes that rise in steps, and of programs that end."""
+
+    class Sizes:
+        least_bytes = slope
+        asked = 0
+
+        def __call__(self, count: int) -> int | None:
+            self.asked += 1
+            return None if count > max(end, start) else fixed + slope * (count + count // step)
+
+    sizes = Sizes()
+    found = fitting._largest(sizes, limit, start, 2**30)  # type: ignore[arg-type]
+    assert sizes.asked <= 120
+    if found:
+        size = sizes(found)
+        assert size is not None
+        assert size <= limit
+    beyond = sizes(found + 1)
+    assert beyond is None or beyond > limit or found == 2**30

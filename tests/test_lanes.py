@@ -115,7 +115,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("program", "others", "reason"), REFUSED)
+@pytest.mark.parametrize(("program", "settings", "reason"), REFUSED)
 def test_what_it_cannot_express_is_refused_with_the_reason(
     program: Any, settings: dict[str, Any], reason: str
 ) -> None:

@@ -373,9 +373,17 @@ def _part(
 
 
 def _kernel_options(problem: Problem, part: BlockMaskPart) -> Any:
-    """Options of torch's kernels: not the one for decoding where it has no tile for the rows, on a GPU."""
+    """Options of torch's kernels on a GPU; None for its own choice."""
     rows = len(part.queries) * (problem.heads // problem.kv_heads)
-    return None if problem.device == "cpu" or rows <= _MOST_DECODED_ROWS else {"BACKEND": "TRITON"}
+    if problem.device == "cpu" or rows <= _MOST_DECODED_ROWS:
+        return None
+    # Not the kernel for decoding, which has no tile for so many rows.
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if problem.itemsize == 4:
+        # torch's blocks of float32 spill kilobytes, and ptxas takes minutes.
+        narrow = max(problem.head_dim, problem.value_dim) <= 64
+        options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32 if narrow else 16, "fwd_num_stages": 2}
+    return options
 
 
 def _score_mod(

@@ -31,6 +31,7 @@ import torch._inductor.async_compile as async_compile  # noqa: E402
 import torch._inductor.compile_fx as compile_fx  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
 import torch._inductor.runtime.triton_helpers as triton_helpers  # noqa: E402
+import torch._inductor.runtime.triton_heuristics as triton_heuristics  # noqa: E402
 import torch._subclasses.fake_tensor as fake_tensor  # noqa: E402
 import torch.nn.attention.flex_attention as flex_attention  # noqa: E402
 import triton  # noqa: E402
@@ -277,6 +278,22 @@ def _pretend_inductor() -> None:
     compile_fx.compile_fx = compile_moved
 
 
+def _launch_user_kernels() -> None:
+    """Give the interpreter the constants of kernels that inductor did not write.
+
+    Inductor passes them to compiled kernels alone.
+    """
+    autotuner = triton_heuristics.CachingAutotuner
+    grid_of = autotuner._interpret_args_grid
+
+    def with_constants(self: Any, arguments: Any, config: Any) -> Any:
+        if "declared_constexpr_names" in self.inductor_meta:
+            config.kwargs.update(self.triton_meta.get("constants", {}))
+        return grid_of(self, arguments, config)
+
+    autotuner._interpret_args_grid = with_constants
+
+
 def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
     """A graph and its inputs with fake tensors of the pretended GPU; changes the graph."""
     mode = detect_fake_mode(inputs) or TracingContext.get().fake_mode
@@ -322,5 +339,6 @@ _pretend_device()
 triton.runtime.driver.set_active(_Driver())
 if MODE == "interpret":
     _mend_interpreter()
+    _launch_user_kernels()
 _pretend_inductor()
 _open_flex()

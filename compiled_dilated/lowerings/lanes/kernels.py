@@ -7,6 +7,8 @@ BAD is 1 where an input holds NaN or infinity. Loops are then CAREFUL: what a ro
 never reaches it, and what it sees makes it NaN. Otherwise a hidden pair has weight 0 and no more,
 and 0 * NaN is NaN.
 
+scale and factor come as float64 from graphs, and as float32 from eager calls.
+
 Imported where a kernel runs.
 """
 
@@ -134,6 +136,7 @@ def forward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of queries of a head. scale: times log2(e)."""
+    scale = tl.cast(scale, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
     i = tl.arange(0, ROWS)
@@ -205,6 +208,7 @@ def grad_queries(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries. scale: times log2(e); factor: without."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
     i = tl.arange(0, ROWS)
@@ -289,6 +293,7 @@ def grad_keys(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values of a key head, summed over its query heads."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     i = tl.arange(0, ROWS)

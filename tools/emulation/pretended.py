@@ -287,8 +287,9 @@ def _launch_user_kernels() -> None:
     grid_of = autotuner._interpret_args_grid
 
     def with_constants(self: Any, arguments: Any, config: Any) -> Any:
-        if "declared_constexpr_names" in self.inductor_meta:
-            config.kwargs.update(self.triton_meta.get("constants", {}))
+        constants = self.triton_meta.get("constants", {})
+        for name in self.inductor_meta.get("declared_constexpr_names", ()):
+            config.kwargs[name] = constants[name]
         return grid_of(self, arguments, config)
 
     autotuner._interpret_args_grid = with_constants

@@ -149,12 +149,12 @@ def _host_of_lattice(stage: Stage) -> Callable[[], dict[str, Any]]:
     """Host time to read the tiles of a batch and to merge a result."""
 
     def case() -> dict[str, Any]:
-        x = torch.randn(1, 2, 64, 16, device=stage.device)
-        lse = torch.zeros(1, 2, 64, device=stage.device)
+        out, part = (torch.randn(1, 2, 64, 16, device=stage.device) for _ in range(2))
+        lse, part_lse = (torch.zeros(1, 2, 64, device=stage.device) for _ in range(2))
         tiles = Lattice(0, 4, 16, 16, 1)
 
         def call() -> None:
-            tiles.merge(x, lse, tiles.read(x), tiles.read(lse))
+            tiles.merge(out, lse, tiles.read(part), tiles.read(part_lse))
 
         return measured(call)
 

@@ -27,7 +27,7 @@ _FILE, _TINY = "GPU_CHECK_FILE", "GPU_CHECK_TINY"
 _SECONDS = 60
 _MOST_PROCESSES = 14
 # What the emulation runs of it, in minutes.
-_TINY_TESTS = "causal-lanes or lse or nothing or narrow"
+_TINY_TESTS = "(causal-lanes and bfloat16) or nothing or narrow"
 
 
 def run(stage: Stage) -> None:

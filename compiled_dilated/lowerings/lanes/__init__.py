@@ -6,7 +6,7 @@ for queries, and transposed ones for keys: no atomics.
 
     lanes: masks as lanes -> lists: tiles and runs -> running: operators -> kernels: Triton
 
-A graph of fixed lengths holds the kernels themselves, and the lists as its constants.
+A graph of fixed shapes holds the kernels themselves, and the lists as its constants.
 """
 
 from __future__ import annotations

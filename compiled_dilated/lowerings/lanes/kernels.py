@@ -99,6 +99,15 @@ def _forward_runs(
         for block in range(0, count, COLUMNS):
             j = block + tl.arange(0, COLUMNS)
             k_at, inside = first + step * j, j < count
+            if MASKED:
+                seen = _seen(q_at, k_at, row_seen, inside, least, most)
+            if CAREFUL:
+                # How many bad numbers each row sees in each column of v; here, where no scores
+                # take registers. NaN in acc lasts.
+                v_bad = _load(V, k_at, v_stride, inside, DV, BLOCK_V, MASKED)
+                v_bad = tl.where(_is_finite(v_bad), 0.0, 1.0).to(V.dtype.element_ty)
+                spoiled = tl.dot(tl.where(seen, 1.0, 0.0).to(V.dtype.element_ty), v_bad)
+                acc = tl.where(spoiled > 0, float("nan"), acc)
             k = _load(K, k_at, k_stride, inside, D, BLOCK_D, MASKED)
             if CAREFUL:
                 k_bad = _has_bad(k)
@@ -107,7 +116,6 @@ def _forward_runs(
             if CAREFUL:
                 scores = tl.where(k_bad[None, :], float("nan"), scores)
             if MASKED:
-                seen = _seen(q_at, k_at, row_seen, inside, least, most)
                 scores = tl.where(seen, scores, -float("inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
             # A row that has seen nothing yet has no level: -inf less -inf is NaN.
@@ -117,13 +125,8 @@ def _forward_runs(
             total = total * fading + tl.sum(weights, 1)
             v = _load(V, k_at, v_stride, inside, DV, BLOCK_V, MASKED)
             if CAREFUL:
-                # How many bad numbers each row sees in each column of v.
-                v_bad = tl.where(_is_finite(v), 0.0, 1.0).to(v.dtype)
-                spoiled = tl.dot(tl.where(seen, 1.0, 0.0).to(v.dtype), v_bad) > 0
                 v = _clean(v)
             acc = tl.dot(weights.to(v.dtype), v, acc * fading[:, None], input_precision="ieee")
-            if CAREFUL:
-                acc = tl.where(spoiled, float("nan"), acc)
             peak = higher
     return acc, peak, total
 

@@ -16,8 +16,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from .graphs import attend_backward_operator, attend_operator
 from .mods import unflat
-from .operators import Options, attend_backward_operator, attend_operator, run, run_backward
+from .operators import Options, run, run_backward
 from .partials import Saved, is_by_token
 from .ring.rings import Ring
 from .rules import Bound

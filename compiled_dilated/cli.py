@@ -47,8 +47,8 @@ def _options(
 for _command in (plan.plan, show.show, doctor.doctor, packages.export, packages.inspect):
     app.command()(_command)
 app.command(name="recommend")(recommend.recommend_program)
-for _command in (memory.memory, report.report):
-    app.command(context_settings=memory.PASSED_ON)(_command)
+app.command(context_settings=memory.PASSED_ON)(memory.memory)
+app.command(context_settings=memory.PASSED_ON)(report.report)
 app.add_typer(ring.app, name="ring")
 
 

@@ -2,9 +2,9 @@
 
     compiled_dilated::attend -> rules.read_rule -> planner.plan_for -> lowerings.execute, or a ring
 
-Opaque to torch.compile and torch.export. Its arguments define all that it computes: the rule is a
-text (see rules.py), and tensors that functions capture are operands. Modes of the caller have no
-effect inside.
+Opaque to torch.compile and torch.export; graphs.py replaces it where a graph can hold more. Its
+arguments define all that it computes: the rule is a text (see rules.py), and tensors that functions
+capture are operands. Modes of the caller have no effect inside.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from torch._C import (
     _ForceDispatchKeyGuard,
     _is_any_autocast_enabled,
 )
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from . import checks, planner
+from . import planner
 from .calls import Call
-from .lowerings import execute, native
+from .lowerings import execute
 from .masks.functions import digest
 from .mods import Mod, flat, sums_dtype, unflat, without_autocast
 from .partials import Saved, empty_out, is_by_token, laid_out, lse_dtype
 from .plans import Plan, Problem, Scores, problem_of
 from .programs import PerLength, Program
 from .ring.rings import Ring
-from .rules import Rule, read_rule, reads_contents, score_slots
+from .rules import Rule, read_rule, score_slots
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,26 @@ def plan_of(
     training: whether a backward may follow.
     score_mod: of the call.
     """
-    program = _program_at(rule, q.shape[2])
+    problem = problem_at(rule, q, k, v, q_offset, training, score_mod)
     if planner.takes_any_offset(q.shape[2], training, rule.lowering):
         # The cached plan was checked for the position of another call.
-        program.check(1, k.shape[2], q_offset)
-    scores = Scores.of(score_mod)
-    shapes = (q.shape, k.shape, v.shape)
-    problem = problem_of(program, *shapes, q.dtype, q.device.type, q_offset, training, scores)
+        problem.program.check(1, k.shape[2], q_offset)
     return planner.plan_for(problem, rule.lowering)
+
+
+def problem_at(
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offset: int,
+    training: bool,
+    score_mod: Mod | None = None,
+) -> Problem:
+    """The problem of tensors of these shapes; arguments as of `plan_of`."""
+    program, scores = _program_at(rule, q.shape[2]), Scores.of(score_mod)
+    shapes = (q.shape, k.shape, v.shape)
+    return problem_of(program, *shapes, q.dtype, q.device.type, q_offset, training, scores)
 
 
 def _program_at(rule: Rule, tokens: int) -> Program:
@@ -323,32 +334,6 @@ def _(
     numbers = sum((operands or ())[number].numel() for number in learned)
     gradients = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     return *gradients, q.new_empty((numbers,), dtype=sums_dtype(operands or (), learned))
-
-
-@attend_operator.register_torch_dispatch(ProxyTorchDispatchMode)
-def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Trace the native operator if it computes the rule.
-
-    Such a graph runs without Python.
-    """
-    checks.no_onnx_export()
-    q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
-    work = None
-    # Contents of operands, as long lists stored in them, have no values in a trace.
-    if not reads_contents(rule):
-        parsed = read_rule(rule, operands)
-        scores = Scores.of(parsed.call(data, operands, scale, 0).score_mod)
-        if parsed.ring is None:
-            work = native.work_of_graph(parsed.program, parsed.lowering, scores, q, k, v)
-    if work is None:
-        return mode.__torch_dispatch__(func, types, args, kwargs)
-    with mode:
-        inputs = work.of_operator(data, operands, score_slots(rule))
-        # The last data tensor may be the positions, one for each sequence.
-        offsets = data[-1].squeeze(1) if len(data or ()) > len(work.names) else None
-        return torch.ops.compiled_dilated.native.default(
-            q, k, v, *inputs, work.code, scale, q_offset, offsets, by_token
-        )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Lanes as numbers: which pairs the lists of a program hold, against its masks; kernels run in tools/gpu_emulated."""
+"""The pairs in the lists of lanes, against masks; tools/gpu_emulated runs the kernels."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def problem(
     keys: int = 70,
     q_offset: int = 0,
     heads: int = 4,
-    **others: Any,
+    **settings: Any,
 ) -> Problem:
-    numbers = {"head_dim": 16, "value_dim": 16, "dtype": "bfloat16", "device": "cuda"} | others
+    numbers = {"head_dim": 16, "value_dim": 16, "dtype": "bfloat16", "device": "cuda"} | settings
     return Problem(
         as_program(program), 1, heads, heads, queries, keys, q_offset=q_offset, **numbers
     )
 
 
 def counted(work: lanes.Work, of: Problem, transposed: bool) -> np.ndarray[Any, Any]:
-    """How often lists of small tiles hold each pair, (heads, queries, keys)."""
+    """Number of times that lists of small tiles have each pair, (heads, queries, keys)."""
     tiles, runs, classes = (
         x.numpy() for x in work.lists(of, 4, 3, transposed, torch.device("cpu"))
     )
@@ -115,11 +115,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("program", "others", "reason"), REFUSED)
+@pytest.mark.parametrize(("program", "settings", "reason"), REFUSED)
 def test_what_it_cannot_express_is_refused_with_the_reason(
-    program: Any, others: dict[str, Any], reason: str
+    program: Any, settings: dict[str, Any], reason: str
 ) -> None:
-    refusal = lanes.propose(problem(program, **others))
+    refusal = lanes.propose(problem(program, **settings))
     assert isinstance(refusal, Refusal)
     assert reason in refusal.reason
 

@@ -1,4 +1,4 @@
-"""What a planner assumes of a kind of device: rates as shares of its dense kernel's, and the price of bytes and calls."""
+"""Constants of kinds of devices that costs are estimated with."""
 
 from __future__ import annotations
 
@@ -7,31 +7,61 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constants:
-    """Constants of a kind of device.
+    """Rates of kernels as shares of a large dense one's, and the price of bytes and calls.
 
-    flops_per_byte, flops_per_call: flops that a dense kernel does while one byte is copied, or while a kernel call is set up.
-    tiles: rate of the kernel that runs batches of tiles. flex, flex_float32: of FlexAttention on the tiles that it visits.
-    lanes_full, lanes_partial: of the kernel of lanes on FULL and on PARTIAL blocks.
-    measured: whether these were measured on such a device; else they are estimates.
+    flops_per_byte: flops of a dense kernel in the time of one byte copied.
+    flops_per_call: flops of a dense kernel in the time in which the host prepares a call.
+    tiles: rate of the kernel that runs batches of tiles.
+    flex: rate of FlexAttention on the tiles that it visits.
+    lanes_full, lanes_partial: rates of lanes on FULL and on PARTIAL blocks.
+    flex_float32, lanes_float32: in float32, in which the kernel of tiles counts as `tiles` too.
+    working_set: bytes that a call of the kernel of tiles may take beside small tensors; 0: what
+        `tiling.costs` allows everywhere, which stays in a CPU's caches.
+    measured: whether a program measured all rates on such a device; else they are estimates.
     """
 
     flops_per_byte: float
     flops_per_call: float
     tiles: float
     flex: float
-    flex_float32: float
     lanes_full: float
     lanes_partial: float
+    flex_float32: float
+    lanes_float32: float
+    working_set: int
     measured: bool
 
 
-# Two CPU cores: windows of 256 of 16K tokens for FlexAttention, benchmarks/kernels.py for tiles.
-CPU = Constants(10.0, 4e6, 1.0, 0.7, 0.7, 1.0, 1.0, measured=True)
-# H100 and H200: no measurement. Public rates of dense kernels at 2K rows (FlashAttention-3's figure: Triton 389, cuDNN 617 TF/s),
-# about 150 for memory-efficient attention, 20 to 100 us of host for a call.
-HOPPER = Constants(230.0, 1e10, 0.3, 0.6, 0.1, 0.8, 0.6, measured=False)
+# Two cores: flex on windows of 256 of 16K tokens, tiles by benchmarks/kernels.py.
+CPU = Constants(
+    flops_per_byte=10.0,
+    flops_per_call=4e6,
+    tiles=1.0,
+    flex=0.7,
+    lanes_full=1.0,
+    lanes_partial=1.0,
+    flex_float32=0.7,
+    lanes_float32=1.0,
+    working_set=0,
+    measured=True,
+)
+# H100 and H200, from published rates of dense kernels at 2K rows (FlashAttention-3: Triton 389,
+# cuDNN 617 TFLOP/s; memory-efficient attention about 150) and 20 to 100 us of host for a call.
+# `tools/gpu_check` prints the measured ones. The working set is a quarter of an H100's memory.
+HOPPER = Constants(
+    flops_per_byte=230.0,
+    flops_per_call=1e10,
+    tiles=0.3,
+    flex=0.6,
+    lanes_full=0.8,
+    lanes_partial=0.6,
+    flex_float32=0.1,
+    lanes_float32=0.15,
+    working_set=20 * 2**30,
+    measured=False,
+)
 
 
 def constants(device: str) -> Constants:
-    """The constants of a device type; those of a GPU for every device that is no CPU."""
+    """The constants of a device type; every device but a CPU is taken for a Hopper GPU."""
     return CPU if device == "cpu" else HOPPER

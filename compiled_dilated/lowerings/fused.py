@@ -20,16 +20,17 @@ class Fused:
     """A lowering by its functions; see `protocol.Lowering`.
 
     name: as users write it.
-    propose_program: one answer for a problem; its work is given to the other two.
+    propose_program: one answer for a problem; the work of a proposal is passed to the other two.
     run_forward: (work, problem, call, q, k, v) to out and lse.
     run_backward: (work, problem, call, saved) to the gradients of q, k and v.
+    keeps_hidden_out: whether these two themselves keep NaN of hidden keys out of results.
     """
 
     name: str
     propose_program: Callable[[Problem], Proposal | Refusal]
     run_forward: Callable[[Any, Problem, Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     run_backward: Callable[[Any, Problem, Call, Saved], tuple[Tensor, Tensor, Tensor]]
-    keeps_hidden_out = False
+    keeps_hidden_out: bool = False
     is_fused = True
     decides = False
 
@@ -52,6 +53,8 @@ class Fused:
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
         run = partial(self.run_forward, chosen[0].work[0], problem)
+        if self.keeps_hidden_out:
+            return run(call, q, k, v)
         return hidden.forward(run, call, q, k, v)
 
     def merge_into(
@@ -75,6 +78,11 @@ class Fused:
         call: Call,
         saved: Saved,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v; those of a score_mod's operands are added to its sums."""
+        """Gradients of q, k and v.
+
+        Gradients of a score_mod's operands are added to its sums.
+        """
         run = partial(self.run_backward, chosen[0].work[0], problem)
+        if self.keeps_hidden_out:
+            return run(call, saved)
         return hidden.backward(run, call, saved)

@@ -12,7 +12,8 @@ from .. import fitting, planner, rates
 from ..compiler import plan
 from ..plans import Plan
 from ..programs import Program
-from ..ring.plans import Load, RingPlan
+from ..ring.loads import Load
+from ..ring.plans import RingPlan
 
 # Pairs of a head whose tiles are counted in about a second. Past these the allowed pairs stand for
 # the computed ones, which differ little where most tiles are full, and no ring is planned.

@@ -18,7 +18,8 @@ from compiled_dilated.native import build
 from compiled_dilated.plans import Plan, Problem
 from compiled_dilated.ring.layouts import Contiguous
 from compiled_dilated.ring.schedules import Schedule
-from tests.cases import BATCH, CASES, HEAD_DIM, Case
+from tests.cases import CASES, Case
+from tests.support.case import BATCH, HEAD_DIM
 
 BASELINE = Path(__file__).parents[1] / "data" / "counts.json"
 REWRITE = "tools/counts --write"

@@ -11,11 +11,15 @@ from tests.support.errors_of_programs import CAUSAL, IDS, PADDING, WINDOW, Row, 
 
 COMPILE: list[Row] = [
     (
-        lambda: cd.compile(lambda b, h, q, kv: q >= kv),
+        lambda: cd.compile(lambda b, h, q, kv: q >= kv),  # type: ignore[call-overload]
         TypeError,
         "expected a Program or a mask; got function",
     ),
-    (lambda: cd.compile([CAUSAL]), TypeError, "expected a Program or a mask; got list"),
+    (
+        lambda: cd.compile([CAUSAL]),  # type: ignore[call-overload]
+        TypeError,
+        "expected a Program or a mask; got list",
+    ),
     (
         lambda: cd.compile(CAUSAL, lowering="fast"),
         ValueError,
@@ -255,7 +259,11 @@ COMPILE: list[Row] = [
         ValueError,
         "lowering 'flex' gives no lse on a CPU",
     ),
-    (lambda: cd.compile(CAUSAL)(x(), x(), x(), None), TypeError, "positional argument"),
+    (
+        lambda: cd.compile(CAUSAL)(x(), x(), x(), None),  # type: ignore[call-arg]
+        TypeError,
+        "positional argument",
+    ),
     (
         lambda: attend(dropout_p=0.1),
         TypeError,

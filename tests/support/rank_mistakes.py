@@ -114,7 +114,9 @@ def mistakes(group: dist.ProcessGroup) -> None:
     attend = cd.compile(program, mesh=group, layout="contiguous")
     own = positions_of(group, program, complete, "contiguous")
     right: dict[str, Any] = dict(zip("qkv", leaves(complete, own), strict=True)) | {"data": data}
-    expected = cd.reference(program, *complete, data=data)[:, :, own]
+    out = cd.reference(program, *complete, data=data)
+    assert isinstance(out, torch.Tensor)
+    expected = out[:, :, own]
     generator = torch.Generator().manual_seed(group.size())
     for number, change in enumerate(wrong_options(right, own)):
         culprit = int(torch.randint(group.size(), (), generator=generator))

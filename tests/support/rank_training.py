@@ -163,8 +163,10 @@ def learned_operands(group: dist.ProcessGroup) -> None:
 
     shards = leaves(complete, positions_of(group, program, complete, layout))
     out = cd.compile(program, mesh=group, layout=layout)(*shards, score_mod=biased)
+    assert isinstance(out, torch.Tensor)
     (share,) = torch.autograd.grad(out.square().sum(), [table])
     dist.all_reduce(share, group=group)
     expected = cd.reference(program, *complete, score_mod=biased)
+    assert isinstance(expected, torch.Tensor)
     (grad,) = torch.autograd.grad(expected.square().sum(), [table])
     torch.testing.assert_close(share, grad, rtol=1e-10, atol=1e-10)

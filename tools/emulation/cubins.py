@@ -1,4 +1,4 @@
-"""Kernels compiled to machine code of sm_90: shared memory, registers and spills as ptxas reports them."""
+"""Kernels compiled to machine code of sm_90: shared memory, registers and spills by ptxas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 
 @dataclass(frozen=True)
 class Cubin:
-    """A compiled kernel: bytes of shared memory and of spill stores and loads, registers, and its PTX."""
+    """A compiled kernel.
+
+    shared: bytes of shared memory.
+    spilled: bytes of spill stores and loads.
+    """
 
     shared: int
     spilled: int
@@ -32,7 +36,7 @@ class Cubin:
 
     @property
     def report(self) -> dict[str, int]:
-        """Its numbers, and how many products its tensor cores do."""
+        """Its numbers, with the number of instructions of tensor cores."""
         wgmma = self.ptx.count("wgmma.mma_async")
         return {
             "shared": self.shared,
@@ -49,21 +53,24 @@ def compiled(
     attributes: Any,
     **options: Any,
 ) -> Cubin:
-    """A Triton function as machine code of the pretended GPU. options: num_warps, num_stages."""
+    """A Triton function as machine code of the pretended GPU.
+
+    options: num_warps, num_stages.
+    """
     source = triton.compiler.ASTSource(function, signature, constants, attributes)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         kernel = triton.compile(source, target=pretended.TARGET, options=options)
     spills, registers = _SPILLS.search(log.getvalue()), _REGISTERS.search(log.getvalue())
     if spills is None or registers is None:
-        raise RuntimeError(f"ptxas said nothing of spills or registers: {log.getvalue()!r}")
+        raise RuntimeError(f"ptxas reports no spills or registers: {log.getvalue()!r}")
     return Cubin(
         kernel.metadata.shared, sum(map(int, spills.groups())), int(registers[1]), kernel.asm["ptx"]
     )
 
 
 def of_inductor(name: str, source: str) -> Cubin:
-    """A kernel as inductor has written it, in its first configuration."""
+    """A kernel from its source by inductor, in its first configuration."""
     kernel = getattr(PyCodeCache.load(source), name)
     config, meta = kernel.configs[0], kernel.triton_meta
     constants = {**meta.get("constants", {}), **config.kwargs}
@@ -88,18 +95,35 @@ def flex(dtype: torch.dtype, head_dim: int, backward: bool = True) -> dict[str, 
     out = cd.compile(masks.window(256), lowering="flex")(*x)
     if backward:
         torch.autograd.grad(out.sum(), x)
-    written = dict(
-        name_and_source for name_and_source in pretended.KERNELS if "_tem_" in name_and_source[0]
-    )
-    kinds = {
-        ("backward" if "backward" in name else "forward"): (name, source)
-        for name, source in written.items()
-    }
-    return {kind: of_inductor(*kernel) for kind, kernel in kinds.items()}
+    cubins = {}
+    for name, source in pretended.KERNELS:
+        if "_tem_" in name:
+            kind = "backward" if "backward" in name else "forward"
+            cubins[kind] = of_inductor(name, source)
+    return cubins
+
+
+def graph(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
+    """The kernels of lanes in the code of a compiled graph: forward, and both of the backward.
+
+    Raises AssertionError where the graph calls the operator instead.
+    """
+    pretended.KERNELS.clear()
+    torch._dynamo.reset()
+    x = [torch.zeros(1, 2, 512, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+    attend = cd.compile(cd.longnet((128, 256), (1, 2)), lowering="lanes")
+    out = torch.compile(attend, fullgraph=True)(*x)
+    torch.autograd.grad(out.sum(), x)
+    cubins = {}
+    for kind in ("forward", "grad_queries", "grad_keys"):
+        sources = [x for x in pretended.KERNELS if x[0] == kind]
+        assert len(sources) == 1, f"the graphs hold {len(sources)} kernels {kind}, not one"
+        cubins[kind] = of_inductor(*sources[0])
+    return cubins
 
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_OF_LSE, _OF_LISTS = ("LSE", "DELTA"), ("TILES", "RUNS", "CLASSES")
+_OF_LSE, _OF_LISTS = ("LSE", "DELTA"), ("TILES", "RUNS", "CLASSES", "BAD")
 
 
 def lanes(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
@@ -107,18 +131,17 @@ def lanes(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
     from compiled_dilated.lowerings.lanes import kernels, running
 
     width = running.padded(head_dim)
-    forward, backward = (
-        running.forward_blocks(width, dtype.itemsize),
-        running.backward_blocks(width, dtype.itemsize),
-    )
+    forward = running.forward_blocks(width, dtype.itemsize)
+    backward = running.backward_blocks(width, dtype.itemsize)
     blocks = {"forward": forward, "grad_queries": backward, "grad_keys": backward}
     return {
-        name: _of_lanes(getattr(kernels, name), dtype, head_dim, width, blocks[name])
-        for name in blocks
+        name: _of_lanes(getattr(kernels, name), dtype, head_dim, width, of_kernel)
+        for name, of_kernel in blocks.items()
     }
 
 
 def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, blocks: Any) -> Cubin:
+    """A kernel of lanes for keys and values of one width."""
     constants = {
         "D": head_dim,
         "DV": head_dim,
@@ -130,12 +153,12 @@ def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, bloc
     names = function.arg_names
     signature = {name: _kind(name, dtype) for name in names} | dict.fromkeys(constants, "constexpr")
     places = {(names.index(name),): value for name, value in constants.items()}
-    # Tensors that torch allocates, and strides of heads and tokens of usual widths.
-    divisible = [
-        name
-        for name in names
-        if signature[name].startswith("*") or (len(name) == 2 and name != "lb" and name != "lh")
-    ]
+    # Multiples of 16: addresses that torch allocates, and strides of usual widths.
+    divisible = []
+    for name in names:
+        is_stride = len(name) == 2 and name not in ("lb", "lh")
+        if is_stride or signature[name].startswith("*"):
+            divisible.append(name)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     return compiled(
         function, signature, places, attributes, num_warps=blocks.warps, num_stages=blocks.stages

@@ -1,8 +1,9 @@
-"""The environment of the emulation: the versions whose private names it patches, in a virtual environment of its own."""
+"""The virtual environment of the emulation: the versions whose private names it patches."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -13,37 +14,39 @@ FOLDER = Path(os.environ.get("COMPILED_DILATED_EMULATION_VENV", ROOT / ".venv-gp
 _TORCH_INDEX = os.environ.get(
     "COMPILED_DILATED_TORCH_INDEX", "https://download.pytorch.org/whl/cpu"
 )
-# numpy 2.4 breaks the interpreter of Triton 3.6. What the project imports beside them comes at the versions of constraints.txt.
+# numpy 2.4 breaks the interpreter of Triton 3.6.
 _PINNED = {"torch": "2.13.0", "triton": "3.6.0", "numpy": "2.2.6"}
-_OTHERS = ("lazy-loader", "psutil", "tabulate", "setuptools")
+# Imports of the project and of its tests on a GPU, at the versions of constraints.txt.
+_OTHERS = ("lazy-loader", "psutil", "tabulate", "setuptools", "pytest", "hypothesis")
+
+
+class Unavailable(RuntimeError):
+    """The environment cannot be made here; the message says why."""
 
 
 def python() -> Path:
-    """The environment's Python; makes the environment where it is missing or of other versions."""
+    """The environment's Python; makes the environment where it is missing or of other versions.
+
+    Raises Unavailable.
+    """
     executable, stamp = FOLDER / "bin/python", FOLDER / "stamp"
-    wanted = f"{_PINNED} {_OTHERS} {sys.version_info[:2]}"
-    if stamp.exists() and stamp.read_text() == wanted:
+    versions = f"{_PINNED} {_OTHERS} {sys.version_info[:2]}"
+    if stamp.exists() and stamp.read_text() == versions:
         return executable
+    if shutil.which("g++") is None:
+        raise Unavailable("it needs g++ on PATH")
     print(f"gpu_emulated: making {FOLDER} (about 400 MB of packages)", flush=True)
     venv.create(FOLDER, clear=True, with_pip=True)
     pip = [str(executable), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     pinned = [f"{name}=={version}" for name, version in _PINNED.items()]
     # The CPU build of torch; where its index is out of reach, pip's own index.
-    from_index = [
-        *pip,
-        "--retries",
-        "1",
-        "--timeout",
-        "10",
-        "--no-deps",
-        "--index-url",
-        _TORCH_INDEX,
-        pinned[0],
-    ]
-    if subprocess.run(from_index).returncode:
+    index = ["--retries", "1", "--timeout", "10", "--no-deps", "--index-url", _TORCH_INDEX]
+    if subprocess.run([*pip, *index, pinned[0]]).returncode:
         print("gpu_emulated: PyTorch's index does not give torch; pip's own will", flush=True)
-    subprocess.run([*pip, *pinned, *_constrained()], check=True)
-    stamp.write_text(wanted)
+    packages = [*pinned, *_constrained()]
+    if subprocess.run([*pip, *packages]).returncode:
+        raise Unavailable(f"pip cannot install {', '.join(packages)}")
+    stamp.write_text(versions)
     return executable
 
 

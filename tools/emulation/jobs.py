@@ -1,4 +1,7 @@
-"""Names of what is run and compiled, without torch: "run: CASE" and "compile: LOWERING DTYPE HEAD_DIM"."""
+"""Names of jobs, without torch: "run: CASE" and "compile: WAY DTYPE HEAD_DIM".
+
+WAY is a function of `cubins`.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,16 @@ from pathlib import Path
 
 RUN, COMPILE = "run", "compile"
 _WIDTHS = {"bfloat16": (64, 96, 128, 256), "float16": (64, 96, 128, 256), "float32": (64, 96, 128)}
-_SHORT_COMPILED = ("flex bfloat16 64", "lanes bfloat16 64", "lanes bfloat16 128")
+_GRAPHS = ("graph bfloat16 64", "graph float16 128")
+_SHORT_COMPILED = ("flex bfloat16 64", "lanes bfloat16 64", "graph bfloat16 64")
 
 
 def names(short: bool) -> list[str]:
     """All jobs, or those of the short half."""
-    compiled = [
-        f"{way} {dtype} {width}"
-        for dtype, widths in _WIDTHS.items()
-        for width in widths
-        for way in ("flex", "lanes")
-    ]
+    compiled = list(_GRAPHS)
+    for dtype, widths in _WIDTHS.items():
+        for width in widths:
+            compiled += [f"{way} {dtype} {width}" for way in ("flex", "lanes")]
     return [
         *(f"{RUN}: {name}" for name, is_short in _cases().items() if is_short or not short),
         *(f"{COMPILE}: {name}" for name in compiled if name in _SHORT_COMPILED or not short),
@@ -25,7 +27,7 @@ def names(short: bool) -> list[str]:
 
 
 def batches(chosen: list[str], at_once: int = 4) -> list[list[str]]:
-    """Jobs that one process does after another: of one kind, few enough to share out over cores."""
+    """Jobs that one process does one after the other: of one kind, and few."""
     out = []
     for kind in (COMPILE, RUN):
         alike = [name for name in chosen if name.startswith(kind)]
@@ -34,7 +36,10 @@ def batches(chosen: list[str], at_once: int = 4) -> list[list[str]]:
 
 
 def _cases() -> dict[str, bool]:
-    """The names of the cases and whether each is of the short half, read from their source: importing it needs torch."""
+    """Names of cases, and whether they are of the short half.
+
+    Read from their source, since an import needs torch.
+    """
     tree = ast.parse((Path(__file__).parent / "cases.py").read_text())
     table = next(
         node.value

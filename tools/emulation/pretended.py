@@ -1,18 +1,21 @@
-"""A pretended H100: inductor writes Triton for it, Triton's interpreter runs that on CPU tensors, or ptxas compiles it.
+"""A pretended H100: inductor writes Triton for it, which an interpreter runs or ptxas compiles.
 
-    EMULATION=interpret   kernels run in the interpreter; values are right or wrong, nothing is said of speed
+    EMULATION=interpret   kernels run in Triton's interpreter, on CPU tensors
     EMULATION=compile     kernels are compiled for sm_90 and not run
 
-Dynamo, guards, AOTAutograd and inductor are the real ones. A graph is traced on CPU tensors; only inductor sees it as a graph of
-fake tensors of cuda:0. Patches private names of torch 2.13 and Triton 3.6: `environment` pins both. Imported before torch.
+Dynamo, guards, AOTAutograd and inductor are the real ones. A graph is traced on CPU tensors; only
+inductor sees it as a graph of fake tensors of cuda:0. Patches private names of torch 2.13 and
+Triton 3.6: `environment` pins both. Imported before torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import tempfile
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import torch._inductor.async_compile as async_compile  # noqa: E402
 import torch._inductor.compile_fx as compile_fx  # noqa: E402
 import torch._inductor.config as inductor_config  # noqa: E402
 import torch._inductor.runtime.triton_helpers as triton_helpers  # noqa: E402
+import torch._inductor.runtime.triton_heuristics as triton_heuristics  # noqa: E402
 import torch._subclasses.fake_tensor as fake_tensor  # noqa: E402
 import torch.nn.attention.flex_attention as flex_attention  # noqa: E402
 import triton  # noqa: E402
@@ -41,11 +45,12 @@ SHARED_BYTES = 227 * 1024
 # What inductor has written, (name, source), in order.
 KERNELS: list[tuple[str, str]] = []
 PROPERTIES = types.SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3 (pretended)", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
-    warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-    shared_memory_per_block=49152, shared_memory_per_block_optin=SHARED_BYTES, shared_memory_per_multiprocessor=228 * 1024,
-    L2_cache_size=50 * 2**20, gcnArchName="", uuid="0", pci_bus_id=0, pci_device_id=0, pci_domain_id=0, is_integrated=0,
-    is_multi_gpu_board=0,
+    name="NVIDIA H100 80GB HBM3 (pretended)", major=9, minor=0, multi_processor_count=132,
+    total_memory=80 * 2**30, warp_size=32, regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    shared_memory_per_block=49152, shared_memory_per_block_optin=SHARED_BYTES,
+    shared_memory_per_multiprocessor=228 * 1024, L2_cache_size=50 * 2**20, gcnArchName="", uuid="0",
+    pci_bus_id=0, pci_device_id=0, pci_domain_id=0, is_integrated=0, is_multi_gpu_board=0,
 )  # fmt: skip
 
 
@@ -62,13 +67,35 @@ class _NoGuard:
         return False
 
 
+class _Event:
+    """An event of CUDA by the host's clock: kernels run where they are launched."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Milliseconds until another event, as many as a division takes at least."""
+        return max(1e3 * (end.seconds - self.seconds), 1e-6)
+
+
+class _Graph:
+    """A CUDA graph whose calls run while they are captured."""
+
+    def replay(self) -> None:
+        pass
+
+
 class _Driver:
     """Triton's driver of the pretended GPU."""
 
     utils = types.SimpleNamespace(
         get_device_properties=lambda device: {
-            "max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32,
-            "sm_clock_rate": 1980000, "mem_clock_rate": 2619000, "mem_bus_width": 5120,
+            "max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132, "max_num_regs": 65536,
+            "warpSize": 32, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000,
+            "mem_bus_width": 5120,
         }
     )  # fmt: skip
 
@@ -120,75 +147,88 @@ def _register_guard() -> None:
     source, library = folder / "guard.cpp", folder / "guard.so"
     source.write_text(
         "#include <c10/core/impl/DeviceGuardImplInterface.h>\n"
-        "static c10::impl::DeviceGuardImplRegistrar registrar(\n"
-        "    c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());\n"
+        "using namespace c10;\n"
+        "static impl::DeviceGuardImplRegistrar registrar(\n"
+        "    DeviceType::CUDA, new impl::NoOpDeviceGuardImpl<DeviceType::CUDA>());\n"
     )
     include, libraries = f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"
-    command = [
-        "g++",
-        "-std=c++20",
-        "-fPIC",
-        "-shared",
-        str(source),
-        include,
-        libraries,
-        "-lc10",
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
+    compiler = ["g++", "-std=c++20", "-fPIC", "-shared"]
+    subprocess.run(
+        [*compiler, str(source), include, libraries, "-lc10", "-o", str(library)], check=True
+    )
     ctypes.CDLL(str(library))
 
 
-def _pretend_device() -> None:
-    """What torch, Dynamo and fake tensors ask about CUDA."""
-    cuda = torch.cuda
-    nothing: Any = lambda *arguments, **options: None  # noqa: E731
-    answers: dict[str, Any] = {
-        "is_available": True, "is_initialized": True, "_is_compiled": True, "device_count": 1, "current_device": 0,
-        "is_bf16_supported": True, "get_device_properties": PROPERTIES, "_get_device_properties": PROPERTIES,
-        "get_device_capability": (9, 0), "get_device_name": PROPERTIES.name, "memory_allocated": 0, "max_memory_allocated": 0,
-    }  # fmt: skip
+def _answer(owner: Any, answers: dict[str, Any], as_static: bool = False) -> None:
+    """Replace functions by ones that return a constant, whatever their arguments."""
     for name, answer in answers.items():
-        setattr(cuda, name, lambda *arguments, _answer=answer, **options: _answer)
-    for name in (
-        "_lazy_init",
-        "_lazy_call",
-        "manual_seed",
-        "manual_seed_all",
-        "set_device",
-        "synchronize",
-        "set_rng_state",
-    ):
-        setattr(cuda, name, nothing)
+
+        def function(*arguments: Any, _answer: Any = answer, **options: Any) -> Any:
+            return _answer
+
+        setattr(owner, name, staticmethod(function) if as_static else function)
+
+
+# What functions of torch.cuda return.
+_OF_CUDA: dict[str, Any] = {
+    "is_available": True,
+    "is_initialized": True,
+    "_is_compiled": True,
+    "device_count": 1,
+    "current_device": 0,
+    "is_bf16_supported": True,
+    "get_device_properties": PROPERTIES,
+    "_get_device_properties": PROPERTIES,
+    "get_device_capability": (9, 0),
+    "get_device_name": PROPERTIES.name,
+    "mem_get_info": (79 * 2**30, 80 * 2**30),
+    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), 0),
+    **dict.fromkeys(("_lazy_init", "_lazy_call", "manual_seed", "manual_seed_all"), None),
+    **dict.fromkeys(("set_device", "synchronize", "set_rng_state", "_sleep"), None),
+    "reset_peak_memory_stats": None,
+    "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+    # A graph is "captured" by running it.
+    "graph": contextlib.nullcontext(),
+}
+# What Dynamo's interface of CUDA returns.
+_OF_INTERFACE = {
+    "current_device": 0,
+    "set_device": None,
+    "device_count": 1,
+    "is_available": True,
+    "get_raw_stream": 0,
+    "synchronize": None,
+    "is_bf16_supported": True,
+    "is_triton_capable": True,
+    "raise_if_triton_unavailable": None,
+    "get_compute_capability": 90,
+    "get_device_properties": PROPERTIES,
+}
+
+
+def _pretend_device() -> None:
+    """Replace what torch, Dynamo and fake tensors call of CUDA."""
+    cuda = torch.cuda
+    _answer(cuda, _OF_CUDA)
     cuda._cached_device_count = 1
-    cuda.get_rng_state = lambda *arguments: torch.zeros(16, dtype=torch.uint8)
     cuda._DeviceGuard = cuda.device = _NoGuard
+    cuda.Event, cuda.CUDAGraph = _Event, _Graph
     torch._C._cuda_getCurrentRawStream = lambda *arguments: 0
     torch._C._cuda_getDevice = lambda: 0
-    torch._C._dynamo.guards._empty_strided_cuda = (
-        _zeros  # what no kernel fills, where kernels are compiled alone, is no NaN
-    )
-    fake_tensor.init_gpu_context = nothing
+    # Not empty: where kernels are compiled alone, no kernel fills it, and it must hold no NaN.
+    torch._C._dynamo.guards._empty_strided_cuda = _zeros
+    fake_tensor.init_gpu_context = lambda *arguments: None
     interface = device_interface.CudaInterface
     interface.device = _NoGuard
-    interface.get_device_properties = staticmethod(lambda device=None: PROPERTIES)
-    interface.Worker.get_device_properties = staticmethod(lambda device=None: PROPERTIES)
-    interface.Worker.current_device = staticmethod(lambda: 0)
-    of_interface = {
-        "current_device": 0, "set_device": None, "device_count": 1, "is_available": True, "get_raw_stream": 0,
-        "synchronize": None,
-        "is_bf16_supported": True, "is_triton_capable": True, "raise_if_triton_unavailable": None,
-        "get_compute_capability": 90,
-    }  # fmt: skip
-    for name, answer in of_interface.items():
-        setattr(
-            interface, name, staticmethod(lambda *arguments, _answer=answer, **options: _answer)
-        )
+    _answer(interface, _OF_INTERFACE, as_static=True)
+    _answer(interface.Worker, {"get_device_properties": PROPERTIES, "current_device": 0}, True)
 
 
 def _mend_interpreter() -> None:
-    """Give the interpreter libdevice's functions, and products of bfloat16, whose raw bits Triton 3.6 multiplies."""
+    """Give the interpreter libdevice's functions, and products of bfloat16.
+
+    Triton 3.6 multiplies the raw bits of bfloat16.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -210,7 +250,7 @@ def _mend_interpreter() -> None:
 
 
 def _pretend_inductor() -> None:
-    """Graphs of CPU tensors reach inductor as graphs of cuda:0, and their kernels the interpreter, or nobody."""
+    """Give inductor graphs of CPU tensors as graphs of cuda:0, and record its kernels."""
     inductor_config.compile_threads = 1
     inductor_config.force_disable_caches = True
     inductor_config.triton.cudagraphs = False
@@ -238,8 +278,25 @@ def _pretend_inductor() -> None:
     compile_fx.compile_fx = compile_moved
 
 
+def _launch_user_kernels() -> None:
+    """Give the interpreter the constants of kernels that inductor did not write.
+
+    Inductor passes them to compiled kernels alone.
+    """
+    autotuner = triton_heuristics.CachingAutotuner
+    grid_of = autotuner._interpret_args_grid
+
+    def with_constants(self: Any, arguments: Any, config: Any) -> Any:
+        constants = self.triton_meta.get("constants", {})
+        for name in self.inductor_meta.get("declared_constexpr_names", ()):
+            config.kwargs[name] = constants[name]
+        return grid_of(self, arguments, config)
+
+    autotuner._interpret_args_grid = with_constants
+
+
 def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
-    """A graph, in place, and its inputs with fake tensors of the pretended GPU instead of fake ones of the CPU."""
+    """A graph and its inputs with fake tensors of the pretended GPU; changes the graph."""
     mode = detect_fake_mode(inputs) or TracingContext.get().fake_mode
 
     def moved(x: Any) -> Any:
@@ -268,7 +325,7 @@ def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any
 
 
 def _open_flex() -> None:
-    """Let FlexAttention take CPU tensors for a backward and an lse, as it does on a GPU."""
+    """Make FlexAttention take CPU tensors for a backward and an lse, as it does on a GPU."""
     import inspect
 
     flex_attention._validate_device = lambda q, k, v: None
@@ -283,5 +340,6 @@ _pretend_device()
 triton.runtime.driver.set_active(_Driver())
 if MODE == "interpret":
     _mend_interpreter()
+    _launch_user_kernels()
 _pretend_inductor()
 _open_flex()

@@ -1,4 +1,7 @@
-"""Run jobs in one process and print a JSON line for each as it ends: `python -m emulation.worker JOB...` with EMULATION set."""
+"""Run jobs in one process, and print a JSON line for each as it ends.
+
+python -m emulation.worker JOB..., with EMULATION set as `pretended` says.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def main(names: list[str]) -> None:
 
 
 def _result(name: str) -> dict[str, Any]:
-    """What a job says: an error or None, and the kernels that it compiled."""
+    """The report of a job: an error or None, and the kernels that it compiled."""
     kind, _, what = name.partition(": ")
     if kind == jobs.RUN:
         from . import cases
@@ -37,8 +40,8 @@ def _result(name: str) -> dict[str, Any]:
         return {"error": cases.error_of(cases.CASES[what])}
     from . import cubins
 
-    lowering, dtype, head_dim = what.split()
-    built = getattr(cubins, lowering)(getattr(cubins.torch, dtype), int(head_dim))
+    way, dtype, head_dim = what.split()
+    built = getattr(cubins, way)(getattr(cubins.torch, dtype), int(head_dim))
     return {
         "error": None,
         "kernels": {f"{what} {part}": cubin.report for part, cubin in built.items()},

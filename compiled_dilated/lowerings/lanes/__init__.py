@@ -1,9 +1,12 @@
-"""One Triton kernel for all branches of a program whose keys come in runs with a stride; on a GPU.
+"""One Triton kernel for all branches of a program whose keys come in runs with a stride.
 
-Lists say which runs of keys a tile of queries sees. All of them go through one softmax, where a key of two branches counts twice:
-no log c, no merge and no bias. A backward reads the same lists for queries, and transposed ones for keys: no atomics.
+Lists name the runs of keys that a tile of queries sees. All runs go through one softmax, where a
+key of two branches counts twice: no log c, no merge and no bias. A backward reads the same lists
+for queries, and transposed ones for keys: no atomics.
 
     lanes: masks as lanes -> lists: tiles and runs -> running: operators -> kernels: Triton
+
+A graph of fixed shapes holds the kernels themselves, and the lists as its constants.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...calls import Call
 from ...partials import Saved, is_by_token
@@ -25,43 +30,62 @@ from . import lists
 from .lanes import Inexpressible, Lane, lanes_of
 from .lists import Tiling
 
-# A tile's rows are `step` apart: past this, programs of usual lengths have few rows to a tile.
+# A tile's rows are `step` apart. With longer steps, usual lengths fill few rows of a tile.
 _LONGEST_STEP = 128
 _WIDEST = 256
 _MOST_POSITIONS = 2**31 - 2
-# Tiling that costs are estimated with.
+# The tiling that costs are estimated with.
 _ROWS, _COLUMNS = 128, 64
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What each class of heads sees, and which class a head is in; lists are made when first needed on a device.
+    """Lanes of each class of heads that see the same, and the lists made of them.
 
-    kept: tensors by (tiling, transposed, device).
+    classes: lanes by class.
+    class_of: class of each head.
+    lasting: lists as tensors, by tiling, side and device.
     """
 
     classes: tuple[tuple[Lane, ...], ...]
     class_of: tuple[int, ...]
-    kept: dict[tuple[Tiling, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(
+    lasting: dict[tuple[Tiling, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )
 
     def lists(
         self, problem: Problem, rows: int, columns: int, transposed: bool, device: torch.device
     ) -> tuple[Tensor, ...]:
-        """Tiles, runs and classes of heads as tensors; over keys where transposed, else over queries."""
-        key = Tiling(rows, columns, lists.step_of(self.classes)), transposed, device
-        if key not in self.kept:
-            queries, keys = _positions(problem)
-            if transposed:
-                classes = [[lane.transposed() for lane in lanes] for lanes in self.classes]
-                built = lists.build(classes, keys, queries, key[0])
-            else:
-                built = lists.build(self.classes, queries, keys, key[0])
-            class_of = np.array(self.class_of, dtype=np.int32)
-            tensors = [torch.from_numpy(x).to(device) for x in (built.tiles, built.runs, class_of)]
-            self.kept[key] = tensors[0], tensors[1], tensors[2]
-        return self.kept[key]
+        """Tiles, runs and classes of heads as tensors on a device.
+
+        rows, columns: of a tile and of a block.
+        transposed: whether rows are keys; else they are queries.
+        """
+        tiling = Tiling(rows, columns, lists.step_of(self.classes))
+        key = tiling, transposed, device
+        if key not in self.lasting:
+            # Real tensors, also while a graph is traced.
+            with _disable_current_modes():
+                self.lasting[key] = self._built(problem, tiling, transposed, device)
+        if _len_torch_dispatch_stack():
+            # A graph that is traced takes them as its constants.
+            return tuple(torch.ops.aten.lift_fresh.default(x) for x in self.lasting[key])
+        return self.lasting[key]
+
+    def _built(
+        self, problem: Problem, tiling: Tiling, transposed: bool, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys = _positions(problem)
+        if transposed:
+            classes = [[lane.transposed() for lane in lanes] for lanes in self.classes]
+            built = lists.build(classes, keys, queries, tiling)
+        else:
+            built = lists.build(self.classes, queries, keys, tiling)
+        class_of = np.array(self.class_of, dtype=np.int32)
+        tiles, runs, classes_of_heads = (
+            torch.from_numpy(x).to(device) for x in (built.tiles, built.runs, class_of)
+        )
+        return tiles, runs, classes_of_heads
 
 
 def propose(problem: Problem) -> Proposal | Refusal:
@@ -80,7 +104,7 @@ def propose(problem: Problem) -> Proposal | Refusal:
 
 
 def _unfit(problem: Problem) -> str | None:
-    """What of the problem beside its masks the kernel does not compute."""
+    """Why the kernel does not compute the problem, whatever its masks; None if it does."""
     if problem.device != "cuda":
         return f"it is a Triton kernel for a GPU; the tensors are on {problem.device}"
     if importlib.util.find_spec("triton") is None:
@@ -88,15 +112,18 @@ def _unfit(problem: Problem) -> str | None:
     if problem.dtype == "float64":
         return "it computes in float32, not in float64"
     if problem.scores is not None:
-        return "it knows no score_mod"
-    if max(problem.head_dim, problem.value_dim) > _WIDEST:
-        return f"heads of at most {_WIDEST} numbers fit; got {max(problem.head_dim, problem.value_dim)}"
-    if max(problem.q_offset + problem.q_len, problem.kv_len) > _MOST_POSITIONS:
-        return f"positions are counted in 32 bits; got {problem.q_offset + problem.q_len} and {problem.kv_len} tokens"
+        return "it computes no score_mod"
+    width = max(problem.head_dim, problem.value_dim)
+    if width > _WIDEST:
+        return f"heads of at most {_WIDEST} numbers fit; got {width}"
+    queries = problem.q_offset + problem.q_len
+    if max(queries, problem.kv_len) > _MOST_POSITIONS:
+        return f"positions are counted in 32 bits; got {queries} and {problem.kv_len} tokens"
     return None
 
 
 def _work(problem: Problem) -> Work:
+    """Lanes of all heads. Raises Inexpressible."""
     classes: dict[tuple[Any, ...], int] = {}
     class_of = []
     for head in range(problem.heads):
@@ -122,9 +149,12 @@ def _cost(work: Work, problem: Problem) -> Cost:
     partial = sum(counts[number][1] for number in work.class_of) * problem.batch
     width = 2 * (problem.head_dim + problem.value_dim)
     of_device = constants(problem.device)
-    kernel = width * (full / of_device.lanes_full + partial / of_device.lanes_partial)
+    if problem.itemsize < 4:
+        kernel = width * (full / of_device.lanes_full + partial / of_device.lanes_partial)
+    else:
+        kernel = width * (full + partial) / of_device.lanes_float32
     dense_flops = kernel + of_device.flops_per_call
-    # A backward holds delta.
+    # delta, of a backward.
     delta = 4 * problem.batch * problem.heads * problem.q_len
     return Cost(full + partial, width * (full + partial), 0, 1, 0, dense_flops, delta)
 
@@ -135,17 +165,11 @@ def forward(
     """out (B, Hq, N, Dv) and lse (B, Hq, N)."""
     from . import running
 
-    # Where a caller has added columns to values, those past the widest head are computed apart.
-    if v.shape[3] > _WIDEST:
-        out, lse = forward(work, problem, call, q, k, v[..., :_WIDEST])
-        rest, _ = forward(work, problem, call, q, k, v[..., _WIDEST:])
-        return torch.cat([out, rest], dim=-1), lse
-    blocks = running.forward_blocks(
-        max(running.padded(q.shape[3]), running.padded(v.shape[3])), q.element_size()
-    )
+    blocks = running.forward_blocks(running.widest(q, v), q.element_size())
     tables = work.lists(problem, blocks.rows, blocks.columns, False, q.device)
+    bad = running.has_bad(k, v)
     result: tuple[Tensor, Tensor] = running.forward(
-        q, k, v, *tables, call.scale, call.q_offset, is_by_token(q)
+        q, k, v, *tables, bad, call.scale, call.q_offset, is_by_token(q)
     )
     return result
 
@@ -153,23 +177,25 @@ def forward(
 def backward(
     work: Work, problem: Problem, call: Call, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from the merged out and lse, which is +inf in rows that see nothing."""
+    """Gradients of q, k and v from the merged out and lse.
+
+    lse is +inf in rows that see nothing.
+    """
     from . import running
 
     q, k, v, grad_out = saved.q, saved.k, saved.v, saved.grad_out
+    # What is subtracted from grad_out . v: the gradient of a row's normalization.
     delta = (saved.out.float() * grad_out.float()).sum(dim=-1)
     if saved.grad_lse is not None:
-        delta -= saved.grad_lse
-    blocks = running.backward_blocks(
-        max(running.padded(q.shape[3]), running.padded(v.shape[3])), q.element_size()
-    )
-    saved_tensors = q, k, v, grad_out, saved.lse.contiguous(), delta.contiguous()
-    numbers = call.scale, call.q_offset
+        delta = delta - saved.grad_lse
+    inputs = q, k, v, grad_out, saved.lse.contiguous(), delta.contiguous()
+    blocks = running.backward_blocks(running.widest(q, v), q.element_size())
     of_queries = work.lists(problem, blocks.rows, blocks.columns, False, q.device)
     of_keys = work.lists(problem, blocks.rows, blocks.columns, True, q.device)
-    grad_q: Tensor = running.grad_queries(*saved_tensors, *of_queries, *numbers)
-    grad_k, grad_v = running.grad_keys(*saved_tensors, *of_keys, *numbers)
+    last = running.has_bad(q, k, v, delta), call.scale, call.q_offset
+    grad_q: Tensor = running.grad_queries(*inputs, *of_queries, *last)
+    grad_k, grad_v = running.grad_keys(*inputs, *of_keys, *last)
     return grad_q, grad_k, grad_v
 
 
-LOWERING = Fused("lanes", propose, forward, backward)
+LOWERING = Fused("lanes", propose, forward, backward, keeps_hidden_out=True)

@@ -1,7 +1,15 @@
-"""The Triton kernels of lanes: forward, the gradient of queries, and those of keys and values. No atomics.
+"""The Triton kernels of lanes: forward, the gradient of queries, and those of keys and values.
 
-Imported where a kernel runs. All runs of a query go through one online softmax, so that a key in two of them counts twice.
-lse of rows that see nothing is +inf in a backward: their weights are exp2(-inf) = 0.
+All runs of a tile go through one online softmax, so that a key of two runs counts twice. No
+atomics. lse of rows that see nothing is +inf in a backward: their weights are exp2(-inf) = 0.
+
+BAD is 1 where an input holds NaN or infinity. Loops are then CAREFUL: what a row does not see
+never reaches it, and what it sees makes it NaN. Otherwise a hidden pair has weight 0 and no more,
+and 0 * NaN is NaN.
+
+scale and factor come as float64 from graphs, and as float32 from eager calls.
+
+Imported where a kernel runs.
 """
 
 from __future__ import annotations
@@ -14,7 +22,7 @@ import triton.language as tl
 def _load(
     base, positions, stride, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Rows of (tokens, WIDTH) at some positions as a block BLOCK numbers wide; 0 where not seen and past the width."""
+    """Rows of (tokens, WIDTH) as a block of BLOCK columns; 0 if not seen and past the width."""
     d = tl.arange(0, BLOCK)
     places = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
     if MASKED:
@@ -27,42 +35,97 @@ def _load(
 
 @triton.jit
 def _store(base, positions, stride, x, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a block as rows of (tokens, WIDTH), in the dtype of the tensor."""
     d = tl.arange(0, BLOCK)
     places = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(places, x.to(base.dtype.element_ty), mask=seen[:, None] & (d < WIDTH)[None, :])
 
 
 @triton.jit
-def _visible(scores, rows, columns, row_seen, column_seen, least, most):
-    """Scores (rows, columns) with -inf where the distance row - column is not from least to most."""
+def _tile(TILES, CLASSES, head, tiles):
+    """This program's tile for a head: first row, step, rows; start, middle and stop of its runs."""
+    tile = TILES + (tl.load(CLASSES + head) * tiles + tl.program_id(0)).to(tl.int64) * 6
+    first, step, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    start, middle, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
+    return first, step, count, start, middle, stop
+
+
+@triton.jit
+def _run(RUNS, number, i):
+    """A run: first column, step, columns; least and most distance; the tile's rows that see it."""
+    run = RUNS + number * 7
+    first, step, count = tl.load(run), tl.load(run + 1), tl.load(run + 2)
+    least, most = tl.load(run + 3), tl.load(run + 4)
+    row_seen = (i >= tl.load(run + 5)) & (i < tl.load(run + 6))
+    return first, step, count, least, most, row_seen
+
+
+@triton.jit
+def _seen(rows, columns, row_seen, column_seen, least, most):
+    """Pairs (rows, columns) whose distance row - column is from least to most."""
     distance = rows[:, None] - columns[None, :]
     near = (distance >= least) & (distance <= most)
-    return tl.where(near & row_seen[:, None] & column_seen[None, :], scores, -float("inf"))
+    return near & row_seen[:, None] & column_seen[None, :]
+
+
+@triton.jit
+def _is_finite(x):
+    """Whether each number is neither NaN nor infinite."""
+    x = x.to(tl.float32)
+    return x - x == 0.0
+
+
+@triton.jit
+def _has_bad(x):
+    """Rows of a block that hold NaN or infinity."""
+    return tl.sum(tl.where(_is_finite(x), 0, 1), 1) > 0
+
+
+@triton.jit
+def _clean(x):
+    """A block with 0 in place of NaN and infinity."""
+    return tl.where(_is_finite(x), x.to(tl.float32), 0.0).to(x.dtype)
 
 
 @triton.jit
 def _forward_runs(
     q, q_at, i, acc, peak, total, K, V, k_stride, v_stride, scale, RUNS, start, stop,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
+    """The online softmax of a tile over some of its runs."""
     for number in range(start, stop):
-        run = RUNS + number * 7
-        first, step, count = tl.load(run), tl.load(run + 1), tl.load(run + 2)
-        least, most = tl.load(run + 3), tl.load(run + 4)
-        row_seen = (i >= tl.load(run + 5)) & (i < tl.load(run + 6))
+        first, step, count, least, most, row_seen = _run(RUNS, number, i)
         for block in range(0, count, COLUMNS):
             j = block + tl.arange(0, COLUMNS)
             k_at, inside = first + step * j, j < count
-            k = _load(K, k_at, k_stride, inside, D, BLOCK_D, MASKED)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             if MASKED:
-                scores = _visible(scores, q_at, k_at, row_seen, inside, least, most)
+                seen = _seen(q_at, k_at, row_seen, inside, least, most)
+            if CAREFUL:
+                # How many bad numbers each row sees in each column of v; here, where no scores
+                # take registers. NaN in acc lasts.
+                v_bad = _load(V, k_at, v_stride, inside, DV, BLOCK_V, MASKED)
+                v_bad = tl.where(_is_finite(v_bad), 0.0, 1.0).to(V.dtype.element_ty)
+                spoiled = tl.dot(tl.where(seen, 1.0, 0.0).to(V.dtype.element_ty), v_bad)
+                acc = tl.where(spoiled > 0, float("nan"), acc)
+            k = _load(K, k_at, k_stride, inside, D, BLOCK_D, MASKED)
+            if CAREFUL:
+                k_bad = _has_bad(k)
+                k = _clean(k)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if CAREFUL:
+                scores = tl.where(k_bad[None, :], float("nan"), scores)
+            if MASKED:
+                scores = tl.where(seen, scores, -float("inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
+            # A row that has seen nothing yet has no level: -inf less -inf is NaN.
             level = tl.where(higher == -float("inf"), 0.0, higher)
             weights = tl.math.exp2(scores - level[:, None])
             fading = tl.math.exp2(peak - level)
             total = total * fading + tl.sum(weights, 1)
             v = _load(V, k_at, v_stride, inside, DV, BLOCK_V, MASKED)
+            if CAREFUL:
+                v = _clean(v)
             acc = tl.dot(weights.to(v.dtype), v, acc * fading[:, None], input_precision="ieee")
             peak = higher
     return acc, peak, total
@@ -70,15 +133,15 @@ def _forward_runs(
 
 @triton.jit
 def forward(
-    Q, K, V, OUT, LSE, TILES, RUNS, CLASSES, scale, q_offset, heads, group, tiles,
+    Q, K, V, OUT, LSE, TILES, RUNS, CLASSES, BAD, scale, q_offset, heads, group, tiles,
     qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, lb, lh,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of queries of a head. scale: times log2(e)."""
+    scale = tl.cast(scale, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    tile = TILES + (tl.load(CLASSES + head) * tiles + tl.program_id(0)).to(tl.int64) * 6
-    first, step, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    start, middle, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
+    first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
     i = tl.arange(0, ROWS)
     q_at, alive = first + step * i, i < count
     q = _load(Q + batch * qb + head * qh, q_at - q_offset, qn, alive, D, BLOCK_D, True)
@@ -87,78 +150,51 @@ def forward(
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    acc, peak, total = _forward_runs(
-        q,
-        q_at,
-        i,
-        acc,
-        peak,
-        total,
-        K,
-        V,
-        kn,
-        vn,
-        scale,
-        RUNS,
-        start,
-        middle,
-        D,
-        DV,
-        BLOCK_D,
-        BLOCK_V,
-        COLUMNS,
-        False,
-    )
-    acc, peak, total = _forward_runs(
-        q,
-        q_at,
-        i,
-        acc,
-        peak,
-        total,
-        K,
-        V,
-        kn,
-        vn,
-        scale,
-        RUNS,
-        middle,
-        stop,
-        D,
-        DV,
-        BLOCK_D,
-        BLOCK_V,
-        COLUMNS,
-        True,
-    )
+    if tl.load(BAD) == 0:
+        acc, peak, total = _forward_runs(
+            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, middle,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, False, False,
+        )  # fmt: skip
+        acc, peak, total = _forward_runs(
+            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, middle, stop,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, False,
+        )  # fmt: skip
+    else:
+        acc, peak, total = _forward_runs(
+            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, stop,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, True,
+        )  # fmt: skip
     # A row whose scores are all -inf has seen nothing.
     dead = total == 0.0
-    out = acc / tl.where(dead, 1.0, total)[:, None]
+    total = tl.where(dead, 1.0, total)
+    out = acc / total[:, None]
     _store(OUT + batch * ob + head * oh, q_at - q_offset, on, out, alive, DV, BLOCK_V)
-    lse = tl.where(
-        dead, -float("inf"), (peak + tl.math.log2(tl.where(dead, 1.0, total))) * 0.6931471805599453
-    )
+    # The natural logarithm, from that of base 2.
+    lse = tl.where(dead, -float("inf"), (peak + tl.math.log2(total)) * 0.6931471805599453)
     tl.store(LSE + batch * lb + head * lh + q_at - q_offset, lse, mask=alive)
 
 
 @triton.jit
 def _query_runs(
     q, grad_out, lse, delta, q_at, i, grad_q, K, V, k_stride, v_stride, scale, RUNS, start, stop,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of a tile's queries over some of its runs, to be scaled."""
     for number in range(start, stop):
-        run = RUNS + number * 7
-        first, step, count = tl.load(run), tl.load(run + 1), tl.load(run + 2)
-        least, most = tl.load(run + 3), tl.load(run + 4)
-        row_seen = (i >= tl.load(run + 5)) & (i < tl.load(run + 6))
+        first, step, count, least, most, row_seen = _run(RUNS, number, i)
         for block in range(0, count, COLUMNS):
             j = block + tl.arange(0, COLUMNS)
             k_at, inside = first + step * j, j < count
             k = _load(K, k_at, k_stride, inside, D, BLOCK_D, MASKED)
             v = _load(V, k_at, v_stride, inside, DV, BLOCK_V, MASKED)
+            if CAREFUL:
+                k = _clean(k)
+                v = _clean(v)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             if MASKED:
-                scores = _visible(scores, q_at, k_at, row_seen, inside, least, most)
+                seen = _seen(q_at, k_at, row_seen, inside, least, most)
+                scores = tl.where(seen, scores, -float("inf"))
             weights = tl.math.exp2(scores - lse[:, None])
             pull = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
             grad_scores = weights * (pull - delta[:, None])
@@ -168,104 +204,128 @@ def _query_runs(
 
 @triton.jit
 def grad_queries(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TILES, RUNS, CLASSES, scale, factor, q_offset, heads, group, tiles,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TILES, RUNS, CLASSES, BAD,
+    scale, factor, q_offset, heads, group, tiles,
     qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, lb, lh, db, dh, dn,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries. scale: times log2(e); factor: without."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    tile = TILES + (tl.load(CLASSES + head) * tiles + tl.program_id(0)).to(tl.int64) * 6
-    first, step, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    start, middle, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
+    first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
     i = tl.arange(0, ROWS)
     q_at, alive = first + step * i, i < count
-    q = _load(Q + batch * qb + head * qh, q_at - q_offset, qn, alive, D, BLOCK_D, True)
-    grad_out = _load(
-        GRAD_OUT + batch * gb + head * gh, q_at - q_offset, gn, alive, DV, BLOCK_V, True
-    )
-    lse = (
-        tl.load(LSE + batch * lb + head * lh + q_at - q_offset, mask=alive, other=float("inf"))
-        * 1.4426950408889634
-    )
-    delta = tl.load(DELTA + batch * lb + head * lh + q_at - q_offset, mask=alive, other=0.0)
+    rows = q_at - q_offset
+    q = _load(Q + batch * qb + head * qh, rows, qn, alive, D, BLOCK_D, True)
+    grad_out = _load(GRAD_OUT + batch * gb + head * gh, rows, gn, alive, DV, BLOCK_V, True)
+    at = batch * lb + head * lh + rows
+    lse = tl.load(LSE + at, mask=alive, other=float("inf")) * 1.4426950408889634
+    delta = tl.load(DELTA + at, mask=alive, other=0.0)
     K += batch * kb + head // group * kh
     V += batch * vb + head // group * vh
     grad_q = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    grad_q = _query_runs(
-        q, grad_out, lse, delta, q_at, i, grad_q, K, V, kn, vn, scale, RUNS, start, middle,
-        D, DV, BLOCK_D, BLOCK_V, COLUMNS, False,
-    )  # fmt: skip
-    grad_q = _query_runs(
-        q, grad_out, lse, delta, q_at, i, grad_q, K, V, kn, vn, scale, RUNS, middle, stop,
-        D, DV, BLOCK_D, BLOCK_V, COLUMNS, True,
-    )  # fmt: skip
-    _store(GRAD_Q + batch * db + head * dh, q_at - q_offset, dn, grad_q * factor, alive, D, BLOCK_D)
+    if tl.load(BAD) == 0:
+        grad_q = _query_runs(
+            q, grad_out, lse, delta, q_at, i, grad_q, K, V, kn, vn, scale, RUNS, start, middle,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, False, False,
+        )  # fmt: skip
+        grad_q = _query_runs(
+            q, grad_out, lse, delta, q_at, i, grad_q, K, V, kn, vn, scale, RUNS, middle, stop,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, False,
+        )  # fmt: skip
+    else:
+        grad_q = _query_runs(
+            q, grad_out, lse, delta, q_at, i, grad_q, K, V, kn, vn, scale, RUNS, start, stop,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, True,
+        )  # fmt: skip
+        # A bad key that the row sees has made its lse NaN, a bad value its delta.
+        bad = _has_bad(q) | _has_bad(grad_out) | (lse != lse) | ~_is_finite(delta)
+        grad_q = tl.where(bad[:, None], float("nan"), grad_q)
+    _store(GRAD_Q + batch * db + head * dh, rows, dn, grad_q * factor, alive, D, BLOCK_D)
 
 
 @triton.jit
 def _key_runs(
-    k, v, k_at, i, grad_k, grad_v, Q, GRAD_OUT, LSE, DELTA, q_stride, g_stride, scale, q_offset, RUNS, start, stop,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    k, v, k_at, i, grad_k, grad_v, Q, GRAD_OUT, LSE, DELTA, q_stride, g_stride, scale, q_offset,
+    RUNS, start, stop,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of a tile's keys and values over some of its runs of queries."""
     for number in range(start, stop):
-        run = RUNS + number * 7
-        first, step, count = tl.load(run), tl.load(run + 1), tl.load(run + 2)
-        least, most = tl.load(run + 3), tl.load(run + 4)
-        row_seen = (i >= tl.load(run + 5)) & (i < tl.load(run + 6))
+        first, step, count, least, most, row_seen = _run(RUNS, number, i)
         for block in range(0, count, COLUMNS):
             j = block + tl.arange(0, COLUMNS)
             q_at, inside = first + step * j, j < count
-            q = _load(Q, q_at - q_offset, q_stride, inside, D, BLOCK_D, MASKED)
-            grad_out = _load(GRAD_OUT, q_at - q_offset, g_stride, inside, DV, BLOCK_V, MASKED)
-            lse = (
-                tl.load(LSE + q_at - q_offset, mask=inside, other=float("inf")) * 1.4426950408889634
-            )
-            delta = tl.load(DELTA + q_at - q_offset, mask=inside, other=0.0)
+            at = q_at - q_offset
+            q = _load(Q, at, q_stride, inside, D, BLOCK_D, MASKED)
+            grad_out = _load(GRAD_OUT, at, g_stride, inside, DV, BLOCK_V, MASKED)
+            lse = tl.load(LSE + at, mask=inside, other=float("inf")) * 1.4426950408889634
+            delta = tl.load(DELTA + at, mask=inside, other=0.0)
+            if CAREFUL:
+                bad = _has_bad(q) | _has_bad(grad_out) | (lse != lse) | ~_is_finite(delta)
+                q = _clean(q)
+                grad_out = _clean(grad_out)
+                lse = tl.where(bad, float("inf"), lse)
+                delta = tl.where(bad, 0.0, delta)
             # (keys, queries)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
             if MASKED:
-                scores = _visible(scores, k_at, q_at, row_seen, inside, least, most)
+                seen = _seen(k_at, q_at, row_seen, inside, least, most)
+                scores = tl.where(seen, scores, -float("inf"))
             weights = tl.math.exp2(scores - lse[None, :])
+            if CAREFUL:
+                weights = tl.where(seen & bad[None, :], float("nan"), weights)
             grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
             pull = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
             grad_scores = weights * (pull - delta[None, :])
+            if CAREFUL:
+                # A bad value of a key makes all of its pulls NaN, also those of hidden pairs.
+                grad_scores = tl.where(seen, grad_scores, 0.0)
             grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision="ieee")
     return grad_k, grad_v
 
 
 @triton.jit
 def grad_keys(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TILES, RUNS, CLASSES, scale, factor, q_offset, kv_heads, group, tiles,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TILES, RUNS, CLASSES, BAD,
+    scale, factor, q_offset, kv_heads, group, tiles,
     qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn, lb, lh, db, dh, dn, eb, eh, en,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values of a key head, summed over its query heads."""
-    batch, kv_head = (
-        (tl.program_id(1) // kv_heads).to(tl.int64),
-        (tl.program_id(1) % kv_heads).to(tl.int64),
-    )
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     i = tl.arange(0, ROWS)
-    # Tiles have the same rows in all classes.
-    tile = TILES + tl.program_id(0).to(tl.int64) * 6
-    first, step, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    # A tile has the same rows in all classes.
+    first, step, count, _, _, _ = _tile(TILES, CLASSES, kv_head * group, tiles)
     k_at, alive = first + step * i, i < count
     k = _load(K + batch * kb + kv_head * kh, k_at, kn, alive, D, BLOCK_D, True)
     v = _load(V + batch * vb + kv_head * vh, k_at, vn, alive, DV, BLOCK_V, True)
     grad_k = tl.zeros([ROWS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([ROWS, BLOCK_V], tl.float32)
+    bad = tl.load(BAD)
     for member in range(group):
         head = kv_head * group + member
-        tile = TILES + (tl.load(CLASSES + head) * tiles + tl.program_id(0)).to(tl.int64) * 6
-        start, middle, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
+        _, _, _, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
         q, grad_out = Q + batch * qb + head * qh, GRAD_OUT + batch * gb + head * gh
         lse, delta = LSE + batch * lb + head * lh, DELTA + batch * lb + head * lh
-        grad_k, grad_v = _key_runs(
-            k, v, k_at, i, grad_k, grad_v, q, grad_out, lse, delta, qn, gn, scale, q_offset, RUNS, start, middle,
-            D, DV, BLOCK_D, BLOCK_V, COLUMNS, False,
-        )  # fmt: skip
-        grad_k, grad_v = _key_runs(
-            k, v, k_at, i, grad_k, grad_v, q, grad_out, lse, delta, qn, gn, scale, q_offset, RUNS, middle, stop,
-            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True,
-        )  # fmt: skip
+        if bad == 0:
+            grad_k, grad_v = _key_runs(
+                k, v, k_at, i, grad_k, grad_v, q, grad_out, lse, delta, qn, gn, scale, q_offset,
+                RUNS, start, middle, D, DV, BLOCK_D, BLOCK_V, COLUMNS, False, False,
+            )  # fmt: skip
+            grad_k, grad_v = _key_runs(
+                k, v, k_at, i, grad_k, grad_v, q, grad_out, lse, delta, qn, gn, scale, q_offset,
+                RUNS, middle, stop, D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, False,
+            )  # fmt: skip
+        else:
+            grad_k, grad_v = _key_runs(
+                k, v, k_at, i, grad_k, grad_v, q, grad_out, lse, delta, qn, gn, scale, q_offset,
+                RUNS, start, stop, D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, True,
+            )  # fmt: skip
     _store(GRAD_K + batch * db + kv_head * dh, k_at, dn, grad_k * factor, alive, D, BLOCK_D)
     _store(GRAD_V + batch * eb + kv_head * eh, k_at, en, grad_v, alive, DV, BLOCK_V)

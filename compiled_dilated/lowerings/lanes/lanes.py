@@ -1,8 +1,8 @@
-"""Masks as lanes: sets of pairs whose keys, seen from a run of queries of one step, come in runs of one step.
+"""Masks as lanes: pairs where queries of one step see runs of keys of one step.
 
 causal() & window(8)                    a distance from 0 to 8
-segments(8) & congruent(2, 1)           tokens 1 3 5 7 by 1 3 5 7, then 9 11 13 15 by 9 11 13 15, ...
-causal() & (window(8) | sinks(2))       two lanes without common pairs: the window; the sinks left of it
+segments(8) & congruent(2, 1)           queries 1 3 5 7 by keys 1 3 5 7, 9 11 13 15 by these, ...
+causal() & (window(8) | sinks(2))       two lanes: the window; the sinks to the left of it
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class Inexpressible(ValueError):
 
 @dataclass(frozen=True)
 class Residue:
-    """Positions with (position % within) % modulus == offset; within 0: position % modulus == offset."""
+    """Positions with (position % within) % modulus == offset.
+
+    within: 0 for position % modulus == offset.
+    """
 
     modulus: int
     offset: int
@@ -41,7 +44,7 @@ class Residue:
 
 @dataclass(frozen=True)
 class Side:
-    """Rows or columns of a lane: positions start .. stop - 1 of all its residues."""
+    """Rows or columns of a lane: positions from start to before stop that are in all residues."""
 
     start: int = 0
     stop: int = FAR
@@ -55,9 +58,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Consecutive groups of tokens: of `length` each, or ending at `stops`. Tokens past the last stop are in no group.
+    """Consecutive groups of tokens; those past the last stop are in no group.
 
-    side: where the columns are: 0 in the row's group, -1 before it, 1 after it.
+    length: of each group, or 0.
+    stops: where groups end, if length is 0.
+    side: of the columns: 0 in the row's group, -1 before it, 1 after it.
     """
 
     length: int
@@ -65,7 +70,7 @@ class Grouping:
     side: int = 0
 
     def group_of(self, position: int) -> tuple[int, int]:
-        """Start and stop of the group of a position; (FAR, FAR) where it has none."""
+        """Start and stop of the group of a position; (FAR, FAR) if it is in none."""
         if self.length:
             start = position // self.length * self.length
             return start, min(start + self.length, FAR)
@@ -84,7 +89,11 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Lane:
-    """Pairs (row, column) of two sides with least <= row - column <= most, a multiple of `dilation`, and of all groupings."""
+    """Pairs (row, column) of two sides and of all groupings.
+
+    least, most: of row - column.
+    dilation: row - column is a multiple of it.
+    """
 
     rows: Side = Side()
     columns: Side = Side()
@@ -106,12 +115,12 @@ class Lane:
 
     def transposed(self) -> Lane:
         """The same pairs as (column, row)."""
-        groupings = tuple(replace(each, side=-each.side) for each in self.groupings)
+        groupings = tuple(replace(grouping, side=-grouping.side) for grouping in self.groupings)
         return Lane(self.columns, self.rows, -self.most, -self.least, self.dilation, groupings)
 
     @property
     def periods(self) -> tuple[int, ...]:
-        """Steps of rows at which what a row sees by residue stays the same, within a group."""
+        """Steps of rows after which residues see the same again, within a group."""
         moduli = [
             residue.modulus for side in (self.rows, self.columns) for residue in side.residues
         ]
@@ -129,6 +138,7 @@ def lanes_of(mask: Mask) -> tuple[Lane, ...]:
 
 
 def _lanes(mask: Mask) -> list[Lane]:
+    """Lanes without common pairs whose union is the mask."""
     if isinstance(mask, And):
         lanes = [Lane()]
         for part in mask.masks:
@@ -136,13 +146,11 @@ def _lanes(mask: Mask) -> list[Lane]:
         return lanes
     if isinstance(mask, Or):
         # Each part less the parts before it.
-        first, *rest = mask.masks
-        others = (
-            _lanes(And((Or(tuple(rest)) if len(rest) > 1 else rest[0], _negated(first))))
-            if rest
-            else []
-        )
-        return _lanes(first) + others
+        first, *later = mask.masks
+        if not later:
+            return _lanes(first)
+        remainder = Or(tuple(later)) if len(later) > 1 else later[0]
+        return _lanes(first) + _lanes(And((remainder, _negated(first))))
     if isinstance(mask, (Prefix, GlobalTokens)):
         return _lanes(mask.expanded())
     if isinstance(mask, Not):

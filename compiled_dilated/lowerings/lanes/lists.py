@@ -1,9 +1,10 @@
-"""Lists that the kernels of lanes read: tiles of rows by residue, and for each tile the runs of columns that it sees.
+"""Lists that the kernels of lanes read: tiles of rows, and the runs of columns that each sees.
 
-A row is a query and a column a key, or, for the gradients of keys and values, the other way round.
+A row is a query and a column a key, or the other way round for the gradients of keys and values.
 
-    tile      first, step, rows; where its FULL runs start, where they stop and its PARTIAL ones start, where these stop
-    run       first, step, columns; least and most of row - column; the tile's rows low .. high - 1 that see it
+    tile    first row, step, number of rows; start of its FULL runs, of its PARTIAL ones, and stop
+    run     first column, step, number of columns; least and most of row - column;
+            low and high: rows low to before high of the tile see it
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TILE, RUN = 6, 7
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of `rows` rows that see blocks of `columns` columns; rows of a tile are `step` apart."""
+    """Tiles of `rows` rows, `step` apart, that see blocks of `columns` columns."""
 
     rows: int
     columns: int
@@ -40,25 +41,33 @@ class Tiling:
 
     def count(self, positions: range) -> int:
         """Number of tiles."""
-        whole, rest = divmod(len(positions), self.rows * self.step)
-        return whole * self.step + min(rest, self.step)
+        whole, remaining = divmod(len(positions), self.rows * self.step)
+        return whole * self.step + min(remaining, self.step)
 
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """tiles: (classes, tiles, TILE); runs: (runs, RUN), both int32. A class is of heads that see the same."""
+    """Tiles and runs of all classes of heads that see the same.
+
+    tiles: (classes, tiles, TILE).
+    runs: (runs, RUN).
+    """
 
     tiles: npt.NDArray[np.int32]
     runs: npt.NDArray[np.int32]
 
 
 def step_of(classes: Sequence[Sequence[Lane]]) -> int:
-    """The step of rows at which all lanes of all classes see alike."""
+    """The least step at which rows see equal residues, in all lanes of all classes."""
     return math.lcm(*(period for lanes in classes for lane in lanes for period in lane.periods))
 
 
 def build(classes: Sequence[Sequence[Lane]], rows: range, columns: range, tiling: Tiling) -> Lists:
-    """The lists of all tiles of the rows."""
+    """The lists of all tiles of the rows.
+
+    classes: lanes by class.
+    rows, columns: positions.
+    """
     tiles: list[tuple[int, ...]] = []
     runs: list[Run] = []
     for lanes in classes:
@@ -75,10 +84,13 @@ def build(classes: Sequence[Sequence[Lane]], rows: range, columns: range, tiling
 def computed_pairs(
     lanes: Sequence[Lane], rows: range, columns: range, tiling: Tiling, most: int = 128
 ) -> tuple[int, int]:
-    """Pairs of FULL and of PARTIAL blocks that a kernel computes for a class: of all tiles, or about so from `most` of them."""
+    """Pairs of FULL and of PARTIAL blocks that a kernel computes for one head.
+
+    Exact for up to `most` tiles, else an estimate from so many.
+    """
     count = tiling.count(rows)
     stride = max(1, count // most)
-    # An odd stride meets all residues.
+    # An odd stride samples all residues of a step that is a power of two.
     stride += 1 - stride % 2
     full = partial = sampled = 0
     for number, tile in enumerate(tiling.tiles(rows)):
@@ -107,10 +119,11 @@ def _runs_of_tile(
 
 
 def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
-    """Rows of a tile, from low to before high, that are in one group of each kind and have the lane's residues."""
+    """Rows (low, high) of a tile that are in one group of each grouping, and in the lane."""
     low = 0
     while low < len(tile):
         position = tile[low]
+        # The rows up to the next end of a group, or of a period within which residues count.
         stops = [grouping.group_of(position)[1] for grouping in lane.groupings]
         stops += [
             (position // residue.within + 1) * residue.within
@@ -126,12 +139,13 @@ def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
 
 
 def _has(residue: Residue, position: int) -> bool:
+    """Whether a position is in the residue."""
     within = position % residue.within if residue.within else position
     return within % residue.modulus == residue.offset
 
 
 def _columns(lane: Lane, rows: range, columns: range) -> Iterator[range]:
-    """Runs of columns that hold all that these rows see, which are in one group of each kind."""
+    """Runs of the columns that these rows see; the rows are in one group of each grouping."""
     start = max(columns.start, lane.columns.start, rows[0] - lane.most)
     stop = min(columns.stop, lane.columns.stop, rows[-1] - lane.least + 1)
     for grouping in lane.groupings:
@@ -163,7 +177,10 @@ def _lattices(residue: Residue, run: range) -> Iterator[range]:
 def _cut(
     lane: Lane, tile: range, low: int, high: int, seen: range, block: int
 ) -> Iterator[tuple[Run, bool]]:
-    """A run as PARTIAL, FULL and PARTIAL ones; FULL ones are whole blocks that every row of the tile sees."""
+    """Cut the columns `seen` of rows low to before high into runs; second: whether FULL.
+
+    FULL runs are whole blocks that every row of the tile sees. There is one at most.
+    """
     start = stop = 0
     if low == 0 and high == len(tile):
         # Columns that the first and the last row are near enough to.

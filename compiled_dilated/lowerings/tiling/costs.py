@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ...plans import Cost, Problem
 from ..devices import constants
 from .batches import Batch
@@ -18,11 +20,26 @@ _BYTES_PER_EVALUATED_PAIR = 24
 # that is more.
 _SHARE = 0.05
 _LEAST_BYTES = 16 * 2**20
+# On a GPU, a call of more bytes than this first compares them with a quarter of the free memory.
+_UNCHECKED_BYTES = 2**28
 
 
 def budget(problem: Problem) -> int:
     """Bytes that a kernel call may take beyond q, k, v and out."""
-    return max(int(_SHARE * problem.tensor_bytes), _LEAST_BYTES)
+    working_set = constants(problem.device).working_set
+    return max(int(_SHARE * problem.tensor_bytes), _LEAST_BYTES, working_set)
+
+
+def _allowed_now(batch: Batch, problem: Problem, backward: bool) -> int:
+    """The budget, or less where a GPU's free memory is short."""
+    most = budget(problem)
+    tiles = batch.queries.count * problem.batch
+    if problem.device != "cuda" or tiles * tile_bytes(batch, problem, backward) < _UNCHECKED_BYTES:
+        return most
+    free, _ = torch.cuda.mem_get_info()
+    # Memory that torch's allocator has and no tensor uses.
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(most, max(_LEAST_BYTES, free // 4))
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
@@ -42,17 +59,18 @@ def pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[tuple[Bat
 
     One key head at a time if a tile for all heads does not fit.
     """
-    together = tile_bytes(batch, problem, backward) <= budget(problem)
+    most = _allowed_now(batch, problem, backward)
+    together = tile_bytes(batch, problem, backward) <= most
     for part in (batch,) if together else batch.by_kv_head():
-        entries, tiles = _at_once(part, problem, backward)
+        entries, tiles = _at_once(part, problem, backward, most)
         for start in range(0, problem.batch, entries):
             for piece in part.split(tiles):
                 yield piece, range(start, min(start + entries, problem.batch))
 
 
-def _at_once(batch: Batch, problem: Problem, backward: bool) -> tuple[int, int]:
-    """Batch entries, and tiles per entry, that fit the budget; at least one."""
-    fitting = max(1, budget(problem) // tile_bytes(batch, problem, backward))
+def _at_once(batch: Batch, problem: Problem, backward: bool, most: int) -> tuple[int, int]:
+    """Batch entries, and tiles per entry, that fit `most` bytes; at least one."""
+    fitting = max(1, most // tile_bytes(batch, problem, backward))
     entries = min(problem.batch, fitting)
     return entries, min(batch.queries.count, fitting // entries)
 
@@ -95,19 +113,19 @@ def _rate(batch: Batch) -> float:
 
 
 def _calls(batch: Batch, problem: Problem) -> int:
-    heads, part = 1, batch
-    if tile_bytes(batch, problem, False) > budget(problem):
+    heads, part, most = 1, batch, budget(problem)
+    if tile_bytes(batch, problem, False) > most:
         # One key head at a time.
         heads, part = batch.kv_heads.count, next(batch.by_kv_head())
-    entries, tiles = _at_once(part, problem, False)
+    entries, tiles = _at_once(part, problem, False, most)
     return heads * -(-problem.batch // entries) * -(-batch.queries.count // tiles)
 
 
 def _held_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    part = batch
-    if tile_bytes(batch, problem, backward) > budget(problem):
+    part, most = batch, budget(problem)
+    if tile_bytes(batch, problem, backward) > most:
         part = next(batch.by_kv_head())
-    entries, tiles = _at_once(part, problem, backward)
+    entries, tiles = _at_once(part, problem, backward, most)
     return entries * tiles * tile_bytes(part, problem, backward)
 
 

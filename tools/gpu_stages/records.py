@@ -1,0 +1,69 @@
+"""The file of results: one JSON line for each event, written at once, so that a stop loses nothing.
+
+{"event": "machine", "gpu": ..., "torch": ...}                         first line of a file
+{"event": "start", "stage": ..., "case": ...}                          before a case runs
+{"event": "outcome", "stage": ..., "case": ..., "ok": true, ...}       its numbers, or its error
+{"event": "end", "stage": ..., "seconds": ...}                         all cases of a stage ran
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class Records:
+    """Events of a file; processes append to it one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write an event as a line, and have it on the disk before the next step."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, **fields}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[Event]:
+        """All events so far. A line that a stop cut off is left out."""
+        if not self.path.exists():
+            return []
+        events = []
+        for line in self.path.read_text().splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return events
+
+    def machine(self) -> Event | None:
+        """The machine that the results are of."""
+        return next((x for x in self.events() if x["event"] == "machine"), None)
+
+    def outcomes(self, stage: str) -> dict[str, Event]:
+        """The outcomes of a stage, the last one of each case, by its name."""
+        return {
+            event["case"]: event
+            for event in self.events()
+            if event["event"] == "outcome" and event["stage"] == stage
+        }
+
+    def ended(self, stage: str) -> bool:
+        """Whether all cases of a stage have run."""
+        return any(x["event"] == "end" and x["stage"] == stage for x in self.events())
+
+    def under_way(self, stage: str) -> str | None:
+        """The case of a stage that has started and has no outcome yet."""
+        started = [
+            event["case"]
+            for event in self.events()
+            if event["event"] == "start" and event["stage"] == stage
+        ]
+        if not started or started[-1] in self.outcomes(stage):
+            return None
+        return str(started[-1])

@@ -1,0 +1,70 @@
+"""Run the cases of a stage one by one, each outcome recorded at once."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .records import Records
+
+Size = TypeVar("Size")
+
+# Errors after which a process can use its GPU no more.
+_FATAL = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
+
+
+class DeviceLost(RuntimeError):
+    """A case has broken the process's connection to the GPU; the other cases need a new process."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage under way.
+
+    device: where tensors are, "cuda"; under the emulation "cpu".
+    tiny: whether sizes are those of the emulation, whose interpreter is slow.
+    """
+
+    name: str
+    records: Records
+    device: str
+    tiny: bool
+
+    def size(self, full: Size, tiny: Size) -> Size:
+        """A size of the GPU, or of the emulation."""
+        return tiny if self.tiny else full
+
+    def case(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Run a case and record what it returns, or its error. Cases with an outcome are skipped.
+
+        Raises DeviceLost after an error that spoils all later cases of the process.
+        """
+        if name in self.records.outcomes(self.name):
+            return
+        self.records.append("start", stage=self.name, case=name)
+        started = time.monotonic()
+        result: dict[str, Any]
+        try:
+            result = {"ok": True, **run()}
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            result = {
+                "ok": False,
+                "error": f"{type(error).__name__}: {lines[0][:300]}",
+                "traceback": traceback.format_exc(limit=-8),
+            }
+        seconds = round(time.monotonic() - started, 2)
+        self.records.append("outcome", stage=self.name, case=name, seconds=seconds, **result)
+        verdict = "ok" if result["ok"] else f"FAILED: {result['error']}"
+        print(f"gpu_check: {self.name}: {name}: {verdict} ({seconds:.1f} s)", flush=True)
+        if any(words in result.get("error", "") for words in _FATAL):
+            raise DeviceLost(name)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise AssertionError with a message that is recorded."""
+    if not condition:
+        raise AssertionError(message)

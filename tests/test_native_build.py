@@ -202,7 +202,7 @@ def test_cache_folder_that_cannot_be_created_raises(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COMPILED_DILATED_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(NativeUnavailable, match=r"cannot be made: .* set COMPILED_DILATED_CACHE"):
+    with pytest.raises(NativeUnavailable, match=r"cannot be created: .* set COMPILED_DILATED_CACHE"):
         build.library(sources)
 
 

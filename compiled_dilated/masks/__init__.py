@@ -11,7 +11,7 @@ grids          neighborhood; its masks in neighborhoods, its arithmetic in axes 
 globals        global_tokens
 data           documents, padding: read tensors of the call
 explicit       tiles, random_blocks
-functions      from_mod: any FlexAttention mask_mod; its graph in traced, captured values in contents
+functions      from_mod: a FlexAttention mask_mod; its graph in traced, captured values in contents
 asked, binding masks with the data of a call, for counting and drawing
 
 differences, lookup, ranges, summaries    arithmetic and text that several masks share

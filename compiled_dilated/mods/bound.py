@@ -19,7 +19,7 @@ class Mod:
 
     learned: numbers of the operands that get gradients.
     sums: per learned operand the sum of its gradients, in its shape, float32 or float64.
-    places: from indices (b, h, q, kv) within a part of the sequence to those of the whole.
+    places: from indices (b, h, q, kv) of a part of the sequence to those of the full sequence.
     """
 
     graph: Graph
@@ -54,6 +54,7 @@ class TileMod:
         mod = self.mod
         learned = tuple(mod.operands[number] for number in mod.learned)
 
+        # A function of what gets gradients only, as vjp takes it.
         def modify(scores: Tensor, *learned: Tensor) -> Tensor:
             operands = list(mod.operands)
             for number, operand in zip(mod.learned, learned, strict=True):

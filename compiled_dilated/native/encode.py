@@ -52,8 +52,8 @@ OPERATIONS = {
     "block_window": 18,
     "function": 19,
 }
-# Positions are split into at most this many residue classes; masks of a larger period are right
-# too, and compute more hidden pairs.
+# Positions are split into at most this many residue classes. Masks of a larger period compute more
+# hidden pairs, with the same result.
 _MOST_CLASSES = 48
 _MOST_NUMBERS = 2**20  # of one program
 
@@ -68,9 +68,12 @@ def mask_slots(program: Program) -> list[int]:
 
 
 def encode(program: Program, heads: int, scores: Scores | None = None) -> tuple[int, ...]:
-    """The numbers of a program for this many query heads.
+    """The numbers of a program.
 
-    Their operands are those of `mask_slots` in that order, then the score_mod's own.
+    heads: number of query heads.
+    scores: the score_mod and its operands.
+
+    The operands of the kernel are those of `mask_slots` in that order, then the score_mod's own.
 
     Raises Untranslatable with a reason.
     """
@@ -86,7 +89,7 @@ def encode(program: Program, heads: int, scores: Scores | None = None) -> tuple[
     numbers += _score_tape(scores, len(slots))
     if len(numbers) > _MOST_NUMBERS:
         raise Untranslatable(
-            f"the program's lists are of {len(numbers):,} numbers, more than {_MOST_NUMBERS:,}",
+            f"the program's lists are of {len(numbers):,} numbers, more than {_MOST_NUMBERS:,}"
         )
     return tuple(numbers)
 
@@ -96,12 +99,12 @@ def _head_groups(program: Program, heads: int) -> tuple[list[int], list[tuple[Br
     groups: dict[tuple[Branch, ...], int] = {}
     group_of_head = []
     for head in range(heads):
-        branches = tuple(
-            Branch(branch.mask_at(head, heads), None, branch.order)
-            for branch in program.branches
-            if head in branch.head_range(heads)
-        )
-        group_of_head.append(groups.setdefault(branches, len(groups)))
+        branches = []
+        for branch in program.branches:
+            if head in branch.head_range(heads):
+                branches.append(Branch(branch.mask_at(head, heads), None, branch.order))
+        # Heads with equal branches form one group.
+        group_of_head.append(groups.setdefault(tuple(branches), len(groups)))
     return group_of_head, list(groups)
 
 
@@ -216,7 +219,7 @@ class _NodeTable:
         return len(self.nodes) - 1
 
     def _node(self, mask: Mask) -> tuple[str, list[int]]:
-        """The operation of a mask and its arguments."""
+        """The operation of a mask and its arguments: composed masks, data, functions, positions."""
         match mask:
             case Full():
                 return "full", []
@@ -248,7 +251,7 @@ class _NodeTable:
         graph, operands = trace_mask_mod(mask.allows)
         if operands:
             raise Untranslatable(
-                f"the native kernel has no operation for {name}, which reads tensors",
+                f"the native kernel has no operation for {name}, which reads tensors"
             )
         return "function", [-1, 0, *encode_graph(graph, [])]
 

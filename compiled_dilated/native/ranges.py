@@ -15,9 +15,9 @@ class Range:
     low: int
     high: int
 
-    def contains(self, other: Range) -> bool:
+    def contains(self, part: Range) -> bool:
         """Whether the range contains another one."""
-        return self.low <= other.low and other.high <= self.high
+        return self.low <= part.low and part.high <= self.high
 
 
 def range_of(dtype: torch.dtype) -> Range:

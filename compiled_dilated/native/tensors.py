@@ -24,7 +24,7 @@ MOST_ENTRIES = 512  # of a reduction, or of a look-up among computed entries
 class Place:
     """An index that is computed.
 
-    node: its expression.
+    node: the expression.
     bare: whether it is the user's own, in which a negative index counts from the end.
     """
 
@@ -59,7 +59,7 @@ def check_entries(count: int) -> None:
     """Raise Untranslatable for a reduction of too many entries."""
     if count > MOST_ENTRIES:
         raise Untranslatable(
-            f"it reduces {count:,} numbers for each pair, more than {MOST_ENTRIES}",
+            f"it reduces {count:,} numbers for each pair, more than {MOST_ENTRIES}"
         )
 
 
@@ -78,12 +78,12 @@ def positive_dim(dim: int, dims: int) -> int:
 
 def broadcast_entry(x: Cells, index: tuple[Index, ...]) -> int:
     """The entry of a tensor broadcast to the shape that `index` belongs to."""
-    own: list[Index] = []
+    place: list[Index] = []
     # Broadcasting aligns the last dimensions.
     first = len(index) - len(x.shape)
     for position, size in zip(index[first:], x.shape, strict=True):
-        own.append(0 if size == 1 else position)
-    return x.at(tuple(own))
+        place.append(0 if size == 1 else position)
+    return x.at(tuple(place))
 
 
 @dataclass
@@ -177,8 +177,9 @@ class Tensors:
             return entry(index)
         if size > MOST_ENTRIES:
             raise Untranslatable(
-                f"it looks up one of {size:,} computed numbers, more than {MOST_ENTRIES}",
+                f"it looks up one of {size:,} computed numbers, more than {MOST_ENTRIES}"
             )
+        # A chain of choices, the last entry innermost.
         out = entry(size - 1)
         for position in reversed(range(size - 1)):
             is_here = self.x.binary("equal", index.node, self.x.whole(position))

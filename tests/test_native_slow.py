@@ -29,10 +29,10 @@ from tests.support.native import (
     check_threads,
     counts_of,
     executed,
-    expected,
     normal,
     problem_of,
     ragged,
+    reference_results,
     tolerance,
     work_of,
 )
@@ -71,7 +71,7 @@ def check_table(every: int = 1) -> None:
                 problem, inputs = problem_of(case, n, dtype, shape)
                 assert_near(
                     problem.results(),
-                    expected(case.program(n), problem, inputs.data),
+                    reference_results(case.program(n), problem, inputs.data),
                     f"{case} {n} {dtype} {shape}",
                 )
         problem, _ = problem_of(case, min(case.lengths), FLOATS[number % 4])
@@ -104,7 +104,7 @@ def check_sizes() -> None:
                 mask, problem = ragged(dtype, head_dim, value_dim, q_len, kv_len, q_offset)
                 assert_near(
                     problem.results(),
-                    expected(mask, problem),
+                    reference_results(mask, problem),
                     f"{dtype} {head_dim} {value_dim} {q_len}",
                 )
 

@@ -35,24 +35,29 @@ EXACT = [
 
 
 def verdict_of(seen: Any) -> Any:
-    return FULL if seen.all() else PARTIAL if seen.any() else EMPTY
+    """The exact verdict of a tile, from its pairs."""
+    if seen.all():
+        return FULL
+    return PARTIAL if seen.any() else EMPTY
 
 
 def contiguous_tiles(n: int, tile: int) -> Regions:
+    """Tiles of consecutive tokens; the last may be short."""
     starts = np.arange(0, n, tile)
     return Regions.contiguous(starts, np.minimum(starts + tile, n))
 
 
 def check_classify(mask: Mask, truth: Any, q: Regions, kv: Regions, exact: bool = False) -> None:
-    """All pairs of the regions of q and of kv against the dense truth."""
+    """Compare the verdicts of all pairs of regions with the dense mask.
+
+    truth: (queries, keys), bool.
+    exact: PARTIAL is accepted only where it is exact.
+    """
     rows, columns = (axis.reshape(-1) for axis in np.indices((len(q), len(kv))))
     verdicts = mask.classify(q[rows], kv[columns])
     assert verdicts.dtype == np.uint8
     assert verdicts.shape == rows.shape
     for row, column, verdict in zip(rows, columns, verdicts, strict=True):
         seen = truth[np.ix_(q.positions(row), kv.positions(column))]
-        assert verdict in ((verdict_of(seen),) if exact else (verdict_of(seen), PARTIAL)), (
-            mask,
-            q[[row]],
-            kv[[column]],
-        )
+        accepted = {verdict_of(seen)} if exact else {verdict_of(seen), PARTIAL}
+        assert verdict in accepted, (mask, q[[row]], kv[[column]])

@@ -30,17 +30,19 @@ def tensors(
     return q, k, v
 
 
-def same(got: Any, want: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def same(got: Any, expected: Any, tolerance: float = 1e-10, about: str = "") -> None:
+    """Assert that tensors are near; `about` comes before the message."""
+    torch.testing.assert_close(
+        got, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f"{about} {message}"
+    )
 
 
 def gradients(results: tuple[Tensor, Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Of a loss of out and lse; zeros for what the results do not depend on."""
+    """Gradients of a loss of out and lse; zeros for leaves that they do not depend on."""
     out, lse = results
     lse = torch.where(lse == -torch.inf, 0.0, lse)  # of rows that see nothing
-    loss = (
-        out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
-    ).sum() + lse.sin().sum()
+    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
+    loss = (out * weights).sum() + lse.sin().sum()
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
@@ -51,26 +53,15 @@ def same_as_reference(
     learned: Sequence[Tensor],
     **options: Any,
 ) -> None:
-    """out, lse and the gradients of q, k, v and of what functions capture, in float64."""
+    """Compare out, lse and the gradients of q, k, v and captured tensors, in float64."""
     leaves = (*inputs, *learned)
-    got, want = (
-        attention(*inputs, **options),
-        cd.reference(program, *inputs, return_lse=True, **options),
-    )
-    for name, x, y in zip(("out", "lse"), got, want, strict=True):
-        torch.testing.assert_close(
-            x, y, rtol=1e-10, atol=1e-10, msg=lambda message, name=name: f"{name}: {message}"
-        )
-    for number, (x, y) in enumerate(
-        zip(gradients(got, leaves), gradients(want, leaves), strict=True)
-    ):
-        torch.testing.assert_close(
-            x,
-            y,
-            rtol=1e-10,
-            atol=1e-10,
-            msg=lambda message, number=number: f"gradient {number}: {message}",
-        )
+    got = attention(*inputs, **options)
+    expected = cd.reference(program, *inputs, return_lse=True, **options)
+    names = ["out", "lse", *(f"gradient {number}" for number in range(len(leaves)))]
+    results = (*got, *gradients(got, leaves))
+    expected_results = (*expected, *gradients(expected, leaves))
+    for name, x, y in zip(names, results, expected_results, strict=True):
+        same(x, y, about=name)
 
 
 def flex(inputs: Sequence[Tensor], mod: Any, block_mask: BlockMask | None) -> Tensor:
@@ -87,7 +78,7 @@ def attend_in(way: str, program: Program | Mask) -> cd.Attend:
 
 
 def whole(function: Any, backend: str = "aot_eager") -> Any:
-    """In one graph."""
+    """A function compiled to one graph."""
     return torch.compile(function, backend=backend, fullgraph=True)
 
 

@@ -103,7 +103,7 @@ def problem_of(
     ), inputs
 
 
-def expected(
+def reference_results(
     program: Program | Mask, problem: Problem, data: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
     """The reference's results of the same, in float64; a gradient of an lse of -inf is none."""
@@ -123,9 +123,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-10 if dtype == torch.float64 else LOW[dtype]
 
 
-def assert_near(got: list[Tensor], want: list[Tensor], what: object = "") -> None:
+def assert_near(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
     """Infinite and NaN in the same places; elsewhere near."""
-    for name, mine, theirs in zip(NAMES, got, want, strict=False):
+    for name, mine, theirs in zip(NAMES, got, expected, strict=False):
         allowed = tolerance(mine.dtype if name != "lse" else got[0].dtype)
         assert mine.shape == theirs.shape, f"{what} {name}"
         finite = theirs.isfinite()
@@ -141,8 +141,8 @@ def assert_near(got: list[Tensor], want: list[Tensor], what: object = "") -> Non
             )
 
 
-def assert_same_bits(got: list[Tensor], want: list[Tensor], what: object = "") -> None:
-    for name, mine, theirs in zip(NAMES, got, want, strict=False):
+def assert_same_bits(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+    for name, mine, theirs in zip(NAMES, got, expected, strict=False):
         torch.testing.assert_close(
             mine, theirs, rtol=0, atol=0, equal_nan=True, msg=f"{what} {name}: other bits"
         )
@@ -156,11 +156,11 @@ def check_threads(
 ) -> None:
     """The same bits for all numbers of threads."""
     threads(1)
-    want = problem.results()
+    expected = problem.results()
     for count in counts:
         threads(count)
         for run in range(runs):
-            assert_same_bits(problem.results(), want, f"{count} threads, run {run}")
+            assert_same_bits(problem.results(), expected, f"{count} threads, run {run}")
 
 
 def two_branches(n: int) -> Program:

@@ -208,10 +208,10 @@ def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return torch.tensor([[B]]), torch.tensor([[H]]), q.long()[:, None], k.long()[None, :]
 
 
-def same(got: Tensor, want: Tensor, tolerance: float, why: str = "") -> None:
+def same(got: Tensor, expected: Tensor, tolerance: float, why: str = "") -> None:
     torch.testing.assert_close(
         got,
-        want,
+        expected,
         rtol=tolerance,
         atol=tolerance,
         equal_nan=True,
@@ -272,10 +272,10 @@ def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int
     """Answers for pairs are the graph's; verdicts on blocks agree with them. Returns how many blocks are decided."""
     graph, operands = trace_mask_mod(mod)
     q, k = positions(lanes, 0), positions(keys, 1)
-    want = over_pairs(
+    expected = over_pairs(
         lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k)
     ).broadcast_to(lanes, keys)
-    assert torch.equal(native.mask(graph, operands, q, k), want)
+    assert torch.equal(native.mask(graph, operands, q, k), expected)
     whole = torch.arange(N, dtype=torch.int32)
     everywhere = native.mask(graph, operands, whole, whole)
     decided = 0

@@ -21,9 +21,20 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_tampered_code_is_an_error_or_a_result(fresh_python: Any) -> None:
-    done = fresh_python("-c", TAMPERING, "0", "300")
-    assert done.stdout.endswith("alive\n"), f"ended with {done.returncode}: {done.stderr[-2000:]}"
-    print(done.stdout)
+    process = fresh_python("-c", TAMPERING, "0", "300")
+    assert process.stdout.endswith("alive\n"), (
+        f"ended with {process.returncode}: {process.stderr[-2000:]}"
+    )
+    print(process.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thousands_of_tampered_codes_are_errors_or_results(seed: int, fresh_python: Any) -> None:
+    process = fresh_python("-c", TAMPERING, str(seed), "4000")
+    assert process.stdout.endswith("alive\n"), (
+        f"ended with {process.returncode}: {process.stderr[-2000:]}"
+    )
 
 
 DEEP = """
@@ -43,8 +54,10 @@ print("alive")
 
 def test_deeply_nested_code_is_an_error_or_a_result(fresh_python: Any) -> None:
     """Deep nests of masks overflow no stack."""
-    done = fresh_python("-c", DEEP)
-    assert done.stdout.endswith("alive\n"), f"ended with {done.returncode}: {done.stderr[-2000:]}"
+    process = fresh_python("-c", DEEP)
+    assert process.stdout.endswith("alive\n"), (
+        f"ended with {process.returncode}: {process.stderr[-2000:]}"
+    )
 
 
 def test_malformed_code_raises() -> None:

@@ -17,6 +17,7 @@ from compiled_dilated.lowerings.native import Work
 from tests.cases import CASES, Case, by_name
 from tests.support.native import (
     FEW_HEADS,
+    FLOATS,
     Problem,
     assert_near,
     assert_same_bits,
@@ -36,6 +37,27 @@ pytestmark = pytest.mark.skipif(
 def test_threads_do_not_change_a_bit(case: Case, threads: Callable[[int], None]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check_threads(problem_of(case, max(case.lengths), dtype)[0], threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_threads_do_not_change_a_bit_of_any_case(
+    case: Case, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    check_threads(problem_of(case, max(case.lengths), dtype)[0], threads, (2, 3, 7), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", FEW_HEADS)
+def test_long_sequences_of_one_head_are_deterministic_over_thread_counts(
+    name: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    n = 3280
+    mask = FEW_HEADS[name](n)
+    q, k, v, grad_out = (normal(1, 1, n, 32, dtype=dtype, seed=seed) for seed in range(4))
+    check_threads(Problem(work_of(mask, 1), q, k, v, grad_out, None), threads, (2, 3, 7), 3)
 
 
 @pytest.mark.parametrize("name", FEW_HEADS)

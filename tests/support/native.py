@@ -25,33 +25,34 @@ NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers, the same in every run; other ones for each seed."""
+    """Normal numbers, the same in every run, by seed and shape."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def work_of(program: Program | Mask, heads: int, like: Tensor | None = None) -> Work:
-    """What the kernel reads of a program; `like`: queries, for programs with functions, which are traced first."""
+    """The work item of a program.
+
+    like: queries (B, heads, N, D), needed for programs with functions, which a plan traces.
+    """
     program = as_program(program)
-    if any(
-        isinstance(part, masks.functions.FromMod)
-        for branch in program.branches
-        for part in _parts(branch.mask)
-    ):
-        assert like is not None
-        x = like.detach().double().requires_grad_()
-        chosen: Work = cd.compile(program, lowering="native").plan(x, x, x).chosen[0].work[0]
-        return chosen
-    return Work(encode(program, heads), program.names, ())
+    if not any(_has_function(branch.mask) for branch in program.branches):
+        return Work(encode(program, heads), program.names, ())
+    assert like is not None
+    x = like.detach().double().requires_grad_()
+    plan = cd.compile(program, lowering="native").plan(x, x, x)
+    work: Work = plan.chosen[0].work[0]
+    return work
 
 
-def _parts(mask: Mask) -> list[Mask]:
-    return [mask, *(inner for part in mask.parts for inner in _parts(part))]
+def _has_function(mask: Mask) -> bool:
+    is_function = isinstance(mask, masks.functions.FromMod)
+    return is_function or any(_has_function(part) for part in mask.parts)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors of one call of the operators, and what flows back."""
+    """The arguments of one call of the operators, and the gradients of its results."""
 
     work: Work
     q: Tensor
@@ -66,25 +67,17 @@ class Problem:
 
     def forward(self, by_token: bool = False) -> tuple[Tensor, Tensor]:
         out, lse = ops.native(
-            self.q,
-            self.k,
-            self.v,
-            self.data,
-            None,
-            self.work.code,
-            self.scale,
-            self.q_offset,
-            self.offsets,
-            by_token,
-        )
+            self.q, self.k, self.v, self.data, None, self.work.code, self.scale,
+            self.q_offset, self.offsets, by_token,
+        )  # fmt: skip
         return out, lse
 
     def results(self) -> list[Tensor]:
         """out, lse and the gradients of q, k and v."""
         out, lse = self.forward()
         grads = ops.native_backward(
-            self.grad_out, self.grad_lse, self.q, self.k, self.v, out, lse, self.data, None, self.work.code, self.scale,
-            self.q_offset, self.offsets, [],
+            self.grad_out, self.grad_lse, self.q, self.k, self.v, out, lse, self.data, None,
+            self.work.code, self.scale, self.q_offset, self.offsets, [],
         )  # fmt: skip
         return [out, lse, *grads[:3]]
 
@@ -92,60 +85,62 @@ class Problem:
 def problem_of(
     case: Case, n: int, dtype: torch.dtype, shape: tuple[int, int, int] | None = None
 ) -> tuple[Problem, Inputs]:
-    """A case of the table as a call of the operators; shape: (q_len, kv_len, q_offset)."""
+    """A case of the table as a call of the operators, and its inputs.
+
+    n: tokens that the case's program is for.
+    shape: (q_len, kv_len, q_offset), by default (n, n, 0).
+    """
     q_len, kv_len, q_offset = shape or (n, n, 0)
     inputs = case.inputs(n, dtype, q_len, kv_len)
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     work = work_of(case.program(n), case.heads, case.inputs(n, dtype).q)
     data = [inputs.data[name] for name in work.names] or None
-    return Problem(
-        work, q, k, v, inputs.grad_out, inputs.grad_lse, data, q.shape[3] ** -0.5, q_offset
-    ), inputs
+    grads, scale = (inputs.grad_out, inputs.grad_lse), q.shape[3] ** -0.5
+    return Problem(work, q, k, v, *grads, data, scale, q_offset), inputs
 
 
 def reference_results(
     program: Program | Mask, problem: Problem, data: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
-    """The reference's results of the same, in float64; a gradient of an lse of -inf is none."""
+    """The reference's results in float64; gradients of an lse of -inf are ignored."""
     q, k, v = (x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v))
     out, lse = cd.reference(
         program, q, k, v, scale=problem.scale, q_offset=problem.q_offset, data=data, return_lse=True
     )
-    results, into = [out], [problem.grad_out.double()]
+    results, cotangents = [out], [problem.grad_out.double()]
     if problem.grad_lse is not None:
         alive = lse != -math.inf
-        results, into = [out, lse[alive]], [*into, problem.grad_lse.double()[alive]]
-    return [out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), into)]
+        results.append(lse[alive])
+        cotangents.append(problem.grad_lse.double()[alive])
+    return [out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), cotangents)]
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of a result's largest entry: far above rounding and far below a wrong key."""
+    """Limit of errors over a result's largest entry: above rounding, far below a wrong key."""
     return 1e-10 if dtype == torch.float64 else LOW[dtype]
 
 
 def assert_near(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
     """Infinite and NaN in the same places; elsewhere near."""
-    for name, mine, theirs in zip(NAMES, got, expected, strict=False):
-        allowed = tolerance(mine.dtype if name != "lse" else got[0].dtype)
-        assert mine.shape == theirs.shape, f"{what} {name}"
-        finite = theirs.isfinite()
-        assert torch.equal(mine.isfinite(), finite), (
-            f"{what} {name}: other entries are infinite or NaN"
-        )
-        torch.testing.assert_close(mine[~finite].double(), theirs[~finite], equal_nan=True)
+    for name, x, right in zip(NAMES, got, expected, strict=False):
+        about = f"{what} {name}"
+        allowed = tolerance(x.dtype if name != "lse" else got[0].dtype)
+        assert x.shape == right.shape, about
+        finite = right.isfinite()
+        assert torch.equal(x.isfinite(), finite), f"{about}: other entries are infinite or NaN"
+        torch.testing.assert_close(x[~finite].double(), right[~finite], equal_nan=True)
         if finite.any():
-            error = (mine[finite] - theirs[finite]).abs().max().item()
-            largest = theirs[finite].abs().max().item()
-            assert error <= allowed * max(largest, 1e-3), (
-                f"{what} {name}: off by {error:.2e}, largest entry {largest:.2e}"
-            )
+            error = (x[finite] - right[finite]).abs().max().item()
+            largest = right[finite].abs().max().item()
+            message = f"{about}: off by {error:.2e}, largest entry {largest:.2e}"
+            assert error <= allowed * max(largest, 1e-3), message
 
 
 def assert_same_bits(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
-    for name, mine, theirs in zip(NAMES, got, expected, strict=False):
-        torch.testing.assert_close(
-            mine, theirs, rtol=0, atol=0, equal_nan=True, msg=f"{what} {name}: other bits"
-        )
+    """Assert that results are equal; NaN equals NaN."""
+    for name, x, right in zip(NAMES, got, expected, strict=False):
+        message = f"{what} {name}: other bits"
+        torch.testing.assert_close(x, right, rtol=0, atol=0, equal_nan=True, msg=message)
 
 
 def check_threads(
@@ -167,7 +162,8 @@ def two_branches(n: int) -> Program:
     return Program((Branch(masks.window(70, 3)), Branch(masks.causal() & masks.congruent(3, 1))))
 
 
-# With one key head all threads wait for each other's turns: by one branch in order, by several, with a step, by boxes of a grid.
+# Programs on few key heads, whose threads wait for each other's turns: of one branch or several, of
+# residue classes, of boxes of a grid.
 FEW_HEADS: dict[str, Callable[[int], Program | Mask]] = {
     "full": lambda n: masks.full(),
     "causal": lambda n: masks.causal(),
@@ -187,18 +183,11 @@ FEW_HEADS: dict[str, Callable[[int], Program | Mask]] = {
 
 
 def counts_of(problem: Problem) -> list[int]:
-    """What native_counts says: pairs computed, pairs asked about, blocks, tiles."""
-    q, v = problem.q, problem.v
-    sizes = [
-        q.shape[0],
-        q.shape[1],
-        problem.k.shape[1],
-        q.shape[2],
-        v.shape[2],
-        q.shape[3],
-        v.shape[3],
-        _TYPES[str(q.dtype)[6:]],
-    ]
+    """Counts of native_counts: pairs computed, pairs whose mask is evaluated, blocks, tiles."""
+    batch, heads, q_len, head_dim = problem.q.shape
+    _, kv_heads, kv_len, value_dim = problem.v.shape
+    sizes = [batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim]
+    sizes.append(_TYPES[str(problem.q.dtype).removeprefix("torch.")])
     numbers = ops.native_counts(
         problem.data, None, problem.work.code, sizes, problem.q_offset, problem.offsets
     )
@@ -206,9 +195,10 @@ def counts_of(problem: Problem) -> list[int]:
 
 
 def executed(problem: Problem) -> list[int]:
+    """The same counts, of what a call executed; its results are those of an uncounted call."""
     out, lse, numbers = ops.native_counted(
-        problem.q, problem.k, problem.v, problem.data, None, problem.work.code, problem.scale, problem.q_offset, problem.offsets,
-        False,
+        problem.q, problem.k, problem.v, problem.data, None, problem.work.code, problem.scale,
+        problem.q_offset, problem.offsets, False,
     )  # fmt: skip
     assert_same_bits([out, lse], list(problem.forward()))
     return list(map(int, numbers))
@@ -223,25 +213,25 @@ def ragged(
     q_offset: int = 0,
     mask: Mask | None = None,
 ) -> tuple[Mask, Problem]:
-    """Two entries, four heads that share two; the mask needs pairs hidden one by one."""
+    """A mask and a problem of 2 entries, 4 query heads and 2 key heads.
+
+    mask: by default one whose edges cross tiles.
+    """
     mask = masks.window(33, 7) | masks.sinks(2) if mask is None else mask
-    q, grad_out = (
-        normal(2, 4, q_len, head_dim, dtype=dtype, seed=1),
-        normal(2, 4, q_len, value_dim, dtype=dtype, seed=2),
-    )
-    k, v = (
-        normal(2, 2, kv_len, head_dim, dtype=dtype, seed=3),
-        normal(2, 2, kv_len, value_dim, dtype=dtype, seed=4),
-    )
+    q = normal(2, 4, q_len, head_dim, dtype=dtype, seed=1)
+    grad_out = normal(2, 4, q_len, value_dim, dtype=dtype, seed=2)
+    k = normal(2, 2, kv_len, head_dim, dtype=dtype, seed=3)
+    v = normal(2, 2, kv_len, value_dim, dtype=dtype, seed=4)
     grad_lse = normal(2, 4, q_len, dtype=torch.promote_types(dtype, torch.float32), seed=5)
-    return mask, Problem(
-        work_of(mask, 4), q, k, v, grad_out, grad_lse, scale=head_dim**-0.5, q_offset=q_offset
-    )
+    work, scale = work_of(mask, 4), head_dim**-0.5
+    return mask, Problem(work, q, k, v, grad_out, grad_lse, scale=scale, q_offset=q_offset)
 
 
 def by_token(x: Tensor) -> Tensor:
+    """(B, H, N, D) stored as (B, N, H, D)."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def keep(x: Tensor) -> Tensor:
+    """The contiguous tensor."""
     return x.contiguous()

@@ -29,57 +29,48 @@ DRIVER = r"""
 #include "functions.h"
 using namespace native;
 static FunctionRoom room;
-static std::string said;
+static std::string message;
 template <class F> int guarded(const F& f) {
-  try { f(); return 0; } catch (const std::runtime_error& error) { said = error.what(); return 1; }
+  try { f(); return 0; }
+  catch (const std::runtime_error& error) { message = error.what(); return 1; }
 }
-static Function read(const int64_t* code, int64_t count, const Array* operands, int64_t operand_count) {
+static Function read(
+    const int64_t* code, int64_t count, const Array* operands, int64_t operand_count) {
   const int64_t* at = code;
   Function function = read_function(at, code + count);
   if (at != code + count) throw std::runtime_error("numbers are left over");
   check_operands(function, operands, operand_count);
   return function;
 }
-#define OF const int64_t* code, int64_t count, const Array* operands, int64_t operand_count, const int32_t* q, int lanes, \
-           const int32_t* k, int keys, int64_t b, int64_t h
+#define GRAPH const int64_t* code, int64_t count, const Array* operands, int64_t operand_count
+#define READ read(code, count, operands, operand_count)
+#define OF GRAPH, const int32_t* q, int lanes, const int32_t* k, int keys, int64_t b, int64_t h
 #define TILE {b, h, q, lanes, k, keys}
 extern "C" {
 #define SHOWN __attribute__((visibility("default")))
-SHOWN const char* error_text() { return said.c_str(); }
+SHOWN const char* error_text() { return message.c_str(); }
 SHOWN int run_mask(OF, uint8_t* seen) {
-  return guarded([&] { mask(read(code, count, operands, operand_count), operands, TILE, seen, room); });
+  return guarded([&] { mask(READ, operands, TILE, seen, room); });
 }
 SHOWN int run_score_f32(OF, float* scores, int ld) {
-  return guarded([&] { score(read(code, count, operands, operand_count), operands, TILE, scores, ld, room); });
+  return guarded([&] { score(READ, operands, TILE, scores, ld, room); });
 }
 SHOWN int run_score_f64(OF, double* scores, int ld) {
-  return guarded([&] { score(read(code, count, operands, operand_count), operands, TILE, scores, ld, room); });
+  return guarded([&] { score(READ, operands, TILE, scores, ld, room); });
 }
 SHOWN int run_backward_f32(OF, const float* scores, float* grads, int ld, float* const* sums) {
   return guarded([&] {
-    score_backward(read(code, count, operands, operand_count), operands, TILE, scores, grads, ld, sums, room);
+    score_backward(READ, operands, TILE, scores, grads, ld, sums, room);
   });
 }
 SHOWN int run_backward_f64(OF, const double* scores, double* grads, int ld, double* const* sums) {
   return guarded([&] {
-    score_backward(read(code, count, operands, operand_count), operands, TILE, scores, grads, ld, sums, room);
+    score_backward(READ, operands, TILE, scores, grads, ld, sums, room);
   });
 }
-SHOWN int run_classify(const int64_t* code, int64_t count, const Array* operands, int64_t operand_count, int64_t b, int64_t h,
-                       int64_t q0, int64_t q1, int64_t k0, int64_t k1, int* verdict) {
-  return guarded([&] { *verdict = classify(read(code, count, operands, operand_count), operands, b, h, q0, q1, k0, k1); });
-}
-SHOWN void repeat_score(OF, float* scores, int ld, int times) {
-  const Function function = read(code, count, operands, operand_count);
-  for (int i = 0; i < times; ++i) score(function, operands, TILE, scores, ld, room);
-}
-SHOWN void repeat_backward(OF, const float* scores, float* grads, int ld, float* const* sums, int times) {
-  const Function function = read(code, count, operands, operand_count);
-  for (int i = 0; i < times; ++i) score_backward(function, operands, TILE, scores, grads, ld, sums, room);
-}
-SHOWN void repeat_mask(OF, uint8_t* seen, int times) {
-  const Function function = read(code, count, operands, operand_count);
-  for (int i = 0; i < times; ++i) mask(function, operands, TILE, seen, room);
+SHOWN int run_classify(
+    GRAPH, int64_t b, int64_t h, int64_t q0, int64_t q1, int64_t k0, int64_t k1, int* verdict) {
+  return guarded([&] { *verdict = classify(READ, operands, b, h, q0, q1, k0, k1); });
 }
 }
 """
@@ -105,7 +96,7 @@ class Array(ctypes.Structure):
 
 
 class Native:
-    """The functions of the driver over tensors."""
+    """The driver's functions, called with tensors."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -116,19 +107,19 @@ class Native:
     ) -> None:
         numbers = (ctypes.c_int64 * len(code))(*code)
         arrays = (Array * max(1, len(operands)))(*map(Array.of, operands))
-        passed = [numbers, ctypes.c_int64(len(code)), arrays, ctypes.c_int64(len(operands))]
+        converted = [numbers, ctypes.c_int64(len(code)), arrays, ctypes.c_int64(len(operands))]
         for argument in arguments:
-            passed.append(
-                ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument
-            )
-        if getattr(self.library, name)(*passed):
+            if isinstance(argument, Tensor):
+                argument = ctypes.c_void_p(argument.data_ptr())
+            converted.append(argument)
+        if getattr(self.library, name)(*converted):
             raise RuntimeError(self.library.error_text().decode())
 
     def tile(self, q: Tensor, k: Tensor, b: int = B, h: int = H) -> tuple[Any, ...]:
         return q, len(q), k, len(k), ctypes.c_int64(b), ctypes.c_int64(h)
 
     def mask(self, graph: Graph, operands: Sequence[Tensor], q: Tensor, k: Tensor) -> Tensor:
-        """Of all pairs, (queries, keys)."""
+        """The mask of all pairs, (queries, keys)."""
         seen = torch.full((len(k), len(q)), 7, dtype=torch.uint8)
         self("run_mask", encode(graph, operands), operands, *self.tile(q, k), seen)
         assert seen.max() <= 1
@@ -137,17 +128,13 @@ class Native:
     def score(
         self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, q: Tensor, k: Tensor
     ) -> Tensor:
-        """Of scores (queries, keys) the new ones."""
-        padded = torch.full((len(k), len(q) + 3), 5.0, dtype=scores.dtype)
+        """The new scores, (queries, keys)."""
+        # Columns past the tile, which must not change.
+        columns = len(q) + 3
+        padded = torch.full((len(k), columns), 5.0, dtype=scores.dtype)
         padded[:, : len(q)] = scores.T
-        self(
-            f"run_score_{kind(scores)}",
-            encode(graph, operands),
-            operands,
-            *self.tile(q, k),
-            padded,
-            len(q) + 3,
-        )
+        code, tile = encode(graph, operands), self.tile(q, k)
+        self(f"run_score_{kind(scores)}", code, operands, *tile, padded, columns)
         assert (padded[:, len(q) :] == 5).all()
         return padded[:, : len(q)].T
 
@@ -162,26 +149,18 @@ class Native:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the scores, and of the operands that learn."""
         transposed, grads = scores.T.contiguous(), grad.T.contiguous()
-        sums = [
-            torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None for x in operands
-        ]
-        places = (ctypes.c_void_p * max(1, len(sums)))(
-            *(None if x is None else x.data_ptr() for x in sums)
-        )
-        code = encode(graph, operands)
-        self(
-            f"run_backward_{kind(scores)}",
-            code,
-            operands,
-            *self.tile(q, k),
-            transposed,
-            grads,
-            len(q),
-            places,
-        )
+        sums: list[Tensor | None] = []
+        for x in operands:
+            total = torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None
+            sums.append(total)
+        addresses = [None if total is None else total.data_ptr() for total in sums]
+        places = (ctypes.c_void_p * max(1, len(sums)))(*addresses)
+        arguments = (*self.tile(q, k), transposed, grads, len(q), places)
+        self(f"run_backward_{kind(scores)}", encode(graph, operands), operands, *arguments)
         return grads.T, sums
 
     def classify(self, graph: Graph, operands: Sequence[Tensor], q: range, k: range) -> int:
+        """The verdict of a block of pairs."""
         verdict = ctypes.c_int()
         bounds = map(ctypes.c_int64, (B, H, q[0], q[-1], k[0], k[-1]))
         self("run_classify", encode(graph, operands), operands, *bounds, ctypes.byref(verdict))
@@ -195,12 +174,8 @@ def kind(x: Tensor) -> str:
 def positions(count: int, seed: int, n: int = N) -> Tensor:
     """Ascending positions, some more than once."""
     generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randint(0, n, (count,), generator=generator)
-        .sort()
-        .values.to(torch.int32)
-        .contiguous()
-    )
+    numbers = torch.randint(0, n, (count,), generator=generator)
+    return numbers.sort().values.to(torch.int32).contiguous()
 
 
 def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
@@ -208,14 +183,11 @@ def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return torch.tensor([[B]]), torch.tensor([[H]]), q.long()[:, None], k.long()[None, :]
 
 
-def same(got: Tensor, expected: Tensor, tolerance: float, why: str = "") -> None:
+def same(got: Tensor, expected: Tensor, tolerance: float, about: str = "") -> None:
+    """Assert that tensors are near; NaN equals NaN."""
+    limits = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(
-        got,
-        expected,
-        rtol=tolerance,
-        atol=tolerance,
-        equal_nan=True,
-        msg=lambda message: f"{why}: {message}",
+        got, expected, equal_nan=True, msg=lambda message: f"{about}: {message}", **limits
     )
 
 
@@ -269,17 +241,22 @@ def compare_scores(
 
 
 def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int) -> int:
-    """Answers for pairs are the graph's; verdicts on blocks agree with them. Returns how many blocks are decided."""
+    """Compare a mask_mod's values with its graph's, and verdicts of blocks with the values.
+
+    Returns the number of blocks that are decided.
+    """
     graph, operands = trace_mask_mod(mod)
+    # 1. Values of pairs.
     q, k = positions(lanes, 0), positions(keys, 1)
-    expected = over_pairs(
-        lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k)
-    ).broadcast_to(lanes, keys)
-    assert torch.equal(native.mask(graph, operands, q, k), expected)
-    whole = torch.arange(N, dtype=torch.int32)
-    everywhere = native.mask(graph, operands, whole, whole)
+    expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k))
+    assert torch.equal(native.mask(graph, operands, q, k), expected.broadcast_to(lanes, keys))
+    # 2. Verdicts of square blocks.
+    tokens = torch.arange(N, dtype=torch.int32)
+    everywhere = native.mask(graph, operands, tokens, tokens)
     decided = 0
-    blocks = [range(at, at + size) for size in (1, 2, 5, 8) for at in range(0, N, size)]
+    blocks = []
+    for size in (1, 2, 5, 8):
+        blocks += [range(start, start + size) for start in range(0, N, size)]
     for rows, columns in itertools.product(blocks, blocks):
         if len(rows) != len(columns):
             continue
@@ -301,17 +278,6 @@ def build_driver(folder: Path) -> Native:
     library = folder / "driver.so"
     names = ("functions.cpp", "function_bounds.cpp", "function_loops.cpp")
     units = [folder / "driver.cpp", *(SOURCES / name for name in names)]
-    warnings = ("-Wall", "-Wextra", "-Werror")
-    command = [
-        *compiler,
-        "-O3",
-        *FLAGS,
-        *warnings,
-        f"-I{SOURCES}",
-        "-shared",
-        *units,
-        "-o",
-        library,
-    ]
-    subprocess.run(list(map(str, command)), check=True)
+    flags = ("-O3", *FLAGS, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-shared")
+    subprocess.run(list(map(str, (*compiler, *flags, *units, "-o", library))), check=True)
     return Native(ctypes.CDLL(str(library)))

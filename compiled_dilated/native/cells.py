@@ -35,7 +35,8 @@ class Cell:
         """An argument as a node of a dtype, by default `compute`."""
         dtype = dtype or self.compute
         if isinstance(argument, tuple):
-            return self._converted(*argument, dtype)
+            node, source = argument
+            return self._converted(node, source, dtype)
         if dtype.is_floating_point:
             return self.x.constant(float(argument), register_of(dtype))
         if dtype == torch.bool:

@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a neighborhood: the key coordinates visible to a query coordinate.
+    """One axis of a neighborhood.
 
     size: coordinates on the axis.
     radius: in steps of `dilation`.

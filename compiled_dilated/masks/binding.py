@@ -18,7 +18,7 @@ from .globals import GlobalData, GlobalPositions
 
 @dataclass(frozen=True, eq=False)
 class KeyFlags(Mask):
-    """Keys whose entry in `visible` is True: `padding()` of one entry of a batch."""
+    """Keys whose entry in `visible` is True: `padding()` of one batch entry."""
 
     visible: Any = field(repr=False)
     name: str
@@ -54,7 +54,9 @@ class KeyFlags(Mask):
 
 
 def with_data(mask: Mask, data: Data, batch: int) -> Mask:
-    """The mask of one entry of a batch, with structure in place of data where possible.
+    """The mask of one batch entry, with structure in place of data.
+
+    Data without a structure, such as documents that recur, stays data.
 
     mask: without rules over heads.
     data: tensors (batch or 1, positions) on a CPU.
@@ -78,7 +80,7 @@ def with_data(mask: Mask, data: Data, batch: int) -> Mask:
 
 
 def _documents(ids: Any) -> Mask | None:
-    """Documents by their lengths; None if an id occurs again after another one."""
+    """Documents by their lengths; None if an id recurs after another."""
     starts = np.zeros(0, dtype=np.int64)
     if len(ids):
         starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))

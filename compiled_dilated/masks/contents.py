@@ -16,7 +16,7 @@ from ..mods import Kind, kind_of
 
 @dataclass(frozen=True)
 class Contents:
-    """The values of a call's operands: equal by digest, so that plans can be reused.
+    """The values of a call's operands, equal by digest.
 
     digests: one per operand.
     tensors: weak references, so that cached plans keep no tensor alive.
@@ -29,7 +29,7 @@ class Contents:
 
     @staticmethod
     def of(tensors: Sequence[Any]) -> Contents:
-        """Contents of tensors; fake and meta tensors have only a shape and dtype."""
+        """Contents of tensors; fake ones have only a shape and dtype."""
         return Contents(
             tuple(map(digest, tensors)),
             tuple(map(weakref.ref, tensors)),
@@ -50,7 +50,10 @@ NO_CONTENTS = Contents(())
 
 
 def digest(x: Any) -> str:
-    """Shape, dtype and a hash of a tensor's values; no hash for a tensor without data."""
+    """Shape, dtype and a hash of a tensor's values.
+
+    Without a hash for a tensor without data.
+    """
     kind = f"{tuple(x.shape)} {x.dtype}"
     # Tensors of a transform and tensor subclasses have no values of their own.
     is_plain = type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -63,5 +66,5 @@ def digest(x: Any) -> str:
 
 
 def slot_name(slot: int) -> str:
-    """Key of operand number `slot` in a call's data; never a user's name."""
+    """Key of operand `slot` in a call's data; never a user's name."""
     return f"<{slot}>"

@@ -59,7 +59,7 @@ class Mask(ABC):
     @property
     @abstractmethod
     def period(self) -> int | None:
-        """Shift of query and key (by any multiple) that leaves the mask unchanged.
+        """Shift of query and key that leaves the mask unchanged.
 
         1: every shift does. None: no such shift is known.
         """
@@ -95,11 +95,14 @@ class Mask(ABC):
 
     @property
     def per_call(self) -> bool:
-        """Whether the mask depends on the call: on data or on the batch index."""
+        """Whether the mask depends on data or on the batch index."""
         return bool(self.names) or any(part.per_call for part in self.parts)
 
     def at_head(self, head: int, heads: int) -> Mask:
-        """The mask of one query head; equal for heads that see the same pairs."""
+        """The mask of one query head.
+
+        Equal for heads that see the same pairs.
+        """
         return self._map(lambda part: part.at_head(head, heads))
 
     def for_heads(self, heads: int) -> Mask:
@@ -128,7 +131,7 @@ class Mask(ABC):
         return None
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        """Subsets of q and kv that contain all their allowed pairs; may be too large."""
+        """Subsets of q and kv with all their allowed pairs; may be too large."""
         return q, kv
 
     def pairs(self, q: range, kv: range) -> int | None:
@@ -137,7 +140,7 @@ class Mask(ABC):
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the mask is undefined past some position, so that `check` may fail."""
+        """Whether `check` may fail: the mask is undefined past some position."""
         return type(self).check is not Mask.check or any(part.is_bounded for part in self.parts)
 
     def check(self, queries: range, keys: int) -> None:

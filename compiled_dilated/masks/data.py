@@ -23,7 +23,7 @@ from .summaries import brief
 
 
 def row_of(x: Any, b: Positions) -> Any:
-    """Row of the data for a batch index; data of batch size 1 serves all."""
+    """Row of the data for a batch index; one row serves all."""
     if x.shape[0] != 1:
         return b
     return b * 0
@@ -31,7 +31,7 @@ def row_of(x: Any, b: Positions) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class OfData(Mask):
-    """Pairs decided by the data tensor `name` (B, positions), which no plan contains."""
+    """Pairs decided by the data tensor `name` (B, positions)."""
 
     name: str
 

@@ -46,7 +46,7 @@ def classify_difference(
 
 
 def differences(q: Regions, kv: Regions) -> tuple[IntArray, IntArray, IntArray]:
-    """The least and the greatest kv - q of pairs of regions, and their step."""
+    """Least and greatest kv - q of pairs of regions, and their step."""
     return kv.first - q.last, kv.last - q.first, np.gcd(q.step, kv.step)
 
 

@@ -98,7 +98,7 @@ class Tiles(Mask):
         return (q, kv) if q and kv else NOTHING
 
     def _clipped(self, side: range, tiles: IntArray) -> range:
-        """The part of a range from the first to the last of some tiles."""
+        """The part of a range from the first to the last tile."""
         return clip(side, int(tiles.min()) * self.block, (int(tiles.max()) + 1) * self.block)
 
     def pairs(self, q: range, kv: range) -> int | None:
@@ -214,7 +214,7 @@ def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
 
 
 def _draws(blocks: int, count: int, seed: int) -> list[list[int]]:
-    """Random numbers per row; draw i is below blocks - count + i + 1."""
+    """Random numbers per row, draw i below blocks - count + i + 1."""
     row, draw = np.arange(blocks, dtype=np.uint64)[:, None], np.arange(count, dtype=np.uint64)
     random = splitmix64(splitmix64(splitmix64(np.full((1, 1), seed, dtype=np.uint64)) ^ row) ^ draw)
     draws: list[list[int]] = (random % (draw + np.uint64(blocks - count + 1))).tolist()

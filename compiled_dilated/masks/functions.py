@@ -55,7 +55,7 @@ class FromMod(OfFunction):
     within: Mask | None
 
     def trace(self) -> tuple[Traced, tuple[Tensor, ...]]:
-        """The mask as a graph, and its operands: the tensors that fn captures."""
+        """The mask as a graph, and the tensors that fn captures."""
         graph, operands = trace_mask_mod(self.fn)
         slots, contents = tuple(range(len(operands))), Contents.of(operands)
         mask = Traced(graph, slots, self.within, contents=contents, name=name_of(self.fn))

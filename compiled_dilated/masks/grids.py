@@ -68,7 +68,7 @@ def neighborhood(
 
 
 def _per_axis(name: str, value: Any, grid: tuple[int, ...], minimum: int) -> tuple[int, ...]:
-    """Check one integer, or one per axis of the grid; returns one per axis."""
+    """Check one integer or one per axis; returns one per axis."""
     values = value if arguments.is_iterable(value) else (value,) * len(grid)
     numbers = arguments.integers(name, values, minimum)
     if len(numbers) != len(grid):

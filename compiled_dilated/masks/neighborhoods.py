@@ -76,7 +76,7 @@ class Neighborhood(Mask):
 
     @property
     def _first_limited(self) -> int | None:
-        """The first axis on which some coordinate does not see every other; None if none."""
+        """The first axis that is not whole; None if all are."""
         return next((number for number, axis in enumerate(self.axes) if not axis.is_whole), None)
 
     def expanded(self) -> Mask:
@@ -240,7 +240,7 @@ class PlacedNeighborhood(Mask):
 
 @dataclass(frozen=True)
 class _AlongAxis(Mask):
-    """One axis of a placed neighborhood, on a grid without first and last line."""
+    """One axis of a placed neighborhood, on an endless grid."""
 
     placed: PlacedNeighborhood
     number: int

@@ -70,7 +70,7 @@ def same_group(
     kv_first: IntArray,
     kv_last: IntArray,
 ) -> Verdicts:
-    """Verdicts of equal group numbers, from the first and last number per region."""
+    """Verdicts of equal group numbers, from their bounds per region."""
     empty = (q_last < kv_first) | (kv_last < q_first)
     return verdicts((q_first == q_last) & (kv_first == kv_last) & (q_first == kv_first), empty)
 
@@ -80,5 +80,8 @@ def _overlap(a: range, start: int, stop: int) -> int:
 
 
 def segments(length: int) -> Mask:
-    """Segments of `length` tokens that see only themselves; the last may be short."""
+    """Segments of `length` tokens that see only themselves.
+
+    The last may be short.
+    """
     return Segments(arguments.integer("length", length, 1))

@@ -114,7 +114,7 @@ class Traced(OfFunction):
 
     @property
     def _is_of_positions(self) -> bool:
-        """Whether only the positions decide a pair: neither the batch index nor an unbound head."""
+        """Whether a pair depends on neither the batch index nor an unbound head."""
         return not self.graph.reads("b") and (self.head is not None or not self.graph.reads("h"))
 
     def _evaluate(self, operands: Sequence[Any], q: Regions, kv: Regions) -> Verdicts:

@@ -29,7 +29,10 @@ class Mod:
     places: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
     def on(self, *indices: Tensor) -> TileMod:
-        """The mod on a tile, given by the indices b, h, q and kv of its scores."""
+        """The mod on a tile.
+
+        indices: b, h, q and kv of the tile's scores.
+        """
         if self.places is not None:
             indices = self.places(*indices)
         return TileMod(self, indices)

@@ -49,10 +49,13 @@ class Captures(TorchFunctionMode):
             kwargs = kwargs | {"device": "cpu"}
         if func in _READS_A_SIZE and _has_symbolic_size(args[0]):
             return func(*args, **kwargs)  # the placeholder has the size of this trace only
-        # 2. All other calls, on placeholders; those that torch would refuse, in another form.
-        args, kwargs = draft.placeholders(args), draft.placeholders(kwargs)
+        # 2. All other calls, on placeholders.
+        return self._call(func, draft.placeholders(args), draft.placeholders(kwargs))
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function on traced tensors; what torch would refuse, in another form."""
         if func in _CONVERSIONS and isinstance(args[0], Tensor):
-            return draft.number(args[0].to(_CONVERSIONS[func]))
+            return self.draft.number(args[0].to(_CONVERSIONS[func]))
         if func in _CLAMPS and _has_tensor((*args[1:], *kwargs.values())):
             return _clamp(*args, **kwargs)
         if func is Tensor.__getitem__ and has_scalar_tensor(args[1]):
@@ -73,7 +76,7 @@ def _has_tensor(values: tuple[Any, ...]) -> bool:
 
 
 def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    """torch.clamp with one bound a tensor and the other a number, which torch refuses."""
+    """torch.clamp between a tensor and a number, which torch refuses."""
     if min is not None:
         x = torch.maximum(x, _bound(min, x))
     if max is not None:

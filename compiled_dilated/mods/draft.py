@@ -74,7 +74,7 @@ class Draft:
         return self._values[id(x)].number < 0
 
     def rename(self, target: Tensor, source: Tensor) -> None:
-        """Let a tensor refer to the value of another one, as after a write in place."""
+        """Let `target` have the value of `source`, as after an in-place write."""
         value = self._values[id(source)]
         self._values[id(target)] = _Value(value.number, value.varies, target)
 
@@ -104,7 +104,7 @@ class Draft:
         return value
 
     def placeholder(self, x: Tensor) -> Tensor:
-        """The tensor without data in place of a captured one; a traced one itself."""
+        """The placeholder of a captured tensor; a traced one itself."""
         if self.is_traced(x):
             return x
         if id(x) in self._constants and x.dim() == 0:
@@ -122,7 +122,7 @@ class Draft:
         return empty
 
     def _literal_number(self, x: Tensor) -> Tensor:
-        """A scalar constant as an operator of the graph in place of an operand."""
+        """A scalar constant as an operator of the graph."""
         with _disable_current_modes():
             empty = torch.empty((), dtype=x.dtype, device="meta")
             value = x.item()
@@ -207,5 +207,5 @@ class Draft:
 
 
 def _hints(sizes: Sequence[Any]) -> list[int]:
-    """Sizes, symbolic ones with their values in the example of the outer trace."""
+    """Sizes; symbolic ones by their hints in the outer trace."""
     return [size if isinstance(size, int) else size.node.hint for size in sizes]

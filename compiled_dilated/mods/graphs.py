@@ -46,7 +46,7 @@ _ALSO_ALLOWED = frozenset(
 
 
 class ModError(ValueError):
-    """A function that cannot be traced as a mod, or a text that is not a graph."""
+    """A function that cannot be traced, or a text that is no graph."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class Graph:
         return self._code.is_elementwise
 
     def reads(self, name: str) -> bool:
-        """Whether the result depends on an input: "score", "b", "h", "q_idx" or "kv_idx"."""
+        """Whether the result depends on an input.
+
+        name: "score", "b", "h", "q_idx" or "kv_idx".
+        """
         return self._code.inputs.index(name) in self._code.read
 
     def score(self, operands: Sequence[Tensor], score: Tensor, *indices: Tensor) -> Tensor:
@@ -91,7 +94,10 @@ class Graph:
         return out.to(score.dtype).expand(score.shape)
 
     def mask(self, operands: Sequence[Tensor], *indices: Tensor) -> Tensor:
-        """Which pairs are allowed: bool, broadcasting with the indices b, h, q and kv."""
+        """Which pairs are allowed, as bools that broadcast with the indices.
+
+        indices: b, h, q and kv.
+        """
         return self._over_tile(operands, *indices)
 
     def scalar(
@@ -206,7 +212,10 @@ def _read(text: str) -> _Code:
 
 
 def _instruction(entry: Any, place: int) -> _Instruction:
-    """Check an instruction of the text, whose result is the value number `place`."""
+    """Check an instruction of the text.
+
+    place: number of the result.
+    """
     name, args, kwargs, _, varies = entry
     _, packet, overload = name.split(".")
     op = getattr(getattr(torch.ops.aten, packet), overload)

@@ -38,7 +38,10 @@ def _mapped(fn: Callable[..., Any], *arguments: Tensor) -> Any:
 
 
 class _IndexByTensor(TorchFunctionMode):
-    """Evaluates table[i] of a scalar tensor i as a gather; torch would read its value."""
+    """Evaluates table[i] of a scalar tensor i as a gather.
+
+    torch would read the value of i.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and has_scalar_tensor(args[1]):
@@ -55,7 +58,10 @@ def has_scalar_tensor(index: Any) -> bool:
 
 
 def gathered(x: Tensor, index: Any) -> Tensor:
-    """x[index] with scalar tensors as gathers; numbers, slices, None and ... as in torch."""
+    """x[index] with scalar tensors as gathers.
+
+    Numbers, slices, None and ... are as in torch.
+    """
     entries = list(index) if isinstance(index, tuple) else [index]
     # 1. Write `...` out. Compared by identity: a tensor == ... is no bool.
     for place, entry in enumerate(entries):

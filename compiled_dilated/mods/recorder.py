@@ -47,21 +47,20 @@ class Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             return self._in_place(func, name, args, kwargs)
         # 1. Symbolic numbers promote as numbers: beside tensors they take the tensors' dtype.
-        inputs = self._traced([args, kwargs])
-        tensors = [x for x in inputs if not self.draft.is_number(x)]
-        if tensors and len(tensors) < len(inputs):
+        traced = self._traced([args, kwargs])
+        tensors = [x for x in traced if not self.draft.is_number(x)]
+        if tensors and len(tensors) < len(traced):
             args = [self._with_numbers(x, _promoted(tensors)) for x in args]
         # 2. The call itself, on tensors without data.
         out = func(*args, **kwargs)
-        inputs = self._traced([args, kwargs])
-        outputs = _tensors(out)
+        inputs, outputs = self._traced([args, kwargs]), _tensors(out)
         if not inputs and not any(x.device.type == "meta" for x in outputs):
             # From literals, on a device: a constant, which is captured where it is used.
             self.draft.add_constants(outputs)
             return out
+        # 3. The record.
         if isinstance(out, (tuple, list)) or not outputs:
             raise ModError(f"{self.about} calls {func}, which has more than one result; use others")
-        # 3. The record.
         self._record(func, name, args, kwargs, out)
         if inputs and not tensors:
             self.draft.number(out)
@@ -123,7 +122,7 @@ class Recorder(TorchDispatchMode):
         kwargs: dict[str, Any],
         out: Tensor,
     ) -> None:
-        """Append one operator to the draft, with its default dtype and device written out."""
+        """Append one operator to the draft, with its defaults written out."""
         if not is_allowed(func):
             raise ModError(
                 f"{self.about} calls {func}, which a graph cannot carry "
@@ -149,7 +148,7 @@ class Recorder(TorchDispatchMode):
         self.draft.append(func, args, kwargs, single, varies, out)
 
     def _converted(self, x: Any, dtype: torch.dtype) -> Any:
-        """A whole number or a symbolic one converted to a dtype; other arguments unchanged."""
+        """A whole or symbolic number converted to a dtype; others unchanged."""
         if not isinstance(x, Tensor) or x.dtype == dtype:
             return x
         if x.is_floating_point() and not self.draft.is_number(x):
@@ -170,7 +169,7 @@ class Recorder(TorchDispatchMode):
         inputs: Sequence[Tensor],
         out: Tensor,
     ) -> bool:
-        """Whether the operator maps scalars to a scalar, or loads one from a constant table."""
+        """Whether the operator maps scalars to a scalar or loads one."""
         if out.dim() > 0:
             return False
         if name == "aten.index":
@@ -250,7 +249,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of a number beside these tensors: theirs, or the default beside whole numbers."""
+    """The dtype that a number takes beside these tensors."""
     dtypes = [x.dtype for x in tensors if _is_inexact(x)]
     if not dtypes:
         return torch.get_default_dtype()

@@ -43,7 +43,9 @@ def trace_score_mod(fn: ScoreMod, dtype: torch.dtype) -> tuple[Graph, tuple[Tens
 
 
 def trace_mask_mod(fn: MaskMod) -> tuple[Graph, tuple[Tensor, ...]]:
-    """The graph of a mask_mod(b, h, q_idx, kv_idx) -> bool, and the tensors that it captures.
+    """The graph of a mask_mod, and the tensors that it captures.
+
+    fn: mask_mod(b, h, q_idx, kv_idx) -> bool.
 
     Raises as `trace_score_mod`.
     """

@@ -31,7 +31,10 @@ def _clamp(
     min: Argument = None,
     max: Argument = None,
 ) -> int:
-    """minimum(maximum(a, low), high); the bounds come by position or as min and max."""
+    """minimum(maximum(a, low), high).
+
+    low, high: or the keywords min and max.
+    """
     low = min if low is None else low
     high = max if high is None else high
     x = c.node(a)
@@ -52,7 +55,10 @@ def _clamp_gradients(
     greatest: int | None,
     grad: int,
 ) -> list[tuple[int, int]]:
-    """torch's own gradients: to x within the bounds and on them, else to the bound in effect."""
+    """torch's own gradients: to x within the bounds, else to a bound.
+
+    A number on a bound is within.
+    """
     zero = c.zero_like(grad)
     of_x, of_bounds = grad, []
     if least is not None:

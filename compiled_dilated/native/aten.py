@@ -51,7 +51,7 @@ def _pointwise(
     args: Sequence[Any],
     kwargs: dict[str, Any],
 ) -> Cells:
-    """The result of an operator that maps entries to an entry, broadcasting its arguments."""
+    """The result of an entrywise operator, whose arguments broadcast."""
     compute = _promoted_dtype(args) if out.dtype == torch.bool else out.dtype
 
     def at(index: tuple[Index, ...]) -> int:

@@ -53,7 +53,7 @@ def library(
     core: Path | None = None,
     isa: str = "native",
 ) -> Path:
-    """Build the library of these sources unless it exists, and return its path.
+    """Build a library unless it exists; returns its path.
 
     sources: the folder of C++ files, by default this package's.
     defines: macros, without -D.
@@ -174,7 +174,7 @@ def load() -> None:
 
 
 def available() -> str | None:
-    """Build and load the native kernels; None, or the reason why they cannot be used."""
+    """Build and load the native kernels; returns the reason of a failure."""
     try:
         load()
     except NativeUnavailable as error:

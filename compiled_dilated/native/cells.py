@@ -70,7 +70,7 @@ class Cell:
 
 
 def unary(op: str) -> Pointwise:
-    """The operator that is one operation on one number."""
+    """The rule of one operation on one number."""
 
     def rule(c: Cell, a: Argument, **_: Any) -> int:
         return c.unary(op, c.node(a))
@@ -79,7 +79,7 @@ def unary(op: str) -> Pointwise:
 
 
 def binary(op: str, for_bools: str | None = None) -> Pointwise:
-    """The operator that is one operation on two numbers; `for_bools` on two bools."""
+    """The rule of one operation on two numbers; `for_bools` on two bools."""
 
     def rule(c: Cell, a: Argument, b: Argument) -> int:
         if c.compute != torch.bool:

@@ -28,7 +28,7 @@ def kernels_for(isa: str) -> tuple[str, ...]:
 
 
 def write(library: Path, isa: str) -> dict[str, Path]:
-    """Write the files of a library; returns them by what follows the stem of their names.
+    """Write the files of a library; returns them by suffix.
 
     library: the path of stem.so.
     isa: "avx2" for every CPU with AVX2, "native" for this one.
@@ -48,14 +48,14 @@ def write(library: Path, isa: str) -> dict[str, Path]:
 
 
 def best_kernels(isa: str) -> str | None:
-    """The kernels of `write` that door.cpp chooses on this CPU; None if it runs none of them."""
+    """The kernels that door.cpp chooses on this CPU; None if none suit."""
     level = torch.backends.cpu.get_cpu_capability()
     runs = {"native": True, "avx512": level == "AVX512", "avx2": level in _LEVELS}
     return next((kernels for kernels in kernels_for(isa) if runs[kernels]), None)
 
 
 def why_not_portable() -> str | None:
-    """Why no code for other CPUs can be built here; None if it can."""
+    """Why no code for other CPUs can be built; None if possible."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"levels of CPUs are those of x86-64, and this machine is {platform.machine()}"
     from torch._inductor import config
@@ -66,7 +66,7 @@ def why_not_portable() -> str | None:
 
 
 def sources_digest() -> str:
-    """The SHA-256 of the kernels' sources, which define the meaning of encoded programs."""
+    """The SHA-256 of the sources, which define what encoded programs mean."""
     digest = hashlib.sha256()
     for path in sorted(build.SOURCES.rglob("*.[ch]*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

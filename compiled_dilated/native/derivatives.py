@@ -45,7 +45,7 @@ def gradients(x: Expressions, result: int, register: Register) -> tuple[int, lis
 
 
 def _input_gradients(x: Expressions, place: int, grad: int) -> Sequence[tuple[int, int]]:
-    """The gradients of a node's inputs, by its own pull or by the rule of its operation."""
+    """The gradients of a node's inputs, by its pull or operation."""
     pull = x.pulls.get(place)
     return _RULES[x.nodes[place].op](x, place, grad) if pull is None else pull(grad)
 
@@ -64,7 +64,7 @@ def _accumulate(
 
 
 def _differentiable(x: Expressions, result: int) -> set[int]:
-    """Nodes that depend on the score or a floating operand by floating numbers only."""
+    """Nodes that depend on a score or operand by floating numbers only."""
     out: set[int] = set()
     for place, node in enumerate(x.nodes[: result + 1]):
         if not node.type.is_float:
@@ -91,7 +91,7 @@ def _square(x: Expressions, node: int) -> int:
 
 
 def _times(factor: Factor) -> Rule:
-    """The rule of a unary operation with derivative factor(x, input, result)."""
+    """The rule of a unary operation with derivative `factor`."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
         (source,) = x.nodes[place].inputs
@@ -101,7 +101,7 @@ def _times(factor: Factor) -> Rule:
 
 
 def _over(divisor: Factor) -> Rule:
-    """The rule of a unary operation with derivative 1 / divisor(x, input, result)."""
+    """The rule of a unary operation with derivative 1 / divisor."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
         (source,) = x.nodes[place].inputs
@@ -111,7 +111,7 @@ def _over(divisor: Factor) -> Rule:
 
 
 def _remainder(rounding: str) -> Rule:
-    """a - b * rounding(a / b), the quotient taken for a constant."""
+    """The rule of a - b * rounding(a / b), with a constant quotient."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
         a, b = x.nodes[place].inputs
@@ -138,7 +138,7 @@ def _of_extreme(
     b: int,
     is_maximum: bool,
 ) -> list[tuple[int, int]]:
-    """The gradient to the greater or smaller operand, in halves to two equal ones."""
+    """The gradient to the selected operand, half to each of equal ones."""
     equal = x.binary("equal", a, b)
     half = linear(x, grad, 0.5)
     zero = x.constant(0.0, x.type(grad))

@@ -146,7 +146,7 @@ def _parts(mask: Mask) -> list[Mask]:
 
 
 def _group(table: _NodeTable, branches: Sequence[Branch]) -> list[int]:
-    """Step, dimensions, offset and sizes of the grid, and of each branch node and key step."""
+    """The numbers of a group: step, grid, and per branch node and key step."""
     grids = [_grid(branch) for branch in branches]
     offset, sizes = next((grid for grid in grids if grid is not None), (0, ()))
     # A grid is tiled by patches, anything else by residue classes modulo `step`.
@@ -175,7 +175,10 @@ def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
 
 
 def _step(mask: Mask) -> int:
-    """A modulus such that the mask links only positions of one residue; 1 without one."""
+    """A modulus such that the mask links only positions of one residue.
+
+    1 if there is none.
+    """
     if isinstance(mask, And):
         step = math.lcm(*(_step(part) for part in mask.masks))
         return min(step, _MOST_CLASSES + 1)
@@ -209,7 +212,7 @@ class _NodeTable:
     places: dict[Mask, int] = field(default_factory=dict)
 
     def add(self, mask: Mask) -> int:
-        """Add the node of a mask, unless it is there, and return its place."""
+        """Add the node of a mask unless present; returns its place."""
         if mask not in self.places:
             self.places[mask] = self._append(*self._node(mask))
         return self.places[mask]
@@ -219,7 +222,7 @@ class _NodeTable:
         return len(self.nodes) - 1
 
     def _node(self, mask: Mask) -> tuple[str, list[int]]:
-        """The operation of a mask and its arguments: composed masks, data, functions, positions."""
+        """The operation of a mask and its arguments."""
         match mask:
             case Full():
                 return "full", []
@@ -267,7 +270,7 @@ class _NodeTable:
 
 
 def _positions(mask: Mask) -> tuple[str, list[int]] | None:
-    """The operation of a mask that is a rule over positions; None for other masks."""
+    """The operation of a mask over positions; None for other masks."""
     match mask:
         case Causal():
             return "causal", []

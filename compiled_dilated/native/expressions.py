@@ -107,7 +107,7 @@ Pull = Callable[[int], Sequence[tuple[int, int]]]
 
 @dataclass
 class Expressions:
-    """Nodes in the order of addition, inputs first; an equal node is added once.
+    """Nodes without duplicates, inputs before the nodes that read them.
 
     nodes: by place.
     ranges: of whole numbers, by place; None for floating-point numbers.
@@ -128,7 +128,7 @@ class Expressions:
         within: Range | None = None,
         label: str = "",
     ) -> int:
-        """Add a node, unless there is an equal one, and return its place.
+        """Add a node unless an equal one exists; returns its place.
 
         within: the range of a whole number, by default that of its register.
         """
@@ -161,7 +161,7 @@ class Expressions:
         return self.add(name, Register.I32, within=Range(0, MOST_POSITIONS - 1))
 
     def constant(self, value: float, type: Register) -> int:
-        """A number in a register of that type, floating-point numbers as their bits."""
+        """A number in a register; floating-point numbers as their bits."""
         if type == Register.F32:
             (bits,) = struct.unpack("<i", struct.pack("<f", _single(float(value))))
             return self.add("constant", type, number=bits)

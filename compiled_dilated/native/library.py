@@ -105,7 +105,7 @@ def _(inputs: Sequence[Tensor], code: Sequence[int]) -> Tensor:
 
 
 def _first_call(name: str) -> Callable[..., Any]:
-    """The operator before its kernel is loaded, or for tensors of another device."""
+    """The operator until its kernel is loaded, and for other devices."""
 
     def load_and_call(*arguments: Any) -> Any:
         for x in arguments:

@@ -59,7 +59,7 @@ _COMPILERS = ("g++", "clang++")
 
 
 class NativeUnavailable(RuntimeError):
-    """The native kernels cannot be used here; the text has the reason and a remedy."""
+    """The native kernels cannot be used here, with reason and remedy."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ _encode_cached = lru_cache(maxsize=256)(_encode)
 
 
 def _tapes(graph: Graph, shapes: Shapes, fixed: dict[tuple[int, int], int]) -> list[list[int]]:
-    """The tape of a mask, or those of a score and its gradients in both precisions.
+    """The tape of a mask, or those of a score and its gradients.
 
     fixed: receives the size of each (operand, dimension) that the tapes depend on.
     """
@@ -174,7 +174,7 @@ def _resolve(value: Any, values: Sequence[Cells]) -> Any:
 
 
 def _tape(x: Expressions, result: int, scatters: Sequence[int]) -> list[int]:
-    """The nodes that the result and the scatters need, renumbered, and the result."""
+    """The numbers of the nodes that result and scatters need."""
     needed = sorted(_needed(x, [result, *scatters]))
     new_numbers = {place: number for number, place in enumerate(needed)}
     tape = [len(needed)]

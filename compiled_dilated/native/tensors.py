@@ -64,7 +64,10 @@ def check_entries(count: int) -> None:
 
 
 def cells(dtype: torch.dtype, shape: Sequence[int], at: Entry) -> Cells:
-    """A tensor of these entries; the entry of a scalar is computed at once."""
+    """A tensor of these entries.
+
+    The entry of a scalar is computed at once.
+    """
     if shape:
         return Cells(dtype, tuple(shape), at)
     node = at(())
@@ -77,7 +80,7 @@ def positive_dim(dim: int, dims: int) -> int:
 
 
 def broadcast_entry(x: Cells, index: tuple[Index, ...]) -> int:
-    """The entry of a tensor broadcast to the shape that `index` belongs to."""
+    """The entry at an index of the broadcast tensor."""
     place: list[Index] = []
     # Broadcasting aligns the last dimensions.
     first = len(index) - len(x.shape)
@@ -167,7 +170,7 @@ class Tensors:
         return Place(quotient, bare=False), Place(remainder, bare=False)
 
     def strided(self, index: Index, size: int, start: int, step: int) -> Index:
-        """start + step * index, of an index along a dimension of `size` entries."""
+        """start + step * index, along a dimension of `size` entries."""
         return self.plus(self.times(self.within(index, size), step), start)
 
     def choose(self, index: Index, size: int, entry: Callable[[int], int]) -> int:

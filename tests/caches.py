@@ -1,4 +1,4 @@
-"""Every table that this package keeps in the process, so that tests can empty them between any two calls."""
+"""All caches of the package in the process, and how tests empty them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from compiled_dilated.planner import PLANS
 
 
 def lru_caches() -> list[_lru_cache_wrapper]:
-    """The functions of the package that remember results."""
-    modules = [
-        module for name, module in sys.modules.items() if name.split(".")[0] == "compiled_dilated"
-    ]
-    return [
-        x for module in modules for x in vars(module).values() if isinstance(x, _lru_cache_wrapper)
-    ]
+    """The cached functions of the package."""
+    caches = []
+    for name, module in sys.modules.items():
+        if name.split(".")[0] == "compiled_dilated":
+            caches += [x for x in vars(module).values() if isinstance(x, _lru_cache_wrapper)]
+    return caches
 
 
 def forget() -> None:
-    """Empty them all."""
+    """Empty all caches."""
     PLANS.clear()
     for cache in lru_caches():
         cache.cache_clear()

@@ -1,4 +1,4 @@
-"""Passes at work, for their tests: in the graph that Dynamo captures, run as it is or by inductor, and in an exported one."""
+"""Passes applied to graphs, for their tests: Dynamo's graphs, inductor's, and exported ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from passes.protocol import Pass
 
 
 class Hook(CustomGraphPass):
-    """A pass as inductor takes it. `lines`: what it said, all its graphs together. No graph is taken from the compile cache."""
+    """A pass as a hook of inductor, whose graphs are never taken from the compile cache.
+
+    lines: the pass's report, all graphs together.
+    """
 
     def __init__(self, rewriting: Pass) -> None:
         self.rewriting, self.lines = rewriting, list[str]()
@@ -35,10 +38,10 @@ class Hook(CustomGraphPass):
 def captured(
     model: Callable[..., Any], rewriting: Pass, *, dynamic: bool = True
 ) -> tuple[Callable[..., Any], list[str]]:
-    """`model` with its graph rewritten and run node by node, and the lines of the pass, which come when it first runs.
+    """The model with its graph rewritten and run node by node, and the lines of the pass.
 
-    A module's floats are numbers in it. dynamic=True makes tensors of them at first; inductor then asks again for those that it
-    cannot take so.
+    The lines are filled by the first call. A module's floats stay numbers in the graph, as in
+    inductor, which specializes those that dynamic=True would turn into tensors.
     """
     hook = Hook(rewriting)
 
@@ -55,22 +58,20 @@ def captured(
 def compiled(
     model: Callable[..., Any], rewriting: Pass | None, *, dynamic: bool = True
 ) -> tuple[Callable[..., Any], list[str]]:
-    """The same compiled by inductor. None: without a pass."""
-    hook = Hook(rewriting) if rewriting is not None else None
+    """The model compiled by inductor, and the lines of the pass; None: without a pass."""
+    options, lines = None, list[str]()
+    if rewriting is not None:
+        hook = Hook(rewriting)
+        options, lines = {"pre_grad_custom_pass": hook}, hook.lines
     torch._dynamo.reset()
-    step = torch.compile(
-        model,
-        dynamic=dynamic,
-        fullgraph=True,
-        options={"pre_grad_custom_pass": hook} if hook else None,
-    )
-    return step, hook.lines if hook else []
+    step = torch.compile(model, dynamic=dynamic, fullgraph=True, options=options)
+    return step, lines
 
 
 def exported(
     model: nn.Module, rewriting: Pass, *inputs: Any, dynamic: Any = None
 ) -> tuple[GraphModule, list[str]]:
-    """`model` as torch.export gives it, rewritten."""
+    """The exported model with its graph rewritten, and the lines of the pass."""
     module = torch.export.export(model, inputs, dynamic_shapes=dynamic).module()
     assert isinstance(module, GraphModule)
     lines = list(rewriting(module.graph))

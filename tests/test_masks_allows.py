@@ -21,6 +21,14 @@ def pairs(q_len: int, kv_len: int, allowed: Callable[[int, int], bool]) -> Any:
     return np.array([[allowed(i, j) for j in range(kv_len)] for i in range(q_len)])
 
 
+def neighbors_on_a_placed_grid(i: int, j: int) -> bool:
+    """neighborhood((3, 4), 1, offset=2) by its definition."""
+    if not (2 <= i < 14 and 2 <= j < 14):
+        return False
+    rows, columns = (i - 2) // 4 - (j - 2) // 4, (i - 2) % 4 - (j - 2) % 4
+    return abs(rows) < 2 and abs(columns) < 2
+
+
 @pytest.mark.parametrize(
     ("mask", "allowed"),
     [
@@ -46,15 +54,7 @@ def pairs(q_len: int, kv_len: int, allowed: Callable[[int, int], bool]) -> Any:
         (masks.tiles([], block=4), lambda i, j: False),
         (masks.global_tokens(positions=(2, 16, 90)), lambda i, j: i in (2, 16) or j in (2, 16)),
         (masks.block_window(4, 1, 0), lambda i, j: i // 4 - 1 <= j // 4 <= i // 4),
-        (
-            masks.neighborhood((3, 4), 1, offset=2),
-            lambda i, j: (
-                2 <= i < 14
-                and 2 <= j < 14
-                and abs((i - 2) // 4 - (j - 2) // 4) < 2
-                and abs((i - 2) % 4 - (j - 2) % 4) < 2
-            ),
-        ),
+        (masks.neighborhood((3, 4), 1, offset=2), neighbors_on_a_placed_grid),
         (masks.from_mod(every_third), lambda i, j: (i + j) % 3 == 0),
         (
             masks.from_mod(every_third, within=masks.causal()),
@@ -70,7 +70,7 @@ def test_allows(mask: Mask, allowed: Callable[[int, int], bool]) -> None:
 
 
 def shifted(size: int, radius: int, dilation: int, i: int) -> list[int]:
-    """NATTEN's neighbours of i on one axis, by its definition: the window nearest to i in the list of i's own residue class."""
+    """NATTEN's neighbors of i on one axis: the nearest window in i's residue class."""
     members = [j for j in range(size) if j % dilation == i % dilation]
     start = max(0, min(members.index(i) - radius, len(members) - (2 * radius + 1)))
     return members[start : start + 2 * radius + 1]
@@ -81,10 +81,8 @@ def shifted(size: int, radius: int, dilation: int, i: int) -> list[int]:
 @pytest.mark.parametrize("dilation", [1, 2, 3, 5])
 def test_shifted_edges(size: int, radius: int, dilation: int) -> None:
     mask = masks.neighborhood((size,), radius, dilation, edges="shift")
-    assert (
-        dense(mask, size, size)
-        == pairs(size, size, lambda i, j: j in shifted(size, radius, dilation, i))
-    ).all()
+    expected = pairs(size, size, lambda i, j: j in shifted(size, radius, dilation, i))
+    assert (dense(mask, size, size) == expected).all()
 
 
 @pytest.mark.parametrize("edges", ["cut", "shift"])
@@ -120,29 +118,24 @@ def test_data_masks() -> None:
 @given(strategies.masks_and_orders())
 def test_torch_and_numpy_agree(case: tuple[Mask, Any, int]) -> None:
     mask, _, n = case
-    zero = torch.tensor(0)
-    seen = mask.allows(zero, zero, torch.arange(n)[:, None], torch.arange(n)[None, :])
+    zero, positions = torch.tensor(0), torch.arange(n)
+    seen = mask.allows(zero, zero, positions[:, None], positions[None, :])
     assert seen.dtype == torch.bool
     assert (seen.broadcast_to(n, n).numpy() == dense(mask, n, n)).all()
-    on_device = mask.on("cpu")
+    # With tables on the device, and positions of 32 bits.
+    on_device, positions = mask.on("cpu"), positions.int()
     assert on_device == mask
-    seen = on_device.allows(
-        zero,
-        zero,
-        torch.arange(n, dtype=torch.int32)[:, None],
-        torch.arange(n, dtype=torch.int32)[None, :],
-    )
+    seen = on_device.allows(zero, zero, positions[:, None], positions[None, :])
     assert (seen.broadcast_to(n, n).numpy() == dense(mask, n, n)).all()
 
 
 @given(st.data())
 def test_shifting_by_the_period_changes_nothing(data: st.DataObject) -> None:
     mask = data.draw(strategies.expressions(strategies.line_masks(12)))
-    if mask.period is not None and mask.period <= 500:
-        assert (
-            dense(mask, 40, 40)
-            == dense(mask, 40 + mask.period, 40 + mask.period)[mask.period :, mask.period :]
-        ).all()
+    period = mask.period
+    if period is not None and period <= 500:
+        longer = dense(mask, 40 + period, 40 + period)
+        assert (dense(mask, 40, 40) == longer[period:, period:]).all()
 
 
 @given(st.data())
@@ -151,6 +144,6 @@ def test_keys_of(data: st.DataObject) -> None:
     n, q = data.draw(st.integers(1, 64)), data.draw(st.integers(0, 64))
     ranges = mask.keys_of(q, n)
     if ranges is not None:
-        seen = [key for each in ranges for key in each]
+        seen = [key for keys in ranges for key in keys]
         assert len(seen) == len(set(seen))
         assert sorted(seen) == np.flatnonzero(dense(mask, 1, n, q_offset=q)[0]).tolist()

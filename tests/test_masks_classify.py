@@ -37,13 +37,8 @@ def test_classify_is_sound_on_boxes(data: st.DataObject) -> None:
 @pytest.mark.parametrize("mask", EXACT, ids=repr)
 @pytest.mark.parametrize("tile", [1, 4, 7, 16])
 def test_classify_is_exact_on_contiguous_tiles(mask: Mask, tile: int) -> None:
-    check_classify(
-        mask,
-        dense(mask, 48, 41),
-        contiguous_tiles(48, tile),
-        contiguous_tiles(41, tile),
-        exact=True,
-    )
+    rows, columns = contiguous_tiles(48, tile), contiguous_tiles(41, tile)
+    check_classify(mask, dense(mask, 48, 41), rows, columns, exact=True)
 
 
 @pytest.mark.parametrize(("width", "rate"), [(16, 2), (12, 3), (16, 3), (24, 4), (5, 7)])
@@ -55,20 +50,15 @@ def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal:
     for offset in range(rate):
         mask = masks.segments(width) & masks.congruent(rate, offset, period=width)
         mask = mask & masks.causal() if causal else mask
-        check_classify(
-            mask,
-            dense(mask, n, n),
-            order.regions(place, place + 1, n),
-            order.regions(place, place + 1, n),
-            exact=True,
-        )
+        truth, single = dense(mask, n, n), order.regions(place, place + 1, n)
+        check_classify(mask, truth, single, single, exact=True)
         # Whole classes: the first longer ones of a segment hold one token more.
         starts = np.cumsum([0] + [len(range(c, width, rate)) for c in range(rate)])
         starts = starts[:-1][np.diff(starts) > 0]
         stops = np.append(starts[1:], width)
         segments = np.arange(3)[:, None] * width
         tiles = order.regions((segments + starts).reshape(-1), (segments + stops).reshape(-1), n)
-        check_classify(mask, dense(mask, n, n), tiles, tiles, exact=True)
+        check_classify(mask, truth, tiles, tiles, exact=True)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -85,7 +75,8 @@ def test_neighborhood_is_exact_on_boxes(dilation: int, edges: str) -> None:
     verdicts = mask.classify(boxes[rows], boxes[columns])
     for row, column, verdict in zip(rows, columns, verdicts, strict=True):
         seen = truth[np.ix_(boxes.positions(row), boxes.positions(column))]
-        # The shifted window's reach is bounded per tile, so a tile that is seen may be called PARTIAL; never one that is not.
+        # The reach of shifted windows is bounded per tile: a FULL tile may be called PARTIAL, an
+        # EMPTY one never.
         assert (verdict == EMPTY) == (not seen.any())
         if edges == "cut":
             assert verdict == verdict_of(seen)
@@ -99,22 +90,14 @@ def test_classify_of_data_promises_nothing() -> None:
 
 
 def test_from_mod_is_exact_on_small_tiles() -> None:
-    for mask in (
-        masks.from_mod(every_third),
-        masks.from_mod(every_third, within=masks.segments(12)),
-    ):
-        check_classify(
-            mask, dense(mask, 48, 48), contiguous_tiles(48, 1), contiguous_tiles(48, 4), exact=True
-        )
+    rows, columns = contiguous_tiles(48, 1), contiguous_tiles(48, 4)
+    for within in (None, masks.segments(12)):
+        mask = masks.from_mod(every_third, within=within)
+        check_classify(mask, dense(mask, 48, 48), rows, columns, exact=True)
+    rows, columns = contiguous_tiles(24, 1), contiguous_tiles(24, 2)
     for head in range(3):
-        mine = masks.from_mod(by_head).at_head(head, 3)
-        check_classify(
-            mine,
-            dense(mine, 24, 24, head=head),
-            contiguous_tiles(24, 1),
-            contiguous_tiles(24, 2),
-            exact=True,
-        )
+        mask = masks.from_mod(by_head).at_head(head, 3)
+        check_classify(mask, dense(mask, 24, 24, head=head), rows, columns, exact=True)
 
 
 def test_from_mod_that_reads_the_batch_promises_nothing() -> None:

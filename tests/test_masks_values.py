@@ -63,7 +63,7 @@ def test_repr_is_code(data: st.DataObject) -> None:
     ],
     ids=repr,
 )
-def test_repr_of_the_others(mask: Mask) -> None:
+def test_repr_of_per_head_and_data_masks_is_code(mask: Mask) -> None:
     again = eval(repr(mask), {name: getattr(masks, name) for name in masks.__all__})
     assert again == mask
     assert hash(again) == hash(mask)
@@ -126,17 +126,17 @@ def test_names() -> None:
 def test_offsets_of_heads(offset: Any, expected: list[int]) -> None:
     mask = masks.segments(6) & masks.congruent(3, offset, period=6)
     for head, value in enumerate(expected):
-        mine = masks.segments(6) & masks.congruent(3, value, period=6)
-        assert mask.at_head(head, 7) == mine
-        truth = dense(mine, 20, 20)
+        of_head = masks.segments(6) & masks.congruent(3, value, period=6)
+        assert mask.at_head(head, 7) == of_head
+        truth = dense(of_head, 20, 20)
         assert (dense(mask.for_heads(7), 20, 20, head=head) == truth).all()
         if offset != "grouped":
             assert (dense(mask, 20, 20, head=head) == truth).all()
     tiles = contiguous_tiles(20, 3)
     for form in (mask, mask.for_heads(7)):
         for value in set(expected):
-            mine = masks.segments(6) & masks.congruent(3, value, period=6)
-            check_classify(form, dense(mine, 20, 20), tiles, tiles)
+            of_head = masks.segments(6) & masks.congruent(3, value, period=6)
+            check_classify(form, dense(of_head, 20, 20), tiles, tiles)
 
 
 def test_at_head_applies_to_every_part() -> None:
@@ -144,8 +144,8 @@ def test_at_head_applies_to_every_part() -> None:
         masks.congruent(2, "cyclic") | masks.from_mod(by_head, within=masks.congruent(3, "grouped"))
     )
     for head in range(4):
-        at = mask.at_head(head, 4)
-        assert (dense(at, 12, 12) == dense(mask.for_heads(4), 12, 12, head=head)).all()
+        of_head = mask.at_head(head, 4)
+        assert (dense(of_head, 12, 12) == dense(mask.for_heads(4), 12, 12, head=head)).all()
     assert len({mask.at_head(head, 4) for head in range(4)}) == 4
     assert masks.window(3).at_head(1, 4) == masks.window(3)
 

@@ -44,7 +44,7 @@ def ways_of(name: str) -> st.SearchStrategy[str]:
 @settings(max_examples=10)
 @given(data=st.data())
 def test_score_mods_equal_the_reference(name: str, data: st.DataObject) -> None:
-    """out, lse and gradients of q, k, v and of all captured tensors, by every lowering and over a ring."""
+    """out, lse and gradients of q, k, v and all captured tensors, by every lowering and a ring."""
     parameters = Parameters.of(HEADS, N, number=data.draw(numbers))
     mod = WRAPPINGS[data.draw(wrappings)](functions.score_mod(data.draw(score_bodies), parameters))
     attend = attend_in(data.draw(ways_of(name)), PROGRAMS[name])
@@ -67,18 +67,18 @@ def test_mask_mods_equal_the_reference_and_create_mask(
     if within:
         truth = truth & ((torch.arange(N)[:, None] - torch.arange(N)).abs() <= 30)
     assert torch.equal(mask.allows(*grid_of_indices()), truth)
-    if way == "strided":  # which functions have no blocks for
+    if way == "strided":  # functions have no regular blocks
         with pytest.raises(ValueError, match="is not made of regular blocks"):
             cd.compile(mask, lowering=way)(*inputs)
         return
     attend = attend_in(way, mask)
     same_as_reference(lambda *x: attend(*x, return_lse=True), mask, inputs, ())
     bias = torch.zeros(truth.shape, dtype=torch.float64).masked_fill(~truth, float("-inf"))
-    want = torch.nn.functional.scaled_dot_product_attention(
+    expected = torch.nn.functional.scaled_dot_product_attention(
         *inputs, attn_mask=bias, enable_gqa=True
     )
     seen = truth.any(dim=-1)
-    same(attend(*inputs)[seen], want[seen])
+    same(attend(*inputs)[seen], expected[seen])
 
 
 def of_four(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,18 +96,17 @@ def grid_of_indices() -> tuple[Tensor, ...]:
 def test_functions_equal_flex_attention(
     score_names: list[str], mask_names: list[str], wrapping: str, way: str
 ) -> None:
-    """The same functions given to torch, in float32, forward."""
+    """The same functions passed to torch, in float32, forward."""
     inputs = [x.detach() for x in tensors(dtype=torch.float32)]
-    parameters = Parameters.of(
-        HEADS, N, torch.float32
-    ).detached  # torch refuses on a CPU what requires gradients
+    # On a CPU torch refuses captured tensors that require gradients.
+    parameters = Parameters.of(HEADS, N, torch.float32).detached
     mod = WRAPPINGS[wrapping](functions.score_mod(score_names, parameters))
     fn = WRAPPINGS[wrapping](functions.mask_mod(["causal", *mask_names], parameters))
     with torch.no_grad():
-        want = flex(inputs, mod, create_block_mask(of_four(fn), 2, HEADS, N, N, device="cpu"))
+        expected = flex(inputs, mod, create_block_mask(of_four(fn), 2, HEADS, N, N, device="cpu"))
         got = attend_in(way, masks.from_mod(fn))(*inputs, score_mod=mod)
-    seen = torch.isfinite(want)
-    same(got[seen], want[seen], 2e-5)
+    seen = torch.isfinite(expected)
+    same(got[seen], expected[seen], 2e-5)
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +126,7 @@ def test_compiled_functions_equal_the_reference(
     inside: bool,
     number: float,
 ) -> None:
-    """The same in one graph of torch.compile, closures made outside of the compiled function or inside."""
+    """The same in one graph of torch.compile, with closures created outside of it or inside."""
     compare_compiled("aot_eager", score_names, mask_names, wrapping, way, inside, number)
 
 

@@ -17,7 +17,8 @@ from tests.support.mods import HEADS, N, same, same_as_reference, tensors, whole
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
-# A number that varies from call to call is an operand of float64; times whole positions it is float32 elsewhere.
+# A number that varies from call to call is an operand of float64; a constant number times integer
+# positions is float32.
 ROUNDING_OF_A_NUMBER = 1e-6
 
 
@@ -39,7 +40,7 @@ def sloped(slope: float | Tensor) -> Callable[..., Any]:
 
 
 def with_slope(slope: float | Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """The right result of `sloped`."""
+    """The reference's result with `sloped`."""
     out = cd.reference(masks.causal(), *inputs, score_mod=sloped(slope))
     assert isinstance(out, Tensor)
     return out
@@ -66,7 +67,7 @@ def test_closures_as_arguments_of_a_compiled_function(kind: Callable[[float], An
 
 
 def test_numbers_that_vary_promote_as_numbers_do() -> None:
-    """A number times whole positions is float32, so that eager and compiled calls draw the same edge."""
+    """A number times integer positions is float32: eager and compiled masks have one edge."""
 
     class Band:
         unit = 0.1
@@ -98,9 +99,9 @@ def readers(number: Tensor, whole: Tensor) -> dict[str, Callable[..., Any]]:
     }
 
 
-@pytest.mark.parametrize("name", [*(name for name in ("item", "float", "int")), "tolist"])
+@pytest.mark.parametrize("name", ["item", "float", "int", "tolist"])
 def test_item_of_a_captured_tensor_reads_its_value(name: str) -> None:
-    """As they are at the call."""
+    """The value at the call."""
     inputs, attend = tensors(), cd.compile(masks.causal())
     number, whole = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3)
     mod = readers(number, whole)[name]
@@ -147,7 +148,7 @@ class Sloped(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_captured_numbers_and_tensors_change(compiled: bool) -> None:
-    """The next call computes with the new number, and with what a tensor holds by then."""
+    """The next call computes with the new number, and with a tensor's new values."""
     inputs, owner = tensors(), Sloped()
     layer = Layer(owner.mod)
     run = whole(layer) if compiled else layer
@@ -173,7 +174,7 @@ def test_a_bound_method_learns_in_a_compiled_function() -> None:
     assert owner.t.grad is not None
 
 
-def test_closures_made_inside_of_a_compiled_function() -> None:
+def test_closures_created_inside_of_a_compiled_function() -> None:
     inputs, attend = tensors(), cd.compile(masks.causal())
     bias = torch.randn(N, N, dtype=torch.float64, requires_grad=True)
 

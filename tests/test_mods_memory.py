@@ -27,7 +27,11 @@ def resident_bytes() -> int:
 
 
 def stepped(step: Callable[[int], weakref.ref[Tensor]], count: int, warm: int = 20) -> None:
-    """Calls `step` often: the tensor that it names dies, memory and tables stay within bounds."""
+    """Call `step` often; check that its tensors are freed, and memory and caches bounded.
+
+    step: one call by number; returns a reference to the tensor that it captures.
+    warm: calls before memory is measured.
+    """
     forget()
     references = [step(number) for number in range(warm)]
     before = resident_bytes()
@@ -92,13 +96,13 @@ def test_equal_rings_leave_nothing_in_tables() -> None:
     inputs = [x.detach() for x in tensors()]
     same(cd.compile(masks.causal(), ranks=2)(*inputs), cd.reference(masks.causal(), *inputs))
 
-    def made() -> weakref.ref[Any]:
+    def ring_of_a_call() -> weakref.ref[Any]:
         attend = cd.compile(masks.causal(), ranks=2)
         attend(*inputs)
         return weakref.ref(attend.ring)
 
     plans = len(PLANS)
-    rings = [made() for _ in range(20)]
+    rings = [ring_of_a_call() for _ in range(20)]
     gc.collect()
     assert len(PLANS) == plans
     assert all(ring() is None for ring in rings)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, noop_mask
 
 import compiled_dilated as cd
@@ -30,20 +31,15 @@ pytestmark = pytest.mark.usefixtures("fresh")
 def test_reductions_over_rows_of_tables(name: str, way: str) -> None:
     inputs, rows = tensors(), torch.randn(N, 5, dtype=torch.float64, requires_grad=True)
     mod, attend = reductions(rows)[name], attend_in(way, masks.causal())
-    same_as_reference(
-        lambda *x, **o: attend(*x, return_lse=True, **o),
-        masks.causal(),
-        inputs,
-        (rows,),
-        score_mod=mod,
-    )
+
+    def attention(*inputs: Tensor, **options: Any) -> Any:
+        return attend(*inputs, return_lse=True, **options)
+
+    same_as_reference(attention, masks.causal(), inputs, (rows,), score_mod=mod)
     with torch.no_grad():
         block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, N, N, device="cpu")
-        same(
-            attend(*inputs, score_mod=mod),
-            flex([x.detach() for x in inputs], mod, block_mask),
-            1e-5,
-        )
+        expected = flex([x.detach() for x in inputs], mod, block_mask)
+        same(attend(*inputs, score_mod=mod), expected, 1e-5)
 
 
 OF_TORCHS_KIND: dict[str, Callable[..., Any]] = {
@@ -59,11 +55,11 @@ OF_TORCHS_KIND: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", OF_TORCHS_KIND)
 def test_mask_mods_that_call_tensor_methods(name: str, way: str) -> None:
     fn, inputs = OF_TORCHS_KIND[name], tensors()
-    want = create_mask(fn, 1, 1, N, N, device="cpu")
-    wanted = torch.nn.functional.scaled_dot_product_attention(
-        *inputs, attn_mask=want, enable_gqa=True
+    allowed = create_mask(fn, 1, 1, N, N, device="cpu")
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, attn_mask=allowed, enable_gqa=True
     )
-    same(attend_in(way, masks.from_mod(fn))(*inputs), wanted)
+    same(attend_in(way, masks.from_mod(fn))(*inputs), expected)
 
 
 @pytest.mark.parametrize("name", [*list(OF_TORCHS_KIND)[:-1], "torch.tensor"])

@@ -27,14 +27,14 @@ REFUSED_MODS: dict[str, tuple[Callable[..., Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED_MODS)
 def test_score_mods_that_are_refused(name: str) -> None:
-    mod, says = REFUSED_MODS[name]
-    with pytest.raises((TypeError, ValueError), match=says):
+    mod, message = REFUSED_MODS[name]
+    with pytest.raises((TypeError, ValueError), match=message):
         cd.compile(masks.causal())(*tensors(), score_mod=mod)
 
 
 @pytest.mark.parametrize("name", REFUSED_MODS)
 def test_score_mods_that_are_refused_in_compiled_functions(name: str) -> None:
-    """Dynamo has words of its own for some."""
+    """Dynamo raises errors of its own for some of them."""
     attend = cd.compile(masks.causal())
     with pytest.raises(Exception, match=r"."):
         whole(lambda *x: attend(*x, score_mod=REFUSED_MODS[name][0]))(*tensors())

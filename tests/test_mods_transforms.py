@@ -31,43 +31,38 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 def test_functions_under_autocast(way: str) -> None:
-    """Autocast casts q, k and v, and nothing inside; a float32 table is read as it is, the lse is float32."""
+    """Autocast casts q, k and v only: captured tensors and the lse stay float32."""
     inputs = [(x.detach() * 20).requires_grad_() for x in tensors(dtype=torch.float32)]
     table = torch.randn(N, N, requires_grad=True)
     mod, attend = (lambda s, b, h, i, j: s + table[i, j]), attend_in(way, masks.causal())
-    cast = [x.bfloat16() for x in inputs]
-    want = attend(*cast, score_mod=mod, return_lse=True)
-    want_gradients = torch.autograd.grad(want[0].float().sum() + want[1].sum(), (*inputs, table))
+
+    def grads(out: Tensor, lse: Tensor) -> Any:
+        return torch.autograd.grad(out.float().sum() + lse.sum(), (*inputs, table))
+
+    expected = attend(*(x.bfloat16() for x in inputs), score_mod=mod, return_lse=True)
+    expected_grads = grads(*expected)
     for run in (attend, whole(attend)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = run(*inputs, score_mod=mod, return_lse=True)
         assert got[0].dtype == torch.bfloat16
         assert got[1].dtype == torch.float32
-        same(got, want, 0)
-        same(
-            torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)),
-            want_gradients,
-            1e-6,
-        )
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward too
+        same(got, expected, 0)
+        same(grads(*got), expected_grads, 1e-6)
+        # The backward under autocast too.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             got = run(*inputs, score_mod=mod, return_lse=True)
-            same(
-                torch.autograd.grad(got[0].float().sum() + got[1].sum(), (*inputs, table)),
-                want_gradients,
-                1e-6,
-            )
+            same(grads(*got), expected_grads, 1e-6)
 
 
 @pytest.mark.parametrize("way", ["dense", "strided", "tiled", "auto", "ring"])
 def test_rows_that_see_nothing_pass_no_gradient_of_their_lse(way: str) -> None:
-    """Whatever comes back for their lse of -inf: NaN, as from the sine or the join of two such rows."""
+    """Their lse is -inf; its gradient may be NaN, as from a sine or a merge of two such rows."""
     mask, inputs = masks.congruent(2, 1), tensors()
     attend = attend_in(way, mask)
-    got = torch.autograd.grad(attend(*inputs, return_lse=True)[1].sin().sum(), inputs[:2])
-    want = torch.autograd.grad(
-        cd.reference(mask, *inputs, return_lse=True)[1].sin().sum(), inputs[:2]
-    )
-    same(got, want)
+    lse = attend(*inputs, return_lse=True)[1]
+    expected_lse = cd.reference(mask, *inputs, return_lse=True)[1]
+    got = torch.autograd.grad(lse.sin().sum(), inputs[:2])
+    same(got, torch.autograd.grad(expected_lse.sin().sum(), inputs[:2]))
 
 
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
@@ -76,48 +71,47 @@ def test_func_grad_and_vjp_of_captured_tensors(way: str) -> None:
     attend = attend_in(way, masks.causal())
 
     def loss(attention: Any, table: Tensor, q: Tensor) -> Tensor:
-        return (
-            attention(q, *inputs[1:], score_mod=lambda s, b, h, i, j: s + table[i, j])
-            .square()
-            .sum()
-        )  # type: ignore[no-any-return]
+        out: Tensor = attention(q, *inputs[1:], score_mod=lambda s, b, h, i, j: s + table[i, j])
+        return out.square().sum()
 
     def reference(*x: Tensor, **options: Any) -> Any:
         return cd.reference(masks.causal(), *x, **options)
 
-    want = torch.func.grad(lambda *x: loss(reference, *x), argnums=(0, 1))(table, inputs[0])
-    same(torch.func.grad(lambda *x: loss(attend, *x), argnums=(0, 1))(table, inputs[0]), want)
+    expected = torch.func.grad(lambda *x: loss(reference, *x), argnums=(0, 1))(table, inputs[0])
+    same(torch.func.grad(lambda *x: loss(attend, *x), argnums=(0, 1))(table, inputs[0]), expected)
     value, pull = torch.func.vjp(lambda *x: loss(attend, *x), table, inputs[0])
     same(value, loss(reference, table, inputs[0]))
-    same(pull(torch.ones_like(value)), want)
+    same(pull(torch.ones_like(value)), expected)
 
 
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 def test_vmap_over_captured_tensors(way: str) -> None:
-    """A table for each entry, and its gradient."""
+    """One table per entry, and its gradient."""
     inputs, table = [x.detach() for x in tensors()], torch.randn(3, N, N, dtype=torch.float64)
     attend = attend_in(way, masks.causal())
 
-    def of(table: Tensor) -> Any:
-        return attend(*inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
+    def added(table: Tensor) -> Callable[..., Any]:
+        return lambda s, b, h, i, j: s + table[i, j]
 
-    def wanted(table: Tensor) -> Any:
-        return cd.reference(
-            masks.causal(), *inputs, score_mod=lambda s, b, h, i, j: s + table[i, j]
-        )
+    def attention(table: Tensor) -> Any:
+        return attend(*inputs, score_mod=added(table))
 
-    same(torch.vmap(of)(table), torch.stack([wanted(x) for x in table]))
-    got = torch.vmap(torch.func.grad(lambda x: of(x).square().sum()))(table)
-    same(got, torch.stack([torch.func.grad(lambda x: wanted(x).square().sum())(x) for x in table]))
+    def reference(table: Tensor) -> Any:
+        return cd.reference(masks.causal(), *inputs, score_mod=added(table))
+
+    same(torch.vmap(attention)(table), torch.stack([reference(x) for x in table]))
+    got = torch.vmap(torch.func.grad(lambda x: attention(x).square().sum()))(table)
+    gradient = torch.func.grad(lambda x: reference(x).square().sum())
+    same(got, torch.stack([gradient(x) for x in table]))
 
 
 def test_vmap_over_tensors_of_mask_mods() -> None:
     inputs, allowed = [x.detach() for x in tensors()], torch.rand(3, N, N) > 0.3
 
-    def of(allowed: Tensor) -> Any:
+    def attention(allowed: Tensor) -> Any:
         return cd.compile(masks.from_mod(lambda b, h, i, j: allowed[i, j]))(*inputs)
 
-    same(torch.vmap(of)(allowed), torch.stack([of(x) for x in allowed]))
+    same(torch.vmap(attention)(allowed), torch.stack([attention(x) for x in allowed]))
 
 
 def test_func_grad_of_tensors_of_a_mask_mod() -> None:
@@ -132,25 +126,23 @@ def test_func_grad_of_tensors_of_a_mask_mod() -> None:
         return lambda *x: cd.reference(mask, *x)
 
     row = torch.randn(N, dtype=torch.float64)
-    got, want = (
+    got, expected = (
         torch.func.grad(loss, argnums=(1, 2))(attention, row, inputs[0])
         for attention in (cd.compile, reference)
     )
-    same(got, want)
+    same(got, expected)
 
 
 def test_vmap_over_inputs_beside_a_captured_tensor_that_learns() -> None:
-    inputs, rows = (
-        [torch.stack([x.detach(), -x.detach()]) for x in tensors()],
-        torch.randn(N, 3, dtype=torch.float64).requires_grad_(),
-    )
+    inputs = [torch.stack([x.detach(), -x.detach()]) for x in tensors()]
+    rows = torch.randn(N, 3, dtype=torch.float64).requires_grad_()
     mod, attend = (lambda s, b, h, i, j: s + (rows[i] * rows[j]).sum()), cd.compile(masks.causal())
     got = torch.vmap(lambda *x: attend(*x, score_mod=mod))(*inputs)
-    want = torch.stack(
-        [cd.reference(masks.causal(), *x, score_mod=mod) for x in zip(*inputs, strict=True)]
-    )
-    same(got, want)
-    same(torch.autograd.grad(got.sin().sum(), rows), torch.autograd.grad(want.sin().sum(), rows))
+    entries = zip(*inputs, strict=True)
+    expected = torch.stack([cd.reference(masks.causal(), *x, score_mod=mod) for x in entries])
+    same(got, expected)
+    expected_grad = torch.autograd.grad(expected.sin().sum(), rows)
+    same(torch.autograd.grad(got.sin().sum(), rows), expected_grad)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -164,17 +156,16 @@ def test_checkpoints_with_closures(reentrant: bool) -> None:
     leaves = (*inputs, table)
     out = torch.utils.checkpoint.checkpoint(attention, *leaves, use_reentrant=reentrant)
     out.sin().sum().backward()
-    want = torch.autograd.grad(attention(*leaves).sin().sum(), leaves)
-    same([x.grad for x in leaves], list(want))
+    expected = torch.autograd.grad(attention(*leaves).sin().sum(), leaves)
+    same([x.grad for x in leaves], list(expected))
 
 
 def test_second_derivatives_of_captured_tensors_are_refused() -> None:
     inputs, table = tensors(), torch.randn(N, N, dtype=torch.float64, requires_grad=True)
     out = cd.compile(masks.causal())(*inputs, score_mod=lambda s, b, h, i, j: s + table[i, j])
     (grad,) = torch.autograd.grad(out.square().sum(), table, create_graph=True)
-    with pytest.raises(
-        NotImplementedError, match=r"not twice differentiable here.*Use compiled_dilated.reference"
-    ):
+    message = r"not twice differentiable here.*Use compiled_dilated.reference"
+    with pytest.raises(NotImplementedError, match=message):
         grad.sum().backward()
 
 
@@ -188,13 +179,11 @@ def test_training_after_inference_mode(compiled: bool) -> None:
     forget()
     with torch.inference_mode():
         run(*inputs, score_mod=mod)
-    same_as_reference(
-        lambda *x, **o: run(*x, return_lse=True, **o),
-        mask,
-        inputs,
-        parameters.leaves,
-        score_mod=mod,
-    )
+
+    def attention(*inputs: Tensor, **options: Any) -> Any:
+        return run(*inputs, return_lse=True, **options)
+
+    same_as_reference(attention, mask, inputs, parameters.leaves, score_mod=mod)
 
 
 @torch.no_grad()
@@ -203,20 +192,19 @@ def captured_in_inference_mode() -> Tensor:
         return torch.randn(N, N, dtype=torch.float64)
 
 
-def test_a_table_made_in_inference_mode() -> None:
+def test_a_table_created_in_inference_mode() -> None:
     inputs, table = tensors(), captured_in_inference_mode()
     mod = lambda s, b, h, i, j: s + table[i, j]  # noqa: E731
     attend = cd.compile(masks.from_mod(lambda b, h, i, j: table[i, j] < 1))
     with torch.inference_mode():
         got = attend(*inputs, score_mod=mod)
         plain = table.clone()
-    same(
-        got, attend(*(x.detach() for x in inputs), score_mod=lambda s, b, h, i, j: s + plain[i, j])
-    )
+    detached = [x.detach() for x in inputs]
+    same(got, attend(*detached, score_mod=lambda s, b, h, i, j: s + plain[i, j]))
 
 
 class DefaultDtype:
-    """torch.set_default_dtype(torch.float64) for a while."""
+    """torch.set_default_dtype(torch.float64) within a block."""
 
     def __enter__(self) -> None:
         torch.set_default_dtype(torch.float64)
@@ -226,7 +214,7 @@ class DefaultDtype:
 
 
 class Deterministic:
-    """torch.use_deterministic_algorithms(True) for a while."""
+    """torch.use_deterministic_algorithms(True) within a block."""
 
     def __enter__(self) -> None:
         torch.use_deterministic_algorithms(True)
@@ -247,38 +235,34 @@ MODES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool) -> None:
-    """float64 inputs, which autocast leaves alone; whole numbers, constants and tables inside of the functions."""
+    """float64 inputs, which autocast does not cast; integers, constants and tables in functions."""
     inputs, parameters = tensors(), Parameters.of(HEADS, N)
     mask = masks.from_mod(functions.mask_mod(("segments", "torch.stack and any"), parameters, "or"))
     attend, run = (attend_in(way, mask) for _ in range(2))
     if compiled:
         run = whole(run)
-    mod = functions.score_mod(
-        ("alibi", "T5 buckets", "table[i, j]", "torch.stack and all", "soft cap"), parameters
-    )
+    bodies = ("alibi", "T5 buckets", "table[i, j]", "torch.stack and all", "soft cap")
+    mod = functions.score_mod(bodies, parameters)
     leaves = (*inputs, *parameters.leaves)
-    want = attend(*inputs, score_mod=mod, return_lse=True)
-    want_gradients = gradients(want, leaves)
+    # 1. A mode around the forward, with plans of earlier calls and without.
+    expected = attend(*inputs, score_mod=mod, return_lse=True)
+    expected_gradients = gradients(expected, leaves)
     for empty in (False, True):
         if empty:
             forget()
         with MODES[mode]():
             got = run(*inputs, score_mod=mod, return_lse=True)
-        same(got, want)
-        same(gradients(got, leaves), want_gradients)
-    if (
-        compiled and mode == "deterministic"
-    ):  # torch refuses to change it between a compiled forward and its backward
+        same(got, expected)
+        same(gradients(got, leaves), expected_gradients)
+    # 2. A mode around the backward; torch refuses a change of determinism in compiled code.
+    if compiled and mode == "deterministic":
         return
-    out, lse = run(*inputs, score_mod=mod, return_lse=True)
+
+    def grads(out: Tensor, lse: Tensor) -> list[Tensor | None]:
+        cotangents = (out.detach(), lse.detach())
+        return list(torch.autograd.grad((out, lse), leaves, cotangents, allow_unused=True))
+
+    results = run(*inputs, score_mod=mod, return_lse=True)
     with MODES[mode]():
-        got_gradients = torch.autograd.grad(
-            (out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True
-        )
-    out, lse = want = attend(*inputs, score_mod=mod, return_lse=True)
-    same(
-        list(got_gradients),
-        list(
-            torch.autograd.grad((out, lse), leaves, (out.detach(), lse.detach()), allow_unused=True)
-        ),
-    )
+        got_gradients = grads(*results)
+    same(got_gradients, grads(*attend(*inputs, score_mod=mod, return_lse=True)))

@@ -32,13 +32,11 @@ def test_counts_are_what_is_executed(case: Case, threads: Callable[[int], None])
     for shape in shapes:
         problem, inputs = problem_of(case, n, torch.float32, shape)
         counted = counts_of(problem)
-        useful = int(
-            multiplicity(
-                program, inputs.q, inputs.k, q_offset=problem.q_offset, data=inputs.data
-            ).sum()
+        counts = multiplicity(
+            program, inputs.q, inputs.k, q_offset=problem.q_offset, data=inputs.data
         )
-        assert useful <= counted[0], "an allowed pair is not computed"
-        # What is not asked about is allowed, but for lanes past a tile's last query.
+        assert int(counts.sum()) <= counted[0], "an allowed pair is not computed"
+        # Pairs whose mask is not evaluated are allowed, except lanes past a tile's last query.
         assert counted[1] <= counted[0]
         for count in (1, 3):
             threads(count)
@@ -46,18 +44,11 @@ def test_counts_are_what_is_executed(case: Case, threads: Callable[[int], None])
 
 
 def share(program: Program | Mask, n: int, heads: int) -> float:
-    """Of the pairs computed for n tokens those that are allowed."""
+    """The share of allowed pairs among those that are computed for n tokens."""
     program = as_program(program)
-    computed = int(
-        ops.native_counts(
-            None,
-            None,
-            encode(program, heads),
-            [1, heads, 1, n, n, 16, 16, _TYPES["float32"]],
-            0,
-            None,
-        )[0]
-    )
+    sizes = [1, heads, 1, n, n, 16, 16, _TYPES["float32"]]
+    counts = ops.native_counts(None, None, encode(program, heads), sizes, 0, None)
+    computed = int(counts[0])
     if isinstance(program.branches[0].mask, masks.Tiles):
         tiles = program.branches[0].mask
         return len(tiles.keys) * tiles.block**2 / computed
@@ -67,11 +58,8 @@ def share(program: Program | Mask, n: int, heads: int) -> float:
             mask = branch.mask_at(head, heads)
             for start in range(0, n, 512):
                 queries = torch.arange(start, min(n, start + 512))[:, None]
-                useful += int(
-                    mask.allows(torch.tensor(0), torch.tensor(head), queries, keys)
-                    .expand(len(queries), n)
-                    .sum()
-                )
+                allowed = mask.allows(torch.tensor(0), torch.tensor(head), queries, keys)
+                useful += int(allowed.expand(len(queries), n).sum())
     return useful / computed
 
 
@@ -80,7 +68,8 @@ def listed_tiles(block: int, n: int) -> Mask:
     return masks.tiles([(i, j) for i in range(rows) for j in {i, i * 7 % rows, 0}], block)
 
 
-# Lengths, and the least share for vectors of 16 queries, which are the longest.
+LENGTHS = (1000, 24, 1500, 572, 1000)
+# Tokens, and the least share for vectors of 16 queries, which are the longest.
 SHARES: dict[str, tuple[Program | Mask, int, float]] = {
     "full": (masks.full(), 4096, 1.0),
     "causal": (masks.causal(), 4096, 0.99),
@@ -99,11 +88,7 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
     "longnet": (cd.longnet((256, 512, 1024), (1, 2, 4)), 2048, 1.0),
     "longnet causal": (cd.longnet((256, 512, 1024), (1, 2, 4), causal=True), 2048, 0.82),
     "neighborhood": (masks.neighborhood((64, 64), 6), 4096, 0.5),
-    "documents": (
-        masks.documents(lengths=(1000, 24, 1500, 572, 1000)) & masks.causal(),
-        4096,
-        0.96,
-    ),
+    "documents": (masks.causal() & masks.documents(lengths=LENGTHS), 4096, 0.96),
 }
 
 

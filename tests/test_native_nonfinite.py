@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,11 +20,11 @@ from tests.support.native import (
     Problem,
     assert_near,
     assert_same_bits,
-    expected,
     normal,
     ops,
     problem_of,
     ragged,
+    reference_results,
     tolerance,
     work_of,
 )
@@ -33,13 +34,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def assert_right(got: Any, want: Any, dtype: torch.dtype) -> None:
+def assert_right(got: Any, expected: Any, dtype: torch.dtype) -> None:
     """Infinite and NaN in the same places, and near elsewhere."""
-    for mine, theirs in zip(got, want, strict=True):
-        assert torch.equal(mine.isnan(), theirs.isnan()), "NaN in other places"
-        torch.testing.assert_close(
-            mine.double(), theirs, rtol=tolerance(dtype), atol=tolerance(dtype), equal_nan=True
-        )
+    limits = {"rtol": tolerance(dtype), "atol": tolerance(dtype)}
+    for x, right in zip(got, expected, strict=True):
+        assert torch.equal(x.isnan(), right.isnan()), "NaN in other places"
+        torch.testing.assert_close(x.double(), right, equal_nan=True, **limits)
 
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -56,23 +56,19 @@ def test_nonfinite_keys_and_values_reach_only_rows_that_see_them(
     k, v = problem.k.clone(), problem.v.clone()
     for x in (k, v):
         for _ in range(4):
-            b, h, token, d = (
-                int(torch.randint(0, size, (), generator=generator)) for size in x.shape
-            )
-            x[b, h, token, d] = BAD[int(torch.randint(0, 3, (), generator=generator))]
+            place = tuple(int(torch.randint(0, size, (), generator=generator)) for size in x.shape)
+            x[place] = BAD[int(torch.randint(0, 3, (), generator=generator))]
     k[1, :, n // 2], v[0, :, : n // 4] = math.nan, math.inf
-    got = Problem(
-        problem.work, problem.q, k, v, problem.grad_out, None, problem.data, problem.scale
-    ).forward()
-    want = cd.reference(program, problem.q, k, v, data=inputs.data, return_lse=True)
-    assert_right(got, want, dtype)
+    got = replace(problem, k=k, v=v).forward()
+    expected = cd.reference(program, problem.q, k, v, data=inputs.data, return_lse=True)
+    assert_right(got, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_nonfinite_hidden_keys_at_every_position_have_no_effect(
     dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
-    """Of a causal window each key in turn is bad, in one entry and one head."""
+    """One key of a causal window is bad at a time, in one entry and one head."""
     threads(3)
     n, mask = 50, masks.window(5, 0)
     work = work_of(mask, 2)
@@ -90,17 +86,16 @@ def test_nonfinite_hidden_keys_at_every_position_have_no_effect(
         if not of_key:
             nan[..., :3] = nan[..., 4:] = False
         assert torch.equal(out.isnan(), nan)
-        # In bfloat16 what is done again with care may be rounded otherwise.
+        # In bfloat16 rows that are computed again may be rounded otherwise.
         allowed = 0.02 if dtype == torch.bfloat16 else 0.0
         torch.testing.assert_close(out[~nan], clean[0][~nan], rtol=allowed, atol=allowed)
-        torch.testing.assert_close(
-            lse[~lse.isnan()], clean[1][~lse.isnan()], rtol=allowed, atol=allowed
-        )
+        seen_lse, clean_lse = lse[~lse.isnan()], clean[1][~lse.isnan()]
+        torch.testing.assert_close(seen_lse, clean_lse, rtol=allowed, atol=allowed)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_infinite_key_reaches_only_rows_that_see_it(dtype: torch.dtype) -> None:
-    """Where its scores are -inf it has weight 0 and leaves no NaN: what such rows get is not promised."""
+    """Only hidden rows are checked: a key with scores of -inf may leave NaN or have weight 0."""
     q, k, v = (normal(1, 1, 40, 8, dtype=dtype, seed=seed) for seed in (1, 2, 3))
     q[..., 3] = q[..., 3].abs() + 0.5
     mask = masks.window(5, 0)
@@ -109,40 +104,24 @@ def test_infinite_key_reaches_only_rows_that_see_it(dtype: torch.dtype) -> None:
     out, lse = Problem(work_of(mask, 1), q, k, v, v, None).forward()
     hidden = torch.ones(40, dtype=torch.bool)
     hidden[20:26] = False
-    assert_same_bits(
-        [out[:, :, hidden], lse[:, :, hidden]], [clean[0][:, :, hidden], clean[1][:, :, hidden]]
-    )
+    expected = [clean[0][:, :, hidden], clean[1][:, :, hidden]]
+    assert_same_bits([out[:, :, hidden], lse[:, :, hidden]], expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_merge_of_bad_keys(dtype: torch.dtype) -> None:
-    """In a ring: each part with its own bad numbers, one part with nothing but."""
+    """In a ring: every part of the keys has bad numbers, the last one nothing else."""
     n, program = 120, masks.window(9, 4)
-    q, k, v = (
-        normal(2, 4, n, 8, dtype=dtype),
-        normal(2, 2, n, 8, dtype=dtype, seed=1),
-        normal(2, 2, n, 6, dtype=dtype, seed=2),
-    )
+    q = normal(2, 4, n, 8, dtype=dtype)
+    k, v = normal(2, 2, n, 8, dtype=dtype, seed=1), normal(2, 2, n, 6, dtype=dtype, seed=2)
     k[0, 0, 20, 1], k[1, 1, 70, 0], v[1, :, 10, 2] = math.nan, math.inf, -math.inf
     k[0, :, 100:], v[0, 0, 95:] = math.nan, math.inf
-    out, lse = (
-        q.new_zeros(2, 4, n, 6),
-        torch.full((2, 4, n), -math.inf, dtype=torch.promote_types(dtype, torch.float32)),
-    )
-    work = work_of(program, 4)
+    lse_dtype = torch.promote_types(dtype, torch.float32)
+    out, lse = q.new_zeros(2, 4, n, 6), torch.full((2, 4, n), -math.inf, dtype=lse_dtype)
+    code = work_of(program, 4).code
     for start, stop in ((0, 40), (40, 80), (80, 100), (100, 120)):
-        ops.native_merge(
-            out,
-            lse,
-            q,
-            k[:, :, start:stop],
-            v[:, :, start:stop],
-            None,
-            None,
-            work.code,
-            0.3,
-            -start,
-        )
+        keys, values = k[:, :, start:stop], v[:, :, start:stop]
+        ops.native_merge(out, lse, q, keys, values, None, None, code, 0.3, -start)
     assert_right((out, lse), cd.reference(program, q, k, v, scale=0.3, return_lse=True), dtype)
 
 
@@ -150,11 +129,8 @@ def test_merge_of_bad_keys(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", BAD)
 def test_nonfinite_queries_affect_only_their_rows(bad: float, dtype: torch.dtype) -> None:
     mask = masks.window(9) & ~masks.prefix(0) & ~masks.sinks(15)
-    q, k, v = (
-        normal(2, 4, 100, 8, dtype=dtype),
-        normal(2, 2, 100, 8, dtype=dtype, seed=1),
-        normal(2, 2, 100, 8, dtype=dtype, seed=2),
-    )
+    q = normal(2, 4, 100, 8, dtype=dtype)
+    k, v = (normal(2, 2, 100, 8, dtype=dtype, seed=seed) for seed in (1, 2))
     clean = cd.reference(mask, q, k, v, return_lse=True)
     q[0, 1, 30], q[1, 3, 99, 2], q[1, 0, 2, 2] = bad, bad, bad
     out, lse = cd.compile(mask, lowering="native")(q, k, v, return_lse=True)
@@ -167,11 +143,10 @@ def test_nonfinite_queries_affect_only_their_rows(bad: float, dtype: torch.dtype
 
 @pytest.mark.parametrize("payload", [1, 0x155, 0x3FFFFF])
 def test_nan_payloads_propagate_as_nan(payload: int) -> None:
-    """Whatever its lower bits hold."""
-    for dtype, kind, bits in (
-        (torch.float32, torch.int32, 0x7F800000),
-        (torch.float64, torch.int64, 0x7FF << 52),
-    ):
+    """For any values of the lower bits."""
+    single = torch.float32, torch.int32, 0x7F800000
+    double = torch.float64, torch.int64, 0x7FF << 52
+    for dtype, kind, bits in (single, double):
         nan = torch.tensor(bits | payload, dtype=kind).view(dtype)
         assert nan.isnan()
         for negative in (False, True):
@@ -188,34 +163,29 @@ def test_nan_payloads_propagate_as_nan(payload: int) -> None:
 def test_scales(scale: float, dtype: torch.dtype) -> None:
     for mask in (masks.window(20, 3), masks.full(), masks.causal() & masks.congruent(3, 1)):
         _, problem = ragged(dtype, 8, 8, 90, 90, 0, mask)
-        problem = Problem(
-            problem.work, problem.q, problem.k, problem.v, problem.grad_out, None, scale=scale
-        )
+        problem = replace(problem, grad_lse=None, scale=scale)
+        expected = reference_results(mask, problem)
         if abs(scale) > 1 and dtype != torch.float64:  # rounded scores differ by more than one
-            assert_right(
-                [problem.forward()[1] / scale], [expected(mask, problem)[1] / scale], dtype
-            )
+            assert_right([problem.forward()[1] / scale], [expected[1] / scale], dtype)
         else:
-            assert_near(problem.results(), expected(mask, problem))
+            assert_near(problem.results(), expected)
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e20, 1e29, 1e31, -1e33, 1e36])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_huge_finite_scores_are_not_masked(scale: float, dtype: torch.dtype) -> None:
-    """A row of keys whose scores all lie far below 0 is no dead row: one key has all the weight."""
+    """A row whose scores are all far below 0 is not dead: one key has all the weight."""
     mask = masks.window(2, 0)
     _, problem = ragged(dtype, 8, 8, 60, 60, 0, mask)
-    problem = Problem(
-        problem.work, problem.q, problem.k, problem.v, problem.grad_out, None, scale=scale
-    )
+    problem = replace(problem, grad_lse=None, scale=scale)
     out, lse = problem.forward()
-    want, want_lse = expected(mask, problem)[:2]
-    torch.testing.assert_close((lse / scale).double(), want_lse / scale, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(out.double(), want, rtol=1e-3, atol=1e-3)
+    expected, expected_lse = reference_results(mask, problem)[:2]
+    torch.testing.assert_close((lse / scale).double(), expected_lse / scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_rows_without_keys_send_no_gradient() -> None:
-    """Neither by their gradients, however large, nor by what their query holds."""
+    """Large gradients of such rows change no other gradient."""
     for dtype in FLOATS:
         mask, problem = ragged(dtype, 8, 8, 60, 60, 0, masks.window(9) & ~masks.sinks(30))
         assert problem.grad_lse is not None
@@ -225,10 +195,8 @@ def test_rows_without_keys_send_no_gradient() -> None:
         clean = problem.results()
         grad_out, grad_lse = problem.grad_out.clone(), problem.grad_lse.clone()
         grad_out[dead], grad_lse[dead] = 1000.0, math.inf
-        loud = Problem(
-            problem.work, problem.q, problem.k, problem.v, grad_out, grad_lse, scale=problem.scale
-        ).results()
+        loud = replace(problem, grad_out=grad_out, grad_lse=grad_lse).results()
         assert (loud[0][dead] == 0).all()
         assert (loud[2][dead] == 0).all()
         assert_same_bits(loud, clean, dtype)
-        assert_near(clean, expected(mask, problem), dtype)
+        assert_near(clean, reference_results(mask, problem), dtype)

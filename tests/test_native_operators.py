@@ -19,14 +19,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# float32 alone. forward: out[b, h, i, d] = q[b, h, i, 0] + v[b, h's, 0, d] (+ out), lse = scale + offset (+ lse).
+# A kernel of float32 whose results are sums of its arguments:
+# out[b, h, i, d] = q[b, h, i, 0] + v[b, key head of h, 0, d] (+ out when it merges),
+# lse[b, h, i] = scale + offset (+ lse when it merges).
 STUB = """
 #include <stdexcept>
 #include "problem.h"
 namespace native {
 namespace {
 float& at(const Array& x, int64_t b, int64_t h, int64_t i, int64_t d) {
-  return x.writable<float>()[b * x.strides[0] + h * x.strides[1] + i * x.strides[2] + (x.dims == 4 ? d * x.strides[3] : 0)];
+  const int64_t place = b * x.strides[0] + h * x.strides[1] + i * x.strides[2];
+  return x.writable<float>()[place + (x.dims == 4 ? d * x.strides[3] : 0)];
 }
 struct Call { const Problem& p; bool merge; };
 void entry(void* argument, int b) {
@@ -39,7 +42,8 @@ void entry(void* argument, int b) {
       lse = (merge ? lse : 0) + p.scale + offset;
       for (int64_t d = 0; d < p.v.sizes[3]; ++d) {
         float& out = at(p.out, b, h, i, d);
-        out = (merge ? out : 0) + at(p.q, b, h, i, 0) + at(p.v, b, h * p.v.sizes[1] / p.q.sizes[1], 0, d);
+        const int64_t key_head = h * p.v.sizes[1] / p.q.sizes[1];
+        out = (merge ? out : 0) + at(p.q, b, h, i, 0) + at(p.v, b, key_head, 0, d);
       }
     }
 }
@@ -70,9 +74,9 @@ torch.manual_seed(0)
 q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 6)
 padding, offsets = torch.ones(2, 7, dtype=torch.bool), torch.tensor([1, 2])
 
-def wanted(q, v, lse, times=1):
+def expected(q, v, lse):
     out = q[..., :1] + v.repeat_interleave(2, 1)[:, :, :1]
-    return times * out, (times * torch.as_tensor(lse).view(-1, 1, 1)).expand(q.shape[:3])
+    return out, torch.as_tensor(lse).view(-1, 1, 1).expand(q.shape[:3])
 
 class Model(nn.Module):
     def forward(self, q, k, v, padding, offsets):
@@ -83,28 +87,32 @@ class Model(nn.Module):
 def check(run, n):
     x = torch.randn(2, 4, n, 8)
     out, lse = run(x, k, v, padding, offsets)
-    want_out, want_lse = wanted(x, v, 1.0 + n + offsets)
-    torch.testing.assert_close(out, 4 * want_out)
-    torch.testing.assert_close(lse, 2 * want_lse)
+    expected_out, expected_lse = expected(x, v, 1.0 + n + offsets)
+    torch.testing.assert_close(out, 4 * expected_out)
+    torch.testing.assert_close(lse, 2 * expected_lse)
     assert out.stride() == torch.empty(2, n, 4, 6).transpose(1, 2).stride()
 """
+# Results, strides, gradients, empty inputs, refusals, and torch's own checks of operators.
 EAGER = """
 assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
 counts = native.native_counts(None, None, [3], [2, 4, 2, 5, 7, 8, 6], 0, None)
 assert counts.tolist() == [35, 0, 0, 0, 0, 0, 0, 0], counts
 for by_token in (False, True):
     out, lse = native.native(q, k, v, [padding], None, [3], 0.5, 2, None, by_token)
-    want = wanted(q, v, 2.5)
-    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+    expected_out, expected_lse = expected(q, v, 2.5)
+    assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
     assert out.transpose(1, 2).is_contiguous() == by_token and out.is_contiguous() != by_token
 spread = torch.randn(2, 5, 16, 4).permute(0, 3, 1, 2)[..., ::2]
-out, lse, counts = native.native_counted(spread, k.expand(2, 2, 7, 8), v, None, None, [3], 0.5, 2, offsets, True)
-assert torch.equal(out, wanted(spread, v, 0)[0]) and lse[:, 0, 0].tolist() == [3.5, 4.5] and counts[0] == 35
+arguments = (spread, k.expand(2, 2, 7, 8), v, None, None, [3], 0.5, 2, offsets, True)
+out, lse, counts = native.native_counted(*arguments)
+assert torch.equal(out, expected(spread, v, 0)[0])
+assert lse[:, 0, 0].tolist() == [3.5, 4.5] and counts[0] == 35
 
 grad = torch.randn(2, 4, 5, 6)
 saved = (q, k, v, out, lse, None, [torch.zeros(3), torch.zeros(2)], [3], 0.5, 0, None)
 *grads, sums = native.native_backward(grad, None, *saved, [1, 0])
-assert sums.tolist() == [1, 2, 0, 0, 0] and grads[0][0, 0, 0, 0] == 7 and grads[1][1, 1, 2, 3] == grad[1, 3, 4, 5]
+assert sums.tolist() == [1, 2, 0, 0, 0]
+assert grads[0][0, 0, 0, 0] == 7 and grads[1][1, 1, 2, 3] == grad[1, 3, 4, 5]
 assert all(x.is_contiguous() and x.shape == y.shape for x, y in zip(grads, (q, k, v)))
 assert native.native_backward(grad, lse, *saved, [])[0][0, 0, 0, 0] == lse[1, 1, 1]
 
@@ -114,9 +122,10 @@ for empty in (q[:, :, :0], q[:0]):
     assert out.shape == (*empty.shape[:3], 6)
 out, lse = native.native(q, k[:, :, :0], v[:, :, :0], None, None, [3], 1.0, 0, None, True)
 assert (out == 0).all() and (lse == -torch.inf).all()
-*grads, sums = native.native_backward(out, lse, q, k[:, :, :0], v[:, :, :0], out, lse, *saved[5:], [])
+inputs = (q, k[:, :, :0], v[:, :, :0])
+*grads, sums = native.native_backward(out, lse, *inputs, out, lse, *saved[5:], [])
 assert (grads[0] == 0).all() and grads[1].shape == (2, 2, 0, 8)
-native.native_merge(out, lse, q, k[:, :, :0], v[:, :, :0], None, None, [3], 1.0, 0)
+native.native_merge(out, lse, *inputs, None, None, [3], 1.0, 0)
 
 def refuses(text, *arguments):
     try:
@@ -126,22 +135,24 @@ def refuses(text, *arguments):
     else:
         raise AssertionError(text)
 
-rest = (None, None, [3], 0.5, 0, None, True)
-refuses("the stub takes float32", q.half(), k.half(), v.half(), *rest)
-refuses("the stub's code is one number", q, k, v, None, None, [1, 2], *rest[3:])
-refuses("k with q's batch and head dim; got shape (1, 2, 7, 8)", q, k[:1], v, *rest)
-refuses("query heads must be a multiple of key heads; got 3 and 2", q[:, :3], k, v, *rest)
-refuses("q, k and v must have one dtype", q, k.double(), v, *rest)
-refuses("take no tensor of dtype ComplexFloat", q, k, v, [torch.zeros(1, dtype=torch.complex64)], *rest[1:])
-refuses("offsets of shape (1,) or (B,)", q, k, v, *rest[:-2], torch.arange(3), True)
-assert native.native(q.to("meta"), k.to("meta"), v.to("meta"), *rest)[0].stride() == (240 // 2, 6, 24, 1)
+options = (None, None, [3], 0.5, 0, None, True)
+refuses("the stub takes float32", q.half(), k.half(), v.half(), *options)
+refuses("the stub's code is one number", q, k, v, None, None, [1, 2], *options[3:])
+refuses("k with q's batch and head dim; got shape (1, 2, 7, 8)", q, k[:1], v, *options)
+refuses("query heads must be a multiple of key heads; got 3 and 2", q[:, :3], k, v, *options)
+refuses("q, k and v must have one dtype", q, k.double(), v, *options)
+complex_data = [torch.zeros(1, dtype=torch.complex64)]
+refuses("take no tensor of dtype ComplexFloat", q, k, v, complex_data, *options[1:])
+refuses("offsets of shape (1,) or (B,)", q, k, v, *options[:-2], torch.arange(3), True)
+out, _ = native.native(q.to("meta"), k.to("meta"), v.to("meta"), *options)
+assert out.stride() == (240 // 2, 6, 24, 1)
 
 tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 def examine(name, *arguments):
     torch.library.opcheck(getattr(native, name).default, arguments, test_utils=tests)
-out, lse = (x.clone() for x in native.native(q, k, v, *rest))
-examine("native", q, k, v, [padding], *rest[1:])
-examine("native_counted", q, k, v, *rest[:-2], offsets, False)
+out, lse = (x.clone() for x in native.native(q, k, v, *options))
+examine("native", q, k, v, [padding], *options[1:])
+examine("native_counted", q, k, v, *options[:-2], offsets, False)
 examine("native_merge", out, lse, q, k, v, None, None, [3], 0.5, 0)
 examine("native_backward", grad, lse, *saved, [1])
 examine("native_counts", [padding], None, [3], [2, 4, 2, 5, 7, 8, 6], 0, None)
@@ -152,7 +163,8 @@ compiled = torch.compile(Model(), fullgraph=True, dynamic=True)
 for n in (5, 9, 30):
     check(compiled, n)
 length = torch.export.Dim("length", min=2, max=4096)
-exported = torch.export.export(Model(), (q, k, v, padding, offsets), dynamic_shapes=({2: length}, {}, {}, {}, {}))
+shapes = ({2: length}, {}, {}, {}, {})
+exported = torch.export.export(Model(), (q, k, v, padding, offsets), dynamic_shapes=shapes)
 torch.export.save(exported, sys.argv[1])
 if len(sys.argv) > 2:
     with torch.no_grad():
@@ -185,8 +197,8 @@ def in_process(fresh_python: Any, stub: dict[str, str]) -> Callable[..., None]:
     """Run code with the stub in a process of its own."""
 
     def run(code: str, *arguments: str) -> None:
-        done = fresh_python("-c", BEGIN + code, *arguments, **stub)
-        assert done.returncode == 0, done.stderr
+        process = fresh_python("-c", BEGIN + code, *arguments, **stub)
+        assert process.returncode == 0, process.stderr
 
     return run
 
@@ -202,7 +214,7 @@ def test_operators_in_graphs_and_in_another_process(
     in_process(LOADED, str(tmp_path / "model.pt2"))
 
 
-def test_a_missing_library_says_why_in_the_call(in_process: Callable[..., None]) -> None:
+def test_a_call_without_a_library_raises_with_the_reason(in_process: Callable[..., None]) -> None:
     in_process("""
 os.environ["COMPILED_DILATED_NATIVE"] = "off"
 try:
@@ -227,8 +239,9 @@ int main(int, char** argv) {
   torch::inductor::AOTIModelPackageLoader loader(argv[2]);
   const auto q = at::randn({2, 4, 9, 8}), k = at::randn({2, 2, 7, 8}), v = at::randn({2, 2, 7, 6});
   const auto results = loader.run({q, k, v, at::ones({2, 7}, at::kBool), at::arange(2)});
-  const auto want = 4 * (q.narrow(3, 0, 1) + v.repeat_interleave(2, 1).narrow(2, 0, 1));
-  std::cout << at::allclose(results[0], want) << " " << results[1][1][3][8].item<float>() << "\\n";
+  const auto expected = 4 * (q.narrow(3, 0, 1) + v.repeat_interleave(2, 1).narrow(2, 0, 1));
+  const float lse = results[1][1][3][8].item<float>();
+  std::cout << at::allclose(results[0], expected) << " " << lse << "\\n";
 }
 """
 
@@ -236,15 +249,9 @@ int main(int, char** argv) {
 @pytest.mark.slow
 def test_a_package_runs_without_python(in_process: Callable[..., None], tmp_path: Path) -> None:
     in_process(COMPILED, str(tmp_path / "model.pt2"), str(tmp_path / "package.pt2"))
-    library = str(tmp_path / "kernel.so")
-    in_process(
-        "from compiled_dilated.native import cpp; cpp.write(Path(sys.argv[1]), 'native')", library
-    )
-    program = program_of(MAIN, tmp_path)
-    done = subprocess.run(
-        [program, library, str(tmp_path / "package.pt2")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout == f"1 {2 * (0.5 + 9 + 1 + 0.5):g}\n", done.stderr
+    library, package = str(tmp_path / "kernel.so"), str(tmp_path / "package.pt2")
+    write = "from compiled_dilated.native import cpp; cpp.write(Path(sys.argv[1]), 'native')"
+    in_process(write, library)
+    command = [program_of(MAIN, tmp_path), library, package]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.stdout == f"1 {2 * (0.5 + 9 + 1 + 0.5):g}\n", process.stderr

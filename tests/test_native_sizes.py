@@ -18,9 +18,9 @@ from tests.support.native import (
     assert_near,
     counts_of,
     executed,
-    expected,
     normal,
     ragged,
+    reference_results,
     work_of,
 )
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     for value_dim in (head_dim, 257 - head_dim):
         mask, problem = ragged(dtype, head_dim, value_dim, 70, 70)
-        assert_near(problem.results(), expected(mask, problem), f"{head_dim}, {value_dim}")
+        assert_near(problem.results(), reference_results(mask, problem), f"{head_dim}, {value_dim}")
 
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 257)
@@ -44,22 +44,15 @@ LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 257)
 @pytest.mark.parametrize("kv_len", LENGTHS)
 def test_ragged_lengths(kv_len: int, dtype: torch.dtype) -> None:
     kinds = (
-        masks.causal(),
-        masks.window(33, 7),
-        masks.window(40, dilation=3),
-        masks.segments(20),
-        masks.congruent(3, 2),
-        masks.full(),
-    )
+        masks.causal(), masks.window(33, 7), masks.window(40, dilation=3), masks.segments(20),
+        masks.congruent(3, 2), masks.full(),
+    )  # fmt: skip
     for number, q_len in enumerate(LENGTHS):
         mask = kinds[(number + kv_len) % len(kinds)]
         for q_offset in ((0, kv_len - 1), (5, kv_len + 30), (0, 1000))[number % 3]:
             _, problem = ragged(dtype, 8, 8, q_len, kv_len, q_offset, mask)
-            assert_near(
-                problem.results(),
-                expected(mask, problem),
-                f"{q_len} queries from {q_offset}, {mask!r}",
-            )
+            about = f"{q_len} queries from {q_offset}, {mask!r}"
+            assert_near(problem.results(), reference_results(mask, problem), about)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
@@ -79,33 +72,25 @@ def test_empty_queries_or_keys_give_zeros(q_len: int, kv_len: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("threads_", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 def test_query_offset_per_batch_entry(
-    dtype: torch.dtype, threads_: int, threads: Callable[[int], None]
+    dtype: torch.dtype, count: int, threads: Callable[[int], None]
 ) -> None:
-    threads(threads_)
+    threads(count)
     positions = (0, 100, 37, 299, 600)
-    for mask in (
-        masks.window(9, 0) | masks.sinks(2),
-        masks.causal(),
-        masks.segments(50),
-        masks.window(60, dilation=4),
-    ):
+    sinks_and_window = masks.window(9, 0) | masks.sinks(2)
+    dilated = masks.window(60, dilation=4)
+    for mask in (sinks_and_window, masks.causal(), masks.segments(50), dilated):
         q, grad_out = (normal(5, 4, 40, 16, dtype=dtype, seed=seed) for seed in (1, 2))
         k, v = (normal(5, 2, 300, 16, dtype=dtype, seed=seed) for seed in (3, 4))
-        problem = Problem(
-            work_of(mask, 4), q, k, v, grad_out, None, offsets=torch.tensor(positions)
-        )
+        offsets = torch.tensor(positions)
+        problem = Problem(work_of(mask, 4), q, k, v, grad_out, None, offsets=offsets)
         results = problem.results()
+        # Every entry equals a call of its own at its position.
         for b, position in enumerate(positions):
-            one = Problem(
-                problem.work,
-                q[b : b + 1],
-                k[b : b + 1],
-                v[b : b + 1],
-                grad_out[b : b + 1],
-                None,
-                q_offset=position,
+            entry = [x[b : b + 1] for x in (q, k, v, grad_out)]
+            expected = reference_results(
+                mask, Problem(problem.work, *entry, None, q_offset=position)
             )
-            assert_near([x[b : b + 1] for x in results], expected(mask, one), f"{mask!r} entry {b}")
+            assert_near([x[b : b + 1] for x in results], expected, f"{mask!r} entry {b}")
         assert executed(problem) == counts_of(problem)

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ from tests.support.native import (
     assert_near,
     assert_same_bits,
     by_token,
-    expected,
     keep,
     normal,
     ops,
     ragged,
+    reference_results,
     work_of,
 )
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def far_apart(x: Tensor) -> Tensor:
-    """Rows a power of two apart: in the cache they fall into few sets."""
+    """Rows a power of two apart, which share few cache sets."""
     wide = x.new_full((*x.shape[:3], 512), math.nan)
     wide[..., : x.shape[3]] = x
     return wide[..., : x.shape[3]]
@@ -51,14 +52,14 @@ def columns_first(x: Tensor) -> Tensor:
 
 
 def at_odd_places(x: Tensor) -> Tensor:
-    """Aligned to nothing but the numbers themselves."""
+    """Rows at addresses that are multiples of an element's size only."""
     flat = x.new_full((x.numel() + 13,), math.nan)
     flat[13:] = x.reshape(-1)
     return flat[13:].view(x.shape)
 
 
 def with_gaps(x: Tensor) -> Tensor:
-    """Of every dimension a part of a larger tensor."""
+    """A part of a larger tensor along every dimension."""
     larger = x.new_full([size + 3 for size in x.shape], math.nan)
     larger[1:-2, 2:-1, 1:-2, 3:] = x
     return larger[1:-2, 2:-1, 1:-2, 3:]
@@ -79,27 +80,20 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_strides(
     layout: Callable[[Tensor], Tensor], head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:
-    """The same bits as of contiguous tensors, and these are right."""
-    for mask in (
-        (masks.window(33, 7) | masks.sinks(2),)
-        if value_dim < 16
-        else (masks.window(60, dilation=3),)
-    ):
-        _, plain = ragged(dtype, head_dim, value_dim, 90, 130, 17, mask)
-        want = plain.results()
-        assert_near(want, expected(mask, plain))
-        for change_q, change_k, change_v, change_grad in (
-            (layout,) * 4,
-            (keep, layout, keep, keep),
-            (layout, keep, layout, keep),
-        ):
-            changed = Problem(
-                plain.work, change_q(plain.q), change_k(plain.k), change_v(plain.v), change_grad(plain.grad_out), plain.grad_lse,
-                scale=plain.scale, q_offset=plain.q_offset,
-            )  # fmt: skip
-            assert torch.equal(changed.k, plain.k)
-            assert_same_bits(changed.results(), want, f"{mask!r}")
-            assert_same_bits(list(changed.forward(by_token=True)), want, f"{mask!r} by token")
+    """The same bits as of contiguous tensors, whose results are near the reference."""
+    mask = masks.window(60, dilation=3)
+    if value_dim < 16:
+        mask = masks.window(33, 7) | masks.sinks(2)
+    _, plain = ragged(dtype, head_dim, value_dim, 90, 130, 17, mask)
+    expected = plain.results()
+    assert_near(expected, reference_results(mask, plain))
+    names = ("q", "k", "v", "grad_out")
+    for changed_names in (names, ("k",), ("q", "v")):
+        views = {name: layout(getattr(plain, name)) for name in changed_names}
+        changed = replace(plain, **views)
+        assert torch.equal(changed.k, plain.k)
+        assert_same_bits(changed.results(), expected, f"{mask!r}")
+        assert_same_bits(list(changed.forward(by_token=True)), expected, f"{mask!r} by token")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -107,34 +101,22 @@ def test_strides(
 def test_expanded_tensors(name: str, dtype: torch.dtype) -> None:
     expand = EXPANDED[name]
     mask, plain = ragged(dtype, 16, 16, 90, 130)
-    views = Problem(
-        plain.work,
-        expand(plain.q),
-        expand(plain.k),
-        expand(plain.v),
-        expand(plain.grad_out),
-        plain.grad_lse,
-        scale=plain.scale,
-    )
-    whole = Problem(
-        plain.work, views.q.contiguous(), views.k.contiguous(), views.v.contiguous(), views.grad_out.contiguous(),
-        plain.grad_lse, scale=plain.scale,
-    )  # fmt: skip
-    assert_same_bits(views.results(), whole.results())
-    assert_near(whole.results(), expected(mask, whole))
+    names = ("q", "k", "v", "grad_out")
+    views = replace(plain, **{name: expand(getattr(plain, name)) for name in names})
+    copies = replace(plain, **{name: getattr(views, name).contiguous() for name in names})
+    assert_same_bits(views.results(), copies.results())
+    assert_near(copies.results(), reference_results(mask, copies))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_that_are_expanded_or_none(dtype: torch.dtype) -> None:
     mask, plain = ragged(dtype, 16, 16, 90, 130)
     assert plain.grad_lse is not None
-    one, lse_one = (
-        plain.grad_out[:1, :1, :1, :1].expand(plain.grad_out.shape),
-        plain.grad_lse[:1, :1, :1].expand(plain.grad_lse.shape),
-    )
-    for grad_lse in (None, lse_one, plain.grad_lse.mT.contiguous().mT):
-        problem = Problem(plain.work, plain.q, plain.k, plain.v, one, grad_lse, scale=plain.scale)
-        assert_near(problem.results(), expected(mask, problem))
+    grad_out = plain.grad_out[:1, :1, :1, :1].expand(plain.grad_out.shape)
+    expanded = plain.grad_lse[:1, :1, :1].expand(plain.grad_lse.shape)
+    for grad_lse in (None, expanded, plain.grad_lse.mT.contiguous().mT):
+        problem = replace(plain, grad_out=grad_out, grad_lse=grad_lse)
+        assert_near(problem.results(), reference_results(mask, problem))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -143,58 +125,44 @@ def test_gradients_that_are_expanded_or_none(dtype: torch.dtype) -> None:
     [keep, by_token, far_apart, at_odd_places, with_gaps],
     ids=lambda layout: layout.__name__,
 )
-def test_merge_goes_on_from_any_layout(
+def test_merge_continues_from_any_layout(
     layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
-    """Keys in three parts, each block's queries counted from its first key; so parts may begin after the queries."""
+    """Keys in three parts; queries are counted from the first key of a part, also before it."""
     _, plain = ragged(dtype, 16, 12, 100, 200)
-    out, lse = (
-        layout(plain.v.new_zeros(2, 4, 100, 12)),
-        torch.full((2, 4, 100), -math.inf, dtype=torch.promote_types(dtype, torch.float32)),
-    )
+    lse_dtype = torch.promote_types(dtype, torch.float32)
+    out = layout(plain.v.new_zeros(2, 4, 100, 12))
+    lse = torch.full((2, 4, 100), -math.inf, dtype=lse_dtype)
     program = masks.window(33, 7)
     work = work_of(program, 4)
     for start, stop in ((0, 70), (70, 71), (71, 200)):
+        keys, values = plain.k[:, :, start:stop], plain.v[:, :, start:stop]
         ops.native_merge(
-            out,
-            lse,
-            plain.q,
-            plain.k[:, :, start:stop],
-            plain.v[:, :, start:stop],
-            None,
-            None,
-            work.code,
-            plain.scale,
-            -start,
+            out, lse, plain.q, keys, values, None, None, work.code, plain.scale, -start
         )
     whole = Problem(work, plain.q, plain.k, plain.v, plain.grad_out, None, scale=plain.scale)
-    assert_near([out, lse], expected(program, whole)[:2])
+    assert_near([out, lse], reference_results(program, whole)[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("apart", [16, 40, 64, 2048])
 def test_rows_at_any_memory_alignment(apart: int, dtype: torch.dtype) -> None:
-    """What a kernel keeps of rows by where they lie is never taken for that of others: at many addresses, steps and lengths."""
+    """Copies of rows, cached by address, are never used for other rows.
+
+    Keys and values at several addresses and distances of rows.
+    """
     n, width = 331, 16
     q, grad_out = (normal(1, 5, n, width, dtype=dtype, seed=seed) for seed in (1, 2))
     k, v = (normal(1, 5, n, width, dtype=dtype, seed=seed) for seed in (3, 4))
     memory = torch.full((2, 5 * n * apart + 4096), math.nan, dtype=dtype)
-    for mask in (
-        cd.longnet((32, 64, 128), (2, 3, 4), heads="split", causal=True),
-        masks.congruent(5, 1),
-        masks.window(200, dilation=7),
-    ):
+    longnet = cd.longnet((32, 64, 128), (2, 3, 4), heads="split", causal=True)
+    for mask in (longnet, masks.congruent(5, 1), masks.window(200, dilation=7)):
         work = work_of(mask, 5)
-        want = expected(mask, Problem(work, q, k, v, grad_out, None))
+        expected = reference_results(mask, Problem(work, q, k, v, grad_out, None))
         for start in (0, 1024 + 8):
-            k_there, v_there = (
-                room.as_strided(
-                    (1, 5, n, width), (0, n * apart, apart, 1), room.storage_offset() + start
-                ).copy_(x)
-                for room, x in zip(memory, (k, v), strict=True)
-            )
-            assert_near(
-                Problem(work, q, k_there, v_there, grad_out, None).results(),
-                want,
-                f"{mask!r} from {start}",
-            )
+            views = []
+            for buffer, x in zip(memory, (k, v), strict=True):
+                offset, strides = buffer.storage_offset() + start, (0, n * apart, apart, 1)
+                views.append(buffer.as_strided(x.shape, strides, offset).copy_(x))
+            results = Problem(work, q, *views, grad_out, None).results()
+            assert_near(results, expected, f"{mask!r} from {start}")

@@ -21,9 +21,20 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_tampered_code_is_an_error_or_a_result(fresh_python: Any) -> None:
-    done = fresh_python("-c", TAMPERING, "0", "300")
-    assert done.stdout.endswith("alive\n"), f"ended with {done.returncode}: {done.stderr[-2000:]}"
-    print(done.stdout)
+    process = fresh_python("-c", TAMPERING, "0", "300")
+    assert process.stdout.endswith("alive\n"), (
+        f"ended with {process.returncode}: {process.stderr[-2000:]}"
+    )
+    print(process.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_thousands_of_tampered_codes_are_errors_or_results(seed: int, fresh_python: Any) -> None:
+    process = fresh_python("-c", TAMPERING, str(seed), "4000")
+    assert process.stdout.endswith("alive\n"), (
+        f"ended with {process.returncode}: {process.stderr[-2000:]}"
+    )
 
 
 DEEP = """
@@ -31,7 +42,7 @@ import torch
 q = torch.randn(1, 1, 20, 4)
 import compiled_dilated
 count = 400_000
-nodes = [number for at in range(count) for number in (3, 1, at)]
+nodes = [number for place in range(count) for number in (3, 1, place)]
 code = [1, -1, 1, 0, 1, 1, 0, 0, 1, count, 1, count + 1, 0, 0, *nodes, 0]
 try:
     torch.ops.compiled_dilated.native(q, q, q, None, None, code, 1.0, 0, None, False)
@@ -42,22 +53,18 @@ print("alive")
 
 
 def test_deeply_nested_code_is_an_error_or_a_result(fresh_python: Any) -> None:
-    """Masks of masks of masks: reading them may not run out of stack."""
-    done = fresh_python("-c", DEEP)
-    assert done.stdout.endswith("alive\n"), f"ended with {done.returncode}: {done.stderr[-2000:]}"
+    """Deep nests of masks overflow no stack."""
+    process = fresh_python("-c", DEEP)
+    assert process.stdout.endswith("alive\n"), (
+        f"ended with {process.returncode}: {process.stderr[-2000:]}"
+    )
 
 
 def test_malformed_code_raises() -> None:
     q, k, v = (normal(1, 1, 4, 4, dtype=torch.float32) for _ in range(3))
     good = encode(as_program(masks.causal()), 1)
-    for code in (
-        (),
-        (1,),
-        good[:-1],
-        tuple(reversed(good)),
-        (*good[:2], 3, *good[3:]),
-        (2, *good[1:]),
-        (10**15,) * 40,
-    ):
+    shortened, backwards = (good[:-1], (1,), ()), tuple(reversed(good))
+    changed = (*good[:2], 3, *good[3:]), (2, *good[1:]), (10**15,) * 40
+    for code in (*shortened, backwards, *changed):
         with pytest.raises(RuntimeError):
             ops.native(q, k, v, None, None, code, 1.0, 0, None, False)

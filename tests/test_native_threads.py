@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -16,13 +17,14 @@ from compiled_dilated.lowerings.native import Work
 from tests.cases import CASES, Case, by_name
 from tests.support.native import (
     FEW_HEADS,
+    FLOATS,
     Problem,
     assert_near,
     assert_same_bits,
     check_threads,
-    expected,
     normal,
     problem_of,
+    reference_results,
     work_of,
 )
 
@@ -35,6 +37,27 @@ pytestmark = pytest.mark.skipif(
 def test_threads_do_not_change_a_bit(case: Case, threads: Callable[[int], None]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         check_threads(problem_of(case, max(case.lengths), dtype)[0], threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_threads_do_not_change_a_bit_of_any_case(
+    case: Case, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    check_threads(problem_of(case, max(case.lengths), dtype)[0], threads, (2, 3, 7), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", FEW_HEADS)
+def test_long_sequences_of_one_head_are_deterministic_over_thread_counts(
+    name: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    n = 3280
+    mask = FEW_HEADS[name](n)
+    q, k, v, grad_out = (normal(1, 1, n, 32, dtype=dtype, seed=seed) for seed in range(4))
+    check_threads(Problem(work_of(mask, 1), q, k, v, grad_out, None), threads, (2, 3, 7), 3)
 
 
 @pytest.mark.parametrize("name", FEW_HEADS)
@@ -58,20 +81,23 @@ def test_few_heads_are_deterministic_over_thread_counts(
     problem = Problem(work_of(mask, heads), q, k, v, grad_out, grad_lse)
     check_threads(problem, threads, (2, 7), 1)
     threads(2)
-    assert_near(problem.results(), expected(mask, problem), name)
+    assert_near(problem.results(), reference_results(mask, problem), name)
 
 
 def test_calls_from_several_python_threads_at_once() -> None:
-    problems = [problem_of(by_name(name), 331, dtype)[0] for name in ("window", "longnet causal", "hilbert window", "causal")
-                for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
-    wanted = [problem.results() for problem in problems]
+    problems = []
+    for name in ("window", "longnet causal", "hilbert window", "causal"):
+        for dtype in (torch.float32, torch.bfloat16):
+            problems.append(problem_of(by_name(name), 331, dtype)[0])
+    expected = [problem.results() for problem in problems]
     errors: list[BaseException] = []
 
     def work(first: int) -> None:
         try:
             for turn in range(2 * len(problems)):
-                at = (first + turn) % len(problems)
-                assert_same_bits(problems[at].results(), wanted[at], problems[at].work.code[:9])
+                number = (first + turn) % len(problems)
+                problem = problems[number]
+                assert_same_bits(problem.results(), expected[number], problem.work.code[:9])
         except BaseException as error:
             errors.append(error)
 
@@ -84,16 +110,16 @@ def test_calls_from_several_python_threads_at_once() -> None:
 
 
 def test_a_forked_process_computes_too(threads: Callable[[int], None]) -> None:
-    """With one thread, as torch's DataLoader sets it: the parent's other threads are not there."""
+    """With one thread, as torch's DataLoader sets it: the parent's other threads do not exist."""
     problem = problem_of(by_name("window"), 331, torch.float32)[0]
     threads(2)
-    want = problem.results()
+    expected = problem.results()
     child = os.fork()
     if not child:
         status = 1
         try:
             torch.set_num_threads(1)
-            assert_same_bits(problem.results(), want)
+            assert_same_bits(problem.results(), expected)
             status = 0
         finally:
             os._exit(status)
@@ -101,15 +127,14 @@ def test_a_forked_process_computes_too(threads: Callable[[int], None]) -> None:
 
 
 def test_thousands_of_calls_leak_nothing() -> None:
-    names = ("window or sinks", "padding and documents", "from_mod within")
-    problems = [
-        problem_of(by_name(name), 127, dtype)[0]
-        for name in names
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    bad = problems[0]
-    refused = Problem(Work(bad.work.code[:-3], (), ()), bad.q, bad.k, bad.v, bad.grad_out, None)
-    spoiled = Problem(bad.work, bad.q, bad.k.clone(), bad.v, bad.grad_out, None)
+    problems = []
+    for name in ("window or sinks", "padding and documents", "from_mod within"):
+        for dtype in (torch.float32, torch.bfloat16):
+            problems.append(problem_of(by_name(name), 127, dtype)[0])
+    # Calls that raise, and calls that are computed again because of NaN.
+    plain = problems[0]
+    refused = replace(plain, work=Work(plain.work.code[:-3], (), ()))
+    spoiled = replace(plain, k=plain.k.clone())
     spoiled.k[:, :, 5] = math.nan
 
     def calls(count: int) -> int:

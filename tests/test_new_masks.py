@@ -1,4 +1,4 @@
-"""A mask of one class and one name, as CONTRIBUTING.md shows it, runs by every lowering, native code included."""
+"""A new mask, added as in CONTRIBUTING.md, runs by every lowering, native code included."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Diagonals(Mask):
         return 1
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense attention over keys at or before the query whose distance is a multiple of 3."""
     positions = torch.arange(q.shape[2])
     distance = positions[:, None] - positions
@@ -57,12 +57,11 @@ def test_a_new_mask_runs_forward_and_backward(
     inputs = [
         torch.randn(2, 2, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)
     ]
-    out, expected = cd.compile(mask, lowering=lowering)(*inputs), plain(*inputs)
+    out, expected = cd.compile(mask, lowering=lowering)(*inputs), dense_attention(*inputs)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
-    torch.testing.assert_close(
-        torch.autograd.grad(out, inputs, weights), torch.autograd.grad(expected, inputs, weights)
-    )
+    grads = torch.autograd.grad(out, inputs, weights)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, weights))
 
 
 def test_a_new_mask_is_native_without_an_operation_of_its_own(

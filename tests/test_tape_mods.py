@@ -17,6 +17,7 @@ from tests.support.mods import reductions
 from tests.support.tape import EMPTY, FULL, HEADS, PARTIAL, N, Native, compare_masks, compare_scores
 
 DTYPES = st.sampled_from((torch.float32, torch.float64))
+# Sizes of tiles: lanes and keys.
 SIZES = st.sampled_from(
     ((16, 40), (1, 1), (8, 5), (64, 128), (40, 13), (4, 128), (64, 1), (24, 40))
 )
@@ -67,11 +68,12 @@ def test_mask_mods_and_their_blocks(
     compare_masks(native, functions.mask_mod(names, Parameters.of(HEADS, N), join), *size)
 
 
+# mask_mods, and the least number of 64 blocks of 8 x 8 that are decided.
 BANDS: dict[str, tuple[Callable[..., Any], int]] = {
     "causal": (lambda b, h, i, j: i >= j, 64 - 8),
     "window": (lambda b, h, i, j: (i - j).abs() < 8, 64 - 22),
     "segments of positions": (lambda b, h, i, j: i // 8 == j // 8, 64),
-    "by quotient and rest": (lambda b, h, i, j: (i // 8 >= j // 8) & (j % 8 < 4), 28),
+    "quotient and remainder": (lambda b, h, i, j: (i // 8 >= j // 8) & (j % 8 < 4), 28),
     "float": (lambda b, h, i, j: (i - j).abs() * 0.125 <= 1.0, 64 - 22),
     "never": (lambda b, h, i, j: (i < 0) | (j > 1000), 64),
 }
@@ -79,16 +81,16 @@ BANDS: dict[str, tuple[Callable[..., Any], int]] = {
 
 @pytest.mark.parametrize("name", BANDS)
 def test_interval_arithmetic_classifies_blocks(native: Native, name: str) -> None:
-    """Of 64 blocks of 8 x 8 at least so many."""
-    graph, operands = trace_mask_mod(BANDS[name][0])
-    blocks = [range(at, at + 8) for at in range(0, 64, 8)]
+    mod, least = BANDS[name]
+    graph, operands = trace_mask_mod(mod)
+    blocks = [range(start, start + 8) for start in range(0, 64, 8)]
     verdicts = [native.classify(graph, operands, q, k) for q in blocks for k in blocks]
-    assert sum(verdict != PARTIAL for verdict in verdicts) >= BANDS[name][1]
-    compare_masks(native, BANDS[name][0], 16, 40)
+    assert sum(verdict != PARTIAL for verdict in verdicts) >= least
+    compare_masks(native, mod, 16, 40)
 
 
 def test_blocks_of_tables(native: Native) -> None:
-    """Entries within a block that are all equal decide it."""
+    """A block whose table entries are all equal is decided."""
     ids = torch.arange(N) // 8
     graph, operands = trace_mask_mod(lambda b, h, i, j: ids[i] == ids[j])
     assert native.classify(graph, operands, range(8, 16), range(8, 16)) == FULL

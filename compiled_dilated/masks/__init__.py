@@ -1,23 +1,27 @@
 """Masks: expressions over token positions, joined by `&`, `|` and `~`.
 
 core           Mask, And, Or, Not, Full
+algebra        conjunction, conjuncts, disjoint
 bands          causal, window
 segments       segments
 congruent      congruent (LongNet's dilation)
 leading        sinks, prefix, the first global tokens
 blocks         block_window, dilated_blocks
-grids          neighborhood
+grids          neighborhood; its masks in neighborhoods, its arithmetic in axes and coordinates
 globals        global_tokens
 data           documents, padding: read tensors of the call
 explicit       tiles, random_blocks
-functions      from_mod: any FlexAttention mask_mod
-differences, lookup    arithmetic that several masks share
+functions      from_mod: a FlexAttention mask_mod; its graph in traced, captured values in contents
+asked, binding masks with the data of a call, for counting and drawing
+
+differences, lookup, ranges, summaries    arithmetic and text that several masks share
 """
 
+from .algebra import conjunction, conjuncts, disjoint
 from .bands import causal, narrowed, window
 from .blocks import block_window, dilated_blocks
 from .congruent import OFFSET_RULES, congruent
-from .core import And, Full, Mask, Not, Or, conjunction, conjuncts, disjoint, full
+from .core import And, Full, Mask, Not, Or, full
 from .data import Padding, documents, padding
 from .explicit import Tiles, random_blocks, tiles
 from .functions import from_mod

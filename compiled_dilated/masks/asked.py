@@ -1,4 +1,4 @@
-"""A mask that is asked pair by pair: of a function, or of one entry of a batch of data."""
+"""Masks that are evaluated pair by pair: functions, and data of one entry of a batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from .core import Data, Mask, Positions
 
 @dataclass(frozen=True, eq=False)
 class Asked(Mask):
-    """The pairs of a mask, whose tiles are classified without a look at its pairs.
+    """A mask whose tiles are classified without evaluating its pairs.
 
-    within: a mask outside of which there are none, if one is known. data, batch: what a call reads, and the entry of its batch.
+    within: a mask that contains all allowed pairs, if there is one.
+    data: the call's data tensors by name.
+    batch: the entry of the batch.
     """
 
     mask: Mask

@@ -8,8 +8,9 @@ from typing import Any
 from .. import arguments
 from ..regions import Regions, Verdicts
 from .blocks import DilatedBlocks
-from .core import NOTHING, Data, Mask, Positions, clip, intersection
+from .core import Data, Mask, Positions
 from .differences import classify_difference, differences, pairs_up_to
+from .ranges import NOTHING, clip, intersection
 
 
 @dataclass(frozen=True, repr=False)

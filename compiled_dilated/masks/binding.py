@@ -1,4 +1,4 @@
-"""Masks with the data of a call in them, so that their pairs can be counted and drawn."""
+"""Masks bound to the data of a call, so that their pairs can be counted and drawn."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .globals import GlobalData, GlobalPositions
 
 @dataclass(frozen=True, eq=False)
 class KeyFlags(Mask):
-    """Keys whose entry in `seen` is True: `padding()` of one entry of a batch."""
+    """Keys whose entry in `visible` is True: `padding()` of one batch entry."""
 
-    seen: Any = field(repr=False)
+    visible: Any = field(repr=False)
     name: str
 
     def allows(
         self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
     ) -> Positions:
-        return self.seen[kv] & (q == q)
+        return self.visible[kv] & (q == q)
 
     @cached_property
     def _before(self) -> IntArray:
-        """How many keys in front of each are seen."""
-        return np.concatenate([[0], np.cumsum(self.seen.numpy(), dtype=np.int64)])
+        """Number of visible keys before each key."""
+        return np.concatenate([[0], np.cumsum(self.visible.numpy(), dtype=np.int64)])
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         span = kv.last - kv.first + 1
@@ -54,14 +54,17 @@ class KeyFlags(Mask):
 
 
 def with_data(mask: Mask, data: Data, batch: int) -> Mask:
-    """The mask of one entry of a batch, what it reads of data turned into structure where that can be.
+    """The mask of one batch entry, with structure in place of data.
 
-    data: tensors (batch or 1, positions) on a CPU. The mask has no rule over heads any more.
+    Data without a structure, such as documents that recur, stays data.
+
+    mask: without rules over heads.
+    data: tensors (batch or 1, positions) on a CPU.
+    batch: the entry of the batch.
     """
     if isinstance(mask, FromMod | Traced):
-        return Asked(
-            mask, None if mask.within is None else with_data(mask.within, data, batch), data, batch
-        )
+        within = None if mask.within is None else with_data(mask.within, data, batch)
+        return Asked(mask, within, data, batch)
     if not isinstance(mask, OfData):
         return mask._map(lambda part: with_data(part, data, batch))
     x = mask.tensor(data)
@@ -77,12 +80,10 @@ def with_data(mask: Mask, data: Data, batch: int) -> Mask:
 
 
 def _documents(ids: Any) -> Mask | None:
-    """Documents by their lengths, where no document comes back after another."""
-    starts = (
-        np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
-        if len(ids)
-        else np.zeros(0, dtype=np.int64)
-    )
+    """Documents by their lengths; None if an id recurs after another."""
+    starts = np.zeros(0, dtype=np.int64)
+    if len(ids):
+        starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
     if len(np.unique(ids[starts])) != len(starts):
         return None
     return DocumentLengths(tuple(np.diff(starts, append=len(ids)).tolist()))

@@ -11,8 +11,9 @@ import numpy as np
 
 from .. import arguments
 from ..regions import Regions, Verdicts, verdicts
-from .core import MOST_RANGES, NOTHING, Data, Mask, Positions, clip
+from .core import MOST_RANGES, Data, Mask, Positions
 from .differences import classify_difference, pairs_up_to
+from .ranges import NOTHING, clip
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,17 +43,15 @@ class BlockWindow(Mask):
         return self.block
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
-        return (range(*(min(end, kv_len) for end in self._keys(q // self.block, q // self.block))),)
+        start, stop = self._keys(q // self.block, q // self.block)
+        return (range(min(start, kv_len), min(stop, kv_len)),)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         kv = clip(kv, *self._keys(q[0] // self.block, q[-1] // self.block))
         if not kv:
             return NOTHING
-        return clip(
-            q,
-            (kv[0] // self.block - self.right) * self.block,
-            (kv[-1] // self.block + self.left + 1) * self.block,
-        ), kv
+        first, last = kv[0] // self.block - self.right, kv[-1] // self.block + self.left
+        return clip(q, first * self.block, (last + 1) * self.block), kv
 
     def _keys(self, first: int, last: int) -> tuple[int, int]:
         """Start and stop of the keys that blocks first .. last see."""
@@ -115,10 +114,10 @@ class DilatedBlocks(Mask):
         return (kv // self.block - q // self.block) % self.stride == 0
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        lo = kv.first // self.block - q.last // self.block
-        hi = kv.last // self.block - q.first // self.block
-        step = np.where(lo == hi, 0, 1)
-        return classify_difference(lo, hi, step, self.stride, None, np.iinfo(np.int64).max)
+        least = kv.first // self.block - q.last // self.block
+        most = kv.last // self.block - q.first // self.block
+        step = np.where(least == most, 0, 1)
+        return classify_difference(least, most, step, self.stride, None, np.iinfo(np.int64).max)
 
     @property
     def period(self) -> int | None:
@@ -131,12 +130,10 @@ class DilatedBlocks(Mask):
     def pairs(self, q: range, kv: range) -> int | None:
         borders = sorted({0, self.stride, *self._borders(q), *self._borders(kv)})
         total = 0
-        # Between two borders all classes of blocks have equally many queries, and equally many
-        # keys.
+        # Classes of blocks between two borders have equal numbers of queries, and of keys.
         for start, stop in itertools.pairwise(borders):
-            total += (
-                (stop - start) * self._tokens_of_class(start, q) * self._tokens_of_class(start, kv)
-            )
+            pairs_of_class = self._tokens_of_class(start, q) * self._tokens_of_class(start, kv)
+            total += (stop - start) * pairs_of_class
         return total
 
     def _borders(self, side: range) -> Iterator[int]:
@@ -151,10 +148,9 @@ class DilatedBlocks(Mask):
         period = self.block * self.stride
         counts = []
         for end in (side.start, side.stop):
-            periods, rest = divmod(end, period)
-            counts.append(
-                periods * self.block + min(max(rest - residue * self.block, 0), self.block),
-            )
+            periods, remainder = divmod(end, period)
+            in_period = min(max(remainder - residue * self.block, 0), self.block)
+            counts.append(periods * self.block + in_period)
         return counts[1] - counts[0]
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
@@ -173,7 +169,5 @@ def dilated_blocks(block: int, stride: int) -> Mask:
 
     The share of visible pairs is 1 / stride.
     """
-    return DilatedBlocks(
-        arguments.integer("block", block, 1),
-        arguments.integer("stride", stride, 1),
-    )
+    block = arguments.integer("block", block, 1)
+    return DilatedBlocks(block, arguments.integer("stride", stride, 1))

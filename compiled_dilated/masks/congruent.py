@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import arguments
 from ..regions import PARTIAL, Regions, Verdicts, verdicts
-from .core import MOST_RANGES, Data, Mask, Positions, intersection
+from .core import MOST_RANGES, Data, Mask, Positions
+from .ranges import intersection
 
 OFFSET_RULES = ("cyclic", "grouped")
 
@@ -40,7 +41,8 @@ class Congruent(Mask):
         if isinstance(self.offset, tuple):
             if len(self.offset) != heads:
                 raise ValueError(
-                    f"{self} names {len(self.offset)} offsets for {heads} heads; give one per head or a single number"
+                    f"{self} names {len(self.offset)} offsets for {heads} heads; "
+                    "give one per head or a single number"
                 )
             return self.offset[head]
         if self.offset == "cyclic":
@@ -58,24 +60,22 @@ class Congruent(Mask):
             offset = sum((h == head) * value for head, value in enumerate(self.offset))
         else:
             raise ValueError(
-                f"{self} depends on the number of heads; say it by heads=..., or ask mask.for_heads(heads)",
+                f"{self} depends on the number of heads; "
+                "say it by heads=..., or ask mask.for_heads(heads)"
             )
         return (self.residue(q) == offset) & (self.residue(kv) == offset)
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         if isinstance(self.offset, int):
-            return np.minimum(
-                self._classify_side(q, self.offset),
-                self._classify_side(kv, self.offset),
-            )
+            of_q, of_kv = self._classify_side(q, self.offset), self._classify_side(kv, self.offset)
+            return np.minimum(of_q, of_kv)
         # Heads differ in their offset: a verdict holds only if it holds for every offset.
         offsets = range(self.modulus) if isinstance(self.offset, str) else sorted(set(self.offset))
-        answers = []
+        candidates = []
         for offset in offsets:
-            answers.append(
-                np.minimum(self._classify_side(q, offset), self._classify_side(kv, offset)),
-            )
-        return np.where(np.ptp(answers, axis=0) == 0, answers[0], PARTIAL)
+            of_q, of_kv = self._classify_side(q, offset), self._classify_side(kv, offset)
+            candidates.append(np.minimum(of_q, of_kv))
+        return np.where(np.ptp(candidates, axis=0) == 0, candidates[0], PARTIAL)
 
     def _classify_side(self, side: Regions, offset: int) -> Verdicts:
         first, step = side.first, side.step
@@ -83,9 +83,8 @@ class Congruent(Mask):
         # that only regions within one period can be decided.
         one_period = np.ones(len(side), dtype=bool)
         if self.within is not None and self.within % self.modulus:
-            one_period = (first // self.within == side.last // self.within) | (
-                step % self.within == 0
-            )
+            one_period = first // self.within == side.last // self.within
+            one_period |= step % self.within == 0
             first = first % self.within
         # All positions of the region have the same residue.
         constant = (step % self.modulus == 0) & one_period
@@ -112,18 +111,19 @@ class Congruent(Mask):
     def pairs(self, q: range, kv: range) -> int | None:
         if not isinstance(self.offset, int):
             return None
-        q_matches, kv_matches = (
-            self._matches_before(side.stop) - self._matches_before(side.start) for side in (q, kv)
-        )
-        return q_matches * kv_matches
+        return self._matches(q) * self._matches(kv)
+
+    def _matches(self, side: range) -> int:
+        """Number of matches in a contiguous range."""
+        return self._matches_before(side.stop) - self._matches_before(side.start)
 
     def _matches_before(self, position: int) -> int:
         """Number of matches in [0, position); negative for a negative position."""
         assert isinstance(self.offset, int)
         assert self.period is not None
         in_period = len(range(self.offset, self.period, self.modulus))
-        periods, rest = divmod(position, self.period)
-        return periods * in_period + len(range(self.offset, rest, self.modulus))
+        periods, remainder = divmod(position, self.period)
+        return periods * in_period + len(range(self.offset, remainder, self.modulus))
 
     def at_head(self, head: int, heads: int) -> Mask:
         return replace(self, offset=self.offset_of(head, heads))
@@ -143,9 +143,11 @@ class Congruent(Mask):
         starts = range(0, kv_len, self.within)
         if len(starts) > MOST_RANGES:
             return None
-        return tuple(
-            range(at + self.offset, min(at + self.within, kv_len), self.modulus) for at in starts
-        )
+        out = []
+        for start in starts:
+            stop = min(start + self.within, kv_len)
+            out.append(range(start + self.offset, stop, self.modulus))
+        return tuple(out)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         return self._matching(q), self._matching(kv)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
 from ..regions import FULL, Regions, Verdicts, both, either, negate
+from .ranges import NOTHING, clip, common_ranges, hull, intersection
+
+__all__ = [
+    "MOST_RANGES", "NOTHING", "And", "Data", "Full", "Mask", "Not", "Or", "Positions",
+    "clip", "full", "hull", "intersection",
+]  # fmt: skip
 
 # torch tensors in kernels and in the reference, numpy arrays while planning: `allows` is limited
 # to operators that both have.
@@ -20,17 +26,14 @@ Data = Mapping[str, Any]
 # `keys_of` returns at most this many ranges; a query with more evaluates its mask.
 MOST_RANGES = 64
 
-# Lists of more numbers are shown to people by their count.
-MOST_SHOWN = 12
-
 
 class Mask(ABC):
     """Which keys a query may attend to: an expression over token positions.
 
     `allows` defines the mask for single pairs. All other methods must agree with it: `classify` and
     `period` are required; `keys_of`, `shrink`, `pairs` and `side_periods` have safe defaults and
-    make planning faster. A mask is hashable and equal by value. `repr` is the code that makes it;
-    `str` is for people: long lists of numbers as their count and a digest.
+    make planning faster. A mask is hashable and equal by value. `repr` is the code that creates it;
+    `str` is for people and abbreviates long lists of numbers.
     Positions are original token positions, in every order of execution.
     """
 
@@ -56,7 +59,7 @@ class Mask(ABC):
     @property
     @abstractmethod
     def period(self) -> int | None:
-        """Shift of query and key (by any multiple) that leaves the mask unchanged.
+        """Shift of query and key that leaves the mask unchanged.
 
         1: every shift does. None: no such shift is known.
         """
@@ -72,7 +75,7 @@ class Mask(ABC):
 
     @property
     def parts(self) -> tuple[Mask, ...]:
-        """The masks that this one is made of."""
+        """The masks that this one is composed of."""
         return ()
 
     @property
@@ -92,11 +95,14 @@ class Mask(ABC):
 
     @property
     def per_call(self) -> bool:
-        """Whether the mask depends on the call: on data or on the batch index."""
+        """Whether the mask depends on data or on the batch index."""
         return bool(self.names) or any(part.per_call for part in self.parts)
 
     def at_head(self, head: int, heads: int) -> Mask:
-        """The mask of one query head; equal for heads that see the same pairs."""
+        """The mask of one query head.
+
+        Equal for heads that see the same pairs.
+        """
         return self._map(lambda part: part.at_head(head, heads))
 
     def for_heads(self, heads: int) -> Mask:
@@ -125,7 +131,7 @@ class Mask(ABC):
         return None
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        """Subsets of q and kv that contain all their allowed pairs; may be too large."""
+        """Subsets of q and kv with all their allowed pairs; may be too large."""
         return q, kv
 
     def pairs(self, q: range, kv: range) -> int | None:
@@ -134,7 +140,7 @@ class Mask(ABC):
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the mask is undefined past some position, so that `check` may fail."""
+        """Whether `check` may fail: the mask is undefined past some position."""
         return type(self).check is not Mask.check or any(part.is_bounded for part in self.parts)
 
     def check(self, queries: range, keys: int) -> None:
@@ -157,16 +163,17 @@ class Mask(ABC):
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            f"the mask {self} has no truth value: `and`, `or`, `not` and `if` cannot combine masks. "
+            f"the mask {self} has no truth value: "
+            "`and`, `or`, `not` and `if` cannot combine masks. "
             "Write `a & b`, `a | b` or `~a`"
         )
 
 
-def _mask(value: object, operator: str) -> Mask:
+def _mask(value: object, symbol: str) -> Mask:
     if not isinstance(value, Mask):
         remedy = getattr(value, "how_to_join", "Use one of compiled_dilated.masks")
         raise TypeError(
-            f"`{operator}` joins two masks; got {type(value).__name__} {value}. {remedy}",
+            f"`{symbol}` joins two masks; got {type(value).__name__} {value}. {remedy}",
         )
     return value
 
@@ -198,21 +205,32 @@ def _operand(mask: Mask, write: Callable[[Mask], str]) -> str:
     return write(mask)
 
 
-def brief(numbers: Sequence[int], unit: str, code: str) -> str:
-    """A long list of numbers as their count and a digest, for people; of a short one the code."""
-    if len(numbers) <= MOST_SHOWN:
-        return code
-    digest = hashlib.blake2b(
-        np.asarray(numbers, dtype=np.int64).tobytes(), digest_size=4
-    ).hexdigest()
-    return f"<{len(numbers):,} {unit}, digest {digest}>"
-
-
 @dataclass(frozen=True, repr=False)
 class _Joined(Mask):
-    """Several masks joined into one."""
+    """Several masks joined by one operator."""
 
     masks: tuple[Mask, ...]
+
+    # The operator in code; on truth values of single pairs; on verdicts of regions.
+    symbol: ClassVar[str]
+    on_pairs: ClassVar[Callable[[Any, Any], Any]]
+    on_verdicts: ClassVar[Callable[[Verdicts, Verdicts], Verdicts]]
+
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
+        join = type(self).on_pairs
+        out = self.masks[0].allows(b, h, q, kv, data)
+        for mask in self.masks[1:]:
+            out = join(out, mask.allows(b, h, q, kv, data))
+        return out
+
+    def classify(self, q: Regions, kv: Regions) -> Verdicts:
+        join = type(self).on_verdicts
+        out = self.masks[0].classify(q, kv)
+        for mask in self.masks[1:]:
+            out = join(out, mask.classify(q, kv))
+        return out
 
     @property
     def period(self) -> int | None:
@@ -225,24 +243,23 @@ class _Joined(Mask):
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         return type(self)(tuple(change(mask) for mask in self.masks))
 
+    def _written(self, write: Callable[[Mask], str]) -> str:
+        return f" {self.symbol} ".join(_operand(mask, write) for mask in self.masks)
+
+    def __repr__(self) -> str:
+        return self._written(repr)
+
+    def __str__(self) -> str:
+        return self._written(str)
+
 
 @dataclass(frozen=True, repr=False)
 class And(_Joined):
     """Pairs that every part allows: `a & b`."""
 
-    def allows(
-        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
-    ) -> Any:
-        out = self.masks[0].allows(b, h, q, kv, data)
-        for mask in self.masks[1:]:
-            out = out & mask.allows(b, h, q, kv, data)
-        return out
-
-    def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        out = self.masks[0].classify(q, kv)
-        for mask in self.masks[1:]:
-            out = both(out, mask.classify(q, kv))
-        return out
+    symbol = "&"
+    on_pairs = operator.and_
+    on_verdicts = both
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         out = self.masks[0].keys_of(q, kv_len)
@@ -250,7 +267,7 @@ class And(_Joined):
             visible = mask.keys_of(q, kv_len)
             if out is None or visible is None:
                 return None
-            out = _common_ranges(out, visible)
+            out = common_ranges(out, visible)
         return out
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
@@ -261,30 +278,14 @@ class And(_Joined):
                 return NOTHING
         return q, kv
 
-    def __repr__(self) -> str:
-        return " & ".join(_operand(mask, repr) for mask in self.masks)
-
-    def __str__(self) -> str:
-        return " & ".join(_operand(mask, str) for mask in self.masks)
-
 
 @dataclass(frozen=True, repr=False)
 class Or(_Joined):
     """Pairs that any part allows: `a | b`."""
 
-    def allows(
-        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
-    ) -> Any:
-        out = self.masks[0].allows(b, h, q, kv, data)
-        for mask in self.masks[1:]:
-            out = out | mask.allows(b, h, q, kv, data)
-        return out
-
-    def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        out = self.masks[0].classify(q, kv)
-        for mask in self.masks[1:]:
-            out = either(out, mask.classify(q, kv))
-        return out
+    symbol = "|"
+    on_pairs = operator.or_
+    on_verdicts = either
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
         spans: list[range] = []
@@ -313,12 +314,6 @@ class Or(_Joined):
         if not queries:
             return NOTHING
         return hull(queries), hull(keys)
-
-    def __repr__(self) -> str:
-        return " | ".join(_operand(mask, repr) for mask in self.masks)
-
-    def __str__(self) -> str:
-        return " | ".join(_operand(mask, str) for mask in self.masks)
 
 
 @dataclass(frozen=True, repr=False)
@@ -353,16 +348,12 @@ class Not(Mask):
         seen = self.mask.keys_of(q, kv_len)
         if seen is None or any(span.step != 1 for span in seen):
             return None
-        borders = [
-            0,
-            *(
-                at
-                for span in sorted(seen, key=lambda span: span.start)
-                if span
-                for at in (span.start, span.stop)
-            ),
-            kv_len,
-        ]
+        # The gaps between the ranges, from position 0 to the last key.
+        borders = [0]
+        for span in sorted(seen, key=lambda span: span.start):
+            if span:
+                borders += [span.start, span.stop]
+        borders.append(kv_len)
         return tuple(range(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b)
 
     def __repr__(self) -> str:
@@ -405,90 +396,3 @@ class Full(Mask):
 def full() -> Mask:
     """Every query sees every key."""
     return Full()
-
-
-NOTHING = (range(0), range(0))
-
-
-def clip(span: range, low: int, high: int) -> range:
-    """The elements x of a range (step positive) with low <= x < high."""
-    start = span.start + max(0, -((span.start - low) // span.step)) * span.step
-    return range(start, min(span.stop, high), span.step)
-
-
-def hull(spans: Sequence[range]) -> range:
-    """The smallest range that contains some non-empty ranges."""
-    first = min(span[0] for span in spans)
-    # The largest step that reaches every element from the first.
-    step = math.gcd(
-        *(span.step for span in spans if len(span) > 1),
-        *(span[0] - first for span in spans),
-    )
-    return range(first, max(span[-1] for span in spans) + 1, step or 1)
-
-
-def intersection(a: range, b: range) -> range:
-    """The numbers in both ranges (steps positive), by the Chinese remainder theorem."""
-    if a.step == b.step == 1:
-        return range(max(a.start, b.start), min(a.stop, b.stop))
-    shared = math.gcd(a.step, b.step)
-    if (b.start - a.start) % shared:
-        return range(0)
-    step = a.step // shared * b.step
-    ahead = (
-        (b.start - a.start)
-        // shared
-        * pow(a.step // shared, -1, b.step // shared)
-        % (b.step // shared)
-    )
-    first = a.start + ahead * a.step
-    start = max(a.start, b.start)
-    return range(first + -(-(start - first) // step) * step, min(a.stop, b.stop), step)
-
-
-def _common_ranges(a: tuple[range, ...], b: tuple[range, ...]) -> tuple[range, ...]:
-    """The non-empty intersections of two lists of disjoint ranges."""
-    if len(a) == len(b) == 1:  # the common case; decoding runs this for every token
-        return (intersection(a[0], b[0]),)
-    out = []
-    for first in a:
-        for second in b:
-            common = intersection(first, second)
-            if common:
-                out.append(common)
-    return tuple(out)
-
-
-def conjuncts(mask: Mask) -> tuple[Mask, ...]:
-    """Masks whose `&` is this mask; `full()` is the empty conjunction."""
-    if isinstance(mask, And):
-        return tuple(factor for part in mask.masks for factor in conjuncts(part))
-    if isinstance(mask, Full):
-        return ()
-    return (mask,)
-
-
-def conjunction(masks: tuple[Mask, ...]) -> Mask:
-    """The `&` of some masks; the inverse of `conjuncts`."""
-    if not masks:
-        return Full()
-    if len(masks) == 1:
-        return masks[0]
-    return And(masks)
-
-
-def disjoint(mask: Mask) -> list[Mask]:
-    """Split a mask into masks without common pairs.
-
-    `a & (b | c)` becomes `a & b` and `a & c & ~b`.
-    """
-    parts = conjuncts(mask)
-    for i, part in enumerate(parts):
-        if isinstance(part, Or):
-            rest = parts[:i] + parts[i + 1 :]
-            out = []
-            for number, option in enumerate(part.masks):
-                earlier = [~mask for mask in part.masks[:number]]
-                out.append(conjunction((*rest, *conjuncts(option), *earlier)))
-            return out
-    return [mask]

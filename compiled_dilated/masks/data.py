@@ -14,14 +14,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import arguments
-from ..regions import PARTIAL, IntArray, Regions, Verdicts
-from .core import NOTHING, Data, Mask, Positions, brief, clip
+from ..regions import EMPTY, PARTIAL, IntArray, Regions, Verdicts
+from .core import Data, Mask, Positions
 from .lookup import as_tensor, rank
+from .ranges import NOTHING, clip
 from .segments import same_group
+from .summaries import brief
 
 
 def row_of(x: Any, b: Positions) -> Any:
-    """Row of the data for a batch index; data of batch size 1 serves all."""
+    """Row of the data for a batch index; one row serves all."""
     if x.shape[0] != 1:
         return b
     return b * 0
@@ -29,7 +31,7 @@ def row_of(x: Any, b: Positions) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class OfData(Mask):
-    """Pairs decided by the data tensor `name` (B, positions), unknown to a plan."""
+    """Pairs decided by the data tensor `name` (B, positions)."""
 
     name: str
 
@@ -45,7 +47,8 @@ class OfData(Mask):
         if data is None or self.name not in data:
             passed = ", ".join(sorted(data)) if data else "nothing"
             raise ValueError(
-                f"{self} reads the data tensor {self.name!r}; got {passed}. Pass data={{{self.name!r}: tensor}} at the call"
+                f"{self} reads the data tensor {self.name!r}; got {passed}. "
+                f"Pass data={{{self.name!r}: tensor}} at the call"
             )
         return data[self.name]
 
@@ -60,16 +63,16 @@ class OfData(Mask):
 class OfFlags(OfData):
     """Pairs decided by a bool tensor."""
 
-    # For error messages: where an entry is True, and how to convert another kind of mask.
+    # For error messages: where an entry is True, and how to convert the opposite convention.
     true_where: ClassVar[str]
-    of_others: ClassVar[str]
+    conversion: ClassVar[str]
 
     def tensor(self, data: Data | None) -> Any:
         flags = super().tensor(data)
         if str(flags.dtype).removeprefix("torch.") != "bool":
             raise TypeError(
-                f"data[{self.name!r}] must be a bool tensor, True where {self.true_where}; got {flags.dtype}. "
-                f"Of a mask that {self.of_others}"
+                f"data[{self.name!r}] must be a bool tensor, True where {self.true_where}; "
+                f"got {flags.dtype}. {self.conversion}"
             )
         return flags
 
@@ -98,7 +101,7 @@ class DocumentIds(OfData):
 
 @dataclass(frozen=True, repr=False)
 class DocumentLengths(Mask):
-    """q and kv in the same of consecutive documents.
+    """q and kv in the same one of consecutive documents.
 
     Positions past the last document belong to none.
     """
@@ -132,12 +135,13 @@ class DocumentLengths(Mask):
         return replace(self, table=as_tensor(self._stops, device))
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        stops = self.stops
+        # Numbers of the documents of the first and the last position.
         first, last, kv_first, kv_last = (
-            np.searchsorted(stops, x, side="right") for x in (q.first, q.last, kv.first, kv.last)
+            np.searchsorted(self.stops, x, side="right")
+            for x in (q.first, q.last, kv.first, kv.last)
         )
         outside = np.maximum(first, kv_first) >= len(self.lengths)
-        return np.where(outside, np.uint8(0), same_group(first, last, kv_first, kv_last))
+        return np.where(outside, EMPTY, same_group(first, last, kv_first, kv_last))
 
     @property
     def period(self) -> int | None:
@@ -148,31 +152,27 @@ class DocumentLengths(Mask):
         document = bisect.bisect_right(stops, q)
         if document == len(stops):
             return ()
-        return (
-            range(
-                min(stops[document] - self.lengths[document], kv_len),
-                min(stops[document], kv_len),
-            ),
-        )
+        stop = stops[document]
+        return (range(min(stop - self.lengths[document], kv_len), min(stop, kv_len)),)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         kv = clip(kv, *self._reach(q))
-        if kv:
-            return (clip(q, *self._reach(kv)), kv)
-        return NOTHING
+        if not kv:
+            return NOTHING
+        return clip(q, *self._reach(kv)), kv
 
     def pairs(self, q: range, kv: range) -> int | None:
+        # 1. The documents that both ranges touch.
         both_start, both_stop = max(q.start, kv.start), min(q.stop, kv.stop)
         first, last = np.searchsorted(self.stops, (both_start, both_stop), side="right")
         stops = self.stops[first : last + 1]
         starts = stops - np.array(self.lengths[first : last + 1], dtype=np.int64)
+        # 2. The queries and keys of each document; Python integers where 64 bits may not suffice.
         queries, keys = (
             np.maximum(np.minimum(stops, side.stop) - np.maximum(starts, side.start), 0)
             for side in (q, kv)
         )
-        if (
-            len(stops) and stops[-1] > 2**31
-        ):  # a product of two lengths may be more than an int64 holds
+        if len(stops) and stops[-1] > 2**31:
             queries, keys = queries.astype(object), keys.astype(object)
         return int((queries * keys).sum())
 
@@ -187,9 +187,10 @@ class DocumentLengths(Mask):
         return f"documents(lengths={self.lengths!r})"
 
     def __str__(self) -> str:
-        if not isinstance(self.lengths, tuple):  # they travel beside the text
+        if not isinstance(self.lengths, tuple):  # a placeholder: the text has the numbers apart
             return repr(self)
-        return f"documents(lengths={brief(self.lengths, f'of {sum(self.lengths):,} tokens', repr(self.lengths))})"
+        unit = f"of {sum(self.lengths):,} tokens"
+        return f"documents(lengths={brief(self.lengths, unit, repr(self.lengths))})"
 
 
 def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) -> Mask:
@@ -204,7 +205,8 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
     """
     if (ids is None) == (lengths is None):
         raise ValueError(
-            f"documents needs either ids (the name of a data tensor) or lengths; got ids={ids!r}, lengths={lengths!r}"
+            "documents needs either ids (the name of a data tensor) or lengths; "
+            f"got ids={ids!r}, lengths={lengths!r}"
         )
     if lengths is not None:
         lengths = arguments.integers("lengths", lengths, 0)
@@ -222,7 +224,8 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
 class Padding(OfFlags):
     """Keys whose entry in the bool data tensor `name` (B, keys) is False."""
 
-    true_where, of_others = "a key is padding", "is 1 where a key counts, pass mask == 0"
+    true_where = "a key is padding"
+    conversion = "If your mask is 1 where a key counts, pass mask == 0"
 
     def allows(
         self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None

@@ -26,11 +26,11 @@ def classify_difference(
     least = lo if left is None else np.maximum(lo, -left)
     most = np.minimum(hi, right)
     inside = (hi <= right) & (True if left is None else lo >= -left)
-    # A step that is a multiple of the dilation leaves a single residue in the tile.
     shared = np.gcd(step, dilation)
-    constant = step % dilation == 0  # one residue only
-    # The first value >= least that the residues admit: exact where one of step and dilation divides
-    # the other.
+    # A step that is a multiple of the dilation leaves a single residue in the tile.
+    constant = step % dilation == 0
+    # The first value >= least of a residue in the tile; exact if step divides dilation or vice
+    # versa.
     stride = np.where(constant, np.maximum(step, 1), dilation)
     origin = np.where(constant, lo, 0)
     nearest = least + (origin - least) % stride
@@ -46,15 +46,14 @@ def classify_difference(
 
 
 def differences(q: Regions, kv: Regions) -> tuple[IntArray, IntArray, IntArray]:
-    """The least and the greatest kv - q of pairs of regions, and their step."""
+    """Least and greatest kv - q of pairs of regions, and their step."""
     return kv.first - q.last, kv.last - q.first, np.gcd(q.step, kv.step)
 
 
 def pairs_up_to(right: int, q: range, kv: range) -> int:
     """Number of pairs with kv - q <= right, for two contiguous ranges."""
     columns = kv.stop - kv.start
-    # The query at position i sees i - kv.start + right + 1 keys, but no fewer than none and no more
-    # than all.
+    # The query at position i sees i - kv.start + right + 1 keys, clipped to 0 .. columns.
     least = q.start - kv.start + right + 1
     return _clipped_sum(least + q.stop - q.start - 1, columns) - _clipped_sum(least - 1, columns)
 

@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import MOST_RANGES, MOST_SHOWN, NOTHING, Data, Mask, Positions, brief, clip
+from .core import MOST_RANGES, Data, Mask, Positions
 from .lookup import as_tensor, rank, runs
+from .ranges import NOTHING, clip
+from .summaries import MOST_NUMBERS, brief
 
-# Regions of more rows of tiles are classified by all columns of their rows, without a loop.
+# Regions of more rows of tiles are classified by all tiles of their rows, without a loop.
 _MOST_ROWS = 16
 # Random tiles are listed singly, about a microsecond per tile.
 _MOST_RANDOM = 2**20
@@ -43,9 +45,8 @@ class Tiles(Mask):
     ) -> Any:
         column = kv // self.block
         key = q // self.block * self.columns + column
-        return (rank(self.keys, key, self.table) > rank(self.keys, key - 1, self.table)) & (
-            column < self.columns
-        )
+        is_listed = rank(self.keys, key, self.table) > rank(self.keys, key - 1, self.table)
+        return is_listed & (column < self.columns)
 
     def on(self, device: Any) -> Mask:
         return replace(self, table=as_tensor(self.keys, device))
@@ -65,16 +66,15 @@ class Tiles(Mask):
         few = np.flatnonzero((listed > 0) & (rows <= _MOST_ROWS) & (first <= last))
         exact = np.zeros(len(few), dtype=np.int64)
         for number in range(int(rows[few].max(initial=0))):
-            some = number < rows[few]
-            key = (first_row[few][some] + number) * self.columns
-            exact[some] += np.searchsorted(self._listed, key + last[few][some], side="right")
-            exact[some] -= np.searchsorted(self._listed, key + first[few][some])
+            present = number < rows[few]
+            key = (first_row[few][present] + number) * self.columns
+            exact[present] += np.searchsorted(self._listed, key + last[few][present], side="right")
+            exact[present] -= np.searchsorted(self._listed, key + first[few][present])
         listed[few] = exact
         # Full: every tile is listed, and no key lies past the last column.
         full = np.zeros(len(q), dtype=np.bool_)
-        full[few] = (exact == rows[few] * (last - first + 1)[few]) & (
-            kv.last[few] // self.block < self.columns
-        )
+        full[few] = exact == rows[few] * (last - first + 1)[few]
+        full[few] &= kv.last[few] // self.block < self.columns
         return np.where((listed == 0) | (first > last), EMPTY, np.where(full, FULL, PARTIAL))
 
     @property
@@ -94,25 +94,20 @@ class Tiles(Mask):
         rows, columns = self._tiles(self._touched(q), self._touched(kv))
         if not len(rows):
             return NOTHING
-        q, kv = (
-            clip(side, int(tiles.min()) * self.block, (int(tiles.max()) + 1) * self.block)
-            for side, tiles in ((q, rows), (kv, columns))
-        )
-        if q and kv:
-            return (q, kv)
-        return NOTHING
+        q, kv = self._clipped(q, rows), self._clipped(kv, columns)
+        return (q, kv) if q and kv else NOTHING
+
+    def _clipped(self, side: range, tiles: IntArray) -> range:
+        """The part of a range from the first to the last tile."""
+        return clip(side, int(tiles.min()) * self.block, (int(tiles.max()) + 1) * self.block)
 
     def pairs(self, q: range, kv: range) -> int | None:
-        rows, columns = (
-            self._overlaps(side, tiles)
-            for side, tiles in zip(
-                (q, kv), self._tiles(self._touched(q), self._touched(kv)), strict=True
-            )
-        )
+        rows, columns = self._tiles(self._touched(q), self._touched(kv))
+        queries, keys = self._overlaps(q, rows), self._overlaps(kv, columns)
         # Python integers where the product may exceed 64 bits.
         if (q.stop - q.start) * (kv.stop - kv.start) > np.iinfo(np.int64).max:
-            rows, columns = rows.astype(object), columns.astype(object)
-        return int((rows * columns).sum())
+            queries, keys = queries.astype(object), keys.astype(object)
+        return int((queries * keys).sum())
 
     def _touched(self, side: range) -> range:
         """Tiles that a range of positions touches."""
@@ -123,18 +118,15 @@ class Tiles(Mask):
     def _tiles(self, rows: range, columns: range) -> tuple[IntArray, IntArray]:
         """Rows and columns of the listed tiles among some rows and columns."""
         ends = rows.start * self.columns, rows.stop * self.columns
-        row, column = np.divmod(
-            self._listed[slice(*np.searchsorted(self._listed, ends))],
-            self.columns,
-        )
+        start, stop = np.searchsorted(self._listed, ends)
+        row, column = np.divmod(self._listed[start:stop], self.columns)
         inside = (column >= columns.start) & (column < columns.stop)
         return row[inside], column[inside]
 
     def _overlaps(self, side: range, tiles: IntArray) -> Any:
         """Number of positions of a contiguous range in each tile."""
-        return np.minimum((tiles + 1) * self.block, side.stop) - np.maximum(
-            tiles * self.block, side.start
-        )
+        stops = np.minimum((tiles + 1) * self.block, side.stop)
+        return stops - np.maximum(tiles * self.block, side.start)
 
     def __repr__(self) -> str:
         if self.code:
@@ -143,7 +135,7 @@ class Tiles(Mask):
         return f"tiles([{pairs}]{self._options})"
 
     def __str__(self) -> str:
-        if self.code or not isinstance(self.keys, tuple) or len(self.keys) <= MOST_SHOWN:
+        if self.code or not isinstance(self.keys, tuple) or len(self.keys) <= MOST_NUMBERS:
             return repr(self)
         return f"tiles({brief(self.keys, 'tiles', '')}{self._options})"
 
@@ -154,6 +146,7 @@ class Tiles(Mask):
 
     @property
     def _tight(self) -> bool:
+        """Whether the last column has a listed tile, as by default."""
         return self.columns == max((key % self.columns for key in self.keys), default=0) + 1
 
 
@@ -173,14 +166,16 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
     listed = [arguments.integers(f"pairs[{i}]", pair, 0) for i, pair in enumerate(pairs)]
     if any(len(pair) != 2 for pair in listed):
         raise ValueError(
-            "pairs: every tile must be a (query tile, key tile) pair; got one with another number of entries",
+            "pairs: every tile must be a (query tile, key tile) pair; "
+            "got one with another number of entries"
         )
     tight = max((column for _, column in listed), default=0) + 1
     width = tight if columns is None else arguments.integer("columns", columns, tight)
     rows = max((row for row, _ in listed), default=0) + 1
     if rows * width > arguments.MOST or max(rows, width) * block > arguments.MOST:
         raise ValueError(
-            f"pairs must name at most 2**60 tiles, below position 2**60; got {rows} x {width} tiles of {block} tokens"
+            "pairs must name at most 2**60 tiles, below position 2**60; "
+            f"got {rows} x {width} tiles of {block} tokens"
         )
     return Tiles(block, width, tuple(sorted({row * width + column for row, column in listed})))
 
@@ -203,13 +198,13 @@ def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
     blocks = -(-tokens // block)
     if count > blocks:
         raise ValueError(
-            f"count must be at most the {blocks} blocks of {block} tokens that {tokens} tokens have; got {count}. "
-            "Take fewer blocks, or smaller ones"
+            f"count must be at most the {blocks} blocks of {block} tokens "
+            f"that {tokens} tokens have; got {count}. Take fewer blocks, or smaller ones"
         )
     if blocks * count > _MOST_RANDOM:
         raise ValueError(
-            f"random_blocks lists at most {_MOST_RANDOM:,} tiles; got {blocks:,} blocks of {block} tokens that see {count} each. "
-            "Take larger blocks"
+            f"random_blocks lists at most {_MOST_RANDOM:,} tiles; got {blocks:,} blocks "
+            f"of {block} tokens that see {count} each. Take larger blocks"
         )
     keys: list[int] = []
     for row, draws in enumerate(_draws(blocks, count, seed)):
@@ -219,7 +214,7 @@ def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
 
 
 def _draws(blocks: int, count: int, seed: int) -> list[list[int]]:
-    """Random numbers per row; draw i is below blocks - count + i + 1."""
+    """Random numbers per row, draw i below blocks - count + i + 1."""
     row, draw = np.arange(blocks, dtype=np.uint64)[:, None], np.arange(count, dtype=np.uint64)
     random = splitmix64(splitmix64(splitmix64(np.full((1, 1), seed, dtype=np.uint64)) ^ row) ^ draw)
     draws: list[list[int]] = (random % (draw + np.uint64(blocks - count + 1))).tolist()

@@ -20,10 +20,12 @@ import numpy as np
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .core import MOST_RANGES, NOTHING, Data, Mask, Positions, brief, clip
+from .core import MOST_RANGES, Data, Mask, Positions
 from .data import OfFlags, row_of
 from .leading import GlobalTokens
 from .lookup import as_tensor, rank, runs
+from .ranges import NOTHING, clip
+from .summaries import brief
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,14 +58,10 @@ class GlobalPositions(Mask):
 
         Counted over first .. last of a region, gaps included, which is sound.
         """
-        count = np.searchsorted(self._listed, side.last, side="right") - np.searchsorted(
-            self._listed, side.first
-        )
-        return np.where(
-            count == 0,
-            EMPTY,
-            np.where(count == side.last - side.first + 1, FULL, PARTIAL),
-        )
+        count = np.searchsorted(self._listed, side.last, side="right")
+        count -= np.searchsorted(self._listed, side.first)
+        is_full = count == side.last - side.first + 1
+        return np.where(count == 0, EMPTY, np.where(is_full, FULL, PARTIAL))
 
     @property
     def period(self) -> int | None:
@@ -86,9 +84,7 @@ class GlobalPositions(Mask):
             q = clip(q, int(queries[0]), int(queries[-1]) + 1)
         if not len(queries):
             kv = clip(kv, int(keys[0]), int(keys[-1]) + 1)
-        if q and kv:
-            return (q, kv)
-        return NOTHING
+        return (q, kv) if q and kv else NOTHING
 
     def _within(self, span: range) -> IntArray:
         """Global positions from the start to the stop of a range."""
@@ -102,18 +98,18 @@ class GlobalPositions(Mask):
         return f"global_tokens(positions={self.positions!r})"
 
     def __str__(self) -> str:
-        if not isinstance(self.positions, tuple):  # they travel beside the text
+        if not isinstance(self.positions, tuple):  # a placeholder: the text has the numbers apart
             return repr(self)
-        return (
-            f"global_tokens(positions={brief(self.positions, 'positions', repr(self.positions))})"
-        )
+        positions = brief(self.positions, "positions", repr(self.positions))
+        return f"global_tokens(positions={positions})"
 
 
 @dataclass(frozen=True, repr=False)
 class GlobalData(OfFlags):
     """flags[b, q] or flags[b, kv], for the bool data tensor `name` (B, positions)."""
 
-    true_where, of_others = "a token is global", "is 1 where a token is global, pass mask == 1"
+    true_where = "a token is global"
+    conversion = "If your mask is 1 where a token is global, pass mask == 1"
 
     @property
     def query_names(self) -> tuple[str, ...]:
@@ -142,21 +138,23 @@ def global_tokens(
 
     count: the first `count` tokens.
     positions: fixed positions in any order; those past the sequence have no effect.
-    data: name of a bool data tensor (B, positions) passed at the call, True where a token is global;
-        other tokens then never cause a new plan.
+    data: name of a bool data tensor (B, positions) passed at the call, True where a token is
+        global; new values never cause a new plan.
 
     >>> global_tokens(positions=(17, 0))
     global_tokens(positions=(0, 17))
     """
     if sum(argument is not None for argument in (count, positions, data)) != 1:
         raise ValueError(
-            "global_tokens needs one of count (the first tokens), positions, or data (the name of a data tensor); "
+            "global_tokens needs one of count (the first tokens), positions, "
+            "or data (the name of a data tensor); "
             f"got count={count!r}, positions={positions!r}, data={data!r}"
         )
     if count is not None:
         if arguments.is_iterable(count):
             raise TypeError(
-                f"count must be an integer; got {type(count).__name__}. Write global_tokens(positions=...)",
+                f"count must be an integer; got {type(count).__name__}. "
+                "Write global_tokens(positions=...)"
             )
         return GlobalTokens(arguments.integer("count", count, 0))
     if positions is not None:

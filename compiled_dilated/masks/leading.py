@@ -9,7 +9,8 @@ import numpy as np
 
 from .. import arguments
 from ..regions import EMPTY, FULL, PARTIAL, Regions, Verdicts, verdicts
-from .core import Data, Mask, Positions, clip
+from .core import Data, Mask, Positions
+from .ranges import clip
 
 
 @dataclass(frozen=True, repr=False)

@@ -25,11 +25,11 @@ def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
         return np.searchsorted(_array(table), x, side="right")
     if entries is None:
         # A tensor created while tracing belongs to the trace and must not be cached.
-        make = as_tensor if torch.compiler.is_compiling() else _tensor
-        entries = make(table, x.device)
+        create = as_tensor if torch.compiler.is_compiling() else _tensor
+        entries = create(table, x.device)
     low = x - x
     for width in _widths(len(table)):
-        # Invariant: the answer lies in [low, low + 2 * width - 1].
+        # Invariant: low <= rank < low + 2 * width.
         probe = (low + width - 1).clamp(max=len(table) - 1)
         low = low + width * ((low + width <= len(table)) & (entries[probe] <= x))
     return low
@@ -39,15 +39,14 @@ def runs(ascending: IntArray, unit: int = 1) -> list[range]:
     """Ascending distinct numbers as few ranges; each number covers `unit` positions."""
     if not len(ascending):
         return []
+    # Where a number does not continue the run before it.
     cuts = np.flatnonzero(np.diff(ascending) != 1)
-    firsts, lasts = (
-        ascending[np.append(0, cuts + 1)],
-        ascending[np.append(cuts, len(ascending) - 1)],
-    )
-    return [
-        range(first * unit, (last + 1) * unit)
-        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
-    ]
+    firsts = ascending[np.append(0, cuts + 1)].tolist()
+    lasts = ascending[np.append(cuts, len(ascending) - 1)].tolist()
+    out = []
+    for first, last in zip(firsts, lasts, strict=True):
+        out.append(range(first * unit, (last + 1) * unit))
+    return out
 
 
 def as_tensor(table: tuple[int, ...], device: Any) -> Any:

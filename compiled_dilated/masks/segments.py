@@ -7,7 +7,8 @@ from typing import Any
 
 from .. import arguments
 from ..regions import IntArray, Regions, Verdicts, verdicts
-from .core import NOTHING, Data, Mask, Positions, clip
+from .core import Data, Mask, Positions
+from .ranges import NOTHING, clip
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,21 +40,20 @@ class Segments(Mask):
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         # The segments that the queries touch, then those that the remaining keys touch.
-        kv = clip(kv, q[0] // self.length * self.length, (q[-1] // self.length + 1) * self.length)
+        kv = clip(kv, *self._reach(q))
         if not kv:
             return NOTHING
-        return clip(
-            q,
-            kv[0] // self.length * self.length,
-            (kv[-1] // self.length + 1) * self.length,
-        ), kv
+        return clip(q, *self._reach(kv)), kv
+
+    def _reach(self, span: range) -> tuple[int, int]:
+        """Start and stop of the segments that a range of tokens touches."""
+        return span[0] // self.length * self.length, (span[-1] // self.length + 1) * self.length
 
     def pairs(self, q: range, kv: range) -> int | None:
         length = self.length
         first, last = max(q.start, kv.start) // length, (min(q.stop, kv.stop) - 1) // length
         total = max(0, last - first - 1) * length**2
-        # The first and the last common segment may be cut; those between are complete on both
-        # sides.
+        # The first and the last common segment may be cut; all between are complete.
         for segment in {first, last}:
             if first <= last:
                 span = segment * length, (segment + 1) * length
@@ -70,7 +70,7 @@ def same_group(
     kv_first: IntArray,
     kv_last: IntArray,
 ) -> Verdicts:
-    """Verdicts of equal group numbers, from the first and last number per region."""
+    """Verdicts of equal group numbers, from their bounds per region."""
     empty = (q_last < kv_first) | (kv_last < q_first)
     return verdicts((q_first == q_last) & (kv_first == kv_last) & (q_first == kv_first), empty)
 
@@ -80,5 +80,8 @@ def _overlap(a: range, start: int, stop: int) -> int:
 
 
 def segments(length: int) -> Mask:
-    """Segments of `length` tokens that see only themselves; the last may be short."""
+    """Segments of `length` tokens that see only themselves.
+
+    The last may be short.
+    """
     return Segments(arguments.integer("length", length, 1))

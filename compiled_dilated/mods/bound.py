@@ -19,7 +19,7 @@ class Mod:
 
     learned: numbers of the operands that get gradients.
     sums: per learned operand the sum of its gradients, in its shape, float32 or float64.
-    places: from indices (b, h, q, kv) within a part of the sequence to those of the whole.
+    places: from indices (b, h, q, kv) of a part of the sequence to those of the full sequence.
     """
 
     graph: Graph
@@ -29,7 +29,10 @@ class Mod:
     places: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
     def on(self, *indices: Tensor) -> TileMod:
-        """The mod on a tile, given by the indices b, h, q and kv of its scores."""
+        """The mod on a tile.
+
+        indices: b, h, q and kv of the tile's scores.
+        """
         if self.places is not None:
             indices = self.places(*indices)
         return TileMod(self, indices)
@@ -54,6 +57,7 @@ class TileMod:
         mod = self.mod
         learned = tuple(mod.operands[number] for number in mod.learned)
 
+        # A function of what gets gradients only, as vjp takes it.
         def modify(scores: Tensor, *learned: Tensor) -> Tensor:
             operands = list(mod.operands)
             for number, operand in zip(mod.learned, learned, strict=True):

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .draft import Draft
 from .pairs import gathered, has_scalar_tensor
-from .recorder import Recorder
 
 # float(x) and int(x) of a symbolic number, as torch.compile writes them.
 _CONVERSIONS = {torch.sym_float: torch.float64, torch.sym_int: torch.int64}
@@ -31,26 +31,31 @@ _CLAMPS = frozenset((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip))
 class Captures(TorchFunctionMode):
     """Replaces captured tensors by tensors without data, the operands of the graph."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, draft: Draft) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.draft = draft
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recorder = self.recorder
-        if func in _READS_A_NUMBER and not recorder.is_traced(args[0]):
-            if _has_value(args[0]):  # a captured number: the one that it is now
+        draft = self.draft
+        # 1. Calls on a captured tensor itself: its value now, or its size.
+        if func in _READS_A_NUMBER and not draft.is_traced(args[0]):
+            if _has_value(args[0]):
                 with _disable_current_modes():
                     return func(*args, **kwargs)
             if func is Tensor.item:  # without a value in an outer graph: an operand
-                return recorder.number(recorder.placeholders(args[0]).detach())
+                return draft.number(draft.placeholder(args[0]).detach())
         if func in _FROM_LITERALS and torch.device(kwargs.get("device") or "cpu").type == "meta":
             kwargs = kwargs | {"device": "cpu"}
         if func in _READS_A_SIZE and _has_symbolic_size(args[0]):
             return func(*args, **kwargs)  # the placeholder has the size of this trace only
-        args, kwargs = recorder.placeholders(args), recorder.placeholders(kwargs)
+        # 2. All other calls, on placeholders.
+        return self._call(func, draft.placeholders(args), draft.placeholders(kwargs))
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function on traced tensors; what torch would refuse, in another form."""
         if func in _CONVERSIONS and isinstance(args[0], Tensor):
-            return recorder.number(args[0].to(_CONVERSIONS[func]))
+            return self.draft.number(args[0].to(_CONVERSIONS[func]))
         if func in _CLAMPS and _has_tensor((*args[1:], *kwargs.values())):
             return _clamp(*args, **kwargs)
         if func is Tensor.__getitem__ and has_scalar_tensor(args[1]):
@@ -71,7 +76,7 @@ def _has_tensor(values: tuple[Any, ...]) -> bool:
 
 
 def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    """torch.clamp with one bound a tensor and the other a number, which torch refuses."""
+    """torch.clamp between a tensor and a number, which torch refuses."""
     if min is not None:
         x = torch.maximum(x, _bound(min, x))
     if max is not None:

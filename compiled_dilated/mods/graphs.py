@@ -2,8 +2,8 @@
 
     [["score", "b", ...], operands, [[operator, arguments, options, single, varies], ...], result]
 
-The operators are pure ATen operators on scalars, captured tensors and literals. Values have numbers:
-inputs first, then operands, then the results of the operators.
+The operators are pure ATen operators on scalars, captured tensors and literals. Values are
+numbered: inputs first, then operands, then the results of the operators.
 
 single   the operator maps scalars to a scalar, or loads one from a table, or does not vary
 varies   its result differs from pair to pair
@@ -46,7 +46,7 @@ _ALSO_ALLOWED = frozenset(
 
 
 class ModError(ValueError):
-    """A function that cannot be traced as a mod, or a text that is not a graph."""
+    """A function that cannot be traced, or a text that is no graph."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class Graph:
         return self._code.is_elementwise
 
     def reads(self, name: str) -> bool:
-        """Whether the result depends on an input: "score", "b", "h", "q_idx" or "kv_idx"."""
+        """Whether the result depends on an input.
+
+        name: "score", "b", "h", "q_idx" or "kv_idx".
+        """
         return self._code.inputs.index(name) in self._code.read
 
     def score(self, operands: Sequence[Tensor], score: Tensor, *indices: Tensor) -> Tensor:
@@ -91,7 +94,10 @@ class Graph:
         return out.to(score.dtype).expand(score.shape)
 
     def mask(self, operands: Sequence[Tensor], *indices: Tensor) -> Tensor:
-        """Which pairs are allowed: bool, broadcasting with the indices b, h, q and kv."""
+        """Which pairs are allowed, as bools that broadcast with the indices.
+
+        indices: b, h, q and kv.
+        """
         return self._over_tile(operands, *indices)
 
     def scalar(
@@ -123,7 +129,11 @@ class _Instruction:
 
 @dataclass(frozen=True)
 class _Code:
-    """A parsed graph. read: the values that the result depends on."""
+    """A parsed graph.
+
+    result: the number of the mod's result.
+    read: the values that the result depends on.
+    """
 
     inputs: tuple[str, ...]
     operands: int
@@ -148,6 +158,7 @@ class _Code:
             if subscripts and op is torch.ops.aten.index.Tensor:
                 op = _subscript
             env.append(op(*args, **kwargs))
+        # A result that is the same for all pairs broadcasts over the tile.
         out = env[self.result]
         return out.reshape((1,) * dims) if out.dim() < dims else out
 
@@ -157,6 +168,11 @@ def _subscript(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
 
 
 def _resolve(value: Any, env: list[Any], device: torch.device, dims: int) -> Any:
+    """An argument of the text with values in place of references.
+
+    device: in place of the device of the indices.
+    dims: scalars are reshaped to as many dimensions; 0 leaves them.
+    """
     if isinstance(value, list):
         return [_resolve(item, env, device, dims) for item in value]
     if not isinstance(value, dict):
@@ -183,24 +199,23 @@ def _read(text: str) -> _Code:
         inputs, operands, body, result = json.loads(text)
         arguments = len(inputs) + operands
         instructions = tuple(
-            _instruction(
-                entry,
-                arguments + place,
-            )
-            for place, entry in enumerate(body)
+            _instruction(entry, place) for place, entry in enumerate(body, arguments)
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModError(f"the text is no graph of a mod: {error}") from None
-    if not isinstance(result, int) or not 0 <= result < arguments + len(instructions):
-        raise ModError(
-            f"the graph's result must be one of its {arguments + len(instructions)} values; got {result!r}",
-        )
+    values = arguments + len(instructions)
+    if not isinstance(result, int) or not 0 <= result < values:
+        raise ModError(f"the graph's result must be one of its {values} values; got {result!r}")
     read = _needed(instructions, result, arguments)
     elementwise = all(entry[3] for entry in body)
     return _Code(tuple(inputs), operands, instructions, result, read, elementwise)
 
 
 def _instruction(entry: Any, place: int) -> _Instruction:
+    """Check an instruction of the text.
+
+    place: number of the result.
+    """
     name, args, kwargs, _, varies = entry
     _, packet, overload = name.split(".")
     op = getattr(getattr(torch.ops.aten, packet), overload)
@@ -242,7 +257,7 @@ def _references(value: Any) -> Iterator[int]:
 
 
 def _needed(instructions: Sequence[_Instruction], result: int, arguments: int) -> frozenset[int]:
-    """The values that the result depends on, itself included."""
+    """The values that the result depends on, the result included."""
     needed = {result}
     for place in reversed(range(len(instructions))):
         if arguments + place in needed:

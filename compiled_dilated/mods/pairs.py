@@ -1,4 +1,4 @@
-"""A function of scalars over all pairs of a tile, by vmap, as in FlexAttention (arXiv 2412.05496)."""
+"""Functions of scalars over all pairs of a tile, by vmap as in FlexAttention (arXiv 2412.05496)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ def over_pairs(fn: Callable[..., Any], *arguments: Tensor) -> Any:
 
 
 def _mapped(fn: Callable[..., Any], *arguments: Tensor) -> Any:
+    """One vmap per dimension of the arguments, the first outermost."""
     if arguments[0].dim() == 0:
         return fn(*arguments)
     # One vmap for the first dimension, over the arguments that vary along it.
     in_dims: list[int | None] = []
-    rest = []
+    inner = []
     for x in arguments:
         varies = x.shape[0] != 1
         in_dims.append(0 if varies else None)
-        rest.append(x if varies else x.squeeze(0))
+        inner.append(x if varies else x.squeeze(0))
     if 0 not in in_dims:
-        return _mapped(fn, *rest).unsqueeze(0)
-    return torch.vmap(lambda *inner: _mapped(fn, *inner), in_dims=tuple(in_dims))(*rest)
+        return _mapped(fn, *inner).unsqueeze(0)
+    return torch.vmap(lambda *slices: _mapped(fn, *slices), in_dims=tuple(in_dims))(*inner)
 
 
 class _IndexByTensor(TorchFunctionMode):
-    """Evaluates table[i] of a scalar tensor i as a gather; torch would read its value."""
+    """Evaluates table[i] of a scalar tensor i as a gather.
+
+    torch would read the value of i.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and has_scalar_tensor(args[1]):
@@ -54,12 +58,15 @@ def has_scalar_tensor(index: Any) -> bool:
 
 
 def gathered(x: Tensor, index: Any) -> Tensor:
-    """x[index] with scalar tensors as gathers; numbers, slices, None and ... as in torch."""
+    """x[index] with scalar tensors as gathers.
+
+    Numbers, slices, None and ... are as in torch.
+    """
     entries = list(index) if isinstance(index, tuple) else [index]
-    # 1. Write `...` out. Found by identity: comparing it with a tensor would not give a bool.
+    # 1. Write `...` out. Compared by identity: a tensor == ... is no bool.
     for place, entry in enumerate(entries):
         if entry is Ellipsis:
-            indexed = sum(other is not None and other is not Ellipsis for other in entries)
+            indexed = sum(index is not None and index is not Ellipsis for index in entries)
             entries[place : place + 1] = [slice(None)] * (x.dim() - indexed)
             break
     # 2. Numbers, slices and new dimensions first; a tensor's dimension is left to the gather.

@@ -1,7 +1,7 @@
 """Tracing of score_mods and mask_mods: one call with scalars without values, recorded as a graph.
 
-Tensors from outside become operands, whatever they are: parameters, buffers, values of an outer
-graph, batches of a vmap.
+Tensors from outside become operands: parameters, buffers, values of an outer graph, batches of a
+vmap.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .captures import Captures
+from .draft import NUMBER, Draft
 from .graphs import Graph
-from .recorder import NUMBER, Recorder, name_of
+from .recorder import Recorder
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
@@ -36,13 +37,15 @@ def trace_score_mod(fn: ScoreMod, dtype: torch.dtype) -> tuple[Graph, tuple[Tens
     Symbolic numbers that it captures (SymInt, SymFloat) are returned as tensors too.
 
     Raises ModError if it branches on values, draws random numbers or modifies a captured tensor;
-    TypeError or ValueError if its arguments or its result are others.
+    TypeError or ValueError if its arguments or its result are not as above.
     """
     return _trace("score_mod", fn, (("score", dtype), *_INDEX_INPUTS))
 
 
 def trace_mask_mod(fn: MaskMod) -> tuple[Graph, tuple[Tensor, ...]]:
-    """The graph of a mask_mod(b, h, q_idx, kv_idx) -> bool, and the tensors that it captures.
+    """The graph of a mask_mod, and the tensors that it captures.
+
+    fn: mask_mod(b, h, q_idx, kv_idx) -> bool.
 
     Raises as `trace_score_mod`.
     """
@@ -59,7 +62,7 @@ def check_callable(kind: str, fn: object, scores: bool) -> None:
     parameters = ", ".join(names)
     if not callable(fn):
         raise TypeError(
-            f"{kind} must be a function of ({parameters}); got {type(fn).__name__} {repr(fn)[:60]}",
+            f"{kind} must be a function of ({parameters}); got {type(fn).__name__} {repr(fn)[:60]}"
         )
     if torch.compiler.is_compiling():  # Dynamo checks the call when it traces fn
         return
@@ -71,24 +74,34 @@ def check_callable(kind: str, fn: object, scores: bool) -> None:
         signature.bind(*names)
     except TypeError as error:
         raise TypeError(
-            f"{kind} must be a function of ({parameters}), {len(names)} arguments; got {name_of(fn)}{signature}: {error}"
+            f"{kind} must be a function of ({parameters}), {len(names)} arguments; "
+            f"got {name_of(fn)}{signature}: {error}"
         ) from None
 
 
+def name_of(fn: object) -> str:
+    """The name of a function, for error messages."""
+    return str(getattr(fn, "__qualname__", type(fn).__name__))
+
+
 def _trace(
-    kind: str,
-    fn: Callable[..., Any],
-    inputs: tuple[tuple[str, torch.dtype], ...],
+    kind: str, fn: Callable[..., Any], inputs: tuple[tuple[str, torch.dtype], ...]
 ) -> tuple[Graph, tuple[Tensor, ...]]:
+    """The graph of a mod and its operands.
+
+    kind: "score_mod" or "mask_mod".
+    inputs: name and dtype of each argument.
+    """
     check_callable(kind, fn, scores=kind == "score_mod")
-    recorder = Recorder(kind, fn, inputs)
+    draft = Draft(f"{kind} {name_of(fn)}", [name for name, _ in inputs])
+    recorder = Recorder(kind, draft)
     # The graph must not depend on the caller's modes, transforms or autocast.
     with _disable_current_modes(), temporarily_clear_interpreter_stack(), without_autocast():
-        scalars = [recorder.argument(number, dtype) for number, (_, dtype) in enumerate(inputs)]
-        with recorder, Captures(recorder):
+        scalars = [draft.argument(number, dtype) for number, (_, dtype) in enumerate(inputs)]
+        with recorder, Captures(draft):
             result = fn(*scalars)
         text = recorder.text(result)
-    captured = [x if isinstance(x, Tensor) else as_tensor(x) for x in recorder.captured]
+    captured = [x if isinstance(x, Tensor) else as_tensor(x) for x in draft.captured]
     return Graph(text), tuple(captured)
 
 

@@ -31,7 +31,10 @@ def _clamp(
     min: Argument = None,
     max: Argument = None,
 ) -> int:
-    """minimum(maximum(a, low), high); the bounds come by position or as min and max."""
+    """minimum(maximum(a, low), high).
+
+    low, high: or the keywords min and max.
+    """
     low = min if low is None else low
     high = max if high is None else high
     x = c.node(a)
@@ -52,13 +55,16 @@ def _clamp_gradients(
     greatest: int | None,
     grad: int,
 ) -> list[tuple[int, int]]:
-    """torch's own: x gets all of it within the bounds and on them, else the bound that is taken."""
+    """torch's own gradients: to x within the bounds, else to a bound.
+
+    A number on a bound is within.
+    """
     zero = c.zero_like(grad)
     of_x, of_bounds = grad, []
     if least is not None:
         is_below = c.binary("less", x, least)
         of_x = c.x.choice(is_below, zero, of_x)
-        if greatest is not None:  # of crossed bounds the upper one is taken
+        if greatest is not None:  # of crossed bounds the upper one is in effect
             is_below = c.binary("both", is_below, c.binary("less", least, greatest))
         of_bounds.append((least, c.x.choice(is_below, grad, zero)))
     if greatest is not None:
@@ -114,6 +120,7 @@ def _leaky_relu(c: Cell, a: Argument, slope: float = 0.01) -> int:
 
 
 def _elu(c: Cell, a: Argument, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> int:
+    # scale * x above 0, scale * alpha * (exp(input_scale * x) - 1) below.
     x, zero = c.node(a), c.node(0)
     negative = linear(c.x, c.unary("expm1", linear(c.x, x, input_scale)), alpha * scale)
     is_positive = c.binary("less", zero, x)
@@ -128,6 +135,7 @@ def _elu(c: Cell, a: Argument, alpha: float = 1, scale: float = 1, input_scale: 
 
 
 def _softplus(c: Cell, a: Argument, beta: float = 1, threshold: float = 20) -> int:
+    # log(1 + exp(beta * x)) / beta, and x itself above the threshold.
     x = c.node(a)
     scaled = linear(c.x, x, beta)
     is_large = c.binary("less", c.node(threshold), scaled)

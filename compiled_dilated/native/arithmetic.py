@@ -11,8 +11,8 @@ from .cells import Argument, Cell, Pointwise, binary, unary
 from .derivatives import linear
 from .expressions import Register, Untranslatable
 
-_MOST_FACTORS = {True: 3, False: 64}  # of a power as a product, for floating numbers and whole ones
-
+# The most factors of a power that is computed as a product, by whether numbers are floating-point.
+_MOST_FACTORS = {True: 3, False: 64}
 
 # Sums, quotients, rounding ------------------------------------------------------------------
 
@@ -76,8 +76,8 @@ def _lerp(c: Cell, a: Argument, b: Argument, weight: Argument) -> int:
     start, end, w = c.node(a), c.node(b), c.node(weight)
     difference = c.binary("subtract", end, start)
     low = c.binary("add", start, c.binary("multiply", w, difference))
-    rest = c.binary("subtract", c.node(1), w)
-    high = c.binary("subtract", end, c.binary("multiply", rest, difference))
+    complement = c.binary("subtract", c.node(1), w)
+    high = c.binary("subtract", end, c.binary("multiply", complement, difference))
     is_low = c.binary("less", c.unary("absolute", w), c.node(0.5))
     return c.x.choice(is_low, low, high)
 
@@ -108,6 +108,7 @@ def _power(c: Cell, base: Argument, exponent: Argument) -> int:
         if not is_float:
             raise Untranslatable("the tape has no powers of whole numbers with exponents that vary")
         return c.binary("power", c.node(base), c.node(exponent))
+    # Literal exponents: products of few factors, then roots and reciprocals.
     x = c.node(base)
     if exponent == int(exponent) and 1 <= exponent <= _MOST_FACTORS[is_float]:
         return _product(c, x, int(exponent))
@@ -115,7 +116,7 @@ def _power(c: Cell, base: Argument, exponent: Argument) -> int:
         return c.node(1)
     if not is_float:
         raise Untranslatable(
-            f"the tape has no powers of whole numbers with the exponent {exponent}",
+            f"the tape has no powers of whole numbers with the exponent {exponent}"
         )
     special = {0.5: _sqrt, -0.5: _rsqrt, -1: _reciprocal}.get(exponent)
     if special is not None:
@@ -182,8 +183,8 @@ def _is_inf(c: Cell, a: Argument) -> int:
 
 
 def _cast(c: Cell, a: Argument, **_: Any) -> int:
-    node, own = a
-    return int(node) if own == c.dtype else c.x.cast(node, c.dtype)
+    node, source = a
+    return int(node) if source == c.dtype else c.x.cast(node, c.dtype)
 
 
 _UNARY = {

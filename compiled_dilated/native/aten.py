@@ -51,6 +51,7 @@ def _pointwise(
     args: Sequence[Any],
     kwargs: dict[str, Any],
 ) -> Cells:
+    """The result of an entrywise operator, whose arguments broadcast."""
     compute = _promoted_dtype(args) if out.dtype == torch.bool else out.dtype
 
     def at(index: tuple[Index, ...]) -> int:
@@ -78,7 +79,7 @@ def _promoted_dtype(args: Sequence[Any]) -> torch.dtype:
 
 
 def _metas(value: Any) -> Any:
-    """The same nest of arguments with tensors without data."""
+    """The same nest of arguments with meta tensors in place of `Cells`."""
     if isinstance(value, Cells):
         return value.meta
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The library of native kernels, compiled once on a machine by its own compiler.
+"""The library of native kernels, compiled once per machine by the machine's compiler.
 
     load -> library -> recipe (recipes.py) -> native-<digest of the recipe>.so (cache.py)
     _load_part -> the same for a part that a call first needs: functions, the backward, float64, AMX
@@ -53,7 +53,7 @@ def library(
     core: Path | None = None,
     isa: str = "native",
 ) -> Path:
-    """Build the library of these sources unless it exists, and return its path.
+    """Build a library unless it exists; returns its path.
 
     sources: the folder of C++ files, by default this package's.
     defines: macros, without -D.
@@ -94,43 +94,40 @@ def _build(ingredients: Recipe, path: Path) -> None:
             os.replace(digest, digest_file(path))
     except OSError as error:
         raise NativeUnavailable(
-            f"the native kernels cannot be kept in {path.parent}: {error}",
+            f"the native kernels cannot be kept in {path.parent}: {error}"
         ) from error
 
 
 def _compile(ingredients: Recipe, into: Path, jobs: int) -> Path:
     """Compile the sources in `jobs` processes and link them; returns the library."""
-    # The contents of the recipe: the files may have been edited since its digest was taken.
+    # 1. The contents of the recipe: the files may have been edited since its digest was taken.
     for name, content in ingredients.sources:
         (into / name).write_bytes(content)
+    # 2. Compile in parallel; the first error cancels what has not started.
+    compiler = ingredients.compiler
     flags = (*ingredients.flags, f"-fmacro-prefix-map={into}/=")
     objects, commands = [], []
     for unit in ingredients.units:
-        output = str(into / f"{unit}.o")
-        level = optimisation_level(unit)
+        output, level = str(into / f"{unit}.o"), optimisation_level(unit)
         objects.append(output)
-        commands.append(
-            [*ingredients.compiler, level, *flags, "-c", str(into / unit), "-o", output],
-        )
+        commands.append([*compiler, level, *flags, "-c", str(into / unit), "-o", output])
     pool = ThreadPoolExecutor(jobs)
     try:
         for _ in pool.map(_run, commands):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
+    # 3. Link.
     output = str(into / "library.so")
-    _run([*ingredients.compiler, *objects, *ingredients.links, "-o", output])
+    _run([*compiler, *objects, *ingredients.links, "-o", output])
     return Path(output)
 
 
 def _run(command: list[str]) -> None:
+    """Run a compiler; raises NativeUnavailable with its first errors if it fails."""
     environment = {**os.environ, "LC_ALL": "C"}
     process = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=environment,
+        command, capture_output=True, text=True, errors="replace", env=environment
     )
     if process.returncode == 0:
         return
@@ -177,7 +174,7 @@ def load() -> None:
 
 
 def available() -> str | None:
-    """Build and load the native kernels; None, or the reason why they cannot be used."""
+    """Build and load the native kernels; returns the reason of a failure."""
     try:
         load()
     except NativeUnavailable as error:
@@ -192,7 +189,7 @@ def check_switch() -> None:
         raise ValueError(f"COMPILED_DILATED_NATIVE must be 'on' or 'off'; got {value!r}")
     if not _SWITCH[value]:
         raise NativeUnavailable(
-            "COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them",
+            "COMPILED_DILATED_NATIVE=off turns the native kernels off; unset it to use them"
         )
 
 
@@ -213,7 +210,7 @@ def _load_part(name: bytes) -> None:
         with _lock:
             ctypes.CDLL(str(library(part=name.decode(), core=library(part="core"))))
     except NativeUnavailable as error:
-        # The call raises in C++, that the part is missing; an exception cannot cross from here.
+        # No exception can pass through C++, which itself raises that the part is missing.
         print(f"compiled_dilated: {error}", file=sys.stderr, flush=True)
 
 
@@ -225,5 +222,6 @@ def _open(path: Path) -> None:
             core.native_set_loader(_load_part)
     except OSError as error:
         raise NativeUnavailable(
-            f"{path} cannot be opened: {error}; set COMPILED_DILATED_CACHE to a folder from which programs may run"
+            f"{path} cannot be opened: {error}; "
+            "set COMPILED_DILATED_CACHE to a folder from which programs may run"
         ) from error

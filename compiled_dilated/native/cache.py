@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .recipes import NativeUnavailable
 
-# Kinds of machines that share a home directory, times versions in use.
+# Enough for all kinds of machines that share a home directory, times versions in use.
 _MOST_LIBRARIES = 48
 _STALE_SECONDS = 3600.0
 BUILDING = ".building-"  # prefix of the temporary folders of builds
@@ -34,12 +34,12 @@ def folder() -> Path:
         state = path.stat()
     except OSError as error:
         raise NativeUnavailable(
-            f"{path} cannot be made: {error}; set COMPILED_DILATED_CACHE to a folder of your own",
+            f"{path} cannot be created: {error}; set COMPILED_DILATED_CACHE to a folder of your own"
         ) from error
     remedy = f"use `chmod 700 {path}`, or set COMPILED_DILATED_CACHE to a folder of your own"
     if state.st_uid != os.getuid():
         raise NativeUnavailable(
-            f"{path} belongs to user {state.st_uid}, who could put code there; {remedy}",
+            f"{path} belongs to user {state.st_uid}, who could put code there; {remedy}"
         )
     if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NativeUnavailable(f"{path} is writable by others, who could put code there; {remedy}")
@@ -64,8 +64,8 @@ def digest_file(library: Path) -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Exclude other processes from building in the folder.
 
-    The kernel releases the lock of a process that dies. On file systems without locks
-    two processes may build the same library, which is right and slower.
+    The kernel releases the lock of a process that dies. On file systems without locks two
+    processes may build the same library, which is correct but slower.
     """
     import fcntl
 
@@ -84,9 +84,9 @@ def tidy(path: Path, newest: str) -> None:
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
-    others = [library for library in path.glob("native-*.so") if library.name != newest]
-    others.sort(key=_last_use, reverse=True)
-    for library in others[_MOST_LIBRARIES - 1 :]:
+    older = [library for library in path.glob("native-*.so") if library.name != newest]
+    older.sort(key=_last_use, reverse=True)
+    for library in older[_MOST_LIBRARIES - 1 :]:
         library.unlink(missing_ok=True)
         digest_file(library).unlink(missing_ok=True)
 

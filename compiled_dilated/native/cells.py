@@ -1,4 +1,4 @@
-"""One call of a pointwise operator on single entries, and the makers of plain ones."""
+"""One call of a pointwise operator on single entries, and the rules of simple operators."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ class Cell:
         """An argument as a node of a dtype, by default `compute`."""
         dtype = dtype or self.compute
         if isinstance(argument, tuple):
-            node, own = argument
-            return self._converted(node, own, dtype)
+            node, source = argument
+            return self._converted(node, source, dtype)
         if dtype.is_floating_point:
             return self.x.constant(float(argument), register_of(dtype))
         if dtype == torch.bool:
             return self.x.constant(bool(argument), Register.BOOLEAN)
         return self.x.wrapped(self.x.whole(int(argument)), dtype)
 
-    def _converted(self, node: int, own: torch.dtype, dtype: torch.dtype) -> int:
-        if own == dtype:
+    def _converted(self, node: int, source: torch.dtype, dtype: torch.dtype) -> int:
+        if source == dtype:
             return node
         # torch computes on float16 and bfloat16 in float32: a float32 argument keeps its digits.
-        keeps_digits = dtype in SHORT and own == torch.float32
+        keeps_digits = dtype in SHORT and source == torch.float32
         return self.x.cast(node, torch.float32 if keeps_digits else dtype)
 
     def result(self, node: int) -> int:
-        """A result as a number of the result's dtype."""
+        """The node of the result, rounded or wrapped to the result's dtype."""
         if self.dtype.is_floating_point:
             return self.x.rounded(self.x.held(node, register_of(self.dtype)), self.dtype)
         return node if self.dtype == torch.bool else self.x.wrapped(node, self.dtype)
@@ -70,7 +70,7 @@ class Cell:
 
 
 def unary(op: str) -> Pointwise:
-    """The operator that is one operation on one number."""
+    """The rule of one operation on one number."""
 
     def rule(c: Cell, a: Argument, **_: Any) -> int:
         return c.unary(op, c.node(a))
@@ -79,7 +79,7 @@ def unary(op: str) -> Pointwise:
 
 
 def binary(op: str, for_bools: str | None = None) -> Pointwise:
-    """The operator that is one operation on two numbers; `for_bools` on two bools."""
+    """The rule of one operation on two numbers; `for_bools` on two bools."""
 
     def rule(c: Cell, a: Argument, b: Argument) -> int:
         if c.compute != torch.bool:

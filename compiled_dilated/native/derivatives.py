@@ -28,7 +28,8 @@ def gradients(x: Expressions, result: int, register: Register) -> tuple[int, lis
         grads[result] = x.held(x.add("gradient", register), x.type(result))
     of_score = x.constant(0.0, register)
     scatters: list[int] = []
-    # Inputs come before the nodes that read them: backwards, every gradient is complete in time.
+    # Inputs come before the nodes that read them: in reverse order, every gradient is complete
+    # before it is passed on.
     for place in range(result, -1, -1):
         if place not in grads or place not in differentiable:
             continue
@@ -44,7 +45,7 @@ def gradients(x: Expressions, result: int, register: Register) -> tuple[int, lis
 
 
 def _input_gradients(x: Expressions, place: int, grad: int) -> Sequence[tuple[int, int]]:
-    """The gradients that a node passes on: by its own pull, or by the rule of its operation."""
+    """The gradients of a node's inputs, by its pull or operation."""
     pull = x.pulls.get(place)
     return _RULES[x.nodes[place].op](x, place, grad) if pull is None else pull(grad)
 
@@ -55,6 +56,7 @@ def _accumulate(
     differentiable: set[int],
     parts: Iterable[tuple[int, int]],
 ) -> None:
+    """Add gradients of inputs to `grads`, those of differentiable nodes only."""
     for place, part in parts:
         if place in differentiable:
             part = x.held(part, x.type(place))
@@ -62,7 +64,7 @@ def _accumulate(
 
 
 def _differentiable(x: Expressions, result: int) -> set[int]:
-    """Nodes that depend on the score or a floating operand by floating numbers only."""
+    """Nodes that depend on a score or operand by floating numbers only."""
     out: set[int] = set()
     for place, node in enumerate(x.nodes[: result + 1]):
         if not node.type.is_float:
@@ -85,11 +87,11 @@ def _square(x: Expressions, node: int) -> int:
     return x.binary("multiply", node, node)
 
 
-# Makers of rules ----------------------------------------------------------------------------
+# Rules of many operations -------------------------------------------------------------------
 
 
 def _times(factor: Factor) -> Rule:
-    """The rule of a unary operation with derivative factor(x, input, result)."""
+    """The rule of a unary operation with derivative `factor`."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
         (source,) = x.nodes[place].inputs
@@ -99,7 +101,7 @@ def _times(factor: Factor) -> Rule:
 
 
 def _over(divisor: Factor) -> Rule:
-    """The rule of a unary operation with derivative 1 / divisor(x, input, result)."""
+    """The rule of a unary operation with derivative 1 / divisor."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
         (source,) = x.nodes[place].inputs
@@ -109,7 +111,7 @@ def _over(divisor: Factor) -> Rule:
 
 
 def _remainder(rounding: str) -> Rule:
-    """a - b * rounding(a / b), the quotient taken for a constant."""
+    """The rule of a - b * rounding(a / b), with a constant quotient."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
         a, b = x.nodes[place].inputs
@@ -136,17 +138,17 @@ def _of_extreme(
     b: int,
     is_maximum: bool,
 ) -> list[tuple[int, int]]:
-    """The gradient to the operand that is taken, in halves to two equal ones."""
+    """The gradient to the selected operand, half to each of equal ones."""
     equal = x.binary("equal", a, b)
     half = linear(x, grad, 0.5)
     zero = x.constant(0.0, x.type(grad))
 
-    def part(operand: int, other: int) -> int:
-        low, high = (operand, other) if is_maximum else (other, operand)
-        is_not_taken = x.binary("less", low, high)
-        return x.choice(is_not_taken, zero, x.choice(equal, half, grad))
+    def share(operand: int, rival: int) -> int:
+        low, high = (operand, rival) if is_maximum else (rival, operand)
+        is_not_selected = x.binary("less", low, high)
+        return x.choice(is_not_selected, zero, x.choice(equal, half, grad))
 
-    return [(a, part(a, b)), (b, part(b, a))]
+    return [(a, share(a, b)), (b, share(b, a))]
 
 
 # Rules of single operations -----------------------------------------------------------------

@@ -52,8 +52,8 @@ OPERATIONS = {
     "block_window": 18,
     "function": 19,
 }
-# Positions are split into at most this many residue classes; masks of a larger period are right
-# too, and compute more hidden pairs.
+# Positions are split into at most this many residue classes. Masks of a larger period compute more
+# hidden pairs, with the same result.
 _MOST_CLASSES = 48
 _MOST_NUMBERS = 2**20  # of one program
 
@@ -68,9 +68,12 @@ def mask_slots(program: Program) -> list[int]:
 
 
 def encode(program: Program, heads: int, scores: Scores | None = None) -> tuple[int, ...]:
-    """The numbers of a program for this many query heads.
+    """The numbers of a program.
 
-    Their operands are those of `mask_slots` in that order, then the score_mod's own.
+    heads: number of query heads.
+    scores: the score_mod and its operands.
+
+    The operands of the kernel are those of `mask_slots` in that order, then the score_mod's own.
 
     Raises Untranslatable with a reason.
     """
@@ -86,7 +89,7 @@ def encode(program: Program, heads: int, scores: Scores | None = None) -> tuple[
     numbers += _score_tape(scores, len(slots))
     if len(numbers) > _MOST_NUMBERS:
         raise Untranslatable(
-            f"the program's lists are of {len(numbers):,} numbers, more than {_MOST_NUMBERS:,}",
+            f"the program's lists are of {len(numbers):,} numbers, more than {_MOST_NUMBERS:,}"
         )
     return tuple(numbers)
 
@@ -96,12 +99,12 @@ def _head_groups(program: Program, heads: int) -> tuple[list[int], list[tuple[Br
     groups: dict[tuple[Branch, ...], int] = {}
     group_of_head = []
     for head in range(heads):
-        branches = tuple(
-            Branch(branch.mask_at(head, heads), None, branch.order)
-            for branch in program.branches
-            if head in branch.head_range(heads)
-        )
-        group_of_head.append(groups.setdefault(branches, len(groups)))
+        branches = []
+        for branch in program.branches:
+            if head in branch.head_range(heads):
+                branches.append(Branch(branch.mask_at(head, heads), None, branch.order))
+        # Heads with equal branches form one group.
+        group_of_head.append(groups.setdefault(tuple(branches), len(groups)))
     return group_of_head, list(groups)
 
 
@@ -143,7 +146,7 @@ def _parts(mask: Mask) -> list[Mask]:
 
 
 def _group(table: _NodeTable, branches: Sequence[Branch]) -> list[int]:
-    """Step, dimensions, offset and sizes of the grid, and of each branch node and key step."""
+    """The numbers of a group: step, grid, and per branch node and key step."""
     grids = [_grid(branch) for branch in branches]
     offset, sizes = next((grid for grid in grids if grid is not None), (0, ()))
     # A grid is tiled by patches, anything else by residue classes modulo `step`.
@@ -172,7 +175,10 @@ def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
 
 
 def _step(mask: Mask) -> int:
-    """A modulus such that the mask links only positions of one residue; 1 without one."""
+    """A modulus such that the mask links only positions of one residue.
+
+    1 if there is none.
+    """
     if isinstance(mask, And):
         step = math.lcm(*(_step(part) for part in mask.masks))
         return min(step, _MOST_CLASSES + 1)
@@ -206,7 +212,7 @@ class _NodeTable:
     places: dict[Mask, int] = field(default_factory=dict)
 
     def add(self, mask: Mask) -> int:
-        """Add the node of a mask, unless it is there, and return its place."""
+        """Add the node of a mask unless present; returns its place."""
         if mask not in self.places:
             self.places[mask] = self._append(*self._node(mask))
         return self.places[mask]
@@ -248,7 +254,7 @@ class _NodeTable:
         graph, operands = trace_mask_mod(mask.allows)
         if operands:
             raise Untranslatable(
-                f"the native kernel has no operation for {name}, which reads tensors",
+                f"the native kernel has no operation for {name}, which reads tensors"
             )
         return "function", [-1, 0, *encode_graph(graph, [])]
 
@@ -264,7 +270,7 @@ class _NodeTable:
 
 
 def _positions(mask: Mask) -> tuple[str, list[int]] | None:
-    """The operation of a mask that is a rule over positions; None for other masks."""
+    """The operation of a mask over positions; None for other masks."""
     match mask:
         case Causal():
             return "causal", []

@@ -17,7 +17,7 @@ import torch
 
 from .ranges import OF_32_BITS, OF_64_BITS, Range, range_after, range_of
 
-# Positions of queries and keys are below; heads and batch entries are fewer.
+# Positions of queries and keys, heads and batch entries are below.
 MOST_POSITIONS = 2**30
 MOST_NODES = 4096
 
@@ -90,7 +90,7 @@ def register_of(dtype: torch.dtype) -> Register:
 class Node:
     """An operation on earlier nodes.
 
-    number: its immediate operand, as the value of a constant or the number of a captured tensor.
+    number: the immediate operand, as the value of a constant or the number of a captured tensor.
     label: distinguishes equal operations with different gradients.
     """
 
@@ -107,7 +107,7 @@ Pull = Callable[[int], Sequence[tuple[int, int]]]
 
 @dataclass
 class Expressions:
-    """Nodes in the order of addition, inputs first; an equal node is added once.
+    """Nodes without duplicates, inputs before the nodes that read them.
 
     nodes: by place.
     ranges: of whole numbers, by place; None for floating-point numbers.
@@ -128,7 +128,7 @@ class Expressions:
         within: Range | None = None,
         label: str = "",
     ) -> int:
-        """Add a node, unless there is an equal one, and return its place.
+        """Add a node unless an equal one exists; returns its place.
 
         within: the range of a whole number, by default that of its register.
         """
@@ -161,7 +161,7 @@ class Expressions:
         return self.add(name, Register.I32, within=Range(0, MOST_POSITIONS - 1))
 
     def constant(self, value: float, type: Register) -> int:
-        """A number in a register of that type, floating-point numbers as their bits."""
+        """A number in a register; floating-point numbers as their bits."""
         if type == Register.F32:
             (bits,) = struct.unpack("<i", struct.pack("<f", _single(float(value))))
             return self.add("constant", type, number=bits)
@@ -194,7 +194,7 @@ class Expressions:
     # Conversions ----------------------------------------------------------------------------
 
     def held(self, place: int, type: Register) -> int:
-        """A node converted to a register of another type; a constant stays one."""
+        """A node converted to a register of another type; constants stay constants."""
         node = self.nodes[place]
         if node.type == type:
             return place
@@ -236,6 +236,7 @@ class Expressions:
 
     def common(self, *places: int) -> list[int]:
         """The nodes in registers of one type, the widest among them."""
+        # Floating-point beats whole numbers, the wider type the narrower one.
         types = [self.type(place) for place in places]
         if any(type.is_float for type in types):
             widest = Register.F64 if Register.F64 in types else Register.F32
@@ -288,27 +289,16 @@ class Expressions:
         if not type.is_float:
             x, y = self.range(a), self.range(b)
             within = Range(min(x.low, y.low), max(x.high, y.high))
-        return self.add(
-            "where",
-            type,
-            self.held(condition, Register.BOOLEAN),
-            a,
-            b,
-            within=within,
-            label=label,
-        )
+        condition = self.held(condition, Register.BOOLEAN)
+        return self.add("where", type, condition, a, b, within=within, label=label)
 
     def apart(self, place: int, label: str, pull: Pull) -> int:
         """A copy of a node whose gradients are those of `pull`."""
-        node = self.nodes[place]
+        node, label = self.nodes[place], f"{label} {place}"
         out = self.add(
-            node.op,
-            node.type,
-            *node.inputs,
-            number=node.number,
-            within=self.ranges[place],
-            label=f"{label} {place}",
-        )
+            node.op, node.type, *node.inputs,
+            number=node.number, within=self.ranges[place], label=label,
+        )  # fmt: skip
         self.pulls[out] = pull
         return out
 

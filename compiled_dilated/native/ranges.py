@@ -15,9 +15,9 @@ class Range:
     low: int
     high: int
 
-    def contains(self, other: Range) -> bool:
+    def contains(self, part: Range) -> bool:
         """Whether the range contains another one."""
-        return self.low <= other.low and other.high <= self.high
+        return self.low <= part.low and part.high <= self.high
 
 
 def range_of(dtype: torch.dtype) -> Range:
@@ -32,7 +32,7 @@ OF_32_BITS, OF_64_BITS = range_of(torch.int32), range_of(torch.int64)
 
 
 def range_after(op: str, a: Range, b: Range | None = None) -> Range:
-    """The range of an operation's exact results; 64 bits where none is inferred."""
+    """The range of an operation's exact results; 64 bits if unknown."""
     return _unary_range(op, a) if b is None else _binary_range(op, a, b)
 
 

@@ -59,15 +59,15 @@ _COMPILERS = ("g++", "clang++")
 
 
 class NativeUnavailable(RuntimeError):
-    """The native kernels cannot be used here; the text has the reason and a remedy."""
+    """The native kernels cannot be used here, with reason and remedy."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines the bytes of a library.
 
-    compiler: its command.
-    version: the compiler's own text about itself.
+    compiler: the command.
+    version: what the compiler prints for --version.
     flags: of every source.
     links: of the library.
     sources: name and content of each file, headers included.
@@ -88,6 +88,7 @@ class Recipe:
     def name(self) -> str:
         """The library's file name, with a digest of the recipe."""
         digest = hashlib.sha256()
+        # Code for every CPU of a level depends on the architecture only.
         cpu = cpu_features() if self.isa == "native" else platform.machine()
         environment = (torch.__version__, cpu, self.version, self.part)
         for text in (*environment, *self.compiler, *self.flags, *self.links):
@@ -116,7 +117,7 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """What is built, for the line that a user reads during the wait."""
+        """The name of the library in the line that a build prints."""
         is_part = self.part not in ("core", "whole", "forward")
         suffix = f"'s part '{self.part}'" if is_part else ""
         machines = {"native": "this machine", "any": "programs without Python"}
@@ -142,7 +143,7 @@ def recipe(
     """
     if sys.platform == "win32":
         raise NativeUnavailable(
-            "the native kernels are not built on Windows; the other lowerings need no compiler",
+            "the native kernels are not built on Windows; the other lowerings need no compiler"
         )
     compiler = find_compiler()
     torch_folder = Path(torch.__file__).parent
@@ -157,7 +158,7 @@ def recipe(
 def _links(torch_libraries: Path, core: Path | None) -> tuple[str, ...]:
     links = ["-shared", f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}"]
     if sys.platform == "linux":
-        # An undefined symbol fails here and not in a call; own symbols go before a program's.
+        # Undefined symbols fail at the link, not in a call; own symbols precede a program's.
         links += ["-Wl,-z,defs", "-Wl,-Bsymbolic"]
     links += ["-ltorch", "-ltorch_cpu", "-lc10"]
     if core is not None:
@@ -182,14 +183,16 @@ def find_compiler() -> tuple[str, ...]:
         command = shlex.split(variable)
         if shutil.which(command[0]) is None:
             raise NativeUnavailable(
-                f"CXX={variable!r} names no program that can be found; set CXX to a C++17 compiler, or unset it"
+                f"CXX={variable!r} names no program that can be found; "
+                "set CXX to a C++17 compiler, or unset it"
             )
         return tuple(command)
     for name in _COMPILERS:
         if shutil.which(name) is not None:
             return (name,)
     raise NativeUnavailable(
-        "no C++ compiler is on PATH; install g++ (Debian: apt install g++) or clang++, or set CXX to one",
+        "no C++ compiler is on PATH; install g++ (Debian: apt install g++) or clang++, "
+        "or set CXX to one"
     )
 
 
@@ -199,7 +202,7 @@ def _version(compiler: tuple[str, ...]) -> str:
         process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeUnavailable(
-            f"the C++ compiler {' '.join(compiler)!r} does not run: {error}",
+            f"the C++ compiler {' '.join(compiler)!r} does not run: {error}"
         ) from error
     return process.stdout
 

@@ -38,10 +38,12 @@ def _reduce(
             outer = [position for d, position in enumerate(index) if d not in along]
         entries = []
         for inner in itertools.product(*map(range, sizes)):
-            # Positions of reduced and of other dimensions, back in the order of x.
-            reduced, others = iter(inner), iter(outer)
-            own = tuple(next(reduced if d in along else others) for d in range(len(x.shape)))
-            entries.append(x.at(own))
+            # Positions along reduced and remaining dimensions, in the order of x.
+            reduced, remaining = iter(inner), iter(outer)
+            place: list[Index] = []
+            for d in range(len(x.shape)):
+                place.append(next(reduced) if d in along else next(remaining))
+            entries.append(x.at(tuple(place)))
         return combine(entries)
 
     return cells(out.dtype, out.shape, at)
@@ -154,7 +156,7 @@ def _extreme(op: str) -> Callable[..., Cells]:
             if out.dtype == torch.bool:
                 return _fold(t, "both" if op == "minimum" else "either", nodes)
             best = _fold(t, op, nodes)
-            # The rule of a single maximum shares between two entries already.
+            # The rule of a single maximum divides the gradient between two entries already.
             if len(set(nodes)) < 3 or not out.dtype.is_floating_point:
                 return best
             return t.x.apart(best, op, lambda grad: _shared_gradient(t, nodes, best, grad))
@@ -176,14 +178,10 @@ def _shared_gradient(
     are_best = [t.x.binary("equal", node, best) for node in nodes]
     count = _fold(t, "add", [t.x.choice(is_best, one, zero) for is_best in are_best])
     part = t.x.binary("divide", grad, count)
-    return [
-        (node, t.x.choice(is_best, part, zero))
-        for node, is_best in zip(
-            nodes,
-            are_best,
-            strict=True,
-        )
-    ]
+    out = []
+    for node, is_best in zip(nodes, are_best, strict=True):
+        out.append((node, t.x.choice(is_best, part, zero)))
+    return out
 
 
 def _logical(op: str) -> Callable[..., Cells]:
@@ -262,15 +260,12 @@ def _logsumexp_nodes(t: Tensors, nodes: Sequence[int]) -> int:
     result = t.x.binary("add", t.x.unary("log", _fold(t, "add", terms)), shift)
 
     def pull(grad: int) -> list[tuple[int, int]]:
+        # The softmax of the entries.
         weights = [t.x.unary("exp", t.x.binary("subtract", node, result)) for node in nodes]
-        return [
-            (node, t.x.binary("multiply", grad, weight))
-            for node, weight in zip(
-                nodes,
-                weights,
-                strict=True,
-            )
-        ]
+        out = []
+        for node, weight in zip(nodes, weights, strict=True):
+            out.append((node, t.x.binary("multiply", grad, weight)))
+        return out
 
     return t.x.apart(result, "logsumexp", pull)
 

@@ -1,10 +1,11 @@
 """A traced mod as numbers for the native kernel: tapes of operations on registers.
 
     version
-    operands, then of each: type, dimensions, and per dimension the size that the tapes were made for
-                            (-1: any)
-    tapes, then of each: kind (Kind), nodes, then of each node: operation, register, number, count of
-                         inputs, inputs (numbers of earlier nodes); last the number of the result's node
+    number of operands; per operand: type, dimensions, and per dimension the size that the tapes
+                                     were made for (-1: any)
+    number of tapes; per tape: kind (Kind), number of nodes, the nodes, the result's node
+                     per node: operation, register, number, count of inputs, the inputs (numbers of
+                               earlier nodes)
 
 src/functions.h reads the same layout. expressions.py has the operations, aten.py torch's operators
 in terms of them, derivatives.py their gradients.
@@ -45,7 +46,7 @@ class Kind(IntEnum):
     BACKWARD_F64 = 4
 
 
-# Of each operand: dtype and sizes.
+# dtype and sizes, per operand.
 Shapes = tuple[tuple[torch.dtype, tuple[Any, ...]], ...]
 
 
@@ -79,18 +80,19 @@ _encode_cached = lru_cache(maxsize=256)(_encode)
 
 
 def _tapes(graph: Graph, shapes: Shapes, fixed: dict[tuple[int, int], int]) -> list[list[int]]:
-    """The tape of a mask, or those of a score and its gradients in both precisions.
+    """The tape of a mask, or those of a score and its gradients.
 
     fixed: receives the size of each (operand, dimension) that the tapes depend on.
     """
     if "score" not in json.loads(graph.text)[0]:
         x, result = _translate(graph, shapes, fixed, None)
         return [[Kind.MASK, *_tape(x, result, [])]]
-    tapes = []
-    for dtype, register, score, backward in (
+    precisions = (
         (torch.float32, Register.F32, Kind.SCORE_F32, Kind.BACKWARD_F32),
         (torch.float64, Register.F64, Kind.SCORE_F64, Kind.BACKWARD_F64),
-    ):
+    )
+    tapes = []
+    for dtype, register, score, backward in precisions:
         x, result = _translate(graph, shapes, fixed, dtype)
         tapes.append([score, *_tape(x, result, [])])
         tapes.append([backward, *_tape(x, *gradients(x, result, register))])
@@ -113,10 +115,10 @@ def _translate(
     x = Expressions()
     tensors = Tensors(x, fixed)
     code = graph._code
-    # Values in the graph's numbering: inputs, operands, results of instructions.
-    values = [_input(x, name, dtype) for name in code.inputs]
     if code.operands != len(shapes):
         raise Untranslatable(f"the graph reads {code.operands} operands; got {len(shapes)}")
+    # Values in the graph's numbering: inputs, operands, results of instructions.
+    values = [_input(x, name, dtype) for name in code.inputs]
     for number, (operand_dtype, shape) in enumerate(shapes):
         _check_operand(operand_dtype, shape)
         values.append(tensors.operand(number, operand_dtype, shape))
@@ -124,8 +126,9 @@ def _translate(
         if place not in code.read:
             values.append(_scalar(torch.int64, 0))  # a placeholder: nothing reads it
             continue
+        args: list[Any] = _resolve(instruction.args, values)
         kwargs: dict[str, Any] = _resolve(instruction.kwargs, values)
-        values.append(call(tensors, instruction.op, _resolve(instruction.args, values), kwargs))
+        values.append(call(tensors, instruction.op, args, kwargs))
     result = values[code.result].at(())
     if dtype is None:
         return x, x.held(result, Register.BOOLEAN)
@@ -171,7 +174,7 @@ def _resolve(value: Any, values: Sequence[Cells]) -> Any:
 
 
 def _tape(x: Expressions, result: int, scatters: Sequence[int]) -> list[int]:
-    """The nodes that the result and the scatters need, renumbered, and the result."""
+    """The numbers of the nodes that result and scatters need."""
     needed = sorted(_needed(x, [result, *scatters]))
     new_numbers = {place: number for number, place in enumerate(needed)}
     tape = [len(needed)]

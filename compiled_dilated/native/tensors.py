@@ -24,7 +24,7 @@ MOST_ENTRIES = 512  # of a reduction, or of a look-up among computed entries
 class Place:
     """An index that is computed.
 
-    node: its expression.
+    node: the expression.
     bare: whether it is the user's own, in which a negative index counts from the end.
     """
 
@@ -59,12 +59,15 @@ def check_entries(count: int) -> None:
     """Raise Untranslatable for a reduction of too many entries."""
     if count > MOST_ENTRIES:
         raise Untranslatable(
-            f"it reduces {count:,} numbers for each pair, more than {MOST_ENTRIES}",
+            f"it reduces {count:,} numbers for each pair, more than {MOST_ENTRIES}"
         )
 
 
 def cells(dtype: torch.dtype, shape: Sequence[int], at: Entry) -> Cells:
-    """A tensor of these entries; the entry of a scalar is computed at once."""
+    """A tensor of these entries.
+
+    The entry of a scalar is computed at once.
+    """
     if shape:
         return Cells(dtype, tuple(shape), at)
     node = at(())
@@ -77,13 +80,13 @@ def positive_dim(dim: int, dims: int) -> int:
 
 
 def broadcast_entry(x: Cells, index: tuple[Index, ...]) -> int:
-    """The entry of a tensor broadcast to the shape that `index` belongs to."""
-    own: list[Index] = []
+    """The entry at an index of the broadcast tensor."""
+    place: list[Index] = []
     # Broadcasting aligns the last dimensions.
     first = len(index) - len(x.shape)
     for position, size in zip(index[first:], x.shape, strict=True):
-        own.append(0 if size == 1 else position)
-    return x.at(tuple(own))
+        place.append(0 if size == 1 else position)
+    return x.at(tuple(place))
 
 
 @dataclass
@@ -167,7 +170,7 @@ class Tensors:
         return Place(quotient, bare=False), Place(remainder, bare=False)
 
     def strided(self, index: Index, size: int, start: int, step: int) -> Index:
-        """start + step * index, of an index along a dimension of `size` entries."""
+        """start + step * index, along a dimension of `size` entries."""
         return self.plus(self.times(self.within(index, size), step), start)
 
     def choose(self, index: Index, size: int, entry: Callable[[int], int]) -> int:
@@ -177,8 +180,9 @@ class Tensors:
             return entry(index)
         if size > MOST_ENTRIES:
             raise Untranslatable(
-                f"it looks up one of {size:,} computed numbers, more than {MOST_ENTRIES}",
+                f"it looks up one of {size:,} computed numbers, more than {MOST_ENTRIES}"
             )
+        # A chain of choices, the last entry innermost.
         out = entry(size - 1)
         for position in reversed(range(size - 1)):
             is_here = self.x.binary("equal", index.node, self.x.whole(position))

@@ -22,10 +22,10 @@ def _permute(t: Tensors, out: torch.Tensor, x: Cells, dims: Sequence[int]) -> Ce
     order = [positive_dim(dim, len(x.shape)) for dim in dims]
 
     def at(index: tuple[Index, ...]) -> int:
-        own: list[Index] = [0] * len(order)
+        place: list[Index] = [0] * len(order)
         for position, dim in zip(index, order, strict=True):
-            own[dim] = position
-        return x.at(tuple(own))
+            place[dim] = position
+        return x.at(tuple(place))
 
     return cells(x.dtype, out.shape, at)
 
@@ -61,11 +61,11 @@ def _reshape(t: Tensors, out: torch.Tensor, x: Cells, *_: Any) -> Cells:
         flat: Index = 0
         for position, size in zip(index, shape, strict=True):
             flat = t.plus(t.times(flat, size), t.within(position, size))
-        own: list[Index] = []
+        place: list[Index] = []
         for size in reversed(x.shape):
             flat, remainder = t.divided(flat, size)
-            own.insert(0, remainder)
-        return x.at(tuple(own))
+            place.insert(0, remainder)
+        return x.at(tuple(place))
 
     return cells(x.dtype, shape, at)
 
@@ -75,8 +75,8 @@ def _with_unit_dims(out: torch.Tensor, x: Cells) -> Cells:
 
     def at(index: tuple[Index, ...]) -> int:
         positions = iter([i for i, size in zip(index, out.shape, strict=True) if size != 1])
-        own = tuple(0 if size == 1 else next(positions) for size in x.shape)
-        return x.at(own)
+        place = tuple(0 if size == 1 else next(positions) for size in x.shape)
+        return x.at(place)
 
     return cells(x.dtype, out.shape, at)
 
@@ -91,7 +91,11 @@ def _squeeze(t: Tensors, out: torch.Tensor, x: Cells, *_: Any) -> Cells:
 def _select(t: Tensors, out: torch.Tensor, x: Cells, dim: int, index: int) -> Cells:
     dim = positive_dim(dim, len(x.shape))
     position = positive_dim(index, x.shape[dim])
-    return cells(x.dtype, out.shape, lambda rest: x.at((*rest[:dim], position, *rest[dim:])))
+
+    def at(outer: tuple[Index, ...]) -> int:
+        return x.at((*outer[:dim], position, *outer[dim:]))
+
+    return cells(x.dtype, out.shape, at)
 
 
 def _slice(
@@ -119,11 +123,11 @@ def _flip(t: Tensors, out: torch.Tensor, x: Cells, dims: Sequence[int]) -> Cells
     flipped = {positive_dim(dim, len(x.shape)) for dim in dims}
 
     def at(index: tuple[Index, ...]) -> int:
-        own = list(index)
+        place = list(index)
         for dim in sorted(flipped):
             size = x.shape[dim]
-            own[dim] = t.strided(index[dim], size, size - 1, -1)
-        return x.at(tuple(own))
+            place[dim] = t.strided(index[dim], size, size - 1, -1)
+        return x.at(tuple(place))
 
     return cells(x.dtype, out.shape, at)
 
@@ -133,11 +137,11 @@ def _stack(t: Tensors, out: torch.Tensor, parts: Sequence[Cells], dim: int = 0) 
 
     def at(index: tuple[Index, ...]) -> int:
         inner = index[:dim] + index[dim + 1 :]
-        return t.choose(
-            index[dim],
-            len(parts),
-            lambda number: t.converted(parts[number], inner, out.dtype),
-        )
+
+        def entry(number: int) -> int:
+            return t.converted(parts[number], inner, out.dtype)
+
+        return t.choose(index[dim], len(parts), entry)
 
     return cells(out.dtype, out.shape, at)
 
@@ -166,21 +170,21 @@ def _index(t: Tensors, out: torch.Tensor, x: Cells, indices: Sequence[Cells | No
         raise Untranslatable("it picks entries by a tensor of bools")
     shape = torch.broadcast_shapes(*(index.shape for index in by_dim.values()))
     dims = sorted(by_dim)
-    # Indices of neighbouring dimensions put theirs in place, others in front, as in numpy.
+    # The dimensions of the indices replace indexed neighbours, else they come first, as in numpy.
     are_neighbours = dims == list(range(dims[0], dims[-1] + 1))
     start = dims[0] if are_neighbours else 0
     stop = start + len(shape)
 
     def at(index: tuple[Index, ...]) -> int:
         inner = index[start:stop]
-        rest = iter((*index[:start], *index[stop:]))
-        own: list[Index] = []
+        outer = iter((*index[:start], *index[stop:]))
+        place: list[Index] = []
         for dim in range(len(x.shape)):
             if dim in by_dim:
-                own.append(Place(broadcast_entry(by_dim[dim], inner)))
+                place.append(Place(broadcast_entry(by_dim[dim], inner)))
             else:
-                own.append(next(rest))
-        return x.at(tuple(own))
+                place.append(next(outer))
+        return x.at(tuple(place))
 
     return cells(x.dtype, out.shape, at)
 

@@ -1,4 +1,4 @@
-"""Inputs and comparisons for the tests of score_mods and mask_mods."""
+"""Inputs and comparisons of the tests of score_mods and mask_mods."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ def tensors(
     generator = torch.Generator().manual_seed(seed)
     shapes = (2, heads, n, 6), (2, heads // 2, n, 6), (2, heads // 2, n, 6)
     q, k, v = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for shape in shapes
+        torch.randn(x, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for x in shapes
     )
     return q, k, v
 
 
-def same(results: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(results, expected, rtol=tolerance, atol=tolerance)
+def same(got: Any, expected: Any, tolerance: float = 1e-10, about: str = "") -> None:
+    """Assert that tensors are near; `about` comes before the message."""
+    torch.testing.assert_close(
+        got, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f"{about} {message}"
+    )
 
 
 def gradients(results: tuple[Tensor, Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a loss of out and lse; zeros for leaves that they do not depend on."""
+    """Gradients of a loss of out and lse; zeros for leaves that they do not depend on."""
     out, lse = results
-    # The lse of a query without keys is -inf.
-    lse = torch.where(lse == -torch.inf, 0.0, lse)
+    lse = torch.where(lse == -torch.inf, 0.0, lse)  # of rows that see nothing
     weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
     loss = (out * weights).sum() + lse.sin().sum()
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
@@ -51,23 +53,23 @@ def same_as_reference(
     learned: Sequence[Tensor],
     **options: Any,
 ) -> None:
-    """Assert the reference's out, lse and gradients, in float64.
-
-    learned: tensors that functions of the program or options capture
-    """
+    """Compare out, lse and the gradients of q, k, v and captured tensors, in float64."""
     leaves = (*inputs, *learned)
-    results = attention(*inputs, **options)
-    expected: Any = cd.reference(program, *inputs, return_lse=True, **options)
-    same(results, expected)
-    same(gradients(results, leaves), gradients(expected, leaves))
+    got = attention(*inputs, **options)
+    expected = cd.reference(program, *inputs, return_lse=True, **options)
+    names = ["out", "lse", *(f"gradient {number}" for number in range(len(leaves)))]
+    results = (*got, *gradients(got, leaves))
+    expected_results = (*expected, *gradients(expected, leaves))
+    for name, x, y in zip(names, results, expected_results, strict=True):
+        same(x, y, about=name)
 
 
 def flex(inputs: Sequence[Tensor], mod: Any, block_mask: BlockMask | None) -> Tensor:
     """torch's own attention, eager."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attend: Any = flex_attention
-        return attend(*inputs, score_mod=mod, block_mask=block_mask, enable_gqa=True)
+        out: Any = flex_attention(*inputs, score_mod=mod, block_mask=block_mask, enable_gqa=True)
+    return out  # type: ignore[no-any-return]
 
 
 def attend_in(way: str, program: Program | Mask) -> cd.Attend:
@@ -76,12 +78,11 @@ def attend_in(way: str, program: Program | Mask) -> cd.Attend:
 
 
 def whole(function: Any, backend: str = "aot_eager") -> Any:
-    """Compile a function as one graph."""
+    """A function compiled to one graph."""
     return torch.compile(function, backend=backend, fullgraph=True)
 
 
 def reductions(rows: Tensor) -> dict[str, Callable[..., Any]]:
-    """Score_mods that reduce over the features of captured rows (tokens, features)."""
     return {
         "sum": lambda s, b, h, i, j: s + (rows[i] * rows[j]).sum(),
         "torch.dot": lambda s, b, h, i, j: s + torch.dot(rows[i], rows[j]),

@@ -25,33 +25,34 @@ NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers, the same in every run, by the seed."""
+    """Normal numbers, the same in every run, by seed and shape."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def work_of(program: Program | Mask, heads: int, like: Tensor | None = None) -> Work:
-    """The kernel's work for a program.
+    """The work item of a program.
 
-    like: queries, for programs with functions, which are traced
+    like: queries (B, heads, N, D), needed for programs with functions, which a plan traces.
     """
     program = as_program(program)
     if not any(_has_function(branch.mask) for branch in program.branches):
         return Work(encode(program, heads), program.names, ())
     assert like is not None
     x = like.detach().double().requires_grad_()
-    chosen: Work = cd.compile(program, lowering="native").plan(x, x, x).chosen[0].work[0]
-    return chosen
+    plan = cd.compile(program, lowering="native").plan(x, x, x)
+    work: Work = plan.chosen[0].work[0]
+    return work
 
 
 def _has_function(mask: Mask) -> bool:
-    """Whether a part of a mask is a function."""
-    return isinstance(mask, masks.functions.FromMod) or any(map(_has_function, mask.parts))
+    is_function = isinstance(mask, masks.functions.FromMod)
+    return is_function or any(_has_function(part) for part in mask.parts)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of one call of the operators, and the gradients of its results."""
+    """The arguments of one call of the operators, and the gradients of its results."""
 
     work: Work
     q: Tensor
@@ -65,33 +66,29 @@ class Problem:
     offsets: Tensor | None = None
 
     def forward(self, by_token: bool = False) -> tuple[Tensor, Tensor]:
-        out, lse = ops.native(*self._call(), by_token)
+        out, lse = ops.native(
+            self.q, self.k, self.v, self.data, None, self.work.code, self.scale,
+            self.q_offset, self.offsets, by_token,
+        )  # fmt: skip
         return out, lse
-
-    def counted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """out, lse and the kernel's counts; see `executed`."""
-        out, lse, numbers = ops.native_counted(*self._call(), False)
-        return out, lse, numbers
 
     def results(self) -> list[Tensor]:
         """out, lse and the gradients of q, k and v."""
         out, lse = self.forward()
-        q, k, v, *rest = self._call()
-        grads = ops.native_backward(self.grad_out, self.grad_lse, q, k, v, out, lse, *rest, [])
+        grads = ops.native_backward(
+            self.grad_out, self.grad_lse, self.q, self.k, self.v, out, lse, self.data, None,
+            self.work.code, self.scale, self.q_offset, self.offsets, [],
+        )  # fmt: skip
         return [out, lse, *grads[:3]]
-
-    def _call(self) -> tuple[Any, ...]:
-        """The arguments that all operators share."""
-        qkv, code = (self.q, self.k, self.v), self.work.code
-        return (*qkv, self.data, None, code, self.scale, self.q_offset, self.offsets)
 
 
 def problem_of(
     case: Case, n: int, dtype: torch.dtype, shape: tuple[int, int, int] | None = None
 ) -> tuple[Problem, Inputs]:
-    """A case of the table as a call of the operators.
+    """A case of the table as a call of the operators, and its inputs.
 
-    shape: (q_len, kv_len, q_offset), by default (n, n, 0)
+    n: tokens that the case's program is for.
+    shape: (q_len, kv_len, q_offset), by default (n, n, 0).
     """
     q_len, kv_len, q_offset = shape or (n, n, 0)
     inputs = case.inputs(n, dtype, q_len, kv_len)
@@ -102,53 +99,48 @@ def problem_of(
     return Problem(work, q, k, v, *grads, data, scale, q_offset), inputs
 
 
-def expected(
+def reference_results(
     program: Program | Mask, problem: Problem, data: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
-    """The reference's results in float64; an lse of -inf has no gradient."""
+    """The reference's results in float64; gradients of an lse of -inf are ignored."""
     q, k, v = (x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v))
     out, lse = cd.reference(
         program, q, k, v, scale=problem.scale, q_offset=problem.q_offset, data=data, return_lse=True
     )
-    results, grads = [out], [problem.grad_out.double()]
+    results, cotangents = [out], [problem.grad_out.double()]
     if problem.grad_lse is not None:
         alive = lse != -math.inf
         results.append(lse[alive])
-        grads.append(problem.grad_lse.double()[alive])
-    return [out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), grads)]
+        cotangents.append(problem.grad_lse.double()[alive])
+    return [out.detach(), lse.detach(), *torch.autograd.grad(results, (q, k, v), cotangents)]
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest entry: far above rounding, far below the error of a wrong key."""
+    """Limit of errors over a result's largest entry: above rounding, far below a wrong key."""
     return 1e-10 if dtype == torch.float64 else LOW[dtype]
 
 
-def assert_near(results: list[Tensor], expected: list[Tensor], what: object = "") -> None:
-    """Assert results within tolerance, with infinities and NaN in the same places.
-
-    what: the case, for the message
-    """
-    for name, result, exact in zip(NAMES, results, expected, strict=False):
-        where = f"{what} {name}"
-        assert result.shape == exact.shape, where
-        finite = exact.isfinite()
-        same_places = torch.equal(result.isfinite(), finite)
-        assert same_places, f"{where}: other entries are infinite or NaN"
-        torch.testing.assert_close(result[~finite].double(), exact[~finite], equal_nan=True)
-        if not finite.any():
-            continue
-        # An lse is wider than q; its error is that of the products of q's dtype.
-        allowed = tolerance(results[0].dtype if name == "lse" else result.dtype)
-        error = (result[finite] - exact[finite]).abs().max().item()
-        largest = exact[finite].abs().max().item()
-        message = f"{where}: error {error:.2e}, largest entry {largest:.2e}"
-        assert error <= allowed * max(largest, 1e-3), message
+def assert_near(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+    """Infinite and NaN in the same places; elsewhere near."""
+    for name, x, right in zip(NAMES, got, expected, strict=False):
+        about = f"{what} {name}"
+        allowed = tolerance(x.dtype if name != "lse" else got[0].dtype)
+        assert x.shape == right.shape, about
+        finite = right.isfinite()
+        assert torch.equal(x.isfinite(), finite), f"{about}: other entries are infinite or NaN"
+        torch.testing.assert_close(x[~finite].double(), right[~finite], equal_nan=True)
+        if finite.any():
+            error = (x[finite] - right[finite]).abs().max().item()
+            largest = right[finite].abs().max().item()
+            message = f"{about}: off by {error:.2e}, largest entry {largest:.2e}"
+            assert error <= allowed * max(largest, 1e-3), message
 
 
-def assert_same_bits(results: list[Tensor], expected: list[Tensor], what: object = "") -> None:
-    for name, result, same in zip(NAMES, results, expected, strict=False):
+def assert_same_bits(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+    """Assert that results are equal; NaN equals NaN."""
+    for name, x, right in zip(NAMES, got, expected, strict=False):
         message = f"{what} {name}: other bits"
-        torch.testing.assert_close(result, same, rtol=0, atol=0, equal_nan=True, msg=message)
+        torch.testing.assert_close(x, right, rtol=0, atol=0, equal_nan=True, msg=message)
 
 
 def check_threads(
@@ -157,7 +149,7 @@ def check_threads(
     counts: tuple[int, ...] = (2, 7),
     runs: int = 2,
 ) -> None:
-    """Assert the same bits for all numbers of threads."""
+    """The same bits for all numbers of threads."""
     threads(1)
     expected = problem.results()
     for count in counts:
@@ -170,7 +162,8 @@ def two_branches(n: int) -> Program:
     return Program((Branch(masks.window(70, 3)), Branch(masks.causal() & masks.congruent(3, 1))))
 
 
-# Programs for few key heads, where threads add to a key's gradient in turn.
+# Programs on few key heads, whose threads wait for each other's turns: of one branch or several, of
+# residue classes, of boxes of a grid.
 FEW_HEADS: dict[str, Callable[[int], Program | Mask]] = {
     "full": lambda n: masks.full(),
     "causal": lambda n: masks.causal(),
@@ -190,11 +183,11 @@ FEW_HEADS: dict[str, Callable[[int], Program | Mask]] = {
 
 
 def counts_of(problem: Problem) -> list[int]:
-    """The predicted counts: pairs computed, pairs tested one by one, blocks, tiles."""
+    """Counts of native_counts: pairs computed, pairs whose mask is evaluated, blocks, tiles."""
     batch, heads, q_len, head_dim = problem.q.shape
     _, kv_heads, kv_len, value_dim = problem.v.shape
-    dtype = _TYPES[str(problem.q.dtype).removeprefix("torch.")]
-    sizes = [batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, dtype]
+    sizes = [batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim]
+    sizes.append(_TYPES[str(problem.q.dtype).removeprefix("torch.")])
     numbers = ops.native_counts(
         problem.data, None, problem.work.code, sizes, problem.q_offset, problem.offsets
     )
@@ -202,8 +195,11 @@ def counts_of(problem: Problem) -> list[int]:
 
 
 def executed(problem: Problem) -> list[int]:
-    """The same counts by the kernel as it runs."""
-    out, lse, numbers = problem.counted()
+    """The same counts, of what a call executed; its results are those of an uncounted call."""
+    out, lse, numbers = ops.native_counted(
+        problem.q, problem.k, problem.v, problem.data, None, problem.work.code, problem.scale,
+        problem.q_offset, problem.offsets, False,
+    )  # fmt: skip
     assert_same_bits([out, lse], list(problem.forward()))
     return list(map(int, numbers))
 
@@ -217,22 +213,25 @@ def ragged(
     q_offset: int = 0,
     mask: Mask | None = None,
 ) -> tuple[Mask, Problem]:
-    """A batch of two, four heads on two key heads, and a mask with partial blocks."""
+    """A mask and a problem of 2 entries, 4 query heads and 2 key heads.
+
+    mask: by default one whose edges cross tiles.
+    """
     mask = masks.window(33, 7) | masks.sinks(2) if mask is None else mask
     q = normal(2, 4, q_len, head_dim, dtype=dtype, seed=1)
+    grad_out = normal(2, 4, q_len, value_dim, dtype=dtype, seed=2)
     k = normal(2, 2, kv_len, head_dim, dtype=dtype, seed=3)
     v = normal(2, 2, kv_len, value_dim, dtype=dtype, seed=4)
-    grad_out = normal(2, 4, q_len, value_dim, dtype=dtype, seed=2)
     grad_lse = normal(2, 4, q_len, dtype=torch.promote_types(dtype, torch.float32), seed=5)
-    grads, scale = (grad_out, grad_lse), head_dim**-0.5
-    return mask, Problem(work_of(mask, 4), q, k, v, *grads, scale=scale, q_offset=q_offset)
+    work, scale = work_of(mask, 4), head_dim**-0.5
+    return mask, Problem(work, q, k, v, grad_out, grad_lse, scale=scale, q_offset=q_offset)
 
 
 def by_token(x: Tensor) -> Tensor:
-    """The same tensor with the tokens outermost in memory."""
+    """(B, H, N, D) stored as (B, N, H, D)."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def keep(x: Tensor) -> Tensor:
-    """The same tensor, contiguous."""
+    """The contiguous tensor."""
     return x.contiguous()

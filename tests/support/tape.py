@@ -1,4 +1,4 @@
-"""The native functions of tapes, called on tensors by a driver in C++."""
+"""The native functions of tapes over tensors, by a driver in C++."""
 
 from __future__ import annotations
 
@@ -29,66 +29,48 @@ DRIVER = r"""
 #include "functions.h"
 using namespace native;
 static FunctionRoom room;
-static std::string error_message;
+static std::string message;
 template <class F> int guarded(const F& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::runtime_error& error) {
-    error_message = error.what();
-    return 1;
-  }
+  try { f(); return 0; }
+  catch (const std::runtime_error& error) { message = error.what(); return 1; }
 }
-static Function read(const int64_t* code, int64_t count, const Array* operands,
-                     int64_t operand_count) {
+static Function read(
+    const int64_t* code, int64_t count, const Array* operands, int64_t operand_count) {
   const int64_t* at = code;
   Function function = read_function(at, code + count);
   if (at != code + count) throw std::runtime_error("numbers are left over");
   check_operands(function, operands, operand_count);
   return function;
 }
-#define FUNCTION const int64_t* code, int64_t count, const Array* operands, int64_t operand_count
-#define POSITIONS const int32_t* q, int lanes, const int32_t* k, int keys, int64_t b, int64_t h
+#define GRAPH const int64_t* code, int64_t count, const Array* operands, int64_t operand_count
 #define READ read(code, count, operands, operand_count)
+#define OF GRAPH, const int32_t* q, int lanes, const int32_t* k, int keys, int64_t b, int64_t h
 #define TILE {b, h, q, lanes, k, keys}
 extern "C" {
 #define SHOWN __attribute__((visibility("default")))
-SHOWN const char* error_text() { return error_message.c_str(); }
-SHOWN int run_mask(FUNCTION, POSITIONS, uint8_t* seen) {
+SHOWN const char* error_text() { return message.c_str(); }
+SHOWN int run_mask(OF, uint8_t* seen) {
   return guarded([&] { mask(READ, operands, TILE, seen, room); });
 }
-SHOWN int run_score_f32(FUNCTION, POSITIONS, float* scores, int ld) {
+SHOWN int run_score_f32(OF, float* scores, int ld) {
   return guarded([&] { score(READ, operands, TILE, scores, ld, room); });
 }
-SHOWN int run_score_f64(FUNCTION, POSITIONS, double* scores, int ld) {
+SHOWN int run_score_f64(OF, double* scores, int ld) {
   return guarded([&] { score(READ, operands, TILE, scores, ld, room); });
 }
-SHOWN int run_backward_f32(FUNCTION, POSITIONS, const float* scores, float* grads, int ld,
-                           float* const* sums) {
-  return guarded([&] { score_backward(READ, operands, TILE, scores, grads, ld, sums, room); });
+SHOWN int run_backward_f32(OF, const float* scores, float* grads, int ld, float* const* sums) {
+  return guarded([&] {
+    score_backward(READ, operands, TILE, scores, grads, ld, sums, room);
+  });
 }
-SHOWN int run_backward_f64(FUNCTION, POSITIONS, const double* scores, double* grads, int ld,
-                           double* const* sums) {
-  return guarded([&] { score_backward(READ, operands, TILE, scores, grads, ld, sums, room); });
+SHOWN int run_backward_f64(OF, const double* scores, double* grads, int ld, double* const* sums) {
+  return guarded([&] {
+    score_backward(READ, operands, TILE, scores, grads, ld, sums, room);
+  });
 }
-SHOWN int run_classify(FUNCTION, int64_t b, int64_t h, int64_t q0, int64_t q1, int64_t k0,
-                       int64_t k1, int* verdict) {
+SHOWN int run_classify(
+    GRAPH, int64_t b, int64_t h, int64_t q0, int64_t q1, int64_t k0, int64_t k1, int* verdict) {
   return guarded([&] { *verdict = classify(READ, operands, b, h, q0, q1, k0, k1); });
-}
-SHOWN void repeat_score(FUNCTION, POSITIONS, float* scores, int ld, int times) {
-  const Function function = READ;
-  for (int i = 0; i < times; ++i) score(function, operands, TILE, scores, ld, room);
-}
-SHOWN void repeat_backward(FUNCTION, POSITIONS, const float* scores, float* grads, int ld,
-                           float* const* sums, int times) {
-  const Function function = READ;
-  for (int i = 0; i < times; ++i) {
-    score_backward(function, operands, TILE, scores, grads, ld, sums, room);
-  }
-}
-SHOWN void repeat_mask(FUNCTION, POSITIONS, uint8_t* seen, int times) {
-  const Function function = READ;
-  for (int i = 0; i < times; ++i) mask(function, operands, TILE, seen, room);
 }
 }
 """
@@ -98,21 +80,23 @@ class Array(ctypes.Structure):
     """native::Array."""
 
     _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("type", ctypes.c_int),
-        ("dims", ctypes.c_int),
-        ("sizes", ctypes.c_int64 * 8),
-        ("strides", ctypes.c_int64 * 8),
-    )
+        ("data", ctypes.c_void_p), ("type", ctypes.c_int), ("dims", ctypes.c_int),
+        ("sizes", ctypes.c_int64 * 8), ("strides", ctypes.c_int64 * 8),
+    )  # fmt: skip
 
     @staticmethod
     def of(x: Tensor) -> Array:
-        sizes, strides = (ctypes.c_int64 * 8)(*x.shape), (ctypes.c_int64 * 8)(*x.stride())
-        return Array(x.data_ptr(), TYPES[x.dtype], x.dim(), sizes, strides)
+        return Array(
+            x.data_ptr(),
+            TYPES[x.dtype],
+            x.dim(),
+            (ctypes.c_int64 * 8)(*x.shape),
+            (ctypes.c_int64 * 8)(*x.stride()),
+        )
 
 
 class Native:
-    """The functions of the driver, called on tensors."""
+    """The driver's functions, called with tensors."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -123,13 +107,12 @@ class Native:
     ) -> None:
         numbers = (ctypes.c_int64 * len(code))(*code)
         arrays = (Array * max(1, len(operands)))(*map(Array.of, operands))
-        passed: list[Any] = [numbers, ctypes.c_int64(len(code))]
-        passed += [arrays, ctypes.c_int64(len(operands))]
+        converted = [numbers, ctypes.c_int64(len(code)), arrays, ctypes.c_int64(len(operands))]
         for argument in arguments:
             if isinstance(argument, Tensor):
                 argument = ctypes.c_void_p(argument.data_ptr())
-            passed.append(argument)
-        if getattr(self.library, name)(*passed):
+            converted.append(argument)
+        if getattr(self.library, name)(*converted):
             raise RuntimeError(self.library.error_text().decode())
 
     def tile(self, q: Tensor, k: Tensor, b: int = B, h: int = H) -> tuple[Any, ...]:
@@ -145,12 +128,13 @@ class Native:
     def score(
         self, graph: Graph, operands: Sequence[Tensor], scores: Tensor, q: Tensor, k: Tensor
     ) -> Tensor:
-        """The new scores of all pairs, (queries, keys)."""
-        # Rows are padded by three numbers, which must stay.
-        padded = torch.full((len(k), len(q) + 3), 5.0, dtype=scores.dtype)
+        """The new scores, (queries, keys)."""
+        # Columns past the tile, which must not change.
+        columns = len(q) + 3
+        padded = torch.full((len(k), columns), 5.0, dtype=scores.dtype)
         padded[:, : len(q)] = scores.T
         code, tile = encode(graph, operands), self.tile(q, k)
-        self(f"run_score_{kind(scores)}", code, operands, *tile, padded, len(q) + 3)
+        self(f"run_score_{kind(scores)}", code, operands, *tile, padded, columns)
         assert (padded[:, len(q) :] == 5).all()
         return padded[:, : len(q)].T
 
@@ -165,18 +149,18 @@ class Native:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of the scores, and of the operands that learn."""
         transposed, grads = scores.T.contiguous(), grad.T.contiguous()
-        sums = [
-            torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None for x in operands
-        ]
-        places = (ctypes.c_void_p * max(1, len(sums)))(
-            *(None if x is None else x.data_ptr() for x in sums)
-        )
-        code, buffers = encode(graph, operands), (transposed, grads, len(q), places)
-        self(f"run_backward_{kind(scores)}", code, operands, *self.tile(q, k), *buffers)
+        sums: list[Tensor | None] = []
+        for x in operands:
+            total = torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None
+            sums.append(total)
+        addresses = [None if total is None else total.data_ptr() for total in sums]
+        places = (ctypes.c_void_p * max(1, len(sums)))(*addresses)
+        arguments = (*self.tile(q, k), transposed, grads, len(q), places)
+        self(f"run_backward_{kind(scores)}", encode(graph, operands), operands, *arguments)
         return grads.T, sums
 
     def classify(self, graph: Graph, operands: Sequence[Tensor], q: range, k: range) -> int:
-        """The verdict on a block of pairs."""
+        """The verdict of a block of pairs."""
         verdict = ctypes.c_int()
         bounds = map(ctypes.c_int64, (B, H, q[0], q[-1], k[0], k[-1]))
         self("run_classify", encode(graph, operands), operands, *bounds, ctypes.byref(verdict))
@@ -195,18 +179,15 @@ def positions(count: int, seed: int, n: int = N) -> Tensor:
 
 
 def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    """b, h, q and kv for over_pairs."""
+    """b, h, q and kv as over_pairs takes them."""
     return torch.tensor([[B]]), torch.tensor([[H]]), q.long()[:, None], k.long()[None, :]
 
 
-def same(result: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    """Assert that a result is within tolerance. what: its name, for the message."""
-
-    def message(text: str) -> str:
-        return f"{what}: {text}"
-
+def same(got: Tensor, expected: Tensor, tolerance: float, about: str = "") -> None:
+    """Assert that tensors are near; NaN equals NaN."""
+    limits = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(
-        result, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
+        got, expected, equal_nan=True, msg=lambda message: f"{about}: {message}", **limits
     )
 
 
@@ -240,8 +221,8 @@ def compare_scores(
     x = scores.clone().requires_grad_()
     expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k))
     expected = expected.broadcast_to(x.shape).to(dtype)
-    computed = native.score(graph, operands, scores, q, k)
-    same(computed, expected.detach(), tolerance, "scores")
+    got = native.score(graph, operands, scores, q, k)
+    same(got, expected.detach(), tolerance, "scores")
     # 2. Gradients of the scores and of the operands.
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
     grad[0, 0] = 0
@@ -260,21 +241,20 @@ def compare_scores(
 
 
 def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int) -> int:
-    """Compare the mask with its graph's, and verdicts on blocks with the mask.
+    """Compare a mask_mod's values with its graph's, and verdicts of blocks with the values.
 
-    Returns how many blocks are decided: empty or full.
+    Returns the number of blocks that are decided.
     """
     graph, operands = trace_mask_mod(mod)
+    # 1. Values of pairs.
     q, k = positions(lanes, 0), positions(keys, 1)
-    # 1. Pairs.
     expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), *arguments(q, k))
-    computed = native.mask(graph, operands, q, k)
-    assert torch.equal(computed, expected.broadcast_to(lanes, keys))
-    # 2. Blocks of several sizes at all places.
-    whole = torch.arange(N, dtype=torch.int32)
-    everywhere = native.mask(graph, operands, whole, whole)
+    assert torch.equal(native.mask(graph, operands, q, k), expected.broadcast_to(lanes, keys))
+    # 2. Verdicts of square blocks.
+    tokens = torch.arange(N, dtype=torch.int32)
+    everywhere = native.mask(graph, operands, tokens, tokens)
     decided = 0
-    blocks: list[range] = []
+    blocks = []
     for size in (1, 2, 5, 8):
         blocks += [range(start, start + size) for start in range(0, N, size)]
     for rows, columns in itertools.product(blocks, blocks):
@@ -299,6 +279,5 @@ def build_driver(folder: Path) -> Native:
     names = ("functions.cpp", "function_bounds.cpp", "function_loops.cpp")
     units = [folder / "driver.cpp", *(SOURCES / name for name in names)]
     flags = ("-O3", *FLAGS, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-shared")
-    command = [*compiler, *flags, *units, "-o", library]
-    subprocess.run(list(map(str, command)), check=True)
+    subprocess.run(list(map(str, (*compiler, *flags, *units, "-o", library))), check=True)
     return Native(ctypes.CDLL(str(library)))

@@ -1,4 +1,5 @@
-// Rows that are read or written soon, asked for a few cache lines at a time between products: all at once would wait for memory.
+// Rows to prefetch, a few cache lines at a time between products: all at once would wait for
+// memory.
 #pragma once
 #include <cstdint>
 

@@ -2,13 +2,13 @@
 //
 //   S^T[key][query] = K[key] . Q^T[query]         O^T[d][query] += V^T[d][key] . P^T[key][query]
 //
-// As in engine.h vector lanes are queries. A product takes its left factor row by row, 32 numbers of a row at a time, and its right
-// factor with numbers of two rows side by side ("paired"):
+// Vector lanes are queries, as in engine.h. A product reads its left factor row by row, 32 numbers
+// of a row at a time, and its right factor with numbers of two rows interleaved ("paired"):
 //
-//   K     left    where it lies, if its rows are equally far apart
-//   Q^T   right   paired along d, packed once for a tile of queries
-//   V^T   left    packed for 32 keys at a time, and kept: the next tile of queries often sees the same keys
-//   P^T   right   paired along keys, as the softmax rounds two keys at a time
+//   K     left    in place, if its rows are equally far apart
+//   Q^T   right   paired along d, packed once per tile of queries
+//   V^T   left    packed 32 keys at a time; cached, as the next tile often sees the same keys
+//   P^T   right   paired along keys: the softmax rounds two keys at a time
 #pragma once
 #if defined(__AMX_BF16__)
 #include <algorithm>
@@ -24,14 +24,14 @@ namespace native {
 namespace amx {
 
 constexpr int tile_rows = 16;
-constexpr int tile_depth = 32;                         // numbers of a left tile's row, and rows of a right tile before pairing
+constexpr int tile_depth = 32;                         // numbers per row of a left tile, and rows of a right tile before pairing
 constexpr int tile_numbers = tile_rows * tile_depth;   // of a tile of bfloat16
-constexpr int group_keys = 32;                         // keys are taken two left tiles at a time, which is also one tile's depth
+constexpr int group_keys = 32;                         // keys per step: two left tiles, and the depth of one tile
 constexpr int row_bytes = 64;                          // of a packed tile
 
 constexpr int whole_tiles(int numbers) { return (numbers + tile_depth - 1) / tile_depth * tile_depth; }
 
-// Hands out parts of a workspace; with none it counts them.
+// Allocates parts of a workspace; without a workspace it counts their bytes.
 class Parts {
  public:
   explicit Parts(void* workspace) : at_(reinterpret_cast<uintptr_t>(workspace)) {}
@@ -50,14 +50,14 @@ class Parts {
 
 // Products ----------------------------------------------------------------------------------------------------------------
 
-// Rows of a left factor as they lie in memory: 16 of them, so many bytes apart.
+// 16 rows of a left factor in memory, `stride` bytes apart.
 struct Left {
   const uint16_t* first;
   int64_t stride;
 };
 
-// Tiles of a product of 32 rows by one or two tiles of columns: 0 to 3 are sums (0 and 1 of the upper rows), 4 and 5 the left
-// factor's, 6 and 7 the right's.
+// Tile registers of a product of 32 rows by one or two tiles of columns: 0 to 3 are sums (0 and 1
+// of the upper rows), 4 and 5 the left factor, 6 and 7 the right one.
 template <int Columns>
 NATIVE_INLINE void clear_sums() {
   _tile_zero(0);
@@ -68,7 +68,7 @@ NATIVE_INLINE void clear_sums() {
   }
 }
 
-// right: one tile, or two one after the other.
+// right: one tile, or two adjacent ones.
 template <int Columns>
 NATIVE_INLINE void add_product(const Left& upper, const Left& lower, int at, const uint16_t* right) {
   _tile_loadd(4, upper.first + at, upper.stride);
@@ -81,7 +81,7 @@ NATIVE_INLINE void add_product(const Left& upper, const Left& lower, int at, con
   if constexpr (Columns == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// Sums of two tiles of columns that lie elsewhere: 16 rows each, `stride` bytes apart.
+// Sums of two tiles of columns from memory: 16 rows each, `stride` bytes apart.
 NATIVE_INLINE void load_sums(const float* upper, int64_t upper_stride, const float* lower, int64_t lower_stride) {
   _tile_loadd(0, upper, upper_stride);
   _tile_loadd(1, upper + tile_rows, upper_stride);
@@ -109,7 +109,8 @@ NATIVE_INLINE void store_sums(float* to, int ld) {
   }
 }
 
-// GCC's tile loads do not say that they read memory: what they read must have been written before this.
+// GCC's tile loads do not declare that they read memory: their operands must be written before
+// this.
 NATIVE_INLINE void finish_writes() { asm volatile("" ::: "memory"); }
 
 // Packing -----------------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ NATIVE_INLINE __m512i part_of_row(const uint16_t* row, int at, int width) {
   return _mm512_maskz_loadu_epi16((1u << (width - at)) - 1u, row + at);
 }
 
-// Numbers 0 .. 15 (half 0) or 16 .. 31 (half 1) of two vectors, in turn.
+// Numbers 0 .. 15 (half 0) or 16 .. 31 (half 1) of two vectors, interleaved.
 NATIVE_INLINE __m512i in_turn(__m512i a, __m512i b, int half) {
   alignas(64) static constexpr uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -128,7 +129,8 @@ NATIVE_INLINE __m512i in_turn(__m512i a, __m512i b, int half) {
   return _mm512_permutex2var_epi16(a, index, b);
 }
 
-// The transpose of 16 rows as right tiles, paired along their width: to[part] is d from 32 * part; tiles lie `apart` numbers apart.
+// The transpose of 16 rows as right tiles, paired along their width: to[part] is d from 32 * part;
+// tiles are `apart` numbers apart.
 inline void pack_paired_columns(const uint16_t* const* rows, int width, uint16_t* to, int apart) {
   for (int at = 0; at < width; at += tile_depth, to += apart) {
     __m512i pairs[16];
@@ -151,7 +153,8 @@ inline void pack_paired_rows(const uint16_t* const* rows, int count, int width, 
   }
 }
 
-// The transpose of up to 32 rows: to[d][row], zeros where there is no row, and up to a multiple of 32 of d.
+// The transpose of up to 32 rows: to[d][row], with zeros for missing rows and for d up to a
+// multiple of 32.
 inline void pack_transposed(const uint16_t* const* rows, int count, int width, uint16_t* to) {
   for (int at = 0; at < width; at += tile_depth) {
     __m512i low[16], high[16];  // of two rows each, the first and the last 16 numbers paired
@@ -170,7 +173,7 @@ inline void pack_transposed(const uint16_t* const* rows, int count, int width, u
   }
 }
 
-// The bytes from row to row, if they are as many for all.
+// Whether rows are equally far apart; stride: in bytes.
 template <int Count, class T>
 NATIVE_INLINE bool equally_spaced(const T* const* rows, int64_t& stride) {
   const int64_t step = reinterpret_cast<intptr_t>(rows[1]) - reinterpret_cast<intptr_t>(rows[0]);
@@ -181,8 +184,8 @@ NATIVE_INLINE bool equally_spaced(const T* const* rows, int64_t& stride) {
   return differs == 0;
 }
 
-// A group of rows as two left tiles: where they lie, or copied to `room` (of whole tiles) where they are spread, few or of odd width.
-// Returns whether any is copied.
+// A group of rows as two left tiles: in place, or copied to `room` (of complete tiles) if they are
+// irregular, few or of odd width. Returns whether any row is copied.
 inline bool group_as_tiles(const uint16_t* const* rows, int count, int width, uint16_t* room, Left* tiles) {
   const int padded = whole_tiles(width);
   bool copied = false;
@@ -204,17 +207,17 @@ inline bool group_as_tiles(const uint16_t* const* rows, int count, int width, ui
   return copied;
 }
 
-// Asks for a group's rows, which no prefetcher of the machine finds where they are spread.
+// Prefetches a group's rows: hardware prefetchers miss rows that are not adjacent.
 inline void fetch_group(const uint16_t* const* rows, int count, int width) {
   for (int i = 0; i < std::min(count, group_keys); ++i)
     for (int at = 0; at < width; at += tile_depth) _mm_prefetch(reinterpret_cast<const char*>(rows[i] + at), _MM_HINT_T0);
 }
 
-// Asks for `more` rows as far apart as the last two. Of rows that are read for the first time the next ones often follow, and where
-// they are not side by side no prefetcher of the machine finds them.
+// Prefetches `more` rows at the distance of the last two. Rows that are read for the first time are
+// often followed by the next ones, which hardware prefetchers miss if they are not adjacent.
 inline void fetch_after(const uint16_t* const* rows, int count, int more, int width) {
   const int64_t stride = reinterpret_cast<intptr_t>(rows[count - 1]) - reinterpret_cast<intptr_t>(rows[count - 2]);
-  intptr_t row = reinterpret_cast<intptr_t>(rows[count - 1]);  // a number: past the last row there may be none
+  intptr_t row = reinterpret_cast<intptr_t>(rows[count - 1]);  // a number, not a pointer: there may be no memory past the last row
   for (int i = 0; i < more; ++i) {
     row += stride;
     for (int at = 0; at < width; at += tile_depth)
@@ -222,8 +225,8 @@ inline void fetch_after(const uint16_t* const* rows, int count, int more, int wi
   }
 }
 
-// Transposes of groups of 32 rows, kept under where the first row lies and how far apart they are. A new group takes the place of
-// another of the same slot.
+// A cache of transposes of groups of 32 rows, by the address of the first row and their distance. A
+// new group replaces another one of the same slot.
 class TransposedGroups {
  public:
   static constexpr size_t kept_bytes = 512 * 1024;
@@ -238,7 +241,8 @@ class TransposedGroups {
 
   void forget() { std::fill(names_, names_ + slots_, Name{}); }
 
-  // Transposes of all groups of a block, each [d][key], valid until the next block. Returns how many were met for the first time.
+  // Transposes of all groups of a block, each [d][key], valid until the next block. Returns the
+  // number of new groups.
   int of(const uint16_t* const* rows, int count, const uint16_t** transposes) {
     int met = 0;
     const int groups = (count + group_keys - 1) / group_keys;
@@ -251,7 +255,7 @@ class TransposedGroups {
         const unsigned slot = slot_of(name);
         uint16_t* const kept = kept_ + static_cast<size_t>(slot) * group_numbers_;
         const bool known = names_[slot].first == name.first && names_[slot].stride == name.stride;
-        // What this block has there already must stay.
+        // A group of the same block must not be overwritten.
         const bool taken = std::find(transposes, transposes + group, kept) != transposes + group;
         if (known) {
           transposes[group] = kept;
@@ -275,11 +279,12 @@ class TransposedGroups {
     int64_t stride = 0;
   };
 
-  // Groups that follow each other have slots that follow each other, so that none of a window takes another's place.
+  // Consecutive groups have consecutive slots, so that the groups of a window do not replace each
+  // other.
   unsigned slot_of(const Name& name) const {
     const uint64_t address = reinterpret_cast<uintptr_t>(name.first);
     const uint64_t span = static_cast<uint64_t>(std::max<int64_t>(std::abs(name.stride), 1)) * group_keys;
-    // Of rows by residues many groups begin within one span.
+    // Many groups of rows by residue class begin within one span.
     const uint64_t number = address / span + address % span / row_bytes * 37;
     return static_cast<unsigned>(number) % slots_;
   }
@@ -292,8 +297,8 @@ class TransposedGroups {
 
 // Arithmetic --------------------------------------------------------------------------------------------------------------
 
-// 2^(x * factor) for x <= 0 with an error of 3e-6, a thousandth of what rounding to bfloat16 adds, so that sums of weights hardly have
-// any of their own; exactly 1 at 0. As exp2_of else.
+// 2^(x * factor) for x <= 0 with an error of 3e-6, a thousandth of the rounding to bfloat16;
+// exactly 1 at 0. Otherwise as exp2_of.
 NATIVE_INLINE __m512 exp2_rough(__m512 x, __m512 factor) {
   const Exponent by(x, factor);
   __m512 power = _mm512_set1_ps(0.00958285f);
@@ -304,8 +309,9 @@ NATIVE_INLINE __m512 exp2_rough(__m512 x, __m512 factor) {
   return by.applied_to(power);
 }
 
-// to[key][query] = rows . queries, for `count` rows and for tiles low .. high - 1 of `Tiles` of 16 queries, which were packed by
-// pack_paired_columns. room: of one group. later: rows that are read after these; ahead: what is read after the block.
+// to[key][query] = rows . queries, for `count` rows and for tiles low .. high - 1 of `Tiles` of 16
+// queries, packed by pack_paired_columns. room: for one group. later: rows that are read after
+// these. ahead: rows that are read after the block.
 template <int Tiles>
 inline void multiply_rows(const uint16_t* const* rows, int count, int width, uint16_t* room, const uint16_t* queries, int low, int high,
                           float* to, const uint16_t* const* later, int later_width, Ahead& ahead) {
@@ -336,8 +342,8 @@ NATIVE_INLINE __mmask16 first_lanes(int count) {
   return count >= tile_rows ? 0xffff : static_cast<__mmask16>((1u << count) - 1u);
 }
 
-// rows[query][d] = from[d][query] * factor[query] for 16 queries; from has `ld` numbers a row. Returns 0 for finite results and NaN
-// for queries that have others.
+// rows[query][d] = from[d][query] * factor[query] for 16 queries; from has `ld` numbers per row.
+// Returns 0 for queries with finite results and NaN for others.
 template <class Stored>
 inline __m512 transpose_result(const float* from, int ld, int width, __m512 factor, Stored* const* to) {
   __m512 trace = _mm512_setzero_ps();
@@ -370,7 +376,7 @@ class AmxForward {
   static constexpr int W = amx::tile_rows, NV = 4, TQ = NV * W;
   static constexpr int KB = 128;  // most keys of a block
 
-  // Of one thread's workspace, which is to be aligned to 64 bytes.
+  // Bytes of one thread's workspace, which must be aligned to 64 bytes.
   static size_t bytes(int head_dim, int value_dim) {
     amx::Parts parts(nullptr);
     AmxForward(parts, head_dim, value_dim);
@@ -379,8 +385,9 @@ class AmxForward {
 
   AmxForward(void* workspace, int head_dim, int value_dim) : AmxForward(amx::Parts(workspace), head_dim, value_dim) { forget(); }
 
-  // To be called when values may have changed where they lie: groups of 32 equally spaced rows are packed once and found again by
-  // where they lie. So v_rows must not point to copies whose place is used again, unless they are forgotten in between.
+  // Must be called when values at the same addresses may have changed: groups of 32 equally spaced
+  // rows are packed once and cached by address. So v_rows must not point to copies in a reused
+  // buffer without a call of this in between.
   void forget() { values_.forget(); }
 
   // q_rows: TQ rows. A pair's weight is 2^(factor * (score - the query's maximum)); factor > 0.
@@ -393,7 +400,7 @@ class AmxForward {
     std::fill(sum_, sum_ + TQ, 0.0f);
   }
 
-  // Goes on from a result (TQ rows) and its log-sum-exps, natural.
+  // Continues from a result (TQ rows) and its natural log-sum-exps.
   void start_from(const float* const* rows, const float* lse) {
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<float>;
@@ -412,7 +419,8 @@ class AmxForward {
     weigh_and_sum(k_rows, v_rows, n, low, high);
   }
 
-  // rows: TQ rows to write; lse: natural. Where nothing was seen 0 and -inf. Returns whether a result is not finite.
+  // rows: TQ rows to write. lse: natural. Rows that see nothing get 0 and -inf. Returns whether a
+  // result is not finite.
   bool result(uint16_t* const* rows, float* lse) const {
     __m512 trace = _mm512_setzero_ps();
     for (int j = 0; j < NV; ++j) {
@@ -459,10 +467,11 @@ class AmxForward {
     if (j < high) add_values<1>(values, groups, j, factors + j);
   }
 
-  // Turns one vector's scores into weights; returns by how much what was summed before shrinks.
+  // Turns one vector's scores into weights; returns the factor for the sums of earlier blocks.
   //
-  // The maximum is the exact one of all keys so far, although a stale one would save shrinking: a query's greatest weight is
-  // then 1, which bfloat16 holds exactly. Its rounding would be the largest error otherwise.
+  // The maximum is the exact one of all keys so far, although an older one would save a rescaling:
+  // a query's greatest weight is then 1, which bfloat16 represents exactly. Its rounding would be
+  // the largest error otherwise.
   NATIVE_INLINE __m512 weigh(int n, int j) {
     const float* const column = scores_ + j * W;
     const __m512 factor = _mm512_set1_ps(static_cast<float>(factor_));
@@ -473,12 +482,12 @@ class AmxForward {
     const __m512 before = _mm512_load_ps(most_ + j * W);
     const __m512 largest = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
     const __m512 now = _mm512_max_ps(before, largest);
-    // Where nothing has been seen yet, -inf - -inf would be NaN.
+    // Without a visible key so far, -inf - -inf would be NaN.
     const __m512 safe = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(now, _mm512_set1_ps(-infinity<float>), _CMP_NEQ_UQ), now);
     const __m512 shrinks = (__m512)exp2_of((Vector<float>)_mm512_sub_ps(before, safe), static_cast<float>(factor_));
 
-    // Two keys at a time: their weights are rounded and lie paired, as the product with V^T reads them. What is summed are the
-    // weights before rounding, so that the log-sum-exp is better than bfloat16; the result hardly differs.
+    // Two keys at a time: their weights are rounded and paired, as the product with V^T reads them.
+    // The sums are of the weights before rounding, so that the log-sum-exp is better than bfloat16.
     alignas(64) static constexpr uint16_t pairing[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i paired = _mm512_load_si512(pairing);
@@ -499,7 +508,8 @@ class AmxForward {
     return shrinks;
   }
 
-  // Adds the weighted values of a block to the result of one or two vectors of queries, which shrinks by `factors`.
+  // Adds the weighted values of a block to the result of one or two vectors of queries, rescaled by
+  // `factors`.
   template <int Columns>
   NATIVE_INLINE void add_values(const uint16_t* const* values, int groups, int j, const __m512* factors) {
     constexpr int ld = Columns * W;
@@ -517,7 +527,8 @@ class AmxForward {
           float* const at = result_ + (d + i) * TQ + (j + column) * W;
           _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_load_ps(at), factors[column], _mm512_load_ps(share + i * ld + column * W)));
         }
-      // The next product goes to another place, and need not wait until this one has been added.
+      // The next product goes to another buffer, so that it need not wait for the addition of this
+      // one.
       share = share == shares_ ? shares_ + shares_numbers : shares_;
     }
   }
@@ -536,14 +547,14 @@ class AmxForward {
 //   P^T = 2^(K . Q^T - lse)        dS^T = scale * P^T * (V . dO^T - delta)        both rounded to bfloat16
 //   dV += P^T . dO     dK += dS^T . Q     dQ^T += K^T . dS^T
 //
-//   K, V      left    where they lie        Q^T, dO^T   right   paired along d
+//   K, V      left    in place              Q^T, dO^T   right   paired along d
 //   P^T, dS^T left    row by row            Q, dO       right   paired along queries
-//   K^T       left    packed and kept       dS^T        right   paired along keys
+//   K^T       left    packed and cached     dS^T        right   paired along keys
 class AmxBackward {
  public:
   static constexpr int W = AmxForward::W, NV = AmxForward::NV, TQ = AmxForward::TQ, KB = AmxForward::KB;
 
-  // In place of an edit of gradients: there is none.
+  // Stands for the absence of an edit of gradients.
   struct NoEdit {
     void operator()(const float*, float*, int, int) const {}
   };
@@ -558,10 +569,11 @@ class AmxBackward {
     forget();
   }
 
-  // To be called when keys may have changed where they lie, as in the forward.
+  // Must be called when keys at the same addresses may have changed, as in the forward.
   void forget() { transposed_keys_.forget(); }
 
-  // q_rows, go_rows: TQ rows each. lse: natural, +inf for rows that send nothing. A pair's weight is e^(factor * score - lse).
+  // q_rows, go_rows: TQ rows each. lse: natural, +inf for rows without gradients. A pair's weight
+  // is e^(factor * score - lse).
   void begin(const uint16_t* const* q_rows, const uint16_t* const* go_rows, const float* lse, const float* delta, float scale,
              float factor) {
     factor_ = factor;
@@ -579,9 +591,9 @@ class AmxBackward {
     }
   }
 
-  // n keys seen by vectors low .. high - 1; `edits` and edit as in the forward. edit_grad(before, grads, TQ, n) turns gradients of
-  // edited scores into those of the scores before, which are products as they were. dk_rows, dv_rows: a row of each key, other keys
-  // other rows, to which is added.
+  // n keys seen by vectors low .. high - 1; `edits` and edit as in the forward. edit_grad(before,
+  // grads, TQ, n) turns gradients of edited scores into those of the unedited products `before`.
+  // dk_rows, dv_rows: one row per key, distinct, to add to.
   template <class Edit, class EditGrad>
   void block(const uint16_t* const* k_rows, const uint16_t* const* v_rows, float* const* dk_rows, float* const* dv_rows, int n,
              int low, int high, bool edits, const Edit& edit, const EditGrad& edit_grad) {
@@ -626,7 +638,8 @@ class AmxBackward {
     amx::multiply_rows<NV>(v_rows, n, value_dim_, value_copies_, grad_outs_, low, high, grads_, k_rows, head_dim_, ahead);
   }
 
-  // From scores and products of values to rounded weights and gradients of scores; in two stages where these are edited in between.
+  // From scores and products of values to rounded weights and gradients of scores; in two stages if
+  // they are edited in between.
   enum class Stage { whole, all_but_rounding, rounding };
 
   template <Stage stage>
@@ -634,7 +647,7 @@ class AmxBackward {
     if constexpr (stage != Stage::rounding)
       for (int key = n; key < amx::groups_of(n) * amx::group_keys; ++key)  // no keys: hidden
         std::fill(scores_ + key * TQ + low * W, scores_ + key * TQ + high * W, -infinity<float>);
-    // Two vectors make a row of a left tile; what lies outside low .. high - 1 is 0 there.
+    // Two vectors make a row of a left tile; vectors outside low .. high - 1 are 0.
     for (int j = low / 2 * 2; j < high; j += 2) {
       if (j < low)
         weigh_vectors<stage, false, true>(n, j);
@@ -672,7 +685,7 @@ class AmxBackward {
             grads[i] = _mm512_mul_ps(grads[i], _mm512_set1_ps(scale_));
             continue;
           }
-          // Above 0 by rounding alone, which the largest scores would make a power of.
+          // Positive only by rounding, which the largest scores would raise to a large power.
           const __m512 below = _mm512_min_ps(_mm512_setzero_ps(), _mm512_fmsub_ps(weights[i], factor, lse[i]));
           weights[i] = amx::exp2_rough(below, _mm512_set1_ps(static_cast<float>(log2_of_e)));
           grads[i] = _mm512_mul_ps(weights[i], _mm512_fmsub_ps(grads[i], scale, delta[i]));

@@ -9,9 +9,9 @@
 
 namespace native {
 
-// While it lives, its thread's tile registers are set up: eight of 16 rows of 64 bytes.
+// Sets up the tile registers of its thread during its lifetime: eight of 16 rows of 64 bytes.
 struct AmxTiles {
-  // Whether the system lets this process use tiles; asked for once.
+  // Whether the system lets this process use tiles; requested once.
   static bool allowed() {
     constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -25,7 +25,7 @@ struct AmxTiles {
       uint8_t rows[16] = {};
     } shape;
     for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
-    asm volatile("" ::"r"(&shape) : "memory");  // GCC's intrinsic names the first eight bytes alone as read
+    asm volatile("" ::"r"(&shape) : "memory");  // GCC's intrinsic declares only the first eight bytes as read
     _tile_loadconfig(&shape);
   }
   ~AmxTiles() { _tile_release(); }

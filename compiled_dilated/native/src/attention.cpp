@@ -9,7 +9,8 @@ namespace {
 
 bool is_double(const Problem& problem) { return problem.q.type == Type::f64; }
 
-// Whether this was compiled for a CPU that multiplies tiles of bfloat16, and the system lets this process use them.
+// Whether this is compiled for a CPU with AMX for bfloat16, and the system lets this process use
+// it.
 bool has_amx() {
 #if defined(__AMX_BF16__)
   return AmxTiles::allowed();
@@ -41,5 +42,5 @@ void count(const Problem& problem) {
 
 }  // namespace native
 
-// Sets who loads a part by its name.
+// Sets the function that loads a part by its name.
 extern "C" __attribute__((visibility("default"))) void native_set_loader(void (*need)(const char*)) { native::parts().need = need; }

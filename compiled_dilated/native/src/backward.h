@@ -6,14 +6,15 @@
 
 namespace native {
 
-// Lets tiles add to the gradients of a key head in their own order, whatever thread has them, so that the bits do not depend on
-// threads. Units are taken in order; a unit waits until earlier ones of its head have finished with the keys that it adds to.
+// Makes tiles add to the gradients of a key head in the order of the tiles, on any thread, so that
+// the bits do not depend on threads. Units are taken in order; a unit waits until earlier ones of
+// its head have finished with the keys that it adds to.
 class Turns {
  public:
   explicit Turns(int slots) : places_(slots) {}
 
-  // Takes a unit for a slot: unit_of() gives the next one, order_of(unit) its head and its place among the units of that head. It may
-  // add to any key until `limit` says more.
+  // Takes a unit for a slot: next() returns the unit, order_of(unit) its head and its place among
+  // the units of that head. Until `limit` is called it may add to any key.
   template <class Next, class Order>
   int64_t take(int slot, const Next& next, const Order& order_of) {
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -25,7 +26,7 @@ class Turns {
     return unit;
   }
 
-  // The slot's unit adds to no other keys.
+  // Declares that the slot's unit adds to no other keys.
   void limit(int slot, const KeyRange& keys) {
     places_[slot].after.store(keys.after);
     places_[slot].first.store(keys.first);
@@ -39,7 +40,7 @@ class Turns {
         std::this_thread::yield();
   }
 
-  // The slot's unit adds to no key below `key` any more.
+  // Declares that the slot's unit adds to no more keys below `key`.
   void finish_below(int slot, int64_t key) { places_[slot].first.store(key); }
 
   void finish(int slot) { finish_below(slot, no_more); }
@@ -53,8 +54,9 @@ class Turns {
   std::mutex mutex_;
 };
 
-// The order of a head's stretches, cut into parts: the first stretch of every part, then the second ones. Those that follow each other
-// lie far apart, so that threads that have them seldom wait for the same keys. One part: as they come.
+// The order of a head's stretches, cut into parts: the first stretch of every part, then the second
+// ones. Consecutive stretches are far apart, so that their threads seldom wait for the same keys.
+// With one part: ascending.
 class StretchOrder {
  public:
   StretchOrder(int64_t stretches, int64_t parts) : stretches_(stretches), parts_(parts), of_part_((stretches + parts - 1) / parts) {}
@@ -63,7 +65,7 @@ class StretchOrder {
 
   // The stretch at a place of the order; -1 where there is none.
   int64_t at(int64_t place) const {
-    // The bits of a part's number in reverse: halves first, then quarters.
+    // The bits of a part's number reversed: halves first, then quarters.
     int64_t part = 0;
     for (int64_t bit = 1, mirrored = parts_ / 2; mirrored; bit *= 2, mirrored /= 2)
       if (place & bit) part |= mirrored;
@@ -75,7 +77,8 @@ class StretchOrder {
   int64_t stretches_, parts_, of_part_;  // parts: a power of two
 };
 
-// The gradients of keys and values of some heads while tiles add to them: where they belong, or wider beside it.
+// The gradients of keys and values of some heads while tiles add to them: in the results
+// themselves, or in wider buffers.
 template <class T>
 class KeyGradients {
  public:
@@ -85,7 +88,7 @@ class KeyGradients {
     if (!in_place(gradients, shape)) sums_.assign(static_cast<size_t>(count * shape.kv_len * (widths_[0] + widths_[1])), T(0));
   }
 
-  // Of one head's sums.
+  // Bytes of the buffers of one head.
   static int64_t bytes(const Shape& shape) {
     return shape.kv_len * (padded<T>(shape.head_dim) + padded<T>(shape.value_dim)) * static_cast<int64_t>(sizeof(T));
   }
@@ -104,7 +107,7 @@ class KeyGradients {
     return of_head + (which ? shape_.kv_len * widths_[0] : 0);
   }
 
-  // Rounds one head's sums into the gradients.
+  // Rounds the buffers of one head into the gradients.
   void write(int64_t head) {
     if (sums_.empty()) return;
     for (int which = 0; which < 2; ++which) {
@@ -145,7 +148,7 @@ struct WideGradient : WideWalk<T> {
         keys(room.take<T>(Rows<T>::numbers(head_dim)), head_dim, true),
         values(room.take<T>(Rows<T>::numbers(value_dim)), value_dim, false) {}
 
-  // lse: natural; of lanes past the end +inf. changed: whether a function changes scores.
+  // lse: natural; +inf for lanes past the end. changed: whether a function changes scores.
   void begin(const Head& q, const Head& grad_out, const int32_t* sources, bool changed, const T* lse, const T* delta) {
     scaling = Scaling<T>(scale, changed);
     const int ldq = padded<T>(head_dim), ldo = padded<T>(value_dim);
@@ -211,7 +214,7 @@ class BackwardWorker {
 
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) { blocks_.stretch(b, h, first, tiles); }
 
-  // Rows of a tile that comes next.
+  // Prefetches the rows of the next tile.
   void expect(int64_t b, int64_t h, const QueryTile<W>& next) {
     next_.clear();
     if (!next.vectors) return;
@@ -227,7 +230,8 @@ class BackwardWorker {
     return native::range_of_keys(program_.masks, b, h, program_.groups[program_.group_of_head[h]], tile, shape_.kv_len);
   }
 
-  // Adds a tile's share; index: of the tile in its stretch; is_last: no later tile of the slot's unit follows.
+  // Adds the gradients of a tile. index: the tile's place in its stretch. is_last: whether it is
+  // the last tile of the slot's unit.
   void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, KeyGradients<T>& to, Turns& turns, int slot, bool is_last, T* const* sums) {
     const Head q(problem_.q, b, h), grad_out(gradients_.grad_out, b, h), grad_q(gradients_.grad_q, b, h);
     read_statistics(b, h, tile, grad_out);
@@ -241,7 +245,8 @@ class BackwardWorker {
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     T *grad_k = to.rows(head, 0), *grad_v = to.rows(head, 1);
     const std::vector<Branch>& branches = program_.groups[program_.group_of_head[h]].branches;
-    // Of one branch, walked without a step, keys come in order: other threads need not wait for the whole tile.
+    // The keys of a single branch without a step come in order: other threads need not wait for the
+    // complete tile.
     const bool in_order = is_last && branches.size() == 1 && branches[0].key_step == 1;
     Scores<T>& scores = blocks_.scores;
     blocks_.visit(engine_, k, v, b, h, index, tile, [&](const KeyBlock& block) {
@@ -263,7 +268,7 @@ class BackwardWorker {
     return room;
   }
 
-  // Each query's log-sum-exp and delta. Rows that see nothing send nothing: with +inf all weights are 0.
+  // Each query's log-sum-exp and delta. Rows that see nothing get +inf, which makes all weights 0.
   void read_statistics(int64_t b, int64_t h, const QueryTile<W>& tile, const Head& grad_out) {
     const Head out(problem_.out, b, h), lse(problem_.lse, b, h);
     std::vector<T>& a = out_row_;
@@ -296,7 +301,7 @@ class BackwardWorker {
   std::vector<T> out_row_, grad_row_;
 };
 
-// Adds to a vector of float or double.
+// Adds numbers to a vector of float or double.
 template <class T>
 void add_to(const Array& totals, const T* numbers) {
   for (int64_t i = 0; i < totals.sizes[0]; ++i) {
@@ -307,11 +312,11 @@ void add_to(const Array& totals, const T* numbers) {
   }
 }
 
-// Where the score_mod's operands have their sums: null for those that learn nothing.
+// Addresses of the gradient sums of the score_mod's operands; null for operands without gradients.
 template <class T>
 std::vector<T*> learned_sums(const Program& program, const Gradients& gradients, T* at) {
   std::vector<T*> out(program.score_mod_operands.size(), nullptr);
-  // The sums lie in the order of `learned`.
+  // The sums are stored in the order of `learned`.
   for (const int64_t number : gradients.learned) {
     int64_t size = 1;
     bool read = false;
@@ -328,7 +333,7 @@ std::vector<T*> learned_sums(const Program& program, const Gradients& gradients,
   return out;
 }
 
-// How many key heads are summed at a time: of sums beside the gradients so many as stay small.
+// How many key heads are summed at a time, so that buffers beside the gradients stay small.
 template <class T>
 int64_t heads_at_once(const Gradients& gradients, const Shape& shape, int64_t heads) {
   if (KeyGradients<T>::in_place(gradients, shape)) return heads;
@@ -361,15 +366,15 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
   int64_t parts = 1;
   Stretches<Engine::W> stretches(problem, program, shape, heads, threads);
   if (learns) {
-    // What operands learn is summed head by head: a head is one unit.
+    // The gradients of operands are summed head by head: a head is one unit.
     at_once = std::min<int64_t>(heads, std::max<int64_t>(at_once, threads));
     stretches.set_length(stretches.most());
   } else if (!shares_keys(program, shape, stretches)) {
-    // The order of additions depends on the length: it must not depend on threads.
+    // The order of additions depends on the length, which must not depend on threads.
     stretches.set_length(std::clamp<int64_t>(stretches.most() * at_once / 64, 1, 32));
     parts = 16;
   } else if (at_once < 2 * threads) {
-    // A unit's later tiles would bar the way of other threads.
+    // Later tiles of a longer unit would block other threads.
     stretches.set_length(1);
   }
   const StretchOrder stretch_order(stretches.count() / heads, parts);
@@ -393,7 +398,7 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
       struct Finish {
         Turns& turns;
         int slot;
-        ~Finish() { turns.finish(slot); }  // also where an error ends the unit, so that nobody waits for it
+        ~Finish() { turns.finish(slot); }  // also after an error, so that no thread waits for the unit
       };
       while (!failure.failed()) {
         const int64_t unit = turns.take(slot, [&] { return units++; }, order_of);

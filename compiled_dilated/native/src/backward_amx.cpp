@@ -16,7 +16,7 @@ struct AmxGradient : AmxWalk {
       : head_dim(shape.head_dim), value_dim(shape.value_dim), scale(scale),
         products(room.take<char>(bytes(shape)), head_dim, value_dim) {}
 
-  // lse: natural; of lanes past the end +inf.
+  // lse: natural; +inf for lanes past the end.
   void begin(const Head& q, const Head& grad_out, const int32_t* sources, bool changed, const float* lse, const float* delta) {
     scaling = Scaling<float>(scale, changed);
     const uint16_t *q_rows[TQ], *grad_rows[TQ];

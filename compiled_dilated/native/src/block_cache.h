@@ -1,4 +1,4 @@
-// The blocks of tiles, kept for heads that see the same.
+// A cache of the blocks of tiles, for heads with equal masks.
 #pragma once
 #include <vector>
 
@@ -6,10 +6,11 @@
 
 namespace native {
 
-// The blocks of a stretch's tiles and who sees their keys, kept by a thread from one head to the next that sees the same.
+// The blocks of a stretch's tiles and which lanes see their keys, reused by a thread for the next
+// head with an equal mask.
 class BlockCache {
  public:
-  // Keeps what is there if it is of the same stretch.
+  // Starts a stretch; the blocks of the same stretch stay valid.
   void start(int64_t entry, int64_t group, int64_t first, int64_t tiles) {
     const int64_t key[3] = {entry, group, first};
     if (std::equal(key, key + 3, key_) && tiles == static_cast<int64_t>(tiles_.size())) return;
@@ -23,8 +24,8 @@ class BlockCache {
 
   using Visit = Callback<const Branch&, const KeyBlock&>;
 
-  // visit(branch, block) for all blocks of tile `index` of the stretch: those that were kept, or those that walk(visit) finds and
-  // answer(branch, block, seen) completes.
+  // Calls visit(branch, block) for all blocks of tile `index` of the stretch: cached ones, or those
+  // that walk(visit) yields and answer(branch, block, seen) completes.
   void blocks(int64_t index, const Callback<const Visit&>& walk, const Callback<const Branch&, const KeyBlock&, uint64_t*>& answer,
               const Visit& visit) {
     Range& range = tiles_[static_cast<size_t>(index)];
@@ -43,7 +44,7 @@ class BlockCache {
     };
     walk(take);
     range.stop = blocks_.size();
-    // A tile that found no room is walked anew each time.
+    // A tile that does not fit is walked again for every head.
     range.known = range.stop < most_blocks;
   }
 

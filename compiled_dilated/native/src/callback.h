@@ -1,9 +1,9 @@
-// A function of the caller's, or none; it is called by pointer, so that what calls it is compiled once.
+// A function of the caller, or none, called by pointer, so that its caller is compiled once.
 #pragma once
 
 namespace native {
 
-// The function must live as long as this.
+// The function must outlive the callback.
 template <class... Arguments>
 class Callback {
  public:

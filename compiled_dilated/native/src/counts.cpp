@@ -1,4 +1,4 @@
-// What a forward computes, counted by the walk that it takes, without its arithmetic.
+// Counts the work of a forward by its walk, without its arithmetic.
 #include "forward.h"
 
 namespace native {
@@ -12,7 +12,8 @@ void count_with(const Problem& problem, const Program& program) {
   const Stretches<W> stretches(problem, program, shape, shape.batch * shape.heads, 1);
   Counts counts;
   QueryTile<W> tile;
-  // Heads of a group see the same, and so do entries of the batch where nothing tells them apart: one stands for all.
+  // Heads of a group have equal masks, and so have entries of the batch unless data or functions
+  // distinguish them: one is counted for all.
   const int64_t entries = program.varies_by_entry ? shape.batch : 1;
   for (int64_t b = 0; b < entries; ++b)
     for (int64_t group = 0; group < static_cast<int64_t>(program.groups.size()); ++group) {

@@ -2,8 +2,9 @@
 //
 //   S^T[key][query] = K[key] . Q^T[query]         O^T[d][query] += V[key][d] * P^T[key][query]
 //
-// Vector lanes are queries: the softmax has no sum across lanes, and elements of K and V are broadcast from where their rows lie.
-// A tile is `tile_vectors` vectors of queries; a block of keys is computed for those vectors alone that see any of it.
+// Vector lanes are queries: the softmax has no sum across lanes, and elements of K and V are
+// broadcast from their rows in memory. A tile is `tile_vectors` vectors of queries; a block of keys
+// is computed for those vectors only that see any of it.
 #pragma once
 #include <algorithm>
 
@@ -13,11 +14,12 @@
 
 namespace native {
 
-// What a caller does to a block's scores or to their gradients; empty: nothing.
-// (scores, leading dimension)
+// Changes of a block's scores or of their gradients by the caller; empty: none.
+// Arguments: scores, leading dimension.
 template <class T>
 using ScoreEdit = Callback<T*, int>;
-// (products before they were edited, which it may overwrite, gradients of the edited scores in and of those before out, leading dimension)
+// Arguments: unedited products, which may be overwritten; gradients of the edited scores, which
+// become those of the unedited ones; leading dimension.
 template <class T>
 using GradEdit = Callback<T*, T*, int>;
 
@@ -51,14 +53,15 @@ NATIVE_INLINE void multiply(const T* const* rows, int depth, const T* columns, i
     for (int j = 0; j < Vectors; ++j) store(scores + i * lds + j * W, sums[i][j]);
 }
 
-// Asks for rows that are read soon: where they are not side by side no prefetcher of the machine finds them.
+// Prefetches rows that are read soon: hardware prefetchers miss rows that are not adjacent.
 template <class T>
 NATIVE_INLINE void fetch(const T* const* rows, int count, int width) {
   for (int i = 0; i < count; ++i)
     for (int at = 0; at < width; at += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(rows[i] + at, 0, 3);
 }
 
-// All rows of a block. later: rows of a width of their own that are read after these; ahead: what is read after the block.
+// multiply for all rows of a block. later: rows of another width that are read after these. ahead:
+// rows that are read after the block.
 template <class T, int Vectors>
 NATIVE_INLINE void multiply_all(const T* const* rows, int count, int depth, const T* columns, int ld, T* scores, int lds,
                                 const T* const* later, int later_width, Ahead& ahead) {
@@ -93,7 +96,8 @@ NATIVE_INLINE void accumulate(const T* const* rows, int count, int first, const 
   }
   for (int i = 0; i < Widths; ++i)
     for (int j = 0; j < Vectors; ++j) {
-      // A block's own sum first: its roundings are as small as it is.
+      // The block is summed by itself first, so that its rounding errors are relative to its own
+      // size.
       T* at = sums + (first + i) * ld + j * W;
       store(at, load(at) * factors[j] + total[i][j]);
     }
@@ -169,8 +173,8 @@ void transpose_rows(const T* const* rows, int columns, T* to, int ld) {
     for (int lane = 0; lane < W; ++lane) to[column * ld + lane] = rows[lane][column];
 }
 
-// The way back, each lane times its factor: rows[lane][column] = from[column][lane] * factors[lane]. Returns 0 for finite results
-// and NaN for lanes that have others.
+// The inverse, with a factor per lane: rows[lane][column] = from[column][lane] * factors[lane].
+// Returns 0 for lanes with finite results and NaN for others.
 template <class T>
 Vector<T> transpose_columns(const T* from, int ld, int columns, Vector<T> factors, T* const* rows) {
   constexpr int W = lanes<T>;
@@ -205,7 +209,7 @@ bool any_nan(Vector<T> x) {
   return false;
 }
 
-// Widths padded to whole vectors, so that rows of a workspace can be read vector by vector.
+// A width padded to complete vectors, so that rows of a workspace can be read vector by vector.
 template <class T>
 constexpr int padded(int width) {
   return (width + lanes<T> - 1) / lanes<T> * lanes<T>;
@@ -238,7 +242,7 @@ class Forward {
     std::fill(sum_, sum_ + TQ, T(0));
   }
 
-  // Goes on from a result (TQ rows) and its log-sum-exps, natural.
+  // Continues from a result (TQ rows) and its natural log-sum-exps.
   void start_from(const T* const* rows, const T* lse) {
     for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, value_dim_, result_ + j * W, TQ);
     for (int i = 0; i < TQ; ++i) {
@@ -260,7 +264,8 @@ class Forward {
     }
   }
 
-  // rows: TQ rows to write; lse: natural. Where nothing was seen 0 and -inf. Returns whether a result is not finite.
+  // rows: TQ rows to write. lse: natural. Rows that see nothing get 0 and -inf. Returns whether a
+  // result is not finite.
   bool result(T* const* rows, T* lse) {
     Vector<T> trace{};
     for (int j = 0; j < tile_vectors; ++j) {
@@ -287,7 +292,7 @@ class Forward {
     accumulate_all<T, Vectors>(values, n, value_dim_, scores, ld, factors, result_ + low * W, TQ);
   }
 
-  // Turns one vector's scores into weights; returns by how much what was summed before shrinks.
+  // Turns one vector's scores into weights; returns the factor for the sums of earlier blocks.
   NATIVE_INLINE Vector<T> weigh(T* column, int ld, int n, int at) {
     Vector<T> most[2] = {all(-infinity<T>), all(-infinity<T>)};
     int k = 0;
@@ -295,7 +300,7 @@ class Forward {
       for (int i = 0; i < 2; ++i) most[i] = larger<T>(most[i], load(column + (k + i) * ld));
     if (k < n) most[0] = larger<T>(most[0], load(column + k * ld));
     const Vector<T> before = load(most_ + at), now = larger<T>(before, larger<T>(most[0], most[1]));
-    // Where nothing has been seen yet, -inf - -inf would be NaN.
+    // Without a visible key so far, -inf - -inf would be NaN.
     const Vector<T> safe = now == -infinity<T> ? Vector<T>{} : now;
     const Vector<T> factor = exp2_of(before - safe, factor_);
     Vector<T> sums[2] = {};
@@ -341,8 +346,9 @@ class Backward {
     before_ = grads_ + TQ * block_keys;
   }
 
-  // q, grad_out: TQ rows, padded to whole vectors. lse: natural; +inf for rows that send nothing. factor: of products of q and k,
-  // which makes them the scores that lse is of. scale: of dS K and dS^T Q.
+  // q, grad_out: TQ rows, padded to complete vectors. lse: natural; +inf for rows without
+  // gradients. factor: of products of q and k, which makes them the scores that lse is of. scale:
+  // of dS K and dS^T Q.
   void begin(const T* q, int ldq, const T* grad_out, int ldo, const T* lse, const T* delta, T factor, T scale) {
     q_rows_ = q, out_rows_ = grad_out, ldq_ = ldq, ldo_ = ldo, factor_ = factor, scale_ = scale;
     const T *q_of[TQ], *out_of[TQ];
@@ -356,8 +362,9 @@ class Backward {
     std::copy(delta, delta + TQ, delta_);
   }
 
-  // edit as in Forward; edit_grad(before, grads, ld) turns gradients of edited scores into those of the scores before.
-  // grad_keys, grad_values: a row of each key, padded to whole vectors, to which is added.
+  // edit as in Forward. edit_grad(before, grads, ld) turns gradients of edited scores into those of
+  // the unedited ones. grad_keys, grad_values: one row per key, padded to complete vectors, to add
+  // to.
   void block(const T* const* keys, const T* const* values, T* const* grad_keys, T* const* grad_values, int n, int low, int high,
              const ScoreEdit<T>& edit, const GradEdit<T>& edit_grad) {
     switch (high - low) {
@@ -390,13 +397,13 @@ class Backward {
 #pragma GCC unroll 2
       for (int k = 0; k < n; ++k) {
         T *weight = weights + k * ld + j * W, *grad = grads + k * ld + j * W;
-        // Above 0 by rounding alone, which the largest scores would make a power of.
+        // Positive only by rounding, which the largest scores would raise to a large power.
         const Vector<T> share = exp2_of(smaller<T>(load(weight) * factor_ - lse, Vector<T>{}), static_cast<T>(log2_of_e));
         store(weight, share);
         store(grad, share * (load(grad) - delta));
       }
     }
-    // dV takes the weights; dK and dQ the gradients of the scores.
+    // dV is computed from the weights, dK and dQ from the gradients of the scores.
     spread_all<T>(weights, ld, n, out_rows_ + low * W * ldo_, ldo_, ld, padded<T>(value_dim_), grad_values, T(1));
     if (edit_grad) edit_grad(before_, grads, ld);
     Vector<T> ones[Vectors];

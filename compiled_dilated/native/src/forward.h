@@ -1,4 +1,5 @@
-// The forward: threads take stretches of tiles; a tile is computed by one thread in one order, so the bits do not depend on threads.
+// The forward: threads take stretches of tiles. A tile is computed by one thread in one order, so
+// that the bits do not depend on threads.
 #pragma once
 #include <atomic>
 #include <exception>
@@ -33,7 +34,7 @@ class Failure {
   std::atomic<bool> failed_{false};
 };
 
-// body(slot) on every thread of the call.
+// Calls body(slot) on every thread of the call.
 template <class Body>
 void on_threads(const Parallel& parallel, int slots, const Body& body) {
   Failure failure;
@@ -48,7 +49,7 @@ void on_threads(const Parallel& parallel, int slots, const Body& body) {
   failure.rethrow();
 }
 
-// The engine of float32 and float64, which also serves narrower types by widening their rows.
+// The engine of float32 and float64, and of narrower types, whose rows are widened.
 template <class T>
 struct WideEngine : WideWalk<T> {
   using WideWalk<T>::W, WideWalk<T>::TQ, WideWalk<T>::most_keys;
@@ -95,7 +96,7 @@ struct WideEngine : WideWalk<T> {
     block_of(key_rows, value_rows, block, change);
   }
 
-  // The same of rows that lie elsewhere.
+  // The same for rows at other addresses.
   void block_of(const T* const* key_rows, const T* const* value_rows, const KeyBlock& block, const ScoreEdit<T>& change) {
     const auto edit = [&](T* scores, int ld) {
       scaling.apply(scores, ld, block.count, (block.high - block.low) * W);
@@ -116,7 +117,7 @@ struct WideEngine : WideWalk<T> {
   Rows<T> keys, values;
 };
 
-// Keys and values with numbers that are not finite, in one tile: they reach the queries that see them, and no others.
+// Non-finite keys and values of one tile: they affect the queries that see them, and no others.
 template <class Engine>
 class Careful {
  public:
@@ -190,7 +191,8 @@ class ForwardWorker {
   using Stored = typename Engine::Stored;
   static constexpr int W = Engine::W, TQ = Engine::TQ;
 
-  // careful: keys and values may hold numbers that are not finite, which are kept from queries that do not see them.
+  // careful: keys and values may be non-finite; queries that do not see them are protected from
+  // them.
   ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, bool careful, Room& room)
       : problem_(problem), program_(program), shape_(shape), careful_mode_(careful),
         engine_(start(room, shape), shape), blocks_(program, shape.kv_len),
@@ -198,7 +200,7 @@ class ForwardWorker {
 
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) { blocks_.stretch(b, h, first, tiles); }
 
-  // index: of the tile in its stretch. next: the tile that follows.
+  // index: the tile's place in its stretch. next: the tile that follows.
   void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, const QueryTile<W>& next, bool merges) {
     const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
     const ResultRows<Engine> results(out, tile, shape_.value_dim, out_, !careful_mode_);
@@ -288,13 +290,15 @@ class Stretches {
   int64_t heads_, groups_ = 0, most_ = 0, length_ = 1, count_ = 0;
 };
 
-// Deals the heads of stretches to threads. A thread takes all heads of one stretch, which often see the same, so that its blocks are
-// found once; where no stretch is left it helps with the heads of others.
+// Distributes the heads of stretches to threads. A thread takes all heads of one stretch, which
+// often have equal masks, so that its blocks are computed once; when no stretch is left, it takes
+// heads of other threads' stretches.
 class Deal {
  public:
   Deal(int64_t stretches, int64_t heads) : heads_(heads), taken_(static_cast<size_t>(stretches)) {}
 
-  // The next head; stretch: the thread's last one in, -1 at first, that of the head out. False where all are taken.
+  // The next head. stretch: in, the thread's last one, -1 at first; out, that of the head. False
+  // when all are taken.
   bool take(int64_t& stretch, int64_t& head) {
     if (stretch >= 0 && take_head(stretch, head)) return true;
     const int64_t count = static_cast<int64_t>(taken_.size());
@@ -376,8 +380,9 @@ bool forward_tiles(const Problem& problem, const Program& program, const Shape& 
   return met_nan;
 }
 
-// What hidden numbers leave behind is NaN: then all is done again with care. A merge overwrites what it starts from: it looks
-// first. tiles(careful) computes all tiles and returns whether it met NaN.
+// Hidden non-finite numbers leave NaN in results: then all is computed again carefully. A merge
+// overwrites its inputs, so it checks keys and values first. tiles(careful) computes all tiles and
+// returns whether a result is NaN.
 template <class T, class Tiles>
 void with_care(const Problem& problem, const Shape& shape, bool merges, const Tiles& tiles) {
   const bool careful = merges && !all_finite<T>(problem, shape);

@@ -8,7 +8,7 @@ bool tiles_f32(const Problem& problem, const Program& program, bool merges, bool
 
 namespace {
 
-// The engine of bfloat16 where the CPU multiplies tiles.
+// The engine of bfloat16 on AMX.
 struct AmxEngine : AmxWalk {
   using Stored = uint16_t;
   static constexpr bool can_be_careful = false;

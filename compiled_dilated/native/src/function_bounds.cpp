@@ -1,4 +1,4 @@
-// What a mask says of whole blocks: its tape over intervals instead of numbers.
+// Verdicts of masks on blocks: a tape evaluated on intervals instead of numbers.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,7 +15,8 @@ constexpr int64_t least_whole = std::numeric_limits<int64_t>::min(), most_whole 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t most_looked_up = 64;
 
-// All numbers that a node may be: low .. high, whole or floating by its type, and perhaps NaN.
+// All values that a node may have: low .. high, integers or floating-point by its type, and NaN if
+// flagged.
 struct Bounds {
   int64_t low = 0, high = 0;
   double least = 0, greatest = 0;
@@ -37,7 +38,7 @@ Bounds unknown(Register type) {
   }
 }
 
-// Whole numbers in 128 bits as those of a register: unknown where they may wrap around.
+// Integers in 128 bits, for results of registers; unknown if they may wrap around.
 using Wide = __int128;
 
 Bounds fitted(Register type, Wide low, Wide high) {
@@ -48,13 +49,13 @@ Bounds fitted(Register type, Wide low, Wide high) {
 
 double rounded(Register type, double x) { return type == Register::f32 ? static_cast<double>(static_cast<float>(x)) : x; }
 
-// An interval of floating numbers from its ends; NaN at an end: nothing is known.
+// An interval of floating-point numbers from its ends; unknown if an end is NaN.
 Bounds spanned(Register type, double a, double b, bool nan) {
   if (std::isnan(a) || std::isnan(b)) return unknown(type);
   return Bounds::floating(rounded(type, std::min(a, b)), rounded(type, std::max(a, b)), nan);
 }
 
-// The same of functions whose values are a few roundings off.
+// The same for functions with errors of a few roundings.
 Bounds loosened(Register type, double a, double b, bool nan) {
   if (std::isnan(a) || std::isnan(b)) return unknown(type);
   const double part = type == Register::f32 ? 1e-6 : 1e-14, little = type == Register::f32 ? 1e-44 : 1e-320;
@@ -202,7 +203,7 @@ Bounds compared(Operation op, T a_low, T a_high, T b_low, T b_high, bool nan) {
     case Operation::less: always = a_high < b_low, never = a_low >= b_high; break;
     default: always = a_high <= b_low, never = a_low > b_high; break;
   }
-  // A comparison with NaN does not hold, but for !=.
+  // Every comparison with NaN is false, except !=.
   if (nan && op == Operation::not_equal) never = false;
   if (nan && op != Operation::not_equal) always = false;
   return Bounds::whole(always, !never);
@@ -257,7 +258,8 @@ Bounds joined(const Bounds& a, const Bounds& b) {
   return {std::min(a.low, b.low), std::max(a.high, b.high), std::min(a.least, b.least), std::max(a.greatest, b.greatest), a.nan || b.nan};
 }
 
-// All entries that a look-up may meet, if they are few; indices of either sign, all in range.
+// Bounds of all entries that a look-up may read, if they are few; indices of either sign, all in
+// range.
 Bounds looked_up(const FunctionNode& node, const Array& array, const Bounds* values) {
   int64_t counts[max_dims], total = 1;
   for (int dim = 0; dim < array.dims; ++dim) {
@@ -277,7 +279,7 @@ Bounds looked_up(const FunctionNode& node, const Array& array, const Bounds* val
     }
     out = i ? joined(out, entry(array, at)) : entry(array, at);
   }
-  if (is_float(node.type) && out.least > out.greatest) return unknown(node.type);  // NaN alone
+  if (is_float(node.type) && out.least > out.greatest) return unknown(node.type);  // only NaN
   return out;
 }
 

@@ -17,7 +17,7 @@ Run of_calls(Register type) {
   return type == Register::f64 ? called<F, double> : nullptr;
 }
 
-// Of vectors of float; of double by calls.
+// Loops with vectors of float, and with calls for double.
 template <class F>
 Run with_float(Register type) {
   if (type == Register::f32) return unary<F, float, float>;

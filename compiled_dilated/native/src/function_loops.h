@@ -1,5 +1,5 @@
-// The operations of functions.h as loops over registers: one loop for each operation and type, without branches where that is
-// possible, so that compilers vectorise them.
+// The operations of functions.h as loops over registers: one loop per operation and type, without
+// branches where possible, so that compilers vectorize them.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -10,12 +10,12 @@
 
 namespace native::loops {
 
-// Registers are whole blocks of so many numbers; the last is filled up with copies of what stands before.
+// Registers are blocks of so many numbers; the last block is filled with copies of earlier numbers.
 constexpr int unit = 16;
 
 struct Step;
 
-// Where steps run: registers as offsets from `base`, and the slice of the tile that they work on.
+// The context of steps: registers as offsets from `base`, and the slice of the tile.
 struct Place {
   char* base;
   const Array* operands;
@@ -26,7 +26,7 @@ struct Place {
   int ld;
   int row;   // first key of the slice
   int rows;  // keys of the slice
-  int bad_operand = -1;  // that was asked for an index out of range
+  int bad_operand = -1;  // an operand with an index out of range
   bool zero_divisor = false;
 
   template <class T>
@@ -65,7 +65,7 @@ void unary(Place& place, const Step& step, int n) {
     for (int j = 0; j < unit; ++j) out[i + j] = F::of(a[i + j]);
 }
 
-// The same of functions of the standard library, which no compiler makes vectors of.
+// The same for functions of the standard library, which compilers do not vectorize.
 template <class F, class T>
 void called(Place& place, const Step& step, int n) {
   T* out = place.at<T>(step.out);
@@ -82,7 +82,8 @@ void binary(Place& place, const Step& step, int n) {
     for (int j = 0; j < unit; ++j) out[i + j] = F::of(a[i + j], b[i + j]);
 }
 
-// By bits, as GCC 12 makes wrong code of `which[i] ? a[i] : b[i]` where `which` is narrower. T: unsigned, of the numbers' size.
+// By bits, as GCC 12 miscompiles `which[i] ? a[i] : b[i]` with a narrower `which`. T: unsigned, of
+// the numbers' size.
 template <class T>
 inline T chosen(uint8_t which, T a, T b) {
   const T all = T(0) - T(which != 0);
@@ -118,7 +119,7 @@ inline float exp_of(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const int32_t exponent = static_cast<int32_t>(bits<uint32_t>(shifted) - 0x4b400000u);
-  const int32_t half = exponent >> 1;  // in two steps, for results below the least normal number
+  const int32_t half = exponent >> 1;  // in two steps, for denormal results
   return p * power_of_two(half) * power_of_two(exponent - half);
 }
 
@@ -135,8 +136,8 @@ inline float tanh_of(float x) {
   return magnitude < 0.625f ? small : std::copysign(large, x);
 }
 
-// exponent + log2 of the fraction, and the natural logarithm of the fraction, in double: exact enough that a float result is
-// nearly always the nearest one. x: positive and normal as a double.
+// The exponent, and the natural logarithm of the fraction in double, precise enough that a float
+// result is nearly always the nearest one. x: positive and normal as a double.
 struct Fraction {
   double exponent, log;
 };
@@ -201,7 +202,7 @@ struct Log10 {
 struct Log1p {
   static float of(float x) {
     const double wide = x, u = 1.0 + wide;
-    const double quotient = wide / (u - 1.0);  // what was lost in u
+    const double quotient = wide / (u - 1.0);  // the rounding error of u
     const double corrected = log_of(u) * quotient;
     const bool is_plain = (u == 1.0) | (u == std::numeric_limits<double>::infinity());
     return static_cast<float>(is_plain ? wide : corrected);
@@ -298,7 +299,7 @@ struct Maximum {
   }
 };
 struct FloorDivide {
-  // Exact: quotients of 32-bit numbers that differ do so by more than a double's rounding.
+  // Exact: different quotients of 32-bit numbers differ by more than a double's rounding.
   static int32_t of(int32_t a, int32_t b) {
     const double quotient = std::floor(static_cast<double>(a) / static_cast<double>(b == 0 ? 1 : b));
     return static_cast<int32_t>(static_cast<uint32_t>(static_cast<int64_t>(quotient)));
@@ -416,7 +417,7 @@ struct To {
     if constexpr (std::is_same_v<R, uint8_t>) {
       return x != A(0);
     } else if constexpr (std::is_floating_point_v<A> && std::is_integral_v<R>) {
-      // Out of range: the least number, as the machine's conversion has it.
+      // Out of range: the least number, as by the machine's conversion.
       constexpr A most = sizeof(R) == 8 ? A(9223372036854775808.0) : A(2147483648.0);
       const bool inside = (x > -most) & (x < most);
       const R whole = static_cast<R>(inside ? x : A(0));
@@ -461,7 +462,7 @@ inline float of_f16(uint16_t half) {
 
 inline float of_bf16(uint16_t half) { return bits<float>(static_cast<uint32_t>(half) << 16); }
 
-// Divisions of whole numbers, which may fail.
+// Integer divisions, which may fail.
 template <class F, class T>
 void division(Place& place, const Step& step, int n) {
   const T* b = place.at<T>(step.in[1]);
@@ -480,7 +481,8 @@ inline int64_t stride_of(const Array& array, int dim, bool contiguous) {
   return stride;
 }
 
-// An index as the position in 0 .. size - 1 that it means, times the stride; out of range: some position, and the fault noted.
+// An index as a position in 0 .. size - 1, times the stride; out of range: any position, and the
+// error is recorded.
 template <class T>
 void positions(Place& place, const Step& step, int n, int64_t size, int64_t stride) {
   int64_t* __restrict out = place.at<int64_t>(step.out);
@@ -545,7 +547,7 @@ inline void gather(Place& place, const Step& step, int n) {
 
 // From numbers of keys, lanes or the tile to those of pairs -----------------------------------------------------------------
 
-// Copies what stands before into the last block.
+// Fills the last block with copies of earlier numbers.
 template <class T>
 void fill_up(T* out, int count, int n) {
   for (int i = count; i < n; ++i) out[i] = out[count - 1];
@@ -600,7 +602,7 @@ inline T reached(T value, T grad) {
   return bits<T>(static_cast<Bits>(bits<Bits>(value) & (Bits(0) - Bits(grad != T(0)))));
 }
 
-// in: what is added, addresses, gradients of the new scores; where these are zero nothing is added.
+// in: summands, addresses, gradients of the new scores; where these are zero nothing is added.
 template <class T>
 void scatter_pairs(Place& place, const Step& step, int) {
   const T* value = place.at<T>(step.in[0]);
@@ -631,7 +633,7 @@ void scatter_keys(Place& place, const Step& step, int) {
   }
 }
 
-// Sums over keys for each lane, in `out`; finish_lanes and finish_all add them where they belong.
+// Sums over keys per lane, in `out`; finish_lanes and finish_all add them to the gradients.
 template <class T>
 void scatter_lanes(Place& place, const Step& step, int) {
   const T* value = place.at<T>(step.in[0]);
@@ -656,7 +658,7 @@ void finish_all(Place& place, const Step& step, int) {
   static_cast<T*>(place.sums[step.operand])[*place.at<int64_t>(step.in[1])] += static_cast<T>(sum);
 }
 
-// The loop of an operation on registers of these types; null: there is none.
+// The loop of an operation on registers of these types; null if there is none.
 Run loop_of(Operation op, Register type, Register first, int64_t number);
 
 }  // namespace native::loops

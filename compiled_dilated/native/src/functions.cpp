@@ -58,7 +58,7 @@ size_t arity(Operation op) {
   return op == Operation::complement ? 1 : 2;
 }
 
-// Whether a node fits what it reads, so that no loop meets registers of other types.
+// Checks that a node fits its inputs, so that no loop reads registers of other types.
 void check(const Function& function, const FunctionTape& tape, const FunctionNode& node) {
   const auto type_of = [&](size_t i) { return tape.nodes[node.inputs[i]].type; };
   const auto check_indices = [&](size_t from) {
@@ -144,14 +144,14 @@ const FunctionTape& tape_of(const Function& function, TapeKind kind) {
 
 // Plans: a tape as steps over registers -------------------------------------------------------------------------------------
 
-// What the numbers of a register differ by: nothing, the lane, the key, both. Joined by `or`.
+// What the numbers of a register vary with: nothing, the lane, the key, or both. Joined by `or`.
 enum Level { all = 0, of_lane = 1, of_key = 2, of_pair = 3 };
 
 constexpr int capacity[] = {loops::unit, most_lanes, most_keys, slice};
 
 struct Plan {
   std::vector<Step> once[3];  // by level
-  std::vector<Step> hoisted;  // of pairs, the same for all slices
+  std::vector<Step> hoisted;  // steps of pairs that are the same for all slices
   std::vector<Step> slices;
   std::vector<Step> finish;
   std::vector<std::pair<int, int>> zeros;  // registers that start as zeros: offset, bytes
@@ -164,14 +164,14 @@ int width(Register type) {
   return type == Register::i32 || type == Register::f32 ? 4 : 8;
 }
 
-// A step before its registers have places; inputs are numbers of items.
+// A step before its registers are allocated; inputs are numbers of items.
 struct Item {
   Run run = nullptr;
   Level level = all;
   int width = 4;
   int in[3] = {-1, -1, -1};
   Step step = {};
-  Run finish = nullptr;  // of sums over a tile
+  Run finish = nullptr;  // for sums over a tile
   bool hoisted = false;
 };
 
@@ -213,7 +213,7 @@ Run scatterer(Level level) {
 
 class Planner {
  public:
-  // learned: the operands whose gradients are wanted.
+  // learned: whether each operand needs a gradient.
   Planner(const FunctionTape& tape, const std::vector<uint8_t>& learned) : tape_(tape), learned_(learned) {}
 
   Plan plan() {
@@ -246,7 +246,7 @@ class Planner {
     return static_cast<int>(items_.size()) - 1;
   }
 
-  // The same numbers for every pair of a slice.
+  // The numbers of an item repeated for every pair of a slice.
   int for_pairs(int number) {
     const Item& of = items_[number];
     if (of.level == of_pair) return number;
@@ -320,7 +320,7 @@ class Planner {
     return found->second;
   }
 
-  // A register of no level filled up to as many numbers as one of lanes or keys has.
+  // A register of level `all`, extended to the size of one of lanes or keys.
   int aligned(int number, Level level) {
     if (items_[number].level == level) return number;
     const auto [found, is_new] = spread_.try_emplace({number, level}, 0);
@@ -349,7 +349,7 @@ class Planner {
     return found->second;
   }
 
-  // Where the elements that a node names lie; sums of what differs by less first.
+  // The addresses of a node's elements; offsets that vary least are summed first.
   int add_address(const FunctionNode& node, size_t from, bool contiguous) {
     int of_level[4] = {-1, -1, -1, -1};
     for (size_t i = from; i < node.inputs.size(); ++i) {
@@ -402,7 +402,8 @@ class Planner {
     return at;
   }
 
-  // Gives every item its register: to those of pairs, which each slice writes anew, that of one that nobody reads any more.
+  // Allocates registers. Items of pairs, which every slice computes again, reuse registers that are
+  // no longer read.
   void place() {
     std::vector<int> last(items_.size(), -1);
     for (size_t i = 0; i < items_.size(); ++i)
@@ -503,7 +504,7 @@ void run_all(const std::vector<Step>& steps, Place& place, int n) {
   for (const Step& step : steps) step.run(place, step, n);
 }
 
-// Runs a tape over a tile. take(row, rows, result): a slice's results, rows x lanes.
+// Runs a tape over a tile; calls take(row, rows, result) with the results of a slice, rows x lanes.
 template <class Take>
 void run(const Function& function, TapeKind kind, const Pairs& pairs, Place place, FunctionRoom& room, const Take& take) {
   if (pairs.lanes <= 0 || pairs.keys <= 0) return;

@@ -1,17 +1,20 @@
-// Functions of users (mask_mod, score_mod) as tapes: operations on registers that hold a tile of pairs.
+// Functions of users (mask_mod, score_mod) as tapes: operations on registers with a tile of pairs.
 //
 //     read_function (numbers -> Function)      once per call
-//     mask, score, score_backward              a tile of keys x lanes, in slices that stay in the first cache
-//     classify                                 what a mask says of a whole block, by intervals
+//     mask, score, score_backward              a tile of keys x lanes, in slices for the L1 cache
+//     classify                                 a mask's verdict on a block, by intervals
 //
 // The code of a function, as tape.py writes it:
 //
 //     version
-//     operands, then of each: type (Type), dimensions, then the size of each that the tapes were made for (-1: any)
-//     tapes, then of each: kind (TapeKind), nodes, then of each node: operation, register, number, inputs, then the inputs
-//                          (numbers of earlier nodes); last the number of the node that is the result
+//     number of operands; per operand: type (Type), dimensions, and per dimension the size that the
+//                                      tapes were made for (-1: any)
+//     number of tapes; per tape: kind (TapeKind), number of nodes, the nodes, the result's node
+//                      per node: operation, register, number, count of inputs, the inputs
+//                                (numbers of earlier nodes)
 //
-// "Number" is what an operation is told beside its inputs: the bits of a constant, an operand, a size, a type.
+// The "number" of a node is its immediate operand: the bits of a constant, an operand, a size, a
+// type.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -21,12 +24,12 @@
 
 namespace native {
 
-// How the numbers of a node are held.
+// The machine type of a node's values.
 enum class Register : int { boolean, i32, i64, f32, f64 };
 
 enum class TapeKind : int { mask, score_f32, score_f64, backward_f32, backward_f64 };
 
-// The same list stands in expressions.py; a test compares them.
+// The list of expressions.py; a test compares them.
 enum class Operation : int {
   constant = 0,  // number: its bits
   batch = 1,
@@ -36,7 +39,7 @@ enum class Operation : int {
   score = 5,
   gradient = 6,  // of the new score
   load = 7,      // number: an operand. Inputs: an index for each of its dimensions
-  scatter = 8,   // number: an operand. Inputs: what is added to its gradient, then the indices
+  scatter = 8,   // number: an operand. Inputs: the summand of its gradient, then the indices
   within = 9,    // number: a size. An index as a position: negative ones count from the end
   convert = 10,
   narrow = 11,    // number: a Type of whole numbers that the result wraps around in
@@ -111,15 +114,16 @@ struct OperandKind {
 };
 
 struct Function {
-  uint64_t id;  // differs for all that are read
+  uint64_t id;  // unique among functions
   std::vector<OperandKind> operands;
   std::vector<FunctionTape> tapes;
 };
 
-// Reads one function and moves `code` past it. Throws std::runtime_error for numbers that are none.
+// Reads one function and moves `code` past it. Throws std::runtime_error for malformed code.
 Function read_function(const int64_t*& code, const int64_t* end);
 
-// Throws std::runtime_error unless the operands are as many and of the types and shapes that the function was made for.
+// Throws std::runtime_error unless the operands have the number, types and shapes that the function
+// was made for.
 void check_operands(const Function& function, const Array* operands, size_t count);
 
 constexpr int most_lanes = 64;
@@ -134,7 +138,7 @@ struct Pairs {
   int keys;
 };
 
-// What one thread needs to evaluate functions; the same for any number of functions and tiles.
+// The workspace of one thread, for any number of functions and tiles.
 class FunctionRoom {
  public:
   FunctionRoom();
@@ -148,22 +152,25 @@ class FunctionRoom {
   std::unique_ptr<Contents> contents_;
 };
 
-// Each throws std::runtime_error for an index that is out of range and a whole number divided by zero.
+// The following throw std::runtime_error for an index out of range, and for an integer division by
+// zero.
 
 // seen[key * lanes + lane]: 1 where the pair is seen, 0 elsewhere.
 void mask(const Function& function, const Array* operands, const Pairs& pairs, uint8_t* seen, FunctionRoom& room);
 
-// scores[key * ld + lane] become the new ones. T: float or double.
+// Replaces scores[key * ld + lane] by the new scores. T: float or double.
 template <class T>
 void score(const Function& function, const Array* operands, const Pairs& pairs, T* scores, int ld, FunctionRoom& room);
 
-// scores: as they were before. grads: gradients of the new scores, become those of the scores. sums: for each operand where
-// its gradient is added, contiguous in the operand's shape, or null. A pair whose gradient is zero gives zeros, whatever it holds.
+// scores: the unchanged ones. grads: gradients of the new scores, which become those of the
+// unchanged ones. sums: per operand the buffer that its gradient is added to, contiguous in the
+// operand's shape, or null. A pair with a gradient of zero adds zero, for any score.
 template <class T>
 void score_backward(const Function& function, const Array* operands, const Pairs& pairs, const T* scores, T* grads, int ld,
                     T* const* sums, FunctionRoom& room);
 
-// What a mask says of all pairs of positions q_first .. q_last and k_first .. k_last: 0 none is seen, 2 all are, 1 it may be either.
+// A mask's verdict on positions q_first .. q_last and k_first .. k_last: 0 no pair is seen, 2 all
+// are, 1 undecided.
 int classify(const Function& function, const Array* operands, int64_t b, int64_t h, int64_t q_first, int64_t q_last,
              int64_t k_first, int64_t k_last);
 

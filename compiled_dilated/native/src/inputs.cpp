@@ -1,5 +1,6 @@
-// A package's check of its inputs: the first operator of its graph, so that a tensor outside the package's range is refused
-// whoever runs it, from Python or C++. The rule and its words are those of packages/about.py.
+// A package's check of its inputs: the first operator of its graph, so that tensors outside of the
+// package's range are refused from Python and from C++. Rules and texts are those of
+// packages/about.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,7 +28,7 @@ constexpr Dtype dtypes[] = {
     {ScalarType::Short, "int16"}, {ScalarType::Int, "int32"}, {ScalarType::Long, "int64"}, {ScalarType::Byte, "uint8"},
 };
 
-// In the order of NAMES there. A size below 0 in the code is -1 minus the number of its name.
+// In the order of NAMES there. A negative size in the code is -1 minus the number of its name.
 enum Name { tokens, batch, queries, names };
 constexpr const char* words[names] = {"tokens", "batch", "queries"};
 
@@ -57,8 +58,8 @@ std::string shape_of(const Tensor& x) {
   return joined(parts);
 }
 
-// Reads the code: for each name its least and most, 0 and 0 where there is none; whether queries are among the tokens; then for
-// each input its dtype, whether it must be contiguous, its dims and sizes.
+// Reads the code: per name its least and greatest size, 0 and 0 if it has none; whether queries are
+// among the tokens; then per input the dtype, whether it must be contiguous, dims and sizes.
 class Expected {
  public:
   explicit Expected(const Ints& code) : code(code) {
@@ -101,7 +102,7 @@ class Expected {
     return code[at++];
   }
 
-  // A size with a name is what the first input says, and the same in all others.
+  // A named size is set by the first input that has it, and must be the same in all others.
   bool is_size(int64_t expected, int64_t size) {
     if (expected >= 0) return size == expected;
     int64_t& first = seen[-1 - expected];
@@ -124,7 +125,7 @@ class Expected {
   bool queries_within = false;
 };
 
-// 1, which the graph reads, so that no compiler drops the call.
+// Returns 1, which the graph reads, so that no compiler removes the call.
 Tensor check_inputs(std::vector<Tensor> inputs, Ints code) {
   Expected expected(code);
   for (size_t number = 0; number < inputs.size(); ++number) expected.check(number, inputs[number]);

@@ -1,4 +1,4 @@
-// How wide this machine's vectors are, and how large tiles of queries and blocks of keys.
+// The widths of this machine's vectors, and the sizes of tiles of queries and blocks of keys.
 #pragma once
 #include <cstdint>
 
@@ -14,13 +14,13 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-// Queries are computed in tiles of so many vectors.
+// Vectors of queries per tile.
 constexpr int tile_vectors = 4;
 
 template <class T>
 constexpr int lanes = vector_bytes / static_cast<int>(sizeof(T));
 
-constexpr int block_keys = 64;  // most keys of a block: scores and weights of a tile stay in the first cache
+constexpr int block_keys = 64;  // most keys of a block: scores and weights of a tile stay in the L1 cache
 template <class T>
 constexpr int tile_queries = tile_vectors * lanes<T>;
 

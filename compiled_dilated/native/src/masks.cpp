@@ -10,13 +10,14 @@ namespace native {
 
 namespace {
 
-constexpr int block_bits = 4;  // a summary's smallest blocks hold 16 positions
+constexpr int block_bits = 4;  // a summary's smallest blocks are of 16 positions
 constexpr int32_t least_int = std::numeric_limits<int32_t>::min();
 constexpr int32_t greatest_int = std::numeric_limits<int32_t>::max();
 
 int32_t clipped(int64_t x) { return static_cast<int32_t>(std::clamp<int64_t>(x, least_int + 1, greatest_int - 1)); }
 
-// -left <= k - q <= right and (k - q) % dilation == 0, from what k - q can be: low .. high in steps of `step` (0: one value).
+// The verdict of -left <= k - q <= right and (k - q) % dilation == 0, for k - q from low to high in
+// steps of `step` (0: one value).
 Verdict classify_difference(int64_t low, int64_t high, int64_t step, int64_t dilation, int64_t left, int64_t right) {
   const bool inside = high <= right && low >= -left;
   if (high < -left || low > right) return EMPTY;
@@ -26,14 +27,14 @@ Verdict classify_difference(int64_t low, int64_t high, int64_t step, int64_t dil
   if (modulo(low, shared) != 0) return EMPTY;
   if (constant) return modulo(low, dilation) != 0 ? EMPTY : inside ? FULL : PARTIAL;
   if (shared == std::max<int64_t>(step, 1)) {
-    // Every multiple of the dilation occurs: none may lie in reach.
+    // Every multiple of the dilation occurs: EMPTY if none is within reach.
     const int64_t least = std::max(low, -left), most = std::min(high, right);
     if (least + modulo(-least, dilation) > most) return EMPTY;
   }
   return PARTIAL;
 }
 
-// Of numbers that say to which group a token belongs, from the bounds of each side's.
+// The verdict of equal group numbers, from the bounds of both sides.
 Verdict same_group(int64_t q_first, int64_t q_last, int64_t k_first, int64_t k_last) {
   if (q_last < k_first || k_last < q_first) return EMPTY;
   return q_first == q_last && k_first == k_last ? FULL : PARTIAL;
@@ -54,7 +55,7 @@ Verdict classify_congruent(const Region& side, int64_t modulus, int64_t offset, 
   return contiguous && modulo(offset - first, modulus) > side.last - side.first ? EMPTY : PARTIAL;
 }
 
-// Document of a position: how many of them stop at or before it.
+// The document of a position: the number of documents that stop at or before it.
 int64_t document_of(const std::vector<int64_t>& stops, int64_t position) {
   return std::upper_bound(stops.begin(), stops.end(), position) - stops.begin();
 }
@@ -77,7 +78,7 @@ Verdict classify_tiles(const std::vector<int64_t>& arguments, const Region& q, c
   return together;
 }
 
-// How many listed positions a region's hull holds, and whether they are all of the region.
+// The verdict of listed positions on a region's hull.
 Verdict classify_positions(const std::vector<int64_t>& listed, const Region& side) {
   const auto from = std::lower_bound(listed.begin(), listed.end(), side.first);
   const int64_t count = std::upper_bound(from, listed.end(), side.last) - from;
@@ -169,7 +170,8 @@ void Grid::spans(const Region& region, Span* out) const {
     last[i] = coordinate(region.last, i);
     box = box && (i == 0 || first[i] + reach[i] < axis[i].size);
   }
-  // No box: the row-major range from first to last, in which an axis is whole as soon as a slower one moves.
+  // No box: the row-major range from first to last, in which an axis is complete once a slower one
+  // moves.
   bool same = true;
   for (int i = 0; i < axes; ++i) {
     const int64_t low = box || same ? first[i] : 0;
@@ -277,7 +279,7 @@ DataRows rows_of(const Array& data) {
   const bool narrow = std::all_of(wide.begin(), wide.end(), [](int64_t x) { return x > least_int && x < greatest_int; });
   std::vector<int64_t> distinct;
   if (!narrow) {
-    // Only order and equality matter: ranks do.
+    // Only order and equality matter, so ranks suffice.
     distinct = wide;
     std::sort(distinct.begin(), distinct.end());
     distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
@@ -469,7 +471,7 @@ void TileQueries<W>::prepare(int index) {
     for (int axis = 0; axis < grid.axes; ++axis)
       for (int i = 0; i < count_; ++i) {
         int32_t* numbers = low + static_cast<size_t>(3 * axis) * count_ + i;
-        int64_t first = 1, last = 0;  // of a query outside of the grid: nothing
+        int64_t first = 1, last = 0;  // a query outside of the grid sees nothing
         if (grid.holds(positions_[i])) {
           const int64_t c = grid.coordinate(positions_[i], axis);
           grid.axis[axis].reach(c, first, last);
@@ -490,7 +492,7 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
   const auto numbers = [&](int which, int vector) {
     return *reinterpret_cast<const Ints*>(numbers_.data() + static_cast<size_t>(node.slot + which) * count_ + (low + vector) * W);
   };
-  // of_key(key) gives what is asked of the key once, of_pair(that, vector) the answer.
+  // of_key(key) is evaluated once per key; of_pair(its result, vector) gives the mask of the pairs.
   const auto fill = [&](auto&& of_key, auto&& of_pair) {
     for (int i = 0; i < count; ++i) {
       const auto of = of_key(keys[i]);
@@ -560,7 +562,7 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
       return;
     }
     case Op::tiles: {
-      // Lanes of one row of tiles stand together, and so do keys of one column.
+      // Lanes of one row of tiles are adjacent, and so are keys of one column.
       const int32_t* rows = numbers_.data() + static_cast<size_t>(node.slot) * count_ + low * W;
       int64_t column = -1;
       for (int i = 0; i < count; ++i) {

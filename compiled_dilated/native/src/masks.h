@@ -1,4 +1,4 @@
-// Masks as expressions over a table of nodes: which pairs are seen, and what holds of whole tiles of pairs.
+// Masks as expressions over a table of nodes: the visible pairs, and verdicts on tiles of pairs.
 #pragma once
 #include <memory>
 #include <stdexcept>
@@ -11,7 +11,7 @@
 
 namespace native {
 
-// The numbers are those of encode.py; what stands behind each are its arguments.
+// The numbers are those of encode.py. Comments list the arguments.
 enum class Op : int64_t {
   full = 0,
   all_of = 1,            // nodes
@@ -24,7 +24,7 @@ enum class Op : int64_t {
   sinks = 8,             // count: keys below it
   leading = 9,           // count: queries below it
   dilated_blocks = 10,   // block, stride
-  document_lengths = 11, // where each document stops
+  document_lengths = 11, // the stop of each document
   tiles = 12,            // block, columns, then row * columns + column of each, ascending
   neighborhood = 13,     // offset, axes, then size, radius, dilation, causal, shifts of each axis
   document_ids = 14,     // number of the data tensor
@@ -35,7 +35,8 @@ enum class Op : int64_t {
   function = 19,         // head (-1: the call's), number of operands, their numbers, then a tape
 };
 
-// Least and greatest entry of a data tensor's row over any range of positions, of blocks of 16 and of their pairs.
+// The least and the greatest entry of a data tensor's row over ranges of positions, from blocks of
+// 16, their pairs, pairs of pairs and so on.
 class Summary {
  public:
   Summary() = default;
@@ -43,7 +44,8 @@ class Summary {
   struct Bounds {
     int32_t least, greatest;
   };
-  // Of the smallest two aligned blocks that hold first .. last; exact where that is itself such a block.
+  // Bounds over the smallest two aligned blocks that contain first .. last; exact if that is such a
+  // block.
   Bounds over(int64_t first, int64_t last) const;
 
  private:
@@ -61,25 +63,26 @@ struct DataRows {
 
 DataRows rows_of(const Array& data);
 
-// One axis of a neighbourhood.
+// One axis of a neighborhood.
 struct Axis {
   int64_t size, radius, dilation;
   bool causal, shifts;
 
-  // The least and the greatest coordinate seen from coordinate c; those between lie `dilation` apart.
+  // The least and the greatest coordinate seen from coordinate c; those between are `dilation`
+  // apart.
   void reach(int64_t c, int64_t& low, int64_t& high) const;
-  // Coordinates low .. high in steps of `step` on each side.
+  // The verdict on coordinates low .. high in steps of `step` of both sides.
   Verdict classify(int64_t q_low, int64_t q_high, int64_t q_step, int64_t k_low, int64_t k_high, int64_t k_step) const;
 };
 
-// The grid of a neighbourhood.
+// The grid of a neighborhood.
 struct Grid {
   int64_t offset = 0, cells = 1;
   int axes = 0;
   int number = -1;  // equal for equal offsets and sizes
-  bool plain = true;  // no dilation, nothing causal, no window that is moved inwards
+  bool plain = true;  // no dilation, no causal axis, no shifted windows
   Axis axis[3];
-  int64_t unit[3];  // how far apart neighbours along each axis stand
+  int64_t unit[3];  // distance of neighbors along each axis
 
   struct Span {
     int64_t low, high, step;
@@ -92,7 +95,7 @@ struct Grid {
     const int64_t along = (position - offset) / unit[i];
     return i == 0 ? along : along % axis[i].size;
   }
-  // A box of the grid that holds a region: the region itself where it is a box, its hull otherwise.
+  // A box of the grid that contains a region: the region itself if it is a box, its hull otherwise.
   void spans(const Region& region, Span* out) const;
   Verdict classify(const Region& q, const Region& k) const;
 };
@@ -100,14 +103,14 @@ struct Grid {
 struct Node {
   Op op;
   std::vector<int64_t> arguments;
-  Grid grid;     // of a neighbourhood
-  int slot = 0;  // of its numbers for each lane of a tile
+  Grid grid;     // for a neighborhood
+  int slot = 0;  // index of its per-lane numbers in a tile
   std::unique_ptr<Function> function;
   int64_t head = -1;
   std::vector<Array> operands;
 };
 
-// All nodes of a call's program and what they read.
+// All nodes of a call's program, and the tensors that they read.
 struct Masks {
   std::vector<Node> nodes;
   std::vector<DataRows> data;
@@ -117,7 +120,7 @@ struct Masks {
   // The number of a grid of this offset and these sizes.
   int grid_number(const std::vector<int64_t>& offset_and_sizes);
   void add(Node node);
-  // What holds of some regions of queries, at most tile_vectors, with one of keys.
+  // Verdicts on regions of queries, at most tile_vectors, with one region of keys.
   void classify(int node, int64_t b, int64_t h, const Region* q, int count, const Region& k, Verdict* out) const;
 };
 
@@ -127,7 +130,7 @@ struct IntsOf {
   typedef int32_t type __attribute__((vector_size(W * 4), aligned(4), may_alias));
 };
 
-// What a thread needs to evaluate functions, made when it first does.
+// A thread's workspace for functions, created when it is first needed.
 class LazyRoom {
  public:
   LazyRoom() = default;
@@ -140,13 +143,13 @@ class LazyRoom {
   FunctionRoom* room_ = nullptr;
 };
 
-// The queries of one tile, as masks ask about them: for every node some numbers of each lane.
+// The queries of one tile, with the per-lane numbers that nodes need.
 template <int W>
 class TileQueries {
  public:
   using Ints = typename IntsOf<W>::type;
 
-  // positions: `count` of them, a multiple of W. Nothing is computed before `seen` asks.
+  // positions: `count` of them, a multiple of W. Per-lane numbers are computed by `seen`.
   void start(const Masks& masks, int64_t b, int64_t h, const int32_t* positions, int count);
 
   // out[i * (high - low) + j] is -1 for lanes of vector low + j whose queries see key i, 0 for others.

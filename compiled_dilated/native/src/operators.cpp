@@ -1,6 +1,6 @@
-// The operators of compiled_dilated that compute natively, over torch's stable ABI: tensors in, Problem and Gradients out.
+// The native operators over torch's stable ABI: from tensors to Problem and Gradients.
 //
-// Schemas are those of library.py, which defines them in a process with Python; in a program without, door/door.cpp does.
+// Schemas are defined by library.py in a process with Python, else by door/door.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -42,7 +42,8 @@ void some_slots(int64_t begin, int64_t end, void* context) {
   for (int64_t slot = begin; slot < end; ++slot) work.body(work.argument, static_cast<int>(slot));
 }
 
-// On torch's own threads: a second pool would fight with it. Bodies throw nothing: on_threads keeps their errors.
+// Runs on torch's threads: a second pool would compete with it. Bodies throw nothing: on_threads
+// catches their errors.
 void run_slots(void*, int slots, void (*body)(void*, int), void* argument) {
   Work work{body, argument};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, slots, 1, some_slots, &work));
@@ -114,7 +115,7 @@ void expect(bool holds, const char* what, const Tensor& x) {
   if (!holds) throw std::runtime_error(std::string("the native kernels expected ") + what + "; got shape " + shape(x));
 }
 
-// The sizes of a call, B H N D and S Dv, and that its tensors agree in them.
+// The sizes of a call, B H N D and S Dv; checks that its tensors agree in them.
 struct Sizes {
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
 
@@ -181,7 +182,7 @@ Ints positions(int64_t q_offset, const std::optional<Tensor>& offsets, int64_t b
   return result;
 }
 
-// What every problem has apart from q, k and v.
+// The fields of a problem apart from q, k and v.
 Problem problem_of(const Tensors& data, const Tensors& operands, Ints code, double scale, Ints q_offsets) {
   Problem problem;
   problem.data = read(data);
@@ -193,15 +194,15 @@ Problem problem_of(const Tensors& data, const Tensors& operands, Ints code, doub
   return problem;
 }
 
-// A new tensor, not written yet. A large one asks for large pages: the system makes new memory page by page as it is first
-// written, which took up to a tenth of a call in pages of 4 KiB.
+// A new, uninitialized tensor. A large one requests large pages: the system creates pages at their
+// first write, which took up to a tenth of a call with pages of 4 KiB.
 Tensor unwritten(const Tensor& like, const Ints& sizes, ScalarType dtype) {
   Tensor x = torch::stable::new_empty(like, sizes, dtype);
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
   const uintptr_t start = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t first = (start + page - 1) / page * page, stop = (start + x.numel() * x.element_size()) / page * page;
-  // A request: where the system has none, pages stay small.
+  // Only a request: pages stay small if the system has no large ones.
   if (stop > first) madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);
 #endif
   return x;
@@ -219,7 +220,7 @@ Tensor new_counts() {
 
 // Operators ------------------------------------------------------------------------------------------------------------------
 
-// out, not written yet: (B, H, N, Dv), or by token a view of (B, N, H, Dv).
+// An uninitialized out: (B, H, N, Dv), or by token a view of (B, N, H, Dv).
 Tensor new_out(const Tensor& q, const Sizes& sizes, bool by_token) {
   if (!by_token) return unwritten(q, {sizes.batch, sizes.heads, sizes.q_len, sizes.value_dim}, q.scalar_type());
   const Tensor tokens = unwritten(q, {sizes.batch, sizes.q_len, sizes.heads, sizes.value_dim}, q.scalar_type());
@@ -273,7 +274,7 @@ void native_merge(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensors 
   native::forward(problem, true);
 }
 
-// One vector for the gradients of all learned operands, zeros.
+// A zero vector for the gradients of all learned operands.
 Tensor new_sums(const Tensor& like, const Tensors& operands, const Ints& learned) {
   int64_t numbers = 0;
   ScalarType dtype = ScalarType::Float;
@@ -355,5 +356,5 @@ STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CPU, m) {
   m.impl("native_merge", TORCH_BOX(&native_merge));
 }
 
-// It may come without any tensor, and so without a device: this key is asked first.
+// A call may have no tensor and so no device: this key is dispatched first.
 STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, BackendSelect, m) { m.impl("native_counts", TORCH_BOX(&native_counts)); }

@@ -1,11 +1,12 @@
-// Kernels that are compiled and loaded by themselves, when a call first needs them; what they export here they register when loaded.
+// Kernels that are compiled and loaded separately, when a call first needs them; each registers its
+// entries here when it is loaded.
 #pragma once
 #include "functions.h"
 #include "program.h"
 
 namespace native {
 
-// What evaluates the functions of masks and scores.
+// The evaluation of functions of masks and scores.
 struct FunctionPart {
   decltype(&read_function) read;
   decltype(&check_operands) check;
@@ -27,13 +28,13 @@ struct Parts {
   ForwardKernel forward_amx = nullptr, forward_f64 = nullptr;
   BackwardKernel backward_amx = nullptr, backward_f32 = nullptr, backward_f64 = nullptr;
   void (*count)(const Problem&, const Program&, bool amx) = nullptr;
-  void (*need)(const char* part) = nullptr;  // set by who can load them
+  void (*need)(const char* part) = nullptr;  // set by the loader of parts
 };
 
-// The one table of this process.
+// The table of this process.
 Parts& parts();
 
-// A part's entry, loaded if it is not there yet.
+// A part's entry; loads the part if needed.
 template <class Entry>
 Entry part(Entry Parts::* entry, const char* name) {
   Parts& all = parts();

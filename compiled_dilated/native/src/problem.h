@@ -1,4 +1,4 @@
-// What the operators hand to the kernels: plain values, nothing of torch.
+// The arguments of the kernels: plain values, without torch.
 //
 //     operators.cpp (tensors) -> Problem, Gradients -> forward, backward, count (kernels)
 #pragma once
@@ -20,7 +20,7 @@ enum class Type : int { f32, f64, f16, bf16, boolean, i8, i16, i32, i64, u8 };
 constexpr int max_dims = 8;
 constexpr int count_numbers = 8;
 
-// A tensor's data, of which the owner is elsewhere. Sizes and strides in elements.
+// A tensor's data, owned by the caller. Sizes and strides in elements.
 struct Array {
   const void* data = nullptr;
   Type type = Type::f32;
@@ -33,7 +33,7 @@ struct Array {
     return static_cast<const T*>(data);
   }
 
-  // Of results alone.
+  // For results only.
   template <class T>
   T* writable() const {
     return static_cast<T*>(const_cast<void*>(data));
@@ -42,8 +42,8 @@ struct Array {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// The caller's threads. run calls body(argument, slot) once for every slot in 0 .. slots - 1, on up to `threads` threads, and
-// returns when all are done. A body throws nothing.
+// The caller's threads. run calls body(argument, slot) once for every slot in 0 .. slots - 1, on up
+// to `threads` threads, and returns when all are done. A body throws nothing.
 struct Parallel {
   int threads = 1;
   void (*run)(void* context, int slots, void (*body)(void* argument, int slot), void* argument) = nullptr;
@@ -64,8 +64,9 @@ struct Problem {
   int64_t* counts = nullptr;
 };
 
-// All contiguous and zeros at first. grad_lse: no data if there is none; grad_out: strides as those of out, any.
-// sums: the gradients of operands[learned[0]], operands[learned[1]], ... flat one after the other; no data if nothing is learned.
+// All contiguous and zero at first, except grad_out, which has any strides. grad_lse: no data if
+// there is none. sums: the gradients of operands[learned[0]], operands[learned[1]], ...
+// concatenated; no data if there are none.
 struct Gradients {
   Array grad_out, grad_lse;
   Array grad_q, grad_k, grad_v;
@@ -75,10 +76,10 @@ struct Gradients {
 
 // Each throws std::runtime_error with a text for the user on bad input.
 
-// merge: out and lse hold the result over other keys, and become that over all.
+// merge: out and lse contain the result over other keys, and become that over all keys.
 void forward(const Problem& problem, bool merge);
 void backward(const Problem& problem, const Gradients& gradients);
-// Fills counts from sizes alone: q, k and v have no data. Data and operands do.
+// Fills counts from sizes: q, k and v need no data, data tensors and operands do.
 void count(const Problem& problem);
 
 }  // namespace native

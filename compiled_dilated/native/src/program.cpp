@@ -56,7 +56,8 @@ void require_ascending(const std::vector<int64_t>& numbers, size_t from) {
   }
 }
 
-// A node's arguments fit its operation, so that nothing later divides by zero or reads past an end.
+// Checks that a node's arguments fit its operation, so that no later step divides by zero or reads
+// out of bounds.
 void check(const Node& node, int64_t nodes, size_t data) {
   const std::vector<int64_t>& x = node.arguments;
   const auto within = [&](size_t i, int64_t least, int64_t greatest) {
@@ -157,7 +158,7 @@ Program read_program(const Problem& problem) {
   const int64_t q_len = problem.q.sizes[2], kv_len = problem.k.sizes[2];
   int64_t positions = kv_len;
   for (const int64_t offset : problem.q_offsets) {
-    // A ring counts a block's queries from its keys, so that they may stand before them.
+    // A ring counts a block's queries from its first key, so that their positions may be negative.
     if (offset < -most_positions) throw std::runtime_error("q_offset must be at least -2**30; got " + std::to_string(offset));
     positions = std::max(positions, offset + q_len);
   }

@@ -1,4 +1,5 @@
-// What a call computes, read from its code: for every head some branches, each a mask, and how their tokens are dealt to tiles.
+// What a call computes, read from its code: branches per head, each a mask, and how queries are
+// tiled.
 #pragma once
 #include "masks.h"
 
@@ -15,7 +16,7 @@ struct Layout {
 
 struct Branch {
   int root;          // node of its mask
-  int64_t key_step;  // keys are looked for in classes modulo it
+  int64_t key_step;  // keys are walked by residue classes modulo it
 };
 
 struct Group {
@@ -27,7 +28,7 @@ struct Program {
   Masks masks;
   std::vector<Group> groups;
   std::vector<int> group_of_head;
-  bool varies_by_entry = false;  // whether entries of the batch may see other pairs
+  bool varies_by_entry = false;  // whether entries of the batch may see different pairs
   std::vector<int64_t> score_mod_operands;
   std::unique_ptr<Function> score_mod;
   std::vector<Array> operands;  // of the score_mod
@@ -36,12 +37,13 @@ struct Program {
 // The layout of the code, as encode.py writes it:
 //
 //   version, positions (-1: any)
-//   heads, then the group of each
-//   groups, then of each: step, axes, offset, sizes of the axes, branches, then of each branch: root, key step
-//   nodes, then of each: number of its operation, count of its arguments, arguments
-//   1 and the score_mod, or 0: count of its operands, their numbers, its tape
+//   number of heads; per head: its group
+//   number of groups; per group: step, axes, offset, sizes of the axes, number of branches;
+//       per branch: root, key step
+//   number of nodes; per node: number of the operation, count of arguments, arguments
+//   0, or 1 and the score_mod: count of operands, their numbers, its tape
 //
-// Raises runtime_error for code that is none, or that does not fit the problem.
+// Throws runtime_error for code that is malformed or does not fit the problem.
 Program read_program(const Problem& problem);
 
 }  // namespace native

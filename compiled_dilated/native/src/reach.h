@@ -1,4 +1,5 @@
-// Where the keys of a tile lie at most, from its mask's own arithmetic: walks start there instead of at the whole sequence.
+// Bounds of the keys of a tile, from its mask's arithmetic: walks start there instead of at the
+// complete sequence.
 #pragma once
 #include <algorithm>
 
@@ -27,7 +28,8 @@ struct Reach {
   }
 };
 
-// Narrows `reach` by what node `index` shows the queries of a region. Masks without a rule here narrow nothing.
+// Narrows `reach` to the keys that node `index` allows for a region of queries. Masks without a
+// rule here narrow nothing.
 inline void narrow(const Masks& masks, int index, const Region& q, int grid, Reach& reach) {
   const Node& node = masks.nodes[index];
   const std::vector<int64_t>& x = node.arguments;
@@ -59,7 +61,7 @@ inline void narrow(const Masks& masks, int index, const Region& q, int grid, Rea
       if (node.grid.number != grid || q.grid != grid) return;
       for (int i = 0; i < node.grid.axes; ++i) {
         const Axis& axis = node.grid.axis[i];
-        // Windows that are moved inwards reach further at the border.
+        // Shifted windows reach further at the border.
         if (axis.shifts && !axis.causal) continue;
         const int64_t far = axis.radius * axis.dilation;
         reach.low[i] = std::max(reach.low[i], q.low[i] - far);

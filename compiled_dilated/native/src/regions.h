@@ -1,4 +1,4 @@
-// Sets of positions that a tile stands for, and what a mask says of a pair of them; as regions.py has them.
+// Sets of positions of tiles, and verdicts of masks on pairs of them, as in regions.py.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Region {
   int64_t first = 0, last = 0;
   int64_t step = 0;  // all positions are congruent to base modulo it; 0 where there is one position
   int64_t size = 1;
-  int grid = -1;               // of a box of a grid: the number of that grid
+  int grid = -1;               // for a box of a grid: the grid's number
   int32_t low[3] = {0, 0, 0};  // and its least coordinates
 
   static Region line(int64_t base, int64_t count, int64_t stride) {
@@ -31,7 +31,7 @@ struct Region {
     return region;
   }
 
-  // Of a grid's box: each stride is a multiple of the next.
+  // A box of a grid: each stride is a multiple of the next.
   static Region box(int64_t base, const int32_t* extent, const int64_t* stride) {
     Region region;
     region.base = region.first = region.last = base;
@@ -45,7 +45,7 @@ struct Region {
     return region;
   }
 
-  // Whether every position of its step between first and last is in it.
+  // Whether it contains every position from first to last in its step.
   bool dense() const { return last - first == (size - 1) * step; }
 };
 

@@ -92,7 +92,7 @@ struct Head {
   void* mutable_row(int64_t token) const { return const_cast<char*>(base) + token * stride; }
 };
 
-// Memory of one thread, kept from call to call; it grows to what the widest heads need.
+// Memory of one thread, reused from call to call; it grows to the needs of the widest heads.
 class Room {
  public:
   // A 64-byte aligned array of T, valid until `reset`.
@@ -105,7 +105,7 @@ class Room {
     return out;
   }
 
-  // Starts anew with room for so many bytes in so many arrays.
+  // Frees all arrays; makes room for `bytes` bytes in `arrays` arrays.
   void reset(size_t bytes, size_t arrays) {
     bytes += 64 * arrays;
     if (bytes > size_) {

@@ -1,4 +1,5 @@
-// What forward and backward share in one tile: the rows of a block's keys, and how scores are changed and hidden.
+// Shared by forward and backward, for one tile: the rows of a block's keys, and changed and hidden
+// scores.
 #pragma once
 #include <vector>
 
@@ -24,19 +25,20 @@ struct Shape {
   int64_t kv_head(int64_t head) const { return head / (heads / kv_heads); }
 };
 
-// How many tokens apart a branch's keys stand, and whether they are patches of a grid.
+// The distance in tokens of a branch's keys, and whether they are patches of a grid.
 struct Spacing {
   int64_t keys = 0;
   bool on_grid = false;
   bool operator==(const Spacing& other) const { return keys == other.keys && on_grid == other.on_grid; }
 };
 
-// Rows of keys or values of one head by position: where they lie, or copies where that is of another type, or so far apart that
-// rows that are read again and again would fall into few sets of the caches. Copies are kept: the next tile often sees the same.
+// Rows of keys or values of one head by position: the tensor's own, or copies if it has another
+// type, or if its rows are so far apart that they share few cache sets. Copies are reused by the
+// following tiles, which often see the same keys.
 template <class T>
 class Rows {
  public:
-  // Numbers of a workspace.
+  // Numbers that a workspace needs.
   static size_t numbers(int width) { return static_cast<size_t>(kept(width) + block_keys) * width; }
 
   // rereads: whether a block's rows are read more than once.
@@ -51,7 +53,8 @@ class Rows {
     direct_ = head.type == type_of<T> && !crowded;
     if (direct_) return;
     slots_.assign(static_cast<size_t>(kept_), Slot{});
-    // Keys in a row have slots in a row. Lines of a grid would share slots: those are dealt by the golden ratio.
+    // Consecutive keys have consecutive slots. Lines of a grid would share slots: their slots are
+    // hashed by the golden ratio.
     factor_ = spacing.on_grid ? 0x9e3779b1u : 1u;
     shift_ = spacing.on_grid ? 32 - __builtin_ctz(kept_) : std::min(__builtin_ctzll(spacing.keys), 31);
   }
@@ -67,7 +70,7 @@ class Rows {
       Slot& slot = slots_[static_cast<size_t>(number)];
       T* copy = copies_ + number * width_;
       if (slot.position != positions[i]) {
-        // What this block has there already must stay.
+        // A row of the same block must not be overwritten.
         if (slot.block == block_) copy = spare_ + i * width_;
         else slot.position = positions[i];
         read_row<T>(head_.row(positions[i]), head_.type, T(1), copy, width_);
@@ -78,7 +81,7 @@ class Rows {
   }
 
  private:
-  // Rows that lie a multiple of this apart share sets of the first cache with every second one.
+  // Rows at a distance that is a multiple of this share sets of the L1 cache with every second one.
   static constexpr int64_t crowding_bytes = 2048;
   static constexpr size_t kept_bytes = 512 * 1024;
   struct Slot {
@@ -103,15 +106,15 @@ class Rows {
   std::vector<Slot> slots_;
 };
 
-// Multiplies a block's scores, or gradients of such.
+// Multiplies a block's scores, or their gradients.
 template <class T>
 void scale_scores(T* scores, int ld, int keys, int queries, T factor) {
   for (int key = 0; key < keys; ++key)
     for (int i = 0; i < queries; ++i) scores[key * ld + i] *= factor;
 }
 
-// Where a call's scale is applied: inside the exponential, or before it, where a function changes scores or the scale is not positive
-// or so small that products would have no room for a maximum.
+// Where a call's scale is applied: inside the exponential; or before it, if a function changes
+// scores, or the scale is not positive, or is so small that the maximum of products could overflow.
 template <class T>
 struct Scaling {
   static constexpr double least = 1e-20;
@@ -122,7 +125,7 @@ struct Scaling {
   Scaling() = default;
   Scaling(double scale, bool changed) : first(changed || !(scale > least)), scale(scale) {}
 
-  // What is left for the exponential of base e.
+  // The factor that remains for the exponential of base e.
   double rest() const { return first ? 1.0 : scale; }
 
   void apply(T* scores, int ld, int keys, int queries) const {
@@ -158,7 +161,7 @@ class Scores {
     if (block.any_partial) hide(block, scores, ld);
   }
 
-  // Of gradients of changed scores those of the scores before.
+  // Turns gradients of changed scores into those of the scores before.
   void change_back(const KeyBlock& block, const T* before, T* grads, int ld, T* const* sums) {
     const auto change_back = [] {
       if constexpr (sizeof(T) == 8) return functions().score_backward_f64;
@@ -167,7 +170,7 @@ class Scores {
     change_back(*program_.score_mod, program_.operands.data(), pairs(block), before, grads, ld, sums, room_.get());
   }
 
-  // Who sees the block's keys, of those that are not seen by all; bits as KeyBlock has them.
+  // Computes which lanes see the block's partially visible keys; bits as in KeyBlock.
   void answer(int root, const KeyBlock& block, uint64_t* seen) {
     const int vectors = block.high - block.low;
     int32_t asked[at_once];
@@ -204,10 +207,10 @@ class Scores {
     return out;
   }
 
-  // A few keys at a time: the answers stay in the first cache.
+  // A few keys at a time, so that the results stay in the L1 cache.
   static constexpr int at_once = 8;
 
-  // The lanes of an answer as bits.
+  // The lanes of a mask vector as bits.
   static uint32_t lanes_of(Ints answer) {
 #if defined(__AVX512DQ__)
     if constexpr (W == 16) return _mm512_movepi32_mask((__m512i)answer);
@@ -242,7 +245,7 @@ class Scores {
   LazyRoom room_;
 };
 
-// The blocks of a thread's tiles, and their scores: what forward and backward do alike.
+// The blocks of a thread's tiles and their scores, for forward and backward.
 template <class Engine>
 class TileBlocks {
  public:
@@ -251,12 +254,13 @@ class TileBlocks {
 
   TileBlocks(const Program& program, int64_t kv_len) : scores(program), program_(program), kv_len_(kv_len) {}
 
-  // Tiles first .. first + tiles - 1 of a head follow.
+  // Starts tiles first .. first + tiles - 1 of a head.
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
     cache_.start(program_.varies_by_entry ? b : 0, program_.group_of_head[h], first, tiles);
   }
 
-  // visit(block) for every block of tile `index` of the stretch, once the engine knows where its keys lie.
+  // Calls visit(block) for every block of tile `index` of the stretch, after the engine got its key
+  // rows.
   template <class Visit>
   void visit(Engine& engine, const Head& k, const Head& v, int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile,
              const Visit& visit) {
@@ -283,7 +287,8 @@ class TileBlocks {
   BlockCache cache_;
 };
 
-// The rows of a tile's results: where they belong, or in a workspace where they are of another type, past the end or not `direct`.
+// The rows of a tile's results: in the tensor itself, or in a workspace if they have another type,
+// are past the end or not `direct`.
 template <class Engine>
 class ResultRows {
  public:
@@ -304,7 +309,7 @@ class ResultRows {
     for (int i = 0; direct_ && i < Engine::TQ; ++i) ahead.add(rows_[i], width_ * size_of(to_.type));
   }
 
-  // From the workspace to where they belong.
+  // Copies rows from the workspace to the tensor.
   void finish() const {
     for (int i = 0; !direct_ && i < Engine::TQ; ++i)
       if (tile_.rows[i] >= 0) write_row<T>(workspace_ + i * width_, to_.type, to_.mutable_row(tile_.rows[i]), width_);
@@ -319,10 +324,10 @@ class ResultRows {
   Stored* rows_[Engine::TQ];
 };
 
-// Sums over what threads did.
+// Counts of work, summed over threads.
 struct Counts {
-  int64_t pairs = 0;    // of which scores were computed
-  int64_t partial = 0;  // of which the mask was asked one by one
+  int64_t pairs = 0;    // with computed scores
+  int64_t partial = 0;  // with an evaluated mask
   int64_t blocks = 0;
   int64_t tiles = 0;
 

@@ -1,4 +1,5 @@
-// How queries are cut into tiles of `tile_vectors` vectors: runs of a residue class, or patches of a grid.
+// The tiling of queries into tiles of `tile_vectors` vectors: runs of a residue class, or patches
+// of a grid.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -7,14 +8,15 @@
 
 namespace native {
 
-// What masks are asked of a tile of queries.
+// The regions of a tile's queries, which masks classify.
 struct TileRegions {
-  int vectors = 0;  // that have a query
+  int vectors = 0;  // vectors with at least one query
   Region whole;
   Region of_vector[tile_vectors];
 };
 
-// Queries that are computed together. Lanes past the end repeat a valid query: they are read and not written.
+// Queries that are computed together. Lanes past the end repeat a valid query; they are not
+// written.
 template <int W>
 struct QueryTile : TileRegions {
   int32_t positions[tile_vectors * W];
@@ -22,10 +24,10 @@ struct QueryTile : TileRegions {
   int32_t rows[tile_vectors * W];     // the same, -1 past the end
 };
 
-// A run of positions, or whole lines of a grid.
+// A run of positions, or complete lines of a grid.
 struct Part {
   bool is_box;
-  int64_t start, stop;  // positions; of a box its first and past its last
+  int64_t start, stop;  // positions; for a box its first one and one past its last
 };
 
 inline std::vector<Part> parts_of(const Layout& layout, int64_t start, int64_t stop) {
@@ -69,7 +71,7 @@ template <int W>
 class QueryTiles {
  public:
   QueryTiles(const Layout& layout, int64_t q_len, int64_t q_offset) : layout_(layout), offset_(q_offset), stop_(q_offset + q_len) {
-    // Classes that are shorter than a vector leave lanes empty.
+    // Classes shorter than a vector would leave lanes empty.
     step_ = layout.step;
     while (step_ > 1 && q_len < step_ * W * 2) step_ = step_ % 2 ? 1 : step_ / 2;
     for (const Part& part : parts_of(layout, q_offset, stop_)) {
@@ -81,7 +83,7 @@ class QueryTiles {
 
   int64_t count() const { return count_; }
 
-  // Tile `index`; without vectors where a class has no query so far on.
+  // Tile `index`; it has no vectors if its class has no more queries.
   void tile_at(int64_t index, QueryTile<W>& out) const {
     size_t part = parts_.size() - 1;
     while (starts_[part] > index) --part;
@@ -122,7 +124,7 @@ class QueryTiles {
   }
 
   void line(const Part& part, int64_t index, QueryTile<W>& out) const {
-    // Tiles of all classes of one stretch follow each other: they share keys.
+    // Tiles of all classes of one stretch are consecutive: they share keys.
     const int64_t start = part.start + index % step_ + index / step_ * tile * step_;
     out.vectors = 0;
     if (start >= part.stop) return;
@@ -141,7 +143,8 @@ class QueryTiles {
 
   void patch(const Part& part, int64_t index, QueryTile<W>& out) const {
     const int axes = layout_.axes, last_axis = axes - 1;
-    // Along bands of a few lines of patches, column by column: patches that follow each other see nearly the same keys.
+    // Along bands of a few lines of patches, column by column: consecutive patches see nearly the
+    // same keys.
     int64_t at[3] = {0, 0, 0};
     const int64_t columns = along(part, last_axis), rows = along(part, last_axis - 1);
     const int64_t plane = index / (rows * columns), in_plane = index % (rows * columns);

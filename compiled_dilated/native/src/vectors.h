@@ -13,11 +13,11 @@
 
 namespace native {
 
-// A vector may lie at any address of its element type, and alias arrays of it.
+// A vector may have any address of its element type, and alias arrays of it.
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
-  // Integers as wide as T: what a comparison of two vectors gives, -1 where it holds.
+  // Integers as wide as T: the result of a comparison of vectors, -1 where it holds.
   using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   typedef Bits mask __attribute__((vector_size(vector_bytes), aligned(alignof(T)), may_alias));
 };
@@ -50,13 +50,13 @@ NATIVE_INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
-// NaN of a stays NaN.
+// The smaller number; NaN of a stays NaN.
 template <class T>
 NATIVE_INLINE Vector<T> smaller(Vector<T> a, Vector<T> b) {
   return a > b ? b : a;
 }
 
-// a . b, lane by lane and then in double: of sums in a row it has the precision of their last rounding.
+// a . b, summed per lane and then in double, which loses no more than the last rounding.
 template <class T>
 T dot(const T* a, const T* b, int count) {
   constexpr int W = lanes<T>;
@@ -100,11 +100,12 @@ constexpr T infinity = std::numeric_limits<T>::infinity();
 constexpr double log2_of_e = 1.44269504088896340736;
 constexpr double ln_of_2 = 0.69314718055994530942;
 
-// Adding it makes a float a whole number, which then stands in the low bits; below `least` powers of two are no normal numbers.
+// Adding `magic` rounds a float to a whole number, which is then in the low bits. Below `least`
+// powers of two are denormal.
 constexpr float magic = 12582912.0f, least = magic - 125.0f;  // 1.5 * 2^23
 
 #if defined(__AVX512F__)
-// A product as a whole number and a rest of at most 1/2, without rounding it on its way.
+// A product as a whole number and a remainder of at most 1/2, without an intermediate rounding.
 struct Exponent {
   __m512 shifted, whole, rest;
 
@@ -112,17 +113,18 @@ struct Exponent {
       : shifted(_mm512_fmadd_ps(x, factor, _mm512_set1_ps(magic))), whole(_mm512_sub_ps(shifted, _mm512_set1_ps(magic))),
         rest(_mm512_fmsub_ps(x, factor, whole)) {}
 
-  // power * 2^whole, 0 below the normal numbers.
+  // power * 2^whole; 0 for denormal results.
   NATIVE_INLINE __m512 applied_to(__m512 power) const {
-    // Not "less than", so that NaN is kept.
+    // Not "less than", so that NaN stays NaN.
     const __mmask16 normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(least), _CMP_NLT_UQ);
     return _mm512_maskz_scalef_ps(normal, power, whole);
   }
 };
 #endif
 
-// 2^(x * factor) for x <= 0 to the precision of T; 0 below the normal numbers, whose denormals cost a hundred cycles; NaN stays NaN.
-// The product is not rounded on its way: adding 1.5 * 2^23 makes it a whole number, which then stands in the low bits.
+// 2^(x * factor) for x <= 0 to the precision of T; 0 for denormal results, which would cost a
+// hundred cycles; NaN stays NaN. The product is not rounded before 1.5 * 2^23 is added, which
+// rounds it to a whole number in the low bits.
 NATIVE_INLINE Vector<float> exp2_of(Vector<float> x, float factor) {
   constexpr float coefficients[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
                                     2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f};
@@ -149,7 +151,7 @@ NATIVE_INLINE Vector<double> exp2_of(Vector<double> x, double factor) {
   const Vector<double> shifted = x * factor + magic;
   const Vector<double> rest = (x * factor - (shifted - magic)) * ln_of_2;
   Vector<double> power = all(1.0);
-  // Taylor's series: |rest| <= 0.35, so that fourteen terms reach the last bit.
+  // Taylor's series: |rest| <= 0.35, so that fourteen terms are exact to the last bit.
 #pragma GCC unroll 14
   for (int i = 14; i > 0; --i) power = power * rest / static_cast<double>(i) + 1.0;
   const VectorMask<double> exponent = (VectorMask<double>)shifted << 52;

@@ -6,7 +6,7 @@ namespace native {
 
 namespace {
 
-// Finds the keys of a tile: regions are halved until the mask decides them.
+// The walk over the keys of a tile: regions are halved until the mask decides them.
 class KeyWalk {
  public:
   KeyWalk(const Masks& masks, int64_t b, int64_t h, const Layout& layout, const TileRegions& tile, const WalkSizes& sizes,
@@ -22,7 +22,7 @@ class KeyWalk {
       }
   }
 
-  // Walks the keys of one branch, each once, and gives them to the visitor.
+  // Walks the keys of one branch, each once, and passes them to the visitor.
   void branch(const Branch& branch, int64_t kv_len) {
     root_ = branch.root;
     cursor_ = 0;
@@ -36,7 +36,8 @@ class KeyWalk {
       for (int64_t residue = 0; residue < branch.key_step; ++residue) {
         const int64_t step = branch.key_step, first = part.start + modulo(residue - part.start, step);
         if (first >= part.stop) break;
-        // Keys of the class before the first that may be seen, and before the first that may not: as the grain cuts them.
+        // Counts of keys of the class before the first that may be seen and before the first that
+        // may not, rounded to the grain.
         const int64_t count = (part.stop - first + step - 1) / step, grain = sizes_.grain;
         const int64_t from = floor_div(std::max<int64_t>(reach.first - first, 0), step * grain) * grain;
         const int64_t to = std::min(count, floor_div(reach.after - first + step * grain - 1, step * grain) * grain);
@@ -55,7 +56,7 @@ class KeyWalk {
     uint8_t partial[most_block_keys];
   };
 
-  // The lines of a grid, without those and the columns that are out of reach.
+  // The lines of a grid, without the lines and columns that are out of reach.
   void box(const Part& part, Reach& reach) {
     int64_t line = 1;
     for (int axis = 1; axis < layout_.axes; ++axis) line *= layout_.sizes[axis], reach.high[axis] = layout_.sizes[axis] - 1;
@@ -66,7 +67,7 @@ class KeyWalk {
     Box keys;
     for (int axis = 0; axis < layout_.axes; ++axis) {
       if (reach.low[axis] > reach.high[axis]) return;
-      // At the places where whole lines would be cut too, so that tiles of equal places have equal regions.
+      // Aligned to box sides, so that tiles at equal places have equal regions.
       keys.low[axis] = std::max(all.low[axis], reach.low[axis] / box_side() * box_side());
       const int64_t last = std::min(all.high[axis], reach.high[axis] / box_side() * box_side() + box_side() - 1);
       keys.extent[axis] = static_cast<int32_t>(last - keys.low[axis] + 1);
@@ -117,14 +118,14 @@ class KeyWalk {
       }
   }
 
-  // What holds of the whole tile.
+  // The verdict of the complete tile.
   Verdict classify(const Region& keys) const {
     Verdict out;
     masks_.classify(root_, b_, h_, &tile_.whole, 1, keys, &out);
     return out;
   }
 
-  // Which vectors see a few keys; true where that is settled: not where an edge may run through them.
+  // Decides which vectors see a few keys; false if an edge may run through them.
   bool by_vector(const Region& keys, bool finest) {
     Verdict seen[tile_vectors];
     masks_.classify(root_, b_, h_, tile_.of_vector, tile_.vectors, keys, seen);
@@ -134,7 +135,7 @@ class KeyWalk {
     if (low == high) return true;
     for (int j = low; j < high; ++j) {
       undecided += seen[j] == PARTIAL;
-      // Vectors between others that see nothing are computed with them and hidden.
+      // A vector that sees nothing, between others that do, is computed with them and hidden.
       hidden |= (seen[j] != FULL) << j;
     }
     if (!finest && undecided && undecided != tile_.vectors) return false;
@@ -155,7 +156,7 @@ class KeyWalk {
         by_vector(Region::line(base + at * step, std::min<int64_t>(sizes_.fine_grain, to - at), step), true);
       return;
     }
-    // At a multiple of the largest power of two: tiles of equal places then have equal regions.
+    // At a multiple of the largest power of two, so that tiles at equal places have equal regions.
     int64_t power = 1;
     while (power * 2 < count) power *= 2;
     int64_t middle = (from / power + 1) * power;
@@ -210,7 +211,8 @@ class KeyWalk {
   OpenBlock open_[tile_vectors][tile_vectors];
 };
 
-// The ends of what a tile sees of a part: of its lines where that is of a grid, of a few keys else.
+// The first and the last of the keys of a part that a tile sees, in units of lines of a grid, or of
+// a few keys.
 class Ends {
  public:
   Ends(const Masks& masks, int64_t b, int64_t h, const Layout& layout, const TileRegions& tile)
@@ -240,7 +242,7 @@ class Ends {
     return box.region(layout_);
   }
 
-  // Where the first seen unit starts, or where the last one stops.
+  // The start of the first visible unit, or the end of the last one.
   int64_t find(int64_t from, int64_t to, bool last) const {
     Verdict seen;
     masks_.classify(root_, b_, h_, &tile_.whole, 1, region(from, to), &seen);

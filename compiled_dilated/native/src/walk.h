@@ -1,4 +1,4 @@
-// Which keys a tile of queries sees, in blocks that some of its vectors see.
+// The keys that a tile of queries sees, in blocks that some of its vectors see.
 #pragma once
 #include <limits>
 
@@ -7,27 +7,27 @@
 
 namespace native {
 
-// Keys that the same vectors of a tile see, low .. high - 1.
+// Keys that vectors low .. high - 1 of a tile see.
 struct KeyBlock {
   int count = 0, low = 0, high = 0;
   bool any_partial = false;
-  int32_t least = 0;        // of its keys
-  int64_t least_after = 0;  // no later block of the branch has a key below this, where its keys are walked without a step
+  int32_t least = 0;        // the least of its keys
+  int64_t least_after = 0;  // later blocks of a branch without a step have no key below it
   const int32_t* keys = nullptr;
-  const uint8_t* partial = nullptr;  // of each key: bit j says that vector j sees some of its pairs only
-  const uint64_t* seen = nullptr;    // of each key with such vectors: bit lane_bits * (j - low) + i says that lane i of vector j sees it
+  const uint8_t* partial = nullptr;  // per key: bit j is set if vector j sees only some of its pairs
+  const uint64_t* seen = nullptr;    // per partial key: bit lane_bits * (j - low) + i is set if lane i of vector j sees it
 };
 
 constexpr int lane_bits = 16;
 constexpr int most_block_keys = 128;  // of any engine
 
-// Most keys of a block. Keys of so many as the grain or fewer are asked about vector by vector; edges are followed down to the finer
-// grain.
+// most_keys: of a block. grain: runs of at most so many keys are classified vector by vector.
+// fine_grain: the same where an edge runs through them.
 struct WalkSizes {
   int most_keys, grain, fine_grain;
 };
 
-// How an engine cuts a sequence: lanes of a vector, queries of a tile, and what its walk does.
+// The sizes of an engine: lanes of a vector, queries of a tile, and those of its walk.
 template <class T>
 struct WideWalk {
   static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys;
@@ -53,10 +53,10 @@ struct KeyRange {
 
 constexpr KeyRange no_keys{std::numeric_limits<int64_t>::max(), 0};
 
-// No key that a tile sees lies outside.
+// Bounds of the keys that a tile sees.
 KeyRange range_of_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len);
 
-// All blocks of a tile, branch by branch: visit(branch, block). Blocks come without who sees their keys.
+// Calls visit(branch, block) for all blocks of a tile, branch by branch; `seen` is not yet set.
 void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,
                const WalkSizes& sizes, const Callback<const Branch&, const KeyBlock&>& visit);
 

@@ -1,5 +1,5 @@
-// What a program without Python opens before it loads a package: it defines the operators, and opens those kernels beside it that
-// are for this CPU.
+// The library that a program without Python opens before it loads a package: it defines the
+// operators, and opens the kernels in the same folder that suit this CPU.
 //
 //     model.pt2.so -> model.pt2.avx512.so | model.pt2.avx2.so, or model.pt2.native.so alone
 //
@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-// Those of library.py.
+// The schemas of library.py.
 #define OTHERS "Tensor[]? data, Tensor[]? operands, int[] code, float scale, SymInt q_offset"
 #define CALL "(Tensor q, Tensor k, Tensor v, " OTHERS ", Tensor? offsets, bool by_token) -> "
 
@@ -30,7 +30,7 @@ namespace {
 
 enum Level { baseline, avx2, avx512 };
 
-// What this CPU has. ATEN_CPU_CAPABILITY lowers it, as it does for torch's own kernels.
+// The level of this CPU. ATEN_CPU_CAPABILITY lowers it, as for torch's own kernels.
 Level level() {
   Level here = baseline;
 #if defined(__x86_64__)
@@ -52,7 +52,7 @@ struct Kernels {
 
 // The fastest first.
 #if defined(NATIVE_LEVEL)
-// Built for the CPU of the machine that exported, which had this level.
+// Built for the CPU of the exporting machine, which has this level.
 constexpr Kernels all[] = {{".native.so", NATIVE_LEVEL}};
 #else
 constexpr Kernels all[] = {{".avx512.so", avx512}, {".avx2.so", avx2}};
@@ -93,7 +93,7 @@ void refuse(StableIValue*, uint64_t, uint64_t) { throw std::runtime_error(refusa
 
 }  // namespace
 
-// Where no kernels fit, a call says why.
+// Without suitable kernels, a call raises the reason.
 STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CPU, m) {
   if (refusal().empty()) return;
   for (const char* name : {"native", "check_inputs"}) m.impl(name, &refuse);

@@ -1,0 +1,56 @@
+"""Arithmetic of ranges of positions: parts, hulls and intersections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+# `Mask.shrink` of two ranges without allowed pairs.
+NOTHING = (range(0), range(0))
+
+
+def clip(span: range, low: int, high: int) -> range:
+    """The elements x of a range (step positive) with low <= x < high."""
+    start = span.start + max(0, -((span.start - low) // span.step)) * span.step
+    return range(start, min(span.stop, high), span.step)
+
+
+def hull(spans: Sequence[range]) -> range:
+    """The smallest range that contains some non-empty ranges."""
+    first = min(span[0] for span in spans)
+    # The largest step that reaches every element from the first.
+    step = math.gcd(
+        *(span.step for span in spans if len(span) > 1),
+        *(span[0] - first for span in spans),
+    )
+    return range(first, max(span[-1] for span in spans) + 1, step or 1)
+
+
+def intersection(a: range, b: range) -> range:
+    """The numbers in both ranges (steps positive), by the Chinese remainder theorem."""
+    if a.step == b.step == 1:
+        return range(max(a.start, b.start), min(a.stop, b.stop))
+    shared = math.gcd(a.step, b.step)
+    if (b.start - a.start) % shared:
+        return range(0)
+    step = a.step // shared * b.step
+    # The fewest steps of a that reach the residue class of b.
+    distance = (b.start - a.start) // shared
+    inverse = pow(a.step // shared, -1, b.step // shared)
+    steps = distance * inverse % (b.step // shared)
+    first = a.start + steps * a.step
+    start = max(a.start, b.start)
+    return range(first + -(-(start - first) // step) * step, min(a.stop, b.stop), step)
+
+
+def common_ranges(a: tuple[range, ...], b: tuple[range, ...]) -> tuple[range, ...]:
+    """The non-empty intersections of two lists of disjoint ranges."""
+    if len(a) == len(b) == 1:  # the common case; decoding runs this for every token
+        return (intersection(a[0], b[0]),)
+    out = []
+    for first in a:
+        for second in b:
+            common = intersection(first, second)
+            if common:
+                out.append(common)
+    return tuple(out)

@@ -1,0 +1,63 @@
+"""Native kernels compiled for other x86-64 machines, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support.native_builds import compiler_with, report
+from tests.support.native_table import NEAR, TABLE
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and Linux"
+    ),
+]
+
+SUBJECTS = (
+    "threads", "counts", "sizes", "strides", "data", "nonfinite", "accuracy", "tampering",
+)  # fmt: skip
+QUICK_TESTS = tuple(f"tests/test_native_{subject}.py" for subject in SUBJECTS)
+
+
+def environment_of(machine: str, folder: Path) -> dict[str, str]:
+    """Environment variables of a process with kernels for a machine, in a cache of its own."""
+    return {
+        "CXX": compiler_with(folder / "compiler", f"-march={machine}"),
+        "COMPILED_DILATED_CACHE": str(folder / "cache"),
+    }
+
+
+@pytest.mark.parametrize("machine", ["haswell", "x86-64-v2", "x86-64", "skylake-avx512"])
+def test_other_vectors_give_the_same(machine: str, fresh_python: Any, tmp_path: Path) -> None:
+    """AVX2, SSE and AVX-512 without AMX tiles."""
+    process = fresh_python("-c", TABLE, **environment_of(machine, tmp_path))
+    if "Illegal instruction" in process.stderr or process.returncode == -4:
+        pytest.skip(f"this machine is no {machine}")
+    assert process.returncode == 0, report(process)
+    assert process.stdout.endswith(NEAR), report(process)
+
+
+@pytest.mark.parametrize("machine", ["haswell", "x86-64-v2"])
+def test_the_quick_tests_of_other_vectors(machine: str, tmp_path: Path) -> None:
+    """The quick tests of the native operators with kernels compiled for another machine.
+
+    Without FMA every product is rounded: errors are then not compared with torch's, whose kernels
+    use this machine's FMA.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *QUICK_TESTS]
+    if machine == "x86-64-v2":
+        command += ["-k", "not errors_are_no_larger_than_torchs"]
+    environment = {**os.environ, **environment_of(machine, tmp_path)}
+    process = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert process.returncode == 0, process.stdout[-6000:]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx import GraphModule
 from torch.nn.attention.flex_attention import (
     AuxRequest,
@@ -168,7 +169,7 @@ def test_a_program_is_joined_with_a_mask_mod() -> None:
 def test_gradients_on_a_cpu_need_no_new_graph_at_later_calls() -> None:
     """Torch's check of devices, which refuses them, is replaced only while the model is traced."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     model = graphs.wrap(Flexible(causal, "slopes"), None, None, counter)
     for _ in range(3):
         model(*operands()).sum().backward()

@@ -102,10 +102,9 @@ class _Wrapped:
             raise
 
     def _compile(self) -> Callable[..., Any]:
-        model, own = self.model, self.forward
-        forward: Callable[..., Any] = (
-            functools.partial(type(model).forward, model) if own is None else own
-        )
+        model, model_forward = self.model, self.forward
+        if model_forward is None:
+            model_forward = functools.partial(type(model).forward, model)
 
         def traced(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
@@ -113,8 +112,10 @@ class _Wrapped:
                     "torch runs this model without compiling it (torch.compiler.set_stance, or "
                     "TORCHDYNAMO_DISABLE), which would leave its attention as it was"
                 )
+            # Called by Dynamo while it traces, not by the graph. Guards are built after the trace,
+            # on torch's own check.
             comptime(_start_trace)
-            out = forward(*args, **kwargs)
+            out = model_forward(*args, **kwargs)
             comptime(_stop_trace)
             return out
 
@@ -127,7 +128,6 @@ class _Wrapped:
             backend=Rewriting(model, self.attention, self.backend, __file__),
             dynamic=self.dynamic,
             fullgraph=True,
-            options={"guard_filter_fn": _guards},
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,11 +140,6 @@ def _start_trace(context: Any) -> None:
 
 def _stop_trace(context: Any) -> None:
     device_check.restore()
-
-
-def _guards(guards: Sequence[Any]) -> list[bool]:
-    """The guards of a graph to keep: not that of the check, which is restored behind the trace."""
-    return ["_validate_device" not in guard.name for guard in guards]
 
 
 def _inductor(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

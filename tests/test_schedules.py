@@ -253,7 +253,7 @@ def programs_and_layouts() -> Iterator[Any]:
             yield pytest.param(program, layout, id=f"{layout.name}-{program}")
 
 
-@pytest.mark.parametrize(("program", "layout"), programs_and_layouts())
+@pytest.mark.parametrize(("program", "layout"), list(programs_and_layouts()))
 def test_nested_rates_receive_no_row_twice(program: Program, layout: Layout) -> None:
     for kv_heads in (HEADS, KV_HEADS):
         schedule = Schedule(program, layout, HEADS, kv_heads)

@@ -48,7 +48,7 @@ def rows() -> Iterator[Any]:
             yield pytest.param(argument, *row, id=f"{argument}: {name}")
 
 
-@pytest.mark.parametrize(("argument", "make", "kind", "message"), rows())
+@pytest.mark.parametrize(("argument", "make", "kind", "message"), list(rows()))
 def test_a_wrong_argument_is_named_before_a_file_is_written(
     home: Path, argument: str, make: Callable[[], Any], kind: type[Exception], message: str
 ) -> None:

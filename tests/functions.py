@@ -62,14 +62,12 @@ class Parameters:
     @property
     def detached(self) -> Parameters:
         """The same without gradients."""
-        return replace(
-            self,
-            **{
-                field.name: x.detach()
-                for field in fields(self)
-                if isinstance(x := getattr(self, field.name), Tensor)
-            },
-        )
+        detached: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                detached[field.name] = value.detach()
+        return replace(self, **detached)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

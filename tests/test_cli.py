@@ -43,7 +43,7 @@ def printed_json(result: Result) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-@pytest.mark.parametrize("command", ["plan", "show", "doctor", "export", "inspect"])
+@pytest.mark.parametrize("command", ["plan", "recommend", "show", "doctor", "export", "inspect"])
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

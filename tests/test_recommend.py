@@ -68,18 +68,18 @@ def test_the_fastest_is_recommended_where_nothing_is_fast() -> None:
 
 
 def test_a_forward_that_does_not_fit_is_streamed() -> None:
-    result = recommend(Request(tokens=2**20, limit=GIB))
+    result = recommend(Request(tokens=2**17, limit=256 * MIB))
     assert result.best is not None
     assert result.best.way.kind == "stream"
-    assert result.best.way.peak_bytes <= GIB
+    assert result.best.way.peak_bytes <= 256 * MIB
     assert "one call would take" in result.reason
 
 
 def test_training_that_does_not_fit_takes_a_ring() -> None:
-    result = recommend(Request(tokens=2**18, limit=GIB, training=True))
+    result = recommend(Request(tokens=2**17, limit=512 * MIB, training=True))
     assert result.best is not None
     assert result.best.way.kind == "ring"
-    assert result.best.way.peak_bytes <= GIB
+    assert result.best.way.peak_bytes <= 512 * MIB
     # No fewer ranks would do.
     fewer = replace(result.request, limit=result.best.way.peak_bytes - 1)
     again = recommend(fewer).best
@@ -153,16 +153,16 @@ def test_a_rate_of_the_users_own_is_used() -> None:
 def test_a_rank_holds_no_more_than_is_said() -> None:
     """By the ledger of a simulated ring, which counts shards and messages."""
     program, tokens = cd.longnet((256, 1024), (1, 4), causal=True), 4096
-    request = Request(tokens=tokens, limit=5 * MIB, heads=2, head_dim=16, training=True)
+    request = Request(tokens=tokens, limit=2 * MIB, heads=2, head_dim=16, training=True)
     ring = next(way for way in weigh(program, request).ways if way.kind == "ring")
-    attend = cd.compile(program, ranks=ring.ranks)
+    attend = cd.compile(program, ranks=ring.ranks, layout="contiguous")
     q, k, v = (torch.randn(1, 2, tokens, 16, requires_grad=True) for _ in range(3))
     out = attend(q, k, v)
     out.sum().backward()
     assert attend.ring is not None
     held = attend.ring.ledger.most_held_bytes
-    assert held <= ring.peak_bytes <= 5 * MIB
-    assert held >= ring.peak_bytes / 3
+    assert held <= ring.peak_bytes <= 2 * MIB
+    assert held >= ring.peak_bytes / 4
 
 
 STREAMED = """

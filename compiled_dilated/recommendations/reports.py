@@ -93,7 +93,7 @@ def _in_python(text: str) -> str:
         name = match[1]
         if name in masks.__all__:
             return f"cd.masks.{name}("
-        if name in orders.__all__:
+        if hasattr(orders, name):
             return f"cd.orders.{name}("
         return f"cd.{name}("
 

@@ -17,7 +17,7 @@ from ..ring.plans import RingPlan
 
 # Pairs of a head whose tiles are counted in about a second. Past these the allowed pairs stand for
 # the computed ones, which differ little where most tiles are full, and no ring is planned.
-_MOST_COUNTED = 2**34
+_MOST_COUNTED = 2**33
 # The most ranks of a ring, and parts of a stream, that are tried.
 _MOST_RANKS, _MOST_PARTS = 1024, 2**18
 # Parts of a stream in memory: computed, read ahead, written, and their buffers for the next.
@@ -100,7 +100,10 @@ class Way:
     def code(self) -> str:
         """How the way is called in Python."""
         if self.kind == "ring":
-            return f"cd.compile(program, mesh=device_mesh)(q, k, v)  # on {self.ranks:,} processes"
+            return (
+                'cd.compile(program, mesh=device_mesh, layout="contiguous")(q, k, v)'
+                f"  # shards, on {self.ranks:,} processes"
+            )
         if self.kind == "stream":
             return (
                 f'cd.compile(program, ranks={self.ranks}, transport="streamed")'
@@ -173,9 +176,13 @@ def _powers(least: float, most: int) -> Iterator[int]:
 
 
 def _rings(program: Program, request: Request, size: int) -> Iterator[Way]:
-    """Rings of more and more ranks, from the first that could hold the call's bytes."""
+    """Rings of more and more ranks, from the first that could hold the call's bytes.
+
+    Contiguous: the layout that moves least for windows and segments, and the only one whose plan
+    takes no time over long sequences.
+    """
     for ranks in _powers(size / request.limit, min(_MOST_RANKS, request.tokens)):
-        ring: RingPlan = request.plan(program, ranks=ranks)
+        ring: RingPlan = request.plan(program, ranks=ranks, layout="contiguous")
         peak = max(_bytes_of_rank(ring, load) for load in ring.loads)
         slowest = max(load.dense_flops for load in ring.loads)
         yield Way("ring", ranks, peak, request.time(_lowering(ring), slowest))

@@ -171,7 +171,7 @@ def test_a_case_records_its_error_and_the_next_one_runs(tool: ModuleType, record
 
     stage = Stage("smoke", records, "cpu", True)
     stage.case("wrong", lambda: {"number": 1 // 0})
-    stage.case("right", lambda: {"number": 1})
+    stage.case("right", lambda: {"number": 1, "error": 0.5})
     stage.case("right", lambda: pytest.fail("a case with an outcome ran again"))
     outcomes = records.outcomes("smoke")
     assert outcomes["wrong"]["error"].startswith("ZeroDivisionError")

@@ -84,7 +84,7 @@ _ODD = cd.longnet((100, 256), (1, 3), causal=True)
 _SPLIT = cd.longnet((128, 256), (1, 2), heads="split")
 _THREE = cd.longnet((64, 128, 256), (1, 2, 4))
 CASES: dict[str, Case] = {
-    "causal": Case(masks.causal(), short=True),
+    "causal": Case(masks.causal()),
     "window, bfloat16": Case(masks.window(60), dtype=_LOW, shape=_TWO, kv_heads=1),
     "window, float16": Case(masks.window(60), dtype=_HALF, shape=_TWO, kv_heads=1),
     "window, one tile whole": Case(_WINDOW, shape=(1, 2, 256, 64)),
@@ -98,7 +98,7 @@ CASES: dict[str, Case] = {
     "longnet": Case(_LONGNET, shape=_FOUR, kv_heads=2),
     "longnet, causal, rates that divide nothing": Case(_ODD, short=True),
     "longnet, heads split": Case(_SPLIT, shape=_FOUR),
-    "hilbert": Case(cd.hilbert_window((20, 15), 3), short=True),
+    "hilbert": Case(cd.hilbert_window((20, 15), 3)),
     "grouped queries": Case(_WINDOW, shape=_BATCHES, kv_heads=2),
     "score_mod with learned slopes": Case(_WINDOW, options=_slopes, short=True),
     "decoding": Case(
@@ -108,11 +108,11 @@ CASES: dict[str, Case] = {
     "100 queries of grouped heads": Case(
         _WINDOW, shape=(1, 4, 100, 16), kv_heads=2, keys=400, options=_at(300), backward=False
     ),
-    "lanes: causal": Case(masks.causal(), "lanes", short=True),
+    "lanes: causal": Case(masks.causal(), "lanes"),
     "lanes: full": Case(masks.full(), "lanes", shape=(1, 2, 200, 16)),
     "lanes: window": Case(masks.window(60, 20), "lanes"),
     "lanes: dilated window": Case(masks.window(60, 20, dilation=3), "lanes", short=True),
-    "lanes: sinks": Case(_SINKS, "lanes", short=True),
+    "lanes: sinks": Case(_SINKS, "lanes"),
     "lanes: global tokens": Case(_GLOBAL, "lanes"),
     "lanes: prefix": Case(masks.causal() | masks.prefix(30), "lanes"),
     "lanes: documents, dead rows": Case(_DEAD, "lanes", short=True),

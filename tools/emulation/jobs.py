@@ -11,7 +11,8 @@ from pathlib import Path
 RUN, COMPILE = "run", "compile"
 _WIDTHS = {"bfloat16": (64, 96, 128, 256), "float16": (64, 96, 128, 256), "float32": (64, 96, 128)}
 _GRAPHS = ("graph bfloat16 64", "graph float16 128")
-_SHORT_COMPILED = ("flex bfloat16 64", "lanes bfloat16 64", "graph bfloat16 64")
+# A graph compiles the kernels of lanes.
+_SHORT_COMPILED = ("flex bfloat16 64", "graph bfloat16 64")
 
 
 def names(short: bool) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import subprocess
 import tempfile
@@ -283,6 +284,9 @@ def _launch_user_kernels() -> None:
 
     Inductor passes them to compiled kernels alone.
     """
+    # Analysed for what they write, kernels do not compile beside the interpreter. They then count
+    # as writing all of their arguments, which a graph copies: values are right all the same.
+    logging.getLogger("torch._higher_order_ops.triton_kernel_wrap").setLevel(logging.ERROR)
     autotuner = triton_heuristics.CachingAutotuner
     grid_of = autotuner._interpret_args_grid
 

@@ -58,9 +58,10 @@ class Stage:
             }
         seconds = round(time.monotonic() - started, 2)
         self.records.append("outcome", stage=self.name, case=name, seconds=seconds, **result)
-        verdict = "ok" if result["ok"] else f"FAILED: {result['error']}"
+        error = "" if result["ok"] else str(result["error"])
+        verdict = f"FAILED: {error}" if error else "ok"
         print(f"gpu_check: {self.name}: {name}: {verdict} ({seconds:.1f} s)", flush=True)
-        if any(words in result.get("error", "") for words in _FATAL):
+        if any(words in error for words in _FATAL):
             raise DeviceLost(name)
 
 

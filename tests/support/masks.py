@@ -57,7 +57,7 @@ def check_classify(mask: Mask, truth: Any, q: Regions, kv: Regions, exact: bool 
     verdicts = mask.classify(q[rows], kv[columns])
     assert verdicts.dtype == np.uint8
     assert verdicts.shape == rows.shape
-    for row, column, verdict in zip(rows, columns, verdicts, strict=True):
+    for row, column, verdict in zip(rows.tolist(), columns.tolist(), verdicts, strict=True):
         seen = truth[np.ix_(q.positions(row), kv.positions(column))]
         accepted = {verdict_of(seen)} if exact else {verdict_of(seen), PARTIAL}
         assert verdict in accepted, (mask, q[[row]], kv[[column]])

@@ -185,9 +185,12 @@ def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
 
 def same(got: Tensor, expected: Tensor, tolerance: float, about: str = "") -> None:
     """Assert that tensors are near; NaN equals NaN."""
-    limits = {"rtol": tolerance, "atol": tolerance}
+
+    def message(text: str) -> str:
+        return f"{about}: {text}"
+
     torch.testing.assert_close(
-        got, expected, equal_nan=True, msg=lambda message: f"{about}: {message}", **limits
+        got, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
     )
 
 

@@ -60,4 +60,4 @@ def check_classify(mask: Mask, truth: Any, q: Regions, kv: Regions, exact: bool 
     for row, column, verdict in zip(rows.tolist(), columns.tolist(), verdicts, strict=True):
         seen = truth[np.ix_(q.positions(row), kv.positions(column))]
         accepted = {verdict_of(seen)} if exact else {verdict_of(seen), PARTIAL}
-        assert verdict in accepted, (mask, q[[row]], kv[[column]])
+        assert verdict in accepted, (mask, q[row : row + 1], kv[column : column + 1])

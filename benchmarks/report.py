@@ -1,6 +1,6 @@
 """Run the report's suites and render their tables.
 
-python benchmarks/report.py run [SUITE ...] [--quick] [--directory report]
+python benchmarks/report.py run [SUITE ...] [--quick] [--directory report] [--json]
 python benchmarks/report.py render [--directory report] [--html FILE] [--markdown FILE]
 
 `run` measures each case in a process of its own under a limit of memory and time. It writes the row

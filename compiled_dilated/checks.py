@@ -171,7 +171,7 @@ def groups(heads: int, kv_heads: int) -> None:
     if (kv_heads == 0 and heads != 0) or (kv_heads != 0 and heads % kv_heads):
         raise ValueError(
             f"the {heads} query heads must be a multiple of the {kv_heads} key heads, "
-            "so that they share evenly"
+            "so that they share evenly. Change kv_heads, or the heads of k and v"
         )
 
 

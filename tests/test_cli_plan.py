@@ -12,10 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from compiled_dilated import compile, counting, longnet, plan, planner
+from compiled_dilated import compile, longnet, plan, planner
 from compiled_dilated.arguments import BYTES
 from compiled_dilated.cli import app
 from compiled_dilated.commands.arguments import Dtype
+from compiled_dilated.counting import counts
 from compiled_dilated.lowerings import native
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
@@ -150,7 +151,7 @@ def test_the_explanation_has_the_pairs_of_data() -> None:
 
 
 def test_too_many_pairs_to_count_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "_MOST_PAIRS", 100)
+    monkeypatch.setattr(counts, "_MOST_PAIRS", 100)
     options = ("--shape", f"1,1,{TOKENS},8", "--data", "d=shuffled.npy")
     result = run("documents(ids='d')", *options)
     assert result.exit_code == 0

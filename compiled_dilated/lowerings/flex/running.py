@@ -164,8 +164,10 @@ def _score_mod(
     None if there is neither.
     """
     users_mod = call.score_mod
-    overlapping = len(work.linked.program.branches) > 1
-    if users_mod is None and not overlapping:
+    # Captured first, being first by name: where a later name comes first, the code that torch 2.13
+    # generates for a CPU does not compile (tests/test_edges.py, several branches).
+    counted = len(work.linked.program.branches) > 1
+    if users_mod is None and not counted:
         return None
     # Tables of masks are made here: a kernel can read them, not make them.
     linked = work.linked.for_heads(work.linked.heads).on(device)
@@ -181,7 +183,7 @@ def _score_mod(
             if users_mod is not None:
                 operands = users_mod.operands
                 score = users_mod.graph.scalar(operands, score, b, h, q, kv, subscripts=True)
-            if overlapping:
+            if counted:
                 score = score + linked.count(b, h, q, kv, data).to(score.dtype).log()
             return score
 

@@ -307,13 +307,13 @@ def billion(records: Records) -> list[Section]:
                 f"{counted['steps']:,}",
                 f"{_rate(row):,.0f}",
                 _time_text(_seconds(row)),
-                f"{counted['peak_bytes'] / 2**20:.0f} MiB",
+                f"{counted['process_peak_bytes'] / 2**20:.0f} MiB",
                 f"{row['error']:.1e} of {row['compared']}",
             ]
         )
     text = (
         "One head of width 16, LongNet; nothing is multiplied by the ring size: tokens a second "
-        "are those that this machine computed. The peak is the process's beyond its start."
+        "are those that this machine computed. The peak is the process's."
     )
     headers = ["tokens", "ranks", "steps executed", "tokens/s", "time", "peak", "error"]
     return [Section("Sequences that are in no memory", text, headers, body)]

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
-from passes.planning import budgets
-
 from . import planner
 from .footprints import Fit, mib
 from .plans import Plan, Problem
@@ -30,6 +28,9 @@ def read_limit(name: str, limit: int | str, ranks: object = None) -> int:
             f"{name} is for a call on one device; got ranks={ranks!r} too. Leave one out: "
             "the plan of a ring prints the peak of a rank under every layout"
         )
+    # A late import: it loads decimal and fractions, which only limits and budgets need.
+    from passes.planning import budgets
+
     return budgets.parse(name, limit)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# Beyond tensors and workspaces: pages that allocators round up, arenas of threads, Python objects.
+ROUNDING = 2 * 2**20
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -16,7 +19,7 @@ class Footprint:
     output: out.
     lse: the log-sum-exps.
     gradients: of out, q, k and v; 0 without a backward.
-    workspace: an upper bound of what kernels and copies of rows allocate.
+    workspace: an upper bound of what kernels and copies of rows allocate, with ROUNDING.
     """
 
     inputs: int

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from .. import rates
-from ..footprints import Fit, Footprint
+from ..footprints import ROUNDING, Fit, Footprint
 from . import printing
 from .problems import Problem
 from .proposals import Cost, Proposal, Refusal
@@ -42,10 +42,11 @@ class Plan:
         workspaces = [proposal.workspaces for proposal in self.chosen]
         forward = max((pair[0] for pair in workspaces), default=0)
         if not self.problem.training:
-            return replace(tensors, workspace=forward)
+            return replace(tensors, workspace=forward + ROUNDING)
         backward = max((pair[1] for pair in workspaces), default=0) + tensors.workspace
         # A forward has no gradients beside its workspace.
-        return replace(tensors, workspace=max(backward, forward - tensors.gradients))
+        workspace = max(backward, forward - tensors.gradients) + ROUNDING
+        return replace(tensors, workspace=workspace)
 
     @cached_property
     def lowering(self) -> str:

@@ -85,10 +85,14 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
     device = constants(problem.device)
     slowed_pairs = sum(batch.pairs / _rate(batch) for batch in batches)
     flops = slowed_pairs * problem.batch * width / device.tiles
-    # Memory: the largest call; in low precision the float32 sums of a backward as well.
+    # Memory: the largest call.
     forward = max((_held_bytes(batch, problem, False) for batch in batches), default=0)
     backward = max((_held_bytes(batch, problem, True) for batch in batches), default=0)
-    sums = 2 * problem.tensor_bytes if problem.itemsize < 4 else 0
+    if problem.itemsize < 4:
+        # Float32 sums of the gradients of q, k and v are twice as large as these, which are not
+        # there yet; at the end that of q is rounded first, and its sum is freed.
+        grad_q = problem.batch * problem.heads * problem.q_len * problem.head_dim * problem.itemsize
+        backward = problem.footprint.inputs + max(backward, grad_q)
     return Cost(
         pairs=pairs,
         kernel_flops=pairs * width,
@@ -96,7 +100,7 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
         calls=calls,
         peak_bytes=forward,
         dense_flops=flops + copied * device.flops_per_byte + calls * device.flops_per_call,
-        backward_bytes=backward + sums,
+        backward_bytes=backward,
     )
 
 

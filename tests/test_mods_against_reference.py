@@ -109,67 +109,31 @@ def test_functions_equal_flex_attention(
     same(got[seen], expected[seen], 2e-5)
 
 
+def functions_in(*ways: str) -> Callable[..., Any]:
+    """Decorate a test with drawn arguments of `compare_compiled` after its backend."""
+    way = st.sampled_from(ways)
+    return given(drawn=st.tuples(score_bodies, mask_bodies, wrappings, way, st.booleans(), numbers))
+
+
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    score_bodies,
-    mask_bodies,
-    wrappings,
-    st.sampled_from(("dense", "tiled", "auto", "ring")),
-    st.booleans(),
-    numbers,
-)
-def test_compiled_functions_equal_the_reference(
-    score_names: list[str],
-    mask_names: list[str],
-    wrapping: str,
-    way: str,
-    inside: bool,
-    number: float,
-) -> None:
+@functions_in("dense", "tiled", "auto", "ring")
+def test_compiled_functions_equal_the_reference(drawn: tuple[Any, ...]) -> None:
     """The same in one graph of torch.compile, with closures created outside of it or inside."""
-    compare_compiled("aot_eager", score_names, mask_names, wrapping, way, inside, number)
+    compare_compiled("aot_eager", *drawn)
 
 
 @pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    score_bodies,
-    mask_bodies,
-    wrappings,
-    st.sampled_from(("dense", "tiled", "auto", "ring")),
-    st.booleans(),
-    numbers,
-)
-def test_more_compiled_functions_equal_the_reference(
-    score_names: list[str],
-    mask_names: list[str],
-    wrapping: str,
-    way: str,
-    inside: bool,
-    number: float,
-) -> None:
-    compare_compiled("aot_eager", score_names, mask_names, wrapping, way, inside, number)
+@functions_in("dense", "tiled", "auto", "ring")
+def test_more_compiled_functions_equal_the_reference(drawn: tuple[Any, ...]) -> None:
+    compare_compiled("aot_eager", *drawn)
 
 
 @pytest.mark.slow
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    score_bodies,
-    mask_bodies,
-    wrappings,
-    st.sampled_from(("dense", "tiled")),
-    st.booleans(),
-    numbers,
-)
-def test_functions_compiled_by_inductor_equal_the_reference(
-    score_names: list[str],
-    mask_names: list[str],
-    wrapping: str,
-    way: str,
-    inside: bool,
-    number: float,
-) -> None:
-    compare_compiled("inductor", score_names, mask_names, wrapping, way, inside, number)
+@functions_in("dense", "tiled")
+def test_functions_compiled_by_inductor_equal_the_reference(drawn: tuple[Any, ...]) -> None:
+    compare_compiled("inductor", *drawn)
 
 
 def compare_compiled(

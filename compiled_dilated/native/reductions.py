@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,26 @@ from .tensors import Cells, Index, Tensors, cells, check_entries, positive_dim
 Combine = Callable[[list[int]], int]
 
 
+def _reduction(combine: Callable[[Tensors, torch.Tensor, list[int]], int]) -> Callable[..., Cells]:
+    """A reduction with ATen's arguments.
+
+    combine: maps the tape, the result and the nodes of the entries to the node of their result.
+    """
+
+    def reduction(
+        t: Tensors,
+        out: torch.Tensor,
+        x: Cells,
+        dim: Any = None,
+        keepdim: bool = False,
+        dtype: torch.dtype | None = None,  # of the result, which `out` has
+    ) -> Cells:
+        return _reduce(out, x, dim, keepdim, partial(combine, t, out))
+
+    return reduction
+
+
 def _reduce(
-    t: Tensors,
     out: torch.Tensor,
     x: Cells,
     dim: Any,
@@ -91,79 +110,36 @@ def _sum_nodes(t: Tensors, dtype: torch.dtype, nodes: Sequence[int]) -> int:
     return t.x.whole(0)
 
 
-def _sum(
-    t: Tensors,
-    out: torch.Tensor,
-    x: Cells,
-    dim: Any = None,
-    keepdim: bool = False,
-    **_: Any,
-) -> Cells:
-    return _reduce(t, out, x, dim, keepdim, lambda nodes: _sum_nodes(t, out.dtype, nodes))
+def _sum(t: Tensors, out: torch.Tensor, nodes: list[int]) -> int:
+    return _sum_nodes(t, out.dtype, nodes)
 
 
-def _mean(
-    t: Tensors,
-    out: torch.Tensor,
-    x: Cells,
-    dim: Any = None,
-    keepdim: bool = False,
-    **_: Any,
-) -> Cells:
-    def combine(nodes: list[int]) -> int:
-        total = _sum_nodes(t, _accumulation_dtype(out.dtype), nodes)
-        count = t.x.constant(float(len(nodes)), t.x.type(total))
-        return t.x.rounded(t.x.binary("divide", total, count), out.dtype)
-
-    return _reduce(t, out, x, dim, keepdim, combine)
+def _mean(t: Tensors, out: torch.Tensor, nodes: list[int]) -> int:
+    total = _sum_nodes(t, _accumulation_dtype(out.dtype), nodes)
+    count = t.x.constant(float(len(nodes)), t.x.type(total))
+    return t.x.rounded(t.x.binary("divide", total, count), out.dtype)
 
 
-def _prod(
-    t: Tensors,
-    out: torch.Tensor,
-    x: Cells,
-    dim: Any = None,
-    keepdim: bool = False,
-    **_: Any,
-) -> Cells:
-    def combine(nodes: list[int]) -> int:
-        return _finish(t, _fold(t, "multiply", _cast_all(t, nodes, out.dtype)), out.dtype)
-
-    return _reduce(t, out, x, dim, keepdim, combine)
+def _prod(t: Tensors, out: torch.Tensor, nodes: list[int]) -> int:
+    return _finish(t, _fold(t, "multiply", _cast_all(t, nodes, out.dtype)), out.dtype)
 
 
-def _count_nonzero(t: Tensors, out: torch.Tensor, x: Cells, dim: Any = None) -> Cells:
-    def combine(nodes: list[int]) -> int:
-        return _sum_nodes(t, torch.int64, _cast_all(t, nodes, torch.bool))
-
-    return _reduce(t, out, x, dim, False, combine)
+def _count_nonzero(t: Tensors, out: torch.Tensor, nodes: list[int]) -> int:
+    return _sum_nodes(t, torch.int64, _cast_all(t, nodes, torch.bool))
 
 
 # Extremes and truth values ------------------------------------------------------------------
 
 
-def _extreme(op: str) -> Callable[..., Cells]:
+def _extreme(op: str, t: Tensors, out: torch.Tensor, nodes: list[int]) -> int:
     """amax and amin: equal entries share the gradient."""
-
-    def reduction(
-        t: Tensors,
-        out: torch.Tensor,
-        x: Cells,
-        dim: Any = None,
-        keepdim: bool = False,
-    ) -> Cells:
-        def combine(nodes: list[int]) -> int:
-            if out.dtype == torch.bool:
-                return _fold(t, "both" if op == "minimum" else "either", nodes)
-            best = _fold(t, op, nodes)
-            # The rule of a single maximum divides the gradient between two entries already.
-            if len(set(nodes)) < 3 or not out.dtype.is_floating_point:
-                return best
-            return t.x.apart(best, op, lambda grad: _shared_gradient(t, nodes, best, grad))
-
-        return _reduce(t, out, x, dim, keepdim, combine)
-
-    return reduction
+    if out.dtype == torch.bool:
+        return _fold(t, "both" if op == "minimum" else "either", nodes)
+    best = _fold(t, op, nodes)
+    # The rule of a single maximum divides the gradient between two entries already.
+    if len(set(nodes)) < 3 or not out.dtype.is_floating_point:
+        return best
+    return t.x.apart(best, op, lambda grad: _shared_gradient(t, nodes, best, grad))
 
 
 def _shared_gradient(
@@ -184,24 +160,11 @@ def _shared_gradient(
     return out
 
 
-def _logical(op: str) -> Callable[..., Cells]:
+def _logical(op: str, t: Tensors, out: torch.Tensor, nodes: list[int]) -> int:
     """all and any."""
-
-    def reduction(
-        t: Tensors,
-        out: torch.Tensor,
-        x: Cells,
-        dim: Any = None,
-        keepdim: bool = False,
-    ) -> Cells:
-        def combine(nodes: list[int]) -> int:
-            if not nodes:
-                return t.x.constant(op == "both", register_of(torch.bool))
-            return t.x.cast(_fold(t, op, _cast_all(t, nodes, torch.bool)), out.dtype)
-
-        return _reduce(t, out, x, dim, keepdim, combine)
-
-    return reduction
+    if not nodes:
+        return t.x.constant(op == "both", register_of(torch.bool))
+    return t.x.cast(_fold(t, op, _cast_all(t, nodes, torch.bool)), out.dtype)
 
 
 # Norms --------------------------------------------------------------------------------------
@@ -225,7 +188,7 @@ def _norm(
             return _sum_nodes(t, out.dtype, [t.x.unary("absolute", node) for node in nodes])
         return t.x.rounded(_euclidean_norm(t, nodes), out.dtype)
 
-    return _reduce(t, out, x, dim, keepdim, combine)
+    return _reduce(out, x, dim, keepdim, combine)
 
 
 def _euclidean_norm(t: Tensors, nodes: Sequence[int]) -> int:
@@ -242,11 +205,8 @@ def _euclidean_norm(t: Tensors, nodes: Sequence[int]) -> int:
     return t.x.apart(norm, "norm", pull)
 
 
-def _logsumexp(t: Tensors, out: torch.Tensor, x: Cells, dim: Any, keepdim: bool = False) -> Cells:
-    def combine(nodes: list[int]) -> int:
-        return t.x.rounded(_logsumexp_nodes(t, _cast_all(t, nodes, out.dtype)), out.dtype)
-
-    return _reduce(t, out, x, dim, keepdim, combine)
+def _logsumexp(t: Tensors, out: torch.Tensor, nodes: list[int]) -> int:
+    return t.x.rounded(_logsumexp_nodes(t, _cast_all(t, nodes, out.dtype)), out.dtype)
 
 
 def _logsumexp_nodes(t: Tensors, nodes: Sequence[int]) -> int:
@@ -308,16 +268,16 @@ def _mm(t: Tensors, out: torch.Tensor, a: Cells, b: Cells) -> Cells:
 
 
 REDUCTIONS: dict[str, Callable[..., Cells]] = {
-    "sum": _sum,
-    "mean": _mean,
-    "prod": _prod,
-    "amax": _extreme("maximum"),
-    "amin": _extreme("minimum"),
-    "all": _logical("both"),
-    "any": _logical("either"),
-    "count_nonzero": _count_nonzero,
+    "sum": _reduction(_sum),
+    "mean": _reduction(_mean),
+    "prod": _reduction(_prod),
+    "amax": _reduction(partial(_extreme, "maximum")),
+    "amin": _reduction(partial(_extreme, "minimum")),
+    "all": _reduction(partial(_logical, "both")),
+    "any": _reduction(partial(_logical, "either")),
+    "count_nonzero": _reduction(_count_nonzero),
     "linalg_vector_norm": _norm,
-    "logsumexp": _logsumexp,
+    "logsumexp": _reduction(_logsumexp),
     "dot": _dot,
     "vdot": _dot,
     "mv": _mv,

@@ -211,11 +211,7 @@ class EfficientCUDA:
             grad_out, q, wide_k, wide_v, cls._expanded(tiles, q, k), out, lse, seed, seed, 0.0,
             [True, True, True, False], tiles.causal, scale=tiles.scale,
         )  # fmt: skip
-        return (
-            grad_q.to(dtype),
-            _summed(grad_k, groups).to(dtype),
-            _summed(grad_v, groups).to(dtype),
-        )
+        return _gradients(grad_q, grad_k, grad_v, groups, dtype)
 
 
 class Math:
@@ -281,11 +277,7 @@ class Math:
         # 3. Through the products to q and k.
         grad_q = grad_scores @ wide_k * tiles.scale
         grad_k = grad_scores.transpose(-1, -2) @ q * tiles.scale
-        return (
-            grad_q.to(dtype),
-            _summed(grad_k, groups).to(dtype),
-            _summed(grad_v, groups).to(dtype),
-        )
+        return _gradients(grad_q, grad_k, grad_v, groups, dtype)
 
 
 Kernel = type[FlashCPU] | type[EfficientCUDA] | type[Math]
@@ -321,3 +313,14 @@ def _summed(grad: Tensor, groups: int) -> Tensor:
         return grad
     summed: Tensor = grad.unflatten(1, (-1, groups)).sum(dim=2)
     return summed
+
+
+def _gradients(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in their dtype, from those of repeated keys and values."""
+    return (
+        grad_q.to(dtype),
+        _summed(grad_k, groups).to(dtype),
+        _summed(grad_v, groups).to(dtype),
+    )

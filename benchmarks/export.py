@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.reports import commit
+from harness.runs import origin
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -232,9 +232,7 @@ def main() -> int:
     print("\n" + tabulate(table, headers="keys", floatfmt=formats, missingval="-"))
     print("\n" + tabulate(without(first, "seconds"), headers="keys", floatfmt=".2f"))
     if options.json:
-        hardware = measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()}
-        record = {"hardware": hardware, "commit": commit(), "command": sys.argv[1:]}
-        measure.write_json(options.json, record | {"rows": rows, "first_results": first})
+        measure.write_json(options.json, origin() | {"rows": rows, "first_results": first})
     return int(options.check and not all(row["met"] for row in rows))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.reports import commit
+from harness.runs import commit
 from tabulate import tabulate
 
 from compiled_dilated import measure

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 from harness.apart import row_of
-from harness.reports import commit, print_names
+from harness.runs import Progress, is_chosen, origin, print_names
 from tabulate import tabulate
 
 import compiled_dilated as cd
@@ -253,17 +252,15 @@ def run(options: argparse.Namespace) -> int:
     quick = {"width": 128, "layers": 2, "new": 9, "repeats": 2} if options.quick else {}
     lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)
     jobs = jobs_of(lengths, threads=options.threads, **quick)
-    if options.only:
-        jobs = [job for job in jobs if any(text in job.name for text in options.only)]
+    jobs = [job for job in jobs if is_chosen(job.name, options.only)]
     if options.list or not jobs:
         return print_names([job.name for job in jobs], options.only)
-    record: Row = {"hardware": _hardware(), "commit": commit(), "command": sys.argv[1:]}
-    record |= {"complete": False, "rows": []}
+    record = _origin() | {"complete": False, "rows": []}
     limit_bytes = int(options.limit * 2**30)
     bases: dict[tuple[str, int], Row] = {}
-    started = time.perf_counter()
+    progress = Progress(len(jobs))
     for number, job in enumerate(jobs, 1):
-        print(f"[{number}/{len(jobs)}] {job.name} ...", flush=True)
+        progress.start(job.name)
         row = asdict(job) | row_of(__file__, asdict(job), limit_bytes, options.seconds)
         # The first case of each work and length is sdpa's.
         if job.way == "sdpa":
@@ -273,19 +270,18 @@ def run(options: argparse.Namespace) -> int:
         record["complete"] = number == len(jobs)
         if options.json:
             measure.write_json(options.json, record)
-        left = (time.perf_counter() - started) / number * (len(jobs) - number)
-        print(f"    {_summary(row)}; about {left / 60:.0f} min left", flush=True)
+        progress.end(_summary(row))
     print("\n" + table(record["rows"]))
     return int(any("another result" in row.get("failed", "") for row in record["rows"]))
 
 
-def _hardware() -> Row:
+def _origin() -> Row:
+    """The run's origin with the version of transformers."""
     import transformers
 
-    return measure.hardware() | {
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "transformers": transformers.__version__,
-    }
+    out = origin()
+    out["hardware"]["transformers"] = transformers.__version__
+    return out
 
 
 def _summary(row: Row) -> str:

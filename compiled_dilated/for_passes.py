@@ -13,14 +13,11 @@ from passes.analysis.costs import Work
 from passes.analysis.workspaces import workspace
 from passes.rewrites.rows.attentions import attention
 
-from . import autograd, operators
+from . import autograd, operators, rates
 from .orders import identity
 from .plans import Cost
 from .programs import PerLength
 from .rules import Rule, read_rule
-
-# Matrix products of a backward per product of a forward: five to two.
-_BACKWARD_WORK = 2.5
 
 
 def register() -> None:
@@ -32,7 +29,7 @@ def register() -> None:
         return Work(_cost_of_call(forward, call, named).dense_flops)
 
     def backward_work(*call: Any, out: Any, **named: Any) -> Work:
-        return Work(_BACKWARD_WORK * _cost_of_call(backward, call, named).dense_flops)
+        return Work(rates.BACKWARD * _cost_of_call(backward, call, named).dense_flops)
 
     attention(forward, read=_read, reach=_reach, part=_part, flops=_flops)
     workspace(forward, lambda *call, **named: _cost_of_call(forward, call, named).peak_bytes)

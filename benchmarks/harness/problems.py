@@ -16,13 +16,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import compiled_dilated as cd
-from compiled_dilated import masks
+from compiled_dilated import masks, rates
 from compiled_dilated.lowerings import native
 from compiled_dilated.masks import Mask
 from compiled_dilated.programs import Program, as_program
-
-# A backward computes five products where a forward computes two.
-BACKWARD = 2.5
 
 # The segments and dilation rates that all benchmarks use.
 LONGNET = cd.longnet((2048, 4096, 8192), (1, 2, 4))
@@ -65,7 +62,7 @@ class Problem:
 
     def flops(self, backward: bool) -> float:
         """Useful floating point operations."""
-        return 4 * self.head_dim * self.pairs * (1 + BACKWARD if backward else 1)
+        return 4 * self.head_dim * self.pairs * (rates.FORWARD_AND_BACKWARD if backward else 1)
 
     def tensors(self, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, (1, heads, tokens, head_dim), the same in every run."""

@@ -1,11 +1,8 @@
-"""The command line of a benchmark of cases: options, progress, table, JSON file."""
+"""The command line of a benchmark of cases: options, table, JSON file."""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from tabulate import tabulate
 
 from compiled_dilated import measure
 
+from . import runs
 from .cases import Case
 from .turns import PASSES, Row, Settings, as_record, family_rows, rate, slow_down
 
@@ -56,17 +54,10 @@ def run(options: argparse.Namespace, cases: Sequence[Case], bars: Mapping[str, f
     """
     chosen = _chosen(options, cases)
     if options.list or not chosen:
-        return print_names([case.name for case in chosen], options.only)
+        return runs.print_names([case.name for case in chosen], options.only)
     torch.set_num_threads(options.threads)
     settings = _settings(options)
-    record: dict[str, Any] = {
-        "hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()},
-        "commit": commit(),
-        "command": sys.argv[1:],
-        "settings": as_record(settings),
-        "complete": False,
-        "rows": [],
-    }
+    record = runs.origin() | {"settings": as_record(settings), "complete": False, "rows": []}
     for row in _progress(options, chosen, settings):
         record["rows"].append(row)
         # After each case, so that an interrupted run keeps its figures.
@@ -85,16 +76,10 @@ def run(options: argparse.Namespace, cases: Sequence[Case], bars: Mapping[str, f
     return int(options.check and bool(missed))
 
 
-def print_names(names: Sequence[str], only: Sequence[str] | None) -> int:
-    """Print the names of the chosen cases; exit code 2 if there are none."""
-    print("\n".join(names) or f"no case's name contains {only}; see --list")
-    return 0 if names else 2
-
-
 def _chosen(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
     """The cases that the options select."""
     if options.only:
-        return [case for case in cases if any(text in case.name for text in options.only)]
+        return [case for case in cases if runs.is_chosen(case.name, options.only)]
     if options.quick or options.busy:
         return [case for case in cases if case.quick]
     return list(cases)
@@ -112,23 +97,20 @@ def _progress(
 ) -> Iterator[Row]:
     """Measure the cases, printing for each its figures and the time left."""
     passes = [name == "both" for name in ("forward", "both") if name in options.passes]
-    total, count, started = len(cases) * len(passes), 0, time.perf_counter()
+    progress = runs.Progress(len(cases) * len(passes))
     for number, case in enumerate(cases):
         rivals = tuple(name for name in case.rivals if name in options.rivals)
         # Rivals take longest: a short run measures those of its first case only.
         if options.quick and number:
             rivals = ()
         for backward in passes:
-            count += 1
-            name = f"{case.name}, {case.problem.dtype}, {PASSES[backward]}"
-            print(f"[{count}/{total}] {name} ...", flush=True)
+            progress.start(f"{case.name}, {case.problem.dtype}, {PASSES[backward]}")
             with torch.set_grad_enabled(backward):
                 if options.busy:
                     row = slow_down(case, backward, settings)
                 else:
                     row = rate(case, backward, settings, rivals)
-            left = (time.perf_counter() - started) / count * (total - count)
-            print(f"    {_summary(row)}; about {_duration(left)} left", flush=True)
+            progress.end(_summary(row))
             yield row
 
 
@@ -141,10 +123,6 @@ def _summary(row: Row) -> str:
         return ", ".join(f"{name} {figure['median']:.2f} times slower" for name, figure in slower)
     rivals = "".join(f", {name} {_share(figure)}" for name, figure in row["rivals"].items())
     return f"{row['share']:.2f} of {row['of']}{rivals}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -197,10 +175,3 @@ def _range(middle: float, ends: Sequence[float] | None) -> str:
     if ends is None or ends[0] == ends[1]:
         return f"{middle:.2f}"
     return f"{middle:.2f} ({ends[0]:.2f}-{ends[1]:.2f})"
-
-
-def commit() -> str | None:
-    """The measured commit, marked if files differ; None outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
-    return run.stdout.strip() or None

@@ -1,9 +1,10 @@
 """The report: suites of measurements, run case by case, and the tables and pictures made of them.
 
 jobs      one measurement in a process of its own
-peers     what people use today, and the program that each of them claims to compute
+peers     other libraries, and the program that each of them claims to compute
 suites    which measurements answer which question
 running   run suites, resume them, write their records
+cells     rows of the records, and figures as text
 tables    the report's tables from the records
 charts    line charts as SVG
 page      Markdown and one HTML file

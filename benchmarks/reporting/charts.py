@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from harness.cases import label
+
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 720, 360
@@ -108,12 +110,9 @@ class _Axes:
         return parts
 
 
-def short(number: float) -> str:
-    """4096 as 4K, 2**20 as 1M; smaller numbers as they are."""
-    for size, letter in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
-        if number >= size:
-            return f"{number / size:.4g}{letter}"
-    return f"{number:g}"
+def short(tokens: int) -> str:
+    """A length as 4K or 1M; others as they are."""
+    return label(tokens).upper()
 
 
 def _line(axes: _Axes, points: Points, index: int) -> list[str]:

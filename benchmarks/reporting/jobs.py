@@ -81,7 +81,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a job calls.
+    """The call of a job, its inputs, and the judge of its output.
 
     inputs: q, k and v as the call takes them, or the one input of a multihead module.
     call: computes the output from the inputs.
@@ -179,14 +179,14 @@ def _multihead(job: Job, x: Tensor) -> Subject:
     module = variant(job.way, **arguments).to(x.dtype)
     program = module.attention.program(job.tokens)
 
+    def bhnd(out: Tensor) -> Tensor:
+        return out.unflatten(2, (job.heads, -1)).transpose(1, 2)
+
     def exact() -> Tensor:
         judge = copy.deepcopy(module).double()
         judge.attention = _Reference(program)
         with torch.no_grad():
-            return judge(*[x.double()] * 3)[0].unflatten(2, (job.heads, -1)).transpose(1, 2)
-
-    def bhnd(out: Tensor) -> Tensor:
-        return out.unflatten(2, (job.heads, -1)).transpose(1, 2)
+            return bhnd(judge(*[x.double()] * 3)[0])
 
     return Subject([x], lambda x: module(x, x, x)[0], program, bhnd, exact)
 
@@ -247,7 +247,7 @@ def _difference(out: Tensor, exact: Tensor, compared: str) -> Row:
 
 
 def _counts(job: Job, program: cd.Program) -> Row:
-    """What the plan counts: pairs, tiles, operations and bytes; of a ring also its messages."""
+    """The plan's pairs, tiles, operations and bytes; of a ring its messages as well."""
     plan = cd.plan(program, job.shape, dtype=getattr(torch, job.dtype)).to_json()
     row: Row = {
         "program": plan["program"],
@@ -255,7 +255,7 @@ def _counts(job: Job, program: cd.Program) -> Row:
         "pairs": plan["useful_pairs"],
         "computed_pairs": plan["computed_pairs"],
         "tiles": plan["tiles"],
-        "flops": 4 * job.head_dim * job.batch * plan["useful_pairs"],
+        "flops": 4 * job.head_dim * plan["useful_pairs"],
         "tensor_bytes": plan["tensor_bytes"],
         "planned_bytes": plan["peak_bytes"],
     }

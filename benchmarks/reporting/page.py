@@ -88,7 +88,9 @@ def _table(section: Section) -> str:
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in section.headers)
     rows = []
     for row in section.rows:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        # A measurement that failed has no figures behind its reason.
+        filled = [*row, *[""] * (len(section.headers) - len(row))]
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in filled)
         rows.append(f"<tr>{cells}</tr>")
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -101,7 +103,7 @@ def _anchor(heading: str) -> str:
 
 
 def _sources(records: Records) -> str:
-    """Where the figures come from: machines, versions, commits and dates."""
+    """The origin of the figures: machines, versions, commits and dates."""
     machines, commits, dates = set(), set(), set()
     for record in records.values():
         hardware = record["hardware"]

@@ -1,4 +1,4 @@
-"""What people use today: each peer's call, and the program that it claims to compute.
+"""Other libraries: the call of each peer, and the program that it claims to compute.
 
 A peer that is not installed is a row that says so. `build` imports it, so that a process pays
 for one peer alone.
@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,22 +54,13 @@ class Peer:
             return False
 
 
-def _sdpa(tokens: int, head_dim: int, program: str = "full()") -> Built:
-    """SDPA: dense, or with a dense mask of the program."""
-    problem = Problem(_first_mask(program), tokens, head_dim=head_dim)
-    return sdpa(problem), as_program(problem.program)
-
-
-def _flex(tokens: int, head_dim: int, program: str = "full()") -> Built:
-    """FlexAttention under torch.compile, its BlockMask made once by create_block_mask."""
-    problem = Problem(_first_mask(program), tokens, head_dim=head_dim)
-    return flex(problem), as_program(problem.program)
-
-
-def _first_mask(program: str) -> masks.Mask:
-    """The mask of an expression of one branch, in which no pair has a multiplicity."""
+def _of_torch(
+    way: Callable[[Problem], Call], tokens: int, head_dim: int, program: str = "full()"
+) -> Built:
+    """One of torch's own ways, for an expression of one branch: no pair has a multiplicity."""
     (branch,) = read_program(program).branches
-    return branch.mask
+    problem = Problem(branch.mask, tokens, head_dim=head_dim)
+    return way(problem), as_program(problem.program)
 
 
 def _local_attention(tokens: int, head_dim: int, window: int) -> Built:
@@ -126,10 +118,10 @@ def _substitute_xformers() -> None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2)
 
     package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
-    ops.memory_efficient_attention = attention  # type: ignore[attr-defined]
-    ops.AttentionOp = object  # type: ignore[attr-defined]
-    ops.LowerTriangularMask = object  # type: ignore[attr-defined]
-    package.ops = ops  # type: ignore[attr-defined]
+    vars(ops).update(
+        memory_efficient_attention=attention, AttentionOp=object, LowerTriangularMask=object
+    )
+    vars(package).update(ops=ops)
     sys.modules |= {"xformers": package, "xformers.ops": ops}
 
 
@@ -241,8 +233,8 @@ class _Constant(nn.Module):
 
 
 PEERS: dict[str, Peer] = {
-    "SDPA": Peer("torch", _sdpa),
-    "FlexAttention": Peer("torch", _flex, "forward alone on a CPU"),
+    "SDPA": Peer("torch", partial(_of_torch, sdpa)),
+    "FlexAttention": Peer("torch", partial(_of_torch, flex), "forward alone on a CPU"),
     "local-attention": Peer("local_attention", _local_attention),
     "ring-attention-pytorch": Peer("ring_attention_pytorch", _ring_attention, "one rank"),
     "first LongNet port": Peer(

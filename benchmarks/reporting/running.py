@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from harness.apart import row_of
-from harness.reports import commit
+from harness.runs import Progress, is_chosen, origin
 
 from compiled_dilated import measure
 
@@ -45,18 +42,21 @@ def run(
 
     Returns the rows of all jobs, those of earlier runs included.
     """
-    jobs = {suite.name: _chosen(suite.jobs(quick), only) for suite in suites}
-    progress = _Progress(sum(len(of_suite) for of_suite in jobs.values()))
+    jobs = {}
+    for suite in suites:
+        jobs[suite.name] = [job for job in suite.jobs(quick) if is_chosen(job.name, only)]
+    source = origin()
+    progress = Progress(sum(len(of_suite) for of_suite in jobs.values()))
     rows: list[Row] = []
     for suite in suites:
         path = directory / f"{suite.name}.json"
         earlier = {} if anew else _earlier_rows(path)
-        record = _header(suite)
+        record: Row = {"suite": suite.name, "question": suite.question, "rows": []} | source
         for job in jobs[suite.name]:
             row = earlier.pop(job.key, None)
             if row is None:
-                progress.start(job)
-                row = _row(job, script, limit_bytes, seconds)
+                progress.start(f"{job.suite}: {job.name}")
+                row = _row(job, script, limit_bytes, seconds) | {"commit": source["commit"]}
                 progress.end(summary(row))
             else:
                 progress.skip()
@@ -66,20 +66,6 @@ def run(
             measure.write_json(path, whole)
             rows.append(row)
     return rows
-
-
-def _chosen(jobs: Iterable[Job], only: Sequence[str]) -> list[Job]:
-    return [job for job in jobs if not only or any(part in job.name for part in only)]
-
-
-def _header(suite: Suite) -> Row:
-    return {
-        "suite": suite.name,
-        "question": suite.question,
-        "hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()},
-        "command": sys.argv[1:],
-        "rows": [],
-    }
 
 
 def _earlier_rows(path: Path) -> dict[str, Row]:
@@ -92,11 +78,7 @@ def _earlier_rows(path: Path) -> dict[str, Row]:
 
 def _row(job: Job, script: str, limit_bytes: int, seconds: float) -> Row:
     """Measure one job in a process of its own."""
-    row: Row = {
-        "job": asdict(job),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    row: Row = {"job": asdict(job), "date": datetime.date.today().isoformat()}
     if job.kind == "peer" and not PEERS[job.way].is_installed:
         return row | {"failed": "not installed"}
     row |= row_of(script, asdict(job), limit_bytes, seconds)
@@ -120,26 +102,3 @@ def summary(row: Row) -> str:
     right = {True: "right", False: "WRONG", None: "not compared"}[row["is_right"]]
     rate = row["job"]["tokens"] * row["job"]["batch"] / seconds
     return f"{seconds:.4g} s, {rate:,.0f} tokens/s, {right}"
-
-
-class _Progress:
-    """Lines about what is measured, with an estimate of the time left."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.done, self.measured = count, 0, 0
-        self.started = time.perf_counter()
-
-    def start(self, job: Job) -> None:
-        """A job's process starts."""
-        print(f"[{self.done + 1}/{self.count}] {job.suite}: {job.name} ...", flush=True)
-
-    def end(self, line: str) -> None:
-        """A job's row is there."""
-        self.done, self.measured = self.done + 1, self.measured + 1
-        elapsed = time.perf_counter() - self.started
-        left = elapsed / self.measured * (self.count - self.done)
-        print(f"    {line}; about {left / 60:.0f} min left", flush=True)
-
-    def skip(self) -> None:
-        """A job's row was there before."""
-        self.done += 1

@@ -162,7 +162,7 @@ def _dtypes(quick: bool) -> list[Job]:
 
 
 def _peers(quick: bool) -> list[Job]:
-    """What people use today and ours on the same program and inputs."""
+    """Peers and this library on the same program and inputs."""
     jobs = []
     for tokens in (4 * KI,) if quick else (4 * KI, 16 * KI):
         side = 64 if tokens == 4 * KI else 128

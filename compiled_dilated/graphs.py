@@ -1,4 +1,4 @@
-"""What a graph that is traced holds in place of the attention operator.
+"""Replacements of the attention operator in traced graphs.
 
 On a CPU the native operator, which runs without Python. On a GPU the Triton kernels of lanes, which
 inductor compiles into the graph. Elsewhere the operator itself.
@@ -32,7 +32,10 @@ __all__ = ["attend_backward_operator", "attend_operator"]
 
 @attend_operator.register_torch_dispatch(ProxyTorchDispatchMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Trace the native operator where it computes the rule: such a graph runs without Python."""
+    """Trace the native operator if it computes the rule.
+
+    Such a graph runs without Python.
+    """
     checks.no_onnx_export()
     q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
     work = None
@@ -46,7 +49,7 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return mode.__torch_dispatch__(func, types, args, kwargs)
     with mode:
         inputs = work.of_operator(data, operands, score_slots(rule))
-        # Behind the program's data may come one position for each sequence.
+        # The last data tensor may be the positions, one for each sequence.
         offsets = data[-1].squeeze(1) if len(data or ()) > len(work.names) else None
         return ops.compiled_dilated.native.default(
             q,

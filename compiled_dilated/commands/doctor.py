@@ -69,15 +69,15 @@ def doctor(json: Json = False) -> None:
     raise typer.Exit(0 if ok else 1)
 
 
-def _checked(name: str, ok: bool, found: str, fix: str) -> Finding:
+def _checked(name: str, ok: bool, detail: str, fix: str) -> Finding:
     """The finding of an essential component; `fix` applies if it failed."""
-    return Finding(name, "ok", found) if ok else Finding(name, "failed", found, fix)
+    return Finding(name, "ok", detail) if ok else Finding(name, "failed", detail, fix)
 
 
 def _python() -> Finding:
     ok = sys.version_info >= _LEAST_PYTHON
-    found = f"{platform.python_version()} ({sys.executable})"
-    return _checked("python", ok, found, "install Python 3.11 or newer and set up again")
+    detail = f"{platform.python_version()} ({sys.executable})"
+    return _checked("python", ok, detail, "install Python 3.11 or newer and set up again")
 
 
 def _torch() -> Finding:
@@ -115,8 +115,8 @@ def _compiler() -> Finding:
     path = shutil.which(command[0]) if command else None
     if path is None:
         name = command[0] if command else "CXX"
-        found = f"no {name} on PATH: torch.compile will not run on the CPU"
-        return Finding("compiler", "failed", found, _INSTALL_COMPILER)
+        detail = f"no {name} on PATH: torch.compile will not run on the CPU"
+        return Finding("compiler", "failed", detail, _INSTALL_COMPILER)
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(_PROBE)
@@ -161,24 +161,26 @@ def _device() -> Finding:
         return Finding("gpu", "absent", f"none; {reason}. Everything runs on the CPU")
     has_triton = importlib.util.find_spec("triton") is not None
     memory = torch.cuda.get_device_properties(0).total_memory
-    found = f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    return _checked("gpu", has_triton, found, "pip install triton: torch.compile needs it on a GPU")
+    detail = f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    return _checked(
+        "gpu", has_triton, detail, "pip install triton: torch.compile needs it on a GPU"
+    )
 
 
 def _flex() -> Finding:
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
-        found = "not in this torch: lowering 'flex' is refused"
-        return Finding("flex attention", "absent", found, "pip install 'torch>=2.11'")
+        detail = "not in this torch: lowering 'flex' is refused"
+        return Finding("flex attention", "absent", detail, "pip install 'torch>=2.11'")
     if torch.cuda.is_available():
         return Finding("flex attention", "ok", "forward and backward on the GPU")
-    found = "forward alone: torch has no backward of it on a CPU"
-    return Finding("flex attention", "ok", found)
+    detail = "forward alone: torch has no backward of it on a CPU"
+    return Finding("flex attention", "ok", detail)
 
 
 def _distributed() -> Finding:
     if not torch.distributed.is_available():
-        found = "not in this torch: nothing over several processes"
-        return Finding("distributed", "absent", found, "install a torch built with it")
+        detail = "not in this torch: nothing over several processes"
+        return Finding("distributed", "absent", detail, "install a torch built with it")
     names = ("gloo", "nccl", "mpi")
     backends = [name for name in names if getattr(torch.distributed, f"is_{name}_available")()]
     if not backends:
@@ -192,10 +194,10 @@ def _machine() -> Finding:
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gibibytes = f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB of it free"
-    found = f"{cores} cores, {torch.get_num_threads()} threads, {gibibytes}"
+    detail = f"{cores} cores, {torch.get_num_threads()} threads, {gibibytes}"
     if memory.available < _LOW_MEMORY_BYTES:
-        return Finding("machine", "absent", found, "free some memory: the demo takes about 4 GiB")
-    return Finding("machine", "ok", found)
+        return Finding("machine", "absent", detail, "free some memory: the demo takes about 4 GiB")
+    return Finding("machine", "ok", detail)
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

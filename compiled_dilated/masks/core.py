@@ -28,7 +28,7 @@ MOST_RANGES = 64
 
 
 class Mask(ABC):
-    """Which keys a query may attend to: an expression over token positions.
+    """An expression over token positions: the keys that a query may attend to.
 
     `allows` defines the mask for single pairs. All other methods must agree with it: `classify` and
     `period` are required; `keys_of`, `shrink`, `pairs` and `side_periods` have safe defaults and

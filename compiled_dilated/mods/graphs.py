@@ -94,7 +94,7 @@ class Graph:
         return out.to(score.dtype).expand(score.shape)
 
     def mask(self, operands: Sequence[Tensor], *indices: Tensor) -> Tensor:
-        """Which pairs are allowed, as bools that broadcast with the indices.
+        """The allowed pairs as bools that broadcast with the indices.
 
         indices: b, h, q and kv.
         """

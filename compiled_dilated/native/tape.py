@@ -37,7 +37,7 @@ _INDEX_NAMES = {"b": "batch", "h": "head", "q_idx": "query", "kv_idx": "key"}
 
 
 class Kind(IntEnum):
-    """What a tape computes, and of scores of which type."""
+    """The result of a tape, and the type of its scores."""
 
     MASK = 0
     SCORE_F32 = 1

@@ -20,7 +20,7 @@ class Scores:
 
     @staticmethod
     def of(mod: Mod | None) -> Scores | None:
-        """Of a call's score_mod."""
+        """The scores of a call's score_mod; None without one."""
         return None if mod is None else Scores(mod.graph, tuple(map(kind_of, mod.operands)))
 
 

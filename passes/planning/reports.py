@@ -82,7 +82,7 @@ def report(step: Any, inputs: Sequence[Any] | None = None) -> Report:
 
 
 def allocated_bytes(run: Callable[[], object]) -> int:
-    """The peak of torch's allocator during a call beyond the bytes before it.
+    """The peak of torch's allocator in a call, beyond the bytes before.
 
     On a GPU if one is in use. On a CPU by the profiler's memory events: exact, without what kernels
     allocate by other means.
@@ -134,17 +134,12 @@ def table(estimates: Sequence[Estimate], chosen: Estimate | None = None) -> str:
     """Candidates as a table, the chosen one marked."""
     rows: list[tuple[str, ...]] = []
     for estimate in estimates:
+        mark = "->" if estimate == chosen else ""
         keeps_bits = all(member.keeps_bits for member in estimate.passes)
-        rows.append(
-            (
-                "->" if estimate == chosen else "",
-                described(estimate.passes),
-                "kept" if keeps_bits else "rounding",
-                mebibytes(estimate.peak_bytes),
-                mebibytes(estimate.added_bytes),
-                f"{estimate.seconds:.3g}",
-            )
-        )
+        bits = "kept" if keeps_bits else "rounding"
+        peaks = (mebibytes(estimate.peak_bytes), mebibytes(estimate.added_bytes))
+        seconds = f"{estimate.seconds:.3g}"
+        rows.append((mark, described(estimate.passes), bits, *peaks, seconds))
     headers = ("", "passes", "bits", "peak", "beyond inputs", "seconds (model)")
     return str(tabulate(rows, headers=headers, disable_numparse=True))
 
@@ -158,16 +153,19 @@ def _printed(number: int, choice: Choice) -> str:
     lines.append(table(choice.estimates, choice.chosen))
     # What each pass changed.
     for change in choice.traced.changes:
-        lines.append(f"\n{change.by!r}" + ("" if change.lines else ": changed nothing"))
+        title = f"\n{change.by!r}"
+        if not change.lines:
+            title += ": changed nothing"
+        lines.append(title)
         lines += [f"  {line}" for line in change.lines]
     # The largest storages.
     lines.append("\nlive at the peak, node by node before inductor fuses them:")
     live = _live(choice.traced)
     for name, size, source in live[:_ROWS]:
         lines.append(f"{mebibytes(size):>14}  {name}  {source}".rstrip())
-    if rest := live[_ROWS:]:
-        rest_bytes = sum(size for _, size, _ in rest)
-        lines.append(f"{mebibytes(rest_bytes):>14}  ({len(rest)} smaller ones)")
+    if smaller := live[_ROWS:]:
+        smaller_bytes = sum(size for _, size, _ in smaller)
+        lines.append(f"{mebibytes(smaller_bytes):>14}  ({len(smaller)} smaller ones)")
     return "\n".join(lines)
 
 
@@ -188,7 +186,10 @@ def _live(traced: Traced) -> list[tuple[str, int, str]]:
 
 
 def _run(step: Any, inputs: Sequence[Any], training: bool) -> object:
-    """Run a step, with its backward if results require gradients. Returns results or gradients."""
+    """Run a step, with its backward if results require gradients.
+
+    Returns the gradients, or without a backward the results.
+    """
 
     def differentiable(values: Any) -> list[Tensor]:
         leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -27,10 +27,11 @@ _REALIZE = "inductor_realize_to_strides"
 
 @dataclass(frozen=True)
 class Materialize:
-    """Makes buffers of elementwise values with two operands and two users or more.
+    """Makes buffers of shared elementwise values, if that lowers the peak.
 
-    Only if that lowers the peak of the lowered graph. In half precision a buffer is rounded, as
-    without a compiler; a value computed again is not.
+    Shared are values with two operands and two users or more; the peak is that of the lowered
+    graph. In half precision a buffer is rounded, as without a compiler; a value computed again is
+    not.
     """
 
     stage = Stage.LOWERED

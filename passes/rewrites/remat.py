@@ -1,4 +1,4 @@
-"""Recomputation in backward, under a budget for the peak of the whole step.
+"""Recomputation in backward, under a budget for the step's peak.
 
 torch's activation_memory_budget bounds what is kept, and a step may then peak where it recomputes:
 the less is kept, the higher. Here a choice is a set of values to keep; the partitioner splits the
@@ -105,7 +105,9 @@ class Remat:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Values of a joint graph's forward to keep and to recompute. Prints what backward recomputes.
+    """Values of a joint graph's forward to keep and to recompute.
+
+    Prints what backward recomputes.
 
     policies: by the names of nodes; torch's partitioner decides on the others
     """
@@ -259,7 +261,10 @@ def _ancestors(results: Sequence[Any]) -> list[Node]:
 
 
 def _bytes(node: Node) -> int:
-    """Bytes of a node's results, 0 for a view. Dynamic sizes count as traced."""
+    """Bytes of a node's results, 0 for a view.
+
+    Dynamic sizes count as traced.
+    """
     if _is_view(node):
         return 0
     size = 0
@@ -270,7 +275,7 @@ def _bytes(node: Node) -> int:
 
 
 def _flops(node: Node) -> int:
-    """The flops of a matrix product or a convolution, 0 for other nodes."""
+    """The flops of a matrix product or a convolution, else 0."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in flop_registry:
         return 0

@@ -102,7 +102,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class _State:
-    """A set of done steps, and the best order of them so far.
+    """A set of done steps, and their best order so far.
 
     done: a bit for each step
     ready: the steps that are possible next

@@ -151,15 +151,10 @@ def steps_of(
     group_of: dict[Node, int] = {}
     for number, group in enumerate(groups):
         group_of.update(dict.fromkeys(group, number))
-    by_name = {node.name: node for node in group_of}
     touched = _touched(groups[0][0].graph, living) if groups else {}
-    # 1. The storages that each group allocates and uses, and the groups before it.
-    allocated: list[list[int]] = [[] for _ in groups]
+    # 1. The storages that each group uses, those never freed, and the groups before it.
     permanent = set[int]()
     for number, storage in enumerate(living.storages):
-        maker = by_name.get(living.steps[storage.lower])
-        if not storage.is_input and maker is not None:
-            allocated[group_of[maker]].append(number)
         if storage.is_output or storage.upper == len(living.steps):
             permanent.add(number)
     used: list[set[int]] = [set() for _ in groups]
@@ -177,7 +172,7 @@ def steps_of(
             sizes[number] = 0
     return Steps(
         sizes=tuple(sizes),
-        allocated=tuple(map(tuple, allocated)),
+        allocated=tuple(map(tuple, _allocated(group_of, living, len(groups)))),
         used=tuple(tuple(sorted(storages)) for storages in used),
         before=tuple(tuple(sorted(steps)) for steps in earlier),
         permanent=frozenset(permanent),
@@ -185,8 +180,22 @@ def steps_of(
     )
 
 
+def _allocated(group_of: Mapping[Node, int], living: Lifetimes, groups: int) -> list[list[int]]:
+    """The storages that each group of calls allocates, by number.
+
+    groups: their count
+    """
+    by_name = {node.name: group for node, group in group_of.items()}
+    allocated: list[list[int]] = [[] for _ in range(groups)]
+    for number, storage in enumerate(living.storages):
+        group = by_name.get(living.steps[storage.lower])
+        if group is not None and not storage.is_input:
+            allocated[group].append(number)
+    return allocated
+
+
 def _workspace(groups: Sequence[Sequence[Node]], living: Lifetimes) -> tuple[int, ...]:
-    """The most bytes that subgraphs of a call take, for each group of calls."""
+    """The most bytes that a call's subgraphs take, by group."""
     nested = dict(zip(living.steps, living.nested, strict=True))
     workspace: list[int] = []
     for group in groups:
@@ -216,7 +225,7 @@ def _chains(calls: Iterable[Node], before: Mapping[Node, set[Node]]) -> list[lis
 
 
 def _touched(graph: Graph, living: Lifetimes) -> dict[Node, set[int]]:
-    """For each node the storages of its operands and results, by number."""
+    """The storages of each node's operands and results, by number."""
     storages = defaultdict[str, set[int]](set)
     for number, storage in enumerate(living.storages):
         for name in storage.aliases:

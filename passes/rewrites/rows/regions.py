@@ -75,7 +75,7 @@ class Region:
 
 
 def find(graph: Graph) -> Iterator[Region]:
-    """Yield the regions of a graph, in its order; no node is in two.
+    """Yield the disjoint regions of a graph, in its order.
 
     The graph may be changed at a region once it has been yielded.
     """
@@ -147,9 +147,11 @@ def _grow_forward(members: list[Node], lead: Lead) -> list[Node]:
 
 
 def _region(members: list[Node]) -> Region | None:
-    """Write members as a recipe; None if its values are not those of the trace."""
+    """Write members as a recipe; None if it disagrees with the trace."""
     rows = row_inputs(members)
-    shared = list(dict.fromkeys(node for member in members for node in shared_operands(member)))
+    shared: dict[Node, None] = {}
+    for member in members:
+        shared.update(dict.fromkeys(shared_operands(member)))
     # A node may be both, as in F.linear(x, x), so it has a name for each role.
     row_names: dict[Node, str] = {node: f"x{i}" for i, node in enumerate(rows)}
     shared_names: dict[Node, str] = {node: f"w{i}" for i, node in enumerate(shared)}
@@ -163,8 +165,8 @@ def _region(members: list[Node]) -> Region | None:
                 operands.append(operand)
                 continue
             source = tensor_of(operand)
-            along_rows = is_along_rows(call.primitive, place, source)
-            operands.append((row_names if along_rows else shared_names)[source])
+            names = row_names if is_along_rows(call.primitive, place, source) else shared_names
+            operands.append(names[source])
         if not call.primitive:  # its value is its operand's
             row_names[node] = operands[0]
             continue

@@ -70,7 +70,7 @@ class Store(Protocol):
     """Storage for one tensor, which is read once."""
 
     def finish(self) -> None:
-        """Wait until the tensor is written: its memory may be reused."""
+        """Wait until the tensor is written and its memory reusable."""
 
     def prefetch(self) -> None:
         """Prepare for a `take` soon."""
@@ -87,7 +87,7 @@ class HostStore:
         self._pinned: Tensor | None = pinned.copy_(x, non_blocking=True)
 
     def finish(self) -> None:
-        """Return at once: a reuse of the memory follows on the same stream."""
+        """Return at once: later uses of the memory are stream-ordered."""
 
     def prefetch(self) -> None:
         """Return at once: host memory needs no preparation."""

@@ -81,7 +81,7 @@ def of_graph(
     program = _Program(module, inference=inference, donated=donated)
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         factory = _Inputs(sizes)
-        inputs = [factory.make(node) for node in program.placeholders]
+        inputs = list(map(factory.make, program.placeholders))
         # The factory refers to every input, donated ones too.
         del factory
         input_bytes = meter.live_bytes
@@ -110,7 +110,7 @@ def of_step(
     second = _Program(backward, inference=False, donated=_donated(forward, backward))
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         factory = _Inputs(sizes)
-        inputs = [factory.make(node) for node in first.placeholders]
+        inputs = list(map(factory.make, first.placeholders))
         input_bytes = meter.live_bytes
         values = dict(zip(first.names, inputs, strict=True))
         owned_by_caller = list(inputs)
@@ -175,9 +175,9 @@ class _Program:
     def __init__(
         self, module: GraphModule, *, inference: bool, donated: Collection[str] = ()
     ) -> None:
-        self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.placeholders = module.graph.find_nodes(op="placeholder")
         self.names = [node.name for node in self.placeholders]
-        self.outputs = [_name_of(result) for result in _results(module)]
+        self.outputs = list(map(_name_of, _results(module)))
         self.donated = frozenset(donated)
         if unknown := self.donated - set(self.names):
             raise ValueError(
@@ -185,7 +185,7 @@ class _Program:
                 f"It has {', '.join(self.names)}"
             )
         places = [place for place, name in enumerate(self.names) if name in self.donated]
-        values = [value_of(node) for node in self.placeholders]
+        values = list(map(value_of, self.placeholders))
         self._call = written(copied(module), values, inference, places)
 
     def run(self, inputs: list[Any]) -> Sequence[Any]:
@@ -246,21 +246,21 @@ def _donated(forward: GraphModule, backward: GraphModule) -> list[str]:
 
     They are saved by the forward, and no result of the step.
     """
-    placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
+    placeholders = backward.graph.find_nodes(op="placeholder")
     outputs = [node for node in _results(forward) if isinstance(node, Node)]
     # A value returned twice is both a result and saved: the caller has it too.
     times_returned = Counter(node.name for node in outputs)
     saved = {node.name for node in placeholders if times_returned[node.name] == 1}
     # Storages that are referred to from outside of the backward, by any view.
-    shared = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    shared = list(forward.graph.find_nodes(op="placeholder"))
     shared += [node for node in outputs if node.name not in saved]
     shared += [node for node in _results(backward) if isinstance(node, Node)]
-    shared_storages = {_storage(node) for node in shared} | {None}
-    return [
-        node.name
-        for node in placeholders
-        if node.name in saved and _storage(node) not in shared_storages
-    ]
+    shared_storages = {None, *map(_storage, shared)}
+    names: list[str] = []
+    for node in placeholders:
+        if node.name in saved and _storage(node) not in shared_storages:
+            names.append(node.name)
+    return names
 
 
 def _storage(node: Node) -> int | None:

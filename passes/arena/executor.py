@@ -102,7 +102,7 @@ class Executor:
     def __call__(self, *inputs: Any) -> Any:
         graph = self._module.graph
         flat_inputs = tuple(graph.process_inputs(*inputs))
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        placeholders = graph.find_nodes(op="placeholder")
         _check(placeholders, flat_inputs, self._examples)
         values: dict[Node, Any] = dict(zip(placeholders, flat_inputs, strict=True))
         for node in graph.nodes:
@@ -210,7 +210,7 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
     graph = copied_graph(graph_module.graph)
     module = GraphModule(graph_module, graph)
     inputs = graph.process_inputs(*example_inputs)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    placeholders = graph.find_nodes(op="placeholder")
     if len(inputs) != len(placeholders):
         raise ValueError(
             f"example_inputs must be the graph's {len(placeholders)} inputs; got {len(inputs)}"

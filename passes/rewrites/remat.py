@@ -158,8 +158,11 @@ class Choice:
         """The calls of the forward that the backward repeats."""
         forward, backward = self.halves
         names = {node.name for node in forward.graph.nodes}
-        calls = [node for node in backward.graph.nodes if node.op == "call_function"]
-        return [node for node in calls if node.name in names]
+        repeated: list[Node] = []
+        for node in backward.graph.nodes:
+            if node.op == "call_function" and node.name in names:
+                repeated.append(node)
+        return repeated
 
     @property
     def flops(self) -> int:
@@ -188,8 +191,11 @@ def choices(module: GraphModule) -> list[Choice]:
     for share in _SHARES:
         numbers = values_to_keep(values, len(forward), int(share * total))
         distinct.add(frozenset(names[number] for number in numbers))
-    ordered = sorted(distinct, key=lambda keep: (len(keep), sorted(keep)))
-    return [Choice(module, {}), *(Choice(module, _policies(forward, keep)) for keep in ordered)]
+    # torch's own first, then by the count of values that stay.
+    result = [Choice(module, {})]
+    for keep in sorted(distinct, key=lambda keep: (len(keep), sorted(keep))):
+        result.append(Choice(module, _policies(forward, keep)))
+    return result
 
 
 def _policies(forward: Sequence[Node], keep: frozenset[str]) -> dict[str, CheckpointPolicy]:

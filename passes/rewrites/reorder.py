@@ -173,11 +173,15 @@ def steps_of(
     return Steps(
         sizes=tuple(sizes),
         allocated=tuple(map(tuple, _allocated(group_of, living, len(groups)))),
-        used=tuple(tuple(sorted(storages)) for storages in used),
-        before=tuple(tuple(sorted(steps)) for steps in earlier),
+        used=tuple(map(_ordered, used)),
+        before=tuple(map(_ordered, earlier)),
         permanent=frozenset(permanent),
         workspace=_workspace(groups, living),
     )
+
+
+def _ordered(numbers: set[int]) -> tuple[int, ...]:
+    return tuple(sorted(numbers))
 
 
 def _allocated(group_of: Mapping[Node, int], living: Lifetimes, groups: int) -> list[list[int]]:

@@ -239,8 +239,8 @@ class _Search:
             if writer.write(target) is None or not writer.steps:
                 return None
         # 2. Each agrees with the trace.
-        row_values = [example_value(node) for node in (*rows, joined[-1])]
-        shared_values = [example_value(node) for node in shared]
+        row_values = list(map(example_value, (*rows, joined[-1])))
+        shared_values = list(map(example_value, shared))
         recipes = [Recipe(tuple(writer.steps)) for writer in writers]
         for writer, recipe in zip(writers, recipes, strict=True):
             if not growing.agrees(recipe, row_values, shared_values, writer.names):

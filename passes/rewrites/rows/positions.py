@@ -102,7 +102,7 @@ def _is_written_to(mask: Node) -> bool:
 
 
 def _read(node: Any) -> _Read:
-    """Read integers as a Sum, a mask as Conditions, anything else as None."""
+    """Read integers as a Sum, masks as Conditions, the rest as None."""
     if isinstance(node, int) and not isinstance(node, bool):
         return Sum({}, node)
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
@@ -220,7 +220,10 @@ def _sum(x: Any, y: Any, factor: int) -> Sum | None:
 
 
 def _comparison(factor: int, least: int) -> Rule:
-    """x OP y where factor * (x - y) - least >= 0."""
+    """The rule of a comparison.
+
+    x OP y is true where factor * (x - y) - least >= 0.
+    """
 
     def rule(result: Tensor, x: Any, y: Any) -> _Read:
         difference = _sum(x, y, -1)

@@ -67,8 +67,8 @@ class Region:
 
         at_once: the most that is live at one time; else all values together, as a backward has them
         """
-        rows = [example_value(node) for node in self.rows]
-        shared = [example_value(node) for node in self.shared]
+        rows = list(map(example_value, self.rows))
+        shared = list(map(example_value, self.shared))
         if at_once:
             return self.recipe.live_bytes(rows, shared)
         return self.recipe.row_bytes(rows, shared)
@@ -105,11 +105,9 @@ def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region
 
 
 def _cut(members: list[Node], lead: Lead) -> list[Node]:
-    """The part up to the last member that is best as a region.
+    """The best part that ends with the last member; [] for none.
 
-    [] if none will do.
-
-    A part will do if a linear in it is wider than its inputs together and than its result. The
+    A part qualifies if a linear in it is wider than its inputs together and than its result. The
     best has the fewest linears, then the narrowest inputs, then starts earliest.
     """
     best: tuple[int, int] | None = None
@@ -175,7 +173,7 @@ def _region(members: list[Node]) -> Region | None:
         steps.append(Step(row_names[node], call.primitive, tuple(operands), options))
 
     recipe = Recipe(tuple(steps))
-    values = [example_value(node) for node in rows], [example_value(node) for node in shared]
+    values = list(map(example_value, rows)), list(map(example_value, shared))
     if not agrees(recipe, *values, {node: row_names[node] for node in members}):
         return None
     return Region(tuple(members), tuple(rows), tuple(shared), recipe)

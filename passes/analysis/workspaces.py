@@ -99,7 +99,7 @@ def _tile(query: Tensor, key: Tensor) -> tuple[int, int, int]:
 def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
     """Whether a forward packs keys and values for AMX.
 
-    It does if they are read often enough.
+    That pays if they are read often enough.
     """
     is_bfloat16 = query.dtype == torch.bfloat16
     if is_bfloat16:

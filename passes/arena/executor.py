@@ -236,7 +236,7 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
 def _is_sized_by_data(node: Node) -> bool:
     """Whether the number of elements of a result depends on data.
 
-    Of indexing it does with masks only.
+    Of indexing only the result of a mask is sized by data.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

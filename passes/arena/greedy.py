@@ -16,7 +16,7 @@ from .parts import Box, Part
 Offsets = dict[int, int]
 IntArray = npt.NDArray[np.int64]
 
-# Largest first: by area, size, lifetime; then earliest or latest first. Area wins most often.
+# Largest first: by area, size, lifetime; then earliest or latest first. Area is best most often.
 _ORDERS: tuple[Callable[[Box], tuple[int, ...]], ...] = (
     lambda box: (-box.size * (box.upper - box.lower), box.lower),
     lambda box: (-box.size, box.lower),

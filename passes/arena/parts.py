@@ -1,8 +1,8 @@
 """A placement problem split into independent parts, in units of the alignment.
 
 Groups of buffers that never overlap in time are independent. A buffer that overlaps all others of
-its part goes below them, which costs nothing: wherever a placement has it, what is below it may
-change places with it. The rest above it may split again.
+its part is placed below them at no cost: in any placement it can be swapped with what is below it.
+The boxes above it may split again.
 
     [ c ]      [ d ]           [ c ]  |  [ d ]      c and d never overlap: two parts,
     [       a      ]    ->     ------ | ------      with the top of a as their floor

@@ -6,7 +6,7 @@ every summand alive:
     x1 = x + a;  f(x1);  x2 = x1 + b;  g(x2);  x3 = x2 + c        at x3 inductor needs x, a, b, c;
                                                                   with x2 as a buffer, x2 and c
 
-Four transformer layers then need what one does.
+Four transformer layers then need the memory of one.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Remat:
     """Recomputes parts of a forward to keep a training step within budget.
 
     budget_bytes: for the peak of a step beyond its inputs, gradients included; dynamic sizes count
-        as traced. If no choice fits, the one with the lowest peak is taken, and the report says so.
+        as traced. If no choice fits, the one with the lowest peak is taken, as the report states.
         A smaller budget never takes more memory: all budgets choose among the same.
 
     Random numbers, collectives, custom operators and attention (whose kernels may drop out) are not

@@ -221,7 +221,7 @@ def _step(schedule: Schedule, rank: int, source: int) -> Step | None:
 
 
 def _sides(first: range, second: range, by_keys: bool) -> tuple[range, range]:
-    """Turn own and peer places into queries and keys, or back.
+    """Own and peer places as queries and keys, or back.
 
     Own places are the keys if `by_keys`: the ranges are swapped.
     """

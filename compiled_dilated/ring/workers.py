@@ -125,7 +125,7 @@ class Backward(Worker):
 
     @property
     def shards(self) -> tuple[Tensor | None, ...]:
-        """Tensors that the rank holds during the complete run."""
+        """Tensors that stay in memory during the complete run."""
         queries = self.queries
         return (
             self.q,

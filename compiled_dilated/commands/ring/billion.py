@@ -84,10 +84,7 @@ def billion(
         peak_bytes = peak()
     errors = _errors(code, (q, k, v), sink, run.schedule(q, k, v)[0].layout, report)
     record = _record(code, shape, report, errors, peak_bytes)
-    if json:
-        print_json(record)
-    else:
-        typer.echo(_as_text(record))
+    _print(record, json)
     raise typer.Exit(0 if record["ok"] else 1)
 
 
@@ -156,6 +153,14 @@ def _errors(
         expected = exact_row(program, *sources, int(row), scale)
         errors.append((rows[:, :, index].double() - expected).abs().max().item())
     return errors
+
+
+def _print(record: dict[str, Any], json: bool) -> None:
+    """Print the record of a run."""
+    if json:
+        print_json(record)
+    else:
+        typer.echo(_as_text(record))
 
 
 def _as_text(record: dict[str, Any]) -> str:

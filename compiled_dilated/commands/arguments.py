@@ -45,7 +45,7 @@ DataFiles = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-# Names are checked by the library, which knows its lowerings; its error is bad usage.
+# Names are checked by the library, which has the list; its error is bad usage.
 LoweringName = Annotated[
     str,
     typer.Option(

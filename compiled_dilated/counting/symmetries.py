@@ -22,7 +22,10 @@ _LEAST_PAIRS_OF_FORMULA = 64
 
 
 def alignment(mask: Mask, tile: int) -> int:
-    """The multiple of `tile` tokens by which the mask repeats, if known."""
+    """The multiple of `tile` tokens by which the mask repeats.
+
+    `tile` if that is longer than any sequence.
+    """
     periods = [leaf.period for leaf in leaves(mask)]
     multiple = math.lcm(tile, *(period for period in periods if period is not None))
     if multiple > _LONGEST_PERIOD:

@@ -161,7 +161,7 @@ def _work(call: Plan) -> tuple[int, float]:
 
 
 def _first_fitting(options: Iterator[Way], limit: int) -> list[Way]:
-    """The first way within a limit, as a list of at most one."""
+    """The first way within a limit, as a list; possibly empty."""
     for way in options:
         if way.peak_bytes <= limit:
             return [way]

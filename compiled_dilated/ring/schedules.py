@@ -210,7 +210,7 @@ class Schedule:
 
 @lru_cache(maxsize=4096)
 def _step(schedule: Schedule, rank: int, source: int) -> Step | None:
-    """The step of a rank for the keys of a source, with its messages."""
+    """The step of a rank for the keys of a source."""
     blocks = list(schedule._blocks(rank, source))
     if not blocks:
         return None

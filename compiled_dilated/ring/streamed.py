@@ -35,8 +35,8 @@ class Streamed:
 
     Created by `compile(program, ranks=..., transport="streamed")`.
 
-    ranks: number of contiguous parts of the sequence. Memory holds at most one part, its messages,
-        and the next part; `plan(program, q_shape, ..., ranks=..., layout="contiguous")` prints how
+    ranks: number of contiguous parts of the sequence. At most one part, its messages and the next
+        part are in memory; `plan(program, q_shape, ..., ranks=..., layout="contiguous")` prints how
         much.
     device: where blocks are computed.
     """

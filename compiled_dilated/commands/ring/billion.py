@@ -76,7 +76,8 @@ def billion(
         code.check(tokens, tokens)
         directory.mkdir(parents=True, exist_ok=True)
         sink = _sink(directory, shape, rows, seed)
-    bar, journal = token_bar(f"{ranks:,} ranks", tokens), directory / "journal"
+    journal = directory / "journal"
+    bar = token_bar(f"{ranks:,} ranks", tokens)
     with stoppable("--directory"), bar as update, measure.resident_peak() as peak:
         report = run(
             q, k, v, sink, journal=journal, limit_seconds=limit_seconds, on_progress=update

@@ -105,9 +105,11 @@ def _part(
     data: Mapping[str, Tensor] | None,
 ) -> BlockMaskPart:
     """One rectangle of each head's map as a BlockMask."""
+    # The part's tiles in the map of each head.
     row, column = part.q_start // part.q_tile, part.kv_start // part.kv_tile
     rows, columns = range(row, row + part.rows), range(column, column + part.columns)
     heads = [_cautious(tile_map.restrict(rows, columns)) for tile_map in maps]
+    # Lists of tiles by rows, and by columns for the backward.
     batch = batch_size(mask, data)
     kv_num, kv, full_kv_num, full_kv = _rectangular(heads, batch, device)
     transposed = [lists.transpose() for lists in heads]

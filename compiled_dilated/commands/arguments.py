@@ -117,6 +117,7 @@ def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Ten
         if name in tensors:
             raise typer.BadParameter(f"--data names {name!r} twice")
         tensors[name] = _loaded(name, path)
+    # Exactly the program's tensors: a superfluous one would be ignored.
     if set(tensors) != set(names):
         reads = "reads no data"
         if names:
@@ -145,6 +146,7 @@ def _loaded(name: str, path: str) -> Tensor:
         raise typer.BadParameter(
             f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {content}"
         )
+    # torch has no dtype for strings, objects and dates.
     try:
         return torch.from_numpy(np.atleast_2d(array))
     except TypeError:

@@ -82,12 +82,14 @@ def _checked(name: str, ok: bool, detail: str, fix: str) -> Finding:
 
 
 def _python() -> Finding:
+    """The version of Python."""
     ok = sys.version_info >= _LEAST_PYTHON
     detail = f"{platform.python_version()} ({sys.executable})"
     return _checked("python", ok, detail, "install Python 3.11 or newer and set up again")
 
 
 def _torch() -> Finding:
+    """The version of torch."""
     # A part may have letters, as "0a0" of a nightly build: its digits count.
     parts = torch.__version__.split("+")[0].split(".")[:2]
     version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
@@ -127,6 +129,7 @@ def _compiler() -> Finding:
     if path is None:
         detail = f"no {name} on PATH: torch.compile will not run on the CPU"
         return Finding("compiler", "failed", detail, _INSTALL_COMPILER)
+    # A compiler that is present may still lack its headers or linker.
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(_PROBE)
@@ -163,6 +166,7 @@ def _inductor() -> Finding:
 
 
 def _device() -> Finding:
+    """The GPU, and Triton, which torch.compile needs on it."""
     if not torch.cuda.is_available():
         reason = f"CUDA {torch.version.cuda} finds no GPU"
         if torch.version.cuda is None:
@@ -177,6 +181,7 @@ def _device() -> Finding:
 
 
 def _flex() -> Finding:
+    """FlexAttention of the installed torch."""
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
         detail = "not in this torch: lowering 'flex' is refused"
         return Finding("flex attention", "absent", detail, "pip install 'torch>=2.11'")
@@ -187,6 +192,7 @@ def _flex() -> Finding:
 
 
 def _distributed() -> Finding:
+    """Backends of torch.distributed."""
     if not torch.distributed.is_available():
         detail = "not in this torch: nothing over several processes"
         return Finding("distributed", "absent", detail, "install a torch built with it")
@@ -198,6 +204,7 @@ def _distributed() -> Finding:
 
 
 def _machine() -> Finding:
+    """Cores, threads and memory."""
     import psutil
 
     memory = psutil.virtual_memory()

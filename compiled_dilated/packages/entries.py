@@ -62,6 +62,7 @@ class Entry:
         """Raise TypeError or ValueError unless the inputs fit the entry."""
         if len(inputs) != len(self.inputs):
             raise TypeError(f"the package takes {len(self.inputs)} tensors; got {len(inputs)}")
+        # Dtypes and shapes input by input; varying sizes are collected on the way.
         sizes: dict[str, int] = {}
         for number, (x, expected) in enumerate(zip(inputs, self.inputs, strict=True)):
             if not isinstance(x, Tensor):

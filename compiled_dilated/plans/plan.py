@@ -155,6 +155,7 @@ class Plan:
         )
 
     def _work_line(self) -> str:
+        """FLOPs, kernel calls and copied bytes."""
         cost = self.cost
         most = "at most " if self._reads_data else ""
         return (
@@ -164,6 +165,7 @@ class Plan:
         )
 
     def _time_line(self) -> str:
+        """The estimated time, and the origin of its rates."""
         seconds, problem = self.seconds_of(self.chosen), self.problem
         if seconds is None:
             device = f"{problem.dtype} on {problem.device}"

@@ -26,6 +26,7 @@ def as_text(recommendation: Recommendation) -> str:
         "device, without the time of files and messages. ring, parts: memory of one device.",
         "",
     ]
+    # Without a choice the reason names the change to make.
     if best is None:
         return "\n".join([*lines, *_clauses("recommended", recommendation.reason)])
     lines += [
@@ -101,7 +102,8 @@ def _clauses(name: str, reason: str) -> list[str]:
 def _in_python(text: str) -> str:
     """A program as code that imports the package as cd."""
 
-    def called(match: re.Match[str]) -> str:
+    def qualified(match: re.Match[str]) -> str:
+        # Masks and orders are in modules of their own, programs in the package.
         name = match[1]
         if name in masks.__all__:
             return f"cd.masks.{name}("
@@ -109,7 +111,7 @@ def _in_python(text: str) -> str:
             return f"cd.orders.{name}("
         return f"cd.{name}("
 
-    return re.sub(r"\b([A-Za-z_]+)\(", called, text)
+    return re.sub(r"\b([A-Za-z_]+)\(", qualified, text)
 
 
 def _row(option: Option) -> dict[str, Any]:

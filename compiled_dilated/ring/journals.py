@@ -113,6 +113,7 @@ class Journal:
 
     def _check_header(self, line: bytes, path: Path) -> None:
         """Raise JournalError unless a first line describes this run."""
+        # A line without any property of a run is no journal's.
         try:
             header = _parsed(line)
         except ValueError:
@@ -123,6 +124,7 @@ class Journal:
                 path,
                 removable=False,
             )
+        # The differences from this run, those of both sides.
         differences = []
         for key in dict.fromkeys((*self.about, *header)):
             recorded, current = header.get(key), self.about.get(key)

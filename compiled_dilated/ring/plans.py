@@ -152,6 +152,7 @@ def _layout(name: str, program: Program, tokens: int, ranks: int) -> Layout | No
     for branch in program.branches:
         leaves += _leaves(branch.mask)
     if name == "zigzag":
+        # A zigzag per longest segment evens the causal work within it.
         lengths = [leaf.length for leaf in leaves if isinstance(leaf, Segments)]
         longest = max(lengths, default=tokens)
         return Zigzag(tokens, ranks, _ranks_per_segment(longest, tokens, ranks))

@@ -32,6 +32,7 @@ def find(name: str) -> tuple[Variant, dict[str, Any]]:
         )
     if name in _BY_NAME:
         return _BY_NAME[name], {}
+    # The suffix is split off only for systems that have such an argument.
     with_ring_size = re.fullmatch(r"(.+)_r([0-9]{1,9})", name)
     if with_ring_size:
         row = _BY_NAME.get(with_ring_size[1])

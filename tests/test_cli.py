@@ -165,7 +165,7 @@ def test_doctor_with_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CXX", str(broken))
     finding = doctor._compiler()
     assert finding.state == "failed"
-    assert "cannot find cc1plus" in finding.found
+    assert "cannot find cc1plus" in finding.detail
 
 
 def test_doctor_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:

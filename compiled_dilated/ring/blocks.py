@@ -1,4 +1,4 @@
-"""A block as a problem of its own, planned and computed on views of a rank's rows."""
+"""Blocks as problems: planned and computed on views of a rank's rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .steps import Block
 
 @lru_cache(maxsize=4096)
 def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
-    """A block's mask over indices from 0, and the index of its first query.
+    """A block's mask over indices from 0, and its first query's index.
 
     The result is as simple as possible, so that the blocks of many ranks share one plan: parts that
     allow all pairs are dropped, and periodic masks are shifted to their start.
@@ -60,14 +60,12 @@ def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
 
 
 def _common_step(queries: range, keys: range) -> int | None:
-    """The step of queries and keys, or None.
-
-    A single token has any step.
-    """
+    """The step of queries and keys; None if theirs differ."""
+    # A single token fits any step.
     steps = {run.step for run in (queries, keys) if len(run) > 1}
     if len(steps) > 1:
         return None
-    return steps.pop() if steps else 1
+    return max(steps, default=1)
 
 
 def _in_steps(mask: Mask, step: int, start: int) -> Mask | None:
@@ -126,12 +124,12 @@ def rows(runs: tuple[range, ...], places: range) -> slice:
 
 
 def view(x: Tensor, heads: HeadRange, at: slice) -> Tensor:
-    """Rows of some heads of x (B, H, rows, ...), as a view."""
+    """View of rows of some heads of x (B, H, rows, ...)."""
     return heads.of(x)[:, :, at]
 
 
 def _call(block: Block, layout: Layout, call: Call, plan: Plan) -> Call:
-    """The call for a block, whose queries, keys and heads are counted from 0."""
+    """The call of a block: queries, keys and heads counted from 0."""
     mod = call.score_mod
     if mod is not None:
         mod = replace(mod, places=partial(_places, block, layout, plan.problem.q_offset))
@@ -170,7 +168,7 @@ class Keys:
         return hidden.is_finite(self.k) and hidden.is_finite(self.v)
 
     def bad_of(self, block: Block) -> hidden.Bad | None:
-        """The non-finite keys and values of a block; None if all are finite."""
+        """The non-finite keys and values of a block, if any."""
         if self.is_finite:
             return None
         return hidden.Bad.of(*self.of(block))
@@ -206,13 +204,18 @@ class Queries:
         def part(x: Tensor) -> Tensor:
             return view(x, block.heads, at)
 
-        grads = (self.grad_out, self.grad_lse, self.grad_q)
+        def part_of_grad(x: Tensor | None) -> Tensor | None:
+            # Absent in a forward.
+            return None if x is None else part(x)
+
         return Queries(
             (block.queries,),
             part(self.q),
             part(self.out),
             part(self.lse),
-            *(None if x is None else part(x) for x in grads),
+            part_of_grad(self.grad_out),
+            part_of_grad(self.grad_lse),
+            part_of_grad(self.grad_q),
         )
 
 
@@ -221,7 +224,9 @@ def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Ke
     part, (k, v) = queries.of(block), keys.of(block)
     plan = _plan(block, call, part.q, v)
     local = _call(block, layout, call, plan)
-    bad = None if execute.keeps_hidden_out(plan) else keys.bad_of(block)
+    bad = None
+    if not execute.keeps_hidden_out(plan):
+        bad = keys.bad_of(block)
     if bad is None:
         execute.merge_into(plan, local, part.q, k, v, part.out, part.lse)
         return
@@ -247,7 +252,7 @@ def backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Add a block's gradients to the rank's grad_q, and to grad_k and grad_v.
+    """Add a block's gradients to the rank's grad_q, grad_k and grad_v.
 
     grad_k, grad_v: shaped as the keys and values.
     """

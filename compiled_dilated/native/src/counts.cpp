@@ -8,6 +8,8 @@ namespace {
 template <class Engine>
 void count_with(const Problem& problem, const Program& program) {
   const Shape shape(problem);
+  WalkSizes sizes = Engine::sizes;
+  sizes.counted = true;
   constexpr int W = Engine::W;
   const Stretches<W> stretches(problem, program, shape, shape.batch * shape.heads, 1);
   Counts counts;
@@ -27,7 +29,7 @@ void count_with(const Problem& problem, const Program& program) {
         if (!tile.vectors) continue;
         ++one.tiles;
         const auto add = [&](const Branch&, const KeyBlock& block) { one.add(block, W); };
-        walk_keys(program.masks, b, h, program.groups[group], tile, shape.kv_len, Engine::sizes, add);
+        walk_keys(program.masks, b, h, program.groups[group], tile, shape.kv_len, sizes, add);
       }
       counts.pairs += one.pairs * alike, counts.partial += one.partial * alike;
       counts.blocks += one.blocks * alike, counts.tiles += one.tiles * alike;

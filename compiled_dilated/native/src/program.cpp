@@ -8,7 +8,7 @@ namespace native {
 
 namespace {
 
-constexpr int64_t version = 1;
+constexpr int64_t version = 2;
 constexpr int64_t most_positions = int64_t{1} << 30;
 
 class Reader {
@@ -143,7 +143,8 @@ Group read_group(Reader& reader, Masks& masks) {
   const int64_t branches = reader.next(0, most_positions, "a count of branches");
   for (int64_t i = 0; i < branches; ++i) {
     const int root = static_cast<int>(reader.next(0, most_positions, "a mask"));
-    group.branches.push_back({root, reader.next(1, most_positions, "a step of keys")});
+    const int64_t key_step = reader.next(1, most_positions, "a step of keys");
+    group.branches.push_back({root, key_step, reader.next(0, 1, "a kind of classes") == 1});
   }
   return group;
 }

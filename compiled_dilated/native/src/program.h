@@ -17,6 +17,7 @@ struct Layout {
 struct Branch {
   int root;          // node of its mask
   int64_t key_step;  // keys are walked by residue classes modulo it
+  bool strict;       // whether queries see keys of their own class only
 };
 
 struct Group {
@@ -39,7 +40,7 @@ struct Program {
 //   version, positions (-1: any)
 //   number of heads; per head: its group
 //   number of groups; per group: step, axes, offset, sizes of the axes, number of branches;
-//       per branch: root, key step
+//       per branch: root, key step, whether its classes are strict
 //   number of nodes; per node: number of the operation, count of arguments, arguments
 //   0, or 1 and the score_mod: count of operands, their numbers, its tape
 //

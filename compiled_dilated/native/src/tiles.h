@@ -71,9 +71,7 @@ template <int W>
 class QueryTiles {
  public:
   QueryTiles(const Layout& layout, int64_t q_len, int64_t q_offset) : layout_(layout), offset_(q_offset), stop_(q_offset + q_len) {
-    // Classes shorter than a vector would leave lanes empty.
-    step_ = layout.step;
-    while (step_ > 1 && q_len < step_ * W * 2) step_ = step_ % 2 ? 1 : step_ / 2;
+    step_ = step_of(layout.step, q_len);
     for (const Part& part : parts_of(layout, q_offset, stop_)) {
       starts_.push_back(count_);
       parts_.push_back(part);
@@ -98,6 +96,20 @@ class QueryTiles {
   static constexpr int64_t band_rows = 8;
   // Vectors are patches of nearly equal sides.
   static constexpr int patch_sides[4][3] = {{1, 1, W}, {1, 1, W}, {1, W >= 16 ? 4 : 2, W / (W >= 16 ? 4 : 2)}, {W >= 8 ? 2 : 1, 2, W / (W >= 8 ? 4 : 2)}};
+
+  // The step, reduced for short sequences: classes shorter than a vector would leave lanes empty.
+  static int64_t step_of(int64_t step, int64_t q_len) {
+    while (step > 1 && q_len < step * W * 2) {
+      if (step % 2 == 0) {
+        step /= 2;
+        continue;
+      }
+      // Without classes each query of a tile would see keys of its own: empty lanes cost less.
+      if (step > W && q_len >= 2 * step) return step;
+      return 1;
+    }
+    return step;
+  }
 
   // Sides of a vector's patch, and of a tile's, along the grid's axes.
   int32_t side(int axis) const { return patch_sides[layout_.axes][3 - layout_.axes + axis]; }

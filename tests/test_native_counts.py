@@ -99,6 +99,11 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
     "longnet of short segments": (cd.longnet((64, 128, 256), (1, 2, 4)), 2048, 0.9),
     "longnet causal": (cd.longnet((256, 512, 1024), (1, 2, 4), causal=True), 2048, 0.82),
     "neighborhood": (masks.neighborhood((64, 64), 6), 4096, 0.5),
+    "global tokens": (
+        masks.window(64) | masks.global_tokens(positions=range(100, 4096, 400)),
+        4096,
+        0.45,
+    ),
     "documents": (masks.causal() & masks.documents(lengths=LENGTHS), 4096, 0.96),
 }
 

@@ -49,7 +49,7 @@ class BlockCache {
   }
 
  private:
-  static constexpr size_t most_blocks = 512;
+  static constexpr size_t most_blocks = 2048;
   struct Range {
     size_t start = 0, stop = 0;
     bool known = false;

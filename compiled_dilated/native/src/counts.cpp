@@ -22,7 +22,7 @@ void count_with(const Problem& problem, const Program& program) {
       const auto first = std::find(program.group_of_head.begin(), program.group_of_head.end(), group);
       const int64_t h = first - program.group_of_head.begin();
       const int64_t alike = std::count(first, program.group_of_head.end(), group) * (shape.batch / entries);
-      const QueryTiles<W>& tiles = stretches.tiles(offset_entry(problem, b), group);
+      const QueryTiles<W>& tiles = stretches.tiles(b, group);
       Counts one;
       for (int64_t index = 0; index < tiles.count(); ++index) {
         tiles.tile_at(index, tile);

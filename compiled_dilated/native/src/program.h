@@ -1,6 +1,8 @@
 // What a call computes, read from its code: branches per head, each a mask, and how queries are
 // tiled.
 #pragma once
+#include <algorithm>
+
 #include "masks.h"
 
 namespace native {
@@ -23,6 +25,15 @@ struct Branch {
 struct Group {
   Layout layout;
   std::vector<Branch> branches;
+  std::vector<int> globals;  // the nodes of global tokens among its masks
+};
+
+// The global ones of a call's queries, ascending. alike: whether one mask names them all.
+struct GlobalQueries {
+  std::vector<int32_t> positions;
+  bool alike = true;
+
+  bool contains(int64_t position) const { return std::binary_search(positions.begin(), positions.end(), position); }
 };
 
 struct Program {
@@ -33,6 +44,9 @@ struct Program {
   std::vector<int64_t> score_mod_operands;
   std::unique_ptr<Function> score_mod;
   std::vector<Array> operands;  // of the score_mod
+
+  // Those of a group among positions start .. stop - 1 of entry b.
+  GlobalQueries global_queries(const Group& group, int64_t b, int64_t start, int64_t stop) const;
 };
 
 // The layout of the code, as encode.py writes it:

@@ -278,6 +278,9 @@ class Stretches {
         most_ = std::max(most_, tiles_.back().count());
       }
     length_ = std::clamp<int64_t>(most_ * heads / (8 * std::max(threads, 1)), 1, 32);
+    // The answers of a function are reused for all heads if those of a stretch fit into the cache.
+    const int64_t blocks = shape.kv_len / block_keys + 1;
+    if (program.has_function()) length_ = std::clamp<int64_t>(BlockCache::most_blocks / blocks, 1, length_);
     count_ = (most_ + length_ - 1) / length_ * heads;
   }
 

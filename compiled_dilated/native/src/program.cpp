@@ -167,6 +167,11 @@ std::vector<int> globals_of(const Masks& masks, const Group& group) {
 
 }  // namespace
 
+bool Program::has_function() const {
+  const std::vector<Node>& nodes = masks.nodes;
+  return std::any_of(nodes.begin(), nodes.end(), [](const Node& node) { return node.op == Op::function; });
+}
+
 GlobalQueries Program::global_queries(const Group& group, int64_t b, int64_t start, int64_t stop) const {
   GlobalQueries out;
   std::vector<int32_t>& positions = out.positions;
@@ -239,7 +244,7 @@ Program read_program(const Problem& problem) {
     functions().check(*program.score_mod, program.operands.data(), program.operands.size());
   }
   program.varies_by_entry = problem.q_offsets.size() > 1 || !problem.data.empty();
-  for (const Node& node : program.masks.nodes) program.varies_by_entry |= node.op == Op::function;
+  program.varies_by_entry |= program.has_function();
   const int64_t first = *std::min_element(problem.q_offsets.begin(), problem.q_offsets.end());
   for (const Node& node : program.masks.nodes) {
     const bool reads_flags = node.op == Op::padding || node.op == Op::global_data;

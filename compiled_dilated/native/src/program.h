@@ -45,6 +45,9 @@ struct Program {
   std::unique_ptr<Function> score_mod;
   std::vector<Array> operands;  // of the score_mod
 
+  // Whether one of its masks is a function.
+  bool has_function() const;
+
   // Those of a group among positions start .. stop - 1 of entry b.
   GlobalQueries global_queries(const Group& group, int64_t b, int64_t start, int64_t stop) const;
 };

@@ -15,6 +15,7 @@ from ..heads import HeadRange
 from ..lowerings import execute, hidden
 from ..masks import Mask, causal, conjunction, conjuncts, full
 from ..masks.bands import Causal, Window
+from ..masks.congruent import Congruent
 from ..masks.segments import Segments
 from ..orders import identity
 from ..partials import Saved
@@ -54,8 +55,12 @@ def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
     # Equal steps: count places in units of the step.
     scaled = [_in_steps(part, step, keys.start) for part in parts]
     masks = tuple(part for part in scaled if part is not None)
-    if ahead % step == 0 and len(masks) == len(parts):
-        return conjunction(masks), ahead // step
+    if len(masks) == len(parts):
+        # Segments of a multiple of the step compare units, whatever the places within them.
+        if all(isinstance(part, Segments) for part in parts):
+            return conjunction(masks), queries.start // step - keys.start // step
+        if ahead % step == 0:
+            return conjunction(masks), ahead // step
     return _moved(partial_mask, queries, keys), 0
 
 
@@ -79,7 +84,19 @@ def _in_steps(mask: Mask, step: int, start: int) -> Mask | None:
         return Window(mask.left // step, mask.right // step, 1)
     if isinstance(mask, Segments) and mask.length % step == 0 and start % mask.length < step:
         return Segments(mask.length // step)
+    if isinstance(mask, Congruent) and mask.period == mask.modulus:
+        return _congruent_in_steps(mask, step, start)
     return None
+
+
+def _congruent_in_steps(mask: Congruent, step: int, start: int) -> Mask | None:
+    """The indices i for which start + step * i has the mask's residue; None if there are none."""
+    shared = math.gcd(step, mask.modulus)
+    modulus = mask.modulus // shared
+    if not isinstance(mask.offset, int) or (mask.offset - start) % shared:
+        return None
+    first = (mask.offset - start) // shared * pow(step // shared, -1, modulus)
+    return Congruent(modulus, first % modulus, None)
 
 
 def _moved(mask: Mask, queries: range, keys: range) -> Mask:

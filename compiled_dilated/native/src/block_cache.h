@@ -10,6 +10,8 @@ namespace native {
 // head with an equal mask.
 class BlockCache {
  public:
+  static constexpr int64_t most_blocks = 2048;
+
   // Starts a stretch; the blocks of the same stretch stay valid.
   void start(int64_t entry, int64_t group, int64_t first, int64_t tiles) {
     const int64_t key[3] = {entry, group, first};
@@ -39,17 +41,16 @@ class BlockCache {
       KeyBlock complete = block;
       complete.seen = seen;
       if (block.any_partial) answer(branch, block, seen);
-      if (blocks_.size() < most_blocks) keep(branch, complete);
+      if (static_cast<int64_t>(blocks_.size()) < most_blocks) keep(branch, complete);
       visit(branch, complete);
     };
     walk(take);
     range.stop = blocks_.size();
     // A tile that does not fit is walked again for every head.
-    range.known = range.stop < most_blocks;
+    range.known = static_cast<int64_t>(range.stop) < most_blocks;
   }
 
  private:
-  static constexpr size_t most_blocks = 512;
   struct Range {
     size_t start = 0, stop = 0;
     bool known = false;

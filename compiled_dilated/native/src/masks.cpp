@@ -90,6 +90,14 @@ Verdict classify_flags(const Summary& summary, const Region& side) {
   return verdict(bounds.least != 0, bounds.greatest == 0);
 }
 
+// The verdict of global tokens, from those on a region of keys and, if needed, on one of queries.
+template <class OfQueries>
+Verdict classify_global(const Region& q, Verdict of_keys, const OfQueries& of_queries) {
+  if (q.globals == Globals::all) return FULL;
+  if (q.globals == Globals::none) return of_keys;
+  return std::max(of_keys, of_queries(q));
+}
+
 int slots_of(const Node& node) {
   switch (node.op) {
     case Op::causal: case Op::segments: case Op::document_lengths: case Op::block_window: return 2;
@@ -387,12 +395,14 @@ void Masks::classify(int index, int64_t b, int64_t h, const Region* q, int count
       const Summary& flags = data[x[0]].summary(b);
       const Verdict of_keys = classify_flags(flags, k);
       if (of_keys == FULL) return all_alike(FULL);
-      return each([&](const Region& q) { return std::max(of_keys, classify_flags(flags, q)); });
+      const auto of_queries = [&](const Region& q) { return classify_flags(flags, q); };
+      return each([&](const Region& q) { return classify_global(q, of_keys, of_queries); });
     }
     case Op::global_positions: {
       const Verdict of_keys = classify_positions(x, k);
       if (of_keys == FULL) return all_alike(FULL);
-      return each([&](const Region& q) { return std::max(of_keys, classify_positions(x, q)); });
+      const auto of_queries = [&](const Region& q) { return classify_positions(x, q); };
+      return each([&](const Region& q) { return classify_global(q, of_keys, of_queries); });
     }
     case Op::function:
       return each([&](const Region& q) {

@@ -332,9 +332,10 @@ struct Counts {
   int64_t tiles = 0;
 
   void add(const KeyBlock& block, int width) {
-    pairs += static_cast<int64_t>(block.count) * (block.high - block.low) * width;
+    pairs += block.repeats * block.count * (block.high - block.low) * width;
+    blocks += block.repeats;
+    if (!block.any_partial) return;
     for (int i = 0; i < block.count; ++i) partial += static_cast<int64_t>(__builtin_popcount(block.partial[i])) * width;
-    ++blocks;
   }
 
   void write(int64_t* to) const {

@@ -153,7 +153,7 @@ def _group(table: _NodeTable, branches: Sequence[Branch]) -> list[int]:
     offset, sizes = next((grid for grid in grids if grid is not None), (0, ()))
     # A grid is tiled by patches, anything else by residue classes modulo `step`.
     classes = [_Classes(1, True) if sizes else _classes(branch.mask) for branch in branches]
-    step = _query_step(classes, _most_step(branches))
+    step = _query_step(classes, _most_step(branches, classes))
     numbers = [step, len(sizes), offset, *sizes, len(branches)]
     for branch, of_branch in zip(branches, classes, strict=True):
         key_step = _key_step(of_branch, step)
@@ -228,10 +228,13 @@ def _classes_of_any(masks: Sequence[Mask]) -> _Classes:
     return _Classes(1, True)
 
 
-def _most_step(branches: Sequence[Branch]) -> int:
+def _most_step(branches: Sequence[Branch], classes: Sequence[_Classes]) -> int:
     """The greatest step by which a vector of queries stays within each branch's extent."""
-    extent = min((_extent(branch.mask) for branch in branches), default=0)
-    return int(max(1, min(_MOST_CLASSES, extent // _LANES)))
+    most: float = _MOST_CLASSES
+    for branch, of_branch in zip(branches, classes, strict=True):
+        # Queries of one class see each other's keys, however far apart they are.
+        most = min(most, max(of_branch.modulus, _extent(branch.mask) // _LANES))
+    return int(most)
 
 
 def _extent(mask: Mask) -> float:

@@ -268,7 +268,8 @@ def _storage(node: Node) -> int | None:
     value = value_of(node)
     if not isinstance(value, Tensor):
         return None
-    return value.untyped_storage()._cdata
+    storage: int = value.untyped_storage()._cdata
+    return storage
 
 
 def _name_of(result: Any) -> str:

@@ -1,7 +1,7 @@
 """The operator with its gradients for calls from Python: eager, compiled, under torch.func.
 
 attend_bound -> attend -> _Attention (autograd) -> compiled_dilated::attend
-                                                -> operators.run, if nothing traces the call
+                                                -> execution.run, if nothing traces the call
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from .execution import Options, run, run_backward
 from .graphs import attend_backward_operator, attend_operator
 from .mods import unflat
-from .operators import Options, run, run_backward
 from .partials import Saved, is_by_token
 from .ring.rings import Ring
 from .rules import Bound

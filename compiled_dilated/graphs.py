@@ -12,16 +12,10 @@ from torch import Tensor, ops
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from . import checks, planner
+from . import call_checks, planner
+from .execution import Options, problem_at, run, run_backward
 from .lowerings import native
-from .operators import (
-    Options,
-    attend_backward_operator,
-    attend_operator,
-    problem_at,
-    run,
-    run_backward,
-)
+from .operators import attend_backward_operator, attend_operator
 from .partials import Saved, laid_out
 from .plans import Scores
 from .rules import read_rule, reads_contents, score_slots
@@ -36,7 +30,7 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
     Such a graph runs without Python.
     """
-    checks.no_onnx_export()
+    call_checks.no_onnx_export()
     q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
     work = None
     # Contents of operands, as long lists stored in them, have no values in a trace.

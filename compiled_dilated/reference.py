@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import arguments, checks
+from . import arguments, call_checks, checks
 from .masks import Mask
 from .mods import ScoreMod, over_pairs, trace_mask_mod, trace_score_mod
 from .programs import Program, as_program, check_data, mask_mods_of, query_names_of
@@ -98,7 +98,7 @@ def _check(
     options: Mapping[str, object],
 ) -> None:
     """Raise the errors of a compiled program, but for different dtypes."""
-    checks.no_options_of_sdpa(options)
+    call_checks.no_options_of_sdpa(options)
     if scale is not None:
         checks.scale("scale", scale)
     arguments.flag("return_lse", return_lse)
@@ -106,7 +106,7 @@ def _check(
         checks.tensor(name, x)
     checks.devices(q, k, v)
     checks.shapes(q.shape, k.shape, v.shape)
-    offset = checks.last_offset(q_offset, q.shape[0], q.device)
+    offset = call_checks.last_offset(q_offset, q.shape[0], q.device)
     program.check(q.shape[2], k.shape[2], offset)
     shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
     checks.data(program.names, query_names_of(program), data, shape)
@@ -116,7 +116,7 @@ def _check(
     if score_mod is not None:
         trace_score_mod(score_mod, torch.float64)
     if sink_logits is not None:
-        checks.sinks(sink_logits, q.shape[1], q.device)
+        call_checks.sinks(sink_logits, q.shape[1], q.device)
 
 
 def _softmax(scores: Tensor, v: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:

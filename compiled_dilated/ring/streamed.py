@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arguments, checks, text
+from .. import arguments, call_checks, checks, text
 from ..calls import Call
 from ..masks.functions import digest, slot_name
 from ..plans import Problem
@@ -80,7 +80,7 @@ class Streamed:
         disk is full; finished ranks are kept.
         """
         # 1. Check all arguments, without writing a file.
-        checks.no_options_of_sdpa(options)
+        call_checks.no_options_of_sdpa(options)
         sources = (inputs.source("q", q), inputs.source("k", k), inputs.source("v", v))
         output_path = _path_of(out)
         journal_path = None if journal is None else files.output_file("journal", journal)

@@ -1,4 +1,4 @@
-"""The operator with its gradients for calls from Python: eager, compiled, under torch.func.
+"""The operator with its gradients: eager, compiled and under torch.func.
 
 attend_bound -> attend -> _Attention (autograd) -> compiled_dilated::attend
                                                 -> execution.run, if nothing traces the call
@@ -79,7 +79,7 @@ def _gradients(
     lse: Tensor,
     *tensors: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, and of the learned operands as one vector.
+    """Gradients of q, k, v and the learned operands (one vector).
 
     tensors: data, then operands.
     """
@@ -157,7 +157,10 @@ class _EagerAttention(_Attention):
 
 
 def _operands_vary(options: Options, dims: Sequence[int | None]) -> bool:
-    """Whether torch.vmap maps over operands, so that every entry has its own rule."""
+    """Whether torch.vmap maps over operands.
+
+    Every entry then has its own rule.
+    """
     return any(dim is not None for dim in dims[options.data :])
 
 
@@ -179,7 +182,7 @@ def _batch_size(x: Tensor, dim: int | None) -> int:
 
 
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """x (..., size, ...) with the vmapped dimension as part of the batch."""
+    """x (..., size, ...) with the vmapped dimension in the batch."""
     return _vmapped_first(x, dim, size).flatten(0, 1)
 
 
@@ -208,9 +211,11 @@ def _fold_data(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable.
+    """Differentiable out and lse of checked inputs.
 
     tensors: data, then operands.
+
+    Returns out (B, Hq, N, Dv) and lse (B, Hq, N).
     """
     # Without a gradient: the operator itself, or past its dispatch.
     if not options.training:

@@ -46,7 +46,7 @@ TOKENS_FIRST = Layout(
 
 
 def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
-    """Raise unless q, k and v fit together in type, shape, dtype, device."""
+    """Raise unless q, k and v agree in type, shape, dtype, device."""
     for name, x in zip(layout.names, (q, k, v), strict=True):
         tensor(name, x, layout)
     dtypes(q.dtype, k.dtype, v.dtype, layout)
@@ -211,8 +211,9 @@ def data(
     values: Mapping[str, Tensor] | None,
     shape: Shape,
 ) -> list[Tensor]:
-    """The checked data tensors, (batch or 1, tokens), in the order of `names`.
+    """The checked data tensors, in the order of `names`.
 
+    values: (batch or 1, tokens) by name.
     query_names: tensors that are read at query positions too.
 
     Raises if a tensor is missing, not read by the program, or of a wrong dtype, shape or device.

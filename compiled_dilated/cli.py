@@ -1,4 +1,4 @@
-"""The command line: `compiled-dilated plan | recommend | show | doctor | report | ring ...`.
+"""The command line, `compiled-dilated COMMAND`.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 """

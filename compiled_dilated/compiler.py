@@ -1,4 +1,7 @@
-"""The two entry points: `compile` returns a callable, `plan` its plan and the reasons for it."""
+"""The two entry points, `compile` and `plan`.
+
+`compile` returns a callable, `plan` its plan with the reasons.
+"""
 
 from __future__ import annotations
 
@@ -114,6 +117,19 @@ def compile(
             "attention, memory_budget and dynamic are for models; a program is planned for every "
             "call. Leave them out"
         )
+    return _compiled_program(program, lowering, ranks, mesh, layout, transport, device)
+
+
+def _compiled_program(
+    program: Program | Mask,
+    lowering: str,
+    ranks: int | None,
+    mesh: DeviceMesh | ProcessGroup | None,
+    layout: str | None,
+    transport: str | None,
+    device: str | torch.device | None,
+) -> Attend | Streamed:
+    """Attention by a program, on one device or by a ring."""
     _check_transport(transport, ranks, mesh)
     if transport == "streamed" and ranks is not None:
         if layout not in (None, "contiguous") or lowering != "auto":
@@ -203,6 +219,12 @@ def _ring(
     ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None
 ) -> Ring | None:
     """The ring of these arguments; None for one device."""
+    if layout is not None and ranks is None and mesh is None:
+        raise ValueError(
+            f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or mesh=..."
+        )
+    if layout is None:
+        layout = "auto"
     if mesh is not None:
         group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
         if not isinstance(group, ProcessGroup):
@@ -214,19 +236,14 @@ def _ring(
             raise ValueError(
                 f"the mesh has {group.size()} ranks; got ranks={ranks!r}. Leave ranks out"
             )
-        return Ring(group.size(), "auto" if layout is None else layout, Distributed(group))
+        return Ring(group.size(), layout, Distributed(group))
     if ranks is None:
-        if layout is not None:
-            raise ValueError(
-                f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or "
-                "mesh=..."
-            )
         return None
-    return Ring(ranks, "auto" if layout is None else layout)
+    return Ring(ranks, layout)
 
 
 def _device_type(device: object) -> str:
-    """The type of a device, as "cpu"; the device need not be there."""
+    """The type of a device, as "cpu", whether present or not."""
     if not isinstance(device, (str, torch.device)):
         kind = type(device).__name__
         raise TypeError(
@@ -289,7 +306,7 @@ def plan(
     layout: str | None = None,
     memory_limit: int | str | None = None,
 ) -> Plan | RingPlan:
-    """How attention of this shape would be computed, and why; nothing is computed.
+    """The plan of attention of a shape, with reasons; nothing is computed.
 
     `print(plan(...).explain())` prints it.
 
@@ -298,21 +315,13 @@ def plan(
     training: plan a forward with its backward.
     q_offset: position of the first query.
     ranks, layout: as in `compile`; the plan is then that of a ring: what each rank receives,
-        computes and holds, under every layout.
+        computes and stores, under every layout.
     memory_limit: "8GiB", or bytes, for the tensors and the workspace of a call. `plan.fit` has the
         largest batch and the longest sequence within it; ValueError where no batch row fits.
     """
     # 1. Shapes and options, checked.
-    shape = arguments.integers("q_shape", q_shape, 1)
-    if len(shape) != 4:
-        raise ValueError(
-            f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}"
-        )
-    batch, heads, q_len, head_dim = shape
-    kv_heads = heads if kv_heads is None else arguments.integer("kv_heads", kv_heads, 1)
-    checks.groups(heads, kv_heads)
-    kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
-    value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
+    shape, k_shape, v_shape = _shapes(q_shape, kv_heads, kv_len, value_dim)
+    q_len, kv_len = shape[2], k_shape[2]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
             f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. "
@@ -321,7 +330,6 @@ def plan(
     checks.dtype("dtype", dtype)
     arguments.flag("training", training)
     arguments.choice("lowering", lowering, planner.LOWERINGS)
-    k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
     limit = None
     if memory_limit is not None:
@@ -347,5 +355,28 @@ def plan(
     # One cached plan serves all positions of a decoder.
     if chosen.problem != problem:
         chosen = planner.choose(problem, lowering)
-    fit = None if limit is None else fitting.fit(chosen, lowering, limit)
+    fit = None
+    if limit is not None:
+        fit = fitting.fit(chosen, lowering, limit)
     return replace(planner.counted(chosen), fit=fit)
+
+
+def _shapes(
+    q_shape: Sequence[int], kv_heads: int | None, kv_len: int | None, value_dim: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The checked shapes of q, k and v.
+
+    kv_heads, kv_len, value_dim: of k and v; None for those of q.
+    """
+    shape = arguments.integers("q_shape", q_shape, 1)
+    if len(shape) != 4:
+        raise ValueError(
+            f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}"
+        )
+    batch, heads, q_len, head_dim = shape
+    kv_heads = heads if kv_heads is None else arguments.integer("kv_heads", kv_heads, 1)
+    checks.groups(heads, kv_heads)
+    kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
+    value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
+    of_keys = (batch, kv_heads, kv_len)
+    return shape, (*of_keys, head_dim), (*of_keys, value_dim)

@@ -160,8 +160,10 @@ def ring_problem(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as kernels need; other strides are free."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x with its last dimension contiguous, as kernels need."""
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return x.contiguous()
 
 
 def _is_empty(joint: Problem | None, *tensors: Tensor) -> bool:
@@ -201,7 +203,7 @@ def _forward(
     operands: Sequence[Tensor] | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, by the plan of this process or by its ring."""
+    """out and lse by the plan of this process or its ring."""
     rule = read_rule(options.rule, operands)
     ring = rule.ring if options.ring is None else options.ring
     call = rule.call(data, operands, options.scale, options.q_offset)
@@ -237,7 +239,10 @@ def run(
     operands: Sequence[Tensor] | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) and lse (B, Hq, N), without the operator's dispatch."""
+    """out and lse without the operator's dispatch.
+
+    Returns out (B, Hq, N, Dv) and lse (B, Hq, N).
+    """
     with _own_modes():
         return _forward(q, k, v, data, operands, options)
 
@@ -245,7 +250,10 @@ def run(
 def run_backward(
     saved: Saved, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous gradients of q, k and v, and of the learned operands as one vector."""
+    """Contiguous gradients of q, k and v, and of learned operands.
+
+    Those of the operands are one vector.
+    """
     with _own_modes():
         rule = read_rule(options.rule, operands)
         call = rule.call(data, operands, options.scale, options.q_offset, options.learned)

@@ -86,7 +86,7 @@ def _read(
 
 
 def _reach(start: int, stop: int, tokens: int, **_: Any) -> tuple[int, int]:
-    """The range of keys that rows start .. stop read: all of them."""
+    """Keys that rows start .. stop read: all of them."""
     return 0, tokens
 
 

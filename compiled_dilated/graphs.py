@@ -59,7 +59,7 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _traces_kernels(options: Options, q: Tensor, k: Tensor, v: Tensor, tensors: int) -> bool:
-    """Whether a graph can hold the kernels of lanes for this call.
+    """Whether a graph can contain the kernels of lanes for this call.
 
     tensors: number of data and operands. The lists of the kernels are constants of the graph, so
     that all lengths must be numbers.

@@ -1,4 +1,4 @@
-"""Inputs of a call: q, k and v in the precision of autocast, and their scale."""
+"""Precision and scale of a call's q, k and v."""
 
 from __future__ import annotations
 

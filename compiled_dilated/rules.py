@@ -1,4 +1,4 @@
-"""The rule of an attention operator as text: program, lowering, ring and functions.
+"""Rules of attention as text: program, lowering, ring and functions.
 
     Rule  -- text -->  '["Program((...),))","auto",null,null,[]]'  -- read_rule, operands -->  Rule
 
@@ -61,7 +61,7 @@ class Rule:
         q_offset: int,
         learned: Sequence[int] = (),
     ) -> Call:
-        """The options of a call, with zeroed sums for gradients of the learned operands.
+        """The options of a call, with zeroed gradients of learned operands.
 
         data: the tensors that the program reads, then optionally one (B, 1), the position of
             each batch entry's first query.
@@ -234,4 +234,6 @@ def _ring(fields: Any) -> Ring | None:
     if fields is None:
         return None
     ranks, layout, group = fields
-    return Ring(ranks, layout, None if group is None else Distributed(group))
+    if group is None:
+        return Ring(ranks, layout)
+    return Ring(ranks, layout, Distributed(group))

@@ -1,4 +1,6 @@
-"""Masks, orders and programs as text, and back: parsed by a whitelist, never evaluated as Python.
+"""Masks, orders and programs as text, parsed by a whitelist.
+
+Text is never evaluated as Python.
 
 read_program, read_order     text of a command line
 write, read                  text of an operator's argument, with long literals as tensors beside it
@@ -62,7 +64,9 @@ class ExpressionError(ValueError):
 
 
 def read_program(text: str, function_named: Callable[[str], MaskMod] | None = None) -> Program:
-    """The program of a text; a mask is a program of one branch.
+    """The program of a text.
+
+    A mask is a program of one branch.
 
     function_named: the function of a name, for `from_mod('name')`. None to refuse functions: to
         look one up runs code.
@@ -127,7 +131,7 @@ class _StoredTiles(Tiles):
 
 
 def write(program: Program | PerLength, operands: list[Tensor]) -> str:
-    """The program as text; its long lists of numbers are appended to `operands`.
+    """The program as text; long lists of numbers are appended to `operands`.
 
     Functions (`from_mod`) are written as function(0), function(1), ...; `fill` replaces them by
     their graphs.
@@ -353,7 +357,7 @@ class _Reader:
         return operator(*values)
 
     def call(self, node: ast.Call, name: str, depth: int) -> Any:
-        """The result of a call; errors of the function point to the call."""
+        """The result of a call, whose errors point to its text."""
         if name not in self.names:
             raise self.error(node, _unknown(name, self.names))
         starred = "`*` and `**` cannot stand here; write the arguments out"

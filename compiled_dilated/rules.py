@@ -21,6 +21,7 @@ from . import arguments, planner, text
 from .calls import Call
 from .masks.functions import slot_name, traced_parts, with_contents
 from .mods import Graph, MaskMod, Mod, ScoreMod, trace_score_mod, zero_sums
+from .parsing import ExpressionError
 from .programs import PerLength, Program, mask_mods_of, masks_of
 from .ring.distributed import Distributed
 from .ring.rings import Ring
@@ -172,7 +173,7 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
     frame = _frame(rule)
     tensors = operands or ()
     if any(not 0 <= slot < len(tensors) for slot in frame.slots):
-        raise text.ExpressionError(
+        raise ExpressionError(
             f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}"
         )
     # Without operands the rule was parsed once, with the text.
@@ -223,7 +224,7 @@ def _frame(rule: str) -> _Frame:
                 f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named"
             )
     except (ValueError, TypeError, RecursionError) as error:
-        raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
+        raise ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
     if text.needs_operands(program):
         return _Frame(program, *parts, None)
     return _Frame(program, *parts, Rule(text.read(program, ()), *parts))

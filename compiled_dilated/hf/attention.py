@@ -65,12 +65,12 @@ def attention(
         score_mod = _capped(softcap)
     if bias is not None:
         score_mod = added(bias, visible.q_offset)
-    numbers = (scaling, score_mod, s_aux)
+    of_scores = (scaling, score_mod, s_aux)
     if is_compiling() and (site is None or site.program is None):
-        out = _traced(visible, query, key, value, *numbers)
+        out = _traced(visible, query, key, value, *of_scores)
     else:
         model_mask = visible.structure + _tensor_as_text(attention_mask)
-        out = _at_site(site, visible, model_mask, query, key, value, *numbers)
+        out = _at_site(site, visible, model_mask, query, key, value, *of_scores)
     return out.transpose(1, 2), None
 
 

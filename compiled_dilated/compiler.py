@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, checks, fitting, hf, planner, text
+from . import arguments, checks, fitting, planner, text
 from .attend import Attend
 from .masks import Mask
+from .model_compiler import NOT_PASSED, compiled_model
 from .plans import Plan, problem_of
 from .programs import Program, as_program
 from .ring.distributed import Distributed
@@ -24,8 +25,6 @@ from .ring.plans import RingPlan
 from .ring.rings import Ring
 from .ring.streamed import Streamed
 
-# Not None, which is a value of `attention`: the model's own masks.
-_NOT_PASSED: Any = object()
 TRANSPORTS = ("simulated", "streamed", "distributed")
 
 
@@ -65,7 +64,7 @@ def compile(
     layout: str | None = None,
     transport: str | None = None,
     device: str | torch.device | None = None,
-    attention: Any = _NOT_PASSED,
+    attention: Any = NOT_PASSED,
     memory_budget: int | str | None = None,
     dynamic: bool | None = None,
 ) -> Attend | Streamed | Any:
@@ -111,8 +110,8 @@ def compile(
         unused = [name for name, value in of_programs.items() if value is not None]
         if lowering != "auto":
             unused.append("lowering")
-        return _compiled_model(program, unused, attention, memory_budget, dynamic)
-    if memory_budget is not None or dynamic is not None or attention is not _NOT_PASSED:
+        return compiled_model(program, unused, attention, memory_budget, dynamic)
+    if memory_budget is not None or dynamic is not None or attention is not NOT_PASSED:
         raise ValueError(
             "attention, memory_budget and dynamic are for models; a program is planned for every "
             "call. Leave them out"
@@ -162,57 +161,6 @@ def _check_transport(
             f"transport={transport!r} needs ranks, and no mesh; "
             f"got ranks={ranks!r} and mesh={mesh!r}"
         )
-
-
-def _compiled_model(
-    model: nn.Module,
-    unused: list[str],
-    attention: Any,
-    memory_budget: int | str | None,
-    dynamic: bool | None,
-) -> Any:
-    """The model with its attention replaced, compiled under a budget, or both.
-
-    unused: arguments that only programs have.
-    """
-    if unused or (memory_budget is None and attention is _NOT_PASSED):
-        raise ValueError(
-            "a model is compiled with attention=..., memory_budget=... or both; "
-            f"got {', '.join(unused) or 'neither'}. Without them use torch.compile"
-        )
-    if attention is not _NOT_PASSED and not hf.is_transformers_model(model):
-        return _wrapped(model, attention, memory_budget, dynamic)
-    if attention is not _NOT_PASSED:
-        if memory_budget is None and dynamic is not None:
-            raise ValueError(
-                "dynamic goes with memory_budget here; without one compile the wrapped model "
-                "yourself: torch.compile(model)"
-            )
-        model = hf.wrap(model, attention)
-    if memory_budget is None:
-        return model
-    return _under_budget(model, memory_budget, dynamic)
-
-
-def _wrapped(
-    model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None
-) -> nn.Module:
-    """The model with the attention of its graphs replaced."""
-    # Imported here: it imports torch's compiler, which takes longer than all of this package.
-    from .wrapping import graphs
-
-    if memory_budget is None:
-        return graphs.wrap(model, attention, dynamic)
-    import passes
-
-    return graphs.wrap(model, attention, dynamic, passes.backend(memory_budget))
-
-
-def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | None) -> Any:
-    # Imported here: it imports torch's compiler, which takes longer than all of this package.
-    import passes
-
-    return passes.compile(model, memory_budget=memory_budget, dynamic=dynamic)
 
 
 def _ring(

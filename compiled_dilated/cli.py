@@ -1,5 +1,7 @@
 """The command line, `compiled-dilated COMMAND`.
 
+Commands: plan, recommend, show, doctor, export, inspect, memory, report and ring.
+
 Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 """
 

@@ -44,9 +44,9 @@ class Options:
     scale: factor of q . k.
     q_offset: position of the first query.
     training: whether a backward may follow.
-    wants_lse: whether the lse may get a gradient. The compiler passes zeros where nothing uses it,
+    wants_lse: whether the lse may have a gradient. The compiler passes zeros if nothing uses it,
         which would cost work.
-    learned: numbers of the operands that get gradients.
+    learned: numbers of the operands that have gradients.
     data: how many of the tensors after q, k and v are data; the others are operands.
     ring: the caller's own, whose ledger is updated; by default one is created from the text.
     """
@@ -160,7 +160,10 @@ def ring_problem(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as kernels need."""
+    """x with its last dimension contiguous, as kernels need.
+
+    Kernels accept any other strides.
+    """
     if x.stride(-1) == 1 or x.shape[-1] == 1:
         return x
     return x.contiguous()

@@ -1,4 +1,4 @@
-"""Tensors of a call under torch.vmap, with the vmapped dimension in the batch."""
+"""Tensors of a call under torch.vmap, folded into the batch."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ def compile(
         executed on its rank's own tensors; "streamed", out of core: a `Streamed`, which reads and
         writes files and computes on `device`; "distributed", over torch.distributed.
     mesh: a DeviceMesh of one dimension or a process group, for transport "distributed". Each
-        process passes its own shards, the tokens `plan(..., ranks=...).positions(rank)`, and gets
-        the output's rows of them.
+        process passes its own shards, the tokens `plan(..., ranks=...).positions(rank)`; their
+        rows of the output are returned.
     layout: how ranks share the tokens: "auto" (default), "contiguous", "zigzag", "striped",
         "residue" or "hilbert".
     device: of transport "streamed".

@@ -74,7 +74,7 @@ def _traces_kernels(options: Options, q: Tensor, k: Tensor, v: Tensor, tensors: 
     return problem.device != "cpu" and planner.plan_for(problem, rule.lowering).lowering == "lanes"
 
 
-# AOTAutograd traces under this mode, and takes apart operators of Triton kernels there alone.
+# AOTAutograd traces under this mode, and decomposes operators of Triton kernels there alone.
 @attend_operator.register_torch_dispatch(FunctionalTensorMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Trace the kernels of the forward."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
 import compiled_dilated as cd
-from compiled_dilated import masks, operators
+from compiled_dilated import execution, masks
 from compiled_dilated.lowerings.flex import running
 from compiled_dilated.lowerings.tiling import kernels
 from compiled_dilated.plans import Problem
@@ -124,14 +124,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, AuxO
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of a GPU for tensors of the CPU, and a dense kernel in place of Triton's."""
-    problem_of = operators.problem_of
+    problem_of = execution.problem_of
 
     def problem_of_gpu(
         program: cd.Program, q: Any, k: Any, v: Any, dtype: Any, device: str, *more: Any
     ) -> Problem:
         return problem_of(program, q, k, v, dtype, "cuda", *more)
 
-    monkeypatch.setattr(operators, "problem_of", problem_of_gpu)
+    monkeypatch.setattr(execution, "problem_of", problem_of_gpu)
     monkeypatch.setattr("compiled_dilated.attend.gives_lse", lambda device: True)
     monkeypatch.setattr(running, "_compiled", lambda: dense)
     monkeypatch.setattr(running, "_KERNELS", type(running._KERNELS)(most=8))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arguments, checks, text
+from .. import arguments, call_checks, checks, text
 from ..calls import Call
 from ..masks.functions import digest, slot_name
 from ..plans import Problem
@@ -78,7 +78,7 @@ class Streamed:
         OSError if the disk is full; finished ranks are kept.
         """
         # 1. Check all arguments, without writing a file.
-        checks.no_options_of_sdpa(options)
+        call_checks.no_options_of_sdpa(options)
         sources = (inputs.source("q", q), inputs.source("k", k), inputs.source("v", v))
         journal_path = _journal_path(sources, out, journal)
         inputs.check_callback(on_progress)

@@ -21,6 +21,7 @@ from . import arguments
 
 DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
 _LARGEST = sys.float_info.max
+_PACKAGES = ("compiled_dilated", "torch.")
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,16 @@ def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
     warnings.warn(
         f"{layout.names[0]} is {layout.shape}, so {tuple(q.shape)} has {heads} heads of {tokens} "
         f"tokens. If these are {heads} tokens, transpose with .transpose(1, 2); {alternative}",
-        stacklevel=4,
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` of the first frame outside of this package and torch, for a warning."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith(_PACKAGES):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def dtype(name: str, value: object) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from functools import _lru_cache_wrapper
+from typing import Any
 
 from compiled_dilated.planner import PLANS
 
 
-def lru_caches() -> list[_lru_cache_wrapper]:
+def lru_caches() -> list[_lru_cache_wrapper[Any]]:
     """The cached functions of the package."""
     caches = []
     for name, module in sys.modules.items():

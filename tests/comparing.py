@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import compiled_dilated as cd
+from compiled_dilated.masks import Mask
+from compiled_dilated.programs import Program
+
 TOLERANCE = 1e-10
 
 
@@ -30,6 +34,12 @@ def assert_close(
         torch.testing.assert_close(
             result.double(), value.double(), rtol=tolerance, atol=tolerance, equal_nan=True
         )
+
+
+def exact_results(program: Program | Mask, *inputs: Tensor, **options: Any) -> list[Tensor]:
+    """The reference's [out], or [out, lse] with return_lse."""
+    results = cd.reference(program, *inputs, **options)
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
 def results_and_gradients(

@@ -73,7 +73,7 @@ class Parameters:
     @property
     def detached(self) -> Parameters:
         """The parameters without gradients."""
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
                 tensors[name] = x.detach()

@@ -59,7 +59,8 @@ def compiled(
     model: Callable[..., Any], rewriting: Pass | None, *, dynamic: bool = True
 ) -> tuple[Callable[..., Any], list[str]]:
     """The model compiled by inductor, and the lines of the pass; None: without a pass."""
-    options, lines = None, list[str]()
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = None
+    lines: list[str] = []
     if rewriting is not None:
         hook = Hook(rewriting)
         options, lines = {"pre_grad_custom_pass": hook}, hook.lines

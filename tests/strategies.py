@@ -96,12 +96,11 @@ def line_masks(draw: st.DrawFn, most: int = 64) -> Mask:
 @st.composite
 def grid_masks(draw: st.DrawFn, grid: tuple[int, ...]) -> Mask:
     """A neighborhood on a grid."""
-    per_axis = [
-        draw(st.tuples(*[st.integers(0, 4)] * len(grid))),
-        draw(st.tuples(*[st.integers(1, 3)] * len(grid))),
-        draw(st.tuples(*[st.booleans()] * len(grid))),
-    ]
-    return masks.neighborhood(grid, *per_axis, edges=draw(st.sampled_from(("cut", "shift"))))
+    radius = draw(st.tuples(*[st.integers(0, 4)] * len(grid)))
+    dilation = draw(st.tuples(*[st.integers(1, 3)] * len(grid)))
+    causal = draw(st.tuples(*[st.booleans()] * len(grid)))
+    edges = draw(st.sampled_from(("cut", "shift")))
+    return masks.neighborhood(grid, radius, dilation, causal, edges)
 
 
 def placed(mask: Mask, offset: int) -> Mask:

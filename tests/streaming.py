@@ -34,14 +34,16 @@ def enter(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stream(out: Any = "out.npy", **options: Any) -> Any:
     """Run over the inputs of the working directory, or those that the options name."""
-    inputs = {name: options.pop(name, f"{name}.npy") for name in ("q", "k", "v")}
-    return RUN(*inputs.values(), out, **options)
+    q, k, v = (options.pop(name, f"{name}.npy") for name in ("q", "k", "v"))
+    return RUN(q, k, v, out, **options)
 
 
 def reference(**options: Any) -> torch.Tensor:
     """The reference for `stream`."""
     q, k, v = (torch.from_numpy(np.load(f"{name}.npy")) for name in ("q", "k", "v"))
-    return cd.reference(masks.causal(), q, k, v, **options)
+    out = cd.reference(masks.causal(), q, k, v, **options)
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 def snapshot(directory: Path) -> dict[str, bytes | str]:

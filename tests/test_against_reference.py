@@ -18,6 +18,7 @@ import compiled_dilated as cd
 from compiled_dilated import autograd, masks, orders
 from compiled_dilated.lowerings import dense, tiled
 from compiled_dilated.lowerings.tiling import costs
+from compiled_dilated.masks import Mask
 from compiled_dilated.programs import as_program
 from tests import caches
 from tests.cases import CASES, LOWERINGS, Case, by_name, in_order
@@ -145,7 +146,9 @@ MASKS = [
 @pytest.mark.parametrize("case", MASKS, ids=str)
 def test_an_order_changes_nothing(case: Case, order: orders.Order) -> None:
     inputs, expected = truth(case, 129, torch.float64)
-    attend = cd.compile(in_order(case.program(129), order), lowering="tiled")
+    mask = case.program(129)
+    assert isinstance(mask, Mask)
+    attend = cd.compile(in_order(mask, order), lowering="tiled")
     assert_same(run(attend, inputs), expected)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import compiled_dilated as cd
-from compiled_dilated import masks
+from compiled_dilated import Program, masks
+from compiled_dilated.masks import Mask
 from tests.support.attention import TAKE_ANY_MASK, TRAINS, same, same_gradients, tensors
 
-GRADCHECKED = {
+GRADCHECKED: dict[str, Callable[[], Program | Mask]] = {
     "longnet": lambda: cd.longnet((3, 8), (1, 2), causal=True),
     "window dilated": lambda: masks.window(4, 2, dilation=2),
     "neighborhood": lambda: masks.neighborhood((2, 4), 1, edges="shift"),
@@ -53,7 +54,9 @@ def test_gradient_of_lse_only(lowering: str) -> None:
 def test_gradients_of_a_subset_of_inputs() -> None:
     program, (q, k, v) = cd.longnet((8, 24), (1, 3)), tensors()
     attend = cd.compile(program)
-    expected = torch.autograd.grad(cd.reference(program, q, k, v).square().sum(), (q, k, v))
+    out = cd.reference(program, q, k, v)
+    assert isinstance(out, Tensor)
+    expected = torch.autograd.grad(out.square().sum(), (q, k, v))
     for subset in ((0,), (1,), (2,), (0, 2)):
         inputs = [x.detach().requires_grad_(i in subset) for i, x in enumerate((q, k, v))]
         attend(*inputs).square().sum().backward()

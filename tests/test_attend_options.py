@@ -103,7 +103,11 @@ def test_programs_of_equal_repr_share_no_result() -> None:
     """Different functions have the same repr inside from_mod."""
     q, k, v = (x.detach() for x in tensors())
     for reach in (1, 5):
-        mask = masks.from_mod(lambda b, h, q, kv, reach=reach: abs(q - kv) <= reach)
+
+        def near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, reach: int = reach) -> Tensor:
+            return abs(q - kv) <= reach
+
+        mask = masks.from_mod(near)
         same(cd.compile(mask)(q, k, v), cd.reference(masks.window(reach), q, k, v))
 
 
@@ -123,22 +127,24 @@ def test_decoding_is_a_slice_of_the_full_result(case: Case, lowering: str) -> No
     """One query or a few, at any position, with and without gradients."""
     n = 200
     inputs, program = case.inputs(n, torch.float64), case.program(n)
-    attend, options = cd.compile(program, lowering=lowering), {"data": inputs.data}
-    out, lse = cd.reference(program, inputs.q, inputs.k, inputs.v, **options, return_lse=True)
+    attend, data = cd.compile(program, lowering=lowering), inputs.data
+    out, lse = cd.reference(program, inputs.q, inputs.k, inputs.v, data=data, return_lse=True)
     for start, stop in ((0, 1), (63, 64), (199, 200), (64, 67), (190, 200), (1, 200)):
         expected = out[:, :, start:stop].detach(), lse[:, :, start:stop].detach()
         # A causal mask needs no keys after the last query.
         for keys in (n, stop) if case.name.endswith("causal") else (n,):
             k, v = inputs.k[:, :, :keys].detach(), inputs.v[:, :, :keys].detach()
             for q in (inputs.q[:, :, start:stop], inputs.q[:, :, start:stop].detach()):
-                row, row_lse = attend(q, k, v, **options, q_offset=start, return_lse=True)
+                row, row_lse = attend(q, k, v, data=data, q_offset=start, return_lse=True)
                 same((row.detach(), row_lse.detach()), expected)
 
 
 def test_decoding_token_by_token_plans_once() -> None:
-    attend = cd.compile(cd.longnet((8, 24), (1, 3), causal=True))
+    program = cd.longnet((8, 24), (1, 3), causal=True)
+    attend = cd.compile(program)
     q, k, v = (x.detach() for x in tensors(n=64))
-    expected = cd.reference(attend.program, q, k, v)
+    expected = cd.reference(program, q, k, v)
+    assert isinstance(expected, Tensor)
     plans = {id(attend.plan(q[:, :, p : p + 1], k, v, q_offset=p)) for p in range(64)}
     for p in range(64):
         same(attend(q[:, :, p : p + 1], k, v, q_offset=p), expected[:, :, p : p + 1])

@@ -76,10 +76,17 @@ def test_same_as_create_block_mask(
     actual = block_mask(mask, q_len, kv_len, order=order, q_offset=q_offset)
     mask_mod = in_order(mask, order, q_len, q_offset)
     assert_same_lists(actual, create_block_mask(mask_mod, None, None, q_len, kv_len, "cpu"))
+    assert actual.full_kv_num_blocks is not None
     widest = max(int(actual.kv_num_blocks.max()), int(actual.full_kv_num_blocks.max()))
     assert actual.kv_indices.shape[-1] == max(1, widest)
+    assert actual.full_kv_indices is not None
     assert actual.kv_indices.shape == actual.full_kv_indices.shape
+    assert actual.q_indices is not None
+    assert actual.full_q_indices is not None
     assert actual.q_indices.shape == actual.full_q_indices.shape
+
+
+NO_TENSOR = {"padding": np.zeros((1, 4), bool)}
 
 
 @pytest.mark.parametrize("tile", [16, 64, 100])
@@ -244,7 +251,7 @@ def test_widen_only_views() -> None:
             "heads must be at least 1; got 0",
         ),
         (
-            lambda: block_mask(lambda b, h, q, kv: q >= kv, 4, 4),
+            lambda: block_mask(lambda b, h, q, kv: q >= kv, 4, 4),  # type: ignore[arg-type]
             TypeError,
             "mask must be a mask; got function",
         ),
@@ -259,7 +266,7 @@ def test_widen_only_views() -> None:
             r"reads the data tensors \[\]; got \['x'\]. Pass data=",
         ),
         (
-            lambda: block_mask(masks.padding(), 4, 4, data={"padding": np.zeros((1, 4), bool)}),
+            lambda: block_mask(masks.padding(), 4, 4, data=NO_TENSOR),  # type: ignore[arg-type]
             TypeError,
             "must be a bool or integer tensor; got ndarray",
         ),

@@ -99,12 +99,13 @@ def test_parts_merge_by_lse(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_narrow_masks_on_a_gpu(mask: Mask, order: Order, data: Any) -> None:
     torch.compiler.reset()
     data = {name: tensor.cuda() for name, tensor in data.items()}
-    single = [x.cuda().requires_grad_() for x in qkv(300, heads=4)]
+    q, k, v = (x.cuda().requires_grad_() for x in qkv(300, heads=4))
     narrow = block_mask(mask, 300, 300, device="cuda", heads=4, order=order, data=data)
-    out = torch.compile(flex_attention, fullgraph=True)(*single, block_mask=narrow)
-    double = [x.detach().double().requires_grad_() for x in single]
-    expected = reference(mask, order, *double, data=data)
-    grads = torch.autograd.grad(out.sin().sum(), single)
+    out = torch.compile(flex_attention, fullgraph=True)(q, k, v, block_mask=narrow)
+    assert isinstance(out, Tensor)
+    double = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = reference(mask, order, double[0], double[1], double[2], data)
+    grads = torch.autograd.grad(out.sin().sum(), (q, k, v))
     expected_grads = torch.autograd.grad(expected.sin().sum(), double)
     for actual, value in zip((out, *grads), (expected, *expected_grads), strict=True):
         torch.testing.assert_close(actual, value.float(), atol=5e-3, rtol=5e-3)

@@ -77,6 +77,7 @@ def test_stream(tmp_path: Path) -> None:
     assert "700 tokens" in result.stdout
     q, k, v = (torch.from_numpy(np.load(path)) for path in paths[:3])
     expected = cd.reference(cd.longnet((64, 128), (1, 2), causal=True), q, k, v)
+    assert isinstance(expected, torch.Tensor)
     np.testing.assert_allclose(np.load(paths[3]), expected.numpy(), rtol=1e-10, atol=1e-10)
 
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import compiled_dilated as cd
-from compiled_dilated import masks, pictures
+from compiled_dilated import masks
 from compiled_dilated.cli import app
 
 MODS = f"{__name__}:checkered"
@@ -161,7 +161,7 @@ def test_show_refuses(
 def test_a_png_without_matplotlib_is_bad_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures.plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run("show", "causal()", "-n", "8", "--png", str(tmp_path / "mask.png"))
     assert result.exit_code == 2
     assert "install it with pip install 'compiled-dilated[show]'" in " ".join(result.stderr.split())

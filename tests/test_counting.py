@@ -191,8 +191,8 @@ def test_tiles_are_those_of_the_dense_mask(mask: Mask, tile: int) -> None:
     for row in range(0, 48, tile):
         for column in range(0, 41, tile):
             pairs = allowed[row : row + tile, column : column + tile]
-            full += pairs.all()
-            partial += pairs.any() and not pairs.all()
+            full += int(pairs.all())
+            partial += int(pairs.any() and not pairs.all())
     assert counted is not None
     assert (counted.full, counted.partial) == (full, partial)
 

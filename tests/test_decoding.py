@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import compiled_dilated as cd
-from compiled_dilated import autograd, execution, masks
+from compiled_dilated import autograd, masks, planner
 from compiled_dilated.masks.core import intersection
 from compiled_dilated.native import build
 from tests.support.attention import same
@@ -106,7 +106,7 @@ def test_tokens_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     def planning(*arguments: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr(execution.planner, "choose", planning)
+    monkeypatch.setattr(planner, "choose", planning)
     for position in range(100, 120):
         attend(q[:, :, :1], k[:, :, : position + 1], v[:, :, : position + 1], q_offset=position)
 

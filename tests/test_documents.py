@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import PRELUDES, SHARED
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from tests.documents import PRELUDES, SHARED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

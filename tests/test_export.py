@@ -72,10 +72,11 @@ def save(folder: Path, name: str, model: nn.Module, inputs: tuple[Tensor, ...]) 
         torch.save((inputs, model(*inputs)), folder / f"{name}.pt")
 
 
-KINDS = {"long lists": ("many documents", "many tiles"), "functions": ("closures", "parameters")}
-KINDS["programs"] = tuple(
-    sorted(name for name in MODELS if not any(name in names for names in KINDS.values()))
-)
+KINDS: dict[str, tuple[str, ...]] = {
+    "long lists": ("many documents", "many tiles"),
+    "functions": ("closures", "parameters"),
+}
+KINDS["programs"] = tuple(sorted(set(MODELS).difference(*KINDS.values())))
 
 
 @pytest.mark.parametrize("kind", ["programs", "functions", "long lists"])

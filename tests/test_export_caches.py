@@ -51,7 +51,7 @@ def check_with_emptied_caches(name: str, how: str) -> None:
 
     def emptying(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         forget()
-        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, list(inputs))
         forget()
         return compiled
 

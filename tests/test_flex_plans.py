@@ -11,18 +11,25 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
 import compiled_dilated as cd
-from compiled_dilated import execution, masks
+from compiled_dilated import Program, execution, masks
 from compiled_dilated.lowerings.flex import running
 from compiled_dilated.lowerings.tiling import kernels
-from compiled_dilated.plans import Problem
+from compiled_dilated.plans import Problem, problem_of
 
 PROGRAM = cd.longnet((64, 128), (1, 2), causal=True)
 
 
 @pytest.mark.parametrize("lowering", ["dense", "strided", "tiled", "flex"])
 def test_an_explicit_lowering_on_a_gpu_is_never_replaced(lowering: str) -> None:
-    options = {"dtype": torch.bfloat16, "device": "cuda", "training": True}
-    assert cd.plan(PROGRAM, (1, 4, 512, 64), lowering=lowering, **options).lowering == lowering
+    plan = cd.plan(
+        PROGRAM,
+        (1, 4, 512, 64),
+        dtype=torch.bfloat16,
+        device="cuda",
+        training=True,
+        lowering=lowering,
+    )
+    assert plan.lowering == lowering
 
 
 def test_an_explicit_lowering_that_refuses_raises_on_a_gpu() -> None:
@@ -48,9 +55,9 @@ def test_widths_that_triton_cannot_take_are_refused(
 
 
 def test_lengths_past_offsets_of_32_bits_are_refused() -> None:
-    shape, options = (1, 1, 2**25, 64), {"dtype": torch.bfloat16, "device": "cuda"}
+    shape, dtype = (1, 1, 2**25, 64), torch.bfloat16
     with pytest.raises(ValueError, match="address a head in 32 bits"):
-        cd.plan(masks.window(9), shape, lowering="flex", **options)
+        cd.plan(masks.window(9), shape, dtype=dtype, device="cuda", lowering="flex")
 
 
 def test_tokens_beyond_offsets_of_32_bits_are_copied_together() -> None:
@@ -67,9 +74,15 @@ def test_tokens_beyond_offsets_of_32_bits_are_copied_together() -> None:
 def test_the_kernel_for_decoding_is_avoided_where_it_has_no_tile(
     rows: int, group: int, avoided: bool
 ) -> None:
-    q_shape, kv_heads, kv_len = (1, 4, rows, 64), 4 // group, 512
-    options = {"q_offset": kv_len - rows, "device": "cuda", "lowering": "flex"}
-    plan = cd.plan(masks.causal(), q_shape, kv_heads, kv_len, **options)
+    plan = cd.plan(
+        masks.causal(),
+        (1, 4, rows, 64),
+        kv_heads=4 // group,
+        kv_len=512,
+        device="cuda",
+        lowering="flex",
+        q_offset=512 - rows,
+    )
     (work,) = plan.chosen[0].work
     part = work.parts(plan.problem, torch.device("cpu"), {})[0]
     kernel_options = running._kernel_options(plan.problem, part)
@@ -81,9 +94,10 @@ def test_more_masks_and_lengths_than_dynamos_limit() -> None:
     """On a CPU, which has the same limit of graphs per code object."""
     limit = torch._dynamo.config.recompile_limit
     for number in range(limit + 2):
-        attend = cd.compile(masks.window(5 + number), lowering="flex")
+        mask = masks.window(5 + number)
+        attend = cd.compile(mask, lowering="flex")
         q, k, v = (torch.randn(1, 2, 130 + number, 16) for _ in range(3))
-        expected = cd.reference(attend.program, q, k, v)
+        expected = cd.reference(mask, q, k, v)
         torch.testing.assert_close(attend(q, k, v).double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -124,7 +138,6 @@ def dense(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, AuxO
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of a GPU for tensors of the CPU, and a dense kernel in place of Triton's."""
-    problem_of = execution.problem_of
 
     def problem_of_gpu(
         program: cd.Program, q: Any, k: Any, v: Any, dtype: Any, device: str, *more: Any
@@ -152,6 +165,7 @@ def test_the_backward_records_inside_operators(door: str) -> None:
         out, lse = compiled(q, k, v, return_lse=True)
     else:
         out, lse = attend(q, k, v, return_lse=True)
+    assert isinstance(attend.program, Program)
     exact, exact_lse = cd.reference(attend.program, q, k, v, return_lse=True)
     weights, lse_weights = torch.randn_like(out), torch.randn_like(lse)
     lse_weights = lse_weights * (exact_lse != -math.inf)

@@ -30,7 +30,6 @@ from tests.transformers_models import (
     padded,
     pair_of,
     result_of,
-    without,
 )
 
 LEAST = torch.finfo(torch.float32).min
@@ -39,8 +38,8 @@ LEAST = torch.finfo(torch.float32).min
 def llama4(implementation: str) -> Any:
     """Llama 4, whose first layer sees chunks of 16 tokens and whose second sees all before."""
     torch.manual_seed(0)
-    config = transformers.Llama4TextConfig(
-        **TEXT_SETTINGS,
+    settings: dict[str, Any] = dict(
+        TEXT_SETTINGS,
         head_dim=16,
         intermediate_size_mlp=96,
         num_local_experts=2,
@@ -50,7 +49,7 @@ def llama4(implementation: str) -> Any:
         moe_layers=[],
         attn_implementation=implementation,
     )
-    return transformers.Llama4ForCausalLM(config).eval()
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**settings)).eval()
 
 
 def options_of(kind: str, length: int) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def test_chunks_of_ten_lengths_are_two_graphs(kind: str) -> None:
     torch._dynamo.reset()
     model, eager = llama4("compiled_dilated"), llama4("eager")
     backend = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
     for length in LENGTHS:
         options = {**options_of(kind, length), "use_cache": False}
         tokens = options.get("attention_mask", torch.ones(2, length)).bool()
@@ -103,7 +102,7 @@ def test_chunks_are_generated_as_eager_attention_does(cache: str | None) -> None
 def test_a_program_over_chunks_that_may_be_packed_is_refused_in_a_graph() -> None:
     torch._dynamo.reset()
     model = cd.compile(llama4("eager"), attention=masks.causal())
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"packed sequences of .* and its chunks are one mask"):
         compiled(**inputs_of("llama"), use_cache=False)
 
@@ -153,13 +152,14 @@ def test_a_tensor_of_pairs_joins_a_program() -> None:
 def mllama(implementation: str) -> Any:
     """The text half of Llama 3.2 Vision: layer 1 is cross attention."""
     torch.manual_seed(0)
-    config = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
-        **without(TEXT_SETTINGS, "eos_token_id"),
+    settings: dict[str, Any] = dict(
+        TEXT_SETTINGS,
         eos_token_id=3,
         cross_attention_layers=[1],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         attn_implementation=implementation,
     )
+    config = transformers.models.mllama.configuration_mllama.MllamaTextConfig(**settings)
     model = transformers.MllamaForCausalLM(config).eval()
     for name, weight in model.named_parameters():
         # Gates are closed at first: cross attention would add nothing.

@@ -52,9 +52,9 @@ def test_padding_is_hidden(name: str, side: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3"])
 def test_packed_sequences_do_not_see_each_other(name: str) -> None:
     model, eager = pair_of(name)
-    inputs = {**inputs_of(name), "position_ids": packed(20, 5, 25), "use_cache": False}
-    out = result_of(model(**inputs))
-    assert_same(out, result_of(eager(**inputs)))
+    inputs = {**inputs_of(name), "position_ids": packed(20, 5, 25)}
+    out = result_of(model(**inputs, use_cache=False))
+    assert_same(out, result_of(eager(**inputs, use_cache=False)))
     second = result_of(model(inputs["input_ids"][:, 20:25], use_cache=False))
     assert_same(out[:, 20:25], second)
 
@@ -105,9 +105,8 @@ def test_t5_with_its_bias_of_positions() -> None:
 def modern_bert(implementation: str) -> Any:
     """ModernBERT, with windows without a direction."""
     torch.manual_seed(0)
-    settings = without(TEXT_SETTINGS, "num_key_value_heads", "num_hidden_layers")
-    config = transformers.ModernBertConfig(
-        **settings,
+    settings: dict[str, Any] = dict(
+        without(TEXT_SETTINGS, "num_key_value_heads"),
         num_hidden_layers=3,
         local_attention=8,
         bos_token_id=1,
@@ -115,7 +114,7 @@ def modern_bert(implementation: str) -> Any:
         sep_token_id=2,
         attn_implementation=implementation,
     )
-    return transformers.ModernBertModel(config).eval()
+    return transformers.ModernBertModel(transformers.ModernBertConfig(**settings)).eval()
 
 
 def test_a_window_without_a_direction_is_one_in_a_graph_too() -> None:
@@ -125,5 +124,5 @@ def test_a_window_without_a_direction_is_one_in_a_graph_too() -> None:
     with torch.no_grad():
         expected = result_of(eager(**inputs))
         assert_same(result_of(model(**inputs)), expected)
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled: Any = torch.compile(model, backend="aot_eager")
         assert_same(result_of(compiled(**inputs)), expected)

@@ -70,7 +70,7 @@ def test_ranks_from_a_torn_line_on_are_computed_again(home: Path, kind: str) -> 
 
 NO_RANKS = (-1, RANKS, 10**30, True, 1.0, "1", None, [1])
 NO_CHECKSUMS = (None, "0", "0000000g")
-FOREIGN = [
+FOREIGN: list[Any] = [
     *({}, None, [], 7, "rank", {"rank": 1}, {"rank": 1, "checksum": "00000000", "more": 1}),
     *({"rank": rank, "checksum": "00000000"} for rank in NO_RANKS),
     *({"rank": 1, "checksum": checksum} for checksum in NO_CHECKSUMS),

@@ -50,7 +50,13 @@ def problem(
     heads: int = 4,
     **settings: Any,
 ) -> Problem:
-    numbers = {"head_dim": 16, "value_dim": 16, "dtype": "bfloat16", "device": "cuda"} | settings
+    numbers: dict[str, Any] = {
+        "head_dim": 16,
+        "value_dim": 16,
+        "dtype": "bfloat16",
+        "device": "cuda",
+    }
+    numbers |= settings
     return Problem(
         as_program(program), 1, heads, heads, queries, keys, q_offset=q_offset, **numbers
     )

@@ -73,7 +73,7 @@ def test_neighborhood_is_exact_on_boxes(dilation: int, edges: str) -> None:
     truth = dense(mask, 192, 192)
     rows, columns = (axis.reshape(-1) for axis in np.indices((len(boxes), len(boxes))))
     verdicts = mask.classify(boxes[rows], boxes[columns])
-    for row, column, verdict in zip(rows, columns, verdicts, strict=True):
+    for row, column, verdict in zip(rows.tolist(), columns.tolist(), verdicts, strict=True):
         seen = truth[np.ix_(boxes.positions(row), boxes.positions(column))]
         # The reach of shifted windows is bounded per tile: a FULL tile may be called PARTIAL, an
         # EMPTY one never.

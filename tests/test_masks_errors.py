@@ -16,7 +16,11 @@ from tests.strategies import every_third
     ("make", "error", "message"),
     [
         (lambda: masks.window(-1), ValueError, "left must be at least 0; got -1"),
-        (lambda: masks.window(2.5), TypeError, "left must be an integer; got float 2.5"),
+        (
+            lambda: masks.window(2.5),  # type: ignore[arg-type]
+            TypeError,
+            "left must be an integer; got float 2.5",
+        ),
         (lambda: masks.window(True), TypeError, "left must be an integer; got bool"),
         (lambda: masks.window(2, -1), ValueError, "right must be at least 0"),
         (lambda: masks.window(2, dilation=0), ValueError, "dilation must be at least 1"),
@@ -33,20 +37,28 @@ from tests.strategies import every_third
         (lambda: masks.documents(), ValueError, "either ids .* or lengths"),
         (lambda: masks.documents(ids="a", lengths=(1,)), ValueError, "either ids .* or lengths"),
         (
-            lambda: masks.documents(ids=torch.zeros(3)),
+            lambda: masks.documents(ids=torch.zeros(3)),  # type: ignore[arg-type]
             TypeError,
             "ids must be the name of a data tensor; got Tensor",
         ),
         (lambda: masks.documents(lengths=()), ValueError, "lengths is empty"),
-        (lambda: masks.documents(lengths=5), TypeError, "lengths must be a sequence of integers"),
         (
-            lambda: masks.padding(torch.zeros(3)),
+            lambda: masks.documents(lengths=5),  # type: ignore[arg-type]
+            TypeError,
+            "lengths must be a sequence of integers",
+        ),
+        (
+            lambda: masks.padding(torch.zeros(3)),  # type: ignore[arg-type]
             TypeError,
             "name must be the name of a data tensor; got Tensor",
         ),
         (lambda: masks.sinks(-1), ValueError, "count must be at least 0"),
         (lambda: masks.neighborhood((4, 4, 4, 4), 1), ValueError, "grid must have 1 to 3 axes"),
-        (lambda: masks.neighborhood(16, 1), TypeError, "grid must be a sequence of integers"),
+        (
+            lambda: masks.neighborhood(16, 1),  # type: ignore[arg-type]
+            TypeError,
+            "grid must be a sequence of integers",
+        ),
         (
             lambda: masks.neighborhood((4, 4), (1, 1, 1)),
             ValueError,
@@ -63,21 +75,29 @@ from tests.strategies import every_third
             "causal must be a bool or one bool per axis",
         ),
         (
-            lambda: masks.neighborhood((4, 4), 1, causal=None),
+            lambda: masks.neighborhood((4, 4), 1, causal=None),  # type: ignore[arg-type]
             ValueError,
             "causal must be a bool or one bool per axis",
         ),
         (
-            lambda: masks.tiles([(1, 2, 3)]),
+            lambda: masks.tiles([(1, 2, 3)]),  # type: ignore[list-item]
             ValueError,
             "every tile must be a .query tile, key tile. pair",
         ),
         (lambda: masks.tiles([(0, -1)]), ValueError, "must be at least 0"),
-        (lambda: masks.tiles("ab"), TypeError, "pairs must be .query tile, key tile. pairs"),
-        (lambda: masks.tiles([(0, 3)], columns=2), ValueError, "columns must be at least 4"),
-        (lambda: masks.from_mod(3), TypeError, "fn must be a function of"),
         (
-            lambda: masks.from_mod(every_third, within=3),
+            lambda: masks.tiles("ab"),  # type: ignore[arg-type]
+            TypeError,
+            "pairs must be .query tile, key tile. pairs",
+        ),
+        (lambda: masks.tiles([(0, 3)], columns=2), ValueError, "columns must be at least 4"),
+        (
+            lambda: masks.from_mod(3),  # type: ignore[arg-type]
+            TypeError,
+            "fn must be a function of",
+        ),
+        (
+            lambda: masks.from_mod(every_third, within=3),  # type: ignore[arg-type]
             TypeError,
             "within must be a mask; got int",
         ),

@@ -137,6 +137,8 @@ def test_replacing_a_layers_score_mod_changes_the_result(compiled: bool) -> None
 class Sloped(nn.Module):
     """A score_mod as a bound method, with a number and two tensors that it reads."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.number, self.t = 0.1, nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
@@ -156,7 +158,7 @@ def test_captured_numbers_and_tensors_change(compiled: bool) -> None:
         same(run(*inputs), cd.reference(masks.causal(), *inputs, score_mod=owner.mod))
         owner.number += 0.5
         with torch.no_grad():
-            owner.t += 0.25
+            owner.t.add_(0.25)
             owner.table[step] = 1.0
     owner.table = torch.ones(HEADS, dtype=torch.float64)
     same(run(*inputs), cd.reference(masks.causal(), *inputs, score_mod=owner.mod))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import compiled_dilated as cd
-from compiled_dilated import DilatedAttention, MultiheadDilatedAttention
+from compiled_dilated import DilatedAttention, MultiheadDilatedAttention, Program
 from compiled_dilated.attend import Attend
 from compiled_dilated.modules import visible
 from tests.support.modules import (
@@ -120,6 +120,7 @@ def test_padding_is_the_reference(is_causal: bool, lowering: str) -> None:
         *leaves, is_causal=is_causal, key_padding_mask=padding
     )
     program = visible(CAUSAL if is_causal else LONGNET)
+    assert isinstance(program, Program)
     assert_same(out, reference(program, *leaves, data={"padding": padding}), leaves)
 
 

@@ -63,7 +63,12 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 def test_bad_multihead_arguments(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    good = {"embed_dim": 32, "num_heads": 4, "dilation_rates": RATES, "segment_lengths": LENGTHS}
+    good: dict[str, Any] = {
+        "embed_dim": 32,
+        "num_heads": 4,
+        "dilation_rates": RATES,
+        "segment_lengths": LENGTHS,
+    }
     with pytest.raises(error, match=message):
         MultiheadDilatedAttention(**good | arguments)
 

@@ -88,9 +88,10 @@ def test_query_offset_per_batch_entry(
         results = problem.results()
         # Every entry equals a call of its own at its position.
         for b, position in enumerate(positions):
-            entry = [x[b : b + 1] for x in (q, k, v, grad_out)]
-            expected = reference_results(
-                mask, Problem(problem.work, *entry, None, q_offset=position)
+            entry = slice(b, b + 1)
+            single = Problem(
+                problem.work, q[entry], k[entry], v[entry], grad_out[entry], None, q_offset=position
             )
-            assert_near([x[b : b + 1] for x in results], expected, f"{mask!r} entry {b}")
+            expected = reference_results(mask, single)
+            assert_near([x[entry] for x in results], expected, f"{mask!r} entry {b}")
         assert executed(problem) == counts_of(problem)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_strides(
     assert_near(expected, reference_results(mask, plain))
     names = ("q", "k", "v", "grad_out")
     for changed_names in (names, ("k",), ("q", "v")):
-        views = {name: layout(getattr(plain, name)) for name in changed_names}
+        views: dict[str, Any] = {name: layout(getattr(plain, name)) for name in changed_names}
         changed = replace(plain, **views)
         assert torch.equal(changed.k, plain.k)
         assert_same_bits(changed.results(), expected, f"{mask!r}")
@@ -101,9 +102,12 @@ def test_strides(
 def test_expanded_tensors(name: str, dtype: torch.dtype) -> None:
     expand = EXPANDED[name]
     mask, plain = ragged(dtype, 16, 16, 90, 130)
-    names = ("q", "k", "v", "grad_out")
-    views = replace(plain, **{name: expand(getattr(plain, name)) for name in names})
-    copies = replace(plain, **{name: getattr(views, name).contiguous() for name in names})
+    expanded: dict[str, Any] = {}
+    contiguous: dict[str, Any] = {}
+    for name in ("q", "k", "v", "grad_out"):
+        expanded[name] = expand(getattr(plain, name))
+        contiguous[name] = expanded[name].contiguous()
+    views, copies = replace(plain, **expanded), replace(plain, **contiguous)
     assert_same_bits(views.results(), copies.results())
     assert_near(copies.results(), reference_results(mask, copies))
 
@@ -164,5 +168,5 @@ def test_rows_at_any_memory_alignment(apart: int, dtype: torch.dtype) -> None:
             for buffer, x in zip(memory, (k, v), strict=True):
                 offset, strides = buffer.storage_offset() + start, (0, n * apart, apart, 1)
                 views.append(buffer.as_strided(x.shape, strides, offset).copy_(x))
-            results = Problem(work, q, *views, grad_out, None).results()
+            results = Problem(work, q, views[0], views[1], grad_out, None).results()
             assert_near(results, expected, f"{mask!r} from {start}")

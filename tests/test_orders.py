@@ -62,11 +62,18 @@ def test_identity_changes_nothing() -> None:
     assert orders.identity().invert(x) is x
 
 
+def cells_of(order: Order, grid: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The coordinates of the cell at each place, (axes, cells)."""
+    permutation = order.permutation(math.prod(grid))
+    assert permutation is not None
+    return np.stack(np.unravel_index(permutation, grid))
+
+
 @pytest.mark.parametrize(
     "grid", [(2, 2), (4, 4), (16, 16), (64, 64), (2, 2, 2), (8, 8, 8), (1, 8, 8), (16, 1, 16)]
 )
 def test_hilbert_steps_to_a_neighbor(grid: tuple[int, ...]) -> None:
-    cells = np.stack(np.unravel_index(orders.hilbert(*grid).permutation(math.prod(grid)), grid))
+    cells = cells_of(orders.hilbert(*grid), grid)
     assert (np.abs(np.diff(cells, axis=1)).sum(axis=0) == 1).all()
 
 
@@ -75,7 +82,7 @@ def test_hilbert_steps_to_a_neighbor(grid: tuple[int, ...]) -> None:
 )
 def test_hilbert_of_other_sizes_rarely_jumps(grid: tuple[int, ...]) -> None:
     n = math.prod(grid)
-    cells = np.stack(np.unravel_index(orders.hilbert(*grid).permutation(n), grid))
+    cells = cells_of(orders.hilbert(*grid), grid)
     steps = np.abs(np.diff(cells, axis=1)).sum(axis=0)
     assert np.mean(steps) < 1.2
     starts = np.arange(0, n - 63, 64)
@@ -131,7 +138,9 @@ def test_large_hilbert_curves_are_int32() -> None:
 def test_curves_beyond_int32() -> None:
     """A thin slab in a cube of 2**36 cells."""
     order = orders.hilbert(2, 2, 3000)
-    assert sorted(order.permutation(12000)) == list(range(12000))
+    permutation = order.permutation(12000)
+    assert permutation is not None
+    assert sorted(permutation) == list(range(12000))
     check_round_trip(order, 12000)
 
 
@@ -209,7 +218,11 @@ def test_orders_are_values(order: Order) -> None:
     [
         (lambda: orders.residue(0), ValueError, "rate must be at least 1; got 0"),
         (lambda: orders.residue(2, 0), ValueError, "period must be at least 1; got 0"),
-        (lambda: orders.residue(1.5), TypeError, "rate must be an integer; got float 1.5"),
+        (
+            lambda: orders.residue(1.5),  # type: ignore[arg-type]
+            TypeError,
+            "rate must be an integer; got float 1.5",
+        ),
         (
             lambda: orders.hilbert(4),
             ValueError,
@@ -217,7 +230,11 @@ def test_orders_are_values(order: Order) -> None:
         ),
         (lambda: orders.hilbert(4, 4, 4, 4), ValueError, "grids of 2 or 3 axes; got 4 sizes"),
         (lambda: orders.hilbert(4, 0), ValueError, "must be at least 1; got 0"),
-        (lambda: orders.hilbert((4, 4)), TypeError, "must be an integer; got tuple"),
+        (
+            lambda: orders.hilbert((4, 4)),  # type: ignore[arg-type]
+            TypeError,
+            "must be an integer; got tuple",
+        ),
         (
             lambda: orders.hilbert(4, 4).permutation(15),
             ValueError,

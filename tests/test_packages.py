@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from packaged import SUFFIXES, Exported, Model, of_model, qkv
 from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.native import build
+from tests.packaged import SUFFIXES, Exported, Model, of_model, qkv
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 100, 257, 1000)
 
@@ -238,7 +238,10 @@ def test_bad_values_of_export_are_refused(
         ({"model": cd.compile(masks.causal())}, "export takes the program itself"),
         ({"example_inputs": (1, 2, 3)}, r"example_inputs\[0\] must be a tensor on a CPU; got int"),
         ({"example_inputs": qkv(9)[0]}, "must be a sequence of tensors; got Tensor"),
-        ({"example_inputs": [x.cfloat() for x in qkv(9)]}, "the dtypes float32, .*; got complex64"),
+        (
+            {"example_inputs": [x.to(torch.complex64) for x in qkv(9)]},
+            "the dtypes float32, .*; got complex64",
+        ),
     ],
 )
 def test_bad_types_of_export_are_refused(
@@ -293,7 +296,7 @@ def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_models_of_transformers(name: str, attention: Any, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from transformers_models import inputs_of, model_of
+    from tests.transformers_models import inputs_of, model_of
 
     model = cd.compile(model_of(name, "eager", use_cache=False), attention=attention)
     path, ids = tmp_path / "model.pt2", inputs_of(name)["input_ids"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from packaged import Exported, qkv
 from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from tests.packaged import Exported, qkv
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_queries_out_of_range_are_refused(
     inputs = (*qkv(tokens, queries=queries), padding(tokens))
     with pytest.raises(ValueError, match=message):
         cd.load(window.path).decode(*inputs)
-    from torch._inductor.package import load_package
+    from torch._inductor.package.package import load_package
 
     with pytest.raises(RuntimeError, match=message):
         load_package(str(window.path), "decode")(*inputs)

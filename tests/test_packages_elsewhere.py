@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from cpp import program_of
-from packaged import WITHOUT, Exported, Model, of_model, qkv
 from torch import Tensor
 
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.native import cpp
+from tests.cpp import program_of
+from tests.packaged import WITHOUT, Exported, Model, of_model, qkv
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from compiled_dilated.masks import (
     tiles,
     window,
 )
+from compiled_dilated.masks.core import Or
 from compiled_dilated.orders import hilbert, identity, residue
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
@@ -178,7 +179,9 @@ def test_global_and_local_keep_their_density(tokens: int, density: float, block:
         assert density * tokens**2 < 2 * block * tokens - block**2 + tokens - block
         return
     assert abs(density_of(program, tokens) - density) <= 1 / tokens + 1e-12
-    assert program.branches[0].mask.masks[0] == global_tokens(block)
+    mask = program.branches[0].mask
+    assert isinstance(mask, Or)
+    assert mask.masks[0] == global_tokens(block)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])

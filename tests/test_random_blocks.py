@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import compiled_dilated as cd
 from compiled_dilated import counting, masks
-from compiled_dilated.masks.explicit import splitmix64
+from compiled_dilated.masks.explicit import Tiles, splitmix64
 from compiled_dilated.programs import as_program
 from compiled_dilated.regions import EMPTY, FULL
 from compiled_dilated.tiles import TileMap
@@ -111,6 +111,7 @@ TILES_OF_SEED_3 = [
 
 def test_random_blocks_are_spread_evenly() -> None:
     mask = masks.random_blocks(1, 8, tokens=2000)
+    assert isinstance(mask, Tiles)
     columns = np.bincount(np.array(mask.keys) % mask.columns, minlength=2000)
     # Poisson of mean 8.
     assert abs(columns.var() - 8) < 1

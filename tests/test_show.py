@@ -16,7 +16,6 @@ import torch
 import compiled_dilated as cd
 from compiled_dilated import Branch, Program, counting, masks, orders
 from compiled_dilated.masks import Mask
-from compiled_dilated.pictures import plots
 from compiled_dilated.pictures.pixels import MOST_PIXELS, cuts
 from compiled_dilated.pictures.shades import EMPTY, Shades
 from compiled_dilated.programs import as_program
@@ -350,7 +349,7 @@ def test_it_is_saved_by_its_ending(tmp_path: Path) -> None:
 def test_without_matplotlib_it_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     figure = cd.show(masks.window(2), 12)
     message = r"needs matplotlib; install it with pip install 'compiled-dilated\[show\]'"
     with pytest.raises(ImportError, match=message):

@@ -67,16 +67,22 @@ def test_generated_rows_of_batch_entries_heads_and_blocks_all_differ() -> None:
 # Samples and exact rows
 
 
+def generated(shape: tuple[int, int, int, int]) -> list[GeneratedSource]:
+    """Sources of q, k and v."""
+    return [GeneratedSource(shape, 0, stream, torch.float64) for stream in range(3)]
+
+
 def test_sampled_and_exact_rows_equal_the_reference(tmp_path: Path) -> None:
     shape, samples = (1, 2, 3000, 8), [0, 17, 1024, 2999]
-    inputs = [GeneratedSource(shape, 0, stream, torch.float64) for stream in range(3)]
+    inputs = generated(shape)
     sink = SampleSink(tmp_path / "rows.npy", shape, samples, torch.float64)
     run = cd.compile(LONGNET, ranks=7, transport="streamed")
-    assert run(*inputs, sink, journal=tmp_path / "journal").complete
+    assert run(inputs[0], inputs[1], inputs[2], sink, journal=tmp_path / "journal").complete
     q, k, v = (sources.read(x, HeadRange(0, 1, 2), range(3000)) for x in inputs)
     expected = cd.reference(LONGNET, q, k, v)
+    assert isinstance(expected, torch.Tensor)
     torch.testing.assert_close(sink.read(), expected[:, :, samples], rtol=1e-10, atol=1e-10)
-    row = exact_row(LONGNET, *inputs, 1024, 8**-0.5)
+    row = exact_row(LONGNET, inputs[0], inputs[1], inputs[2], 1024, 8**-0.5)
     torch.testing.assert_close(row, expected[:, :, 1024], rtol=1e-10, atol=1e-10)
 
 
@@ -85,8 +91,9 @@ def test_an_exact_row_follows_a_mask_that_reads_the_batch_index() -> None:
         return (q + kv) % 3 == (b + h) % 3
 
     program = as_program(masks.from_mod(by_batch))
-    inputs = [GeneratedSource((3, 2, 40, 4), 0, stream, torch.float64) for stream in range(3)]
+    inputs = generated((3, 2, 40, 4))
     q, k, v = (sources.read(x, HeadRange(0, 1, 2), range(40)) for x in inputs)
-    expected = cd.reference(program, q, k, v)[:, :, 7]
-    row = exact_row(program, *inputs, 7, 0.5)
-    torch.testing.assert_close(row, expected, rtol=1e-10, atol=1e-10)
+    expected = cd.reference(program, q, k, v)
+    assert isinstance(expected, torch.Tensor)
+    row = exact_row(program, inputs[0], inputs[1], inputs[2], 7, 0.5)
+    torch.testing.assert_close(row, expected[:, :, 7], rtol=1e-10, atol=1e-10)

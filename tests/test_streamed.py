@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 import compiled_dilated as cd
-from compiled_dilated import masks
+from compiled_dilated import Program, masks
 from compiled_dilated.heads import HeadRange
+from compiled_dilated.masks import Mask
 from compiled_dilated.ring import pipeline
 from compiled_dilated.ring.sources import GeneratedSource, SampleSink
 from compiled_dilated.ring.streamed import Progress
 from tests.support.streams import LONGNET, inputs_of, output_of, stream, write_files
 
-PROGRAMS = {
+PROGRAMS: dict[str, Program | Mask] = {
     "longnet": LONGNET,
     "window or sinks": masks.causal() & (masks.window(50) | masks.sinks(3)),
     "global tokens": masks.window(9) | masks.global_tokens(4),
@@ -44,6 +45,7 @@ def test_float16_and_scale(tmp_path: Path) -> None:
     stream(paths, scale=0.5)
     inputs = inputs_of(paths)
     exact = cd.reference(LONGNET, *inputs, scale=0.5)
+    assert isinstance(exact, Tensor)
     one_device = cd.compile(LONGNET)(*inputs, scale=0.5).double()
     assert output_of(paths).dtype == torch.float16
     # Ranks merge more often than one device: twice its error, and one rounding.
@@ -120,7 +122,8 @@ def test_buffers_are_reused(tmp_path: Path, slow_reads: bool) -> None:
             out.copy_(heads.of(self.x)[:, :, rows.start : rows.stop : rows.step])
 
     out = tmp_path / "out.npy"
-    cd.compile(LONGNET, ranks=16, transport="streamed")(*map(Source, inputs), out)
+    q, k, v = map(Source, inputs)
+    cd.compile(LONGNET, ranks=16, transport="streamed")(q, k, v, out)
     assert len(reads) == 48
     assert len(buffers) <= 12  # q, k, v and out, three times
     expected = cd.compile(LONGNET)(*inputs)
@@ -146,7 +149,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 def test_a_device_is_for_streams_only() -> None:
     with pytest.raises(ValueError, match=r"device='cpu' is for transport='streamed'"):
-        cd.compile(LONGNET, device="cpu")
+        cd.compile(LONGNET, device="cpu")  # type: ignore[call-overload]
     run = cd.compile(masks.causal(), ranks=2, transport="streamed", device="meta")
     assert repr(run).endswith("device='meta')")
 

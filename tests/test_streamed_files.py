@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from compiled_dilated.ring import files, pipeline
+from compiled_dilated.ring import pipeline
 from compiled_dilated.ring.journals import checksum
 from compiled_dilated.ring.sources import FileSink, FileSource, SampleSink
 from tests.streaming import RANKS, RUN, SHAPE, enter, snapshot, stream
@@ -129,7 +129,7 @@ def test_an_unfinished_file_is_created_exclusively(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = iter(["0", "0", "1"])
-    monkeypatch.setattr(files.secrets, "token_hex", lambda count: next(names))
+    monkeypatch.setattr("secrets.token_hex", lambda count: next(names))
     Path("precious").write_text("a thesis")
     os.symlink("precious", "unfinished-0")
     before = snapshot(home)

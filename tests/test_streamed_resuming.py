@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_keeps_the_finished_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = write_files(tmp_path, 500)
-    write, written = FileSink.write, []
+    write, written = FileSink.write, list[range]()
 
     def write_three(self: FileSink, rows: range, part: Tensor) -> memoryview:
         if len(written) == 3:

@@ -101,7 +101,7 @@ def test_functions_of_scores(native: Native, name: str, dtype: torch.dtype) -> N
         return FUNCTIONS[name](s).to(dtype)
 
     # 1. Values at special points and on a grid.
-    points = POINTS if name in FINITE else (*POINTS, *EXTREMES)
+    points: tuple[float, ...] = POINTS if name in FINITE else (*POINTS, *EXTREMES)
     if name in ("whole", "half", "tan", "sin", "cos"):
         points = tuple(x for x in points if not abs(x) > 1e9)
     grid = torch.linspace(-6, 6, 64 - len(points), dtype=dtype)

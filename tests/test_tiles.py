@@ -252,9 +252,13 @@ def test_maps_without_queries_or_keys(q_len: int, kv_len: int) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: TileMap.build("causal", 4, 4), TypeError, "mask must be a mask; got str 'causal'"),
         (
-            lambda: TileMap.build(masks.causal(), 4, 4, order="hilbert"),
+            lambda: TileMap.build("causal", 4, 4),  # type: ignore[arg-type]
+            TypeError,
+            "mask must be a mask; got str 'causal'",
+        ),
+        (
+            lambda: TileMap.build(masks.causal(), 4, 4, order="hilbert"),  # type: ignore[arg-type]
             TypeError,
             "order must be an order; got str",
         ),
@@ -264,7 +268,7 @@ def test_maps_without_queries_or_keys(q_len: int, kv_len: int) -> None:
             "q_len must be at least 0; got -1",
         ),
         (
-            lambda: TileMap.build(masks.causal(), 4, 4.0),
+            lambda: TileMap.build(masks.causal(), 4, 4.0),  # type: ignore[arg-type]
             TypeError,
             "kv_len must be an integer; got float",
         ),

@@ -83,6 +83,7 @@ class Reference(nn.Module):
     ) -> Tensor:
         data = {} if key_padding_mask is None else {"padding": key_padding_mask}
         program = self.program if key_padding_mask is None else visible(self.program)
+        assert isinstance(program, Program)
         out = cd.reference(program, *(x.transpose(1, 2) for x in inputs), data=data)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2)

@@ -62,7 +62,7 @@ def test_explanations_and_errors_list_no_long_numbers() -> None:
         lambda: cd.plan(program, (1, 2, 48_000, 16), lowering="strided"),
         lambda: bool(mask),
         lambda: Branch(program),  # type: ignore[arg-type]
-        lambda: mask & program,  # type: ignore[operator]
+        lambda: mask & program,
         lambda: Program((Branch(mask, heads=(0, 3)),)).branches[0].head_range(2),
     ):
         with pytest.raises((ValueError, TypeError)) as error:

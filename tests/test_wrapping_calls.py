@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,7 @@ def test_a_padded_mask_with_is_causal_that_is_not_causal() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 96, 0.0, batch_first=True)
     places = torch.arange(TOKENS)
     far = (places[:, None] - places).abs() > 5
-    masks = {
+    masks: dict[str, Any] = {
         "src_mask": torch.zeros(TOKENS, TOKENS).masked_fill(far, -torch.inf),
         "src_key_padding_mask": torch.zeros(2, TOKENS),
     }

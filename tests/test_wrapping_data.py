@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ class WithLengths(nn.Module):
 
 
 def test_ten_lengths_are_two_graphs() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
+    counter: Any = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     model, plain = graphs.wrap(WithLengths(), None, None, counter), WithLengths()
     for length in (50, 33, 61, 77, 100, 123, 64, 128, 40, 200):

@@ -6,7 +6,7 @@ score_mods, mask_mods and what they capture, grouped heads, the log-sum-exp.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -91,7 +91,7 @@ class Flexible(nn.Module):
         return weights @ v
 
     @property
-    def learned(self) -> list[Tensor]:
+    def learned(self) -> Sequence[Tensor]:
         """The parameters that the score_mod reads."""
         return {"": [], "slopes": [self.slopes], "table": [self.table]}[self.score]
 
@@ -111,7 +111,8 @@ def check(model: Flexible, attention: Any = None, joined_mask: Any = None) -> st
     torch._dynamo.reset()
     graphs_run: list[GraphModule] = []
     inputs = operands(model.kv_heads)
-    expected = model.reference(*inputs, joined_mask)
+    q, k, v = inputs
+    expected = model.reference(q, k, v, joined_mask)
     wrapped = graphs.wrap(model, attention, None, recording(graphs_run))
     out = wrapped(*inputs)
     assert_close(out.double(), expected)
@@ -169,7 +170,7 @@ def test_a_program_is_joined_with_a_mask_mod() -> None:
 def test_gradients_on_a_cpu_need_no_new_graph_at_later_calls() -> None:
     """Torch's check of devices, which refuses them, is replaced only while the model is traced."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter: Any = CompileCounterWithBackend("aot_eager")
     model = graphs.wrap(Flexible(causal, "slopes"), None, None, counter)
     for _ in range(3):
         model(*operands()).sum().backward()
@@ -179,8 +180,10 @@ def test_gradients_on_a_cpu_need_no_new_graph_at_later_calls() -> None:
 def test_gradients_of_torchs_own_flex_attention_on_a_cpu_are_still_refused() -> None:
     torch._dynamo.reset()
     graphs.wrap(Flexible(causal), None, None, aot_eager)(*operands())
+    q, k, v = operands()
+    compiled = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="does not support backward on CPU"):
-        torch.compile(flex_attention, backend="aot_eager", fullgraph=True)(*operands())
+        compiled(q, k, v)
 
 
 class WithLse(nn.Module):
@@ -204,7 +207,7 @@ def test_the_log_sum_exp_and_its_gradient() -> None:
 
 class Tuned(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, kernel_options={"BLOCK_M": 32})  # type: ignore[return-value]
+        return flex_attention(q, k, v, kernel_options={"BLOCK_M": 32})
 
 
 class OfTiles(nn.Module):
@@ -213,7 +216,7 @@ class OfTiles(nn.Module):
         tiles = BlockMask.from_kv_blocks(
             counts, counts[..., None] * 0, BLOCK_SIZE=128, seq_lengths=(N, N)
         )
-        return flex_attention(q, k, v, block_mask=tiles)  # type: ignore[return-value]
+        return flex_attention(q, k, v, block_mask=tiles)
 
 
 HERE = r"\(File .*test_wrapping_flex.*"

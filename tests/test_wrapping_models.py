@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_past_the_limit_of_graphs_a_call_raises() -> None:
 def test_copies_and_pickles_stay_wrapped(tmp_path: Path) -> None:
     model, _ = wrapped(Net(), WINDOW)
     expected = model(X)
-    copied = copy.deepcopy(model)
+    copied: Any = copy.deepcopy(model)
     torch.save(model, tmp_path / "model")
     for again in (copied, torch.load(tmp_path / "model", weights_only=False)):
         assert torch.equal(again(X), expected)
@@ -153,7 +154,12 @@ def test_a_failed_trace_leaves_the_check_of_another_thread() -> None:
     thread.join()
     device_check.restore()
     assert torch_flex._validate_device is not original
-    thread = threading.Thread(target=lambda: (device_check.replace(), device_check.restore()))
+
+    def replace_and_restore() -> None:
+        device_check.replace()
+        device_check.restore()
+
+    thread = threading.Thread(target=replace_and_restore)
     thread.start()
     thread.join()
     assert torch_flex._validate_device is original

@@ -46,6 +46,7 @@ class ByHand(Net):
         self.attend = cd.compile(program)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        block: Any
         for block in self.blocks:
             y = block.norm(x)
             q = block.q(y).unflatten(-1, (HEADS, -1)).transpose(1, 2)

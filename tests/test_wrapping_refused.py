@@ -69,7 +69,7 @@ def test_bad_arguments_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="memory_budget must be a number and one of B, KiB"):
         cd.compile(Net(), attention=None, memory_budget="much")
     with pytest.raises(ValueError, match="attention, memory_budget and dynamic are for models"):
-        cd.compile(masks.causal(), attention=masks.causal())
+        cd.compile(masks.causal(), attention=masks.causal())  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="Linear has no sites; wrap it first"):
         cd.sites(nn.Linear(2, 2))
 

@@ -92,19 +92,19 @@ def pair_of(name: str, **changes: Any) -> tuple[Any, Any]:
 def t5(implementation: str) -> Any:
     """T5, whose layers add a learned bias of positions."""
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        d_model=64,
-        d_kv=16,
-        d_ff=96,
-        num_layers=2,
-        num_heads=4,
-        vocab_size=TOKENS,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        eos_token_id=None,
-        attn_implementation=implementation,
-    )
-    return transformers.T5ForConditionalGeneration(config).eval()
+    settings: dict[str, Any] = {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": TOKENS,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": None,
+        "attn_implementation": implementation,
+    }
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**settings)).eval()
 
 
 def inputs_of(name: str, length: int = 50, batch: int = 2) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ def flex(program: Program, tokens: int, heads: int) -> Attention:
     masks = [branch.mask.for_heads(heads).on("cpu") for branch in program.branches]
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        allowed = masks[0].allows(b, h, q, kv)
+        allowed: Tensor = masks[0].allows(b, h, q, kv)
         for mask in masks[1:]:
             allowed = allowed | mask.allows(b, h, q, kv)
         return allowed

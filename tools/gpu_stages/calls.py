@@ -71,6 +71,7 @@ def worst_error(program: Any, attention: Any, tensors: Sequence[Tensor]) -> floa
     """
     out = attention(*tensors)
     true = cd.reference(program, *tensors)
+    assert isinstance(true, Tensor)
     grad_out = torch.randn_like(out)
     results = (out, *torch.autograd.grad(out, tensors, grad_out))
     expected = (true, *torch.autograd.grad(true, tensors, grad_out.double()))

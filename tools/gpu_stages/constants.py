@@ -116,8 +116,8 @@ class _Efficient(torch.autograd.Function):
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out: Tensor = _Efficient.apply(q, k, v)
-    return out
+    apply: Callable[..., Tensor] = _Efficient.apply
+    return apply(q, k, v)
 
 
 def _merge(stage: Stage) -> Callable[[], dict[str, Any]]:

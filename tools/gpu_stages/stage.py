@@ -58,10 +58,10 @@ class Stage:
             }
         seconds = round(time.monotonic() - started, 2)
         self.records.append("outcome", stage=self.name, case=name, seconds=seconds, **result)
-        error = "" if result["ok"] else str(result["error"])
-        verdict = f"FAILED: {error}" if error else "ok"
+        failure = "" if result["ok"] else str(result["error"])
+        verdict = f"FAILED: {failure}" if failure else "ok"
         print(f"gpu_check: {self.name}: {name}: {verdict} ({seconds:.1f} s)", flush=True)
-        if any(words in error for words in _FATAL):
+        if any(words in failure for words in _FATAL):
             raise DeviceLost(name)
 
 

@@ -68,7 +68,7 @@ def t(call: Call, at: At, x: Any) -> Expression:
 
 def permute(call: Call, at: At, x: Any, *dims: Any) -> Expression:
     """The indices in the operand's order."""
-    order = dims
+    order: Sequence[Any] = dims
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         order = dims[0]
     places = list(at)

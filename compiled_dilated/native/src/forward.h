@@ -369,9 +369,9 @@ bool forward_tiles(const Problem& problem, const Program& program, const Shape& 
     ForwardWorker<Engine> worker(problem, program, shape, careful, room);
     QueryTile<Engine::W> two_tiles[2];
     QueryTile<Engine::W> *tile = two_tiles, *next = two_tiles + 1;
-    int64_t dealt = -1, h = 0;
-    while (!failure.failed() && deal.take(dealt, h)) {
-      const int64_t b = dealt / per_head, stretch = dealt % per_head;
+    int64_t unit = -1, h = 0;
+    while (!failure.failed() && deal.take(unit, h)) {
+      const int64_t b = unit / per_head, stretch = unit % per_head;
       const QueryTiles<Engine::W>& tiles = stretches.tiles(b, program.group_of_head[h]);
       const int64_t stop = std::min(tiles.count(), (stretch + 1) * stretches.length());
       const int64_t first = stretch * stretches.length();

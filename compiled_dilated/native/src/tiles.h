@@ -183,10 +183,10 @@ class QueryTiles {
     const Region& whole = out.whole;
     for (int j = 0; j < tile_vectors; ++j) {
       if (j < out.vectors) {
-        Box own = box;
-        own.low[last] += j * side(last);
-        own.extent[last] = std::min(side(last), box.extent[last] - j * side(last));
-        out.of_vector[j] = own.region(layout_);
+        Box of_vector = box;
+        of_vector.low[last] += j * side(last);
+        of_vector.extent[last] = std::min(side(last), box.extent[last] - j * side(last));
+        out.of_vector[j] = of_vector.region(layout_);
       }
       for (int lane = 0; lane < W; ++lane) {
         int rest = lane;

@@ -113,14 +113,14 @@ class KeyWalk {
         continue;
       }
       if (!block.count || first < block.least) block.least = static_cast<int32_t>(first);
-      const int32_t some = std::min(count, sizes_.most_keys - block.count);
+      const int32_t taken = std::min(count, sizes_.most_keys - block.count);
       int32_t* to = open.keys + block.count;
-      for (int32_t i = 0; i < some; ++i) to[i] = static_cast<int32_t>(first + i * step);
-      std::fill(open.partial + block.count, open.partial + block.count + some, partial);
+      for (int32_t i = 0; i < taken; ++i) to[i] = static_cast<int32_t>(first + i * step);
+      std::fill(open.partial + block.count, open.partial + block.count + taken, partial);
       block.any_partial |= partial != 0;
-      block.count += some;
-      first += some * step;
-      count -= some;
+      block.count += taken;
+      first += taken * step;
+      count -= taken;
       if (is_line) cursor_ = first;
       if (block.count == sizes_.most_keys) flush(open);
     }

@@ -139,7 +139,7 @@ def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
 
 
 def _level_of_caller() -> int:
-    """The `stacklevel` of the first frame outside of this package and torch, for a warning."""
+    """The `stacklevel` of the caller of this package, for a warning."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and str(frame.f_globals.get("__name__")).startswith(_PACKAGES):
         level, frame = level + 1, frame.f_back

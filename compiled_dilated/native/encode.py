@@ -1,4 +1,4 @@
-"""A program as numbers for the native kernel: a table of mask nodes, and how tokens are tiled.
+"""A program as numbers for the native kernel: mask nodes and tiling.
 
 src/program.h documents the layout of the numbers, src/masks.h the numbers of operations.
 """
@@ -148,11 +148,13 @@ def _parts(mask: Mask) -> list[Mask]:
 
 
 def _group(table: _NodeTable, branches: Sequence[Branch]) -> list[int]:
-    """The numbers of a group: step, grid, and per branch node, key step and its kind."""
+    """The numbers of a group, in the layout of src/program.h."""
     grids = [_grid(branch) for branch in branches]
     offset, sizes = next((grid for grid in grids if grid is not None), (0, ()))
     # A grid is tiled by patches, anything else by residue classes modulo `step`.
-    classes = [_Classes(1, True) if sizes else _classes(branch.mask) for branch in branches]
+    classes = [_Classes(1, True)] * len(branches)
+    if not sizes:
+        classes = [_classes(branch.mask) for branch in branches]
     step = _query_step(classes, _most_step(branches, classes))
     numbers = [step, len(sizes), offset, *sizes, len(branches)]
     for branch, of_branch in zip(branches, classes, strict=True):
@@ -210,7 +212,7 @@ def _classes(mask: Mask) -> _Classes:
 
 
 def _classes_of_all(masks: Sequence[Mask]) -> _Classes:
-    """Classes of positions that all masks link: the strict ones, if there are any."""
+    """Classes of positions that all masks link: strict ones, if any."""
     parts = [_classes(mask) for mask in masks]
     strict = math.lcm(*(part.modulus for part in parts if part.strict))
     if strict > 1:
@@ -229,7 +231,7 @@ def _classes_of_any(masks: Sequence[Mask]) -> _Classes:
 
 
 def _most_step(branches: Sequence[Branch], classes: Sequence[_Classes]) -> int:
-    """The greatest step by which a vector of queries stays within each branch's extent."""
+    """The greatest step by which vectors stay within the branches' extents."""
     most: float = _MOST_CLASSES
     for branch, of_branch in zip(branches, classes, strict=True):
         # Queries of one class see each other's keys, however far apart they are.
@@ -238,7 +240,7 @@ def _most_step(branches: Sequence[Branch], classes: Sequence[_Classes]) -> int:
 
 
 def _extent(mask: Mask) -> float:
-    """A bound of the distance of linked positions in tokens; infinity where none is known."""
+    """A bound of the distance of linked positions in tokens."""
     match mask:
         case Segments():
             return mask.length
@@ -250,7 +252,7 @@ def _extent(mask: Mask) -> float:
 
 
 def _query_step(classes: Sequence[_Classes], most: int) -> int:
-    """The distance of the queries of a tile, for all branches of a head.
+    """The distance of a tile's queries, for all branches of a head.
 
     most: the greatest step, unless all branches share their classes.
     """
@@ -265,7 +267,10 @@ def _query_step(classes: Sequence[_Classes], most: int) -> int:
 
 
 def _divisor(classes: _Classes, most: int) -> int:
-    """The greatest divisor of a modulus up to `most`; 1 for classes that begin anew."""
+    """The greatest divisor of a modulus up to `most`.
+
+    1 for larger moduli of classes that begin anew.
+    """
     if classes.modulus <= most:
         return classes.modulus
     if not classes.strict:
@@ -274,7 +279,7 @@ def _divisor(classes: _Classes, most: int) -> int:
 
 
 def _key_step(classes: _Classes, step: int) -> int:
-    """The distance of the keys of a block, for tiles of queries in a step."""
+    """The distance of a block's keys, for tiles of a step."""
     if classes.strict and classes.modulus // math.gcd(classes.modulus, step) <= _MOST_CLASSES:
         return classes.modulus
     return _divisor(classes, _MOST_CLASSES)
@@ -285,7 +290,7 @@ def _key_step(classes: _Classes, step: int) -> int:
 
 @dataclass
 class _NodeTable:
-    """The mask nodes of a program, parts before the masks composed of them.
+    """The mask nodes of a program, parts before composed masks.
 
     names: the program's data tensors.
     operands: from a slot of the call to its number among `mask_slots`.

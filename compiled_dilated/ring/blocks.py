@@ -90,7 +90,10 @@ def _in_steps(mask: Mask, step: int, start: int) -> Mask | None:
 
 
 def _congruent_in_steps(mask: Congruent, step: int, start: int) -> Mask | None:
-    """The indices i for which start + step * i has the mask's residue; None if there are none."""
+    """The mask over indices i of positions start + step * i.
+
+    None if no position has its residue.
+    """
     shared = math.gcd(step, mask.modulus)
     modulus = mask.modulus // shared
     if not isinstance(mask.offset, int) or (mask.offset - start) % shared:

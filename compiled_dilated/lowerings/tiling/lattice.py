@@ -108,7 +108,8 @@ class Table:
         places = places.reshape(self.count, -1)[:, : self.size]
         if self.permutation is None:
             return places + self.offset
-        return self.permutation[places] + self.offset
+        positions: IntArray = self.permutation[places] + self.offset
+        return positions
 
     def select(self, start: int, stop: int) -> Table:
         """Tiles [start, stop)."""

@@ -136,7 +136,7 @@ def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
     low = 0
     while low < len(tile):
         position = tile[low]
-        # 1. Rows up to the next end of a group or period: they see the same columns.
+        # 1. Rows up to the next end of a group, or of a period within which residues count.
         high = len(tile)
         for end in _ends_after(lane, position):
             high = min(high, _rows_before(tile, end))
@@ -158,7 +158,7 @@ def _ends_after(lane: Lane, position: int) -> Iterator[int]:
 
 
 def _rows_before(tile: range, position: int) -> int:
-    """Steps from a tile's first row to the first row at or after a position."""
+    """Number of a tile's rows before a position, not clipped to the tile."""
     return -(-(position - tile.start) // tile.step)
 
 

@@ -158,7 +158,7 @@ def _ends_after(lane: Lane, position: int) -> Iterator[int]:
 
 
 def _rows_before(tile: range, position: int) -> int:
-    """Number of a tile's rows before a position, not clipped to the tile."""
+    """Number of a tile's rows before a position, not clipped."""
     return -(-(position - tile.start) // tile.step)
 
 

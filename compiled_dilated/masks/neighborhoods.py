@@ -38,7 +38,7 @@ class Neighborhood(Mask):
         shift = self.edges == "shift"
         out = []
         for number, size in enumerate(self.grid):
-            # A longer step leaves the axis too. The bound ensures products within 64 bits.
+            # Steps and radii beyond the axis change no pair; clipped, products fit 64 bits.
             step = min(self.dilation[number], size)
             radius = min(self.radius[number], -(-size // step))
             out.append(Axis(size, radius, step, self.causal[number], shift))

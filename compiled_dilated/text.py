@@ -23,9 +23,10 @@ from . import masks, orders, programs
 from .masks import Mask
 from .masks.data import DocumentLengths
 from .masks.explicit import Tiles
-from .masks.functions import FromMod, of_graph, with_contents
+from .masks.functions import FromMod
 from .masks.globals import GlobalPositions
 from .masks.leading import LeadingQueries
+from .masks.traced import of_graph, with_contents
 from .mods import MaskMod, name_of, trace_mask_mod
 from .orders import Order
 from .parsing import ExpressionError, kind, value_of

@@ -15,33 +15,14 @@ from torch import Tensor
 
 from ..mods import MaskMod, check_callable, name_of, over_pairs, trace_mask_mod
 from ..regions import Regions, Verdicts
-from .contents import Contents, digest, slot_name
+from .contents import Contents
 from .core import Data, Mask, Positions
 from .traced import (
-    MOST_PAIRS_WITHOUT_WITHIN,
     OfFunction,
     Traced,
     are_scalars,
     at_pairs,
-    of_graph,
-    reads_operands,
-    traced_parts,
-    with_contents,
 )
-
-__all__ = [
-    "MOST_PAIRS_WITHOUT_WITHIN",
-    "FromMod",
-    "Traced",
-    "digest",
-    "from_mod",
-    "functions_of",
-    "of_graph",
-    "reads_operands",
-    "slot_name",
-    "traced_parts",
-    "with_contents",
-]
 
 
 @dataclass(frozen=True, repr=False)

@@ -32,7 +32,7 @@ from .orders import Order
 from .parsing import ExpressionError, kind, value_of
 from .programs import PerLength, Program
 
-# Names of `masks` that an expression cannot call; `from_mod` takes a Python function.
+# Names of `masks` that an expression cannot call; the argument of `from_mod` is a Python function.
 _CLASSES = {"And", "Full", "Mask", "Not", "Or", "Padding", "Tiles"}
 _HELPERS = {"OFFSET_RULES", "conjunction", "conjuncts", "disjoint", "from_mod", "narrowed"}
 

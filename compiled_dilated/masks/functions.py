@@ -1,7 +1,8 @@
 """Masks by a function: a FlexAttention mask_mod, traced to a graph.
 
 from_mod(fn, within)     FromMod: the user's function, traced again at every call
-of_graph(graph, slots)   Traced: a graph (equal by value) and the operands of the call that it reads
+
+traced.py has the result of tracing: a graph, equal by value, and the operands that it reads.
 """
 
 from __future__ import annotations

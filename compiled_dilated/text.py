@@ -204,7 +204,7 @@ def read(text: str, operands: Sequence[Tensor]) -> Program | PerLength:
     """The program that `write` wrote.
 
     Masks of functions are without the contents of their operands: see
-    `masks.functions.with_contents`.
+    `masks.traced.with_contents`.
 
     Raises ExpressionError for text that is no program.
     """

@@ -59,7 +59,10 @@ def longnet(tokens: int, **settings: Any) -> Problem:
 
 
 def near_square(tokens: int) -> tuple[int, int]:
-    """Rows and columns, as near to a square as powers of two allow."""
+    """Rows and columns of the grid nearest to a square.
+
+    Of powers of two.
+    """
     rows = 2 ** ((tokens.bit_length() - 1) // 2)
     return rows, tokens // rows
 

@@ -1,4 +1,4 @@
-"""Measure the first call: the kernel built on an empty cache, and loaded from it.
+"""Measure the first call: its kernel built, and loaded from the cache.
 
 python benchmarks/first_call.py [--json FILE] [--turns 3] [--check]
 

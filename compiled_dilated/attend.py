@@ -1,8 +1,7 @@
-"""A program or mask as a callable: checks its arguments, then runs as one operator."""
+"""Attend: a program or mask as a callable, run as one operator."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import arguments, autograd, checks, for_passes, operators, planner
+from . import arguments, autograd, call_checks, checks, execution, for_passes, planner
 from .decoding import Decoder
+from .inputs import autocast, scaled
 from .lowerings.flex import gives_lse
 from .masks import Mask
 from .mods import ScoreMod, check_callable
@@ -34,7 +34,9 @@ class Attend:
     def __init__(
         self, program: Program | Mask | PerLength, lowering: str = "auto", ring: Ring | None = None
     ) -> None:
-        self.program = program if isinstance(program, PerLength) else as_program(program)
+        if not isinstance(program, PerLength):
+            program = as_program(program)
+        self.program = program
         self.lowering = arguments.choice("lowering", lowering, planner.LOWERINGS)
         if ring is not None and lowering != "auto":
             raise ValueError(
@@ -44,8 +46,9 @@ class Attend:
         self.ring, self._names = ring, self.program.names
         self._query_names = query_names_of(self.program)
         self._skeleton = Skeleton(self.program, lowering, ring)
-        decodes = ring is None and lowering == "auto" and not self._skeleton.mask_mods
-        self._decoder = Decoder(self.program) if decodes else None
+        self._decoder: Decoder | None = None
+        if ring is None and lowering == "auto" and not self._skeleton.mask_mods:
+            self._decoder = Decoder(self.program)
 
     def __call__(
         self,
@@ -61,12 +64,13 @@ class Attend:
         return_lse: bool = False,
         **options: Any,
     ) -> Any:
-        """out (B, Hq, N, Dv) in the dtype of q; with `return_lse` also lse (B, Hq, N).
+        """Attention of q, k and v.
 
-        Both are differentiable. If q is laid out token by token, as a view of (B, N, Hq, D), so is
-        out, and its heads are joined without a copy. The lse is float32, of float64 inputs float64.
-        Hidden keys and values, NaN and infinity too, affect neither results nor gradients; a query
-        that sees a number that is not finite gets NaN.
+        Returns out (B, Hq, N, Dv) in the dtype of q; with `return_lse` also lse (B, Hq, N), float32
+        or, for float64 inputs, float64. Both are differentiable. If q is laid out token by token,
+        as a view of (B, N, Hq, D), so is out, and its heads are joined without a copy. Hidden keys
+        and values, NaN and infinity too, affect neither results nor gradients; a query that sees a
+        number that is not finite has NaN as its result.
 
         Args:
             scale: of q . k, any finite number, default 1 / sqrt(D). A tensor of one number, which
@@ -75,37 +79,26 @@ class Attend:
                 (B,) of one for each sequence.
             data: tensors that the masks read, by name, (B or 1, tokens).
             score_mod: FlexAttention's score_mod(score, b, h, q_idx, kv_idx), called with scalars
-                and traced at every call. Tensors that it captures get gradients; over
+                and traced at every call. Tensors that it captures receive gradients; over
                 torch.distributed each rank has those of its own queries, as of any weight.
             sink_logits: (Hq,), one learned logit per head that joins the softmax with value 0.
 
         Raises TypeError or ValueError for arguments that do not fit, before anything is computed,
         and on every rank of a ring.
         """
-        # 1. Decoding of one query, where an earlier call of the same kind passed all checks.
-        decoder = self._decoder if not is_compiling() else None
+        # 1. Decoding of one query, if an earlier call of the same kind passed all checks.
+        decoder = self._decoder
         has_options = data is not None or score_mod is not None or sink_logits is not None
-        if has_options or return_lse is not False or options:
+        if is_compiling() or has_options or return_lse is not False or options:
             decoder = None
         if decoder is not None:
             row = decoder(q, k, v, scale, q_offset)
             if row is not None:
                 return row
         # 2. Checks, and in eager mode the tracing of functions.
-        q, k, v = _autocast(q, k, v)
-        try:
-            if not is_compiling():  # a trace runs the operator's own check
-                checks.no_onnx_export()
-            checks.no_options_of_sdpa(options)
-            tensors = self._checked(
-                q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse
-            )
-            bound = self._bound(q, score_mod)
-        except Exception as error:
-            # Also of a user's function. The other ranks must not wait for this one.
-            if self.ring is not None and not is_compiling():
-                self.ring.transport.refuse(error)
-            raise
+        q, k, v = autocast(q, k, v)
+        checked = (q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse)
+        tensors, bound = self._prepared(options, *checked)
         # 3. The operator.
         wants_lse = return_lse or sink_logits is not None
         out, lse = self._run(bound, q, k, v, tensors, scale, q_offset, score_mod, wants_lse)
@@ -113,7 +106,42 @@ class Attend:
             decoder.learn(q, k, v)
         if sink_logits is not None:
             out, lse = _with_sinks(out, lse, sink_logits)
-        return (out, lse) if return_lse else out
+        if return_lse:
+            return out, lse
+        return out
+
+    def _prepared(
+        self,
+        options: Mapping[str, Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: object,
+        q_offset: object,
+        data: Mapping[str, Tensor] | None,
+        score_mod: ScoreMod | None,
+        sink_logits: object,
+        return_lse: object,
+    ) -> tuple[list[Tensor], Bound | None]:
+        """The checked tensors and the rule of a call.
+
+        An error is reported to all ranks of a ring before it is raised.
+
+        options: keywords that no argument of a call has.
+        """
+        try:
+            if not is_compiling():  # a trace runs the operator's own check
+                call_checks.no_onnx_export()
+            call_checks.no_options_of_sdpa(options)
+            tensors = self._checked(
+                q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse
+            )
+            return tensors, self._bound(q, score_mod)
+        except Exception as error:
+            # Also of a user's function. The other ranks must not wait for this one.
+            if self.ring is not None and not is_compiling():
+                self.ring.transport.refuse(error)
+            raise
 
     def _bound(self, q: Tensor, score_mod: ScoreMod | None) -> Bound | None:
         """The rule with its functions traced; None if Dynamo traces them."""
@@ -124,7 +152,7 @@ class Attend:
             return None
         mask_mods, literals = skeleton.mask_mods, skeleton.literals
         bound = bind(skeleton.frame, literals, mask_mods, score_mod, lse_dtype(q.dtype))
-        checks.captured(bound.operands[len(literals) :], q.device)
+        call_checks.captured(bound.operands[len(literals) :], q.device)
         return bound
 
     def _run(
@@ -143,8 +171,9 @@ class Attend:
 
         tensors: the data, and the offset if that is a tensor.
         """
-        q, number = _scaled(q, scale)
-        q_offset = 0 if isinstance(q_offset, Tensor) else checks.q_offset(q_offset)
+        q, number = scaled(q, scale)
+        q_offset = 0 if isinstance(q_offset, Tensor) else call_checks.q_offset(q_offset)
+        # Functions that Dynamo traces are subgraphs of a higher-order operator.
         if bound is None:
             skeleton = self._skeleton
             attend_with_functions = _attend_with_functions()
@@ -169,11 +198,12 @@ class Attend:
         return_lse: object,
     ) -> list[Tensor]:
         """Check all arguments; returns the data, then a tensor offset."""
+        # 1. Numbers, flags and q, k and v.
         if scale is not None:
             checks.scale("scale", scale)
         arguments.flag("return_lse", return_lse)
         checks.tensors(q, k, v)
-        offset = checks.last_offset(q_offset, q.shape[0], q.device)
+        offset = call_checks.last_offset(q_offset, q.shape[0], q.device)
         is_square = q.shape[2] == k.shape[2]
         if self.ring is not None and (isinstance(q_offset, Tensor) or offset or not is_square):
             raise ValueError(
@@ -181,6 +211,7 @@ class Attend:
                 f"and {k.shape[2]} keys. "
                 "Compile without ranks for cross attention and decoding"
             )
+        # 2. Tensors and functions of the call.
         shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
         tensors = checks.data(self._names, self._query_names, data, shape)
         if data:
@@ -188,14 +219,16 @@ class Attend:
         if score_mod is not None:
             check_callable("score_mod", score_mod, scores=True)
         if sink_logits is not None:
-            checks.sinks(sink_logits, q.shape[1], q.device)
+            call_checks.sinks(sink_logits, q.shape[1], q.device)
         needs_lse = return_lse or sink_logits is not None
         if self.lowering == "flex" and not gives_lse(q.device.type) and needs_lse:
             raise ValueError(
                 "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "
                 "Use lowering='auto', 'strided' or 'tiled'"
             )
-        return [*tensors, q_offset[:, None]] if isinstance(q_offset, Tensor) else tensors
+        if isinstance(q_offset, Tensor):
+            tensors.append(q_offset[:, None])
+        return tensors
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Any:
         """The `Plan` of a call with these tensors; a `RingPlan` for ranks."""
@@ -205,17 +238,20 @@ class Attend:
         bound = bind(skeleton.frame, literals, mask_mods, None, lse_dtype(q.dtype))
         rule = read_rule(bound.rule, bound.operands)
         if self.ring is not None:
-            return self.ring.plan(operators.ring_problem(rule, bound.rule, self.ring, q, k, v))
+            return self.ring.plan(execution.ring_problem(rule, bound.rule, self.ring, q, k, v))
         training = autograd.trains(q, k, v)
-        return operators.plan_of(rule, q, k, v, checks.q_offset(q_offset), training)
+        return execution.plan_of(rule, q, k, v, call_checks.q_offset(q_offset), training)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Attend, (self.program, self.lowering, self.ring)
 
     def __repr__(self) -> str:
-        lowering = "" if self.lowering == "auto" else f", lowering={self.lowering!r}"
-        ring = "" if self.ring is None else f", {self.ring!r}"
-        return f"compile({self.program!r}{lowering}{ring})"
+        parts = [repr(self.program)]
+        if self.lowering != "auto":
+            parts.append(f"lowering={self.lowering!r}")
+        if self.ring is not None:
+            parts.append(repr(self.ring))
+        return f"compile({', '.join(parts)})"
 
 
 def attend_in_graph(
@@ -231,15 +267,15 @@ def attend_in_graph(
     score_mod: ScoreMod | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Attention by a rule as text, for graphs that cannot construct an `Attend`.
+    """Attention by a rule as text, for graphs without an `Attend`.
 
     frame, rule: of a `Skeleton` without functions and literals.
     data: the tensors that its masks read, in the order of their names.
 
     The other arguments are those of `Attend`. Nothing is checked here.
     """
-    q, k, v = _autocast(q, k, v)
-    q, number = _scaled(q, scale)
+    q, k, v = autocast(q, k, v)
+    q, number = scaled(q, scale)
     tensors = [*data]
     if isinstance(q_offset, Tensor):
         tensors.append(q_offset[:, None])
@@ -253,11 +289,13 @@ def attend_in_graph(
         attend_with_functions = _attend_with_functions()
         inputs = (frame, q, k, v, tensors, ())
         out, lse = attend_with_functions(*inputs, number, q_offset, wants_lse, (), score_mod)
-    return out if sink_logits is None else _with_sinks(out, lse, sink_logits)[0]
+    if sink_logits is not None:
+        out, _ = _with_sinks(out, lse, sink_logits)
+    return out
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse with one more logit per head, whose value is 0."""
+    """out and lse with one more logit per head, of value 0."""
     logits = sink_logits.to(lse.dtype)[None, :, None].expand(lse.shape)
     return merge(out, lse, torch.zeros_like(out), logits)
 
@@ -268,46 +306,3 @@ def _attend_with_functions() -> Callable[..., tuple[Tensor, Tensor]]:
     from .dynamo import attend_with_functions
 
     return attend_with_functions
-
-
-def _scaled(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
-    """q and the constant factor of q . k.
-
-    A scale that is a tensor, or symbolic in a compiled graph, multiplies q itself.
-    """
-    if scale is None:
-        return q, 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
-    if isinstance(scale, Tensor):
-        return q * scale.to(q.dtype), 1.0
-    if _varies(scale):
-        return q * scale, 1.0
-    return q, float(scale)
-
-
-def _varies(number: float) -> bool:
-    """Whether a number is symbolic in the graph that is being traced."""
-    if not is_compiling():
-        return False
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    # For a constant one of the two is known. The threshold is odd, since comparisons elsewhere
-    # with round numbers are known of symbols too.
-    is_above = statically_known_true(number > 0.0123)
-    return not (is_above or statically_known_true(number <= 0.0123))
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the precision of autocast, as in SDPA."""
-    if not isinstance(q, Tensor) or q.device.type == "meta":
-        return q, k, v
-    if not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # Values that are no tensors are refused by the checks that follow.
-    if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return x.to(dtype)
-    return x

@@ -1,7 +1,7 @@
-"""The operator with its gradients for calls from Python: eager, compiled, under torch.func.
+"""The operator with its gradients: eager, compiled and under torch.func.
 
 attend_bound -> attend -> _Attention (autograd) -> compiled_dilated::attend
-                                                -> operators.run, if nothing traces the call
+                                                -> execution.run, if nothing traces the call
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from .execution import Options, run, run_backward
 from .graphs import attend_backward_operator, attend_operator
 from .mods import unflat
-from .operators import Options, run, run_backward
 from .partials import Saved, is_by_token
 from .ring.rings import Ring
 from .rules import Bound
+from .vmapped import batch_size, fold, fold_data, one_by_one, operands_vary
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -54,15 +55,15 @@ class _Gradients(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         options, *tensors = inputs
         # Gradients of learned operands must not be summed over the vmapped dimension.
-        if _operands_vary(options, in_dims[8:]) or options.learned:
-            return _one_by_one(_Gradients, info.batch_size, in_dims, inputs)
+        if operands_vary(options, in_dims[8:]) or options.learned:
+            return one_by_one(_Gradients, info.batch_size, in_dims, inputs)
         q = tensors[2]
-        batch = _batch_size(q, in_dims[3])
+        batch = batch_size(q, in_dims[3])
         # grad_out, grad_lse, q, k, v, out and lse, then data and operands.
         folded = []
         for x, dim in zip(tensors[:7], in_dims[1:8], strict=True):
-            folded.append(None if x is None else _fold(x, dim, info.batch_size))
-        extra = _fold_data(options, tensors[7:], in_dims[8:], info.batch_size, batch)
+            folded.append(None if x is None else fold(x, dim, info.batch_size))
+        extra = fold_data(options, tensors[7:], in_dims[8:], info.batch_size, batch)
         *grads, learned = _apply(_Gradients, options, *folded, *extra)
         unfolded = [x.unflatten(0, (info.batch_size, -1)) for x in grads]
         return (*unfolded, learned), (0, 0, 0, None)
@@ -79,7 +80,7 @@ def _gradients(
     lse: Tensor,
     *tensors: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, and of the learned operands as one vector.
+    """Gradients of q, k, v and the learned operands (one vector).
 
     tensors: data, then operands.
     """
@@ -136,11 +137,11 @@ class _Attention(torch.autograd.Function):
         options, q, k, v, *tensors = inputs
         size = info.batch_size
         # Gradients of learned operands must not be summed over the vmapped dimension.
-        if _operands_vary(options, in_dims[4:]) or options.learned:
-            return _one_by_one(_Attention, size, in_dims, inputs)
-        batch = _batch_size(q, in_dims[1])
-        folded = [_fold(x, dim, size) for x, dim in zip((q, k, v), in_dims[1:4], strict=True)]
-        extra = _fold_data(options, tensors, in_dims[4:], size, batch)
+        if operands_vary(options, in_dims[4:]) or options.learned:
+            return one_by_one(_Attention, size, in_dims, inputs)
+        batch = batch_size(q, in_dims[1])
+        folded = [fold(x, dim, size) for x, dim in zip((q, k, v), in_dims[1:4], strict=True)]
+        extra = fold_data(options, tensors, in_dims[4:], size, batch)
         out, lse = _apply(_Attention, options, *folded, *extra)
         return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
@@ -156,61 +157,14 @@ class _EagerAttention(_Attention):
         )
 
 
-def _operands_vary(options: Options, dims: Sequence[int | None]) -> bool:
-    """Whether torch.vmap maps over operands, so that every entry has its own rule."""
-    return any(dim is not None for dim in dims[options.data :])
-
-
-def _one_by_one(function: Any, size: int, dims: Sequence[Any], inputs: Sequence[Any]) -> Any:
-    """Call the function per entry of the vmapped dimension; stack the results."""
-    results = []
-    for entry in range(size):
-        arguments = []
-        for x, dim in zip(inputs, dims, strict=True):
-            arguments.append(x if dim is None else x.select(dim, entry))
-        results.append(_apply(function, *arguments))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
-def _batch_size(x: Tensor, dim: int | None) -> int:
-    """The batch size of x, its vmapped dimension left out."""
-    return x.shape[1 if dim == 0 else 0]
-
-
-def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """x (..., size, ...) with the vmapped dimension as part of the batch."""
-    return _vmapped_first(x, dim, size).flatten(0, 1)
-
-
-def _vmapped_first(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """x (size, ...): the vmapped dimension first, expanded if there is none."""
-    if dim is None:
-        return x.unsqueeze(0).expand(size, *x.shape)
-    return x.movedim(dim, 0)
-
-
-def _fold_data(
-    options: Options, tensors: Sequence[Tensor], dims: Sequence[int | None], size: int, batch: int
-) -> list[Tensor]:
-    """Data folded like q, k and v, and operands unchanged.
-
-    size: of the vmapped dimension.
-    batch: of q. Data of batch 1 are expanded to it.
-    """
-    folded = []
-    for x, dim in zip(tensors[: options.data], dims, strict=False):
-        x = _vmapped_first(x, dim, size)
-        folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
-    return [*folded, *tensors[options.data :]]
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, options: Options, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) and lse (B, Hq, N) of checked inputs, differentiable.
+    """Differentiable out and lse of checked inputs.
 
     tensors: data, then operands.
+
+    Returns out (B, Hq, N, Dv) and lse (B, Hq, N).
     """
     # Without a gradient: the operator itself, or past its dispatch.
     if not options.training:

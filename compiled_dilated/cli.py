@@ -1,4 +1,6 @@
-"""The command line: `compiled-dilated plan | recommend | show | doctor | report | ring ...`.
+"""The command line, `compiled-dilated COMMAND`.
+
+Commands: plan, recommend, show, doctor, export, inspect, memory, report and ring.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 """

@@ -1,4 +1,7 @@
-"""The two entry points: `compile` returns a callable, `plan` its plan and the reasons for it."""
+"""The two entry points, `compile` and `plan`.
+
+`compile` returns a callable, `plan` its plan with the reasons.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import arguments, checks, fitting, hf, planner, text
+from . import arguments, checks, fitting, planner, text
 from .attend import Attend
 from .masks import Mask
+from .model_compiler import NOT_PASSED, compiled_model
 from .plans import Plan, problem_of
 from .programs import Program, as_program
 from .ring.distributed import Distributed
@@ -21,8 +25,6 @@ from .ring.plans import RingPlan
 from .ring.rings import Ring
 from .ring.streamed import Streamed
 
-# Not None, which is a value of `attention`: the model's own masks.
-_NOT_PASSED: Any = object()
 TRANSPORTS = ("simulated", "streamed", "distributed")
 
 
@@ -62,7 +64,7 @@ def compile(
     layout: str | None = None,
     transport: str | None = None,
     device: str | torch.device | None = None,
-    attention: Any = _NOT_PASSED,
+    attention: Any = NOT_PASSED,
     memory_budget: int | str | None = None,
     dynamic: bool | None = None,
 ) -> Attend | Streamed | Any:
@@ -79,8 +81,8 @@ def compile(
         executed on its rank's own tensors; "streamed", out of core: a `Streamed`, which reads and
         writes files and computes on `device`; "distributed", over torch.distributed.
     mesh: a DeviceMesh of one dimension or a process group, for transport "distributed". Each
-        process passes its own shards, the tokens `plan(..., ranks=...).positions(rank)`, and gets
-        the output's rows of them.
+        process passes its own shards, the tokens `plan(..., ranks=...).positions(rank)`; their
+        rows of the output are returned.
     layout: how ranks share the tokens: "auto" (default), "contiguous", "zigzag", "striped",
         "residue" or "hilbert".
     device: of transport "streamed".
@@ -108,12 +110,25 @@ def compile(
         unused = [name for name, value in of_programs.items() if value is not None]
         if lowering != "auto":
             unused.append("lowering")
-        return _compiled_model(program, unused, attention, memory_budget, dynamic)
-    if memory_budget is not None or dynamic is not None or attention is not _NOT_PASSED:
+        return compiled_model(program, unused, attention, memory_budget, dynamic)
+    if memory_budget is not None or dynamic is not None or attention is not NOT_PASSED:
         raise ValueError(
             "attention, memory_budget and dynamic are for models; a program is planned for every "
             "call. Leave them out"
         )
+    return _compiled_program(program, lowering, ranks, mesh, layout, transport, device)
+
+
+def _compiled_program(
+    program: Program | Mask,
+    lowering: str,
+    ranks: int | None,
+    mesh: DeviceMesh | ProcessGroup | None,
+    layout: str | None,
+    transport: str | None,
+    device: str | torch.device | None,
+) -> Attend | Streamed:
+    """Attention by a program, on one device or by a ring."""
     _check_transport(transport, ranks, mesh)
     if transport == "streamed" and ranks is not None:
         if layout not in (None, "contiguous") or lowering != "auto":
@@ -148,61 +163,16 @@ def _check_transport(
         )
 
 
-def _compiled_model(
-    model: nn.Module,
-    unused: list[str],
-    attention: Any,
-    memory_budget: int | str | None,
-    dynamic: bool | None,
-) -> Any:
-    """The model with its attention replaced, compiled under a budget, or both.
-
-    unused: arguments that only programs have.
-    """
-    if unused or (memory_budget is None and attention is _NOT_PASSED):
-        raise ValueError(
-            "a model is compiled with attention=..., memory_budget=... or both; "
-            f"got {', '.join(unused) or 'neither'}. Without them use torch.compile"
-        )
-    if attention is not _NOT_PASSED and not hf.is_transformers_model(model):
-        return _wrapped(model, attention, memory_budget, dynamic)
-    if attention is not _NOT_PASSED:
-        if memory_budget is None and dynamic is not None:
-            raise ValueError(
-                "dynamic goes with memory_budget here; without one compile the wrapped model "
-                "yourself: torch.compile(model)"
-            )
-        model = hf.wrap(model, attention)
-    if memory_budget is None:
-        return model
-    return _under_budget(model, memory_budget, dynamic)
-
-
-def _wrapped(
-    model: nn.Module, attention: Any, memory_budget: int | str | None, dynamic: bool | None
-) -> nn.Module:
-    """The model with the attention of its graphs replaced."""
-    # Imported here: it imports torch's compiler, which takes longer than all of this package.
-    from .wrapping import graphs
-
-    if memory_budget is None:
-        return graphs.wrap(model, attention, dynamic)
-    import passes
-
-    return graphs.wrap(model, attention, dynamic, passes.backend(memory_budget))
-
-
-def _under_budget(model: nn.Module, memory_budget: int | str, dynamic: bool | None) -> Any:
-    # Imported here: it imports torch's compiler, which takes longer than all of this package.
-    import passes
-
-    return passes.compile(model, memory_budget=memory_budget, dynamic=dynamic)
-
-
 def _ring(
     ranks: int | None, layout: str | None, mesh: DeviceMesh | ProcessGroup | None = None
 ) -> Ring | None:
     """The ring of these arguments; None for one device."""
+    if layout is not None and ranks is None and mesh is None:
+        raise ValueError(
+            f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or mesh=..."
+        )
+    if layout is None:
+        layout = "auto"
     if mesh is not None:
         group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
         if not isinstance(group, ProcessGroup):
@@ -214,19 +184,14 @@ def _ring(
             raise ValueError(
                 f"the mesh has {group.size()} ranks; got ranks={ranks!r}. Leave ranks out"
             )
-        return Ring(group.size(), "auto" if layout is None else layout, Distributed(group))
+        return Ring(group.size(), layout, Distributed(group))
     if ranks is None:
-        if layout is not None:
-            raise ValueError(
-                f"layout={layout!r} says how ranks share a sequence; say which, ranks=... or "
-                "mesh=..."
-            )
         return None
-    return Ring(ranks, "auto" if layout is None else layout)
+    return Ring(ranks, layout)
 
 
 def _device_type(device: object) -> str:
-    """The type of a device, as "cpu"; the device need not be there."""
+    """The type of a device, as "cpu", whether present or not."""
     if not isinstance(device, (str, torch.device)):
         kind = type(device).__name__
         raise TypeError(
@@ -289,7 +254,7 @@ def plan(
     layout: str | None = None,
     memory_limit: int | str | None = None,
 ) -> Plan | RingPlan:
-    """How attention of this shape would be computed, and why; nothing is computed.
+    """The plan of attention of a shape, with reasons; nothing is computed.
 
     `print(plan(...).explain())` prints it.
 
@@ -298,21 +263,13 @@ def plan(
     training: plan a forward with its backward.
     q_offset: position of the first query.
     ranks, layout: as in `compile`; the plan is then that of a ring: what each rank receives,
-        computes and holds, under every layout.
+        computes and stores, under every layout.
     memory_limit: "8GiB", or bytes, for the tensors and the workspace of a call. `plan.fit` has the
         largest batch and the longest sequence within it; ValueError where no batch row fits.
     """
     # 1. Shapes and options, checked.
-    shape = arguments.integers("q_shape", q_shape, 1)
-    if len(shape) != 4:
-        raise ValueError(
-            f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}"
-        )
-    batch, heads, q_len, head_dim = shape
-    kv_heads = heads if kv_heads is None else arguments.integer("kv_heads", kv_heads, 1)
-    checks.groups(heads, kv_heads)
-    kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
-    value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
+    shape, k_shape, v_shape = _shapes(q_shape, kv_heads, kv_len, value_dim)
+    q_len, kv_len = shape[2], k_shape[2]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
             f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. "
@@ -321,7 +278,6 @@ def plan(
     checks.dtype("dtype", dtype)
     arguments.flag("training", training)
     arguments.choice("lowering", lowering, planner.LOWERINGS)
-    k_shape, v_shape = (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, value_dim)
     q_offset = arguments.integer("q_offset", q_offset, 0)
     limit = None
     if memory_limit is not None:
@@ -347,5 +303,28 @@ def plan(
     # One cached plan serves all positions of a decoder.
     if chosen.problem != problem:
         chosen = planner.choose(problem, lowering)
-    fit = None if limit is None else fitting.fit(chosen, lowering, limit)
+    fit = None
+    if limit is not None:
+        fit = fitting.fit(chosen, lowering, limit)
     return replace(planner.counted(chosen), fit=fit)
+
+
+def _shapes(
+    q_shape: Sequence[int], kv_heads: int | None, kv_len: int | None, value_dim: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The checked shapes of q, k and v.
+
+    kv_heads, kv_len, value_dim: of k and v; None for those of q.
+    """
+    shape = arguments.integers("q_shape", q_shape, 1)
+    if len(shape) != 4:
+        raise ValueError(
+            f"q_shape must be (batch, heads, tokens, head_dim); got {tuple(q_shape)!r}"
+        )
+    batch, heads, q_len, head_dim = shape
+    kv_heads = heads if kv_heads is None else arguments.integer("kv_heads", kv_heads, 1)
+    checks.groups(heads, kv_heads)
+    kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
+    value_dim = head_dim if value_dim is None else arguments.integer("value_dim", value_dim, 1)
+    of_keys = (batch, kv_heads, kv_len)
+    return shape, (*of_keys, head_dim), (*of_keys, value_dim)

@@ -1,4 +1,4 @@
-"""Decoding token by token: one query against a cache, with the checks of the first call only.
+"""Decoding token by token, with the checks of the first call only.
 
 token   q (B, Hq, 1, D), k and v (B, Hkv, M, D)      only M and the position change
 first   every check, a plan, a lowering              then `learn` stores the mask
@@ -36,7 +36,7 @@ class Decoder:
         self._masks: dict[tuple[Any, ...] | None, tuple[Mask, bool] | None] = {}
 
     def learn(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Remember the kind of tensors that passed every check.
+        """Store the kind of tensors that passed every check.
 
         Tensors of the same kind pass the checks too, for any length of the cache.
         """
@@ -63,7 +63,10 @@ class Decoder:
                 self._masks[kind] = mask, mask.is_bounded
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
-        """out (B, Hq, 1, D); None if SDPA on a slice does not suffice."""
+        """out by SDPA on a slice; None if that does not suffice.
+
+        q, k, v: (B, Hq, 1, D), (B, Hkv, M, D) and (B, Hkv, M, D).
+        """
         if type(q_offset) is not int or not 0 <= q_offset <= MOST:
             return None
         if not _is_plain_scale(scale) or not _are_plain(q, k, v):
@@ -94,7 +97,9 @@ def _is_plain_scale(scale: Any) -> bool:
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
-    """The shapes, dtype and device that checks depend on, without the cache's length.
+    """Shapes, dtype and device of a call, without the cache's length.
+
+    Checks depend on nothing else.
 
     None where k and v differ in shape, dtype or device.
     """

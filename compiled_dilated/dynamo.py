@@ -26,7 +26,10 @@ from .rules import bind
 
 
 class _AttendWithFunctions(HigherOrderOperator):
-    """Traces its functions to text and calls the attention operator; never dispatched itself."""
+    """Tracing of functions to text before a call of the attention operator.
+
+    Never dispatched itself.
+    """
 
     def __init__(self) -> None:
         super().__init__("compiled_dilated_attend", cacheable=True)  # type: ignore[no-untyped-call]
@@ -63,7 +66,9 @@ def _bound(fn: Any, captured: Sequence[Any]) -> Any:
     """A subgraph with its captured tensors; symbolic numbers become tensors."""
     if fn is None:
         return None
-    tensors = [x if isinstance(x, Tensor) else as_tensor(x) for x in captured]
+    tensors = []
+    for x in captured:
+        tensors.append(x if isinstance(x, Tensor) else as_tensor(x))
 
     def bound(*scalars: Tensor) -> Any:
         return fn(*scalars, *tensors)

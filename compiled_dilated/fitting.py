@@ -1,4 +1,4 @@
-"""The largest batch and the longest sequence within a memory limit, by plans of their shapes."""
+"""The largest batch and the longest sequence within a memory limit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def read_limit(name: str, limit: int | str, ranks: object = None) -> int:
 
 
 def fit(plan: Plan, lowering: str, limit: int) -> Fit:
-    """The largest batch at the plan's length, and the longest sequence at its batch.
+    """The largest batch and the longest sequence within a limit.
+
+    The batch is at the plan's length, the sequence at the plan's batch.
 
     lowering: as it was named for the plan, "auto" or one of the lowerings.
     limit: bytes.
@@ -58,10 +60,12 @@ def _is_one_sequence(problem: Problem) -> bool:
 
 
 def longest(plan: Plan, lowering: str, limit: int) -> tuple[int, int, str]:
-    """The longest sequence at the plan's batch, its bytes, and what ends it, as in `Fit`.
+    """The longest sequence at the plan's batch within a limit.
 
     lowering: as it was named for the plan.
     limit: bytes.
+
+    Returns tokens, their bytes and what ends the sequence, as in `Fit`.
     """
     problem = plan.problem
     lengths = _Sizes(plan, lowering, lambda count: replace(problem, q_len=count, kv_len=count))
@@ -90,7 +94,10 @@ class _Sizes:
         self.least_bytes = of(1).footprint.total
 
     def __call__(self, count: int) -> int | None:
-        """Bytes at the peak of a call of this size; None where the program has no such size."""
+        """Peak bytes of a call of this size.
+
+        None if the program has no such size.
+        """
         if count not in self._bytes:
             self._bytes[count] = self._planned(self._of(count))
         return self._bytes[count]
@@ -105,15 +112,18 @@ class _Sizes:
 
 
 def _largest(bytes_of: _Sizes, limit: int, start: int, most: int) -> int:
-    """The largest size up to `most` within a limit, 0 if there is none.
+    """The largest size within a limit; 0 if there is none.
 
     start: a size that the program has.
+    most: the largest size that is tried.
     """
     low, high = 0, min(limit // bytes_of.least_bytes, most) + 1
     sizes: list[tuple[int, int]] = []
     count = min(start, high)
     for turn in itertools.count(1):
-        size = bytes_of(count) if count < high else None
+        size = None
+        if count < high:
+            size = bytes_of(count)
         if size is not None:
             sizes.append((count, size))
         if size is not None and size <= limit:
@@ -132,7 +142,11 @@ def _largest(bytes_of: _Sizes, limit: int, start: int, most: int) -> int:
 
 
 def _where(points: list[tuple[int, int]], limit: int, middle: int) -> int:
-    """The size at which a line through two points reaches the limit; `middle` without a line."""
+    """The size at which a line through two points reaches the limit.
+
+    points: sizes and their bytes; a single point is joined with the origin.
+    middle: the result without such a line.
+    """
     count, size = points[-1]
     before, size_before = points[0] if len(points) == 2 else (0, 0)
     if count == before or size == size_before:
@@ -151,7 +165,9 @@ def _nothing_fits(problem: Problem, lowering: str, limit: int) -> str:
         if tokens:
             remedy += f", shorten the sequence to at most {tokens:,} tokens,"
         remedy += " or share the sequence between ranks, as in plan(..., ranks=8)"
-    way = "forward and backward" if problem.training else "forward"
+    way = "forward"
+    if problem.training:
+        way = "forward and backward"
     return (
         f"memory_limit must be at least {plan.memory.total:,} bytes: one batch row, "
         f"q of {shape}, takes {plan.memory} {way}; got {limit:,} bytes ({mib(limit)} MiB). {remedy}"

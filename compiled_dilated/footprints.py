@@ -1,4 +1,7 @@
-"""Bytes of a call at its peak, and the largest shapes within a memory limit. Values only."""
+"""Peak bytes of a call, and the largest shapes within a limit.
+
+Values only.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +54,12 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Fit:
-    """The largest batch, and the longest sequence, of a program within a memory limit.
+    """The largest batch and the longest sequence within a memory limit.
 
     limit: bytes.
     batch: the largest batch at the length of the plan.
     batch_bytes: peak of that batch.
-    tokens: the longest sequence at the batch of the plan; 0 if no length fits, None where queries
+    tokens: the longest sequence at the batch of the plan; 0 if no length fits, None if queries
         and keys are not one sequence.
     tokens_bytes: peak of that sequence.
     tokens_end: what ends it: "memory"; "program", if it has no length of one token more, as with
@@ -75,7 +78,7 @@ class Fit:
         return asdict(self)
 
     def lines(self, batch: int, tokens: int) -> list[str]:
-        """The fit of a plan of this batch and length, as lines of `explain`."""
+        """Lines of `explain` for a plan of this batch and length."""
         lines = [
             f"limit     {mib(self.limit)} MiB: at most {self.batch:,} batch rows of "
             f"{tokens:,} tokens ({mib(self.batch_bytes)} MiB)"

@@ -13,7 +13,7 @@ from passes.analysis.costs import Work
 from passes.analysis.workspaces import workspace
 from passes.rewrites.rows.attentions import attention
 
-from . import autograd, operators, rates
+from . import autograd, execution, rates
 from .orders import identity
 from .plans import Cost
 from .programs import PerLength
@@ -52,7 +52,7 @@ def _cost(q: Tensor, k: Tensor, v: Tensor, rule: Rule, q_offset: int, training: 
     """The cost of the plan; zero for a ring."""
     if rule.ring is not None or not (q.numel() and k.numel() and v.numel()):
         return Cost(0, 0, 0, 0, 0, 0.0)
-    return operators.plan_of(rule, q, k, v, q_offset, training).cost
+    return execution.plan_of(rule, q, k, v, q_offset, training).cost
 
 
 def _read(
@@ -86,7 +86,7 @@ def _read(
 
 
 def _reach(start: int, stop: int, tokens: int, **_: Any) -> tuple[int, int]:
-    """The range of keys that rows start .. stop read: all of them."""
+    """Keys that rows start .. stop read: all of them."""
     return 0, tokens
 
 

@@ -12,16 +12,10 @@ from torch import Tensor, ops
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from . import checks, planner
+from . import call_checks, planner
+from .execution import Options, problem_at, run, run_backward
 from .lowerings import native
-from .operators import (
-    Options,
-    attend_backward_operator,
-    attend_operator,
-    problem_at,
-    run,
-    run_backward,
-)
+from .operators import attend_backward_operator, attend_operator
 from .partials import Saved, laid_out
 from .plans import Scores
 from .rules import read_rule, reads_contents, score_slots
@@ -36,7 +30,7 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
     Such a graph runs without Python.
     """
-    checks.no_onnx_export()
+    call_checks.no_onnx_export()
     q, k, v, data, operands, rule, scale, q_offset, _, by_token = args
     work = None
     # Contents of operands, as long lists stored in them, have no values in a trace.
@@ -65,7 +59,7 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _traces_kernels(options: Options, q: Tensor, k: Tensor, v: Tensor, tensors: int) -> bool:
-    """Whether a graph can hold the kernels of lanes for this call.
+    """Whether a graph can contain the kernels of lanes for this call.
 
     tensors: number of data and operands. The lists of the kernels are constants of the graph, so
     that all lengths must be numbers.
@@ -80,7 +74,7 @@ def _traces_kernels(options: Options, q: Tensor, k: Tensor, v: Tensor, tensors: 
     return problem.device != "cpu" and planner.plan_for(problem, rule.lowering).lowering == "lanes"
 
 
-# AOTAutograd traces under this mode, and takes apart operators of Triton kernels there alone.
+# AOTAutograd traces under this mode, and decomposes operators of Triton kernels there alone.
 @attend_operator.register_torch_dispatch(FunctionalTensorMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Trace the kernels of the forward."""

@@ -1,8 +1,9 @@
-"""Heads as ranges: query heads with equal masks, and the key heads that they read."""
+"""Ranges of query heads with equal masks, and of their key heads."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,7 +30,7 @@ class HeadRange:
 
 
 def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, HeadRange]]:
-    """Query heads and their key heads, as ranges that a grouped kernel accepts.
+    """Query heads and their key heads as ranges for grouped kernels.
 
     A kernel maps query head i to key head i // (count_q / count_k), both counted within the range.
 
@@ -50,12 +51,12 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
 
 def _as_ranges(heads: tuple[int, ...], group: int) -> tuple[HeadRange, HeadRange] | None:
     """Query heads and their key heads, if both are one range."""
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    step = _step_of(heads)
     if any(b - a != step for a, b in itertools.pairwise(heads)):
         return None
     keys = [head // group for head in heads]
     distinct = sorted(set(keys))
-    key_step = distinct[1] - distinct[0] if len(distinct) > 1 else 1
+    key_step = _step_of(distinct)
     # Every key head must serve the same number of query heads, in order.
     shared, uneven = divmod(len(heads), len(distinct))
     expected = [distinct[0] + i // shared * key_step for i in range(len(heads))]
@@ -63,6 +64,13 @@ def _as_ranges(heads: tuple[int, ...], group: int) -> tuple[HeadRange, HeadRange
         return None
     key_heads = HeadRange(distinct[0], key_step, len(distinct))
     return HeadRange(heads[0], step, len(heads)), key_heads
+
+
+def _step_of(heads: Sequence[int]) -> int:
+    """The distance of the first two heads; 1 for a single head."""
+    if len(heads) < 2:
+        return 1
+    return heads[1] - heads[0]
 
 
 def head_groups(

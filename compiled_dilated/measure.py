@@ -1,4 +1,4 @@
-"""Time and peak memory of functions, the hardware they ran on, and files of results."""
+"""Time and peak memory of functions, their hardware, and result files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def interleaved(
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, with the work that it queues on a GPU."""
+    """Seconds of one call, with its queued work on a GPU."""
     _synchronize()
     started = time.perf_counter()
     result = function()

@@ -90,7 +90,10 @@ class Saved:
 
 
 def is_by_token(q: Tensor) -> bool:
-    """Whether q (B, H, N, D) is stored as (B, N, H, D), token by token."""
+    """Whether q is stored token by token.
+
+    q: (B, H, N, D), then stored as (B, N, H, D).
+    """
     return bool(q.stride(1) < q.stride(2))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,13 +57,15 @@ def choose(problem: Problem, lowering: str = "auto") -> Plan:
     arguments.choice("lowering", lowering, LOWERINGS)
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
     ways = _weighed(problem) if lowering == "auto" else [registry.named(lowering).propose(problem)]
-    weighed = tuple(dict.fromkeys(proposal for way in ways for proposal in way))
+    weighed = tuple(dict.fromkeys(itertools.chain.from_iterable(ways)))
     # Only ways without a refusal can be chosen; the refusals are listed in the plan.
     possible = [way for way in map(_proposals, ways) if way is not None]
     if not possible:
         refusal = next(answer for answer in weighed if isinstance(answer, Refusal))
         raise ValueError(f"{refusal} (asked to compute {problem.program})")
-    best = possible[0] if len(possible) == 1 else min(possible, key=_dense_flops)
+    best = possible[0]
+    if len(possible) > 1:
+        best = min(possible, key=_dense_flops)
     tried = {answer.lowering for answer in weighed}
     untried = tuple(name for name in registry.NAMES if name not in tried)
     reason = _reason(best, possible, lowering)
@@ -148,7 +151,10 @@ def counted(plan: Plan) -> Plan:
 
 
 def _tiles(mask: Mask, branch: Branch, problem: Problem) -> dict[str, int | None]:
-    """FULL and PARTIAL tiles and the bytes of their map; None if too many differ."""
+    """Counts of FULL and PARTIAL tiles, and bytes of their map.
+
+    None if too many tiles differ.
+    """
     q_len, kv_len, q_offset = problem.q_len, problem.kv_len, problem.q_offset
     counts = counting.tiles(mask, q_len, kv_len, _TILE, branch.order, q_offset)
     if counts is None:

@@ -1,4 +1,4 @@
-"""Rates of this library's kernels and of dense attention on a CPU, for estimates of time."""
+"""Measured rates of kernels on a CPU, for estimates of time."""
 
 from __future__ import annotations
 

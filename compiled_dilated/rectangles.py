@@ -13,7 +13,9 @@ from .tiles import Flags
 
 @dataclass(frozen=True, eq=False)
 class Rectangles:
-    """n rectangles: queries q .. q + rows - 1 and keys kv .. kv + columns - 1.
+    """n rectangles of pairs, as arrays.
+
+    Queries are q .. q + rows - 1, keys are kv .. kv + columns - 1.
 
     q, kv, rows, columns: (n,).
     times: multiplicity of each, (n,) Python integers: the pairs of a long sequence exceed int64.
@@ -31,8 +33,10 @@ class Rectangles:
     def whole(q_len: int, kv_len: int, q_offset: int) -> Rectangles:
         """All pairs as one rectangle; none if there are no pairs."""
         q_cuts, kv_cuts = np.array([q_offset, q_offset + q_len]), np.array([0, kv_len])
-        count = 1 if q_len and kv_len else 0
-        return Rectangles.cells(q_cuts, kv_cuts)[:count]
+        rectangle = Rectangles.cells(q_cuts, kv_cuts)
+        if not q_len or not kv_len:
+            return rectangle[:0]
+        return rectangle
 
     @staticmethod
     def cells(q_cuts: IntArray, kv_cuts: IntArray) -> Rectangles:

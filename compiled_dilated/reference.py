@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import arguments, checks
+from . import arguments, call_checks, checks
 from .masks import Mask
 from .mods import ScoreMod, over_pairs, trace_mask_mod, trace_score_mod
 from .programs import Program, as_program, check_data, mask_mods_of, query_names_of
@@ -81,7 +81,9 @@ def reference(
     sees_bad_v = seen @ bad_v.double() > 0
     out = torch.where(sees_bad_k | sees_bad_v, math.nan, out)
     lse = torch.where(sees_bad_k.squeeze(-1), math.nan, lse)
-    return (out, lse) if return_lse else out
+    if return_lse:
+        return out, lse
+    return out
 
 
 def _check(
@@ -98,7 +100,7 @@ def _check(
     options: Mapping[str, object],
 ) -> None:
     """Raise the errors of a compiled program, but for different dtypes."""
-    checks.no_options_of_sdpa(options)
+    call_checks.no_options_of_sdpa(options)
     if scale is not None:
         checks.scale("scale", scale)
     arguments.flag("return_lse", return_lse)
@@ -106,7 +108,7 @@ def _check(
         checks.tensor(name, x)
     checks.devices(q, k, v)
     checks.shapes(q.shape, k.shape, v.shape)
-    offset = checks.last_offset(q_offset, q.shape[0], q.device)
+    offset = call_checks.last_offset(q_offset, q.shape[0], q.device)
     program.check(q.shape[2], k.shape[2], offset)
     shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
     checks.data(program.names, query_names_of(program), data, shape)
@@ -116,11 +118,14 @@ def _check(
     if score_mod is not None:
         trace_score_mod(score_mod, torch.float64)
     if sink_logits is not None:
-        checks.sinks(sink_logits, q.shape[1], q.device)
+        call_checks.sinks(sink_logits, q.shape[1], q.device)
 
 
 def _softmax(scores: Tensor, v: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out and lse of scores (B, H, N, M); rows without a finite score are (0, -inf)."""
+    """out and lse of scores (B, H, N, M).
+
+    Rows without a finite score are (0, -inf).
+    """
     if sink_logits is not None:
         # One more key with value 0.
         sink = sink_logits.double()[None, :, None, None].expand(*scores.shape[:3], 1)
@@ -148,7 +153,7 @@ def multiplicity(
     q_offset: int | Tensor = 0,
     data: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The number of branches that link each query and key, (B, Hq, N, M)."""
+    """Number of branches that link query and key, (B, Hq, N, M)."""
     batch, heads, q_len, _ = q.shape
     b, _, i, j = _indices(batch, heads, q_len, k.shape[2], q_offset, q.device)
     counts = torch.zeros(batch, heads, q_len, k.shape[2], dtype=torch.int64, device=q.device)
@@ -168,5 +173,7 @@ def _indices(
     h = torch.arange(heads, device=device)[:, None, None]
     i = torch.arange(q_len, device=device)[:, None]
     j = torch.arange(kv_len, device=device)
-    first = q_offset[:, None, None, None] if isinstance(q_offset, Tensor) else q_offset
+    first = q_offset
+    if isinstance(q_offset, Tensor):
+        first = q_offset[:, None, None, None]
     return b, h[None], i[None, None] + first, j[None, None, None]

@@ -1,4 +1,4 @@
-"""Sets of positions of tiles, and verdicts of masks on pairs of them.
+"""Sets of positions of tiles, and verdicts of masks on their pairs.
 
 A `Regions` value is an array of sets, one per row, each a box of a lattice:
 
@@ -29,12 +29,12 @@ EMPTY, PARTIAL, FULL = np.uint8(0), np.uint8(1), np.uint8(2)
 
 
 def both(a: Verdicts, b: Verdicts) -> Verdicts:
-    """The verdict of `x & y` from the verdicts of x and y."""
+    """The verdict of `x & y` from those of x and y."""
     return np.minimum(a, b)
 
 
 def either(a: Verdicts, b: Verdicts) -> Verdicts:
-    """The verdict of `x | y` from the verdicts of x and y."""
+    """The verdict of `x | y` from those of x and y."""
     return np.maximum(a, b)
 
 
@@ -107,7 +107,7 @@ class Regions:
 
     @property
     def dense(self) -> npt.NDArray[np.bool_]:
-        """Whether a region contains every position of its step between first and last."""
+        """Whether a region contains all positions of its step in its range."""
         size = np.prod(self.extent, axis=1)
         return np.asarray((self.last - self.first) == (size - 1) * self.step, dtype=np.bool_)
 

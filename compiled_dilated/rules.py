@@ -1,4 +1,4 @@
-"""The rule of an attention operator as text: program, lowering, ring and functions.
+"""Rules of attention as text: program, lowering, ring and functions.
 
     Rule  -- text -->  '["Program((...),))","auto",null,null,[]]'  -- read_rule, operands -->  Rule
 
@@ -21,6 +21,7 @@ from . import arguments, planner, text
 from .calls import Call
 from .masks.functions import slot_name, traced_parts, with_contents
 from .mods import Graph, MaskMod, Mod, ScoreMod, trace_score_mod, zero_sums
+from .parsing import ExpressionError
 from .programs import PerLength, Program, mask_mods_of, masks_of
 from .ring.distributed import Distributed
 from .ring.rings import Ring
@@ -61,7 +62,7 @@ class Rule:
         q_offset: int,
         learned: Sequence[int] = (),
     ) -> Call:
-        """The options of a call, with zeroed sums for gradients of the learned operands.
+        """The options of a call, with zeroed gradients of learned operands.
 
         data: the tensors that the program reads, then optionally one (B, 1), the position of
             each batch entry's first query.
@@ -172,7 +173,7 @@ def read_rule(rule: str, operands: Sequence[Tensor] | None) -> Rule:
     frame = _frame(rule)
     tensors = operands or ()
     if any(not 0 <= slot < len(tensors) for slot in frame.slots):
-        raise text.ExpressionError(
+        raise ExpressionError(
             f"the rule's score_mod reads the operands {frame.slots} of {len(tensors)}"
         )
     # Without operands the rule was parsed once, with the text.
@@ -223,7 +224,7 @@ def _frame(rule: str) -> _Frame:
                 f"its score_mod reads {graph.operands} operands, and {len(parts[3])} are named"
             )
     except (ValueError, TypeError, RecursionError) as error:
-        raise text.ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
+        raise ExpressionError(f"{rule[:200]!r} is no rule of attention: {error}") from None
     if text.needs_operands(program):
         return _Frame(program, *parts, None)
     return _Frame(program, *parts, Rule(text.read(program, ()), *parts))
@@ -234,4 +235,6 @@ def _ring(fields: Any) -> Ring | None:
     if fields is None:
         return None
     ranks, layout, group = fields
-    return Ring(ranks, layout, None if group is None else Distributed(group))
+    if group is None:
+        return Ring(ranks, layout)
+    return Ring(ranks, layout, Distributed(group))

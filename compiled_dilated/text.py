@@ -1,4 +1,6 @@
-"""Masks, orders and programs as text, and back: parsed by a whitelist, never evaluated as Python.
+"""Masks, orders and programs as text, parsed by a whitelist.
+
+Text is never evaluated as Python.
 
 read_program, read_order     text of a command line
 write, read                  text of an operator's argument, with long literals as tensors beside it
@@ -6,8 +8,6 @@ write, read                  text of an operator's argument, with long literals 
 
 from __future__ import annotations
 
-import ast
-import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +28,7 @@ from .masks.globals import GlobalPositions
 from .masks.leading import LeadingQueries
 from .mods import MaskMod, name_of, trace_mask_mod
 from .orders import Order
+from .parsing import ExpressionError, kind, value_of
 from .programs import PerLength, Program
 
 # Names of `masks` that an expression cannot call; `from_mod` takes a Python function.
@@ -49,20 +50,16 @@ def _functions_by_name() -> dict[str, Callable[..., Any]]:
 
 
 NAMES: Mapping[str, Callable[..., Any]] = _functions_by_name()
-_MOST_CHARACTERS, _MOST_DEPTH = 10_000, 50
 # Limits of text that `write` wrote, of graphs and long conjunctions too.
 _MOST_WRITTEN_CHARACTERS, _MOST_WRITTEN_DEPTH = 2**22, 200
 # Longer lists of numbers are stored as tensors.
 _MOST_NUMBERS = 32
-_SHOWN_CHARACTERS = 100
-
-
-class ExpressionError(ValueError):
-    """Text that is no program, mask or order, with place and reason."""
 
 
 def read_program(text: str, function_named: Callable[[str], MaskMod] | None = None) -> Program:
-    """The program of a text; a mask is a program of one branch.
+    """The program of a text.
+
+    A mask is a program of one branch.
 
     function_named: the function of a name, for `from_mod('name')`. None to refuse functions: to
         look one up runs code.
@@ -79,10 +76,10 @@ def read_program(text: str, function_named: Callable[[str], MaskMod] | None = No
             return masks.from_mod(function_named(name), within)
 
         names["from_mod"] = from_mod
-    value = _value(text, names)
+    value = value_of(text, names)
     if not isinstance(value, (Program, Mask)):
         raise ExpressionError(
-            f"{text!r} is {_kind(value)}, and a program or a mask is needed, "
+            f"{text!r} is {kind(value)}, and a program or a mask is needed, "
             "such as causal() & window(256)"
         )
     return programs.as_program(value)
@@ -96,10 +93,10 @@ def read_order(text: str) -> Order:
     >>> read_order("hilbert(64, 64)")
     hilbert(64, 64)
     """
-    value = _value(text, NAMES)
+    value = value_of(text, NAMES)
     if not isinstance(value, Order):
         raise ExpressionError(
-            f"{text!r} is {_kind(value)}, and an order is needed: "
+            f"{text!r} is {kind(value)}, and an order is needed: "
             "identity(), residue(4) or hilbert(64, 64)"
         )
     return value
@@ -127,7 +124,7 @@ class _StoredTiles(Tiles):
 
 
 def write(program: Program | PerLength, operands: list[Tensor]) -> str:
-    """The program as text; its long lists of numbers are appended to `operands`.
+    """The program as text; long lists of numbers are appended to `operands`.
 
     Functions (`from_mod`) are written as function(0), function(1), ...; `fill` replaces them by
     their graphs.
@@ -247,139 +244,7 @@ def _read(text: str, stored: tuple[tuple[int, bytes], ...]) -> Program | PerLeng
         "tiles_of": Tiles,
     }
     # Text of `write` is longer than a person's, of graphs and long conjunctions.
-    value = _value(text, names, _MOST_WRITTEN_CHARACTERS, _MOST_WRITTEN_DEPTH)
+    value = value_of(text, names, _MOST_WRITTEN_CHARACTERS, _MOST_WRITTEN_DEPTH)
     if not isinstance(value, (Program, PerLength)):
-        raise ExpressionError(f"the text is {_kind(value)}, and a program is needed")
+        raise ExpressionError(f"the text is {kind(value)}, and a program is needed")
     return value
-
-
-def _kind(value: object) -> str:
-    """The kind of a value, for errors."""
-    kinds = {
-        Mask: "a mask",
-        Program: "a program",
-        Order: "an order",
-        programs.Branch: "a branch; write Program((Branch(...),))",
-    }
-    for kind, name in kinds.items():
-        if isinstance(value, kind):
-            return name
-    return f"the {type(value).__name__} {value!r}"
-
-
-def _value(
-    text: str,
-    names: Mapping[str, Callable[..., Any]],
-    most_characters: int = _MOST_CHARACTERS,
-    most_depth: int = _MOST_DEPTH,
-) -> Any:
-    """The value of an expression.
-
-    names: the functions that it may call.
-    most_characters, most_depth: limits of the text and of its nesting.
-    """
-    if len(text) > most_characters:
-        raise ExpressionError(
-            f"an expression may have {most_characters:,} characters; got {len(text):,}"
-        )
-    line = text.replace("\n", " ").strip()
-    try:
-        tree = ast.parse(line, mode="eval").body
-    except SyntaxError as error:
-        raise ExpressionError(f"{error.msg}{_pointer(line, (error.offset or 1) - 1)}") from None
-    except (ValueError, MemoryError, RecursionError) as error:
-        raise ExpressionError(
-            f"the expression cannot be parsed: {str(error) or 'it is nested too deep'}"
-        ) from None
-    return _Reader(line, names, most_depth).read(tree)
-
-
-def _pointer(text: str, column: int) -> str:
-    """The text around a column, with a mark below it."""
-    first = max(0, column - _SHOWN_CHARACTERS // 2)
-    return f"\n  {text[first : first + _SHOWN_CHARACTERS]}\n  {' ' * (column - first)}^"
-
-
-class _Reader:
-    """Builds values from a syntax tree.
-
-    It accepts calls of `names`, literals, `&`, `|` and `~`.
-    """
-
-    def __init__(self, text: str, names: Mapping[str, Callable[..., Any]], most_depth: int) -> None:
-        self.text, self.names, self.most_depth = text, names, most_depth
-
-    def read(self, node: ast.expr, depth: int = 0) -> Any:
-        """The value of a node."""
-        if depth > self.most_depth:
-            raise self.error(node, f"the expression is nested more than {self.most_depth} deep")
-        match node:
-            case ast.Constant(value=bool() | int() | float() | str() | None):
-                return node.value
-            case ast.Tuple(elts=items):
-                return tuple(self.read(item, depth + 1) for item in items)
-            case ast.List(elts=items):
-                return [self.read(item, depth + 1) for item in items]
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-                return -number
-            case ast.UnaryOp(op=ast.Invert(), operand=operand):
-                return self.joined(node, lambda a: ~a, operand, depth=depth)
-            case ast.BinOp(op=ast.BitAnd(), left=left, right=right):
-                return self.joined(node, lambda a, b: a & b, left, right, depth=depth)
-            case ast.BinOp(op=ast.BitOr(), left=left, right=right):
-                return self.joined(node, lambda a, b: a | b, left, right, depth=depth)
-            case ast.Call(func=ast.Name(id=name)):
-                return self.call(node, name, depth)
-            case ast.Name(id=name) if name in self.names:
-                raise self.error(node, f"{name} is a function; write {name}(...)")
-            case ast.Name(id=name):
-                raise self.error(node, _unknown(name, self.names))
-            case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
-                message = "masks are joined by `&`, `|` and `~`, not by `and`, `or` and `not`"
-                raise self.error(node, message)
-        message = (
-            "only calls of masks, orders and programs, literals, `&`, `|` and `~` can stand here"
-        )
-        raise self.error(node, message)
-
-    def joined(
-        self, node: ast.expr, operator: Callable[..., Any], *operands: ast.expr, depth: int
-    ) -> Any:
-        """The operator applied to the masks of its operands."""
-        values = [self.read(operand, depth + 1) for operand in operands]
-        for operand, value in zip(operands, values, strict=True):
-            if not isinstance(value, Mask):
-                raise self.error(operand, f"`&`, `|` and `~` join masks; this is {_kind(value)}")
-        return operator(*values)
-
-    def call(self, node: ast.Call, name: str, depth: int) -> Any:
-        """The result of a call; errors of the function point to the call."""
-        if name not in self.names:
-            raise self.error(node, _unknown(name, self.names))
-        starred = "`*` and `**` cannot stand here; write the arguments out"
-        positional: list[Any] = []
-        named: dict[str, Any] = {}
-        for argument in node.args:
-            if isinstance(argument, ast.Starred):
-                raise self.error(node, starred)
-            positional.append(self.read(argument, depth + 1))
-        for keyword in node.keywords:
-            if keyword.arg is None:
-                raise self.error(node, starred)
-            named[keyword.arg] = self.read(keyword.value, depth + 1)
-        try:
-            return self.names[name](*positional, **named)
-        except (TypeError, ValueError) as error:
-            raise self.error(node, str(error)) from None
-
-    def error(self, node: ast.expr, message: str) -> ExpressionError:
-        """The message, with the text and a mark below the node."""
-        column = len(self.text.encode()[: node.col_offset].decode())  # ast counts bytes of UTF-8
-        return ExpressionError(f"{message}{_pointer(self.text, column)}")
-
-
-def _unknown(name: str, names: Mapping[str, Any]) -> str:
-    """The message for an unknown name, with a similar one or all."""
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(sorted(names))}"
-    return f"no mask, order or program is called {name!r}{hint}"

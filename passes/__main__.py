@@ -1,4 +1,6 @@
-"""`python -m passes module:factory`: the peak of a step under each candidate, without running it.
+"""`python -m passes module:factory`: a step's peak under each candidate.
+
+The step is traced, not run.
 
 Exit codes: 0 it fits (or no budget was given), 1 no candidate fits the budget, 2 bad usage.
 """

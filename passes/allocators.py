@@ -7,6 +7,9 @@ import ctypes
 
 
 def give_back_freed_memory() -> None:
-    """Return the C library's free memory to the system. Only glibc can; elsewhere a no-op."""
+    """Return the C library's free memory to the system.
+
+    Only glibc can; elsewhere a no-op.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

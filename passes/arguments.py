@@ -1,4 +1,7 @@
-"""Checks of arguments. Errors name the argument, the value, what was expected, what to do."""
+"""Checks of arguments.
+
+Errors name the argument, the value, what was expected, what to do.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ _WIDEST = 100
 
 
 def shown(value: object) -> str:
-    """A value as code for a message, truncated; tensors and modules by their kind."""
+    """Format a value as code for a message, truncated.
+
+    Tensors and modules appear by their kind.
+    """
     if isinstance(value, Tensor):
         if value.is_nested:
             return "a nested tensor"
@@ -37,7 +43,10 @@ def shown(value: object) -> str:
 
 
 def whole(name: str, value: object, least: int) -> None:
-    """Raise an error unless `value` is an int from `least` to 2**63 - 1."""
+    """Raise TypeError or ValueError unless `value` is an int in range.
+
+    least: the smallest value allowed; the largest is 2**63 - 1
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{name} must be a whole number; got {type(value).__name__} {shown(value)}. Pass an int"
@@ -49,9 +58,12 @@ def whole(name: str, value: object, least: int) -> None:
 
 
 def rate(name: str, value: object, *, zero: bool) -> None:
-    """Raise ValueError unless `value` is a finite number above 0. zero: 0 is allowed too."""
+    """Raise ValueError unless `value` is a finite number above 0.
+
+    zero: 0 is allowed too
+    """
     if isinstance(value, int | float) and not isinstance(value, bool):
-        is_large_enough = value >= 0 if zero else value > 0
+        is_large_enough = value > 0 or (zero and value == 0)
         if is_large_enough and value < _HUGE:
             return
     least = "at least 0" if zero else "above 0"
@@ -59,7 +71,10 @@ def rate(name: str, value: object, *, zero: bool) -> None:
 
 
 def flag(name: str, value: object, *, or_none: bool = False) -> None:
-    """Raise TypeError unless `value` is a bool. or_none: None is allowed too."""
+    """Raise TypeError unless `value` is a bool.
+
+    or_none: None is allowed too
+    """
     if isinstance(value, bool) or (or_none and value is None):
         return
     expected = "True, False or None" if or_none else "True or False"
@@ -100,13 +115,14 @@ def kind(name: str, value: object, expected: type, hint: str) -> None:
 def model(value: object) -> None:
     """Raise TypeError unless `value` is a module or a function."""
     if isinstance(value, type):
-        got = f"the class {value.__name__}"
+        description = f"the class {value.__name__}"
     elif callable(value):
         return
     else:
-        got = f"{type(value).__name__} {shown(value)}"
+        description = f"{type(value).__name__} {shown(value)}"
     raise TypeError(
-        f"model must be a torch.nn.Module or a function; got {got}. Make or load the model first"
+        f"model must be a torch.nn.Module or a function; got {description}. "
+        "Make or load the model first"
     )
 
 
@@ -120,11 +136,15 @@ def inputs(name: str, value: object, model: Callable[..., Any] | None = None) ->
     for place, tensor in enumerate(result):
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.is_nested or tensor.layout != torch.strided:
-            got = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
-            raise TypeError(
-                f"{name}[{place}] must be a dense tensor; got {got}. Pass its dense form"
-            )
+        if tensor.is_nested:
+            layout = "a nested one"
+        elif tensor.layout != torch.strided:
+            layout = f"one of layout {tensor.layout}"
+        else:
+            continue
+        raise TypeError(
+            f"{name}[{place}] must be a dense tensor; got {layout}. Pass its dense form"
+        )
     if model is not None:
         _check_signature(name, model, result)
     return result
@@ -145,7 +165,10 @@ def _check_signature(name: str, model: Callable[..., Any], inputs: tuple[Any, ..
 
 
 def sizes(value: object) -> Mapping[str, int]:
-    """Return values of symbols, {} for None. Raises TypeError or ValueError for anything else."""
+    """Return values of symbols, {} for None.
+
+    Raises TypeError or ValueError for anything else.
+    """
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):

@@ -15,13 +15,15 @@ class NoFactory(ValueError):
 
 
 def named(target: str) -> tuple[str, str]:
-    """Split MODULE:FACTORY into the two names. Raises ValueError if it is not of that form."""
+    """Split MODULE:FACTORY into the two names.
+
+    Raises ValueError if it is not of that form.
+    """
     module, _, name = target.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        got = arguments.shown(target)
         raise ValueError(
             "MODULE:FACTORY must name a module and a function of it, as models.llama:small; "
-            f"got {got}"
+            f"got {arguments.shown(target)}"
         )
     return module, name
 

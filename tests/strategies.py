@@ -43,6 +43,11 @@ def grids(draw: st.DrawFn, most: int = 64) -> tuple[int, ...]:
     return (rows, columns) if draw(st.booleans()) else (depth, rows, columns)
 
 
+def rates() -> st.SearchStrategy[int]:
+    """Dilation rates: small ones, and ones of more classes than a kernel's tile visits."""
+    return st.integers(1, 7) | st.sampled_from((49, 64, 97, 100))
+
+
 _LINE_MASKS = (
     *("causal", "window", "segments", "congruent", "documents", "sinks", "prefix", "global"),
     *("tiles", "full", "block window", "global positions", "random blocks", "placed grid"),
@@ -58,11 +63,11 @@ def line_masks(draw: st.DrawFn, most: int = 64) -> Mask:
     number = st.integers(0, most)
     kind = draw(st.sampled_from(_LINE_MASKS))
     if kind == "window":
-        return masks.window(draw(number), draw(number), draw(st.integers(1, 7)))
+        return masks.window(draw(number), draw(number), draw(rates()))
     if kind == "segments":
         return masks.segments(draw(st.integers(1, most)))
     if kind == "congruent":
-        modulus = draw(st.integers(1, 7))
+        modulus = draw(rates())
         offset, period = st.integers(0, modulus - 1), st.none() | st.integers(1, most)
         return masks.congruent(modulus, draw(offset), draw(period))
     if kind == "documents":

@@ -20,8 +20,9 @@ from compiled_dilated import longnet, masks, measure
 from compiled_dilated.cli import app
 from compiled_dilated.commands import doctor
 from compiled_dilated.orders import hilbert
+from compiled_dilated.parsing import ExpressionError
 from compiled_dilated.programs import as_program
-from compiled_dilated.text import ExpressionError, read_order, read_program
+from compiled_dilated.text import read_order, read_program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,7 +166,7 @@ def test_doctor_with_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CXX", str(broken))
     finding = doctor._compiler()
     assert finding.state == "failed"
-    assert "cannot find cc1plus" in finding.found
+    assert "cannot find cc1plus" in finding.detail
 
 
 def test_doctor_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,8 @@ def test_a_png_without_matplotlib_is_bad_usage(
 
 def test_text_alone_has_no_functions() -> None:
     """A program in a file or a rule never imports anything."""
-    from compiled_dilated.text import ExpressionError, read_program
+    from compiled_dilated.parsing import ExpressionError
+    from compiled_dilated.text import read_program
 
     with pytest.raises(ExpressionError, match="no mask, order or program is called 'from_mod'"):
         read_program(f"from_mod('{MODS}')")

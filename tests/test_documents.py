@@ -75,7 +75,10 @@ def run_code(code: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES, ids=str)
-def test_examples_of_docstrings_run(module: str) -> None:
+def test_examples_of_docstrings_run(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some examples write files
     q = torch.randn(1, 8, 256, 64)
     names = {"masks": masks, "global_tokens": masks.global_tokens, "q": q, "k": q, "v": q}
     # Modules take (B, N, H, D) and (B, N, E).

@@ -215,9 +215,13 @@ def test_flex_with_functions_that_capture_tensors() -> None:
 
 def test_swapped_heads_and_tokens_raise_a_warning() -> None:
     q = torch.zeros(1, 512, 8, 4)
-    layout = r"DilatedAttention takes \(batch, tokens, heads, head_dim\)"
-    with pytest.warns(UserWarning, match=f"512 heads of 8 tokens.*{layout}"):
+    module = cd.DilatedAttention((4,), (1,))
+    with pytest.warns(UserWarning, match="512 heads of 8 tokens.*DilatedAttention takes") as caught:
         cd.compile(masks.causal())(q, q, q)
+    assert {warning.filename for warning in caught} == {__file__}, "not the user's line"
+    with pytest.warns(UserWarning, match=r"512 heads of 8 tokens.*compile\(program\)") as caught:
+        module(*[q.transpose(1, 2)] * 3)
+    assert {warning.filename for warning in caught} == {__file__}, "not the user's line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cd.compile(masks.causal())(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput
 
 import compiled_dilated as cd
-from compiled_dilated import Program, masks, operators
+from compiled_dilated import Program, execution, masks
 from compiled_dilated.lowerings.flex import running
 from compiled_dilated.lowerings.tiling import kernels
 from compiled_dilated.plans import Problem, problem_of
@@ -144,7 +144,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Problem:
         return problem_of(program, q, k, v, dtype, "cuda", *more)
 
-    monkeypatch.setattr(operators, "problem_of", problem_of_gpu)
+    monkeypatch.setattr(execution, "problem_of", problem_of_gpu)
     monkeypatch.setattr("compiled_dilated.attend.gives_lse", lambda device: True)
     monkeypatch.setattr(running, "_compiled", lambda: dense)
     monkeypatch.setattr(running, "_KERNELS", type(running._KERNELS)(most=8))

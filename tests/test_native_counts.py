@@ -77,6 +77,15 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
     "window 256 back": (masks.window(256, 0), 4096, 0.93),
     "window 32": (masks.window(32), 4096, 0.78),
     "window dilated": (masks.window(256, dilation=4), 4096, 0.87),
+    "window dilated 64": (masks.window(64 * 16, dilation=64), 4096, 0.7),
+    "window dilated 127": (masks.window(127 * 16, dilation=127), 4096, 0.6),
+    "window dilated 300": (masks.window(300 * 8, dilation=300), 4800, 0.35),
+    "windows dilated 64 and 128": (
+        masks.window(64 * 16, dilation=64) | masks.window(128 * 8, dilation=128),
+        4096,
+        0.5,
+    ),
+    "line dilated 96": (masks.neighborhood((4608,), 12, dilation=96), 4608, 0.6),
     "segments 256": (masks.segments(256), 4096, 1.0),
     "segments 100": (masks.segments(100), 4000, 0.8),
     "segments 256 causal": (masks.segments(256) & masks.causal(), 4096, 0.93),
@@ -86,8 +95,15 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
     "tiles of 100": (listed_tiles(100, 4000), 4000, 0.83),
     "tiles of 128": (listed_tiles(128, 4096), 4096, 1.0),
     "longnet": (cd.longnet((256, 512, 1024), (1, 2, 4)), 2048, 1.0),
+    "longnet 64": (cd.longnet((256, 1024, 4096), (1, 4, 64)), 4096, 0.95),
+    "longnet of short segments": (cd.longnet((64, 128, 256), (1, 2, 4)), 2048, 0.9),
     "longnet causal": (cd.longnet((256, 512, 1024), (1, 2, 4), causal=True), 2048, 0.82),
     "neighborhood": (masks.neighborhood((64, 64), 6), 4096, 0.5),
+    "global tokens": (
+        masks.window(64) | masks.global_tokens(positions=range(100, 4096, 400)),
+        4096,
+        0.45,
+    ),
     "documents": (masks.causal() & masks.documents(lengths=LENGTHS), 4096, 0.96),
 }
 
@@ -98,3 +114,11 @@ def test_share_of_useful_pairs_in_computed_tiles(name: str) -> None:
     got = share(mask, n, heads=4 if "longnet" in name else 1)
     print(f"useful share of {name}: {got:.4f}")
     assert least <= got <= 1.0
+
+
+def test_counts_of_a_million_tokens_need_no_walk_over_their_keys() -> None:
+    n = 1 << 20
+    sizes = [1, 1, 1, n, n, 16, 16, _TYPES["float32"]]
+    counts = ops.native_counts(None, None, encode(as_program(masks.full()), 1), sizes, 0, None)
+    assert counts[0] == n**2
+    assert counts[1] == 0

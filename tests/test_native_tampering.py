@@ -43,7 +43,7 @@ q = torch.randn(1, 1, 20, 4)
 import compiled_dilated
 count = 400_000
 nodes = [number for place in range(count) for number in (3, 1, place)]
-code = [1, -1, 1, 0, 1, 1, 0, 0, 1, count, 1, count + 1, 0, 0, *nodes, 0]
+code = [2, -1, 1, 0, 1, 1, 0, 0, 1, count, 1, 1, count + 1, 0, 0, *nodes, 0]
 try:
     torch.ops.compiled_dilated.native(q, q, q, None, None, code, 1.0, 0, None, False)
 except RuntimeError as error:
@@ -58,13 +58,14 @@ def test_deeply_nested_code_is_an_error_or_a_result(fresh_python: Any) -> None:
     assert process.stdout.endswith("alive\n"), (
         f"ended with {process.returncode}: {process.stderr[-2000:]}"
     )
+    assert "more than 1000 deep" in process.stdout
 
 
 def test_malformed_code_raises() -> None:
     q, k, v = (normal(1, 1, 4, 4, dtype=torch.float32) for _ in range(3))
     good = encode(as_program(masks.causal()), 1)
     shortened, backwards = (good[:-1], (1,), ()), tuple(reversed(good))
-    changed = (*good[:2], 3, *good[3:]), (2, *good[1:]), (10**15,) * 40
+    changed = (*good[:2], 3, *good[3:]), (good[0] + 1, *good[1:]), (10**15,) * 40
     for code in (*shortened, backwards, *changed):
         with pytest.raises(RuntimeError):
             ops.native(q, k, v, None, None, code, 1.0, 0, None, False)

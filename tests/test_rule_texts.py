@@ -19,6 +19,7 @@ import compiled_dilated as cd
 from compiled_dilated import Program, masks, text
 from compiled_dilated.masks import Mask
 from compiled_dilated.mods import Graph
+from compiled_dilated.parsing import ExpressionError
 from compiled_dilated.rules import Skeleton, bind, read_rule
 from tests import functions
 from tests.functions import Parameters
@@ -199,5 +200,5 @@ NO_RULES = {
 
 @pytest.mark.parametrize("name", NO_RULES)
 def test_texts_that_are_no_rules_are_refused(name: str) -> None:
-    with pytest.raises(text.ExpressionError, match=r"."):
+    with pytest.raises(ExpressionError, match=r"."):
         read_rule(NO_RULES[name], ())

@@ -26,12 +26,12 @@ def block_masks(
     q_offset: int = 0,
     data: Mapping[str, Tensor] | None = None,
 ) -> tuple[BlockMaskPart, ...]:
-    """The mask as disjoint BlockMasks, built without q_len x kv_len pairs or tiles.
+    """The mask as disjoint BlockMasks.
 
-    Most masks give one part; several if a few rows (global tokens) or columns (sinks) are far
-    heavier than the others. Rows in no part see nothing. Lists are (B, 1, ...), B the batch size of
-    the data (1 without data), or (B, heads, ...) if `heads` is passed and heads see different
-    pairs.
+    They are built without q_len x kv_len pairs or tiles. Most masks give one part; several if a few
+    rows (global tokens) or columns (sinks) are far heavier than the others. Rows in no part see
+    nothing. Lists are (B, 1, ...), B the batch size of the data (1 without data), or
+    (B, heads, ...) if `heads` is passed and heads see different pairs.
 
     tile: queries and keys per block.
     order: q, k and v must be permuted by it first.
@@ -73,7 +73,10 @@ def block_mask(
     q_offset: int = 0,
     data: Mapping[str, Tensor] | None = None,
 ) -> BlockMask:
-    """The mask as one BlockMask; ValueError if it needs several parts. See `block_masks`."""
+    """The mask as one BlockMask; arguments as in `block_masks`.
+
+    Raises ValueError if the mask needs several parts.
+    """
     parts = block_masks(mask, q_len, kv_len, device, heads, tile, order, q_offset, data)
     if len(parts) > 1:
         raise ValueError(
@@ -91,7 +94,7 @@ def _check_data(
     data: Mapping[str, Tensor] | None,
     device: torch.device | str,
 ) -> None:
-    """Raise for data that do not fit and masks that cannot be evaluated."""
+    """Raise for unfit data, and for masks that cannot be evaluated."""
     index_device = torch.empty(0, device=device).device  # with the index of the device
     shape = checks.Shape(batch_size(mask, data), query_tokens, key_tokens, index_device)
     checks.data(mask.names, mask.query_names, data, shape)

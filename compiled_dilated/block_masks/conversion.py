@@ -40,6 +40,7 @@ def widen(block_mask: BlockMask) -> BlockMask:
 
 
 def _widened(indices: Tensor | None, width: int) -> Any:
+    """Indices as a view with rows of at least `width` entries."""
     if indices is None or indices.shape[-1] >= width:
         return indices
     # The last row's view needs `width` entries after its own.

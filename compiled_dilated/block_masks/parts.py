@@ -41,7 +41,9 @@ def build(
 ) -> tuple[BlockMaskPart, ...]:
     """The parts, for checked arguments; data may contain operands of traced functions."""
     # 1. One map of tiles for each different mask of a head.
-    per_head = [mask] if heads is None else [mask.at_head(head, heads) for head in range(heads)]
+    per_head = [mask]
+    if heads is not None:
+        per_head = [mask.at_head(head, heads) for head in range(heads)]
     maps: dict[Mask, TileMap] = {}
     for head_mask in dict.fromkeys(per_head):
         maps[head_mask] = TileMap.build(
@@ -103,9 +105,11 @@ def _part(
     data: Mapping[str, Tensor] | None,
 ) -> BlockMaskPart:
     """One rectangle of each head's map as a BlockMask."""
+    # The part's tiles in the map of each head.
     row, column = part.q_start // part.q_tile, part.kv_start // part.kv_tile
     rows, columns = range(row, row + part.rows), range(column, column + part.columns)
     heads = [_cautious(tile_map.restrict(rows, columns)) for tile_map in maps]
+    # Lists of tiles by rows, and by columns for the backward.
     batch = batch_size(mask, data)
     kv_num, kv, full_kv_num, full_kv = _rectangular(heads, batch, device)
     transposed = [lists.transpose() for lists in heads]
@@ -154,6 +158,7 @@ def _rectangular(
     for number in (0, 1):
         indices = np.zeros((1, len(heads), heads[0].rows, width), dtype=np.int32)
         for head, lists in enumerate(heads):
+            # Number 0 are the partial tiles, number 1 the full ones.
             kind = lists.full if number else ~lists.full
             count = counts[head, number]
             # The place of each entry within its row.

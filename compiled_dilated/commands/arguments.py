@@ -45,7 +45,7 @@ DataFiles = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-# Names are checked by the library, which knows its lowerings; its error is bad usage.
+# Names are checked by the library, which has the list; its error is bad usage.
 LoweringName = Annotated[
     str,
     typer.Option(
@@ -87,6 +87,7 @@ def program_of_functions(text: str) -> Program:
 
 
 def _function_named(target: str) -> Any:
+    """Import the function that 'MODULE:FUNCTION' names."""
     usage = "from_mod takes 'MODULE:FUNCTION' here, as from_mod('my_masks:checkered')"
     if not isinstance(target, str):
         raise TypeError(f"{usage}; got {target!r}")
@@ -116,8 +117,11 @@ def data_files(entries: list[str] | None, names: Sequence[str]) -> dict[str, Ten
         if name in tensors:
             raise typer.BadParameter(f"--data names {name!r} twice")
         tensors[name] = _loaded(name, path)
+    # Exactly the program's tensors: a superfluous one would be ignored.
     if set(tensors) != set(names):
-        reads = f"reads {', '.join(names)}" if names else "reads no data"
+        reads = "reads no data"
+        if names:
+            reads = f"reads {', '.join(names)}"
         raise typer.BadParameter(
             f"the program {reads}; got --data for {', '.join(tensors) or 'nothing'}. "
             "Pass --data NAME=FILE.npy for exactly those"
@@ -136,11 +140,13 @@ def _loaded(name: str, path: str) -> Tensor:
             f"--data {name}: {path!r} is no array of numbers that numpy.save wrote"
         ) from None
     if not isinstance(array, np.ndarray) or array.ndim not in (1, 2):
-        is_array = isinstance(array, np.ndarray)
-        came = f"shape {array.shape}" if is_array else "an archive of several arrays"
+        content = "an archive of several arrays"
+        if isinstance(array, np.ndarray):
+            content = f"shape {array.shape}"
         raise typer.BadParameter(
-            f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {came}"
+            f"--data {name}: {path!r} must hold (batch, tokens) or (tokens); got {content}"
         )
+    # torch has no dtype for strings, objects and dates.
     try:
         return torch.from_numpy(np.atleast_2d(array))
     except TypeError:

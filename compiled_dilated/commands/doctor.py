@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,14 +37,18 @@ class Finding:
 
     name: the checked component.
     state: "ok"; "absent": fewer things run; "failed": essential and broken.
-    found: versions, sizes or the error.
+    detail: versions, sizes or the error.
     fix: the remedy; empty if none is needed.
     """
 
     name: str
     state: str
-    found: str
+    detail: str
     fix: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """The finding as plain values."""
+        return {"name": self.name, "state": self.state, "found": self.detail, "fix": self.fix}
 
 
 def doctor(json: Json = False) -> None:
@@ -56,11 +60,12 @@ def doctor(json: Json = False) -> None:
     findings = [check() for check in CHECKS]
     ok = all(finding.state != "failed" for finding in findings)
     if json:
-        print_json({"ok": ok, "findings": [asdict(finding) for finding in findings]})
+        print_json({"ok": ok, "findings": [finding.to_json() for finding in findings]})
         raise typer.Exit(0 if ok else 1)
     from tabulate import tabulate
 
-    rows = [[finding.name, finding.state, finding.found] for finding in findings]
+    # A row per finding, its remedy below it.
+    rows = [[finding.name, finding.state, finding.detail] for finding in findings]
     lines = tabulate(rows, tablefmt="plain", disable_numparse=True).splitlines()
     for finding, line in zip(findings, lines, strict=True):
         typer.echo(line)
@@ -71,16 +76,20 @@ def doctor(json: Json = False) -> None:
 
 def _checked(name: str, ok: bool, detail: str, fix: str) -> Finding:
     """The finding of an essential component; `fix` applies if it failed."""
-    return Finding(name, "ok", detail) if ok else Finding(name, "failed", detail, fix)
+    if ok:
+        return Finding(name, "ok", detail)
+    return Finding(name, "failed", detail, fix)
 
 
 def _python() -> Finding:
+    """The version of Python."""
     ok = sys.version_info >= _LEAST_PYTHON
     detail = f"{platform.python_version()} ({sys.executable})"
     return _checked("python", ok, detail, "install Python 3.11 or newer and set up again")
 
 
 def _torch() -> Finding:
+    """The version of torch."""
     # A part may have letters, as "0a0" of a nightly build: its digits count.
     parts = torch.__version__.split("+")[0].split(".")[:2]
     version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
@@ -112,11 +121,15 @@ def _attention() -> Finding:
 def _compiler() -> Finding:
     """Compile a small library with the C++ compiler that torch.compile would use."""
     command = shlex.split(os.environ.get("CXX", "g++"))
-    path = shutil.which(command[0]) if command else None
+    name = "CXX"
+    path: str | None = None
+    if command:
+        name = command[0]
+        path = shutil.which(name)
     if path is None:
-        name = command[0] if command else "CXX"
         detail = f"no {name} on PATH: torch.compile will not run on the CPU"
         return Finding("compiler", "failed", detail, _INSTALL_COMPILER)
+    # A compiler that is present may still lack its headers or linker.
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(_PROBE)
@@ -141,9 +154,8 @@ def _inductor() -> Finding:
     x = torch.ones(64)
     try:
         is_right = torch.allclose(torch.compile(function)(x), function(x))
-    except (
-        Exception
-    ) as error:  # of the code generator, the compiler or the loader: it is the finding
+    # Errors of the code generator, the compiler or the loader are the finding.
+    except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         headers = f"apt install python3.{sys.version_info.minor}-dev"
         fix = f"repair the compiler above; Python's headers: {headers}"
@@ -154,6 +166,7 @@ def _inductor() -> Finding:
 
 
 def _device() -> Finding:
+    """The GPU, and Triton, which torch.compile needs on it."""
     if not torch.cuda.is_available():
         reason = f"CUDA {torch.version.cuda} finds no GPU"
         if torch.version.cuda is None:
@@ -168,6 +181,7 @@ def _device() -> Finding:
 
 
 def _flex() -> Finding:
+    """FlexAttention of the installed torch."""
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
         detail = "not in this torch: lowering 'flex' is refused"
         return Finding("flex attention", "absent", detail, "pip install 'torch>=2.11'")
@@ -178,6 +192,7 @@ def _flex() -> Finding:
 
 
 def _distributed() -> Finding:
+    """Backends of torch.distributed."""
     if not torch.distributed.is_available():
         detail = "not in this torch: nothing over several processes"
         return Finding("distributed", "absent", detail, "install a torch built with it")
@@ -189,6 +204,7 @@ def _distributed() -> Finding:
 
 
 def _machine() -> Finding:
+    """Cores, threads and memory."""
     import psutil
 
     memory = psutil.virtual_memory()

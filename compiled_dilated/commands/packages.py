@@ -12,45 +12,51 @@ from passes import factories
 from .. import packages
 from .arguments import Json, bad_usage, numbers, print_json
 
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY",
+        help="A function without arguments that returns (model or program, example inputs); "
+        "MODULE as `python -m` finds it.",
+    ),
+]
+PackagePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE.pt2",
+        help="The package; FILE.pt2.json and kernels, FILE.pt2*.so, are written beside it.",
+    ),
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(metavar="LEAST,MOST", help="Tokens; those of the example if not given."),
+]
+Batches = Annotated[
+    str | None,
+    typer.Option(metavar="LEAST,MOST", help="Batch; that of the example if not given."),
+]
+Decode = Annotated[
+    bool,
+    typer.Option(
+        "--decode",
+        help="Of a program: also an entry for queries that are the last of a cache's tokens.",
+    ),
+]
+Isa = Annotated[
+    str | None,
+    typer.Option(
+        metavar="avx2|native", help="The instructions of the CPUs that run it; avx2 if torch can."
+    ),
+]
+
 
 def export(
-    factory: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:FACTORY",
-            help="A function without arguments that returns (model or program, example inputs); "
-            "MODULE as `python -m` finds it.",
-        ),
-    ],
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE.pt2",
-            help="The package; FILE.pt2.json and kernels, FILE.pt2*.so, are written beside it.",
-        ),
-    ],
-    lengths: Annotated[
-        str | None,
-        typer.Option(metavar="LEAST,MOST", help="Tokens; those of the example if not given."),
-    ] = None,
-    batches: Annotated[
-        str | None,
-        typer.Option(metavar="LEAST,MOST", help="Batch; that of the example if not given."),
-    ] = None,
-    decode: Annotated[
-        bool,
-        typer.Option(
-            "--decode",
-            help="Of a program: also an entry for queries that are the last of a cache's tokens.",
-        ),
-    ] = False,
-    isa: Annotated[
-        str | None,
-        typer.Option(
-            metavar="avx2|native",
-            help="The instructions of the CPUs that run it; avx2 if torch can.",
-        ),
-    ] = None,
+    factory: Factory,
+    path: PackagePath,
+    lengths: Lengths = None,
+    batches: Batches = None,
+    decode: Decode = False,
+    isa: Isa = None,
     json: Json = False,
 ) -> None:
     """Write a package that runs without this library.
@@ -78,10 +84,11 @@ def _call_factory(factory: str) -> tuple[Any, Any]:
     try:
         with bad_usage():
             module, name = factories.named(factory)
-        make = factories.load(module, name)
+        build = factories.load(module, name)
     except factories.NoFactory as error:
         raise typer.BadParameter(str(error)) from None
-    result = make()
+    # Outside: errors of the factory keep their traceback.
+    result = build()
     if not (isinstance(result, tuple) and len(result) == 2):
         raise typer.BadParameter(
             f"{factory} must return (model or program, example inputs); got {type(result).__name__}"
@@ -106,6 +113,7 @@ def inspect(
 
 
 def _print(about: packages.About, json: bool) -> None:
+    """Print a package's description."""
     if json:
         print_json(about.to_json())
     else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from .. import compiler
+from ..plans import Plan
 from .arguments import (
     DataFiles,
     Device,
@@ -23,36 +26,41 @@ from .arguments import (
 )
 from .plan_with_data import counted_with_data
 
+Shape = Annotated[
+    str, typer.Option(metavar="B,H,N,D", help="Batch, query heads, tokens, width of a head.")
+]
+KvHeads = Annotated[
+    int | None, typer.Option(help="Key and value heads, a divisor of H; H if not given.")
+]
+KvLength = Annotated[int | None, typer.Option(help="Keys; N if not given.")]
+ValueDim = Annotated[int | None, typer.Option(help="Width of a value head; D if not given.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of q, k and v.")]
+DeviceOption = Annotated[Device, typer.Option(help="Need not be present: nothing is computed.")]
+Training = Annotated[bool, typer.Option("--training", help="A backward will follow.")]
+QueryOffset = Annotated[
+    int, typer.Option(help="Position of the first query, for decoding against a cache.")
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Print the largest batch and the longest sequence within it, as 8GiB."
+    ),
+]
+
 
 def plan(
     program: ProgramOfFunctions,
-    shape: Annotated[
-        str, typer.Option(metavar="B,H,N,D", help="Batch, query heads, tokens, width of a head.")
-    ] = "1,8,65536,64",
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key and value heads, a divisor of H; H if not given.")
-    ] = None,
-    kv_len: Annotated[int | None, typer.Option(help="Keys; N if not given.")] = None,
-    value_dim: Annotated[
-        int | None, typer.Option(help="Width of a value head; D if not given.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = Dtype.float32,
-    device: Annotated[
-        Device, typer.Option(help="Need not be present: nothing is computed.")
-    ] = Device.cpu,
-    training: Annotated[bool, typer.Option("--training", help="A backward will follow.")] = False,
+    shape: Shape = "1,8,65536,64",
+    kv_heads: KvHeads = None,
+    kv_len: KvLength = None,
+    value_dim: ValueDim = None,
+    dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = Device.cpu,
+    training: Training = False,
     lowering: LoweringName = "auto",
-    q_offset: Annotated[
-        int, typer.Option(help="Position of the first query, for decoding against a cache.")
-    ] = 0,
+    q_offset: QueryOffset = 0,
     data: DataFiles = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Print the largest batch and the longest sequence within it, as 8GiB.",
-        ),
-    ] = None,
+    memory_limit: MemoryLimit = None,
     json: Json = False,
 ) -> None:
     """Print how attention by PROGRAM would be computed, and why.
@@ -80,8 +88,13 @@ def plan(
         )
         if data:
             result = counted_with_data(parsed, result, tensors)
+    _print(result, tensors, json)
+
+
+def _print(result: Plan, data: Mapping[str, Tensor], json: bool) -> None:
+    """Print a plan, for the data if there are any."""
     if json:
-        shapes = {name: list(x.shape) for name, x in tensors.items()}
+        shapes = {name: list(x.shape) for name, x in data.items()}
         print_json(result.to_json() | {"data": shapes})
         return
     typer.echo(result.explain())

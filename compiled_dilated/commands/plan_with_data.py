@@ -1,4 +1,4 @@
-"""Plans whose pairs, tiles and work are counted for the data of a call."""
+"""Plans with pairs, tiles and work counted for data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def counted_with_data(program: Program, plan: Plan, data: Mapping[str, Tensor]) 
     # The tensors that the program's functions capture: alive until their pairs are counted.
     operands: list[Tensor] = []
     _, traced = text.traced(program, operands)
-    entries = problem.batch if _differs_by_batch(traced, data) else 1
+    # Entries of a batch are counted one by one only where they may differ.
+    entries = 1
+    if _differs_by_batch(traced, data):
+        entries = problem.batch
     pairs: int | None = 0
     tiles = []
     for row in plan.tiles:
@@ -43,11 +46,15 @@ def counted_with_data(program: Program, plan: Plan, data: Mapping[str, Tensor]) 
         groups = head_groups(branch, problem.heads, problem.kv_heads)
         for group, (mask, heads, _) in enumerate(groups):
             bound = [with_data(mask, data, entry) for entry in range(entries)]
+            # Tiles are listed for the first group of heads, as in a plan without data.
             if group == 0:
                 tiles.append(row | _tiles(bound, branch, row["tile"], problem))
             per_head = _pairs(bound, problem)
             repeats = heads.count * (problem.batch // entries)
-            pairs = None if pairs is None or per_head is None else pairs + per_head * repeats
+            if pairs is None or per_head is None:
+                pairs = None
+            else:
+                pairs += per_head * repeats
     return _with_computed_pairs(replace(plan, useful_pairs=pairs, tiles=tuple(tiles)), data)
 
 
@@ -55,12 +62,14 @@ def _differs_by_batch(program: Program, data: Mapping[str, Tensor]) -> bool:
     """Whether the entries of a batch may allow different pairs."""
     if any(x.shape[0] > 1 for x in data.values()):
         return True
-    functions = [part for branch in program.branches for part in traced_parts(branch.mask)]
-    return any(function.graph.reads("b") for function in functions)
+    for branch in program.branches:
+        if any(function.graph.reads("b") for function in traced_parts(branch.mask)):
+            return True
+    return False
 
 
 def _pairs(masks: Sequence[Mask], problem: Problem) -> int | None:
-    """Allowed pairs of all masks; None if there are too many different ones."""
+    """Allowed pairs of all masks; None if too many differ."""
     total = 0
     for mask in masks:
         pairs = counting.pairs(mask, problem.q_len, problem.kv_len, problem.q_offset)
@@ -71,7 +80,10 @@ def _pairs(masks: Sequence[Mask], problem: Problem) -> int | None:
 
 
 def _tiles(masks: Sequence[Mask], branch: Branch, tile: int, problem: Problem) -> dict[str, Any]:
-    """Tiles of all masks and bytes of their lists; None if too many differ."""
+    """Tiles of all masks, and bytes of their lists.
+
+    All are None if too many tiles differ.
+    """
     full = partial = nbytes = 0
     for mask in masks:
         counts = counting.tiles(
@@ -86,7 +98,7 @@ def _tiles(masks: Sequence[Mask], branch: Branch, tile: int, problem: Problem) -
 
 
 def _with_computed_pairs(plan: Plan, data: Mapping[str, Tensor]) -> Plan:
-    """The plan with the pairs that the native kernel computes for these data.
+    """The plan with the computed pairs of the native kernel.
 
     Plans of other lowerings do not depend on the data.
     """
@@ -94,11 +106,16 @@ def _with_computed_pairs(plan: Plan, data: Mapping[str, Tensor]) -> Plan:
         return plan
     (proposal,) = plan.chosen
     work, cost = proposal.work[0], proposal.cost
-    if work.slots or not cost.pairs:  # tensors that functions capture are not known here
+    if work.slots or not cost.pairs:  # tensors that functions capture are not passed here
         return plan
     pairs = native.counts(work, plan.problem, [data[name] for name in work.names])[0]
     flops = cost.kernel_flops * pairs // cost.pairs
-    counted = replace(cost, pairs=pairs, kernel_flops=flops, dense_flops=float(flops))
-    chosen = replace(proposal, counting=counted)
-    weighed = tuple(chosen if answer is proposal else answer for answer in plan.weighed)
-    return replace(plan, chosen=(chosen,), weighed=weighed)
+    cost_of_data = replace(cost, pairs=pairs, kernel_flops=flops, dense_flops=float(flops))
+    chosen = replace(proposal, counting=cost_of_data)
+    # The proposal is among the weighed answers, too.
+    weighed = []
+    for answer in plan.weighed:
+        if answer is proposal:
+            answer = chosen
+        weighed.append(answer)
+    return replace(plan, chosen=(chosen,), weighed=tuple(weighed))

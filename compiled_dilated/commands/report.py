@@ -12,7 +12,10 @@ _SCRIPT = Path(__file__).parents[2] / "benchmarks" / "report.py"
 
 
 def report(context: typer.Context) -> None:
-    """Run the report's suites and render its tables: run [SUITE ...] --quick, render."""
+    """Run the report's suites and render its tables.
+
+    Arguments: run [SUITE ...] --quick, or render.
+    """
     if not _SCRIPT.is_file():
         raise typer.BadParameter(
             "the benchmarks are not part of the installed package. Get the source, which has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,46 +22,54 @@ from .arguments import (
     program_of_functions,
 )
 
+Tokens = Annotated[int, typer.Option("--tokens", "-n", min=1, help="Queries, and keys.")]
+KvLength = Annotated[
+    int | None, typer.Option(min=1, help="Keys, where they are not as many as queries.")
+]
+QueryOffset = Annotated[
+    int, typer.Option(min=0, help="Position of the first query, for decoding against a cache.")
+]
+Batch = Annotated[int, typer.Option(min=0, help="The entry of the data's batch to show.")]
+Heads = Annotated[
+    int, typer.Option(min=1, help="Heads, which masks that differ by head are dealt out to.")
+]
+Head = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="The head to show; up to four kinds of heads side by side if not given."
+    ),
+]
+Branches = Annotated[bool, typer.Option("--branches", help="Each branch of the head alone too.")]
+OrderText = Annotated[
+    str | None,
+    typer.Option(metavar="ORDER", help="Draw in the places of 'hilbert(64, 64)' or another order."),
+]
+PngFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.png", dir_okay=False, help="Write a PNG (needs matplotlib)."),
+]
+SvgFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.svg", dir_okay=False, help="Write an SVG.")
+]
+HtmlFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", dir_okay=False, help="Write a page.")
+]
+
 
 def show(
     program: ProgramOfFunctions,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Queries, and keys.")],
-    kv_len: Annotated[
-        int | None, typer.Option(min=1, help="Keys, where they are not as many as queries.")
-    ] = None,
-    q_offset: Annotated[
-        int, typer.Option(min=0, help="Position of the first query, for decoding against a cache.")
-    ] = 0,
+    tokens: Tokens,
+    kv_len: KvLength = None,
+    q_offset: QueryOffset = 0,
     data: DataFiles = None,
-    batch: Annotated[int, typer.Option(min=0, help="The entry of the data's batch to show.")] = 0,
-    heads: Annotated[
-        int, typer.Option(min=1, help="Heads, which masks that differ by head are dealt out to.")
-    ] = 8,
-    head: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="The head to show; up to four kinds of heads side by side if not given."
-        ),
-    ] = None,
-    branches: Annotated[
-        bool, typer.Option("--branches", help="Each branch of the head alone too.")
-    ] = False,
-    order: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ORDER", help="Draw in the places of 'hilbert(64, 64)' or another order."
-        ),
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.png", dir_okay=False, help="Write a PNG (needs matplotlib)."),
-    ] = None,
-    svg: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", dir_okay=False, help="Write an SVG.")
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", dir_okay=False, help="Write a page.")
-    ] = None,
+    batch: Batch = 0,
+    heads: Heads = 8,
+    head: Head = None,
+    branches: Branches = False,
+    order: OrderText = None,
+    png: PngFile = None,
+    svg: SvgFile = None,
+    html: HtmlFile = None,
     json: Json = False,
 ) -> None:
     """Draw which keys each query sees: as text, and as files.
@@ -70,11 +79,7 @@ def show(
 
     Exit code 2 if PROGRAM is none, or a file, a shape or a name does not fit it.
     """
-    files = [
-        _file(kind, path)
-        for kind, path in (("png", png), ("svg", svg), ("html", html))
-        if path is not None
-    ]
+    files = _files(png=png, svg=svg, html=html)
     with bad_usage():
         parsed = program_of_functions(program)
         figure = pictures.show(
@@ -89,26 +94,46 @@ def show(
             order=None if order is None else read_order(order),
             branches=branches,
         )
+    _save(figure, files)
+    _print(figure, files, json)
+
+
+def _files(**paths: Path | None) -> list[Path]:
+    """The files to write; bad usage if one is unfit.
+
+    paths: by the names of their options.
+    """
+    files = []
+    for kind, path in paths.items():
+        if path is None:
+            continue
+        if path.suffix.lower() != f".{kind}":
+            raise typer.BadParameter(
+                f"--{kind} takes a path that ends in .{kind}; got {str(path)!r}"
+            )
+        if not path.parent.is_dir():
+            raise typer.BadParameter(f"--{kind}: no folder {str(path.parent)!r}")
+        files.append(path)
+    return files
+
+
+def _save(figure: pictures.Figure, files: Sequence[Path]) -> None:
+    """Write a figure to files; bad usage if one cannot be written."""
     for path in files:
         try:
             figure.save(path)
         except (ImportError, OSError) as error:
             raise typer.BadParameter(str(error)) from None
+
+
+def _print(figure: pictures.Figure, files: Sequence[Path], json: bool) -> None:
+    """Print a figure as text, or its captions as JSON."""
     if json:
         print_json(figure.to_json() | {"files": [str(path) for path in files]})
         return
     typer.echo(figure.text(shutil.get_terminal_size().columns, unicode=_prints_unicode()))
     if files:
         typer.echo(f"\nwrote {', '.join(map(str, files))}")
-
-
-def _file(kind: str, path: Path) -> Path:
-    """The path of a file to write; bad usage if it is unfit."""
-    if path.suffix.lower() != f".{kind}":
-        raise typer.BadParameter(f"--{kind} takes a path that ends in .{kind}; got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"--{kind}: no folder {str(path.parent)!r}")
-    return path
 
 
 def _prints_unicode() -> bool:

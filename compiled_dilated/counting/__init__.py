@@ -1,4 +1,4 @@
-"""Exact numbers of allowed pairs and of tiles, without a list of the tiles.
+"""Exact numbers of allowed pairs and of tiles, without their lists.
 
 Rectangles of pairs are halved until the mask decides them, a formula counts them, or they are small
 enough to evaluate the mask at every pair. Masks are invariant under certain translations:
@@ -12,8 +12,8 @@ work grows with the logarithm of the length.
     # # # 1
 
     counts      pairs, cells, tiles
-    symmetries  which rectangles are translations of each other
-    pairwise    the mask evaluated at pairs, all or a sample
+    symmetries  rectangles that are translations of each other
+    pairwise    masks evaluated at pairs, all or a sample
 """
 
 from .counts import CellCounts, TileCounts, cells, pairs, tiles

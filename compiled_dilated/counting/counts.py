@@ -1,4 +1,4 @@
-"""Counts of allowed pairs, of the pairs of a raster's cells, and of tiles."""
+"""Counts of allowed pairs, of pairs per cell, and of tiles."""
 
 from __future__ import annotations
 
@@ -145,17 +145,19 @@ def cells(mask: Mask, q_cuts: IntArray, kv_cuts: IntArray) -> CellCounts:
 def _decided(
     expanded: Mask, remaining: Rectangles, owners: int, most: int = _MOST_DIFFERENT
 ) -> tuple[Any, Rectangles]:
-    """Pairs that verdicts and formulas count, and the rectangles that they do not.
+    """Pairs counted by verdicts and formulas, and the uncounted rectangles.
 
     owners: number of owners; their pairs are returned as (owners,) Python integers.
     most: limit of different rectangles.
     """
     totals = np.zeros(owners, dtype=object)
     while len(remaining):
+        # FULL rectangles are counted, EMPTY ones dropped.
         verdicts = leaf_verdicts(expanded, remaining)
         verdict: Verdicts = evaluated(expanded, verdicts)
         full = remaining[verdict == FULL]
         np.add.at(totals, full.owner, full.pairs)
+        # PARTIAL ones are counted by a formula, or merged with their translations and halved.
         remaining = merged(expanded, verdicts, remaining, verdict == PARTIAL, totals)
         is_small = remaining.different_pairs <= _FEW_PAIRS or remaining.longest <= _SMALLEST
         if is_small or 4 * len(remaining) > most:
@@ -181,7 +183,10 @@ def _expanded(mask: Mask) -> Mask:
 def tiles(
     mask: Mask, q_len: int, kv_len: int, tile: int, order: Order, q_offset: int = 0
 ) -> TileCounts | None:
-    """Counts of the tiles that `TileMap.build` lists; None if too many of them differ."""
+    """Counts of the tiles that `TileMap.build` lists.
+
+    None if too many of them differ.
+    """
     if not isinstance(order, Identity):
         return _mapped_tiles(mask, q_len, kv_len, tile, order)
     if any(isinstance(leaf, FromMod | Traced) for leaf in leaves(mask)):

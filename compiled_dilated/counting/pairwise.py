@@ -1,4 +1,4 @@
-"""The mask evaluated at the pairs of rectangles: at all of them, or at a sample."""
+"""Masks evaluated at pairs of rectangles: at all, or at a sample."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..tiles import Flags
 # Few enough for one thread: many short parallel regions are slow beside other work.
 _PAIRS_AT_ONCE = 2**15
 # Pairs of all samples together, and the least of one rectangle.
-_MOST_DRAWN = 2**22
-_LEAST_DRAWN = 16
+_MOST_SAMPLES = 2**22
+_LEAST_SAMPLES = 16
 
 
 def add_pairs(mask: Mask, rectangles: Rectangles, totals: Any) -> None:
@@ -33,17 +33,17 @@ def add_pairs(mask: Mask, rectangles: Rectangles, totals: Any) -> None:
             chunk = group[start : start + at_once]
             q = chunk.q[:, None, None] + np.arange(rows)[None, :, None]
             kv = chunk.kv[:, None, None] + np.arange(columns)[None, None, :]
-            seen = _seen(mask, q, kv).reshape(len(chunk), rows * columns)
-            np.add.at(totals, chunk.owner, seen.sum(axis=1).astype(object) * chunk.times)
+            allowed = _allowed(mask, q, kv).reshape(len(chunk), rows * columns)
+            np.add.at(totals, chunk.owner, allowed.sum(axis=1).astype(object) * chunk.times)
 
 
 def add_estimates(mask: Mask, rectangles: Rectangles, totals: Any) -> Any:
     """The totals with pairs estimated from a repeatable sample."""
     mask = mask.on("cpu")
-    drawn = max(_LEAST_DRAWN, _MOST_DRAWN // len(rectangles))
+    samples = max(_LEAST_SAMPLES, _MOST_SAMPLES // len(rectangles))
     estimates = np.zeros(len(totals), dtype=np.float64)
-    draws = np.arange(drawn, dtype=np.uint64)
-    at_once = max(1, _PAIRS_AT_ONCE // drawn)
+    draws = np.arange(samples, dtype=np.uint64)
+    at_once = max(1, _PAIRS_AT_ONCE // samples)
     for start in range(0, len(rectangles), at_once):
         chunk = rectangles[start : start + at_once]
         seeds = np.arange(start, start + len(chunk), dtype=np.uint64)[:, None]
@@ -52,17 +52,17 @@ def add_estimates(mask: Mask, rectangles: Rectangles, totals: Any) -> Any:
         high, low = random >> np.uint64(32), random & np.uint64(0xFFFFFFFF)
         row = (high % chunk.rows[:, None].astype(np.uint64)).astype(np.int64)
         column = (low % chunk.columns[:, None].astype(np.uint64)).astype(np.int64)
-        share = _seen(mask, chunk.q[:, None] + row, chunk.kv[:, None] + column).mean(axis=1)
+        share = _allowed(mask, chunk.q[:, None] + row, chunk.kv[:, None] + column).mean(axis=1)
         np.add.at(estimates, chunk.owner, share * chunk.pairs.astype(np.float64))
     return totals + estimates
 
 
-def _seen(mask: Mask, q: IntArray, kv: IntArray) -> Flags:
+def _allowed(mask: Mask, q: IntArray, kv: IntArray) -> Flags:
     """Whether pairs are allowed, for batch entry 0 and head 0.
 
     q, kv: positions that broadcast.
     """
     zero = torch.zeros((), dtype=torch.int64)
-    seen = torch.as_tensor(mask.allows(zero, zero, torch.from_numpy(q), torch.from_numpy(kv)))
-    allowed: Flags = seen.broadcast_to(np.broadcast_shapes(q.shape, kv.shape)).numpy()
-    return allowed
+    allowed = torch.as_tensor(mask.allows(zero, zero, torch.from_numpy(q), torch.from_numpy(kv)))
+    flags: Flags = allowed.broadcast_to(np.broadcast_shapes(q.shape, kv.shape)).numpy()
+    return flags

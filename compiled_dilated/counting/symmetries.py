@@ -1,4 +1,4 @@
-"""Rectangles that are translations of each other, for the masks that are undecided on them."""
+"""Rectangles that are translations of each other, for undecided masks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ _LEAST_PAIRS_OF_FORMULA = 64
 
 
 def alignment(mask: Mask, tile: int) -> int:
-    """The multiple of `tile` tokens by which the mask repeats, if known."""
+    """The multiple of `tile` tokens by which the mask repeats.
+
+    `tile` if that is longer than any sequence.
+    """
     periods = [leaf.period for leaf in leaves(mask)]
     multiple = math.lcm(tile, *(period for period in periods if period is not None))
-    return multiple if multiple <= _LONGEST_PERIOD else tile
+    if multiple > _LONGEST_PERIOD:
+        return tile
+    return multiple
 
 
 def leaves(mask: Mask) -> list[Mask]:
@@ -131,8 +136,10 @@ def _normalized(rectangles: Rectangles, undecided: list[Mask]) -> tuple[IntArray
         shift = q // joint_period * joint_period
         q, kv = q - shift, kv - shift
         # Translating the keys is translating the queries, and then both back.
-        periods = [period for period in (q_period, kv_period) if period is not None]
-        kv_period = math.gcd(*periods) if periods else None
+        if kv_period is None:
+            kv_period = q_period
+        elif q_period is not None:
+            kv_period = math.gcd(q_period, kv_period)
         if kv_period is not None and kv_period % joint_period:
             kv_period = None
     elif q_period is not None:
@@ -149,7 +156,9 @@ def _common(periods: Iterable[int | None]) -> int | None:
         if period is None:
             return None
         common = math.lcm(common, period)
-    return common if common <= _LONGEST_PERIOD else None
+    if common > _LONGEST_PERIOD:
+        return None
+    return common
 
 
 def _add_by_formula(
@@ -159,21 +168,24 @@ def _add_by_formula(
     rectangles: Rectangles,
     totals: Any,
 ) -> bool:
-    """Add the pairs of rectangles that one leaf decides; False if it has no formula."""
+    """Add the pairs of rectangles that one leaf decides.
+
+    Returns False, and adds nothing, without a formula.
+    """
     is_small = rectangles.different_pairs <= _LEAST_PAIRS_OF_FORMULA * len(rectangles)
     if len(undecided) != 1 or is_small:
         return False
     (leaf,) = undecided
     # Whether the expression allows the pairs that the leaf allows, and those that it hides.
-    if_seen = bool(evaluated(mask, {**signature, leaf: FULL}) == FULL)
+    if_allowed = bool(evaluated(mask, {**signature, leaf: FULL}) == FULL)
     if_hidden = bool(evaluated(mask, {**signature, leaf: EMPTY}) == FULL)
     counts = np.zeros(len(rectangles), dtype=object)
     sides = rectangles.q, rectangles.kv, rectangles.rows, rectangles.columns
     numbers = zip(*(side.tolist() for side in sides), strict=True)
     for i, (q, kv, rows, columns) in enumerate(numbers):
-        seen = leaf.pairs(range(q, q + rows), range(kv, kv + columns))
-        if seen is None:
+        allowed = leaf.pairs(range(q, q + rows), range(kv, kv + columns))
+        if allowed is None:
             return False
-        counts[i] = seen * if_seen + (rows * columns - seen) * if_hidden
+        counts[i] = allowed * if_allowed + (rows * columns - allowed) * if_hidden
     np.add.at(totals, rectangles.owner, counts * rectangles.times)
     return True

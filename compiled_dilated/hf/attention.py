@@ -60,19 +60,41 @@ def attention(
     layer_sites = sites_of(module)
     site: Any = layer_sites[0] if layer_sites else None
     visible = _visible(module, query, key, attention_mask, is_causal, site)
-    score_mod = None if softcap is None else _capped(softcap)
+    score_mod: ScoreMod | None = None
+    if softcap is not None:
+        score_mod = _capped(softcap)
     if bias is not None:
         score_mod = added(bias, visible.q_offset)
-    has_program = site is not None and site.program is not None
-    if is_compiling() and not has_program:
-        out = _traced(visible, query, key, value, scaling, score_mod, s_aux)
-        return out.transpose(1, 2), None
-    if has_program:
+    of_scores = (scaling, score_mod, s_aux)
+    if is_compiling() and (site is None or site.program is None):
+        out = _traced(visible, query, key, value, *of_scores)
+    else:
+        model_mask = visible.structure + _tensor_as_text(attention_mask)
+        out = _at_site(site, visible, model_mask, query, key, value, *of_scores)
+    return out.transpose(1, 2), None
+
+
+def _at_site(
+    site: Any,
+    visible: Visible,
+    model_mask: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    score_mod: ScoreMod | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention by a site's program, or by the model's own mask.
+
+    model_mask: the model's own mask as text, for the table of sites.
+    """
+    if site is not None and site.program is not None:
         site.check(visible)
         attend = site.attend(visible.joined)
     else:
         attend = attend_of(visible.structure, visible.joined)
-    out = attend(
+    out: Tensor = attend(
         query,
         key,
         value,
@@ -83,12 +105,11 @@ def attention(
         sink_logits=s_aux,
     )
     if site is not None and not is_compiling():
-        # Where a static cache counts on the device, reading the offset would be a transfer.
+        # If a static cache counts on the device, reading the offset would be a transfer.
         q_offset = 0 if isinstance(visible.q_offset, Tensor) else int(visible.q_offset)
         shapes = query.shape, key.shape, value.shape
-        model_mask = visible.structure + _tensor_as_text(attention_mask)
         site.note(attend, model_mask, q_offset, *shapes, query.dtype, query.device.type)
-    return out.transpose(1, 2), None
+    return out
 
 
 def _refuse(
@@ -134,15 +155,21 @@ def _visible(
     is_causal: bool | None,
     site: Any,
 ) -> Visible:
-    """The mask of a call, but for a tensor of pairs, which is added to the scores."""
+    """The mask of a call, without a tensor of pairs.
+
+    Such a tensor is added to the scores: see `_bias_of`.
+    """
     if isinstance(attention_mask, Visible):
         return attention_mask
     of_module = bool(getattr(module, "is_causal", False))
     if attention_mask is None:
         # Encoders of images, cross attention.
-        if of_module if is_causal is None else is_causal:
+        if is_causal is None:
+            is_causal = of_module
+        if is_causal:
             return Visible("causal()", (), {}, key.shape[2] - query.shape[2], True)
         return Visible("full()", (), {}, 0, False)
+    # With a cache the position of the first query is unknown, and a program needs it.
     is_cached = of_module and query.shape[2] != key.shape[2]
     if is_cached and site is not None and site.program is not None:
         raise NotImplementedError(
@@ -160,7 +187,10 @@ def _bias_of(
     attention_mask: Visible | Tensor | None,
     position_bias: Tensor | None,
 ) -> Tensor | None:
-    """The tensor that is added to scores: the bias of positions, a mask of pairs, or both."""
+    """The tensor that is added to scores, if any.
+
+    It is the bias of positions, a mask of pairs, or both.
+    """
     if not isinstance(attention_mask, Tensor):
         return position_bias
     pairs = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -184,7 +214,9 @@ def _tensor_as_text(attention_mask: Visible | Tensor | None) -> str:
     """A mask tensor's part of a layer's mask as text."""
     if not isinstance(attention_mask, Tensor):
         return ""
-    return " & a mask" if attention_mask.dtype == torch.bool else " + a bias"
+    if attention_mask.dtype == torch.bool:
+        return " & a mask"
+    return " + a bias"
 
 
 @lru_cache(maxsize=256)
@@ -205,10 +237,10 @@ def _capped(softcap: float) -> ScoreMod:
     return capped
 
 
-# In a trace of torch.compile no object may be made that outlives it: the graph gets strings.
+# No object that is created in a trace of torch.compile may outlive it: the graph contains text.
 @assume_constant_result
 def _rule_of(structure: str, joined: tuple[str, ...]) -> tuple[str, str, tuple[str, ...]]:
-    """Frame and rule of attention as text, and the names of the data that it reads."""
+    """Frame and rule of attention as text, and names of its data."""
     program = attend_of(structure, joined).program
     skeleton = Skeleton(program, "auto", None)
     return skeleton.frame, skeleton.plain.rule, tuple(program.names)

@@ -7,7 +7,7 @@ reads these. In a graph that torch.compile traces, the values that they capture 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,16 +39,25 @@ class _Description:
     causal: bool = False
     merged: bool = False
 
-    def visible(self, q_offset: int | Tensor, cut: bool) -> Visible:
-        """The description as a `Visible`."""
+    def visible(self, q_offset: int | Tensor, kv_offset: int | Tensor, batch: int) -> Visible:
+        """The description as a `Visible`.
+
+        q_offset, kv_offset: positions of the first query and of the first key.
+        """
         structure = " & ".join(self.structure) or "full()"
         joined = tuple(sorted(self.joined))
-        return Visible(structure, joined, self.data, q_offset, self.causal, cut, self.merged)
+        offset = q_offset - kv_offset
+        if isinstance(offset, Tensor):
+            offset = offset.to(torch.int64).expand(batch)
+        cut = isinstance(kv_offset, Tensor) or kv_offset > 0
+        return Visible(structure, joined, self.data, offset, self.causal, cut, self.merged)
 
 
 @dataclass(frozen=True)
 class _Neighbours:
-    """A traced mask function: it can be called for pairs of neighbours, but not read.
+    """A traced mask function, called for pairs of neighbouring keys.
+
+    It cannot be read: a trace has no values of what it captures.
 
     positions: of the keys, (1, keys).
     packed: whether the keys may belong to several sequences.
@@ -60,7 +69,10 @@ class _Neighbours:
     packed: bool
 
     def ids(self) -> Tensor:
-        """Ids (batch, keys): one more wherever a key does not see the one before it. O(keys)."""
+        """Ids (batch, keys) of runs of keys that see their predecessor.
+
+        The id grows by one at every key that does not see the key before it. O(keys).
+        """
         keys = self.positions()
         rows = torch.arange(self.batch, device=keys.device)[:, None]
         same = self.function(rows, torch.zeros_like(keys), keys, (keys - 1).clamp(min=0))
@@ -91,7 +103,7 @@ def mask(
 
     Raises NotImplementedError, by name, for an unknown mask function.
     """
-    # With a static cache generate() makes the mask, and passes it to the model.
+    # With a static cache generate() computes the mask, and passes it to the model.
     if isinstance(attention_mask, Visible):
         return attention_mask
     if use_vmap:
@@ -106,21 +118,13 @@ def mask(
     if is_compiling():
         # transformers packs only causal sequences, without a cache and without attention_mask.
         packed = attention_mask is None and q_length == kv_length
-        # This option is only passed for masks without a direction.
-        causal = "allow_is_bidirectional_skip" not in options
-        chunk_size = getattr(config, "attention_chunk_size", None)
-        chunked = local_size is not None and local_size == chunk_size
         neighbours = _Neighbours(mask_function, batch_size, positions, packed)
-        _read_keywords(description, neighbours, local_size, causal, chunked)
+        _read_keywords(description, neighbours, local_size, config, options)
     else:
         _read_function(description, mask_function, positions)
     if attention_mask is not None:
         _join_padding(description, attention_mask, kv_length, kv_offset)
-    offset = q_offset - kv_offset
-    if isinstance(offset, Tensor):
-        offset = offset.to(torch.int64).expand(batch_size)
-    cut = isinstance(kv_offset, Tensor) or kv_offset > 0
-    return description.visible(offset, cut)
+    return description.visible(q_offset, kv_offset, batch_size)
 
 
 def _join_padding(
@@ -196,13 +200,16 @@ def _read_keywords(
     description: _Description,
     neighbours: _Neighbours,
     local_size: int | None,
-    causal: bool,
-    chunked: bool,
+    config: Any,
+    options: Mapping[str, Any],
 ) -> None:
-    """Read a mask from the keywords of a traced call; packed sequences and chunks by neighbours.
+    """Read a mask from the keywords of a traced call.
 
-    local_size: tokens of a window, or of chunks if `chunked`.
-    causal: whether later keys are hidden.
+    Packed sequences and chunks are read from pairs of neighbours.
+
+    local_size: tokens of a window, or of chunks if the config has chunks of this size.
+    config: of the model.
+    options: further keywords of the call.
     """
     function = neighbours.function
     if function is masking_utils.bidirectional_mask_function:
@@ -213,17 +220,21 @@ def _read_keywords(
         return
     if not function.__qualname__.startswith("and_masks"):
         raise _unknown(function)
+    # This option is only passed for masks without a direction.
+    causal = "allow_is_bidirectional_skip" not in options
     description.causal = causal
     if causal:
         description.structure.append("causal()")
-    if chunked:
+    chunk_size = getattr(config, "attention_chunk_size", None)
+    if local_size is not None and local_size == chunk_size:
         description.structure.append(f"documents(ids={CHUNKS!r})")
         description.data[CHUNKS] = neighbours.ids()
         description.merged = neighbours.packed
         return
-    if local_size is not None:
-        window = f"window({local_size - 1}, 0)" if causal else f"window({local_size})"
-        description.structure.append(window)
+    if local_size is not None and causal:
+        description.structure.append(f"window({local_size - 1}, 0)")
+    elif local_size is not None:
+        description.structure.append(f"window({local_size})")
     if causal and neighbours.packed:
         description.joined.append(PACKED)
         description.data[PACKED] = neighbours.ids()

@@ -1,4 +1,4 @@
-"""The mask of a kind of layer, as transformers passes it to its attention function."""
+"""The mask of a layer that transformers passes to its attention function."""
 
 from __future__ import annotations
 

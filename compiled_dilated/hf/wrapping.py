@@ -30,12 +30,15 @@ class LayerSite(Site):
         if program is None:
             return
         self._sees_later = sees_later(program, heads)
-        # Made in advance: none may be made in a trace.
+        # Created in advance: none may be created in a trace.
         for joined in ((), (PADDING,), (PACKED,), (PACKED, PADDING)):
             self._attends[joined] = Attend(joined_with(program, joined))
 
     def check(self, visible: Visible) -> None:
-        """Raise ValueError or NotImplementedError if the layer's program does not fit a call."""
+        """Check that the layer's program fits a call.
+
+        Raises ValueError or NotImplementedError for a call that it does not fit.
+        """
         if visible.causal and self._sees_later:
             raise ValueError(
                 f"the mask of {self.path} is causal, and its program shows later keys to queries. "
@@ -115,7 +118,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _calls_interface(kind: type[nn.Module]) -> bool:
-    """Whether a class looks up its attention by name, as cross attention without is_causal does."""
+    """Whether a class looks up its attention by name.
+
+    Cross attention without is_causal does.
+    """
     forward: Any = inspect.unwrap(kind.forward)
     return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
@@ -124,13 +130,16 @@ def _layer_of(path: str, module: nn.Module, model: Any) -> Layer:
     config = getattr(module, "config", model.config)
     index = getattr(module, "layer_idx", None)
     types = getattr(config, "layer_types", None)
+    layer_type = None
+    if types and index is not None:
+        layer_type = types[index]
     heads = getattr(config, "num_attention_heads", None)
     return Layer(
         path,
         type(module).__name__,
         index,
         causal=bool(getattr(module, "is_causal", False)),
-        layer_type=types[index] if types and index is not None else None,
+        layer_type=layer_type,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", heads),
         head_dim=getattr(module, "head_dim", None),

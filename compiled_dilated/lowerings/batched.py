@@ -47,7 +47,10 @@ class Batched:
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        """out (B, Hq, N, Dv) and lse (B, Hq, N).
+
+        out is in the dtype of q.
+        """
         return hidden.forward(partial(self._forward, chosen, problem), call, q, k, v)
 
     def _forward(
@@ -75,7 +78,7 @@ class Batched:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge all batches into out and lse, in place.
+        """Merge the results of all batches into out and lse, in place.
 
         out: (B, Hq, N, Dv). lse: (B, Hq, N).
         """

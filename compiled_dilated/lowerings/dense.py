@@ -1,6 +1,7 @@
-"""One kernel call over all pairs, hidden ones masked by an additive log c.
+"""One kernel call over all pairs, masked by an additive bias.
 
-Best for short sequences, and masks that allow most pairs.
+The bias of a pair is log c if c branches link it, -inf if none does. Best for short
+sequences, and masks that allow most pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MOST_MASKED_PAIRS = 2**22
 
 
 def propose(problem: Problem) -> list[Proposal | Refusal]:
-    """All branches at once: a pair that c branches link gets log c."""
+    """One proposal for all branches, or a refusal."""
     queries = Lattice(problem.q_offset, 1, 0, problem.q_len, 1)
     keys = Lattice(0, 1, 0, problem.kv_len, 1)
     batches = []
@@ -28,14 +29,14 @@ def propose(problem: Problem) -> list[Proposal | Refusal]:
             continue
         # The kernel's causal triangle starts at query 0 and key 0.
         causal = problem.q_offset == 0 and all(Causal() in conjuncts(mask) for mask in masks)
-        hiding = _hiding(masks, causal)
-        if hiding and problem.q_len * problem.kv_len > _MOST_MASKED_PAIRS:
+        bias_masks = _bias_masks(masks, causal)
+        if bias_masks and problem.q_len * problem.kv_len > _MOST_MASKED_PAIRS:
             pairs = f"{problem.q_len} x {problem.kv_len} pairs"
             reason = f"a bias over {pairs} is larger than {_MOST_MASKED_PAIRS:,} entries"
             return [Refusal("dense", None, reason, "Use lowering='tiled' or 'auto'")]
         group = problem.heads // problem.kv_heads
         for query_heads, key_heads in head_ranges(tuple(heads), group):
-            batches.append(Batch(query_heads, key_heads, queries, keys, hiding, causal))
+            batches.append(Batch(query_heads, key_heads, queries, keys, bias_masks, causal))
     return [Proposal("dense", None, costs.of(batches, problem), tuple(batches))]
 
 
@@ -43,17 +44,13 @@ def _heads_by_masks(problem: Problem) -> dict[tuple[Mask, ...], list[int]]:
     """Query heads by their masks, one per branch that covers the head."""
     groups: dict[tuple[Mask, ...], list[int]] = {}
     for head in range(problem.heads):
-        masks = tuple(
-            branch.mask_at(head, problem.heads)
-            for branch in problem.program.branches
-            if head in branch.head_range(problem.heads)
-        )
+        masks = problem.program.masks_at(head, problem.heads)
         groups.setdefault(masks, []).append(head)
     return groups
 
 
-def _hiding(masks: tuple[Mask, ...], causal: bool) -> tuple[Mask, ...]:
-    """The masks that need a bias: without causal() if the kernel applies it."""
+def _bias_masks(masks: tuple[Mask, ...], causal: bool) -> tuple[Mask, ...]:
+    """Masks that need a bias, without causal() if the kernel applies it."""
     if causal:
         masks = tuple(_without_causal(mask) for mask in masks)
     if len(masks) == 1 and not conjuncts(masks[0]):

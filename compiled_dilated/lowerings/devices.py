@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constants:
-    """Rates of kernels as shares of a large dense one's, and the price of bytes and calls.
+    """Relative rates of kernels, and the cost of bytes and calls.
 
-    flops_per_byte: flops of a dense kernel in the time of one byte copied.
+    Rates are shares of the rate of one large dense call.
+
+    flops_per_byte: flops of a dense kernel in the time that copying a byte takes.
     flops_per_call: flops of a dense kernel in the time in which the host prepares a call.
     tiles: rate of the kernel that runs batches of tiles.
     flex: rate of FlexAttention on the tiles that it visits.
     lanes_full, lanes_partial: rates of lanes on FULL and on PARTIAL blocks.
-    flex_float32, lanes_float32: in float32, in which the kernel of tiles counts as `tiles` too.
-    working_set: bytes that a call of the kernel of tiles may take beside small tensors; 0: what
-        `tiling.costs` allows everywhere, which stays in a CPU's caches.
+    flex_float32, lanes_float32: the same in float32; the rate of tiles is `tiles` there too.
+    working_set: bytes that a call of the kernel of tiles may take also for small tensors; 0:
+        the default of `tiling.costs`, which fits the caches of a CPU.
     measured: whether a program measured all rates on such a device; else they are estimates.
     """
 
@@ -63,5 +65,10 @@ HOPPER = Constants(
 
 
 def constants(device: str) -> Constants:
-    """The constants of a device type; every device but a CPU is taken for a Hopper GPU."""
-    return CPU if device == "cpu" else HOPPER
+    """Constants of a device type.
+
+    Every device except a CPU counts as a Hopper GPU.
+    """
+    if device == "cpu":
+        return CPU
+    return HOPPER

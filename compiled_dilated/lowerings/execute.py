@@ -1,4 +1,4 @@
-"""Run a plan by its lowering: forward into (out, lse), backward from them."""
+"""Execution of plans by their lowerings: forward, merge and backward."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from . import registry
 
 
 def keeps_hidden_out(plan: Plan) -> bool:
-    """Whether `merge_into` takes keys with NaN or infinity that no query sees."""
+    """Whether `merge_into` accepts NaN and infinity in hidden keys."""
     return registry.of(plan.chosen).keeps_hidden_out
 
 
 def merge_into(
     plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Merge a part of a larger softmax into out and lse, in place.
+    """Merge a partial softmax into out and lse, in place.
 
     out: (B, Hq, N, Dv). lse: (B, Hq, N). Both are (0, -inf) in rows without keys so far.
     """
@@ -29,7 +29,10 @@ def merge_into(
 
 
 def forward(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+    """out (B, Hq, N, Dv) and lse (B, Hq, N).
+
+    out is in the dtype of q.
+    """
     return registry.of(plan.chosen).forward(plan.chosen, plan.problem, call, q, k, v)
 
 
@@ -41,6 +44,8 @@ def backward(plan: Plan, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tens
     # Rows that see no key get lse = +inf: every weight is exp(-inf) = 0, so their gradient is 0 and
     # never NaN.
     dead = saved.lse == -math.inf
-    grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(dead, 0.0)
+    grad_lse = saved.grad_lse
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(dead, 0.0)
     saved = replace(saved, lse=saved.lse.masked_fill(dead, math.inf), grad_lse=grad_lse)
     return registry.of(plan.chosen).backward(plan.chosen, plan.problem, call, saved)

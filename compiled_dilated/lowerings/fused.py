@@ -1,4 +1,7 @@
-"""The lowerings that compute a whole program in kernels of their own, on a GPU."""
+"""Lowerings that compute whole programs in kernels of their own.
+
+`auto` weighs them on a GPU only.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ class Fused:
     """A lowering by its functions; see `protocol.Lowering`.
 
     name: as users write it.
-    propose_program: one answer for a problem; the work of a proposal is passed to the other two.
+    propose_program: one answer for a problem; its work is an argument of the next two functions.
     run_forward: (work, problem, call, q, k, v) to out and lse.
     run_backward: (work, problem, call, saved) to the gradients of q, k and v.
-    keeps_hidden_out: whether these two themselves keep NaN of hidden keys out of results.
+    keeps_hidden_out: whether both functions keep NaN in hidden keys out of their results.
     """
 
     name: str
@@ -51,7 +54,10 @@ class Fused:
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        """out (B, Hq, N, Dv) and lse (B, Hq, N).
+
+        out is in the dtype of q.
+        """
         run = partial(self.run_forward, chosen[0].work[0], problem)
         if self.keeps_hidden_out:
             return run(call, q, k, v)
@@ -68,7 +74,10 @@ class Fused:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge the program's own result into out (B, Hq, N, Dv) and lse (B, Hq, N)."""
+        """Merge the program's result into out and lse, in place.
+
+        out: (B, Hq, N, Dv). lse: (B, Hq, N).
+        """
         merge_(out, lse, *self.run_forward(chosen[0].work[0], problem, call, q, k, v))
 
     def backward(

@@ -1,8 +1,8 @@
-"""NaN and infinity in hidden keys never reach a result or a gradient.
+"""Isolation of results and gradients from NaN and infinity in hidden keys.
 
 Kernels compute hidden pairs of a tile with weight 0, and 0 * NaN is NaN. If a result is not finite,
 keys and values are cleaned and the call is repeated. Rows that see a bad number are then set to
-NaN. Attention itself finds these rows: equal scores, and an indicator of the bad numbers as values.
+NaN. A second call finds these rows, with equal scores and an indicator of bad numbers as values.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Bad:
 
     @staticmethod
     def of(k: Tensor, v: Tensor) -> Bad | None:
-        """The bad numbers of k and v; None if all are finite."""
+        """Bad numbers of k and v; None if all are finite."""
         bad_k, bad_v = ~k.isfinite(), ~v.isfinite()
         if not bad_k.any() and not bad_v.any():
             return None
@@ -73,7 +73,7 @@ def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[
 
 
 def spoil(run: Forward, call: Call, q: Tensor, bad: Bad, out: Tensor, lse: Tensor) -> None:
-    """Set the results of queries that see bad numbers to NaN, in place."""
+    """Set results of queries that see bad numbers to NaN, in place."""
     # With zeros as q and k all scores are equal, and the result is the share of bad keys.
     zeros_q, zeros_k = (torch.zeros_like(x, dtype=torch.float32) for x in (q, bad.k))
     share, _ = run(replace(call, score_mod=None), zeros_q, zeros_k, bad.indicator)
@@ -82,12 +82,15 @@ def spoil(run: Forward, call: Call, q: Tensor, bad: Bad, out: Tensor, lse: Tenso
 
 
 def backward(run: Backward, call: Call, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v of run(call, saved), unaffected by hidden keys.
+    """Gradients of q, k and v, unaffected by hidden keys.
 
     Rows with a non-finite query, result or gradient get NaN, and so do the keys that they see; all
     other gradients are finite.
     """
-    sums = () if call.score_mod is None else call.score_mod.sums
+    sums: tuple[Tensor, ...] = ()
+    if call.score_mod is not None:
+        sums = call.score_mod.sums
+    # 1. The usual case: all gradients are finite.
     before = [total.clone() for total in sums]
     grads = run(call, saved)
     if not has_nan(grads[0]):
@@ -95,12 +98,13 @@ def backward(run: Backward, call: Call, saved: Saved) -> tuple[Tensor, Tensor, T
     bad, spoiled = Bad.of(saved.k, saved.v), _spoiled_rows(saved)
     if bad is None and not spoiled.any():
         return grads
-    # Repeat from the sums as they were, with clean keys and without the spoiled rows.
+    # 2. Repeat from the earlier sums, with clean keys and without the spoiled rows.
     for total, start in zip(sums, before, strict=True):
         total.copy_(start)
     if bad is not None:
         saved = replace(saved, k=bad.k, v=bad.v)
     grad_q, grad_k, grad_v = run(call, _without_rows(saved, spoiled))
+    # 3. NaN in the spoiled rows, in the keys that they see, and in all learned operands.
     if spoiled.any():
         keys = _visible_keys(run, call, saved, spoiled)
         grad_q = grad_q.masked_fill(spoiled[..., None], math.nan)
@@ -121,13 +125,15 @@ def _spoiled_rows(saved: Saved) -> Tensor:
 
 
 def _without_rows(saved: Saved, rows: Tensor) -> Saved:
-    """The same without gradients from some rows.
+    """Saved tensors without gradients from some rows.
 
     lse = +inf makes all of their weights 0.
     """
     tensors = (saved.q, saved.out, saved.grad_out)
     q, out, grad_out = (x.masked_fill(rows[..., None], 0.0) for x in tensors)
-    grad_lse = None if saved.grad_lse is None else saved.grad_lse.masked_fill(rows, 0.0)
+    grad_lse = saved.grad_lse
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(rows, 0.0)
     lse = saved.lse.masked_fill(rows, math.inf)
     return Saved(q, saved.k, saved.v, out, lse, grad_out, grad_lse)
 
@@ -137,7 +143,6 @@ def _visible_keys(run: Backward, call: Call, saved: Saved, rows: Tensor) -> Tens
 
     Computed as the gradient of values, from an indicator of the rows.
     """
-
     grad_out = rows[..., None].to(torch.float32)
     tensors = (saved.q, saved.k, saved.v[..., :1], grad_out)
     q, k, v, out = (torch.zeros_like(x, dtype=torch.float32) for x in tensors)

@@ -1,7 +1,8 @@
-"""The native CPU kernel: all branches of a program in one call, any mask.
+"""Native CPU kernel: all branches of a program in one call.
 
-The kernel finds its tiles itself. propose -> encode (a program as numbers) -> operators of
-native.library, compiled once per machine.
+It takes any mask and determines its tiles itself.
+
+    propose -> encode: a program as numbers -> native.library: operators, compiled once per machine
 """
 
 from __future__ import annotations
@@ -66,8 +67,13 @@ class Work:
     ) -> tuple[Any, Any]:
         """Data and operands among an operator's arguments, in the kernel's order."""
         slots = (*self.slots, *score_slots)
-        own_data = data[: len(self.names)] if data else None
-        own_operands = [operands[slot] for slot in slots] if operands and slots else None
+        # An operator takes None in place of an empty list of tensors.
+        own_data: Sequence[Tensor] | None = None
+        if data:
+            own_data = data[: len(self.names)]
+        own_operands: list[Tensor] | None = None
+        if operands and slots:
+            own_operands = [operands[slot] for slot in slots]
         return own_data, own_operands
 
 
@@ -92,16 +98,17 @@ def work_of_graph(
     k: Tensor,
     v: Tensor,
 ) -> Work | None:
-    """Work for tensors of any length; None if the plan depends on it."""
+    """Work for tensors of any length; None if plans depend on it."""
     if isinstance(program, PerLength) or lowering not in ("auto", "native"):
         return None
     # Heads, widths and shapes of operands are constants of the encoded program.
     sizes = [*q.shape[1::2], *v.shape[1::2]]
-    for _, shape in scores.operands if scores else ():
-        sizes += shape
+    if scores is not None:
+        for _, shape in scores.operands:
+            sizes += shape
     if not all(isinstance(size, int) for size in sizes):
         return None
-    # Lengths of 1 replace any: positions are checked when the graph runs.
+    # The work does not depend on lengths: they are 1 here, and checked when the graph runs.
     dtype = str(q.dtype).removeprefix("torch.")
     problem = Problem(
         program, 1, q.shape[1], k.shape[1], 1, 1, q.shape[3], v.shape[3], dtype, q.device.type,
@@ -137,7 +144,7 @@ def _unfit(problem: Problem) -> str | None:
 
 
 def _has_places(mask: Mask) -> bool:
-    """Whether the mask depends on absolute positions, by a list or a grid."""
+    """Whether a mask depends on absolute positions: a list or a grid."""
     return (
         mask.period is None
         or isinstance(mask, Neighborhood)
@@ -152,7 +159,10 @@ def _work(program: Program, heads: int, scores: Scores | None) -> Work:
 
 
 def _cost(work: Work, problem: Problem) -> Cost:
-    """Cost from the kernel's own tile counts; of masks of data, by an upper bound of them."""
+    """Cost from the kernel's own tile counts.
+
+    Masks of data are counted by an upper bound.
+    """
     width = 2 * (problem.head_dim + problem.value_dim)
     if work.names or work.slots:
         bound = problem.program.map(upper_bound)
@@ -163,11 +173,12 @@ def _cost(work: Work, problem: Problem) -> Cost:
 
 
 def _workspace(problem: Problem) -> tuple[int, int]:
-    """Bytes that the threads of a forward, and of a backward, take beside the tensors."""
-    itemsize = 8 if problem.dtype == "float64" else 4
+    """Workspace bytes of all threads, in a forward and in a backward."""
+    # Low precision is computed in float32.
+    itemsize = max(4, problem.itemsize)
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
-    room = torch.get_num_threads() * 3 * tile
-    return room, 2 * room + _sums_bytes(problem)
+    forward = torch.get_num_threads() * 3 * tile
+    return forward, 2 * forward + _sums_bytes(problem)
 
 
 def _sums_bytes(problem: Problem) -> int:
@@ -208,7 +219,7 @@ class Native:
     decides = True
 
     def is_weighed(self, device: str) -> bool:
-        """On a CPU."""
+        """Whether the device is a CPU."""
         return device == "cpu"
 
     def propose(self, problem: Problem) -> list[Proposal | Refusal]:
@@ -224,7 +235,10 @@ class Native:
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        """out (B, Hq, N, Dv) and lse (B, Hq, N).
+
+        out is in the dtype of q.
+        """
         work: Work = chosen[0].work[0]
         data, operands = work.inputs(call)
         result: tuple[Tensor, Tensor] = library.operators.native.default(
@@ -280,7 +294,10 @@ def _backward(
         work = _work(problem.program, problem.heads, None)
     data, operands = work.inputs(call)
     mod = call.score_mod
-    learned = [] if mod is None else [len(work.slots) + number for number in mod.learned]
+    learned: list[int] = []
+    if mod is not None:
+        # Operands of the score_mod follow those of masks.
+        learned = [len(work.slots) + number for number in mod.learned]
     grad_q, grad_k, grad_v, vector = library.operators.native_backward.default(
         saved.grad_out, saved.grad_lse, saved.q, saved.k, saved.v, saved.out, saved.lse,
         data, operands, work.code, call.scale, call.q_offset, call.offsets, learned,

@@ -18,9 +18,9 @@ class Lowering(Protocol):
     Add one by a file with its class and a line in `registry.LOWERINGS`.
 
     name: as users write it, and as `explain` prints it.
-    keeps_hidden_out: NaN and infinity in hidden keys never reach a merged result; the keys of
-        other lowerings are cleaned first.
-    is_fused: one kernel computes all branches; where it can, `auto` does not weigh gathered tiles.
+    keeps_hidden_out: NaN and infinity in hidden keys never reach a merged result; without this
+        property, keys are cleaned before a merge.
+    is_fused: one kernel computes all branches; where one can, `auto` weighs no gathered tiles.
     decides: where it can compute a problem, `auto` weighs no other lowering.
     """
 
@@ -41,7 +41,7 @@ class Lowering(Protocol):
         ...
 
     def propose(self, problem: Problem) -> Sequence[Proposal | Refusal]:
-        """One proposal for all branches, or one per branch.
+        """One answer for all branches, or one per branch.
 
         A refusal gives the reason and the alternative.
         """
@@ -56,7 +56,10 @@ class Lowering(Protocol):
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, N, Dv) in the dtype of q, and lse (B, Hq, N)."""
+        """out (B, Hq, N, Dv) and lse (B, Hq, N).
+
+        out is in the dtype of q.
+        """
         ...
 
     def merge_into(
@@ -70,7 +73,7 @@ class Lowering(Protocol):
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Merge a part of a larger softmax into out and lse, in place.
+        """Merge a partial softmax into out and lse, in place.
 
         A lowering that cannot refuses problems with `partial`.
 

@@ -1,4 +1,4 @@
-"""Segments and residue classes as dense problems on strided views of q, k and v.
+"""Segments and residue classes as dense problems on strided views.
 
 No index tensors and no bias. segments(8) & congruent(2, 1): tokens 1 3 5 7, then 9 11 13 15, ...
 are dense problems; all complete ones form one batch. The kernel applies causal(); masks that hide
@@ -97,13 +97,17 @@ def _pieces(mask: Mask) -> Pieces:
     classes = [part for part in parts if isinstance(part, Congruent)]
     if len(classes) > 1:
         raise _Irregular("more than one congruent in one mask")
+    congruent = None
     if classes:
-        _check_residues(classes[0], length)
-    return Pieces(length, classes[0] if classes else None, Causal() in parts)
+        congruent = classes[0]
+        _check_residues(congruent, length)
+    return Pieces(length, congruent, Causal() in parts)
 
 
 def _check_residues(congruent: Congruent, length: int | None) -> None:
-    """Raise unless a residue class is equal or anew in every segment.
+    """Raise unless a residue class is regular within all segments.
+
+    Either it is equal in all segments, or it starts anew in each.
 
     length: length of the segments, None without segments.
     """
@@ -119,10 +123,13 @@ def _lattices(pieces: Pieces, problem: Problem) -> Iterator[tuple[Lattice, Latti
     for stretch in _stretches(pieces.segments, problem):
         queries, keys = stretch.queries, stretch.keys
         # 1. Keep one residue class.
-        if pieces.congruent is not None:
-            assert isinstance(pieces.congruent.offset, int)
-            rate, period = pieces.congruent.modulus, pieces.congruent.period
-            first = pieces.congruent.offset + (stretch.start if period != rate else 0)
+        congruent = pieces.congruent
+        if congruent is not None:
+            assert isinstance(congruent.offset, int)
+            first, rate = congruent.offset, congruent.modulus
+            if congruent.period != rate:
+                # Residues are counted from the start of each segment.
+                first += stretch.start
             queries, keys = _congruent(queries, first, rate), _congruent(keys, first, rate)
         # 2. Split at the diagonal.
         parts: Iterable[tuple[range, range, bool]] = ((queries, keys, False),)
@@ -135,12 +142,14 @@ def _lattices(pieces: Pieces, problem: Problem) -> Iterator[tuple[Lattice, Latti
 
 
 def _repeated(tokens: range, stretch: Stretch) -> Lattice:
-    """Tokens of the first segment of a stretch, in each of its segments."""
+    """Tokens of a stretch's first segment, repeated in all its segments."""
     return Lattice(tokens.start, stretch.count, stretch.stride, len(tokens), tokens.step)
 
 
 def _stretches(length: int | None, problem: Problem) -> Iterator[Stretch]:
-    """Complete segments together; segments cut by an end of queries or keys singly.
+    """Stretches of complete segments, and single segments that are cut.
+
+    The first or last query or key may cut a segment.
 
     length: length of the segments, None without segments.
     """
@@ -173,7 +182,7 @@ def _congruent(tokens: range, first: int, rate: int) -> range:
 
 
 def _causal(queries: range, keys: range) -> Iterator[tuple[range, range, bool]]:
-    """A dense block of keys before the first query, and a causal triangle.
+    """A dense block of earlier keys, and a causal triangle.
 
     queries, keys: ranges of equal steps on one lattice. Queries before the first key see no key
         and are in no block.

@@ -1,4 +1,6 @@
-"""Any mask in any order: key tiles gathered per query tile, the mask on PARTIAL ones.
+"""Any mask in any order: key tiles gathered per query tile.
+
+The mask is evaluated on PARTIAL tiles only.
 
     window(2), tiles of 4 queries and 2 keys      query tile 1 is computed with its five key tiles:
        0 1 2 3 4 5

@@ -8,7 +8,10 @@ from .core import And, Full, Mask, Or
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:
     """Masks whose `&` is this mask; `full()` is the empty conjunction."""
     if isinstance(mask, And):
-        return tuple(factor for part in mask.masks for factor in conjuncts(part))
+        factors: list[Mask] = []
+        for part in mask.masks:
+            factors += conjuncts(part)
+        return tuple(factors)
     if isinstance(mask, Full):
         return ()
     return (mask,)
@@ -35,7 +38,7 @@ def disjoint(mask: Mask) -> list[Mask]:
             factors = parts[:place] + parts[place + 1 :]
             out = []
             for number, option in enumerate(part.masks):
-                earlier = [~mask for mask in part.masks[:number]]
+                earlier = [~previous for previous in part.masks[:number]]
                 out.append(conjunction((*factors, *conjuncts(option), *earlier)))
             return out
     return [mask]

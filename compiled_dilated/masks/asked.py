@@ -1,4 +1,4 @@
-"""Masks that are evaluated pair by pair: functions, and data of one entry of a batch."""
+"""Masks evaluated pair by pair: functions, and data of one batch entry."""
 
 from __future__ import annotations
 

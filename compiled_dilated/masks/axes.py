@@ -17,7 +17,7 @@ _Bounds = tuple[IntArray, IntArray]
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Coordinates low .. high on one axis, all congruent to low modulo step.
+    """Coordinates low .. high on one axis, congruent to low modulo step.
 
     step is 0 for a single coordinate.
     """
@@ -33,7 +33,7 @@ class Axis:
 
     size: coordinates on the axis.
     radius: in steps of `dilation`.
-    shift: move windows inwards at the border, in place of cutting them.
+    shift: move windows inwards at the border instead of cutting them.
     """
 
     size: int
@@ -82,7 +82,9 @@ class Axis:
         if self.shift and not self.causal:
             return members * min(members, 2 * self.radius + 1)
         lane = range(members)
-        ahead = 0 if self.causal else self.radius
+        ahead = self.radius
+        if self.causal:
+            ahead = 0
         return pairs_up_to(ahead, lane, lane) - pairs_up_to(-self.radius - 1, lane, lane)
 
     def allows(self, q: Positions, kv: Positions) -> Any:
@@ -98,9 +100,11 @@ class Axis:
         low, high, step = kv.low - q.high, kv.high - q.low, np.gcd(q.step, kv.step)
         back = self.radius * self.dilation
         if not self.shift or self.causal:
-            ahead = 0 if self.causal else back
+            ahead = back
+            if self.causal:
+                ahead = 0
             return classify_difference(low, high, step, self.dilation, back, ahead)
-        # Shifted windows: the residues by the difference, the bounds by the reach of the queries.
+        # Shifted windows: residues from the difference, bounds from the reach of the queries.
         residues = classify_difference(low, high, step, self.dilation, None, self.size)
         lows, highs = self._reach_over(q.low, q.high)
         inside = (lows[1] <= kv.low) & (kv.high <= highs[0])

@@ -49,7 +49,10 @@ def causal() -> Mask:
 
 @dataclass(frozen=True, repr=False)
 class Window(Mask):
-    """-left <= kv - q <= right, and kv - q a multiple of `dilation`."""
+    """Every `dilation`-th key around the query.
+
+    -left <= kv - q <= right, and kv - q is a multiple of `dilation`.
+    """
 
     left: int
     right: int
@@ -86,7 +89,7 @@ class Window(Mask):
         if not kv:
             return NOTHING
         q = clip(q, kv[0] - self.right, kv[-1] + self.left + 1)
-        # Where one side lies in a single residue class, so does the other.
+        # If one side is in a single residue class, so is the other.
         if q.step % self.dilation == 0:
             kv = intersection(kv, range(q.start % self.dilation, kv.stop, self.dilation))
         elif kv.step % self.dilation == 0:
@@ -104,9 +107,12 @@ class Window(Mask):
         return pairs_up_to(self.right, q, kv) - pairs_up_to(-self.left - 1, q, kv)
 
     def __repr__(self) -> str:
-        right = "" if self.right == self.left else f", {self.right}"
-        dilation = "" if self.dilation == 1 else f", dilation={self.dilation}"
-        return f"window({self.left}{right}{dilation})"
+        options = ""
+        if self.right != self.left:
+            options += f", {self.right}"
+        if self.dilation != 1:
+            options += f", dilation={self.dilation}"
+        return f"window({self.left}{options})"
 
 
 def window(left: int, right: int | None = None, dilation: int = 1) -> Mask:
@@ -116,7 +122,9 @@ def window(left: int, right: int | None = None, dilation: int = 1) -> Mask:
     dilation: only every `dilation`-th key, counted from the query (Longformer, arXiv 2004.05150).
     """
     left = arguments.integer("left", left, 0)
-    right = left if right is None else arguments.integer("right", right, 0)
+    if right is None:
+        right = left
+    right = arguments.integer("right", right, 0)
     return Window(left, right, arguments.integer("dilation", dilation, 1))
 
 

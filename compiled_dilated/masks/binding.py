@@ -1,4 +1,4 @@
-"""Masks bound to the data of a call, so that their pairs can be counted and drawn."""
+"""Masks bound to a call's data, for counting and drawing."""
 
 from __future__ import annotations
 
@@ -56,22 +56,28 @@ class KeyFlags(Mask):
 def with_data(mask: Mask, data: Data, batch: int) -> Mask:
     """The mask of one batch entry, with structure in place of data.
 
-    Data without a structure, such as documents that recur, stays data.
+    Data without a structure remains data: documents whose ids recur, for example.
 
     mask: without rules over heads.
     data: tensors (batch or 1, positions) on a CPU.
     batch: the entry of the batch.
     """
     if isinstance(mask, FromMod | Traced):
-        within = None if mask.within is None else with_data(mask.within, data, batch)
+        within = mask.within
+        if within is not None:
+            within = with_data(within, data, batch)
         return Asked(mask, within, data, batch)
     if not isinstance(mask, OfData):
         return mask._map(lambda part: with_data(part, data, batch))
+    # One row of data serves all entries of the batch.
     x = mask.tensor(data)
-    row = x[batch if x.shape[0] > 1 else 0]
+    row = x[0]
+    if x.shape[0] > 1:
+        row = x[batch]
     if isinstance(mask, DocumentIds):
         consecutive = _documents(row.numpy())
-        return Asked(mask, None, data, batch) if consecutive is None else consecutive
+        if consecutive is not None:
+            return consecutive
     if isinstance(mask, Padding):
         return KeyFlags(~row, mask.name)
     if isinstance(mask, GlobalData):

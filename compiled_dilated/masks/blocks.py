@@ -82,12 +82,13 @@ class BlockWindow(Mask):
         ]
 
     def __repr__(self) -> str:
-        right = "" if self.right == self.left else f", {self.right}"
-        return f"block_window({self.block}, {self.left}{right})"
+        if self.right == self.left:
+            return f"block_window({self.block}, {self.left})"
+        return f"block_window({self.block}, {self.left}, {self.right})"
 
 
 def block_window(block: int, left: int, right: int | None = None) -> Mask:
-    """Keys in the query's block, `left` blocks before it and `right` after it.
+    """Keys from `left` blocks before the query's block to `right` after it.
 
     A window made of complete tiles; `window` counts single tokens (BigBird, arXiv 2007.14062).
 
@@ -95,7 +96,9 @@ def block_window(block: int, left: int, right: int | None = None) -> Mask:
     left, right: in blocks; `right` defaults to `left`.
     """
     left = arguments.integer("left", left, 0)
-    right = left if right is None else arguments.integer("right", right, 0)
+    if right is None:
+        right = left
+    right = arguments.integer("right", right, 0)
     block = arguments.integer("block", block, 1)
     arguments.integer("the tokens of the window", block * (max(left, right) + 1))
     return BlockWindow(block, left, right)
@@ -147,6 +150,7 @@ class DilatedBlocks(Mask):
         """Number of tokens of a range in blocks of one residue class."""
         period = self.block * self.stride
         counts = []
+        # Tokens of the class before either end.
         for end in (side.start, side.stop):
             periods, remainder = divmod(end, period)
             in_period = min(max(remainder - residue * self.block, 0), self.block)

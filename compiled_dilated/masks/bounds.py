@@ -1,4 +1,6 @@
-"""Masks of positions that bound masks of data, for counts before a call passes its data.
+"""Bounds of data masks by masks of positions.
+
+For counts before a call passes its data:
 
 causal() & documents(ids="ids")        at most causal() & full()
 causal() & ~documents(ids="ids")       at most causal() & ~~full()
@@ -13,16 +15,24 @@ from .functions import FromMod, Traced
 
 
 def upper_bound(mask: Mask) -> Mask:
-    """A mask of positions that allows at least the pairs of `mask`; itself if it reads no data."""
+    """A mask of positions that allows at least the pairs of `mask`.
+
+    `mask` itself if it reads no data.
+    """
     if isinstance(mask, Not):
         return Not(lower_bound(mask.mask))
     if isinstance(mask, FromMod | Traced) and _reads_tensors(mask):
-        return Full() if mask.within is None else upper_bound(mask.within)
+        if mask.within is None:
+            return Full()
+        return upper_bound(mask.within)
     return _bound(mask, upper_bound, Full())
 
 
 def lower_bound(mask: Mask) -> Mask:
-    """A mask of positions that allows at most the pairs of `mask`; itself if it reads no data."""
+    """A mask of positions that allows at most the pairs of `mask`.
+
+    `mask` itself if it reads no data.
+    """
     if isinstance(mask, Not):
         return Not(upper_bound(mask.mask))
     if isinstance(mask, FromMod | Traced) and _reads_tensors(mask):
@@ -31,10 +41,16 @@ def lower_bound(mask: Mask) -> Mask:
 
 
 def _bound(mask: Mask, of_part: Callable[[Mask], Mask], of_data: Mask) -> Mask:
-    """The bound of a mask that grows with its parts, by the bounds of these."""
+    """Bound of a mask that is monotone in its parts.
+
+    of_part: the bound of a part.
+    of_data: the bound of a mask that reads data itself.
+    """
     if mask.parts:
         return mask._map(of_part)
-    return of_data if mask.names else mask
+    if mask.names:
+        return of_data
+    return mask
 
 
 def _reads_tensors(mask: FromMod | Traced) -> bool:

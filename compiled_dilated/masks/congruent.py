@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ OFFSET_RULES = ("cyclic", "grouped")
 
 @dataclass(frozen=True, repr=False)
 class Congruent(Mask):
-    """(i % period) % modulus == offset, for the query and for the key.
+    """Queries and keys with (position % period) % modulus == offset.
 
     offset: one number, one per head, or a rule of OFFSET_RULES.
     within: the period in tokens; None if positions never start anew.
@@ -69,8 +70,10 @@ class Congruent(Mask):
         if isinstance(self.offset, int):
             of_q, of_kv = self._classify_side(q, self.offset), self._classify_side(kv, self.offset)
             return np.minimum(of_q, of_kv)
-        # Heads differ in their offset: a verdict holds only if it holds for every offset.
-        offsets = range(self.modulus) if isinstance(self.offset, str) else sorted(set(self.offset))
+        # Heads differ in their offset: a verdict is certain only if it is the same for all offsets.
+        offsets: Iterable[int] = range(self.modulus)
+        if isinstance(self.offset, tuple):
+            offsets = sorted(set(self.offset))
         candidates = []
         for offset in offsets:
             of_q, of_kv = self._classify_side(q, offset), self._classify_side(kv, offset)
@@ -78,6 +81,7 @@ class Congruent(Mask):
         return np.where(np.ptp(candidates, axis=0) == 0, candidates[0], PARTIAL)
 
     def _classify_side(self, side: Regions, offset: int) -> Verdicts:
+        """Whether all, some or no positions match one offset."""
         first, step = side.first, side.step
         # A period that is no multiple of the modulus shifts the residues where it starts anew, so
         # that only regions within one period can be decided.
@@ -153,6 +157,7 @@ class Congruent(Mask):
         return self._matching(q), self._matching(kv)
 
     def _matching(self, span: range) -> range:
+        """The matches in a range; the range itself if they are irregular."""
         if not isinstance(self.offset, int):
             return span
         if self.within is None or self.within % self.modulus == 0:
@@ -163,8 +168,9 @@ class Congruent(Mask):
         return intersection(span, range(start + self.offset, start + self.within, self.modulus))
 
     def __repr__(self) -> str:
-        within = "" if self.within is None else f", period={self.within}"
-        return f"congruent({self.modulus}, {self.offset!r}{within})"
+        if self.within is None:
+            return f"congruent({self.modulus}, {self.offset!r})"
+        return f"congruent({self.modulus}, {self.offset!r}, period={self.within})"
 
 
 def congruent(

@@ -21,8 +21,10 @@ def coordinates(grid: tuple[int, ...], positions: Positions) -> list[Positions]:
     out = []
     for axis, (size, stride) in enumerate(zip(grid, strides_of(grid), strict=True)):
         lines = positions // stride
-        # No modulus on the first axis: positions outside the grid lie on further lines.
-        out.append(lines if axis == 0 else lines % size)
+        # No modulus on the first axis: positions outside the grid are on further lines.
+        if axis > 0:
+            lines = lines % size
+        out.append(lines)
     return out
 
 

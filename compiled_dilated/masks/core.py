@@ -28,12 +28,13 @@ MOST_RANGES = 64
 
 
 class Mask(ABC):
-    """An expression over token positions: the keys that a query may attend to.
+    """Keys visible to a query, as an expression over token positions.
 
     `allows` defines the mask for single pairs. All other methods must agree with it: `classify` and
     `period` are required; `keys_of`, `shrink`, `pairs` and `side_periods` have safe defaults and
     make planning faster. A mask is hashable and equal by value. `repr` is the code that creates it;
     `str` is for people and abbreviates long lists of numbers.
+
     Positions are original token positions, in every order of execution.
     """
 
@@ -66,7 +67,7 @@ class Mask(ABC):
 
     @property
     def side_periods(self) -> tuple[int | None, int | None]:
-        """Periods under a shift of only the query, and of only the key."""
+        """Periods under shifts of only the query, and of only the key."""
         return None, None
 
     def expanded(self) -> Mask:
@@ -81,12 +82,18 @@ class Mask(ABC):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the data tensors that the mask reads, sorted."""
-        return tuple(sorted({name for part in self.parts for name in part.names}))
+        names: set[str] = set()
+        for part in self.parts:
+            names.update(part.names)
+        return tuple(sorted(names))
 
     @property
     def query_names(self) -> tuple[str, ...]:
         """The `names` that are read at the query's position too."""
-        return tuple(sorted({name for part in self.parts for name in part.query_names}))
+        names: set[str] = set()
+        for part in self.parts:
+            names.update(part.query_names)
+        return tuple(sorted(names))
 
     def check_data(self, data: Data) -> None:
         """Raise TypeError if a data tensor has the wrong dtype."""
@@ -131,7 +138,10 @@ class Mask(ABC):
         return None
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        """Subsets of q and kv with all their allowed pairs; may be too large."""
+        """Subsets of q and kv that contain all allowed pairs.
+
+        They may be larger than necessary.
+        """
         return q, kv
 
     def pairs(self, q: range, kv: range) -> int | None:
@@ -152,11 +162,11 @@ class Mask(ABC):
         for part in self.parts:
             part.check(queries, keys)
 
-    def __and__(self, other: Mask) -> Mask:
-        return And(_flat(And, self, _mask(other, "&")))
+    def __and__(self, mask: Mask) -> Mask:
+        return And(_flat(And, self, _mask(mask, "&")))
 
-    def __or__(self, other: Mask) -> Mask:
-        return Or(_flat(Or, self, _mask(other, "|")))
+    def __or__(self, mask: Mask) -> Mask:
+        return Or(_flat(Or, self, _mask(mask, "|")))
 
     def __invert__(self) -> Mask:
         return Not(self)
@@ -170,6 +180,7 @@ class Mask(ABC):
 
 
 def _mask(value: object, symbol: str) -> Mask:
+    """Check the right operand of `&` or `|`."""
     if not isinstance(value, Mask):
         remedy = getattr(value, "how_to_join", "Use one of compiled_dilated.masks")
         raise TypeError(
@@ -190,6 +201,7 @@ def _flat(kind: type[And] | type[Or], *masks: Mask) -> tuple[Mask, ...]:
 
 
 def _common_period(masks: tuple[Mask, ...]) -> int | None:
+    """Least common multiple of all periods; None if one is unknown."""
     out = 1
     for mask in masks:
         period = mask.period
@@ -200,6 +212,7 @@ def _common_period(masks: tuple[Mask, ...]) -> int | None:
 
 
 def _operand(mask: Mask, write: Callable[[Mask], str]) -> str:
+    """Text of an operand, in parentheses if it is a join."""
     if isinstance(mask, (And, Or)):
         return f"({write(mask)})"
     return write(mask)

@@ -45,7 +45,9 @@ class OfData(Mask):
         Raises ValueError if it is missing.
         """
         if data is None or self.name not in data:
-            passed = ", ".join(sorted(data)) if data else "nothing"
+            passed = "nothing"
+            if data:
+                passed = ", ".join(sorted(data))
             raise ValueError(
                 f"{self} reads the data tensor {self.name!r}; got {passed}. "
                 f"Pass data={{{self.name!r}: tensor}} at the call"
@@ -103,7 +105,10 @@ class DocumentIds(OfData):
 class DocumentLengths(Mask):
     """q and kv in the same one of consecutive documents.
 
-    Positions past the last document belong to none.
+    Positions past the last document are in no document.
+
+    lengths: in tokens, one per document.
+    table: the stops as a tensor, for compiled kernels.
     """
 
     lengths: tuple[int, ...]
@@ -115,7 +120,7 @@ class DocumentLengths(Mask):
 
     @cached_property
     def stops(self) -> IntArray:
-        """The position behind each document."""
+        """The position after each document."""
         return np.array(self._stops, dtype=np.int64)
 
     @property
@@ -127,7 +132,9 @@ class DocumentLengths(Mask):
         self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
     ) -> Any:
         # With a table, as in compiled kernels, `rank` reads only the length of its first argument.
-        stops = self._stops if self.table is None else self.lengths
+        stops = self.lengths
+        if self.table is None:
+            stops = self._stops
         document = rank(stops, q, self.table)
         return (document == rank(stops, kv, self.table)) & (document < len(self.lengths))
 
@@ -222,7 +229,7 @@ def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) ->
 
 @dataclass(frozen=True, repr=False)
 class Padding(OfFlags):
-    """Keys whose entry in the bool data tensor `name` (B, keys) is False."""
+    """Keys whose entry in the bool tensor `name` (B, keys) is False."""
 
     true_where = "a key is padding"
     conversion = "If your mask is 1 where a key counts, pass mask == 0"

@@ -15,7 +15,9 @@ def classify_difference(
     left: int | None,
     right: int,
 ) -> Verdicts:
-    """Verdicts of `-left <= kv - q <= right and (kv - q) % dilation == 0`.
+    """Verdicts of a dilated band around the diagonal.
+
+    The mask is -left <= kv - q <= right and (kv - q) % dilation == 0.
 
     lo, hi: the least and the greatest value of kv - q in a tile.
     step: the values are lo, lo + step, ...; a divisor of the true step is sound; 0 if lo == hi.
@@ -23,9 +25,12 @@ def classify_difference(
     left: None for no lower bound.
     right: the upper bound, in tokens.
     """
-    least = lo if left is None else np.maximum(lo, -left)
-    most = np.minimum(hi, right)
-    inside = (hi <= right) & (True if left is None else lo >= -left)
+    # Values of the tile within the bounds, and whether all of them are.
+    least, most = lo, np.minimum(hi, right)
+    inside = hi <= right
+    if left is not None:
+        least = np.maximum(lo, -left)
+        inside = inside & (lo >= -left)
     shared = np.gcd(step, dilation)
     # A step that is a multiple of the dilation leaves a single residue in the tile.
     constant = step % dilation == 0
@@ -46,12 +51,12 @@ def classify_difference(
 
 
 def differences(q: Regions, kv: Regions) -> tuple[IntArray, IntArray, IntArray]:
-    """Least and greatest kv - q of pairs of regions, and their step."""
+    """Least and greatest kv - q of region pairs, and their step."""
     return kv.first - q.last, kv.last - q.first, np.gcd(q.step, kv.step)
 
 
 def pairs_up_to(right: int, q: range, kv: range) -> int:
-    """Number of pairs with kv - q <= right, for two contiguous ranges."""
+    """Number of pairs of contiguous ranges with kv - q <= right."""
     columns = kv.stop - kv.start
     # The query at position i sees i - kv.start + right + 1 keys, clipped to 0 .. columns.
     least = q.start - kv.start + right + 1

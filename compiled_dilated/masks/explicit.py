@@ -1,4 +1,7 @@
-"""Masks as lists of tiles: the user's, or random ones (BigBird, arXiv 2007.14062)."""
+"""Masks as lists of tiles: the user's, or random ones of BigBird.
+
+BigBird: arXiv 2007.14062.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,9 @@ class Tiles(Mask):
         if not len(rows):
             return NOTHING
         q, kv = self._clipped(q, rows), self._clipped(kv, columns)
-        return (q, kv) if q and kv else NOTHING
+        if not q or not kv:
+            return NOTHING
+        return q, kv
 
     def _clipped(self, side: range, tiles: IntArray) -> range:
         """The part of a range from the first to the last tile."""
@@ -141,8 +146,9 @@ class Tiles(Mask):
 
     @property
     def _options(self) -> str:
-        columns = "" if self._tight else f", columns={self.columns}"
-        return f", block={self.block}{columns}"
+        if self._tight:
+            return f", block={self.block}"
+        return f", block={self.block}, columns={self.columns}"
 
     @property
     def _tight(self) -> bool:
@@ -170,7 +176,9 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
             "got one with another number of entries"
         )
     tight = max((column for _, column in listed), default=0) + 1
-    width = tight if columns is None else arguments.integer("columns", columns, tight)
+    width = tight
+    if columns is not None:
+        width = arguments.integer("columns", columns, tight)
     rows = max((row for row, _ in listed), default=0) + 1
     if rows * width > arguments.MOST or max(rows, width) * block > arguments.MOST:
         raise ValueError(
@@ -181,11 +189,12 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
 
 
 def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
-    """Every block of queries sees `count` random blocks of keys (BigBird, arXiv 2007.14062).
+    """Every block of queries sees `count` random blocks of keys.
 
-    The draw is for `tokens` tokens. In a shorter sequence, blocks past its end are missing; queries
-    past the last block see nothing. The query's own block is drawn like any other. Blocks are the
-    same on every platform and version: SplitMix64 of the seed, the row and the draw.
+    The random part of BigBird (arXiv 2007.14062). The draw is for `tokens` tokens. In a shorter
+    sequence, blocks past its end are missing; queries past the last block see nothing. The query's
+    own block is drawn like any other. Blocks are the same on every platform and version: SplitMix64
+    of the seed, the row and the draw.
 
     block: tokens per block.
     count: distinct key blocks per query block.
@@ -214,7 +223,10 @@ def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
 
 
 def _draws(blocks: int, count: int, seed: int) -> list[list[int]]:
-    """Random numbers per row, draw i below blocks - count + i + 1."""
+    """Random numbers per row, (blocks, count).
+
+    Draw i is below blocks - count + i + 1.
+    """
     row, draw = np.arange(blocks, dtype=np.uint64)[:, None], np.arange(count, dtype=np.uint64)
     random = splitmix64(splitmix64(splitmix64(np.full((1, 1), seed, dtype=np.uint64)) ^ row) ^ draw)
     draws: list[list[int]] = (random % (draw + np.uint64(blocks - count + 1))).tolist()
@@ -226,10 +238,13 @@ def _sample(draws: list[int], blocks: int) -> set[int]:
 
     R. Floyd's sampling, Communications of the ACM 30(9), 1987.
     """
-    chosen: set[int] = set()
+    sample: set[int] = set()
     for last, number in zip(range(blocks - len(draws), blocks), draws, strict=True):
-        chosen.add(last if number in chosen else number)
-    return chosen
+        # `last` is larger than all earlier draws, so it cannot be in the sample.
+        if number in sample:
+            number = last
+        sample.add(number)
+    return sample
 
 
 def splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -96,8 +96,9 @@ class FromMod(OfFunction):
         return self._written(str)
 
     def _written(self, write: Callable[[Mask], str]) -> str:
-        within = "" if self.within is None else f", within={write(self.within)}"
-        return f"from_mod({name_of(self.fn)}{within})"
+        if self.within is None:
+            return f"from_mod({name_of(self.fn)})"
+        return f"from_mod({name_of(self.fn)}, within={write(self.within)})"
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,14 @@ class _OfHead:
 
 
 def from_mod(fn: MaskMod, within: Mask | None = None) -> Mask:
-    """A FlexAttention mask_mod `fn(b, h, q_idx, kv_idx) -> bool tensor` as a mask.
+    """A FlexAttention mask_mod as a mask.
 
     fn is called with scalars, as torch calls it, and traced to a graph at every call: captured
     numbers and tensors are read as they are then. Captured tensors with equal contents reuse the
     plan; new contents are planned again. Data that changes from call to call is cheaper as
     `documents(ids=...)` or `padding(...)`.
 
-    fn: evaluated tile by tile inside `within`.
+    fn: (b, h, q_idx, kv_idx) -> bool tensor, evaluated tile by tile inside `within`.
     within: a mask that contains all allowed pairs; without it at most 2**28 pairs are accepted.
 
     Raises TypeError if fn is not a function of four arguments. The call raises ModError (a
@@ -135,7 +136,9 @@ def from_mod(fn: MaskMod, within: Mask | None = None) -> Mask:
 
 def functions_of(mask: Mask) -> tuple[MaskMod, ...]:
     """All functions of a mask's `from_mod` parts, inner ones first."""
-    inner = tuple(fn for part in mask.parts for fn in functions_of(part))
+    functions: list[MaskMod] = []
+    for part in mask.parts:
+        functions += functions_of(part)
     if isinstance(mask, FromMod):
-        return (*inner, mask.fn)
-    return inner
+        functions.append(mask.fn)
+    return tuple(functions)

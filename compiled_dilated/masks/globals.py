@@ -84,7 +84,9 @@ class GlobalPositions(Mask):
             q = clip(q, int(queries[0]), int(queries[-1]) + 1)
         if not len(queries):
             kv = clip(kv, int(keys[0]), int(keys[-1]) + 1)
-        return (q, kv) if q and kv else NOTHING
+        if not q or not kv:
+            return NOTHING
+        return q, kv
 
     def _within(self, span: range) -> IntArray:
         """Global positions from the start to the stop of a range."""
@@ -106,7 +108,10 @@ class GlobalPositions(Mask):
 
 @dataclass(frozen=True, repr=False)
 class GlobalData(OfFlags):
-    """flags[b, q] or flags[b, kv], for the bool data tensor `name` (B, positions)."""
+    """Pairs of a global query or key, by the bool tensor `name`.
+
+    flags[b, q] or flags[b, kv], for flags (B, positions).
+    """
 
     true_where = "a token is global"
     conversion = "If your mask is 1 where a token is global, pass mask == 1"

@@ -1,4 +1,7 @@
-"""neighborhood(): keys near the query on a grid of tokens (NATTEN, arXiv 2204.07143)."""
+"""neighborhood(): keys near the query on a grid of tokens.
+
+NATTEN, arXiv 2204.07143.
+"""
 
 from __future__ import annotations
 

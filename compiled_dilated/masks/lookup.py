@@ -24,9 +24,7 @@ def rank(table: tuple[int, ...], x: Any, entries: Any = None) -> Any:
     if not isinstance(x, torch.Tensor):
         return np.searchsorted(_array(table), x, side="right")
     if entries is None:
-        # A tensor created while tracing belongs to the trace and must not be cached.
-        create = as_tensor if torch.compiler.is_compiling() else _tensor
-        entries = create(table, x.device)
+        entries = _entries(table, x.device)
     low = x - x
     for width in _widths(len(table)):
         # Invariant: low <= rank < low + 2 * width.
@@ -54,6 +52,16 @@ def as_tensor(table: tuple[int, ...], device: Any) -> Any:
     import torch
 
     return torch.tensor(table, dtype=torch.int64, device=device)
+
+
+def _entries(table: tuple[int, ...], device: Any) -> Any:
+    """The table as a tensor, cached except in a trace."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        # A tensor created while tracing belongs to the trace and must not be cached.
+        return as_tensor(table, device)
+    return _tensor(table, device)
 
 
 def _widths(size: int) -> list[int]:

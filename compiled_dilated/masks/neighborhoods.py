@@ -1,4 +1,7 @@
-"""Neighborhoods on grids of tokens (NATTEN, arXiv 2204.07143): the sequence, or a part of it."""
+"""Neighborhoods on a grid of all tokens, or of a part.
+
+NATTEN, arXiv 2204.07143.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, repr=False)
 class Neighborhood(Mask):
-    """Keys within a radius of the query on every axis of a grid."""
+    """Keys within a radius of the query on all grid axes."""
 
     grid: tuple[int, ...]
     radius: tuple[int, ...]
@@ -35,7 +38,7 @@ class Neighborhood(Mask):
         shift = self.edges == "shift"
         out = []
         for number, size in enumerate(self.grid):
-            # A longer step leaves the axis just the same; the bound keeps products within 64 bits.
+            # A longer step leaves the axis too. The bound ensures products within 64 bits.
             step = min(self.dilation[number], size)
             radius = min(self.radius[number], -(-size // step))
             out.append(Axis(size, radius, step, self.causal[number], shift))
@@ -71,7 +74,9 @@ class Neighborhood(Mask):
         first = self._first_limited
         if first == 0:
             return None, None
-        period = 1 if first is None else strides_of(self.grid)[first - 1]
+        if first is None:
+            return 1, 1
+        period = strides_of(self.grid)[first - 1]
         return period, period
 
     @property
@@ -106,9 +111,13 @@ class Neighborhood(Mask):
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         line, axis = strides_of(self.grid)[0], self.axes[0]
-        # A window moved inwards at the border reaches twice as far.
-        back = axis.radius * axis.dilation * (2 if axis.shift else 1)
-        ahead = 0 if axis.causal else back
+        back = axis.radius * axis.dilation
+        if axis.shift:
+            # A window moved inwards at the border reaches twice as far.
+            back *= 2
+        ahead = back
+        if axis.causal:
+            ahead = 0
         # The lines that the queries see, then those that see the remaining keys.
         kv = clip(kv, (q[0] // line - back) * line, (q[-1] // line + ahead + 1) * line)
         if not kv:
@@ -128,7 +137,10 @@ class Neighborhood(Mask):
         # Starts of the lines that the window covers: one more grid axis per iteration.
         lines = [0]
         for span, stride in zip(spans[:-1], strides_of(self.grid)[:-1], strict=True):
-            lines = [line + c * stride for line in lines for c in span]
+            starts: list[int] = []
+            for line in lines:
+                starts += [line + c * stride for c in span]
+            lines = starts
         last = spans[-1]
         out = []
         for line in lines:
@@ -139,13 +151,14 @@ class Neighborhood(Mask):
         return tuple(out)
 
     def __repr__(self) -> str:
-        def short(values: tuple[Any, ...]) -> str:
-            return repr(values[0] if len(set(values)) == 1 else values)
-
-        dilation = "" if set(self.dilation) == {1} else f", dilation={short(self.dilation)}"
-        causal = "" if not any(self.causal) else f", causal={self.causal!r}"
-        edges = "" if self.edges == "cut" else f", edges={self.edges!r}"
-        return f"neighborhood({self.grid!r}, {short(self.radius)}{dilation}{causal}{edges})"
+        options = ""
+        if set(self.dilation) != {1}:
+            options += f", dilation={_short(self.dilation)}"
+        if any(self.causal):
+            options += f", causal={self.causal!r}"
+        if self.edges != "cut":
+            options += f", edges={self.edges!r}"
+        return f"neighborhood({self.grid!r}, {_short(self.radius)}{options})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -273,8 +286,17 @@ class _AlongAxis(Mask):
 
     @property
     def side_periods(self) -> tuple[int | None, int | None]:
-        period = strides_of(self.grid)[self.number - 1] if self.number else None
+        if self.number == 0:
+            return None, None
+        period = strides_of(self.grid)[self.number - 1]
         return period, period
+
+
+def _short(values: tuple[int, ...]) -> str:
+    """Code of one number per axis, shortened if all are equal."""
+    if len(set(values)) == 1:
+        return repr(values[0])
+    return repr(values)
 
 
 def _shifted(span: range, by: int) -> range:

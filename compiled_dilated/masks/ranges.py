@@ -10,7 +10,10 @@ NOTHING = (range(0), range(0))
 
 
 def clip(span: range, low: int, high: int) -> range:
-    """The elements x of a range (step positive) with low <= x < high."""
+    """Elements x of a range with low <= x < high.
+
+    The step is positive.
+    """
     start = span.start + max(0, -((span.start - low) // span.step)) * span.step
     return range(start, min(span.stop, high), span.step)
 

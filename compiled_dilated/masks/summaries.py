@@ -12,7 +12,7 @@ MOST_NUMBERS = 12
 
 
 def brief(numbers: Sequence[int], unit: str, code: str) -> str:
-    """The code of a short list; the count and digest of a long one.
+    """Code of a short list; count and digest of a long one.
 
     unit: what the numbers are, in the plural.
     code: the expression that creates the list.

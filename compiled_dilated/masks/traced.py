@@ -1,4 +1,7 @@
-"""Masks by a graph, traced from a FlexAttention mask_mod: equal by value, evaluated on tiles."""
+"""Masks by a graph traced from a FlexAttention mask_mod.
+
+Equal by value, evaluated on tiles.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,8 @@ class Traced(OfFunction):
                 "the tensors that a mask_mod captures were freed; "
                 "they must live as long as the mask is evaluated"
             )
-        h = h if self.head is None else h * 0 + self.head
+        if self.head is not None:
+            h = h * 0 + self.head
         if are_scalars(b, h, q, kv):  # FlexAttention calls a mask_mod with scalars, under vmap
             allowed = self.graph.scalar(operands, b, h, q, kv)
         else:
@@ -94,13 +98,16 @@ class Traced(OfFunction):
         return allowed & self.within.allows(b, h, q, kv, data)
 
     def _operands(self, data: Data | None) -> list[Any] | None:
+        """Operands from a call's data, else the bound ones, or None."""
         if data is not None and all(slot_name(slot) in data for slot in self.slots):
             return [data[slot_name(slot)] for slot in self.slots]
         return self.contents.alive()
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
         # 1. Verdicts of `within`.
-        out = np.full(len(q), FULL) if self.within is None else self.within.classify(q, kv).copy()
+        out: Verdicts = np.full(len(q), FULL)
+        if self.within is not None:
+            out = self.within.classify(q, kv).copy()
         # 2. Verdicts of the function, on regions that are small and not EMPTY already.
         pairs = q.extent.prod(axis=1) * kv.extent.prod(axis=1)
         undecided = np.flatnonzero(out != EMPTY)
@@ -114,7 +121,7 @@ class Traced(OfFunction):
 
     @property
     def _is_of_positions(self) -> bool:
-        """Whether a pair depends on neither the batch index nor an unbound head."""
+        """Whether a pair depends on no batch index and no unbound head."""
         return not self.graph.reads("b") and (self.head is not None or not self.graph.reads("h"))
 
     def _evaluate(self, operands: Sequence[Any], q: Regions, kv: Regions) -> Verdicts:
@@ -122,7 +129,9 @@ class Traced(OfFunction):
 
         Regions of equal shape are evaluated together, a bounded number of pairs at a time.
         """
-        device = operands[0].device if operands else torch.device("cpu")
+        device = torch.device("cpu")
+        if operands:
+            device = operands[0].device
         out = np.empty(len(q), dtype=np.uint8)
         shapes = np.concatenate([q.extent, q.stride, kv.extent, kv.stride], axis=1)
         distinct, group = np.unique(shapes, axis=0, return_inverse=True)
@@ -163,9 +172,12 @@ class Traced(OfFunction):
         return self._written(str)
 
     def _written(self, write: Callable[[Mask], str]) -> str:
-        head = "" if self.head is None else f" of head {self.head}"
-        within = "" if self.within is None else f", within={write(self.within)}"
-        return f"from_mod({self.name}{head}{within})"
+        text = self.name
+        if self.head is not None:
+            text += f" of head {self.head}"
+        if self.within is not None:
+            text += f", within={write(self.within)}"
+        return f"from_mod({text})"
 
 
 def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = None) -> Mask:
@@ -186,7 +198,7 @@ def of_graph(graph: str, slots: Sequence[int], name: str, within: Mask | None = 
 
 
 def with_contents(mask: Mask, operands: Sequence[Any]) -> Mask:
-    """Bind the values of a call's operands to the graphs of a mask."""
+    """Bind a call's operand values to the graphs of a mask."""
     bound = mask._map(lambda part: with_contents(part, operands))
     if not isinstance(bound, Traced) or not bound.slots:
         return bound
@@ -197,10 +209,12 @@ def with_contents(mask: Mask, operands: Sequence[Any]) -> Mask:
 
 def traced_parts(mask: Mask) -> list[Traced]:
     """All `Traced` parts of a mask, inner ones first."""
-    inner = [traced for part in mask.parts for traced in traced_parts(part)]
+    parts: list[Traced] = []
+    for part in mask.parts:
+        parts += traced_parts(part)
     if isinstance(mask, Traced):
-        return [*inner, mask]
-    return inner
+        parts.append(mask)
+    return parts
 
 
 def reads_operands(mask: Mask) -> bool:

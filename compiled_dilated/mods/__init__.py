@@ -1,4 +1,4 @@
-"""score_mods and mask_mods as graphs: traced, written as text, read back, evaluated on tiles.
+"""score_mods and mask_mods as graphs, evaluated on tiles.
 
 tracing   fn(score, b, h, q, kv)  ->  Graph, operands (the tensors that fn captures)
 captures  captured tensors and numbers while fn is traced

@@ -1,4 +1,4 @@
-"""A score_mod bound to one call: its operands, its values tile by tile, and gradient sums."""
+"""A score_mod bound to one call: operands, values by tile, gradients."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def flat(sums: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def unflat(vector: Tensor, operands: Sequence[Tensor], learned: Sequence[int]) -> list[Tensor]:
-    """Split a vector of `flat` into gradients of the operands' shapes and dtypes."""
+    """Split a vector of `flat` into the gradients of learned operands."""
     sizes = [math.prod(operands[number].shape) for number in learned]
     parts = vector.split(sizes) if sizes else ()
     gradients = []

@@ -1,7 +1,7 @@
-"""Captured tensors and numbers of a mod while it is traced: the layer of torch functions.
+"""Captured tensors and numbers of a mod while it is traced.
 
-It runs above the recorder's dispatch layer, where x.item(), float(x), table[i] and clamp(x, 0, y)
-are still one call.
+The layer of torch functions. It runs above the recorder's dispatch layer, where x.item(), float(x),
+table[i] and clamp(x, 0, y) are still one call.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Captures(TorchFunctionMode):
         return self._call(func, draft.placeholders(args), draft.placeholders(kwargs))
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Call a function on traced tensors; what torch would refuse, in another form."""
+        """Call a function on traced tensors, in a form that torch accepts."""
         if func in _CONVERSIONS and isinstance(args[0], Tensor):
             return self.draft.number(args[0].to(_CONVERSIONS[func]))
         if func in _CLAMPS and _has_tensor((*args[1:], *kwargs.values())):

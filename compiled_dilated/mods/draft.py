@@ -1,4 +1,4 @@
-"""A mod's graph while it is traced: numbered values, operands, and operators as text."""
+"""A mod's graph while it is traced: values, operands, operators."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Draft:
         return x
 
     def is_traced(self, x: object) -> bool:
-        """Whether an object is a tensor of the trace, which has no value."""
+        """Whether an object is one of the trace's tensors without values."""
         return id(x) in self._values
 
     def varies(self, x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A traced mod as text, its strict parser, and its evaluation on tiles.
+"""A traced mod as text, its parser, and its values on tiles.
 
     [["score", "b", ...], operands, [[operator, arguments, options, single, varies], ...], result]
 
@@ -46,7 +46,7 @@ _ALSO_ALLOWED = frozenset(
 
 
 class ModError(ValueError):
-    """A function that cannot be traced, or a text that is no graph."""
+    """A function that cannot be traced, or an invalid graph."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Graph:
         return self._code.inputs.index(name) in self._code.read
 
     def score(self, operands: Sequence[Tensor], score: Tensor, *indices: Tensor) -> Tensor:
-        """The new scores of all pairs, in the shape and dtype of `score`.
+        """The new scores of all pairs, of `score`'s shape and dtype.
 
         indices: b, h, q and kv, of as many dimensions as `score`, broadcasting with it.
         """

@@ -1,4 +1,7 @@
-"""Functions of scalars over all pairs of a tile, by vmap as in FlexAttention (arXiv 2412.05496)."""
+"""Functions of scalars over all pairs of a tile, by vmap.
+
+As in FlexAttention (arXiv 2412.05496).
+"""
 
 from __future__ import annotations
 

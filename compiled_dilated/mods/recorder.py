@@ -1,4 +1,4 @@
-"""The recorder of a mod's operators: ATen calls on tensors without data, added to a draft."""
+"""The recorder of a mod's operators: ATen calls on tensors without data."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):
         return [x for x in _tensors(value) if self.draft.is_traced(x)]
 
     def _check(self, func: Any, name: str, args: list[Any]) -> None:
-        """Raise ModError for an operator that reads a value or draws random numbers."""
+        """Raise ModError for operators that read values or draw random numbers."""
         if name in READS_A_VALUE:
             if any(self.draft.varies(x) for x in self._traced(args)):
                 raise ModError(

@@ -1,4 +1,4 @@
-"""Tracing of score_mods and mask_mods: one call with scalars without values, recorded as a graph.
+"""Tracing of score_mods and mask_mods: one recorded call on scalars.
 
 Tensors from outside become operands: parameters, buffers, values of an outer graph, batches of a
 vmap.
@@ -109,8 +109,8 @@ def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
     """The tensor in place of a number that may be symbolic."""
     if isinstance(number, torch.SymFloat):
         # A product stays symbolic under the compiler; a new scalar would be specialized.
-        one: Any = torch.ones((), dtype=torch.float64, device="cpu")
-        tensor: Tensor = one * number
+        unit: Any = torch.ones((), dtype=torch.float64, device="cpu")
+        tensor: Tensor = unit * number
     else:
         dtype = torch.int64 if isinstance(number, int | torch.SymInt) else torch.float64
         value: Any = number

@@ -1,4 +1,6 @@
-"""Attention as torch modules, with the signatures and state dicts of the first public LongNet port.
+"""Attention modules, compatible with the first public LongNet port.
+
+Signatures and state dicts are those of that port.
 
     DilatedAttention            (B, N, H, D) -> (B, N, H, D)     no parameters
     MultiheadDilatedAttention   (B, N, E) -> ((B, N, E), None)   projections -> attention -> norm

@@ -101,6 +101,21 @@ class Multihead(nn.Module):
                 "which are never in memory. Leave it out; "
                 "for short sequences compiled_dilated.reference is dense and written to be read"
             )
+        self._check_embeddings(query, key, value)
+        # The heads are views of the projections, which the attention reads in place.
+        x = self.attention(
+            self._heads(self.q_proj(query)),
+            self._heads(self.k_proj(key)),
+            self._heads(self.v_proj(value)),
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+        ).flatten(2)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.out_proj(x), None
+
+    def _check_embeddings(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Raise unless all are tensors (batch, tokens, embed_dim)."""
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
                 raise TypeError(
@@ -112,17 +127,9 @@ class Multihead(nn.Module):
                     f"{name} must be (batch, tokens, embed_dim={self.embed_dim}); "
                     f"got shape {tuple(x.shape)}"
                 )
-        # The heads are views of the projections, which the attention reads in place.
-        x = self.attention(
-            self._heads(self.q_proj(query)),
-            self._heads(self.k_proj(key)),
-            self._heads(self.v_proj(value)),
-            is_causal=is_causal,
-            key_padding_mask=key_padding_mask,
-        ).flatten(2)
-        return self.out_proj(x if self.norm is None else self.norm(x)), None
 
     def _heads(self, x: Tensor) -> Tensor:
+        """View of a projection, (B, N, H, D)."""
         heads: Tensor = x.unflatten(2, (self.num_heads, self.embed_dim // self.num_heads))
         return heads
 

@@ -19,6 +19,7 @@ def visible(program: Program | PerLength) -> Program | PerLength:
 
 
 def _visible(program: Program) -> Program:
+    """The program with a padding mask in every branch."""
     padding = masks.padding()
     branches = []
     for branch in program.branches:
@@ -34,7 +35,7 @@ def visible_at(program: PerLength, tokens: int) -> Program:
 
 
 def checked_padding(key_padding_mask: Tensor, key: Tensor) -> Tensor:
-    """The mask, if it is bool of the batch and tokens of the key."""
+    """The mask, checked to be bool (batch, tokens) of the key."""
     kind: object = type(key_padding_mask).__name__
     if isinstance(key_padding_mask, Tensor):
         kind = key_padding_mask.dtype

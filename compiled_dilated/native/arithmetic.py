@@ -130,7 +130,7 @@ def _power(c: Cell, base: Argument, exponent: Argument) -> int:
 
 
 def _product(c: Cell, x: int, factors: int) -> int:
-    """x * x * ..., in whole numbers with the wrap-around of the dtype."""
+    """x * x * ..., whole numbers with the dtype's wrap-around."""
     out = x
     for _ in range(factors - 1):
         out = c.binary("multiply", out, x)

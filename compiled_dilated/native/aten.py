@@ -1,4 +1,4 @@
-"""ATen's operators over tensors of expressions: the table, and the call of one operator.
+"""ATen's operators over tensors of expressions: their table and call.
 
 pointwise.py     arithmetic, comparisons, activations, entry by entry
 views.py         transpose, slice, cat, table[i]

@@ -1,4 +1,4 @@
-"""The library of native kernels, compiled once per machine by the machine's compiler.
+"""The library of native kernels, compiled once per machine.
 
     load -> library -> recipe (recipes.py) -> native-<digest of the recipe>.so (cache.py)
     _load_part -> the same for a part that a call first needs: functions, the backward, float64, AMX

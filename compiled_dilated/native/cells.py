@@ -1,4 +1,4 @@
-"""One call of a pointwise operator on single entries, and the rules of simple operators."""
+"""Calls of pointwise operators on single entries, and simple rules."""
 
 from __future__ import annotations
 

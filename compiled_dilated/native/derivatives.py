@@ -111,7 +111,7 @@ def _over(divisor: Factor) -> Rule:
 
 
 def _remainder(rounding: str) -> Rule:
-    """The rule of a - b * rounding(a / b), with a constant quotient."""
+    """The rule of a - b * rounding(a / b)."""
 
     def rule(x: Expressions, place: int, grad: int) -> list[tuple[int, int]]:
         a, b = x.nodes[place].inputs
@@ -225,7 +225,7 @@ def _gaussian(x: Expressions, node: int) -> int:
 
 
 def _cosine(x: Expressions, node: int) -> int:
-    """sqrt(1 - node**2), the cosine of an angle whose sine is the node."""
+    """The cosine of an angle whose sine is the node."""
     return x.unary("square_root", linear(x, _square(x, node), -1.0, 1.0))
 
 

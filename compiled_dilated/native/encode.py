@@ -1,4 +1,4 @@
-"""A program as numbers for the native kernel: a table of mask nodes, and how tokens are tiled.
+"""A program as numbers for the native kernel: mask nodes and tiling.
 
 src/program.h documents the layout of the numbers, src/masks.h the numbers of operations.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from ..programs import Branch, Program
 from .tape import Untranslatable
 from .tape import encode as encode_graph
 
-_VERSION = 1
+_VERSION = 2
 OPERATIONS = {
     "full": 0,
     "all_of": 1,
@@ -52,9 +53,10 @@ OPERATIONS = {
     "block_window": 18,
     "function": 19,
 }
-# Positions are split into at most this many residue classes. Masks of a larger period compute more
-# hidden pairs, with the same result.
+# A tile of queries visits at most this many residue classes of keys. Where masks would need more,
+# hidden pairs are computed too, with the same result.
 _MOST_CLASSES = 48
+_LANES = 16  # of the longest vectors
 _MOST_NUMBERS = 2**20  # of one program
 
 
@@ -146,17 +148,18 @@ def _parts(mask: Mask) -> list[Mask]:
 
 
 def _group(table: _NodeTable, branches: Sequence[Branch]) -> list[int]:
-    """The numbers of a group: step, grid, and per branch node and key step."""
+    """The numbers of a group, in the layout of src/program.h."""
     grids = [_grid(branch) for branch in branches]
     offset, sizes = next((grid for grid in grids if grid is not None), (0, ()))
     # A grid is tiled by patches, anything else by residue classes modulo `step`.
-    steps = [1 if sizes else _step(branch.mask) for branch in branches]
-    step = math.lcm(*steps)
-    if step > _MOST_CLASSES:
-        step = max(steps)
+    classes = [_Classes(1, True)] * len(branches)
+    if not sizes:
+        classes = [_classes(branch.mask) for branch in branches]
+    step = _query_step(classes, _most_step(branches, classes))
     numbers = [step, len(sizes), offset, *sizes, len(branches)]
-    for branch, key_step in zip(branches, steps, strict=True):
-        numbers += [table.add(branch.mask), key_step]
+    for branch, of_branch in zip(branches, classes, strict=True):
+        key_step = _key_step(of_branch, step)
+        numbers += [table.add(branch.mask), key_step, int(of_branch.strict)]
     return numbers
 
 
@@ -174,24 +177,112 @@ def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
     return None
 
 
-def _step(mask: Mask) -> int:
-    """A modulus such that the mask links only positions of one residue.
+class _Classes(NamedTuple):
+    """The residue classes of a mask's positions.
 
-    1 if there is none.
+    modulus: of the classes; 1 where the mask has none.
+    strict: whether linked positions are always of one class. Otherwise they are within a period of
+        the mask only, and classes begin anew with each period.
     """
-    if isinstance(mask, And):
-        step = math.lcm(*(_step(part) for part in mask.masks))
-        return min(step, _MOST_CLASSES + 1)
-    step = 1
-    if isinstance(mask, Window):
-        step = mask.dilation
-    elif isinstance(mask, Congruent):
-        step = mask.modulus
-    elif isinstance(mask, DilatedBlocks) and mask.block == 1:
-        step = mask.stride
-    elif isinstance(mask, Traced) and mask.within is not None:
-        step = _step(mask.within)
-    return step if step <= _MOST_CLASSES else 1
+
+    modulus: int
+    strict: bool
+
+
+def _classes(mask: Mask) -> _Classes:
+    """The finest classes known of a mask."""
+    match mask:
+        case Window():
+            return _Classes(mask.dilation, True)
+        case Congruent():
+            return _Classes(mask.modulus, mask.period == mask.modulus)
+        case DilatedBlocks() if mask.block == 1:
+            return _Classes(mask.stride, True)
+        case Neighborhood() if len(mask.axes) == 1:
+            return _Classes(mask.axes[0].dilation, True)
+        case PlacedNeighborhood():
+            return _classes(mask.neighborhood)
+        case Traced() if mask.within is not None:
+            return _classes(mask.within)
+        case And():
+            return _classes_of_all(mask.masks)
+        case Or():
+            return _classes_of_any(mask.masks)
+    return _Classes(1, True)
+
+
+def _classes_of_all(masks: Sequence[Mask]) -> _Classes:
+    """Classes of positions that all masks link: strict ones, if any."""
+    parts = [_classes(mask) for mask in masks]
+    strict = math.lcm(*(part.modulus for part in parts if part.strict))
+    if strict > 1:
+        return _Classes(strict, True)
+    modulus = math.lcm(*(part.modulus for part in parts))
+    return _Classes(modulus, modulus == 1)
+
+
+def _classes_of_any(masks: Sequence[Mask]) -> _Classes:
+    """Classes of positions that one of the masks links."""
+    parts = [_classes(mask) for mask in masks]
+    modulus = math.gcd(*(part.modulus for part in parts if part.strict))
+    if modulus > 1 and all(part.strict for part in parts):
+        return _Classes(modulus, True)
+    return _Classes(1, True)
+
+
+def _most_step(branches: Sequence[Branch], classes: Sequence[_Classes]) -> int:
+    """The greatest step by which vectors stay within the branches' extents."""
+    most: float = _MOST_CLASSES
+    for branch, of_branch in zip(branches, classes, strict=True):
+        # Queries of one class see each other's keys, however far apart they are.
+        most = min(most, max(of_branch.modulus, _extent(branch.mask) // _LANES))
+    return int(most)
+
+
+def _extent(mask: Mask) -> float:
+    """A bound of the distance of linked positions in tokens."""
+    match mask:
+        case Segments():
+            return mask.length
+        case Window():
+            return mask.left + mask.right + 1
+        case And():
+            return min(_extent(part) for part in mask.masks)
+    return math.inf
+
+
+def _query_step(classes: Sequence[_Classes], most: int) -> int:
+    """The distance of a tile's queries, for all branches of a head.
+
+    most: the greatest step, unless all branches share their classes.
+    """
+    # Classes that all branches share cost no branch a hidden pair, however many there are.
+    shared = math.gcd(*(of_branch.modulus for of_branch in classes if of_branch.strict))
+    if shared > _MOST_CLASSES and all(of_branch.strict for of_branch in classes):
+        return shared
+    # Tiles of a large step are long: branches without classes compute hidden pairs.
+    steps = [_divisor(of_branch, most) for of_branch in classes]
+    step = math.lcm(*steps)
+    return step if step <= most else max(steps)
+
+
+def _divisor(classes: _Classes, most: int) -> int:
+    """The greatest divisor of a modulus up to `most`.
+
+    1 for larger moduli of classes that begin anew.
+    """
+    if classes.modulus <= most:
+        return classes.modulus
+    if not classes.strict:
+        return 1
+    return next(divisor for divisor in range(most, 0, -1) if classes.modulus % divisor == 0)
+
+
+def _key_step(classes: _Classes, step: int) -> int:
+    """The distance of a block's keys, for tiles of a step."""
+    if classes.strict and classes.modulus // math.gcd(classes.modulus, step) <= _MOST_CLASSES:
+        return classes.modulus
+    return _divisor(classes, _MOST_CLASSES)
 
 
 # Masks --------------------------------------------------------------------------------------
@@ -199,7 +290,7 @@ def _step(mask: Mask) -> int:
 
 @dataclass
 class _NodeTable:
-    """The mask nodes of a program, parts before the masks composed of them.
+    """The mask nodes of a program, parts before composed masks.
 
     names: the program's data tensors.
     operands: from a slot of the call to its number among `mask_slots`.

@@ -1,4 +1,4 @@
-"""Expressions over single numbers, without repeated nodes: the source of the native kernel's tapes.
+"""Expressions over single numbers: the source of the native kernel's tapes.
 
 A node is an operation on registers of one of five types. The range of a whole number is inferred
 from that of positions, so that most of them fit into 32 bits. The operations and their numbers are
@@ -273,7 +273,7 @@ class Expressions:
         return self.add("divide", self.type(a), a, b)
 
     def _whole(self, op: str, *inputs: int) -> int:
-        """An operation on whole numbers, in 32 bits where inputs and result fit."""
+        """An operation on whole numbers, in 32 bits where they fit."""
         ranges = [self.range(place) for place in inputs]
         result = range_after(op, *ranges)
         fits = all(OF_32_BITS.contains(limits) for limits in (result, *ranges))

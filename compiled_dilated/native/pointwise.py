@@ -1,4 +1,7 @@
-"""The table of ATen's pointwise operators, by name: from a call's entries to the result's node."""
+"""The table of ATen's pointwise operators by name.
+
+Each maps a call's entries to the result's node.
+"""
 
 from __future__ import annotations
 

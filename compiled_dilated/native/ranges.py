@@ -1,9 +1,10 @@
-"""Ranges of whole numbers: of dtypes, and of the results of operations (interval arithmetic)."""
+"""Ranges of whole numbers, by interval arithmetic: dtypes and results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -57,13 +58,13 @@ def _binary_range(op: str, a: Range, b: Range) -> Range:
         case "subtract":
             return Range(a.low - b.high, a.high - b.low)
         case "multiply":
-            return _hull([x * y for x in (a.low, a.high) for y in (b.low, b.high)])
+            return _hull([x * y for x, y in product(_ends(a), _ends(b))])
         case "minimum":
             return Range(min(a.low, b.low), min(a.high, b.high))
         case "maximum":
             return Range(max(a.low, b.low), max(a.high, b.high))
         case "floor_divide" if b.low > 0:
-            return _hull([x // y for x in (a.low, a.high) for y in (b.low, b.high)])
+            return _hull([x // y for x, y in product(_ends(a), _ends(b))])
         case "remainder" if b.low > 0:
             return Range(0, b.high - 1)
         case "fmod" if b.low > 0:
@@ -71,6 +72,10 @@ def _binary_range(op: str, a: Range, b: Range) -> Range:
         case "both" | "either" | "exclusive" if OF_32_BITS.contains(a) and OF_32_BITS.contains(b):
             return OF_32_BITS
     return OF_64_BITS
+
+
+def _ends(limits: Range) -> tuple[int, int]:
+    return limits.low, limits.high
 
 
 def _hull(corners: Sequence[int]) -> Range:

@@ -1,4 +1,4 @@
-"""ATen's reductions, and products of vectors and matrices, as operations on single numbers."""
+"""ATen's reductions and products of matrices, on single numbers."""
 
 from __future__ import annotations
 
@@ -150,13 +150,13 @@ def _shared_gradient(
 ) -> list[tuple[int, int]]:
     """The gradient in equal parts to all entries that equal the extreme."""
     type = t.x.type(grad)
-    one, zero = t.x.constant(1.0, type), t.x.constant(0.0, type)
+    hit, miss = t.x.constant(1.0, type), t.x.constant(0.0, type)
     are_best = [t.x.binary("equal", node, best) for node in nodes]
-    count = _fold(t, "add", [t.x.choice(is_best, one, zero) for is_best in are_best])
+    count = _fold(t, "add", [t.x.choice(is_best, hit, miss) for is_best in are_best])
     part = t.x.binary("divide", grad, count)
     out = []
     for node, is_best in zip(nodes, are_best, strict=True):
-        out.append((node, t.x.choice(is_best, part, zero)))
+        out.append((node, t.x.choice(is_best, part, miss)))
     return out
 
 

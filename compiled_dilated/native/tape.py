@@ -1,4 +1,4 @@
-"""A traced mod as numbers for the native kernel: tapes of operations on registers.
+"""A traced mod as numbers: tapes of operations on registers.
 
     version
     number of operands; per operand: type, dimensions, and per dimension the size that the tapes
@@ -80,7 +80,7 @@ _encode_cached = lru_cache(maxsize=256)(_encode)
 
 
 def _tapes(graph: Graph, shapes: Shapes, fixed: dict[tuple[int, int], int]) -> list[list[int]]:
-    """The tape of a mask, or those of a score and its gradients.
+    """The tapes of a mask, or of a score and its gradients.
 
     fixed: receives the size of each (operand, dimension) that the tapes depend on.
     """

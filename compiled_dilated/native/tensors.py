@@ -38,7 +38,7 @@ Entry = Callable[[tuple[Index, ...]], int]
 
 @dataclass(frozen=True)
 class Cells:
-    """A tensor whose entry at (i, j, ...) is the node at((i, j, ...))."""
+    """A tensor whose entry at an index is the node at(index)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

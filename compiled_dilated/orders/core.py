@@ -31,9 +31,11 @@ class Order(ABC):
 
     @abstractmethod
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
-        """Positions at places [start, stop) of n tokens, one region per non-empty run.
+        """Positions at places [start, stop), one region per non-empty run.
 
         A hull if the positions are not a box.
+
+        n: number of tokens.
         """
 
     def check(self, n: int) -> None:  # noqa: B027

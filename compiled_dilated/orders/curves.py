@@ -16,7 +16,9 @@ SmallInts = npt.NDArray[np.int32]
 
 
 def _hilbert_index(axes: list[AnyInts], bits: int) -> AnyInts:
-    """Index along the curve of a cube of side 2**bits, for each cell.
+    """Index of cells along the curve of a cube of side 2**bits.
+
+    axes: coordinates of the cells, per axis; the list is overwritten.
 
     J. Skilling, Programming the Hilbert curve, 2004.
     """
@@ -30,11 +32,13 @@ def _hilbert_index(axes: list[AnyInts], bits: int) -> AnyInts:
             axes[0] = axes[0] ^ (swap | (upper & below))
             if axis:
                 axes[axis] = axes[axis] ^ swap
+    # Gray code of the coordinates, along the axes and then along the bits.
     for axis in range(1, len(axes)):
         axes[axis] = axes[axis] ^ axes[axis - 1]
     parity = axes[-1] >> 1
     for shift in (1, 2, 4, 8, 16):
         parity = parity ^ parity >> shift
+    # Interleave the bits of all axes, the highest first.
     index = np.zeros_like(axes[0])
     for bit in reversed(range(bits)):
         for coordinate in axes:
@@ -51,6 +55,7 @@ def curve(grid: tuple[int, ...]) -> SmallInts:
     bits = (max(sizes) - 1).bit_length()
     dtype = np.int32 if bits * len(sizes) < 32 else np.int64
     index = _hilbert_index([axis.reshape(-1) for axis in np.indices(sizes, dtype=dtype)], bits)
+    # A complete cube needs no sort: its indices are a permutation.
     if n == 1 << bits * len(sizes):
         return inverse(index)
     return np.argsort(index).astype(np.int32)

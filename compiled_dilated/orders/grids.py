@@ -23,7 +23,10 @@ _FAR = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, repr=False)
 class Hilbert(Order):
-    """Cells of a 2-D or 3-D grid (tokens in row-major order) along a Hilbert curve."""
+    """Cells of a 2-D or 3-D grid along a Hilbert curve.
+
+    Tokens are in row-major order.
+    """
 
     grid: tuple[int, ...]
 
@@ -49,7 +52,10 @@ class Hilbert(Order):
         return x.index_select(dim, index(self.grid, True, x.device))
 
     def regions(self, starts: npt.ArrayLike, stops: npt.ArrayLike, n: int) -> Regions:
-        """Bounding box of each run; exact for a complete square or cube of the curve."""
+        """Bounding box of each run.
+
+        Exact for a complete square or cube of the curve.
+        """
         self.check(n)
         start, stop = _runs(starts, stops)
         # reduceat reduces [index, next index): every second entry of start, stop, start, stop, ...
@@ -152,11 +158,11 @@ def _runs(starts: npt.ArrayLike, stops: npt.ArrayLike) -> tuple[IntArray, IntArr
 
 
 def hilbert(*grid: int, offset: int | None = None) -> Order:
-    """Cells of a grid along a Hilbert curve, so that neighbors stay close.
+    """Cells of a grid along a Hilbert curve: neighbors stay close.
 
     Write `hilbert(rows, cols)` or `hilbert(depth, rows, cols)`; any sizes. The curve is that of the
-    enclosing square or cube, without the cells outside the grid. Runs of 4**k (8**k) places that
-    start at a multiple of that are squares (cubes) of side 2**k, if 2**k divides every size.
+    enclosing square or cube, without the cells outside the grid. If 2**k divides every size, a run
+    of 4**k (8**k) places from a multiple of 4**k (8**k) on is a square (cube) of side 2**k.
 
     offset: None if the sequence is the grid, else the position of the grid's first token; other
         tokens keep their places.

@@ -24,26 +24,30 @@ def index(grid: tuple[int, ...], inverted: bool, device: torch.device) -> torch.
 
     Under torch.compile it is an input of the graph.
     """
-    name = f"{'inverse of ' if inverted else ''}{grid} on {device}"
+    name = f"{grid} on {device}"
+    if inverted:
+        name = f"inverse of {name}"
     _provide(name, grid, inverted, str(device))
     tensor: torch.Tensor = getattr(INDICES, name)
     return tensor
 
 
 def _provide(name: str, grid: tuple[int, ...], inverted: bool, device: str) -> None:
-    """Add the tensor to the cache, dropping the oldest if it is full."""
+    """Add the tensor to the cache; a full cache drops its oldest."""
     if hasattr(INDICES, name):
         return
     cache = vars(INDICES)
     while len(cache) >= MOST_INDICES:
         del cache[next(iter(cache))]
-    places = inverse(curve(grid)) if inverted else curve(grid)
-    # Later callers use it too, so that it must be neither an inference tensor nor a fake one,
-    # whatever mode this caller is in.
+    places = curve(grid)
+    if inverted:
+        places = inverse(places)
+    # Later callers use the tensor too. So it must be neither an inference tensor nor a fake one,
+    # whatever mode the present caller is in.
     with torch.inference_mode(False), _disable_current_modes():
         setattr(INDICES, name, torch.from_numpy(places).to(device))
 
 
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: tracing
-# calls this function, it does not enter it.
+# As torch.compiler.assume_constant_result, without its import of the whole compiler: tracing calls
+# this function and does not enter it.
 _provide._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -42,10 +42,11 @@ class Residue(Order):
         return self._by_period(x, dim, _unclasses)
 
     def _ragged(self, n: int) -> bool:
-        """Whether periods or classes have different sizes, so that views do not suffice.
+        """Whether periods or classes differ in size.
 
-        Slices of such lengths have sizes that torch.compile would specialize on, one graph per
-        remainder. There the permutation is computed in the graph, where it fuses into the gather.
+        Views do not suffice then: torch.compile would specialize on the sizes of their slices, one
+        graph per remainder. There the permutation is computed in the graph and fuses into the
+        gather.
         """
         period = self.period or max(n, 1)
         return n % period != 0 or period % self.rate != 0
@@ -72,13 +73,16 @@ class Residue(Order):
     # Places and positions are numpy arrays or torch tensors, so only operators are used.
 
     def _sizes(self, block: Any, n: int) -> tuple[Any, Any]:
-        """Rows and remainder of a period: the first `longer` classes have one member more."""
+        """Tokens per class of a period, and number of longer classes.
+
+        The first classes are longer by one token.
+        """
         period = self.period or max(n, 1)
         length = least(period + block * 0, n - block * period)
         return length // self.rate, length % self.rate
 
     def _locate(self, place: Any, n: int) -> tuple[Any, Any, Any]:
-        """Period, class within the period and index within the class of each place."""
+        """Period of each place, class in the period, index in the class."""
         period = self.period or max(n, 1)
         block, within = place // period, place % period
         rows, longer = self._sizes(block, n)
@@ -117,8 +121,9 @@ class Residue(Order):
         return x
 
     def __repr__(self) -> str:
-        period = "" if self.period is None else f", period={self.period}"
-        return f"residue({self.rate}{period})"
+        if self.period is None:
+            return f"residue({self.rate})"
+        return f"residue({self.rate}, period={self.period})"
 
 
 def _split(x: torch.Tensor, dim: int, rows: int, columns: int) -> torch.Tensor:
@@ -140,7 +145,7 @@ def _classes(x: torch.Tensor, dim: int, rate: int) -> torch.Tensor:
     even = _split(x.narrow(dim, 0, rows * rate), dim, rows, rate)
     if not longer:
         return _swapped(even, dim)
-    # Classes are of two sizes: the first `longer` ones have one member more.
+    # Classes are of two sizes: the first `longer` classes have one more token.
     last_row = _split(x.narrow(dim, rows * rate, longer), dim, 1, longer)
     long = torch.cat([even.narrow(dim + 1, 0, longer), last_row], dim)
     short = even.narrow(dim + 1, longer, rate - longer)

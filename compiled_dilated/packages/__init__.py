@@ -1,4 +1,4 @@
-"""Models and programs as files that run where this package is not installed.
+"""Models and programs as files that run without this package.
 
 export  ->  model.pt2             compiled graphs (torch.export, AOTInductor): a model,
                                   optionally a decoding step

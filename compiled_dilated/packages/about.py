@@ -108,7 +108,9 @@ class About:
         for name, entry in self.entries.items():
             lines.append(f"  {name}")
             lines += [f"    {line}" for line in entry.lines()]
-        code = "AVX2" if self.isa == "avx2" else f"the CPU that exported it, {self.cpu}"
+        code = f"the CPU that exported it, {self.cpu}"
+        if self.isa == "avx2":
+            code = "AVX2"
         versions = f"torch {self.torch}, compiled_dilated {self.compiled_dilated}"
         lines.append(f"  {versions}, {self.machine}, code for {code}")
         lines += [f"  {suffix}: sha256 {value}" for suffix, value in self.files.items()]
@@ -139,6 +141,11 @@ def inspect(path: str | os.PathLike[str]) -> About:
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
-    inputs = tuple(Input(x["dtype"], tuple(x["shape"]), x["contiguous"]) for x in fields["inputs"])
-    ranges = {name: (int(least), int(most)) for name, (least, most) in fields["ranges"].items()}
-    return Entry(inputs, ranges, tuple(fields["attention"]), fields["queries_last"])
+    """The entry of a description's fields."""
+    inputs = []
+    for x in fields["inputs"]:
+        inputs.append(Input(x["dtype"], tuple(x["shape"]), x["contiguous"]))
+    ranges = {}
+    for name, (least, most) in fields["ranges"].items():
+        ranges[name] = (int(least), int(most))
+    return Entry(tuple(inputs), ranges, tuple(fields["attention"]), fields["queries_last"])

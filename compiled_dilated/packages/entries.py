@@ -37,7 +37,10 @@ class Input:
     contiguous: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype} {shape_text(self.shape)}{', contiguous' if self.contiguous else ''}"
+        text = f"{self.dtype} {shape_text(self.shape)}"
+        if self.contiguous:
+            text += ", contiguous"
+        return text
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Entry:
         """Raise TypeError or ValueError unless the inputs fit the entry."""
         if len(inputs) != len(self.inputs):
             raise TypeError(f"the package takes {len(self.inputs)} tensors; got {len(inputs)}")
+        # Dtypes and shapes input by input; varying sizes are collected on the way.
         sizes: dict[str, int] = {}
         for number, (x, expected) in enumerate(zip(inputs, self.inputs, strict=True)):
             if not isinstance(x, Tensor):
@@ -77,6 +81,7 @@ class Entry:
         self._check_ranges(sizes)
 
     def _check_ranges(self, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError unless varying sizes are within their ranges."""
         for name in NAMES:
             if name not in sizes:
                 continue
@@ -106,21 +111,30 @@ class Entry:
         for expected in self.inputs:
             numbers += [DTYPES.index(expected.dtype), int(expected.contiguous), len(expected.shape)]
             for size in expected.shape:
-                numbers.append(-1 - NAMES.index(size) if isinstance(size, str) else size)
+                if isinstance(size, str):
+                    size = -1 - NAMES.index(size)
+                numbers.append(size)
         return numbers
 
     def with_strides(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs, made contiguous where generated code reads them."""
-        return [
-            x.contiguous() if expected.contiguous else x
-            for x, expected in zip(inputs, self.inputs, strict=True)
-        ]
+        """The inputs, contiguous where generated code reads them."""
+        tensors = []
+        for x, expected in zip(inputs, self.inputs, strict=True):
+            if expected.contiguous:
+                x = x.contiguous()
+            tensors.append(x)
+        return tensors
 
     def lines(self) -> list[str]:
         """The entry as lines of text."""
-        lines = [f"input {number}: {x}" for number, x in enumerate(self.inputs)]
-        lines += [f"{name}: {least:,} to {most:,}" for name, (least, most) in self.ranges.items()]
-        return lines + [f"attention {number}: {text}" for number, text in enumerate(self.attention)]
+        lines = []
+        for number, x in enumerate(self.inputs):
+            lines.append(f"input {number}: {x}")
+        for name, (least, most) in self.ranges.items():
+            lines.append(f"{name}: {least:,} to {most:,}")
+        for number, text in enumerate(self.attention):
+            lines.append(f"attention {number}: {text}")
+        return lines
 
 
 def _fits(shape: torch.Size, expected: Sequence[int | str], sizes: dict[str, int]) -> bool:
@@ -130,9 +144,10 @@ def _fits(shape: torch.Size, expected: Sequence[int | str], sizes: dict[str, int
     """
     if len(shape) != len(expected):
         return False
-    for size, axis in zip(shape, expected, strict=True):
+    for size, expected_size in zip(shape, expected, strict=True):
         # All inputs agree in a varying size; the first one defines it.
-        expected_size = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+        if isinstance(expected_size, str):
+            expected_size = sizes.setdefault(expected_size, size)
         if size != expected_size:
             return False
     return True
@@ -140,4 +155,6 @@ def _fits(shape: torch.Size, expected: Sequence[int | str], sizes: dict[str, int
 
 def shape_text(shape: Sequence[int | str] | torch.Size) -> str:
     """A shape as Python writes a tuple, with names unquoted."""
-    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    if len(shape) == 1:
+        return f"({shape[0]},)"
+    return f"({', '.join(map(str, shape))})"

@@ -37,7 +37,7 @@ def export(
     decode: Decode = False,
     isa: str | None = None,
 ) -> About:
-    """Write a package: path, and beside it the native kernels and a description.
+    """Write a package: `path`, native kernels and a description beside it.
 
     model: a program or mask, called with q, k, v and its data; or a model whose attention is
         computed by `compile(program)`.
@@ -66,19 +66,7 @@ def export(
         raise ValueError(f"path must end with .pt2; got {str(path)!r}")
     isa = _isa_of(isa)
     sources = _sources_of(model, example_inputs, ranges_of(lengths, batches), decode)
-    is_program = isinstance(model, (Program, Mask))
-    about = About(
-        name=repr(model) if is_program else type(model).__name__,
-        entries={name: source.entry for name, source in sources.items()},
-        isa=isa,
-        cpu=torch.backends.cpu.get_cpu_capability(),
-        machine=platform.machine(),
-        torch=torch.__version__.partition("+")[0],
-        compiled_dilated=_version(),
-        kernel=cpp.sources_digest(),
-        files={},
-    )
-    return _write(about, sources, package)
+    return _write(_about(model, isa, sources), sources, package)
 
 
 @dataclass(frozen=True)
@@ -90,10 +78,28 @@ class _Source:
     entry: Entry
 
 
+def _about(model: nn.Module | Program | Mask, isa: str, sources: Mapping[str, _Source]) -> About:
+    """The description before the export, without files."""
+    name = type(model).__name__
+    if isinstance(model, (Program, Mask)):
+        name = repr(model)
+    return About(
+        name=name,
+        entries={entry_name: source.entry for entry_name, source in sources.items()},
+        isa=isa,
+        cpu=torch.backends.cpu.get_cpu_capability(),
+        machine=platform.machine(),
+        torch=torch.__version__.partition("+")[0],
+        compiled_dilated=_version(),
+        kernel=cpp.sources_digest(),
+        files={},
+    )
+
+
 def _sources_of(
     model: object, example_inputs: Any, ranges: Ranges, decode: object
 ) -> dict[str, _Source]:
-    """Check the arguments of `export`; the source of each entry by name."""
+    """Sources of entries by name, after checks of the arguments."""
     if isinstance(model, Attend):
         raise TypeError(
             "export takes the program itself: export(program, ...), not compile(program)"
@@ -116,6 +122,7 @@ def _sources_of(
 def _decode_source(
     model: nn.Module | Program | Mask, inputs: tuple[Tensor, ...], ranges: Ranges, decode: object
 ) -> _Source:
+    """The source of the entry "decode"."""
     if not isinstance(model, nn.Module):
         arguments.flag("decode", decode)
         if inputs[0].shape[2] < 3:
@@ -137,18 +144,24 @@ def _decode_source(
 
 
 def _isa_of(isa: object) -> str:
-    """The instruction set of generated code; ValueError if torch cannot generate it here."""
+    """The instruction set of generated code.
+
+    Raises ValueError if torch cannot generate it here.
+    """
     if isa is not None:
         arguments.choice("isa", isa, cpp.ISAS)
     if isa == "native":
         return "native"
     reason = cpp.why_not_portable()
-    if reason is not None and isa == "avx2":
+    if reason is None:
+        return "avx2"
+    if isa == "avx2":
         raise ValueError(f"isa='avx2' is not possible here: {reason}. Leave isa out")
-    return "native" if reason is not None else "avx2"
+    return "native"
 
 
 def _version() -> str:
+    """The installed version of this package."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -160,28 +173,31 @@ def _version() -> str:
 def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About:
     """Write all files of a package; its description, completed.
 
-    about: without digests, attention and strides, which are known after the export.
+    about: without digests, attention and strides, which the export determines.
     """
     # In a temporary folder first, so that an interruption leaves no incomplete package.
     with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
         unfinished = Path(folder, package.name)
         libraries = cpp.write(library_path(unfinished), about.isa)
+        # Graphs first: only they name the attention and strides of the entries.
         graphs = {name: _capture(source) for name, source in sources.items()}
         about = replace(about, entries={name: entry for name, (_, entry) in graphs.items()})
         _compile({name: exported for name, (exported, _) in graphs.items()}, unfinished, about)
-        files = {
-            ".pt2": unfinished,
-            **{f".pt2{suffix}": file for suffix, file in libraries.items()},
-        }
+        files = {".pt2": unfinished}
+        files |= {f".pt2{suffix}": file for suffix, file in libraries.items()}
         about = replace(about, files={suffix: digest(file) for suffix, file in files.items()})
         about_path(unfinished).write_text(json.dumps(about.to_json(), indent=1) + "\n")
+        # The description last: without it the files are no package.
         for file in (*files.values(), about_path(unfinished)):
             os.replace(file, package.absolute().parent / file.name)
     return about
 
 
 def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
-    """Capture a module's graph; the entry completed by its attention and strides."""
+    """Capture a module's graph.
+
+    Returns it, and the entry with its attention and strides.
+    """
     module, training = source.module, source.module.training
     try:
         with torch.no_grad():

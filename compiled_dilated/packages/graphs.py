@@ -68,7 +68,9 @@ def attention_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
         heads = f"{q[1]} query heads on {k[1]} of keys, width {q[3]}"
         if v[3] != q[3]:
             heads += f", values {v[3]}"
-        mod = "" if score is None else ", with a score_mod"
+        mod = ""
+        if score is not None:
+            mod = ", with a score_mod"
         kernel = "one call of the native kernel, tiles found at the call"
         lines.append(f"{program}{mod}; {heads}; {kernel}")
     return tuple(lines)
@@ -93,6 +95,10 @@ def read_by_code(exported: torch.export.ExportedProgram) -> list[bool]:
     """For each input, whether generated code reads it with the example's strides."""
     names = exported.graph_signature.user_inputs
     native = torch.ops.compiled_dilated
+    # Operators of this package read any strides; a size has none.
     own = (native.native.default, native.check_inputs.default, torch.ops.aten.sym_size.int)
     users = {node.name: node.users for node in exported.graph.nodes if node.op == "placeholder"}
-    return [any(user.target not in own for user in users[name]) for name in names]
+    by_code = []
+    for name in names:
+        by_code.append(any(user.target not in own for user in users[name]))
+    return by_code

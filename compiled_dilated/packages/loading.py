@@ -46,6 +46,7 @@ class Loaded:
 
 
 def _run(entry: Entry, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+    """Check the inputs, and run an entry without gradients."""
     entry.check(inputs)
     with torch.no_grad():
         return run(*entry.with_strides(inputs))
@@ -61,6 +62,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     if not package.exists():
         raise FileNotFoundError(f"{package} is missing")
     about = inspect(package)
+    # Digests first: no code of a changed file is opened.
     for suffix, expected in about.files.items():
         file = package.with_suffix(suffix)
         if not file.exists():
@@ -78,7 +80,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
 
 
 def _open_operators(package: Path, about: About) -> None:
-    """Load this machine's own kernel or, where it cannot be built, the package's."""
+    """Load the kernel: built on this machine, else the package's."""
     build.check_switch()
     try:
         build.load()

@@ -76,10 +76,13 @@ def entry_of(
         for name in (TOKENS, BATCH)
         if name in ranges
     }
-    queries = min(varying[TOKENS].values()) if decodes else 0
     # torch.export makes a size of 1 a constant: an example of one query fixes the size.
-    query_size: int | str = QUERIES if queries > 1 else 1
+    queries = 0
+    query_size: int | str = 1
+    if decodes:
+        queries = min(varying[TOKENS].values())
     if queries > 1:
+        query_size = QUERIES
         ranges[QUERIES] = (1, ranges[TOKENS][1])
     # Varying sizes become names, all others stay numbers.
     result = []
@@ -101,7 +104,7 @@ def _axis(name: str, x: Tensor) -> int:
     """
     if name == BATCH:
         return 0
-    return 1 if x.dim() == 2 else x.dim() - 2
+    return max(1, x.dim() - 2)
 
 
 def _sizes_of(argument: str, name: str, inputs: Sequence[Tensor], decodes: bool) -> dict[int, int]:
@@ -125,6 +128,7 @@ def _sizes_of(argument: str, name: str, inputs: Sequence[Tensor], decodes: bool)
 
 
 def _check_example(argument: str, name: str, size: int, bounds: tuple[int, int]) -> None:
+    """Raise ValueError for an example with which a size cannot vary."""
     if size < 2:
         # torch.export makes a size of 1 a constant.
         raise ValueError(f"{argument} must have at least 2 {name} where that varies; got {size}")
@@ -138,7 +142,8 @@ def dims_of(entry: Entry) -> tuple[Any, ...]:
         name: torch.export.Dim(name, min=least, max=most)
         for name, (least, most) in entry.ranges.items()
     }
-    return tuple(
-        {axis: dims[size] for axis, size in enumerate(x.shape) if isinstance(size, str)}
-        for x in entry.inputs
-    )
+    shapes = []
+    for x in entry.inputs:
+        varying = {axis: dims[size] for axis, size in enumerate(x.shape) if isinstance(size, str)}
+        shapes.append(varying)
+    return tuple(shapes)

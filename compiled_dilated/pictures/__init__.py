@@ -1,4 +1,4 @@
-"""Pictures of masks: single pairs for few tokens, shares of allowed pairs for many.
+"""Pictures of masks: single pairs, or shares of pairs for many tokens.
 
 pixels       allowed pairs of each pixel, by counting
 shades       colours and their legend

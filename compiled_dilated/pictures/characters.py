@@ -19,7 +19,7 @@ _MOST_COLUMNS = 80
 _SHADES, _ASCII_SHADES = "·░▒▓█", ".:+%#"
 _MEANING = "none, below 1%, below 30%, below all, all"
 _BORDERS = (0.01, 0.3, 1.0)
-_DIGITS = "·123456789"
+_DIGITS, _ASCII_DIGITS = "·123456789", ".123456789"
 
 
 def text(figure: Figure, columns: int, unicode: bool) -> str:
@@ -31,10 +31,9 @@ def text(figure: Figure, columns: int, unicode: bool) -> str:
     width = max(columns, 20)
     heading = textwrap.wrap(figure.heading, width) + textwrap.wrap(figure.subheading, width)
     blocks = ["\n".join(heading)]
-    has_titles = figure.kinds > 1 or len(figure.panels) > 1
     for panel in figure.panels:
-        caption = f"{panel.title}: {panel.caption}" if has_titles else panel.caption
-        blocks.append("\n".join([*textwrap.wrap(caption, width), *_picture(panel, width, unicode)]))
+        caption = textwrap.wrap(figure.caption_of(panel), width)
+        blocks.append("\n".join([*caption, *_picture(panel, width, unicode)]))
     return "\n\n".join(blocks)
 
 
@@ -46,7 +45,7 @@ def _picture(panel: Panel, columns: int, unicode: bool) -> list[str]:
         return _shaded(pixels, columns, _SHADES if unicode else _ASCII_SHADES, panel.branches)
     # Several branches may link a pair: digits.
     if pixels.counts.max(initial=0) > 1:
-        digits = np.array([*(_DIGITS if unicode else "." + _DIGITS[1:]), "+"])
+        digits = np.array([*(_DIGITS if unicode else _ASCII_DIGITS), "+"])
         lines = _lines(digits[np.minimum(pixels.counts, 10).astype(np.int64)])
         return [*lines, "a digit: how many branches link the pair; +: more than 9"]
     if unicode:
@@ -64,14 +63,16 @@ def _half_blocks(pixels: Pixels) -> list[str]:
 
 
 def _shaded(pixels: Pixels, columns: int, glyphs: str, branches: int) -> list[str]:
-    """Cells of two characters, by the share of their pairs that is allowed."""
+    """Cells of two characters, by the allowed share of their pairs."""
     cells = pixels.merged(_ROWS, max(1, min(columns, _MOST_COLUMNS) // 2))
     share = cells.means / max(branches, 1)
     level = np.where(share > 0, 1 + np.searchsorted(_BORDERS, share, side="right"), 0)
     # Doubled, as a character is about twice as high as wide.
     lines = _lines(np.array([glyph * 2 for glyph in glyphs])[level])
     height, width = cells.size
-    pairs = "pairs" if branches < 2 else "pairs of all branches"
+    pairs = "pairs"
+    if branches > 1:
+        pairs = "pairs of all branches"
     meaning = f"{_MEANING} of a cell's {pairs}; a cell is {height:,} x {width:,} tokens"
     return [*lines, *textwrap.wrap(f"{' '.join(glyphs)}  {meaning}", columns)]
 

@@ -1,4 +1,7 @@
-"""`show`: figures from programs. Heads that see the same pairs share a panel."""
+"""`show`: figures from programs.
+
+Heads that see the same pairs share a panel.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +44,10 @@ class _View:
     order: Order
 
     def panel(self, title: str, masks: Sequence[Mask]) -> Panel:
-        """The panel of a head that takes part in branches of these masks."""
+        """The panel of a head, by its mask in each branch."""
         bound = [with_data(mask, self.data, self.batch) for mask in masks]
-        counted = pixels(bound, self.q_len, self.kv_len, self.q_offset, self.order)
-        return Panel(title, counted, len(masks))
+        counts = pixels(bound, self.q_len, self.kv_len, self.q_offset, self.order)
+        return Panel(title, counts, len(masks))
 
 
 def show(
@@ -62,15 +65,12 @@ def show(
 ) -> Figure:
     """Draw which keys each query sees, for any number of tokens.
 
-    Up to 256 tokens a pixel is one pair; beyond, it is a block of pairs, coloured by the share of
-    them that is allowed. Pairs are counted, never listed: a million tokens take seconds and some
-    MiB.
+    Up to 256 tokens a pixel is one pair; beyond, it is a block of pairs, coloured by the share
+    that is allowed. A million tokens take seconds and some MiB.
 
-    q_len: number of queries.
-    kv_len: number of keys, q_len by default.
+    q_len, kv_len: numbers of queries and of keys, as many as queries by default.
     data: the tensors that the masks read, (batch or 1, tokens), as at a call.
-    head: the head to draw. By default up to four kinds of heads that differ are drawn side by
-        side; of more kinds, head 0.
+    head: the head to draw; by default up to four kinds of heads, of more kinds head 0.
     heads: number of heads, for masks that differ by head.
     batch: the entry of the data's batch to draw.
     q_offset: position of the first query, for decoding.
@@ -85,35 +85,46 @@ def show(
     kv_len = q_len if kv_len is None else arguments.integer("kv_len", kv_len, 1)
     heads = arguments.integer("heads", heads, 1)
     q_offset = arguments.integer("q_offset", q_offset, 0)
+    _check_head(head, heads)
+    arguments.flag("branches", branches)
+    view = _view(program, q_len, kv_len, q_offset, data, batch, order)
+    operands: list[Tensor] = []  # captured by the program's functions; alive until they were called
+    _, traced = text.traced(program, operands)
+    kinds = _kinds(traced, heads)
+    panels = _panels(view, traced, kinds, head, heads, branches)
+    return Figure(_heading(program), tuple(panels), heads, len(kinds), view.order)
+
+
+def _check_head(head: int | None, heads: int) -> None:
+    """Raise unless the head is absent, or one of the heads."""
     if head is not None and arguments.integer("head", head, 0) >= heads:
         raise ValueError(
             f"head must be one of {heads} heads, 0 to {heads - 1}; got {head}. "
             "Say how many there are by heads="
         )
-    arguments.flag("branches", branches)
-    order = _order(order)
+
+
+def _view(
+    program: Program,
+    q_len: int,
+    kv_len: int,
+    q_offset: int,
+    data: Mapping[str, Tensor] | None,
+    batch: int,
+    order: object,
+) -> _View:
+    """The view of checked arguments."""
+    in_order = _order(order)
     # The program's own orders are checked as at a call, the picture's order like them.
     program.check(q_len, kv_len, q_offset)
-    in_order = tuple(replace(branch, order=order) for branch in program.branches)
-    Program(in_order).check(q_len, kv_len, q_offset)
+    branches = tuple(replace(branch, order=in_order) for branch in program.branches)
+    Program(branches).check(q_len, kv_len, q_offset)
     tensors = _data(program, data, q_offset + q_len, kv_len, batch)
-
-    operands: list[Tensor] = []  # captured by the program's functions; alive until they were called
-    _, traced = text.traced(program, operands)
-    kinds = _kinds(traced, heads)
-    view = _View(q_len, kv_len, q_offset, tensors, batch, order)
-    if head is not None or branches or len(kinds) > _MOST_KINDS:
-        drawn = [kind for kind in kinds if (head or 0) in kind]
-    else:
-        drawn = kinds
-    panels: list[Panel] = []
-    for kind in drawn:
-        title = _title(kind, heads, len(kinds))
-        panels += _panels(view, title, _branches(traced, kind[0], heads), branches)
-    return Figure(_heading(program), tuple(panels), heads, len(kinds), order)
+    return _View(q_len, kv_len, q_offset, tensors, batch, in_order)
 
 
 def _order(order: object) -> Order:
+    """The order of the picture, the identity by default."""
     if order is None:
         return identity()
     if not isinstance(order, Order):
@@ -131,9 +142,15 @@ def _data(
     entry = arguments.integer("batch", batch, 0)
     tensors = data
     sizes: list[int] = []
+    # Anything that is no mapping of tensors is refused by the checks below.
     if isinstance(data, Mapping) and data:
-        tensors = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in data.items()}
-        sizes = [x.shape[0] for x in tensors.values() if isinstance(x, Tensor) and x.dim()]
+        on_cpu: dict[str, Tensor] = {}
+        for name, x in data.items():
+            if isinstance(x, Tensor):
+                x = x.cpu()
+                sizes += x.shape[:1]
+            on_cpu[name] = x
+        tensors = on_cpu
     entries = max(sizes, default=1)
     shape = checks.Shape(entries, q_end, kv_len, torch.device("cpu"))
     checks.data(program.names, query_names_of(program), tensors, shape)
@@ -144,16 +161,16 @@ def _data(
 
 
 def _branches(program: Program, head: int, heads: int) -> Branches:
-    """The branches that a head takes part in, with its mask in each."""
-    return tuple(
-        (number, branch.mask_at(head, heads))
-        for number, branch in enumerate(program.branches)
-        if head in branch.head_range(heads)
-    )
+    """The branches of a head, with its mask in each."""
+    branches = []
+    for number, branch in enumerate(program.branches):
+        if head in branch.head_range(heads):
+            branches.append((number, branch.mask_at(head, heads)))
+    return tuple(branches)
 
 
 def _kinds(program: Program, heads: int) -> list[tuple[int, ...]]:
-    """Groups of heads with equal branches, in the order of their first heads."""
+    """Groups of heads with equal branches, by their first heads."""
     by_branches: dict[Branches, tuple[int, ...]] = {}
     for head in range(heads):
         key = _branches(program, head, heads)
@@ -161,7 +178,29 @@ def _kinds(program: Program, heads: int) -> list[tuple[int, ...]]:
     return list(by_branches.values())
 
 
-def _panels(view: _View, title: str, branches: Branches, is_split: bool) -> list[Panel]:
+def _panels(
+    view: _View,
+    program: Program,
+    kinds: list[tuple[int, ...]],
+    head: int | None,
+    heads: int,
+    is_split: bool,
+) -> list[Panel]:
+    """The panels of all kinds of heads, or of one kind.
+
+    One kind: for a head that was passed, for split branches, or of too many kinds.
+    """
+    single = head is not None or is_split or len(kinds) > _MOST_KINDS
+    panels: list[Panel] = []
+    for kind in kinds:
+        if single and (head or 0) not in kind:
+            continue
+        title = _title(kind, heads, len(kinds))
+        panels += _panels_of_kind(view, title, _branches(program, kind[0], heads), is_split)
+    return panels
+
+
+def _panels_of_kind(view: _View, title: str, branches: Branches, is_split: bool) -> list[Panel]:
     """The panel of a kind of heads.
 
     is_split: whether a panel for each branch is in front of it.
@@ -177,23 +216,32 @@ def _panels(view: _View, title: str, branches: Branches, is_split: bool) -> list
 
 
 def _title(kind: tuple[int, ...], heads: int, kinds: int) -> str:
+    """The heads of a kind in words."""
     if kinds == 1:
         return "every head"
-    listed = ", ".join(map(str, kind[:6])) + (", ..." if len(kind) > 6 else "")
-    return f"head{'s' * (len(kind) > 1)} {listed} of {heads}"
+    numbers = ", ".join(map(str, kind[:6]))
+    if len(kind) > 6:
+        numbers += ", ..."
+    return f"head{'s' * (len(kind) > 1)} {numbers} of {heads}"
 
 
 def _heading(program: Program) -> str:
     """The branches joined by +: a heading, not code."""
     names = []
     for branch in program.branches:
-        heads = "" if branch.heads is None else f" for heads {branch.heads}"
-        order = "" if branch.order == identity() else f" in {branch.order!r}"
-        names.append(f"{branch.mask}{heads}{order}")
-    return names[0] if len(names) == 1 else " + ".join(f"[{name}]" for name in names)
+        name = str(branch.mask)
+        if branch.heads is not None:
+            name += f" for heads {branch.heads}"
+        if branch.order != identity():
+            name += f" in {branch.order!r}"
+        names.append(name)
+    if len(names) == 1:
+        return names[0]
+    return " + ".join(f"[{name}]" for name in names)
 
 
 def _shortened(words: str) -> str:
+    """Words cut to the length of a title."""
     if len(words) <= _MOST_CHARACTERS:
         return words
     return words[: _MOST_CHARACTERS - 3] + "..."

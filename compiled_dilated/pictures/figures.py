@@ -38,13 +38,15 @@ class Panel:
         share = f"{self.pixels.counts.sum() / total:.3%}"
         if self.pixels.pairs is None:
             return f"about {share} of {total:,} pairs, estimated from a sample"
-        of = "pairs allowed" if self.branches < 2 else "pairs allowed, summed over branches"
-        return f"{self.pixels.pairs:,} {of} ({share} of {total:,})"
+        unit = "pairs allowed"
+        if self.branches > 1:
+            unit = "pairs allowed, summed over branches"
+        return f"{self.pixels.pairs:,} {unit} ({share} of {total:,})"
 
 
 @dataclass(frozen=True, eq=False)
 class Figure:
-    """A picture of a mask: displayed in notebooks, printed as text, saved as a file.
+    """A picture of a mask, for notebooks, terminals and files.
 
     program: the program as text.
     kinds: number of groups of equal heads among `heads`.
@@ -85,7 +87,9 @@ class Figure:
     @property
     def axes(self) -> tuple[str, str]:
         """Names of the vertical and the horizontal axis."""
-        unit = "position" if self.order == identity() else f"place in {self.order!r}"
+        unit = "position"
+        if self.order != identity():
+            unit = f"place in {self.order!r}"
         return f"query ({unit})", f"key ({unit})"
 
     @cached_property
@@ -95,6 +99,12 @@ class Figure:
             max(1, *(panel.branches for panel in self.panels)),
             all(panel.pixels.is_single for panel in self.panels),
         )
+
+    def caption_of(self, panel: Panel) -> str:
+        """The caption of a panel, with its title where panels differ."""
+        if self.kinds > 1 or len(self.panels) > 1:
+            return f"{panel.title}: {panel.caption}"
+        return panel.caption
 
     def text(self, columns: int = 80, unicode: bool = True) -> str:
         """The figure in at most so many columns of a terminal."""
@@ -115,7 +125,9 @@ class Figure:
 
     def _repr_png_(self) -> bytes | None:
         """None without matplotlib: a notebook then displays the HTML."""
-        return self.png() if plots.is_installed() else None
+        if not plots.is_installed():
+            return None
+        return self.png()
 
     @cached_property
     def _svg(self) -> str:

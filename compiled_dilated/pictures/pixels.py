@@ -1,4 +1,4 @@
-"""Allowed pairs of each pixel of a picture: single pairs, or counted blocks of pairs."""
+"""Allowed pairs of each pixel of a picture, by counting."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Pixels:
 
 
 def cuts(tokens: int, first: int = 0) -> IntArray:
-    """Borders of at most MOST_PIXELS pixels, each a power of two tokens wide."""
+    """Borders of at most MOST_PIXELS pixels, powers of two wide."""
     size = 1
     while size * MOST_PIXELS < tokens:
         size *= 2
@@ -85,17 +85,23 @@ def pixels(masks: Sequence[Mask], q_len: int, kv_len: int, q_offset: int, order:
     masks: the head's masks, one per branch, with their data bound.
     order: the order in whose places the pixels are drawn.
     """
-    q_cuts, kv_cuts = cuts(q_len, q_offset), cuts(kv_len)
+    # 1. Masks over the places of the order.
     permutation = order.permutation(kv_len)
-    places = None if permutation is None else torch.from_numpy(permutation.astype(np.int64))
+    if permutation is not None:
+        positions = torch.from_numpy(permutation.astype(np.int64))
+        masks = [_Placed(mask, order, positions) for mask in masks]
+    # 2. Counts, summed over branches.
+    q_cuts, kv_cuts = cuts(q_len, q_offset), cuts(kv_len)
     total: Any = np.zeros((len(q_cuts) - 1, len(kv_cuts) - 1), dtype=object)
     exact = True
     for mask in masks:
-        drawn = mask if places is None else _Placed(mask, order, places)
-        counted = counting.cells(drawn, q_cuts, kv_cuts)
-        total += counted.pairs
-        exact = exact and counted.exact
-    return Pixels(total.astype(np.float64), q_cuts, kv_cuts, int(total.sum()) if exact else None)
+        cells = counting.cells(mask, q_cuts, kv_cuts)
+        total += cells.pairs
+        exact = exact and cells.exact
+    pairs = None
+    if exact:
+        pairs = int(total.sum())
+    return Pixels(total.astype(np.float64), q_cuts, kv_cuts, pairs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,9 @@ def draw(figure: Figure, kind: str) -> bytes:
 
     # Up to three panels in one row, more in two.
     panels = figure.panels
-    columns = len(panels) if len(panels) <= _MOST_IN_A_ROW else -(-len(panels) // 2)
+    columns = len(panels)
+    if columns > _MOST_IN_A_ROW:
+        columns = -(-columns // 2)
     rows = -(-len(panels) // columns)
     size = (max(6.2, columns * (_SIDE + 1.1)), rows * (_SIDE + 1.2) + 1.1)
     canvas = Canvas(figsize=size, layout="constrained")
@@ -64,12 +66,15 @@ def draw(figure: Figure, kind: str) -> bytes:
     legend.get_title().set_color(INK)
     buffer = io.BytesIO()
     # Transparent, for light and dark pages; without a date, so that equal figures are equal files.
-    metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
+    metadata = {"CreationDate": None}
+    if kind == "png":
+        metadata = {"Software": None}
     canvas.savefig(buffer, format=kind, dpi=_DPI, transparent=True, metadata=metadata)
     return buffer.getvalue()
 
 
 def _panel(figure: Figure, panel: Panel, ax: Axes) -> None:
+    """Draw a panel: its image, axes and caption."""
     from matplotlib.ticker import MaxNLocator
 
     pixels = panel.pixels
@@ -82,6 +87,7 @@ def _panel(figure: Figure, panel: Panel, ax: Axes) -> None:
     stretch = min(max(queries / keys, 1 / _MOST_STRETCH), _MOST_STRETCH)
     extent = (left, left + width, top + height, top)
     ax.imshow(image, extent=extent, interpolation="nearest", aspect=stretch * keys / queries)
+    # Axes: names, limits, and ticks at whole positions.
     q_name, kv_name = figure.axes
     ax.set(xlim=(left, left + keys), ylim=(top + queries, top))
     ax.set_xlabel(kv_name, fontsize=8, color=INK)
@@ -92,6 +98,4 @@ def _panel(figure: Figure, panel: Panel, ax: Axes) -> None:
     ax.tick_params(labelsize=7, colors=INK)
     for spine in ax.spines.values():
         spine.set_color(INK)
-    has_titles = len(figure.panels) > 1 or figure.kinds > 1
-    caption = f"{panel.title}: {panel.caption}" if has_titles else panel.caption
-    ax.set_title(textwrap.fill(caption, 62), fontsize=8, color=INK)
+    ax.set_title(textwrap.fill(figure.caption_of(panel), 62), fontsize=8, color=INK)

@@ -79,8 +79,10 @@ class Shades:
     @property
     def meaning(self) -> str:
         """The title of the legend."""
+        if self.is_single and self.branches < 2:
+            return ""
         if self.is_single:
-            return "" if self.branches < 2 else "branches that link the pair, as often it counts"
+            return "branches that link the pair, as often it counts"
         if self.branches < 2:
             return "share of the pixel's pairs allowed"
         return "branches that link a pair, mean over the pixel"

@@ -1,4 +1,4 @@
-"""A figure as SVG: the same bytes on every machine, for light and dark pages."""
+"""A figure as SVG for light and dark pages, with reproducible bytes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _CHARACTER = 5.6  # mean width of a character
 
 
 def svg(figure: Figure) -> str:
-    """The whole figure as one element."""
+    """The figure as one element."""
     height = max(round(_shape(panel.pixels)[0]) for panel in figure.panels)
     width = len(figure.panels) * (_LEFT + _SIDE) + _GAP
+    # Headings above the panels.
     lines = _fit(figure.heading, width - _GAP) + _fit(figure.subheading, width - _GAP)
     top = _LINE * len(lines) + 8 + 2 * _LINE
     label = html.escape(f"{figure.heading}; {figure.subheading}")
@@ -37,6 +38,7 @@ def svg(figure: Figure) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{label}" {font}>'
     ]
     parts += [_text(6, _LINE * (number + 1), line) for number, line in enumerate(lines)]
+    # Panels side by side, one legend for all below.
     for number, panel in enumerate(figure.panels):
         parts += _panel(figure, panel, _LEFT + number * (_LEFT + _SIDE), top)
     parts += _legend(figure, _LEFT, top + height + 46)
@@ -55,10 +57,8 @@ def _panel(figure: Figure, panel: Panel, x: int, y: int) -> list[str]:
 
     x, y: upper left corner of the picture.
     """
-    has_titles = len(figure.panels) > 1 or figure.kinds > 1
-    caption = f"{panel.title}: {panel.caption}" if has_titles else panel.caption
     height, width = _shape(panel.pixels)
-    lines = _fit(caption, int(width) + _LEFT - 8)[:2]
+    lines = _fit(figure.caption_of(panel), int(width) + _LEFT - 8)[:2]
     # The caption's last line is just above the picture.
     out = []
     for number, line in enumerate(lines):
@@ -69,8 +69,9 @@ def _panel(figure: Figure, panel: Panel, x: int, y: int) -> list[str]:
     scale = f"{_number(width / keys[-1])} {_number(height / queries[-1])}"
     out.append(f'<g transform="translate({x} {y}) scale({scale})" shape-rendering="crispEdges">')
     out.append(f'<path fill="{EMPTY}" d="M0 0h{keys[-1]}v{queries[-1]}H0z"/>')
-    for level, color in enumerate(figure.shades.palette):
-        path = _runs(levels == level, queries, keys) if level else ""
+    # Level 0, no pair, is the background.
+    for level, color in list(enumerate(figure.shades.palette))[1:]:
+        path = _runs(levels == level, queries, keys)
         if path:
             out.append(f'<path fill="{color}" d="{path}"/>')
     out.append("</g>")
@@ -78,7 +79,7 @@ def _panel(figure: Figure, panel: Panel, x: int, y: int) -> list[str]:
 
 
 def _axes(figure: Figure, panel: Panel, x: int, y: int) -> list[str]:
-    """Ticks at both ends of each axis, and the names of the axes."""
+    """Names of the axes, and ticks at both ends."""
     height, width = _shape(panel.pixels)
     q_cuts, kv_cuts = panel.pixels.q_cuts, panel.pixels.kv_cuts
     q_name, kv_name = figure.axes
@@ -142,7 +143,9 @@ def _fit(words: str, width: int) -> list[str]:
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
-    attribute = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    attribute = ""
+    if anchor != "start":
+        attribute = f' text-anchor="{anchor}"'
     return f'<text x="{_number(x)}" y="{_number(y)}"{attribute}>{html.escape(words)}</text>'
 
 

@@ -1,4 +1,4 @@
-"""Plans as values without tensors: the problem, each lowering's proposal or refusal, its cost.
+"""Plans as values: problems, proposals and refusals of lowerings, costs.
 
 problems   Problem: a program and the shapes of a call
 proposals  Proposal or Refusal of a lowering, with its Cost

@@ -11,7 +11,7 @@ AnyPlan = TypeVar("AnyPlan")
 
 
 class PlanCache:
-    """A cache of plans of all kinds, which drops the least recently used.
+    """A cache of plans that drops the least recently used.
 
     Safe to empty at any moment.
 

@@ -16,8 +16,9 @@ from .proposals import Cost, Proposal, Refusal
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The chosen proposals, in branch order, and the others that were weighed.
+    """The chosen proposals, in branch order, and all candidates.
 
+    weighed: all proposals and refusals.
     reason: of the choice, in words.
     untried: lowerings that neither proposed nor refused.
     useful_pairs: allowed pairs over batch and heads; None if they are not counted.
@@ -36,7 +37,7 @@ class Plan:
 
     @cached_property
     def memory(self) -> Footprint:
-        """Bytes of a call at its peak; with `training`, of its forward and backward."""
+        """Peak bytes of a call; with `training`, of forward and backward."""
         tensors = self.problem.footprint
         # Branches run one after the other.
         workspaces = [proposal.workspaces for proposal in self.chosen]
@@ -68,7 +69,10 @@ class Plan:
         )
 
     def seconds_of(self, proposals: Sequence[Proposal]) -> float | None:
-        """Estimated time of proposals, one after the other; None if a rate was not measured."""
+        """Estimated time of proposals, one after the other.
+
+        None if a rate was not measured.
+        """
         dtype, device, training = self.problem.dtype, self.problem.device, self.problem.training
         total = 0.0
         for proposal in proposals:
@@ -131,11 +135,14 @@ class Plan:
         return "\n".join(lines) + "\n\n" + printing.table(self._rows())
 
     def _pairs_line(self) -> str:
+        """Allowed and computed pairs, as far as a plan can count them."""
         computed = f"{self.cost.pairs:,} computed"
         if self.useful_pairs is not None and self._reads_data:
             return f"pairs     {self.useful_pairs:,} allowed, at most {computed}"
         if self.useful_pairs is not None:
-            share = self.useful_pairs / self.cost.pairs if self.cost.pairs else 1.0
+            share = 1.0
+            if self.cost.pairs:
+                share = self.useful_pairs / self.cost.pairs
             return f"pairs     {self.useful_pairs:,} allowed, {computed} ({share:.0%} useful)"
         if self._reads_data:
             return (
@@ -148,6 +155,7 @@ class Plan:
         )
 
     def _work_line(self) -> str:
+        """FLOPs, kernel calls and copied bytes."""
         cost = self.cost
         most = "at most " if self._reads_data else ""
         return (
@@ -157,25 +165,32 @@ class Plan:
         )
 
     def _time_line(self) -> str:
+        """The estimated time, and the origin of its rates."""
         seconds, problem = self.seconds_of(self.chosen), self.problem
         if seconds is None:
             device = f"{problem.dtype} on {problem.device}"
             return f"time      no estimate: no rate was measured for {device}"
         # For masks that read data a plan counts the pairs that they may allow.
         about = "at most" if self._reads_data else "about"
-        passes = "forward and backward" if problem.training else "forward"
         return (
-            f"time      {about} {printing.milliseconds(seconds)} ms {passes}, "
+            f"time      {about} {printing.milliseconds(seconds)} ms {self._passes}, "
             f"an estimate by rates of {rates.MACHINE}\n"
             f"          ({rates.FILES})"
         )
 
     def _memory_line(self) -> str:
-        passes = "forward and backward" if self.problem.training else "forward"
-        return f"memory    {passes} at most {self.memory}"
+        return f"memory    {self._passes} at most {self.memory}"
+
+    @property
+    def _passes(self) -> str:
+        """The passes of a call in words."""
+        if self.problem.training:
+            return "forward and backward"
+        return "forward"
 
     @property
     def _reads_data(self) -> bool:
+        """Whether masks read data that only a call has."""
         return any(branch.mask.per_call for branch in self.problem.program.branches)
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -183,6 +198,7 @@ class Plan:
         return [self._row(candidate) for candidate in self.weighed]
 
     def _row(self, candidate: Proposal | Refusal) -> dict[str, Any]:
+        """A proposal with its costs, or a refusal with its reason."""
         row: dict[str, Any] = {
             "lowering": candidate.lowering,
             "branch": candidate.branch,

@@ -1,4 +1,4 @@
-"""The parts of a printed plan: the table of candidates, tiles and times in words."""
+"""Parts of a printed plan: the table of candidates, tiles, times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REASON = "refused because"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The candidates of a plan, a row for each, and the meaning of the columns.
+    """The table of a plan's candidates, with a legend.
 
     rows: as `Plan.to_json` lists them.
     """
@@ -28,16 +28,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
+    """The cells of a candidate: its costs, or its refusal."""
     branch = "all" if row["branch"] is None else row["branch"]
     cells = ["*" if row["chosen"] else "", row["lowering"], branch]
     if "refused" in row:
         return [*cells, *[""] * 5, row["refused"]]
-    seconds = row["estimated_seconds"]
+    time = ""
+    if row["estimated_seconds"] is not None:
+        time = milliseconds(row["estimated_seconds"])
     return [
         *cells,
         f"{row['kernel_gflop']:,.1f}",
         f"{row['dense_gflop']:,.1f}",
-        "" if seconds is None else milliseconds(seconds),
+        time,
         row["calls"],
         f"{row['peak_bytes'] / 2**20:,.1f}",
         "",

@@ -1,4 +1,4 @@
-"""The problem of a plan: a program and the shapes of a call."""
+"""The problem of a plan: a program and a call's shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ..programs import Program
 
 @dataclass(frozen=True)
 class Scores:
-    """A score_mod as plans see it: its graph, and dtype and shape of each operand."""
+    """A score_mod as plans see it.
+
+    operands: dtype and shape of each operand of the graph.
+    """
 
     graph: Graph
     operands: tuple[Kind, ...]
@@ -21,7 +24,9 @@ class Scores:
     @staticmethod
     def of(mod: Mod | None) -> Scores | None:
         """The scores of a call's score_mod; None without one."""
-        return None if mod is None else Scores(mod.graph, tuple(map(kind_of, mod.operands)))
+        if mod is None:
+            return None
+        return Scores(mod.graph, tuple(map(kind_of, mod.operands)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Problem:
 
     @property
     def footprint(self) -> Footprint:
-        """Bytes of the tensors of a call, and of what every backward copies of the lse."""
+        """Bytes of a call's tensors, and of a backward's copies of lse."""
         rows = self.batch * self.heads * self.q_len
         output = rows * self.value_dim * self.itemsize
         inputs = self.tensor_bytes - output
@@ -91,7 +96,10 @@ def problem_of(
     training: bool,
     scores: Scores | None = None,
 ) -> Problem:
-    """The problem of q (B, Hq, N, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv)."""
+    """The problem of a call.
+
+    q_shape, k_shape, v_shape: (B, Hq, N, D), (B, Hkv, M, D) and (B, Hkv, M, Dv).
+    """
     batch, heads, q_len, head_dim = q_shape
     return Problem(
         program,

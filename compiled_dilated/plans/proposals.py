@@ -1,4 +1,4 @@
-"""The answers of a lowering to a problem: a proposal with its cost, or a refusal."""
+"""Answers of lowerings to problems: proposals with costs, and refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class Proposal:
     @cached_property
     def cost(self) -> Cost:
         """The cost, counted on the first access."""
-        return self.counting if isinstance(self.counting, Cost) else self.counting()
+        if isinstance(self.counting, Cost):
+            return self.counting
+        return self.counting()
 
 
 @dataclass(frozen=True)
@@ -69,5 +71,7 @@ class Refusal:
     way_out: str
 
     def __str__(self) -> str:
-        where = "" if self.branch is None else f" for branch {self.branch}"
+        where = ""
+        if self.branch is not None:
+            where = f" for branch {self.branch}"
         return f"lowering {self.lowering!r} refuses{where}: {self.reason}. {self.way_out}"

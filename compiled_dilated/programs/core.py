@@ -84,13 +84,16 @@ class Branch(NoMask):
         return self._written(str)
 
     def _written(self, write: Callable[[Mask], str]) -> str:
-        heads = "" if self.heads is None else f", heads={self.heads!r}"
-        order = "" if self.order == identity() else f", order={self.order!r}"
-        return f"Branch({write(self.mask)}{heads}{order})"
+        options = ""
+        if self.heads is not None:
+            options += f", heads={self.heads!r}"
+        if self.order != identity():
+            options += f", order={self.order!r}"
+        return f"Branch({write(self.mask)}{options})"
 
 
 def _are_heads(heads: object) -> bool:
-    """Whether a value is None, (start, stop) or "i/k" with i < k."""
+    """Whether a value is None, (start, stop) or a share "i/k"."""
     if isinstance(heads, str):
         share = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", heads)
         return share is not None and int(share[1]) < int(share[2])
@@ -101,9 +104,9 @@ def _are_heads(heads: object) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class Program(NoMask):
-    """Branches joined by one softmax; a key that two branches link counts twice.
+    """Branches joined by one softmax.
 
-    Hashable; `repr` is the code that creates it.
+    A key that two branches link counts twice. Hashable; `repr` is the code that creates it.
     """
 
     branches: tuple[Branch, ...]
@@ -124,8 +127,19 @@ class Program(NoMask):
             names.update(branch.mask.names)
         return tuple(sorted(names))
 
+    def masks_at(self, head: int, heads: int) -> tuple[Mask, ...]:
+        """Masks of one query head, out of `heads`, one per branch.
+
+        Branches without the head are left out.
+        """
+        masks = []
+        for branch in self.branches:
+            if head in branch.head_range(heads):
+                masks.append(branch.mask_at(head, heads))
+        return tuple(masks)
+
     def check(self, q_len: int, kv_len: int, q_offset: int = 0) -> None:
-        """Raise ValueError if a mask or an order is undefined for these lengths."""
+        """Raise ValueError if a mask or order is undefined for these lengths."""
         for branch in self.branches:
             branch.mask.check(range(q_offset, q_offset + q_len), kv_len)
             if branch.order != identity():
@@ -160,7 +174,7 @@ class Program(NoMask):
 
 
 def _shown(value: object) -> str:
-    """A wrong value of branches in an error, masks by `str`."""
+    """An invalid value of branches for an error, masks by `str`."""
     if isinstance(value, tuple) and value:
         return f"({', '.join(map(str, value))},)"
     return repr(value)

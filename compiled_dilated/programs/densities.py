@@ -74,7 +74,7 @@ def _check_tokens(density: float, kind: str, tokens: object) -> int:
 def _share_of(
     density: float, kind: str, block: int, tokens: int, tiles: Sequence[tuple[int, int]] | None
 ) -> Mask:
-    """The mask of a kind that keeps a share of the pairs of `tokens` tokens."""
+    """The mask of a kind that keeps a share of all pairs."""
     if kind == "tiles":
         mask = masks.tiles(tiles or (), block)
         _check_tile_density(mask, density, tokens)
@@ -100,8 +100,8 @@ def _dilated(density: float, block: int) -> Mask:
 
 
 def _global_local(density: float, count: int, tokens: int) -> Mask:
-    """`count` global tokens, and a window over the others that meets the density."""
-    # The pairs that are left for the window: all less those of global rows and columns.
+    """`count` global tokens, and a window that meets the density."""
+    # Pairs of the window: all that the density allows, less those of global rows and columns.
     pairs = density * tokens**2 - (2 * count * tokens - count**2)
     if pairs < tokens - count:
         raise ValueError(
@@ -112,7 +112,10 @@ def _global_local(density: float, count: int, tokens: int) -> Mask:
 
 
 def _window_for(pairs: float, tokens: int) -> int:
-    """The window w whose tokens + 2 w tokens - w (w + 1) pairs are nearest to `pairs`."""
+    """The window whose number of pairs is nearest to `pairs`.
+
+    A window w has tokens + 2 w tokens - w (w + 1) pairs.
+    """
     # The smaller root of w**2 - 2 (tokens - 1 / 2) w + pairs - tokens = 0.
     half = tokens - 0.5
     root = half - math.sqrt(max(half**2 - max(pairs - tokens, 0), 0))
@@ -120,7 +123,7 @@ def _window_for(pairs: float, tokens: int) -> int:
 
 
 def _check_tile_density(mask: Mask, density: float, tokens: int) -> None:
-    """Raise ValueError unless tiles keep this share of all pairs, to one percent."""
+    """Raise ValueError unless tiles keep the density, to one percent."""
     assert isinstance(mask, masks.Tiles)
     visible = 0
     for tile in mask.keys:

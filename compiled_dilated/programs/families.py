@@ -40,20 +40,26 @@ def longnet(
         )
     arguments.choice("offsets", offsets, masks.OFFSET_RULES)
     arguments.choice("heads", heads, HEADS)
-    is_split = heads == "split"
     arguments.flag("causal", causal)
     branches = []
     for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
-        parts: tuple[Mask, ...] = (masks.segments(length),)
-        # A rate of 1 has one residue class, which hides nothing.
-        if rate > 1:
-            offset: int | str = i % rate if is_split else offsets
-            parts += (masks.congruent(rate, offset, period=length),)
-        if causal:
-            parts += (masks.causal(),)
-        share = f"{i}/{len(lengths)}" if is_split else None
-        branches.append(Branch(masks.conjunction(parts), share))
+        offset: int | str = offsets
+        share: str | None = None
+        if heads == "split":
+            offset, share = i % rate, f"{i}/{len(lengths)}"
+        branches.append(Branch(_dilated_segments(length, rate, offset, causal), share))
     return Program(tuple(branches))
+
+
+def _dilated_segments(length: int, rate: int, offset: int | str, causal: bool) -> Mask:
+    """The mask of one LongNet branch."""
+    parts: tuple[Mask, ...] = (masks.segments(length),)
+    # A rate of 1 has one residue class, which hides nothing.
+    if rate > 1:
+        parts += (masks.congruent(rate, offset, period=length),)
+    if causal:
+        parts += (masks.causal(),)
+    return masks.conjunction(parts)
 
 
 def local_window(

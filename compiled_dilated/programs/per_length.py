@@ -1,4 +1,7 @@
-"""Programs that depend on the number of tokens; masks and data of both kinds of program."""
+"""Programs that depend on the number of tokens.
+
+Also masks and data of programs of both kinds.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class PerLength(NoMask):
         return self.build(*self.settings, tokens)
 
     def map(self, change: Callable[[Mask], Mask]) -> PerLength:
-        """The `PerLength` with `change` applied to the masks of programs among its settings."""
+        """The `PerLength` with `change` applied to masks in its settings."""
         return replace(self, settings=tuple(_mapped(setting, change) for setting in self.settings))
 
     def __repr__(self) -> str:
@@ -77,7 +80,7 @@ def mask_mods_of(program: Program | PerLength) -> tuple[MaskMod, ...]:
 
 
 def query_names_of(program: Program | PerLength) -> tuple[str, ...]:
-    """Data tensors that are read at query positions too."""
+    """Names of data tensors that are read at query positions too."""
     names: set[str] = set()
     for mask in masks_of(program):
         names.update(mask.query_names)
@@ -91,7 +94,7 @@ def check_data(program: Program | PerLength, data: Mapping[str, Any]) -> None:
 
 
 def masks_of(program: Program | PerLength) -> tuple[Mask, ...]:
-    """Masks of the branches in order, of a `PerLength` those of its settings."""
+    """Masks of the branches; for a `PerLength`, those in its settings."""
     if isinstance(program, Program):
         return tuple(branch.mask for branch in program.branches)
     masks: list[Mask] = []

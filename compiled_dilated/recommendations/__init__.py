@@ -1,4 +1,4 @@
-"""Which program to use, and how to run it, for a length, a memory limit and a time.
+"""Programs and ways to run them within limits of memory and time.
 
 candidates    programs to consider: dense, LongNet, a window, or a pattern of the user's own
 ways          one call, a ring, or a stream from files: bytes and seconds of each, by its plan

@@ -31,7 +31,7 @@ class Candidate:
 
 
 def candidates(tokens: int, causal: bool) -> list[Candidate]:
-    """Dense attention, LongNet and a window, in the order of what a token sees."""
+    """Dense attention, LongNet and a window: from most keys to fewest."""
     lengths = _segments(tokens)
     rates = tuple(min(length // _SEGMENT, _MOST_RATE) for length in lengths)
     segments = f"its segment of {_SEGMENT:,} tokens"
@@ -51,7 +51,7 @@ def candidates(tokens: int, causal: bool) -> list[Candidate]:
 
 
 def _segments(tokens: int) -> tuple[int, ...]:
-    """Segment lengths up to the first that has all tokens, or to the longest."""
+    """Segment lengths, up to the sequence's or the longest."""
     lengths = [_SEGMENT]
     while lengths[-1] < min(tokens, _LONGEST):
         lengths.append(lengths[-1] * _GROWTH)

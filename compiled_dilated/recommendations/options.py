@@ -41,7 +41,7 @@ class Recommendation:
 
 
 def recommend(request: Request, pattern: str | None = None, causal: bool = False) -> Recommendation:
-    """The program and the way to run it within the request's memory and time.
+    """Recommend a program and a way to run it, for a request.
 
     pattern: a program as text, which is recommended if it fits; None for the choice of one.
     causal: a token sees only itself and earlier ones; for the choice of a program.
@@ -73,7 +73,7 @@ def _options(candidate: Candidate, request: Request) -> list[Option]:
 
 
 def _best(options: list[Option]) -> Option | None:
-    """The first option that is fast enough, of the simplest kind; else the fastest of that kind."""
+    """The first fast option of the simplest kind, else its fastest."""
     for kind in _KINDS:
         of_kind = [option for option in options if option.way.kind == kind]
         fast = [option for option in of_kind if option.is_fast]
@@ -94,7 +94,9 @@ def _reason(request: Request, options: list[Option], best: Option | None) -> str
         )
     sentences = []
     if best.candidate.name == "dense":
-        end = "no pattern is needed" if best.is_fast else "no other program is faster"
+        end = "no other program is faster"
+        if best.is_fast:
+            end = "no pattern is needed"
         sentences.append(f"dense attention fits{_time(best, request)}: {end}")
     else:
         sentences.append(f"dense attention {_shortfall(dense, request)}")
@@ -103,9 +105,10 @@ def _reason(request: Request, options: list[Option], best: Option | None) -> str
             f"a token sees {best.candidate.sees}"
         )
     if best.way.kind != "call":
-        one = next(option for option in options if option.candidate is best.candidate)
-        kind = _KIND_REASONS[best.way.kind]
-        sentences.append(f"one call would take {gib(one.way.peak_bytes)}: {kind}")
+        # The first way of a candidate is one call.
+        call = next(option for option in options if option.candidate is best.candidate)
+        reason = _KIND_REASONS[best.way.kind]
+        sentences.append(f"one call would take {gib(call.way.peak_bytes)}: {reason}")
     if best.way.seconds is None:
         sentences.append(
             f"no rate was measured for {request.dtype} on {request.device}: "
@@ -121,7 +124,7 @@ _KIND_REASONS = {
 
 
 def _time(option: Option, request: Request) -> str:
-    """The time of an option beside the limit, as the end of a clause."""
+    """The time of an option and the limit, as a clause."""
     time = option.way.seconds
     if time is None:
         return ""
@@ -145,5 +148,7 @@ def gib(size: int) -> str:
 
 def in_seconds(time: float) -> str:
     """Seconds, or milliseconds below one, with three digits."""
-    number, unit = (time, "s") if time >= 1 else (time * 1e3, "ms")
+    number, unit = time, "s"
+    if time < 1:
+        number, unit = time * 1e3, "ms"
     return f"{float(f'{number:.3g}'):,.10g} {unit}"

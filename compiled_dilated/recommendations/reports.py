@@ -11,19 +11,22 @@ from tabulate import tabulate
 from .. import masks, orders
 from .options import Option, Recommendation, gib, in_seconds
 
+_ANSWERS = {True: "yes", False: "no"}
+
 
 def as_text(recommendation: Recommendation) -> str:
-    """The request, the table of options, the choice, its reason and its code."""
+    """The request, the options, the choice and its reason, as text."""
     best = recommendation.best
     lines = [_request_line(recommendation), "", _table(recommendation), ""]
-    named = dict.fromkeys(option.candidate for option in recommendation.options)
-    lines += [f"{candidate.name:<12} {candidate.text}" for candidate in named]
+    candidates = dict.fromkeys(option.candidate for option in recommendation.options)
+    lines += [f"{candidate.name:<12} {candidate.text}" for candidate in candidates]
     lines += [
         "",
         "longest: tokens of the longest sequence that fits in one call. time: by the rates of the",
         "device, without the time of files and messages. ring, parts: memory of one device.",
         "",
     ]
+    # Without a choice the reason names the change to make.
     if best is None:
         return "\n".join([*lines, *_clauses("recommended", recommendation.reason)])
     lines += [
@@ -47,49 +50,60 @@ def to_json(recommendation: Recommendation) -> dict[str, Any]:
 
 
 def _request_line(recommendation: Recommendation) -> str:
+    """The request in words."""
     request = recommendation.request
-    keys = f", {request.kv_heads} key heads" if request.kv_heads else ""
-    way = "forward and backward" if request.training else "forward"
+    keys, passes = "", "forward"
+    if request.kv_heads:
+        keys = f", {request.kv_heads} key heads"
+    if request.training:
+        passes = "forward and backward"
     return (
         f"{request.tokens:,} tokens, batch {request.batch}, {request.heads} heads of "
-        f"{request.head_dim}{keys}, {request.dtype} on {request.device}, {way}: "
+        f"{request.head_dim}{keys}, {request.dtype} on {request.device}, {passes}: "
         f"within {gib(request.limit)} and {in_seconds(request.seconds)}"
     )
 
 
 def _table(recommendation: Recommendation) -> str:
+    """One row per option; the recommended one has a star."""
     cells = []
     for option in recommendation.options:
-        time = option.way.seconds
-        cells.append(
-            [
-                "*" if option is recommendation.best else "",
-                option.candidate.name,
-                str(option.way),
-                f"{option.pairs:.2%}",
-                gib(option.way.peak_bytes),
-                "yes" if option.fits else "no",
-                "unknown" if time is None else in_seconds(time),
-                "" if time is None else "yes" if option.is_fast else "no",
-                f"{option.longest:,}",
-            ]
-        )
+        star = "*" if option is recommendation.best else ""
+        cells.append([star, *_cells(option)])
     headers = ["", "program", "way", "pairs", "memory", "fits", "time", "in time", "longest"]
     alignment = ("left", "left", "left", "right", "right", "left", "right", "left", "right")
     table: str = tabulate(cells, headers=headers, disable_numparse=True, colalign=alignment)
     return table
 
 
+def _cells(option: Option) -> list[str]:
+    """An option as a row of the table."""
+    time, in_time = "unknown", ""
+    if option.way.seconds is not None:
+        time, in_time = in_seconds(option.way.seconds), _ANSWERS[option.is_fast]
+    return [
+        option.candidate.name,
+        str(option.way),
+        f"{option.pairs:.2%}",
+        gib(option.way.peak_bytes),
+        _ANSWERS[option.fits],
+        time,
+        in_time,
+        f"{option.longest:,}",
+    ]
+
+
 def _clauses(name: str, reason: str) -> list[str]:
     """A reason as lines, one for each clause."""
-    first, *others = reason.split("; ")
-    return [f"{name:<12} {first}", *[f"{'':<12} {clause}" for clause in others]]
+    first, *following = reason.split("; ")
+    return [f"{name:<12} {first}", *[f"{'':<12} {clause}" for clause in following]]
 
 
 def _in_python(text: str) -> str:
     """A program as code that imports the package as cd."""
 
-    def called(match: re.Match[str]) -> str:
+    def qualified(match: re.Match[str]) -> str:
+        # Masks and orders are in modules of their own, programs in the package.
         name = match[1]
         if name in masks.__all__:
             return f"cd.masks.{name}("
@@ -97,10 +111,14 @@ def _in_python(text: str) -> str:
             return f"cd.orders.{name}("
         return f"cd.{name}("
 
-    return re.sub(r"\b([A-Za-z_]+)\(", called, text)
+    return re.sub(r"\b([A-Za-z_]+)\(", qualified, text)
 
 
 def _row(option: Option) -> dict[str, Any]:
+    """An option as plain values."""
+    in_time = None
+    if option.way.seconds is not None:
+        in_time = option.is_fast
     return {
         "program": option.candidate.name,
         "pattern": option.candidate.text,
@@ -109,7 +127,7 @@ def _row(option: Option) -> dict[str, Any]:
         "peak_bytes": option.way.peak_bytes,
         "fits": option.fits,
         "seconds": option.way.seconds,
-        "in_time": None if option.way.seconds is None else option.is_fast,
+        "in_time": in_time,
         "pairs_share": option.pairs,
         "longest_tokens": option.longest,
         "code": option.way.code,

@@ -1,4 +1,4 @@
-"""Ways to run a program, with the bytes and seconds that their plans predict."""
+"""Ways to run a program, with bytes and seconds predicted by plans."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..programs import Program
 from ..ring.loads import Load
 from ..ring.plans import RingPlan
 
-# Pairs of a head whose tiles are counted in about a second. Past these the allowed pairs stand for
+# Pairs of a head whose tiles are counted in about a second. Past these the allowed pairs replace
 # the computed ones, which differ little where most tiles are full, and no ring is planned.
 _MOST_COUNTED = 2**33
 # The most ranks of a ring, and parts of a stream, that are tried.
@@ -70,7 +70,9 @@ class Request:
         """Expected seconds; None where no rate was measured or given."""
         if self.flops is None:
             return rates.seconds(lowering, self.dtype, self.device, dense_flops, self.training)
-        work = rates.FORWARD_AND_BACKWARD if self.training else 1.0
+        work = 1.0
+        if self.training:
+            work = rates.FORWARD_AND_BACKWARD
         return dense_flops * work / self.flops
 
 
@@ -114,10 +116,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Weighed:
-    """A program for a request: what it computes, and the ways to run it, one call first.
+    """A program for a request, and the ways to run it.
 
     pairs: computed pairs as a share of all pairs.
     longest: tokens of the longest sequence that fits in one call.
+    ways: one call first.
     """
 
     pairs: float
@@ -143,7 +146,7 @@ def weigh(program: Program, request: Request) -> Weighed:
 
 
 def _is_dense(call: Plan) -> bool:
-    """Whether so many pairs are allowed that their tiles are too many to count."""
+    """Whether the allowed pairs have too many tiles to count."""
     problem = call.problem
     most = _MOST_COUNTED * problem.batch * problem.heads
     return call.useful_pairs is not None and call.useful_pairs > most
@@ -158,7 +161,7 @@ def _work(call: Plan) -> tuple[int, float]:
 
 
 def _first_fitting(options: Iterator[Way], limit: int) -> list[Way]:
-    """The first way within a limit, in a list; an empty list if there is none."""
+    """The first way within a limit, as a list; possibly empty."""
     for way in options:
         if way.peak_bytes <= limit:
             return [way]
@@ -176,7 +179,7 @@ def _powers(least: float, most: int) -> Iterator[int]:
 
 
 def _rings(program: Program, request: Request, size: int) -> Iterator[Way]:
-    """Rings of more and more ranks, from the first that could hold the call's bytes.
+    """Rings of ever more ranks, from the first that may fit.
 
     Contiguous: the layout that moves least for windows and segments, and the only one whose plan
     takes no time over long sequences.
@@ -189,7 +192,10 @@ def _rings(program: Program, request: Request, size: int) -> Iterator[Way]:
 
 
 def _streams(program: Program, request: Request, call: Way) -> Iterator[Way]:
-    """Streams of more and more parts. Only a forward is streamed, and no data tensors."""
+    """Streams of ever more parts.
+
+    Only a forward is streamed, and no data tensors.
+    """
     if request.training or program.names:
         return
     least = _PARTS_IN_MEMORY * call.peak_bytes / request.limit
@@ -209,7 +215,7 @@ def _lowering(ring: RingPlan) -> str:
 
 
 def _shards(ring: RingPlan, load: Load) -> tuple[int, int, int]:
-    """Bytes of a rank's q, k and v, of its out, and of its lse."""
+    """Bytes of a rank's inputs (q, k, v), out and lse."""
     problem, tokens = ring.problem, ring.schedule.layout.count(load.rank)
     rows = problem.batch * problem.heads * tokens
     share = problem.tensor_bytes * tokens // problem.q_len
@@ -218,20 +224,25 @@ def _shards(ring: RingPlan, load: Load) -> tuple[int, int, int]:
 
 
 def _bytes_of_rank(ring: RingPlan, load: Load) -> int:
-    """Peak of a rank: shards, messages and kernels; gradients too where a backward follows."""
+    """Peak bytes of a rank: shards, messages, kernels, and gradients in training."""
     inputs, out, lse = _shards(ring, load)
     if not ring.problem.training:
         return load.peak_bytes + lse
     # Gradients are summed in float32 or wider, also those of messages, and rounded at the end.
     itemsize = ring.problem.itemsize
     wider = max(4, itemsize) / itemsize
-    sums = int(inputs * wider) + (inputs if itemsize < 4 else 0)
+    sums = int(inputs * wider)
+    if itemsize < 4:
+        sums += inputs
     messages = load.peak_bytes - inputs - out
     return load.peak_bytes + 2 * lse + out + sums + int(messages * wider)
 
 
 def _bytes_of_part(ring: RingPlan, load: Load) -> int:
-    """Peak of a stream at a part: parts and all their messages in memory, and the kernels."""
+    """Peak bytes of a stream at a part.
+
+    Parts and all their messages are in memory, and the kernels.
+    """
     inputs, out, lse = _shards(ring, load)
     kernels = load.peak_bytes - inputs - out
     return _PARTS_IN_MEMORY * (inputs + out + load.received_bytes) + lse + kernels

@@ -1,4 +1,4 @@
-"""A block as a problem of its own, planned and computed on views of a rank's rows."""
+"""Blocks as problems: planned and computed on views of a rank's rows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..heads import HeadRange
 from ..lowerings import execute, hidden
 from ..masks import Mask, causal, conjunction, conjuncts, full
 from ..masks.bands import Causal, Window
+from ..masks.congruent import Congruent
 from ..masks.segments import Segments
 from ..orders import identity
 from ..partials import Saved
@@ -29,7 +30,7 @@ from .steps import Block
 
 @lru_cache(maxsize=4096)
 def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
-    """A block's mask over indices from 0, and the index of its first query.
+    """A block's mask over indices from 0, and its first query's index.
 
     The result is as simple as possible, so that the blocks of many ranks share one plan: parts that
     allow all pairs are dropped, and periodic masks are shifted to their start.
@@ -54,20 +55,22 @@ def in_place(mask: Mask, queries: range, keys: range) -> tuple[Mask, int]:
     # Equal steps: count places in units of the step.
     scaled = [_in_steps(part, step, keys.start) for part in parts]
     masks = tuple(part for part in scaled if part is not None)
-    if ahead % step == 0 and len(masks) == len(parts):
-        return conjunction(masks), ahead // step
+    if len(masks) == len(parts):
+        # Segments of a multiple of the step compare units, whatever the places within them.
+        if all(isinstance(part, Segments) for part in parts):
+            return conjunction(masks), queries.start // step - keys.start // step
+        if ahead % step == 0:
+            return conjunction(masks), ahead // step
     return _moved(partial_mask, queries, keys), 0
 
 
 def _common_step(queries: range, keys: range) -> int | None:
-    """The step of queries and keys, or None.
-
-    A single token has any step.
-    """
+    """The step of queries and keys; None if theirs differ."""
+    # A single token fits any step.
     steps = {run.step for run in (queries, keys) if len(run) > 1}
     if len(steps) > 1:
         return None
-    return steps.pop() if steps else 1
+    return max(steps, default=1)
 
 
 def _in_steps(mask: Mask, step: int, start: int) -> Mask | None:
@@ -81,7 +84,22 @@ def _in_steps(mask: Mask, step: int, start: int) -> Mask | None:
         return Window(mask.left // step, mask.right // step, 1)
     if isinstance(mask, Segments) and mask.length % step == 0 and start % mask.length < step:
         return Segments(mask.length // step)
+    if isinstance(mask, Congruent) and mask.period == mask.modulus:
+        return _congruent_in_steps(mask, step, start)
     return None
+
+
+def _congruent_in_steps(mask: Congruent, step: int, start: int) -> Mask | None:
+    """The mask over indices i of positions start + step * i.
+
+    None if no position has its residue.
+    """
+    shared = math.gcd(step, mask.modulus)
+    modulus = mask.modulus // shared
+    if not isinstance(mask.offset, int) or (mask.offset - start) % shared:
+        return None
+    first = (mask.offset - start) // shared * pow(step // shared, -1, modulus)
+    return Congruent(modulus, first % modulus, None)
 
 
 def _moved(mask: Mask, queries: range, keys: range) -> Mask:
@@ -126,12 +144,12 @@ def rows(runs: tuple[range, ...], places: range) -> slice:
 
 
 def view(x: Tensor, heads: HeadRange, at: slice) -> Tensor:
-    """Rows of some heads of x (B, H, rows, ...), as a view."""
+    """View of rows of some heads of x (B, H, rows, ...)."""
     return heads.of(x)[:, :, at]
 
 
 def _call(block: Block, layout: Layout, call: Call, plan: Plan) -> Call:
-    """The call for a block, whose queries, keys and heads are counted from 0."""
+    """The call of a block: queries, keys and heads counted from 0."""
     mod = call.score_mod
     if mod is not None:
         mod = replace(mod, places=partial(_places, block, layout, plan.problem.q_offset))
@@ -170,7 +188,7 @@ class Keys:
         return hidden.is_finite(self.k) and hidden.is_finite(self.v)
 
     def bad_of(self, block: Block) -> hidden.Bad | None:
-        """The non-finite keys and values of a block; None if all are finite."""
+        """The non-finite keys and values of a block, if any."""
         if self.is_finite:
             return None
         return hidden.Bad.of(*self.of(block))
@@ -206,13 +224,18 @@ class Queries:
         def part(x: Tensor) -> Tensor:
             return view(x, block.heads, at)
 
-        grads = (self.grad_out, self.grad_lse, self.grad_q)
+        def part_of_grad(x: Tensor | None) -> Tensor | None:
+            # Absent in a forward.
+            return None if x is None else part(x)
+
         return Queries(
             (block.queries,),
             part(self.q),
             part(self.out),
             part(self.lse),
-            *(None if x is None else part(x) for x in grads),
+            part_of_grad(self.grad_out),
+            part_of_grad(self.grad_lse),
+            part_of_grad(self.grad_q),
         )
 
 
@@ -221,7 +244,9 @@ def forward(block: Block, layout: Layout, call: Call, queries: Queries, keys: Ke
     part, (k, v) = queries.of(block), keys.of(block)
     plan = _plan(block, call, part.q, v)
     local = _call(block, layout, call, plan)
-    bad = None if execute.keeps_hidden_out(plan) else keys.bad_of(block)
+    bad = None
+    if not execute.keeps_hidden_out(plan):
+        bad = keys.bad_of(block)
     if bad is None:
         execute.merge_into(plan, local, part.q, k, v, part.out, part.lse)
         return
@@ -247,7 +272,7 @@ def backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Add a block's gradients to the rank's grad_q, and to grad_k and grad_v.
+    """Add a block's gradients to the rank's grad_q, grad_k and grad_v.
 
     grad_k, grad_v: shaped as the keys and values.
     """

@@ -1,4 +1,7 @@
-"""Single rows of a result recomputed in float64, for sequences too long for the reference."""
+"""Single rows of a result, recomputed in float64.
+
+For sequences that are too long for the dense reference.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,7 @@ def exact_row(program: Program, q: Source, k: Source, v: Source, row: int, scale
         query = sources.read(q, HeadRange(head, 1, 1), range(row, row + 1))[:, 0, 0].double()
         kv_head = HeadRange(head // group, 1, 1)
         softmax = _OnlineSoftmax(batch, v.shape[3])
+        # Keys in parts: those of a whole row need not fit into memory.
         for mask, part in _visible_keys(program, head, heads, row, tokens):
             keys, values = (sources.read(x, kv_head, part)[:, 0].double() for x in (k, v))
             scores = torch.einsum("bd,bnd->bn", query, keys) * scale

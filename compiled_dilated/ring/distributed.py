@@ -1,4 +1,4 @@
-"""Ranks as processes of torch.distributed: gloo on a CPU, NCCL on a GPU.
+"""Ranks as processes of torch.distributed: gloo (CPU) or NCCL (GPU).
 
 A call takes and returns shards. At distance d a rank receives from the rank d before it and sends
 to the rank d after it, as the schedule requires. Messages of the next step travel while this one is
@@ -27,6 +27,9 @@ from .schedules import Schedule
 from .steps import Message, Step
 from .workers import Backward, Forward, KeysAndValues, Worker
 
+# Errors that ranks report to each other, by name.
+_ERROR_TYPES: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
+
 
 @dataclass(frozen=True)
 class _Round:
@@ -45,7 +48,9 @@ class _Round:
     @property
     def incoming(self) -> tuple[Message, ...]:
         """The messages of the step."""
-        return () if self.step is None else self.step.messages
+        if self.step is None:
+            return ()
+        return self.step.messages
 
 
 class Distributed:
@@ -61,7 +66,9 @@ class Distributed:
 
         group: a process group or its name; None or "" for the default one.
         """
-        self.group_name = group.group_name if isinstance(group, dist.ProcessGroup) else group or ""
+        if isinstance(group, dist.ProcessGroup):
+            group = group.group_name
+        self.group_name = group or ""
         self._rows: list[int] = []  # per rank, from the last exchange
         self.ledger = Ledger()
 
@@ -102,6 +109,7 @@ class Distributed:
             **about,
         }
         table = self._exchanged({"about": own, "rows": q.shape[2]})
+        # Every rank compares with itself, so that all raise, and none waits for another.
         for name, value in own.items():
             values = [entry["about"].get(name) for entry in table]
             odd = [rank for rank, rank_value in enumerate(values) if rank_value != value]
@@ -126,7 +134,10 @@ class Distributed:
         self._exchanged({"error": message, "kind": kind})
 
     def _exchanged(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """Entries of all ranks; every rank raises if one rank's call is invalid."""
+        """Entries of all ranks.
+
+        Every rank raises if the call of any rank is invalid.
+        """
         table: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(self.group))]
         with transport_errors("could not compare its call with those of the other ranks"):
             dist.all_gather_object(table, entry, group=self.group)
@@ -134,8 +145,8 @@ class Distributed:
         # A rank whose own call is invalid raises its own error, in the caller of `refuse`.
         if wrong and self.rank not in wrong:
             answer = table[wrong[0]]
-            kind = TypeError if answer["kind"] == "TypeError" else ValueError
-            raise kind(f"rank {wrong[0]} of the ring cannot compute: {answer['error']}")
+            error_type = _ERROR_TYPES[answer["kind"]]
+            raise error_type(f"rank {wrong[0]} of the ring cannot compute: {answer['error']}")
         return table
 
     def _check(self, schedule: Schedule) -> None:
@@ -164,6 +175,7 @@ class Distributed:
         """
         rank, size = self.rank, schedule.layout.ranks
         steps = {schedule.distance(rank, step.source): step for step in schedule.steps(rank)}
+        # What this rank sends: the messages that steps of other ranks receive from it.
         outgoing: dict[int, tuple[Message, ...]] = {}
         for target in schedule.targets(rank):
             step = schedule.step(target, rank)
@@ -197,17 +209,17 @@ class Distributed:
     def forward(
         self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, rows, Dv) and lse (B, Hq, rows) of a rank."""
+        """Compute out (B, Hq, rows, Dv) and lse (B, Hq, rows)."""
         self._check(schedule)
         self.ledger = Ledger()
         worker = Forward(schedule, self.rank, call, q, k, v)
         rounds = self._rounds(schedule)
         in_flight = self._start(rounds[0], worker)
-        for i, current in enumerate(rounds):
+        for current, following in zip(rounds, [*rounds[1:], None], strict=True):
             received = in_flight.wait()
             # The next messages travel while this step is computed.
-            if i + 1 < len(rounds):
-                in_flight = self._start(rounds[i + 1], worker)
+            if following is not None:
+                in_flight = self._start(following, worker)
             if current.step is not None:
                 pairs = [unpacked(x, k.shape[3]) for x in received]
                 self.ledger.note(pairs, (q, k, v, worker.out, worker.lse))
@@ -223,9 +235,8 @@ class Distributed:
         worker = Backward(schedule, self.rank, call, saved)
         rounds, size, head_dim = self._rounds(schedule), schedule.layout.ranks, saved.k.shape[3]
         in_flight = self._start(rounds[0], worker)
-        for i, current in enumerate(rounds):
+        for current, following in zip(rounds, [*rounds[1:], None], strict=True):
             received = in_flight.wait()
-            following = rounds[i + 1] if i + 1 < len(rounds) else None
             # If this distance and the next add up to the number of ranks, the next keys and these
             # gradients travel between the same two ranks in the same direction. Both ends then
             # send gradients first, so that messages match.
@@ -237,6 +248,7 @@ class Distributed:
                 pairs = [unpacked(x, head_dim) for x in received]
                 self.ledger.note(pairs, worker.shards)
                 grads = worker.compute(current.step, pairs)
+            # Gradients of received keys go back; those of sent keys come in.
             returning = self._return(current, worker, grads)
             if following is not None and crossing:
                 in_flight = self._start(following, worker)
@@ -249,6 +261,7 @@ class Distributed:
 
 
 def _short(value: object) -> str:
+    """A value as text, of at most 200 characters and an ellipsis."""
     shown = str(value)
     if len(shown) <= 200:
         return shown

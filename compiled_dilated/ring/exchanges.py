@@ -38,8 +38,10 @@ class Exchange:
         self.source, self.target = source, target
         sends = [dist.P2POp(dist.isend, x, group=group, group_peer=target) for x in outgoing]
         receives = [dist.P2POp(dist.irecv, x, group=group, group_peer=source) for x in incoming]
+        self._works: list[dist.Work] = []
         with transport_errors(f"could not reach rank {source} or rank {target}"):
-            self._works = dist.batch_isend_irecv(sends + receives) if sends or receives else []
+            if sends or receives:
+                self._works = dist.batch_isend_irecv(sends + receives)
 
     def wait(self) -> list[Tensor]:
         """The received messages; also waits until all outgoing ones are sent."""

@@ -1,4 +1,4 @@
-"""Extents: the narrowest ranges of queries and keys that contain all allowed pairs of a mask."""
+"""Extents: the narrowest ranges of queries and keys with all allowed pairs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def regions(runs: Sequence[range]) -> Regions:
 
 
 def verdict(mask: Mask, q: range, kv: range) -> int:
-    """EMPTY, PARTIAL or FULL for one run of queries and one of keys."""
+    """EMPTY, PARTIAL or FULL for a run of queries and of keys."""
     return int(mask.classify(regions([q]), regions([kv]))[0])
 
 
@@ -31,7 +31,9 @@ def cut(runs: Sequence[range], period: int | None) -> Iterator[range]:
     Tokens before it are in one period; after it the mask repeats.
     """
     for run in runs:
-        start = run.start if period is None else -(-run.start // period) * period
+        start = run.start
+        if period is not None:
+            start = -(-run.start // period) * period
         index = -(-(start - run.start) // run.step)
         for part in (run[:index], run[index:]):
             if part:
@@ -49,7 +51,8 @@ def narrowest(mask: Mask, queries: range, keys: range) -> tuple[range, range]:
     result = verdict(mask, q, kv)
     if result == PARTIAL:
         kv = _trimmed(mask, q, kv, of_queries=False)
-        q = _trimmed(mask, q, kv, of_queries=True) if kv else kv
+        if kv:
+            q = _trimmed(mask, q, kv, of_queries=True)
     if result == EMPTY or not q or not kv:
         return NOTHING
     return (q, kv)
@@ -60,8 +63,11 @@ def _trimmed(mask: Mask, q: range, kv: range, of_queries: bool) -> range:
     run = q if of_queries else kv
     size = -(-len(run) // _PARTS)
     parts = [run[start : start + size] for start in range(0, len(run), size)]
-    sides = (parts, [kv] * len(parts)) if of_queries else ([q] * len(parts), parts)
-    verdicts = mask.classify(*map(regions, sides))
+    # Each part against the complete other side.
+    if of_queries:
+        verdicts = mask.classify(regions(parts), regions([kv] * len(parts)))
+    else:
+        verdicts = mask.classify(regions([q] * len(parts)), regions(parts))
     visible = [part for part, result in zip(parts, verdicts, strict=True) if result != EMPTY]
     if visible:
         return range(visible[0].start, visible[-1].stop, run.step)

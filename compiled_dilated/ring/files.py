@@ -1,4 +1,4 @@
-"""Files of a streamed run: checks of paths, and creation without following links."""
+"""Files of a streamed run: path checks, and creation without following links."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def output_file(name: str, value: object) -> Path:
 
 
 def _path(name: str, value: object) -> Path:
-    """Check that a value is a path that the file system can represent."""
+    """Return a path that the file system can represent."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str):
         raise TypeError(
@@ -117,7 +117,7 @@ def is_same(first: Path, second: Path) -> bool:
 
 @contextlib.contextmanager
 def created_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that gets the name `path` once it is complete.
+    """Open a new file, named `path` once it is complete.
 
     Until then it has a random name in the same directory. It is created exclusively, and removed
     after any error or interrupt. Its content and its name are on disk when this returns.
@@ -137,7 +137,10 @@ def created_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Write a directory to disk: the fsync of a file omits its name."""
+    """Write a directory to disk.
+
+    The fsync of a file does not write its name.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,7 @@
-"""Checks of the arguments of a streamed run. Only `sink`, called last, creates a file."""
+"""Checks of the arguments of a streamed run.
+
+Only `sink`, called last, creates a file.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def check_callback(value: object) -> None:
 
 
 def seconds(name: str, value: object) -> float:
-    """Check that a limit is a number of seconds of at least 0."""
+    """Check that a limit is a non-negative number of seconds."""
     remedy = "Leave it out for no limit"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}. {remedy}")

@@ -21,7 +21,10 @@ _SHORT.maxstring = _SHORT.maxother = 1000
 
 
 def checksum(stored: bytes | memoryview) -> str:
-    """Return the CRC-32 of a rank's stored rows. Detects torn writes, not tampering."""
+    """Return the CRC-32 of a rank's stored rows.
+
+    It detects torn writes, not tampering.
+    """
     try:
         return f"{zlib.crc32(stored):08x}"
     except TypeError:
@@ -64,7 +67,7 @@ class Journal:
             anything else                                 JournalError: not a journal; not changed
         other lines
             {"rank": number, "checksum": 8 hex digits}    the rank is finished; its last line counts
-            not JSON, not UTF-8, too deep, no line end    torn by a crash: dropped, with the rest
+            not JSON, not UTF-8, too deep, no line end    torn by a crash: dropped, with later lines
             other JSON, or no rank of this run            JournalError: no crash writes that
 
     path: a regular file, or a new one; only read before `begin`. None stores nothing.
@@ -84,8 +87,10 @@ class Journal:
                 self._read(path)
 
     def _read(self, path: Path) -> None:
+        """Collect the finished ranks of an existing journal."""
         with path.open("rb") as file:
             first = file.readline(max(_LONGEST_HEADER_BYTES, len(self._header)))
+            # Empty, or a header that was cut off: no rank was finished.
             if first != self._header and self._header.startswith(first):
                 return
             self._check_header(first, path)
@@ -108,6 +113,7 @@ class Journal:
 
     def _check_header(self, line: bytes, path: Path) -> None:
         """Raise JournalError unless a first line describes this run."""
+        # A line without any property of a run is no journal's.
         try:
             header = _parsed(line)
         except ValueError:
@@ -118,6 +124,7 @@ class Journal:
                 path,
                 removable=False,
             )
+        # The differences from this run, those of both sides.
         differences = []
         for key in dict.fromkeys((*self.about, *header)):
             recorded, current = header.get(key), self.about.get(key)
@@ -132,7 +139,7 @@ class Journal:
             )
 
     def _is_finished_rank(self, entry: Any) -> bool:
-        """Whether a line's value is a rank of the run with a checksum."""
+        """Whether an entry is a rank of this run with a checksum."""
         if not isinstance(entry, dict) or entry.keys() != {"rank", "checksum"}:
             return False
         rank, digest = entry["rank"], entry["checksum"]
@@ -168,13 +175,19 @@ class Journal:
         self._unsynced.append({"rank": rank, "checksum": digest})
 
     def sync(self) -> None:
-        """Append new lines. The output of their ranks must be on disk already."""
+        """Append the lines of `add` to the file.
+
+        The output of their ranks must be on disk already.
+        """
         if self.path is not None and self._unsynced:
             self._append(_as_lines(self._unsynced))
         self._unsynced = []
 
     def _append(self, lines: bytes) -> None:
-        """Append lines and fsync. After a failure none of them remains."""
+        """Append lines and fsync.
+
+        After a failure none of them remains.
+        """
         assert self.path is not None
         with open(self.path, "ab", buffering=0, opener=_without_creating) as file:
             size = file.seek(0, os.SEEK_END)
@@ -200,6 +213,7 @@ def _without_creating(path: str, flags: int) -> int:
 
 
 def _as_lines(entries: list[dict[str, Any]]) -> bytes:
+    """Entries as lines of JSON, with sorted keys."""
     return "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries).encode()
 
 

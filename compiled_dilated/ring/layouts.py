@@ -1,4 +1,4 @@
-"""Layouts: the tokens of each rank, as runs of places of an order.
+"""Layouts: tokens of each rank, as runs of places of an order.
 
 16 tokens, 4 ranks    rank 0         rank 1         rank 2         rank 3
 contiguous            0  1  2  3     4  5  6  7     8  9 10 11     12 13 14 15
@@ -123,7 +123,7 @@ class Zigzag(Layout):
             yield from sorted({self._owner(chunk) for chunk in chunks})
 
     def _owner(self, chunk: int) -> int:
-        """The rank that holds a chunk."""
+        """The rank of a chunk."""
         first, i = divmod(chunk, 2 * self.group)
         return first * self.group + min(i, 2 * self.group - 1 - i)
 
@@ -136,7 +136,7 @@ class Zigzag(Layout):
 
 @dataclass(frozen=True)
 class Striped(Layout):
-    """Rank i holds tokens i, i + ranks, ...: even causal work.
+    """Tokens i, i + ranks, ... at rank i: even causal work.
 
     A mask dilated by a multiple of `ranks` needs no messages.
     """
@@ -178,12 +178,11 @@ class ByResidue(Layout):
 
     def runs(self, rank: int) -> tuple[range, ...]:
         share = _share(self.tokens, self.ranks, rank)
-        return _non_empty(
-            *(
-                members[max(0, share.start - before) : max(0, share.stop - before)]
-                for before, members in self._classes()
-            )
-        )
+        runs = []
+        for before, members in self._classes():
+            first, end = max(0, share.start - before), max(0, share.stop - before)
+            runs.append(members[first:end])
+        return _non_empty(*runs)
 
     def owners(self, places: range) -> Iterator[int]:
         places = clip(places, 0, self.tokens)

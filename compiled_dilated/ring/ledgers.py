@@ -28,7 +28,7 @@ class Ledger:
         received: keys and values per message.
         shards: all other tensors of the rank; None for absent ones.
         """
-        received_bytes = sum(x.nbytes for pair in received for x in pair)
+        received_bytes = sum(k.nbytes + v.nbytes for k, v in received)
         shard_bytes = sum(x.nbytes for x in shards if x is not None)
         self.steps += 1
         self.messages += len(received)

@@ -75,6 +75,7 @@ def load_of(schedule: Schedule, problem: Problem, rank: int) -> Load:
 
 
 def _cost(block: Block, problem: Problem) -> Cost:
+    """The cost of a block, by its plan."""
     plan = blocks.plan_of(
         block, problem.batch, problem.head_dim, problem.value_dim, problem.dtype, problem.device,
         problem.scores,
@@ -83,6 +84,7 @@ def _cost(block: Block, problem: Problem) -> Cost:
 
 
 def _received_bytes(step: Step, problem: Problem) -> int:
+    """Bytes of the messages of a step."""
     rows = sum(message.kv_heads.count * len(message.rows) for message in step.messages)
     return problem.batch * rows * (problem.head_dim + problem.value_dim) * problem.itemsize
 
@@ -93,6 +95,10 @@ def summary(layout: Layout, loads: Sequence[Load]) -> dict[str, Any]:
     received = [load.received_bytes for load in loads]
     flops = [load.dense_flops for load in loads]
     mean_flops = sum(flops) / len(loads)
+    # Ranks without any work are even.
+    imbalance = 1.0
+    if mean_flops:
+        imbalance = max(flops) / mean_flops
     return {
         "layout": layout.name,
         "steps_mean": sum(steps) / len(loads),
@@ -100,6 +106,6 @@ def summary(layout: Layout, loads: Sequence[Load]) -> dict[str, Any]:
         "received_mib_mean": sum(received) / len(loads) / 2**20,
         "received_mib_max": max(received) / 2**20,
         "dense_gflop_max": max(flops) / 1e9,
-        "work_max_over_mean": max(flops) / mean_flops if mean_flops else 1.0,
+        "work_max_over_mean": imbalance,
         "peak_mib": max(load.peak_bytes for load in loads) / 2**20,
     }

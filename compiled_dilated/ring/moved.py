@@ -1,4 +1,4 @@
-"""A mask over a part of the sequence: indices from 0, along an order."""
+"""Masks over parts of a sequence: indices from 0, along an order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def positions(places: Positions, order: Order, tokens: int) -> Positions:
 
 @dataclass(frozen=True, repr=False)
 class Moved(Mask):
-    """A mask over indices of queries and keys, at places with a start and step.
+    """A mask over indices of evenly spaced queries and keys.
 
     Query i is at place q_start + q_step * i, key j at kv_start + kv_step * j.
 
@@ -84,7 +84,7 @@ class Moved(Mask):
         return (self.mask,)
 
     def check(self, queries: range, keys: int) -> None:
-        """No check: masks are checked for the complete sequence, not for its parts."""
+        """No check: masks are checked for the complete sequence."""
 
     def _map(self, change: Callable[[Mask], Mask]) -> Mask:
         return replace(self, mask=change(self.mask))

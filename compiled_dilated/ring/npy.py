@@ -1,4 +1,4 @@
-"""The .npy files of a streamed run, read and written by plain calls.
+"""Files of a streamed run (.npy), read and written by plain calls.
 
 A memory-mapped file would kill the process on a full disk.
 """
@@ -99,8 +99,8 @@ def _mapped(path: Path, name: str) -> np.memmap[Any, np.dtype[Any]]:
             f"{name}={path} is an .npz archive of several arrays; save one array with numpy.save"
         )
     if magic != _MAGIC:
-        begins = f"it begins with {magic!r}" if magic else "it is empty"
-        raise ValueError(f"{name}={path} is no .npy file: {begins}. Write it with numpy.save")
+        content = f"it begins with {magic!r}" if magic else "it is empty"
+        raise ValueError(f"{name}={path} is no .npy file: {content}. Write it with numpy.save")
     try:
         array: np.memmap[Any, np.dtype[Any]] = np.load(path, mmap_mode="r")
     except OSError:

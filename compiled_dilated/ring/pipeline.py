@@ -80,11 +80,15 @@ class _Inputs:
     @property
     def received(self) -> list[Tensor]:
         """All tensors of the messages."""
-        return [x for _, pairs in self.steps for pair in pairs for x in pair]
+        tensors: list[Tensor] = []
+        for _, pairs in self.steps:
+            for pair in pairs:
+                tensors += pair
+        return tensors
 
 
 class _Buffers:
-    """Buffers of finished ranks, reused by the next ones: fresh pages are slow."""
+    """Buffers of finished ranks, for reuse: fresh pages are slow."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self._lock = dtype, Lock()
@@ -182,10 +186,12 @@ class Pipeline:
                         return False
                     out = self._compute(inputs)
                     # The output of the rank before must be written before its buffer is reused.
-                    written = [] if writing is None else [writing.result()]
+                    unused: list[Tensor] = []
+                    if writing is not None:
+                        unused.append(writing.result())
                     if self._is_on_cpu:
-                        written += [*inputs.shards, *inputs.received]
-                    self.buffers.release(written)
+                        unused += [*inputs.shards, *inputs.received]
+                    self.buffers.release(unused)
                     writing = writer.submit(self._write, inputs.rank, out)
                     self._count(inputs.rank)
                 return True
@@ -217,6 +223,7 @@ class Pipeline:
     # Read ahead
 
     def _read(self, rank: int) -> _Inputs:
+        """Read the rows and messages of a rank."""
         rows = self._rows(rank)
         q, k, v = (
             self._read_rows(source, HeadRange(0, 1, source.shape[1]), rows)
@@ -228,10 +235,12 @@ class Pipeline:
         return _Inputs(rank, (q, k, v), steps)
 
     def _read_message(self, message: Message) -> KeysAndValues:
+        """Read K and V rows of a message."""
         k, v = (self._read_rows(x, message.kv_heads, message.rows) for x in (self.k, self.v))
         return k, v
 
     def _read_rows(self, source: Source, heads: HeadRange, rows: range) -> Tensor:
+        """Read rows into a buffer, and copy them to the device."""
         buffer = self.buffers.acquire(source.shape[0], heads.count, len(rows), source.shape[3])
         source.read_into(buffer, heads, rows)
         if self._is_on_cpu:
@@ -277,7 +286,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _write_errors(self, part: str) -> Iterator[None]:
-        """Name the part of the output, and the next step, in write errors."""
+        """Add the part of the output, and the remedy, to write errors."""
         try:
             yield
         except OSError as error:

@@ -30,7 +30,7 @@ LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "residue", "hilbert")
 _SAMPLED = 16
 # Layouts within this factor of the fastest count as equally fast; the one that moves least is
 # chosen.
-_AS_SOON = 1.03
+_TIME_TOLERANCE = 1.03
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ def layouts_of(program: Program, tokens: int, ranks: int, name: str = "auto") ->
 
 
 def _named(name: str, program: Program, tokens: int, ranks: int) -> Layout:
+    """The named layout; ValueError if it does not apply."""
     layout = _layout(name, program, tokens, ranks)
     if layout is not None:
         return layout
@@ -147,8 +148,11 @@ def _named(name: str, program: Program, tokens: int, ranks: int) -> Layout:
 
 def _layout(name: str, program: Program, tokens: int, ranks: int) -> Layout | None:
     """The named layout for a program; None if it does not apply."""
-    leaves = [leaf for branch in program.branches for leaf in _leaves(branch.mask)]
+    leaves: list[Mask] = []
+    for branch in program.branches:
+        leaves += _leaves(branch.mask)
     if name == "zigzag":
+        # A zigzag per longest segment evens the causal work within it.
         lengths = [leaf.length for leaf in leaves if isinstance(leaf, Segments)]
         longest = max(lengths, default=tokens)
         return Zigzag(tokens, ranks, _ranks_per_segment(longest, tokens, ranks))
@@ -157,15 +161,19 @@ def _layout(name: str, program: Program, tokens: int, ranks: int) -> Layout | No
     if name == "residue":
         rates = [leaf.modulus for leaf in leaves if isinstance(leaf, Congruent)]
         rate = max(rates, default=1)
-        return ByResidue(tokens, ranks, rate) if rate > 1 else None
+        if rate == 1:
+            return None
+        return ByResidue(tokens, ranks, rate)
     if name == "hilbert":
         order = _grid_order(program, leaves, tokens)
-        return None if order is None else Contiguous(tokens, ranks, order)
+        if order is None:
+            return None
+        return Contiguous(tokens, ranks, order)
     return Contiguous(tokens, ranks)
 
 
 def _leaves(mask: Mask) -> Iterator[Mask]:
-    """The masks that an expression is made of."""
+    """The leaves of a mask expression, with repetitions."""
     for part in mask.parts:
         yield from _leaves(part)
     if not mask.parts:
@@ -201,7 +209,10 @@ def plan_for(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
 
 
 def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
-    """The layout with the fastest slowest rank, by the loads of the schedules."""
+    """Choose the layout whose slowest rank is the fastest.
+
+    Times are those of the loads, counted from the schedules.
+    """
     problem.program.check(problem.q_len, problem.kv_len, problem.q_offset)
     weighed = []
     for candidate in layouts_of(problem.program, problem.q_len, ranks, layout):
@@ -209,8 +220,8 @@ def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
         loads = tuple(load_of(schedule, problem, rank) for rank in _sample(ranks))
         weighed.append((candidate, loads))
     # Among layouts about as fast as the fastest, the one that moves least.
-    soonest = min(_slowest(loads).time for _, loads in weighed)
-    close = [pair for pair in weighed if _slowest(pair[1]).time <= _AS_SOON * soonest]
+    fastest = min(_slowest(loads).time for _, loads in weighed)
+    close = [pair for pair in weighed if _slowest(pair[1]).time <= _TIME_TOLERANCE * fastest]
     best, loads = min(close, key=lambda pair: sum(load.received_bytes for load in pair[1]))
     reason = "as asked"
     if layout == "auto":
@@ -222,6 +233,7 @@ def choose(problem: Problem, ranks: int, layout: str = "auto") -> RingPlan:
 
 
 def _slowest(loads: tuple[Load, ...]) -> Load:
+    """The load of the slowest rank."""
     return max(loads, key=lambda load: load.time)
 
 

@@ -89,12 +89,12 @@ class Schedule:
         return _step(self, rank, source)
 
     def sources(self, rank: int) -> list[int]:
-        """Ranks whose keys a rank may need, in the order of its steps."""
+        """Ranks whose keys a rank may need, in step order."""
         peers = self._peers(rank, by_keys=False)
         return sorted(peers, key=lambda source: self.distance(rank, source))
 
     def targets(self, rank: int) -> list[int]:
-        """Other ranks that may need a rank's keys, by distance around the ring."""
+        """Other ranks that may need a rank's keys, by distance."""
         peers = self._peers(rank, by_keys=True) - {rank}
         return sorted(peers, key=lambda target: self.distance(target, rank))
 
@@ -111,30 +111,32 @@ class Schedule:
         peers: set[int] = set()
         for mask, _, _ in self.groups:
             for run in self.layout.runs(rank):
-                q, kv = mask.shrink(*_pair(run, everything, by_keys))
+                q, kv = mask.shrink(*_sides(run, everything, by_keys))
                 if q and kv:
-                    own, others = (kv, q) if by_keys else (q, kv)
-                    peers.update(self._owners(mask, own, others, by_keys))
+                    # Swapped back: this rank's places come first again.
+                    own, places = _sides(q, kv, by_keys)
+                    peers.update(self._owners(mask, own, places, by_keys))
         return peers
 
-    def _owners(self, mask: Mask, own: range, others: range, by_keys: bool) -> Iterator[int]:
-        """Owners of `others` for which the mask leaves some pairs.
+    def _owners(self, mask: Mask, own: range, places: range, by_keys: bool) -> Iterator[int]:
+        """Owners of places that the mask may pair with the own ones.
 
         Contiguous layouts are bisected: a range of ranks without pairs is dropped at once.
         """
-        owners = self.layout.owners(others)
-        if not isinstance(self.layout, Contiguous):
-            yield from owners
+        ranks = list(self.layout.owners(places))
+        if not ranks:
             return
-        ranks = list(owners)
-        pending = [(ranks[0], ranks[-1] + 1)] if ranks else []
+        if not isinstance(self.layout, Contiguous):
+            yield from ranks
+            return
+        pending = [(ranks[0], ranks[-1] + 1)]
         while pending:
             first, last = pending.pop()
             if last - first <= _FEW_RANKS:
                 yield from range(first, last)
                 continue
             span = range(self.layout.runs(first)[0].start, self.layout.runs(last - 1)[0].stop)
-            if extents.verdict(mask, *_pair(own, span, by_keys)) != EMPTY:
+            if extents.verdict(mask, *_sides(own, span, by_keys)) != EMPTY:
                 middle = (first + last) // 2
                 pending += [(first, middle), (middle, last)]
 
@@ -166,17 +168,22 @@ class Schedule:
 
     def _counts(self, rank: int) -> IntArray:
         """Numbers of steps, messages and rows of one rank."""
-        steps = list(self.steps(rank))
-        messages = [message for step in steps for message in step.messages]
-        rows = sum(message.kv_heads.count * len(message.rows) for message in messages)
-        return np.array([len(steps), len(messages), rows])
+        steps = messages = rows = 0
+        for step in self.steps(rank):
+            steps += 1
+            messages += len(step.messages)
+            rows += sum(message.kv_heads.count * len(message.rows) for message in step.messages)
+        return np.array([steps, messages, rows])
 
     def _equal_ranks(self) -> Iterator[tuple[int, IntArray]]:
-        """A rank, and all ranks whose steps are shifted copies of its steps."""
+        """A rank, and all ranks whose steps are shifted copies."""
         layout, phases = self.layout, self._phases()
         for phase in range(min(phases, layout.ranks)):
+            # A rank of this phase near the middle of the sequence.
             middle = (layout.ranks // 2) // phases * phases + phase
-            sources = self.sources(middle) if middle < layout.ranks else []
+            if middle >= layout.ranks:
+                continue
+            sources = self.sources(middle)
             if not sources:
                 continue
             first, last = min(sources) - middle, max(sources) - middle
@@ -196,11 +203,14 @@ class Schedule:
             return 0
         size, period = layout.tokens // layout.ranks, math.lcm(*finite)
         phases = period // math.gcd(size, period)
-        return phases if phases <= _MOST_PHASES else 0
+        if phases > _MOST_PHASES:
+            return 0
+        return phases
 
 
 @lru_cache(maxsize=4096)
 def _step(schedule: Schedule, rank: int, source: int) -> Step | None:
+    """The step of a rank for the keys of a source."""
     blocks = list(schedule._blocks(rank, source))
     if not blocks:
         return None
@@ -210,8 +220,11 @@ def _step(schedule: Schedule, rank: int, source: int) -> Step | None:
     return steps.with_messages(source, schedule.layout.runs(source), blocks, group)
 
 
-def _pair(own: range, others: range, by_keys: bool) -> tuple[range, range]:
-    """(queries, keys): `own` are the keys if `by_keys`, else the queries."""
+def _sides(first: range, second: range, by_keys: bool) -> tuple[range, range]:
+    """Own and peer places as queries and keys, or back.
+
+    Own places are the keys if `by_keys`: the ranges are swapped.
+    """
     if by_keys:
-        return (others, own)
-    return (own, others)
+        return (second, first)
+    return (first, second)

@@ -1,4 +1,4 @@
-"""All ranks in one process: every step of every rank runs on copies of its messages.
+"""All ranks in one process: steps run on copies of their messages.
 
 A rank reads only its own shards and its messages. Gradients of received keys return to their owner
 in the order in which they would arrive, so that other transports give the same bits.
@@ -21,7 +21,7 @@ from .workers import Backward, Forward, KeysAndValues
 
 
 def shard_of(x: Tensor, runs: Sequence[range]) -> Tensor:
-    """A copy of a rank's shard of x (B, H, N, ...), in memory order."""
+    """A copy of a rank's rows of x (B, H, N, ...)."""
     if runs:
         return torch.cat([x[:, :, run.start : run.stop : run.step] for run in runs], dim=2)
     return x[:, :, :0]
@@ -61,7 +61,7 @@ class Simulated:
     def forward(
         self, schedule: Schedule, call: Call, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, N, Dv) and lse (B, Hq, N), rank after rank."""
+        """Compute out (B, Hq, N, Dv) and lse (B, Hq, N)."""
         layout, self.ledger = schedule.layout, Ledger()
         q, k, v = (layout.order.permute(x, 2) for x in (q, k, v))
         out = empty_out(q, v, is_by_token(q))
@@ -86,12 +86,15 @@ class Simulated:
         """
         layout, order, self.ledger = schedule.layout, schedule.layout.order, Ledger()
         saved = saved.map(lambda x: order.permute(x, 2))
+        # One worker per rank, with copies of its shards.
         workers = []
         for rank in range(layout.ranks):
             shards = saved.map(partial(shard_of, runs=layout.runs(rank)))
             workers.append(Backward(schedule, rank, call, shards))
         # By distance, as gradients arrive in other transports.
-        steps = [(worker, step) for worker in workers for step in schedule.steps(worker.rank)]
+        steps: list[tuple[Backward, Step]] = []
+        for worker in workers:
+            steps += [(worker, step) for step in schedule.steps(worker.rank)]
         steps.sort(key=lambda pair: schedule.distance(pair[0].rank, pair[1].source))
         for worker, step in steps:
             received = _received(step, saved.k, saved.v)

@@ -1,4 +1,4 @@
-"""Sources of q, k and v, and sinks of the output, for tensors larger than memory.
+"""Sources of q, k, v and sinks of out, larger than memory.
 
 All are (B, H, N, D), read and written by runs of tokens.
 """
@@ -139,7 +139,7 @@ class GeneratedSource:
         counter = np.array([0, number, head, b], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
         numbers = generator.random((self.block, self.shape[3]), dtype=np.float32)
-        # From [0, 1), of variance 1 / 12.
+        # Uniform in [0, 1), of variance 1 / 12: shift and scale.
         numbers -= 0.5
         numbers *= math.sqrt(12)
         return numbers
@@ -176,7 +176,7 @@ def _npy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
 
 
 class FileSink:
-    """A .npy file (B, H, N, D); a new one is allocated at full size."""
+    """A .npy file (B, H, N, D), allocated at full size."""
 
     def __init__(
         self,
@@ -219,14 +219,14 @@ class FileSink:
         return out.tobytes()
 
     def sync(self) -> None:
-        """fsync, then drop the file from the page cache, which it would fill."""
+        """fsync, and drop the file's pages, which would fill the cache."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class SampleSink:
-    """Some rows of an output, in a .npy file (B, H, samples, D)."""
+    """Samples of an output's rows: a .npy file (B, H, samples, D)."""
 
     def __init__(
         self,
@@ -251,7 +251,10 @@ class SampleSink:
         self.path = self._file.path
 
     def _samples_in(self, rows: range) -> tuple[range, list[int]]:
-        """Indices of the samples among some rows, and their indices within these rows."""
+        """The samples among some rows.
+
+        Returns their indices among all samples, and within the rows.
+        """
         first, last = np.searchsorted(self.samples, [rows.start, rows[-1] + 1])
         indices = [rows.index(int(sample)) for sample in self.samples[first:last]]
         return range(int(first), int(last)), indices

@@ -1,4 +1,4 @@
-"""Steps of a rank: the blocks that it computes, and the messages that bring their keys.
+"""Steps of a rank: blocks, and the messages with their keys.
 
 blocks over keys of one source         messages
 #####        key head 0                #########    key heads 0 and 1: rows that touch or nest
@@ -19,9 +19,9 @@ from ..masks.core import hull
 
 @dataclass(frozen=True)
 class Message:
-    """Rows of some key heads (K and V), within one run of the sender.
+    """Rows of K and V for some key heads.
 
-    rows: places of the order.
+    rows: places of the order, within one run of the sender.
     """
 
     kv_heads: HeadRange
@@ -30,7 +30,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Block:
-    """Queries and keys, of one run each, under a mask, for some heads.
+    """One run of queries and of keys under a mask.
 
     message: the message that contains the keys; None for the rank's own keys.
     """
@@ -53,13 +53,15 @@ class Step:
 
 
 def with_messages(source: int, runs: Sequence[range], blocks: Sequence[Block], group: int) -> Step:
-    """The step that computes some blocks, with the messages that bring their keys.
+    """The step of some blocks, with the messages of their keys.
 
     runs: runs of the source.
     group: query heads per key head.
     """
     messages = _messages(blocks, runs)
-    parts = [part for block in blocks for part in _by_message(block, messages, group)]
+    parts: list[Block] = []
+    for block in blocks:
+        parts += _by_message(block, messages, group)
     return Step(source, messages, tuple(parts))
 
 
@@ -77,8 +79,8 @@ def _messages(blocks: Sequence[Block], runs: Sequence[range]) -> tuple[Message, 
             heads_of[rows].append(head)
     # 3. One message per range of heads.
     out = []
-    for rows, same in heads_of.items():
-        for heads, _ in head_ranges(tuple(sorted(same)), 1):
+    for rows, kv_heads in heads_of.items():
+        for heads, _ in head_ranges(tuple(sorted(kv_heads)), 1):
             out.append(Message(heads, rows))
     return tuple(out)
 
@@ -109,7 +111,7 @@ def _joined(spans: Sequence[range]) -> list[range]:
 
 
 def _touches(before: range, span: range) -> bool:
-    """Whether a range of equal step begins in another, or right after it."""
+    """Whether a range of equal step overlaps or continues another."""
     if before.step != span.step:
         return False
     return span[0] in range(before.start, before[-1] + span.step + 1, span.step)
@@ -123,7 +125,7 @@ def _within(inner: range, outer: range) -> bool:
 
 
 def _by_message(block: Block, messages: Sequence[Message], group: int) -> Iterator[Block]:
-    """Split a block so that the keys of each part are in one message."""
+    """Split a block into parts with keys of one message each."""
     remaining = set(block.kv_heads.indices())
     heads_of: dict[int, list[int]] = defaultdict(list)
     for head in block.heads.indices():
@@ -132,7 +134,10 @@ def _by_message(block: Block, messages: Sequence[Message], group: int) -> Iterat
         common = remaining & set(message.kv_heads.indices())
         if common and _within(block.keys, message.rows):
             remaining -= common
-            heads = tuple(sorted(head for kv_head in common for head in heads_of[kv_head]))
-            for query_heads, kv_heads in head_ranges(heads, group):
+            # The query heads that read these key heads.
+            heads: list[int] = []
+            for kv_head in common:
+                heads += heads_of[kv_head]
+            for query_heads, kv_heads in head_ranges(tuple(sorted(heads)), group):
                 yield Block(query_heads, kv_heads, block.mask, block.queries, block.keys, message)
     assert not remaining, f"no message holds {block.keys} of key heads {sorted(remaining)}"

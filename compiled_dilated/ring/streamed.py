@@ -1,4 +1,4 @@
-"""Streamed attention: ranks run one after the other, from files to a file, resumable.
+"""Streamed attention: rank after rank, from files to a file, resumable.
 
 A rank's rows are written once and never changed, so that a run that was stopped gives the same bits
 when it continues, with an equal number of threads.
@@ -7,14 +7,14 @@ when it continues, with an equal number of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import arguments, checks, text
+from .. import arguments, call_checks, checks, text
 from ..calls import Call
 from ..masks.functions import digest, slot_name
 from ..plans import Problem
@@ -35,8 +35,8 @@ class Streamed:
 
     Created by `compile(program, ranks=..., transport="streamed")`.
 
-    ranks: number of contiguous parts of the sequence. Memory holds at most one part, its messages,
-        and the next part; `plan(program, q_shape, ..., ranks=..., layout="contiguous")` prints how
+    ranks: number of contiguous parts of the sequence. At most one part, its messages and the next
+        part are in memory; `plan(program, q_shape, ..., ranks=..., layout="contiguous")` prints how
         much.
     device: where blocks are computed.
     """
@@ -66,25 +66,21 @@ class Streamed:
         on_progress: Callable[[Progress], None] | None = None,
         **options: Any,
     ) -> Report:
-        """Compute attention of q, k and v into out (B, Hq, N, Dv).
+        """Compute attention of q, k and v into out.
 
         q, k, v: .npy files or sources; (B, Hq, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv).
-        out: a .npy file or a sink.
-        journal: a file of finished ranks: the same call continues an interrupted run, with the same
-            bits.
+        out: a .npy file or a sink, (B, Hq, N, Dv).
+        journal: a file of finished ranks: the same call continues a stopped run, with equal bits.
         limit_seconds: stop after the rank that is computed at that time.
         on_progress: called after every rank.
 
-        Raises TypeError, ValueError or OSError with the name of the argument before any file is
-        written; also if out or journal is the same file as another argument. Raises OSError if the
-        disk is full; finished ranks are kept.
+        Raises TypeError, ValueError or OSError for bad arguments, before any file is written, and
+        OSError if the disk is full; finished ranks are kept.
         """
         # 1. Check all arguments, without writing a file.
-        checks.no_options_of_sdpa(options)
+        call_checks.no_options_of_sdpa(options)
         sources = (inputs.source("q", q), inputs.source("k", k), inputs.source("v", v))
-        output_path = _path_of(out)
-        journal_path = None if journal is None else files.output_file("journal", journal)
-        inputs.check_distinct(sources, output_path, journal_path)
+        journal_path = _journal_path(sources, out, journal)
         inputs.check_callback(on_progress)
         limit = None if limit_seconds is None else inputs.seconds("limit_seconds", limit_seconds)
         if scale is not None:
@@ -94,25 +90,31 @@ class Streamed:
         operands: list[Tensor] = []
         rule, problem = self._problem(operands, *sources)
         schedule = self._schedule(problem)
-        data = {slot_name(slot): operand for slot, operand in enumerate(operands)}
-        call = Call(problem.head_dim**-0.5 if scale is None else float(scale), data=data)
+        call = _call(problem, scale, operands)
         inputs.check_usable(self.device)
         # 3. The journal, then the output: the last of the arguments, since this creates the file.
-        shape = sizes("out.shape", (*sources[0].shape[:3], sources[2].shape[3]))
-        about = {
-            "program": [rule, *map(digest, operands)],
+        about = self._about([rule, *map(digest, operands)], problem, call, sources)
+        record = Journal(journal_path, about, range(min(self.ranks, problem.q_len)))
+        sink = inputs.sink(out, _shape_of_out(problem), sources[0].dtype)
+        pipeline = Pipeline(schedule, call, sources, sink, self.device, record, limit, on_progress)
+        return pipeline.run()
+
+    def _about(
+        self, program: list[str], problem: Problem, call: Call, sources: Sequence[Source]
+    ) -> dict[str, Any]:
+        """Properties that define a run, for its journal.
+
+        program: the program as text, then digests of its captured tensors.
+        """
+        return {
+            "program": program,
             "ranks": self.ranks,
-            "shape": list(shape),
+            "shape": list(_shape_of_out(problem)),
             "scale": call.scale,
             "dtype": problem.dtype,
             "device": problem.device,
             "sources": [repr(source) for source in sources],
         }
-        record = Journal(journal_path, about, range(min(self.ranks, problem.q_len)))
-        sink = inputs.sink(out, shape, sources[0].dtype)
-        return Pipeline(
-            schedule, call, sources, sink, self.device, record, limit, on_progress
-        ).run()
 
     def schedule(self, q: Source, k: Source, v: Source) -> tuple[Schedule, Problem]:
         """Schedule and problem for sources of these shapes."""
@@ -120,13 +122,17 @@ class Streamed:
         return self._schedule(problem), problem
 
     def _schedule(self, problem: Problem) -> Schedule:
+        """The schedule over contiguous ranks."""
         layout = plans.layouts_of(problem.program, problem.kv_len, self.ranks, "contiguous")[0]
         return Schedule(problem.program, layout, problem.heads, problem.kv_heads)
 
     def _problem(
         self, operands: list[Tensor], q: Source, k: Source, v: Source
     ) -> tuple[str, Problem]:
-        """The program as text, and the problem; captured tensors are appended to `operands`."""
+        """The program as text, and the problem.
+
+        operands: a list, to which the captured tensors are appended.
+        """
         batch, heads, tokens, head_dim = q.shape
         checks.dtypes(q.dtype, k.dtype, v.dtype)
         checks.shapes(q.shape, k.shape, v.shape)
@@ -139,7 +145,9 @@ class Streamed:
                 "q, k and v must have a head_dim of at least 1; "
                 f"got {q.shape}, {k.shape} and {v.shape}"
             )
-        program = self.program.at(tokens) if isinstance(self.program, PerLength) else self.program
+        program = self.program
+        if isinstance(program, PerLength):
+            program = program.at(tokens)
         program.check(tokens, tokens)
         rule, program = text.traced(program, operands)
         problem = Problem(
@@ -153,8 +161,30 @@ class Streamed:
         return f"compile({self.program!r}, ranks={self.ranks}, transport='streamed'{device})"
 
 
-def _path_of(out: Any) -> Path | None:
-    """The path of the output's file; None if only the sink knows it."""
+def _journal_path(
+    sources: Sequence[Source], out: PathLike | Sink, journal: PathLike | None
+) -> Path | None:
+    """The journal's path, after checks that no written file is another argument."""
     if isinstance(out, (str, os.PathLike)):
-        return files.output_file("out", out)
-    return inputs.sink_path(out)
+        output_path: Path | None = files.output_file("out", out)
+    else:
+        output_path = inputs.sink_path(out)
+    path = None
+    if journal is not None:
+        path = files.output_file("journal", journal)
+    inputs.check_distinct(sources, output_path, path)
+    return path
+
+
+def _call(problem: Problem, scale: float | None, operands: Sequence[Tensor]) -> Call:
+    """The call of a run; captured tensors are its data."""
+    data = {slot_name(slot): operand for slot, operand in enumerate(operands)}
+    if scale is None:
+        scale = problem.head_dim**-0.5
+    return Call(float(scale), data=data)
+
+
+def _shape_of_out(problem: Problem) -> tuple[int, int, int, int]:
+    """(B, Hq, N, Dv)."""
+    shape = (problem.batch, problem.heads, problem.q_len, problem.value_dim)
+    return sizes("out.shape", shape)

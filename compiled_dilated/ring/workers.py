@@ -1,4 +1,4 @@
-"""The computation of one rank: its shards, the blocks of its steps, and its outgoing messages.
+"""The computation of one rank: its shards, blocks and outgoing messages.
 
 Shards are (B, H, rows, ...) tensors, rows in the order of the layout's runs. Sending and receiving
 is the transport's part.
@@ -41,7 +41,7 @@ class Worker:
         return k.contiguous(), v.contiguous()
 
     def _rows_of(self, message: Message, x: Tensor) -> Tensor:
-        """The rows and heads of a message, as a view of a shard."""
+        """View of a message's rows and heads in a shard."""
         return blocks.view(x, message.kv_heads, blocks.rows(self.runs, message.rows))
 
     def _keys(self, step: Step, received: Sequence[KeysAndValues]) -> dict[Message | None, Keys]:
@@ -55,7 +55,7 @@ class Worker:
 
 
 class Forward(Worker):
-    """Partial results (out, lse) of a rank's queries, complete after its last step."""
+    """Partial results (out, lse) of a rank, complete after its steps."""
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class Forward(Worker):
         out: buffer for the result, overwritten.
         """
         super().__init__(schedule, rank, call, q, k, v)
-        self.out = (empty_out(q, v, is_by_token(q)) if out is None else out).zero_()
+        if out is None:
+            out = empty_out(q, v, is_by_token(q))
+        self.out = out.zero_()
         self.lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
         self.queries = Queries(self.runs, q, self.out, self.lse)
 
@@ -123,7 +125,7 @@ class Backward(Worker):
 
     @property
     def shards(self) -> tuple[Tensor | None, ...]:
-        """Tensors that the rank holds during the complete run."""
+        """Tensors that stay in memory during the complete run."""
         queries = self.queries
         return (
             self.q,

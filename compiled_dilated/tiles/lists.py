@@ -63,7 +63,10 @@ class TileLists:
         return self.offsets.nbytes + self.indices.nbytes + self.full.nbytes
 
     def verdicts(self) -> Verdicts:
-        """EMPTY, PARTIAL or FULL of every tile, (rows, columns); for pictures and small tests."""
+        """EMPTY, PARTIAL or FULL of every tile, (rows, columns).
+
+        For pictures and small tests.
+        """
         out = np.full((self.rows, self.columns), EMPTY)
         out[self.row_of, self.indices] = np.where(self.full, FULL, PARTIAL)
         return out

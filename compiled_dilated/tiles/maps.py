@@ -16,11 +16,11 @@ from .refinement import covering
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TileMap(TileLists):
-    """The visible tiles of a mask: q_tile queries by kv_tile keys; the last may be short.
+    """The visible tiles of a mask, q_tile queries by kv_tile keys.
 
-    Queries are places [q_start, q_start + q_len) of the order, at positions q_offset + place
-    (identity). Keys are places [kv_start, kv_start + kv_len). Tiles that are not listed have no
-    allowed pair; FULL tiles have only allowed pairs.
+    The last tile of a side may be short. Queries are places [q_start, q_start + q_len) of the
+    order, at positions q_offset + place (identity). Keys are places [kv_start, kv_start + kv_len).
+    Tiles that are not listed have no allowed pair; FULL tiles have only allowed pairs.
     """
 
     q_len: int
@@ -85,7 +85,10 @@ class TileMap(TileLists):
         return TileLists.of(self.columns, self.rows, self.indices, self.row_of, self.full)
 
     def restrict(self, queries: range, keys: range) -> TileMap:
-        """The map of consecutive query tiles and key tiles, counted in this map."""
+        """The map of consecutive query tiles and consecutive key tiles.
+
+        queries, keys: numbers of the tiles in this map.
+        """
         first, last = self.offsets[queries.start], self.offsets[queries.stop]
         indices, full = self.indices[first:last], self.full[first:last]
         inside = (indices >= keys.start) & (indices < keys.stop)
@@ -109,11 +112,15 @@ class TileMap(TileLists):
         )
 
     def coarsen(self, factor: int | tuple[int, int]) -> TileMap:
-        """The map with tiles `factor` times as large; FULL if all tiles within are FULL.
+        """The map with tiles `factor` times as large.
+
+        A coarse tile is FULL if all tiles within it are FULL.
 
         factor: one number, or (queries, keys).
         """
-        q_factor, kv_factor = (factor, factor) if isinstance(factor, int) else factor
+        if isinstance(factor, int):
+            factor = factor, factor
+        q_factor, kv_factor = factor
         rows, columns = -(-self.rows // q_factor), -(-self.columns // kv_factor)
         # The number of the coarse tile of each listed tile.
         keys = self.row_of.astype(np.int64) // q_factor * columns + self.indices // kv_factor
@@ -164,8 +171,8 @@ def _check(
         if q_len != kv_len or q_offset:
             raise ValueError(
                 f"{order!r} permutes queries and keys alike, so it needs q_len == kv_len and "
-                "q_offset 0; "
-                f"got q_len {q_len}, kv_len {kv_len}, q_offset {q_offset}. Use orders.identity()"
+                f"q_offset 0; got q_len {q_len}, kv_len {kv_len}, q_offset {q_offset}. "
+                "Use orders.identity()"
             )
         order.check(q_len)
     mask.check(range(q_offset, q_offset + q_len), kv_len)

@@ -13,23 +13,25 @@ from .lists import Flags, TileIndices, TileLists
 # A super tile is split into 4 x 4 smaller ones; refinement starts with at most this many.
 _SPLIT = 4
 _FIRST_SUPER_TILES = 4096
-# Rows, columns and listed tiles are numbered in 32 bits, and a list of more tiles than this takes
-# GiB.
+# Rows, columns and listed tiles are numbered in 32 bits, and longer lists take several GiB.
 _MOST_LISTED = 2**28
 
 
 def covering(
     mask: Mask, rows: int, columns: int, regions_of: Callable[[int], tuple[Regions, Regions]]
 ) -> TileLists:
-    """Tiles of rows x columns that are not EMPTY, by refinement from super tiles.
+    """Tiles that are not EMPTY, by refinement from super tiles.
 
+    rows, columns: number of tiles.
     regions_of: positions of the rows and of the columns of super tiles of side x side tiles.
     """
+    # 1. The smallest super tiles that are few enough to start with.
     side = 1
     while -(-rows // side) * -(-columns // side) > _FIRST_SUPER_TILES:
         side *= _SPLIT
     super_tiles = np.indices((-(-rows // side), -(-columns // side)), dtype=np.int32)
     row, column = super_tiles[0].reshape(-1), super_tiles[1].reshape(-1)
+    # 2. Classify all super tiles of one side, then the parts of those that are PARTIAL.
     runs: list[tuple[TileIndices, TileIndices, TileIndices, Flags]] = []
     listed = 0
     while True:
@@ -56,7 +58,7 @@ def covering(
 def _split(
     row: TileIndices, column: TileIndices, rows: int, columns: int
 ) -> tuple[TileIndices, TileIndices]:
-    """Tiles within each super tile, without those past the last row or column."""
+    """Tiles within super tiles, up to the last row and column."""
     within = np.arange(_SPLIT, dtype=np.int32)
     small_row = np.repeat((row[:, None] * np.int32(_SPLIT) + within).reshape(-1), _SPLIT)
     small_column = np.tile(column[:, None] * np.int32(_SPLIT) + within, _SPLIT).reshape(-1)

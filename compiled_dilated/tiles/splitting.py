@@ -17,7 +17,7 @@ _MOST_CUTS = 16
 
 
 def split(tile_map: TileMap) -> tuple[TileMap, ...]:
-    """Disjoint rectangles with all tiles of a map, each with short rectangular lists.
+    """Disjoint rectangles of all tiles, with short rectangular lists.
 
     A few heavy rows (global tokens) or columns (sinks) would widen the list of every row, so they
     become separate parts. Parts without tiles are dropped. A map is not split if its lists are
@@ -40,11 +40,16 @@ def split(tile_map: TileMap) -> tuple[TileMap, ...]:
         parts = [tile_map.restrict(rows, run) for run in _heavy_and_light(by_column)]
     if len(parts) == 1:
         return (tile_map,)
-    return tuple(small for part in parts if len(part.indices) for small in split(part))
+    rectangles: list[TileMap] = []
+    for part in parts:
+        if len(part.indices):
+            rectangles += split(part)
+    return tuple(rectangles)
 
 
 def _heavy_and_light(counts: IntArray) -> list[range]:
     """Runs of heavy and of light rows, with the least padding."""
+    # Entries of both lists if the rows up to each count are light.
     ascending = np.sort(counts)
     light = np.arange(1, len(counts) + 1)
     entries = light * ascending + (len(counts) - light) * ascending[-1]

@@ -1,4 +1,4 @@
-"""The attention systems of the LongNet fork's benchmark reports: name -> program + execution.
+"""Attention systems of the LongNet fork's benchmark reports, by name.
 
     longnet = {"segment_lengths": (2048, 4096), "dilation_rates": (1, 2)}
     variant("RingDilatedAttention", ring_size=4, **longnet)

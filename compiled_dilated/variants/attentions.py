@@ -31,7 +31,7 @@ class HilbertDilatedAttention(DilatedAttention):
 
 @builder
 def in_hilbert_order(program: Program, tokens: int) -> Program:
-    """The program with its branches in Hilbert order if the tokens form a grid."""
+    """The program in Hilbert order, if its tokens form a grid."""
     grid = hilbert_grid(tokens)
     if grid is None:
         return program
@@ -48,7 +48,9 @@ def hilbert_grid(tokens: int) -> tuple[int, int] | None:
     """
     rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
     columns = tokens // rows
-    return (rows, columns) if rows > 1 and columns <= _MOST_OBLONG * rows else None
+    if rows == 1 or columns > _MOST_OBLONG * rows:
+        return None
+    return rows, columns
 
 
 class BlockSparseAttention(Attention):
@@ -113,7 +115,10 @@ class RingAttention(nn.Module):
         self.attention = attention
 
     def program(self, tokens: int, is_causal: bool = False) -> Program:
-        """The program of a call with this many tokens on all devices together."""
+        """The program of a call.
+
+        tokens: on all devices together.
+        """
         return self.attention.program(tokens, is_causal)
 
     def forward(

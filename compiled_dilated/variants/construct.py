@@ -1,4 +1,4 @@
-"""A variant by its name: the row of the table, its arguments, the module."""
+"""Variants by name: the row of the table, its arguments, the module."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def find(name: str) -> tuple[Variant, dict[str, Any]]:
         )
     if name in _BY_NAME:
         return _BY_NAME[name], {}
+    # The suffix is split off only for systems that have such an argument.
     with_ring_size = re.fullmatch(r"(.+)_r([0-9]{1,9})", name)
     if with_ring_size:
         row = _BY_NAME.get(with_ring_size[1])
@@ -92,16 +93,18 @@ def variant(name: str, **kwargs: Any) -> nn.Module:
     if row.execution != SINGLE:
         assert isinstance(module, Attention)
         module = RingAttention(row.name, row.execution, ring_size, module)
-    return Multihead(module, **kwargs) if row.multihead else module
+    if row.multihead:
+        return Multihead(module, **kwargs)
+    return module
 
 
 def _check_arguments(name: str, row: Variant, kwargs: dict[str, Any]) -> None:
     """Raise TypeError for unknown and missing arguments."""
-    is_required = row.takes
-    unknown = [argument for argument in kwargs if argument not in is_required]
+    parameters = row.takes
+    unknown = [argument for argument in kwargs if argument not in parameters]
     missing = []
-    for argument, required in is_required.items():
-        if required and argument not in kwargs:
+    for argument, is_required in parameters.items():
+        if is_required and argument not in kwargs:
             missing.append(argument)
     mistakes = []
     if unknown:
@@ -110,7 +113,7 @@ def _check_arguments(name: str, row: Variant, kwargs: dict[str, Any]) -> None:
         mistakes.append(f"needs {', '.join(missing)}")
     if mistakes:
         raise TypeError(
-            f"variant {name!r} {' and '.join(mistakes)}. Its arguments are {', '.join(is_required)}"
+            f"variant {name!r} {' and '.join(mistakes)}. Its arguments are {', '.join(parameters)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The table of the reports' systems, with the computations of the fork and of the variants."""
+"""The table of the reports' systems, in the fork and here."""
 
 from __future__ import annotations
 
@@ -225,7 +225,9 @@ def rows() -> list[dict[str, str]]:
     """The table for printing, one dict of strings per system."""
     table = []
     for row in TABLE:
-        program = f"projections around {row.program}" if row.multihead else row.program
+        program = row.program
+        if row.multihead:
+            program = f"projections around {program}"
         table.append(
             {
                 "name": row.name,

@@ -1,4 +1,4 @@
-"""Attention of whole models: which layers, by which programs, and counts of what was computed.
+"""Attention of whole models: layers, their programs, and counts of work.
 
 layers       the user's choice of programs, per layer
 sites        Site: a layer's program and last call; `sites(model)` prints a table

@@ -1,4 +1,7 @@
-"""scaled_dot_product_attention in a graph, replaced: the site's program under the call's mask."""
+"""Replacement of scaled_dot_product_attention in a graph.
+
+The site's program is computed under the call's mask.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,22 @@ def digest(*parts: Any) -> str:
 class Attention:
     """Attention of one call in a graph.
 
-    line: where the model makes the call, for messages.
-    structure: of the call's mask, where that was read.
+    line: source line of the call, for messages.
+    structure: of the call's mask, if that was read.
     """
 
     def __init__(self, site: Site, line: str, structure: Structure | None = None) -> None:
         self.site, self.line = site, line
-        self.structure = Structure() if structure is None else structure
+        self.structure = structure or Structure()
         # Caches of compiled graphs are keyed by their code, which contains this name.
         self.__name__ = f"attention_{digest(site.program, self.structure)}"
         self._attends = {causal: Attend(self._program(causal)) for causal in (False, True)}
 
     def _program(self, causal: bool) -> Program:
         """The program of a call with this is_causal."""
-        program = self.site.program or as_program(masks.causal() if causal else masks.full())
+        program = self.site.program
+        if program is None:
+            program = as_program(masks.causal() if causal else masks.full())
         return joined(program, self.structure.masks)
 
     def __call__(
@@ -66,16 +71,14 @@ class Attention:
         """
         self._check(query, key, value, dropout_p, enable_gqa)
         q, k, v = (_four(x) for x in (query, key, value))
-        whole = None if attn_mask is None else _four_of_mask(attn_mask, query)
+        # A mask tensor hides or biases pairs one by one.
+        score_mod = None
+        if attn_mask is not None:
+            attn_mask = _four_of_mask(attn_mask, query)
+            score_mod = added(attn_mask)
+        model_mask = self._model_mask(is_causal, attn_mask)
         out = self.attend(
-            q,
-            k,
-            v,
-            self._model_mask(is_causal, whole),
-            captured,
-            None if whole is None else added(whole),
-            is_causal=is_causal,
-            scale=scale,
+            q, k, v, model_mask, captured, score_mod, is_causal=is_causal, scale=scale
         )
         result: Tensor = out.reshape(*query.shape[:-1], value.shape[-1])
         return result
@@ -102,7 +105,9 @@ class Attention:
 
     def _model_mask(self, is_causal: bool, attn_mask: Tensor | None) -> str:
         """The masks of a call as text, for the table of sites."""
-        parts = ["causal()"] if is_causal else []
+        parts = []
+        if is_causal:
+            parts.append("causal()")
         structure = str(self.structure)
         if structure != "full()":
             parts.append(structure)
@@ -128,7 +133,7 @@ class Attention:
 
         model_mask: the model's own mask, as text.
         captured: tensors that the structure reads.
-        score_mod: of the call; comes before the structure's bias.
+        score_mod: of the call; applied before the structure's bias.
         conditions: mask_mods that are evaluated per pair.
         """
         attend = self._attends[is_causal]
@@ -161,7 +166,9 @@ def joined(program: Program, added_masks: Sequence[Mask]) -> Program:
         further = [extra for extra in added_masks if not _implied(extra, conjuncts)]
         return masks.conjunction((*conjuncts, *further))
 
-    return program.map(under_masks) if added_masks else program
+    if not added_masks:
+        return program
+    return program.map(under_masks)
 
 
 def _implied(mask: Mask, conjuncts: Sequence[Mask]) -> bool:
@@ -182,16 +189,18 @@ def with_structure(
     conditions: Sequence[Condition],
     captured: Sequence[Any],
 ) -> ScoreMod | None:
-    """A score_mod that also applies a structure's bias and its conditions per pair.
+    """A score_mod joined with a structure's bias and conditions per pair.
 
-    None where there is nothing to apply.
+    None if there is nothing to apply.
     """
     if score_mod is None and structure.bias is None and structure.pairs == TRUE and not conditions:
         return None
 
     def modified(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         indices = {"b": b, "h": h, "q": q, "kv": kv}
-        out = score if score_mod is None else score_mod(score, b, h, q, kv)
+        out = score
+        if score_mod is not None:
+            out = score_mod(score, b, h, q, kv)
         if structure.bias is not None:
             out = out + evaluate(structure.bias, indices, captured)
         for condition in conditions:
@@ -205,16 +214,24 @@ def with_structure(
 
 
 def _four(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, width) of any leading dimensions; the first of three is the batch."""
+    """A tensor of any leading dimensions as (batch, heads, tokens, width).
+
+    The first of three dimensions is the batch.
+    """
     if x.dim() == 2:
         return x[None, None]
     if x.dim() == 3:
         return x[:, None]
-    return x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])
+    if x.dim() == 4:
+        return x
+    return x.reshape(-1, *x.shape[-3:])
 
 
 def _four_of_mask(mask: Tensor, query: Tensor) -> Tensor:
-    """(batch or 1, heads or 1, queries or 1, keys or 1) of a mask that broadcasts to the scores."""
+    """A mask that broadcasts to the scores, in four dimensions.
+
+    They are (batch or 1, heads or 1, queries or 1, keys or 1).
+    """
     while mask.dim() < max(query.dim(), 2):
         mask = mask[None]
     if query.dim() <= 4:

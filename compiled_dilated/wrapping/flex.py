@@ -1,4 +1,7 @@
-"""flex_attention in a graph, replaced: its mask_mod as masks, its score_mod as a score_mod."""
+"""Replacement of flex_attention in a graph.
+
+Its mask_mod is read as masks; its score_mod remains a score_mod.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _DEFAULT_OPTIONS = {
     "BLOCKS_ARE_CONTIGUOUS": False,
     "WRITE_DQ": True,
 }
-# Set by return_lse and return_aux; which results are read shows in the graph.
+# Set by return_lse and return_aux; the graph shows which results are read.
 _OUTPUTS = ("OUTPUT_LOGSUMEXP", "OUTPUT_MAX")
 # The block size of a BlockMask without blocks.
 _NO_BLOCKS = 2**30
@@ -37,8 +40,8 @@ _LOG_2 = math.log(2.0)
 class _DeviceCheck:
     """Torch's check of devices, replaced while a wrapped model is traced.
 
-    Torch refuses CPU inputs with gradients, as its own kernel has no backward there; this
-    library's, which takes its place, has one. Dynamo traces one model at a time, under its lock.
+    Torch refuses CPU inputs with gradients, since its own kernel has no backward there. The kernel
+    that replaces it has one. Dynamo traces one model at a time, under its lock.
     """
 
     def __init__(self) -> None:
@@ -47,7 +50,7 @@ class _DeviceCheck:
         self._thread: int | None = None
 
     def replace(self) -> None:
-        """Replace the check for the trace of this thread; again has no further effect."""
+        """Replace the check for the trace of this thread. Idempotent."""
         with self._lock:
             self._thread = threading.get_ident()
             torch_flex._validate_device = _check_device
@@ -126,22 +129,28 @@ class FlexCall:
         return any(user.args[1] == result and user.users for user in self.node.users)
 
     def read_mask(self, reader: Reader, outer: Scope) -> Expression | None:
-        """The mask_mod as an expression; None where a part of it has no rule."""
+        """The mask_mod as an expression; None if a part has no rule."""
         (output,) = self.mask_graph.graph.find_nodes(op="output")
         operands = (*(Index(name) for name in ("b", "h", "q", "kv")), *self.mask_tensors)
         scope = Scope(self.mask_graph, output, outer, operands)
         mask = reader.value(_result_of(self.mask_graph), scope, ())
         # Values inside of the mask_mod exist for single pairs only: they cannot be captured.
         _, captured = reader.used(mask)
-        return None if any(origin is scope for origin, _ in captured) else mask
+        if any(origin is scope for origin, _ in captured):
+            return None
+        return mask
 
     def replacement(self, attention: Attention, is_read: bool) -> Flex:
         """The replacement of the call.
 
         is_read: whether the structure of `attention` contains the mask_mod.
         """
-        score_mod = None if _is_identity(self.score_graph) else self.score_graph
-        return Flex(attention, score_mod, None if is_read else self.mask_graph, self.returns_lse)
+        score_mod, mask_mod = self.score_graph, self.mask_graph
+        if _is_identity(score_mod):
+            score_mod = None
+        if is_read:
+            mask_mod = None
+        return Flex(attention, score_mod, mask_mod, self.returns_lse)
 
     def arguments(self, captured: Sequence[Node]) -> dict[str, Any]:
         """The arguments of the replacement.
@@ -172,8 +181,9 @@ class Flex:
     ) -> None:
         self.attention, self.score_mod, self.mask_mod = attention, score_mod, mask_mod
         self.returns_lse = returns_lse
-        graphs = [None if graph is None else graph.code for graph in (score_mod, mask_mod)]
-        self.__name__ = f"flex_{attention.__name__}_{digest(*graphs)}"
+        # Caches of compiled graphs are keyed by their code, which contains this name.
+        codes = [getattr(graph, "code", None) for graph in (score_mod, mask_mod)]
+        self.__name__ = f"flex_{attention.__name__}_{digest(*codes)}"
 
     def __call__(
         self,
@@ -185,20 +195,27 @@ class Flex:
         mask_tensors: Sequence[Any],
         captured: Sequence[Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three results of torch's operator: out, log-sum-exp to base 2, and no maxima.
+        """The results of torch's operator: out, log-sum-exp to base 2, no maxima.
 
         The log-sum-exp is empty if it is not read.
         """
         if key.shape[0] != query.shape[0]:
             key, value = (x.expand(query.shape[0], *x.shape[1:]) for x in (key, value))
+        # The call's functions, with the tensors that they capture.
+        score_mod: Any = None
+        if self.score_mod is not None:
+            score_mod = _with(self.score_mod, score_tensors)
+        conditions: list[Any] = []
+        if self.mask_mod is not None:
+            conditions.append(_with(self.mask_mod, mask_tensors))
         result = self.attention.attend(
             query,
             key,
             value,
             self._model_mask(),
             captured,
-            None if self.score_mod is None else _with(self.score_mod, score_tensors),
-            conditions=[] if self.mask_mod is None else [_with(self.mask_mod, mask_tensors)],
+            score_mod,
+            conditions=conditions,
             scale=scale,
             return_lse=self.returns_lse,
         )
@@ -210,16 +227,19 @@ class Flex:
 
     def _model_mask(self) -> str:
         """The call's mask and score_mod as text, for the table of sites."""
-        mask = str(self.attention.structure) if self.mask_mod is None else "a mask_mod"
-        return mask if self.score_mod is None else f"{mask} with a score_mod"
+        mask = "a mask_mod"
+        if self.mask_mod is None:
+            mask = str(self.attention.structure)
+        if self.score_mod is None:
+            return mask
+        return f"{mask} with a score_mod"
 
 
 def _with(graph: Any, tensors: Sequence[Any]) -> Any:
-    """A graph as a function of scalars; captured tensors are its further operands."""
+    """A graph with its captured tensors as a function of scalars."""
 
     def function(*scalars: Tensor) -> Any:
-        result = graph(*scalars, *tensors)
-        return result[0] if isinstance(result, (tuple, list)) else result
+        return _first_of(graph(*scalars, *tensors))
 
     return function
 
@@ -227,7 +247,14 @@ def _with(graph: Any, tensors: Sequence[Any]) -> Any:
 def _result_of(graph: GraphModule) -> Any:
     (output,) = graph.graph.find_nodes(op="output")
     (result,) = output.args
-    return result[0] if isinstance(result, (tuple, list)) else result
+    return _first_of(result)
+
+
+def _first_of(result: Any) -> Any:
+    """The result of a graph, also of a tuple of one."""
+    if isinstance(result, (tuple, list)):
+        return result[0]
+    return result
 
 
 def _is_identity(score_graph: GraphModule) -> bool:

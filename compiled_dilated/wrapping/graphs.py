@@ -1,4 +1,4 @@
-"""Models of any kind: their forward compiled in place, with its attention by programs."""
+"""Compilation of a model's forward in place, with attention by programs."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ def wrap(
             )
     _leave_fast_paths(model)
     put_sites(model, [])
+    forward = model.__dict__.get("forward")
+    # A model that is wrapped already is wrapped anew, around its own forward.
     before = _wrapped_of(model)
-    forward = model.__dict__.get("forward") if before is None else before.forward
+    if before is not None:
+        forward = before.forward
     model.forward = _Wrapped(model, forward, attention, dynamic, backend or _inductor).run
     return model
 
@@ -92,7 +95,7 @@ class _Wrapped:
         try:
             return self._compiled(*args, **kwargs)
         except BaseException as failure:
-            # A trace that failed has not restored it.
+            # A trace that failed has not restored torch's check.
             device_check.restore()
             if isinstance(failure, BackendCompilerFailed) and isinstance(
                 failure.inner_exception, (NotImplementedError, TypeError, ValueError)

@@ -21,14 +21,14 @@ _MOST_SHOWN_PATHS = 20
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention layer, as a function of layers gets it.
+    """An attention layer, the argument of a user's function of layers.
 
     path: of its module, as "model.layers.3.self_attn".
     kind: name of the module's class.
     index: its number, if it has one.
     causal: whether the model hides later keys from it.
     layer_type: as "sliding_attention", where the model's config has types.
-    heads, kv_heads, head_dim: where they are known.
+    heads, kv_heads, head_dim: None if unknown.
     """
 
     path: str
@@ -77,7 +77,7 @@ def check_choice(attention: object) -> None:
 
 
 def program_of(attention: Choice, layer: Layer) -> Program | None:
-    """The checked program of a layer; None where the model's own mask stays."""
+    """The checked program of a layer; None for the model's own mask."""
     choice: Any = attention
     if isinstance(attention, Mapping):
         matching = (

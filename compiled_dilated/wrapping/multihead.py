@@ -1,4 +1,4 @@
-"""F.multi_head_attention_forward in a graph, replaced: torch's own code over this attention.
+"""Replacement of F.multi_head_attention_forward: torch's own code over this attention.
 
 nn.MultiheadAttention and all layers of nn.Transformer call that function.
 """
@@ -54,9 +54,9 @@ def _leave_out_weights(node: Node, bound: dict[str, Any]) -> None:
 
 
 def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expression | None:
-    """The masks of a call as one expression, and remove them from its arguments.
+    """Remove the masks from a call's arguments, as one expression.
 
-    None without masks, or where a mask does not cover all keys or torch ignores it.
+    None without masks, and if a mask does not cover all keys or torch ignores it.
     """
     mask, padding = bound.get("attn_mask"), bound.get("key_padding_mask")
     if mask is None and padding is None:
@@ -64,7 +64,7 @@ def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expressio
     # Torch appends keys that the masks do not cover.
     if bound["bias_k"] is not None or bound["add_zero_attn"] or bound.get("static_k") is not None:
         return None
-    # Without padding torch takes is_causal in place of the mask.
+    # Without padding torch uses is_causal in place of the mask.
     if bound.get("is_causal", False) and padding is None:
         return None
     dtype = example_of(bound["query"]).dtype
@@ -82,7 +82,10 @@ def read_masks(bound: dict[str, Any], reader: Reader, scope: Scope) -> Expressio
 
 
 def _indices_of(mask: Node, heads: int) -> tuple[Expression, ...]:
-    """The indices along a mask (N, M), or (B * heads, N, M)."""
+    """The pair's indices along a mask.
+
+    mask: (N, M), or (B * heads, N, M).
+    """
     if example_of(mask).dim() == 2:
         return Index("q"), Index("kv")
     of_batch = Apply("mul", (Index("b"), constant(heads, torch.int64)), torch.int64)

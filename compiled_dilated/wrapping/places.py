@@ -1,4 +1,4 @@
-"""Where a node of a graph comes from: the module of the model, and the line of source."""
+"""Origin of a graph's node: the model's module and the source line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.fx import GraphModule, Node
 def path_of(node: Node, model: nn.Module) -> str:
     """The path of the module that makes a call."""
     stack = node.meta.get("nn_module_stack") or {}
-    return _path(next(reversed(stack.values()))[0], model) if stack else ""
+    if not stack:
+        return ""
+    return _path(next(reversed(stack.values()))[0], model)
 
 
 def _path(name: str, model: nn.Module) -> str:
@@ -22,16 +24,17 @@ def _path(name: str, model: nn.Module) -> str:
     name: L['self']._modules['layers']._modules['0'], or L['self'].layers[0].
     """
     words = [word for word in re.findall(r"\w+", name) if word != "_modules"]
-    paths = [
-        path
-        for path, _ in model.named_modules()
-        if words[-len(path.split(".")) :] == path.split(".")
-    ]
-    return max(paths, key=len, default="")
+    # The longest path whose words end the name.
+    longest = ""
+    for path, _ in model.named_modules():
+        path_words = path.split(".")
+        if words[-len(path_words) :] == path_words and len(path) > len(longest):
+            longest = path
+    return longest
 
 
 def line_of(node: Node) -> str:
-    """The source line that makes a call, in parentheses, for messages."""
+    """The source line of a call, in parentheses, for messages."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     # The innermost frame outside of torch, wherever that is installed.
     torch_folder = os.path.dirname(torch.__file__)
@@ -40,22 +43,28 @@ def line_of(node: Node) -> str:
         return f" ({frames[-1]})"
     # Dynamo records no lines of torch's own modules.
     stack = node.meta.get("nn_module_stack") or {}
-    words = re.findall(r"\w+", next(reversed(stack.values()))[0])[2:] if stack else []
+    if not stack:
+        return ""
+    words = re.findall(r"\w+", next(reversed(stack.values()))[0])[2:]
     path = ".".join(word for word in words if word != "_modules")
-    return f" (in {path})" if path else ""
+    if not path:
+        return ""
+    return f" (in {path})"
 
 
 def leave_out_own(graph: GraphModule, file: str, model: nn.Module) -> None:
-    """Remove this library's frames and module names from where nodes come from.
+    """Remove this library's frames and module names from the origins of nodes.
 
     file: its frames are removed from stack traces. Modules are named from the model on.
     """
     names: dict[str, str] = {}
     for node in graph.graph.nodes:
+        # The stack trace without this library's frames.
         frames = re.split(r'(?m)^(?= *File ")', node.meta.get("stack_trace") or "")
         users = [frame for frame in frames if f'File "{file}"' not in frame]
         if len(users) < len(frames):
             node.meta["stack_trace"] = "".join(users)
+        # The modules, named from the model on.
         stack = node.meta.get("nn_module_stack") or {}
         for key, (name, kind) in stack.items():
             if name not in names:

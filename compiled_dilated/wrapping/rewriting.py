@@ -1,4 +1,6 @@
-"""A backend of torch.compile that replaces attention in a graph before another one compiles it.
+"""A backend of torch.compile that replaces attention in a graph.
+
+Another backend compiles the rewritten graph.
 
     scaled_dot_product_attention      replaced (calls.py)
     F.multi_head_attention_forward    torch's code over a replaced call (multihead.py)
@@ -67,7 +69,7 @@ class Rewriting:
     model: its sites are set.
     attention: a program, by layer or for all; see `layers`.
     backend: compiles the rewritten graphs.
-    own_file: a file whose frames are removed from where nodes come from.
+    own_file: a file whose frames are removed from the origins of nodes.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Rewriting:
         for node in list(part.graph.nodes):
             if node.op != "call_function":
                 continue
+            # Attention inside of a fused operator cannot be replaced.
             if node.target in _CLOSED:
                 raise NotImplementedError(
                     f"{_CLOSED[node.target]} is not replaced{line_of(node)}. "
@@ -131,7 +134,9 @@ class Rewriting:
         """The path of a call's module; of its second call path#2."""
         path = path_of(node, self.model)
         calls[path] += 1
-        return path if calls[path] == 1 else f"{path}#{calls[path]}"
+        if calls[path] == 1:
+            return path
+        return f"{path}#{calls[path]}"
 
     def _site(self, path: str, kind: str, causal: object, heads: int | None, node: Node) -> Site:
         """The site of a call, with the user's program for it."""
@@ -189,8 +194,9 @@ def _lengths(query: Node, key: Node, dim: int) -> tuple[Any, Any]:
 def _structure(
     mask: Expression | None, reader: Reader, scope: Scope, lengths: tuple[Any, Any]
 ) -> tuple[Structure | None, tuple[Node, ...]]:
-    """The structure of a mask, if there is one, and the nodes that it captures.
+    """The structure of a mask, and the nodes that it captures.
 
+    mask: None for a call without a mask, or with one that was not read.
     lengths: tokens of the query and of the key.
     """
     if mask is None:
@@ -211,5 +217,10 @@ def _replace(
 
 
 def _heads_of(query: Any) -> int | None:
-    example = example_of(query) if isinstance(query, Node) else None
-    return None if example is None or example.dim() < 4 else int(example.shape[-3])
+    """Heads of a query (..., heads, tokens, width); None without heads."""
+    if not isinstance(query, Node):
+        return None
+    example = example_of(query)
+    if example is None or example.dim() < 4:
+        return None
+    return int(example.shape[-3])

@@ -1,4 +1,4 @@
-"""Sites: where a model computes attention, by which program, and what the last call computed."""
+"""Sites: a model's attention layers, their programs and last calls."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Site:
 
     path: of its module in the model.
     kind: name of the module's class.
-    program: the layer's own; None where the model's mask stays.
+    program: the layer's own; None for the model's own mask.
     """
 
     def __init__(self, path: str, kind: str, program: Program | None) -> None:
@@ -116,7 +116,10 @@ class Site:
 
 
 class Sites(list[Site]):
-    """A model's sites; prints as a table of counts: eager attention -> computed here."""
+    """A model's sites, printed as a table of counts.
+
+    Counts are printed as those of eager attention -> those of the computed program.
+    """
 
     def __repr__(self) -> str:
         rows = [site.to_json() for site in self]
@@ -125,7 +128,9 @@ class Sites(list[Site]):
             for site, row in zip(self, rows, strict=True)
         ]
         table = str(tabulate(cells, _HEADERS, disable_numparse=True))
-        return f"{table}\n{_LEGEND}" if any(row.get("at_most") for row in rows) else table
+        if any(row.get("at_most") for row in rows):
+            return f"{table}\n{_LEGEND}"
+        return table
 
 
 def _counts(row: dict[str, Any]) -> list[str]:
@@ -134,27 +139,35 @@ def _counts(row: dict[str, Any]) -> list[str]:
         return ["not called yet", *[""] * len(_UNITS)]
     cells = [row["lowering"]]
     for name, unit in _UNITS.items():
-        bound = "<= " if row["at_most"] and name != "bytes" else ""
+        bound = ""
+        if row["at_most"] and name != "bytes":
+            bound = "<= "
         cells.append(f"{row[f'{name}_eager'] / unit:.3g} -> {bound}{row[name] / unit:.3g}")
     return cells
 
 
 def _masks_of(site: Site) -> str:
     """The masks of a site's branches, shortened."""
-    program = site.program if site.last is None else site.last.attend.program
+    program: object = site.program
+    if site.last is not None:
+        program = site.last.attend.program
     if not isinstance(program, Program):
         return ""
     masks = "; ".join(str(branch.mask) for branch in program.branches)
-    return masks if len(masks) <= _LONGEST_MASKS else masks[: _LONGEST_MASKS - 3] + "..."
+    if len(masks) > _LONGEST_MASKS:
+        return masks[: _LONGEST_MASKS - 3] + "..."
+    return masks
 
 
 def _example(size: Any) -> int:
     """A size, or the value that a symbolic size was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint)
 
 
 def put_sites(module: nn.Module, of_module: Sequence[Site]) -> None:
-    """Attach sites to a layer, or to a model that has them all."""
+    """Attach sites to a layer, or all sites to a model."""
     setattr(module, _ATTRIBUTE, Sites(of_module))
 
 
@@ -164,7 +177,9 @@ def sites_of(module: nn.Module) -> Sites | None:
 
 
 def sites(model: nn.Module) -> Sites:
-    """The attention layers of a wrapped model; printed, a table of what the last call computed.
+    """The attention layers of a wrapped model.
+
+    Printed, they are a table of what the last call computed.
 
     Raises ValueError for a model that was not wrapped.
     """

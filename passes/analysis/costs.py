@@ -1,4 +1,4 @@
-"""Estimated time of a step, from its flops and the bytes it moves.
+"""Estimated time of a step from its flops and bytes moved.
 
 Good for ordering candidates on one machine; not a forecast of seconds.
 """
@@ -27,23 +27,31 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Work:
-    """The work of an operator: flops, bytes of memory moved, bytes of files moved."""
+    """The work of an operator.
+
+    flops: floating-point operations
+    memory_bytes: bytes moved to and from memory
+    file_bytes: bytes moved to and from files
+    """
 
     flops: float = 0
     memory_bytes: float = 0
     file_bytes: float = 0
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, addend: Work) -> Work:
         return Work(
-            self.flops + other.flops,
-            self.memory_bytes + other.memory_bytes,
-            self.file_bytes + other.file_bytes,
+            self.flops + addend.flops,
+            self.memory_bytes + addend.memory_bytes,
+            self.file_bytes + addend.file_bytes,
         )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates per second. The defaults are those of two cores with a local disk."""
+    """Rates of a machine, per second.
+
+    The defaults are those of two cores with a local disk.
+    """
 
     flops: float = 1.5e11
     memory_bytes: float = 1e10
@@ -66,7 +74,7 @@ MACHINE = Machine()
 
 
 def register(op: Operator, work: Callable[..., Work]) -> None:
-    """Register the work of an operator. A second call for the operator replaces the first.
+    """Register the work of an operator, in place of an earlier registration.
 
     Other operators count by torch's flop formulas, else by the bytes of their results.
 
@@ -81,7 +89,10 @@ def register(op: Operator, work: Callable[..., Work]) -> None:
 
 
 def register_default(op: Operator, work: Callable[..., Work]) -> None:
-    """Register the work of an operator unless it has one. work: as for `register`."""
+    """Register the work of an operator unless it has one.
+
+    work: as for `register`
+    """
     _REGISTERED.setdefault(op, work)
 
 

@@ -1,4 +1,4 @@
-"""Effects of the operators that graph nodes call: writes, side effects, random numbers."""
+"""Effects of graph nodes' operators: writes, side effects, random numbers."""
 
 from __future__ import annotations
 
@@ -41,12 +41,16 @@ def is_elementwise(node: Node) -> bool:
 
 
 def writes(node: Node) -> bool:
-    """Whether a call in a Dynamo graph (function, method or operator) is in-place."""
+    """Whether a call in a Dynamo graph is in-place.
+
+    The call is of a function, a method or an operator.
+    """
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     if node.op not in ("call_function", "call_method"):
         return False
+    # A method is called by its name.
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name == "setitem" or _is_augmented(target):
         return True

@@ -51,7 +51,10 @@ class Footprint:
 
     @property
     def added_bytes(self) -> int:
-        """The peak beyond the inputs; negative if the program frees inputs and allocates little."""
+        """The peak beyond the inputs.
+
+        Negative if the program frees inputs and allocates little.
+        """
         return self.peak_bytes - self.input_bytes
 
 
@@ -62,7 +65,7 @@ def of_graph(
     donated: Collection[str] = (),
     inference: bool = True,
 ) -> Footprint:
-    """The footprint of one aten graph: an inference, a forward or a backward.
+    """The footprint of one aten graph: inference, forward or backward.
 
     The graph may be from before or after inductor's own passes, and is not changed. The current
     options of torch._inductor.config apply.
@@ -78,10 +81,11 @@ def of_graph(
     program = _Program(module, inference=inference, donated=donated)
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         factory = _Inputs(sizes)
-        inputs = [factory.make(node) for node in program.placeholders]
+        inputs = list(map(factory.make, program.placeholders))
         # The factory refers to every input, donated ones too.
         del factory
         input_bytes = meter.live_bytes
+        # A comprehension: a loop's variable would keep the last input alive.
         owned_by_caller = [
             value for name, value in zip(program.names, inputs, strict=True) if name not in donated
         ]
@@ -92,7 +96,7 @@ def of_graph(
 def of_step(
     forward: GraphModule, backward: GraphModule, *, sizes: Mapping[str, int] | None = None
 ) -> Footprint:
-    """The footprint of a training step: a forward, its saved values, and the backward.
+    """The footprint of a training step: forward, saved values and backward.
 
     The backward's placeholders have the names of the forward's outputs and inputs, as
     AOTAutograd's partitioners leave them; the others are gradients of the outputs. The caller
@@ -106,7 +110,7 @@ def of_step(
     second = _Program(backward, inference=False, donated=_donated(forward, backward))
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         factory = _Inputs(sizes)
-        inputs = [factory.make(node) for node in first.placeholders]
+        inputs = list(map(factory.make, first.placeholders))
         input_bytes = meter.live_bytes
         values = dict(zip(first.names, inputs, strict=True))
         owned_by_caller = list(inputs)
@@ -120,10 +124,10 @@ def of_step(
         ]
         del outputs
         # 2. The backward: no reference but its own may keep a donated input alive.
-        inputs = [
-            values[node.name] if node.name in values else factory.make(node)
-            for node in second.placeholders
-        ]
+        for node in second.placeholders:
+            if node.name not in values:
+                values[node.name] = factory.make(node)
+        inputs = [values[name] for name in second.names]
         values.clear()
         del factory
         owned_by_caller.append(second.run(inputs))
@@ -131,7 +135,10 @@ def of_step(
 
 
 def donated(graph: Graph) -> list[str]:
-    """The placeholders that the backward now being compiled may free; none of another graph."""
+    """The placeholders that the backward now being compiled may free.
+
+    Empty for any other graph.
+    """
     placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
     context = torch._guards.TracingContext.try_get()
     if context is None or context.fw_metadata is None:
@@ -168,9 +175,9 @@ class _Program:
     def __init__(
         self, module: GraphModule, *, inference: bool, donated: Collection[str] = ()
     ) -> None:
-        self.placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.placeholders = module.graph.find_nodes(op="placeholder")
         self.names = [node.name for node in self.placeholders]
-        self.outputs = [node.name if isinstance(node, Node) else "" for node in _results(module)]
+        self.outputs = list(map(_name_of, _results(module)))
         self.donated = frozenset(donated)
         if unknown := self.donated - set(self.names):
             raise ValueError(
@@ -178,11 +185,14 @@ class _Program:
                 f"It has {', '.join(self.names)}"
             )
         places = [place for place, name in enumerate(self.names) if name in self.donated]
-        values = [value_of(node) for node in self.placeholders]
+        values = list(map(value_of, self.placeholders))
         self._call = written(copied(module), values, inference, places)
 
     def run(self, inputs: list[Any]) -> Sequence[Any]:
-        """Run the program. It takes the inputs over: the list is empty afterwards."""
+        """Run the program.
+
+        inputs: the program takes them over, and leaves the list empty
+        """
         try:
             results: Sequence[Any] = self._call(inputs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -194,14 +204,17 @@ class _Program:
 
 
 class _Inputs:
-    """Tensors without data for placeholders; those that share a storage in the trace share one."""
+    """Tensors without data for placeholders.
+
+    Those that share a storage in the trace share one here.
+    """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
         self.storages: dict[int, Tensor] = {}
 
     def make(self, node: Node) -> Any:
-        """Make the value of a placeholder: a tensor, or a number for a symbol."""
+        """Make a placeholder's value: a tensor, or a number for a symbol."""
         value = value_of(node)
         if isinstance(value, torch.SymInt):
             return number_of(value, node, self.sizes)
@@ -223,31 +236,44 @@ class _Inputs:
 
 
 def _results(module: GraphModule) -> list[Any]:
-    """What a graph returns, flattened, None for a gradient that is not needed."""
+    """A graph's results, flattened; None for a gradient that is not needed."""
     (results,) = module.graph.find_nodes(op="output")[0].args
     return pytree.tree_leaves(results, lambda value: value is None)
 
 
 def _donated(forward: GraphModule, backward: GraphModule) -> list[str]:
-    """Placeholders that the backward may free: from the forward, and no result of the step."""
-    placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
+    """The placeholders that the backward may free.
+
+    They are saved by the forward, and no result of the step.
+    """
+    placeholders = backward.graph.find_nodes(op="placeholder")
     outputs = [node for node in _results(forward) if isinstance(node, Node)]
     # A value returned twice is both a result and saved: the caller has it too.
     times_returned = Counter(node.name for node in outputs)
     saved = {node.name for node in placeholders if times_returned[node.name] == 1}
     # Storages that are referred to from outside of the backward, by any view.
-    shared = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    shared = list(forward.graph.find_nodes(op="placeholder"))
     shared += [node for node in outputs if node.name not in saved]
     shared += [node for node in _results(backward) if isinstance(node, Node)]
-    shared_storages = {_storage(node) for node in shared} | {None}
-    return [
-        node.name
-        for node in placeholders
-        if node.name in saved and _storage(node) not in shared_storages
-    ]
+    shared_storages = {None, *map(_storage, shared)}
+    names: list[str] = []
+    for node in placeholders:
+        if node.name in saved and _storage(node) not in shared_storages:
+            names.append(node.name)
+    return names
 
 
 def _storage(node: Node) -> int | None:
-    """The identity of a value's storage; None for a value that is no tensor."""
+    """The identity of a value's storage; None if it is no tensor."""
     value = value_of(node)
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    storage: int = value.untyped_storage()._cdata
+    return storage
+
+
+def _name_of(result: Any) -> str:
+    """The name of a returned node, "" for any other result."""
+    if isinstance(result, Node):
+        return result.name
+    return ""

@@ -33,7 +33,10 @@ _CONFIG = {
 
 
 def copied(module: GraphModule) -> GraphModule:
-    """Copy a module and its subgraphs, so that they may be changed. Tensors are shared."""
+    """Copy a module and its subgraphs, so that they may be changed.
+
+    Tensors are shared.
+    """
     result = GraphModule(module, copied_graph(module.graph))
     result.meta = dict(module.meta)
     for node in result.graph.find_nodes(op="get_attr"):

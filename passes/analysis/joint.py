@@ -61,7 +61,7 @@ class Halves:
 
     @cached_property
     def last_uses(self) -> dict[Node, Node]:
-        """The last node that uses the memory of each base in the forward."""
+        """The last forward node that uses the memory of each base."""
         last: dict[Node, Node] = {}
         for node in self.forward.nodes:
             if node.op == "output":
@@ -72,7 +72,7 @@ class Halves:
 
 
 def split(graph: Graph) -> Halves | None:
-    """Split a copy of a joint graph; None if it has no backward."""
+    """Split a copy of a joint graph; None without a backward."""
     output = next(iter(graph.find_nodes(op="output")))
     descriptions = pytree.arg_tree_leaves(output.meta.get("desc", ()))
     if not any(isinstance(description, GradAOTOutput) for description in descriptions):

@@ -1,4 +1,4 @@
-"""Storage lifetimes of an fx graph: when each storage is allocated and freed.
+"""Lifetimes of a graph's storages: when each is allocated and freed.
 
 One storage per allocation, whatever names and views it has.
 
@@ -115,7 +115,8 @@ def lifetimes(
     a value, tensors without one plain storage, operations that replace storages, module and method
     calls, scans.
     """
-    graph = graph.graph if isinstance(graph, GraphModule) else graph
+    if isinstance(graph, GraphModule):
+        graph = graph.graph
     if not isinstance(graph, Graph):
         raise TypeError(
             f"graph must be an fx Graph or GraphModule; got {type(graph).__name__}. "
@@ -142,7 +143,9 @@ def _check_symbols(graph: Graph, sizes: Mapping[str, int]) -> None:
     """Raise ValueError if a name is no symbol of the graph."""
     if not sizes:
         return
-    symbols = {str(symbol) for node in graph.nodes for symbol in symbols_of(node)}
+    symbols = set[str]()
+    for node in graph.nodes:
+        symbols.update(str(symbol) for symbol in symbols_of(node))
     for name in sizes:
         if name not in symbols:
             raise ValueError(
@@ -226,7 +229,10 @@ class _Walk:
         )
 
     def _number(self, step: int, node: Node) -> Any:
-        """A node's value with storage numbers for tensors; adds the storages that are new."""
+        """A node's value with storage numbers in place of tensors.
+
+        Adds the storages that are new.
+        """
         check_memory(node)
         # An item has the storage that its list or tuple has at that place.
         if node.target is operator.getitem:
@@ -236,7 +242,10 @@ class _Walk:
         value = value_of(node)
         if isinstance(value, torch.nn.Module):
             return None
-        existing = self.input_numbers if node.op != "call_function" else self._operands(node)
+        # An input may share a storage with an earlier input, a result with an operand.
+        existing = self.input_numbers
+        if node.op == "call_function":
+            existing = self._operands(node)
         leaves, tree = pytree.tree_flatten(value)
         leaf_numbers = [
             self._leaf_number(step, node, result, leaf, existing)
@@ -254,26 +263,28 @@ class _Walk:
         """
         if not isinstance(leaf, Tensor):
             return None
-        is_input = node.op != "call_function"
         key = _identity(leaf, node)
-        # A storage that is none of the operands' is new, unless the schema says it is a view.
+        # A storage that is none of the operands' is new, unless the schema declares a view.
         if key not in existing:
-            viewed = self._viewed(node, result)
-            existing[key] = len(self.storages) if viewed is None else viewed
-            if viewed is None:
-                self.storages.append(
-                    _Live(
-                        name=f"{node.name}[{result}]" if result else node.name,
-                        size=number_of(leaf.untyped_storage().nbytes(), node, self.sizes),
-                        lower=0 if is_input else step,
-                        upper=step + 1,
-                        device=str(leaf.device),
-                        source=source_of(node),
-                    )
-                )
-        if is_input:
+            number = self._viewed(node, result)
+            if number is None:
+                number = len(self.storages)
+                self.storages.append(self._allocated(step, node, result, leaf))
+            existing[key] = number
+        if node.op != "call_function":
             self.storages[existing[key]].inputs.add(node.name)
         return existing[key]
+
+    def _allocated(self, step: int, node: Node, result: int, tensor: Tensor) -> _Live:
+        """The storage that a node allocates for one of its results.
+
+        result: its place among the node's results
+        """
+        name = f"{node.name}[{result}]" if result else node.name
+        # Inputs exist before the first step.
+        lower = step if node.op == "call_function" else 0
+        size = number_of(tensor.untyped_storage().nbytes(), node, self.sizes)
+        return _Live(name, size, lower, step + 1, str(tensor.device), source_of(node))
 
     def _operands(self, node: Node) -> dict[int, int]:
         """Storage numbers of a node's operands, by their fake storages' identities."""
@@ -290,10 +301,12 @@ class _Walk:
         return numbers
 
     def _viewed(self, node: Node, result: int) -> int | None:
-        """The storage that a result views by the operator's schema; None if it is new."""
+        """The storage that a result views by its schema, or None."""
         operand = viewed_operand(node, result)
-        numbers = None if operand is None else self.numbers[operand]
-        # A list of tensors has no one storage.
+        if operand is None:
+            return None
+        # A list of tensors has no single storage.
+        numbers = self.numbers[operand]
         return numbers if isinstance(numbers, int) else None
 
     def _nested(self, node: Node, allocated: int) -> int:
@@ -312,7 +325,9 @@ class _Walk:
             )
         most = 0
         for operand in node.all_input_nodes:
-            module = attribute(operand) if operand.op == "get_attr" else None
+            if operand.op != "get_attr":
+                continue
+            module = attribute(operand)
             if isinstance(module, GraphModule):
                 inner = _Walk(module.graph, self.sizes, frozenset()).lifetimes()
                 most = max(most, int(inner.bytes_at.max(initial=0)) - inner.input_bytes)

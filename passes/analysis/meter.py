@@ -1,4 +1,4 @@
-"""A dispatch mode that counts the bytes of the tensors allocated under it."""
+"""A dispatch mode that counts the bytes of tensors allocated under it."""
 
 from __future__ import annotations
 

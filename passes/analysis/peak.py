@@ -1,4 +1,4 @@
-"""The step of a graph at which most bytes are live, and its storages.
+"""The step of a graph with most live bytes, and its storages.
 
 print(peak.find(liveness.lifetimes(graph)))
 
@@ -53,7 +53,10 @@ class Peak:
 
     @property
     def added_bytes(self) -> int:
-        """The peak beyond the inputs; negative if the graph frees inputs and allocates little."""
+        """The peak beyond the inputs.
+
+        Negative if the graph frees inputs and allocates little.
+        """
         return self.peak_bytes - self.input_bytes
 
     @property
@@ -142,11 +145,11 @@ def draw(lifetimes: Lifetimes, path: str | PathLike[str]) -> None:
         if storage.is_input:
             inputs += _mebibytes_at(storage, steps)
     layers = [_mebibytes_at(storage, steps) for storage in _largest(lifetimes.storages, _LAYERS)]
-    rest = np.maximum(lifetimes.bytes_at / 2**20 - sum(layers, start=inputs), 0)
+    small = np.maximum(lifetimes.bytes_at / 2**20 - sum(layers, start=inputs), 0)
     figure = Figure(figsize=(11, 5))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.stackplot(steps, inputs, rest, *layers, step="mid", linewidth=0)
+    axes.stackplot(steps, inputs, small, *layers, step="mid", linewidth=0)
     peak = find(lifetimes)
     axes.annotate(peak.node, (peak.step, peak.peak_bytes / 2**20))
     axes.set(xlabel="step", ylabel="MiB", title=f"{mebibytes(peak.peak_bytes)} at {peak.node}")
@@ -187,7 +190,9 @@ def _check(lifetimes: Lifetimes) -> None:
 
 def mebibytes(size: int) -> str:
     """Format bytes: "12.0 MiB", or "512 B" below one MiB."""
-    return f"{size / 2**20:,.1f} MiB" if abs(size) >= 2**20 else f"{size:,} B"
+    if abs(size) < 2**20:
+        return f"{size:,} B"
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _largest(storages: Sequence[Storage], count: int) -> list[Storage]:

@@ -32,7 +32,7 @@ def check_memory(node: Node) -> None:
 
 
 def viewed_operand(node: Node, result: int) -> Node | None:
-    """The operand that a result of a call views; None if its memory is new.
+    """The operand that a result views; None if its memory is new.
 
     A pass that adds nodes may give them fake tensors with storages of their own, so metadata
     does not decide. Composite operators (reshape, contiguous) view or copy: their schema does
@@ -47,16 +47,20 @@ def viewed_operand(node: Node, result: int) -> Node | None:
         source = node.args[0]
         assert isinstance(source, Node)
         return source
-    # The result's alias set names the argument that it views or overwrites.
+    # A list of results is a single return of the schema.
     returns = op._schema.returns
-    alias = returns[result if len(returns) > 1 else 0].alias_info
+    if len(returns) == 1:
+        result = 0
+    # The result's alias set names the argument that it views or overwrites.
+    alias = returns[result].alias_info
     if alias is None or (_is_composite(op) and not alias.is_write):
         return None
     for place, argument in enumerate(op._schema.arguments):
         if not _may_alias(argument.alias_info, alias):
             continue
-        named = node.kwargs.get(argument.name)
-        operand = node.args[place] if place < len(node.args) else named
+        operand = node.kwargs.get(argument.name)
+        if place < len(node.args):
+            operand = node.args[place]
         if isinstance(operand, Node):
             return operand
     return None

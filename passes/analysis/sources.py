@@ -30,7 +30,7 @@ def source_of(node: Node) -> str:
 
 
 def _line_of(node: Node) -> str:
-    """The line of the user's code that a node was traced from, or ""."""
+    """The user's source line that a node was traced from, or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
@@ -50,9 +50,10 @@ def _module_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
-    written, kind = list(stack.values())[-1]
+    expression, kind = list(stack.values())[-1]
     # As L['self']._modules['layers']._modules['0'], or L['self'].layers[0].
-    path = ".".join(word for word in re.findall(r"\w+", written)[2:] if word != "_modules")
+    words = re.findall(r"\w+", expression)[2:]
+    path = ".".join(word for word in words if word != "_modules")
     code = getattr(getattr(kind, "forward", None), "__code__", None)
     if code is None:
         return ""

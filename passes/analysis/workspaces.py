@@ -1,4 +1,4 @@
-"""Workspace of operators: bytes that a kernel allocates and frees while it runs."""
+"""Workspace of operators: bytes that kernels allocate and free while running."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
-    """Register the workspace of an operator. A second call for the operator replaces the first.
+    """Register the workspace of an operator, in place of an earlier registration.
 
     bytes_of: called with the arguments of a call, tensors without data; returns bytes
     """
@@ -28,7 +28,10 @@ def workspace(op: Operator, bytes_of: Callable[..., int]) -> None:
 
 
 def workspace_default(op: Operator, bytes_of: Callable[..., int]) -> None:
-    """Register the workspace of an operator unless it has one. bytes_of: as for `workspace`."""
+    """Register the workspace of an operator unless it has one.
+
+    bytes_of: as for `workspace`
+    """
     _REGISTERED.setdefault(op, bytes_of)
 
 
@@ -39,7 +42,9 @@ def registered() -> list[Callable[..., int]]:
 
 def workspace_bytes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The workspace of a call in bytes, 0 if not registered."""
-    return _REGISTERED[op](*args, **kwargs) if op in _REGISTERED else 0
+    if op not in _REGISTERED:
+        return 0
+    return _REGISTERED[op](*args, **kwargs)
 
 
 def _flash(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
@@ -94,7 +99,7 @@ def _tile(query: Tensor, key: Tensor) -> tuple[int, int, int]:
 def _packs(query: Tensor, key: Tensor, rows: int) -> bool:
     """Whether a forward packs keys and values for AMX.
 
-    It does if they are read often enough.
+    That pays if they are read often enough.
     """
     is_bfloat16 = query.dtype == torch.bfloat16
     if is_bfloat16:

@@ -1,4 +1,4 @@
-"""One arena for buffers with known lifetimes: offsets, an independent validator, an executor."""
+"""One arena for buffers with known lifetimes: offsets, validator, executor."""
 
 from .executor import Executor
 from .placements import Buffer, Placement

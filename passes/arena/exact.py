@@ -98,7 +98,7 @@ class _Race:
         self.attempt(_Model(self.part, self.roof, _by_area), math.inf, fixed=False)
 
     def attempt(self, model: _Model, seconds: float, fixed: bool) -> None:
-        """Run one solver, and end the race if it comes to a result."""
+        """Run one solver; a placement or a proof ends the race."""
         solver = _solver(min(seconds, self.deadline - time.monotonic()), workers=1, fixed=fixed)
         self.solvers.append(solver)
         if self.over.is_set():
@@ -128,8 +128,12 @@ class _Model:
         self.sizes = [box.size // self.unit for box in self.boxes]
         self.roof = (roof - part.floor) // self.unit
         self.places = [self.model.new_int_var(0, self.roof - size, "") for size in self.sizes]
-        steps = sorted({step for box in self.boxes for step in (box.lower, box.upper)})
-        number_of = {step: number for number, step in enumerate(steps)}
+        # Only steps at which a box begins or ends count, numbered in order.
+        ends = set[int]()
+        for box in self.boxes:
+            ends.update((box.lower, box.upper))
+        number_of = {step: number for number, step in enumerate(sorted(ends))}
+        # A rectangle for each box: its lifetime, and its span in the arena.
         interval = self.model.new_fixed_size_interval_var
         lifetimes, spans = [], []
         for box, place, size in zip(self.boxes, self.places, self.sizes, strict=True):
@@ -145,7 +149,11 @@ class _Model:
         )
 
     def minimize(self, start: Offsets, enough: int) -> None:
-        """Minimize the height, from `enough` on, with the placement `start` as a hint."""
+        """Minimize the height.
+
+        start: a placement, as a hint
+        enough: the lowest height to consider
+        """
         top = self.model.new_int_var(-(-(enough - self.floor) // self.unit), self.roof, "")
         for place, size, box in zip(self.places, self.sizes, self.boxes, strict=True):
             self.model.add(place + size <= top)
@@ -153,11 +161,13 @@ class _Model:
         self.model.minimize(top)
 
     def solve(self, solver: Any) -> bool | None:
-        """Whether there is a placement; None if the solver was stopped before it knew."""
+        """Whether there is a placement; None if the solver was stopped."""
         status = solver.solve(self.model)
         if status in (self.cp.OPTIMAL, self.cp.FEASIBLE):
             return True
-        return False if status == self.cp.INFEASIBLE else None
+        if status == self.cp.INFEASIBLE:
+            return False
+        return None
 
     def offsets(self, solver: Any) -> Offsets:
         """The solver's placement, by the numbers of the boxes."""
@@ -182,7 +192,7 @@ def _solver(seconds: float, workers: int, fixed: bool = False) -> Any:
 
 
 def _turns(models: list[_Model]) -> Iterator[tuple[float, _Model]]:
-    """Yield every model in turn, with seconds that double from round to round."""
+    """Yield the models in turn, with seconds that double every round."""
     for number in itertools.count():
         for model in models:
             yield _FIRST_TURN_SECONDS * 2**number, model

@@ -1,4 +1,4 @@
-"""A graph executed in one arena, of a size known before it runs.
+"""A graph executed in one arena of a size computed before.
 
 arena   |<------------------ height ------------------>|
 mm      [ a          ]                                     mm.out(x, w, out=a)
@@ -90,7 +90,7 @@ class Executor:
 
     @property
     def copied(self) -> tuple[str, ...]:
-        """The names of the nodes that compute into other memory and are copied."""
+        """The names of nodes that compute into other memory and are copied."""
         return tuple(self._copied)
 
     def __repr__(self) -> str:
@@ -102,7 +102,7 @@ class Executor:
     def __call__(self, *inputs: Any) -> Any:
         graph = self._module.graph
         flat_inputs = tuple(graph.process_inputs(*inputs))
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        placeholders = graph.find_nodes(op="placeholder")
         _check(placeholders, flat_inputs, self._examples)
         values: dict[Node, Any] = dict(zip(placeholders, flat_inputs, strict=True))
         for node in graph.nodes:
@@ -134,10 +134,9 @@ class Executor:
 
         def copy(*args: Any, **kwargs: Any) -> Any:
             computed = pytree.tree_leaves(target(*args, **kwargs))
-            results = [
-                leaf if place is None else place.copy_(leaf)
-                for leaf, place in zip(computed, places, strict=True)
-            ]
+            results: list[Any] = []
+            for leaf, place in zip(computed, places, strict=True):
+                results.append(leaf if place is None else place.copy_(leaf))
             return pytree.tree_unflatten(results, tree)
 
         return copy
@@ -155,10 +154,12 @@ class Executor:
                 offsets[leaf.untyped_storage()._cdata] = self._offsets[name]
         places: list[Tensor | None] = []
         for leaf in leaves:
-            offset = None
+            place: Tensor | None = None
             if isinstance(leaf, Tensor):
                 offset = offsets.get(leaf.untyped_storage()._cdata)
-            places.append(None if offset is None else _tensor_at(self.arena, offset, leaf))
+                if offset is not None:
+                    place = _tensor_at(self.arena, offset, leaf)
+            places.append(place)
         return places
 
 
@@ -182,13 +183,13 @@ def _out_variant(op: Any, device: torch.device) -> tuple[Action, tuple[str, ...]
     for name in op.overloadpacket.overloads():
         variant = getattr(op.overloadpacket, name)
         outs: list[str] = []
-        others: list[tuple[str, str]] = []
+        operands: list[tuple[str, str]] = []
         for argument in variant._schema.arguments:
             if argument.is_out:
                 outs.append(argument.name)
             else:
-                others.append((argument.name, str(argument.type)))
-        is_match = others == expected and len(outs) == len(op._schema.returns)
+                operands.append((argument.name, str(argument.type)))
+        is_match = operands == expected and len(outs) == len(op._schema.returns)
         if outs and is_match and _has_kernel(variant, device):
             return variant, tuple(outs)
     return None
@@ -209,7 +210,7 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
     graph = copied_graph(graph_module.graph)
     module = GraphModule(graph_module, graph)
     inputs = graph.process_inputs(*example_inputs)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    placeholders = graph.find_nodes(op="placeholder")
     if len(inputs) != len(placeholders):
         raise ValueError(
             f"example_inputs must be the graph's {len(placeholders)} inputs; got {len(inputs)}"
@@ -235,7 +236,7 @@ def _static(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphMo
 def _is_sized_by_data(node: Node) -> bool:
     """Whether the number of elements of a result depends on data.
 
-    Of indexing it does with masks only.
+    Of indexing only the result of a mask is sized by data.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

@@ -1,4 +1,7 @@
-"""First fit in several orders, which reaches the lower bound on most graphs."""
+"""First fit in several orders.
+
+On most graphs that reaches the lower bound.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from .parts import Box, Part
 Offsets = dict[int, int]
 IntArray = npt.NDArray[np.int64]
 
-# Largest first: by area, size, lifetime; then earliest or latest first. Area wins most often.
+# Largest first: by area, size, lifetime; then earliest or latest first. Area is best most often.
 _ORDERS: tuple[Callable[[Box], tuple[int, ...]], ...] = (
     lambda box: (-box.size * (box.upper - box.lower), box.lower),
     lambda box: (-box.size, box.lower),
@@ -60,11 +63,12 @@ def _first_fit(ordered: Sequence[Box], floor: int) -> Offsets:
     offset = np.zeros(len(ordered), dtype=np.int64)
     for i, box in enumerate(ordered):
         # The placed boxes that are live at the same time, from below.
-        others = np.flatnonzero((lower[:i] < box.upper) & (box.lower < upper[:i]))
-        others = others[np.argsort(offset[others], kind="stable")]
-        # The gap below each is above the highest top of those before it.
-        tops = np.maximum.accumulate(np.concatenate([[floor], offset[others] + size[others]]))
-        gaps = np.flatnonzero(offset[others] - tops[:-1] >= box.size)
+        live = np.flatnonzero((lower[:i] < box.upper) & (box.lower < upper[:i]))
+        live = live[np.argsort(offset[live], kind="stable")]
+        # The gap below a box is above the highest top of the boxes before it.
+        tops = np.maximum.accumulate(np.concatenate([[floor], offset[live] + size[live]]))
+        gaps = np.flatnonzero(offset[live] - tops[:-1] >= box.size)
+        # The lowest gap that is large enough, else the top of all.
         offset[i] = tops[gaps[0]] if len(gaps) else tops[-1]
     return {box.number: int(start) for box, start in zip(ordered, offset, strict=True)}
 

@@ -1,8 +1,8 @@
 """A placement problem split into independent parts, in units of the alignment.
 
 Groups of buffers that never overlap in time are independent. A buffer that overlaps all others of
-its part goes below them, which costs nothing: wherever a placement has it, what is below it may
-change places with it. The rest above it may split again.
+its part is placed below them at no cost: in any placement it can be swapped with what is below it.
+The boxes above it may split again.
 
     [ c ]      [ d ]           [ c ]  |  [ d ]      c and d never overlap: two parts,
     [       a      ]    ->     ------ | ------      with the top of a as their floor
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Box:
-    """A buffer in units of the alignment, live during the steps [lower, upper).
+    """A buffer that is live during the steps [lower, upper).
 
     number: its place among all buffers
+    size: in units of the alignment
     """
 
     number: int
@@ -26,9 +27,9 @@ class Box:
     upper: int
     size: int
 
-    def meets(self, other: Box) -> bool:
+    def meets(self, box: Box) -> bool:
         """Whether both are live at some step."""
-        return self.lower < other.upper and other.lower < self.upper
+        return self.lower < box.upper and box.lower < self.upper
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Part:
 
 
 def parts(boxes: Sequence[Box]) -> tuple[list[Part], dict[int, int]]:
-    """Split a problem: the parts, and the offsets of the boxes below them by number."""
+    """Split a problem into independent parts.
+
+    Returns the parts, and the offsets of the boxes below them by number.
+    """
     finished: list[Part] = []
     offsets: dict[int, int] = {}
     candidates = [Part(0, group) for group in _connected(boxes)]

@@ -1,4 +1,7 @@
-"""Offsets for buffers: greedy orders first, then an exact search on parts above the bound."""
+"""Offsets for buffers: greedy orders, then an exact search.
+
+The exact search is for the parts that greedy orders leave above the lower bound.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def _offsets(boxes: Sequence[Box], bound: int, roof: int | None, deadline: float
     bound: the lower bound
     roof: the height that will do; None for the lowest
     """
-    # The highest part decides: up to its height, the others may be as high as they are.
+    # The highest part determines the arena: up to its height, lower parts need no search.
     enough = bound if roof is None else roof
     split, offsets = parts(boxes)
     # 1. Greedy orders on every part.
@@ -89,9 +92,12 @@ def _offsets(boxes: Sequence[Box], bound: int, roof: int | None, deadline: float
         if now >= deadline:
             break
         until = now + (deadline - now) / (len(hard) - turn)
-        # A search for a placement at the bound finds it sooner than one for the lowest placement:
-        # it gets the first half of the time.
-        improved = exact.fit(part, enough, until if roof is not None else (now + until) / 2)
+        # A search for a placement at the bound ends sooner than one for the lowest placement: it
+        # gets the first half of the time.
+        fit_until = until
+        if roof is None:
+            fit_until = (now + until) / 2
+        improved = exact.fit(part, enough, fit_until)
         if improved is None and roof is None:
             improved = exact.lower(part, placed, enough, until)
             enough = max(enough, greedy.height(part.boxes, improved))

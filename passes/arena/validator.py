@@ -43,7 +43,7 @@ def validate(buffers: Sequence[Buffer], placement: Placement) -> None:
 
 
 def _check(buffers: Sequence[Buffer], placement: Placement) -> None:
-    """Raise TypeError or ValueError unless these are buffers and a placement of numbers."""
+    """Raise TypeError or ValueError unless these are buffers and a placement."""
     for number, buffer in enumerate(arguments.sequence("buffers", buffers, "arena.Buffer")):
         arguments.kind(f"buffers[{number}]", buffer, Buffer, "Write Buffer(lower, upper, size)")
     arguments.kind("placement", placement, Placement, "Take it from arena.solve")
@@ -81,9 +81,9 @@ def _sweep(buffers: Sequence[Buffer], placement: Placement) -> None:
             continue
         place = bisect_left(live, entry)
         start, end = entry[0], entry[0] + buffers[number].size
-        for offset, other in live[max(0, place - 1) : place + 1]:
-            if offset < end and start < offset + buffers[other].size:
-                first, second = sorted((number, other))
+        for offset, neighbour in live[max(0, place - 1) : place + 1]:
+            if offset < end and start < offset + buffers[neighbour].size:
+                first, second = sorted((number, neighbour))
                 raise ValueError(
                     f"buffers {first} and {second} live together and overlap: "
                     f"{_described(buffers, placement, first)} and "

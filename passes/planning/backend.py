@@ -23,7 +23,9 @@ from .tracing import Captured, capture, captured, trace, without_idle
 
 
 class Backend:
-    """A backend of torch.compile: chooses passes for each graph and compiles it by inductor.
+    """A backend of torch.compile that chooses passes for each graph.
+
+    Inductor compiles the graph with them.
 
     choices: one for each graph, in the order of compilation. Chosen here and not in inductor's
         hooks, which do not run if the compile cache is warm.
@@ -46,6 +48,7 @@ class Backend:
         run: Any = compile_fx(module, inputs, config_patches=configs)
         self.choices.append(choice)
         budget = self.pipeline.budget_bytes
+        # Sizes that are fixed fit already.
         return run if budget is None or not symbols else _Guarded(run, choice, budget, symbols)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -57,7 +60,7 @@ class _Guarded:
     """A compiled graph that refuses sizes beyond its memory budget.
 
     symbols: names by the places of the inputs that are sizes
-    fits: sizes known to fit, by symbol; the peak does not fall if sizes grow
+    fits: sizes that fit, by symbol; the peak does not fall if sizes grow
     """
 
     def __init__(
@@ -72,10 +75,7 @@ class _Guarded:
 
     def __call__(self, *inputs: Any) -> Any:
         sizes = {symbol: int(inputs[place]) for place, symbol in self.symbols.items()}
-        is_known = any(
-            all(size <= fitting[symbol] for symbol, size in sizes.items()) for fitting in self.fits
-        )
-        if not is_known:
+        if not any(_is_within(sizes, limits) for limits in self.fits):
             self._check(sizes)
         return self.run(*inputs)
 
@@ -90,6 +90,11 @@ class _Guarded:
                 peak,
             )
         self.fits.append(sizes)
+
+
+def _is_within(sizes: dict[str, int], limits: dict[str, int]) -> bool:
+    """Whether no size is above its limit; both by symbol."""
+    return all(size <= limits[symbol] for symbol, size in sizes.items())
 
 
 # Weak, so that a step that is dropped takes its graphs with it.
@@ -124,9 +129,11 @@ def compile(
     arguments.model(model)
     arguments.flag("dynamic", dynamic, or_none=True)
     arguments.flag("fullgraph", fullgraph)
+    offered: list[Sequence[Pass]] | None = None
     if passes is not None:
         check_members("passes", passes)
-    planning = Backend(pipeline(memory_budget, None if passes is None else [passes], extra=extra))
+        offered = [passes]
+    planning = Backend(pipeline(memory_budget, offered, extra=extra))
     step = torch.compile(model, backend=planning, dynamic=dynamic, fullgraph=fullgraph)
     _backends[step] = planning
     return step
@@ -154,12 +161,14 @@ def choices(step: Any) -> tuple[Choice, ...]:
 
 
 def _backend_of(step: Any) -> Backend | None:
-    """The backend of a step, or of a model whose forward was compiled in place."""
-    compiled = _backends.get(step)
-    if compiled is not None:
-        return compiled
-    own = getattr(getattr(getattr(step, "forward", None), "__self__", None), "backend", None)
-    return own if isinstance(own, Backend) else None
+    """The backend of a step, or of a model compiled in place."""
+    registered = _backends.get(step)
+    if registered is not None:
+        return registered
+    # model.compile() replaces the model's forward.
+    owner = getattr(getattr(step, "forward", None), "__self__", None)
+    planning = getattr(owner, "backend", None)
+    return planning if isinstance(planning, Backend) else None
 
 
 def estimate(

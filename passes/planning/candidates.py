@@ -23,7 +23,7 @@ _LEAST_CHUNK, _MOST_CHUNK = 2**20, 16 * 2**20
 
 
 def candidates(training: bool, budget_bytes: int | None = None) -> list[list[Passes]]:
-    """The default candidates: no pass, and combinations that this kind of step can use.
+    """The default candidates: no pass, and combinations for one kind of step.
 
     In groups: those of a later group cost more. The last group, whose orders take long to plan and
     whose chunks are smallest, is for budgets that nothing else fits. Without Remat, which plans by
@@ -55,8 +55,11 @@ def candidates(training: bool, budget_bytes: int | None = None) -> list[list[Pas
             [ordered, *((sized, *ordered) for sized in (chunk, *smaller)), *streamed[1:]],
         ]
     # A causal mask that is not computed costs nothing, so every candidate but the plain one has it.
-    with_causal = [[(Causal(), *passes) for passes in group] for group in groups]
-    return [[(), *with_causal[0]], *with_causal[1:]]
+    with_causal: list[list[Passes]] = []
+    for group in groups:
+        with_causal.append([(Causal(), *passes) for passes in group])
+    with_causal[0].insert(0, ())
+    return with_causal
 
 
 def check_candidates(passes: Sequence[Sequence[Pass]]) -> None:
@@ -72,9 +75,9 @@ def check_candidates(passes: Sequence[Sequence[Pass]]) -> None:
 
 
 def check_members(name: str, passes: Sequence[Pass]) -> None:
-    """Raise TypeError unless `passes` are a tuple or a list of hashable passes.
+    """Raise TypeError unless `passes` is a tuple or list of hashable passes.
 
-    They are keys of plans.
+    Hashable, as keys of plans.
     """
     inductor_hooks.check(name, passes)
     for place, member in enumerate(passes):

@@ -1,4 +1,6 @@
-"""Choices of passes stored on disk, beside inductor's cache: planning is slow and deterministic.
+"""Choices of passes stored on disk, beside inductor's cache.
+
+Planning is slow and deterministic.
 
 A choice is stored under a hash of all that it depends on: the graph and its inputs, the pipeline,
 the source of the passes and of the packages that register workspaces, torch and its options.
@@ -32,7 +34,7 @@ from .tracing import Captured
 
 
 def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | None:
-    """The name under which a choice is stored; None if it must not be.
+    """The name to store a choice under; None to store none.
 
     pipeline: the repr of what chooses
     passes: all that it may choose
@@ -139,16 +141,18 @@ def _decoded_estimate(row: object, offered: Sequence[Passes]) -> Estimate | None
 
 
 def _subset(reprs: object, passes: Passes) -> Passes | None:
-    """The passes with these reprs, in order; None if one has no pass."""
+    """The passes with these reprs, in order; None if one is missing."""
     if not isinstance(reprs, list):
         return None
-    rest = list(reprs)
+    missing = list(reprs)
     subset: list[Pass] = []
     for member in passes:
-        if rest and rest[0] == repr(member):
+        if missing and missing[0] == repr(member):
             subset.append(member)
-            rest.pop(0)
-    return None if rest else tuple(subset)
+            missing.pop(0)
+    if missing:
+        return None
+    return tuple(subset)
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -168,7 +172,10 @@ def _kind(value: Any) -> str:
 
 
 def _files(packages: Iterable[str]) -> set[Path]:
-    """The Python files of imported packages; none of a module without a file."""
+    """The Python files of imported packages.
+
+    A module without a file has none.
+    """
     files = set[Path]()
     for name in packages:
         file = getattr(sys.modules[name], "__file__", None)

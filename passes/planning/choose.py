@@ -63,9 +63,13 @@ class Pipeline:
         Raises BudgetError with the least budget that would do.
         """
         # 1. The stored choice, if there is one.
-        groups = self._groups(graph.training)
-        offered = [(*passes, *self.extra) for group in groups for passes in group]
-        by_repr = {repr(member): member for passes in offered for member in passes}
+        offered: list[Passes] = []
+        by_repr: dict[str, Pass] = {}
+        for group in self._groups(graph.training):
+            for passes in group:
+                candidate = (*passes, *self.extra)
+                offered.append(candidate)
+                by_repr.update((repr(member), member) for member in candidate)
         name = choice_cache.name_of(graph, repr(self), tuple(by_repr.values()))
         if name is None:
             return self._chosen(graph)
@@ -129,14 +133,16 @@ class Pipeline:
     def _traced(
         self, graph: Captured, plain: Traced, offered: Sequence[Passes]
     ) -> dict[Passes, Traced]:
-        """Trace each candidate. Default candidates that differ only in no-op passes share one.
+        """Trace each candidate.
+
+        Default candidates that differ only in no-op passes share a trace.
 
         plain: the step without passes
         """
         is_default, result = self.candidates is None, dict[Passes, Traced]()
         distinct: dict[Passes, Traced] = {(): plain}
         for candidate in offered:
-            # What Stage.DYNAMO leaves alone is known before the trace, the rest after it.
+            # No-op passes of Stage.DYNAMO drop out before the trace, those of later stages after.
             passes = (*candidate, *self.extra)
             if is_default:
                 passes = without_idle(graph, passes, required=self.extra)
@@ -151,7 +157,9 @@ class Pipeline:
 
 
 def _may_win(passes: Passes, best: Estimate, seconds_of: Mapping[Passes, float]) -> bool:
-    """Whether a candidate may be faster than the best that fits: spills only add time.
+    """Whether a candidate may be faster than the best that fits.
+
+    Spills only add time.
 
     seconds_of: seconds of candidates traced before, the one without these spills among them
     """
@@ -176,6 +184,8 @@ def pipeline(
         check_candidates(passes)
     check_members("extra", extra)
     arguments.kind("machine", machine, Machine, "Write passes.costs.Machine(...)")
-    budget = None if memory_budget is None else budgets.parse("memory_budget", memory_budget)
+    budget: int | None = None
+    if memory_budget is not None:
+        budget = budgets.parse("memory_budget", memory_budget)
     offered = None if passes is None else tuple(map(tuple, passes))
     return Pipeline(budget, offered, tuple(extra), machine)

@@ -29,9 +29,9 @@ OnRun = Callable[[Pass, Sequence[str]], None]
 
 
 class StagePasses(CustomGraphPass):
-    """The passes of one stage as one custom pass: torch 2.11 takes no lists.
+    """The passes of one stage as one custom pass.
 
-    The graph is linted after each pass.
+    Torch 2.11 takes no lists of passes. The graph is linted after each pass.
 
     on_run: called with each pass and its lines; not called if the compile cache is warm
     """

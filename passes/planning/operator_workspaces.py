@@ -1,7 +1,7 @@
-"""Workspace and work of this package's own operators: a table, registered with the estimates.
+"""Workspace and work of this package's own operators.
 
-The workspace of an operator written in Python is measured by running its body on tensors without
-data.
+A table, registered with the estimates. The workspace of an operator written in Python is measured
+by running its body on tensors without data.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _workspace_of(op: CustomOpDef) -> Callable[..., int]:
 
 
 def body_workspace(body: Callable[..., Any], *args: Any) -> int:
-    """The most bytes live at one time in body(*args), beyond operands and results."""
+    """The peak of body(*args) in bytes, beyond operands and results."""
     leaves, spec = pytree.tree_flatten(args)
     kinds: list[Any] = []
     for leaf in leaves:
@@ -79,10 +79,13 @@ def _measured(
 ) -> int:
     assert threads == torch.get_num_threads()  # part of the key: kernels have workspace per thread
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
-        leaves = [kind.empty() if isinstance(kind, _Kind) else kind for kind in kinds]
+        leaves: list[Any] = []
+        for kind in kinds:
+            leaves.append(kind.empty() if isinstance(kind, _Kind) else kind)
         with Meter() as meter:
             meter.exclude(leaf for leaf in leaves if isinstance(leaf, Tensor))
             results = body(*pytree.tree_unflatten(leaves, spec))
+        # The caller allocates the results in any case: they are no workspace.
         result_bytes = 0
         for leaf in pytree.tree_leaves(results):
             if isinstance(leaf, Tensor):
@@ -155,7 +158,10 @@ def _streamed_work(
 
 
 def _loss_work(products: int) -> Callable[..., Work]:
-    """The work of a loss. products: matrix products of tokens, features and classes."""
+    """The work of a loss.
+
+    products: matrix products of tokens, features and classes
+    """
 
     def work(*args: Any, out: Any, **kwargs: Any) -> Work:
         matrices = [value for value in args if isinstance(value, Tensor) and value.dim() == 2]
@@ -186,7 +192,10 @@ _WITHOUT_WORKSPACE: Works = (
 
 
 def _with_workspace() -> Works:
-    """The operators whose body is measured, torch's own loss among them if it has one."""
+    """The operators whose body is measured.
+
+    Torch's own loss is among them in versions that have it.
+    """
     if not HAS_LINEAR_CROSS_ENTROPY:
         return _WITH_WORKSPACE
     from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked

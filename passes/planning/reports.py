@@ -47,19 +47,17 @@ class Report:
         """The report as a JSON value, sizes in bytes, times in seconds."""
         graphs: list[dict[str, Any]] = []
         for choice in self.choices:
-            changes = [
-                {"by": repr(change.by), "lines": list(change.lines)}
-                for change in choice.traced.changes
-            ]
-            live = [
-                {"name": name, "bytes": size, "source": source}
-                for name, size, source in _live(choice.traced)
-            ]
+            changes: list[dict[str, Any]] = []
+            for change in choice.traced.changes:
+                changes.append({"by": repr(change.by), "lines": list(change.lines)})
+            live: list[dict[str, Any]] = []
+            for name, size, source in _live(choice.traced):
+                live.append({"name": name, "bytes": size, "source": source})
             graphs.append(
                 {
                     "plain": row(choice.estimates[0]),
                     "chosen": row(choice.chosen),
-                    "candidates": [row(estimate) for estimate in choice.estimates],
+                    "candidates": list(map(row, choice.estimates)),
                     "changes": changes,
                     "live": live,
                 }
@@ -82,7 +80,7 @@ def report(step: Any, inputs: Sequence[Any] | None = None) -> Report:
 
 
 def allocated_bytes(run: Callable[[], object]) -> int:
-    """The peak of torch's allocator during a call beyond the bytes before it.
+    """The peak of torch's allocator in a call, beyond the bytes before.
 
     On a GPU if one is in use. On a CPU by the profiler's memory events: exact, without what kernels
     allocate by other means.
@@ -122,8 +120,8 @@ def timelines(traced: Traced) -> list[Lifetimes]:
 def row(estimate: Estimate) -> dict[str, Any]:
     """An estimate as a JSON value."""
     return {
-        "passes": [repr(member) for member in estimate.passes],
-        "keeps_bits": all(member.keeps_bits for member in estimate.passes),
+        "passes": list(map(repr, estimate.passes)),
+        "keeps_bits": _keeps_bits(estimate),
         "peak_bytes": estimate.peak_bytes,
         "added_bytes": estimate.added_bytes,
         "seconds": estimate.seconds,
@@ -134,19 +132,17 @@ def table(estimates: Sequence[Estimate], chosen: Estimate | None = None) -> str:
     """Candidates as a table, the chosen one marked."""
     rows: list[tuple[str, ...]] = []
     for estimate in estimates:
-        keeps_bits = all(member.keeps_bits for member in estimate.passes)
-        rows.append(
-            (
-                "->" if estimate == chosen else "",
-                described(estimate.passes),
-                "kept" if keeps_bits else "rounding",
-                mebibytes(estimate.peak_bytes),
-                mebibytes(estimate.added_bytes),
-                f"{estimate.seconds:.3g}",
-            )
-        )
+        mark = "->" if estimate == chosen else ""
+        bits = "kept" if _keeps_bits(estimate) else "rounding"
+        peaks = (mebibytes(estimate.peak_bytes), mebibytes(estimate.added_bytes))
+        seconds = f"{estimate.seconds:.3g}"
+        rows.append((mark, described(estimate.passes), bits, *peaks, seconds))
     headers = ("", "passes", "bits", "peak", "beyond inputs", "seconds (model)")
     return str(tabulate(rows, headers=headers, disable_numparse=True))
+
+
+def _keeps_bits(estimate: Estimate) -> bool:
+    return all(member.keeps_bits for member in estimate.passes)
 
 
 def _printed(number: int, choice: Choice) -> str:
@@ -158,16 +154,20 @@ def _printed(number: int, choice: Choice) -> str:
     lines.append(table(choice.estimates, choice.chosen))
     # What each pass changed.
     for change in choice.traced.changes:
-        lines.append(f"\n{change.by!r}" + ("" if change.lines else ": changed nothing"))
-        lines += [f"  {line}" for line in change.lines]
+        title = f"\n{change.by!r}"
+        if not change.lines:
+            title += ": changed nothing"
+        lines.append(title)
+        for line in change.lines:
+            lines.append(f"  {line}")
     # The largest storages.
     lines.append("\nlive at the peak, node by node before inductor fuses them:")
     live = _live(choice.traced)
     for name, size, source in live[:_ROWS]:
         lines.append(f"{mebibytes(size):>14}  {name}  {source}".rstrip())
-    if rest := live[_ROWS:]:
-        rest_bytes = sum(size for _, size, _ in rest)
-        lines.append(f"{mebibytes(rest_bytes):>14}  ({len(rest)} smaller ones)")
+    if smaller := live[_ROWS:]:
+        smaller_bytes = sum(size for _, size, _ in smaller)
+        lines.append(f"{mebibytes(smaller_bytes):>14}  ({len(smaller)} smaller ones)")
     return "\n".join(lines)
 
 
@@ -176,7 +176,7 @@ def _live(traced: Traced) -> list[tuple[str, int, str]]:
 
     Name, bytes and source line, largest first, after the inputs in one row.
     """
-    peaks = [peak.find(graph) for graph in timelines(traced)]
+    peaks = map(peak.find, timelines(traced))
     highest = max(peaks, key=lambda graph_peak: graph_peak.peak_bytes)
     end = len(highest.lifetimes.steps)
     inputs = [storage for storage in highest.live if storage.is_input and storage.upper == end]
@@ -188,11 +188,17 @@ def _live(traced: Traced) -> list[tuple[str, int, str]]:
 
 
 def _run(step: Any, inputs: Sequence[Any], training: bool) -> object:
-    """Run a step, with its backward if results require gradients. Returns results or gradients."""
+    """Run a step, with its backward if results require gradients.
+
+    Returns the gradients, or without a backward the results.
+    """
 
     def differentiable(values: Any) -> list[Tensor]:
-        leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-        return [leaf for leaf in leaves if leaf.requires_grad]
+        tensors: list[Tensor] = []
+        for leaf in pytree.tree_leaves(values):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                tensors.append(leaf)
+        return tensors
 
     with torch.set_grad_enabled(training):
         results = step(*inputs)

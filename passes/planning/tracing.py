@@ -1,4 +1,7 @@
-"""The graphs that inductor would lower under some passes; nothing is compiled or run."""
+"""The graphs that inductor would lower under some passes.
+
+Nothing is compiled or run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Captured:
-    """A model's graph as Dynamo captures it, with its inputs. training: a backward follows."""
+    """A model's graph as Dynamo captures it, with its inputs.
+
+    training: a backward follows
+    """
 
     module: GraphModule
     inputs: tuple[Any, ...]
@@ -43,7 +49,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Traced:
-    """The lowered graphs of a step under some passes. backward: None in inference."""
+    """The lowered graphs of a step under some passes.
+
+    backward: None in inference
+    """
 
     passes: tuple[Pass, ...]
     forward: GraphModule
@@ -51,7 +60,10 @@ class Traced:
     changes: tuple[Change, ...]
 
     def footprint(self, *, sizes: Mapping[str, int] | None = None) -> Footprint:
-        """The footprint of the compiled step. sizes: values of symbols, else as traced."""
+        """The footprint of the compiled step.
+
+        sizes: values of symbols; other symbols count as traced
+        """
         # Inductor has reordered for locality before the passes of Stage.LOWERED; again, it would
         # undo their order.
         with config.patch(options(self.passes) | {"reorder_for_locality": False}):
@@ -74,7 +86,7 @@ def capture(
     train: bool,
     dynamic: bool | None = None,
 ) -> Result:
-    """Capture the whole graph of a model without running it, and return study(graph).
+    """Capture a model's whole graph without a run; return study(graph).
 
     example_inputs: real, fake or meta tensors; their data is not read
     study: called while the graph may be traced
@@ -157,14 +169,15 @@ def trace(graph: Captured, passes: Sequence[Pass]) -> Traced:
             inner_compile=keep,
             config_patches=patches,
         )
-    forward, *rest = lowered
-    return Traced(tuple(passes), forward, rest[0] if rest else None, tuple(changes))
+    # The forward is lowered first, then the backward of a training step.
+    backward = lowered[1] if len(lowered) > 1 else None
+    return Traced(tuple(passes), lowered[0], backward, tuple(changes))
 
 
 def without_idle(
     graph: Captured, passes: Sequence[Pass], *, required: Collection[Pass] = ()
 ) -> tuple[Pass, ...]:
-    """The passes without those of Stage.DYNAMO that have no effect on a graph.
+    """The passes, less those of Stage.DYNAMO without effect on a graph.
 
     Cheaper than `busy`: the graph need not be differentiated and lowered.
 
@@ -195,7 +208,7 @@ def _recording(passes: Sequence[Pass]) -> tuple[dict[str, Any], list[Change]]:
 def busy(
     passes: Sequence[Pass], changes: Sequence[Change], *, required: Collection[Pass] = ()
 ) -> tuple[Pass, ...]:
-    """The passes that changed a graph or set an option, and required ones."""
+    """The passes that changed a graph, set an option, or are required."""
     acting = [change.by for change in changes if change.lines]
     return tuple(
         member for member in passes if member in acting or member in required or options([member])
@@ -224,7 +237,7 @@ def _stop(*arguments: Any) -> Any:
 
 
 def _empty_like(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """A tensor like another, whose memory is never touched and so takes none.
+    """A tensor like another, without memory: its data are never touched.
 
     device: for a meta tensor
     """

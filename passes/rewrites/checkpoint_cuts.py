@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Value:
-    """`size` bytes, made by step `first`, last used by step `last`."""
+    """`size` bytes, computed by step `first`, last used by step `last`."""
 
     size: int
     first: int
@@ -26,10 +26,10 @@ class Value:
 
 
 def values_to_keep(values: Sequence[Value], steps: int, bound: int) -> set[int]:
-    """Numbers of the values to keep, with the fewest bytes for a bound.
+    """Numbers of the values to keep: the fewest bytes under a bound.
 
     steps: of the forward
-    bound: the most bytes that a piece may make; a piece of a single step may make more
+    bound: the most bytes that a piece may compute; a piece of a single step may compute more
     """
     cuts = _cuts(values, steps, bound)
     numbers = set[int]()
@@ -40,23 +40,27 @@ def values_to_keep(values: Sequence[Value], steps: int, bound: int) -> set[int]:
 
 
 def _cuts(values: Sequence[Value], steps: int, bound: int) -> list[int]:
-    """The number of steps before each cut, last cut first, by dynamic programming."""
-    made_at: list[list[Value]] = [[] for _ in range(steps)]
+    """The number of steps before each cut, last cut first.
+
+    By dynamic programming.
+    """
+    values_of: list[list[Value]] = [[] for _ in range(steps)]
     for value in values:
-        made_at[value.first].append(value)
+        values_of[value.first].append(value)
     # least[end]: the fewest bytes kept by cuts up to one at `end`, -1 before any is tried
     # previous[end]: the cut before it, 0 if there is none
     least, previous = [0] + [-1] * steps, [0] * (steps + 1)
     for end in range(1, steps + 1):
-        # Try pieces [start, end), longer and longer.
-        made_bytes = kept_bytes = 0
+        # Try pieces [start, end), longer and longer: their bytes, and those that the cut keeps.
+        piece_bytes = cut_bytes = 0
         for start in range(end - 1, -1, -1):
-            made_bytes += sum(value.size for value in made_at[start])
-            if made_bytes > bound and start < end - 1:
+            piece_bytes += sum(value.size for value in values_of[start])
+            if piece_bytes > bound and start < end - 1:
                 break
-            kept_bytes += sum(value.size for value in made_at[start] if value.last >= end)
-            if least[end] < 0 or least[start] + kept_bytes < least[end]:
-                least[end], previous[end] = least[start] + kept_bytes, start
+            cut_bytes += sum(value.size for value in values_of[start] if value.last >= end)
+            if least[end] < 0 or least[start] + cut_bytes < least[end]:
+                least[end], previous[end] = least[start] + cut_bytes, start
+    # Back from the end, cut by cut.
     cuts: list[int] = []
     cut = previous[steps]
     while cut:

@@ -17,7 +17,7 @@ from torch.fx import Graph
 
 from .rows import regions
 from .rows.chunks import InChunks, chunks, replace
-from .rows.gradients import zero_sum
+from .rows.gradients import aligned, zero_sum
 from .rows.readers import needs_gradient
 from .rows.recipes import Recipe
 
@@ -27,7 +27,7 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Chunk(InChunks):
-    """Runs row-wise work that goes through something wide (rows/regions.py) in chunks of rows.
+    """Runs regions of row-wise work (rows/regions.py) in chunks of rows.
 
     rows: rows of a chunk
     chunk_bytes: instead, bytes of a chunk, which has at least one row. Without a gradient that is
@@ -133,8 +133,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     count = ctx.row_operands
     rows, shared = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     needs_grad = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    computed = iter(chunked_backward(grad, rows, shared, ctx.recipe, ctx.chunk_rows, needs_grad))
-    grads = [next(computed) if is_needed else None for is_needed in needs_grad]
+    computed = chunked_backward(grad, rows, shared, ctx.recipe, ctx.chunk_rows, needs_grad)
+    grads = aligned(computed, needs_grad)
     return grads[:count], grads[count:], None, None
 
 

@@ -63,7 +63,9 @@ class LinearCrossEntropy(InChunks):
             )
 
     def __call__(self, graph: Graph) -> list[str]:
-        own = not HAS_LINEAR_CROSS_ENTROPY if self.own is None else self.own
+        own = self.own
+        if own is None:
+            own = not HAS_LINEAR_CROSS_ENTROPY
         nodes = list(graph.nodes)
         losses: list[_Loss] = []
         for node in nodes:
@@ -84,10 +86,11 @@ class LinearCrossEntropy(InChunks):
                 x = graph.call_function(operator.getitem, (x, index))
             x = graph.call_method("reshape", (x, -1, features))
             operands = (x, loss.weight, loss.target, loss.bias, loss.class_weight)
+            target: Any = by_torch
             options: tuple[Any, ...] = (loss.reduction, loss.ignore_index)
             if own:
+                target = OPERATOR
                 options += (loss.label_smoothing, loss.converted)
-            target = OPERATOR if own else by_torch
             node = graph.call_function(target, (*operands, *options, rows))
         source = replace(graph, node, loss.members, loss.node)
         return (
@@ -172,7 +175,7 @@ def _has_static_width(node: Node) -> bool:
 
 
 def _origin(logits: Node) -> tuple[tuple[Node, ...], tuple[Any, ...]] | None:
-    """The nodes from a linear to logits, and the row slices among them.
+    """The nodes from a linear to logits, and their row slices.
 
     None if something else uses one of them, or one is neither a slice, a cast nor a reshape.
     """
@@ -196,7 +199,10 @@ def _origin(logits: Node) -> tuple[tuple[Node, ...], tuple[Any, ...]] | None:
 
 
 def _arguments(node: Node) -> dict[str, Any] | None:
-    """The arguments of a cross entropy by the names of F.cross_entropy; None for another call."""
+    """The arguments of a cross entropy by name; None for another call.
+
+    By the names of F.cross_entropy.
+    """
 
     # Functions with the signatures of torch's, for Python to bind the arguments.
     def functional(
@@ -244,7 +250,7 @@ def _is_supported(options: dict[str, Any]) -> bool:
 
 def _slices_rows(index: Any, source: Any) -> bool:
     """Whether an index consists of slices, and takes the last dim whole."""
-    value = example_value(source) if isinstance(source, Node) else None
+    value = example_value(source)
     if not isinstance(index, tuple) or not isinstance(value, Tensor):
         return False
     if not all(isinstance(item, slice | type(...)) for item in index):

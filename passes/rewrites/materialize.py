@@ -6,7 +6,7 @@ every summand alive:
     x1 = x + a;  f(x1);  x2 = x1 + b;  g(x2);  x3 = x2 + c        at x3 inductor needs x, a, b, c;
                                                                   with x2 as a buffer, x2 and c
 
-Four transformer layers then need what one does.
+Four transformer layers then need the memory of one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _REALIZE = "inductor_realize_to_strides"
 
 @dataclass(frozen=True)
 class Materialize:
-    """Makes buffers of elementwise values with two operands and two users or more.
+    """Makes buffers of shared elementwise values, if that lowers the peak.
 
-    Only if that lowers the peak of the lowered graph. In half precision a buffer is rounded, as
-    without a compiler; a value computed again is not.
+    Shared are values with two operands and two users or more; the peak is that of the lowered
+    graph. In half precision a buffer is rounded, as without a compiler; a value computed again is
+    not.
     """
 
     stage = Stage.LOWERED

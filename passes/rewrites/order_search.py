@@ -39,7 +39,7 @@ class Steps:
 
     @cached_property
     def _users(self) -> list[int]:
-        """For each storage the set of its users, a bit for each step."""
+        """The users of each storage, a bit for each step."""
         users = [0] * len(self.sizes)
         for step, storages in enumerate(self.used):
             for storage in storages:
@@ -48,8 +48,12 @@ class Steps:
 
     @cached_property
     def _needs(self) -> list[int]:
-        """For each step its predecessors, a bit for each."""
-        return [sum(1 << earlier for earlier in before) for before in self.before]
+        """The predecessors of each step, a bit for each."""
+        needs = [0] * len(self.before)
+        for step, before in enumerate(self.before):
+            for earlier in before:
+                needs[step] |= 1 << earlier
+        return needs
 
     @cached_property
     def _followers(self) -> list[list[int]]:
@@ -63,7 +67,9 @@ class Steps:
     def rise(self, step: int) -> int:
         """Bytes live during a step beyond those before it."""
         rise = sum(self.sizes[storage] for storage in self.allocated[step])
-        return rise + (self.workspace[step] if self.workspace else 0)
+        if self.workspace:
+            rise += self.workspace[step]
+        return rise
 
     def change(self, step: int, done: int) -> int:
         """Bytes live after a step beyond those before it.
@@ -78,11 +84,14 @@ class Steps:
         return change
 
     def after(self, step: int, done: int) -> list[int]:
-        """The steps that become possible after this one. done: as for change."""
+        """The steps that become possible after this one.
+
+        done: as for `change`
+        """
         return [later for later in self._followers[step] if not self._needs[later] & ~done]
 
     def peak(self, order: Sequence[int]) -> int:
-        """The most bytes live at one time in an order, beyond the inputs."""
+        """The peak of an order in bytes, beyond the inputs."""
         done = live = peak = 0
         for step in order:
             peak = max(peak, live + self.rise(step))
@@ -93,7 +102,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class _State:
-    """A set of done steps, and the best order of them so far.
+    """A set of done steps, and their best order so far.
 
     done: a bit for each step
     ready: the steps that are possible next
@@ -119,7 +128,7 @@ class _State:
         )
 
     def settled(self, steps: Steps) -> _State:
-        """The state after all steps that raise neither the peak nor the bytes after them.
+        """The state after all steps that raise neither peak nor live bytes.
 
         Taking such a step at once is never worse than taking it later.
         """
@@ -143,7 +152,7 @@ class _State:
 
 
 def search(steps: Steps, *, width: int = 128) -> list[int]:
-    """An order of low peak, never above that of the steps as numbered.
+    """An order of low peak, never above the numbered order's.
 
     Optimal for up to 9 steps if width is 126 or more.
 
@@ -168,9 +177,12 @@ def search(steps: Steps, *, width: int = 128) -> list[int]:
                 if state.live + steps.rise(step) >= bound:
                     continue
                 following = state.next(steps, step).settled(steps)
+                # Of two orders of the same steps, the one with the lower peak stays.
                 level = levels[following.done.bit_count()]
-                other = level.get(following.done)
-                if other is None or following.peak < other.peak:
+                rival = level.get(following.done)
+                if rival is None or following.peak < rival.peak:
                     level[following.done] = following
     finished = levels[count].get((1 << count) - 1)
-    return finished.order() if finished is not None and finished.peak < bound else numbered
+    if finished is None or finished.peak >= bound:
+        return numbered
+    return finished.order()

@@ -1,4 +1,4 @@
-"""Recomputation in backward, under a budget for the peak of the whole step.
+"""Recomputation in backward, under a budget for the step's peak.
 
 torch's activation_memory_budget bounds what is kept, and a step may then peak where it recomputes:
 the less is kept, the higher. Here a choice is a set of values to keep; the partitioner splits the
@@ -46,7 +46,7 @@ class Remat:
     """Recomputes parts of a forward to keep a training step within budget.
 
     budget_bytes: for the peak of a step beyond its inputs, gradients included; dynamic sizes count
-        as traced. If no choice fits, the one with the lowest peak is taken, and the report says so.
+        as traced. If no choice fits, the one with the lowest peak is taken, as the report states.
         A smaller budget never takes more memory: all budgets choose among the same.
 
     Random numbers, collectives, custom operators and attention (whose kernels may drop out) are not
@@ -105,7 +105,9 @@ class Remat:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Values of a joint graph's forward to keep and to recompute. Prints what backward recomputes.
+    """Values of a joint graph's forward to keep and to recompute.
+
+    Prints what backward recomputes.
 
     policies: by the names of nodes; torch's partitioner decides on the others
     """
@@ -156,8 +158,11 @@ class Choice:
         """The calls of the forward that the backward repeats."""
         forward, backward = self.halves
         names = {node.name for node in forward.graph.nodes}
-        calls = [node for node in backward.graph.nodes if node.op == "call_function"]
-        return [node for node in calls if node.name in names]
+        repeated: list[Node] = []
+        for node in backward.graph.nodes:
+            if node.op == "call_function" and node.name in names:
+                repeated.append(node)
+        return repeated
 
     @property
     def flops(self) -> int:
@@ -186,8 +191,11 @@ def choices(module: GraphModule) -> list[Choice]:
     for share in _SHARES:
         numbers = values_to_keep(values, len(forward), int(share * total))
         distinct.add(frozenset(names[number] for number in numbers))
-    ordered = sorted(distinct, key=lambda keep: (len(keep), sorted(keep)))
-    return [Choice(module, {}), *(Choice(module, _policies(forward, keep)) for keep in ordered)]
+    # torch's own first, then by the count of values that stay.
+    result = [Choice(module, {})]
+    for keep in sorted(distinct, key=lambda keep: (len(keep), sorted(keep))):
+        result.append(Choice(module, _policies(forward, keep)))
+    return result
 
 
 def _policies(forward: Sequence[Node], keep: frozenset[str]) -> dict[str, CheckpointPolicy]:
@@ -259,7 +267,10 @@ def _ancestors(results: Sequence[Any]) -> list[Node]:
 
 
 def _bytes(node: Node) -> int:
-    """Bytes of a node's results, 0 for a view. Dynamic sizes count as traced."""
+    """Bytes of a node's results, 0 for a view.
+
+    Dynamic sizes count as traced.
+    """
     if _is_view(node):
         return 0
     size = 0
@@ -270,7 +281,7 @@ def _bytes(node: Node) -> int:
 
 
 def _flops(node: Node) -> int:
-    """The flops of a matrix product or a convolution, 0 for other nodes."""
+    """The flops of a matrix product or a convolution, else 0."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in flop_registry:
         return 0

@@ -89,8 +89,11 @@ def candidates(graph: Graph, *, width: int = 64) -> list[list[Node]]:
         order = search(steps, width=width)
         if steps.peak(order) >= steps.peak(range(len(groups))):
             continue
-        ordered_calls = [node for step in order for node in groups[step]]
-        orders.append([*inputs, *ordered_calls, *graph.find_nodes(op="output")])
+        nodes = list(inputs)
+        for step in order:
+            nodes += groups[step]
+        nodes += graph.find_nodes(op="output")
+        orders.append(nodes)
     return orders
 
 
@@ -145,40 +148,63 @@ def steps_of(
     living: the lifetimes of the graph
     before: its precedences
     """
-    group_of = {node: number for number, group in enumerate(groups) for node in group}
-    by_name = {node.name: node for node in group_of}
+    group_of: dict[Node, int] = {}
+    for number, group in enumerate(groups):
+        group_of.update(dict.fromkeys(group, number))
     touched = _touched(groups[0][0].graph, living) if groups else {}
-    # 1. The storages that each group allocates and uses, and the groups before it.
-    allocated: list[list[int]] = [[] for _ in groups]
+    # 1. The storages that each group uses, those never freed, and the groups before it.
     permanent = set[int]()
     for number, storage in enumerate(living.storages):
-        maker = by_name.get(living.steps[storage.lower])
-        if not storage.is_input and maker is not None:
-            allocated[group_of[maker]].append(number)
         if storage.is_output or storage.upper == len(living.steps):
             permanent.add(number)
     used: list[set[int]] = [set() for _ in groups]
     earlier: list[set[int]] = [set() for _ in groups]
     users = defaultdict[int, set[int]](set)
-    for node, group in group_of.items():
-        used[group] |= touched[node]
-        earlier[group] |= {group_of[needed] for needed in before[node]} - {group}
+    for node, step in group_of.items():
+        used[step] |= touched[node]
+        earlier[step] |= {group_of[needed] for needed in before[node]} - {step}
         for number in touched[node]:
-            users[number].add(group)
+            users[number].add(step)
     # 2. Storages of one group only are fused away, if it has several calls.
     sizes = [storage.size for storage in living.storages]
     for number, using in users.items():
         if len(using) == 1 and len(groups[min(using)]) > 1 and number not in permanent:
             sizes[number] = 0
-    nested = dict(zip(living.steps, living.nested, strict=True))
     return Steps(
         sizes=tuple(sizes),
-        allocated=tuple(map(tuple, allocated)),
-        used=tuple(tuple(sorted(storages)) for storages in used),
-        before=tuple(tuple(sorted(steps)) for steps in earlier),
+        allocated=tuple(map(tuple, _allocated(group_of, living, len(groups)))),
+        used=tuple(map(_ordered, used)),
+        before=tuple(map(_ordered, earlier)),
         permanent=frozenset(permanent),
-        workspace=tuple(max(nested[node.name] for node in group) for group in groups),
+        workspace=_workspace(groups, living),
     )
+
+
+def _ordered(numbers: set[int]) -> tuple[int, ...]:
+    return tuple(sorted(numbers))
+
+
+def _allocated(group_of: Mapping[Node, int], living: Lifetimes, groups: int) -> list[list[int]]:
+    """The storages that each group of calls allocates, by number.
+
+    groups: their count
+    """
+    by_name = {node.name: group for node, group in group_of.items()}
+    allocated: list[list[int]] = [[] for _ in range(groups)]
+    for number, storage in enumerate(living.storages):
+        group = by_name.get(living.steps[storage.lower])
+        if group is not None and not storage.is_input:
+            allocated[group].append(number)
+    return allocated
+
+
+def _workspace(groups: Sequence[Sequence[Node]], living: Lifetimes) -> tuple[int, ...]:
+    """The most bytes that a call's subgraphs take, by group."""
+    nested = dict(zip(living.steps, living.nested, strict=True))
+    workspace: list[int] = []
+    for group in groups:
+        workspace.append(max(nested[node.name] for node in group))
+    return tuple(workspace)
 
 
 def _chains(calls: Iterable[Node], before: Mapping[Node, set[Node]]) -> list[list[Node]]:
@@ -194,14 +220,16 @@ def _chains(calls: Iterable[Node], before: Mapping[Node, set[Node]]) -> list[lis
     last_of: dict[Node, Node] = {}
     groups = defaultdict[Node, list[Node]](list)
     for node in reversed(list(calls)):
-        is_fused = is_elementwise(node) and len(node.users) == len(followers[node]) == 1
-        last_of[node] = last_of[next(iter(followers[node]))] if is_fused else node
+        last_of[node] = node
+        if is_elementwise(node) and len(node.users) == len(followers[node]) == 1:
+            (follower,) = followers[node]
+            last_of[node] = last_of[follower]
         groups[last_of[node]].insert(0, node)
     return [groups[node] for node in before if node in groups]
 
 
 def _touched(graph: Graph, living: Lifetimes) -> dict[Node, set[int]]:
-    """For each node the numbers of the storages of its operands and results."""
+    """The storages of each node's operands and results, by number."""
     storages = defaultdict[str, set[int]](set)
     for number, storage in enumerate(living.storages):
         for name in storage.aliases:
@@ -215,7 +243,10 @@ def _touched(graph: Graph, living: Lifetimes) -> dict[Node, set[int]]:
 
 
 def _peak(module: GraphModule, order: Sequence[Node]) -> int:
-    """The footprint of a graph in another order. The graph itself is not changed."""
+    """The peak of a graph in another order, in bytes.
+
+    The graph itself is not changed.
+    """
     trial = footprint.copied(module)
     copies = dict(zip(module.graph.nodes, trial.graph.nodes, strict=True))
     rearrange(trial.graph, [copies[node] for node in order])

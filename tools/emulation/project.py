@@ -14,11 +14,11 @@ from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 from torch._library.triton import is_wrap_triton_enabled
 
 import compiled_dilated as cd
-from compiled_dilated import attend, operators
+from compiled_dilated import attend, execution
 from compiled_dilated.lowerings.tiling import kernels as tiles
 from compiled_dilated.plans import Problem
 
-_of_tensors = operators.problem_of
+_of_tensors = execution.problem_of
 _backward_tiles = CUDAConfigHeuristic.get_flex_attn_bwd_configs
 _kernel_of = tiles._kernel_of
 
@@ -63,7 +63,7 @@ def _interpret_lanes() -> None:
     running._launch = launch
 
 
-operators.problem_of = _of_gpu
+execution.problem_of = _of_gpu
 attend.gives_lse = lambda device: True
 tiles._kernel_of = _kernel_of_gpu
 tiles.backward_dtype = lambda q: q.dtype

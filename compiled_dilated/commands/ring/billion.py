@@ -23,29 +23,37 @@ _TOKENS_PER_RANK = 4096
 # Largest error against float64 of float32 sums over thousands of keys of unit variance.
 _MOST_ERROR = 1e-5
 
+Tokens = Annotated[int, typer.Option(min=1, help="Length of the sequence.")]
+Heads = Annotated[int, typer.Option(min=1, help="Query, key and value heads.")]
+HeadDim = Annotated[int, typer.Option(min=1, help="Width of a head.")]
+ProgramOption = Annotated[str, typer.Option(help="A program or mask as code.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="One for each 4096 tokens if not given.")]
+Directory = Annotated[
+    Path, typer.Option(file_okay=False, help="Folder of the journal and the checked rows.")
+]
+Rows = Annotated[int, typer.Option(min=1, help="Random rows to check against float64.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of q, k, v and of the rows to check.")]
+LimitSeconds = Annotated[
+    float | None, typer.Option(min=0, help="Start no further rank after this time.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Device that computes blocks.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")
+]
+
 
 def billion(
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the sequence.")] = 2**30,
-    heads: Annotated[int, typer.Option(min=1, help="Query, key and value heads.")] = 1,
-    dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 16,
-    program: Annotated[
-        str, typer.Option(help="A program or mask as code.")
-    ] = "longnet((2048, 4096, 8192), (1, 2, 4))",
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="One for each 4096 tokens if not given.")
-    ] = None,
-    directory: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder of the journal and the checked rows.")
-    ] = Path("billion"),
-    rows: Annotated[int, typer.Option(min=1, help="Random rows to check against float64.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of q, k, v and of the rows to check.")] = 0,
-    limit_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Start no further rank after this time.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Device that computes blocks.")] = Device.cpu,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")
-    ] = None,
+    tokens: Tokens = 2**30,
+    heads: Heads = 1,
+    dim: HeadDim = 16,
+    program: ProgramOption = "longnet((2048, 4096, 8192), (1, 2, 4))",
+    ranks: Ranks = None,
+    directory: Directory = Path("billion"),
+    rows: Rows = 1000,
+    seed: Seed = 0,
+    limit_seconds: LimitSeconds = None,
+    device: DeviceOption = Device.cpu,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Compute attention over a generated sequence, and check random rows against float64.
@@ -57,7 +65,9 @@ def billion(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    ranks = max(1, tokens // _TOKENS_PER_RANK) if ranks is None else ranks
+    if ranks is None:
+        ranks = max(1, tokens // _TOKENS_PER_RANK)
+    # Check the arguments, and open the files.
     with stoppable("--directory"):
         code = read_program(program)
         run = compiler.compile(code, ranks=ranks, transport="streamed", device=device.value)
@@ -66,32 +76,47 @@ def billion(
         code.check(tokens, tokens)
         directory.mkdir(parents=True, exist_ok=True)
         sink = _sink(directory, shape, rows, seed)
+    journal = directory / "journal"
     bar = token_bar(f"{ranks:,} ranks", tokens)
     with stoppable("--directory"), bar as update, measure.resident_peak() as peak:
-        journal = directory / "journal"
         report = run(
             q, k, v, sink, journal=journal, limit_seconds=limit_seconds, on_progress=update
         )
         peak_bytes = peak()
-    layout = run.schedule(q, k, v)[0].layout
-    errors = _errors(code, (q, k, v), sink, layout, report)
+    errors = _errors(code, (q, k, v), sink, run.schedule(q, k, v)[0].layout, report)
+    record = _record(code, shape, report, errors, peak_bytes)
+    _print(record, json)
+    raise typer.Exit(0 if record["ok"] else 1)
+
+
+def _record(
+    program: Program,
+    shape: tuple[int, int, int, int],
+    report: Report,
+    errors: list[float],
+    peak_bytes: int,
+) -> dict[str, Any]:
+    """A run as plain values.
+
+    shape: of q, (1, heads, tokens, dim).
+    errors: the largest error of each checked row.
+    peak_bytes: of the process.
+    """
+    _, heads, tokens, dim = shape
     computed, ledger = report.tokens - report.resumed_tokens, report.ledger
+    rate = 0.0
+    if report.seconds:
+        rate = computed / report.seconds
     worst = max(errors, default=0.0)
-    record: dict[str, Any] = {
-        "program": repr(code), "tokens": tokens, "tokens_done": report.tokens,
-        "tokens_computed_now": computed, "ranks": ranks, "heads": heads, "dim": dim,
+    return {
+        "program": repr(program), "tokens": tokens, "tokens_done": report.tokens,
+        "tokens_computed_now": computed, "ranks": report.ranks, "heads": heads, "dim": dim,
         "steps": ledger.steps, "received_bytes": ledger.received_bytes,
         "most_held_bytes": ledger.most_held_bytes, "process_peak_bytes": peak_bytes,
-        "seconds": report.seconds,
-        "tokens_per_second": computed / report.seconds if report.seconds else 0.0,
+        "seconds": report.seconds, "tokens_per_second": rate,
         "complete": report.complete, "rows_checked": len(errors), "most_error": worst,
         "ok": report.complete and worst <= _MOST_ERROR, "hardware": measure.hardware(),
     }  # fmt: skip
-    if json:
-        print_json(record)
-    else:
-        typer.echo(_as_text(record))
-    raise typer.Exit(0 if record["ok"] else 1)
 
 
 def _sink(directory: Path, shape: tuple[int, int, int, int], rows: int, seed: int) -> SampleSink:
@@ -129,6 +154,14 @@ def _errors(
         expected = exact_row(program, *sources, int(row), scale)
         errors.append((rows[:, :, index].double() - expected).abs().max().item())
     return errors
+
+
+def _print(record: dict[str, Any], json: bool) -> None:
+    """Print the record of a run."""
+    if json:
+        print_json(record)
+    else:
+        typer.echo(_as_text(record))
 
 
 def _as_text(record: dict[str, Any]) -> str:

@@ -40,6 +40,18 @@ LayoutName = Annotated[
     str, typer.Option(help=f"Which tokens each rank holds: {', '.join(LAYOUTS)}.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of q, k and v.")]
+OutputFile = Annotated[
+    Path, typer.Argument(dir_okay=False, help="The output, a .npy file; new, or continued.")
+]
+Parts = Annotated[
+    int, typer.Option(min=1, help="Parts of the sequence; one or two are in memory at a time.")
+]
+JournalFile = Annotated[
+    Path | None, typer.Option(help="Record of finished parts; OUT.journal if not given.")
+]
+LimitSeconds = Annotated[
+    float | None, typer.Option(min=0, help="Start no further part after this time.")
+]
 
 
 @app.command()
@@ -92,7 +104,7 @@ def simulate(
         )
         ring, alone = compiler.compile(code, ranks=ranks, layout=layout), compiler.compile(code)
     random = torch.Generator().manual_seed(0)
-    kv_shape = (sizes[0], sizes[1] if kv_heads is None else kv_heads, *sizes[2:])
+    kv_shape = (sizes[0], kv_heads or sizes[1], *sizes[2:])
     q, k, v = (
         torch.randn(size, generator=random).to(torch_dtype) for size in (sizes, kv_shape, kv_shape)
     )
@@ -118,7 +130,9 @@ def simulate(
 def _simulated_text(record: dict[str, Any]) -> str:
     """A record of `simulate` as text."""
     ranks = record["ranks"]
-    verdict = "the same as" if record["ok"] else "NOT THE SAME AS"
+    verdict = "NOT THE SAME AS"
+    if record["ok"]:
+        verdict = "the same as"
     return (
         f"{ranks} ranks, {record['layout']}: {record['steps']} steps executed "
         f"(a plain ring takes {ranks * ranks}), {record['received_bytes'] / 2**20:,.2f} MiB "
@@ -141,19 +155,10 @@ def stream(
         Path,
         typer.Argument(exists=True, dir_okay=False, help="Values, a .npy file (B, Hkv, N, Dv)."),
     ],
-    out: Annotated[
-        Path, typer.Argument(dir_okay=False, help="The output, a .npy file; new, or continued.")
-    ],
-    ranks: Annotated[
-        int,
-        typer.Option(min=1, help="Parts of the sequence; one or two are in memory at a time."),
-    ] = 16,
-    journal: Annotated[
-        Path | None, typer.Option(help="Record of finished parts; OUT.journal if not given.")
-    ] = None,
-    limit_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Start no further part after this time.")
-    ] = None,
+    out: OutputFile,
+    ranks: Parts = 16,
+    journal: JournalFile = None,
+    limit_seconds: LimitSeconds = None,
     json: Json = False,
 ) -> None:
     """Compute attention from files to a file, part by part.
@@ -162,7 +167,8 @@ def stream(
 
     Exit code 1 if the time was up before the end, 130 after Ctrl-C.
     """
-    journal = out.with_name(out.name + ".journal") if journal is None else journal
+    if journal is None:
+        journal = out.with_name(out.name + ".journal")
     with stoppable("--journal"):
         run = compiler.compile(read_program(program), ranks=ranks, transport="streamed")
         queries = FileSource(q, "q")
@@ -232,7 +238,8 @@ def launch(
             layout=layout,
         )
     torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
-    settings = [program, shape, str(kv_heads or 0), layout, dtype.value, "json" if json else "text"]
+    style = "json" if json else "text"
+    settings = [program, shape, str(kv_heads or 0), layout, dtype.value, style]
     rank = [sys.executable, "-m", f"{__package__}.rank", *settings]
     command = [sys.executable, "-m", *torchrun, *rank]
     run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)

@@ -1,7 +1,7 @@
 """FlexAttention under torch.compile, over narrow analytic block masks.
 
-One fused kernel for any program. A pair is visible where any branch links it; where c > 1 branches
-do, its score gains log c. On a CPU torch has neither a backward nor a log-sum-exp for it.
+One fused kernel for any program. A pair is visible if any branch links it; if c > 1 branches do,
+log c is added to its score. On a CPU, torch has neither a backward nor a log-sum-exp for it.
 
     linked: the mask of all branches -> running: kernels, forward and backward
 """
@@ -24,7 +24,7 @@ __all__ = ["LOWERING", "gives_lse", "propose"]
 # memory.
 _NARROWEST, _WIDEST, _WIDEST_FLOAT32 = 16, 256, 128
 
-_OTHERS = "Use lowering='auto', 'strided' or 'tiled'"
+_ALTERNATIVES = "Use lowering='auto', 'strided' or 'tiled'"
 
 
 def propose(problem: Problem) -> Proposal | Refusal:
@@ -33,7 +33,10 @@ def propose(problem: Problem) -> Proposal | Refusal:
     if refusal is not None:
         return refusal
     branches = problem.program.branches
-    order = branches[0].order if len(branches) == 1 else identity()
+    # Branches in different orders are computed in the original order.
+    order = identity()
+    if len(branches) == 1:
+        order = branches[0].order
     linked = Linked(problem.program, problem.heads)
     # Heads with equal masks have equally many tiles: count them once.
     listed: dict[Mask, int] = {}
@@ -56,30 +59,33 @@ def propose(problem: Problem) -> Proposal | Refusal:
 
 
 def _refusal(problem: Problem) -> Refusal | None:
-    """The refusal of a problem for other reasons than its mask, or None."""
+    """The refusal of a problem whatever its mask, or None."""
     if problem.device == "cpu" and problem.training:
         reason = "torch has no backward of FlexAttention on a CPU"
-        return Refusal("flex", None, reason, f"{_OTHERS} to train")
+        return Refusal("flex", None, reason, f"{_ALTERNATIVES} to train")
     if problem.partial:
         # The backward of a part needs the lse of the complete softmax.
-        return Refusal("flex", None, "its backward takes no lse but its own", _OTHERS)
+        reason = "its backward takes no lse but its own"
+        return Refusal("flex", None, reason, _ALTERNATIVES)
     if problem.dtype == "float64":
         reason = "FlexAttention does not compute in float64"
         return Refusal("flex", None, reason, "Use another dtype or lowering")
     if problem.device != "cpu":
         unfit = _unfit_for_triton(problem)
         if unfit is not None:
-            return Refusal("flex", None, unfit, _OTHERS)
+            return Refusal("flex", None, unfit, _ALTERNATIVES)
     return None
 
 
 def _unfit_for_triton(problem: Problem) -> str | None:
-    """Why Triton's kernels do not take these widths or lengths, or None."""
+    """Reason why Triton's kernels refuse widths or lengths, or None."""
     narrowest, widest = sorted((problem.head_dim, problem.value_dim))
     if narrowest < _NARROWEST:
         least = f"heads of at least {_NARROWEST} numbers on a GPU"
         return f"FlexAttention takes {least}; got {narrowest}"
-    most = _WIDEST if problem.itemsize < 4 else _WIDEST_FLOAT32
+    most = _WIDEST
+    if problem.itemsize >= 4:
+        most = _WIDEST_FLOAT32
     if widest > most:
         block = f"a block of {problem.dtype} heads of {widest} numbers"
         return f"{block} exceeds shared memory; at most {most} fit"
@@ -110,9 +116,13 @@ def _cost(problem: Problem, pairs: int, order: Order) -> Cost:
     """
     device = constants(problem.device)
     flops = pairs * 2 * (problem.head_dim + problem.value_dim)
-    copied = problem.tensor_bytes if order != identity() else 0
-    rate = device.flex if problem.itemsize < 4 else device.flex_float32
-    launch = device.flops_per_call if problem.device != "cpu" else 0.0
+    rate, launch, copied = device.flex, device.flops_per_call, 0
+    if problem.itemsize >= 4:
+        rate = device.flex_float32
+    if problem.device == "cpu":
+        launch = 0.0
+    if order != identity():
+        copied = problem.tensor_bytes
     return Cost(
         pairs=pairs,
         kernel_flops=flops,

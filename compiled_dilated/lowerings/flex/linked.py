@@ -30,11 +30,7 @@ class Linked(Mask):
 
     def at_head(self, head: int, heads: int) -> Mask:
         assert heads == self.heads
-        masks = [
-            branch.mask_at(head, heads)
-            for branch in self.program.branches
-            if head in branch.head_range(heads)
-        ]
+        masks = self.program.masks_at(head, heads)
         if not masks:
             return ~full()
         if len(masks) == 1:

@@ -47,8 +47,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 def _kernel(problem: Problem, part: BlockMaskPart) -> Callable[..., Any]:
     """The compiled kernel of a part of a problem.
 
-    Masks and lengths are constants of a graph, so each has a graph of its own, and Dynamo allows
-    few graphs per code object.
+    Masks and lengths are constants of a graph, so every mask and length has its own graph, and
+    Dynamo allows few graphs per code object.
     """
     # Batches of more than one entry share a graph. Whether log c is added depends on the program.
     key = replace(problem, batch=min(problem.batch, 2)), part.queries, part.keys
@@ -56,9 +56,12 @@ def _kernel(problem: Problem, part: BlockMaskPart) -> Callable[..., Any]:
 
 
 def _compiled() -> Callable[..., Any]:
-    """A compiled FlexAttention with graphs of its own: its code object is a copy."""
-    alone = types.FunctionType(_flex.__code__.replace(), globals(), "flex")
-    return torch.compile(alone, dynamic=True, fullgraph=True)
+    """Compile a FlexAttention with graphs of its own.
+
+    Dynamo counts graphs per code object, so the code object is a copy.
+    """
+    kernel = types.FunctionType(_flex.__code__.replace(), globals(), "flex")
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
 
 
 def forward(
@@ -115,8 +118,13 @@ def _merged(
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x (B, H, N, D), copied if a head exceeds offsets of 32 bits."""
-    return x.contiguous() if x.shape[2] * x.stride(2) > MOST_OFFSET else x
+    """x, copied if offsets within a head exceed 32 bits.
+
+    x: (B, H, N, D).
+    """
+    if x.shape[2] * x.stride(2) > MOST_OFFSET:
+        return x.contiguous()
+    return x
 
 
 def _part(
@@ -128,17 +136,25 @@ def _part(
     score_mod: Any,
     scale: float,
 ) -> Any:
-    """out of a part, and an AuxOutput with lse if the device has one."""
+    """Run the kernel of one part.
+
+    Returns out on a CPU; out and an AuxOutput with the lse on other devices.
+    """
     queries, keys = (slice(span.start, span.stop) for span in (part.queries, part.keys))
-    aux = AuxRequest(lse=True) if gives_lse(problem.device) else None
+    aux = None
+    if gives_lse(problem.device):
+        aux = AuxRequest(lse=True)
+    mod_of_part = None
+    if score_mod is not None:
+        mod_of_part = score_mod(part)
     # A mask's numbers are its structure: a kernel with them as variables is slower, and the CPU's
     # does not compile.
     with torch._dynamo.config.patch(specialize_int=True):
         return _kernel(problem, part)(
             q[:, :, queries], k[:, :, keys], v[:, :, keys],
-            score_mod=None if score_mod is None else score_mod(part),
-            block_mask=part.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=aux, kernel_options=_kernel_options(problem, part),
+            score_mod=mod_of_part, block_mask=part.block_mask, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1], return_aux=aux,
+            kernel_options=_kernel_options(problem, part),
         )  # fmt: skip
 
 
@@ -151,25 +167,28 @@ def _kernel_options(problem: Problem, part: BlockMaskPart) -> Any:
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if problem.itemsize == 4:
         # torch's blocks of float32 spill kilobytes, and ptxas takes minutes.
-        narrow = max(problem.head_dim, problem.value_dim) <= 64
-        options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32 if narrow else 16, "fwd_num_stages": 2}
+        key_block = 16
+        if max(problem.head_dim, problem.value_dim) <= 64:
+            key_block = 32
+        options |= {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": key_block, "fwd_num_stages": 2}
     return options
 
 
 def _score_mod(
     work: Work, call: Call, device: torch.device
 ) -> Callable[[BlockMaskPart], Any] | None:
-    """The score_mod of a part: the caller's, plus log c if branches overlap.
+    """Factory of a part's score_mod: the caller's, plus log c.
 
-    None if there is neither.
+    log c is added if several branches may link a pair. None if there is neither.
     """
     users_mod = call.score_mod
-    # Captured first, being first by name: where a later name comes first, the code that torch 2.13
-    # generates for a CPU does not compile (tests/test_edges.py, several branches).
+    # `counted` must be the first captured name in alphabetical order: with a later name first, the
+    # code that torch 2.13 generates for a CPU does not compile (tests/test_edges.py, several
+    # branches).
     counted = len(work.linked.program.branches) > 1
     if users_mod is None and not counted:
         return None
-    # Tables of masks are made here: a kernel can read them, not make them.
+    # Create the tables of masks here: a kernel can read them, not create them.
     linked = work.linked.for_heads(work.linked.heads).on(device)
     assert isinstance(linked, Linked)
     data, q_offset = call.data, call.q_offset
@@ -178,7 +197,7 @@ def _score_mod(
         q_first, kv_first = part.queries.start + q_offset, part.keys.start
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            # FlexAttention counts within the part.
+            # FlexAttention counts positions within the part.
             q, kv = q + q_first, kv + kv_first
             if users_mod is not None:
                 operands = users_mod.operands

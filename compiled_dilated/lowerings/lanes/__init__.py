@@ -1,4 +1,4 @@
-"""One Triton kernel for all branches of a program whose keys come in runs with a stride.
+"""One Triton kernel for all branches whose keys form strided runs.
 
 Lists name the runs of keys that a tile of queries sees. All runs go through one softmax, where a
 key of two branches counts twice: no log c, no merge and no bias. A backward reads the same lists
@@ -6,14 +6,13 @@ for queries, and transposed ones for keys: no atomics.
 
     lanes: masks as lanes -> lists: tiles and runs -> running: operators -> kernels: Triton
 
-A graph of fixed shapes holds the kernels themselves, and the lists as its constants.
+A graph of fixed shapes contains the kernels themselves, and the lists as its constants.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...calls import Call
+from ...masks import Mask
 from ...partials import Saved, is_by_token
 from ...plans import Cost, Problem, Proposal, Refusal
 from ..devices import constants
@@ -40,16 +40,16 @@ _ROWS, _COLUMNS = 128, 64
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Lanes of each class of heads that see the same, and the lists made of them.
+    """Lanes per class of heads with equal masks, and their lists.
 
     classes: lanes by class.
     class_of: class of each head.
-    lasting: lists as tensors, by tiling, side and device.
+    tensors: cache of the lists as tensors, by tiling, side and device.
     """
 
     classes: tuple[tuple[Lane, ...], ...]
     class_of: tuple[int, ...]
-    lasting: dict[tuple[Tiling, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(
+    tensors: dict[tuple[Tiling, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )
 
@@ -63,33 +63,38 @@ class Work:
         """
         tiling = Tiling(rows, columns, lists.step_of(self.classes))
         key = tiling, transposed, device
-        if key not in self.lasting:
+        if key not in self.tensors:
             # Real tensors, also while a graph is traced.
             with _disable_current_modes():
-                self.lasting[key] = self._built(problem, tiling, transposed, device)
+                self.tensors[key] = self._created(problem, tiling, transposed, device)
         if _len_torch_dispatch_stack():
-            # A graph that is traced takes them as its constants.
-            return tuple(torch.ops.aten.lift_fresh.default(x) for x in self.lasting[key])
-        return self.lasting[key]
+            # A traced graph takes them as its constants.
+            return tuple(torch.ops.aten.lift_fresh.default(x) for x in self.tensors[key])
+        return self.tensors[key]
 
-    def _built(
+    def _created(
         self, problem: Problem, tiling: Tiling, transposed: bool, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys = _positions(problem)
         if transposed:
-            classes = [[lane.transposed() for lane in lanes] for lanes in self.classes]
-            built = lists.build(classes, keys, queries, tiling)
+            classes = [_transposed(lanes) for lanes in self.classes]
+            arrays = lists.build(classes, keys, queries, tiling)
         else:
-            built = lists.build(self.classes, queries, keys, tiling)
+            arrays = lists.build(self.classes, queries, keys, tiling)
         class_of = np.array(self.class_of, dtype=np.int32)
         tiles, runs, classes_of_heads = (
-            torch.from_numpy(x).to(device) for x in (built.tiles, built.runs, class_of)
+            torch.from_numpy(x).to(device) for x in (arrays.tiles, arrays.runs, class_of)
         )
         return tiles, runs, classes_of_heads
 
 
+def _transposed(lanes: tuple[Lane, ...]) -> tuple[Lane, ...]:
+    """Lanes with queries as columns and keys as rows."""
+    return tuple(lane.transposed() for lane in lanes)
+
+
 def propose(problem: Problem) -> Proposal | Refusal:
-    """The whole program as one kernel, or why it cannot be."""
+    """The whole program as one kernel, or the reason to refuse it."""
     reason = _unfit(problem)
     if reason is None:
         try:
@@ -104,7 +109,7 @@ def propose(problem: Problem) -> Proposal | Refusal:
 
 
 def _unfit(problem: Problem) -> str | None:
-    """Why the kernel does not compute the problem, whatever its masks; None if it does."""
+    """Reason to refuse a problem whatever its masks, or None."""
     if problem.device != "cuda":
         return f"it is a Triton kernel for a GPU; the tensors are on {problem.device}"
     if importlib.util.find_spec("triton") is None:
@@ -124,18 +129,19 @@ def _unfit(problem: Problem) -> str | None:
 
 def _work(problem: Problem) -> Work:
     """Lanes of all heads. Raises Inexpressible."""
-    classes: dict[tuple[Any, ...], int] = {}
+    classes: dict[tuple[Mask, ...], int] = {}
     class_of = []
     for head in range(problem.heads):
-        branches = [
-            branch
-            for branch in problem.program.branches
-            if head in branch.head_range(problem.heads)
-        ]
-        masks = tuple(branch.mask_at(head, problem.heads) for branch in branches)
+        # Heads with equal masks form one class.
+        masks = problem.program.masks_at(head, problem.heads)
         class_of.append(classes.setdefault(masks, len(classes)))
-    lanes = tuple(tuple(lane for mask in masks for lane in lanes_of(mask)) for masks in classes)
-    return Work(lanes, tuple(class_of))
+    lanes_by_class = []
+    for masks in classes:
+        lanes: list[Lane] = []
+        for mask in masks:
+            lanes += lanes_of(mask)
+        lanes_by_class.append(tuple(lanes))
+    return Work(tuple(lanes_by_class), tuple(class_of))
 
 
 def _positions(problem: Problem) -> tuple[range, range]:
@@ -154,7 +160,7 @@ def _cost(work: Work, problem: Problem) -> Cost:
     else:
         kernel = width * (full + partial) / of_device.lanes_float32
     dense_flops = kernel + of_device.flops_per_call
-    # delta, of a backward.
+    # A backward adds delta, a float32 number per query and head.
     delta = 4 * problem.batch * problem.heads * problem.q_len
     return Cost(full + partial, width * (full + partial), 0, 1, 0, dense_flops, delta)
 
@@ -184,7 +190,7 @@ def backward(
     from . import running
 
     q, k, v, grad_out = saved.q, saved.k, saved.v, saved.grad_out
-    # What is subtracted from grad_out . v: the gradient of a row's normalization.
+    # Subtracted from grad_out . v: the gradient of a row's normalization.
     delta = (saved.out.float() * grad_out.float()).sum(dim=-1)
     if saved.grad_lse is not None:
         delta = delta - saved.grad_lse

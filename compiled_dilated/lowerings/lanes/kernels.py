@@ -1,15 +1,15 @@
-"""The Triton kernels of lanes: forward, the gradient of queries, and those of keys and values.
+"""Triton kernels of lanes: forward, and gradients of queries and keys.
 
 All runs of a tile go through one online softmax, so that a key of two runs counts twice. No
 atomics. lse of rows that see nothing is +inf in a backward: their weights are exp2(-inf) = 0.
 
-BAD is 1 where an input holds NaN or infinity. Loops are then CAREFUL: what a row does not see
-never reaches it, and what it sees makes it NaN. Otherwise a hidden pair has weight 0 and no more,
-and 0 * NaN is NaN.
+BAD is 1 if an input contains NaN or infinity. Loops are then CAREFUL: bad numbers that a row does
+not see never reach it, and those that it sees make it NaN. Other loops only give a hidden pair the
+weight 0, and 0 * NaN is NaN.
 
-scale and factor come as float64 from graphs, and as float32 from eager calls.
+scale and factor are float64 in graphs, and float32 in eager calls.
 
-Imported where a kernel runs.
+This module requires Triton, so it is imported where a kernel runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ import triton.language as tl
 def _load(
     base, positions, stride, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Rows of (tokens, WIDTH) as a block of BLOCK columns; 0 if not seen and past the width."""
+    """Load rows of (tokens, WIDTH) as a block of BLOCK columns.
+
+    Columns past the width are 0, and with MASKED also rows that are not seen.
+    """
     d = tl.arange(0, BLOCK)
     places = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
     if MASKED:
@@ -35,7 +38,7 @@ def _load(
 
 @triton.jit
 def _store(base, positions, stride, x, seen, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Write a block as rows of (tokens, WIDTH), in the dtype of the tensor."""
+    """Store a block as rows of (tokens, WIDTH), in the tensor's dtype."""
     d = tl.arange(0, BLOCK)
     places = base + positions.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(places, x.to(base.dtype.element_ty), mask=seen[:, None] & (d < WIDTH)[None, :])
@@ -43,7 +46,10 @@ def _store(base, positions, stride, x, seen, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _tile(TILES, CLASSES, head, tiles):
-    """This program's tile for a head: first row, step, rows; start, middle and stop of its runs."""
+    """Load this program's tile for a head.
+
+    Returns first row, step and number of rows; start, middle and stop of the tile's runs.
+    """
     tile = TILES + (tl.load(CLASSES + head) * tiles + tl.program_id(0)).to(tl.int64) * 6
     first, step, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     start, middle, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
@@ -52,7 +58,11 @@ def _tile(TILES, CLASSES, head, tiles):
 
 @triton.jit
 def _run(RUNS, number, i):
-    """A run: first column, step, columns; least and most distance; the tile's rows that see it."""
+    """Load a run of columns.
+
+    Returns first column, step and number of columns; least and most distance; the tile's rows that
+    see it.
+    """
     run = RUNS + number * 7
     first, step, count = tl.load(run), tl.load(run + 1), tl.load(run + 2)
     least, most = tl.load(run + 3), tl.load(run + 4)
@@ -62,7 +72,7 @@ def _run(RUNS, number, i):
 
 @triton.jit
 def _seen(rows, columns, row_seen, column_seen, least, most):
-    """Pairs (rows, columns) whose distance row - column is from least to most."""
+    """Visible pairs (rows, columns): least <= row - column <= most."""
     distance = rows[:, None] - columns[None, :]
     near = (distance >= least) & (distance <= most)
     return near & row_seen[:, None] & column_seen[None, :]
@@ -77,7 +87,7 @@ def _is_finite(x):
 
 @triton.jit
 def _has_bad(x):
-    """Rows of a block that hold NaN or infinity."""
+    """Rows of a block that contain NaN or infinity."""
     return tl.sum(tl.where(_is_finite(x), 0, 1), 1) > 0
 
 
@@ -102,8 +112,8 @@ def _forward_runs(
             if MASKED:
                 seen = _seen(q_at, k_at, row_seen, inside, least, most)
             if CAREFUL:
-                # How many bad numbers each row sees in each column of v; here, where no scores
-                # take registers. NaN in acc lasts.
+                # Numbers of bad values that a row sees, per column of v. Computed first, while no
+                # scores take registers; acc stays NaN to the end.
                 v_bad = _load(V, k_at, v_stride, inside, DV, BLOCK_V, MASKED)
                 v_bad = tl.where(_is_finite(v_bad), 0.0, 1.0).to(V.dtype.element_ty)
                 spoiled = tl.dot(tl.where(seen, 1.0, 0.0).to(V.dtype.element_ty), v_bad)
@@ -118,7 +128,7 @@ def _forward_runs(
             if MASKED:
                 scores = tl.where(seen, scores, -float("inf"))
             higher = tl.maximum(peak, tl.max(scores, 1))
-            # A row that has seen nothing yet has no level: -inf less -inf is NaN.
+            # Rows without a visible key so far: -inf - -inf is NaN.
             level = tl.where(higher == -float("inf"), 0.0, higher)
             weights = tl.math.exp2(scores - level[:, None])
             fading = tl.math.exp2(peak - level)
@@ -138,7 +148,10 @@ def forward(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of a tile of queries of a head. scale: times log2(e)."""
+    """out and lse of a tile of queries of a head.
+
+    scale: times log2(e).
+    """
     scale = tl.cast(scale, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
@@ -164,7 +177,7 @@ def forward(
             q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, stop,
             D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, True,
         )  # fmt: skip
-    # A row whose scores are all -inf has seen nothing.
+    # A row whose scores are all -inf sees no key.
     dead = total == 0.0
     total = tl.where(dead, 1.0, total)
     out = acc / total[:, None]
@@ -180,7 +193,7 @@ def _query_runs(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile's queries over some of its runs, to be scaled."""
+    """Sum the unscaled gradient of a tile's queries over some runs."""
     for number in range(start, stop):
         first, step, count, least, most, row_seen = _run(RUNS, number, i)
         for block in range(0, count, COLUMNS):
@@ -210,7 +223,11 @@ def grad_queries(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of queries. scale: times log2(e); factor: without."""
+    """The gradient of a tile of queries.
+
+    scale: times log2(e).
+    factor: the same scale without log2(e).
+    """
     scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
@@ -239,7 +256,7 @@ def grad_queries(
             q, grad_out, lse, delta, q_at, i, grad_q, K, V, kn, vn, scale, RUNS, start, stop,
             D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, True,
         )  # fmt: skip
-        # A bad key that the row sees has made its lse NaN, a bad value its delta.
+        # A bad key that a row sees made its lse NaN, a bad value made its delta NaN.
         bad = _has_bad(q) | _has_bad(grad_out) | (lse != lse) | ~_is_finite(delta)
         grad_q = tl.where(bad[:, None], float("nan"), grad_q)
     _store(GRAD_Q + batch * db + head * dh, rows, dn, grad_q * factor, alive, D, BLOCK_D)
@@ -252,7 +269,10 @@ def _key_runs(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile's keys and values over some of its runs of queries."""
+    """Sum gradients of a tile's keys and values over some runs.
+
+    The gradient of keys is unscaled; runs are runs of queries.
+    """
     for number in range(start, stop):
         first, step, count, least, most, row_seen = _run(RUNS, number, i)
         for block in range(0, count, COLUMNS):
@@ -269,7 +289,7 @@ def _key_runs(
                 grad_out = _clean(grad_out)
                 lse = tl.where(bad, float("inf"), lse)
                 delta = tl.where(bad, 0.0, delta)
-            # (keys, queries)
+            # Scores and weights are (keys, queries).
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
             if MASKED:
                 seen = _seen(k_at, q_at, row_seen, inside, least, most)
@@ -295,7 +315,10 @@ def grad_keys(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys and values of a key head, summed over its query heads."""
+    """Gradients of a tile of keys and values of a key head.
+
+    Summed over the query heads of the key head; scale and factor as in `grad_queries`.
+    """
     scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Masks as lanes: pairs where queries of one step see runs of keys of one step.
+"""Masks as lanes: strided queries that see strided runs of keys.
 
 causal() & window(8)                    a distance from 0 to 8
 segments(8) & congruent(2, 1)           queries 1 3 5 7 by keys 1 3 5 7, 9 11 13 15 by these, ...
@@ -7,7 +7,7 @@ causal() & (window(8) | sinks(2))       two lanes: the window; the sinks to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,12 +22,15 @@ from ...masks.segments import Segments
 
 # Past every position and every distance of two.
 FAR = 2**31 - 1
-# A mask that falls into more lanes than this is served better by tiles.
+# Tiles are faster for a mask of more lanes than this.
 _MOST_LANES = 32
 
 
 class Inexpressible(ValueError):
-    """A mask that is not made of lanes; the message says which part of it."""
+    """Error of a mask that is not made of lanes.
+
+    The message names the part that is not.
+    """
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,30 @@ class Residue:
 
 @dataclass(frozen=True)
 class Side:
-    """Rows or columns of a lane: positions from start to before stop that are in all residues."""
+    """Rows or columns of a lane.
+
+    Positions in [start, stop) that are in all residues.
+    """
 
     start: int = 0
     stop: int = FAR
     residues: tuple[Residue, ...] = ()
 
-    def meet(self, other: Side) -> Side:
-        """The positions of both."""
-        residues = tuple(dict.fromkeys((*self.residues, *other.residues)))
-        return Side(max(self.start, other.start), min(self.stop, other.stop), residues)
+    def meet(self, side: Side) -> Side:
+        """The positions in both sides."""
+        residues = tuple(dict.fromkeys((*self.residues, *side.residues)))
+        return Side(max(self.start, side.start), min(self.stop, side.stop), residues)
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Consecutive groups of tokens; those past the last stop are in no group.
+    """Consecutive groups of tokens.
 
-    length: of each group, or 0.
+    Tokens past the last stop are in no group.
+
+    length: tokens per group; 0 for groups of different lengths.
     stops: where groups end, if length is 0.
-    side: of the columns: 0 in the row's group, -1 before it, 1 after it.
+    side: columns that a row sees: 0 in its group, -1 before it, 1 after it.
     """
 
     length: int
@@ -70,20 +78,24 @@ class Grouping:
     side: int = 0
 
     def group_of(self, position: int) -> tuple[int, int]:
-        """Start and stop of the group of a position; (FAR, FAR) if it is in none."""
+        """Start and stop of a position's group; (FAR, FAR) without one."""
         if self.length:
             start = position // self.length * self.length
             return start, min(start + self.length, FAR)
         place = int(np.searchsorted(np.asarray(self.stops), position, side="right"))
         if place == len(self.stops):
             return FAR, FAR
-        return (self.stops[place - 1] if place else 0), self.stops[place]
+        start = 0
+        if place > 0:
+            start = self.stops[place - 1]
+        return start, self.stops[place]
 
     def columns(self, position: int) -> Side:
         """The columns that rows of the group of a position see."""
         start, stop = self.group_of(position)
         if start == FAR:
             return Side(0, 0)
+        # By side: 0, 1 and -1.
         return (Side(start, stop), Side(stop, FAR), Side(0, start))[self.side]
 
 
@@ -102,15 +114,15 @@ class Lane:
     dilation: int = 1
     groupings: tuple[Grouping, ...] = ()
 
-    def meet(self, other: Lane) -> Lane:
-        """The pairs of both."""
+    def meet(self, lane: Lane) -> Lane:
+        """The pairs in both lanes."""
         return Lane(
-            self.rows.meet(other.rows),
-            self.columns.meet(other.columns),
-            max(self.least, other.least),
-            min(self.most, other.most),
-            int(np.lcm(self.dilation, other.dilation)),
-            tuple(dict.fromkeys((*self.groupings, *other.groupings))),
+            self.rows.meet(lane.rows),
+            self.columns.meet(lane.columns),
+            max(self.least, lane.least),
+            min(self.most, lane.most),
+            int(np.lcm(self.dilation, lane.dilation)),
+            tuple(dict.fromkeys((*self.groupings, *lane.groupings))),
         )
 
     def transposed(self) -> Lane:
@@ -120,15 +132,16 @@ class Lane:
 
     @property
     def periods(self) -> tuple[int, ...]:
-        """Steps of rows after which residues see the same again, within a group."""
-        moduli = [
-            residue.modulus for side in (self.rows, self.columns) for residue in side.residues
-        ]
-        return (self.dilation, *moduli)
+        """Steps of rows that leave the visible residues unchanged, within a group."""
+        residues = (*self.rows.residues, *self.columns.residues)
+        return (self.dilation, *(residue.modulus for residue in residues))
 
 
 def lanes_of(mask: Mask) -> tuple[Lane, ...]:
-    """Lanes without common pairs whose union is the mask of one head. Raises Inexpressible."""
+    """Disjoint lanes whose union is the mask of one head.
+
+    Raises Inexpressible.
+    """
     lanes = _lanes(mask)
     if len(lanes) > _MOST_LANES:
         raise Inexpressible(
@@ -138,28 +151,41 @@ def lanes_of(mask: Mask) -> tuple[Lane, ...]:
 
 
 def _lanes(mask: Mask) -> list[Lane]:
-    """Lanes without common pairs whose union is the mask."""
+    """Disjoint lanes whose union is the mask."""
     if isinstance(mask, And):
         lanes = [Lane()]
         for part in mask.masks:
-            lanes = [lane.meet(other) for other in _lanes(part) for lane in lanes]
+            lanes = _meets(lanes, _lanes(part))
         return lanes
     if isinstance(mask, Or):
         # Each part less the parts before it.
         first, *later = mask.masks
         if not later:
             return _lanes(first)
-        remainder = Or(tuple(later)) if len(later) > 1 else later[0]
+        remainder = later[0]
+        if len(later) > 1:
+            remainder = Or(tuple(later))
         return _lanes(first) + _lanes(And((remainder, _negated(first))))
     if isinstance(mask, (Prefix, GlobalTokens)):
         return _lanes(mask.expanded())
     if isinstance(mask, Not):
         inner = mask.mask
-        return _hidden_by(inner) if type(inner) in _COMPLEMENTS else _lanes(_negated(inner))
+        if type(inner) in _COMPLEMENTS:
+            return _hidden_by(inner)
+        return _lanes(_negated(inner))
     leaf = _LEAVES.get(type(mask))
     if leaf is None:
         raise Inexpressible(f"{mask!r} is not made of runs of keys")
     return leaf(mask)
+
+
+def _meets(lanes: Sequence[Lane], factors: Sequence[Lane]) -> list[Lane]:
+    """Pairs in a lane of both lists, as lanes."""
+    out = []
+    for factor in factors:
+        for lane in lanes:
+            out.append(lane.meet(factor))
+    return out
 
 
 def _negated(mask: Mask) -> Mask:
@@ -194,6 +220,11 @@ def _of_groups(grouping: Grouping) -> list[Lane]:
     return [Lane(groupings=(grouping,))]
 
 
+def _outside_segments(mask: Segments) -> list[Lane]:
+    before, after = Grouping(mask.length, (), -1), Grouping(mask.length, (), 1)
+    return [*_of_groups(before), *_of_groups(after)]
+
+
 def _document_stops(mask: DocumentLengths) -> tuple[int, ...]:
     return tuple(int(stop) for stop in np.cumsum(mask.lengths))
 
@@ -212,7 +243,7 @@ _COMPLEMENTS: dict[type, Callable[..., list[Lane]]] = {
     Full: lambda mask: [],
     Causal: lambda mask: [Lane(most=-1)],
     Window: lambda mask: [Lane(most=-mask.right - 1), Lane(least=mask.left + 1)],
-    Segments: lambda mask: [Lane(groupings=(Grouping(mask.length, (), side),)) for side in (-1, 1)],
+    Segments: _outside_segments,
     Sinks: lambda mask: [Lane(columns=Side(start=mask.count))],
     LeadingQueries: lambda mask: [Lane(rows=Side(start=mask.count))],
 }

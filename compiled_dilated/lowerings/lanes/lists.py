@@ -1,4 +1,6 @@
-"""Lists that the kernels of lanes read: tiles of rows, and the runs of columns that each sees.
+"""Lists for the kernels of lanes: tiles of rows, runs of columns.
+
+The runs of a tile are the columns that its rows see.
 
 A row is a query and a column a key, or the other way round for the gradients of keys and values.
 
@@ -41,13 +43,14 @@ class Tiling:
 
     def count(self, positions: range) -> int:
         """Number of tiles."""
-        whole, remaining = divmod(len(positions), self.rows * self.step)
-        return whole * self.step + min(remaining, self.step)
+        # `step` tiles of `rows` rows interleave; the last of these groups may be short.
+        groups, remaining = divmod(len(positions), self.rows * self.step)
+        return groups * self.step + min(remaining, self.step)
 
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """Tiles and runs of all classes of heads that see the same.
+    """Tiles and runs of all classes of heads.
 
     tiles: (classes, tiles, TILE).
     runs: (runs, RUN).
@@ -58,8 +61,12 @@ class Lists:
 
 
 def step_of(classes: Sequence[Sequence[Lane]]) -> int:
-    """The least step at which rows see equal residues, in all lanes of all classes."""
-    return math.lcm(*(period for lanes in classes for lane in lanes for period in lane.periods))
+    """Least step at which rows see equal residues, in all lanes."""
+    periods: list[int] = []
+    for lanes in classes:
+        for lane in lanes:
+            periods += lane.periods
+    return math.lcm(*periods)
 
 
 def build(classes: Sequence[Sequence[Lane]], rows: range, columns: range, tiling: Tiling) -> Lists:
@@ -84,9 +91,9 @@ def build(classes: Sequence[Sequence[Lane]], rows: range, columns: range, tiling
 def computed_pairs(
     lanes: Sequence[Lane], rows: range, columns: range, tiling: Tiling, most: int = 128
 ) -> tuple[int, int]:
-    """Pairs of FULL and of PARTIAL blocks that a kernel computes for one head.
+    """Computed pairs of FULL and of PARTIAL blocks, for one head.
 
-    Exact for up to `most` tiles, else an estimate from so many.
+    Exact for up to `most` tiles, else an estimate from a sample of them.
     """
     count = tiling.count(rows)
     stride = max(1, count // most)
@@ -113,13 +120,19 @@ def _runs_of_tile(
     for lane in lanes:
         for low, high in _spans(lane, tile):
             for seen in _columns(lane, tile[low:high], columns):
-                for run, whole in _cut(lane, tile, low, high, seen, block):
-                    (full if whole else partial).append(run)
+                for run, is_full in _cut(lane, tile, low, high, seen, block):
+                    if is_full:
+                        full.append(run)
+                    else:
+                        partial.append(run)
     return full, partial
 
 
 def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
-    """Rows (low, high) of a tile that are in one group of each grouping, and in the lane."""
+    """Runs of a tile's rows within one group of every grouping.
+
+    Yields (low, high): rows low to before high of the tile, all of them in the lane.
+    """
     low = 0
     while low < len(tile):
         position = tile[low]
@@ -133,38 +146,54 @@ def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
         high = min([len(tile), *(-(-(stop - tile.start) // tile.step) for stop in stops)])
         first = max(low, -(-(lane.rows.start - tile.start) // tile.step))
         last = min(high, -(-(lane.rows.stop - tile.start) // tile.step))
-        if first < last and all(_has(residue, position) for residue in lane.rows.residues):
+        if first < last and all(_contains(residue, position) for residue in lane.rows.residues):
             yield first, last
         low = high
 
 
-def _has(residue: Residue, position: int) -> bool:
+def _contains(residue: Residue, position: int) -> bool:
     """Whether a position is in the residue."""
-    within = position % residue.within if residue.within else position
-    return within % residue.modulus == residue.offset
+    if residue.within:
+        position %= residue.within
+    return position % residue.modulus == residue.offset
 
 
 def _columns(lane: Lane, rows: range, columns: range) -> Iterator[range]:
-    """Runs of the columns that these rows see; the rows are in one group of each grouping."""
+    """Runs of the columns that some rows see.
+
+    rows: within one group of every grouping.
+    """
+    # 1. The columns near enough, on the visible side of every grouping.
     start = max(columns.start, lane.columns.start, rows[0] - lane.most)
     stop = min(columns.stop, lane.columns.stop, rows[-1] - lane.least + 1)
     for grouping in lane.groupings:
         side = grouping.columns(rows[0])
         start, stop = max(start, side.start), min(stop, side.stop)
-    if start >= stop:
+    # 2. Those at a multiple of the dilation, and in every residue.
+    run = range(start, stop)
+    if run and lane.dilation > 1:
+        run = intersection(run, range(rows[0] % lane.dilation, stop, lane.dilation))
+    if not run:
         return
-    runs = [range(start, stop)]
-    if lane.dilation > 1:
-        runs = [intersection(runs[0], range(rows[0] % lane.dilation, stop, lane.dilation))]
+    runs = [run]
     for residue in lane.columns.residues:
-        runs = [
-            intersection(run, lattice) for run in runs if run for lattice in _lattices(residue, run)
-        ]
-    yield from (run for run in runs if run)
+        runs = _in_residue(residue, runs)
+    yield from runs
+
+
+def _in_residue(residue: Residue, runs: Sequence[range]) -> list[range]:
+    """Non-empty parts of some runs whose positions are in the residue."""
+    out = []
+    for run in runs:
+        for lattice in _lattices(residue, run):
+            part = intersection(run, lattice)
+            if part:
+                out.append(part)
+    return out
 
 
 def _lattices(residue: Residue, run: range) -> Iterator[range]:
-    """The positions of a residue, from the first to the last of a run."""
+    """Positions of a residue, as ranges that cover a run."""
     if not residue.within or residue.within % residue.modulus == 0:
         yield range(residue.offset, run[-1] + 1, residue.modulus)
         return
@@ -177,18 +206,23 @@ def _lattices(residue: Residue, run: range) -> Iterator[range]:
 def _cut(
     lane: Lane, tile: range, low: int, high: int, seen: range, block: int
 ) -> Iterator[tuple[Run, bool]]:
-    """Cut the columns `seen` of rows low to before high into runs; second: whether FULL.
+    """Cut the columns that some rows see into runs.
 
-    FULL runs are whole blocks that every row of the tile sees. There is one at most.
+    low, high: the rows, low to before high of the tile.
+    seen: the columns.
+    block: columns per block.
+
+    Yields each run, and whether it is FULL: whole blocks that every row of the tile sees. At most
+    one run is FULL.
     """
     start = stop = 0
     if low == 0 and high == len(tile):
-        # Columns that the first and the last row are near enough to.
+        # Whole blocks of columns that are near enough to the first and to the last row.
         start = max(0, -(-(tile[-1] - lane.most - seen.start) // seen.step))
         stop = min(len(seen), (tile[0] - lane.least - seen.start) // seen.step + 1)
         stop = start + max(0, stop - start) // block * block
     if start >= stop:
         start = stop = 0
-    for part, whole in ((seen[:start], False), (seen[start:stop], True), (seen[stop:], False)):
+    for part, is_full in ((seen[:start], False), (seen[start:stop], True), (seen[stop:], False)):
         if part:
-            yield (part.start, part.step, len(part), lane.least, lane.most, low, high), whole
+            yield (part.start, part.step, len(part), lane.least, lane.most, low, high), is_full

@@ -39,7 +39,7 @@ class Blocks:
 
 
 def forward_blocks(width: int, itemsize: int) -> Blocks:
-    """Blocks of the forward that fit 227 KiB of shared memory without spills.
+    """Forward blocks that fit 227 KiB of shared memory without spills.
 
     width: of a head, as `padded`.
     itemsize: bytes of a number.
@@ -47,40 +47,49 @@ def forward_blocks(width: int, itemsize: int) -> Blocks:
     if itemsize == 4:
         if width <= 64:
             return Blocks(32, 32, 4, 2)
-        return Blocks(32, 16, 4, 2) if width <= 128 else Blocks(16, 16, 4, 1)
-    return Blocks(128, 64, 4, 3) if width <= 64 else Blocks(128, 64, 8, 2)
+        if width <= 128:
+            return Blocks(32, 16, 4, 2)
+        return Blocks(16, 16, 4, 1)
+    if width <= 64:
+        return Blocks(128, 64, 4, 3)
+    return Blocks(128, 64, 8, 2)
 
 
 def backward_blocks(width: int, itemsize: int) -> Blocks:
     """Blocks of both kernels of the backward; arguments as of `forward_blocks`."""
     if itemsize == 4:
-        return Blocks(32, 16, 4, 1) if width <= 64 else Blocks(16, 16, 4, 1)
+        if width <= 64:
+            return Blocks(32, 16, 4, 1)
+        return Blocks(16, 16, 4, 1)
     if width <= 64:
         return Blocks(64, 64, 4, 2)
-    return Blocks(64, 64, 8, 2) if width <= 128 else Blocks(64, 32, 8, 1)
+    if width <= 128:
+        return Blocks(64, 64, 8, 2)
+    return Blocks(64, 32, 8, 1)
 
 
 def padded(width: int) -> int:
-    """The width that a kernel computes with: a power of two, at least 16."""
+    """Width that a kernel computes: a power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def widest(q: Tensor, v: Tensor) -> int:
-    """The larger padded width of keys and values, which blocks are chosen by."""
+    """The larger padded width of keys and values, for `forward_blocks`."""
     return max(padded(q.shape[3]), padded(v.shape[3]))
 
 
 def has_bad(*tensors: Tensor) -> Tensor:
-    """1 where a tensor holds NaN or infinity, else 0: (1,), int32, without waiting for the GPU.
+    """1 if a tensor contains NaN or infinity, else 0; int32, (1,).
 
-    Sums that overflow count as bad too, which costs time and no more.
+    Computed on the GPU without waiting for it. A sum that overflows gives 1 too, which costs time
+    and changes no result.
     """
     total = torch.stack([x.sum(dtype=torch.float32) for x in tensors]).sum()
     return (~total.isfinite()).to(torch.int32).reshape(1)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel, or record the launch in a graph that is traced."""
+    """Launch a kernel, or record the launch in a traced graph."""
     torch.library.wrap_triton(kernel)[grid](*arguments, **options)
 
 
@@ -164,7 +173,9 @@ def grad_keys(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor,
     tiles: Tensor, runs: Tensor, classes: Tensor, bad: Tensor, scale: float, q_offset: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of k (B, Hkv, M, D) and v (B, Hkv, M, Dv).
+    """The gradients of k and v.
+
+    Returns tensors (B, Hkv, M, D) and (B, Hkv, M, Dv).
 
     tiles, runs, classes: lists over keys. Other arguments as of `grad_queries`.
     """

@@ -21,7 +21,7 @@ from ...calls import Call
 from ...heads import HeadRange
 from ...masks import Mask
 from ...masks.differences import pairs_up_to
-from ...partials import Saved
+from ...partials import Saved, lse_dtype
 from . import kernels
 from .lattice import Rows
 
@@ -46,9 +46,11 @@ class Batch:
 
     @property
     def pairs(self) -> int:
-        """Pairs that the kernel computes, over all heads; half of a causal tile."""
+        """Pairs that the kernel computes, for all heads; a causal tile's triangle."""
         rows, columns = self.queries.size, self.keys.size
-        per_tile = pairs_up_to(0, range(rows), range(columns)) if self.causal else rows * columns
+        per_tile = rows * columns
+        if self.causal:
+            per_tile = pairs_up_to(0, range(rows), range(columns))
         return self.queries.count * per_tile * self.heads.count
 
     @property
@@ -81,7 +83,7 @@ class Batch:
 def _tiles(
     batch: Batch, call: Call, entries: range, device: torch.device, dtype: torch.dtype
 ) -> kernels.Tiles:
-    """Inputs of the kernels beside q, k and v, for some batch entries."""
+    """Kernel inputs beside q, k and v, for some batch entries."""
     tiles = kernels.Tiles(call.scale, causal=batch.causal)
     if not batch.masks and call.score_mod is None:
         return tiles
@@ -116,7 +118,7 @@ def _bias(batch: Batch, call: Call, b: Tensor, q: Tensor, kv: Tensor, dtype: tor
         bias = torch.zeros(shape, dtype=dtype, device=q.device).masked_fill_(~allowed[0], -math.inf)
     else:
         # log c does not survive bfloat16; the kernels compute as precisely as their bias.
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        exact = lse_dtype(dtype)
         bias = torch.stack([pairs.expand(shape) for pairs in allowed]).sum(dim=0, dtype=exact).log()
     if batch.unmasked_columns:
         return torch.nn.functional.pad(bias, (batch.unmasked_columns, 0))
@@ -159,7 +161,7 @@ class Sums:
 
 
 def backward(batch: Batch, call: Call, entries: range, saved: Saved, sums: Sums) -> None:
-    """Add the gradients of some batch entries, from the merged out and lse.
+    """Add gradients of some batch entries, from merged out and lse.
 
     lse is +inf in rows that see nothing.
     """
@@ -172,9 +174,12 @@ def backward(batch: Batch, call: Call, entries: range, saved: Saved, sums: Sums)
     def of_keys(x: Tensor) -> Tensor:
         return batch.keys.read(batch.kv_heads.of(x[chosen])).to(dtype)
 
+    grad_lse = saved.grad_lse
+    if grad_lse is not None:
+        grad_lse = of_queries(grad_lse)
     grad_q, grad_k, grad_v = kernels.attention_backward(
         of_queries(saved.grad_out).to(dtype),
-        None if saved.grad_lse is None else of_queries(saved.grad_lse),
+        grad_lse,
         of_queries(saved.q).to(dtype),
         of_keys(saved.k),
         of_keys(saved.v),

@@ -1,11 +1,12 @@
-"""Costs of batches: pairs, flops, bytes, and their time as flops of one large dense call.
+"""Costs of batches: pairs, flops, bytes and time.
 
+Time is counted in flops of one large dense call.
 `python benchmarks/kernels.py` shows how well a kernel runs on tiles of a shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -25,7 +26,7 @@ _UNCHECKED_BYTES = 2**28
 
 
 def budget(problem: Problem) -> int:
-    """Bytes that a kernel call may take beyond q, k, v and out."""
+    """Most bytes of a kernel call beyond q, k, v and out."""
     working_set = constants(problem.device).working_set
     return max(int(_SHARE * problem.tensor_bytes), _LEAST_BYTES, working_set)
 
@@ -37,20 +38,27 @@ def _allowed_now(batch: Batch, problem: Problem, backward: bool) -> int:
     if problem.device != "cuda" or tiles * tile_bytes(batch, problem, backward) < _UNCHECKED_BYTES:
         return most
     free, _ = torch.cuda.mem_get_info()
-    # Memory that torch's allocator has and no tensor uses.
+    # Memory that torch's allocator reserved and no tensor uses.
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return min(most, max(_LEAST_BYTES, free // 4))
 
 
 def tile_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
-    """Bytes of a tile in a kernel call: rows, results, bias, scores, gradients."""
+    """Bytes of one tile in a kernel call.
+
+    Its rows, results, bias and scores; in a backward also gradients.
+    """
     heads, rows, columns = batch.heads.count, batch.queries.size, batch.keys.size
     itemsize = max(4, problem.itemsize)
     size = heads * (rows + columns) * (problem.head_dim + problem.value_dim) * itemsize
     if backward:
         size *= 3  # out, its gradient, and the gradients of q, k and v
     if problem.scores:
-        size += heads * rows * columns * itemsize * (6 if backward else 4)
+        # Scores that a score_mod and its derivative need at once.
+        copies = 4
+        if backward:
+            copies = 6
+        size += heads * rows * columns * itemsize * copies
     return size + batch.evaluated_pairs // batch.queries.count * _BYTES_PER_EVALUATED_PAIR
 
 
@@ -60,8 +68,10 @@ def pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[tuple[Bat
     One key head at a time if a tile for all heads does not fit.
     """
     most = _allowed_now(batch, problem, backward)
-    together = tile_bytes(batch, problem, backward) <= most
-    for part in (batch,) if together else batch.by_kv_head():
+    parts: Iterable[Batch] = (batch,)
+    if tile_bytes(batch, problem, backward) > most:
+        parts = batch.by_kv_head()
+    for part in parts:
         entries, tiles = _at_once(part, problem, backward, most)
         for start in range(0, problem.batch, entries):
             for piece in part.split(tiles):
@@ -69,7 +79,10 @@ def pieces(batch: Batch, problem: Problem, backward: bool) -> Iterator[tuple[Bat
 
 
 def _at_once(batch: Batch, problem: Problem, backward: bool, most: int) -> tuple[int, int]:
-    """Batch entries, and tiles per entry, that fit `most` bytes; at least one."""
+    """Batch entries and tiles per entry that fit `most` bytes.
+
+    At least one of both.
+    """
     fitting = max(1, most // tile_bytes(batch, problem, backward))
     entries = min(problem.batch, fitting)
     return entries, min(batch.queries.count, fitting // entries)
@@ -86,11 +99,11 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
     slowed_pairs = sum(batch.pairs / _rate(batch) for batch in batches)
     flops = slowed_pairs * problem.batch * width / device.tiles
     # Memory: the largest call.
-    forward = max((_held_bytes(batch, problem, False) for batch in batches), default=0)
-    backward = max((_held_bytes(batch, problem, True) for batch in batches), default=0)
+    forward = max((_call_bytes(batch, problem, False) for batch in batches), default=0)
+    backward = max((_call_bytes(batch, problem, True) for batch in batches), default=0)
     if problem.itemsize < 4:
-        # Float32 sums of the gradients of q, k and v are twice as large as these, which are not
-        # there yet; at the end that of q is rounded first, and its sum is freed.
+        # The float32 sums are twice as large as the rounded gradients, which do not exist yet. At
+        # the end the gradient of q is rounded first, while all three sums exist.
         grad_q = problem.batch * problem.heads * problem.q_len * problem.head_dim * problem.itemsize
         backward = problem.footprint.inputs + max(backward, grad_q)
     return Cost(
@@ -105,7 +118,7 @@ def of(batches: list[Batch], problem: Problem) -> Cost:
 
 
 def _rate(batch: Batch) -> float:
-    """Kernel rate on tiles of a size, as a share of the largest."""
+    """Kernel rate on a batch's tiles, relative to large tiles."""
     rows = batch.queries.size
     if rows < 64:
         return 0.5
@@ -117,6 +130,7 @@ def _rate(batch: Batch) -> float:
 
 
 def _calls(batch: Batch, problem: Problem) -> int:
+    """Number of kernel calls for a batch."""
     heads, part, most = 1, batch, budget(problem)
     if tile_bytes(batch, problem, False) > most:
         # One key head at a time.
@@ -125,7 +139,8 @@ def _calls(batch: Batch, problem: Problem) -> int:
     return heads * -(-problem.batch // entries) * -(-batch.queries.count // tiles)
 
 
-def _held_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
+def _call_bytes(batch: Batch, problem: Problem, backward: bool) -> int:
+    """Bytes of the largest kernel call for a batch."""
     part, most = batch, budget(problem)
     if tile_bytes(batch, problem, backward) > most:
         part = next(batch.by_kv_head())

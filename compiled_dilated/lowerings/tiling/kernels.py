@@ -1,8 +1,8 @@
-"""Dense attention of many small problems: forward, and backward from a given out and lse.
+"""Dense attention of many small problems, forward and backward.
 
 Shapes: q (G, Hq, T, D), k (G, Hkv, S, D), v (G, Hkv, S, Dv), bias (G or 1, Hq or 1, T, S), added to
-the scores, -inf where a key is hidden. With the out and lse of a complete program, the backward
-gives one part's exact share of the joint gradient (FlashAttention, arXiv 2205.14135):
+the scores, -inf where a key is hidden. The backward takes out and lse. With those of a complete
+program it computes one part's exact share of the joint gradient (FlashAttention, arXiv 2205.14135):
 p = exp(s - lse), ds = p * (grad_out . v - sum(grad_out * out) + grad_lse).
 """
 
@@ -45,7 +45,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> tuple[Tensor, Te
         if tiles.causal:
             visible = visible.tril()
         lse = lse.masked_fill(~visible.any(dim=-1), -math.inf)
-    return (out if out.shape[-1] == width else out[..., :width]), lse
+    if out.shape[-1] != width:
+        out = out[..., :width]
+    return out, lse
 
 
 def attention_backward(
@@ -65,7 +67,7 @@ def attention_backward(
     head_dim, width = q.shape[-1], v.shape[-1]
     kernel = _kernel_of(q, tiles)
     if grad_lse is not None:
-        # One more value column holds the lse's gradient: grad_out . v is unchanged, and
+        # One more value column carries the lse's gradient: grad_out . v is unchanged, and
         # sum(grad_out * out) loses grad_lse.
         v = torch.nn.functional.pad(v, (0, 1))
         out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
@@ -74,7 +76,8 @@ def attention_backward(
     q, k, v = _padded(kernel, q, k, v)
     out, grad_out = (_widen(x, v.shape[-1]) for x in (out, grad_out))
     grad_q, grad_k, grad_v = kernel.backward(grad_out, q, k, v, out, lse, tiles)
-    grad_q = grad_q if sign == 1.0 else grad_q * sign
+    if sign != 1.0:
+        grad_q = grad_q * sign
     return grad_q[..., :head_dim], grad_k[..., :head_dim], grad_v[..., :width]
 
 
@@ -217,7 +220,7 @@ class EfficientCUDA:
 class Math:
     """Plain products and sums, for any device and dtype and for score_mods.
 
-    Memory holds all scores of the tiles.
+    All scores of the tiles are in memory at once.
     """
 
     one_width, width_multiple = False, 1
@@ -229,7 +232,7 @@ class Math:
     @staticmethod
     def _hide(scores: Tensor, tiles: Tiles) -> Tensor:
         if tiles.bias is not None:
-            # A sum is not enough: a score_mod may make NaN or infinity of a hidden pair.
+            # Not a plain sum: the score_mod of a hidden pair may be NaN or infinite.
             scores = torch.where(tiles.bias == -math.inf, -math.inf, scores + tiles.bias)
         if tiles.causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -241,7 +244,9 @@ class Math:
         dtype, groups = q.dtype, q.shape[1] // k.shape[1]
         q, k, v = _exact(q), _repeated(_exact(k), groups), _repeated(_exact(v), groups)
         scores = cls._scores(q, k, tiles)
-        scores = cls._hide(scores if tiles.score_mod is None else tiles.score_mod(scores), tiles)
+        if tiles.score_mod is not None:
+            scores = tiles.score_mod(scores)
+        scores = cls._hide(scores, tiles)
         lse = scores.logsumexp(dim=-1)
         # Rows that see no key: exp(-inf - 0) is 0, exp(-inf - -inf) would be NaN.
         finite_lse = torch.where(lse == -math.inf, 0.0, lse)
@@ -308,7 +313,7 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
 
 
 def _summed(grad: Tensor, groups: int) -> Tensor:
-    """Gradients of repeated keys, summed over the query heads of each key head."""
+    """Gradients of repeated keys, summed per key head."""
     if groups == 1:
         return grad
     summed: Tensor = grad.unflatten(1, (-1, groups)).sum(dim=2)
@@ -318,7 +323,10 @@ def _summed(grad: Tensor, groups: int) -> Tensor:
 def _gradients(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, groups: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their dtype, from those of repeated keys and values."""
+    """Gradients of q, k and v, summed per key head and rounded.
+
+    grad_k, grad_v: of repeated keys and values.
+    """
     return (
         grad_q.to(dtype),
         _summed(grad_k, groups).to(dtype),

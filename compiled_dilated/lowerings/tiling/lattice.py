@@ -1,4 +1,4 @@
-"""Tokens of the tiles of a batch: strided views, or tables of small tiles.
+"""Tokens of tiles: strided views, or tables of small tiles.
 
 Lattice(start=3, count=2, stride=8, size=4, step=1)
 tile 0: 3 4 5 6    tile 1: 11 12 13 14
@@ -54,7 +54,10 @@ class Lattice:
         return x.as_strided(shape, strides, x.storage_offset() + (self.start - shift) * token)
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """The tiles: a view for one batch entry or one tile, else a copy."""
+        """Tiles of x (B, H, N, ...).
+
+        A view for one batch entry or one tile, else a copy.
+        """
         return self._view(x, shift).flatten(0, 1)
 
     def merge(
@@ -103,8 +106,10 @@ class Table:
         """Positions of the tokens, (tiles, rows)."""
         places = self.small[:, :, None].astype(np.int64) * self.width + np.arange(self.width)
         places = places.reshape(self.count, -1)[:, : self.size]
-        positions = places if self.permutation is None else self.permutation[places]
-        return positions + self.offset
+        if self.permutation is None:
+            return places + self.offset
+        positions: IntArray = self.permutation[places] + self.offset
+        return positions
 
     def select(self, start: int, stop: int) -> Table:
         """Tiles [start, stop)."""
@@ -120,7 +125,7 @@ class Table:
         return flat
 
     def read(self, x: Tensor, shift: int = 0) -> Tensor:
-        """A copy of the tiles."""
+        """Tiles of x (B, H, N, ...), as a copy."""
         tokens = x.index_select(2, self._index(x, shift))
         tiles: Tensor = tokens.unflatten(2, (self.count, self.size))
         return tiles.transpose(1, 2).flatten(0, 1)

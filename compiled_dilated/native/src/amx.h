@@ -234,7 +234,7 @@ class TransposedGroups {
   TransposedGroups(Parts& parts, int width, int most_keys)
       : width_(width), group_numbers_(whole_tiles(width) * group_keys),
         slots_(static_cast<unsigned>(kept_bytes / (group_numbers_ * sizeof(uint16_t)))) {  // 32 of the widest rows
-    kept_ = parts.take<uint16_t>(static_cast<size_t>(slots_) * group_numbers_);
+    copies_ = parts.take<uint16_t>(static_cast<size_t>(slots_) * group_numbers_);
     names_ = parts.take<Name>(slots_);
     room_ = parts.take<uint16_t>(static_cast<size_t>(most_keys) / group_keys * group_numbers_);
   }
@@ -253,16 +253,16 @@ class TransposedGroups {
       uint16_t* to = room_ + group * group_numbers_;
       if (keys == group_keys && equally_spaced<group_keys>(first, name.stride)) {
         const unsigned slot = slot_of(name);
-        uint16_t* const kept = kept_ + static_cast<size_t>(slot) * group_numbers_;
-        const bool known = names_[slot].first == name.first && names_[slot].stride == name.stride;
+        uint16_t* const copy = copies_ + static_cast<size_t>(slot) * group_numbers_;
+        const bool is_current = names_[slot].first == name.first && names_[slot].stride == name.stride;
         // A group of the same block must not be overwritten.
-        const bool taken = std::find(transposes, transposes + group, kept) != transposes + group;
-        if (known) {
-          transposes[group] = kept;
+        const bool is_used = std::find(transposes, transposes + group, copy) != transposes + group;
+        if (is_current) {
+          transposes[group] = copy;
           continue;
         }
-        if (!taken) {
-          to = kept;
+        if (!is_used) {
+          to = copy;
           names_[slot] = name;
         }
         ++met;
@@ -291,7 +291,7 @@ class TransposedGroups {
 
   int width_, group_numbers_;
   unsigned slots_;
-  uint16_t *kept_, *room_;
+  uint16_t *copies_, *room_;
   Name* names_;
 };
 

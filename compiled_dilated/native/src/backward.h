@@ -418,7 +418,7 @@ void backward_with(const Problem& problem, const Program& program, const Gradien
           to_fill.vectors = 0;
           if (step >= steps) return;
           const auto [index, h] = place_of(step);
-          const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
+          const QueryTiles<Engine::W>& tiles = stretches.tiles(b, program.group_of_head[h]);
           if (index < tiles.count()) tiles.tile_at(index, to_fill);
         };
         KeyRange range = no_keys;

@@ -10,6 +10,8 @@ namespace native {
 // head with an equal mask.
 class BlockCache {
  public:
+  static constexpr int64_t most_blocks = 2048;
+
   // Starts a stretch; the blocks of the same stretch stay valid.
   void start(int64_t entry, int64_t group, int64_t first, int64_t tiles) {
     const int64_t key[3] = {entry, group, first};
@@ -29,7 +31,7 @@ class BlockCache {
   void blocks(int64_t index, const Callback<const Visit&>& walk, const Callback<const Branch&, const KeyBlock&, uint64_t*>& answer,
               const Visit& visit) {
     Range& range = tiles_[static_cast<size_t>(index)];
-    if (range.known) {
+    if (range.is_complete) {
       for (size_t at = range.start; at < range.stop; ++at) visit(blocks_[at].branch, with_arrays(blocks_[at]));
       return;
     }
@@ -39,44 +41,43 @@ class BlockCache {
       KeyBlock complete = block;
       complete.seen = seen;
       if (block.any_partial) answer(branch, block, seen);
-      if (blocks_.size() < most_blocks) keep(branch, complete);
+      if (static_cast<int64_t>(blocks_.size()) < most_blocks) store(branch, complete);
       visit(branch, complete);
     };
     walk(take);
     range.stop = blocks_.size();
     // A tile that does not fit is walked again for every head.
-    range.known = range.stop < most_blocks;
+    range.is_complete = static_cast<int64_t>(range.stop) < most_blocks;
   }
 
  private:
-  static constexpr size_t most_blocks = 512;
   struct Range {
     size_t start = 0, stop = 0;
-    bool known = false;
+    bool is_complete = false;
   };
-  struct Kept {
+  struct Entry {
     Branch branch;
     KeyBlock block;  // without its arrays
     size_t keys, seen;
   };
 
-  void keep(const Branch& branch, const KeyBlock& block) {
+  void store(const Branch& branch, const KeyBlock& block) {
     blocks_.push_back({branch, block, keys_.size(), seen_.size()});
     keys_.insert(keys_.end(), block.keys, block.keys + block.count);
     partial_.insert(partial_.end(), block.partial, block.partial + block.count);
     if (block.any_partial) seen_.insert(seen_.end(), block.seen, block.seen + block.count);
   }
 
-  KeyBlock with_arrays(const Kept& kept) const {
-    KeyBlock block = kept.block;
-    block.keys = keys_.data() + kept.keys;
-    block.partial = partial_.data() + kept.keys;
-    block.seen = seen_.data() + kept.seen;
+  KeyBlock with_arrays(const Entry& entry) const {
+    KeyBlock block = entry.block;
+    block.keys = keys_.data() + entry.keys;
+    block.partial = partial_.data() + entry.keys;
+    block.seen = seen_.data() + entry.seen;
     return block;
   }
 
   int64_t key_[3] = {-1, -1, -1};
-  std::vector<Kept> blocks_;
+  std::vector<Entry> blocks_;
   std::vector<int32_t> keys_;
   std::vector<uint8_t> partial_;
   std::vector<uint64_t> seen_;

@@ -8,6 +8,8 @@ namespace {
 template <class Engine>
 void count_with(const Problem& problem, const Program& program) {
   const Shape shape(problem);
+  WalkSizes sizes = Engine::sizes;
+  sizes.counted = true;
   constexpr int W = Engine::W;
   const Stretches<W> stretches(problem, program, shape, shape.batch * shape.heads, 1);
   Counts counts;
@@ -19,18 +21,18 @@ void count_with(const Problem& problem, const Program& program) {
     for (int64_t group = 0; group < static_cast<int64_t>(program.groups.size()); ++group) {
       const auto first = std::find(program.group_of_head.begin(), program.group_of_head.end(), group);
       const int64_t h = first - program.group_of_head.begin();
-      const int64_t alike = std::count(first, program.group_of_head.end(), group) * (shape.batch / entries);
-      const QueryTiles<W>& tiles = stretches.tiles(offset_entry(problem, b), group);
-      Counts one;
+      const int64_t equal_heads = std::count(first, program.group_of_head.end(), group) * (shape.batch / entries);
+      const QueryTiles<W>& tiles = stretches.tiles(b, group);
+      Counts of_group;
       for (int64_t index = 0; index < tiles.count(); ++index) {
         tiles.tile_at(index, tile);
         if (!tile.vectors) continue;
-        ++one.tiles;
-        const auto add = [&](const Branch&, const KeyBlock& block) { one.add(block, W); };
-        walk_keys(program.masks, b, h, program.groups[group], tile, shape.kv_len, Engine::sizes, add);
+        ++of_group.tiles;
+        const auto add = [&](const Branch&, const KeyBlock& block) { of_group.add(block, W); };
+        walk_keys(program.masks, b, h, program.groups[group], tile, shape.kv_len, sizes, add);
       }
-      counts.pairs += one.pairs * alike, counts.partial += one.partial * alike;
-      counts.blocks += one.blocks * alike, counts.tiles += one.tiles * alike;
+      counts.pairs += of_group.pairs * equal_heads, counts.partial += of_group.partial * equal_heads;
+      counts.blocks += of_group.blocks * equal_heads, counts.tiles += of_group.tiles * equal_heads;
     }
   counts.write(problem.counts);
 }

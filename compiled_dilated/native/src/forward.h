@@ -269,13 +269,18 @@ template <int W>
 class Stretches {
  public:
   Stretches(const Problem& problem, const Program& program, const Shape& shape, int64_t heads, int threads) : heads_(heads) {
-    for (const int64_t offset : problem.q_offsets)
+    groups_ = static_cast<int64_t>(program.groups.size());
+    entries_ = has_entries(problem, program) ? shape.batch : 1;
+    for (int64_t b = 0; b < entries_; ++b)
       for (const Group& group : program.groups) {
-        tiles_.emplace_back(group.layout, shape.q_len, offset);
+        const int64_t start = problem.q_offsets[problem.q_offsets.size() == 1 ? 0 : b];
+        tiles_.emplace_back(group.layout, shape.q_len, start, program.global_queries(group, b, start, start + shape.q_len));
         most_ = std::max(most_, tiles_.back().count());
       }
-    groups_ = static_cast<int64_t>(program.groups.size());
     length_ = std::clamp<int64_t>(most_ * heads / (8 * std::max(threads, 1)), 1, 32);
+    // The answers of a function are reused for all heads if those of a stretch fit into the cache.
+    const int64_t blocks = shape.kv_len / block_keys + 1;
+    if (program.has_function()) length_ = std::clamp<int64_t>(BlockCache::most_blocks / blocks, 1, length_);
     count_ = (most_ + length_ - 1) / length_ * heads;
   }
 
@@ -283,11 +288,19 @@ class Stretches {
   int64_t length() const { return length_; }
   void set_length(int64_t length) { length_ = length, count_ = (most_ + length - 1) / length * heads_; }
   int64_t most() const { return most_; }
-  const QueryTiles<W>& tiles(int64_t entry, int64_t group) const { return tiles_[entry * groups_ + group]; }
+  const QueryTiles<W>& tiles(int64_t b, int64_t group) const { return tiles_[(entries_ == 1 ? 0 : b) * groups_ + group]; }
 
  private:
+  // Whether entries of the batch are tiled differently.
+  static bool has_entries(const Problem& problem, const Program& program) {
+    bool reads_data = false;
+    for (const Group& group : program.groups)
+      for (const int node : group.globals) reads_data |= program.masks.nodes[node].op == Op::global_data;
+    return problem.q_offsets.size() > 1 || reads_data;
+  }
+
   std::vector<QueryTiles<W>> tiles_;
-  int64_t heads_, groups_ = 0, most_ = 0, length_ = 1, count_ = 0;
+  int64_t heads_, entries_ = 1, groups_ = 0, most_ = 0, length_ = 1, count_ = 0;
 };
 
 // Distributes the heads of stretches to threads. A thread takes all heads of one stretch, which
@@ -319,8 +332,6 @@ class Deal {
   std::vector<std::atomic<int64_t>> taken_;
   std::atomic<int64_t> next_{0};
 };
-
-inline int64_t offset_entry(const Problem& problem, int64_t b) { return problem.q_offsets.size() == 1 ? 0 : b; }
 
 // Whether all keys and values of a call are finite.
 template <class T>
@@ -358,10 +369,10 @@ bool forward_tiles(const Problem& problem, const Program& program, const Shape& 
     ForwardWorker<Engine> worker(problem, program, shape, careful, room);
     QueryTile<Engine::W> two_tiles[2];
     QueryTile<Engine::W> *tile = two_tiles, *next = two_tiles + 1;
-    int64_t dealt = -1, h = 0;
-    while (!failure.failed() && deal.take(dealt, h)) {
-      const int64_t b = dealt / per_head, stretch = dealt % per_head;
-      const QueryTiles<Engine::W>& tiles = stretches.tiles(offset_entry(problem, b), program.group_of_head[h]);
+    int64_t unit = -1, h = 0;
+    while (!failure.failed() && deal.take(unit, h)) {
+      const int64_t b = unit / per_head, stretch = unit % per_head;
+      const QueryTiles<Engine::W>& tiles = stretches.tiles(b, program.group_of_head[h]);
       const int64_t stop = std::min(tiles.count(), (stretch + 1) * stretches.length());
       const int64_t first = stretch * stretches.length();
       if (first >= stop) continue;

@@ -250,7 +250,7 @@ class Planner {
   int for_pairs(int number) {
     const Item& of = items_[number];
     if (of.level == of_pair) return number;
-    const auto [found, is_new] = filled_.try_emplace(number, 0);
+    const auto [place, is_new] = filled_.try_emplace(number, 0);
     if (is_new) {
       Item item;
       item.run = filler(of.level, of.width);
@@ -258,9 +258,9 @@ class Planner {
       item.width = of.width;
       item.in[0] = number;
       item.hoisted = of.level != of_key && hoisted_++ < most_hoisted;
-      found->second = add(item);
+      place->second = add(item);
     }
-    return found->second;
+    return place->second;
   }
 
   Level joined(const std::vector<int>& inputs) const {
@@ -308,35 +308,35 @@ class Planner {
   }
 
   int add_tile(Register type, int which) {
-    const auto [found, is_new] = tiles_.try_emplace(which, 0);
+    const auto [place, is_new] = tiles_.try_emplace(which, 0);
     if (is_new) {
       Item item;
       item.run = type == Register::f32 ? loops::read_tile<float> : loops::read_tile<double>;
       item.width = width(type);
       item.level = of_pair;
       item.step.in[0] = which;
-      found->second = add(item);
+      place->second = add(item);
     }
-    return found->second;
+    return place->second;
   }
 
   // A register of level `all`, extended to the size of one of lanes or keys.
   int aligned(int number, Level level) {
     if (items_[number].level == level) return number;
-    const auto [found, is_new] = spread_.try_emplace({number, level}, 0);
+    const auto [place, is_new] = spread_.try_emplace({number, level}, 0);
     if (is_new) {
       Item item;
       item.run = filler(all, items_[number].width);
       item.width = items_[number].width;
       item.level = level;
       item.in[0] = number;
-      found->second = add(item);
+      place->second = add(item);
     }
-    return found->second;
+    return place->second;
   }
 
   int sum(int a, int b) {
-    const auto [found, is_new] = sums_.try_emplace({a, b}, 0);
+    const auto [place, is_new] = sums_.try_emplace({a, b}, 0);
     if (is_new) {
       Item item;
       item.level = static_cast<Level>(items_[a].level | items_[b].level);
@@ -344,9 +344,9 @@ class Planner {
       item.run = loops::binary<loops::Add, int64_t, int64_t>;
       item.in[0] = item.level == of_pair ? for_pairs(a) : aligned(a, item.level);
       item.in[1] = item.level == of_pair ? for_pairs(b) : aligned(b, item.level);
-      found->second = add(item);
+      place->second = add(item);
     }
-    return found->second;
+    return place->second;
   }
 
   // The addresses of a node's elements; offsets that vary least are summed first.
@@ -354,7 +354,7 @@ class Planner {
     int of_level[4] = {-1, -1, -1, -1};
     for (size_t i = from; i < node.inputs.size(); ++i) {
       const int dim = static_cast<int>(i - from), input = of_node_[node.inputs[i]];
-      const auto [found, is_new] = addresses_.try_emplace({node.number, dim, input, contiguous}, 0);
+      const auto [place, is_new] = addresses_.try_emplace({node.number, dim, input, contiguous}, 0);
       if (is_new) {
         Item item;
         item.run = tape_.nodes[node.inputs[i]].type == Register::i32 ? loops::address<int32_t> : loops::address<int64_t>;
@@ -364,10 +364,10 @@ class Planner {
         item.step.operand = static_cast<int>(node.number);
         item.step.dim = dim;
         item.step.contiguous = contiguous;
-        found->second = add(item);
+        place->second = add(item);
       }
-      int& total = of_level[items_[found->second].level];
-      total = total < 0 ? found->second : sum(total, found->second);
+      int& total = of_level[items_[place->second].level];
+      total = total < 0 ? place->second : sum(total, place->second);
     }
     int total = -1;
     for (const int part : of_level)
@@ -456,7 +456,7 @@ class Planner {
   std::map<std::tuple<int64_t, int, int, bool>, int> addresses_;
 };
 
-struct Known {
+struct CachedPlan {
   uint64_t id;
   TapeKind kind;
   std::vector<uint8_t> learned;
@@ -472,16 +472,16 @@ int whole_units(int count) { return (count + loops::unit - 1) / loops::unit * lo
 }  // namespace
 
 struct FunctionRoom::Contents {
-  std::vector<Known> plans;
+  std::vector<CachedPlan> plans;
   std::vector<Line> memory;
 
   const Plan& plan(const Function& function, TapeKind kind, void* const* sums) {
     const auto is_learned = [&](size_t i) -> uint8_t { return sums && sums[i]; };
-    for (const Known& known : plans) {
-      if (known.id != function.id || known.kind != kind) continue;
+    for (const CachedPlan& cached : plans) {
+      if (cached.id != function.id || cached.kind != kind) continue;
       bool same = true;
-      for (size_t i = 0; i < known.learned.size(); ++i) same &= known.learned[i] == is_learned(i);
-      if (same) return known.plan;
+      for (size_t i = 0; i < cached.learned.size(); ++i) same &= cached.learned[i] == is_learned(i);
+      if (same) return cached.plan;
     }
     const FunctionTape& tape = tape_of(function, kind);
     std::vector<uint8_t> learned(function.operands.size());

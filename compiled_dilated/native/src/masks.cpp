@@ -71,9 +71,9 @@ Verdict classify_tiles(const std::vector<int64_t>& arguments, const Region& q, c
   for (int64_t row = first_row; row <= last_row; ++row) {
     const auto from = std::lower_bound(begin, end, row * columns + first_column);
     const int64_t listed = std::upper_bound(from, end, row * columns + last_column) - from;
-    const Verdict one = verdict(listed == last_column - first_column + 1 && !beyond, listed == 0);
-    if (one == PARTIAL || (row > first_row && one != together)) return PARTIAL;
-    together = one;
+    const Verdict of_row = verdict(listed == last_column - first_column + 1 && !beyond, listed == 0);
+    if (of_row == PARTIAL || (row > first_row && of_row != together)) return PARTIAL;
+    together = of_row;
   }
   return together;
 }
@@ -88,6 +88,14 @@ Verdict classify_positions(const std::vector<int64_t>& listed, const Region& sid
 Verdict classify_flags(const Summary& summary, const Region& side) {
   const Summary::Bounds bounds = summary.over(side.first, side.last);
   return verdict(bounds.least != 0, bounds.greatest == 0);
+}
+
+// The verdict of global tokens, from those on a region of keys and, if needed, on one of queries.
+template <class OfQueries>
+Verdict classify_global(const Region& q, Verdict of_keys, const OfQueries& of_queries) {
+  if (q.globals == Globals::all) return FULL;
+  if (q.globals == Globals::none) return of_keys;
+  return std::max(of_keys, of_queries(q));
 }
 
 int slots_of(const Node& node) {
@@ -311,7 +319,7 @@ void Masks::add(Node node) {
 void Masks::classify(int index, int64_t b, int64_t h, const Region* q, int count, const Region& k, Verdict* out) const {
   const Node& node = nodes[index];
   const std::vector<int64_t>& x = node.arguments;
-  const auto each = [&](auto&& of) {
+  const auto by_region = [&](auto&& of) {
     for (int i = 0; i < count; ++i) out[i] = of(q[i]);
   };
   const auto all_alike = [&](Verdict of) { std::fill(out, out + count, of); };
@@ -333,33 +341,33 @@ void Masks::classify(int index, int64_t b, int64_t h, const Region* q, int count
       classify(static_cast<int>(x[0]), b, h, q, count, k, out);
       for (int i = 0; i < count; ++i) out[i] = static_cast<Verdict>(FULL - out[i]);
       return;
-    case Op::causal: return each([&](const Region& q) { return verdict(k.last <= q.first, k.first > q.last); });
+    case Op::causal: return by_region([&](const Region& q) { return verdict(k.last <= q.first, k.first > q.last); });
     case Op::window:
-      return each([&](const Region& q) {
+      return by_region([&](const Region& q) {
         const int64_t step = x[2] == 1 ? 1 : std::gcd(q.step, k.step);
         return classify_difference(k.first - q.last, k.last - q.first, step, x[2], x[0], x[1]);
       });
     case Op::segments: {
       const int64_t k_first = k.first / x[0], k_last = k.last / x[0];
-      return each([&](const Region& q) { return same_group(floor_div(q.first, x[0]), floor_div(q.last, x[0]), k_first, k_last); });
+      return by_region([&](const Region& q) { return same_group(floor_div(q.first, x[0]), floor_div(q.last, x[0]), k_first, k_last); });
     }
     case Op::congruent: {
       const Verdict of_keys = classify_congruent(k, x[0], x[1], x[2]);
       if (of_keys == EMPTY) return all_alike(EMPTY);
-      return each([&](const Region& q) { return std::min(of_keys, classify_congruent(q, x[0], x[1], x[2])); });
+      return by_region([&](const Region& q) { return std::min(of_keys, classify_congruent(q, x[0], x[1], x[2])); });
     }
     case Op::sinks: return all_alike(verdict(k.last < x[0], k.first >= x[0]));
-    case Op::leading: return each([&](const Region& q) { return verdict(q.last < x[0], q.first >= x[0]); });
+    case Op::leading: return by_region([&](const Region& q) { return verdict(q.last < x[0], q.first >= x[0]); });
     case Op::dilated_blocks: {
       const int64_t k_first = k.first / x[0], k_last = k.last / x[0];
-      return each([&](const Region& q) {
+      return by_region([&](const Region& q) {
         const int64_t low = k_first - floor_div(q.last, x[0]), high = k_last - floor_div(q.first, x[0]);
         return classify_difference(low, high, low == high ? 0 : 1, x[1], int64_t{1} << 60, int64_t{1} << 60);
       });
     }
     case Op::block_window: {
       const int64_t k_first = k.first / x[0], k_last = k.last / x[0];
-      return each([&](const Region& q) {
+      return by_region([&](const Region& q) {
         const int64_t low = k_first - floor_div(q.last, x[0]), high = k_last - floor_div(q.first, x[0]);
         return classify_difference(low, high, 1, 1, x[1], x[2]);
       });
@@ -367,17 +375,17 @@ void Masks::classify(int index, int64_t b, int64_t h, const Region* q, int count
     case Op::document_lengths: {
       const int64_t documents = static_cast<int64_t>(x.size());
       const int64_t k_first = document_of(x, k.first), k_last = document_of(x, k.last);
-      return each([&](const Region& q) {
+      return by_region([&](const Region& q) {
         const int64_t q_first = document_of(x, q.first);
         return std::max(q_first, k_first) >= documents ? EMPTY : same_group(q_first, document_of(x, q.last), k_first, k_last);
       });
     }
-    case Op::tiles: return each([&](const Region& q) { return classify_tiles(x, q, k); });
-    case Op::neighborhood: return each([&](const Region& q) { return node.grid.classify(q, k); });
+    case Op::tiles: return by_region([&](const Region& q) { return classify_tiles(x, q, k); });
+    case Op::neighborhood: return by_region([&](const Region& q) { return node.grid.classify(q, k); });
     case Op::document_ids: {
       const Summary& ids = data[x[0]].summary(b);
       const Summary::Bounds of_k = ids.over(k.first, k.last);
-      return each([&](const Region& q) {
+      return by_region([&](const Region& q) {
         const Summary::Bounds of_q = ids.over(q.first, q.last);
         return same_group(of_q.least, of_q.greatest, of_k.least, of_k.greatest);
       });
@@ -387,15 +395,17 @@ void Masks::classify(int index, int64_t b, int64_t h, const Region* q, int count
       const Summary& flags = data[x[0]].summary(b);
       const Verdict of_keys = classify_flags(flags, k);
       if (of_keys == FULL) return all_alike(FULL);
-      return each([&](const Region& q) { return std::max(of_keys, classify_flags(flags, q)); });
+      const auto of_queries = [&](const Region& q) { return classify_flags(flags, q); };
+      return by_region([&](const Region& q) { return classify_global(q, of_keys, of_queries); });
     }
     case Op::global_positions: {
       const Verdict of_keys = classify_positions(x, k);
       if (of_keys == FULL) return all_alike(FULL);
-      return each([&](const Region& q) { return std::max(of_keys, classify_positions(x, q)); });
+      const auto of_queries = [&](const Region& q) { return classify_positions(x, q); };
+      return by_region([&](const Region& q) { return classify_global(q, of_keys, of_queries); });
     }
     case Op::function:
-      return each([&](const Region& q) {
+      return by_region([&](const Region& q) {
         return static_cast<Verdict>(functions().verdict(*node.function, node.operands.data(), b, node.head < 0 ? h : node.head, q.first,
                                                      q.last, k.first, k.last));
       });
@@ -512,14 +522,14 @@ void TileQueries<W>::seen(int index, int low, int high, const int32_t* keys, int
       seen(static_cast<int>(x[0]), low, high, keys, count, out);
       if (static_cast<int>(spare_.size()) <= depth_) spare_.emplace_back();
       if (static_cast<int>(spare_[depth_].size()) < total * W) spare_[depth_].resize(total * W);
-      Ints* other = reinterpret_cast<Ints*>(spare_[depth_].data());
+      Ints* of_part = reinterpret_cast<Ints*>(spare_[depth_].data());
       ++depth_;
       for (size_t part = 1; part < x.size(); ++part) {
-        seen(static_cast<int>(x[part]), low, high, keys, count, other);
+        seen(static_cast<int>(x[part]), low, high, keys, count, of_part);
         if (node.op == Op::all_of)
-          for (int i = 0; i < total; ++i) out[i] &= other[i];
+          for (int i = 0; i < total; ++i) out[i] &= of_part[i];
         else
-          for (int i = 0; i < total; ++i) out[i] |= other[i];
+          for (int i = 0; i < total; ++i) out[i] |= of_part[i];
       }
       --depth_;
       return;

@@ -8,7 +8,7 @@ namespace native {
 
 namespace {
 
-constexpr int64_t version = 1;
+constexpr int64_t version = 2;
 constexpr int64_t most_positions = int64_t{1} << 30;
 
 class Reader {
@@ -143,12 +143,55 @@ Group read_group(Reader& reader, Masks& masks) {
   const int64_t branches = reader.next(0, most_positions, "a count of branches");
   for (int64_t i = 0; i < branches; ++i) {
     const int root = static_cast<int>(reader.next(0, most_positions, "a mask"));
-    group.branches.push_back({root, reader.next(1, most_positions, "a step of keys")});
+    const int64_t key_step = reader.next(1, most_positions, "a step of keys");
+    group.branches.push_back({root, key_step, reader.next(0, 1, "a kind of classes") == 1});
   }
   return group;
 }
 
+// The nodes of global tokens among a group's masks.
+std::vector<int> globals_of(const Masks& masks, const Group& group) {
+  std::vector<char> is_part(masks.nodes.size(), 0);
+  for (const Branch& branch : group.branches) is_part[branch.root] = 1;
+  std::vector<int> out;
+  // Parts have lower numbers than the nodes that they compose.
+  for (int index = static_cast<int>(masks.nodes.size()) - 1; index >= 0; --index) {
+    const Node& node = masks.nodes[index];
+    if (!is_part[index]) continue;
+    if (node.op == Op::global_positions || node.op == Op::global_data) out.push_back(index);
+    if (node.op != Op::all_of && node.op != Op::any_of && node.op != Op::none_of) continue;
+    for (const int64_t part : node.arguments) is_part[part] = 1;
+  }
+  return out;
+}
+
 }  // namespace
+
+bool Program::has_function() const {
+  const std::vector<Node>& nodes = masks.nodes;
+  return std::any_of(nodes.begin(), nodes.end(), [](const Node& node) { return node.op == Op::function; });
+}
+
+GlobalQueries Program::global_queries(const Group& group, int64_t b, int64_t start, int64_t stop) const {
+  GlobalQueries out;
+  std::vector<int32_t>& positions = out.positions;
+  for (const int index : group.globals) {
+    const Node& node = masks.nodes[index];
+    const std::vector<int64_t>& x = node.arguments;
+    if (node.op == Op::global_positions) {
+      for (auto at = std::lower_bound(x.begin(), x.end(), start); at != x.end() && *at < stop; ++at)
+        positions.push_back(static_cast<int32_t>(*at));
+      continue;
+    }
+    const int32_t* flags = masks.data[x[0]].row(b);
+    for (int64_t position = start; position < stop; ++position)
+      if (flags[position]) positions.push_back(static_cast<int32_t>(position));
+  }
+  out.alike = group.globals.size() == 1;
+  std::sort(positions.begin(), positions.end());
+  positions.erase(std::unique(positions.begin(), positions.end()), positions.end());
+  return out;
+}
 
 Program read_program(const Problem& problem) {
   Program program;
@@ -193,6 +236,7 @@ Program read_program(const Problem& problem) {
   for (const Group& group : program.groups)
     for (const Branch& branch : group.branches)
       if (branch.root >= nodes) throw std::runtime_error("the attention's code names a mask that it does not have");
+  for (Group& group : program.groups) group.globals = globals_of(program.masks, group);
   if (reader.next(0, 1, "a score_mod")) {
     program.score_mod_operands = reader.list(reader.next(0, most, "a count of operands"));
     program.operands = operands_of(program.score_mod_operands, problem);
@@ -200,7 +244,7 @@ Program read_program(const Problem& problem) {
     functions().check(*program.score_mod, program.operands.data(), program.operands.size());
   }
   program.varies_by_entry = problem.q_offsets.size() > 1 || !problem.data.empty();
-  for (const Node& node : program.masks.nodes) program.varies_by_entry |= node.op == Op::function;
+  program.varies_by_entry |= program.has_function();
   const int64_t first = *std::min_element(problem.q_offsets.begin(), problem.q_offsets.end());
   for (const Node& node : program.masks.nodes) {
     const bool reads_flags = node.op == Op::padding || node.op == Op::global_data;

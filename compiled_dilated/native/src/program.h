@@ -1,6 +1,8 @@
 // What a call computes, read from its code: branches per head, each a mask, and how queries are
 // tiled.
 #pragma once
+#include <algorithm>
+
 #include "masks.h"
 
 namespace native {
@@ -17,11 +19,21 @@ struct Layout {
 struct Branch {
   int root;          // node of its mask
   int64_t key_step;  // keys are walked by residue classes modulo it
+  bool strict;       // whether queries see keys of their own class only
 };
 
 struct Group {
   Layout layout;
   std::vector<Branch> branches;
+  std::vector<int> globals;  // the nodes of global tokens among its masks
+};
+
+// The global ones of a call's queries, ascending. alike: whether one mask names them all.
+struct GlobalQueries {
+  std::vector<int32_t> positions;
+  bool alike = true;
+
+  bool contains(int64_t position) const { return std::binary_search(positions.begin(), positions.end(), position); }
 };
 
 struct Program {
@@ -32,6 +44,12 @@ struct Program {
   std::vector<int64_t> score_mod_operands;
   std::unique_ptr<Function> score_mod;
   std::vector<Array> operands;  // of the score_mod
+
+  // Whether one of its masks is a function.
+  bool has_function() const;
+
+  // Those of a group among positions start .. stop - 1 of entry b.
+  GlobalQueries global_queries(const Group& group, int64_t b, int64_t start, int64_t stop) const;
 };
 
 // The layout of the code, as encode.py writes it:
@@ -39,7 +57,7 @@ struct Program {
 //   version, positions (-1: any)
 //   number of heads; per head: its group
 //   number of groups; per group: step, axes, offset, sizes of the axes, number of branches;
-//       per branch: root, key step
+//       per branch: root, key step, whether its classes are strict
 //   number of nodes; per node: number of the operation, count of arguments, arguments
 //   0, or 1 and the score_mod: count of operands, their numbers, its tape
 //

@@ -40,12 +40,12 @@ inline void narrow(const Masks& masks, int index, const Region& q, int grid, Rea
     case Op::any_of: {
       Reach hull = reach;
       for (size_t at = 0; at < x.size(); ++at) {
-        Reach own = reach;
-        narrow(masks, static_cast<int>(x[at]), q, grid, own);
+        Reach of_part = reach;
+        narrow(masks, static_cast<int>(x[at]), q, grid, of_part);
         if (at)
-          hull.add(own);
+          hull.add(of_part);
         else
-          hull = own;
+          hull = of_part;
       }
       reach = hull;
       return;

@@ -9,6 +9,9 @@ namespace native {
 // Ordered, so that `and` is the minimum, `or` the maximum and `not` the mirror image.
 enum Verdict : int { EMPTY = 0, PARTIAL = 1, FULL = 2 };
 
+// What a region's queries are to masks of global tokens.
+enum class Globals : uint8_t { some, none, all };
+
 // A box of a lattice: base + sum over axes of index * stride, 0 <= index < extent. Unused axes have extent 1.
 struct Region {
   int64_t base = 0;
@@ -19,6 +22,7 @@ struct Region {
   int64_t size = 1;
   int grid = -1;               // for a box of a grid: the grid's number
   int32_t low[3] = {0, 0, 0};  // and its least coordinates
+  Globals globals = Globals::some;
 
   static Region line(int64_t base, int64_t count, int64_t stride) {
     Region region;

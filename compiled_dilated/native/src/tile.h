@@ -39,11 +39,11 @@ template <class T>
 class Rows {
  public:
   // Numbers that a workspace needs.
-  static size_t numbers(int width) { return static_cast<size_t>(kept(width) + block_keys) * width; }
+  static size_t numbers(int width) { return static_cast<size_t>(capacity(width) + block_keys) * width; }
 
   // rereads: whether a block's rows are read more than once.
   Rows(T* workspace, int width, bool rereads)
-      : width_(width), kept_(kept(width)), rereads_(rereads), copies_(workspace), spare_(workspace + static_cast<size_t>(kept_) * width) {}
+      : width_(width), capacity_(capacity(width)), rereads_(rereads), copies_(workspace), spare_(workspace + static_cast<size_t>(capacity_) * width) {}
 
   void start(const Head& head, const Spacing& spacing) {
     if (head.base == head_.base && spacing == spacing_) return;
@@ -52,11 +52,11 @@ class Rows {
     const bool crowded = rereads_ && head.stride * spacing.keys % crowding_bytes == 0;
     direct_ = head.type == type_of<T> && !crowded;
     if (direct_) return;
-    slots_.assign(static_cast<size_t>(kept_), Slot{});
+    slots_.assign(static_cast<size_t>(capacity_), Slot{});
     // Consecutive keys have consecutive slots. Lines of a grid would share slots: their slots are
     // hashed by the golden ratio.
     factor_ = spacing.on_grid ? 0x9e3779b1u : 1u;
-    shift_ = spacing.on_grid ? 32 - __builtin_ctz(kept_) : std::min(__builtin_ctzll(spacing.keys), 31);
+    shift_ = spacing.on_grid ? 32 - __builtin_ctz(capacity_) : std::min(__builtin_ctzll(spacing.keys), 31);
   }
 
   void of(const int32_t* positions, int count, const T** out) {
@@ -66,7 +66,7 @@ class Rows {
     }
     ++block_;
     for (int i = 0; i < count; ++i) {
-      const int number = static_cast<int>(static_cast<uint32_t>(positions[i]) * factor_ >> shift_) & (kept_ - 1);
+      const int number = static_cast<int>(static_cast<uint32_t>(positions[i]) * factor_ >> shift_) & (capacity_ - 1);
       Slot& slot = slots_[static_cast<size_t>(number)];
       T* copy = copies_ + number * width_;
       if (slot.position != positions[i]) {
@@ -83,23 +83,23 @@ class Rows {
  private:
   // Rows at a distance that is a multiple of this share sets of the L1 cache with every second one.
   static constexpr int64_t crowding_bytes = 2048;
-  static constexpr size_t kept_bytes = 512 * 1024;
+  static constexpr size_t capacity_bytes = 512 * 1024;
   struct Slot {
     int32_t position = -1;
     int64_t block = -1;
   };
 
   // A power of two.
-  static int kept(int width) {
+  static int capacity(int width) {
     int rows = block_keys;
-    while (2 * rows * width * sizeof(T) <= kept_bytes) rows *= 2;
+    while (2 * rows * width * sizeof(T) <= capacity_bytes) rows *= 2;
     return rows;
   }
 
   Head head_{Array{}, 0, 0};
   Spacing spacing_;
   int64_t block_ = 0;
-  int width_, kept_, shift_ = 0;
+  int width_, capacity_, shift_ = 0;
   uint32_t factor_ = 1;
   bool rereads_, direct_ = false;
   T *copies_, *spare_;
@@ -173,32 +173,32 @@ class Scores {
   // Computes which lanes see the block's partially visible keys; bits as in KeyBlock.
   void answer(int root, const KeyBlock& block, uint64_t* seen) {
     const int vectors = block.high - block.low;
-    int32_t asked[at_once];
-    int keys[at_once], count = 0;
+    int32_t positions[at_once];
+    int places[at_once], count = 0;
     Ints* answers = reinterpret_cast<Ints*>(answers_.data());
-    const auto ask = [&] {
-      queries_.seen(root, block.low, block.high, asked, count, answers);
+    const auto evaluate = [&] {
+      queries_.seen(root, block.low, block.high, positions, count, answers);
       for (int i = 0; i < count; ++i) {
         uint64_t bits = 0;
         for (int j = 0; j < vectors; ++j) bits |= static_cast<uint64_t>(lanes_of(answers[i * vectors + j])) << (lane_bits * j);
-        seen[keys[i]] = bits;
+        seen[places[i]] = bits;
       }
       count = 0;
     };
     for (int i = 0; i < block.count; ++i) {
       if (!block.partial[i]) continue;
-      asked[count] = block.keys[i];
-      keys[count++] = i;
-      if (count == at_once) ask();
+      positions[count] = block.keys[i];
+      places[count++] = i;
+      if (count == at_once) evaluate();
     }
-    if (count) ask();
+    if (count) evaluate();
   }
 
   // Whether lane i of the block's vectors, counted from block.low on, sees its key.
   static bool sees(const KeyBlock& block, int key, int lane) {
     const int vector = lane / W;
-    const bool asked = block.partial[key] >> (block.low + vector) & 1;
-    return !asked || (block.seen[key] >> (lane_bits * vector + lane % W) & 1);
+    const bool is_evaluated = block.partial[key] >> (block.low + vector) & 1;
+    return !is_evaluated || (block.seen[key] >> (lane_bits * vector + lane % W) & 1);
   }
 
  private:
@@ -332,9 +332,10 @@ struct Counts {
   int64_t tiles = 0;
 
   void add(const KeyBlock& block, int width) {
-    pairs += static_cast<int64_t>(block.count) * (block.high - block.low) * width;
+    pairs += block.repeats * block.count * (block.high - block.low) * width;
+    blocks += block.repeats;
+    if (!block.any_partial) return;
     for (int i = 0; i < block.count; ++i) partial += static_cast<int64_t>(__builtin_popcount(block.partial[i])) * width;
-    ++blocks;
   }
 
   void write(int64_t* to) const {

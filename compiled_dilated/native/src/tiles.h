@@ -70,27 +70,31 @@ struct Box {
 template <int W>
 class QueryTiles {
  public:
-  QueryTiles(const Layout& layout, int64_t q_len, int64_t q_offset) : layout_(layout), offset_(q_offset), stop_(q_offset + q_len) {
-    // Classes shorter than a vector would leave lanes empty.
-    step_ = layout.step;
-    while (step_ > 1 && q_len < step_ * W * 2) step_ = step_ % 2 ? 1 : step_ / 2;
+  // globals: queries that get tiles of their own. They see many keys that their neighbors do not.
+  QueryTiles(const Layout& layout, int64_t q_len, int64_t q_offset, GlobalQueries globals)
+      : layout_(layout), offset_(q_offset), stop_(q_offset + q_len), globals_(std::move(globals)) {
+    step_ = step_of(layout.step, q_len);
     for (const Part& part : parts_of(layout, q_offset, stop_)) {
       starts_.push_back(count_);
       parts_.push_back(part);
       count_ += part.is_box ? patches(part) : (part.stop - part.start + step_ * tile - 1) / (step_ * tile) * step_;
     }
+    global_start_ = count_;
+    count_ += (static_cast<int64_t>(globals_.positions.size()) + tile - 1) / tile;
   }
 
   int64_t count() const { return count_; }
 
   // Tile `index`; it has no vectors if its class has no more queries.
   void tile_at(int64_t index, QueryTile<W>& out) const {
+    if (index >= global_start_) return global(index - global_start_, out);
     size_t part = parts_.size() - 1;
     while (starts_[part] > index) --part;
     if (parts_[part].is_box)
       patch(parts_[part], index - starts_[part], out);
     else
       line(parts_[part], index - starts_[part], out);
+    if (!globals_.positions.empty()) skip_globals(out);
   }
 
  private:
@@ -98,6 +102,20 @@ class QueryTiles {
   static constexpr int64_t band_rows = 8;
   // Vectors are patches of nearly equal sides.
   static constexpr int patch_sides[4][3] = {{1, 1, W}, {1, 1, W}, {1, W >= 16 ? 4 : 2, W / (W >= 16 ? 4 : 2)}, {W >= 8 ? 2 : 1, 2, W / (W >= 8 ? 4 : 2)}};
+
+  // The step, reduced for short sequences: classes shorter than a vector would leave lanes empty.
+  static int64_t step_of(int64_t step, int64_t q_len) {
+    while (step > 1 && q_len < step * W * 2) {
+      if (step % 2 == 0) {
+        step /= 2;
+        continue;
+      }
+      // Without classes each query of a tile would see keys of its own: empty lanes cost less.
+      if (step > W && q_len >= 2 * step) return step;
+      return 1;
+    }
+    return step;
+  }
 
   // Sides of a vector's patch, and of a tile's, along the grid's axes.
   int32_t side(int axis) const { return patch_sides[layout_.axes][3 - layout_.axes + axis]; }
@@ -165,10 +183,10 @@ class QueryTiles {
     const Region& whole = out.whole;
     for (int j = 0; j < tile_vectors; ++j) {
       if (j < out.vectors) {
-        Box own = box;
-        own.low[last] += j * side(last);
-        own.extent[last] = std::min(side(last), box.extent[last] - j * side(last));
-        out.of_vector[j] = own.region(layout_);
+        Box of_vector = box;
+        of_vector.low[last] += j * side(last);
+        of_vector.extent[last] = std::min(side(last), box.extent[last] - j * side(last));
+        out.of_vector[j] = of_vector.region(layout_);
       }
       for (int lane = 0; lane < W; ++lane) {
         int rest = lane;
@@ -187,8 +205,43 @@ class QueryTiles {
     }
   }
 
+  // Global queries in their order; the regions are their hulls.
+  void global(int64_t index, QueryTile<W>& out) const {
+    const std::vector<int32_t>& positions = globals_.positions;
+    const int64_t start = index * tile, count = std::min<int64_t>(tile, static_cast<int64_t>(positions.size()) - start);
+    const auto position = [&](int64_t i) { return positions[static_cast<size_t>(start + std::min(i, count - 1))]; };
+    const auto hull = [&](int64_t from, int64_t to) {
+      Region region = Region::line(position(from), position(to) - position(from) + 1, 1);
+      if (globals_.alike) region.globals = Globals::all;
+      return region;
+    };
+    for (int i = 0; i < tile; ++i) {
+      out.positions[i] = position(i);
+      out.sources[i] = static_cast<int32_t>(position(i) - offset_);
+      out.rows[i] = i < count ? out.sources[i] : -1;
+    }
+    out.vectors = static_cast<int>((count + W - 1) / W);
+    out.whole = hull(0, count - 1);
+    for (int j = 0; j < out.vectors; ++j) out.of_vector[j] = hull(j * W, (j + 1) * W - 1);
+  }
+
+  // The results of global queries are computed by tiles of their own. Their lanes remain, with
+  // results that are not written.
+  void skip_globals(QueryTile<W>& out) const {
+    if (!out.vectors) return;
+    bool any = false;
+    for (int i = 0; i < tile; ++i) {
+      if (out.rows[i] >= 0 && globals_.contains(out.positions[i])) out.rows[i] = -1;
+      any = any || out.rows[i] >= 0;
+    }
+    if (!any) out.vectors = 0;
+    out.whole.globals = Globals::none;
+    for (int j = 0; j < out.vectors; ++j) out.of_vector[j].globals = Globals::none;
+  }
+
   const Layout layout_;
-  int64_t offset_, stop_, step_, count_ = 0;
+  int64_t offset_, stop_, step_, count_ = 0, global_start_ = 0;
+  GlobalQueries globals_;
   std::vector<Part> parts_;
   std::vector<int64_t> starts_;
 };

@@ -33,9 +33,11 @@ class KeyWalk {
         continue;
       }
       narrow(masks_, root_, tile_.whole, layout_.number, reach);
-      for (int64_t residue = 0; residue < branch.key_step; ++residue) {
-        const int64_t step = branch.key_step, first = part.start + modulo(residue - part.start, step);
-        if (first >= part.stop) break;
+      const int64_t step = branch.key_step, classes = branch.strict ? classes_of_tile(step) : step;
+      for (int64_t i = 0; i < classes; ++i) {
+        const int64_t residue = branch.strict ? tile_.whole.first + i * tile_.whole.step : i;
+        const int64_t first = part.start + modulo(residue - part.start, step);
+        if (first >= part.stop) continue;
         // Counts of keys of the class before the first that may be seen and before the first that
         // may not, rounded to the grain.
         const int64_t count = (part.stop - first + step - 1) / step, grain = sizes_.grain;
@@ -55,6 +57,11 @@ class KeyWalk {
     int32_t keys[most_block_keys];
     uint8_t partial[most_block_keys];
   };
+
+  // The number of residue classes of the tile's queries, a line.
+  int64_t classes_of_tile(int64_t modulus) const {
+    return std::min<int64_t>(tile_.whole.size, modulus / std::gcd(modulus, tile_.whole.step));
+  }
 
   // The lines of a grid, without the lines and columns that are out of reach.
   void box(const Part& part, Reach& reach) {
@@ -87,6 +94,7 @@ class KeyWalk {
         if (other.block.count && &other != &open) block.least_after = std::min<int64_t>(block.least_after, other.block.least);
     visit_(block);
     block.count = 0;
+    block.repeats = 1;
     block.any_partial = false;
   }
 
@@ -95,15 +103,24 @@ class KeyWalk {
     OpenBlock& open = open_[low][high - 1];
     KeyBlock& block = open.block;
     while (count > 0) {
+      if (sizes_.counted && !block.count && !partial && count >= sizes_.most_keys) {
+        block.count = sizes_.most_keys;
+        block.repeats = count / sizes_.most_keys;
+        first += step * block.count * block.repeats;
+        count %= sizes_.most_keys;
+        if (is_line) cursor_ = first;
+        flush(open);
+        continue;
+      }
       if (!block.count || first < block.least) block.least = static_cast<int32_t>(first);
-      const int32_t some = std::min(count, sizes_.most_keys - block.count);
+      const int32_t taken = std::min(count, sizes_.most_keys - block.count);
       int32_t* to = open.keys + block.count;
-      for (int32_t i = 0; i < some; ++i) to[i] = static_cast<int32_t>(first + i * step);
-      std::fill(open.partial + block.count, open.partial + block.count + some, partial);
+      for (int32_t i = 0; i < taken; ++i) to[i] = static_cast<int32_t>(first + i * step);
+      std::fill(open.partial + block.count, open.partial + block.count + taken, partial);
       block.any_partial |= partial != 0;
-      block.count += some;
-      first += some * step;
-      count -= some;
+      block.count += taken;
+      first += taken * step;
+      count -= taken;
       if (is_line) cursor_ = first;
       if (block.count == sizes_.most_keys) flush(open);
     }

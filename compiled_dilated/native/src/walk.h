@@ -11,6 +11,7 @@ namespace native {
 struct KeyBlock {
   int count = 0, low = 0, high = 0;
   bool any_partial = false;
+  int64_t repeats = 1;      // blocks of as many keys that it represents, where blocks are counted only
   int32_t least = 0;        // the least of its keys
   int64_t least_after = 0;  // later blocks of a branch without a step have no key below it
   const int32_t* keys = nullptr;
@@ -22,9 +23,11 @@ constexpr int lane_bits = 16;
 constexpr int most_block_keys = 128;  // of any engine
 
 // most_keys: of a block. grain: runs of at most so many keys are classified vector by vector.
-// fine_grain: the same where an edge runs through them.
+// fine_grain: the same where an edge runs through them. counted: blocks of visible keys may be passed
+// as repeats of one, without their keys.
 struct WalkSizes {
   int most_keys, grain, fine_grain;
+  bool counted = false;
 };
 
 // The sizes of an engine: lanes of a vector, queries of a tile, and those of its walk.

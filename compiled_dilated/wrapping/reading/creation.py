@@ -1,7 +1,7 @@
 """Rules for tensors of constants and of positions.
 
-A rule gets the `Call`, the indices of an entry of its result, and the arguments of the node. It
-returns the entry, or None for what it does not read; the node is then captured.
+A rule's arguments are the `Call`, the indices of an entry of its result, and the arguments of the
+node. It returns the entry, or None for what it does not read; the node is then captured.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ At = tuple[Expression, ...]
 
 def arange(call: Call, at: At, *bounds: Any, **options: Any) -> Expression | None:
     """start + step * index, of integers."""
-    start = call.at(bounds[0] if len(bounds) > 1 else options.get("start", 0), ())
-    step = call.at(bounds[2] if len(bounds) > 2 else options.get("step", 1), ())
+    # A single bound is the end, which no entry depends on.
+    first, increment = options.get("start", 0), options.get("step", 1)
+    if len(bounds) > 1:
+        first = bounds[0]
+    if len(bounds) > 2:
+        increment = bounds[2]
+    start, step = call.at(first, ()), call.at(increment, ())
     if "out" in options or start.dtype != torch.int64 or step.dtype != torch.int64:
         return None
     entry: Expression = at[0]
@@ -28,7 +33,9 @@ def arange(call: Call, at: At, *bounds: Any, **options: Any) -> Expression | Non
         entry = apply("mul", (step, entry), step.dtype)
     if start != Number(0, torch.int64):
         entry = apply("add", (start, entry), step.dtype)
-    return apply("to", (entry,), call.dtype) if call.dtype.is_floating_point else entry
+    if call.dtype.is_floating_point:
+        return apply("to", (entry,), call.dtype)
+    return entry
 
 
 def _filled(fill: bool) -> Rule:
@@ -45,4 +52,6 @@ def full(call: Call, at: At, shape: Any, fill_value: Any, **options: Any) -> Exp
 
 def tensor(call: Call, at: At, data: Any, **options: Any) -> Expression | None:
     """A tensor of one number."""
-    return constant(data, call.dtype) if isinstance(data, (bool, int, float)) else None
+    if not isinstance(data, (bool, int, float)):
+        return None
+    return constant(data, call.dtype)

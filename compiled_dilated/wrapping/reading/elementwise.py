@@ -1,6 +1,6 @@
 """Rules for functions of entries at the same indices.
 
-See creation.py for what a rule is.
+Rules are defined in creation.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOGICAL = ("logical_not", "logical_and", "logical_or", "logical_xor")
 
 
 def _as_conditions(call: Call, operands: Sequence[Expression]) -> Sequence[Expression]:
-    """Operands of a logical operator, which takes numbers as conditions."""
+    """Operands of a logical operator, which reads numbers as conditions."""
     target = call.node.target
     name = target if isinstance(target, str) else target.__name__
     if name.rstrip("_") not in _LOGICAL:
@@ -28,7 +28,7 @@ def _as_conditions(call: Call, operands: Sequence[Expression]) -> Sequence[Expre
 
 
 def unary(name: str) -> Rule:
-    """The rule for an operator of one tensor, by its name in OPERATORS."""
+    """The rule of an operator of OPERATORS for one tensor."""
 
     def rule(call: Call, at: At, x: Any) -> Expression:
         return call.apply(name, *_as_conditions(call, [call.at(x, at)]))
@@ -37,7 +37,7 @@ def unary(name: str) -> Rule:
 
 
 def binary(name: str) -> Rule:
-    """The rule for an operator of two tensors or numbers, by its name in OPERATORS."""
+    """The rule of an operator of OPERATORS for two tensors or numbers."""
 
     def rule(call: Call, at: At, x: Any, y: Any) -> Expression:
         return call.apply(name, *_as_conditions(call, [call.at(x, at), call.at(y, at)]))

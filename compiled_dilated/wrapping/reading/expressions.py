@@ -1,4 +1,6 @@
-"""Entries of a mask as expressions: arithmetic of a pair's indices, and entries of tensors.
+"""Entries of a mask as expressions of a pair's indices.
+
+Expressions are arithmetic of indices, of numbers and of entries of tensors:
 
     Index("q") >= Index("kv")        Apply("ge", (Index("q"), Index("kv")), torch.bool)
 
@@ -65,11 +67,13 @@ def _inverse(x: Any) -> Any:
 
 
 def _pairwise(of_tensors: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
-    """An operator of two tensors that also takes numbers."""
+    """An operator of two tensors that also accepts numbers."""
 
     def operate(x: Any, y: Any) -> Any:
-        like = x if isinstance(x, Tensor) else y
-        x, y = (z if isinstance(z, Tensor) else torch.full_like(like, z) for z in (x, y))
+        if not isinstance(x, Tensor):
+            x = torch.full_like(y, x)
+        if not isinstance(y, Tensor):
+            y = torch.full_like(x, y)
         return of_tensors(x, y)
 
     return operate

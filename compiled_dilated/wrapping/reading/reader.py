@@ -36,7 +36,8 @@ from .writes import Written, written
 
 # Larger expressions are captured: pair by pair they would be slower than reading a tensor.
 _MOST_OPERATORS = 256
-_PAIR = (Index("b"), Index("h"), Index("q"), Index("kv"))
+_PAIR: Sequence[Expression] = (Index("b"), Index("h"), Index("q"), Index("kv"))
+_ZERO = constant(0, torch.int64)
 # The entry of a call's result; called with the `Call`, the indices, and the node's arguments.
 Rule = Callable[..., "Expression | None"]
 
@@ -53,17 +54,19 @@ class Reader:
         self.captured: list[tuple[Scope, Node]] = []
         self._written: dict[Node, Written] = {}
 
-    def mask(
-        self, node: Node, scope: Scope, dims: Sequence[Expression] | None = None
-    ) -> Expression:
+    def mask(self, node: Node, scope: Scope, dims: Sequence[Expression] = _PAIR) -> Expression:
         """The entry of a mask for a pair.
 
         dims: the pair's indices along the mask's dimensions, default the last of (b, h, q, kv).
         """
-        return self.value(self._writes(scope).current(node), scope, _PAIR if dims is None else dims)
+        return self.value(self._writes(scope).current(node), scope, dims)
 
     def value(self, x: Any, scope: Scope, indices: Sequence[Expression]) -> Expression:
-        """The entry of a node at indices that broadcast with its shape; a number as it is."""
+        """The entry of a value at some indices.
+
+        x: a node, a number or an expression.
+        indices: they broadcast with the shape of a node.
+        """
         if isinstance(x, (Index, Number, Entry, Apply)):
             return x
         if not isinstance(x, Node):
@@ -72,33 +75,40 @@ class Reader:
         if not isinstance(example, Tensor):
             return self._capture(x, scope, ())
         last = indices[len(indices) - example.dim() :]
-        # Along a dimension of size 1 the index is 0.
-        at = tuple(
-            constant(0, torch.int64) if is_one(size) else index
-            for size, index in zip(example.shape, last, strict=True)
-        )
+        places: list[Expression] = []
+        for size, index in zip(example.shape, last, strict=True):
+            # Along a dimension of size 1 the index is 0.
+            places.append(_ZERO if is_one(size) else index)
+        at = tuple(places)
         expression = self._by_rule(x, scope, at)
         if expression is None or size_of(expression) > _MOST_OPERATORS:
             return self._capture(x, scope, at)
         return expression
 
     def used(self, expression: Expression) -> tuple[Expression, list[tuple[Scope, Node]]]:
-        """An expression with slots for only what it reads, and the captured nodes of these."""
+        """An expression with its slots renumbered, and their captured nodes.
+
+        Captured nodes that the expression does not read are left out.
+        """
         slots = {slot: place for place, slot in enumerate(sorted(slots_of(expression)))}
         return renumbered(expression, slots), [self.captured[slot] for slot in slots]
 
     def _by_rule(self, node: Node, scope: Scope, at: tuple[Expression, ...]) -> Expression | None:
-        """The entry of a node by its rule; None without one, or if its value is unclear."""
+        """The entry of a node by its rule.
+
+        None without a rule, and if changes in place leave its value unclear.
+        """
         writes = self._writes(scope)
         if writes.is_unclear(node):
             return None
+        # A placeholder of an inner graph is an operand of that graph's call.
         if node.op == "placeholder" and scope.outer is not None:
             return self.value(scope.operand(node), scope.outer, at)
         if node.op not in ("call_function", "call_method") or node.target not in self.rules:
             return None
         rule = self.rules[node.target]
         args, kwargs = writes.operands(node)
-        # A rule reads only calls whose arguments it takes.
+        # A rule reads only calls whose arguments it accepts.
         try:
             bound = inspect.signature(rule).bind(Call(self, scope, node), at, *args, **kwargs)
         except TypeError:
@@ -150,20 +160,23 @@ class Call:
             if not isinstance(operand, Number) and operand.dtype.is_floating_point
         ]
         if floating:
-            # A Python float beside a floating tensor is rounded to its dtype.
-            operands = tuple(
-                constant(x.value, floating[0])
-                if isinstance(x, Number) and x.dtype == torch.float64
-                else x
-                for x in operands
-            )
+            operands = tuple(_rounded(operand, floating[0]) for operand in operands)
         return apply(name, operands, self.dtype)
+
+
+def _rounded(operand: Expression, dtype: torch.dtype) -> Expression:
+    """An operand beside a tensor of a dtype, Python floats rounded."""
+    if isinstance(operand, Number) and operand.dtype == torch.float64:
+        return constant(operand.value, dtype)
+    return operand
 
 
 def _dtype_of_number(x: Any) -> torch.dtype:
     if isinstance(x, bool):
         return torch.bool
-    return torch.int64 if isinstance(x, (int, torch.SymInt)) else torch.float64
+    if isinstance(x, (int, torch.SymInt)):
+        return torch.int64
+    return torch.float64
 
 
 def is_one(size: Any) -> bool:

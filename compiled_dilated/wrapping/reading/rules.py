@@ -1,4 +1,4 @@
-"""The table of rules: which functions and methods of torch are read, each by which rule."""
+"""The table of rules, by function and method of torch."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
 
 
 def _by_target() -> dict[Any, Rule]:
+    """The table by function and by name of a method."""
     rules: dict[Any, Rule] = {}
     for rule, names in _TABLE:
         for name in names.split():

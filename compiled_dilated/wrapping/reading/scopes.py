@@ -1,4 +1,4 @@
-"""Graphs inside of graphs, as bodies of checkpoints: their calls, and values passed into them."""
+"""Graphs inside graphs (bodies of checkpoints), and values passed into them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Node
 
 @dataclass(frozen=True)
 class Scope:
-    """A graph, the node at which its values are read, and the call of the graph.
+    """A graph, its call, and the node at which values are read.
 
     node: a call of attention, or of a graph inside of this one.
-    outer: the scope of the call of this graph; None of an outermost graph.
+    outer: the scope of the call of this graph; None for an outermost graph.
     operands: arguments of that call, one per placeholder: nodes of the outer graph or expressions.
     """
 
@@ -40,12 +40,13 @@ def scope_of(part: GraphModule, node: Node, callers: Mapping[GraphModule, Scope]
     callers: of graphs inside of graphs, from `callers_of`.
     """
     outer = callers.get(part)
-    operands = () if outer is None else tuple(outer.node.args[1:])
-    return Scope(part, node, outer, operands)
+    if outer is None:
+        return Scope(part, node)
+    return Scope(part, node, outer, tuple(outer.node.args[1:]))
 
 
 def callers_of(graph: GraphModule, operators: Sequence[str]) -> dict[GraphModule, Scope]:
-    """The scope of the call of every inner graph that is called once.
+    """Scopes of the calls of inner graphs that are called once.
 
     operators: names of those that pass their further operands on to the graph.
     """
@@ -53,15 +54,15 @@ def callers_of(graph: GraphModule, operators: Sequence[str]) -> dict[GraphModule
     pending = [graph]
     while pending:
         part = pending.pop()
-        nodes = [
-            node
-            for node in part.graph.nodes
-            if node.op == "call_function" and _body_of(node) is not None
-        ]
-        calls = Counter(_body_of(node) for node in nodes)
-        for node in nodes:
+        # The calls of inner graphs, with the names of these.
+        bodies: dict[Any, str] = {}
+        for node in part.graph.nodes:
             body = _body_of(node)
-            inner = getattr(part, str(body))
+            if node.op == "call_function" and body is not None:
+                bodies[node] = body
+        calls = Counter(bodies.values())
+        for node, body in bodies.items():
+            inner = getattr(part, body)
             count = len(inner.graph.find_nodes(op="placeholder"))
             passes_on = node.target.__name__ in operators and count == len(node.args) - 1
             if passes_on and calls[body] == 1:
@@ -71,9 +72,13 @@ def callers_of(graph: GraphModule, operators: Sequence[str]) -> dict[GraphModule
 
 
 def _body_of(node: Node) -> str | None:
-    """The name of the graph that a node takes as its first operand."""
-    body = node.args[0] if node.args and hasattr(node.target, "__name__") else None
-    return str(body.target) if isinstance(body, Node) and body.op == "get_attr" else None
+    """The name of the graph that is a node's first operand."""
+    if not node.args or not hasattr(node.target, "__name__"):
+        return None
+    body = node.args[0]
+    if not isinstance(body, Node) or body.op != "get_attr":
+        return None
+    return str(body.target)
 
 
 def bring(captured: Sequence[tuple[Scope, Node]], scope: Scope) -> list[Node]:

@@ -16,6 +16,8 @@ from .expressions import FALSE, OPERATORS, TRUE, Apply, Expression, Number, cons
 
 # Distinct values of an expression that still counts as a choice by conditions: 0, -inf and a few.
 _MOST_VALUES = 6
+# A value of an expression, and the condition of that value.
+_Case = tuple[float, Expression]
 # Comparisons with their operands exchanged, and negated.
 _MIRRORED = {"eq": "eq", "ne": "ne", "lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
@@ -40,7 +42,9 @@ def apply(name: str, operands: Sequence[Expression], dtype: torch.dtype) -> Expr
         simple = _SIMPLIFIED[name](operands, dtype)
     elif name in _MIRRORED and isinstance(operands[1], Number):
         simple = _compared(name, operands[0], operands[1])
-    return Apply(name, operands, dtype) if simple is None else simple
+    if simple is None:
+        return Apply(name, operands, dtype)
+    return simple
 
 
 def negated(condition: Expression) -> Expression:
@@ -71,7 +75,10 @@ def _folded(name: str, operands: Sequence[Expression], dtype: torch.dtype) -> Nu
 
 
 def _converted(operands: Sequence[Expression], dtype: torch.dtype) -> Expression | None:
-    """A conversion: none to the same dtype, a condition of few values to bool."""
+    """A conversion, left out if the dtype is the same.
+
+    To bool, an expression of few values becomes a condition.
+    """
     (x,) = operands
     if x.dtype == dtype:
         return x
@@ -84,11 +91,17 @@ def _converted(operands: Sequence[Expression], dtype: torch.dtype) -> Expression
 
 
 def _conjoined(operands: Sequence[Expression], dtype: torch.dtype) -> Expression | None:
-    return _joined("and", *operands) if dtype == torch.bool else None
+    """`and` of conditions; None for integers, whose bits it joins."""
+    if dtype != torch.bool:
+        return None
+    return _joined("and", *operands)
 
 
 def _disjoined(operands: Sequence[Expression], dtype: torch.dtype) -> Expression | None:
-    return _joined("or", *operands) if dtype == torch.bool else None
+    """`or` of conditions; None for integers, whose bits it joins."""
+    if dtype != torch.bool:
+        return None
+    return _joined("or", *operands)
 
 
 def _joined(name: str, x: Expression, y: Expression) -> Expression:
@@ -97,7 +110,9 @@ def _joined(name: str, x: Expression, y: Expression) -> Expression:
     for number, operand in ((x, y), (y, x)):
         if isinstance(number, Number):
             return operand if number == neutral else number
-    return x if x == y else Apply(name, (x, y), torch.bool)
+    if x == y:
+        return x
+    return Apply(name, (x, y), torch.bool)
 
 
 def _inverted(operands: Sequence[Expression], dtype: torch.dtype) -> Expression | None:
@@ -125,7 +140,7 @@ def _selected(operands: Sequence[Expression], dtype: torch.dtype) -> Expression 
 
 
 def _compared(name: str, x: Expression, y: Number) -> Expression | None:
-    """A comparison of an expression of few values with a number, as a condition."""
+    """A comparison of few values with a number, as a condition."""
     values = values_of(x)
     if values is None:
         return None
@@ -153,7 +168,7 @@ def _any(conditions: Iterator[Expression]) -> Expression:
 
 
 def values_of(expression: Expression) -> dict[float, Expression] | None:
-    """The condition for each value of an expression; None if it has too many values."""
+    """The condition for each value of an expression; None for many values."""
     if isinstance(expression, Number):
         return {float(expression.value): TRUE}
     if expression.dtype == torch.bool:
@@ -169,34 +184,49 @@ def values_of(expression: Expression) -> dict[float, Expression] | None:
             return None
         result[value] = _joined("or", result.get(value, FALSE), condition)
     result = {value: condition for value, condition in result.items() if condition != FALSE}
-    return result if len(result) <= _MOST_VALUES else None
+    if len(result) > _MOST_VALUES:
+        return None
+    return result
 
 
-def _cases(expression: Apply) -> list[tuple[float, Expression]] | None:
-    """Values of an operator with their conditions; None if an operand has too many."""
-    is_choice = expression.operator == "where"
-    sides = expression.operands[1:] if is_choice else expression.operands
+def _cases(expression: Apply) -> list[_Case] | None:
+    """Values of an operator with their conditions; None for many values."""
+    if expression.operator == "where":
+        return _cases_of_where(expression)
+    choices = _choices(expression.operands)
+    if choices is None:
+        return None
+    return [_joint_case(expression, cases) for cases in itertools.product(*choices)]
+
+
+def _cases_of_where(expression: Apply) -> list[_Case] | None:
+    """Values of either side, under the condition that selects the side."""
+    condition, *sides = expression.operands
+    choices = _choices(sides)
+    if choices is None:
+        return None
+    result = []
+    for guard, cases in zip((condition, negated(condition)), choices, strict=True):
+        for value, under in cases:
+            result.append((value, _joined("and", guard, under)))
+    return result
+
+
+def _choices(operands: Sequence[Expression]) -> list[list[_Case]] | None:
+    """The values of every operand; None if one has too many."""
     choices = []
-    for side in sides:
-        values = values_of(side)
+    for operand in operands:
+        values = values_of(operand)
         if values is None:
             return None
-        choices.append(values.items())
-    if not is_choice:
-        return [_case(expression, sides, case) for case in itertools.product(*choices)]
-    # Values of either side, under the condition that selects the side.
-    condition = expression.operands[0]
-    return [
-        (value, _joined("and", guard, under))
-        for guard, choice in zip((condition, negated(condition)), choices, strict=True)
-        for value, under in choice
-    ]
+        choices.append(list(values.items()))
+    return choices
 
 
-def _case(
-    expression: Apply, sides: Sequence[Expression], case: Sequence[tuple[float, Expression]]
-) -> tuple[float, Expression]:
-    """The value of an expression for one combination of operands' values, with its condition."""
-    under = conjunction([condition for _, condition in case])
-    numbers = [constant(value, side.dtype) for (value, _), side in zip(case, sides, strict=True)]
+def _joint_case(expression: Apply, cases: Sequence[_Case]) -> _Case:
+    """The value and condition of an operator for one case per operand."""
+    numbers = []
+    for (value, _), operand in zip(cases, expression.operands, strict=True):
+        numbers.append(constant(value, operand.dtype))
+    under = conjunction([condition for _, condition in cases])
     return float(_folded(expression.operator, numbers, expression.dtype).value), under

@@ -1,6 +1,6 @@
-"""Rules for views, copies, conversions and lookups: entries of an operand at other indices.
+"""Rules for views, copies, conversions and lookups.
 
-See creation.py for what a rule is.
+An entry of their result is one of an operand, at other indices. Rules are defined in creation.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def converted(call: Call, at: At, x: Any, *arguments: Any, **options: Any) -> Ex
 
 
 def expand(call: Call, at: At, x: Any, *shape: Any, **options: Any) -> Expression:
-    """The entry at the last indices; `Call.at` gives dimensions of size 1 the index 0."""
+    """The entry at the last indices.
+
+    `Call.at` replaces the index along dimensions of size 1 by 0.
+    """
     return call.at(x, at)
 
 
@@ -44,7 +47,7 @@ def unsqueeze(call: Call, at: At, x: Any, dim: int) -> Expression:
 
 
 def squeeze(call: Call, at: At, x: Any, dim: int) -> Expression:
-    """The entry with index 0 along the dimension that was left out, if any was."""
+    """The entry with index 0 along the removed dimension, if any."""
     dims = len(example_of(x).shape)
     if dims != len(at):
         at = (*at[: dim % dims], _ZERO, *at[dim % dims :])
@@ -65,7 +68,9 @@ def t(call: Call, at: At, x: Any) -> Expression:
 
 def permute(call: Call, at: At, x: Any, *dims: Any) -> Expression:
     """The indices in the operand's order."""
-    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    order: Sequence[Any] = dims
+    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+        order = dims[0]
     places = list(at)
     for place, dim in zip(at, order, strict=True):
         places[dim] = place
@@ -78,22 +83,27 @@ def reshape(call: Call, at: At, x: Any, *shape: Any) -> Expression | None:
     if [size for size in old if not is_one(size)] != [size for size in new if not is_one(size)]:
         return None
     indices = (index for index, size in zip(at, new, strict=True) if not is_one(size))
-    places = tuple(_ZERO if is_one(size) else next(indices) for size in old)
-    return call.at(x, places)
+    places: list[Expression] = []
+    for size in old:
+        places.append(_ZERO if is_one(size) else next(indices))
+    return call.at(x, tuple(places))
 
 
 def getitem(call: Call, at: At, x: Any, index: Any) -> Expression | None:
-    """x[...] of None, slices, integers, or tensors of indices for the first dimensions."""
+    """x[...] of None, slices, integers, or leading tensors of indices."""
     items = list(index) if isinstance(index, tuple) else [index]
     value = example_of(x)
     if not isinstance(value, Tensor):
         return None
     if any(isinstance(item, Node) and isinstance(example_of(item), Tensor) for item in items):
         return _looked_up(call, at, x, items)
-    # `...`, or the end, stands for all dimensions without an item.
+    # `...`, or the end, is replaced by slices of all dimensions without an item.
     missing = value.dim() - sum(item is not None and item is not ... for item in items)
-    place = items.index(...) if ... in items else len(items)
+    if ... not in items:
+        items.append(...)
+    place = items.index(...)
     items[place : place + 1] = [slice(None)] * missing
+    # Items consume indices of the result, and add the operand's.
     indices = iter(at)
     places: list[Expression] = []
     for item in items:
@@ -113,9 +123,12 @@ def _part(item: Any, size: Any, indices: Iterator[Expression]) -> Expression | N
     size: of the dimension. indices: those of the result that are not used yet.
     """
     if isinstance(item, int):
-        if item < 0 and not isinstance(size, int):
+        if item >= 0:
+            return constant(item, torch.int64)
+        # Counted from the end, which must be known.
+        if not isinstance(size, int):
             return None
-        return constant(item if item >= 0 else size + item, torch.int64)
+        return constant(size + item, torch.int64)
     if not isinstance(item, slice):
         return None
     start = item.start or 0
@@ -132,15 +145,18 @@ def _part(item: Any, size: Any, indices: Iterator[Expression]) -> Expression | N
 
 def _looked_up(call: Call, at: At, x: Node, items: Sequence[Any]) -> Expression | None:
     """table[i, j] with tensors of indices that broadcast; whole dimensions may follow."""
-    # Tensors beside slices or numbers: not read.
-    examples = [example_of(item) if isinstance(item, Node) else item for item in items]
-    if not all(isinstance(example, Tensor) for example in examples):
-        return None
-    # A tensor of bool selects entries: their number depends on data.
-    if any(example.dtype.is_floating_point or example.dtype == torch.bool for example in examples):
-        return None
-    dims = max(example.dim() for example in examples)
-    return call.at(x, (*(call.at(item, at[:dims]) for item in items), *at[dims:]))
+    dims = 0
+    for item in items:
+        example = example_of(item) if isinstance(item, Node) else item
+        # Tensors beside slices or numbers: not read.
+        if not isinstance(example, Tensor):
+            return None
+        # A tensor of bool selects entries: their number depends on data.
+        if example.dtype.is_floating_point or example.dtype == torch.bool:
+            return None
+        dims = max(dims, example.dim())
+    places = [call.at(item, at[:dims]) for item in items]
+    return call.at(x, (*places, *at[dims:]))
 
 
 def embedding(

@@ -1,4 +1,4 @@
-"""Values that a graph changes in place: what they are when they are read.
+"""Values that a graph changes in place, as their readers see them.
 
 mask = full(n, n)
 changed = mask.triu_(1)        readers of `mask` behind this line see `changed`
@@ -46,7 +46,7 @@ class Written:
         return node in self.unclear
 
     def operands(self, node: Node) -> tuple[Any, Any]:
-        """Arguments and keyword arguments of a node, as they are when the node reads them."""
+        """Arguments and keyword arguments of a node, with changes before it."""
 
         def current(x: Node) -> Node:
             while x in self.last:
@@ -75,7 +75,10 @@ def written(graph: Graph, before: Node) -> Written:
             break
         if not writes(node):
             continue
-        base = node.args[0] if node.args and "out" not in node.kwargs else None
+        base: Any = None
+        if node.args and "out" not in node.kwargs:
+            base = node.args[0]
+        # A second change of a value is not followed.
         if not isinstance(base, Node) or base in last or base in unclear:
             unclear |= _touched(node)
         elif _is_plain(node, base, order):
@@ -86,7 +89,7 @@ def written(graph: Graph, before: Node) -> Written:
 
 
 def _is_plain(node: Node, base: Node, order: dict[Node, int]) -> bool:
-    """Whether a change is of an unshared value, before all of its other readers."""
+    """Whether a change of an unshared value precedes its other readers."""
     if node.target is operator.setitem:
         return False
     # Back to the call that allocated the value.
@@ -95,12 +98,17 @@ def _is_plain(node: Node, base: Node, order: dict[Node, int]) -> bool:
         aliases.append(aliases[-1].args[0])  # type: ignore[arg-type]
     if _name(aliases[-1]) not in _FRESH:
         return False
-    users = {user for alias in aliases for user in alias.users}
+    users: set[Node] = set()
+    for alias in aliases:
+        users.update(alias.users)
     return all(user is node or user in aliases or order[user] > order[node] for user in users)
 
 
 def _touched(node: Node) -> set[Node]:
-    """Values in which a change may be visible: its operand, and what that may be a view of."""
+    """Values in which a change may be visible.
+
+    They are its operand, and what that may be a view of.
+    """
     touched = set()
     for base in (*node.args[:1], node.kwargs.get("out")):
         while isinstance(base, Node) and base not in touched:

@@ -1,4 +1,4 @@
-"""Expressions of a pair as masks, data tensors, biases, and conditions evaluated per pair.
+"""Expressions of a pair as masks, data, biases and conditions per pair.
 
 sums           whole numbers as sums of indices, blocks and distances
 spans          causal masks and windows, merged

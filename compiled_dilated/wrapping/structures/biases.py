@@ -1,4 +1,4 @@
-"""Masks of numbers, which are added to scores: a condition, and a bias where it is True.
+"""Masks of numbers, added to scores, as a condition and a bias.
 
 where(kv <= q, 0.0, -inf)                kv <= q, without a bias
 where(kv <= q, slope * (kv - q), -inf)   kv <= q, with the bias slope * (kv - q)
@@ -21,17 +21,28 @@ Split = tuple[Expression, Expression | None]
 
 def conjuncts(condition: Expression) -> list[Expression]:
     """Conditions that are all True where a condition is."""
+    if condition == TRUE:
+        return []
+    operands: list[Expression] = []
     if isinstance(condition, Apply) and condition.operator == "and":
-        return [part for operand in condition.operands for part in conjuncts(operand)]
+        operands += condition.operands
     if isinstance(condition, Apply) and condition.operator == "not":
+        # not (x or y) is (not x) and (not y).
         inner = condition.operands[0]
         if isinstance(inner, Apply) and inner.operator == "or":
-            return [part for operand in inner.operands for part in conjuncts(negated(operand))]
-    return [] if condition == TRUE else [condition]
+            operands += [negated(operand) for operand in inner.operands]
+    if not operands:
+        return [condition]
+    parts = []
+    for operand in operands:
+        parts += conjuncts(operand)
+    return parts
 
 
 def split(mask: Expression, square: bool) -> Split:
-    """A mask of numbers as a condition, outside of which it is -inf, and a bias inside.
+    """A mask of numbers as a condition and a bias.
+
+    The mask is -inf outside of the condition, and the bias inside.
 
     square: whether a call has as many queries as keys.
     """
@@ -57,17 +68,22 @@ def split(mask: Expression, square: bool) -> Split:
 
 
 def _visible(mask: Expression, square: bool) -> Expression | None:
-    """Where a mask of only 0 and -inf is 0; None of other masks."""
+    """The pairs at which a mask of 0 and -inf is 0.
+
+    None for other masks.
+    """
     values = values_of(mask)
     if values is None:
         return None
     if values.keys() <= {0.0, -math.inf}:
         return values.get(0.0, negated(TRUE))
-    least = torch.finfo(mask.dtype).min if mask.dtype.is_floating_point else -math.inf
-    if values.keys() <= {0.0, least}:
-        # Beside a score at 0 the least number of a dtype is as good as -inf.
-        condition = values.get(0.0, TRUE)
-        return condition if _includes_diagonal(condition, square) else None
+    least = -math.inf
+    if mask.dtype.is_floating_point:
+        least = torch.finfo(mask.dtype).min
+    condition = values.get(0.0, TRUE)
+    # Beside a score at 0 the least number of a dtype is as good as -inf.
+    if values.keys() <= {0.0, least} and _includes_diagonal(condition, square):
+        return condition
     return None
 
 
@@ -76,7 +92,7 @@ def _is_hidden(value: Expression) -> bool:
 
 
 def _includes_diagonal(condition: Expression, square: bool) -> bool:
-    """Whether every query is proven to see the key of its own position."""
+    """Whether every query provably sees the key of its own position."""
     if not square:
         return False
     parts = (mask_of(part, DataTensors(square)) for part in conjuncts(condition))

@@ -47,7 +47,7 @@ class DataTensors:
 def mask_of(condition: Expression, data: DataTensors) -> Mask | None:
     """The mask of a condition; None if there is none.
 
-    data: gets the tensors that the mask reads.
+    data: tensors that the mask reads are added to it.
     """
     if isinstance(condition, Number):
         return masks.full() if condition.value else ~masks.full()
@@ -134,15 +134,21 @@ def _documents(x: Expression, y: Expression, data: DataTensors) -> Mask | None:
     if not (data.square and isinstance(x, Entry) and isinstance(y, Entry) and x.slot == y.slot):
         return None
     for of_query, of_key in ((x, y), (y, x)):
-        moved = tuple(KV if index == Q else index for index in of_query.indices)
         sides = indices_of(of_query) <= {"b", "q"} and indices_of(of_key) <= {"b", "kv"}
-        if sides and moved == of_key.indices and of_key.indices[-1] == KV:
+        # The same entry for a query's and a key's position.
+        as_of_key: list[Expression] = []
+        for index in of_query.indices:
+            as_of_key.append(KV if index == Q else index)
+        if sides and tuple(as_of_key) == of_key.indices and of_key.indices[-1] == KV:
             return masks.documents(ids=data.name_of("documents", of_key))
     return None
 
 
 def _congruent(x: Apply, y: Expression) -> Mask | None:
-    """(q - kv) % rate == 0, or q % rate == kv % rate."""
+    """The mask of pairs whose distance is divisible by a rate.
+
+    x == y is (q - kv) % rate == 0, or q % rate == kv % rate.
+    """
     inner, modulus = x.operands
     assert isinstance(modulus, Number)
     rate = int(modulus.value)
@@ -160,7 +166,10 @@ def _congruent(x: Apply, y: Expression) -> Mask | None:
 
 
 def _segment(both: Sum) -> int | None:
-    """The block size of q // size - kv // size; None of any other sum."""
+    """The block size of a difference of blocks; None for other sums.
+
+    The difference is q // size - kv // size.
+    """
     size = _block_size(both)
     if size is None or both.number != 0:
         return None
@@ -168,7 +177,7 @@ def _segment(both: Sum) -> int | None:
 
 
 def _block_size(both: Sum) -> int | None:
-    """The block size of a difference of a query's and a key's block, plus a number."""
+    """The block size of a difference of blocks plus a number."""
     for term in both.terms:
         size = block_of(term)
         if size is None:
@@ -200,7 +209,7 @@ def _not_negative(surplus: Sum) -> Mask | None:
 
 
 def _of_one_side(surplus: Sum) -> Mask | None:
-    """The mask of a bound of queries, of keys, or of a distance."""
+    """The mask of a bound of queries, keys or a distance."""
     terms, number = surplus.terms, surplus.number
     # A bound that every index meets, or none.
     if not terms or terms in ({KV: 1}, {Q: 1}):

@@ -1,4 +1,4 @@
-"""Causal masks and windows as spans: how far a query sees to the left and to the right.
+"""Causal masks and windows as spans left and right of queries.
 
 causal()                     FAR tokens to the left, 0 to the right
 causal() & window(9)         one span: window(9, 0)
@@ -21,7 +21,11 @@ FAR = 2**30
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens, or blocks of `block` tokens, that a query sees on both sides of its own."""
+    """Tokens, or blocks, that a query sees on both sides.
+
+    block: tokens of a block; 1 for a span of tokens.
+    left, right: number of blocks before and after the query's own.
+    """
 
     block: int
     left: int
@@ -29,7 +33,7 @@ class Span:
 
     @staticmethod
     def of(mask: Mask) -> Span | None:
-        """The span of a mask; None if it is no window without gaps."""
+        """The span of a window without gaps; None for other masks."""
         if isinstance(mask, Causal):
             return Span(1, FAR, 0)
         if isinstance(mask, Window) and mask.dilation == 1:
@@ -53,7 +57,9 @@ class Span:
 
 def merged(conjuncts: Sequence[Mask]) -> list[Mask]:
     """An equivalent list of masks: spans of one block merged, duplicates removed."""
-    flat = dict.fromkeys(part for mask in conjuncts for part in masks.conjuncts(mask))
+    flat: dict[Mask, None] = {}
+    for mask in conjuncts:
+        flat |= dict.fromkeys(masks.conjuncts(mask))
     # Spans by block, other masks by themselves, in the order of their first appearance.
     spans: dict[int, Span] = {}
     result: dict[Mask | int, Mask] = {}
@@ -71,7 +77,9 @@ def merged(conjuncts: Sequence[Mask]) -> list[Mask]:
 
 def up_to(number: int) -> Mask:
     """kv - q <= number."""
-    return masks.causal() if number == 0 else _one_sided(1, FAR, number)
+    if number == 0:
+        return masks.causal()
+    return _one_sided(1, FAR, number)
 
 
 def from_on(number: int) -> Mask:
@@ -90,10 +98,15 @@ def blocks_from_on(block: int, number: int) -> Mask:
 
 
 def _one_sided(block: int, left: int, right: int) -> Mask:
-    """A span with one end; a negative end is the complement of a span to the other side."""
-    if min(left, right) >= 0:
-        return _window(block, left, right)
-    return ~_window(block, -right - 1, FAR) if right < 0 else ~_window(block, FAR, -left - 1)
+    """A span with one end.
+
+    One with a negative end is the complement of a span to the other side.
+    """
+    if right < 0:
+        return ~_window(block, -right - 1, FAR)
+    if left < 0:
+        return ~_window(block, FAR, -left - 1)
+    return _window(block, left, right)
 
 
 def _window(block: int, left: int, right: int) -> Mask:

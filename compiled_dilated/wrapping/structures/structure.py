@@ -1,4 +1,4 @@
-"""The structure of a call's mask: masks of positions, data that joins them, conditions per pair.
+"""The structure of a call's mask: masks, data, conditions and a bias.
 
     (kv <= q) & seen[b, kv]  ->  causal() & padding(), with data ~seen[b, kv] for every key
 
@@ -45,16 +45,22 @@ class Structure:
         if self.pairs != TRUE:
             parts.append("a mask")
         seen = " & ".join(parts or ["full()"])
-        return seen if self.bias is None else f"{seen} + a bias"
+        if self.bias is None:
+            return seen
+        return f"{seen} + a bias"
 
 
 def structure_of(mask: Expression, q_len: Any, kv_len: Any) -> Structure:
-    """The structure of a mask of bool (True: seen) or of numbers (added to scores).
+    """The structure of a mask of bool or of numbers.
 
-    q_len, kv_len: of the call, in tokens; symbolic where they vary.
+    mask: of bool, True where a pair is seen; of numbers, added to scores.
+    q_len, kv_len: of the call, in tokens; symbolic if they vary.
     """
     square = bool(statically_known_true(q_len == kv_len))
-    condition, bias = (mask, None) if mask.dtype == torch.bool else split(mask, square)
+    condition: Expression = mask
+    bias: Expression | None = None
+    if mask.dtype != torch.bool:
+        condition, bias = split(mask, square)
     joint: list[Mask] = []
     per_pair: list[Expression] = []
     data = DataTensors(square)
@@ -78,7 +84,10 @@ def structure_of(mask: Expression, q_len: Any, kv_len: Any) -> Structure:
 def _with_arithmetic(
     joint: list[Mask], conditions: Sequence[Expression]
 ) -> tuple[list[Mask], list[Expression]]:
-    """Conditions of positions only as one more mask, so that tiles without a pair are left out."""
+    """Masks and conditions, with those of positions alone as one mask.
+
+    Tiles in which these conditions allow no pair are then left out.
+    """
     arithmetic = [
         condition
         for condition in conditions

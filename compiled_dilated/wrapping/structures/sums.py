@@ -1,4 +1,4 @@
-"""Whole numbers as sums: of indices, blocks of indices and distances, with factors.
+"""Whole numbers as weighted sums of indices, blocks and distances.
 
 3 * (q - kv) - 2        Sum({q: 3, kv: -3}, -2)
 """
@@ -55,14 +55,21 @@ def sum_of(x: Expression) -> Sum | None:
     # Narrower numbers may overflow.
     if not isinstance(x, Apply) or x.dtype not in (torch.int32, torch.int64):
         return None
+    inner = x.operands[0]
     if x.operator == "to":
-        return None if x.operands[0].dtype.is_floating_point else sum_of(x.operands[0])
+        if inner.dtype.is_floating_point:
+            return None
+        return sum_of(inner)
     size = block_of(x)
+    if size == 1:
+        return Sum({inner: 1}, 0)
     if size is not None:
-        # One term for a block, whatever its dtype; blocks of 1 are the index itself.
-        return Sum({block(x.operands[0], size) if size > 1 else x.operands[0]: 1}, 0)
+        # One term for a block, whatever its dtype.
+        return Sum({block(inner, size): 1}, 0)
     if x.operator == "abs":
-        return None if sum_of(x.operands[0]) is None else Sum({x: 1}, 0)
+        if sum_of(inner) is None:
+            return None
+        return Sum({x: 1}, 0)
     return _arithmetic(x)
 
 
@@ -76,11 +83,16 @@ def _arithmetic(x: Apply) -> Sum | None:
         return None
     if x.operator == "neg":
         return first.times(-1)
-    if x.operator == "mul":
-        if first.terms and last.terms:
-            return None
-        return first.times(last.number) if first.terms else last.times(first.number)
-    return first.plus(last if x.operator == "add" else last.times(-1))
+    if x.operator == "sub":
+        return first.plus(last.times(-1))
+    if x.operator == "add":
+        return first.plus(last)
+    # A product, of which one factor must be a number.
+    if not last.terms:
+        return first.times(last.number)
+    if not first.terms:
+        return last.times(first.number)
+    return None
 
 
 def block(index: Expression, size: int) -> Expression:
@@ -89,7 +101,7 @@ def block(index: Expression, size: int) -> Expression:
 
 
 def block_of(term: Expression) -> int | None:
-    """The size of the blocks of a term index // size; None of any other term."""
+    """The block size of index // size; None for other terms."""
     if not isinstance(term, Apply) or term.operator != "floordiv":
         return None
     index, size = term.operands

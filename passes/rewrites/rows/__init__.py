@@ -1,4 +1,6 @@
-"""Row-wise work: recognized in graphs, written as text, run and differentiated in chunks.
+"""Row-wise work: recognized in graphs, written as text, run and differentiated.
+
+In chunks of rows.
 
 primitives     what a row-wise call computes, and its backward
 calls          calls in graphs as primitives: the table

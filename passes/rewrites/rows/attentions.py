@@ -107,7 +107,7 @@ class Call:
 
 
 def call(result: Node) -> Call | None:
-    """Read a node as the result of a registered attention; None if it is none.
+    """Read a node as the result of a registered attention, or None.
 
     That is the call itself, or the first item of its tuple, if nothing uses the other items.
     """
@@ -116,8 +116,11 @@ def call(result: Node) -> Call | None:
         source = node.args[0]
         if isinstance(source, Node) and len(source.users) == 1:
             node = source
-    attention = _ATTENTIONS.get(node.target) if node.op == "call_function" else None
-    if attention is None or isinstance(example_value(node), Tensor) != (node is result):
+    if node.op != "call_function" or node.target not in _ATTENTIONS:
+        return None
+    # Either the call's value is a tensor, or `result` is the first item of its tuple.
+    attention = _ATTENTIONS[node.target]
+    if isinstance(example_value(node), Tensor) != (node is result):
         return None
     # Its options, if all of them can be written as text.
     try:
@@ -134,7 +137,10 @@ def call(result: Node) -> Call | None:
 
 
 def parse(text: str) -> tuple[Attention, dict[str, Any]]:
-    """Parse Call.text. Raises KeyError for an attention that is not registered in this process."""
+    """Parse Call.text.
+
+    Raises KeyError for an attention that is not registered in this process.
+    """
     name, options = ast.literal_eval(text)
     if name not in _ATTENTIONS:
         raise KeyError(
@@ -170,7 +176,8 @@ def _read(
 
 
 def _reach(start: int, stop: int, tokens: int, *, is_causal: bool, **_: Any) -> tuple[int, int]:
-    return 0, stop if is_causal else tokens
+    last = stop if is_causal else tokens
+    return 0, last
 
 
 def _part(

@@ -31,7 +31,7 @@ class Writer:
     names: dict[Node, str] = field(default_factory=dict)
 
     def write(self, node: Node) -> str | None:
-        """Write the steps of a value, and return its name; None if there are none."""
+        """Write the steps of a value, and return its name, or None."""
         if node in self.names:
             return self.names[node]
         if node in self.rows or node is self.joined:
@@ -55,7 +55,7 @@ class Writer:
         return self.names[node]
 
     def _operand(self, primitive: str, place: int, operand: Any) -> Any:
-        """The name of an operand by its role; a number or None as it is."""
+        """An operand's name by its role; numbers and None as they are."""
         if not isinstance(operand, Node):
             return operand
         source = tensor_of(operand)

@@ -1,4 +1,4 @@
-"""Transformer blocks of a graph: one attention, and row-wise work from one value to another.
+"""Transformer blocks of a graph: one attention, and row-wise work around it.
 
     x ──┬─ norm ─ linear ─ heads ─── query ─┐
         ├─ norm ─ linear ─ heads ─── key ───┼─ attention ─ joined ─ linear ─┬─ norm ─ MLP ─┬─ result
@@ -54,7 +54,7 @@ class Block:
 
 
 def find(graph: Graph) -> Iterator[Block]:
-    """Yield the blocks of a graph, in its order; no node is in two.
+    """Yield the disjoint blocks of a graph, in its order.
 
     The graph may be changed at a block once it has been yielded.
     """
@@ -71,7 +71,10 @@ def find(graph: Graph) -> Iterator[Block]:
 
 
 def _is_self_attention(call: attentions.Call) -> bool:
-    """Whether query, key, value and result are (batch, heads, tokens, features), heads aside."""
+    """Whether query, key, value and result agree in batch and tokens.
+
+    All are (batch, heads, tokens, features).
+    """
     shapes = [sizes_of(node) for node in (call.result, *call.heads)]
     if not all(len(shape) == 4 for shape in shapes):
         return False
@@ -113,30 +116,38 @@ class _Search:
         return self._written(members, joined)
 
     def _joined(self) -> list[Node] | None:
-        """The nodes from the attention to its heads joined: (batch, tokens, heads * features)."""
+        """The nodes from the attention to its joined heads.
+
+        Joined heads are (batch, tokens, heads * features).
+        """
         _, heads, _, features = sizes_of(self.call.result)
         shape = (self.dims.batch, self.dims.tokens, heads * features)
         chain = [self.call.result]
         while len(chain[-1].users) == 1 and sizes_of(chain[-1]) != shape:
             (user,) = chain[-1].users
-            is_expected = (
-                swaps_tokens_and_heads(user) if len(chain) == 1 else user.target in RESHAPES
-            )
+            # First tokens and heads are swapped, then heads are joined with their features.
+            is_expected = user.target in RESHAPES
+            if len(chain) == 1:
+                is_expected = swaps_tokens_and_heads(user)
             if not is_expected:
                 return None
             chain.append(user)
-        return chain if len(chain) > 2 and self.dims.is_rows(chain[-1]) else None
+        if len(chain) <= 2 or not self.dims.is_rows(chain[-1]):
+            return None
+        return chain
 
     def _views_of_rows(self, node: Node) -> list[Node]:
-        """The views of rows that a query, key or value is computed from.
+        """The views of rows behind a query, key or value.
 
         The node itself, or the operands of a rotary embedding.
         """
         if self.dims.base(node) is not None:
             return [node]
         call = read(node)
+        if call is None:
+            return []
         views: dict[Node, None] = {}
-        for operand in () if call is None else call.operands:
+        for operand in call.operands:
             if self.dims.is_heads(operand):
                 views.update(dict.fromkeys(self._views_of_rows(operand)))
         return list(views)
@@ -166,7 +177,7 @@ class _Search:
         return min(cuts, key=lambda part: sum(map(_row_width, self._inputs(part))))
 
     def _grown_back(self, end: Node, first: int, inner: set[Node]) -> list[Node]:
-        """The nodes used for `end` only; before the first linear, only cheap ones."""
+        """The nodes that only `end` uses; before the first linear, cheap ones."""
 
         def accepts(node: Node) -> bool:
             works = self._works(node)
@@ -185,9 +196,14 @@ class _Search:
         Its other operands have the tokens as rows, or are shared by all tokens and static.
         """
         operands = roles(node)
-        if operands is None or not (self.dims.is_rows(node) or self.dims.is_heads(node)):
+        if operands is None:
             return False
-        is_same = self.dims.is_rows if self.dims.is_rows(node) else self.dims.is_heads
+        if self.dims.is_rows(node):
+            is_same = self.dims.is_rows
+        elif self.dims.is_heads(node):
+            is_same = self.dims.is_heads
+        else:
+            return False
         if not any(map(is_same, operands.rows)) or not all(map(is_static, operands.shared)):
             return False
         return all(is_same(row) or self.dims.is_by_token(row) for row in operands.rows)
@@ -223,8 +239,8 @@ class _Search:
             if writer.write(target) is None or not writer.steps:
                 return None
         # 2. Each agrees with the trace.
-        row_values = [example_value(node) for node in (*rows, joined[-1])]
-        shared_values = [example_value(node) for node in shared]
+        row_values = list(map(example_value, (*rows, joined[-1])))
+        shared_values = list(map(example_value, shared))
         recipes = [Recipe(tuple(writer.steps)) for writer in writers]
         for writer, recipe in zip(writers, recipes, strict=True):
             if not growing.agrees(recipe, row_values, shared_values, writer.names):
@@ -246,9 +262,11 @@ class _Search:
 
 def _shared_operands(node: Node) -> Sequence[Node]:
     """The operands that all tokens share; a view has none."""
-    return () if node.target in VIEWS else growing.shared_operands(node)
+    if node.target in VIEWS:
+        return ()
+    return growing.shared_operands(node)
 
 
 def _row_width(node: Node) -> int:
-    """Bytes of a row: the last dim of every value is its features."""
+    """Bytes of a row of features, the last dim of a value."""
     return growing.row_width(node, row_dims=1)

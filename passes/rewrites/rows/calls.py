@@ -1,4 +1,4 @@
-"""Calls in graphs as primitives: a reader for each, and the table of readers.
+"""Calls in graphs as primitives: readers, and the table of them.
 
 Dynamo records built-in functions, operators and methods, torch.export aten operators. A reader has
 the signature of what it reads without the options that no primitive has: a call that does not bind
@@ -44,7 +44,7 @@ Reader = Callable[..., Read | None]
 
 
 def bound(reader: Reader, node: Node) -> Read | None:
-    """Read a call with a reader; None if it does not bind, or is refused."""
+    """Read a call with a reader; None if unbound or refused."""
     try:
         call = inspect.signature(reader).bind(*node.args, **node.kwargs)
     except TypeError:
@@ -52,8 +52,13 @@ def bound(reader: Reader, node: Node) -> Read | None:
     return reader(*call.args, **call.kwargs)
 
 
-def example_value(node: Node) -> Any:
-    """The traced value of a node in a Dynamo or an aten graph, or None."""
+def example_value(node: Any) -> Any:
+    """The traced value of a node in a Dynamo or aten graph.
+
+    None for a node without one, and for what is no node.
+    """
+    if not isinstance(node, Node):
+        return None
     return node.meta.get("example_value", node.meta.get("val"))
 
 
@@ -72,21 +77,35 @@ def _gelu(input: Node, *, approximate: str = "none") -> Read:
 
 
 def _in_place(name: str) -> Reader:
-    """Read an activation with an inplace argument; in-place only on a linear's unshared result."""
+    """Read an activation with an inplace argument.
+
+    In-place only on a linear's unshared result.
+    """
 
     def reader(input: Node, inplace: bool = False) -> Read | None:
-        return Read(name, (input,)) if not inplace or _is_unshared_linear(input) else None
+        if inplace and not _is_unshared_linear(input):
+            return None
+        return Read(name, (input,))
 
     return reader
 
 
 def _always_in_place(name: str) -> Reader:
     """Read an in-place activation, if it overwrites a linear's unshared result."""
-    return lambda input: Read(name, (input,)) if _is_unshared_linear(input) else None
+
+    def reader(input: Node) -> Read | None:
+        if not _is_unshared_linear(input):
+            return None
+        return Read(name, (input,))
+
+    return reader
 
 
 def _is_unshared_linear(node: Node) -> bool:
-    """Whether a node is a linear with one user: an activation may overwrite its result."""
+    """Whether a node is a linear with one user.
+
+    An activation may overwrite its result.
+    """
     return node.target in _LINEARS and len(node.users) == 1
 
 
@@ -125,16 +144,22 @@ def _rms_norm(
 
 
 def _binary(name: str) -> Reader:
+    # torch's names of the operands, for calls with keywords.
     def reader(input: Any, other: Any) -> Read | None:
-        if _is_number(input):  # primitives take a number as their last operand
-            return Read(name, (other, input)) if name in ("add", "mul") else None
-        return Read(name, (input, other))
+        if not _is_number(input):
+            return Read(name, (input, other))
+        # Primitives take a number as their last operand.
+        if name in ("add", "mul"):
+            return Read(name, (other, input))
+        return None
 
     return reader
 
 
 def _pow(input: Node, exponent: Any) -> Read | None:
-    return Read("pow", (input,), {"exponent": exponent}) if _is_number(exponent) else None
+    if not _is_number(exponent):
+        return None
+    return Read("pow", (input,), {"exponent": exponent})
 
 
 def _square(input: Node) -> Read:
@@ -142,7 +167,9 @@ def _square(input: Node) -> Read:
 
 
 def _mean(input: Node, dim: Any, keepdim: bool = False) -> Read | None:
-    return Read("mean", (input,)) if _is_last(input, dim) and keepdim else None
+    if not keepdim or not _is_last(input, dim):
+        return None
+    return Read("mean", (input,))
 
 
 # Copies and casts. Dropout in inference is its operand.
@@ -165,18 +192,22 @@ def _float(input: Node) -> Read:
 def _dropout(
     input: Node, p: Any = 0.5, training: bool = True, inplace: bool = False
 ) -> Read | None:
-    return Read("", (input,)) if training is False else None
+    if training is not False:
+        return None
+    return Read("", (input,))
 
 
 # Parts of the features.
 
 
 def _parts(input: Node, size: Any, dim: int = 0) -> Read | None:
-    return Read("", (input,)) if _is_last(input, dim) else None
+    if not _is_last(input, dim):
+        return None
+    return Read("", (input,))
 
 
 def _part(parts: Node, index: Any) -> Read | None:
-    """Read one of the parts of a chunk or split, or x[..., start:stop]."""
+    """Read a part of a chunk or split, or x[..., start:stop]."""
     if isinstance(index, tuple):
         return _slice(parts, index)
     if not isinstance(index, int) or parts.target not in _SPLITS:
@@ -209,18 +240,23 @@ def _slice(input: Node, index: tuple[Any, ...]) -> Read | None:
 
 
 def _cat(tensors: Sequence[Node], dim: int = 0) -> Read | None:
-    return Read("cat", tuple(tensors)) if _is_last(tensors[0], dim) else None
+    if not _is_last(tensors[0], dim):
+        return None
+    return Read("cat", tuple(tensors))
 
 
 # Reductions.
 
 
-def _logsumexp(input: Node, dim: Any, keepdim: bool = False) -> Read | None:
-    return Read("logsumexp", (input,), {"keepdim": keepdim}) if _is_last(input, dim) else None
+def _reduction(name: str) -> Reader:
+    """Read a reduction over the features."""
 
+    def reader(input: Node, dim: Any, keepdim: bool = False) -> Read | None:
+        if not _is_last(input, dim):
+            return None
+        return Read(name, (input,), {"keepdim": keepdim})
 
-def _argmax(input: Node, dim: Any, keepdim: bool = False) -> Read | None:
-    return Read("argmax", (input,), {"keepdim": keepdim}) if _is_last(input, dim) else None
+    return reader
 
 
 def _is_number(value: Any) -> bool:
@@ -230,7 +266,8 @@ def _is_number(value: Any) -> bool:
 def _is_last(node: Node, dim: Any) -> bool:
     """Whether a dim argument is the last dim of a node's value."""
     value = example_value(node)
-    (dim,) = dim if isinstance(dim, (list, tuple)) and len(dim) == 1 else (dim,)
+    if isinstance(dim, (list, tuple)) and len(dim) == 1:
+        (dim,) = dim
     return isinstance(value, Tensor) and dim in (-1, value.ndim - 1)
 
 
@@ -264,7 +301,9 @@ _TABLE: tuple[tuple[Reader, tuple[Any, ...]], ...] = (
     (_parts, _SPLITS),
     (_part, (operator.getitem,)),
     (_cat, (torch.cat, aten.cat.default)),
-    (_logsumexp, (torch.logsumexp, aten.logsumexp.default, "logsumexp")),
-    (_argmax, (torch.argmax, aten.argmax.default, "argmax")),
+    (_reduction("logsumexp"), (torch.logsumexp, aten.logsumexp.default, "logsumexp")),
+    (_reduction("argmax"), (torch.argmax, aten.argmax.default, "argmax")),
 )
-READERS: dict[Any, Reader] = {target: reader for reader, targets in _TABLE for target in targets}
+READERS: dict[Any, Reader] = {}
+for _reader, _targets in _TABLE:
+    READERS.update(dict.fromkeys(_targets, _reader))

@@ -40,7 +40,7 @@ class InChunks:
 
     @property
     def keeps_bits(self) -> bool:
-        """False: a product of fewer rows, or a sum in parts, may add up in another order."""
+        """False: products and sums in parts may add in another order."""
         return False
 
     def rows_of(self, row_bytes: int, default_bytes: int) -> int:

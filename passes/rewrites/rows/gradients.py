@@ -1,8 +1,8 @@
-"""The gradients of steps: which values a backward reads, and what each step adds."""
+"""Gradients of steps: the values that a backward reads, and its sums."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,10 +29,15 @@ class Plan:
 
 @lru_cache
 def plan(steps: tuple[Step, ...], needed: frozenset[str]) -> Plan:
-    """Plan a backward. needed: names of the operands that need a gradient."""
+    """Plan a backward.
+
+    needed: names of the operands that need a gradient
+    """
+    # 1. What depends on a needed operand needs a gradient too.
     for step in steps:
         if not needed.isdisjoint(step.names):
             needed |= {step.result}
+    # 2. What the backward of those reads, and what that is computed from.
     read: set[str] = set()
     for step in steps:
         if step.result in needed:
@@ -48,11 +53,15 @@ def _read_by_backward(step: Step, needed: frozenset[str]) -> list[str]:
     """The values that a step's backward reads."""
     if step.primitive == "linear":
         x, weight = step.names[:2]
-        return [weight, x] if weight in needed else [weight]
+        if weight in needed:
+            return [weight, x]
+        return [weight]
     reads = step.definition.reads
     if reads is Reads.OPERANDS:
         return step.names
-    return [step.result] if reads is Reads.RESULT else []
+    if reads is Reads.RESULT:
+        return [step.result]
+    return []
 
 
 def gradients(
@@ -62,7 +71,10 @@ def gradients(
     needed: frozenset[str],
     sums: Mapping[str, Tensor],
 ) -> list[tuple[str, Tensor]]:
-    """What one step adds to gradients: named tensors for rows, in-place in `sums` for shared."""
+    """A step's contributions to gradients.
+
+    Returns those of rows, by name; those of shared operands are added to `sums` in-place.
+    """
     if step.primitive == "linear":
         return _linear_gradients(step, grad, values, needed, sums)
     backward = step.definition.backward
@@ -86,13 +98,30 @@ def _linear_gradients(
     needed: frozenset[str],
     sums: Mapping[str, Tensor],
 ) -> list[tuple[str, Tensor]]:
-    """As `gradients`; products are added to the sums without a tensor of their own."""
+    """A linear's contributions to gradients, as in `gradients`.
+
+    Products are added to the sums without a tensor of their own.
+    """
     x, weight, *bias = step.names
     if weight in sums:
         add_product(sums[weight], grad.t(), values[x])
     if bias and bias[0] in sums:
         sums[bias[0]].add_(grad.sum(0, dtype=sums[bias[0]].dtype))
-    return [(x, grad @ values[weight])] if x in needed else []
+    if x not in needed:
+        return []
+    return [(x, grad @ values[weight])]
+
+
+def aligned(grads: Iterable[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+    """A gradient or None for each operand.
+
+    grads: of the operands that need one, in order
+    """
+    computed = iter(grads)
+    result: list[Tensor | None] = []
+    for is_needed in needs_grad:
+        result.append(next(computed) if is_needed else None)
+    return result
 
 
 def zero_sum(weight: Tensor) -> Tensor:
@@ -111,8 +140,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _sum_over_rows(piece: Tensor, total: Tensor) -> Tensor:
     """The gradient of a shared operand of (features,) or ()."""
-    has_features = piece.shape[-1:] == total.shape
-    return piece.sum(0, dtype=total.dtype) if has_features else piece.sum(dtype=total.dtype)
+    if piece.shape[-1:] == total.shape:
+        return piece.sum(0, dtype=total.dtype)
+    return piece.sum(dtype=total.dtype)
 
 
 def _reduce_like(piece: Tensor, value: Tensor) -> Tensor:

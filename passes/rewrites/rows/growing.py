@@ -1,6 +1,7 @@
-"""What regions and blocks share: growing a set of nodes that works row by row.
+"""Growing sets of nodes that work row by row.
 
-Both start from a result and take in the nodes that lead to it, as long as nothing else uses them.
+Regions and blocks start from a result and add the nodes that lead to it, as long as nothing else
+uses them.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ Operands = Callable[[Node], Sequence[Node]]
 
 
 def row_operands(node: Node) -> Sequence[Node]:
-    """The operands of a primitive that have its rows; none of another node."""
+    """The operands of a primitive that have its rows; else ()."""
     operands = roles(node)
-    return () if operands is None else operands.rows
+    if operands is None:
+        return ()
+    return operands.rows
 
 
 def shared_operands(node: Node) -> Sequence[Node]:
-    """The operands of a primitive that all rows share; none of another node."""
+    """The operands of a primitive that all rows share; else ()."""
     operands = roles(node)
-    return () if operands is None else operands.shared
+    if operands is None:
+        return ()
+    return operands.shared
 
 
 def grow_back(
@@ -115,7 +120,10 @@ def agrees(
 
 
 def is_rows(node: Any, lead: tuple[Any, ...] | None) -> bool:
-    """Whether a node's value is (*lead, features) with a number of features; lead None: any."""
+    """Whether a node's value is (*lead, features), the features a number.
+
+    lead: the leading dims; None for any
+    """
     shape = sizes_of(node)
     if len(shape) < 2 or not isinstance(shape[-1], int):
         return False
@@ -124,12 +132,12 @@ def is_rows(node: Any, lead: tuple[Any, ...] | None) -> bool:
 
 def is_static(node: Any) -> bool:
     """Whether a node's value is a tensor without dynamic sizes."""
-    value = example_value(node) if isinstance(node, Node) else None
+    value = example_value(node)
     return isinstance(value, Tensor) and all(isinstance(size, int) for size in sizes(value.shape))
 
 
 def is_contiguous(node: Node) -> bool:
-    """Whether a value is laid out as a new tensor, for views of it."""
+    """Whether a value has the strides of a new tensor."""
     value, expected = example_value(node), 1
     dims = list(zip(sizes(value.shape), sizes(value.stride()), strict=True))
     for size, stride in reversed(dims):
@@ -140,18 +148,24 @@ def is_contiguous(node: Node) -> bool:
 
 
 def sizes_of(node: Any) -> tuple[Any, ...]:
-    """The sizes of a node's tensor, converted by `sizes`; () for any other value."""
-    value = example_value(node) if isinstance(node, Node) else None
-    return sizes(value.shape) if isinstance(value, Tensor) else ()
+    """The sizes of a node's tensor, as by `sizes`; else ()."""
+    value = example_value(node)
+    if not isinstance(value, Tensor):
+        return ()
+    return sizes(value.shape)
 
 
 def sizes(shape: Sequence[Any]) -> tuple[Any, ...]:
-    """Sizes as numbers, dynamic ones as sympy expressions, whose comparison adds no guard."""
+    """Sizes as numbers, dynamic ones as sympy expressions.
+
+    Comparing expressions adds no guard.
+    """
     result: list[Any] = []
     for size in shape:
         plain = size.node.expr if isinstance(size, torch.SymInt) else size
-        is_number = isinstance(plain, int) or plain.is_number
-        result.append(int(plain) if is_number else plain)
+        if isinstance(plain, int) or plain.is_number:
+            plain = int(plain)
+        result.append(plain)
     return tuple(result)
 
 
@@ -163,7 +177,10 @@ def row_width(node: Node, row_dims: int) -> int:
     value = example_value(node)
     if not isinstance(value, Tensor):
         return 0
-    features = sizes(value.shape)[-1] if value.ndim > row_dims else 1
+    features: Any = 1
+    if value.ndim > row_dims:
+        features = sizes(value.shape)[-1]
+    # A dynamic number of features counts as one.
     if not isinstance(features, int):
         features = 1
     return int(features * value.element_size())

@@ -1,4 +1,4 @@
-"""Heads of an attention: which dims of a value are batch, heads, tokens and features.
+"""Dims of an attention's values: batch, heads, tokens and features.
 
     rows     (batch, tokens, features)
     heads    (batch, heads, tokens, features of one head)
@@ -103,4 +103,6 @@ def swaps_tokens_and_heads(node: Node) -> bool:
 
 def viewed(view: Node) -> Any:
     """The operand of a view, which may be a keyword argument."""
-    return view.args[0] if view.args else view.kwargs.get("input")
+    if view.args:
+        return view.args[0]
+    return view.kwargs.get("input")

@@ -1,8 +1,8 @@
 """Linear and cross entropy as one operator in chunks of tokens.
 
 The logits of all tokens never exist. Forward saves its operands only; backward computes a chunk's
-logits again. The gradient of a token
-of class t by its logits is, with weights w of classes and a share s of smoothing,
+logits again. The gradient of a token of class t by its logits is, with weights w of classes and a
+share s of smoothing,
 
     (1 - s) w_t (softmax - onehot_t) + s / classes (softmax sum_c w_c - w)
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .chunks import chunks
-from .gradients import add_product, zero_sum
+from .gradients import add_product, aligned, zero_sum
 
 
 @torch.library.custom_op("passes::linear_cross_entropy", mutates_args=())
@@ -43,9 +43,9 @@ def linear_cross_entropy(
     chunk_rows: tokens of a chunk
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    class_weight = _converted(class_weight, wide)
     # 1. The loss of each token.
     losses = torch.empty(len(x), dtype=wide, device=x.device)
-    class_weight = None if class_weight is None else class_weight.to(wide)
     for chunk in chunks(len(x), chunk_rows, x.device):
         losses[chunk] = F.cross_entropy(
             F.linear(x[chunk], weight, bias).to(wide),
@@ -60,7 +60,9 @@ def linear_cross_entropy(
         losses = losses.sum() / _token_weights(target, class_weight, ignore_index, wide).sum()
     elif reduction == "sum":
         losses = losses.sum()
-    return losses if converted else losses.to(x.dtype)
+    if converted:
+        return losses
+    return losses.to(x.dtype)
 
 
 @torch.library.custom_op("passes::linear_cross_entropy_backward", mutates_args=())
@@ -84,14 +86,10 @@ def linear_cross_entropy_backward(
     grad: of the loss, (tokens,) or ()
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    class_weight = None if class_weight is None else class_weight.to(wide)
-    # 1. The factors of a token's two terms, see the top of the file.
-    token_weights = _token_weights(target, class_weight, ignore_index, wide)
-    grad = grad.to(wide)
-    if reduction == "mean":
-        grad = grad / token_weights.sum()
-    hard = token_weights * (1 - label_smoothing) * grad
-    soft = (target != ignore_index) * (label_smoothing / len(weight)) * grad
+    class_weight = _converted(class_weight, wide)
+    # 1. The factors of a token's two terms.
+    options = (reduction, ignore_index, label_smoothing)
+    hard, soft = _factors(grad.to(wide), target, class_weight, *options, len(weight))
     if class_weight is None:
         class_weight = torch.ones(len(weight), dtype=wide, device=x.device)
     # 2. The gradients: of x chunk by chunk, of weight and bias as sums.
@@ -100,14 +98,8 @@ def linear_cross_entropy_backward(
     bias_grad = zero_sum(weight[:, 0]) if needs_grad[2] else None
     for chunk in chunks(len(x), chunk_rows, x.device):
         # The wide logits have no name of their own: rounded below, their memory must be freed.
-        logits_grad = _logits_grad_(
-            F.linear(x[chunk], weight, bias).to(wide),
-            target[chunk],
-            ignore_index,
-            hard[chunk],
-            soft[chunk],
-            class_weight,
-        )
+        terms = (target[chunk], ignore_index, hard[chunk], soft[chunk])
+        logits_grad = _logits_grad_(F.linear(x[chunk], weight, bias).to(wide), *terms, class_weight)
         if bias_grad is not None:
             bias_grad.add_(logits_grad.sum(0))
         logits_grad = logits_grad.to(x.dtype)
@@ -158,18 +150,41 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     bias = ctx.saved_tensors[3]
     needs_bias = bias is not None and ctx.needs_input_grad[3]
     needs_grad = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], needs_bias]
-    grads = iter(
-        linear_cross_entropy_backward(
-            grad, *ctx.saved_tensors, *ctx.options, ctx.chunk_rows, needs_grad
-        )
+    grads = linear_cross_entropy_backward(
+        grad, *ctx.saved_tensors, *ctx.options, ctx.chunk_rows, needs_grad
     )
-    x_grad, weight_grad, bias_grad = (
-        next(grads) if is_needed else None for is_needed in needs_grad
-    )
+    x_grad, weight_grad, bias_grad = aligned(grads, needs_grad)
     return x_grad, weight_grad, None, bias_grad, *(None,) * 6
 
 
 linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+
+
+def _converted(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.to(dtype)
+
+
+def _factors(
+    grad: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    classes: int,
+) -> tuple[Tensor, Tensor]:
+    """The factors of a token's hard and soft term, (tokens,) each.
+
+    The terms are those of the formula at the top of the file.
+    """
+    token_weights = _token_weights(target, class_weight, ignore_index, grad.dtype)
+    if reduction == "mean":
+        grad = grad / token_weights.sum()
+    hard = token_weights * (1 - label_smoothing) * grad
+    soft = (target != ignore_index) * (label_smoothing / classes) * grad
+    return hard, soft
 
 
 def _logits_grad_(
@@ -199,5 +214,8 @@ def _token_weights(
 
 
 def _indices(target: Tensor, ignore_index: int) -> Tensor:
-    """Class indices, 0 in place of ignore_index, which need not be a class."""
+    """Class indices, 0 in place of ignore_index.
+
+    ignore_index need not be a class.
+    """
     return target.masked_fill(target == ignore_index, 0)

@@ -1,4 +1,4 @@
-"""Masks computed from positions, as linear conditions on the indices of their elements.
+"""Masks computed from positions, as linear conditions on element indices.
 
 arange(n)[:, None] <= arange(m) + 3        (i, j) where 3 - i + j >= 0
 """
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Sum:
-    """An integer: constant + the sum of steps[axis] * index along that axis.
+    """An integer: constant + sum of steps[axis] * index along the axis.
 
     Axes count backwards from 1, the last.
     """
@@ -31,12 +31,12 @@ class Sum:
     steps: Mapping[int, int]
     constant: int = 0
 
-    def __add__(self, other: Sum) -> Sum:
+    def __add__(self, addend: Sum) -> Sum:
         steps = dict(self.steps)
-        for axis, step in other.steps.items():
+        for axis, step in addend.steps.items():
             steps[axis] = steps.get(axis, 0) + step
         nonzero = {axis: step for axis, step in steps.items() if step}
-        return Sum(nonzero, self.constant + other.constant)
+        return Sum(nonzero, self.constant + addend.constant)
 
     def times(self, factor: int) -> Sum:
         """The sum times a factor."""
@@ -78,7 +78,9 @@ def conditions(mask: Node) -> Conditions | None:
     None if it depends on anything but indices, or calls an operator that is not in the table.
     """
     read = _read(mask)
-    return read if isinstance(read, tuple) and not _is_written_to(mask) else None
+    if not isinstance(read, tuple) or _is_written_to(mask):
+        return None
+    return read
 
 
 def _is_written_to(mask: Node) -> bool:
@@ -100,7 +102,7 @@ def _is_written_to(mask: Node) -> bool:
 
 
 def _read(node: Any) -> _Read:
-    """Read integers as a Sum, a mask as Conditions, anything else as None."""
+    """Read integers as a Sum, masks as Conditions, the rest as None."""
     if isinstance(node, int) and not isinstance(node, bool):
         return Sum({}, node)
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
@@ -115,9 +117,11 @@ def _read(node: Any) -> _Read:
     except TypeError:
         return None
     read = rule(*bound.args, **bound.kwargs)
-    # Integers are sums, booleans are conditions: a rule may give either.
+    # Integers are sums, booleans are conditions: a rule may return either.
     if isinstance(read, Sum):
-        return read.within(value.shape) if value.dtype != torch.bool else None
+        if value.dtype == torch.bool:
+            return None
+        return read.within(value.shape)
     if read is None or value.dtype != torch.bool:
         return read
     return tuple(condition.within(value.shape) for condition in read)
@@ -142,13 +146,17 @@ def _ones(result: Tensor, *arguments: Any, **settings: Any) -> _Read:
 
 
 def _full(result: Tensor, size: Any, fill_value: Any, **settings: Any) -> _Read:
-    return () if fill_value is True else None
+    if fill_value is not True:
+        return None
+    return ()
 
 
 def _same(result: Tensor, x: Any, *arguments: Any, **settings: Any) -> _Read:
     read = _read(x)
     # Not a conversion between integers and masks.
-    return read if isinstance(read, tuple) == (result.dtype == torch.bool) else None
+    if isinstance(read, tuple) != (result.dtype == torch.bool):
+        return None
+    return read
 
 
 def _unsqueeze(result: Tensor, x: Any, dim: int) -> _Read:
@@ -212,7 +220,10 @@ def _sum(x: Any, y: Any, factor: int) -> Sum | None:
 
 
 def _comparison(factor: int, least: int) -> Rule:
-    """x OP y where factor * (x - y) - least >= 0."""
+    """The rule of a comparison.
+
+    x OP y is true where factor * (x - y) - least >= 0.
+    """
 
     def rule(result: Tensor, x: Any, y: Any) -> _Read:
         difference = _sum(x, y, -1)
@@ -277,4 +288,6 @@ _TABLE: tuple[tuple[Rule, tuple[Any, ...]], ...] = (
     (_tril, (torch.tril, "tril", aten.tril.default)),
     (_triu, (torch.triu, "triu", aten.triu.default)),
 )
-_RULES: dict[Any, Rule] = {target: rule for rule, targets in _TABLE for target in targets}
+_RULES: dict[Any, Rule] = {}
+for _rule, _targets in _TABLE:
+    _RULES.update(dict.fromkeys(_targets, _rule))

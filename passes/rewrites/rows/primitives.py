@@ -1,4 +1,4 @@
-"""Row-wise primitives: the forward of each, its backward by hand, and what that backward reads.
+"""Row-wise primitives: forward, backward by hand, and what backward reads.
 
 By hand, because a chunk inside a custom op runs below autograd, and because it determines what is
 recomputed: a linear's backward reads its operands and never its result, so the last linear of an
@@ -68,7 +68,9 @@ def _layer_norm_backward(
         grad, x, x.shape[-1:], mean, rstd, weight, bias, x_only
     )
     normed = (x - mean) * rstd
-    return x_grad, None if weight is None else grad * normed, None if bias is None else grad
+    weight_grad = None if weight is None else grad * normed
+    bias_grad = None if bias is None else grad
+    return x_grad, weight_grad, bias_grad
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, *, eps: float | None) -> Tensor:
@@ -81,12 +83,15 @@ def _rms_norm_backward(
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, grad = x.to(wide), grad.to(wide)
     mean_square = x_wide.square().mean(-1, keepdim=True)
-    scale = mean_square.add_(torch.finfo(wide).eps if eps is None else eps).rsqrt_()
+    if eps is None:
+        eps = torch.finfo(wide).eps
+    scale = mean_square.add_(eps).rsqrt_()
     # A converted copy may be overwritten; x itself may not.
     normed = x_wide.mul_(scale) if x_wide is not x else x * scale
     weight_grad = None if weight is None else grad * normed
     # The same name, so that the wide copy is freed.
-    grad = grad if weight is None else grad * weight
+    if weight is not None:
+        grad = grad * weight
     return grad.sub(normed * (grad * normed).mean(-1, keepdim=True)).mul_(scale), weight_grad
 
 
@@ -94,7 +99,8 @@ def _linear_part(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, start: int, length: int
 ) -> Tensor:
     """Some of a linear's features."""
-    bias = None if bias is None else bias.narrow(0, start, length)
+    if bias is not None:
+        bias = bias.narrow(0, start, length)
     return F.linear(x, weight.narrow(0, start, length), bias)
 
 
@@ -105,11 +111,21 @@ def _narrow_backward(grad: Tensor, _: Tensor, x: Tensor, *, start: int, length: 
 
 
 def _mul_backward(grad: Tensor, _: Tensor, x: Tensor, y: Tensor | float) -> Gradients:
-    return (grad * y, grad * x) if isinstance(y, Tensor) else (grad * y,)
+    if not isinstance(y, Tensor):
+        return (grad * y,)
+    return grad * y, grad * x
 
 
 def _div_backward(grad: Tensor, _: Tensor, x: Tensor, y: Tensor | float) -> Gradients:
-    return (grad / y, -grad * x / (y * y)) if isinstance(y, Tensor) else (grad / y,)
+    if not isinstance(y, Tensor):
+        return (grad / y,)
+    return grad / y, -grad * x / (y * y)
+
+
+def _logsumexp_backward(grad: Tensor, _: Tensor, x: Tensor, *, keepdim: bool) -> Gradients:
+    if not keepdim:
+        grad = grad[..., None]
+    return (grad * x.softmax(-1),)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -125,7 +141,10 @@ def _unary(
     over: Callable[..., Tensor] | None = None,
     is_view: bool = False,
 ) -> Primitive:
-    """A primitive of one operand. backward(grad, result, operand, **options) -> its gradient."""
+    """A primitive of one operand.
+
+    backward(grad, result, operand, **options) -> its gradient
+    """
 
     def gradients(*operands: Any, **options: Any) -> Gradients:
         return (backward(*operands, **options),)
@@ -184,9 +203,7 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
             lambda g, _, *parts: g.split([part.shape[-1] for part in parts], -1),
         ),
         "logsumexp": Primitive(
-            lambda x, keepdim: x.logsumexp(-1, keepdim),
-            lambda g, y, x, keepdim: ((g if keepdim else g[..., None]) * x.softmax(-1),),
-            Reads.OPERANDS,
+            lambda x, keepdim: x.logsumexp(-1, keepdim), _logsumexp_backward, Reads.OPERANDS
         ),
         "argmax": Primitive(lambda x, keepdim: x.argmax(-1, keepdim), None),
         # For attention in inference: some of a linear's features, and heads,

@@ -42,7 +42,9 @@ def primitive_of(node: Node) -> str | None:
     "" if its value is its operand's.
     """
     call = read(node)
-    return None if call is None else call.primitive
+    if call is None:
+        return None
+    return call.primitive
 
 
 def is_along_rows(primitive: str, place: int, operand: Any) -> bool:
@@ -52,7 +54,7 @@ def is_along_rows(primitive: str, place: int, operand: Any) -> bool:
     many it has itself. Elementwise primitives align dims from the last on, so an operand of one dim
     has features only; one of more has rows.
     """
-    value = example_value(operand) if isinstance(operand, Node) else None
+    value = example_value(operand)
     if not isinstance(value, Tensor) or value.ndim < 2:
         return False
     has_weights = primitive == "linear" or primitive.endswith("_norm")
@@ -60,14 +62,19 @@ def is_along_rows(primitive: str, place: int, operand: Any) -> bool:
 
 
 def tensor_of(node: Node) -> Node:
-    """The tensor that x.item() reads (a module's float with dynamic=True); else the node."""
-    source = node.args[0] if node.op == "call_method" and node.target == "item" else node
+    """The tensor that x.item() reads; any other node itself.
+
+    With dynamic=True a module's float is read by x.item().
+    """
+    if node.op != "call_method" or node.target != "item":
+        return node
+    source = node.args[0]
     assert isinstance(source, Node)
     return source
 
 
 def roles(node: Node) -> Roles | None:
-    """The operands of a node by their role; None if it is no primitive."""
+    """The operands of a node by their role; None without a primitive."""
     call = read(node)
     if call is None:
         return None

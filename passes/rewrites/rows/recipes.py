@@ -1,4 +1,7 @@
-"""Recipes: row-wise work as text (steps.py), an argument of a custom op, hashable by caches."""
+"""Recipes: row-wise work as text, an argument of custom operators.
+
+Text (steps.py) can be hashed by caches.
+"""
 
 from __future__ import annotations
 
@@ -91,9 +94,10 @@ class Recipe:
         sums: Mapping[str, Tensor],
         needed: frozenset[str],
     ) -> list[Tensor]:
-        """The gradients of the needed rows, in order; those of shared operands go to `sums`.
+        """The gradients of the needed rows, in order.
 
-        Recomputes the values that it reads, and no others.
+        Those of shared operands are added to `sums`. Recomputes the values that it reads, and no
+        others.
 
         grad: (rows, features), of the result
         needed: names of the operands that need a gradient
@@ -120,7 +124,10 @@ class Recipe:
                 for name, piece in gradients(
                     step, grads.pop(step.result), operands, backward.needed, sums
                 ):
-                    grads[name] = grads[name] + piece if name in grads else piece
+                    if name in grads:
+                        grads[name] = grads[name] + piece
+                    else:
+                        grads[name] = piece
             values.pop(step.result, None)
         return [grads[name] for name in values_of(rows, ()) if name in needed]
 
@@ -134,10 +141,13 @@ class Recipe:
         homes: dict[str, str] = {}
         for step, name in zip(self.steps, self._over(rows, shared), strict=True):
             if name is None and step.definition.is_view:
+                # A cast between different dtypes is a copy.
                 first = step.names[0]
-                is_cast = kinds[first].dtype != kinds[step.result].dtype
-                name = None if is_cast else first
-            homes[step.result] = step.result if name is None else homes.get(name, name)
+                if kinds[first].dtype == kinds[step.result].dtype:
+                    name = first
+            homes[step.result] = step.result
+            if name is not None:
+                homes[step.result] = homes.get(name, name)
         return homes
 
     def _over(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Sequence[str | None]:
@@ -200,13 +210,21 @@ def _overwritten(recipe: Recipe, rows: Signature, shared: Signature) -> Sequence
     # 2. For each step the first operand that is free and has the result's kind.
     overwritten: list[str | None] = []
     for step, dying in zip(recipe.steps, recipe._last_uses, strict=True):
-        result = kinds[step.result]
-        choice = None
-        for name in step.names if step.definition.over is not None else ():
-            same = kinds[name].shape == result.shape and kinds[name].dtype == result.dtype
-            is_free = name in dying and name in unviewed and step.names.count(name) == 1
-            if same and is_free:
-                choice = name
-                break
-        overwritten.append(choice)
+        overwritten.append(_free_operand(step, kinds, unviewed.intersection(dying)))
     return overwritten
+
+
+def _free_operand(step: Step, kinds: Mapping[str, Tensor], free: set[str]) -> str | None:
+    """The first operand that a step's result may overwrite, or None.
+
+    kinds: every value as a meta tensor
+    free: values at their last use, whose memory no view shares
+    """
+    if step.definition.over is None:
+        return None
+    result = kinds[step.result]
+    for name in step.names:
+        is_same = kinds[name].shape == result.shape and kinds[name].dtype == result.dtype
+        if is_same and name in free and step.names.count(name) == 1:
+            return name
+    return None

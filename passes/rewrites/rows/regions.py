@@ -67,15 +67,15 @@ class Region:
 
         at_once: the most that is live at one time; else all values together, as a backward has them
         """
-        rows = [example_value(node) for node in self.rows]
-        shared = [example_value(node) for node in self.shared]
+        rows = list(map(example_value, self.rows))
+        shared = list(map(example_value, self.shared))
         if at_once:
             return self.recipe.live_bytes(rows, shared)
         return self.recipe.row_bytes(rows, shared)
 
 
 def find(graph: Graph) -> Iterator[Region]:
-    """Yield the regions of a graph, in its order; no node is in two.
+    """Yield the disjoint regions of a graph, in its order.
 
     The graph may be changed at a region once it has been yielded.
     """
@@ -105,11 +105,9 @@ def _ending_at(nodes: Sequence[Node], number: int, claimed: set[Node]) -> Region
 
 
 def _cut(members: list[Node], lead: Lead) -> list[Node]:
-    """The part up to the last member that is best as a region.
+    """The best part that ends with the last member; [] for none.
 
-    [] if none will do.
-
-    A part will do if a linear in it is wider than its inputs together and than its result. The
+    A part qualifies if a linear in it is wider than its inputs together and than its result. The
     best has the fewest linears, then the narrowest inputs, then starts earliest.
     """
     best: tuple[int, int] | None = None
@@ -147,9 +145,11 @@ def _grow_forward(members: list[Node], lead: Lead) -> list[Node]:
 
 
 def _region(members: list[Node]) -> Region | None:
-    """Write members as a recipe; None if its values are not those of the trace."""
+    """Write members as a recipe; None if it disagrees with the trace."""
     rows = row_inputs(members)
-    shared = list(dict.fromkeys(node for member in members for node in shared_operands(member)))
+    shared: dict[Node, None] = {}
+    for member in members:
+        shared.update(dict.fromkeys(shared_operands(member)))
     # A node may be both, as in F.linear(x, x), so it has a name for each role.
     row_names: dict[Node, str] = {node: f"x{i}" for i, node in enumerate(rows)}
     shared_names: dict[Node, str] = {node: f"w{i}" for i, node in enumerate(shared)}
@@ -163,8 +163,8 @@ def _region(members: list[Node]) -> Region | None:
                 operands.append(operand)
                 continue
             source = tensor_of(operand)
-            along_rows = is_along_rows(call.primitive, place, source)
-            operands.append((row_names if along_rows else shared_names)[source])
+            names = row_names if is_along_rows(call.primitive, place, source) else shared_names
+            operands.append(names[source])
         if not call.primitive:  # its value is its operand's
             row_names[node] = operands[0]
             continue
@@ -173,7 +173,7 @@ def _region(members: list[Node]) -> Region | None:
         steps.append(Step(row_names[node], call.primitive, tuple(operands), options))
 
     recipe = Recipe(tuple(steps))
-    values = [example_value(node) for node in rows], [example_value(node) for node in shared]
+    values = list(map(example_value, rows)), list(map(example_value, shared))
     if not agrees(recipe, *values, {node: row_names[node] for node in members}):
         return None
     return Region(tuple(members), tuple(rows), tuple(shared), recipe)

@@ -50,7 +50,10 @@ class Step:
 
     def arguments(self, values: Mapping[str, Tensor]) -> list[Any]:
         """The operands, names replaced by their values."""
-        return [values[name] if isinstance(name, str) else name for name in self.operands]
+        arguments: list[Any] = []
+        for operand in self.operands:
+            arguments.append(values[operand] if isinstance(operand, str) else operand)
+        return arguments
 
     def run(self, values: Values) -> None:
         """Compute the result and add it to `values`."""
@@ -61,8 +64,8 @@ class Step:
         """Compute the result into the memory of the operand `name`."""
         over = self.definition.over
         assert over is not None
-        others = [value for value in self.arguments(values) if value is not values[name]]
-        values[self.result] = over(values[name], *others, **dict(self.options))
+        operands = [value for value in self.arguments(values) if value is not values[name]]
+        values[self.result] = over(values[name], *operands, **dict(self.options))
 
 
 def values_of(rows: Sequence[Tensor], shared: Sequence[Tensor]) -> Values:
@@ -82,9 +85,11 @@ def _parse_step(line: ast.stmt) -> Step:
     (target,), call = line.targets, line.value
     assert isinstance(target, ast.Name)
     assert isinstance(call.func, ast.Name)
-    operands = [
-        argument.id if isinstance(argument, ast.Name) else ast.literal_eval(argument)
-        for argument in call.args
-    ]
+    operands: list[Operand] = []
+    for argument in call.args:
+        if isinstance(argument, ast.Name):
+            operands.append(argument.id)
+        else:
+            operands.append(ast.literal_eval(argument))
     options = [(str(option.arg), ast.literal_eval(option.value)) for option in call.keywords]
     return Step(target.id, call.func.id, tuple(operands), tuple(options))

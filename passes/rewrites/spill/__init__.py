@@ -1,4 +1,4 @@
-"""Spilling saved activations between forward and backward: to nameless files or host memory."""
+"""Spilling saved activations between forward and backward, to files or host memory."""
 
 from .stores import Usage, usage
 from .transfers import Spill

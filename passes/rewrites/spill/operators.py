@@ -33,7 +33,7 @@ class _Number(np.ndarray[Any, np.dtype[np.int64]]):
 
 
 class _Entry:
-    """The store that the handles of one tensor share; None once it was fetched."""
+    """The store that a tensor's handles share; None once it was fetched."""
 
     def __init__(self, store: Store) -> None:
         self.store: Store | None = store
@@ -59,7 +59,10 @@ def write(x: Tensor, directory: str) -> Tensor:
 
 @torch.library.custom_op("passes::written", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def written(handle: Tensor, x: Tensor) -> Tensor:
-    """Wait until x is written. As an operand, x is not freed or overwritten before."""
+    """Wait until x is written.
+
+    As an operand, x is not freed or overwritten before.
+    """
     number = int(handle)
     entry = _entries[number]
     assert entry.store is not None
@@ -92,9 +95,11 @@ def fetch(
         )
     # Taken out first, so that a second fetch fails even if this one raises.
     store, entry.store = entry.store, None
-    next_entry = None if next is None else _entries.get(int(next))
-    if next_entry is not None and next_entry.store is not None:
-        next_entry.store.prefetch()
+    # The next read overlaps the computation up to it.
+    if next is not None:
+        next_entry = _entries.get(int(next))
+        if next_entry is not None and next_entry.store is not None:
+            next_entry.store.prefetch()
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     store.take(x)
     return x

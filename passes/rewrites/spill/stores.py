@@ -1,4 +1,4 @@
-"""Stores of tensors: files without names, or host memory for a GPU's tensors.
+"""Stores of tensors: files without names, or host memory for GPUs.
 
 A file never has a name (O_TMPFILE, or unlinked at once): no other process can open it, and the
 kernel frees it however the process ends. A thread writes it, with numpy: torch would start a second
@@ -70,7 +70,7 @@ class Store(Protocol):
     """Storage for one tensor, which is read once."""
 
     def finish(self) -> None:
-        """Wait until the tensor is written, so that its memory may be reused."""
+        """Wait until the tensor is written and its memory reusable."""
 
     def prefetch(self) -> None:
         """Prepare for a `take` soon."""
@@ -87,7 +87,7 @@ class HostStore:
         self._pinned: Tensor | None = pinned.copy_(x, non_blocking=True)
 
     def finish(self) -> None:
-        """Return at once: whatever reuses the memory follows the copy on the same stream."""
+        """Return at once: later uses of the memory are stream-ordered."""
 
     def prefetch(self) -> None:
         """Return at once: host memory needs no preparation."""
@@ -99,7 +99,10 @@ class HostStore:
 
 
 class FileStore:
-    """A tensor in a file in `directory`, in row-major order. Raises OSError if that fails."""
+    """A tensor in a file in `directory`, in row-major order.
+
+    Raises OSError if the file cannot be created, written or read.
+    """
 
     def __init__(self, x: Tensor, directory: str) -> None:
         self._directory, self._size = directory, x.numel() * x.element_size()
@@ -119,10 +122,14 @@ class FileStore:
     def finish(self) -> None:
         # An error raised here must not refer to the store: a cycle would keep the file open until
         # a garbage collection.
-        error = None if self._written is None else self._written.exception()
+        error: BaseException | None = None
+        if self._written is not None:
+            error = self._written.exception()
         self._written = self._array = None
+        if isinstance(error, OSError):
+            raise self._explained(error)
         if error is not None:
-            raise self._explained(error) if isinstance(error, OSError) else error
+            raise error
 
     def prefetch(self) -> None:
         """Advise the kernel to read the file into its page cache."""
@@ -131,16 +138,16 @@ class FileStore:
 
     def take(self, into: Tensor) -> None:
         host = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
-        # A read may return fewer bytes than asked for.
-        rest = _bytes(host.view(INTEGERS[into.element_size()]).numpy())
+        # A read may return fewer bytes than requested.
+        unread = _bytes(host.view(INTEGERS[into.element_size()]).numpy())
         offset = 0
-        while rest:
-            count = os.preadv(self._file, [rest], offset)
+        while unread:
+            count = os.preadv(self._file, [unread], offset)
             if not count:
                 raise OSError(
                     errno.EIO, f"a spilled activation of {self._size} bytes ended after {offset}"
                 )
-            rest, offset = rest[count:], offset + count
+            unread, offset = unread[count:], offset + count
         if host is not into:
             into.copy_(host)
         self._release()
@@ -149,10 +156,11 @@ class FileStore:
         assert self._array is not None
         offset = 0
         for piece in _pieces(self._array):
-            rest = _bytes(piece)
-            while rest:
-                count = os.pwrite(self._file, rest, offset)
-                rest, offset = rest[count:], offset + count
+            # A write may take fewer bytes than requested.
+            unwritten = _bytes(piece)
+            while unwritten:
+                count = os.pwrite(self._file, unwritten, offset)
+                unwritten, offset = unwritten[count:], offset + count
 
     def _explained(self, error: OSError) -> OSError:
         """The error with what was stored where, and what to do."""
@@ -168,7 +176,10 @@ class FileStore:
 
 
 def _pieces(array: Array) -> Iterator[Array]:
-    """Yield the elements in row-major order, in contiguous pieces: no second copy of the tensor."""
+    """Yield the elements in row-major order, in contiguous pieces.
+
+    That takes no second copy of the tensor.
+    """
     if array.flags.c_contiguous:
         yield array
         return
@@ -182,7 +193,9 @@ def _pieces(array: Array) -> Iterator[Array]:
 
 
 def _bytes(array: Array) -> memoryview:
-    return memoryview(array.reshape(-1).data).cast("B") if array.size else memoryview(b"")
+    if not array.size:
+        return memoryview(b"")
+    return memoryview(array.reshape(-1).data).cast("B")
 
 
 @functools.cache

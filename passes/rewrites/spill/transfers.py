@@ -1,4 +1,4 @@
-"""Spilling saved activations: written after their last use in forward, fetched in backward.
+"""Spilled activations: written in forward, fetched in backward.
 
 forward     x = gelu(h)    handle = write(x)    y = mm(x, w)    written(handle, x)      x is freed
                                    |----- a thread -----|
@@ -61,19 +61,19 @@ class Spill:
         arguments.whole("least_bytes", self.least_bytes, 1)
 
     def _check_directory(self, directory: object) -> None:
-        got = arguments.shown(directory)
+        text = arguments.shown(directory)
         if not isinstance(directory, str):
             raise TypeError(
-                f"directory must be a str, which the graph can contain; got {got}. "
+                f"directory must be a str, which the graph can contain; got {text}. "
                 "Write str(...) around a path"
             )
         if self.to == "host":
             raise ValueError(
-                f"directory is for to='disk'; got {got} with to='host'. Leave one of them out"
+                f"directory is for to='disk'; got {text} with to='host'. Leave one of them out"
             )
         if not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
             raise ValueError(
-                f"directory must be one that can be written to; got {got}. Make it first"
+                f"directory must be one that can be written to; got {text}. Make it first"
             )
 
     def __call__(self, graph: Graph) -> Sequence[str]:
@@ -85,9 +85,12 @@ class Spill:
         if not spilled:
             return []
         # 2. Writes in the forward, fetches in the backward.
+        directory = self.directory or ""
+        if self.to == "host":
+            directory = HOST
         transfers = _Transfers(graph, halves)
         for node in spilled:
-            transfers.write(node, HOST if self.to == "host" else self.directory or "")
+            transfers.write(node, directory)
         transfers.rewire()
         lines: list[str] = []
         for node in spilled:
@@ -160,7 +163,7 @@ class _Transfers:
         return node
 
     def rewire(self) -> None:
-        """Replace the operands of the joint graph's backward by those of its half.
+        """Replace operands of the joint graph's backward by those of its half.
 
         Fetches and recomputed values are inserted just before their first use.
         """
@@ -194,10 +197,10 @@ class _Transfers:
         if node.name in self.halves.dependent:
             return self.by_name[node.name]
         if node not in self.replacements:
-            is_spilled = node.name in self.written
-            self.replacements[node] = (
-                self._fetch(node.name) if is_spilled else self._recompute(node)
-            )
+            if node.name in self.written:
+                self.replacements[node] = self._fetch(node.name)
+            else:
+                self.replacements[node] = self._recompute(node)
         return self.replacements[node]
 
     def _recompute(self, node: Node) -> Node:
@@ -226,13 +229,14 @@ class _Transfers:
         return self._permuted(fetched, [order.index(dim) for dim in range(len(order))])
 
     def _length(self, rows: Node, dim: int) -> int | Node:
-        """A size as an argument: a number, or for a dynamic one a node."""
+        """A size as an argument: a number, or a node if dynamic."""
         size = rows.meta["val"].shape[dim]
-        is_dynamic = isinstance(size, SymInt)
-        return self._call(torch.ops.aten.sym_size.int, rows, dim) if is_dynamic else int(size)
+        if isinstance(size, SymInt):
+            return self._call(torch.ops.aten.sym_size.int, rows, dim)
+        return int(size)
 
     def _permuted(self, node: Node, order: list[int]) -> Node:
-        """A permutation of a node's dims; the node itself if they are in order."""
+        """A permutation of a node's dims; the node itself if in order."""
         if order == sorted(order):
             return node
         return self._call(torch.ops.aten.permute.default, node, order)
@@ -253,7 +257,7 @@ class _Transfers:
 
 
 def _order(node: Node) -> list[int]:
-    """The dims of a value, from the outermost in memory to the innermost."""
+    """A value's dims, from the outermost in memory to the innermost."""
     value = node.meta["val"]
     return sorted(range(value.dim()), key=lambda dim: -(_hint(value.stride(dim)) or 0))
 

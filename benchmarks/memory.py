@@ -212,7 +212,7 @@ class Step:
 
 
 def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
-    """Peaks each in a process of its own, times in turn in one process."""
+    """Measure peaks in processes of their own, times in turn in one."""
     rows = []
     for kind in kinds:
         memory_bar, time_bar = BARS[kind]
@@ -303,7 +303,7 @@ def order(*_: Any) -> list[Row]:
 
 
 def _differ(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether times differ in every turn, and their medians by more than `_SAME`."""
+    """Whether times differ in every turn, and medians by over `_SAME`."""
     less, more = sorted((a, b), key=measure.median)
     return max(less) < min(more) and measure.median(more) > _SAME * measure.median(less)
 

@@ -1,4 +1,6 @@
-"""Measure a small Llama of transformers: prefill, decode, train step, with sdpa, eager and flex.
+"""Measure prefill, decoding and training of a small Llama of transformers.
+
+Its rivals are transformers' attentions sdpa, eager and flex.
 
 python benchmarks/models.py [--json FILE] [--quick] [--only TEXT] [--limit 8]
 
@@ -187,7 +189,7 @@ def jobs_of(lengths: Sequence[int], **settings: int) -> list[Job]:
 
 
 def judged(row: Row, base: Row | None) -> Row:
-    """Add the ratios to sdpa's; "failed" if a plain way computes another result."""
+    """Add the ratios to sdpa's; "failed" where a plain way's results differ."""
     if "failed" in row or base is None or "failed" in base:
         return row
     row["time_of_sdpa"] = measure.median(row["seconds"]) / measure.median(base["seconds"])

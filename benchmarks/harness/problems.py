@@ -65,7 +65,7 @@ class Problem:
         return 4 * self.head_dim * self.pairs * (rates.FORWARD_AND_BACKWARD if backward else 1)
 
     def tensors(self, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, (1, heads, tokens, head_dim), the same in every run."""
+        """q, k and v (1, heads, tokens, head_dim), equal in every run."""
         random = torch.Generator().manual_seed(0)
         kv_heads = self.kv_heads or self.heads
         q, k, v = (self._normal(heads, random) for heads in (self.heads, kv_heads, kv_heads))
@@ -87,7 +87,7 @@ class Problem:
         return lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), grad_out)
 
     def lacks_memory(self, backward: bool) -> str | None:
-        """The reason why the tensors do not fit in memory; None if they fit."""
+        """Why the tensors do not fit in memory; None if they fit."""
         import psutil
 
         # q and out, in a backward also both gradients and the given one; k and v, and gradients.

@@ -126,7 +126,10 @@ def _summary(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Useful rates as shares of the baseline's, with quartiles of turns in brackets."""
+    """Useful rates as shares of the baseline's.
+
+    Quartiles of turns are in brackets.
+    """
     measured = {name for row in rows for name in row.get("rivals", {})}
     columns = [name for name in ("flex", "fallback", "SDPA") if name in measured]
     start_headers = ["case", "pass", "dtype", "ms", "share of", "ours"]

@@ -1,4 +1,4 @@
-"""Calls in turn, so that a change of the machine's speed affects all of them.
+"""Calls in turn: a change of the machine's speed affects them alike.
 
 turn:  baseline  ours  baseline  flex  fallback
 
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A call repeated, so that its time is long enough to be measured."""
+    """A call, repeated so that its time can be measured."""
 
     call: Call
     repeats: int
@@ -158,7 +158,10 @@ def _head(case: Case, backward: bool) -> Row:
 
 
 def _blocks(case: Case, backward: bool, least_seconds: float) -> tuple[_Block, _Block]:
-    """Ours, and its baseline, repeated for at least an eighth of our time."""
+    """The blocks of the measured call and of its baseline.
+
+    The baseline is repeated for at least an eighth of the measured call's time.
+    """
     ours = _Block.of(case.problem.call(WAYS["ours"](case.problem), backward), least_seconds)
     baseline = case.baseline
     call = baseline.problem.call(WAYS[baseline.way](baseline.problem), backward)
@@ -271,7 +274,7 @@ def _family_row(figure: str, members: list[Row], values: list[float], bar: float
 
 
 def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
-    """Measure the slow-down of ours and of the baseline beside one busy process.
+    """Measure the slow-down of call and baseline beside one busy process.
 
     Turns with the process suspended and running alternate.
     """

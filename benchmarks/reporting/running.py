@@ -1,4 +1,7 @@
-"""Run suites: each case in a process of its own, its row written at once; resume them."""
+"""Run and resume suites.
+
+Each case runs in a process of its own, and its row is written at once.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ def _row(job: Job, script: str, limit_bytes: int, seconds: float) -> Row:
 
 
 def _is_right(job: Job, row: Row) -> bool | None:
-    """Whether the error is within the dtype's tolerance; None where nothing was compared."""
+    """Whether the error is within the dtype's tolerance; None without an error."""
     if row["compared"] == "nothing":
         return None
     return not row["has_nan"] and row["error"] <= TOLERANCES[job.dtype]

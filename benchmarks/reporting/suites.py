@@ -57,7 +57,7 @@ def _all(quick: bool) -> list[Job]:
 
 
 def _long(quick: bool) -> list[Job]:
-    """The three names that the older report ran at length, beside dense SDPA."""
+    """The older report's three names of long runs, beside dense SDPA."""
     ways = ("ImprovedDilatedAttention", "RingDilatedAttention", "BlockSparseRingDilatedAttention")
     lengths = (8 * KI,) if quick else (8 * KI, 16 * KI, 32 * KI, 64 * KI)
     jobs = []
@@ -68,7 +68,10 @@ def _long(quick: bool) -> list[Job]:
 
 
 def _extreme(quick: bool) -> list[Job]:
-    """From 128K tokens to a million and beyond, in half precision as the older report."""
+    """From 128K tokens to a million and beyond.
+
+    They are in half precision, as in the older report.
+    """
     if quick:
         return _variants("extreme", ("DilatedAttention",), (128 * KI,), dtype="bfloat16", turns=1)
     dilated = (128 * KI, 256 * KI, 512 * KI, 768 * KI, MI, 2 * MI, 4 * MI, 8 * MI)
@@ -79,7 +82,7 @@ def _extreme(quick: bool) -> list[Job]:
 
 
 def _ring(quick: bool) -> list[Job]:
-    """The rings and windows of the older reports, by ring size and length."""
+    """The older reports' rings and windows, by ring size and length."""
     rings = []
     for name in ("RingDilatedAttentionV2", "RingDilatedAttentionProduction"):
         rings += [f"{name}_r{ranks}" for ranks in (1, 4, 8, 16)]
@@ -123,7 +126,7 @@ def _memory(quick: bool) -> list[Job]:
 
 
 def _billion(quick: bool) -> list[Job]:
-    """Sequences that are in no memory, through the ring sizes of the older report."""
+    """Sequences beyond any memory, through the older report's ring sizes."""
     sizes = [(8 * KI, 1), (128 * KI, 32)]
     if not quick:
         sizes += [(MI, 256), (16 * MI, 4096), (64 * MI, 16384)]
@@ -135,7 +138,7 @@ def _billion(quick: bool) -> list[Job]:
 
 
 def _hilbert(quick: bool) -> list[Job]:
-    """A window on a grid whose tokens come by rows, and along a Hilbert curve."""
+    """A window on a grid, by rows and along a Hilbert curve."""
     jobs = []
     for side in (64,) if quick else (64, 256):
         programs = {

@@ -1,4 +1,4 @@
-"""The report's sections from its records: a heading, what is shown, a table, a chart.
+"""The report's sections: a heading, a text, a table, a chart.
 
 Every figure is a measurement of a row, or computed from such with the formula that the text states.
 """
@@ -126,7 +126,10 @@ def memory_by_length(records: Records) -> list[Section]:
 
 
 def throughput(records: Records) -> list[Section]:
-    """Tokens a second by length, and the share of dense attention's rate of operations."""
+    """Tokens a second by length, and shares of dense attention's rate.
+
+    The rate is of operations.
+    """
     out = []
     for name, rows in groups_of(rows_of(records, *_LONG)).items():
         headers, body = pivot(rows, lambda row: f"{rate(row):,.0f}")
@@ -198,7 +201,7 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def rings(records: Records) -> list[Section]:
-    """Bytes that the ranks of a ring receive, by the plan that the run follows."""
+    """Bytes that a ring's ranks receive, by the plan of the run."""
     rows = [row for row in rows_of(records, "ring") if "ring" in row]
     body = []
     for row in rows:
@@ -302,7 +305,10 @@ def compared(records: Records, suite: str) -> list[Section]:
 
 
 def peers(records: Records) -> list[Section]:
-    """Ours and others on one program, each with its error: a wrong result is no result."""
+    """This library and peers on one program, with their errors.
+
+    A wrong result is no result.
+    """
     rows = rows_of(records, "peers")
     ours = {}
     for row in rows:
@@ -330,7 +336,10 @@ def peers(records: Records) -> list[Section]:
 
 
 def recommendations(records: Records) -> list[Section]:
-    """The fastest and the leanest right way by length, over all suites of lengths."""
+    """The fastest and the leanest right way by length.
+
+    The ways come from all suites of lengths.
+    """
     body = []
     for name, rows in groups_of(rows_of(records, *_BY_LENGTH)).items():
         for length in lengths_of(rows):

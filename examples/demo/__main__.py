@@ -1,4 +1,4 @@
-"""Train a small language model on real text, check and compare its attention.
+"""Train a small language model; check and compare its attention.
 
 python -m examples.demo
 """
@@ -100,7 +100,9 @@ def demo(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train a small byte-level language model, check and compare its attention, in minutes.
+    """Train a small byte-level language model; check and compare its attention.
+
+    It takes minutes.
 
     Exit code 1 if attention differs from the float64 reference, or if the loss does not fall well
     below the unigram entropy.

@@ -1,4 +1,6 @@
-"""ATen's memory-efficient attention for CPU tensors: shapes and strides as on CUDA, exact values.
+"""ATen's memory-efficient attention for CPU tensors.
+
+Shapes and strides are as on CUDA, values are exact.
 
 Registered as the CPU's implementation of the operators, which torch has for GPUs alone. Like
 CUTLASS it gives rows that see nothing out 0 and lse +inf.
@@ -19,7 +21,10 @@ _LOWEST = -torch.inf
 
 
 def _like_cuda(operator: Any, tensors: tuple[Any, ...], *others: Any, **options: Any) -> Any:
-    """Results of the operator for fake tensors of the GPU: it checks them, and gives strides."""
+    """Results of the operator for fake tensors of the GPU.
+
+    The operator checks the tensors and sets strides.
+    """
     mode = FakeTensorMode()
     fakes = []
     for x in tensors:

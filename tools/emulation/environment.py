@@ -1,4 +1,7 @@
-"""The virtual environment of the emulation: the versions whose private names it patches."""
+"""The emulation's virtual environment, with the versions that it patches.
+
+The emulation patches private names of these versions.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ class Unavailable(RuntimeError):
 
 
 def python() -> Path:
-    """The environment's Python; makes the environment where it is missing or of other versions.
+    """The environment's Python.
+
+    Makes the environment where it is missing or has other versions.
 
     Raises Unavailable.
     """

@@ -1,4 +1,4 @@
-"""Run jobs in one process, and print a JSON line for each as it ends.
+"""Run jobs in one process; print a JSON line as each ends.
 
 python -m emulation.worker JOB..., with EMULATION set as `pretended` says.
 """
@@ -32,7 +32,7 @@ def main(names: list[str]) -> None:
 
 
 def _result(name: str) -> dict[str, Any]:
-    """The report of a job: an error or None, and the kernels that it compiled."""
+    """The report of a job: its error or None, its compiled kernels."""
     kind, _, what = name.partition(": ")
     if kind == jobs.RUN:
         from . import cases

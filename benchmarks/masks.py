@@ -68,7 +68,10 @@ def documents(tokens: int, form: str, causal: bool = False) -> Problem:
     by_lengths = form == "lengths"
     mask = masks.documents(lengths=lengths) if by_lengths else masks.documents(ids="documents")
     # Shuffling does not change the number: of two tokens of a document one still comes first.
-    pairs = sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
+    if causal:
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+    else:
+        pairs = sum(length * length for length in lengths)
     data = None
     if not by_lengths:
         ids = torch.repeat_interleave(torch.tensor(lengths))
@@ -124,8 +127,9 @@ def padding_cases() -> list[Case]:
 
 def band(block: int, tokens: int) -> Problem:
     """Each block sees itself and the block before it."""
-    rows = range(-(-tokens // block))
-    tiles = [(row, column) for row in rows for column in (row - 1, row) if column >= 0]
+    tiles = [(0, 0)]
+    for row in range(1, -(-tokens // block)):
+        tiles += [(row, row - 1), (row, row)]
     return Problem(masks.tiles(tiles, block), tokens)
 
 

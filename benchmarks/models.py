@@ -204,6 +204,11 @@ def _is_close(numbers: Sequence[float], expected: Sequence[float]) -> bool:
     return all(abs(a - b) <= bound for a, b in zip(numbers, expected, strict=True))
 
 
+def _ratio(row: Row, name: str) -> str:
+    """A ratio of a row; nothing where it was not computed."""
+    return f"{row[name]:.2f}" if name in row else ""
+
+
 def table(rows: Sequence[Row]) -> str:
     """The figures as a table, and below it why cases failed."""
     figures = ["s", "tokens/s", "of sdpa", "peak MiB", "of sdpa", "first s", "graphs"]
@@ -217,11 +222,8 @@ def table(rows: Sequence[Row]) -> str:
             continue
         seconds = measure.median(row["seconds"])
         tokens = 1 if row["work"].startswith("decode") else row["tokens"]
-        time_ratio, peak_ratio = (
-            f"{row[key]:.2f}" if key in row else "" for key in ("time_of_sdpa", "peak_of_sdpa")
-        )
-        times = [f"{seconds:.4g}", f"{tokens / seconds:.4g}", time_ratio]
-        peaks = [f"{row['peak_bytes'] / 2**20:.0f}", peak_ratio]
+        times = [f"{seconds:.4g}", f"{tokens / seconds:.4g}", _ratio(row, "time_of_sdpa")]
+        peaks = [f"{row['peak_bytes'] / 2**20:.0f}", _ratio(row, "peak_of_sdpa")]
         body.append([*start, *times, *peaks, f"{row['first_seconds']:.1f}", row["graphs"]])
     text: str = tabulate(body, headers=headers, disable_numparse=True)
     if notes:

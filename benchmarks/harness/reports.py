@@ -130,7 +130,9 @@ def table(rows: Sequence[Row]) -> str:
 
     Quartiles of turns are in brackets.
     """
-    measured = {name for row in rows for name in row.get("rivals", {})}
+    measured: set[str] = set()
+    for row in rows:
+        measured.update(row.get("rivals", {}))
     columns = [name for name in ("flex", "fallback", "SDPA") if name in measured]
     start_headers = ["case", "pass", "dtype", "ms", "share of", "ours"]
     headers = [*start_headers, *columns, "bar", "met", "useful/computed"]

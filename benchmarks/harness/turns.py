@@ -111,11 +111,11 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
 def _times(
     case: Case, backward: bool, settings: Settings, rivals: Mapping[str, _Rival | str]
 ) -> dict[str, list[float]]:
-    """Seconds of baseline, ours and rivals, turn by turn.
+    """Seconds of baseline, measured call and rivals, turn by turn.
 
     rivals: those that refused, as a reason, take no part.
     """
-    ours, baseline = _blocks(case, backward, settings.block_seconds)
+    block, baseline = _blocks(case, backward, settings.block_seconds)
     running = {name: rival for name, rival in rivals.items() if isinstance(rival, _Rival)}
     times: dict[str, list[float]] = {name: [] for name in ("baseline", "ours", *running)}
     started = time.perf_counter()
@@ -124,7 +124,7 @@ def _times(
         if is_late and turn >= settings.least:
             break
         before = baseline.seconds()
-        times["ours"].append(ours.seconds())
+        times["ours"].append(block.seconds())
         times["baseline"].append((before + baseline.seconds()) / 2)
         for name, rival in running.items():
             # Every rival is measured once: a slow one by its first call, others in more turns.
@@ -162,10 +162,10 @@ def _blocks(case: Case, backward: bool, least_seconds: float) -> tuple[_Block, _
 
     The baseline is repeated for at least an eighth of the measured call's time.
     """
-    ours = _Block.of(case.problem.call(WAYS["ours"](case.problem), backward), least_seconds)
+    block = _Block.of(case.problem.call(WAYS["ours"](case.problem), backward), least_seconds)
     baseline = case.baseline
     call = baseline.problem.call(WAYS[baseline.way](baseline.problem), backward)
-    return ours, _Block.of(call, max(least_seconds, measure.timed(ours.call) / 8))
+    return block, _Block.of(call, max(least_seconds, measure.timed(block.call) / 8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,10 +278,13 @@ def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
 
     Turns with the process suspended and running alternate.
     """
-    # A baseline of ours would be slowed down the same: dense SDPA takes its place.
+    # A baseline of this library would be slowed down the same: dense SDPA takes its place.
     case = case if case.baseline.way == "SDPA" else replace(case, of=None)
-    ours, baseline = _blocks(case, backward, settings.block_seconds)
-    functions: dict[str, Callable[[], float]] = {"ours": ours.seconds, "baseline": baseline.seconds}
+    block, baseline = _blocks(case, backward, settings.block_seconds)
+    functions: dict[str, Callable[[], float]] = {
+        "ours": block.seconds,
+        "baseline": baseline.seconds,
+    }
     quiet: dict[str, list[float]] = {name: [] for name in functions}
     busy: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()

@@ -6,6 +6,7 @@ Lines differ by dash and mark, not by colour alone.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Chart:
 
         It has a text for readers who cannot see it.
         """
-        axes = _Axes.around([point for points in self.lines.values() for point in points])
+        axes = _Axes.around(list(itertools.chain.from_iterable(self.lines.values())))
         parts = [*axes.grid()]
         for index, points in enumerate(self.lines.values()):
             parts += _line(axes, points, index)

@@ -65,8 +65,8 @@ def run(
                 progress.skip()
             record["rows"].append(row)
             # Rows of other forms stay: a short run after a whole one loses nothing.
-            whole = record | {"rows": [*record["rows"], *earlier.values()]}
-            measure.write_json(path, whole)
+            rows_of_file = [*record["rows"], *earlier.values()]
+            measure.write_json(path, record | {"rows": rows_of_file})
             rows.append(row)
     return rows
 

@@ -137,11 +137,11 @@ def throughput(records: Records) -> list[Section]:
         chart = None
         if dense:
             best = max(row["flops"] / seconds(row) for row in dense)
-            ours = [row for row in rows if "flops" in row]
+            counted = [row for row in rows if "flops" in row]
             chart = chart_of(
                 f"Useful operations a second, as a share of dense SDPA's best: {name}",
                 "share",
-                ours,
+                counted,
                 partial(_share, best=best),
             )
         text = "Tokens a second."
@@ -310,13 +310,14 @@ def peers(records: Records) -> list[Section]:
     A wrong result is no result.
     """
     rows = rows_of(records, "peers")
-    ours = {}
+    # The rows of this library, by length and program.
+    bases = {}
     for row in rows:
         if row["job"]["way"] == "ours" and "failed" not in row:
-            ours[tokens(row), row["job"]["program"]] = row
+            bases[tokens(row), row["job"]["program"]] = row
 
     def figures(row: Row) -> list[str]:
-        base = ours.get((tokens(row), row["job"]["program"]))
+        base = bases.get((tokens(row), row["job"]["program"]))
         ratio = f"{seconds(row) / seconds(base):.2f}" if base else ABSENT
         error = "NaN" if row["has_nan"] else f"{row['error']:.1e}"
         verdict = error if row["is_right"] else f"{error} WRONG"

@@ -20,7 +20,7 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 _LOWEST = -torch.inf
 
 
-def _like_cuda(operator: Any, tensors: tuple[Any, ...], *others: Any, **options: Any) -> Any:
+def _like_cuda(operator: Any, tensors: tuple[Any, ...], *settings: Any, **options: Any) -> Any:
     """Results of the operator for fake tensors of the GPU.
 
     The operator checks the tensors and sets strides.
@@ -34,7 +34,7 @@ def _like_cuda(operator: Any, tensors: tuple[Any, ...], *others: Any, **options:
                 x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
         fakes.append(x)
     with mode:
-        return operator(*fakes, *others, **options)
+        return operator(*fakes, *settings, **options)
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -59,4 +59,7 @@ def _constrained() -> list[str]:
     """The other packages at the versions that the project is tested with."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if "==" in line)
-    return [f"{name}=={versions[name]}" if name in versions else name for name in _OTHERS]
+    packages = []
+    for name in _OTHERS:
+        packages.append(f"{name}=={versions[name]}" if name in versions else name)
+    return packages

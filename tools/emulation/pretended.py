@@ -252,8 +252,8 @@ def _mend_interpreter() -> None:
             (x.data.astype(np.uint32) << 16).view(np.float32), tl.float32
         )
 
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return product(self, wide(a), wide(b), d, *rest)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        return product(self, wide(a), wide(b), d, *precision)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 

@@ -23,9 +23,9 @@ _backward_tiles = CUDAConfigHeuristic.get_flex_attn_bwd_configs
 _kernel_of = tiles._kernel_of
 
 
-def _of_gpu(program: Any, q: Any, k: Any, v: Any, dtype: Any, device: str, *rest: Any) -> Problem:
+def _of_gpu(program: Any, q: Any, k: Any, v: Any, dtype: Any, device: str, *more: Any) -> Problem:
     """The problem of CPU tensors, as one of a GPU."""
-    return _of_tensors(program, q, k, v, dtype, "cuda", *rest)
+    return _of_tensors(program, q, k, v, dtype, "cuda", *more)
 
 
 def _larger_tiles(self: Any, head_dim: int, dtype: Any) -> Any:

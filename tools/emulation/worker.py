@@ -33,18 +33,18 @@ def main(names: list[str]) -> None:
 
 def _result(name: str) -> dict[str, Any]:
     """The report of a job: its error or None, its compiled kernels."""
-    kind, _, what = name.partition(": ")
+    kind, _, case = name.partition(": ")
     if kind == jobs.RUN:
         from . import cases
 
-        return {"error": cases.error_of(cases.CASES[what])}
+        return {"error": cases.error_of(cases.CASES[case])}
     from . import cubins
 
-    way, dtype, head_dim = what.split()
+    way, dtype, head_dim = case.split()
     built = getattr(cubins, way)(getattr(cubins.torch, dtype), int(head_dim))
     return {
         "error": None,
-        "kernels": {f"{what} {part}": cubin.report for part, cubin in built.items()},
+        "kernels": {f"{case} {part}": cubin.report for part, cubin in built.items()},
     }
 
 

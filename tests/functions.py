@@ -249,7 +249,10 @@ def _near(rows: Tensor) -> Mod:
 
 
 def score_mod(names: Sequence[str], parameters: Parameters) -> Mod:
-    """The bodies of these names one after the other; -inf last, as its products may be NaN."""
+    """The bodies of these names one after another.
+
+    -inf comes last, since its products may be NaN.
+    """
     mods = [SCORE_MODS[name](parameters) for name in sorted(names, key="-inf".__eq__)]
 
     def mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Bad input to passes: one error that names the argument, before any work starts."""
+"""Bad input to passes: one error that names the argument.
+
+It is raised before work starts.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,10 @@ RECIPES = [text.strip() for text in RECIPES]
 def operands(
     dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = (5,), hidden: int = 4 * WIDTH
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of WIDTH and of `hidden` features, and shared operands of all shapes in the recipes."""
+    """Rows of WIDTH and of `hidden` features, and shared operands.
+
+    The shared operands have all shapes of the recipes.
+    """
     rows = [torch.randn(*lead, width, dtype=dtype, requires_grad=True) for width in (WIDTH, hidden)]
     shapes = [(hidden, WIDTH), (hidden,), (WIDTH, hidden), (WIDTH,), (WIDTH,), ()]
     return rows, [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
@@ -186,7 +189,10 @@ def test_backward_recomputes_only_values_that_it_reads(monkeypatch: pytest.Monke
 # The last recipe's logsumexp has more workspace in backward.
 @pytest.mark.parametrize("text", RECIPES[:-1])
 def test_a_chunk_takes_the_predicted_bytes(text: str) -> None:
-    """Beyond results: forward the values live at one time, backward at most all values twice."""
+    """A chunk's bytes beyond its results.
+
+    Forward they are the values live at one time, backward at most all values twice.
+    """
     rows, shared = used(text, *operands(torch.float32, (8192,)))
     recipe = Recipe.parse(text)
     chunk_bytes = 2048 * recipe.row_bytes(rows, shared)

@@ -20,7 +20,10 @@ N, HEADS = 40, 4
 def tensors(
     n: int = N, dtype: torch.dtype = torch.float64, heads: int = HEADS, seed: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (2, heads, n, 6), k and v (2, heads // 2, n, 6), leaves."""
+    """Random leaves q, k and v.
+
+    Shapes (2, heads, n, 6) and (2, heads // 2, n, 6).
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = (2, heads, n, 6), (2, heads // 2, n, 6), (2, heads // 2, n, 6)
     q, k, v = (
@@ -38,7 +41,10 @@ def same(got: Any, expected: Any, tolerance: float = 1e-10, about: str = "") -> 
 
 
 def gradients(results: tuple[Tensor, Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a loss of out and lse; zeros for leaves that they do not depend on."""
+    """Gradients of a loss of out and lse.
+
+    They are zeros for leaves that the loss does not depend on.
+    """
     out, lse = results
     lse = torch.where(lse == -torch.inf, 0.0, lse)  # of rows that see nothing
     weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
@@ -53,7 +59,10 @@ def same_as_reference(
     learned: Sequence[Tensor],
     **options: Any,
 ) -> None:
-    """Compare out, lse and the gradients of q, k, v and captured tensors, in float64."""
+    """Compare out, lse and gradients with the reference, in float64.
+
+    The gradients are of q, k, v and captured tensors.
+    """
     leaves = (*inputs, *learned)
     got = attention(*inputs, **options)
     expected: Any = cd.reference(program, *inputs, return_lse=True, **options)

@@ -1,4 +1,4 @@
-"""Shards of a rank in a real process, and their comparison with the simulated ring."""
+"""Shards of a real rank, compared with the simulated ring."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inputs(
 
 
 def leaves(tensors: Tensors, positions: Tensor | None = None) -> list[Tensor]:
-    """Copies that get gradients, of the tokens at some positions or of all."""
+    """Copies that get gradients, of some positions or all."""
     parts = [x if positions is None else x[:, :, positions] for x in tensors]
     return [x.clone().requires_grad_() for x in parts]
 
@@ -67,7 +67,10 @@ def check(
     data: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Check that out, lse, gradients and the ledger equal those of the simulated ring."""
+    """Check that results equal those of the simulated ring.
+
+    Results are out, lse, gradients and the ledger.
+    """
     group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
     plan = plan_of(group, program, tensors, layout)
     load, positions = plan.loads[group.rank()], plan.positions(group.rank())

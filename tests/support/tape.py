@@ -244,7 +244,9 @@ def compare_scores(
 
 
 def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int) -> int:
-    """Compare a mask_mod's values with its graph's, and verdicts of blocks with the values.
+    """Compare a mask_mod's values with its graph's.
+
+    The verdicts of blocks are compared with the values.
 
     Returns the number of blocks that are decided.
     """
@@ -272,7 +274,10 @@ def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int
 
 
 def build_driver(folder: Path) -> Native:
-    """Compile the driver with the kernel's sources into a folder, and load it."""
+    """Compile the driver with the kernel's sources, and load it.
+
+    The library is written into a folder.
+    """
     try:
         compiler = find_compiler()
     except NativeUnavailable as error:

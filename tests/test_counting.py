@@ -1,4 +1,7 @@
-"""Pairs and tiles are counted exactly, by symmetry: the work does not grow with the length."""
+"""Pairs and tiles are counted exactly, by symmetry.
+
+The work does not grow with the length.
+"""
 
 from __future__ import annotations
 
@@ -247,7 +250,10 @@ LINE: list[tuple[Mask, Callable[[int], int]]] = [
 def test_counts_of_two_billion_tokens_take_few_rectangles(
     mask: Mask, expected: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few rectangles are classified, in little memory: there are 2**24 rows of tiles."""
+    """Few rectangles are classified, in little memory.
+
+    There are 2**24 rows of tiles.
+    """
     classified = 0
     classify = type(mask).classify
 
@@ -271,7 +277,10 @@ def test_counts_of_two_billion_tokens_take_few_rectangles(
 
 
 def test_segments_that_no_tile_divides_take_little_memory() -> None:
-    """All tiles of a period of 10007 tiles differ; the memory does not grow with the rows."""
+    """All tiles of a period of 10007 tiles differ.
+
+    The memory does not grow with the rows.
+    """
     mask = masks.segments(10007) & masks.congruent(4, 1, period=10007)
     expected = LONG // 10007 * 2502**2 + ((LONG % 10007 + 2) // 4) ** 2
     tracemalloc.start()

@@ -22,7 +22,10 @@ def test_no_count_has_grown(now: counts.Counts) -> None:
 
 
 def test_the_baseline_has_no_other_counts(now: counts.Counts) -> None:
-    """A smaller count is a new baseline: nothing may grow back to the old one."""
+    """A smaller count is a new baseline.
+
+    No count may grow back to the old one.
+    """
     lines = counts.shrunk(counts.read(), now)
     assert not lines, "\n".join([f"counts are smaller or gone: {counts.REWRITE}", *lines])
 
@@ -53,7 +56,7 @@ def test_counts_of_other_instruction_sets_stay(tmp_path: Path) -> None:
 
 
 def test_more_graphs_are_seen() -> None:
-    """A compiled call that is specialised to its lengths has a graph for each."""
+    """A compiled call specialised to its lengths has one graph per length."""
     from functools import partial
 
     import torch

@@ -125,7 +125,7 @@ def test_exports_of_equal_models_have_equal_texts() -> None:
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_exported_models_train(saved: bool, strict: bool, tmp_path: Path) -> None:
-    """Gradients of q, k and v, and of the parameters that a score_mod reads."""
+    """Gradients of q, k, v and the parameters of a score_mod."""
     model, inputs = Learned(), tuple(x.requires_grad_() for x in tensors())
     leaves = (*inputs, model.slopes, model.rows)
     expected = torch.autograd.grad(model(*inputs).sin().sum(), leaves)

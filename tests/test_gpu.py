@@ -1,4 +1,7 @@
-"""On a GPU: every lowering against the reference, narrow block masks, the lse, dead rows."""
+"""Every lowering on a GPU against the reference.
+
+Narrow block masks, the lse and dead rows are among the subjects.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ WAYS = [
 
 
 def inputs(dtype: torch.dtype, tokens: int = TOKENS) -> list[Tensor]:
-    """q, k and v of two key heads and four query heads, which require gradients."""
+    """q, k and v that require gradients.
+
+    There are two key heads and four query heads.
+    """
     shapes = ((2, 4, tokens, 64), (2, 2, tokens, 64), (2, 2, tokens, 64))
     return [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
 
@@ -48,7 +54,10 @@ def with_gradients(out: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tens
 @pytest.mark.parametrize(("name", "lowering"), WAYS, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_and_backward(name: str, lowering: str, dtype: torch.dtype) -> None:
-    """At most twice the error of dense SDPA on the same pairs, plus one rounding."""
+    """At most twice dense SDPA's error, plus one rounding.
+
+    SDPA computes the same pairs.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     program, leaves = PROGRAMS[name], inputs(dtype)
     grad = torch.randn_like(leaves[0])

@@ -1,4 +1,7 @@
-"""Programs for the layers of transformers' models: what they replace, join, save and print."""
+"""Programs for the layers of transformers' models.
+
+They replace or join masks, and are saved and printed.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,10 @@ def test_allows(mask: Mask, allowed: Callable[[int, int], bool]) -> None:
 
 
 def shifted(size: int, radius: int, dilation: int, i: int) -> list[int]:
-    """NATTEN's neighbors of i on one axis: the nearest window in i's residue class."""
+    """NATTEN's neighbors of i on one axis.
+
+    They are the nearest window in i's residue class.
+    """
     members = [j for j in range(size) if j % dilation == i % dilation]
     start = max(0, min(members.index(i) - radius, len(members) - (2 * radius + 1)))
     return members[start : start + 2 * radius + 1]

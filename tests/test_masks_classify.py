@@ -44,7 +44,10 @@ def test_classify_is_exact_on_contiguous_tiles(mask: Mask, tile: int) -> None:
 @pytest.mark.parametrize(("width", "rate"), [(16, 2), (12, 3), (16, 3), (24, 4), (5, 7)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal: bool) -> None:
-    """LongNet's branches become whole tiles where a tile holds one class of one segment."""
+    """LongNet's branches become whole tiles in residue order.
+
+    A tile then has one class of one segment.
+    """
     n, order = 3 * width + 2, orders.residue(rate, period=width)
     place = np.arange(n)
     for offset in range(rate):

@@ -1,4 +1,6 @@
-"""Peak resident memory of a call at 64K tokens, beyond its inputs and outputs.
+"""Peak resident memory of a call, beyond its inputs and outputs.
+
+The call has 64K tokens.
 
 Each measurement is a process of its own, by its ru_maxrss (the largest resident memory ever):
 

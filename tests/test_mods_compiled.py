@@ -23,7 +23,10 @@ ROUNDING_OF_A_NUMBER = 1e-6
 
 
 class Layer(nn.Module):
-    """Attention whose score_mod can be replaced; `slope` is captured as a number or a tensor."""
+    """Attention whose score_mod can be replaced.
+
+    `slope` is captured as a number or a tensor.
+    """
 
     def __init__(self, mod: Any = None, mask: Mask | None = None) -> None:
         super().__init__()
@@ -67,7 +70,10 @@ def test_closures_as_arguments_of_a_compiled_function(kind: Callable[[float], An
 
 
 def test_numbers_that_vary_promote_as_numbers_do() -> None:
-    """A number times integer positions is float32: eager and compiled masks have one edge."""
+    """A number times integer positions is float32.
+
+    Eager and compiled masks have one edge.
+    """
 
     class Band:
         unit = 0.1
@@ -135,7 +141,10 @@ def test_replacing_a_layers_score_mod_changes_the_result(compiled: bool) -> None
 
 
 class Sloped(nn.Module):
-    """A score_mod as a bound method, with a number and two tensors that it reads."""
+    """A score_mod as a bound method.
+
+    It reads a number and two tensors.
+    """
 
     table: Tensor
 
@@ -150,7 +159,7 @@ class Sloped(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_captured_numbers_and_tensors_change(compiled: bool) -> None:
-    """The next call computes with the new number, and with a tensor's new values."""
+    """The next call uses the new number and the tensors' new values."""
     inputs, owner = tensors(), Sloped()
     layer = Layer(owner.mod)
     run = whole(layer) if compiled else layer

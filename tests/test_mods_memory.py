@@ -27,7 +27,9 @@ def resident_bytes() -> int:
 
 
 def stepped(step: Callable[[int], weakref.ref[Tensor]], count: int, warm: int = 20) -> None:
-    """Call `step` often; check that its tensors are freed, and memory and caches bounded.
+    """Call `step` often; check its tensors, memory and caches.
+
+    Tensors are freed, memory and caches are bounded.
 
     step: one call by number; returns a reference to the tensor that it captures.
     warm: calls before memory is measured.
@@ -47,7 +49,10 @@ def stepped(step: Callable[[int], weakref.ref[Tensor]], count: int, warm: int = 
 
 @pytest.mark.parametrize("calls", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_tensors_of_score_mods_are_freed(calls: int) -> None:
-    """Calls with a new closure over a new tensor each, every fiftieth trained."""
+    """Every call has a new closure over a new tensor.
+
+    Every fiftieth is trained.
+    """
     n = 16
     inputs, attend = [x[:1] for x in tensors(n, torch.float32)], cd.compile(masks.causal())
 

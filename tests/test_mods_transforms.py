@@ -32,7 +32,10 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 def test_functions_under_autocast(way: str) -> None:
-    """Autocast casts q, k and v only: captured tensors and the lse stay float32."""
+    """Autocast casts q, k and v only.
+
+    Captured tensors and the lse stay float32.
+    """
     inputs = [(x.detach() * 20).requires_grad_() for x in tensors(dtype=torch.float32)]
     table = torch.randn(N, N, requires_grad=True)
     mod, attend = (lambda s, b, h, i, j: s + table[i, j]), attend_in(way, masks.causal())
@@ -57,7 +60,10 @@ def test_functions_under_autocast(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["dense", "strided", "tiled", "auto", "ring"])
 def test_rows_that_see_nothing_pass_no_gradient_of_their_lse(way: str) -> None:
-    """Their lse is -inf; its gradient may be NaN, as from a sine or a merge of two such rows."""
+    """Their lse is -inf, and its gradient may be NaN.
+
+    A sine gives such a gradient, and a merge of two such rows.
+    """
     mask, inputs = masks.congruent(2, 1), tensors()
     attend = attend_in(way, mask)
     lse = attend(*inputs, return_lse=True)[1]
@@ -117,7 +123,10 @@ def test_vmap_over_tensors_of_mask_mods() -> None:
 
 
 def test_func_grad_of_tensors_of_a_mask_mod() -> None:
-    """A mask_mod that reads a tensor of the transform; it passes no gradient."""
+    """A mask_mod that reads a tensor of the transform.
+
+    It passes no gradient.
+    """
     inputs = [x.detach() for x in tensors()]
 
     def loss(attention: Any, row: Tensor, q: Tensor) -> Any:
@@ -239,7 +248,10 @@ MODES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool) -> None:
-    """float64 inputs, which autocast does not cast; integers, constants and tables in functions."""
+    """Autocast does not cast inputs in float64.
+
+    Functions read integers, constants and tables.
+    """
     inputs, parameters = tensors(), Parameters.of(HEADS, N)
     mask = masks.from_mod(functions.mask_mod(("segments", "torch.stack and any"), parameters, "or"))
     attend, run = (attend_in(way, mask) for _ in range(2))

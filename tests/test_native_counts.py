@@ -44,7 +44,7 @@ def test_counts_are_what_is_executed(case: Case, threads: Callable[[int], None])
 
 
 def share(program: Program | Mask, n: int, heads: int) -> float:
-    """The share of allowed pairs among those that are computed for n tokens."""
+    """The share of allowed pairs among computed pairs, for n tokens."""
     program = as_program(program)
     sizes = [1, heads, 1, n, n, 16, 16, _TYPES["float32"]]
     counts = ops.native_counts(None, None, encode(program, heads), sizes, 0, None)

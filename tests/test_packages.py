@@ -1,4 +1,7 @@
-"""Packages: the model's numbers at every length; missing, altered or unfit files are refused."""
+"""Packages: the model's numbers at every length.
+
+Missing, altered or unfit files are refused.
+"""
 
 from __future__ import annotations
 

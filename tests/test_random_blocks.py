@@ -1,4 +1,7 @@
-"""Windows of blocks, random blocks, and BigBird, which consists of them and global tokens."""
+"""Windows of blocks, random blocks, and BigBird.
+
+BigBird consists of both and global tokens.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +122,10 @@ def test_random_blocks_are_spread_evenly() -> None:
 
 
 def test_random_blocks_of_another_length() -> None:
-    """The last block may be short; a shorter sequence has fewer blocks, a longer one no more."""
+    """A shorter sequence has fewer blocks, a longer one no more.
+
+    The last block may be short.
+    """
     mask = masks.random_blocks(8, 2, tokens=37, seed=1)
     allowed = dense(mask, 60, 60)
     assert not allowed[40:].any()

@@ -1,4 +1,4 @@
-"""`compiled-dilated recommend`: choices by the plans' memory and time, and what they are worth."""
+"""`compiled-dilated recommend`: choices by memory and time, and their worth."""
 
 from __future__ import annotations
 

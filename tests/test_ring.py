@@ -1,4 +1,6 @@
-"""Simulated rings against the reference: forward, lse and gradients, over the table of cases.
+"""Simulated rings against the reference, over the table of cases.
+
+Forward, lse and gradients are compared.
 
 Every step of every rank is executed, from the messages that it would receive.
 """

@@ -1,4 +1,7 @@
-"""Sources and sinks of streamed runs: files, generated rows, samples, and exact rows of them."""
+"""Sources and sinks of streamed runs.
+
+Files, generated rows, samples, and exact rows of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every name of the benchmark reports is a module that computes the reference of its program."""
+"""Every name of the benchmark reports is a module.
+
+It computes the reference of its program.
+"""
 
 from __future__ import annotations
 
@@ -292,7 +295,10 @@ def test_copies_and_pickles_compute_the_same() -> None:
     "name", ["HilbertRingAttention", "BlockSparseRingMultiheadDilatedAttention"]
 )
 def test_programs_per_length_share_two_graphs(name: str) -> None:
-    """Two layers, compiled one by one: a graph for the first length, and one for all others."""
+    """Two layers, compiled one by one, have two graphs each.
+
+    One is for the first length, one for all others.
+    """
     torch._dynamo.reset()
     row, _ = variants.find(name)
     layers = [variant(name, **needed(row)) for _ in range(2)]

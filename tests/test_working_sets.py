@@ -1,4 +1,7 @@
-"""Bytes that a kernel call of tiles may take: a CPU's caches, or a GPU's memory."""
+"""Bytes that a kernel call of tiles may take.
+
+A CPU's caches or a GPU's memory limit them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def pieces_of(plan: Plan) -> int:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that sets the free bytes of the GPU, and of torch's allocator."""
+    """A function that sets free bytes of GPU and allocator."""
 
     def set_free(free: int, unused: int = 0) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * GIB))

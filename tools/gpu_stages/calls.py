@@ -52,7 +52,7 @@ def passes(attention: Attention, tensors: Sequence[Tensor]) -> dict[str, Callabl
 def rates(attention: Attention, tensors: Sequence[Tensor], pairs: float) -> dict[str, Any]:
     """Time, memory and flops per second of a call.
 
-    Of a forward, and of a forward with its backward.
+    They are measured of a forward, and of a forward with its backward.
 
     pairs: over batch and heads. first_seconds of a result: of its first call, which compiles.
     """

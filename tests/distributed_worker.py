@@ -82,8 +82,8 @@ def compiled(group: dist.ProcessGroup) -> None:
         shards = leaves(complete, own)
         out = call(*shards)
         results.append((out, *torch.autograd.grad(out.square().sum(), shards)))
-    eager, *others = results
-    for result in others:
+    eager, *compiled_results = results
+    for result in compiled_results:
         assert all(torch.equal(x, y) for x, y in zip(result, eager, strict=True))
 
 

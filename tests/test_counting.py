@@ -76,8 +76,8 @@ def test_cells_are_sums_of_the_dense_mask(mask: Mask, data: st.DataObject, q_off
         np.unique([0, *data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6))])
         for _ in range(2)
     )
-    whole = dense(mask, q_cuts[-1], kv_cuts[-1], q_offset).astype(int)
-    expected = np.add.reduceat(np.add.reduceat(whole, q_cuts[:-1], axis=0), kv_cuts[:-1], axis=1)
+    allowed = dense(mask, q_cuts[-1], kv_cuts[-1], q_offset).astype(int)
+    expected = np.add.reduceat(np.add.reduceat(allowed, q_cuts[:-1], axis=0), kv_cuts[:-1], axis=1)
     with deep_halving():
         counted = counting.cells(mask, q_cuts + q_offset, kv_cuts)
     assert counted.exact

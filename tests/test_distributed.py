@@ -165,8 +165,8 @@ def test_survivors_of_a_killed_rank_get_one_error(start: Start) -> None:
 
 
 def test_a_stalled_rank_is_an_error_at_the_timeout(start: Start) -> None:
-    *others, stalled = start(3, "stalled")
-    assert all("broke after" in output for output in finish(others))
+    *running, stalled = start(3, "stalled")
+    assert all("broke after" in output for output in finish(running))
     assert stalled.poll() is None
 
 

@@ -74,8 +74,8 @@ def test_forward_and_backward(name: str, lowering: str, dtype: torch.dtype) -> N
     dense = torch.where(counts.sum(-1, keepdim=True) > 0, dense, 0)
     allowed = with_gradients(dense, leaves, grad)
     results = with_gradients(cd.compile(program, lowering=lowering)(q, k, v), leaves, grad)
-    for result, other, right in zip(results, allowed, expected, strict=True):
-        error, dense_error = (result - right).abs().max(), (other - right).abs().max()
+    for result, of_sdpa, right in zip(results, allowed, expected, strict=True):
+        error, dense_error = (result - right).abs().max(), (of_sdpa - right).abs().max()
         assert not result.isnan().any()
         assert error <= 2 * dense_error + torch.finfo(dtype).eps * right.abs().max()
 

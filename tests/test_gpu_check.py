@@ -144,7 +144,7 @@ def test_a_second_call_runs_only_what_is_left(
     finished(records, "smoke", flex=True)
     ran: list[str] = []
 
-    def run_stage(stage: Any, *rest: Any) -> None:
+    def run_stage(stage: Any, *settings: Any) -> None:
         ran.append(stage.name)
         finished(records, stage.name, case=True)
 

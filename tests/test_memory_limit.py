@@ -321,18 +321,18 @@ def test_the_search_ends_at_the_largest(
 
     class Sizes:
         least_bytes = slope
-        asked = 0
+        evaluations = 0
 
         def __call__(self, count: int) -> int | None:
-            self.asked += 1
+            self.evaluations += 1
             return None if count > max(end, start) else fixed + slope * (count + count // step)
 
     sizes = Sizes()
-    found = fitting._largest(sizes, limit, start, 2**30)  # type: ignore[arg-type]
-    assert sizes.asked <= 120
-    if found:
-        size = sizes(found)
+    largest = fitting._largest(sizes, limit, start, 2**30)  # type: ignore[arg-type]
+    assert sizes.evaluations <= 120
+    if largest:
+        size = sizes(largest)
         assert size is not None
         assert size <= limit
-    beyond = sizes(found + 1)
-    assert beyond is None or beyond > limit or found == 2**30
+    beyond = sizes(largest + 1)
+    assert beyond is None or beyond > limit or largest == 2**30

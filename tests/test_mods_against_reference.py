@@ -108,9 +108,9 @@ def test_functions_equal_flex_attention(
     fn = WRAPPINGS[wrapping](functions.mask_mod(["causal", *mask_names], parameters))
     with torch.no_grad():
         expected = flex(inputs, mod, create_block_mask(of_four(fn), 2, HEADS, N, N, device="cpu"))
-        got = attend_in(way, masks.from_mod(fn))(*inputs, score_mod=mod)
+        out = attend_in(way, masks.from_mod(fn))(*inputs, score_mod=mod)
     seen = torch.isfinite(expected)
-    same(got[seen], expected[seen], 2e-5)
+    same(out[seen], expected[seen], 2e-5)
 
 
 def functions_in(*ways: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.planner import PLANS
 from tests.caches import forget, lru_caches
-from tests.support.mods import same, tensors, whole
+from tests.support.mods import in_one_graph, same, tensors
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -85,7 +85,7 @@ def test_tensors_of_mask_mods_are_freed() -> None:
 def test_tensors_of_compiled_functions_are_freed() -> None:
     inputs = [x[:1].detach() for x in tensors(16, torch.float32)]
     attend = cd.compile(masks.causal())
-    compiled = whole(
+    compiled = in_one_graph(
         lambda q, k, v, table: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + table[0, i, j])
     )
 

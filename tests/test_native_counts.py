@@ -111,9 +111,9 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
 @pytest.mark.parametrize("name", SHARES)
 def test_share_of_useful_pairs_in_computed_tiles(name: str) -> None:
     mask, n, least = SHARES[name]
-    got = share(mask, n, heads=4 if "longnet" in name else 1)
-    print(f"useful share of {name}: {got:.4f}")
-    assert least <= got <= 1.0
+    computed_share = share(mask, n, heads=4 if "longnet" in name else 1)
+    print(f"useful share of {name}: {computed_share:.4f}")
+    assert least <= computed_share <= 1.0
 
 
 def test_counts_of_a_million_tokens_need_no_walk_over_their_keys() -> None:

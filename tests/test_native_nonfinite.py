@@ -34,10 +34,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def assert_right(got: Any, expected: Any, dtype: torch.dtype) -> None:
+def assert_right(results: Any, expected: Any, dtype: torch.dtype) -> None:
     """Infinite and NaN in the same places, and near elsewhere."""
     limit = tolerance(dtype)
-    for x, right in zip(got, expected, strict=True):
+    for x, right in zip(results, expected, strict=True):
         assert torch.equal(x.isnan(), right.isnan()), "NaN in other places"
         torch.testing.assert_close(x.double(), right, rtol=limit, atol=limit, equal_nan=True)
 
@@ -59,9 +59,9 @@ def test_nonfinite_keys_and_values_reach_only_rows_that_see_them(
             place = tuple(int(torch.randint(0, size, (), generator=generator)) for size in x.shape)
             x[place] = BAD[int(torch.randint(0, 3, (), generator=generator))]
     k[1, :, n // 2], v[0, :, : n // 4] = math.nan, math.inf
-    got = replace(problem, k=k, v=v).forward()
+    results = replace(problem, k=k, v=v).forward()
     expected = cd.reference(program, problem.q, k, v, data=inputs.data, return_lse=True)
-    assert_right(got, expected, dtype)
+    assert_right(results, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -150,8 +150,8 @@ def test_merge_continues_from_any_layout(
         ops.native_merge(
             out, lse, plain.q, keys, values, None, None, work.code, plain.scale, -start
         )
-    whole = Problem(work, plain.q, plain.k, plain.v, plain.grad_out, None, scale=plain.scale)
-    assert_near([out, lse], reference_results(program, whole)[:2])
+    problem = Problem(work, plain.q, plain.k, plain.v, plain.grad_out, None, scale=plain.scale)
+    assert_near([out, lse], reference_results(program, problem)[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -99,8 +99,8 @@ def test_without_a_rate_no_time_is_claimed() -> None:
     assert {option.way.seconds for option in result.options} == {None}
     assert "no rate was measured for bfloat16 on cuda" in result.reason
     assert "unknown" in as_text(result)
-    given = recommend(replace(request, flops=400e12))
-    assert all(option.way.seconds for option in given.options)
+    with_rate = recommend(replace(request, flops=400e12))
+    assert all(option.way.seconds for option in with_rate.options)
 
 
 def test_nothing_fits() -> None:

@@ -258,9 +258,9 @@ def test_the_command_runs_and_renders(tmp_path: Path, capfd: pytest.CaptureFixtu
     directory = str(tmp_path / "records")
     only = ["--only", "StandardRingAttention"]
     assert call("run", "single", "--quick", *only, "--directory", directory) == 0
-    said = capfd.readouterr().out
-    assert "[1/1] single: StandardRingAttention, 1,024 tokens" in said
-    assert "right" in said
+    printed = capfd.readouterr().out
+    assert "[1/1] single: StandardRingAttention, 1,024 tokens" in printed
+    assert "right" in printed
     files = ["--html", str(tmp_path / "a.html"), "--markdown", str(tmp_path / "a.md")]
     assert call("render", "--directory", directory, *files) == 0
     assert "StandardRingAttention" in (tmp_path / "a.md").read_text()

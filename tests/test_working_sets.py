@@ -58,12 +58,12 @@ def test_a_gpu_computes_each_batch_in_one_call(memory: Any) -> None:
 def test_little_free_memory_divides_the_work(memory: Any) -> None:
     memory(70 * GIB)
     plan = plan_on("cuda")
-    whole = pieces_of(plan)
+    undivided = pieces_of(plan)
     memory(GIB // 4)
     divided = pieces_of(plan)
-    assert divided > whole
+    assert divided > undivided
     memory(GIB // 4, unused=70 * GIB)
-    assert pieces_of(plan) == whole
+    assert pieces_of(plan) == undivided
 
 
 def test_small_work_asks_the_driver_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

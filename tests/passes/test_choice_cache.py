@@ -155,15 +155,15 @@ JSON = st.recursive(
 
 
 @st.composite
-def damaged(draw: Any, whole: Any) -> Any:
+def damaged(draw: Any, value: Any) -> Any:
     """A JSON value with one part replaced, left out or doubled.
 
     Other values are drawn too.
     """
-    if not isinstance(whole, dict | list) or not whole or draw(st.integers(0, 3)) == 0:
+    if not isinstance(value, dict | list) or not value or draw(st.integers(0, 3)) == 0:
         return draw(JSON)
-    copy: Any = dict(whole) if isinstance(whole, dict) else list(whole)
-    place = draw(st.sampled_from([*whole] if isinstance(whole, dict) else range(len(whole))))
+    copy: Any = dict(value) if isinstance(value, dict) else list(value)
+    place = draw(st.sampled_from([*value] if isinstance(value, dict) else range(len(value))))
     damage = draw(st.sampled_from(["inside", "inside", "left out", "added"]))
     if damage == "left out":
         del copy[place]
@@ -172,7 +172,7 @@ def damaged(draw: Any, whole: Any) -> Any:
     elif damage == "added":
         copy["another"] = draw(JSON)
     else:
-        copy[place] = draw(damaged(whole[place]))
+        copy[place] = draw(damaged(value[place]))
     return copy
 
 

@@ -114,9 +114,9 @@ SIZES = [(5, 4 * WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, 4 * WIDTH), (5, WIDTH),
 def test_chunks_give_the_recipes_result_and_derivative(text: str, count: int, hidden: int) -> None:
     rows, shared = used(text, *operands(lead=(count,), hidden=hidden))
     assert str(Recipe.parse(text)) == text
-    whole = Recipe.parse(text).run(rows, shared)
+    expected = Recipe.parse(text).run(rows, shared)
     for chunk_rows in (1, 2, 5, 7):
-        torch.testing.assert_close(chunked(rows, shared, text, chunk_rows), whole)
+        torch.testing.assert_close(chunked(rows, shared, text, chunk_rows), expected)
 
     def split(*tensors: Tensor) -> Tensor:
         return chunked(list(tensors[: len(rows)]), list(tensors[len(rows) :]), text, 2)
@@ -147,11 +147,11 @@ def test_the_memory_of_chunks_is_returned_to_the_system() -> None:
 @pytest.mark.parametrize("lead", [(1,), (0,), (2, 3), (2, 0, 3)], ids=str)
 def test_any_leading_dims_are_rows(lead: tuple[int, ...]) -> None:
     rows, shared = used(RECIPES[0], *operands(lead=lead))
-    whole = Recipe.parse(RECIPES[0]).run(rows, shared)
+    at_once = Recipe.parse(RECIPES[0]).run(rows, shared)
     split = chunked(rows, shared, RECIPES[0], 2)
-    grad = torch.randn_like(whole)
-    torch.testing.assert_close(split, whole)
-    grads, expected = (torch.autograd.grad(out, [*rows, *shared], grad) for out in (split, whole))
+    grad = torch.randn_like(at_once)
+    torch.testing.assert_close(split, at_once)
+    grads, expected = (torch.autograd.grad(out, [*rows, *shared], grad) for out in (split, at_once))
     torch.testing.assert_close(grads, expected)
 
 

@@ -33,10 +33,10 @@ def tensors(
     return q, k, v
 
 
-def same(got: Any, expected: Any, tolerance: float = 1e-10, about: str = "") -> None:
+def same(actual: Any, expected: Any, tolerance: float = 1e-10, about: str = "") -> None:
     """Assert that tensors are near; `about` comes before the message."""
     torch.testing.assert_close(
-        got, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f"{about} {message}"
+        actual, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f"{about} {message}"
     )
 
 
@@ -64,10 +64,10 @@ def same_as_reference(
     The gradients are of q, k, v and captured tensors.
     """
     leaves = (*inputs, *learned)
-    got = attention(*inputs, **options)
+    out_and_lse = attention(*inputs, **options)
     expected: Any = cd.reference(program, *inputs, return_lse=True, **options)
     names = ["out", "lse", *(f"gradient {number}" for number in range(len(leaves)))]
-    results = (*got, *gradients(got, leaves))
+    results = (*out_and_lse, *gradients(out_and_lse, leaves))
     expected_results = (*expected, *gradients(expected, leaves))
     for name, x, y in zip(names, results, expected_results, strict=True):
         same(x, y, about=name)
@@ -87,7 +87,7 @@ def attend_in(way: str, program: Program | Mask) -> cd.Attend:
     return cd.compile(program, ranks=2) if way == "ring" else cd.compile(program, lowering=way)
 
 
-def whole(function: Any, backend: str = "aot_eager") -> Any:
+def in_one_graph(function: Any, backend: str = "aot_eager") -> Any:
     """A function compiled to one graph."""
     return torch.compile(function, backend=backend, fullgraph=True)
 

@@ -126,11 +126,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-10 if dtype == torch.float64 else LOW[dtype]
 
 
-def assert_near(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+def assert_near(results: list[Tensor], expected: list[Tensor], subject: object = "") -> None:
     """Infinite and NaN in the same places; elsewhere near."""
-    for name, x, right in zip(NAMES, got, expected, strict=False):
-        about = f"{what} {name}"
-        allowed = tolerance(x.dtype if name != "lse" else got[0].dtype)
+    for name, x, right in zip(NAMES, results, expected, strict=False):
+        about = f"{subject} {name}"
+        allowed = tolerance(x.dtype if name != "lse" else results[0].dtype)
         assert x.shape == right.shape, about
         finite = right.isfinite()
         assert torch.equal(x.isfinite(), finite), f"{about}: other entries are infinite or NaN"
@@ -142,10 +142,10 @@ def assert_near(got: list[Tensor], expected: list[Tensor], what: object = "") ->
             assert error <= allowed * max(largest, 1e-3), message
 
 
-def assert_same_bits(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+def assert_same_bits(results: list[Tensor], expected: list[Tensor], subject: object = "") -> None:
     """Assert that results are equal; NaN equals NaN."""
-    for name, x, right in zip(NAMES, got, expected, strict=False):
-        message = f"{what} {name}: other bits"
+    for name, x, right in zip(NAMES, results, expected, strict=False):
+        message = f"{subject} {name}: other bits"
         torch.testing.assert_close(x, right, rtol=0, atol=0, equal_nan=True, msg=message)
 
 

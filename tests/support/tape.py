@@ -183,14 +183,14 @@ def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return torch.tensor([[B]]), torch.tensor([[H]]), q.long()[:, None], k.long()[None, :]
 
 
-def same(got: Tensor, expected: Tensor, tolerance: float, about: str = "") -> None:
+def same(actual: Tensor, expected: Tensor, tolerance: float, about: str = "") -> None:
     """Assert that tensors are near; NaN equals NaN."""
 
     def message(text: str) -> str:
         return f"{about}: {text}"
 
     torch.testing.assert_close(
-        got, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
+        actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
     )
 
 
@@ -224,8 +224,8 @@ def compare_scores(
     x = scores.clone().requires_grad_()
     expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k))
     expected = expected.broadcast_to(x.shape).to(dtype)
-    got = native.score(graph, operands, scores, q, k)
-    same(got, expected.detach(), tolerance, "scores")
+    result = native.score(graph, operands, scores, q, k)
+    same(result, expected.detach(), tolerance, "scores")
     # 2. Gradients of the scores and of the operands.
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
     grad[0, 0] = 0

@@ -151,7 +151,8 @@ def test_exported_models_take_any_length(name: str) -> None:
     built, inputs = model.make(), model.inputs(N)
     tokens = Dim("tokens", min=2, max=64)
     axis = 1 if name == "variant" else 2
-    shapes = tuple({1: tokens} if x.dim() == 2 else {axis: tokens} for x in inputs)
+    # Of data, (batch, tokens), the second axis.
+    shapes = tuple({1 if x.dim() == 2 else axis: tokens} for x in inputs)
     program = torch.export.export(built, inputs, dynamic_shapes=shapes).module()
     for n in (N, 7, 64):
         same(program(*model.inputs(n)), built(*model.inputs(n)))

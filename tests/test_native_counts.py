@@ -64,8 +64,10 @@ def share(program: Program | Mask, n: int, heads: int) -> float:
 
 
 def listed_tiles(block: int, n: int) -> Mask:
-    rows = n // block
-    return masks.tiles([(i, j) for i in range(rows) for j in {i, i * 7 % rows, 0}], block)
+    rows, tiles = n // block, list[tuple[int, int]]()
+    for row in range(rows):
+        tiles += [(row, column) for column in {row, row * 7 % rows, 0}]
+    return masks.tiles(tiles, block)
 
 
 LENGTHS = (1000, 24, 1500, 572, 1000)

@@ -202,9 +202,8 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
 
 
 CASES = [
-    (act, error, message)
-    for error, table in ((TypeError, TYPES), (ValueError, VALUES))
-    for act, message in table
+    *((act, TypeError, message) for act, message in TYPES),
+    *((act, ValueError, message) for act, message in VALUES),
 ]
 
 

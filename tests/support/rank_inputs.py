@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def inputs(
 
 def leaves(tensors: Tensors, positions: Tensor | None = None) -> list[Tensor]:
     """Copies that get gradients, of some positions or all."""
-    parts = [x if positions is None else x[:, :, positions] for x in tensors]
+    parts: Iterable[Tensor] = tensors
+    if positions is not None:
+        parts = [x[:, :, positions] for x in tensors]
     return [x.clone().requires_grad_() for x in parts]
 
 

@@ -150,10 +150,11 @@ class Native:
         """The gradients of the scores, and of the operands that learn."""
         transposed, grads = scores.T.contiguous(), grad.T.contiguous()
         sums: list[Tensor | None] = []
+        addresses: list[int | None] = []
         for x in operands:
             total = torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None
             sums.append(total)
-        addresses = [None if total is None else total.data_ptr() for total in sums]
+            addresses.append(None if total is None else total.data_ptr())
         places = (ctypes.c_void_p * max(1, len(sums)))(*addresses)
         arguments = (*self.tile(q, k), transposed, grads, len(q), places)
         self(f"run_backward_{kind(scores)}", encode(graph, operands), operands, *arguments)

@@ -38,7 +38,9 @@ def rivals_at(tokens: int) -> tuple[str, ...]:
 
     SDPA's dense mask would not fit; the fallback evaluates all pairs, for minutes at 64K.
     """
-    return ("flex", "fallback", "SDPA") if tokens <= MOST_DENSE_TOKENS else ("flex",)
+    if tokens > MOST_DENSE_TOKENS:
+        return ("flex",)
+    return ("flex", "fallback", "SDPA")
 
 
 def case(name: str, problem: Problem, **settings: Any) -> Case:
@@ -68,18 +70,16 @@ def documents(tokens: int, form: str, causal: bool = False) -> Problem:
     by_lengths = form == "lengths"
     mask = masks.documents(lengths=lengths) if by_lengths else masks.documents(ids="documents")
     # Shuffling does not change the number: of two tokens of a document one still comes first.
+    pairs = sum(length * length for length in lengths)
     if causal:
-        pairs = sum(length * (length + 1) // 2 for length in lengths)
-    else:
-        pairs = sum(length * length for length in lengths)
+        mask, pairs = masks.causal() & mask, sum(n * (n + 1) // 2 for n in lengths)
     data = None
     if not by_lengths:
         ids = torch.repeat_interleave(torch.tensor(lengths))
         if form == "shuffled":
             ids = ids[torch.randperm(tokens, generator=torch.Generator().manual_seed(3))]
         data = {"documents": ids[None]}
-    program = masks.causal() & mask if causal else mask
-    return Problem(program, tokens, data=data, pairs_per_head=lambda: pairs)
+    return Problem(mask, tokens, data=data, pairs_per_head=lambda: pairs)
 
 
 def document_cases() -> list[Case]:
@@ -102,8 +102,9 @@ def padding(tokens: int, padded: int, causal: bool = False) -> Problem:
     """The last `padded` keys are padding."""
     flags = torch.arange(tokens)[None] >= tokens - padded
     keys = tokens - padded
-    pairs = sum(tokens - key for key in range(keys)) if causal else tokens * keys
-    mask = masks.causal() & masks.padding() if causal else masks.padding()
+    mask, pairs = masks.padding(), tokens * keys
+    if causal:
+        mask, pairs = masks.causal() & mask, sum(tokens - key for key in range(keys))
     return Problem(mask, tokens, data={"padding": flags}, pairs_per_head=lambda: pairs)
 
 

@@ -170,9 +170,8 @@ class Step:
             budget = plain.input_bytes + int(plain.added_bytes * job.share)
             self.compiled = passes.compile(self.model, memory_budget=budget, dynamic=False)
         elif way != "checkpoints":
-            functorch_config.activation_memory_budget = (
-                _BUILT_IN_BUDGET if way == "built-in" else 1.0
-            )
+            budgets = {"built-in": _BUILT_IN_BUDGET}
+            functorch_config.activation_memory_budget = budgets.get(way, 1.0)
             self.compiled = torch.compile(self.model, dynamic=False)
 
     def under(self, candidate: tuple[Any, ...]) -> Step:

@@ -253,9 +253,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Measure cases, print the table, write the file; the exit code."""
-    quick = {"width": 128, "layers": 2, "new": 9, "repeats": 2} if options.quick else {}
-    lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)
-    jobs = jobs_of(lengths, threads=options.threads, **quick)
+    lengths, sizes = LENGTHS, dict[str, int]()
+    if options.quick:
+        lengths, sizes = QUICK_LENGTHS, {"width": 128, "layers": 2, "new": 9, "repeats": 2}
+    jobs = jobs_of(options.lengths or lengths, threads=options.threads, **sizes)
     jobs = [job for job in jobs if is_chosen(job.name, options.only)]
     if options.list or not jobs:
         return print_names([job.name for job in jobs], options.only)

@@ -56,7 +56,7 @@ def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal:
         mask = mask & masks.causal() if causal else mask
         truth, single = dense(mask, n, n), order.regions(place, place + 1, n)
         check_classify(mask, truth, single, single, exact=True)
-        # Whole classes: the first longer ones of a segment hold one token more.
+        # Whole classes: the first, longer classes of a segment have one token more.
         starts = np.cumsum([0] + [len(range(c, width, rate)) for c in range(rate)])
         starts = starts[:-1][np.diff(starts) > 0]
         stops = np.append(starts[1:], width)

@@ -173,7 +173,9 @@ def _verdict(row: Row) -> list[str]:
 def _share(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return ""
-    return "refused" if "refused" in figure else _range(figure["share"], figure.get("spread"))
+    if "refused" in figure:
+        return "refused"
+    return _range(figure["share"], figure.get("spread"))
 
 
 def _range(middle: float, ends: Sequence[float] | None) -> str:

@@ -103,9 +103,14 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
         "share": share,
         "spread": spread(shares),
         "bar": bar,
-        "met": None if bar is None else share >= bar,
+        "met": _is_met(share, bar),
         "rivals": {name: _rival_row(case, rival, name, times) for name, rival in ready.items()},
     }
+
+
+def _is_met(share: float, bar: float | None) -> bool | None:
+    """Whether a share reaches its bar; None without a bar."""
+    return None if bar is None else share >= bar
 
 
 def _times(
@@ -130,8 +135,7 @@ def _times(
             # Every rival is measured once: a slow one by its first call, others in more turns.
             if turn and (is_late or rival.is_slow or turn >= settings.rival_turns):
                 continue
-            seconds = rival.first_seconds if rival.is_slow else _Block(rival.call, 1).seconds()
-            times[name].append(seconds)
+            times[name].append(rival.seconds())
     return times
 
 
@@ -175,6 +179,12 @@ class _Rival:
     call: Call
     first_seconds: float
     is_slow: bool
+
+    def seconds(self) -> float:
+        """Seconds of one call; of a slow rival, of its first call."""
+        if self.is_slow:
+            return self.first_seconds
+        return _Block(self.call, 1).seconds()
 
 
 def _rival(case: Case, name: str, backward: bool) -> _Rival | str:
@@ -269,7 +279,7 @@ def _family_row(figure: str, members: list[Row], values: list[float], bar: float
         "share": worst,
         "of_each": {str(row["tokens"]): x for row, x in zip(members, ratios, strict=True)},
         "bar": bar,
-        "met": None if bar is None else worst >= bar,
+        "met": _is_met(worst, bar),
     }
 
 

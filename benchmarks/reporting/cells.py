@@ -94,9 +94,8 @@ def mebibytes(size: float) -> str:
 def cell(row: Row | None, figure: Callable[[Row], str]) -> str:
     """A figure of a row, its failure in words, or a dash.
 
-    A dash stands where nothing was measured.
-
-    A figure of a result that is wrong, or was not compared, says so.
+    A dash marks a figure that was not measured. A figure of a result that is wrong, or was not
+    compared, is marked so.
     """
     if row is None:
         return ABSENT

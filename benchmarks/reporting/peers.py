@@ -1,7 +1,7 @@
 """Other libraries: the calls of peers, and the programs they claim.
 
-A peer that is not installed is a row that says so. `build` imports it, so that a process pays
-for one peer alone.
+A peer that is not installed becomes a row that reports it. `build` imports the peer, so that a
+process pays for one peer alone.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Built = tuple[Call, cd.Program]
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to compute attention that is not ours.
+    """Another library's way to compute attention.
 
-    package: the module without which the row says "not installed".
+    package: the module without which the row is "not installed".
     build: maps (tokens, head_dim, **settings) to the call over (batch, heads, tokens, head_dim)
         and the program that the output is compared with.
-    note: what the table says beside it.
+    note: printed beside it in the table.
     """
 
     package: str
@@ -115,7 +115,7 @@ def _first_port(tokens: int, head_dim: int) -> Built:
 def _substitute_xformers() -> None:
     """Register a module `xformers.ops` with the one function that the port calls.
 
-    The port asks for xformers of 2023, whose kernels need a GPU and a torch of that time.
+    The port depends on xformers of 2023, whose kernels need a GPU and a torch of that time.
     """
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

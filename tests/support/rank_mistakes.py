@@ -67,7 +67,7 @@ def refusals(group: dist.ProcessGroup) -> None:
     )
     refuses("in key heads: ", lambda: causal(*shards(kv_heads=4 if is_last else 2)))
     refuses("in batch: ", lambda: causal(*shards(batch=1 if is_last else 2)))
-    # Rows: of 64 tokens the first of three ranks must hold ceil(64 / 3).
+    # Rows: of 64 tokens the first of three ranks must have ceil(64 / 3).
     wrong_rows = (
         "rank 0 of 3 must hold 22 of the 64 tokens under the layout contiguous; got 20. "
         "Take the rows that "

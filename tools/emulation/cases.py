@@ -30,7 +30,7 @@ class Case:
     backward: whether gradients are compared too.
     narrow: whether lists of tiles may have no padding, so that the mask falls into several parts.
     compiled: whether a compiled graph runs in place of the eager call.
-    bad: whether keys, values and gradients hold some NaN and infinities.
+    bad: whether keys, values and gradients contain some NaN and infinities.
     short: whether the case belongs to the short half.
     """
 

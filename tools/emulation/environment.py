@@ -24,7 +24,7 @@ _OTHERS = ("lazy-loader", "psutil", "tabulate", "setuptools", "pytest", "hypothe
 
 
 class Unavailable(RuntimeError):
-    """The environment cannot be made here; the message says why."""
+    """The environment cannot be made here; the message has the reason."""
 
 
 def python() -> Path:

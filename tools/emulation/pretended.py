@@ -224,7 +224,7 @@ def _pretend_device() -> None:
     cuda.Event, cuda.CUDAGraph = _Event, _Graph
     torch._C._cuda_getCurrentRawStream = lambda *arguments: 0
     torch._C._cuda_getDevice = lambda: 0
-    # Not empty: where kernels are compiled alone, no kernel fills it, and it must hold no NaN.
+    # Not empty: where kernels are compiled alone, no kernel fills it, and it must contain no NaN.
     torch._C._dynamo.guards._empty_strided_cuda = _zeros
     fake_tensor.init_gpu_context = lambda *arguments: None
     interface = device_interface.CudaInterface

@@ -1,6 +1,6 @@
 """Run jobs in one process; print a JSON line as each ends.
 
-python -m emulation.worker JOB..., with EMULATION set as `pretended` says.
+python -m emulation.worker JOB..., with EMULATION set as in `pretended`.
 """
 
 from __future__ import annotations

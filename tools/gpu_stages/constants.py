@@ -47,7 +47,7 @@ def run(stage: Stage) -> None:
     stage.case("host lattice", _host_of_lattice(stage))
     for lowering, kind, dtype in _sparse():
         stage.case(f"{lowering} {kind} {dtype} 64", _program(stage, lowering, kind, dtype, 64))
-    # Then what a finer table would hold.
+    # Then the entries of a finer table.
     for way, head_dim, rows in _table(stage):
         name = f"dense {way} bfloat16 {head_dim} {rows}"
         stage.case(name, _dense(stage, way, torch.bfloat16, head_dim, rows))

@@ -40,7 +40,7 @@ def run(stage: Stage) -> None:
 
 def _pytest(stage: Stage) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    # The plugins, that of the emulation first: it pretends the GPU before torch is asked.
+    # The plugins, that of the emulation first: it pretends the GPU before torch looks for one.
     command += ["-p", "emulation.project"] if stage.tiny else []
     command += ["-p", "gpu_stages.suite", "tests/test_gpu.py"]
     processes = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 1) - 2))

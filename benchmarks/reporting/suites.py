@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from compiled_dilated.variants import TABLE
 
@@ -18,6 +18,8 @@ from .peers import big_bird_text
 KI, MI = 2**10, 2**20
 LONGNET = "longnet((2048, 4096, 8192), (1, 2, 4))"
 WINDOW = "causal() & window(256)"
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,17 @@ def _variants(
     return jobs
 
 
+def _first_or_all(quick: bool, *values: Value) -> tuple[Value, ...]:
+    """The first value for a short form, else all."""
+    return values[:1] if quick else values
+
+
 def _all(quick: bool) -> list[Job]:
     """Every name of the variants' table at short lengths, beside dense SDPA."""
     names = [row.name for row in TABLE]
-    lengths = (KI,) if quick else (KI, 2 * KI)
+    lengths = _first_or_all(quick, KI, 2 * KI)
     jobs = []
-    for backward in (False,) if quick else (False, True):
+    for backward in _first_or_all(quick, False, True):
         jobs += [Job("all", "peer", "SDPA", tokens, backward=backward) for tokens in lengths]
         jobs += _variants("all", names, lengths, backward=backward)
     return jobs
@@ -59,9 +66,9 @@ def _all(quick: bool) -> list[Job]:
 def _long(quick: bool) -> list[Job]:
     """The older report's three names of long runs, beside dense SDPA."""
     ways = ("ImprovedDilatedAttention", "RingDilatedAttention", "BlockSparseRingDilatedAttention")
-    lengths = (8 * KI,) if quick else (8 * KI, 16 * KI, 32 * KI, 64 * KI)
+    lengths = _first_or_all(quick, 8 * KI, 16 * KI, 32 * KI, 64 * KI)
     jobs = []
-    for backward in (False,) if quick else (False, True):
+    for backward in _first_or_all(quick, False, True):
         jobs += [Job("long", "peer", "SDPA", tokens, backward=backward) for tokens in lengths]
         jobs += _variants("long", ways, lengths, backward=backward)
     return jobs
@@ -103,7 +110,7 @@ def _single(quick: bool) -> list[Job]:
         "HilbertRingAttention",
         "BlockSparseRingAttention",
     )
-    lengths = (KI,) if quick else (KI, 2 * KI, 4 * KI)
+    lengths = _first_or_all(quick, KI, 2 * KI, 4 * KI)
     return _variants("single", ways, lengths)
 
 
@@ -140,12 +147,12 @@ def _billion(quick: bool) -> list[Job]:
 def _hilbert(quick: bool) -> list[Job]:
     """A window on a grid, by rows and along a Hilbert curve."""
     jobs = []
-    for side in (64,) if quick else (64, 256):
+    for side in _first_or_all(quick, 64, 256):
         programs = {
             "row-major": f"neighborhood(({side}, {side}), 12)",
             "Hilbert": f"hilbert_window(({side}, {side}), 12)",
         }
-        for backward in (False,) if quick else (False, True):
+        for backward in _first_or_all(quick, False, True):
             for way, program in programs.items():
                 job = Job("hilbert", "program", way, side**2, program, backward=backward)
                 jobs.append(job)
@@ -157,7 +164,7 @@ def _dtypes(quick: bool) -> list[Job]:
     jobs = []
     for dtype in ("float32", "bfloat16", "float16"):
         for way, program in {"LongNet": LONGNET, "window 256": WINDOW}.items():
-            for backward in (False,) if quick else (False, True):
+            for backward in _first_or_all(quick, False, True):
                 tokens = 4 * KI if quick else 16 * KI
                 job = Job("dtypes", "program", way, tokens, program, dtype=dtype, backward=backward)
                 jobs.append(job)
@@ -167,7 +174,7 @@ def _dtypes(quick: bool) -> list[Job]:
 def _peers(quick: bool) -> list[Job]:
     """Peers and this library on the same program and inputs."""
     jobs = []
-    for tokens in (4 * KI,) if quick else (4 * KI, 16 * KI):
+    for tokens in _first_or_all(quick, 4 * KI, 16 * KI):
         side = 64 if tokens == 4 * KI else 128
         questions: list[tuple[str, dict[str, dict[str, Any]]]] = [
             (

@@ -303,7 +303,7 @@ def _ranks(job: Job) -> int:
 
 
 def _limit(job: Job) -> Row:
-    """The largest batch and the longest sequence of a plan within a limit, and their peaks.
+    """The sizes that a plan fits into a limit, and their peaks.
 
     They are computed here if the process may use as much memory.
     """

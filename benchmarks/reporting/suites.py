@@ -133,7 +133,7 @@ def _memory(quick: bool) -> list[Job]:
 
 
 def _limits(quick: bool) -> list[Job]:
-    """The longest sequence and the largest batch of 16K tokens within limits of memory."""
+    """The longest sequences and largest batches within limits of memory."""
     jobs = []
     for way, program in {"LongNet": LONGNET, "window 256": WINDOW}.items():
         for gib in (1, 80) if quick else (1, 2, 4, 8, 16, 80):

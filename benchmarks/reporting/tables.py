@@ -202,7 +202,7 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def limits(records: Records) -> list[Section]:
-    """The longest sequence and the largest batch by memory limit, beside measured peaks."""
+    """What fits into limits of memory, beside measured peaks."""
 
     def figures(row: Row) -> list[str]:
         fit = row["limit"]

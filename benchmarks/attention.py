@@ -59,7 +59,7 @@ def longnet(tokens: int, **settings: Any) -> Problem:
 
 
 def near_square(tokens: int) -> tuple[int, int]:
-    """Rows and columns, as near to a square as powers of two allow."""
+    """Rows and columns, powers of two, nearest to a square."""
     rows = 2 ** ((tokens.bit_length() - 1) // 2)
     return rows, tokens // rows
 

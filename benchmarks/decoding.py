@@ -1,4 +1,6 @@
-"""Measure one query against a cache of 64K tokens, and SDPA over only the keys that it sees.
+"""Measure decoding: one query against a cache of 64K tokens.
+
+Its rival is SDPA over only the keys that the query sees.
 
 python benchmarks/decoding.py [--json FILE]
 """
@@ -28,7 +30,7 @@ PROGRAMS = {
 
 
 def rows_of(x: Tensor, spans: tuple[range, ...]) -> Tensor:
-    """Rows of a cache in some ranges; a copy if there are several.
+    """Rows of a cache in ranges; of several ranges, a copy.
 
     x: (B, H, M, D).
     """

@@ -1,4 +1,6 @@
-"""Measure the checks of a call: the search for NaN in hidden keys, and tracing a function.
+"""Measure the checks of a call.
+
+They are the search for NaN in hidden keys, and the tracing of a function.
 
 python benchmarks/doors.py [--json FILE] [--tokens N]
 """

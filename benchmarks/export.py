@@ -194,7 +194,10 @@ def first_results(path: Path, threads: int, turns: int) -> list[dict[str, Any]]:
 
 def without(rows: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
     """Rows without some columns."""
-    return [{key: value for key, value in row.items() if key not in names} for row in rows]
+    out = []
+    for row in rows:
+        out.append({name: value for name, value in row.items() if name not in names})
+    return out
 
 
 def parser() -> argparse.ArgumentParser:
@@ -214,7 +217,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     options = parser().parse_args()
     torch.set_num_threads(options.threads)
-    tokens, turns, processes = (2048, 3, 1) if options.quick else (options.tokens, options.turns, 5)
+    tokens, turns, processes = options.tokens, options.turns, 5
+    if options.quick:
+        tokens, turns, processes = 2048, 3, 1
     # Twenty lengths: around multiples of tiles, and multiples of nothing.
     lengths = [2, 3, 17, 63, 64, 65, *(tokens * share // 14 + 1 for share in range(1, 14)), tokens]
     rows, all_cases = [], cases()

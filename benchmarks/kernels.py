@@ -1,4 +1,6 @@
-"""Measure ATen's CPU flash kernel on many small tiles, as shares of its rate on 4096 x 4096.
+"""Measure ATen's CPU flash kernel on many small tiles.
+
+Results are shares of its rate on 4096 x 4096.
 
 The figures behind lowerings/tiling/costs.py.
 

@@ -170,9 +170,8 @@ class Step:
             budget = plain.input_bytes + int(plain.added_bytes * job.share)
             self.compiled = passes.compile(self.model, memory_budget=budget, dynamic=False)
         elif way != "checkpoints":
-            functorch_config.activation_memory_budget = (
-                _BUILT_IN_BUDGET if way == "built-in" else 1.0
-            )
+            budgets = {"built-in": _BUILT_IN_BUDGET}
+            functorch_config.activation_memory_budget = budgets.get(way, 1.0)
             self.compiled = torch.compile(self.model, dynamic=False)
 
     def under(self, candidate: tuple[Any, ...]) -> Step:
@@ -212,7 +211,7 @@ class Step:
 
 
 def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
-    """Peaks each in a process of its own, times in turn in one process."""
+    """Measure peaks in processes of their own, times in turn in one."""
     rows = []
     for kind in kinds:
         memory_bar, time_bar = BARS[kind]
@@ -303,7 +302,7 @@ def order(*_: Any) -> list[Row]:
 
 
 def _differ(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether times differ in every turn, and their medians by more than `_SAME`."""
+    """Whether times differ in every turn, and medians by over `_SAME`."""
     less, more = sorted((a, b), key=measure.median)
     return max(less) < min(more) and measure.median(more) > _SAME * measure.median(less)
 

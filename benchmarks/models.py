@@ -1,4 +1,6 @@
-"""Measure a small Llama of transformers: prefill, decode, train step, with sdpa, eager and flex.
+"""Measure prefill, decoding and training of a small Llama of transformers.
+
+Its rivals are transformers' attentions sdpa, eager and flex.
 
 python benchmarks/models.py [--json FILE] [--quick] [--only TEXT] [--limit 8]
 
@@ -187,7 +189,7 @@ def jobs_of(lengths: Sequence[int], **settings: int) -> list[Job]:
 
 
 def judged(row: Row, base: Row | None) -> Row:
-    """Add the ratios to sdpa's; "failed" if a plain way computes another result."""
+    """Add the ratios to sdpa's; "failed" where a plain way's results differ."""
     if "failed" in row or base is None or "failed" in base:
         return row
     row["time_of_sdpa"] = measure.median(row["seconds"]) / measure.median(base["seconds"])
@@ -200,6 +202,11 @@ def judged(row: Row, base: Row | None) -> Row:
 def _is_close(numbers: Sequence[float], expected: Sequence[float]) -> bool:
     bound = MOST_DIFFERENCE * max(abs(number) for number in expected)
     return all(abs(a - b) <= bound for a, b in zip(numbers, expected, strict=True))
+
+
+def _ratio(row: Row, name: str) -> str:
+    """A ratio of a row; nothing where it was not computed."""
+    return f"{row[name]:.2f}" if name in row else ""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -215,11 +222,8 @@ def table(rows: Sequence[Row]) -> str:
             continue
         seconds = measure.median(row["seconds"])
         tokens = 1 if row["work"].startswith("decode") else row["tokens"]
-        time_ratio, peak_ratio = (
-            f"{row[key]:.2f}" if key in row else "" for key in ("time_of_sdpa", "peak_of_sdpa")
-        )
-        times = [f"{seconds:.4g}", f"{tokens / seconds:.4g}", time_ratio]
-        peaks = [f"{row['peak_bytes'] / 2**20:.0f}", peak_ratio]
+        times = [f"{seconds:.4g}", f"{tokens / seconds:.4g}", _ratio(row, "time_of_sdpa")]
+        peaks = [f"{row['peak_bytes'] / 2**20:.0f}", _ratio(row, "peak_of_sdpa")]
         body.append([*start, *times, *peaks, f"{row['first_seconds']:.1f}", row["graphs"]])
     text: str = tabulate(body, headers=headers, disable_numparse=True)
     if notes:
@@ -249,9 +253,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Measure cases, print the table, write the file; the exit code."""
-    quick = {"width": 128, "layers": 2, "new": 9, "repeats": 2} if options.quick else {}
-    lengths = options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS)
-    jobs = jobs_of(lengths, threads=options.threads, **quick)
+    lengths, sizes = LENGTHS, dict[str, int]()
+    if options.quick:
+        lengths, sizes = QUICK_LENGTHS, {"width": 128, "layers": 2, "new": 9, "repeats": 2}
+    jobs = jobs_of(options.lengths or lengths, threads=options.threads, **sizes)
     jobs = [job for job in jobs if is_chosen(job.name, options.only)]
     if options.list or not jobs:
         return print_names([job.name for job in jobs], options.only)

@@ -79,7 +79,7 @@ def _map(name: str, mask: Mask, order: Order, allowed: float) -> dict[str, objec
 
 
 def _row(mask: Mask, order: Order, row: int) -> int:
-    """Count the key tiles of one query tile by classifying them one by one."""
+    """Count the key tiles of a query tile, classified one by one."""
     starts = np.arange(0, TOKENS, TILE)
     kv = order.regions(starts, starts + TILE, TOKENS)
     return int((mask.classify(kv[np.full(len(starts), row)], kv) > 0).sum())

@@ -96,7 +96,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _is_fault(row: Row) -> bool:
-    """Whether a row of this library is wrong, or failed otherwise than by a limit."""
+    """Whether a row of this library is wrong or has failed.
+
+    A stop at a limit is no fault.
+    """
     if row["job"]["kind"] == "peer":
         return False
     failure = row.get("failed")

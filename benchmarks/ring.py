@@ -1,4 +1,6 @@
-"""Measure rings: bytes, memory and time, against a plain ring, all-gather and one device.
+"""Measure the bytes, memory and time of rings.
+
+Rivals are a plain ring, all-gather and one device.
 
 python benchmarks/ring.py [--json FILE] [--only exchange|processes|peak|streamed|longest]
 
@@ -174,7 +176,7 @@ def streamed() -> list[Row]:
 
 
 def longest() -> list[Row]:
-    """Runs in processes of their own, with the peak of the whole process."""
+    """Measure runs in processes of their own, with the process's peak."""
     token_bytes = 4 * HEADS * HEAD_DIM * 2  # q, k, v and out
     tokens, row = int(0.95 * _LIMIT_BYTES) // token_bytes, Row()
     while not row or row["process GiB"] > _LIMIT_BYTES / 2**30:

@@ -1,4 +1,4 @@
-"""Measure each pass on the model that it is for: peak memory and time.
+"""Measure peak memory and time of each pass on its model.
 
 python benchmarks/single_passes.py [--json FILE] [--repeats 3] [--only NAME]
 

@@ -1,4 +1,6 @@
-"""Train a BERT with BigBird's attention to fill in masked bytes of Python's own sources.
+"""Train a BERT with BigBird's attention to fill in masked bytes.
+
+The bytes are Python's own sources.
 
 python examples/big_bird_bert.py [--short]
 

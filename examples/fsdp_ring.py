@@ -1,4 +1,6 @@
-"""Train with parameters sharded over some processes (FSDP2) and the sequence over others (a ring).
+"""Train with parameters sharded by FSDP2 and sequences by a ring.
+
+Parameters are sharded over some processes, the sequence over others.
 
 python examples/fsdp_ring.py [--short]               starts 4 processes of gloo on this machine
 torchrun --nproc-per-node 4 examples/fsdp_ring.py    or under torchrun, here or on many machines

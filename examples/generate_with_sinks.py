@@ -1,4 +1,6 @@
-"""Generate text with a Llama whose layers see a window and the first tokens alone.
+"""Generate text with a Llama of windows and attention sinks.
+
+Its layers see a window and the first tokens alone.
 
 python examples/generate_with_sinks.py [--short]
 
@@ -28,7 +30,7 @@ PROGRAM = masks.causal() & (masks.window(128) | masks.sinks(4))
 
 
 def prompt_of(tokens: int) -> Tensor:
-    """The first bytes of Python's own sources, (1, tokens), one token a byte."""
+    """The first bytes of Python's own sources as tokens, (1, tokens)."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     text = bytearray(b"".join(file.read_bytes() for file in files)[:tokens])
     return torch.frombuffer(text, dtype=torch.uint8).long()[None]

@@ -1,4 +1,6 @@
-"""Fine-tune a small Llama with LongNet attention on texts of 16,384 bytes, with the Trainer.
+"""Fine-tune a small Llama with LongNet attention by the Trainer.
+
+Its texts have 16,384 bytes.
 
 python examples/llama_longnet.py [--short]
 
@@ -72,7 +74,7 @@ def dense(
 
 
 def largest_difference(model: LlamaForCausalLM, ids: Tensor) -> float:
-    """The largest difference of the model's logits from those of the dense reference."""
+    """The largest difference of logits from those of the dense reference."""
     AttentionInterface.register("dense", dense)
     reference = model_of(model.config.max_position_embeddings)
     reference.load_state_dict(model.state_dict())

@@ -1,4 +1,6 @@
-"""Train a classifier with Longformer's attention: a window, and global tokens as data of a call.
+"""Train a classifier with Longformer's attention.
+
+The attention is a window, and global tokens as data of a call.
 
 python examples/longformer_documents.py [--short]
 
@@ -79,7 +81,7 @@ class Layer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Bytes in, a score for each module out, read at the class token."""
+    """Scores of modules for bytes, read at the class token."""
 
     def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class Classifier(nn.Module):
 
 
 def largest_difference(is_global: Tensor) -> float:
-    """The largest difference of attention from the dense float64 reference, for these flags."""
+    """The largest difference of attention from the dense float64 reference."""
     q, k, v = torch.randn(3, is_global.shape[0], 4, is_global.shape[1], 16)
     data = {"is_global": is_global}
     out = cd.compile(PROGRAM)(q, k, v, data=data)

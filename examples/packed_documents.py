@@ -1,4 +1,6 @@
-"""Pack documents of different lengths into one row: no padding, the same loss as separately.
+"""Pack documents of different lengths into one row.
+
+There is no padding, and the loss is the same as separately.
 
 python examples/packed_documents.py [--short]
 

@@ -1,4 +1,6 @@
-"""Train a vision transformer whose patches see their neighbours; a class token sees all patches.
+"""Train a vision transformer whose patches see their neighbours.
+
+A class token sees all patches.
 
 python examples/vit_neighborhoods.py [--short]
 
@@ -25,7 +27,10 @@ PROGRAM = masks.neighborhood(GRID, RADIUS, offset=1) | masks.global_tokens(1)
 
 
 def stripes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, 96, 96) of noisy stripes, and whether these are vertical."""
+    """Images of noisy stripes, and whether the stripes are vertical.
+
+    Shapes (count, 3, 96, 96) and (count,).
+    """
     vertical = torch.randint(2, (count,), generator=generator)
     phases = torch.arange(SIDE) * 0.7 + 6 * torch.rand(count, 1, generator=generator)
     waves = torch.sin(phases)
@@ -35,7 +40,7 @@ def stripes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def model_of() -> ViTForImageClassification:
-    """A ViT of two layers over 24 x 24 patches, with random weights."""
+    """A random ViT of two layers over 24 x 24 patches."""
     config = ViTConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -59,7 +64,7 @@ def dense(
 
 
 def largest_difference(model: ViTForImageClassification, images: Tensor) -> float:
-    """The largest difference of the model's logits from those of the dense reference."""
+    """The largest difference of logits from those of the dense reference."""
     AttentionInterface.register("dense", dense)
     reference = model_of()
     reference.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""All caches of the package in the process, and how tests empty them."""
+"""All caches of the package, and how tests empty them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The one table of cases: programs over every kind of mask, order and branch, at ragged lengths.
+"""The table of cases: programs over every kind of mask.
+
+Orders and branches are of every kind too, and lengths are ragged.
 
     case = by_name("window"); program, inputs = case.program(129), case.inputs(129, torch.float64)
 

@@ -1,4 +1,4 @@
-"""Compiling in the tests of passes: the graphs that inductor lowers, and measured peaks."""
+"""Compiling in the tests of passes: inductor's graphs, and measured peaks."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def inference(model: nn.Module, *inputs: Tensor, **options: Any) -> GraphModule:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled inference: its result, its measured peak, the lines of its passes."""
+    """A compiled inference: its result, measured peak, and lines of passes."""
 
     result: Any
     peak_bytes: int
@@ -89,7 +89,7 @@ class Compiled:
 
 
 def compiled(model: nn.Module, *inputs: Tensor, passes: Sequence[Any] = ()) -> Compiled:
-    """Compile a model with passes of Stage.LOWERED and their options, and run it."""
+    """Compile a model with passes of Stage.LOWERED, and run it."""
     lines: list[str] = []
 
     def apply(graph: Graph) -> None:
@@ -107,7 +107,7 @@ def compiled(model: nn.Module, *inputs: Tensor, passes: Sequence[Any] = ()) -> C
 
 
 def train(step: Callable[..., Any], parameters: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    """Run a step whose result is a loss, and return the parameters' gradients."""
+    """Run a step that returns a loss; return the parameters' gradients."""
     with torch.enable_grad():
         return torch.autograd.grad(step(x), parameters)
 
@@ -115,7 +115,7 @@ def train(step: Callable[..., Any], parameters: Sequence[Tensor], x: Tensor) -> 
 def trained(
     model: nn.Module, x: Tensor, **options: Any
 ) -> tuple[list[GraphModule], Callable[[Tensor], int]]:
-    """The two graphs of a training step, and a function that measures its peak."""
+    """The two graphs of a training step, and its peak's measurement."""
     step = torch.compile(model, **options)
 
     def run(x: Tensor) -> None:

@@ -83,7 +83,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """Dynamo without graphs of earlier tests; an error at its limit of graphs.
+    """Dynamo without earlier tests' graphs; an error at its graph limit.
 
     Beyond the limit Dynamo would run eagerly without a word.
     """

@@ -1,4 +1,6 @@
-"""One rank of a ring of real processes, which checks scenarios and raises.
+"""One rank of a ring of real processes, which checks scenarios.
+
+A failed check raises.
 
     python -m tests.distributed_worker URL SCENARIO...      or the same under torchrun
 
@@ -32,7 +34,10 @@ def by_distance(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> T
 
 
 def same_bits(group: dist.ProcessGroup) -> None:
-    """The bits of the simulated ring: programs, layouts, uneven lengths, data and score_mods."""
+    """Check that a ring has the bits of the simulated ring.
+
+    Programs, layouts, uneven lengths, data and score_mods are compared.
+    """
     mesh = init_device_mesh("cpu", (group.size(),))
     # Layouts.
     for layout in ("auto", "contiguous", "zigzag", "striped"):
@@ -59,7 +64,10 @@ def same_bits(group: dist.ProcessGroup) -> None:
 
 
 def compiled(group: dist.ProcessGroup) -> None:
-    """Inside torch.compile without a break, forward and backward: the bits of an eager call."""
+    """Check that a compiled call has the bits of an eager one.
+
+    Forward and backward are captured without a graph break.
+    """
     complete, layout = inputs(131), "zigzag"
     own = positions_of(group, LONGNET, complete, layout)
     attend = cd.compile(LONGNET, mesh=group, layout=layout)
@@ -74,8 +82,8 @@ def compiled(group: dist.ProcessGroup) -> None:
         shards = leaves(complete, own)
         out = call(*shards)
         results.append((out, *torch.autograd.grad(out.square().sum(), shards)))
-    eager, *others = results
-    for result in others:
+    eager, *compiled_results = results
+    for result in compiled_results:
         assert all(torch.equal(x, y) for x, y in zip(result, eager, strict=True))
 
 
@@ -100,7 +108,10 @@ def variant(group: dist.ProcessGroup) -> None:
 
 
 def two_rings(group: dist.ProcessGroup) -> None:
-    """The rows of a mesh are two rings, whose ranks are counted within the row."""
+    """Check the rows of a mesh as two rings.
+
+    Ranks are counted within the row.
+    """
     mesh = init_device_mesh("cpu", (2, group.size() // 2), mesh_dim_names=("data", "sequence"))
     check(LONGNET, inputs(70 + 10 * mesh.get_local_rank("data")), mesh["sequence"], "zigzag")
 

@@ -1,4 +1,4 @@
-"""Names that the code blocks of pages use without defining them, by page."""
+"""Names that code blocks use without a definition, by page."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Parameters:
     segments: Tensor
     allowed: Tensor
     number: float = 0.3
-    whole: int = 7
+    integer: int = 7
 
     @staticmethod
     def of(
@@ -104,12 +104,12 @@ def looked_up_twice(p: Parameters) -> Mod:
 
 
 def relative_positions(p: Parameters) -> Mod:
-    relative, most = p.relative, p.whole
+    relative, most = p.relative, p.integer
     return lambda score, b, h, i, j: score + relative[h, torch.clamp(i - j, -most, most) + most]
 
 
 def relative_positions_by_head_of_rows(p: Parameters) -> Mod:
-    relative, most = p.relative, p.whole
+    relative, most = p.relative, p.integer
     return lambda score, b, h, i, j: score + relative[h][(i - j).clamp(min=-most, max=most) + most]
 
 
@@ -145,7 +145,7 @@ def row_maxima(p: Parameters) -> Mod:
 
 
 def soft_cap(p: Parameters) -> Mod:
-    cap = p.whole
+    cap = p.integer
     return lambda score, b, h, i, j: cap * torch.tanh(score / cap)
 
 
@@ -172,9 +172,9 @@ def same_segment(p: Parameters) -> Mod:
 
 
 def all_of(p: Parameters) -> Mod:
-    whole = p.whole
+    integer = p.integer
     return lambda score, b, h, i, j: torch.where(
-        torch.stack([i >= j, i - j < whole, j % 2 == 0]).all(), score, 0.5 * score
+        torch.stack([i >= j, i - j < integer, j % 2 == 0]).all(), score, 0.5 * score
     )
 
 
@@ -212,7 +212,7 @@ SCORE_MODS: dict[str, Callable[[Parameters], Mod]] = {
 
 MASK_MODS: dict[str, Callable[[Parameters], Mod]] = {
     "causal": lambda p: lambda b, h, i, j: i >= j,
-    "window": lambda p: _window(p.whole),
+    "window": lambda p: _window(p.integer),
     "allowed[i, j]": lambda p: _allowed(p.allowed),
     "allowed[i][j]": lambda p: _allowed_rows(p.allowed),
     "segments": lambda p: _segments(p.segments),
@@ -249,7 +249,10 @@ def _near(rows: Tensor) -> Mod:
 
 
 def score_mod(names: Sequence[str], parameters: Parameters) -> Mod:
-    """The bodies of these names one after the other; -inf last, as its products may be NaN."""
+    """The bodies of these names one after another.
+
+    -inf comes last, since its products may be NaN.
+    """
     mods = [SCORE_MODS[name](parameters) for name in sorted(names, key="-inf".__eq__)]
 
     def mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Graphs for the tests of passes: models traced to operators, and the measured peak of a run."""
+"""Graphs for the tests of passes, and peaks of their runs.
+
+Models are traced to operators.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +155,10 @@ class Mapped(nn.Module):
 
 
 def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Write to views and to parts of a tensor; use one of two results."""
+    """Write to views and parts of a tensor; use one result.
+
+    The operator of that result has two.
+    """
     wide = x.repeat(1, 4)
     left, right = wide.split(x.shape[1] * 2, dim=1)
     left.relu_()
@@ -307,16 +313,22 @@ CASES = [
 
 
 def without_subgraphs(cases: Sequence[Traced]) -> list[Traced]:
-    """The graphs that call no subgraphs, which inductor and reordering do not take apart."""
+    """The graphs that call no subgraphs.
+
+    Inductor and reordering do not take subgraphs apart.
+    """
     return [case for case in cases if case.name not in ("branches", "while loop", "map")]
 
 
 def measured_peak(run: Callable[[], object]) -> int:
-    """The peak of torch's allocator during a run beyond the bytes before it."""
+    """The peak of torch's allocator during a run.
+
+    It counts from the bytes allocated before the run.
+    """
     with torch.no_grad():
         return allocated_bytes(run)
 
 
 def interpreted(module: GraphModule, inputs: Sequence[Any]) -> Callable[[], object]:
-    """A run of a graph node by node, which frees dead values at once."""
+    """Run a graph node by node, freeing dead values at once."""
     return lambda: Interpreter(module, garbage_collect_values=True).run(*inputs)

@@ -1,4 +1,4 @@
-"""Passes applied to graphs, for their tests: Dynamo's graphs, inductor's, and exported ones."""
+"""Passes applied to graphs of Dynamo, of inductor, and of torch.export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from passes.protocol import Pass
 
 
 class Hook(CustomGraphPass):
-    """A pass as a hook of inductor, whose graphs are never taken from the compile cache.
+    """A pass as a hook of inductor, without the compile cache.
 
     lines: the pass's report, all graphs together.
     """
@@ -38,7 +38,9 @@ class Hook(CustomGraphPass):
 def captured(
     model: Callable[..., Any], rewriting: Pass, *, dynamic: bool = True
 ) -> tuple[Callable[..., Any], list[str]]:
-    """The model with its graph rewritten and run node by node, and the lines of the pass.
+    """The model with its graph rewritten, and the lines of the pass.
+
+    The graph is run node by node.
 
     The lines are filled by the first call. A module's floats stay numbers in the graph, as in
     inductor, which specializes those that dynamic=True would turn into tensors.
@@ -58,7 +60,10 @@ def captured(
 def compiled(
     model: Callable[..., Any], rewriting: Pass | None, *, dynamic: bool = True
 ) -> tuple[Callable[..., Any], list[str]]:
-    """The model compiled by inductor, and the lines of the pass; None: without a pass."""
+    """The model compiled by inductor, and the lines of the pass.
+
+    rewriting: None to compile without a pass.
+    """
     options: dict[str, str | int | bool | Callable[..., Any]] | None = None
     lines: list[str] = []
     if rewriting is not None:
@@ -72,7 +77,7 @@ def compiled(
 def exported(
     model: nn.Module, rewriting: Pass, *inputs: Any, dynamic: Any = None
 ) -> tuple[GraphModule, list[str]]:
-    """The exported model with its graph rewritten, and the lines of the pass."""
+    """The exported model with its graph rewritten, and the pass's lines."""
     module = torch.export.export(model, inputs, dynamic_shapes=dynamic).module()
     assert isinstance(module, GraphModule)
     lines = list(rewriting(module.graph))

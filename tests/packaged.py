@@ -1,4 +1,4 @@
-"""Inputs, a model and a process without this library, for the tests of packages."""
+"""Inputs, a model and a process without this library, for packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random masks, orders, programs and regions for hypothesis, and masks as dense arrays."""
+"""Random masks, orders, programs and regions for hypothesis; dense masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compiled_dilated import Branch, Program, masks, orders
 from compiled_dilated.masks import Mask
-from compiled_dilated.masks.grids import Neighborhood
+from compiled_dilated.masks.neighborhoods import Neighborhood
 from compiled_dilated.orders import Order
 from compiled_dilated.regions import Regions
 
@@ -36,7 +36,10 @@ def by_head(b: Any, h: Any, q: Any, kv: Any) -> Any:
 
 @st.composite
 def grids(draw: st.DrawFn, most: int = 64) -> tuple[int, ...]:
-    """The sizes of a grid of 2 or 3 axes, with at most `most` cells."""
+    """Sizes of a grid of 2 or 3 axes.
+
+    most: cells, at most.
+    """
     rows = draw(st.integers(1, 8))
     columns = draw(st.integers(1, max(1, most // rows // 2)))
     depth = draw(st.integers(1, max(1, min(5, most // rows // columns))))
@@ -44,7 +47,7 @@ def grids(draw: st.DrawFn, most: int = 64) -> tuple[int, ...]:
 
 
 def rates() -> st.SearchStrategy[int]:
-    """Dilation rates: small ones, and ones of more classes than a kernel's tile visits."""
+    """Dilation rates: small, and beyond the classes that a tile visits."""
     return st.integers(1, 7) | st.sampled_from((49, 64, 97, 100))
 
 
@@ -177,7 +180,10 @@ def programs(draw: st.DrawFn, most: int = 150) -> tuple[Program, int]:
 
 @st.composite
 def regions(draw: st.DrawFn, n: int, count: int, grid: tuple[int, ...] | None = None) -> Regions:
-    """`count` regions within n positions: runs, strided runs, or strided boxes of a grid."""
+    """`count` regions within n positions.
+
+    They are runs, strided runs, or strided boxes of a grid.
+    """
     if grid is not None and draw(st.booleans()):
         strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
         base, extent, stride = [], [], []

@@ -1,4 +1,4 @@
-"""Streamed runs of four ranks over small files, in a directory of their own."""
+"""Streamed runs of four ranks over small files in a directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def enter(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stream(out: Any = "out.npy", **options: Any) -> Any:
-    """Run over the inputs of the working directory, or those that the options name."""
+    """Run over inputs of the working directory, or of the options."""
     q, k, v = (options.pop(name, f"{name}.npy") for name in ("q", "k", "v"))
     return RUN(q, k, v, out, **options)
 
@@ -58,7 +58,7 @@ def snapshot(directory: Path) -> dict[str, bytes | str]:
 
 
 def error_of(call: Callable[[], object]) -> Exception | None:
-    """The TypeError, ValueError or OSError that a call raises; None without an error."""
+    """The TypeError, ValueError or OSError of a call, or None."""
     try:
         call()
     except (TypeError, ValueError, OSError) as error:

@@ -1,4 +1,6 @@
-"""Every lowering against the reference: forward, lse and gradients, over the one table of cases.
+"""Every lowering against the reference, over the table of cases.
+
+Forward, lse and gradients are compared.
 
 In float64 they agree to 1e-10 of the largest entry. In lower precision the error against the
 reference of the same rounded inputs is compared with the error of torch's dense attention over the
@@ -40,7 +42,10 @@ def lowerings_of(case: Case, lowerings: tuple[str, ...] = LOWERINGS) -> tuple[st
 
 
 def all_cases() -> list[Any]:
-    """(case, length, lowering); of dense, which is the same at every length, fewer lengths."""
+    """(case, length, lowering) of all tests.
+
+    The dense lowering is the same at every length: it has fewer lengths.
+    """
     parameters = []
     for case in CASES:
         for n in case.lengths:
@@ -160,7 +165,10 @@ def test_an_order_changes_nothing(case: Case, order: orders.Order) -> None:
 def test_a_causal_mask_does_not_leak_in_any_order(
     order: orders.Order, lowering: str, dtype: torch.dtype
 ) -> None:
-    """To the last bit: later tokens do not enter the sums of a row, in any order."""
+    """Results are the same to the last bit.
+
+    Later tokens do not enter the sums of a row, in any order.
+    """
     attend = cd.compile(in_order(masks.causal() & masks.window(200), order), lowering=lowering)
     inputs = by_name("causal").inputs(384, dtype)
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
@@ -230,7 +238,10 @@ def compare_with_dense(case: Case, n: int, dtype: torch.dtype, lowerings: tuple[
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles of a few tokens, one at a time: short sequences are computed as long ones."""
+    """Tiles of a few tokens, one at a time.
+
+    Short sequences are computed as long ones.
+    """
     for module, name, value in (
         (tiled, "_Q_TILE", 32),
         (tiled, "_KV_TILE", 8),

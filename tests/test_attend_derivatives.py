@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,10 @@ GRADCHECKED: dict[str, Callable[[], Program | Mask]] = {
 }
 
 
-GRADCHECKS = [(name, lowering) for name in GRADCHECKED for lowering in TAKE_ANY_MASK]
+GRADCHECKS = [*itertools.product(GRADCHECKED, TAKE_ANY_MASK), ("longnet", "strided")]
 
 
-@pytest.mark.parametrize(("name", "lowering"), [*GRADCHECKS, ("longnet", "strided")])
+@pytest.mark.parametrize(("name", "lowering"), GRADCHECKS)
 def test_gradcheck(name: str, lowering: str) -> None:
     program = GRADCHECKED[name]()
     attend = cd.compile(program, lowering=lowering)

@@ -140,7 +140,7 @@ def test_layouts(case: Case, lowering: str, layout: Callable[[Tensor], Tensor]) 
 def test_heads_of_a_models_tokens_are_joined_without_a_copy(
     name: str, ranks: int | None, call: Callable[[cd.Attend], Callable[..., Tensor]]
 ) -> None:
-    """out has the layout of q: token by token, or head by head."""
+    """out has q's layout: token by token, or head by head."""
     case = by_name(name)
     inputs = case.inputs(331, torch.float32)
     attend = call(cd.compile(case.program(331), ranks=ranks))

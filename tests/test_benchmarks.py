@@ -20,7 +20,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The package, imported as by the scripts beside it; restores the number of threads."""
+    """The package, imported as by the scripts beside it.
+
+    The number of threads is restored.
+    """
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     threads = torch.get_num_threads()
     package = importlib.import_module("harness")
@@ -31,7 +34,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def small(harness: Any, tokens: int = 128, **settings: Any) -> Any:
-    """A window of 8 tokens over few tokens, as a share of SDPA over as many."""
+    """A window of 8 over few tokens, as a share of SDPA."""
     problem = harness.problems.Problem(masks.window(8), tokens, heads=2, head_dim=16)
     return harness.cases.Case(
         f"window-{tokens}", problem, of=harness.cases.in_time_of_dense(problem), **settings

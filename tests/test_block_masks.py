@@ -1,4 +1,7 @@
-"""Block masks: torch's own lists, only narrow, in parts that cover the mask; and back."""
+"""Block masks: torch's lists, but narrow, and masks from them.
+
+Parts together cover the mask.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ SAME_AS_TORCH = [
 
 
 def lists_of(mask: BlockMask, name: str) -> list[list[int]]:
-    """The listed blocks of each row, row by row and head by head."""
+    """The listed blocks, by head and row."""
     num, indices = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
     lists = []
     for head in range(num.shape[1]):

@@ -1,4 +1,7 @@
-"""FlexAttention's kernels run block masks: eager, compiled, in parts merged by their lse."""
+"""FlexAttention's kernels run block masks.
+
+They run eagerly, compiled, and in parts merged by their lse.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bounds of masks of data: masks of positions, and the pairs that plans count by them."""
+"""Bounds of masks of data.
+
+They are masks of positions, by which plans count pairs.
+"""
 
 from __future__ import annotations
 

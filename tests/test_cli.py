@@ -1,4 +1,7 @@
-"""The command line: programs as text, `doctor`, measuring; output, errors and exit codes."""
+"""The command line: output, errors and exit codes.
+
+Programs as text, `doctor` and measuring are among the subjects.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """One thread, which other processes slow down least, and afterwards as many as before."""
+    """One thread, and afterwards as many as before.
+
+    Other processes slow down one thread least.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

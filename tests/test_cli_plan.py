@@ -107,7 +107,9 @@ def test_pairs_of_data_are_those_of_the_reference(
     program: str, names: dict[str, str], batch: int
 ) -> None:
     text = program.format(module=__name__)
-    options = [word for name, file in names.items() for word in ("--data", f"{name}={file}.npy")]
+    options = []
+    for name, file in names.items():
+        options += ["--data", f"{name}={file}.npy"]
     values = record(text, "--shape", f"{batch},4,{TOKENS},8", "--kv-heads", "2", *options)
     functions = {f"{__name__}:even": even, f"{__name__}:other_by_batch": other_by_batch}
     q, k = torch.zeros(batch, 4, TOKENS, 8), torch.zeros(batch, 2, TOKENS, 8)

@@ -46,7 +46,7 @@ def test_plan() -> None:
     chosen = [row["layout"] for row in record["layouts"] if row["chosen"]]
     assert chosen == [record["layout"]]
     assert {"contiguous", "striped", "residue 2"} < {row["layout"] for row in record["layouts"]}
-    # 512 tokens a rank hold four segments of 128: nothing has to be received.
+    # 512 tokens a rank are four segments of 128: nothing has to be received.
     contiguous = next(row for row in record["layouts"] if row["layout"] == "contiguous")
     assert (contiguous["received_mib_max"], contiguous["steps_max"]) == (0, 1)
 

@@ -48,7 +48,9 @@ def test_it_prints_the_figure() -> None:
 
 def test_it_writes_files_and_nothing_else(tmp_path: Path) -> None:
     files = {kind: str(tmp_path / f"mask.{kind}") for kind in ("png", "svg", "html")}
-    options = [word for kind, path in files.items() for word in (f"--{kind}", path)]
+    options = []
+    for kind, path in files.items():
+        options += [f"--{kind}", path]
     result = run("show", "window(3)", "-n", "20", *options)
     assert result.exit_code == 0
     figure = cd.show(masks.window(3), 20)

@@ -1,4 +1,7 @@
-"""Inside a user's torch.compile: no graph breaks, few graphs for many lengths, eager's numbers."""
+"""Attention inside a user's torch.compile.
+
+There are no graph breaks and few graphs for many lengths, and the numbers are eager's.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Model(nn.Module):
-    """A user's block: projections, attention with grouped heads and learned sinks, a residual."""
+    """A user's block with grouped heads and learned sinks.
+
+    Projections, attention and a residual.
+    """
 
     def __init__(
         self,
@@ -76,7 +82,10 @@ WINDOW_OR_SINKS = masks.causal() & (masks.window(20) | masks.sinks(3))
 def test_few_graphs_for_many_lengths(
     program: Program | Mask, lengths: tuple[int, ...], dynamic: bool | None
 ) -> None:
-    """At most 4 graphs for 20 lengths, trained: forward and gradients as in eager."""
+    """At most 4 graphs for 20 lengths of training.
+
+    Forward and gradients are those of eager calls.
+    """
     model = Model(program)
     fast, counter = compiled(model, dynamic=dynamic)
     for n in lengths:
@@ -153,7 +162,7 @@ def test_new_data_compiles_nothing(name: str) -> None:
 
 
 def test_decoding_compiles_a_few_times_at_most() -> None:
-    """The length of the cache and the position become variables of the graph."""
+    """The cache's length and the position become variables of the graph."""
     attend = cd.compile(cd.longnet((16, 48), (1, 3), causal=True))
     q, k, v = (torch.randn(1, 2, 120, 8) for _ in range(3))
     expected = attend(q, k, v)

@@ -1,4 +1,7 @@
-"""`compile` of models: a budget goes to passes, and arguments of programs are refused."""
+"""`compile` of models.
+
+A budget goes to passes, and arguments of programs are refused.
+"""
 
 from __future__ import annotations
 

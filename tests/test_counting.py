@@ -1,4 +1,7 @@
-"""Pairs and tiles are counted exactly, by symmetry: the work does not grow with the length."""
+"""Pairs and tiles are counted exactly, by symmetry.
+
+The work does not grow with the length.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +76,8 @@ def test_cells_are_sums_of_the_dense_mask(mask: Mask, data: st.DataObject, q_off
         np.unique([0, *data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6))])
         for _ in range(2)
     )
-    whole = dense(mask, q_cuts[-1], kv_cuts[-1], q_offset).astype(int)
-    expected = np.add.reduceat(np.add.reduceat(whole, q_cuts[:-1], axis=0), kv_cuts[:-1], axis=1)
+    allowed = dense(mask, q_cuts[-1], kv_cuts[-1], q_offset).astype(int)
+    expected = np.add.reduceat(np.add.reduceat(allowed, q_cuts[:-1], axis=0), kv_cuts[:-1], axis=1)
     with deep_halving():
         counted = counting.cells(mask, q_cuts + q_offset, kv_cuts)
     assert counted.exact
@@ -247,7 +250,10 @@ LINE: list[tuple[Mask, Callable[[int], int]]] = [
 def test_counts_of_two_billion_tokens_take_few_rectangles(
     mask: Mask, expected: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few rectangles are classified, in little memory: there are 2**24 rows of tiles."""
+    """Few rectangles are classified, in little memory.
+
+    There are 2**24 rows of tiles.
+    """
     classified = 0
     classify = type(mask).classify
 
@@ -271,7 +277,10 @@ def test_counts_of_two_billion_tokens_take_few_rectangles(
 
 
 def test_segments_that_no_tile_divides_take_little_memory() -> None:
-    """All tiles of a period of 10007 tiles differ; the memory does not grow with the rows."""
+    """All tiles of a period of 10007 tiles differ.
+
+    The memory does not grow with the rows.
+    """
     mask = masks.segments(10007) & masks.congruent(4, 1, period=10007)
     expected = LONG // 10007 * 2502**2 + ((LONG % 10007 + 2) // 4) ** 2
     tracemalloc.start()

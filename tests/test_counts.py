@@ -22,7 +22,10 @@ def test_no_count_has_grown(now: counts.Counts) -> None:
 
 
 def test_the_baseline_has_no_other_counts(now: counts.Counts) -> None:
-    """A smaller count is a new baseline: nothing may grow back to the old one."""
+    """A smaller count is a new baseline.
+
+    No count may grow back to the old one.
+    """
     lines = counts.shrunk(counts.read(), now)
     assert not lines, "\n".join([f"counts are smaller or gone: {counts.REWRITE}", *lines])
 
@@ -42,18 +45,18 @@ def test_growth_is_named_with_its_numbers() -> None:
 
 
 def test_counts_of_other_instruction_sets_stay(tmp_path: Path) -> None:
-    path, other = tmp_path / "counts.json", "native pairs, of another machine"
-    counts.write({"window": {other: 7, "tiled pairs": 5}}, path)
+    path, foreign = tmp_path / "counts.json", "native pairs, of another machine"
+    counts.write({"window": {foreign: 7, "tiled pairs": 5}}, path)
     now = {"window": {f"native pairs, {counts.isa()}": 4, "tiled pairs": 5}}
     assert counts.shrunk(counts.read(path), now) == []
     # A machine that the baseline has no counts of has nothing to compare.
     assert counts.grown(counts.read(path), now) == []
     counts.write(now, path)
-    assert counts.read(path) == {"window": {other: 7, **now["window"]}}
+    assert counts.read(path) == {"window": {foreign: 7, **now["window"]}}
 
 
 def test_more_graphs_are_seen() -> None:
-    """A compiled call that is specialised to its lengths has a graph for each."""
+    """A compiled call specialised to its lengths has one graph per length."""
     from functools import partial
 
     import torch

@@ -1,6 +1,11 @@
-"""One query against a cache: a mask's ranges of keys, the results, one plan for all tokens."""
+"""One query against a cache: ranges of keys, results, plans.
+
+One plan serves all tokens.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +13,7 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import autograd, masks, planner
-from compiled_dilated.masks.core import intersection
+from compiled_dilated.masks.ranges import intersection
 from compiled_dilated.native import build
 from tests.support.attention import same
 from tests.support.decoding import CAUSAL, MASKS, WINDOW
@@ -23,7 +28,7 @@ def test_ranges_are_the_allowed_keys(mask: masks.Mask) -> None:
             spans = mask.keys_of(q, kv_len)
             assert spans is not None
             allowed = np.broadcast_to(mask.allows(first, first, np.array([q]), keys), kv_len)
-            assert sorted(key for span in spans for key in span) == keys[allowed].tolist()
+            assert sorted(itertools.chain(*spans)) == keys[allowed].tolist()
 
 
 def test_masks_without_few_ranges_give_none() -> None:
@@ -96,7 +101,7 @@ def test_a_score_mod_is_honoured() -> None:
 
 
 def test_tokens_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native kernel's plan serves every position and every length of the cache."""
+    """The native kernel's plan serves every position and length of cache."""
     if build.available() is not None:
         pytest.skip(f"no native kernel here: {build.available()}")
     q, k, v = _cache(120)
@@ -180,7 +185,7 @@ def test_calls_of_another_kind_are_checked_after_the_first_token() -> None:
 
 
 def test_masks_that_differ_between_heads_are_computed_per_head() -> None:
-    """Their keys are not one range, in the first call and in later ones."""
+    """Their keys are not one range, in all calls."""
     q, k, _ = _cache(60)
     v = torch.randn_like(k)
     mask = CAUSAL() & masks.congruent(3, (0, 1, 2, 0))

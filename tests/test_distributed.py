@@ -1,4 +1,6 @@
-"""Rings of real processes over gloo: the bits of the simulated ring, training, failed ranks.
+"""Rings of real processes over gloo.
+
+Their results have the bits of the simulated ring; they train, and ranks fail.
 
 The processes run the scenarios of tests/distributed_worker.py.
 """
@@ -30,7 +32,10 @@ Start = Callable[..., list[subprocess.Popen[str]]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """`start(size, *scenarios)` starts the ranks; they are killed at the end of the test."""
+    """Start ranks by `start(size, *scenarios)`.
+
+    They are killed at the end of the test.
+    """
     running: list[subprocess.Popen[str]] = []
 
     def begin(
@@ -64,7 +69,10 @@ def popen(command: list[str], **variables: str) -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two hosts of one rank each: network namespaces, joined by a pair of virtual interfaces."""
+    """Two hosts of one rank each.
+
+    They are network namespaces, joined by a pair of virtual interfaces.
+    """
 
     name: str
     port: int
@@ -118,7 +126,10 @@ def hosts() -> Iterator[Hosts]:
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """The output of each rank; all must exit with 0, together within `LONGEST_S`."""
+    """The outputs of the ranks.
+
+    All must exit with 0, together within `LONGEST_S`.
+    """
     end = time.monotonic() + LONGEST_S
     outputs = []
     for process in processes:
@@ -154,8 +165,8 @@ def test_survivors_of_a_killed_rank_get_one_error(start: Start) -> None:
 
 
 def test_a_stalled_rank_is_an_error_at_the_timeout(start: Start) -> None:
-    *others, stalled = start(3, "stalled")
-    assert all("broke after" in output for output in finish(others))
+    *running, stalled = start(3, "stalled")
+    assert all("broke after" in output for output in finish(running))
     assert stalled.poll() is None
 
 

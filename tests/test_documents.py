@@ -24,10 +24,13 @@ PAGES += [*(ROOT / "docs").glob("**/*.md"), *(ROOT / "examples").glob("*.md")]
 PAGES.sort()
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+SOURCES = [
+    *sorted((ROOT / "compiled_dilated").rglob("*.py")),
+    *sorted((ROOT / "passes").rglob("*.py")),
+]
 MODULES_WITH_EXAMPLES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in ("compiled_dilated", "passes")
-    for path in sorted((ROOT / package).rglob("*.py"))
+    for path in SOURCES
     if re.search(r"^ *>>> (?!.*doctest: \+SKIP)", path.read_text(), re.MULTILINE)
 ]
 
@@ -41,9 +44,9 @@ def test_the_picture_of_the_readme_is_its_mask() -> None:
     lines = [line[30:] for line in README.splitlines() if "█" in line]
     positions = torch.arange(len(lines))
     mask = masks.causal() & (masks.window(3) | masks.sinks(1))
-    allowed = mask.allows(0, 0, positions[:, None], positions).tolist()
-    rows = ["".join("█" if pair else " " for pair in row) for row in allowed]
-    assert lines == [row.rstrip() for row in rows]
+    allowed = mask.allows(0, 0, positions[:, None], positions)
+    for line, row in zip(lines, allowed.tolist(), strict=True):
+        assert line == "".join(" █"[pair] for pair in row).rstrip()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,7 @@
-"""Edge cases: scales, queries past the last key, sinks and scores of -inf, modes of the caller."""
+"""Edge cases of calls.
+
+Scales, queries past the last key, sinks and scores of -inf, and modes of the caller.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,10 @@ def test_queries_at_any_offset_of_residue_classes(
 
 
 def test_sinks_of_minus_infinity_beside_rows_that_see_nothing() -> None:
-    """Left padding: the first rows see nothing, and a sink of -inf adds nothing."""
+    """The first rows see nothing, and a sink of -inf adds nothing.
+
+    This is left padding.
+    """
     inputs = leaves(*normal((1, 2, 6, 4), (1, 2, 6, 4), (1, 2, 6, 4)))
     sinks = torch.tensor([-math.inf, 0.5], dtype=torch.float64, requires_grad=True)
     padding = torch.tensor([[True, True, True, False, False, False]])
@@ -133,7 +139,10 @@ def test_sinks_of_minus_infinity_beside_rows_that_see_nothing() -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, STRIDED], ids=way_name)
 def test_score_mods_of_minus_infinity(way: dict[str, Any]) -> None:
-    """Rows whose scores are all -inf are 0, their lse -inf, their gradients 0."""
+    """Rows of scores of -inf are 0, with lse -inf.
+
+    Their gradients are 0.
+    """
     inputs = leaves(*normal((1, 2, 12, 4), (1, 2, 12, 4), (1, 2, 12, 4)))
 
     def hides_early_rows(

@@ -1,4 +1,4 @@
-"""Bad input: the type and the message of the error, by one table."""
+"""Bad input: the error's type and message, by one table."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ WRONG = st.one_of(
 @settings(max_examples=600)
 @given(data=st.data())
 def test_wrong_values_are_refused_by_name(data: st.DataObject) -> None:
-    """Any value of an argument is accepted, or refused by an error that names an argument."""
+    """Any value of an argument is accepted, or refused by name."""
     construct, arguments = data.draw(st.sampled_from(CONSTRUCTORS))
     name = data.draw(st.sampled_from(sorted(arguments)))
     value = data.draw(WRONG)

@@ -1,4 +1,7 @@
-"""The examples run in their short forms, and exit with an error if their checks fail."""
+"""The examples run in their short forms.
+
+They exit with an error if their checks fail.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def test_every_example_is_run_and_listed() -> None:
 
 
 def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """Run an example in this process: importing transformers takes longer than the short form."""
+    """Run an example in this process.
+
+    Importing transformers takes longer than the short form.
+    """
     path = str(EXAMPLES / f"{name}.py")
     monkeypatch.setattr(sys, "argv", [path, *arguments])
     runpy.run_path(path, run_name="__main__")

@@ -125,7 +125,7 @@ def test_exports_of_equal_models_have_equal_texts() -> None:
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 @pytest.mark.parametrize("saved", [False, True])
 def test_exported_models_train(saved: bool, strict: bool, tmp_path: Path) -> None:
-    """Gradients of q, k and v, and of the parameters that a score_mod reads."""
+    """Gradients of q, k, v and the parameters of a score_mod."""
     model, inputs = Learned(), tuple(x.requires_grad_() for x in tensors())
     leaves = (*inputs, model.slopes, model.rows)
     expected = torch.autograd.grad(model(*inputs).sin().sum(), leaves)
@@ -151,7 +151,8 @@ def test_exported_models_take_any_length(name: str) -> None:
     built, inputs = model.make(), model.inputs(N)
     tokens = Dim("tokens", min=2, max=64)
     axis = 1 if name == "variant" else 2
-    shapes = tuple({1: tokens} if x.dim() == 2 else {axis: tokens} for x in inputs)
+    # Of data, (batch, tokens), the second axis.
+    shapes = tuple({1 if x.dim() == 2 else axis: tokens} for x in inputs)
     program = torch.export.export(built, inputs, dynamic_shapes=shapes).module()
     for n in (N, 7, 64):
         same(program(*model.inputs(n)), built(*model.inputs(n)))

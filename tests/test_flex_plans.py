@@ -1,4 +1,4 @@
-"""The flex lowering as a machine without a GPU shows it: refusals, graphs, recorded backwards."""
+"""The flex lowering without a GPU: refusals, graphs, recorded backwards."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_kernel_for_decoding_is_avoided_where_it_has_no_tile(
 
 @pytest.mark.slow
 def test_more_masks_and_lengths_than_dynamos_limit() -> None:
-    """On a CPU, which has the same limit of graphs per code object."""
+    """On a CPU, with the same limit of graphs per code object."""
     limit = torch._dynamo.config.recompile_limit
     for number in range(limit + 2):
         mask = masks.window(5 + number)
@@ -137,7 +137,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, AuxO
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans of a GPU for tensors of the CPU, and a dense kernel in place of Triton's."""
+    """Plans of a GPU for tensors of the CPU.
+
+    A dense kernel takes the place of Triton's.
+    """
 
     def problem_of_gpu(
         program: cd.Program, q: Any, k: Any, v: Any, dtype: Any, device: str, *more: Any
@@ -178,7 +181,10 @@ def test_the_backward_records_inside_operators(door: str) -> None:
 
 
 def test_log_c_is_not_rounded_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a bias more precise than q, all inputs of ATen's kernel get its precision."""
+    """All inputs of ATen's kernel get the bias's precision.
+
+    The bias is more precise than q.
+    """
     dtypes: list[torch.dtype] = []
 
     def efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *more: Any, **options: Any) -> Any:

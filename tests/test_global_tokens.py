@@ -1,4 +1,7 @@
-"""Global tokens by position and by data; their masks, and those of blocks, at all entry points."""
+"""Global tokens by position and by data, at all entry points.
+
+Their masks and the masks of blocks are compared.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""tools/gpu_check without a GPU: its file of results, stages that are stopped, exit codes."""
+"""tools/gpu_check without a GPU.
+
+Its file of results, stages that are stopped, and exit codes.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,10 @@ def test_exit_codes(
 
 
 def process(records: Any, endings: list[tuple[str | None, int | None]]) -> Any:
-    """Workers in the place of `run`, one for each call: the case each starts, and its exit code."""
+    """Workers in the place of `run`, one for each call.
+
+    A worker is the case that it starts, and its exit code.
+    """
 
     def run(command: list[str], seconds: float) -> int | None:
         case, exit_code = endings.pop(0)
@@ -138,7 +144,7 @@ def test_a_second_call_runs_only_what_is_left(
     finished(records, "smoke", flex=True)
     ran: list[str] = []
 
-    def run_stage(stage: Any, *rest: Any) -> None:
+    def run_stage(stage: Any, *settings: Any) -> None:
         ran.append(stage.name)
         finished(records, stage.name, case=True)
 

@@ -27,7 +27,7 @@ from tests.transformers_models import (
 
 
 def graphs_over_lengths(model: Any, expected: Any, call: Callable[[Any, int], Tensor]) -> int:
-    """The number of graphs for ten lengths, with the results of another model."""
+    """The number of graphs for ten lengths, with another model's results."""
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=backend)

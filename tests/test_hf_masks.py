@@ -36,7 +36,10 @@ LEAST = torch.finfo(torch.float32).min
 
 
 def llama4(implementation: str) -> Any:
-    """Llama 4, whose first layer sees chunks of 16 tokens and whose second sees all before."""
+    """Llama 4 with a layer of chunks and a causal one.
+
+    The chunks have 16 tokens.
+    """
     torch.manual_seed(0)
     settings: dict[str, Any] = dict(
         TEXT_SETTINGS,
@@ -111,7 +114,10 @@ def test_a_program_over_chunks_that_may_be_packed_is_refused_in_a_graph() -> Non
 
 
 def causal_bias(length: int) -> Tensor:
-    """(1, 1, length, length): 0 where a key is seen, the least number where it is not."""
+    """A causal mask as a bias, (1, 1, length, length).
+
+    It is 0 where a key is seen, and the least number elsewhere.
+    """
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     return torch.zeros(1, 1, length, length).masked_fill(later, LEAST)
 
@@ -169,7 +175,10 @@ def mllama(implementation: str) -> Any:
 
 
 def of_images(length: int, images: int) -> dict[str, Tensor]:
-    """States of images, and masks by which the text's first five tokens see none of them."""
+    """States of images, and masks of text over images.
+
+    The text's first five tokens see no image.
+    """
     generator = torch.Generator().manual_seed(1)
     seen = torch.ones(2, 1, length, 1)
     seen[:, :, :5] = 0
@@ -207,7 +216,10 @@ def test_one_program_for_cross_attention_too_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
 def test_rows_that_see_nothing_are_those_of_sdpa(name: str) -> None:
-    """Attention of a row without a key is 0, as with sdpa; with eager it is the mean of values."""
+    """Attention of a row without a key is 0, as with sdpa.
+
+    With eager it is the mean of values.
+    """
     inputs = {**inputs_of(name), "attention_mask": padded("left")}
     model, sdpa = model_of(name, "compiled_dilated"), model_of(name, "sdpa")
     assert_same_gradients(model, sdpa, lambda model: result_of(model(**inputs)))

@@ -1,4 +1,7 @@
-"""Programs for the layers of transformers' models: what they replace, join, save and print."""
+"""Programs for the layers of transformers' models.
+
+They replace or join masks, and are saved and printed.
+"""
 
 from __future__ import annotations
 
@@ -138,13 +141,13 @@ def test_the_table_of_sites_bounds_pairs_that_depend_on_data() -> None:
     inputs = inputs_of("llama", 400)
     with torch.no_grad():
         model(**inputs, use_cache=False)
-        whole, _ = [site.to_json() for site in cd.sites(model)]
+        without_documents, _ = [site.to_json() for site in cd.sites(model)]
         model(**inputs, position_ids=packed(100, 300), use_cache=False)
     row, _ = [site.to_json() for site in cd.sites(model)]
     assert "documents(ids='packed')" in row["program"]
     assert row["at_most"]
     # No more than without documents; far fewer than all pairs.
-    assert row["pairs"] == whole["pairs"] < 0.2 * row["pairs_eager"]
+    assert row["pairs"] == without_documents["pairs"] < 0.2 * row["pairs_eager"]
     assert "-> <= " in repr(cd.sites(model))
     assert "reads data that only a call has" in repr(cd.sites(model))
 

@@ -1,4 +1,7 @@
-"""What is not computed for transformers' models is refused by name, with a way out."""
+"""Unsupported features of transformers' models are refused by name.
+
+The error has a way out.
+"""
 
 from __future__ import annotations
 

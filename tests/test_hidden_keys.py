@@ -1,4 +1,7 @@
-"""Hidden keys and values affect no result and no gradient: NaN, infinities, unwritten memory."""
+"""Hidden keys and values affect no result and no gradient.
+
+They are NaN, infinities and unwritten memory.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,10 @@ def test_gradients_of_hidden_keys_do_not_depend_on_their_contents(way: dict[str,
 
 @pytest.mark.parametrize("way", WAYS, ids=way_name)
 def test_gradients_are_nan_only_where_a_bad_key_is_seen(way: dict[str, Any]) -> None:
-    """Of window(3, 0): rows 20 to 23 see key 20, and keys 17 to 23 together."""
+    """Gradients of window(3, 0) are NaN near the bad key.
+
+    Rows 20 to 23 see key 20, and keys 17 to 23 together.
+    """
     q, k, v = normal((1, 2, 48, 8), (1, 2, 48, 8), (1, 2, 48, 8))
     clean = leaves(q, k, v)
     k[:, :, 20] = math.nan

@@ -1,4 +1,7 @@
-"""Lines of a journal: torn ones are computed again, lines that no run writes are refused."""
+"""Lines of a journal.
+
+The ranks of torn lines are computed again; lines that no run writes are refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The pairs in the lists of lanes, against masks; tools/gpu_emulated runs the kernels."""
+"""The pairs in the lists of lanes, against masks.
+
+tools/gpu_emulated runs the kernels.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def problem(
 
 
 def counted(work: lanes.Work, of: Problem, transposed: bool) -> np.ndarray[Any, Any]:
-    """Number of times that lists of small tiles have each pair, (heads, queries, keys)."""
+    """Counts of pairs in lists of small tiles, (heads, queries, keys)."""
     tiles, runs, classes = (
         x.numpy() for x in work.lists(of, 4, 3, transposed, torch.device("cpu"))
     )

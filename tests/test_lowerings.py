@@ -1,4 +1,7 @@
-"""Parts of the lowerings: tokens of tiles, head ranges, pairs that plans count, refusals."""
+"""Parts of the lowerings.
+
+Tokens of tiles, head ranges, pairs that plans count, and refusals.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,7 @@ def test_an_explicit_lowering_is_used_or_refused() -> None:
 def test_a_budget_of_one_tile_gives_the_same_numbers(
     batch: int, kv_heads: int, lowering: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One entry of the batch, one tile and one key head at a time."""
+    """One batch entry, one tile and one key head at a time."""
     monkeypatch.setattr(costs, "_SHARE", 0.0)
     monkeypatch.setattr(costs, "_LEAST_BYTES", 1)
     program = cd.longnet((64, 100), (1, 3), causal=True)

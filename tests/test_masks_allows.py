@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,10 @@ from tests.strategies import dense, every_third
 
 
 def pairs(q_len: int, kv_len: int, allowed: Callable[[int, int], bool]) -> Any:
-    return np.array([[allowed(i, j) for j in range(kv_len)] for i in range(q_len)])
+    out = np.empty((q_len, kv_len), dtype=bool)
+    for i, j in np.ndindex(q_len, kv_len):
+        out[i, j] = allowed(i, j)
+    return out
 
 
 def neighbors_on_a_placed_grid(i: int, j: int) -> bool:
@@ -70,7 +74,10 @@ def test_allows(mask: Mask, allowed: Callable[[int, int], bool]) -> None:
 
 
 def shifted(size: int, radius: int, dilation: int, i: int) -> list[int]:
-    """NATTEN's neighbors of i on one axis: the nearest window in i's residue class."""
+    """NATTEN's neighbors of i on one axis.
+
+    They are the nearest window in i's residue class.
+    """
     members = [j for j in range(size) if j % dilation == i % dilation]
     start = max(0, min(members.index(i) - radius, len(members) - (2 * radius + 1)))
     return members[start : start + 2 * radius + 1]
@@ -144,6 +151,6 @@ def test_keys_of(data: st.DataObject) -> None:
     n, q = data.draw(st.integers(1, 64)), data.draw(st.integers(0, 64))
     ranges = mask.keys_of(q, n)
     if ranges is not None:
-        seen = [key for keys in ranges for key in keys]
+        seen = list(itertools.chain(*ranges))
         assert len(seen) == len(set(seen))
         assert sorted(seen) == np.flatnonzero(dense(mask, 1, n, q_offset=q)[0]).tolist()

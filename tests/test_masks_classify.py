@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -44,7 +45,10 @@ def test_classify_is_exact_on_contiguous_tiles(mask: Mask, tile: int) -> None:
 @pytest.mark.parametrize(("width", "rate"), [(16, 2), (12, 3), (16, 3), (24, 4), (5, 7)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal: bool) -> None:
-    """LongNet's branches become whole tiles where a tile holds one class of one segment."""
+    """LongNet's branches become whole tiles in residue order.
+
+    A tile then has one class of one segment.
+    """
     n, order = 3 * width + 2, orders.residue(rate, period=width)
     place = np.arange(n)
     for offset in range(rate):
@@ -52,7 +56,7 @@ def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal:
         mask = mask & masks.causal() if causal else mask
         truth, single = dense(mask, n, n), order.regions(place, place + 1, n)
         check_classify(mask, truth, single, single, exact=True)
-        # Whole classes: the first longer ones of a segment hold one token more.
+        # Whole classes: the first, longer classes of a segment have one token more.
         starts = np.cumsum([0] + [len(range(c, width, rate)) for c in range(rate)])
         starts = starts[:-1][np.diff(starts) > 0]
         stops = np.append(starts[1:], width)
@@ -66,7 +70,7 @@ def test_dilated_branch_is_exact_in_residue_order(width: int, rate: int, causal:
 def test_neighborhood_is_exact_on_boxes(dilation: int, edges: str) -> None:
     grid, side = (12, 16), 4
     mask = masks.neighborhood(grid, 3 if dilation == 1 else 1, dilation, edges=edges)
-    corners = [row * 16 + column for row in range(0, 12, side) for column in range(0, 16, side)]
+    corners = [row * 16 + column for row, column in itertools.product((0, 4, 8), (0, 4, 8, 12))]
     boxes = Regions(
         np.array(corners), np.full((len(corners), 2), side), np.tile([16, 1], (len(corners), 1))
     )

@@ -1,4 +1,6 @@
-"""Peak resident memory of a call at 64K tokens, beyond its inputs and outputs.
+"""Peak resident memory of a call, beyond its inputs and outputs.
+
+The call has 64K tokens.
 
 Each measurement is a process of its own, by its ru_maxrss (the largest resident memory ever):
 
@@ -66,8 +68,8 @@ if backward:
 else:
     out = attend(*inputs)
     results = [out]
-held = peak() - before - sum(x.nbytes for x in results)
-share = held / (sum(x.nbytes for x in inputs) + out.nbytes)
+added_bytes = peak() - before - sum(x.nbytes for x in results)
+share = added_bytes / (sum(x.nbytes for x in inputs) + out.nbytes)
 print(json.dumps({"share": share, "lowering": attend.plan(*inputs).lowering}))
 """
 
@@ -121,12 +123,13 @@ def test_peak_memory(fresh_python: Callable[..., Any], name: str, dtype: str, wa
 
 
 def test_the_measurement_sees_64_mib(fresh_python: Callable[..., Any]) -> None:
-    held = 64 * 2**20
+    block_bytes = 64 * 2**20
     call = "    out = attend(*inputs)\n"
-    allocation = f"    torch.ones({held}, dtype=torch.uint8)\n"
+    allocation = f"    torch.ones({block_bytes}, dtype=torch.uint8)\n"
     code = MEASURE.replace(f"{call}    results", f"{call}{allocation}    results")
     assert code != MEASURE
     program = PROGRAMS["local window"]
     record = measure(fresh_python, code, *program, "float32", "forward", "8192")
     tensor_bytes = 4 * 8 * 8192 * 64 * 4
-    assert held - 2**20 <= record["share"] * tensor_bytes <= held + 12 * 2**20
+    added_bytes = record["share"] * tensor_bytes
+    assert block_bytes - 2**20 <= added_bytes <= block_bytes + 12 * 2**20

@@ -1,4 +1,6 @@
-"""Plans within a memory limit: the batch and the length that fit, verified by peaks of real calls.
+"""Plans within a memory limit, verified by peaks of calls.
+
+A plan promises the batch and the length that fit.
 
 Each peak is measured in a process of its own, as in test_memory.py: after a small call of the same
 kind, freed memory goes back to the system, and ballast makes up for peaks of the past. Then inputs
@@ -64,7 +66,10 @@ LONGNET = "cd.longnet((256, 512), (1, 2))"
 
 
 class Measured:
-    """Peaks of calls by one program, dtype, lowering and way, in fresh processes."""
+    """Peaks of calls in fresh processes.
+
+    The calls have one program, dtype, lowering and way.
+    """
 
     def __init__(
         self, run: Callable[..., Any], program: str, dtype: str, lowering: str, way: str
@@ -94,7 +99,10 @@ class Measured:
 
 
 def check_bound(measured: Measured, shape: tuple[int, ...], limit: int, least: float) -> None:
-    """The promised batch peaks below the limit, and fills at least a share of it."""
+    """Check that the promised batch peaks below the limit.
+
+    It fills at least a share of the limit.
+    """
     fit = measured.plan(shape, limit).fit
     assert fit is not None
     peak = measured.peak((fit.batch, *shape[1:]))
@@ -102,7 +110,10 @@ def check_bound(measured: Measured, shape: tuple[int, ...], limit: int, least: f
 
 
 def check(measured: Measured, shape: tuple[int, ...], limit: int) -> None:
-    """The promised batch and length peak within 5% below the limit, the next ones above it."""
+    """Check that promised sizes peak within 5% below the limit.
+
+    The sizes are batch and length; the next sizes peak above the limit.
+    """
     plan = measured.plan(shape, limit)
     fit = plan.fit
     assert fit is not None
@@ -199,7 +210,10 @@ def test_a_backward_takes_gradients_and_a_copy_of_the_lse() -> None:
 
 
 def test_bytes_are_counted_without_pairs() -> None:
-    """Of a kernel that finds its own tiles the memory is known before its pairs are counted."""
+    """The memory is known before the pairs are counted.
+
+    The kernel finds its own tiles.
+    """
     proposals = cd.plan(masks.window(3), (1, 1, 64, 8)).chosen
     for proposal in proposals:
         assert proposal.workspaces == (proposal.cost.peak_bytes, proposal.cost.backward_bytes)
@@ -307,18 +321,18 @@ def test_the_search_ends_at_the_largest(
 
     class Sizes:
         least_bytes = slope
-        asked = 0
+        evaluations = 0
 
         def __call__(self, count: int) -> int | None:
-            self.asked += 1
+            self.evaluations += 1
             return None if count > max(end, start) else fixed + slope * (count + count // step)
 
     sizes = Sizes()
-    found = fitting._largest(sizes, limit, start, 2**30)  # type: ignore[arg-type]
-    assert sizes.asked <= 120
-    if found:
-        size = sizes(found)
+    largest = fitting._largest(sizes, limit, start, 2**30)  # type: ignore[arg-type]
+    assert sizes.evaluations <= 120
+    if largest:
+        size = sizes(largest)
         assert size is not None
         assert size <= limit
-    beyond = sizes(found + 1)
-    assert beyond is None or beyond > limit or found == 2**30
+    beyond = sizes(largest + 1)
+    assert beyond is None or beyond > limit or largest == 2**30

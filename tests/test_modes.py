@@ -81,7 +81,10 @@ def test_modes_of_the_caller_change_nothing(mode: str, program: str, ranks: int 
 
 @pytest.mark.parametrize("lowering", ["auto", "dense", "strided", "tiled"])
 def test_autocast_casts_the_inputs_and_nothing_inside(lowering: str) -> None:
-    """As if q, k and v had been cast by hand; a float32 table and the lse stay float32."""
+    """Autocast equals a cast of q, k and v by hand.
+
+    A float32 table and the lse stay float32.
+    """
     inputs = leaves(*(x.float() * 3 for x in normal((1, 2, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8))))
     table = torch.randn(40, 40, generator=torch.Generator().manual_seed(5))
 

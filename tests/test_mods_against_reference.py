@@ -44,7 +44,10 @@ def ways_of(name: str) -> st.SearchStrategy[str]:
 @settings(max_examples=10)
 @given(data=st.data())
 def test_score_mods_equal_the_reference(name: str, data: st.DataObject) -> None:
-    """out, lse and gradients of q, k, v and all captured tensors, by every lowering and a ring."""
+    """out, lse and gradients by every lowering and a ring.
+
+    The gradients are of q, k, v and all captured tensors.
+    """
     parameters = Parameters.of(HEADS, N, number=data.draw(numbers))
     mod = WRAPPINGS[data.draw(wrappings)](functions.score_mod(data.draw(score_bodies), parameters))
     attend = attend_in(data.draw(ways_of(name)), PROGRAMS[name])
@@ -105,9 +108,9 @@ def test_functions_equal_flex_attention(
     fn = WRAPPINGS[wrapping](functions.mask_mod(["causal", *mask_names], parameters))
     with torch.no_grad():
         expected = flex(inputs, mod, create_block_mask(of_four(fn), 2, HEADS, N, N, device="cpu"))
-        got = attend_in(way, masks.from_mod(fn))(*inputs, score_mod=mod)
+        out = attend_in(way, masks.from_mod(fn))(*inputs, score_mod=mod)
     seen = torch.isfinite(expected)
-    same(got[seen], expected[seen], 2e-5)
+    same(out[seen], expected[seen], 2e-5)
 
 
 def functions_in(*ways: str) -> Callable[..., Any]:
@@ -119,7 +122,10 @@ def functions_in(*ways: str) -> Callable[..., Any]:
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @functions_in("dense", "tiled", "auto", "ring")
 def test_compiled_functions_equal_the_reference(drawn: tuple[Any, ...]) -> None:
-    """The same in one graph of torch.compile, with closures created outside of it or inside."""
+    """Functions in one graph of torch.compile.
+
+    Closures are created outside of the graph or inside.
+    """
     compare_compiled("aot_eager", *drawn)
 
 

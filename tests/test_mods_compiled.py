@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.masks import Mask
-from tests.support.mods import HEADS, N, same, same_as_reference, tensors, whole
+from tests.support.mods import HEADS, N, in_one_graph, same, same_as_reference, tensors
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -23,7 +23,10 @@ ROUNDING_OF_A_NUMBER = 1e-6
 
 
 class Layer(nn.Module):
-    """Attention whose score_mod can be replaced; `slope` is captured as a number or a tensor."""
+    """Attention whose score_mod can be replaced.
+
+    `slope` is captured as a number or a tensor.
+    """
 
     def __init__(self, mod: Any = None, mask: Mask | None = None) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ def test_compiled_layers_with_closures_of_one_factory(kind: Callable[[float], An
 @pytest.mark.parametrize("kind", [float, torch.tensor])
 def test_closures_as_arguments_of_a_compiled_function(kind: Callable[[float], Any]) -> None:
     inputs, attend = tensors(), cd.compile(masks.causal())
-    compiled = whole(lambda q, k, v, mod: attend(q, k, v, score_mod=mod))
+    compiled = in_one_graph(lambda q, k, v, mod: attend(q, k, v, score_mod=mod))
     for slope in (0.1, 1.0, 0.25, 0.1):
         same(
             compiled(*inputs, sloped(kind(slope))), with_slope(slope, inputs), ROUNDING_OF_A_NUMBER
@@ -67,7 +70,10 @@ def test_closures_as_arguments_of_a_compiled_function(kind: Callable[[float], An
 
 
 def test_numbers_that_vary_promote_as_numbers_do() -> None:
-    """A number times integer positions is float32: eager and compiled masks have one edge."""
+    """A number times integer positions is float32.
+
+    Eager and compiled masks have one edge.
+    """
 
     class Band:
         unit = 0.1
@@ -77,7 +83,7 @@ def test_numbers_that_vary_promote_as_numbers_do() -> None:
 
     inputs, band = tensors(), Band()
     layer = Layer(mask=masks.from_mod(band.mod))
-    compiled = whole(layer)
+    compiled = in_one_graph(layer)
     for band.unit in (0.2, 0.15, 0.1):
         same(compiled(*inputs), cd.reference(masks.from_mod(band.mod), *inputs))
 
@@ -85,16 +91,16 @@ def test_numbers_that_vary_promote_as_numbers_do() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_numbers_that_vary_by_backend(backend: str) -> None:
     inputs, attend = tensors(), cd.compile(masks.causal())
-    compiled = whole(lambda q, k, v, mod: attend(q, k, v, score_mod=mod), backend)
+    compiled = in_one_graph(lambda q, k, v, mod: attend(q, k, v, score_mod=mod), backend)
     for slope in (0.1, 1.0, 0.25):
         same(compiled(*inputs, sloped(slope)), with_slope(slope, inputs), ROUNDING_OF_A_NUMBER)
 
 
-def readers(number: Tensor, whole: Tensor) -> dict[str, Callable[..., Any]]:
+def readers(number: Tensor, integer: Tensor) -> dict[str, Callable[..., Any]]:
     return {
         "item": lambda s, b, h, i, j: s * number.item(),
         "float": lambda s, b, h, i, j: s * float(number),
-        "int": lambda s, b, h, i, j: s * int(whole),
+        "int": lambda s, b, h, i, j: s * int(integer),
         "tolist": lambda s, b, h, i, j: s * number.tolist(),
     }
 
@@ -103,12 +109,12 @@ def readers(number: Tensor, whole: Tensor) -> dict[str, Callable[..., Any]]:
 def test_item_of_a_captured_tensor_reads_its_value(name: str) -> None:
     """The value at the call."""
     inputs, attend = tensors(), cd.compile(masks.causal())
-    number, whole = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3)
-    mod = readers(number, whole)[name]
+    number, integer = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3)
+    mod = readers(number, integer)[name]
     for _ in range(2):
         same(attend(*inputs, score_mod=mod), cd.reference(masks.causal(), *inputs, score_mod=mod))
         number.neg_()
-        whole.add_(1)
+        integer.add_(1)
 
 
 @pytest.mark.parametrize("name", ["item", "float", "int"])
@@ -116,7 +122,7 @@ def test_item_of_a_captured_tensor_reads_its_value_when_compiled(name: str) -> N
     inputs, attend = tensors(), cd.compile(masks.causal())
     number, count = torch.tensor(0.25, dtype=torch.float64), torch.tensor(3)
     mod = readers(number, count)[name]
-    compiled = whole(lambda *x: attend(*x, score_mod=mod))
+    compiled = in_one_graph(lambda *x: attend(*x, score_mod=mod))
     for _ in range(2):
         same(compiled(*inputs), cd.reference(masks.causal(), *inputs, score_mod=mod))
         number.neg_()
@@ -126,7 +132,7 @@ def test_item_of_a_captured_tensor_reads_its_value_when_compiled(name: str) -> N
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_replacing_a_layers_score_mod_changes_the_result(compiled: bool) -> None:
     inputs, layer = tensors(), Layer(sloped(0.1))
-    run = whole(layer) if compiled else layer
+    run = in_one_graph(layer) if compiled else layer
     for slope in (0.1, 1.0, torch.tensor(0.5)):
         layer.mod = sloped(slope)
         same(run(*inputs), with_slope(slope, inputs))
@@ -135,7 +141,10 @@ def test_replacing_a_layers_score_mod_changes_the_result(compiled: bool) -> None
 
 
 class Sloped(nn.Module):
-    """A score_mod as a bound method, with a number and two tensors that it reads."""
+    """A score_mod as a bound method.
+
+    It reads a number and two tensors.
+    """
 
     table: Tensor
 
@@ -150,10 +159,10 @@ class Sloped(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_captured_numbers_and_tensors_change(compiled: bool) -> None:
-    """The next call computes with the new number, and with a tensor's new values."""
+    """The next call uses the new number and the tensors' new values."""
     inputs, owner = tensors(), Sloped()
     layer = Layer(owner.mod)
-    run = whole(layer) if compiled else layer
+    run = in_one_graph(layer) if compiled else layer
     for step in range(4):
         same(run(*inputs), cd.reference(masks.causal(), *inputs, score_mod=owner.mod))
         owner.number += 0.5
@@ -171,8 +180,10 @@ def test_a_bound_method_learns_in_a_compiled_function() -> None:
     def attention(*inputs: Tensor, score_mod: Any) -> Any:
         return attend(*inputs, score_mod=score_mod, return_lse=True)
 
-    same_as_reference(whole(attention), masks.causal(), inputs, (owner.t,), score_mod=owner.mod)
-    whole(lambda *x: attend(*x, score_mod=owner.mod))(*inputs).sum().backward()
+    same_as_reference(
+        in_one_graph(attention), masks.causal(), inputs, (owner.t,), score_mod=owner.mod
+    )
+    in_one_graph(lambda *x: attend(*x, score_mod=owner.mod))(*inputs).sum().backward()
     assert owner.t.grad is not None
 
 
@@ -186,7 +197,7 @@ def test_closures_created_inside_of_a_compiled_function() -> None:
 
     mod = lambda s, b, h, i, j: s + 2 * bias[i, j]  # noqa: E731
     same_as_reference(
-        lambda *x, score_mod: whole(attention)(*x, bias),
+        lambda *x, score_mod: in_one_graph(attention)(*x, bias),
         masks.causal(),
         inputs,
         (bias,),
@@ -199,7 +210,7 @@ def test_tensors_of_mask_mods_change_between_calls(compiled: bool) -> None:
     inputs, allowed = tensors(), torch.ones(N, N, dtype=torch.bool)
     mask = masks.from_mod(lambda b, h, i, j: allowed[i, j] & (i >= j))
     layer = Layer(mask=mask)
-    run = whole(layer) if compiled else layer
+    run = in_one_graph(layer) if compiled else layer
     for step in range(4):
         same(run(*inputs), cd.reference(mask, *inputs))
         allowed[:, step * 3 : step * 3 + 2] = False
@@ -215,7 +226,7 @@ def test_a_number_of_a_mask_mod_changes(compiled: bool) -> None:
 
     inputs, window = tensors(), Window()
     layer = Layer(mask=masks.from_mod(window.mod))
-    run = whole(layer) if compiled else layer
+    run = in_one_graph(layer) if compiled else layer
     for reach in (3, 9, 0):
         window.reach = reach
         same(run(*inputs), cd.reference(masks.window(reach), *inputs))

@@ -16,7 +16,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.planner import PLANS
 from tests.caches import forget, lru_caches
-from tests.support.mods import same, tensors, whole
+from tests.support.mods import in_one_graph, same, tensors
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -27,7 +27,9 @@ def resident_bytes() -> int:
 
 
 def stepped(step: Callable[[int], weakref.ref[Tensor]], count: int, warm: int = 20) -> None:
-    """Call `step` often; check that its tensors are freed, and memory and caches bounded.
+    """Call `step` often; check its tensors, memory and caches.
+
+    Tensors are freed, memory and caches are bounded.
 
     step: one call by number; returns a reference to the tensor that it captures.
     warm: calls before memory is measured.
@@ -47,7 +49,10 @@ def stepped(step: Callable[[int], weakref.ref[Tensor]], count: int, warm: int = 
 
 @pytest.mark.parametrize("calls", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_tensors_of_score_mods_are_freed(calls: int) -> None:
-    """Calls with a new closure over a new tensor each, every fiftieth trained."""
+    """Every call has a new closure over a new tensor.
+
+    Every fiftieth is trained.
+    """
     n = 16
     inputs, attend = [x[:1] for x in tensors(n, torch.float32)], cd.compile(masks.causal())
 
@@ -80,7 +85,7 @@ def test_tensors_of_mask_mods_are_freed() -> None:
 def test_tensors_of_compiled_functions_are_freed() -> None:
     inputs = [x[:1].detach() for x in tensors(16, torch.float32)]
     attend = cd.compile(masks.causal())
-    compiled = whole(
+    compiled = in_one_graph(
         lambda q, k, v, table: attend(q, k, v, score_mod=lambda s, b, h, i, j: s + table[0, i, j])
     )
 

@@ -16,11 +16,11 @@ from tests.support.mods import (
     N,
     attend_in,
     flex,
+    in_one_graph,
     reductions,
     same,
     same_as_reference,
     tensors,
-    whole,
 )
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -65,7 +65,7 @@ def test_mask_mods_that_call_tensor_methods(name: str, way: str) -> None:
 @pytest.mark.parametrize("name", [*list(OF_TORCHS_KIND)[:-1], "torch.tensor"])
 def test_compiled_mask_mods_that_call_tensor_methods(name: str) -> None:
     mask, inputs = masks.from_mod(OF_TORCHS_KIND[name]), tensors()
-    same(whole(cd.compile(mask))(*inputs), cd.reference(mask, *inputs))
+    same(in_one_graph(cd.compile(mask))(*inputs), cd.reference(mask, *inputs))
 
 
 def test_plans_of_functions_that_call_methods_of_tensors() -> None:

@@ -10,7 +10,7 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.support.mods import tensors, whole
+from tests.support.mods import in_one_graph, tensors
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -37,4 +37,4 @@ def test_score_mods_that_are_refused_in_compiled_functions(name: str) -> None:
     """Dynamo raises errors of its own for some of them."""
     attend = cd.compile(masks.causal())
     with pytest.raises(Exception, match=r"."):
-        whole(lambda *x: attend(*x, score_mod=REFUSED_MODS[name][0]))(*tensors())
+        in_one_graph(lambda *x: attend(*x, score_mod=REFUSED_MODS[name][0]))(*tensors())

@@ -21,10 +21,10 @@ from tests.support.mods import (
     N,
     attend_in,
     gradients,
+    in_one_graph,
     same,
     same_as_reference,
     tensors,
-    whole,
 )
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -32,7 +32,10 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 def test_functions_under_autocast(way: str) -> None:
-    """Autocast casts q, k and v only: captured tensors and the lse stay float32."""
+    """Autocast casts q, k and v only.
+
+    Captured tensors and the lse stay float32.
+    """
     inputs = [(x.detach() * 20).requires_grad_() for x in tensors(dtype=torch.float32)]
     table = torch.randn(N, N, requires_grad=True)
     mod, attend = (lambda s, b, h, i, j: s + table[i, j]), attend_in(way, masks.causal())
@@ -42,28 +45,31 @@ def test_functions_under_autocast(way: str) -> None:
 
     expected = attend(*(x.bfloat16() for x in inputs), score_mod=mod, return_lse=True)
     expected_grads = grads(*expected)
-    for run in (attend, whole(attend)):
+    for run in (attend, in_one_graph(attend)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = run(*inputs, score_mod=mod, return_lse=True)
-        assert got[0].dtype == torch.bfloat16
-        assert got[1].dtype == torch.float32
-        same(got, expected, 0)
-        same(grads(*got), expected_grads, 1e-6)
+            results = run(*inputs, score_mod=mod, return_lse=True)
+        assert results[0].dtype == torch.bfloat16
+        assert results[1].dtype == torch.float32
+        same(results, expected, 0)
+        same(grads(*results), expected_grads, 1e-6)
         # The backward under autocast too.
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = run(*inputs, score_mod=mod, return_lse=True)
-            same(grads(*got), expected_grads, 1e-6)
+            results = run(*inputs, score_mod=mod, return_lse=True)
+            same(grads(*results), expected_grads, 1e-6)
 
 
 @pytest.mark.parametrize("way", ["dense", "strided", "tiled", "auto", "ring"])
 def test_rows_that_see_nothing_pass_no_gradient_of_their_lse(way: str) -> None:
-    """Their lse is -inf; its gradient may be NaN, as from a sine or a merge of two such rows."""
+    """Their lse is -inf, and its gradient may be NaN.
+
+    A sine gives such a gradient, and a merge of two such rows.
+    """
     mask, inputs = masks.congruent(2, 1), tensors()
     attend = attend_in(way, mask)
     lse = attend(*inputs, return_lse=True)[1]
     expected_lse = cd.reference(mask, *inputs, return_lse=True)[1]
-    got = torch.autograd.grad(lse.sin().sum(), inputs[:2])
-    same(got, torch.autograd.grad(expected_lse.sin().sum(), inputs[:2]))
+    grads = torch.autograd.grad(lse.sin().sum(), inputs[:2])
+    same(grads, torch.autograd.grad(expected_lse.sin().sum(), inputs[:2]))
 
 
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
@@ -102,9 +108,9 @@ def test_vmap_over_captured_tensors(way: str) -> None:
         return cd.reference(masks.causal(), *inputs, score_mod=added(table))
 
     same(torch.vmap(attention)(table), torch.stack([reference(x) for x in table]))
-    got = torch.vmap(torch.func.grad(lambda x: attention(x).square().sum()))(table)
+    grads = torch.vmap(torch.func.grad(lambda x: attention(x).square().sum()))(table)
     gradient = torch.func.grad(lambda x: reference(x).square().sum())
-    same(got, torch.stack([gradient(x) for x in table]))
+    same(grads, torch.stack([gradient(x) for x in table]))
 
 
 def test_vmap_over_tensors_of_mask_mods() -> None:
@@ -117,7 +123,10 @@ def test_vmap_over_tensors_of_mask_mods() -> None:
 
 
 def test_func_grad_of_tensors_of_a_mask_mod() -> None:
-    """A mask_mod that reads a tensor of the transform; it passes no gradient."""
+    """A mask_mod that reads a tensor of the transform.
+
+    It passes no gradient.
+    """
     inputs = [x.detach() for x in tensors()]
 
     def loss(attention: Any, row: Tensor, q: Tensor) -> Any:
@@ -128,25 +137,25 @@ def test_func_grad_of_tensors_of_a_mask_mod() -> None:
         return lambda *x: cd.reference(mask, *x)
 
     row = torch.randn(N, dtype=torch.float64)
-    got, expected = (
+    out, expected = (
         torch.func.grad(loss, argnums=(1, 2))(attention, row, inputs[0])
         for attention in (cd.compile, reference)
     )
-    same(got, expected)
+    same(out, expected)
 
 
 def test_vmap_over_inputs_beside_a_captured_tensor_that_learns() -> None:
     inputs = [torch.stack([x.detach(), -x.detach()]) for x in tensors()]
     rows = torch.randn(N, 3, dtype=torch.float64).requires_grad_()
     mod, attend = (lambda s, b, h, i, j: s + (rows[i] * rows[j]).sum()), cd.compile(masks.causal())
-    got = torch.vmap(lambda *x: attend(*x, score_mod=mod))(*inputs)
+    out = torch.vmap(lambda *x: attend(*x, score_mod=mod))(*inputs)
     entries = []
     for q, k, v in zip(*inputs, strict=True):
         entries += exact_results(masks.causal(), q, k, v, score_mod=mod)
     expected = torch.stack(entries)
-    same(got, expected)
+    same(out, expected)
     expected_grad = torch.autograd.grad(expected.sin().sum(), rows)
-    same(torch.autograd.grad(got.sin().sum(), rows), expected_grad)
+    same(torch.autograd.grad(out.sin().sum(), rows), expected_grad)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -179,7 +188,7 @@ def test_training_after_inference_mode(compiled: bool) -> None:
     mod = functions.score_mod(("table[i, j]", "soft cap"), parameters)
     mask = masks.from_mod(functions.mask_mod(("segments",), parameters))
     attend = cd.compile(mask)
-    run = whole(attend) if compiled else attend
+    run = in_one_graph(attend) if compiled else attend
     forget()
     with torch.inference_mode():
         run(*inputs, score_mod=mod)
@@ -201,10 +210,10 @@ def test_a_table_created_in_inference_mode() -> None:
     mod = lambda s, b, h, i, j: s + table[i, j]  # noqa: E731
     attend = cd.compile(masks.from_mod(lambda b, h, i, j: table[i, j] < 1))
     with torch.inference_mode():
-        got = attend(*inputs, score_mod=mod)
+        out = attend(*inputs, score_mod=mod)
         plain = table.clone()
     detached = [x.detach() for x in inputs]
-    same(got, attend(*detached, score_mod=lambda s, b, h, i, j: s + plain[i, j]))
+    same(out, attend(*detached, score_mod=lambda s, b, h, i, j: s + plain[i, j]))
 
 
 class DefaultDtype:
@@ -239,12 +248,15 @@ MODES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool) -> None:
-    """float64 inputs, which autocast does not cast; integers, constants and tables in functions."""
+    """Autocast does not cast inputs in float64.
+
+    Functions read integers, constants and tables.
+    """
     inputs, parameters = tensors(), Parameters.of(HEADS, N)
     mask = masks.from_mod(functions.mask_mod(("segments", "torch.stack and any"), parameters, "or"))
     attend, run = (attend_in(way, mask) for _ in range(2))
     if compiled:
-        run = whole(run)
+        run = in_one_graph(run)
     bodies = ("alibi", "T5 buckets", "table[i, j]", "torch.stack and all", "soft cap")
     mod = functions.score_mod(bodies, parameters)
     leaves = (*inputs, *parameters.leaves)
@@ -255,9 +267,9 @@ def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool)
         if empty:
             forget()
         with MODES[mode]():
-            got = run(*inputs, score_mod=mod, return_lse=True)
-        same(got, expected)
-        same(gradients(got, leaves), expected_gradients)
+            results = run(*inputs, score_mod=mod, return_lse=True)
+        same(results, expected)
+        same(gradients(results, leaves), expected_gradients)
     # 2. A mode around the backward; torch refuses a change of determinism in compiled code.
     if compiled and mode == "deterministic":
         return

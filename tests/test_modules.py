@@ -126,7 +126,10 @@ def test_padding_is_the_reference(is_causal: bool, lowering: str) -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_right_padding_is_cropping(is_causal: bool) -> None:
-    """A padded row and its gradients are those of the row computed alone, without padding."""
+    """A padded row has the results and gradients of a cropped one.
+
+    The cropped row is computed alone, without padding.
+    """
     lengths, n = [61, 1, 40, 17], 61
     attention = DilatedAttention(LENGTHS, RATES)
     leaves = inputs(n, batch=4)

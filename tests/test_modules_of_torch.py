@@ -77,7 +77,10 @@ def test_without_gradients(module: MultiheadDilatedAttention, mode: Any) -> None
 
 
 def test_compiles_without_a_break(module: MultiheadDilatedAttention) -> None:
-    """One graph for the first length, one for all others; with padding, causal, and gradients."""
+    """One graph for the first length, one for all others.
+
+    Calls are with padding, causal, and with gradients.
+    """
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("inductor")
     compiled = torch.compile(module, fullgraph=True, backend=graphs)

@@ -124,7 +124,7 @@ OPERATORS = ("operators.cpp", "inputs.cpp")
 
 
 def test_arm_gives_the_same(tmp_path: Path) -> None:
-    """All sources but the operators, compiled for ARM and run in an emulator."""
+    """All sources but the operators run in an emulator of ARM."""
     emulator, compiler = shutil.which("qemu-aarch64"), shutil.which("aarch64-linux-gnu-g++")
     if emulator is None or compiler is None:
         pytest.skip(

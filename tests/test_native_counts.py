@@ -44,7 +44,7 @@ def test_counts_are_what_is_executed(case: Case, threads: Callable[[int], None])
 
 
 def share(program: Program | Mask, n: int, heads: int) -> float:
-    """The share of allowed pairs among those that are computed for n tokens."""
+    """The share of allowed pairs among computed pairs, for n tokens."""
     program = as_program(program)
     sizes = [1, heads, 1, n, n, 16, 16, _TYPES["float32"]]
     counts = ops.native_counts(None, None, encode(program, heads), sizes, 0, None)
@@ -64,8 +64,10 @@ def share(program: Program | Mask, n: int, heads: int) -> float:
 
 
 def listed_tiles(block: int, n: int) -> Mask:
-    rows = n // block
-    return masks.tiles([(i, j) for i in range(rows) for j in {i, i * 7 % rows, 0}], block)
+    rows, tiles = n // block, list[tuple[int, int]]()
+    for row in range(rows):
+        tiles += [(row, column) for column in {row, row * 7 % rows, 0}]
+    return masks.tiles(tiles, block)
 
 
 LENGTHS = (1000, 24, 1500, 572, 1000)
@@ -111,9 +113,9 @@ SHARES: dict[str, tuple[Program | Mask, int, float]] = {
 @pytest.mark.parametrize("name", SHARES)
 def test_share_of_useful_pairs_in_computed_tiles(name: str) -> None:
     mask, n, least = SHARES[name]
-    got = share(mask, n, heads=4 if "longnet" in name else 1)
-    print(f"useful share of {name}: {got:.4f}")
-    assert least <= got <= 1.0
+    computed_share = share(mask, n, heads=4 if "longnet" in name else 1)
+    print(f"useful share of {name}: {computed_share:.4f}")
+    assert least <= computed_share <= 1.0
 
 
 def test_counts_of_a_million_tokens_need_no_walk_over_their_keys() -> None:

@@ -54,7 +54,10 @@ def check_data(
     n: int,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """Compare forward and backward with the reference; `data` may be longer than the sequence."""
+    """Compare forward and backward with the reference.
+
+    `data` may be longer than the sequence.
+    """
     q, grad_out = (normal(batch, 2, n, 8, dtype=dtype, seed=seed) for seed in (1, 2))
     k, v = (normal(batch, 1, n, 8, dtype=dtype, seed=seed) for seed in (3, 4))
     work, grad_lse = work_of(mask, 2), normal(batch, 2, n, seed=5)
@@ -139,7 +142,7 @@ def test_new_data_follows_the_same_plan() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_functions_of_the_entry_and_the_head(count: int, threads: Callable[[int], None]) -> None:
-    """Blocks that are reused between heads and entries are those of equal masks only."""
+    """Heads and entries of equal masks alone reuse blocks."""
     threads(count)
 
     def of_entry(b: Any, h: Any, q: Any, kv: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Native kernels: dilation rates of any size, alone and mixed, against the reference."""
+"""Native kernels: dilation rates of any size against the reference.
+
+Rates are alone and mixed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ HEADS = 3
 
 @st.composite
 def dilated_masks(draw: st.DrawFn) -> Mask:
-    """A mask that links positions of one residue class, or of one within each segment."""
+    """A mask that links positions of one residue class.
+
+    The class is of the sequence, or of a segment.
+    """
     rate, reach = draw(RATES), draw(st.integers(0, 600))
     kinds = ("window", "congruent", "segments", "line", "either", "both")
     kind = draw(st.sampled_from(kinds))

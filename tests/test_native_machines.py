@@ -1,4 +1,7 @@
-"""Native kernels compiled for other x86-64 machines, each in a process of its own."""
+"""Native kernels compiled for other x86-64 machines.
+
+A kernel runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ QUICK_TESTS = tuple(f"tests/test_native_{subject}.py" for subject in SUBJECTS)
 
 
 def environment_of(machine: str, folder: Path) -> dict[str, str]:
-    """Environment variables of a process with kernels for a machine, in a cache of its own."""
+    """Environment variables of a process with kernels for a machine.
+
+    The kernels are in a cache of their own.
+    """
     return {
         "CXX": compiler_with(folder / "compiler", f"-march={machine}"),
         "COMPILED_DILATED_CACHE": str(folder / "cache"),
@@ -48,7 +54,7 @@ def test_other_vectors_give_the_same(machine: str, fresh_python: Any, tmp_path: 
 
 @pytest.mark.parametrize("machine", ["haswell", "x86-64-v2"])
 def test_the_quick_tests_of_other_vectors(machine: str, tmp_path: Path) -> None:
-    """The quick tests of the native operators with kernels compiled for another machine.
+    """Quick tests of native operators with kernels for another machine.
 
     Without FMA every product is rounded: errors are then not compared with torch's, whose kernels
     use this machine's FMA.

@@ -34,10 +34,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def assert_right(got: Any, expected: Any, dtype: torch.dtype) -> None:
+def assert_right(results: Any, expected: Any, dtype: torch.dtype) -> None:
     """Infinite and NaN in the same places, and near elsewhere."""
     limit = tolerance(dtype)
-    for x, right in zip(got, expected, strict=True):
+    for x, right in zip(results, expected, strict=True):
         assert torch.equal(x.isnan(), right.isnan()), "NaN in other places"
         torch.testing.assert_close(x.double(), right, rtol=limit, atol=limit, equal_nan=True)
 
@@ -59,16 +59,19 @@ def test_nonfinite_keys_and_values_reach_only_rows_that_see_them(
             place = tuple(int(torch.randint(0, size, (), generator=generator)) for size in x.shape)
             x[place] = BAD[int(torch.randint(0, 3, (), generator=generator))]
     k[1, :, n // 2], v[0, :, : n // 4] = math.nan, math.inf
-    got = replace(problem, k=k, v=v).forward()
+    results = replace(problem, k=k, v=v).forward()
     expected = cd.reference(program, problem.q, k, v, data=inputs.data, return_lse=True)
-    assert_right(got, expected, dtype)
+    assert_right(results, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_nonfinite_hidden_keys_at_every_position_have_no_effect(
     dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
-    """One key of a causal window is bad at a time, in one entry and one head."""
+    """One key of a causal window is bad at a time.
+
+    It is in one entry and one head.
+    """
     threads(3)
     n, mask = 50, masks.window(5, 0)
     work = work_of(mask, 2)
@@ -95,7 +98,10 @@ def test_nonfinite_hidden_keys_at_every_position_have_no_effect(
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_infinite_key_reaches_only_rows_that_see_it(dtype: torch.dtype) -> None:
-    """Only hidden rows are checked: a key with scores of -inf may leave NaN or have weight 0."""
+    """Only hidden rows are checked.
+
+    A key with scores of -inf may leave NaN or have weight 0.
+    """
     q, k, v = (normal(1, 1, 40, 8, dtype=dtype, seed=seed) for seed in (1, 2, 3))
     q[..., 3] = q[..., 3].abs() + 0.5
     mask = masks.window(5, 0)
@@ -110,7 +116,10 @@ def test_infinite_key_reaches_only_rows_that_see_it(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_merge_of_bad_keys(dtype: torch.dtype) -> None:
-    """In a ring: every part of the keys has bad numbers, the last one nothing else."""
+    """Parts of keys in a ring have bad numbers.
+
+    The last part has nothing else.
+    """
     n, program = 120, masks.window(9, 4)
     q = normal(2, 4, n, 8, dtype=dtype)
     k, v = normal(2, 2, n, 8, dtype=dtype, seed=1), normal(2, 2, n, 6, dtype=dtype, seed=2)
@@ -174,7 +183,10 @@ def test_scales(scale: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [1e6, 1e20, 1e29, 1e31, -1e33, 1e36])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_huge_finite_scores_are_not_masked(scale: float, dtype: torch.dtype) -> None:
-    """A row whose scores are all far below 0 is not dead: one key has all the weight."""
+    """A row of scores far below 0 is not dead.
+
+    One key has all the weight.
+    """
     mask = masks.window(2, 0)
     _, problem = ragged(dtype, 8, 8, 60, 60, 0, mask)
     problem = replace(problem, grad_lse=None, scale=scale)

@@ -1,4 +1,7 @@
-"""The native operators with a stub kernel: eager, in graphs, in packages without Python."""
+"""The native operators with a stub kernel.
+
+They are called eagerly, in graphs, and in packages without Python.
+"""
 
 from __future__ import annotations
 

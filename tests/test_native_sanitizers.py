@@ -32,7 +32,10 @@ for part in sorted(set(recipes.PARTS.values())):
 
 
 def runtime(name: str) -> str:
-    """The path of a sanitizer's library; the name alone where the compiler has none."""
+    """The path of a sanitizer's library.
+
+    The name alone where the compiler has none.
+    """
     command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -81,7 +81,10 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_strides(
     layout: Callable[[Tensor], Tensor], head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:
-    """The same bits as of contiguous tensors, whose results are near the reference."""
+    """Results have the bits of contiguous tensors' results.
+
+    Those are near the reference.
+    """
     mask = masks.window(60, dilation=3)
     if value_dim < 16:
         mask = masks.window(33, 7) | masks.sinks(2)
@@ -132,7 +135,10 @@ def test_gradients_that_are_expanded_or_none(dtype: torch.dtype) -> None:
 def test_merge_continues_from_any_layout(
     layout: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
-    """Keys in three parts; queries are counted from the first key of a part, also before it."""
+    """Keys come in three parts.
+
+    Queries are counted from the first key of a part, also before it.
+    """
     _, plain = ragged(dtype, 16, 12, 100, 200)
     lse_dtype = torch.promote_types(dtype, torch.float32)
     out = layout(plain.v.new_zeros(2, 4, 100, 12))
@@ -144,8 +150,8 @@ def test_merge_continues_from_any_layout(
         ops.native_merge(
             out, lse, plain.q, keys, values, None, None, work.code, plain.scale, -start
         )
-    whole = Problem(work, plain.q, plain.k, plain.v, plain.grad_out, None, scale=plain.scale)
-    assert_near([out, lse], reference_results(program, whole)[:2])
+    problem = Problem(work, plain.q, plain.k, plain.v, plain.grad_out, None, scale=plain.scale)
+    assert_near([out, lse], reference_results(program, problem)[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -110,7 +110,10 @@ def test_calls_from_several_python_threads_at_once() -> None:
 
 
 def test_a_forked_process_computes_too(threads: Callable[[int], None]) -> None:
-    """With one thread, as torch's DataLoader sets it: the parent's other threads do not exist."""
+    """A forked process has one thread, as in torch's DataLoader.
+
+    The parent's other threads do not exist there.
+    """
     problem = problem_of(by_name("window"), 331, torch.float32)[0]
     threads(2)
     expected = problem.results()

@@ -1,4 +1,7 @@
-"""A new mask, added as in CONTRIBUTING.md, runs by every lowering, native code included."""
+"""A new mask runs by every lowering, native code included.
+
+It is added as in CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Diagonals(Mask):
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention over keys at or before the query whose distance is a multiple of 3."""
+    """Dense causal attention over distances that are multiples of 3."""
     positions = torch.arange(q.shape[2])
     distance = positions[:, None] - positions
     scores = (q @ k.mT) / q.shape[3] ** 0.5

@@ -1,4 +1,4 @@
-"""Orders: exact round trips, regions that contain their runs, and the same under tracing."""
+"""Orders: exact round trips, regions of runs, and tracing."""
 
 from __future__ import annotations
 

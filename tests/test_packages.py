@@ -1,4 +1,7 @@
-"""Packages: the model's numbers at every length; missing, altered or unfit files are refused."""
+"""Packages: the model's numbers at every length.
+
+Missing, altered or unfit files are refused.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ def longnet(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def with_data(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.manual_seed(0)
-    model, path = Model(), tmp_path_factory.mktemp("whole") / "model.pt2"
+    model, path = Model(), tmp_path_factory.mktemp("with_data") / "model.pt2"
     return Exported(model, path, cd.export(model, of_model(50), path, lengths=(2, 4096)))
 
 
@@ -45,27 +48,27 @@ def test_a_program_at_every_length_and_batch(longnet: Exported) -> None:
             torch.testing.assert_close(run(*inputs).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_with_data_and_a_function(whole: Exported) -> None:
-    run = cd.load(whole.path)
+def test_a_model_with_data_and_a_function(with_data: Exported) -> None:
+    run = cd.load(with_data.path)
     for tokens in LENGTHS[1:]:
         inputs = of_model(tokens)
         with torch.no_grad():
-            torch.testing.assert_close(run(*inputs), whole.model(*inputs), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(run(*inputs), with_data.model(*inputs), rtol=1e-5, atol=1e-6)
 
 
-def test_inputs_in_any_layout(longnet: Exported, whole: Exported) -> None:
+def test_inputs_in_any_layout(longnet: Exported, with_data: Exported) -> None:
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(65)]
     expected = cd.compile(longnet.model)(*by_token)
     torch.testing.assert_close(cd.load(longnet.path)(*by_token), expected, rtol=1e-6, atol=1e-6)
     x, padding = of_model(65)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     with torch.no_grad():
-        expected = whole.model(x, padding)
-    out = cd.load(whole.path)(strided, padding)
+        expected = with_data.model(x, padding)
+    out = cd.load(with_data.path)(strided, padding)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_inspect_describes_the_export(longnet: Exported, whole: Exported) -> None:
+def test_inspect_describes_the_export(longnet: Exported, with_data: Exported) -> None:
     about = cd.inspect(longnet.path)
     assert about == longnet.about
     assert about.name == repr(longnet.model)
@@ -78,8 +81,8 @@ def test_inspect_describes_the_export(longnet: Exported, whole: Exported) -> Non
     assert "4 query heads on 2 of keys, width 16; one call of the native kernel" in attention
     assert f"torch {torch.__version__.partition('+')[0]}, compiled_dilated " in lines[-5]
     json.dumps(about.to_json())
-    assert "input 0: float32 (2, tokens, 32), contiguous" in str(whole.about)
-    assert "with a score_mod; 4 query heads" in str(whole.about)
+    assert "input 0: float32 (2, tokens, 32), contiguous" in str(with_data.about)
+    assert "with a score_mod; 4 query heads" in str(with_data.about)
 
 
 def test_inspect_opens_one_file(longnet: Exported, tmp_path: Path) -> None:
@@ -156,11 +159,11 @@ def test_decoding_by_a_package_without_it_is_refused(longnet: Exported) -> None:
         cd.load(longnet.path).decode(*qkv(50, queries=1))
 
 
-def test_a_raw_package_refuses_other_strides_of_generated_code(whole: Exported) -> None:
+def test_a_raw_package_refuses_other_strides_of_generated_code(with_data: Exported) -> None:
     x, padding = of_model(65)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="input 0 must be contiguous"):
-        torch._inductor.aoti_load_package(str(whole.path))(strided, padding)
+        torch._inductor.aoti_load_package(str(with_data.path))(strided, padding)
 
 
 @pytest.fixture

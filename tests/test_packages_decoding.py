@@ -1,4 +1,7 @@
-"""Packages that decode: prefill, and queries against a cache of any length, in one file."""
+"""Packages that decode.
+
+One file has the prefill, and queries against a cache of any length.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def test_queries_out_of_range_are_refused(
 
 
 class Prefill(nn.Module):
-    """A layer over a whole sequence, which returns its output, keys and values."""
+    """A layer over a sequence, which returns output, keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +96,10 @@ class Prefill(nn.Module):
 
 
 class Step(nn.Module):
-    """The same layer over new tokens; it returns the cache of keys and values extended."""
+    """The same layer over new tokens.
+
+    It returns the extended cache of keys and values.
+    """
 
     def __init__(self, layer: Prefill) -> None:
         super().__init__()
@@ -108,7 +114,10 @@ class Step(nn.Module):
 
 @pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_model_with_a_cache(tmp_path: Path, queries: int) -> None:
-    """An example of one query makes an entry for one; of two, for any number of them."""
+    """One query as example makes an entry for one query.
+
+    Two queries make an entry for any number.
+    """
     path, layer, cache = tmp_path / "model.pt2", Prefill(), torch.zeros(2, 4, 9, 8)
     decode = (Step(layer), (torch.zeros(2, queries, 32), cache, cache))
     example = (torch.zeros(2, 50, 32),)
@@ -167,6 +176,9 @@ def test_bad_types_of_decode_are_refused(
 
 
 def export(folder: Path, **options: Any) -> None:
-    """Export a causal mask of a range of lengths, with some arguments replaced."""
+    """Export a causal mask of a range of lengths.
+
+    Some arguments are replaced.
+    """
     settings = {"model": masks.causal(), "example_inputs": qkv(50), "lengths": (1, 99)}
     cd.export(path=folder / "model.pt2", **{**settings, **options})

@@ -1,4 +1,7 @@
-"""Packages on other machines: without this library or a compiler, on other CPUs, from C++."""
+"""Packages on other machines.
+
+They run without this library or a compiler, on other CPUs, and from C++.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neighborhoods and Hilbert orders on grids with other tokens before and after them."""
+"""Neighborhoods and Hilbert orders on grids between other tokens."""
 
 from __future__ import annotations
 

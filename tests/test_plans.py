@@ -1,4 +1,4 @@
-"""Plans: what auto chooses, what a plan counts and prints, how lowerings share a program."""
+"""Plans: auto's choices, counts, printing, and lowerings of one program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def test_disjoint_parts_are_the_mask(mask: Mask) -> None:
 
 
 def test_auto_mixes_lowerings_between_branches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the native kernel: one branch by slices, the other by gathered tiles."""
+    """One branch goes by slices, the other by gathered tiles.
+
+    The native kernel is switched off.
+    """
     monkeypatch.setenv("COMPILED_DILATED_NATIVE", "off")
     caches.forget()
     program = Program((Branch(masks.segments(128) & masks.causal()), Branch(masks.window(64))))
@@ -108,7 +111,10 @@ LONG = 2**31 + 1
     ids=str,
 )
 def test_a_plan_of_two_billion_tokens_is_small(program: cd.Program | Mask) -> None:
-    """Neither the plan nor its counts have an entry per row of tiles, of which there are 2**24."""
+    """No part of the plan has an entry per row of tiles.
+
+    There are 2**24 rows, and the counts have no such entries either.
+    """
     tracemalloc.start()
     plan = cd.plan(program, (1, 4, LONG, 16))
     text, values = plan.explain(), plan.to_json()

@@ -1,4 +1,4 @@
-"""Programs: the heads of a branch, the published programs, the density of block_sparse."""
+"""Programs: heads of a branch, published programs, density of block_sparse."""
 
 from __future__ import annotations
 
@@ -135,7 +135,10 @@ def test_longnet() -> None:
 @pytest.mark.parametrize("offsets", ["cyclic", "grouped"])
 @pytest.mark.parametrize("rates", [(1, 2, 4), (3, 5, 7)])
 def test_every_token_sees_itself_in_some_head(rates: tuple[int, ...], offsets: str) -> None:
-    """There are as many heads as the largest rate: together their offsets are all residues."""
+    """The offsets of all heads together are all residues.
+
+    There are as many heads as the largest rate.
+    """
     program = longnet((16, 32, 64), rates, causal=True, offsets=offsets)
     q = torch.zeros(1, 7, 100, 1)
     counts = multiplicity(program, q, q)

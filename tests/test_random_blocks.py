@@ -1,7 +1,11 @@
-"""Windows of blocks, random blocks, and BigBird, which consists of them and global tokens."""
+"""Windows of blocks, random blocks, and BigBird.
+
+BigBird consists of both and global tokens.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -33,13 +37,13 @@ def test_block_window(block: int, reach: tuple[int, int], q: int, n: int) -> Non
     seen = [key for key in range(n) if -left <= key // block - q // block <= right]
     mask = masks.block_window(block, left, right)
     assert np.flatnonzero(dense(mask, 1, n, q_offset=q)[0]).tolist() == seen
-    assert [key for span in mask.keys_of(q, n) or () for key in span] == seen
+    assert list(itertools.chain(*(mask.keys_of(q, n) or ()))) == seen
 
 
 @pytest.mark.parametrize("tile", [16, 32, 48, 128])
 def test_verdicts_of_query_tiles_over_several_listed_rows_are_exact(tile: int) -> None:
     """A band of tiles of 16 tokens."""
-    band = masks.tiles([(i, j) for i in range(40) for j in (i - 1, i) if j >= 0], block=16)
+    band = masks.tiles([*((i, i) for i in range(40)), *((i + 1, i) for i in range(39))], block=16)
     verdicts = TileMap.build(band, 640, 640, q_tile=tile, kv_tile=16).verdicts()
     allowed = dense(band, 640, 640)
     for row in range(len(verdicts)):
@@ -119,7 +123,10 @@ def test_random_blocks_are_spread_evenly() -> None:
 
 
 def test_random_blocks_of_another_length() -> None:
-    """The last block may be short; a shorter sequence has fewer blocks, a longer one no more."""
+    """A shorter sequence has fewer blocks, a longer one no more.
+
+    The last block may be short.
+    """
     mask = masks.random_blocks(8, 2, tokens=37, seed=1)
     allowed = dense(mask, 60, 60)
     assert not allowed[40:].any()

@@ -1,4 +1,7 @@
-"""Random programs, masks, offsets and lengths: every lowering is the reference in float64."""
+"""Random programs, masks, offsets and lengths.
+
+Every lowering is the reference in float64.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The reference against loops over single pairs, with formulas that share no code with masks."""
+"""The reference against loops over single pairs.
+
+Their formulas share no code with masks.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def loops(
     sinks: Tensor | None = None,
     bias: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse by their definition, one pair at a time, in Python floats."""
+    """out and lse by their definition, pair by pair.
+
+    The numbers are Python floats.
+    """
     batch, heads, q_len, dim = q.shape
     group = heads // k.shape[1]
     scale = 1 / math.sqrt(dim) if scale is None else scale
@@ -66,7 +72,10 @@ def loops(
 def longnet_count(
     lengths: tuple[int, ...], rates: tuple[int, ...], causal: bool, rule: str
 ) -> Count:
-    """LongNet's multiplicity, from the positions of each segment that a head sees, as ranges."""
+    """LongNet's multiplicity, from ranges of positions.
+
+    The positions are those of a segment that a head sees.
+    """
 
     def count(b: int, h: int, heads: int, i: int, j: int) -> int:
         times = 0
@@ -95,7 +104,10 @@ def chess(n: int, cell: int) -> tuple[int, int]:
 
 
 def shifted(center: int, radius: int, size: int) -> range:
-    """NATTEN's window: 2 * radius + 1 cells around the center, moved inwards at the borders."""
+    """NATTEN's window, moved inwards at the borders.
+
+    It has 2 * radius + 1 cells around the center.
+    """
     first = min(max(center - radius, 0), max(size - (2 * radius + 1), 0))
     return range(first, min(first + 2 * radius + 1, size))
 

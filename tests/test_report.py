@@ -1,4 +1,7 @@
-"""The report: rows from work that was done, resumed runs, tables, charts and the page."""
+"""The report: rows, resumed runs, tables, charts and the page.
+
+Rows come from work that was done.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,10 @@ def test_every_suite_has_jobs_of_other_names(reporting: Any) -> None:
 
 
 def rows_of(reporting: Any, run: Any, directory: Path, **options: Any) -> list[dict[str, Any]]:
-    """Run the suite `single` in its short form with a function in the place of processes."""
+    """Run the short suite `single` without processes.
+
+    A function takes their place.
+    """
     running, suites = reporting("running"), reporting("suites")
     settings = {"quick": True, "only": (), "limit_bytes": 2**30, "seconds": 1.0, "anew": False}
     running.row_of = run
@@ -189,7 +195,7 @@ def test_growth_is_fitted(reporting: Any) -> None:
 
 
 class Page(html.parser.HTMLParser):
-    """The ids and links of a page, and whether its tags are balanced."""
+    """The ids and links of a page, and its tags' balance."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -252,9 +258,9 @@ def test_the_command_runs_and_renders(tmp_path: Path, capfd: pytest.CaptureFixtu
     directory = str(tmp_path / "records")
     only = ["--only", "StandardRingAttention"]
     assert call("run", "single", "--quick", *only, "--directory", directory) == 0
-    said = capfd.readouterr().out
-    assert "[1/1] single: StandardRingAttention, 1,024 tokens" in said
-    assert "right" in said
+    printed = capfd.readouterr().out
+    assert "[1/1] single: StandardRingAttention, 1,024 tokens" in printed
+    assert "right" in printed
     files = ["--html", str(tmp_path / "a.html"), "--markdown", str(tmp_path / "a.md")]
     assert call("render", "--directory", directory, *files) == 0
     assert "StandardRingAttention" in (tmp_path / "a.md").read_text()

@@ -1,4 +1,7 @@
-"""Rules as text: mutated and hostile texts are parsed or refused, without effects."""
+"""Rules as text.
+
+Mutated and hostile texts are parsed or refused, without effects.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,10 @@ class Watch:
 
 @st.composite
 def mutated(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> str:
-    """A text with parts removed, doubled, or replaced by hostile and random ones."""
+    """A text with parts removed, doubled or replaced.
+
+    Replacements are hostile or random.
+    """
     out = draw(texts)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(out)))
@@ -170,7 +176,10 @@ def test_graphs_with_wrong_leaves_are_read_or_refused(mutant: str) -> None:
 
 
 def rule_of(program: str, *fields: str) -> str:
-    """The text of a rule; fields: lowering, ring, score_mod and slots, as JSON."""
+    """The text of a rule.
+
+    Its fields are lowering, ring, score_mod and slots, as JSON.
+    """
     return f"[{', '.join((json.dumps(program), *fields))}]"
 
 

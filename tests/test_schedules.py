@@ -1,4 +1,7 @@
-"""Schedules as data: every allowed pair once, no row sent without need or twice."""
+"""Schedules as data: every allowed pair once, no needless row.
+
+No row is sent twice.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def inside(inner: range, outer: range) -> bool:
 
 
 def counts_of(schedule: Schedule) -> npt.NDArray[np.int64]:
-    """Number of branches that allow each pair of places, (heads, tokens, tokens), by definition."""
+    """Branches that allow each pair of places, by definition.
+
+    Counts (heads, tokens, tokens).
+    """
     layout = schedule.layout
     permutation = layout.order.permutation(layout.tokens)
     positions = np.arange(layout.tokens) if permutation is None else permutation
@@ -69,7 +75,10 @@ def scheduled_counts_of(schedule: Schedule) -> npt.NDArray[np.int64]:
 
 
 def check_steps(schedule: Schedule) -> None:
-    """Check that ranks compute their own queries, from keys that they have or receive."""
+    """Check that ranks compute their own queries.
+
+    The keys are their own or received.
+    """
     layout = schedule.layout
     for rank in range(layout.ranks):
         steps = list(schedule.steps(rank))
@@ -89,7 +98,10 @@ def check_steps(schedule: Schedule) -> None:
 
 
 def check_keys(schedule: Schedule, source: int, block: Block) -> None:
-    """Check that a block's keys and key heads are in its message, or in the rank's own rows."""
+    """Check that a block's keys and key heads are present.
+
+    They are in its message, or in the rank's own rows.
+    """
     group = schedule.heads // schedule.kv_heads
     kv_heads = set(block.kv_heads.indices())
     assert kv_heads == {head // group for head in block.heads.indices()}
@@ -101,7 +113,7 @@ def check_keys(schedule: Schedule, source: int, block: Block) -> None:
 
 
 def check_peers(schedule: Schedule) -> None:
-    """Check that sources and targets name the peers of all steps, by distance."""
+    """Check the sources and targets of all steps, by distance."""
     ranks = range(schedule.layout.ranks)
     for rank in ranks:
         sources, targets = schedule.sources(rank), schedule.targets(rank)
@@ -167,7 +179,10 @@ def test_schedules_of_named_programs(program: Program, ranks: int) -> None:
 @settings(max_examples=30)
 @given(schedules(), st.data())
 def test_a_block_in_place_is_the_same_block(schedule: Schedule, data: st.DataObject) -> None:
-    """Its mask over indices from 0 allows the pairs that the original one allows at its places."""
+    """The mask over indices from 0 allows the original's pairs.
+
+    The original allows them at its places.
+    """
     blocks = list(blocks_of(schedule))
     if not blocks:
         return
@@ -190,7 +205,10 @@ def test_a_block_in_place_is_the_same_block(schedule: Schedule, data: st.DataObj
 def allowed_pairs(
     mask: Mask, q: npt.NDArray[np.int64], kv: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Pairs that a mask allows, (queries, keys), for the first batch entry and head."""
+    """Pairs that a mask allows, (queries, keys).
+
+    They are of the first batch entry and head.
+    """
     zero = np.int64(0)
     allowed = mask.allows(zero, zero, q[:, None], kv[None, :])
     return np.broadcast_to(allowed, (len(q), len(kv)))
@@ -264,7 +282,10 @@ def test_nested_rates_receive_no_row_twice(program: Program, layout: Layout) -> 
 
 @pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 100, 200, 1000])
 def test_a_causal_window_receives_only_visible_keys(window: int) -> None:
-    """The rows of the window before a rank's first token, in ceil(window / n) remote steps."""
+    """A rank receives the window's rows before its first token.
+
+    The rows come in ceil(window / n) remote steps.
+    """
     n, ranks = 64, 8
     program = as_program(masks.causal() & masks.window(window))
     schedule = Schedule(program, Contiguous(n * ranks, ranks), HEADS, KV_HEADS)
@@ -275,7 +296,10 @@ def test_a_causal_window_receives_only_visible_keys(window: int) -> None:
 
 @pytest.mark.parametrize("ranks", [16, 64])
 def test_longnet_moves_what_nested_rates_need(ranks: int) -> None:
-    """Every r-th row of segments longer than a shard, without the rows of the finer branches."""
+    """Every r-th row of segments longer than a shard moves.
+
+    The rows of finer branches do not.
+    """
     lengths, rates, tokens = (64, 256, 1024), (1, 4, 16), 4096
     rows, covered = 0, tokens // ranks
     for length, rate in zip(lengths, rates, strict=True):
@@ -297,7 +321,10 @@ BILLION = cd.longnet((2048, 4096, 8192), (1, 2, 4))
 def test_a_billion_tokens_are_scheduled_rank_by_rank(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only steps within its segment are computed: two ranks of 4096 tokens hold one of 8192."""
+    """Only steps within the rank's segment are computed.
+
+    A segment of 8192 tokens lies on two ranks of 4096.
+    """
     (chosen,) = layouts_of(BILLION, TOKENS, MANY, layout)
     schedule = Schedule(BILLION, chosen, HEADS, KV_HEADS)
     computed, blocks = set(), Schedule._blocks

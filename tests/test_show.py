@@ -1,4 +1,7 @@
-"""Pictures of masks: every pixel is what the dense mask says, at any size, in every format."""
+"""Pictures of masks: every pixel equals the dense mask.
+
+Pictures have any size and every format.
+"""
 
 from __future__ import annotations
 
@@ -226,7 +229,10 @@ def test_a_million_tokens_take_little_memory(program: Program | Mask) -> None:
 
 
 def rasterized(svg: str) -> tuple[Grid, list[str]]:
-    """The cells of the first card of an SVG as numbers of colours, and the colours."""
+    """The cells of an SVG's first card, and their colours.
+
+    Cells are numbers of colours.
+    """
     group = svg.partition('shape-rendering="crispEdges">')[2].partition("</g>")[0]
     card, *layers = re.findall(r'<path fill="(#\w+)" d="([^"]+)"', group)
     size = re.fullmatch(r"M0 0h(\d+)v(\d+)H0z", card[1])

@@ -1,4 +1,7 @@
-"""Sources and sinks of streamed runs: files, generated rows, samples, and exact rows of them."""
+"""Sources and sinks of streamed runs.
+
+Files, generated rows, samples, and exact rows of them.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,9 @@ def test_a_file_truncated_during_the_run_is_an_error(tmp_path: Path) -> None:
 def test_parts_of_generated_rows_equal_the_whole() -> None:
     source = GeneratedSource((2, 3, 5000, 4), seed=1, stream=0, block=64)
     heads, last_head = HeadRange(0, 2, 2), HeadRange(2, 1, 1)
-    whole = sources.read(source, heads, range(5000))
-    assert torch.equal(sources.read(source, heads, range(3, 4999, 7)), whole[:, :, 3:4999:7])
-    assert torch.equal(sources.read(source, last_head, range(130, 131)), whole[:, 1:, 130:131])
+    rows = sources.read(source, heads, range(5000))
+    assert torch.equal(sources.read(source, heads, range(3, 4999, 7)), rows[:, :, 3:4999:7])
+    assert torch.equal(sources.read(source, last_head, range(130, 131)), rows[:, 1:, 130:131])
 
 
 def test_generated_rows_are_normalized_and_independent() -> None:
@@ -60,8 +63,8 @@ def test_generated_rows_are_normalized_and_independent() -> None:
 
 def test_generated_rows_of_batch_entries_heads_and_blocks_all_differ() -> None:
     source = GeneratedSource((3, 2, 40, 4), seed=1, stream=0, block=8)
-    whole = sources.read(source, HeadRange(0, 1, 2), range(40))
-    assert len(torch.unique(whole.flatten(0, 2), dim=0)) == 3 * 2 * 40
+    rows = sources.read(source, HeadRange(0, 1, 2), range(40))
+    assert len(torch.unique(rows.flatten(0, 2), dim=0)) == 3 * 2 * 40
 
 
 # Samples and exact rows

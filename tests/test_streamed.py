@@ -1,4 +1,4 @@
-"""Streamed runs: the numbers of the reference from files, and the memory of a rank."""
+"""Streamed runs: the reference's numbers, and the memory of a rank."""
 
 from __future__ import annotations
 
@@ -102,7 +102,10 @@ def test_memory_of_a_rank_does_not_grow_with_the_sequence(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("slow_reads", [False, True])
 def test_buffers_are_reused(tmp_path: Path, slow_reads: bool) -> None:
-    """The ranks that are read, computed and written share no memory, and need no more."""
+    """Ranks in reading, computation and writing have three sets of buffers.
+
+    They share no memory, and need no more.
+    """
     shape = (1, 2, 256 * 16, 8)
     inputs = [torch.randn(shape) for _ in range(3)]
     buffers: dict[int, Tensor] = {}  # references, so that the allocator reuses no address

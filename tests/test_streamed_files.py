@@ -1,4 +1,7 @@
-"""Files of a streamed run: no file is both read and written, and a power cut tears none."""
+"""Files of a streamed run.
+
+No file is both read and written, and a power cut tears none.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +186,9 @@ def test_the_output_has_the_permissions_of_other_new_files(home: Path) -> None:
 
 
 class Disk:
-    """The state after a power cut: files and directories as they were at their last fsync.
+    """The state after a power cut.
+
+    Files and directories are as they were at their last fsync.
 
     files: bytes by name.
     names: paths in the directories.
@@ -221,7 +226,7 @@ def ranks_and_checksums(journal: bytes) -> dict[int, str]:
 def test_a_journal_names_only_ranks_whose_output_was_fsynced(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At any time: the kernel may write a journal to disk before its fsync."""
+    """The kernel may write a journal to disk before its fsync."""
     disk, seen = Disk(monkeypatch), set[int]()
 
     def check() -> None:

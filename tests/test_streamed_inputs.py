@@ -1,4 +1,7 @@
-"""Bad arguments of a streamed run: one error that names the argument, before a file is written."""
+"""Bad arguments of a streamed run.
+
+One error names the argument, before a file is written.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +151,10 @@ def test_wrong_arguments_of_sources_and_sinks(
 
 
 def test_the_block_of_a_generated_source_is_in_its_repr() -> None:
-    """A journal compares sources by their repr, and another block gives other numbers."""
+    """A journal compares sources by their repr.
+
+    Another block gives other numbers.
+    """
     assert "block=8" in repr(GeneratedSource(SHAPE, 0, 0, block=8))
 
 

@@ -1,4 +1,7 @@
-"""Streamed runs that stop, by a limit, a signal or a full disk, and continue with the same bits."""
+"""Streamed runs that stop and continue with the same bits.
+
+A limit, a signal or a full disk stops them.
+"""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_functions_and_files_are_short(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_density(package: str) -> None:
-    """Statements rather than nested expressions, and comments at the steps of long functions."""
+    """Statements rather than nested expressions, and comments at steps."""
     files = sources(package)
     lines = sum(source.lines for source in files)
     conditional = sum(len(list(source.nodes(ast.IfExp))) for source in files)

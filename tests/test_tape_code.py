@@ -1,4 +1,4 @@
-"""The numbers of tapes: agreement with the kernel, tampering, what cannot be translated."""
+"""The numbers of tapes: agreement with the kernel, tampering, untranslatable functions."""
 
 from __future__ import annotations
 

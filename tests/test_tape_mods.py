@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_interval_arithmetic_classifies_blocks(native: Native, name: str) -> Non
     mod, least = BANDS[name]
     graph, operands = trace_mask_mod(mod)
     blocks = [range(start, start + 8) for start in range(0, 64, 8)]
-    verdicts = [native.classify(graph, operands, q, k) for q in blocks for k in blocks]
+    pairs = itertools.product(blocks, blocks)
+    verdicts = [native.classify(graph, operands, q, k) for q, k in pairs]
     assert sum(verdict != PARTIAL for verdict in verdicts) >= least
     compare_masks(native, mod, 16, 40)
 

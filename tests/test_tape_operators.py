@@ -111,12 +111,12 @@ def test_functions_of_scores(native: Native, name: str, dtype: torch.dtype) -> N
     x = scores.clone().requires_grad_()
     expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k))
     expected = expected.broadcast_to(x.shape)
-    got = native.score(graph, operands, scores, q, k)
+    out = native.score(graph, operands, scores, q, k)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     if name == "half":
         tolerance = 1e-3
     least = 1e-6 if name in CANCELLING else 1e-38
-    torch.testing.assert_close(got, expected.detach(), rtol=tolerance, atol=least, equal_nan=True)
+    torch.testing.assert_close(out, expected.detach(), rtol=tolerance, atol=least, equal_nan=True)
     # 2. Gradients, where torch's are finite.
     if not expected.requires_grad or name in WITHOUT_GRADIENT:
         return
@@ -245,9 +245,9 @@ def test_sums_of_operands_that_do_not_learn_are_left_out(native: Native) -> None
 def test_indices_out_of_range_are_errors(native: Native, index: Callable[..., Any]) -> None:
     table = torch.zeros(N)
     graph, operands = trace_score_mod(lambda s, b, h, i, j: s + table[index(i, j)], torch.float32)
-    whole = torch.arange(N, dtype=torch.int32)
+    indices = torch.arange(N, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="index out of range"):
-        native.score(graph, operands, torch.zeros(N, N), whole, whole)
+        native.score(graph, operands, torch.zeros(N, N), indices, indices)
 
 
 def test_division_of_whole_numbers_by_zero_is_an_error(native: Native) -> None:

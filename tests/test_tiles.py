@@ -1,4 +1,7 @@
-"""Tile maps cover the allowed pairs, are small at a million tokens, and split at heavy rows."""
+"""Tile maps cover the allowed pairs.
+
+They are small at a million tokens, and split at heavy rows.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +206,10 @@ LARGE = [
 
 @pytest.mark.parametrize(("mask", "order"), LARGE, ids=lambda value: repr(value)[:48])
 def test_maps_of_a_million_tokens_are_small_and_right(mask: Mask, order: Order) -> None:
-    """At most 4 MB; sampled rows list exactly the key tiles that their queries see."""
+    """Maps have at most 4 MB.
+
+    Sampled rows list exactly the key tiles that their queries see.
+    """
     tile_map = TileMap.build(mask, MILLION, MILLION, order=order)
     assert tile_map.nbytes <= 4e6
     permutation = order.permutation(MILLION)

@@ -1,4 +1,4 @@
-"""The scripts in tools/ report missing programs, and fail; those in benchmarks/ start."""
+"""Scripts in tools/ report missing programs; scripts in benchmarks/ start."""
 
 from __future__ import annotations
 

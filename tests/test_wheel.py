@@ -1,4 +1,7 @@
-"""The wheel: it contains the two packages alone, and runs without the checkout."""
+"""The wheel contains the two packages alone.
+
+It runs without the checkout.
+"""
 
 from __future__ import annotations
 

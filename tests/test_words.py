@@ -1,4 +1,7 @@
-"""Printed masks and plans: long lists as count and digest, estimated times, untried lowerings."""
+"""Printed masks and plans.
+
+Long lists as count and digest, estimated times, and untried lowerings.
+"""
 
 from __future__ import annotations
 

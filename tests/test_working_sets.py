@@ -1,4 +1,7 @@
-"""Bytes that a kernel call of tiles may take: a CPU's caches, or a GPU's memory."""
+"""Bytes that a kernel call of tiles may take.
+
+A CPU's caches or a GPU's memory limit them.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,16 @@ def plan_on(device: str) -> Plan:
 
 def pieces_of(plan: Plan) -> int:
     """Kernel calls of a forward."""
-    return sum(
-        len(list(costs.pieces(batch, plan.problem, backward=False)))
-        for proposal in plan.chosen
-        for batch in proposal.work
-    )
+    calls = 0
+    for proposal in plan.chosen:
+        for batch in proposal.work:
+            calls += len(list(costs.pieces(batch, plan.problem, backward=False)))
+    return calls
 
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that sets the free bytes of the GPU, and of torch's allocator."""
+    """A function that sets free bytes of GPU and allocator."""
 
     def set_free(free: int, unused: int = 0) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * GIB))
@@ -55,12 +58,12 @@ def test_a_gpu_computes_each_batch_in_one_call(memory: Any) -> None:
 def test_little_free_memory_divides_the_work(memory: Any) -> None:
     memory(70 * GIB)
     plan = plan_on("cuda")
-    whole = pieces_of(plan)
+    undivided = pieces_of(plan)
     memory(GIB // 4)
     divided = pieces_of(plan)
-    assert divided > whole
+    assert divided > undivided
     memory(GIB // 4, unused=70 * GIB)
-    assert pieces_of(plan) == whole
+    assert pieces_of(plan) == undivided
 
 
 def test_small_work_asks_the_driver_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,10 @@ def test_choices_of_one_program_are_not_found_for_another() -> None:
 
 
 def test_modules_of_torch_have_lines() -> None:
-    """Dynamo records no lines of torch's own modules: the report names module and forward."""
+    """Dynamo records no lines of torch's own modules.
+
+    The report names module and forward.
+    """
     torch._dynamo.reset()
     x = torch.randn(2, 32, WIDTH)
     step = cd.compile(

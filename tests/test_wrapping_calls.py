@@ -1,4 +1,7 @@
-"""Models of any kind, wrapped without a program: results and gradients stay what they were."""
+"""Models of any kind, wrapped without a program.
+
+Results and gradients stay the same.
+"""
 
 from __future__ import annotations
 

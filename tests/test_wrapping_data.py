@@ -1,4 +1,7 @@
-"""Masks that read data of a call join the program as data tensors, biases or conditions."""
+"""Masks that read data of a call join the program.
+
+They become data tensors, biases or conditions.
+"""
 
 from __future__ import annotations
 

@@ -104,7 +104,9 @@ def operands(kv_heads: int = HEADS) -> list[Tensor]:
 
 
 def check(model: Flexible, attention: Any = None, joined_mask: Any = None) -> str:
-    """The program of a model; results and gradients are the reference's, without tensors of pairs.
+    """The program of a model, with its results checked.
+
+    Results and gradients are the reference's, without tensors of pairs.
 
     joined_mask: the program `attention` as a mask_mod.
     """
@@ -168,7 +170,10 @@ def test_a_program_is_joined_with_a_mask_mod() -> None:
 
 
 def test_gradients_on_a_cpu_need_no_new_graph_at_later_calls() -> None:
-    """Torch's check of devices, which refuses them, is replaced only while the model is traced."""
+    """Torch's check of devices is replaced only during tracing.
+
+    It refuses gradients on a CPU.
+    """
     torch._dynamo.reset()
     counter: Any = CompileCounterWithBackend("aot_eager")
     model = graphs.wrap(Flexible(causal, "slopes"), None, None, counter)

@@ -1,4 +1,7 @@
-"""Masks of positions that a forward makes join the program, and no N x N tensor is made."""
+"""Masks of positions made in a forward join the program.
+
+No N x N tensor is made.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A wrapped model stays itself: calls, copies, pickles, wrapping again, many models and lengths."""
+"""A wrapped model stays itself.
+
+Calls, copies, pickles, repeated wrapping, many models and lengths.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Programs for wrapped models of any kind: what they replace and join, and for which calls."""
+"""Programs for wrapped models of any kind.
+
+They replace or join the masks of some calls.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,7 @@ def test_two_calls_of_a_module_are_two_sites() -> None:
 
 
 def test_inductors_caches_distinguish_programs() -> None:
-    """Twice, so that the second round finds the first round's graphs on disk."""
+    """The second round finds the first round's graphs on disk."""
     for _ in range(2):
         for radius in (3, 9):
             torch.manual_seed(0)

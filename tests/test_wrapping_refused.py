@@ -1,4 +1,7 @@
-"""What wrapping does not compute is refused by name, with the source line; never left out."""
+"""What wrapping does not compute is refused, never left out.
+
+The error has the name and the source line.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small transformers models with random weights, by name, and comparisons with eager attention."""
+"""Small random models of transformers, and comparisons with eager attention."""
 
 from __future__ import annotations
 

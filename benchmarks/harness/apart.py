@@ -1,4 +1,7 @@
-"""A case in a process of its own, with limits of memory and time; a failure is a row."""
+"""Cases in processes of their own, with limits of memory and time.
+
+A failure becomes a row.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def row_of(script: str, job: Mapping[str, Any], limit_bytes: int, seconds: float
 
 
 def reason_of(returncode: int, stderr: str, limit_bytes: int) -> str:
-    """The reason why a process failed: out of memory, a signal, or its exception."""
+    """Why a process failed: out of memory, a signal, or its exception."""
     if returncode == -signal.SIGKILL or any(words in stderr for words in _OUT_OF_MEMORY):
         return f"out of {limit_bytes / 2**30:.3g} GiB of memory"
     if returncode < 0:

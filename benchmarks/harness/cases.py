@@ -1,4 +1,7 @@
-"""Cases: a problem, the baseline of its rate, the least share of it, and rivals."""
+"""The cases of benchmarks.
+
+A case is a problem, the baseline of its rate, the least share of that rate, and rivals.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ def ours_of(problem: Problem, name: str) -> Baseline:
 
 
 def label(tokens: int) -> str:
-    """A number of tokens in names of cases: 4096 as 4k, 2**20 as 1m."""
+    """A number of tokens as text: 4096 as 4k, 2**20 as 1m."""
     for size, letter in ((2**20, "m"), (2**10, "k")):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{letter}"

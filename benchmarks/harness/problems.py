@@ -65,7 +65,7 @@ class Problem:
         return 4 * self.head_dim * self.pairs * (rates.FORWARD_AND_BACKWARD if backward else 1)
 
     def tensors(self, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, (1, heads, tokens, head_dim), the same in every run."""
+        """q, k and v (1, heads, tokens, head_dim), equal in every run."""
         random = torch.Generator().manual_seed(0)
         kv_heads = self.kv_heads or self.heads
         q, k, v = (self._normal(heads, random) for heads in (self.heads, kv_heads, kv_heads))
@@ -87,7 +87,7 @@ class Problem:
         return lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), grad_out)
 
     def lacks_memory(self, backward: bool) -> str | None:
-        """The reason why the tensors do not fit in memory; None if they fit."""
+        """Why the tensors do not fit in memory; None if they fit."""
         import psutil
 
         # q and out, in a backward also both gradients and the given one; k and v, and gradients.
@@ -115,12 +115,11 @@ class Problem:
     @property
     def differs_by_head(self) -> bool:
         """Whether heads see different pairs."""
-        branches = as_program(self.program).branches
-        return any(
-            branch.mask_at(head, self.heads) != branch.mask_at(0, self.heads)
-            for branch in branches
-            for head in range(1, self.heads)
-        )
+        for branch in as_program(self.program).branches:
+            first = branch.mask_at(0, self.heads)
+            if any(branch.mask_at(head, self.heads) != first for head in range(1, self.heads)):
+                return True
+        return False
 
 
 def pairs_within(size: int, radius: int) -> int:
@@ -131,8 +130,8 @@ def pairs_within(size: int, radius: int) -> int:
     return pairs
 
 
-def ours(problem: Problem, lowering: str = "auto") -> Attention:
-    """This library."""
+def by_program(problem: Problem, lowering: str = "auto") -> Attention:
+    """This library, with the problem's program compiled."""
     attend = cd.compile(problem.program, lowering=lowering)
     options: dict[str, Any] = {}
     if problem.data is not None:
@@ -145,13 +144,13 @@ def ours(problem: Problem, lowering: str = "auto") -> Attention:
 def fallback(problem: Problem) -> Attention:
     """This library without its native kernel: `strided` if it applies, else `tiled`."""
     if problem.score_mod is not None:
-        return ours(problem, "tiled")
+        return by_program(problem, "tiled")
     shape = (1, problem.heads, problem.tokens, problem.head_dim)
     try:
         cd.plan(problem.program, shape, problem.kv_heads, lowering="strided")
     except ValueError:
-        return ours(problem, "tiled")
-    return ours(problem, "strided")
+        return by_program(problem, "tiled")
+    return by_program(problem, "strided")
 
 
 def sdpa(problem: Problem) -> Attention:
@@ -200,7 +199,7 @@ def flex(problem: Problem) -> Attention:
 
 # By the name of their column in tables.
 WAYS: Mapping[str, Callable[[Problem], Attention]] = {
-    "ours": ours,
+    "ours": by_program,
     "fallback": fallback,
     "flex": flex,
     "SDPA": sdpa,

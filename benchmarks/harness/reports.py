@@ -126,8 +126,13 @@ def _summary(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Useful rates as shares of the baseline's, with quartiles of turns in brackets."""
-    measured = {name for row in rows for name in row.get("rivals", {})}
+    """Useful rates as shares of the baseline's.
+
+    Quartiles of turns are in brackets.
+    """
+    measured: set[str] = set()
+    for row in rows:
+        measured.update(row.get("rivals", {}))
     columns = [name for name in ("flex", "fallback", "SDPA") if name in measured]
     start_headers = ["case", "pass", "dtype", "ms", "share of", "ours"]
     headers = [*start_headers, *columns, "bar", "met", "useful/computed"]
@@ -168,7 +173,9 @@ def _verdict(row: Row) -> list[str]:
 def _share(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return ""
-    return "refused" if "refused" in figure else _range(figure["share"], figure.get("spread"))
+    if "refused" in figure:
+        return "refused"
+    return _range(figure["share"], figure.get("spread"))
 
 
 def _range(middle: float, ends: Sequence[float] | None) -> str:

@@ -1,4 +1,4 @@
-"""The parts that every benchmark's run shares: its origin, its choice of cases, its progress."""
+"""Runs of benchmarks: their origin, choice of cases, and progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def origin() -> dict[str, Any]:
-    """Hardware and versions, commit and arguments of this run, for its JSON file."""
+    """Hardware, versions, commit and arguments of this run, for its JSON."""
     return {
         "hardware": measure.hardware() | {"isa": torch.backends.cpu.get_cpu_capability()},
         "commit": commit(),
@@ -42,18 +42,21 @@ def _arguments() -> list[str]:
 
 
 def is_chosen(name: str, only: Sequence[str] | None) -> bool:
-    """Whether a case's name contains one of the texts of --only; without texts it is chosen."""
+    """Whether a case's name contains one of the texts of --only.
+
+    Without texts, every case is chosen.
+    """
     return not only or any(text in name for text in only)
 
 
 def print_names(names: Sequence[str], only: Sequence[str] | None) -> int:
-    """Print the names of the chosen cases; exit code 2 if there are none."""
+    """Print the names of the chosen cases; without any, exit code 2."""
     print("\n".join(names) or f"no case's name contains {only}; see --list")
     return 0 if names else 2
 
 
 class Progress:
-    """Lines about the measurements of a run, with an estimate of the time left.
+    """Progress of a run, with an estimate of the time left.
 
     count: measurements of the run.
     """

@@ -1,4 +1,4 @@
-"""Calls in turn, so that a change of the machine's speed affects all of them.
+"""Calls in turn: a change of the machine's speed affects them alike.
 
 turn:  baseline  ours  baseline  flex  fallback
 
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A call repeated, so that its time is long enough to be measured."""
+    """A call, repeated so that its time can be measured."""
 
     call: Call
     repeats: int
@@ -103,19 +103,24 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
         "share": share,
         "spread": spread(shares),
         "bar": bar,
-        "met": None if bar is None else share >= bar,
+        "met": _is_met(share, bar),
         "rivals": {name: _rival_row(case, rival, name, times) for name, rival in ready.items()},
     }
+
+
+def _is_met(share: float, bar: float | None) -> bool | None:
+    """Whether a share reaches its bar; None without a bar."""
+    return None if bar is None else share >= bar
 
 
 def _times(
     case: Case, backward: bool, settings: Settings, rivals: Mapping[str, _Rival | str]
 ) -> dict[str, list[float]]:
-    """Seconds of baseline, ours and rivals, turn by turn.
+    """Seconds of baseline, measured call and rivals, turn by turn.
 
     rivals: those that refused, as a reason, take no part.
     """
-    ours, baseline = _blocks(case, backward, settings.block_seconds)
+    block, baseline = _blocks(case, backward, settings.block_seconds)
     running = {name: rival for name, rival in rivals.items() if isinstance(rival, _Rival)}
     times: dict[str, list[float]] = {name: [] for name in ("baseline", "ours", *running)}
     started = time.perf_counter()
@@ -124,14 +129,13 @@ def _times(
         if is_late and turn >= settings.least:
             break
         before = baseline.seconds()
-        times["ours"].append(ours.seconds())
+        times["ours"].append(block.seconds())
         times["baseline"].append((before + baseline.seconds()) / 2)
         for name, rival in running.items():
             # Every rival is measured once: a slow one by its first call, others in more turns.
             if turn and (is_late or rival.is_slow or turn >= settings.rival_turns):
                 continue
-            seconds = rival.first_seconds if rival.is_slow else _Block(rival.call, 1).seconds()
-            times[name].append(seconds)
+            times[name].append(rival.seconds())
     return times
 
 
@@ -158,11 +162,14 @@ def _head(case: Case, backward: bool) -> Row:
 
 
 def _blocks(case: Case, backward: bool, least_seconds: float) -> tuple[_Block, _Block]:
-    """Ours, and its baseline, repeated for at least an eighth of our time."""
-    ours = _Block.of(case.problem.call(WAYS["ours"](case.problem), backward), least_seconds)
+    """The blocks of the measured call and of its baseline.
+
+    The baseline is repeated for at least an eighth of the measured call's time.
+    """
+    block = _Block.of(case.problem.call(WAYS["ours"](case.problem), backward), least_seconds)
     baseline = case.baseline
     call = baseline.problem.call(WAYS[baseline.way](baseline.problem), backward)
-    return ours, _Block.of(call, max(least_seconds, measure.timed(ours.call) / 8))
+    return block, _Block.of(call, max(least_seconds, measure.timed(block.call) / 8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +179,12 @@ class _Rival:
     call: Call
     first_seconds: float
     is_slow: bool
+
+    def seconds(self) -> float:
+        """Seconds of one call; of a slow rival, of its first call."""
+        if self.is_slow:
+            return self.first_seconds
+        return _Block(self.call, 1).seconds()
 
 
 def _rival(case: Case, name: str, backward: bool) -> _Rival | str:
@@ -266,19 +279,22 @@ def _family_row(figure: str, members: list[Row], values: list[float], bar: float
         "share": worst,
         "of_each": {str(row["tokens"]): x for row, x in zip(members, ratios, strict=True)},
         "bar": bar,
-        "met": None if bar is None else worst >= bar,
+        "met": _is_met(worst, bar),
     }
 
 
 def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
-    """Measure the slow-down of ours and of the baseline beside one busy process.
+    """Measure the slow-down of call and baseline beside one busy process.
 
     Turns with the process suspended and running alternate.
     """
-    # A baseline of ours would be slowed down the same: dense SDPA takes its place.
+    # A baseline of this library would be slowed down the same: dense SDPA takes its place.
     case = case if case.baseline.way == "SDPA" else replace(case, of=None)
-    ours, baseline = _blocks(case, backward, settings.block_seconds)
-    functions: dict[str, Callable[[], float]] = {"ours": ours.seconds, "baseline": baseline.seconds}
+    block, baseline = _blocks(case, backward, settings.block_seconds)
+    functions: dict[str, Callable[[], float]] = {
+        "ours": block.seconds,
+        "baseline": baseline.seconds,
+    }
     quiet: dict[str, list[float]] = {name: [] for name in functions}
     busy: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()

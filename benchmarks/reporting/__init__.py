@@ -1,4 +1,4 @@
-"""The report: suites of measurements, run case by case, and the tables and pictures made of them.
+"""The report: suites of measurements, their tables and pictures.
 
 jobs      one measurement in a process of its own
 peers     other libraries, and the program that each of them claims to compute

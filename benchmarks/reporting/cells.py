@@ -24,7 +24,7 @@ def rows_of(records: Records, *suites: str) -> list[Row]:
 
 
 def groups_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by suite, pass and dtype, in the order in which they come."""
+    """Rows by suite, pass and dtype, in the rows' order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         job = row["job"]
@@ -92,9 +92,10 @@ def mebibytes(size: float) -> str:
 
 
 def cell(row: Row | None, figure: Callable[[Row], str]) -> str:
-    """A figure of a row, its failure in words, or a dash where nothing was measured.
+    """A figure of a row, its failure in words, or a dash.
 
-    A figure of a result that is wrong, or was not compared, says so.
+    A dash marks a figure that was not measured. A figure of a result that is wrong, or was not
+    compared, is marked so.
     """
     if row is None:
         return ABSENT
@@ -105,7 +106,10 @@ def cell(row: Row | None, figure: Callable[[Row], str]) -> str:
 
 
 def line(row: Row, start: Sequence[str], figures: Callable[[Row], list[str]]) -> list[str]:
-    """A line of a table: its start, then the figures or the reason of a failure."""
+    """A line of a table: its start, then figures or a reason.
+
+    The reason is that of a failure.
+    """
     return [*start, *([str(row["failed"])] if "failed" in row else figures(row))]
 
 
@@ -125,7 +129,10 @@ def pivot(rows: Sequence[Row], figure: Callable[[Row], str]) -> tuple[list[str],
 def lines_of(
     rows: Sequence[Row], figure: Callable[[Row], float]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Points (tokens, figure) by way, of results that are not wrong; at least two points."""
+    """Points (tokens, figure) of results that are not wrong, by way.
+
+    A way has at least two points.
+    """
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if "failed" not in row and row["is_right"] is not False:

@@ -1,8 +1,12 @@
-"""Line charts as SVG with logarithmic axes; lines differ by dash and mark, not by colour alone."""
+"""Line charts as SVG with logarithmic axes.
+
+Lines differ by dash and mark, not by colour alone.
+"""
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +37,11 @@ class Chart:
     lines: Mapping[str, Points]
 
     def svg(self) -> str:
-        """The chart as one <figure>, its legend below; text for those who cannot see it."""
-        axes = _Axes.around([point for points in self.lines.values() for point in points])
+        """The chart as one <figure>, its legend below.
+
+        It has a text for readers who cannot see it.
+        """
+        axes = _Axes.around(list(itertools.chain.from_iterable(self.lines.values())))
         parts = [*axes.grid()]
         for index, points in enumerate(self.lines.values()):
             parts += _line(axes, points, index)
@@ -65,7 +72,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Two logarithmic axes. Bounds are exponents: of 2 for x, of 10 for y."""
+    """Two logarithmic axes.
+
+    Their bounds are exponents: of 2 for x, of 10 for y.
+    """
 
     x_low: float
     x_high: float
@@ -95,7 +105,10 @@ class _Axes:
         return _LEFT + across * self.width, _TOP + (1 - up) * self.height
 
     def grid(self) -> list[str]:
-        """Lines and labels: powers of ten upwards, at most ten powers of two across."""
+        """Lines and labels of the axes.
+
+        They mark powers of ten upwards, and at most ten powers of two across.
+        """
         parts = []
         for exponent in range(self.y_low, self.y_high + 1):
             _, y = self.at(2**self.x_low, 10.0**exponent)
@@ -116,7 +129,7 @@ def short(tokens: int) -> str:
 
 
 def _line(axes: _Axes, points: Points, index: int) -> list[str]:
-    """A line through the points in the order of x, and a mark at each."""
+    """A line through points in the order of x, with marks."""
     places = [axes.at(x, y) for x, y in sorted(points)]
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     dash = _DASHES[index % len(_DASHES)]

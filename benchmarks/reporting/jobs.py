@@ -1,4 +1,4 @@
-"""One measurement of the report: what is called, on which inputs, and the row that it gives."""
+"""One measurement of the report: its call, inputs and row."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Subject:
-    """The call of a job, its inputs, and the judge of its output.
+    """The call of a job, its inputs, and its expected output.
 
     inputs: q, k and v as the call takes them, or the one input of a multihead module.
     call: computes the output from the inputs.
@@ -105,7 +105,10 @@ class Subject:
 
 
 def row_of(job: Job) -> Row:
-    """Measure a job here: seconds, peak bytes, error against float64, and the plan's counts."""
+    """Measure a job in this process.
+
+    The row has seconds, peak bytes, the error against float64, and the plan's counts.
+    """
     torch.set_num_threads(job.threads)
     if job.kind == "billion":
         return _billion(job)
@@ -142,7 +145,7 @@ def _call(job: Job, subject: Subject) -> Callable[[], object]:
 
 
 def _times(call: Callable[[], object], job: Job) -> list[float]:
-    """Seconds of each call, until the job's turns or its time are used up."""
+    """Seconds of each call, within the job's turns and time."""
     started = time.perf_counter()
     times = [measure.timed(call)]
     while len(times) < job.turns and time.perf_counter() - started < job.seconds:
@@ -154,7 +157,7 @@ def _times(call: Callable[[], object], job: Job) -> list[float]:
 
 
 def _subject(job: Job) -> Subject:
-    """The call of a job and its inputs, the same numbers in every process."""
+    """The call of a job and its inputs, equal in every process."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, job.dtype)
     if job.kind == "variant" and "Multihead" in job.way:
@@ -238,7 +241,10 @@ class _Rows:
 
 
 def _error(job: Job, subject: Subject, out: Tensor) -> Row:
-    """The largest difference from float64, as a share of the largest number, and of which rows."""
+    """The largest difference from float64, and the rows compared.
+
+    It is a share of the largest number.
+    """
     out = subject.bhnd(out.detach()).double()
     if job.tokens <= _WHOLE_REFERENCE_TOKENS and subject.exact is not None:
         return _difference(out, subject.exact(), "all rows")
@@ -264,7 +270,7 @@ def _difference(out: Tensor, exact: Tensor, compared: str) -> Row:
 
 
 def _counts(job: Job, program: cd.Program) -> Row:
-    """The plan's pairs, tiles, operations and bytes; of a ring its messages as well."""
+    """The plan's pairs, tiles, operations and bytes; a ring's messages."""
     plan = cd.plan(program, job.shape, dtype=getattr(torch, job.dtype)).to_json()
     row: Row = {
         "program": plan["program"],
@@ -285,7 +291,10 @@ def _counts(job: Job, program: cd.Program) -> Row:
 
 
 def _ranks(job: Job) -> int:
-    """The ring size of a job: its own, or the one that a variant's name ends with."""
+    """The ring size of a job.
+
+    A variant's is the number at the end of its name.
+    """
     suffix = job.way.rpartition("_r")[2]
     return int(suffix) if job.kind == "variant" and suffix.isdigit() else job.ranks
 
@@ -294,7 +303,7 @@ def _ranks(job: Job) -> int:
 
 
 def _limit(job: Job) -> Row:
-    """The largest batch and the longest sequence of a plan within a limit, and their peaks.
+    """The sizes that a plan fits into a limit, and their peaks.
 
     They are computed here if the process may use as much memory.
     """
@@ -324,7 +333,10 @@ def _limit(job: Job) -> Row:
 
 
 def _billion(job: Job) -> Row:
-    """Run `compiled-dilated ring billion`, every step of every rank; the row of what it counted."""
+    """Run `compiled-dilated ring billion`, every step of every rank.
+
+    The row has its counts.
+    """
     from typer.testing import CliRunner
 
     from compiled_dilated.cli import app

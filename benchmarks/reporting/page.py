@@ -1,4 +1,4 @@
-"""The report as Markdown, and as one HTML file that needs nothing else."""
+"""The report as Markdown, and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def markdown(records: Records, sections: Sequence[Section]) -> str:
 
 
 def html_page(records: Records, sections: Sequence[Section]) -> str:
-    """All sections with their charts as one page, light or dark as the reader's system is."""
+    """All sections with their charts as one page.
+
+    It is light or dark as the reader's system is.
+    """
     contents, body = [], []
     for section in sections:
         anchor = _anchor(section.heading)

@@ -1,7 +1,7 @@
-"""Other libraries: the call of each peer, and the program that it claims to compute.
+"""Other libraries: the calls of peers, and the programs they claim.
 
-A peer that is not installed is a row that says so. `build` imports it, so that a process pays
-for one peer alone.
+A peer that is not installed becomes a row that reports it. `build` imports the peer, so that a
+process pays for one peer alone.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Built = tuple[Call, cd.Program]
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to compute attention that is not ours.
+    """Another library's way to compute attention.
 
-    package: the module without which the row says "not installed".
+    package: the module without which the row is "not installed".
     build: maps (tokens, head_dim, **settings) to the call over (batch, heads, tokens, head_dim)
         and the program that the output is compared with.
-    note: what the table says beside it.
+    note: printed beside it in the table.
     """
 
     package: str
@@ -57,7 +57,10 @@ class Peer:
 def _of_torch(
     way: Callable[[Problem], Call], tokens: int, head_dim: int, program: str = "full()"
 ) -> Built:
-    """One of torch's own ways, for an expression of one branch: no pair has a multiplicity."""
+    """One of torch's own ways, for an expression of one branch.
+
+    No pair of such an expression has a multiplicity.
+    """
     (branch,) = read_program(program).branches
     problem = Problem(branch.mask, tokens, head_dim=head_dim)
     return way(problem), as_program(problem.program)
@@ -91,7 +94,10 @@ def _ring_attention(tokens: int, head_dim: int) -> Built:
 
 
 def _first_port(tokens: int, head_dim: int) -> Built:
-    """The first LongNet port from PyPI, with SDPA for the kernel of xformers that it calls."""
+    """The first LongNet port from PyPI.
+
+    SDPA replaces the kernel of xformers that it calls.
+    """
     _substitute_xformers()
     from dilated_attention_pytorch.dilated_attention import DilatedAttention
 
@@ -109,7 +115,7 @@ def _first_port(tokens: int, head_dim: int) -> Built:
 def _substitute_xformers() -> None:
     """Register a module `xformers.ops` with the one function that the port calls.
 
-    The port asks for xformers of 2023, whose kernels need a GPU and a torch of that time.
+    The port depends on xformers of 2023, whose kernels need a GPU and a torch of that time.
     """
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -210,7 +216,10 @@ def _big_bird(tokens: int, head_dim: int, block: int) -> Built:
 
 
 def big_bird_text(tokens: int, block: int) -> str:
-    """BigBird without random blocks: a window of three blocks; the first and last block global."""
+    """The expression of BigBird without random blocks.
+
+    It is a window of three blocks; the first and the last block are global.
+    """
     positions = (*range(block), *range(tokens - block, tokens))
     return f"block_window({block}, 1) | global_tokens(positions={positions})"
 
@@ -221,7 +230,10 @@ def _absent(tokens: int, head_dim: int) -> Built:
 
 
 class _Constant(nn.Module):
-    """A projection that returns one tensor, (batch, heads, tokens, head_dim), as (B, N, E)."""
+    """A projection that returns one tensor, as (B, N, E).
+
+    The tensor is (batch, heads, tokens, head_dim).
+    """
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()

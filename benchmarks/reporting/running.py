@@ -1,4 +1,7 @@
-"""Run suites: each case in a process of its own, its row written at once; resume them."""
+"""Run and resume suites.
+
+Each case runs in a process of its own, and its row is written at once.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +65,8 @@ def run(
                 progress.skip()
             record["rows"].append(row)
             # Rows of other forms stay: a short run after a whole one loses nothing.
-            whole = record | {"rows": [*record["rows"], *earlier.values()]}
-            measure.write_json(path, whole)
+            rows_of_file = [*record["rows"], *earlier.values()]
+            measure.write_json(path, record | {"rows": rows_of_file})
             rows.append(row)
     return rows
 
@@ -88,7 +91,7 @@ def _row(job: Job, script: str, limit_bytes: int, seconds: float) -> Row:
 
 
 def _is_right(job: Job, row: Row) -> bool | None:
-    """Whether the error is within the dtype's tolerance; None where nothing was compared."""
+    """Whether the error is within the dtype's tolerance; None without an error."""
     if row["compared"] == "nothing":
         return None
     return not row["has_nan"] and row["error"] <= TOLERANCES[job.dtype]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from compiled_dilated.variants import TABLE
 
@@ -18,6 +18,8 @@ from .peers import big_bird_text
 KI, MI = 2**10, 2**20
 LONGNET = "longnet((2048, 4096, 8192), (1, 2, 4))"
 WINDOW = "causal() & window(256)"
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -45,30 +47,38 @@ def _variants(
     return jobs
 
 
+def _first_or_all(quick: bool, *values: Value) -> tuple[Value, ...]:
+    """The first value for a short form, else all."""
+    return values[:1] if quick else values
+
+
 def _all(quick: bool) -> list[Job]:
     """Every name of the variants' table at short lengths, beside dense SDPA."""
     names = [row.name for row in TABLE]
-    lengths = (KI,) if quick else (KI, 2 * KI)
+    lengths = _first_or_all(quick, KI, 2 * KI)
     jobs = []
-    for backward in (False,) if quick else (False, True):
+    for backward in _first_or_all(quick, False, True):
         jobs += [Job("all", "peer", "SDPA", tokens, backward=backward) for tokens in lengths]
         jobs += _variants("all", names, lengths, backward=backward)
     return jobs
 
 
 def _long(quick: bool) -> list[Job]:
-    """The three names that the older report ran at length, beside dense SDPA."""
+    """The older report's three names of long runs, beside dense SDPA."""
     ways = ("ImprovedDilatedAttention", "RingDilatedAttention", "BlockSparseRingDilatedAttention")
-    lengths = (8 * KI,) if quick else (8 * KI, 16 * KI, 32 * KI, 64 * KI)
+    lengths = _first_or_all(quick, 8 * KI, 16 * KI, 32 * KI, 64 * KI)
     jobs = []
-    for backward in (False,) if quick else (False, True):
+    for backward in _first_or_all(quick, False, True):
         jobs += [Job("long", "peer", "SDPA", tokens, backward=backward) for tokens in lengths]
         jobs += _variants("long", ways, lengths, backward=backward)
     return jobs
 
 
 def _extreme(quick: bool) -> list[Job]:
-    """From 128K tokens to a million and beyond, in half precision as the older report."""
+    """From 128K tokens to a million and beyond.
+
+    They are in half precision, as in the older report.
+    """
     if quick:
         return _variants("extreme", ("DilatedAttention",), (128 * KI,), dtype="bfloat16", turns=1)
     dilated = (128 * KI, 256 * KI, 512 * KI, 768 * KI, MI, 2 * MI, 4 * MI, 8 * MI)
@@ -79,7 +89,7 @@ def _extreme(quick: bool) -> list[Job]:
 
 
 def _ring(quick: bool) -> list[Job]:
-    """The rings and windows of the older reports, by ring size and length."""
+    """The older reports' rings and windows, by ring size and length."""
     rings = []
     for name in ("RingDilatedAttentionV2", "RingDilatedAttentionProduction"):
         rings += [f"{name}_r{ranks}" for ranks in (1, 4, 8, 16)]
@@ -100,7 +110,7 @@ def _single(quick: bool) -> list[Job]:
         "HilbertRingAttention",
         "BlockSparseRingAttention",
     )
-    lengths = (KI,) if quick else (KI, 2 * KI, 4 * KI)
+    lengths = _first_or_all(quick, KI, 2 * KI, 4 * KI)
     return _variants("single", ways, lengths)
 
 
@@ -123,7 +133,7 @@ def _memory(quick: bool) -> list[Job]:
 
 
 def _limits(quick: bool) -> list[Job]:
-    """The longest sequence and the largest batch of 16K tokens within limits of memory."""
+    """The longest sequences and largest batches within limits of memory."""
     jobs = []
     for way, program in {"LongNet": LONGNET, "window 256": WINDOW}.items():
         for gib in (1, 80) if quick else (1, 2, 4, 8, 16, 80):
@@ -137,7 +147,7 @@ def _limits(quick: bool) -> list[Job]:
 
 
 def _billion(quick: bool) -> list[Job]:
-    """Sequences that are in no memory, through the ring sizes of the older report."""
+    """Sequences beyond any memory, through the older report's ring sizes."""
     sizes = [(8 * KI, 1), (128 * KI, 32)]
     if not quick:
         sizes += [(MI, 256), (16 * MI, 4096), (64 * MI, 16384)]
@@ -149,14 +159,14 @@ def _billion(quick: bool) -> list[Job]:
 
 
 def _hilbert(quick: bool) -> list[Job]:
-    """A window on a grid whose tokens come by rows, and along a Hilbert curve."""
+    """A window on a grid, by rows and along a Hilbert curve."""
     jobs = []
-    for side in (64,) if quick else (64, 256):
+    for side in _first_or_all(quick, 64, 256):
         programs = {
             "row-major": f"neighborhood(({side}, {side}), 12)",
             "Hilbert": f"hilbert_window(({side}, {side}), 12)",
         }
-        for backward in (False,) if quick else (False, True):
+        for backward in _first_or_all(quick, False, True):
             for way, program in programs.items():
                 job = Job("hilbert", "program", way, side**2, program, backward=backward)
                 jobs.append(job)
@@ -168,7 +178,7 @@ def _dtypes(quick: bool) -> list[Job]:
     jobs = []
     for dtype in ("float32", "bfloat16", "float16"):
         for way, program in {"LongNet": LONGNET, "window 256": WINDOW}.items():
-            for backward in (False,) if quick else (False, True):
+            for backward in _first_or_all(quick, False, True):
                 tokens = 4 * KI if quick else 16 * KI
                 job = Job("dtypes", "program", way, tokens, program, dtype=dtype, backward=backward)
                 jobs.append(job)
@@ -178,7 +188,7 @@ def _dtypes(quick: bool) -> list[Job]:
 def _peers(quick: bool) -> list[Job]:
     """Peers and this library on the same program and inputs."""
     jobs = []
-    for tokens in (4 * KI,) if quick else (4 * KI, 16 * KI):
+    for tokens in _first_or_all(quick, 4 * KI, 16 * KI):
         side = 64 if tokens == 4 * KI else 128
         questions: list[tuple[str, dict[str, dict[str, Any]]]] = [
             (

@@ -1,4 +1,4 @@
-"""The report's sections from its records: a heading, what is shown, a table, a chart.
+"""The report's sections: a heading, a text, a table, a chart.
 
 Every figure is a measurement of a row, or computed from such with the formula that the text states.
 """
@@ -127,7 +127,10 @@ def memory_by_length(records: Records) -> list[Section]:
 
 
 def throughput(records: Records) -> list[Section]:
-    """Tokens a second by length, and the share of dense attention's rate of operations."""
+    """Tokens a second by length, and shares of dense attention's rate.
+
+    The rate is of operations.
+    """
     out = []
     for name, rows in groups_of(rows_of(records, *_LONG)).items():
         headers, body = pivot(rows, lambda row: f"{rate(row):,.0f}")
@@ -135,11 +138,11 @@ def throughput(records: Records) -> list[Section]:
         chart = None
         if dense:
             best = max(row["flops"] / seconds(row) for row in dense)
-            ours = [row for row in rows if "flops" in row]
+            counted = [row for row in rows if "flops" in row]
             chart = chart_of(
                 f"Useful operations a second, as a share of dense SDPA's best: {name}",
                 "share",
-                ours,
+                counted,
                 partial(_share, best=best),
             )
         text = "Tokens a second."
@@ -199,7 +202,7 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def limits(records: Records) -> list[Section]:
-    """The longest sequence and the largest batch by memory limit, beside measured peaks."""
+    """What fits into limits of memory, beside measured peaks."""
 
     def figures(row: Row) -> list[str]:
         fit = row["limit"]
@@ -226,7 +229,7 @@ def limits(records: Records) -> list[Section]:
 
 
 def rings(records: Records) -> list[Section]:
-    """Bytes that the ranks of a ring receive, by the plan that the run follows."""
+    """Bytes that a ring's ranks receive, by the plan of the run."""
     rows = [row for row in rows_of(records, "ring") if "ring" in row]
     body = []
     for row in rows:
@@ -330,15 +333,19 @@ def compared(records: Records, suite: str) -> list[Section]:
 
 
 def peers(records: Records) -> list[Section]:
-    """Ours and others on one program, each with its error: a wrong result is no result."""
+    """This library and peers on one program, with their errors.
+
+    A wrong result is no result.
+    """
     rows = rows_of(records, "peers")
-    ours = {}
+    # The rows of this library, by length and program.
+    bases = {}
     for row in rows:
         if row["job"]["way"] == "ours" and "failed" not in row:
-            ours[tokens(row), row["job"]["program"]] = row
+            bases[tokens(row), row["job"]["program"]] = row
 
     def figures(row: Row) -> list[str]:
-        base = ours.get((tokens(row), row["job"]["program"]))
+        base = bases.get((tokens(row), row["job"]["program"]))
         ratio = f"{seconds(row) / seconds(base):.2f}" if base else ABSENT
         error = "NaN" if row["has_nan"] else f"{row['error']:.1e}"
         verdict = error if row["is_right"] else f"{error} WRONG"
@@ -358,7 +365,10 @@ def peers(records: Records) -> list[Section]:
 
 
 def recommendations(records: Records) -> list[Section]:
-    """The fastest and the leanest right way by length, over all suites of lengths."""
+    """The fastest and the leanest right way by length.
+
+    The ways come from all suites of lengths.
+    """
     body = []
     for name, rows in groups_of(rows_of(records, *_BY_LENGTH)).items():
         for length in lengths_of(rows):

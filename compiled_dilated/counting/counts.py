@@ -9,7 +9,8 @@ import numpy as np
 
 from ..masks import And, Mask, Not, Or, conjunction, conjuncts
 from ..masks.data import DocumentLengths
-from ..masks.functions import FromMod, Traced
+from ..masks.functions import FromMod
+from ..masks.traced import Traced
 from ..masks.unclassified import Unclassified
 from ..orders import Identity, Order
 from ..rectangles import Rectangles

@@ -11,8 +11,9 @@ import numpy as np
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
 from .core import Data, Mask, Positions
 from .data import DocumentIds, DocumentLengths, OfData, Padding
-from .functions import FromMod, Traced
+from .functions import FromMod
 from .globals import GlobalData, GlobalPositions
+from .traced import Traced
 from .unclassified import Unclassified
 
 

@@ -12,12 +12,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from ..regions import FULL, Regions, Verdicts, both, either, negate
-from .ranges import NOTHING, clip, common_ranges, hull, intersection
-
-__all__ = [
-    "MOST_RANGES", "NOTHING", "And", "Data", "Full", "Mask", "Not", "Or", "Positions",
-    "clip", "full", "hull", "intersection",
-]  # fmt: skip
+from .ranges import NOTHING, common_ranges, hull
 
 # torch tensors in kernels and in the reference, numpy arrays while planning: `allows` is limited
 # to operators that both have.

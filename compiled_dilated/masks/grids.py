@@ -10,20 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import arguments
-from .axes import least
-from .coordinates import coordinates, strides_of
 from .core import Mask
 from .neighborhoods import Neighborhood, PlacedNeighborhood
-
-__all__ = [
-    "EDGES",
-    "Neighborhood",
-    "PlacedNeighborhood",
-    "coordinates",
-    "least",
-    "neighborhood",
-    "strides_of",
-]
 
 EDGES = ("cut", "shift")
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from .. import arguments
-from ..masks.grids import least
+from ..masks.axes import least
 from ..regions import IntArray, Regions
 from .core import Order
 

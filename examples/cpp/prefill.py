@@ -1,4 +1,6 @@
-"""Export a Llama to a package, build a C++ program that loads it, run a prompt through both.
+"""Export a Llama to a package that a C++ program loads.
+
+The program is built here, and a prompt is run through it and through the model.
 
 python examples/cpp/prefill.py [--short] [--folder FOLDER]
 

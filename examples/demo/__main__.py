@@ -1,4 +1,4 @@
-"""Train a small language model on real text, check and compare its attention.
+"""Train a small language model; check and compare its attention.
 
 python -m examples.demo
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from compiled_dilated import longnet, measure, pictures, plan
+from compiled_dilated import Program, longnet, measure, pictures, plan
 from compiled_dilated.commands.arguments import Json, bad_usage, print_json
 
 from . import report
@@ -100,7 +100,7 @@ def demo(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train a small byte-level language model, check and compare its attention, in minutes.
+    """Train a byte-level language model in minutes; check and compare its attention.
 
     Exit code 1 if attention differs from the float64 reference, or if the loss does not fall well
     below the unigram entropy.
@@ -143,35 +143,52 @@ def _run(
     model = LanguageModel(program, scale.width, scale.heads, scale.layers)
     training = _train(model, source, scale, seconds * _TRAINING_SHARE, random)
     say(report.of_training(training, source, scale.must_fall_to))
-    sample = continuation(model, _PROMPT, scale.sampled_bytes, random).decode(errors="replace")
-    say("sample    " + (_PROMPT.decode() + sample).rstrip().replace("\n", "\n          ") + "\n")
+    sample = _sample(model, scale, random, say)
 
     # Attention's inputs on real text, and random ones of the benchmark's size.
     result = check(program, *model.first_projection(source.held_out(_CHECKED_TOKENS, 1)[:, :-1]))
     say(report.of_check(result))
     cells = _compare(scale, seconds * _TABLE_SHARE)
-    say(report.of_comparison(cells, report.code(*_COMPARED), _COMPARED_HEADS, _COMPARED_HEAD_DIM))
+    code = report.code(*_COMPARED)
+    say(report.of_comparison(cells, code, _COMPARED_HEADS, _COMPARED_HEAD_DIM))
 
+    # Pictures, and the summary of all figures.
     _draw(scale, training, source, out)
-    ok = result.ok and training.fell_to(scale.must_fall_to, source)
-    compared = {"heads": _COMPARED_HEADS, "head_dim": _COMPARED_HEAD_DIM}
+    compared = {"program": code, "heads": _COMPARED_HEADS, "head_dim": _COMPARED_HEAD_DIM}
     record = {
-        "ok": ok,
+        "ok": result.ok and training.fell_to(scale.must_fall_to, source),
         "seconds": time.perf_counter() - started,
         "hardware": hardware,
-        "scale": asdict(scale),
-        "program": repr(program),
-        "text": source.to_json(),
+        **_setting(scale, program, source),
         "training": training.to_json(),
         "sample": sample,
         "check": asdict(result) | {"ok": result.ok},
-        "compared": {"program": report.code(*_COMPARED), **compared},
+        "compared": compared,
         "comparison": [asdict(cell) for cell in cells],
     }
+    _write(record, out, say)
+    return record
+
+
+def _sample(
+    model: LanguageModel, scale: Scale, random: torch.Generator, say: Callable[[str], None]
+) -> str:
+    """The model's continuation of the prompt, printed behind it."""
+    sample = continuation(model, _PROMPT, scale.sampled_bytes, random).decode(errors="replace")
+    say("sample    " + (_PROMPT.decode() + sample).rstrip().replace("\n", "\n          ") + "\n")
+    return sample
+
+
+def _write(record: dict[str, Any], out: Path, say: Callable[[str], None]) -> None:
+    """Write the summary, and print the files and the verdict."""
     measure.write_json(out / "summary.json", record)
     say(f"wrote     {', '.join(str(out / name) for name in (*_PICTURES, 'summary.json'))}")
-    say(f"{'passed' if ok else 'FAILED'} in {record['seconds']:.0f} s")
-    return record
+    say(f"{'passed' if record['ok'] else 'FAILED'} in {record['seconds']:.0f} s")
+
+
+def _setting(scale: Scale, program: Program, source: Text) -> dict[str, Any]:
+    """Scale, program and text of a run, for its summary."""
+    return {"scale": asdict(scale), "program": repr(program), "text": source.to_json()}
 
 
 def _introduce(

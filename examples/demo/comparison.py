@@ -143,7 +143,9 @@ def _left_out(system: str, before: Cell | None, tokens: int, end: float, with_fl
 
 
 def flex(program: Program, tokens: int, heads: int) -> Attention:
-    """Compiled FlexAttention over the union of the branches, with a compiled block mask.
+    """Compiled FlexAttention with a compiled block mask.
+
+    The mask is the union of the branches.
 
     A pair of two branches counts once: less work than the program defines.
     """

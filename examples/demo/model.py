@@ -20,7 +20,9 @@ _LONGEST_GRAM, _GRAM_SLOTS = 4, 32749  # a prime, so that the remainder depends 
 
 
 class Embedding(nn.Module):
-    """Embeddings of each byte and of its last 2, 3 and 4 bytes, hashed (arXiv 2412.09871).
+    """Hashed embeddings of n-grams of bytes (arXiv 2412.09871).
+
+    Embeddings of each byte and of its last 2, 3 and 4 bytes are added.
 
     (B, N) bytes to (B, N, width). Over a few million bytes of text, tables of n-grams lower the
     loss more than further layers.
@@ -46,7 +48,9 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP, each behind a norm, added to the stream (B, N, width).
+    """Attention and a gated MLP, each behind a norm.
+
+    Both are added to the stream (B, N, width).
 
     Without position embeddings: n-gram embeddings encode the order of neighbouring bytes.
     """
@@ -97,7 +101,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def first_projection(self, text_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of the first layer, each (B, H, N, D)."""
+        """q, k and v (B, H, N, D) of the first layer."""
         block = self.blocks[0]
         assert isinstance(block, Block)
         return block.project(self.embedding(text_BN))

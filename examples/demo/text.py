@@ -1,4 +1,7 @@
-"""The demo's text: the sources of Python's standard library, present on every machine."""
+"""The demo's text: the sources of Python's standard library.
+
+They are present on every machine.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class Text:
 
 
 def read(folder: Path | None = None) -> Text:
-    """Read the .py files of a folder, in the order of their paths.
+    """Read the .py files of a folder in order of path.
 
     folder: None for the standard library's.
 

@@ -1,4 +1,4 @@
-"""Placements of buffers: valid and optimal; the validator; graphs executed in an arena."""
+"""Placements of buffers: validity, optimality, the validator, and execution in an arena."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def least_height(buffers: Sequence[Buffer]) -> int:
 
 
 def _height_in_order(order: Sequence[Buffer]) -> int:
-    """The height if each buffer goes on top of those before it that live with it.
+    """The height of buffers stacked in an order.
+
+    A buffer lies above all earlier buffers that are alive at the same time.
 
     Gaps need not be tried: a buffer that fits in one comes earlier in another order.
     """
@@ -227,7 +229,10 @@ def test_graphs_of_models_are_placed_at_the_bound_in_a_second(case: Traced) -> N
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_executor_allocates_only_results_that_it_copies(case: Traced) -> None:
-    """Beside the arena: nothing if every node writes there, else one node's results at a time."""
+    """Beside the arena, at most one node's results at a time.
+
+    Nothing if every node writes into the arena.
+    """
     module, inputs = case.example
     executor = arena.Executor(module, inputs)
     allocated_bytes = measured_peak(lambda: executor(*inputs))

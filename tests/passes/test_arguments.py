@@ -1,4 +1,7 @@
-"""Bad input to passes: one error that names the argument, before any work starts."""
+"""Bad input to passes: one error that names the argument.
+
+It is raised before work starts.
+"""
 
 from __future__ import annotations
 
@@ -199,9 +202,8 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
 
 
 CASES = [
-    (act, error, message)
-    for error, table in ((TypeError, TYPES), (ValueError, VALUES))
-    for act, message in table
+    *((act, TypeError, message) for act, message in TYPES),
+    *((act, ValueError, message) for act, message in VALUES),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Masks as conditions on positions, checked pair by pair, and is_causal=True in their place."""
+"""Masks as conditions on positions, and is_causal=True in their place.
+
+They are checked pair by pair.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,10 @@ def mask_of(module: GraphModule) -> Any:
 
 
 def value_at(total: Sum, index: tuple[int, ...]) -> int:
-    """The value of a sum at an index; axes count from 1, the last."""
+    """The value of a sum at an index.
+
+    Axes count from 1, the last.
+    """
     value = total.constant
     for axis, step in total.steps.items():
         value += step * index[-axis]

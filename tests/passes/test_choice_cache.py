@@ -1,4 +1,7 @@
-"""Choices stored on disk: loaded if all that they depend on is the same, else planned anew."""
+"""Choices stored on disk.
+
+A choice is loaded if all that it depends on is the same, else planned anew.
+"""
 
 from __future__ import annotations
 
@@ -152,12 +155,15 @@ JSON = st.recursive(
 
 
 @st.composite
-def damaged(draw: Any, whole: Any) -> Any:
-    """A JSON value with one of its parts replaced, left out or doubled; or another value."""
-    if not isinstance(whole, dict | list) or not whole or draw(st.integers(0, 3)) == 0:
+def damaged(draw: Any, value: Any) -> Any:
+    """A JSON value with one part replaced, left out or doubled.
+
+    Other values are drawn too.
+    """
+    if not isinstance(value, dict | list) or not value or draw(st.integers(0, 3)) == 0:
         return draw(JSON)
-    copy: Any = dict(whole) if isinstance(whole, dict) else list(whole)
-    place = draw(st.sampled_from([*whole] if isinstance(whole, dict) else range(len(whole))))
+    copy: Any = dict(value) if isinstance(value, dict) else list(value)
+    place = draw(st.sampled_from([*value] if isinstance(value, dict) else range(len(value))))
     damage = draw(st.sampled_from(["inside", "inside", "left out", "added"]))
     if damage == "left out":
         del copy[place]
@@ -166,14 +172,17 @@ def damaged(draw: Any, whole: Any) -> Any:
     elif damage == "added":
         copy["another"] = draw(JSON)
     else:
-        copy[place] = draw(damaged(whole[place]))
+        copy[place] = draw(damaged(value[place]))
     return copy
 
 
 def test_damaged_json_is_a_valid_choice_or_counts_as_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Damage may leave a choice of other bytes: within the budget, of passes that are offered."""
+    """Damage may leave a valid choice with other bytes.
+
+    Such a choice is within the budget, and of passes that are offered.
+    """
     pipeline = Pipeline(2**30, CANDIDATES)
 
     def study(graph: Captured) -> None:

@@ -1,4 +1,7 @@
-"""Row-wise work in chunks against the same work whole: results, gradients, measured peaks."""
+"""Row-wise work in chunks against the work without chunks.
+
+Results, gradients and measured peaks are compared.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +180,10 @@ def test_chunks_of_an_exported_graph_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_are_recognized_if_sizes_coincide(name: str) -> None:
-    """As many rows as features, or as hidden features: static sizes do not identify a dim."""
+    """Sizes do not identify a dim.
+
+    There are as many rows as features, or as hidden features.
+    """
     model, features = model_of(name), width(name)
     for lead in ((features,), (4 * features,), (8 * features,), (features, features)):
         if name == "blocks" and len(lead) == 1:
@@ -218,7 +224,10 @@ def test_frozen_parameters_get_no_gradient() -> None:
 
 
 def test_weights_of_16_bits_sum_their_gradients_in_32() -> None:
-    """Chunks of one row are the worst case; the limit is the error of bfloat16 without chunks."""
+    """Chunks of one row are the worst case.
+
+    The limit is the error of bfloat16 without chunks.
+    """
     exact = Gelu(WIDTH).double()
     plain = Gelu(WIDTH).bfloat16()
     plain.load_state_dict(exact.state_dict())
@@ -341,7 +350,7 @@ def test_chunks_compiled_by_inductor_agree() -> None:
 
 
 def test_a_package_of_aotinductor_agrees(tmp_path: Path) -> None:
-    """Such a package needs this one imported: the operator is written in Python."""
+    """The package needs `passes` imported: the operator is written in Python."""
     model, hook = model_of("layer norm"), Hook(Chunk(rows=3))
     with torch.no_grad():
         program = torch.export.export(

@@ -111,7 +111,10 @@ def test_the_workspace_of_attention_is_predicted(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 100, 767, 1000])
 def test_the_workspace_of_attentions_backward_is_predicted(tokens: int, dtype: torch.dtype) -> None:
-    """Except that of oneDNN, which depends on the CPU, and not on the length."""
+    """The workspace of oneDNN is left out.
+
+    It depends on the CPU, and not on the length.
+    """
     q, k, v = (torch.randn(1, 2, tokens, 32, dtype=dtype) for _ in range(3))
     out, lse = ATTEND(q, k, v)
     operands = (torch.randn_like(out), q, k, v, out, lse)

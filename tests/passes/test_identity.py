@@ -1,4 +1,7 @@
-"""The passes' identity in inductor's compile cache, which depends on every source file."""
+"""The passes' identity in inductor's compile cache.
+
+It depends on every source file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The loss without its logits against the loss with them, by either operator."""
+"""The loss without logits against the loss with them.
+
+Both operators compute it.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,10 @@ def test_loss_and_gradients_are_the_same(name: str, own: bool) -> None:
 @pytest.mark.parametrize("own", OPERATORS)
 @pytest.mark.parametrize("shifted", [True, False])
 def test_classes_are_recognized_if_sizes_coincide(own: bool, shifted: bool) -> None:
-    """As many tokens as classes and features: static sizes do not identify a dim."""
+    """As many tokens as classes and features.
+
+    Static sizes do not identify a dim.
+    """
 
     def loss_of(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         logits = F.linear(x, weight)

@@ -141,7 +141,10 @@ def test_views_and_in_place_operators_are_recognized_by_schema() -> None:
 
 
 def test_a_copied_node_has_its_own_storage() -> None:
-    """Recomputation copies a node with its meta: the same fake tensor, but a second allocation."""
+    """Recomputation copies a node with its meta.
+
+    The fake tensor is the same, but there is a second allocation.
+    """
     module = make_fx(lambda x: x.sin().cos(), tracing_mode="fake")(X)
     sin, cos = (node for node in module.graph.nodes if node.op == "call_function")
     with module.graph.inserting_before(cos):

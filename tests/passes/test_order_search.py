@@ -1,4 +1,7 @@
-"""The search for the order of lowest peak, against all orders of small graphs."""
+"""The search for the order of lowest peak.
+
+It is compared with all orders of small graphs.
+"""
 
 from __future__ import annotations
 

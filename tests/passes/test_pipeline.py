@@ -1,4 +1,4 @@
-"""Steps under a memory budget: the choice of passes, measured peaks, reports, bad input."""
+"""Steps under a memory budget: choices, peaks, reports, bad input."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def test_budgets_are_parsed(text: int | str, size: int) -> None:
 
 
 def test_a_budget_is_kept_at_every_length(estimates: tuple[Estimate, ...]) -> None:
-    """By the allocator's events. A length for which the plan does not fit raises before it runs."""
+    """Peaks are within the budget by the allocator's events.
+
+    A length for which the plan does not fit raises before it runs.
+    """
     model = mlp()
     parameters = list(model.parameters())
     for estimate in estimates:
@@ -163,7 +166,10 @@ class Checkpointed(nn.Module):
 def test_only_candidates_that_may_win_are_traced(
     model: nn.Module, budget: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No idle passes, no spills if the budget is large, no orders if anything else fits."""
+    """No idle passes, no needless spills or orders.
+
+    No spills if the budget is large, no orders if anything else fits.
+    """
     names: list[str] = []
 
     def recorded(graph: Captured, passes: Passes) -> Traced:

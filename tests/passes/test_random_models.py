@@ -95,7 +95,10 @@ RANDOM: dict[str, Kind] = {
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_models_of_random_lengths_keep_random_budgets(name: str, seed: int) -> None:
-    """More than two hundred runs in all: none takes more than 1.03 of its budget."""
+    """No run takes more than 1.03 of its budget.
+
+    There are more than two hundred runs in all.
+    """
     numbers, kind = random.Random(f"{name} {seed}"), RANDOM[name]
     torch.manual_seed(seed)
     model = kind.model(numbers)

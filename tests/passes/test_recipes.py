@@ -87,7 +87,10 @@ RECIPES = [text.strip() for text in RECIPES]
 def operands(
     dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = (5,), hidden: int = 4 * WIDTH
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of WIDTH and of `hidden` features, and shared operands of all shapes in the recipes."""
+    """Rows of WIDTH and of `hidden` features, and shared operands.
+
+    The shared operands have all shapes of the recipes.
+    """
     rows = [torch.randn(*lead, width, dtype=dtype, requires_grad=True) for width in (WIDTH, hidden)]
     shapes = [(hidden, WIDTH), (hidden,), (WIDTH, hidden), (WIDTH,), (WIDTH,), ()]
     return rows, [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
@@ -111,9 +114,9 @@ SIZES = [(5, 4 * WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, 4 * WIDTH), (5, WIDTH),
 def test_chunks_give_the_recipes_result_and_derivative(text: str, count: int, hidden: int) -> None:
     rows, shared = used(text, *operands(lead=(count,), hidden=hidden))
     assert str(Recipe.parse(text)) == text
-    whole = Recipe.parse(text).run(rows, shared)
+    expected = Recipe.parse(text).run(rows, shared)
     for chunk_rows in (1, 2, 5, 7):
-        torch.testing.assert_close(chunked(rows, shared, text, chunk_rows), whole)
+        torch.testing.assert_close(chunked(rows, shared, text, chunk_rows), expected)
 
     def split(*tensors: Tensor) -> Tensor:
         return chunked(list(tensors[: len(rows)]), list(tensors[len(rows) :]), text, 2)
@@ -122,7 +125,9 @@ def test_chunks_give_the_recipes_result_and_derivative(text: str, count: int, hi
 
 
 def test_every_primitive_with_a_gradient_is_in_a_recipe() -> None:
-    tested = {step.primitive for text in RECIPES for step in Recipe.parse(text).steps}
+    tested = set[str]()
+    for text in RECIPES:
+        tested.update(step.primitive for step in Recipe.parse(text).steps)
     with_gradient = {
         name for name, primitive in PRIMITIVES.items() if primitive.backward is not None
     }
@@ -144,11 +149,11 @@ def test_the_memory_of_chunks_is_returned_to_the_system() -> None:
 @pytest.mark.parametrize("lead", [(1,), (0,), (2, 3), (2, 0, 3)], ids=str)
 def test_any_leading_dims_are_rows(lead: tuple[int, ...]) -> None:
     rows, shared = used(RECIPES[0], *operands(lead=lead))
-    whole = Recipe.parse(RECIPES[0]).run(rows, shared)
+    at_once = Recipe.parse(RECIPES[0]).run(rows, shared)
     split = chunked(rows, shared, RECIPES[0], 2)
-    grad = torch.randn_like(whole)
-    torch.testing.assert_close(split, whole)
-    grads, expected = (torch.autograd.grad(out, [*rows, *shared], grad) for out in (split, whole))
+    grad = torch.randn_like(at_once)
+    torch.testing.assert_close(split, at_once)
+    grads, expected = (torch.autograd.grad(out, [*rows, *shared], grad) for out in (split, at_once))
     torch.testing.assert_close(grads, expected)
 
 
@@ -186,7 +191,10 @@ def test_backward_recomputes_only_values_that_it_reads(monkeypatch: pytest.Monke
 # The last recipe's logsumexp has more workspace in backward.
 @pytest.mark.parametrize("text", RECIPES[:-1])
 def test_a_chunk_takes_the_predicted_bytes(text: str) -> None:
-    """Beyond results: forward the values live at one time, backward at most all values twice."""
+    """A chunk's bytes beyond its results.
+
+    Forward they are the values live at one time, backward at most all values twice.
+    """
     rows, shared = used(text, *operands(torch.float32, (8192,)))
     recipe = Recipe.parse(text)
     chunk_bytes = 2048 * recipe.row_bytes(rows, shared)

@@ -1,4 +1,7 @@
-"""The operators of passes: a table, registered with the estimates once passes run."""
+"""The operators of passes, and their table.
+
+They are registered with the estimates once passes run.
+"""
 
 from __future__ import annotations
 

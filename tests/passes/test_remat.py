@@ -36,7 +36,7 @@ def saved_bytes(values: list[Value], cuts: tuple[int, ...]) -> int:
 
 
 def fits(values: list[Value], steps: int, cuts: tuple[int, ...], bound: int) -> bool:
-    """Whether every piece of more than one step makes at most `bound` bytes."""
+    """Whether pieces of several steps make at most `bound` bytes each."""
     for start, end in itertools.pairwise((0, *cuts, steps)):
         piece_bytes = sum(value.size for value in values if start <= value.first < end)
         if end - start > 1 and piece_bytes > bound:
@@ -116,7 +116,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def gradients_of(choice: Choice, inputs: list[Tensor]) -> list[Any]:
-    """The loss and the gradients of a choice's two halves, run node by node.
+    """Loss and gradients of a choice's two halves, node by node.
 
     inputs: of the joint graph; the last is the gradient of the loss
     """
@@ -326,7 +326,10 @@ class PerBlock(nn.Module):
 
 @pytest.mark.slow
 def test_four_layers_peak_below_checkpoints_and_torchs_budget() -> None:
-    """In units of x a checkpoint per block takes 28.0, torch's best budget 45.4."""
+    """Peaks in units of x, below those of torch.
+
+    A checkpoint per block takes 28.0, torch's best budget 45.4.
+    """
     torch.manual_seed(0)
     blocks, x = [Block(Gelu(128), 128) for _ in range(4)], torch.randn(1, 4096, 128)
     recomputed = step(Loss(*blocks), x, budget=28 * x.nbytes)

@@ -39,7 +39,10 @@ aten = torch.ops.aten
 
 
 class Products(nn.Module):
-    """Matrix products in a random order, with results of several widths that are used late."""
+    """Matrix products in a random order.
+
+    Their results have several widths and are used late.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -178,7 +181,9 @@ def test_a_lower_peak_is_measured_with_the_same_bits() -> None:
 def test_the_peak_of_four_layers_falls(
     mlp: Callable[[], nn.Module], least: float, most: float
 ) -> None:
-    """In units of x, of so many tokens that attention's workspace is below the MLP's values.
+    """Peaks are in units of x.
+
+    There are so many tokens that attention's workspace is below the MLP's values.
 
     least: of a step without passes
     most: of a step with Reorder; Materialize saves three more

@@ -1,4 +1,6 @@
-"""Passes on graphs whose sizes coincide: rows are recognized by the graph, not by sizes.
+"""Passes on graphs whose sizes coincide.
+
+Rows are recognized by the graph, not by sizes.
 
 Random graphs are written node by node and run without a compiler: thousands take seconds.
 """
@@ -61,7 +63,7 @@ class Writer:
         return node
 
     def operand(self, fits: Callable[[Tensor], bool]) -> Node | None:
-        """Draw a tensor that fits, the latest first; None if there is none."""
+        """Draw a tensor that fits, the latest first; without any, None."""
         fitting = [node for node in reversed(self.nodes) if fits(value(node))]
         return self.draw(st.sampled_from(fitting)) if fitting else None
 
@@ -120,7 +122,10 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 @st.composite
 def graphs(draw: Draw) -> tuple[Graph, list[Tensor]]:
-    """An MLP with other calls before, in and after it, and inputs of the same few sizes."""
+    """An MLP with other calls before, in and after it.
+
+    Inputs have the same few sizes.
+    """
     features = draw(st.integers(1, 4))
     hidden = draw(st.sampled_from([3 * features, 2 * features + 1]))
     sizes = st.sampled_from([features, hidden, 1, 2])
@@ -161,7 +166,10 @@ def graphs(draw: Draw) -> tuple[Graph, list[Tensor]]:
 
 
 def results(graph: Graph, inputs: Sequence[Tensor], training: bool) -> list[Tensor]:
-    """The result of a graph, and in training the gradients of its inputs, zeros if unused."""
+    """The result of a graph, and in training the inputs' gradients.
+
+    The gradients of unused inputs are zeros.
+    """
     out = GraphModule({}, graph)(*inputs)
     if not training or not out.requires_grad:
         return [out]

@@ -30,7 +30,10 @@ U = 1024 * WIDTH * 4
 
 
 class Dropping(nn.Module):
-    """Saved values of several kinds: a mask of one byte, and a view of a part of another."""
+    """Saved values of several kinds.
+
+    One is a mask of one byte, one a view of a part of another value.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +69,10 @@ def step(function: Callable[..., Any], model: nn.Module, x: Tensor) -> list[Tens
 
 
 def retained_bytes(run: Callable[[], Any]) -> int:
-    """Bytes allocated by a call that live as long as its result, by the profiler's events."""
+    """Bytes of a call that live as long as its result.
+
+    They come from the profiler's events.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = run()
@@ -153,7 +159,10 @@ def test_a_graph_dropped_or_failed_frees_its_files(block: Any) -> None:
 
 
 def test_a_second_backward_is_refused(block: Any) -> None:
-    """By torch if the backward owns the saved tensors; else by the handle, whose store is freed."""
+    """Refused by torch if the backward owns the saved tensors.
+
+    Otherwise by the handle, whose store is freed.
+    """
     _, _, spilled = block
     for retain, message in (
         (True, "requires create_graph=False and retain_graph=False"),

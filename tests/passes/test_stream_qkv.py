@@ -51,7 +51,10 @@ def test_chunks_of_an_exported_graph_agree(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_dims_are_recognized_if_sizes_coincide(name: str) -> None:
-    """Four heads of four features, with as many sequences or tokens: all sizes are equal."""
+    """All sizes are equal.
+
+    There are four heads of four features, with as many sequences or tokens.
+    """
     model = model_of(name)
     sizes = ((HEADS, HEADS), (WIDTH, WIDTH), (HEADS, WIDTH), (WIDTH, HEADS), (1, HEADS))
     for sequences, tokens in sizes:
@@ -133,7 +136,10 @@ def test_the_angles_of_a_rotary_embedding_are_chunked(shape: tuple[int, ...]) ->
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["as llama", "as timm"])
 def test_one_call_replaces_a_block_and_computes_nothing_twice(name: str) -> None:
-    """A recipe computes only its part of a packed linear: queries, keys or values."""
+    """A recipe computes only its part of a packed linear.
+
+    The part is queries, keys or values.
+    """
     hook = Hook(StreamQKV(rows=3))
     calls: list[Node] = []
 
@@ -239,7 +245,10 @@ def test_blocks_compiled_and_packaged_agree(tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("mlp", [Gelu, pytest.param(Swiglu, marks=pytest.mark.slow)])
 def test_a_block_peaks_at_three_activations(mlp: Callable[[int], nn.Module]) -> None:
-    """Keys, values and the result; on one thread, for attention has a workspace for each."""
+    """The activations are keys, values and the result.
+
+    On one thread: attention has a workspace for each thread.
+    """
     tokens, features = 8192, 128
     model, x = Block(mlp(features), features, 2).eval(), torch.randn(1, tokens, features)
     step, lines = compiled(model, StreamQKV(rows=64), dynamic=False)

@@ -1,4 +1,7 @@
-"""A user's own passes: run, reported, named in caches by options and source."""
+"""A user's own passes, run and reported.
+
+Caches name them by options and source.
+"""
 
 from __future__ import annotations
 

@@ -107,7 +107,10 @@ def test_a_block_peaks_at_three_activations() -> None:
 
 @torch.no_grad()
 def test_estimates_of_a_streamed_block_include_its_cached_bias() -> None:
-    """Its peak has the bias, which only the first call allocates; its time the visible pairs."""
+    """The peak has the bias, the time the visible pairs.
+
+    Only the first call allocates the bias.
+    """
     model, x = Layer(cd.compile(PROGRAMS["window or sinks"]), 128).eval(), torch.randn(1, 4096, 128)
     candidate = StreamQKV(rows=512)
     estimates = passes.estimate(model, [x], train=False, passes=[(), (candidate,)])
@@ -125,7 +128,10 @@ def test_estimates_of_a_streamed_block_include_its_cached_bias() -> None:
 
 @pytest.mark.parametrize("name", ["longnet", "window"])
 def test_peaks_of_training_are_predicted(name: str) -> None:
-    """With the workspace of attention's backward, and without a gradient of an unused lse."""
+    """Peaks have the workspace of attention's backward.
+
+    They have no gradient of an unused lse.
+    """
     program = cd.longnet((512, 1024), (1, 2), causal=True) if name == "longnet" else PROGRAMS[name]
     model, x = compiling.Loss(Layer(cd.compile(program), 128)), torch.randn(1, 8192, 128)
     parameters = list(model.parameters())

@@ -65,7 +65,10 @@ def same_gradients(
 
 
 def in_every_lowering(names: Sequence[str]) -> list[Any]:
-    """(case, lowering), for the cases of these names and the lowerings that compute them."""
+    """(case, lowering), for cases of some names.
+
+    The lowerings are those that compute the case.
+    """
     parameters = []
     for name in names:
         case = by_name(name)

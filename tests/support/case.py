@@ -91,7 +91,10 @@ class Case:
 
 
 def grid_of(n: int, axes: int = 2) -> tuple[int, ...]:
-    """The most nearly square or cubic grid of n cells; a line for a prime."""
+    """The grid of n cells nearest to a square or cube.
+
+    A prime gives a line.
+    """
     if axes == 1:
         return (n,)
     size = max(size for size in range(1, n + 1) if n % size == 0 and size**axes <= n)
@@ -99,19 +102,28 @@ def grid_of(n: int, axes: int = 2) -> tuple[int, ...]:
 
 
 def document_ids(batch: int, n: int) -> dict[str, Tensor]:
-    """Documents of about 40 tokens; in the second batch entry others, whose ids come back."""
+    """Documents of about 40 tokens.
+
+    The second batch entry has other documents, whose ids come back.
+    """
     at = torch.arange(n)
     return {"documents": torch.stack([at // 40, (at + 13) // 37 % 3][:batch])}
 
 
 def some_padding(batch: int, n: int) -> dict[str, Tensor]:
-    """A padded end in the first batch entry; holes, the first token among them, in the second."""
+    """A padded end in the first batch entry, holes in the second.
+
+    The first token is among the holes.
+    """
     at = torch.arange(n)
     return {"padding": torch.stack([at >= max(1, n - n // 3), at % 3 == 0][:batch])}
 
 
 def all_padding(batch: int, n: int) -> dict[str, Tensor]:
-    """All tokens of the first batch entry are padding, and the second half of the second one."""
+    """All of the first batch entry, and half of the second.
+
+    The half is the second half.
+    """
     all_tokens, second_half = torch.ones(n, dtype=torch.bool), torch.arange(n) > n // 2
     return {"padding": torch.stack([all_tokens, second_half][:batch])}
 
@@ -158,13 +170,19 @@ def random_blocks(n: int, block: int) -> Mask:
 
 
 def grid_within(n: int, axes: int = 2) -> tuple[tuple[int, ...], int]:
-    """A grid and its start, with two tokens before it and one after it if n is large enough."""
+    """A grid and its start within n tokens.
+
+    Two tokens come before it and one after it if n is large enough.
+    """
     cells = max(1, n - 3)
     return grid_of(cells, axes), min(2, n - cells)
 
 
 def window_within(n: int) -> Program:
-    """A neighborhood on `grid_within` in Hilbert order; the tokens before the grid are global."""
+    """A neighborhood on `grid_within` in Hilbert order.
+
+    The tokens before the grid are global.
+    """
     grid, offset = grid_within(n)
     mask = masks.neighborhood(grid, 3, offset=offset) | masks.global_tokens(offset)
     return in_order(mask, orders.hilbert(*grid, offset=offset))

@@ -1,4 +1,7 @@
-"""Counts of plans: tiles, pairs, FLOPs, bytes, messages, graphs; and their committed baseline."""
+"""Counts of plans, and their committed baseline.
+
+Tiles, pairs, FLOPs, bytes, messages and graphs are counted.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,10 @@ def _of_program(
 
 
 def _tiles(problem: Problem) -> dict[str, int]:
-    """FULL and PARTIAL tiles of all heads; none where too many differ to be counted."""
+    """FULL and PARTIAL tiles of all heads.
+
+    There are none where too many tiles differ to be counted.
+    """
     full, partial = 0, 0
     for branch in problem.program.branches:
         for mask, query_heads, _ in head_groups(branch, problem.heads, problem.kv_heads):
@@ -114,7 +120,10 @@ def _work(plan: Plan, lowering: str) -> dict[str, int]:
 
 
 def _native(plan: Plan) -> dict[str, int]:
-    """Pairs that the native kernel computes; they depend on the width of its vectors."""
+    """Pairs that the native kernel computes.
+
+    They depend on the width of its vectors.
+    """
     return {f"native pairs, {isa()}": plan.cost.pairs}
 
 
@@ -124,7 +133,10 @@ def isa() -> str:
 
 
 def _messages(problem: Problem) -> dict[str, int]:
-    """Steps and messages of all ranks of a ring, under the layout that every program has."""
+    """Steps and messages of all ranks of a ring.
+
+    Their layout is the one that every program has.
+    """
     layout = Contiguous(problem.q_len, _RANKS)
     schedule = Schedule(problem.program, layout, problem.heads, problem.kv_heads)
     steps, messages, rows = 0, 0, 0
@@ -160,7 +172,10 @@ def read(path: Path = BASELINE) -> Counts:
 
 
 def write(counts: Counts, path: Path = BASELINE) -> None:
-    """Write counts, a line for each case; those of other instruction sets stay."""
+    """Write counts, a line for each case.
+
+    Counts of other instruction sets stay.
+    """
     before = read(path) if path.exists() else {}
     lines = []
     for case, numbers in counts.items():
@@ -178,7 +193,7 @@ def _is_of_this_machine(name: str) -> bool:
 
 
 def grown(before: Counts, now: Counts) -> list[str]:
-    """Counts that are larger than before, or not in the baseline, one a line."""
+    """Counts above the baseline, or missing there, one a line."""
     lines = []
     for case, numbers in now.items():
         for name, number in numbers.items():

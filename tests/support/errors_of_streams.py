@@ -1,4 +1,6 @@
-"""Rows of bad arguments of a streamed run: inputs, outputs and options, by argument.
+"""Rows of bad arguments of a streamed run, by argument.
+
+Inputs, outputs and options are among them.
 
 The functions write odd files into the working directory and return their names.
 """

@@ -105,7 +105,10 @@ def many_documents() -> Mask:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to export, and a function that returns its inputs at a length."""
+    """A model to export, and a function that makes its inputs.
+
+    The inputs depend on a length.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Tensor, ...]] = tensors

@@ -16,7 +16,10 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class Rotary(nn.Module):
-    """Llama's rotary embedding: rotates the halves of a head by the angles of its position."""
+    """Llama's rotary embedding.
+
+    It rotates the halves of a head by the angles of its position.
+    """
 
     def forward(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         left, right = heads[..., : heads.shape[-1] // 2], heads[..., heads.shape[-1] // 2 :]
@@ -96,7 +99,10 @@ def unbound(layer: Any, h: Tensor) -> Heads:
 
 
 def interleaved(layer: Any, h: Tensor) -> Heads:
-    """The q, k and v of a head are adjacent: the queries are no range of features."""
+    """The q, k and v of a head are adjacent.
+
+    The queries are no range of features.
+    """
     q, k, v = layer.packed(h).unflatten(-1, (HEADS, 3, -1)).transpose(1, 2).unbind(3)
     return q, k, v
 

@@ -1,4 +1,7 @@
-"""Models with masks that they make in their forward, compared with themselves before wrapping."""
+"""Models that make masks in their forward.
+
+They are compared with themselves before wrapping.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ def operands(n: int = N, m: int = N) -> list[Tensor]:
 def check(
     model: nn.Module, *inputs: Tensor, attention: Any = None, expected: nn.Module | None = None
 ) -> tuple[Any, list[str]]:
-    """The site's row, and names of tensors of pairs; results and gradients must be the same.
+    """The site's row, and the names of tensors of pairs.
+
+    Results and gradients must be the same.
 
     expected: another model with these results, default the model before wrapping.
     """

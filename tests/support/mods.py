@@ -20,7 +20,10 @@ N, HEADS = 40, 4
 def tensors(
     n: int = N, dtype: torch.dtype = torch.float64, heads: int = HEADS, seed: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (2, heads, n, 6), k and v (2, heads // 2, n, 6), leaves."""
+    """Random leaves q, k and v.
+
+    Shapes (2, heads, n, 6) and (2, heads // 2, n, 6).
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = (2, heads, n, 6), (2, heads // 2, n, 6), (2, heads // 2, n, 6)
     q, k, v = (
@@ -30,15 +33,18 @@ def tensors(
     return q, k, v
 
 
-def same(got: Any, expected: Any, tolerance: float = 1e-10, about: str = "") -> None:
+def same(actual: Any, expected: Any, tolerance: float = 1e-10, about: str = "") -> None:
     """Assert that tensors are near; `about` comes before the message."""
     torch.testing.assert_close(
-        got, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f"{about} {message}"
+        actual, expected, rtol=tolerance, atol=tolerance, msg=lambda message: f"{about} {message}"
     )
 
 
 def gradients(results: tuple[Tensor, Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a loss of out and lse; zeros for leaves that they do not depend on."""
+    """Gradients of a loss of out and lse.
+
+    They are zeros for leaves that the loss does not depend on.
+    """
     out, lse = results
     lse = torch.where(lse == -torch.inf, 0.0, lse)  # of rows that see nothing
     weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view(out.shape)
@@ -53,12 +59,15 @@ def same_as_reference(
     learned: Sequence[Tensor],
     **options: Any,
 ) -> None:
-    """Compare out, lse and the gradients of q, k, v and captured tensors, in float64."""
+    """Compare out, lse and gradients with the reference, in float64.
+
+    The gradients are of q, k, v and captured tensors.
+    """
     leaves = (*inputs, *learned)
-    got = attention(*inputs, **options)
+    out_and_lse = attention(*inputs, **options)
     expected: Any = cd.reference(program, *inputs, return_lse=True, **options)
     names = ["out", "lse", *(f"gradient {number}" for number in range(len(leaves)))]
-    results = (*got, *gradients(got, leaves))
+    results = (*out_and_lse, *gradients(out_and_lse, leaves))
     expected_results = (*expected, *gradients(expected, leaves))
     for name, x, y in zip(names, results, expected_results, strict=True):
         same(x, y, about=name)
@@ -78,7 +87,7 @@ def attend_in(way: str, program: Program | Mask) -> cd.Attend:
     return cd.compile(program, ranks=2) if way == "ring" else cd.compile(program, lowering=way)
 
 
-def whole(function: Any, backend: str = "aot_eager") -> Any:
+def in_one_graph(function: Any, backend: str = "aot_eager") -> Any:
     """A function compiled to one graph."""
     return torch.compile(function, backend=backend, fullgraph=True)
 

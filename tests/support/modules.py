@@ -45,7 +45,10 @@ def assert_same(
     tolerance: float = 1e-10,
     retain_graph: bool = False,
 ) -> None:
-    """Equal results and, for a random gradient of them, equal gradients of the leaves."""
+    """Equal results, and equal gradients of the leaves.
+
+    The incoming gradient is random.
+    """
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     grad_out = torch.randn_like(out)
     grads = torch.autograd.grad(out, leaves, grad_out, retain_graph=retain_graph)

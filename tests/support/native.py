@@ -52,7 +52,7 @@ def _has_function(mask: Mask) -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one call of the operators, and the gradients of its results."""
+    """Arguments of one call of the operators, and its results' gradients."""
 
     work: Work
     q: Tensor
@@ -85,7 +85,7 @@ class Problem:
 def problem_of(
     case: Case, n: int, dtype: torch.dtype, shape: tuple[int, int, int] | None = None
 ) -> tuple[Problem, Inputs]:
-    """A case of the table as a call of the operators, and its inputs.
+    """A case as a call of the operators, and its inputs.
 
     n: tokens that the case's program is for.
     shape: (q_len, kv_len, q_offset), by default (n, n, 0).
@@ -102,7 +102,10 @@ def problem_of(
 def reference_results(
     program: Program | Mask, problem: Problem, data: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
-    """The reference's results in float64; gradients of an lse of -inf are ignored."""
+    """The reference's results in float64.
+
+    Gradients of an lse of -inf are ignored.
+    """
     q, k, v = (x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v))
     out, lse = cd.reference(
         program, q, k, v, scale=problem.scale, q_offset=problem.q_offset, data=data, return_lse=True
@@ -116,15 +119,18 @@ def reference_results(
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Limit of errors over a result's largest entry: above rounding, far below a wrong key."""
+    """Limit of errors, as a share of a result's largest entry.
+
+    It is above rounding, and far below the effect of a wrong key.
+    """
     return 1e-10 if dtype == torch.float64 else LOW[dtype]
 
 
-def assert_near(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+def assert_near(results: list[Tensor], expected: list[Tensor], subject: object = "") -> None:
     """Infinite and NaN in the same places; elsewhere near."""
-    for name, x, right in zip(NAMES, got, expected, strict=False):
-        about = f"{what} {name}"
-        allowed = tolerance(x.dtype if name != "lse" else got[0].dtype)
+    for name, x, right in zip(NAMES, results, expected, strict=False):
+        about = f"{subject} {name}"
+        allowed = tolerance(x.dtype if name != "lse" else results[0].dtype)
         assert x.shape == right.shape, about
         finite = right.isfinite()
         assert torch.equal(x.isfinite(), finite), f"{about}: other entries are infinite or NaN"
@@ -136,10 +142,10 @@ def assert_near(got: list[Tensor], expected: list[Tensor], what: object = "") ->
             assert error <= allowed * max(largest, 1e-3), message
 
 
-def assert_same_bits(got: list[Tensor], expected: list[Tensor], what: object = "") -> None:
+def assert_same_bits(results: list[Tensor], expected: list[Tensor], subject: object = "") -> None:
     """Assert that results are equal; NaN equals NaN."""
-    for name, x, right in zip(NAMES, got, expected, strict=False):
-        message = f"{what} {name}: other bits"
+    for name, x, right in zip(NAMES, results, expected, strict=False):
+        message = f"{subject} {name}: other bits"
         torch.testing.assert_close(x, right, rtol=0, atol=0, equal_nan=True, msg=message)
 
 
@@ -195,7 +201,10 @@ def counts_of(problem: Problem) -> list[int]:
 
 
 def executed(problem: Problem) -> list[int]:
-    """The same counts, of what a call executed; its results are those of an uncounted call."""
+    """The same counts, of the pairs that a call executed.
+
+    Its results are those of an uncounted call.
+    """
     out, lse, numbers = ops.native_counted(
         problem.q, problem.k, problem.v, problem.data, None, problem.work.code, problem.scale,
         problem.q_offset, problem.offsets, False,
@@ -213,7 +222,9 @@ def ragged(
     q_offset: int = 0,
     mask: Mask | None = None,
 ) -> tuple[Mask, Problem]:
-    """A mask and a problem of 2 entries, 4 query heads and 2 key heads.
+    """A mask and a problem with ragged lengths.
+
+    Batch 2, 4 query heads and 2 key heads.
 
     mask: by default one whose edges cross tiles.
     """

@@ -1,4 +1,7 @@
-"""The table of cases in every dtype by the native operators, for processes of their own."""
+"""The table of cases in every dtype by the native operators.
+
+It runs in processes of its own.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def check_table(step: int = 1) -> None:
 
 
 def check_sizes() -> None:
-    """Widths that are whole vectors or not, lengths that are whole tiles or not."""
+    """Check widths and lengths, of whole vectors and tiles or not."""
     for dtype in FLOATS:
         for head_dim, value_dim in HEAD_DIMS:
             for q_len, kv_len, q_offset in LENGTHS:
@@ -108,7 +111,9 @@ def check_functions() -> None:
 
 
 def _results_of_functions(attention: Any, dtype: torch.dtype, compute: torch.dtype) -> list[Tensor]:
-    """out, lse and the gradients of q, k, v and of a table, the last in float64.
+    """out, lse and the gradients of q, k, v and a table.
+
+    The table's is in float64.
 
     dtype: of the inputs' numbers.
     compute: the dtype that they are passed in.

@@ -1,4 +1,4 @@
-"""Calls of the native operator with tampered code, for processes of their own."""
+"""Calls of the native operator with tampered code, in other processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ EXTREMES = (
 
 
 def tamper(seed: int, count: int) -> None:
-    """Calls with randomly changed codes: each raises an error or gives a result."""
+    """Call with randomly changed codes.
+
+    A call raises an error or returns a result.
+    """
     rng = random.Random(seed)
     names = (
         "window", "longnet causal", "neighborhood dilated, shifted", "padding and documents",
@@ -52,7 +55,7 @@ def tamper(seed: int, count: int) -> None:
 
 
 def _changed(code: list[int], rng: random.Random) -> list[int]:
-    """A code with one number inserted, removed or replaced, or with its end cut off."""
+    """A code with a number inserted, removed or replaced, or truncated."""
     code = list(code)
     place = rng.randrange(len(code)) if code else 0
     kind = rng.random()

@@ -1,4 +1,7 @@
-"""Scenarios of real ranks: one dies, stalls or loses its network, and all others get one error."""
+"""Scenarios of real ranks: one dies, stalls or loses its network.
+
+All other ranks get one error.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ def at_remote_steps(group: dist.ProcessGroup, action: Callable[[], object], afte
 
 
 def doomed(group: dist.ProcessGroup, action: Callable[[], object]) -> None:
-    """The last rank acts after its own keys; all ranks that still run get one clear error, soon."""
+    """The last rank acts after its own keys.
+
+    All ranks that still run soon get one clear error.
+    """
     at_remote_steps(group, action)
     dist.barrier()
     impatient = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
@@ -77,6 +83,9 @@ def stalled(group: dist.ProcessGroup) -> None:
 
 
 def unplugged(group: dist.ProcessGroup) -> None:
-    """The network of the last rank goes down: no socket fails, so all wait for the timeout."""
+    """The network of the last rank goes down.
+
+    No socket fails, so all ranks wait for the timeout.
+    """
     command = ["ip", "link", "set", "dev", os.environ["GLOO_SOCKET_IFNAME"], "down"]
     doomed(group, lambda: subprocess.run(command, check=True))

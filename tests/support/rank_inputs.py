@@ -1,7 +1,8 @@
-"""Shards of a rank in a real process, and their comparison with the simulated ring."""
+"""Shards of a real rank, compared with the simulated ring."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ def inputs(
 
 
 def leaves(tensors: Tensors, positions: Tensor | None = None) -> list[Tensor]:
-    """Copies that get gradients, of the tokens at some positions or of all."""
-    parts = [x if positions is None else x[:, :, positions] for x in tensors]
+    """Copies that get gradients, of some positions or all."""
+    parts: Iterable[Tensor] = tensors
+    if positions is not None:
+        parts = [x[:, :, positions] for x in tensors]
     return [x.clone().requires_grad_() for x in parts]
 
 
@@ -67,7 +70,10 @@ def check(
     data: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Check that out, lse, gradients and the ledger equal those of the simulated ring."""
+    """Check that results equal those of the simulated ring.
+
+    Results are out, lse, gradients and the ledger.
+    """
     group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
     plan = plan_of(group, program, tensors, layout)
     load, positions = plan.loads[group.rank()], plan.positions(group.rank())

@@ -1,4 +1,4 @@
-"""Scenarios of real ranks: invalid calls, and calls that differ between ranks, raise everywhere."""
+"""Scenarios of real ranks: invalid or different calls raise everywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from tests.support.rank_inputs import LONGNET, Tensors, check, inputs, leaves, p
 
 
 def refuses(message: str, call: Callable[[], object]) -> None:
-    """Check that a call raises a ValueError of one line with this text, soon."""
+    """Check that a call soon raises a ValueError of one line.
+
+    The error contains the text.
+    """
     start = time.monotonic()
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         call()
@@ -29,7 +32,10 @@ def refuses(message: str, call: Callable[[], object]) -> None:
 
 
 def refusals(group: dist.ProcessGroup) -> None:
-    """Calls that differ are refused on all ranks before data moves; then the group still works."""
+    """Calls that differ are refused on all ranks.
+
+    They are refused before data moves, and the group still works afterwards.
+    """
     is_last = group.rank() == group.size() - 1
 
     def shards(rows: int = 20, dtype: torch.dtype = torch.float64, **options: int) -> Tensors:
@@ -61,7 +67,7 @@ def refusals(group: dist.ProcessGroup) -> None:
     )
     refuses("in key heads: ", lambda: causal(*shards(kv_heads=4 if is_last else 2)))
     refuses("in batch: ", lambda: causal(*shards(batch=1 if is_last else 2)))
-    # Rows: of 64 tokens the first of three ranks must hold ceil(64 / 3).
+    # Rows: of 64 tokens the first of three ranks must have ceil(64 / 3).
     wrong_rows = (
         "rank 0 of 3 must hold 22 of the 64 tokens under the layout contiguous; got 20. "
         "Take the rows that "
@@ -105,7 +111,10 @@ def wrong_options(right: dict[str, Any], own: torch.Tensor) -> list[dict[str, An
 
 
 def mistakes(group: dist.ProcessGroup) -> None:
-    """A mistake on one rank raises on all, with equal words, and none waits."""
+    """A mistake on one rank raises on all, with equal words.
+
+    No rank waits.
+    """
     tokens = 10 * group.size()
     complete = inputs(tokens)
     program = masks.causal() & masks.documents(ids="ids") & masks.padding()

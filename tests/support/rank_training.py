@@ -1,4 +1,7 @@
-"""Scenarios of real ranks: training over shards gives the losses of one process."""
+"""Scenarios of real ranks: training over shards.
+
+Its losses are those of one process.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ def losses(
     group: dist.ProcessGroup | None,
     checkpoint: Path | None = None,
 ) -> list[float]:
-    """The losses of `STEPS` steps, each a mean over the tokens of all ranks.
+    """The losses of `STEPS` steps.
+
+    A loss is a mean over the tokens of all ranks.
 
     group: None for one process.
     checkpoint: a file that is written after every step, from which training continues.
@@ -79,7 +84,10 @@ def losses(
 def save(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]
 ) -> None:
-    """Replace a checkpoint: a kill at any time leaves the old one or the new one."""
+    """Replace a checkpoint in one step.
+
+    A kill at any time leaves the old one or the new one.
+    """
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
     new = checkpoint.with_suffix(".new")
     torch.save(state, new)
@@ -104,7 +112,10 @@ def training(group: dist.ProcessGroup, checkpoint: Path | None = None) -> None:
 
 
 def restarted(group: dist.ProcessGroup) -> None:
-    """The last rank is killed in a forward; torchrun restarts all, and training continues."""
+    """The last rank is killed in a forward.
+
+    torchrun restarts all, and training continues.
+    """
     checkpoint = Path(os.environ["CHECKPOINT"])
     if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) == 0:
         at_remote_steps(group, lambda: os.kill(os.getpid(), signal.SIGKILL), after=STEPS // 2)
@@ -126,7 +137,10 @@ class Block(nn.Module):
 
 
 def fully_sharded(group: dist.ProcessGroup) -> None:
-    """FSDP2: parameters and the sequence over the same ranks train like one process."""
+    """FSDP2 and a ring over the same ranks train like one process.
+
+    Parameters and the sequence are sharded.
+    """
     mesh, tokens, layout = init_device_mesh("cpu", (group.size(),)), 128, "zigzag"
     torch.manual_seed(0)
     single = Block(cd.compile(LONGNET))
@@ -151,7 +165,10 @@ def fully_sharded(group: dist.ProcessGroup) -> None:
 
 
 def learned_operands(group: dist.ProcessGroup) -> None:
-    """Gradients of a table that a score_mod captures: each rank has the share of its queries."""
+    """Gradients of a table that a score_mod captures.
+
+    A rank has the share of its queries.
+    """
     tokens, layout = 75, "zigzag"
     complete = inputs(tokens)
     generator = torch.Generator().manual_seed(3)

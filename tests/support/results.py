@@ -1,4 +1,4 @@
-"""Results and gradients of attention, compared with the reference and with dense attention."""
+"""Results and gradients of attention, against the reference and dense attention."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def truth(
 
 
 def _assert_equal(name: str, actual: Tensor, expected: Tensor) -> None:
-    """Equal where either is infinite, else to 1e-10 of the largest finite entry."""
+    """Equal where infinite, else to 1e-10 of the largest finite entry."""
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
     finite = expected.isfinite()
     assert torch.equal(actual.isfinite(), finite), f"{name}: other entries are infinite or NaN"
@@ -102,7 +102,10 @@ def assert_same(actual: Result, expected: Result) -> None:
 
 
 def dead_rows_are_zero(actual: Result, expected: Result) -> None:
-    """Rows without keys are (0, -inf) with zero gradients, and nothing is NaN or infinite."""
+    """Rows without keys are (0, -inf) with zero gradients.
+
+    Nothing is NaN or infinite.
+    """
     dead = expected.lse == -math.inf
     assert (actual.lse[dead] == -math.inf).all()
     assert (actual.out[dead] == 0).all()
@@ -111,7 +114,7 @@ def dead_rows_are_zero(actual: Result, expected: Result) -> None:
 
 
 def no_worse_than_dense(name: str, actual: Tensor, dense: Tensor, exact: Tensor) -> None:
-    """The error is at most 2.5 times that of dense attention, plus one rounding.
+    """The error is at most 2.5 times dense attention's, plus one rounding.
 
     actual, dense: of attention and of dense attention in low precision.
     exact: in float64, from the same rounded inputs.
@@ -132,7 +135,9 @@ def no_worse_than_dense(name: str, actual: Tensor, dense: Tensor, exact: Tensor)
 
 
 def dense_attention(program: cd.Program, inputs: Inputs, expected: Result) -> Result:
-    """torch's fused attention over the same pairs, with log c as a bias.
+    """torch's fused attention over the same pairs.
+
+    Its bias is log c.
 
     Rows without keys see every key here: they are masked in the result, and send no gradient.
     """

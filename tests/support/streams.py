@@ -1,4 +1,7 @@
-"""Streamed runs over files of any number of tokens: batch 2, four query heads, two key heads."""
+"""Streamed runs over files of any number of tokens.
+
+Batch 2, four query heads, two key heads.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ SHAPES = {"q": (4, 8), "k": (2, 8), "v": (2, 6)}
 
 
 def write_files(directory: Path, tokens: int, dtype: Any = np.float64) -> dict[str, Path]:
-    """Write q.npy, k.npy and v.npy; paths of them, of the output and of the journal."""
+    """Write q.npy, k.npy and v.npy.
+
+    The paths are theirs, the output's and the journal's.
+    """
     random = np.random.default_rng(0)
     for name, (heads, width) in SHAPES.items():
         numbers = random.standard_normal((2, heads, tokens, width))

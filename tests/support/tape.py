@@ -150,10 +150,11 @@ class Native:
         """The gradients of the scores, and of the operands that learn."""
         transposed, grads = scores.T.contiguous(), grad.T.contiguous()
         sums: list[Tensor | None] = []
+        addresses: list[int | None] = []
         for x in operands:
             total = torch.zeros(x.shape, dtype=scores.dtype) if x.requires_grad else None
             sums.append(total)
-        addresses = [None if total is None else total.data_ptr() for total in sums]
+            addresses.append(None if total is None else total.data_ptr())
         places = (ctypes.c_void_p * max(1, len(sums)))(*addresses)
         arguments = (*self.tile(q, k), transposed, grads, len(q), places)
         self(f"run_backward_{kind(scores)}", encode(graph, operands), operands, *arguments)
@@ -183,14 +184,14 @@ def arguments(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return torch.tensor([[B]]), torch.tensor([[H]]), q.long()[:, None], k.long()[None, :]
 
 
-def same(got: Tensor, expected: Tensor, tolerance: float, about: str = "") -> None:
+def same(actual: Tensor, expected: Tensor, tolerance: float, about: str = "") -> None:
     """Assert that tensors are near; NaN equals NaN."""
 
     def message(text: str) -> str:
         return f"{about}: {text}"
 
     torch.testing.assert_close(
-        got, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
+        actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
     )
 
 
@@ -224,8 +225,8 @@ def compare_scores(
     x = scores.clone().requires_grad_()
     expected = over_pairs(lambda *scalars: graph.scalar(operands, *scalars), x, *arguments(q, k))
     expected = expected.broadcast_to(x.shape).to(dtype)
-    got = native.score(graph, operands, scores, q, k)
-    same(got, expected.detach(), tolerance, "scores")
+    result = native.score(graph, operands, scores, q, k)
+    same(result, expected.detach(), tolerance, "scores")
     # 2. Gradients of the scores and of the operands.
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
     grad[0, 0] = 0
@@ -244,7 +245,9 @@ def compare_scores(
 
 
 def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int) -> int:
-    """Compare a mask_mod's values with its graph's, and verdicts of blocks with the values.
+    """Compare a mask_mod's values with its graph's.
+
+    The verdicts of blocks are compared with the values.
 
     Returns the number of blocks that are decided.
     """
@@ -272,7 +275,10 @@ def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int
 
 
 def build_driver(folder: Path) -> Native:
-    """Compile the driver with the kernel's sources into a folder, and load it."""
+    """Compile the driver with the kernel's sources, and load it.
+
+    The library is written into a folder.
+    """
     try:
         compiler = find_compiler()
     except NativeUnavailable as error:

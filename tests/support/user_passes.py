@@ -1,4 +1,7 @@
-"""Passes of a user: one that rewrites, one that sets options, one that is not frozen."""
+"""Passes of a user.
+
+One rewrites, one sets options, one is not frozen.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ class Twice(nn.Module):
 
 @dataclass(frozen=True)
 class Doubled:
-    """A user's pass: x * 2 becomes x + x, the same bits.
+    """A user's pass: x * 2 becomes x + x.
+
+    The bits are the same.
 
     runs: the graphs that it was called with, as text
     """

@@ -1,4 +1,4 @@
-"""Models for the tests of wrapping, and comparisons of wrapped models with plain ones."""
+"""Models for the tests of wrapping, compared with plain models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Q = torch.randn(2, 3, HEADS, 20, 16, generator=torch.Generator().manual_seed(4))
 
 
 class Block(nn.Module):
-    """q, k and v from one layer, scaled_dot_product_attention, and a layer behind it."""
+    """scaled_dot_product_attention between two layers.
+
+    The first makes q, k and v.
+    """
 
     def __init__(self, kv_heads: int = HEADS, dropout: float = 0.0) -> None:
         super().__init__()
@@ -113,7 +116,7 @@ def recording(graphs_run: list[GraphModule]) -> Any:
 
 
 def tensors_of_pairs(graphs_run: list[GraphModule], q_len: int, kv_len: int) -> list[str]:
-    """Nodes whose result has an entry for each pair of query and key."""
+    """Nodes whose results have an entry per pair of query and key."""
     nodes = []
     for graph in graphs_run:
         for node in graph.graph.nodes:

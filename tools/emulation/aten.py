@@ -1,4 +1,6 @@
-"""ATen's memory-efficient attention for CPU tensors: shapes and strides as on CUDA, exact values.
+"""ATen's memory-efficient attention for CPU tensors.
+
+Shapes and strides are as on CUDA, values are exact.
 
 Registered as the CPU's implementation of the operators, which torch has for GPUs alone. Like
 CUTLASS it gives rows that see nothing out 0 and lse +inf.
@@ -18,8 +20,11 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 _LOWEST = -torch.inf
 
 
-def _like_cuda(operator: Any, tensors: tuple[Any, ...], *others: Any, **options: Any) -> Any:
-    """Results of the operator for fake tensors of the GPU: it checks them, and gives strides."""
+def _like_cuda(operator: Any, tensors: tuple[Any, ...], *settings: Any, **options: Any) -> Any:
+    """Results of the operator for fake tensors of the GPU.
+
+    The operator checks the tensors and sets strides.
+    """
     mode = FakeTensorMode()
     fakes = []
     for x in tensors:
@@ -29,7 +34,7 @@ def _like_cuda(operator: Any, tensors: tuple[Any, ...], *others: Any, **options:
                 x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
         fakes.append(x)
     with mode:
-        return operator(*fakes, *others, **options)
+        return operator(*fakes, *settings, **options)
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:

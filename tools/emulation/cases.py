@@ -30,7 +30,7 @@ class Case:
     backward: whether gradients are compared too.
     narrow: whether lists of tiles may have no padding, so that the mask falls into several parts.
     compiled: whether a compiled graph runs in place of the eager call.
-    bad: whether keys, values and gradients hold some NaN and infinities.
+    bad: whether keys, values and gradients contain some NaN and infinities.
     short: whether the case belongs to the short half.
     """
 
@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
 
 
 def error_of(case: Case) -> str | None:
-    """What is wrong with a case; None where all results agree with the reference."""
+    """The error of a case; None where results agree with the reference."""
     torch.manual_seed(0)
     options = case.options()
     tensors = _tensors(case)
@@ -245,7 +245,7 @@ def _expected(
 
 
 def _worst(pairs: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> str | None:
-    """The first result that is off by more than a few roundings of the dtype."""
+    """The first result that differs by over a few roundings."""
     roundings = {torch.float32: 64, torch.bfloat16: 6, torch.float16: 6}[dtype]
     for name, (result, right) in pairs.items():
         if not torch.equal(result.isnan(), right.isnan()):

@@ -1,4 +1,7 @@
-"""Kernels compiled to machine code of sm_90: shared memory, registers and spills by ptxas."""
+"""Kernels compiled to machine code of sm_90.
+
+ptxas reports their shared memory, registers and spills.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,9 @@ def flex(dtype: torch.dtype, head_dim: int, backward: bool = True) -> dict[str, 
 
 
 def graph(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
-    """The kernels of lanes in the code of a compiled graph: forward, and both of the backward.
+    """The kernels of lanes in the code of a compiled graph.
+
+    They are the forward's, and both of the backward.
 
     Raises AssertionError where the graph calls the operator instead.
     """

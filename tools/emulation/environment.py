@@ -1,4 +1,7 @@
-"""The virtual environment of the emulation: the versions whose private names it patches."""
+"""The emulation's virtual environment, with the versions that it patches.
+
+The emulation patches private names of these versions.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,13 @@ _OTHERS = ("lazy-loader", "psutil", "tabulate", "setuptools", "pytest", "hypothe
 
 
 class Unavailable(RuntimeError):
-    """The environment cannot be made here; the message says why."""
+    """The environment cannot be made here; the message has the reason."""
 
 
 def python() -> Path:
-    """The environment's Python; makes the environment where it is missing or of other versions.
+    """The environment's Python.
+
+    Makes the environment where it is missing or has other versions.
 
     Raises Unavailable.
     """
@@ -54,4 +59,7 @@ def _constrained() -> list[str]:
     """The other packages at the versions that the project is tested with."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if "==" in line)
-    return [f"{name}=={versions[name]}" if name in versions else name for name in _OTHERS]
+    packages = []
+    for name in _OTHERS:
+        packages.append(f"{name}=={versions[name]}" if name in versions else name)
+    return packages

@@ -28,7 +28,7 @@ def names(short: bool) -> list[str]:
 
 
 def batches(chosen: list[str], at_once: int = 4) -> list[list[str]]:
-    """Jobs that one process does one after the other: of one kind, and few."""
+    """Batches of jobs for one process: few, and of one kind."""
     out = []
     for kind in (COMPILE, RUN):
         alike = [name for name in chosen if name.startswith(kind)]

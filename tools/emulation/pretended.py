@@ -1,4 +1,6 @@
-"""A pretended H100: inductor writes Triton for it, which an interpreter runs or ptxas compiles.
+"""A pretended H100, for which inductor writes Triton.
+
+Triton's interpreter runs the kernels, or ptxas compiles them.
 
     EMULATION=interpret   kernels run in Triton's interpreter, on CPU tensors
     EMULATION=compile     kernels are compiled for sm_90 and not run
@@ -69,7 +71,10 @@ class _NoGuard:
 
 
 class _Event:
-    """An event of CUDA by the host's clock: kernels run where they are launched."""
+    """An event of CUDA by the host's clock.
+
+    Kernels run where they are launched.
+    """
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.seconds = 0.0
@@ -140,7 +145,10 @@ def _zeros(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _register_guard() -> None:
-    """Register c10's empty device guard for CUDA, which a CPU build of torch lacks."""
+    """Register c10's empty device guard for CUDA.
+
+    A CPU build of torch lacks it.
+    """
     if torch.version.cuda is not None:
         torch._C._ensureCUDADeviceGuardSet()
         return
@@ -216,7 +224,7 @@ def _pretend_device() -> None:
     cuda.Event, cuda.CUDAGraph = _Event, _Graph
     torch._C._cuda_getCurrentRawStream = lambda *arguments: 0
     torch._C._cuda_getDevice = lambda: 0
-    # Not empty: where kernels are compiled alone, no kernel fills it, and it must hold no NaN.
+    # Not empty: where kernels are compiled alone, no kernel fills it, and it must contain no NaN.
     torch._C._dynamo.guards._empty_strided_cuda = _zeros
     fake_tensor.init_gpu_context = lambda *arguments: None
     interface = device_interface.CudaInterface
@@ -244,14 +252,17 @@ def _mend_interpreter() -> None:
             (x.data.astype(np.uint32) << 16).view(np.float32), tl.float32
         )
 
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return product(self, wide(a), wide(b), d, *rest)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        return product(self, wide(a), wide(b), d, *precision)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _pretend_inductor() -> None:
-    """Give inductor graphs of CPU tensors as graphs of cuda:0, and record its kernels."""
+    """Give inductor graphs of CPU tensors as graphs of cuda:0.
+
+    Its kernels are recorded.
+    """
     inductor_config.compile_threads = 1
     inductor_config.force_disable_caches = True
     inductor_config.triton.cudagraphs = False
@@ -300,7 +311,10 @@ def _launch_user_kernels() -> None:
 
 
 def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
-    """A graph and its inputs with fake tensors of the pretended GPU; changes the graph."""
+    """Move a graph and its inputs to fake tensors of the GPU.
+
+    The graph is changed in place.
+    """
     mode = detect_fake_mode(inputs) or TracingContext.get().fake_mode
 
     def moved(x: Any) -> Any:
@@ -329,7 +343,10 @@ def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any
 
 
 def _open_flex() -> None:
-    """Make FlexAttention take CPU tensors for a backward and an lse, as it does on a GPU."""
+    """Make FlexAttention take CPU tensors for a backward and an lse.
+
+    On a GPU it takes them.
+    """
     import inspect
 
     flex_attention._validate_device = lambda q, k, v: None

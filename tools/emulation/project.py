@@ -1,4 +1,4 @@
-"""The project on the pretended GPU: plans of cuda for tensors of the CPU."""
+"""The project on the pretended GPU: cuda's plans for CPU tensors."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ _backward_tiles = CUDAConfigHeuristic.get_flex_attn_bwd_configs
 _kernel_of = tiles._kernel_of
 
 
-def _of_gpu(program: Any, q: Any, k: Any, v: Any, dtype: Any, device: str, *rest: Any) -> Problem:
+def _of_gpu(program: Any, q: Any, k: Any, v: Any, dtype: Any, device: str, *more: Any) -> Problem:
     """The problem of CPU tensors, as one of a GPU."""
-    return _of_tensors(program, q, k, v, dtype, "cuda", *rest)
+    return _of_tensors(program, q, k, v, dtype, "cuda", *more)
 
 
 def _larger_tiles(self: Any, head_dim: int, dtype: Any) -> Any:
-    """Tiles of float16 for float32's backward; its own of 16 x 16 take the interpreter minutes."""
+    """Use the tiles of float16 for float32's backward.
+
+    Its own tiles of 16 x 16 take the interpreter minutes.
+    """
     return _backward_tiles(self, head_dim, torch.float16)
 
 
 def _kernel_of_gpu(q: Any, inputs: Any) -> Any:
-    """The kernel of tiles that a GPU has where a CPU has its own."""
+    """The kernel of tiles of a GPU, in place of the CPU's."""
     kernel = _kernel_of(q, inputs)
     if kernel is not tiles.FlashCPU:
         return kernel
@@ -42,7 +45,10 @@ def _kernel_of_gpu(q: Any, inputs: Any) -> Any:
 
 
 def _interpret_lanes() -> None:
-    """Launch the kernels of lanes in the interpreter, while graphs hold them as they are."""
+    """Launch the kernels of lanes in the interpreter.
+
+    Graphs contain the kernels unchanged.
+    """
     # Under TRITON_INTERPRET every triton.jit makes a function that only the interpreter takes.
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = False

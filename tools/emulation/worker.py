@@ -1,6 +1,6 @@
-"""Run jobs in one process, and print a JSON line for each as it ends.
+"""Run jobs in one process; print a JSON line as each ends.
 
-python -m emulation.worker JOB..., with EMULATION set as `pretended` says.
+python -m emulation.worker JOB..., with EMULATION set as in `pretended`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def main(names: list[str]) -> None:
 
 
 def _result(name: str) -> dict[str, Any]:
-    """The report of a job: an error or None, and the kernels that it compiled."""
-    kind, _, what = name.partition(": ")
+    """The report of a job: its error or None, its compiled kernels."""
+    kind, _, case = name.partition(": ")
     if kind == jobs.RUN:
         from . import cases
 
-        return {"error": cases.error_of(cases.CASES[what])}
+        return {"error": cases.error_of(cases.CASES[case])}
     from . import cubins
 
-    way, dtype, head_dim = what.split()
+    way, dtype, head_dim = case.split()
     built = getattr(cubins, way)(getattr(cubins.torch, dtype), int(head_dim))
     return {
         "error": None,
-        "kernels": {f"{what} {part}": cubin.report for part, cubin in built.items()},
+        "kernels": {f"{case} {part}": cubin.report for part, cubin in built.items()},
     }
 
 

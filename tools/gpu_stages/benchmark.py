@@ -1,4 +1,7 @@
-"""Stage benchmark: whole programs by each lowering, the GPU's time and the host's apart."""
+"""Stage benchmark: whole programs by each lowering.
+
+The GPU's time and the host's are measured apart.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def inputs(
     head_dim: int,
     kv_heads: int | None = None,
 ) -> list[Tensor]:
-    """Random q, k and v that require gradients, the same in every run."""
+    """Random q, k and v that require gradients, equal in every run."""
     torch.manual_seed(0)
     tensors = []
     for count in (heads, kv_heads or heads, kv_heads or heads):
@@ -50,7 +50,9 @@ def passes(attention: Attention, tensors: Sequence[Tensor]) -> dict[str, Callabl
 
 
 def rates(attention: Attention, tensors: Sequence[Tensor], pairs: float) -> dict[str, Any]:
-    """Time, memory and flops per second of a forward, and of a forward with its backward.
+    """Time, memory and flops per second of a call.
+
+    They are measured of a forward, and of a forward with its backward.
 
     pairs: over batch and heads. first_seconds of a result: of its first call, which compiles.
     """
@@ -65,7 +67,7 @@ def rates(attention: Attention, tensors: Sequence[Tensor], pairs: float) -> dict
 
 
 def worst_error(program: Any, attention: Any, tensors: Sequence[Tensor]) -> float:
-    """The largest error of out and gradients against the float64 reference, in roundings.
+    """The largest error of out and gradients against the reference, in roundings.
 
     A rounding is that of the dtype at the size of the largest number.
     """

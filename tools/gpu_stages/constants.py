@@ -1,4 +1,4 @@
-"""Stage constants: rates of kernels, bytes and calls, and what devices.py makes of them.
+"""Stage constants: rates of kernels, bytes and calls, for devices.py.
 
 Outcomes carry flops per second of the GPU's own time. The last case derives the constants of
 compiled_dilated/lowerings/devices.py from all outcomes of the file.
@@ -47,7 +47,7 @@ def run(stage: Stage) -> None:
     stage.case("host lattice", _host_of_lattice(stage))
     for lowering, kind, dtype in _sparse():
         stage.case(f"{lowering} {kind} {dtype} 64", _program(stage, lowering, kind, dtype, 64))
-    # Then what a finer table would hold.
+    # Then the entries of a finer table.
     for way, head_dim, rows in _table(stage):
         name = f"dense {way} bfloat16 {head_dim} {rows}"
         stage.case(name, _dense(stage, way, torch.bfloat16, head_dim, rows))
@@ -77,7 +77,10 @@ def _table(stage: Stage) -> Iterator[tuple[str, int, int]]:
 
 
 def _tensors(stage: Stage, dtype: torch.dtype, head_dim: int, rows: int) -> list[Tensor]:
-    """As many problems of so many rows as fill the GPU, 2**18 rows in all."""
+    """Problems of some rows that fill the GPU.
+
+    They have 2**18 rows in all.
+    """
     problems = stage.size(max(1, 2**18 // rows), 2)
     heads = min(problems, 16)
     return inputs(stage.device, dtype, problems // heads, heads, rows, head_dim)
@@ -121,7 +124,10 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _merge(stage: Stage) -> Callable[[], dict[str, Any]]:
-    """Merging two partial results, in bytes of out and lse read and written."""
+    """Measure the merge of two partial results.
+
+    Its size is in bytes of out and lse, read and written.
+    """
 
     def case() -> dict[str, Any]:
         shape = stage.size((1, 16, 2**17, 64), (1, 2, 64, 16))
@@ -146,7 +152,7 @@ def _host_of_call(stage: Stage) -> Callable[[], dict[str, Any]]:
 
 
 def _host_of_lattice(stage: Stage) -> Callable[[], dict[str, Any]]:
-    """Host time to read the tiles of a batch and to merge a result."""
+    """Host time to read a batch's tiles and to merge a result."""
 
     def case() -> dict[str, Any]:
         out, part = (torch.randn(1, 2, 64, 16, device=stage.device) for _ in range(2))
@@ -164,7 +170,10 @@ def _host_of_lattice(stage: Stage) -> Callable[[], dict[str, Any]]:
 def _program(
     stage: Stage, lowering: str, kind: str, dtype: str, head_dim: int
 ) -> Callable[[], dict[str, Any]]:
-    """A lowering on FULL blocks alone, or on a window's, most of which are PARTIAL."""
+    """A lowering on FULL blocks alone, or on a window's blocks.
+
+    Most blocks of the window are PARTIAL.
+    """
 
     def case() -> dict[str, Any]:
         mask = masks.full() if kind == "full" else masks.window(stage.size(_WINDOW, 16))

@@ -1,4 +1,7 @@
-"""Stage edges: what an emulation cannot judge, because torch's own kernels or the GPU decide it."""
+"""Stage edges: behaviour that no emulation can judge.
+
+torch's own kernels or the GPU decide it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def _checked(program: Any, attend: Any, tensors: list[Tensor]) -> dict[str, Any]
 
 
 def _dead_rows(stage: Stage) -> dict[str, Any]:
-    """What ATen's kernel returns for a row without keys, and that ours are (0, -inf)."""
+    """Check rows without keys: ATen's results, and this library's (0, -inf)."""
     q, k, v = (x.detach() for x in inputs(stage.device, torch.bfloat16, 1, 2, 64, 32))
     bias = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=stage.device)
     bias[..., 7, :] = -math.inf
@@ -80,7 +83,7 @@ def _dead_rows(stage: Stage) -> dict[str, Any]:
 
 
 def _width(stage: Stage, lowering: str, head_dim: int) -> Callable[[], dict[str, Any]]:
-    """Heads whose rows are not aligned to 16 bytes, or no power of two."""
+    """Check widths unaligned to 16 bytes, or no power of two."""
 
     def case() -> dict[str, Any]:
         tensors = inputs(stage.device, torch.bfloat16, 1, 2, stage.size(512, 160), head_dim)
@@ -115,7 +118,10 @@ def _many_masks(stage: Stage) -> dict[str, Any]:
 
 
 def _hidden(stage: Stage) -> dict[str, Any]:
-    """A NaN reaches the rows that see it, forward and backward, and no others."""
+    """Check that a NaN reaches only the rows that see it.
+
+    Forward and backward are checked.
+    """
     tokens = stage.size(512, 200)
     tensors = inputs(stage.device, torch.bfloat16, 1, 2, tokens, 32)
     q, k, v = (x.detach().clone() for x in tensors)
@@ -134,7 +140,10 @@ def _hidden(stage: Stage) -> dict[str, Any]:
 
 
 def _compiled(stage: Stage) -> dict[str, Any]:
-    """A compiled graph of lanes computes what the eager call does, but for sums of delta."""
+    """Check that a compiled graph of lanes equals the eager call.
+
+    Sums of delta may differ.
+    """
     tensors = inputs(stage.device, torch.bfloat16, 1, 2, stage.size(1024, 150), 32)
     attend = cd.compile(masks.window(50), lowering="lanes")
     compiled = torch.compile(attend, fullgraph=True)
@@ -163,7 +172,7 @@ def _captured(stage: Stage) -> dict[str, Any]:
 
 
 def _far(stage: Stage, lowering: str) -> Callable[[], dict[str, Any]]:
-    """Two heads of a cache whose tokens are so far apart that offsets exceed 32 bits."""
+    """Check two heads of a cache whose offsets exceed 32 bits."""
 
     def case() -> dict[str, Any]:
         tokens, heads = stage.size((2**18 + 512, 128), (640, 4))
@@ -194,7 +203,10 @@ def _far(stage: Stage, lowering: str) -> Callable[[], dict[str, Any]]:
 
 
 def _sanitized(stage: Stage) -> dict[str, Any]:
-    """No memory error of a forward and backward of lanes, where the tool is installed."""
+    """Check a forward and backward of lanes for memory errors.
+
+    The check needs compute-sanitizer to be installed.
+    """
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"skipped": "compute-sanitizer is not on PATH"}

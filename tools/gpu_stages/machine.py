@@ -1,4 +1,4 @@
-"""The machine: its GPU, versions and free memory, as a line of JSON on standard output."""
+"""The machine's GPU, versions and free memory, printed as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main() -> int:
-    """Print the line; exit code 2 with a reason where there is no GPU to check."""
+    """Print the line; without a GPU, a reason and exit code 2."""
     try:
         import torch
     except ImportError:

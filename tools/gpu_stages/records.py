@@ -1,4 +1,6 @@
-"""The file of results: one JSON line for each event, written at once, so that a stop loses nothing.
+"""The file of results: one JSON line for each event.
+
+A line is written at once, so that a stop loses nothing.
 
 {"event": "machine", "gpu": ..., "torch": ...}                         first line of a file
 {"event": "start", "stage": ..., "case": ...}                          before a case runs
@@ -23,14 +25,14 @@ class Records:
         self.path = path
 
     def append(self, event: str, **fields: Any) -> None:
-        """Write an event as a line, and have it on the disk before the next step."""
+        """Write an event as a line, and flush it to the disk."""
         with self.path.open("a") as file:
             file.write(json.dumps({"event": event, **fields}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def events(self) -> list[Event]:
-        """All events so far. A line that a stop cut off is left out."""
+        """All events so far, without a line cut off by a stop."""
         if not self.path.exists():
             return []
         events = []
@@ -46,7 +48,7 @@ class Records:
         return next((x for x in self.events() if x["event"] == "machine"), None)
 
     def outcomes(self, stage: str) -> dict[str, Event]:
-        """The outcomes of a stage, the last one of each case, by its name."""
+        """The last outcome of each case of a stage, by name."""
         return {
             event["case"]: event
             for event in self.events()
@@ -58,7 +60,7 @@ class Records:
         return any(x["event"] == "end" and x["stage"] == stage for x in self.events())
 
     def under_way(self, stage: str) -> str | None:
-        """The case of a stage that has started and has no outcome yet."""
+        """The case of a stage that has started without an outcome."""
         started = [
             event["case"]
             for event in self.events()

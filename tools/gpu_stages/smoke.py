@@ -1,4 +1,7 @@
-"""Stage smoke: every lowering forward and backward once, so that a broken machine shows at once."""
+"""Stage smoke: every lowering forward and backward once.
+
+It detects a broken machine at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Run the cases of a stage one by one, each outcome recorded at once."""
+"""The cases of a stage, run one by one.
+
+Each outcome is recorded at once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _FATAL = ("CUDA error", "device-side assert", "illegal memory access", "unspecif
 
 
 class DeviceLost(RuntimeError):
-    """A case has broken the process's connection to the GPU; the other cases need a new process."""
+    """The process has lost its GPU by a case.
+
+    The other cases need a new process.
+    """
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Stage:
         return tiny if self.tiny else full
 
     def case(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run a case and record what it returns, or its error. Cases with an outcome are skipped.
+        """Run a case without an outcome; record its result or its error.
 
         Raises DeviceLost after an error that spoils all later cases of the process.
         """

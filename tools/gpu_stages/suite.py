@@ -31,13 +31,16 @@ _TINY_TESTS = "(causal-lanes and bfloat16) or nothing or narrow"
 
 
 def run(stage: Stage) -> None:
-    """pytest over the tests that need a GPU; its own exit code is a case too."""
+    """Run pytest over the tests that need a GPU.
+
+    Its own exit code is a case too.
+    """
     stage.case("pytest", lambda: _pytest(stage))
 
 
 def _pytest(stage: Stage) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    # The plugins, that of the emulation first: it pretends the GPU before torch is asked.
+    # The plugins, that of the emulation first: it pretends the GPU before torch looks for one.
     command += ["-p", "emulation.project"] if stage.tiny else []
     command += ["-p", "gpu_stages.suite", "tests/test_gpu.py"]
     processes = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 1) - 2))
@@ -55,7 +58,10 @@ def _pytest(stage: Stage) -> dict[str, Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that a run before has finished; bfloat16 first, float32 compiles longer."""
+    """Leave out tests that an earlier run has finished.
+
+    Tests of bfloat16 come first: float32 compiles longer.
+    """
     done = Records(Path(os.environ[_FILE])).outcomes(NAME)
     left = [item for item in items if item.nodeid not in done]
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
@@ -83,7 +89,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Record a test's outcome; a skipped test has failed, since a GPU is there."""
+    """Record a test's outcome.
+
+    A skipped test has failed, since there is a GPU.
+    """
     # Processes of xdist send their reports to the first one, which alone writes.
     if "PYTEST_XDIST_WORKER" in os.environ or (report.passed and report.when != "call"):
         return

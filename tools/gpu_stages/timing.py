@@ -1,4 +1,7 @@
-"""Time of calls on a GPU: by CUDA events, and the host's own time apart."""
+"""Time of calls on a GPU, by CUDA events.
+
+The host's own time is measured apart.
+"""
 
 from __future__ import annotations
 

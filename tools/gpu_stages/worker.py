@@ -1,4 +1,6 @@
-"""Run the cases of one stage in this process: `python -m gpu_stages.worker STAGE FILE [--tiny]`.
+"""Run the cases of one stage in this process.
+
+python -m gpu_stages.worker STAGE FILE [--tiny]
 
 Exit codes: 0 all cases have run; 3 the process has lost its GPU, the other cases need a new one.
 """
@@ -18,7 +20,10 @@ LOST = 3
 
 
 def main() -> int:
-    """Import the stage and run it; under the emulation after the GPU has been pretended."""
+    """Import the stage and run it.
+
+    Under the emulation, the GPU is pretended first.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stage")
     parser.add_argument("file", type=Path)

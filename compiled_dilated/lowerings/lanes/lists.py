@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...masks.core import intersection
+from ...masks.ranges import intersection
 from .lanes import Lane, Residue
 
 Run = tuple[int, int, int, int, int, int, int]

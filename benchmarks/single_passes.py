@@ -170,7 +170,9 @@ class Case:
     def _run(self, step: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> object:
         with torch.set_grad_enabled(self.trains):
             result = step(x)
-            return torch.autograd.grad(result, parameters) if self.trains else result
+            if not self.trains:
+                return result
+            return torch.autograd.grad(result, parameters)
 
 
 def residual(mlp: type[nn.Module], width: int) -> nn.Module:

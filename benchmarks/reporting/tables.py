@@ -166,8 +166,10 @@ def longest(records: Records) -> list[Section]:
             if not done:
                 continue
             last = max(done, key=tokens)
-            first = min(failed, key=tokens, default=None)
-            end = f"{short(tokens(first))}: {first['failed']}" if first else "none tried"
+            end = "none tried"
+            if failed:
+                first = min(failed, key=tokens)
+                end = f"{short(tokens(first))}: {first['failed']}"
             cells = [name, way, f"{tokens(last):,}", time_text(seconds(last))]
             body.append([*cells, f"{last['peak_bytes'] / GIB:.3g} GiB", end])
     headers = ["suite", "way", "longest", "time", "peak", "first that failed"]
@@ -318,15 +320,19 @@ def peers(records: Records) -> list[Section]:
 
     def figures(row: Row) -> list[str]:
         base = bases.get((tokens(row), row["job"]["program"]))
-        ratio = f"{seconds(row) / seconds(base):.2f}" if base else ABSENT
+        ratio = ABSENT
+        if base:
+            ratio = f"{seconds(row) / seconds(base):.2f}"
         error = "NaN" if row["has_nan"] else f"{row['error']:.1e}"
-        verdict = error if row["is_right"] else f"{error} WRONG"
-        return [time_text(seconds(row)), ratio, mebibytes(row["peak_bytes"]), verdict]
+        if not row["is_right"]:
+            error = f"{error} WRONG"
+        return [time_text(seconds(row)), ratio, mebibytes(row["peak_bytes"]), error]
 
     body = []
     for row in rows:
         program = row["job"]["program"]
-        program = program if len(program) < 60 else program[:57] + "..."
+        if len(program) >= 60:
+            program = program[:57] + "..."
         body.append(line(row, [program, f"{tokens(row):,}", row["job"]["way"]], figures))
     headers = ["program", "tokens", "way", "time", "of ours", "peak", "error"]
     text = (

@@ -119,6 +119,7 @@ def row_of(job: Job) -> Row:
         for x in subject.inputs:
             x.requires_grad_()
     call = both if job.backward else forward
+    # The first call plans and compiles; the peak and the times are of later calls.
     row: Row = {"first_seconds": measure.timed(call), "peak_bytes": measure.peak_bytes(call)}
     row["seconds"] = _times(call, job)
     row |= _error(job, subject, forward())

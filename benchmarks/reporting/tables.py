@@ -208,16 +208,9 @@ def rings(records: Records) -> list[Section]:
     body = []
     for row in rows:
         ring = row["ring"]
-        body.append(
-            [
-                row["job"]["way"],
-                f"{tokens(row):,}",
-                ring["layout"],
-                str(ring["steps_max"]),
-                f"{ring['received_mib_max']:.3g} MiB",
-                time_text(seconds(row)),
-            ]
-        )
+        start = [row["job"]["way"], f"{tokens(row):,}", ring["layout"], str(ring["steps_max"])]
+        received = f"{ring['received_mib_max']:.3g} MiB"
+        body.append([*start, received, time_text(seconds(row))])
     chart = chart_of(
         "Most that one rank receives",
         "MiB",
@@ -258,6 +251,7 @@ def trillion(records: Records) -> list[Section]:
     done = [row for row in rows_of(records, "billion") if "failed" not in row]
     if not done:
         return []
+    # Every rank has as many tokens as in the longest run.
     row = max(done, key=tokens)
     ranks, trillion_tokens = row["job"]["ranks"], 10**12
     per_rank = tokens(row) / ranks
@@ -291,7 +285,9 @@ def compared(records: Records, suite: str) -> list[Section]:
     """The rows of a suite as they are."""
 
     def figures(row: Row) -> list[str]:
-        work = row["flops"] * (FORWARD_AND_BACKWARD if row["job"]["backward"] else 1)
+        work = row["flops"]
+        if row["job"]["backward"]:
+            work *= FORWARD_AND_BACKWARD
         gflops = f"{work / seconds(row) / 1e9:.0f}"
         peak, error = mebibytes(row["peak_bytes"]), f"{row['error']:.1e}"
         return [time_text(seconds(row)), gflops, peak, error]

@@ -56,7 +56,7 @@ def _cases() -> dict[str, bool]:
 
 
 def _annotated(name: str, source: str) -> ast.expr | None:
-    """The value of an annotated assignment in a module's source; None without one."""
+    """The value of an annotated assignment in a source; None without one."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
             return node.value

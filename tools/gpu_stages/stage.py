@@ -53,6 +53,7 @@ class Stage:
         self.records.append("start", stage=self.name, case=name)
         started = time.monotonic()
         result: dict[str, Any]
+        # Any error is the case's outcome; the cases behind it run all the same.
         try:
             result = {"ok": True, **run()}
         except Exception as error:

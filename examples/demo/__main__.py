@@ -72,6 +72,8 @@ QUICK = Scale(
     sampled_bytes=40, compared_tokens=(1024, 4096), with_flex=False, seconds=9,
 )  # fmt: skip
 
+_QUICK_HELP = "A smaller model and shorter sequences, to see that it works."
+
 
 def demo(
     out: Annotated[
@@ -84,12 +86,7 @@ def demo(
         float | None,
         typer.Option(min=1.0, help="About how long all of it may take; 230, or 9 with --quick."),
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A smaller model and shorter sequences, to see that it works."
-        ),
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=_QUICK_HELP)] = False,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -140,12 +137,10 @@ def _run(
     _introduce(scale, source, hardware, show)
     shape = (1, scale.heads, scale.context, scale.width // scale.heads)
     show(plan(program, shape, training=True).explain() + "\n")
-
     model = LanguageModel(program, scale.width, scale.heads, scale.layers)
     training = _train(model, source, scale, seconds * _TRAINING_SHARE, random)
     show(report.of_training(training, source, scale.must_fall_to))
     sample = _sample(model, scale, random, show)
-
     # Attention's inputs on real text, and random ones of the benchmark's size.
     result = check(program, *model.first_projection(source.held_out(_CHECKED_TOKENS, 1)[:, :-1]))
     show(report.of_check(result))

@@ -69,7 +69,7 @@ def documents(tokens: int, form: str, causal: bool = False) -> Problem:
     lengths = document_lengths(tokens)
     by_lengths = form == "lengths"
     mask = masks.documents(lengths=lengths) if by_lengths else masks.documents(ids="documents")
-    # Shuffling does not change the number: of two tokens of a document one still comes first.
+    # Of two tokens of a document one comes first in any order: shuffling leaves the number.
     pairs = sum(length * length for length in lengths)
     if causal:
         mask, pairs = masks.causal() & mask, sum(n * (n + 1) // 2 for n in lengths)

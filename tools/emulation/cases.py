@@ -57,7 +57,7 @@ def _documents() -> dict[str, Any]:
 
 
 def _slopes() -> dict[str, Any]:
-    """A score_mod with a learned slope a head."""
+    """A score_mod with a learned slope for each head."""
     slopes = torch.rand(2, requires_grad=True)
     return {
         "score_mod": lambda score, b, h, q, kv: score + slopes[h] * (q - kv).abs() / 64,

@@ -38,7 +38,7 @@ FAMILIES = {"window": 1 / 1.1, "hilbert": 1 / 1.1}
 
 
 def window(tokens: int, **settings: Any) -> Problem:
-    """A window of 256 tokens to each side."""
+    """A window of 256 tokens to both sides."""
     return Problem(WINDOW, tokens, **settings)
 
 
@@ -87,7 +87,8 @@ def low_precision_cases() -> list[Case]:
     out = []
     for case in rate_cases():
         if case.name in LOW_BARS:
-            low, half = (replace(case.problem, dtype=dtype) for dtype in ("bfloat16", "float16"))
+            low = replace(case.problem, dtype="bfloat16")
+            half = replace(case.problem, dtype="float16")
             bars, is_quick = (LOW_BARS[case.name], None), case.name == "window-16k"
             out.append(Case(f"{case.name}-bfloat16", low, bars, quick=is_quick))
             baseline = ours_of(case.problem, "float32")

@@ -78,6 +78,7 @@ def main() -> None:
                 "program": name,
                 "pass": "forward + backward" if backward else "forward",
                 "ms": seconds["checked"] * 1e3,
+                # Ratios to a call without the search.
                 "check": seconds["checked"] / seconds["unchecked"],
                 "with NaN": seconds["with NaN"] / seconds["unchecked"],
             }

@@ -34,10 +34,10 @@ def call(shape: tuple[int, int], with_bias: bool, dtype: torch.dtype) -> Callabl
     shape: queries and keys of a tile.
     """
     queries, keys = shape
-    q, k, v = (
-        torch.randn(tiles_of(shape), HEADS, length, HEAD_DIM, dtype=dtype)
-        for length in (queries, keys, keys)
-    )
+    tiles = tiles_of(shape)
+    q = torch.randn(tiles, HEADS, queries, HEAD_DIM, dtype=dtype)
+    k = torch.randn(tiles, HEADS, keys, HEAD_DIM, dtype=dtype)
+    v = torch.randn(tiles, HEADS, keys, HEAD_DIM, dtype=dtype)
     bias = torch.zeros(queries, keys, dtype=dtype) if with_bias else None
     return partial(attention, q, k, v, Tiles(HEAD_DIM**-0.5, bias))
 

@@ -69,7 +69,7 @@ def documents(tokens: int, form: str, causal: bool = False) -> Problem:
     lengths = document_lengths(tokens)
     by_lengths = form == "lengths"
     mask = masks.documents(lengths=lengths) if by_lengths else masks.documents(ids="documents")
-    # Shuffling does not change the number: of two tokens of a document one still comes first.
+    # Of two tokens of a document one comes first in any order: shuffling leaves the number.
     pairs = sum(length * length for length in lengths)
     if causal:
         mask, pairs = masks.causal() & mask, sum(n * (n + 1) // 2 for n in lengths)
@@ -136,13 +136,15 @@ def band(block: int, tokens: int) -> Problem:
 
 def tile_cases() -> list[Case]:
     """Explicit tiles of any size."""
-    return [
-        case(f"tiles-{block}", band(block, TILE_TOKENS), quick=block == 64) for block in BAND_BLOCKS
-    ]
+    out = []
+    for block in BAND_BLOCKS:
+        problem = band(block, TILE_TOKENS)
+        out.append(case(f"tiles-{block}", problem, quick=block == 64))
+    return out
 
 
 def big_bird_cases() -> list[Case]:
-    """BigBird by whole blocks, and with a window of single tokens."""
+    """BigBird by blocks, and with a window of single tokens."""
     out = []
     for tokens in BIG_BIRD_LENGTHS:
         blocks = cd.big_bird(window=64, global_tokens=64, random=3, block=64, tokens=tokens)
@@ -194,7 +196,7 @@ def mod_cases() -> list[Case]:
 
 
 def scattered(tokens: int, reach: int | None = None) -> Problem:
-    """`scattered_mod`, if `reach` is given within a window."""
+    """`scattered_mod`, within a window of `reach` tokens unless it is None."""
     within = None if reach is None else masks.window(reach)
     mask = masks.from_mod(scattered_mod, within=within)
     return Problem(mask, tokens, pairs_per_head=partial(scattered_pairs, tokens, reach))

@@ -187,11 +187,12 @@ class Step:
                 torch.autograd.grad(out, list(self.model.parameters()))
 
     def first(self) -> Row:
-        """Compile and run; the peak of the whole process."""
+        """Compile and run; the peak of the process."""
         with measure.resident_peak() as resident:
             try:
                 seconds = measure.timed(self.run)
             except passes.BudgetError as error:
+                # The budget fits no candidate: the least possible one is taken.
                 self.compiled = passes.compile(
                     self.model, memory_budget=error.least_bytes, dynamic=False
                 )
@@ -215,6 +216,7 @@ def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
     rows = []
     for kind in kinds:
         memory_bar, time_bar = BARS[kind]
+        # The budget of inference is its bar.
         budget = share if kind == "training" else memory_bar
         job = Job(kind, ("plain", "passes"), tokens, share=budget)
         peaks = {way: replace(job, ways=(way,), peaks=True).apart()[way] for way in job.ways}
@@ -238,7 +240,7 @@ def headline(tokens: int, share: float, kinds: Sequence[str]) -> list[Row]:
 
 
 def _row(way: str, tokens: int, figures: Row) -> Row:
-    """The row of a whole process with one step."""
+    """The row of a process with one step."""
     row = {"way": way, "tokens": tokens, "process GiB": figures["process_bytes"] / 2**30}
     return row | {"compile and step s": figures["first_seconds"], "passes": figures["passes"]}
 
@@ -290,6 +292,7 @@ def order(*_: Any) -> list[Row]:
         turns = [*measure.interleaved(steps, _REPEATS).values()]
         times = [measure.median(seconds) for seconds in turns]
         predicted = [estimate.seconds for estimate in distinct.values()]
+        # Pairs whose measured order is certain, and those of them with the same predicted order.
         pairs = right = 0
         for i, j in itertools.combinations(range(len(times)), 2):
             if _differ(turns[i], turns[j]):

@@ -290,7 +290,9 @@ def _origin() -> Row:
 
 
 def _summary(row: Row) -> str:
-    return str(row["failed"]) if "failed" in row else f"{measure.median(row['seconds']):.4g} s"
+    if "failed" in row:
+        return str(row["failed"])
+    return f"{measure.median(row['seconds']):.4g} s"
 
 
 def main() -> int:

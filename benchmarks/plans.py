@@ -63,6 +63,7 @@ def _map(name: str, mask: Mask, order: Order, allowed: float) -> dict[str, objec
     start = time.perf_counter()
     transposed = tile_map.transpose()
     with_transpose = measure.median(seconds) + time.perf_counter() - start
+    # 64 rows of tiles, classified again one by one.
     sample = range(0, tile_map.rows, tile_map.rows // 64)
     is_right = all(_row(mask, order, row) == tile_map.counts[row] for row in sample)
     size = max(tile_map.nbytes, transposed.nbytes)
@@ -86,6 +87,7 @@ def _row(mask: Mask, order: Order, row: int) -> int:
 
 
 def _parts(name: str, mask: Mask) -> dict[str, object]:
+    """Measure the block masks that FlexAttention needs for a mask."""
     start = time.perf_counter()
     parts = block_masks(mask, TOKENS, TOKENS, tile=TILE)
     seconds = time.perf_counter() - start

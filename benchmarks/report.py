@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = out.add_subparsers(dest="command", required=True)
+    # `run` and its options.
     run = commands.add_parser("run", help="measure suites")
     run.add_argument(
         "suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all if none is named"
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--anew", action="store_true", help="measure again what is already there")
     run.add_argument("--list", action="store_true", help="print the cases and stop")
     run.add_argument("--json", action="store_true", help="print the rows as JSON at the end")
+    # `render` and its options.
     render = commands.add_parser("render", help="write the tables and pictures")
     render.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE")
     render.add_argument("--markdown", type=Path, default=Path("report.md"), metavar="FILE")
@@ -136,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     options = parser().parse_args(arguments)
     try:
-        return run(options) if options.command == "run" else render(options)
+        if options.command == "run":
+            return run(options)
+        return render(options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

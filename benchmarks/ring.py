@@ -85,7 +85,7 @@ def exchange() -> list[Row]:
 
 
 def processes() -> list[Row]:
-    """gloo processes of one thread each."""
+    """gloo processes of one thread."""
     rows = []
     shape = f"1,{HEADS},{TOKENS},{HEAD_DIM}"
     for count in (1, 2):
@@ -155,11 +155,13 @@ def streamed() -> list[Row]:
         random = np.random.default_rng(0)
         for path in paths[:3]:
             np.save(path, random.standard_normal((1, heads, tokens, HEAD_DIM), dtype=np.float32))
+        # The same attention from files to a file, and from memory to memory.
         run = cd.compile(CAUSAL_LONGNET, ranks=16, transport="streamed")
         alone = cd.compile(CAUSAL_LONGNET)
         q, k, v = (torch.from_numpy(np.load(path)) for path in paths[:3])
 
         def run_from_start() -> None:
+            # With a journal of an earlier run there would be nothing left to compute.
             for path in (paths[3], journal):
                 path.unlink(missing_ok=True)
             run(*paths, journal=journal)
@@ -178,6 +180,7 @@ def streamed() -> list[Row]:
 def longest() -> list[Row]:
     """Measure runs in processes of their own, with the process's peak."""
     token_bytes = 4 * HEADS * HEAD_DIM * 2  # q, k, v and out
+    # Down in steps of 1/64, until the process fits.
     tokens, row = int(0.95 * _LIMIT_BYTES) // token_bytes, Row()
     while not row or row["process GiB"] > _LIMIT_BYTES / 2**30:
         tokens = (tokens - tokens // 64) // 8192 * 8192

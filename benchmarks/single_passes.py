@@ -145,6 +145,7 @@ class Case:
         model, x = self.make(self.width), torch.randn(1, self.tokens, self.width)
         chosen = self.chosen(x.nbytes)
         before = Loss(Checkpointed(*model.inner)) if self.checkpointed else model  # type: ignore[arg-type, misc]
+        # `before` shares its parameters with the model that the passes compile.
         steps = {
             "before": torch.compile(before, dynamic=False),
             "after": passes.compile(model, passes=chosen, dynamic=False),
@@ -170,7 +171,9 @@ class Case:
     def _run(self, step: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> object:
         with torch.set_grad_enabled(self.trains):
             result = step(x)
-            return torch.autograd.grad(result, parameters) if self.trains else result
+            if not self.trains:
+                return result
+            return torch.autograd.grad(result, parameters)
 
 
 def residual(mlp: type[nn.Module], width: int) -> nn.Module:
@@ -188,7 +191,7 @@ def streamed(unit: int) -> list[passes.Pass]:
 GELU_MLP, SWIGLU_MLP = training(partial(residual, Gelu)), training(partial(residual, Swiglu))
 GELU_BLOCK, SWIGLU_BLOCK = partial(block, Gelu), partial(block, Swiglu)
 LAYERS, LAYERS_TRAIN = partial(layers, Gelu), training(partial(layers, Gelu))
-# model, passes, tokens, width
+# model, passes, tokens, width, whether it trains, most units U, most share of the time before
 CASES = {
     "a GELU MLP trains": Case(GELU_MLP, chunked, 32768, 512, True, 5.3, 1.2),
     "a SwiGLU MLP trains": Case(SWIGLU_MLP, chunked, 32768, 512, True, 5.3, 1.2),

@@ -29,7 +29,7 @@ from transformers import (
 
 import compiled_dilated as cd
 
-# LongNet: segments of 512 tokens whole, of 2048 every second, of 8192 every fourth token.
+# LongNet: all tokens of segments of 512, every second of 2048, every fourth of 8192.
 PROGRAM = cd.longnet((512, 2048, 8192), (1, 2, 4), causal=True)
 
 

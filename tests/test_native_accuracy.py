@@ -45,10 +45,8 @@ GRADCHECKED: dict[str, Program | Mask] = {
 @pytest.mark.parametrize("name", GRADCHECKED)
 def test_gradcheck(name: str) -> None:
     attend = cd.compile(GRADCHECKED[name], lowering="native")
-    inputs = [
-        normal(*shape, seed=seed).requires_grad_()
-        for seed, shape in enumerate(((1, 2, 12, 2), (1, 1, 12, 2), (1, 1, 12, 1)))
-    ]
+    shapes = ((1, 2, 12, 2), (1, 1, 12, 2), (1, 1, 12, 1))
+    inputs = [normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = attend(q, k, v, return_lse=True)

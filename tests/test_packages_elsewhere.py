@@ -255,7 +255,8 @@ def saved_and_loaded(
 ) -> list[Tensor]:
     """The outputs that another process computes from a graph of torch.export.save."""
     length = torch.export.Dim("length", min=2, max=5000)
-    dynamic = tuple({x.dim() - 2 if x.dim() > 2 else 1: length} for x in inputs[0])
+    # The length is the last dimension but one, of two dimensions the last.
+    dynamic = tuple({max(x.dim() - 2, 1): length} for x in inputs[0])
     torch.export.save(torch.export.export(model, inputs[0], dynamic_shapes=dynamic), path)
     torch.save(inputs, f"{path}.inputs")
     run = fresh_python("-c", SAVED, str(path))

@@ -343,6 +343,6 @@ def test_a_billion_tokens_are_scheduled_rank_by_rank(
 
 
 def test_regions_of_runs() -> None:
-    both = regions([range(3, 10), range(4, 20, 5)])
-    assert [int(first) for first in both.first] == [3, 4]
-    assert [int(last) for last in both.last] == [9, 19]
+    bounds = regions([range(3, 10), range(4, 20, 5)])
+    assert [int(first) for first in bounds.first] == [3, 4]
+    assert [int(last) for last in bounds.last] == [9, 19]

@@ -42,7 +42,7 @@ def test_a_file_truncated_during_the_run_is_an_error(tmp_path: Path) -> None:
 # Generated rows
 
 
-def test_parts_of_generated_rows_equal_the_whole() -> None:
+def test_parts_of_generated_rows_equal_all_rows() -> None:
     source = GeneratedSource((2, 3, 5000, 4), seed=1, stream=0, block=64)
     heads, last_head = HeadRange(0, 2, 2), HeadRange(2, 1, 1)
     rows = sources.read(source, heads, range(5000))

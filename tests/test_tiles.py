@@ -190,8 +190,8 @@ def test_scattered_heavy_rows_are_not_split() -> None:
 
 
 LONGNET = [
-    (masks.segments(w) & masks.congruent(r, r - 1, period=w), orders.residue(r, period=w))
-    for w, r in ((2048, 1), (8192, 4))
+    (masks.segments(2048) & masks.congruent(1, 0, period=2048), orders.residue(1, period=2048)),
+    (masks.segments(8192) & masks.congruent(4, 3, period=8192), orders.residue(4, period=8192)),
 ]
 LARGE = [
     (masks.window(256), orders.identity()),

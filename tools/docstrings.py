@@ -36,7 +36,9 @@ def markdown(text: str) -> str:
                 lines.append("```")
             in_code = in_list = False
         # Further lines of an argument's text belong to its item.
-        lines.append(f"  {line}" if in_list and line.strip() else line)
+        if in_list and line.strip():
+            line = f"  {line}"
+        lines.append(line)
     if in_code:
         lines.append("```")
     return "\n".join(lines)

@@ -107,18 +107,17 @@ class Problem:
 
     @cached_property
     def _masks(self) -> list[Mask]:
-        return [
-            branch.mask.for_heads(self.heads).on("cpu")
-            for branch in as_program(self.program).branches
-        ]
+        branches = as_program(self.program).branches
+        return [branch.mask.for_heads(self.heads).on("cpu") for branch in branches]
 
     @property
     def differs_by_head(self) -> bool:
         """Whether heads see different pairs."""
         for branch in as_program(self.program).branches:
             first = branch.mask_at(0, self.heads)
-            if any(branch.mask_at(head, self.heads) != first for head in range(1, self.heads)):
-                return True
+            for head in range(1, self.heads):
+                if branch.mask_at(head, self.heads) != first:
+                    return True
         return False
 
 

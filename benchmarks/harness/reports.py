@@ -68,7 +68,8 @@ def run(options: argparse.Namespace, cases: Sequence[Case], bars: Mapping[str, f
     record["complete"] = True
     if options.json:
         measure.write_json(options.json, record)
-    print("\n" + (busy_table if options.busy else table)(record["rows"]))
+    figures = busy_table if options.busy else table
+    print("\n" + figures(record["rows"]))
     failures = [row for row in record["rows"] if row.get("met") is False]
     missed = list(dict.fromkeys(f"{row['case']}, {row['pass']}" for row in failures))
     if missed:
@@ -86,9 +87,12 @@ def _chosen(options: argparse.Namespace, cases: Sequence[Case]) -> list[Case]:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    settings = _QUICK if options.quick else Settings()
-    turns = options.turns or settings.turns
-    seconds = settings.seconds if options.seconds is None else options.seconds
+    settings = Settings()
+    if options.quick:
+        settings = _QUICK
+    turns, seconds = options.turns or settings.turns, settings.seconds
+    if options.seconds is not None:
+        seconds = options.seconds
     return replace(settings, turns=turns, least=min(settings.least, turns), seconds=seconds)
 
 
@@ -142,12 +146,14 @@ def table(rows: Sequence[Row]) -> str:
         if "skipped" in row:
             body.append([*start, "", "", row["skipped"]])
             continue
-        milliseconds = f"{1e3 * median(row['seconds']):.1f}" if "seconds" in row else ""
+        # A family's row compares other rows: it has no time of its own.
+        milliseconds = ""
+        if "seconds" in row:
+            milliseconds = f"{1e3 * median(row['seconds']):.1f}"
         rivals = [_share(row.get("rivals", {}).get(name)) for name in columns]
-        useful = row.get("useful_of_computed")
-        useful_text = "" if useful is None else f"{useful:.2f}"
+        useful = _number(row.get("useful_of_computed"))
         figures = [milliseconds, row["of"], _share(row), *rivals]
-        body.append([*start, *figures, *_verdict(row), useful_text])
+        body.append([*start, *figures, *_verdict(row), useful])
     return tabulate(body, headers=headers, disable_numparse=True)
 
 
@@ -166,8 +172,12 @@ def busy_table(rows: Sequence[Row]) -> str:
 
 def _verdict(row: Row) -> list[str]:
     """The cells of bar and met."""
-    bar = "" if row["bar"] is None else f"{row['bar']:.2f}"
-    return [bar, {True: "yes", False: "NO", None: ""}[row["met"]]]
+    met = {True: "yes", False: "NO", None: ""}
+    return [_number(row["bar"]), met[row["met"]]]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _share(figure: Mapping[str, Any] | None) -> str:

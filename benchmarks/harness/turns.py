@@ -93,13 +93,16 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
     ready = {name: _rival(case, name, backward) for name in names}
     times = _times(case, backward, settings, ready)
     shares = _shares(case, times["ours"], times["baseline"])
+    useful: float | None = None
     computed = computed_pairs(case.problem)
+    if computed is not None:
+        useful = case.problem.pairs / max(computed, 1)
     share, bar = median(shares), case.bars[backward]
     return row | {
         "seconds": times["ours"],
         "baseline_seconds": times["baseline"],
         "useful_gflops": case.problem.flops(backward) / median(times["ours"]) / 1e9,
-        "useful_of_computed": None if computed is None else case.problem.pairs / max(computed, 1),
+        "useful_of_computed": useful,
         "share": share,
         "spread": spread(shares),
         "bar": bar,
@@ -289,7 +292,8 @@ def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
     Turns with the process suspended and running alternate.
     """
     # A baseline of this library would be slowed down the same: dense SDPA takes its place.
-    case = case if case.baseline.way == "SDPA" else replace(case, of=None)
+    if case.baseline.way != "SDPA":
+        case = replace(case, of=None)
     block, baseline = _blocks(case, backward, settings.block_seconds)
     functions: dict[str, Callable[[], float]] = {
         "ours": block.seconds,
@@ -311,10 +315,9 @@ def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
         turns = zip(busy[name], quiet[name], strict=True)
         ratios[name] = [loaded / calm for loaded, calm in turns]
     share = median(ratios["baseline"]) / median(ratios["ours"])
-    slower = {
-        name: {"median": median(values), "spread": spread(values)}
-        for name, values in ratios.items()
-    }
+    slower = {}
+    for name, values in ratios.items():
+        slower[name] = {"median": median(values), "spread": spread(values)}
     figures = {"quiet_seconds": quiet, "busy_seconds": busy, "slower": slower, "share": share}
     return _head(case, backward) | figures | {"bar": 1.0, "met": share >= 1.0}
 

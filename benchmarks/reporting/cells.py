@@ -83,7 +83,9 @@ def bytes_per_token(row: Row) -> float:
 
 def time_text(duration: float) -> str:
     """Seconds with three digits, in ms below one second."""
-    return f"{duration * 1e3:.3g} ms" if duration < 1 else f"{duration:.3g} s"
+    if duration < 1:
+        return f"{duration * 1e3:.3g} ms"
+    return f"{duration:.3g} s"
 
 
 def mebibytes(size: float) -> str:
@@ -110,7 +112,9 @@ def line(row: Row, start: Sequence[str], figures: Callable[[Row], list[str]]) ->
 
     The reason is that of a failure.
     """
-    return [*start, *([str(row["failed"])] if "failed" in row else figures(row))]
+    if "failed" in row:
+        return [*start, str(row["failed"])]
+    return [*start, *figures(row)]
 
 
 def pivot(rows: Sequence[Row], figure: Callable[[Row], str]) -> tuple[list[str], list[list[str]]]:

@@ -117,6 +117,7 @@ def row_of(job: Job) -> Row:
     subject = _subject(job)
 
     call = _call(job, subject)
+    # The first call plans and compiles; the peak and the times are of later calls.
     row: Row = {"first_seconds": measure.timed(call), "peak_bytes": measure.peak_bytes(call)}
     row["seconds"] = _times(call, job)
     with torch.no_grad():
@@ -173,8 +174,9 @@ def _subject(job: Job) -> Subject:
         call, program = peer.build(job.tokens, job.head_dim, **job.settings)
         return Subject([q, k, v], call, program, _same)
     program = text.read_program(job.program)
-    call = cd.compile(program, ranks=job.ranks) if job.ranks > 1 else cd.compile(program)
-    return Subject([q, k, v], call, program, _same)
+    if job.ranks > 1:
+        return Subject([q, k, v], cd.compile(program, ranks=job.ranks), program, _same)
+    return Subject([q, k, v], cd.compile(program), program, _same)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -265,8 +267,9 @@ def _error(job: Job, subject: Subject, out: Tensor) -> Row:
 def _difference(out: Tensor, exact: Tensor, compared: str) -> Row:
     difference = (out - exact).abs().max().item() / exact.abs().max().item()
     # A result with NaN is no number of JSON.
-    error = difference if math.isfinite(difference) else None
-    return {"error": error, "has_nan": not math.isfinite(difference), "compared": compared}
+    if not math.isfinite(difference):
+        return {"error": None, "has_nan": True, "compared": compared}
+    return {"error": difference, "has_nan": False, "compared": compared}
 
 
 def _counts(job: Job, program: cd.Program) -> Row:

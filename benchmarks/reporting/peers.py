@@ -198,6 +198,7 @@ def _big_bird(tokens: int, head_dim: int, block: int) -> Built:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for name, x in {"query": q, "key": k, "value": v}.items():
             setattr(layer, name, _Constant(x))
+        # The masks that BigBirdModel builds for a text without padding.
         ones = torch.ones(q.shape[0], tokens)
         blocks = ones.unflatten(1, (-1, block))
         shifted = [blocks[:, 1:-3], blocks[:, 2:-2], blocks[:, 3:-1]]

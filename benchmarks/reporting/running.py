@@ -64,7 +64,7 @@ def run(
             else:
                 progress.skip()
             record["rows"].append(row)
-            # Rows of other forms stay: a short run after a whole one loses nothing.
+            # Rows of other forms stay: a short run after a full one loses nothing.
             rows_of_file = [*record["rows"], *earlier.values()]
             measure.write_json(path, record | {"rows": rows_of_file})
             rows.append(row)

@@ -1,6 +1,6 @@
 """The questions of the report, and the measurements that answer them.
 
-Each suite lists its jobs in a short form (minutes for all suites together) and a whole one
+Each suite lists its jobs in a short form (minutes for all suites together) and a full form
 (hours). The names of ways are those of the older reports.
 """
 
@@ -28,7 +28,7 @@ class Suite:
 
     name: of the command line and of the file of records.
     question: the heading of its tables.
-    jobs: maps whether the short form is asked for to the jobs.
+    jobs: the jobs of the short form for True, of the full form for False.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Suite:
 def _variants(
     suite: str, ways: Sequence[str], lengths: Sequence[int], **settings: Any
 ) -> list[Job]:
-    """One job for each name and length."""
+    """One job per name and length."""
     jobs = []
     for way in ways:
         for tokens in lengths:
@@ -124,11 +124,10 @@ def _memory(quick: bool) -> list[Job]:
     for backward in (False, True):
         # A window of a share of all pairs costs N^2: its longest lengths take minutes.
         jobs += _variants("memory", ways, lengths, backward=backward, turns=1)
-        jobs += [
-            Job("memory", "peer", "SDPA", tokens, backward=backward, turns=1)
-            for tokens in lengths
-            if tokens <= 32 * KI
-        ]
+        for tokens in lengths:
+            if tokens <= 32 * KI:
+                job = Job("memory", "peer", "SDPA", tokens, backward=backward, turns=1)
+                jobs.append(job)
     return jobs
 
 
@@ -152,10 +151,11 @@ def _billion(quick: bool) -> list[Job]:
     if not quick:
         sizes += [(MI, 256), (16 * MI, 4096), (64 * MI, 16384)]
     settings: dict[str, Any] = {"heads": 1, "head_dim": 16, "program": LONGNET}
-    return [
-        Job("billion", "billion", f"ring of {ranks:,}", tokens, ranks=ranks, **settings)
-        for tokens, ranks in sizes
-    ]
+    jobs = []
+    for tokens, ranks in sizes:
+        way = f"ring of {ranks:,}"
+        jobs.append(Job("billion", "billion", way, tokens, ranks=ranks, **settings))
+    return jobs
 
 
 def _hilbert(quick: bool) -> list[Job]:
@@ -223,19 +223,17 @@ def _peers(quick: bool) -> list[Job]:
     return jobs
 
 
-SUITES: dict[str, Suite] = {
-    suite.name: suite
-    for suite in (
-        Suite("all", "Every name at short lengths", _all),
-        Suite("single", "The standardized ring attentions on one machine", _single),
-        Suite("long", "Long sequences", _long),
-        Suite("extreme", "Extreme sequences", _extreme),
-        Suite("ring", "Rings and windows by length", _ring),
-        Suite("memory", "Memory by length", _memory),
-        Suite("limits", "Memory limits", _limits),
-        Suite("billion", "Sequences that are in no memory", _billion),
-        Suite("hilbert", "Tokens of a grid by rows and along a Hilbert curve", _hilbert),
-        Suite("dtypes", "Precisions", _dtypes),
-        Suite("peers", "What people use today", _peers),
-    )
-}
+_ALL_SUITES = (
+    Suite("all", "Every name at short lengths", _all),
+    Suite("single", "The standardized ring attentions on one machine", _single),
+    Suite("long", "Long sequences", _long),
+    Suite("extreme", "Extreme sequences", _extreme),
+    Suite("ring", "Rings and windows by length", _ring),
+    Suite("memory", "Memory by length", _memory),
+    Suite("limits", "Memory limits", _limits),
+    Suite("billion", "Sequences that are in no memory", _billion),
+    Suite("hilbert", "Tokens of a grid by rows and along a Hilbert curve", _hilbert),
+    Suite("dtypes", "Precisions", _dtypes),
+    Suite("peers", "What people use today", _peers),
+)
+SUITES = {suite.name: suite for suite in _ALL_SUITES}

@@ -167,8 +167,10 @@ def longest(records: Records) -> list[Section]:
             if not done:
                 continue
             last = max(done, key=tokens)
-            first = min(failed, key=tokens, default=None)
-            end = f"{short(tokens(first))}: {first['failed']}" if first else "none tried"
+            end = "none tried"
+            if failed:
+                first = min(failed, key=tokens)
+                end = f"{short(tokens(first))}: {first['failed']}"
             cells = [name, way, f"{tokens(last):,}", time_text(seconds(last))]
             body.append([*cells, f"{last['peak_bytes'] / GIB:.3g} GiB", end])
     headers = ["suite", "way", "longest", "time", "peak", "first that failed"]
@@ -234,16 +236,9 @@ def rings(records: Records) -> list[Section]:
     body = []
     for row in rows:
         ring = row["ring"]
-        body.append(
-            [
-                row["job"]["way"],
-                f"{tokens(row):,}",
-                ring["layout"],
-                str(ring["steps_max"]),
-                f"{ring['received_mib_max']:.3g} MiB",
-                time_text(seconds(row)),
-            ]
-        )
+        start = [row["job"]["way"], f"{tokens(row):,}", ring["layout"], str(ring["steps_max"])]
+        received = f"{ring['received_mib_max']:.3g} MiB"
+        body.append([*start, received, time_text(seconds(row))])
     chart = chart_of(
         "Most that one rank receives",
         "MiB",
@@ -284,6 +279,7 @@ def trillion(records: Records) -> list[Section]:
     done = [row for row in rows_of(records, "billion") if "failed" not in row]
     if not done:
         return []
+    # Every rank has as many tokens as in the longest run.
     row = max(done, key=tokens)
     ranks, trillion_tokens = row["job"]["ranks"], 10**12
     per_rank = tokens(row) / ranks
@@ -317,7 +313,9 @@ def compared(records: Records, suite: str) -> list[Section]:
     """The rows of a suite as they are."""
 
     def figures(row: Row) -> list[str]:
-        work = row["flops"] * (FORWARD_AND_BACKWARD if row["job"]["backward"] else 1)
+        work = row["flops"]
+        if row["job"]["backward"]:
+            work *= FORWARD_AND_BACKWARD
         gflops = f"{work / seconds(row) / 1e9:.0f}"
         peak, error = mebibytes(row["peak_bytes"]), f"{row['error']:.1e}"
         return [time_text(seconds(row)), gflops, peak, error]
@@ -346,15 +344,19 @@ def peers(records: Records) -> list[Section]:
 
     def figures(row: Row) -> list[str]:
         base = bases.get((tokens(row), row["job"]["program"]))
-        ratio = f"{seconds(row) / seconds(base):.2f}" if base else ABSENT
+        ratio = ABSENT
+        if base:
+            ratio = f"{seconds(row) / seconds(base):.2f}"
         error = "NaN" if row["has_nan"] else f"{row['error']:.1e}"
-        verdict = error if row["is_right"] else f"{error} WRONG"
-        return [time_text(seconds(row)), ratio, mebibytes(row["peak_bytes"]), verdict]
+        if not row["is_right"]:
+            error = f"{error} WRONG"
+        return [time_text(seconds(row)), ratio, mebibytes(row["peak_bytes"]), error]
 
     body = []
     for row in rows:
         program = row["job"]["program"]
-        program = program if len(program) < 60 else program[:57] + "..."
+        if len(program) >= 60:
+            program = program[:57] + "..."
         body.append(line(row, [program, f"{tokens(row):,}", row["job"]["way"]], figures))
     headers = ["program", "tokens", "way", "time", "of ours", "peak", "error"]
     text = (

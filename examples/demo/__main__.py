@@ -61,7 +61,7 @@ class Scale:
     seconds: float
 
 
-WHOLE = Scale(
+FULL = Scale(
     context=8192, width=128, layers=3, heads=4,
     segment_lengths=(512, 2048, 8192), dilation_rates=(1, 2, 4), must_fall_to=0.75,
     sampled_bytes=300, compared_tokens=(4096, 16384, 65536), with_flex=True, seconds=230,
@@ -71,6 +71,8 @@ QUICK = Scale(
     segment_lengths=(128, 512, 1024), dilation_rates=(1, 2, 4), must_fall_to=1.1,
     sampled_bytes=40, compared_tokens=(1024, 4096), with_flex=False, seconds=9,
 )  # fmt: skip
+
+_QUICK_HELP = "A smaller model and shorter sequences, to see that it works."
 
 
 def demo(
@@ -84,12 +86,7 @@ def demo(
         float | None,
         typer.Option(min=1.0, help="About how long all of it may take; 230, or 9 with --quick."),
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A smaller model and shorter sequences, to see that it works."
-        ),
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=_QUICK_HELP)] = False,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -113,21 +110,22 @@ def demo(
     with bad_usage():
         source = read(text)
     # Stdout has the JSON object alone.
-    say = partial(typer.echo, err=json)
-    record = _run(QUICK if quick else WHOLE, seconds, source, out, say)
+    show = partial(typer.echo, err=json)
+    scale = QUICK if quick else FULL
+    record = _run(scale, seconds, source, out, show)
     if json:
         print_json(record)
-    raise typer.Exit(0 if record["ok"] else 1)
+    raise typer.Exit(int(not record["ok"]))
 
 
 def _run(
-    scale: Scale, seconds: float | None, source: Text, out: Path, say: Callable[[str], None]
+    scale: Scale, seconds: float | None, source: Text, out: Path, show: Callable[[str], None]
 ) -> dict[str, Any]:
     """Train, sample, check, compare and draw.
 
     seconds: time for all; the scale's if None.
     out: folder of the pictures and the summary.
-    say: prints a text.
+    show: prints a text.
 
     Returns the summary.
     """
@@ -136,25 +134,22 @@ def _run(
     torch.manual_seed(_SEED)
     program = longnet(scale.segment_lengths, scale.dilation_rates, causal=True)
     hardware = measure.hardware()
-    _introduce(scale, source, hardware, say)
+    _introduce(scale, source, hardware, show)
     shape = (1, scale.heads, scale.context, scale.width // scale.heads)
-    say(plan(program, shape, training=True).explain() + "\n")
-
+    show(plan(program, shape, training=True).explain() + "\n")
     model = LanguageModel(program, scale.width, scale.heads, scale.layers)
     training = _train(model, source, scale, seconds * _TRAINING_SHARE, random)
-    say(report.of_training(training, source, scale.must_fall_to))
-    sample = _sample(model, scale, random, say)
-
+    show(report.of_training(training, source, scale.must_fall_to))
+    sample = _sample(model, scale, random, show)
     # Attention's inputs on real text, and random ones of the benchmark's size.
     result = check(program, *model.first_projection(source.held_out(_CHECKED_TOKENS, 1)[:, :-1]))
-    say(report.of_check(result))
+    show(report.of_check(result))
     cells = _compare(scale, seconds * _TABLE_SHARE)
     code = report.code(*_COMPARED)
-    say(report.of_comparison(cells, code, _COMPARED_HEADS, _COMPARED_HEAD_DIM))
+    show(report.of_comparison(cells, code, _COMPARED_HEADS, _COMPARED_HEAD_DIM))
 
     # Pictures, and the summary of all figures.
     _draw(scale, training, source, out)
-    compared = {"program": code, "heads": _COMPARED_HEADS, "head_dim": _COMPARED_HEAD_DIM}
     record = {
         "ok": result.ok and training.fell_to(scale.must_fall_to, source),
         "seconds": time.perf_counter() - started,
@@ -163,27 +158,26 @@ def _run(
         "training": training.to_json(),
         "sample": sample,
         "check": asdict(result) | {"ok": result.ok},
-        "compared": compared,
-        "comparison": [asdict(cell) for cell in cells],
+        **_comparison(code, cells),
     }
-    _write(record, out, say)
+    _write(record, out, show)
     return record
 
 
 def _sample(
-    model: LanguageModel, scale: Scale, random: torch.Generator, say: Callable[[str], None]
+    model: LanguageModel, scale: Scale, random: torch.Generator, show: Callable[[str], None]
 ) -> str:
     """The model's continuation of the prompt, printed behind it."""
     sample = continuation(model, _PROMPT, scale.sampled_bytes, random).decode(errors="replace")
-    say("sample    " + (_PROMPT.decode() + sample).rstrip().replace("\n", "\n          ") + "\n")
+    show("sample    " + (_PROMPT.decode() + sample).rstrip().replace("\n", "\n          ") + "\n")
     return sample
 
 
-def _write(record: dict[str, Any], out: Path, say: Callable[[str], None]) -> None:
+def _write(record: dict[str, Any], out: Path, show: Callable[[str], None]) -> None:
     """Write the summary, and print the files and the verdict."""
     measure.write_json(out / "summary.json", record)
-    say(f"wrote     {', '.join(str(out / name) for name in (*_PICTURES, 'summary.json'))}")
-    say(f"{'passed' if record['ok'] else 'FAILED'} in {record['seconds']:.0f} s")
+    show(f"wrote     {', '.join(str(out / name) for name in (*_PICTURES, 'summary.json'))}")
+    show(f"{'passed' if record['ok'] else 'FAILED'} in {record['seconds']:.0f} s")
 
 
 def _setting(scale: Scale, program: Program, source: Text) -> dict[str, Any]:
@@ -191,14 +185,22 @@ def _setting(scale: Scale, program: Program, source: Text) -> dict[str, Any]:
     return {"scale": asdict(scale), "program": repr(program), "text": source.to_json()}
 
 
+def _comparison(code: str, cells: list[Cell]) -> dict[str, Any]:
+    """Problem and figures of the comparison, for the summary."""
+    return {
+        "compared": {"program": code, "heads": _COMPARED_HEADS, "head_dim": _COMPARED_HEAD_DIM},
+        "comparison": [asdict(cell) for cell in cells],
+    }
+
+
 def _introduce(
-    scale: Scale, text: Text, hardware: dict[str, Any], say: Callable[[str], None]
+    scale: Scale, text: Text, hardware: dict[str, Any], show: Callable[[str], None]
 ) -> None:
     """Print machine, text and program."""
     versions = f"torch {hardware['torch']}, Python {hardware['python']}"
-    say(f"{hardware['cpu']}, {hardware['threads']} threads, {versions}\n")
-    say(report.of_text(text))
-    say(f"attention {report.code(scale.segment_lengths, scale.dilation_rates)}\n")
+    show(f"{hardware['cpu']}, {hardware['threads']} threads, {versions}\n")
+    show(report.of_text(text))
+    show(f"attention {report.code(scale.segment_lengths, scale.dilation_rates)}\n")
 
 
 def _draw(scale: Scale, training: Training, text: Text, out: Path) -> None:
@@ -218,7 +220,7 @@ def _train(
     with _bar("training", seconds) as (advance, line):
         printed = 0
 
-        def show(training: Training) -> None:
+        def report_step(training: Training) -> None:
             nonlocal printed
             text = f"step {len(training.losses)}, {training.recent_bits:.2f} bits a byte"
             advance(training.seconds, text)
@@ -226,7 +228,7 @@ def _train(
                 printed = int(lines * training.seconds / seconds)
                 line(f"          {training.seconds:4.0f} s  {text}")
 
-        return train(model, text, scale.context, seconds, random, show)
+        return train(model, text, scale.context, seconds, random, report_step)
 
 
 def _compare(scale: Scale, seconds: float) -> list[Cell]:

@@ -174,7 +174,12 @@ def _expected(before: Cell | None, tokens: int) -> float:
     if before is None or before.seconds is None:
         return 0.0
     call = before.seconds * (tokens / before.tokens) ** 2
-    calls = (0 if _is_ready(before) else 1) + (1 if call > _LONG_SECONDS else 2)
+    # One call for the memory, one to prepare the system, and one for the time if it is short.
+    calls = 1
+    if not _is_ready(before):
+        calls += 1
+    if call <= _LONG_SECONDS:
+        calls += 1
     return calls * call + before.ready_seconds
 
 
@@ -213,5 +218,8 @@ def _measured(
         if elapsed <= _LONG_SECONDS:
             times = measure.interleaved({system: call}, repeats=3, warmup=0, seconds=1.0)
             elapsed = measure.median(times[system])
-    ready = 0.0 if _is_ready(before) else max(0.0, ready - elapsed)
+    # What the first call took beyond a call.
+    ready = max(0.0, ready - elapsed)
+    if _is_ready(before):
+        ready = 0.0
     return Cell(q.shape[2], system, elapsed, flops / elapsed / 1e9, peak, ready)

@@ -31,11 +31,11 @@ class Embedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.byte = nn.Embedding(BYTES, width)
-        self.grams = nn.ModuleList(
-            nn.Embedding(_GRAM_SLOTS, width) for _ in range(_LONGEST_GRAM - 1)
-        )
-        for table in self.grams:
-            nn.init.zeros_(table.weight)  # type: ignore[arg-type]
+        self.grams = nn.ModuleList()
+        for _ in range(_LONGEST_GRAM - 1):
+            table = nn.Embedding(_GRAM_SLOTS, width)
+            nn.init.zeros_(table.weight)
+            self.grams.append(table)
 
     def forward(self, text_BN: Tensor) -> Tensor:
         out_BNE: Tensor = self.byte(text_BN)

@@ -75,10 +75,11 @@ def read(folder: Path | None = None) -> Text:
     """
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
     files = list(_sources(folder))
-    training = b"\n".join(
-        content for number, content in enumerate(files) if number % _EVERY_HELD_OUT
-    )
+    # Every so many files are for validation.
     validation = b"\n".join(files[::_EVERY_HELD_OUT])
+    training_files = files.copy()
+    del training_files[::_EVERY_HELD_OUT]
+    training = b"\n".join(training_files)
     if min(len(training), len(validation) * _EVERY_HELD_OUT) < _LEAST_BYTES:
         raise ValueError(
             f"{folder} holds {len(training) + len(validation):,} bytes of Python sources; "

@@ -1,4 +1,4 @@
-"""The demo's training for a given time, its held-out loss, and sampling."""
+"""The demo's training within a time limit, its held-out loss, and sampling."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def _backward(
     grads = _like_cuda(_BACKWARD, tensors, dropout, needed, causal, scale=scale)
     factor = q.shape[3] ** -0.5 if scale is None else scale
     scores = _scores(q, k, bias, causal, factor)
+    # The weights again from the forward's lse; +inf makes those of rows that see nothing 0.
     weights = (scores - lse[..., : q.shape[2]].double()[..., None]).exp()
     pull = grad_out.double() @ v.double().transpose(-1, -2)
     delta = (grad_out.double() * out.double()).sum(dim=-1, keepdim=True)

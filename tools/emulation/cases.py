@@ -253,12 +253,18 @@ def _worst(pairs: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> str |
             return f"{name} is NaN where it should not be, or the reverse: {count} numbers"
         # The gradient of an operand is a sum over all pairs.
         terms = 8 if name.startswith("grad of an operand") else 1
-        size = float(right.nan_to_num(0.0, 0.0, 0.0).abs().max()) if right.numel() else 0.0
-        allowed = terms * roundings * torch.finfo(dtype).eps * max(1.0, size)
+        allowed = terms * roundings * torch.finfo(dtype).eps * max(1.0, _size(right))
         error = _distance(result, right)
         if not error <= allowed:
             return f"{name} is off by {error:.1e}; {allowed:.1e} is allowed"
     return None
+
+
+def _size(x: Tensor) -> float:
+    """The largest finite magnitude; 0 of no numbers."""
+    if not x.numel():
+        return 0.0
+    return float(x.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _distance(result: Tensor, right: Tensor) -> float:

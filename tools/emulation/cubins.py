@@ -139,10 +139,10 @@ def lanes(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
     forward = running.forward_blocks(width, dtype.itemsize)
     backward = running.backward_blocks(width, dtype.itemsize)
     blocks = {"forward": forward, "grad_queries": backward, "grad_keys": backward}
-    return {
-        name: _of_lanes(getattr(kernels, name), dtype, head_dim, width, of_kernel)
-        for name, of_kernel in blocks.items()
-    }
+    cubins = {}
+    for name, of_kernel in blocks.items():
+        cubins[name] = _of_lanes(getattr(kernels, name), dtype, head_dim, width, of_kernel)
+    return cubins
 
 
 def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, blocks: Any) -> Cubin:

@@ -24,7 +24,7 @@ _OTHERS = ("lazy-loader", "psutil", "tabulate", "setuptools", "pytest", "hypothe
 
 
 class Unavailable(RuntimeError):
-    """The environment cannot be made here; the message has the reason."""
+    """The environment cannot be built here; the message has the reason."""
 
 
 def python() -> Path:
@@ -61,5 +61,8 @@ def _constrained() -> list[str]:
     versions = dict(line.split("==") for line in lines if "==" in line)
     packages = []
     for name in _OTHERS:
-        packages.append(f"{name}=={versions[name]}" if name in versions else name)
+        if name in versions:
+            packages.append(f"{name}=={versions[name]}")
+        else:
+            packages.append(name)
     return packages

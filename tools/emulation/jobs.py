@@ -17,14 +17,18 @@ _SHORT_COMPILED = ("flex bfloat16 64", "graph bfloat16 64")
 
 def names(short: bool) -> list[str]:
     """All jobs, or those of the short half."""
+    out = []
+    for name, is_short in _cases().items():
+        if is_short or not short:
+            out.append(f"{RUN}: {name}")
     compiled = list(_GRAPHS)
     for dtype, widths in _WIDTHS.items():
         for width in widths:
-            compiled += [f"{way} {dtype} {width}" for way in ("flex", "lanes")]
-    return [
-        *(f"{RUN}: {name}" for name, is_short in _cases().items() if is_short or not short),
-        *(f"{COMPILE}: {name}" for name in compiled if name in _SHORT_COMPILED or not short),
-    ]
+            compiled += [f"flex {dtype} {width}", f"lanes {dtype} {width}"]
+    for name in compiled:
+        if name in _SHORT_COMPILED or not short:
+            out.append(f"{COMPILE}: {name}")
+    return out
 
 
 def batches(chosen: list[str], at_once: int = 4) -> list[list[str]]:
@@ -41,12 +45,7 @@ def _cases() -> dict[str, bool]:
 
     Read from their source, since an import needs torch.
     """
-    tree = ast.parse((Path(__file__).parent / "cases.py").read_text())
-    table = next(
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "CASES"
-    )
+    table = _annotated("CASES", (Path(__file__).parent / "cases.py").read_text())
     assert isinstance(table, ast.Dict)
     out = {}
     for key, value in zip(table.keys, table.values, strict=True):
@@ -54,3 +53,11 @@ def _cases() -> dict[str, bool]:
         assert isinstance(value, ast.Call)
         out[key.value] = any(option.arg == "short" for option in value.keywords)
     return out
+
+
+def _annotated(name: str, source: str) -> ast.expr | None:
+    """The value of an annotated assignment in a source; None without one."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
+            return node.value
+    return None

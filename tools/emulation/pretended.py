@@ -259,10 +259,11 @@ def _mend_interpreter() -> None:
 
 
 def _pretend_inductor() -> None:
-    """Give inductor graphs of CPU tensors as graphs of cuda:0.
+    """Pass inductor graphs of CPU tensors as graphs of cuda:0.
 
     Its kernels are recorded.
     """
+    # In this process, which is patched, and without the caches of other runs.
     inductor_config.compile_threads = 1
     inductor_config.force_disable_caches = True
     inductor_config.triton.cudagraphs = False
@@ -291,7 +292,7 @@ def _pretend_inductor() -> None:
 
 
 def _launch_user_kernels() -> None:
-    """Give the interpreter the constants of kernels that inductor did not write.
+    """Pass the interpreter the constants of kernels that inductor did not write.
 
     Inductor passes them to compiled kernels alone.
     """
@@ -323,11 +324,15 @@ def _moved(graph: fx.GraphModule, inputs: Any) -> tuple[fx.GraphModule, list[Any
         with mode:
             return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=DEVICE)
 
+    def device_moved(x: Any) -> Any:
+        if isinstance(x, torch.device):
+            return DEVICE
+        return x
+
     def change(module: fx.GraphModule) -> None:
         for node in module.graph.nodes:
-            node.args = fx.node.map_aggregate(
-                node.args, lambda x: DEVICE if isinstance(x, torch.device) else x
-            )
+            # Devices as arguments, then the fake tensors of the node's results.
+            node.args = fx.node.map_aggregate(node.args, device_moved)
             if isinstance(node.kwargs.get("device"), torch.device):
                 node.kwargs = {**node.kwargs, "device": DEVICE}
             for key in ("val", "example_value"):

@@ -73,7 +73,7 @@ execution.problem_of = _of_gpu
 attend.gives_lse = lambda device: True
 tiles._kernel_of = _kernel_of_gpu
 tiles.backward_dtype = lambda q: q.dtype
-# Kernels of the CPU stand for flash and cuDNN.
+# Kernels of the CPU take the place of flash and cuDNN.
 torch.nn.attention.sdpa_kernel = lambda backends: contextlib.nullcontext()
 if pretended.MODE == "interpret":
     CUDAConfigHeuristic.get_flex_attn_bwd_configs = _larger_tiles

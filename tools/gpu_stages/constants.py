@@ -176,12 +176,12 @@ def _program(
     """
 
     def case() -> dict[str, Any]:
-        mask = masks.full() if kind == "full" else masks.window(stage.size(_WINDOW, 16))
-        rows = stage.size(8192 if kind == "full" else 2**16, 128)
+        mask, rows = masks.window(stage.size(_WINDOW, 16)), 2**16
+        if kind == "full":
+            mask, rows = masks.full(), 8192
         attend = cd.compile(mask, lowering=lowering)
-        tensors = inputs(
-            stage.device, getattr(torch, dtype), 1, stage.size(8, 1), rows, stage.size(head_dim, 16)
-        )
+        shape = (1, stage.size(8, 1), stage.size(rows, 128), stage.size(head_dim, 16))
+        tensors = inputs(stage.device, getattr(torch, dtype), *shape)
         pairs = attend.plan(*tensors).cost.pairs
         return rates(attend, tensors, float(pairs))
 

@@ -180,10 +180,8 @@ def _far(stage: Stage, lowering: str) -> Callable[[], dict[str, Any]]:
         needed = 2 * tokens * heads * 64 * 2
         if free < 2 * needed:
             return {"skipped": f"needs {2 * needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"}
-        k, v = (
-            torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16, device=stage.device)
-            for _ in range(2)
-        )
+        k = torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16, device=stage.device)
+        v = torch.zeros_like(k)
         last = torch.randn(2, 512, heads, 64, device=stage.device)
         k[:, -512:], v[:, -512:] = last[0].to(k.dtype), last[1].to(v.dtype)
         k, v = (x.transpose(1, 2)[:, :2] for x in (k, v))

@@ -49,23 +49,23 @@ class Records:
 
     def outcomes(self, stage: str) -> dict[str, Event]:
         """The last outcome of each case of a stage, by name."""
-        return {
-            event["case"]: event
-            for event in self.events()
-            if event["event"] == "outcome" and event["stage"] == stage
-        }
+        return {event["case"]: event for event in self._of_stage(stage, "outcome")}
 
     def ended(self, stage: str) -> bool:
         """Whether all cases of a stage have run."""
-        return any(x["event"] == "end" and x["stage"] == stage for x in self.events())
+        return bool(self._of_stage(stage, "end"))
 
     def under_way(self, stage: str) -> str | None:
         """The case of a stage that has started without an outcome."""
-        started = [
-            event["case"]
-            for event in self.events()
-            if event["event"] == "start" and event["stage"] == stage
-        ]
+        started = [event["case"] for event in self._of_stage(stage, "start")]
         if not started or started[-1] in self.outcomes(stage):
             return None
         return str(started[-1])
+
+    def _of_stage(self, stage: str, kind: str) -> list[Event]:
+        """A stage's events of one kind, in order."""
+        out = []
+        for event in self.events():
+            if event["event"] == kind and event["stage"] == stage:
+                out.append(event)
+        return out

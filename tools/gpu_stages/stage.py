@@ -53,6 +53,7 @@ class Stage:
         self.records.append("start", stage=self.name, case=name)
         started = time.monotonic()
         result: dict[str, Any]
+        # Any error is the case's outcome; the cases behind it run all the same.
         try:
             result = {"ok": True, **run()}
         except Exception as error:
@@ -64,8 +65,10 @@ class Stage:
             }
         seconds = round(time.monotonic() - started, 2)
         self.records.append("outcome", stage=self.name, case=name, seconds=seconds, **result)
-        failure = "" if result["ok"] else str(result["error"])
-        verdict = f"FAILED: {failure}" if failure else "ok"
+        failure, verdict = "", "ok"
+        if not result["ok"]:
+            failure = str(result["error"])
+            verdict = f"FAILED: {failure}"
         print(f"gpu_check: {self.name}: {name}: {verdict} ({seconds:.1f} s)", flush=True)
         if any(words in failure for words in _FATAL):
             raise DeviceLost(name)

@@ -41,7 +41,8 @@ def run(stage: Stage) -> None:
 def _pytest(stage: Stage) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     # The plugins, that of the emulation first: it pretends the GPU before torch looks for one.
-    command += ["-p", "emulation.project"] if stage.tiny else []
+    if stage.tiny:
+        command += ["-p", "emulation.project"]
     command += ["-p", "gpu_stages.suite", "tests/test_gpu.py"]
     processes = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 1) - 2))
     if importlib.util.find_spec("xdist") and not stage.tiny:

@@ -179,7 +179,7 @@ def attend(
     if not is_compiling():
         results: tuple[Tensor, Tensor] = _apply(_EagerAttention, options, q, k, v, *tensors)
         return results
-    # Dynamo takes no tensor twice.
+    # Dynamo accepts no tensor twice.
     if k is q:
         k = k.view_as(k)
     if v is q or v is k:

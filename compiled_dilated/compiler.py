@@ -18,7 +18,7 @@ from . import arguments, checks, fitting, planner, text
 from .attend import Attend
 from .masks import Mask
 from .model_compiler import NOT_PASSED, compiled_model
-from .plans import Plan, problem_of
+from .plans import Plan, Problem, problem_of
 from .programs import Program, as_program
 from .ring.distributed import Distributed
 from .ring.plans import RingPlan
@@ -269,7 +269,6 @@ def plan(
     """
     # 1. Shapes and options, checked.
     shape, k_shape, v_shape = _shapes(q_shape, kv_heads, kv_len, value_dim)
-    q_len, kv_len = shape[2], k_shape[2]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
             f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. "
@@ -292,13 +291,7 @@ def plan(
     # 3. The plan, of a ring or of one device.
     ring = _ring(ranks, layout)
     if ring is not None:
-        if q_len != kv_len or q_offset or lowering != "auto":
-            raise ValueError(
-                "a ring deals out one sequence and lowers each block as it is best; "
-                f"got {q_len} queries at offset {q_offset}, {kv_len} keys and "
-                f"lowering={lowering!r}. Leave out ranks, or these"
-            )
-        return replace(ring.plan(problem), operands=tuple(operands))
+        return replace(_ring_plan(ring, problem, lowering), operands=tuple(operands))
     chosen = planner.plan_for(problem, lowering)
     # One cached plan serves all positions of a decoder.
     if chosen.problem != problem:
@@ -307,6 +300,18 @@ def plan(
     if limit is not None:
         fit = fitting.fit(chosen, lowering, limit)
     return replace(planner.counted(chosen), fit=fit)
+
+
+def _ring_plan(ring: Ring, problem: Problem, lowering: str) -> RingPlan:
+    """The plan of a ring, for a problem of one sequence."""
+    q_len, kv_len, q_offset = problem.q_len, problem.kv_len, problem.q_offset
+    if q_len != kv_len or q_offset or lowering != "auto":
+        raise ValueError(
+            "a ring deals out one sequence and lowers each block as it is best; "
+            f"got {q_len} queries at offset {q_offset}, {kv_len} keys and "
+            f"lowering={lowering!r}. Leave out ranks, or these"
+        )
+    return ring.plan(problem)
 
 
 def _shapes(

@@ -27,7 +27,7 @@ from torch._C import (
 from . import planner
 from .calls import Call
 from .lowerings import execute
-from .masks.functions import digest
+from .masks.contents import digest
 from .mods import Mod, flat, without_autocast
 from .partials import Saved, empty_out, is_by_token, lse_dtype
 from .plans import Plan, Problem, Scores, problem_of

@@ -39,7 +39,7 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
     """
     ranges = []
     while heads:
-        # Greedily take the longest prefix that is one range on both sides; one head always is.
+        # Greedy: the longest prefix that is one range on both sides; a single head always is.
         for length in range(len(heads), 0, -1):
             pair = _as_ranges(heads[:length], group)
             if pair is not None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from . import arguments, planner, text
 from .calls import Call
-from .masks.functions import slot_name, traced_parts, with_contents
+from .masks.contents import slot_name
+from .masks.traced import traced_parts, with_contents
 from .mods import Graph, MaskMod, Mod, ScoreMod, trace_score_mod, zero_sums
 from .parsing import ExpressionError
 from .programs import PerLength, Program, mask_mods_of, masks_of

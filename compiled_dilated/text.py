@@ -23,15 +23,16 @@ from . import masks, orders, programs
 from .masks import Mask
 from .masks.data import DocumentLengths
 from .masks.explicit import Tiles
-from .masks.functions import FromMod, of_graph, with_contents
+from .masks.functions import FromMod
 from .masks.globals import GlobalPositions
 from .masks.leading import LeadingQueries
+from .masks.traced import of_graph, with_contents
 from .mods import MaskMod, name_of, trace_mask_mod
 from .orders import Order
 from .parsing import ExpressionError, kind, value_of
 from .programs import PerLength, Program
 
-# Names of `masks` that an expression cannot call; `from_mod` takes a Python function.
+# Names of `masks` that an expression cannot call; the argument of `from_mod` is a Python function.
 _CLASSES = {"And", "Full", "Mask", "Not", "Or", "Padding", "Tiles"}
 _HELPERS = {"OFFSET_RULES", "conjunction", "conjuncts", "disjoint", "from_mod", "narrowed"}
 
@@ -203,7 +204,7 @@ def read(text: str, operands: Sequence[Tensor]) -> Program | PerLength:
     """The program that `write` wrote.
 
     Masks of functions are without the contents of their operands: see
-    `masks.functions.with_contents`.
+    `masks.traced.with_contents`.
 
     Raises ExpressionError for text that is no program.
     """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compiled_dilated import Branch, Program, masks, orders
 from compiled_dilated.masks import Mask
-from compiled_dilated.masks.grids import Neighborhood
+from compiled_dilated.masks.neighborhoods import Neighborhood
 from compiled_dilated.orders import Order
 from compiled_dilated.regions import Regions
 

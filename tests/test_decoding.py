@@ -13,7 +13,7 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import autograd, masks, planner
-from compiled_dilated.masks.core import intersection
+from compiled_dilated.masks.ranges import intersection
 from compiled_dilated.native import build
 from tests.support.attention import same
 from tests.support.decoding import CAUSAL, MASKS, WINDOW

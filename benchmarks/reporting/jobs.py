@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ Row = dict[str, Any]
 
 # Up to so many tokens every row is compared with float64, beyond it so many of them.
 _WHOLE_REFERENCE_TOKENS, _SAMPLED_ROWS = 2048, 16
+# Of a process, for its code and libraries, beside the tensors that a plan counts.
+_BESIDE_TENSORS_BYTES = 2**30
 # The largest error of a right result, as a share of the largest number of the result.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
@@ -36,9 +39,10 @@ class Job:
 
     suite: the question that it belongs to.
     kind: "variant" (a name of the older reports), "program" (an expression under cd.compile),
-        "peer" (a name of PEERS), or "billion" (`compiled-dilated ring billion`).
+        "peer" (a name of PEERS), "limit" (a plan within settings["gib"] GiB), or "billion"
+        (`compiled-dilated ring billion`).
     way: the variant's, peer's or row's name.
-    program: the expression of kind "program" and "billion".
+    program: the expression of kind "program", "limit" and "billion".
     tokens, batch, heads, head_dim, dtype: of q, k and v.
     ranks: of a simulated ring; 1 for none. A variant's name states its own.
     settings: keyword arguments of a peer.
@@ -66,7 +70,10 @@ class Job:
     def name(self) -> str:
         """The row's name in progress and tables."""
         passes = "forward + backward" if self.backward else "forward"
-        return f"{self.way}, {self.tokens:,} tokens, {self.dtype}, {passes}"
+        size = f"{self.tokens:,} tokens"
+        if self.kind == "limit":
+            size = f"{self.settings['gib']} GiB"
+        return f"{self.way}, {size}, {self.dtype}, {passes}"
 
     @property
     def key(self) -> str:
@@ -105,27 +112,36 @@ def row_of(job: Job) -> Row:
     torch.set_num_threads(job.threads)
     if job.kind == "billion":
         return _billion(job)
+    if job.kind == "limit":
+        return _limit(job)
     subject = _subject(job)
+    call = _call(job, subject)
+    # The first call plans and compiles; the peak and the times are of later calls.
+    row: Row = {"first_seconds": measure.timed(call), "peak_bytes": measure.peak_bytes(call)}
+    row["seconds"] = _times(call, job)
+    with torch.no_grad():
+        row |= _error(job, subject, subject.call(*subject.inputs))
+    if subject.program is not None:
+        row |= _counts(job, subject.program)
+    return row
+
+
+def _call(job: Job, subject: Subject) -> Callable[[], object]:
+    """The forward of a job, or its forward and backward."""
 
     def forward() -> Tensor:
         with torch.no_grad():
             return subject.call(*subject.inputs)
 
-    def both() -> None:
+    def forward_and_backward() -> None:
         out = subject.call(*subject.inputs)
         torch.autograd.grad(out.sum(), subject.inputs)
 
-    if job.backward:
-        for x in subject.inputs:
-            x.requires_grad_()
-    call = both if job.backward else forward
-    # The first call plans and compiles; the peak and the times are of later calls.
-    row: Row = {"first_seconds": measure.timed(call), "peak_bytes": measure.peak_bytes(call)}
-    row["seconds"] = _times(call, job)
-    row |= _error(job, subject, forward())
-    if subject.program is not None:
-        row |= _counts(job, subject.program)
-    return row
+    if not job.backward:
+        return forward
+    for x in subject.inputs:
+        x.requires_grad_()
+    return forward_and_backward
 
 
 def _times(call: Callable[[], object], job: Job) -> list[float]:
@@ -283,6 +299,36 @@ def _ranks(job: Job) -> int:
     """
     suffix = job.way.rpartition("_r")[2]
     return int(suffix) if job.kind == "variant" and suffix.isdigit() else job.ranks
+
+
+# A limit of memory --------------------------------------------------------------------------
+
+
+def _limit(job: Job) -> Row:
+    """The sizes that a plan fits into a limit, and their peaks.
+
+    They are computed here if the process may use as much memory.
+    """
+    limit = job.settings["gib"] * 2**30
+    program = text.read_program(job.program)
+    dtype = getattr(torch, job.dtype)
+    plan = cd.plan(program, job.shape, dtype=dtype, training=job.backward, memory_limit=limit)
+    assert plan.fit is not None
+    assert plan.fit.tokens is not None
+    sizes = {"tokens": (1, plan.fit.tokens), "batch": (plan.fit.batch, job.tokens)}
+    row: Row = {"limit": plan.fit.to_json(), "error": None, "has_nan": False, "compared": "nothing"}
+    allowed, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if allowed != resource.RLIM_INFINITY and limit > allowed - _BESIDE_TENSORS_BYTES:
+        return row | {"seconds": [], "peaks": {}}
+    row["peaks"], row["seconds"] = {}, []
+    for name, (batch, tokens) in sizes.items():
+        of_size = replace(job, kind="program", batch=batch, tokens=tokens)
+        subject = _subject(of_size)
+        call = _call(of_size, subject)
+        inputs = sum(x.nbytes for x in subject.inputs)
+        row["peaks"][name] = inputs + measure.peak_bytes(call)
+        row["seconds"].append(measure.timed(call))
+    return row
 
 
 # A sequence that is never in memory ---------------------------------------------------------

@@ -75,16 +75,21 @@ def html_page(records: Records, sections: Sequence[Section]) -> str:
         contents.append(f'<li><a href="#{anchor}">{heading}</a></li>')
         chart = section.chart.svg() if section.chart else ""
         body.append(
-            f'<section id="{anchor}"><h2>{heading}</h2><p>{html.escape(section.text)}</p>'
+            f'<section id="{anchor}"><h2>{heading}</h2><p>{_paragraph(section.text)}</p>'
             f"{chart}{_table(section)}</section>"
         )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{TITLE}</title><style>{_STYLE}</style></head><body><h1>{TITLE}</h1>"
-        f"<p>{html.escape(_sources(records))}</p>"
+        f"<p>{_paragraph(_sources(records))}</p>"
         f"<nav><ol>{''.join(contents)}</ol></nav><main>{''.join(body)}</main></body></html>\n"
     )
+
+
+def _paragraph(text: str) -> str:
+    """Markdown's text as HTML: `code` is code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
 def _table(section: Section) -> str:

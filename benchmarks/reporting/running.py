@@ -101,6 +101,8 @@ def summary(row: Row) -> str:
     """One row for a person who watches."""
     if "failed" in row:
         return str(row["failed"])
+    if not row["seconds"]:
+        return "planned, not run: it needs more memory than a case may use"
     seconds = measure.median(row["seconds"])
     right = {True: "right", False: "WRONG", None: "not compared"}[row["is_right"]]
     rate = row["job"]["tokens"] * row["job"]["batch"] / seconds

@@ -131,6 +131,20 @@ def _memory(quick: bool) -> list[Job]:
     return jobs
 
 
+def _limits(quick: bool) -> list[Job]:
+    """The longest sequences and largest batches within limits of memory."""
+    jobs = []
+    for way, program in {"LongNet": LONGNET, "window 256": WINDOW}.items():
+        for gib in (1, 80) if quick else (1, 2, 4, 8, 16, 80):
+            for backward in (False, True):
+                settings = {"gib": gib}
+                job = Job(
+                    "limits", "limit", way, 16 * KI, program, settings=settings, backward=backward
+                )
+                jobs.append(job)
+    return jobs
+
+
 def _billion(quick: bool) -> list[Job]:
     """Sequences beyond any memory, through the older report's ring sizes."""
     sizes = [(8 * KI, 1), (128 * KI, 32)]
@@ -216,6 +230,7 @@ _ALL_SUITES = (
     Suite("extreme", "Extreme sequences", _extreme),
     Suite("ring", "Rings and windows by length", _ring),
     Suite("memory", "Memory by length", _memory),
+    Suite("limits", "Memory limits", _limits),
     Suite("billion", "Sequences that are in no memory", _billion),
     Suite("hilbert", "Tokens of a grid by rows and along a Hilbert curve", _hilbert),
     Suite("dtypes", "Precisions", _dtypes),

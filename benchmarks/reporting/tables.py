@@ -77,6 +77,7 @@ def sections(records: Records) -> list[Section]:
         *throughput(records),
         *longest(records),
         *memory_fit(records),
+        *limits(records),
         *rings(records),
         *billion(records),
         *trillion(records),
@@ -200,6 +201,33 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
     y_mean = sum(y for _, y in points) / count
     above = sum((x - x_mean) * (y - y_mean) for x, y in points)
     return above / sum((x - x_mean) ** 2 for x, _ in points)
+
+
+def limits(records: Records) -> list[Section]:
+    """What fits into limits of memory, beside measured peaks."""
+
+    def figures(row: Row) -> list[str]:
+        fit = row["limit"]
+        out = []
+        for name in ("tokens", "batch"):
+            share = "not run"
+            if name in row["peaks"]:
+                share = f"{row['peaks'][name] / fit['limit']:.1%}"
+            out += [f"{fit[name]:,}", share]
+        return out
+
+    body = []
+    for row in rows_of(records, "limits"):
+        job = row["job"]
+        size = f"{job['settings']['gib']} GiB"
+        body.append(line(row, [f"{job['way']}, {passes(row)}", size], figures))
+    text = (
+        "The longest sequence of one batch row, and the most batch rows of 16,384 tokens, by "
+        "`plan(..., memory_limit=)`: 8 heads of width 64, float32. Peaks are of calls of these "
+        "sizes, inputs included, as shares of the limit."
+    )
+    headers = ["program", "limit", "tokens", "peak", "batch rows", "peak"]
+    return [Section("What fits into a memory", text, headers, body)]
 
 
 def rings(records: Records) -> list[Section]:

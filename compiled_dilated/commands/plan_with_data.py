@@ -14,7 +14,7 @@ from ..heads import head_groups
 from ..lowerings import native
 from ..masks import Mask
 from ..masks.binding import with_data
-from ..masks.functions import traced_parts
+from ..masks.traced import traced_parts
 from ..plans import Plan, Problem
 from ..programs import Branch, Program, check_data, query_names_of
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from ..masks import And, Mask, Not, Or, conjunction, conjuncts
-from ..masks.asked import Asked
 from ..masks.data import DocumentLengths
-from ..masks.functions import FromMod, Traced
+from ..masks.functions import FromMod
+from ..masks.traced import Traced
+from ..masks.unclassified import Unclassified
 from ..orders import Identity, Order
 from ..rectangles import Rectangles
 from ..regions import FULL, PARTIAL, IntArray, Verdicts
@@ -171,10 +172,10 @@ def _expanded(mask: Mask) -> Mask:
 
     Functions become masks that only `add_pairs` and `add_estimates` evaluate.
     """
-    if isinstance(mask, Asked):
+    if isinstance(mask, Unclassified):
         return mask
     if isinstance(mask, FromMod | Traced):
-        return Asked(mask, mask.within)
+        return Unclassified(mask, mask.within)
     if isinstance(mask, And | Or | Not):
         return mask._map(_expanded)
     return mask.expanded()

@@ -58,7 +58,7 @@ def _release_of(version: str) -> tuple[int, ...]:
 
 
 def wrap(model: Any, attention: Any = None) -> Any:
-    """Give a transformers model this attention in place; see `compiled_dilated.compile`."""
+    """Replace a transformers model's attention in place; see `compiled_dilated.compile`."""
     register()
     from .wrapping import wrap
 

@@ -86,7 +86,7 @@ def _unflatten(leaves: Any, context: tuple[Any, ...]) -> Visible:
     return Visible(structure, joined, data, q_offset, causal, cut, merged)
 
 
-# Compiled graphs take one as an input.
+# A `Visible` can be an input of compiled graphs.
 pytree.register_pytree_node(
     Visible, _flatten, _unflatten, serialized_type_name="compiled_dilated.hf.Visible"
 )

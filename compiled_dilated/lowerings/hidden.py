@@ -1,8 +1,9 @@
 """Isolation of results and gradients from NaN and infinity in hidden keys.
 
 Kernels compute hidden pairs of a tile with weight 0, and 0 * NaN is NaN. If a result is not finite,
-keys and values are cleaned and the call is repeated. Rows that see a bad number are then set to
-NaN. A second call finds these rows, with equal scores and an indicator of bad numbers as values.
+the call is repeated with zeros in place of NaN and infinity. Rows that see such a number are then
+set to NaN. A further call determines these rows: all scores are equal, and its values indicate the
+keys with such numbers.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[
 def spoil(run: Forward, call: Call, q: Tensor, bad: Bad, out: Tensor, lse: Tensor) -> None:
     """Set results of queries that see bad numbers to NaN, in place."""
     # With zeros as q and k all scores are equal, and the result is the share of bad keys.
-    zeros_q, zeros_k = (torch.zeros_like(x, dtype=torch.float32) for x in (q, bad.k))
+    zeros_q = torch.zeros_like(q, dtype=torch.float32)
+    zeros_k = torch.zeros_like(bad.k, dtype=torch.float32)
     share, _ = run(replace(call, score_mod=None), zeros_q, zeros_k, bad.indicator)
     out.masked_fill_(share[..., :-1] > 0, math.nan)
     lse.masked_fill_(share[..., -1] > 0, math.nan)

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..calls import Call
 from ..masks import Mask
 from ..masks.bounds import upper_bound
-from ..masks.functions import slot_name
-from ..masks.grids import Neighborhood
+from ..masks.contents import slot_name
+from ..masks.neighborhoods import Neighborhood
 from ..native import build, library
 from ..native.encode import encode, mask_slots
 from ..native.tape import Untranslatable

@@ -66,10 +66,8 @@ def propose_branch(index: int, branch: Branch, problem: Problem) -> Proposal | R
             pieces = _pieces(mask)
         except _Irregular as error:
             return Refusal("strided", index, str(error), "Use lowering='tiled' or 'auto'")
-        batches += [
-            Batch(heads, kv_heads, queries, keys, causal=causal)
-            for queries, keys, causal in _lattices(pieces, problem)
-        ]
+        for queries, keys, causal in _lattices(pieces, problem):
+            batches.append(Batch(heads, kv_heads, queries, keys, causal=causal))
     return Proposal("strided", index, costs.of(batches, problem), tuple(batches))
 
 

@@ -12,7 +12,8 @@ globals        global_tokens
 data           documents, padding: read tensors of the call
 explicit       tiles, random_blocks
 functions      from_mod: a FlexAttention mask_mod; its graph in traced, captured values in contents
-asked, binding masks with the data of a call, for counting and drawing
+binding        masks with the data of a call, for counting and drawing; functions in unclassified
+bounds         bounds of masks before a call passes its data
 
 differences, lookup, ranges, summaries    arithmetic and text that several masks share
 """

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..regions import EMPTY, FULL, PARTIAL, IntArray, Regions, Verdicts
-from .asked import Asked
 from .core import Data, Mask, Positions
 from .data import DocumentIds, DocumentLengths, OfData, Padding
-from .functions import FromMod, Traced
+from .functions import FromMod
 from .globals import GlobalData, GlobalPositions
+from .traced import Traced
+from .unclassified import Unclassified
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def with_data(mask: Mask, data: Data, batch: int) -> Mask:
         within = mask.within
         if within is not None:
             within = with_data(within, data, batch)
-        return Asked(mask, within, data, batch)
+        return Unclassified(mask, within, data, batch)
     if not isinstance(mask, OfData):
         return mask._map(lambda part: with_data(part, data, batch))
     # One row of data serves all entries of the batch.
@@ -82,7 +83,7 @@ def with_data(mask: Mask, data: Data, batch: int) -> Mask:
         return KeyFlags(~row, mask.name)
     if isinstance(mask, GlobalData):
         return GlobalPositions(tuple(np.flatnonzero(row.numpy()).tolist()))
-    return Asked(mask, None, data, batch)
+    return Unclassified(mask, None, data, batch)
 
 
 def _documents(ids: Any) -> Mask | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .core import Full, Mask, Not
-from .functions import FromMod, Traced
+from .functions import FromMod
+from .traced import Traced
 
 
 def upper_bound(mask: Mask) -> Mask:

@@ -144,6 +144,7 @@ class Congruent(Mask):
             return ()
         if self.within is None or self.within % self.modulus == 0:
             return (range(self.offset, kv_len, self.modulus),)
+        # The residues start anew in every period: one range per period.
         starts = range(0, kv_len, self.within)
         if len(starts) > MOST_RANGES:
             return None
@@ -162,6 +163,7 @@ class Congruent(Mask):
             return span
         if self.within is None or self.within % self.modulus == 0:
             return intersection(span, range(self.offset, span.stop, self.modulus))
+        # Within a single period the matches are one range.
         start = span[0] // self.within * self.within
         if span[-1] >= start + self.within:
             return span

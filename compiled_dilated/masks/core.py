@@ -12,12 +12,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from ..regions import FULL, Regions, Verdicts, both, either, negate
-from .ranges import NOTHING, clip, common_ranges, hull, intersection
-
-__all__ = [
-    "MOST_RANGES", "NOTHING", "And", "Data", "Full", "Mask", "Not", "Or", "Positions",
-    "clip", "full", "hull", "intersection",
-]  # fmt: skip
+from .ranges import NOTHING, common_ranges, hull
 
 # torch tensors in kernels and in the reference, numpy arrays while planning: `allows` is limited
 # to operators that both have.
@@ -62,7 +57,7 @@ class Mask(ABC):
     def period(self) -> int | None:
         """Shift of query and key that leaves the mask unchanged.
 
-        1: every shift does. None: no such shift is known.
+        1: every shift. None: no shift, or none that is certain.
         """
 
     @property
@@ -361,7 +356,7 @@ class Not(Mask):
         seen = self.mask.keys_of(q, kv_len)
         if seen is None or any(span.step != 1 for span in seen):
             return None
-        # The gaps between the ranges, from position 0 to the last key.
+        # The gaps between the ranges, from position 0 to the last key: every second border.
         borders = [0]
         for span in sorted(seen, key=lambda span: span.start):
             if span:

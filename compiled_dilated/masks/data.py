@@ -142,13 +142,14 @@ class DocumentLengths(Mask):
         return replace(self, table=as_tensor(self._stops, device))
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        # Numbers of the documents of the first and the last position.
-        first, last, kv_first, kv_last = (
-            np.searchsorted(self.stops, x, side="right")
-            for x in (q.first, q.last, kv.first, kv.last)
-        )
+        first, last = self._document_of(q.first), self._document_of(q.last)
+        kv_first, kv_last = self._document_of(kv.first), self._document_of(kv.last)
         outside = np.maximum(first, kv_first) >= len(self.lengths)
         return np.where(outside, EMPTY, same_group(first, last, kv_first, kv_last))
+
+    def _document_of(self, positions: IntArray) -> IntArray:
+        """Number of each position's document; past the last, the number of documents."""
+        return np.searchsorted(self.stops, positions, side="right")
 
     @property
     def period(self) -> int | None:
@@ -175,10 +176,7 @@ class DocumentLengths(Mask):
         stops = self.stops[first : last + 1]
         starts = stops - np.array(self.lengths[first : last + 1], dtype=np.int64)
         # 2. The queries and keys of each document; Python integers where 64 bits may not suffice.
-        queries, keys = (
-            np.maximum(np.minimum(stops, side.stop) - np.maximum(starts, side.start), 0)
-            for side in (q, kv)
-        )
+        queries, keys = _overlaps(q, starts, stops), _overlaps(kv, starts, stops)
         if len(stops) and stops[-1] > 2**31:
             queries, keys = queries.astype(object), keys.astype(object)
         return int((queries * keys).sum())
@@ -198,6 +196,11 @@ class DocumentLengths(Mask):
             return repr(self)
         unit = f"of {sum(self.lengths):,} tokens"
         return f"documents(lengths={brief(self.lengths, unit, repr(self.lengths))})"
+
+
+def _overlaps(side: range, starts: IntArray, stops: IntArray) -> Any:
+    """Number of positions that a contiguous range shares with each document."""
+    return np.maximum(np.minimum(stops, side.stop) - np.maximum(starts, side.start), 0)
 
 
 def documents(ids: str | None = None, lengths: tuple[int, ...] | None = None) -> Mask:

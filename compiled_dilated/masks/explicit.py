@@ -169,12 +169,14 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
             f"pairs must be (query tile, key tile) pairs; got {type(pairs).__name__}. "
             f"Write tiles([(0, 0), (1, 0)], block={block})"
         )
+    # 1. The listed tiles.
     listed = [arguments.integers(f"pairs[{i}]", pair, 0) for i, pair in enumerate(pairs)]
     if any(len(pair) != 2 for pair in listed):
         raise ValueError(
             "pairs: every tile must be a (query tile, key tile) pair; "
             "got one with another number of entries"
         )
+    # 2. The table of tiles: its numbers and positions must fit into 64 bits.
     tight = max((column for _, column in listed), default=0) + 1
     width = tight
     if columns is not None:
@@ -217,7 +219,8 @@ def random_blocks(block: int, count: int, tokens: int, seed: int = 0) -> Mask:
         )
     keys: list[int] = []
     for row, draws in enumerate(_draws(blocks, count, seed)):
-        keys += (row * blocks + column for column in sorted(_sample(draws, blocks)))
+        for column in sorted(_sample(draws, blocks)):
+            keys.append(row * blocks + column)
     code = f"random_blocks({block}, {count}, tokens={tokens}, seed={seed})"
     return Tiles(block, blocks, tuple(keys), code=code)
 

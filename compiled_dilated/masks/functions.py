@@ -1,7 +1,8 @@
 """Masks by a function: a FlexAttention mask_mod, traced to a graph.
 
 from_mod(fn, within)     FromMod: the user's function, traced again at every call
-of_graph(graph, slots)   Traced: a graph (equal by value) and the operands of the call that it reads
+
+traced.py has the result of tracing: a graph, equal by value, and the operands that it reads.
 """
 
 from __future__ import annotations
@@ -15,33 +16,14 @@ from torch import Tensor
 
 from ..mods import MaskMod, check_callable, name_of, over_pairs, trace_mask_mod
 from ..regions import Regions, Verdicts
-from .contents import Contents, digest, slot_name
+from .contents import Contents
 from .core import Data, Mask, Positions
 from .traced import (
-    MOST_PAIRS_WITHOUT_WITHIN,
     OfFunction,
     Traced,
     are_scalars,
     at_pairs,
-    of_graph,
-    reads_operands,
-    traced_parts,
-    with_contents,
 )
-
-__all__ = [
-    "MOST_PAIRS_WITHOUT_WITHIN",
-    "FromMod",
-    "Traced",
-    "digest",
-    "from_mod",
-    "functions_of",
-    "of_graph",
-    "reads_operands",
-    "slot_name",
-    "traced_parts",
-    "with_contents",
-]
 
 
 @dataclass(frozen=True, repr=False)

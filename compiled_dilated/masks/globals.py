@@ -156,6 +156,7 @@ def global_tokens(
             f"got count={count!r}, positions={positions!r}, data={data!r}"
         )
     if count is not None:
+        # global_tokens((0, 5)): positions in the place of the count.
         if arguments.is_iterable(count):
             raise TypeError(
                 f"count must be an integer; got {type(count).__name__}. "
@@ -163,6 +164,7 @@ def global_tokens(
             )
         return GlobalTokens(arguments.integer("count", count, 0))
     if positions is not None:
+        # An iterator is read once; an empty list of positions is allowed.
         if arguments.is_iterable(positions) and not isinstance(positions, (str, bytes)):
             positions = tuple(positions)
         if positions == ():

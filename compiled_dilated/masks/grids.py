@@ -10,20 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import arguments
-from .axes import least
-from .coordinates import coordinates, strides_of
 from .core import Mask
 from .neighborhoods import Neighborhood, PlacedNeighborhood
-
-__all__ = [
-    "EDGES",
-    "Neighborhood",
-    "PlacedNeighborhood",
-    "coordinates",
-    "least",
-    "neighborhood",
-    "strides_of",
-]
 
 EDGES = ("cut", "shift")
 
@@ -43,9 +31,10 @@ def neighborhood(
     causal: one bool, or one per axis: only keys at or before the query's coordinate.
     edges: "cut": fewer keys at the border; "shift": windows move inwards, so that every query has
         2 * radius + 1 keys per axis (NATTEN, arXiv 2204.07143). A causal axis is always cut.
-    offset: None if the sequence is the grid (a longer one is refused), else the position of the
-        grid's first token. Other tokens, such as a CLS token or registers, then see nothing through
-        this mask and no query sees them: join theirs with `|`. The sequence may have any length.
+    offset: None if the sequence is the grid (a longer sequence is an error), else the position of
+        the grid's first token, in a sequence of any length. Tokens outside the grid, such as a CLS
+        token or registers, see nothing through this mask, and no query sees them: join a mask for
+        them with `|`.
 
     >>> neighborhood((64, 64), 7, offset=1) | global_tokens(1)
     neighborhood((64, 64), 7, offset=1) | global_tokens(1)
@@ -55,7 +44,10 @@ def neighborhood(
         raise ValueError(f"grid must have 1 to 3 axes; got {grid!r}")
     arguments.integer("the number of cells of the grid", math.prod(grid))
 
-    flags = tuple(causal) if isinstance(causal, Sequence) else (causal,) * len(grid)
+    # One bool applies to all axes.
+    flags: tuple[Any, ...] = (causal,) * len(grid)
+    if isinstance(causal, Sequence):
+        flags = tuple(causal)
     if len(flags) != len(grid) or not all(isinstance(flag, bool) for flag in flags):
         raise ValueError(
             f"causal must be a bool or one bool per axis of the grid {grid!r}; got {causal!r}"
@@ -72,8 +64,10 @@ def neighborhood(
 
 def _per_axis(name: str, value: Any, grid: tuple[int, ...], minimum: int) -> tuple[int, ...]:
     """Check one integer or one per axis; returns one per axis."""
-    values = value if arguments.is_iterable(value) else (value,) * len(grid)
-    numbers = arguments.integers(name, values, minimum)
+    if arguments.is_iterable(value):
+        numbers = arguments.integers(name, value, minimum)
+    else:
+        numbers = arguments.integers(name, (value,) * len(grid), minimum)
     if len(numbers) != len(grid):
         raise ValueError(
             f"{name} must be one number or one per axis of the grid {grid!r}; got {value!r}"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..regions import EMPTY, PARTIAL, Regions, Verdicts
 from .algebra import conjunction, conjuncts
-from .axes import Axis
+from .axes import Axis, Span
 from .coordinates import coordinates, spans, strides_of
 from .core import Data, Mask, Positions
 from .leading import LeadingQueries, Sinks
@@ -82,7 +82,10 @@ class Neighborhood(Mask):
     @property
     def _first_limited(self) -> int | None:
         """The first axis that is not whole; None if all are."""
-        return next((number for number, axis in enumerate(self.axes) if not axis.is_whole), None)
+        for number, axis in enumerate(self.axes):
+            if not axis.is_whole:
+                return number
+        return None
 
     def expanded(self) -> Mask:
         limited = [number for number, axis in enumerate(self.axes) if not axis.is_whole]
@@ -219,11 +222,10 @@ class PlacedNeighborhood(Mask):
     def expanded(self) -> Mask:
         first, stop = self.tokens.start, self.tokens.stop
         inside = LeadingQueries(stop) & Sinks(stop) & ~LeadingQueries(first) & ~Sinks(first)
-        axes = [
-            _AlongAxis(self, number)
-            for number, axis in enumerate(self.neighborhood.axes)
-            if not axis.is_whole
-        ]
+        axes = []
+        for number, axis in enumerate(self.neighborhood.axes):
+            if not axis.is_whole:
+                axes.append(_AlongAxis(self, number))
         return conjunction((*conjuncts(inside), *axes))
 
     def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
@@ -235,7 +237,8 @@ class PlacedNeighborhood(Mask):
         return tuple(_shifted(span, self.offset) for span in keys)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
-        q, kv = (clip(side, self.tokens.start, self.tokens.stop) for side in (q, kv))
+        first, stop = self.tokens.start, self.tokens.stop
+        q, kv = clip(q, first, stop), clip(kv, first, stop)
         if not q or not kv:
             return NOTHING
         q, kv = self.neighborhood.shrink(_shifted(q, -self.offset), _shifted(kv, -self.offset))
@@ -244,8 +247,8 @@ class PlacedNeighborhood(Mask):
         return _shifted(q, self.offset), _shifted(kv, self.offset)
 
     def pairs(self, q: range, kv: range) -> int | None:
-        cells = (_shifted(intersection(side, self.tokens), -self.offset) for side in (q, kv))
-        return self.neighborhood.pairs(*cells)
+        q, kv = intersection(q, self.tokens), intersection(kv, self.tokens)
+        return self.neighborhood.pairs(_shifted(q, -self.offset), _shifted(kv, -self.offset))
 
     def __repr__(self) -> str:
         return f"{repr(self.neighborhood)[:-1]}, offset={self.offset})"
@@ -269,12 +272,17 @@ class _AlongAxis(Mask):
     def allows(
         self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
     ) -> Any:
-        cells = (side - self.placed.offset for side in (q, kv))
-        return self.axis.allows(*(coordinates(self.grid, cell)[self.number] for cell in cells))
+        return self.axis.allows(self._coordinate(q), self._coordinate(kv))
+
+    def _coordinate(self, positions: Positions) -> Positions:
+        return coordinates(self.grid, positions - self.placed.offset)[self.number]
 
     def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        cells = (replace(side, base=side.base - self.placed.offset) for side in (q, kv))
-        return self.axis.classify(*(spans(self.grid, cell)[self.number] for cell in cells))
+        return self.axis.classify(self._span(q), self._span(kv))
+
+    def _span(self, side: Regions) -> Span:
+        cells = replace(side, base=side.base - self.placed.offset)
+        return spans(self.grid, cells)[self.number]
 
     @property
     def period(self) -> int | None:

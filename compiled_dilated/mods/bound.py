@@ -51,13 +51,13 @@ class TileMod:
     def pull(self, scores: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The new scores and their vjp.
 
-        The vjp maps their gradient to that of `scores`, and adds those of learned operands to the
-        mod's sums.
+        The vjp maps the gradient of the new scores to that of `scores`. It adds the gradients of
+        the learned operands to the mod's sums.
         """
         mod = self.mod
         learned = tuple(mod.operands[number] for number in mod.learned)
 
-        # A function of what gets gradients only, as vjp takes it.
+        # vjp differentiates by all arguments: the scores and the learned operands.
         def modify(scores: Tensor, *learned: Tensor) -> Tensor:
             operands = list(mod.operands)
             for number, operand in zip(mod.learned, learned, strict=True):
@@ -67,6 +67,7 @@ class TileMod:
         result: Any = torch.func.vjp(modify, scores, *learned)
         modified, vjp = result
 
+        # The sums collect the gradients of all tiles of the call.
         def back(grad: Tensor) -> Tensor:
             grad_scores, *grads = vjp(grad)
             for total, part in zip(mod.sums, grads, strict=True):
@@ -87,8 +88,9 @@ def kind_of(x: Tensor) -> Kind:
 
 def sums_dtype(operands: Sequence[Tensor], learned: Sequence[int]) -> torch.dtype:
     """The dtype of the learned operands' gradient sums."""
-    wide = any(operands[number].dtype == torch.float64 for number in learned)
-    return torch.float64 if wide else torch.float32
+    if any(operands[number].dtype == torch.float64 for number in learned):
+        return torch.float64
+    return torch.float32
 
 
 def zero_sums(operands: Sequence[Tensor], learned: Sequence[int]) -> tuple[Tensor, ...]:
@@ -104,7 +106,7 @@ def zero_sums(operands: Sequence[Tensor], learned: Sequence[int]) -> tuple[Tenso
 def flat(sums: Sequence[Tensor], like: Tensor) -> Tensor:
     """Concatenate the sums to one vector, the result of an operator.
 
-    like: a tensor on the device of the result where there are no sums.
+    like: a tensor on the result's device, used only where there are no sums.
     """
     if not sums:
         return like.new_empty(0, dtype=sums_dtype((), ()))
@@ -113,10 +115,11 @@ def flat(sums: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def unflat(vector: Tensor, operands: Sequence[Tensor], learned: Sequence[int]) -> list[Tensor]:
     """Split a vector of `flat` into the gradients of learned operands."""
+    if not learned:
+        return []
     sizes = [math.prod(operands[number].shape) for number in learned]
-    parts = vector.split(sizes) if sizes else ()
     gradients = []
-    for part, number in zip(parts, learned, strict=True):
+    for part, number in zip(vector.split(sizes), learned, strict=True):
         operand = operands[number]
         gradients.append(part.reshape(operand.shape).to(operand.dtype))
     return gradients

@@ -1,7 +1,7 @@
-"""Captured tensors and numbers of a mod while it is traced.
+"""Captured tensors and numbers in a trace, at torch's function layer.
 
-The layer of torch functions. It runs above the recorder's dispatch layer, where x.item(), float(x),
-table[i] and clamp(x, 0, y) are still one call.
+At this layer, above the recorder's dispatch layer, x.item(), float(x), table[i] and
+clamp(x, 0, y) are still one call.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Captures(TorchFunctionMode):
 
 
 def _has_value(x: Any) -> bool:
+    """Whether a captured object is a tensor with data."""
     return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
 
 
@@ -85,6 +86,7 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
 
 
 def _bound(bound: Any, x: Tensor) -> Tensor:
+    """A bound of clamp as a tensor of the dtype of x."""
     if isinstance(bound, Tensor):
         return bound.to(x.dtype)
     return torch.full((), bound, dtype=x.dtype, device=x.device)

@@ -23,7 +23,7 @@ class _Value:
 
     number: in the graph's numbering; negative for operands until their count is fixed.
     varies: whether it differs from pair to pair.
-    tensor: kept alive, since values are looked up by id.
+    tensor: referenced so that no other tensor takes its id, by which values are looked up.
     """
 
     number: int
@@ -36,7 +36,6 @@ class Draft:
 
     about: the mod's kind and name, for errors.
     names: of the mod's arguments.
-
     captured: tensors and symbolic numbers from outside, the operands of the graph.
     """
 
@@ -70,11 +69,11 @@ class Draft:
         return self._values[id(x)].varies
 
     def is_operand(self, x: Tensor) -> bool:
-        """Whether a tensor of the trace stands for a captured one."""
+        """Whether a tensor of the trace replaces a captured tensor."""
         return self._values[id(x)].number < 0
 
     def rename(self, target: Tensor, source: Tensor) -> None:
-        """Let `target` have the value of `source`, as after an in-place write."""
+        """Assign the value of `source` to `target`, as in-place writes do."""
         value = self._values[id(source)]
         self._values[id(target)] = _Value(value.number, value.varies, target)
 
@@ -104,13 +103,14 @@ class Draft:
         return value
 
     def placeholder(self, x: Tensor) -> Tensor:
-        """The placeholder of a captured tensor; a traced one itself."""
+        """The placeholder of a captured tensor; a traced tensor unchanged."""
         if self.is_traced(x):
             return x
         if id(x) in self._constants and x.dim() == 0:
             return self._literal_number(x)
         if id(x) in self._placeholders:
             return self._placeholders[id(x)]
+        # A new operand: its placeholder has the same sizes and strides, without data.
         self.captured.append(x)
         with _disable_current_modes():
             sizes, strides = _hints(x.shape), _hints(x.stride())
@@ -151,8 +151,13 @@ class Draft:
         for argument in op._schema.arguments:
             takes_tensor[argument.name] = isinstance(argument.type, torch.TensorType)
         by_position = list(takes_tensor.values())
-        arguments = [self._literal(x, by_position[place]) for place, x in enumerate(args)]
-        options = {key: self._literal(x, takes_tensor[key]) for key, x in kwargs.items()}
+        arguments = []
+        for place, value in enumerate(args):
+            arguments.append(self._literal(value, by_position[place]))
+        options = {}
+        for name, value in kwargs.items():
+            options[name] = self._literal(value, takes_tensor[name])
+        # Results are numbered after the inputs; `text` shifts them by the count of operands.
         self._body.append((str(op), arguments, options, single, varies))
         self._values[id(out)] = _Value(len(self.names) + len(self._body) - 1, varies, out)
 
@@ -203,9 +208,17 @@ class Draft:
         inputs, number = len(self.names), value[REF]
         if number < 0:
             return {REF: inputs - 1 - number}
-        return {REF: number if number < inputs else number + len(self.captured)}
+        if number >= inputs:
+            number += len(self.captured)
+        return {REF: number}
 
 
 def _hints(sizes: Sequence[Any]) -> list[int]:
     """Sizes; symbolic ones by their hints in the outer trace."""
-    return [size if isinstance(size, int) else size.node.hint for size in sizes]
+    hints = []
+    for size in sizes:
+        if isinstance(size, int):
+            hints.append(size)
+        else:
+            hints.append(size.node.hint)
+    return hints

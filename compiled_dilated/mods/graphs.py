@@ -83,7 +83,7 @@ class Graph:
 
         name: "score", "b", "h", "q_idx" or "kv_idx".
         """
-        return self._code.inputs.index(name) in self._code.read
+        return self._code.inputs.index(name) in self._code.dependencies
 
     def score(self, operands: Sequence[Tensor], score: Tensor, *indices: Tensor) -> Tensor:
         """The new scores of all pairs, of `score`'s shape and dtype.
@@ -113,6 +113,7 @@ class Graph:
         return self._code.run((*arguments, *operands), 0, subscripts)
 
     def _over_tile(self, operands: Sequence[Tensor], *arguments: Tensor) -> Tensor:
+        """The mod on all pairs: at once if elementwise, else under vmap."""
         if self.is_elementwise:
             return self._code.run((*arguments, *operands), arguments[0].dim())
         out: Tensor = over_pairs(lambda *scalars: self.scalar(operands, *scalars), *arguments)
@@ -132,14 +133,14 @@ class _Code:
     """A parsed graph.
 
     result: the number of the mod's result.
-    read: the values that the result depends on.
+    dependencies: numbers of the values that the result depends on.
     """
 
     inputs: tuple[str, ...]
     operands: int
     instructions: tuple[_Instruction, ...]
     result: int
-    read: frozenset[int]
+    dependencies: frozenset[int]
     is_elementwise: bool
 
     def run(self, values: Sequence[Tensor], dims: int, subscripts: bool = False) -> Tensor:
@@ -160,11 +161,20 @@ class _Code:
             env.append(op(*args, **kwargs))
         # A result that is the same for all pairs broadcasts over the tile.
         out = env[self.result]
-        return out.reshape((1,) * dims) if out.dim() < dims else out
+        if out.dim() < dims:
+            return out.reshape((1,) * dims)
+        return out
 
 
 def _subscript(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
-    return x[tuple(slice(None) if index is None else index for index in indices)]
+    """aten.index as x[indices]."""
+    entries: list[Any] = []
+    for index in indices:
+        if index is None:
+            entries.append(slice(None))
+        else:
+            entries.append(index)
+    return x[tuple(entries)]
 
 
 def _resolve(value: Any, env: list[Any], device: torch.device, dims: int) -> Any:
@@ -193,22 +203,24 @@ def _resolve(value: Any, env: list[Any], device: torch.device, dims: int) -> Any
 
 @lru_cache(maxsize=256)
 def _read(text: str) -> _Code:
+    """Parse the text of a graph; raises ModError if it is invalid."""
     if len(text) > _MOST_CHARACTERS:
         raise ModError(f"a mod's graph may have {_MOST_CHARACTERS:,} characters; got {len(text):,}")
     try:
         inputs, operands, body, result = json.loads(text)
         arguments = len(inputs) + operands
-        instructions = tuple(
-            _instruction(entry, place) for place, entry in enumerate(body, arguments)
-        )
+        instructions = []
+        for place, entry in enumerate(body, arguments):
+            instructions.append(_instruction(entry, place))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModError(f"the text is no graph of a mod: {error}") from None
     values = arguments + len(instructions)
     if not isinstance(result, int) or not 0 <= result < values:
         raise ModError(f"the graph's result must be one of its {values} values; got {result!r}")
-    read = _needed(instructions, result, arguments)
+    dependencies = _dependencies(instructions, result, arguments)
     elementwise = all(entry[3] for entry in body)
-    return _Code(tuple(inputs), operands, instructions, result, read, elementwise)
+    names, code = tuple(inputs), tuple(instructions)
+    return _Code(names, operands, code, result, dependencies, elementwise)
 
 
 def _instruction(entry: Any, place: int) -> _Instruction:
@@ -242,10 +254,12 @@ def is_allowed(op: Any) -> bool:
 
 @lru_cache(maxsize=512)
 def _is_core(packet: Any) -> bool:
+    """Whether an overload of an operator belongs to ATen's core."""
     return any(torch.Tag.core in getattr(packet, overload).tags for overload in packet.overloads())
 
 
 def _references(value: Any) -> Iterator[int]:
+    """Yield the value numbers that an argument of the text refers to."""
     if isinstance(value, list):
         for item in value:
             yield from _references(item)
@@ -256,11 +270,14 @@ def _references(value: Any) -> Iterator[int]:
             yield from _references(list(value.values()))
 
 
-def _needed(instructions: Sequence[_Instruction], result: int, arguments: int) -> frozenset[int]:
+def _dependencies(
+    instructions: Sequence[_Instruction], result: int, arguments: int
+) -> frozenset[int]:
     """The values that the result depends on, the result included."""
-    needed = {result}
+    values = {result}
+    # Backwards: an instruction reads earlier values only.
     for place in reversed(range(len(instructions))):
-        if arguments + place in needed:
+        if arguments + place in values:
             instruction = instructions[place]
-            needed.update(_references([instruction.args, instruction.kwargs]))
-    return frozenset(needed)
+            values.update(_references([instruction.args, instruction.kwargs]))
+    return frozenset(values)

@@ -32,9 +32,12 @@ def _mapped(fn: Callable[..., Any], *arguments: Tensor) -> Any:
     in_dims: list[int | None] = []
     inner = []
     for x in arguments:
-        varies = x.shape[0] != 1
-        in_dims.append(0 if varies else None)
-        inner.append(x if varies else x.squeeze(0))
+        if x.shape[0] == 1:
+            in_dims.append(None)
+            inner.append(x.squeeze(0))
+        else:
+            in_dims.append(0)
+            inner.append(x)
     if 0 not in in_dims:
         return _mapped(fn, *inner).unsqueeze(0)
     return torch.vmap(lambda *slices: _mapped(fn, *slices), in_dims=tuple(in_dims))(*inner)
@@ -54,7 +57,7 @@ class _IndexByTensor(TorchFunctionMode):
 
 def has_scalar_tensor(index: Any) -> bool:
     """Whether an index contains a scalar tensor, whose value torch would read."""
-    for entry in index if isinstance(index, tuple) else (index,):
+    for entry in _entries(index):
         if isinstance(entry, Tensor) and entry.dim() == 0 and entry.dtype != torch.bool:
             return True
     return False
@@ -65,21 +68,41 @@ def gathered(x: Tensor, index: Any) -> Tensor:
 
     Numbers, slices, None and ... are as in torch.
     """
-    entries = list(index) if isinstance(index, tuple) else [index]
-    # 1. Write `...` out. Compared by identity: a tensor == ... is no bool.
+    entries = _without_ellipsis(_entries(index), x.dim())
+    # 1. Numbers, slices and new dimensions: `plain` selects the whole of a tensor's dimension.
+    # 2. The gather: a number's dimension is gone by then.
+    plain: list[Any] = []
+    tensors: list[Tensor | None] = []
+    for entry in entries:
+        if isinstance(entry, Tensor):
+            plain.append(slice(None))
+            tensors.append(entry)
+            continue
+        plain.append(entry)
+        if isinstance(entry, slice | None):
+            tensors.append(None)
+    if any(entry != slice(None) for entry in plain):
+        x = x[tuple(plain)]
+    out: Tensor = torch.ops.aten.index(x, tensors)
+    return out
+
+
+def _entries(index: Any) -> list[Any]:
+    """The entries of an index: several in x[i, j], one in x[i]."""
+    if isinstance(index, tuple):
+        return list(index)
+    return [index]
+
+
+def _without_ellipsis(entries: list[Any], dims: int) -> list[Any]:
+    """The entries with `...` written out as slices.
+
+    dims: of the indexed tensor.
+    """
+    # Compared by identity: a tensor == ... is no bool.
     for place, entry in enumerate(entries):
         if entry is Ellipsis:
             indexed = sum(index is not None and index is not Ellipsis for index in entries)
-            entries[place : place + 1] = [slice(None)] * (x.dim() - indexed)
-            break
-    # 2. Numbers, slices and new dimensions first; a tensor's dimension is left to the gather.
-    plain = tuple(slice(None) if isinstance(entry, Tensor) else entry for entry in entries)
-    if any(entry != slice(None) for entry in plain):
-        x = x[plain]
-    # 3. The gather. A number's dimension is gone by now.
-    tensors = []
-    for entry in entries:
-        if isinstance(entry, Tensor | slice | None):
-            tensors.append(entry if isinstance(entry, Tensor) else None)
-    out: Tensor = torch.ops.aten.index(x, tensors)
-    return out
+            slices = [slice(None)] * (dims - indexed)
+            return [*entries[:place], *slices, *entries[place + 1 :]]
+    return entries

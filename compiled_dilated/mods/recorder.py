@@ -91,8 +91,8 @@ class Recorder(TorchDispatchMode):
 
     def _with_numbers(self, value: Any, dtype: torch.dtype) -> Any:
         """The same arguments with symbolic numbers converted to a dtype."""
-        if isinstance(value, Tensor):
-            return self._converted(value, dtype) if self.draft.is_number(value) else value
+        if isinstance(value, Tensor) and self.draft.is_number(value):
+            return self._converted(value, dtype)
         if isinstance(value, (tuple, list)):
             return [self._with_numbers(item, dtype) for item in value]
         return value
@@ -131,11 +131,12 @@ class Recorder(TorchDispatchMode):
             )
         func, args = _without_like(func, name, args, out)
         inputs = self._traced([args, kwargs])
-        # torch promotes whole numbers to the process's default dtype: the graph states it.
+        # torch promotes whole numbers to the process's default dtype: the graph states that dtype.
         if inputs and out.is_floating_point() and not any(map(_is_inexact, inputs)):
-            # The condition of where stays one.
-            first = int(name == "aten.where")
-            args = [*args[:first], *(self._converted(x, out.dtype) for x in args[first:])]
+            # All arguments but the condition of where, which stays a bool.
+            args = list(args)
+            for place in range(int(name == "aten.where"), len(args)):
+                args[place] = self._converted(args[place], out.dtype)
         # Arguments that are left at their defaults, as far as they depend on the process.
         defaults = {argument.name for argument in func._schema.arguments[len(args) :]}
         if "dtype" in defaults and kwargs.get("dtype") is None:
@@ -143,6 +144,7 @@ class Recorder(TorchDispatchMode):
         if "device" in defaults and not inputs:
             kwargs["device"] = out.device
         kwargs.pop("memory_format", None)
+        # How the operator is evaluated on a tile: at once, or pair by pair.
         varies = any(self.draft.varies(x) for x in inputs)
         single = not varies or self._acts_on_numbers(name, func, args, inputs, out)
         self.draft.append(func, args, kwargs, single, varies, out)
@@ -190,7 +192,9 @@ class Recorder(TorchDispatchMode):
 
     def _checked(self, result: object) -> Tensor:
         """The mod's result; raises unless it is one number for each pair."""
-        expected = "a bool tensor" if self.kind == "mask_mod" else "a number as a tensor"
+        expected = "a number as a tensor"
+        if self.kind == "mask_mod":
+            expected = "a bool tensor"
         if not isinstance(result, Tensor):
             raise TypeError(
                 f"{self.about} must return {expected} for each pair; "

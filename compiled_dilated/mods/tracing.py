@@ -58,7 +58,9 @@ def check_callable(kind: str, fn: object, scores: bool) -> None:
     kind: the argument's name, for the error.
     scores: whether it takes a score before the four indices.
     """
-    names = ("score", *_INDICES) if scores else _INDICES
+    names: tuple[str, ...] = _INDICES
+    if scores:
+        names = ("score", *names)
     parameters = ", ".join(names)
     if not callable(fn):
         raise TypeError(
@@ -97,12 +99,19 @@ def _trace(
     recorder = Recorder(kind, draft)
     # The graph must not depend on the caller's modes, transforms or autocast.
     with _disable_current_modes(), temporarily_clear_interpreter_stack(), without_autocast():
-        scalars = [draft.argument(number, dtype) for number, (_, dtype) in enumerate(inputs)]
+        scalars = []
+        for number, (_, dtype) in enumerate(inputs):
+            scalars.append(draft.argument(number, dtype))
         with recorder, Captures(draft):
             result = fn(*scalars)
         text = recorder.text(result)
-    captured = [x if isinstance(x, Tensor) else as_tensor(x) for x in draft.captured]
-    return Graph(text), tuple(captured)
+    operands = []
+    for value in draft.captured:
+        if isinstance(value, Tensor):
+            operands.append(value)
+        else:
+            operands.append(as_tensor(value))
+    return Graph(text), tuple(operands)
 
 
 def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
@@ -112,7 +121,9 @@ def as_tensor(number: float | torch.SymInt | torch.SymFloat) -> Tensor:
         unit: Any = torch.ones((), dtype=torch.float64, device="cpu")
         tensor: Tensor = unit * number
     else:
-        dtype = torch.int64 if isinstance(number, int | torch.SymInt) else torch.float64
+        dtype = torch.float64
+        if isinstance(number, int | torch.SymInt):
+            dtype = torch.int64
         value: Any = number
         tensor = torch.scalar_tensor(value, dtype=dtype, device="cpu")
     setattr(tensor, NUMBER, True)

@@ -18,11 +18,12 @@ from ..masks.bands import Causal, Window
 from ..masks.blocks import BlockWindow, DilatedBlocks
 from ..masks.congruent import Congruent
 from ..masks.data import DocumentIds, DocumentLengths
-from ..masks.functions import FromMod, Traced, traced_parts
+from ..masks.functions import FromMod
 from ..masks.globals import GlobalData, GlobalPositions
-from ..masks.grids import Neighborhood, PlacedNeighborhood
 from ..masks.leading import GlobalTokens, LeadingQueries, Prefix, Sinks
+from ..masks.neighborhoods import Neighborhood, PlacedNeighborhood
 from ..masks.segments import Segments
+from ..masks.traced import Traced, traced_parts
 from ..mods import trace_mask_mod
 from ..orders import Hilbert, PlacedHilbert
 from ..plans import Scores

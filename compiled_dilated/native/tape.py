@@ -123,7 +123,7 @@ def _translate(
         _check_operand(operand_dtype, shape)
         values.append(tensors.operand(number, operand_dtype, shape))
     for place, instruction in enumerate(code.instructions, len(values)):
-        if place not in code.read:
+        if place not in code.dependencies:
             values.append(_scalar(torch.int64, 0))  # a placeholder: nothing reads it
             continue
         args: list[Any] = _resolve(instruction.args, values)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..masks.grids import coordinates
+from ..masks.coordinates import coordinates
 
 AnyInts = npt.NDArray[Any]
 SmallInts = npt.NDArray[np.int32]

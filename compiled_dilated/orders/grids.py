@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from .. import arguments
-from ..masks.grids import strides_of
+from ..masks.coordinates import strides_of
 from ..regions import IntArray, Regions
 from .core import Order
 from .curves import curve, curve_coordinates

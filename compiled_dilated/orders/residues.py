@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from .. import arguments
-from ..masks.grids import least
+from ..masks.axes import least
 from ..regions import IntArray, Regions
 from .core import Order
 
@@ -92,14 +92,17 @@ class Residue(Order):
         return block, late * longer + among // size, among % size
 
     def _position(self, place: Any, n: int) -> Any:
+        """Position of the token at each place."""
         block, class_, index = self._locate(place, n)
         return block * (self.period or max(n, 1)) + class_ + index * self.rate
 
     def _place(self, position: Any, n: int) -> Any:
+        """Place of the token at each position; inverse of `_position`."""
         period = self.period or max(n, 1)
         block, within = position // period, position % period
         rows, longer = self._sizes(block, n)
         class_ = within % self.rate
+        # Tokens of earlier periods, of earlier classes, and of the class.
         return block * period + class_ * rows + least(class_, longer) + within // self.rate
 
     def _by_period(self, x: torch.Tensor, dim: int, reorder: Reorder) -> torch.Tensor:

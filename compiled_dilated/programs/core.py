@@ -69,6 +69,7 @@ class Branch(NoMask):
                 )
             return range(start, stop)
         share, shares = map(int, self.heads.split("/"))
+        # Earlier shares have `size` heads, the first `extra` of them one more.
         size, extra = heads // shares, heads % shares
         start = share * size + min(share, extra)
         return range(start, start + size + (share < extra))
@@ -142,6 +143,7 @@ class Program(NoMask):
         """Raise ValueError if a mask or order is undefined for these lengths."""
         for branch in self.branches:
             branch.mask.check(range(q_offset, q_offset + q_len), kv_len)
+            # An order permutes queries and keys alike, so it needs equal positions of both.
             if branch.order != identity():
                 if q_len != kv_len or q_offset:
                     raise ValueError(

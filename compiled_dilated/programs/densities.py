@@ -41,6 +41,7 @@ def block_sparse(
         raise ValueError(
             f"tiles are for kind='tiles', which needs them; got kind={kind!r}, tiles={tiles!r}"
         )
+    # Dilated blocks keep their share at every length; the other kinds are sized for `tokens`.
     if kind != "dilated":
         tokens = _check_tokens(density, kind, tokens)
         mask = _share_of(density, kind, block, tokens, tiles)
@@ -90,6 +91,7 @@ def _dilated(density: float, block: int) -> Mask:
         raise ValueError(f"density must be at least 2**-60 for kind='dilated'; got {density!r}")
     # The mask keeps 1 / stride of the pairs: other densities have no stride.
     stride = round(1 / density)
+    # To one percent; the error names the nearest densities below and above.
     if abs(1 / stride - density) > 0.01 * density:
         near = sorted({1 / max(1, math.floor(1 / density)), 1 / math.ceil(1 / density)})
         raise ValueError(

@@ -45,6 +45,7 @@ def longnet(
     for i, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
         offset: int | str = offsets
         share: str | None = None
+        # Heads of a split branch share its offset.
         if heads == "split":
             offset, share = i % rate, f"{i}/{len(lengths)}"
         branches.append(Branch(_dilated_segments(length, rate, offset, causal), share))
@@ -69,6 +70,7 @@ def local_window(
 
     left, right: tokens before and after the query. `right` defaults to `left`, to 0 if causal.
     """
+    # A causal window ends at the query.
     if arguments.flag("causal", causal):
         if right not in (None, 0):
             raise ValueError(
@@ -105,9 +107,10 @@ def big_bird(
     """BigBird's block attention (arXiv 2007.14062): window, global and random blocks.
 
     window: tokens visible on each side of a block; a multiple of `block`.
-    global_tokens: the first tokens, visible to all, and they see all; a multiple of `block`.
-    random: key blocks per query block, drawn from all blocks by `seed`; one that falls into the
-        window or on a global token adds nothing.
+    global_tokens: number of first tokens that see every key and that every query sees; a multiple
+        of `block`.
+    random: key blocks per query block, drawn from all blocks by `seed`; a block inside the window,
+        or of global tokens, adds nothing.
     block: tokens per block.
     tokens: the length that random blocks are drawn for.
 
@@ -116,6 +119,7 @@ def big_bird(
         | random_blocks(64, 3, tokens=4096, seed=0)),))
     """
     block = arguments.integer("block", block, 1)
+    # Complete blocks, so that every tile of `block` tokens is either full or empty.
     for name, value in (("window", window), ("global_tokens", global_tokens)):
         if arguments.integer(name, value, 0) % block:
             raise ValueError(

@@ -60,12 +60,14 @@ def per_length(build: str, settings: tuple[Any, ...], names: tuple[str, ...]) ->
 
 
 def _shown(setting: Any) -> str:
+    """Text of a setting, with masks by `str`."""
     if isinstance(setting, (Program, PerLength)):
         return str(setting)
     return repr(setting)
 
 
 def _mapped(setting: Any, change: Callable[[Mask], Mask]) -> Any:
+    """A setting with `change` applied to the masks of a program."""
     if isinstance(setting, (Program, PerLength)):
         return setting.map(change)
     return setting

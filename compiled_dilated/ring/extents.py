@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..masks import Mask
-from ..masks.core import NOTHING
+from ..masks.ranges import NOTHING
 from ..regions import EMPTY, PARTIAL, Regions
 
 # A run is classified in this many parts, to cut off empty parts at its ends.

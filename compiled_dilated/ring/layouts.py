@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..masks.core import clip, intersection
+from ..masks.ranges import clip, intersection
 from ..orders import Identity, Order
 
 

@@ -14,9 +14,9 @@ from tabulate import tabulate
 from .. import arguments, planner
 from ..masks import Mask
 from ..masks.congruent import Congruent
-from ..masks.functions import reads_operands
-from ..masks.grids import Neighborhood
+from ..masks.neighborhoods import Neighborhood
 from ..masks.segments import Segments
+from ..masks.traced import reads_operands
 from ..orders import Identity, Order, hilbert
 from ..plans import Problem
 from ..programs import Program

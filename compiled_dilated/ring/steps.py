@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..heads import HeadRange, head_ranges
 from ..masks import Mask
-from ..masks.core import hull
+from ..masks.ranges import hull
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import arguments, call_checks, checks, text
 from ..calls import Call
-from ..masks.functions import digest, slot_name
+from ..masks.contents import digest, slot_name
 from ..plans import Problem
 from ..programs import PerLength, Program
 from . import files, inputs, plans

@@ -162,6 +162,7 @@ def _check(
             f"order must be an order; got {type(order).__name__} {order!r}. "
             "Use one of compiled_dilated.orders"
         )
+    # Lengths may be 0, tiles may not.
     for name, length in (("q_len", q_len), ("kv_len", kv_len)):
         arguments.integer(name, length, 0)
     for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):

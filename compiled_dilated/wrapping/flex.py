@@ -182,7 +182,9 @@ class Flex:
         self.attention, self.score_mod, self.mask_mod = attention, score_mod, mask_mod
         self.returns_lse = returns_lse
         # Caches of compiled graphs are keyed by their code, which contains this name.
-        codes = [getattr(graph, "code", None) for graph in (score_mod, mask_mod)]
+        codes: list[str | None] = []
+        for graph in (score_mod, mask_mod):
+            codes.append(None if graph is None else graph.code)
         self.__name__ = f"flex_{attention.__name__}_{digest(*codes)}"
 
     def __call__(

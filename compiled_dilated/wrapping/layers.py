@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import counting, masks
 from ..masks import Mask
-from ..masks.grids import Neighborhood
+from ..masks.neighborhoods import Neighborhood
 from ..programs import Program, as_program
 
 # The length at which programs are checked for later keys.

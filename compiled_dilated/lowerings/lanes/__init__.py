@@ -81,11 +81,10 @@ class Work:
             arrays = lists.build(classes, keys, queries, tiling)
         else:
             arrays = lists.build(self.classes, queries, keys, tiling)
-        class_of = np.array(self.class_of, dtype=np.int32)
-        tiles, runs, classes_of_heads = (
-            torch.from_numpy(x).to(device) for x in (arrays.tiles, arrays.runs, class_of)
-        )
-        return tiles, runs, classes_of_heads
+        tiles = torch.from_numpy(arrays.tiles).to(device)
+        runs = torch.from_numpy(arrays.runs).to(device)
+        class_of = torch.from_numpy(np.array(self.class_of, dtype=np.int32)).to(device)
+        return tiles, runs, class_of
 
 
 def _transposed(lanes: tuple[Lane, ...]) -> tuple[Lane, ...]:

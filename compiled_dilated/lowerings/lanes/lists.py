@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...masks.core import intersection
+from ...masks.ranges import intersection
 from .lanes import Lane, Residue
 
 Run = tuple[int, int, int, int, int, int, int]
@@ -136,19 +136,30 @@ def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
     low = 0
     while low < len(tile):
         position = tile[low]
-        # The rows up to the next end of a group, or of a period within which residues count.
-        stops = [grouping.group_of(position)[1] for grouping in lane.groupings]
-        stops += [
-            (position // residue.within + 1) * residue.within
-            for residue in lane.rows.residues
-            if residue.within
-        ]
-        high = min([len(tile), *(-(-(stop - tile.start) // tile.step) for stop in stops)])
-        first = max(low, -(-(lane.rows.start - tile.start) // tile.step))
-        last = min(high, -(-(lane.rows.stop - tile.start) // tile.step))
+        # 1. Rows up to the next end of a group, or of a period within which residues count.
+        high = len(tile)
+        for end in _ends_after(lane, position):
+            high = min(high, _rows_before(tile, end))
+        # 2. Those of the lane; residues are equal in all rows of a tile, within a period.
+        first = max(low, _rows_before(tile, lane.rows.start))
+        last = min(high, _rows_before(tile, lane.rows.stop))
         if first < last and all(_contains(residue, position) for residue in lane.rows.residues):
             yield first, last
         low = high
+
+
+def _ends_after(lane: Lane, position: int) -> Iterator[int]:
+    """Where the position's groups end, and the periods of its residues."""
+    for grouping in lane.groupings:
+        yield grouping.group_of(position)[1]
+    for residue in lane.rows.residues:
+        if residue.within:
+            yield (position // residue.within + 1) * residue.within
+
+
+def _rows_before(tile: range, position: int) -> int:
+    """Number of a tile's rows before a position, not clipped."""
+    return -(-(position - tile.start) // tile.step)
 
 
 def _contains(residue: Residue, position: int) -> bool:

@@ -91,10 +91,8 @@ def _tiles(
     # multiply positions.
     b = torch.tensor(entries, device=device).repeat_interleave(batch.queries.count)
     b = b[:, None, None, None]
-    q, kv = (
-        torch.from_numpy(rows.positions()).to(device).repeat(len(entries), 1)
-        for rows in (batch.queries, batch.keys)
-    )
+    q = torch.from_numpy(batch.queries.positions()).to(device).repeat(len(entries), 1)
+    kv = torch.from_numpy(batch.keys.positions()).to(device).repeat(len(entries), 1)
     q, kv = q[:, None, :, None], kv[:, None, None, :]
     if batch.masks:
         tiles = replace(tiles, bias=_bias(batch, call, b, q, kv, dtype))
@@ -174,6 +172,7 @@ def backward(batch: Batch, call: Call, entries: range, saved: Saved, sums: Sums)
     def of_keys(x: Tensor) -> Tensor:
         return batch.keys.read(batch.kv_heads.of(x[chosen])).to(dtype)
 
+    # 1. The tiles' gradients, in the dtype of the kernel.
     grad_lse = saved.grad_lse
     if grad_lse is not None:
         grad_lse = of_queries(grad_lse)
@@ -187,6 +186,7 @@ def backward(batch: Batch, call: Call, entries: range, saved: Saved, sums: Sums)
         of_queries(saved.lse),
         _tiles(batch, call, entries, saved.q.device, dtype),
     )
+    # 2. Added to the sums: a key may be in several tiles and batches.
     batch.queries.add(batch.heads.of(sums.q[chosen]), grad_q, shift)
     batch.keys.add(batch.kv_heads.of(sums.k[chosen]), grad_k)
     batch.keys.add(batch.kv_heads.of(sums.v[chosen]), grad_v)

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ... import masks
 from ...masks import Mask
-from ...masks.functions import MOST_PAIRS_WITHOUT_WITHIN
+from ...masks.traced import MOST_PAIRS_WITHOUT_WITHIN
 from ..reading.expressions import TRUE, Expression, evaluate, indices_of, slots_of
 from ..reading.simplify import conjunction
 from .biases import conjuncts, split

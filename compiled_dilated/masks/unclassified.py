@@ -12,7 +12,7 @@ from .core import Data, Mask, Positions
 
 
 @dataclass(frozen=True, eq=False)
-class Asked(Mask):
+class Unclassified(Mask):
     """A mask whose tiles are classified without evaluating its pairs.
 
     within: a mask that contains all allowed pairs, if there is one.

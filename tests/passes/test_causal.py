@@ -36,7 +36,7 @@ def from_transformers() -> Tensor:
 
 
 def conjunction(first: Tensor, second: Tensor) -> Tensor:
-    """The conjunction of two masks, which begins with a constant, as in transformers."""
+    """The conjunction of two masks, begun with a constant as in transformers."""
     return first.new_ones((), dtype=torch.bool) & first & second
 
 

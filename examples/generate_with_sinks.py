@@ -7,7 +7,7 @@ python examples/generate_with_sinks.py [--short]
 The first tokens ("attention sinks") keep a model with a window stable far beyond the window:
 StreamingLLM, arXiv 2309.17453. The prompt is 16,384 bytes of Python's own sources. The weights are
 random and the text is noise: the example measures the time of a token, and checks that generated
-tokens equal those of one forward over the whole text. Needs `pip install -e .[hf]`; a quarter of a
+tokens equal those of one forward over the full text. Needs `pip install -e .[hf]`; a quarter of a
 minute on two cores.
 """
 

@@ -224,7 +224,10 @@ def exported(
         program = program.run_decompositions() if decomposed else program
     tensors = {**program.state_dict, **program.constants}
     targets = [spec.target for spec in program.graph_signature.input_specs]
-    inputs = [x if target is None else tensors[target].detach() for target in targets]
+    # Parameters and constants have a target; the model's input has none.
+    inputs = []
+    for target in targets:
+        inputs.append(x if target is None else tensors[target].detach())
     program.graph_module.graph.eliminate_dead_code()
     return program.graph_module, inputs
 

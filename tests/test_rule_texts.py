@@ -184,7 +184,7 @@ def rule_of(program: str, *fields: str) -> str:
 
 
 CAUSAL = "Program((Branch(causal()),))"
-REST = ('"auto"', "null", "null", "[]")
+FIELDS = ('"auto"', "null", "null", "[]")
 NO_RULES = {
     "an object": "{}",
     "an empty list": "[]",
@@ -194,16 +194,16 @@ NO_RULES = {
     "deep lists": "[" * 100_000,
     "slots that are no list": rule_of(CAUSAL, '"auto"', "null", "null", "null"),
     "odd slots": rule_of(CAUSAL, '"auto"', "null", "null", '[5, "x", null]'),
-    "a bare mask": rule_of("causal()", *REST),
+    "a bare mask": rule_of("causal()", *FIELDS),
     "half a ring": rule_of(CAUSAL, '"auto"', "[2]", "null", "[]"),
     "a ring of -2": rule_of(CAUSAL, '"auto"', '[-2, "auto", null]', "null", "[]"),
-    "an empty graph": rule_of('Program((Branch(traced("[[],0,[],0]", (), "x")),))', *REST),
-    "a builder that is none": rule_of('per_length("eval", (1,), ())', *REST),
-    "three numbers as a builder": rule_of("per_length(1, 2, 3)", *REST),
-    "parentheses": rule_of("(" * 150, *REST),
-    "tildes": rule_of("~" * 5000 + "causal()", *REST),
-    "tiles of operand 7": rule_of("Program((Branch(tiles_of(4, 4, stored(7))),))", *REST),
-    "lengths of operand 0": rule_of("Program((Branch(documents(lengths=stored(0))),))", *REST),
+    "an empty graph": rule_of('Program((Branch(traced("[[],0,[],0]", (), "x")),))', *FIELDS),
+    "a builder that is none": rule_of('per_length("eval", (1,), ())', *FIELDS),
+    "three numbers as a builder": rule_of("per_length(1, 2, 3)", *FIELDS),
+    "parentheses": rule_of("(" * 150, *FIELDS),
+    "tildes": rule_of("~" * 5000 + "causal()", *FIELDS),
+    "tiles of operand 7": rule_of("Program((Branch(tiles_of(4, 4, stored(7))),))", *FIELDS),
+    "lengths of operand 0": rule_of("Program((Branch(documents(lengths=stored(0))),))", *FIELDS),
 }
 
 

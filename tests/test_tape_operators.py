@@ -145,7 +145,7 @@ def sums_of_bools(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return torch.stack([i > j, j > 7]).sum() + torch.count_nonzero(torch.stack([i - j, i]))
 
 
-WHOLE: dict[str, Callable[..., Any]] = {
+INTEGER: dict[str, Callable[..., Any]] = {
     "quotients": quotients,
     "remainders": lambda b, h, i, j: (i - j) % 3 + torch.fmod(i - j, 5) + (j - i) % -7,
     "of varying divisors": lambda b, h, i, j: (i - 20) // (j + 1) + (i - 20) % (j + 1),
@@ -163,9 +163,9 @@ WHOLE: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", INTEGER)
 def test_integer_operators(native: Native, name: str) -> None:
-    function = WHOLE[name]
+    function = INTEGER[name]
     mod = lambda s, b, h, i, j: s + function(b, h, i, j).double()  # noqa: E731
     compare_scores(native, mod, 24, 40, torch.float64)
     compare_masks(native, lambda b, h, i, j: function(b, h, i, j) % 3 == 0, 24, 40)

@@ -115,7 +115,6 @@ def row_of(job: Job) -> Row:
     if job.kind == "limit":
         return _limit(job)
     subject = _subject(job)
-
     call = _call(job, subject)
     # The first call plans and compiles; the peak and the times are of later calls.
     row: Row = {"first_seconds": measure.timed(call), "peak_bytes": measure.peak_bytes(call)}
@@ -134,7 +133,7 @@ def _call(job: Job, subject: Subject) -> Callable[[], object]:
         with torch.no_grad():
             return subject.call(*subject.inputs)
 
-    def both() -> None:
+    def forward_and_backward() -> None:
         out = subject.call(*subject.inputs)
         torch.autograd.grad(out.sum(), subject.inputs)
 
@@ -142,7 +141,7 @@ def _call(job: Job, subject: Subject) -> Callable[[], object]:
         return forward
     for x in subject.inputs:
         x.requires_grad_()
-    return both
+    return forward_and_backward
 
 
 def _times(call: Callable[[], object], job: Job) -> list[float]:

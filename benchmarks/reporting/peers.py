@@ -164,12 +164,12 @@ def _longformer(tokens: int, head_dim: int, window: int) -> Built:
         for name, x in {"query": q, "key": k, "value": v}.items():
             setattr(layer, name, _Constant(x))
         hidden = torch.zeros(q.shape[0], tokens, 8 * head_dim)
-        nothing = torch.zeros(q.shape[0], tokens)
+        unmasked = torch.zeros(q.shape[0], tokens)
         out: Tensor = layer(
             hidden,
-            attention_mask=nothing,
-            is_index_masked=nothing > 0,
-            is_index_global_attn=nothing > 0,
+            attention_mask=unmasked,
+            is_index_masked=unmasked > 0,
+            is_index_global_attn=unmasked > 0,
             is_global_attn=False,
         )[0]
         return out.unflatten(2, (8, head_dim)).transpose(1, 2)

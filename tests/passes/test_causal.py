@@ -35,8 +35,8 @@ def from_transformers() -> Tensor:
     return (k[None, None, None, :] <= q[None, None, :, None]).expand(1, -1, Q, K)
 
 
-def both(first: Tensor, second: Tensor) -> Tensor:
-    """Their conjunction, which begins with a constant, as in transformers."""
+def conjunction(first: Tensor, second: Tensor) -> Tensor:
+    """The conjunction of two masks, begun with a constant as in transformers."""
     return first.new_ones((), dtype=torch.bool) & first & second
 
 
@@ -47,7 +47,7 @@ CAUSAL: dict[str, Callable[[], Tensor]] = {
     "by their difference": lambda: positions()[0] - positions()[1] >= 0,
     "not what is ahead": lambda: ~(positions()[1] > positions()[0]),
     "transformers": from_transformers,
-    "and a window as long": lambda: both(
+    "and a window as long": lambda: conjunction(
         positions()[1] <= positions()[0], positions()[1] > positions()[0] - Q
     ),
     "tril": lambda: torch.ones(Q, K, dtype=torch.bool).tril(),
@@ -62,7 +62,9 @@ CAUSAL: dict[str, Callable[[], Tensor]] = {
 NOT_CAUSAL: dict[str, Callable[[], Tensor]] = {
     "itself left out": lambda: positions()[1] < positions()[0],
     "one ahead": lambda: positions()[1] <= positions()[0] + 1,
-    "window": lambda: both(positions()[1] <= positions()[0], positions()[1] > positions()[0] - 3),
+    "window": lambda: conjunction(
+        positions()[1] <= positions()[0], positions()[1] > positions()[0] - 3
+    ),
     "ahead alone": lambda: positions()[1] >= positions()[0],
     "every second": lambda: torch.arange(0, 2 * K, 2)[None] <= positions()[0],
     "everything": lambda: torch.ones(Q, K, dtype=torch.bool),

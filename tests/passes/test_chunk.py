@@ -52,10 +52,10 @@ class Packed(nn.Module):
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.both, self.down = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+        self.gate_and_up, self.down = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.both(x).chunk(2, dim=-1)
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 

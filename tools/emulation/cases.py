@@ -72,7 +72,7 @@ def _at(q_offset: int) -> Callable[[], dict[str, Any]]:
 
 _LOW = torch.bfloat16
 _HALF = torch.float16
-_ONE, _TWO, _FOUR = (1, 1, 150, 16), (1, 2, TOKENS, 32), (1, 4, TOKENS, 16)
+_ONE_HEAD, _TWO, _FOUR = (1, 1, 150, 16), (1, 2, TOKENS, 32), (1, 4, TOKENS, 16)
 _BATCHES = (2, 4, TOKENS, 16)
 _WINDOW = masks.causal() & masks.window(60)
 _SINKS = masks.causal() & (masks.window(60) | masks.sinks(4))
@@ -116,7 +116,7 @@ CASES: dict[str, Case] = {
     "lanes: global tokens": Case(_GLOBAL, "lanes"),
     "lanes: prefix": Case(masks.causal() | masks.prefix(30), "lanes"),
     "lanes: documents, dead rows": Case(_DEAD, "lanes", short=True),
-    "lanes: short segments": Case(masks.segments(20) | masks.window(3), "lanes", shape=_ONE),
+    "lanes: short segments": Case(masks.segments(20) | masks.window(3), "lanes", shape=_ONE_HEAD),
     "lanes: longnet": Case(_THREE, "lanes", shape=_BATCHES, kv_heads=2, short=True),
     "lanes: longnet, causal, rates that divide nothing": Case(_ODD, "lanes"),
     "lanes: longnet, heads split": Case(_SPLIT, "lanes", shape=_FOUR),
@@ -271,5 +271,5 @@ def _distance(result: Tensor, right: Tensor) -> float:
     """The largest difference, apart from places where both are NaN."""
     if not result.numel():
         return 0.0
-    both = result.isnan() & right.isnan()
-    return float((result.double() - right).detach().masked_fill(both, 0.0).abs().max())
+    nan_in_both = result.isnan() & right.isnan()
+    return float((result.double() - right).detach().masked_fill(nan_in_both, 0.0).abs().max())

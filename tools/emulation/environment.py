@@ -20,7 +20,7 @@ _TORCH_INDEX = os.environ.get(
 # numpy 2.4 breaks the interpreter of Triton 3.6.
 _PINNED = {"torch": "2.13.0", "triton": "3.6.0", "numpy": "2.2.6"}
 # Imports of the project and of its tests on a GPU, at the versions of constraints.txt.
-_OTHERS = ("lazy-loader", "psutil", "tabulate", "setuptools", "pytest", "hypothesis")
+_PACKAGES = ("lazy-loader", "psutil", "tabulate", "setuptools", "pytest", "hypothesis")
 
 
 class Unavailable(RuntimeError):
@@ -35,7 +35,7 @@ def python() -> Path:
     Raises Unavailable.
     """
     executable, stamp = FOLDER / "bin/python", FOLDER / "stamp"
-    versions = f"{_PINNED} {_OTHERS} {sys.version_info[:2]}"
+    versions = f"{_PINNED} {_PACKAGES} {sys.version_info[:2]}"
     if stamp.exists() and stamp.read_text() == versions:
         return executable
     if shutil.which("g++") is None:
@@ -60,7 +60,7 @@ def _constrained() -> list[str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if "==" in line)
     packages = []
-    for name in _OTHERS:
+    for name in _PACKAGES:
         if name in versions:
             packages.append(f"{name}=={versions[name]}")
         else:

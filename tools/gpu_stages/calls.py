@@ -43,10 +43,10 @@ def passes(attention: Attention, tensors: Sequence[Tensor]) -> dict[str, Callabl
         with torch.no_grad():
             return attention(*tensors)
 
-    def both() -> Any:
+    def forward_and_backward() -> Any:
         return torch.autograd.grad(attention(*tensors), tensors, grad_out)
 
-    return {"forward": forward, "both": both}
+    return {"forward": forward, "both": forward_and_backward}
 
 
 def rates(attention: Attention, tensors: Sequence[Tensor], pairs: float) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class HeadRange:
         return range(self.start, self.start + self.count * self.step, self.step)
 
 
-def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, HeadRange]]:
+def head_ranges(heads: Sequence[int], group: int) -> list[tuple[HeadRange, HeadRange]]:
     """Query heads and their key heads as ranges for grouped kernels.
 
     A kernel maps query head i to key head i // (count_q / count_k), both counted within the range.
@@ -49,7 +49,7 @@ def head_ranges(heads: tuple[int, ...], group: int) -> list[tuple[HeadRange, Hea
     return ranges
 
 
-def _as_ranges(heads: tuple[int, ...], group: int) -> tuple[HeadRange, HeadRange] | None:
+def _as_ranges(heads: Sequence[int], group: int) -> tuple[HeadRange, HeadRange] | None:
     """Query heads and their key heads, if both are one range."""
     step = _step_of(heads)
     if any(b - a != step for a, b in itertools.pairwise(heads)):
@@ -77,10 +77,9 @@ def head_groups(
     branch: Branch, heads: int, kv_heads: int
 ) -> list[tuple[Mask, HeadRange, HeadRange]]:
     """Ranges of query heads and key heads with equal masks, per branch."""
-    groups: dict[Mask, tuple[int, ...]] = {}
+    groups: dict[Mask, list[int]] = {}
     for head in branch.head_range(heads):
-        mask = branch.mask_at(head, heads)
-        groups[mask] = (*groups.get(mask, ()), head)
+        groups.setdefault(branch.mask_at(head, heads), []).append(head)
     masks_and_ranges = []
     for mask, same_heads in groups.items():
         for query_heads, key_heads in head_ranges(same_heads, heads // kv_heads):

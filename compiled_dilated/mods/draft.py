@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..symbolic import example_size
 from .graphs import DEVICE, DTYPE, FORMAT, REF, ModError
 
 # Attribute of a tensor that replaces a number which is symbolic in an outer graph.
@@ -113,7 +114,8 @@ class Draft:
         # A new operand: its placeholder has the same sizes and strides, without data.
         self.captured.append(x)
         with _disable_current_modes():
-            sizes, strides = _hints(x.shape), _hints(x.stride())
+            sizes = [example_size(size) for size in x.shape]
+            strides = [example_size(size) for size in x.stride()]
             empty = torch.empty_strided(sizes, strides, dtype=x.dtype, device="meta")
         self._placeholders[id(x)] = empty
         self._values[id(empty)] = _Value(-len(self.captured), False, empty)
@@ -211,14 +213,3 @@ class Draft:
         if number >= inputs:
             number += len(self.captured)
         return {REF: number}
-
-
-def _hints(sizes: Sequence[Any]) -> list[int]:
-    """Sizes; symbolic ones by their hints in the outer trace."""
-    hints = []
-    for size in sizes:
-        if isinstance(size, int):
-            hints.append(size)
-        else:
-            hints.append(size.node.hint)
-    return hints

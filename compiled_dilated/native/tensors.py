@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..symbolic import example_size
 from .expressions import Expressions, Register, Untranslatable, register_of
 from .ranges import Range
 
@@ -118,7 +119,7 @@ class Tensors:
             inputs = map(self.node, index)
             return self.x.add("load", register, *inputs, number=number, within=limits)
 
-        sizes = [size if isinstance(size, int) else size.node.hint for size in shape]
+        sizes = [example_size(size) for size in shape]
         return cells(dtype, sizes, at)
 
     def converted(self, x: Cells, index: tuple[Index, ...], dtype: torch.dtype) -> int:

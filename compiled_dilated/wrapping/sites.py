@@ -15,6 +15,7 @@ from ..attend import Attend
 from ..masks.bounds import upper_bound
 from ..plans import Plan, problem_of
 from ..programs import Program
+from ..symbolic import example_size
 
 # The attribute of a layer, or of a model, with its sites.
 _ATTRIBUTE = "attention_sites"
@@ -77,7 +78,7 @@ class Site:
 
         model_mask: the model's own mask, as text.
         """
-        q, k, v = [tuple(map(_example, shape)) for shape in (q_shape, k_shape, v_shape)]
+        q, k, v = [tuple(map(example_size, shape)) for shape in (q_shape, k_shape, v_shape)]
         self.last = _Call(attend, model_mask, q_offset, q, k, v, dtype, device)
 
     def to_json(self) -> dict[str, Any]:
@@ -157,13 +158,6 @@ def _masks_of(site: Site) -> str:
     if len(masks) > _LONGEST_MASKS:
         return masks[: _LONGEST_MASKS - 3] + "..."
     return masks
-
-
-def _example(size: Any) -> int:
-    """A size, or the value that a symbolic size was traced with."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint)
 
 
 def put_sites(module: nn.Module, of_module: Sequence[Site]) -> None:

@@ -198,7 +198,8 @@ def _own_modes() -> Iterator[None]:
         yield
 
 
-def _forward(
+@_own_modes()
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -206,7 +207,12 @@ def _forward(
     operands: Sequence[Tensor] | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse by the plan of this process or its ring."""
+    """out and lse by the plan of this process or its ring.
+
+    The operator's dispatch is left out.
+
+    Returns out (B, Hq, N, Dv) and lse (B, Hq, N).
+    """
     rule = read_rule(options.rule, operands)
     ring = rule.ring if options.ring is None else options.ring
     call = rule.call(data, operands, options.scale, options.q_offset)
@@ -234,22 +240,7 @@ def _check_offsets(plan: Plan, call: Call) -> None:
         )
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    data: Sequence[Tensor] | None,
-    operands: Sequence[Tensor] | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """out and lse without the operator's dispatch.
-
-    Returns out (B, Hq, N, Dv) and lse (B, Hq, N).
-    """
-    with _own_modes():
-        return _forward(q, k, v, data, operands, options)
-
-
+@_own_modes()
 def run_backward(
     saved: Saved, data: Sequence[Tensor] | None, operands: Sequence[Tensor] | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,18 +248,17 @@ def run_backward(
 
     Those of the operands are one vector.
     """
-    with _own_modes():
-        rule = read_rule(options.rule, operands)
-        call = rule.call(data, operands, options.scale, options.q_offset, options.learned)
-        saved = saved.map(_rows)
-        gradients = _backward(rule, call, saved, options)
-        sums = () if call.score_mod is None else call.score_mod.sums
-        learned = flat(sums, saved.q)
-        # One by one, so that an original is freed before the next one is copied.
-        grad_q = gradients.pop(0).contiguous()
-        grad_k = gradients.pop(0).contiguous()
-        grad_v = gradients.pop(0).contiguous()
-        return grad_q, grad_k, grad_v, learned
+    rule = read_rule(options.rule, operands)
+    call = rule.call(data, operands, options.scale, options.q_offset, options.learned)
+    saved = saved.map(_rows)
+    gradients = _backward(rule, call, saved, options)
+    sums = () if call.score_mod is None else call.score_mod.sums
+    learned = flat(sums, saved.q)
+    # One by one, so that an original is freed before the next one is copied.
+    grad_q = gradients.pop(0).contiguous()
+    grad_k = gradients.pop(0).contiguous()
+    grad_v = gradients.pop(0).contiguous()
+    return grad_q, grad_k, grad_v, learned
 
 
 def _backward(rule: Rule, call: Call, saved: Saved, options: Options) -> list[Tensor]:

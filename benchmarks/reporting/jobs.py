@@ -323,12 +323,17 @@ def _limit(job: Job) -> Row:
     row["peaks"], row["seconds"] = {}, []
     for name, (batch, tokens) in sizes.items():
         of_size = replace(job, kind="program", batch=batch, tokens=tokens)
-        subject = _subject(of_size)
-        call = _call(of_size, subject)
-        inputs = sum(x.nbytes for x in subject.inputs)
-        row["peaks"][name] = inputs + measure.peak_bytes(call)
-        row["seconds"].append(measure.timed(call))
+        seconds, row["peaks"][name] = _time_and_peak(of_size)
+        row["seconds"].append(seconds)
     return row
+
+
+def _time_and_peak(job: Job) -> tuple[float, int]:
+    """Seconds of a job's first call; peak of a later one, with inputs."""
+    subject = _subject(job)
+    call = _call(job, subject)
+    seconds = measure.timed(call)
+    return seconds, sum(x.nbytes for x in subject.inputs) + measure.peak_bytes(call)
 
 
 # A sequence that is never in memory ---------------------------------------------------------

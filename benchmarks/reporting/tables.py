@@ -204,7 +204,7 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def limits(records: Records) -> list[Section]:
-    """What fits into limits of memory, beside measured peaks."""
+    """Sizes that fit into limits of memory, beside measured peaks."""
 
     def figures(row: Row) -> list[str]:
         fit = row["limit"]

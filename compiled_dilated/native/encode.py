@@ -225,10 +225,9 @@ def _classes_of_all(masks: Sequence[Mask]) -> _Classes:
 def _classes_of_any(masks: Sequence[Mask]) -> _Classes:
     """Classes of positions that one of the masks links."""
     parts = [_classes(mask) for mask in masks]
-    modulus = math.gcd(*(part.modulus for part in parts if part.strict))
-    if modulus > 1 and all(part.strict for part in parts):
-        return _Classes(modulus, True)
-    return _Classes(1, True)
+    if not all(part.strict for part in parts):
+        return _Classes(1, True)
+    return _Classes(math.gcd(*(part.modulus for part in parts)), True)
 
 
 def _most_step(branches: Sequence[Branch], classes: Sequence[_Classes]) -> int:

@@ -33,7 +33,11 @@ struct GlobalQueries {
   std::vector<int32_t> positions;
   bool alike = true;
 
-  bool contains(int64_t position) const { return std::binary_search(positions.begin(), positions.end(), position); }
+  // Whether any is at first .. last.
+  bool any_of(int64_t first, int64_t last) const {
+    const auto at = std::lower_bound(positions.begin(), positions.end(), first);
+    return at != positions.end() && *at <= last;
+  }
 };
 
 struct Program {

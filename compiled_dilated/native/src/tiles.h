@@ -229,12 +229,11 @@ class QueryTiles {
   // results that are not written.
   void skip_globals(QueryTile<W>& out) const {
     if (!out.vectors) return;
-    bool any = false;
-    for (int i = 0; i < tile; ++i) {
-      if (out.rows[i] >= 0 && globals_.contains(out.positions[i])) out.rows[i] = -1;
-      any = any || out.rows[i] >= 0;
+    if (globals_.any_of(out.whole.first, out.whole.last)) {
+      for (int i = 0; i < tile; ++i)
+        if (globals_.any_of(out.positions[i], out.positions[i])) out.rows[i] = -1;
+      if (std::all_of(out.rows, out.rows + tile, [](int32_t row) { return row < 0; })) out.vectors = 0;
     }
-    if (!any) out.vectors = 0;
     out.whole.globals = Globals::none;
     for (int j = 0; j < out.vectors; ++j) out.of_vector[j].globals = Globals::none;
   }

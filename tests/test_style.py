@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ VAGUE = frozenset(
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = Function | ast.ClassDef | ast.Module
+Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 
 @dataclass
@@ -34,12 +36,24 @@ class Source:
     """One file: its tree, and counts of its lines."""
 
     path: Path
+    text: str
     tree: ast.Module
-    lines: int
     comments: int
 
-    def nodes(self, kind: type | tuple[type, ...]) -> Iterator[ast.AST]:
-        return (node for node in ast.walk(self.tree) if isinstance(node, kind))
+    @property
+    def lines(self) -> int:
+        return self.text.count("\n")
+
+    @property
+    def functions(self) -> Iterator[Function]:
+        return (node for node in ast.walk(self.tree) if isinstance(node, Function))
+
+    @property
+    def documented(self) -> Iterator[Documented]:
+        return (node for node in ast.walk(self.tree) if isinstance(node, Documented))
+
+    def count(self, kind: Any) -> int:
+        return sum(isinstance(node, kind) for node in ast.walk(self.tree))
 
     def where(self, node: ast.AST) -> str:
         return f"{self.path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
@@ -53,7 +67,7 @@ def sources(package: str) -> list[Source]:
         text = path.read_text()
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         comments = sum(token.type == tokenize.COMMENT for token in tokens)
-        out.append(Source(path, ast.parse(text), text.count("\n"), comments))
+        out.append(Source(path, text, ast.parse(text), comments))
     assert out
     return out
 
@@ -61,12 +75,11 @@ def sources(package: str) -> list[Source]:
 def code_lines(source: Source) -> int:
     """Lines with code: neither blank, nor comments, nor docstrings."""
     documentation: set[int] = set()
-    for node in source.nodes((ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
-        assert isinstance(node, Documented)
+    for node in source.documented:
         if ast.get_docstring(node) is not None:
             documentation.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     count = 0
-    for number, line in enumerate(source.path.read_text().split("\n"), start=1):
+    for number, line in enumerate(source.text.split("\n"), start=1):
         is_code = line.strip() and not line.strip().startswith("#")
         count += bool(is_code and number not in documentation)
     return count
@@ -76,8 +89,7 @@ def code_lines(source: Source) -> int:
 def test_first_lines_of_docstrings_are_short(package: str) -> None:
     long = []
     for source in sources(package):
-        for node in source.nodes((ast.FunctionDef, ast.ClassDef, ast.Module)):
-            assert isinstance(node, Documented)
+        for node in source.documented:
             first = (ast.get_docstring(node) or "").partition("\n")[0]
             if len(first.split()) > MOST_WORDS:
                 long.append(f"{source.where(node)}: {first}")
@@ -88,14 +100,14 @@ def test_first_lines_of_docstrings_are_short(package: str) -> None:
 def test_names_say_what_they_name(package: str) -> None:
     vague = []
     for source in sources(package):
-        for node in source.nodes(ast.Name):
-            assert isinstance(node, ast.Name)
-            if isinstance(node.ctx, ast.Store) and node.id in VAGUE:
-                vague.append(f"{source.where(node)}: {node.id}")
-        for node in source.nodes(ast.arg):
-            assert isinstance(node, ast.arg)
-            if node.arg in VAGUE:
-                vague.append(f"{source.where(node)}: {node.arg}")
+        for node in ast.walk(source.tree):
+            name = ""
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.id
+            elif isinstance(node, ast.arg):
+                name = node.arg
+            if name in VAGUE:
+                vague.append(f"{source.where(node)}: {name}")
     assert not vague, "\n".join(vague)
 
 
@@ -105,8 +117,7 @@ def test_functions_and_files_are_short(package: str) -> None:
     for source in sources(package):
         if source.lines > MOST_LINES_OF_FILE:
             long.append(f"{source.where(source.tree)}: {source.lines} lines")
-        for node in source.nodes((ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert isinstance(node, Function)
+        for node in source.functions:
             body = node.body[ast.get_docstring(node) is not None :]
             lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
             if lines > MOST_LINES_OF_CODE:
@@ -119,11 +130,8 @@ def test_density(package: str) -> None:
     """Statements rather than nested expressions, and comments at steps."""
     files = sources(package)
     lines = sum(source.lines for source in files)
-    conditional = sum(len(list(source.nodes(ast.IfExp))) for source in files)
-    comprehensions = sum(
-        len(list(source.nodes((ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp))))
-        for source in files
-    )
+    conditional = sum(source.count(ast.IfExp) for source in files)
+    comprehensions = sum(source.count(Comprehension) for source in files)
     comments = sum(source.comments for source in files)
     code = sum(code_lines(source) for source in files)
     assert conditional <= 12 * lines / 1000

@@ -149,7 +149,7 @@ def _spans(lane: Lane, tile: range) -> Iterator[tuple[int, int]]:
 
 
 def _ends_after(lane: Lane, position: int) -> Iterator[int]:
-    """Where the position's groups end, and the periods of its residues."""
+    """Ends of the groups and residue periods that contain a position."""
     for grouping in lane.groupings:
         yield grouping.group_of(position)[1]
     for residue in lane.rows.residues:

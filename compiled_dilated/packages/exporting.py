@@ -39,8 +39,8 @@ def export(
 ) -> About:
     """Write a package: `path`, native kernels and a description beside it.
 
-    model: a program or mask, called with q, k, v and its data; or a model whose attention is
-        computed by `compile(program)`.
+    model: a program or mask, called with q, k, v and its data; a model whose attention is
+        computed by `compile(program)`; or one wrapped by `compile(model, attention=...)`.
     example_inputs: tensors (batch, heads, tokens, width), (batch, tokens, width) or
         (batch, tokens).
     lengths: the least and the most tokens; None: the example's alone.
@@ -198,13 +198,15 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
 
     Returns it, and the entry with its attention and strides.
     """
+    # Imported late: it imports Dynamo, which takes longer than all of this package.
+    from ..wrapping.graphs import exportable
+
     module, training = source.module, source.module.training
+    shapes = dims_of(source.entry)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), exportable(module.eval(), source.inputs, shapes) as model:
             exported = torch.export.export(
-                Checked(module.eval(), source.entry.code),
-                source.inputs,
-                dynamic_shapes=(dims_of(source.entry),),
+                Checked(model, source.entry.code), source.inputs, dynamic_shapes=(shapes,)
             )
             attention = attention_of(exported)
             # Traced again without gradients: attention becomes the native operator.

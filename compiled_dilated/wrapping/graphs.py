@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.comptime import comptime
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 from .flex import device_check
 from .layers import Choice, check_choice, check_patterns
-from .rewriting import Backend, Rewriting
+from .rewriting import Rewriting
 from .sites import put_sites
+
+# Compiles a graph for example inputs, as a backend of torch.compile.
+Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def wrap(
@@ -57,6 +61,25 @@ def wrap(
     return model
 
 
+@contextlib.contextmanager
+def exportable(
+    model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...]
+) -> Iterator[nn.Module]:
+    """The model as torch.export captures it: of a wrapped one, the rewritten graph.
+
+    dynamic_shapes: of the inputs, as in torch.export.
+
+    Raises RuntimeError on exit if attention of a wrapped model was not replaced.
+    """
+    wrapped = _wrapped_of(model)
+    if wrapped is None:
+        yield model
+        return
+    rewriting = wrapped.rewriting()
+    yield wrapped.capture(inputs, dynamic_shapes, rewriting)
+    rewriting.check_replaced()
+
+
 def _wrapped_of(module: nn.Module) -> _Wrapped | None:
     owner = getattr(module.__dict__.get("forward"), "__self__", None)
     return owner if isinstance(owner, _Wrapped) else None
@@ -87,8 +110,8 @@ class _Wrapped:
         if torch.compiler.is_compiling():
             raise NotImplementedError(
                 "this model is compiled by compiled_dilated.compile(model, attention=...): "
-                "torch.compile or torch.export around it would leave that out. Call it as it is; "
-                "export a model that is built of compiled_dilated.compile(program)"
+                "torch.compile or torch.export around it would leave that out. Call it as it is, "
+                "and export it by compiled_dilated.export(model, ...)"
             )
         if self._compiled is None:
             self._compiled = self._compile()
@@ -104,7 +127,39 @@ class _Wrapped:
                 raise failure.inner_exception from None
             raise
 
+    def capture(
+        self, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...], rewriting: Rewriting
+    ) -> GraphModule:
+        """The forward as a rewritten graph; its parameters are the model's."""
+        capturing = torch._dynamo.export(
+            self._traced(), dynamic_shapes=(dynamic_shapes,), assume_static_by_default=True
+        )
+        try:
+            graph: GraphModule = capturing(*inputs).graph_module
+        finally:
+            device_check.restore()
+        rewriting.rewrite(graph)
+        return graph
+
     def _compile(self) -> Callable[..., Any]:
+        rewriting = self.rewriting()
+
+        def backend(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            rewriting.rewrite(graph)
+            compiled = self.backend(graph, inputs)
+            rewriting.check_replaced()
+            return compiled
+
+        return torch.compile(
+            self._traced(), backend=backend, dynamic=self.dynamic, fullgraph=True
+        )
+
+    def rewriting(self) -> Rewriting:
+        """A replacement of the model's attention, for one compiled or exported function."""
+        return Rewriting(self.model, self.attention, __file__)
+
+    def _traced(self) -> Callable[..., Any]:
+        """The model's own forward as a function for Dynamo."""
         model, model_forward = self.model, self.forward
         if model_forward is None:
             model_forward = functools.partial(type(model).forward, model)
@@ -123,14 +178,8 @@ class _Wrapped:
             return out
 
         # A code object of its own: Dynamo limits the number of graphs per code object.
-        function = FunctionType(
+        return FunctionType(
             traced.__code__.replace(), traced.__globals__, "traced", None, traced.__closure__
-        )
-        return torch.compile(
-            function,
-            backend=Rewriting(model, self.attention, self.backend, __file__),
-            dynamic=self.dynamic,
-            fullgraph=True,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""A backend of torch.compile that replaces attention in a graph.
-
-Another backend compiles the rewritten graph.
+"""Replacement of attention in the graphs of a model.
 
     scaled_dot_product_attention      replaced (calls.py)
     F.multi_head_attention_forward    torch's code over a replaced call (multihead.py)
@@ -58,29 +56,27 @@ _CLOSED = {
 # Operators that run a graph again in the backward, and pass their other operands on to it.
 _CHECKPOINTS = ("tag_activation_checkpoint",)
 
-Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 # A function in place of an operator, and its arguments by name.
 _Replacement = tuple[Callable[..., Any], dict[str, Any]]
 
 
 class Rewriting:
-    """The backend for one model.
+    """Replaces the attention of one model.
 
     model: its sites are set.
     attention: a program, by layer or for all; see `layers`.
-    backend: compiles the rewritten graphs.
     own_file: a file whose frames are removed from the origins of nodes.
     """
 
-    def __init__(
-        self, model: nn.Module, attention: Choice, backend: Backend, own_file: str
-    ) -> None:
-        self.model, self.attention, self.backend = model, attention, backend
-        self.own_file = own_file
+    def __init__(self, model: nn.Module, attention: Choice, own_file: str) -> None:
+        self.model, self.attention, self.own_file = model, attention, own_file
         self.sites: dict[str, Site] = {}
 
-    def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Rewrite and compile a graph."""
+    def rewrite(self, graph: GraphModule) -> None:
+        """Replace the calls of a graph and of the graphs inside of it.
+
+        Raises ValueError if there are none.
+        """
         calls: Counter[str] = Counter()
         callers = callers_of(graph, _CHECKPOINTS)
         for part in graph.modules():
@@ -94,15 +90,15 @@ class Rewriting:
                 "Build its own of compiled_dilated.compile(program)"
             )
         put_sites(self.model, list(self.sites.values()))
-        compiled = self.backend(graph, inputs)
-        # Tracing the replacements has recorded a call at every site.
+
+    def check_replaced(self) -> None:
+        """Raise RuntimeError unless a trace of the rewritten graph has recorded every site."""
         missed = [site.path for site in self.sites.values() if site.last is None]
         if missed:
             raise RuntimeError(
                 f"attention of {', '.join(missed)} was not replaced, though it was found; "
                 "please report this"
             )
-        return compiled
 
     def _rewrite(
         self, part: GraphModule, calls: Counter[str], callers: Mapping[GraphModule, Scope]

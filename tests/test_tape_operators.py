@@ -90,7 +90,7 @@ FINITE = {
     "whole", "tan", "sin", "cos", "floor divide", "divide to floor", "power of tensors",
     "softmax of three", "amax", "amin", "lerp", "gelu", "gelu of tanh",
 }  # fmt: skip
-CANCELLING = {"gelu", "gelu of tanh"}
+CANCELLING = {"gelu", "gelu of tanh", "softmax of three"}
 WITHOUT_GRADIENT = {"floor divide"}  # in torch
 
 

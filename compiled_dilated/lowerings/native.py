@@ -35,6 +35,8 @@ _MOST_POSITIONS = 2**30
 _WIDEST = 256
 # Queries of a thread's tile, and keys of a block that it reads at once.
 _TILE_QUERIES, _BLOCK_KEYS = 64, 128
+# Of a thread's copies of keys, or of values, in float32: capacity_bytes in src/tile.h.
+_COPIES_BYTES = 512 * 2**10
 # As heads_at_once in src/backward.h.
 _MOST_SUMS_BYTES = 16 * 2**20
 
@@ -177,8 +179,9 @@ def _workspace(problem: Problem) -> tuple[int, int]:
     # Low precision is computed in float32.
     itemsize = max(4, problem.itemsize)
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
-    forward = torch.get_num_threads() * 3 * tile
-    return forward, 2 * forward + _sums_bytes(problem)
+    copies = 2 * _COPIES_BYTES if problem.itemsize == 2 else 0
+    threads = torch.get_num_threads()
+    return threads * (3 * tile + copies), threads * (6 * tile + copies) + _sums_bytes(problem)
 
 
 def _sums_bytes(problem: Problem) -> int:

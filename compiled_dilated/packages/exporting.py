@@ -235,6 +235,7 @@ def _compile(
 ) -> None:
     """Compile the graphs of all entries and write the .pt2."""
     # Imported late: they import inductor, which takes longer than all of this package.
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
     from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
@@ -244,6 +245,9 @@ def _compile(
     }
     if about.isa == "avx2":
         options |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
+    # Inductor tries instruction sets by compiling for each: its own cache has the results, whereas
+    # a new one would not.
+    valid_vec_isa_list()
     # A separate cache: two processes that export the same graph would overwrite each other's files.
     with fresh_cache(), torch.no_grad():
         files: dict[str, Any] = {}

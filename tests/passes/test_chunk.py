@@ -349,6 +349,7 @@ def test_chunks_compiled_by_inductor_agree() -> None:
     assert any(primitives in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_package_of_aotinductor_agrees(tmp_path: Path) -> None:
     """The package needs `passes` imported: the operator is written in Python."""
     model, hook = model_of("layer norm"), Hook(Chunk(rows=3))

@@ -119,7 +119,7 @@ def test_no_candidate_is_offered_twice(train: bool, budget: int | None) -> None:
     assert len(offered) == len(set(offered))
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_least_budget_in_the_message_suffices(train: bool) -> None:
     """Chunks grow with the budget, and must not exceed that one."""
     x = torch.empty(1, 2**18, WIDTH, device="meta")

@@ -165,6 +165,7 @@ def test_orders_are_never_worse_than_those_of_inductor(seed: int) -> None:
     assert after < before if lines else after == before
 
 
+@pytest.mark.slow
 def test_a_lower_peak_is_measured_with_the_same_bits() -> None:
     torch.manual_seed(0)
     model, x = Products(1), torch.randn(512, 64)

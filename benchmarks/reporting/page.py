@@ -14,7 +14,7 @@ TITLE = "Attention by compiled_dilated: measurements"
 
 # How a reader measures the same.
 _COMMANDS = """
-    pip install ".[peers]"
+    pip install -e ".[peers]"
     pip install --no-deps --no-build-isolation natten==0.21.7 dilated-attention-pytorch==0.2.0
     compiled-dilated report run
     compiled-dilated report render

@@ -150,9 +150,7 @@ class _Wrapped:
             rewriting.check_replaced()
             return compiled
 
-        return torch.compile(
-            self._traced(), backend=backend, dynamic=self.dynamic, fullgraph=True
-        )
+        return torch.compile(self._traced(), backend=backend, dynamic=self.dynamic, fullgraph=True)
 
     def rewriting(self) -> Rewriting:
         """A replacement of the model's attention, for one compiled or exported function."""

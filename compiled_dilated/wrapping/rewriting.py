@@ -12,7 +12,7 @@ is never made as a tensor. Nothing that a mask hides becomes visible.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Rewriting:
         put_sites(self.model, list(self.sites.values()))
 
     def check_replaced(self) -> None:
-        """Raise RuntimeError unless a trace of the rewritten graph has recorded every site."""
+        """Raise RuntimeError unless a trace has recorded every site."""
         missed = [site.path for site in self.sites.values() if site.last is None]
         if missed:
             raise RuntimeError(

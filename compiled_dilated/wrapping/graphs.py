@@ -65,7 +65,7 @@ def wrap(
 def exportable(
     model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...]
 ) -> Iterator[nn.Module]:
-    """The model as torch.export captures it: of a wrapped one, the rewritten graph.
+    """The model, or the rewritten graph of a wrapped model, for torch.export.
 
     dynamic_shapes: of the inputs, as in torch.export.
 

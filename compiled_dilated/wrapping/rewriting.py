@@ -73,7 +73,7 @@ class Rewriting:
         self.sites: dict[str, Site] = {}
 
     def rewrite(self, graph: GraphModule) -> None:
-        """Replace the calls of a graph and of the graphs inside of it.
+        """Replace the calls of a graph and of its subgraphs.
 
         Raises ValueError if there are none.
         """

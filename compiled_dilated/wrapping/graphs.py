@@ -75,8 +75,9 @@ def exportable(
     if wrapped is None:
         yield model
         return
-    rewriting = wrapped.rewriting()
-    yield wrapped.capture(inputs, dynamic_shapes, rewriting)
+    rewriting, graph = wrapped.rewriting(), wrapped.capture(inputs, dynamic_shapes)
+    rewriting.rewrite(graph)
+    yield graph
     rewriting.check_replaced()
 
 
@@ -127,10 +128,8 @@ class _Wrapped:
                 raise failure.inner_exception from None
             raise
 
-    def capture(
-        self, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...], rewriting: Rewriting
-    ) -> GraphModule:
-        """The forward as a rewritten graph; its parameters are the model's."""
+    def capture(self, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...]) -> GraphModule:
+        """The model's own forward as a graph; its parameters are the model's."""
         capturing = torch._dynamo.export(
             self._traced(), dynamic_shapes=(dynamic_shapes,), assume_static_by_default=True
         )
@@ -138,7 +137,6 @@ class _Wrapped:
             graph: GraphModule = capturing(*inputs).graph_module
         finally:
             device_check.restore()
-        rewriting.rewrite(graph)
         return graph
 
     def _compile(self) -> Callable[..., Any]:

@@ -94,22 +94,39 @@ def _at_site(
         attend = site.attend(visible.joined)
     else:
         attend = attend_of(visible.structure, visible.joined)
+    q_offset = _position(visible.q_offset)
+    # Attention without data decodes a token without the checks of its first call.
+    data = {name: visible.data[name] for name in attend.program.names} or None
     out: Tensor = attend(
         query,
         key,
         value,
         scale=scaling,
-        q_offset=visible.q_offset,
-        data={name: visible.data[name] for name in attend.program.names},
+        q_offset=q_offset,
+        data=data,
         score_mod=score_mod,
         sink_logits=s_aux,
     )
     if site is not None and not is_compiling():
-        # If a static cache counts on the device, reading the offset would be a transfer.
-        q_offset = 0 if isinstance(visible.q_offset, Tensor) else int(visible.q_offset)
+        if isinstance(q_offset, Tensor):
+            q_offset = 0
         shapes = query.shape, key.shape, value.shape
         site.note(attend, model_mask, q_offset, *shapes, query.dtype, query.device.type)
     return out
+
+
+def _position(q_offset: int | Tensor) -> int | Tensor:
+    """The first query's position as a number, where reading it is free.
+
+    A static cache counts in a tensor: on another device reading it would be a transfer.
+    """
+    if is_compiling() or not isinstance(q_offset, Tensor):
+        return q_offset
+    # One number for all sequences is expanded over the batch.
+    is_common = q_offset.numel() == 1 or q_offset.stride(0) == 0
+    if q_offset.device.type != "cpu" or not is_common or q_offset.numel() == 0:
+        return q_offset
+    return int(q_offset[0])
 
 
 def _refuse(

@@ -132,6 +132,9 @@ def _join_padding(
 ) -> None:
     """Add padding; the unfilled places of a static cache are hidden too."""
     tokens = attention_mask
+    # The unfilled places come after all queries: a causal mask hides them already.
+    if description.causal and not is_compiling() and bool(tokens.all()):
+        return
     missing = kv_offset + kv_length - tokens.shape[1]
     # In a graph the length may vary: no branch on it.
     if is_compiling() or missing > 0:

@@ -28,7 +28,8 @@ void count_with(const Problem& problem, const Program& program) {
         tiles.tile_at(index, tile);
         if (!tile.vectors) continue;
         ++of_group.tiles;
-        const auto add = [&](const Branch&, const KeyBlock& block) { of_group.add(block, W); };
+        const int computed = Engine::computed_lanes(tile);
+        const auto add = [&](const Branch&, const KeyBlock& block) { of_group.add(block, computed); };
         walk_keys(program.masks, b, h, program.groups[group], tile, shape.kv_len, sizes, add);
       }
       counts.pairs += of_group.pairs * equal_heads, counts.partial += of_group.partial * equal_heads;

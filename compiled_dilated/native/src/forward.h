@@ -5,7 +5,7 @@
 #include <exception>
 #include <mutex>
 
-#include "engine.h"
+#include "single.h"
 #include "tile.h"
 
 namespace native {
@@ -57,32 +57,39 @@ struct WideEngine : WideWalk<T> {
   static constexpr bool can_be_careful = true;
 
   static size_t bytes(const Shape& shape) {
-    return (Forward<T>::numbers(shape.head_dim, shape.value_dim) + TQ * shape.head_dim + Rows<T>::numbers(shape.head_dim) +
+    return (Forward<T>::numbers(shape.head_dim, shape.value_dim) + Single<T>::numbers(shape.head_dim, shape.value_dim) + TQ * shape.head_dim + Rows<T>::numbers(shape.head_dim) +
             Rows<T>::numbers(shape.value_dim)) * sizeof(T);
   }
 
   WideEngine(Room& room, const Shape& shape)
       : head_dim(shape.head_dim), value_dim(shape.value_dim),
         softmax(room.take<T>(Forward<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
+        single(room.take<T>(Single<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
         q_rows(room.take<T>(TQ * head_dim)), keys(room.take<T>(Rows<T>::numbers(head_dim)), head_dim, false),
         values(room.take<T>(Rows<T>::numbers(value_dim)), value_dim, true) {}
 
   // changed: whether a function changes scores.
-  void begin(const Head& q, const int32_t* sources, double scale, bool changed) {
+  void begin(const Head& q, const QueryTile<W>& tile, double scale, bool changed) {
     scaling = Scaling<T>(scale, changed);
+    is_single = tile.is_single();
     const T* rows[TQ];
-    for (int i = 0; i < TQ; ++i) {
-      const char* row = static_cast<const char*>(q.row(sources[i]));
+    for (int i = 0; i < (is_single ? 1 : TQ); ++i) {
+      const char* row = static_cast<const char*>(q.row(tile.sources[i]));
       rows[i] = reinterpret_cast<const T*>(row);
       if (q.type != type_of<T>) {
         read_row<T>(row, q.type, T(1), q_rows + i * head_dim, head_dim);
         rows[i] = q_rows + i * head_dim;
       }
     }
-    softmax.begin(rows, scaling.rest() * log2_of_e);
+    const double factor = scaling.rest() * log2_of_e;
+    if (is_single) return single.begin(rows[0], factor);
+    softmax.begin(rows, factor);
   }
 
-  void start_from(const T* const* rows, const T* lse) { softmax.start_from(rows, lse); }
+  void start_from(const T* const* rows, const T* lse) {
+    if (is_single) return single.start_from(rows[0], lse[0]);
+    softmax.start_from(rows, lse);
+  }
 
   void keys_from(const Head& k, const Head& v, const Spacing& spacing) {
     keys.start(k, spacing);
@@ -103,16 +110,24 @@ struct WideEngine : WideWalk<T> {
       if (change) change(scores, ld);
     };
     const bool edits = scaling.first || change;
-    softmax.block(key_rows, value_rows, block.count, block.low, block.high, edits ? ScoreEdit<T>(edit) : ScoreEdit<T>());
+    const ScoreEdit<T> edit_or_none = edits ? ScoreEdit<T>(edit) : ScoreEdit<T>();
+    if (is_single) return single.block(key_rows, value_rows, block.count, edit_or_none);
+    softmax.block(key_rows, value_rows, block.count, block.low, block.high, edit_or_none);
   }
 
-  bool result(T* const* rows, T* lse) { return softmax.result(rows, lse); }
+  // Of a single query the first row alone is written.
+  bool result(T* const* rows, T* lse) {
+    if (is_single) return single.result(rows[0], lse);
+    return softmax.result(rows, lse);
+  }
 
   Ahead& ahead() { return softmax.ahead; }
 
   int head_dim, value_dim;
   Scaling<T> scaling;
   Forward<T> softmax;
+  Single<T> single;
+  bool is_single = false;
   T* q_rows;
   Rows<T> keys, values;
 };
@@ -226,7 +241,7 @@ class ForwardWorker {
 
   void compute(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out,
                const Head& lse, Stored* const* rows) {
-    engine_.begin(q, tile.sources, problem_.scale, program_.score_mod != nullptr);
+    engine_.begin(q, tile, problem_.scale, program_.score_mod != nullptr);
     if (merges) {
       const T* from[TQ];
       for (int i = 0; i < TQ; ++i) {
@@ -240,10 +255,11 @@ class ForwardWorker {
     const int64_t kv_head = shape_.kv_head(h);
     const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
     Scores<T>& scores = blocks_.scores;
+    const int computed = Engine::computed_lanes(tile);
     if constexpr (Engine::can_be_careful)
       if (careful_mode_) careful_.start(shape_.head_dim, shape_.value_dim);
     blocks_.visit(engine_, k, v, b, h, index, tile, [&](const KeyBlock& block) {
-      counts.add(block, W);
+      counts.add(block, computed);
       if constexpr (Engine::can_be_careful)
         if (careful_mode_) return careful_.block(engine_, scores, k, v, block);
       const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };

@@ -18,10 +18,10 @@ struct AmxEngine : AmxWalk {
   AmxEngine(Room& room, const Shape& shape)
       : softmax(room.take<char>(bytes(shape)), shape.head_dim, shape.value_dim) {}
 
-  void begin(const Head& q, const int32_t* sources, double scale, bool changed) {
+  void begin(const Head& q, const QueryTile<W>& tile, double scale, bool changed) {
     scaling = Scaling<float>(scale, changed);
     const uint16_t* q_rows[TQ];
-    for (int i = 0; i < TQ; ++i) q_rows[i] = static_cast<const uint16_t*>(q.row(sources[i]));
+    for (int i = 0; i < TQ; ++i) q_rows[i] = static_cast<const uint16_t*>(q.row(tile.sources[i]));
     softmax.begin(q_rows, scaling.rest() * log2_of_e);
   }
 

@@ -331,6 +331,7 @@ struct Counts {
   int64_t blocks = 0;
   int64_t tiles = 0;
 
+  // width: computed lanes of a vector.
   void add(const KeyBlock& block, int width) {
     pairs += block.repeats * block.count * (block.high - block.low) * width;
     blocks += block.repeats;

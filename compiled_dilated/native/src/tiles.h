@@ -22,6 +22,11 @@ struct QueryTile : TileRegions {
   int32_t positions[tile_vectors * W];
   int32_t sources[tile_vectors * W];  // rows of q
   int32_t rows[tile_vectors * W];     // the same, -1 past the end
+
+  // Whether its one query is in the first lane: a decoded token, or the last of a class.
+  bool is_single() const {
+    return vectors == 1 && rows[0] >= 0 && std::all_of(rows + 1, rows + W, [](int32_t row) { return row < 0; });
+  }
 };
 
 // A run of positions, or complete lines of a grid.

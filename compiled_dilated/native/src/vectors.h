@@ -56,6 +56,14 @@ NATIVE_INLINE Vector<T> smaller(Vector<T> a, Vector<T> b) {
   return a > b ? b : a;
 }
 
+// The sum of the lanes, of halves.
+template <class T>
+NATIVE_INLINE T sum_of(Vector<T> x) {
+  for (int step = lanes<T> / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) x[i] += x[i + step];
+  return x[0];
+}
+
 // a . b, summed per lane and then in double, which loses no more than the last rounding.
 template <class T>
 T dot(const T* a, const T* b, int count) {

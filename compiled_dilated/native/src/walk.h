@@ -36,12 +36,17 @@ struct WideWalk {
   static constexpr int W = lanes<T>, TQ = tile_queries<T>, most_keys = block_keys;
   static constexpr WalkSizes sizes{most_keys, 16, 4};
   using Number = T;
+
+  // Lanes of a tile's vectors that are computed.
+  static int computed_lanes(const QueryTile<W>& tile) { return tile.is_single() ? 1 : W; }
 };
 
 struct AmxWalk {
   static constexpr int W = 16, TQ = tile_vectors * W, most_keys = 128;
   static constexpr WalkSizes sizes{most_keys, 32, 32};
   using Number = float;
+
+  static int computed_lanes(const QueryTile<W>&) { return W; }
 };
 
 // Keys first .. after - 1.

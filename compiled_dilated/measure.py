@@ -112,6 +112,11 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median time of each function of `interleaved`."""
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     """Peak bytes during one call, its result included, above those before it.
 

@@ -24,7 +24,7 @@ for_passes.register()
 
 
 class _Arguments(NamedTuple):
-    """The arguments of a call, as they came; q, k and v in autocast's dtype."""
+    """The unchecked arguments of a call; q, k and v in autocast's dtype."""
 
     q: Tensor
     k: Tensor
@@ -38,7 +38,7 @@ class _Arguments(NamedTuple):
 
     @property
     def needs_lse(self) -> bool:
-        """Whether the operator's lse is used, by the caller or to join sinks."""
+        """Whether the lse is returned, or joins sinks."""
         return self.return_lse or self.sink_logits is not None
 
 
@@ -228,7 +228,7 @@ class Attend:
         return tensors
 
     def _check_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Check q, k and v; warn of axes that no module has checked."""
+        """Check q, k and v, and axes that no module has checked."""
         checks.tensors(q, k, v)
         if self.tensor_layout == checks.HEADS_FIRST:
             checks.warn_of_swapped_axes(q)

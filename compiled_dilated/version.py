@@ -6,7 +6,7 @@ import importlib.metadata
 
 
 def installed() -> str | None:
-    """The version; None where the package runs from a checkout that is not installed."""
+    """The version; None in a checkout that is not installed."""
     try:
         return importlib.metadata.version("compiled-dilated")
     except importlib.metadata.PackageNotFoundError:

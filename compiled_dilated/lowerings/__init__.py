@@ -1,4 +1,4 @@
-"""Ways to compute a program: they propose with costs, or refuse with reasons.
+"""Ways to compute a program: proposals with costs, refusals with reasons.
 
 registry    LOWERINGS, the only place that lists them
 protocol    what a lowering has: propose, forward, merge_into, backward

@@ -60,7 +60,10 @@ def common_ranges(a: tuple[range, ...], b: tuple[range, ...]) -> tuple[range, ..
 
 
 def union(spans: Sequence[range]) -> tuple[range, ...]:
-    """The numbers in any of some non-empty ranges of step 1, as disjoint ranges."""
+    """The numbers in any of some ranges, as disjoint ranges.
+
+    spans: not empty, of step 1.
+    """
     # A sweep over the ranges by their start joins those that overlap or touch.
     out: list[range] = []
     for span in sorted(spans, key=lambda span: span.start):
@@ -72,7 +75,10 @@ def union(spans: Sequence[range]) -> tuple[range, ...]:
 
 
 def gaps(spans: Sequence[range], stop: int) -> tuple[range, ...]:
-    """The numbers from 0 to stop in none of some disjoint ranges of step 1."""
+    """The numbers from 0 to stop that are in none of some ranges.
+
+    spans: disjoint, of step 1.
+    """
     borders = [0]
     for span in sorted(spans, key=lambda span: span.start):
         if span:

@@ -1,4 +1,4 @@
-"""The native CPU kernel: programs and functions as its numbers, and its library.
+"""The native CPU kernel: programs as numbers, and the library.
 
 encode      a program as nodes of masks; src/ has the kernel that reads them
 tape        a function of scores or masks as tapes of operations

@@ -74,7 +74,10 @@ def parts(boxes: Sequence[Box]) -> tuple[list[Part], dict[int, int]]:
 
 
 def profile(boxes: Sequence[Box]) -> tuple[list[int], list[int]]:
-    """The steps at which a box begins or ends, and the units live from each to the next."""
+    """How many units are live over time.
+
+    Returns the steps at which a box begins or ends, and the units live from each to the next.
+    """
     change: dict[int, int] = {}
     for box in boxes:
         change[box.lower] = change.get(box.lower, 0) + box.size

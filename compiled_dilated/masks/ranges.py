@@ -75,7 +75,7 @@ def union(spans: Sequence[range]) -> tuple[range, ...]:
 
 
 def gaps(spans: Sequence[range], stop: int) -> tuple[range, ...]:
-    """The numbers from 0 to stop that are in none of some ranges.
+    """The numbers below stop, from 0, in none of some ranges.
 
     spans: disjoint, of step 1.
     """

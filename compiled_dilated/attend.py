@@ -24,7 +24,7 @@ for_passes.register()
 
 
 class _Arguments(NamedTuple):
-    """The unchecked arguments of a call; q, k and v in autocast's dtype."""
+    """The arguments of a call; q, k and v in autocast's dtype."""
 
     q: Tensor
     k: Tensor

@@ -50,8 +50,7 @@ def times(program: object, inputs: list[Tensor], backward: bool) -> dict[str, fl
         "unchecked": run_unchecked,
         "with NaN": lambda: run(nan_k),
     }
-    seconds = measure.interleaved(functions, repeats=15, seconds=14.0)
-    return {name: measure.median(values) for name, values in seconds.items()}
+    return measure.medians(measure.interleaved(functions, repeats=15, seconds=14.0))
 
 
 def bias(table: Tensor) -> mods.ScoreMod:

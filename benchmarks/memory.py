@@ -138,11 +138,13 @@ class Job:
     def here(self) -> dict[str, Row]:
         """Run in this process; figures by way."""
         steps = {way: Step(self, way) for way in self.ways}
-        rows = {way: step.first() for way, step in steps.items()}
+        rows, runs = {}, {}
+        for way, step in steps.items():
+            rows[way] = step.first()
+            runs[way] = step.run
         if self.peaks:
             for way, step in steps.items():
                 rows[way] |= step.peak()
-        runs = {way: step.run for way, step in steps.items()}
         for way, seconds in measure.interleaved(runs, self.repeats, warmup=0).items():
             if seconds:
                 rows[way]["seconds"] = measure.median(seconds)

@@ -67,7 +67,7 @@ def exchange() -> list[Row]:
         ring, alone = cd.compile(program, ranks=RANKS), cd.compile(program)
         functions = {"ring": partial(ring, q, k, v), "alone": partial(alone, q, k, v)}
         with torch.no_grad():
-            times = measure.interleaved(functions, repeats=3)
+            seconds = measure.medians(measure.interleaved(functions, repeats=3))
         ledger, plan = ring.ring.ledger, ring.plan(q, k, v)
         row = {
             "program": name,
@@ -78,7 +78,7 @@ def exchange() -> list[Row]:
             "of plain ring or all-gather": ledger.received_bytes / all_bytes,
             "rank holds MiB": ledger.most_held_bytes / 2**20,
             "all-gather holds MiB": (q.nbytes * 2 // RANKS + k.nbytes + v.nbytes) / 2**20,
-            "time / one device": measure.median(times["ring"]) / measure.median(times["alone"]),
+            "time / one device": seconds["ring"] / seconds["alone"],
         }
         rows.append(row)
     return rows
@@ -171,7 +171,7 @@ def streamed() -> list[Row]:
             truth = alone(q, k, v)
             times = measure.interleaved(functions, repeats=3, warmup=0)
         error = (torch.from_numpy(np.load(paths[3])) - truth).abs().max().item()
-    seconds = {name: measure.median(values) for name, values in times.items()}
+    seconds = measure.medians(times)
     row = {"tokens": tokens, "in memory s": seconds["memory"], "streamed s": seconds["streamed"]}
     ratio = seconds["streamed"] / seconds["memory"]
     return [row | {"ratio": ratio, "differ by": error}]

@@ -151,10 +151,13 @@ class Case:
             "after": passes.compile(model, passes=chosen, dynamic=False),
         }
         parameters = [*model.parameters()]
-        runs = {way: partial(self._run, step, parameters, x) for way, step in steps.items()}
-        times = measure.interleaved(runs, repeats)
-        seconds = {way: measure.median(values) for way, values in times.items()}
-        units = {way: allocated_bytes(run) / x.nbytes for way, run in runs.items()}
+        runs = {}
+        for way, step in steps.items():
+            runs[way] = partial(self._run, step, parameters, x)
+        seconds = measure.medians(measure.interleaved(runs, repeats))
+        units = {}
+        for way, run in runs.items():
+            units[way] = allocated_bytes(run) / x.nbytes
         return {
             "step": name,
             "tokens": self.tokens,

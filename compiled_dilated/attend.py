@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +23,42 @@ from .rules import Bound, Skeleton, bind, read_rule
 for_passes.register()
 
 
+class _Arguments(NamedTuple):
+    """The arguments of a call; q, k and v in autocast's dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | Tensor | None
+    q_offset: int | Tensor
+    data: Mapping[str, Tensor] | None
+    score_mod: ScoreMod | None
+    sink_logits: Tensor | None
+    return_lse: bool
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether the lse is returned, or joins sinks."""
+        return self.return_lse or self.sink_logits is not None
+
+
 class Attend:
     """Attention by a program, a callable.
 
     q: (B, Hq, N, D), Hq a multiple of Hkv.
     k: (B, Hkv, M, D).
     v: (B, Hkv, M, Dv).
+
+    tensor_layout: of the tensors that the user passes. A module that transposes them has checked
+        their axes itself.
     """
 
     def __init__(
-        self, program: Program | Mask | PerLength, lowering: str = "auto", ring: Ring | None = None
+        self,
+        program: Program | Mask | PerLength,
+        lowering: str = "auto",
+        ring: Ring | None = None,
+        tensor_layout: checks.Layout = checks.HEADS_FIRST,
     ) -> None:
         if not isinstance(program, PerLength):
             program = as_program(program)
@@ -43,7 +69,8 @@ class Attend:
                 f"each block of a ring is lowered as it is best; got lowering={lowering!r}. "
                 "Leave it at 'auto'"
             )
-        self.ring, self._names = ring, self.program.names
+        self.ring, self.tensor_layout = ring, tensor_layout
+        self._names = self.program.names
         self._query_names = query_names_of(self.program)
         self._skeleton = Skeleton(self.program, lowering, ring)
         self._decoder: Decoder | None = None
@@ -97,11 +124,10 @@ class Attend:
                 return row
         # 2. Checks, and in eager mode the tracing of functions.
         q, k, v = autocast(q, k, v)
-        checked = (q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse)
-        tensors, bound = self._prepared(options, *checked)
+        call = _Arguments(q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse)
+        tensors, bound = self._prepared(call, options)
         # 3. The operator.
-        wants_lse = return_lse or sink_logits is not None
-        out, lse = self._run(bound, q, k, v, tensors, scale, q_offset, score_mod, wants_lse)
+        out, lse = self._run(call, tensors, bound)
         if decoder is not None:
             decoder.learn(q, k, v)
         if sink_logits is not None:
@@ -111,17 +137,7 @@ class Attend:
         return out
 
     def _prepared(
-        self,
-        options: Mapping[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: object,
-        q_offset: object,
-        data: Mapping[str, Tensor] | None,
-        score_mod: ScoreMod | None,
-        sink_logits: object,
-        return_lse: object,
+        self, call: _Arguments, options: Mapping[str, Any]
     ) -> tuple[list[Tensor], Bound | None]:
         """The checked tensors and the rule of a call.
 
@@ -133,76 +149,58 @@ class Attend:
             if not is_compiling():  # a trace runs the operator's own check
                 call_checks.no_onnx_export()
             call_checks.no_options_of_sdpa(options)
-            tensors = self._checked(
-                q, k, v, scale, q_offset, data, score_mod, sink_logits, return_lse
-            )
-            return tensors, self._bound(q, score_mod)
+            return self._checked(call), self._bound(call)
         except Exception as error:
             # Also of a user's function. The other ranks must not wait for this one.
             if self.ring is not None and not is_compiling():
                 self.ring.transport.refuse(error)
             raise
 
-    def _bound(self, q: Tensor, score_mod: ScoreMod | None) -> Bound | None:
+    def _bound(self, call: _Arguments) -> Bound | None:
         """The rule with its functions traced; None if Dynamo traces them."""
         skeleton = self._skeleton
-        if score_mod is None and not skeleton.mask_mods:
+        if call.score_mod is None and not skeleton.mask_mods:
             return skeleton.plain
         if is_compiling():
             return None
         mask_mods, literals = skeleton.mask_mods, skeleton.literals
-        bound = bind(skeleton.frame, literals, mask_mods, score_mod, lse_dtype(q.dtype))
-        call_checks.captured(bound.operands[len(literals) :], q.device)
+        dtype = lse_dtype(call.q.dtype)
+        bound = bind(skeleton.frame, literals, mask_mods, call.score_mod, dtype)
+        call_checks.captured(bound.operands[len(literals) :], call.q.device)
         return bound
 
     def _run(
-        self,
-        bound: Bound | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tensors: Sequence[Tensor],
-        scale: float | Tensor | None,
-        q_offset: int | Tensor,
-        score_mod: ScoreMod | None,
-        wants_lse: bool,
+        self, call: _Arguments, tensors: Sequence[Tensor], bound: Bound | None
     ) -> tuple[Tensor, Tensor]:
         """out and lse of checked arguments.
 
         tensors: the data, and the offset if that is a tensor.
         """
-        q, number = scaled(q, scale)
-        q_offset = 0 if isinstance(q_offset, Tensor) else call_checks.q_offset(q_offset)
+        q, number = scaled(call.q, call.scale)
+        q_offset = 0
+        if not isinstance(call.q_offset, Tensor):
+            q_offset = call_checks.q_offset(call.q_offset)
+        k, v, wants_lse = call.k, call.v, call.needs_lse
         # Functions that Dynamo traces are subgraphs of a higher-order operator.
         if bound is None:
             skeleton = self._skeleton
             attend_with_functions = _attend_with_functions()
             inputs = (skeleton.frame, q, k, v, tensors, skeleton.literals)
-            functions = (skeleton.mask_mods, score_mod)
+            functions = (skeleton.mask_mods, call.score_mod)
             return attend_with_functions(*inputs, number, q_offset, wants_lse, *functions)
         # A compiled graph creates its own ring from the text; in eager mode the ledger of this
         # one is updated.
         ring = None if is_compiling() else self.ring
         return autograd.attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
 
-    def _checked(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: object,
-        q_offset: object,
-        data: Mapping[str, Tensor] | None,
-        score_mod: object,
-        sink_logits: object,
-        return_lse: object,
-    ) -> list[Tensor]:
+    def _checked(self, call: _Arguments) -> list[Tensor]:
         """Check all arguments; returns the data, then a tensor offset."""
+        q, k, q_offset = call.q, call.k, call.q_offset
         # 1. Numbers, flags and q, k and v.
-        if scale is not None:
-            checks.scale("scale", scale)
-        arguments.flag("return_lse", return_lse)
-        checks.tensors(q, k, v)
+        if call.scale is not None:
+            checks.scale("scale", call.scale)
+        arguments.flag("return_lse", call.return_lse)
+        self._check_tensors(q, k, call.v)
         offset = call_checks.last_offset(q_offset, q.shape[0], q.device)
         is_square = q.shape[2] == k.shape[2]
         if self.ring is not None and (isinstance(q_offset, Tensor) or offset or not is_square):
@@ -213,15 +211,14 @@ class Attend:
             )
         # 2. Tensors and functions of the call.
         shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
-        tensors = checks.data(self._names, self._query_names, data, shape)
-        if data:
-            check_data(self.program, data)
-        if score_mod is not None:
-            check_callable("score_mod", score_mod, scores=True)
-        if sink_logits is not None:
-            call_checks.sinks(sink_logits, q.shape[1], q.device)
-        needs_lse = return_lse or sink_logits is not None
-        if self.lowering == "flex" and not gives_lse(q.device.type) and needs_lse:
+        tensors = checks.data(self._names, self._query_names, call.data, shape)
+        if call.data:
+            check_data(self.program, call.data)
+        if call.score_mod is not None:
+            check_callable("score_mod", call.score_mod, scores=True)
+        if call.sink_logits is not None:
+            call_checks.sinks(call.sink_logits, q.shape[1], q.device)
+        if self.lowering == "flex" and call.needs_lse and not gives_lse(q.device.type):
             raise ValueError(
                 "lowering 'flex' gives no lse on a CPU, which return_lse and sink_logits need. "
                 "Use lowering='auto', 'strided' or 'tiled'"
@@ -230,9 +227,15 @@ class Attend:
             tensors.append(q_offset[:, None])
         return tensors
 
+    def _check_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Check q, k and v, and axes that no module has checked."""
+        checks.tensors(q, k, v)
+        if self.tensor_layout == checks.HEADS_FIRST:
+            checks.warn_of_swapped_axes(q)
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Any:
         """The `Plan` of a call with these tensors; a `RingPlan` for ranks."""
-        checks.tensors(q, k, v)
+        self._check_tensors(q, k, v)
         skeleton = self._skeleton
         literals, mask_mods = skeleton.literals, skeleton.mask_mods
         bound = bind(skeleton.frame, literals, mask_mods, None, lse_dtype(q.dtype))
@@ -243,7 +246,7 @@ class Attend:
         return execution.plan_of(rule, q, k, v, call_checks.q_offset(q_offset), training)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Attend, (self.program, self.lowering, self.ring)
+        return Attend, (self.program, self.lowering, self.ring, self.tensor_layout)
 
     def __repr__(self) -> str:
         parts = [repr(self.program)]

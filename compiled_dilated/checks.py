@@ -53,7 +53,6 @@ def tensors(q: Any, k: Any, v: Any, layout: Layout = HEADS_FIRST) -> None:
     dtypes(q.dtype, k.dtype, v.dtype, layout)
     devices(q, k, v, layout)
     shapes(q.shape, k.shape, v.shape, layout)
-    _warn_of_swapped_axes(q, layout)
 
 
 def devices(q: Tensor, k: Tensor, v: Tensor, layout: Layout = HEADS_FIRST) -> None:
@@ -123,7 +122,7 @@ def shapes(
     groups(q[heads], k[heads])
 
 
-def _warn_of_swapped_axes(q: Tensor, layout: Layout) -> None:
+def warn_of_swapped_axes(q: Tensor, layout: Layout = HEADS_FIRST) -> None:
     """Warn if far more heads than tokens suggest swapped axes."""
     heads, tokens = q.shape[layout.axes[1]], q.shape[layout.axes[2]]
     if is_compiling() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):

@@ -7,12 +7,12 @@ Exit codes: 0 done, 1 a check failed, 2 bad usage, 130 interrupted.
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Annotated
 
 import torch
 import typer
 
+from . import version
 from .commands import doctor, memory, packages, plan, recommend, report, ring, show
 
 app = typer.Typer(
@@ -29,14 +29,14 @@ app = typer.Typer(
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        version = importlib.metadata.version("compiled-dilated")
-        typer.echo(f"compiled-dilated {version}, torch {torch.__version__}")
+        own = version.installed() or "not installed"
+        typer.echo(f"compiled-dilated {own}, torch {torch.__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[
+    prints_version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version and exit."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 
 from passes.allocators import give_back_freed_memory
+
+from . import version
 
 _RESET_PEAK = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -45,7 +46,7 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "compiled_dilated": _own_version(),
+        "compiled_dilated": version.installed(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -56,13 +57,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _own_version() -> str | None:
-    try:
-        return importlib.metadata.version("compiled-dilated")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return None
 
 
 def interleaved(
@@ -110,6 +104,11 @@ def _synchronize() -> None:
 def median(values: Sequence[float]) -> float:
     """The median of some values."""
     return statistics.median(values)
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median time of each function of `interleaved`."""
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:

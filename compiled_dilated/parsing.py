@@ -92,11 +92,11 @@ class _Reader:
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
                 return -number
             case ast.UnaryOp(op=ast.Invert(), operand=operand):
-                return self.joined(node, lambda a: ~a, operand, depth=depth)
+                return self.joined(lambda a: ~a, operand, depth=depth)
             case ast.BinOp(op=ast.BitAnd(), left=left, right=right):
-                return self.joined(node, lambda a, b: a & b, left, right, depth=depth)
+                return self.joined(lambda a, b: a & b, left, right, depth=depth)
             case ast.BinOp(op=ast.BitOr(), left=left, right=right):
-                return self.joined(node, lambda a, b: a | b, left, right, depth=depth)
+                return self.joined(lambda a, b: a | b, left, right, depth=depth)
             case ast.Call(func=ast.Name(id=name)):
                 return self.call(node, name, depth)
             case ast.Name(id=name) if name in self.names:
@@ -111,9 +111,7 @@ class _Reader:
         )
         raise self.error(node, message)
 
-    def joined(
-        self, node: ast.expr, operator: Callable[..., Any], *operands: ast.expr, depth: int
-    ) -> Any:
+    def joined(self, operator: Callable[..., Any], *operands: ast.expr, depth: int) -> Any:
         """The operator applied to the masks of its operands."""
         values = [self.read(operand, depth + 1) for operand in operands]
         for operand, value in zip(operands, values, strict=True):

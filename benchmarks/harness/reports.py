@@ -70,8 +70,11 @@ def run(options: argparse.Namespace, cases: Sequence[Case], bars: Mapping[str, f
         measure.write_json(options.json, record)
     figures = busy_table if options.busy else table
     print("\n" + figures(record["rows"]))
-    failures = [row for row in record["rows"] if row.get("met") is False]
-    missed = list(dict.fromkeys(f"{row['case']}, {row['pass']}" for row in failures))
+    missed = []
+    for row in record["rows"]:
+        name = f"{row['case']}, {row['pass']}"
+        if row.get("met") is False and name not in missed:
+            missed.append(name)
     if missed:
         print(f"\nmissed: {'; '.join(missed)}")
     return int(options.check and bool(missed))
@@ -163,8 +166,10 @@ def busy_table(rows: Sequence[Row]) -> str:
     headers = ["case", "pass", "dtype", *figures, "bar", "met"]
     body = []
     for row in rows:
-        slower = [row["slower"][name] for name in ("ours", "baseline")]
-        ranges = [_range(figure["median"], figure["spread"]) for figure in slower]
+        ranges = []
+        for name in ("ours", "baseline"):
+            slower = row["slower"][name]
+            ranges.append(_range(slower["median"], slower["spread"]))
         start = [row["case"], row["pass"], row["dtype"]]
         body.append([*start, *ranges, row["of"], f"{row['share']:.2f}", *_verdict(row)])
     return tabulate(body, headers=headers, disable_numparse=True)

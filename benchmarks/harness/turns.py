@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
@@ -88,9 +89,11 @@ def rate(case: Case, backward: bool, settings: Settings, rivals: tuple[str, ...]
     reason = case.problem.lacks_memory(backward)
     if reason:
         return row | {"skipped": reason}
-    # FlexAttention has no backward on a CPU.
-    names = [name for name in rivals if not (backward and name == "flex")]
-    ready = {name: _rival(case, name, backward) for name in names}
+    ready = {}
+    for name in rivals:
+        # FlexAttention has no backward on a CPU.
+        if not (backward and name == "flex"):
+            ready[name] = _rival(case, name, backward)
     times = _times(case, backward, settings, ready)
     shares = _shares(case, times["ours"], times["baseline"])
     useful: float | None = None
@@ -125,7 +128,7 @@ def _times(
     """
     block, baseline = _blocks(case, backward, settings.block_seconds)
     running = {name: rival for name, rival in rivals.items() if isinstance(rival, _Rival)}
-    times: dict[str, list[float]] = {name: [] for name in ("baseline", "ours", *running)}
+    times: defaultdict[str, list[float]] = defaultdict(list)
     started = time.perf_counter()
     for turn in range(settings.turns):
         is_late = time.perf_counter() - started > settings.seconds
@@ -243,18 +246,19 @@ def family_rows(rows: list[Row], bars: Mapping[str, float]) -> list[Row]:
     reported too: on a grid, and under a window, tokens near an end see fewer keys, so that longer
     sequences have more pairs a token.
     """
+    members: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["family"] and "share" in row:
+            members[row["family"], row["pass"]].append(row)
     out = []
-    for family in dict.fromkeys(row["family"] for row in rows if row["family"]):
-        members = [row for row in rows if row["family"] == family and "share" in row]
-        for name in PASSES:
-            of_pass = [row for row in members if row["pass"] == name]
-            if len(of_pass) < 2:
-                continue
-            bar = bars.get(family) if name == "forward" else None
-            speeds = [_tokens_rate(row) for row in of_pass]
-            out.append(_family_row("tokens a second", of_pass, speeds, bar))
-            rates = [row["share"] for row in of_pass]
-            out.append(_family_row("useful rate", of_pass, rates, None))
+    for (family, name), of_pass in members.items():
+        if len(of_pass) < 2:
+            continue
+        bar = bars.get(family) if name == "forward" else None
+        speeds = [_tokens_rate(row) for row in of_pass]
+        out.append(_family_row("tokens a second", of_pass, speeds, bar))
+        rates = [row["share"] for row in of_pass]
+        out.append(_family_row("useful rate", of_pass, rates, None))
     return out
 
 
@@ -299,8 +303,8 @@ def slow_down(case: Case, backward: bool, settings: Settings) -> Row:
         "ours": block.seconds,
         "baseline": baseline.seconds,
     }
-    quiet: dict[str, list[float]] = {name: [] for name in functions}
-    busy: dict[str, list[float]] = {name: [] for name in functions}
+    quiet: defaultdict[str, list[float]] = defaultdict(list)
+    busy: defaultdict[str, list[float]] = defaultdict(list)
     started = time.perf_counter()
     with busy_process() as process:
         for turn in range(settings.turns):

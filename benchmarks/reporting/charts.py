@@ -130,11 +130,13 @@ def short(tokens: int) -> str:
 
 def _line(axes: _Axes, points: Points, index: int) -> list[str]:
     """A line through points in the order of x, with marks."""
-    places = [axes.at(x, y) for x, y in sorted(points)]
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    dash = _DASHES[index % len(_DASHES)]
-    line = f'<path class="line s{index % 6}" stroke-dasharray="{dash}" d="M{path}"/>'
-    return [line, *(_mark(x, y, index) for x, y in places)]
+    corners, marks = [], []
+    for point in sorted(points):
+        x, y = axes.at(*point)
+        corners.append(f"{x:.1f} {y:.1f}")
+        marks.append(_mark(x, y, index))
+    dash, path = _DASHES[index % len(_DASHES)], "L".join(corners)
+    return [f'<path class="line s{index % 6}" stroke-dasharray="{dash}" d="M{path}"/>', *marks]
 
 
 def _mark(x: float, y: float, index: int) -> str:

@@ -21,7 +21,7 @@ from compiled_dilated.heads import HeadRange
 from compiled_dilated.ring.checking import exact_row
 from compiled_dilated.variants import variant
 
-from .peers import PEERS, RATES, SEGMENTS
+from .peers import PEERS, RATES, SEGMENTS, swapped
 
 Row = dict[str, Any]
 
@@ -166,7 +166,7 @@ def _subject(job: Job) -> Subject:
     q, k, v = (torch.randn(job.shape, generator=generator).to(dtype) for _ in range(3))
     if job.kind == "variant":
         module = variant(job.way, **_arguments(job))
-        inputs = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        inputs = [x.contiguous() for x in swapped(q, k, v)]
         return Subject(inputs, module, module.program(job.tokens), _swapped)
     if job.kind == "peer":
         peer = PEERS[job.way]
@@ -221,7 +221,7 @@ class _Reference(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attention over (batch, tokens, heads, head_dim)."""
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = swapped(query, key, value)
         return cd.reference(self.program, q, k, v).transpose(1, 2)
 
 

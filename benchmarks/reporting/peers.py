@@ -54,6 +54,11 @@ class Peer:
             return False
 
 
+def swapped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with heads and tokens swapped, as views."""
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
 def _of_torch(
     way: Callable[[Problem], Call], tokens: int, head_dim: int, program: str = "full()"
 ) -> Built:
@@ -86,8 +91,7 @@ def _ring_attention(tokens: int, head_dim: int) -> Built:
     from ring_attention_pytorch import ring_flash_attn
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = ring_flash_attn(q, k, v, causal=True, bucket_size=512)
+        out: Tensor = ring_flash_attn(*swapped(q, k, v), causal=True, bucket_size=512)
         return out.transpose(1, 2)
 
     return call, as_program(masks.causal())
@@ -106,7 +110,7 @@ def _first_port(tokens: int, head_dim: int) -> Built:
     module = DilatedAttention(segments, list(RATES))
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = module(*(x.transpose(1, 2) for x in (q, k, v)))
+        out: Tensor = module(*swapped(q, k, v))
         return out.transpose(1, 2)
 
     return call, cd.longnet(SEGMENTS, RATES)
@@ -119,7 +123,7 @@ def _substitute_xformers() -> None:
     """
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = swapped(query, key, value)
         is_causal = options.get("attn_bias") is not None
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2)
 
@@ -136,8 +140,8 @@ def _natten(tokens: int, head_dim: int, side: int, kernel: int) -> Built:
     import natten
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2).unflatten(1, (side, side)) for x in (q, k, v))
-        out: Tensor = natten.na2d(q, k, v, kernel_size=kernel, backend="flex-fna")
+        grids = (x.unflatten(1, (side, side)) for x in swapped(q, k, v))
+        out: Tensor = natten.na2d(*grids, kernel_size=kernel, backend="flex-fna")
         return out.flatten(1, 2).transpose(1, 2)
 
     grid = masks.neighborhood((side, side), kernel // 2, edges="shift")

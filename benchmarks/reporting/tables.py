@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from compiled_dilated.rates import FORWARD_AND_BACKWARD
@@ -182,7 +183,7 @@ def memory_fit(records: Records) -> list[Section]:
     body = []
     for name, rows in groups_of(rows_of(records, "memory")).items():
         for way, points in lines_of(rows, lambda row: max(row["peak_bytes"], 1)).items():
-            exponent = _slope([(math.log(x), math.log(y)) for x, y in points])
+            exponent = _exponent(points)
             last = max(points)
             per_token = f"{last[1] / last[0] / 1024:.3g} KiB at {short(int(last[0]))}"
             body.append([name, way, f"{exponent:.2f}", per_token])
@@ -194,13 +195,13 @@ def memory_fit(records: Records) -> list[Section]:
     return [Section("How memory grows", text, headers, body)]
 
 
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    """The slope of the line through points by least squares."""
-    count = len(points)
-    x_mean = sum(x for x, _ in points) / count
-    y_mean = sum(y for _, y in points) / count
-    above = sum((x - x_mean) * (y - y_mean) for x, y in points)
-    return above / sum((x - x_mean) ** 2 for x, _ in points)
+def _exponent(points: Sequence[tuple[float, float]]) -> float:
+    """The exponent of the power law through points: the slope of their logarithms."""
+    xs, ys = [], []
+    for x, y in points:
+        xs.append(math.log(x))
+        ys.append(math.log(y))
+    return linear_regression(xs, ys).slope
 
 
 def limits(records: Records) -> list[Section]:

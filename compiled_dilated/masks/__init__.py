@@ -1,6 +1,7 @@
 """Masks: expressions over token positions, joined by `&`, `|` and `~`.
 
-core           Mask, And, Or, Not, Full
+core           Mask, And, Or, Not
+full           full
 algebra        conjunction, conjuncts, disjoint
 bands          causal, window
 segments       segments
@@ -22,9 +23,10 @@ from .algebra import conjunction, conjuncts, disjoint
 from .bands import causal, narrowed, window
 from .blocks import block_window, dilated_blocks
 from .congruent import OFFSET_RULES, congruent
-from .core import And, Full, Mask, Not, Or, full
+from .core import And, Mask, Not, Or
 from .data import Padding, documents, padding
 from .explicit import Tiles, random_blocks, tiles
+from .full import Full, full
 from .functions import from_mod
 from .globals import global_tokens
 from .grids import neighborhood

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .core import And, Full, Mask, Or
+from .core import And, Mask, Or
+from .full import Full
 
 
 def conjuncts(mask: Mask) -> tuple[Mask, ...]:

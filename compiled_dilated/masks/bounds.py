@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .core import Full, Mask, Not
+from .core import Mask, Not
+from .full import Full
 from .functions import FromMod
 from .traced import Traced
 

@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
-import numpy as np
-
-from ..regions import FULL, Regions, Verdicts, both, either, negate
-from .ranges import NOTHING, common_ranges, hull
+from ..regions import Regions, Verdicts, both, either, negate
+from .ranges import NOTHING, common_ranges, gaps, hull, union
 
 # torch tensors in kernels and in the reference, numpy arrays while planning: `allows` is limited
 # to operators that both have.
@@ -302,14 +300,7 @@ class Or(_Joined):
             if visible is None or any(span and span.step != 1 for span in visible):
                 return None
             spans += filter(None, visible)
-        # Sweep over the ranges by their start, joining those that overlap or touch.
-        out: list[range] = []
-        for span in sorted(spans, key=lambda span: span.start):
-            if out and span.start <= out[-1].stop:
-                out[-1] = range(out[-1].start, max(out[-1].stop, span.stop))
-            else:
-                out.append(span)
-        return tuple(out)
+        return union(spans)
 
     def shrink(self, q: range, kv: range) -> tuple[range, range]:
         queries: list[range] = []
@@ -356,51 +347,10 @@ class Not(Mask):
         seen = self.mask.keys_of(q, kv_len)
         if seen is None or any(span.step != 1 for span in seen):
             return None
-        # The gaps between the ranges, from position 0 to the last key: every second border.
-        borders = [0]
-        for span in sorted(seen, key=lambda span: span.start):
-            if span:
-                borders += [span.start, span.stop]
-        borders.append(kv_len)
-        return tuple(range(a, b) for a, b in zip(borders[::2], borders[1::2], strict=True) if a < b)
+        return gaps(seen, kv_len)
 
     def __repr__(self) -> str:
         return f"~{_operand(self.mask, repr)}"
 
     def __str__(self) -> str:
         return f"~{_operand(self.mask, str)}"
-
-
-@dataclass(frozen=True, repr=False)
-class Full(Mask):
-    """Every pair."""
-
-    def allows(
-        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
-    ) -> Any:
-        return q - q == kv - kv
-
-    def classify(self, q: Regions, kv: Regions) -> Verdicts:
-        return np.full(len(q), FULL)
-
-    @property
-    def period(self) -> int | None:
-        return 1
-
-    @property
-    def side_periods(self) -> tuple[int | None, int | None]:
-        return 1, 1
-
-    def keys_of(self, q: int, kv_len: int) -> tuple[range, ...] | None:
-        return (range(kv_len),)
-
-    def pairs(self, q: range, kv: range) -> int | None:
-        return (q.stop - q.start) * (kv.stop - kv.start)
-
-    def __repr__(self) -> str:
-        return "full()"
-
-
-def full() -> Mask:
-    """Every query sees every key."""
-    return Full()

@@ -1,4 +1,4 @@
-"""Arithmetic of ranges of positions: parts, hulls and intersections."""
+"""Arithmetic of ranges of positions: parts, hulls, intersections, unions and gaps."""
 
 from __future__ import annotations
 
@@ -56,4 +56,37 @@ def common_ranges(a: tuple[range, ...], b: tuple[range, ...]) -> tuple[range, ..
             common = intersection(first, second)
             if common:
                 out.append(common)
+    return tuple(out)
+
+
+def union(spans: Sequence[range]) -> tuple[range, ...]:
+    """The numbers in any of some ranges, as disjoint ranges.
+
+    spans: not empty, of step 1.
+    """
+    # A sweep over the ranges by their start joins those that overlap or touch.
+    out: list[range] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        if out and span.start <= out[-1].stop:
+            out[-1] = range(out[-1].start, max(out[-1].stop, span.stop))
+        else:
+            out.append(span)
+    return tuple(out)
+
+
+def gaps(spans: Sequence[range], stop: int) -> tuple[range, ...]:
+    """The numbers below stop, from 0, in none of some ranges.
+
+    spans: disjoint, of step 1.
+    """
+    borders = [0]
+    for span in sorted(spans, key=lambda span: span.start):
+        if span:
+            borders += [span.start, span.stop]
+    borders.append(stop)
+    # Every second border starts a gap.
+    out = []
+    for start, end in zip(borders[::2], borders[1::2], strict=True):
+        if start < end:
+            out.append(range(start, end))
     return tuple(out)

@@ -15,7 +15,8 @@ import torch
 from ..mods import Graph
 from ..regions import EMPTY, FULL, PARTIAL, Regions, Verdicts, both, verdicts
 from .contents import NO_CONTENTS, Contents, slot_name
-from .core import Data, Full, Mask, Positions
+from .core import Data, Mask, Positions
+from .full import Full
 
 # Without `within`, the function is evaluated on every pair: 2**28 pairs (16K x 16K) take seconds.
 MOST_PAIRS_WITHOUT_WITHIN = 2**28

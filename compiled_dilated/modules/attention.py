@@ -38,8 +38,9 @@ class Attention(nn.Module):
         # By (is_causal, whether there is padding).
         self._attends: dict[tuple[bool, bool], Attend] = {}
         for is_causal, program in programs.items():
-            self._attends[is_causal, False] = Attend(program, lowering, ring)
-            self._attends[is_causal, True] = Attend(visible(program), lowering, ring)
+            for is_padded, joined in ((False, program), (True, visible(program))):
+                attend = Attend(joined, lowering, ring, tensor_layout=checks.TOKENS_FIRST)
+                self._attends[is_causal, is_padded] = attend
 
     def program(self, tokens: int, is_causal: bool = False) -> Program:
         """The program of a call with this many tokens and no padding."""
@@ -70,6 +71,7 @@ class Attention(nn.Module):
         Returns (B, N, H, Dv).
         """
         checks.tensors(query, key, value, checks.TOKENS_FIRST)
+        checks.warn_of_swapped_axes(query, checks.TOKENS_FIRST)
         is_padded = key_padding_mask is not None
         attend = self._attends[arguments.flag("is_causal", is_causal), is_padded]
         if isinstance(attend.program, PerLength) and query.shape[1] != key.shape[1]:

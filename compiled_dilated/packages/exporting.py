@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import arguments
+from .. import arguments, version
 from ..attend import Attend
 from ..masks import Mask
 from ..native import cpp
@@ -90,7 +90,7 @@ def _about(model: nn.Module | Program | Mask, isa: str, sources: Mapping[str, _S
         cpu=torch.backends.cpu.get_cpu_capability(),
         machine=platform.machine(),
         torch=torch.__version__.partition("+")[0],
-        compiled_dilated=_version(),
+        compiled_dilated=version.installed() or "not installed",
         kernel=cpp.sources_digest(),
         files={},
     )
@@ -158,16 +158,6 @@ def _isa_of(isa: object) -> str:
     if isa == "avx2":
         raise ValueError(f"isa='avx2' is not possible here: {reason}. Leave isa out")
     return "native"
-
-
-def _version() -> str:
-    """The installed version of this package."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("compiled-dilated")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About:

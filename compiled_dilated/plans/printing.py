@@ -60,4 +60,9 @@ def tile_counts(row: dict[str, Any]) -> str:
 
 def milliseconds(seconds: float) -> str:
     """A time in ms with three digits: it is an estimate."""
-    return f"{float(f'{seconds * 1e3:.3g}'):,.10g}"
+    return three_digits(seconds * 1e3)
+
+
+def three_digits(number: float) -> str:
+    """A number rounded to three digits, without an exponent."""
+    return f"{float(f'{number:.3g}'):,.10g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..plans.printing import three_digits
 from ..text import read_program
 from .candidates import Candidate, candidates
 from .ways import Request, Way, weigh
@@ -143,12 +144,11 @@ def _shortfall(dense: Option, request: Request) -> str:
 
 def gib(size: int) -> str:
     """Bytes in GiB, with three digits."""
-    return f"{float(f'{size / 2**30:.3g}'):,.10g} GiB"
+    return f"{three_digits(size / 2**30)} GiB"
 
 
 def in_seconds(time: float) -> str:
     """Seconds, or milliseconds below one, with three digits."""
-    number, unit = time, "s"
     if time < 1:
-        number, unit = time * 1e3, "ms"
-    return f"{float(f'{number:.3g}'):,.10g} {unit}"
+        return f"{three_digits(time * 1e3)} ms"
+    return f"{three_digits(time)} s"

@@ -137,7 +137,7 @@ def weigh(program: Program, request: Request) -> Weighed:
     size = call.memory.total
     pairs, dense_flops = _work(call)
     ways = [Way("call", 1, size, request.time(call.lowering, dense_flops))]
-    if size > request.limit and not _is_dense(call):
+    if size > request.limit and not _is_beyond_counting(call):
         ways += _first_fitting(_streams(program, request, ways[0]), request.limit)
         ways += _first_fitting(_rings(program, request, size), request.limit)
     longest, _, _ = fitting.longest(call, "auto", request.limit)
@@ -145,7 +145,7 @@ def weigh(program: Program, request: Request) -> Weighed:
     return Weighed(share, longest, tuple(ways))
 
 
-def _is_dense(call: Plan) -> bool:
+def _is_beyond_counting(call: Plan) -> bool:
     """Whether the allowed pairs have too many tiles to count."""
     problem = call.problem
     most = _MOST_COUNTED * problem.batch * problem.heads
@@ -154,7 +154,7 @@ def _is_dense(call: Plan) -> bool:
 
 def _work(call: Plan) -> tuple[int, float]:
     """Pairs that a call computes, and the dense flops of its time."""
-    if call.lowering == "native" and call.useful_pairs is not None and _is_dense(call):
+    if call.lowering == "native" and call.useful_pairs is not None and _is_beyond_counting(call):
         pairs = call.useful_pairs
         return pairs, 2.0 * pairs * (call.problem.head_dim + call.problem.value_dim)
     return call.cost.pairs, call.cost.dense_flops

@@ -52,9 +52,10 @@ class Report:
     """Result of a run.
 
     tokens, finished: finished tokens and ranks.
+    ranks: of the layout.
     resumed_tokens, resumed_ranks: finished by earlier runs.
     torn: ranks of earlier runs whose output was damaged, computed again.
-    complete: whether all ranks are finished, or the time limit was reached.
+    complete: whether all ranks are finished; False if the time limit was reached before.
     ledger: counts of the ranks that this run computed.
     """
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import arguments, call_checks, checks, text
 from ..calls import Call
 from ..masks.contents import digest, slot_name
-from ..plans import Problem
+from ..plans import Problem, problem_of
 from ..programs import PerLength, Program
 from . import files, inputs, plans
 from .journals import Journal
@@ -133,7 +133,7 @@ class Streamed:
 
         operands: a list, to which the captured tensors are appended.
         """
-        batch, heads, tokens, head_dim = q.shape
+        _, _, tokens, head_dim = q.shape
         checks.dtypes(q.dtype, k.dtype, v.dtype)
         checks.shapes(q.shape, k.shape, v.shape)
         if tokens != k.shape[2]:
@@ -150,11 +150,8 @@ class Streamed:
             program = program.at(tokens)
         program.check(tokens, tokens)
         rule, program = text.traced(program, operands)
-        problem = Problem(
-            program, batch, heads, k.shape[1], tokens, tokens, head_dim, v.shape[3],
-            str(q.dtype).removeprefix("torch."), self.device.type,
-        )  # fmt: skip
-        return rule, problem
+        shapes = q.shape, k.shape, v.shape
+        return rule, problem_of(program, *shapes, q.dtype, self.device.type, 0, training=False)
 
     def __repr__(self) -> str:
         device = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"

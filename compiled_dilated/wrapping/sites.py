@@ -123,13 +123,13 @@ class Sites(list[Site]):
     """
 
     def __repr__(self) -> str:
-        rows = [site.to_json() for site in self]
-        cells = [
-            [row["path"], row["model"] or "", _masks_of(site), *_counts(row)]
-            for site, row in zip(self, rows, strict=True)
-        ]
+        cells, has_bounds = [], False
+        for site in self:
+            row = site.to_json()
+            has_bounds |= row.get("at_most", False)
+            cells.append([row["path"], row["model"] or "", _masks_of(site), *_counts(row)])
         table = str(tabulate(cells, _HEADERS, disable_numparse=True))
-        if any(row.get("at_most") for row in rows):
+        if has_bounds:
             return f"{table}\n{_LEGEND}"
         return table
 

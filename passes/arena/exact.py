@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from .greedy import Offsets, height
-from .parts import Box, Part
+from .parts import Box, Part, profile
 
 _WORKERS = 2
 _FIRST_TURN_SECONDS = 1.0
@@ -208,14 +208,8 @@ def _box_orders(part: Part) -> list[BoxOrder]:
     By the fullest step that a box is live at, its length and its area. The length counts steps at
     which some box begins or ends. Ties matter: the earlier box goes first.
     """
-    # live[number]: units live from one step at which a box begins or ends to the next
-    change: dict[int, int] = {}
-    for box in part.boxes:
-        change[box.lower] = change.get(box.lower, 0) + box.size
-        change[box.upper] = change.get(box.upper, 0) - box.size
-    steps = sorted(change)
+    steps, live = profile(part.boxes)
     number_of = {step: number for number, step in enumerate(steps)}
-    live = list(itertools.accumulate(change[step] for step in steps))
 
     def fullness(box: Box) -> int:
         return max(live[number_of[box.lower] : number_of[box.upper]])

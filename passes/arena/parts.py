@@ -10,6 +10,7 @@ The boxes above it may split again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,17 +73,23 @@ def parts(boxes: Sequence[Box]) -> tuple[list[Part], dict[int, int]]:
     return finished, offsets
 
 
-def most_at_once(boxes: Sequence[Box]) -> int:
-    """The most units live at one step: no placement is lower."""
+def profile(boxes: Sequence[Box]) -> tuple[list[int], list[int]]:
+    """How many units are live over time.
+
+    Returns the steps at which a box begins or ends, and the units live from each to the next.
+    """
     change: dict[int, int] = {}
     for box in boxes:
         change[box.lower] = change.get(box.lower, 0) + box.size
         change[box.upper] = change.get(box.upper, 0) - box.size
-    live = most = 0
-    for step in sorted(change):
-        live += change[step]
-        most = max(most, live)
-    return most
+    steps = sorted(change)
+    return steps, list(itertools.accumulate(change[step] for step in steps))
+
+
+def most_at_once(boxes: Sequence[Box]) -> int:
+    """The most units live at one step: no placement is lower."""
+    _, live = profile(boxes)
+    return max(live, default=0)
 
 
 def _connected(boxes: Sequence[Box]) -> Iterator[tuple[Box, ...]]:

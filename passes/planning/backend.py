@@ -89,6 +89,8 @@ class _Guarded:
                 "Call with the longest input first",
                 peak,
             )
+        # Only the largest are kept: others are within them.
+        self.fits = [limits for limits in self.fits if not _is_within(limits, sizes)]
         self.fits.append(sizes)
 
 

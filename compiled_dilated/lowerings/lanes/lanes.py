@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...masks import And, Mask, Not, Or, full
+from ...masks import And, Full, Mask, Not, Or, full
 from ...masks.bands import Causal, Window
 from ...masks.congruent import Congruent
-from ...masks.core import Full
 from ...masks.data import DocumentLengths
 from ...masks.leading import GlobalTokens, LeadingQueries, Prefix, Sinks
 from ...masks.segments import Segments

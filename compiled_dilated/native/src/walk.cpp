@@ -6,6 +6,16 @@ namespace native {
 
 namespace {
 
+// Where a range of at least two numbers is cut: inside it, at a multiple of the largest power of two,
+// so that tiles at equal places have equal regions.
+int64_t cut_of(int64_t from, int64_t to) {
+  int64_t power = 1;
+  while (power * 2 < to - from) power *= 2;
+  int64_t cut = (from / power + 1) * power;
+  while (cut >= to) power /= 2, cut = (from / power + 1) * power;
+  return cut;
+}
+
 // The walk over the keys of a tile: regions are halved until the mask decides them.
 class KeyWalk {
  public:
@@ -173,13 +183,9 @@ class KeyWalk {
         by_vector(Region::line(base + at * step, std::min<int64_t>(sizes_.fine_grain, to - at), step), true);
       return;
     }
-    // At a multiple of the largest power of two, so that tiles at equal places have equal regions.
-    int64_t power = 1;
-    while (power * 2 < count) power *= 2;
-    int64_t middle = (from / power + 1) * power;
-    while (middle >= to) power /= 2, middle = (from / power + 1) * power;
-    line(base, step, from, middle);
-    line(base, step, middle, to);
+    const int64_t cut = cut_of(from, to);
+    line(base, step, from, cut);
+    line(base, step, cut, to);
   }
 
   void walk(const Box& box) {
@@ -204,15 +210,11 @@ class KeyWalk {
       }
       return;
     }
-    int64_t power = side;
-    while (power * 2 < box.extent[axis]) power *= 2;
-    const int64_t from = box.low[axis], to = from + box.extent[axis];
-    int64_t middle = (from / power + 1) * power;
-    while (middle >= to) power /= 2, middle = (from / power + 1) * power;
+    const int64_t from = box.low[axis], to = from + box.extent[axis], cut = cut_of(from, to);
     Box first = box, second = box;
-    first.extent[axis] = static_cast<int32_t>(middle - from);
-    second.low[axis] = middle;
-    second.extent[axis] = static_cast<int32_t>(to - middle);
+    first.extent[axis] = static_cast<int32_t>(cut - from);
+    second.low[axis] = cut;
+    second.extent[axis] = static_cast<int32_t>(to - cut);
     walk(first);
     walk(second);
   }

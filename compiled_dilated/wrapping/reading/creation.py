@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from .expressions import Expression, Number, constant
+from .expressions import ZERO, At, Expression, Number, constant
 from .reader import Call, Rule
 from .simplify import apply
-
-At = tuple[Expression, ...]
 
 
 def arange(call: Call, at: At, *bounds: Any, **options: Any) -> Expression | None:
@@ -31,7 +29,7 @@ def arange(call: Call, at: At, *bounds: Any, **options: Any) -> Expression | Non
     entry: Expression = at[0]
     if step != Number(1, torch.int64):
         entry = apply("mul", (step, entry), step.dtype)
-    if start != Number(0, torch.int64):
+    if start != ZERO:
         entry = apply("add", (start, entry), step.dtype)
     if call.dtype.is_floating_point:
         return apply("to", (entry,), call.dtype)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from .expressions import Expression, constant
+from .expressions import At, Expression, constant
 from .reader import Call, Rule
 from .simplify import apply
 
-At = tuple[Expression, ...]
 _LOGICAL = ("logical_not", "logical_and", "logical_or", "logical_xor")
 
 

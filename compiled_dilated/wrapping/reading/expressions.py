@@ -57,7 +57,10 @@ class Apply:
 
 
 Expression = Index | Number | Entry | Apply
+# The indices of an entry, one per dimension.
+At = tuple[Expression, ...]
 TRUE, FALSE = Number(True, torch.bool), Number(False, torch.bool)
+ZERO = Number(0, torch.int64)
 
 
 def _inverse(x: Any) -> Any:

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from .expressions import (
+    ZERO,
     Apply,
+    At,
     Entry,
     Expression,
     Index,
@@ -37,7 +39,6 @@ from .writes import Written, written
 # Larger expressions are captured: pair by pair they would be slower than reading a tensor.
 _MOST_OPERATORS = 256
 _PAIR: Sequence[Expression] = (Index("b"), Index("h"), Index("q"), Index("kv"))
-_ZERO = constant(0, torch.int64)
 # The entry of a call's result; called with the `Call`, the indices, and the node's arguments.
 Rule = Callable[..., "Expression | None"]
 
@@ -78,7 +79,7 @@ class Reader:
         places: list[Expression] = []
         for size, index in zip(example.shape, last, strict=True):
             # Along a dimension of size 1 the index is 0.
-            places.append(_ZERO if is_one(size) else index)
+            places.append(ZERO if is_one(size) else index)
         at = tuple(places)
         expression = self._by_rule(x, scope, at)
         if expression is None or size_of(expression) > _MOST_OPERATORS:
@@ -93,7 +94,7 @@ class Reader:
         slots = {slot: place for place, slot in enumerate(sorted(slots_of(expression)))}
         return renumbered(expression, slots), [self.captured[slot] for slot in slots]
 
-    def _by_rule(self, node: Node, scope: Scope, at: tuple[Expression, ...]) -> Expression | None:
+    def _by_rule(self, node: Node, scope: Scope, at: At) -> Expression | None:
         """The entry of a node by its rule.
 
         None without a rule, and if changes in place leave its value unclear.
@@ -120,7 +121,7 @@ class Reader:
             self._written[scope.node] = written(scope.part.graph, scope.node)
         return self._written[scope.node]
 
-    def _capture(self, node: Node, scope: Scope, at: tuple[Expression, ...]) -> Expression:
+    def _capture(self, node: Node, scope: Scope, at: At) -> Expression:
         example = example_of(node)
         if (scope, node) not in self.captured:
             self.captured.append((scope, node))

@@ -13,13 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from .expressions import Expression, constant
+from .expressions import ZERO, At, Expression, constant
 from .reader import Call, is_one
 from .scopes import example_of
 from .simplify import apply
-
-At = tuple[Expression, ...]
-_ZERO = constant(0, torch.int64)
 
 
 def copied(call: Call, at: At, x: Any, **options: Any) -> Expression:
@@ -50,7 +47,7 @@ def squeeze(call: Call, at: At, x: Any, dim: int) -> Expression:
     """The entry with index 0 along the removed dimension, if any."""
     dims = len(example_of(x).shape)
     if dims != len(at):
-        at = (*at[: dim % dims], _ZERO, *at[dim % dims :])
+        at = (*at[: dim % dims], ZERO, *at[dim % dims :])
     return call.at(x, at)
 
 
@@ -85,7 +82,7 @@ def reshape(call: Call, at: At, x: Any, *shape: Any) -> Expression | None:
     indices = (index for index, size in zip(at, new, strict=True) if not is_one(size))
     places: list[Expression] = []
     for size in old:
-        places.append(_ZERO if is_one(size) else next(indices))
+        places.append(ZERO if is_one(size) else next(indices))
     return call.at(x, tuple(places))
 
 

@@ -88,16 +88,17 @@ def _with_arithmetic(
 
     Tiles in which these conditions allow no pair are then left out.
     """
-    arithmetic = [
-        condition
-        for condition in conditions
-        if not slots_of(condition) and "b" not in indices_of(condition)
-    ]
+    arithmetic: list[Expression] = []
+    of_call: list[Expression] = []
+    for condition in conditions:
+        if slots_of(condition) or "b" in indices_of(condition):
+            of_call.append(condition)
+        else:
+            arithmetic.append(condition)
     if not arithmetic:
-        return joint, list(conditions)
+        return joint, of_call
     within = masks.conjunction(tuple(joint))
-    mask = masks.from_mod(MaskOfCall(conjunction(arithmetic)), within)
-    return [mask], [condition for condition in conditions if condition not in arithmetic]
+    return [masks.from_mod(MaskOfCall(conjunction(arithmetic)), within)], of_call
 
 
 @dataclass(frozen=True)

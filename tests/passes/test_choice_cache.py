@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config
-from torch._inductor.utils import fresh_cache
 
 from passes import LinearCrossEntropy, Spill
 from passes.analysis import workspaces
 from passes.planning import candidates, choice_cache, choose, reports
 from passes.planning.choose import Choice, Pipeline
 from passes.planning.tracing import Captured, capture
+from tests.caches import empty_inductor_caches
 from tests.graphs import Gelu
 
 SPILL = Spill(least_bytes=2**12)
@@ -33,7 +33,7 @@ CANDIDATES = ((), (SPILL,))
 
 @pytest.fixture(autouse=True)
 def _cache() -> Iterator[None]:
-    with fresh_cache():
+    with empty_inductor_caches():
         yield
 
 

@@ -150,7 +150,7 @@ TRAINING = ("training", "fully_sharded", "learned_operands")
     [
         (2, ("same_bits", "variant", "compiled", *TRAINING)),
         (3, ("same_bits", "refusals", "mistakes")),
-        (4, ("two_rings", "training")),
+        (4, ("two_rings",)),
     ],
     ids=str,
 )

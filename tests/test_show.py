@@ -24,6 +24,7 @@ from compiled_dilated.pictures.shades import EMPTY, Shades
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
 from tests.cases import CASES, Case, document_ids, some_padding
+from tests.support.turns import one_in
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL, LARGE = 129, 331
@@ -85,7 +86,7 @@ def test_pixels_of_few_tokens_are_the_dense_mask(case: Case) -> None:
 MANY = [case for case in CASES if max(case.lengths) > MOST_PIXELS]
 
 
-@pytest.mark.parametrize("case", MANY[::2], ids=str)
+@pytest.mark.parametrize("case", one_in(2, MANY))
 def test_pixels_of_many_tokens_are_sums_of_the_dense_mask(case: Case) -> None:
     n = max(case.lengths)
     program, data = case.program(n), case.inputs(n, torch.float32).data

@@ -1,4 +1,4 @@
-"""Cross products of parameters, of which the default suite runs a part."""
+"""Tables and cross products of parameters, of which the default suite runs a part."""
 
 from __future__ import annotations
 
@@ -28,4 +28,13 @@ def in_turn(
             values = (row, *column) if isinstance(column, tuple) else (row, column)
             marks = () if place in chosen else (pytest.mark.slow,)
             parameters.append(pytest.param(*values, id="-".join(map(name, values)), marks=marks))
+    return parameters
+
+
+def one_in(count: int, rows: Sequence[Any], name: Callable[[Any], str] = str) -> list[Any]:
+    """Parameters of a table; the default suite runs one in `count`, the others are slow."""
+    parameters = []
+    for number, row in enumerate(rows):
+        marks = (pytest.mark.slow,) if number % count else ()
+        parameters.append(pytest.param(row, id=name(row), marks=marks))
     return parameters

@@ -95,7 +95,9 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The driver of native functions (tests/support/tape.py), compiled once a session."""
+    """The driver of native functions (tests/support/tape.py), compiled once a run."""
     from tests.support.tape import build_driver
 
-    return build_driver(tmp_path_factory.mktemp("tape"))
+    folder = tmp_path_factory.getbasetemp()
+    # The folders of a run's worker processes are in one, which they share.
+    return build_driver(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)

@@ -9,6 +9,7 @@ same pairs in the same precision: no tolerance is tuned.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,7 @@ from tests.support.results import (
     run,
     truth,
 )
+from tests.support.turns import in_turn, one_in
 
 
 def lowerings_of(case: Case, lowerings: tuple[str, ...] = LOWERINGS) -> tuple[str, ...]:
@@ -41,19 +43,34 @@ def lowerings_of(case: Case, lowerings: tuple[str, ...] = LOWERINGS) -> tuple[st
     return lowerings
 
 
-def all_cases() -> list[Any]:
-    """(case, length, lowering) of all tests.
+# Lengths at a tile's edge, of which each case has some.
+EDGES = (2, 127, 128, 129)
 
-    The dense lowering is the same at every length: it has fewer lengths.
+
+def default_lengths(number: int, case: Case, lowering: str) -> set[int]:
+    """The lengths that the default suite runs for a case, by its number in the table.
+
+    The longest by every lowering, the shortest by auto, and those at a tile's edge in turn: each
+    length is run by each lowering, and each case at most of the lengths. The dense lowering is the
+    same at every length.
     """
+    if len(case.lengths) == 1:
+        return {*case.lengths}
+    in_turn = EDGES[(number + LOWERINGS.index(lowering)) % len(EDGES)]
+    if lowering == "dense":
+        return {in_turn}
+    longest = {case.lengths[-1], in_turn}
+    return longest | {case.lengths[0]} if lowering == "auto" else longest
+
+
+def all_cases() -> list[Any]:
+    """(case, length, lowering); those beyond `default_lengths` are slow."""
     parameters = []
-    for case in CASES:
-        for n in case.lengths:
-            for lowering in lowerings_of(case):
-                if lowering == "dense" and n not in (1, 129) and n <= 331:
-                    continue
-                name = f"{case}-{n}-{lowering}"
-                parameters.append(pytest.param(case, n, lowering, id=name))
+    for number, case in enumerate(CASES):
+        for n, lowering in itertools.product(case.lengths, lowerings_of(case)):
+            marks = () if n in default_lengths(number, case, lowering) else (pytest.mark.slow,)
+            name = f"{case}-{n}-{lowering}"
+            parameters.append(pytest.param(case, n, lowering, id=name, marks=marks))
     return parameters
 
 
@@ -124,8 +141,7 @@ CROSSED = (
 )
 
 
-@pytest.mark.parametrize("name", CROSSED)
-@pytest.mark.parametrize(("q_len", "kv_len", "q_offset"), SHAPES)
+@pytest.mark.parametrize(("name", "q_len", "kv_len", "q_offset"), in_turn(CROSSED, SHAPES, count=3))
 def test_cross_attention_and_offsets(name: str, q_len: int, kv_len: int, q_offset: int) -> None:
     case = by_name(name)
     assert case.crossed
@@ -145,10 +161,10 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "order", [orders.residue(5), orders.residue(4, period=30), orders.hilbert(3, 43)], ids=repr
-)
-@pytest.mark.parametrize("case", MASKS, ids=str)
+MASK_ORDERS = (orders.residue(5), orders.residue(4, period=30), orders.hilbert(3, 43))
+
+
+@pytest.mark.parametrize(("case", "order"), in_turn(MASKS, MASK_ORDERS))
 def test_an_order_changes_nothing(case: Case, order: orders.Order) -> None:
     inputs, expected = truth(case, 129, torch.float64)
     mask = case.program(129)
@@ -209,9 +225,16 @@ LOW = (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [1, 127, 300])
-@pytest.mark.parametrize("name", LOW)
+LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Three at a time have three lengths and three dtypes.
+LENGTHS_AND_DTYPES = [
+    (n, LOW_DTYPES[(place + shift) % 3])
+    for shift in range(3)
+    for place, n in enumerate((1, 127, 300))
+]
+
+
+@pytest.mark.parametrize(("name", "n", "dtype"), in_turn(LOW, LENGTHS_AND_DTYPES, count=3))
 def test_lower_precision_is_near_dense_attention(name: str, n: int, dtype: torch.dtype) -> None:
     compare_with_dense(by_name(name), n, dtype, LOWERINGS)
 
@@ -235,6 +258,9 @@ def compare_with_dense(case: Case, n: int, dtype: torch.dtype, lowerings: tuple[
 
 # Short sequences of many tiles
 
+# auto is the native kernel, or one of them.
+OF_TILES = ("strided", "tiled")
+
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -257,18 +283,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("case", [case for case in CASES if 129 in case.lengths], ids=str)
+@pytest.mark.parametrize("case", one_in(2, [case for case in CASES if 129 in case.lengths]))
 def test_many_tiles(case: Case) -> None:
     inputs, expected = truth(case, 129, torch.float64)
-    for lowering in lowerings_of(case, ("strided", "tiled", "auto")):
+    for lowering in lowerings_of(case, OF_TILES):
         assert_same(run(cd.compile(case.program(129), lowering=lowering), inputs), expected)
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(LOW, (torch.bfloat16, torch.float16)))
 def test_many_tiles_in_lower_precision(name: str, dtype: torch.dtype) -> None:
-    compare_with_dense(by_name(name), 127, dtype, ("strided", "tiled", "auto"))
+    compare_with_dense(by_name(name), 127, dtype, OF_TILES)
 
 
 # The caches of the process may be emptied at any moment
@@ -296,7 +321,7 @@ def emptied_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("emptied_caches")
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
+@pytest.mark.parametrize("case", one_in(10, CASES))
 def test_emptied_caches_change_nothing(case: Case) -> None:
     n = case.lengths[len(case.lengths) // 2]
     inputs, expected = truth(case, n, torch.float64)

@@ -16,6 +16,7 @@ from compiled_dilated import Program, masks
 from compiled_dilated.masks import Mask
 from tests.cases import Case, by_name
 from tests.support.attention import in_every_lowering, same, same_gradients, tensors
+from tests.support.turns import in_turn
 
 # Export, autocast, modes
 
@@ -133,17 +134,22 @@ def test_layouts(case: Case, lowering: str, layout: Callable[[Tensor], Tensor]) 
 
 
 @pytest.mark.parametrize(
-    "call", [lambda attend: attend, lambda attend: torch.compile(attend, backend="aot_eager")]
+    ("name", "ranks", "compiled"),
+    in_turn(
+        ("longnet causal", "hilbert window", "full"),
+        ((None, True), (2, False), (None, False), (2, True)),
+        count=2,
+    ),
 )
-@pytest.mark.parametrize("ranks", [None, 2])
-@pytest.mark.parametrize("name", ["longnet causal", "hilbert window", "full"])
 def test_heads_of_a_models_tokens_are_joined_without_a_copy(
-    name: str, ranks: int | None, call: Callable[[cd.Attend], Callable[..., Tensor]]
+    name: str, ranks: int | None, compiled: bool
 ) -> None:
     """out has q's layout: token by token, or head by head."""
-    case = by_name(name)
-    inputs = case.inputs(331, torch.float32)
-    attend = call(cd.compile(case.program(331), ranks=ranks))
+    case, n = by_name(name), 67
+    inputs = case.inputs(n, torch.float32)
+    attend: Any = cd.compile(case.program(n), ranks=ranks)
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager")
     q, k, v = (from_bnhd(x) for x in (inputs.q, inputs.k, inputs.v))
     joined = attend(q, k, v).transpose(1, 2)
     assert joined.flatten(2).data_ptr() == joined.data_ptr()

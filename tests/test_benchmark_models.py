@@ -41,7 +41,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("work", {"seconds": [1.0]}),
         ("grow", {"failed": "out of 2 GiB of memory"}),
-        ("wait", {"failed": "took longer than 5 s"}),
+        ("wait", {"failed": "took longer than 2 s"}),
         ("raise", {"failed": "NotImplementedError: no backward here"}),
     ],
 )
@@ -50,7 +50,7 @@ def test_a_case_in_a_process_of_its_own(
 ) -> None:
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    seconds = 5 if do == "wait" else 120
+    seconds = 2 if do == "wait" else 120
     assert benchmarks("harness.apart").row_of(str(script), {"do": do}, 2 * 2**30, seconds) == row
 
 

@@ -45,7 +45,7 @@ def leaves(most: int = 40) -> st.SearchStrategy[Mask]:
 LENGTH, OFFSET = st.integers(1, 70), st.integers(0, 70)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(mask=strategies.expressions(leaves()), q_len=LENGTH, kv_len=LENGTH, q_offset=OFFSET)
 def test_pairs_are_those_of_the_dense_mask(
     mask: Mask, q_len: int, kv_len: int, q_offset: int
@@ -115,7 +115,7 @@ def test_documents_are_counted_as_the_dense_mask(within: Mask, q_offset: int) ->
         assert counting.pairs(mask, q_len, kv_len, q_offset) == expected
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(mask=leaves() | st.builds(LeadingQueries, st.integers(0, 40)), data=st.data())
 def test_formulas_count_pairs_of_any_two_runs(mask: Mask, data: st.DataObject) -> None:
     q, kv = (range(*sorted(data.draw(st.tuples(OFFSET, OFFSET)))) for _ in range(2))

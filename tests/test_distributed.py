@@ -148,9 +148,9 @@ TRAINING = ("training", "fully_sharded", "learned_operands")
 @pytest.mark.parametrize(
     ("size", "scenarios"),
     [
-        (2, ("same_bits", "variant", "compiled", *TRAINING, "mistakes")),
-        (4, ("same_bits", "two_rings", "training")),
-        (3, ("refusals", "learned_operands", "mistakes")),
+        (2, ("same_bits", "variant", "compiled", *TRAINING)),
+        (3, ("same_bits", "refusals", "mistakes")),
+        (4, ("two_rings",)),
     ],
     ids=str,
 )

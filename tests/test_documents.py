@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 import compiled_dilated as cd
 from compiled_dilated import masks
 from tests.documents import PRELUDES, SHARED
+from tests.support.forked import run_code
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,15 +66,9 @@ def test_code_of_pages_runs(page: Path, tmp_path: Path) -> None:
     blocks = [block for block in blocks if block not in without_library]
     run_code("\n".join([SHARED, PRELUDES.get(page.name, ""), *blocks]), tmp_path)
     for block in without_library:
-        run_code("import torch\n" + block, tmp_path)
-
-
-def run_code(code: str, folder: Path) -> None:
-    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
+        command = [sys.executable, "-c", "import torch\n" + block]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES, ids=str)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import compiled_dilated as cd
 from compiled_dilated import Branch, Program, masks
+from compiled_dilated.lowerings.flex import running
 from tests.comparing import assert_close, exact_results, leaves, normal, results_and_gradients
 from tests.support.attention import STRIDED, WAYS, way_name
 
@@ -181,18 +183,36 @@ def test_data_of_batch_one_serve_all_entries() -> None:
     assert cd.block_mask(program, 20, 20, data={"ids": ids}).kv_indices.shape[0] == 1
 
 
-@pytest.mark.parametrize("mask", [masks.documents(ids="ids") & masks.causal()], ids=str)
-def test_block_masks_of_data_compile(mask: masks.Mask) -> None:
+# Inductor takes seconds for each kernel. In every run it compiles the block masks of
+# test_block_masks_kernels.py, and FlexAttention in test_against_reference.py.
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiler of FlexAttention, also for the flex lowering."""
+    name: str = request.param
+    torch._dynamo.reset()
+    compiled = partial(torch.compile, dynamic=True, fullgraph=True, backend=name)
+    monkeypatch.setattr(running, "_compiled", partial(compiled, running._flex))
+    monkeypatch.setattr(running, "_KERNELS", type(running._KERNELS)(most=8))
+    return name
+
+
+def test_block_masks_of_data_compile(backend: str) -> None:
+    mask = masks.documents(ids="ids") & masks.causal()
     ids = torch.randint(0, 3, (2, 200), generator=torch.Generator().manual_seed(0))
     block_mask = cd.block_mask(mask, 200, 200, data={"ids": ids}, tile=64)
     assert block_mask.kv_num_blocks.shape[0] == 2
     q = torch.randn(2, 2, 200, 16, generator=torch.Generator().manual_seed(1))
-    out = torch.compile(flex_attention, dynamic=True)(q, q, q, block_mask=block_mask)
+    compiled = torch.compile(flex_attention, dynamic=True, backend=backend)
+    out = compiled(q, q, q, block_mask=block_mask)
     torch.testing.assert_close(
         out.double(), cd.reference(mask, q, q, q, data={"ids": ids}), rtol=1e-5, atol=1e-5
     )
 
 
+@pytest.mark.usefixtures("backend")
 def test_flex_with_lookup_tables_in_several_branches() -> None:
     q, k, v = (x.float() for x in normal((2, 2, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16)))
     documents = masks.documents(lengths=(7, 20, 13))
@@ -202,6 +222,7 @@ def test_flex_with_lookup_tables_in_several_branches() -> None:
     torch.testing.assert_close(out.double(), cd.reference(program, q, k, v), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("backend")
 def test_flex_with_functions_that_capture_tensors() -> None:
     q, k, v = (x.float() for x in normal((2, 2, 40, 16), (2, 2, 40, 16), (2, 2, 40, 16)))
     table = torch.randn(40, 40, generator=torch.Generator().manual_seed(2))

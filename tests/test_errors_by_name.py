@@ -56,7 +56,7 @@ WRONG = st.one_of(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_wrong_values_are_refused_by_name(data: st.DataObject) -> None:
     """Any value of an argument is accepted, or refused by name."""

@@ -46,7 +46,7 @@ def check_partition(layout: Layout) -> None:
     assert max(counts) - min(counts) <= (2 if isinstance(layout, Zigzag) else 1)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(layouts())
 def test_layouts_partition_tokens_evenly(layout: Layout) -> None:
     check_partition(layout)
@@ -64,7 +64,7 @@ def test_few_tokens_primes_and_more_ranks_than_tokens(tokens: int, ranks: int) -
         check_partition(layout)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(layouts(), st.integers(-5, 200), st.integers(0, 200), st.integers(1, 50))
 def test_owners_contain_every_owner(layout: Layout, start: int, size: int, step: int) -> None:
     places = range(max(0, start), min(layout.tokens, start + size), step)

@@ -119,7 +119,7 @@ def functions_in(*ways: str) -> Callable[..., Any]:
     return given(drawn=st.tuples(score_bodies, mask_bodies, wrappings, way, st.booleans(), numbers))
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @functions_in("dense", "tiled", "auto", "ring")
 def test_compiled_functions_equal_the_reference(drawn: tuple[Any, ...]) -> None:
     """Functions in one graph of torch.compile.

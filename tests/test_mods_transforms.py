@@ -26,6 +26,7 @@ from tests.support.mods import (
     same_as_reference,
     tensors,
 )
+from tests.support.turns import in_turn
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -244,9 +245,16 @@ MODES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
-@pytest.mark.parametrize("mode", MODES)
+MODE_WAYS = ("dense", "tiled", "auto", "ring")
+
+
+@pytest.mark.parametrize(
+    ("mode", "way", "compiled"),
+    [
+        *in_turn(list(MODES), [(way, False) for way in MODE_WAYS], count=len(MODE_WAYS)),
+        *in_turn(list(MODES), [(way, True) for way in MODE_WAYS]),
+    ],
+)
 def test_modes_around_a_call_change_nothing(mode: str, way: str, compiled: bool) -> None:
     """Autocast does not cast inputs in float64.
 

@@ -27,6 +27,7 @@ from tests.support.native import (
     reference_results,
     work_of,
 )
+from tests.support.turns import in_turn
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
@@ -60,10 +61,12 @@ def test_long_sequences_of_one_head_are_deterministic_over_thread_counts(
     check_threads(Problem(work_of(mask, 1), q, k, v, grad_out, None), threads, (2, 3, 7), 3)
 
 
-@pytest.mark.parametrize("name", FEW_HEADS)
+# Query heads, key heads, width and dtype.
+SHAPES = ((1, 1, 16, torch.float32), (3, 1, 10, torch.float32), (2, 1, 32, torch.bfloat16))
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "dtype"),
-    [(1, 1, 16, torch.float32), (3, 1, 10, torch.float32), (2, 1, 32, torch.bfloat16)],
+    ("name", "heads", "kv_heads", "width", "dtype"), in_turn(list(FEW_HEADS), SHAPES)
 )
 def test_few_heads_are_deterministic_over_thread_counts(
     name: str,

@@ -88,7 +88,7 @@ def regular_parts(most: int) -> st.SearchStrategy[list[Mask]]:
     return st.lists(part, min_size=1, max_size=3)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     parts=regular_parts(40),
     q_len=st.integers(1, 150),
@@ -114,7 +114,7 @@ BANDS = st.one_of(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     mask=strategies.expressions(BANDS),
     q_len=st.integers(2, 150),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html.parser
 import importlib
+import itertools
 import json
 import math
 import re
@@ -50,8 +51,15 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("kind", "way", "settings"), WAYS, ids=[way[1] for way in WAYS])
+# Each way with a backward or without, in turn: four variants, two programs, a peer.
+BACKWARD = itertools.cycle([False, True])
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "settings", "backward"),
+    [(*way, backward) for way, backward in zip(WAYS, BACKWARD, strict=False)],
+    ids=[way[1] for way in WAYS],
+)
 def test_rows_are_right(
     reporting: Any, kind: str, way: str, settings: dict[str, Any], backward: bool
 ) -> None:

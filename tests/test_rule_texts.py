@@ -116,7 +116,7 @@ def reads_or_refuses(read: Callable[[], Any]) -> None:
     assert events == []
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), st.sampled_from(range(len(TEXTS))))
 def test_mutated_rules_are_read_or_refused(data: st.DataObject, number: int) -> None:
     rule, operands = TEXTS[number]
@@ -127,7 +127,7 @@ def test_mutated_rules_are_read_or_refused(data: st.DataObject, number: int) -> 
 PROGRAM_TEXTS = [json.loads(rule)[0] for rule, _ in TEXTS]
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated(st.sampled_from(PROGRAM_TEXTS)))
 def test_mutated_programs_are_read_or_refused(mutant: str) -> None:
     reads_or_refuses(lambda: text.read(mutant, TEXTS[1][1]))
@@ -137,7 +137,7 @@ def test_mutated_programs_are_read_or_refused(mutant: str) -> None:
 GRAPH_TEXTS = [graph for rule, _ in TEXTS if (graph := json.loads(rule)[3]) is not None]
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated(st.sampled_from(GRAPH_TEXTS)))
 def test_mutated_graphs_are_read_or_refused(mutant: str) -> None:
     reads_or_refuses(lambda: Graph(mutant).check())
@@ -169,7 +169,7 @@ def json_mutants(draw: st.DrawFn) -> str:
     return json.dumps(graph)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(json_mutants())
 def test_graphs_with_wrong_leaves_are_read_or_refused(mutant: str) -> None:
     reads_or_refuses(lambda: Graph(mutant).check())

@@ -30,6 +30,7 @@ from compiled_dilated.ring.steps import Block
 from tests import strategies
 from tests.cases import grid_of
 from tests.support.decoding import MASKS
+from tests.support.turns import in_turn
 
 HEADS, KV_HEADS = 4, 2
 
@@ -169,8 +170,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 5])
-@pytest.mark.parametrize("program", PROGRAMS, ids=repr)
+@pytest.mark.parametrize(("program", "ranks"), in_turn(PROGRAMS, (2, 5, 1), name=repr))
 def test_schedules_of_named_programs(program: Program, ranks: int) -> None:
     for layout in layouts_of(program, 63, ranks):
         check(Schedule(program, layout, HEADS, KV_HEADS))

@@ -186,7 +186,7 @@ ARGUMENTS = ("q", "k", "v", "out", "scale", "journal", "limit_seconds", "on_prog
 
 
 @given(name=st.sampled_from(ARGUMENTS), value=ODD)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 def test_any_argument_is_refused_by_name_or_used(home: Path, name: str, value: Any) -> None:
     for path in home.iterdir():
         path.unlink()
@@ -210,7 +210,7 @@ def test_any_bytes_after_the_magic_of_a_file_are_refused(home: Path, raw: bytes)
 
 
 @given(at=st.integers(6, 127), byte=st.integers(0, 255))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 def test_any_changed_byte_of_a_header_is_refused_or_read(home: Path, at: int, byte: int) -> None:
     raw = bytearray(Path("q.npy").read_bytes())
     raw[at] = byte

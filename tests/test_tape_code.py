@@ -39,7 +39,7 @@ def test_operations_are_those_of_the_kernel() -> None:
     assert len(types[1].split(",")) == len(TYPES)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.data())
 def test_tampered_tapes_never_crash(native: Native, data: st.DataObject) -> None:
     """They raise, or compute something."""

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config
-from torch._inductor.utils import fresh_cache
 
 from passes import LinearCrossEntropy, Spill
 from passes.analysis import workspaces
 from passes.planning import candidates, choice_cache, choose, reports
 from passes.planning.choose import Choice, Pipeline
 from passes.planning.tracing import Captured, capture
+from tests.caches import empty_inductor_caches
 from tests.graphs import Gelu
 
 SPILL = Spill(least_bytes=2**12)
@@ -33,7 +33,7 @@ CANDIDATES = ((), (SPILL,))
 
 @pytest.fixture(autouse=True)
 def _cache() -> Iterator[None]:
-    with fresh_cache():
+    with empty_inductor_caches():
         yield
 
 
@@ -129,14 +129,35 @@ FOREIGN: dict[str, str | bytes] = {
 }
 
 
-@pytest.mark.parametrize("content", FOREIGN)
-def test_a_foreign_file_counts_as_missing(content: str) -> None:
-    first = _choose(Pipeline(2**30, CANDIDATES))
-    (file,) = _files()
-    own, foreign = file.read_bytes(), FOREIGN[content]
-    file.write_bytes(foreign if isinstance(foreign, bytes) else foreign.encode())
-    assert _choose(Pipeline(2**30, CANDIDATES)).estimates == first.estimates
-    assert file.read_bytes() == own
+def _study(
+    monkeypatch: pytest.MonkeyPatch, study: Callable[[Callable[[], Choice], Path, Choice], None]
+) -> None:
+    """Study a stored choice; it also replaces what would be planned anew.
+
+    study: takes a function that chooses again, the stored file, and the choice
+    """
+    pipeline = Pipeline(2**30, CANDIDATES)
+
+    def examine(graph: Captured) -> None:
+        first = pipeline.choose(graph)
+        (file,) = _files()
+        monkeypatch.setattr(choice_cache, "name_of", lambda *parts: file.stem)
+        monkeypatch.setattr(choose, "trace", lambda graph, passes: first.traced)
+        monkeypatch.setattr(Pipeline, "_chosen", lambda self, graph: first)
+        study(lambda: pipeline.choose(graph), file, first)
+
+    capture(Gelu(), (torch.empty(1, 64, 64),), examine, train=True)
+
+
+def test_a_foreign_file_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def study(choose_again: Callable[[], Choice], file: Path, first: Choice) -> None:
+        own = file.read_bytes()
+        for content, foreign in FOREIGN.items():
+            file.write_bytes(foreign if isinstance(foreign, bytes) else foreign.encode())
+            assert choose_again() is first, content
+            assert file.read_bytes() == own, content
+
+    _study(monkeypatch, study)
 
 
 JSON = st.recursive(
@@ -183,21 +204,15 @@ def test_damaged_json_is_a_valid_choice_or_counts_as_missing(
 
     Such a choice is within the budget, and of passes that are offered.
     """
-    pipeline = Pipeline(2**30, CANDIDATES)
 
-    def study(graph: Captured) -> None:
-        first = pipeline.choose(graph)
-        (file,) = _files()
+    def study(choose_again: Callable[[], Choice], file: Path, first: Choice) -> None:
         own = json.loads(file.read_text())
-        monkeypatch.setattr(choice_cache, "name_of", lambda *parts: file.stem)
-        monkeypatch.setattr(choose, "trace", lambda graph, passes: first.traced)
-        monkeypatch.setattr(Pipeline, "_chosen", lambda self, graph: first)
 
-        @settings(max_examples=1000)
+        @settings(max_examples=300)
         @given(damaged(own))
         def check(value: Any) -> None:
             file.write_text(json.dumps(value))
-            choice = pipeline.choose(graph)
+            choice = choose_again()
             assert choice.chosen in choice.estimates
             assert choice.chosen.peak_bytes <= 2**30
             assert all(estimate.passes in CANDIDATES for estimate in choice.estimates)
@@ -206,7 +221,7 @@ def test_damaged_json_is_a_valid_choice_or_counts_as_missing(
 
         check()
 
-    capture(Gelu(), (torch.empty(1, 64, 64),), study, train=True)
+    _study(monkeypatch, study)
 
 
 def test_nothing_is_stored_if_caches_are_off() -> None:

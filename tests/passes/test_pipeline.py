@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import passes
@@ -25,6 +24,7 @@ from passes.planning.candidates import Passes, candidates
 from passes.planning.choose import Choice
 from passes.planning.estimates import Estimate
 from passes.planning.tracing import Captured, Traced, capture, trace
+from tests.caches import empty_inductor_caches
 from tests.compiling import Loss, train
 from tests.graphs import WIDTH, Block, Gelu, measured_peak
 from tests.support.user_passes import Twice, Unfrozen, WithOptions
@@ -177,9 +177,9 @@ def test_only_candidates_that_may_win_are_traced(
         return trace(graph, passes)
 
     monkeypatch.setattr(choose, "trace", recorded)
-    step = passes.compile(model, memory_budget=budget, dynamic=False)
-    with fresh_cache(), contextlib.suppress(BudgetError):
-        step(torch.randn(4096, WIDTH, requires_grad=True))
+    x, pipeline = torch.empty(4096, WIDTH, requires_grad=True), passes.pipeline(budget)
+    with empty_inductor_caches(), contextlib.suppress(BudgetError):
+        capture(model, [x], pipeline.choose, train=True, dynamic=False)
     assert names == expected
 
 

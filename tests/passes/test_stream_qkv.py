@@ -19,6 +19,7 @@ from passes.rewrites.stream_qkv import StreamQKV, attention
 from tests.graphs import Block, Gelu, Swiglu, measured_peak
 from tests.hooked import Hook, captured, compiled, exported
 from tests.support.layers import HEADS, MODELS, WIDTH, Layer, angles, apart, batch, model_of
+from tests.support.turns import in_turn
 
 
 @torch.no_grad()
@@ -48,21 +49,22 @@ def test_chunks_of_an_exported_graph_agree(name: str) -> None:
     assert len(lines) == MODELS[name][1]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
-def test_dims_are_recognized_if_sizes_coincide(name: str) -> None:
-    """All sizes are equal.
+# Sequences and tokens, as many as there are heads or features.
+COINCIDING = ((HEADS, HEADS), (WIDTH, WIDTH), (HEADS, WIDTH), (WIDTH, HEADS), (1, HEADS))
 
-    There are four heads of four features, with as many sequences or tokens.
-    """
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "sequences", "tokens"), in_turn(list(MODELS), COINCIDING, count=2)
+)
+def test_dims_are_recognized_if_sizes_coincide(name: str, sequences: int, tokens: int) -> None:
+    """There are four heads of four features, with as many sequences or tokens."""
     model = model_of(name)
-    sizes = ((HEADS, HEADS), (WIDTH, WIDTH), (HEADS, WIDTH), (WIDTH, HEADS), (1, HEADS))
-    for sequences, tokens in sizes:
-        step, lines = captured(model, StreamQKV(rows=3), dynamic=False)
-        x = torch.randn(sequences, tokens, WIDTH, dtype=torch.float64)
-        turns = angles(tokens) if name in ("apart", "as llama") else ()
-        torch.testing.assert_close(step(x, *turns), model(x, *turns))
-        assert len(lines) == MODELS[name][1]
+    step, lines = captured(model, StreamQKV(rows=3), dynamic=False)
+    x = torch.randn(sequences, tokens, WIDTH, dtype=torch.float64)
+    turns = angles(tokens) if name in ("apart", "as llama") else ()
+    torch.testing.assert_close(step(x, *turns), model(x, *turns))
+    assert len(lines) == MODELS[name][1]
 
 
 def heads(rows: Tensor) -> Tensor:
@@ -223,14 +225,20 @@ def test_an_unregistered_attention_is_named() -> None:
 
 
 @torch.no_grad()
-def test_blocks_compiled_and_packaged_agree(tmp_path: Path) -> None:
-    model, x = model_of("as llama"), batch(7)
+def test_blocks_compiled_by_inductor_agree() -> None:
+    model = model_of("as llama")
     step, lines = compiled(model, StreamQKV(rows=3))
     for tokens in (7, 4):
         x, turns = batch(tokens), angles(tokens)
         torch.testing.assert_close(step(x, *turns), model(x, *turns))
     assert len(lines) >= 1
-    hook = Hook(StreamQKV(rows=3))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_blocks_of_a_package_agree(tmp_path: Path) -> None:
+    """In every run the exported graph is compared, before it is compiled."""
+    model, x, hook = model_of("as llama"), batch(7), Hook(StreamQKV(rows=3))
     program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},))
     path = torch._inductor.aoti_compile_and_package(
         program,

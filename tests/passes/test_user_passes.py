@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor.utils import fresh_cache
 
 import passes
 from passes import Spill
 from passes.planning.inductor_hooks import identity
+from tests.caches import empty_inductor_caches
 from tests.support.user_passes import Doubled, Twice, WithOptions
 
 SPILL = Spill(least_bytes=2**12)
@@ -22,7 +22,7 @@ SPILL = Spill(least_bytes=2**12)
 
 def test_a_warm_cache_keeps_the_report_of_a_users_pass() -> None:
     x = torch.randn(64, 64)
-    with fresh_cache():
+    with empty_inductor_caches():
         texts: list[str] = []
         runs: list[int] = []
         for _ in range(2):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compiled_dilated.mods import Graph, over_pairs, trace_mask_mod, trace_score_mod
 from compiled_dilated.native.build import SOURCES, NativeUnavailable
+from compiled_dilated.native.cache import locked
 from compiled_dilated.native.expressions import TYPES
 from compiled_dilated.native.recipes import FLAGS, find_compiler
 from compiled_dilated.native.tape import encode
@@ -275,18 +276,18 @@ def compare_masks(native: Native, mod: Callable[..., Any], lanes: int, keys: int
 
 
 def build_driver(folder: Path) -> Native:
-    """Compile the driver with the kernel's sources, and load it.
-
-    The library is written into a folder.
-    """
+    """Compile the driver with the kernel's sources unless a folder has it, and load it."""
     try:
         compiler = find_compiler()
     except NativeUnavailable as error:
         pytest.skip(str(error))
-    (folder / "driver.cpp").write_text(DRIVER)
-    library = folder / "driver.so"
+    library, output = folder / "driver.so", folder / "unfinished.so"
     names = ("functions.cpp", "function_bounds.cpp", "function_loops.cpp")
     units = [folder / "driver.cpp", *(SOURCES / name for name in names)]
     flags = ("-O3", *FLAGS, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-shared")
-    subprocess.run(list(map(str, (*compiler, *flags, *units, "-o", library))), check=True)
+    with locked(folder):
+        if not library.exists():
+            units[0].write_text(DRIVER)
+            subprocess.run(list(map(str, (*compiler, *flags, *units, "-o", output))), check=True)
+            output.rename(library)
     return Native(ctypes.CDLL(str(library)))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 from transformers import masking_utils
 
+from ..tracing import is_compiling
 from ..wrapping.structures.spans import FAR
 from .visible import CHUNKS, PACKED, PADDING, Visible
 

@@ -130,6 +130,14 @@ def test_one_program_for_a_model_with_cross_attention_is_refused() -> None:
     assert sum(site.program is not None for site in cd.sites(model)) == 2
 
 
+def test_models_that_add_their_mask_to_scores_are_refused() -> None:
+    """BLOOM's attention is not transformers' AttentionInterface."""
+    settings = {"hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128}
+    config = transformers.BloomConfig(**settings, attn_implementation="compiled_dilated")
+    with pytest.raises(TypeError, match=r"computes with its mask, .* is no tensor. Use attn_impl"):
+        transformers.BloomForCausalLM(config)(**inputs_of("llama"))
+
+
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.3.0", "5.3.1.dev0"])
 def test_an_older_transformers_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", version)

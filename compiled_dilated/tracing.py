@@ -18,7 +18,7 @@ def is_compiling() -> bool:
 
 
 def _is_tracing() -> bool:
-    """Whether this thread has a context of the compiler, or a mode that observes operators."""
+    """Whether this thread has a compiler's context or an operators' mode."""
     return (
         CompileContext.try_get() is not None
         or TracingContext.try_get() is not None

@@ -30,6 +30,8 @@ def test_a_mask_of_the_wrong_shape_is_refused() -> None:
     message = r"got a mask of shape \(1, 1, 50, 9\); expected .* = \(2, 4, 50, 50\), or 1 in"
     with pytest.raises(ValueError, match=message):
         model(**inputs_of("llama"), attention_mask=torch.zeros(1, 1, 50, 9))
+    with pytest.raises(ValueError, match=r"attention_mask must be .*; got shape \(2, 50, 50\)"):
+        model(**inputs_of("llama"), attention_mask=torch.ones(2, 50, 50))
 
 
 def test_dropout_and_weights_are_refused() -> None:

@@ -132,6 +132,11 @@ def _join_padding(
 ) -> None:
     """Add padding; the unfilled places of a static cache are hidden too."""
     tokens = attention_mask
+    if tokens.dim() != 2:
+        raise ValueError(
+            "attention_mask must be (batch, tokens), or (batch, heads, queries, keys); "
+            f"got shape {tuple(tokens.shape)}"
+        )
     missing = kv_offset + kv_length - tokens.shape[1]
     # In a graph the length may vary: no branch on it.
     if is_compiling() or missing > 0:

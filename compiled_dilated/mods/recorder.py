@@ -309,7 +309,7 @@ def _promoted(tensors: Sequence[Tensor], number: torch.dtype) -> torch.dtype:
 
 @lru_cache(maxsize=256)
 def _over_tensors(func: Any) -> Any:
-    """The overload of an operator that takes tensors in place of numbers; None without one."""
+    """The overload that takes tensors for numbers; None without one."""
     names = [argument.name for argument in func._schema.arguments]
     for overload in func.overloadpacket.overloads():
         op = getattr(func.overloadpacket, overload)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import arguments, autograd, call_checks, checks, execution, for_passes, planner
 from .decoding import Decoder
@@ -19,6 +18,7 @@ from .partials import lse_dtype, merge
 from .programs import PerLength, Program, as_program, check_data, query_names_of
 from .ring.rings import Ring
 from .rules import Bound, Skeleton, bind, read_rule
+from .tracing import is_compiling
 
 for_passes.register()
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from .execution import Options, run, run_backward
 from .graphs import attend_backward_operator, attend_operator
@@ -22,6 +21,7 @@ from .mods import unflat
 from .partials import Saved, is_by_token
 from .ring.rings import Ring
 from .rules import Bound
+from .tracing import is_compiling
 from .vmapped import batch_size, fold, fold_data, one_by_one, operands_vary
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import arguments
+from .tracing import is_compiling
 
 # SDPA's options, and what to write here in their place.
 _OF_SDPA = {

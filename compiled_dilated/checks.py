@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import arguments
+from .tracing import is_compiling
 
 DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
 _LARGEST = sys.float_info.max

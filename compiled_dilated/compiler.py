@@ -111,7 +111,13 @@ def compile(
         if lowering != "auto":
             unused.append("lowering")
         return compiled_model(program, unused, attention, memory_budget, dynamic)
-    if memory_budget is not None or dynamic is not None or attention is not NOT_PASSED:
+    is_of_model = memory_budget is not None or dynamic is not None or attention is not NOT_PASSED
+    if is_of_model and not isinstance(program, (Program, Mask)):
+        raise TypeError(
+            "attention, memory_budget and dynamic are for models, torch.nn.Module; "
+            f"got {type(program).__name__}. Wrap a function in a module"
+        )
+    if is_of_model:
         raise ValueError(
             "attention, memory_budget and dynamic are for models; a program is planned for every "
             "call. Leave them out"

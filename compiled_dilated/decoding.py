@@ -71,7 +71,10 @@ class Decoder:
             return None
         if not _is_plain_scale(scale) or not _are_plain(q, k, v):
             return None
-        entry = self._masks.get(_kind(q, k, v))
+        try:
+            entry = self._masks.get(_kind(q, k, v))
+        except RuntimeError:  # nested tensors have no shape: the checks refuse them
+            return None
         if entry is None:
             return None
         mask, is_bounded = entry

@@ -6,7 +6,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+
+from .tracing import is_compiling
 
 
 def scaled(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:

@@ -131,7 +131,23 @@ def write(program: Program | PerLength, operands: list[Tensor]) -> str:
     their graphs.
     """
     numbers = itertools.count()
+    for mask in programs.masks_of(program):
+        _check_named(mask)
     return repr(program.map(lambda mask: _shortened(mask, operands, numbers)))
+
+
+def _check_named(mask: Mask) -> None:
+    """Raise TypeError for a mask of a class that text cannot name."""
+    for part in mask.parts:
+        _check_named(part)
+    kind = type(mask)
+    if kind.__module__.startswith("compiled_dilated.") or repr(mask).partition("(")[0] in NAMES:
+        return
+    raise TypeError(
+        f"{kind.__name__} is no mask of compiled_dilated.masks, and graphs name masks by their "
+        f"functions there; got {repr(mask)[:60]}. Write masks.from_mod(fn), with fn(b, h, q_idx, "
+        "kv_idx), or add the class as CONTRIBUTING.md shows"
+    )
 
 
 def fill(text: str, functions: Sequence[MaskMod], operands: list[Tensor]) -> str:

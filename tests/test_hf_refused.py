@@ -30,6 +30,8 @@ def test_a_mask_of_the_wrong_shape_is_refused() -> None:
     message = r"got a mask of shape \(1, 1, 50, 9\); expected .* = \(2, 4, 50, 50\), or 1 in"
     with pytest.raises(ValueError, match=message):
         model(**inputs_of("llama"), attention_mask=torch.zeros(1, 1, 50, 9))
+    with pytest.raises(ValueError, match=r"attention_mask must be .*; got shape \(2, 50, 50\)"):
+        model(**inputs_of("llama"), attention_mask=torch.ones(2, 50, 50))
 
 
 def test_dropout_and_weights_are_refused() -> None:
@@ -128,6 +130,14 @@ def test_one_program_for_a_model_with_cross_attention_is_refused() -> None:
     window = masks.causal() & masks.window(4)
     model = cd.compile(t5("eager"), attention={"decoder.*.SelfAttention": window})
     assert sum(site.program is not None for site in cd.sites(model)) == 2
+
+
+def test_models_that_add_their_mask_to_scores_are_refused() -> None:
+    """BLOOM's attention is not transformers' AttentionInterface."""
+    settings = {"hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128}
+    config = transformers.BloomConfig(**settings, attn_implementation="compiled_dilated")
+    with pytest.raises(TypeError, match=r"computes with its mask, .* is no tensor. Use attn_impl"):
+        transformers.BloomForCausalLM(config)(**inputs_of("llama"))
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.3.0", "5.3.1.dev0"])

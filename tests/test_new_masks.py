@@ -5,6 +5,7 @@ It is added as in CONTRIBUTING.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,3 +73,10 @@ def test_a_new_mask_is_native_without_an_operation_of_its_own(
 ) -> None:
     monkeypatch.setattr(text, "NAMES", {**text.NAMES, "diagonals": Diagonals})
     assert cd.plan(Diagonals(3), q_shape=(1, 2, 300, 8)).lowering == "native"
+
+
+@pytest.mark.parametrize("call", [cd.compile, lambda mask: cd.plan(mask, q_shape=(1, 1, 8, 8))])
+def test_a_mask_that_text_cannot_name_is_refused(call: Callable[[Any], Any]) -> None:
+    message = r"Diagonals is no mask of compiled_dilated.masks.*; got diagonals\(3\). Write masks"
+    with pytest.raises(TypeError, match=message):
+        call(masks.causal() & ~Diagonals(3))

@@ -219,6 +219,8 @@ def test_a_description_that_is_no_json_is_refused(copied: Path) -> None:
     ("options", "message"),
     [
         ({"path": "model.so"}, r"path must end with .pt2; got 'model.so'"),
+        ({"path": "nowhere/model.pt2"}, "must be in a directory that exists; got 'nowhere/model"),
+        ({"example_inputs": qkv(9)[:2]}, "example_inputs must be q, k, v; got 2 tensors"),
         ({"lengths": (9, 3)}, r"lengths must be the least and the most, as .*; got \(9, 3\)"),
         ({"lengths": (1, 30)}, r"must have tokens within the range \(1, 30\); got 50"),
         ({"example_inputs": qkv(1), "lengths": (1, 30)}, "at least 2 tokens where that varies"),
@@ -253,6 +255,11 @@ def test_bad_types_of_export_are_refused(
     with pytest.raises(TypeError, match=message):
         export(tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"path must name a package, FILE.pt2; got '\.'"):
+        cd.inspect(".")
 
 
 def export(folder: Path, **options: Any) -> None:

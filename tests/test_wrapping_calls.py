@@ -5,6 +5,7 @@ Results and gradients stay the same.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import compiled_dilated as cd
+from compiled_dilated import masks
+from compiled_dilated.tracing import is_compiling
 from tests.support.wrapped import (
     HEADS,
     MODULES,
@@ -152,3 +155,30 @@ def test_the_first_of_three_dimensions_is_a_batch(mask: Tensor) -> None:
     q = Q[0, :, 0].clone().requires_grad_()
     learned = [x for x in (q, mask) if x.requires_grad]
     assert_gradients(model(q, mask), plain(q, mask), learned)
+
+
+# Threads ---------------------------------------------------------------------------------------
+
+
+def test_threads_share_two_graphs() -> None:
+    """More threads than torch's limit of graphs, each with a length of its own."""
+    model, plain = wrapped(Net())
+    torch._dynamo.utils.counters.clear()
+    inputs = [X[:, :tokens] for tokens in range(20, 32)]
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        results = list(threads.map(model, inputs))
+    for x, result in zip(inputs, results, strict=True):
+        assert_close(result, plain(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_compilation_in_another_thread_changes_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's flag of a compilation is one for all threads."""
+    model, plain = wrapped(Net())
+    assert_close(model(X), plain(X))
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    assert not is_compiling()
+    assert_close(model(X), plain(X))
+    with pytest.raises(TypeError, match="arguments"):
+        cd.compile(masks.causal())(Q[0], Q[0], Q[0], score_mod=lambda score, b: score)

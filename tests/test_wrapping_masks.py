@@ -10,8 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.support.masked import B, M, Masked, N, at, before, check, negative, operands
+from tests.support.wrapped import assert_close, wrapped
 
 LEAST = torch.finfo(torch.float32).min
 Mask = Callable[[int], Tensor]
@@ -173,3 +175,47 @@ def test_a_mask_from_outside_is_read_pair_by_pair() -> None:
     row, pairs = check(Masked(lambda n, mask: mask), *operands(), tril(N))
     assert row["model"] == "a mask"
     assert pairs == []
+
+
+# Lengths that vary -----------------------------------------------------------------------------
+
+OF_LENGTHS: dict[str, Mask] = {
+    "window": lambda n: before(n).abs() < n // 4 + 1,
+    "fraction": lambda n: before(n).abs() < n / 2,
+    "from the end": lambda n: at(n)[1] >= n - at(n)[0] - 1,
+    "remainder": lambda n: (at(n)[0] * 2 + at(n)[1]) % n < 9,
+    "clamped": lambda n: before(n).clamp(-(n // 4), n / 4) * 0.1,
+    "fraction of whole numbers": lambda n: before(n).clamp(max=2.5) * 0.1,
+}
+
+
+@pytest.mark.parametrize("name", OF_LENGTHS)
+def test_masks_of_the_length_in_graphs_of_any_length(name: str) -> None:
+    """The second length makes sizes symbolic: numbers of the mask become operands."""
+    model, plain = wrapped(Masked(OF_LENGTHS[name]))
+    for tokens in (29, 40, 9):
+        inputs = operands(tokens, tokens)
+        assert_close(model(*inputs), plain(*inputs))
+
+
+def test_a_mask_mod_of_the_length() -> None:
+    class Flex(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            reach, tokens = q.shape[2] // 2, q.shape[2]
+
+            def near(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                return (q_idx - kv_idx).abs() <= reach
+
+            def falling(
+                score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+            ) -> Tensor:
+                return torch.where(q_idx < tokens // 3, score, score * 0.5)
+
+            blocks = create_block_mask(near, None, None, tokens, tokens, device="cpu")
+            out: Tensor = flex_attention(q, q, q, falling, blocks)
+            return out
+
+    model, plain = wrapped(Flex())
+    for tokens in (29, 40, 9):
+        q = operands(tokens)[0].detach()
+        assert_close(model(q), plain(q))

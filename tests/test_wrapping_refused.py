@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.support.wrapped import WIDTH, Multihead, Net, Q, X, wrapped
+from tests.support.wrapped import WIDTH, Bare, Multihead, Net, Q, X, wrapped
 
 # The model, attention=, and the error with its message.
 REFUSED: dict[str, tuple[nn.Module, Any, type[Exception], str]] = {
@@ -53,6 +53,12 @@ REFUSED: dict[str, tuple[nn.Module, Any, type[Exception], str]] = {
         lambda layer: 3,
         TypeError,
         "attention of blocks.0 must be a program, a mask or None; got int 3",
+    ),
+    "function, of the model itself": (
+        Bare(),
+        lambda layer: 3,
+        TypeError,
+        "attention of scaled_dot_product_attention must be a program, a mask or None; got int 3",
     ),
 }
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import assume_constant_result
 
 from .. import text
 from ..attend import Attend, attend_in_graph
 from ..mods import ScoreMod
 from ..rules import Skeleton
+from ..tracing import is_compiling
 from ..wrapping.scores import added
 from ..wrapping.sites import sites_of
 from .visible import Visible, joined_with

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 from transformers import masking_utils
 
+from ..tracing import is_compiling
 from ..wrapping.structures.spans import FAR
 from .visible import CHUNKS, PACKED, PADDING, Visible
 
@@ -132,6 +132,11 @@ def _join_padding(
 ) -> None:
     """Add padding; the unfilled places of a static cache are hidden too."""
     tokens = attention_mask
+    if tokens.dim() != 2:
+        raise ValueError(
+            "attention_mask must be (batch, tokens), or (batch, heads, queries, keys); "
+            f"got shape {tuple(tokens.shape)}"
+        )
     # The unfilled places come after all queries: a causal mask hides them already.
     if description.causal and not is_compiling() and bool(tokens.all()):
         return

@@ -62,6 +62,15 @@ class Visible:
             f"{_EAGER}"
         )
 
+    def _in_arithmetic(self, *operands: Any) -> Any:
+        raise TypeError(
+            "this model computes with its mask, and with compiled_dilated a mask is no tensor. "
+            f"{_EAGER}"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _in_arithmetic
+    __and__ = __rand__ = __or__ = __ror__ = __lt__ = __gt__ = __invert__ = _in_arithmetic
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"this model asks its mask for {name!r}, and with compiled_dilated a mask is no "

@@ -175,7 +175,10 @@ class Mask(ABC):
 def _mask(value: object, symbol: str) -> Mask:
     """Check the right operand of `&` or `|`."""
     if not isinstance(value, Mask):
-        remedy = getattr(value, "how_to_join", "Use one of compiled_dilated.masks")
+        remedy = "Use one of compiled_dilated.masks"
+        if callable(value):
+            remedy = "Pass masks.from_mod(fn) for a function of FlexAttention; call masks.causal()"
+        remedy = getattr(value, "how_to_join", remedy)
         raise TypeError(
             f"`{symbol}` joins two masks; got {type(value).__name__} {value}. {remedy}",
         )

@@ -56,9 +56,9 @@ def as_tensor(table: tuple[int, ...], device: Any) -> Any:
 
 def _entries(table: tuple[int, ...], device: Any) -> Any:
     """The table as a tensor, cached except in a trace."""
-    import torch
+    from ..tracing import is_compiling
 
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # A tensor created while tracing belongs to the trace and must not be cached.
         return as_tensor(table, device)
     return _tensor(table, device)

@@ -123,6 +123,17 @@ class Draft:
             self.number(empty)
         return empty
 
+    def operand_of(self, number: Any) -> Tensor:
+        """The placeholder of a number, which becomes an operand of the graph."""
+        dtype = torch.float64
+        if isinstance(number, int | torch.SymInt):
+            dtype = torch.int64
+        with _disable_current_modes():
+            empty = torch.empty((), dtype=dtype, device="meta")
+        self.captured.append(number)
+        self._values[id(empty)] = _Value(-len(self.captured), False, empty)
+        return self.number(empty)
+
     def _literal_number(self, x: Tensor) -> Tensor:
         """A scalar constant as an operator of the graph."""
         with _disable_current_modes():

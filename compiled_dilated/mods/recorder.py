@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Recorder(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         args, kwargs = list(args), dict(kwargs or {})
+        func, args, kwargs = self._with_operands(func, args, kwargs)
         name = str(func._schema.name).replace("::", ".")
         self._check(func, name, args)
         if func._schema.is_mutable:
@@ -50,7 +52,7 @@ class Recorder(TorchDispatchMode):
         traced = self._traced([args, kwargs])
         tensors = [x for x in traced if not self.draft.is_number(x)]
         if tensors and len(tensors) < len(traced):
-            args = [self._with_numbers(x, _promoted(tensors)) for x in args]
+            args = [self._with_numbers(x, tensors) for x in args]
         # 2. The call itself, on tensors without data.
         out = func(*args, **kwargs)
         inputs, outputs = self._traced([args, kwargs]), _tensors(out)
@@ -89,12 +91,49 @@ class Recorder(TorchDispatchMode):
                 f"{self.about} draws random numbers ({func}), which would be the same for all pairs"
             )
 
-    def _with_numbers(self, value: Any, dtype: torch.dtype) -> Any:
-        """The same arguments with symbolic numbers converted to a dtype."""
+    def _with_operands(
+        self, func: Any, args: list[Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The operator over tensors, with symbolic numbers as operands: lt.Tensor for lt.Scalar.
+
+        As it is if no argument for a number is symbolic, or without such an overload.
+        """
+        passed = {
+            argument.name: value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+        }
+        passed |= kwargs
+        takes_number = [
+            argument.name
+            for argument in func._schema.arguments
+            if "number" in str(argument.type) and passed.get(argument.name) is not None
+        ]
+        if not any(
+            isinstance(passed[name], torch.SymInt | torch.SymFloat) for name in takes_number
+        ):
+            return func, args, kwargs
+        over_tensors = _over_tensors(func)
+        if over_tensors is None:
+            return func, args, kwargs
+        for argument in over_tensors._schema.arguments:
+            if argument.name in takes_number and "Tensor" in str(argument.type):
+                passed[argument.name] = self.draft.operand_of(passed[argument.name])
+        # number - tensor, which is no operator of ATen's core.
+        if over_tensors is torch.ops.aten.rsub.Tensor and "alpha" not in passed:
+            return torch.ops.aten.sub.Tensor, [passed["other"], passed["self"]], {}
+        positional = [argument.name for argument in func._schema.arguments[: len(args)]]
+        return (
+            over_tensors,
+            [passed[name] for name in positional],
+            {name: passed[name] for name in kwargs},
+        )
+
+    def _with_numbers(self, value: Any, tensors: Sequence[Tensor]) -> Any:
+        """The same arguments with symbolic numbers converted as numbers beside tensors are."""
         if isinstance(value, Tensor) and self.draft.is_number(value):
-            return self._converted(value, dtype)
+            return self._converted(value, _promoted(tensors, value.dtype))
         if isinstance(value, (tuple, list)):
-            return [self._with_numbers(item, dtype) for item in value]
+            return [self._with_numbers(item, tensors) for item in value]
         return value
 
     def _in_place(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -252,12 +291,37 @@ def _tensors(value: Any) -> list[Tensor]:
     return tensors
 
 
-def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that a number takes beside these tensors."""
+def _promoted(tensors: Sequence[Tensor], number: torch.dtype) -> torch.dtype:
+    """The dtype that a number takes beside these tensors.
+
+    number: the dtype of whole numbers, or of others.
+    """
     dtypes = [x.dtype for x in tensors if _is_inexact(x)]
-    if not dtypes:
+    if not dtypes and number.is_floating_point:
         return torch.get_default_dtype()
+    if not dtypes:
+        dtypes = [x.dtype for x in tensors if x.dtype != torch.bool] or [number]
     out = dtypes[0]
     for dtype in dtypes[1:]:
         out = torch.promote_types(out, dtype)
     return out
+
+
+@lru_cache(maxsize=256)
+def _over_tensors(func: Any) -> Any:
+    """The overload that takes tensors for numbers; None without one."""
+    names = [argument.name for argument in func._schema.arguments]
+    for overload in func.overloadpacket.overloads():
+        op = getattr(func.overloadpacket, overload)
+        arguments = op._schema.arguments
+        if [argument.name for argument in arguments] != names or op._schema.is_mutable:
+            continue
+        fits = True
+        takes_more = False
+        for argument, other in zip(func._schema.arguments, arguments, strict=True):
+            is_more = "number" in str(argument.type) and "Tensor" in str(other.type)
+            takes_more |= is_more
+            fits &= is_more or str(argument.type) == str(other.type)
+        if fits and takes_more:
+            return op
+    return None

@@ -122,6 +122,8 @@ def inspect(path: str | os.PathLike[str]) -> About:
 
     Raises FileNotFoundError if the description is missing, ValueError if it is invalid.
     """
+    if not Path(path).name:
+        raise ValueError(f"path must name a package, FILE.pt2; got {str(path)!r}")
     description = about_path(Path(path))
     if not description.exists():
         raise FileNotFoundError(

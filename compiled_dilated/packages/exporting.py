@@ -18,7 +18,7 @@ from .. import arguments, version
 from ..attend import Attend
 from ..masks import Mask
 from ..native import cpp
-from ..programs import Program
+from ..programs import Program, as_program
 from .about import About, about_path, digest, library_path
 from .entries import TOKENS, Entry
 from .graphs import Attention, Checked, attention_of, check_graph, read_by_code
@@ -64,6 +64,8 @@ def export(
     package = Path(path)
     if package.suffix != ".pt2":
         raise ValueError(f"path must end with .pt2; got {str(path)!r}")
+    if not package.absolute().parent.is_dir():
+        raise ValueError(f"path must be in a directory that exists; got {str(path)!r}. Create it")
     isa = _isa_of(isa)
     sources = _sources_of(model, example_inputs, ranges_of(lengths, batches), decode)
     return _write(_about(model, isa, sources), sources, package)
@@ -109,6 +111,13 @@ def _sources_of(
             f"model must be a torch.nn.Module, a program or a mask; got {type(model).__name__}"
         )
     inputs = tensors_of("example_inputs", example_inputs)
+    if not isinstance(model, nn.Module):
+        names = as_program(model).names
+        if len(inputs) != 3 + len(names):
+            raise ValueError(
+                f"example_inputs must be {', '.join(('q', 'k', 'v', *names))}; "
+                f"got {len(inputs)} tensors"
+            )
     entry = entry_of("example_inputs", inputs, ranges, False)
     module = model if isinstance(model, nn.Module) else Attention(model)
     sources = {"model": _Source(module, inputs, entry)}

@@ -188,8 +188,10 @@ def as_program(value: Program | Mask) -> Program:
         return value
     if isinstance(value, Mask):
         return Program((Branch(value),))
-    raise TypeError(
-        f"expected a Program or a mask; got {type(value).__name__}. "
+    remedy = (
         "Build one with compiled_dilated.masks, longnet(...), local_window(...) "
         "or Program((Branch(mask),))"
     )
+    if callable(value):
+        remedy = "Pass masks.from_mod(fn) for a function of FlexAttention; call masks.causal()"
+    raise TypeError(f"expected a Program or a mask; got {type(value).__name__}. {remedy}")

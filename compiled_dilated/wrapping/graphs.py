@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -14,6 +15,7 @@ from torch._dynamo.comptime import comptime
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
+from ..tracing import is_compiling
 from .flex import device_check
 from .layers import Choice, check_choice, check_patterns
 from .rewriting import Rewriting
@@ -21,6 +23,8 @@ from .sites import put_sites
 
 # Compiles a graph for example inputs, as a backend of torch.compile.
 Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+# Not of a model, whose copies and pickles could not have it.
+_FIRST_CALLS = threading.RLock()
 
 
 def wrap(
@@ -105,15 +109,28 @@ class _Wrapped:
         self.model, self.forward, self.attention = model, forward, attention
         self.dynamic, self.backend = dynamic, backend
         self._compiled: Callable[..., Any] | None = None
+        # The graphs so far, and whether the last call needed no new one.
+        self._graphs, self._is_settled = 0, False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             raise NotImplementedError(
                 "this model is compiled by compiled_dilated.compile(model, attention=...): "
                 "torch.compile or torch.export around it would leave that out. Call it as it is, "
                 "and export it by compiled_dilated.export(model, ...)"
             )
+        if self._is_settled:
+            return self._call(args, kwargs)
+        # One thread after the other: all threads that find no graph would compile one each, past
+        # torch's limit of graphs.
+        with _FIRST_CALLS:
+            graphs = self._graphs
+            out = self._call(args, kwargs)
+            self._is_settled = self._graphs == graphs
+        return out
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._compiled is None:
             self._compiled = self._compile()
         try:
@@ -143,6 +160,7 @@ class _Wrapped:
         rewriting = self.rewriting()
 
         def backend(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            self._graphs, self._is_settled = self._graphs + 1, False
             rewriting.rewrite(graph)
             compiled = self.backend(graph, inputs)
             rewriting.check_replaced()
@@ -161,7 +179,7 @@ class _Wrapped:
             model_forward = functools.partial(type(model).forward, model)
 
         def traced(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 raise RuntimeError(
                     "torch runs this model without compiling it (torch.compiler.set_stance, or "
                     "TORCHDYNAMO_DISABLE), which would leave its attention as it was"
@@ -179,7 +197,7 @@ class _Wrapped:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}
+        return {**self.__dict__, "_compiled": None, "_is_settled": False}
 
 
 def _start_trace(context: Any) -> None:

@@ -90,7 +90,7 @@ def program_of(attention: Choice, layer: Layer) -> Program | None:
         return None
     if not isinstance(choice, (Program, Mask)):
         raise TypeError(
-            f"attention of {layer.path} must be a program, a mask or None; "
+            f"attention of {_name_of(layer)} must be a program, a mask or None; "
             f"got {type(choice).__name__} {choice!r}"
         )
     program = as_program(choice)
@@ -98,15 +98,20 @@ def program_of(attention: Choice, layer: Layer) -> Program | None:
     return program
 
 
+def _name_of(layer: Layer) -> str:
+    """The layer's path; its kind if it is the model itself."""
+    return layer.path or layer.kind
+
+
 def _check(layer: Layer, program: Program) -> None:
     if program.names:
         raise ValueError(
-            f"the program of {layer.path} reads the data {', '.join(program.names)}, which no call "
-            "of the model passes. Padding and packed sequences join a program by themselves"
+            f"the program of {_name_of(layer)} reads the data {', '.join(program.names)}, which no "
+            "call of the model passes. Padding and packed sequences join a program by themselves"
         )
     if layer.causal and sees_later(program, layer.heads or 1):
         raise ValueError(
-            f"{layer.path} is causal, and its program shows later keys to queries. "
+            f"{_name_of(layer)} is causal, and its program shows later keys to queries. "
             "Write masks.causal() & ..., or causal=True in a program that takes it"
         )
 

@@ -13,7 +13,22 @@ COMPILE: list[Row] = [
     (
         lambda: cd.compile(lambda b, h, q, kv: q >= kv),  # type: ignore[call-overload]
         TypeError,
-        "expected a Program or a mask; got function",
+        "expected a Program or a mask; got function. Pass masks.from_mod(fn) for a function",
+    ),
+    (
+        lambda: CAUSAL & (lambda b, h, q, kv: q >= kv),  # type: ignore[operator]
+        TypeError,
+        "Pass masks.from_mod(fn) for a function of FlexAttention; call masks.causal()",
+    ),
+    (
+        lambda: cd.compile(lambda x: x, attention=CAUSAL),  # type: ignore[call-overload]
+        TypeError,
+        "are for models, torch.nn.Module; got function. Wrap a function in a module",
+    ),
+    (
+        lambda: attend(q=torch.nested.nested_tensor([torch.zeros(4, 1, 4)] * 2)),
+        TypeError,
+        "q must be a dense tensor; got a nested one",
     ),
     (
         lambda: cd.compile([CAUSAL]),  # type: ignore[call-overload]

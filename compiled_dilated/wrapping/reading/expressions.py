@@ -74,12 +74,20 @@ def _pairwise(of_tensors: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, 
 
     def operate(x: Any, y: Any) -> Any:
         if not isinstance(x, Tensor):
-            x = torch.full_like(y, x)
+            x = _like(y, x)
         if not isinstance(y, Tensor):
-            y = torch.full_like(x, y)
+            y = _like(x, y)
         return of_tensors(x, y)
 
     return operate
+
+
+def _like(x: Tensor, number: Any) -> Tensor:
+    """A number as a tensor beside another."""
+    # No constant: it may vary from call to call, or be a fraction beside whole numbers.
+    if not isinstance(number, int):
+        return torch.zeros_like(x) + number
+    return torch.full_like(x, number)
 
 
 def _where(condition: Tensor, x: Any, y: Any) -> Tensor:

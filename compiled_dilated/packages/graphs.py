@@ -72,13 +72,24 @@ def attention_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
         if score is not None:
             mod = ", with a score_mod"
         kernel = "one call of the native kernel, tiles found at the call"
+        if node.args[0].meta["val"].device.type == "cuda":
+            kernel = "one launch of the kernel of lanes"
         lines.append(f"{program}{mod}; {heads}; {kernel}")
     return tuple(lines)
 
 
 def check_graph(exported: torch.export.ExportedProgram) -> None:
     """Raise ValueError if attention in a graph would need Python."""
-    if any(_is_attend(node) for node in exported.graph.nodes):
+    for node in exported.graph.nodes:
+        if not _is_attend(node):
+            continue
+        if node.args[0].meta["val"].device.type == "cuda":
+            raise ValueError(
+                "the graph holds attention that lanes do not compute on a GPU at all lengths: "
+                f"{json.loads(node.args[5])[0]}. They take keys in runs with a stride, no data and "
+                "no score_mod, for at most 2**24 tokens, with lowering 'auto' or 'lanes'. "
+                "Export it on a CPU, or use cd.compile on the GPU"
+            )
         raise ValueError(
             "the graph holds attention that the native kernel does not compute for all lengths "
             "(a ring, another lowering, or a function that reads what varies). "

@@ -1,6 +1,6 @@
-"""Names of jobs, without torch: "run: CASE" and "compile: WAY DTYPE HEAD_DIM".
+"""Names of jobs, without torch: "run: CASE", "compile: WAY DTYPE HEAD_DIM", "package: CASE".
 
-WAY is a function of `cubins`.
+WAY is a function of `cubins`; cases are those of `cases` and of `packages`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-RUN, COMPILE = "run", "compile"
+RUN, COMPILE, PACKAGE = "run", "compile", "package"
+# The values of EMULATION in the processes of jobs.
+MODES = {RUN: "interpret", COMPILE: "compile", PACKAGE: "package"}
 _WIDTHS = {"bfloat16": (64, 96, 128, 256), "float16": (64, 96, 128, 256), "float32": (64, 96, 128)}
 _GRAPHS = ("graph bfloat16 64", "graph float16 128")
 # A graph compiles the kernels of lanes.
@@ -18,9 +20,10 @@ _SHORT_COMPILED = ("flex bfloat16 64", "graph bfloat16 64")
 def names(short: bool) -> list[str]:
     """All jobs, or those of the short half."""
     out = []
-    for name, is_short in _cases().items():
-        if is_short or not short:
-            out.append(f"{RUN}: {name}")
+    for kind, module in ((RUN, "cases"), (PACKAGE, "packages")):
+        for name, is_short in _cases(module).items():
+            if is_short or not short:
+                out.append(f"{kind}: {name}")
     compiled = list(_GRAPHS)
     for dtype, widths in _WIDTHS.items():
         for width in widths:
@@ -34,18 +37,23 @@ def names(short: bool) -> list[str]:
 def batches(chosen: list[str], at_once: int = 4) -> list[list[str]]:
     """Batches of jobs for one process: few, and of one kind."""
     out = []
-    for kind in (COMPILE, RUN):
+    for kind in (COMPILE, PACKAGE, RUN):
         alike = [name for name in chosen if name.startswith(kind)]
         out += [alike[start : start + at_once] for start in range(0, len(alike), at_once)]
     return out
 
 
-def _cases() -> dict[str, bool]:
+def mode_of(name: str) -> str:
+    """The mode of the emulation that a job needs."""
+    return MODES[name.partition(":")[0]]
+
+
+def _cases(module: str) -> dict[str, bool]:
     """Names of cases, and whether they are of the short half.
 
     Read from their source, since an import needs torch.
     """
-    table = _annotated("CASES", (Path(__file__).parent / "cases.py").read_text())
+    table = _annotated("CASES", (Path(__file__).parent / f"{module}.py").read_text())
     assert isinstance(table, ast.Dict)
     out = {}
     for key, value in zip(table.keys, table.values, strict=True):

@@ -12,11 +12,16 @@ import traceback
 import warnings
 from typing import Any
 
-from . import jobs
+from . import jobs, lines
 
 
 def main(names: list[str]) -> None:
     warnings.filterwarnings("ignore")
+    with lines.recorded():
+        _run(names)
+
+
+def _run(names: list[str]) -> None:
     for name in names:
         started = time.monotonic()
         try:
@@ -38,6 +43,10 @@ def _result(name: str) -> dict[str, Any]:
         from . import cases
 
         return {"error": cases.error_of(cases.CASES[case])}
+    if kind == jobs.PACKAGE:
+        from . import packages
+
+        return {"error": packages.error_of(packages.CASES[case])}
     from . import cubins
 
     way, dtype, head_dim = case.split()

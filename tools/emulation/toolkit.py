@@ -1,0 +1,63 @@
+"""A pretended CUDA toolkit: headers and libraries for code that AOTInductor generates.
+
+    cuda/include/     what generated code uses of CUDA's runtime; Triton's wheel has cuda.h
+    cuda/driver.cpp   libcuda: modules and launches are passed to functions of `launches`
+    cuda/device.cpp   libtorch_cuda: CUDA tensors in the memory of the host
+
+Imported before torch.utils.cpp_extension, which looks for a toolkit once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent / "cuda"
+_TORCH = Path(torch.__file__).parent
+# As its version of torch, for CUDA; `pretended` says so too.
+CUDA = "13.0"
+
+
+def _built(home: Path, source: str, name: str, soname: str, *links: str) -> Path:
+    """Compile a library of the toolkit."""
+    library = home / "lib64" / name
+    include = [f"-I{home / 'include'}", f"-I{_TORCH / 'include'}"]
+    include.append(f"-I{_TORCH / 'include/torch/csrc/api/include'}")
+    compiler = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", f"-Wl,-soname,{soname}"]
+    command = [*compiler, str(_SOURCES / source), *include, f"-L{_TORCH / 'lib'}", *links]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
+
+
+def _cuda_h() -> Path:
+    """The header of CUDA's driver in Triton's wheel."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "backends/nvidia/include/cuda.h"
+
+
+def _made() -> ctypes.CDLL:
+    """Build the toolkit, name it to torch and open its libraries; returns the driver."""
+    home = Path(tempfile.mkdtemp(prefix="emulation-cuda-"))
+    shutil.copytree(_SOURCES / "include", home / "include")
+    shutil.copy(_cuda_h(), home / "include/cuda.h")
+    (home / "lib64").mkdir()
+    os.environ["CUDA_HOME"] = str(home)
+    driver = _built(home, "driver.cpp", "libcuda.so", "libcuda.so.1")
+    links = ("-ltorch", "-ltorch_cpu", "-lc10")
+    device = _built(home, "device.cpp", "libtorch_cuda.so", "libtorch_cuda.so", *links)
+    # Opened here, so that generated code finds them by their names.
+    opened = ctypes.CDLL(str(driver), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(device), mode=ctypes.RTLD_GLOBAL)
+    return opened
+
+
+DRIVER = _made()

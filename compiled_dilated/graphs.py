@@ -81,44 +81,61 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         )
 
 
+# The kernels of a forward in a graph, by q, k and v.
 Kernels = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _forward_kernels(
-    options: Options, q: Tensor, k: Tensor, v: Tensor, tensors: int
-) -> Kernels | None:
-    """The forward by kernels that a graph can contain, or None.
+def _keeps_operators(q: Tensor) -> bool:
+    """Whether a graph keeps the operator: on a CPU, and in the graphs of torch.export.
 
-    tensors: number of data and operands.
+    An exported program takes no constants after its first trace. Inductor traces it again.
     """
-    if _traces_kernels(options, q, k, v, tensors):
-        return partial(run, data=None, operands=None, options=options)
-    rule = read_rule(options.rule, None) if not tensors else None
-    if rule is None or rule.ring is not None or options.training or q.device.type == "cpu":
-        return None
+    if q.device.type == "cpu":
+        return True
+    # Imported late: it imports Dynamo, which takes longer than all of this package.
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    return bool(custom_triton_ops_decomposition_disabled())
+
+
+def _forward_kernels(
+    rule: Rule, options: Options, q: Tensor, k: Tensor, v: Tensor
+) -> Kernels | str:
+    """The kernels of lanes that a graph can contain, or why it keeps the operator."""
+    if _is_fixed(options, q, k, v):
+        problem = problem_at(rule, q, k, v, options.q_offset, options.training)
+        if planner.plan_for(problem, rule.lowering).lowering == "lanes":
+            return partial(run, data=None, operands=None, options=options)
+    if options.training:
+        return "a backward has no lists for lengths that vary"
     problem = _longest(rule, options, q, k, v)
-    if problem is None:
-        return None
+    if isinstance(problem, str):
+        return problem
     proposal = lanes.propose(problem)
-    if isinstance(proposal, Refusal) or not _takes_lanes(rule, problem):
-        return None
+    if isinstance(proposal, Refusal):
+        return proposal.reason
+    if not _takes_lanes(rule, problem):
+        return f"lowering={rule.lowering!r} is not lanes"
     call = rule.call(None, None, options.scale, options.q_offset)
     return partial(lanes.forward_up_to, proposal.work[0], problem, call)
 
 
-def _longest(rule: Rule, options: Options, q: Tensor, k: Tensor, v: Tensor) -> Problem | None:
-    """The problem of the most queries and keys that symbolic lengths may be.
+def _is_fixed(options: Options, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether all sizes are numbers, none of them 0."""
+    sizes = (*q.shape, *k.shape, *v.shape)
+    return all(isinstance(size, int) for size in (*sizes, options.q_offset)) and 0 not in sizes
 
-    None for too large upper bounds, and for heads, widths or a program that vary.
-    """
+
+def _longest(rule: Rule, options: Options, q: Tensor, k: Tensor, v: Tensor) -> Problem | str:
+    """The problem of the most queries and keys, or why there is none."""
+    if isinstance(rule.program, PerLength):
+        return "its program depends on the length"
     numbers = (*q.shape[1::2], *k.shape[1::2], v.shape[3])
+    if not all(isinstance(number, int) and number for number in numbers):
+        return f"numbers of heads and widths must be fixed; got {numbers}"
     queries, keys = greatest(options.q_offset + q.shape[2]), greatest(k.shape[2])
-    if queries is None or keys is None or isinstance(rule.program, PerLength):
-        return None
-    if max(queries, keys) > lanes.MOST_LISTED:
-        return None
-    if 0 in (queries, keys, *numbers) or not all(isinstance(number, int) for number in numbers):
-        return None
+    if queries is None or keys is None or max(queries, keys) > lanes.MOST_LISTED:
+        return f"its lists are for at most {lanes.MOST_LISTED:,} tokens, and lengths may be more"
     dtype = str(q.dtype).removeprefix("torch.")
     return Problem(
         rule.program, 1, q.shape[1], k.shape[1], queries, keys, q.shape[3], v.shape[3], dtype,
@@ -128,36 +145,31 @@ def _longest(rule: Rule, options: Options, q: Tensor, k: Tensor, v: Tensor) -> P
 
 def _takes_lanes(rule: Rule, problem: Problem) -> bool:
     """Whether a call is computed by lanes, at its greatest lengths."""
-    if rule.lowering == "auto" and _WITHOUT_PYTHON.get():
-        return True
-    if rule.lowering not in ("auto", "lanes"):
-        return False
-    return planner.plan_for(problem, rule.lowering).lowering == "lanes"
-
-
-def _traces_kernels(options: Options, q: Tensor, k: Tensor, v: Tensor, tensors: int) -> bool:
-    """Whether a graph can contain the kernels of lanes for this call of fixed shapes.
-
-    tensors: number of data and operands.
-    """
-    sizes = (*q.shape, *k.shape, *v.shape)
-    if tensors or not all(isinstance(size, int) for size in (*sizes, options.q_offset)):
-        return False
-    rule = read_rule(options.rule, None)
-    if rule.ring is not None or 0 in sizes:
-        return False
-    problem = problem_at(rule, q, k, v, options.q_offset, options.training)
-    return problem.device != "cpu" and planner.plan_for(problem, rule.lowering).lowering == "lanes"
+    if rule.lowering == "auto" and not _WITHOUT_PYTHON.get():
+        return planner.plan_for(problem).lowering == "lanes"
+    return rule.lowering in ("auto", "lanes")
 
 
 # AOTAutograd traces under this mode, and decomposes operators of Triton kernels there alone.
 @attend_operator.register_torch_dispatch(FunctionalTensorMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Trace the kernels of the forward."""
-    q, k, v, data, operands, rule, scale, q_offset, training, by_token = args
-    options = Options(rule, scale, q_offset, training, True, (), 0)
-    kernels = _forward_kernels(options, q, k, v, len(data or ()) + len(operands or ()))
-    if kernels is None:
+    q, k, v, data, operands, text, scale, q_offset, training, by_token = args
+    if _keeps_operators(q):
+        return mode.__torch_dispatch__(func, types, args, kwargs)
+    kernels: Kernels | str = "it reads data or tensors of a function"
+    if not data and not operands:
+        rule = read_rule(text, None)
+        kernels = "a ring exchanges messages"
+        if rule.ring is None:
+            options = Options(text, scale, q_offset, training, True, (), 0)
+            kernels = _forward_kernels(rule, options, q, k, v)
+    if isinstance(kernels, str):
+        if _WITHOUT_PYTHON.get():
+            raise ValueError(
+                "on a GPU a graph without Python computes attention by lanes, and they refuse "
+                f"this one: {kernels}. Use cd.compile on the GPU, or export on a CPU"
+            )
         return mode.__torch_dispatch__(func, types, args, kwargs)
     with mode:
         out, lse = kernels(q, k, v)
@@ -166,10 +178,15 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 
 @attend_backward_operator.register_torch_dispatch(FunctionalTensorMode)
 def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Trace the kernels of the backward."""
-    grad_out, grad_lse, q, k, v, out, lse, data, operands, rule, scale, q_offset, _ = args
-    options = Options(rule, scale, q_offset, True, True, (), 0)
-    if not _traces_kernels(options, q, k, v, len(data or ()) + len(operands or ())):
-        return mode.__torch_dispatch__(func, types, args, kwargs)
-    with mode:
-        return run_backward(Saved(q, k, v, out, lse, grad_out, grad_lse), None, None, options)
+    """Trace the kernels of the backward, of fixed shapes."""
+    grad_out, grad_lse, q, k, v, out, lse, data, operands, text, scale, q_offset, _ = args
+    options = Options(text, scale, q_offset, True, True, (), 0)
+    is_fixed = not data and not operands and _is_fixed(options, q, k, v)
+    if is_fixed and not _keeps_operators(q):
+        rule = read_rule(text, None)
+        problem = problem_at(rule, q, k, v, q_offset, True)
+        if rule.ring is None and planner.plan_for(problem, rule.lowering).lowering == "lanes":
+            saved = Saved(q, k, v, out, lse, grad_out, grad_lse)
+            with mode:
+                return run_backward(saved, None, None, options)
+    return mode.__torch_dispatch__(func, types, args, kwargs)

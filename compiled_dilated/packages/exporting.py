@@ -228,12 +228,12 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
                 Checked(model, source.entry.code), source.inputs, dynamic_shapes=(shapes,)
             )
             attention = attention_of(exported)
-            # Traced again without gradients: attention becomes the native operator, or lanes.
-            with without_python():
-                exported = exported.run_decompositions({})
+            # Traced again without gradients: on a CPU attention becomes the native operator.
+            exported = exported.run_decompositions({})
     finally:
         module.train(training)
-    check_graph(exported)
+    if source.entry.device == "cpu":
+        check_graph(exported)
     contiguous = read_by_code(exported)
     inputs = tuple(
         replace(x, contiguous=by_code)
@@ -270,7 +270,8 @@ def _compile(
     # a new one would not.
     valid_vec_isa_list()
     # A separate cache: two processes that export the same graph would overwrite each other's files.
-    with fresh_cache(), torch.no_grad():
+    # On a GPU attention becomes lanes here, or is refused.
+    with fresh_cache(), torch.no_grad(), without_python():
         files: dict[str, Any] = {}
         for name, program in exported.items():
             inputs, keywords = program.example_inputs

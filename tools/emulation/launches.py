@@ -60,7 +60,8 @@ LAUNCHED: list[tuple[str, tuple[int, ...]]] = []
 def _saved(autotuner: Any, stream: Any, launcher: Any) -> None:
     """Record a kernel that inductor saves for a package."""
     _save(autotuner, stream, launcher)
-    meta, name = autotuner.triton_meta, autotuner.inductor_meta["kernel_name"]
+    meta, metadata = autotuner.triton_meta, launcher.bin.metadata
+    name = autotuner.fn.__name__
     # The last source by this name: each graph has one.
     source = [text for of, text in pretended.KERNELS if of == name][-1]
     constants = {**meta.get("constants", {}), **launcher.config.kwargs}
@@ -69,7 +70,6 @@ def _saved(autotuner: Any, stream: Any, launcher: Any) -> None:
         kind = meta["signature"].get(argument, "constexpr")
         if kind != "constexpr" and argument not in constants:
             signature[argument] = kind
-    metadata = launcher.bin.metadata
     SAVED[hashlib.sha256(launcher.bin.asm["cubin"]).hexdigest()] = Kernel(
         name, source, signature, constants, 32 * metadata.num_warps, metadata.shared
     )

@@ -209,6 +209,7 @@ _OF_CUDA: dict[str, Any] = {
 }
 # What Dynamo's interface of CUDA returns.
 _OF_INTERFACE = {
+    **dict.fromkeys(("exchange_device", "maybe_exchange_device"), 0),
     "current_device": 0,
     "set_device": None,
     "device_count": 1,
@@ -289,6 +290,10 @@ def _pretend_inductor() -> None:
 
     async_compile.AsyncCompile.triton = of_source
     if MODE == "package":
+        # They include headers of torch's CUDA build.
+        inductor_config.cpp_cache_precompile_headers = False
+        # Of several configurations, the first: nothing has a time here.
+        triton_heuristics.CachingAutotuner.bench = lambda self, *arguments, **options: 1.0
         return
     compile_graph, compile_inner = compile_fx.compile_fx, compile_fx.compile_fx_inner
 

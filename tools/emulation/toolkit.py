@@ -1,6 +1,6 @@
 """A pretended CUDA toolkit: headers and libraries for code that AOTInductor generates.
 
-    cuda/include/     what generated code uses of CUDA's runtime; Triton's wheel has cuda.h
+    include/          CUDA's own headers, from Triton's wheel
     cuda/driver.cpp   libcuda: modules and launches are passed to functions of `launches`
     cuda/device.cpp   libtorch_cuda: CUDA tensors in the memory of the host
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,6 +20,9 @@ import torch
 
 _SOURCES = Path(__file__).parent / "cuda"
 _TORCH = Path(torch.__file__).parent
+# Types of numbers that generated code for the host has no use for; they need a header of a compiler
+# of CUDA that the wheel lacks.
+_WITHOUT = ("cuda_bf16.h", "cuda_fp16.h", "cuda_fp8.h")
 # As its version of torch, for CUDA; `pretended` says so too.
 CUDA = "13.0"
 
@@ -36,19 +38,23 @@ def _built(home: Path, source: str, name: str, soname: str, *links: str) -> Path
     return library
 
 
-def _cuda_h() -> Path:
-    """The header of CUDA's driver in Triton's wheel."""
+def _headers() -> Path:
+    """CUDA's headers in Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None
     assert spec.origin is not None
-    return Path(spec.origin).parent / "backends/nvidia/include/cuda.h"
+    return Path(spec.origin).parent / "backends/nvidia/include"
 
 
 def _made() -> ctypes.CDLL:
     """Build the toolkit, name it to torch and open its libraries; returns the driver."""
     home = Path(tempfile.mkdtemp(prefix="emulation-cuda-"))
-    shutil.copytree(_SOURCES / "include", home / "include")
-    shutil.copy(_cuda_h(), home / "include/cuda.h")
+    (home / "include").mkdir()
+    for header in _headers().iterdir():
+        if header.name not in _WITHOUT:
+            (home / "include" / header.name).symlink_to(header)
+    for name in _WITHOUT:
+        (home / "include" / name).touch()
     (home / "lib64").mkdir()
     os.environ["CUDA_HOME"] = str(home)
     driver = _built(home, "driver.cpp", "libcuda.so", "libcuda.so.1")

@@ -93,6 +93,29 @@ void by_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&by_cpu>()); }
 
+// A tensor over a storage of the GPU.
+at::Tensor& set_part(at::Tensor& self, at::Storage source, int64_t offset, at::IntArrayRef size, at::IntArrayRef stride) {
+  c10::TensorImpl* tensor = self.unsafeGetTensorImpl();
+  tensor->set_storage_keep_dtype(std::move(source));
+  tensor->set_storage_offset(offset);
+  if (stride.empty()) tensor->set_sizes_contiguous(size);
+  else tensor->set_sizes_and_strides(size, stride);
+  return self;
+}
+
+at::Tensor& set_whole(at::Tensor& self, at::Storage source) {
+  const int64_t size = source.nbytes() / self.itemsize();
+  return set_part(self, std::move(source), 0, {size}, {});
+}
+
+// Operators that torch has for all devices, and that look for a kernel of the device inside.
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  for (const char* name : {"copy_", "fill_.Scalar", "fill_.Tensor", "_local_scalar_dense"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&by_cpu>());
+  m.impl("set_.source_Storage", &set_whole);
+  m.impl("set_.source_Storage_storage_offset", &set_part);
+}
+
 class Runner : public torch::inductor::AOTIModelContainerRunner {
  public:
   using AOTIModelContainerRunner::AOTIModelContainerRunner;

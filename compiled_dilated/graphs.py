@@ -85,12 +85,16 @@ def _(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 Kernels = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def _is_on_cpu(q: Tensor) -> bool:
+    return q.device.type == "cpu"
+
+
 def _keeps_operators(q: Tensor) -> bool:
     """Whether a graph keeps the operator: on a CPU, and in the graphs of torch.export.
 
     An exported program takes no constants after its first trace. Inductor traces it again.
     """
-    if q.device.type == "cpu":
+    if _is_on_cpu(q):
         return True
     # Imported late: it imports Dynamo, which takes longer than all of this package.
     from torch.export._trace import custom_triton_ops_decomposition_disabled

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import pretended, toolkit  # isort: skip
+
 import torch
 import torch._inductor.runtime.triton_heuristics as triton_heuristics
 import triton
 from torch._inductor.codecache import PyCodeCache
-
-from . import pretended, toolkit
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 _INTEGERS = {"i1": ctypes.c_bool, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 _FLOATS = {"fp32": ctypes.c_float, "fp64": ctypes.c_double}
@@ -155,6 +157,14 @@ def _interpreted(kernel: Kernel) -> Any:
     return _FUNCTIONS[kernel.source]
 
 
+def _called(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Run a function of Triton's library that a kernel calls, which is there to be compiled."""
+    if function.fn not in _LIBRARY:
+        _LIBRARY[function.fn] = InterpretedFunction(function.fn)
+    return _LIBRARY[function.fn](*arguments, **options)
+
+
+_LIBRARY: dict[Any, InterpretedFunction] = {}
 _Load = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_char_p, ctypes.c_void_p)
 _Launch = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32),
@@ -164,5 +174,6 @@ _Launch = ctypes.CFUNCTYPE(
 _CALLED: tuple[Callable[..., int], ...] = (_Load(_load), _Launch(_launch))
 
 toolkit.DRIVER.pretend(*_CALLED)
+JITFunction.__call__ = _called
 _save = triton_heuristics.CachingAutotuner.save_gpu_kernel
 triton_heuristics.CachingAutotuner.save_gpu_kernel = _saved

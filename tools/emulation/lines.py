@@ -170,7 +170,7 @@ def _compared(test: ast.expr) -> bool | None:
     text = ast.unparse(test)
     if text.endswith((".is_of_gpu", ".is_cuda")) or text.startswith("gives_lse("):
         return True
-    if text.endswith("._is_on_cpu"):
+    if text.endswith("._is_on_cpu") or text.startswith("_is_on_cpu("):
         return False
     if not isinstance(test, ast.Compare) or len(test.ops) != 1:
         return None

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from . import pretended  # isort: skip
 from . import launches  # isort: skip
+
+import torch
+from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks

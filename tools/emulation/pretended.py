@@ -29,6 +29,8 @@ MODE = os.environ["EMULATION"]
 if MODE == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="emulation-")
+if MODE == "package":
+    from . import toolkit
 
 import torch  # noqa: E402
 import torch._dynamo.device_interface as device_interface  # noqa: E402
@@ -377,8 +379,6 @@ def _open_flex() -> None:
 
 
 if MODE == "package":
-    from . import toolkit
-
     # CUDA's libraries are as those of this version.
     torch.version.cuda = toolkit.CUDA
 else:

@@ -4,6 +4,7 @@
 // the runner of packages for CUDA.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_runner/model_container_runner.h>
@@ -19,6 +20,18 @@ namespace {
 const c10::Device gpu(c10::DeviceType::CUDA, 0);
 
 c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());
+
+// What torch asks its CUDA library about memory.
+struct Hooks : at::CUDAHooksInterface {
+  explicit Hooks(at::CUDAHooksArgs) {}
+  void init() const override {}
+  c10::Device getDeviceFromPtr(void*) const override { return gpu; }
+};
+
+// In the registry of torch, under the name that it looks for.
+c10::Registerer<std::string, std::unique_ptr<at::CUDAHooksInterface>, at::CUDAHooksArgs> hooks(
+    "CUDAHooks", at::CUDAHooksRegistry(),
+    c10::Registerer<std::string, std::unique_ptr<at::CUDAHooksInterface>, at::CUDAHooksArgs>::DefaultCreator<Hooks>);
 
 // A tensor over the same memory on another device. It keeps the original alive.
 at::Tensor moved(const at::Tensor& x, const c10::Device& device) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _HEADS, _KV_HEADS, _WIDTH = 4, 2, 16
 
 @dataclass(frozen=True)
 class Case:
-    """A program, or a function that makes a model, and the sizes to run.
+    """A program, or the class of a model, and the sizes to run.
 
     sizes: (batch, tokens) of calls of "model".
     decoded: (tokens, queries) of calls of "decode"; the entry exists where there are some.
@@ -51,7 +52,7 @@ class _Layer(nn.Module):
         torch.manual_seed(0)
         width = _HEADS * _WIDTH
         self.inputs, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.attend = cd.compile(masks.causal() & masks.window(60))
+        self.attend: Any = cd.compile(masks.causal() & masks.window(60))
 
     def forward(self, x: Tensor) -> Tensor:
         split = self.inputs(x).unflatten(-1, (3, _HEADS, _WIDTH))
@@ -66,6 +67,7 @@ CASES: dict[str, Case] = {
         _CACHE, torch.bfloat16, ((1, 200),), ((300, 1), (300, 7), (130, 130))
     ),
     "documents, dead rows": Case(masks.documents(lengths=(100, 130, 20)) & masks.causal()),
+    "model with projections": Case(_Layer),
 }
 
 
@@ -74,9 +76,15 @@ def on_gpu(x: Tensor) -> Tensor:
     return x.to(pretended.DEVICE)
 
 
+def _is_model(case: Case) -> bool:
+    return isinstance(case.program, type)
+
+
 def _inputs(case: Case, batch: int, tokens: int, queries: int | None = None) -> list[Tensor]:
-    """q, k and v on the CPU, equal in every run."""
+    """q, k and v on the CPU, or the input of a model, equal in every run."""
     generator = torch.Generator().manual_seed(tokens)
+    if _is_model(case):
+        return [torch.randn(batch, tokens, _HEADS * _WIDTH, generator=generator)]
     rows = tokens if queries is None else queries
     shapes = ((_HEADS, rows), (_KV_HEADS, tokens), (_KV_HEADS, tokens))
     tensors = []
@@ -86,12 +94,29 @@ def _inputs(case: Case, batch: int, tokens: int, queries: int | None = None) -> 
     return tensors
 
 
+def _right(case: Case, tensors: list[Tensor]) -> Tensor:
+    """What a call should return, in float64."""
+    if _is_model(case):
+        model = case.program().double()
+        model.attend = partial(cd.reference, model.attend.program)
+        with torch.no_grad():
+            out: Tensor = model(tensors[0].double())
+        return out
+    offset = tensors[1].shape[2] - tensors[0].shape[2]
+    right = cd.reference(case.program, *tensors, q_offset=offset)
+    assert isinstance(right, Tensor)
+    return right
+
+
 def error_of(case: Case) -> str | None:
     """The error of a case; None where all results agree with the reference."""
+    model = case.program
+    if _is_model(case):
+        model = case.program().to(pretended.DEVICE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.pt2")
         cd.export(
-            case.program, [on_gpu(x) for x in _inputs(case, 2, 50)], path,
+            model, [on_gpu(x) for x in _inputs(case, 2, 50)], path,
             lengths=_LENGTHS, batches=_BATCHES, decode=bool(case.decoded),
         )  # fmt: skip
         run = cd.load(path)
@@ -112,9 +137,7 @@ def _numbers(case: Case, run: Any) -> str | None:
             return f"the result is on {result.device}"
         if "forward" not in dict(launches.LAUNCHED):
             return f"the package launched {launches.LAUNCHED}, not lanes"
-        offset = tensors[1].shape[2] - tensors[0].shape[2]
-        right = cd.reference(case.program, *tensors, q_offset=offset)
-        error = float((result.cpu().double() - right).abs().max())
+        error = float((result.cpu().double() - _right(case, tensors)).abs().max())
         allowed = 64 * torch.finfo(case.dtype).eps
         if not error <= allowed:
             shapes = [tuple(x.shape) for x in tensors]

@@ -61,7 +61,7 @@ def _made() -> ctypes.CDLL:
     driver = _built(home, "driver.cpp", "libcuda.so", "libcuda.so.1")
     links = ("-ltorch", "-ltorch_cpu", "-lc10")
     device = _built(home, "device.cpp", "libtorch_cuda.so", "libtorch_cuda.so", *links)
-    # Opened here, so that generated code finds them by their names; torch's own library before them.
+    # Opened here, so that generated code finds them by their names.
     ctypes.CDLL(str(_TORCH / "lib/libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     opened = ctypes.CDLL(str(driver), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(device), mode=ctypes.RTLD_GLOBAL)

@@ -5,6 +5,7 @@ python -m emulation.worker JOB..., with EMULATION set as in `pretended`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -39,14 +40,9 @@ def _run(names: list[str]) -> None:
 def _result(name: str) -> dict[str, Any]:
     """The report of a job: its error or None, its compiled kernels."""
     kind, _, case = name.partition(": ")
-    if kind == jobs.RUN:
-        from . import cases
-
-        return {"error": cases.error_of(cases.CASES[case])}
-    if kind == jobs.PACKAGE:
-        from . import packages
-
-        return {"error": packages.error_of(packages.CASES[case])}
+    if kind in jobs.MODULES:
+        module = importlib.import_module(f".{jobs.MODULES[kind]}", __package__)
+        return {"error": module.error_of(module.CASES[case])}
     from . import cubins
 
     way, dtype, head_dim = case.split()

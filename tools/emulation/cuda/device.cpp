@@ -25,6 +25,9 @@ c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new c10::im
 struct Hooks : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
   void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
   c10::Device getDeviceFromPtr(void*) const override { return gpu; }
 };
 
@@ -143,6 +146,8 @@ torch::inductor::RegisterAOTIModelRunner runner(
 
 char nothing;
 
+at::Tensor& tensor_of(void* handle) { return *static_cast<at::Tensor*>(handle); }
+
 }  // namespace
 
 extern "C" {
@@ -174,6 +179,16 @@ cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+
+// Products that generated code leaves to torch: those of linear layers.
+int32_t aoti_torch_cuda_addmm_out(void* out, void* self, void* a, void* b, double beta, double alpha) {
+  at::addmm_out(tensor_of(out), tensor_of(self), tensor_of(a), tensor_of(b), beta, alpha);
+  return 0;
+}
+int32_t aoti_torch_cuda_mm_out(void* out, void* a, void* b) {
+  at::mm_out(tensor_of(out), tensor_of(a), tensor_of(b));
+  return 0;
+}
 
 int32_t aoti_torch_create_cuda_guard(int32_t, void** guard) {
   *guard = &nothing;

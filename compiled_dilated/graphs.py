@@ -90,9 +90,10 @@ def _is_on_cpu(q: Tensor) -> bool:
 
 
 def _keeps_operators(q: Tensor) -> bool:
-    """Whether a graph keeps the operator: on a CPU, and in the graphs of torch.export.
+    """Whether a graph keeps the operator.
 
-    An exported program takes no constants after its first trace. Inductor traces it again.
+    So on a CPU, and in the graphs of torch.export: an exported program takes no constants after its
+    first trace. Inductor traces it again.
     """
     if _is_on_cpu(q):
         return True
@@ -105,23 +106,23 @@ def _keeps_operators(q: Tensor) -> bool:
 def _forward_kernels(
     rule: Rule, options: Options, q: Tensor, k: Tensor, v: Tensor
 ) -> Kernels | str:
-    """The kernels of lanes that a graph can contain, or why it keeps the operator."""
+    """The kernels of lanes for a graph, or why it keeps the operator."""
     if _is_fixed(options, q, k, v):
         problem = problem_at(rule, q, k, v, options.q_offset, options.training)
         if planner.plan_for(problem, rule.lowering).lowering == "lanes":
             return partial(run, data=None, operands=None, options=options)
     if options.training:
         return "a backward has no lists for lengths that vary"
-    problem = _longest(rule, options, q, k, v)
-    if isinstance(problem, str):
-        return problem
-    proposal = lanes.propose(problem)
+    longest = _longest(rule, options, q, k, v)
+    if isinstance(longest, str):
+        return longest
+    proposal = lanes.propose(longest)
     if isinstance(proposal, Refusal):
         return proposal.reason
-    if not _takes_lanes(rule, problem):
+    if not _takes_lanes(rule, longest):
         return f"lowering={rule.lowering!r} is not lanes"
     call = rule.call(None, None, options.scale, options.q_offset)
-    return partial(lanes.forward_up_to, proposal.work[0], problem, call)
+    return partial(lanes.forward_up_to, proposal.work[0], longest, call)
 
 
 def _is_fixed(options: Options, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -131,7 +132,7 @@ def _is_fixed(options: Options, q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _longest(rule: Rule, options: Options, q: Tensor, k: Tensor, v: Tensor) -> Problem | str:
-    """The problem of the most queries and keys, or why there is none."""
+    """The problem of the greatest lengths, or why there is none."""
     if isinstance(rule.program, PerLength):
         return "its program depends on the length"
     numbers = (*q.shape[1::2], *k.shape[1::2], v.shape[3])

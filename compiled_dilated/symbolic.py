@@ -13,7 +13,7 @@ def example_size(size: Any) -> int:
 
 
 def greatest(size: Any) -> int | None:
-    """A size, or the upper bound of a symbolic one; None without a bound."""
+    """A size, or the upper bound of a symbolic one, if any."""
     if isinstance(size, int):
         return size
     bound = size.node.shape_env.bound_sympy(size.node.expr).upper

@@ -47,7 +47,7 @@ def write(library: Path, isa: str) -> dict[str, Path]:
 
 
 def write_checks(library: Path) -> dict[str, Path]:
-    """As `write`, with the check of inputs alone, for a package whose kernels are its own."""
+    """As `write`, with the check of inputs alone: for a GPU."""
     build.check_switch()
     libraries = {
         ".so": build.library(build.SOURCES / "door", ("CHECKS_ALONE",), isa="any"),

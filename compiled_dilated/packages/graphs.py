@@ -79,7 +79,7 @@ def attention_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
 
 
 def check_graph(exported: torch.export.ExportedProgram) -> None:
-    """Raise ValueError if attention in a graph of a CPU would need Python."""
+    """Raise ValueError if attention on a CPU would need Python."""
     if any(_is_attend(node) for node in exported.graph.nodes):
         raise ValueError(
             "the graph holds attention that the native kernel does not compute for all lengths "

@@ -75,7 +75,7 @@ def _run(RUNS, number, i):
 
 @triton.jit
 def _cut_run(first, step, count, keys, whole, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
-    """Leave out the columns of a run that are past the keys of the call.
+    """Leave out a run's columns past the keys of the call.
 
     whole: whether the run is FULL, which only whole blocks of columns without a mask may be.
     Returns the columns to begin and to end with: of a FULL run the masked loop has what remains.

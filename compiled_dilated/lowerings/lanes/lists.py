@@ -54,7 +54,10 @@ class Tiling:
         return range(-(-stop // self.group) * self.group)
 
     def span(self, first: int, positions: int) -> tuple[int, int]:
-        """First tile and number of tiles of `reach` that hold some positions; also symbolic."""
+        """First tile of `reach` with some positions, and number of tiles.
+
+        first, positions: also symbolic.
+        """
         start = first // self.group * self.step
         stop = ((first + positions - 1) // self.group + 1) * self.step
         return start, stop - start

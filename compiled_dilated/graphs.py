@@ -106,7 +106,7 @@ def _keeps_operators(q: Tensor) -> bool:
 def _forward_kernels(
     rule: Rule, options: Options, q: Tensor, k: Tensor, v: Tensor
 ) -> Kernels | str:
-    """The kernels of lanes for a graph, or why it keeps the operator."""
+    """The kernels for a graph, or why it keeps the operator."""
     if _is_fixed(options, q, k, v):
         problem = problem_at(rule, q, k, v, options.q_offset, options.training)
         if planner.plan_for(problem, rule.lowering).lowering == "lanes":

@@ -151,6 +151,7 @@ def test_lists_up_to_a_length_are_those_of_every_call_within(
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (masks.causal(), {"device": "cpu"}, "a Triton kernel for a GPU; the tensors are on cpu"),
     (masks.causal(), {"dtype": "float64"}, "computes in float32, not in float64"),
+    (masks.causal(), {"scores": object()}, "it computes no score_mod"),
     (masks.causal(), {"head_dim": 320}, "heads of at most 256 numbers fit; got 320"),
     (masks.causal(), {"value_dim": 257}, "heads of at most 256 numbers fit; got 257"),
     (

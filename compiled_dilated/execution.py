@@ -29,7 +29,7 @@ from .calls import Call
 from .lowerings import execute
 from .masks.contents import digest
 from .mods import Mod, flat, without_autocast
-from .partials import Saved, empty_out, is_by_token, lse_dtype
+from .partials import Saved, empty_out, is_by_token, lse_dtype, with_rows
 from .plans import Plan, Problem, Scores, problem_of
 from .programs import PerLength, Program
 from .ring.rings import Ring
@@ -159,16 +159,6 @@ def ring_problem(
 # Forward and backward -----------------------------------------------------------------------
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as kernels need.
-
-    Kernels accept any other strides.
-    """
-    if x.stride(-1) == 1 or x.shape[-1] == 1:
-        return x
-    return x.contiguous()
-
-
 def _is_empty(joint: Problem | None, *tensors: Tensor) -> bool:
     """Whether the problem of all ranks, or these tensors, are empty."""
     if joint is not None:
@@ -221,7 +211,7 @@ def run(
     if _is_empty(joint, q, k, v):
         lse = q.new_full(q.shape[:3], -math.inf, dtype=lse_dtype(q.dtype))
         return empty_out(q, v, is_by_token(q)).zero_(), lse
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = with_rows(q), with_rows(k), with_rows(v)
     if ring is not None and joint is not None:
         return ring.forward(joint, call, q, k, v)
     plan = plan_of(rule, q, k, v, options.q_offset, options.training, call.score_mod)
@@ -250,7 +240,7 @@ def run_backward(
     """
     rule = read_rule(options.rule, operands)
     call = rule.call(data, operands, options.scale, options.q_offset, options.learned)
-    saved = saved.map(_rows)
+    saved = saved.map(with_rows)
     gradients = _backward(rule, call, saved, options)
     sums = () if call.score_mod is None else call.score_mod.sums
     learned = flat(sums, saved.q)

@@ -97,6 +97,16 @@ def is_by_token(q: Tensor) -> bool:
     return bool(q.stride(1) < q.stride(2))
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, as kernels need.
+
+    Kernels accept any other strides.
+    """
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return x.contiguous()
+
+
 def empty_out(q: Tensor, v: Tensor, by_token: bool) -> Tensor:
     """Uninitialized out (B, Hq, N, Dv).
 

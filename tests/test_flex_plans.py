@@ -43,9 +43,10 @@ def test_an_explicit_lowering_that_refuses_raises_on_a_gpu() -> None:
         (torch.bfloat16, 8, "heads of at least 16 numbers on a GPU; got 8"),
         (torch.bfloat16, 320, "bfloat16 heads of 320 numbers exceeds .* at most 256 fit"),
         (torch.float32, 192, "float32 heads of 192 numbers exceeds .* at most 128 fit"),
+        (torch.float64, 64, "FlexAttention does not compute in float64"),
     ],
 )
-def test_widths_that_triton_cannot_take_are_refused(
+def test_widths_and_dtypes_that_triton_cannot_take_are_refused(
     dtype: torch.dtype, width: int, reason: str
 ) -> None:
     shape = (1, 2, 512, width)

@@ -5,6 +5,8 @@ Its file of results, stages that are stopped, and exit codes.
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -249,3 +251,47 @@ def test_results_are_lines_of_json(records: Any) -> None:
     records.append("end", stage="smoke", seconds=1.0)
     lines = records.path.read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["machine", "end"]
+
+
+SOURCE = """
+def after_a_return(q, device):
+    if device == "cpu":
+        return q.one()
+    q.gpu()
+    return q.gpu()
+
+def sides(q, device):
+    if device != "cpu" and q:
+        q.gpu()
+    if device == "cpu" and q:
+        return q.one()
+    if device.type == "cuda":
+        q.gpu()
+    else:
+        q.one()
+    if not q or device == "cpu":
+        return q.one()
+    q.gpu()
+"""
+
+
+def test_lines_that_only_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    lines = importlib.import_module("emulation.lines")
+    visitor = lines._Visitor("source.py")
+    visitor.visit(ast.parse(SOURCE))
+    text = SOURCE.splitlines()
+    expected = {number for number, line in enumerate(text, 1) if "gpu" in line}
+    assert set(visitor.lines) == expected
+    assert set(visitor.lines.values()) == {"after_a_return", "sides"}
+
+
+def test_lines_listed_as_not_reached_exist_and_have_reasons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    lines = importlib.import_module("emulation.lines")
+    everything, _ = lines.unreached({})
+    listed = json.loads((TOOLS / "emulation/unreached.json").read_text())
+    assert set(listed) <= set(everything)
+    assert all(len(reason) > 10 for reason in listed.values())

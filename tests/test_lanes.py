@@ -15,10 +15,12 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.lowerings import lanes
 from compiled_dilated.lowerings.lanes import lists
+from compiled_dilated.lowerings.lanes.blocks import Blocks
 from compiled_dilated.plans import Problem, Proposal, Refusal
 from compiled_dilated.programs import as_program
 from compiled_dilated.reference import multiplicity
 
+BLOCKS = Blocks(rows=4, columns=3, warps=1, stages=1)
 PROGRAMS = {
     "full": masks.full(),
     "causal": masks.causal(),
@@ -68,7 +70,7 @@ def problem(
 def counted(work: lanes.Work, of: Problem, transposed: bool) -> np.ndarray[Any, Any]:
     """Counts of pairs in lists of small tiles, (heads, queries, keys)."""
     tiles, runs, classes = (
-        x.numpy() for x in work.lists(of, 4, 3, transposed, torch.device("cpu"))
+        x.numpy() for x in work.lists(of, BLOCKS, transposed, torch.device("cpu"))
     )
     rows, columns = (of.kv_len, of.q_len) if transposed else (of.q_len, of.kv_len)
     first_row, first_column = (0, of.q_offset) if transposed else (of.q_offset, 0)
@@ -109,10 +111,54 @@ def test_lists_hold_every_pair_as_often_as_branches_link_it(
     )
 
 
+def counted_up_to(work: lanes.Work, most: Problem, call: Problem) -> np.ndarray[Any, Any]:
+    """Counts of pairs of a call in lists for all calls within `most`, as the kernel cuts them."""
+    tables = work.lists(most, BLOCKS, False, torch.device("cpu"), up_to=True)
+    tiles, runs, classes = (x.numpy() for x in tables)
+    tiling = lists.Tiling(BLOCKS.rows, BLOCKS.columns, work.step)
+    first_tile, count = tiling.span(call.q_offset, call.q_len)
+    out = np.zeros((call.heads, call.q_len, call.kv_len), dtype=np.int64)
+    for head, number in enumerate(classes):
+        for first, step, rows, start, middle, stop in tiles[number][first_tile:][:count]:
+            row = first + step * np.arange(rows) - call.q_offset
+            alive = (row >= 0) & (row < call.q_len)
+            for place in range(start, stop):
+                k_first, k_step, k_count, least, most_distance, low, high = runs[place]
+                column = k_first + k_step * np.arange(k_count)
+                column = column[column < call.kv_len]
+                distance = row[:, None] + call.q_offset - column[None]
+                i = np.arange(rows)[:, None]
+                seen = (distance >= least) & (distance <= most_distance) & (i >= low) & (i < high)
+                assert place >= middle or seen.all(), "a FULL run holds pairs that are hidden"
+                np.add.at(out[head], np.ix_(row[alive], column), seen[alive])
+    return out
+
+
+@pytest.mark.parametrize("call", [(70, 70, 0), (1, 60, 59), (9, 60, 51), (33, 33, 0)], ids=str)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_lists_up_to_a_length_are_those_of_every_call_within(
+    name: str, call: tuple[int, int, int]
+) -> None:
+    most, of = problem(PROGRAMS[name], 90, 100), problem(PROGRAMS[name], *call)
+    work = lanes.propose(most).work[0]  # type: ignore[union-attr]
+    q, k = torch.zeros(1, 4, call[0], 1), torch.zeros(1, 4, call[1], 1)
+    expected = multiplicity(of.program, q, k, q_offset=call[2])[0].numpy()
+    np.testing.assert_array_equal(
+        counted_up_to(work, most, of), np.broadcast_to(expected, (4, *call[:2]))
+    )
+
+
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (masks.causal(), {"device": "cpu"}, "a Triton kernel for a GPU; the tensors are on cpu"),
     (masks.causal(), {"dtype": "float64"}, "computes in float32, not in float64"),
+    (masks.causal(), {"scores": object()}, "it computes no score_mod"),
     (masks.causal(), {"head_dim": 320}, "heads of at most 256 numbers fit; got 320"),
+    (masks.causal(), {"value_dim": 257}, "heads of at most 256 numbers fit; got 257"),
+    (
+        masks.causal(),
+        {"queries": 1, "keys": 2**31, "q_offset": 2**31 - 1},
+        "positions are counted in 32 bits; got 2147483648 and 2147483648 tokens",
+    ),
     (masks.padding(), {}, "padding() is not made of runs of keys"),
     (masks.neighborhood((8, 8), 1), {}, "is not made of runs of keys"),
     (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,8 @@ def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
         ({"isa": "native", "cpu": "VSX"}, "for CPUs with VSX alone, as isa='native' makes it;"),
         ({"machine": "s390x"}, "the package is for s390x; this machine is"),
         ({"kernel": "0" * 64}, "for the kernel of another version of compiled_dilated. Export it"),
-        ({"format": 1}, "its format is 1, and this version reads 2"),
+        ({"isa": "sm_90"}, "the package is for a GPU, sm_90, and torch .* finds none"),
+        ({"format": 1}, "its format is 1, and this version reads 3"),
         ({"entries": None}, "does not describe a package"),
         ({"entries": {"model": {}}}, "does not describe a package"),
     ],
@@ -207,6 +209,47 @@ def test_another_machine_or_version_is_refused(
     description.write_text(json.dumps({**json.loads(description.read_text()), **fields}))
     with pytest.raises(ValueError, match=message):
         cd.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "message"),
+    [
+        ("12.6", (9, 0), "for a torch built with CUDA 13.0; this one, .*, is built with 12.6"),
+        ("13.0", (10, 0), "kernels are for sm_90; this GPU, some GPU, is sm_100. Export it on"),
+        ("13.0", (9, 0), None),
+    ],
+)
+def test_a_package_of_a_gpu_runs_on_its_kind_alone(
+    longnet: Exported,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str,
+    capability: tuple[int, int],
+    message: str | None,
+) -> None:
+    about = replace(longnet.about, isa="sm_90", cuda="13.0")
+    assert "code for sm_90, CUDA 13.0" in str(about)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    if message is None:
+        about.check_machine()
+        return
+    with pytest.raises(ValueError, match=message):
+        about.check_machine()
+
+
+def test_an_entry_of_a_gpu_takes_no_tensors_of_a_cpu(longnet: Exported) -> None:
+    entry = replace(longnet.about.entries["model"], device="cuda")
+    message = "input 0 must be float32 on a GPU; got float32 on a CPU"
+    with pytest.raises(TypeError, match=message):
+        entry.check(qkv(50))
+    cd.load(longnet.path)(*qkv(50))
+    # The check in the graph has the same words, and an implementation for tensors of a GPU.
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.compiled_dilated.check_inputs(list(qkv(50)), entry.code)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel("compiled_dilated::check_inputs", "CUDA")
 
 
 def test_a_description_that_is_no_json_is_refused(copied: Path) -> None:
@@ -241,8 +284,9 @@ def test_bad_values_of_export_are_refused(
     [
         ({"model": 3}, "model must be a torch.nn.Module, a program or a mask; got int"),
         ({"model": cd.compile(masks.causal())}, "export takes the program itself"),
-        ({"example_inputs": (1, 2, 3)}, r"example_inputs\[0\] must be a tensor on a CPU; got int"),
+        ({"example_inputs": (1, 2, 3)}, "must be a tensor on a CPU or a GPU; got int"),
         ({"example_inputs": qkv(9)[0]}, "must be a sequence of tensors; got Tensor"),
+        ({"example_inputs": [x.to("meta") for x in qkv(9)]}, "or a GPU; got one on meta"),
         (
             {"example_inputs": [x.to(torch.complex64) for x in qkv(9)]},
             "the dtypes float32, .*; got complex64",

@@ -4,6 +4,7 @@ stem.so          the library to open: defines the operators, and opens the kerne
 stem.avx512.so   kernels for CPUs with AVX-512, with AMX where available
 stem.avx2.so     kernels for CPUs with AVX2
 stem.native.so   in place of these two: kernels for the CPU that built them
+stem.checks.so   in place of all kernels, of a package for a GPU: the check of its inputs
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,6 +43,21 @@ def write(library: Path, isa: str) -> dict[str, Path]:
     libraries = {".so": build.library(build.SOURCES / "door", defines, isa="any")}
     for kernels in kernels_for(isa):
         libraries[f".{kernels}.so"] = build.library(part="forward", isa=kernels)
+    return _copied(libraries, library)
+
+
+def write_checks(library: Path) -> dict[str, Path]:
+    """As `write`, with the check of inputs alone: for a GPU."""
+    build.check_switch()
+    libraries = {
+        ".so": build.library(build.SOURCES / "door", ("CHECKS_ALONE",), isa="any"),
+        ".checks.so": build.library(part="inputs", isa="any"),
+    }
+    return _copied(libraries, library)
+
+
+def _copied(libraries: Mapping[str, Path], library: Path) -> dict[str, Path]:
+    """Copies of libraries beside each other, by suffix."""
     files = {}
     for suffix, path in libraries.items():
         files[suffix] = Path(shutil.copyfile(path, library.with_suffix(suffix)))

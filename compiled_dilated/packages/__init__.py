@@ -5,9 +5,10 @@ export  ->  model.pt2             compiled graphs (torch.export, AOTInductor): a
             model.pt2.so          loader for C++; opens the best kernel that the CPU runs
             model.pt2.avx512.so   the native attention kernel, per instruction set
             model.pt2.avx2.so
+            model.pt2.checks.so   in place of these two, for a GPU: the check of inputs
             model.pt2.json        entries, inputs, ranges, versions, digests of the other files
 
-load    ->  a callable that checks its inputs; digests, versions and CPU are checked first
+load    ->  a callable that checks its inputs; digests, versions and device are checked first
 inspect ->  the contents of the .json file; nothing is executed
 """
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..native import cpp
-from .entries import Entry, Input
+from .entries import PLACES, Entry, Input
 
-FORMAT = 2
+FORMAT = 3
 
 
 def library_path(package: Path) -> Path:
@@ -27,6 +27,12 @@ def library_path(package: Path) -> Path:
 def about_path(package: Path) -> Path:
     """Path of the description beside a package."""
     return package.with_name(package.name + ".json")
+
+
+def gpu_isa(device: torch.device) -> str:
+    """The instruction set of a GPU, as "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def digest(path: Path) -> str:
@@ -41,10 +47,11 @@ class About:
 
     name: the exported program as text, or the model's class.
     entries: "model", and "decode" if exported.
-    isa: instruction set of the generated code, "avx2" or "native".
+    isa: instruction set of the generated code: "avx2" or "native", of a GPU "sm_90" and the like.
     cpu: torch's CPU capability at export.
     machine: processor architecture at export.
     torch, compiled_dilated: versions at export.
+    cuda: version of CUDA that torch was built with, for a GPU; else empty.
     kernel: SHA-256 of the native kernel's sources.
     files: SHA-256 by file suffix.
     """
@@ -58,10 +65,16 @@ class About:
     compiled_dilated: str
     kernel: str
     files: Mapping[str, str]
+    cuda: str = ""
     format: int = FORMAT
 
+    @property
+    def is_of_gpu(self) -> bool:
+        """Whether the package runs on a GPU."""
+        return self.isa.startswith("sm_")
+
     def check_machine(self) -> None:
-        """Raise ValueError unless this torch, compiled_dilated and CPU run the package."""
+        """Raise ValueError unless this torch, compiled_dilated and device run the package."""
         # AOTInductor's code calls torch's C interface, which changes between releases.
         if torch.__version__.partition("+")[0] != self.torch:
             raise ValueError(
@@ -73,6 +86,41 @@ class About:
                 f"the package is for {self.machine}; this machine is {platform.machine()}. "
                 "Export it there"
             )
+        if self.is_of_gpu:
+            self._check_gpu()
+        else:
+            self._check_cpu()
+        # The graph's programs and checks are encoded for one version of the kernel.
+        if self.kernel != cpp.sources_digest():
+            raise ValueError(
+                "the package's graph is for the kernel of another version of compiled_dilated. "
+                "Export it again with this one, or load it without importing compiled_dilated "
+                "(docs/packages.md)"
+            )
+
+    def _check_gpu(self) -> None:
+        """Raise ValueError unless this torch has a GPU of the package's kind."""
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"the package is for a GPU, {self.isa}, and torch {torch.__version__} finds none. "
+                "Load it on a machine with one"
+            )
+        # Generated code calls libraries of CUDA, and kernels are machine code of one kind of GPU.
+        if torch.version.cuda != self.cuda:
+            raise ValueError(
+                f"the package is for a torch built with CUDA {self.cuda}; "
+                f"this one, {torch.__version__}, is built with {torch.version.cuda}. "
+                "Export it again with this one"
+            )
+        isa = gpu_isa(torch.device("cuda"))
+        if isa != self.isa:
+            raise ValueError(
+                f"the package's kernels are for {self.isa}; this GPU, "
+                f"{torch.cuda.get_device_name()}, is {isa}. Export it on such a GPU"
+            )
+
+    def _check_cpu(self) -> None:
+        """Raise ValueError unless this CPU has the package's instructions."""
         capability = torch.backends.cpu.get_cpu_capability()
         if self.isa == "native" and capability != self.cpu:
             raise ValueError(
@@ -81,13 +129,6 @@ class About:
             )
         if cpp.best_kernels(self.isa) is None:
             raise ValueError(f"the package needs a CPU with AVX2; this one has {capability}")
-        # The graph's programs are encoded for one version of the kernel.
-        if self.kernel != cpp.sources_digest():
-            raise ValueError(
-                "the package's graph is for the kernel of another version of compiled_dilated. "
-                "Export it again with this one, or load it without importing compiled_dilated "
-                "(docs/packages.md)"
-            )
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values."""
@@ -111,6 +152,8 @@ class About:
         code = f"the CPU that exported it, {self.cpu}"
         if self.isa == "avx2":
             code = "AVX2"
+        if self.is_of_gpu:
+            code = f"{self.isa}, CUDA {self.cuda}"
         versions = f"torch {self.torch}, compiled_dilated {self.compiled_dilated}"
         lines.append(f"  {versions}, {self.machine}, code for {code}")
         lines += [f"  {suffix}: sha256 {value}" for suffix, value in self.files.items()]
@@ -150,4 +193,7 @@ def _entry(fields: dict[str, Any]) -> Entry:
     ranges = {}
     for name, (least, most) in fields["ranges"].items():
         ranges[name] = (int(least), int(most))
-    return Entry(tuple(inputs), ranges, tuple(fields["attention"]), fields["queries_last"])
+    attention, device = tuple(fields["attention"]), fields["device"]
+    if device not in PLACES:
+        raise ValueError(f"its device is {device!r}")
+    return Entry(tuple(inputs), ranges, attention, fields["queries_last"], device)

@@ -16,6 +16,8 @@ from torch import Tensor
 NAMES = TOKENS, BATCH, QUERIES = "tokens", "batch", "queries"
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 DTYPES = (*_FLOATS, "bool", "int8", "int16", "int32", "int64", "uint8")
+# Devices of packages, in the words of errors.
+PLACES = {"cpu": "a CPU", "cuda": "a GPU"}
 
 
 def dtype_of(x: Tensor) -> str:
@@ -51,12 +53,14 @@ class Entry:
     ranges: (least, most) of each varying size.
     attention: descriptions of its attention calls.
     queries_last: whether the queries are the last tokens of the cache.
+    device: of all inputs, a key of `PLACES`.
     """
 
     inputs: tuple[Input, ...]
     ranges: Mapping[str, tuple[int, int]]
     attention: tuple[str, ...] = ()
     queries_last: bool = False
+    device: str = "cpu"
 
     def check(self, inputs: Sequence[object]) -> None:
         """Raise TypeError or ValueError unless the inputs fit the entry."""
@@ -67,11 +71,11 @@ class Entry:
         for number, (x, expected) in enumerate(zip(inputs, self.inputs, strict=True)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"input {number} must be a tensor; got {type(x).__name__}")
-            if dtype_of(x) != expected.dtype or x.device.type != "cpu":
-                device = "a CPU" if x.device.type == "cpu" else "another device"
+            if dtype_of(x) != expected.dtype or x.device.type != self.device:
+                place = PLACES.get(x.device.type, "another device")
                 raise TypeError(
-                    f"input {number} must be {expected.dtype} on a CPU; "
-                    f"got {dtype_of(x)} on {device}"
+                    f"input {number} must be {expected.dtype} on {PLACES[self.device]}; "
+                    f"got {dtype_of(x)} on {place}"
                 )
             if not _fits(x.shape, expected.shape, sizes):
                 raise ValueError(
@@ -101,13 +105,13 @@ class Entry:
     def code(self) -> list[int]:
         """The check as integers, for the first operator of the graph.
 
-        Ranges in the order of `NAMES`, queries_last, then for each input: dtype, contiguous, rank,
-        sizes; a varying size as -1 - its number in `NAMES`.
+        Ranges in the order of `NAMES`, queries_last, number of the device in `PLACES`, then for
+        each input: dtype, contiguous, rank, sizes; a varying size as -1 - its number in `NAMES`.
         """
         numbers: list[int] = []
         for name in NAMES:
             numbers += self.ranges.get(name, (0, 0))
-        numbers.append(int(self.queries_last))
+        numbers += [int(self.queries_last), list(PLACES).index(self.device)]
         for expected in self.inputs:
             numbers += [DTYPES.index(expected.dtype), int(expected.contiguous), len(expected.shape)]
             for size in expected.shape:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from .. import arguments, version
 from ..attend import Attend
+from ..graphs import without_python
 from ..masks import Mask
 from ..native import cpp
 from ..programs import Program, as_program
-from .about import About, about_path, digest, library_path
+from .about import About, about_path, digest, gpu_isa, library_path
 from .entries import TOKENS, Entry
 from .graphs import Attention, Checked, attention_of, check_graph, read_by_code
 from .shapes import Ranges, dims_of, entry_of, ranges_of, tensors_of
@@ -42,14 +43,15 @@ def export(
     model: a program or mask, called with q, k, v and its data; a model whose attention is
         computed by `compile(program)`; or one wrapped by `compile(model, attention=...)`.
     example_inputs: tensors (batch, heads, tokens, width), (batch, tokens, width) or
-        (batch, tokens).
+        (batch, tokens), all on a CPU or all on a GPU: the device that runs the package.
     lengths: the least and the most tokens; None: the example's alone.
     batches: the least and the most of the batch; None: the example's alone.
     decode: True, for a program: a second entry whose queries, one or more, are the last tokens of
         k and v; `lengths` are those of the cache. For a model: (module, example inputs), a module
         that takes and returns the tensors of its cache.
     isa: instruction set of the generated code. "avx2": any CPU with AVX2; attention uses AVX-512
-        and AMX where present. "native": this CPU's. None: "avx2" if torch supports it.
+        and AMX where present. "native": this CPU's. None: "avx2" if torch supports it. Always
+        None on a GPU, whose kernels are those of lanes, for GPUs of its kind.
 
     The package computes a forward. It runs by `load`, or without this library:
 
@@ -66,8 +68,8 @@ def export(
         raise ValueError(f"path must end with .pt2; got {str(path)!r}")
     if not package.absolute().parent.is_dir():
         raise ValueError(f"path must be in a directory that exists; got {str(path)!r}. Create it")
-    isa = _isa_of(isa)
     sources = _sources_of(model, example_inputs, ranges_of(lengths, batches), decode)
+    isa = _isa_of(isa, sources["model"].inputs[0].device)
     return _write(_about(model, isa, sources), sources, package)
 
 
@@ -82,9 +84,11 @@ class _Source:
 
 def _about(model: nn.Module | Program | Mask, isa: str, sources: Mapping[str, _Source]) -> About:
     """The description before the export, without files."""
-    name = type(model).__name__
+    name, cuda = type(model).__name__, ""
     if isinstance(model, (Program, Mask)):
         name = repr(model)
+    if sources["model"].entry.device == "cuda":
+        cuda = str(torch.version.cuda)
     return About(
         name=name,
         entries={entry_name: source.entry for entry_name, source in sources.items()},
@@ -95,6 +99,7 @@ def _about(model: nn.Module | Program | Mask, isa: str, sources: Mapping[str, _S
         compiled_dilated=version.installed() or "not installed",
         kernel=cpp.sources_digest(),
         files={},
+        cuda=cuda,
     )
 
 
@@ -149,14 +154,25 @@ def _decode_source(
             f"the tensors of its cache; got {type(decode).__name__}. True is for a program"
         )
     tensors = tensors_of("decode[1]", decode[1])
+    if tensors[0].device != inputs[0].device:
+        raise ValueError(
+            f"decode[1] must be on the device of example_inputs, {inputs[0].device}; "
+            f"got {tensors[0].device}"
+        )
     return _Source(decode[0], tensors, entry_of("decode[1]", tensors, ranges, decodes=True))
 
 
-def _isa_of(isa: object) -> str:
+def _isa_of(isa: object, device: torch.device) -> str:
     """The instruction set of generated code.
 
     Raises ValueError if torch cannot generate it here.
     """
+    if device.type == "cuda":
+        if isa is not None:
+            raise ValueError(
+                f"isa is of CPUs, and example_inputs are on {device}; got {isa!r}. Leave isa out"
+            )
+        return gpu_isa(device)
     if isa is not None:
         arguments.choice("isa", isa, cpp.ISAS)
     if isa == "native":
@@ -177,7 +193,10 @@ def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About
     # In a temporary folder first, so that an interruption leaves no incomplete package.
     with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
         unfinished = Path(folder, package.name)
-        libraries = cpp.write(library_path(unfinished), about.isa)
+        if about.is_of_gpu:
+            libraries = cpp.write_checks(library_path(unfinished))
+        else:
+            libraries = cpp.write(library_path(unfinished), about.isa)
         # Graphs first: only they name the attention and strides of the entries.
         graphs = {name: _capture(source) for name, source in sources.items()}
         about = replace(about, entries={name: entry for name, (_, entry) in graphs.items()})
@@ -208,11 +227,12 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
                 Checked(model, source.entry.code), source.inputs, dynamic_shapes=(shapes,)
             )
             attention = attention_of(exported)
-            # Traced again without gradients: attention becomes the native operator.
+            # Traced again without gradients: on a CPU attention becomes the native operator.
             exported = exported.run_decompositions({})
     finally:
         module.train(training)
-    check_graph(exported)
+    if source.entry.device == "cpu":
+        check_graph(exported)
     contiguous = read_by_code(exported)
     inputs = tuple(
         replace(x, contiguous=by_code)
@@ -242,13 +262,15 @@ def _compile(
         "aot_inductor.package": True,
         "aot_inductor.metadata": about.metadata(),
     }
-    if about.isa == "avx2":
+    # Also of a package for a GPU, whose own code runs on a CPU.
+    if about.isa != "native" and cpp.why_not_portable() is None:
         options |= {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
     # Inductor tries instruction sets by compiling for each: its own cache has the results, whereas
     # a new one would not.
     valid_vec_isa_list()
     # A separate cache: two processes that export the same graph would overwrite each other's files.
-    with fresh_cache(), torch.no_grad():
+    # On a GPU attention becomes lanes here, or is refused.
+    with fresh_cache(), torch.no_grad(), without_python():
         files: dict[str, Any] = {}
         for name, program in exported.items():
             inputs, keywords = program.example_inputs

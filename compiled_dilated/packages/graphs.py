@@ -72,12 +72,14 @@ def attention_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
         if score is not None:
             mod = ", with a score_mod"
         kernel = "one call of the native kernel, tiles found at the call"
+        if node.args[0].meta["val"].device.type == "cuda":
+            kernel = "one launch of the kernel of lanes"
         lines.append(f"{program}{mod}; {heads}; {kernel}")
     return tuple(lines)
 
 
 def check_graph(exported: torch.export.ExportedProgram) -> None:
-    """Raise ValueError if attention in a graph would need Python."""
+    """Raise ValueError if attention on a CPU would need Python."""
     if any(_is_attend(node) for node in exported.graph.nodes):
         raise ValueError(
             "the graph holds attention that the native kernel does not compute for all lengths "

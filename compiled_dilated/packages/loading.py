@@ -56,7 +56,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     """Load a package that `export` wrote.
 
     Raises FileNotFoundError if a file is missing, and ValueError if a digest differs or if torch,
-    compiled_dilated or the CPU do not fit. Both are raised before any code is opened.
+    compiled_dilated, the CPU or the GPU do not fit. Both are raised before any code is opened.
     """
     package = Path(path)
     if not package.exists():
@@ -80,7 +80,16 @@ def load(path: str | os.PathLike[str]) -> Loaded:
 
 
 def _open_operators(package: Path, about: About) -> None:
-    """Load the kernel: built on this machine, else the package's."""
+    """Load the kernel: built on this machine, else the package's.
+
+    A package for a GPU brings its kernels in its graphs, and the check of its inputs.
+    """
+    if about.is_of_gpu:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            "compiled_dilated::check_inputs", "CUDA"
+        ):
+            torch.ops.load_library(str(package.with_suffix(".pt2.checks.so")))
+        return
     build.check_switch()
     try:
         build.load()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from .entries import BATCH, DTYPES, QUERIES, TOKENS, Entry, Input, dtype_of
+from .entries import BATCH, DTYPES, PLACES, QUERIES, TOKENS, Entry, Input, dtype_of
 
 Ranges = dict[str, tuple[int, int]]
 
@@ -37,9 +37,14 @@ def tensors_of(argument: str, inputs: Any) -> tuple[Tensor, ...]:
     if not tensors:
         raise ValueError(f"{argument} is empty; pass at least one tensor")
     for number, x in enumerate(tensors):
-        if not isinstance(x, Tensor) or x.device.type != "cpu":
+        if not isinstance(x, Tensor) or x.device.type not in PLACES:
             kind = f"one on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{argument}[{number}] must be a tensor on a CPU; got {kind}")
+            raise TypeError(f"{argument}[{number}] must be a tensor on a CPU or a GPU; got {kind}")
+        if x.device != tensors[0].device:
+            raise ValueError(
+                f"{argument} must all be on one device; "
+                f"{argument}[0] is on {tensors[0].device}, {argument}[{number}] on {x.device}"
+            )
         if dtype_of(x) not in DTYPES:
             raise TypeError(
                 f"{argument}[{number}] must have one of the dtypes {', '.join(DTYPES)}; "
@@ -94,7 +99,7 @@ def entry_of(
         result.append(Input(dtype_of(x), tuple(shape)))
     for name, sizes in varying.items():
         _check_example(argument, name, max(sizes.values()), ranges[name])
-    return Entry(tuple(result), ranges, queries_last=queries_last)
+    return Entry(tuple(result), ranges, (), queries_last, inputs[0].device.type)
 
 
 def _axis(name: str, x: Tensor) -> int:

@@ -132,21 +132,28 @@ _OF_LSE, _OF_LISTS = ("LSE", "DELTA"), ("TILES", "RUNS", "CLASSES", "BAD")
 
 
 def lanes(dtype: torch.dtype, head_dim: int) -> dict[str, Cubin]:
-    """The three kernels of the lowering `lanes`, as it launches them."""
-    from compiled_dilated.lowerings.lanes import kernels, running
+    """The kernels of the lowering `lanes`, as it launches them."""
+    from compiled_dilated.lowerings.lanes import blocks, kernels
 
-    width = running.padded(head_dim)
-    forward = running.forward_blocks(width, dtype.itemsize)
-    backward = running.backward_blocks(width, dtype.itemsize)
-    blocks = {"forward": forward, "grad_queries": backward, "grad_keys": backward}
-    cubins = {}
-    for name, of_kernel in blocks.items():
-        cubins[name] = _of_lanes(getattr(kernels, name), dtype, head_dim, width, of_kernel)
-    return cubins
+    width = blocks.padded(head_dim)
+    forward = blocks.forward_blocks(width, dtype.itemsize)
+    backward = blocks.backward_blocks(width, dtype.itemsize)
+    sizes = dtype, head_dim, width
+    return {
+        "forward": _of_lanes(kernels.forward, *sizes, forward, CUT=False),
+        "forward of any length": _of_lanes(kernels.forward, *sizes, forward, CUT=True),
+        "grad_queries": _of_lanes(kernels.grad_queries, *sizes, backward),
+        "grad_keys": _of_lanes(kernels.grad_keys, *sizes, backward),
+    }
 
 
-def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, blocks: Any) -> Cubin:
-    """A kernel of lanes for keys and values of one width."""
+def _of_lanes(
+    function: Any, dtype: torch.dtype, head_dim: int, width: int, blocks: Any, **more: bool
+) -> Cubin:
+    """A kernel of lanes for keys and values of one width.
+
+    more: constants of this kernel alone.
+    """
     constants = {
         "D": head_dim,
         "DV": head_dim,
@@ -154,6 +161,7 @@ def _of_lanes(function: Any, dtype: torch.dtype, head_dim: int, width: int, bloc
         "BLOCK_V": width,
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
+        **more,
     }
     names = function.arg_names
     signature = {name: _kind(name, dtype) for name in names} | dict.fromkeys(constants, "constexpr")

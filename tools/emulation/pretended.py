@@ -4,9 +4,11 @@ Triton's interpreter runs the kernels, or ptxas compiles them.
 
     EMULATION=interpret   kernels run in Triton's interpreter, on CPU tensors
     EMULATION=compile     kernels are compiled for sm_90 and not run
+    EMULATION=package     AOTInductor packs compiled kernels; launches of its code are interpreted
 
 Dynamo, guards, AOTAutograd and inductor are the real ones. A graph is traced on CPU tensors; only
-inductor sees it as a graph of fake tensors of cuda:0. Patches private names of torch 2.13 and
+inductor sees it as a graph of fake tensors of cuda:0. For packages tensors themselves are of
+cuda:0, in the memory of the host (`toolkit`). Patches private names of torch 2.13 and
 Triton 3.6: `environment` pins both. Imported before torch.
 """
 
@@ -27,6 +29,8 @@ MODE = os.environ["EMULATION"]
 if MODE == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="emulation-")
+if MODE == "package":
+    from . import toolkit
 
 import torch  # noqa: E402
 import torch._dynamo.device_interface as device_interface  # noqa: E402
@@ -102,8 +106,14 @@ class _Driver:
             "max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132, "max_num_regs": 65536,
             "warpSize": 32, "sm_clock_rate": 1980000, "mem_clock_rate": 2619000,
             "mem_bus_width": 5120,
-        }
+        },
+        # Module, function, registers, spills, most threads of a program.
+        load_binary=lambda name, code, shared, device: (0, 0, 0, 0, 1024),
     )  # fmt: skip
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """The launch of a compiled kernel, which does nothing here."""
+        return lambda *arguments, **options: None
 
     def get_current_target(self) -> GPUTarget:
         return TARGET
@@ -201,6 +211,7 @@ _OF_CUDA: dict[str, Any] = {
 }
 # What Dynamo's interface of CUDA returns.
 _OF_INTERFACE = {
+    **dict.fromkeys(("exchange_device", "maybe_exchange_device"), 0),
     "current_device": 0,
     "set_device": None,
     "device_count": 1,
@@ -273,13 +284,19 @@ def _pretend_inductor() -> None:
 
     def of_source(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
         KERNELS.append((kernel_name, source_code))
-        if MODE == "interpret":
+        if MODE != "compile":
             return make(self, kernel_name, source_code, device_str)
         return types.SimpleNamespace(
             run=lambda *arguments, **options: None, kernel_name=kernel_name
         )
 
     async_compile.AsyncCompile.triton = of_source
+    if MODE == "package":
+        # They include headers of torch's CUDA build.
+        inductor_config.cpp_cache_precompile_headers = False
+        # Of several configurations, the first: nothing has a time here.
+        triton_heuristics.CachingAutotuner.bench = lambda self, *arguments, **options: 1.0
+        return
     compile_graph, compile_inner = compile_fx.compile_fx, compile_fx.compile_fx_inner
 
     def on_the_device(graph: fx.GraphModule, inputs: Any, **options: Any) -> Any:
@@ -361,11 +378,16 @@ def _open_flex() -> None:
     exec(compile(changed, flex_attention.__file__, "exec"), vars(flex_attention))
 
 
-_register_guard()
+if MODE == "package":
+    # CUDA's libraries are as those of this version.
+    torch.version.cuda = toolkit.CUDA
+else:
+    _register_guard()
 _pretend_device()
 triton.runtime.driver.set_active(_Driver())
-if MODE == "interpret":
+if MODE != "compile":
     _mend_interpreter()
+if MODE == "interpret":
     _launch_user_kernels()
 _pretend_inductor()
 _open_flex()

@@ -14,7 +14,7 @@ from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 from torch._library.triton import is_wrap_triton_enabled
 
 import compiled_dilated as cd
-from compiled_dilated import attend, execution
+from compiled_dilated import attend, execution, graphs
 from compiled_dilated.lowerings.tiling import kernels as tiles
 from compiled_dilated.plans import Problem
 
@@ -71,6 +71,7 @@ def _interpret_lanes() -> None:
 
 execution.problem_of = _of_gpu
 attend.gives_lse = lambda device: True
+graphs._is_on_cpu = lambda q: False
 tiles._kernel_of = _kernel_of_gpu
 tiles.backward_dtype = lambda q: q.dtype
 # Kernels of the CPU take the place of flash and cuDNN.

@@ -5,6 +5,7 @@ python -m emulation.worker JOB..., with EMULATION set as in `pretended`.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -12,11 +13,16 @@ import traceback
 import warnings
 from typing import Any
 
-from . import jobs
+from . import jobs, lines
 
 
 def main(names: list[str]) -> None:
     warnings.filterwarnings("ignore")
+    with lines.recorded():
+        _run(names)
+
+
+def _run(names: list[str]) -> None:
     for name in names:
         started = time.monotonic()
         try:
@@ -34,10 +40,9 @@ def main(names: list[str]) -> None:
 def _result(name: str) -> dict[str, Any]:
     """The report of a job: its error or None, its compiled kernels."""
     kind, _, case = name.partition(": ")
-    if kind == jobs.RUN:
-        from . import cases
-
-        return {"error": cases.error_of(cases.CASES[case])}
+    if kind in jobs.MODULES:
+        module = importlib.import_module(f".{jobs.MODULES[kind]}", __package__)
+        return {"error": module.error_of(module.CASES[case])}
     from . import cubins
 
     way, dtype, head_dim = case.split()

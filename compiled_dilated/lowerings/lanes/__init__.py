@@ -6,13 +6,15 @@ for queries, and transposed ones for keys: no atomics.
 
     lanes: masks as lanes -> lists: tiles and runs -> running: operators -> kernels: Triton
 
-A graph of fixed shapes contains the kernels themselves, and the lists as its constants.
+A graph contains the kernels themselves, and the lists as its constants. Of varying lengths, a
+forward's lists are those of the longest, which the kernel cuts (`forward_up_to`).
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,11 +24,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...calls import Call
 from ...masks import Mask
-from ...partials import Saved, is_by_token
+from ...partials import Saved, is_by_token, with_rows
 from ...plans import Cost, Problem, Proposal, Refusal
 from ..devices import constants
 from ..fused import Fused
 from . import lists
+from .blocks import Blocks, backward_blocks, forward_blocks, widest
 from .lanes import Inexpressible, Lane, lanes_of
 from .lists import Tiling
 
@@ -34,6 +37,8 @@ from .lists import Tiling
 _LONGEST_STEP = 128
 _WIDEST = 256
 _MOST_POSITIONS = 2**31 - 2
+# Positions in lists of `forward_up_to`, which take seconds to build and megabytes of a graph.
+MOST_LISTED = 2**24
 # The tiling that costs are estimated with.
 _ROWS, _COLUMNS = 128, 64
 
@@ -44,38 +49,47 @@ class Work:
 
     classes: lanes by class.
     class_of: class of each head.
-    tensors: cache of the lists as tensors, by tiling, side and device.
+    tensors: cache of the lists as tensors, by tiling, side, reach and device.
     """
 
     classes: tuple[tuple[Lane, ...], ...]
     class_of: tuple[int, ...]
-    tensors: dict[tuple[Tiling, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(
+    tensors: dict[tuple[Tiling, bool, bool, torch.device], tuple[Tensor, Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )
 
+    @cached_property
+    def step(self) -> int:
+        """Step of the rows of a tile."""
+        return lists.step_of(self.classes)
+
     def lists(
-        self, problem: Problem, rows: int, columns: int, transposed: bool, device: torch.device
-    ) -> tuple[Tensor, ...]:
+        self, problem: Problem, blocks: Blocks, transposed: bool, device: torch.device,
+        up_to: bool = False,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Tiles, runs and classes of heads as tensors on a device.
 
-        rows, columns: of a tile and of a block.
         transposed: whether rows are keys; else they are queries.
+        up_to: whether the lists are for all calls within the problem, whose queries are then at
+            any positions before the last.
         """
-        tiling = Tiling(rows, columns, lists.step_of(self.classes))
-        key = tiling, transposed, device
+        tiling = Tiling(blocks.rows, blocks.columns, self.step)
+        key = tiling, transposed, up_to, device
         if key not in self.tensors:
+            queries, keys = _positions(problem)
+            if up_to:
+                queries = tiling.reach(queries.stop)
             # Real tensors, also while a graph is traced.
             with _disable_current_modes():
-                self.tensors[key] = self._created(problem, tiling, transposed, device)
+                self.tensors[key] = self._created(queries, keys, tiling, transposed, device)
         if _len_torch_dispatch_stack():
             # A traced graph takes them as its constants.
             return tuple(torch.ops.aten.lift_fresh.default(x) for x in self.tensors[key])
         return self.tensors[key]
 
     def _created(
-        self, problem: Problem, tiling: Tiling, transposed: bool, device: torch.device
+        self, queries: range, keys: range, tiling: Tiling, transposed: bool, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys = _positions(problem)
         if transposed:
             classes = [_transposed(lanes) for lanes in self.classes]
             arrays = lists.build(classes, keys, queries, tiling)
@@ -100,8 +114,8 @@ def propose(problem: Problem) -> Proposal | Refusal:
             work = _work(problem)
         except Inexpressible as error:
             reason = str(error)
-    if reason is None and (step := lists.step_of(work.classes)) > _LONGEST_STEP:
-        reason = f"queries see alike every {step} tokens, which is more than {_LONGEST_STEP}"
+    if reason is None and work.step > _LONGEST_STEP:
+        reason = f"queries see alike every {work.step} tokens, which is more than {_LONGEST_STEP}"
     if reason is not None:
         return Refusal("lanes", None, reason, "Use lowering='auto', 'flex' or 'tiled'")
     return Proposal("lanes", None, lambda: _cost(work, problem), (work,))
@@ -148,7 +162,7 @@ def _positions(problem: Problem) -> tuple[range, range]:
 
 
 def _cost(work: Work, problem: Problem) -> Cost:
-    tiling = Tiling(_ROWS, _COLUMNS, lists.step_of(work.classes))
+    tiling = Tiling(_ROWS, _COLUMNS, work.step)
     counts = [lists.computed_pairs(lanes, *_positions(problem), tiling) for lanes in work.classes]
     full = sum(counts[number][0] for number in work.class_of) * problem.batch
     partial = sum(counts[number][1] for number in work.class_of) * problem.batch
@@ -170,11 +184,33 @@ def forward(
     """out (B, Hq, N, Dv) and lse (B, Hq, N)."""
     from . import running
 
-    blocks = running.forward_blocks(running.widest(q, v), q.element_size())
-    tables = work.lists(problem, blocks.rows, blocks.columns, False, q.device)
+    blocks = forward_blocks(widest(q, v), q.element_size())
+    tables = work.lists(problem, blocks, False, q.device)
     bad = running.has_bad(k, v)
     result: tuple[Tensor, Tensor] = running.forward(
-        q, k, v, *tables, bad, call.scale, call.q_offset, is_by_token(q)
+        q, k, v, *tables, bad, call.scale, call.q_offset, 0, is_by_token(q)
+    )
+    return result
+
+
+def forward_up_to(
+    work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `forward`, for any call within a problem.
+
+    problem: the most queries, from position 0, and the most keys. Lengths and q_offset of the call
+        may be symbolic.
+    q, k, v: with any strides.
+    """
+    from . import running
+
+    q, k, v = with_rows(q), with_rows(k), with_rows(v)
+
+    blocks = forward_blocks(widest(q, v), q.element_size())
+    tables = work.lists(problem, blocks, False, q.device, up_to=True)
+    bad = running.has_bad(k, v)
+    result: tuple[Tensor, Tensor] = running.forward(
+        q, k, v, *tables, bad, call.scale, call.q_offset, work.step, is_by_token(q)
     )
     return result
 
@@ -194,9 +230,9 @@ def backward(
     if saved.grad_lse is not None:
         delta = delta - saved.grad_lse
     inputs = q, k, v, grad_out, saved.lse.contiguous(), delta.contiguous()
-    blocks = running.backward_blocks(running.widest(q, v), q.element_size())
-    of_queries = work.lists(problem, blocks.rows, blocks.columns, False, q.device)
-    of_keys = work.lists(problem, blocks.rows, blocks.columns, True, q.device)
+    blocks = backward_blocks(widest(q, v), q.element_size())
+    of_queries = work.lists(problem, blocks, False, q.device)
+    of_keys = work.lists(problem, blocks, True, q.device)
     last = running.has_bad(q, k, v, delta), call.scale, call.q_offset
     grad_q: Tensor = running.grad_queries(*inputs, *of_queries, *last)
     grad_k, grad_v = running.grad_keys(*inputs, *of_keys, *last)

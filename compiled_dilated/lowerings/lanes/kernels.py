@@ -9,6 +9,9 @@ weight 0, and 0 * NaN is NaN.
 
 scale and factor are float64 in graphs, and float32 in eager calls.
 
+A forward that is CUT reads lists of more positions than the call has (`lists.Tiling.reach`): rows
+and columns outside of the call are left out. One graph then serves every length.
+
 This module requires Triton, so it is imported where a kernel runs.
 """
 
@@ -45,12 +48,12 @@ def _store(base, positions, stride, x, seen, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _tile(TILES, CLASSES, head, tiles):
-    """Load this program's tile for a head.
+def _tile(TILES, CLASSES, head, tiles, number):
+    """Load a tile for a head by its number.
 
     Returns first row, step and number of rows; start, middle and stop of the tile's runs.
     """
-    tile = TILES + (tl.load(CLASSES + head) * tiles + tl.program_id(0)).to(tl.int64) * 6
+    tile = TILES + (tl.load(CLASSES + head) * tiles + number).to(tl.int64) * 6
     first, step, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     start, middle, stop = tl.load(tile + 3), tl.load(tile + 4), tl.load(tile + 5)
     return first, step, count, start, middle, stop
@@ -68,6 +71,21 @@ def _run(RUNS, number, i):
     least, most = tl.load(run + 3), tl.load(run + 4)
     row_seen = (i >= tl.load(run + 5)) & (i < tl.load(run + 6))
     return first, step, count, least, most, row_seen
+
+
+@triton.jit
+def _cut_run(first, step, count, keys, whole, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
+    """Leave out a run's columns past the keys of the call.
+
+    whole: whether the run is FULL, which only whole blocks of columns without a mask may be.
+    Returns the columns to begin and to end with: of a FULL run the masked loop has what remains.
+    """
+    count = tl.minimum(count, tl.maximum((keys - first + step - 1) // step, 0))
+    blocks = count // COLUMNS * COLUMNS
+    if MASKED:
+        return tl.where(whole, blocks, 0), count
+    else:
+        return blocks * 0, blocks
 
 
 @triton.jit
@@ -100,13 +118,21 @@ def _clean(x):
 @triton.jit
 def _forward_runs(
     q, q_at, i, acc, peak, total, K, V, k_stride, v_stride, scale, RUNS, start, stop,
+    keys, middle,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    COLUMNS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of a tile over some of its runs."""
+    """The online softmax of a tile over some of its runs.
+
+    keys, middle: number of keys, and the first PARTIAL run, for CUT lists.
+    """
     for number in range(start, stop):
         first, step, count, least, most, row_seen = _run(RUNS, number, i)
-        for block in range(0, count, COLUMNS):
+        begin = 0
+        if CUT:
+            whole = number < middle
+            begin, count = _cut_run(first, step, count, keys, whole, COLUMNS, MASKED)
+        for block in range(begin, count, COLUMNS):
             j = block + tl.arange(0, COLUMNS)
             k_at, inside = first + step * j, j < count
             if MASKED:
@@ -144,19 +170,28 @@ def _forward_runs(
 @triton.jit
 def forward(
     Q, K, V, OUT, LSE, TILES, RUNS, CLASSES, BAD, scale, q_offset, heads, group, tiles,
+    first_tile, queries, keys,
     qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on, lb, lh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of queries of a head.
 
     scale: times log2(e).
+    first_tile: number of the tile of program 0.
+    queries, keys: of the call, for CUT lists.
     """
     scale = tl.cast(scale, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
+    number = first_tile + tl.program_id(0)
+    first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles, number)
     i = tl.arange(0, ROWS)
     q_at, alive = first + step * i, i < count
+    if CUT:
+        alive = alive & (q_at >= q_offset) & (q_at < q_offset + queries)
+        # A tile without rows of the call computes nothing.
+        some = tl.max(alive.to(tl.int32), 0) > 0
+        middle, stop = tl.where(some, middle, start), tl.where(some, stop, start)
     q = _load(Q + batch * qb + head * qh, q_at - q_offset, qn, alive, D, BLOCK_D, True)
     K += batch * kb + head // group * kh
     V += batch * vb + head // group * vh
@@ -165,17 +200,22 @@ def forward(
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     if tl.load(BAD) == 0:
         acc, peak, total = _forward_runs(
-            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, middle,
-            D, DV, BLOCK_D, BLOCK_V, COLUMNS, False, False,
+            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, middle, keys, middle,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, False, False, CUT,
         )  # fmt: skip
+        # What remains of cut FULL runs is masked.
+        masked = middle
+        if CUT:
+            masked = start
         acc, peak, total = _forward_runs(
-            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, middle, stop,
-            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, False,
+            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, masked, stop, keys, middle,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, False, CUT,
         )  # fmt: skip
     else:
+        # All runs are masked here, from their first columns.
         acc, peak, total = _forward_runs(
-            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, stop,
-            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, True,
+            q, q_at, i, acc, peak, total, K, V, kn, vn, scale, RUNS, start, stop, keys, start,
+            D, DV, BLOCK_D, BLOCK_V, COLUMNS, True, True, CUT,
         )  # fmt: skip
     # A row whose scores are all -inf sees no key.
     dead = total == 0.0
@@ -230,7 +270,7 @@ def grad_queries(
     """
     scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
+    first, step, count, start, middle, stop = _tile(TILES, CLASSES, head, tiles, tl.program_id(0))
     i = tl.arange(0, ROWS)
     q_at, alive = first + step * i, i < count
     rows = q_at - q_offset
@@ -324,7 +364,7 @@ def grad_keys(
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     i = tl.arange(0, ROWS)
     # A tile has the same rows in all classes.
-    first, step, count, _, _, _ = _tile(TILES, CLASSES, kv_head * group, tiles)
+    first, step, count, _, _, _ = _tile(TILES, CLASSES, kv_head * group, tiles, tl.program_id(0))
     k_at, alive = first + step * i, i < count
     k = _load(K + batch * kb + kv_head * kh, k_at, kn, alive, D, BLOCK_D, True)
     v = _load(V + batch * vb + kv_head * vh, k_at, vn, alive, DV, BLOCK_V, True)
@@ -333,7 +373,7 @@ def grad_keys(
     bad = tl.load(BAD)
     for member in range(group):
         head = kv_head * group + member
-        _, _, _, start, middle, stop = _tile(TILES, CLASSES, head, tiles)
+        _, _, _, start, middle, stop = _tile(TILES, CLASSES, head, tiles, tl.program_id(0))
         q, grad_out = Q + batch * qb + head * qh, GRAD_OUT + batch * gb + head * gh
         lse, delta = LSE + batch * lb + head * lh, DELTA + batch * lb + head * lh
         if bad == 0:

@@ -36,15 +36,36 @@ class Tiling:
 
     def tiles(self, positions: range) -> Iterator[range]:
         """The positions of each tile, in the order of its first."""
-        for base in range(positions.start, positions.stop, self.rows * self.step):
-            stop = min(positions.stop, base + self.rows * self.step)
+        for base in range(positions.start, positions.stop, self.group):
+            stop = min(positions.stop, base + self.group)
             for first in range(base, min(stop, base + self.step)):
                 yield range(first, stop, self.step)
+
+    @property
+    def group(self) -> int:
+        """Positions of `step` tiles that interleave."""
+        return self.rows * self.step
+
+    def reach(self, stop: int) -> range:
+        """Positions of whole groups from 0 to at least before `stop`.
+
+        Their tiles, cut to the rows and columns of a call, are those of every call within.
+        """
+        return range(-(-stop // self.group) * self.group)
+
+    def span(self, first: int, positions: int) -> tuple[int, int]:
+        """First tile of `reach` with some positions, and number of tiles.
+
+        first, positions: also symbolic.
+        """
+        start = first // self.group * self.step
+        stop = ((first + positions - 1) // self.group + 1) * self.step
+        return start, stop - start
 
     def count(self, positions: range) -> int:
         """Number of tiles."""
         # `step` tiles of `rows` rows interleave; the last of these groups may be short.
-        groups, remaining = divmod(len(positions), self.rows * self.step)
+        groups, remaining = divmod(len(positions), self.group)
         return groups * self.step + min(remaining, self.step)
 
 

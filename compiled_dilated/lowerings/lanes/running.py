@@ -6,7 +6,6 @@ Imported where a kernel runs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from ...partials import empty_out
 from . import kernels
+from .blocks import Blocks, backward_blocks, forward_blocks, padded, widest
+from .lists import Tiling
 
 _LOG2_E = 1 / math.log(2)
 _QKV = "Tensor q, Tensor k, Tensor v"
@@ -21,61 +22,6 @@ _SAVED = "Tensor grad_out, Tensor lse, Tensor delta"
 _LISTS = "Tensor tiles, Tensor runs, Tensor classes, Tensor bad"
 _NUMBERS = "float scale, SymInt q_offset"
 _OF_BACKWARD = f"{_QKV}, {_SAVED}, {_LISTS}, {_NUMBERS}"
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The work of one program of the GPU.
-
-    rows: of a tile.
-    columns: of a block.
-    warps, stages: of Triton.
-    """
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-def forward_blocks(width: int, itemsize: int) -> Blocks:
-    """Forward blocks that fit 227 KiB of shared memory without spills.
-
-    width: of a head, as `padded`.
-    itemsize: bytes of a number.
-    """
-    if itemsize == 4:
-        if width <= 64:
-            return Blocks(32, 32, 4, 2)
-        if width <= 128:
-            return Blocks(32, 16, 4, 2)
-        return Blocks(16, 16, 4, 1)
-    if width <= 64:
-        return Blocks(128, 64, 4, 3)
-    return Blocks(128, 64, 8, 2)
-
-
-def backward_blocks(width: int, itemsize: int) -> Blocks:
-    """Blocks of both kernels of the backward; arguments as of `forward_blocks`."""
-    if itemsize == 4:
-        if width <= 64:
-            return Blocks(32, 16, 4, 1)
-        return Blocks(16, 16, 4, 1)
-    if width <= 64:
-        return Blocks(64, 64, 4, 2)
-    if width <= 128:
-        return Blocks(64, 64, 8, 2)
-    return Blocks(64, 32, 8, 1)
-
-
-def padded(width: int) -> int:
-    """Width that a kernel computes: a power of two, at least 16."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def widest(q: Tensor, v: Tensor) -> int:
-    """The larger padded width of keys and values, for `forward_blocks`."""
-    return max(padded(q.shape[3]), padded(v.shape[3]))
 
 
 def has_bad(*tensors: Tensor) -> Tensor:
@@ -110,28 +56,35 @@ def _options(q: Tensor, v: Tensor, blocks: Blocks) -> dict[str, int]:
 @torch.library.triton_op(
     "compiled_dilated::lanes_forward",
     mutates_args=(),
-    schema=f"({_QKV}, {_LISTS}, {_NUMBERS}, bool by_token) -> (Tensor, Tensor)",
+    schema=f"({_QKV}, {_LISTS}, {_NUMBERS}, int step, bool by_token) -> (Tensor, Tensor)",
 )
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, runs: Tensor, classes: Tensor, bad: Tensor,
-    scale: float, q_offset: int, by_token: bool,
+    scale: float, q_offset: int, step: int, by_token: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, Hq, N, Dv) and lse (B, Hq, N).
 
     tiles, runs, classes: lists over queries.
     bad: of k and v, as `has_bad`.
+    step: 0 for lists of this call alone. Else that of the lists' tiling, which reaches from
+        position 0 past this call (`lists.Tiling.reach`).
     by_token: memory format of out, as of `partials.empty_out`.
     """
     batch, heads = q.shape[:2]
     out = empty_out(q, v, by_token)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     blocks = forward_blocks(widest(q, v), q.element_size())
+    first_tile, count = 0, tiles.shape[1]
+    if step:
+        tiling = Tiling(blocks.rows, blocks.columns, step)
+        first_tile, count = tiling.span(q_offset, q.shape[2])
     _launch(
-        kernels.forward, (tiles.shape[1], batch * heads),
+        kernels.forward, (count, batch * heads),
         q, k, v, out, lse, tiles, runs, classes, bad,
         scale * _LOG2_E, q_offset, heads, heads // k.shape[1], tiles.shape[1],
+        first_tile, q.shape[2], k.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
-        **_options(q, v, blocks),
+        **_options(q, v, blocks), CUT=step > 0,
     )  # fmt: skip
     return out, lse
 

@@ -1,6 +1,6 @@
 // A package's check of its inputs: the first operator of its graph, so that tensors outside of the
 // package's range are refused from Python and from C++. Rules and texts are those of
-// packages/about.py.
+// packages/entries.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,7 +21,7 @@ struct Dtype {
   const char* name;
 };
 
-// In the order of DTYPES in packages/about.py.
+// In the order of DTYPES in packages/entries.py.
 constexpr Dtype dtypes[] = {
     {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"}, {ScalarType::Half, "float16"},
     {ScalarType::BFloat16, "bfloat16"}, {ScalarType::Bool, "bool"}, {ScalarType::Char, "int8"},
@@ -46,6 +46,11 @@ std::string grouped(int64_t number) {
   return text;
 }
 
+// The device of a package, in the order of PLACES in packages/entries.py.
+constexpr const char* places[] = {"a CPU", "a GPU"};
+
+const char* place_of(const Tensor& x) { return x.is_cpu() ? places[0] : x.is_cuda() ? places[1] : "another device"; }
+
 std::string joined(const std::vector<std::string>& parts) {
   std::string text;
   for (const std::string& part : parts) text += (text.empty() ? "" : ", ") + part;
@@ -59,12 +64,14 @@ std::string shape_of(const Tensor& x) {
 }
 
 // Reads the code: per name its least and greatest size, 0 and 0 if it has none; whether queries are
-// among the tokens; then per input the dtype, whether it must be contiguous, dims and sizes.
+// among the tokens; the place of all inputs; then per input the dtype, whether it must be contiguous,
+// dims and sizes.
 class Expected {
  public:
   explicit Expected(const Ints& code) : code(code) {
     for (int name = 0; name < names; ++name) least[name] = next(), most[name] = next();
     queries_within = next() != 0;
+    place = places[next() != 0];
   }
 
   bool ended() const { return at == code.size(); }
@@ -77,9 +84,9 @@ class Expected {
     at += dims;
     if (at > code.size()) throw std::runtime_error("check_inputs: the code ends early");
     const std::string input = "input " + std::to_string(number);
-    if (x.scalar_type() != dtype.type || !x.is_cpu())
-      throw std::runtime_error(input + " must be " + dtype.name + " on a CPU; got " + name_of(x.scalar_type()) + " on " +
-                               (x.is_cpu() ? "a CPU" : "another device"));
+    if (x.scalar_type() != dtype.type || place_of(x) != place)
+      throw std::runtime_error(input + " must be " + dtype.name + " on " + place + "; got " + name_of(x.scalar_type()) + " on " +
+                               place_of(x));
     bool fits = x.dim() == dims;
     for (int64_t dim = 0; fits && dim < dims; ++dim) fits = is_size(code[first + dim], x.size(dim));
     if (!fits) throw std::runtime_error(input + " must have the shape " + shown(first, dims) + "; got " + shape_of(x));
@@ -123,8 +130,10 @@ class Expected {
   size_t at = 0;
   int64_t least[names], most[names], seen[names] = {-1, -1, -1};
   bool queries_within = false;
+  const char* place = nullptr;
 };
 
+// Reads sizes and dtypes alone, on whatever device; its result is on the CPU.
 // Returns 1, which the graph reads, so that no compiler removes the call.
 Tensor check_inputs(std::vector<Tensor> inputs, Ints code) {
   Expected expected(code);
@@ -138,3 +147,4 @@ Tensor check_inputs(std::vector<Tensor> inputs, Ints code) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CPU, m) { m.impl("check_inputs", TORCH_BOX(&check_inputs)); }
+STABLE_TORCH_LIBRARY_IMPL(compiled_dilated, CUDA, m) { m.impl("check_inputs", TORCH_BOX(&check_inputs)); }

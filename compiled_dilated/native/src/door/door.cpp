@@ -1,7 +1,8 @@
 // The library that a program without Python opens before it loads a package: it defines the
 // operators, and opens the kernels in the same folder that suit this CPU.
 //
-//     model.pt2.so -> model.pt2.avx512.so | model.pt2.avx2.so, or model.pt2.native.so alone
+//     model.pt2.so -> model.pt2.avx512.so | model.pt2.avx2.so, or model.pt2.native.so alone;
+//                     of a package for a GPU, model.pt2.checks.so alone: the check of its inputs
 //
 // Compiled for every CPU of its architecture.
 #include <dlfcn.h>
@@ -51,7 +52,9 @@ struct Kernels {
 };
 
 // The fastest first.
-#if defined(NATIVE_LEVEL)
+#if defined(CHECKS_ALONE)
+constexpr Kernels all[] = {{".checks.so", baseline}};
+#elif defined(NATIVE_LEVEL)
 // Built for the CPU of the exporting machine, which has this level.
 constexpr Kernels all[] = {{".native.so", NATIVE_LEVEL}};
 #else

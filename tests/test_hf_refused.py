@@ -134,8 +134,9 @@ def test_one_program_for_a_model_with_cross_attention_is_refused() -> None:
 
 def test_models_that_add_their_mask_to_scores_are_refused() -> None:
     """BLOOM's attention is not transformers' AttentionInterface."""
-    settings = {"hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128}
-    config = transformers.BloomConfig(**settings, attn_implementation="compiled_dilated")
+    settings: dict[str, Any] = {"hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 128}
+    settings["attn_implementation"] = "compiled_dilated"
+    config = transformers.BloomConfig(**settings)
     with pytest.raises(TypeError, match=r"computes with its mask, .* is no tensor. Use attn_impl"):
         transformers.BloomForCausalLM(config)(**inputs_of("llama"))
 

@@ -47,7 +47,7 @@ def padding() -> Tensor:
 @pytest.mark.parametrize("widths", [(1, 1), (5, 24), (64, 64), (80, 7), (256, 256)], ids=str)
 def test_one_query_is_that_of_the_reference(widths: tuple[int, int], dtype: torch.dtype) -> None:
     q, k, v = inputs_of(dtype, *widths)
-    options = {"data": {"padding": padding()}, "q_offset": 120}
+    options: dict[str, Any] = {"data": {"padding": padding()}, "q_offset": 120}
     out, lse = cd.compile(VISIBLE, lowering="native")(q, k, v, return_lse=True, **options)
     exact, exact_lse = cd.reference(
         VISIBLE, q.double(), k.double(), v.double(), return_lse=True, **options
@@ -63,7 +63,7 @@ def test_scores_are_changed_and_scaled(scale: float) -> None:
     def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score * 0.5 - 0.01 * (i - j)
 
-    options = {"q_offset": KEYS - 1, "score_mod": change, "scale": scale}
+    options: dict[str, Any] = {"q_offset": KEYS - 1, "score_mod": change, "scale": scale}
     out = cd.compile(masks.window(100), lowering="native")(q, k, v, **options)
     exact = cd.reference(masks.window(100), q.double(), k.double(), v.double(), **options)
     assert_close([out], [exact], TOLERANCES[torch.float32])
@@ -74,7 +74,7 @@ def test_a_query_that_sees_nothing_and_hidden_numbers_that_are_not_finite() -> N
     hidden = padding()
     hidden[1] = True
     k[0, 0, 140], v[0, 1, 145] = torch.nan, torch.inf
-    options = {"data": {"padding": hidden}, "q_offset": 130}
+    options: dict[str, Any] = {"data": {"padding": hidden}, "q_offset": 130}
     attend = cd.compile(VISIBLE, lowering="native")
     out, lse = attend(q, k, v, return_lse=True, **options)
     assert (out[1] == 0).all()

@@ -197,6 +197,10 @@ def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
         ({"kernel": "0" * 64}, "for the kernel of another version of compiled_dilated. Export it"),
         ({"format": 1}, "its format is 1, and this version reads 2"),
         ({"entries": None}, "does not describe a package"),
+        ({"entries": {}}, "does not describe a package: it has no entry 'model'"),
+        ({"files": {}}, "does not describe a package: it has no digests of .pt2"),
+        ({"files": None}, "does not describe a package"),
+        ({"isa": "sse"}, "does not describe a package: its isa is 'sse'"),
         ({"entries": {"model": {}}}, "does not describe a package"),
     ],
 )
@@ -210,9 +214,10 @@ def test_another_machine_or_version_is_refused(
 
 
 def test_a_description_that_is_no_json_is_refused(copied: Path) -> None:
-    copied.with_name("model.pt2.json").write_text("{")
-    with pytest.raises(ValueError, match="does not describe a package"):
-        cd.load(copied)
+    for text in ("{", "[" * 100_000):
+        copied.with_name("model.pt2.json").write_text(text)
+        with pytest.raises(ValueError, match="does not describe a package"):
+            cd.load(copied)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,10 @@ def test_a_missing_file_is_named(copied: Path, suffix: str) -> None:
         ({"isa": "sm_90"}, "the package is for a GPU, sm_90, and torch .* finds none"),
         ({"format": 1}, "its format is 1, and this version reads 3"),
         ({"entries": None}, "does not describe a package"),
+        ({"entries": {}}, "does not describe a package: it has no entry 'model'"),
+        ({"files": {}}, "does not describe a package: it has no digests of .pt2"),
+        ({"files": None}, "does not describe a package"),
+        ({"isa": "sse"}, "does not describe a package: its isa is 'sse'"),
         ({"entries": {"model": {}}}, "does not describe a package"),
     ],
 )
@@ -253,9 +257,10 @@ def test_an_entry_of_a_gpu_takes_no_tensors_of_a_cpu(longnet: Exported) -> None:
 
 
 def test_a_description_that_is_no_json_is_refused(copied: Path) -> None:
-    copied.with_name("model.pt2.json").write_text("{")
-    with pytest.raises(ValueError, match="does not describe a package"):
-        cd.load(copied)
+    for text in ("{", "[" * 100_000):
+        copied.with_name("model.pt2.json").write_text(text)
+        with pytest.raises(ValueError, match="does not describe a package"):
+            cd.load(copied)
 
 
 @pytest.mark.parametrize(

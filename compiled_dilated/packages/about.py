@@ -73,6 +73,15 @@ class About:
         """Whether the package runs on a GPU."""
         return self.isa.startswith("sm_")
 
+    def check_fields(self) -> None:
+        """Raise ValueError for fields that no export writes."""
+        if "model" not in self.entries:
+            raise ValueError("it has no entry 'model'")
+        if not {".pt2", ".pt2.so"} <= self.files.keys():
+            raise ValueError("it has no digests of .pt2 and .pt2.so")
+        if not self.is_of_gpu and self.isa not in cpp.ISAS:
+            raise ValueError(f"its isa is {self.isa!r}")
+
     def check_machine(self) -> None:
         """Raise ValueError unless this torch, compiled_dilated and device run the package."""
         # AOTInductor's code calls torch's C interface, which changes between releases.
@@ -178,8 +187,10 @@ def inspect(path: str | os.PathLike[str]) -> About:
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']}, and this version reads {FORMAT}")
         fields["entries"] = {name: _entry(entry) for name, entry in fields["entries"].items()}
-        return About(**fields)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        about = About(**fields)
+        about.check_fields()
+        return about
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{description} does not describe a package: {error}. Export it again"
         ) from error

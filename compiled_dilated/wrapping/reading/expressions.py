@@ -86,7 +86,8 @@ def _like(x: Tensor, number: Any) -> Tensor:
     """A number as a tensor beside another."""
     # No constant: it may vary from call to call, or be a fraction beside whole numbers.
     if not isinstance(number, int):
-        return torch.zeros_like(x) + number
+        beside: Tensor = torch.zeros_like(x) + number
+        return beside
     return torch.full_like(x, number)
 
 

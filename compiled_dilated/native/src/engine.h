@@ -5,6 +5,8 @@
 // Vector lanes are queries: the softmax has no sum across lanes, and elements of K and V are
 // broadcast from their rows in memory. A tile is `tile_vectors` vectors of queries; a block of keys
 // is computed for those vectors only that see any of it.
+//
+// In the forward of a single query, vector lanes are elements of its row instead.
 #pragma once
 #include <algorithm>
 
@@ -202,6 +204,64 @@ Vector<T> transpose_columns(const T* from, int ld, int columns, Vector<T> factor
   return trace;
 }
 
+// scores[i] = rows[i] . row, for rows of `width` numbers. later: rows that are read after these.
+template <class T>
+NATIVE_INLINE void multiply_row(const T* const* rows, int count, int width, const T* row, T* scores, const T* const* later, int later_width) {
+  constexpr int W = lanes<T>, at_once = 4;
+  int i = 0;
+  for (; i + at_once <= count; i += at_once) {
+    fetch(later + i, at_once, later_width);
+    Vector<T> sums[at_once] = {};
+    int d = 0;
+    for (; d + W <= width; d += W) {
+      const Vector<T> part = load(row + d);
+      for (int j = 0; j < at_once; ++j) sums[j] += load(rows[i + j] + d) * part;
+    }
+    for (int j = 0; j < at_once; ++j) {
+      T sum = total_of<T>(sums[j]);
+      for (int rest = d; rest < width; ++rest) sum += rows[i + j][rest] * row[rest];
+      scores[i + j] = sum;
+    }
+  }
+  for (; i < count; ++i) {
+    Vector<T> sums{};
+    int d = 0;
+    for (; d + W <= width; d += W) sums += load(rows[i] + d) * load(row + d);
+    T sum = total_of<T>(sums);
+    for (; d < width; ++d) sum += rows[i][d] * row[d];
+    scores[i] = sum;
+  }
+}
+
+// sums[d] = sums[d] * factor + sum over i of weights[i] * rows[i][d], for `Parts` vectors from `at`.
+template <class T, int Parts>
+NATIVE_INLINE void accumulate_row(const T* const* rows, int count, int at, const T* weights, T factor, T* sums) {
+  constexpr int W = lanes<T>;
+  Vector<T> total[2][Parts] = {};
+  int i = 0;
+  for (; i + 2 <= count; i += 2)
+    for (int j = 0; j < Parts; ++j) {
+      total[0][j] += load(rows[i] + at + j * W) * weights[i];
+      total[1][j] += load(rows[i + 1] + at + j * W) * weights[i + 1];
+    }
+  if (i < count)
+    for (int j = 0; j < Parts; ++j) total[0][j] += load(rows[i] + at + j * W) * weights[i];
+  for (int j = 0; j < Parts; ++j) store(sums + at + j * W, load(sums + at + j * W) * factor + (total[0][j] + total[1][j]));
+}
+
+template <class T>
+NATIVE_INLINE void accumulate_rows(const T* const* rows, int count, int width, const T* weights, T factor, T* sums) {
+  constexpr int W = lanes<T>;
+  int d = 0;
+  for (; d + 4 * W <= width; d += 4 * W) accumulate_row<T, 4>(rows, count, d, weights, factor, sums);
+  for (; d + W <= width; d += W) accumulate_row<T, 1>(rows, count, d, weights, factor, sums);
+  for (; d < width; ++d) {
+    T total = 0;
+    for (int i = 0; i < count; ++i) total += rows[i][d] * weights[i];
+    sums[d] = sums[d] * factor + total;
+  }
+}
+
 template <class T>
 bool any_nan(Vector<T> x) {
   for (int lane = 0; lane < lanes<T>; ++lane)
@@ -233,10 +293,15 @@ class Forward {
   }
 
   // rows: TQ rows of q. A pair's weight is 2^(factor * (score - the query's maximum)); factor > 0.
-  void begin(const T* const* rows, double factor) {
+  // single: whether all are the same row.
+  void begin(const T* const* rows, double factor, bool single) {
     exact_factor_ = factor;
     factor_ = static_cast<T>(factor);
-    for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, head_dim_, queries_ + j * W, TQ);
+    single_ = single;
+    if (single_)
+      std::copy(rows[0], rows[0] + head_dim_, queries_);
+    else
+      for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, head_dim_, queries_ + j * W, TQ);
     std::fill(result_, result_ + TQ * value_dim_, T(0));
     std::fill(most_, most_ + TQ, -infinity<T>);
     std::fill(sum_, sum_ + TQ, T(0));
@@ -244,18 +309,23 @@ class Forward {
 
   // Continues from a result (TQ rows) and its natural log-sum-exps.
   void start_from(const T* const* rows, const T* lse) {
-    for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, value_dim_, result_ + j * W, TQ);
+    if (single_)
+      std::copy(rows[0], rows[0] + value_dim_, result_);
+    else
+      for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, value_dim_, result_ + j * W, TQ);
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<T>;
       most_[i] = seen ? static_cast<T>(lse[i] * (log2_of_e / exact_factor_)) : -infinity<T>;
       sum_[i] = seen ? T(1) : T(0);
-      if (!seen)
+      if (!seen && single_) std::fill(result_, result_ + value_dim_, T(0));
+      if (!seen && !single_)
         for (int d = 0; d < value_dim_; ++d) result_[d * TQ + i] = T(0);
     }
   }
 
   // n keys seen by vectors low .. high - 1. edit(scores, ld) changes their scores, hiding pairs by -inf.
   void block(const T* const* keys, const T* const* values, int n, int low, int high, const ScoreEdit<T>& edit) {
+    if (single_) return block_of_one(keys, values, n, edit);
     switch (high - low) {
       case 1: return block_of<1>(keys, values, n, low, edit);
       case 2: return block_of<2>(keys, values, n, low, edit);
@@ -264,14 +334,22 @@ class Forward {
     }
   }
 
-  // rows: TQ rows to write. lse: natural. Rows that see nothing get 0 and -inf. Returns whether a
-  // result is not finite.
+  // rows: TQ rows to write, of a single query the first one. lse: natural. Rows that see nothing get
+  // 0 and -inf. Returns whether a result is not finite.
   bool result(T* const* rows, T* lse) {
     Vector<T> trace{};
-    for (int j = 0; j < tile_vectors; ++j) {
-      const Vector<T> sum = load(sum_ + j * W);
-      const Vector<T> inverse = sum == T(0) ? Vector<T>{} : T(1) / sum;
-      trace += transpose_columns(result_ + j * W, TQ, value_dim_, inverse, rows + j * W);
+    if (single_) {
+      const T inverse = sum_[0] == T(0) ? T(0) : T(1) / sum_[0];
+      for (int d = 0; d < value_dim_; ++d) {
+        rows[0][d] = result_[d] * inverse;
+        trace += rows[0][d] * T(0);
+      }
+    } else {
+      for (int j = 0; j < tile_vectors; ++j) {
+        const Vector<T> sum = load(sum_ + j * W);
+        const Vector<T> inverse = sum == T(0) ? Vector<T>{} : T(1) / sum;
+        trace += transpose_columns(result_ + j * W, TQ, value_dim_, inverse, rows + j * W);
+      }
     }
     for (int i = 0; i < TQ; ++i)
       lse[i] = sum_[i] == T(0) ? -infinity<T> : static_cast<T>((most_[i] * exact_factor_ + std::log2(sum_[i])) * ln_of_2);
@@ -290,6 +368,34 @@ class Forward {
     Vector<T> factors[Vectors];
     for (int j = 0; j < Vectors; ++j) factors[j] = weigh(scores + j * W, ld, n, (low + j) * W);
     accumulate_all<T, Vectors>(values, n, value_dim_, scores, ld, factors, result_ + low * W, TQ);
+  }
+
+  // The same for a single query, whose result is one row.
+  __attribute__((noinline)) void block_of_one(const T* const* keys, const T* const* values, int n, const ScoreEdit<T>& edit) {
+    T* row = scores_ + block_keys * W;
+    multiply_row<T>(keys, n, head_dim_, queries_, row, values, value_dim_);
+    if (edit) {
+      // Edits are for vectors of queries, which are all the same one here.
+      for (int k = 0; k < n; ++k) store(scores_ + k * W, all(row[k]));
+      edit(scores_, W);
+      for (int k = 0; k < n; ++k) row[k] = scores_[k * W];
+    }
+    const int stop = padded<T>(n);
+    std::fill(row + n, row + stop, -infinity<T>);
+    Vector<T> most = load(row);
+    for (int k = W; k < stop; k += W) most = larger<T>(most, load(row + k));
+    const T before = most_[0], now = std::max(before, largest_of<T>(most));
+    const T safe = now == -infinity<T> ? T(0) : now;
+    Vector<T> sums{};
+    for (int k = 0; k < stop; k += W) {
+      const Vector<T> weights = exp2_of(load(row + k) - safe, factor_);
+      store(row + k, weights);
+      sums += weights;
+    }
+    const T factor = exp2_of(all(before - safe), factor_)[0];
+    most_[0] = now;
+    sum_[0] = sum_[0] * factor + total_of<T>(sums);
+    accumulate_rows<T>(values, n, value_dim_, row, factor, result_);
   }
 
   // Turns one vector's scores into weights; returns the factor for the sums of earlier blocks.
@@ -321,6 +427,7 @@ class Forward {
   }
 
   int head_dim_, value_dim_;
+  bool single_ = false;
   double exact_factor_ = 1;
   T factor_ = 1;
   T *queries_, *result_, *most_, *sum_, *scores_;

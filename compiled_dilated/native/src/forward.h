@@ -79,7 +79,8 @@ struct WideEngine : WideWalk<T> {
         rows[i] = q_rows + i * head_dim;
       }
     }
-    softmax.begin(rows, scaling.rest() * log2_of_e);
+    // Lanes past the end repeat the last query.
+    softmax.begin(rows, scaling.rest() * log2_of_e, sources[0] == sources[TQ - 1]);
   }
 
   void start_from(const T* const* rows, const T* lse) { softmax.start_from(rows, lse); }

@@ -56,6 +56,30 @@ NATIVE_INLINE Vector<T> smaller(Vector<T> a, Vector<T> b) {
   return a > b ? b : a;
 }
 
+// The sum of all lanes, by halves.
+template <class T>
+NATIVE_INLINE T total_of(Vector<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)x);
+#endif
+  T parts[lanes<T>];
+  store(parts, x);
+  for (int half = lanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+// The largest of all lanes.
+template <class T>
+NATIVE_INLINE T largest_of(Vector<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)x);
+#endif
+  T most = x[0];
+  for (int lane = 1; lane < lanes<T>; ++lane) most = x[lane] > most ? x[lane] : most;
+  return most;
+}
+
 // a . b, summed per lane and then in double, which loses no more than the last rounding.
 template <class T>
 T dot(const T* a, const T* b, int count) {

@@ -215,7 +215,7 @@ class Shape:
 
 
 def by_name(values: object) -> Mapping[str, Any]:
-    """The data of a call by name; raises TypeError unless it is a dict or None."""
+    """The data of a call; raises TypeError unless a dict or None."""
     if values is not None and not isinstance(values, Mapping):
         raise TypeError(
             f"data must be a dict of tensors by name; got {type(values).__name__}. "
@@ -225,7 +225,7 @@ def by_name(values: object) -> Mapping[str, Any]:
 
 
 def data_names(reads: str, names: Sequence[str], values: object) -> Mapping[str, Any]:
-    """The data of a call by name; raises unless the names are exactly these.
+    """The data of a call; raises unless it has exactly these names.
 
     reads: what reads them, as the start of a sentence.
     """

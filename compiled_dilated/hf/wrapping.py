@@ -70,9 +70,9 @@ class LayerSite(Site):
             )
 
     def check_data(self, data: Mapping[str, Tensor] | None, query: Tensor, key: Tensor) -> None:
-        """Check that a call's data reached the layer, and is that of all tokens of a cache.
+        """Check that a call's data reached the layer.
 
-        Raises ValueError otherwise.
+        Raises ValueError otherwise, and for data of fewer tokens than a cache.
         """
         read = () if self.program is None else self.program.names
         if data is None:
@@ -154,7 +154,7 @@ def wrap(model: Any, attention: Choice = None) -> Any:
 
 
 def _check_names(names: tuple[str, ...]) -> None:
-    """Raise ValueError for names of data that this library gives to a call's own."""
+    """Raise ValueError for names that a call's own data have."""
     for name in names:
         if name in (PADDING, PACKED):
             raise ValueError(

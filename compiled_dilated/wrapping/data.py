@@ -31,7 +31,7 @@ def names_of(programs: Iterable[Program | None]) -> tuple[str, ...]:
 
 
 def check_names(model: str, names: Sequence[str], data: object) -> Mapping[str, Any]:
-    """The data of a call by name; raises unless the names are exactly these.
+    """The data of a call; raises unless it has exactly these names.
 
     model: the name of its class.
     """
@@ -39,7 +39,7 @@ def check_names(model: str, names: Sequence[str], data: object) -> Mapping[str, 
 
 
 def tensors_by_name(data: object) -> dict[str, Tensor]:
-    """The data of a call, sorted by name; raises TypeError unless they are tensors."""
+    """The data of a call, sorted; raises TypeError unless they are tensors."""
     passed = checks.by_name(data)
     for name, x in passed.items():
         if not isinstance(x, Tensor):
@@ -65,7 +65,7 @@ def check_forward(model: nn.Module, forward: Callable[..., Any]) -> inspect.Sign
 
 
 class Forward:
-    """The forward of a model that hands keywords on to its attention, with `data` checked.
+    """A model's forward that checks the keyword `data`, and hands it on.
 
     It replaces the model's `forward`. generate() reads the signature.
 
@@ -102,7 +102,7 @@ class Forward:
 
 
 class ByPosition(nn.Module):
-    """A model with a `Forward`, its data behind its inputs in the order of names."""
+    """A model with a `Forward`; data follow its inputs in the order of names."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()

@@ -109,7 +109,7 @@ def _check(layer: Layer, program: Program) -> None:
 
 @lru_cache(maxsize=64)
 def sees_later(program: Program, heads: int) -> bool:
-    """Whether a program may show later keys to queries, whatever its data are."""
+    """Whether a program shows later keys to queries, for some data."""
     tokens = _checked_tokens(program)
     later = ~masks.causal()
     for branch in program.branches:

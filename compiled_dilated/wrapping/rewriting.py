@@ -59,7 +59,7 @@ _CHECKPOINTS = ("tag_activation_checkpoint",)
 
 
 def named(x: Tensor, name: str) -> Tensor:
-    """Data of a call, marked in its graph by the name; `Rewriting` removes the mark."""
+    """Data of a call, marked in its graph; `Rewriting` removes the mark."""
     return x
 
 
@@ -201,7 +201,7 @@ class Rewriting:
         scope: Scope,
         lengths: tuple[Any, Any],
     ) -> tuple[Structure | None, tuple[Node, ...]]:
-        """The structure of a mask, and the nodes that it and the site's program read.
+        """The structure of a mask, and the nodes that the site reads.
 
         mask: None for a call without a mask, or with one that was not read.
         lengths: tokens of the query and of the key.

@@ -213,6 +213,30 @@ class Shape:
     device: torch.device
 
 
+def by_name(values: object) -> Mapping[str, Any]:
+    """The data of a call; raises TypeError unless a dict or None."""
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(
+            f"data must be a dict of tensors by name; got {type(values).__name__}. "
+            "Pass data={name: tensor}"
+        )
+    return values or {}
+
+
+def data_names(reads: str, names: Sequence[str], values: object) -> Mapping[str, Any]:
+    """The data of a call; raises unless it has exactly these names.
+
+    reads: what reads them, as the start of a sentence.
+    """
+    passed = by_name(values)
+    if set(passed) != set(names):
+        raise ValueError(
+            f"{reads} the data tensors {list(names)}; got {sorted(map(str, passed))}. "
+            "Pass data={name: tensor} with exactly those"
+        )
+    return passed
+
+
 def data(
     names: Sequence[str],
     query_names: Sequence[str],
@@ -226,17 +250,7 @@ def data(
 
     Raises if a tensor is missing, not read by the program, or of a wrong dtype, shape or device.
     """
-    if values is not None and not isinstance(values, Mapping):
-        raise TypeError(
-            f"data must be a dict of tensors by name; got {type(values).__name__}. "
-            f"Pass data={{name: tensor}}"
-        )
-    passed = values or {}
-    if set(passed) != set(names):
-        raise ValueError(
-            f"the program reads the data tensors {list(names)}; got {sorted(map(str, passed))}. "
-            "Pass data={name: tensor} with exactly those"
-        )
+    passed = data_names("the program reads", names, values)
     for name in names:
         tokens = shape.key_tokens
         if name in query_names and shape.query_tokens > tokens:

@@ -91,7 +91,8 @@ def compile(
 
     attention: the program of all layers, {pattern of layer paths: program}, a function of a
         `wrapping.layers.Layer`, or None for the model's own masks. It is replaced in place in a
-        transformers model. After a call `print(sites(model))` shows each layer's program.
+        transformers model. Programs that read data get it in a call, model(x, data={...}). After
+        a call `print(sites(model))` shows each layer's program.
     memory_budget: "6GiB", or bytes, for the peak of a step: torch.compile of the model by the
         passes of `passes.compile`.
     dynamic: as in torch.compile.

@@ -144,7 +144,7 @@ def test_the_table_of_sites_bounds_pairs_that_depend_on_data() -> None:
         without_documents, _ = [site.to_json() for site in cd.sites(model)]
         model(**inputs, position_ids=packed(100, 300), use_cache=False)
     row, _ = [site.to_json() for site in cd.sites(model)]
-    assert "documents(ids='packed')" in row["program"]
+    assert "documents(ids='position_ids')" in row["program"]
     assert row["at_most"]
     # No more than without documents; far fewer than all pairs.
     assert row["pairs"] == without_documents["pairs"] < 0.2 * row["pairs_eager"]

@@ -68,11 +68,6 @@ BAD_ATTENTION: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"model.layers.0.self_attn is causal, and its program shows later keys",
     ),
-    "data": (
-        masks.padding("lengths"),
-        ValueError,
-        r"reads the data lengths, which no call of the model passes",
-    ),
     "pattern": (
         {"*.attention.*": masks.causal()},
         ValueError,

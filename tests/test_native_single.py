@@ -100,3 +100,10 @@ def test_the_last_query_of_a_sequence_and_gradients() -> None:
 
     expected = results_and_gradients(reference, leaves(q, k, v), q_offset=KEYS - 65)
     assert_close(results, expected, TOLERANCES[torch.float64])
+
+
+def test_ranks_of_one_token_merge_the_results_of_their_neighbours_keys() -> None:
+    q, k, v = inputs_of(torch.float64, 20, 20, queries=4)
+    k, v = k[:, :, :4], v[:, :, :4]
+    out = cd.compile(masks.causal(), ranks=4)(q, k, v)
+    assert_close([out], [cd.reference(masks.causal(), q, k, v)], TOLERANCES[torch.float64])

@@ -51,31 +51,41 @@ def inputs_of(tokens: int, batch: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, tokens, 32, generator=generator), padding
 
 
+def documents(tokens: int, batch: int = 2) -> Tensor:
+    """Documents of five tokens, the data of a program."""
+    return torch.arange(tokens).expand(batch, -1) // 5
+
+
 @pytest.mark.usefixtures("fresh")
 def test_a_wrapped_model_is_exported_with_its_programs(tmp_path: Path) -> None:
     model = Encoder()
     with torch.no_grad():
         plain = model.eval()(*inputs_of(50))
-    program = masks.causal() & masks.window(7)
+    program = masks.causal() & masks.window(7) & masks.documents(ids="docs")
     cd.compile(model, attention={"layer.self_attn": cd.longnet((8, 64), (1, 2)), "causal": program})
     model.train()
     about = cd.export(
-        model, inputs_of(50), tmp_path / "model.pt2", lengths=(1, 4096), batches=(1, 8)
+        model,
+        (*inputs_of(50), documents(50)),
+        tmp_path / "model.pt2",
+        lengths=(1, 4096),
+        batches=(1, 8),
     )
     assert model.training
     longnet, causal, _ = about.entries["model"].attention
     assert "segments(64)" in longnet
     assert "padding" in longnet
     assert "window(7" in causal
+    assert "docs" in causal
     assert [site.path for site in cd.sites(model)] == ["layer.self_attn", "causal", "causal#2"]
     run = cd.load(tmp_path / "model.pt2")
     model.eval()
     for tokens, batch in ((1, 1), (2, 3), (50, 2), (65, 8), (300, 1)):
-        inputs = inputs_of(tokens, batch)
+        inputs, docs = inputs_of(tokens, batch), documents(tokens, batch)
         with torch.no_grad():
-            expected = model(*inputs)
-        torch.testing.assert_close(run(*inputs), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(run(*inputs_of(50)), plain, atol=1e-3)
+            expected = model(*inputs, data={"docs": docs})
+        torch.testing.assert_close(run(*inputs, docs), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(run(*inputs_of(50), documents(50)), plain, atol=1e-3)
 
 
 def test_a_wrapped_part_is_refused(tmp_path: Path) -> None:

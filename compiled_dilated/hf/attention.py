@@ -40,6 +40,7 @@ def attention(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    data: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in place of transformers' own.
@@ -51,6 +52,7 @@ def attention(
     softcap: scores become softcap * tanh(score / softcap).
     s_aux: (Hq,), sink logits, one more term of each head's softmax.
     position_bias: (1 or B, Hq, N, M), added to scores.
+    data: tensors by name that the programs of the model's layers read.
 
     Returns (B, N, Hq, D), and None for the weights, which are not computed.
 
@@ -60,6 +62,13 @@ def attention(
     _refuse(module, dropout, softcap, bias, options)
     layer_sites = sites_of(module)
     site: Any = layer_sites[0] if layer_sites else None
+    if site is not None:
+        site.check_data(data, query, key)
+    elif data:
+        raise ValueError(
+            f"no program of {type(module).__name__} reads data; got {sorted(map(str, data))}. "
+            "Pass the model and its programs to compiled_dilated.compile(model, attention=...)"
+        )
     visible = _visible(module, query, key, attention_mask, is_causal, site)
     score_mod: ScoreMod | None = None
     if softcap is not None:
@@ -71,7 +80,7 @@ def attention(
         out = _traced(visible, query, key, value, *of_scores)
     else:
         model_mask = visible.structure + _tensor_as_text(attention_mask)
-        out = _at_site(site, visible, model_mask, query, key, value, *of_scores)
+        out = _at_site(site, visible, model_mask, data or {}, query, key, value, *of_scores)
     return out.transpose(1, 2), None
 
 
@@ -79,6 +88,7 @@ def _at_site(
     site: Any,
     visible: Visible,
     model_mask: str,
+    data: Mapping[str, Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -89,22 +99,24 @@ def _at_site(
     """Attention by a site's program, or by the model's own mask.
 
     model_mask: the model's own mask as text, for the table of sites.
+    data: of the call, for the site's program.
     """
     if site is not None and site.program is not None:
         site.check(visible)
         attend = site.attend(visible.joined)
+        data = {**visible.data, **data}
     else:
         attend = attend_of(visible.structure, visible.joined)
     q_offset = _position(visible.q_offset)
     # Attention without data decodes a token without the checks of its first call.
-    data = {name: visible.data[name] for name in attend.program.names} or None
+    read = {name: data[name] for name in attend.program.names} or None
     out: Tensor = attend(
         query,
         key,
         value,
         scale=scaling,
         q_offset=q_offset,
-        data=data,
+        data=read,
         score_mod=score_mod,
         sink_logits=s_aux,
     )

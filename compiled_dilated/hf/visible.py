@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from .. import masks
 from ..programs import Program
 
-# Names of data tensors.
-PADDING, PACKED, CHUNKS = "padding", "packed", "chunks"
+# Names of data tensors; the first two are the arguments of a call that they are computed from.
+PADDING, PACKED, CHUNKS = "attention_mask", "position_ids", "chunks"
 _EAGER = "Use attn_implementation='eager' for models that compute with their masks"
 
 
@@ -21,7 +21,7 @@ class Visible:
 
     structure: masks as text, as `causal() & window(15, 0)`; a layer's own program replaces them.
     joined: sorted names of data that also joins a layer's own program: PADDING (True where a key
-        is hidden) and PACKED (document ids).
+        is hidden) and PACKED (ids of the packed sequences).
     data: tensors (batch, keys) by name.
     q_offset: the first query's position among the keys; a tensor (batch,) where a static cache
         counts on the device.

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..attend import Attend
 from ..masks import Mask
 from ..programs import Program
+from ..wrapping.data import check_names, names_of, put_forward
 from ..wrapping.layers import Choice, Layer, check_choice, programs_of, sees_later
 from ..wrapping.sites import Site, put_sites
 from . import NAME
@@ -21,17 +22,28 @@ class LayerSite(Site):
     """An attention layer of transformers.
 
     heads: the layer's query heads.
+    model: the name of the model's class.
+    names: of the data that the model's programs read; this one may read fewer.
     """
 
-    def __init__(self, path: str, kind: str, program: Program | None, heads: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        program: Program | None,
+        heads: int,
+        model: str,
+        names: tuple[str, ...],
+    ) -> None:
         super().__init__(path, kind, program)
+        self._model, self._names = model, names
         self._attends: dict[tuple[str, ...], Attend] = {}
         self._sees_later = False
         if program is None:
             return
         self._sees_later = sees_later(program, heads)
         # Created in advance: none may be created in a trace.
-        for joined in ((), (PADDING,), (PACKED,), (PACKED, PADDING)):
+        for joined in ((), (PADDING,), (PACKED,), (PADDING, PACKED)):
             self._attends[joined] = Attend(joined_with(program, joined))
 
     def check(self, visible: Visible) -> None:
@@ -57,6 +69,42 @@ class LayerSite(Site):
                 "(sliding_window=None, layer_types of 'full_attention')"
             )
 
+    def check_data(self, data: Mapping[str, Tensor] | None, query: Tensor, key: Tensor) -> None:
+        """Check that a call's data reached the layer.
+
+        Raises ValueError otherwise, and for data of fewer tokens than a cache.
+        """
+        read = () if self.program is None else self.program.names
+        if data is None:
+            if read:
+                raise ValueError(
+                    f"the data {', '.join(read)} did not reach {self.path}: {self._model} does not "
+                    "hand on keywords (**kwargs) to this layer, or a part of it was called. Call "
+                    "the wrapped model itself; where it drops keywords use programs without data"
+                )
+            return
+        check_names(self._model, self._names, data)
+        for name in read:
+            self._check_tensor(name, data[name], query, key)
+
+    def _check_tensor(self, name: str, x: object, query: Tensor, key: Tensor) -> None:
+        """Raise ValueError for data that generate() would have to extend."""
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            return  # refused with the checks of every call
+        batch, tokens = key.shape[0], key.shape[2]
+        if x.shape[1] < tokens and query.shape[2] < tokens:
+            raise ValueError(
+                f"data[{name!r}] has {x.shape[1]} tokens, and the cache of {self.path} {tokens}. "
+                "generate() passes the same data at every step: pass that of the prompt and of "
+                "all new tokens, (batch or 1, prompt + max_new_tokens)"
+            )
+        if x.shape[0] not in (1, batch) and batch % x.shape[0] == 0:
+            raise ValueError(
+                f"data[{name!r}] has {x.shape[0]} rows, and {self.path} a batch of {batch}. "
+                "For beams and num_return_sequences of generate(), which does not repeat data, "
+                f"pass x.repeat_interleave({batch // x.shape[0]}, 0)"
+            )
+
     def attend(self, joined: tuple[str, ...]) -> Attend:
         """Attention by the layer's own program under data of a call.
 
@@ -71,10 +119,11 @@ def wrap(model: Any, attention: Choice = None) -> Any:
     attention: a program or mask for all layers; a function of a `Layer`; or {pattern of paths:
         program}, as {"*.layers.0.*": program}, of which the first match counts. None, or None for
         a layer: the model's own masks stay. A program replaces the model's structure (causal,
-        windows, chunks) and is joined with a call's data (padding, packed sequences).
+        windows, chunks) and is joined with a call's data (padding, packed sequences). Data that
+        programs read by name is passed in a call, as model(input_ids, data={name: tensor}).
 
-    Raises ValueError if there is no layer, a pattern matches none, or a program shows later keys
-    to a causal layer.
+    Raises ValueError if there is no layer, a pattern matches none, a program shows later keys to a
+    causal layer, or reads data that the model's forward cannot hand on.
     """
     if not model._can_set_attn_implementation():
         raise ValueError(
@@ -92,11 +141,26 @@ def wrap(model: Any, attention: Choice = None) -> Any:
     layers = {path: _layer_of(path, module, model) for path, module in modules.items()}
     _check_cross_attention(model, attention, layers)
     programs = programs_of(attention, layers)
+    names = names_of(programs.values())
+    _check_names(names)
+    put_forward(model, names)
     model.set_attn_implementation(NAME)
     for path, module in modules.items():
         layer = layers[path]
-        put_sites(module, [LayerSite(path, layer.kind, programs[path], layer.heads or 1)])
+        heads = layer.heads or 1
+        site = LayerSite(path, layer.kind, programs[path], heads, type(model).__name__, names)
+        put_sites(module, [site])
     return model
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    """Raise ValueError for names that a call's own data have."""
+    for name in names:
+        if name in (PADDING, PACKED):
+            raise ValueError(
+                f"a program reads the data {name!r}, which is an argument of the model and joins "
+                "programs by itself. Leave it out of the program, or choose another name"
+            )
 
 
 def _check_cross_attention(model: Any, attention: Choice, layers: Mapping[str, Layer]) -> None:

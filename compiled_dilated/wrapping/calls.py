@@ -18,6 +18,7 @@ from ..masks import Mask
 from ..masks.bands import Causal, Window
 from ..mods import ScoreMod
 from ..programs import Program, as_program
+from .data import names_of
 from .reading.expressions import TRUE, evaluate, indices_of
 from .scores import added
 from .sites import Site
@@ -36,11 +37,14 @@ class Attention:
 
     line: source line of the call, for messages.
     structure: of the call's mask, if that was read.
+
+    `captured` of a call: the tensors that the structure reads, then the data of the site's program.
     """
 
     def __init__(self, site: Site, line: str, structure: Structure | None = None) -> None:
         self.site, self.line = site, line
         self.structure = structure or Structure()
+        self._names = names_of([site.program])
         # Caches of compiled graphs are keyed by their code, which contains this name.
         self.__name__ = f"attention_{digest(site.program, self.structure)}"
         self._attends = {causal: Attend(self._program(causal)) for causal in (False, True)}
@@ -67,7 +71,6 @@ class Attention:
         """scaled_dot_product_attention over (..., heads, tokens, width).
 
         attn_mask: one that was not read.
-        captured: tensors that the structure reads.
         """
         self._check(query, key, value, dropout_p, enable_gqa)
         q, k, v = (_four(x) for x in (query, key, value))
@@ -132,7 +135,6 @@ class Attention:
         """Attention over (B, H, N, D), recorded at the site.
 
         model_mask: the model's own mask, as text.
-        captured: tensors that the structure reads.
         score_mod: of the call; applied before the structure's bias.
         conditions: mask_mods that are evaluated per pair.
         """
@@ -144,13 +146,16 @@ class Attention:
 
     def _data(self, names: Sequence[str], captured: Sequence[Any], k: Tensor) -> dict[str, Tensor]:
         """The data tensors (B or 1, M) that masks read."""
+        passed = captured[len(captured) - len(self._names) :]
+        data = dict(zip(self._names, passed, strict=True))
         batch, keys = k.shape[0], k.shape[2]
         indices = {
             "b": torch.arange(batch, device=k.device)[:, None],
             "kv": torch.arange(keys, device=k.device)[None],
         }
-        data = {}
         for name in names:
+            if name in data:
+                continue
             entry = self.structure.data[name]
             rows = batch if "b" in indices_of(entry) else 1
             entries = torch.as_tensor(evaluate(entry, indices, captured), device=k.device)

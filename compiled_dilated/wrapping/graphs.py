@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
@@ -15,11 +16,17 @@ from torch._dynamo.comptime import comptime
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
+from ..masks import Mask
+from ..programs import Program, as_program
 from ..tracing import is_compiling
+from .data import ARGUMENT, ByPosition, forward_of, names_of, tensors_by_name
 from .flex import device_check
 from .layers import Choice, check_choice, check_patterns
-from .rewriting import Rewriting
-from .sites import put_sites
+from .rewriting import Rewriting, named
+from .sites import put_sites, sites_of
+
+# In the graph, without a look inside.
+_named = torch.compiler.allow_in_graph(named)
 
 # Compiles a graph for example inputs, as a backend of torch.compile.
 Backend = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -33,7 +40,8 @@ def wrap(
     """The model, its forward compiled in place with attention by programs.
 
     attention: as in `compile`; a path is that of the module that calls the attention, path#2 of
-        its second call.
+        its second call. Data that programs read by name is passed in a call, as
+        model(x, data={name: tensor}).
     dynamic: as in torch.compile; the forward is captured whole (fullgraph).
     backend: compiles the rewritten graphs, default torch's inductor.
 
@@ -71,11 +79,15 @@ def exportable(
 ) -> Iterator[nn.Module]:
     """The model, or the rewritten graph of a wrapped model, for torch.export.
 
+    inputs: of the forward, then the data of a wrapped model's programs in the order of names.
     dynamic_shapes: of the inputs, as in torch.export.
 
     Raises RuntimeError on exit if attention of a wrapped model was not replaced.
     """
-    wrapped = _wrapped_of(model)
+    wrapped, forward = _wrapped_of(model), forward_of(model)
+    if forward is not None:
+        yield ByPosition(model, forward.names)
+        return
     if wrapped is None:
         yield model
         return
@@ -113,7 +125,10 @@ class _Wrapped:
         self._graphs, self._is_settled = 0, False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward."""
+        """The model's forward.
+
+        Its keyword `data`, tensors by name, is for the programs, unless the model has one.
+        """
         if is_compiling():
             raise NotImplementedError(
                 "this model is compiled by compiled_dilated.compile(model, attention=...): "
@@ -133,8 +148,11 @@ class _Wrapped:
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._compiled is None:
             self._compiled = self._compile()
+        data = {}
+        if ARGUMENT in kwargs and not self._has_own_data():
+            data = tensors_by_name(kwargs.pop(ARGUMENT))
         try:
-            return self._compiled(*args, **kwargs)
+            return self._compiled(data, *args, **kwargs)
         except BaseException as failure:
             # A trace that failed has not restored torch's check.
             device_check.restore()
@@ -146,9 +164,18 @@ class _Wrapped:
             raise
 
     def capture(self, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...]) -> GraphModule:
-        """The model's own forward as a graph; its parameters are the model's."""
+        """The model's own forward as a graph; its parameters are the model's.
+
+        inputs: of the forward, then the programs' data in the order of names.
+        """
+        traced, names = self._traced(), self._names()
+        count = len(inputs) - len(names)
+
+        def by_position(*tensors: Tensor) -> Any:
+            return traced(dict(zip(names, tensors[count:], strict=True)), *tensors[:count])
+
         capturing = torch._dynamo.export(
-            self._traced(), dynamic_shapes=(dynamic_shapes,), assume_static_by_default=True
+            by_position, dynamic_shapes=(dynamic_shapes,), assume_static_by_default=True
         )
         try:
             graph: GraphModule = capturing(*inputs).graph_module
@@ -178,7 +205,7 @@ class _Wrapped:
         if model_forward is None:
             model_forward = functools.partial(type(model).forward, model)
 
-        def traced(*args: Any, **kwargs: Any) -> Any:
+        def traced(data: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
             if not is_compiling():
                 raise RuntimeError(
                     "torch runs this model without compiling it (torch.compiler.set_stance, or "
@@ -187,6 +214,8 @@ class _Wrapped:
             # Called by Dynamo while it traces, not by the graph. Guards are built after the trace,
             # on torch's own check.
             comptime(_start_trace)
+            for name, x in data.items():
+                _named(x, name)
             out = model_forward(*args, **kwargs)
             comptime(_stop_trace)
             return out
@@ -195,6 +224,24 @@ class _Wrapped:
         return FunctionType(
             traced.__code__.replace(), traced.__globals__, "traced", None, traced.__closure__
         )
+
+    def _has_own_data(self) -> bool:
+        """Whether the model's own forward has an argument `data`."""
+        forward = self.forward or type(self.model).forward
+        return ARGUMENT in inspect.signature(forward).parameters
+
+    def _names(self) -> tuple[str, ...]:
+        """Names of the data that the programs read.
+
+        Those of a function of layers are known after a call.
+        """
+        choices: list[Any] = [site.program for site in sites_of(self.model) or ()]
+        if isinstance(self.attention, (Program, Mask)):
+            choices = [self.attention]
+        elif isinstance(self.attention, Mapping):
+            choices = list(self.attention.values())
+        programs = [choice for choice in choices if isinstance(choice, (Program, Mask))]
+        return names_of(map(as_program, programs))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None, "_is_settled": False}

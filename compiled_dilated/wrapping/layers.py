@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import counting, masks
 from ..masks import Mask
+from ..masks.bounds import upper_bound
 from ..masks.neighborhoods import Neighborhood
 from ..programs import Program, as_program
 
@@ -104,11 +105,6 @@ def _name_of(layer: Layer) -> str:
 
 
 def _check(layer: Layer, program: Program) -> None:
-    if program.names:
-        raise ValueError(
-            f"the program of {_name_of(layer)} reads the data {', '.join(program.names)}, which no "
-            "call of the model passes. Padding and packed sequences join a program by themselves"
-        )
     if layer.causal and sees_later(program, layer.heads or 1):
         raise ValueError(
             f"{_name_of(layer)} is causal, and its program shows later keys to queries. "
@@ -118,13 +114,14 @@ def _check(layer: Layer, program: Program) -> None:
 
 @lru_cache(maxsize=64)
 def sees_later(program: Program, heads: int) -> bool:
-    """Whether a program shows later keys to queries."""
+    """Whether a program shows later keys to queries, for some data."""
     tokens = _checked_tokens(program)
     later = ~masks.causal()
     for branch in program.branches:
         # A set, as most heads see the same.
         for mask in {branch.mask_at(head, heads) for head in branch.head_range(heads)}:
-            if counting.pairs(masks.conjunction((mask, later)), tokens, tokens) != 0:
+            most = upper_bound(mask) if mask.names else mask
+            if counting.pairs(masks.conjunction((most, later)), tokens, tokens) != 0:
                 return True
     return False
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .calls import Attention
+from .data import check_forward, check_names, names_of
 from .flex import FLEX, FlexCall
 from .layers import Choice, Layer, program_of
 from .multihead import MULTIHEAD, bound_arguments, multihead, read_masks
@@ -56,6 +57,12 @@ _CLOSED = {
 # Operators that run a graph again in the backward, and pass their other operands on to it.
 _CHECKPOINTS = ("tag_activation_checkpoint",)
 
+
+def named(x: Tensor, name: str) -> Tensor:
+    """Data of a call, marked in its graph; `Rewriting` removes the mark."""
+    return x
+
+
 # A function in place of an operator, and its arguments by name.
 _Replacement = tuple[Callable[..., Any], dict[str, Any]]
 
@@ -71,12 +78,15 @@ class Rewriting:
     def __init__(self, model: nn.Module, attention: Choice, own_file: str) -> None:
         self.model, self.attention, self.own_file = model, attention, own_file
         self.sites: dict[str, Site] = {}
+        # Nodes of the outermost graph with the data of a call, by name.
+        self._data: dict[str, Node] = {}
 
     def rewrite(self, graph: GraphModule) -> None:
         """Replace the calls of a graph and of its subgraphs.
 
-        Raises ValueError if there are none.
+        Raises ValueError if there are none, and for data that no program reads.
         """
+        self._data = _unmarked(graph)
         calls: Counter[str] = Counter()
         callers = callers_of(graph, _CHECKPOINTS)
         for part in graph.modules():
@@ -89,6 +99,8 @@ class Rewriting:
                 "nn.MultiheadAttention and no flex_attention: there is no attention to replace. "
                 "Build its own of compiled_dilated.compile(program)"
             )
+        names = names_of(site.program for site in self.sites.values())
+        check_names(type(self.model).__name__, names, self._data)
         put_sites(self.model, list(self.sites.values()))
 
     def check_replaced(self) -> None:
@@ -157,7 +169,7 @@ class Rewriting:
             expression = reader.mask(mask, scope, _SDPA_INDICES[dims])
             bound["attn_mask"] = None
         lengths = _lengths(query, bound["key"], -2)
-        structure, captured = _structure(expression, reader, scope, lengths)
+        structure, captured = self._structure(site, expression, reader, scope, lengths)
         return Attention(site, line_of(node), structure), bound | {"captured": captured}
 
     def _multihead(self, node: Node, path: str, scope: Scope) -> _Replacement:
@@ -167,7 +179,7 @@ class Rewriting:
         reader = Reader(RULES)
         expression = read_masks(bound, reader, scope)
         lengths = _lengths(bound["query"], bound["key"], 0)
-        structure, captured = _structure(expression, reader, scope, lengths)
+        structure, captured = self._structure(site, expression, reader, scope, lengths)
         return multihead(Attention(site, line_of(node), structure)), bound | {"captured": captured}
 
     def _flex(self, node: Node, path: str, scope: Scope) -> _Replacement:
@@ -177,9 +189,51 @@ class Rewriting:
         expression = call.read_mask(reader, scope)
         call.check_tiles(expression)
         lengths = _lengths(call.query, call.key, -2)
-        structure, captured = _structure(expression, reader, scope, lengths)
+        structure, captured = self._structure(site, expression, reader, scope, lengths)
         attention = Attention(site, line_of(node), structure)
         return call.replacement(attention, expression is not None), call.arguments(captured)
+
+    def _structure(
+        self,
+        site: Site,
+        mask: Expression | None,
+        reader: Reader,
+        scope: Scope,
+        lengths: tuple[Any, Any],
+    ) -> tuple[Structure | None, tuple[Node, ...]]:
+        """The structure of a mask, and the nodes that the site reads.
+
+        mask: None for a call without a mask, or with one that was not read.
+        lengths: tokens of the query and of the key.
+        """
+        data = self._data_of(site, scope)
+        if mask is None:
+            return None, data
+        mask, captured = reader.used(mask)
+        structure = structure_of(mask, *lengths, names_of([site.program]))
+        return structure, (*bring(captured, scope), *data)
+
+    def _data_of(self, site: Site, scope: Scope) -> tuple[Node, ...]:
+        """Nodes of a call's graph with the data of its site's program.
+
+        Raises ValueError where the data was not passed.
+        """
+        names = names_of([site.program])
+        if not names:
+            return ()
+        model = self.model
+        if not set(names) <= set(self._data):
+            check_forward(model, type(model).forward)
+            check_names(type(model).__name__, names, self._data)
+        outermost = scope
+        while outermost.outer is not None:
+            outermost = outermost.outer
+        if not set(outermost.part.graph.nodes).issuperset(self._data[name] for name in names):
+            raise NotImplementedError(
+                f"{site.path} is called in a graph inside of the model's, into which data of a "
+                f"call is not brought{line_of(scope.node)}. Use a program without data there"
+            )
+        return tuple(bring([(outermost, self._data[name]) for name in names], scope))
 
 
 def _lengths(query: Node, key: Node, dim: int) -> tuple[Any, Any]:
@@ -187,18 +241,15 @@ def _lengths(query: Node, key: Node, dim: int) -> tuple[Any, Any]:
     return example_of(query).shape[dim], example_of(key).shape[dim]
 
 
-def _structure(
-    mask: Expression | None, reader: Reader, scope: Scope, lengths: tuple[Any, Any]
-) -> tuple[Structure | None, tuple[Node, ...]]:
-    """The structure of a mask, and the nodes that it captures.
-
-    mask: None for a call without a mask, or with one that was not read.
-    lengths: tokens of the query and of the key.
-    """
-    if mask is None:
-        return None, ()
-    mask, captured = reader.used(mask)
-    return structure_of(mask, *lengths), tuple(bring(captured, scope))
+def _unmarked(graph: GraphModule) -> dict[str, Node]:
+    """The marked data of a call by name; the marks are removed."""
+    data = {}
+    for node in graph.graph.find_nodes(op="call_function", target=named):
+        x, name = node.args
+        data[name] = x
+        node.replace_all_uses_with(x)
+        graph.graph.erase_node(node)
+    return data
 
 
 def _replace(

@@ -25,23 +25,25 @@ class DataTensors:
     """The data tensors that masks read.
 
     square: whether a call has as many queries as keys.
+    taken: names of other data of the call.
     entries: by name, the entry of a tensor for "b" and "kv".
     """
 
     square: bool
+    taken: tuple[str, ...] = ()
     entries: dict[str, Expression] = field(default_factory=dict)
 
     def name_of(self, kind: str, entry: Expression) -> str:
         """The name of a tensor with these entries: kind, kind2, ..."""
         name, number = kind, 1
-        while self.entries.setdefault(name, entry) != entry:
+        while name in self.taken or self.entries.setdefault(name, entry) != entry:
             number += 1
             name = f"{kind}{number}"
         return name
 
     def copy(self) -> DataTensors:
         """A copy, for an attempt that may fail."""
-        return DataTensors(self.square, dict(self.entries))
+        return DataTensors(self.square, self.taken, dict(self.entries))
 
 
 def mask_of(condition: Expression, data: DataTensors) -> Mask | None:

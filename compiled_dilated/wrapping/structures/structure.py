@@ -50,11 +50,14 @@ class Structure:
         return f"{seen} + a bias"
 
 
-def structure_of(mask: Expression, q_len: Any, kv_len: Any) -> Structure:
+def structure_of(
+    mask: Expression, q_len: Any, kv_len: Any, taken: tuple[str, ...] = ()
+) -> Structure:
     """The structure of a mask of bool or of numbers.
 
     mask: of bool, True where a pair is seen; of numbers, added to scores.
     q_len, kv_len: of the call, in tokens; symbolic if they vary.
+    taken: names of other data of the call.
     """
     square = bool(statically_known_true(q_len == kv_len))
     condition: Expression = mask
@@ -63,7 +66,7 @@ def structure_of(mask: Expression, q_len: Any, kv_len: Any) -> Structure:
         condition, bias = split(mask, square)
     joint: list[Mask] = []
     per_pair: list[Expression] = []
-    data = DataTensors(square)
+    data = DataTensors(square, taken)
     for part in conjuncts(condition):
         # Tensors of a part that turns out to be no mask are dropped with the copy.
         attempt = data.copy()

@@ -88,7 +88,7 @@ def test_data_reaches_the_layers_of_every_model(name: str) -> None:
         results = [result_of(model(**inputs_of(name), data={"docs": docs})) for docs in (one, many)]
     # The first of the documents sees as much of itself as of all tokens.
     assert_same(results[0][:, :12], results[1][:, :12])
-    assert not torch.allclose(*results, atol=1e-3)
+    assert not torch.allclose(results[0], results[1], atol=1e-3)
 
 
 def test_the_module_of_a_package_takes_data_by_position() -> None:

@@ -181,4 +181,5 @@ def test_a_compilation_in_another_thread_changes_no_call(monkeypatch: pytest.Mon
     assert not is_compiling()
     assert_close(model(X), plain(X))
     with pytest.raises(TypeError, match="arguments"):
-        cd.compile(masks.causal())(Q[0], Q[0], Q[0], score_mod=lambda score, b: score)
+        two_arguments: Any = lambda score, b: score  # noqa: E731
+        cd.compile(masks.causal())(Q[0], Q[0], Q[0], score_mod=two_arguments)

@@ -93,7 +93,7 @@ class Flex(nn.Module):
     """flex_attention of the same queries, keys and values."""
 
     def forward(self, q: Tensor) -> Tensor:
-        out: Tensor = flex_attention(q, q, q)  # type: ignore[assignment]
+        out: Tensor = flex_attention(q, q, q)
         return out
 
 
@@ -116,7 +116,7 @@ def test_ten_lengths_with_data_are_two_graphs() -> None:
 class OwnData(Net):
     """A model with an argument `data` of its own."""
 
-    def forward(self, x: Tensor, data: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, data: Tensor | None = None) -> Tensor:
         return super().forward(x, data)
 
 

@@ -180,6 +180,6 @@ def test_a_compilation_in_another_thread_changes_no_call(monkeypatch: pytest.Mon
     assert torch.compiler.is_compiling()
     assert not is_compiling()
     assert_close(model(X), plain(X))
+    two_arguments: Any = lambda score, b: score  # noqa: E731
     with pytest.raises(TypeError, match="arguments"):
-        two_arguments: Any = lambda score, b: score  # noqa: E731
         cd.compile(masks.causal())(Q[0], Q[0], Q[0], score_mod=two_arguments)

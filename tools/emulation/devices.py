@@ -76,10 +76,61 @@ def _peak() -> str | None:
     return None if peak == 0 else f"the pretended counters say 0 bytes; got {peak}"
 
 
+def _refused() -> str | None:
+    """Exports of programs that lanes do not compute, and arguments that are of CPUs."""
+    q, k, v = (x.to(pretended.DEVICE) for x in _inputs())
+    padding = torch.zeros(1, _SHAPE[2], dtype=torch.bool, device=pretended.DEVICE)
+    options = {"lengths": (1, 100)}
+    attempts: list[tuple[object, list[Tensor], dict[str, object], str]] = [
+        (masks.padding("pad"), [q, k, v, padding], options, "it reads data"),
+        (masks.neighborhood((8, 8), 1), [q, k, v], {}, "is not made of runs of keys"),
+        (masks.causal(), [q, k, v], {"lengths": (1, 2**25)}, "at most 16,777,216 tokens"),
+        (masks.causal(), [q, k, v], options | {"isa": "avx2"}, "isa is of CPUs"),
+        (masks.causal(), [q, k, v.cpu()], options, "must all be on one device"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for program, tensors, arguments, message in attempts:
+            try:
+                cd.export(program, tensors, Path(folder, "model.pt2"), **arguments)  # type: ignore[arg-type]
+            except ValueError as error:
+                if message not in str(error):
+                    return f"refused by {str(error)!r}, not {message!r}"
+            else:
+                return f"{program!r} is exported"
+    return None
+
+
+def _planned() -> str | None:
+    """Plans of large tensors ask for free memory; what kernels cannot take is refused."""
+    small, low = (1, 2, 64, 64), torch.bfloat16
+    attempts: list[tuple[str, tuple[int, ...], torch.dtype, int, str]] = [
+        ("lanes", small, torch.float64, 0, "not in float64"),
+        ("lanes", (1, 2, 64, 320), low, 0, "heads of at most 256 numbers"),
+        ("lanes", small, low, 2**31, "positions are counted in 32 bits"),
+        ("flex", (1, 2, 64, 8), low, 0, "heads of at least 16 numbers"),
+        ("tiled", (1, 8, 2**17, 64), low, 0, ""),
+    ]
+    for lowering, shape, dtype, q_offset, message in attempts:
+        refusal = ""
+        try:
+            options = {"q_offset": q_offset, "kv_len": q_offset + shape[2]}
+            cd.plan(
+                masks.causal() & masks.window(9), shape, dtype=dtype, device="cuda",
+                lowering=lowering, **options,
+            )  # fmt: skip
+        except ValueError as error:
+            refusal = str(error)
+        if message not in refusal or bool(message) != bool(refusal):
+            return f"{lowering} of {shape}: {refusal!r}, not {message!r}"
+    return None
+
+
 CASES: dict[str, Case] = {
     "a streamed ring": Case(_streamed, short=True),
     "tiles": Case(_tiles, short=True),
     "peak memory": Case(_peak, short=True),
+    "exports that are refused": Case(_refused),
+    "plans, and what kernels cannot take": Case(_planned, short=True),
 }
 
 

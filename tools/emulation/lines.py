@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -49,7 +50,7 @@ def recorded() -> Iterator[None]:
 
     def of_frame(frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
-            ran[frame.f_code.co_filename].add(frame.f_lineno)
+            ran.setdefault(frame.f_code.co_filename, set()).add(frame.f_lineno)
         return of_frame
 
     def of_call(frame: FrameType, event: str, argument: Any) -> Any:
@@ -59,11 +60,14 @@ def recorded() -> Iterator[None]:
         ran.setdefault(name, set()).add(frame.f_lineno)
         return of_frame
 
+    # Threads that start from here on, and this one.
+    threading.settrace(of_call)
     sys.settrace(of_call)
     try:
         yield
     finally:
         sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
             json.dump({name: sorted(numbers) for name, numbers in ran.items()}, file)
 

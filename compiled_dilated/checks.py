@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .tracing import is_compiling
+from .tracing import in_this_thread
 
 DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
 _LARGEST = sys.float_info.max
@@ -125,7 +125,9 @@ def shapes(
 def warn_of_swapped_axes(q: Tensor, layout: Layout = HEADS_FIRST) -> None:
     """Warn if far more heads than tokens suggest swapped axes."""
     heads, tokens = q.shape[layout.axes[1]], q.shape[layout.axes[2]]
-    if is_compiling() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):
+    if (torch.compiler.is_compiling() and in_this_thread()) or not (
+        heads > 256 and tokens > 1 and heads >= 32 * tokens
+    ):
         return
     alternative = "compiled_dilated.DilatedAttention takes (batch, tokens, heads, head_dim)"
     if layout is TOKENS_FIRST:
@@ -181,7 +183,8 @@ def number(name: str, value: object) -> None:
     """Raise unless a value is a finite number."""
     # Dynamo traces int and float only.
     if isinstance(value, bool) or not (
-        isinstance(value, int | float) or (not is_compiling() and isinstance(value, Real))
+        isinstance(value, int | float)
+        or (not (torch.compiler.is_compiling() and in_this_thread()) and isinstance(value, Real))
     ):
         raise TypeError(
             f"{name} must be a finite number; got {type(value).__name__} {value!r}. "
@@ -189,7 +192,7 @@ def number(name: str, value: object) -> None:
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
     comparable = value if isinstance(value, int | float) else float(value)
-    if is_compiling():
+    if torch.compiler.is_compiling() and in_this_thread():
         is_finite = -math.inf < comparable < math.inf
     else:  # integers too large for a float are refused as well
         is_finite = -_LARGEST <= comparable <= _LARGEST

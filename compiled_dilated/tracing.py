@@ -1,4 +1,4 @@
-"""Whether torch.compile or torch.export traces a call."""
+"""Whether torch.compile or torch.export traces a call in this thread."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import torch
 from torch._guards import CompileContext, TracingContext
 
 
-def is_compiling() -> bool:
-    """Whether this thread traces or compiles.
+def in_this_thread() -> bool:
+    """Whether a compilation is this thread's own.
 
-    torch.compiler.is_compiling is also True while another thread does.
+    Asked as `torch.compiler.is_compiling() and in_this_thread()`: the first is also True while
+    another thread compiles. It is not part of this function, which Dynamo may compile by itself
+    behind a graph break.
     """
-    # A constant for Dynamo, which traces this function.
+    # A constant for Dynamo.
     if torch.compiler.is_dynamo_compiling():
         return True
-    return torch.compiler.is_compiling() and _is_tracing()
-
-
-def _is_tracing() -> bool:
-    """Whether this thread has a compiler's context or an operators' mode."""
     return (
         CompileContext.try_get() is not None
         or TracingContext.try_get() is not None

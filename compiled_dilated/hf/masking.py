@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import masking_utils
 
-from ..tracing import is_compiling
+from ..tracing import in_this_thread
 from ..wrapping.structures.spans import FAR
 from .visible import CHUNKS, PACKED, PADDING, Visible
 
@@ -115,7 +115,7 @@ def mask(
     def positions() -> Tensor:
         return (torch.arange(kv_length, device=device) + kv_offset)[None]
 
-    if is_compiling():
+    if torch.compiler.is_compiling() and in_this_thread():
         # transformers packs only causal sequences, without a cache and without attention_mask.
         packed = attention_mask is None and q_length == kv_length
         neighbours = _Neighbours(mask_function, batch_size, positions, packed)
@@ -138,14 +138,18 @@ def _join_padding(
             f"got shape {tuple(tokens.shape)}"
         )
     # The unfilled places come after all queries: a causal mask hides them already.
-    if description.causal and not is_compiling() and bool(tokens.all()):
+    if (
+        description.causal
+        and not (torch.compiler.is_compiling() and in_this_thread())
+        and bool(tokens.all())
+    ):
         return
     missing = kv_offset + kv_length - tokens.shape[1]
     # In a graph the length may vary: no branch on it.
-    if is_compiling() or missing > 0:
+    if (torch.compiler.is_compiling() and in_this_thread()) or missing > 0:
         tokens = F.pad(tokens, (0, missing))
     tokens = tokens[:, kv_offset : kv_offset + kv_length]
-    if not is_compiling() and bool(tokens.all()):
+    if not (torch.compiler.is_compiling() and in_this_thread()) and bool(tokens.all()):
         return
     description.joined.append(PADDING)
     description.data[PADDING] = ~tokens

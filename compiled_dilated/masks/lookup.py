@@ -56,9 +56,11 @@ def as_tensor(table: tuple[int, ...], device: Any) -> Any:
 
 def _entries(table: tuple[int, ...], device: Any) -> Any:
     """The table as a tensor, cached except in a trace."""
-    from ..tracing import is_compiling
+    import torch
 
-    if is_compiling():
+    from ..tracing import in_this_thread
+
+    if torch.compiler.is_compiling() and in_this_thread():
         # A tensor created while tracing belongs to the trace and must not be cached.
         return as_tensor(table, device)
     return _tensor(table, device)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from ..masks import Mask
 from ..programs import Program, as_program
-from ..tracing import is_compiling
+from ..tracing import in_this_thread
 from .data import ARGUMENT, ByPosition, forward_of, names_of, tensors_by_name
 from .flex import device_check
 from .layers import Choice, check_choice, check_patterns
@@ -129,30 +129,28 @@ class _Wrapped:
 
         Its keyword `data`, tensors by name, is for the programs, unless the model has one.
         """
-        if is_compiling():
+        if torch.compiler.is_compiling() and in_this_thread():
             raise NotImplementedError(
                 "this model is compiled by compiled_dilated.compile(model, attention=...): "
                 "torch.compile or torch.export around it would leave that out. Call it as it is, "
                 "and export it by compiled_dilated.export(model, ...)"
             )
-        if self._is_settled:
-            return self._call(args, kwargs)
-        # One thread after the other: all threads that find no graph would compile one each, past
-        # torch's limit of graphs.
-        with _FIRST_CALLS:
-            graphs = self._graphs
-            out = self._call(args, kwargs)
-            self._is_settled = self._graphs == graphs
-        return out
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # All in this function: Dynamo skips it behind the refusal, whereas it would trace the
+        # compiled forward in another one, and leave the program out.
         if self._compiled is None:
             self._compiled = self._compile()
+        # First calls one after the other: all threads that find no graph would compile one each,
+        # past torch's limit of graphs.
+        turn: Any = contextlib.nullcontext() if self._is_settled else _FIRST_CALLS
         data = {}
         if ARGUMENT in kwargs and not self._has_own_data():
             data = tensors_by_name(kwargs.pop(ARGUMENT))
         try:
-            return self._compiled(data, *args, **kwargs)
+            with turn:
+                graphs = self._graphs
+                out = self._compiled(data, *args, **kwargs)
+                self._is_settled = self._graphs == graphs
+            return out
         except BaseException as failure:
             # A trace that failed has not restored torch's check.
             device_check.restore()
@@ -206,7 +204,7 @@ class _Wrapped:
             model_forward = functools.partial(type(model).forward, model)
 
         def traced(data: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
-            if not is_compiling():
+            if not (torch.compiler.is_compiling() and in_this_thread()):
                 raise RuntimeError(
                     "torch runs this model without compiling it (torch.compiler.set_stance, or "
                     "TORCHDYNAMO_DISABLE), which would leave its attention as it was"

@@ -102,7 +102,7 @@ class Forward:
 
 
 class ByPosition(nn.Module):
-    """A model with a `Forward`; data follow its inputs in the order of names."""
+    """A model with a `Forward`; data follow its inputs by name."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()

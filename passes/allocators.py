@@ -21,9 +21,8 @@ def give_back_freed_memory() -> None:
 def map_buffers(least_bytes: int = 2**20) -> None:
     """Let the C library map every buffer of so many bytes.
 
-    For the rest of this process. Buffers on its heap, which it prefers after the first large ones
-    are freed, leave holes: the peak of a call then depends on the calls before it. Only glibc maps
-    them; elsewhere a no-op.
+    For the rest of this process. Buffers on its heap may leave holes, so that the peak of a call
+    depends on the calls before it. Only glibc maps them; elsewhere a no-op.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, least_bytes)

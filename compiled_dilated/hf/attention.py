@@ -109,6 +109,7 @@ def _at_site(
         data = {**visible.data, **data}
     else:
         attend = attend_of(visible.structure, visible.joined)
+        data = visible.data
     q_offset = _position(visible.q_offset)
     # Attention without data decodes a token without the checks of its first call.
     read = {name: data[name] for name in attend.program.names} or None

@@ -119,6 +119,8 @@ def shapes(
         raise ValueError(
             f"{of_q} and {of_k} must have one head_dim; got {of_q} {tuple(q)} and {of_k} {tuple(k)}"
         )
+    if q[width] == 0:
+        raise ValueError(f"{of_q} and {of_k} must have a head_dim of 1 at least; got 0")
     groups(q[heads], k[heads])
 
 

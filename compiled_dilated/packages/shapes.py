@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
+from ..native.expressions import MOST_POSITIONS
 from .entries import BATCH, DTYPES, PLACES, QUERIES, TOKENS, Entry, Input, dtype_of
 
 Ranges = dict[str, tuple[int, int]]
@@ -24,6 +25,11 @@ def ranges_of(lengths: object, batches: object) -> Ranges:
         if len(numbers) != 2 or numbers[0] > numbers[1]:
             raise ValueError(
                 f"{argument} must be the least and the most, as (1, 65536); got {value!r}"
+            )
+        if name == TOKENS and numbers[1] > MOST_POSITIONS:
+            raise ValueError(
+                f"{argument} must end at {MOST_POSITIONS}, the positions of the kernels, or before; "
+                f"got {value!r}"
             )
         ranges[name] = (numbers[0], numbers[1])
     return ranges

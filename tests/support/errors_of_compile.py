@@ -76,6 +76,11 @@ COMPILE: list[Row] = [
     (lambda: attend(k=x(3, 4, 8, 4)), ValueError, "q and k must have one batch size"),
     (lambda: attend(k=x(2, 4, 8, 5)), ValueError, "q and k must have one head_dim"),
     (
+        lambda: attend(q=x(2, 4, 8, 0), k=x(2, 4, 8, 0)),
+        ValueError,
+        "q and k must have a head_dim of 1 at least; got 0",
+    ),
+    (
         lambda: attend(k=x(2, 3, 8, 4)),
         ValueError,
         "the 4 query heads must be a multiple of the 3 key heads",

@@ -61,7 +61,10 @@ config = LlamaConfig(
     num_attention_heads=2,
     num_key_value_heads=1,
 )
-LlamaForCausalLM(config).save_pretrained(name)
+model = LlamaForCausalLM(config)
+model.save_pretrained(name)
+input_ids = torch.arange(12)[None]
+mask, ids = torch.ones_like(input_ids), input_ids // 5
 """
 
 PRELUDES = {

@@ -28,7 +28,7 @@ def ranges_of(lengths: object, batches: object) -> Ranges:
             )
         if name == TOKENS and numbers[1] > MOST_POSITIONS:
             raise ValueError(
-                f"{argument} must end at {MOST_POSITIONS}, the positions of the kernels, or before; "
+                f"{argument} must end at {MOST_POSITIONS} or before, the positions of the kernels; "
                 f"got {value!r}"
             )
         ranges[name] = (numbers[0], numbers[1])

@@ -70,7 +70,7 @@ SHORT = [case for case in CASES if LENGTH_OF[case] <= 331]
 
 @pytest.mark.parametrize("case", SHORT[::2], ids=str)
 def test_every_second_case(case: Case) -> None:
-    """Of the others, the programs of `FEW` are run below, and all of them in slow runs."""
+    """Run every second case; `FEW` of the rest run below, all of them in slow runs."""
     n = LENGTH_OF[case]
     inputs, expected = truth(case, n, torch.float64)
     assert_same(run(ring(case, n, 3, "contiguous"), inputs), expected)

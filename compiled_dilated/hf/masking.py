@@ -137,19 +137,16 @@ def _join_padding(
             "attention_mask must be (batch, tokens), or (batch, heads, queries, keys); "
             f"got shape {tuple(tokens.shape)}"
         )
+    is_traced = torch.compiler.is_compiling() and in_this_thread()
     # The unfilled places come after all queries: a causal mask hides them already.
-    if (
-        description.causal
-        and not (torch.compiler.is_compiling() and in_this_thread())
-        and bool(tokens.all())
-    ):
+    if description.causal and not is_traced and bool(tokens.all()):
         return
     missing = kv_offset + kv_length - tokens.shape[1]
     # In a graph the length may vary: no branch on it.
-    if (torch.compiler.is_compiling() and in_this_thread()) or missing > 0:
+    if is_traced or missing > 0:
         tokens = F.pad(tokens, (0, missing))
     tokens = tokens[:, kv_offset : kv_offset + kv_length]
-    if not (torch.compiler.is_compiling() and in_this_thread()) and bool(tokens.all()):
+    if not is_traced and bool(tokens.all()):
         return
     description.joined.append(PADDING)
     description.data[PADDING] = ~tokens

@@ -139,8 +139,8 @@ class _Wrapped:
         # compiled forward in another one, and leave the program out.
         if self._compiled is None:
             self._compiled = self._compile()
-        # First calls one after the other: all threads that find no graph would compile one each,
-        # past torch's limit of graphs.
+        # First calls are serialized: threads without a graph would compile one each, past torch's
+        # limit of graphs.
         turn: Any = contextlib.nullcontext() if self._is_settled else _FIRST_CALLS
         data = {}
         if ARGUMENT in kwargs and not self._has_own_data():

@@ -40,6 +40,7 @@ def _execute(code: str, folder: Path, sender: Connection) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+        # Also of sys.exit and interrupts: the parent raises whatever ended the code.
         except BaseException:
             error = traceback.format_exc()
     sender.send(error)

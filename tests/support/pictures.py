@@ -1,4 +1,4 @@
-"""What pictures of masks must show: the dense mask."""
+"""The dense masks that pictures are compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which lines that only a GPU takes the emulation has run.
+"""Coverage by the emulation of lines that only a GPU takes.
 
     recorded()   in a process: the lines of compiled_dilated that run, written as it ends
     of_gpu()     lines of the sources that only a GPU takes, by file and function

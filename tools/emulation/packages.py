@@ -95,7 +95,7 @@ def _inputs(case: Case, batch: int, tokens: int, queries: int | None = None) -> 
 
 
 def _right(case: Case, tensors: list[Tensor]) -> Tensor:
-    """What a call should return, in float64."""
+    """The reference result of a call, in float64."""
     if _is_model(case):
         model = case.program().double()
         model.attend = partial(cd.reference, model.attend.program)
@@ -126,7 +126,7 @@ def error_of(case: Case) -> str | None:
 
 
 def _numbers(case: Case, run: Any) -> str | None:
-    """What differs from the reference, at all sizes."""
+    """Differences from the reference at all sizes; None without any."""
     calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = []
     for batch, tokens in case.sizes:
         calls.append((run, _inputs(case, batch, tokens)))

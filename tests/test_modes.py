@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from tests import caches
 from tests.comparing import assert_close, exact_results, leaves, normal
+from tests.support.turns import in_turn
 
 
 @contextmanager
@@ -51,9 +53,10 @@ EDGE_PROGRAMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("program", EDGE_PROGRAMS)
-@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize(
+    ("mode", "program", "ranks"),
+    in_turn(list(MODES), list(itertools.product(EDGE_PROGRAMS, (None, 2))), count=4),
+)
 def test_modes_of_the_caller_change_nothing(mode: str, program: str, ranks: int | None) -> None:
     q, k, v = (x.float() for x in normal((1, 4, 40, 8), (1, 2, 40, 8), (1, 2, 40, 8)))
     table = torch.randn(40, 40, generator=torch.Generator().manual_seed(5), requires_grad=True)

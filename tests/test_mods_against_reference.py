@@ -41,7 +41,7 @@ def ways_of(name: str) -> st.SearchStrategy[str]:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_score_mods_equal_the_reference(name: str, data: st.DataObject) -> None:
     """out, lse and gradients by every lowering and a ring.
@@ -58,7 +58,7 @@ def test_score_mods_equal_the_reference(name: str, data: st.DataObject) -> None:
     same_as_reference(attention, PROGRAMS[name], tensors(), parameters.leaves, score_mod=mod)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(mask_bodies, st.sampled_from(("and", "or")), wrappings, st.sampled_from(WAYS), st.booleans())
 def test_mask_mods_equal_the_reference_and_create_mask(
     names: list[str], join: str, wrapping: str, way: str, within: bool
@@ -95,7 +95,7 @@ def grid_of_indices() -> tuple[Tensor, ...]:
     return tuple(torch.arange(max(shape)).reshape(shape) for shape in shapes)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(score_bodies, mask_bodies, wrappings, st.sampled_from(("dense", "tiled", "auto", "ring")))
 def test_functions_equal_flex_attention(
     score_names: list[str], mask_names: list[str], wrapping: str, way: str
@@ -119,7 +119,7 @@ def functions_in(*ways: str) -> Callable[..., Any]:
     return given(drawn=st.tuples(score_bodies, mask_bodies, wrappings, way, st.booleans(), numbers))
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @functions_in("dense", "tiled", "auto", "ring")
 def test_compiled_functions_equal_the_reference(drawn: tuple[Any, ...]) -> None:
     """Functions in one graph of torch.compile.

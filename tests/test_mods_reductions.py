@@ -22,12 +22,16 @@ from tests.support.mods import (
     same_as_reference,
     tensors,
 )
+from tests.support.turns import in_turn
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
+WAYS = ("dense", "tiled", "auto", "ring")
 
-@pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
-@pytest.mark.parametrize("name", reductions(torch.zeros(1, 1)))
+
+@pytest.mark.parametrize(
+    ("name", "way"), in_turn(list(reductions(torch.zeros(1, 1))), WAYS, count=2)
+)
 def test_reductions_over_rows_of_tables(name: str, way: str) -> None:
     inputs, rows = tensors(), torch.randn(N, 5, dtype=torch.float64, requires_grad=True)
     mod, attend = reductions(rows)[name], attend_in(way, masks.causal())
@@ -51,8 +55,7 @@ OF_TORCHS_KIND: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["dense", "tiled", "auto", "ring"])
-@pytest.mark.parametrize("name", OF_TORCHS_KIND)
+@pytest.mark.parametrize(("name", "way"), in_turn(list(OF_TORCHS_KIND), WAYS, count=2))
 def test_mask_mods_that_call_tensor_methods(name: str, way: str) -> None:
     fn, inputs = OF_TORCHS_KIND[name], tensors()
     allowed = create_mask(fn, 1, 1, N, N, device="cpu")

@@ -16,6 +16,7 @@ from compiled_dilated.masks import Mask
 from compiled_dilated.programs import Branch, Program, as_program
 from compiled_dilated.reference import multiplicity
 from tests.support.native import NAMES, Problem, normal, reference_results, work_of
+from tests.support.turns import in_turn, one_in
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
@@ -42,7 +43,7 @@ GRADCHECKED: dict[str, Program | Mask] = {
 }
 
 
-@pytest.mark.parametrize("name", GRADCHECKED)
+@pytest.mark.parametrize("name", one_in(2, list(GRADCHECKED)))
 def test_gradcheck(name: str) -> None:
     attend = cd.compile(GRADCHECKED[name], lowering="native")
     shapes = ((1, 2, 12, 2), (1, 1, 12, 2), (1, 1, 12, 1))
@@ -80,8 +81,10 @@ def torch_results(problem: Problem, allowed: Tensor) -> list[Tensor]:
     return [out.detach(), lse, *torch.autograd.grad(out, (q, k, v), problem.grad_out)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ACCURACY)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    in_turn(list(ACCURACY), (torch.float32, torch.bfloat16, torch.float16)),
+)
 def test_errors_are_no_larger_than_torchs(name: str, dtype: torch.dtype) -> None:
     mask, n, width = ACCURACY[name]
     q, k, v, grad_out = (

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("case", CASES[1::4], ids=str)
+@pytest.mark.parametrize("case", CASES[1::8], ids=str)
 def test_counts_are_what_is_executed(case: Case, threads: Callable[[int], None]) -> None:
     n = case.lengths[-1]
     program = as_program(case.program(n))

@@ -18,6 +18,7 @@ from compiled_dilated import masks
 from compiled_dilated.masks import Mask
 from compiled_dilated.programs import Branch, Program
 from tests.support.native import Problem, assert_near, normal, reference_results, work_of
+from tests.support.turns import in_turn
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
@@ -51,7 +52,7 @@ def dilated_masks(draw: st.DrawFn) -> Mask:
     return parts[0] | parts[1] if kind == "either" else parts[0] & parts[1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     kinds=st.lists(dilated_masks(), min_size=1, max_size=3),
     n=st.integers(1, 700),
@@ -66,8 +67,9 @@ def test_programs_of_any_rates(kinds: list[Mask], n: int, q_len: int | None) -> 
     assert_near(problem.results(), reference_results(program, problem), repr(program))
 
 
-@pytest.mark.parametrize("rate", [64, 100, 127])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rate", "dtype"), in_turn((64, 100, 127), (torch.float32, torch.bfloat16))
+)
 def test_longnet_of_large_rates(rate: int, dtype: torch.dtype) -> None:
     program = cd.longnet((64, 16 * rate), (1, rate))
     q, grad_out = (normal(1, HEADS, 20 * rate, 16, dtype=dtype, seed=seed) for seed in (1, 2))

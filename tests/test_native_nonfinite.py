@@ -28,6 +28,7 @@ from tests.support.native import (
     tolerance,
     work_of,
 )
+from tests.support.turns import in_turn
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
@@ -45,8 +46,10 @@ def assert_right(results: Any, expected: Any, dtype: torch.dtype) -> None:
 BAD = (math.nan, math.inf, -math.inf)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if 129 in case.lengths][::4], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    in_turn([case for case in CASES if 129 in case.lengths][::4], (torch.float32, torch.bfloat16)),
+)
 def test_nonfinite_keys_and_values_reach_only_rows_that_see_them(
     case: Case, dtype: torch.dtype
 ) -> None:
@@ -167,8 +170,7 @@ def test_nan_payloads_propagate_as_nan(payload: int) -> None:
             assert lse.isnan()[0, 0].nonzero().flatten().tolist() == list(range(20, 26))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("scale", [0.0, -0.3, 50.0])
+@pytest.mark.parametrize(("scale", "dtype"), in_turn((0.0, -0.3, 50.0), FLOATS, count=2))
 def test_scales(scale: float, dtype: torch.dtype) -> None:
     for mask in (masks.window(20, 3), masks.full(), masks.causal() & masks.congruent(3, 1)):
         _, problem = ragged(dtype, 8, 8, 90, 90, 0, mask)

@@ -23,14 +23,17 @@ from tests.support.native import (
     reference_results,
     work_of,
 )
+from tests.support.turns import in_turn
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
 )
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("head_dim", [1, 3, 7, 16, 31, 32, 64, 80, 96, 100, 128, 255, 256])
+HEAD_DIMS = (1, 3, 7, 16, 31, 32, 64, 80, 96, 100, 128, 255, 256)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), in_turn(HEAD_DIMS, FLOATS))
 def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     for value_dim in (head_dim, 257 - head_dim):
         mask, problem = ragged(dtype, head_dim, value_dim, 70, 70)
@@ -40,8 +43,7 @@ def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 257)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kv_len", LENGTHS)
+@pytest.mark.parametrize(("kv_len", "dtype"), in_turn(LENGTHS, (torch.float64, torch.bfloat16)))
 def test_ragged_lengths(kv_len: int, dtype: torch.dtype) -> None:
     kinds = (
         masks.causal(), masks.window(33, 7), masks.window(40, dilation=3), masks.segments(20),
@@ -71,8 +73,9 @@ def test_empty_queries_or_keys_give_zeros(q_len: int, kv_len: int, dtype: torch.
     assert torch.equal(attended, out)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "count"), in_turn((torch.float32, torch.float64, torch.bfloat16), (1, 2))
+)
 def test_query_offset_per_batch_entry(
     dtype: torch.dtype, count: int, threads: Callable[[int], None]
 ) -> None:

@@ -28,6 +28,7 @@ from tests.support.native import (
     reference_results,
     work_of,
 )
+from tests.support.turns import in_turn
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
@@ -67,6 +68,7 @@ def with_gaps(x: Tensor) -> Tensor:
 
 
 LAYOUTS = (by_token, far_apart, every_second, columns_first, at_odd_places, with_gaps)
+SIZES_AND_DTYPES = [(*widths, dtype) for widths in ((16, 5), (32, 32)) for dtype in FLOATS]
 EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
     "batch": lambda x: x[:1].expand(x.shape),
     "heads": lambda x: x[:, :1].expand(x.shape),
@@ -75,9 +77,15 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 5), (32, 32)])
+def id_of(value: Any) -> str:
+    """The name of a function, or the text of another value, for a test's id."""
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(
+    ("layout", "head_dim", "value_dim", "dtype"),
+    in_turn(LAYOUTS, SIZES_AND_DTYPES, count=3, name=id_of),
+)
 def test_strides(
     layout: Callable[[Tensor], Tensor], head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:
@@ -100,8 +108,9 @@ def test_strides(
         assert_same_bits(list(changed.forward(by_token=True)), expected, f"{mask!r} by token")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", EXPANDED)
+@pytest.mark.parametrize(
+    ("name", "dtype"), in_turn(list(EXPANDED), (torch.float64, torch.float32, torch.bfloat16))
+)
 def test_expanded_tensors(name: str, dtype: torch.dtype) -> None:
     expand = EXPANDED[name]
     mask, plain = ragged(dtype, 16, 16, 90, 130)

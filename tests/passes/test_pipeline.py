@@ -122,7 +122,7 @@ def test_no_candidate_is_offered_twice(train: bool, budget: int | None) -> None:
 @pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_least_budget_in_the_message_suffices(train: bool) -> None:
     """Chunks grow with the budget, and must not exceed that one."""
-    x = torch.empty(1, 2**18, WIDTH, device="meta")
+    x = torch.empty(1, 2**15, WIDTH, device="meta")
 
     def choose(budget: int) -> Choice:
         return capture(Block(Gelu()), [x], passes.pipeline(budget).choose, train=train)

@@ -24,6 +24,7 @@ from passes.rewrites.checkpoint_cuts import Value, values_to_keep
 from passes.rewrites.remat import Choice, Remat, choices
 from tests.compiling import Loss, inference, joint
 from tests.graphs import WIDTH, Block, Gelu, Swiglu, measured_peak
+from tests.support.turns import in_turn
 
 
 def saved_bytes(values: list[Value], cuts: tuple[int, ...]) -> int:
@@ -133,8 +134,7 @@ def gradients_of(choice: Choice, inputs: list[Tensor]) -> list[Any]:
     return [results[0], *Interpreter(backward).run(*operands)]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize(("name", "tokens"), in_turn(list(MODELS), (37, 1)))
 def test_every_choice_gives_the_results_of_the_joint_graph(name: str, tokens: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, tokens, WIDTH, dtype=torch.float64, requires_grad=True)

@@ -182,7 +182,7 @@ def results(graph: Graph, inputs: Sequence[Tensor], training: bool) -> list[Tens
 def test_random_graphs_in_chunks_agree_if_sizes_coincide(training: bool) -> None:
     chunked = 0
 
-    @settings(max_examples=400)
+    @settings(max_examples=200)
     @given(graphs(), st.integers(1, 3))
     def check(written: tuple[Graph, list[Tensor]], rows: int) -> None:
         nonlocal chunked

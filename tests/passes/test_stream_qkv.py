@@ -19,7 +19,7 @@ from passes.rewrites.stream_qkv import StreamQKV, attention
 from tests.graphs import Block, Gelu, Swiglu, measured_peak
 from tests.hooked import Hook, captured, compiled, exported
 from tests.support.layers import HEADS, MODELS, WIDTH, Layer, angles, apart, batch, model_of
-from tests.support.turns import in_turn
+from tests.support.turns import in_turn, one_in
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def test_chunks_of_dynamos_graph_agree(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", one_in(2, list(MODELS)))
 def test_chunks_of_an_exported_graph_agree(name: str) -> None:
     model, x = model_of(name), batch(7)
     dynamic = ({1: torch.export.Dim("tokens", min=2)},)
@@ -54,9 +54,7 @@ COINCIDING = ((HEADS, HEADS), (WIDTH, WIDTH), (HEADS, WIDTH), (WIDTH, HEADS), (1
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("name", "sequences", "tokens"), in_turn(list(MODELS), COINCIDING, count=2)
-)
+@pytest.mark.parametrize(("name", "sequences", "tokens"), in_turn(list(MODELS), COINCIDING))
 def test_dims_are_recognized_if_sizes_coincide(name: str, sequences: int, tokens: int) -> None:
     """There are four heads of four features, with as many sequences or tokens."""
     model = model_of(name)

@@ -17,6 +17,7 @@ from passes import Chunk, StreamQKV
 from tests import compiling
 from tests.graphs import Gelu, measured_peak
 from tests.hooked import captured, compiled
+from tests.support.turns import in_turn
 
 WIDTH, HEADS = 32, 4
 PROGRAMS: dict[str, Any] = {
@@ -73,8 +74,7 @@ class Layer(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(("name", "kv_heads"), in_turn(list(PROGRAMS), (4, 2)))
 def test_chunks_of_queries_agree(name: str, kv_heads: int) -> None:
     torch.manual_seed(0)
     model = Layer(cd.compile(PROGRAMS[name]), kv_heads=kv_heads).double().eval()
@@ -126,7 +126,7 @@ def test_estimates_of_a_streamed_block_include_its_cached_bias() -> None:
     assert streamed.added_bytes <= measured + 8 * 2**20
 
 
-@pytest.mark.parametrize("name", ["longnet", "window"])
+@pytest.mark.parametrize("name", ["longnet", pytest.param("window", marks=pytest.mark.slow)])
 def test_peaks_of_training_are_predicted(name: str) -> None:
     """Peaks have the workspace of attention's backward.
 

@@ -18,7 +18,7 @@ from .partials import lse_dtype, merge
 from .programs import PerLength, Program, as_program, check_data, query_names_of
 from .ring.rings import Ring
 from .rules import Bound, Skeleton, bind, read_rule
-from .tracing import in_this_thread
+from .tracing import is_traced
 
 for_passes.register()
 
@@ -116,12 +116,7 @@ class Attend:
         # 1. Decoding of one query, if an earlier call of the same kind passed all checks.
         decoder = self._decoder
         has_options = data is not None or score_mod is not None or sink_logits is not None
-        if (
-            (torch.compiler.is_compiling() and in_this_thread())
-            or has_options
-            or return_lse is not False
-            or options
-        ):
+        if is_traced() or has_options or return_lse is not False or options:
             decoder = None
         if decoder is not None:
             row = decoder(q, k, v, scale, q_offset)
@@ -151,15 +146,13 @@ class Attend:
         options: keywords that no argument of a call has.
         """
         try:
-            if not (
-                torch.compiler.is_compiling() and in_this_thread()
-            ):  # a trace runs the operator's own check
+            if not is_traced():  # a trace runs the operator's own check
                 call_checks.no_onnx_export()
             call_checks.no_options_of_sdpa(options)
             return self._checked(call), self._bound(call)
         except Exception as error:
             # Also of a user's function. The other ranks must not wait for this one.
-            if self.ring is not None and not (torch.compiler.is_compiling() and in_this_thread()):
+            if self.ring is not None and not is_traced():
                 self.ring.transport.refuse(error)
             raise
 
@@ -168,7 +161,7 @@ class Attend:
         skeleton = self._skeleton
         if call.score_mod is None and not skeleton.mask_mods:
             return skeleton.plain
-        if torch.compiler.is_compiling() and in_this_thread():
+        if is_traced():
             return None
         mask_mods, literals = skeleton.mask_mods, skeleton.literals
         dtype = lse_dtype(call.q.dtype)
@@ -197,7 +190,7 @@ class Attend:
             return attend_with_functions(*inputs, number, q_offset, wants_lse, *functions)
         # A compiled graph creates its own ring from the text; in eager mode the ledger of this
         # one is updated.
-        ring = None if (torch.compiler.is_compiling() and in_this_thread()) else self.ring
+        ring = None if is_traced() else self.ring
         return autograd.attend_bound(bound, q, k, v, tensors, number, q_offset, wants_lse, ring)
 
     def _checked(self, call: _Arguments) -> list[Tensor]:

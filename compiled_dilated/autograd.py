@@ -21,7 +21,7 @@ from .mods import unflat
 from .partials import Saved, is_by_token
 from .ring.rings import Ring
 from .rules import Bound
-from .tracing import in_this_thread
+from .tracing import is_traced
 from .vmapped import batch_size, fold, fold_data, one_by_one, operands_vary
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -121,9 +121,7 @@ class _Attention(torch.autograd.Function):
         if not options.wants_lse:
             grad_lse = None
         inputs = (options, grad_out, grad_lse, q, k, v, out, lse, *tensors)
-        if (
-            torch.compiler.is_compiling() and in_this_thread()
-        ):  # torch.compile refuses second derivatives on its own
+        if is_traced():  # torch.compile refuses second derivatives on its own
             *grads, vector = _gradients(*inputs)
         else:
             *grads, vector = _apply(_Gradients, *inputs)
@@ -171,14 +169,14 @@ def attend(
     # Without a gradient: the operator itself, or past its dispatch.
     if not options.training:
         data, operands = options.split(tensors)
-        if torch.compiler.is_compiling() and in_this_thread():
+        if is_traced():
             out, lse = attend_operator(
                 q, k, v, data, operands, *options.plain, False, is_by_token(q)
             )
             return out, lse
         if are_plain(q, k, v, *tensors):
             return run(q, k, v, data, operands, options)
-    if not (torch.compiler.is_compiling() and in_this_thread()):
+    if not is_traced():
         results: tuple[Tensor, Tensor] = _apply(_EagerAttention, options, q, k, v, *tensors)
         return results
     # Dynamo accepts no tensor twice.
@@ -238,7 +236,7 @@ def is_plain_call(q: Tensor, k: Tensor, v: Tensor) -> bool:
         type(q) in _PLAIN
         and type(k) in _PLAIN
         and type(v) in _PLAIN
-        and not (torch.compiler.is_compiling() and in_this_thread())
+        and not is_traced()
         and _get_tracing_state() is None
         and not _len_torch_dispatch_stack()
         and peek_interpreter_stack() is None

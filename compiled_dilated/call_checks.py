@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .tracing import in_this_thread
+from .tracing import is_traced
 
 # SDPA's options, and what to write here in their place.
 _OF_SDPA = {
@@ -118,7 +118,7 @@ def last_offset(value: object, batch: int, device: torch.device) -> Any:
             f"got {value.dtype} of shape {tuple(value.shape)} on {value.device}"
         )
     is_fake = isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta"
-    if (torch.compiler.is_compiling() and in_this_thread()) or is_fake or not value.numel():
+    if is_traced() or is_fake or not value.numel():
         return 0
     least, greatest = (int(x) for x in value.aminmax())
     if least < 0:

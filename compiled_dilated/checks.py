@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .tracing import in_this_thread
+from .tracing import is_traced
 
 DTYPES = frozenset(getattr(torch, name) for name in arguments.BYTES)
 _LARGEST = sys.float_info.max
@@ -127,9 +127,7 @@ def shapes(
 def warn_of_swapped_axes(q: Tensor, layout: Layout = HEADS_FIRST) -> None:
     """Warn if far more heads than tokens suggest swapped axes."""
     heads, tokens = q.shape[layout.axes[1]], q.shape[layout.axes[2]]
-    if (torch.compiler.is_compiling() and in_this_thread()) or not (
-        heads > 256 and tokens > 1 and heads >= 32 * tokens
-    ):
+    if is_traced() or not (heads > 256 and tokens > 1 and heads >= 32 * tokens):
         return
     alternative = "compiled_dilated.DilatedAttention takes (batch, tokens, heads, head_dim)"
     if layout is TOKENS_FIRST:
@@ -185,8 +183,7 @@ def number(name: str, value: object) -> None:
     """Raise unless a value is a finite number."""
     # Dynamo traces int and float only.
     if isinstance(value, bool) or not (
-        isinstance(value, int | float)
-        or (not (torch.compiler.is_compiling() and in_this_thread()) and isinstance(value, Real))
+        isinstance(value, int | float) or (not is_traced() and isinstance(value, Real))
     ):
         raise TypeError(
             f"{name} must be a finite number; got {type(value).__name__} {value!r}. "
@@ -194,7 +191,7 @@ def number(name: str, value: object) -> None:
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.
     comparable = value if isinstance(value, int | float) else float(value)
-    if torch.compiler.is_compiling() and in_this_thread():
+    if is_traced():
         is_finite = -math.inf < comparable < math.inf
     else:  # integers too large for a float are refused as well
         is_finite = -_LARGEST <= comparable <= _LARGEST

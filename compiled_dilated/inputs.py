@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .tracing import in_this_thread
+from .tracing import is_traced
 
 
 def scaled(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
@@ -29,7 +29,7 @@ def scaled(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
 
 def _varies(number: float) -> bool:
     """Whether a number is symbolic in the graph that is being traced."""
-    if not (torch.compiler.is_compiling() and in_this_thread()):
+    if not is_traced():
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 

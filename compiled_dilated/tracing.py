@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import torch
+from torch._C import _len_torch_dispatch_stack
 from torch._guards import CompileContext, TracingContext
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 
-def in_this_thread() -> bool:
-    """Whether a compilation is this thread's own.
+def is_traced() -> bool:
+    """Whether this thread traces the call.
 
-    Asked as `torch.compiler.is_compiling() and in_this_thread()`: the first is also True while
-    another thread compiles. It is not part of this function, which Dynamo may compile by itself
-    behind a graph break.
+    torch.compiler.is_compiling() is also True while another thread compiles. Behind a graph break
+    Dynamo would compile a function that names the module `torch` by itself, with True as result:
+    this one names functions only.
     """
+    if not is_compiling():
+        return False
     # A constant for Dynamo.
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return True
     return (
         CompileContext.try_get() is not None
         or TracingContext.try_get() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack() > 0
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.tracing import in_this_thread
+from compiled_dilated.tracing import is_traced
 from tests.support.wrapped import (
     HEADS,
     MODULES,
@@ -172,13 +172,27 @@ def test_threads_share_two_graphs() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+def test_a_call_behind_a_graph_break_is_not_traced() -> None:
+    """Dynamo skips `outer`, and compiles the functions that it calls one by one."""
+
+    @torch._dynamo.disable(recursive=False)
+    def outer(x: Tensor) -> Tensor:
+        return x + is_traced()
+
+    inside = torch.compile(lambda x: x + is_traced(), backend="eager", fullgraph=True)
+    behind = torch.compile(lambda x: outer(2 * x), backend="eager")
+    for _ in range(2):
+        assert inside(torch.zeros(1)) == 1
+        assert behind(torch.zeros(1)) == 0
+
+
 def test_a_compilation_in_another_thread_changes_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's flag of a compilation is one for all threads."""
     model, plain = wrapped(Net())
     assert_close(model(X), plain(X))
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()
-    assert not in_this_thread()
+    assert not is_traced()
     assert_close(model(X), plain(X))
     bad: Any = lambda score, b: score  # noqa: E731
     with pytest.raises(TypeError, match="arguments"):

@@ -14,7 +14,7 @@ from .. import text
 from ..attend import Attend, attend_in_graph
 from ..mods import ScoreMod
 from ..rules import Skeleton
-from ..tracing import in_this_thread
+from ..tracing import is_traced
 from ..wrapping.scores import added
 from ..wrapping.sites import sites_of
 from .visible import Visible, joined_with
@@ -76,9 +76,7 @@ def attention(
     if bias is not None:
         score_mod = added(bias, visible.q_offset)
     of_scores = (scaling, score_mod, s_aux)
-    if (torch.compiler.is_compiling() and in_this_thread()) and (
-        site is None or site.program is None
-    ):
+    if is_traced() and (site is None or site.program is None):
         out = _traced(visible, query, key, value, *of_scores)
     else:
         model_mask = visible.structure + _tensor_as_text(attention_mask)
@@ -123,7 +121,7 @@ def _at_site(
         score_mod=score_mod,
         sink_logits=s_aux,
     )
-    if site is not None and not (torch.compiler.is_compiling() and in_this_thread()):
+    if site is not None and not is_traced():
         if isinstance(q_offset, Tensor):
             q_offset = 0
         shapes = query.shape, key.shape, value.shape
@@ -136,7 +134,7 @@ def _position(q_offset: int | Tensor) -> int | Tensor:
 
     A static cache counts in a tensor: on another device reading it would be a transfer.
     """
-    if (torch.compiler.is_compiling() and in_this_thread()) or not isinstance(q_offset, Tensor):
+    if is_traced() or not isinstance(q_offset, Tensor):
         return q_offset
     # One number for all sequences is expanded over the batch.
     is_common = q_offset.numel() == 1 or q_offset.stride(0) == 0

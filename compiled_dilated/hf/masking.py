@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import masking_utils
 
-from ..tracing import in_this_thread
+from ..tracing import is_traced
 from ..wrapping.structures.spans import FAR
 from .visible import CHUNKS, PACKED, PADDING, Visible
 
@@ -115,7 +115,7 @@ def mask(
     def positions() -> Tensor:
         return (torch.arange(kv_length, device=device) + kv_offset)[None]
 
-    if torch.compiler.is_compiling() and in_this_thread():
+    if is_traced():
         # transformers packs only causal sequences, without a cache and without attention_mask.
         packed = attention_mask is None and q_length == kv_length
         neighbours = _Neighbours(mask_function, batch_size, positions, packed)
@@ -137,16 +137,16 @@ def _join_padding(
             "attention_mask must be (batch, tokens), or (batch, heads, queries, keys); "
             f"got shape {tuple(tokens.shape)}"
         )
-    is_traced = torch.compiler.is_compiling() and in_this_thread()
+    traced = is_traced()
     # The unfilled places come after all queries: a causal mask hides them already.
-    if description.causal and not is_traced and bool(tokens.all()):
+    if description.causal and not traced and bool(tokens.all()):
         return
     missing = kv_offset + kv_length - tokens.shape[1]
     # In a graph the length may vary: no branch on it.
-    if is_traced or missing > 0:
+    if traced or missing > 0:
         tokens = F.pad(tokens, (0, missing))
     tokens = tokens[:, kv_offset : kv_offset + kv_length]
-    if not is_traced and bool(tokens.all()):
+    if not traced and bool(tokens.all()):
         return
     description.joined.append(PADDING)
     description.data[PADDING] = ~tokens

@@ -56,11 +56,10 @@ def as_tensor(table: tuple[int, ...], device: Any) -> Any:
 
 def _entries(table: tuple[int, ...], device: Any) -> Any:
     """The table as a tensor, cached except in a trace."""
-    import torch
 
-    from ..tracing import in_this_thread
+    from ..tracing import is_traced
 
-    if torch.compiler.is_compiling() and in_this_thread():
+    if is_traced():
         # A tensor created while tracing belongs to the trace and must not be cached.
         return as_tensor(table, device)
     return _tensor(table, device)

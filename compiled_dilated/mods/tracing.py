@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..tracing import in_this_thread
+from ..tracing import is_traced
 from .captures import Captures
 from .draft import NUMBER, Draft
 from .graphs import Graph
@@ -67,9 +67,7 @@ def check_callable(kind: str, fn: object, scores: bool) -> None:
         raise TypeError(
             f"{kind} must be a function of ({parameters}); got {type(fn).__name__} {repr(fn)[:60]}"
         )
-    if (
-        torch.compiler.is_compiling() and in_this_thread()
-    ):  # Dynamo checks the call when it traces fn
+    if is_traced():  # Dynamo checks the call when it traces fn
         return
     try:
         signature = inspect.signature(fn)

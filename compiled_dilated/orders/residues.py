@@ -13,7 +13,7 @@ import torch
 from .. import arguments
 from ..masks.axes import least
 from ..regions import IntArray, Regions
-from ..tracing import in_this_thread
+from ..tracing import is_traced
 from .core import Order
 
 # (x, dim, rate) -> x with dimension `dim` reordered.
@@ -31,13 +31,13 @@ class Residue(Order):
         return np.asarray(self._position(np.arange(n), n), dtype=np.int64)
 
     def permute(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
-        if self._ragged(x.shape[dim]) and (torch.compiler.is_compiling() and in_this_thread()):
+        if self._ragged(x.shape[dim]) and is_traced():
             places = torch.arange(x.shape[dim], device=x.device)
             return x.index_select(dim, self._position(places, x.shape[dim]))
         return self._by_period(x, dim, _classes)
 
     def invert(self, x: torch.Tensor, dim: int = -2) -> torch.Tensor:
-        if self._ragged(x.shape[dim]) and (torch.compiler.is_compiling() and in_this_thread()):
+        if self._ragged(x.shape[dim]) and is_traced():
             positions = torch.arange(x.shape[dim], device=x.device)
             return x.index_select(dim, self._place(positions, x.shape[dim]))
         return self._by_period(x, dim, _unclasses)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from ..masks import Mask
 from ..programs import Program, as_program
-from ..tracing import in_this_thread
+from ..tracing import is_traced
 from .data import ARGUMENT, ByPosition, forward_of, names_of, tensors_by_name
 from .flex import device_check
 from .layers import Choice, check_choice, check_patterns
@@ -129,7 +129,7 @@ class _Wrapped:
 
         Its keyword `data`, tensors by name, is for the programs, unless the model has one.
         """
-        if torch.compiler.is_compiling() and in_this_thread():
+        if is_traced():
             raise NotImplementedError(
                 "this model is compiled by compiled_dilated.compile(model, attention=...): "
                 "torch.compile or torch.export around it would leave that out. Call it as it is, "
@@ -204,7 +204,7 @@ class _Wrapped:
             model_forward = functools.partial(type(model).forward, model)
 
         def traced(data: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
-            if not (torch.compiler.is_compiling() and in_this_thread()):
+            if not is_traced():
                 raise RuntimeError(
                     "torch runs this model without compiling it (torch.compiler.set_stance, or "
                     "TORCHDYNAMO_DISABLE), which would leave its attention as it was"

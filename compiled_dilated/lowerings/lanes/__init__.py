@@ -182,15 +182,7 @@ def forward(
     work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, N, Dv) and lse (B, Hq, N)."""
-    from . import running
-
-    blocks = forward_blocks(widest(q, v), q.element_size())
-    tables = work.lists(problem, blocks, False, q.device)
-    bad = running.has_bad(k, v)
-    result: tuple[Tensor, Tensor] = running.forward(
-        q, k, v, *tables, bad, call.scale, call.q_offset, 0, is_by_token(q)
-    )
-    return result
+    return _forward(work, problem, call, q, k, v, up_to=False)
 
 
 def forward_up_to(
@@ -202,15 +194,25 @@ def forward_up_to(
         may be symbolic.
     q, k, v: with any strides.
     """
+    return _forward(work, problem, call, with_rows(q), with_rows(k), with_rows(v), up_to=True)
+
+
+def _forward(
+    work: Work, problem: Problem, call: Call, q: Tensor, k: Tensor, v: Tensor, up_to: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute out and lse by the lists of the problem.
+
+    up_to: whether the lists are for all calls within the problem.
+    """
     from . import running
 
-    q, k, v = with_rows(q), with_rows(k), with_rows(v)
-
     blocks = forward_blocks(widest(q, v), q.element_size())
-    tables = work.lists(problem, blocks, False, q.device, up_to=True)
+    tables = work.lists(problem, blocks, False, q.device, up_to=up_to)
     bad = running.has_bad(k, v)
+    # By the step of its tiling, lists of all calls are cut to this one.
+    step = work.step if up_to else 0
     result: tuple[Tensor, Tensor] = running.forward(
-        q, k, v, *tables, bad, call.scale, call.q_offset, work.step, is_by_token(q)
+        q, k, v, *tables, bad, call.scale, call.q_offset, step, is_by_token(q)
     )
     return result
 

@@ -404,7 +404,7 @@ class AmxForward {
   void start_from(const float* const* rows, const float* lse) {
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<float>;
-      most_[i] = seen ? static_cast<float>(lse[i] * (log2_of_e / factor_)) : -infinity<float>;
+      most_[i] = score_from(lse[i], factor_);
       sum_[i] = seen ? 1.0f : 0.0f;
       for (int d = 0; d < value_dim_; ++d) result_[d * TQ + i] = seen ? rows[i][d] : 0.0f;
     }
@@ -430,7 +430,7 @@ class AmxForward {
       trace = _mm512_add_ps(trace, amx::transpose_result(result_ + j * W, TQ, value_dim_, inverse, rows + j * W));
     }
     for (int i = 0; i < TQ; ++i)
-      lse[i] = sum_[i] == 0.0f ? -infinity<float> : static_cast<float>((most_[i] * factor_ + std::log2(sum_[i])) * ln_of_2);
+      lse[i] = lse_from(most_[i], sum_[i], factor_);
     return _mm512_cmp_ps_mask(trace, trace, _CMP_UNORD_Q) != 0;
   }
 

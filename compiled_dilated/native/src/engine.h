@@ -247,7 +247,7 @@ class Forward {
     for (int j = 0; j < tile_vectors; ++j) transpose_rows(rows + j * W, value_dim_, result_ + j * W, TQ);
     for (int i = 0; i < TQ; ++i) {
       const bool seen = lse[i] != -infinity<T>;
-      most_[i] = seen ? static_cast<T>(lse[i] * (log2_of_e / exact_factor_)) : -infinity<T>;
+      most_[i] = score_from(lse[i], exact_factor_);
       sum_[i] = seen ? T(1) : T(0);
       if (!seen)
         for (int d = 0; d < value_dim_; ++d) result_[d * TQ + i] = T(0);
@@ -273,8 +273,7 @@ class Forward {
       const Vector<T> inverse = sum == T(0) ? Vector<T>{} : T(1) / sum;
       trace += transpose_columns(result_ + j * W, TQ, value_dim_, inverse, rows + j * W);
     }
-    for (int i = 0; i < TQ; ++i)
-      lse[i] = sum_[i] == T(0) ? -infinity<T> : static_cast<T>((most_[i] * exact_factor_ + std::log2(sum_[i])) * ln_of_2);
+    for (int i = 0; i < TQ; ++i) lse[i] = lse_from(most_[i], sum_[i], exact_factor_);
     return any_nan<T>(trace);
   }
 

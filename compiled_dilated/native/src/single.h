@@ -62,7 +62,7 @@ class Single {
   void start_from(const T* row, T lse) {
     if (lse == -infinity<T>) return;
     std::copy(row, row + value_dim_, result_);
-    most_ = static_cast<T>(lse * (log2_of_e / exact_factor_));
+    most_ = score_from(lse, exact_factor_);
     sum_ = T(1);
   }
 
@@ -94,7 +94,7 @@ class Single {
       row[d] = result_[d] * inverse;
       trace += row[d] * T(0);
     }
-    *lse = sum_ == T(0) ? -infinity<T> : static_cast<T>((most_ * exact_factor_ + std::log2(sum_)) * ln_of_2);
+    *lse = lse_from(most_, sum_, exact_factor_);
     return trace != trace;
   }
 

@@ -167,4 +167,18 @@ NATIVE_INLINE Vector<double> exp2_of(Vector<double> x, double factor) {
   return shifted < least ? Vector<double>{} : x == x ? result : x;
 }
 
+// An online softmax in base 2 continues from a natural log-sum-exp as from this score and a sum of
+// 1. factor > 0: a pair's weight is 2^(factor * (score - the maximum)).
+template <class T>
+NATIVE_INLINE T score_from(T lse, double factor) {
+  return static_cast<T>(lse * (log2_of_e / factor));
+}
+
+// The natural log-sum-exp of a maximum and a sum of weights; -inf if nothing is seen.
+template <class T>
+NATIVE_INLINE T lse_from(T most, T sum, double factor) {
+  if (sum == T(0)) return -infinity<T>;
+  return static_cast<T>((most * factor + std::log2(sum)) * ln_of_2);
+}
+
 }  // namespace native

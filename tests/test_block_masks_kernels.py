@@ -50,7 +50,7 @@ def kernel_case(mask: Mask, order: Order = IDENTITY, slow: bool = True, **data: 
 
 NUMBERS = torch.arange(600).reshape(2, 300)
 KERNEL_CASES = [
-    kernel_case(masks.documents(lengths=(100, 50, 120)) & masks.window(60), slow=False),
+    kernel_case(masks.documents(lengths=(100, 50, 120)) & masks.window(60)),
     kernel_case(
         masks.segments(96) & masks.congruent(3, "grouped", period=96) & masks.padding("pad"),
         orders.residue(3, period=96),

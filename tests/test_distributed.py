@@ -150,7 +150,7 @@ TRAINING = ("training", "fully_sharded", "learned_operands")
     [
         (2, ("same_bits", "variant", "compiled", *TRAINING)),
         (3, ("same_bits", "refusals", "mistakes")),
-        (4, ("two_rings",)),
+        pytest.param(4, ("two_rings",), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -179,6 +179,7 @@ def test_two_hosts_without_a_connection_raise_at_the_timeout(start: Start, hosts
     assert all("broke after" in output for output in outputs)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank(tmp_path: Path) -> None:
     """The training ends with the losses of one process."""
     options = "--standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.2"

@@ -79,7 +79,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 KINDS["programs"] = tuple(sorted(set(MODELS).difference(*KINDS.values())))
 
 
-@pytest.mark.parametrize("kind", ["programs", "functions", "long lists"])
+@pytest.mark.parametrize(
+    "kind", ["programs", "functions", pytest.param("long lists", marks=pytest.mark.slow)]
+)
 def test_exported_models_run_in_a_fresh_process(
     kind: str, tmp_path: Path, fresh_python: Python
 ) -> None:

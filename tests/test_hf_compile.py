@@ -41,7 +41,13 @@ def options_of(name: str) -> dict[str, Any]:
     return {} if name == "bert" else {"use_cache": False}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss", "bert"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gemma2", "gpt-oss", "bert"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral")),
+    ],
+)
 def test_ten_lengths_are_two_graphs(name: str) -> None:
     def call(model: Any, length: int) -> Tensor:
         with torch.no_grad():
@@ -61,7 +67,7 @@ def test_ten_padded_lengths_are_two_graphs(name: str) -> None:
     assert graphs_over_lengths(*pair_of(name), call) <= 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_training_over_ten_lengths_is_two_graphs(name: str) -> None:
     def call(model: Any, length: int) -> Tensor:
         inputs = {**inputs_of(name, length), "use_cache": False}

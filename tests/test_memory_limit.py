@@ -152,7 +152,10 @@ only_linux = pytest.mark.skipif(
 @only_linux
 @pytest.mark.parametrize(
     ("program", "dtype", "way"),
-    [(WINDOW, "float32", "forward"), (LONGNET, "bfloat16", "training")],
+    [
+        (WINDOW, "float32", "forward"),
+        pytest.param(LONGNET, "bfloat16", "training", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_promised_fits_and_no_more(
     fresh_python: Callable[..., Any], program: str, dtype: str, way: str

@@ -210,6 +210,7 @@ def test_operators(in_process: Callable[..., None]) -> None:
     in_process(EAGER)
 
 
+@pytest.mark.slow
 def test_operators_in_graphs_and_in_another_process(
     in_process: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -277,7 +277,9 @@ class OfProgram(torch.nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("make", "inputs"), [(OfProgram, qkv), (Model, of_model)])
+@pytest.mark.parametrize(
+    ("make", "inputs"), [pytest.param(OfProgram, qkv, marks=pytest.mark.slow), (Model, of_model)]
+)
 def test_torch_export_saves_and_loads(
     make: Any, inputs: Callable[..., Any], tmp_path: Path, fresh_python: Any
 ) -> None:

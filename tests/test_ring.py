@@ -108,7 +108,7 @@ FEW = (
     ("name", "ranks"),
     [
         *itertools.product([name for name in FEW if name != "from_mod per head"], (1, 2, 4, 8)),
-        *(("causal", 16), ("padding and documents", 16), ("longnet split causal, uneven", 16)),
+        *(("causal", 16), ("longnet split causal, uneven", 16)),
     ],
 )
 def test_any_number_of_ranks_gives_the_reference(name: str, ranks: int) -> None:

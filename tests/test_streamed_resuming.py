@@ -63,7 +63,9 @@ run(*(home / f"{name}.npy" for name in ("q", "k", "v", "out")), journal=home / "
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_killed_anywhere_continues_with_the_same_bits(
     tmp_path: Path, stop: signal.Signals
 ) -> None:

@@ -96,6 +96,7 @@ def test_choices_of_one_program_are_not_found_for_another() -> None:
     assert names[0] == names[2] != names[1]
 
 
+@pytest.mark.slow
 def test_modules_of_torch_have_lines() -> None:
     """Dynamo records no lines of torch's own modules.
 

@@ -187,7 +187,7 @@ class Model(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_step_allocates_no_mask(dynamic: bool) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()

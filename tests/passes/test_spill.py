@@ -223,7 +223,7 @@ for i in range(10**6):
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("make", [Dropping, Rectified])
+@pytest.mark.parametrize("make", [Dropping, pytest.param(Rectified, marks=pytest.mark.slow)])
 def test_masks_and_views_are_spilled_too(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = make(), torch.randn(4, 256, WIDTH)

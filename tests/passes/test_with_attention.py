@@ -126,11 +126,13 @@ def test_estimates_of_a_streamed_block_include_its_cached_bias() -> None:
     assert streamed.added_bytes <= measured + 8 * 2**20
 
 
-@pytest.mark.parametrize("name", ["longnet", pytest.param("window", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["longnet", "window"])
 def test_peaks_of_training_are_predicted(name: str) -> None:
     """Peaks have the workspace of attention's backward.
 
-    They have no gradient of an unused lse.
+    They have no gradient of an unused lse. The default suite measures blocks with attention under
+    a budget: test_wrapping_budget.py.
     """
     program = cd.longnet((512, 1024), (1, 2), causal=True) if name == "longnet" else PROGRAMS[name]
     model, x = compiling.Loss(Layer(cd.compile(program), 128)), torch.randn(1, 8192, 128)

@@ -186,7 +186,7 @@ def number(name: str, value: object) -> None:
         isinstance(value, int | float) or (not is_traced() and isinstance(value, Real))
     ):
         raise TypeError(
-            f"{name} must be a finite number; got {type(value).__name__} {value!r}. "
+            f"{name} must be a finite number; got {arguments.kind_and_text(value)}. "
             "Leave it out for 1 / sqrt(head_dim)"
         )
     # Compared, not math.isfinite: a number that varies may come while torch.compile traces.

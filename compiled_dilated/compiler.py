@@ -200,10 +200,8 @@ def _ring(
 def _device_type(device: object) -> str:
     """The type of a device, as "cpu", whether present or not."""
     if not isinstance(device, (str, torch.device)):
-        kind = type(device).__name__
-        raise TypeError(
-            f"device must be a torch.device or its name, as 'cpu'; got {kind} {device!r}"
-        )
+        came = arguments.kind_and_text(device)
+        raise TypeError(f"device must be a torch.device or its name, as 'cpu'; got {came}")
     try:
         return torch.device(device).type
     except RuntimeError as error:
@@ -278,7 +276,7 @@ def plan(
     shape, k_shape, v_shape = _shapes(q_shape, kv_heads, kv_len, value_dim)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
-            f"dtype must be a torch.dtype; got {type(dtype).__name__} {dtype!r}. "
+            f"dtype must be a torch.dtype; got {arguments.kind_and_text(dtype)}. "
             "Write torch.float32, say"
         )
     checks.dtype("dtype", dtype)

@@ -112,7 +112,12 @@ def _bad_usage(error: Exception) -> typer.Exit:
     return typer.Exit(2)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.command()(memory)
 
 if __name__ == "__main__":

@@ -50,9 +50,12 @@ def printed_json(result: Result) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-@pytest.mark.parametrize("command", ["plan", "recommend", "show", "doctor", "export", "inspect"])
-def test_every_command_has_help(command: str) -> None:
-    result = run(command, "--help")
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize(
+    "command", ["plan", "recommend", "show", "doctor", "export", "inspect", "memory"]
+)
+def test_every_command_has_help(command: str, option: str) -> None:
+    result = run(command, option)
     assert result.exit_code == 0
     assert f"{command} [OPTIONS]" in result.stdout
     assert command in run("--help").stdout
@@ -153,7 +156,7 @@ def test_doctor_passes_here() -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.stdout
     names = [finding["name"] for finding in printed_json(result)["findings"]]
-    assert names[:5] == ["python", "torch", "attention", "compiler", "torch.compile"]
+    assert names[:5] == ["python", "torch", "attention", "compiler", "native kernel"]
 
 
 def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +176,24 @@ def test_doctor_with_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.Monke
     finding = doctor._compiler()
     assert finding.state == "failed"
     assert "cannot find cc1plus" in finding.detail
+
+
+def test_doctor_without_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILED_DILATED_NATIVE", "off")
+    finding = doctor._native()
+    assert finding.state == "absent"
+    assert "lowering 'auto' is a slower one: COMPILED_DILATED_NATIVE=off" in finding.detail
+
+
+def test_doctor_reports_a_check_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _compiler() -> doctor.Finding:
+        raise OSError("\nno usable temporary directory")
+
+    monkeypatch.setattr(doctor, "CHECKS", (_compiler, doctor._python))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "compiler  failed  OSError: no usable temporary directory" in result.stdout
+    assert "python    ok" in result.stdout
 
 
 def test_doctor_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
 import compiled_dilated as cd
 from compiled_dilated.cli import app
+from compiled_dilated.commands.ring import processes
 
 LONGNET = "longnet((64, 128), (1, 2), causal=True)"
 
@@ -174,6 +178,34 @@ def test_billion_finds_a_wrong_row(tmp_path: Path) -> None:
 def test_launch() -> None:
     result = run("launch", LONGNET, "--shape", "1,4,301,16", "--kv-heads", 2, "--ranks", 2)
     assert result.exit_code == 0
+
+
+def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
+    # The grandchild is in a session of its own, as torchrun's ranks are, and ignores signals.
+    script = (
+        "import os, signal, subprocess, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "open(sys.argv[1], 'w').write(f'{os.getpid()} {child.pid}')\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "child.wait()\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        processes.run([sys.executable, "-c", script, str(tmp_path / "pids")], os.environ)
+    parent, child = map(int, (tmp_path / "pids").read_text().split())
+    assert not psutil.pid_exists(parent)
+    # Where nothing collects orphans a killed one remains, without a program.
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+
+
+def test_an_interrupted_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "run", interrupted)
+    result = run("launch", LONGNET, "--shape", "1,4,301,16")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("stopped\n")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,14 @@ def test_cache_folder_that_cannot_be_created_raises(
         build.library(sources)
 
 
+def test_cache_folder_that_takes_no_file_raises(sources: Path, cache: Path) -> None:
+    # A folder stands for any reason why the lock cannot be opened, as a read-only disk.
+    (cache / ".lock").mkdir(parents=True)
+    cache.chmod(0o700)
+    with pytest.raises(NativeUnavailable, match=r"cannot be kept in .* set COMPILED_DILATED_CACHE"):
+        build.library(sources)
+
+
 def test_cache_folder_follows_environment_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from compiled_dilated.native import build
+from compiled_dilated.native import build, cpp
 from tests.packaged import SUFFIXES, Exported, Model, of_model, qkv
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 100, 257, 1000)
@@ -165,6 +165,22 @@ def test_a_raw_package_refuses_other_strides_of_generated_code(with_data: Export
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="input 0 must be contiguous"):
         torch._inductor.aoti_load_package(str(with_data.path))(strided, padding)
+
+
+def test_the_folder_of_an_unfinished_export_says_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def interrupted(*_: object) -> None:
+        names.extend(path.name for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpp, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cd.export(masks.causal(), qkv(50), tmp_path / "model.pt2")
+    assert [name.partition("-")[0] for name in names] == ["model.pt2.unfinished"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import compiled_dilated as cd
-from compiled_dilated import rates
+from compiled_dilated import masks, rates
 from compiled_dilated.cli import app
 from compiled_dilated.recommendations import Request, recommend
 from compiled_dilated.recommendations.candidates import candidates
@@ -132,13 +132,20 @@ def test_causal_candidates_see_nothing_ahead(causal: bool) -> None:
 
 def test_numbers_are_those_of_the_plan() -> None:
     request = Request(tokens=5000, limit=GIB, heads=4, head_dim=32, batch=2)
+    dense = cd.plan(masks.full(), (2, 4, 5000, 32))
     for option in recommend(request).options:
         plan = cd.plan(option.candidate.program, (2, 4, 5000, 32), memory_limit=GIB)
         assert plan.fit is not None
         assert option.way.peak_bytes == plan.memory.total
         assert option.longest == plan.fit.tokens
-        assert option.pairs == plan.cost.pairs / (2 * 4 * 5000**2)
+        assert option.pairs == plan.cost.pairs / dense.cost.pairs
         assert option.way.seconds == plan.seconds_of(plan.chosen)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 100])
+def test_padding_of_few_tokens_is_no_share_of_pairs(tokens: int) -> None:
+    options = recommend(Request(tokens=tokens, limit=GIB)).options
+    assert {option.pairs for option in options} == {1.0}
 
 
 def test_a_rate_of_the_users_own_is_used() -> None:

@@ -75,6 +75,18 @@ def test_setup_needs_a_compiler(setup_on: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
+def test_setup_leaves_the_environment_of_another_checkout_alone(
+    setup_on: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    (other / "bin").mkdir(parents=True)
+    (tmp_path / "venv").symlink_to(other)
+    run = setup_on(**{"g++": "exit 0", "python3": f'exec {sys.executable} "$@"'})
+    assert run.returncode == 1
+    assert "is a link, to an environment that was set up for another checkout" in run.stderr
+    assert [path.name for path in other.iterdir()] == ["bin"]
+
+
 @pytest.mark.parametrize(("python", "message"), MISSING.values(), ids=list(MISSING))
 def test_setup_needs_a_usable_python(
     setup_on: Any, tmp_path: Path, python: str | None, message: str

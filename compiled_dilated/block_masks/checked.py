@@ -53,7 +53,7 @@ def block_masks(
         arguments.integer("heads", heads, 1)
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a mask; got {type(mask).__name__} {mask!r}. "
+            f"mask must be a mask; got {arguments.kind_and_text(mask)}. "
             "Use one of compiled_dilated.masks"
         )
     query_tokens = q_len + arguments.integer("q_offset", q_offset, 0)

@@ -57,7 +57,7 @@ def doctor(json: Json = False) -> None:
     Exit code 1 if something essential fails: Python, torch, attention itself, or the C++ compiler
     that torch.compile needs.
     """
-    findings = [check() for check in CHECKS]
+    findings = [_finding(check) for check in CHECKS]
     ok = all(finding.state != "failed" for finding in findings)
     if json:
         print_json({"ok": ok, "findings": [finding.to_json() for finding in findings]})
@@ -72,6 +72,22 @@ def doctor(json: Json = False) -> None:
         if finding.fix:
             typer.echo(f"  fix: {finding.fix}")
     raise typer.Exit(0 if ok else 1)
+
+
+def _finding(check: Callable[[], Finding]) -> Finding:
+    """The finding of a check; that it cannot run is one too."""
+    try:
+        return check()
+    # Whatever stops a check, as a full disk, must not hide the other findings.
+    except Exception as error:
+        name = check.__name__.lstrip("_")
+        return Finding(name, "failed", _in_a_line(error), "repair what the error names")
+
+
+def _in_a_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _checked(name: str, ok: bool, detail: str, fix: str) -> Finding:
@@ -145,6 +161,18 @@ def _compiler() -> Finding:
     return Finding("compiler", "ok", version.splitlines()[0] if version else path)
 
 
+def _native() -> Finding:
+    """Build and load the native kernel; without it 'auto' is slower."""
+    from ..native import build
+
+    reason = build.available()
+    if reason is None:
+        return Finding("native kernel", "ok", "built and loaded for this CPU")
+    # Errors of the compiler follow the first line.
+    detail = f"lowering 'auto' is a slower one: {reason.splitlines()[0]}"
+    return Finding("native kernel", "absent", detail)
+
+
 def _inductor() -> Finding:
     """Compile a small function with torch.compile, which needs Python's headers too."""
 
@@ -156,10 +184,9 @@ def _inductor() -> Finding:
         is_right = torch.allclose(torch.compile(function)(x), function(x))
     # Errors of the code generator, the compiler or the loader are the finding.
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         headers = f"apt install python3.{sys.version_info.minor}-dev"
         fix = f"repair the compiler above; Python's headers: {headers}"
-        return Finding("torch.compile", "failed", f"{type(error).__name__}: {lines[0]}", fix)
+        return Finding("torch.compile", "failed", _in_a_line(error), fix)
     if not is_right:
         return Finding("torch.compile", "failed", "wrong result")
     return Finding("torch.compile", "ok", "inductor generates and runs C++ for this CPU")
@@ -217,5 +244,6 @@ def _machine() -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    _python, _torch, _attention, _compiler, _inductor, _device, _flex, _distributed, _machine
+    _python, _torch, _attention, _compiler, _native, _inductor, _device, _flex, _distributed,
+    _machine,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
+from .. import arguments
 from ..regions import Regions, Verdicts, both, either, negate
 from .ranges import NOTHING, common_ranges, gaps, hull, union
 
@@ -180,7 +181,7 @@ def _mask(value: object, symbol: str) -> Mask:
             remedy = "Pass masks.from_mod(fn) for a function of FlexAttention; call masks.causal()"
         remedy = getattr(value, "how_to_join", remedy)
         raise TypeError(
-            f"`{symbol}` joins two masks; got {type(value).__name__} {value}. {remedy}",
+            f"`{symbol}` joins two masks; got {arguments.kind_and_text(value)}. {remedy}",
         )
     return value
 

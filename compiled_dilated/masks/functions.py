@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..mods import MaskMod, check_callable, name_of, over_pairs, trace_mask_mod
 from ..regions import Regions, Verdicts
 from .contents import Contents
@@ -112,7 +113,7 @@ def from_mod(fn: MaskMod, within: Mask | None = None) -> Mask:
     """
     check_callable("fn", fn, scores=False)
     if within is not None and not isinstance(within, Mask):
-        raise TypeError(f"within must be a mask; got {type(within).__name__} {within}")
+        raise TypeError(f"within must be a mask; got {arguments.kind_and_text(within)}")
     return FromMod(fn, within)
 
 

@@ -66,13 +66,27 @@ def locked(path: Path) -> Iterator[None]:
 
     The kernel releases the lock of a process that dies. On file systems without locks two
     processes may build the same library, which is correct but slower.
+
+    Raises NativeUnavailable for a folder that cannot be written to.
     """
     import fcntl
 
-    with open(path / ".lock", "a") as lock:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(open(path / ".lock", "a"))
+        except OSError as error:
+            raise not_kept(path, error) from error
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def not_kept(path: Path, error: OSError) -> NativeUnavailable:
+    """The error of a folder on a full or read-only disk."""
+    return NativeUnavailable(
+        f"the native kernels cannot be kept in {path}: {error}; "
+        "set COMPILED_DILATED_CACHE to a folder that can be written to, on a disk with space"
+    )
 
 
 def tidy(path: Path, newest: str) -> None:

@@ -191,7 +191,9 @@ def _write(about: About, sources: Mapping[str, _Source], package: Path) -> About
     about: without digests, attention and strides, which the export determines.
     """
     # In a temporary folder first, so that an interruption leaves no incomplete package.
-    with tempfile.TemporaryDirectory(dir=package.absolute().parent) as folder:
+    # Its name says whose it is, if the process is killed and cannot remove it.
+    prefix = f"{package.name}.unfinished-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=package.absolute().parent) as folder:
         unfinished = Path(folder, package.name)
         if about.is_of_gpu:
             libraries = cpp.write_checks(library_path(unfinished))

@@ -129,7 +129,7 @@ def _order(order: object) -> Order:
         return identity()
     if not isinstance(order, Order):
         raise TypeError(
-            f"order must be an order; got {type(order).__name__} {order!r}. "
+            f"order must be an order; got {arguments.kind_and_text(order)}. "
             "Use one of compiled_dilated.orders"
         )
     return order

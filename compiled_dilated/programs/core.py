@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
+from .. import arguments
 from ..masks import Mask
 from ..orders import Order, identity
 
@@ -43,18 +44,15 @@ class Branch(NoMask):
 
     def __post_init__(self) -> None:
         if not isinstance(self.mask, Mask):
-            kind = type(self.mask).__name__
-            raise TypeError(
-                f"a branch needs a mask; got {kind} {self.mask}. Use compiled_dilated.masks"
-            )
+            came = arguments.kind_and_text(self.mask)
+            raise TypeError(f"a branch needs a mask; got {came}. Use compiled_dilated.masks")
         if not isinstance(self.order, Order):
-            kind = type(self.order).__name__
-            raise TypeError(
-                f"order must be an order; got {kind} {self.order!r}. Use compiled_dilated.orders"
-            )
+            came = arguments.kind_and_text(self.order)
+            raise TypeError(f"order must be an order; got {came}. Use compiled_dilated.orders")
         if not _are_heads(self.heads):
             raise ValueError(
-                f"heads must be None, (start, stop) or a share 'i/k' with i < k; got {self.heads!r}"
+                "heads must be None, (start, stop) or a share 'i/k' with i < k; "
+                f"got {arguments.shown(self.heads)}"
             )
 
     def head_range(self, heads: int) -> range:

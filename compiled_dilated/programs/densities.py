@@ -54,8 +54,8 @@ def block_sparse(
 
 def _check_density(density: object) -> None:
     if isinstance(density, bool) or not isinstance(density, (int, float)):
-        kind = type(density).__name__
-        raise TypeError(f"density must be a number in (0, 1]; got {kind} {density!r}")
+        came = arguments.kind_and_text(density)
+        raise TypeError(f"density must be a number in (0, 1]; got {came}")
     if not 0 < density <= 1:
         raise ValueError(
             f"density must be in (0, 1], the share of pairs kept; got {density!r}. "

@@ -19,7 +19,7 @@ class Option:
 
     fits: whether its peak is within the limit of memory.
     is_fast: whether it is within the limit of time; True where no rate is known.
-    pairs: computed pairs as a share of all pairs.
+    pairs: computed pairs as a share of those that full attention computes.
     longest: tokens of the longest sequence that fits in one call.
     """
 

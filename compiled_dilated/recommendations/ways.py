@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import fitting, planner, rates
+from .. import fitting, masks, planner, rates
 from ..compiler import plan
+from ..masks import Mask
 from ..plans import Plan
 from ..programs import Program
 from ..ring.loads import Load
@@ -54,7 +55,7 @@ class Request:
         """(B, Hq, N, D)."""
         return self.batch, self.heads, self.tokens, self.head_dim
 
-    def plan(self, program: Program, **options: Any) -> Any:
+    def plan(self, program: Program | Mask, **options: Any) -> Any:
         """The plan of a program: a `Plan`, or with `ranks` a `RingPlan`."""
         return plan(
             program,
@@ -118,7 +119,7 @@ class Way:
 class Weighed:
     """A program for a request, and the ways to run it.
 
-    pairs: computed pairs as a share of all pairs.
+    pairs: computed pairs as a share of those that full attention computes.
     longest: tokens of the longest sequence that fits in one call.
     ways: one call first.
     """
@@ -141,8 +142,9 @@ def weigh(program: Program, request: Request) -> Weighed:
         ways += _first_fitting(_streams(program, request, ways[0]), request.limit)
         ways += _first_fitting(_rings(program, request, size), request.limit)
     longest, _, _ = fitting.longest(call, "auto", request.limit)
-    share = pairs / (request.batch * request.heads * request.tokens**2)
-    return Weighed(share, longest, tuple(ways))
+    # Computed pairs on both sides: tiles of few tokens are padded.
+    all_pairs, _ = _work(request.plan(masks.full()))
+    return Weighed(pairs / all_pairs, longest, tuple(ways))
 
 
 def _is_beyond_counting(call: Plan) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import arguments
 from . import files
 from .sources import FileSink, FileSource, SampleSink, Sink, Source, check_dtype, sizes
 
@@ -101,7 +102,7 @@ def seconds(name: str, value: object) -> float:
     """Check that a limit is a non-negative number of seconds."""
     remedy = "Leave it out for no limit"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}. {remedy}")
+        raise TypeError(f"{name} must be a number; got {arguments.kind_and_text(value)}. {remedy}")
     try:
         number = float(value)
     except OverflowError:

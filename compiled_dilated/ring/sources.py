@@ -161,7 +161,7 @@ def check_dtype(name: str, dtype: object) -> None:
     if not isinstance(dtype, torch.dtype) or dtype not in checks.DTYPES:
         raise TypeError(
             f"{name} must be torch.float16, bfloat16, float32 or float64; "
-            f"got {type(dtype).__name__} {dtype!r}"
+            f"got {arguments.kind_and_text(dtype)}"
         )
 
 

@@ -154,12 +154,12 @@ def _check(
     """Raise unless the arguments of a map fit together."""
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a mask; got {type(mask).__name__} {mask!r}. "
+            f"mask must be a mask; got {arguments.kind_and_text(mask)}. "
             "Use one of compiled_dilated.masks"
         )
     if not isinstance(order, Order):
         raise TypeError(
-            f"order must be an order; got {type(order).__name__} {order!r}. "
+            f"order must be an order; got {arguments.kind_and_text(order)}. "
             "Use one of compiled_dilated.orders"
         )
     # Lengths may be 0, tiles may not.

@@ -28,7 +28,7 @@ def find(name: str) -> tuple[Variant, dict[str, Any]]:
     """
     if not isinstance(name, str):
         raise TypeError(
-            f"the name of a variant must be a string; got {type(name).__name__} {name!r}"
+            f"the name of a variant must be a string; got {arguments.kind_and_text(name)}"
         )
     if name in _BY_NAME:
         return _BY_NAME[name], {}

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
-from .. import counting, masks
+from .. import arguments, counting, masks
 from ..masks import Mask
 from ..masks.bounds import upper_bound
 from ..masks.neighborhoods import Neighborhood
@@ -73,7 +73,7 @@ def check_choice(attention: object) -> None:
     elif not (attention is None or isinstance(attention, (Program, Mask)) or callable(attention)):
         raise TypeError(
             "attention must be a program, a mask, a function of a layer or {pattern: program}; "
-            f"got {type(attention).__name__} {attention!r}"
+            f"got {arguments.kind_and_text(attention)}"
         )
 
 
@@ -92,7 +92,7 @@ def program_of(attention: Choice, layer: Layer) -> Program | None:
     if not isinstance(choice, (Program, Mask)):
         raise TypeError(
             f"attention of {_name_of(layer)} must be a program, a mask or None; "
-            f"got {type(choice).__name__} {choice!r}"
+            f"got {arguments.kind_and_text(choice)}"
         )
     program = as_program(choice)
     _check(layer, program)

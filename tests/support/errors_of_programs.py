@@ -149,6 +149,21 @@ MASKS: list[Row] = [
         "left must be an integer; got Tensor tensor(True)",
     ),
     (
+        lambda: masks.window(torch.zeros(64, 64)),
+        TypeError,
+        "left must be an integer; got Tensor of shape (64, 64). Pass",
+    ),
+    (
+        lambda: masks.window(list(range(10**4))),
+        TypeError,
+        "... (58,890 characters). Pass a whole number of tokens",
+    ),
+    (
+        lambda: masks.causal() & torch.zeros(2, 3),
+        TypeError,
+        "`&` joins two masks; got Tensor of shape (2, 3). Use one of compiled_dilated.masks",
+    ),
+    (
         lambda: masks.congruent(4, np.array(1.5)),
         TypeError,
         "offset must be an integer; got ndarray",

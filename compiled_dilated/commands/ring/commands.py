@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from ...ring.sources import FileSource
 from ...ring.streamed import Report
 from ...text import read_program
 from ..arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
+from . import processes
 from .billion import billion
 from .progress import stoppable, token_bar
 
@@ -225,7 +225,8 @@ def launch(
 
     The processes are started by torchrun and exchange messages over gloo.
 
-    Exit code 1 if a bit of the output or of a gradient differs, or a process fails.
+    Exit code 1 if a bit of the output or of a gradient differs, or a process fails, 130 after
+    Ctrl-C.
     """
     # Checked here once, instead of by every process.
     with bad_usage():
@@ -242,5 +243,9 @@ def launch(
     settings = [program, shape, str(kv_heads or 0), layout, dtype.value, style]
     rank = [sys.executable, "-m", f"{__package__}.rank", *settings]
     command = [sys.executable, "-m", *torchrun, *rank]
-    run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
-    raise typer.Exit(0 if run.returncode == 0 else 1)
+    try:
+        code = processes.run(command, {**os.environ, "OMP_NUM_THREADS": str(threads)})
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if code == 0 else 1)

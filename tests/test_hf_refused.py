@@ -34,6 +34,24 @@ def test_a_mask_of_the_wrong_shape_is_refused() -> None:
         model(**inputs_of("llama"), attention_mask=torch.ones(2, 50, 50))
 
 
+def test_attention_under_another_name_without_masks_is_refused() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from compiled_dilated.hf import attention, masking
+
+    model = model_of("llama", "compiled_dilated")
+    expected = model(**inputs_of("llama")).logits
+    AttentionInterface.register("by_hand", attention.attention)
+    AttentionMaskInterface.register("by_hand_masked", masking.mask)
+    AttentionInterface.register("by_hand_masked", attention.attention)
+    model.set_attn_implementation("by_hand")
+    message = r"'by_hand' without a mask function: .*\.hf\.register\(\)"
+    with pytest.raises(ValueError, match=message):
+        model(**inputs_of("llama"))
+    model.set_attn_implementation("by_hand_masked")
+    assert torch.equal(model(**inputs_of("llama")).logits, expected)
+
+
 def test_dropout_and_weights_are_refused() -> None:
     dropout = {"attention_probs_dropout_prob": 0.1}
     bert = model_of("bert", "compiled_dilated", **dropout).train()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import assume_constant_result
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .. import text
 from ..attend import Attend, attend_in_graph
@@ -17,6 +18,7 @@ from ..rules import Skeleton
 from ..tracing import is_traced
 from ..wrapping.scores import added
 from ..wrapping.sites import sites_of
+from . import NAME
 from .visible import Visible, joined_with
 
 # Options for other implementations: in the mask already, or without effect on the numbers.
@@ -58,6 +60,8 @@ def attention(
 
     Raises ValueError or NotImplementedError for dropout, weights and unknown options.
     """
+    if attention_mask is None:
+        _refuse_without_masks(module)
     bias = _bias_of(module, query, key, attention_mask, position_bias)
     _refuse(module, dropout, softcap, bias, options)
     layer_sites = sites_of(module)
@@ -176,6 +180,22 @@ def _refuse(
             f"compiled_dilated does not know the option {option!r} that {name} passes. "
             "Use 'eager' or 'sdpa'"
         )
+
+
+def _refuse_without_masks(module: nn.Module) -> None:
+    """Refuse an implementation without a mask function: transformers drops its masks.
+
+    Attention that is registered by hand under another name lacks one.
+    """
+    name = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
+    if name == NAME or name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        return
+    raise ValueError(
+        f"attention is registered as {name!r} without a mask function: transformers would drop "
+        "padding and the positions of a cache. Call compiled_dilated.hf.register() and use "
+        f"attn_implementation={NAME!r}, or register compiled_dilated.hf.masking.mask under "
+        f"{name!r} with AttentionMaskInterface.register"
+    )
 
 
 def _visible(

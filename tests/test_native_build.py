@@ -219,6 +219,22 @@ def test_cache_folder_that_takes_no_file_raises(sources: Path, cache: Path) -> N
         build.library(sources)
 
 
+def test_a_user_without_a_home_directory_raises(
+    sources: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert folder() == cache
+    monkeypatch.delenv("COMPILED_DILATED_CACHE")
+    with pytest.raises(
+        NativeUnavailable, match=r"has no home directory .* set COMPILED_DILATED_CACHE"
+    ):
+        build.library(sources)
+
+
 def test_cache_folder_follows_environment_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,11 +24,9 @@ def folder() -> Path:
 
     COMPILED_DILATED_CACHE, or compiled_dilated in XDG_CACHE_HOME or ~/.cache.
 
-    Raises NativeUnavailable where other users could write to it.
+    Raises NativeUnavailable where there is none, or where other users could write to it.
     """
-    variable = os.environ.get("COMPILED_DILATED_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(variable) if variable else base / "compiled_dilated"
+    path = _path()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = path.stat()
@@ -44,6 +42,22 @@ def folder() -> Path:
     if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NativeUnavailable(f"{path} is writable by others, who could put code there; {remedy}")
     return path
+
+
+def _path() -> Path:
+    variable = os.environ.get("COMPILED_DILATED_CACHE")
+    if variable:
+        return Path(variable)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    if caches:
+        return Path(caches) / "compiled_dilated"
+    try:
+        return Path.home() / ".cache" / "compiled_dilated"
+    except RuntimeError as error:  # HOME is unset, and the user has no entry in passwd
+        raise NativeUnavailable(
+            f"user {os.getuid()} has no home directory to keep the native kernels in; "
+            "set COMPILED_DILATED_CACHE to a folder that can be written to"
+        ) from error
 
 
 def is_intact(library: Path) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,22 +182,43 @@ def test_launch() -> None:
     assert result.exit_code == 0
 
 
-def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
-    # The grandchild is in a session of its own, as torchrun's ranks are, and ignores signals.
+def test_ctrl_c_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids, wait = tmp_path / "pids", subprocess.Popen.wait
+    # The grandchild is in a session of its own, as torchrun's ranks are.
     script = (
         "import os, signal, subprocess, sys\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
-        "open(sys.argv[1], 'w').write(f'{os.getpid()} {child.pid}')\n"
-        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "open(sys.argv[1] + '.part', 'w').write(f'{os.getpid()} {child.pid}')\n"
+        "os.rename(sys.argv[1] + '.part', sys.argv[1])\n"
         "child.wait()\n"
     )
+
+    def interrupted(process: Any, timeout: float | None = None) -> int:
+        """Ctrl-C once the grandchild runs; a signal would reach this run of pytest as a whole."""
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        while not pids.exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        processes.run([sys.executable, "-c", script, str(tmp_path / "pids")], os.environ)
-    parent, child = map(int, (tmp_path / "pids").read_text().split())
+        processes.run([sys.executable, "-c", script, str(pids)], os.environ)
+    parent, child = map(int, pids.read_text().split())
     assert not psutil.pid_exists(parent)
-    # Where nothing collects orphans a killed one remains, without a program.
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+    # It dies at once, but not before `run` returns.
+    stopped = time.monotonic() + 30
+    while _runs(child):
+        assert time.monotonic() < stopped
+        time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; where nothing collects orphans, a killed one remains as zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_an_interrupted_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

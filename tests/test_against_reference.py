@@ -57,13 +57,15 @@ def default_lengths(number: int, case: Case, lowering: str) -> set[int]:
     if len(case.lengths) == 1:
         return {*case.lengths}
     place = LOWERINGS.index(lowering)
-    in_turn = EDGES[(number + place) % len(EDGES)]
+    edge = EDGES[(number + place) % len(EDGES)]
     if lowering == "auto":
-        return {case.lengths[0], in_turn, case.lengths[-1]}
-    of_tiles = lowering == "tiled" if case.refused else (number + place) % 2 == 0
-    if of_tiles and lowering != "dense":
+        return {case.lengths[0], edge, case.lengths[-1]}
+    if lowering == "dense":
+        return {edge}
+    # Strided and tiled in turn; where strided refuses the case, always tiled.
+    if case.refused or (number + place) % 2 == 0:
         return {case.lengths[-1]}
-    return {in_turn}
+    return {edge}
 
 
 def all_cases() -> list[Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -183,42 +183,41 @@ def test_launch() -> None:
 
 
 def test_ctrl_c_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pids, wait = tmp_path / "pids", subprocess.Popen.wait
+    pipe, wait, ends = str(tmp_path / "pipe"), subprocess.Popen.wait, dict[int, int]()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     # The grandchild is in a session of its own, as torchrun's ranks are.
     script = (
         "import os, signal, subprocess, sys\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
-        "open(sys.argv[1] + '.part', 'w').write(f'{os.getpid()} {child.pid}')\n"
-        "os.rename(sys.argv[1] + '.part', sys.argv[1])\n"
+        "open(sys.argv[1], 'w').write(f'{os.getpid()} {child.pid}')\n"
         "child.wait()\n"
     )
 
     def interrupted(process: Any, timeout: float | None = None) -> int:
         """Ctrl-C once the grandchild runs; a signal would reach this run of pytest as a whole."""
         monkeypatch.setattr(subprocess.Popen, "wait", wait)
-        while not pids.exists():
-            time.sleep(0.01)
+        assert is_ready(reader)
+        for pid in map(int, os.read(reader, 99).split()):
+            ends[pid] = os.pidfd_open(pid)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        processes.run([sys.executable, "-c", script, str(pids)], os.environ)
-    parent, child = map(int, pids.read_text().split())
+        processes.run([sys.executable, "-c", script, pipe], os.environ)
+    parent, child = ends
     assert not psutil.pid_exists(parent)
-    # It dies at once, but not before `run` returns.
-    stopped = time.monotonic() + 30
-    while _runs(child):
-        assert time.monotonic() < stopped
-        time.sleep(0.01)
+    # It dies at once, but perhaps after `run` has returned.
+    assert is_ready(ends[child])
+    for descriptor in (reader, *ends.values()):
+        os.close(descriptor)
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process runs; where nothing collects orphans, a killed one remains as zombie."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def is_ready(descriptor: int) -> bool:
+    """Wait for data of a pipe, or for the end of a process; False after 30 seconds."""
+    ready, _, _ = select.select([descriptor], [], [], 30)
+    return bool(ready)
 
 
 def test_an_interrupted_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,14 +77,9 @@ EXPANDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def id_of(value: Any) -> str:
-    """The name of a function, or the text of another value, for a test's id."""
-    return getattr(value, "__name__", str(value))
-
-
 @pytest.mark.parametrize(
     ("layout", "head_dim", "value_dim", "dtype"),
-    in_turn(LAYOUTS, SIZES_AND_DTYPES, count=3, name=id_of),
+    in_turn(LAYOUTS, SIZES_AND_DTYPES, count=3),
 )
 def test_strides(
     layout: Callable[[Tensor], Tensor], head_dim: int, value_dim: int, dtype: torch.dtype

@@ -137,16 +137,16 @@ def _join_padding(
             "attention_mask must be (batch, tokens), or (batch, heads, queries, keys); "
             f"got shape {tuple(tokens.shape)}"
         )
-    traced = is_traced()
+    in_graph = is_traced()
     # The unfilled places come after all queries: a causal mask hides them already.
-    if description.causal and not traced and bool(tokens.all()):
+    if description.causal and not in_graph and bool(tokens.all()):
         return
     missing = kv_offset + kv_length - tokens.shape[1]
     # In a graph the length may vary: no branch on it.
-    if traced or missing > 0:
+    if in_graph or missing > 0:
         tokens = F.pad(tokens, (0, missing))
     tokens = tokens[:, kv_offset : kv_offset + kv_length]
-    if not traced and bool(tokens.all()):
+    if not in_graph and bool(tokens.all()):
         return
     description.joined.append(PADDING)
     description.data[PADDING] = ~tokens

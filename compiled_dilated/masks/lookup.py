@@ -56,7 +56,6 @@ def as_tensor(table: tuple[int, ...], device: Any) -> Any:
 
 def _entries(table: tuple[int, ...], device: Any) -> Any:
     """The table as a tensor, cached except in a trace."""
-
     from ..tracing import is_traced
 
     if is_traced():

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .cache import BUILDING, digest_file, folder, is_intact, locked, not_kept, tidy
+from .cache import BUILDING, digest_file, folder, is_intact, locked, tidy, write_error
 from .recipes import NativeUnavailable, Recipe, optimisation_level, recipe
 
 __all__ = [
@@ -93,7 +93,7 @@ def _build(ingredients: Recipe, path: Path) -> None:
             os.replace(output, path)
             os.replace(digest, digest_file(path))
     except OSError as error:
-        raise not_kept(path.parent, error) from error
+        raise write_error(path.parent, error) from error
 
 
 def _compile(ingredients: Recipe, into: Path, jobs: int) -> Path:

@@ -89,13 +89,13 @@ def locked(path: Path) -> Iterator[None]:
         try:
             lock = stack.enter_context(open(path / ".lock", "a"))
         except OSError as error:
-            raise not_kept(path, error) from error
+            raise write_error(path, error) from error
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def not_kept(path: Path, error: OSError) -> NativeUnavailable:
+def write_error(path: Path, error: OSError) -> NativeUnavailable:
     """The error of a folder on a full or read-only disk."""
     return NativeUnavailable(
         f"the native kernels cannot be kept in {path}: {error}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ class Request:
     def q_shape(self) -> tuple[int, int, int, int]:
         """(B, Hq, N, D)."""
         return self.batch, self.heads, self.tokens, self.head_dim
+
+    @cached_property
+    def all_pairs(self) -> int:
+        """Pairs that full attention computes: tiles of few tokens are padded."""
+        pairs, _ = _work(self.plan(masks.full()))
+        return pairs
 
     def plan(self, program: Program | Mask, **options: Any) -> Any:
         """The plan of a program: a `Plan`, or with `ranks` a `RingPlan`."""
@@ -142,9 +149,7 @@ def weigh(program: Program, request: Request) -> Weighed:
         ways += _first_fitting(_streams(program, request, ways[0]), request.limit)
         ways += _first_fitting(_rings(program, request, size), request.limit)
     longest, _, _ = fitting.longest(call, "auto", request.limit)
-    # Computed pairs on both sides: tiles of few tokens are padded.
-    all_pairs, _ = _work(request.plan(masks.full()))
-    return Weighed(pairs / all_pairs, longest, tuple(ways))
+    return Weighed(pairs / request.all_pairs, longest, tuple(ways))
 
 
 def _is_beyond_counting(call: Plan) -> bool:

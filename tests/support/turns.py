@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 
 
+def name_of(value: Any) -> str:
+    """The name of a function or a class, else the text of a value, for a test's id."""
+    return getattr(value, "__name__", str(value))
+
+
 def in_turn(
     rows: Sequence[Any],
     columns: Sequence[Any],
     count: int = 1,
-    name: Callable[[Any], str] = str,
+    name: Callable[[Any], str] = name_of,
 ) -> list[Any]:
     """Parameters (row, *column); each row has `count` columns in the default suite.
 
@@ -31,7 +36,7 @@ def in_turn(
     return parameters
 
 
-def one_in(count: int, rows: Sequence[Any], name: Callable[[Any], str] = str) -> list[Any]:
+def one_in(count: int, rows: Sequence[Any], name: Callable[[Any], str] = name_of) -> list[Any]:
     """Parameters of a table; the default suite runs one in `count`, the others are slow."""
     parameters = []
     for number, row in enumerate(rows):

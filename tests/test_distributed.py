@@ -11,7 +11,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +22,18 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.conftest import ROOT
+from tests.support.forked import Forked
 
 LONGEST_S = 300.0
 
-Start = Callable[..., list[subprocess.Popen[str]]]
+Start = Callable[..., list[Forked]]
+
+# Arguments: where the ranks meet, and scenarios.
+RANK = """
+import sys
+from tests import distributed_worker
+distributed_worker.main(*sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -36,35 +42,22 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     They are killed at the end of the test.
     """
-    running: list[subprocess.Popen[str]] = []
+    running: list[Forked] = []
 
-    def begin(
-        size: int, *scenarios: str, hosts: Hosts | None = None
-    ) -> list[subprocess.Popen[str]]:
+    def begin(size: int, *scenarios: str, hosts: Hosts | None = None) -> list[Forked]:
         url = f"file://{tmp_path / 'store'}" if hosts is None else hosts.url
         for rank in range(size):
-            command = [sys.executable, "-m", "tests.distributed_worker", url, *scenarios]
-            environment = {"RANK": str(rank), "WORLD_SIZE": str(size)}
+            code, variables = RANK, {"RANK": str(rank), "WORLD_SIZE": str(size)}
             if hosts is not None:
-                command = hosts.on(rank, command)
-                environment["GLOO_SOCKET_IFNAME"] = hosts.interface(rank)
-            running.append(popen(command, **environment))
+                code = hosts.entered(rank) + RANK
+                variables["GLOO_SOCKET_IFNAME"] = hosts.interface(rank)
+            running.append(Forked(code, url, *scenarios, environment=variables))
         return running
 
     yield begin
     for process in running:
         process.kill()
-        process.communicate()
-
-
-def popen(command: list[str], **variables: str) -> subprocess.Popen[str]:
-    """Start a command with these variables in its environment."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **variables}
-    output, errors = subprocess.PIPE, subprocess.STDOUT
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=output, stderr=errors
-    )
+        process.wait()
 
 
 @dataclass(frozen=True)
@@ -77,9 +70,10 @@ class Hosts:
     name: str
     port: int
 
-    def on(self, rank: int, command: list[str]) -> list[str]:
-        """The command that runs a command on a host."""
-        return ["ip", "netns", "exec", f"{self.name}-{rank}", *command]
+    def entered(self, rank: int) -> str:
+        """Code that moves its process to a host."""
+        opened = f"os.open('/run/netns/{self.name}-{rank}', os.O_RDONLY)"
+        return f"import ctypes, os\nassert ctypes.CDLL(None).setns({opened}, 0) == 0\n"
 
     def interface(self, rank: int) -> str:
         return f"{self.name}e{rank}"
@@ -125,23 +119,22 @@ def hosts() -> Iterator[Hosts]:
     pair.down()
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+def finish(processes: list[Forked]) -> list[str]:
     """The outputs of the ranks.
 
     All must exit with 0, together within `LONGEST_S`.
     """
     end = time.monotonic() + LONGEST_S
     outputs = []
-    for process in processes:
-        output, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
-        outputs.append(output)
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+    for rank, process in enumerate(processes):
+        output, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
         code = process.returncode
-        assert code == 0, f"rank {rank} ended with {code}:\n{output[-3000:]}"
+        assert code == 0, f"rank {rank} ended with {code}:\n{output[-3000:]}\n{errors[-3000:]}"
+        outputs.append(output)
     return outputs
 
 
-# Several scenarios per start: importing torch takes longer than any of them.
+# Several scenarios per start: a group of ranks takes longer to start than most of them.
 TRAINING = ("training", "fully_sharded", "learned_operands")
 
 
@@ -180,7 +173,9 @@ def test_two_hosts_without_a_connection_raise_at_the_timeout(start: Start, hosts
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_killed_rank(tmp_path: Path) -> None:
+def test_torchrun_restarts_a_killed_rank(
+    fresh_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     """The training ends with the losses of one process."""
     options = "--standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.2"
     torchrun = ["torch.distributed.run", *options.split()]
@@ -190,9 +185,9 @@ def test_torchrun_restarts_a_killed_rank(tmp_path: Path) -> None:
         # Without it new ranks may look for the dead ones (pytorch#135712).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    process = popen([sys.executable, "-m", *torchrun, "-m", *worker], **variables)
-    (output,) = finish([process])
-    assert output.count("goes on after 25 steps") == 2
+    run = fresh_python("-m", *torchrun, "-m", *worker, **variables)
+    assert run.returncode == 0, run.stderr
+    assert (run.stdout + run.stderr).count("goes on after 25 steps") == 2
 
 
 # In this process

@@ -64,7 +64,8 @@ def test_code_of_pages_runs(page: Path, tmp_path: Path) -> None:
     # Blocks for machines without this library run in processes of their own, after all others.
     without_library = [block for block in blocks if "load_library(" in block]
     blocks = [block for block in blocks if block not in without_library]
-    run_code("\n".join([SHARED, PRELUDES.get(page.name, ""), *blocks]), tmp_path)
+    run = run_code("\n".join([SHARED, PRELUDES.get(page.name, ""), *blocks]), folder=tmp_path)
+    assert run.returncode == 0, run.stderr
     for block in without_library:
         command = [sys.executable, "-c", "import torch\n" + block]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from tests.caches import forget
 from tests.support.exported import MODELS, Learned, N, mod, same, tensors
+from tests.support.forked import run_code
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -82,13 +83,11 @@ KINDS["programs"] = tuple(sorted(set(MODELS).difference(*KINDS.values())))
 @pytest.mark.parametrize(
     "kind", ["programs", "functions", pytest.param("long lists", marks=pytest.mark.slow)]
 )
-def test_exported_models_run_in_a_fresh_process(
-    kind: str, tmp_path: Path, fresh_python: Python
-) -> None:
+def test_exported_models_run_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
     """The process imports compiled_dilated and nothing else of the model."""
     for name in KINDS[kind]:
         save(tmp_path, name, MODELS[name].make(), MODELS[name].inputs(N))
-    run = fresh_python("-c", LOADS.format(before=""), str(tmp_path))
+    run = run_code(LOADS.format(before=""), str(tmp_path))
     assert run.returncode == 0, run.stderr
     assert run.stdout.split("\n")[:-1] == list(KINDS[kind])
 
@@ -107,10 +106,10 @@ class Named(nn.Module):
 
 
 def test_exported_models_run_beside_functions_of_the_same_names(
-    tmp_path: Path, fresh_python: Python
+    tmp_path: Path,
 ) -> None:
     save(tmp_path, "named", Named(), tensors())
-    run = fresh_python("-c", LOADS.format(before=SAME_NAMES), str(tmp_path))
+    run = run_code(LOADS.format(before=SAME_NAMES), str(tmp_path))
     assert run.returncode == 0, run.stderr
 
 

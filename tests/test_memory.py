@@ -7,7 +7,7 @@ Each measurement is a process of its own, by its ru_maxrss (the largest resident
 1. Warm up: a program of the same kind runs on 2048 tokens, which loads code, thread stacks and the
    library's tables.
 2. Allocate the inputs and touch every page: q, k, v, and for the backward out and its gradient.
-3. Return unused memory to the system: malloc_trim, and a fixed MALLOC_MMAP_THRESHOLD_, by which
+3. Return unused memory to the system: malloc_trim, and a fixed M_MMAP_THRESHOLD, by which
    larger blocks are returned when they are freed. Ballast fills the difference to the peak of the
    past, below which a new peak would be invisible.
 4. Run the call once, planning included. The result is its peak, minus the resident memory before,
@@ -21,10 +21,11 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from tests.support.forked import run_code
 
 TOKENS = 65536
 # Shares of q, k, v and out: a forward beyond its output, a backward beyond the gradients.
@@ -35,6 +36,8 @@ import ctypes, json, resource, sys
 import psutil, torch
 import compiled_dilated as cd
 
+libc = ctypes.CDLL(None)
+libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD
 program, small = (eval(code) for code in sys.argv[1:3])
 dtype, backward, tokens = getattr(torch, sys.argv[3]), sys.argv[4] == "backward", int(sys.argv[5])
 torch.set_num_threads(2)
@@ -59,7 +62,7 @@ inputs, attend = tensors(tokens), cd.compile(program)
 if backward:
     out = attend(*inputs)
     grad_out = torch.empty_like(out).normal_()
-ctypes.CDLL(None).malloc_trim(0)
+libc.malloc_trim(0)
 ballast = torch.ones(max(1, peak() - resident()), dtype=torch.uint8)
 before = resident()
 assert abs(peak() - before) < 2**20, "the peak of the past is not the memory of now"
@@ -102,9 +105,9 @@ def measurements() -> list[Any]:
     return out
 
 
-def measure(fresh_python: Callable[..., Any], code: str, *arguments: str) -> dict[str, Any]:
+def measure(code: str, *arguments: str) -> dict[str, Any]:
     """The printed record of a measurement in a process of its own."""
-    run = fresh_python("-c", code, *arguments, MALLOC_MMAP_THRESHOLD_="65536")
+    run = run_code(code, *arguments)
     assert run.returncode == 0, run.stderr
     record: dict[str, Any] = json.loads(run.stdout)
     return record
@@ -115,21 +118,21 @@ def measure(fresh_python: Callable[..., Any], code: str, *arguments: str) -> dic
     reason="glibc's malloc and Linux's count of resident pages",
 )
 @pytest.mark.parametrize(("name", "dtype", "way"), measurements())
-def test_peak_memory(fresh_python: Callable[..., Any], name: str, dtype: str, way: str) -> None:
-    record = measure(fresh_python, MEASURE, *PROGRAMS[name], dtype, way, str(TOKENS))
+def test_peak_memory(name: str, dtype: str, way: str) -> None:
+    record = measure(MEASURE, *PROGRAMS[name], dtype, way, str(TOKENS))
     assert record["share"] <= LIMITS[way], (
         f"{name} by {record['lowering']}: {record['share']:.1%} of q, k, v and out"
     )
 
 
-def test_the_measurement_sees_64_mib(fresh_python: Callable[..., Any]) -> None:
+def test_the_measurement_sees_64_mib() -> None:
     block_bytes = 64 * 2**20
     call = "    out = attend(*inputs)\n"
     allocation = f"    torch.ones({block_bytes}, dtype=torch.uint8)\n"
     code = MEASURE.replace(f"{call}    results", f"{call}{allocation}    results")
     assert code != MEASURE
     program = PROGRAMS["local window"]
-    record = measure(fresh_python, code, *program, "float32", "forward", "8192")
+    record = measure(code, *program, "float32", "forward", "8192")
     tensor_bytes = 4 * 8 * 8192 * 64 * 4
     added_bytes = record["share"] * tensor_bytes
     assert block_bytes - 2**20 <= added_bytes <= block_bytes + 12 * 2**20

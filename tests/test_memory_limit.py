@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 import compiled_dilated as cd
 from compiled_dilated import fitting, masks
 from compiled_dilated.footprints import ROUNDING
+from tests.support.forked import run_code
 
 MIB = 2**20
 # The promised size is filled to at least this share of the limit.
@@ -37,6 +37,8 @@ import compiled_dilated as cd
 program, small, lowering = eval(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
 shapes, dtype = json.loads(sys.argv[4]), getattr(torch, sys.argv[5])
 training, ballast_bytes = sys.argv[6] == "training", int(sys.argv[7])
+libc = ctypes.CDLL(None)
+libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: freed blocks go back to the system
 # One process for each shape; this one has no threads yet.
 for shape in shapes:
     child = os.fork()
@@ -63,7 +65,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 call(small, [1, *shape[1:2], 512, *shape[3:]])
-ctypes.CDLL(None).malloc_trim(0)
+libc.malloc_trim(0)
 ballast = torch.ones(max(1, peak() - resident()), dtype=torch.uint8)
 before = resident()
 call(program, shape)
@@ -81,11 +83,9 @@ class Measured:
     The calls have one program, dtype, lowering and way.
     """
 
-    def __init__(
-        self, run: Callable[..., Any], program: str, dtype: str, lowering: str, way: str
-    ) -> None:
-        self.run, self.program, self.dtype = run, program, dtype
-        self.lowering, self.training = lowering, way == "training"
+    def __init__(self, program: str, dtype: str, lowering: str, way: str) -> None:
+        self.program, self.dtype, self.lowering = program, dtype, lowering
+        self.training = way == "training"
 
     def plan(self, shape: tuple[int, ...], limit: int) -> cd.Plan:
         torch.set_num_threads(2)
@@ -103,8 +103,7 @@ class Measured:
         """The peak of a call of each shape."""
         way = "training" if self.training else "forward"
         sizes = (json.dumps(shapes), self.dtype, way, str(ballast))
-        arguments = ("-c", MEASURE, self.program, self.program, self.lowering, *sizes)
-        run = self.run(*arguments, MALLOC_MMAP_THRESHOLD_="65536")
+        run = run_code(MEASURE, self.program, self.program, self.lowering, *sizes)
         assert run.returncode == 0, run.stderr
         return [int(line) for line in run.stdout.splitlines()]
 
@@ -157,10 +156,8 @@ only_linux = pytest.mark.skipif(
         pytest.param(LONGNET, "bfloat16", "training", marks=pytest.mark.slow),
     ],
 )
-def test_what_is_promised_fits_and_no_more(
-    fresh_python: Callable[..., Any], program: str, dtype: str, way: str
-) -> None:
-    measured = Measured(fresh_python, program, dtype, "auto", way)
+def test_what_is_promised_fits_and_no_more(program: str, dtype: str, way: str) -> None:
+    measured = Measured(program, dtype, "auto", way)
     check(measured, (4, 8, 1024, 64), 250 * MIB)
 
 
@@ -169,8 +166,8 @@ def test_what_is_promised_fits_and_no_more(
 @pytest.mark.parametrize("way", ["forward", "training"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("program", [WINDOW, LONGNET])
-def test_large_limits(fresh_python: Callable[..., Any], program: str, dtype: str, way: str) -> None:
-    measured = Measured(fresh_python, program, dtype, "auto", way)
+def test_large_limits(program: str, dtype: str, way: str) -> None:
+    measured = Measured(program, dtype, "auto", way)
     check(measured, (2, 8, 4096, 64), 2000 * MIB)
 
 
@@ -182,17 +179,17 @@ def test_large_limits(fresh_python: Callable[..., Any], program: str, dtype: str
     ("program", "lowering"), [(WINDOW, "tiled"), (LONGNET, "tiled"), (LONGNET, "strided")]
 )
 def test_lowerings_of_tiles_stay_within_the_limit(
-    fresh_python: Callable[..., Any], program: str, lowering: str, dtype: str, way: str
+    program: str, lowering: str, dtype: str, way: str
 ) -> None:
     """Their workspace is a bound, of which a call uses a part."""
-    measured = Measured(fresh_python, program, dtype, lowering, way)
+    measured = Measured(program, dtype, lowering, way)
     check_bound(measured, (2, 8, 2048, 64), 500 * MIB, 0.85)
 
 
 @only_linux
-def test_the_measurement_sees_what_is_held(fresh_python: Callable[..., Any]) -> None:
+def test_the_measurement_sees_what_is_held() -> None:
     """A peak that does not see 64 MiB more proves nothing."""
-    measured = Measured(fresh_python, WINDOW, "float32", "auto", "forward")
+    measured = Measured(WINDOW, "float32", "auto", "forward")
     shape, more = (1, 2, 1024, 64), 64 * MIB
     tensors = measured.plan(shape, 100 * MIB).memory.total
     (peak,) = measured.peaks(shape, ballast=more)

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from compiled_dilated import DilatedAttention, MultiheadDilatedAttention
+from tests.support.forked import run_code
 from tests.support.modules import LENGTHS, RATES, assert_same, right_padding
 
 
@@ -31,16 +32,14 @@ def test_copies_and_pickles_compute_the_same(module: MultiheadDilatedAttention) 
         assert torch.equal(duplicate(x, x, x)[0], expected)
 
 
-def test_pickle_runs_in_another_process(
-    module: MultiheadDilatedAttention, fresh_python: Any, tmp_path: Path
-) -> None:
+def test_pickle_runs_in_another_process(module: MultiheadDilatedAttention, tmp_path: Path) -> None:
     x = torch.randn(2, 37, 32)
     torch.save((module, x, module(x, x, x)[0]), tmp_path / "module.pt")
     code = (
         "import sys, torch; module, x, expected = torch.load(sys.argv[1], weights_only=False);"
         "torch.testing.assert_close(module(x, x, x)[0], expected)"
     )
-    run = fresh_python("-c", code, str(tmp_path / "module.pt"))
+    run = run_code(code, str(tmp_path / "module.pt"))
     assert run.returncode == 0, run.stderr
 
 

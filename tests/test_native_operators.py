@@ -10,12 +10,12 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from compiled_dilated.native import build
 from tests.cpp import program_of
+from tests.support.forked import run_code
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
@@ -196,11 +196,11 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def in_process(fresh_python: Any, stub: dict[str, str]) -> Callable[..., None]:
+def in_process(stub: dict[str, str]) -> Callable[..., None]:
     """Run code with the stub in a process of its own."""
 
     def run(code: str, *arguments: str) -> None:
-        process = fresh_python("-c", BEGIN + code, *arguments, **stub)
+        process = run_code(BEGIN + code, *arguments, environment=stub)
         assert process.returncode == 0, process.stderr
 
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from compiled_dilated import masks
 from compiled_dilated.native.encode import encode
 from compiled_dilated.programs import as_program
+from tests.support.forked import run_code
 from tests.support.native import normal, ops
 from tests.support.native_tampering import TAMPERING
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_tampered_code_is_an_error_or_a_result(fresh_python: Any) -> None:
-    process = fresh_python("-c", TAMPERING, "0", "100")
+def test_tampered_code_is_an_error_or_a_result() -> None:
+    process = run_code(TAMPERING, "0", "100")
     assert process.stdout.endswith("alive\n"), (
         f"ended with {process.returncode}: {process.stderr[-2000:]}"
     )
@@ -30,8 +30,8 @@ def test_tampered_code_is_an_error_or_a_result(fresh_python: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_thousands_of_tampered_codes_are_errors_or_results(seed: int, fresh_python: Any) -> None:
-    process = fresh_python("-c", TAMPERING, str(seed), "4000")
+def test_thousands_of_tampered_codes_are_errors_or_results(seed: int) -> None:
+    process = run_code(TAMPERING, str(seed), "4000")
     assert process.stdout.endswith("alive\n"), (
         f"ended with {process.returncode}: {process.stderr[-2000:]}"
     )
@@ -52,9 +52,9 @@ print("alive")
 """
 
 
-def test_deeply_nested_code_is_an_error_or_a_result(fresh_python: Any) -> None:
+def test_deeply_nested_code_is_an_error_or_a_result() -> None:
     """Deep nests of masks overflow no stack."""
-    process = fresh_python("-c", DEEP)
+    process = run_code(DEEP)
     assert process.stdout.endswith("alive\n"), (
         f"ended with {process.returncode}: {process.stderr[-2000:]}"
     )

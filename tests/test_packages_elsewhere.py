@@ -21,6 +21,7 @@ from compiled_dilated import masks
 from compiled_dilated.native import cpp
 from tests.cpp import program_of
 from tests.packaged import WITHOUT, Exported, Model, of_model, qkv
+from tests.support.forked import run_code
 
 
 @pytest.fixture(scope="module")
@@ -250,16 +251,14 @@ torch.save([model(*inputs) for inputs in torch.load(path + ".inputs")], path + "
 """
 
 
-def saved_and_loaded(
-    model: Any, inputs: list[tuple[Tensor, ...]], path: Path, fresh_python: Any
-) -> list[Tensor]:
+def saved_and_loaded(model: Any, inputs: list[tuple[Tensor, ...]], path: Path) -> list[Tensor]:
     """The outputs that another process computes from a graph of torch.export.save."""
     length = torch.export.Dim("length", min=2, max=5000)
     # The length is the last dimension but one, of two dimensions the last.
     dynamic = tuple({max(x.dim() - 2, 1): length} for x in inputs[0])
     torch.export.save(torch.export.export(model, inputs[0], dynamic_shapes=dynamic), path)
     torch.save(inputs, f"{path}.inputs")
-    run = fresh_python("-c", SAVED, str(path))
+    run = run_code(SAVED, str(path))
     assert run.returncode == 0, run.stderr
     outs: list[Tensor] = torch.load(f"{path}.out")
     return outs
@@ -281,12 +280,12 @@ class OfProgram(torch.nn.Module):
     ("make", "inputs"), [pytest.param(OfProgram, qkv, marks=pytest.mark.slow), (Model, of_model)]
 )
 def test_torch_export_saves_and_loads(
-    make: Any, inputs: Callable[..., Any], tmp_path: Path, fresh_python: Any
+    make: Any, inputs: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = make()
     examples = [inputs(tokens) for tokens in (50, 2, 65, 1000)]
     with torch.no_grad():
-        outs = saved_and_loaded(model, examples, tmp_path / "graph.pt2", fresh_python)
+        outs = saved_and_loaded(model, examples, tmp_path / "graph.pt2")
         for out, example in zip(outs, examples, strict=True):
             torch.testing.assert_close(out, model(*example), rtol=1e-5, atol=1e-6)
 

@@ -1,46 +1,96 @@
-"""Code in new processes, forked from one that has imported torch and this library."""
+"""Python code in new processes, forked from one that has imported torch and this library.
+
+To import torch takes a new interpreter two to four seconds of a processor, longer than most code.
+What must see no module imported, or needs a variable that a library reads while it is loaded, is
+run by conftest.py's `fresh_python` instead.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import multiprocessing
 import os
-import traceback
-from multiprocessing.connection import Connection
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "compiled_dilated"])
 
 
-def run_code(code: str, folder: Path) -> None:
-    """Run code in a process of its own; its error is an AssertionError here.
+class Forked:
+    """A running process of some code, with the methods of subprocess.Popen that tests use.
 
-    Importing torch takes longer than most code; only code that imports it itself is run here.
-
+    code: executed as a script.
+    arguments: sys.argv[1:] of the code.
     folder: the process's working directory.
+    environment: variables that are added to this process's own.
     """
-    receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_execute, args=(code, folder, sender))
-    process.start()
-    sender.close()
-    try:
-        error = receiver.recv()
-    except EOFError:
-        error = "the process ended without a result"
-    process.join()
-    assert not error, error
+
+    def __init__(
+        self,
+        code: str,
+        *arguments: str,
+        folder: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._files = tempfile.TemporaryDirectory()
+        variables = {**os.environ, **(environment or {})}
+        task = (code, arguments, folder, variables, self._path("out"), self._path("err"))
+        self._process = _CONTEXT.Process(target=_execute, args=task)
+        self._process.start()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Output and errors, when the process has ended; TimeoutExpired if it has not in time."""
+        self.wait(timeout)
+        with open(self._path("out")) as out, open(self._path("err")) as err:
+            return out.read(), err.read()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("forked code", timeout or 0.0)
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._files.name, name)
 
 
-def _execute(code: str, folder: Path, sender: Connection) -> None:
-    """Send the error of some code; an empty text if there is none."""
+def run_code(
+    code: str,
+    *arguments: str,
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run code to its end, as `Forked` does."""
+    process = Forked(code, *arguments, folder=folder, environment=environment)
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess("forked code", process.returncode or 0, out, err)
+
+
+def _execute(
+    code: str, arguments: tuple[str, ...], folder: Path, variables: dict[str, str], *files: str
+) -> None:
+    """Be a script; multiprocessing prints an error and sets the exit code."""
+    for descriptor, file in enumerate(files, start=1):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(variables)
     os.chdir(folder)
-    error = ""
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
-        # Also of sys.exit and interrupts: the parent raises whatever ended the code.
-        except BaseException:
-            error = traceback.format_exc()
-    sender.send(error)
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

@@ -98,6 +98,21 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The driver of native functions (tests/support/tape.py), compiled once a run."""
     from tests.support.tape import build_driver
 
-    folder = tmp_path_factory.getbasetemp()
-    # The folders of a run's worker processes are in one, which they share.
-    return build_driver(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    return build_driver(_shared_folder(tmp_path_factory, "native"))
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A package with prefill and decoding (tests/packaged.py), exported once a run."""
+    from tests.packaged import export_window
+
+    return export_window(_shared_folder(tmp_path_factory, "window"))
+
+
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that all worker processes of a run share."""
+    base = tmp_path_factory.getbasetemp()
+    # The folders of the worker processes are in one of the run.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    folder.mkdir(exist_ok=True)
+    return folder

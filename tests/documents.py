@@ -75,3 +75,6 @@ PRELUDES = {
     "packages.md": _PACKAGE,
     "ring.md": _MESH + "program, q_shape, rank = masks.causal(), (1, 8, 4096, 64), 3\n",
 }
+
+# Each block of these pages exports a package, which takes a compiler ten seconds; README does too.
+SLOW = {"packages.md"}

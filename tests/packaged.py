@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from compiled_dilated.native.cache import locked
 
 SUFFIXES = ("", ".so", ".avx512.so", ".avx2.so", ".json")
 
@@ -43,6 +44,27 @@ def qkv(
     kv_size = (kv_heads, tokens)
     sizes = (q_size, kv_size, kv_size)
     return tuple(torch.randn(batch, *size, 16, generator=generator) for size in sizes)
+
+
+def padding(tokens: int, batch: int = 2) -> Tensor:
+    """Every fifth key is padding."""
+    return torch.arange(tokens).expand(batch, -1) % 5 == 3
+
+
+def padded(tokens: int, batch: int = 2, queries: int | None = None) -> tuple[Tensor, ...]:
+    """Inputs of the package of `export_window`."""
+    return (*qkv(tokens, batch, queries=queries), padding(tokens, batch))
+
+
+def export_window(folder: Path) -> Exported:
+    """A window with sinks and padding, as a package of two entries; exported once per folder."""
+    program = masks.causal() & (masks.window(20) | masks.sinks(2)) & masks.padding("padding")
+    path = folder / "model.pt2"
+    with locked(folder):
+        if not path.with_name("model.pt2.json").exists():
+            inputs = (*qkv(50), torch.zeros(2, 50, dtype=torch.bool))
+            cd.export(program, inputs, path, lengths=(1, 5000), batches=(1, 8), decode=True)
+    return Exported(program, path, cd.packages.inspect(path))
 
 
 class Model(nn.Module):

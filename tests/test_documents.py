@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.documents import PRELUDES, SHARED
+from tests.documents import PRELUDES, SHARED, SLOW
 from tests.support.forked import run_code
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,16 @@ MODULES_WITH_EXAMPLES = [
     for path in SOURCES
     if re.search(r"^ *>>> (?!.*doctest: \+SKIP)", path.read_text(), re.MULTILINE)
 ]
+
+
+def pages_with_code() -> list[Any]:
+    """The pages with blocks of Python."""
+    parameters = []
+    for page in PAGES:
+        marks = (pytest.mark.slow,) if page.name in SLOW else ()
+        if "```python" in page.read_text():
+            parameters.append(pytest.param(page, id=page.name, marks=marks))
+    return parameters
 
 
 def test_the_readme_is_short() -> None:
@@ -56,9 +67,7 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", pages_with_code())
 def test_code_of_pages_runs(page: Path, tmp_path: Path) -> None:
     blocks = BLOCK.findall(page.read_text())
     # Blocks for machines without this library run in processes of their own, after all others.

@@ -20,29 +20,25 @@ import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.native import cpp
 from tests.cpp import program_of
-from tests.packaged import WITHOUT, Exported, Model, of_model, qkv
+from tests.packaged import WITHOUT, Exported, Model, of_model, padded, qkv
 from tests.support.forked import run_code
-
-
-@pytest.fixture(scope="module")
-def window(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    program = masks.causal() & (masks.window(20) | masks.sinks(2))
-    path = tmp_path_factory.mktemp("window") / "model.pt2"
-    about = cd.export(program, qkv(50), path, lengths=(2, 5000), batches=(1, 8), decode=True)
-    return Exported(program, path, about)
-
 
 # Without this library
 
+ZEROS = """
+def zeros(tokens, batch):
+    qkv = [torch.zeros(batch, heads, tokens, 16) for heads in (4, 2, 2)]
+    return [*qkv, torch.zeros(batch, tokens, dtype=torch.bool)]
+"""
 BOTH_ENTRIES = """
 runs = {entry: load(entry) for entry in ("model", "decode")}
 inputs = torch.load(path + ".inputs")
 torch.save([runs[entry](*x) for entry, x in inputs], path + ".out")
 print(*opened())
 print(runs["decode"].get_metadata()["name"], runs["model"].get_metadata()["decode.tokens"])
-for tokens, batch in ((1, 1), (5001, 1), (9, 9)):
+for tokens, batch in ((0, 1), (5001, 1), (9, 9)):
     try:
-        runs["model"](*(torch.zeros(batch, heads, tokens, 16) for heads in (4, 2, 2)))
+        runs["model"](*zeros(tokens, batch))
     except RuntimeError as error:
         print(str(error).splitlines()[0])
 """
@@ -52,56 +48,58 @@ for tokens, batch in ((1, 1), (5001, 1), (9, 9)):
     ("capability", "kernels"), [("", cpp.best_kernels("avx2")), ("avx2", "avx2")]
 )
 def test_without_this_library(
-    window: Exported, tmp_path: Path, fresh_python: Any, capability: str, kernels: str
+    package: Exported, tmp_path: Path, fresh_python: Any, capability: str, kernels: str
 ) -> None:
     """Kernels by the CPU's capability, both entries, metadata and refusals."""
-    path = window.copied(tmp_path)
+    path = package.copied(tmp_path)
     inputs = [
-        ("model", qkv(65)),
-        ("model", qkv(1000)),
-        ("decode", qkv(300, queries=1)),
-        ("decode", qkv(64, queries=9)),
+        ("model", padded(65)),
+        ("model", padded(1000)),
+        ("decode", padded(300, queries=1)),
+        ("decode", padded(64, queries=9)),
     ]
     torch.save(inputs, f"{path}.inputs")
-    code = WITHOUT + BOTH_ENTRIES
+    code = WITHOUT + ZEROS + BOTH_ENTRIES
     run = fresh_python("-c", code, str(path), ATEN_CPU_CAPABILITY=capability)
     assert run.returncode == 0, run.stderr
-    attend = cd.compile(window.model)
-    for (_, (q, k, v)), out in zip(inputs, torch.load(f"{path}.out"), strict=True):
-        expected = attend(q, k, v, q_offset=k.shape[2] - q.shape[2])
+    attend = cd.compile(package.model)
+    for (_, (q, k, v, data)), out in zip(inputs, torch.load(f"{path}.out"), strict=True):
+        expected = attend(q, k, v, q_offset=k.shape[2] - q.shape[2], data={"padding": data})
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     assert run.stdout.splitlines() == [
         f"model.pt2.{kernels}.so model.pt2.so",
-        f"{window.about.name} 2,5000",
-        "tokens must be from 2 to 5,000, for which the package was made; got 1",
-        "tokens must be from 2 to 5,000, for which the package was made; got 5,001",
+        f"{package.about.name} 1,5000",
+        "tokens must be from 1 to 5,000, for which the package was made; got 0",
+        "tokens must be from 1 to 5,000, for which the package was made; got 5,001",
         "batch must be from 1 to 8, for which the package was made; got 9",
     ]
 
 
 REFUSED = """
 try:
-    load("model")(*(torch.zeros(1, heads, 9, 16) for heads in (4, 2, 2)))
+    load("model")(*zeros(9, 1))
 except RuntimeError as error:
     print(str(error).splitlines()[0])
 """
 
 
 def test_a_cpu_with_less_is_refused_without_this_library(
-    window: Exported, fresh_python: Any
+    package: Exported, fresh_python: Any
 ) -> None:
-    run = fresh_python("-c", WITHOUT + REFUSED, str(window.path), ATEN_CPU_CAPABILITY="default")
+    run = fresh_python(
+        "-c", WITHOUT + ZEROS + REFUSED, str(package.path), ATEN_CPU_CAPABILITY="default"
+    )
     message = "compiled_dilated: the package needs a CPU with AVX2, and this one has none\n"
     assert run.stdout == message, run.stderr
 
 
 def test_a_missing_kernel_is_named_without_this_library(
-    window: Exported, tmp_path: Path, fresh_python: Any
+    package: Exported, tmp_path: Path, fresh_python: Any
 ) -> None:
-    path = window.copied(tmp_path)
+    path = package.copied(tmp_path)
     for kernels in ("avx512", "avx2"):
         path.with_name(f"model.pt2.{kernels}.so").unlink()
-    run = fresh_python("-c", WITHOUT + REFUSED, str(path))
+    run = fresh_python("-c", WITHOUT + ZEROS + REFUSED, str(path))
     message = "compiled_dilated: no kernels for this CPU beside the package's library:\n"
     assert run.stdout == message, run.stderr
 
@@ -119,20 +117,24 @@ def test_the_fastest_kernels_that_a_cpu_runs(
     assert cpp.best_kernels("avx2") == kernels
 
 
-def test_a_cpu_with_less_is_refused(window: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_with_less_is_refused(package: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(ValueError, match="the package needs a CPU with AVX2; this one has DEFAULT"):
-        cd.load(window.path)
+        cd.load(package.path)
 
 
 @pytest.mark.skipif(
     shutil.which("objdump") is None, reason="needs objdump (Debian: apt install binutils)"
 )
-def test_code_for_avx2_has_no_instruction_of_avx512(window: Exported, tmp_path: Path) -> None:
-    shutil.unpack_archive(window.path, tmp_path, "zip")
-    files = [f"{window.path}.so", f"{window.path}.avx2.so", *map(str, tmp_path.rglob("*.so"))]
+def test_code_for_avx2_has_no_instruction_of_avx512(package: Exported, tmp_path: Path) -> None:
+    shutil.unpack_archive(package.path, tmp_path, "zip")
+    files = [
+        f"{package.path}.so",
+        f"{package.path}.avx2.so",
+        *map(str, tmp_path.rglob("*.so")),
+    ]
     assert len(files) == 4
-    for file in [*files, f"{window.path}.avx512.so"]:
+    for file in [*files, f"{package.path}.avx512.so"]:
         command = ["objdump", "-d", "--no-show-raw-insn", file]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert ("%zmm" in code or "%k1" in code) == file.endswith(".avx512.so"), file
@@ -143,13 +145,16 @@ def test_code_for_this_cpu_alone(
     tmp_path: Path, fresh_python: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.pt2"
-    about = cd.export(masks.causal(), qkv(50), path, lengths=(2, 5000), isa="native")
+    program = masks.causal() & masks.padding("padding")
+    about = cd.export(program, padded(50), path, lengths=(2, 5000), isa="native")
     assert set(about.files) == {".pt2", ".pt2.so", ".pt2.native.so"}
-    expected = cd.compile(masks.causal())(*qkv(65))
-    torch.testing.assert_close(cd.load(path)(*qkv(65)), expected, rtol=1e-6, atol=1e-6)
+    *inputs, data = padded(65)
+    expected = cd.compile(program)(*inputs, data={"padding": data})
+    torch.testing.assert_close(cd.load(path)(*inputs, data), expected, rtol=1e-6, atol=1e-6)
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return
-    run = fresh_python("-c", WITHOUT + REFUSED, str(path), ATEN_CPU_CAPABILITY="default")
+    code = WITHOUT + ZEROS + REFUSED
+    run = fresh_python("-c", code, str(path), ATEN_CPU_CAPABILITY="default")
     message = "uses the instructions of the CPU that exported it, and this one has fewer"
     assert message in run.stdout, run.stderr
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -170,16 +175,18 @@ print(cd.compile(cd.masks.causal()).plan(*torch.zeros(3, 1, 1, 9, 16)).lowering 
 """
 
 
-def test_load_without_a_compiler(window: Exported, tmp_path: Path, fresh_python: Any) -> None:
+def test_load_without_a_compiler(package: Exported, tmp_path: Path, fresh_python: Any) -> None:
     """The package's own kernels compute; eager calls use no native kernel."""
-    path = window.copied(tmp_path)
-    torch.save(qkv(65), f"{path}.inputs")
+    path = package.copied(tmp_path)
+    *inputs, data = padded(65)
+    torch.save([*inputs, data], f"{path}.inputs")
     settings = {"CXX": "no-such-compiler", "COMPILED_DILATED_CACHE": str(tmp_path / "cache")}
     run = fresh_python("-c", LOADED, str(path), **settings, ATEN_CPU_CAPABILITY="avx2")
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == ["model.pt2.avx2.so", "False"]
+    expected = cd.compile(package.model)(*inputs, data={"padding": data})
     for out in torch.load(f"{path}.out"):
-        torch.testing.assert_close(out, cd.compile(window.model)(*qkv(65)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
 # From C++
@@ -194,7 +201,8 @@ MAIN = """
 std::vector<at::Tensor> inputs(int64_t queries, int64_t tokens) {
   const auto numbers = at::arange(tokens).to(at::kFloat).view({1, 1, tokens, 1});
   const auto v = numbers.expand({1, 2, tokens, 16}).contiguous();
-  return {at::ones({1, 4, queries, 16}), at::ones({1, 2, tokens, 16}), v};
+  const auto padding = at::zeros({1, tokens}, at::kBool);
+  return {at::ones({1, 4, queries, 16}), at::ones({1, 2, tokens, 16}), v, padding};
 }
 
 int main(int, char** argv) {
@@ -207,7 +215,7 @@ int main(int, char** argv) {
     std::cout << model.run(inputs(tokens, tokens))[0].sum().item<float>() << "\\n";
     std::cout << decode.run(inputs(1, tokens))[0].sum().item<float>() << "\\n";
   }
-  for (const int64_t tokens : {1, 5001}) {
+  for (const int64_t tokens : {0, 5001}) {
     try {
       model.run(inputs(tokens, tokens));
       std::cout << "computed\\n";
@@ -221,22 +229,22 @@ int main(int, char** argv) {
 
 
 @pytest.mark.slow
-def test_from_cpp(window: Exported, tmp_path: Path) -> None:
-    command = [program_of(MAIN, tmp_path), str(window.path)]
+def test_from_cpp(package: Exported, tmp_path: Path) -> None:
+    command = [program_of(MAIN, tmp_path), str(package.path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert lines[0] == "2,5000"
+    assert lines[0] == "1,5000"
     # For each length the sums of the entries "model" and "decode".
-    attend, sums = cd.compile(window.model), iter(map(float, lines[1:7]))
+    attend, sums = cd.compile(package.model), iter(map(float, lines[1:7]))
     for tokens in (2, 65, 1000):
         q, k = torch.ones(1, 4, tokens, 16), torch.ones(1, 2, tokens, 16)
         v = torch.arange(tokens).float().view(1, 1, tokens, 1).expand(1, 2, tokens, 16)
-        out = attend(q, k, v)
+        out = attend(q, k, v, data={"padding": torch.zeros(1, tokens, dtype=torch.bool)})
         assert next(sums) == pytest.approx(float(out.sum()), rel=1e-4)
         assert next(sums) == pytest.approx(float(out[:, :, -1].sum()), rel=1e-4)
-    refusal = "tokens must be from 2 to 5,000, for which the package was made; got"
-    assert lines[7:] == [f"{refusal} 1", f"{refusal} 5,001"]
+    refusal = "tokens must be from 1 to 5,000, for which the package was made; got"
+    assert lines[7:] == [f"{refusal} 0", f"{refusal} 5,001"]
 
 
 # Other formats
@@ -312,7 +320,7 @@ def test_an_onnx_export_is_refused(tmp_path: Path) -> None:
         torch.onnx.export(OfProgram(), qkv(50), str(tmp_path / "model.onnx"), dynamo=True)
 
 
-def test_the_description_is_json(window: Exported) -> None:
-    fields = json.loads(window.path.with_name("model.pt2.json").read_text())
+def test_the_description_is_json(package: Exported) -> None:
+    fields = json.loads(package.path.with_name("model.pt2.json").read_text())
     ranges = fields["entries"]["decode"]["ranges"]
-    assert ranges == {"tokens": [2, 5000], "batch": [1, 8], "queries": [1, 5000]}
+    assert ranges == {"tokens": [1, 5000], "batch": [1, 8], "queries": [1, 5000]}

@@ -7,7 +7,6 @@ Every step of every rank is executed, from the messages that it would receive.
 
 from __future__ import annotations
 
-import itertools
 import json
 import pickle
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from tests.support.results import (
     run,
     truth,
 )
+from tests.support.turns import in_turn
 
 RANKS = (1, 2, 3, 4, 8, 16)
 
@@ -107,7 +107,7 @@ FEW = (
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
-        *itertools.product([name for name in FEW if name != "from_mod per head"], (1, 2, 4, 8)),
+        *in_turn([name for name in FEW if name != "from_mod per head"], (1, 2, 4, 8), count=2),
         *(("causal", 16), ("longnet split causal, uneven", 16)),
     ],
 )

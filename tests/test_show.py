@@ -172,7 +172,10 @@ def test_branches_alone_and_their_sum() -> None:
         masks.documents(lengths=(999,) * 1002) & masks.causal(),
         masks.random_blocks(2048, 3, 10**6),
         masks.neighborhood((1000, 1000), 7),
-        masks.from_mod(lambda b, h, q, kv: (q + kv) % 3 == 0, within=masks.window(300)),
+        pytest.param(
+            masks.from_mod(lambda b, h, q, kv: (q + kv) % 3 == 0, within=masks.window(300)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sinks", "longnet", "documents", "random blocks", "grid", "function"],
 )

@@ -195,7 +195,16 @@ def test_a_full_disk_raises_and_leaves_no_file(block: Any) -> None:
     assert torch.equal(step(plain, model, x)[0], step(spilled, model, x)[0])
 
 
-def test_an_interrupted_process_leaves_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "returned"),
+    [
+        pytest.param(signal.SIGINT, (1, 130, -signal.SIGINT), marks=pytest.mark.slow),
+        (signal.SIGKILL, (-signal.SIGKILL,)),
+    ],
+)
+def test_an_interrupted_process_leaves_no_file(
+    tmp_path: Path, sent: signal.Signals, returned: tuple[int, ...]
+) -> None:
     code = f"""
 import torch
 from passes.rewrites.spill.operators import write, written
@@ -205,22 +214,18 @@ for i in range(10**6):
     handles = handles[-50:]
     print(i, flush=True)
 """
-    for sent, returned in (
-        (signal.SIGINT, (1, 130, -signal.SIGINT)),
-        (signal.SIGKILL, (-signal.SIGKILL,)),
-    ):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        while process.stdout.readline().strip() != "60":
-            assert process.poll() is None
-        assert list(tmp_path.iterdir()) == []
-        process.send_signal(sent)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode in returned
-        assert sent == signal.SIGKILL or "KeyboardInterrupt" in errors
-        assert list(tmp_path.iterdir()) == []
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != "60":
+        assert process.poll() is None
+    assert list(tmp_path.iterdir()) == []
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in returned
+    assert sent == signal.SIGKILL or "KeyboardInterrupt" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("make", [Dropping, pytest.param(Rectified, marks=pytest.mark.slow)])

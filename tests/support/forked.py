@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload(["torch", "compiled_dilated"])
 
 
 class Forked:
-    """A running process of some code, with the methods of subprocess.Popen that tests use.
+    """A running process of some code, with methods of subprocess.Popen.
 
     code: executed as a script.
     arguments: sys.argv[1:] of the code.
@@ -44,16 +44,17 @@ class Forked:
         self._process.start()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Output and errors, when the process has ended; TimeoutExpired if it has not in time."""
+        """Output and errors of the ended process; TimeoutExpired while it runs."""
         self.wait(timeout)
         with open(self._path("out")) as out, open(self._path("err")) as err:
             return out.read(), err.read()
 
-    def wait(self, timeout: float | None = None) -> int | None:
+    def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
-        if self._process.exitcode is None:
+        code = self._process.exitcode
+        if code is None:
             raise subprocess.TimeoutExpired("forked code", timeout or 0.0)
-        return self._process.exitcode
+        return code
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -77,14 +78,20 @@ def run_code(
 ) -> subprocess.CompletedProcess[str]:
     """Run code to its end, as `Forked` does."""
     process = Forked(code, *arguments, folder=folder, environment=environment)
-    out, err = process.communicate(timeout=600)
-    return subprocess.CompletedProcess("forked code", process.returncode or 0, out, err)
+    try:
+        out, err = process.communicate(timeout=600)
+    finally:
+        process.kill()  # without an effect on a process that has ended
+    return subprocess.CompletedProcess("forked code", process.wait(), out, err)
 
 
 def _execute(
     code: str, arguments: tuple[str, ...], folder: Path, variables: dict[str, str], *files: str
 ) -> None:
-    """Be a script; multiprocessing prints an error and sets the exit code."""
+    """Run code as a script; multiprocessing prints its error and sets the exit code.
+
+    files: where standard output and standard error are written.
+    """
     for descriptor, file in enumerate(files, start=1):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)

@@ -114,7 +114,7 @@ BANDS = st.one_of(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=80)
 @given(
     mask=strategies.expressions(BANDS),
     q_len=st.integers(2, 150),

@@ -1,13 +1,15 @@
 """Decoding token by token, with the checks of the first call only.
 
 token   q (B, Hq, 1, D), k and v (B, Hkv, M, D)      only M and the position change
-first   every check, a plan, a lowering              then `learn` stores the mask
-next    one range of keys, two slices, SDPA          for tensors of the same kind
+first   every check, a plan, a lowering              then `learn` stores how the next are computed
+next    on a CPU the native kernel                   for tensors of the same kind
+        else SDPA on a slice of the cache
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,72 +19,60 @@ from torch.nn.functional import scaled_dot_product_attention
 from . import autograd
 from .arguments import MOST
 from .heads import head_groups
+from .lowerings import native
 from .masks import Mask, conjunction, conjuncts, narrowed
+from .native import library
 from .programs import PerLength, Program
 
 _MOST_KINDS = 64
 
 
-class Decoder:
-    """Attention of single queries by SDPA on a slice of the cache.
+@dataclass(frozen=True)
+class _Kernel:
+    """Single queries by the native kernel.
 
-    Per kind of tensors it stores the mask and whether that is bounded; None where a call needs the
-    lowerings: heads differ, or data decides. It runs beside a kernel of tens of microseconds, so
-    that every attribute it reads counts.
+    program: checked at every position and length; None if the check passes for all.
     """
 
-    def __init__(self, program: Program | PerLength) -> None:
-        self._program = program
-        self._masks: dict[tuple[Any, ...] | None, tuple[Mask, bool] | None] = {}
+    code: tuple[int, ...]
+    program: Program | None
 
-    def learn(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the kind of tensors that passed every check.
-
-        Tensors of the same kind pass the checks too, for any length of the cache.
-        """
-        if q.shape[2] != 1 or not _are_plain(q, k, v):
-            return
-        kind = _kind(q, k, v)
-        if kind is None or kind in self._masks:
-            return
-        # The cache is bounded: a new kind in a full one drops all, which only costs their checks.
-        if len(self._masks) >= _MOST_KINDS:
-            self._masks.clear()
-        program = self._program
-        if isinstance(program, PerLength):
-            program = program.at(1)
-        groups = []
-        for branch in program.branches:
-            groups += head_groups(branch, q.shape[1], k.shape[1])
-        self._masks[kind] = None
-        # SDPA on one slice: one branch, the same mask for all heads, and no data.
-        if len(groups) == 1:
-            mask, head_range = groups[0][:2]
-            if head_range.count == q.shape[1] and not mask.per_call:
-                mask = conjunction(narrowed(conjuncts(mask)))
-                self._masks[kind] = mask, mask.is_bounded
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
-        """out by SDPA on a slice; None if that does not suffice.
-
-        q, k, v: (B, Hq, 1, D), (B, Hkv, M, D) and (B, Hkv, M, D).
-        """
-        if type(q_offset) is not int or not 0 <= q_offset <= MOST:
-            return None
-        if not _is_plain_scale(scale) or not _are_plain(q, k, v):
-            return None
-        try:
-            entry = self._masks.get(_kind(q, k, v))
-        except RuntimeError:  # nested tensors have no shape: the checks refuse them
-            return None
-        if entry is None:
-            return None
-        mask, is_bounded = entry
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_offset: int
+    ) -> Tensor | None:
+        """out; None where the kernel does not reach."""
         kv_len = k.shape[2]
-        # The only check that depends on the position and on the length of the cache.
-        if is_bounded:
-            mask.check(range(q_offset, q_offset + 1), kv_len)
-        ranges = mask.keys_of(q_offset, kv_len)
+        if not kv_len or max(kv_len, q_offset + 1) > native.MOST_POSITIONS:
+            return None
+        if self.program is not None:
+            self.program.check(1, kv_len, q_offset)
+        if scale is None:
+            scale = q.shape[3] ** -0.5
+        out: Tensor = library.operators.native.default(
+            q, k, v, None, None, self.code, scale, q_offset, None, False
+        )[0]
+        return out
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Single queries by SDPA on one range of keys.
+
+    mask: of all heads.
+    is_bounded: whether it is undefined for some positions and lengths.
+    """
+
+    mask: Mask
+    is_bounded: bool
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_offset: int
+    ) -> Tensor | None:
+        """out; None where the keys are not one range."""
+        kv_len = k.shape[2]
+        if self.is_bounded:
+            self.mask.check(range(q_offset, q_offset + 1), kv_len)
+        ranges = self.mask.keys_of(q_offset, kv_len)
         if ranges is None or len(ranges) != 1 or not ranges[0]:
             return None
         # A strided range is a view of the cache too.
@@ -92,6 +82,76 @@ class Decoder:
         return scaled_dot_product_attention(
             q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=is_grouped
         )
+
+
+class Decoder:
+    """Attention of single queries whose kind of tensors passed every check before.
+
+    It runs beside a kernel of tens of microseconds, so that every attribute it reads counts.
+    """
+
+    def __init__(self, program: Program | PerLength) -> None:
+        self._program = program
+        # None where a call needs the lowerings.
+        self._ways: dict[tuple[Any, ...] | None, _Kernel | _Slice | None] = {}
+
+    def learn(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store the kind of tensors that passed every check.
+
+        Tensors of the same kind pass the checks too, for any length of the cache.
+        """
+        if q.shape[2] != 1 or not _are_plain(q, k, v):
+            return
+        kind = _kind(q, k, v)
+        if kind is None or kind in self._ways:
+            return
+        # The cache is bounded: a new kind in a full one drops all, which only costs their checks.
+        if len(self._ways) >= _MOST_KINDS:
+            self._ways.clear()
+        program = self._program
+        if isinstance(program, PerLength):
+            program = program.at(1)
+        self._ways[kind] = _by_kernel(program, q, k, v) or _by_slice(program, q, k)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: Any, q_offset: Any) -> Tensor | None:
+        """out of a call that needs no checks; None for all others.
+
+        q, k, v: (B, Hq, 1, D), (B, Hkv, M, D) and (B, Hkv, M, D).
+        """
+        if type(q_offset) is not int or not 0 <= q_offset <= MOST:
+            return None
+        if not _is_plain_scale(scale) or not _are_plain(q, k, v):
+            return None
+        try:
+            way = self._ways.get(_kind(q, k, v))
+        except RuntimeError:  # nested tensors have no shape: the checks refuse them
+            return None
+        if way is None:
+            return None
+        return way(q, k, v, scale, q_offset)
+
+
+def _by_kernel(program: Program, q: Tensor, k: Tensor, v: Tensor) -> _Kernel | None:
+    """The native kernel for a program without data; None if it does not compute it."""
+    work = native.work_of_graph(program, "auto", None, q, k, v)
+    if work is None or work.names or work.slots:
+        return None
+    is_bounded = any(branch.mask.is_bounded for branch in program.branches)
+    return _Kernel(work.code, program if is_bounded else None)
+
+
+def _by_slice(program: Program, q: Tensor, k: Tensor) -> _Slice | None:
+    """SDPA on one slice: one branch, the same mask for all heads, and no data."""
+    groups = []
+    for branch in program.branches:
+        groups += head_groups(branch, q.shape[1], k.shape[1])
+    if len(groups) != 1:
+        return None
+    mask, head_range = groups[0][:2]
+    if head_range.count != q.shape[1] or mask.per_call:
+        return None
+    mask = conjunction(narrowed(conjuncts(mask)))
+    return _Slice(mask, mask.is_bounded)
 
 
 def _is_plain_scale(scale: Any) -> bool:

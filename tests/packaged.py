@@ -63,7 +63,7 @@ def export_window(folder: Path) -> Exported:
     with locked(folder):
         if not path.with_name("model.pt2.json").exists():
             inputs = (*qkv(50), torch.zeros(2, 50, dtype=torch.bool))
-            cd.export(program, inputs, path, lengths=(1, 5000), batches=(1, 8), decode=True)
+            cd.export(program, inputs, path, lengths=(1, 2**20), batches=(1, 8), decode=True)
     return Exported(program, path, cd.packages.inspect(path))
 
 

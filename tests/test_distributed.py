@@ -30,9 +30,8 @@ Start = Callable[..., list[Forked]]
 
 # Arguments: where the ranks meet, and scenarios.
 RANK = """
-import sys
-from tests import distributed_worker
-distributed_worker.main(*sys.argv[1:])
+import runpy
+runpy.run_module("tests.distributed_worker", run_name="__main__")
 """
 
 

@@ -126,6 +126,11 @@ def test_unfit_inputs_are_refused(
     check_refusal(longnet, inputs(), ValueError, message)
 
 
+def test_fewer_tokens_than_the_least_are_refused(with_data: Exported) -> None:
+    message = "tokens must be from 2 to 4,096, for which the package was made; got 1"
+    check_refusal(with_data, of_model(1), ValueError, message)
+
+
 def test_another_dtype_is_refused(longnet: Exported) -> None:
     inputs = [x.double() for x in qkv(50)]
     message = "input 0 must be float32 on a CPU; got float64 on a CPU"

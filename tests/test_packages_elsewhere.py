@@ -25,23 +25,38 @@ from tests.support.forked import run_code
 
 # Without this library
 
+# Scripts behind WITHOUT. Their zeros are views of one number, so that any length fits.
 ZEROS = """
 def zeros(tokens, batch):
-    qkv = [torch.zeros(batch, heads, tokens, 16) for heads in (4, 2, 2)]
-    return [*qkv, torch.zeros(batch, tokens, dtype=torch.bool)]
+    qkv = [torch.zeros(()).expand(batch, heads, tokens, 16) for heads in (4, 2, 2)]
+    return [*qkv, torch.tensor(False).expand(batch, tokens)]
 """
-BOTH_ENTRIES = """
+BOTH_ENTRIES = (
+    WITHOUT
+    + ZEROS
+    + """
 runs = {entry: load(entry) for entry in ("model", "decode")}
 inputs = torch.load(path + ".inputs")
 torch.save([runs[entry](*x) for entry, x in inputs], path + ".out")
 print(*opened())
 print(runs["decode"].get_metadata()["name"], runs["model"].get_metadata()["decode.tokens"])
-for tokens, batch in ((0, 1), (5001, 1), (9, 9)):
+for tokens, batch in ((0, 1), (2**20 + 1, 1), (9, 9)):
     try:
         runs["model"](*zeros(tokens, batch))
     except RuntimeError as error:
         print(str(error).splitlines()[0])
 """
+)
+REFUSED = (
+    WITHOUT
+    + ZEROS
+    + """
+try:
+    load("model")(*zeros(9, 1))
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+"""
+)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +74,7 @@ def test_without_this_library(
         ("decode", padded(64, queries=9)),
     ]
     torch.save(inputs, f"{path}.inputs")
-    code = WITHOUT + ZEROS + BOTH_ENTRIES
-    run = fresh_python("-c", code, str(path), ATEN_CPU_CAPABILITY=capability)
+    run = fresh_python("-c", BOTH_ENTRIES, str(path), ATEN_CPU_CAPABILITY=capability)
     assert run.returncode == 0, run.stderr
     attend = cd.compile(package.model)
     for (_, (q, k, v, data)), out in zip(inputs, torch.load(f"{path}.out"), strict=True):
@@ -68,27 +82,17 @@ def test_without_this_library(
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     assert run.stdout.splitlines() == [
         f"model.pt2.{kernels}.so model.pt2.so",
-        f"{package.about.name} 1,5000",
-        "tokens must be from 1 to 5,000, for which the package was made; got 0",
-        "tokens must be from 1 to 5,000, for which the package was made; got 5,001",
+        f"{package.about.name} 1,1048576",
+        "tokens must be from 1 to 1,048,576, for which the package was made; got 0",
+        "tokens must be from 1 to 1,048,576, for which the package was made; got 1,048,577",
         "batch must be from 1 to 8, for which the package was made; got 9",
     ]
-
-
-REFUSED = """
-try:
-    load("model")(*zeros(9, 1))
-except RuntimeError as error:
-    print(str(error).splitlines()[0])
-"""
 
 
 def test_a_cpu_with_less_is_refused_without_this_library(
     package: Exported, fresh_python: Any
 ) -> None:
-    run = fresh_python(
-        "-c", WITHOUT + ZEROS + REFUSED, str(package.path), ATEN_CPU_CAPABILITY="default"
-    )
+    run = fresh_python("-c", REFUSED, str(package.path), ATEN_CPU_CAPABILITY="default")
     message = "compiled_dilated: the package needs a CPU with AVX2, and this one has none\n"
     assert run.stdout == message, run.stderr
 
@@ -99,7 +103,7 @@ def test_a_missing_kernel_is_named_without_this_library(
     path = package.copied(tmp_path)
     for kernels in ("avx512", "avx2"):
         path.with_name(f"model.pt2.{kernels}.so").unlink()
-    run = fresh_python("-c", WITHOUT + ZEROS + REFUSED, str(path))
+    run = fresh_python("-c", REFUSED, str(path))
     message = "compiled_dilated: no kernels for this CPU beside the package's library:\n"
     assert run.stdout == message, run.stderr
 
@@ -153,8 +157,7 @@ def test_code_for_this_cpu_alone(
     torch.testing.assert_close(cd.load(path)(*inputs, data), expected, rtol=1e-6, atol=1e-6)
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return
-    code = WITHOUT + ZEROS + REFUSED
-    run = fresh_python("-c", code, str(path), ATEN_CPU_CAPABILITY="default")
+    run = fresh_python("-c", REFUSED, str(path), ATEN_CPU_CAPABILITY="default")
     message = "uses the instructions of the CPU that exported it, and this one has fewer"
     assert message in run.stdout, run.stderr
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -215,7 +218,7 @@ int main(int, char** argv) {
     std::cout << model.run(inputs(tokens, tokens))[0].sum().item<float>() << "\\n";
     std::cout << decode.run(inputs(1, tokens))[0].sum().item<float>() << "\\n";
   }
-  for (const int64_t tokens : {0, 5001}) {
+  for (const int64_t tokens : {0, 1048577}) {
     try {
       model.run(inputs(tokens, tokens));
       std::cout << "computed\\n";
@@ -234,7 +237,7 @@ def test_from_cpp(package: Exported, tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert lines[0] == "1,5000"
+    assert lines[0] == "1,1048576"
     # For each length the sums of the entries "model" and "decode".
     attend, sums = cd.compile(package.model), iter(map(float, lines[1:7]))
     for tokens in (2, 65, 1000):
@@ -243,8 +246,8 @@ def test_from_cpp(package: Exported, tmp_path: Path) -> None:
         out = attend(q, k, v, data={"padding": torch.zeros(1, tokens, dtype=torch.bool)})
         assert next(sums) == pytest.approx(float(out.sum()), rel=1e-4)
         assert next(sums) == pytest.approx(float(out[:, :, -1].sum()), rel=1e-4)
-    refusal = "tokens must be from 1 to 5,000, for which the package was made; got"
-    assert lines[7:] == [f"{refusal} 0", f"{refusal} 5,001"]
+    refusal = "tokens must be from 1 to 1,048,576, for which the package was made; got"
+    assert lines[7:] == [f"{refusal} 0", f"{refusal} 1,048,577"]
 
 
 # Other formats
@@ -323,4 +326,4 @@ def test_an_onnx_export_is_refused(tmp_path: Path) -> None:
 def test_the_description_is_json(package: Exported) -> None:
     fields = json.loads(package.path.with_name("model.pt2.json").read_text())
     ranges = fields["entries"]["decode"]["ranges"]
-    assert ranges == {"tokens": [1, 5000], "batch": [1, 8], "queries": [1, 5000]}
+    assert ranges == {"tokens": [1, 2**20], "batch": [1, 8], "queries": [1, 2**20]}

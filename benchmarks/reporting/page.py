@@ -37,7 +37,7 @@ h2 { border-top: 1px solid var(--rule); margin-top: 2.5rem; padding-top: 1rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--rule); padding: .3rem .7rem; text-align: right;
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; }
 thead th { background: var(--band); }
 figure { margin: 1.5rem 0; }
 figcaption { font-weight: 600; }
@@ -93,17 +93,32 @@ def _paragraph(text: str) -> str:
 
 
 def _table(section: Section) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in section.headers)
-    rows = []
-    for row in section.rows:
-        # A measurement that failed has no figures behind its reason.
-        filled = [*row, *[""] * (len(section.headers) - len(row))]
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in filled)
-        rows.append(f"<tr>{cells}</tr>")
+    # A measurement that failed has no figures behind its reason.
+    width = len(section.headers)
+    rows = [[*row, *[""] * (width - len(row))] for row in section.rows]
+    classes = []
+    for column in range(width):
+        is_text = _is_text([row[column] for row in rows])
+        classes.append(' class="text"' if is_text else "")
+    head = ""
+    for style, cell in zip(classes, section.headers, strict=True):
+        head += f'<th scope="col"{style}>{html.escape(cell)}</th>'
+    body = ""
+    for row in rows:
+        cells = ""
+        for style, cell in zip(classes, row, strict=True):
+            cells += f"<td{style}>{html.escape(cell)}</td>"
+        body += f"<tr>{cells}</tr>"
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _is_text(column: Sequence[str]) -> bool:
+    """Whether most cells of a column are no figures."""
+    texts = [cell for cell in column if cell and not cell[0].isdigit()]
+    return 2 * len(texts) > len(column)
 
 
 def _anchor(heading: str) -> str:

@@ -216,10 +216,12 @@ def _peers(quick: bool) -> list[Job]:
             (big_bird_text(tokens, 64), {"BigBird of transformers": {"block": 64}}),
         ]
         for program, ways in questions:
-            jobs.append(Job("peers", "program", "ours", tokens, program, turns=3))
-            for way, settings in ways.items():
-                job = Job("peers", "peer", way, tokens, program, settings=settings, turns=3)
-                jobs.append(job)
+            for backward in _first_or_all(quick, False, True):
+                options: dict[str, Any] = {"backward": backward, "turns": 3}
+                jobs.append(Job("peers", "program", "ours", tokens, program, **options))
+                for way, settings in ways.items():
+                    job = Job("peers", "peer", way, tokens, program, settings=settings, **options)
+                    jobs.append(job)
     return jobs
 
 

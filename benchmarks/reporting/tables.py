@@ -337,14 +337,14 @@ def peers(records: Records) -> list[Section]:
     A wrong result is no result.
     """
     rows = rows_of(records, "peers")
-    # The rows of this library, by length and program.
+    # The rows of this library, by length, program and pass.
     bases = {}
     for row in rows:
         if row["job"]["way"] == "ours" and "failed" not in row:
-            bases[tokens(row), row["job"]["program"]] = row
+            bases[_question(row)] = row
 
     def figures(row: Row) -> list[str]:
-        base = bases.get((tokens(row), row["job"]["program"]))
+        base = bases.get(_question(row))
         ratio = ABSENT
         if base:
             ratio = f"{seconds(row) / seconds(base):.2f}"
@@ -358,13 +358,19 @@ def peers(records: Records) -> list[Section]:
         program = row["job"]["program"]
         if len(program) >= 60:
             program = program[:57] + "..."
-        body.append(line(row, [program, f"{tokens(row):,}", row["job"]["way"]], figures))
-    headers = ["program", "tokens", "way", "time", "of ours", "peak", "error"]
+        start = [program, f"{tokens(row):,}", passes(row), row["job"]["way"]]
+        body.append(line(row, start, figures))
+    headers = ["program", "tokens", "pass", "way", "time", "of ours", "peak", "error"]
     text = (
-        "Forward, float32, the same inputs. `of ours`: time as a multiple of this library's. "
-        "The error is against float64 of the program that the way claims to compute."
+        "float32, the same inputs. `of ours`: time as a multiple of this library's. The error is "
+        "that of the forward, against float64 of the program that the way claims to compute."
     )
     return [Section("What people use today", text, headers, body)]
+
+
+def _question(row: Row) -> tuple[int, str, str]:
+    """What peers are compared on: the length, the program and the pass."""
+    return tokens(row), row["job"]["program"], passes(row)
 
 
 def recommendations(records: Records) -> list[Section]:
@@ -384,13 +390,24 @@ def recommendations(records: Records) -> list[Section]:
                 [
                     name,
                     short(length),
-                    f"{fastest['job']['way']} ({time_text(seconds(fastest))})",
-                    f"{leanest['job']['way']} ({mebibytes(leanest['peak_bytes'])})",
+                    _with_share(fastest, time_text(seconds(fastest))),
+                    _with_share(leanest, mebibytes(leanest["peak_bytes"])),
                 ]
             )
     text = (
         "Computed from the tables below: right results alone. Ways of one suite may compute "
-        "different programs; `compiled-dilated recommend` chooses for a length and a memory."
+        "different programs: the share is that of all pairs that the way computes. "
+        "`compiled-dilated recommend` chooses for a length and a memory."
     )
     headers = ["suite", "tokens", "fastest", "leanest"]
     return [Section("Which to use when", text, headers, body)]
+
+
+def _with_share(row: Row, figure: str) -> str:
+    """A way with a figure and its share of all pairs."""
+    job = row["job"]
+    share = ""
+    if "pairs" in row:
+        pairs = job["batch"] * job["heads"] * job["tokens"] ** 2
+        share = f", {100 * row['pairs'] / pairs:.2g} % of all pairs"
+    return f"{job['way']} ({figure}{share})"

@@ -29,14 +29,16 @@ from ..plans import Cost, Problem, Proposal, Refusal, Scores
 from ..programs import PerLength, Program
 from . import hidden
 
+MOST_POSITIONS = 2**30
 # The codes of dtypes in src/problem.h.
 _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
-_MOST_POSITIONS = 2**30
 _WIDEST = 256
 # Queries of a thread's tile, and keys of a block that it reads at once.
 _TILE_QUERIES, _BLOCK_KEYS = 64, 128
 # Of a thread's copies of keys, or of values, in float32: capacity_bytes in src/tile.h.
 _COPIES_BYTES = 512 * 2**10
+# As range_keys in src/decoding.h.
+_RANGE_KEYS = 1024
 # As heads_at_once in src/backward.h.
 _MOST_SUMS_BYTES = 16 * 2**20
 
@@ -131,7 +133,7 @@ def _unfit(problem: Problem) -> str | None:
         return f"it takes {', '.join(_TYPES)}; got {problem.dtype}"
     if max(problem.head_dim, problem.value_dim) > _WIDEST:
         return f"it takes head dims up to {_WIDEST}; got {problem.head_dim} and {problem.value_dim}"
-    if max(problem.kv_len, problem.q_offset + problem.q_len) > _MOST_POSITIONS:
+    if max(problem.kv_len, problem.q_offset + problem.q_len) > MOST_POSITIONS:
         return "it takes positions up to 2**30"
     if problem.q_offset < 0 and any(
         _has_places(branch.mask) for branch in problem.program.branches
@@ -181,7 +183,12 @@ def _workspace(problem: Problem) -> tuple[int, int]:
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
     copies = 2 * _COPIES_BYTES if problem.itemsize == 2 else 0
     threads = torch.get_num_threads()
-    return threads * (3 * tile + copies), threads * (6 * tile + copies) + _sums_bytes(problem)
+    forward, backward = threads * (3 * tile + copies), threads * (6 * tile + copies)
+    if problem.q_len == 1:
+        # Each range of keys has a row of sums for each head.
+        ranges = -(-problem.kv_len // _RANGE_KEYS)
+        forward += problem.batch * problem.heads * ranges * (problem.value_dim + 4) * itemsize
+    return forward, backward + _sums_bytes(problem)
 
 
 def _sums_bytes(problem: Problem) -> int:

@@ -19,11 +19,14 @@ bool has_amx() {
 #endif
 }
 
+// Of one query AMX would compute one row of sixteen.
+bool decodes(const Problem& problem) { return problem.q.sizes[2] == 1; }
+
 }  // namespace
 
 void forward(const Problem& problem, bool merge) {
   const Program program = read_program(problem);
-  if (problem.q.type == Type::bf16 && has_amx()) return part(&Parts::forward_amx, "amx")(problem, program, merge);
+  if (problem.q.type == Type::bf16 && has_amx() && !decodes(problem)) return part(&Parts::forward_amx, "amx")(problem, program, merge);
   if (is_double(problem)) return part(&Parts::forward_f64, "double")(problem, program, merge);
   forward_f32(problem, program, merge);
 }
@@ -37,7 +40,7 @@ void backward(const Problem& problem, const Gradients& gradients) {
 
 void count(const Problem& problem) {
   const Program program = read_program(problem);
-  part(&Parts::count, "counts")(problem, program, problem.q.type == Type::bf16 && has_amx());
+  part(&Parts::count, "counts")(problem, program, problem.q.type == Type::bf16 && has_amx() && !decodes(problem));
 }
 
 }  // namespace native

@@ -1,5 +1,5 @@
 // Counts the work of a forward by its walk, without its arithmetic.
-#include "forward.h"
+#include "decoding.h"
 
 namespace native {
 
@@ -30,7 +30,11 @@ void count_with(const Problem& problem, const Program& program) {
         ++of_group.tiles;
         const int computed = Engine::computed_lanes(tile);
         const auto add = [&](const Branch&, const KeyBlock& block) { of_group.add(block, computed); };
-        walk_keys(program.masks, b, h, program.groups[group], tile, shape.kv_len, sizes, add);
+        const auto walk = [&](const KeyRange& keys) { walk_keys(program.masks, b, h, program.groups[group], tile, keys, sizes, add); };
+        if (shape.q_len == 1)
+          Cuts(shape, sizeof(typename Engine::Number)).chunks({0, shape.kv_len}, walk);
+        else
+          walk({0, shape.kv_len});
       }
       counts.pairs += of_group.pairs * equal_heads, counts.partial += of_group.partial * equal_heads;
       counts.blocks += of_group.blocks * equal_heads, counts.tiles += of_group.tiles * equal_heads;

@@ -68,8 +68,9 @@ struct WideEngine : WideWalk<T> {
         q_rows(room.take<T>(TQ * head_dim)), keys(room.take<T>(Rows<T>::numbers(head_dim)), head_dim, false),
         values(room.take<T>(Rows<T>::numbers(value_dim)), value_dim, true) {}
 
-  // changed: whether a function changes scores.
-  void begin(const Head& q, const QueryTile<W>& tile, double scale, bool changed) {
+  // changed: whether a function changes scores. sums: of a single query, to add to; null: its own,
+  // which start empty.
+  void begin(const Head& q, const QueryTile<W>& tile, double scale, bool changed, RowSums<T>* sums = nullptr) {
     scaling = Scaling<T>(scale, changed);
     is_single = tile.is_single();
     const T* rows[TQ];
@@ -82,7 +83,7 @@ struct WideEngine : WideWalk<T> {
       }
     }
     const double factor = scaling.rest() * log2_of_e;
-    if (is_single) return single.begin(rows[0], factor);
+    if (is_single) return single.begin(rows[0], factor, sums);
     softmax.begin(rows, factor);
   }
 
@@ -414,14 +415,6 @@ template <class T, class Tiles>
 void with_care(const Problem& problem, const Shape& shape, bool merges, const Tiles& tiles) {
   const bool careful = merges && !all_finite<T>(problem, shape);
   if (tiles(careful) && !merges && !all_finite<T>(problem, shape)) tiles(true);
-}
-
-template <class Engine>
-void forward_with(const Problem& problem, const Program& program, bool merges) {
-  const Shape shape(problem);
-  with_care<typename Engine::Number>(problem, shape, merges, [&](bool careful) {
-    return forward_tiles<Engine>(problem, program, shape, merges, careful);
-  });
 }
 
 }  // namespace native

@@ -4,7 +4,7 @@
 
 namespace native {
 
-bool tiles_f32(const Problem& problem, const Program& program, bool merges, bool careful);
+bool wide_f32(const Problem& problem, const Program& program, bool merges, bool careful);
 
 namespace {
 
@@ -56,7 +56,7 @@ struct AmxEngine : AmxWalk {
 void forward_amx(const Problem& problem, const Program& program, bool merges) {
   const Shape shape(problem);
   with_care<float>(problem, shape, merges, [&](bool careful) {
-    return careful ? tiles_f32(problem, program, merges, true) : forward_tiles<AmxEngine>(problem, program, shape, merges, false);
+    return careful ? wide_f32(problem, program, merges, true) : forward_tiles<AmxEngine>(problem, program, shape, merges, false);
   });
 }
 

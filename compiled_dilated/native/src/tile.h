@@ -252,11 +252,17 @@ class TileBlocks {
   using T = typename Engine::Number;
   static constexpr int W = Engine::W;
 
-  TileBlocks(const Program& program, int64_t kv_len) : scores(program), program_(program), kv_len_(kv_len) {}
+  TileBlocks(const Program& program, int64_t kv_len) : scores(program), program_(program), keys_{0, kv_len} {}
 
   // Starts tiles first .. first + tiles - 1 of a head.
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
     cache_.start(program_.varies_by_entry ? b : 0, program_.group_of_head[h], first, tiles);
+  }
+
+  // Starts the one tile of a head over some keys.
+  void stretch(int64_t b, int64_t h, const KeyRange& keys) {
+    keys_ = keys;
+    stretch(b, h, keys.first, 1);
   }
 
   // Calls visit(block) for every block of tile `index` of the stretch, after the engine got its key
@@ -266,7 +272,7 @@ class TileBlocks {
              const Visit& visit) {
     scores.start(b, h, tile);
     const Group& group = program_.groups[program_.group_of_head[h]];
-    const auto walk = [&](const BlockCache::Visit& take) { walk_keys(program_.masks, b, h, group, tile, kv_len_, Engine::sizes, take); };
+    const auto walk = [&](const BlockCache::Visit& take) { walk_keys(program_.masks, b, h, group, tile, keys_, Engine::sizes, take); };
     Spacing spacing{0, group.layout.axes > 1};
     const auto answer = [&](const Branch& branch, const KeyBlock& block, uint64_t* seen) { scores.answer(branch.root, block, seen); };
     const auto compute = [&](const Branch& branch, const KeyBlock& block) {
@@ -283,7 +289,7 @@ class TileBlocks {
 
  private:
   const Program& program_;
-  const int64_t kv_len_;
+  KeyRange keys_;
   BlockCache cache_;
 };
 

@@ -32,11 +32,11 @@ class KeyWalk {
       }
   }
 
-  // Walks the keys of one branch, each once, and passes them to the visitor.
-  void branch(const Branch& branch, int64_t kv_len) {
+  // Walks some keys of one branch, each once, and passes them to the visitor.
+  void branch(const Branch& branch, const KeyRange& keys) {
     root_ = branch.root;
     cursor_ = 0;
-    for (const Part& part : parts_of(layout_, 0, kv_len)) {
+    for (const Part& part : parts_of(layout_, keys.first, keys.after)) {
       Reach reach{part.start, part.stop, {0, 0, 0}, {0, 0, 0}};
       if (part.is_box) {
         box(part, reach);
@@ -282,6 +282,22 @@ class Ends {
   int64_t unit_ = 1;
 };
 
+// Marks those of some ranges that a branch may see.
+void mark_seen(const Masks& masks, int root, int64_t b, int64_t h, const TileRegions& tile, int64_t kv_len, int64_t length,
+               const KeyRange& ranges, std::vector<bool>& seen) {
+  const int64_t start = ranges.first * length, stop = std::min(kv_len, ranges.after * length);
+  Verdict verdict;
+  masks.classify(root, b, h, &tile.whole, 1, Region::line(start, stop - start, 1), &verdict);
+  if (verdict == EMPTY) return;
+  if (verdict == FULL || ranges.after - ranges.first == 1) {
+    std::fill(seen.begin() + ranges.first, seen.begin() + ranges.after, true);
+    return;
+  }
+  const int64_t middle = ranges.first + (ranges.after - ranges.first) / 2;
+  mark_seen(masks, root, b, h, tile, kv_len, length, {ranges.first, middle}, seen);
+  mark_seen(masks, root, b, h, tile, kv_len, length, {middle, ranges.after}, seen);
+}
+
 }  // namespace
 
 KeyRange range_of_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len) {
@@ -292,7 +308,7 @@ KeyRange range_of_keys(const Masks& masks, int64_t b, int64_t h, const Group& gr
   return range;
 }
 
-void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,
+void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, const KeyRange& keys,
                const WalkSizes& sizes, const Callback<const Branch&, const KeyBlock&>& visit) {
   const Branch* branch = nullptr;
   const auto visit_block = [&](const KeyBlock& block) { visit(*branch, block); };
@@ -300,8 +316,19 @@ void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, con
   KeyWalk walk(masks, b, h, group.layout, tile, sizes, visitor);
   for (const Branch& next : group.branches) {
     branch = &next;
-    walk.branch(next, kv_len);
+    walk.branch(next, keys);
   }
+}
+
+std::vector<int64_t> ranges_seen(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,
+                                 int64_t length) {
+  const int64_t count = (kv_len + length - 1) / length;
+  std::vector<bool> seen(static_cast<size_t>(count));
+  for (const Branch& branch : group.branches) mark_seen(masks, branch.root, b, h, tile, kv_len, length, {0, count}, seen);
+  std::vector<int64_t> numbers;
+  for (int64_t i = 0; i < count; ++i)
+    if (seen[static_cast<size_t>(i)]) numbers.push_back(i);
+  return numbers;
 }
 
 }  // namespace native

@@ -64,8 +64,13 @@ constexpr KeyRange no_keys{std::numeric_limits<int64_t>::max(), 0};
 // Bounds of the keys that a tile sees.
 KeyRange range_of_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len);
 
-// Calls visit(branch, block) for all blocks of a tile, branch by branch; `seen` is not yet set.
-void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,
+// Calls visit(branch, block) for all blocks of a tile among some keys, branch by branch; `seen` is not
+// yet set.
+void walk_keys(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, const KeyRange& keys,
                const WalkSizes& sizes, const Callback<const Branch&, const KeyBlock&>& visit);
+
+// Numbers of the ranges that a tile may see, ascending: keys are cut into ranges of `length`.
+std::vector<int64_t> ranges_seen(const Masks& masks, int64_t b, int64_t h, const Group& group, const TileRegions& tile, int64_t kv_len,
+                                 int64_t length);
 
 }  // namespace native

@@ -98,9 +98,10 @@ def _ring_attention(tokens: int, head_dim: int) -> Built:
 
 
 def _first_port(tokens: int, head_dim: int) -> Built:
-    """The first LongNet port from PyPI.
+    """The first LongNet port from PyPI, whose heads are divided among the branches.
 
-    SDPA replaces the kernel of xformers that it calls.
+    SDPA replaces the kernel of xformers that it calls. The port divides each branch's output by its
+    sum over the tokens, which is no attention.
     """
     _substitute_xformers()
     from dilated_attention_pytorch.dilated_attention import DilatedAttention
@@ -113,7 +114,7 @@ def _first_port(tokens: int, head_dim: int) -> Built:
         out: Tensor = module(*swapped(q, k, v))
         return out.transpose(1, 2)
 
-    return call, cd.longnet(SEGMENTS, RATES)
+    return call, cd.longnet(SEGMENTS, RATES, heads="split", offsets="grouped")
 
 
 def _substitute_xformers() -> None:

@@ -171,10 +171,13 @@ def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
             return 0, part.grid
         if isinstance(part, PlacedNeighborhood) and len(part.neighborhood.grid) > 1:
             return part.offset, part.neighborhood.grid
-    if isinstance(branch.order, Hilbert):
-        return 0, branch.order.grid
-    if isinstance(branch.order, PlacedHilbert):
-        return branch.order.offset, branch.order.hilbert.grid
+    # An order lays out work: tiles along the line compute fewer hidden pairs of masks that are
+    # defined along it. What a function or ids link is unknown.
+    if any(isinstance(part, (FromMod, Traced, DocumentIds)) for part in _parts(branch.mask)):
+        if isinstance(branch.order, Hilbert):
+            return 0, branch.order.grid
+        if isinstance(branch.order, PlacedHilbert):
+            return branch.order.offset, branch.order.hilbert.grid
     return None
 
 

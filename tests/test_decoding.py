@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compiled_dilated as cd
-from compiled_dilated import autograd, masks, planner
+from compiled_dilated import autograd, decoding, masks, planner
 from compiled_dilated.masks.ranges import intersection
 from compiled_dilated.native import build
 from tests.support.attention import same
@@ -125,21 +125,29 @@ def test_a_query_that_sees_nothing_gets_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_kernel", [True, False])
 @pytest.mark.parametrize(
     "mask",
     [CAUSAL(), CAUSAL() & WINDOW(20), CAUSAL() & masks.segments(64), WINDOW(30, 30, 3)],
     ids=repr,
 )
-def test_tokens_after_the_first_call_sdpa_only(
-    mask: masks.Mask, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_tokens_after_the_first_call_are_not_planned(
+    mask: masks.Mask, has_kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The results are those of the operator, which is not called again."""
+    """The results are those of the operator, which is not called again.
+
+    has_kernel: whether the native kernel computes them; SDPA does where there is none.
+    """
+    if has_kernel and build.available() is not None:
+        pytest.skip(f"no native kernel here: {build.available()}")
+    if not has_kernel:
+        monkeypatch.setattr(decoding, "_by_kernel", lambda *arguments: None)
     q, k, _ = (x.to(dtype) for x in _cache(300))
     v = torch.randn_like(k)
     attend, expected = cd.compile(mask), {}
     for position in (0, 1, 63, 64, 150, 299):
         row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
-        # With the lse no call is a candidate for SDPA.
+        # With the lse every call is checked and planned.
         expected[position], _ = attend(
             row, k[:, :, seen], v[:, :, seen], q_offset=position, return_lse=True
         )
@@ -149,10 +157,37 @@ def test_tokens_after_the_first_call_sdpa_only(
         raise AssertionError("checked and planned again")
 
     monkeypatch.setattr(autograd, "attend", operator)
+    monkeypatch.setattr(autograd, "attend_bound", operator)
     for position, value in expected.items():
         row, seen = q[:, :, position : position + 1], slice(0, max(position + 1, 100))
         out = attend(row, k[:, :, seen], v[:, :, seen], q_offset=position)
         assert (out - value).abs().max() <= 16 * torch.finfo(dtype).eps * value.abs().max()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        CAUSAL() & (WINDOW(20) | masks.sinks(4)),
+        cd.longnet((64, 100), (1, 3), heads="split", offsets="grouped"),
+        CAUSAL() & masks.congruent(3, (0, 1, 2, 0)),
+    ],
+    ids=repr,
+)
+def test_the_kernel_decodes_any_program_without_data(
+    program: cd.Program | masks.Mask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranges of keys, branches, and masks by head."""
+    if build.available() is not None:
+        pytest.skip(f"no native kernel here: {build.available()}")
+    q, k, _ = _cache(300)
+    v = torch.randn_like(k)
+    attend = cd.compile(program)
+    attend(q[:, :, :1], k, v)
+    monkeypatch.setattr(autograd, "attend_bound", None)
+    for position in (1, 64, 299):
+        row = q[:, :, position : position + 1]
+        out = attend(row, k, v, q_offset=position)
+        same(out, cd.reference(program, row, k, v, q_offset=position))
 
 
 def test_calls_of_another_kind_are_checked_after_the_first_token() -> None:

@@ -61,12 +61,13 @@ def grouped(
     batch: int = 2,
     offset: int = 2300,
     offsets: Tensor | None = None,
+    width: int = 128,
 ) -> Problem:
-    """One query per head against a cache of KEYS tokens, of width 128."""
-    q = normal(batch, heads, 1, 128, dtype=dtype, seed=1)
-    k, v = (normal(batch, kv_heads, KEYS, 128, dtype=dtype, seed=seed) for seed in (2, 3))
+    """One query per head against a cache of KEYS tokens."""
+    q = normal(batch, heads, 1, width, dtype=dtype, seed=1)
+    k, v = (normal(batch, kv_heads, KEYS, width, dtype=dtype, seed=seed) for seed in (2, 3))
     work = work_of(mask, heads)
-    return Problem(work, q, k, v, q, None, scale=128**-0.5, q_offset=offset, offsets=offsets)
+    return Problem(work, q, k, v, q, None, scale=width**-0.5, q_offset=offset, offsets=offsets)
 
 
 def exact(mask: Program | Mask, problem: Problem, **options: Any) -> list[Tensor]:
@@ -86,6 +87,15 @@ def test_heads_share_their_keys(heads: int, kv_heads: int, dtype: torch.dtype) -
     mask = masks.causal() & (masks.window(1500) | masks.sinks(3))
     problem = grouped(mask, dtype, heads, kv_heads)
     assert_near(list(problem.forward()), exact(mask, problem))
+
+
+@pytest.mark.parametrize("width", [1, 33, 80, 256])
+def test_chunks_of_any_width(width: int) -> None:
+    """Chunks hold as many keys as fit the cache, and end with their range."""
+    mask = masks.causal() & (masks.window(1500, dilation=3) | masks.sinks(3))
+    problem = grouped(mask, torch.float64, 8, 2, width=width)
+    assert_near(list(problem.forward()), exact(mask, problem))
+    assert executed(problem) == counts_of(problem)
 
 
 def test_heads_of_one_key_head_see_different_keys(threads: Callable[[int], None]) -> None:

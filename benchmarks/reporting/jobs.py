@@ -163,11 +163,15 @@ def _subject(job: Job) -> Subject:
     if job.kind == "variant" and "Multihead" in job.way:
         shape = (job.batch, job.tokens, job.heads * job.head_dim)
         return _multihead(job, torch.randn(shape, generator=generator).to(dtype))
-    q, k, v = (torch.randn(job.shape, generator=generator).to(dtype) for _ in range(3))
     if job.kind == "variant":
         module = variant(job.way, **_arguments(job))
-        inputs = [x.contiguous() for x in swapped(q, k, v)]
+        inputs = []
+        # One after the other: no second copy of all three is in memory.
+        for _ in range(3):
+            x = torch.randn(job.shape, generator=generator).to(dtype)
+            inputs.append(_swapped(x).contiguous())
         return Subject(inputs, module, module.program(job.tokens), _swapped)
+    q, k, v = (torch.randn(job.shape, generator=generator).to(dtype) for _ in range(3))
     if job.kind == "peer":
         peer = PEERS[job.way]
         call, program = peer.build(job.tokens, job.head_dim, **job.settings)

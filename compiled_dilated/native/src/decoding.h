@@ -18,10 +18,15 @@ struct Cuts {
     chunk_keys = std::clamp<int64_t>(chunk_bytes / row_bytes / block_keys * block_keys, block_keys, range_keys);
   }
 
-  // Calls visit(chunk) for the chunks of some keys.
+  // Calls visit(chunk) for the chunks of some keys. No chunk is in two ranges.
   template <class Visit>
   void chunks(const KeyRange& keys, const Visit& visit) const {
-    for (int64_t at = keys.first; at < keys.after; at += chunk_keys) visit(KeyRange{at, std::min(keys.after, at + chunk_keys)});
+    for (int64_t at = keys.first; at < keys.after;) {
+      const int64_t range_after = (at / range_keys + 1) * range_keys;
+      const int64_t after = std::min({keys.after, range_after, at + chunk_keys});
+      visit(KeyRange{at, after});
+      at = after;
+    }
   }
 
  private:

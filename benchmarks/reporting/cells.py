@@ -102,7 +102,7 @@ def cell(row: Row | None, figure: Callable[[Row], str]) -> str:
     if row is None:
         return ABSENT
     if "failed" in row:
-        return str(row["failed"])
+        return reason(row)
     doubt = {True: "", False: " (WRONG)", None: " (not compared)"}
     return figure(row) + doubt[row["is_right"]]
 
@@ -113,8 +113,13 @@ def line(row: Row, start: Sequence[str], figures: Callable[[Row], list[str]]) ->
     The reason is that of a failure.
     """
     if "failed" in row:
-        return [*start, str(row["failed"])]
+        return [*start, reason(row)]
     return [*start, *figures(row)]
+
+
+def reason(row: Row) -> str:
+    """The first sentence of a failure."""
+    return str(row["failed"]).partition(". ")[0]
 
 
 def pivot(rows: Sequence[Row], figure: Callable[[Row], str]) -> tuple[list[str], list[list[str]]]:

@@ -53,18 +53,18 @@ def run(
     rows: list[Row] = []
     for suite in suites:
         path = directory / f"{suite.name}.json"
-        earlier = {} if anew else _earlier_rows(path)
+        earlier = _earlier_rows(path)
         record: Row = {"suite": suite.name, "question": suite.question, "rows": []} | source
         for job in jobs[suite.name]:
             row = earlier.pop(job.key, None)
-            if row is None:
+            if row is None or anew:
                 progress.start(f"{job.suite}: {job.name}")
                 row = _row(job, script, limit_bytes, seconds) | {"commit": source["commit"]}
                 progress.end(summary(row))
             else:
                 progress.skip()
             record["rows"].append(row)
-            # Rows of other forms stay: a short run after a full one loses nothing.
+            # Rows of jobs that were not chosen stay, whatever `only`, `quick` and `anew` are.
             rows_of_file = [*record["rows"], *earlier.values()]
             measure.write_json(path, record | {"rows": rows_of_file})
             rows.append(row)

@@ -409,5 +409,7 @@ def _with_share(row: Row, figure: str) -> str:
     share = ""
     if "pairs" in row:
         pairs = job["batch"] * job["heads"] * job["tokens"] ** 2
-        share = f", {100 * row['pairs'] / pairs:.2g} % of all pairs"
+        percent = 100 * row["pairs"] / pairs
+        digits = 0 if percent >= 10 else 1
+        share = f", {percent:.{digits}f} % of all pairs"
     return f"{job['way']} ({figure}{share})"

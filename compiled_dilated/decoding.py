@@ -132,7 +132,10 @@ class Decoder:
 
 
 def _by_kernel(program: Program, q: Tensor, k: Tensor, v: Tensor) -> _Kernel | None:
-    """The native kernel for a program without data; None if it does not compute it."""
+    """The native kernel; None for programs that it does not compute.
+
+    Programs that read data are among these.
+    """
     work = native.work_of_graph(program, "auto", None, q, k, v)
     if work is None or work.names or work.slots:
         return None
@@ -141,7 +144,10 @@ def _by_kernel(program: Program, q: Tensor, k: Tensor, v: Tensor) -> _Kernel | N
 
 
 def _by_slice(program: Program, q: Tensor, k: Tensor) -> _Slice | None:
-    """SDPA on one slice: one branch, the same mask for all heads, and no data."""
+    """SDPA on a slice; None for programs that need more.
+
+    It computes one branch without data, the same mask for all heads.
+    """
     groups = []
     for branch in program.branches:
         groups += head_groups(branch, q.shape[1], k.shape[1])

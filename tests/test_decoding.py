@@ -19,6 +19,13 @@ from tests.support.attention import same
 from tests.support.decoding import CAUSAL, MASKS, WINDOW
 
 
+def needs_kernel() -> None:
+    """Skip a test where the native kernel cannot be built."""
+    reason = build.available()
+    if reason is not None:
+        pytest.skip(f"no native kernel here: {reason}")
+
+
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_ranges_are_the_allowed_keys(mask: masks.Mask) -> None:
     first = np.zeros(1, dtype=np.int64)
@@ -102,8 +109,7 @@ def test_a_score_mod_is_honoured() -> None:
 
 def test_tokens_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The native kernel's plan serves every position and length of cache."""
-    if build.available() is not None:
-        pytest.skip(f"no native kernel here: {build.available()}")
+    needs_kernel()
     q, k, v = _cache(120)
     attend = cd.compile(CAUSAL() & WINDOW(17))
     attend(q[:, :, :1], k[:, :, :100], v[:, :, :100], q_offset=99)
@@ -138,9 +144,9 @@ def test_tokens_after_the_first_call_are_not_planned(
 
     has_kernel: whether the native kernel computes them; SDPA does where there is none.
     """
-    if has_kernel and build.available() is not None:
-        pytest.skip(f"no native kernel here: {build.available()}")
-    if not has_kernel:
+    if has_kernel:
+        needs_kernel()
+    else:
         monkeypatch.setattr(decoding, "_by_kernel", lambda *arguments: None)
     q, k, _ = (x.to(dtype) for x in _cache(300))
     v = torch.randn_like(k)
@@ -177,8 +183,7 @@ def test_the_kernel_decodes_any_program_without_data(
     program: cd.Program | masks.Mask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several ranges of keys, branches, and masks by head."""
-    if build.available() is not None:
-        pytest.skip(f"no native kernel here: {build.available()}")
+    needs_kernel()
     q, k, _ = _cache(300)
     v = torch.randn_like(k)
     attend = cd.compile(program)

@@ -369,7 +369,7 @@ def peers(records: Records) -> list[Section]:
 
 
 def _question(row: Row) -> tuple[int, str, str]:
-    """What peers are compared on: the length, the program and the pass."""
+    """The length, program and pass that peers share."""
     return tokens(row), row["job"]["program"], passes(row)
 
 

@@ -65,7 +65,7 @@ class Job:
     way: str
     width: int = 512
     layers: int = 4
-    new: int = 65
+    new: int = 257
     repeats: int = 3
     threads: int = 2
 
@@ -84,9 +84,9 @@ class Job:
         start = time.perf_counter()
         row: Row = {"result": call()}
         row["first_seconds"] = time.perf_counter() - start
-        row["peak_bytes"] = measure.peak_bytes(call)
-        row["seconds"] = []
+        seconds, row["peak_bytes"] = measure.seconds_and_peak_bytes(call)
         # A call of a minute is measured once: its spread is small beside its length.
+        row["seconds"] = [seconds] if seconds > ENOUGH_SECONDS else []
         while len(row["seconds"]) < self.repeats and sum(row["seconds"]) < ENOUGH_SECONDS:
             row["seconds"].append(measure.timed(call))
         if self.work == "compiled":
@@ -155,10 +155,10 @@ class Job:
             return tokens
 
         row: Row = {"first_seconds": measure.timed(lambda: generate(2))}
-        # Sampling memory slows short calls: the time is measured in a run of its own.
-        row["peak_bytes"] = measure.peak_bytes(lambda: generate(2))
-        clock = Clock()
-        row["result"] = generate(self.new, clock)[:8]
+        # The clock is of the tokens after the prompt, for which memory is there already.
+        clock, texts = Clock(), []
+        row["peak_bytes"] = measure.peak_bytes(lambda: texts.append(generate(self.new, clock)))
+        row["result"] = texts[0][:8]
         row["seconds"] = clock.between
         row["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return row
@@ -247,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     text = "cases whose name contains the text; may be repeated"
     option("--only", action="append", metavar="TEXT", help=text)
     option("--lengths", type=int, nargs="+", help=f"tokens {LENGTHS}")
+    option("--layers", type=int, default=Job.layers, help="layers of the model (%(default)s)")
     text = "memory of a case's process (%(default)s)"
     option("--limit", type=float, default=8.0, metavar="GIB", help=text)
     text = "time of a case's process (%(default)s)"
@@ -259,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Measure cases, print the table, write the file; the exit code."""
-    lengths, sizes = LENGTHS, dict[str, int]()
+    lengths, sizes = LENGTHS, {"layers": options.layers}
     if options.quick:
         lengths, sizes = QUICK_LENGTHS, {"width": 128, "layers": 2, "new": 9, "repeats": 2}
     jobs = jobs_of(options.lengths or lengths, threads=options.threads, **sizes)

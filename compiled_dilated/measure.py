@@ -118,17 +118,28 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     every millisecond elsewhere. GPU: torch's allocator. Memory that is reserved and never touched
     does not count.
     """
+    return seconds_and_peak_bytes(function, device)[1]
+
+
+def seconds_and_peak_bytes(
+    function: Callable[[], object], device: str = "cpu"
+) -> tuple[float, int]:
+    """Seconds and peak bytes of one call, for calls too long to be repeated.
+
+    The peak is that of `peak_bytes`. On a CPU the call gets its memory anew from the system, which
+    a short call takes time for.
+    """
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        timed(function)
-        return torch.cuda.max_memory_allocated() - before
+        seconds = timed(function)
+        return seconds, torch.cuda.max_memory_allocated() - before
     give_back_freed_memory()  # the call could reuse it without a rise of the resident set
     before = resident_bytes()
     with resident_peak() as peak:
-        timed(function)
-    return max(0, peak() - before)
+        seconds = timed(function)
+    return seconds, max(0, peak() - before)
 
 
 def resident_bytes() -> int:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from .tables import Records, Section
+from .cells import Records
+from .section import Section
 
 TITLE = "Attention by compiled_dilated: measurements"
 

@@ -11,7 +11,7 @@
 
 namespace native {
 
-// The numbers are those of encode.py. Comments list the arguments.
+// The numbers are those of nodes.py. Comments list the arguments.
 enum class Op : int64_t {
   full = 0,
   all_of = 1,            // nodes

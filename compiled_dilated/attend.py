@@ -202,13 +202,8 @@ class Attend:
         arguments.flag("return_lse", call.return_lse)
         self._check_tensors(q, k, call.v)
         offset = call_checks.last_offset(q_offset, q.shape[0], q.device)
-        is_square = q.shape[2] == k.shape[2]
-        if self.ring is not None and (isinstance(q_offset, Tensor) or offset or not is_square):
-            raise ValueError(
-                f"a ring deals out one sequence; got {q.shape[2]} queries at offset {q_offset} "
-                f"and {k.shape[2]} keys. "
-                "Compile without ranks for cross attention and decoding"
-            )
+        if self.ring is not None:
+            self._check_ring(q, k, q_offset)
         # 2. Tensors and functions of the call.
         shape = checks.Shape(q.shape[0], offset + q.shape[2], k.shape[2], q.device)
         tensors = checks.data(self._names, self._query_names, call.data, shape)
@@ -233,6 +228,15 @@ class Attend:
         if self.tensor_layout == checks.HEADS_FIRST:
             checks.warn_of_swapped_axes(q)
 
+    def _check_ring(self, q: Tensor, k: Tensor, q_offset: object) -> None:
+        """Raise ValueError unless queries and keys are one sequence."""
+        if isinstance(q_offset, Tensor) or q_offset != 0 or q.shape[2] != k.shape[2]:
+            raise ValueError(
+                f"a ring deals out one sequence; got {q.shape[2]} queries at offset {q_offset} "
+                f"and {k.shape[2]} keys. "
+                "Compile without ranks for cross attention and decoding"
+            )
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0) -> Any:
         """The `Plan` of a call with these tensors; a `RingPlan` for ranks."""
         self._check_tensors(q, k, v)
@@ -241,9 +245,11 @@ class Attend:
         bound = bind(skeleton.frame, literals, mask_mods, None, lse_dtype(q.dtype))
         rule = read_rule(bound.rule, bound.operands)
         if self.ring is not None:
+            self._check_ring(q, k, q_offset)
             return self.ring.plan(execution.ring_problem(rule, bound.rule, self.ring, q, k, v))
         training = autograd.trains(q, k, v)
-        return execution.plan_of(rule, q, k, v, call_checks.q_offset(q_offset), training)
+        problem = execution.problem_at(rule, q, k, v, call_checks.q_offset(q_offset), training)
+        return planner.exact_plan_for(problem, rule.lowering)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Attend, (self.program, self.lowering, self.ring, self.tensor_layout)

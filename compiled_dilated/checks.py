@@ -121,6 +121,8 @@ def shapes(
         )
     if q[width] == 0:
         raise ValueError(f"{of_q} and {of_k} must have a head_dim of 1 at least; got 0")
+    if v[width] == 0:
+        raise ValueError(f"{of_v} must have a head_dim of 1 at least; got 0")
     groups(q[heads], k[heads])
 
 

@@ -74,8 +74,8 @@ def compile(
 
     Arguments of a program:
 
-    lowering: "auto", the cheapest by `plan`; or "native", "dense", "strided", "tiled" or "flex",
-        which is used or refused.
+    lowering: "auto", the cheapest by `plan`; or "native", "dense", "strided", "tiled", "flex" or
+        "lanes", which is used or refused.
     ranks: number of ranks of a ring (arXiv 2310.01889).
     transport: "simulated" (default), all ranks one after the other in this process, each step
         executed on its rank's own tensors; "streamed", out of core: a `Streamed`, which reads and
@@ -297,10 +297,7 @@ def plan(
     ring = _ring(ranks, layout)
     if ring is not None:
         return replace(_ring_plan(ring, problem, lowering), operands=tuple(operands))
-    chosen = planner.plan_for(problem, lowering)
-    # One cached plan serves all positions of a decoder.
-    if chosen.problem != problem:
-        chosen = planner.choose(problem, lowering)
+    chosen = planner.exact_plan_for(problem, lowering)
     fit = None
     if limit is not None:
         fit = fitting.fit(chosen, lowering, limit)

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch.nn.functional import scaled_dot_product_attention
@@ -68,7 +69,10 @@ class _Slice:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, q_offset: int
     ) -> Tensor | None:
-        """out; None where the keys are not one range."""
+        """out; None where SDPA on a slice may differ.
+
+        The keys are several ranges or none, or all scores of a head may be NaN.
+        """
         kv_len = k.shape[2]
         if self.is_bounded:
             self.mask.check(range(q_offset, q_offset + 1), kv_len)
@@ -79,9 +83,13 @@ class _Slice:
         (keys,) = ranges
         seen = slice(keys.start, keys.stop, keys.step)
         is_grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             q, k[:, :, seen], v[:, :, seen], scale=scale, enable_gqa=is_grouped
         )
+        # ATen's kernel returns 0 where all scores are NaN.
+        if out.device.type == "cpu" and not out.any(dim=-1).all():
+            return None
+        return out
 
 
 class Decoder:
@@ -139,7 +147,9 @@ def _by_kernel(program: Program, q: Tensor, k: Tensor, v: Tensor) -> _Kernel | N
     work = native.work_of_graph(program, "auto", None, q, k, v)
     if work is None or work.names or work.slots:
         return None
-    is_bounded = any(branch.mask.is_bounded for branch in program.branches)
+    is_bounded = any(
+        branch.mask.is_bounded or branch.order is not None for branch in program.branches
+    )
     return _Kernel(work.code, program if is_bounded else None)
 
 
@@ -170,7 +180,7 @@ def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
 
     Checks depend on nothing else.
 
-    None where k and v differ in shape, dtype or device.
+    None where k and v differ in shape, dtype or device, and for sparse tensors.
     """
     shape, dtype, device = k.shape, q.dtype, q.device
     if (
@@ -180,6 +190,7 @@ def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...] | None:
         or v.dtype is not dtype
         or k.device != device
         or v.device != device
+        or not (q.layout is k.layout is v.layout is torch.strided)
     ):
         return None
     batch, heads, _, head_dim = shape

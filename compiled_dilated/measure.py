@@ -124,7 +124,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
 def seconds_and_peak_bytes(
     function: Callable[[], object], device: str = "cpu"
 ) -> tuple[float, int]:
-    """Seconds and peak bytes of one call, for calls too long to be repeated.
+    """Seconds and peak bytes of one call, which may be long.
 
     The peak is that of `peak_bytes`. On a CPU the call gets its memory anew from the system, which
     a short call takes time for.

@@ -57,7 +57,7 @@ def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> tuple
     peak = torch.where(peak == -math.inf, 0.0, peak)
     old, new = (lse - peak).exp(), (part_lse - peak).exp()
     total = old + new
-    alive = total > 0
+    alive = total != 0  # NaN, where a side is NaN, is not without keys
     total = torch.where(alive, total, 1.0)
     joint = torch.where(alive, total.log() + peak, -math.inf)
     weighed = out * (old / total).unsqueeze(-1) + part_out * (new / total).unsqueeze(-1)

@@ -44,6 +44,17 @@ def plan_for(problem: Problem, lowering: str = "auto") -> Plan:
     return PLANS.get((problem, lowering), lambda: choose(problem, lowering))
 
 
+def exact_plan_for(problem: Problem, lowering: str = "auto") -> Plan:
+    """The plan of a problem with its own counts; see `choose`.
+
+    `plan_for` returns one plan for all positions of a decoder.
+    """
+    plan = plan_for(problem, lowering)
+    if plan.problem == problem:
+        return plan
+    return PLANS.get((problem, lowering), lambda: choose(problem, lowering))
+
+
 def takes_any_offset(q_len: int, training: bool, lowering: str) -> bool:
     """Whether one plan may serve all query positions (which calls then check)."""
     return q_len == 1 and not training and lowering in ("auto", "native")

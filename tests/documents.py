@@ -39,6 +39,13 @@ torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 device_mesh = init_device_mesh("cpu", (1,))
 """
 
+_FILES = """
+import numpy
+
+for name in "qkv":
+    numpy.save(f"{name}.npy", torch.randn(1, 2, 512, 16).numpy())
+"""
+
 _CALL = """
 q, k, v = torch.randn(3, 1, 8, 256, 16)
 attend = cd.compile(masks.causal())
@@ -68,13 +75,16 @@ mask, ids = torch.ones_like(input_ids), input_ids // 5
 """
 
 PRELUDES = {
-    "README.md": _MODEL + _MESH + "import passes\n",
+    "README.md": _MODEL + _MESH,
     "functions.md": _CALL,
     "memory.md": _MODEL,
     "models.md": _TRANSFORMERS,
     "packages.md": _PACKAGE,
-    "ring.md": _MESH + "program, q_shape, rank = masks.causal(), (1, 8, 4096, 64), 3\n",
+    "ring.md": _MESH + _FILES + "program, q_shape, rank = masks.causal(), (1, 8, 4096, 64), 3\n",
 }
+
+# Code that runs behind a page's: calls of what it defines.
+POSTLUDES = {"README.md": "model(*example_inputs)\n"}
 
 # Each block of these pages exports a package, which takes a compiler ten seconds; README does too.
 SLOW = {"packages.md"}

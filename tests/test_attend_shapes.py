@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def test_empty_queries_or_keys(q_len: int, kv_len: int) -> None:
     assert (lse == -math.inf).all()
     (grad,) = torch.autograd.grad(out.sum(), k)
     assert (grad == 0).all()
+
+
+def test_values_without_numbers_are_refused() -> None:
+    q, k, v = tensors(n=5)
+    for attend in (cd.compile(masks.causal()), partial(cd.reference, masks.causal())):
+        with pytest.raises(ValueError, match="v must have a head_dim of 1 at least; got 0"):
+            attend(q, k, v[..., :0])
 
 
 def test_contents_of_padding_have_no_effect() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compiled_dilated as cd
-from compiled_dilated import autograd, decoding, masks, planner
+from compiled_dilated import autograd, decoding, masks, orders, planner
 from compiled_dilated.masks.ranges import intersection
 from compiled_dilated.native import build
 from tests.support.attention import same
@@ -216,12 +216,38 @@ def test_calls_of_another_kind_are_checked_after_the_first_token() -> None:
         attend(row, k, v, q_offset=20, scale=float("nan"))
     with pytest.raises(ValueError, match="grid"):
         attend(row, k, v, q_offset=40)
+    with pytest.raises(TypeError, match="dense"):
+        attend(row, k.to_sparse(), v.to_sparse(), q_offset=20)
     with torch.autocast("cpu", torch.bfloat16):
         assert attend(row.float(), k.float(), v.float(), q_offset=20).dtype == torch.bfloat16
     trained = row.clone().requires_grad_()
     attend(trained, k, v, q_offset=20).sum().backward()
     assert trained.grad is not None
     assert torch.isfinite(trained.grad).all()
+
+
+def test_an_order_is_checked_after_the_first_token() -> None:
+    """A program that a fresh `Attend` refuses is refused by one that has computed."""
+    q, k, v = _cache(10)
+    v, program = torch.randn_like(k), cd.Program((cd.Branch(CAUSAL(), order=orders.residue(4)),))
+    used = cd.compile(program)
+    for _ in range(2):
+        used(q[:, :, :1], k[:, :, :1], v[:, :, :1])
+    for attend in (used, cd.compile(program)):
+        with pytest.raises(ValueError, match="order"):
+            attend(q[:, :, :1], k[:, :, :6], v[:, :, :6], q_offset=5)
+
+
+def test_the_plan_of_a_token_has_its_own_counts() -> None:
+    q, k, v = _cache(300)
+    attend = cd.compile(CAUSAL())
+    for position in (9, 299):
+        keys = slice(0, position + 1)
+        row = q[:, :, :1], k[:, :, keys], v[:, :, keys]
+        attend(*row, q_offset=position)
+        plan = attend.plan(*row, q_offset=position)
+        assert plan.to_json()["q_offset"] == position
+        assert plan.cost.pairs == 2 * 4 * (position + 1)
 
 
 def test_masks_that_differ_between_heads_are_computed_per_head() -> None:

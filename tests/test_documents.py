@@ -15,7 +15,7 @@ import torch
 
 import compiled_dilated as cd
 from compiled_dilated import masks
-from tests.documents import PRELUDES, SHARED, SLOW
+from tests.documents import POSTLUDES, PRELUDES, SHARED, SLOW
 from tests.support.forked import run_code
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,8 @@ def test_code_of_pages_runs(page: Path, tmp_path: Path) -> None:
     # Blocks for machines without this library run in processes of their own, after all others.
     without_library = [block for block in blocks if "load_library(" in block]
     blocks = [block for block in blocks if block not in without_library]
-    run = run_code("\n".join([SHARED, PRELUDES.get(page.name, ""), *blocks]), folder=tmp_path)
+    before, after = PRELUDES.get(page.name, ""), POSTLUDES.get(page.name, "")
+    run = run_code("\n".join([SHARED, before, *blocks, after]), folder=tmp_path)
     assert run.returncode == 0, run.stderr
     for block in without_library:
         command = [sys.executable, "-c", "import torch\n" + block]

@@ -109,6 +109,15 @@ BAD_ATTENTION: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
+def test_heads_that_a_model_lacks_are_named_before_it_changes() -> None:
+    model = model_of("bert", "eager")
+    program = cd.Program((cd.Branch(masks.documents(ids="d"), heads=(0, 99)),))
+    with pytest.raises(ValueError, match="heads"):
+        cd.compile(model, attention=program)
+    assert model.config._attn_implementation == "eager"
+    model(**inputs_of("bert"))
+
+
 @pytest.mark.parametrize("case", BAD_ATTENTION)
 def test_bad_attention_is_named_before_the_model_changes(case: str) -> None:
     attention, error, message = BAD_ATTENTION[case]

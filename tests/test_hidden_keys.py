@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compiled_dilated as cd
-from compiled_dilated import masks
+from compiled_dilated import decoding, masks
 from compiled_dilated.programs import Program
 from tests.comparing import assert_close, exact_results, leaves, normal, results_and_gradients
 from tests.strategies import programs
@@ -57,6 +57,49 @@ def test_a_bad_value_makes_its_column_nan(way: dict[str, Any], bad: float) -> No
     expected = list(itertools.product((0, 1), range(20, 24), (3,)))
     assert [tuple(index) for index in out[0].isnan().nonzero().tolist()] == expected
     assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("bad", ["query", "key"])
+@pytest.mark.parametrize("way", WAYS, ids=way_name)
+def test_a_query_whose_scores_are_all_nan_is_nan(
+    way: dict[str, Any], bad: str, tokens: int
+) -> None:
+    """Not 0, as ATen's kernel returns for it; a query that sees no key stays 0."""
+    q, k, v = normal((2, 4, tokens, 8), (2, 2, tokens, 8), (2, 2, tokens, 8))
+    (q if bad == "query" else k)[:, :, -1] = math.nan
+    for program in (masks.window(0), masks.congruent(2, 0)):
+        out, lse = cd.compile(program, **way)(q, k, v, return_lse=True)
+        assert_close([out, lse], exact_results(program, q, k, v, return_lse=True))
+        sees_itself = program == masks.window(0) or tokens % 2 == 1
+        assert bool(out[:, :, -1].isnan().all()) == sees_itself
+        assert bool(lse[:, :, -1].isnan().all()) == sees_itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_one_query_whose_scores_are_all_nan_is_nan(
+    has_kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first call, and in those that the decoder computes."""
+    if not has_kernel:
+        monkeypatch.setattr(decoding, "_by_kernel", lambda *arguments: None)
+    q, k, v = (x.to(dtype) for x in normal((1, 4, 1, 8), (1, 2, 3000, 8), (1, 2, 3000, 8)))
+    k[:, :, 2500] = math.nan
+    attend = cd.compile(masks.window(0))
+    for _ in range(2):
+        assert attend(q, k, v, q_offset=2500).isnan().all()
+        assert attend(q * math.nan, k, v, q_offset=7).isnan().all()
+        assert attend(q, k, v, q_offset=7).isfinite().all()
+
+
+def test_an_lse_with_sinks_is_nan_where_the_result_is() -> None:
+    q, k, v = normal((1, 4, 20, 8), (1, 2, 20, 8), (1, 2, 20, 8))
+    k[:, :, 3] = math.nan
+    options: dict[str, Any] = {"sink_logits": torch.zeros(4).double(), "return_lse": True}
+    out, lse = cd.compile(masks.window(2))(q, k, v, **options)
+    assert_close([out, lse], exact_results(masks.window(2), q, k, v, **options))
+    assert torch.equal(lse.isnan(), out.isnan().all(dim=-1))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=way_name)

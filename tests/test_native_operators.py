@@ -147,6 +147,8 @@ refuses("q, k and v must have one dtype", q, k.double(), v, *options)
 complex_data = [torch.zeros(1, dtype=torch.complex64)]
 refuses("take no tensor of dtype ComplexFloat", q, k, v, complex_data, *options[1:])
 refuses("offsets of shape (1,) or (B,)", q, k, v, *options[:-2], torch.arange(3), True)
+before, text = torch.tensor([0, -1]), "q_offset must be 0 or more for each sequence; got -1"
+refuses(text, q, k, v, *options[:-2], before, True)
 out, _ = native.native(q.to("meta"), k.to("meta"), v.to("meta"), *options)
 assert out.stride() == (240 // 2, 6, 24, 1)
 

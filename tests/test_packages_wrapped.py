@@ -64,6 +64,7 @@ def test_a_wrapped_model_is_exported_with_its_programs(tmp_path: Path) -> None:
     program = masks.causal() & masks.window(7) & masks.documents(ids="docs")
     cd.compile(model, attention={"layer.self_attn": cd.longnet((8, 64), (1, 2)), "causal": program})
     model.train()
+    model.layer.norm1.eval()  # as a frozen normalization
     about = cd.export(
         model,
         (*inputs_of(50), documents(50)),
@@ -71,7 +72,7 @@ def test_a_wrapped_model_is_exported_with_its_programs(tmp_path: Path) -> None:
         lengths=(1, 4096),
         batches=(1, 8),
     )
-    assert model.training
+    assert [part for part in model.modules() if not part.training] == [model.layer.norm1]
     longnet, causal, _ = about.entries["model"].attention
     assert "segments(64)" in longnet
     assert "padding" in longnet

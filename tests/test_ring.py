@@ -130,6 +130,16 @@ def test_every_layout_gives_the_reference(name: str) -> None:
         assert_same(run(ring(case, n, 4, layout_name), inputs), expected)
 
 
+def test_the_plan_of_a_ring_refuses_what_a_call_does() -> None:
+    attend = cd.compile(masks.causal(), ranks=2)
+    q, k = normal((1, 2, 4, 8), (1, 2, 9, 8))
+    for work in (attend, attend.plan):
+        with pytest.raises(ValueError, match="a ring deals out one sequence; got 4 queries"):
+            work(q, k, k)
+        with pytest.raises(ValueError, match="one sequence; got 9 queries at offset 3"):
+            work(k, k, k, q_offset=3)
+
+
 @settings(max_examples=8)
 @given(
     drawn=programs(),

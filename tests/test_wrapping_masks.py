@@ -156,9 +156,34 @@ def least_numbers_over_the_diagonal(n: int) -> Tensor:
     return torch.where(at(n)[1] > at(n)[0] - 2, LEAST, 0.0)
 
 
+def bits_read_anew(n: int) -> Tensor:
+    """Bools as numbers: 1 + 1 is 2, and True + True is True."""
+    numbers = tril(n).view(torch.uint8)
+    return (numbers + numbers.expand(n, n)) == 2
+
+
+def squeezed_twice(n: int) -> Tensor:
+    return tril(n)[None, None].squeeze((0, 1))
+
+
+def least_numbers_of_two_terms(n: int) -> Tensor:
+    """A query that one term hides from itself sees later keys as much as earlier ones."""
+    hidden = torch.where(at(n)[1] < 5, LEAST, 0.0)
+    return torch.where(later(n), LEAST, 0.0) + hidden
+
+
+@pytest.mark.parametrize("mask", [least_numbers_of_two_terms])
+def test_numbers_that_are_added_to_scores(mask: Mask) -> None:
+    row, pairs = check(Masked(mask), *operands())
+    assert "bias" in row["model"]
+    assert pairs == []
+
+
 @pytest.mark.parametrize(
     "mask",
     [
+        bits_read_anew,
+        squeezed_twice,
         written_through_a_view,
         written_after_it_is_read,
         written_by_index,

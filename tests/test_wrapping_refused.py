@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import compiled_dilated as cd
 from compiled_dilated import masks
+from compiled_dilated.programs import as_program
+from compiled_dilated.wrapping.layers import sees_later
 from tests.support.wrapped import WIDTH, Bare, Multihead, Net, Q, X, wrapped
 
 # The model, attention=, and the error with its message.
@@ -69,6 +71,21 @@ def test_what_is_not_computed_is_refused(case: str) -> None:
     with pytest.raises(error, match=message):  # noqa: PT012
         wrapped_model, _ = wrapped(model.train(), attention)
         wrapped_model(X)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        masks.causal() | masks.global_tokens(positions=(5000,)),
+        masks.congruent(4096, 4000),
+        masks.causal() | masks.tiles([(40, 41)], 64),
+        masks.from_mod(lambda b, h, q, kv: kv <= q + 1),
+    ],
+    ids=repr,
+)
+def test_later_keys_at_any_position_are_seen(program: masks.Mask) -> None:
+    assert sees_later(as_program(program), 4)
+    assert not sees_later(as_program(program & masks.causal()), 4)
 
 
 def test_bad_arguments_are_refused_at_once() -> None:

@@ -11,7 +11,7 @@ masking.mask           the mask of a kind of layer, as a `Visible` in place of a
 attention.attention    attention of one layer, by its `Visible` and, after `wrap`, its own program
 
 `compiled_dilated.compile(model, attention=...)` registers and wraps. Needs transformers >= 5.4:
-`pip install compiled-dilated[hf]`.
+`pip install -e .[hf]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 NAME = "compiled_dilated"
 # Before 5.4 a mask function got positions of a cache in place of lengths.
 OLDEST_TRANSFORMERS = (5, 4)
-_INSTALL = "pip install compiled-dilated[hf]"
+_INSTALL = "pip install 'transformers>=5.4'"
 
 
 def register() -> None:

@@ -143,13 +143,17 @@ def wrap(model: Any, attention: Choice = None) -> Any:
     programs = programs_of(attention, layers)
     names = names_of(programs.values())
     _check_names(names)
+    sites = {}
+    for path, layer in layers.items():
+        heads = layer.heads or 1
+        sites[path] = LayerSite(
+            path, layer.kind, programs[path], heads, type(model).__name__, names
+        )
+    # Nothing is changed before all of it is known to fit.
     put_forward(model, names)
     model.set_attn_implementation(NAME)
     for path, module in modules.items():
-        layer = layers[path]
-        heads = layer.heads or 1
-        site = LayerSite(path, layer.kind, programs[path], heads, type(model).__name__, names)
-        put_sites(module, [site])
+        put_sites(module, [sites[path]])
     return model
 
 

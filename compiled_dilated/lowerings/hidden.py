@@ -60,16 +60,31 @@ class Bad:
 
 
 def forward(run: Forward, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse of run(call, q, k, v), unaffected by hidden keys."""
+    """out and lse of run(call, q, k, v), unaffected by hidden keys.
+
+    A query that is not finite gets NaN if it sees a key.
+    """
     out, lse = run(call, q, k, v)
-    # ATen's kernel returns 0 for a query whose visible keys are all NaN, hence the check of k.
-    if is_finite(k) and not has_nan(out):
+    # ATen's kernel returns 0 for a query whose scores are all NaN, hence the checks of q and k.
+    if is_finite(q) and is_finite(k) and not has_nan(out):
         return out, lse
-    bad = Bad.of(k, v)
-    if bad is None:
+    bad, rows = Bad.of(k, v), ~q.isfinite().all(dim=-1)
+    has_bad_rows = bool(rows.any())
+    if bad is None and not has_bad_rows:
         return out, lse
-    out, lse = run(call, q, bad.k, bad.v)
-    spoil(run, call, q, bad, out, lse)
+    # 1. Results of finite queries, keys and values.
+    if bad is not None:
+        k, v = bad.k, bad.v
+    if has_bad_rows:
+        q = q.masked_fill(rows[..., None], 0.0)
+    out, lse = run(call, q, k, v)
+    # 2. NaN for queries that see a bad number, and for bad queries that see anything.
+    if bad is not None:
+        spoil(run, call, q, bad, out, lse)
+    if has_bad_rows:
+        rows &= lse != -math.inf
+        out.masked_fill_(rows[..., None], math.nan)
+        lse.masked_fill_(rows, math.nan)
     return out, lse
 
 

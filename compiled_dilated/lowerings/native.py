@@ -74,7 +74,7 @@ class Work:
         # An operator takes None in place of an empty list of tensors.
         own_data: Sequence[Tensor] | None = None
         if data:
-            own_data = data[: len(self.names)]
+            own_data = data[: len(self.names)] or None
         own_operands: list[Tensor] | None = None
         if operands and slots:
             own_operands = [operands[slot] for slot in slots]

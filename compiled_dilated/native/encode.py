@@ -1,6 +1,6 @@
-"""A program as numbers for the native kernel: groups of heads, their tiling and mask nodes.
+"""A program as numbers for the native kernel.
 
-src/program.h documents the layout of the numbers.
+They are groups of heads, their tiling, and mask nodes. src/program.h documents the layout of the numbers.
 """
 
 from __future__ import annotations

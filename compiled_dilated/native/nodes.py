@@ -1,6 +1,6 @@
-"""Masks as nodes for the native kernel: an operation's number and its arguments.
+"""Masks as nodes for the native kernel.
 
-src/masks.h documents the operations. A mask without one becomes the tape of its `allows`.
+A node is the number of an operation with its arguments. src/masks.h documents the operations. A mask without one becomes the tape of its `allows`.
 """
 
 from __future__ import annotations

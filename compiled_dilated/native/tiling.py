@@ -1,6 +1,6 @@
-"""How the native kernel tiles a program: patches of a grid, or residue classes of positions.
+"""How the native kernel tiles a program.
 
-A tile has queries of one residue class modulo its step, and visits keys of some classes.
+By patches of a grid, or by residue classes of positions: a tile has queries of one residue class modulo its step, and visits keys of some classes.
 """
 
 from __future__ import annotations

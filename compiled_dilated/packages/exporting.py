@@ -221,7 +221,8 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
     # Imported late: it imports Dynamo, which takes longer than all of this package.
     from ..wrapping.graphs import exportable
 
-    module, training = source.module, source.module.training
+    module = source.module
+    was_training = {part: part.training for part in module.modules()}
     shapes = dims_of(source.entry)
     try:
         with torch.no_grad(), exportable(module.eval(), source.inputs, shapes) as model:
@@ -232,7 +233,9 @@ def _capture(source: _Source) -> tuple[torch.export.ExportedProgram, Entry]:
             # Traced again without gradients: on a CPU attention becomes the native operator.
             exported = exported.run_decompositions({})
     finally:
-        module.train(training)
+        # One by one: a part may be in evaluation mode within a model that trains.
+        for part, training in was_training.items():
+            part.training = training
     if source.entry.device == "cpu":
         check_graph(exported)
     contiguous = read_by_code(exported)

@@ -12,11 +12,13 @@ from typing import Any
 from .. import arguments, counting, masks
 from ..masks import Mask
 from ..masks.bounds import upper_bound
+from ..masks.functions import FromMod
 from ..masks.neighborhoods import Neighborhood
+from ..masks.traced import Traced
 from ..programs import Program, as_program
 
-# The length at which programs are checked for later keys.
-_CHECKED_TOKENS = 2048
+# The lengths at which programs are checked for later keys: a function is evaluated pair by pair.
+_CHECKED_TOKENS, _CHECKED_TOKENS_OF_FUNCTIONS = 2**20, 2048
 _MOST_SHOWN_PATHS = 20
 
 
@@ -114,14 +116,16 @@ def _check(layer: Layer, program: Program) -> None:
 
 @lru_cache(maxsize=64)
 def sees_later(program: Program, heads: int) -> bool:
-    """Whether a program shows later keys to queries, for some data."""
+    """Whether a program shows later keys to queries, for some data.
+
+    Up to a million tokens; masks by a function up to 2048.
+    """
     tokens = _checked_tokens(program)
-    later = ~masks.causal()
     for branch in program.branches:
         # A set, as most heads see the same.
         for mask in {branch.mask_at(head, heads) for head in branch.head_range(heads)}:
             most = upper_bound(mask) if mask.names else mask
-            if counting.pairs(masks.conjunction((most, later)), tokens, tokens) != 0:
+            if _has_later_pairs(most, tokens):
                 return True
     return False
 
@@ -130,6 +134,23 @@ def _checked_tokens(program: Program) -> int:
     """A length for which all of the program's masks are defined."""
     grids = [_grid_tokens(branch.mask) for branch in program.branches]
     return min((tokens for tokens in grids if tokens), default=_CHECKED_TOKENS)
+
+
+def _has_later_pairs(mask: Mask, tokens: int) -> bool:
+    """Whether one of so many queries sees a later key."""
+    later_pairs = masks.conjunction((mask, ~masks.causal()))
+    count = None
+    if not _has_function(mask):
+        count = counting.pairs(later_pairs, tokens, tokens)
+    if count is None:
+        tokens = min(tokens, _CHECKED_TOKENS_OF_FUNCTIONS)
+        count = counting.pairs(later_pairs, tokens, tokens)
+    return count != 0
+
+
+def _has_function(mask: Mask) -> bool:
+    """Whether a function decides pairs of a mask."""
+    return isinstance(mask, (FromMod, Traced)) or any(map(_has_function, mask.parts))
 
 
 def _grid_tokens(mask: Mask) -> int:

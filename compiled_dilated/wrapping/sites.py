@@ -48,7 +48,7 @@ class _Call:
         _, program = text.traced(program, operands)
         shapes = self.q_shape, self.k_shape, self.v_shape
         problem = problem_of(program, *shapes, self.dtype, self.device, self.q_offset, False)
-        return planner.plan_for(problem)
+        return planner.exact_plan_for(problem)
 
 
 class Site:

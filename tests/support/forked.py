@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,4 +101,6 @@ def _execute(
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = ["-c", *arguments]
-    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+    # Dynamo looks up the code's globals in its module.
+    sys.modules["__main__"] = ModuleType("__main__")
+    exec(compile(code, "<code>", "exec"), sys.modules["__main__"].__dict__)

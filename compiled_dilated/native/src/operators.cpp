@@ -178,7 +178,11 @@ Ints positions(int64_t q_offset, const std::optional<Tensor>& offsets, int64_t b
   if (offsets->scalar_type() != ScalarType::Long) throw std::runtime_error("offsets must be of dtype int64");
   const int64_t* numbers = offsets->const_data_ptr<int64_t>();
   Ints result;
-  for (int64_t b = 0; b < offsets->size(0); ++b) result.push_back(q_offset + numbers[b * offsets->stride(0)]);
+  for (int64_t b = 0; b < offsets->size(0); ++b) {
+    const int64_t number = numbers[b * offsets->stride(0)];
+    if (number < 0) throw std::runtime_error("q_offset must be 0 or more for each sequence; got " + std::to_string(number));
+    result.push_back(q_offset + number);
+  }
   return result;
 }
 

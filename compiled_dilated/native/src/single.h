@@ -99,9 +99,11 @@ class Single {
 
   // Adds the sums over other keys.
   void add(const RowSums<T>& other) {
+    // The other keys are hidden. Where all of their scores are NaN, so are their weights.
+    if (other.weights == T(0)) return;
     const T now = std::max(sums_->most, other.most);
-    if (now == -infinity<T>) return;
-    const T factor = exp2_of(all(sums_->most - now), factor_)[0], other_factor = exp2_of(all(other.most - now), factor_)[0];
+    const T safe = now == -infinity<T> ? T(0) : now;
+    const T factor = exp2_of(all(sums_->most - safe), factor_)[0], other_factor = exp2_of(all(other.most - safe), factor_)[0];
     for (int d = 0; d < value_dim_; ++d) sums_->values[d] = sums_->values[d] * factor + other.values[d] * other_factor;
     sums_->weights = sums_->weights * factor + other.weights * other_factor;
     sums_->most = now;

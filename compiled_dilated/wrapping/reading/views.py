@@ -43,8 +43,13 @@ def unsqueeze(call: Call, at: At, x: Any, dim: int) -> Expression:
     return call.at(x, at[:new] + at[new + 1 :])
 
 
-def squeeze(call: Call, at: At, x: Any, dim: int) -> Expression:
-    """The entry with index 0 along the removed dimension, if any."""
+def squeeze(call: Call, at: At, x: Any, dim: Any) -> Expression | None:
+    """The entry with index 0 along the removed dimension, if any.
+
+    None for several dimensions.
+    """
+    if not isinstance(dim, int):
+        return None
     dims = len(example_of(x).shape)
     if dims != len(at):
         at = (*at[: dim % dims], ZERO, *at[dim % dims :])
@@ -75,7 +80,12 @@ def permute(call: Call, at: At, x: Any, *dims: Any) -> Expression:
 
 
 def reshape(call: Call, at: At, x: Any, *shape: Any) -> Expression | None:
-    """Dimensions of size 1 added or removed; None for any other reshape."""
+    """Dimensions of size 1 added or removed; None for any other reshape.
+
+    `view` of another dtype reads the bits of an entry anew: None.
+    """
+    if call.dtype != example_of(x).dtype:
+        return None
     old, new = list(example_of(x).shape), list(call.shape)
     if [size for size in old if not is_one(size)] != [size for size in new if not is_one(size)]:
         return None

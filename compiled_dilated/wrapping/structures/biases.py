@@ -50,7 +50,7 @@ def split(mask: Expression, square: bool) -> Split:
     if condition is not None:
         return condition, None
     if isinstance(mask, Apply) and mask.operator == "add":
-        (first, bias), (second, second_bias) = (split(term, square) for term in mask.operands)
+        (first, bias), (second, second_bias) = _terms(mask, square)
         if bias is not None and second_bias is not None:
             bias = apply("add", (bias, second_bias), mask.dtype)
         elif bias is None:
@@ -67,6 +67,30 @@ def split(mask: Expression, square: bool) -> Split:
     return TRUE, mask
 
 
+def _terms(mask: Apply, square: bool) -> tuple[Split, ...]:
+    """The split terms of a sum.
+
+    A least number hides in one term unless another term may add one to a query's own key.
+    """
+    terms = tuple(split(term, square) for term in mask.operands)
+    if any(bias is not None and _has_least(bias) for _, bias in terms):
+        return tuple(split(term, False) for term in mask.operands)
+    return terms
+
+
+def _has_least(bias: Expression) -> bool:
+    """Whether a bias may be the least number of its dtype."""
+    values = values_of(bias)
+    return values is not None and _least(bias) in values
+
+
+def _least(mask: Expression) -> float:
+    """The least number of a mask's dtype; -inf for integers."""
+    if mask.dtype.is_floating_point:
+        return torch.finfo(mask.dtype).min
+    return -math.inf
+
+
 def _visible(mask: Expression, square: bool) -> Expression | None:
     """The pairs at which a mask of 0 and -inf is 0.
 
@@ -77,12 +101,9 @@ def _visible(mask: Expression, square: bool) -> Expression | None:
         return None
     if values.keys() <= {0.0, -math.inf}:
         return values.get(0.0, negated(TRUE))
-    least = -math.inf
-    if mask.dtype.is_floating_point:
-        least = torch.finfo(mask.dtype).min
     condition = values.get(0.0, TRUE)
     # Beside a score at 0 the least number of a dtype is as good as -inf.
-    if values.keys() <= {0.0, least} and _includes_diagonal(condition, square):
+    if values.keys() <= {0.0, _least(mask)} and _includes_diagonal(condition, square):
         return condition
     return None
 

@@ -1,6 +1,6 @@
 """A program as numbers for the native kernel.
 
-They are groups of heads, their tiling, and mask nodes. src/program.h documents the layout of the numbers.
+They are groups of heads, their tiling, and mask nodes. src/program.h documents their layout.
 """
 
 from __future__ import annotations

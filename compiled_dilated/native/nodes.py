@@ -1,6 +1,7 @@
 """Masks as nodes for the native kernel.
 
-A node is the number of an operation with its arguments. src/masks.h documents the operations. A mask without one becomes the tape of its `allows`.
+A node is the number of an operation with its arguments. src/masks.h documents the operations. A
+mask without one becomes the tape of its `allows`.
 """
 
 from __future__ import annotations

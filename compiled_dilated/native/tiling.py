@@ -1,6 +1,7 @@
 """How the native kernel tiles a program.
 
-By patches of a grid, or by residue classes of positions: a tile has queries of one residue class modulo its step, and visits keys of some classes.
+By patches of a grid, or by residue classes of positions: a tile has queries of one residue class
+modulo its step, and visits keys of some classes.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ _WIDEST = 256
 _TILE_QUERIES, _BLOCK_KEYS = 64, 128
 # Of a thread's copies of keys, or of values, in float32: capacity_bytes in src/tile.h.
 _COPIES_BYTES = 512 * 2**10
+# As short_ranges in src/forward.h.
+_FEW_KEYS = 8192
 # As range_keys in src/decoding.h.
 _RANGE_KEYS = 1024
 # As heads_at_once in src/backward.h.
@@ -181,7 +183,9 @@ def _workspace(problem: Problem) -> tuple[int, int]:
     # Low precision is computed in float32.
     itemsize = max(4, problem.itemsize)
     tile = (_TILE_QUERIES + _BLOCK_KEYS) * (problem.head_dim + problem.value_dim) * itemsize
-    copies = 2 * _COPIES_BYTES if problem.itemsize == 2 else 0
+    # Rows are copied where they are converted, and where tiles that see many keys share them.
+    has_copies = problem.itemsize == 2 or problem.kv_len > _FEW_KEYS
+    copies = 2 * _COPIES_BYTES if has_copies else 0
     threads = torch.get_num_threads()
     forward, backward = threads * (3 * tile + copies), threads * (6 * tile + copies)
     if problem.q_len == 1:

@@ -162,9 +162,9 @@ struct WideGradient : WideWalk<T> {
     products.begin(q_rows, ldq, grad_out_rows, ldo, lse, delta, static_cast<T>(scaling.rest()), static_cast<T>(scale));
   }
 
-  void keys_from(const Head& k, const Head& v, const Spacing& spacing) {
-    keys.start(k, spacing);
-    values.start(v, spacing);
+  void keys_from(const Head& k, const Head& v, const Spacing& spacing, bool shared) {
+    keys.start(k, spacing, shared);
+    values.start(v, spacing, shared);
   }
 
   void block(const KeyBlock& block, T* grad_k, T* grad_v, const ScoreEdit<T>& change, const GradEdit<T>& change_back) {

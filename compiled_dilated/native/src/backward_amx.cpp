@@ -27,7 +27,7 @@ struct AmxGradient : AmxWalk {
     products.begin(q_rows, grad_rows, lse, delta, static_cast<float>(scale), static_cast<float>(scaling.rest()));
   }
 
-  void keys_from(const Head& k, const Head& v, const Spacing&) { keys = k, values = v; }
+  void keys_from(const Head& k, const Head& v, const Spacing&, bool) { keys = k, values = v; }
 
   void block(const KeyBlock& block, float* grad_k, float* grad_v, const ScoreEdit<float>& change, const GradEdit<float>& change_back) {
     const uint16_t *key_rows[most_keys], *value_rows[most_keys];

@@ -1,5 +1,6 @@
 // A cache of the blocks of tiles, for heads with equal masks.
 #pragma once
+#include <numeric>
 #include <vector>
 
 #include "walk.h"
@@ -10,7 +11,11 @@ namespace native {
 // head with an equal mask.
 class BlockCache {
  public:
-  static constexpr int64_t most_blocks = 2048;
+  // The limits of blocks: those that stay in the L2 cache while heads share them, and those of long
+  // tiles that are computed in turn.
+  static constexpr int64_t most_shared = 2048, most_of_long = 6144;
+
+  explicit BlockCache(int64_t most_blocks) : most_blocks_(most_blocks) {}
 
   // Starts a stretch; the blocks of the same stretch stay valid.
   void start(int64_t entry, int64_t group, int64_t first, int64_t tiles) {
@@ -41,13 +46,27 @@ class BlockCache {
       KeyBlock complete = block;
       complete.seen = seen;
       if (block.any_partial) answer(branch, block, seen);
-      if (static_cast<int64_t>(blocks_.size()) < most_blocks) store(branch, complete);
+      if (static_cast<int64_t>(blocks_.size()) < most_blocks_) store(branch, complete);
       visit(branch, complete);
     };
     walk(take);
     range.stop = blocks_.size();
     // A tile that does not fit is walked again for every head.
-    range.is_complete = static_cast<int64_t>(range.stop) < most_blocks;
+    range.is_complete = static_cast<int64_t>(range.stop) < most_blocks_;
+  }
+
+  // Stores the blocks of tile `index` without a visit; returns how many they are, 0 if not all fit.
+  int64_t stored(int64_t index, const Callback<const Visit&>& walk, const Callback<const Branch&, const KeyBlock&, uint64_t*>& answer) {
+    const Range& range = tiles_[static_cast<size_t>(index)];
+    if (!range.is_complete && static_cast<int64_t>(blocks_.size()) < most_blocks_) blocks(index, walk, answer, [](const Branch&, const KeyBlock&) {});
+    return range.is_complete ? static_cast<int64_t>(range.stop - range.start) : 0;
+  }
+
+  // Calls visit(branch, block) for stored blocks first .. after - 1 of tile `index`.
+  void some_blocks(int64_t index, int64_t first, int64_t after, const Visit& visit) {
+    const Range& range = tiles_[static_cast<size_t>(index)];
+    const size_t stop = std::min(range.stop, range.start + static_cast<size_t>(after));
+    for (size_t at = range.start + static_cast<size_t>(first); at < stop; ++at) visit(blocks_[at].branch, with_arrays(blocks_[at]));
   }
 
  private:
@@ -58,24 +77,33 @@ class BlockCache {
   struct Entry {
     Branch branch;
     KeyBlock block;  // without its arrays
-    size_t keys, seen;
+    size_t keys, partial;
+    bool is_run;  // its keys are block.least and those that follow, which are not stored
   };
 
   void store(const Branch& branch, const KeyBlock& block) {
-    blocks_.push_back({branch, block, keys_.size(), seen_.size()});
-    keys_.insert(keys_.end(), block.keys, block.keys + block.count);
+    bool is_run = true;
+    for (int i = 0; i < block.count; ++i) is_run &= block.keys[i] == block.least + i;
+    blocks_.push_back({branch, block, keys_.size(), partial_.size(), is_run});
+    if (!is_run) keys_.insert(keys_.end(), block.keys, block.keys + block.count);
+    if (!block.any_partial) return;
     partial_.insert(partial_.end(), block.partial, block.partial + block.count);
-    if (block.any_partial) seen_.insert(seen_.end(), block.seen, block.seen + block.count);
+    seen_.insert(seen_.end(), block.seen, block.seen + block.count);
   }
 
-  KeyBlock with_arrays(const Entry& entry) const {
+  // The block, valid until the next call.
+  KeyBlock with_arrays(const Entry& entry) {
+    static constexpr uint8_t none[most_block_keys] = {};
     KeyBlock block = entry.block;
-    block.keys = keys_.data() + entry.keys;
-    block.partial = partial_.data() + entry.keys;
-    block.seen = seen_.data() + entry.seen;
+    if (entry.is_run) std::iota(run_, run_ + block.count, block.least);
+    block.keys = entry.is_run ? run_ : keys_.data() + entry.keys;
+    block.partial = block.any_partial ? partial_.data() + entry.partial : none;
+    block.seen = seen_.data() + entry.partial;
     return block;
   }
 
+  const int64_t most_blocks_;
+  int32_t run_[most_block_keys];
   int64_t key_[3] = {-1, -1, -1};
   std::vector<Entry> blocks_;
   std::vector<int32_t> keys_;

@@ -215,21 +215,28 @@ constexpr int padded(int width) {
   return (width + lanes<T> - 1) / lanes<T> * lanes<T>;
 }
 
-// The forward of one tile: an online softmax in base 2 over blocks of keys.
+// The forward of a tile, or of some in turn: an online softmax in base 2 over blocks of keys.
 template <class T>
 class Forward {
  public:
   static constexpr int W = lanes<T>, TQ = tile_queries<T>;
+  static constexpr int slots = 4;  // of tiles that are computed in turn
   static size_t numbers(int head_dim, int value_dim) {
-    return static_cast<size_t>(TQ) * (head_dim + value_dim + 2 + block_keys);
+    return static_cast<size_t>(TQ) * (slots * (head_dim + value_dim + 2) + block_keys);
   }
 
-  Forward(T* workspace, int head_dim, int value_dim) : head_dim_(head_dim), value_dim_(value_dim) {
-    queries_ = workspace;
-    result_ = queries_ + TQ * head_dim;
-    most_ = result_ + TQ * value_dim;
+  Forward(T* workspace, int head_dim, int value_dim)
+      : head_dim_(head_dim), value_dim_(value_dim), slots_(workspace),
+        scores_(workspace + static_cast<size_t>(slots) * TQ * (head_dim + value_dim + 2)) {
+    select(0);
+  }
+
+  // The tile that the next calls are for.
+  void select(int slot) {
+    queries_ = slots_ + static_cast<size_t>(slot) * TQ * (head_dim_ + value_dim_ + 2);
+    result_ = queries_ + TQ * head_dim_;
+    most_ = result_ + TQ * value_dim_;
     sum_ = most_ + TQ;
-    scores_ = sum_ + TQ;
   }
 
   // rows: TQ rows of q. A pair's weight is 2^(factor * (score - the query's maximum)); factor > 0.
@@ -322,7 +329,8 @@ class Forward {
   int head_dim_, value_dim_;
   double exact_factor_ = 1;
   T factor_ = 1;
-  T *queries_, *result_, *most_, *sum_, *scores_;
+  T *slots_, *scores_;
+  T *queries_, *result_, *most_, *sum_;  // of the selected slot
 };
 
 // The backward of one tile, from its merged log-sum-exps and delta = sum over d of grad_out * out (less grad_lse).

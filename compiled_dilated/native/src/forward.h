@@ -55,6 +55,7 @@ struct WideEngine : WideWalk<T> {
   using WideWalk<T>::W, WideWalk<T>::TQ, WideWalk<T>::most_keys;
   using Stored = T;  // numbers of the rows that are written
   static constexpr bool can_be_careful = true;
+  static constexpr int slots = Forward<T>::slots;
 
   static size_t bytes(const Shape& shape) {
     return (Forward<T>::numbers(shape.head_dim, shape.value_dim) + Single<T>::numbers(shape.head_dim, shape.value_dim) + TQ * shape.head_dim + Rows<T>::numbers(shape.head_dim) +
@@ -67,6 +68,9 @@ struct WideEngine : WideWalk<T> {
         single(room.take<T>(Single<T>::numbers(head_dim, value_dim)), head_dim, value_dim),
         q_rows(room.take<T>(TQ * head_dim)), keys(room.take<T>(Rows<T>::numbers(head_dim)), head_dim, false),
         values(room.take<T>(Rows<T>::numbers(value_dim)), value_dim, true) {}
+
+  // The tile that the next calls are for.
+  void select(int slot) { softmax.select(slot); }
 
   // changed: whether a function changes scores. sums: of a single query, to add to; null: its own,
   // which start empty.
@@ -92,9 +96,9 @@ struct WideEngine : WideWalk<T> {
     softmax.start_from(rows, lse);
   }
 
-  void keys_from(const Head& k, const Head& v, const Spacing& spacing) {
-    keys.start(k, spacing);
-    values.start(v, spacing);
+  void keys_from(const Head& k, const Head& v, const Spacing& spacing, bool shared) {
+    keys.start(k, spacing, shared);
+    values.start(v, spacing, shared);
   }
 
   void block(const KeyBlock& block, const ScoreEdit<T>& change) {
@@ -208,27 +212,20 @@ class ForwardWorker {
   static constexpr int W = Engine::W, TQ = Engine::TQ;
 
   // careful: keys and values may be non-finite; queries that do not see them are protected from
-  // them.
-  ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, bool careful, Room& room)
-      : problem_(problem), program_(program), shape_(shape), careful_mode_(careful),
-        engine_(start(room, shape), shape), blocks_(program, shape.kv_len),
+  // them. is_long: whether tiles see so many keys that they may be computed in turn.
+  ForwardWorker(const Problem& problem, const Program& program, const Shape& shape, bool careful, bool is_long, Room& room)
+      : problem_(problem), program_(program), shape_(shape), careful_mode_(careful), is_long_(is_long),
+        engine_(start(room, shape), shape), blocks_(program, shape.kv_len, is_long ? BlockCache::most_of_long : BlockCache::most_shared),
         out_(room.take<T>(static_cast<size_t>(TQ) * shape.value_dim)), lse_(room.take<T>(TQ)) {}
 
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) { blocks_.stretch(b, h, first, tiles); }
 
-  // index: the tile's place in its stretch. next: the tile that follows.
-  void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, const QueryTile<W>& next, bool merges) {
-    const Head q(problem_.q, b, h), out(problem_.out, b, h), lse(problem_.lse, b, h);
-    const ResultRows<Engine> results(out, tile, shape_.value_dim, out_, !careful_mode_);
-    Ahead& ahead = engine_.ahead();
-    ahead.clear();
-    for (int i = 0; next.vectors && i < TQ; ++i) ahead.add(q.row(next.sources[i]), shape_.head_dim * size_of(q.type));
-    results.add_to(ahead);
-    compute(b, h, index, tile, merges, q, out, lse, results.rows());
-    results.finish();
-    for (int i = 0; i < TQ; ++i)
-      if (tile.rows[i] >= 0) *static_cast<T*>(lse.mutable_row(tile.rows[i])) = lse_[i];
-    ++counts.tiles;
+  // Computes `count` tiles of a stretch, the first of them its tile `index`. tiles: they, and the one
+  // that follows.
+  void tiles(int64_t b, int64_t h, int64_t index, const QueryTile<W>* tiles, int count, bool merges) {
+    if (are_long(b, h, index, tiles, count)) return in_turn(b, h, index, tiles, count, merges);
+    for (int i = 0; i < count; ++i)
+      if (tiles[i].vectors) tile(b, h, index + i, tiles[i], tiles[i + 1], merges);
   }
 
   Counts counts;
@@ -240,41 +237,106 @@ class ForwardWorker {
     return room;
   }
 
-  void compute(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, bool merges, const Head& q, const Head& out,
-               const Head& lse, Stored* const* rows) {
-    engine_.begin(q, tile, problem_.scale, program_.score_mod != nullptr);
-    if (merges) {
-      const T* from[TQ];
-      for (int i = 0; i < TQ; ++i) {
-        T* row = out_ + i * shape_.value_dim;
-        read_row<T>(out.row(tile.sources[i]), out.type, T(1), row, shape_.value_dim);
-        from[i] = row;
-        lse_[i] = *static_cast<const T*>(lse.row(tile.sources[i]));
+  // The queries, keys and results of a head.
+  struct Heads {
+    Heads(const Problem& problem, const Shape& shape, int64_t b, int64_t h)
+        : q(problem.q, b, h), out(problem.out, b, h), lse(problem.lse, b, h), k(problem.k, b, shape.kv_head(h)), v(problem.v, b, shape.kv_head(h)) {}
+
+    Head q, out, lse, k, v;
+  };
+
+  // Whether so many blocks of each tile are stored that its keys would leave the cache before the
+  // next tile reads them.
+  bool are_long(int64_t b, int64_t h, int64_t index, const QueryTile<W>* tiles, int count) {
+    if (!is_long_ || careful_mode_ || count == 1 || !program_.groups[program_.group_of_head[h]].has_runs()) return false;
+    for (int i = 0; i < count; ++i)
+      if (!tiles[i].vectors || tiles[i].is_single() || blocks_.stored(b, h, index + i, tiles[i]) < short_blocks) return false;
+    return true;
+  }
+
+  // Computes some blocks of each tile in turn, so that their keys are read from memory once.
+  void in_turn(int64_t b, int64_t h, int64_t index, const QueryTile<W>* tiles, int count, bool merges) {
+    if constexpr (Engine::slots > 1) {
+      const Heads heads(problem_, shape_, b, h);
+      engine_.ahead().clear();
+      for (int i = 0; i < count; ++i) {
+        engine_.select(i);
+        begin(heads, tiles[i], merges);
       }
-      engine_.start_from(from, lse_);
+      bool is_done = false;
+      for (int64_t at = 0; !is_done; at += blocks_in_turn) {
+        is_done = true;
+        for (int i = 0; i < count; ++i) {
+          engine_.select(i);
+          blocks_.visit_some(engine_, heads.k, heads.v, b, h, index + i, tiles[i], at, at + blocks_in_turn, [&](const KeyBlock& block) {
+            is_done = false;
+            compute(heads, tiles[i], block);
+          });
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        engine_.select(i);
+        finish(heads, tiles[i], ResultRows<Engine>(heads.out, tiles[i], shape_.value_dim, out_));
+      }
+      engine_.select(0);
     }
-    const int64_t kv_head = shape_.kv_head(h);
-    const Head k(problem_.k, b, kv_head), v(problem_.v, b, kv_head);
-    Scores<T>& scores = blocks_.scores;
-    const int computed = Engine::computed_lanes(tile);
+  }
+
+  // index: the tile's place in its stretch. next: the tile that follows.
+  void tile(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile, const QueryTile<W>& next, bool merges) {
+    const Heads heads(problem_, shape_, b, h);
+    const ResultRows<Engine> results(heads.out, tile, shape_.value_dim, out_, !careful_mode_);
+    Ahead& ahead = engine_.ahead();
+    ahead.clear();
+    for (int i = 0; next.vectors && i < TQ; ++i) ahead.add(heads.q.row(next.sources[i]), shape_.head_dim * size_of(heads.q.type));
+    results.add_to(ahead);
+    begin(heads, tile, merges);
     if constexpr (Engine::can_be_careful)
       if (careful_mode_) careful_.start(shape_.head_dim, shape_.value_dim);
-    blocks_.visit(engine_, k, v, b, h, index, tile, [&](const KeyBlock& block) {
-      counts.add(block, computed);
-      if constexpr (Engine::can_be_careful)
-        if (careful_mode_) return careful_.block(engine_, scores, k, v, block);
-      const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };
-      engine_.block(block, scores.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
-    });
-    if (engine_.result(rows, lse_)) met_nan = true;
+    blocks_.visit(engine_, heads.k, heads.v, b, h, index, tile, [&](const KeyBlock& block) { compute(heads, tile, block); });
+    finish(heads, tile, results);
+  }
+
+  void begin(const Heads& heads, const QueryTile<W>& tile, bool merges) {
+    engine_.begin(heads.q, tile, problem_.scale, program_.score_mod != nullptr);
+    if (!merges) return;
+    const T* from[TQ];
+    for (int i = 0; i < TQ; ++i) {
+      T* row = out_ + i * shape_.value_dim;
+      read_row<T>(heads.out.row(tile.sources[i]), heads.out.type, T(1), row, shape_.value_dim);
+      from[i] = row;
+      lse_[i] = *static_cast<const T*>(heads.lse.row(tile.sources[i]));
+    }
+    engine_.start_from(from, lse_);
+  }
+
+  void compute(const Heads& heads, const QueryTile<W>& tile, const KeyBlock& block) {
+    Scores<T>& scores = blocks_.scores;
+    counts.add(block, Engine::computed_lanes(tile));
+    if constexpr (Engine::can_be_careful)
+      if (careful_mode_) return careful_.block(engine_, scores, heads.k, heads.v, block);
+    const auto change = [&](T* products, int ld) { scores.change(block, products, ld); };
+    engine_.block(block, scores.changes(block) ? ScoreEdit<T>(change) : ScoreEdit<T>());
+  }
+
+  void finish(const Heads& heads, const QueryTile<W>& tile, const ResultRows<Engine>& results) {
+    if (engine_.result(results.rows(), lse_)) met_nan = true;
     if constexpr (Engine::can_be_careful)
       if (careful_mode_) careful_.finish(out_, shape_.value_dim);
+    results.finish();
+    for (int i = 0; i < TQ; ++i)
+      if (tile.rows[i] >= 0) *static_cast<T*>(heads.lse.mutable_row(tile.rows[i])) = lse_[i];
+    ++counts.tiles;
   }
+
+  // Of fewer blocks the keys stay in the L2 cache. So do those that tiles compute in turn, beside the
+  // tiles.
+  static constexpr int64_t short_blocks = 32, blocks_in_turn = 8;
 
   const Problem& problem_;
   const Program& program_;
   const Shape& shape_;
-  bool careful_mode_;
+  bool careful_mode_, is_long_;
   Engine engine_;
   TileBlocks<Engine> blocks_;
   T *out_, *lse_;
@@ -297,7 +359,7 @@ class Stretches {
     length_ = std::clamp<int64_t>(most_ * heads / (8 * std::max(threads, 1)), 1, 32);
     // The answers of a function are reused for all heads if those of a stretch fit into the cache.
     const int64_t blocks = shape.kv_len / block_keys + 1;
-    if (program.has_function()) length_ = std::clamp<int64_t>(BlockCache::most_blocks / blocks, 1, length_);
+    if (program.has_function()) length_ = std::clamp<int64_t>(BlockCache::most_shared / blocks, 1, length_);
     count_ = (most_ + length_ - 1) / length_ * heads;
   }
 
@@ -305,6 +367,16 @@ class Stretches {
   int64_t length() const { return length_; }
   void set_length(int64_t length) { length_ = length, count_ = (most_ + length - 1) / length * heads_; }
   int64_t most() const { return most_; }
+
+  // Returns whether some tiles see more keys than the L2 cache takes. Stretches are then so short
+  // that the blocks of their tiles can be stored.
+  bool shorten_for_long_tiles(const Program& program, const Shape& shape) {
+    const int64_t ranges = ranges_of_tiles(program, shape);
+    if (ranges <= short_ranges) return false;
+    set_length(std::clamp<int64_t>(BlockCache::most_of_long / (ranges * range_blocks + 1), 1, length_));
+    return true;
+  }
+
   const QueryTiles<W>& tiles(int64_t b, int64_t group) const { return tiles_[(entries_ == 1 ? 0 : b) * groups_ + group]; }
 
  private:
@@ -315,6 +387,30 @@ class Stretches {
       for (const int node : group.globals) reads_data |= program.masks.nodes[node].op == Op::global_data;
     return problem.q_offsets.size() > 1 || reads_data;
   }
+
+  // The most ranges of keys that one of some tiles sees: the first, the last and one between them.
+  // 0 if neighboring tiles see other keys.
+  int64_t ranges_of_tiles(const Program& program, const Shape& shape) const {
+    constexpr int64_t range_keys = range_blocks * block_keys;
+    if (most_ < 2 || shape.kv_len <= short_ranges * range_keys) return 0;
+    int64_t most = 0;
+    for (size_t group = 0; group < program.groups.size(); ++group) {
+      if (!program.groups[group].has_runs()) continue;
+      const int64_t h = std::find(program.group_of_head.begin(), program.group_of_head.end(), static_cast<int>(group)) - program.group_of_head.begin();
+      const QueryTiles<W>& tiles = tiles_[group];
+      for (const int64_t index : {int64_t{0}, tiles.count() / 2, tiles.count() - 1}) {
+        QueryTile<W> tile;
+        tiles.tile_at(index, tile);
+        if (!tile.vectors) continue;
+        const auto ranges = ranges_seen(program.masks, 0, h, program.groups[group], tile, shape.kv_len, range_keys);
+        most = std::max(most, static_cast<int64_t>(ranges.size()));
+      }
+    }
+    return most;
+  }
+
+  // Copies of the keys of so many ranges stay in the cache from tile to tile.
+  static constexpr int64_t range_blocks = 16, short_ranges = 8;
 
   std::vector<QueryTiles<W>> tiles_;
   int64_t heads_, entries_ = 1, groups_ = 0, most_ = 0, length_ = 1, count_ = 0;
@@ -373,19 +469,30 @@ bool all_finite(const Problem& problem, const Shape& shape) {
   return finite;
 }
 
+// Whether rows of keys or values are converted, or are so far apart that a page of memory has few of
+// them: copies of these rows serve several tiles.
+template <class T>
+bool copies_rows(const Problem& problem) {
+  constexpr int64_t far_bytes = 1024;
+  const Head k(problem.k, 0, 0), v(problem.v, 0, 0);
+  return k.type != type_of<T> || v.type != type_of<T> || k.stride >= far_bytes || v.stride >= far_bytes;
+}
+
 // Computes all tiles; returns whether a result is NaN.
 template <class Engine>
 bool forward_tiles(const Problem& problem, const Program& program, const Shape& shape, bool merges, bool careful) {
-  const Stretches<Engine::W> stretches(problem, program, shape, shape.batch * shape.heads, problem.parallel.threads);
+  Stretches<Engine::W> stretches(problem, program, shape, shape.batch * shape.heads, problem.parallel.threads);
+  bool is_long = false;
+  if constexpr (Engine::slots > 1) is_long = !careful && copies_rows<typename Engine::Number>(problem) && stretches.shorten_for_long_tiles(program, shape);
   std::atomic<bool> met_nan{false};
   const int slots = static_cast<int>(std::min<int64_t>(problem.parallel.threads, stretches.count()));
   const int64_t per_head = stretches.count() / (shape.batch * shape.heads);
   Deal deal(shape.batch * per_head, shape.heads);
   on_threads(problem.parallel, slots, [&](int, const Failure& failure) {
     thread_local Room room;
-    ForwardWorker<Engine> worker(problem, program, shape, careful, room);
-    QueryTile<Engine::W> two_tiles[2];
-    QueryTile<Engine::W> *tile = two_tiles, *next = two_tiles + 1;
+    ForwardWorker<Engine> worker(problem, program, shape, careful, is_long, room);
+    constexpr int at_once = Engine::slots;
+    QueryTile<Engine::W> some[at_once + 1];  // and the one that follows
     int64_t unit = -1, h = 0;
     while (!failure.failed() && deal.take(unit, h)) {
       const int64_t b = unit / per_head, stretch = unit % per_head;
@@ -394,12 +501,15 @@ bool forward_tiles(const Problem& problem, const Program& program, const Shape& 
       const int64_t first = stretch * stretches.length();
       if (first >= stop) continue;
       worker.stretch(b, h, first, stop - first);
-      tiles.tile_at(first, *next);
-      for (int64_t index = first; index < stop; ++index) {
-        std::swap(tile, next);
-        next->vectors = 0;
-        if (index + 1 < stop) tiles.tile_at(index + 1, *next);
-        if (tile->vectors) worker.tile(b, h, index - first, *tile, *next, merges);
+      tiles.tile_at(first, some[0]);
+      for (int64_t index = first; index < stop; index += at_once) {
+        const int count = static_cast<int>(std::min<int64_t>(at_once, stop - index));
+        for (int i = 1; i <= count; ++i) {
+          some[i].vectors = 0;
+          if (index + i < stop) tiles.tile_at(index + i, some[i]);
+        }
+        worker.tiles(b, h, index - first, some, count, merges);
+        std::swap(some[0], some[count]);
       }
     }
     if (!careful) worker.counts.write(problem.counts);

@@ -12,6 +12,7 @@ namespace {
 struct AmxEngine : AmxWalk {
   using Stored = uint16_t;
   static constexpr bool can_be_careful = false;
+  static constexpr int slots = 1;
 
   static size_t bytes(const Shape& shape) { return AmxForward::bytes(shape.head_dim, shape.value_dim); }
 
@@ -27,7 +28,7 @@ struct AmxEngine : AmxWalk {
 
   void start_from(const float* const* rows, const float* lse) { softmax.start_from(rows, lse); }
 
-  void keys_from(const Head& k, const Head& v, const Spacing&) { keys = k, values = v; }
+  void keys_from(const Head& k, const Head& v, const Spacing&, bool) { keys = k, values = v; }
 
   void block(const KeyBlock& block, const ScoreEdit<float>& change) {
     const uint16_t *key_rows[most_keys], *value_rows[most_keys];

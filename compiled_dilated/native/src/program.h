@@ -26,6 +26,11 @@ struct Group {
   Layout layout;
   std::vector<Branch> branches;
   std::vector<int> globals;  // the nodes of global tokens among its masks
+
+  // Whether tiles and blocks are runs of tokens, so that neighboring tiles see the same keys.
+  bool has_runs() const {
+    return layout.step == 1 && layout.axes <= 1 && std::all_of(branches.begin(), branches.end(), [](const Branch& branch) { return branch.key_step == 1; });
+  }
 };
 
 // The global ones of a call's queries, ascending. alike: whether one mask names them all.

@@ -45,12 +45,14 @@ class Rows {
   Rows(T* workspace, int width, bool rereads)
       : width_(width), capacity_(capacity(width)), rereads_(rereads), copies_(workspace), spare_(workspace + static_cast<size_t>(capacity_) * width) {}
 
-  void start(const Head& head, const Spacing& spacing) {
-    if (head.base == head_.base && spacing == spacing_) return;
+  // shared: whether several tiles read a block's rows before those of the next, which pays for copies.
+  void start(const Head& head, const Spacing& spacing, bool shared) {
+    if (head.base == head_.base && spacing == spacing_ && shared == shared_) return;
     head_ = head;
     spacing_ = spacing;
+    shared_ = shared;
     const bool crowded = rereads_ && head.stride * spacing.keys % crowding_bytes == 0;
-    direct_ = head.type == type_of<T> && !crowded;
+    direct_ = head.type == type_of<T> && !crowded && !shared;
     if (direct_) return;
     slots_.assign(static_cast<size_t>(capacity_), Slot{});
     // Consecutive keys have consecutive slots. Lines of a grid would share slots: their slots are
@@ -101,7 +103,7 @@ class Rows {
   int64_t block_ = 0;
   int width_, capacity_, shift_ = 0;
   uint32_t factor_ = 1;
-  bool rereads_, direct_ = false;
+  bool rereads_, direct_ = false, shared_ = false;
   T *copies_, *spare_;
   std::vector<Slot> slots_;
 };
@@ -252,7 +254,8 @@ class TileBlocks {
   using T = typename Engine::Number;
   static constexpr int W = Engine::W;
 
-  TileBlocks(const Program& program, int64_t kv_len) : scores(program), program_(program), keys_{0, kv_len} {}
+  TileBlocks(const Program& program, int64_t kv_len, int64_t most_stored = BlockCache::most_shared)
+      : scores(program), program_(program), keys_{0, kv_len}, cache_(most_stored) {}
 
   // Starts tiles first .. first + tiles - 1 of a head.
   void stretch(int64_t b, int64_t h, int64_t first, int64_t tiles) {
@@ -271,23 +274,53 @@ class TileBlocks {
   void visit(Engine& engine, const Head& k, const Head& v, int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile,
              const Visit& visit) {
     scores.start(b, h, tile);
-    const Group& group = program_.groups[program_.group_of_head[h]];
-    const auto walk = [&](const BlockCache::Visit& take) { walk_keys(program_.masks, b, h, group, tile, keys_, Engine::sizes, take); };
-    Spacing spacing{0, group.layout.axes > 1};
-    const auto answer = [&](const Branch& branch, const KeyBlock& block, uint64_t* seen) { scores.answer(branch.root, block, seen); };
-    const auto compute = [&](const Branch& branch, const KeyBlock& block) {
-      if (branch.key_step != spacing.keys) {
-        spacing.keys = branch.key_step;
-        engine.keys_from(k, v, spacing);
-      }
-      visit(block);
-    };
-    cache_.blocks(index, walk, answer, compute);
+    with_walk(b, h, tile, [&](const auto& walk, const auto& answer) {
+      with_rows(engine, k, v, h, false, visit, [&](const auto& compute) { cache_.blocks(index, walk, answer, compute); });
+    });
+  }
+
+  // How many blocks a tile has, which this stores; 0 if they are too many.
+  int64_t stored(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile) {
+    scores.start(b, h, tile);
+    int64_t count = 0;
+    with_walk(b, h, tile, [&](const auto& walk, const auto& answer) { count = cache_.stored(index, walk, answer); });
+    return count;
+  }
+
+  // As `visit`, for stored blocks first .. after - 1, whose rows other tiles read next.
+  template <class Visit>
+  void visit_some(Engine& engine, const Head& k, const Head& v, int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile,
+                  int64_t first, int64_t after, const Visit& visit) {
+    scores.start(b, h, tile);
+    with_rows(engine, k, v, h, true, visit, [&](const auto& compute) { cache_.some_blocks(index, first, after, compute); });
   }
 
   Scores<T> scores;
 
  private:
+  // Calls run(walk, answer), the arguments of a `BlockCache`.
+  template <class Run>
+  void with_walk(int64_t b, int64_t h, const QueryTile<W>& tile, const Run& run) {
+    const Group& group = program_.groups[program_.group_of_head[h]];
+    const auto walk = [&](const BlockCache::Visit& take) { walk_keys(program_.masks, b, h, group, tile, keys_, Engine::sizes, take); };
+    const auto answer = [&](const Branch& branch, const KeyBlock& block, uint64_t* seen) { scores.answer(branch.root, block, seen); };
+    run(walk, answer);
+  }
+
+  // Calls run(compute): compute(branch, block) gives the engine its key rows before visit(block).
+  template <class Visit, class Run>
+  void with_rows(Engine& engine, const Head& k, const Head& v, int64_t h, bool shared, const Visit& visit, const Run& run) const {
+    Spacing spacing{0, program_.groups[program_.group_of_head[h]].layout.axes > 1};
+    const auto compute = [&](const Branch& branch, const KeyBlock& block) {
+      if (branch.key_step != spacing.keys) {
+        spacing.keys = branch.key_step;
+        engine.keys_from(k, v, spacing, shared);
+      }
+      visit(block);
+    };
+    run(compute);
+  }
+
   const Program& program_;
   KeyRange keys_;
   BlockCache cache_;

@@ -22,7 +22,6 @@ from typing import Any
 NAME = "compiled_dilated"
 # Before 5.4 a mask function got positions of a cache in place of lengths.
 OLDEST_TRANSFORMERS = (5, 4)
-_INSTALL = "pip install 'transformers>=5.4'"
 
 
 def register() -> None:
@@ -31,16 +30,17 @@ def register() -> None:
     Raises ImportError without transformers, or with one older than version 5.4.
     """
     oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+    install = f"pip install 'transformers>={oldest}'"
     try:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"compiled_dilated.hf needs transformers >= {oldest}: {_INSTALL}"
+            f"compiled_dilated.hf needs transformers >= {oldest}: {install}"
         ) from error
     if _release_of(transformers.__version__) < OLDEST_TRANSFORMERS:
         raise ImportError(
             f"compiled_dilated.hf needs transformers >= {oldest}; got {transformers.__version__}. "
-            f"Install a newer one: {_INSTALL}"
+            f"Install a newer one: {install}"
         )
     from transformers import AttentionInterface, AttentionMaskInterface
 

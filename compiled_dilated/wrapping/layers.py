@@ -12,9 +12,9 @@ from typing import Any
 from .. import arguments, counting, masks
 from ..masks import Mask
 from ..masks.bounds import upper_bound
-from ..masks.functions import FromMod
+from ..masks.functions import functions_of
 from ..masks.neighborhoods import Neighborhood
-from ..masks.traced import Traced
+from ..masks.traced import traced_parts
 from ..programs import Program, as_program
 
 # The lengths at which programs are checked for later keys: a function is evaluated pair by pair.
@@ -140,17 +140,12 @@ def _has_later_pairs(mask: Mask, tokens: int) -> bool:
     """Whether one of so many queries sees a later key."""
     later_pairs = masks.conjunction((mask, ~masks.causal()))
     count = None
-    if not _has_function(mask):
+    if not functions_of(mask) and not traced_parts(mask):
         count = counting.pairs(later_pairs, tokens, tokens)
     if count is None:
         tokens = min(tokens, _CHECKED_TOKENS_OF_FUNCTIONS)
         count = counting.pairs(later_pairs, tokens, tokens)
     return count != 0
-
-
-def _has_function(mask: Mask) -> bool:
-    """Whether a function decides pairs of a mask."""
-    return isinstance(mask, (FromMod, Traced)) or any(map(_has_function, mask.parts))
 
 
 def _grid_tokens(mask: Mask) -> int:

@@ -132,14 +132,13 @@ def write(program: Program | PerLength, operands: list[Tensor]) -> str:
     """
     numbers = itertools.count()
     for mask in programs.masks_of(program):
-        _check_named(mask)
+        for part in mask.walk():
+            _check_named(part)
     return repr(program.map(lambda mask: _shortened(mask, operands, numbers)))
 
 
 def _check_named(mask: Mask) -> None:
     """Raise TypeError for a mask of a class that text cannot name."""
-    for part in mask.parts:
-        _check_named(part)
     kind = type(mask)
     if kind.__module__.startswith("compiled_dilated.") or repr(mask).partition("(")[0] in NAMES:
         return

@@ -72,19 +72,20 @@ def peers(records: Records) -> list[Section]:
         program = row["job"]["program"]
         if len(program) >= 60:
             program = program[:57] + "..."
-        start = [program, f"{tokens(row):,}", passes(row), row["job"]["way"]]
+        start = [program, f"{tokens(row):,}", row["job"]["dtype"], passes(row), row["job"]["way"]]
         body.append(line(row, start, figures))
-    headers = ["program", "tokens", "pass", "way", "time", "of ours", "peak", "error"]
+    headers = ["program", "tokens", "dtype", "pass", "way", "time", "of ours", "peak", "error"]
     text = (
-        "float32, the same inputs. `of ours`: time as a multiple of this library's. The error is "
+        "The same inputs. `of ours`: time as a multiple of this library's. The error is "
         "that of the forward, against float64 of the program that the way claims to compute."
     )
     return [Section("What people use today", text, headers, body)]
 
 
-def _question(row: Row) -> tuple[int, str, str]:
-    """The length, program and pass that peers share."""
-    return tokens(row), row["job"]["program"], passes(row)
+def _question(row: Row) -> tuple[int, str, str, str]:
+    """The length, program, dtype and pass that peers share."""
+    job = row["job"]
+    return tokens(row), job["program"], job["dtype"], passes(row)
 
 
 def recommendations(records: Records) -> list[Section]:

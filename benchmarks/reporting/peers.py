@@ -26,6 +26,8 @@ from compiled_dilated.text import read_program
 
 # The segments and rates of every dilated way; shorter sequences have one segment.
 SEGMENTS, RATES = (2048, 4096, 8192), (1, 2, 4)
+# Of BigBird, for each block of queries.
+_RANDOM_BLOCKS = 3
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 Built = tuple[Call, cd.Program]
@@ -183,11 +185,7 @@ def _longformer(tokens: int, head_dim: int, window: int) -> Built:
 
 
 def _big_bird(tokens: int, head_dim: int, block: int) -> Built:
-    """The block-sparse attention of transformers' BigBird in eval mode, three random blocks.
-
-    Compared with its window and global blocks: in eval mode all random blocks are the first block,
-    whose keys are counted again for each.
-    """
+    """The block-sparse attention of transformers' BigBird in eval mode, three random blocks."""
     from transformers import BigBirdConfig
     from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
 
@@ -195,7 +193,7 @@ def _big_bird(tokens: int, head_dim: int, block: int) -> Built:
         hidden_size=8 * head_dim,
         num_attention_heads=8,
         block_size=block,
-        num_random_blocks=3,
+        num_random_blocks=_RANDOM_BLOCKS,
         max_position_embeddings=tokens,
     )
     layer = BigBirdBlockSparseAttention(config).eval()
@@ -222,12 +220,17 @@ def _big_bird(tokens: int, head_dim: int, block: int) -> Built:
 
 
 def big_bird_text(tokens: int, block: int) -> str:
-    """The expression of BigBird without random blocks.
+    """The expression of transformers' BigBird in eval mode.
 
-    It is a window of three blocks; the first and the last block are global.
+    It is a window of three blocks; the first and the last block are global. In eval mode every
+    random block is the first block, so that queries that are not global see its keys once more for
+    each random block.
     """
     positions = (*range(block), *range(tokens - block, tokens))
-    return f"block_window({block}, 1) | global_tokens(positions={positions})"
+    window = f"Branch(block_window({block}, 1) | global_tokens(positions={positions}))"
+    not_first, not_last = f"~segments({block})", f"block_window({block}, {tokens // block - 2})"
+    random = f"Branch(sinks({block}) & {not_first} & {not_last})"
+    return f"Program(({', '.join([window] + [random] * _RANDOM_BLOCKS)}))"
 
 
 def _absent(tokens: int, head_dim: int) -> Built:

@@ -21,6 +21,8 @@ LONGNET_SPLIT = "longnet((2048, 4096, 8192), (1, 2, 4), heads='split', offsets='
 WINDOW = "causal() & window(256)"
 
 Value = TypeVar("Value")
+# Settings of peers, by program and by the peer's name.
+WaysByProgram = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -192,39 +194,45 @@ def _peers(quick: bool) -> list[Job]:
     jobs = []
     for tokens in _first_or_all(quick, 4 * KI, 16 * KI):
         side = 64 if tokens == 4 * KI else 128
-        questions: list[tuple[str, dict[str, dict[str, Any]]]] = [
-            (
-                "causal()",
-                {
-                    "SDPA": {"program": "causal()"},
-                    "FlexAttention": {"program": "causal()"},
-                    "ring-attention-pytorch": {},
-                },
-            ),
-            (
-                WINDOW,
-                {
-                    "SDPA": {"program": WINDOW},
-                    "FlexAttention": {"program": WINDOW},
-                    "local-attention": {"window": 256},
-                },
-            ),
-            ("window(256)", {"Longformer of transformers": {"window": 256}}),
-            (LONGNET, {"torchscale": {}}),
-            (LONGNET_SPLIT, {"first LongNet port": {}}),
-            (
-                f"neighborhood(({side}, {side}), 6, edges='shift')",
-                {"NATTEN": {"side": side, "kernel": 13}},
-            ),
-            (big_bird_text(tokens, 64), {"BigBird of transformers": {"block": 64}}),
-        ]
-        for program, ways in questions:
-            for backward in _first_or_all(quick, False, True):
-                options: dict[str, Any] = {"backward": backward, "turns": 3}
-                jobs.append(Job("peers", "program", "ours", tokens, program, **options))
-                for way, settings in ways.items():
-                    job = Job("peers", "peer", way, tokens, program, settings=settings, **options)
-                    jobs.append(job)
+        ways_by_program: WaysByProgram = {
+            **_ways_of_torch(),
+            "window(256)": {"Longformer of transformers": {"window": 256}},
+            LONGNET: {"torchscale": {}},
+            LONGNET_SPLIT: {"first LongNet port": {}},
+            f"neighborhood(({side}, {side}), 6, edges='shift')": {
+                "NATTEN": {"side": side, "kernel": 13}
+            },
+            big_bird_text(tokens, 64): {"BigBird of transformers": {"block": 64}},
+        }
+        ways_by_program["causal()"]["ring-attention-pytorch"] = {}
+        ways_by_program[WINDOW]["local-attention"] = {"window": 256}
+        jobs += _beside_peers(ways_by_program, tokens, "float32", quick)
+    if not quick:
+        for dtype in ("bfloat16", "float16"):
+            jobs += _beside_peers(_ways_of_torch(), 16 * KI, dtype, quick)
+    return jobs
+
+
+def _ways_of_torch() -> WaysByProgram:
+    """Torch's own ways, which take every dtype."""
+    out: WaysByProgram = {}
+    for program in ("causal()", WINDOW):
+        out[program] = {"SDPA": {"program": program}, "FlexAttention": {"program": program}}
+    return out
+
+
+def _beside_peers(
+    ways_by_program: WaysByProgram, tokens: int, dtype: str, quick: bool
+) -> list[Job]:
+    """This library's job for each program and pass, and its peers' jobs."""
+    jobs = []
+    for program, ways in ways_by_program.items():
+        for backward in _first_or_all(quick, False, True):
+            options: dict[str, Any] = {"dtype": dtype, "backward": backward, "turns": 3}
+            jobs.append(Job("peers", "program", "ours", tokens, program, **options))
+            for way, settings in ways.items():
+                job = Job("peers", "peer", way, tokens, program, settings=settings, **options)
+                jobs.append(job)
     return jobs
 
 

@@ -138,7 +138,7 @@ def _unfit(problem: Problem) -> str | None:
     if max(problem.kv_len, problem.q_offset + problem.q_len) > MOST_POSITIONS:
         return "it takes positions up to 2**30"
     if problem.q_offset < 0 and any(
-        _has_places(branch.mask) for branch in problem.program.branches
+        _has_places(part) for branch in problem.program.branches for part in branch.mask.walk()
     ):
         return "a ring's queries before its keys have no place in lists and grids"
     if problem.partial and problem.scores is not None:
@@ -151,11 +151,7 @@ def _unfit(problem: Problem) -> str | None:
 
 def _has_places(mask: Mask) -> bool:
     """Whether a mask depends on absolute positions: a list or a grid."""
-    return (
-        mask.period is None
-        or isinstance(mask, Neighborhood)
-        or any(_has_places(part) for part in mask.parts)
-    )
+    return mask.period is None or isinstance(mask, Neighborhood)
 
 
 @lru_cache(maxsize=256)

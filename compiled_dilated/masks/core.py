@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -72,6 +72,12 @@ class Mask(ABC):
     def parts(self) -> tuple[Mask, ...]:
         """The masks that this one is composed of."""
         return ()
+
+    def walk(self) -> Iterator[Mask]:
+        """All masks of the expression, parts before the mask that joins them."""
+        for part in self.parts:
+            yield from part.walk()
+        yield self
 
     @property
     def names(self) -> tuple[str, ...]:

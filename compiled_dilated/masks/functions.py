@@ -119,9 +119,4 @@ def from_mod(fn: MaskMod, within: Mask | None = None) -> Mask:
 
 def functions_of(mask: Mask) -> tuple[MaskMod, ...]:
     """All functions of a mask's `from_mod` parts, inner ones first."""
-    functions: list[MaskMod] = []
-    for part in mask.parts:
-        functions += functions_of(part)
-    if isinstance(mask, FromMod):
-        functions.append(mask.fn)
-    return tuple(functions)
+    return tuple(part.fn for part in mask.walk() if isinstance(part, FromMod))

@@ -210,12 +210,7 @@ def with_contents(mask: Mask, operands: Sequence[Any]) -> Mask:
 
 def traced_parts(mask: Mask) -> list[Traced]:
     """All `Traced` parts of a mask, inner ones first."""
-    parts: list[Traced] = []
-    for part in mask.parts:
-        parts += traced_parts(part)
-    if isinstance(mask, Traced):
-        parts.append(mask)
-    return parts
+    return [part for part in mask.walk() if isinstance(part, Traced)]
 
 
 def reads_operands(mask: Mask) -> bool:

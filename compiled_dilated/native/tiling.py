@@ -70,7 +70,7 @@ def position_limit(branches: Sequence[Branch]) -> int:
     """One past the last position that the branches define; -1 for any."""
     limits = []
     for branch in branches:
-        for part in _parts(branch.mask):
+        for part in branch.mask.walk():
             if isinstance(part, Neighborhood):
                 limits.append(math.prod(part.grid))
         if isinstance(branch.order, Hilbert):
@@ -78,24 +78,16 @@ def position_limit(branches: Sequence[Branch]) -> int:
     return min(limits, default=-1)
 
 
-def _parts(mask: Mask) -> list[Mask]:
-    """A mask and all masks that it is composed of."""
-    parts = [mask]
-    for part in mask.parts:
-        parts += _parts(part)
-    return parts
-
-
 def _grid(branch: Branch) -> tuple[int, tuple[int, ...]] | None:
     """The grid whose patches are tiles: its first position and its sizes."""
-    for part in _parts(branch.mask):
+    for part in branch.mask.walk():
         if isinstance(part, Neighborhood) and len(part.grid) > 1:
             return 0, part.grid
         if isinstance(part, PlacedNeighborhood) and len(part.neighborhood.grid) > 1:
             return part.offset, part.neighborhood.grid
     # An order lays out work: tiles along the line compute fewer hidden pairs of masks that are
     # defined along it. What a function or ids link is unknown.
-    if any(isinstance(part, (FromMod, Traced, DocumentIds)) for part in _parts(branch.mask)):
+    if any(isinstance(part, (FromMod, Traced, DocumentIds)) for part in branch.mask.walk()):
         if isinstance(branch.order, Hilbert):
             return 0, branch.order.grid
         if isinstance(branch.order, PlacedHilbert):

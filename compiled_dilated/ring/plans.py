@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,36 +147,28 @@ def _named(name: str, program: Program, tokens: int, ranks: int) -> Layout:
 
 def _layout(name: str, program: Program, tokens: int, ranks: int) -> Layout | None:
     """The named layout for a program; None if it does not apply."""
-    leaves: list[Mask] = []
+    parts: list[Mask] = []
     for branch in program.branches:
-        leaves += _leaves(branch.mask)
+        parts += branch.mask.walk()
     if name == "zigzag":
         # A zigzag per longest segment evens the causal work within it.
-        lengths = [leaf.length for leaf in leaves if isinstance(leaf, Segments)]
+        lengths = [part.length for part in parts if isinstance(part, Segments)]
         longest = max(lengths, default=tokens)
         return Zigzag(tokens, ranks, _ranks_per_segment(longest, tokens, ranks))
     if name == "striped":
         return Striped(tokens, ranks)
     if name == "residue":
-        rates = [leaf.modulus for leaf in leaves if isinstance(leaf, Congruent)]
+        rates = [part.modulus for part in parts if isinstance(part, Congruent)]
         rate = max(rates, default=1)
         if rate == 1:
             return None
         return ByResidue(tokens, ranks, rate)
     if name == "hilbert":
-        order = _grid_order(program, leaves, tokens)
+        order = _grid_order(program, parts, tokens)
         if order is None:
             return None
         return Contiguous(tokens, ranks, order)
     return Contiguous(tokens, ranks)
-
-
-def _leaves(mask: Mask) -> Iterator[Mask]:
-    """The leaves of a mask expression, with repetitions."""
-    for part in mask.parts:
-        yield from _leaves(part)
-    if not mask.parts:
-        yield mask
 
 
 def _ranks_per_segment(segment: int, tokens: int, ranks: int) -> int:
@@ -188,13 +179,13 @@ def _ranks_per_segment(segment: int, tokens: int, ranks: int) -> int:
     return ranks
 
 
-def _grid_order(program: Program, leaves: list[Mask], tokens: int) -> Order | None:
+def _grid_order(program: Program, parts: list[Mask], tokens: int) -> Order | None:
     """The program's order, else a Hilbert curve through its grid, else None."""
     orders = {branch.order for branch in program.branches} - {Identity()}
     if len(orders) == 1:
         return orders.pop()
-    neighborhoods = [leaf for leaf in leaves if isinstance(leaf, Neighborhood)]
-    grids = {leaf.grid for leaf in neighborhoods if math.prod(leaf.grid) == tokens}
+    neighborhoods = [part for part in parts if isinstance(part, Neighborhood)]
+    grids = {part.grid for part in neighborhoods if math.prod(part.grid) == tokens}
     if len(grids) == 1 and all(len(grid) in (2, 3) for grid in grids):
         return hilbert(*grids.pop())
     return None

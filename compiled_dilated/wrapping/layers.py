@@ -150,6 +150,5 @@ def _has_later_pairs(mask: Mask, tokens: int) -> bool:
 
 def _grid_tokens(mask: Mask) -> int:
     """The tokens of a mask's grid; 0 without one."""
-    if isinstance(mask, Neighborhood):
-        return math.prod(mask.grid)
-    return max((_grid_tokens(part) for part in mask.parts), default=0)
+    grids = [part.grid for part in mask.walk() if isinstance(part, Neighborhood)]
+    return max((math.prod(grid) for grid in grids), default=0)

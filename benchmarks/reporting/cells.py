@@ -93,6 +93,16 @@ def mebibytes(size: float) -> str:
     return f"{size / 2**20:.3g} MiB"
 
 
+def error_text(row: Row) -> str:
+    """The error against float64, marked where the result is wrong or was not compared."""
+    if row["has_nan"]:
+        return "NaN (WRONG)"
+    if row["error"] is None:
+        return "not compared"
+    mark = "" if row["is_right"] else " (WRONG)"
+    return f"{row['error']:.1e}{mark}"
+
+
 def cell(row: Row | None, figure: Callable[[Row], str]) -> str:
     """A figure of a row, its failure in words, or a dash.
 

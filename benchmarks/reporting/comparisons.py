@@ -8,6 +8,7 @@ from .cells import (
     ABSENT,
     Records,
     Row,
+    error_text,
     groups_of,
     lengths_of,
     line,
@@ -32,8 +33,7 @@ def compared(records: Records, suite: str) -> list[Section]:
         if row["job"]["backward"]:
             work *= FORWARD_AND_BACKWARD
         gflops = f"{work / seconds(row) / 1e9:.0f}"
-        peak, error = mebibytes(row["peak_bytes"]), f"{row['error']:.1e}"
-        return [time_text(seconds(row)), gflops, peak, error]
+        return [time_text(seconds(row)), gflops, mebibytes(row["peak_bytes"]), error_text(row)]
 
     body = []
     for row in rows_of(records, suite):
@@ -62,10 +62,7 @@ def peers(records: Records) -> list[Section]:
         ratio = ABSENT
         if base:
             ratio = f"{seconds(row) / seconds(base):.2f}"
-        error = "NaN" if row["has_nan"] else f"{row['error']:.1e}"
-        if not row["is_right"]:
-            error = f"{error} WRONG"
-        return [time_text(seconds(row)), ratio, mebibytes(row["peak_bytes"]), error]
+        return [time_text(seconds(row)), ratio, mebibytes(row["peak_bytes"]), error_text(row)]
 
     body = []
     for row in rows:

@@ -8,9 +8,11 @@ from .cells import (
     Records,
     Row,
     chart_of,
+    error_text,
     line,
     passes,
     rate,
+    right,
     rows_of,
     seconds,
     time_text,
@@ -76,7 +78,7 @@ def billion(records: Records) -> list[Section]:
             f"{rate(row):,.0f}",
             time_text(seconds(row)),
             f"{counted['process_peak_bytes'] / 2**20:.0f} MiB",
-            f"{row['error']:.1e} of {row['compared']}",
+            f"{error_text(row)} of {row['compared']}",
         ]
 
     body = []
@@ -92,7 +94,7 @@ def billion(records: Records) -> list[Section]:
 
 def trillion(records: Records) -> list[Section]:
     """An extrapolation of the longest run to 10^12 tokens."""
-    done = [row for row in rows_of(records, "billion") if "failed" not in row]
+    done = right(rows_of(records, "billion"))
     if not done:
         return []
     # Every rank has as many tokens as in the longest run.

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.runs import origin
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
@@ -377,7 +378,7 @@ def main() -> None:
         tables[name] = TABLES[name](arguments.tokens, arguments.budget, arguments.step or [*BARS])
         print(f"\n{name}\n{tabulate(tables[name], headers='keys', floatfmt='.3g')}", flush=True)
     if arguments.json:
-        measure.write_json(arguments.json, {"hardware": measure.hardware(), "tables": tables})
+        measure.write_json(arguments.json, origin() | {"tables": tables})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ python benchmarks/decoding.py [--json FILE]
 
 Programs are measured over 65,536 keys of 8 heads in float32. The shapes of models are measured
 without a program: query heads that share key heads, other lengths and bfloat16. Exit code 1 if a
-case takes longer than 1.3 times SDPA's time. Needs a quiet machine for two minutes.
+case takes longer than 1.3 times SDPA's time, or differs from SDPA in float64. Needs a quiet machine
+for two minutes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.problems import TOLERANCES
+from harness.runs import origin
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -101,7 +104,15 @@ def row(case: Case) -> dict[str, Any]:
             scaled_dot_product_attention(q, keys, values, enable_gqa=is_grouped)
 
     functions = {"ours": by_program, "sdpa": by_sdpa}
+    last = positions[-1]
     with torch.no_grad():
+        expected = scaled_dot_product_attention(
+            q.double(),
+            rows_of(k, spans[last]).double(),
+            rows_of(v, spans[last]).double(),
+            enable_gqa=is_grouped,
+        )
+        error = (attend(q, k, v, q_offset=last) - expected).abs().max() / expected.abs().max()
         times = measure.interleaved(functions, repeats=61, seconds=15.0)
     seconds = measure.medians(times)
     ratio = seconds["ours"] / seconds["sdpa"]
@@ -110,7 +121,9 @@ def row(case: Case) -> dict[str, Any]:
         "us": seconds["ours"] / CALLS * 1e6,
         "SDPA us": seconds["sdpa"] / CALLS * 1e6,
     }
-    return asdict(case) | figures | {"ratio": ratio, "ok": ratio <= MOST}
+    is_right = error.item() <= TOLERANCES[case.dtype]
+    figures |= {"ratio": ratio, "error": error.item(), "ok": ratio <= MOST and is_right}
+    return asdict(case) | figures
 
 
 def main() -> None:
@@ -123,7 +136,7 @@ def main() -> None:
     rows = [row(case) for case in cases()]
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
     if target:
-        measure.write_json(target, {"hardware": measure.hardware(), "rows": rows})
+        measure.write_json(target, origin() | {"rows": rows})
     raise SystemExit(not all(row["ok"] for row in rows))
 
 

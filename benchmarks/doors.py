@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from harness.runs import origin
 from tabulate import tabulate
 from torch import Tensor
 
@@ -89,7 +90,7 @@ def main() -> None:
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
     print(f"\ntracing a score_mod: {trace_ms:.2f} ms a call")
     if options.json:
-        record = {"hardware": measure.hardware(), "tokens": options.tokens}
+        record = origin() | {"tokens": options.tokens}
         measure.write_json(options.json, record | {"rows": rows, "trace_ms": trace_ms})
 
 

@@ -134,16 +134,17 @@ def measure_case(
     """
     run = cd.load(path)
     package = run.decode if case.decode else run
-    difference = 0.0
+    differences = []
     for tokens in lengths:
         inputs = case.inputs(tokens)
         expected = case.compiled(*inputs)
-        error = (package(*inputs) - expected).abs().max() / expected.abs().max()
-        difference = max(difference, float(error))
+        differences.append((package(*inputs) - expected).abs().max() / expected.abs().max())
+    # NaN if one is: Python's max may lose it.
+    difference = torch.stack(differences).max().item()
     functions = functions_of(case, path, case.inputs(most))
     times = measure.interleaved(functions, repeats=turns, warmup=2, seconds=60.0)
-    turns = zip(times["package"], times["compiled"], strict=True)
-    share = measure.median([package / compiled for package, compiled in turns])
+    pairs = zip(times["package"], times["compiled"], strict=True)
+    share = measure.median([of_package / compiled for of_package, compiled in pairs])
     return {
         "case": case.name,
         "tokens": most,

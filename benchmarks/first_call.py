@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.runs import commit
+from harness.runs import origin
 from tabulate import tabulate
 
 from compiled_dilated import measure
@@ -86,7 +86,7 @@ def main() -> int:
         del table[-1]["seconds"]
     print("\n" + tabulate(table, headers="keys", floatfmt=".3f"))
     if options.json:
-        record = {"hardware": measure.hardware(), "commit": commit(), "rows": rows}
+        record = origin() | {"rows": rows}
         measure.write_json(options.json, record)
     return int(options.check and not all(row["met"] for row in rows))
 

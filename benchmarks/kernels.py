@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from harness.runs import origin
 from tabulate import tabulate
 
 from compiled_dilated import measure
@@ -69,7 +70,7 @@ def main() -> None:
         rows.append(row | {"share with a bias": rate[shape, True] / dense})
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
     if options.json:
-        record = {"hardware": measure.hardware(), "dtype": options.dtype}
+        record = origin() | {"dtype": options.dtype}
         record |= {"dense_gflops": 4 * HEAD_DIM * dense / 1e9, "rows": rows}
         measure.write_json(options.json, record)
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from harness.runs import origin
 from tabulate import tabulate
 
 from compiled_dilated import masks, measure, orders
@@ -46,9 +47,7 @@ def main() -> None:
     rows = [_map(*case) for case in CASES] + [_parts(name, mask) for name, mask in IN_PARTS.items()]
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
     if target:
-        measure.write_json(
-            target, {"hardware": measure.hardware(), "tokens": TOKENS, "tile": TILE, "rows": rows}
-        )
+        measure.write_json(target, origin() | {"tokens": TOKENS, "tile": TILE, "rows": rows})
     raise SystemExit(not all(row["ok"] for row in rows))
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness.runs import origin
 from tabulate import tabulate
 
 import compiled_dilated as cd
@@ -238,7 +239,7 @@ def main() -> None:
         tables[name] = TABLES[name]()
         print(f"\n{name}\n{tabulate(tables[name], headers='keys', floatfmt='.3g')}", flush=True)
     if arguments.json:
-        measure.write_json(arguments.json, {"hardware": measure.hardware(), "tables": tables})
+        measure.write_json(arguments.json, origin() | {"tables": tables})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.runs import origin
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -232,7 +233,7 @@ def main() -> None:
         print(f"    {peaks} in {row['time of before']:.2f} of the time", flush=True)
     print(f"\n{tabulate(rows, headers='keys', floatfmt='.3g')}")
     if arguments.json:
-        measure.write_json(arguments.json, {"hardware": measure.hardware(), "passes": rows})
+        measure.write_json(arguments.json, origin() | {"passes": rows})
 
 
 if __name__ == "__main__":

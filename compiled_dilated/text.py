@@ -133,20 +133,30 @@ def write(program: Program | PerLength, operands: list[Tensor]) -> str:
     numbers = itertools.count()
     for mask in programs.masks_of(program):
         for part in mask.walk():
-            _check_named(part)
+            _check_class(part)
     return repr(program.map(lambda mask: _shortened(mask, operands, numbers)))
 
 
-def _check_named(mask: Mask) -> None:
-    """Raise TypeError for a mask of a class that text cannot name."""
+def _check_class(mask: Mask) -> None:
+    """Raise TypeError for a class that text cannot name, or that reads heads without at_head."""
     kind = type(mask)
-    if kind.__module__.startswith("compiled_dilated.") or repr(mask).partition("(")[0] in NAMES:
+    if kind.__module__.startswith("compiled_dilated."):
         return
-    raise TypeError(
-        f"{kind.__name__} is no mask of compiled_dilated.masks, and graphs name masks by their "
-        f"functions there; got {repr(mask)[:60]}. Write masks.from_mod(fn), with fn(b, h, q_idx, "
-        "kv_idx), or add the class as CONTRIBUTING.md shows"
-    )
+    if repr(mask).partition("(")[0] not in NAMES:
+        raise TypeError(
+            f"{kind.__name__} is no mask of compiled_dilated.masks, and graphs name masks by their "
+            f"functions there; got {repr(mask)[:60]}. Write masks.from_mod(fn), with fn(b, h, "
+            "q_idx, kv_idx), or add the class as CONTRIBUTING.md shows"
+        )
+    if kind.at_head is not Mask.at_head or mask.parts or mask.names:
+        return
+    # Plans compute heads with equal masks together.
+    graph, _ = trace_mask_mod(mask.allows)
+    if graph.reads("h"):
+        raise TypeError(
+            f"{kind.__name__} must have at_head: its `allows` reads the head; got "
+            f"{repr(mask)[:60]}. Return the mask of one head from at_head(head, heads)"
+        )
 
 
 def fill(text: str, functions: Sequence[MaskMod], operands: list[Tensor]) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CHILD = """
@@ -77,9 +76,37 @@ def test_rows_are_compared_with_sdpa(benchmarks: Any) -> None:
     assert (close["time_of_sdpa"], close["peak_of_sdpa"]) == (0.5, 1.0)
     assert "failed" not in close
     assert wrong["failed"].startswith("another result than sdpa's")
+    assert "failed" in models.judged(row_of("ours", [1.0, math.nan]), base)
+    assert close["is_compared"]
+    assert not models.judged(row_of("ours", [1.0, -2.0]), None)["is_compared"]
+    assert not models.judged(row_of("ours", [1.0, -2.0]), {**base, "failed": "x"})["is_compared"]
     printed = models.table([base, close, wrong])
     assert "prefill, 512, plain, eager: another result than sdpa's" in printed
     assert "0.50" in printed
+
+
+def test_tokens_are_equal_to_the_last(benchmarks: Any) -> None:
+    models = benchmarks("models")
+    base, row = row_of("sdpa", [4000, 3, 5]), row_of("ours", [4000, 3, 6])
+    base["work"] = row["work"] = "decode static"
+    judged = models.judged(row, base)
+    assert judged["failed"] == "another result than sdpa's: 6 for 5, number 2"
+    assert models._is_fault(judged)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason", "is_fault"),
+    [
+        ("ours", "out of 8 GiB of memory", False),
+        ("ours", "took longer than 9 s", False),
+        ("ours", "ended by SIGSEGV", True),
+        ("flex", "ended by SIGSEGV", False),
+    ],
+)
+def test_a_failure_of_ours_is_a_fault(
+    benchmarks: Any, way: str, reason: str, is_fault: bool
+) -> None:
+    assert benchmarks("models")._is_fault({"way": way, "failed": reason}) == is_fault
 
 
 def test_names_of_cases_differ_and_sdpa_comes_first(benchmarks: Any) -> None:

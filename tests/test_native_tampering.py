@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.native.encode import encode
 from compiled_dilated.programs import as_program
@@ -69,3 +70,33 @@ def test_malformed_code_raises() -> None:
     for code in (*shortened, backwards, *changed):
         with pytest.raises(RuntimeError):
             ops.native(q, k, v, None, None, code, 1.0, 0, None, False)
+
+
+# The code of check_inputs: the least and greatest size of three names, whether queries are tokens'
+# last, the place; then an input's dtype, whether it is contiguous, its dims and sizes.
+CHECKED = (1, 9, 0, 0, 0, 0, 0, 0, 0, 0, 1, -1)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [(8, 99), (8, -1), (10, -1), (10, 2**62), (11, -4), (11, -1000), (11, -(2**63))],
+)
+def test_tampered_checks_of_inputs_raise(place: int, number: int) -> None:
+    x = torch.ones(5)
+    torch.ops.compiled_dilated.check_inputs([x], CHECKED)
+    code = list(CHECKED)
+    code[place] = number
+    with pytest.raises(RuntimeError, match="check_inputs: the code"):
+        torch.ops.compiled_dilated.check_inputs([x], code)
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("offset", [2**30 + 1, 2**62, 2**63 - 1])
+def test_an_offset_past_every_position_raises(offset: int, q_len: int) -> None:
+    q, k = normal(1, 1, q_len, 4), normal(1, 1, 8, 4)
+    attend = cd.compile(masks.causal())
+    with pytest.raises(RuntimeError, match="positions up to 2\\*\\*30"):
+        attend(q, k, k, q_offset=torch.tensor([offset]))
+    code = encode(as_program(masks.causal()), 1)
+    with pytest.raises(RuntimeError, match="positions up to 2\\*\\*30"):
+        ops.native(q, k, k, None, None, code, 1.0, offset, None, False)

@@ -75,6 +75,37 @@ def test_a_new_mask_is_native_without_an_operation_of_its_own(
     assert cd.plan(Diagonals(3), q_shape=(1, 2, 300, 8)).lowering == "native"
 
 
+def test_a_new_mask_runs_as_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries before a block's first key have negative positions, which no tape has."""
+    monkeypatch.setattr(text, "NAMES", {**text.NAMES, "diagonals": Diagonals})
+    inputs = [torch.randn(1, 2, 64, 8, dtype=torch.float64) for _ in range(3)]
+    out = cd.compile(Diagonals(3), ranks=4)(*inputs)
+    torch.testing.assert_close(out, cd.reference(Diagonals(3), *inputs))
+
+
+@dataclass(frozen=True, repr=False)
+class OfHeads(Diagonals):
+    """Diagonals of a step for each head, without `at_head`."""
+
+    def __repr__(self) -> str:
+        return f"diagonals_of_heads({self.step})"
+
+    def allows(
+        self, b: Positions, h: Positions, q: Positions, kv: Positions, data: Data | None = None
+    ) -> Any:
+        return (q - kv) % (self.step + h) == 0
+
+
+@pytest.mark.parametrize("call", [cd.compile, lambda mask: cd.plan(mask, q_shape=(1, 2, 8, 8))])
+def test_a_new_mask_that_reads_heads_has_at_head(
+    call: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans would compute all heads as one."""
+    monkeypatch.setattr(text, "NAMES", {**text.NAMES, "diagonals_of_heads": OfHeads})
+    with pytest.raises(TypeError, match="OfHeads must have at_head: its `allows` reads the head"):
+        call(masks.causal() & OfHeads(3))
+
+
 @pytest.mark.parametrize("call", [cd.compile, lambda mask: cd.plan(mask, q_shape=(1, 1, 8, 8))])
 def test_a_mask_that_text_cannot_name_is_refused(call: Callable[[Any], Any]) -> None:
     message = r"Diagonals is no mask of compiled_dilated.masks.*; got diagonals\(3\). Write masks"

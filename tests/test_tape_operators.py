@@ -138,7 +138,8 @@ def signs(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def bools(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return ((i > j) + (i > 3)) * ((j > 2) * (i > 1)) + (i > j).to(torch.int64) * 2
+    signs = torch.sign(i > j) & torch.sgn(j > 2)
+    return ((i > j) + (i > 3)) * ((j > 2) * (i > 1)) + (i > j).to(torch.int64) * 2 + signs
 
 
 def sums_of_bools(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

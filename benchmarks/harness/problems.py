@@ -24,6 +24,9 @@ from compiled_dilated.programs import Program, as_program
 # The segments and dilation rates that all benchmarks use.
 LONGNET = cd.longnet((2048, 4096, 8192), (1, 2, 4))
 
+# The largest error of a right result, as a share of the largest number of the result.
+TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[[], object]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,10 +16,9 @@ from compiled_dilated import measure
 
 from . import runs
 from .cases import Case
-from .turns import PASSES, Row, Settings, as_record, family_rows, rate, slow_down
+from .turns import PASSES, Row, Settings, family_rows, rate, slow_down
 
 _QUICK = Settings(turns=3, least=2, seconds=0.5, rival_turns=1, block_seconds=0.02)
-_ROOT = Path(__file__).parents[2]
 
 
 def parser(
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace, cases: Sequence[Case], bars: Mapping[str, f
         return runs.print_names([case.name for case in chosen], options.only)
     torch.set_num_threads(options.threads)
     settings = _settings(options)
-    record = runs.origin() | {"settings": as_record(settings), "complete": False, "rows": []}
+    record = runs.origin() | {"settings": asdict(settings), "complete": False, "rows": []}
     for row in _progress(options, chosen, settings):
         record["rows"].append(row)
         # After each case, so that an interrupted run keeps its figures.

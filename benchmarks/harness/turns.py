@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median, quantiles
 from typing import Any
 
@@ -336,8 +336,3 @@ def busy_process() -> Iterator[psutil.Process]:
             yield process
         finally:
             started.kill()
-
-
-def as_record(settings: Settings) -> Row:
-    """The settings for a JSON file."""
-    return asdict(settings)

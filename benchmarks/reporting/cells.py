@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,21 @@ Row = dict[str, Any]
 Records = Mapping[str, dict[str, Any]]
 
 ABSENT = "-"
+# Of a job: how often it is measured.
+_TURNS = ("turns", "seconds")
 
 
 def rows_of(records: Records, *suites: str) -> list[Row]:
-    """The rows of some suites, failed ones included."""
-    out: list[Row] = []
+    """The rows of some suites, failed ones included.
+
+    Of a case in the full form and in the short form, whose turns differ, the first row in the file.
+    """
+    out: dict[str, Row] = {}
     for suite in suites:
-        out += records.get(suite, {}).get("rows", [])
-    return out
+        for row in records.get(suite, {}).get("rows", []):
+            case = {name: row["job"].get(name) for name in row["job"] if name not in _TURNS}
+            out.setdefault(json.dumps(case, sort_keys=True), row)
+    return [*out.values()]
 
 
 def groups_of(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -22,6 +22,7 @@ from .cells import (
 )
 from .charts import short
 from .lengths import BY_LENGTH
+from .peers import PEERS
 from .section import Section
 
 
@@ -64,18 +65,23 @@ def peers(records: Records) -> list[Section]:
             ratio = f"{seconds(row) / seconds(base):.2f}"
         return [time_text(seconds(row)), ratio, mebibytes(row["peak_bytes"]), error_text(row)]
 
-    body = []
+    body, notes = [], {}
     for row in rows:
+        way = row["job"]["way"]
+        if way in PEERS and PEERS[way].note:
+            notes[way] = PEERS[way].note
         program = row["job"]["program"]
         if len(program) >= 60:
             program = program[:57] + "..."
-        start = [program, f"{tokens(row):,}", row["job"]["dtype"], passes(row), row["job"]["way"]]
+        start = [program, f"{tokens(row):,}", row["job"]["dtype"], passes(row), way]
         body.append(line(row, start, figures))
     headers = ["program", "tokens", "dtype", "pass", "way", "time", "of ours", "peak", "error"]
     text = (
-        "The same inputs. `of ours`: time as a multiple of this library's. The error is "
-        "that of the forward, against float64 of the program that the way claims to compute."
+        "The same inputs; medians of up to three calls, in a process for each row. `of ours`: time "
+        "as a multiple of this library's. The error is that of the forward, against float64 of the "
+        "program that the way claims to compute. "
     )
+    text += "; ".join(f"{way}: {note}" for way, note in notes.items()) + "."
     return [Section("What people use today", text, headers, body)]
 
 

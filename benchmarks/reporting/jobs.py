@@ -27,10 +27,9 @@ Row = dict[str, Any]
 
 # Up to so many tokens every row is compared with float64, beyond it so many of them.
 _WHOLE_REFERENCE_TOKENS, _SAMPLED_ROWS = 2048, 16
+ALL_ROWS = "all rows"
 # Of a process, for its code and libraries, beside the tensors that a plan counts.
 _BESIDE_TENSORS_BYTES = 2**30
-# The largest error of a right result, as a share of the largest number of the result.
-TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,22 @@ class Subject:
     call: computes the output from the inputs.
     program: the program that the output is compared with; None where it is compared otherwise.
     bhnd: brings a tensor of the call to (batch, heads, tokens, head_dim).
-    exact: computes the output in float64, all rows; None to compute it from the program.
+    exact: computes the output, all rows, from the inputs in float64; None to compute it from the
+        program.
     """
 
     inputs: list[Tensor]
     call: Callable[..., Tensor]
     program: cd.Program | None
     bhnd: Callable[[Tensor], Tensor]
-    exact: Callable[[], Tensor] | None = None
+    exact: Callable[..., Tensor] | None = None
+
+    def in_float64(self, *inputs: Tensor) -> Tensor:
+        """The dense output (batch, heads, tokens, head_dim) of inputs in float64."""
+        if self.exact is not None:
+            return self.exact(*inputs)
+        assert self.program is not None
+        return cd.reference(self.program, *map(self.bhnd, inputs))
 
 
 def row_of(job: Job) -> Row:
@@ -122,6 +129,8 @@ def row_of(job: Job) -> Row:
     row["seconds"] = [seconds] if seconds > job.seconds else _times(call, job)
     with torch.no_grad():
         row |= _error(job, subject, subject.call(*subject.inputs))
+    if job.backward and row["compared"] == ALL_ROWS:
+        row |= _gradient_error(subject)
     if subject.program is not None:
         row |= _counts(job, subject.program)
     return row
@@ -205,11 +214,10 @@ def _multihead(job: Job, x: Tensor) -> Subject:
     def bhnd(out: Tensor) -> Tensor:
         return out.unflatten(2, (job.heads, -1)).transpose(1, 2)
 
-    def exact() -> Tensor:
+    def exact(x: Tensor) -> Tensor:
         judge = copy.deepcopy(module).double()
         judge.attention = _Reference(program)
-        with torch.no_grad():
-            return bhnd(judge(*[x.double()] * 3)[0])
+        return bhnd(judge(x, x, x)[0])
 
     return Subject([x], lambda x: module(x, x, x)[0], program, bhnd, exact)
 
@@ -249,14 +257,12 @@ def _error(job: Job, subject: Subject, out: Tensor) -> Row:
     It is a share of the largest number.
     """
     out = subject.bhnd(out.detach())
-    if job.tokens <= _WHOLE_REFERENCE_TOKENS and subject.exact is not None:
-        return _difference(out, subject.exact(), "all rows")
-    if subject.program is None or subject.exact is not None:
-        return {"error": None, "compared": "nothing"}
-    q, k, v = (subject.bhnd(x.detach()) for x in subject.inputs)
     if job.tokens <= _WHOLE_REFERENCE_TOKENS:
-        exact = cd.reference(subject.program, *(x.double() for x in (q, k, v)))
-        return _difference(out, exact, "all rows")
+        exact = subject.in_float64(*(x.detach().double() for x in subject.inputs))
+        return _difference(out, exact, ALL_ROWS)
+    if subject.program is None or subject.exact is not None:
+        return {"error": None, "has_nan": False, "compared": "nothing"}
+    q, k, v = (subject.bhnd(x.detach()) for x in subject.inputs)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(job.tokens, (_SAMPLED_ROWS,), generator=generator).tolist()
     sources = [_Rows(x) for x in (q, k, v)]
@@ -264,6 +270,24 @@ def _error(job: Job, subject: Subject, out: Tensor) -> Row:
     exact = torch.stack([exact_row(subject.program, *sources, row, scale) for row in rows], dim=2)
     # A whole result of the longest sequences would not fit into memory in float64.
     return _difference(out[:, :, rows], exact, f"{len(rows)} rows")
+
+
+def _gradient_error(subject: Subject) -> Row:
+    """The largest difference of gradients from float64's.
+
+    It is a share of a gradient's largest number.
+    """
+    inputs = [x.detach().double().requires_grad_() for x in subject.inputs]
+    exact = torch.autograd.grad(subject.in_float64(*inputs).sum(), inputs)
+    gradients = torch.autograd.grad(subject.call(*subject.inputs).sum(), subject.inputs)
+    errors = []
+    for gradient, expected in zip(gradients, exact, strict=True):
+        errors.append((gradient.double() - expected).abs().max() / expected.abs().max())
+    # NaN if one is: Python's max may lose it.
+    error = torch.stack(errors).max().item()
+    if not math.isfinite(error):
+        return {"gradient_error": None, "has_nan": True}
+    return {"gradient_error": error}
 
 
 def _difference(out: Tensor, exact: Tensor, compared: str) -> Row:
@@ -364,7 +388,7 @@ def _billion(job: Job) -> Row:
     return {
         "seconds": [seconds],
         "error": counted["most_error"],
-        "has_nan": False,
+        "has_nan": counted["most_error"] is None,
         "compared": f"{counted['rows_checked']} rows",
         "counted": counted,
     }

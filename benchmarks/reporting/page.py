@@ -132,7 +132,7 @@ def _sources(records: Records) -> str:
     for record in records.values():
         hardware = record["hardware"]
         machines.add(f"{hardware['cpu']} ({hardware['isa']}), torch {hardware['torch']}")
-        commits |= {row["commit"][:10] for row in record["rows"]}
+        commits |= {(row["commit"] or "unknown")[:10] for row in record["rows"]}
         dates |= {row["date"] for row in record["rows"]}
     suites = ", ".join(records)
     return (

@@ -40,7 +40,7 @@ class Peer:
     package: the module without which the row is "not installed".
     build: maps (tokens, head_dim, **settings) to the call over (batch, heads, tokens, head_dim)
         and the program that the output is compared with.
-    note: printed beside it in the table.
+    note: printed above the table.
     """
 
     package: str
@@ -261,7 +261,7 @@ PEERS: dict[str, Peer] = {
     "first LongNet port": Peer(
         "dilated_attention_pytorch", _first_port, "SDPA in place of xformers"
     ),
-    "NATTEN": Peer("natten", _natten, "its FlexAttention backend"),
+    "NATTEN": Peer("natten", _natten, "its FlexAttention backend, eager, with a mask of each call"),
     "Longformer of transformers": Peer("transformers", _longformer, "no global tokens"),
     "BigBird of transformers": Peer("transformers", _big_bird, "eval mode"),
     "torchscale": Peer("torchscale.component.dilated_attention", _absent, "absent from PyPI's 0.3"),

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from harness.apart import row_of
+from harness.problems import TOLERANCES
 from harness.runs import Progress, is_chosen, origin
 
 from compiled_dilated import measure
 
-from .jobs import TOLERANCES, Job
+from .jobs import Job
 from .peers import PEERS
 from .suites import Suite
 
 Row = dict[str, Any]
+NOT_INSTALLED = "not installed"
 
 
 def run(
@@ -54,21 +56,27 @@ def run(
     for suite in suites:
         path = directory / f"{suite.name}.json"
         earlier = _earlier_rows(path)
-        record: Row = {"suite": suite.name, "question": suite.question, "rows": []} | source
+        record: Row = {"suite": suite.name, "question": suite.question} | source
         for job in jobs[suite.name]:
-            row = earlier.pop(job.key, None)
-            if row is None or anew:
+            row = earlier.get(job.key)
+            if row is None or anew or _may_succeed(job, row, limit_bytes, seconds):
                 progress.start(f"{job.suite}: {job.name}")
                 row = _row(job, script, limit_bytes, seconds) | {"commit": source["commit"]}
                 progress.end(summary(row))
             else:
                 progress.skip()
-            record["rows"].append(row)
             # Rows of jobs that were not chosen stay, whatever `only`, `quick` and `anew` are.
-            rows_of_file = [*record["rows"], *earlier.values()]
+            earlier[job.key] = row
+            rows_of_file = [earlier[key] for key in _keys(suite) if key in earlier]
             measure.write_json(path, record | {"rows": rows_of_file})
             rows.append(row)
     return rows
+
+
+def _keys(suite: Suite) -> list[str]:
+    """The keys of a suite's jobs: of the full form, then of the short one, without repetitions."""
+    jobs = [*suite.jobs(False), *suite.jobs(True)]
+    return list(dict.fromkeys(job.key for job in jobs))
 
 
 def _earlier_rows(path: Path) -> dict[str, Row]:
@@ -79,12 +87,26 @@ def _earlier_rows(path: Path) -> dict[str, Row]:
     return {Job(**row["job"]).key: row for row in rows}
 
 
+def _may_succeed(job: Job, row: Row, limit_bytes: int, seconds: float) -> bool:
+    """Whether an earlier failure may end otherwise now.
+
+    Its process has more memory or time than before, or its package may have been installed.
+    """
+    if "failed" not in row:
+        return False
+    if row["failed"] == NOT_INSTALLED:
+        return PEERS[job.way].is_installed
+    before = row.get("limits", {"bytes": limit_bytes, "seconds": seconds})
+    return limit_bytes > before["bytes"] or seconds > before["seconds"]
+
+
 def _row(job: Job, script: str, limit_bytes: int, seconds: float) -> Row:
     """Measure one job in a process of its own."""
     row: Row = {"job": asdict(job), "date": datetime.date.today().isoformat()}
     if job.kind == "peer" and not PEERS[job.way].is_installed:
-        return row | {"failed": "not installed"}
+        return row | {"failed": NOT_INSTALLED}
     row |= row_of(script, asdict(job), limit_bytes, seconds)
+    row["limits"] = {"bytes": limit_bytes, "seconds": seconds}
     if "failed" not in row:
         row["is_right"] = _is_right(job, row)
     return row
@@ -94,7 +116,8 @@ def _is_right(job: Job, row: Row) -> bool | None:
     """Whether the error is within the dtype's tolerance; None without an error."""
     if row["compared"] == "nothing":
         return None
-    return not row["has_nan"] and row["error"] <= TOLERANCES[job.dtype]
+    errors = (row["error"], row.get("gradient_error", 0.0))
+    return not row["has_nan"] and max(errors) <= TOLERANCES[job.dtype]
 
 
 def summary(row: Row) -> str:

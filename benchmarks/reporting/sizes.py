@@ -7,6 +7,7 @@ import math
 from .cells import (
     Records,
     Row,
+    cell,
     chart_of,
     error_text,
     line,
@@ -50,22 +51,31 @@ def limits(records: Records) -> list[Section]:
 
 def rings(records: Records) -> list[Section]:
     """Bytes that a ring's ranks receive, by the plan of the run."""
-    rows = [row for row in rows_of(records, "ring") if "ring" in row]
+    rows = [row for row in rows_of(records, "ring") if _is_of_ring(row)]
+
+    def figures(row: Row) -> list[str]:
+        ring = row["ring"]
+        received = f"{ring['received_mib_max']:.3g} MiB"
+        time = cell(row, lambda row: time_text(seconds(row)))
+        return [ring["layout"], str(ring["steps_max"]), received, time]
+
     body = []
     for row in rows:
-        ring = row["ring"]
-        start = [row["job"]["way"], f"{tokens(row):,}", ring["layout"], str(ring["steps_max"])]
-        received = f"{ring['received_mib_max']:.3g} MiB"
-        body.append([*start, received, time_text(seconds(row))])
+        body.append(line(row, [row["job"]["way"], f"{tokens(row):,}"], figures))
     chart = chart_of(
         "Most that one rank receives",
         "MiB",
-        rows,
+        [row for row in rows if "ring" in row],
         lambda row: max(row["ring"]["received_mib_max"], 1e-3),
     )
     text = "All ranks simulated one after the other in this process, every step executed."
     headers = ["way", "tokens", "layout", "most steps", "most received", "time of all ranks"]
     return [Section("Rings", text, headers, body, chart)]
+
+
+def _is_of_ring(row: Row) -> bool:
+    """Whether a row, failed ones included, is of several ranks."""
+    return "ring" in row or ("failed" in row and "RingDilated" in row["job"]["way"])
 
 
 def billion(records: Records) -> list[Section]:

@@ -23,10 +23,11 @@ from ..masks.contents import slot_name
 from ..masks.neighborhoods import Neighborhood
 from ..native import build, library
 from ..native.encode import encode, mask_slots
+from ..native.nodes import has_operation
 from ..native.tape import Untranslatable
 from ..partials import Saved, is_by_token
 from ..plans import Cost, Problem, Proposal, Refusal, Scores
-from ..programs import PerLength, Program
+from ..programs import PerLength, Program, masks_of
 from . import hidden
 
 MOST_POSITIONS = 2**30
@@ -138,9 +139,9 @@ def _unfit(problem: Problem) -> str | None:
     if max(problem.kv_len, problem.q_offset + problem.q_len) > MOST_POSITIONS:
         return "it takes positions up to 2**30"
     if problem.q_offset < 0 and any(
-        _has_places(part) for branch in problem.program.branches for part in branch.mask.walk()
+        _has_places(part) for mask in masks_of(problem.program) for part in mask.walk()
     ):
-        return "a ring's queries before its keys have no place in lists and grids"
+        return "a ring's queries before its keys have no place in lists, grids and functions"
     if problem.partial and problem.scores is not None:
         return (
             "a score_mod counts positions along the whole sequence, "
@@ -150,8 +151,8 @@ def _unfit(problem: Problem) -> str | None:
 
 
 def _has_places(mask: Mask) -> bool:
-    """Whether a mask depends on absolute positions: a list or a grid."""
-    return mask.period is None or isinstance(mask, Neighborhood)
+    """Whether a mask depends on absolute positions: a list, a grid or a function."""
+    return mask.period is None or isinstance(mask, Neighborhood) or not has_operation(mask)
 
 
 @lru_cache(maxsize=256)

@@ -24,6 +24,8 @@ from .summaries import MOST_NUMBERS, brief
 _MOST_ROWS = 16
 # Random tiles are listed singly, about a microsecond per tile.
 _MOST_RANDOM = 2**20
+# Positions of the native kernel are below.
+_MOST_POSITIONS = 2**30
 
 
 @dataclass(frozen=True, repr=False)
@@ -186,6 +188,13 @@ def tiles(pairs: Iterable[tuple[int, int]], block: int = 128, columns: int | Non
         raise ValueError(
             "pairs must name at most 2**60 tiles, below position 2**60; "
             f"got {rows} x {width} tiles of {block} tokens"
+        )
+    # Of rows past the listed ones too: queries of any position are looked up.
+    most = arguments.MOST // (_MOST_POSITIONS // block + 1)
+    if width > most:
+        raise ValueError(
+            f"columns must be at most {most:,} for tiles of {block} tokens; got {width:,}. "
+            "Leave it out for as many columns as pairs names"
         )
     return Tiles(block, width, tuple(sorted({row * width + column for row, column in listed})))
 

@@ -187,8 +187,14 @@ def _cast(c: Cell, a: Argument, **_: Any) -> int:
     return int(node) if source == c.dtype else c.x.cast(node, c.dtype)
 
 
+def _sign(c: Cell, a: Argument) -> int:
+    node = c.node(a)
+    # The sign of a bool is the bool.
+    return node if c.compute == torch.bool else c.unary("sign", node)
+
+
 _UNARY = {
-    "abs": "absolute", "neg": "negate", "sign": "sign", "sgn": "sign", "sqrt": "square_root",
+    "abs": "absolute", "neg": "negate", "sqrt": "square_root",
     "exp": "exp", "exp2": "exp2", "expm1": "expm1", "log": "log", "log2": "log2",
     "log10": "log10", "log1p": "log1p", "sin": "sin", "cos": "cos", "tan": "tan",
     "sinh": "sinh", "cosh": "cosh", "asin": "asin", "acos": "acos", "atan": "atan",
@@ -197,6 +203,8 @@ _UNARY = {
 
 ARITHMETIC: dict[str, Pointwise] = {
     **{name: unary(op) for name, op in _UNARY.items()},
+    "sign": _sign,
+    "sgn": _sign,
     "floor": _rounding("floor"),
     "ceil": _rounding("ceiling"),
     "round": _rounding("round"),

@@ -127,6 +127,13 @@ class NodeTable:
         return "all_of", [self.add(mask.within), place]
 
 
+def has_operation(mask: Mask) -> bool:
+    """Whether a mask has an operation of its own, so that its `allows` is not traced."""
+    of_data = (DocumentIds, GlobalData, Padding)
+    composed = (Full, And, Or, Not, Prefix, GlobalTokens, Congruent)
+    return isinstance(mask, of_data + composed) or _positions(mask) is not None
+
+
 def _positions(mask: Mask) -> tuple[str, list[int]] | None:
     """The operation of a mask over positions; None for other masks."""
     match mask:

@@ -124,6 +124,11 @@ MASKS: list[Row] = [
     (lambda: masks.tiles([(0, -1)]), ValueError, "must be at least 0; got -1"),
     (lambda: masks.tiles([(0, 3)], columns=2), ValueError, "columns must be at least 4; got 2"),
     (
+        lambda: masks.tiles([(0, 0)], block=1, columns=2**60),
+        ValueError,
+        "columns must be at most 1,073,741,823 for tiles of 1 tokens; got 1,152,921,504,606",
+    ),
+    (
         lambda: masks.from_mod(7),
         TypeError,
         "fn must be a function of (b, h, q_idx, kv_idx); got int 7",

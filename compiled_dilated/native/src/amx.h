@@ -122,7 +122,7 @@ NATIVE_INLINE __m512i part_of_row(const uint16_t* row, int at, int width) {
 }
 
 // Numbers 0 .. 15 (half 0) or 16 .. 31 (half 1) of two vectors, interleaved.
-NATIVE_INLINE __m512i in_turn(__m512i a, __m512i b, int half) {
+NATIVE_INLINE __m512i interleaved(__m512i a, __m512i b, int half) {
   alignas(64) static constexpr uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i index = _mm512_add_epi16(_mm512_load_si512(order), _mm512_set1_epi16(static_cast<short>(16 * half)));
@@ -148,7 +148,7 @@ inline void pack_paired_rows(const uint16_t* const* rows, int count, int width, 
     for (int at = 0; at < width; at += tile_depth) {
       const __m512i even = part_of_row(rows[2 * pair], at, width), odd = part_of_row(rows[2 * pair + 1], at, width);
       for (int half = 0; half < 2; ++half)
-        _mm512_store_si512(line + (at / tile_rows + half) * tile_numbers, in_turn(even, odd, half));
+        _mm512_store_si512(line + (at / tile_rows + half) * tile_numbers, interleaved(even, odd, half));
     }
   }
 }
@@ -161,8 +161,8 @@ inline void pack_transposed(const uint16_t* const* rows, int count, int width, u
     for (int i = 0; i < 16; ++i) {
       const __m512i even = 2 * i < count ? part_of_row(rows[2 * i], at, width) : _mm512_setzero_si512();
       const __m512i odd = 2 * i + 1 < count ? part_of_row(rows[2 * i + 1], at, width) : _mm512_setzero_si512();
-      low[i] = in_turn(even, odd, 0);
-      high[i] = in_turn(even, odd, 1);
+      low[i] = interleaved(even, odd, 0);
+      high[i] = interleaved(even, odd, 1);
     }
     transpose16(low);
     transpose16(high);
@@ -702,8 +702,8 @@ class AmxBackward {
       if constexpr (stage == Stage::all_but_rounding) continue;
       uint16_t* const tile = grad_pairs_ + (key / amx::group_keys * NV + j) * amx::tile_numbers;
       uint16_t* const pair = tile + key % amx::group_keys / 2 * amx::tile_depth;
-      _mm512_store_si512(pair, amx::in_turn(grad_rows[0], grad_rows[1], 0));
-      _mm512_store_si512(pair + amx::tile_numbers, amx::in_turn(grad_rows[0], grad_rows[1], 1));
+      _mm512_store_si512(pair, amx::interleaved(grad_rows[0], grad_rows[1], 0));
+      _mm512_store_si512(pair + amx::tile_numbers, amx::interleaved(grad_rows[0], grad_rows[1], 1));
     }
   }
 

@@ -56,7 +56,7 @@ class BlockCache {
   }
 
   // Stores the blocks of tile `index` without a visit; returns how many they are, 0 if not all fit.
-  int64_t stored(int64_t index, const Callback<const Visit&>& walk, const Callback<const Branch&, const KeyBlock&, uint64_t*>& answer) {
+  int64_t store_all(int64_t index, const Callback<const Visit&>& walk, const Callback<const Branch&, const KeyBlock&, uint64_t*>& answer) {
     const Range& range = tiles_[static_cast<size_t>(index)];
     if (!range.is_complete && static_cast<int64_t>(blocks_.size()) < most_blocks_) blocks(index, walk, answer, [](const Branch&, const KeyBlock&) {});
     return range.is_complete ? static_cast<int64_t>(range.stop - range.start) : 0;

@@ -3,6 +3,8 @@
 // The query heads of a key head share a range: they take it chunk by chunk, and each chunk comes from
 // memory once.
 #pragma once
+#include <stdexcept>
+
 #include "forward.h"
 
 namespace native {
@@ -39,9 +41,9 @@ QueryTile<W> only_tile(const QueryTiles<W>& tiles) {
   QueryTile<W> tile;
   for (int64_t index = 0; index < tiles.count(); ++index) {
     tiles.tile_at(index, tile);
-    if (tile.vectors) break;
+    if (tile.vectors) return tile;
   }
-  return tile;
+  throw std::runtime_error("a head has no query");
 }
 
 // A thread's work: a range of keys for query heads that share a key head.
@@ -69,7 +71,7 @@ class DecodingWorker {
     cuts_.chunks(range.keys, [&](const KeyRange& chunk) {
       for (int64_t h = range.first; h < range.after; ++h) {
         const QueryTile<W>& tile = begin(range.b, h, &sums[h - range.first]);
-        blocks_.stretch(range.b, h, chunk);
+        blocks_.range(range.b, h, chunk);
         blocks_.visit(engine_, k, v, range.b, h, 0, tile, [&](const KeyBlock& block) {
           counts.add(block, 1);
           const auto change = [&](T* products, int ld) { blocks_.scores.change(block, products, ld); };

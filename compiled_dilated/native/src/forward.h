@@ -223,7 +223,7 @@ class ForwardWorker {
   // Computes `count` tiles of a stretch, the first of them its tile `index`. tiles: they, and the one
   // that follows.
   void tiles(int64_t b, int64_t h, int64_t index, const QueryTile<W>* tiles, int count, bool merges) {
-    if (are_long(b, h, index, tiles, count)) return in_turn(b, h, index, tiles, count, merges);
+    if (store_if_long(b, h, index, tiles, count)) return in_turn(b, h, index, tiles, count, merges);
     for (int i = 0; i < count; ++i)
       if (tiles[i].vectors) tile(b, h, index + i, tiles[i], tiles[i + 1], merges);
   }
@@ -245,12 +245,12 @@ class ForwardWorker {
     Head q, out, lse, k, v;
   };
 
-  // Whether so many blocks of each tile are stored that its keys would leave the cache before the
-  // next tile reads them.
-  bool are_long(int64_t b, int64_t h, int64_t index, const QueryTile<W>* tiles, int count) {
+  // Stores the blocks of tiles that see many keys. Whether each has so many that its keys would leave
+  // the cache before the next tile reads them.
+  bool store_if_long(int64_t b, int64_t h, int64_t index, const QueryTile<W>* tiles, int count) {
     if (!is_long_ || careful_mode_ || count == 1 || !program_.groups[program_.group_of_head[h]].has_runs()) return false;
     for (int i = 0; i < count; ++i)
-      if (!tiles[i].vectors || tiles[i].is_single() || blocks_.stored(b, h, index + i, tiles[i]) < short_blocks) return false;
+      if (!tiles[i].vectors || tiles[i].is_single() || blocks_.store(b, h, index + i, tiles[i]) < short_blocks) return false;
     return true;
   }
 
@@ -263,12 +263,15 @@ class ForwardWorker {
         engine_.select(i);
         begin(heads, tiles[i], merges);
       }
+      // No more blocks than copies of their keys are kept.
+      const int64_t kept = Rows<T>::capacity(std::max(shape_.head_dim, shape_.value_dim)) / block_keys;
+      const int64_t turn = std::min(blocks_in_turn, kept);
       bool is_done = false;
-      for (int64_t at = 0; !is_done; at += blocks_in_turn) {
+      for (int64_t at = 0; !is_done; at += turn) {
         is_done = true;
         for (int i = 0; i < count; ++i) {
           engine_.select(i);
-          blocks_.visit_some(engine_, heads.k, heads.v, b, h, index + i, tiles[i], at, at + blocks_in_turn, [&](const KeyBlock& block) {
+          blocks_.visit_some(engine_, heads.k, heads.v, b, h, index + i, tiles[i], at, at + turn, [&](const KeyBlock& block) {
             is_done = false;
             compute(heads, tiles[i], block);
           });
@@ -303,8 +306,14 @@ class ForwardWorker {
     const T* from[TQ];
     for (int i = 0; i < TQ; ++i) {
       T* row = out_ + i * shape_.value_dim;
-      read_row<T>(heads.out.row(tile.sources[i]), heads.out.type, T(1), row, shape_.value_dim);
       from[i] = row;
+      // Rows that other tiles write are not read.
+      if (tile.rows[i] < 0) {
+        std::fill(row, row + shape_.value_dim, T(0));
+        lse_[i] = -std::numeric_limits<T>::infinity();
+        continue;
+      }
+      read_row<T>(heads.out.row(tile.sources[i]), heads.out.type, T(1), row, shape_.value_dim);
       lse_[i] = *static_cast<const T*>(heads.lse.row(tile.sources[i]));
     }
     engine_.start_from(from, lse_);

@@ -26,7 +26,7 @@ struct Place {
   int ld;
   int row;   // first key of the slice
   int rows;  // keys of the slice
-  int bad_operand = -1;  // an operand with an index out of range
+  bool is_out_of_range = false;  // whether an index of an operand is
   bool zero_divisor = false;
 
   template <class T>
@@ -506,7 +506,7 @@ void positions(Place& place, const Step& step, int n, int64_t size, int64_t stri
         out[i + j] = (inside ? at : 0) * stride;
       }
   }
-  if (bad) place.bad_operand = step.operand < 0 ? 0 : step.operand;
+  if (bad) place.is_out_of_range = true;
 }
 
 template <class T>

@@ -232,10 +232,7 @@ class Planner {
     needed_[tape_.result] = 1;
     for (size_t i = tape_.nodes.size(); i-- > 0;) {
       const FunctionNode& node = tape_.nodes[i];
-      if (node.op == Operation::scatter && learned_[node.number]) {
-        needed_[i] = 1;
-        scatters_ = true;
-      }
+      if (node.op == Operation::scatter && learned_[node.number]) needed_[i] = 1;
       if (needed_[i])
         for (const int input : node.inputs) needed_[input] = 1;
     }
@@ -446,7 +443,6 @@ class Planner {
   const std::vector<uint8_t>& learned_;
   Plan plan_;
   std::vector<uint8_t> needed_;
-  bool scatters_ = false;
   std::vector<Item> items_;
   std::vector<int> of_node_;
   int result_ = 0;
@@ -518,7 +514,7 @@ void run(const Function& function, TapeKind kind, const Pairs& pairs, Place plac
   for (const auto& [offset, bytes] : plan.zeros) std::memset(place.base + offset, 0, bytes);
   const int most_rows = std::min(slice / pairs.lanes, pairs.keys);
   const auto faults = [&] {
-    if (place.bad_operand >= 0) throw std::runtime_error("index out of range: a function looks up a captured tensor where it has no entry");
+    if (place.is_out_of_range) throw std::runtime_error("index out of range: a function looks up a captured tensor where it has no entry");
     if (place.zero_divisor) throw std::runtime_error("a function divides a whole number by zero");
   };
   run_all(plan.once[all], place, loops::unit);
@@ -573,7 +569,7 @@ void check_operands(const Function& function, const Array* operands, size_t coun
 void mask(const Function& function, const Array* operands, const Pairs& pairs, uint8_t* seen, FunctionRoom& room) {
   Place place{};
   place.operands = operands;
-  place.bad_operand = -1;
+  place.is_out_of_range = false;
   run(function, TapeKind::mask, pairs, place, room, [&](int row, int rows, const char* result) {
     std::memcpy(seen + row * pairs.lanes, result, static_cast<size_t>(rows) * pairs.lanes);
   });
@@ -585,7 +581,7 @@ void score(const Function& function, const Array* operands, const Pairs& pairs, 
   place.operands = operands;
   place.scores = scores;
   place.ld = ld;
-  place.bad_operand = -1;
+  place.is_out_of_range = false;
   const TapeKind kind = sizeof(T) == 4 ? TapeKind::score_f32 : TapeKind::score_f64;
   run(function, kind, pairs, place, room, [&](int row, int rows, const char* result) {
     for (int i = 0; i < rows; ++i)
@@ -602,7 +598,7 @@ void score_backward(const Function& function, const Array* operands, const Pairs
   place.grads = grads;
   place.ld = ld;
   place.sums = reinterpret_cast<void* const*>(sums);
-  place.bad_operand = -1;
+  place.is_out_of_range = false;
   const TapeKind kind = sizeof(T) == 4 ? TapeKind::backward_f32 : TapeKind::backward_f64;
   run(function, kind, pairs, place, room, [&](int row, int rows, const char* result) {
     const T* from = reinterpret_cast<const T*>(result);

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <iterator>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -77,12 +79,11 @@ class Expected {
   bool ended() const { return at == code.size(); }
 
   void check(size_t number, const Tensor& x) {
-    const Dtype& dtype = dtypes[next()];
+    const Dtype& dtype = dtypes[next(0, static_cast<int64_t>(std::size(dtypes)) - 1)];
     const bool contiguous = next() != 0;
-    const int64_t dims = next();
+    const int64_t dims = next(0, static_cast<int64_t>(code.size()));
     const size_t first = at;
-    at += dims;
-    if (at > code.size()) throw std::runtime_error("check_inputs: the code ends early");
+    for (int64_t dim = 0; dim < dims; ++dim) next(-names, std::numeric_limits<int64_t>::max());
     const std::string input = "input " + std::to_string(number);
     if (x.scalar_type() != dtype.type || place_of(x) != place)
       throw std::runtime_error(input + " must be " + dtype.name + " on " + place + "; got " + name_of(x.scalar_type()) + " on " +
@@ -107,6 +108,12 @@ class Expected {
   int64_t next() {
     if (at >= code.size()) throw std::runtime_error("check_inputs: the code ends early");
     return code[at++];
+  }
+
+  int64_t next(int64_t least_number, int64_t most_number) {
+    const int64_t number = next();
+    if (number < least_number || number > most_number) throw std::runtime_error("check_inputs: the code has a number out of its range: " + std::to_string(number));
+    return number;
   }
 
   // A named size is set by the first input that has it, and must be the same in all others.

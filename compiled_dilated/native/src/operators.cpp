@@ -181,6 +181,9 @@ Ints positions(int64_t q_offset, const std::optional<Tensor>& offsets, int64_t b
   for (int64_t b = 0; b < offsets->size(0); ++b) {
     const int64_t number = numbers[b * offsets->stride(0)];
     if (number < 0) throw std::runtime_error("q_offset must be 0 or more for each sequence; got " + std::to_string(number));
+    // Before the sum, which may overflow.
+    if (number > native::most_positions || q_offset > native::most_positions)
+      throw std::runtime_error("the native kernel takes positions up to 2**30; got a q_offset of " + std::to_string(std::max(number, q_offset)));
     result.push_back(q_offset + number);
   }
   return result;

@@ -18,6 +18,8 @@ using Half = _Float16;
 enum class Type : int { f32, f64, f16, bf16, boolean, i8, i16, i32, i64, u8 };
 
 constexpr int max_dims = 8;
+// Positions of queries and keys are below.
+constexpr int64_t most_positions = int64_t{1} << 30;
 constexpr int count_numbers = 8;
 
 // A tensor's data, owned by the caller. Sizes and strides in elements.

@@ -9,7 +9,6 @@ namespace native {
 namespace {
 
 constexpr int64_t version = 2;
-constexpr int64_t most_positions = int64_t{1} << 30;
 
 class Reader {
  public:
@@ -203,6 +202,8 @@ Program read_program(const Problem& problem) {
   for (const int64_t offset : problem.q_offsets) {
     // A ring counts a block's queries from its first key, so that their positions may be negative.
     if (offset < -most_positions) throw std::runtime_error("q_offset must be at least -2**30; got " + std::to_string(offset));
+    // Before the sum, which may overflow.
+    if (offset > most_positions) throw std::runtime_error("the native kernel takes positions up to 2**30; got a q_offset of " + std::to_string(offset));
     positions = std::max(positions, offset + q_len);
   }
   if (positions > most_positions) throw std::runtime_error("the native kernel takes positions up to 2**30; got " + std::to_string(positions));

@@ -109,6 +109,8 @@ class Room {
   void reset(size_t bytes, size_t arrays) {
     bytes += 64 * arrays;
     if (bytes > size_) {
+      // No size without memory, should there be none.
+      size_ = 0;
       base_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       if (!base_) throw std::bad_alloc();
       size_ = bytes;

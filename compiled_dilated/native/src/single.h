@@ -26,7 +26,7 @@ template <class T>
 NATIVE_INLINE void dots(const T* const* rows, const T* query, int depth, ptrdiff_t ahead, T* scores) {
   constexpr int W = lanes<T>;
   const int whole = depth / W * W;
-  Vector<T> sums[W];
+  alignas(64) Vector<T> sums[W];
   for (int i = 0; i < W; ++i) {
     fetch_row(rows[i] + ahead, depth);
     Vector<T> sum{};

@@ -82,6 +82,13 @@ class Rows {
     }
   }
 
+  // The copies that are kept, a power of two.
+  static int capacity(int width) {
+    int rows = block_keys;
+    while (2 * rows * width * sizeof(T) <= capacity_bytes) rows *= 2;
+    return rows;
+  }
+
  private:
   // Rows at a distance that is a multiple of this share sets of the L1 cache with every second one.
   static constexpr int64_t crowding_bytes = 2048;
@@ -90,13 +97,6 @@ class Rows {
     int32_t position = -1;
     int64_t block = -1;
   };
-
-  // A power of two.
-  static int capacity(int width) {
-    int rows = block_keys;
-    while (2 * rows * width * sizeof(T) <= capacity_bytes) rows *= 2;
-    return rows;
-  }
 
   Head head_{Array{}, 0, 0};
   Spacing spacing_;
@@ -263,7 +263,7 @@ class TileBlocks {
   }
 
   // Starts the one tile of a head over some keys.
-  void stretch(int64_t b, int64_t h, const KeyRange& keys) {
+  void range(int64_t b, int64_t h, const KeyRange& keys) {
     keys_ = keys;
     stretch(b, h, keys.first, 1);
   }
@@ -279,11 +279,11 @@ class TileBlocks {
     });
   }
 
-  // How many blocks a tile has, which this stores; 0 if they are too many.
-  int64_t stored(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile) {
+  // Stores a tile's blocks; returns how many they are, 0 if they are too many.
+  int64_t store(int64_t b, int64_t h, int64_t index, const QueryTile<W>& tile) {
     scores.start(b, h, tile);
     int64_t count = 0;
-    with_walk(b, h, tile, [&](const auto& walk, const auto& answer) { count = cache_.stored(index, walk, answer); });
+    with_walk(b, h, tile, [&](const auto& walk, const auto& answer) { count = cache_.store_all(index, walk, answer); });
     return count;
   }
 

@@ -90,7 +90,7 @@ def test_few_graphs_for_many_lengths(
     fast, counter = compiled(model, dynamic=dynamic)
     for n in lengths:
         check(fast, model, torch.randn(2, n, 32))
-    assert counter.frame_count <= 4
+    assert 1 <= counter.frame_count <= 4
 
 
 def check(fast: Any, model: Model, x: Tensor) -> None:
@@ -108,7 +108,7 @@ def test_few_graphs_without_gradients() -> None:
         for n in LENGTHS:
             x = torch.randn(1, n, 32)
             same(fast(x), model(x))
-    assert counter.frame_count <= 4
+    assert 1 <= counter.frame_count <= 4
 
 
 def test_inductor() -> None:
@@ -117,7 +117,7 @@ def test_inductor() -> None:
     fast, counter = compiled(model, "inductor")
     for n in (40, 131, 64):
         check(fast, model, torch.randn(2, n, 32))
-    assert counter.frame_count <= 2
+    assert 1 <= counter.frame_count <= 2
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_decoding_compiles_a_few_times_at_most() -> None:
             same(row, expected[:, :, at : at + 1])
         for at in range(0, 110, 7):  # the complete cache, several tokens at a time
             same(fast(q[:, :, at : at + 5], k, v, at), expected[:, :, at : at + 5])
-    assert counter.frame_count <= 5
+    assert 1 <= counter.frame_count <= 5
 
 
 def slopes(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def test_options_inside_a_compiled_model(name: str) -> None:
     fast, counter = compiled(model)
     for n in (40, 64, 131):
         check(fast, model, torch.randn(2, n, 32))
-    assert counter.frame_count <= 2
+    assert 1 <= counter.frame_count <= 2
 
 
 def test_gradient_through_the_lse() -> None:

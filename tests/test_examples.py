@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Text of each example's output. Each checks its own numbers, and exits with an error.
 PRINTED = {

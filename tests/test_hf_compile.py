@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-pytest.importorskip("transformers")
-
 import compiled_dilated as cd
 from tests.transformers_models import (
     LENGTHS,

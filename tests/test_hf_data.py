@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-pytest.importorskip("transformers")
-
 import compiled_dilated as cd
 from compiled_dilated import masks
 from compiled_dilated.wrapping.graphs import exportable
@@ -139,7 +137,7 @@ def test_ten_lengths_with_data_are_two_graphs() -> None:
         inputs = {**inputs_of("llama", length), "data": data_of(length), "use_cache": False}
         with torch.no_grad():
             assert_same(result_of(compiled(**inputs)), result_of(model(**inputs)))
-    assert backend.frame_count <= 2
+    assert 1 <= backend.frame_count <= 2
 
 
 def test_a_copy_takes_data_and_a_model_wrapped_anew_takes_none() -> None:

@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-
-pytest.importorskip("transformers")
-
-import transformers
 
 import compiled_dilated as cd
 from compiled_dilated import masks
@@ -93,7 +90,7 @@ def test_chunks_of_ten_lengths_are_two_graphs(kind: str) -> None:
             out = result_of(compiled(**inputs, **options))
             expected = result_of(eager(**inputs, **options))
         assert_same(out[tokens], expected[tokens])
-    assert backend.frame_count <= 2
+    assert 1 <= backend.frame_count <= 2
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

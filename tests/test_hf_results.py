@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers")
-
 import transformers
+from torch import Tensor
 
 from tests.transformers_models import (
     CAUSAL,

@@ -186,7 +186,7 @@ def test_residue_of_dynamic_length() -> None:
         q, k = torch.randn(2, n, 3), torch.randn(2, n, 3)
         torch.testing.assert_close(compiled(q, k), q * k.sin())
     # Complete periods (one or many), other lengths, and a single token.
-    assert graphs.frame_count <= 4
+    assert 1 <= graphs.frame_count <= 4
 
 
 def test_hilbert_first_used_in_inference_mode() -> None:

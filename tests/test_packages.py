@@ -376,7 +376,6 @@ def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("name", "attention"), [("llama", cd.longnet((16, 64), (1, 4), causal=True)), ("mistral", None)]
 )
 def test_models_of_transformers(name: str, attention: Any, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     from tests.transformers_models import inputs_of, model_of
 
     model = cd.compile(model_of(name, "eager", use_cache=False), attention=attention)

@@ -169,7 +169,7 @@ def test_threads_share_two_graphs() -> None:
         results = list(threads.map(model, inputs))
     for x, result in zip(inputs, results, strict=True):
         assert_close(result, plain(x))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_a_call_behind_a_graph_break_is_not_traced() -> None:

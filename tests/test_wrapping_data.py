@@ -151,7 +151,7 @@ def test_ten_lengths_are_two_graphs() -> None:
     for length in (50, 33, 61, 77, 100, 123, 64, 128, 40, 200):
         x, lengths = torch.randn(2, H, length, D), torch.tensor([length, length - 7])
         assert_close(model(x, lengths), plain(x, lengths))
-    assert counter.frame_count <= 2
+    assert 1 <= counter.frame_count <= 2
     (site,) = cd.sites(model)
     assert site.to_json()["program"] == "Program((Branch(causal() & padding()),))"
 

@@ -49,7 +49,7 @@ def test_ten_lengths_are_two_graphs(mask_of: Callable[[int], Tensor | None]) -> 
         x, mask = torch.randn(2, length, WIDTH), mask_of(length)
         with torch.no_grad():
             assert_close(model(x, mask), plain(x, mask))
-    assert counter.frame_count <= 2
+    assert 1 <= counter.frame_count <= 2
 
 
 def test_compile_returns_the_model_itself() -> None:

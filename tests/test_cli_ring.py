@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import subprocess
@@ -14,11 +15,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import compiled_dilated as cd
 from compiled_dilated.cli import app
 from compiled_dilated.commands.ring import processes
+from compiled_dilated.ring.sources import SampleSink
 
 LONGNET = "longnet((64, 128), (1, 2), causal=True)"
 
@@ -175,6 +178,53 @@ def test_billion_finds_a_wrong_row(tmp_path: Path) -> None:
     # The row's digest differs from the journal's: its rank is computed again.
     assert result.exit_code == 0
     assert printed_json(result)["tokens_computed_now"] > 0
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf], ids=["nan", "inf"])
+def test_billion_finds_a_row_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    settings = ("--tokens", 5_000, "--ranks", 3, "--rows", 20, "--directory", tmp_path)
+    read = SampleSink.read
+
+    def read_wrong(sink: SampleSink) -> Tensor:
+        rows = read(sink).clone()
+        # Neither the first row nor the last.
+        rows[0, 0, 7, 3] = wrong
+        return rows
+
+    monkeypatch.setattr(SampleSink, "read", read_wrong)
+    result = run("billion", *settings, "--json")
+    assert result.exit_code == 1
+    record = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert (record["complete"], record["rows_checked"], record["ok"]) == (True, 20, False)
+    assert record["most_error"] is None
+    text = run("billion", *settings)
+    assert text.exit_code == 1
+    assert "20 random rows differ from float64 by NaN or infinity" in text.stdout
+
+
+def test_simulate_prints_a_nan_as_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nan_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q * math.nan
+
+    monkeypatch.setattr(cd.Attend, "__call__", lambda attend, *inputs: nan_of(*inputs))
+    command = ("simulate", "causal()", "--shape", "1,2,100,16", "--ranks", 2)
+    result = run(*command, "--json")
+    assert result.exit_code == 1
+    record = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert (record["most_difference"], record["ok"]) == (None, False)
+    assert "one device: they differ by NaN or infinity" in run(*command).stdout
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1"])
+def test_a_limit_of_time_is_a_number(tmp_path: Path, seconds: str) -> None:
+    paths = [tmp_path / f"{name}.npy" for name in ("q", "k", "v", "out")]
+    for path in paths[:3]:
+        np.save(path, np.zeros((1, 2, 16, 4)))
+    assert run("stream", "causal()", *paths, "--limit-seconds", seconds).exit_code == 2
+    settings = ("--tokens", 5_000, "--directory", tmp_path / "billion")
+    assert run("billion", *settings, "--limit-seconds", seconds).exit_code == 2
 
 
 def test_launch() -> None:

@@ -17,6 +17,7 @@ from ...ring.sources import GeneratedSource, SampleSink
 from ...ring.streamed import Report
 from ...text import read_program
 from ..arguments import Device, Json, print_json
+from . import differences
 from .progress import stoppable, token_bar
 
 _TOKENS_PER_RANK = 4096
@@ -107,15 +108,17 @@ def _record(
     rate = 0.0
     if report.seconds:
         rate = computed / report.seconds
-    worst = max(errors, default=0.0)
+    # Python's max would lose a NaN.
+    worst = float(np.max(errors, initial=0.0))
     return {
         "program": repr(program), "tokens": tokens, "tokens_done": report.tokens,
         "tokens_computed_now": computed, "ranks": report.ranks, "heads": heads, "dim": dim,
         "steps": ledger.steps, "received_bytes": ledger.received_bytes,
         "most_held_bytes": ledger.most_held_bytes, "process_peak_bytes": peak_bytes,
         "seconds": report.seconds, "tokens_per_second": rate,
-        "complete": report.complete, "rows_checked": len(errors), "most_error": worst,
-        "ok": report.complete and worst <= _MOST_ERROR, "hardware": measure.hardware(),
+        "complete": report.complete, "rows_checked": len(errors),
+        "most_error": differences.as_json(worst), "ok": report.complete and worst <= _MOST_ERROR,
+        "hardware": measure.hardware(),
     }  # fmt: skip
 
 
@@ -174,7 +177,7 @@ def _as_text(record: dict[str, Any]) -> str:
         f"a rank held {record['most_held_bytes'] / 2**20:,.2f} MiB at most, "
         f"the whole process {record['process_peak_bytes'] / 2**20:,.0f} MiB",
         f"{record['rows_checked']:,} random rows differ from float64 "
-        f"by {record['most_error']:.1e} at most",
+        f"{differences.as_text(record['most_error'])}",
     ]
     if not record["complete"]:
         lines.append("the time was up; the same command goes on")

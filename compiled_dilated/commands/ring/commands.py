@@ -16,7 +16,7 @@ from ...ring.sources import FileSource
 from ...ring.streamed import Report
 from ...text import read_program
 from ..arguments import Dtype, Json, ProgramText, bad_usage, numbers, print_json
-from . import processes
+from . import differences, processes
 from .billion import billion
 from .progress import stoppable, token_bar
 
@@ -118,7 +118,8 @@ def simulate(
         "layout": ring_plan.schedule.layout.name, "ranks": ranks, "steps": ledger.steps,
         "messages": ledger.messages, "received_bytes": ledger.received_bytes,
         "most_held_bytes": ledger.most_held_bytes, "seconds": seconds,
-        "most_difference": error, "ok": error <= 4 * torch.finfo(torch_dtype).eps * 8,
+        "most_difference": differences.as_json(error),
+        "ok": error <= 4 * torch.finfo(torch_dtype).eps * 8,
     }  # fmt: skip
     if json:
         print_json(record)
@@ -138,7 +139,7 @@ def _simulated_text(record: dict[str, Any]) -> str:
         f"(a plain ring takes {ranks * ranks}), {record['received_bytes'] / 2**20:,.2f} MiB "
         f"received in {record['messages']} messages, at most "
         f"{record['most_held_bytes'] / 2**20:,.2f} MiB held by a rank; {record['seconds']:.2f} s\n"
-        f"{verdict} one device: they differ by {record['most_difference']:.1e} at most"
+        f"{verdict} one device: they differ {differences.as_text(record['most_difference'])}"
     )
 
 

@@ -1,6 +1,6 @@
 """The command line: output, errors and exit codes.
 
-Programs as text, `doctor` and measuring are among the subjects.
+Programs as text, `doctor`, `recommend` and measuring are among the subjects.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typer.testing import CliRunner, Result
 
 from compiled_dilated import longnet, masks, measure
 from compiled_dilated.cli import app
-from compiled_dilated.commands import doctor
+from compiled_dilated.commands import arguments, doctor
 from compiled_dilated.orders import hilbert
 from compiled_dilated.parsing import ExpressionError
 from compiled_dilated.programs import as_program
+from compiled_dilated.recommendations import Request, recommend
 from compiled_dilated.text import read_order, read_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +202,48 @@ def test_doctor_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._torch().state == "failed"
     monkeypatch.setattr(torch, "__version__", "2.11.0a0+gitabc")
     assert doctor._torch().state == "ok"
+
+
+# recommend
+
+
+@pytest.mark.parametrize("option", ["--seconds", "--tflops"])
+@pytest.mark.parametrize("number", ["nan", "inf", "0", "-1", "1e-320", "1e300"])
+def test_recommend_refuses_numbers_that_are_no_time_or_rate(option: str, number: str) -> None:
+    result = run("recommend", "--tokens", "100", "--memory", "8GiB", "--json", option, number)
+    assert result.exit_code == 2
+    assert not result.stdout
+    message = f"{option} must be above 0, from 1e-9 to 1e9, as"
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_recommend_prints_json_of_the_least_and_largest_numbers() -> None:
+    for number in ("1e-9", "1e9"):
+        options = ("--seconds", number, "--tflops", number, "--json")
+        result = run("recommend", "--tokens", "1000000", "--memory", "8GiB", *options)
+        json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+def test_json_has_no_nan() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        arguments.print_json({"number": float("nan")})
+
+
+def test_recommend_names_a_length_that_the_pattern_has() -> None:
+    request = Request(tokens=64, limit=140 * 2**20, batch=4096, training=True)
+    start = "nothing fits: raise --memory, or lower --batch"
+    dense, pattern = (recommend(request, text) for text in ("full()", "hilbert_window((8, 8), 3)"))
+    assert dense.best is pattern.best is None
+    assert dense.reason == f"{start}, or shorten the sequence to at most 2 tokens"
+    # The grid has one length; dense attention beside it has shorter ones.
+    assert [option.longest for option in pattern.options] == [0, 2]
+    assert pattern.reason == start
+
+
+def test_recommend_names_no_length_of_0_tokens() -> None:
+    result = recommend(Request(tokens=4096, limit=100))
+    assert result.best is None
+    assert result.reason == "nothing fits: raise --memory"
 
 
 # measure

@@ -157,7 +157,23 @@ def _loaded(name: str, path: str) -> Tensor:
 
 def print_json(record: Mapping[str, Any]) -> None:
     """Print a record as JSON, the only output on stdout."""
-    typer.echo(json.dumps(record, indent=1))
+    typer.echo(json.dumps(record, indent=1, allow_nan=False))
+
+
+def positive(name: str, number: float, example: str) -> float:
+    """A time or a rate of an option.
+
+    NaN passes the bounds of typer's options, and overflow at the ends of floats is no JSON.
+
+    name: of the option.
+    number: seconds, or TFLOP/s.
+    example: a right number and what it is for.
+
+    Raises ValueError outside of 1e-9 to 1e9.
+    """
+    if not 1e-9 <= number <= 1e9:
+        raise ValueError(f"{name} must be above 0, from 1e-9 to 1e9, as {example}; got {number:g}")
+    return number
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:

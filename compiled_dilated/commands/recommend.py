@@ -8,7 +8,7 @@ import typer
 
 from .. import fitting
 from ..recommendations import Request, recommend, reports
-from .arguments import Device, Dtype, Json, bad_usage, print_json
+from .arguments import Device, Dtype, Json, bad_usage, positive, print_json
 
 Tokens = Annotated[int, typer.Option(min=1, help="Length of the sequence.")]
 Memory = Annotated[
@@ -23,7 +23,7 @@ Pattern = Annotated[
 Causal = Annotated[
     bool, typer.Option("--causal", help="Without a pattern: tokens see earlier ones only.")
 ]
-Seconds = Annotated[float, typer.Option(min=0, help="Longest time of a call, of one layer.")]
+Seconds = Annotated[float, typer.Option(help="Longest time of a call, of one layer.")]
 Batch = Annotated[int, typer.Option(min=1, help="Batch rows.")]
 Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
 KvHeads = Annotated[
@@ -35,9 +35,7 @@ DeviceOption = Annotated[Device, typer.Option(help="Need not be there: nothing i
 Training = Annotated[bool, typer.Option("--training", help="A backward follows.")]
 Tflops = Annotated[
     float | None,
-    typer.Option(
-        min=0, help="Rate of dense attention there, in TFLOP/s; the measured one if not given."
-    ),
+    typer.Option(help="Rate of dense attention there, in TFLOP/s; the measured one if not given."),
 ]
 
 
@@ -75,7 +73,7 @@ def recommend_program(
             dtype=dtype.value,
             device=device.value,
             training=training,
-            seconds=seconds,
+            seconds=positive("--seconds", seconds, "10"),
             flops=_rate(tflops),
         )
         result = recommend(request, pattern, causal)
@@ -90,6 +88,4 @@ def _rate(tflops: float | None) -> float | None:
     """A rate in flops a second; None for the measured one."""
     if tflops is None:
         return None
-    if tflops == 0:
-        raise ValueError("--tflops must be above 0, as 400 for a GPU; got 0")
-    return tflops * 1e12
+    return positive("--tflops", tflops, "400 for a GPU") * 1e12

@@ -59,6 +59,8 @@ def recommend(request: Request, pattern: str | None = None, causal: bool = False
     # Dense attention beside a pattern is there for comparison.
     eligible = [option for option in options if pattern is None or option.candidate is programs[0]]
     best = _best([option for option in eligible if option.fits])
+    if best is None:
+        return Recommendation(request, tuple(options), None, _remedy(request, eligible))
     return Recommendation(request, tuple(options), best, _reason(request, options, best))
 
 
@@ -85,14 +87,20 @@ def _best(options: list[Option]) -> Option | None:
     return None
 
 
-def _reason(request: Request, options: list[Option], best: Option | None) -> str:
+def _remedy(request: Request, eligible: list[Option]) -> str:
+    """What would let one of the options fit."""
+    remedies = ["raise --memory"]
+    if request.batch > 1:
+        remedies.append("lower --batch")
+    tokens = max(option.longest for option in eligible)
+    if tokens:
+        remedies.append(f"shorten the sequence to at most {tokens:,} tokens")
+    return f"nothing fits: {', or '.join(remedies)}"
+
+
+def _reason(request: Request, options: list[Option], best: Option) -> str:
     """Why an option is recommended, from what its plan predicts."""
     dense = next(option for option in options if option.candidate.name == "dense")
-    if best is None:
-        return (
-            "nothing fits: raise --memory, lower --batch, or shorten the sequence to at most "
-            f"{max(option.longest for option in options):,} tokens"
-        )
     sentences = []
     if best.candidate.name == "dense":
         end = "no other program is faster"

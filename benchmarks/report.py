@@ -1,6 +1,6 @@
 """Run the report's suites and render their tables.
 
-python benchmarks/report.py run [SUITE ...] [--quick] [--directory report] [--json]
+python benchmarks/report.py run [SUITE ...] [--quick] [--only TEXT] [--directory report] [--json]
 python benchmarks/report.py render [--directory report] [--html FILE] [--markdown FILE]
 
 `run` measures each case in a process of its own under a limit of memory and time. It writes the row
@@ -15,7 +15,9 @@ error, 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,12 +48,20 @@ def parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="TEXT", help="cases whose name has the text"
     )
     run.add_argument(
-        "--limit", type=float, default=8.0, metavar="GIB", help="memory of one case (%(default)s)"
+        "--limit",
+        type=_positive,
+        default=8.0,
+        metavar="GIB",
+        help="memory of one case (%(default)s)",
     )
-    run.add_argument("--seconds", type=float, default=900.0, help="time of one case (%(default)s)")
+    run.add_argument(
+        "--seconds", type=_positive, default=900.0, help="time of one case (%(default)s)"
+    )
     run.add_argument("--anew", action="store_true", help="measure again what is already there")
-    run.add_argument("--list", action="store_true", help="print the cases and stop")
-    run.add_argument("--json", action="store_true", help="print the rows as JSON at the end")
+    run.add_argument("--list", action="store_true", help="print the chosen cases and stop")
+    run.add_argument(
+        "--json", action="store_true", help="print the rows as JSON, and progress on stderr"
+    )
     # `render` and its options.
     render = commands.add_parser("render", help="write the tables and pictures")
     render.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE")
@@ -67,8 +77,20 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+def _positive(text: str) -> float:
+    """A number of an option: NaN and infinity are no limits, and no JSON."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, as 8; got {text!r}")
+    return number
+
+
 def run(options: argparse.Namespace) -> int:
     """Measure the chosen suites; the exit code."""
+    from harness.runs import is_chosen
     from reporting import running
     from reporting.suites import SUITES
 
@@ -77,21 +99,34 @@ def run(options: argparse.Namespace) -> int:
         print(f"no suite is named {unknown[0]!r}; there are {', '.join(SUITES)}", file=sys.stderr)
         return 2
     suites = [SUITES[name] for name in options.suites or SUITES]
+    names = []
+    for suite in suites:
+        chosen = [job for job in suite.jobs(options.quick) if is_chosen(job.name, options.only)]
+        names += [f"{suite.name}: {job.name}" for job in chosen]
+    if not names:
+        print(
+            f"no case's name contains {' or '.join(map(repr, options.only))}; "
+            "`compiled-dilated report run --list` prints the names, each after its suite's",
+            file=sys.stderr,
+        )
+        return 2
     if options.list:
-        for suite in suites:
-            for job in suite.jobs(options.quick):
-                print(f"{suite.name}: {job.name}")
+        print("\n".join(names))
         return 0
-    rows = running.run(
-        suites,
-        options.directory,
-        __file__,
-        quick=options.quick,
-        only=options.only,
-        limit_bytes=int(options.limit * 2**30),
-        seconds=options.seconds,
-        anew=options.anew,
-    )
+    with contextlib.ExitStack() as stack:
+        if options.json:
+            # The rows are the only output on stdout.
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        rows = running.run(
+            suites,
+            options.directory,
+            __file__,
+            quick=options.quick,
+            only=options.only,
+            limit_bytes=int(options.limit * 2**30),
+            seconds=options.seconds,
+            anew=options.anew,
+        )
     if options.json:
         print(json.dumps(rows, indent=1))
     return int(any(_is_fault(row) for row in rows))

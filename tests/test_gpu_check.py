@@ -10,6 +10,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -138,11 +139,13 @@ def test_a_stage_of_one_run_goes_on_after_a_stop(
     assert not records.outcomes("smoke")
 
 
+MACHINE = {"gpu": "H100", "torch": "2.11", "triton": "3.6", "commit": "0123abc", "code": "45de"}
+
+
 def test_a_second_call_runs_only_what_is_left(
     tool: ModuleType, records: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = {"gpu": "H100", "torch": "2.11", "triton": "3.6"}
-    records.append("machine", **machine)
+    records.append("machine", **MACHINE)
     finished(records, "smoke", flex=True)
     ran: list[str] = []
 
@@ -150,7 +153,7 @@ def test_a_second_call_runs_only_what_is_left(
         ran.append(stage.name)
         finished(records, stage.name, case=True)
 
-    monkeypatch.setattr(tool, "find_machine", lambda emulated: (machine, ""))
+    monkeypatch.setattr(tool, "find_machine", lambda emulated: (MACHINE, ""))
     monkeypatch.setattr(tool, "run_stage", run_stage)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--json", str(records.path)])
     assert tool.main() == 0
@@ -161,17 +164,73 @@ def test_a_second_call_runs_only_what_is_left(
     assert ran == [*tool.NAMES]
 
 
-def test_results_of_another_machine_are_not_continued(
-    tool: ModuleType, records: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize("name", ["gpu", "torch", "triton", "commit", "code"])
+def test_results_of_another_machine_or_code_are_not_continued(
+    tool: ModuleType, records: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str
 ) -> None:
-    machine = {"gpu": "H100", "torch": "2.11", "triton": "3.6"}
-    records.append("machine", **machine)
-    monkeypatch.setattr(tool, "find_machine", lambda emulated: (machine | {"gpu": "H200"}, ""))
+    records.append("machine", **MACHINE)
+    here = MACHINE | {name: "another"}
+    monkeypatch.setattr(tool, "find_machine", lambda emulated: (here, ""))
+    monkeypatch.setattr(tool, "run_stage", lambda *settings: pytest.fail("a stage ran"))
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--json", str(records.path)])
     assert tool.main() == 2
-    assert "holds results of H100 with torch 2.11. Name another --json FILE" in (
-        capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "holds results of H100 with torch 2.11, Triton 3.6, commit 0123abc, code 45de" in error
+    assert f"; this is {tool.in_words(here)}. Name another --json FILE" in error
+
+
+def test_results_of_unknown_code_are_not_continued(tool: ModuleType) -> None:
+    """Files of earlier versions name no code."""
+    before = {name: MACHINE[name] for name in ("gpu", "torch", "triton")}
+    assert tool.differs(before, MACHINE)
+    assert "commit None, code None" in tool.in_words(before)
+
+
+def test_edited_code_is_other_code(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_stages import machine
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    source = tmp_path / "compiled_dilated" / "masks.py"
+    source.parent.mkdir()
+    source.write_text("one = 1\n")
+    first = machine.digest(tmp_path)
+    # What is compiled from it, and what no stage runs, are no code.
+    source.with_suffix(".pyc").write_text("one")
+    (tmp_path / "gpu_check.json").write_text("{}")
+    assert machine.digest(tmp_path) == first
+    source.write_text("one = 2\n")
+    assert machine.digest(tmp_path) != first
+    assert machine.commit(tmp_path) is None
+
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", *author, *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    git("add", "compiled_dilated")
+    git("commit", "-m", "first")
+    commit = machine.commit(tmp_path)
+    assert commit is not None
+    assert len(commit) == 40
+    source.write_text("one = 3\n")
+    assert machine.commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_skipped_cases_are_counted_apart(tool: ModuleType, records: Any, capsys: Any) -> None:
+    from gpu_stages.stage import Stage
+
+    stage = Stage("edges", records, "cpu", True)
+    stage.case("far", lambda: {"skipped": "needs 64 GiB, 20 are free"})
+    stage.case("near", dict)
+    records.append("end", stage="edges", seconds=1.0)
+    assert "edges: far: skipped: needs 64 GiB, 20 are free (" in capsys.readouterr().out
+    assert tool.report(records, ["edges"], 1.0) == 0
+    printed = capsys.readouterr().out
+    assert "edges: 1 passed, 0 failed, 1 skipped; all cases ran" in printed
+    assert "    far: skipped: needs 64 GiB, 20 are free\n" in printed
 
 
 def test_a_case_records_its_error_and_the_next_one_runs(tool: ModuleType, records: Any) -> None:
@@ -242,7 +301,7 @@ def test_help_names_stages_and_exit_codes(fresh_python: Any) -> None:
 def test_a_report_of_no_file_says_that_nothing_ran(fresh_python: Any, tmp_path: Path) -> None:
     run = fresh_python("tools/gpu_check", "--report", "--json", str(tmp_path / "none.json"))
     assert run.returncode == 3
-    assert "smoke: 0 passed, 0 failed; not run" in run.stdout
+    assert "smoke: 0 passed, 0 failed, 0 skipped; not run" in run.stdout
     assert not (tmp_path / "none.json").exists()
 
 

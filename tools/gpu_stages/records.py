@@ -2,9 +2,10 @@
 
 A line is written at once, so that a stop loses nothing.
 
-{"event": "machine", "gpu": ..., "torch": ...}                         first line of a file
+{"event": "machine", "gpu": ..., "torch": ..., "code": ...}            first line of a file
 {"event": "start", "stage": ..., "case": ...}                          before a case runs
-{"event": "outcome", "stage": ..., "case": ..., "ok": true, ...}       its numbers, or its error
+{"event": "outcome", "stage": ..., "case": ..., "ok": true, ...}       its numbers, its error, or
+                                                                       why it was "skipped"
 {"event": "end", "stage": ..., "seconds": ...}                         all cases of a stage ran
 """
 
@@ -44,7 +45,7 @@ class Records:
         return events
 
     def machine(self) -> Event | None:
-        """The machine that the results are of."""
+        """The machine and the code that the results are of."""
         return next((x for x in self.events() if x["event"] == "machine"), None)
 
     def outcomes(self, stage: str) -> dict[str, Event]:

@@ -66,6 +66,8 @@ class Stage:
         seconds = round(time.monotonic() - started, 2)
         self.records.append("outcome", stage=self.name, case=name, seconds=seconds, **result)
         failure, verdict = "", "ok"
+        if "skipped" in result:
+            verdict = f"skipped: {result['skipped']}"
         if not result["ok"]:
             failure = str(result["error"])
             verdict = f"FAILED: {failure}"

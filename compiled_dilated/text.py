@@ -138,7 +138,10 @@ def write(program: Program | PerLength, operands: list[Tensor]) -> str:
 
 
 def _check_class(mask: Mask) -> None:
-    """Raise TypeError for a class that text cannot name, or that reads heads without at_head."""
+    """Raise TypeError for a class that no text names.
+
+    Also for one that reads heads without at_head.
+    """
     kind = type(mask)
     if kind.__module__.startswith("compiled_dilated."):
         return

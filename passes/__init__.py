@@ -35,7 +35,7 @@ arena/               one buffer for all tensors of a graph: offsets, validator, 
 
 planning/            the passes that a step gets
   backend              compile and estimate: a backend of torch.compile
-  choose               the fastest candidate that fits the budget
+  choose               no pass, or the fastest candidate that fits the budget
   candidates           the combinations of passes to choose from
   estimates            peak and seconds of a traced step
   tracing              the graphs that inductor would lower, without compiling them

@@ -151,7 +151,10 @@ def _unfit(problem: Problem) -> str | None:
 
 
 def _has_places(mask: Mask) -> bool:
-    """Whether a mask depends on absolute positions: a list, a grid or a function."""
+    """Whether a mask depends on absolute positions, as lists and grids do.
+
+    Functions are traced for positions from 0 on.
+    """
     return mask.period is None or isinstance(mask, Neighborhood) or not has_operation(mask)
 
 

@@ -128,7 +128,7 @@ class NodeTable:
 
 
 def has_operation(mask: Mask) -> bool:
-    """Whether a mask has an operation of its own, so that its `allows` is not traced."""
+    """Whether a mask has an operation, so that nothing is traced."""
     of_data = (DocumentIds, GlobalData, Padding)
     composed = (Full, And, Or, Not, Prefix, GlobalTokens, Congruent)
     return isinstance(mask, of_data + composed) or _positions(mask) is not None

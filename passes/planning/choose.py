@@ -1,4 +1,4 @@
-"""The choice of passes: the fastest candidate that fits the budget."""
+"""The choice of passes: none, or the fastest that fit a budget."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class Pipeline:
     machine: Machine = MACHINE
 
     def choose(self, graph: Captured) -> Choice:
-        """Choose the fastest candidate that fits.
+        """Choose no pass, or the fastest candidate that fits.
+
+        No default candidate is examined where plain torch.compile fits.
 
         A choice that is stored for such a graph is loaded instead.
 
@@ -83,9 +85,16 @@ class Pipeline:
         return choice
 
     def _chosen(self, graph: Captured) -> Choice:
-        """The fastest candidate that fits, by examining the groups in order."""
+        """No pass if that fits, else the fastest candidate.
+
+        The groups are examined in order.
+        """
         plain = trace(graph, ())
         baseline = estimate(plain, self.machine)
+        # One rehearsal answers a budget that asks for nothing.
+        is_default = self.candidates is None and not self.extra
+        if is_default and baseline.peak_bytes <= (self.budget_bytes or 0):
+            return Choice(baseline, (baseline,), plain)
         # By candidate: the estimates of those examined, the seconds of those traced.
         examined, seconds_of = dict[Passes, Estimate](), dict[Passes, float]()
         best: Choice | None = None

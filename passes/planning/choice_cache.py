@@ -3,8 +3,9 @@
 Planning is slow and deterministic.
 
 A choice is stored under a hash of all that it depends on: the graph and its inputs, the pipeline,
-the source of the passes and of the packages that register workspaces, torch and its options.
-torch._inductor.config.force_disable_caches turns the cache off.
+the source of the passes and of the packages that register workspaces, torch and the options of
+torch._inductor.config and torch._functorch.config. force_disable_caches of the former turns the
+cache off, and so does a function among the options of the latter: its source is unknown.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.codecache import write_atomic
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -39,8 +41,8 @@ def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | Non
     pipeline: the repr of what chooses
     passes: all that it may choose
     """
-    source = inductor_hooks.identity(passes)
-    if config.force_disable_caches or source is None:
+    source, partitioning = inductor_hooks.identity(passes), functorch_config.get_config_copy()
+    if config.force_disable_caches or source is None or any(map(callable, partitioning.values())):
         return None
     tensors = (*graph.module.named_parameters(), *graph.module.named_buffers())
     parts = (
@@ -53,6 +55,7 @@ def name_of(graph: Captured, pipeline: str, passes: Sequence[Pass]) -> str | Non
         torch.__version__,
         torch.get_num_threads(),
         config.get_hash(),
+        sorted(partitioning.items()),
     )
     digest = hashlib.sha256(repr(parts).encode())
     # The source of this package is part of `source` already.

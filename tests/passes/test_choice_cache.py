@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch import config as functorch_config
 from torch._inductor import config
 
 from passes import LinearCrossEntropy, Spill
@@ -72,6 +73,9 @@ CHANGED: dict[str, Callable[[], Choice]] = {
     "tokens": lambda: _choose(Pipeline(2**30, CANDIDATES), tokens=65),
     "model": lambda: _choose(Pipeline(2**30, CANDIDATES), model=nn.Sequential(Gelu(), nn.ReLU())),
     "option": lambda: config.patch(epilogue_fusion=not config.epilogue_fusion)(_choose)(
+        Pipeline(2**30, CANDIDATES)
+    ),
+    "partition": lambda: functorch_config.patch(activation_memory_budget=0.1)(_choose)(
         Pipeline(2**30, CANDIDATES)
     ),
 }
@@ -226,6 +230,17 @@ def test_damaged_json_is_a_valid_choice_or_counts_as_missing(
 
 def test_nothing_is_stored_if_caches_are_off() -> None:
     with config.patch(force_disable_caches=True):
+        _choose(Pipeline(2**30, CANDIDATES))
+    assert not _files()
+
+
+def test_nothing_is_stored_under_a_solver_of_unknown_source() -> None:
+    """A partitioner's option may be a function."""
+
+    def solver(*arguments: Any) -> tuple[float, list[int], list[int]]:
+        return 0.0, [], []
+
+    with functorch_config.patch(activation_memory_budget_solver=solver):
         _choose(Pipeline(2**30, CANDIDATES))
     assert not _files()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +30,14 @@ class Backend:
 
     choices: one for each graph, in the order of compilation. Chosen here and not in inductor's
         hooks, which do not run if the compile cache is warm.
+
+    Each graph is fitted to the budget alone. A warning says so once if a step has several: no
+    graph is planned with what those before and after it keep.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline, self.choices = pipeline, list[Choice]()
+        self._parts, self._has_warned = list[_Part](), False
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
@@ -47,13 +52,67 @@ class Backend:
         configs = inductor_hooks.inductor_configs(choice.chosen.passes)
         run: Any = compile_fx(module, inputs, config_patches=configs)
         self.choices.append(choice)
+        self._check_is_whole(inputs)
         budget = self.pipeline.budget_bytes
         # Sizes that are fixed fit already.
         return run if budget is None or not symbols else _Guarded(run, choice, budget, symbols)
 
+    def reset(self) -> None:
+        """Forget the parts: Dynamo's reset calls this, and numbers functions anew."""
+        self._parts.clear()
+
+    def _check_is_whole(self, inputs: Sequence[Any]) -> None:
+        """Warn once if this graph is only a part of a step."""
+        part = _part(inputs)
+        if part is None:
+            return
+        # Dynamo calls reset() once only, on the backends registered here.
+        getattr(torch._dynamo.eval_frame, "cached_backends", {})[id(self)] = self
+        if not any(map(part.is_same, self._parts)):
+            self._parts.append(part)
+        budget = self.pipeline.budget_bytes
+        if len(self._parts) <= 1 or self._has_warned or budget is None:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"memory_budget is kept by each graph alone, and the model breaks into several: a step "
+            f"may exceed {budget:,} bytes by what its other graphs keep (activations saved for "
+            "backward, gradients, parameters). Compile with fullgraph=True, which names the line "
+            "of the break, or give a smaller memory_budget",
+            stacklevel=2,
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a model is planned and compiled anew.
         return Backend, (self.pipeline,)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What graphs of one part of a step share at all sizes.
+
+    function: Dynamo's number of the function; behind a graph break begins another
+    parameters: identities; two modules of a class share their function, not these
+    """
+
+    function: int
+    parameters: frozenset[int]
+
+    def is_same(self, part: _Part) -> bool:
+        if self.function != part.function:
+            return False
+        if not self.parameters or not part.parameters:
+            return True
+        return not self.parameters.isdisjoint(part.parameters)
+
+
+def _part(inputs: Sequence[Any]) -> _Part | None:
+    """The part that Dynamo compiles now; None outside of Dynamo."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    if compile_id is None or compile_id.frame_id is None:
+        return None
+    parameters = [id(value) for value in inputs if isinstance(value, torch.nn.Parameter)]
+    return _Part(compile_id.frame_id, frozenset(parameters))
 
 
 class _Guarded:
@@ -115,7 +174,8 @@ def compile(
     """torch.compile(model) with passes that make a step fit a budget.
 
     memory_budget: bytes, or "6GiB", "512 MB", for the peak of a step: parameters, inputs,
-        activations, gradients; not an optimizer's state
+        activations, gradients; not an optimizer's state. If the model breaks into several graphs,
+        each keeps it alone, so that a step may exceed it: a warning says so
     passes: these, instead of the fastest that fit; with a budget they must fit it
     extra: a user's own passes besides
     dynamic, fullgraph: as in torch.compile

@@ -8,9 +8,11 @@ is not read.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,10 +48,17 @@ Reader = Callable[..., Read | None]
 def bound(reader: Reader, node: Node) -> Read | None:
     """Read a call with a reader; None if unbound or refused."""
     try:
-        call = inspect.signature(reader).bind(*node.args, **node.kwargs)
+        call = signature(reader).bind(*node.args, **node.kwargs)
     except TypeError:
         return None
     return reader(*call.args, **call.kwargs)
+
+
+# As many as there are readers and rules in the tables, and more.
+@lru_cache(maxsize=256)
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a reader or a rule; slow to find."""
+    return inspect.signature(function)
 
 
 def example_value(node: Any) -> Any:
@@ -146,7 +155,10 @@ def _rms_norm(
 def _binary(name: str) -> Reader:
     # torch's names of the operands, for calls with keywords.
     def reader(input: Any, other: Any) -> Read | None:
-        if not _is_number(input):
+        for operand in (input, other):
+            if not isinstance(operand, Node) and not _is_number(operand):
+                return None
+        if isinstance(input, Node):
             return Read(name, (input, other))
         # Primitives take a number as their last operand.
         if name in ("add", "mul"):
@@ -157,7 +169,8 @@ def _binary(name: str) -> Reader:
 
 
 def _pow(input: Node, exponent: Any) -> Read | None:
-    if not _is_number(exponent):
+    # The derivative of x ** 0 by the rule of powers is NaN where x is 0.
+    if not _is_number(exponent) or exponent == 0:
         return None
     return Read("pow", (input,), {"exponent": exponent})
 
@@ -180,7 +193,8 @@ def _contiguous(input: Node) -> Read:
 
 
 def _to(input: Node, dtype: Any) -> Read | None:
-    if not isinstance(dtype, torch.dtype):
+    # No gradient flows through integers.
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return None
     return Read("to", (input,), {"dtype": str(dtype).removeprefix("torch.")})
 
@@ -260,7 +274,13 @@ def _reduction(name: str) -> Reader:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that a recipe can state.
+
+    Infinity and NaN have no literals.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def _is_last(node: Node, dim: Any) -> bool:

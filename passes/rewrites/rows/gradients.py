@@ -33,10 +33,16 @@ def plan(steps: tuple[Step, ...], needed: frozenset[str]) -> Plan:
 
     needed: names of the operands that need a gradient
     """
-    # 1. What depends on a needed operand needs a gradient too.
+    # 1. What depends on a needed operand needs a gradient too, if the result's gets there.
+    dependent = set(needed)
     for step in steps:
-        if not needed.isdisjoint(step.names):
-            needed |= {step.result}
+        if step.is_differentiable and not dependent.isdisjoint(step.names):
+            dependent.add(step.result)
+    reached = {steps[-1].result}
+    for step in reversed(steps):
+        if step.result in reached and step.result in dependent:
+            reached.update(step.names)
+    needed = frozenset(dependent & reached)
     # 2. What the backward of those reads, and what that is computed from.
     read: set[str] = set()
     for step in steps:

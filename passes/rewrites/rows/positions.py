@@ -5,7 +5,6 @@ arange(n)[:, None] <= arange(m) + 3        (i, j) where 3 - i + j >= 0
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...analysis.effects import writes
-from .calls import example_value
+from .calls import example_value, signature
 
 aten = torch.ops.aten
 
@@ -113,7 +112,7 @@ def _read(node: Any) -> _Read:
     if value.dtype not in (torch.bool, torch.int32, torch.int64):
         return None
     try:
-        bound = inspect.signature(rule).bind(value, *node.args, **node.kwargs)
+        bound = signature(rule).bind(value, *node.args, **node.kwargs)
     except TypeError:
         return None
     read = rule(*bound.args, **bound.kwargs)

@@ -128,7 +128,8 @@ def _logsumexp_backward(grad: Tensor, _: Tensor, x: Tensor, *, keepdim: bool) ->
     return (grad * x.softmax(-1),)
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that torch has under a name."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -190,7 +191,7 @@ PRIMITIVES: Mapping[str, Primitive] = MappingProxyType(
             lambda x: x.mean(-1, keepdim=True),
             lambda g, _, x: (g / x.shape[-1]).expand(*g.shape[:-1], x.shape[-1]),
         ),
-        "to": _unary(lambda x, dtype: x.to(_dtype(dtype)), lambda g, *_, dtype: g, is_view=True),
+        "to": _unary(lambda x, dtype: x.to(dtype_of(dtype)), lambda g, *_, dtype: g, is_view=True),
         "add": Primitive(torch.add, lambda g, *_: (g, g), over=Tensor.add_),
         "sub": Primitive(torch.sub, lambda g, *_: (g, -g)),
         "mul": Primitive(torch.mul, _mul_backward, Reads.OPERANDS, over=Tensor.mul_),

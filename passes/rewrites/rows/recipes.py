@@ -96,8 +96,8 @@ class Recipe:
     ) -> list[Tensor]:
         """The gradients of the needed rows, in order.
 
-        Those of shared operands are added to `sums`. Recomputes the values that it reads, and no
-        others.
+        Zeros if none flows to a row. Those of shared operands are added to `sums`. Recomputes the
+        values that it reads, and no others.
 
         grad: (rows, features), of the result
         needed: names of the operands that need a gradient
@@ -129,7 +129,11 @@ class Recipe:
                     else:
                         grads[name] = piece
             values.pop(step.result, None)
-        return [grads[name] for name in values_of(rows, ()) if name in needed]
+        row_grads: list[Tensor] = []
+        for name, operand in values_of(rows, ()).items():
+            if name in needed:
+                row_grads.append(grads[name] if name in grads else torch.zeros_like(operand))
+        return row_grads
 
     def _homes(self, rows: Sequence[Tensor], shared: Sequence[Tensor]) -> dict[str, str]:
         """For each result the value whose memory it is in.

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .primitives import PRIMITIVES, Primitive
+from .primitives import PRIMITIVES, Primitive, dtype_of
 
 Operand = str | float | None
 Values = dict[str, Tensor]
@@ -42,6 +42,17 @@ class Step:
     @property
     def definition(self) -> Primitive:
         return PRIMITIVES[self.primitive]
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether gradients flow through it.
+
+        None flow through indices, nor through a cast to integers.
+        """
+        if self.primitive == "to":
+            dtype = dtype_of(dict(self.options)["dtype"])
+            return dtype.is_floating_point or dtype.is_complex
+        return self.definition.backward is not None
 
     @property
     def names(self) -> list[str]:
